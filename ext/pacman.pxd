@@ -1,0 +1,185 @@
+# PACMAN messages to rows. Legacy: header of 8 bytes, words of 16; format 1.0: 24 and 24. Everything is little-endian.
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.string cimport memcpy
+
+from rows cimport (
+    Row, SYNC, TRIGGER, UNKNOWN_TYPE, WIDE_CHANNEL, board_row, load32, load64, time_row, word_row,
+)
+from sink cimport Messages, Sink, Tally, accept_message, count_time, count_words, keep_word, reject_message
+from wire cimport WRONG_COUNTS
+
+cdef enum Format:
+    NO_FORMAT
+    LEGACY
+    FORMAT_1_0
+
+cdef struct Pacman:
+    Sink sink
+    Messages messages
+    Format fixed                     # NO_FORMAT: told from each message
+    Format seen                      # of the last message that left no doubt
+    Format open                      # of the message whose words come next
+    bint clock64
+
+
+cdef inline uint16_t load16(const uint8_t* at) noexcept nogil:
+    cdef uint16_t value
+    memcpy(&value, at, 2)
+    return value
+
+
+cdef inline Format message_format(Pacman* board, const uint8_t* at, Py_ssize_t length) noexcept nogil:
+    """NO_FORMAT: the message is to be rejected.
+
+    A message whose length contradicts its header is taken to be of the format that the board has spoken before; from a
+    board that has not spoken yet it is rejected. (None can fit both formats: the legacy count is the upper half of the
+    other's number of bytes, which makes the latter too large.)
+    """
+    cdef bint legacy, newer, marked
+    if length < 8 or at[0] != c'D':
+        return NO_FORMAT
+    marked = length >= 24 and at[2] == 1 and at[3] == 0
+    if board.fixed == LEGACY:
+        return LEGACY
+    if board.fixed == FORMAT_1_0:
+        return FORMAT_1_0 if marked else NO_FORMAT
+    legacy = length == 8 + 16 * <Py_ssize_t>load16(at + 6)
+    newer = marked and length == 24 + <Py_ssize_t>load32(at + 4) and (length - 24) % 24 == 0
+    if legacy or newer:
+        board.seen = LEGACY if legacy else FORMAT_1_0
+        return board.seen
+    return NO_FORMAT if board.seen == FORMAT_1_0 and not marked else board.seen
+
+
+cdef inline bint open_message(Pacman* board) noexcept nogil:
+    """Take the next message's header; False: the message is rejected whole."""
+    cdef Messages* input = &board.messages
+    cdef const uint8_t* at = input.data + input.spans[input.i].start
+    cdef Py_ssize_t length = input.spans[input.i].length, present, counted, header, size
+    cdef bint wrong
+    input.i += 1
+    board.open = message_format(board, at, length)
+    if board.open == NO_FORMAT:
+        reject_message(&board.sink, length)
+        return False
+    if board.open == LEGACY:
+        header = 8
+        size = 16
+        board.sink.seconds = load32(at + 1)
+        counted = load16(at + 6)
+        wrong = header + counted * size != length
+    else:
+        header = 24
+        size = 24
+        board.sink.seconds = load64(at + 8) // 1000000000
+        counted = load32(at + 4) // 24
+        wrong = header + <Py_ssize_t>load32(at + 4) != length or (length - header) % size != 0
+    present = (length - header) // size
+    input.words = min(counted, present)
+    input.word = at + header
+    board.sink.counts[WRONG_COUNTS] += wrong
+    accept_message(&board.sink, header, length - header - input.words * size)
+    return True
+
+
+cdef inline Py_ssize_t legacy_words(Pacman* board, Row* rows, Py_ssize_t words) noexcept nogil:
+    """Decode the next `words` words; return how many rows they made.
+
+    Firmware with a 64-bit clock sends in D words its bits 63..16, in the six bytes from byte 2: they are stored as ticks of
+    that clock, the lower 16 bits zero. Its S and T words have the whole clock in their last eight bytes.
+    """
+    cdef Sink* sink = &board.sink
+    cdef const uint8_t* at = board.messages.word
+    cdef const uint8_t* end = at + 16 * words
+    cdef uint8_t group = sink.io_group
+    cdef int asic = sink.asic, code
+    cdef bint clock64 = board.clock64
+    cdef Row* row = rows
+    cdef Tally tally
+    cdef Py_ssize_t other = 0, bad = 0
+    while at != end:
+        if at[0] == c'D':
+            code = word_row(
+                row, load64(at + 8), asic, group, at[1],
+                load64(at) & ~<uint64_t>0xffff if clock64 else load32(at + 2), 1,
+            )
+            if code >= 0:
+                bad += code
+                row += 1
+            else:
+                keep_word(sink, -code, at, 16)
+        elif at[0] == c'S' or at[0] == c'T':
+            if at[0] == c'S':
+                board_row(row, SYNC, group, at[1], at[2] & 1, 0, load64(at + 8) if clock64 else load32(at + 4))
+            else:
+                board_row(row, TRIGGER, group, at[1], 0, 0, load64(at + 8) if clock64 else load32(at + 4))
+            other += 1
+            row += 1
+        else:
+            keep_word(sink, UNKNOWN_TYPE, at, 16)
+        at += 16
+    tally.rows = row - rows
+    tally.packets = tally.rows - other
+    tally.bad_parity = bad
+    count_words(sink, words, 16, &tally)
+    return tally.rows
+
+
+cdef inline Py_ssize_t words_1_0(Pacman* board, Row* rows, Py_ssize_t words) noexcept nogil:
+    """The same for format 1.0, where each word has its timestamp in 64 bits at byte 8."""
+    cdef Sink* sink = &board.sink
+    cdef const uint8_t* at = board.messages.word
+    cdef const uint8_t* end = at + 24 * words
+    cdef uint8_t group = sink.io_group
+    cdef int asic = sink.asic, code
+    cdef Row* row = rows
+    cdef Tally tally
+    cdef Py_ssize_t other = 0, bad = 0
+    while at != end:
+        if at[0] == c'D' or at[0] == c'C':
+            code = -WIDE_CHANNEL
+            if at[3] == 0:
+                code = word_row(row, load64(at + 16), asic, group, at[2], load64(at + 8), 1)
+            if code >= 0:
+                bad += code
+                row += 1
+            else:
+                keep_word(sink, -code, at, 24)
+        elif at[0] == c'S' or at[0] == c'T':
+            if at[0] == c'S':
+                board_row(row, SYNC, group, at[2], at[3], load32(at + 16), load64(at + 8))
+            else:
+                board_row(row, TRIGGER, group, at[2], at[3], 0, load64(at + 8))
+            other += 1
+            row += 1
+        else:
+            keep_word(sink, UNKNOWN_TYPE, at, 24)
+        at += 24
+    tally.rows = row - rows
+    tally.packets = tally.rows - other
+    tally.bad_parity = bad
+    count_words(sink, words, 24, &tally)
+    return tally.rows
+
+
+cdef inline Py_ssize_t pacman_rows(Pacman* board, Row* rows, Py_ssize_t n) noexcept nogil:
+    cdef Messages* input = &board.messages
+    cdef Py_ssize_t made = 0, words
+    while made < n:
+        if input.words == 0:
+            if input.i == input.n:
+                break
+            if open_message(board):
+                time_row(rows + made, board.sink.io_group, board.sink.seconds)
+                count_time(&board.sink)
+                made += 1
+            continue
+        words = min(input.words, n - made)
+        if board.open == LEGACY:
+            made += legacy_words(board, rows + made, words)
+            input.word += 16 * words
+        else:
+            made += words_1_0(board, rows + made, words)
+            input.word += 24 * words
+        input.words -= words
+    return made

@@ -1,0 +1,87 @@
+"""Everything that larpixdaq raises on purpose.
+
+LarpixDaqError
+├── ConfigError        wrong options or addresses
+├── FormatError        bytes that are not what they should be (also a ValueError)
+├── FileError          a file or directory that cannot be used (also an OSError)
+├── ProtocolError      a peer that says what it must not
+├── RingError          the arena cannot be made or used
+├── NoCore             no core answers
+├── RequestError       the core or a component refused or failed
+│   ├── StateError         not allowed in this run state
+│   ├── ControlHeld        another Operator has control
+│   ├── UnknownAction      no such action or routine; says which there are
+│   └── ComponentError     a component failed or was lost
+└── RequestTimeout     no result within the limit (also a TimeoutError)
+"""
+
+from __future__ import annotations
+
+
+class LarpixDaqError(Exception):
+    """Base of all. Its text is one line that names what, where, asked and found."""
+
+
+class ConfigError(LarpixDaqError):
+    pass
+
+
+class FormatError(LarpixDaqError, ValueError):
+    pass
+
+
+class FileError(LarpixDaqError, OSError):
+    pass
+
+
+class ProtocolError(LarpixDaqError):
+    pass
+
+
+class RingError(LarpixDaqError):
+    pass
+
+
+class NoCore(LarpixDaqError):
+    pass
+
+
+class RequestError(LarpixDaqError):
+    """`code` is what stood in the answer's error field; `by_code` finds the class for it."""
+
+    code = "failed"
+
+
+class StateError(RequestError):
+    code = "state"
+
+
+class ControlHeld(RequestError):
+    """Another Operator has control: `by` names it, `since` is when it got it (unix seconds)."""
+
+    code = "control_held"
+
+    def __init__(self, text: str, by: str = "", since: float = 0.0) -> None:
+        super().__init__(text)
+        self.by = by
+        self.since = since
+
+
+class UnknownAction(RequestError):
+    code = "unknown"
+
+
+class ComponentError(RequestError):
+    code = "component"
+
+
+class RequestTimeout(LarpixDaqError, TimeoutError):
+    pass
+
+
+_BY_CODE = {cls.code: cls for cls in (RequestError, StateError, ControlHeld, UnknownAction, ComponentError)}
+
+
+def by_code(code: str, text: str) -> RequestError:
+    """The error that an answer with this code stands for."""
+    return _BY_CODE.get(code, RequestError)(text)

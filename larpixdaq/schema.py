@@ -1,0 +1,195 @@
+"""What a row, a layout and a ledger are: dtypes and names, no behaviour beyond looking things up.
+
+A *row* is the packed LArPix+HDF5 record of one packet (or timestamp, message, sync, trigger). The compiled core fills
+rows in place; ``ext/wire.pxd`` holds the same structs, and the memoryview types check one against the other at every
+call.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_COMMON: Final = [
+    ("io_group", "u1"),
+    ("io_channel", "u1"),
+    ("chip_id", "u1"),
+    ("packet_type", "u1"),
+    ("downstream_marker", "u1"),
+    ("parity", "u1"),
+    ("valid_parity", "u1"),
+    ("channel_id", "u1"),
+    ("timestamp", "<u8"),
+    ("dataword", "u1"),
+    ("trigger_type", "u1"),
+    ("local_fifo", "u1"),
+    ("shared_fifo", "u1"),
+    ("register_address", "u1"),
+    ("register_data", "u1"),
+    ("direction", "u1"),
+    ("local_fifo_events", "u1"),
+    ("shared_fifo_events", "<u2"),
+    ("counter", "<u4"),
+    ("fifo_diagnostics_enabled", "u1"),
+    ("first_packet", "u1"),
+    ("receipt_timestamp", "<u4"),
+]
+
+
+def _with(columns: dict[str, str], *more: tuple[str, str]) -> np.dtype[Any]:
+    return np.dtype([(name, columns.get(name, kind)) for name, kind in _COMMON] + list(more))
+
+
+#: v2, v2a, v2b, v2d and LightPix chips: 36 bytes. `timestamp` in ticks of the chip's clock, `receipt_timestamp` in
+#: ticks of the board's 10 MHz master clock; rows of type 4 have unix seconds in `timestamp`.
+PACKETS_2_4: Final = _with({})
+#: The same with the board's 64-bit clock (40 bytes).
+PACKETS_2_4_CLOCK64: Final = _with({"receipt_timestamp": "<u8"})
+#: v3 chips: 43 bytes.
+PACKETS_3_0: Final = _with(
+    {"dataword": "<u2", "receipt_timestamp": "<u8"}, ("reset_sample_flag", "u1"), ("cds_flag", "u1")
+)
+#: v1 chips: 56 bytes; `chip_key` is "io_group-io_channel-chip_id", `adc_counts` has all 10 bits.
+PACKETS_1_0: Final = np.dtype(
+    [
+        ("chip_key", "S32"),
+        ("type", "u1"),
+        ("chipid", "u1"),
+        ("parity", "u1"),
+        ("valid_parity", "u1"),
+        ("channel", "u1"),
+        ("timestamp", "<u8"),
+        ("adc_counts", "<u2"),
+        ("fifo_half", "u1"),
+        ("fifo_full", "u1"),
+        ("register", "u1"),
+        ("value", "u1"),
+        ("counter", "<u4"),
+        ("direction", "u1"),
+    ]
+)
+
+
+class Layout(NamedTuple):
+    """How the rows of a run look. `code` stands in block headers, `version` in the file's header."""
+
+    code: int
+    name: str
+    version: str
+    dtype: np.dtype[Any]
+
+
+LAYOUTS: Final = (
+    Layout(1, "1.0", "1.0", PACKETS_1_0),
+    Layout(2, "2.4", "2.4", PACKETS_2_4),
+    Layout(3, "2.4-clock64", "2.4", PACKETS_2_4_CLOCK64),
+    Layout(4, "3.0", "3.0", PACKETS_3_0),
+)
+_BY_CODE: Final = {layout.code: layout for layout in LAYOUTS}
+
+
+def layout(code: int) -> Layout:
+    """The layout with this code; ValueError names the code when there is none."""
+    try:
+        return _BY_CODE[code]
+    except KeyError:
+        raise ValueError(f"unknown layout code {code}; known are {sorted(_BY_CODE)}") from None
+
+
+class Asic(IntEnum):
+    """Chip generations that differ on the wire or in the layout. The codes are those of ``ext/wire.pxd``."""
+
+    V1 = 1
+    V2 = 2
+    V2_DIAGNOSTICS = 3
+    V3 = 4
+
+
+#: `--asic` on the command line -> the generation that decodes it. v2b and LightPix differ from v2 in registers only.
+ASICS: Final = {"1": Asic.V1, "2": Asic.V2, "2b": Asic.V2, "lightpix-1": Asic.V2, "3": Asic.V3}
+
+
+def layout_of(asic: Asic, *, clock64: bool = False) -> Layout:
+    """The layout that rows of this chip generation have (`clock64`: boards with a 64-bit clock)."""
+    if asic == Asic.V1:
+        return LAYOUTS[0]
+    if asic == Asic.V3:
+        return LAYOUTS[3]
+    return LAYOUTS[2] if clock64 else LAYOUTS[1]
+
+
+class PacketType(IntEnum):
+    DATA = 0
+    TEST = 1
+    CONFIG_WRITE = 2
+    CONFIG_READ = 3
+    TIMESTAMP = 4
+    MESSAGE = 5
+    SYNC = 6
+    TRIGGER = 7
+
+
+#: Counters of one io_group in one run (or of run 0: what came outside a run), in the order of ``enum Count`` in
+#: ext/wire.pxd. The compiled decoders add to them in place; `info_rows` to `stored` belong to producer and storage.
+COUNTS: Final = (
+    "messages",  # board messages that were taken apart (frames, on a serial line)
+    "bytes_in",
+    "header_bytes",
+    "trailing_bytes",  # behind the last whole word, or behind the words that the header counts
+    "rejected_bytes",  # messages thrown away whole: no header, unknown type or format
+    "resync_bytes",  # serial: bytes that belong to no frame
+    "pending_before",  # serial: bytes of an unfinished frame when the run began
+    "pending_after",  # serial: bytes of an unfinished frame now
+    "words_in",
+    "word_bytes",  # words_in x size of a word (serial: 10 x frames)
+    "word_rows",  # rows of types 0 to 3 with direction 1, 6 and 7
+    "unknown_words",  # unknown type; kept raw
+    "rejected_words",  # known type, impossible content; kept raw
+    "packets",  # rows of types 0 to 3 with direction 1
+    "bad_parity",  # packets among them whose parity is wrong; stored all the same
+    "time_rows",  # rows of type 4
+    "rejected_messages",
+    "wrong_counts",  # messages whose header counts other words than they hold
+    "info_rows",
+    "sent_rows",  # rows of types 0 to 3 with direction 0
+    "dropped",  # rows that found no room
+    "stored",
+)
+#: Rows that these counters add up to: equation (c) of the ledger.
+ROW_COUNTS: Final = ("word_rows", "time_rows", "info_rows", "sent_rows")
+COUNTS_DTYPE: Final = np.dtype([(name, "<u8") for name in COUNTS])
+#: One more than the highest io_group: counters of a producer are an array of shape (IO_GROUPS, len(COUNTS)), dtype u8.
+IO_GROUPS: Final = 256
+
+#: Where a message lies in the buffer that holds it.
+SPAN: Final = np.dtype([("start", "<u4"), ("length", "<u4")])
+
+#: A word that could not become a row, as a decoder hands it over: `raw[:size]` are its bytes.
+UNKNOWN_WORD: Final = np.dtype(
+    [("seconds", "<u8"), ("io_group", "u1"), ("reason", "u1"), ("size", "u1"), ("raw", "u1", (24,))]
+)
+#: `reason` in UNKNOWN_WORD.
+REASONS: Final = {
+    1: "unknown word type",
+    2: "io_channel above 255",
+    3: "invalid packet type",
+    4: "receipt timestamp above 32 bits",  # in layout 2.4; 2.4-clock64 has room for it
+}
+#: Unknown words that a decoder keeps, per run.
+UNKNOWN_KEPT: Final = 1000
+
+#: A block holds at most this many rows.
+BLOCK_ROWS: Final = 16_384
+#: Rows of a chunk of the file. A chunk of every layout fits into the 1 MiB that HDF5 before 2.0 caches per dataset: to
+#: read row by row, as larpix-control's from_file does, takes 47 us a row; with 65,536 it took 12 ms (HDF5 1.14.6).
+CHUNK_ROWS: Final = 16_384
+
+
+def io_groups_of(rows: NDArray[Any]) -> NDArray[np.intp]:
+    """The io_group of each row, shape (N,); layout 1.0 has it in its chip_key."""
+    if "io_group" in (rows.dtype.names or ()):
+        return np.asarray(rows["io_group"], np.intp)
+    return np.array([int(key.split(b"-")[0] or 0) for key in rows["chip_key"]], np.intp)

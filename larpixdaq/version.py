@@ -1,0 +1,3 @@
+"""The one place that knows the version. Read by the build, so it imports nothing."""
+
+VERSION = "0.3.0"

@@ -1,0 +1,51 @@
+"""Builds the compiled core: every ext/NAME.pyx becomes larpixdaq._native.NAME.
+
+LARPIXDAQ_BUILD=checked compiles with bounds checks and debug assertions, =sanitized with AddressSanitizer and UBSan
+(run that one with libasan preloaded); without it the build is the fast one.
+"""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+MODE = os.environ.get("LARPIXDAQ_BUILD", "fast")
+CHECKED = MODE != "fast"
+FLAGS = {
+    "fast": ["-O3", "-g0"],
+    "checked": ["-O1", "-g", "-UNDEBUG"],
+    "sanitized": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}
+if MODE not in FLAGS:
+    raise SystemExit(f"LARPIXDAQ_BUILD: expected one of {', '.join(FLAGS)}, found {MODE!r}")
+
+extensions = [
+    Extension(
+        f"larpixdaq._native.{source.stem}",
+        [str(source)],
+        extra_compile_args=FLAGS[MODE],
+        extra_link_args=FLAGS[MODE] if MODE == "sanitized" else [],
+    )
+    for source in sorted(Path("ext").glob("*.pyx"))
+]
+
+setup(
+    ext_modules=cythonize(
+        extensions,
+        include_path=["ext"],
+        build_dir=f"build/cython-{MODE}",
+        force=CHECKED,
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": CHECKED,
+            "wraparound": CHECKED,
+            "initializedcheck": CHECKED,
+            "cdivision": not CHECKED,
+            "embedsignature": False,
+            # Nothing here is pickled or doctested; without these the modules are what their stubs say.
+            "auto_pickle": False,
+            "autotestdict": False,
+        },
+    )
+)

@@ -1,0 +1,65 @@
+"""The names in larpixdaq.schema and the C declarations in ext/ tell one thing twice; here they are held together."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from larpixdaq import schema
+from larpixdaq._native import frames
+
+EXT = Path(__file__).resolve().parents[1] / "ext"
+
+
+def enumerators(file: str, beside: str) -> dict[str, int]:
+    """Names and values of the enum in this file that has `beside` in its first line."""
+    text = (EXT / file).read_text()
+    block = re.search(rf"^cdef enum[^\n]*{re.escape(beside)}[^\n]*\n((?:    [^\n]*\n)+)", text, re.MULTILINE)
+    assert block is not None
+    values: dict[str, int] = {}
+    for name, value in re.findall(r"^    (\w+)(?: = (\d+))?", block[1], re.MULTILINE):
+        values[name] = int(value) if value else len(values)
+    return values
+
+
+def test_counts_have_the_order_of_the_compiled_enum() -> None:
+    wanted = {name.upper(): i for i, name in enumerate(schema.COUNTS)} | {"N_COUNTS": len(schema.COUNTS)}
+    assert enumerators("wire.pxd", "schema.COUNTS") == wanted
+
+
+def test_compiled_decoders_take_exactly_these_counts() -> None:
+    decoder = frames.PacmanDecoder(1, schema.Asic.V2)
+    decoder.start(np.zeros(len(schema.COUNTS), np.uint64))
+    with pytest.raises(ValueError, match=f"expected {len(schema.COUNTS)} .* found {len(schema.COUNTS) + 1}"):
+        decoder.start(np.zeros(len(schema.COUNTS) + 1, np.uint64))
+
+
+def test_asic_codes() -> None:
+    assert enumerators("wire.pxd", "schema.Asic") == {asic.name: asic.value for asic in schema.Asic}
+
+
+def test_reason_codes() -> None:
+    assert sorted(enumerators("rows.pxd", "schema.REASONS").values()) == sorted(schema.REASONS)
+
+
+def test_row_types() -> None:
+    types = enumerators("rows.pxd", "schema.PacketType")
+    assert types == {name: schema.PacketType[name] for name in types}
+
+
+def test_dtypes_of_the_decoders() -> None:
+    decoder = frames.PacmanDecoder(1, schema.Asic.V2)
+    assert decoder.take_unknown().dtype == schema.UNKNOWN_WORD
+    assert frames.split_log(b"")[0].dtype == schema.SPAN
+    assert enumerators("sink.pxd", "")["KEPT"] == schema.UNKNOWN_KEPT
+
+
+def test_layouts_are_packed_and_found_by_code() -> None:
+    sizes = {"1.0": 56, "2.4": 36, "2.4-clock64": 40, "3.0": 43}
+    assert {layout.name: layout.dtype.itemsize for layout in schema.LAYOUTS} == sizes
+    for layout in schema.LAYOUTS:
+        assert schema.layout(layout.code) is layout
+        assert layout.dtype.itemsize == sum(layout.dtype[name].itemsize for name in layout.dtype.names)
+    with pytest.raises(ValueError, match="unknown layout code 9; known are"):
+        schema.layout(9)
