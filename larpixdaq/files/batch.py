@@ -1,0 +1,61 @@
+"""Rows that are not in the file yet, and how they get there: in batches, as shuffled and deflated chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq import deflate, schema
+from larpixdaq._native import chunks
+
+#: Rows that are written at once, in chunks of schema.CHUNK_ROWS: two flushes a batch, not two a chunk.
+BATCH_ROWS: Final = 4 * schema.CHUNK_ROWS
+
+
+class Batch:
+    """The batch that fills up, and the one before: a block that straddles the end of that one is still whole here.
+
+    `rows`: all rows of the file, in it or not; `base`: the first row of the batch, counted from the file's first.
+    """
+
+    def __init__(self, packets: Any, itemsize: int) -> None:
+        self.rows = 0
+        self.base = 0
+        self._packets = packets
+        self._size = itemsize
+        self._now = np.zeros((BATCH_ROWS, itemsize), np.uint8)
+        self._before = np.zeros((BATCH_ROWS, itemsize), np.uint8)
+        self._shuffled = np.empty(schema.CHUNK_ROWS * itemsize, np.uint8)
+
+    def put(self, data: NDArray[np.uint8], full: Callable[[], None]) -> None:
+        """Copy rows, given as bytes, shape (N,), N / itemsize < BATCH_ROWS; call `full` when they fill the batch up."""
+        rows = data.reshape(-1, self._size)
+        used = self.rows - self.base
+        room = BATCH_ROWS - used
+        self._now[used : used + len(rows)] = rows[:room]
+        self.rows += len(rows)
+        if len(rows) >= room:
+            full()
+            self._before, self._now = self._now, self._before
+            self.base += BATCH_ROWS
+            self._now[: len(rows) - room] = rows[room:]
+
+    def pieces(self, start: int, stop: int) -> list[NDArray[np.uint8]]:
+        """The bytes of rows `start` to `stop` of the file, in one or two pieces; they must lie in these two batches."""
+        start, stop = start - self.base, stop - self.base
+        before = [self._before[start:].reshape(-1)] if start < 0 else []
+        return [*before, self._now[max(start, 0) : stop].reshape(-1)]
+
+    def write(self) -> int:
+        """Write the rows of the batch, the last one of a file perhaps partly filled; return the row behind them."""
+        filled = min(self.rows - self.base, BATCH_ROWS)
+        self._packets.resize((self.base + filled,))
+        for first in range(0, filled, schema.CHUNK_ROWS):
+            chunk = self._now[first : first + schema.CHUNK_ROWS]
+            chunk[filled - first :] = 0
+            chunks.shuffle(chunk.reshape(-1), self._size, self._shuffled)
+            self._packets.id.write_direct_chunk((self.base + first,), deflate.compress(self._shuffled))
+        return self.base + filled

@@ -1,0 +1,131 @@
+"""The ledger of a file, held against what its rows and blocks say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq._native import chunks
+from larpixdaq.blocks import Source
+from larpixdaq.files import ledger
+from larpixdaq.files.reader import DataFile, plain
+
+#: Counters that a tally of the rows gives again.
+_SAME = chunks.TALLY[:6]
+
+
+class _Source:
+    def __init__(self) -> None:
+        self.expected: int | None = None  # sequence that comes next; None before the first block
+        self.late = False  # begins in an earlier part of the run
+        self.lost = False
+        self.tally = ledger.new_tally()
+
+
+class Books:
+    """What the blocks of each source add up to."""
+
+    def __init__(self, file: DataFile, info: dict[str, Any]) -> None:
+        self._file = file
+        self._run = int(info["run"])
+        self._part = int(info["part"])
+        self._layout = file.layout.code if file.layout else 0
+        self.producers = file.producers()
+        self._sources: dict[Source, _Source] = {}
+        self._missing: dict[tuple[Source, int, int], int] = {}
+        for row in file.table("run/missing"):
+            self._missing[self._whose(row), int(row["first"]), int(row["next"])] = int(row["rows"])
+
+    def _whose(self, row: Any) -> Source:
+        return self._file.source(row, self.producers, self._run)
+
+    @property
+    def packets(self) -> int:
+        column = chunks.TALLY.index("packets")
+        return sum(int(source.tally[:, column].sum()) for source in self._sources.values())
+
+    def block(self, row: Any, rows: NDArray[np.uint8] | None, finding: Callable[[str], None]) -> None:
+        """One row of /run/blocks and its rows as bytes; None when these cannot be read, or have unknown columns."""
+        whose = self._whose(row)
+        source = self._sources.setdefault(whose, _Source())
+        self._reach(whose, source, int(row["sequence"]), finding)
+        source.expected = int(row["sequence"]) + 1
+        if rows is not None:
+            chunks.tally(rows, self._layout, source.tally)
+
+    def _reach(self, whose: Source, source: _Source, sequence: int, finding: Callable[[str], None]) -> None:
+        first = source.expected
+        if first is None:
+            first = 0
+            if self._part and (whose, 0, sequence) not in self._missing:
+                source.late = sequence > 0
+                return
+        if sequence != first:
+            source.lost = True
+            if (whose, first, sequence) not in self._missing:
+                finding(f"{_name(whose)}: sequence {sequence} follows where {first} should")
+
+    def close(self, finding: Callable[[str], None]) -> None:
+        for (whose, first, stop), rows in self._missing.items():
+            finding(f"{_name(whose)}: blocks {first} to {stop - 1} never came ({rows} rows by the header of the next)")
+        ended = set()
+        for row in self._file.table("run/ends"):
+            whose = self._whose(row)
+            if whose in ended:
+                finding(f"{_name(whose)}: ends twice")
+            ended.add(whose)
+            source = self._sources.setdefault(whose, _Source())
+            self._reach(whose, source, int(row["next"]), finding)
+        for whose in self._sources.keys() - ended:
+            finding(f"{_name(whose)}: its end never came, its totals are unknown")
+        self._ledger(finding)
+
+    def _ledger(self, finding: Callable[[str], None]) -> None:
+        seen = set()
+        for row in self._file.table("ledger/counts"):
+            whose, group = self._whose(row), int(row["io_group"])
+            where = f"{_name(whose)}, io_group {group}"
+            if (whose, group) in seen:
+                finding(f"{where}: stands twice in the ledger")
+            seen.add((whose, group))
+            self._line(where, self._sources.get(whose, _Source()), group, plain(row), finding)
+        for whose, source in self._sources.items():
+            for index in np.flatnonzero(ledger.stored(source.tally)):
+                if (whose, int(index)) not in seen:
+                    finding(f"{_name(whose)}, io_group {index}: has rows, but no line in the ledger")
+        for row in self._file.table("ledger/outside"):
+            for line in ledger.unbalanced(plain(row)):
+                finding(f"{_name(self._whose(row))}, io_group {row['io_group']}, outside of runs: {line}")
+
+    def _line(
+        self, where: str, source: _Source, group: int, counts: dict[str, Any], finding: Callable[[str], None]
+    ) -> None:
+        tally = dict(zip(chunks.TALLY, source.tally[group].tolist(), strict=True))
+        stored = int(ledger.stored(source.tally)[group])
+        if counts["stored"] != stored:
+            finding(f"{where}: the ledger says {counts['stored']} rows are stored, the file has {stored}")
+        if tally["other_rows"]:
+            finding(f"{where}: {tally['other_rows']} rows of an unknown packet type")
+        if counts["how"] == ledger.OPEN:
+            return
+        for line in ledger.unbalanced(counts):
+            finding(f"{where}: {line}")
+        if source.late:
+            return  # the rows of earlier parts are in other files
+        if unpaid := ledger.owing(counts, stored, counts["owed"]):
+            finding(f"{where}: {unpaid}")
+        if counts["owed"]:
+            finding(f"{where}: {counts['owed']} rows are still owed")
+        if counts["dropped"]:
+            finding(f"{where}: {counts['dropped']} rows found no room and were dropped")
+        whole = not (counts["owed"] or counts["dropped"] or source.lost)
+        for name in _SAME:
+            if tally[name] > counts[name] or (whole and tally[name] != counts[name]):
+                finding(f"{where}: the ledger says {counts[name]} {name}, the file has {tally[name]}")
+
+
+def _name(source: Source) -> str:
+    return f"producer {source.producer!r}, epoch {source.epoch:x}"

@@ -1,0 +1,99 @@
+"""The end of a file: what it says about itself, its seal, and its final name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from larpixdaq.blocks import Source
+from larpixdaq.errors import FileError
+from larpixdaq.files import layout, ledger
+from larpixdaq.files.ledger import Account
+
+
+def verdict(
+    accounts: Sequence[Account],
+    owed: Mapping[Source, int],
+    required: Sequence[str],
+    *,
+    aborted: bool,
+    suspect: bool,
+) -> tuple[str, list[str]]:
+    """The condition of a run as this storage sees it, and in one line each why it is not COMPLETE."""
+    waiting, missing = [], []
+    for account in accounts:
+        some_waiting, some_missing = account.complaints(owed.get(account.source, 0))
+        waiting += some_waiting
+        missing += some_missing
+    known = {account.source for account in accounts}
+    names = {source.producer for source in known}
+    waiting += [f"producer {name!r}: nothing came, its totals are unknown" for name in required if name not in names]
+    waiting += [
+        f"producer {source.producer!r}, epoch {source.epoch:x}: nothing came, it owes {rows} rows"
+        for source, rows in owed.items()
+        if source not in known
+    ]
+    reasons = waiting + missing
+    if aborted or any(account.how == "aborted" for account in accounts):
+        return layout.ABORTED, reasons
+    if waiting:
+        return layout.INTERRUPTED, reasons
+    if missing:
+        return layout.INCOMPLETE, reasons
+    return (layout.SUSPECT if suspect else layout.COMPLETE), reasons
+
+
+def stored(accounts: Sequence[Account]) -> list[tuple[str, int, int, int]]:
+    """(producer, epoch, io_group, rows) of all that this file holds."""
+    return [
+        (account.source.producer, account.source.epoch, int(group), int(rows[group]))
+        for account in accounts
+        for rows in (ledger.stored(account.tally),)
+        for group in np.flatnonzero(rows)
+    ]
+
+
+def seal(file: Any) -> None:
+    """Write /run/checksums and the time of the last change, and close the file."""
+    sums = np.zeros(len(layout.CHECKED), layout.CHECKSUMS)
+    file.flush()
+    for row, name in zip(sums, layout.CHECKED, strict=True):
+        row["name"], row["rows"], row["crc32"] = name.encode(), file[name].shape[0], layout.table_crc32(file[name])
+    file["run/checksums"][:] = sums
+    file["_header"].attrs.modify("modified", np.float64(time.time()))
+    file.flush()
+    file.close()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(part: Path, final: Path) -> None:
+    """Sync the file and give it its final name, never over another file; FileError when the name is taken."""
+    try:
+        _sync(part)
+        try:
+            os.link(part, final)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+            # A file system without hard links: take the name with an empty file, which the rename then replaces.
+            os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+            os.rename(part, final)
+        else:
+            _sync(final.parent)
+            os.unlink(part)
+        _sync(final.parent)
+    except OSError as error:
+        raise FileError(f"cannot rename {part} to {final.name}: {error.strerror}") from None

@@ -1,0 +1,76 @@
+"""What a file holds, in short, without reading its rows."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from larpixdaq import schema
+from larpixdaq.errors import FileError
+from larpixdaq.files import ledger
+from larpixdaq.files.reader import DataFile, plain, text
+
+
+def info(path: Path | str) -> dict[str, Any]:
+    """A summary that json can write; times are UTC in ISO 8601, with `_ns` in unix ns.
+
+    FileError when the file cannot be read.
+    """
+    with DataFile(path) as file:
+        found: dict[str, Any] = {
+            "path": str(file.path),
+            "bytes": file.path.stat().st_size,
+            "version": file.version,
+            "layout": file.layout.name if file.layout else None,
+            "rows": file.rows,
+            "row_bytes": file.dtype.itemsize,
+            "stored_bytes": file.stored_bytes,
+            "created": _time(float(file.attribute("_header", "created"))),
+            "modified": _time(float(file.attribute("_header", "modified"))),
+            "own": file.own,
+        }
+        if file.own:
+            found |= _run(file)
+        return found
+
+
+def _run(file: DataFile) -> dict[str, Any]:
+    row = file.run_info()
+    texts = file.texts()
+    number = int(row["run"])
+    producers = file.producers()
+    counts = []
+    for line in file.table("ledger/counts"):
+        counts.append(plain(line) | {"producer": file.source(line, producers, number).producer})
+    total = {name: sum(int(line[name]) for line in counts) for name in (*schema.COUNTS, "owed")}
+    gaps = file.table("ledger/gaps")
+    return {
+        "run": number,
+        "part": row["part"],
+        "condition": row["condition"],
+        "reasons": texts.pop("reason", []),
+        "required_producers": texts.pop("required producer", []),
+        "started": _time(row["started_ns"] / 1e9),
+        "opened": _time(row["opened_ns"] / 1e9),
+        "closed": _time(row["closed_ns"] / 1e9) if row["closed_ns"] else None,
+        "started_ns": row["started_ns"],
+        "closed_ns": row["closed_ns"],
+        "duplicate_blocks": row["duplicate_blocks"],
+        "missing_blocks": row["missing_blocks"],
+        "blocks": file.length("run/blocks"),
+        "texts": {name: values[-1] for name, values in texts.items()},
+        "producers": producers,
+        "messages": [text(line["message"]) for line in file.table("messages", 0, 100)],
+        "ledger": counts,
+        "totals": total | {"made": ledger.made(total)},
+        "gaps": {"rows": int(gaps["rows"].sum()), "number": len(gaps)},
+        "unknown_words_kept": file.length("ledger/unknown"),
+    }
+
+
+def _time(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
+    except (OverflowError, ValueError, OSError):
+        raise FileError(f"not a time: {seconds} s since 1970") from None

@@ -1,0 +1,133 @@
+"""NAME.h5.journal: blocks (and ends) that were acknowledged before their chunk of the file was full.
+
+A record is `magic, header length, payload length, CRC-32` (16 bytes, little-endian), the frame as it stands in the
+stream (blocks.pack), and the rows as they are stored. The CRC covers the two lengths, header and payload. What follows
+the last whole record was being written when the writer died, and was never acknowledged.
+
+The journal is locked (flock) for as long as its part is open, so that nobody else writes to, or recovers, that part.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from larpixdaq import blocks, deflate
+from larpixdaq.errors import FileError, ProtocolError
+
+MAGIC: Final = b"LDJ1"
+_HEAD: Final = struct.Struct("<4sIII")
+_LENGTHS: Final = struct.Struct("<II")
+#: The kernel takes this many pieces a call (IOV_MAX is 1024 on Linux).
+_PIECES: Final = 1000
+
+
+class Record(NamedTuple):
+    frame: blocks.Block | blocks.End
+    rows: bytes  # of a block, as they are to be stored; empty for an end
+
+
+class Journal:
+    def __init__(self, path: Path) -> None:
+        """Create and lock it. FileError when it exists already or cannot be made."""
+        self.path = path
+        self.size = 0
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise FileError(f"cannot create {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            os.unlink(path)
+            raise FileError(f"cannot lock {path}: {error.strerror}") from None
+
+    def append(self, records: Sequence[tuple[bytes, Sequence[Any]]]) -> None:
+        """Write records, each a header and the pieces of its payload (contiguous buffers of bytes), behind the others.
+
+        FileError when the disk does not take them; the journal then ends where it ended before.
+        """
+        parts: list[Any] = []
+        for header, payload in records:
+            lengths = _LENGTHS.pack(len(header), sum(len(piece) for piece in payload))
+            crc = deflate.crc32(header, deflate.crc32(lengths))
+            for piece in payload:
+                crc = deflate.crc32(piece, crc)
+            parts += [_HEAD.pack(MAGIC, *_LENGTHS.unpack(lengths), crc), header]
+            parts += [piece for piece in payload if len(piece)]
+        end = self.size
+        try:
+            for first in range(0, len(parts), _PIECES):
+                end += self._write(parts[first : first + _PIECES], end)
+        except OSError as error:
+            os.ftruncate(self._fd, self.size)
+            raise FileError(f"cannot write {self.path}: {error.strerror}") from None
+        self.size = end
+
+    def _write(self, parts: list[Any], offset: int) -> int:
+        views = [memoryview(part).cast("B") for part in parts]
+        total = sum(len(view) for view in views)
+        done = 0
+        while done < total:
+            n = os.pwritev(self._fd, views, offset + done)
+            done += n
+            while views and n >= len(views[0]):
+                n -= len(views.pop(0))
+            if views:
+                views[0] = views[0][n:]
+        return total
+
+    def clear(self) -> None:
+        """Forget all records: their blocks stand in the file now."""
+        if self.size:
+            try:
+                os.ftruncate(self._fd, 0)
+            except OSError as error:
+                raise FileError(f"cannot write {self.path}: {error.strerror}") from None
+            self.size = 0
+
+    def close(self, *, remove: bool = False) -> None:
+        """Give the lock back; harmless when repeated."""
+        if self._fd >= 0:
+            if remove:
+                os.unlink(self.path)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The whole records of a journal, one at a time; what is torn at its end is left out.
+
+    FileError when the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while (record := _next(file, size)) is not None:
+                yield record
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _next(file: Any, size: int) -> Record | None:
+    head = file.read(_HEAD.size)
+    if len(head) < _HEAD.size:
+        return None
+    magic, header_length, payload_length, crc = _HEAD.unpack(head)
+    # Lengths from a torn record must not make us ask for gigabytes.
+    if magic != MAGIC or header_length + payload_length > size - file.tell():
+        return None
+    header, payload = file.read(header_length), file.read(payload_length)
+    lengths = _LENGTHS.pack(header_length, payload_length)
+    if deflate.crc32(payload, deflate.crc32(header, deflate.crc32(lengths))) != crc:
+        return None
+    try:
+        frame = blocks.unpack_producer(header, "the journal")
+    except ProtocolError:
+        return None
+    return Record(frame, payload) if isinstance(frame, blocks.Block | blocks.End) else None

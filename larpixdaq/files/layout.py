@@ -1,0 +1,201 @@
+"""What stands where in a file: datasets, their dtypes, and how an empty file is made.
+
+Everything exists before SWMR begins, and nothing is created later, so that the file can be read while it grows; what
+changes are rows of datasets. Texts in datasets have fixed lengths (SWMR forbids others); the attributes `version`,
+`packet_types` and `asic_version` are variable-length strings, because larpix-control reads nothing else.
+
+    /_header          attributes version, created, modified, asic_version, software (as larpix-control has them)
+    /packets          the rows, layout 1.0, 2.4 or 3.0; chunks shuffled and deflated
+    /messages         texts of INFO messages: a row of type 5 has the index of its first row in `counter`
+    /configs          chip configurations
+    /run/info         one row: number, part, condition, times, totals
+    /run/texts        comment, operator, kind, versions, ...: the newest text of a name counts; `piece` 0 begins a text
+    /run/producers    their names; `producer` in the other tables is the index into this one
+    /run/blocks       one row a block: whose it is, where its rows lie, their CRC-32 as stored
+    /run/ends         one row per producer and epoch that has ended
+    /run/missing      sequences that never came
+    /run/checksums    rows and CRC-32 of every dataset but /packets (whose blocks have their own), written at the close
+    /ledger/counts    one row per producer, epoch and io_group; `how` is how its end came, `open` without one
+    /ledger/outside   the same of run 0: what came outside of runs
+    /ledger/gaps      rows that found no room at the producer, before the block `sequence`
+    /ledger/unknown   words that could not become rows, raw
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import h5py
+import numpy as np
+
+from larpixdaq import deflate, schema
+from larpixdaq.errors import FileError
+from larpixdaq.version import VERSION
+
+#: Newer formats cannot be read by HDF5 1.14 and by Debian's h5dump; older ones know no SWMR.
+LIBVER: Final = ("v110", "v110")
+
+RUNNING: Final = "RUNNING"
+COMPLETE: Final = "COMPLETE"
+SUSPECT: Final = "COMPLETE, suspect"
+INCOMPLETE: Final = "INCOMPLETE"
+INTERRUPTED: Final = "INTERRUPTED"
+ABORTED: Final = "ABORTED"
+
+MESSAGE_BYTES: Final = 64
+TEXT_BYTES: Final = 256
+UNKNOWN_BYTES: Final = 24
+
+_SOURCE: Final = [("producer", "<u2"), ("epoch", "<u8")]
+_COUNTS: Final = [("io_group", "u1"), ("how", "S16"), ("owed", "<u8")] + [(name, "<u8") for name in schema.COUNTS]
+
+MESSAGES: Final = np.dtype([("message", f"S{MESSAGE_BYTES}"), ("timestamp", "<u8"), ("index", "<u4")])
+INFO: Final = np.dtype(
+    [
+        ("run", "<u8"),
+        ("part", "<u4"),
+        ("layout", "<u4"),
+        ("condition", "S32"),
+        ("started_ns", "<u8"),
+        ("opened_ns", "<u8"),
+        ("closed_ns", "<u8"),
+        ("rows", "<u8"),
+        ("blocks", "<u8"),
+        ("duplicate_blocks", "<u8"),
+        ("missing_blocks", "<u8"),
+    ]
+)
+TEXTS: Final = np.dtype([("name", "S64"), ("piece", "<u4"), ("text", f"S{TEXT_BYTES}"), ("written_ns", "<u8")])
+PRODUCERS: Final = np.dtype([("name", "S256")])
+BLOCKS: Final = np.dtype(
+    [
+        *_SOURCE,
+        ("sequence", "<u8"),
+        ("first_row", "<u8"),
+        ("rows", "<u4"),
+        ("crc32", "<u4"),
+        ("first_ns", "<u8"),
+        ("last_ns", "<u8"),
+        ("first_packet", "<u8"),
+        ("flags", "<u4"),
+    ]
+)
+ENDS: Final = np.dtype([*_SOURCE, ("next", "<u8"), ("how", "S16"), ("first_ns", "<u8"), ("last_ns", "<u8")])
+MISSING: Final = np.dtype([*_SOURCE, ("first", "<u8"), ("next", "<u8"), ("rows", "<u8")])
+CHECKSUMS: Final = np.dtype([("name", "S32"), ("rows", "<u8"), ("crc32", "<u4")])
+COUNTS: Final = np.dtype(_SOURCE + _COUNTS)
+GAPS: Final = np.dtype(
+    [*_SOURCE, ("sequence", "<u8"), ("io_group", "u1"), ("rows", "<u8"), ("first_ns", "<u8"), ("last_ns", "<u8")]
+)
+UNKNOWN: Final = np.dtype(
+    [
+        *_SOURCE,
+        ("io_group", "u1"),
+        ("seconds", "<u8"),
+        ("reason", "u1"),
+        ("size", "u1"),
+        ("raw", "u1", (UNKNOWN_BYTES,)),
+    ]
+)
+
+#: Dataset -> dtype and rows of a chunk. No filters: they are small, and a filtered chunk that is rewritten while it
+#: fills up leaves its old place in the file unused.
+TABLES: Final = {
+    "messages": (MESSAGES, 64),
+    "run/texts": (TEXTS, 32),
+    "run/producers": (PRODUCERS, 8),
+    "run/blocks": (BLOCKS, 512),
+    "run/ends": (ENDS, 16),
+    "run/missing": (MISSING, 16),
+    "ledger/counts": (COUNTS, 16),
+    "ledger/outside": (COUNTS, 16),
+    "ledger/gaps": (GAPS, 16),
+    "ledger/unknown": (UNKNOWN, 64),
+}
+#: What /run/checksums covers.
+CHECKED: Final = (*TABLES, "configs", "run/info")
+
+_TYPE_NAMES: Final = ("data", "test", "config write", "config read", "timestamp", "message", "sync", "trigger")
+PACKET_TYPES: Final = "\n" + "\n".join(f"{code}: '{name}'," for code, name in enumerate(_TYPE_NAMES)) + "\n"
+
+#: Registers of a chip in /configs; larpix-control has 239 for every version that it can write.
+_REGISTERS: Final = {"2b": 256}
+
+
+def configs_dtype(asic_version: str) -> np.dtype[Any]:
+    registers = _REGISTERS.get(asic_version, 239)
+    return np.dtype(
+        [
+            ("timestamp", "<u8"),
+            ("io_group", "u1"),
+            ("io_channel", "u1"),
+            ("chip_id", "u1"),
+            ("registers", "u1", (registers,)),
+        ]
+    )
+
+
+def create(path: Path, layout: schema.Layout, asic_version: str) -> h5py.File:
+    """A new file with everything in it that a run needs, ready to be filled and read at the same time.
+
+    FileError when it exists already or cannot be made.
+    """
+    try:
+        file = h5py.File(path, "x", libver=LIBVER, locking="best-effort")
+    except OSError as error:
+        raise FileError(f"cannot create {path}: {error}") from None
+    try:
+        _fill(file, layout, asic_version)
+    except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            file.close()
+        path.unlink(missing_ok=True)
+        raise FileError(f"cannot create {path}: {error}") from None
+    return file
+
+
+def _fill(file: h5py.File, layout: schema.Layout, asic_version: str) -> None:
+    now = time.time()
+    header = file.create_group("_header")
+    header.attrs["version"] = layout.version
+    header.attrs["created"] = now
+    header.attrs["modified"] = now
+    header.attrs["asic_version"] = asic_version
+    header.attrs["software"] = f"larpix-daq {VERSION}, {deflate.NAME}"
+    packets = file.create_dataset(
+        "packets",
+        shape=(0,),
+        maxshape=(None,),
+        dtype=layout.dtype,
+        chunks=(schema.CHUNK_ROWS,),
+        shuffle=True,
+        compression="gzip",
+        compression_opts=deflate.LEVEL,
+    )
+    packets.attrs["packet_types"] = PACKET_TYPES
+    for name, (dtype, rows) in TABLES.items():
+        file.create_dataset(name, shape=(0,), maxshape=(None,), dtype=dtype, chunks=(rows,))
+    configs = file.create_dataset(
+        "configs", shape=(0,), maxshape=(None,), dtype=configs_dtype(asic_version), chunks=(64,)
+    )
+    configs.attrs["asic_version"] = asic_version
+    file.create_dataset("run/info", shape=(1,), dtype=INFO)
+    file.create_dataset("run/checksums", shape=(len(CHECKED),), dtype=CHECKSUMS)
+    file.flush()
+    file.swmr_mode = True
+
+
+def type_column(dtype: np.dtype[Any]) -> str:
+    """The column with the packet type: layouts before 2.0 call it `type`."""
+    return "packet_type" if "packet_type" in (dtype.names or ()) else "type"
+
+
+def table_crc32(table: Any) -> int:
+    """The CRC-32 of all bytes of a dataset, read in pieces."""
+    value = 0
+    for first in range(0, table.shape[0], 8192):
+        value = deflate.crc32(np.ascontiguousarray(table[first : first + 8192]).view(np.uint8), value)
+    return value

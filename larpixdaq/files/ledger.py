@@ -1,0 +1,224 @@
+"""The ledger's equations, and what one file knows of one source of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq import blocks, schema
+from larpixdaq._native import chunks
+from larpixdaq.errors import ProtocolError
+from larpixdaq.files import layout
+
+#: `how` of a source whose end never came.
+OPEN: Final = "open"
+#: How an end can have come.
+HOW: Final = ("closed", "aborted", "recovered")
+#: Columns of a tally that add up to all rows.
+_ROWS: Final = [chunks.TALLY.index(name) for name in ("word_rows", "time_rows", "info_rows", "sent_rows", "other_rows")]
+
+
+def new_tally() -> NDArray[np.uint64]:
+    """Counters for chunks.tally(), one line per io_group."""
+    return np.zeros((schema.IO_GROUPS, len(chunks.TALLY)), np.uint64)
+
+
+def stored(tally: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """All rows of each io_group, shape (IO_GROUPS,)."""
+    total: NDArray[np.uint64] = tally[:, _ROWS].sum(axis=1)
+    return total
+
+
+def made(counts: Mapping[str, int]) -> int:
+    """Rows that a producer made: equation (c)."""
+    return sum(counts[name] for name in schema.ROW_COUNTS)
+
+
+def unbalanced(counts: Mapping[str, int]) -> list[str]:
+    """Which of the equations (a) and (b), of the producer alone, do not hold; each one line with both sides."""
+    c = counts
+    found = []
+    held = c["pending_before"] + c["bytes_in"]
+    spent = ("header_bytes", "word_bytes", "trailing_bytes", "rejected_bytes", "resync_bytes", "pending_after")
+    if held != (total := sum(c[name] for name in spent)):
+        found.append(f"ledger (a): {held} bytes came in, {total} are accounted for")
+    words = c["word_rows"] + c["unknown_words"] + c["rejected_words"]
+    if c["words_in"] != words:
+        found.append(f"ledger (b): {c['words_in']} words came in, {words} are accounted for")
+    return found
+
+
+def owing(counts: Mapping[str, int], stored: int, owed: int) -> str | None:
+    """Equation (d), in one line when it does not hold."""
+    there = stored + counts["dropped"] + owed
+    if there == made(counts):
+        return None
+    return (
+        f"ledger (d): {made(counts)} rows were made, {there} are accounted for"
+        f" ({stored} stored, {counts['dropped']} dropped, {owed} owed)"
+    )
+
+
+def _fits(value: int, bits: int = 64) -> bool:
+    return 0 <= value < 1 << bits
+
+
+def check_block(block: blocks.Block, layout_code: int) -> None:
+    """ProtocolError when a header holds numbers that no block has."""
+    numbers = (block.epoch, block.first_packet, block.first_ns, block.last_ns)
+    if not _fits(block.sequence, 63) or not all(map(_fits, numbers)) or not _fits(block.flags, 32):
+        raise ProtocolError(f"{describe(block)}: a number in its header is out of range")
+    if block.layout != layout_code:
+        raise ProtocolError(f"{describe(block)}: expected layout {layout_code}, found {block.layout}")
+    if not 0 <= block.rows <= schema.BLOCK_ROWS:
+        raise ProtocolError(f"{describe(block)}: expected 0 to {schema.BLOCK_ROWS} rows, found {block.rows}")
+    _check_gaps(block)
+
+
+def check_end(end: blocks.End) -> None:
+    """ProtocolError when an end record holds numbers or lists that no end has."""
+    name = describe(end)
+    if end.how not in HOW:
+        raise ProtocolError(f"{name}: expected an end that is {', '.join(HOW)}, found {end.how[:20]!r}")
+    if not _fits(end.next, 63) or not all(map(_fits, (end.epoch, end.first_ns, end.last_ns))):
+        raise ProtocolError(f"{name}: a number in its header is out of range")
+    for counts in (*end.counts, *end.outside):
+        if len(counts) != 1 + len(schema.COUNTS) or not _fits(counts[0], 8) or not all(map(_fits, counts)):
+            raise ProtocolError(f"{name}: expected an io_group and {len(schema.COUNTS)} counters, found {counts[:40]}")
+    for table in (end.counts, end.outside):
+        if len({counts[0] for counts in table}) != len(table):
+            raise ProtocolError(f"{name}: an io_group is counted twice")
+    for word in end.unknown:
+        if (
+            not (_fits(word.io_group, 8) and _fits(word.seconds) and _fits(word.reason, 8))
+            or len(word.raw) > layout.UNKNOWN_BYTES
+        ):
+            raise ProtocolError(f"{name}: an unknown word with impossible values: {word}")
+    _check_gaps(end)
+
+
+def _check_gaps(frame: blocks.Block | blocks.End) -> None:
+    for gap in frame.gaps:
+        if not (_fits(gap.io_group, 8) and all(map(_fits, (gap.rows, gap.first_ns, gap.last_ns)))):
+            raise ProtocolError(f"{describe(frame)}: a gap with impossible values: {gap}")
+
+
+def describe(frame: blocks.Block | blocks.End) -> str:
+    """Whose block or end it is, for messages to people."""
+    what = f"block {frame.sequence}" if isinstance(frame, blocks.Block) else f"end at {frame.next}"
+    return f"{what} of run {frame.run}, producer {frame.producer!r}, epoch {frame.epoch:x}"
+
+
+class Account:
+    """What this file knows of one source: `expected` is the sequence that comes next, over all parts of the run."""
+
+    def __init__(self, source: blocks.Source, index: int, expected: int = 0) -> None:
+        self.source = source
+        self.index = index
+        self.expected = expected
+        self.begun_at = expected
+        self.next_packet: int | None = None if expected else 0
+        self.tally = new_tally()
+        self.end: blocks.End | None = None
+        self.last: blocks.Block | None = None
+        self.missing_blocks = 0
+
+    def skip(self, sequence: int, first_packet: int | None) -> tuple[int, int, int, int, int] | None:
+        """Note that `sequence` comes next; a row for /run/missing when others should have come before."""
+        first = self.expected
+        if sequence == first:
+            return None
+        self.missing_blocks += sequence - first
+        rows = 0
+        if first_packet is not None and self.next_packet is not None:
+            rows = max(0, first_packet - self.next_packet)
+        self.expected = sequence
+        return self.index, self.source.epoch, first, sequence, rows
+
+    def take(self, block: blocks.Block) -> None:
+        self.expected = block.sequence + 1
+        self.next_packet = block.first_packet + block.rows
+        self.last = block
+
+    def counts(self, owed: int = 0) -> NDArray[Any]:
+        """The rows of /ledger/counts: by the end record, or, without one, by what the last block said."""
+        here = stored(self.tally)
+        given: dict[int, dict[str, int]] = {}
+        if self.end is not None:
+            given = {counts[0]: dict(zip(schema.COUNTS, counts[1:], strict=True)) for counts in self.end.counts}
+        elif self.last is not None:
+            for total in self.last.totals:
+                given[total.io_group] = {
+                    "packets": total.packets,
+                    "bad_parity": total.bad_parity,
+                    "dropped": total.dropped,
+                }
+        groups = sorted(given.keys() | {int(group) for group in np.flatnonzero(here)})
+        rows = np.zeros(len(groups), layout.COUNTS)
+        for row, group in zip(rows, groups, strict=True):
+            row["producer"], row["epoch"], row["io_group"] = self.index, self.source.epoch, group
+            row["how"] = self.how.encode()
+            for name, value in given.get(group, {}).items():
+                row[name] = value
+            row["stored"] = here[group]
+            if self.end is not None and group in given:
+                rest = made(given[group]) - given[group]["dropped"] - int(here[group])
+                row["owed"] = max(0, min(rest, owed))
+                owed -= int(row["owed"])
+        return rows
+
+    @property
+    def how(self) -> str:
+        return OPEN if self.end is None else self.end.how
+
+    def outside(self) -> NDArray[Any]:
+        """The rows of /ledger/outside: run 0 of this source since its end before."""
+        found = np.zeros(len(self.end.outside) if self.end else 0, layout.COUNTS)
+        for row, counts in zip(found, self.end.outside if self.end else [], strict=True):
+            row["producer"], row["epoch"], row["io_group"] = self.index, self.source.epoch, counts[0]
+            row["how"] = self.how.encode()
+            for name, value in zip(schema.COUNTS, counts[1:], strict=True):
+                row[name] = value
+        return found
+
+    def gaps(self, frame: blocks.Block | blocks.End) -> NDArray[Any]:
+        """The rows of /ledger/gaps that a block or an end brings."""
+        before = frame.sequence if isinstance(frame, blocks.Block) else frame.next
+        rows = [
+            (self.index, self.source.epoch, before, gap.io_group, gap.rows, gap.first_ns, gap.last_ns)
+            for gap in frame.gaps
+        ]
+        return np.array(rows, layout.GAPS)
+
+    def unknown(self) -> NDArray[Any]:
+        """The rows of /ledger/unknown: at most schema.UNKNOWN_KEPT of each io_group."""
+        kept: dict[int, int] = {}
+        rows = []
+        for word in self.end.unknown if self.end else []:
+            kept[word.io_group] = kept.get(word.io_group, 0) + 1
+            if kept[word.io_group] <= schema.UNKNOWN_KEPT:
+                raw = np.frombuffer(word.raw.ljust(layout.UNKNOWN_BYTES, b"\0"), np.uint8)
+                rows.append(
+                    (self.index, self.source.epoch, word.io_group, word.seconds, word.reason, len(word.raw), raw)
+                )
+        return np.array(rows, layout.UNKNOWN)
+
+    def complaints(self, owed: int) -> tuple[list[str], list[str]]:
+        """Why this source's data are not whole: (totals unknown or rows owed, rows or blocks missing)."""
+        name = f"producer {self.source.producer!r}, epoch {self.source.epoch:x}"
+        if self.end is None:
+            return [f"{name}: its end never came, its totals are unknown"], []
+        waiting = [f"{name}: still owes {owed} rows"] if owed else []
+        missing = [f"{name}: {self.missing_blocks} blocks are missing"] if self.missing_blocks else []
+        for row in self.counts(owed):
+            counts = {field: int(row[field]) for field in schema.COUNTS}
+            where = f"{name}, io_group {row['io_group']}"
+            if counts["dropped"]:
+                missing.append(f"{where}: {counts['dropped']} rows found no room and were dropped")
+            # Rows of earlier parts are not in this file; there the unbroken sequence says that they are stored.
+            if not self.begun_at and (line := owing(counts, counts["stored"], int(row["owed"]))):
+                missing.append(f"{where}: {line}")
+        return waiting, missing

@@ -1,0 +1,201 @@
+"""Reading a LArPix+HDF5 file: ours, finished or still growing, or larpix-control's.
+
+Whatever is wrong with a file comes out as a FileError of one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq import schema
+from larpixdaq.blocks import Source
+from larpixdaq.errors import FileError
+from larpixdaq.files import heap, layout, names
+
+T = TypeVar("T")
+#: What h5py raises when a file is not what it should be.
+_BROKEN = (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError, MemoryError)
+
+
+class DataFile:
+    """One open file. `own` tells whether we wrote it: only then are there runs, blocks and a ledger.
+
+    `version` is the layout's version as the file says it; `layout` is one of schema.LAYOUTS, or None when the columns
+    are those of another writer.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._file = self._open()
+        # Datasets stay open: one that is opened again after a refresh may show a stale index of its chunks (HDF5 2.0).
+        self._held: dict[str, Any] = {}
+        try:
+            self.version = str(self._guard("/_header", lambda: self._file["_header"].attrs["version"]))
+            self._packets = self._guard("/packets", lambda: self._dataset("packets"))
+            self.dtype: np.dtype[Any] = self._guard("/packets", lambda: self._packets.dtype)
+            if self.dtype.names is None or layout.type_column(self.dtype) not in self.dtype.names:
+                raise FileError(f"{self.path}: /packets has no column with packet types")
+            self.own = self._guard("/run", lambda: "run" in self._file)
+        except BaseException:
+            self.close()
+            raise
+        known = [one for one in schema.LAYOUTS if (one.version, one.dtype) == (self.version, self.dtype)]
+        self.layout = known[0] if known else None
+
+    def _open(self) -> h5py.File:
+        if not self.path.is_file():
+            reason = "is not a file" if self.path.exists() else "there is no such file"
+            raise FileError(f"cannot open {self.path}: {reason}")
+        heap.check(self.path)
+        # A part whose writer lives, or died, opens as SWMR only; a finished file plainly, which shows that it is whole.
+        growing = self.path.name.endswith(names.PART)
+        try:
+            if not h5py.is_hdf5(self.path):
+                raise FileError(f"cannot open {self.path}: it is not an HDF5 file")
+            return h5py.File(self.path, "r", swmr=growing, locking="best-effort")
+        except FileError:
+            raise
+        except _BROKEN as error:
+            raise FileError(f"cannot open {self.path}: {_line(error)}") from None
+
+    def __enter__(self) -> DataFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _guard(self, name: str, do: Callable[[], T]) -> T:
+        try:
+            return do()
+        except FileError:
+            raise
+        except KeyError:
+            raise FileError(f"{self.path}: has no {name}") from None
+        except _BROKEN as error:
+            raise FileError(f"{self.path}: {name} cannot be read: {_line(error)}") from None
+
+    # Rows
+
+    @property
+    def rows(self) -> int:
+        return int(self._guard("/packets", lambda: self._packets.shape[0]))
+
+    @property
+    def room(self) -> int:
+        """Rows that /packets has space for in the file: fewer than `rows` only when the file is damaged."""
+
+        def find() -> int:
+            chunks = self._packets.chunks
+            if chunks is None:
+                return int(self._packets.id.get_storage_size()) // self.dtype.itemsize
+            return int(self._packets.id.get_num_chunks() * chunks[0])
+
+        return self._guard("/packets", find)
+
+    def packets(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows `start` to `stop`, shape (N,), with the file's own dtype."""
+        name = f"/packets, rows {start} to {self.rows if stop is None else stop},"
+        rows: NDArray[Any] = self._guard(name, lambda: self._packets[start:stop])
+        return rows
+
+    def pieces(self, rows: int = 4 * schema.CHUNK_ROWS) -> Iterator[NDArray[Any]]:
+        """All rows, so many at a time."""
+        for start in range(0, self.rows, rows):
+            yield self.packets(start, start + rows)
+
+    def refresh(self) -> None:
+        """See what the writer of a growing file has added since it was opened."""
+        for name, dataset in self._held.items():
+            self._guard(f"/{name}", dataset.refresh)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that /packets takes in the file, compressed."""
+        return int(self._guard("/packets", lambda: self._packets.id.get_storage_size()))
+
+    # What we have written beside them
+
+    def length(self, name: str) -> int:
+        """Rows of the table `name` (layout.TABLES, without a leading slash)."""
+        return int(self._guard(f"/{name}", lambda: self._table(name).shape[0]))
+
+    def table(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows of a table, as it is."""
+        rows: NDArray[Any] = self._guard(f"/{name}", lambda: self._table(name)[start:stop])
+        return rows
+
+    def _dataset(self, name: str) -> Any:
+        if name not in self._held:
+            self._held[name] = self._file[name]
+        return self._held[name]
+
+    def _table(self, name: str) -> Any:
+        table = self._dataset(name)
+        expected = layout.INFO if name == "run/info" else layout.CHECKSUMS if name == "run/checksums" else None
+        expected = layout.TABLES[name][0] if name in layout.TABLES else expected
+        if expected is not None and table.dtype != expected:
+            raise FileError(f"{self.path}: /{name} has other columns than expected: {table.dtype}")
+        return table
+
+    def attribute(self, group: str, name: str) -> Any:
+        return self._guard(f"attribute {name} of /{group}", lambda: self._file[group].attrs[name])
+
+    def crc32(self, name: str) -> int:
+        """CRC-32 of a table's bytes, as /run/checksums has it."""
+        return self._guard(f"/{name}", lambda: layout.table_crc32(self._dataset(name)))
+
+    def producers(self) -> list[str]:
+        return [text(row["name"]) for row in self.table("run/producers")]
+
+    def source(self, row: Any, producers: list[str], run: int) -> Source:
+        """Whose row of a table this is; FileError when it names a producer that is not there."""
+        index = int(row["producer"])
+        if index >= len(producers):
+            raise FileError(f"{self.path}: names producer {index} of {len(producers)}")
+        return Source(run, producers[index], int(row["epoch"]))
+
+    def run_info(self) -> dict[str, Any]:
+        """The row of /run/info as plain Python."""
+        row = self.table("run/info")
+        if row.shape != (1,):
+            raise FileError(f"{self.path}: /run/info: expected one row, found shape {row.shape}")
+        return plain(row[0])
+
+    def texts(self) -> dict[str, list[str]]:
+        """All of /run/texts: name -> texts, in the order in which they were written."""
+        parts: dict[str, list[bytes]] = {}
+        for row in self.table("run/texts"):
+            entries = parts.setdefault(text(row["name"]), [])
+            if row["piece"] == 0 or not entries:
+                entries.append(b"")
+            entries[-1] += bytes(row["text"])
+        return {name: [entry.decode("utf-8", "replace") for entry in entries] for name, entries in parts.items()}
+
+
+def text(value: bytes) -> str:
+    return bytes(value).decode("utf-8", "replace")
+
+
+def plain(row: Any) -> dict[str, Any]:
+    """A row of a table as a dict of int, str and so on."""
+    found: dict[str, Any] = {}
+    for name in row.dtype.names:
+        value = row[name]
+        found[name] = text(value) if isinstance(value, bytes) else value.tolist()
+    return found
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

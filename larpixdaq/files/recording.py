@@ -1,0 +1,36 @@
+"""Recorded HDF5 files of either kind, told by what is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+
+from larpixdaq.errors import FileError
+from larpixdaq.files import heap
+from larpixdaq.files.packets import PacketFile
+from larpixdaq.files.raw import RawFile
+
+
+def open_recording(path: Path) -> RawFile | PacketFile | None:
+    """None when it is not HDF5; FileError in one line when it is, but damaged or of no known kind."""
+    try:
+        if not h5py.is_hdf5(path):
+            return None
+        heap.check(path)
+        file = h5py.File(path, "r")
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"{path}: HDF5 file that cannot be opened: {error}") from None
+    try:
+        if "msgs" in file:
+            return RawFile(path, file)
+        if "packets" in file:
+            return PacketFile(path, file)
+        raise FileError(f"{path}: HDF5 file with neither /msgs (raw) nor /packets")
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        file.close()
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path}: damaged HDF5 file: {error}") from None

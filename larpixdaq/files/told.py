@@ -1,0 +1,52 @@
+"""The INFO texts of packet files: which of /messages a row of type 5 stands for."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Final
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+#: larpix-control writes counter 0 into all message rows of these versions, and appends their texts in order.
+_WITHOUT_COUNTER: Final = ("2.3", "2.4")
+
+
+class Texts:
+    """Of one file, whose rows are to be passed in order.
+
+    In files of our own all rows of one message have its number, and its text goes on in as many further lines of
+    /messages; in others each row is a message.
+    """
+
+    def __init__(self, file: h5py.File, version: str) -> None:
+        self.missing = 0
+        self._own = "run" in file
+        self._in_order = not self._own and version in _WITHOUT_COUNTER
+        self._passed = 0
+        self._lines: list[bytes] = []
+        # Without /messages, or with others than these, every text is missing, and that is counted.
+        with contextlib.suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):
+            self._lines = [bytes(line) for line in file["messages"]["message"]]
+
+    def of(self, counters: NDArray[Any]) -> list[tuple[int, str]]:
+        """The texts of these rows of type 5, given by their column `counter`: index among these rows, and text.
+
+        A message whose text is not there is counted in `missing`, row by row, and stands as an empty text.
+        """
+        numbers = counters.astype(np.int64)
+        if self._in_order:
+            numbers = np.arange(self._passed, self._passed + len(counters))
+        self._passed += len(counters)
+        first = np.ones(len(numbers), np.bool_)
+        if self._own:
+            first[1:] = numbers[1:] != numbers[:-1]
+        starts = np.flatnonzero(first)
+        lengths = np.diff(starts, append=len(numbers))
+        return [(int(at), self._text(int(numbers[at]), int(rows))) for at, rows in zip(starts, lengths, strict=True)]
+
+    def _text(self, number: int, rows: int) -> str:
+        lines = self._lines[number : number + rows]
+        self.missing += rows - len(lines)
+        return b"".join(lines).decode("utf-8", "replace")
