@@ -1,0 +1,188 @@
+"""Addresses, ports, directories and the arguments that the command lines share."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Final
+
+from larpixdaq.errors import ConfigError, FileError
+from larpixdaq.signals import Signals, run_main
+
+__all__ = ["Signals", "run_main"]
+
+CORE_PORT: Final = 5551
+LOG_PORT: Final = 5678
+LOOPBACK: Final = "tcp://127.0.0.1"
+LOG_ADDRESS: Final = f"{LOOPBACK}:{LOG_PORT}"
+
+_TCP: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+)(?::(?P<port>\d{1,5}|\*))?")
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    """Host and port of `[tcp://]HOST[:PORT]`; ConfigError for anything else."""
+    match = _TCP.fullmatch(text.removeprefix("tcp://"))
+    if match is None:
+        raise ConfigError(f"address {text!r}: expected tcp://HOST or tcp://HOST:PORT")
+    port = match["port"]
+    if port not in (None, "*") and int(port) > 65535:
+        raise ConfigError(f"address {text!r}: port {port} is above 65535")
+    return match["host"], port
+
+
+def address(text: str, default_port: int) -> str:
+    """A ZeroMQ address: without a port it gets the default one, with a port it is taken as it is.
+
+    `tcp://` may be left out; ConfigError for what is no address.
+    """
+    if text.startswith(("ipc://", "inproc://")):
+        return text
+    host, port = _split(text)
+    return f"tcp://{host}:{default_port if port is None else port}"
+
+
+def _ip(host: str, text: str) -> str:
+    """The IP address of a host name, as a socket that listens needs it."""
+    if host == "*":
+        return host
+    bare = host.strip("[]")
+    try:
+        ipaddress.ip_address(bare.partition("%")[0])
+        return host
+    except ValueError:
+        pass
+    try:
+        return str(socket.getaddrinfo(bare, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ConfigError(f"address {text!r}: host {bare!r} is not known: {error.strerror or error}") from None
+
+
+def is_loopback(text: str) -> bool:
+    """Whether only this machine can reach a socket that listens at this address."""
+    if text.startswith(("ipc://", "inproc://")):
+        return True
+    host = _ip(_split(text)[0], text).strip("[]").partition("%")[0]
+    return host != "*" and ipaddress.ip_address(host).is_loopback
+
+
+def listen_address(text: str, default_port: int, *, insecure: bool, what: str) -> str:
+    """The address for a socket that listens; `what` says whose, for people.
+
+    ConfigError when other machines could reach it and that was not asked for: everybody who reaches a socket of ours
+    can steer the detector.
+    """
+    full = address(text, default_port)
+    if full.startswith(("ipc://", "inproc://")):
+        return full
+    if not insecure and not is_loopback(full):
+        raise ConfigError(
+            f"{what}: other machines can reach {full}: protect it with keys, or say --insecure if everybody on that "
+            "network may control the detector"
+        )
+    host, port = _split(full)
+    return f"tcp://{_ip(host, full)}:{port}"
+
+
+def interface_towards(core: str) -> str:
+    """The IP address of this machine's interface that reaches the core (127.0.0.1 for a core on this machine)."""
+    if core.startswith(("ipc://", "inproc://")):
+        return "127.0.0.1"
+    host = _ip(_split(core)[0], core).strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, CORE_PORT))  # sends nothing
+        except OSError as error:
+            raise ConfigError(f"core address {core}: no way there: {error.strerror}") from None
+        found = str(probe.getsockname()[0])
+    return f"[{found}]" if ":" in found else found
+
+
+def reachable(endpoint: str, core: str) -> str:
+    """The address under which others reach a socket bound to `endpoint`, which may name all interfaces."""
+    if endpoint.startswith(("ipc://", "inproc://")):
+        return endpoint
+    host, port = _split(endpoint)
+    if host in ("*", "0.0.0.0", "[::]"):
+        host = interface_towards(core)
+    return f"tcp://{host}:{port}"
+
+
+def state_dir(text: str | None = None) -> Path:
+    """The state directory (default $XDG_STATE_HOME/larpixdaq), made if need be; FileError when that cannot be."""
+    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    path = Path(text) if text else Path(base) / "larpixdaq"
+    path = path.absolute()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"state directory {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise FileError(f"state directory {path}: not writable")
+    return path
+
+
+def add_core_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--core",
+        default=LOOPBACK,
+        metavar="ADDRESS",
+        help="The address of the DAQ Core, not including port number "
+        f"(default %(default)s; a port that is given replaces {CORE_PORT})",
+    )
+
+
+def add_name_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--name", type=_name, default=default, help="the name that others see, unique (default %(default)r)"
+    )
+
+
+def _name(text: str) -> str:
+    """A name that messages, files and the ring can hold."""
+    if not 1 <= len(text.encode("utf-8", "replace")) <= 64 or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"expected a name of 1 to 64 printable characters, found {text[:80]!r}")
+    return text
+
+
+def add_insecure_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="allow addresses that other machines can reach although no keys are in use",
+    )
+
+
+def add_address_argument(parser: argparse.ArgumentParser, default: str | None = LOOPBACK, more: str = "") -> None:
+    shown = f" (default {default})" if default else ""
+    parser.add_argument(
+        "--address", default=default, metavar="ADDRESS", help=f"base address for ZMQ connections{shown}{more}"
+    )
+
+
+def add_log_address_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-address",
+        default=LOG_ADDRESS,
+        metavar="ADDRESS",
+        help="Address to connect to global log (default %(default)s)",
+    )
+
+
+def add_state_dir_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        help="where run catalogue, keys and log are kept (default $XDG_STATE_HOME/larpixdaq)",
+    )
+
+
+def add_component_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """What every component takes: --core, --name, --insecure."""
+    add_core_argument(parser)
+    add_name_argument(parser, name)
+    add_insecure_argument(parser)

@@ -1,0 +1,158 @@
+"""The producer's reading side: sources polled, their rows put where they belong."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import zmq
+from numpy.typing import NDArray
+
+from larpixdaq._native.ring import Ring
+from larpixdaq.recorder import Recorder
+from larpixdaq.sources.base import Source
+
+log = logging.getLogger(__name__)
+
+#: While the ring is full and the sources wait, it is looked at again so often (seconds).
+FULL_AGAIN = 0.002
+
+
+class Readout:
+    """Reads `sources`, which are open, in turn, one batch each, so that none keeps the others, or the consumers,
+    waiting.
+
+    In a run the rows go into the recorder's blocks; outside of runs they are decoded, counted and forgotten. When the
+    ring is full, either nothing is read (`wait`), or what is read is counted as dropped.
+    """
+
+    def __init__(self, sources: list[Source], recorder: Recorder, ring: Ring, *, wait: bool) -> None:
+        self._sources = sources
+        self._recorder = recorder
+        self._ring = ring
+        self._wait = wait
+        self._recording = False
+        self._playing = False
+        self._full = False
+        self._dropped = 0
+        self._unfinished: set[Source] = set()  # their batch has rows that found no room yet
+        self._sockets: dict[Source, tuple[Any, ...]] = {}
+        self.batches = 0
+        #: In the last turn each source gave all that it had by then, and all of it found its place.
+        self.quiet = True
+        for source in sources:
+            source.start(ring.outside)
+
+    def record(self, recording: bool) -> None:
+        """From now on rows are the run's (True) or of no run. Kept unknown words are forgotten."""
+        self._recording = recording
+        self._playing = False
+        self._full = False
+        self._dropped = 0
+        for source in self._sources:
+            source.start(self._ring.counts if recording else self._ring.outside)
+
+    def play(self) -> None:
+        """The run begins: recorded files are read from their beginning."""
+        for source in self._sources:
+            if source.recorded:
+                source.close()
+                source.open()
+                source.start(self._ring.counts)
+        self._playing = True
+
+    def take_unknown(self) -> Iterator[NDArray[Any]]:
+        for source in self._sources:
+            yield from source.take_unknown()
+
+    def due(self) -> Iterator[float]:
+        """Seconds until each source wants to be read although no socket says so."""
+        now = time.monotonic()
+        if self._full:
+            yield FULL_AGAIN
+            return
+        for source in self._sources:
+            due = source.due() if self._active(source) else None
+            if due is not None:
+                yield due - now
+
+    def watch(self, poller: zmq.Poller) -> None:
+        """Keep the poller to the sockets that are to be read now."""
+        for source in self._sources:
+            wanted = source.sockets if self._active(source) and not self._full else ()
+            known = self._sockets.get(source, ())
+            if wanted != known:
+                for socket in known:
+                    poller.unregister(socket)
+                for socket in wanted:
+                    poller.register(socket, zmq.POLLIN)
+                self._sockets[source] = wanted
+
+    def turn(self, poller: zmq.Poller) -> bool:
+        """One batch of each source that has one; True when any had, or has rows left that found no room yet."""
+        busy = False
+        self.quiet = True
+        self._full = False
+        for source in self._sources:
+            if not self._active(source):
+                continue
+            if source not in self._unfinished:
+                if self._wait and self._recording and self._recorder.rows() is None:
+                    self._full = True
+                    continue
+                if not source.read():
+                    self._report(source)
+                    continue
+                self.batches += 1
+                self.quiet &= source.drained
+            busy = True
+            self._take(source)
+            self._report(source)
+        self.watch(poller)
+        self.quiet &= not self._full
+        return busy or self._full
+
+    def _active(self, source: Source) -> bool:
+        return source in self._unfinished or (not source.finished and (self._playing or not source.recorded))
+
+    def _take(self, source: Source) -> None:
+        """The texts and rows of the batch that the source has read, as far as there is room (`wait`) or to its end."""
+        self._unfinished.discard(source)
+        for text in source.texts():
+            if self._recording:
+                self._recorder.info(text)
+        more = True
+        while more:
+            rows = self._recorder.rows() if self._recording else None
+            if rows is not None:
+                n = source.decode(rows)
+                self._recorder.publish(n)
+                more = n == len(rows)
+                self._dropping(0)
+            elif self._recording and self._wait:
+                self._unfinished.add(source)
+                self._full = True
+                return
+            else:
+                scratch = self._recorder.scratch()
+                n = source.decode(scratch)
+                more = n == len(scratch)
+                if self._recording:
+                    self._recorder.drop(scratch[:n])
+                    self._dropping(n)
+
+    def _dropping(self, rows: int) -> None:
+        """An alarm when rows begin to be dropped, and one, with their number, when there is room again."""
+        if rows and not self._dropped:
+            log.warning("the ring is full: rows are decoded and counted, but dropped, until storages have acknowledged")
+        elif not rows and self._dropped:
+            log.warning("there is room in the ring again: %d rows were dropped", self._dropped)
+            self._dropped = 0
+        self._dropped += rows
+
+    @staticmethod
+    def _report(source: Source) -> None:
+        for problem in source.problems():
+            log.warning(problem)

@@ -1,0 +1,201 @@
+"""Rows into blocks: slices of the ring, closed when full or 20 ms old, numbered, with the running totals in their
+header."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq import schema
+from larpixdaq._native.ring import END, INFO, Ring
+from larpixdaq.blocks import Block, End, Gap, Totals, UnknownWord, pack, text_pieces
+from larpixdaq.deflate import crc32
+from larpixdaq.schema import COUNTS, PacketType
+
+#: A block is closed so long after its first row, in seconds.
+BLOCK_AGE = 0.020
+#: Bytes of text in one INFO row.
+TEXT_BYTES = 64
+
+_PACKETS, _BAD, _UNKNOWN, _REJECTED, _DROPPED, _INFO = (
+    COUNTS.index(name) for name in ("packets", "bad_parity", "unknown_words", "rejected_words", "dropped", "info_rows")
+)
+_ROWS = [COUNTS.index(name) for name in schema.ROW_COUNTS]
+
+
+def info_rows(text: str, layout: schema.Layout, seconds: int) -> NDArray[Any]:
+    """The rows of type 5 that stand for an INFO message: one for each piece of its text as /messages has them,
+    `counter` 0."""
+    rows = np.zeros(len(text_pieces(text, TEXT_BYTES)), layout.dtype)
+    rows["type" if layout.name == "1.0" else "packet_type"] = PacketType.MESSAGE
+    rows["timestamp"] = seconds
+    return rows
+
+
+class Recorder:
+    """Between a producer's decoders and its ring. `counts` are the ledger's counters of the run, in the ring.
+
+    io_groups: those that the producer's sources have; io_group 0 (INFO messages) comes by itself.
+    """
+
+    def __init__(
+        self,
+        ring: Ring,
+        producer: str,
+        epoch: int,
+        layout: schema.Layout,
+        io_groups: Sequence[int],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._ring = ring
+        self.producer = producer
+        self.epoch = epoch
+        self.layout = layout
+        self.io_groups = sorted({0, *io_groups})
+        self.run: int | None = None
+        self._clock = clock
+        self._wall = wall
+        self._close_at: float | None = None
+        self._gaps: dict[int, list[int]] = {}  # io_group -> rows, first ns, last ns
+        self._began_ns = 0
+        self._scratch = np.zeros(schema.BLOCK_ROWS, layout.dtype)
+
+    def begin(self, run: int, required: Sequence[str]) -> None:
+        """Everything from here on belongs to `run`, until end()."""
+        self._ring.begin(run, self.layout.code, self.layout.dtype.itemsize, required)
+        self.run = run
+        self._began_ns = self._wall()
+        self._gaps.clear()
+
+    def rows(self) -> NDArray[Any] | None:
+        """Free rows of the open block, to be written and then publish()ed; None when the ring is full."""
+        room = self._ring.rows(self._wall(), schema.BLOCK_ROWS)
+        return None if room is None else np.frombuffer(room, self.layout.dtype)
+
+    def publish(self, n: int) -> None:
+        """The first n of rows() are written, and the counters are up to date with them."""
+        if not n:
+            return
+        if self._ring.publish(n):
+            self.close_block()
+        elif self._close_at is None:
+            self._close_at = self._clock() + BLOCK_AGE
+
+    def scratch(self) -> NDArray[Any]:
+        """Rows to decode into what will not be kept: outside a run, or when the ring is full."""
+        return self._scratch
+
+    def drop(self, rows: NDArray[Any]) -> None:
+        """These rows were decoded and counted, but found no room."""
+        if not len(rows):
+            return
+        now = self._wall()
+        for io_group, n in enumerate(np.bincount(schema.io_groups_of(rows)).tolist()):
+            if n:
+                self._ring.counts[io_group, _DROPPED] += np.uint64(n)
+                gap = self._gaps.setdefault(io_group, [0, now, now])
+                gap[0] += n
+                gap[2] = now
+
+    def due(self) -> float | None:
+        """When the open block has to be closed (monotonic seconds); None: no block is open."""
+        return self._close_at
+
+    def work(self) -> None:
+        if self._close_at is not None and self._clock() >= self._close_at:
+            self.close_block()
+
+    def close_block(self) -> None:
+        """Close the open block, if it has rows."""
+        self._close_at = None
+        if self._ring.open_rows:
+            payload = self._ring.open_payload()
+            self._ring.close_block(self._header(self._ring.open_rows, self._ring.open_first_ns, payload, None))
+
+    def info(self, text: str) -> bool:
+        """Put an INFO message into the flow. It counts in io_group 0; there is always room kept for it."""
+        self.close_block()
+        rows = info_rows(text, self.layout, self._wall() // 10**9)
+        self._ring.counts[0, _INFO] += np.uint64(len(rows))
+        payload = rows.tobytes()
+        gaps = dict(self._gaps)
+        if self._ring.append(INFO, payload, len(rows), self._header(len(rows), self._wall(), payload, text)):
+            return True
+        self._gaps = gaps  # the header that told them has gone nowhere
+        self.drop(rows)
+        return False
+
+    def end(self, how: str, unknown: list[UnknownWord], outside: list[list[int]]) -> End:
+        """Close the run with its end record; returns it."""
+        if self.run is None:
+            raise ValueError("end of a run without a run")
+        self.close_block()
+        end = End(
+            self.run,
+            self.producer,
+            self.epoch,
+            self._ring.sequence,
+            how,
+            self._began_ns,
+            self._wall(),
+            self.counts(),
+            self._take_gaps(),
+            unknown,
+            outside,
+        )
+        while not self._ring.append(END, b"", 0, pack(end)):
+            if not end.unknown:
+                raise RuntimeError(f"run {self.run}: no room for the end record")  # the room kept for it is far larger
+            end = msgspec.structs.replace(end, unknown=end.unknown[: len(end.unknown) // 2])
+        self.run = None
+        return end
+
+    def counts(self, counts: NDArray[np.uint64] | None = None) -> list[list[int]]:
+        """The counters as an END carries them: for each io_group with any, the io_group, then schema.COUNTS."""
+        table = self._ring.counts if counts is None else counts
+        return [[g, *table[g].tolist()] for g in np.flatnonzero(table.any(axis=1)).tolist()]
+
+    def _header(self, rows: int, first_ns: int, payload: Any, text: str | None) -> bytes:
+        assert self.run is not None
+        block = Block(
+            self.run,
+            self.producer,
+            self.epoch,
+            self._ring.sequence,
+            self._ring.first_packet,
+            rows,
+            self.layout.code,
+            0,
+            first_ns,
+            self._wall(),
+            crc32(payload),
+            self.totals(),
+            self._take_gaps(),
+            text,
+        )
+        return pack(block)
+
+    def totals(self) -> list[Totals]:
+        """What each io_group has delivered in this run so far."""
+        table = self._ring.counts[self.io_groups]
+        columns = (
+            self.io_groups,
+            table[:, _PACKETS].tolist(),
+            table[:, _ROWS].sum(axis=1).tolist(),
+            table[:, _BAD].tolist(),
+            (table[:, _UNKNOWN] + table[:, _REJECTED]).tolist(),
+            table[:, _DROPPED].tolist(),
+        )
+        return [Totals(*values) for values in zip(*columns, strict=True)]
+
+    def _take_gaps(self) -> list[Gap]:
+        gaps = [Gap(io_group, *values) for io_group, values in sorted(self._gaps.items())]
+        self._gaps.clear()
+        return gaps

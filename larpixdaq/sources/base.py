@@ -1,0 +1,111 @@
+"""What a source of packets is: the protocol that the producer drives. A new kind of board is one file beside this one.
+
+A source owns the connection to one board (or one file) and the decoder of its bytes. It never blocks, never sleeps, and
+makes rows only in the memory that it is given::
+
+    source.open()
+    source.start(counts)                  # the ledger's counters: of a run, or of what comes outside of runs
+    ...  when `sockets` are readable, or `due()` has come:
+    while source.read():                  # one batch from the board into the decoder
+        for text in source.texts(): ...   # what belongs before its rows
+        while (n := source.decode(rows)) == len(rows):   # full: hand over fresh rows
+            rows = ...
+    source.close()
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq.schema import Layout
+
+
+class Source(Protocol):
+    #: One line for messages to people, such as "PACMAN io_group 1 at tcp://127.0.0.1:5556".
+    name: str
+    layout: Layout
+    io_groups: tuple[int, ...]
+    #: True for sources that can be made to wait (replay, fake, serial); boards that publish regardless spill instead.
+    waits: bool
+    #: True for files: read only in the state RUN, and from their beginning in each run.
+    recorded: bool
+    #: True once nothing more will ever come (the end of a replay).
+    finished: bool
+    #: True when the last read() took all that was there by then; False: more of it waits.
+    drained: bool
+    #: Sockets or file descriptors to poll for reading; may change after read() (a board that was lost and came back).
+    sockets: tuple[Any, ...]
+
+    def open(self) -> None:
+        """Connect. ConfigError or FileError, in one line, when that cannot work; a board that is away is no error."""
+
+    def close(self) -> None: ...
+
+    def start(self, counts: NDArray[np.uint64]) -> None:
+        """Add from now on to these counters, shape (IO_GROUPS, len(COUNTS)), dtype u8; forget kept unknown words."""
+
+    def due(self) -> float | None:
+        """When read() wants to be called although no socket is readable: time.monotonic() seconds; None: never."""
+
+    def read(self) -> bool:
+        """Take one batch of what is there, without waiting; False when there was nothing."""
+
+    def texts(self) -> list[str]:
+        """INFO texts of a recorded file that belong before the rows of the batch just read, in order, once; [] for
+        boards. Their rows (type 5) are the recorder's to make and to count, since the texts travel with them."""
+
+    def decode(self, rows: NDArray[Any]) -> int:
+        """Fill rows, dtype `layout.dtype`; return how many. Fewer than len(rows): the batch is used up."""
+
+    def take_unknown(self) -> NDArray[Any]:
+        """The unknown and rejected words kept since start(), dtype schema.UNKNOWN_WORD; they are then forgotten."""
+
+    def problems(self) -> list[str]:
+        """Warnings since the last call, each one line (board silent, board back, device gone); the producer logs
+        them."""
+
+
+class Decoder(Protocol):
+    """What is needed of the decoders of _native.frames."""
+
+    def start(self, counts: NDArray[np.uint64]) -> None: ...
+    def decode(self, rows: NDArray[Any]) -> int: ...
+    def take_unknown(self) -> NDArray[Any]: ...
+
+
+class LiveSource:
+    """What sources of one live board have in common: all behind the decoder. They add open, close, due, read."""
+
+    waits = True
+    recorded = False
+    finished = False
+    drained = True
+
+    _decoder: Decoder
+
+    def __init__(self, name: str, layout: Layout, io_group: int, decoder: Decoder) -> None:
+        self.name = name
+        self.layout = layout
+        self.io_groups: tuple[int, ...] = (io_group,)
+        self.sockets: tuple[Any, ...] = ()
+        self._decoder = decoder
+        self._problems: list[str] = []
+
+    def start(self, counts: NDArray[np.uint64]) -> None:
+        self._decoder.start(counts[self.io_groups[0]])
+
+    def texts(self) -> list[str]:
+        return []
+
+    def decode(self, rows: NDArray[Any]) -> int:
+        return self._decoder.decode(rows)
+
+    def take_unknown(self) -> NDArray[Any]:
+        return self._decoder.take_unknown()
+
+    def problems(self) -> list[str]:
+        problems, self._problems = self._problems, []
+        return problems

@@ -1,0 +1,313 @@
+"""The consumers' side of the stream: one thread with a DEALER to each producer.
+
+The thread receives, keeps up the subscription and repeats the last ACK or CREDIT, whatever the process around it is
+busy with. What it has received waits in a queue that the producers' windows bound.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import zmq
+
+from larpixdaq.blocks import (
+    STREAM_VERSION,
+    Ack,
+    Block,
+    Bye,
+    Credit,
+    End,
+    FromConsumer,
+    FromProducer,
+    Hello,
+    Position,
+    Refused,
+    Source,
+    Welcome,
+    pack,
+    unpack_producer,
+)
+from larpixdaq.errors import ProtocolError
+
+REPEAT = 0.25
+#: Without a WELCOME the HELLO is said again so often.
+HELLO_AGAIN = 0.5
+#: Blocks that a monitor lets come before it has dealt with the first of them.
+CREDIT = 2
+
+log = logging.getLogger(__name__)
+
+Received = tuple[str, FromProducer, memoryview | None]
+
+
+@dataclass
+class Link:
+    """The connection to one producer; only the thread touches the socket."""
+
+    name: str
+    address: str
+    socket: zmq.Socket[bytes]
+    welcome: bool = False
+    epoch: int = 0
+    hello_at: float = 0.0  # not before that do we ask to be subscribed
+    said: float = 0.0  # when we last sent anything
+    credit: int = CREDIT
+    acks: dict[tuple[int, int], int] = field(default_factory=dict)  # (run, epoch) -> next, still to be sent
+    last_ack: Ack | None = None
+    warned: str = ""
+    superseded: str | None = None  # our session when the producer said that a newer HELLO of our name had come
+
+
+class Consumer:
+    """Subscribes to producers as `name`; `mode` is "all" (each block, acknowledged) or "latest" (what there is credit
+    for).
+
+    `positions()` tells, at each HELLO, where this consumer stands; it is called in the thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        session: str,
+        mode: str,
+        *,
+        positions: Callable[[], list[Position]] = list,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.session = session
+        self.mode = mode
+        self._positions = positions
+        self._clock = clock
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._links: dict[str, Link] = {}
+        self._queue: deque[Received] = deque()
+        self._lock = threading.Lock()
+        self._wanted: dict[str, str] | None = None
+        self._acks: dict[str, dict[tuple[int, int], int]] = {}
+        self._done: dict[str, int] = {}
+        self._again = False
+        self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._closing = False
+        self._poller = zmq.Poller()
+        self._thread = threading.Thread(target=self._run, name=f"stream of {name}", daemon=True)
+        self._thread.start()
+
+    # the process's side
+
+    def connect(self, producers: Mapping[str, str]) -> None:
+        """Subscribe to these producers (name -> address) too.
+
+        One that is not named any more stays subscribed: a core that has just come back does not know everybody yet, and
+        data must not wait for it. It goes when its name appears at another address.
+        """
+        with self._lock:
+            self._wanted = dict(producers)
+        os.eventfd_write(self._wake, 1)
+
+    def fileno(self) -> int:
+        """Polls readable while next() has something."""
+        return self._arrived
+
+    @property
+    def queued(self) -> int:
+        """Frames that wait for next()."""
+        return len(self._queue)
+
+    def next(self) -> Received | None:
+        """The oldest frame that waits: (producer, Welcome | Block | End | Refused, rows of a Block); None when none
+        does."""
+        try:
+            return self._queue.popleft()
+        except IndexError:
+            pass
+        try:
+            os.eventfd_read(self._arrived)
+        except BlockingIOError:
+            return None
+        # A frame may have come between the two: its signal has just been taken, so look once more.
+        return self._queue.popleft() if self._queue else None
+
+    def done(self, producer: str, blocks: int = 1) -> None:
+        """Mode "latest": so many blocks have been dealt with, others may come in their place."""
+        with self._lock:
+            self._done[producer] = self._done.get(producer, 0) + blocks
+        os.eventfd_write(self._wake, 1)
+
+    def acknowledge(self, source: Source, following: int) -> None:
+        """Mode "all": everything of `source` below sequence `following` is durable."""
+        with self._lock:
+            self._acks.setdefault(source.producer, {})[source.run, source.epoch] = following
+        os.eventfd_write(self._wake, 1)
+
+    def again(self) -> None:
+        """Subscribe anew to every producer: what was sent and not acknowledged comes again."""
+        with self._lock:
+            self._again = True
+        os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """Send the last acknowledgements, say BYE and stop."""
+        self._closing = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join(timeout=5)
+        self._queue.clear()
+        os.close(self._arrived)
+        os.close(self._wake)
+
+    # the thread's side
+
+    def _run(self) -> None:
+        self._poller.register(self._wake, zmq.POLLIN)
+        closing = False
+        try:
+            while not closing:
+                closing = self._closing  # one turn more then: what was acknowledged before close() has to go out
+                for descriptor, _ in self._poller.poll(int(REPEAT * 500)):
+                    if descriptor == self._wake:
+                        os.eventfd_read(self._wake)
+                self._apply()
+                for link in list(self._links.values()):
+                    self._receive(link)
+                    if not link.socket.closed:
+                        self._keep_up(link)
+        finally:
+            for link in self._links.values():
+                self._send(link, Bye())
+                link.socket.close(linger=100)
+            self._context.term()
+
+    def _apply(self) -> None:
+        """Take over what the process asked for."""
+        with self._lock:
+            wanted, self._wanted = self._wanted, None
+            acks, self._acks = self._acks, {}
+            done, self._done = self._done, {}
+            again, self._again = self._again, False
+        if wanted is not None:
+            for link in [one for one in self._links.values() if wanted.get(one.name, one.address) != one.address]:
+                self._drop(link)
+            for name, address in wanted.items():
+                if name not in self._links and (opened := self._open(name, address)) is not None:
+                    self._links[name] = opened
+        if again:
+            for link in self._links.values():
+                link.welcome, link.hello_at = False, 0.0
+        for name, blocks in done.items():
+            if name in self._links:
+                self._links[name].credit += blocks
+                self._links[name].said = 0.0
+        for name, entries in acks.items():
+            if name in self._links:
+                self._links[name].acks.update(entries)
+                self._links[name].said = 0.0
+
+    def _open(self, name: str, address: str) -> Link | None:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.RCVHWM, 0)  # the producer's window is the bound
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # what is said to a producer that is away must not pile up
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as error:  # this thread serves the other producers too
+            socket.close(linger=0)
+            log.error("%s: cannot subscribe at %r: %s", name, address, error.strerror)
+            return None
+        self._poller.register(socket, zmq.POLLIN)
+        return Link(name, address, socket)
+
+    def _drop(self, link: Link) -> None:
+        del self._links[link.name]
+        self._poller.unregister(link.socket)
+        self._send(link, Bye())
+        link.socket.close(linger=100)
+
+    def _receive(self, link: Link) -> None:
+        arrived = False
+        while not link.socket.closed:
+            try:
+                header = link.socket.recv(zmq.NOBLOCK)
+                payload = (
+                    link.socket.recv(copy=False).buffer if link.socket.get(zmq.RCVMORE) else None
+                )  # the parts of one message arrive together
+                while link.socket.get(zmq.RCVMORE):
+                    link.socket.recv()
+            except zmq.Again:
+                break
+            try:
+                arrived |= self._frame(link, unpack_producer(header, link.name), payload)
+            except ProtocolError as error:
+                self._warn(link, str(error))
+        if arrived:
+            os.eventfd_write(self._arrived, 1)
+
+    def _frame(self, link: Link, frame: FromProducer, payload: memoryview | None) -> bool:
+        if isinstance(frame, Welcome):
+            if frame.producer != link.name:  # another producer listens where ours has been
+                self._drop(link)
+                return False
+            link.welcome, link.epoch = True, frame.epoch
+            link.warned = ""
+        elif isinstance(frame, Refused):
+            link.welcome = False
+            if frame.reason == "hello":
+                link.hello_at = 0.0  # the producer does not know us (any more): say HELLO at once
+                return False
+            link.hello_at = self._clock() + HELLO_AGAIN
+            if frame.reason == "superseded":
+                # Whoever has our name now is right, until the core has registered us anew; to insist would be a war.
+                link.superseded = self.session
+            self._warn(link, f"{link.name} refuses the stream to {self.name}: {frame.reason}")
+        elif isinstance(frame, Block | End):
+            if not link.welcome:
+                return False  # left over from a subscription before this one; it will be sent again
+            if isinstance(frame, Block) and payload is None:
+                self._warn(link, f"block {frame.sequence} of run {frame.run} from {link.name} has no rows")
+                return False
+        self._queue.append((link.name, frame, payload))
+        return True
+
+    def _keep_up(self, link: Link) -> None:
+        now = self._clock()
+        if not link.welcome:
+            # Before the connection stands nothing can be said; then at once, not after HELLO_AGAIN.
+            superseded = link.superseded == self.session
+            if now >= link.hello_at and not superseded and link.socket.poll(0, zmq.POLLOUT):
+                link.credit = CREDIT
+                link.acks.clear()
+                hello = Hello(STREAM_VERSION, self.name, self.session, self.mode, self._positions())
+                if self._send(link, hello) and self.mode == "latest":
+                    self._send(link, Credit(link.credit))
+                link.hello_at = now + HELLO_AGAIN
+                link.said = now
+            return
+        if self.mode == "all" and link.acks:
+            for (run, epoch), following in link.acks.items():
+                link.last_ack = Ack(run, epoch, following)
+                self._send(link, link.last_ack)
+            link.acks.clear()
+            link.said = now
+        elif now - link.said > REPEAT / 2:
+            self._send(link, link.last_ack or Credit(link.credit) if self.mode == "all" else Credit(link.credit))
+            link.said = now
+
+    def _send(self, link: Link, frame: FromConsumer) -> bool:
+        try:
+            link.socket.send(pack(frame), zmq.NOBLOCK)
+        except zmq.Again:
+            link.welcome = False  # not connected: a new connection begins with HELLO
+            return False
+        return True
+
+    def _warn(self, link: Link, text: str) -> None:
+        if text != link.warned:
+            link.warned = text
+            log.warning(text)

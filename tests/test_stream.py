@@ -1,0 +1,446 @@
+"""The stream over real sockets: a producer's ring on one side, consumers on the other."""
+
+import contextlib
+import select
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from larpixdaq import schema
+from larpixdaq._native.ring import SMALLEST, Ring
+from larpixdaq.blocks import (
+    Ack,
+    Block,
+    Bye,
+    Credit,
+    End,
+    Hello,
+    Position,
+    Refused,
+    Source,
+    Welcome,
+    pack,
+    unpack_consumer,
+    unpack_producer,
+)
+from larpixdaq.deflate import crc32
+from larpixdaq.errors import ProtocolError
+from larpixdaq.recorder import Recorder
+from larpixdaq.stream import Consumer, Publisher
+
+LAYOUT = schema.layout(2)
+STORAGE = "Offline storage"
+
+
+class Line:
+    """A recorder, its ring and its publisher, without the process around them."""
+
+    def __init__(self) -> None:
+        self.context = zmq.Context()
+        socket = self.context.socket(zmq.ROUTER)
+        socket.bind("tcp://127.0.0.1:0")
+        self.address = socket.get(zmq.LAST_ENDPOINT).decode()
+        self.ring = Ring(bytearray(SMALLEST + (32 << 20)), producer="board", epoch=5)
+        self.recorder = Recorder(self.ring, "board", 5, LAYOUT, [1, 2])
+        self.publisher = Publisher(self.ring, socket, "board", 5)
+        self.written = 0
+        self.peers: list[zmq.Socket[bytes]] = []
+
+    def begin(self, run: int = 1, required: tuple[str, ...] = (STORAGE,)) -> None:
+        self.recorder.begin(run, required)
+        self.publisher.begin(run, LAYOUT.code, required)
+
+    def write(self, n: int) -> None:
+        """One block of n rows whose timestamps count on."""
+        rows = self.recorder.rows()
+        assert rows is not None
+        rows[:n] = np.zeros(n, LAYOUT.dtype)
+        rows["timestamp"][:n] = np.arange(self.written, self.written + n)
+        rows["io_group"][:n] = 1
+        self.ring.counts[1, schema.COUNTS.index("packets")] += np.uint64(n)
+        self.ring.counts[1, schema.COUNTS.index("word_rows")] += np.uint64(n)
+        self.recorder.publish(n)
+        self.recorder.close_block()
+        self.written += n
+
+    def end(self) -> End:
+        end = self.recorder.end("closed", [], [])
+        self.publisher.end()
+        return end
+
+    def close(self) -> None:
+        self.context.destroy(linger=0)
+
+
+@pytest.fixture
+def line() -> Iterator[Line]:
+    line = Line()
+    yield line
+    line.close()
+
+
+def until(line: Line, condition: Any, what: str, limit: float = 5.0) -> None:
+    """Turn the publisher's loop until the condition holds."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {limit} s for {what}"
+        line.publisher.socket.poll(5)
+        line.publisher.work()
+
+
+class Reader:
+    """Takes everything from a consumer, acknowledging as a storage does."""
+
+    def __init__(self, consumer: Consumer, *, acknowledge: bool = True) -> None:
+        self.consumer = consumer
+        self.acknowledge = acknowledge
+        self.blocks: list[Block] = []
+        self.stamps: list[int] = []
+        self.ends: list[End] = []
+        self.other: list[Any] = []
+
+    def take(self) -> None:
+        select.select([self.consumer.fileno()], [], [], 0)
+        while (received := self.consumer.next()) is not None:
+            name, frame, payload = received
+            if isinstance(frame, Block):
+                assert payload is not None
+                assert crc32(payload) == frame.crc32
+                rows = np.frombuffer(payload, schema.layout(frame.layout).dtype)
+                assert len(rows) == frame.rows
+                self.blocks.append(frame)
+                self.stamps += rows["timestamp"][rows["packet_type"] != 5].tolist()
+                if self.acknowledge:
+                    self.consumer.acknowledge(frame.source, frame.sequence + 1)
+                self.consumer.done(name)
+            elif isinstance(frame, End):
+                self.ends.append(frame)
+                if self.acknowledge:
+                    self.consumer.acknowledge(frame.source, frame.next + 1)
+            else:
+                self.other.append(frame)
+
+    def has(self, condition: Any) -> Any:
+        def check() -> bool:
+            self.take()
+            return bool(condition(self))
+
+        return check
+
+
+@pytest.fixture
+def consumers() -> Iterator[list[Consumer]]:
+    made: list[Consumer] = []
+    yield made
+    for consumer in made:
+        consumer.close()
+
+
+def test_every_block_in_order_and_freed_when_acknowledged(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0])
+    line.begin()
+    line.recorder.info("Beginning run")
+    for n in (1, 5, 1000, 16384, 3, 16384, 16384):
+        line.write(n)
+    until(line, reader.has(lambda r: len(r.blocks) == 8), "8 blocks")
+    end = line.end()
+    until(line, reader.has(lambda r: r.ends), "the end record")
+    assert [b.sequence for b in reader.blocks] == list(range(8))
+    assert reader.stamps == list(range(line.written))
+    assert reader.blocks[0].text == "Beginning run"
+    assert reader.blocks[3].first_packet == 1 + 1 + 5
+    assert reader.ends == [end]
+    assert end.next == 8
+    until(line, lambda: line.ring.tail == line.ring.head == 9, "the ring to be free")
+    totals = {t.io_group: t for t in reader.blocks[-1].totals}
+    assert totals[1].packets == line.written
+    assert not line.publisher.segments
+
+
+def test_nothing_is_freed_without_acknowledgement_and_a_new_subscription_gets_it_again(
+    line: Line, consumers: list[Consumer]
+) -> None:
+    first = Consumer(STORAGE, "s1", "all")
+    consumers.append(first)
+    first.connect({"board": line.address})
+    reader = Reader(first, acknowledge=False)
+    line.begin()
+    for _ in range(4):
+        line.write(100)
+    until(line, reader.has(lambda r: len(r.blocks) == 4), "4 blocks")
+    assert line.ring.tail == 0
+    second = Consumer(STORAGE, "s2", "all", positions=lambda: [Position(1, "board", 5, 2)])
+    consumers.append(second)
+    second.connect({"board": line.address})
+    again = Reader(second)
+    until(line, again.has(lambda r: len(r.blocks) == 2), "the two blocks that it does not have")
+    assert [b.sequence for b in again.blocks] == [2, 3]
+    until(line, lambda: line.ring.tail == 4, "the ring to be free")
+    until(line, reader.has(lambda r: r.other), "the first to be told")
+
+
+def test_window_bounds_what_is_on_its_way(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0], acknowledge=False)
+    line.begin()
+    block_bytes = schema.BLOCK_ROWS * LAYOUT.dtype.itemsize
+    for _ in range(40):
+        line.write(schema.BLOCK_ROWS)
+    most = (16 << 20) // block_bytes + 1
+    until(line, reader.has(lambda r: len(r.blocks) == most), f"{most} blocks")
+    for _ in range(20):
+        line.publisher.socket.poll(5)
+        line.publisher.work()
+    reader.take()
+    assert len(reader.blocks) == most
+    reader.acknowledge = True
+    consumers[0].acknowledge(Source(1, "board", 5), most)
+    until(line, reader.has(lambda r: len(r.blocks) == 40), "the rest")
+    assert reader.stamps == list(range(line.written))
+
+
+def test_a_storage_that_the_run_does_not_require_stays_out(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer("second storage", "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0])
+    until(line, reader.has(lambda r: r.other), "WELCOME")
+    line.begin(1)
+    line.write(10)
+    line.end()
+    line.begin(2, ("second storage",))
+    line.write(10)
+    until(line, reader.has(lambda r: r.blocks), "a block of run 2")
+    assert {b.run for b in reader.blocks} == {2}
+
+
+def test_a_monitor_without_credit_skips_blocks_but_never_messages(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer("Online monitor", "m", "latest"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0], acknowledge=False)
+    until(line, reader.has(lambda r: r.other), "WELCOME")
+    until(line, lambda: any(s.credit for s in line.publisher.subscribers.values()), "credit")
+    line.begin(1, ())
+    for _ in range(10):
+        line.write(10)
+    line.recorder.info("Ending run")
+    line.end()
+    until(line, reader.has(lambda r: r.ends), "the end record")
+    assert [b.sequence for b in reader.blocks] == [0, 1, 10]
+    assert reader.blocks[-1].text == "Ending run"
+    assert {t.io_group: t.packets for t in reader.blocks[-1].totals}[1] == 100  # exact although blocks were skipped
+    assert line.ring.tail == line.ring.head  # it pinned nothing
+
+
+def test_a_silent_subscriber_is_dropped_and_comes_back_by_itself(line: Line, consumers: list[Consumer]) -> None:
+    now = [0.0]
+    line.publisher._clock = lambda: now[0]
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0])
+    until(line, lambda: line.publisher.subscribers, "the subscription")
+    now[0] += 1000.0
+    line.publisher._drained = now[0]  # as if the socket had been found empty after a long silence
+    for subscriber in list(line.publisher.subscribers.values()):
+        subscriber.heard = now[0] - 2
+    line.begin()
+    line.write(10)
+    until(line, reader.has(lambda r: len(r.blocks) >= 1), "the block after a new HELLO")
+
+
+def test_a_stalled_producer_condemns_nobody(line: Line, consumers: list[Consumer]) -> None:
+    now = [0.0]
+    line.publisher._clock = lambda: now[0]
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    until(line, lambda: line.publisher.subscribers, "the subscription")
+    (subscriber,) = line.publisher.subscribers.values()
+    assert line.publisher.socket.poll(3000), "a repeated frame"
+    now[0] += 5.0  # the whole process stood still; what came meanwhile waits in the socket
+    line.publisher.work()
+    assert line.publisher.subscribers == {subscriber.route: subscriber}
+
+
+def raw_peer(line: Line) -> zmq.Socket[bytes]:
+    peer = line.context.socket(zmq.DEALER)
+    peer.connect(line.address)
+    line.peers.append(peer)
+    return peer
+
+
+def answer(line: Line, peer: zmq.Socket[bytes]) -> Any:
+    until(line, lambda: peer.poll(0), "an answer")
+    return unpack_producer(peer.recv(), "producer")
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [
+        ([pack(Credit(5))], "hello"),
+        ([pack(Ack(1, 5, 3))], "hello"),
+        ([pack(Hello(99, "x", "", "all", []))], "version"),
+        ([pack(Hello(1, "x", "", "some", []))], "mode"),
+        ([b""], "expected 2 to"),
+        ([b"\x01garbage"], "kind 1"),
+        ([b"\x02" + pack(Credit(5))[1:]], "another kind"),
+        ([pack(Welcome("x", 1, None, 2))], "kind 11"),
+        ([b"a", b"b", b"c"], "1 part"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(line: Line, frames: list[bytes], reason: str) -> None:
+    peer = raw_peer(line)
+    peer.send_multipart(frames)
+    refused = answer(line, peer)
+    assert isinstance(refused, Refused)
+    assert reason in refused.reason
+    assert not line.publisher.subscribers
+
+
+def test_acknowledgements_of_a_superseded_peer_count_for_nothing(line: Line) -> None:
+    old, new = raw_peer(line), raw_peer(line)
+    hello = pack(Hello(1, STORAGE, "", "all", []))
+    old.send(hello)
+    assert isinstance(answer(line, old), Welcome)
+    new.send(hello)
+    assert isinstance(answer(line, new), Welcome)
+    line.begin()
+    line.write(10)
+    old.send(pack(Ack(1, 5, 1)))
+    reasons = [answer(line, old), answer(line, old)]
+    assert [r.reason for r in reasons] == ["superseded", "hello"]
+    assert line.ring.tail == 0
+    new.send(pack(Ack(1, 4, 1)))  # of another epoch
+    new.send(pack(Ack(1, 5, 1)))
+    until(line, lambda: line.ring.tail == 1, "the block to be free")
+    new.send(pack(Bye()))
+    until(line, lambda: not line.publisher.subscribers, "BYE")
+
+
+def test_an_acknowledgement_of_what_does_not_exist_frees_nothing_more(line: Line) -> None:
+    peer = raw_peer(line)
+    peer.send(pack(Hello(1, STORAGE, "", "all", [])))
+    line.begin()
+    line.write(10)
+    peer.send(pack(Ack(1, 5, 2**60)))
+    until(line, lambda: line.ring.tail == 1, "the block to be free")
+    line.write(10)
+    line.publisher.work()
+    assert (line.ring.tail, line.ring.head) == (1, 2)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_crash_the_unpacking(data: bytes) -> None:
+    for unpack in (unpack_consumer, unpack_producer):
+        with contextlib.suppress(ProtocolError):
+            unpack(data, "peer")
+
+
+def test_frames_survive_the_wire() -> None:
+    end = End(1, "p", 2**64 - 1, 9, "closed", 1, 2, [[1, *range(22)]], [], [], [])
+    assert unpack_producer(pack(end), "p") == end
+    assert msgspec.structs.replace(end, next=8) != end
+
+
+def test_a_new_run_frees_nothing_of_the_one_before(line: Line, consumers: list[Consumer]) -> None:
+    """The storage was away when run 1 ended: its blocks wait, whatever is prepared or acknowledged meanwhile."""
+    line.begin(1)
+    for _ in range(3):
+        line.write(10)
+    line.end()
+    line.begin(2)
+    line.write(10)
+    line.publisher.work()
+    assert (line.ring.tail, line.publisher.owed()) == (0, 5)
+    # It has some of run 2 already, from a subscription before.
+    positions = [Position(1, "board", 5, 1), Position(2, "board", 5, 1)]
+    consumers.append(Consumer(STORAGE, "s", "all", positions=lambda: positions))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0])
+    line.write(10)
+    until(line, reader.has(lambda r: len(r.blocks) >= 3), "what it does not have")
+    assert [(b.run, b.sequence) for b in reader.blocks] == [(1, 1), (1, 2), (2, 1)]
+    until(line, lambda: line.ring.tail == line.ring.head, "the ring to be free")
+
+
+def test_acknowledging_a_later_run_says_nothing_of_the_one_before(line: Line) -> None:
+    peer = raw_peer(line)
+    peer.send(pack(Hello(1, STORAGE, "", "all", [])))
+    assert isinstance(answer(line, peer), Welcome)
+    line.begin(1)
+    line.write(10)
+    line.end()
+    line.begin(2)
+    line.write(10)
+    until(line, lambda: next(iter(line.publisher.subscribers.values())).flight_bytes == 720, "two blocks in flight")
+    peer.send(pack(Ack(2, 5, 1)))
+    subscriber = next(iter(line.publisher.subscribers.values()))
+    until(line, lambda: subscriber.flight_bytes == 360, "the window to open")
+    assert line.ring.tail == 0
+    peer.send(pack(Ack(1, 5, 2)))
+    until(line, lambda: line.ring.tail == 3, "the ring to be free")
+    assert not subscriber.in_flight
+
+
+def test_a_storage_can_ask_again_for_what_it_did_not_acknowledge(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0], acknowledge=False)
+    line.begin()
+    line.write(10)
+    line.write(20)
+    until(line, reader.has(lambda r: len(r.blocks) == 2), "two blocks")
+    consumers[0].acknowledge(Source(1, "board", 5), 1)
+    until(line, lambda: line.ring.tail == 1, "the first to be free")
+    consumers[0].again()
+    until(line, reader.has(lambda r: len(r.blocks) == 3), "the second again")
+    assert reader.blocks[2] == reader.blocks[1]
+
+
+def test_what_was_acknowledged_before_the_close_is_told(line: Line) -> None:
+    consumer = Consumer(STORAGE, "s", "all")
+    consumer.connect({"board": line.address})
+    reader = Reader(consumer, acknowledge=False)
+    line.begin()
+    line.write(10)
+    until(line, reader.has(lambda r: r.blocks), "a block")
+    consumer.acknowledge(Source(1, "board", 5), 1)
+    consumer.close()
+    until(line, lambda: line.ring.tail == 1, "the block to be free")
+
+
+def test_a_producer_with_an_impossible_address_harms_no_other(
+    line: Line, consumers: list[Consumer], caplog: pytest.LogCaptureFixture
+) -> None:
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"a": "nonsense", "board": line.address})
+    reader = Reader(consumers[0])
+    line.begin()
+    line.write(10)
+    until(line, reader.has(lambda r: r.blocks), "a block of the good one")
+    assert sum("cannot subscribe at" in record.message for record in caplog.records) == 1
+
+
+def test_two_of_one_name_do_not_drive_each_other_out_in_turn(line: Line, consumers: list[Consumer]) -> None:
+    """The newest has it; the other waits until the core has told one of them to go."""
+    for session in ("old", "new"):
+        consumers.append(Consumer(STORAGE, session, "all"))
+        consumers[-1].connect({"board": line.address})
+        reader = Reader(consumers[-1])
+        until(line, reader.has(lambda r: r.other), "WELCOME")
+    (subscriber,) = line.publisher.subscribers.values()
+    first = Reader(consumers[0], acknowledge=False)
+    until(line, first.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)), "the old one to be told")
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        line.publisher.socket.poll(20)
+        line.publisher.work()
+    assert list(line.publisher.subscribers.values()) == [subscriber]
