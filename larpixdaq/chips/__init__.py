@@ -1,0 +1,5 @@
+"""The producer's child process, in which the chips are configured and routines run; larpix-control lives only here."""
+
+from larpixdaq.chips.process import Child
+
+__all__ = ["Child"]

@@ -1,0 +1,274 @@
+"""The producer's side of the child process: started at the first need, never waited for, started anew after it died."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from larpixdaq.chips import talk
+from larpixdaq.chips.output import Output
+from larpixdaq.errors import ConfigError, ProtocolError
+
+#: Seconds that a routine may take unless the request says otherwise.
+TIME_LIMIT: Final = 3600.0
+#: Bytes that one turn takes from a child, so that a talkative one holds up nobody.
+_TAKE: Final = 1 << 16
+
+_log: Final = logging.getLogger(__name__)
+
+
+class Call(Protocol):
+    """What is needed of `node.Call`."""
+
+    def ack(self, text: str = "") -> None: ...
+    def progress(self, done: int, total: int, text: str = "", value: Any = None) -> None: ...
+    def result(self, value: Any = None, text: str = "") -> None: ...
+    def fail(self, text: str, code: str = "failed") -> None: ...
+
+
+class Child:
+    """Routines of the producer, run in a process of their own; none of the methods blocks.
+
+    `folders` hold routine files beside those that ship. `fileno()` polls readable when dispatch() has something to do.
+    To be used from one thread, which has to live as long as the child (Linux ends a child with the thread that started
+    it).
+    """
+
+    def __init__(self, folders: Sequence[Path] = (), *, time_limit: float = TIME_LIMIT) -> None:
+        self._folders = [folder.absolute() for folder in folders]
+        self._time_limit = time_limit
+        self._epoll = select.epoll()
+        self._calls: dict[int, Call] = {}
+        self._request = 0
+        self._routine: tuple[int, str, float] | None = None  # request, name and time limit of the one that runs
+        self._known: list[dict[str, Any]] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sock: socket.socket | None = None
+        self._inbox = talk.Inbox(requests=False)
+        self._unsent = bytearray()
+        self._output = Output()
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    @property
+    def closed(self) -> bool:
+        return self._epoll.closed
+
+    @property
+    def running(self) -> str | None:
+        """Name of the routine that runs now."""
+        return self._routine[1] if self._routine is not None else None
+
+    def list_routines(self, call: Call) -> None:
+        """The call's result: a list of {"name", "params", "help"}. While a routine runs: as listed last."""
+        if self._routine is not None and self._known is not None:
+            call.result(self._known, f"as before routine {self._routine[1]}, which is running")
+            return
+        self._send(call, talk.ListRoutines(self._next()))
+
+    def run_routine(
+        self,
+        call: Call,
+        name: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        time_limit: float | None = None,
+    ) -> None:
+        """Run one, with progress; the call's result is the routine's. One at a time: another is refused (code
+        "state")."""
+        limit = self._time_limit if time_limit is None else time_limit
+        if self._routine is not None:
+            call.fail(f"routine {self._routine[1]} is running, and only one can", code="state")
+        elif not isinstance(name, str) or not isinstance(args, list | tuple) or not isinstance(kwargs, dict | None):
+            call.fail(f"run_routine: expected a name, a list and a dictionary, found {name!r}, {args!r}, {kwargs!r}")
+        elif not isinstance(limit, int | float) or not (0 < limit < math.inf):
+            call.fail(f"run_routine: time_limit: expected seconds above 0, found {limit!r}")
+        else:
+            request = self._next()
+            self._routine = (request, name, float(limit))
+            if self._send(call, talk.RunRoutine(request, name, list(args), dict(kwargs or {}), float(limit))):
+                call.ack(f"routine {name}")
+
+    def dispatch(self) -> None:
+        """Take what the child has sent, a bounded piece of it, and pass it on."""
+        for fd, events in self._epoll.poll(0):
+            if self._sock is not None and fd == self._sock.fileno():
+                if events & select.EPOLLOUT:
+                    self._flush()
+                if self._sock is not None and events & ~select.EPOLLOUT:
+                    self._receive()
+            elif self._process is not None:
+                self._read_output()
+
+    def end(self, reason: str = "ended") -> None:
+        """Stop the child, and with it the routine that runs, whatever it does; the call fails with the reason."""
+        if self._process is not None:
+            self._finish(reason)
+
+    def close(self) -> None:
+        """Stop the child; fileno() is no longer valid."""
+        self.end("the producer is closing")
+        self._epoll.close()
+
+    def _next(self) -> int:
+        self._request += 1
+        return self._request
+
+    def _send(self, call: Call, request: talk.Request) -> bool:
+        self._calls[request.request] = call
+        try:
+            data = talk.pack(request)
+            if self._process is None:
+                self._start()
+        except (ProtocolError, ConfigError) as error:
+            self._end_call(request.request).fail(str(error))
+            return False
+        self._unsent += data
+        self._flush()
+        return request.request in self._calls
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        command = [sys.executable, str(Path(__file__).with_name("child.py")), str(theirs.fileno())]
+        try:
+            # Without preexec_fn subprocess uses vfork: the producer's mapped memory is neither copied nor marked. A
+            # session of its own: Ctrl-C in the producer's terminal is the producer's business, and whatever a routine
+            # starts ends with it.
+            self._process = subprocess.Popen(
+                command + [str(folder) for folder in self._folders],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            raise ConfigError(f"the process for routines cannot be started: {error}") from None
+        finally:
+            theirs.close()
+        assert self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+        self._sock = ours
+        self._inbox = talk.Inbox(requests=False)
+        self._output = Output()
+        self._epoll.register(ours.fileno(), select.EPOLLIN)
+        self._epoll.register(self._process.stdout.fileno(), select.EPOLLIN)
+
+    def _flush(self) -> None:
+        """Send as much as the socket takes; the rest when it polls writable."""
+        assert self._sock is not None
+        try:
+            while self._unsent:
+                del self._unsent[: self._sock.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._finish()
+            return
+        self._epoll.modify(self._sock.fileno(), select.EPOLLIN | (select.EPOLLOUT if self._unsent else 0))
+
+    def _receive(self) -> None:
+        assert self._sock is not None
+        try:
+            data = self._sock.recv(_TAKE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._finish()
+            return
+        try:
+            for answer in self._inbox.take(data):
+                self._answer(answer)
+        except ProtocolError as error:
+            self._finish(str(error))
+
+    def _answer(self, answer: talk.Answer) -> None:
+        call = self._calls.get(answer.request)
+        if call is None:
+            return
+        if isinstance(answer, talk.Progress):
+            call.progress(answer.done, answer.total, answer.text, answer.value)
+            return
+        call = self._end_call(answer.request)
+        if isinstance(answer, talk.Known):
+            for line in answer.broken:
+                _log.warning("routine file not loaded: %s", line)
+            self._known = [msgspec.structs.asdict(routine) for routine in answer.routines]
+            call.result(self._known, f"not loaded: {'; '.join(answer.broken)}" if answer.broken else "")
+        elif isinstance(answer, talk.Result):
+            call.result(answer.value, answer.text)
+        else:
+            if answer.traceback:
+                _log.error("%s\n%s", answer.text, answer.traceback)
+            call.fail(answer.text, code=answer.code)
+
+    def _end_call(self, request: int) -> Call:
+        if self._routine is not None and self._routine[0] == request:
+            self._output.end(self._routine[1])
+            self._routine = None
+        return self._calls.pop(request)
+
+    def _read_output(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        if self._process.stdout.closed:
+            return
+        try:
+            data = os.read(self._process.stdout.fileno(), _TAKE)
+        except BlockingIOError:
+            return
+        if data:
+            self._output.take(data)
+        else:
+            self._process.stdout.close()
+
+    def _finish(self, reason: str = "") -> None:
+        """The child is dead, or shall be: reap it, and fail what it leaves behind."""
+        process, sock = self._process, self._sock
+        assert process is not None
+        assert process.stdout is not None
+        assert sock is not None
+        # With whatever it has started. Nobody has waited for it yet, so the number is still its own; of one that has
+        # died already this does not change the status.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        status = process.wait()
+        self._read_output()
+        self._output.end(self.running or "process")
+        self._epoll.unregister(sock.fileno())
+        sock.close()
+        process.stdout.close()
+        self._process = self._sock = None
+        self._unsent.clear()
+        running = self._routine
+        why = reason or _status(status, running[2] if running is not None else None)
+        if not reason:
+            _log.error("the process for routines %s; the end of its output: %s", why, self._output.tail() or "none")
+        for request in list(self._calls):
+            what = f"routine {running[1]}" if running is not None and running[0] == request else "list of routines"
+            self._end_call(request).fail(f"{what}: {why}")
+
+
+def _status(status: int, time_limit: float | None) -> str:
+    if status == -signal.SIGALRM and time_limit is not None:
+        return f"stopped at its time limit of {time_limit:g} s"
+    if status < 0:
+        return f"its process was ended by signal {signal.Signals(-status).name}"
+    return f"its process ended with status {status}"

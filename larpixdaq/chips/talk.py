@@ -1,0 +1,113 @@
+"""What the producer and its child process say to each other over their socket: u32 little-endian length, msgpack
+array."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from larpixdaq.errors import ProtocolError
+
+#: No message of either side is longer.
+MAX_MESSAGE: Final = 64 << 20
+
+
+class ListRoutines(msgspec.Struct, array_like=True, tag=1, frozen=True):
+    request: int
+
+
+class RunRoutine(msgspec.Struct, array_like=True, tag=2, frozen=True):
+    request: int
+    name: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    time_limit: float  # seconds
+
+
+class RoutineInfo(msgspec.Struct, frozen=True):
+    name: str
+    params: list[str]
+    help: str  # the function's docstring, first paragraph
+
+
+class Known(msgspec.Struct, array_like=True, tag=11, frozen=True):
+    request: int
+    routines: list[RoutineInfo]
+    broken: list[str]  # files that could not be loaded, and why
+
+
+class Progress(msgspec.Struct, array_like=True, tag=12, frozen=True):
+    request: int
+    done: int
+    total: int
+    text: str
+    value: Any = None
+
+
+class Result(msgspec.Struct, array_like=True, tag=13, frozen=True):
+    request: int
+    value: Any
+    text: str = ""
+
+
+class Failed(msgspec.Struct, array_like=True, tag=14, frozen=True):
+    request: int
+    text: str  # one line
+    code: str = "failed"  # as in errors.RequestError
+    traceback: str = ""
+
+
+Request = ListRoutines | RunRoutine
+Answer = Known | Progress | Result | Failed
+
+
+def _plain(value: Any) -> Any:
+    """What msgpack does not know: numpy becomes lists and numbers, anything else its text."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return repr(value)
+
+
+_encoder: Final = msgspec.msgpack.Encoder(enc_hook=_plain)
+_requests: Final = msgspec.msgpack.Decoder(Request)
+_answers: Final = msgspec.msgpack.Decoder(Answer)
+
+
+def pack(message: Request | Answer) -> bytes:
+    """ProtocolError when a value in it cannot travel (too large, too deep, a number beyond 64 bits)."""
+    try:
+        body = _encoder.encode(message)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ProtocolError(f"{type(message).__name__}: a value that cannot be sent: {error}") from None
+    if len(body) > MAX_MESSAGE:
+        raise ProtocolError(f"{type(message).__name__}: expected at most {MAX_MESSAGE} bytes, found {len(body)}")
+    return len(body).to_bytes(4, "little") + body
+
+
+class Inbox:
+    """Puts the pieces that a socket gives together to messages."""
+
+    def __init__(self, *, requests: bool) -> None:
+        self._decoder: msgspec.msgpack.Decoder[Any] = _requests if requests else _answers
+        self._pending = bytearray()
+
+    def take(self, data: bytes) -> Iterator[Any]:
+        """The messages that `data` completes; ProtocolError when they are none."""
+        self._pending += data
+        while len(self._pending) >= 4:
+            length = int.from_bytes(self._pending[:4], "little")
+            if length > MAX_MESSAGE:
+                raise ProtocolError(
+                    f"message of the child process: expected at most {MAX_MESSAGE} bytes, found {length}"
+                )
+            if len(self._pending) < 4 + length:
+                return
+            body = bytes(self._pending[4 : 4 + length])
+            del self._pending[: 4 + length]
+            try:
+                yield self._decoder.decode(body)
+            except (msgspec.DecodeError, RecursionError) as error:
+                raise ProtocolError(f"message of the child process: {error}") from None

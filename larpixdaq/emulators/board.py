@@ -1,0 +1,188 @@
+"""One emulated board: its sockets, its pace, and the count of what was really sent."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from larpixdaq._native import emulate, transport
+from larpixdaq.emulators.commands import Commands
+from larpixdaq.errors import ConfigError
+from larpixdaq.pace import Pace
+
+#: A turn makes at most this many words, so that other boards, commands and signals get theirs.
+BATCH = 16_384
+#: What a data server needs per message (20 us), in ticks of 10 MHz: what comes meanwhile is in its next message.
+SERVICE_TICKS = 200
+#: Without --lossless: messages sent at once, before the I/O thread gets a moment; the queue takes 100, as a board's.
+BURST = 64
+BURST_PAUSE = 50e-6
+#: With --lossless: what may wait in a board's queue, about.
+QUEUE_BYTES = 64 << 20
+#: Seconds that a board may be late before it makes its messages longer.
+LATE = 0.01
+#: Seconds between two turns of a board that keeps up: busy enough, and the machine has other work.
+TURN = 0.001
+#: Seconds until a full queue is tried again: XPUB does not say when it has room.
+RETRY = 0.001
+
+
+class Words(Protocol):
+    """Where the messages come from: emulate.PacmanBoard or Recording."""
+
+    @property
+    def buffer(self) -> NDArray[np.uint8]: ...
+    @property
+    def spans(self) -> NDArray[Any]: ...
+    @property
+    def receipt(self) -> int: ...
+    @property
+    def left(self) -> bool: ...
+    def fill(self, words: int, per_message: int = 0, window: int = 0) -> int: ...
+
+
+class Board:
+    """`turn()` sends what is due. `sent` counts words by type and messages, after they were handed to ZeroMQ."""
+
+    def __init__(
+        self,
+        io_group: int,
+        words: Words,
+        *,
+        rate: float | None,
+        per_message: int,
+        lossless: bool,
+        limit: int | None,
+    ) -> None:
+        """`limit`: words to send, None: until told to stop. `per_message` 0: as the real data server does."""
+        self.io_group = io_group
+        self.sent = {"words": 0, "D": 0, "S": 0, "T": 0, "messages": 0}
+        self.finished = False
+        self.commands = Commands(lambda: self._words.receipt)
+        self._words = words
+        self._pace = Pace(rate, 1.0 + per_message / rate) if rate else None
+        self._per_message = per_message
+        self._lossless = lossless
+        self._left = limit
+        self._behind = False
+        self._spans: NDArray[Any] = words.spans[:0]
+        self._topics: set[bytes] = set()
+        self._sockets: list[zmq.Socket[bytes]] = []
+
+    def open(self, context: zmq.Context[Any], host: str, data_port: int, command_port: int) -> tuple[int, int]:
+        """Bind both sockets (port 0: any free one) and return their ports. ConfigError names a port that is busy."""
+        self.data = context.socket(zmq.XPUB)
+        self.command = context.socket(zmq.REP)
+        self._sockets = [self.data, self.command]
+        if self._lossless:
+            self.data.setsockopt(zmq.XPUB_NODROP, 1)
+            message = 8 + 16 * (self._per_message or 400)
+            self.data.setsockopt(zmq.SNDHWM, min(100_000, max(100, QUEUE_BYTES // message)))
+        else:
+            self.data.setsockopt(zmq.SNDHWM, 100)
+        self._sender = transport.Sender(self.data)
+        return (
+            self._bind(self.data, "data", host, data_port),
+            self._bind(self.command, "command", host, command_port),
+        )
+
+    def _bind(self, socket: zmq.Socket[bytes], what: str, host: str, port: int) -> int:
+        address = f"tcp://{host}:{port}"
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            text = zmq.strerror(error.errno or 0)
+            raise ConfigError(f"io_group {self.io_group}: cannot bind its {what} port {address}: {text}") from None
+        endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        return int(endpoint.rstrip(b"\0").rpartition(b":")[2])
+
+    def close(self, linger: int) -> None:
+        """Close both sockets; data that are queued stay for `linger` ms, answers have nobody to wait for them."""
+        for socket in self._sockets:
+            socket.close(linger=linger if socket is self.data else 0)
+
+    @property
+    def subscribed(self) -> bool:
+        """At least one subscription is in force that data messages match."""
+        return bool(self._topics & {b"", b"D"})
+
+    def subscriptions(self) -> None:
+        """Take note of who came and went."""
+        while True:
+            try:
+                frame = self.data.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            if frame[:1] == b"\1":
+                self._topics.add(frame[1:])
+            elif frame[:1] == b"\0":
+                self._topics.discard(frame[1:])
+
+    def answer(self) -> None:
+        """Answer one request on the command channel."""
+        parts = self.command.recv_multipart()
+        self.command.send(self.commands.answer(b"".join(parts)))
+
+    def turn(self, now: float) -> float:
+        """Send what is due; return the seconds until the next turn makes sense (infinite once finished)."""
+        if self.finished:
+            return float("inf")
+        if self._lossless and not self.subscribed:
+            if self._pace:
+                self._pace.pause(now)
+            return float("inf")
+        if not len(self._spans):
+            wait = self._make(now)
+            if wait:
+                return wait
+        self._send()
+        if len(self._spans):
+            return RETRY
+        self.finished = self._left == 0 or not self._words.left
+        return 0.0 if self._behind else TURN
+
+    def _make(self, now: float) -> float:
+        """Make the words that are due; return how long to wait instead if there are none yet."""
+        whole = self._per_message or 1
+        most = max(BATCH - BATCH % whole, whole)
+        window = SERVICE_TICKS
+        due = most
+        if self._pace:
+            due = self._pace.due(now)
+            late = due / self._pace.rate
+            if late > LATE:
+                # one that is behind finds more words complete, as the server's busy loop would
+                window = int(late * 10_000_000)
+        words = min(due - due % whole, most)
+        if self._left is not None and due >= self._left:
+            words = min(self._left, most)
+        if words < 1:
+            assert self._pace
+            return max(self._pace.when(min(whole, self._left or whole)) - now, RETRY)
+        self._behind = self._pace is None or due - words >= whole
+        messages = self._words.fill(words, self._per_message, window)
+        self._spans = self._words.spans[:messages]
+        made = sum(emulate.count_words(self._words.buffer, self._spans))
+        if self._pace:
+            self._pace.made(made)
+        if self._left is not None:
+            self._left -= made
+        return 0.0
+
+    def _send(self) -> None:
+        step = len(self._spans) if self._lossless else BURST
+        while len(self._spans):
+            sent = self._sender.send(self._words.buffer, self._spans[:step])
+            d, s, t, others = emulate.count_words(self._words.buffer, self._spans[:sent])
+            for name, number in zip(self.sent, (d + s + t + others, d, s, t, sent), strict=True):
+                self.sent[name] += number
+            self._spans = self._spans[sent:]
+            if self._lossless:
+                return
+            if len(self._spans):
+                time.sleep(BURST_PAUSE)

@@ -1,0 +1,250 @@
+"""`larpixdaq-emulator pacman`: the command line, and the loop that drives the boards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import zmq
+
+from larpixdaq._native import emulate
+from larpixdaq.emulators.board import BATCH, Board, Words
+from larpixdaq.emulators.recording import Recording
+from larpixdaq.schema import ASICS
+
+DESCRIPTION = """\
+Sends what PACMAN boards send (legacy format: 8-byte headers, 16-byte words), one board per io_group. At the start it
+prints one JSON line with the ports, {"ready": {"1": {"data": 5556, "command": 5555}}}; at the end one with the words
+that were sent, {"sent": {"1": {"words": 10, "D": 9, "S": 0, "T": 1, "messages": 10}}, "seconds": 0.1}. SIGINT and
+SIGTERM end it cleanly."""
+#: Ports of the io_groups after the first, where only that one's is given.
+PORT_STEP = 10
+#: Seconds that unsent messages are kept for at the end.
+LINGER = 10
+#: The board's clock begins 2 s before the chips' 31-bit timestamps roll over: everything behind sees that in every run.
+CLOCK_START = 2**31 - 20_000_000
+#: The board's clock when there is no pace: a PACMAN with 32 busy channels.
+SATURATED = 2_420_000.0
+
+
+#: Words/s of one board.
+LOWEST_RATE: Final = 10.0
+HIGHEST_RATE: Final = 1e9
+
+
+def _rate(text: str) -> float | None:
+    if text == "max":
+        return None
+    rate = float(text)
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise argparse.ArgumentTypeError(f"expected 10 to 1e9 words/s or max, found {text}")
+    return rate
+
+
+def per_message(text: str) -> int:
+    words = 0 if text == "auto" else int(text)
+    if not 0 <= words <= 65_535 or text == "0":
+        raise argparse.ArgumentTypeError(f"expected 1 to 65535 words or auto, found {text}")
+    return words
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    return number
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65_535:
+        raise argparse.ArgumentTypeError(f"expected a port, 0 to 65535, found {text}")
+    return port
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--io-groups", type=_positive, default=1, metavar="N", help="boards, io_groups 1 to N (default 1)")
+    add("--rate", type=_rate, default=5000.0, metavar="R", help="words/s of each board, or max (default 5000)")
+    add(
+        "--words-per-message",
+        type=per_message,
+        default=0,
+        metavar="W",
+        help="words in a message, or auto: whatever is complete when the board sends, as real ones do (default auto)",
+    )
+    add(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="send the messages of this log (u32 length + message), byte for byte",
+    )
+    add("--seed", type=int, default=0, metavar="S", help="another number, other data (default 0)")
+    add("--asic", choices=sorted(ASICS), default="2", help="generation of the chips (default 2)")
+    add("--odd", type=float, default=0.0, metavar="F", help="fraction of odd packets, such as bad parity (default 0)")
+    add("--pps", action="store_true", help="reset the board's clock each second, as with an external sync")
+    add(
+        "--lossless",
+        action="store_true",
+        help="wait for subscribers and for room instead of dropping messages beyond 100 queued, as a board does",
+    )
+    add("--count", type=_positive, metavar="N", help="end by itself after N words of each board")
+    add("--wait-for-subscriber", action="store_true", help="begin when each board has a subscriber")
+    add("--wait-for-go", action="store_true", help="begin when a line 'go' comes on standard input; its end ends this")
+    add("--stay", action="store_true", help="after the last word stay connected until told to end")
+    add("--address", default="127.0.0.1", metavar="IP", help="address to bind (default 127.0.0.1)")
+    for name, default in (("data", 5556), ("command", 5555)):
+        add(
+            f"--{name}-port",
+            type=_port,
+            nargs="+",
+            default=[default],
+            metavar="P",
+            help=f"{name} ports, one per io_group, or the first one's, the others {PORT_STEP} apart; "
+            f"0: any free one (default {default})",
+        )
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with status 2 for options that do not go together."""
+    if args.io_groups > 255:
+        parser.error(f"--io-groups: at most 255, found {args.io_groups}")
+    if args.replay and (args.count or args.words_per_message):
+        parser.error("--replay sends the recorded messages as they are: no --count, no --words-per-message")
+    if not 0 <= args.odd <= 1:
+        parser.error(f"--odd: expected a fraction, 0 to 1, found {args.odd}")
+    for name, ports in (("--data-port", args.data_port), ("--command-port", args.command_port)):
+        if len(ports) not in (1, args.io_groups):
+            parser.error(f"{name}: expected 1 port or {args.io_groups}, one per io_group, found {len(ports)}")
+        if len(ports) == 1 and ports[0] + PORT_STEP * (args.io_groups - 1) > 65_535:
+            parser.error(f"{name}: {ports[0]} leaves no room for {args.io_groups} io_groups {PORT_STEP} ports apart")
+
+
+def _ports(ports: list[int], n: int) -> list[int]:
+    if len(ports) == n:
+        return ports
+    return [ports[0] + PORT_STEP * k if ports[0] else 0 for k in range(n)]
+
+
+def _words(args: argparse.Namespace, io_group: int) -> Words:
+    if args.replay:
+        return Recording(args.replay)
+    return emulate.PacmanBoard(
+        ASICS[args.asic],
+        rate=args.rate or SATURATED,
+        seed=args.seed * 256 + io_group,
+        seconds=int(time.time() - CLOCK_START / 1e7),
+        tick=CLOCK_START,
+        pps=args.pps,
+        odd=args.odd,
+        words=max(BATCH, args.words_per_message),
+    )
+
+
+class Emulator:
+    """All boards in one thread. `stop` may be set at any time, also by a signal handler."""
+
+    def __init__(self, boards: list[Board], *, wait_for_subscriber: bool, wait_for_go: bool, stay: bool) -> None:
+        self.stop = False
+        self.seconds = 0.0
+        self._boards = boards
+        self._wait_for_subscriber = wait_for_subscriber
+        self._wait_for_go = wait_for_go
+        self._stay = stay
+        self._line = b""
+        self._poller = zmq.Poller()
+        self._ready: dict[Any, Any] = {}
+        for board in boards:
+            self._ready[board.data] = board.subscriptions
+            self._ready[board.command] = board.answer
+        if wait_for_go:
+            self._ready[0] = self._read_go
+        for socket in self._ready:
+            self._poller.register(socket, zmq.POLLIN)
+
+    def _read_go(self) -> None:
+        text = os.read(0, 4096)
+        self._line += text
+        if not text:
+            # whoever should have said go is gone
+            self.stop = True
+        elif b"go" in self._line.split(b"\n")[:-1]:
+            self._wait_for_go = False
+            self._poller.unregister(0)
+        else:
+            self._line = self._line.rpartition(b"\n")[2][-4096:]
+
+    def _subscribed(self) -> bool:
+        return not self._wait_for_subscriber or all(board.subscribed for board in self._boards)
+
+    def run(self, report: Callable[[], None]) -> None:
+        """Until all is sent, or told to stop; `report()` is called once, when the last word has been handed over."""
+        started: float | None = None
+        reported = False
+        while not self.stop:
+            now = time.monotonic()
+            wait = float("inf")
+            if started is None and not self._wait_for_go and self._subscribed():
+                started = now
+            if started is not None:
+                wait = min(board.turn(now) for board in self._boards)
+                if not reported:
+                    self.seconds = time.monotonic() - started
+                    if all(board.finished for board in self._boards):
+                        reported = True
+                        report()
+                        if not self._stay:
+                            return
+            # a signal that came just before is seen after 100 ms at the latest
+            for socket, _ in self._poller.poll(0 if wait <= 0 else max(1, int(min(wait, 0.1) * 1000))):
+                self._ready[socket]()
+        if not reported:
+            report()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Emulate what the command line asks for. ConfigError or FileError, in one line, when that cannot work."""
+    context: zmq.Context[Any] = zmq.Context()
+    boards: list[Board] = []
+    try:
+        data = _ports(args.data_port, args.io_groups)
+        command = _ports(args.command_port, args.io_groups)
+        ready = {}
+        for io_group in range(1, args.io_groups + 1):
+            board = Board(
+                io_group,
+                _words(args, io_group),
+                rate=args.rate,
+                per_message=args.words_per_message,
+                lossless=args.lossless,
+                limit=args.count,
+            )
+            boards.append(board)
+            bound = board.open(context, args.address, data[io_group - 1], command[io_group - 1])
+            ready[str(io_group)] = dict(zip(("data", "command"), bound, strict=True))
+        emulator = Emulator(
+            boards, wait_for_subscriber=args.wait_for_subscriber, wait_for_go=args.wait_for_go, stay=args.stay
+        )
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            emulator.stop = True
+
+        def report() -> None:
+            sent = {str(board.io_group): board.sent for board in boards}
+            print(json.dumps({"sent": sent, "seconds": round(emulator.seconds, 6)}), flush=True)
+
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+        print(json.dumps({"ready": ready}), flush=True)
+        emulator.run(report)
+    finally:
+        for board in boards:
+            board.close(linger=LINGER * 1000)
+        context.term()

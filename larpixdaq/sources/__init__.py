@@ -1,0 +1,274 @@
+"""Where packets come from: the producer's options for it, and the sources that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from typing import Any, Final, NamedTuple
+
+from larpixdaq.errors import ConfigError
+from larpixdaq.schema import ASICS, IO_GROUPS, Asic
+from larpixdaq.sources import ioconfig
+from larpixdaq.sources.base import Source
+
+DATA_PORT: Final = 5556
+COMMAND_PORT: Final = 5555
+#: Packets per second of `--fake` without a rate.
+FAKE_RATE: Final = 10_000.0
+
+_BOARD: Final = re.compile(
+    r"(?:(?P<group>\d{1,9})=)?(?:tcp://)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:=/\[\]]+)(?::(?P<data>\d{1,9})(?::(?P<command>\d{1,9}))?)?"
+)
+_FORM: Final = "[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]"
+#: The io class of larpix-control -> the source that does the same.
+_IO_CLASSES: Final = {"PACMAN_IO": "pacman", "SerialPort": "serial", "ZMQ_IO": "bern", "MultiZMQ_IO": "bern"}
+#: Options that only some sources understand; given with another source they are refused, since they would do nothing.
+_ONLY_FOR: Final = {
+    "pacman_format": ("pacman", "replay"),
+    "clock64": ("pacman", "replay"),
+    "baud": ("serial",),
+    "serial_rule": ("serial",),
+    "speed": ("replay",),
+    "io_groups": ("fake",),
+}
+
+
+class Board(NamedTuple):
+    io_group: int
+    host: str
+    data_port: int
+    command_port: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The producer's options that say where packets come from; create() makes the sources of the result."""
+    where = parser.add_argument_group("source", "where the packets come from: exactly one of these")
+    one = where.add_mutually_exclusive_group(required=True)
+    one.add_argument("--serial", metavar="DEVICE", help="a board on a serial line, such as /dev/ttyUSB0 (io_group 1)")
+    one.add_argument(
+        "--pacman",
+        nargs="+",
+        metavar="BOARD",  # argparse before 3.13 cannot wrap a usage line with brackets in it
+        help=f"PACMAN boards, each as {_FORM}; io_groups count from 1 in the order given unless named; ports default "
+        f"to {DATA_PORT} (data) and {COMMAND_PORT} (command), a command port beside a given data port to that less 1",
+    )
+    one.add_argument("--bern", nargs="+", metavar="BOARD", help="boards of the Bern type; addresses as for --pacman")
+    one.add_argument(
+        "--replay",
+        nargs="+",
+        metavar="FILE",
+        help="recorded files, one after another: raw HDF5, LArPix+HDF5 packet files, or logs of PACMAN messages "
+        "(u32 length + message), which do not say their io_group: IO_GROUP=FILE does (default: 1)",
+    )
+    one.add_argument(
+        "--fake",
+        nargs="?",
+        const=FAKE_RATE,
+        type=_rate,
+        metavar="RATE",
+        help=f"made-up packets, RATE a second in all (default {FAKE_RATE:g}), to try things without a board",
+    )
+    one.add_argument(
+        "--io-config",
+        nargs="+",
+        metavar=("CLASS", "ARG"),
+        help="boards as larpix-control's IO class would have them: PACMAN_IO, ZMQ_IO or MultiZMQ_IO [FILE], or "
+        "SerialPort FILE or DEVICE [BAUD]; FILE is larpix-control's io configuration (JSON)",
+    )
+
+    what = parser.add_argument_group("board", "what the boards and chips are")
+    what.add_argument("--asic", choices=list(ASICS), default="2", help="generation of the chips (default: 2)")
+    what.add_argument(
+        "--fifo-diagnostics",
+        action="store_true",
+        help="the chips' fifo diagnostics mode is on (v2 chips; no packet says so)",
+    )
+    what.add_argument(
+        "--pacman-format",
+        choices=["auto", "legacy", "1.0"],
+        help="format of PACMAN messages (default: auto, which looks at each message)",
+    )
+    what.add_argument(
+        "--clock64", action="store_const", const=True, help="PACMAN firmware with 64-bit timestamps (DUNE timing)"
+    )
+    what.add_argument("--baud", type=_whole, metavar="BITS_PER_SECOND", help="of the serial line (default: 1000000)")
+    what.add_argument(
+        "--serial-rule",
+        choices=["strict", "larpix-control"],
+        help="how frames are found after lost bytes: strict asks for odd parity or a frame that follows (default), "
+        "larpix-control takes every start and stop byte at the right distance",
+    )
+    what.add_argument(
+        "--speed",
+        type=_speed,
+        metavar="X|max",
+        help="replay X times as fast as recorded (default: 1) or as fast as possible; pauses over a minute are skipped",
+    )
+    what.add_argument("--io-groups", type=_whole, metavar="N", help="made-up boards of --fake (default: 1)")
+
+
+def create(args: argparse.Namespace) -> list[Source]:
+    """The sources that the options ask for, not yet opened. ConfigError, one line, for what makes no sense."""
+    kind, given = _kind(args)
+    for option, kinds in _ONLY_FOR.items():
+        if getattr(args, option) is not None and kind not in kinds:
+            names = " and ".join(f"--{name}" for name in kinds)
+            raise ConfigError(f"--{option.replace('_', '-')} is for {names} only, not for --{kind}")
+    asic = ASICS[args.asic]
+    if args.fifo_diagnostics:
+        if asic != Asic.V2:
+            raise ConfigError(f"--fifo-diagnostics is for v2 chips only, not for --asic {args.asic}")
+        asic = Asic.V2_DIAGNOSTICS
+    if kind == "serial":
+        return _serial(args, asic, given)
+    if kind == "replay":
+        return _replay(args, asic, given)
+    if kind == "fake":
+        return _fake(args, asic, given)
+    return _boards(args, asic, kind, given)
+
+
+def _kind(args: argparse.Namespace) -> tuple[str, Any]:
+    """Which source, and what was given for it: (io_group, device, baud), addresses, files or a rate."""
+    if args.io_config is not None:
+        return _from_io_config(*args.io_config)
+    if args.serial is not None:
+        return "serial", (1, args.serial, None)
+    kinds = [kind for kind in ("pacman", "bern", "replay", "fake") if getattr(args, kind) is not None]
+    if len(kinds) != 1:
+        raise ConfigError("exactly one source is needed: --serial, --pacman, --bern, --replay, --fake or --io-config")
+    return kinds[0], getattr(args, kinds[0])
+
+
+def _from_io_config(io_class: str, *arguments: str) -> tuple[str, Any]:
+    kind = _IO_CLASSES.get(io_class)
+    if kind is None:
+        raise ConfigError(
+            f"--io-config {io_class}: larpix-control itself would have to read the board, which comes with "
+            f"hardware control; without it there are {', '.join(_IO_CLASSES)}"
+        )
+    if len(arguments) > (2 if kind == "serial" else 1):
+        raise ConfigError(f"--io-config {io_class}: too many arguments: {' '.join(arguments)}")
+    if kind == "serial":
+        if not arguments:
+            raise ConfigError("--io-config SerialPort: name the device or an io configuration file")
+        baud = (
+            None if len(arguments) == 1 else _number(arguments[1], "--io-config SerialPort: baud rate", 1, 100_000_000)
+        )
+        if not arguments[0].endswith(".json"):
+            return "serial", (1, arguments[0], baud)
+        devices = ioconfig.read(io_class, arguments[0])
+        if len(devices) != 1:
+            raise ConfigError(f"io config {arguments[0]}: SerialPort has one device, found {len(devices)}")
+        return "serial", (*devices[0], baud)
+    file = arguments[0] if arguments else ioconfig.DEFAULTS[io_class]
+    boards = ioconfig.read(io_class, file)
+    if io_class == "ZMQ_IO" and len(boards) != 1:
+        raise ConfigError(f"io config {file}: ZMQ_IO has one address, found {len(boards)}; use MultiZMQ_IO")
+    return kind, [f"{io_group}={address}" for io_group, address in boards]
+
+
+def boards(addresses: list[str]) -> list[Board]:
+    """`[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]` of several boards; ConfigError for nonsense and for duplicates."""
+    found: list[Board] = []
+    for place, text in enumerate(addresses, start=1):
+        match = _BOARD.fullmatch(text)
+        if match is None:
+            raise ConfigError(f"board address {text!r}: expected {_FORM}")
+        io_group = _io_group(match["group"], text) if match["group"] else place
+        data = _number(match["data"], f"board address {text!r}: data port", 1, 65_535) if match["data"] else DATA_PORT
+        if match["command"]:
+            command = _number(match["command"], f"board address {text!r}: command port", 1, 65_535)
+        else:
+            command = data - 1 if match["data"] else COMMAND_PORT
+            if command == 0:
+                raise ConfigError(f"board address {text!r}: data port 1 leaves no command port; give one")
+        if command == data:
+            raise ConfigError(f"board address {text!r}: data port and command port are both {data}")
+        board = Board(io_group, match["host"], data, command)
+        for other in found:
+            if other.io_group == board.io_group:
+                raise ConfigError(f"board address {text!r}: io_group {io_group} is that of {other.host} already")
+            if (other.host, other.data_port) == (board.host, board.data_port):
+                raise ConfigError(f"board address {text!r}: io_group {other.io_group} has the same address")
+        found.append(board)
+    if len(found) >= IO_GROUPS:
+        raise ConfigError(f"{len(found)} boards: a producer has at most {IO_GROUPS - 1}")
+    return found
+
+
+def _boards(args: argparse.Namespace, asic: Asic, kind: str, addresses: list[str]) -> list[Source]:
+    if kind == "bern":
+        from larpixdaq.sources.bern import BernSource
+
+        return [BernSource(*board, asic=asic) for board in boards(addresses)]
+    from larpixdaq.sources.pacman import PacmanSource
+
+    form = args.pacman_format or "auto"
+    return [PacmanSource(*board, asic=asic, format=form, clock64=bool(args.clock64)) for board in boards(addresses)]
+
+
+def _serial(args: argparse.Namespace, asic: Asic, given: tuple[int, str, int | None]) -> list[Source]:
+    from larpixdaq.sources.serial import BAUD, SerialSource
+
+    io_group, device, baud = given
+    _io_group(str(io_group), device)
+    rule = args.serial_rule or "strict"
+    return [SerialSource(device, io_group, asic=asic, baud=args.baud or baud or BAUD, rule=rule)]
+
+
+def _replay(args: argparse.Namespace, asic: Asic, files: list[str]) -> list[Source]:
+    from larpixdaq.sources.replay import ReplaySource
+
+    named = []
+    for text in files:
+        group, equals, file = text.partition("=")
+        if equals and group.isdecimal():
+            named.append((_io_group(group, text), file))
+        else:
+            named.append((1, text))
+    form = args.pacman_format or "auto"
+    speed = 1.0 if args.speed is None else args.speed
+    return [ReplaySource(named, asic=asic, format=form, clock64=bool(args.clock64), speed=speed)]
+
+
+def _fake(args: argparse.Namespace, asic: Asic, rate: float) -> list[Source]:
+    from larpixdaq.sources.fake import FakeSource
+
+    count = 1 if args.io_groups is None else args.io_groups
+    if count >= IO_GROUPS:
+        raise ConfigError(f"--io-groups {count}: a producer has at most {IO_GROUPS - 1}")
+    return [FakeSource(io_group, rate / count, asic=asic, seed=io_group) for io_group in range(1, count + 1)]
+
+
+def _io_group(text: str, where: str) -> int:
+    return _number(text, f"{where}: io_group", 1, IO_GROUPS - 1)
+
+
+def _number(text: str, what: str, low: int, high: int) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 12 and low <= int(text) <= high):
+        raise ConfigError(f"{what}: expected {low} to {high}, found {text}")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"expected packets per second above 0, found {text}")
+    return value
+
+
+def _speed(text: str) -> float:
+    """math.inf stands for "as fast as possible"."""
+    value = math.inf if text == "max" else float(text)
+    if math.isnan(value) or value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a factor above 0 or max, found {text}")
+    return value

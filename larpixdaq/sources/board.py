@@ -1,0 +1,192 @@
+"""What boards that publish over ZeroMQ have in common: the subscription, its watch, and one batch at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+from zmq.utils.monitor import recv_monitor_message
+
+from larpixdaq._native.transport import Receiver
+from larpixdaq.errors import ConfigError
+from larpixdaq.schema import COUNTS, Layout
+from larpixdaq.sources.base import Decoder, LiveSource
+
+#: Messages that may wait for us. One-word messages take 64 bytes each here; a saturated board (39 MB/s) sends far
+#: fewer, larger ones. When it is full libzmq stops reading, the kernel's buffer fills, and then the board drops.
+RECEIVE_QUEUE = 100_000
+#: A message above this ends the connection, before memory is taken for it (the largest PACMAN message has 1 MiB).
+LARGEST_MESSAGE = 64 << 20
+#: A board that lost its power says nothing: the kernel asks after 5 s of silence and gives up after 3 x 2 s.
+KEEPALIVE = {
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 5,
+    zmq.TCP_KEEPALIVE_INTVL: 2,
+    zmq.TCP_KEEPALIVE_CNT: 3,
+}
+#: libzmq connects again by itself, within a second, unless the other end broke the rules of ZeroMQ (a message above the
+#: limit, what is no board): then it gives up for good. So we connect anew when it has not for so long (seconds).
+CONNECT_ANEW = 2.0
+#: Warnings kept until somebody asks for them.
+MOST_PROBLEMS = 100
+
+_WATCHED = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_MESSAGES, _BYTES, _BYTES_IN = (COUNTS.index(name) for name in ("rejected_messages", "rejected_bytes", "bytes_in"))
+
+
+class MessageDecoder(Decoder, Protocol):
+    def feed(self, buffer: Any, spans: NDArray[Any]) -> None: ...
+
+
+class BoardSource(LiveSource):
+    """A board at tcp://host:data_port. `silence`: seconds without any message after which that is a problem."""
+
+    waits = False
+    _decoder: MessageDecoder
+
+    def __init__(
+        self,
+        kind: str,
+        io_group: int,
+        host: str,
+        data_port: int,
+        *,
+        decoder: MessageDecoder,
+        layout: Layout,
+        silence: float,
+    ) -> None:
+        self.address = f"tcp://[{host}]:{data_port}" if ":" in host else f"tcp://{host}:{data_port}"
+        super().__init__(f"{kind} io_group {io_group} at {self.address}", layout, io_group, decoder)
+        self._host = host
+        self._port = data_port
+        self._silence = silence
+        self._counts: NDArray[np.uint64] = np.zeros(len(COUNTS), np.uint64)
+        self._context: zmq.Context[Any] | None = None
+        self._heard = 0.0
+        self._silent = False
+        self._connected: bool | None = None
+        self._strange = False
+        self._connect_at: float | None = None
+
+    def open(self) -> None:
+        """Connect; libzmq goes on trying while the board is away. ConfigError for a host or port that cannot be."""
+        if not 1 <= self._port <= 65_535:
+            raise ConfigError(f"{self.name}: expected a port from 1 to 65535")
+        ipv6 = ":" in self._host
+        family = socket.AF_INET6 if ipv6 else socket.AF_INET
+        try:
+            socket.getaddrinfo(self._host, None, family, socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"{self.name}: cannot find host {self._host!r}: {error}") from None
+        # a context of its own: its thread reads this board alone
+        self._context = zmq.Context()
+        self._data: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
+        self._data.linger = 0
+        self._data.rcvhwm = RECEIVE_QUEUE
+        self._data.ipv6 = ipv6
+        self._data.setsockopt(zmq.MAXMSGSIZE, LARGEST_MESSAGE)
+        self._data.setsockopt(zmq.RECONNECT_IVL, 100)
+        self._data.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        for option, value in KEEPALIVE.items():
+            self._data.setsockopt(option, value)
+        self._data.setsockopt(zmq.SUBSCRIBE, b"")
+        self._receiver = Receiver(self._data)
+        self._monitor = self._data.get_monitor_socket(_WATCHED)
+        self._data.connect(self.address)
+        self.sockets = (self._data, self._monitor)
+        self._heard = time.monotonic()
+
+    def close(self) -> None:
+        if self._context is not None:
+            self.sockets = ()
+            self._data.disable_monitor()
+            self._monitor.close(linger=0)
+            self._data.close(linger=0)
+            self._context.term()
+            self._context = None
+
+    def start(self, counts: NDArray[np.uint64]) -> None:
+        self._counts = counts[self.io_groups[0]]
+        self._decoder.start(self._counts)
+
+    def due(self) -> float | None:
+        if self._context is None:
+            return None
+        silent = [] if self._silent else [self._heard + self._silence]
+        return min([*silent, *([] if self._connect_at is None else [self._connect_at])], default=None)
+
+    def read(self) -> bool:
+        receiver = self._receiver
+        dropped, dropped_bytes = receiver.oversized, receiver.oversized_bytes
+        n = receiver.receive()
+        self.drained = receiver.emptied
+        now = time.monotonic()
+        if receiver.oversized_bytes != dropped_bytes:
+            self._too_large(receiver.oversized - dropped, receiver.oversized_bytes - dropped_bytes)
+        elif n == 0:
+            self._watch(now)
+            return False
+        if self._silent:
+            self._problem(f"sends again, after {now - self._heard:.0f} s")
+            self._silent = False
+        self._heard = now
+        self._decoder.feed(receiver.buffer, receiver.spans[:n])
+        return True
+
+    def _problem(self, text: str) -> None:
+        if len(self._problems) < MOST_PROBLEMS:
+            self._problems.append(f"{self.name}: {text}")
+
+    def _too_large(self, messages: int, size: int) -> None:
+        self._counts[_MESSAGES] += np.uint64(messages)
+        self._counts[_BYTES] += np.uint64(size)
+        self._counts[_BYTES_IN] += np.uint64(size)
+        self._problem(
+            f"dropped {messages} messages of {size} bytes in all: larger than {len(self._receiver.buffer)} bytes"
+        )
+
+    def _watch(self, now: float) -> None:
+        """Nothing came: note how the connection is."""
+        for event in self._events():
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                if self._connected is False:
+                    self._problem("connected again")
+                self._connected = True
+                self._strange = False
+                self._connect_at = None
+                continue
+            self._connect_at = now + CONNECT_ANEW
+            if event == zmq.EVENT_DISCONNECTED:
+                if self._connected:
+                    self._problem("connection lost; trying to reconnect")
+                    self._connected = False
+            elif not self._strange:
+                self._problem("what answers there does not speak ZeroMQ as a board does")
+                self._strange = True
+        if self._connect_at is not None and now >= self._connect_at:
+            self._connect_at = None
+            with contextlib.suppress(zmq.ZMQError):  # it has given up: nothing to disconnect
+                self._data.disconnect(self.address)
+            self._data.connect(self.address)
+        if not self._silent and now >= self._heard + self._silence:
+            self._problem(f"silent for {self._silence:g} s" + ("" if self._connected else ", not connected"))
+            self._silent = True
+
+    def _events(self) -> Iterator[int]:
+        while True:
+            try:
+                yield recv_monitor_message(self._monitor, zmq.DONTWAIT)["event"]
+            except zmq.Again:
+                return

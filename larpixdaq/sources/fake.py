@@ -1,0 +1,64 @@
+"""A board that is not there: plausible PACMAN messages at a given rate, for trying everything else out."""
+
+from __future__ import annotations
+
+import time
+
+from larpixdaq._native.emulate import PacmanBoard
+from larpixdaq._native.frames import PacmanDecoder
+from larpixdaq.errors import ConfigError
+from larpixdaq.pace import Pace
+from larpixdaq.schema import Asic, layout_of
+from larpixdaq.sources.base import LiveSource
+
+#: Words of one read() at most, and seconds between two: far above any rate that can be decoded.
+BATCH = 65_536
+TURN = 0.001
+#: The board's clock begins 2 s before the chips' 31-bit timestamps roll over: whoever tries things out sees that too.
+CLOCK_START = 2**31 - 20_000_000
+
+
+class FakeSource(LiveSource):
+    """io_group `io_group` with `rate` words/s; the same seed, the same packets."""
+
+    _decoder: PacmanDecoder
+
+    def __init__(self, io_group: int, rate: float, *, asic: Asic = Asic.V2, seed: int = 0) -> None:
+        decoder = PacmanDecoder(io_group, asic, format="legacy")
+        super().__init__(f"fake board io_group {io_group}", layout_of(asic), io_group, decoder)
+        try:
+            self._board = PacmanBoard(
+                asic,
+                rate=rate,
+                seed=seed * 256 + io_group,
+                seconds=int(time.time() - CLOCK_START / 1e7),
+                tick=CLOCK_START,
+                words=BATCH,
+            )
+        except ValueError as error:
+            raise ConfigError(f"{self.name}: {error}") from None
+        self._pace = Pace(rate)
+        self._next = 0.0
+
+    def open(self) -> None:
+        self._pace.due(time.monotonic())
+
+    def close(self) -> None:
+        self._pace.pause(time.monotonic())
+
+    def due(self) -> float | None:
+        return self._next
+
+    def read(self) -> bool:
+        now = time.monotonic()
+        due = self._pace.due(now) if now >= self._next else 0
+        words = min(due, BATCH)
+        self.drained = words == due
+        if not words:
+            self._next = max(self._next, self._pace.when(1))
+            return False
+        messages = self._board.fill(words)
+        self._pace.made(words)
+        self._next = max(now + TURN, self._pace.when(1))
+        self._decoder.feed(self._board.buffer, self._board.spans[:messages])
+        return True

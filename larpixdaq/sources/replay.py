@@ -1,0 +1,195 @@
+"""Recorded files, played again as if the boards were there: through the same decoder, at the recorded speed or another.
+
+Messages (raw files, logs) go through the decoder as they are. Rows of packet files become messages again first, of
+PACMAN format 1.0, which has room for every column. Words that had been sent pass by the decoder. INFO rows are left
+out: their texts travel, and become rows again. Either way the order of the file is kept, also between io_groups.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq.errors import FileError
+from larpixdaq.files.packets import PacketFile
+from larpixdaq.files.raw import RawFile
+from larpixdaq.files.recording import open_recording
+from larpixdaq.schema import Asic, layout_of
+from larpixdaq.sources.log_file import MessageLog
+from larpixdaq.sources.pieces import Decoders, Messages, Rows, row_times
+from larpixdaq.sources.timing import Clock, message_times
+
+#: Seconds between two batches at recorded speed; less would only cost turns of the producer's loop.
+_TURN: Final = 0.002
+
+Recording = RawFile | PacketFile | MessageLog
+
+
+class ReplaySource:
+    """Files one after another; implements `sources.base.Source`.
+
+    `files` are (io_group, path); the io_group is for files that do not say it. `speed` 1 is as recorded, math.inf as
+    fast as rows are taken; time runs from the first read() after start(), so what is not asked for waits. What is
+    damaged in a file is reported and left out; the rest is played.
+    """
+
+    waits = True
+    recorded = True
+    drained = False  # a file has more until it is finished
+    sockets: tuple[Any, ...] = ()
+
+    def __init__(
+        self,
+        files: Sequence[tuple[int, str | Path]],
+        *,
+        asic: Asic,
+        format: str = "auto",
+        clock64: bool = False,
+        speed: float = 1.0,
+    ) -> None:
+        self._files = [(io_group, Path(path)) for io_group, path in files]
+        self.name = f"replay of {', '.join(str(path) for _, path in self._files)}"
+        self.layout = layout_of(asic, clock64=clock64 or format == "1.0")
+        self.io_groups: tuple[int, ...] = tuple(sorted({io_group for io_group, _ in files}))
+        self.finished = False
+        self._asic = asic
+        self._speed = speed
+        self._at_once = math.isinf(speed)
+        self._format = format
+        self._clock64 = clock64
+        self._pieces: Iterator[Messages | Rows] = iter(())
+        self._piece: Messages | Rows | None = None
+        self._recordings: list[Recording] = []
+        self._began: tuple[float, float] | None = None  # monotonic clock, and recorded time, of the first read()
+        self._next_turn = 0.0
+        self._clock = Clock()
+        self._texts: list[str] = []
+        self._problems: list[str] = []
+
+    def open(self) -> None:
+        """Opens every file, so that a wrong one is named before anything is played. Again: plays from the beginning."""
+        self._decoders = Decoders(self._asic, format=self._format, clock64=self._clock64)
+        self._recordings, self._piece, self._texts, self.finished = [], None, [], False
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for recording in self._recordings:
+            recording.close()
+
+    def start(self, counts: NDArray[Any]) -> None:
+        self._decoders.start(counts)
+        self._began = None
+
+    def due(self) -> float | None:
+        if self.finished:
+            return None
+        if self._piece is None or self._began is None or self._at_once:
+            return 0.0
+        began, recorded = self._began
+        return max(self._next_turn, began + (self._piece.next_time() - recorded) / self._speed)
+
+    def read(self) -> bool:
+        if self.finished:
+            return False
+        while self._piece is None or self._piece.used_up:
+            self._piece = next(self._pieces, None)
+            if self._piece is None:
+                self.finished = True
+                return False
+            if self._piece.text is not None:
+                # A batch of its own: the reader looks for room in between, however many texts follow one another.
+                self._texts.append(self._piece.text)
+                return True
+        if self._at_once:
+            return self._piece.release(math.inf)
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now, self._piece.next_time())
+        if now < self._next_turn:
+            return False
+        began, recorded = self._began
+        released = self._piece.release(recorded + (now - began) * self._speed)
+        if not released or not self._piece.used_up:
+            self._next_turn = now + _TURN
+        self.drained = not self._piece.used_up
+        return released
+
+    def texts(self) -> list[str]:
+        texts, self._texts = self._texts, []
+        return texts
+
+    def decode(self, rows: NDArray[Any]) -> int:
+        return self._piece.decode(rows) if self._piece is not None else 0
+
+    def take_unknown(self) -> NDArray[Any]:
+        return self._decoders.take_unknown()
+
+    def problems(self) -> list[str]:
+        problems, self._problems = self._problems, []
+        return problems
+
+    def _open(self) -> None:
+        found: set[int] = set()
+        for io_group, path in self._files:
+            try:
+                recording: Recording = open_recording(path) or MessageLog(path)
+            except OSError as error:
+                raise error if isinstance(error, FileError) else FileError(f"{path}: {error.strerror}") from None
+            self._recordings.append(recording)
+            if isinstance(recording, PacketFile):
+                recording.check(self._asic, self.layout)
+            found.update((io_group,) if isinstance(recording, MessageLog) else recording.io_groups(io_group))
+        self.io_groups = tuple(sorted(found))
+        self._pieces = self._play()
+
+    def _play(self) -> Iterator[Messages | Rows]:
+        for (io_group, _), recording in zip(self._files, self._recordings, strict=True):
+            try:
+                if isinstance(recording, PacketFile):
+                    yield from self._play_rows(recording, io_group)
+                else:
+                    yield from self._play_messages(recording, io_group)
+            except (FileError, OSError) as error:
+                self._problems.append(f"{error}; the rest of this file is left out")
+            recording.close()
+
+    def _play_messages(self, recording: RawFile | MessageLog, io_group: int) -> Iterator[Messages]:
+        pieces = recording.pieces(io_group) if isinstance(recording, RawFile) else self._log(recording, io_group)
+        for data, spans, groups in pieces:
+            times = None if self._at_once else self._clock.times(groups, *message_times(data, spans))
+            yield Messages(self._decoders, data, spans, groups, times)
+
+    def _log(self, log: MessageLog, io_group: int) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        for data, spans, lost, problem in log.pieces():
+            if problem:
+                self._problems.append(problem)
+            if lost:
+                self._decoders.reject(io_group, lost)
+            yield data, spans, np.full(len(spans), io_group, np.uint8)
+
+    def _play_rows(self, recording: PacketFile, io_group: int) -> Iterator[Rows]:
+        left_out = 0
+        for rows, groups, unfit, texts in recording.pieces(self.layout, self._asic, io_group):
+            left_out += unfit
+            times = None if self._at_once else self._clock.times(groups, *row_times(rows))
+            text: str | None = None
+            start = 0
+            for end, following in [*texts, (len(rows), None)]:
+                if text is not None or end > start:
+                    own = None if times is None else times[start:end]
+                    yield Rows(self._decoders, rows[start:end], groups[start:end], own, text)
+                start, text = end, following
+        if left_out:
+            self._problems.append(f"{recording.path}: {left_out} rows left out: no packet can look like them")
+        if recording.textless:
+            self._problems.append(f"{recording.path}: {recording.textless} INFO rows without a text in /messages")

@@ -1,0 +1,151 @@
+"""Boards on a serial line (FTDI or Raspberry Pi UART with an FPGA): 10-byte frames without any time in them.
+
+The host's clock gives the seconds of the time rows. A frame of even parity may wait for what follows it; after 20 ms
+without a byte the decoder decides with what is there. A device that goes away (an unplugged cable) is looked for once a
+second.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import termios
+import time
+from typing import Final
+
+import serial
+
+from larpixdaq._native.frames import SerialDecoder
+from larpixdaq.errors import ConfigError
+from larpixdaq.schema import Asic, layout_of
+from larpixdaq.sources.base import LiveSource
+
+BAUD: Final = 1_000_000
+#: Seconds without a byte after which the decoder no longer waits for the next frame.
+SILENCE: Final = 0.02
+#: Seconds between two attempts to open a device that went away.
+RETRY: Final = 1.0
+#: Bytes of one read: more than the kernel's tty buffer ever holds.
+_READ: Final = 65_536
+
+_REASONS: Final = {
+    errno.ENOENT: "no such device",
+    errno.ENXIO: "no such device",
+    errno.ENODEV: "no such device",
+    errno.EACCES: "no permission (is this user in the group of the device, often dialout?)",
+    errno.EBUSY: "in use by another program",
+    errno.EAGAIN: "in use by another program",
+    errno.ENOTTY: "not a serial device",
+    errno.EINVAL: "not a serial device",
+}
+
+
+def _reason(error: BaseException) -> str:
+    """In plain words; pyserial wraps some of the system's errors into texts that no longer have the number."""
+    for cause in (error, error.__context__):
+        if cause is not None and cause.args and cause.args[0] in _REASONS:
+            return _REASONS[cause.args[0]]
+    return str(error)
+
+
+class SerialSource(LiveSource):
+    """One serial device; implements `sources.base.Source`.
+
+    `device` is a path such as /dev/ttyUSB0, `baud` in bits per second, `rule` how frames are found again after lost
+    bytes: "strict" or "larpix-control".
+    """
+
+    _decoder: SerialDecoder
+
+    def __init__(self, device: str, io_group: int = 1, *, asic: Asic, baud: int = BAUD, rule: str = "strict") -> None:
+        decoder = SerialDecoder(io_group, int(asic), rule=rule)
+        super().__init__(f"serial device {device}, io_group {io_group}", layout_of(asic), io_group, decoder)
+        self._device = device
+        self._baud = baud
+        self._buffer = bytearray(_READ)
+        self._port: serial.Serial | None = None
+        self._poll = select.poll()
+        self._flush_at: float | None = None
+        self._retry_at: float | None = None
+        self._gone_since = 0.0
+
+    def open(self) -> None:
+        """ConfigError names the device and why it cannot be used."""
+        self._connect()
+
+    def close(self) -> None:
+        self._disconnect()
+        self._retry_at = None
+
+    def due(self) -> float | None:
+        times = [moment for moment in (self._flush_at, self._retry_at) if moment is not None]
+        return min(times, default=None)
+
+    def read(self) -> bool:
+        now = time.monotonic()
+        if self._retry_at is not None and now >= self._retry_at:
+            self._look_again(now)
+        if self._take(now):
+            return True
+        if self._flush_at is not None and now >= self._flush_at:
+            self._flush_at = None
+            self._decoder.flush()
+            return True
+        return False
+
+    def _take(self, now: float) -> bool:
+        """Feed what lies in the kernel's buffer. A readable device without a byte has hung up."""
+        self.drained = True
+        if self._port is None or not self._poll.poll(0):
+            return False
+        try:
+            count = os.readv(self._port.fileno(), [self._buffer])
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._lose(now, os.strerror(error.errno or errno.EIO))
+            return False
+        if count == 0:
+            self._lose(now, "it hung up")
+            return False
+        self.drained = count < len(self._buffer)
+        self._decoder.feed(memoryview(self._buffer)[:count], int(time.time()))
+        self._flush_at = now + SILENCE
+        return True
+
+    def _connect(self) -> None:
+        try:
+            # The lock keeps a second reader away, which would take bytes out of the middle of frames.
+            self._port = serial.Serial(self._device, self._baud, timeout=0, exclusive=True)
+        except (OSError, ValueError, OverflowError, termios.error) as error:
+            raise ConfigError(f"serial device {self._device}: {_reason(error)}") from None
+        self._poll.register(self._port.fileno(), select.POLLIN)
+        self.sockets = (self._port.fileno(),)
+        self._retry_at = None
+
+    def _disconnect(self) -> None:
+        self.sockets = ()
+        if self._port is None:
+            return
+        self._poll.unregister(self._port.fileno())
+        port, self._port = self._port, None
+        # What was a device may refuse every request by now; the descriptor is given back all the same.
+        try:
+            port.close()
+        except OSError as error:
+            self._problems.append(f"{self.name}: closing it failed: {error}")
+
+    def _lose(self, now: float, reason: str) -> None:
+        self._disconnect()
+        self._gone_since = now
+        self._retry_at = now + RETRY
+        self._problems.append(f"{self.name}: gone ({reason}); looking for it every {RETRY:g} s")
+
+    def _look_again(self, now: float) -> None:
+        try:
+            self._connect()
+        except ConfigError:
+            self._retry_at = now + RETRY
+        else:
+            self._problems.append(f"{self.name}: back after {now - self._gone_since:.1f} s")

@@ -1,0 +1,160 @@
+"""Helpers for tests with boards: the emulator as a process, a socket as a board, a source driven by hand."""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import zmq
+
+from larpixdaq import schema
+
+LIMIT = 20.0
+
+
+def wait_until(condition: Any, what: str, limit: float = LIMIT) -> None:
+    """Turn `condition` over until it is true (it does its own short waiting); fail saying what was awaited."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"waited {limit} s for {what}"
+
+
+class Emulator:
+    """A `larpixdaq-emulator pacman` process; `ready` are its ports, `finish()` returns what it says it sent."""
+
+    def __init__(self, *args: str) -> None:
+        command = [sys.executable, "-m", "larpixdaq.emulators", "pacman", "--data-port", "0", "--command-port", "0"]
+        self.process = subprocess.Popen(
+            command + list(args), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        )
+        self.ready: dict[str, dict[str, int]] = self.line()["ready"]
+
+    def line(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        readable, _, _ = select.select([self.process.stdout], [], [], LIMIT)
+        assert readable, f"waited {LIMIT} s for a line of the emulator"
+        line = self.process.stdout.readline()
+        assert line, "the emulator ended without its line"
+        return json.loads(line)
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"go\n")
+        self.process.stdin.flush()
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def finish(self) -> dict[str, Any]:
+        sent = self.line()
+        self.process.wait(LIMIT)
+        assert self.process.stderr is not None
+        assert self.process.returncode == 0, self.process.stderr.read().decode()
+        return sent
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate(timeout=LIMIT)
+
+
+@contextmanager
+def emulator(*args: str) -> Iterator[Emulator]:
+    board = Emulator(*args)
+    try:
+        yield board
+    finally:
+        board.close()
+
+
+class Sockets:
+    """Makes sockets and keeps them, so that each is closed in the end and not by the garbage collector."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self._kept: list[zmq.Socket[bytes]] = []
+
+    def socket(self, kind: int) -> zmq.Socket[bytes]:
+        self._kept.append(self.context.socket(kind))
+        return self._kept[-1]
+
+    def close(self) -> None:
+        for socket in self._kept:
+            socket.close(linger=0)
+        self.context.term()
+
+
+@contextmanager
+def context() -> Iterator[Sockets]:
+    """Sockets for a test, closed at the end, whatever happened."""
+    sockets = Sockets()
+    try:
+        yield sockets
+    finally:
+        sockets.close()
+
+
+def subscriber(ctx: Sockets, port: int, topic: bytes = b"") -> zmq.Socket[bytes]:
+    socket = ctx.socket(zmq.SUB)
+    socket.rcvhwm = 10_000
+    socket.setsockopt(zmq.SUBSCRIBE, topic)
+    socket.connect(f"tcp://127.0.0.1:{port}")
+    return socket
+
+
+class Driver:
+    """Drives a source as the producer does; `rows` and `counts` are what came of it."""
+
+    def __init__(self, source: Any, batch: int = 1000) -> None:
+        self.source = source
+        self.counts = np.zeros((schema.IO_GROUPS, len(schema.COUNTS)), np.uint64)
+        self.pieces: list[Any] = []
+        self.problems: list[str] = []
+        self.n = 0
+        self._batch = batch
+        source.start(self.counts)
+
+    @property
+    def rows(self) -> Any:
+        return np.concatenate(self.pieces) if self.pieces else np.zeros(0, self.source.layout.dtype)
+
+    def count(self, name: str, io_group: int = 1) -> int:
+        return int(self.counts[io_group, schema.COUNTS.index(name)])
+
+    def turn(self, wait_ms: int = 20) -> None:
+        poller = zmq.Poller()
+        for socket in self.source.sockets:
+            poller.register(socket, zmq.POLLIN)
+        due = self.source.due()
+        if due is not None:
+            wait_ms = min(wait_ms, max(0, int((due - time.monotonic()) * 1000) + 1))
+        if self.source.sockets:
+            poller.poll(wait_ms)
+        else:
+            time.sleep(wait_ms / 1000)
+        while self.source.read():
+            while True:
+                rows = np.zeros(self._batch, self.source.layout.dtype)
+                n = self.source.decode(rows)
+                self.pieces.append(rows[:n])
+                self.n += n
+                if n < len(rows):
+                    break
+        self.problems += self.source.problems()
+
+    def until(self, condition: Any, what: str, limit: float = LIMIT) -> None:
+        def met() -> bool:
+            if condition():
+                return True
+            self.turn()
+            return bool(condition())
+
+        wait_until(met, what, limit)
