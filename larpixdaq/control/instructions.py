@@ -1,0 +1,97 @@
+"""What the core tells producers and storages about a run, and what must be true before it tells them anything."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from larpixdaq.control.catalogue import Run
+from larpixdaq.control.peers import Component
+from larpixdaq.errors import ComponentError
+from larpixdaq.schema import layout
+from larpixdaq.states import ABORTED, MIN_FREE
+from larpixdaq.version import VERSION
+
+
+def check_team(producers: list[Component], storages: list[Component]) -> None:
+    """ComponentError, in one line, when no run can be prepared with these."""
+    if not producers or not storages:
+        missing = "producer" if not producers else "offline storage"
+        raise ComponentError(f"prepare_run: no {missing} is registered")
+    for one in [*producers, *storages]:
+        if one.run is not None:
+            raise ComponentError(f"prepare_run: {one.name} is still in run {one.run} (abort_run ends it)")
+    layouts: defaultdict[Any, list[str]] = defaultdict(list)
+    for one in producers:
+        layouts[one.info.get("layout")].append(one.name)
+    if len(layouts) > 1:
+        which = "; ".join(f"{layout_name(code)}: {', '.join(names)}" for code, names in layouts.items())
+        raise ComponentError(f"prepare_run: the producers' rows have different layouts, a run has one: {which}")
+    for one in storages:
+        free = one.status.get("free_bytes", one.info.get("free_bytes"))
+        check_free(one.name, str(one.info.get("directory", "?")), free)
+
+
+def shared_io_groups(producers: list[Component]) -> list[str]:
+    """A sentence for each io_group that several producers have: their rows cannot be told apart in the file."""
+    owners: defaultdict[Any, list[str]] = defaultdict(list)
+    for one in producers:
+        io_groups = one.info.get("io_groups")
+        for io_group in io_groups if isinstance(io_groups, list) else []:
+            owners[str(io_group)].append(one.name)
+    return [f"io_group {key} belongs to {' and '.join(names)}" for key, names in owners.items() if len(names) > 1]
+
+
+def check_free(name: str, where: str, free: Any) -> None:
+    if isinstance(free, int) and free < MIN_FREE:
+        raise ComponentError(
+            f"prepare_run: {name} has {free / 2**20:.1f} MiB left on the disk of {where}, "
+            f"needed are {MIN_FREE / 2**20:.0f} MiB"
+        )
+
+
+def producer_params(run: Run) -> dict[str, Any]:
+    return {
+        "run": run.run,
+        "kind": run.kind,
+        "comment": run.comment,
+        "operator": run.operator,
+        "required": run.storages,
+    }
+
+
+def storage_params(run: Run) -> dict[str, Any]:
+    producers = [
+        {"name": name, "epoch": epoch, "layout": run.layout}
+        for name, epochs in run.producers.items()
+        for epoch in epochs
+    ]
+    return {
+        "run": run.run,
+        "kind": run.kind,
+        "comment": run.comment,
+        "operator": run.operator,
+        "started_ns": run.prepared_ns,
+        "layout": run.layout,
+        "asic_version": run.asic,
+        "producers": producers,
+        "versions": {"larpix-daq": VERSION},
+    }
+
+
+def end_params(run: Run) -> dict[str, Any]:
+    """`next` is None for an epoch whose totals are not known."""
+    ends = {(one["name"], one["epoch"]): one["next"] for one in run.ends}
+    producers = [
+        {"name": name, "epoch": epoch, "next": ends.get((name, epoch))}
+        for name, epochs in run.producers.items()
+        for epoch in epochs
+    ]
+    return {"run": run.run, "how": "aborted" if run.condition == ABORTED else "closed", "producers": producers}
+
+
+def layout_name(code: Any) -> str:
+    try:
+        return layout(code).name
+    except (ValueError, TypeError):
+        return f"unknown layout {code!r}"

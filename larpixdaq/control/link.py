@@ -1,0 +1,241 @@
+"""The connection of a component or an Operator to the core: a socket in a thread of its own.
+
+The thread registers, sends heartbeats, registers anew when the core has forgotten it (or is another one), and hands
+over what arrives. It goes on while the rest of the process waits for a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import zmq
+
+from larpixdaq.control.messages import (
+    Answer,
+    Bye,
+    FromClient,
+    FromCore,
+    Heartbeat,
+    Open,
+    Register,
+    Update,
+    Welcome,
+    pack,
+    unpack_core,
+)
+from larpixdaq.errors import ConfigError, ProtocolError
+from larpixdaq.states import HEARTBEAT
+
+_log = logging.getLogger("larpixdaq.control.link")
+#: Messages that wait while the core is away; the oldest go first.
+_OUTBOX: Final = 10_000
+#: What the socket did not take is tried again after this (s).
+_SOON: Final = 0.02
+#: At closing, what is still to be sent has so long (s): less than it takes to count as lost.
+_LINGER: Final = 0.5
+
+
+class Waker:
+    """A descriptor that polls readable from wake() to clear(); safe to wake from any thread."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it is readable already
+            if self._write >= 0:
+                os.write(self._write, b"\0")
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._read, 4096):
+                pass
+
+    def close(self) -> None:
+        writing, self._write = self._write, -1  # so that a late wake() does not write into what is opened next
+        os.close(self._read)
+        os.close(writing)
+
+
+class Link:
+    """`hello` makes the registration, `beat` the heartbeat; `received` gets every message of the core but refusals.
+
+    `refused` gets the core's answer to a registration that it did not accept; it is tried again every 250 ms.
+    `each_turn` runs at least every 250 ms and says whether it has nothing left to do. All of them run in the thread.
+    """
+
+    def __init__(
+        self,
+        core: str,
+        *,
+        name: str,
+        hello: Callable[[], Register | Open],
+        beat: Callable[[], Heartbeat],
+        received: Callable[[FromCore], None],
+        refused: Callable[[Answer], None],
+        each_turn: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.core = core
+        self.session = ""
+        #: time.monotonic() of the last message from the core; 0 before the first.
+        self.heard = 0.0
+        self._hello, self._beat, self._received, self._refused = hello, beat, received, refused
+        self._each_turn = each_turn
+        self._outbox: deque[FromClient] = deque(maxlen=_OUTBOX)
+        self._waker = Waker()
+        self._closing = False
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._connect()
+        self._thread = threading.Thread(target=self._run, name=f"link of {name}", daemon=True)
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        socket = self.context.socket(zmq.DEALER)
+        # Only while connected: a core that comes back must not find minutes of old heartbeats.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.LINGER, 200)
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)  # a host that vanished without closing its connections
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
+        try:
+            socket.connect(self.core)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            self.context.term()
+            self._waker.close()
+            raise ConfigError(f"core address {self.core}: {error}") from None
+        return socket
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, message: FromClient) -> None:
+        """From any thread; the session is filled in when it goes out."""
+        self._outbox.append(message)
+        self._waker.wake()
+
+    def withdraw(self) -> list[FromClient]:
+        """Take back what was not sent yet; only from within the thread."""
+        unsent = list(self._outbox)
+        self._outbox.clear()
+        return unsent
+
+    def unheard(self) -> float:
+        """Seconds since the core was heard; infinite before the first time."""
+        return time.monotonic() - self.heard if self.heard else float("inf")
+
+    def close(self) -> None:
+        """Send what waits (at most 1 s) and a goodbye, and end the thread."""
+        self._closing = True
+        self._waker.wake()
+        if self._thread.ident is None:
+            self._finish()
+        elif self._thread is not threading.current_thread():  # where the garbage collector may have called this
+            self._thread.join()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._waker.fileno(), zmq.POLLIN)
+        due = 0.0
+        try:
+            while not self._closing:
+                # Something waits that the socket did not take: soon again, not at the next heartbeat only.
+                limit = _SOON if self._outbox and self.session else HEARTBEAT
+                poller.poll(max(0, round(min(limit, due - time.monotonic()) * 1000)))
+                self._waker.clear()
+                self._take()
+                now = time.monotonic()
+                if now >= due:
+                    said = self._say(self._beat() if self.session else self._hello())
+                    due = now + (HEARTBEAT if said else _SOON)  # not connected yet: try again soon
+                self._flush()
+                self._each_turn()
+            self._last_words()
+        except Exception:
+            _log.exception("the link to the core at %s has failed", self.core)
+        finally:
+            self._finish()
+
+    def _last_words(self) -> None:
+        limit = time.monotonic() + _LINGER
+        while time.monotonic() < limit:
+            self._flush()
+            if self._each_turn() and not (self._outbox and self.session):
+                break
+            self._socket.poll(10)
+            self._take()
+        if self.session:
+            self._say(Bye())
+
+    def _finish(self) -> None:
+        self._socket.close()
+        self.context.destroy()
+        self._waker.close()
+
+    def _say(self, message: FromClient) -> bool:
+        message.session = self.session
+        try:
+            data = pack(message)
+        except ProtocolError as error:
+            _log.error("%s", error)
+            if isinstance(message, Heartbeat):
+                message.status = None
+                return self._say(message)
+            return True
+        try:
+            self._socket.send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def _flush(self) -> None:
+        while self.session and self._outbox:
+            if not self._say(self._outbox[0]):
+                break
+            self._outbox.popleft()
+
+    def _take(self) -> None:
+        for _ in range(1000):
+            try:
+                data: Any = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = unpack_core(data)
+            except ProtocolError as error:
+                _log.warning("%s", error)
+                if not self.session:  # a core of another version, most likely
+                    self._refused(Answer(kind="error", error="version", text=str(error)))
+                continue
+            self.heard = time.monotonic()
+            self._sort(message)
+
+    def _sort(self, message: FromCore) -> None:
+        if isinstance(message, Welcome):
+            if message.session == self.session:
+                return  # the answer to a second registration, sent because the first answer took long
+            self.session = message.session
+        elif isinstance(message, Answer) and message.error == "unknown_session":
+            if message.session == self.session:  # otherwise it speaks of one that we have left behind
+                self.session = ""
+                self._say(self._hello())
+            return
+        elif isinstance(message, Answer) and message.error and not self.session:
+            self._refused(message)
+            return
+        elif isinstance(message, Update) and message.session != self.session:
+            return
+        self._received(message)

@@ -1,0 +1,275 @@
+"""The messages of the control plane: typed, versioned, validated on arrival, limited in size and depth.
+
+One message is one ZeroMQ frame: a msgpack map with the field `type`. Numpy arrays (no object dtypes) may stand
+anywhere in `value`, `params`, `info` and `status`; they travel as msgpack extension 1. Nothing is ever unpickled or
+evaluated.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal, NoReturn
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.lib import format as npy
+
+from larpixdaq.errors import ProtocolError
+
+PROTOCOL: Final = 1
+#: No request, registration or heartbeat is larger (bytes).
+MAX_REQUEST: Final = 1 << 20
+#: No answer is larger (bytes): results may hold arrays.
+MAX_ANSWER: Final = 64 << 20
+#: Containers in containers, at most.
+MAX_DEPTH: Final = 32
+_ARRAY: Final = 1
+
+Id = Annotated[str, Meta(max_length=64)]
+#: Names of components and actions: no control characters, so that they can stand in a line of text.
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Count = Annotated[int, Meta(ge=0)]
+Kind = Literal["producer", "run_data", "storage", "log"]
+
+
+class Message(msgspec.Struct, tag_field="type", kw_only=True):
+    """What all have. `principal` is who asks, as the core knows it from the keys in use, whatever a peer says there."""
+
+    version: int = PROTOCOL
+    request: Id = ""
+    session: Id = ""
+    principal: Id = ""
+
+
+class Register(Message, tag="register"):
+    """A component says who it is; `instance` is drawn when its process starts, `run` is the run it is in, if any."""
+
+    name: Name
+    kind: Kind
+    instance: Id
+    actions: Annotated[list[Name], Meta(max_length=1000)] = []
+    info: dict[str, Any] = {}
+    run: Count | None = None
+    begun: bool = False
+
+
+class Open(Message, tag="open"):
+    """An Operator says who it is."""
+
+    name: Name
+    instance: Id
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """`progress`: work done so far; `queued`: work waiting; `status`: None when it has not changed."""
+
+    progress: Count = 0
+    queued: Count = 0
+    status: dict[str, Any] | None = None
+
+
+class Request(Message, tag="request"):
+    """Do `action`. From an Operator: to a component by name, to the first of a kind, or (neither) to the core.
+
+    `again` marks a request that was acknowledged before: its answer is wanted, it is not to be done a second time.
+    """
+
+    action: Name
+    params: dict[str, Any] = {}
+    component: Annotated[str, Meta(max_length=64)] = ""
+    kind: Annotated[str, Meta(max_length=64)] = ""
+    again: bool = False
+
+
+class Answer(Message, tag="answer"):
+    """To the request with that id; `result` and `error` are the last. `value` stays packed until content() opens it."""
+
+    kind: Literal["ack", "progress", "result", "error"]
+    component: Annotated[str, Meta(max_length=64)] = ""
+    text: Annotated[str, Meta(max_length=1 << 16)] = ""
+    value: msgspec.Raw = msgspec.Raw(b"\xc0")
+    done: Count = 0
+    total: Count = 0
+    error: Id = ""
+    by: Annotated[str, Meta(max_length=256)] = ""
+    since: float = 0.0
+
+
+class Update(Message, tag="update"):
+    """What the core tells everybody: as the answer to each heartbeat, and whenever it changes."""
+
+    state: Literal["STOP", "READY", "RUN"] = "STOP"
+    run: Count | None = None
+    producers: dict[str, str] = {}
+    log: str = ""
+    insecure: bool = False
+
+
+class Welcome(Update, tag="welcome"):
+    """The answer to Register and Open; `session` is the new one."""
+
+
+class Bye(Message, tag="bye"):
+    pass
+
+
+FromClient = Register | Open | Heartbeat | Request | Answer | Bye
+FromCore = Welcome | Update | Request | Answer
+
+
+class _Probe(msgspec.Struct):
+    """What an answer to a malformed message needs to know."""
+
+    version: int = PROTOCOL
+    request: Id = ""
+
+
+def _pack_other(value: Any) -> Any:
+    if isinstance(value, np.generic) and not isinstance(value, np.void):
+        return value.item()
+    if isinstance(value, np.ndarray | np.void):
+        array = np.asarray(value)
+        if array.dtype.hasobject:
+            raise ProtocolError(f"an array of dtype {array.dtype} cannot travel: it holds Python objects")
+        head = [npy.dtype_to_descr(array.dtype), list(array.shape), array.tobytes()]
+        return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode(head))
+    raise ProtocolError(f"a value of type {type(value).__name__} cannot travel")
+
+
+class _Array(msgspec.Struct, array_like=True):
+    descr: str | list[Any]
+    shape: Annotated[list[Count], Meta(max_length=32)]
+    data: bytes
+
+
+_array_decoder: Final = msgspec.msgpack.Decoder(_Array)
+
+
+def _descr(entry: Any) -> Any:
+    """msgpack has lists only; numpy wants tuples around fields and shapes."""
+    if isinstance(entry, list) and entry and all(isinstance(field, list) for field in entry):
+        return [(_descr(field[0]), _descr(field[1]), *map(tuple, field[2:])) for field in entry]
+    return tuple(_descr(part) for part in entry) if isinstance(entry, list) else entry
+
+
+def _unpack_array(code: int, data: memoryview) -> Any:
+    if code != _ARRAY:
+        raise ProtocolError(f"unknown msgpack extension {code}")
+    try:
+        head = _array_decoder.decode(data)
+        dtype = npy.descr_to_dtype(_descr(head.descr))
+    except (msgspec.MsgspecError, ValueError, TypeError, KeyError, IndexError, RecursionError, SyntaxError) as error:
+        raise ProtocolError(f"array with an impossible description: {error}") from None
+    if dtype.hasobject or not dtype.itemsize:
+        raise ProtocolError(f"array of dtype {dtype}: it holds Python objects or nothing at all")
+    count = 1
+    for length in head.shape:
+        count *= length
+    if count * dtype.itemsize != len(head.data):
+        raise ProtocolError(f"array of {count} x {dtype.itemsize} bytes: found {len(head.data)} bytes")
+    try:
+        return np.frombuffer(bytearray(head.data), dtype, count).reshape(head.shape)
+    except (ValueError, TypeError) as error:
+        raise ProtocolError(f"array of shape {head.shape}: {error}") from None
+
+
+_encoder: Final = msgspec.msgpack.Encoder(enc_hook=_pack_other)
+_client_decoder: Final = msgspec.msgpack.Decoder(FromClient, ext_hook=_unpack_array)
+_core_decoder: Final = msgspec.msgpack.Decoder(FromCore, ext_hook=_unpack_array)
+_value_decoder: Final = msgspec.msgpack.Decoder(ext_hook=_unpack_array)
+_probe_decoder: Final = msgspec.msgpack.Decoder(_Probe)
+
+
+def _encode(value: Any, what: str) -> bytes:
+    try:
+        return _encoder.encode(value)
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ProtocolError(f"{what} cannot be sent: {error}") from None
+
+
+def pack(message: FromClient | FromCore) -> bytes:
+    """ProtocolError when something in it cannot travel or it is too large."""
+    what = str(message.__struct_config__.tag)
+    data = _encode(message, what)
+    limit = MAX_ANSWER if isinstance(message, Answer) else MAX_REQUEST
+    if len(data) > limit:
+        raise ProtocolError(f"{what} of {len(data)} bytes cannot be sent: the limit is {limit}")
+    return data
+
+
+def packed(value: Any) -> msgspec.Raw:
+    """A value as an Answer carries it; ProtocolError when it cannot travel or is too large."""
+    data = _encode(value, "value")
+    if len(data) > MAX_ANSWER - (1 << 17):
+        raise ProtocolError(f"value of {len(data)} bytes cannot be sent: the limit is {MAX_ANSWER - (1 << 17)}")
+    return msgspec.Raw(data)
+
+
+def content(answer: Answer) -> Any:
+    """The value of an answer; ProtocolError when it is malformed."""
+    try:
+        value = _value_decoder.decode(answer.value)
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
+        raise ProtocolError(f"value from {answer.component or 'core'}: {error}") from None
+    _check_depth(value, f"value from {answer.component or 'core'}")
+    return value
+
+
+def _check_depth(value: Any, what: str) -> None:
+    layer = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for one in layer:
+            if isinstance(one, dict):
+                inner.extend(part for part in one.values() if isinstance(part, dict | list))
+            elif isinstance(one, list):
+                inner.extend(part for part in one if isinstance(part, dict | list))
+        if not inner:
+            return
+        layer = inner
+    raise ProtocolError(f"{what}: more than {MAX_DEPTH} containers in each other")
+
+
+def _unpack(data: Any, decoder: msgspec.msgpack.Decoder[Any], sender: str) -> Any:
+    try:
+        message = decoder.decode(data)
+    except (msgspec.MsgspecError, ProtocolError, ValueError, TypeError, RecursionError) as error:
+        _refuse(data, sender, str(error))
+    if message.version != PROTOCOL:
+        _refuse(data, sender, "")
+    if len(data) > MAX_REQUEST and not isinstance(message, Answer):
+        raise ProtocolError(f"message from {sender}: {len(data)} bytes, the limit is {MAX_REQUEST}")
+    for field in ("params", "info", "status"):
+        _check_depth(getattr(message, field, None), f"{field} in a message from {sender}")
+    return message
+
+
+def _refuse(data: Any, sender: str, reason: str) -> NoReturn:
+    """Say what is wrong; a peer that speaks another version hears that, whatever else does not fit."""
+    version, _ = probe(data)
+    if version != PROTOCOL:
+        reason = f"protocol version {version}, here it is {PROTOCOL}: install the same larpix-daq on both sides"
+    raise ProtocolError(f"message from {sender}: {reason}")
+
+
+def probe(data: Any) -> tuple[int, str]:
+    """Version and request id of a message, as far as they can be made out: (PROTOCOL, "") when they cannot."""
+    try:
+        found = _probe_decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
+        found = _Probe()
+    return found.version, found.request
+
+
+def unpack_client(data: Any, sender: str) -> FromClient:
+    """What a component or an Operator sent to the core; ProtocolError in one line when it is malformed."""
+    if len(data) > MAX_ANSWER:
+        raise ProtocolError(f"message from {sender}: {len(data)} bytes, the limit is {MAX_ANSWER}")
+    message: FromClient = _unpack(data, _client_decoder, sender)
+    return message
+
+
+def unpack_core(data: Any) -> FromCore:
+    """What the core sent; ProtocolError in one line when it is malformed."""
+    message: FromCore = _unpack(data, _core_decoder, "core")
+    return message

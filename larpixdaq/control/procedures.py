@@ -1,0 +1,287 @@
+"""What leads from one run state to the next: who is asked what, in which order, and what follows from the answers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+
+import msgspec
+
+from larpixdaq.control.asks import Ask, Item, Outcome, Steps
+from larpixdaq.control.catalogue import Catalogue, Run
+from larpixdaq.control.instructions import (
+    check_free,
+    end_params,
+    layout_name,
+    producer_params,
+    shared_io_groups,
+    storage_params,
+)
+from larpixdaq.control.peers import Component, Peers
+from larpixdaq.control.reports import ProducerEnd, ProducerReady, StorageEnd, StorageReady, Verdict, checked, judge
+from larpixdaq.errors import ComponentError, FileError, LarpixDaqError
+from larpixdaq.states import (
+    ABORTED,
+    CANCELLED,
+    ENDED,
+    ENDING,
+    PRODUCER,
+    READY,
+    RUN,
+    RUN_DATA,
+    STOP,
+    STORAGE,
+)
+
+_log = logging.getLogger("larpixdaq.core")
+
+# Seconds that components have for the steps of a run.
+PREPARE_LIMIT: Final = 10.0
+BEGIN_LIMIT: Final = 10.0
+PRODUCER_END_LIMIT: Final = 10.0
+END_LIMIT: Final = 30.0
+#: Monitors are not waited for longer; without them the run goes on.
+MONITOR_LIMIT: Final = 1.0
+#: end_run waits so long for a required component that was lost.
+LOST_PATIENCE: Final = 5.0
+
+
+class RunProcedures:
+    """`state` is STOP, READY or RUN; `run` is the run from the moment its number is drawn until it is over."""
+
+    def __init__(self, peers: Peers, catalogue: Catalogue) -> None:
+        self.state: str = STOP
+        self.run: Run | None = None
+        #: Grows whenever state or run, as told to others, change.
+        self.changes = 0
+        self._peers, self._catalogue = peers, catalogue
+        self._now = time.monotonic()
+
+    def _prepare(self, run: Run, producers: list[str]) -> Steps:
+        warnings = shared_io_groups([self._peers.components[name] for name in producers])
+        asked = {name: Item(producer_params(run), PREPARE_LIMIT) for name in producers}
+        try:
+            outcomes = yield Ask("prepare_run", asked)
+            for name in producers:
+                self._take_ready(run, name, outcomes[name])
+            monitors = self._monitor_items({"run": run.run, "kind": run.kind, "comment": run.comment})
+            stores = {name: Item(storage_params(run), PREPARE_LIMIT) for name in run.storages}
+            outcomes = yield Ask("prepare_run", {**stores, **monitors})
+            warnings += [outcomes[name].text for name in monitors if not outcomes[name].ok]
+            files = [self._take_file(name, outcomes[name]) for name in run.storages]
+            run.phase = READY
+            self._catalogue.save(run)
+        except LarpixDaqError as error:
+            yield from self._cancel(run, producers, str(error))
+            raise
+        self._go(READY)
+        self._warn("prepare_run", warnings)
+        return {"run": run.run, "files": files, "warnings": warnings}
+
+    def _begin(self, run: Run) -> Steps:
+        params = {"run": run.run}
+        monitors = self._monitor_items(params)
+        stores = {name: Item(params, BEGIN_LIMIT) for name in run.storages if not self._has_begun(name)}
+        outcomes = yield Ask("begin_run", {**stores, **monitors})
+        warnings = [outcomes[name].text for name in monitors if not outcomes[name].ok]
+        failures = [outcomes[name].text for name in stores if not outcomes[name].ok]
+        if not failures:
+            asked = {name: Item(params, BEGIN_LIMIT) for name in run.producers if not self._has_begun(name)}
+            outcomes = yield Ask("begin_run", asked)
+            failures = [outcome.text for outcome in outcomes.values() if not outcome.ok]
+        if failures:
+            # Data may have come since READY, and they are the run's: it is aborted and kept, not thrown away.
+            run.condition = ABORTED
+            run.reasons = failures
+            yield from self._end(run)
+            raise ComponentError(f"run {run.run} was aborted, since it could not begin: {'; '.join(failures)}")
+        run.phase, run.begun_ns = RUN, time.time_ns()
+        self._save(run)
+        self._go(RUN)
+        self._warn("begin_run", warnings)
+        return {"run": run.run, "warnings": warnings}
+
+    def _end(self, run: Run) -> Steps:
+        started = self._now
+        run.phase = ENDING
+        failures = list(run.reasons)
+        self._save(run, failures)
+        aborted = run.condition == ABORTED
+        patience = 0.0 if aborted else LOST_PATIENCE
+        known = {(one["name"], one["epoch"]) for one in run.ends}
+        asked = {
+            name: Item({"run": run.run}, PRODUCER_END_LIMIT, patience)
+            for name, epochs in run.producers.items()
+            if (name, epochs[-1]) not in known
+        }
+        outcomes = yield Ask("abort_run" if aborted else "end_run", asked)
+        for name in asked:
+            self._take_end(run, name, outcomes[name], failures)
+        self._save(run, failures)
+        left = max(MONITOR_LIMIT, END_LIMIT - (self._now - started))
+        stores = {name: Item(end_params(run), left, min(patience, left)) for name in run.storages}
+        stores = {name: item for name, item in stores.items() if name not in run.reports}
+        monitors = self._monitor_items({"run": run.run})
+        outcomes = yield Ask("end_run", {**stores, **monitors})
+        self._warn("end_run", [outcomes[name].text for name in monitors if not outcomes[name].ok])
+        for name in stores:
+            self._take_report(run, name, outcomes[name], failures)
+        run.ended_ns = time.time_ns()
+        return self._close(run, failures)
+
+    def _close(self, run: Run, failures: list[str]) -> dict[str, Any]:
+        verdict = judge(run, failures)
+        run.phase = ENDED
+        self._settle_verdict(run, verdict)
+        self._save(run, run.reasons)
+        self.run = None
+        self._go(STOP)
+        return {"run": run.run, **verdict._asdict()}
+
+    def _cancel(self, run: Run, producers: list[str], reason: str) -> Steps:
+        """Back to STOP from a run that never was READY."""
+        params = {"run": run.run}
+        names = dict.fromkeys([*producers, *run.storages])
+        yield Ask("cancel_run", {name: Item(params, MONITOR_LIMIT) for name in names if name in self._peers.components})
+        yield Ask("end_run", self._monitor_items(params))
+        run.phase, run.condition, run.ended_ns, run.reasons = CANCELLED, CANCELLED, time.time_ns(), [reason]
+        self._save(run)
+        self.run = None
+        self._go(STOP)
+        return {"run": run.run, "condition": run.condition, "rows": 0, "stored": 0, "files": [], "reasons": [reason]}
+
+    def _join(self, run: Run, component: Component) -> Steps:
+        """Bring a component that came late, or back, into the run that is going on."""
+        name = component.name
+        if component.run is None:
+            if component.kind == PRODUCER:
+                outcomes = yield Ask("prepare_run", {name: Item(producer_params(run), PREPARE_LIMIT)})
+                self._take_ready(run, name, outcomes[name])
+            elif component.kind == STORAGE:
+                outcomes = yield Ask("prepare_run", {name: Item(storage_params(run), PREPARE_LIMIT)})
+                self._take_file(name, outcomes[name])
+            else:
+                params: dict[str, Any] = {"run": run.run, "kind": run.kind, "comment": run.comment}
+                yield Ask("prepare_run", {name: Item(params, PREPARE_LIMIT)})
+            self._save(run)
+        if self.state == RUN and self.run is run:
+            outcomes = yield Ask("begin_run", {name: Item({"run": run.run}, BEGIN_LIMIT)})
+            if not outcomes[name].ok:
+                raise ComponentError(outcomes[name].text)
+
+    def _finish(self, run: Run, component: Component) -> Steps:
+        """End a run that was over, for the others, while this component was away."""
+        action = "end_run"
+        params: dict[str, Any] = {"run": run.run}
+        if run.phase == CANCELLED and component.kind != RUN_DATA:
+            action = "cancel_run"
+        elif component.kind == STORAGE:
+            params = end_params(run)
+        elif run.condition == ABORTED and component.kind == PRODUCER:
+            action = "abort_run"
+        outcomes = yield Ask(action, {component.name: Item(params, END_LIMIT)})
+        outcome = outcomes[component.name]
+        if not outcome.ok:
+            raise ComponentError(outcome.text)
+        if action != "cancel_run":
+            self._amend(run, component, outcome)
+
+    def _abort_strays(self) -> Steps:
+        """In STOP: end what components are in although no run is going on."""
+        strays = [one for one in self._peers.components.values() if one.run is not None]
+        producers = {one.name: Item({"run": one.run}, PRODUCER_END_LIMIT) for one in strays if one.kind == PRODUCER}
+        yield Ask("abort_run", producers)
+        others: dict[str, Item] = {}
+        for one in strays:
+            if one.kind == STORAGE:
+                others[one.name] = Item({"run": one.run, "how": "aborted", "producers": []}, END_LIMIT)
+            elif one.kind == RUN_DATA:
+                others[one.name] = Item({"run": one.run}, MONITOR_LIMIT)
+        yield Ask("end_run", others)
+        return {"run": None, "condition": "", "rows": 0, "stored": 0, "files": [], "reasons": []}
+
+    # What they are made of.
+
+    def _monitor_items(self, params: dict[str, Any]) -> dict[str, Item]:
+        return {one.name: Item(params, MONITOR_LIMIT) for one in self._peers.of_kind(RUN_DATA)}
+
+    def _take_ready(self, run: Run, name: str, outcome: Outcome) -> None:
+        if not outcome.ok:
+            raise ComponentError(outcome.text)
+        ready = checked(outcome.value, ProducerReady, name, "prepare_run")
+        if run.layout and run.layout != ready.layout:
+            raise ComponentError(
+                f"{name}: its rows have layout {layout_name(ready.layout)}, "
+                f"those of run {run.run} have {layout_name(run.layout)}"
+            )
+        run.layout = ready.layout
+        epochs = run.producers.setdefault(name, [])
+        if ready.epoch not in epochs:
+            epochs.append(ready.epoch)
+
+    def _take_file(self, name: str, outcome: Outcome) -> str:
+        if not outcome.ok:
+            raise ComponentError(outcome.text)
+        ready = checked(outcome.value, StorageReady, name, "prepare_run")
+        check_free(name, ready.file, ready.free_bytes)
+        return ready.file
+
+    def _take_end(self, run: Run, name: str, outcome: Outcome, failures: list[str]) -> None:
+        try:
+            if not outcome.ok:
+                raise ComponentError(outcome.text)
+            end = checked(outcome.value, ProducerEnd, name, "end_run")
+        except ComponentError as error:
+            failures.append(str(error))
+            return
+        run.ends = [one for one in run.ends if (one["name"], one["epoch"]) != (name, end.epoch)]
+        run.ends.append({"name": name, **msgspec.to_builtins(end)})
+
+    def _take_report(self, run: Run, name: str, outcome: Outcome, failures: list[str]) -> None:
+        try:
+            if not outcome.ok:
+                raise ComponentError(outcome.text)
+            run.reports[name] = msgspec.to_builtins(checked(outcome.value, StorageEnd, name, "end_run"))
+        except ComponentError as error:
+            if name not in run.reports:
+                failures.append(str(error))
+
+    def _amend(self, run: Run, component: Component, outcome: Outcome) -> None:
+        """A producer's or storage's last word on a run that was closed without it: judge again."""
+        failures: list[str] = []
+        if component.kind == PRODUCER:
+            self._take_end(run, component.name, outcome, failures)
+        elif component.kind == STORAGE:
+            self._take_report(run, component.name, outcome, failures)
+        if run.phase != ENDED or component.kind == RUN_DATA:
+            return
+        verdict = judge(run, failures)
+        _log.warning("run %d: %s after the last word of %s", run.run, verdict.condition, component.name)
+        self._settle_verdict(run, verdict)
+        self._save(run)
+
+    def _settle_verdict(self, run: Run, verdict: Verdict) -> None:
+        run.condition, run.rows, run.stored = verdict.condition, verdict.rows, verdict.stored
+        run.files, run.reasons = verdict.files, verdict.reasons
+
+    def _has_begun(self, name: str) -> bool:
+        component = self._peers.components.get(name)
+        return component is not None and component.begun
+
+    def _go(self, state: str) -> None:
+        self.state = state
+        self.changes += 1
+
+    def _save(self, run: Run, failures: list[str] | None = None) -> None:
+        """Write to the catalogue where failing to must not hold up the run."""
+        try:
+            self._catalogue.save(run)
+        except FileError as error:
+            _log.error("run %d: %s", run.run, error)
+            if failures is not None and str(error) not in failures:
+                failures.append(str(error))
+
+    def _warn(self, what: str, warnings: list[str]) -> None:
+        for one in warnings:
+            _log.warning("%s: %s", what, one)

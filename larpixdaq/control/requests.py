@@ -1,0 +1,297 @@
+"""An Operator's requests: what comes back, waiting for it, and the connection that carries it."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+from larpixdaq import errors
+from larpixdaq.control import messages
+from larpixdaq.control.link import Link
+from larpixdaq.control.messages import Answer, FromCore, Heartbeat, Open, Update, Welcome
+from larpixdaq.control.readable import readable, show
+from larpixdaq.errors import ControlHeld, LarpixDaqError, NoCore, RequestTimeout
+from larpixdaq.states import HEARTBEAT, NO_CORE
+
+#: Responses that nobody has taken yet; of more than that the oldest are forgotten.
+_KEPT: Final = 10_000
+#: What was not acknowledged is sent again after a second; what was, asks for its answer every two.
+_AGAIN: Final = 1.0
+_ASK: Final = 2.0
+#: Seconds that IPython waits for a result before it shows what there is.
+_SHOW: Final = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """One thing that came back. `kind` is "ack", "progress", "result" or "error"; an error has its exception in
+    `error`."""
+
+    kind: str
+    component: str = ""
+    text: str = ""
+    value: Any = None
+    done: int = 0
+    total: int = 0
+    error: LarpixDaqError | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.component}: {self.kind}" if self.component else self.kind]
+        if self.total:
+            parts.append(f"{self.done}/{self.total}")
+        if self.text:
+            parts.append(self.text)
+        if self.value is not None:
+            parts.append(repr(self.value))
+        return " ".join(parts)
+
+
+class Request(Generator[Response, None, Any]):
+    """What came of a request so far, and what is still to come.
+
+    Iterating gives each Response as it comes and ends with the result (the last one; StopIteration carries its value).
+    A request that fails gives its error last and then raises it. `result()` waits for the end and returns the value, as
+    often as wanted. Dropping a Request stops listening; it never cancels.
+    """
+
+    def __init__(self, action: str, unheard: Callable[[], float]) -> None:
+        self.action = action
+        self._unheard = unheard
+        self._changed = threading.Condition()
+        self._waiting: deque[Response] = deque(maxlen=_KEPT)
+        self._latest: Response | None = None
+        self._final: Response | None = None
+        self._closed = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the result, or the error, is there."""
+        return self._final is not None
+
+    @property
+    def latest(self) -> Response | None:
+        """The last Response that came, None before the first."""
+        return self._latest
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the result and return its value. Raises what the request failed with; RequestTimeout after `timeout`
+        seconds, NoCore when the core was not heard for 2 s: it can be called again after both."""
+        limit = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while self._final is None:
+                self._wait(limit, timeout)
+            final = self._final
+        if final.error is not None:
+            raise final.error
+        return final.value
+
+    def readable(self, timeout: float | None = None) -> str:
+        """The result as text for the eye: tables aligned, times as UTC. Waits and raises as result() does."""
+        return readable(self.result(timeout))
+
+    def send(self, value: None = None) -> Response:
+        """The next Response, when it has come."""
+        with self._changed:
+            while not self._waiting and self._final is None and not self._closed:
+                self._wait(None, None)
+            if self._closed:
+                raise StopIteration
+            if self._waiting:
+                return self._waiting.popleft()
+            self._closed = True
+            final = self._final
+        if final is not None and final.error is not None:
+            raise final.error
+        raise StopIteration(final.value if final is not None else None)
+
+    def throw(self, typ: Any, val: BaseException | object = None, tb: TracebackType | None = None, /) -> Response:
+        """As generators have it: the exception ends the iteration."""
+        self.close()
+        error = typ if isinstance(typ, BaseException) else val if isinstance(val, BaseException) else typ()
+        raise error.with_traceback(tb) if tb is not None else error
+
+    def close(self) -> None:
+        """Stop iterating; result() goes on to work."""
+        self._closed = True
+
+    def _wait(self, limit: float | None, timeout: float | None) -> None:
+        left = 0.25 if limit is None else min(0.25, limit - time.monotonic())
+        if left <= 0:
+            raise RequestTimeout(f"{self.action}: no result within {timeout:g} s")
+        if self._unheard() > NO_CORE:
+            raise NoCore(f"{self.action}: the core was not heard for {NO_CORE:g} s; it may still do what was asked")
+        self._changed.wait(left)
+
+    def take(self, response: Response) -> None:
+        """Called by the connection: this came."""
+        with self._changed:
+            if self._final is not None:
+                return
+            self._latest = response
+            self._waiting.append(response)
+            if response.kind in ("result", "error"):
+                self._final = response
+            self._changed.notify_all()
+
+    def __repr__(self) -> str:
+        return f"<Request {self.action}: {self._latest if self._latest is not None else 'nothing came yet'}>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows: the result if it comes within 5 s, else what came last. Nothing is consumed."""
+        try:
+            value = self.result(_SHOW)
+        except RequestTimeout:
+            printer.text(repr(self))
+        except LarpixDaqError as error:
+            printer.text(f"{type(error).__name__}: {error}")
+        else:
+            show(value, printer)
+
+
+@dataclass
+class _Sent:
+    message: messages.Request
+    request: weakref.ref[Request]
+    next: float
+    acknowledged: bool = False
+
+
+class Connection:
+    """All requests of one Operator. It knows Requests only as long as somebody holds them."""
+
+    def __init__(self, core: str, name: str) -> None:
+        self.name = name
+        self.told = Update()
+        self._instance = secrets.token_hex(16)
+        self._guard = threading.Lock()
+        self._sent: dict[str, _Sent] = {}
+        self._next_id = 0
+        self._opened = threading.Event()
+        self._refusal = ""
+        self._closed = False
+        self.link = Link(
+            core,
+            name=name,
+            hello=self._hello,
+            beat=Heartbeat,
+            received=self._receive,
+            refused=self._refuse,
+            each_turn=self._turn,
+        )
+        self.link.start()
+
+    def wait(self, timeout: float) -> None:
+        """Until the core has answered; NoCore when it has not."""
+        if not self._opened.wait(timeout):
+            raise NoCore(self._refusal or f"no core answers at {self.link.core} (waited {timeout:g} s)")
+
+    def ask(self, action: str, params: dict[str, Any], component: str, kind: str) -> Request:
+        """Send a request. A core that is not there gets nothing later either: the Request has failed with NoCore."""
+        request = Request(action, self.link.unheard)
+        if self._closed or self.link.unheard() > NO_CORE:
+            why = "this Operator is closed" if self._closed else f"no core is heard at {self.link.core}"
+            error = NoCore(f"{action}: {why}")
+            request.take(Response("error", "", str(error), error=error))
+            return request
+        with self._guard:
+            self._next_id += 1
+            number = f"{self._instance[:16]}-{self._next_id}"
+            message = messages.Request(request=number, action=action, params=params, component=component, kind=kind)
+            messages.pack(message)  # what cannot travel is the caller's mistake, and is told at once
+            self._sent[number] = _Sent(message, weakref.ref(request), time.monotonic() + _AGAIN)
+        self.link.send(message)
+        return request
+
+    def close(self) -> None:
+        self._closed = True
+        self.link.close()
+        error = NoCore("this Operator is closed")
+        for number in list(self._sent):
+            self._give(number, Response("error", "", str(error), error=error))
+
+    # In the link's thread.
+
+    def _hello(self) -> Open:
+        return Open(name=self.name, instance=self._instance)
+
+    def _refuse(self, answer: Answer) -> None:
+        self._refusal = answer.text
+
+    def _receive(self, message: FromCore) -> None:
+        if isinstance(message, Update):
+            self.told = message
+            if isinstance(message, Welcome):
+                self._reopened()
+        elif isinstance(message, Answer):
+            self._answered(message)
+
+    def _reopened(self) -> None:
+        """A new session: the core has forgotten what was asked in the one before."""
+        if self._opened.is_set():
+            self.link.withdraw()
+            for number, sent in list(self._sent.items()):
+                error = errors.ComponentError(f"{sent.message.action}: the core has come back and knows nothing of it")
+                self._give(number, Response("error", "core", str(error), error=error))
+        self._opened.set()
+
+    def _answered(self, answer: Answer) -> None:
+        sent = self._sent.get(answer.request)
+        if sent is None:
+            return
+        sent.acknowledged = True
+        if answer.kind == "error":
+            self._give(answer.request, _failure(answer))
+            return
+        try:
+            value = messages.content(answer)
+        except LarpixDaqError as error:
+            self._give(answer.request, Response("error", answer.component, str(error), error=error))
+            return
+        self._give(
+            answer.request, Response(answer.kind, answer.component, answer.text, value, answer.done, answer.total)
+        )
+
+    def _give(self, number: str, response: Response) -> None:
+        with self._guard:
+            sent = self._sent.get(number)
+            if sent is not None and response.kind in ("result", "error"):
+                del self._sent[number]
+        request = sent.request() if sent is not None else None
+        if request is not None:
+            request.take(response)
+
+    def _turn(self) -> bool:
+        """Answers and requests may be lost with a connection: ask again. What nobody waits for is forgotten."""
+        if self.link.unheard() > NO_CORE:
+            for message in self.link.withdraw():
+                sent = self._sent.get(message.request)
+                if sent is not None and not sent.acknowledged:
+                    error = NoCore(f"{sent.message.action}: the core at {self.link.core} has not acknowledged it")
+                    self._give(message.request, Response("error", "", str(error), error=error))
+            return True
+        now = time.monotonic()
+        for number, sent in list(self._sent.items()):
+            if sent.acknowledged and sent.request() is None:
+                with self._guard:
+                    self._sent.pop(number, None)
+            elif now >= sent.next and self.link.unheard() < 2 * HEARTBEAT:
+                sent.next = now + (_ASK if sent.acknowledged else _AGAIN)
+                sent.message.again = sent.acknowledged
+                self.link.send(sent.message)
+        return True
+
+
+def _failure(answer: Answer) -> Response:
+    error: LarpixDaqError
+    if answer.error == ControlHeld.code:
+        error = ControlHeld(answer.text, by=answer.by, since=answer.since)
+    else:
+        error = errors.by_code(answer.error, answer.text)
+    return Response("error", answer.component, answer.text, error=error)

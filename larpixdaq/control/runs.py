@@ -1,0 +1,296 @@
+"""The run states: STOP, READY, RUN, what leads from one to the next, and who has to take part in it.
+
+Knows no sockets: core.py tells it what happens and carries what it asks for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Final
+
+from larpixdaq.control.asks import Late, Outcome, Procedure, Reply, Steps, Team
+from larpixdaq.control.catalogue import Catalogue, Run
+from larpixdaq.control.instructions import check_team
+from larpixdaq.control.messages import Answer, content
+from larpixdaq.control.peers import Component, Peers
+from larpixdaq.control.procedures import RunProcedures
+from larpixdaq.errors import FileError, LarpixDaqError, StateError
+from larpixdaq.states import (
+    ABORTED,
+    BEGINNING,
+    CANCELLED,
+    ENDED,
+    ENDING,
+    INTERRUPTED,
+    PREPARING,
+    PRODUCER,
+    READY,
+    RUN,
+    RUN_DATA,
+    STOP,
+    STORAGE,
+)
+
+_log = logging.getLogger("larpixdaq.core")
+_LATE_KEPT: Final = 1000
+#: Seconds that components have to come back before an interrupted end_run goes on.
+_RETURN: Final = 2.0
+
+
+class LogReply:
+    """For what nobody has asked for."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def progress(self, component: str, text: str, done: int = 0, total: int = 0) -> None:
+        pass
+
+    def result(self, value: Any) -> None:
+        _log.info("%s: done", self._what)
+
+    def error(self, error: LarpixDaqError) -> None:
+        _log.error("%s: %s", self._what, error)
+
+
+class RunControl(RunProcedures):
+    """What Operators ask for and what happens to components, and the procedures that follow from it."""
+
+    def __init__(self, peers: Peers, catalogue: Catalogue, team: Team) -> None:
+        super().__init__(peers, catalogue)
+        self.main: Procedure | None = None
+        self._team = team
+        self._side: list[Procedure] = []
+        self._late: dict[str, Late] = {}
+        #: A run that the catalogue says was going on when the core ended; a component that is in it brings it back.
+        last = catalogue.find()
+        self._candidate = last if last is not None and not last.over else None
+        self._end_at: float | None = None
+
+    @property
+    def number(self) -> int | None:
+        """The run's number as others are told: None in STOP."""
+        return self.run.run if self.run is not None and self.state != STOP else None
+
+    # What Operators ask for. These raise what is not allowed; `reply` gets the rest.
+
+    def prepare(self, comment: str, kind: str, operator: str, reply: Reply, now: float) -> None:
+        """STOP -> READY."""
+        self._idle("prepare_run")
+        if self.state != STOP:
+            raise StateError(
+                f"prepare_run is not allowed in {self.state} (run {self.number}): it leads from STOP to READY"
+            )
+        producers, storages = self._peers.of_kind(PRODUCER), self._peers.of_kind(STORAGE)
+        check_team(producers, storages)
+        self._give_up_candidate()
+        seen = [told.get("highest_run", 0) for one in storages for told in (one.info, one.status)]
+        highest = max([self._catalogue.highest(), *(one for one in seen if isinstance(one, int))])
+        run = Run(highest + 1, kind, comment, operator, time.time_ns())
+        run.storages = [one.name for one in storages]
+        run.asic = ", ".join(dict.fromkeys(str(one.info.get("asic", "")) for one in producers))
+        self._catalogue.save(run, new=True)
+        self.run = run
+        self._start("prepare_run", self._prepare(run, [one.name for one in producers]), reply, now)
+
+    def begin(self, reply: Reply, now: float) -> None:
+        """READY -> RUN."""
+        self._idle("begin_run")
+        if self.state != READY or self.run is None:
+            raise StateError(
+                f"begin_run is not allowed in {self.state}: it leads from READY to RUN (prepare_run first)"
+            )
+        self.run.phase = BEGINNING
+        try:
+            self._catalogue.save(self.run)
+        except FileError:
+            self.run.phase = READY
+            raise
+        self._start("begin_run", self._begin(self.run), reply, now)
+
+    def end(self, reply: Reply, now: float) -> None:
+        """READY or RUN -> STOP."""
+        self._idle("end_run")
+        if self.state == STOP or self.run is None:
+            raise StateError("end_run is not allowed in STOP: no run is prepared or going on")
+        self._start("end_run", self._end(self.run), reply, now)
+
+    def abort(self, by: str, reply: Reply, now: float) -> None:
+        """From any state to STOP."""
+        if self.main is not None:
+            self._keep_late(self.main)
+            self.main.cancel(StateError(f"{self.main.what} was aborted by {by}"))
+            self.main = None
+        if self.run is None:
+            self._start("abort_run", self._abort_strays(), reply, now)
+        elif self.run.phase == PREPARING:
+            names = [*self.run.producers, *(one.name for one in self._peers.of_kind(PRODUCER))]
+            self._start("abort_run", self._cancel(self.run, names, f"aborted by {by}"), reply, now)
+        else:
+            self.run.condition = ABORTED
+            self._start("abort_run", self._end(self.run), reply, now)
+
+    def comment(self, operator: str, text: str) -> int:
+        """Write a comment on the run that is going on; its number."""
+        if self.run is None or self.state == STOP:
+            raise StateError("comment is not allowed in STOP: no run is prepared or going on")
+        self._catalogue.add_comment(self.run.run, operator, text)
+        return self.run.run
+
+    # What happens.
+
+    def registered(self, component: Component, now: float) -> None:
+        """A component has come, come back, or found the core back."""
+        for procedure in self._procedures():
+            procedure.back(component)
+        if self._candidate is not None and component.run == self._candidate.run:
+            self._adopt(self._candidate, now)
+        run = self.run
+        if component.run is not None and (run is None or component.run != run.run):
+            self._finish_stray(component, component.run, now)
+        elif run is not None and self.state != STOP and run.phase != ENDING and not self._asked(component.name):
+            required = component.name in run.storages or component.name in run.producers
+            behind = component.run is None or (self.state == RUN and not component.begun)
+            if behind and (component.kind == RUN_DATA or required):
+                self._aside(f"{component.name} joins run {run.run}", self._join(run, component), now)
+
+    def reconnected(self, component: Component) -> None:
+        """Same session, new connection."""
+        for procedure in self._procedures():
+            procedure.back(component)
+
+    def lost(self, name: str, now: float) -> None:
+        for procedure in self._procedures():
+            procedure.lost(name, now)
+        if self.run is not None and (name in self.run.producers or name in self.run.storages):
+            _log.error("run %d goes on without %s, which is lost", self.run.run, name)
+
+    def answered(self, component: Component, answer: Answer, now: float) -> bool:
+        """Take a component's answer in; False when it is about none of our questions."""
+        for procedure in self._procedures():
+            if procedure.awaits(answer.request):
+                done = procedure.answered(component, answer)
+                if done is not None:
+                    self._mark(component, *done)
+                self.tick(now)
+                return True
+        late = self._late.get(answer.request)
+        if late is None or late.name != component.name:
+            return False
+        if answer.kind in ("result", "error"):
+            del self._late[answer.request]
+        if answer.kind == "result":
+            self._mark(component, late.action, late.params)
+            self._take_late(component, late.action, late.params["run"], answer)
+        return True
+
+    def tick(self, now: float) -> None:
+        """To be called often: time limits, and the next steps."""
+        self._now = now
+        if self._end_at is not None and now >= self._end_at and self.main is None and self.run is not None:
+            self._end_at = None
+            what = f"end_run of run {self.run.run}, which the core had begun before it was restarted"
+            self._start("end_run", self._end(self.run), LogReply(what), now)
+        for procedure in self._procedures():
+            procedure.tick(self._instances(), now)
+            if procedure.done:
+                self._keep_late(procedure)
+        self._side = [one for one in self._side if not one.done]
+        if self.main is not None and self.main.done:
+            self.main = None
+
+    def excuse(self, seconds: float) -> None:
+        """The core itself stood still for so long."""
+        for procedure in self._procedures():
+            procedure.excuse(seconds)
+
+    # What they need.
+
+    def _idle(self, what: str) -> None:
+        if self.main is not None:
+            raise StateError(f"{what} is not allowed now: {self.main.what} is still going on")
+
+    def _procedures(self) -> list[Procedure]:
+        return [*self._side, *([self.main] if self.main is not None else [])]
+
+    def _instances(self) -> dict[str, str]:
+        return {one.name: one.instance for one in self._peers.components.values()}
+
+    def _start(self, what: str, steps: Steps, reply: Reply, now: float) -> None:
+        self._now = now
+        self.main = Procedure(what, steps, self._team, reply)
+        self.main.start(self._instances(), now)
+        self.tick(now)
+
+    def _aside(self, what: str, steps: Steps, now: float) -> None:
+        """Start what nobody has asked for; several may go on at once."""
+        _log.warning("%s", what)
+        self._now = now
+        procedure = Procedure(what, steps, self._team, LogReply(what))
+        self._side.append(procedure)
+        procedure.start(self._instances(), now)
+
+    def _asked(self, name: str) -> bool:
+        """Whether a question to this component is open: then its answer decides, not what it says at registration."""
+        return any(procedure.asks(name) for procedure in self._procedures())
+
+    def _keep_late(self, procedure: Procedure) -> None:
+        self._late.update(procedure.late)
+        while len(self._late) > _LATE_KEPT:
+            del self._late[next(iter(self._late))]
+
+    def _mark(self, component: Component, action: str, params: dict[str, Any]) -> None:
+        """What a component has done says which run it is in."""
+        if action == "prepare_run":
+            component.run, component.begun = params["run"], False
+        elif action == "begin_run":
+            component.begun = True
+        elif component.run == params["run"]:
+            component.run, component.begun = None, False
+
+    def _take_late(self, component: Component, action: str, number: int, answer: Answer) -> None:
+        run = self.run if self.run is not None and self.run.run == number else self._catalogue.find(number)
+        if run is not None and action in ("end_run", "abort_run"):
+            self._amend(run, component, Outcome(True, content(answer)))
+        elif run is not None and action in ("prepare_run", "begin_run") and run is not self.run:
+            self._finish_stray(component, number, self._now)
+
+    def _finish_stray(self, component: Component, number: int, now: float) -> None:
+        run = self._catalogue.find(number)
+        if run is None:
+            _log.error(
+                "%s is in run %d, of which the catalogue knows nothing (abort_run ends it)", component.name, number
+            )
+            return
+        if not run.over:  # it was the run before the last restart, and nobody was in it
+            self._abandon(run)
+        self._aside(f"{component.name} ends run {number}, which is over", self._finish(run, component), now)
+
+    def _adopt(self, run: Run, now: float) -> None:
+        """Go on with the run that was going on when the core ended. What it was about to do then, it does now."""
+        self._candidate = None
+        if run.phase == PREPARING:
+            self._abandon(run)
+            return
+        _log.warning("run %d is picked up again, it was in %s", run.run, run.phase)
+        self.run = run
+        if run.phase == ENDING:
+            # Those that take part have a moment to come back.
+            self._end_at = now + _RETURN
+        elif run.phase == BEGINNING:
+            run.phase = RUN
+            self._save(run)
+        self._go(READY if run.phase == READY else RUN)
+
+    def _give_up_candidate(self) -> None:
+        if self._candidate is not None:
+            self._abandon(self._candidate)
+            self._candidate = None
+
+    def _abandon(self, run: Run) -> None:
+        prepared = run.phase != PREPARING
+        run.phase, run.condition = (ENDED, INTERRUPTED) if prepared else (CANCELLED, CANCELLED)
+        run.reasons = ["the core was restarted, and nobody was in this run any more"]
+        run.ended_ns = time.time_ns()
+        self._save(run)

@@ -1,0 +1,305 @@
+"""The core: knows the components, owns run state and run number, and passes Operators' requests on."""
+
+import sys
+
+if __spec__ is None and sys.path[0].endswith("larpixdaq"):
+    # Run by its path: operator.py in this folder must not shadow the standard library's.
+    del sys.path[0]
+
+import argparse
+import logging
+import secrets
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import zmq
+
+from larpixdaq import config
+from larpixdaq.control.catalogue import Catalogue
+from larpixdaq.control.desk import Desk
+from larpixdaq.control.forwarding import Forwarding
+from larpixdaq.control.messages import (
+    MAX_ANSWER,
+    MAX_REQUEST,
+    Answer,
+    Bye,
+    FromClient,
+    FromCore,
+    Heartbeat,
+    Open,
+    Register,
+    Request,
+    Update,
+    Welcome,
+    pack,
+    probe,
+    unpack_client,
+)
+from larpixdaq.control.peers import Component, Control, NameTaken, OperatorPeer, Peer, Peers
+from larpixdaq.control.runs import RunControl
+from larpixdaq.control.shipping import RecordHandler, push_socket
+from larpixdaq.errors import ConfigError, LarpixDaqError, ProtocolError
+from larpixdaq.states import LOG, PRODUCER
+
+_log = logging.getLogger("larpixdaq.core")
+#: Messages taken before anything else is looked after.
+_BATCH: Final = 1000
+#: The loop turns at least this often (s); when it has not for far longer, the core itself stood still.
+_TURN: Final = 0.05
+_STOOD_STILL: Final = 0.5
+
+
+class Core:
+    """`address` and `log_address` with ports (0: a free one; "": no log). LarpixDaqError when it cannot start."""
+
+    def __init__(self, address: str, log_address: str, directory: Path, *, insecure: bool = False) -> None:
+        self._insecure = insecure
+        self._log_address = log_address
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER)
+        self._router.setsockopt(zmq.LINGER, 200)
+        try:
+            self._router.bind(address)
+            #: Where the core listens, with the port that it got.
+            self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+            self._catalogue = Catalogue(directory)
+        except (zmq.ZMQError, LarpixDaqError) as error:
+            self._context.destroy(0)
+            if isinstance(error, LarpixDaqError):
+                raise
+            raise ConfigError(f"core: cannot listen at {address}: {error} (is another core running?)") from None
+        self._peers = Peers()
+        self._control = Control(self._peers)
+        self._runs = RunControl(self._peers, self._catalogue, self)
+        self._desk = Desk(self._peers, self._control, self._runs, self._catalogue, insecure=insecure)
+        self._forwarding = Forwarding(self._peers, self._control, self._desk, self)
+        self._ids = secrets.token_hex(8)
+        self._next_id = 0
+        self._told: dict[str, Any] = {}
+        self._turned = time.monotonic()
+        self._refusals = 0
+        self._refusal_logged = 0.0
+        self._records = RecordHandler("core")
+        self._push: zmq.Socket[bytes] | None = None
+        self._push_address = ""
+        logger = logging.getLogger("larpixdaq")
+        logger.addHandler(self._records)
+        logger.setLevel(logging.INFO)
+        _log.info("core listens at %s, state directory %s", self.address, directory)
+        if insecure:
+            _log.warning("--insecure: everybody who reaches %s may control the detector", self.address)
+
+    def close(self) -> None:
+        self._ship()
+        logging.getLogger("larpixdaq").removeHandler(self._records)
+        self._context.destroy()
+        self._catalogue.close()
+
+    def serve(self, signals: config.Signals) -> None:
+        """Until a signal comes."""
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(signals.fileno(), zmq.POLLIN)
+        while not signals.stop:
+            poller.poll(round(_TURN * 1000))
+            self.turn()
+
+    def turn(self) -> None:
+        """Take in what has come, then look who is lost and what is due."""
+        now = time.monotonic()
+        stood = now - self._turned
+        if stood > _STOOD_STILL:
+            self._peers.excuse(stood)
+            self._runs.excuse(stood)
+        self._turned = now
+        if self._take(now):
+            for change in self._peers.check(now):
+                self._changed(change.what, change.peer, now)
+        self._runs.tick(now)
+        self._tell()
+        self._ship()
+
+    def _take(self, now: float) -> bool:
+        """True when nothing is left in the socket."""
+        for _ in range(_BATCH):
+            try:
+                frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            route, data = frames[0], frames[-1]
+            try:
+                if len(frames) != 2:
+                    raise ProtocolError(f"message from {route.hex()}: {len(frames) - 1} parts, expected 1")
+                known = len(data) <= MAX_REQUEST or any(one.route == route for one in self._peers.components.values())
+                if not known:
+                    raise ProtocolError(f"message from {route.hex()}: {len(data)} bytes, the limit is {MAX_REQUEST}")
+                self._sort(unpack_client(data, route.hex()), route, now)
+            except ProtocolError as error:
+                self._refuse(route, data if len(data) <= MAX_REQUEST else b"", error, now)
+            except Exception as error:  # a mistake of ours: whoever asked hears of it, everybody else goes on
+                _log.exception("message from %s", route.hex())
+                text = f"internal error of the core: {type(error).__name__}: {error}"
+                self._send(route, Answer(request=probe(data)[1], kind="error", text=text, error="failed"))
+        return False
+
+    def _refuse(self, route: bytes, data: bytes, error: ProtocolError, now: float) -> None:
+        self._desk.refused += 1
+        self._refusals += 1
+        if now - self._refusal_logged >= 1.0:  # at most one line a second, however much garbage comes
+            _log.warning("%s (%d messages refused)", error, self._refusals)
+            self._refusals, self._refusal_logged = 0, now
+        self._send(route, Answer(request=probe(data)[1], kind="error", text=str(error), error="malformed"))
+
+    def _sort(self, message: FromClient, route: bytes, now: float) -> None:
+        if isinstance(message, Register):
+            self._register(message, route, now)
+            return
+        if isinstance(message, Open):
+            self._welcome(self._peers.open(message, route, now))
+            return
+        peer, moved = self._peers.hear(message.session, route, now)
+        if peer is None:
+            text = "this session is not known: register again"
+            answer = Answer(request=message.request, session=message.session, kind="error", text=text)
+            answer.error = "unknown_session"
+            self._send(route, answer)
+            return
+        if moved and isinstance(peer, Component):
+            self._runs.reconnected(peer)
+        if isinstance(message, Bye):
+            self._peers.goodbye(peer)
+            self._changed("closed", peer, now)
+        elif isinstance(message, Heartbeat):
+            if isinstance(peer, Component):
+                self._peers.beat(peer, message, now)
+            self._send(peer.route, Update(session=peer.session, **self._current()))
+        elif isinstance(message, Answer) and isinstance(peer, Component):
+            if not self._forwarding.answered(peer, message) and not self._runs.answered(peer, message, now):
+                _log.info("%s answered what nobody waits for", peer.name)
+        elif isinstance(message, Request) and isinstance(peer, OperatorPeer):
+            self._forwarding.requested(peer, message, now)
+        else:
+            raise ProtocolError(f"message from {peer.name}: {type(message).__name__} is not for it to send")
+
+    def _register(self, message: Register, route: bytes, now: float) -> None:
+        again = message.name in self._peers.components
+        try:
+            component = self._peers.register(message, route, now)
+        except NameTaken as error:
+            self._send(route, Answer(request=message.request, kind="error", text=str(error), error="name_taken"))
+            return
+        if not again:
+            _log.info("%s (%s) has registered", component.name, component.kind)
+        self._welcome(component)
+        self._runs.registered(component, now)
+
+    def _welcome(self, peer: Peer) -> None:
+        self._send(peer.route, Welcome(session=peer.session, **self._current()))
+
+    def _changed(self, what: str, peer: Peer, now: float) -> None:
+        if isinstance(peer, OperatorPeer):
+            self._forwarding.gone(peer, what)
+            return
+        if what == "moving":
+            _log.info("%s moves again", peer.name)
+            return
+        _log.log(logging.INFO if what == "closed" else logging.WARNING, "%s is %s", peer.name, what)
+        if what in ("lost", "closed"):
+            self._forwarding.gone(peer, what)
+            self._runs.lost(peer.name, now)
+
+    # The way to others.
+
+    def new_id(self) -> str:
+        self._next_id += 1
+        return f"{self._ids}-{self._next_id}"
+
+    def send(self, name: str, request: str, action: str, params: dict[str, Any]) -> bool:
+        component = self._peers.components.get(name)
+        if component is None:
+            return False
+        self._tell()  # so that nobody is asked for the next step before it knows of the last one
+        return self.send_to(component, Request(request=request, action=action, params=params))
+
+    def send_to(self, peer: Peer, message: FromCore) -> bool:
+        message.session = peer.session
+        return self._send(peer.route, message)
+
+    def _send(self, route: bytes, message: FromCore) -> bool:
+        """Never waits: False when the peer has gone or does not take anything in any more."""
+        try:
+            self._router.send_multipart([route, pack(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        except ProtocolError as error:
+            _log.error("%s", error)
+            return False
+        return True
+
+    def _current(self) -> dict[str, Any]:
+        """What an Update says to everybody alike."""
+        streams = {one.name: one.info.get("stream") for one in self._peers.of_kind(PRODUCER)}
+        logs = [one.info.get("log") for one in self._peers.of_kind(LOG)]
+        return {
+            "state": self._runs.state,
+            "run": self._runs.number,
+            "producers": {name: stream for name, stream in streams.items() if isinstance(stream, str)},
+            "log": next((one for one in logs if isinstance(one, str)), self._log_address),
+            "insecure": self._insecure,
+        }
+
+    def _tell(self) -> None:
+        """Tell everybody when something has changed. Each heartbeat is answered with the same, should this get lost."""
+        current = self._current()
+        if current == self._told:
+            return
+        self._told = current
+        everybody: list[Peer] = [*self._peers.components.values(), *self._peers.operators.values()]
+        for peer in everybody:
+            self.send_to(peer, Update(**current))
+
+    def _ship(self) -> None:
+        """The core's own log records."""
+        address = str(self._current()["log"])
+        if address != self._push_address:
+            self._push_address = address
+            if self._push is not None:
+                self._push.close(0)
+                self._push = None
+            if address:
+                try:
+                    self._push = push_socket(self._context, address)
+                except zmq.ZMQError as error:
+                    _log.error("log address %s: %s", address, error)
+        self._records.ship(self._push)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="larpixdaq-core",
+        description="The core of larpix-daq: it knows all components, owns the run state, and serves the Operators.",
+    )
+    config.add_address_argument(parser, more=f"; the port is {config.CORE_PORT} unless given")
+    config.add_log_address_argument(parser)
+    config.add_state_dir_argument(parser)
+    config.add_insecure_argument(parser)
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        address = config.listen_address(args.address, config.CORE_PORT, insecure=args.insecure, what="core")
+        log_address = config.address(args.log_address, config.LOG_PORT)
+        core = Core(address, log_address, config.state_dir(args.state_dir), insecure=args.insecure)
+        try:
+            with config.Signals() as signals:
+                core.serve(signals)
+        finally:
+            core.close()
+
+    return config.run_main(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

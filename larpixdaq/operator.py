@@ -1,0 +1,204 @@
+"""The Operator: the Python interface that people and programs use to steer a run and to look at it."""
+
+import sys
+
+if __spec__ is None and sys.path[0].endswith("larpixdaq"):
+    # Run by its path: this very file must not shadow the standard library's operator.
+    del sys.path[0]
+
+import getpass
+import os
+import socket
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from larpixdaq import config
+from larpixdaq.control.requests import Connection, Request, Response
+from larpixdaq.states import NO_CORE, PRODUCER, RUN_DATA
+
+__all__ = ["Operator", "Request", "Response"]
+
+
+def _me() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no name for this user id
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"[:64]
+
+
+class Operator:
+    """Steers and watches the data acquisition::
+
+        o = Operator()                                  # or Operator("tcp://daq1.lab")
+        o.prepare_run(comment="cosmics").result(timeout=10)
+        o.begin_run().result()
+        o.packet_rate()                                 # IPython shows what comes within 5 s
+        o.end_run().result()["condition"]
+
+    Every method sends its request at once and returns a Request: iterate over it to see acknowledgement, progress and
+    result as they come, call `.result(timeout)` for the value, or `.readable(timeout)` for text. Looking needs nothing;
+    changing needs control, which the first Operator who changes something gets, and keeps until close(), or 5 s after
+    it has vanished.
+    """
+
+    def __init__(self, core: str = config.LOOPBACK, *, name: str | None = None, timeout: float = NO_CORE) -> None:
+        """`core` with or without port number. NoCore when none answers within `timeout` seconds."""
+        self._connection = Connection(config.address(core, config.CORE_PORT), name or _me())
+        # Runs at close(), when nobody holds this Operator any more, and at exit: control is given back in all cases.
+        self._finish = weakref.finalize(self, self._connection.close)
+        try:
+            self._connection.wait(timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give control back and disconnect. Requests that are not done fail."""
+        self._finish()
+
+    def __enter__(self) -> "Operator":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        told = self._connection.told
+        run = f", run {told.run}" if told.run is not None else ""
+        return f"<Operator {self._connection.name} at {self._connection.link.core}: {told.state}{run}>"
+
+    def _core(self, action: str, **params: Any) -> Request:
+        return self._connection.ask(action, params, "", "")
+
+    def _monitor(self, component: str | None, action: str, **params: Any) -> Request:
+        return self._connection.ask(action, params, component or "", "" if component else RUN_DATA)
+
+    def _producer(self, component: str | None, action: str, **params: Any) -> Request:
+        return self._connection.ask(action, params, component or "", "" if component else PRODUCER)
+
+    # Looking.
+
+    def state(self) -> Request:
+        """The run state: "STOP", "READY" or "RUN"."""
+        return self._core("state")
+
+    def components(self) -> Request:
+        """A list of dicts, one a component: name, kind, alive, stuck, heard_s (s ago), progress, queued, status..."""
+        return self._core("components")
+
+    def actions(self, component: str | None = None) -> Request:
+        """What can be asked for: {component: [action, ...]}, the core itself among them."""
+        return self._core("actions", component=component)
+
+    def status(self) -> Request:
+        """All that the core knows: state, run, last_run (with its condition), components, control, insecure, ..."""
+        return self._core("status")
+
+    def run_info(self, run: int | None = None) -> Request:
+        """What is known of a run (default: the one going on, or the last).
+
+        Times in unix s, condition, rows, files, reasons, comments; of the one going on also `live`, the components'
+        own numbers.
+        """
+        return self._core("run_info", run=run)
+
+    def call(self, component: str, action: str, /, **params: Any) -> Request:
+        """Any action of any component, as actions() lists them."""
+        return self._connection.ask(action, params, component, "")
+
+    # Steering.
+
+    def prepare_run(self, comment: str = "", kind: str = "physics") -> Request:
+        """STOP -> READY: draws the run number, opens files. Result: {"run", "files", "warnings"}."""
+        return self._core("prepare_run", comment=comment, kind=kind)
+
+    def begin_run(self) -> Request:
+        """READY -> RUN. Result: {"run", "warnings"}."""
+        return self._core("begin_run")
+
+    def end_run(self) -> Request:
+        """RUN or READY -> STOP, with everything stored.
+
+        Result: {"run", "condition", "rows" (made), "stored", "files", "reasons"}.
+        """
+        return self._core("end_run")
+
+    def abort_run(self) -> Request:
+        """From any state to STOP, at once; what was taken is kept. Result as end_run, the condition is ABORTED."""
+        return self._core("abort_run")
+
+    prepare_physics_run = prepare_run
+    begin_physics_run = begin_run
+    end_physics_run = end_run
+
+    def comment(self, text: str) -> Request:
+        """Write a comment on the run that is prepared or going on into the catalogue. Result: {"run"}."""
+        return self._core("comment", text=text)
+
+    def take_control(self) -> Request:
+        """Take control from whoever has it. Result: {"by", "since"} (unix s)."""
+        return self._core("take_control")
+
+    def release_control(self) -> Request:
+        """Give control back. Result: who has it now, {} for nobody."""
+        return self._core("release_control")
+
+    # The online monitor (the first there is, or the one named).
+
+    def packet_rate(self, channels: bool = True, component: str | None = None) -> Request:
+        """Packets/s now and since the run began.
+
+        A dict: run, rate, mean_rate, packets, seconds, seen (the fraction of rows that the monitor has looked at), and
+        structured arrays io_groups, io_channels, chips and, unless channels=False, channels, with bad parity and FIFO
+        flags.
+        """
+        return self._monitor(component, "packet_rate", channels=channels)
+
+    def packets(
+        self,
+        count: int = 100,
+        text: bool = False,
+        types: Sequence[int] | None = None,
+        component: str | None = None,
+    ) -> Request:
+        """The last packets, the newest last: a structured array as in the file, or with text=True a line each.
+
+        types: the packet types wanted (0 data, 1 test, 2 config write, 3 config read, 4 timestamp, 5 message, 6 sync,
+        7 trigger; v3 chips send data as 1), such as [0]; None: all.
+        """
+        wanted = None if types is None else list(types)
+        return self._monitor(component, "packets", count=count, text=text, types=wanted)
+
+    def messages(self, count: int = 100, component: str | None = None) -> Request:
+        """The last INFO messages: a list of dicts with time (unix s), utc, producer, run, text."""
+        return self._monitor(component, "messages", count=count)
+
+    def adc_histogram(
+        self,
+        io_group: int | None = None,
+        io_channel: int | None = None,
+        chip: int | None = None,
+        channel: int | None = None,
+        component: str | None = None,
+    ) -> Request:
+        """How often each ADC value came in the data packets of these channels (None: of all).
+
+        A dict: counts (counts[adc], 256 values; v1 and v3: 1024), entries, mean, std, seen, ...
+        """
+        where = {"io_group": io_group, "io_channel": io_channel, "chip": chip, "channel": channel}
+        return self._monitor(component, "adc_histogram", **where)
+
+    # Routines (of the first producer, or the one named).
+
+    def list_routines(self, component: str | None = None) -> Request:
+        """The routines that can be run: a list of dicts with name, params, help."""
+        return self._producer(component, "list_routines")
+
+    def run_routine(self, name: str, /, *args: Any, component: str | None = None, **kwargs: Any) -> Request:
+        """Run a routine: acknowledgement, progress, ..., result."""
+        return self._producer(component, "run_routine", name=name, args=list(args), kwargs=kwargs)
