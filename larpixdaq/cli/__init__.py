@@ -1,0 +1,27 @@
+"""The `larpixdaq` command: one subcommand per module of this package. Only here, and in main(), is anything printed."""
+
+import argparse
+import sys
+
+from larpixdaq.cli import demo, files, local, status
+from larpixdaq.config import run_main
+from larpixdaq.version import VERSION
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="larpixdaq", description="Data acquisition for LArPix detectors")
+    top.add_argument("--version", action="version", version=f"larpix-daq {VERSION}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (demo, local, status, files):
+        module.add_commands(commands)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parser().parse_args(arguments, argparse.Namespace(argv=arguments))
+    return run_main(lambda: options.function(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

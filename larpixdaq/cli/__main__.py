@@ -1,0 +1,5 @@
+import sys
+
+from larpixdaq.cli import main
+
+sys.exit(main())

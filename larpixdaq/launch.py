@@ -1,0 +1,192 @@
+"""Processes of one machine: started, watched, ended again. `larpixdaq up`, `down` and `demo` stand on this."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from larpixdaq.errors import ComponentError, FileError
+
+#: A process that has been told to end gets so long (seconds), then it is killed.
+END_LIMIT = 15.0
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One running process, as the list of `larpixdaq up` has it. `started` tells it from a later process of the same
+    id."""
+
+    module: str
+    pid: int
+    started: int
+
+
+class Running(msgspec.Struct, frozen=True):
+    """What `larpixdaq up` started, in the order of starting; `core` is the core's address."""
+
+    core: str
+    processes: list[Entry]
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_time(pid: int) -> int | None:
+    """When the process started, in clock ticks since the machine's boot; None when there is no such process (or it is
+    dead)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+#: Like `python -m`, but without the current folder on sys.path: a source folder there would hide the installed package.
+_RUN_MODULE = (
+    "import sys, runpy; sys.path[:] = [p for p in sys.path if p]; module = sys.argv.pop(1); "
+    "runpy.run_module(module, run_name='__main__', alter_sys=True)"
+)
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """The command that runs `larpixdaq.<module>` in a process of its own, with this interpreter."""
+    return [sys.executable, "-c", _RUN_MODULE, f"larpixdaq.{module}", *arguments]
+
+
+class Group:
+    """Child processes, each a module of ours; `close()` ends and reaps them in the reverse order of starting.
+
+    What they write goes to files in `log_dir`, one per process.
+    """
+
+    def __init__(self, log_dir: Path) -> None:
+        self.log_dir = log_dir
+        self.children: list[tuple[str, subprocess.Popen[bytes]]] = []
+
+    def start(self, module: str, *arguments: str, pipes: bool = False, detach: bool = False) -> subprocess.Popen[bytes]:
+        """Start the module with these arguments. With `pipes` its stdin and stdout are ours."""
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        with open(self.log_dir / f"{module}.out", "ab") as out:
+            child = subprocess.Popen(
+                command(module, *arguments),
+                stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if pipes else out,
+                stderr=out,
+                start_new_session=detach,
+            )
+        self.children.append((module, child))
+        return child
+
+    def check(self) -> None:
+        """ComponentError, with the last line that it wrote, when a child has ended with an error."""
+        for module, child in self.children:
+            if child.poll():
+                raise ComponentError(f"{module} ended with status {child.returncode}: {self.last_line(module)}")
+
+    def last_line(self, module: str) -> str:
+        lines = (self.log_dir / f"{module}.out").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it wrote nothing"
+
+    def entries(self) -> list[Entry]:
+        return [Entry(module, child.pid, start_time(child.pid) or 0) for module, child in self.children]
+
+    def close(self) -> None:
+        for _, child in reversed(self.children):
+            if child.poll() is None:
+                child.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(END_LIMIT)
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+        self.children.clear()
+
+
+def components(
+    core: str, log: str, output_dir: Path, state_dir: Path, source: Sequence[str], listens: str = ""
+) -> list[tuple[str, list[str]]]:
+    """Module and arguments of every process of a complete system, in the order of starting.
+
+    `core` is its address for the others; `listens`, unless it is the same, where it listens.
+    """
+    common = ["--core", core]
+    return [
+        ("core", ["--address", listens or core, "--log-address", log, "--state-dir", str(state_dir)]),
+        ("log", [*common, "--address", log, "--state-dir", str(state_dir)]),
+        ("offline_storage", [*common, "-o", str(output_dir)]),
+        ("run_data", common),
+        ("producer", [*common, "--state-dir", str(state_dir), *source]),
+    ]
+
+
+def running_file(state_dir: Path) -> Path:
+    return state_dir / "running.json"
+
+
+def read_running(state_dir: Path) -> Running | None:
+    """What `up` left in the state directory; None when there is nothing."""
+    path = running_file(state_dir)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Running)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise FileError(f"{path}: not the list of processes that `larpixdaq up` writes: {error}") from None
+
+
+def write_running(state_dir: Path, running: Running) -> None:
+    path = running_file(state_dir)
+    new = path.with_suffix(".new")
+    new.write_bytes(msgspec.json.encode(running))
+    new.replace(path)
+
+
+def alive(entry: Entry) -> bool:
+    """Whether the very process that was started still runs."""
+    return start_time(entry.pid) == entry.started
+
+
+def end_running(running: Running) -> list[str]:
+    """End the processes in the reverse order of starting; return the modules of those that had to be killed."""
+    killed = []
+    for entry in reversed(running.processes):
+        if not alive(entry):
+            continue
+        os.kill(entry.pid, signal.SIGTERM)
+        deadline = time.monotonic() + END_LIMIT
+        while alive(entry) and time.monotonic() < deadline:
+            _wait_for_exit(entry.pid, deadline - time.monotonic())
+        if alive(entry):
+            os.kill(entry.pid, signal.SIGKILL)
+            killed.append(entry.module)
+    return killed
+
+
+def _wait_for_exit(pid: int, limit: float) -> None:
+    """Wait until a process that is not our child has ended, at most `limit` seconds."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        select.select([descriptor], [], [], max(0.0, limit))
+    finally:
+        os.close(descriptor)

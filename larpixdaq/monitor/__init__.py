@@ -1,0 +1,5 @@
+"""The online monitor without its process: counters, rates, histograms, the last packets, and rows as readable text."""
+
+from larpixdaq.monitor.monitor import Monitor
+
+__all__ = ["Monitor"]

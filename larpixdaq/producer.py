@@ -1,0 +1,297 @@
+"""The producer: boards in, blocks out. `larpixdaq-producer --pacman pacman.local`."""
+
+import sys
+
+if __spec__ is None:  # run by its path: its folder would shadow the standard library's `operator`
+    sys.path[0:1] = []
+
+import argparse
+import contextlib
+import logging
+import secrets
+import time
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from larpixdaq import config, schema, sources
+from larpixdaq.arena import DEFAULT_DIRECTORY, Arena, parse_size
+from larpixdaq.blocks import UnknownWord
+from larpixdaq.chips import Child
+from larpixdaq.errors import ConfigError, StateError
+from larpixdaq.node import Call, Node
+from larpixdaq.readout import Readout
+from larpixdaq.recorder import Recorder
+from larpixdaq.sources.base import Source
+from larpixdaq.stream import Publisher
+from larpixdaq.stream.address import bind
+
+log = logging.getLogger(__name__)
+
+DEFAULT_NAME = "LArPix board"
+#: After `end_run` the boards are read for so long, then until their sockets are empty, at most END_LIMIT in all
+#: (seconds). Empty means: for QUIET every read took all that was there. A single one may have been faster than the
+#: thread of libzmq that brings the next from the kernel.
+END_READ_ON = 0.2
+QUIET = 0.05
+END_LIMIT = 5.0
+#: A producer that is told to end goes on delivering for so long (seconds).
+DELIVER_LIMIT = 2.0
+
+
+class Producer:
+    """Sources, recorder and stream of one producer process, and the actions by which the core drives them."""
+
+    def __init__(self, options: argparse.Namespace, boards: list[Source], arena: Arena, epoch: int) -> None:
+        """`boards` are open; `arena` is this producer's own, of this epoch."""
+        self.layout = boards[0].layout
+        self.name: str = options.name
+        self.epoch = epoch
+        self.boards = boards
+        self.arena = arena
+        self.state = "STOP"
+        self.ending: tuple[Call, float] | None = None
+        self._busy_at = 0.0  # when a read last left something behind
+        self._late = False
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        socket = self._context.socket(zmq.ROUTER)
+        self.address = bind(socket, options.address, options.core, insecure=options.insecure)
+        ring = arena.ring
+        io_groups = [group for source in boards for group in source.io_groups]
+        self.recorder = Recorder(ring, self.name, self.epoch, self.layout, io_groups)
+        self.readout = Readout(boards, self.recorder, ring, wait=_waits(options.when_full, boards))
+        self.publisher = Publisher(ring, socket, self.name, self.epoch)
+        self.child = Child(options.routines)
+        self.node = Node(
+            self.name,
+            "producer",
+            options.core,
+            {
+                "prepare_run": self.prepare_run,
+                "begin_run": self.begin_run,
+                "end_run": self.end_run,
+                "abort_run": self.abort_run,
+                "cancel_run": self.cancel_run,
+                "list_routines": self.child.list_routines,
+                "run_routine": self.child.run_routine,
+            },
+            info={
+                "stream": self.address,
+                "epoch": self.epoch,
+                "layout": self.layout.code,
+                "asic": options.asic,
+                "io_groups": sorted(set(io_groups)),
+                "source": "; ".join(source.name for source in boards),
+            },
+            status=self.status,
+        )
+
+    # the loop
+
+    def run(self, signals: config.Signals) -> None:
+        """Read, record and serve until a signal comes."""
+        self.node.connect()
+        poller = zmq.Poller()
+        poller.register(signals.fileno(), zmq.POLLIN)
+        poller.register(self.node.fileno(), zmq.POLLIN)
+        poller.register(self.child.fileno(), zmq.POLLIN)
+        poller.register(self.publisher.socket, zmq.POLLIN)
+        self.readout.watch(poller)
+        while not signals.stop:
+            poller.poll(ceil(self._timeout() * 1000))
+            self.node.dispatch()
+            self.child.dispatch()
+            self.readout.turn(poller)
+            if not self.readout.quiet:
+                self._busy_at = time.monotonic()
+            self.recorder.work()
+            self.publisher.work()
+            if self.ending is not None:
+                self._end_when_quiet()
+            self.node.report(self.readout.batches + self.publisher.freed, 0)
+
+    def _timeout(self) -> float:
+        """Seconds until something is to be done that no descriptor tells of."""
+        limits = [0.25, *self.readout.due()]
+        now = time.monotonic()
+        block = self.recorder.due()
+        if block is not None:
+            limits.append(block - now)
+        if self.ending is not None:
+            limits.append(0.01)
+        return max(0.0, min(limits))
+
+    def close(self) -> None:
+        if self.recorder.run is not None:
+            self._finish("aborted")
+        # A storage that is not subscribed now may be on its way back.
+        deadline = time.monotonic() + DELIVER_LIMIT
+        while self.publisher.owed() and time.monotonic() < deadline:
+            self.publisher.socket.poll(20)
+            self.publisher.work()
+        if owed := self.publisher.owed():
+            log.error("%s ends, %d blocks were not acknowledged by the storages that should have them", self.name, owed)
+        self.child.close()
+        self.node.close()
+        self._context.destroy(linger=200)
+
+    # actions
+
+    def prepare_run(self, call: Call, run: int, kind: str, comment: str, operator: str, required: list[str]) -> Any:
+        self._expect("STOP")
+        self._late = self.node.state != "STOP"  # the run goes on already: we have died in it, or come late
+        self.recorder.begin(run, required)
+        self.publisher.begin(run, self.layout.code, required)
+        self.readout.record(True)
+        self.state = "READY"
+        return {"epoch": self.epoch, "layout": self.layout.code}
+
+    def begin_run(self, call: Call, run: int) -> Any:
+        self._expect("READY", run)
+        self.recorder.info("Resuming run" if self._late else "Beginning run")
+        self.readout.play()
+        self.state = "RUN"
+        return {}
+
+    def end_run(self, call: Call, run: int) -> Any:
+        self._expect("READY RUN", run)
+        if self.ending is not None:
+            raise StateError(f"run {run} is being ended already")
+        self.ending = (call, time.monotonic())
+
+    def abort_run(self, call: Call, run: int) -> Any:
+        self._expect("READY RUN", run)
+        if self.ending is not None:
+            self.ending[0].fail(f"run {run} was aborted meanwhile", "state")
+            self.ending = None
+        return self._finish("aborted")
+
+    def cancel_run(self, call: Call, run: int) -> Any:
+        """Another component could not prepare or begin: the run is given up, nobody has to store it."""
+        if self.recorder.run != run:
+            return {}
+        self.publisher.release(run)
+        return self._finish("aborted", told=False)
+
+    def _expect(self, states: str, run: int | None = None) -> None:
+        if self.state not in states.split():
+            raise StateError(f"{self.name}: expected state {' or '.join(states.split())}, is in {self.state}")
+        if run is not None and run != self.recorder.run:
+            raise StateError(f"{self.name}: asked about run {run}, is in run {self.recorder.run}")
+
+    def _end_when_quiet(self) -> None:
+        assert self.ending is not None
+        call, since = self.ending
+        now = time.monotonic()
+        age = now - since
+        busy = now - self._busy_at < QUIET
+        if age < END_READ_ON or (busy and age < END_LIMIT):
+            return
+        self.ending = None
+        warning = None
+        if busy:
+            warning = (
+                f"{self.name}: the boards still sent {END_LIMIT:g} s after end_run; what came later is not in the run"
+            )
+        call.result(self._finish("closed") | {"warning": warning})
+
+    def _finish(self, how: str, *, told: bool = True) -> dict[str, Any]:
+        """End the run. What came outside of runs is counted in its end record, if that is told to anybody; else in the
+        next."""
+        if how == "closed":
+            self.recorder.info("Ending run")
+        unknown = [
+            UnknownWord(int(w["io_group"]), int(w["seconds"]), int(w["reason"]), w["raw"][: w["size"]].tobytes())
+            for w in self.readout.take_unknown()
+        ]
+        outside = self.arena.ring.outside
+        end = self.recorder.end(how, unknown, self.recorder.counts(outside))
+        if told:
+            outside[:] = 0
+        self.publisher.end()
+        self.readout.record(False)
+        self.state = "STOP"
+        rows = sum(sum(counts[1 + schema.COUNTS.index(n)] for n in schema.ROW_COUNTS) for counts in end.counts)
+        return {"epoch": self.epoch, "next": end.next, "rows": rows, "counts": end.counts, "warning": None}
+
+    def status(self) -> dict[str, Any]:
+        """For the heartbeat: the ring, what is owed, the counts of this run or the last, what came outside of runs."""
+        total = dict(zip(schema.COUNTS, self.arena.ring.counts.sum(axis=0).tolist(), strict=True))
+        return {
+            "run": self.recorder.run,
+            "state": self.state,
+            "ring": round(self.arena.ring.fill, 4),
+            "owed_blocks": self.publisher.owed(),
+            "subscribers": sorted(s.name for s in self.publisher.subscribers.values()),
+            "packets": total["packets"],
+            "dropped": total["dropped"],
+            "unknown": total["unknown_words"] + total["rejected_words"],
+            "bad_parity": total["bad_parity"],
+            "outside_run": int(self.arena.ring.outside[:, schema.COUNTS.index("packets")].sum()),
+            "finished": all(source.finished for source in self.boards),
+        }
+
+
+def _waits(when_full: str | None, boards: list[Source]) -> bool:
+    return when_full == "wait" if when_full else all(source.waits for source in boards)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    config.add_component_arguments(parser, DEFAULT_NAME)
+    sources.add_arguments(parser)
+    config.add_state_dir_argument(parser)
+    config.add_address_argument(parser, None, " (default: the interface that reaches the core, a free port)")
+    add_own_arguments(parser)
+
+
+def add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only a producer takes, beside its sources."""
+    parser.add_argument(
+        "--ring", type=parse_size, default="512MiB", metavar="SIZE",
+        help="memory for rows that storages have not acknowledged yet (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ring-dir", type=Path, default=DEFAULT_DIRECTORY, metavar="DIR",
+        help="where the ring's file is made; a memory file system (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--when-full", choices=("spill", "wait"),
+        help="what to do when storages are slower than the boards: spill (count and drop what finds no room) or wait "
+        "(stop reading); default: spill for --pacman and --bern, which publish regardless, wait for the rest",
+    )  # fmt: skip
+    parser.add_argument(
+        "--routines", action="append", default=[], type=Path, metavar="DIR",
+        help="a further directory of routine files; they are programs and run with your rights",
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="larpixdaq-producer", description="Launch a producer: takes packets from boards and passes them on"
+    )
+    add_arguments(parser)
+    options = parser.parse_args(argv)
+
+    def work() -> None:
+        with contextlib.ExitStack() as stack:
+            for folder in options.routines:
+                if not folder.is_dir():
+                    raise ConfigError(f"--routines {folder}: no such directory")
+            boards = sources.create(options)
+            for source in boards:  # before anything else, since a wrong device or file is best told at once
+                stack.callback(source.close)
+                source.open()
+            epoch = secrets.randbits(64)
+            state = config.state_dir(options.state_dir)
+            arena = stack.enter_context(Arena(options.ring_dir, state, options.name, epoch, options.ring))
+            producer = Producer(options, boards, arena, epoch)
+            stack.callback(producer.close)
+            producer.run(stack.enter_context(config.Signals()))
+
+    return config.run_main(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

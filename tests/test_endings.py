@@ -1,0 +1,118 @@
+"""Ctrl-C and SIGTERM at every process, outside of a run and in the middle of one: exit 0, and nothing left behind."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import LIMIT, until
+from system import System, rows_of, system
+
+from larpixdaq.errors import LarpixDaqError
+from larpixdaq.files.verify import verify
+from larpixdaq.operator import Operator
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+MODULES = ["core", "log", "offline_storage", "run_data", "producer"]
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[System]:
+    with system(tmp_path) as made:
+        yield made
+
+
+def start(line: System) -> tuple[Operator, Path]:
+    """A whole system, and the folder of the producer's arena."""
+    ring = line.folder / "ring"
+    ring.mkdir()
+    operator = line.start("--fake", "20000", "--ring-dir", ring)
+    line.launch_log()
+    line.await_kinds(operator, "log")
+    assert len(list(ring.iterdir())) == 1
+    return operator, ring
+
+
+def ends_well(line: System, module: str, how: signal.Signals) -> None:
+    process = line.processes.pop(module)
+    assert process.stop(how) == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    assert process.stdout == ""
+
+
+def take(line: System, operator: Operator) -> None:
+    operator.prepare_run().result(LIMIT)
+    operator.begin_run().result(LIMIT)
+    until(lambda: line.status_of(operator, "storage").get("rows", 0) > 500, "500 rows in the storage")
+
+
+def state(operator: Operator) -> str:
+    """Empty while there is no core, or one that has come back meanwhile."""
+    try:
+        found: str = operator.state().result(LIMIT)
+    except LarpixDaqError:
+        return ""
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_outside_of_a_run(line: System, how: signal.Signals) -> None:
+    _, ring = start(line)
+    for module in reversed(MODULES):
+        ends_well(line, module, how)
+    assert list(ring.iterdir()) == []
+    assert list(line.data.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_core_log_and_monitor_in_a_run(line: System, how: signal.Signals) -> None:
+    """The run goes on without them, and a core that comes back picks it up."""
+    operator, _ = start(line)
+    take(line, operator)
+    for module in ("log", "run_data", "core"):
+        ends_well(line, module, how)
+    line.launch_core()
+    until(lambda: state(operator) == "RUN", "the run to be picked up")
+    line.await_kinds(operator, "producer", "storage")
+    ended = operator.end_run().result(2 * LIMIT)
+    assert ended["condition"] == "COMPLETE", ended
+    (path,) = ended["files"]
+    assert verify(path).ok
+    assert len(rows_of(path)) == ended["rows"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_producer_in_a_run(line: System, how: signal.Signals) -> None:
+    """It delivers what it has with its totals, and its arena goes."""
+    operator, ring = start(line)
+    take(line, operator)
+    ends_well(line, "producer", how)
+    assert list(ring.iterdir()) == []
+    ended = operator.end_run().result(2 * LIMIT)
+    assert ended["condition"] == "ABORTED"
+    assert "LArPix board is lost" in ended["reasons"]
+    (path,) = ended["files"]
+    report = verify(path)
+    assert report.ok, report.findings
+    assert report.condition == "ABORTED"
+    assert len(rows_of(path)) == ended["stored"] > 500
+    assert operator.state().result(LIMIT) == "STOP"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_storage_in_a_run(line: System, how: signal.Signals) -> None:
+    """Its file is closed and says that its producer went on; all the rest is in the next part, when it is back."""
+    operator, _ = start(line)
+    take(line, operator)
+    ends_well(line, "offline_storage", how)
+    (first,) = line.data.iterdir()
+    report = verify(first)
+    assert report.condition == "INTERRUPTED"
+    assert all("its end never came" in finding for finding in report.findings)
+    line.launch_storage()
+    until(lambda: len(list(line.data.glob("*_001.h5.part"))) == 1, "a second part")
+    ended = operator.end_run().result(2 * LIMIT)
+    (second,) = ended["files"]
+    assert verify(second).ok
+    assert len(rows_of(first)) + len(rows_of(second)) == ended["rows"]
+    line.await_status(operator, "producer", "owed_blocks", 0)

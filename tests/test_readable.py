@@ -1,0 +1,134 @@
+"""Answers as people read them: tables, times, and the words of `larpixdaq status`."""
+
+import numpy as np
+
+from larpixdaq.cli import status
+from larpixdaq.control.readable import SHOWN, readable
+from larpixdaq.control.requests import Request, Response
+
+CHIPS = np.dtype([("io_group", "u1"), ("chip_id", "u1"), ("rate", "<f8"), ("seen_bad_parity", "<u8")])
+
+
+def test_a_structured_array_is_an_aligned_table_without_columns_of_zeros():
+    rows = np.array([(1, 11, 10005.6, 0), (2, 103, 2.5, 0)], CHIPS)
+    assert readable(rows).splitlines() == [
+        "io_group  chip_id   rate",
+        "       1       11  10006",
+        "       2      103    2.5",
+    ]
+    rows["seen_bad_parity"][1] = 7
+    assert readable(rows).splitlines()[0].endswith("seen_bad_parity")
+    assert readable(rows[:0]) == "no rows of io_group, chip_id, rate, seen_bad_parity"
+
+
+def test_a_long_table_shows_its_ends():
+    rows = np.zeros(1000, CHIPS)
+    rows["rate"] = np.arange(1000)
+    lines = readable(rows).splitlines()
+    assert len(lines) == 1 + SHOWN + 1
+    assert lines[1 + SHOWN // 2] == f"... {1000 - SHOWN} more ..."
+    assert lines[-1].split() == ["0", "999"]
+
+
+def test_an_answer_is_a_line_per_entry():
+    answer = {
+        "run": 3,
+        "rate": 2_420_000.4,
+        "begun": 1795355408.87,
+        "files": ["a.h5", "b.h5"],
+        "reasons": [],
+        "live": {"Log": {"written": 2, "lost": 0}},
+        "counts": np.arange(1024),
+        "chips": np.array([(1, 11, 5.0, 0)], CHIPS),
+    }
+    assert readable(answer).splitlines() == [
+        "run      3",
+        "rate     2420000",
+        "begun    2026-11-22 13:50:08 UTC",
+        "files    a.h5",
+        "         b.h5",
+        "reasons  -",
+        "live     Log  written 2, lost 0",
+        "counts   [   0    1    2 ... 1021 1022 1023]",
+        "chips    (1)",
+        "    io_group  chip_id  rate",
+        "           1       11     5",
+    ]
+
+
+def test_lists_of_dicts():
+    assert readable([{"name": "hello", "params": ["a", "b"]}, {"name": "x", "params": []}]).splitlines() == [
+        "name   params",
+        "hello  a, b",
+        "x      -",
+    ]
+    nested = readable([{"name": "Log", "status": {"lost": 0}}, {"name": "Core", "status": {}}])
+    assert nested == "name    Log\nstatus  lost 0\n\nname    Core\nstatus  -"
+
+
+def test_what_has_no_shape_stays_as_it_is():
+    assert readable("STOP") == "STOP"
+    assert readable(None) == "-"
+    assert readable([]) == "-"
+
+
+def test_a_request_has_its_result_readable():
+    request = Request("state", lambda: 0.0)
+    request.take(Response("result", value={"by": "me@daq", "since": 1795355408.0}))
+    assert request.readable(1) == "by     me@daq\nsince  2026-11-22 13:50:08 UTC"
+
+
+def component(name, kind, info, facts, alive=True):
+    return {"name": name, "kind": kind, "alive": alive, "stuck": False, "info": info, "status": facts}
+
+
+BOARD = {
+    "run": 4, "packets": 120, "dropped": 0, "unknown": 3, "bad_parity": 0, "ring": 0.25, "owed_blocks": 2,
+    "finished": True,
+}  # fmt: skip
+RUN = {"run": 4, "kind": "physics", "begun": 1795355408.0, "comment": "cosmics", "missing": ["Offline storage"]}
+
+
+def test_status_in_words():
+    found = {
+        "state": "RUN",
+        "run": RUN,
+        "busy": None,
+        "last_run": {"run": 3, "condition": "INCOMPLETE", "stored": 9, "files": ["/data/a.h5"], "reasons": ["block 7"]},
+        "control": {"by": "me@daq", "since": 1795355408.0},
+        "insecure": True,
+        "components": [
+            component("LArPix board", "producer", {"source": "PACMAN io_group 1"}, BOARD),
+            component("Offline storage", "storage", {"directory": "/data"}, {}, alive=False),
+            component("Online monitor", "run_data", {}, {"run": None}),
+        ],
+    }
+    assert status.lines(found) == [
+        "state RUN, run 4 (physics), since 2026-11-22 13:50:08 UTC: cosmics",
+        "MISSING in this run: Offline storage",
+        "control: me@daq, since 2026-11-22 13:50:08 UTC",
+        "last run: 3 INCOMPLETE, 9 rows stored, /data/a.h5; block 7",
+        "INSECURE: without keys, everybody who reaches the core can control the detector",
+        "LArPix board     alive  PACMAN io_group 1; 120 packets of the run; 3 unknown words; "
+        "blocks not yet stored: 2 (ring 25% full); all has been sent",
+        "Offline storage  LOST   /data",
+        "Online monitor   alive  no run yet",
+    ]
+
+
+def test_status_of_a_component_that_speaks_otherwise():
+    stranger = component("other", "producer", {}, {"packets": 5})
+    assert status.lines({"state": "STOP", "run": None, "components": [stranger]}) == [
+        "state STOP",
+        "other  alive  packets 5",
+    ]
+
+
+def test_sizes():
+    assert [status.size(count) for count in (0, 512, 25139, 77.3e9, 5e15)] == [
+        "0 B",
+        "512 B",
+        "25.1 kB",
+        "77.3 GB",
+        "5000 TB",
+    ]
