@@ -1,0 +1,169 @@
+"""The compiled kernels, each beside its peer in larpix-control and beside a plain copy of the same bytes.
+
+    pytest bench --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
+
+A round handles WORDS words (or rows), unless extra_info says otherwise: words/s = words / median.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from larpixdaq import schema
+from larpixdaq._native import chunks, emulate, frames, packets, rates
+from larpixdaq.deflate import compress
+from larpixdaq.schema import Asic
+
+WORDS = 200_000
+PEER_WORDS = 5_000  # larpix-control makes an object of each word
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def messages(words: int, per_message: int) -> tuple[np.ndarray, np.ndarray]:
+    board = emulate.PacmanBoard(Asic.V2, rate=1e6, seed=1, words=max(words, 65_535))
+    n = board.fill(words, per_message)
+    return np.array(board.buffer), np.array(board.spans[:n])
+
+
+def rows(n: int) -> np.ndarray:
+    """Realistic rows: random chip, channel and parity, sorted timestamps."""
+    buffer, spans = messages(n, 1000)
+    decoder = frames.PacmanDecoder(1, Asic.V2)
+    decoder.start(np.zeros(len(schema.COUNTS), np.uint64))
+    decoder.feed(buffer, spans)
+    made = np.zeros(2 * n, schema.PACKETS_2_4)
+    return made[: decoder.decode(made)]
+
+
+def drain(decoder, out: np.ndarray) -> int:
+    made = 0
+    while True:
+        n = decoder.decode(out)
+        made += n
+        if n < len(out):
+            return made
+
+
+@pytest.mark.parametrize("per_message", [1, 1000])
+def test_pacman_to_rows(benchmark, per_message: int) -> None:
+    benchmark.group = f"PACMAN, {per_message} words a message"
+    buffer, spans = messages(WORDS, per_message)
+    decoder = frames.PacmanDecoder(1, Asic.V2)
+    decoder.start(np.zeros(len(schema.COUNTS), np.uint64))
+    out = np.zeros(schema.BLOCK_ROWS, schema.PACKETS_2_4)
+
+    def run() -> int:
+        decoder.feed(buffer, spans)
+        return drain(decoder, out)
+
+    assert benchmark(run) == WORDS + len(spans)
+
+
+@pytest.mark.parametrize("per_message", [1, 1000])
+def test_pacman_peer_larpix_control_parse(benchmark, per_message: int) -> None:
+    from larpix.format.pacman_msg_format import parse
+
+    benchmark.group = f"PACMAN, {per_message} words a message"
+    benchmark.extra_info["words"] = PEER_WORDS
+    buffer, spans = messages(PEER_WORDS, per_message)
+    raw = [buffer[s["start"] : s["start"] + s["length"]].tobytes() for s in spans]
+    found = benchmark.pedantic(lambda: [parse(message, io_group=1) for message in raw], rounds=3)
+    assert sum(map(len, found)) == PEER_WORDS + len(spans)
+
+
+def test_pacman_limit_copy(benchmark) -> None:
+    """The rows merely copied, 36 bytes each, in blocks that fit the cache: what memory allows at most."""
+    benchmark.group = "PACMAN, 1000 words a message"
+    source = np.ones(schema.BLOCK_ROWS * 36, np.uint8)
+    out = np.zeros_like(source)
+
+    def run() -> None:
+        for _ in range(-(-WORDS // schema.BLOCK_ROWS)):
+            np.copyto(out, source)
+
+    benchmark(run)
+
+
+@pytest.mark.parametrize("garbage", [0.0, 0.01])
+def test_serial_to_rows(benchmark, garbage: float) -> None:
+    benchmark.group = f"serial, {garbage:.0%} garbage"
+    data = serial_bytes(WORDS, garbage)
+    out = np.zeros(schema.BLOCK_ROWS, schema.PACKETS_2_4)
+
+    def run() -> int:
+        decoder = frames.SerialDecoder(1, Asic.V2)
+        decoder.start(np.zeros(len(schema.COUNTS), np.uint64))
+        decoder.feed(data, 0)
+        return drain(decoder, out)
+
+    assert benchmark(run) >= 0.9 * WORDS
+
+
+@pytest.mark.parametrize("garbage", [0.0, 0.01])
+def test_serial_peer_larpix_control(benchmark, garbage: float) -> None:
+    from larpix.io.serialport import SerialPort
+
+    benchmark.group = f"serial, {garbage:.0%} garbage"
+    benchmark.extra_info["words"] = PEER_WORDS
+    data = serial_bytes(PEER_WORDS, garbage)
+    found = benchmark.pedantic(lambda: SerialPort._parse_input(data), rounds=3)
+    assert len(found) == 2 or len(found) >= 0.9 * PEER_WORDS
+
+
+def serial_bytes(words: int, garbage: float) -> bytes:
+    sent = packets.encode(rows(words), asic=Asic.V2)[:words]
+    frames_ = np.frombuffer(frames.encode_serial(sent), np.uint8).reshape(-1, 10)
+    random = np.random.default_rng(1)
+    pieces = (f.tobytes() + (bytes([random.integers(256)]) if random.random() < garbage else b"") for f in frames_)
+    return b"".join(pieces)
+
+
+def test_rates(benchmark) -> None:
+    benchmark.group = "counting"
+    counted = rows(WORDS)
+    counter = rates.Rates()
+    benchmark(counter.count, counted)
+    assert counter.rows % len(counted) == 0
+
+
+def test_chunks_to_deflate(benchmark) -> None:
+    """Shuffle and deflate whole chunks, as the storage does."""
+    benchmark.group = "chunks"
+    raw = rows(3 * schema.CHUNK_ROWS)[: 3 * schema.CHUNK_ROWS].view(np.uint8)
+    size = schema.CHUNK_ROWS * schema.PACKETS_2_4.itemsize
+    out = np.empty(size, np.uint8)
+
+    def run() -> int:
+        total = 0
+        for start in range(0, 3 * size, size):
+            chunks.shuffle(raw[start : start + size], schema.PACKETS_2_4.itemsize, out)
+            total += len(compress(out))
+        return total
+
+    packed = benchmark(run)
+    benchmark.extra_info["ratio"] = round(3 * size / packed, 2)
+    benchmark.extra_info["words"] = 3 * schema.CHUNK_ROWS
+
+
+def test_chunks_peer_h5py_gzip(benchmark, tmp_path) -> None:
+    import h5py
+
+    benchmark.group = "chunks"
+    benchmark.extra_info["words"] = schema.CHUNK_ROWS
+    written = rows(schema.CHUNK_ROWS)[: schema.CHUNK_ROWS]
+    names = (str(tmp_path / f"{i}.h5") for i in itertools.count())
+
+    def run() -> None:
+        with h5py.File(next(names), "w") as file:
+            file.create_dataset(
+                "packets",
+                data=written,
+                chunks=(schema.CHUNK_ROWS,),
+                compression="gzip",
+                compression_opts=1,
+                shuffle=True,
+            )
+
+    benchmark.pedantic(run, rounds=3)
