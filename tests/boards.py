@@ -136,10 +136,7 @@ class Driver:
         due = self.source.due()
         if due is not None:
             wait_ms = min(wait_ms, max(0, int((due - time.monotonic()) * 1000) + 1))
-        if self.source.sockets:
-            poller.poll(wait_ms)
-        else:
-            time.sleep(wait_ms / 1000)
+        poller.poll(wait_ms)
         while self.source.read():
             while True:
                 rows = np.zeros(self._batch, self.source.layout.dtype)
