@@ -160,7 +160,6 @@ COUNTS: Final = (
 )
 #: Rows that these counters add up to: equation (c) of the ledger.
 ROW_COUNTS: Final = ("word_rows", "time_rows", "info_rows", "sent_rows")
-COUNTS_DTYPE: Final = np.dtype([(name, "<u8") for name in COUNTS])
 #: One more than the highest io_group: counters of a producer are an array of shape (IO_GROUPS, len(COUNTS)), dtype u8.
 IO_GROUPS: Final = 256
 

@@ -1,9 +1,12 @@
-"""Tests run outside of the source folder: what they start must find the installed package, not the sources there."""
+"""What all tests have: a folder outside of the sources, so that what they start is the installed package; a core."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
+from actors import core
+
+from larpixdaq.operator import Operator
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -12,3 +15,16 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture
+def running(tmp_path):
+    """A core in a thread of this process, on a port of its own."""
+    with core(tmp_path / "state") as running:
+        yield running
+
+
+@pytest.fixture
+def operator(running):
+    with Operator(running.address) as operator:
+        yield operator

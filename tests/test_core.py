@@ -8,7 +8,7 @@ import time
 import msgspec
 import pytest
 import zmq
-from actors import Stopper, all_running, core, monitor, producer, storage
+from actors import Stopper, all_running, monitor, producer, storage
 from processes import LIMIT, Process, free_port, until
 
 from larpixdaq.control.messages import MAX_REQUEST, Heartbeat, Open, Register, Request, pack, packed, unpack_core
@@ -24,18 +24,6 @@ from larpixdaq.errors import (
     UnknownAction,
 )
 from larpixdaq.operator import Operator
-
-
-@pytest.fixture
-def running(tmp_path):
-    with core(tmp_path / "state") as running:
-        yield running
-
-
-@pytest.fixture
-def operator(running):
-    with Operator(running.address) as operator:
-        yield operator
 
 
 @pytest.fixture

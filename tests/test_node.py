@@ -16,18 +16,6 @@ from larpixdaq.node import Node
 from larpixdaq.operator import Operator
 
 
-@pytest.fixture
-def running(tmp_path):
-    with core(tmp_path / "state") as running:
-        yield running
-
-
-@pytest.fixture
-def operator(running):
-    with Operator(running.address) as operator:
-        yield operator
-
-
 def actor(address, replies, **options):
     return Actor(address, "it", "run_data", {}, replies, **options)
 

@@ -15,18 +15,6 @@ from larpixdaq.errors import NoCore, ProtocolError, RequestError, RequestTimeout
 from larpixdaq.operator import Operator
 
 
-@pytest.fixture
-def running(tmp_path):
-    with core(tmp_path / "state") as running:
-        yield running
-
-
-@pytest.fixture
-def operator(running):
-    with Operator(running.address) as operator:
-        yield operator
-
-
 class Printer:
     """What IPython gives to _repr_pretty_."""
 

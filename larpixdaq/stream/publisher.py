@@ -112,11 +112,11 @@ class Publisher:
         self.segments[-1].last = self._ring.head - 1
         self.run = None
 
-    def release(self, run: int, names: frozenset[str] | None = None) -> None:
-        """The run does not need these storages any more (None: none at all)."""
+    def release(self, run: int) -> None:
+        """The run needs no storage any more."""
         for segment in self.segments:
             if segment.run == run:
-                segment.required = frozenset() if names is None else segment.required - names
+                segment.required = frozenset()
 
     def owed(self) -> int:
         """Blocks that some required storage has not acknowledged yet."""
