@@ -121,6 +121,24 @@ class UnknownWord(msgspec.Struct, array_like=True, frozen=True):
     raw: bytes
 
 
+class Verdict(msgspec.Struct, array_like=True, frozen=True):
+    """What became of an io_group's data before they reached us, as far as a producer can tell.
+
+    Boards do not number what they send, so this is inferred. Several lines about one io_group are several findings.
+    """
+
+    io_group: int
+    verdict: str  # VERDICTS
+    why: str  # one sentence; empty for "complete"
+    lost: int  # packets at least; 0: nobody knows
+    first_ns: int  # unix ns: the time that the finding is about; both 0 for "complete"
+    last_ns: int
+
+
+#: From best to worst: nothing speaks against it, something may be missing, something is missing.
+VERDICTS: Final = ("complete", "suspect", "lost")
+
+
 class End(msgspec.Struct, array_like=True, tag=13, frozen=True):
     """The last of a run and epoch. `counts` has one list per io_group: the io_group, then schema.COUNTS in order."""
 
@@ -135,6 +153,7 @@ class End(msgspec.Struct, array_like=True, tag=13, frozen=True):
     gaps: list[Gap]
     unknown: list[UnknownWord]
     outside: list[list[int]] = []  # counts of run 0 since the end before, in the same form
+    verdicts: list[Verdict] = []  # of each io_group at least one line
 
     @property
     def source(self) -> Source:

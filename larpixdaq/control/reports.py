@@ -20,6 +20,15 @@ class ProducerReady(msgspec.Struct):
     layout: int
 
 
+class EpochEnd(msgspec.Struct):
+    """Totals of a predecessor's epoch, as its successor found them in the ring; `counts` as in ProducerEnd."""
+
+    epoch: int
+    next: int
+    rows: int
+    counts: list[list[int]]
+
+
 class ProducerEnd(msgspec.Struct):
     """Answer of a producer to end_run and abort_run; `counts` has [io_group, *schema.COUNTS] each."""
 
@@ -28,6 +37,7 @@ class ProducerEnd(msgspec.Struct):
     rows: int
     counts: list[list[int]]
     warning: str | None = None
+    inherited: list[EpochEnd] = []  # of the same run: epochs whose producer died in it
 
 
 class StorageReady(msgspec.Struct):
@@ -38,13 +48,18 @@ class StorageReady(msgspec.Struct):
 
 
 class StorageEnd(msgspec.Struct):
-    """Answer of a storage to end_run; `stored` has [producer, epoch, io_group, rows] each."""
+    """Answer of a storage to end_run and report_run, over all parts of the run that it has.
+
+    `stored` has [producer, epoch, io_group, rows] each, `ends` [producer, epoch, next, how, rows made] of each source
+    whose end it has.
+    """
 
     files: list[str]
     condition: str
     rows: int
     stored: list[tuple[str, int, int, int]]
     reasons: list[str] = []
+    ends: list[tuple[str, int, int, str, int]] = []
 
 
 _T = TypeVar("_T")

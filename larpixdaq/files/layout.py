@@ -13,11 +13,13 @@ changes are rows of datasets. Texts in datasets have fixed lengths (SWMR forbids
     /run/producers    their names; `producer` in the other tables is the index into this one
     /run/blocks       one row a block: whose it is, where its rows lie, their CRC-32 as stored
     /run/ends         one row per producer and epoch that has ended
+    /run/positions    where each source stood when this part was opened, and when it was closed; written at the close
     /run/missing      sequences that never came
     /run/checksums    rows and CRC-32 of every dataset but /packets (whose blocks have their own), written at the close
     /ledger/counts    one row per producer, epoch and io_group; `how` is how its end came, `open` without one
     /ledger/outside   the same of run 0: what came outside of runs
     /ledger/gaps      rows that found no room at the producer, before the block `sequence`
+    /ledger/verdicts  per io_group what became of its data before they reached us: complete, suspect or lost, and why
     /ledger/unknown   words that could not become rows, raw
 """
 
@@ -39,6 +41,8 @@ from larpixdaq.version import VERSION
 LIBVER: Final = ("v110", "v110")
 
 RUNNING: Final = "RUNNING"
+#: All of it is here, and the run goes on in the next part: the verdict stands in the last one.
+CONTINUED: Final = "CONTINUED"
 COMPLETE: Final = "COMPLETE"
 SUSPECT: Final = "COMPLETE, suspect"
 INCOMPLETE: Final = "INCOMPLETE"
@@ -84,11 +88,23 @@ BLOCKS: Final = np.dtype(
     ]
 )
 ENDS: Final = np.dtype([*_SOURCE, ("next", "<u8"), ("how", "S16"), ("first_ns", "<u8"), ("last_ns", "<u8")])
+POSITIONS: Final = np.dtype([*_SOURCE, ("first", "<u8"), ("next", "<u8")])
 MISSING: Final = np.dtype([*_SOURCE, ("first", "<u8"), ("next", "<u8"), ("rows", "<u8")])
 CHECKSUMS: Final = np.dtype([("name", "S32"), ("rows", "<u8"), ("crc32", "<u4")])
 COUNTS: Final = np.dtype(_SOURCE + _COUNTS)
 GAPS: Final = np.dtype(
     [*_SOURCE, ("sequence", "<u8"), ("io_group", "u1"), ("rows", "<u8"), ("first_ns", "<u8"), ("last_ns", "<u8")]
+)
+VERDICTS: Final = np.dtype(
+    [
+        *_SOURCE,
+        ("io_group", "u1"),
+        ("verdict", "S16"),
+        ("why", f"S{TEXT_BYTES}"),
+        ("lost", "<u8"),
+        ("first_ns", "<u8"),
+        ("last_ns", "<u8"),
+    ]
 )
 UNKNOWN: Final = np.dtype(
     [
@@ -109,10 +125,12 @@ TABLES: Final = {
     "run/producers": (PRODUCERS, 8),
     "run/blocks": (BLOCKS, 512),
     "run/ends": (ENDS, 16),
+    "run/positions": (POSITIONS, 16),
     "run/missing": (MISSING, 16),
     "ledger/counts": (COUNTS, 16),
     "ledger/outside": (COUNTS, 16),
     "ledger/gaps": (GAPS, 16),
+    "ledger/verdicts": (VERDICTS, 16),
     "ledger/unknown": (UNKNOWN, 64),
 }
 #: What /run/checksums covers.
