@@ -18,13 +18,14 @@ import zmq
 
 from larpixdaq import config, schema, sources
 from larpixdaq.arena import DEFAULT_DIRECTORY, Arena, parse_size
-from larpixdaq.blocks import UnknownWord
+from larpixdaq.blocks import UnknownWord, Verdict
 from larpixdaq.chips import Child
 from larpixdaq.errors import ConfigError, StateError
 from larpixdaq.node import Call, Node
 from larpixdaq.readout import Readout
 from larpixdaq.recorder import Recorder
 from larpixdaq.sources.base import Source
+from larpixdaq.sources.evidence import Watch
 from larpixdaq.stream import Publisher
 from larpixdaq.stream.address import bind
 
@@ -37,6 +38,8 @@ DEFAULT_NAME = "LArPix board"
 END_READ_ON = 0.2
 QUIET = 0.05
 END_LIMIT = 5.0
+#: What speaks for a loss before data reach us is looked at so often (seconds).
+LOOK = 1.0
 #: A producer that is told to end goes on delivering for so long (seconds).
 DELIVER_LIMIT = 2.0
 
@@ -55,6 +58,8 @@ class Producer:
         self.ending: tuple[Call, float] | None = None
         self._busy_at = 0.0  # when a read last left something behind
         self._late = False
+        self._watch = Watch()
+        self._look_at = 0.0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = self._context.socket(zmq.ROUTER)
         self.address = bind(socket, options.address, options.core, insecure=options.insecure)
@@ -110,6 +115,8 @@ class Producer:
             self.publisher.work()
             if self.ending is not None:
                 self._end_when_quiet()
+            if self.recorder.run is not None and time.monotonic() >= self._look_at:
+                self._verdicts()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
 
     def _timeout(self) -> float:
@@ -145,6 +152,7 @@ class Producer:
         self.recorder.begin(run, required)
         self.publisher.begin(run, self.layout.code, required)
         self.readout.record(True)
+        self._watch.start()
         self.state = "READY"
         return {"epoch": self.epoch, "layout": self.layout.code}
 
@@ -207,7 +215,7 @@ class Producer:
             for w in self.readout.take_unknown()
         ]
         outside = self.arena.ring.outside
-        verdicts = [line for source in self.boards for line in source.evidence()]
+        verdicts = self._verdicts()
         end = self.recorder.end(how, unknown, self.recorder.counts(outside), verdicts)
         if told:
             outside[:] = 0
@@ -216,6 +224,14 @@ class Producer:
         self.state = "STOP"
         rows = sum(sum(counts[1 + schema.COUNTS.index(n)] for n in schema.ROW_COUNTS) for counts in end.counts)
         return {"epoch": self.epoch, "next": end.next, "rows": rows, "counts": end.counts, "warning": None}
+
+    def _verdicts(self) -> list[Verdict]:
+        """What became of each io_group before it reached us; new findings are told in the log."""
+        found = [line for source in self.boards for line in source.evidence()]
+        for line in self._watch.look(found, time.monotonic()):
+            log.warning("%s", line)
+        self._look_at = time.monotonic() + LOOK
+        return found
 
     def status(self) -> dict[str, Any]:
         """For the heartbeat: the ring, what is owed, the counts of this run or the last, what came outside of runs."""
@@ -231,6 +247,7 @@ class Producer:
             "unknown": total["unknown_words"] + total["rejected_words"],
             "bad_parity": total["bad_parity"],
             "outside_run": int(self.arena.ring.outside[:, schema.COUNTS.index("packets")].sum()),
+            "verdicts": {str(io_group): verdict for io_group, verdict in sorted(self._watch.worst.items())},
             "finished": all(source.finished for source in self.boards),
         }
 

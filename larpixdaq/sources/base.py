@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.blocks import Verdict
 from larpixdaq.schema import Layout
+from larpixdaq.sources.evidence import verdicts
 
 
 class Source(Protocol):
@@ -78,6 +79,9 @@ class Decoder(Protocol):
     def start(self, counts: NDArray[np.uint64]) -> None: ...
     def decode(self, rows: NDArray[Any]) -> int: ...
     def take_unknown(self) -> NDArray[Any]: ...
+    def heard(self, now_ns: int, since: float = ..., until: float = ...) -> None: ...
+    def noticed(self) -> NDArray[Any]: ...
+    def note(self, what: int, events: int, amount: int) -> None: ...
 
 
 class LiveSource:
@@ -115,4 +119,4 @@ class LiveSource:
         return problems
 
     def evidence(self) -> list[Verdict]:
-        return [Verdict(io_group, "complete", "", 0, 0, 0) for io_group in self.io_groups]
+        return verdicts(self.io_groups[0], self._decoder.noticed())
