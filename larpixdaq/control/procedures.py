@@ -6,6 +6,7 @@ import logging
 import time
 from typing import Any, Final
 
+from larpixdaq.control import space
 from larpixdaq.control.asks import Ask, Item, Outcome, Steps
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.instructions import (
@@ -59,6 +60,7 @@ class RunProcedures:
 
     def _prepare(self, run: Run, producers: list[str]) -> Steps:
         warnings = shared_io_groups([self._peers.components[name] for name in producers])
+        warnings += space.warnings([self._peers.components[name] for name in run.storages])
         asked = {name: Item(producer_params(run), PREPARE_LIMIT) for name in producers}
         try:
             outcomes = yield Ask("prepare_run", asked)

@@ -16,6 +16,7 @@ from larpixdaq.control.instructions import check_team
 from larpixdaq.control.messages import Answer, content
 from larpixdaq.control.peers import Component, Peers
 from larpixdaq.control.procedures import RunProcedures
+from larpixdaq.control.space import SpaceWatch
 from larpixdaq.errors import FileError, StateError
 from larpixdaq.states import (
     ABORTED,
@@ -53,6 +54,7 @@ class RunControl(RunProcedures):
         self._candidate = last if last is not None and not last.over else None
         self._end_at: float | None = None
         self._deliveries = Deliveries(catalogue)
+        self._space = SpaceWatch()
 
     @property
     def number(self) -> int | None:
@@ -145,7 +147,8 @@ class RunControl(RunProcedures):
             self._look_again(last, component, now)
 
     def heard(self, component: Component, now: float) -> None:
-        """A storage's heartbeat: what it has finished since the last may complete a run that is over."""
+        """A storage's heartbeat: its disk may run out, and what it has finished may complete a run that is over."""
+        self._space.take(component)
         for run in self._deliveries.take(component):
             self._look_again(run, component, now)
 
