@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from larpixdaq.cli.status import size
+from larpixdaq.control.space import size
 from larpixdaq.errors import LarpixDaqError
 from larpixdaq.files import info as file_info
 from larpixdaq.files import verify as file_verify
