@@ -13,6 +13,7 @@ from larpixdaq.errors import FileError
 PART: Final = ".h5.part"  # being written
 JOURNAL: Final = ".h5.journal"  # blocks that wait for their chunk
 FINISHED: Final = ".h5"
+SIDECAR: Final = ".json"  # beside a finished file: its size and checksum
 
 _NAME: Final = re.compile(r"run(\d{1,18})_.*(\.h5|\.h5\.part|\.h5\.journal)")
 
@@ -25,6 +26,11 @@ def stem(run: int, started_ns: int, part: int, storage: str = "") -> str:
 
 def _owner(storage: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", storage) + "_" if storage else ""
+
+
+def lock(storage: str = "") -> str:
+    """The name of the file that a storage keeps locked in its directory."""
+    return f".larpixdaq{'-' if storage else ''}{_owner(storage).removesuffix('_')}.lock"
 
 
 def run_files(directory: Path, run: int | None = None) -> list[tuple[int, str, Path]]:

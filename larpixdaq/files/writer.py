@@ -145,13 +145,26 @@ class RunFile:
         for name in self.info.required_producers:
             self._tables.text("required producer", name)
 
+    def expects(self, source: Source) -> int:
+        """The sequence of a source that comes next, parts before counted; an end counts as one."""
+        account = self._accounts.get(source)
+        if account is None:
+            return self._known.get(source, 0)
+        return account.expected if account.end is None else account.end.next + 1
+
     def positions(self) -> list[blocks.Position]:
-        """Where each source of the run stands now, what came before this part counted: for the part that follows."""
-        stands = self._known | {
-            source: account.expected if account.end is None else account.end.next + 1
-            for source, account in self._accounts.items()
-        }
-        return [blocks.Position(*source, following) for source, following in stands.items()]
+        """Where each source of the run stands now: for the part that follows."""
+        return [blocks.Position(*source, self.expects(source)) for source in self._known | self._accounts]
+
+    @property
+    def final(self) -> Path:
+        """The name that it gets when it is closed."""
+        return self._final
+
+    @property
+    def failed(self) -> str:
+        """Why nothing can be written any more; empty as long as something can."""
+        return self._failed
 
     @property
     def rows(self) -> int:
@@ -176,6 +189,10 @@ class RunFile:
         """
         self._usable()
         self._check(block, rows)
+        # One of a source that ended in a part before must not make it a source of this one.
+        if block.source not in self._accounts and block.sequence < self.expects(block.source):
+            self.duplicate_blocks += 1
+            return
         account = self._account(block.source)
         if block.sequence < account.expected:
             self.duplicate_blocks += 1
@@ -202,6 +219,9 @@ class RunFile:
         self._usable()
         self._check_run(end)
         check_end(end)
+        if end.source not in self._accounts and end.next < self.expects(end.source):
+            self.duplicate_blocks += 1
+            return
         account = self._account(end.source)
         if account.end is not None:
             self.duplicate_blocks += 1
