@@ -32,13 +32,15 @@ class Record(NamedTuple):
 
 
 class Journal:
-    def __init__(self, path: Path, *, recovery: bool = False) -> None:
+    def __init__(self, path: Path, *, fsync: bool = False, recovery: bool = False) -> None:
         """Create and lock it. FileError when it exists already or cannot be made.
 
+        fsync: what has been appended survives a power cut.
         recovery: take the one that a dead writer left, or make one for its lock's sake. What it holds is not cleared,
         it goes with the file; nothing can be appended. FileLocked when another process has it.
         """
         self.path = path
+        self._fsync = fsync
         self.size = 0
         self._recovery = recovery
         self._fd = _locked(path, recovery)
@@ -62,6 +64,8 @@ class Journal:
         try:
             for first in range(0, len(parts), _PIECES):
                 end += self._write(parts[first : first + _PIECES], end)
+            if self._fsync:
+                os.fdatasync(self._fd)
         except OSError as error:
             os.ftruncate(self._fd, self.size)
             raise FileError(f"cannot write {self.path}: {error.strerror}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import h5py
@@ -40,9 +40,10 @@ def storable(producer: str) -> bool:
 
 
 class Tables:
-    def __init__(self, file: h5py.File) -> None:
+    def __init__(self, file: h5py.File, flush: Callable[[], None]) -> None:
+        """`flush` makes what has been written so far durable, before anything that is written after it."""
         self.blocks = 0
-        self._file = file
+        self._flush = flush
         self._tables = {name: file[name] for name in layout.TABLES}
         self.producers: dict[str, int] = {}  # name -> index in /run/producers
 
@@ -96,20 +97,20 @@ class Tables:
 
     def _write_blocks(self, rows: list[tuple[int, ...]]) -> None:
         if rows:
-            self._file.flush()
+            self._flush()
             self.append("run/blocks", rows)
             self.blocks += len(rows)
-            self._file.flush()
+            self._flush()
 
     def _write_end(self, end: blocks.End, account: Account) -> None:
         self.append("ledger/gaps", account.gaps(end))
         self.append("ledger/counts", account.counts())
         self.append("ledger/outside", account.outside())
         self.append("ledger/unknown", account.unknown())
-        self._file.flush()
+        self._flush()
         row = (account.index, end.epoch, end.next, end.how.encode(), end.first_ns, end.last_ns)
         self.append("run/ends", [row])
-        self._file.flush()
+        self._flush()
 
     def set_positions(self, rows: list[tuple[int, ...]]) -> None:
         """The whole of /run/positions. Each source keeps its place: who is killed meanwhile has changed `next` only."""

@@ -2,16 +2,18 @@
 
 Rows are collected in batches. A full batch is written to /packets; then come the rows of /run/blocks for the blocks
 that ended in it; then the journal is emptied. A block that has waited WAIT seconds for that goes to the journal, whole.
-So a block below `durable` is in /run/blocks or in the journal, and survives the death of this process; it survives a
-power cut from close() on, which syncs.
+So a block below `durable` is in /run/blocks or in the journal, and survives the death of this process; a power cut it
+survives from publish() on, which syncs, or, with `fsync`, from the moment it is below `durable`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, NamedTuple
@@ -51,30 +53,50 @@ class Report(NamedTuple):
 
 class RunFile:
     def __init__(
-        self, directory: Path, info: RunInfo, part: int = 0, positions: Iterable[blocks.Position] = ()
+        self,
+        directory: Path,
+        info: RunInfo,
+        part: int = 0,
+        positions: Iterable[blocks.Position] = (),
+        *,
+        fsync: bool = False,
     ) -> None:
         """Create NAME.h5.part and its journal; FileError in one line when that cannot be.
 
         `positions`: where the run's sources stand after the parts before; other sources begin at sequence 0.
+        `fsync`: what is durable survives a power cut too, at the cost of waiting for the disk.
         """
         stem = names.stem(info.run, info.started_ns, part, info.storage)
         known = {Source(p.run, p.producer, p.epoch): p.next for p in positions if p.run == info.run}
         self._set_up(info, part, Path(directory) / (stem + names.PART), known)
+        self._fsync = fsync
         if self._final.exists():
             raise FileError(f"cannot create {self.path}: {self._final} exists")
-        self._journal = Journal(self.path.with_name(stem + names.JOURNAL))
+        self._journal = Journal(self.path.with_name(stem + names.JOURNAL), fsync=fsync)
         try:
             self._file = layout.create(self.path, info.layout, info.asic_version)
         except BaseException:
             self._journal.close(remove=True)
             raise
         self._batch = Batch(self._file["packets"], info.layout.dtype.itemsize)
-        self._tables = Tables(self._file)
+        self._tables = Tables(self._file, self._flush)
         try:
             self._try(lambda: opening.describe(self._file, self._tables, info, part, self._known))
+            if fsync:
+                for path in (self.path, self.path.parent):
+                    self._try(partial(closing.sync, path))
         except FileError:
             self.give_up()
             raise
+
+    def _flush(self) -> None:
+        """Hand everything to the kernel, in order; with `fsync` wait until the disk has it."""
+        self._file.flush()
+        if self._fsync:
+            os.fsync(self._descriptor())
+
+    def _descriptor(self) -> int:
+        return int(self._file.id.get_vfd_handle())
 
     @classmethod
     def resume(cls, path: Path, journal: Journal, info: RunInfo, state: State) -> RunFile:
@@ -90,10 +112,10 @@ class RunFile:
 
         def resume() -> None:
             self._batch = Batch(self._file["packets"], info.layout.dtype.itemsize)
-            self._tables = Tables(self._file)
+            self._tables = Tables(self._file, self._flush)
             self._batch.resume(state.rows)
             self._tables.resume(state.lengths, state.producers)
-            self._file.flush()
+            self._flush()
 
         try:
             self._try(resume)
@@ -126,6 +148,26 @@ class RunFile:
         self._messages = 0
         self._damaged: list[str] = []  # of a resumed file: what is not as it was written
         self._failed = ""
+        self._fsync = False
+
+    def expects(self, source: Source) -> int:
+        """The sequence of a source that comes next, parts before counted; an end counts as one."""
+        account = self._accounts.get(source)
+        return self._known.get(source, 0) if account is None else account.next
+
+    def positions(self) -> list[blocks.Position]:
+        """Where each source of the run stands now: for the part that follows."""
+        return [blocks.Position(*source, self.expects(source)) for source in self._known | self._accounts]
+
+    @property
+    def final(self) -> Path:
+        """The name that it gets when it is closed."""
+        return self._final
+
+    @property
+    def failed(self) -> str:
+        """Why nothing can be written any more; empty as long as something can."""
+        return self._failed
 
     @property
     def rows(self) -> int:
@@ -152,7 +194,7 @@ class RunFile:
         self._check_run(block)
         check_block(block, self.info.layout.code)
         check_rows(block, rows, self.info.layout)
-        if block.sequence < self._expected(block.source):
+        if block.sequence < self._following(block.source):
             self.duplicate_blocks += 1
             return
         account = self._account(block.source)
@@ -179,12 +221,13 @@ class RunFile:
         self._usable()
         self._check_run(end)
         check_end(end)
-        expected = self._expected(end.source)
-        if end.source in self.ended or end.next + 1 == self._known.get(end.source):  # here, or in a part before
+        following = self._following(end.source)
+        # Here already, or in a part before: that must not make it a source of this one.
+        if end.source in self.ended or (end.source not in self._accounts and end.next < following):
             self.duplicate_blocks += 1
             return
-        if end.next < expected:
-            raise ProtocolError(f"{describe(end)}: block {expected - 1} of it has been taken already")
+        if end.next < following:
+            raise ProtocolError(f"{describe(end)}: block {following - 1} of it has been taken already")
         account = self._account(end.source)
         if missing := account.skip(end.next, None):
             self._missing.append(missing)
@@ -208,12 +251,7 @@ class RunFile:
             self._accounts[source] = account
         return account
 
-    def next(self, source: Source) -> int:
-        """The sequence that comes next, durable or not; an end counts as the one it names."""
-        account = self._accounts.get(source)
-        return self._known.get(source, 0) if account is None else account.next
-
-    def _expected(self, source: Source) -> int:
+    def _following(self, source: Source) -> int:
         account = self._accounts.get(source)
         return self._known.get(source, 0) if account is None else account.expected
 
@@ -246,7 +284,7 @@ class RunFile:
 
     def _write_batch(self) -> None:
         stop = self._batch.write()
-        self._file.flush()
+        self._flush()
         done = []
         while self._held and self._held[0].stop <= stop:
             done.append(self._held.popleft())
@@ -274,18 +312,23 @@ class RunFile:
             )
         self.info = info
         self._try(lambda: opening.tell(self._tables, info))
-        self._try(self._file.flush)
+        self._try(self._flush)
 
     def set_text(self, name: str, text: str) -> None:
         """Add a text to /run/texts; the newest of a name counts. For what becomes known while the file is open."""
         self._usable()
         self._try(lambda: self._tables.text(name, text))
-        self._try(self._file.flush)
+        self._try(self._flush)
 
     def set_comment(self, comment: str) -> None:
         self.set_text("comment", comment)
 
-    def close(
+    def close(self, **how: Any) -> Report:
+        """seal() and publish() in one: for whoever has the time."""
+        report = self.seal(**how)
+        return report._replace(path=self.publish())
+
+    def seal(
         self,
         *,
         aborted: bool = False,
@@ -294,11 +337,11 @@ class RunFile:
         owed: Mapping[Source, int] | None = None,
         texts: Mapping[str, str] | None = None,
     ) -> Report:
-        """Write what is left, the totals and the condition, and give the file its final name.
+        """Write what is left, the totals and the condition: the file is whole then, and waits for publish().
 
-        aborted: the run was; suspect: boards were away for a while; continued: the run goes on in another part; owed:
-        rows that producers are known to keep still; texts: more for /run/texts, such as "previous part", "next part".
-        FileError when the disk fails or the final name is taken: part and journal then stay.
+        aborted: the run was; suspect: boards were away for a while; continued: the run goes on in a further part,
+        where the verdict will stand; owed: rows that producers are known to keep still; texts: more for /run/texts,
+        such as "next part". FileError when the disk fails: part and journal then stay for recovery.
         """
         self._usable()
         owed = owed or {}
@@ -324,7 +367,7 @@ class RunFile:
                     self._tables.text(name, line)
             for account in accounts:
                 self._tables.set_owed(account, owed.get(account.source, 0))
-            self._tables.set_positions(self._positions())
+            self._tables.set_positions(self._places())
             info = self._file["run/info"][:]
             info["condition"], info["closed_ns"] = condition, time.time_ns()
             info["rows"], info["blocks"] = self.rows, self._tables.blocks
@@ -333,6 +376,15 @@ class RunFile:
             closing.seal(self._file)
 
         self._try(finish)
+        self._failed = "is closed"
+        stored = closing.stored(accounts)
+        return Report(self.path, self.rows, self.bytes, condition, reasons, stored, missing, self.duplicate_blocks)
+
+    def publish(self) -> Path:
+        """Sync the sealed file, give it its final name, and remove the journal; may be called in another thread.
+
+        FileError when the disk fails or the name is taken: part and journal then stay.
+        """
         try:
             closing.publish(self.path, self._final)
         except FileError:
@@ -340,17 +392,14 @@ class RunFile:
             raise
         self.path = self._final
         self._journal.close(remove=True)
-        self._failed = "is closed"
-        stored = closing.stored(accounts)
-        return Report(self.path, self.rows, self.bytes, condition, reasons, stored, missing, self.duplicate_blocks)
+        return self.path
 
-    def _positions(self) -> list[tuple[int, ...]]:
+    def _places(self) -> list[tuple[int, ...]]:
         """The rows of /run/positions: first those of which the file has known since it was opened, in their order."""
         rows: list[tuple[int, ...]] = []
         for source in dict.fromkeys((*self._known, *self._accounts)):
-            account, first = self._accounts.get(source), self._known.get(source, 0)
-            following = first if account is None else account.next
-            rows.append((self._tables.producers[source.producer], source.epoch, first, following))
+            first, index = self._known.get(source, 0), self._tables.producers[source.producer]
+            rows.append((index, source.epoch, first, self.expects(source)))
         return rows
 
     def discard(self) -> None:
@@ -369,6 +418,14 @@ class RunFile:
         Harmless when repeated, or when the disk failed before: what was acknowledged is in file and journal.
         """
         self._failed = self._failed or "is closed"
+        # The HDF5 library writes what its cache holds when it closes a file, if need be when this process ends: into a
+        # file that has been recovered meanwhile. From here on it writes into memory.
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            elsewhere = os.memfd_create("larpixdaq", os.MFD_CLOEXEC)
+            try:
+                os.dup2(elsewhere, self._descriptor(), inheritable=False)
+            finally:
+                os.close(elsewhere)
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             self._file.close()
         self._journal.close()
