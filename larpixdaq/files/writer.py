@@ -332,16 +332,15 @@ class RunFile:
         self,
         *,
         aborted: bool = False,
-        suspect: bool = False,
         continued: bool = False,
         owed: Mapping[Source, int] | None = None,
         texts: Mapping[str, str] | None = None,
     ) -> Report:
         """Write what is left, the totals and the condition: the file is whole then, and waits for publish().
 
-        aborted: the run was; suspect: boards were away for a while; continued: the run goes on in a further part,
-        where the verdict will stand; owed: rows that producers are known to keep still; texts: more for /run/texts,
-        such as "next part". FileError when the disk fails: part and journal then stay for recovery.
+        aborted: the run was; continued: the run goes on in a further part, where the verdict will stand; owed: rows
+        that producers are known to keep still; texts: more for /run/texts, such as "next part". FileError when the
+        disk fails: part and journal then stay for recovery.
         """
         self._usable()
         owed = owed or {}
@@ -351,7 +350,6 @@ class RunFile:
             owed,
             self.info.required_producers,
             aborted=aborted,
-            suspect=suspect,
             continued=continued,
             before=self._known,
             damaged=self._damaged,
