@@ -64,7 +64,7 @@ def label(storage: str) -> str:
     return _owner(storage)[:-1]
 
 
-def parts(directory: Path, storage: str | None = None, run: int | None = None) -> list[Path]:
+def unclosed(directory: Path, storage: str | None = None, run: int | None = None) -> list[Path]:
     """NAME.h5.part of everything that is not closed, a part or a journal being there; of one storage, or of all.
 
     FileError when the directory cannot be read.
