@@ -23,8 +23,8 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="check files and runs: structure, ledger, sequence, parity, checksums",
-        description="Checks each file: structure, ledger equations, sequence of the blocks, parity, checksums. And each "
-        "run: over all its parts in a directory, or those that are given. Exit status 1, with the reasons, when "
+        description="Checks each file: structure, ledger equations, sequence of the blocks, parity, checksums. And "
+        "each run: over all its parts in a directory, or those that are given. Exit status 1, with the reasons, when "
         "anything is wrong.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a file, or a directory with files of runs")
