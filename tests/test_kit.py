@@ -1,11 +1,16 @@
 """The fault-injection kit does what it says: otherwise the trials that stand on it would prove nothing."""
 
 import errno
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from disk import Disk, disk
+from network import FOLDER, Network, network, unavailable
 from processes import until
 
 WRITER = """
@@ -97,3 +102,60 @@ def test_the_disk_of_another_directory_is_left_alone(tmp_path: Path) -> None:
             assert faulty.operations == 0
         finally:
             writer.process.communicate(timeout=20)
+
+
+@pytest.fixture
+def net() -> Iterator[Network]:
+    if reason := unavailable():
+        pytest.skip(reason)
+    with network("one", "two", "three", seed=5) as made:
+        yield made
+
+
+def test_the_network_passes_loses_delays_and_cuts(net: Network) -> None:
+    with net.inside("one"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind((net.address("one"), 0))
+        receiver.settimeout(20)
+        with net.inside("two"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.connect(receiver.getsockname())
+
+            def send(n: int) -> None:
+                for i in range(n):
+                    sender.send(i.to_bytes(4, "little"))
+
+            send(10)
+            assert [int.from_bytes(receiver.recv(4), "little") for _ in range(10)] == list(range(10))
+            net.fault("one", "two", drop=0.5)
+            send(100)
+            until(lambda: sum(net.heal("one", "two").values()) >= 110, "all packets to have been looked at")
+            counts = net.heal("one", "two")
+            assert 20 < counts["lost"] < 80
+            for _ in range(counts["passed"] - 10):
+                receiver.recv(4)
+            net.fault("one", "two", cut=True)
+            send(5)
+            until(lambda: net.fault("one", "two", cut=True)["lost"] == counts["lost"] + 5, "the packets to be lost")
+            net.fault("one", "two", delay=0.2)
+            began = time.monotonic()
+            send(1)
+            assert receiver.recv(4) == bytes(4)
+            assert time.monotonic() - began >= 0.2
+            net.fault("one", "three", cut=True)  # of others
+            net.heal("one", "two")
+            send(1)
+            assert receiver.recv(4) == bytes(4)
+
+
+def test_the_network_is_removed_also_when_its_maker_is_killed() -> None:
+    if reason := unavailable():
+        pytest.skip(reason)
+    folder = Path(__file__).parent
+    program = f"import sys; sys.path.insert(0, {str(folder)!r}); import network, signal; n = network.Network('a', 'b')"
+    program += "; print(' '.join(n._names), flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as maker:
+        assert maker.stdout is not None
+        names = maker.stdout.readline().split()
+        assert len(names) == 2
+        assert all((FOLDER / name).exists() for name in names)
+        maker.kill()
+    until(lambda: not any((FOLDER / name).exists() for name in names), "the namespaces to be removed")
