@@ -75,7 +75,8 @@ def seal(file: Any) -> None:
     file.close()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or a directory's entries."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -86,7 +87,7 @@ def _sync(path: Path) -> None:
 def publish(part: Path, final: Path) -> None:
     """Sync the file and give it its final name, never over another file; FileError when the name is taken."""
     try:
-        _sync(part)
+        sync(part)
         try:
             os.link(part, final)
         except OSError as error:
@@ -96,8 +97,8 @@ def publish(part: Path, final: Path) -> None:
             os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
             os.rename(part, final)
         else:
-            _sync(final.parent)
+            sync(final.parent)
             os.unlink(part)
-        _sync(final.parent)
+        sync(final.parent)
     except OSError as error:
         raise FileError(f"cannot rename {part} to {final.name}: {error.strerror}") from None

@@ -32,9 +32,13 @@ class Record(NamedTuple):
 
 
 class Journal:
-    def __init__(self, path: Path) -> None:
-        """Create and lock it. FileError when it exists already or cannot be made."""
+    def __init__(self, path: Path, *, fsync: bool = False) -> None:
+        """Create and lock it. FileError when it exists already or cannot be made.
+
+        fsync: what has been appended survives a power cut.
+        """
         self.path = path
+        self._fsync = fsync
         self.size = 0
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -64,6 +68,8 @@ class Journal:
         try:
             for first in range(0, len(parts), _PIECES):
                 end += self._write(parts[first : first + _PIECES], end)
+            if self._fsync:
+                os.fdatasync(self._fd)
         except OSError as error:
             os.ftruncate(self._fd, self.size)
             raise FileError(f"cannot write {self.path}: {error.strerror}") from None

@@ -13,6 +13,7 @@ from larpixdaq.errors import FileError
 PART: Final = ".h5.part"  # being written
 JOURNAL: Final = ".h5.journal"  # blocks that wait for their chunk
 FINISHED: Final = ".h5"
+SIDECAR: Final = ".json"  # beside a finished file: its size and checksum
 
 _NAME: Final = re.compile(r"run(\d{1,18})_.*(\.h5|\.h5\.part|\.h5\.journal)")
 
@@ -25,6 +26,11 @@ def stem(run: int, started_ns: int, part: int, storage: str = "") -> str:
 
 def _owner(storage: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", storage) + "_" if storage else ""
+
+
+def lock(storage: str = "") -> str:
+    """The name of the file that a storage keeps locked in its directory."""
+    return f".larpixdaq{'-' if storage else ''}{_owner(storage).removesuffix('_')}.lock"
 
 
 def run_files(directory: Path, run: int | None = None) -> list[tuple[int, str, Path]]:
@@ -44,12 +50,22 @@ def run_files(directory: Path, run: int | None = None) -> list[tuple[int, str, P
     return found
 
 
+def parts_of(directory: Path, storage: str = "", run: int | None = None) -> list[tuple[int, int, str, Path]]:
+    """(run, part, ending, path) of this storage's files alone, in the order of runs and parts. FileError when the
+    directory cannot be read."""
+    mine = re.compile(rf"run\d+_\d+T\d+Z_{re.escape(_owner(storage))}(\d+)")
+    found = [
+        (number, int(match[1]), ending, path)
+        for number, ending, path in run_files(directory, run)
+        if (match := mine.fullmatch(path.name.removesuffix(ending)))
+    ]
+    return sorted(found, key=lambda one: one[:2])
+
+
 def next_part(directory: Path, run: int, storage: str = "") -> int:
     """The number of this storage's next part of the run, 0 for the first. FileError when the directory cannot be
     read."""
-    mine = re.compile(rf"run\d+_\d+T\d+Z_{re.escape(_owner(storage))}(\d+)")
-    stems = (path.name.removesuffix(ending) for _, ending, path in run_files(directory, run))
-    return 1 + max((int(match[1]) for stem in stems if (match := mine.fullmatch(stem))), default=-1)
+    return 1 + max((part for _, part, _, _ in parts_of(directory, storage, run)), default=-1)
 
 
 def highest_run(directory: Path) -> int:

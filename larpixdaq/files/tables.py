@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
 import h5py
@@ -34,9 +34,10 @@ class Held(NamedTuple):
 
 
 class Tables:
-    def __init__(self, file: h5py.File) -> None:
+    def __init__(self, file: h5py.File, flush: Callable[[], None]) -> None:
+        """`flush` makes what has been written so far durable, before anything that is written after it."""
         self.blocks = 0
-        self._file = file
+        self._flush = flush
         self._tables = {name: file[name] for name in layout.TABLES}
 
     def append(self, name: str, rows: Any) -> None:
@@ -73,11 +74,11 @@ class Tables:
             times = (frame.first_ns, frame.last_ns)
             rows.append((account.index, frame.epoch, *place, *times, frame.first_packet, frame.flags))
         self.append("run/missing", missing)
-        self._file.flush()
+        self._flush()
         self.append("run/blocks", rows)
         self.append("run/ends", ends)
         self.blocks += len(rows)
-        self._file.flush()
+        self._flush()
 
     def _message(self, text: str, message: Message) -> None:
         parts = blocks.text_pieces(text, layout.MESSAGE_BYTES)

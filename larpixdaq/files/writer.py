@@ -2,13 +2,14 @@
 
 Rows are collected in batches. A full batch is written to /packets; then come the rows of /run/blocks for the blocks
 that ended in it; then the journal is emptied. A block that has waited WAIT seconds for that goes to the journal, whole.
-So a block below `durable` is in /run/blocks or in the journal, and survives the death of this process; it survives a
-power cut from close() on, which syncs.
+So a block below `durable` is in /run/blocks or in the journal, and survives the death of this process; a power cut it
+survives from publish() on, which syncs, or, with `fsync`, from the moment it is below `durable`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -64,11 +65,18 @@ class Report(NamedTuple):
 
 class RunFile:
     def __init__(
-        self, directory: Path, info: RunInfo, part: int = 0, positions: Iterable[blocks.Position] = ()
+        self,
+        directory: Path,
+        info: RunInfo,
+        part: int = 0,
+        positions: Iterable[blocks.Position] = (),
+        *,
+        fsync: bool = False,
     ) -> None:
         """Create NAME.h5.part and its journal; FileError in one line when that cannot be.
 
         `positions`: where the run's sources stand after the parts before; other sources begin at sequence 0.
+        `fsync`: what is durable survives a power cut too, at the cost of waiting for the disk.
         """
         self.info = info
         self.part = part
@@ -87,18 +95,19 @@ class RunFile:
         self._missing: list[tuple[int, ...]] = []
         self._messages = 0
         self._failed = ""
+        self._fsync = fsync
 
         self._final = self.path.with_name(stem + names.FINISHED)
         if self._final.exists():
             raise FileError(f"cannot create {self.path}: {self._final} exists")
-        self._journal = Journal(self.path.with_name(stem + names.JOURNAL))
+        self._journal = Journal(self.path.with_name(stem + names.JOURNAL), fsync=fsync)
         try:
             self._file = layout.create(self.path, info.layout, info.asic_version)
         except BaseException:
             self._journal.close(remove=True)
             raise
         self._batch = Batch(self._file["packets"], info.layout.dtype.itemsize)
-        self._tables = Tables(self._file)
+        self._tables = Tables(self._file, self._flush)
         try:
             self._try(self._describe)
         except FileError:
@@ -114,7 +123,18 @@ class RunFile:
         self._tables.text("layout", self.info.layout.name)
         self._tables.text("compression", deflate.NAME)
         self._tell()
+        self._flush()
+        if self._fsync:
+            closing.sync(self.path.parent)
+
+    def _flush(self) -> None:
+        """Hand everything to the kernel, in order; with `fsync` wait until the disk has it."""
         self._file.flush()
+        if self._fsync:
+            os.fsync(self._descriptor())
+
+    def _descriptor(self) -> int:
+        return int(self._file.id.get_vfd_handle())
 
     def _tell(self) -> None:
         """What people want to know of the run, into /run/texts."""
@@ -124,6 +144,27 @@ class RunFile:
             self._tables.text(f"version {name}", version)
         for name in self.info.required_producers:
             self._tables.text("required producer", name)
+
+    def expects(self, source: Source) -> int:
+        """The sequence of a source that comes next, parts before counted; an end counts as one."""
+        account = self._accounts.get(source)
+        if account is None:
+            return self._known.get(source, 0)
+        return account.expected if account.end is None else account.end.next + 1
+
+    def positions(self) -> list[blocks.Position]:
+        """Where each source of the run stands now: for the part that follows."""
+        return [blocks.Position(*source, self.expects(source)) for source in self._known | self._accounts]
+
+    @property
+    def final(self) -> Path:
+        """The name that it gets when it is closed."""
+        return self._final
+
+    @property
+    def failed(self) -> str:
+        """Why nothing can be written any more; empty as long as something can."""
+        return self._failed
 
     @property
     def rows(self) -> int:
@@ -148,6 +189,10 @@ class RunFile:
         """
         self._usable()
         self._check(block, rows)
+        # One of a source that ended in a part before must not make it a source of this one.
+        if block.source not in self._accounts and block.sequence < self.expects(block.source):
+            self.duplicate_blocks += 1
+            return
         account = self._account(block.source)
         if block.sequence < account.expected:
             self.duplicate_blocks += 1
@@ -174,6 +219,9 @@ class RunFile:
         self._usable()
         self._check_run(end)
         check_end(end)
+        if end.source not in self._accounts and end.next < self.expects(end.source):
+            self.duplicate_blocks += 1
+            return
         account = self._account(end.source)
         if account.end is not None:
             self.duplicate_blocks += 1
@@ -250,7 +298,7 @@ class RunFile:
 
     def _write_batch(self) -> None:
         stop = self._batch.write()
-        self._file.flush()
+        self._flush()
         done = []
         while self._held and self._held[0].stop <= stop:
             done.append(self._held.popleft())
@@ -278,27 +326,43 @@ class RunFile:
             )
         self.info = info
         self._try(self._tell)
-        self._try(self._file.flush)
+        self._try(self._flush)
 
     def set_text(self, name: str, text: str) -> None:
         """Add a text to /run/texts; the newest of a name counts. For what becomes known while the file is open."""
         self._usable()
         self._try(lambda: self._tables.text(name, text))
-        self._try(self._file.flush)
+        self._try(self._flush)
 
     def set_comment(self, comment: str) -> None:
         self.set_text("comment", comment)
 
     def close(self, *, aborted: bool = False, owed: Mapping[Source, int] | None = None) -> Report:
-        """Write what is left, the totals and the condition, and give the file its final name.
+        """seal() and publish() in one: for whoever has the time."""
+        report = self.seal(aborted=aborted, owed=owed)
+        return report._replace(path=self.publish())
 
-        aborted: the run was; owed: rows that producers are known to keep still.
-        FileError when the disk fails or the final name is taken: part and journal then stay.
+    def seal(
+        self,
+        *,
+        aborted: bool = False,
+        owed: Mapping[Source, int] | None = None,
+        continued: bool = False,
+    ) -> Report:
+        """Write what is left, the totals and the condition: the file is whole then, and waits for publish().
+
+        aborted: the run was; owed: rows that producers are known to keep still;
+        continued: the run goes on in a further part, where the verdict will stand.
+        FileError when the disk fails: part and journal then stay for recovery.
         """
         self._usable()
         owed = owed or {}
         accounts = list(self._accounts.values())
-        condition, reasons = closing.verdict(accounts, owed, self.info.required_producers, aborted=aborted)
+        before = {source.producer for source in self._known}
+        required = [name for name in self.info.required_producers if name not in before]
+        condition, reasons = closing.verdict(accounts, owed, required, aborted=aborted)
+        if continued:
+            condition, reasons = layout.CONTINUED, []
         missing = sum(account.missing_blocks for account in accounts)
 
         def finish() -> None:
@@ -315,6 +379,15 @@ class RunFile:
             closing.seal(self._file)
 
         self._try(finish)
+        self._failed = "is closed"
+        stored = closing.stored(accounts)
+        return Report(self.path, self.rows, self.bytes, condition, reasons, stored, missing, self.duplicate_blocks)
+
+    def publish(self) -> Path:
+        """Sync the sealed file, give it its final name, and remove the journal; may be called in another thread.
+
+        FileError when the disk fails or the name is taken: part and journal then stay.
+        """
         try:
             closing.publish(self.path, self._final)
         except FileError:
@@ -322,9 +395,7 @@ class RunFile:
             raise
         self.path = self._final
         self._journal.close(remove=True)
-        self._failed = "is closed"
-        stored = closing.stored(accounts)
-        return Report(self.path, self.rows, self.bytes, condition, reasons, stored, missing, self.duplicate_blocks)
+        return self.path
 
     def discard(self) -> None:
         """Remove the file of a run that was cancelled before any row came; FileError when one has."""
@@ -342,6 +413,14 @@ class RunFile:
         Harmless when repeated, or when the disk failed before: what was acknowledged is in file and journal.
         """
         self._failed = self._failed or "is closed"
+        # The HDF5 library writes what its cache holds when it closes a file, if need be when this process ends: into a
+        # file that has been recovered meanwhile. From here on it writes into memory.
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            elsewhere = os.memfd_create("larpixdaq", os.MFD_CLOEXEC)
+            try:
+                os.dup2(elsewhere, self._descriptor(), inheritable=False)
+            finally:
+                os.close(elsewhere)
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             self._file.close()
         self._journal.close()

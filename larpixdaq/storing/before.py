@@ -1,0 +1,39 @@
+"""What a storage before this one has left in its directory."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from larpixdaq.errors import FileError
+from larpixdaq.files import names
+from larpixdaq.files.positions import unfinished
+from larpixdaq.files.recover import Held, recover
+from larpixdaq.storing.finishing import Finisher
+
+log = logging.getLogger(__name__)
+
+
+def recover_all(directory: Path, storage: str, finisher: Finisher) -> list[int]:
+    """Recover the parts that were being written, and see to it that finished files of runs that may go on have their
+    sidecars; the numbers of these runs. Older files are left alone: there may be thousands.
+
+    FileError when the directory cannot be read; what is wrong with a file goes to the log.
+    """
+    going_on = unfinished(directory, storage)
+    left = [path for _, _, ending, path in names.parts_of(directory, storage) if ending != names.FINISHED]
+    for path in sorted(left, key=lambda path: (path.stem, not path.name.endswith(names.PART))):
+        if not path.exists():  # a journal goes with its part
+            continue
+        try:
+            log.warning("%s", recover(path).text)
+        except Held as error:  # somebody has begun to recover it by hand
+            log.warning("%s", error)
+        except FileError as error:
+            log.error("%s", error)
+            finisher.mend(path)
+    for run in going_on:
+        for _, _, ending, path in names.parts_of(directory, storage, run):
+            if ending == names.FINISHED:
+                finisher.adopt(path)
+    return going_on
