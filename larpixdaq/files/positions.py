@@ -44,7 +44,7 @@ def positions(
     next_of: dict[Source, int] = {}
     for number, ending, path in _files(directory, storage, run):
         try:
-            found = _journal(path) if ending == names.JOURNAL else _file(path, number)
+            found = _journal(path) if ending == names.JOURNAL else of_file(path, number)
         except FileError as error:
             # What vanishes meanwhile are journal and part of a run that was just closed: the finished file has it all.
             if path.exists() and warnings is not None:
@@ -66,7 +66,8 @@ def _journal(path: Path) -> dict[Source, int]:
     return found
 
 
-def _file(path: Path, number: int) -> dict[Source, int]:
+def of_file(path: Path, number: int) -> dict[Source, int]:
+    """The same of one file, which holds this run."""
     found: dict[Source, int] = {}
     with DataFile(path) as file:
         if not file.own:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from larpixdaq.errors import FileError
+from larpixdaq.errors import FileError, FileLocked
 from larpixdaq.files import names
 from larpixdaq.files.positions import unfinished
-from larpixdaq.files.recover import Held, recover
+from larpixdaq.files.recover import recover
 from larpixdaq.storing.finishing import Finisher
 
 log = logging.getLogger(__name__)
@@ -21,13 +21,10 @@ def recover_all(directory: Path, storage: str, finisher: Finisher) -> list[int]:
     FileError when the directory cannot be read; what is wrong with a file goes to the log.
     """
     going_on = unfinished(directory, storage)
-    left = [path for _, _, ending, path in names.parts_of(directory, storage) if ending != names.FINISHED]
-    for path in sorted(left, key=lambda path: (path.stem, not path.name.endswith(names.PART))):
-        if not path.exists():  # a journal goes with its part
-            continue
+    for path in names.parts(directory, storage):
         try:
-            log.warning("%s", recover(path).text)
-        except Held as error:  # somebody has begun to recover it by hand
+            log.warning("%s: recovered: %s", path.name, recover(path))
+        except FileLocked as error:  # somebody has begun to recover it by hand
             log.warning("%s", error)
         except FileError as error:
             log.error("%s", error)

@@ -20,11 +20,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from larpixdaq.errors import FileError, LarpixDaqError
+from larpixdaq.errors import FileError, FileLocked, LarpixDaqError
 from larpixdaq.files import names
 from larpixdaq.files.closing import sync
 from larpixdaq.files.reader import DataFile
-from larpixdaq.files.recover import Held, recover
+from larpixdaq.files.recover import recover
 from larpixdaq.files.writer import Report, RunFile
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class Finisher:
         for part, before in list(self._broken.items()):
             try:
                 found = recover(part)
-            except Held:
+            except FileLocked:
                 continue
             except FileError as error:
                 if not part.exists():  # somebody has recovered it by hand, or taken it away
@@ -182,8 +182,9 @@ class Finisher:
                     self._broken[part] = str(error)
                 continue
             del self._broken[part]
-            log.warning("%s", found.text)
-            self._finish(found.path)
+            log.warning("%s: recovered: %s", part.name, found)
+            if found.path is not None:
+                self._finish(found.path)
 
     # Checksums
 
