@@ -30,12 +30,13 @@ def verdict(
     """The condition of a run as this part of it says, and in one line each why it is not COMPLETE.
 
     What producers suspect to be lost before it reached them is told in any case, but alone it makes a run no worse than
-    `COMPLETE, suspect`. continued: the run goes on in another part, where those may end that have not; before: sources
-    of earlier parts; damaged: what recovery found, in lines.
+    `COMPLETE, suspect`.
+
+    continued: the run goes on in another part, where those may end that have not; before: sources of earlier parts;
+    damaged: what recovery found, in lines.
     """
     waiting: list[str] = []
-    missing = list(damaged)
-    doubts: list[str] = []
+    missing, doubts = list(damaged), list[str]()
     for account in accounts:
         some_waiting, some_missing = account.complaints(owed.get(account.source, 0))
         waiting += some_waiting

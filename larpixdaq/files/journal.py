@@ -40,8 +40,8 @@ class Journal:
         it goes with the file; nothing can be appended. FileLocked when another process has it.
         """
         self.path = path
-        self._fsync = fsync
         self.size = 0
+        self._fsync = fsync
         self._recovery = recovery
         self._fd = _locked(path, recovery)
 

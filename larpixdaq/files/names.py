@@ -32,11 +32,6 @@ def _owner(storage: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", storage) + "_" if storage else ""
 
 
-def lock(storage: str = "") -> str:
-    """The name of the file that a storage keeps locked in its directory."""
-    return f".larpixdaq{'-' if storage else ''}{_owner(storage).removesuffix('_')}.lock"
-
-
 class Name(NamedTuple):
     """What the name of a file says. `storage` is as label() makes it."""
 
@@ -64,7 +59,7 @@ def label(storage: str) -> str:
     return _owner(storage)[:-1]
 
 
-def unclosed(directory: Path, storage: str | None = None, run: int | None = None) -> list[Path]:
+def parts(directory: Path, storage: str | None = None, run: int | None = None) -> list[Path]:
     """NAME.h5.part of everything that is not closed, a part or a journal being there; of one storage, or of all.
 
     FileError when the directory cannot be read.
@@ -75,6 +70,11 @@ def unclosed(directory: Path, storage: str | None = None, run: int | None = None
         if name and ending != FINISHED and (storage is None or name.storage == label(storage)):
             found[path.name.removesuffix(ending)] = path.with_name(path.name.removesuffix(ending) + PART)
     return list(found.values())
+
+
+def lock(storage: str = "") -> str:
+    """The name of the file that a storage keeps locked in its directory."""
+    return f".larpixdaq{'-' if storage else ''}{label(storage)}.lock"
 
 
 def run_files(directory: Path, run: int | None = None) -> list[tuple[int, str, Path]]:
@@ -97,11 +97,10 @@ def run_files(directory: Path, run: int | None = None) -> list[tuple[int, str, P
 def parts_of(directory: Path, storage: str = "", run: int | None = None) -> list[tuple[int, int, str, Path]]:
     """(run, part, ending, path) of this storage's files alone, in the order of runs and parts. FileError when the
     directory cannot be read."""
-    mine = re.compile(rf"run\d+_\d+T\d+Z_{re.escape(_owner(storage))}(\d+)")
     found = [
-        (number, int(match[1]), ending, path)
-        for number, ending, path in run_files(directory, run)
-        if (match := mine.fullmatch(path.name.removesuffix(ending)))
+        (name.run, name.part, name.ending, path)
+        for _, _, path in run_files(directory, run)
+        if (name := parse(path.name)) is not None and name.storage == label(storage)
     ]
     return sorted(found, key=lambda one: one[:2])
 

@@ -186,7 +186,7 @@ def _add(file: RunFile, kept: Iterable[Record]) -> int:
     added = 0
     for record in kept:
         frame = record.frame
-        if _following(frame) <= file.expects(frame.source):
+        if _following(frame) <= file.next(frame.source):
             continue
         if isinstance(frame, End):
             file.end(frame)

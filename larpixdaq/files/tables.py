@@ -40,10 +40,10 @@ def storable(producer: str) -> bool:
 
 
 class Tables:
-    def __init__(self, file: h5py.File, flush: Callable[[], None]) -> None:
+    def __init__(self, file: h5py.File, flush: Callable[[], None] | None = None) -> None:
         """`flush` makes what has been written so far durable, before anything that is written after it."""
         self.blocks = 0
-        self._flush = flush
+        self._flush = flush or file.flush
         self._tables = {name: file[name] for name in layout.TABLES}
         self.producers: dict[str, int] = {}  # name -> index in /run/producers
 

@@ -13,7 +13,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, NamedTuple
@@ -69,9 +68,9 @@ class RunFile:
         stem = names.stem(info.run, info.started_ns, part, info.storage)
         known = {Source(p.run, p.producer, p.epoch): p.next for p in positions if p.run == info.run}
         self._set_up(info, part, Path(directory) / (stem + names.PART), known)
-        self._fsync = fsync
         if self._final.exists():
             raise FileError(f"cannot create {self.path}: {self._final} exists")
+        self._fsync = fsync
         self._journal = Journal(self.path.with_name(stem + names.JOURNAL), fsync=fsync)
         try:
             self._file = layout.create(self.path, info.layout, info.asic_version)
@@ -81,22 +80,16 @@ class RunFile:
         self._batch = Batch(self._file["packets"], info.layout.dtype.itemsize)
         self._tables = Tables(self._file, self._flush)
         try:
-            self._try(lambda: opening.describe(self._file, self._tables, info, part, self._known))
-            if fsync:
-                for path in (self.path, self.path.parent):
-                    self._try(partial(closing.sync, path))
+            self._try(self._describe)
         except FileError:
             self.give_up()
             raise
 
-    def _flush(self) -> None:
-        """Hand everything to the kernel, in order; with `fsync` wait until the disk has it."""
-        self._file.flush()
+    def _describe(self) -> None:
+        opening.describe(self._file, self._tables, self.info, self.part, self._known)
         if self._fsync:
-            os.fsync(self._descriptor())
-
-    def _descriptor(self) -> int:
-        return int(self._file.id.get_vfd_handle())
+            self._flush()
+            closing.sync(self.path.parent)
 
     @classmethod
     def resume(cls, path: Path, journal: Journal, info: RunInfo, state: State) -> RunFile:
@@ -112,10 +105,10 @@ class RunFile:
 
         def resume() -> None:
             self._batch = Batch(self._file["packets"], info.layout.dtype.itemsize)
-            self._tables = Tables(self._file, self._flush)
+            self._tables = Tables(self._file)
             self._batch.resume(state.rows)
             self._tables.resume(state.lengths, state.producers)
-            self._flush()
+            self._file.flush()
 
         try:
             self._try(resume)
@@ -150,14 +143,9 @@ class RunFile:
         self._failed = ""
         self._fsync = False
 
-    def expects(self, source: Source) -> int:
-        """The sequence of a source that comes next, parts before counted; an end counts as one."""
-        account = self._accounts.get(source)
-        return self._known.get(source, 0) if account is None else account.next
-
     def positions(self) -> list[blocks.Position]:
-        """Where each source of the run stands now: for the part that follows."""
-        return [blocks.Position(*source, self.expects(source)) for source in self._known | self._accounts]
+        """Where each source of the run stands now, parts before counted: for the part that follows."""
+        return [blocks.Position(*source, self.next(source)) for source in self._known | self._accounts]
 
     @property
     def final(self) -> Path:
@@ -194,7 +182,7 @@ class RunFile:
         self._check_run(block)
         check_block(block, self.info.layout.code)
         check_rows(block, rows, self.info.layout)
-        if block.sequence < self._following(block.source):
+        if block.sequence < self._expected(block.source):
             self.duplicate_blocks += 1
             return
         account = self._account(block.source)
@@ -221,13 +209,12 @@ class RunFile:
         self._usable()
         self._check_run(end)
         check_end(end)
-        following = self._following(end.source)
-        # Here already, or in a part before: that must not make it a source of this one.
-        if end.source in self.ended or (end.source not in self._accounts and end.next < following):
+        expected = self._expected(end.source)
+        if end.source in self.ended or end.next + 1 == self._known.get(end.source):  # here, or in a part before
             self.duplicate_blocks += 1
             return
-        if end.next < following:
-            raise ProtocolError(f"{describe(end)}: block {following - 1} of it has been taken already")
+        if end.next < expected:
+            raise ProtocolError(f"{describe(end)}: block {expected - 1} of it has been taken already")
         account = self._account(end.source)
         if missing := account.skip(end.next, None):
             self._missing.append(missing)
@@ -251,9 +238,23 @@ class RunFile:
             self._accounts[source] = account
         return account
 
-    def _following(self, source: Source) -> int:
+    def next(self, source: Source) -> int:
+        """The sequence that comes next, durable or not; an end counts as the one it names."""
+        account = self._accounts.get(source)
+        return self._known.get(source, 0) if account is None else account.next
+
+    def _expected(self, source: Source) -> int:
         account = self._accounts.get(source)
         return self._known.get(source, 0) if account is None else account.expected
+
+    def _flush(self) -> None:
+        """Hand everything to the kernel, in order; with `fsync` wait until the disk has it."""
+        self._file.flush()
+        if self._fsync:
+            os.fsync(self._descriptor())
+
+    def _descriptor(self) -> int:
+        return int(self._file.id.get_vfd_handle())
 
     def _hold(self, held: Held) -> None:
         if len(self._held) == self._journaled:
@@ -323,9 +324,16 @@ class RunFile:
     def set_comment(self, comment: str) -> None:
         self.set_text("comment", comment)
 
-    def close(self, **how: Any) -> Report:
+    def close(
+        self,
+        *,
+        aborted: bool = False,
+        continued: bool = False,
+        owed: Mapping[Source, int] | None = None,
+        texts: Mapping[str, str] | None = None,
+    ) -> Report:
         """seal() and publish() in one: for whoever has the time."""
-        report = self.seal(**how)
+        report = self.seal(aborted=aborted, continued=continued, owed=owed, texts=texts)
         return report._replace(path=self.publish())
 
     def seal(
@@ -338,9 +346,9 @@ class RunFile:
     ) -> Report:
         """Write what is left, the totals and the condition: the file is whole then, and waits for publish().
 
-        aborted: the run was; continued: the run goes on in a further part, where the verdict will stand; owed: rows
-        that producers are known to keep still; texts: more for /run/texts, such as "next part". FileError when the
-        disk fails: part and journal then stay for recovery.
+        aborted: the run was; continued: the run goes on in another part; owed: rows that producers are known to keep
+        still; texts: more for /run/texts, such as "previous part", "next part".
+        FileError when the disk fails: part and journal then stay for recovery.
         """
         self._usable()
         owed = owed or {}
@@ -365,7 +373,7 @@ class RunFile:
                     self._tables.text(name, line)
             for account in accounts:
                 self._tables.set_owed(account, owed.get(account.source, 0))
-            self._tables.set_positions(self._places())
+            self._tables.set_positions(self._positions())
             info = self._file["run/info"][:]
             info["condition"], info["closed_ns"] = condition, time.time_ns()
             info["rows"], info["blocks"] = self.rows, self._tables.blocks
@@ -392,12 +400,13 @@ class RunFile:
         self._journal.close(remove=True)
         return self.path
 
-    def _places(self) -> list[tuple[int, ...]]:
+    def _positions(self) -> list[tuple[int, ...]]:
         """The rows of /run/positions: first those of which the file has known since it was opened, in their order."""
         rows: list[tuple[int, ...]] = []
         for source in dict.fromkeys((*self._known, *self._accounts)):
-            first, index = self._known.get(source, 0), self._tables.producers[source.producer]
-            rows.append((index, source.epoch, first, self.expects(source)))
+            account, first = self._accounts.get(source), self._known.get(source, 0)
+            following = first if account is None else account.next
+            rows.append((self._tables.producers[source.producer], source.epoch, first, following))
         return rows
 
     def discard(self) -> None:

@@ -21,10 +21,7 @@ def recover_all(directory: Path, storage: str, finisher: Finisher) -> list[int]:
     FileError when the directory cannot be read; what is wrong with a file goes to the log.
     """
     going_on = unfinished(directory, storage)
-    left = [path for _, _, ending, path in names.parts_of(directory, storage) if ending != names.FINISHED]
-    for path in sorted(left, key=lambda path: (path.stem, not path.name.endswith(names.PART))):
-        if not path.exists():  # a journal goes with its part
-            continue
+    for path in names.parts(directory, storage):
         try:
             log.warning("%s", recover(path).text)
         except FileLocked as error:  # somebody has begun to recover it by hand

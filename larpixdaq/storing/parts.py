@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from larpixdaq.blocks import Block, Position, Source
 from larpixdaq.control.calls import Call
@@ -79,7 +79,7 @@ class OpenRun:
 
     def expects(self, source: Source) -> int:
         """The sequence of a source that comes next; an end counts as one."""
-        return self.file.expects(source) if self.file is not None else 0
+        return self.file.next(source) if self.file is not None else 0
 
     # Rotation
 
@@ -115,8 +115,7 @@ class OpenRun:
         try:
             following = self._create(old.part + 1, old.positions())
             following.set_text("previous part", old.final.name)
-            old.set_text("next part", following.final.name)
-            report = old.seal(continued=True)
+            report = old.seal(continued=True, texts={"next part": following.final.name})
         except FileError:
             if following is not None:
                 following.give_up()
@@ -132,12 +131,12 @@ class OpenRun:
 
     # The end of a part
 
-    def seal(self, *, aborted: bool = False, continued: bool = False) -> tuple[RunFile, Report] | None:
+    def seal(self, **how: Any) -> tuple[RunFile, Report] | None:
         """Close the part, if one is open; FileError when the disk fails."""
         file = self.file
         if file is None:
             return None
-        report = file.seal(aborted=aborted, continued=continued)
+        report = file.seal(**how)
         self.file = None
         self._count(report)
         return file, report
