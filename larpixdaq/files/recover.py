@@ -85,12 +85,12 @@ def _locked(part: Path, final: Path, journal: Journal, name: names.Name) -> Reco
             raise FileError(f"cannot recover {part}: {final.name} exists")
         final.unlink()  # where there are no hard links, the name was taken, and the rename did not come
     state = _born(part)
+    if not kept and (state is None or not state.accounts):
+        with contextlib.suppress(FileNotFoundError):
+            part.unlink()
+        journal.close(remove=True)
+        return Recovered(part, None, name.run, 0, "", [], 0, 0)
     if state is None:
-        if not kept:
-            with contextlib.suppress(FileNotFoundError):
-                part.unlink()
-            journal.close(remove=True)
-            return Recovered(part, None, name.run, 0, "", [], 0, 0)
         _begin(part, name, kept)
         state = resume.read(part)
         assert state is not None
