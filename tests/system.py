@@ -21,8 +21,9 @@ from larpixdaq.operator import Operator
 class System:
     """`start(source options)` brings it up; the processes are in `processes` by module, files in `data`."""
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+    def __init__(self, folder: Path, stack: contextlib.ExitStack, env: dict[str, str] | None = None) -> None:
         self.folder = folder
+        self.env = env
         self.data = folder / "data"
         self.data.mkdir()
         self.core = f"tcp://127.0.0.1:{free_port()}"
@@ -34,7 +35,9 @@ class System:
         self._rings = stack.enter_context(tempfile.TemporaryDirectory(prefix="larpixdaq-test-", dir=shared))
 
     def launch(self, module: str, *arguments: object) -> Process:
-        process = self._stack.enter_context(Process(f"larpixdaq.{module}", *arguments, directory=self.folder / "out"))
+        process = self._stack.enter_context(
+            Process(f"larpixdaq.{module}", *arguments, directory=self.folder / "out", env=self.env)
+        )
         self.processes[module] = process
         return process
 
@@ -57,9 +60,13 @@ class System:
         self.launch_storage()
         self.launch("run_data", "--core", self.core)
         self.launch_producer(*source)
-        operator = self._stack.enter_context(Operator(self.core, timeout=LIMIT))
+        operator = self.operator()
         self.await_kinds(operator, *kinds)
         return operator
+
+    def operator(self) -> Operator:
+        """Closed with the system."""
+        return self._stack.enter_context(Operator(self.core, timeout=LIMIT))
 
     def await_kinds(self, operator: Operator, *kinds: str) -> None:
         def there() -> bool:
@@ -80,9 +87,10 @@ class System:
 
 
 @contextlib.contextmanager
-def system(folder: Path) -> Iterator[System]:
+def system(folder: Path, env: dict[str, str] | None = None) -> Iterator[System]:
+    """`env`: what the processes find in their environment beside ours."""
     with contextlib.ExitStack() as stack:
-        made = System(folder, stack)
+        made = System(folder, stack, env)
         yield made
         # All are told at once; the stack then waits for each, and complains of those that do not end.
         for process in made.processes.values():

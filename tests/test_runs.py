@@ -9,7 +9,7 @@ from team import EPOCHS, KINDS, Team, ask, do, finished, restart
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.errors import ComponentError, FileError, StateError
 from larpixdaq.schema import COUNTS
-from larpixdaq.states import ABORTED, COMPLETE, ENDED, INCOMPLETE, INTERRUPTED, PREPARING, SUSPECT
+from larpixdaq.states import ABORTED, COMPLETE, ENDED, INCOMPLETE, INTERRUPTED, SUSPECT
 
 
 @pytest.fixture
@@ -581,7 +581,7 @@ def test_a_restarted_core_with_fresh_components_starts_anew(team):
 def test_a_core_that_died_in_prepare_cancels(team):
     ask(team, "prepare")
     second = restart(team)
-    assert second.catalogue.find(1).phase == PREPARING
+    assert second.catalogue.find(1).condition == "CANCELLED"
     second.register("board 1", run=1)
     assert second.waiting[0][2] == "cancel_run"
     second.answer_all()
