@@ -19,11 +19,12 @@ RATE = 20_000
 @pytest.mark.parametrize("step", [3600, -3600])
 def test_a_stepped_clock_changes_nothing(tmp_path: Path, step: int) -> None:
     clock = SteppedClock(tmp_path)
-    with system(tmp_path, clock.env) as line:
+    with system(tmp_path) as line:
+        line.env = dict.fromkeys(("core", "log", "offline_storage", "run_data", "producer"), clock.env)
         line.launch_core()
         line.launch_log()
         line.launch_storage()
-        line.launch("run_data", "--core", line.core)
+        line.launch_monitor()
         line.launch_producer("--fake", str(RATE))
         operator = line.operator()
         line.await_kinds(operator, "log", "storage", "run_data", "producer")

@@ -628,8 +628,10 @@ def test_a_catalogue_of_the_schema_before(tmp_path):
     db.close()
     catalogue = Catalogue(tmp_path)
     assert (catalogue.highest(), catalogue.find(7).files, catalogue.files(7)) == (7, ["a.h5"], [])
-    assert catalogue.add_file("disk", "/d/a.h5", 7, 10, "00", COMPLETE)
-    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "00", COMPLETE)
+    assert catalogue.add_file("disk", "/d/a.h5", 7, 10, "", COMPLETE)
+    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "00", COMPLETE)  # the same file, its checksum is known now
+    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "", COMPLETE)  # told by another process, not known again
+    assert catalogue.files(7)[0]["sha256"] == "00"
     assert catalogue.add_file("disk", "/d/a.h5", 7, 20, "11", COMPLETE)
     catalogue.close()
     catalogue = Catalogue(tmp_path)

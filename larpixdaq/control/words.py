@@ -21,7 +21,7 @@ def lines(found: Facts) -> list[str]:
         shown.append(f"MISSING in this run: {', '.join(run['missing'])}")
     shown += [line for component in found["components"] if component["alive"] for line in _alarms(component)]
     if control := found.get("control"):
-        shown.append(f"control: {control['by']}, since {_utc(control['since'])}")
+        shown.append(f"control: {control['by']}, since {utc(control['since'])}")
     if last := found.get("last_run"):
         shown.append(_last_run(last))
     if found.get("insecure"):
@@ -43,13 +43,13 @@ def _liveness(component: Facts) -> str:
     return "stuck" if component["stuck"] else "alive" if component["alive"] else "LOST"
 
 
-def _utc(seconds: float) -> str:
+def utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _run(run: Facts) -> str:
     comment = f": {run['comment']}" if run["comment"] else ""
-    begun = f", since {_utc(run['begun'])}" if run["begun"] else ""
+    begun = f", since {utc(run['begun'])}" if run["begun"] else ""
     return f"{run['run']} ({run['kind']}){begun}{comment}"
 
 
