@@ -61,17 +61,17 @@ class Recorder:
         self.io_groups = sorted({0, *io_groups})
         self.run: int | None = None
         self._clock = clock
-        self._wall = wall
+        self._host_ns = wall
         self._close_at: float | None = None
         self._gaps: dict[int, list[int]] = {}  # io_group -> rows, first ns, last ns
-        self._began_ns = 0
+        self._began, self._began_ns = clock(), wall()
         self._scratch = np.zeros(schema.BLOCK_ROWS, layout.dtype)
 
     def begin(self, run: int, required: Sequence[str]) -> None:
         """Everything from here on belongs to `run`, until end()."""
         self._ring.begin(run, self.layout.code, self.layout.dtype.itemsize, required)
         self.run = run
-        self._began_ns = self._wall()
+        self._began, self._began_ns = self._clock(), self._host_ns()
         self._gaps.clear()
 
     def rows(self) -> NDArray[Any] | None:
@@ -164,6 +164,13 @@ class Recorder:
         """The counters as an END carries them: for each io_group with any, the io_group, then schema.COUNTS."""
         table = self._ring.counts if counts is None else counts
         return [[g, *table[g].tolist()] for g in np.flatnonzero(table.any(axis=1)).tolist()]
+
+    def _wall(self) -> int:
+        """Unix ns by the host's clock when the run began, and evenly on from there.
+
+        A host's clock may be stepped in the middle of a run; rates and gaps would then be nonsense.
+        """
+        return self._began_ns + int((self._clock() - self._began) * 1e9)
 
     def _header(self, rows: int, first_ns: int, payload: Any, text: str | None) -> bytes:
         assert self.run is not None
