@@ -23,14 +23,18 @@ def verdict(
     required: Sequence[str],
     *,
     aborted: bool,
-    suspect: bool,
 ) -> tuple[str, list[str]]:
-    """The condition of a run as this storage sees it, and in one line each why it is not COMPLETE."""
-    waiting, missing = [], []
+    """The condition of a run as this storage sees it, and in one line each why it is not COMPLETE.
+
+    What producers suspect to be lost before it reached them is told in any case, but alone it makes a run no worse than
+    `COMPLETE, suspect`.
+    """
+    waiting, missing, doubts = [], [], []
     for account in accounts:
         some_waiting, some_missing = account.complaints(owed.get(account.source, 0))
         waiting += some_waiting
         missing += some_missing
+        doubts += account.doubts()
     known = {account.source for account in accounts}
     names = {source.producer for source in known}
     waiting += [f"producer {name!r}: nothing came, its totals are unknown" for name in required if name not in names]
@@ -39,14 +43,14 @@ def verdict(
         for source, rows in owed.items()
         if source not in known
     ]
-    reasons = waiting + missing
+    reasons = waiting + missing + doubts
     if aborted or any(account.how == "aborted" for account in accounts):
         return layout.ABORTED, reasons
     if waiting:
         return layout.INTERRUPTED, reasons
     if missing:
         return layout.INCOMPLETE, reasons
-    return (layout.SUSPECT if suspect else layout.COMPLETE), reasons
+    return (layout.SUSPECT if doubts else layout.COMPLETE), reasons
 
 
 def stored(accounts: Sequence[Account]) -> list[tuple[str, int, int, int]]:

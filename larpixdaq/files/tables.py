@@ -64,6 +64,7 @@ class Tables:
                 self.append("ledger/counts", account.counts())
                 self.append("ledger/outside", account.outside())
                 self.append("ledger/unknown", account.unknown())
+                self.append("ledger/verdicts", account.verdicts())
                 ends.append((account.index, frame.epoch, frame.next, frame.how.encode(), frame.first_ns, frame.last_ns))
                 continue
             if held.message is not None:

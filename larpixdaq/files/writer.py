@@ -289,20 +289,16 @@ class RunFile:
     def set_comment(self, comment: str) -> None:
         self.set_text("comment", comment)
 
-    def close(
-        self, *, aborted: bool = False, suspect: bool = False, owed: Mapping[Source, int] | None = None
-    ) -> Report:
+    def close(self, *, aborted: bool = False, owed: Mapping[Source, int] | None = None) -> Report:
         """Write what is left, the totals and the condition, and give the file its final name.
 
-        aborted: the run was; suspect: boards were away for a while; owed: rows that producers are known to keep still.
+        aborted: the run was; owed: rows that producers are known to keep still.
         FileError when the disk fails or the final name is taken: part and journal then stay.
         """
         self._usable()
         owed = owed or {}
         accounts = list(self._accounts.values())
-        condition, reasons = closing.verdict(
-            accounts, owed, self.info.required_producers, aborted=aborted, suspect=suspect
-        )
+        condition, reasons = closing.verdict(accounts, owed, self.info.required_producers, aborted=aborted)
         missing = sum(account.missing_blocks for account in accounts)
 
         def finish() -> None:
