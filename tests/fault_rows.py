@@ -70,7 +70,7 @@ def storage_stopped_another_started(trial: Trial) -> None:
     _goes_on(trial, stopped)
 
 
-@row("the same, another directory", "never two writers, 0 lost, none twice", becomes="lost")
+@row("the same, another directory", "never two writers, 0 lost, none twice", becomes="lost", once=True)
 def storage_stopped_another_directory(trial: Trial) -> None:
     stopped = _stopped_until_lost(trial)
     other = trial.folder / "other"
@@ -177,7 +177,7 @@ def producer_killed(trial: Trial) -> None:
     trial.flowing(AGAIN)
 
 
-@row("operator killed in a request", "nothing; control is free after 5 s, another can go on", longest=5.0)
+@row("operator killed in a request", "nothing; control is free after 5 s, another can go on")
 def operator_killed(trial: Trial) -> None:
     trial.operator.release_control().result(STEP)
     program = (
