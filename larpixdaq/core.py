@@ -182,7 +182,7 @@ class Core:
                 self._peers.beat(peer, message, now)
                 if peer.kind == STORAGE:
                     self._runs.heard(peer, now)
-            self._send(peer.route, Update(session=peer.session, **self._current()))
+            self._send(peer.route, Update(request=message.request, session=peer.session, **self._current()))
         elif isinstance(message, Answer) and isinstance(peer, Component):
             if not self._forwarding.answered(peer, message) and not self._runs.answered(peer, message, now):
                 _log.info("%s answered what nobody waits for", peer.name)

@@ -153,6 +153,16 @@ class Node:
             status = self._status()
         self._beat = Heartbeat(progress=progress, queued=queued, status=status or self._beat.status)
 
+    @property
+    def heard(self) -> float:
+        """time.monotonic() of the last message from the core; 0 before the first."""
+        return self._link.heard
+
+    @property
+    def confirmed(self) -> float:
+        """time.monotonic() at which the newest heartbeat was sent that the core has answered under our session."""
+        return self._link.confirmed
+
     def close(self) -> None:
         """Say goodbye to the core, send what the log has not got yet (at most 1 s), stop the thread."""
         if self._closed:

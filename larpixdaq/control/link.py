@@ -91,6 +91,9 @@ class Link:
         self.session = ""
         #: time.monotonic() of the last message from the core; 0 before the first.
         self.heard = 0.0
+        #: time.monotonic() at which the newest heartbeat was sent that the core has answered under our session; 0
+        #: before the first. What was heard may have waited in the socket; this has not.
+        self.confirmed = 0.0
         self._hello, self._beat, self._received, self._refused = hello, beat, received, refused
         self._each_turn = each_turn
         self._outbox: deque[FromClient] = deque(maxlen=_OUTBOX)
@@ -172,10 +175,15 @@ class Link:
         self._take()
         now = time.monotonic()
         if now >= self._due:
-            said = self._say(self._beat() if self.session else self._hello())
+            said = self._say(self._beat_now() if self.session else self._hello())
             self._due = now + (HEARTBEAT if said else _SOON)  # not connected yet: try again soon
         self._flush()
         self._each_turn()
+
+    def _beat_now(self) -> Heartbeat:
+        beat = self._beat()
+        beat.request = str(time.monotonic_ns())
+        return beat
 
     def _last_words(self) -> None:
         limit = time.monotonic() + _LINGER
@@ -245,6 +253,9 @@ class Link:
         elif isinstance(message, Answer) and message.error and not self.session:
             self._refused(message)
             return
-        elif isinstance(message, Update) and message.session != self.session:
-            return
+        elif isinstance(message, Update):
+            if message.session != self.session:
+                return
+            if message.request.isdecimal():
+                self.confirmed = max(self.confirmed, int(message.request) / 1e9)
         self._received(message)

@@ -77,7 +77,7 @@ def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int
     if condition == layout.RUNNING:
         findings.add("condition RUNNING: the file is still being written, or its writer died")
     else:
-        _seal(file, info, findings)
+        check_seal(file, info, findings)
         if condition in (layout.INCOMPLETE, layout.INTERRUPTED):
             reasons = file.texts().get("reason", [])
             findings.add(f"condition {condition}: {'; '.join(reasons) or 'no reason is given'}")
@@ -127,7 +127,7 @@ def _structure(file: DataFile, info: dict[str, Any], findings: Findings) -> None
             findings.add(f"/{name}: unexpected columns")
 
 
-def _seal(file: DataFile, info: dict[str, Any], findings: Findings) -> None:
+def check_seal(file: DataFile, info: dict[str, Any], findings: Findings) -> None:
     """Every table against the checksum that was taken at the close, and the totals against what is there."""
     sums = {bytes(row["name"]).decode("utf-8", "replace"): row for row in file.table("run/checksums")}
     for name in layout.CHECKED:

@@ -124,6 +124,8 @@ class Consumer:
     def next(self) -> Received | None:
         """The oldest frame that waits: (producer, Welcome | Block | End | Refused, rows of a Block); None when none
         does."""
+        if self._again:
+            return None
         try:
             return self._queue.popleft()
         except IndexError:
@@ -148,7 +150,11 @@ class Consumer:
         os.eventfd_write(self._wake, 1)
 
     def again(self) -> None:
-        """Subscribe anew to every producer: what was sent and not acknowledged comes again."""
+        """Subscribe anew to every producer: what was sent and not acknowledged comes again.
+
+        Nothing of the subscription before is handed over any more: who calls this has let some of it pass, and what
+        came after that would seem to follow a gap.
+        """
         with self._lock:
             self._again = True
         os.eventfd_write(self._wake, 1)
@@ -190,16 +196,17 @@ class Consumer:
             wanted, self._wanted = self._wanted, None
             acks, self._acks = self._acks, {}
             done, self._done = self._done, {}
-            again, self._again = self._again, False
+            if self._again:
+                for link in self._links.values():
+                    link.welcome, link.hello_at = False, 0.0
+                self._queue.clear()
+                self._again = False
         if wanted is not None:
             for link in [one for one in self._links.values() if wanted.get(one.name, one.address) != one.address]:
                 self._drop(link)
             for name, address in wanted.items():
                 if name not in self._links and (opened := self._open(name, address)) is not None:
                     self._links[name] = opened
-        if again:
-            for link in self._links.values():
-                link.welcome, link.hello_at = False, 0.0
         for name, blocks in done.items():
             if name in self._links:
                 self._links[name].credit += blocks
