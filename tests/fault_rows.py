@@ -38,9 +38,9 @@ def storage_killed_one_word(trial: Trial) -> None:
 
 
 @row(
-    "storage killed three times, files rotated every 500,000 rows",
+    "storage killed three times, files rotated every second",
     "0 lost, none twice",
-    storage=("--rotate", "500000rows"),
+    storage=("--rotate", "1s"),
 )
 def storage_killed_rotating(trial: Trial) -> None:
     for _ in range(3):
