@@ -434,8 +434,8 @@ def test_two_of_one_name_do_not_drive_each_other_out_in_turn(line: Line, consume
     for session in ("old", "new"):
         consumers.append(Consumer(STORAGE, session, "all"))
         consumers[-1].connect({"board": line.address})
-        reader = Reader(consumers[-1])
-        until(line, reader.has(lambda r: r.other), "WELCOME")
+        second = Reader(consumers[-1])
+        until(line, second.has(lambda r: r.other), "WELCOME")
     (subscriber,) = line.publisher.subscribers.values()
     first = Reader(consumers[0], acknowledge=False)
     until(line, first.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)), "the old one to be told")
@@ -444,3 +444,7 @@ def test_two_of_one_name_do_not_drive_each_other_out_in_turn(line: Line, consume
         line.publisher.socket.poll(20)
         line.publisher.work()
     assert list(line.publisher.subscribers.values()) == [subscriber]
+    # It was the newer one that had stood still: the core knows the session of the other.
+    consumers[0].confirmed = time.monotonic()
+    until(line, lambda: list(line.publisher.subscribers.values()) != [subscriber], "the right one to be back")
+    until(line, second.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)), "the other to be told")
