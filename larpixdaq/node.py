@@ -75,9 +75,11 @@ class Node:
         self._begun = False
         self._beat = Heartbeat()
         self._status_due = 0.0
+        self._turned: float | None = None  # when the main loop last called report()
+        self._beaten = 0.0
         self._inbox: deque[FromCore] = deque()
         self._told: tuple[str, str, int | None, dict[str, str]] | None = None
-        self._recent: Recent[Answer] = Recent()
+        self._recent = Recent()
         self._ready = Waker()
         self._refused_since = 0.0
         self._refusal: Answer | None = None
@@ -140,7 +142,11 @@ class Node:
             self._on_name_taken()
 
     def report(self, progress: int, queued: int) -> None:
-        """The main loop's turn: work done so far and work waiting. Work without progress for 1 s reads `stuck`."""
+        """The main loop's turn, at least every 250 ms: work done so far and work waiting.
+
+        Work without progress for 1 s reads `stuck`, and so does a loop that turns no more.
+        """
+        self._turned = time.monotonic()
         status = None
         if self._status is not None and time.monotonic() >= self._status_due:
             self._status_due = time.monotonic() + HEARTBEAT
@@ -241,8 +247,14 @@ class Node:
         )
 
     def _heartbeat(self) -> Heartbeat:
-        beat = self._beat
-        return Heartbeat(progress=beat.progress, queued=beat.queued + self._waiting(), status=beat.status)
+        now, beat = time.monotonic(), self._beat
+        if self._turned is not None and now - self._beaten > 2 * HEARTBEAT:
+            self._turned = now  # this thread stood still too: so did the whole process, and its loop is not to blame
+        self._beaten = now
+        idle = 0.0 if self._turned is None else max(0.0, now - self._turned)
+        return Heartbeat(
+            progress=beat.progress, queued=beat.queued + self._waiting(), idle=round(idle, 3), status=beat.status
+        )
 
     def _waiting(self) -> int:
         return sum(isinstance(message, Request) for message in list(self._inbox))
@@ -272,7 +284,7 @@ class Node:
 
     def _refuse(self, answer: Answer) -> None:
         now = time.monotonic()
-        if self._refusal is None:
+        if self._refusal is None or self._refusal.error != answer.error:
             self._refused_since = now
         if answer.error == "name_taken" and now - self._refused_since > PATIENCE and not self._gave_up:
             self._taken = self._gave_up = True

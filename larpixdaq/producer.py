@@ -207,7 +207,8 @@ class Producer:
             for w in self.readout.take_unknown()
         ]
         outside = self.arena.ring.outside
-        end = self.recorder.end(how, unknown, self.recorder.counts(outside))
+        verdicts = [line for source in self.boards for line in source.evidence()]
+        end = self.recorder.end(how, unknown, self.recorder.counts(outside), verdicts)
         if told:
             outside[:] = 0
         self.publisher.end()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from larpixdaq import schema
 from larpixdaq._native.ring import END, INFO, Ring
-from larpixdaq.blocks import Block, End, Gap, Totals, UnknownWord, pack, text_pieces
+from larpixdaq.blocks import Block, End, Gap, Totals, UnknownWord, Verdict, pack, text_pieces
 from larpixdaq.deflate import crc32
 from larpixdaq.schema import COUNTS, PacketType
 
@@ -132,7 +132,9 @@ class Recorder:
         self.drop(rows)
         return False
 
-    def end(self, how: str, unknown: list[UnknownWord], outside: list[list[int]]) -> End:
+    def end(
+        self, how: str, unknown: list[UnknownWord], outside: list[list[int]], verdicts: Sequence[Verdict] = ()
+    ) -> End:
         """Close the run with its end record; returns it."""
         if self.run is None:
             raise ValueError("end of a run without a run")
@@ -149,6 +151,7 @@ class Recorder:
             self._take_gaps(),
             unknown,
             outside,
+            list(verdicts),
         )
         while not self._ring.append(END, b"", 0, pack(end)):
             if not end.unknown:

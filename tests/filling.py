@@ -144,6 +144,7 @@ class Feed:
             gaps=changes.get("gaps", []),
             unknown=changes.get("unknown", []),
             outside=changes.get("outside", []),
+            verdicts=changes.get("verdicts", []),
         )
 
 

@@ -355,6 +355,9 @@ def test_what_does_not_belong_together_is_refused_whole(tmp_path):
         (replace(end, counts=[[1, 2]]), "expected an io_group and 22 counters"),
         (replace(end, counts=[end.counts[0], end.counts[0]]), "counted twice"),
         (replace(end, unknown=[blocks.UnknownWord(1, 2, 3, b"x" * 25)]), "impossible values"),
+        (replace(end, verdicts=[blocks.Verdict(1, "fine", "", 0, 0, 0)]), "a verdict with impossible values"),
+        (replace(end, verdicts=[blocks.Verdict(256, "lost", "", 0, 0, 0)]), "a verdict with impossible values"),
+        (replace(end, verdicts=[blocks.Verdict(1, "lost", "", -1, 0, 0)]), "a verdict with impossible values"),
         (replace(end, next=-1), "out of range"),
     ]:
         with pytest.raises(ProtocolError, match=re.escape(line)):
@@ -397,7 +400,8 @@ def test_the_ledger_is_in_the_file(tmp_path):
     ("case", "condition", "reason"),
     [
         ("whole", "COMPLETE", None),
-        ("suspect", "COMPLETE, suspect", None),
+        ("suspect", "COMPLETE, suspect", "io_group 1: suspect: the board was away"),
+        ("lost before us", "COMPLETE, suspect", "io_group 1: lost: 7 words did not come"),
         ("dropped", "INCOMPLETE", "5 rows found no room and were dropped"),
         ("lost", "INCOMPLETE", r"ledger \(d\): 65 rows were made, 60 are accounted for"),
         ("no end", "INTERRUPTED", "its end never came"),
@@ -417,17 +421,53 @@ def test_conditions(tmp_path, case, condition, reason):
     counts = {"word_rows": words + 5, "words_in": words + 5} if case in ("dropped", "lost", "owed") else {}
     if case == "dropped":
         counts["dropped"] = 5
+    verdicts = {
+        "suspect": [blocks.Verdict(1, "suspect", "the board was away", 0, NS, NS + 1)],
+        "lost before us": [blocks.Verdict(1, "lost", "7 words did not come", 7, NS, NS + 1)],
+    }.get(case, [blocks.Verdict(1, "complete", "", 0, 0, 0)])
     if case != "no end":
-        file.end(feed.end("aborted" if case == "aborted there" else "closed", counts={1: counts}))
+        how = "aborted" if case == "aborted there" else "closed"
+        file.end(feed.end(how, counts={1: counts}, verdicts=verdicts))
     owed = {feed.source: 5} if case == "owed" else {}
-    report = file.close(suspect=case == "suspect", aborted=case == "aborted", owed=owed)
+    report = file.close(aborted=case == "aborted", owed=owed)
     assert report.condition == condition
     assert re.search(reason, report.reasons[0]) if reason else not report.reasons
     with DataFile(report.path) as read:
         assert read.run_info()["condition"] == condition
         assert read.texts().get("reason", []) == report.reasons
         assert read.table("ledger/counts")["owed"].tolist() == [5 if case == "owed" else 0]
-    assert verify(report.path).ok == (condition in ("COMPLETE", "COMPLETE, suspect", "ABORTED"))
+    checked = verify(report.path)
+    assert checked.ok == (condition in ("COMPLETE", "COMPLETE, suspect", "ABORTED"))
+    told = [] if case == "no end" else [(one.io_group, one.verdict, one.why, one.lost) for one in verdicts]
+    fields = ("io_group", "verdict", "why", "lost")
+    assert [tuple(line[name] for name in fields) for line in info(report.path)["verdicts"]] == told
+    if told and verdicts[0].why:
+        assert any(verdicts[0].why in note for note in checked.notes)
+
+
+def test_a_long_reason_of_a_verdict_is_cut(tmp_path):
+    feed = Feed()
+    file = RunFile(tmp_path, run_info())
+    file.add(*feed.block(random_rows(np.random.default_rng(1), 60)))
+    file.end(feed.end(verdicts=[blocks.Verdict(2, "suspect", "ä" * 1000, 0, 1, 2)]))
+    report = file.close()
+    assert report.condition == "COMPLETE, suspect"
+    with DataFile(report.path) as read:
+        assert read.table("ledger/verdicts")["why"].tolist() == ["ä".encode() * 128]
+    assert verify(report.path).ok
+
+
+def test_a_condition_that_keeps_quiet_about_a_verdict_is_found(tmp_path):
+    feed = Feed()
+    file = RunFile(tmp_path, run_info())
+    file.add(*feed.block(random_rows(np.random.default_rng(1), 60)))
+    file.end(feed.end(verdicts=[blocks.Verdict(1, "suspect", "the board was away", 0, 1, 2)]))
+    report = file.close()
+    with h5py.File(report.path, "r+") as changed:
+        line = changed["run/info"][:]
+        line["condition"] = b"COMPLETE"
+        changed["run/info"][:] = line
+    assert any("condition COMPLETE, although" in line for line in verify(report.path).findings)
 
 
 def test_a_later_part_goes_on_where_the_run_stands(tmp_path):

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from larpixdaq.cli.status import size
+from larpixdaq.control.space import size
+from larpixdaq.control.words import utc
 from larpixdaq.errors import LarpixDaqError
 from larpixdaq.files import info as file_info
 from larpixdaq.files import verify as file_verify
@@ -93,6 +94,7 @@ def _in_words(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if totals := _without_zeros(facts["totals"]):
         yield "totals", totals
     yield from _listed("ledger", [_without_zeros(line) for line in facts["ledger"]])
+    yield from _listed("before us", [_verdict(line) for line in facts["verdicts"]])
     gaps = facts["gaps"]
     if gaps["number"]:
         yield "gaps", f"{gaps['rows']} rows dropped in {gaps['number']} gaps"
@@ -108,6 +110,15 @@ def _in_words(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _listed(name: str, entries: list[str]) -> Iterator[tuple[str, str]]:
     for place, entry in enumerate(entries):
         yield "" if place else name, entry
+
+
+def _verdict(line: dict[str, Any]) -> str:
+    """What became of an io_group's data on their way to us."""
+    text = f"{line['producer']}, io_group {line['io_group']}: {line['verdict']}"
+    if not line["why"]:
+        return text
+    lost = f", at least {line['lost']} packets" if line["lost"] else ""
+    return f"{text}: {line['why']} ({utc(line['first_ns'] / 1e9)} to {utc(line['last_ns'] / 1e9)}{lost})"
 
 
 def _without_zeros(counts: dict[str, Any]) -> str:

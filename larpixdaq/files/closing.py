@@ -23,22 +23,25 @@ def verdict(
     required: Sequence[str],
     *,
     aborted: bool,
-    suspect: bool,
     continued: bool = False,
     before: Collection[Source] = (),
     damaged: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
     """The condition of a run as this part of it says, and in one line each why it is not COMPLETE.
 
+    What producers suspect to be lost before it reached them is told in any case, but alone it makes a run no worse than
+    `COMPLETE, suspect`.
+
     continued: the run goes on in another part, where those may end that have not; before: sources of earlier parts;
     damaged: what recovery found, in lines.
     """
     waiting: list[str] = []
-    missing = list(damaged)
+    missing, doubts = list(damaged), list[str]()
     for account in accounts:
         some_waiting, some_missing = account.complaints(owed.get(account.source, 0))
         waiting += some_waiting
         missing += some_missing
+        doubts += account.doubts()
     known = {account.source for account in accounts}
     names = {source.producer for source in (*known, *before)}
     waiting += [f"producer {name!r}: nothing came, its totals are unknown" for name in required if name not in names]
@@ -49,7 +52,7 @@ def verdict(
     ]
     if continued:
         waiting = []
-    reasons = waiting + missing
+    reasons = waiting + missing + doubts
     if aborted or any(account.how == "aborted" for account in accounts):
         return layout.ABORTED, reasons
     if waiting:
@@ -58,7 +61,7 @@ def verdict(
         return layout.INCOMPLETE, reasons
     if continued:
         return layout.CONTINUED, reasons
-    return (layout.SUSPECT if suspect else layout.COMPLETE), reasons
+    return (layout.SUSPECT if doubts else layout.COMPLETE), reasons
 
 
 def stored(accounts: Sequence[Account]) -> list[tuple[str, int, int, int]]:

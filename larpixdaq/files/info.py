@@ -44,6 +44,10 @@ def _run(file: DataFile) -> dict[str, Any]:
     for line in file.table("ledger/counts"):
         counts.append(plain(line) | {"producer": file.source(line, producers, number).producer})
     total = {name: sum(int(line[name]) for line in counts) for name in (*schema.COUNTS, "owed")}
+    verdicts = [
+        plain(line) | {"producer": file.source(line, producers, number).producer}
+        for line in file.table("ledger/verdicts")
+    ]
     gaps = file.table("ledger/gaps")
     return {
         "run": number,
@@ -64,6 +68,7 @@ def _run(file: DataFile) -> dict[str, Any]:
         "messages": [text(line["message"]) for line in file.table("messages", 0, 100)],
         "ledger": counts,
         "totals": total | {"made": ledger.made(total)},
+        "verdicts": verdicts,
         "gaps": {"rows": int(gaps["rows"].sum()), "number": len(gaps)},
         "unknown_words_kept": file.length("ledger/unknown"),
     }

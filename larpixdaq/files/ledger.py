@@ -115,6 +115,13 @@ def check_end(end: blocks.End) -> None:
             or len(word.raw) > layout.UNKNOWN_BYTES
         ):
             raise ProtocolError(f"{name}: an unknown word with impossible values: {word}")
+    for verdict in end.verdicts:
+        if (
+            verdict.verdict not in blocks.VERDICTS
+            or not _fits(verdict.io_group, 8)
+            or not all(map(_fits, (verdict.lost, verdict.first_ns, verdict.last_ns)))
+        ):
+            raise ProtocolError(f"{name}: a verdict with impossible values: {str(verdict)[:200]}")
     _check_gaps(end)
 
 
@@ -196,6 +203,10 @@ class Account:
         return rows
 
     @property
+    def _name(self) -> str:
+        return f"producer {self.source.producer!r}, epoch {self.source.epoch:x}"
+
+    @property
     def how(self) -> str:
         return OPEN if self.end is None else self.end.how
 
@@ -218,6 +229,25 @@ class Account:
         ]
         return np.array(rows, layout.GAPS)
 
+    def verdicts(self) -> NDArray[Any]:
+        """The rows of /ledger/verdicts; a longer sentence is cut."""
+        rows = [
+            (
+                *(self.index, self.source.epoch, one.io_group, one.verdict.encode()),
+                *(blocks.text_pieces(one.why, layout.TEXT_BYTES)[0], one.lost, one.first_ns, one.last_ns),
+            )
+            for one in (self.end.verdicts if self.end else [])
+        ]
+        return np.array(rows, layout.VERDICTS)
+
+    def doubts(self) -> list[str]:
+        """What may have been lost before it reached us, one line for each verdict that is not "complete"."""
+        return [
+            f"{self._name}, io_group {one.io_group}: {one.verdict}: {one.why}"
+            for one in (self.end.verdicts if self.end else [])
+            if one.verdict != blocks.VERDICTS[0]
+        ]
+
     def unknown(self) -> NDArray[Any]:
         """The rows of /ledger/unknown: at most schema.UNKNOWN_KEPT of each io_group."""
         kept: dict[int, int] = {}
@@ -233,7 +263,7 @@ class Account:
 
     def complaints(self, owed: int) -> tuple[list[str], list[str]]:
         """Why this source's data are not whole: (totals unknown or rows owed, rows or blocks missing)."""
-        name = f"producer {self.source.producer!r}, epoch {self.source.epoch:x}"
+        name = self._name
         waiting = [f"{name}: its end never came, its totals are unknown"] if self.end is None else []
         waiting += [f"{name}: still owes {owed} rows"] if owed and self.end is not None else []
         missing = [f"{name}: {self.missing_blocks} blocks are missing"] if self.missing_blocks else []

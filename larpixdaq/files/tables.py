@@ -107,6 +107,7 @@ class Tables:
         self.append("ledger/counts", account.counts())
         self.append("ledger/outside", account.outside())
         self.append("ledger/unknown", account.unknown())
+        self.append("ledger/verdicts", account.verdicts())
         self._flush()
         row = (account.index, end.epoch, end.next, end.how.encode(), end.first_ns, end.last_ns)
         self.append("run/ends", [row])

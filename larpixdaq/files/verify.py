@@ -7,12 +7,12 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from larpixdaq import schema
+from larpixdaq import blocks, schema
 from larpixdaq.errors import FileError
 from larpixdaq.files import layout
 from larpixdaq.files.books import Books
 from larpixdaq.files.parity import ParityCheck
-from larpixdaq.files.reader import DataFile
+from larpixdaq.files.reader import DataFile, plain
 from larpixdaq.files.walk import walk
 
 #: More findings than these are counted, not listed.
@@ -89,8 +89,23 @@ def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int
     books = Books(file, info)
     walk(file, info, books, parity, findings.add)
     books.close(findings.add)
+    _doubts(file, info, findings, notes)
     parity.close(findings.add, notes.append)
     return condition, books.packets
+
+
+def _doubts(file: DataFile, info: dict[str, Any], findings: Findings, notes: list[str]) -> None:
+    """What the producers suspect: no fault of the file, unless its condition keeps quiet about it."""
+    producers = file.producers()
+    doubts = []
+    for row in file.table("ledger/verdicts"):
+        one = plain(row)
+        if one["verdict"] != blocks.VERDICTS[0]:
+            name = file.source(row, producers, int(info["run"])).producer
+            doubts.append(f"{name}, io_group {one['io_group']}: {one['verdict']}: {one['why']}")
+    if doubts and info["condition"] == layout.COMPLETE:
+        findings.add(f"condition COMPLETE, although /ledger/verdicts says: {doubts[0]}")
+    notes += doubts[:MOST_FINDINGS]
 
 
 def _structure(file: DataFile, info: dict[str, Any], findings: Findings) -> None:

@@ -328,28 +328,26 @@ class RunFile:
         self,
         *,
         aborted: bool = False,
-        suspect: bool = False,
         continued: bool = False,
         owed: Mapping[Source, int] | None = None,
         texts: Mapping[str, str] | None = None,
     ) -> Report:
         """seal() and publish() in one: for whoever has the time."""
-        report = self.seal(aborted=aborted, suspect=suspect, continued=continued, owed=owed, texts=texts)
+        report = self.seal(aborted=aborted, continued=continued, owed=owed, texts=texts)
         return report._replace(path=self.publish())
 
     def seal(
         self,
         *,
         aborted: bool = False,
-        suspect: bool = False,
         continued: bool = False,
         owed: Mapping[Source, int] | None = None,
         texts: Mapping[str, str] | None = None,
     ) -> Report:
         """Write what is left, the totals and the condition: the file is whole then, and waits for publish().
 
-        aborted: the run was; suspect: boards were away for a while; continued: the run goes on in another part; owed:
-        rows that producers are known to keep still; texts: more for /run/texts, such as "previous part", "next part".
+        aborted: the run was; continued: the run goes on in another part; owed: rows that producers are known to keep
+        still; texts: more for /run/texts, such as "previous part", "next part".
         FileError when the disk fails: part and journal then stay for recovery.
         """
         self._usable()
@@ -360,7 +358,6 @@ class RunFile:
             owed,
             self.info.required_producers,
             aborted=aborted,
-            suspect=suspect,
             continued=continued,
             before=self._known,
             damaged=self._damaged,

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq.blocks import Verdict
 from larpixdaq.schema import Layout
 
 
@@ -67,6 +68,9 @@ class Source(Protocol):
         """Warnings since the last call, each one line (board silent, board back, device gone); the producer logs
         them."""
 
+    def evidence(self) -> list[Verdict]:
+        """What became of each io_group's data since start() before they reached us: at least one line for each."""
+
 
 class Decoder(Protocol):
     """What is needed of the decoders of _native.frames."""
@@ -109,3 +113,6 @@ class LiveSource:
     def problems(self) -> list[str]:
         problems, self._problems = self._problems, []
         return problems
+
+    def evidence(self) -> list[Verdict]:
+        return [Verdict(io_group, "complete", "", 0, 0, 0) for io_group in self.io_groups]
