@@ -61,6 +61,11 @@ class Core:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER)
         self._router.setsockopt(zmq.LINGER, 200)
+        # A host that vanished never closes its connections. The system's own look after them goes on while we stall.
+        self._router.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._router.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)
+        self._router.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 5)
+        self._router.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
         try:
             self._router.bind(address)
             #: Where the core listens, with the port that it got.
@@ -175,7 +180,8 @@ class Core:
         elif isinstance(message, Heartbeat):
             if isinstance(peer, Component):
                 self._peers.beat(peer, message, now)
-            self._send(peer.route, Update(session=peer.session, **self._current()))
+                self._runs.heard(peer, message, now)
+            self._send(peer.route, Update(request=message.request, session=peer.session, **self._current()))
         elif isinstance(message, Answer) and isinstance(peer, Component):
             if not self._forwarding.answered(peer, message) and not self._runs.answered(peer, message, now):
                 _log.info("%s answered what nobody waits for", peer.name)

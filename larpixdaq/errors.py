@@ -4,6 +4,7 @@ LarpixDaqError
 ├── ConfigError        wrong options or addresses
 ├── FormatError        bytes that are not what they should be (also a ValueError)
 ├── FileError          a file or directory that cannot be used (also an OSError)
+│   └── FileLocked         another process writes or recovers it
 ├── ProtocolError      a peer that says what it must not
 ├── RingError          the arena cannot be made or used
 ├── NoCore             no core answers
@@ -31,6 +32,10 @@ class FormatError(LarpixDaqError, ValueError):
 
 
 class FileError(LarpixDaqError, OSError):
+    pass
+
+
+class FileLocked(FileError):
     pass
 
 

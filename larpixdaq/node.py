@@ -75,9 +75,11 @@ class Node:
         self._begun = False
         self._beat = Heartbeat()
         self._status_due = 0.0
+        self._turned: float | None = None  # when the main loop last called report()
+        self._beaten = 0.0
         self._inbox: deque[FromCore] = deque()
         self._told: tuple[str, str, int | None, dict[str, str]] | None = None
-        self._recent: Recent[Answer] = Recent()
+        self._recent = Recent()
         self._ready = Waker()
         self._refused_since = 0.0
         self._refusal: Answer | None = None
@@ -140,12 +142,26 @@ class Node:
             self._on_name_taken()
 
     def report(self, progress: int, queued: int) -> None:
-        """The main loop's turn: work done so far and work waiting. Work without progress for 1 s reads `stuck`."""
+        """The main loop's turn, at least every 250 ms: work done so far and work waiting.
+
+        Work without progress for 1 s reads `stuck`, and so does a loop that turns no more.
+        """
+        self._turned = time.monotonic()
         status = None
         if self._status is not None and time.monotonic() >= self._status_due:
             self._status_due = time.monotonic() + HEARTBEAT
             status = self._status()
         self._beat = Heartbeat(progress=progress, queued=queued, status=status or self._beat.status)
+
+    @property
+    def heard(self) -> float:
+        """time.monotonic() of the last message from the core; 0 before the first."""
+        return self._link.heard
+
+    @property
+    def confirmed(self) -> float:
+        """time.monotonic() at which the newest heartbeat was sent that the core has answered under our session."""
+        return self._link.confirmed
 
     def close(self) -> None:
         """Say goodbye to the core, send what the log has not got yet (at most 1 s), stop the thread."""
@@ -231,8 +247,19 @@ class Node:
         )
 
     def _heartbeat(self) -> Heartbeat:
-        beat = self._beat
-        return Heartbeat(progress=beat.progress, queued=beat.queued + self._waiting(), status=beat.status)
+        now, beat = time.monotonic(), self._beat
+        if self._turned is not None and now - self._beaten > 2 * HEARTBEAT:
+            self._turned = now  # this thread stood still too: so did the whole process, and its loop is not to blame
+        self._beaten = now
+        idle = 0.0 if self._turned is None else max(0.0, now - self._turned)
+        return Heartbeat(
+            progress=beat.progress,
+            queued=beat.queued + self._waiting(),
+            idle=round(idle, 3),
+            run=self._engaged,
+            begun=self._begun,
+            status=beat.status,
+        )
 
     def _waiting(self) -> int:
         return sum(isinstance(message, Request) for message in list(self._inbox))
@@ -262,7 +289,7 @@ class Node:
 
     def _refuse(self, answer: Answer) -> None:
         now = time.monotonic()
-        if self._refusal is None:
+        if self._refusal is None or self._refusal.error != answer.error:
             self._refused_since = now
         if answer.error == "name_taken" and now - self._refused_since > PATIENCE and not self._gave_up:
             self._taken = self._gave_up = True

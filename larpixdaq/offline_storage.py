@@ -7,17 +7,21 @@ if __spec__ is None:  # run by its path: its folder would shadow the standard li
 
 import argparse
 import os
+import shlex
 import time
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import zmq
 
 from larpixdaq import config
-from larpixdaq.errors import FileError
+from larpixdaq.errors import FileError, RequestError
 from larpixdaq.files.names import highest_run
 from larpixdaq.node import Node
 from larpixdaq.storing import Storing
+from larpixdaq.storing.limits import Limits, limit
+from larpixdaq.storing.turn import Lock, Standing, await_turn
 from larpixdaq.stream import Consumer
 
 DEFAULT_NAME = "Offline storage"
@@ -25,15 +29,27 @@ DEFAULT_NAME = "Offline storage"
 TURN = 64
 #: Seconds that the loop waits at most.
 IDLE = 0.25
+#: So often (ms) it looks whether the core has answered, when it has stood still.
+DOUBT = 10
 
 
 class Storage:
     """The process around Storing: node, stream, loop."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        directory = _usable(options.output_dir)
+        self.directory = _usable(options.output_dir)
         name: str = options.name
-        self.storing = Storing(directory, name, "" if name == DEFAULT_NAME else name)
+        label = "" if name == DEFAULT_NAME else name
+        self._lock = Lock(self.directory, label)
+        self.storing = Storing(
+            self.directory,
+            name,
+            label,
+            limits=Limits.of(options.rotate),
+            on_close=options.on_close,
+            fsync=options.durability == "fsync",
+        )
+        self._info: dict[str, Any] = {"directory": str(self.directory.resolve())}
         self.node = Node(
             name,
             "storage",
@@ -42,55 +58,80 @@ class Storage:
                 "prepare_run": self.storing.prepare_run,
                 "begin_run": self.storing.begin_run,
                 "end_run": self.storing.end_run,
+                "report_run": self.storing.report_run,
                 "cancel_run": self.storing.cancel_run,
             },
-            info={
-                "directory": str(directory.resolve()),
-                "highest_run": highest_run(directory),
-                "free_bytes": self.storing.free(),
-            },
+            info=self._info,
             status=self.storing.status,
+            on_name_taken=self._name_taken,
         )
         self.consumer: Consumer | None = None
+        self._standing = Standing(self.node)
+        self._stands = True
+        self._frames = 0
+        self._changes = -1
 
     def run(self, signals: config.Signals) -> None:
         """Store and acknowledge until a signal comes."""
+        if not await_turn(self._lock, signals):
+            return
+        self._info |= {"highest_run": highest_run(self.directory), "free_bytes": self.storing.space.free()}
         self.node.connect()
         self.storing.resume()  # after connect(), so that what is wrong with a file reaches the log
-        self.consumer = Consumer(self.node.name, self.node.session, "all", positions=self.storing.where)
-        self.storing.stream = self.consumer
-        poller = zmq.Poller()
-        for descriptor in (signals.fileno(), self.node.fileno(), self.consumer.fileno()):
-            poller.register(descriptor, zmq.POLLIN)
-        frames, changes = 0, -1
+        consumer = self.consumer = Consumer(self.node.name, self.node.session, "all", positions=self.storing.where)
+        self.storing.stream = consumer
+        poller, deaf = zmq.Poller(), zmq.Poller()
+        for descriptor in (signals, self.node, consumer, self.storing.finisher):
+            poller.register(descriptor.fileno(), zmq.POLLIN)
+        for descriptor in (signals, self.node):
+            deaf.register(descriptor.fileno(), zmq.POLLIN)
         while not signals.stop:
-            poller.poll(ceil(self._timeout() * 1000))
-            self.node.dispatch()
-            if self.node.changes != changes:
-                changes = self.node.changes
-                self.consumer.session = self.node.session
-                self.consumer.connect(self.node.producers)
-            for _ in range(TURN):
-                received = self.consumer.next()
-                if received is None:
-                    break
-                frames += 1
-                self.storing.receive(*received)
-            self.storing.work()
-            self.node.report(frames, self.consumer.queued)
+            if self._stands:
+                poller.poll(ceil(self._timeout(consumer) * 1000))
+            else:  # the core's word is awaited; what the producers say is left where it is
+                deaf.poll(DOUBT)
+            self._turn(consumer)
 
-    def _timeout(self) -> float:
-        assert self.consumer is not None
-        if self.consumer.queued:
+    def _turn(self, consumer: Consumer) -> None:
+        self.node.dispatch()
+        if self.node.changes != self._changes:
+            self._changes = self.node.changes
+            consumer.session = self.node.session
+            consumer.connect(self.node.producers)
+        consumer.confirmed = self.node.confirmed
+        for _ in range(TURN):
+            received = consumer.next() if self._good(consumer) else None
+            if received is None:
+                break
+            self._frames += 1
+            self.storing.receive(*received)
+        if self._good(consumer):
+            self.storing.work()
+        self.node.report(self._frames, consumer.queued)
+
+    def _good(self, consumer: Consumer) -> bool:
+        """Whether we may write and acknowledge: not after we have stood still, before the core has answered."""
+        before, self._stands = self._stands, self._standing.good()
+        if self._stands and not before:
+            consumer.again()
+        return self._stands
+
+    def _timeout(self, consumer: Consumer) -> float:
+        if consumer.queued:
             return 0.0
         due = self.storing.due()
         return IDLE if due is None else min(IDLE, max(0.0, due - time.monotonic()))
+
+    def _name_taken(self) -> None:
+        self.storing.supersede()
+        raise RequestError(f"{self.node.name}: another storage has taken this name; its run goes on there")
 
     def close(self) -> None:
         self.storing.close()
         if self.consumer is not None:
             self.consumer.close()
         self.node.close()
+        self._lock.release()
 
 
 def _usable(directory: Path) -> Path:
@@ -99,6 +140,34 @@ def _usable(directory: Path) -> Path:
     if not os.access(directory, os.W_OK | os.X_OK):
         raise FileError(f"--output-dir {directory}: not writable")
     return directory.absolute()  # its files are named to people and programs that may stand elsewhere
+
+
+def add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a storage takes beside its directory, its name and the core."""
+    parser.add_argument(
+        "--rotate", type=limit, action="append", default=[], metavar="LIMIT",
+        help="go on in a further file at a number of rows (500krows, 100Mrows), at a size (500MB, 4GiB) or after a "
+        "time (30s, 5min, 2h); may be given several times (default: one file a run)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--on-close", type=_command, default=(), metavar="COMMAND",
+        help="run this on every finished file, whose path is appended to it; without a shell; it has 600 s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--durability", choices=("flush", "fsync"), default="flush",
+        help="what is acknowledged survives the death of any process (flush) or a power cut too (fsync, which waits "
+        "for the disk) (default %(default)s)",
+    )  # fmt: skip
+
+
+def _command(text: str) -> tuple[str, ...]:
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    if not words:
+        raise argparse.ArgumentTypeError("expected a command, found nothing")
+    return words
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         "-o", "--output-dir", type=Path, default=Path("."), metavar="DIR",
         help="directory for the files (default: the current one)",
     )  # fmt: skip
+    add_own_arguments(parser)
     options = parser.parse_args(argv)
 
     def work() -> None:

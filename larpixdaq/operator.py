@@ -16,6 +16,7 @@ from typing import Any
 
 from larpixdaq import config
 from larpixdaq.control.requests import Connection, Request, Response
+from larpixdaq.control.words import lines
 from larpixdaq.states import NO_CORE, PRODUCER, RUN_DATA
 
 __all__ = ["Operator", "Request", "Response"]
@@ -96,14 +97,17 @@ class Operator:
         return self._core("actions", component=component)
 
     def status(self) -> Request:
-        """All that the core knows: state, run, last_run (with its condition), components, control, insecure, ..."""
-        return self._core("status")
+        """All that the core knows: state, run, last_run (with its condition), components, control, insecure, ...
+
+        Shown in words, as by `larpixdaq status`; `.result()` gives the dict.
+        """
+        return self._connection.ask("status", {}, "", "", lambda found: "\n".join(lines(found)))
 
     def run_info(self, run: int | None = None) -> Request:
         """What is known of a run (default: the one going on, or the last).
 
-        Times in unix s, condition, rows, files, reasons, comments; of the one going on also `live`, the components'
-        own numbers.
+        Times in unix s, condition, rows, files, reasons, comments, and file_details (storage, path, bytes, sha256,
+        condition, time of each file that is closed); of the one going on also `live`, the components' own numbers.
         """
         return self._core("run_info", run=run)
 

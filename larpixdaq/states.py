@@ -38,7 +38,7 @@ CONDITIONS: Final = (COMPLETE, SUSPECT, INCOMPLETE, INTERRUPTED, ABORTED)
 #: Actions of components that only look; all others need control.
 LOOKING: Final = frozenset({"list_routines", "packet_rate", "packets", "messages", "adc_histogram", "run_info"})
 #: Actions of components that only the core itself may ask for.
-RUN_ACTIONS: Final = frozenset({"prepare_run", "begin_run", "end_run", "abort_run", "cancel_run"})
+RUN_ACTIONS: Final = frozenset({"prepare_run", "begin_run", "end_run", "abort_run", "cancel_run", "report_run"})
 
 # Seconds.
 HEARTBEAT: Final = 0.25

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,18 @@ def wait_until(condition: Any, what: str, limit: float = LIMIT) -> None:
 class Emulator:
     """A `larpixdaq-emulator pacman` process; `ready` are its ports, `finish()` returns what it says it sent."""
 
-    def __init__(self, *args: str) -> None:
-        command = [sys.executable, "-m", "larpixdaq.emulators", "pacman", "--data-port", "0", "--command-port", "0"]
+    def __init__(self, *args: str, prefix: Sequence[str] = ()) -> None:
+        command = [
+            *prefix,
+            sys.executable,
+            "-m",
+            "larpixdaq.emulators",
+            "pacman",
+            "--data-port",
+            "0",
+            "--command-port",
+            "0",
+        ]
         self.process = subprocess.Popen(
             command + list(args), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
         )

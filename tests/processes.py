@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,25 @@ def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
 
 
 class Process:
-    """`python -m MODULE ...` with its output in files; stopped and reaped in any case when its context ends."""
+    """`python -m MODULE ...` with its output in files; stopped and reaped in any case when its context ends.
 
-    def __init__(self, module: str, *args: object, directory: Path, env: dict[str, str] | None = None) -> None:
+    `prefix` goes before the command: a program that becomes this one, in another network namespace for example.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *args: object,
+        directory: Path,
+        env: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.name = module
         self._out = directory / f"{module}.{os.urandom(3).hex()}.out"
         with open(self._out, "wb") as out, open(self._out.with_suffix(".err"), "wb") as err:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, args)],
+                [*prefix, sys.executable, "-m", module, *map(str, args)],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

@@ -10,6 +10,7 @@ from actors import Actor, core, producer
 from processes import LIMIT, Process, free_port, until
 
 from larpixdaq import config
+from larpixdaq.control.messages import Answer, content, packed
 from larpixdaq.control.recent import Recent
 from larpixdaq.errors import ConfigError, FileError, NoCore, RequestError
 from larpixdaq.node import Node
@@ -119,6 +120,33 @@ def test_heartbeats_go_on_while_the_main_loop_does_not(running, operator):
         node.close()
 
 
+def test_a_main_loop_that_turns_no_more_reads_stuck(running, operator):
+    node = Node("it", "storage", running.address, {}, info={})
+
+    def described():
+        (one,) = operator.components().result(LIMIT)
+        return one
+
+    try:
+        node.connect()
+        until(lambda: described()["heard_s"] < 0.2 and not described()["stuck"], "heartbeats before the loop begins")
+        node.report(5, 0)  # the last time: nothing was queued then
+        until(lambda: described()["stuck"], "stuck")
+        assert (described()["alive"], described()["queued"]) == (True, 0)
+        until(lambda: node.report(5, 0) or not described()["stuck"], "moving again")
+    finally:
+        node.close()
+
+
+def test_a_callback_that_fails_does_not_end_the_link(running, operator, caplog):
+    with actor(running.address, {"a": 1}).running() as it:
+        hello, it.node._link._beat = it.node._link._beat, lambda: 1 / 0
+        until(lambda: "has failed" in caplog.text, "the complaint")
+        it.node._link._beat = hello
+        until(lambda: [one["alive"] for one in operator.components().result(LIMIT)] == [True], "life")
+        assert operator.call("it", "a").result(LIMIT) == 1
+
+
 def test_a_status_that_cannot_travel_does_not_stop_the_heartbeats(running, operator, caplog):
     with actor(running.address, {}).running() as it:
         it.status = {"x": object()}
@@ -204,15 +232,31 @@ def test_lost_and_back_without_having_been_replaced(tmp_path, running, operator)
         until(lambda: alive() == [], "goodbye")
 
 
+def result(request, value=0):
+    return Answer(request=request, kind="result", value=packed(value))
+
+
 def test_recent_forgets_only_what_is_finished():
     recent = Recent()
     assert not recent.seen("unfinished")
     for i in range(5000):
         assert not recent.seen(str(i))
-        recent.keep(str(i), i)
+        recent.keep(str(i), result(str(i), i))
     assert recent.seen("unfinished")
-    assert recent.answer("4999") == 4999
+    assert content(recent.answer("4999")) == 4999
     assert not recent.seen("0")
+
+
+def test_large_results_are_not_kept_by_the_thousand():
+    recent = Recent()
+    for i in range(500):
+        recent.seen(str(i))
+        recent.keep(str(i), result(str(i), bytes(100_000)))
+    assert len(content(recent.answer("499"))) == 100_000
+    assert sum(len(bytes(recent.answer(str(i)).value)) for i in range(500)) < 10_000_000
+    forgotten = recent.answer("0")  # but that it was done is known
+    assert (forgotten.kind, forgotten.request) == ("error", "0")
+    assert "ask again" in forgotten.text
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from larpixdaq.cli import status
+from larpixdaq.control import space, words
 from larpixdaq.control.readable import SHOWN, readable
 from larpixdaq.control.requests import Request, Response
 
@@ -103,7 +103,7 @@ def test_status_in_words():
             component("Online monitor", "run_data", {}, {"run": None}),
         ],
     }
-    assert status.lines(found) == [
+    assert words.lines(found) == [
         "state RUN, run 4 (physics), since 2026-11-22 13:50:08 UTC: cosmics",
         "MISSING in this run: Offline storage",
         "control: me@daq, since 2026-11-22 13:50:08 UTC",
@@ -116,16 +116,63 @@ def test_status_in_words():
     ]
 
 
+FULL = {
+    "files": ["run0000004_x_001.h5.part"], "rows": 5, "bytes": 1500, "free_bytes": 13e9, "duplicates": 0,
+    "paused": "no space left on /data", "seconds_left": 720, "bytes_per_second": 18e6,
+    "finished": [{"run": 4, "file": "/d/run0000004_x_000.h5", "bytes": 2500, "sha256": "", "condition": "CONTINUED"}],
+}  # fmt: skip
+
+
+def test_what_nobody_may_overlook_in_the_status():
+    spooling = BOARD | {"spooled_blocks": 7, "spooled_bytes": 3_400_000, "inherited": 5, "finished": False}
+    found = {
+        "state": "STOP",
+        "run": None,
+        "components": [
+            component("Offline storage", "storage", {"directory": "/data"}, FULL),
+            component("Old storage", "storage", {"directory": "/data"}, FULL, alive=False),
+            component("LArPix board", "producer", {"source": "x"}, spooling),
+        ],
+    }
+    shown = words.lines(found)
+    assert shown[1:3] == [
+        "PAUSED: Offline storage writes nothing: no space left on /data",
+        "DISK NEARLY FULL: Offline storage: 12 min until the disk is full at 18 MB/s",
+    ]
+    assert shown[3] == (
+        "Offline storage  alive  /data; 13 GB free; PAUSED; 12 min until the disk is full at 18 MB/s; "
+        "writing run0000004_x_001.h5.part: 5 rows, 1.5 kB; last closed: run0000004_x_000.h5, 2.5 kB, CONTINUED"
+    )
+    assert shown[5].endswith(
+        "blocks not yet stored: 2 (ring 25% full); 7 of them in the spool on disk (3.4 MB); "
+        "5 blocks of the process before it not yet stored"
+    )
+
+
+def test_durations():
+    assert [space.duration(seconds) for seconds in (0, 59.4, 60, 719, 5999, 6000, 12_000, 200_000)] == [
+        "0 s",
+        "59 s",
+        "1 min",
+        "11 min",
+        "99 min",
+        "1 h 40 min",
+        "3 h 20 min",
+        "2 days",
+    ]
+    assert space.time_to_full({}) == space.time_to_full({"seconds_left": None, "bytes_per_second": 0}) == ""
+
+
 def test_status_of_a_component_that_speaks_otherwise():
     stranger = component("other", "producer", {}, {"packets": 5})
-    assert status.lines({"state": "STOP", "run": None, "components": [stranger]}) == [
+    assert words.lines({"state": "STOP", "run": None, "components": [stranger]}) == [
         "state STOP",
         "other  alive  packets 5",
     ]
 
 
 def test_sizes():
-    assert [status.size(count) for count in (0, 512, 25139, 77.3e9, 5e15)] == [
+    assert [space.size(count) for count in (0, 512, 25139, 77.3e9, 5e15)] == [
         "0 B",
         "512 B",
         "25.1 kB",

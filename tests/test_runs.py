@@ -1,131 +1,15 @@
-"""The run states without sockets: any order of requests, answers, losses and delays, against a simple model."""
+"""The run states without sockets: what is asked of whom, what follows from the answers, and what a run is worth."""
 
-import shutil
-import tempfile
-from pathlib import Path
+import sqlite3
 
 import pytest
 from actors import counts
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from team import EPOCHS, KINDS, Team, ask, do, finished, restart
 
 from larpixdaq.control.catalogue import Catalogue, Run
-from larpixdaq.control.messages import Answer, Register, packed
-from larpixdaq.control.peers import Peers
-from larpixdaq.control.runs import RunControl
-from larpixdaq.errors import ComponentError, FileError, LarpixDaqError, StateError
-from larpixdaq.states import ABORTED, COMPLETE, ENDED, INCOMPLETE, INTERRUPTED, PREPARING, SUSPECT
-
-KINDS = {
-    "board 1": "producer",
-    "board 2": "producer",
-    "disk 1": "storage",
-    "disk 2": "storage",
-    "monitor": "run_data",
-}
-EPOCHS = {"board 1": 1, "board 2": 2}
-
-
-class Team:
-    """Components that wait to be told what to answer. What is sent is checked against the catalogue."""
-
-    def __init__(self, directory):
-        self.catalogue = Catalogue(directory)
-        self.peers = Peers()
-        self.runs = RunControl(self.peers, self.catalogue, self)
-        self.waiting = []  # (name, request, action, params)
-        self.sent = []  # (name, action)
-        self.ids = 0
-        self.now = 1000.0
-        self.instance = {}
-        self.inside = {}  # name -> run it is in
-
-    def new_id(self):
-        self.ids += 1
-        return str(self.ids)
-
-    def send(self, name, request, action, params):
-        if name not in self.peers.components:
-            return False
-        run = self.catalogue.find(params["run"])
-        assert run is not None, "somebody was told of a run before the catalogue was"
-        self.sent.append((name, action))
-        if request not in [one[1] for one in self.waiting]:
-            self.waiting.append((name, request, action, params))
-        return True
-
-    def register(self, name, instance="1", run=None, **info):
-        self.instance[name] = instance
-        info = {"layout": 2, "asic": "2", "epoch": EPOCHS.get(name, 0), "free_bytes": 1 << 40, "directory": "/d"} | info
-        message = Register(name=name, kind=KINDS[name], instance=instance, info=info, run=run)
-        component = self.peers.register(message, name.encode(), self.now)
-        self.runs.registered(component, self.now)
-        return component
-
-    def lose(self, name):
-        self.peers.goodbye(self.peers.components[name])
-        self.runs.lost(name, self.now)
-
-    def value(self, name, action, params):
-        if KINDS[name] == "producer":
-            epoch = EPOCHS[name]
-            if action == "prepare_run":
-                return {"epoch": epoch, "layout": 2}
-            if action in ("end_run", "abort_run"):
-                return {"epoch": epoch, "next": 4, "rows": 10, "counts": [counts(1, 10)], "warning": None}
-        if KINDS[name] == "storage":
-            if action == "prepare_run":
-                return {"file": f"/d/{name}", "free_bytes": 1 << 40}
-            if action == "end_run":
-                stored = [[one["name"], one["epoch"], 1, 10] for one in params["producers"] if one["next"] is not None]
-                whole = all(one["next"] is not None for one in params["producers"])
-                condition = COMPLETE if whole else INTERRUPTED
-                return {"files": [name], "condition": condition, "rows": 10 * len(stored), "stored": stored}
-        return {}
-
-    def answer(self, index=0, failing=False, **changed):
-        name, request, action, params = self.waiting.pop(index)
-        component = self.peers.components.get(name)
-        if component is None:
-            return
-        if failing:
-            answer = Answer(request=request, kind="error", text="it broke", error="failed")
-        else:
-            answer = Answer(request=request, kind="result", value=packed(self.value(name, action, params) | changed))
-        self.runs.answered(component, answer, self.now)
-
-    def answer_all(self):
-        while self.waiting:
-            self.answer()
-
-    def advance(self, seconds):
-        self.now += seconds
-        self.runs.tick(self.now)
-
-    def close(self):
-        self.catalogue.close()
-
-
-class Reply:
-    def __init__(self):
-        self.ends = []
-
-    def progress(self, component, text, done=0, total=0):
-        assert not self.ends
-
-    def result(self, value):
-        self.ends.append(value)
-
-    def error(self, error):
-        assert isinstance(error, LarpixDaqError)
-        self.ends.append(error)
-
-    def value(self):
-        (value,) = self.ends
-        if isinstance(value, Exception):
-            raise value
-        return value
+from larpixdaq.errors import ComponentError, FileError, StateError
+from larpixdaq.schema import COUNTS
+from larpixdaq.states import ABORTED, COMPLETE, ENDED, INCOMPLETE, INTERRUPTED, SUSPECT
 
 
 @pytest.fixture
@@ -135,24 +19,6 @@ def team(tmp_path):
         team.register(name)
     yield team
     team.close()
-
-
-def ask(team, action):
-    """Start a step of the run; its Reply."""
-    reply = Reply()
-    if action == "prepare":
-        team.runs.prepare("c", "physics", "me", reply, team.now)
-    elif action == "abort":
-        team.runs.abort("me", reply, team.now)
-    else:
-        getattr(team.runs, action)(reply, team.now)
-    return reply
-
-
-def do(team, action):
-    reply = ask(team, action)
-    team.answer_all()
-    return reply.value()
 
 
 def test_a_run_from_beginning_to_end(team):
@@ -322,6 +188,7 @@ def test_rows_that_are_missing_are_named(team):
     ("first", "second", "run"),
     [
         (COMPLETE, INCOMPLETE, COMPLETE),
+        (COMPLETE, SUSPECT, SUSPECT),
         (SUSPECT, INTERRUPTED, SUSPECT),
         (INTERRUPTED, INCOMPLETE, INCOMPLETE),
         ("nonsense", "nonsense", INTERRUPTED),
@@ -405,7 +272,221 @@ def test_a_restarted_producer_joins_the_run_under_a_new_epoch(team, monkeypatch)
     assert [action for name, action in team.sent if name == "board 2"] == ["prepare_run", "begin_run"] * 2
     result = do(team, "end")
     assert result["condition"] == INTERRUPTED
-    assert "board 2: totals of epoch 2 did not reach the core" in result["reasons"]
+    assert "board 2: the totals of epoch 2 are unknown" in result["reasons"]
+
+
+def died(team, monkeypatch, name="board 2", epoch=99):
+    """A producer in RUN dies and goes on under another epoch."""
+    do(team, "prepare")
+    do(team, "begin")
+    before = EPOCHS[name]
+    team.lose(name)
+    monkeypatch.setitem(EPOCHS, name, epoch)
+    team.register(name, instance="restarted")
+    team.answer_all()
+    return before
+
+
+AWAY = "board 2 was away for a part of the run: what its boards sent then did not reach us"
+
+
+def test_totals_that_a_successor_found_in_the_ring_count(team, monkeypatch):
+    before = died(team, monkeypatch)
+    team.inherited["board 2"] = [before]
+    reply = ask(team, "end")
+    while not reply.ends:
+        name, _, action, params = team.waiting[0]
+        if name == "disk 1" and action == "end_run":
+            told = [(one["name"], one["epoch"], one["next"]) for one in params["producers"]]
+            assert told == [("board 1", 1, 4), ("board 2", 2, 4), ("board 2", 99, 4)]
+        team.answer()
+    result = reply.value()
+    assert (result["condition"], result["rows"], result["stored"]) == (SUSPECT, 30, 30)
+    assert result["reasons"] == [AWAY]
+
+
+def test_a_predecessor_that_the_core_had_not_heard_of_is_awaited_too(team):
+    do(team, "prepare")
+    team.inherited["board 1"] = [55]
+    result = do(team, "end")
+    assert team.catalogue.find(1).producers["board 1"] == [55, 1]
+    assert (result["condition"], result["rows"]) == (SUSPECT, 30)
+
+
+def test_totals_that_only_an_end_record_in_a_file_knows(team, monkeypatch):
+    before = died(team, monkeypatch)
+    reply = ask(team, "end")
+    stored = [["board 1", 1, 1, 10], ["board 2", 2, 1, 8], ["board 2", 99, 1, 10]]
+    while not reply.ends:
+        if team.waiting[0][0] == "disk 1":
+            # It has the record, and two rows less than that says; the other one has all.
+            team.answer(condition=COMPLETE, stored=stored, ends=[["board 2", before, 4, "recovered", 10]])
+        elif team.waiting[0][0] == "disk 2":
+            team.answer(condition=COMPLETE, stored=[*stored[:1], ["board 2", 2, 1, 10], stored[2]])
+        else:
+            team.answer()
+    result = reply.value()
+    assert (result["condition"], result["rows"], result["stored"]) == (SUSPECT, 30, 30)
+    assert result["reasons"] == [AWAY, "disk 1: 8 rows of board 2 (epoch 2) are stored, 10 were made"]
+
+
+def test_rows_that_found_no_room_are_not_missing_in_a_file(team):
+    do(team, "prepare")
+    reply = ask(team, "end")
+    line = counts(1, 10)
+    line[1 + COUNTS.index("dropped")] = 3
+    while not reply.ends:
+        name = team.waiting[0][0]
+        if name == "board 1":
+            team.answer(counts=[line])
+        elif name.startswith("disk"):
+            stored = [["board 1", 1, 1, 7], ["board 2", 2, 1, 10]]
+            team.answer(stored=stored, condition=INCOMPLETE, reasons=["3 rows found no room"])
+        else:
+            team.answer()
+    assert reply.value()["condition"] == INCOMPLETE
+    assert reply.value()["reasons"] == ["disk 1: 3 rows found no room", "disk 2: 3 rows found no room"]
+
+
+def interrupted(team):
+    """Run 1, over without board 2, which has died; disk 1 has only what came from board 1."""
+    do(team, "prepare")
+    do(team, "begin")
+    team.lose("board 2")
+    reply = ask(team, "end")
+    team.answer_all()
+    team.advance(5.1)
+    team.answer_all()
+    assert reply.value()["condition"] == INTERRUPTED
+    assert "board 2 is lost" in reply.value()["reasons"]
+
+
+def whole(name="disk 1", *more):
+    """All of run 1, with the end that board 2's successor has brought."""
+    stored = [["board 1", 1, 1, 10], ["board 2", 2, 1, 10]]
+    ends = [["board 1", 1, 4, "closed", 10], ["board 2", 2, 4, "recovered", 10]]
+    return {"files": [name, *more], "condition": SUSPECT, "rows": 20, "stored": stored, "ends": ends}
+
+
+def test_what_is_delivered_after_the_end_completes_the_run(team):
+    interrupted(team)
+    team.beat("disk 1", finished=[finished(1, "disk 1", INTERRUPTED)])
+    team.answer_all()
+    assert team.catalogue.find(1).condition == INTERRUPTED
+    team.has["disk 1", 1] = whole("disk 1", "further")
+    told = [finished(1, "disk 1", INTERRUPTED), finished(1, "/d/further", SUSPECT)]
+    team.beat("disk 1", finished=told)
+    assert [one[:3:2] for one in team.waiting] == [("disk 1", "report_run")]
+    team.answer_all()
+    found = team.catalogue.find(1)
+    assert (found.condition, found.rows, found.stored) == (SUSPECT, 20, 20)
+    assert found.files == ["disk 1", "further", "disk 2"]
+    assert found.reasons[0] == AWAY
+    details = team.catalogue.files(1)
+    assert [(one["storage"], one["path"], one["condition"]) for one in details] == [
+        ("disk 1", "/d/disk 1", INTERRUPTED),
+        ("disk 1", "/d/further", SUSPECT),
+    ]
+    assert (details[0]["bytes"], details[0]["sha256"]) == (1234, "ab" * 32)
+    # Nothing new, nothing to ask: also by a core that has not heard it yet.
+    team.beat("disk 1", finished=told)
+    assert not team.waiting
+    second = restart(team)
+    for name in KINDS:
+        second.register(name)
+    second.beat("disk 1", finished=told)
+    assert not second.waiting
+    second.close()
+
+
+def test_copies_that_are_delivered_later_at_the_same_time(team):
+    interrupted(team)
+    for name in ("disk 1", "disk 2"):
+        team.has[name, 1] = whole(name, f"{name} later")
+        team.beat(name, finished=[finished(1, f"{name} later")])
+    team.answer_all()
+    assert team.catalogue.find(1).files == ["disk 1", "disk 1 later", "disk 2", "disk 2 later"]
+
+
+def test_a_storage_that_comes_back_is_asked_about_the_newest_run(team):
+    do(team, "prepare")
+    do(team, "begin")
+    team.lose("disk 1")
+    team.lose("disk 2")
+    reply = ask(team, "end")
+    team.answer_all()
+    team.advance(5.1)
+    team.answer_all()
+    assert reply.value()["condition"] == INTERRUPTED
+    team.has["disk 2", 1] = whole("disk 2") | {"condition": COMPLETE, "ends": []}
+    team.register("disk 2", instance="restarted")
+    assert [one[:3:2] for one in team.waiting] == [("disk 2", "report_run")]
+    team.answer_all()
+    found = team.catalogue.find(1)
+    assert (found.condition, found.files) == (COMPLETE, ["disk 2"])
+    assert found.reasons == ["disk 1: has not reported"]
+    team.register("disk 1", instance="restarted")  # it cannot make it better, but has not had its say
+    team.answer_all()
+    assert team.catalogue.find(1).condition == COMPLETE
+    team.lose("disk 1")
+    team.register("disk 1")
+    assert not team.waiting
+
+
+def test_an_aborted_run_stays_aborted_whatever_is_delivered_later(team):
+    do(team, "prepare")
+    do(team, "abort")
+    team.has["disk 1", 1] = whole("disk 1", "further")
+    team.beat("disk 1", finished=[finished(1, "further")])
+    team.answer_all()
+    found = team.catalogue.find(1)
+    assert (found.condition, found.files) == (ABORTED, ["disk 1", "further", "disk 2"])
+
+
+@pytest.mark.parametrize("told", ["x", [1], [{"run": 1}], [finished(2**63, "a")], [finished(0, "a")], {"a": 1}])
+def test_nonsense_about_finished_files_harms_nobody(team, told, caplog):
+    interrupted(team)
+    team.beat("disk 1", finished=told)
+    team.beat("disk 1", finished=told)
+    assert not team.waiting
+    assert caplog.text.count("disk 1: what it says of finished files is not understood") == 1
+
+
+def test_a_run_is_not_held_up_by_who_was_lost_long_ago(team):
+    do(team, "prepare")
+    do(team, "begin")
+    component = team.peers.components["disk 2"]
+    team.lose("disk 2")
+    team.peers.lost["disk 2"] = (team.now, component)
+    team.advance(30)
+    result = do(team, "end")
+    assert (result["condition"], result["files"]) == (COMPLETE, ["disk 1"])
+    assert result["reasons"] == ["disk 2 is lost", "disk 2: has not reported"]
+    assert team.catalogue.find(1).storages == ["disk 1", "disk 2"]
+
+
+def test_a_storage_whose_answer_was_lost_with_the_core_is_asked_for_a_report(team):
+    do(team, "prepare")
+    do(team, "begin")
+    ask(team, "end")
+    team.answer_all()  # the catalogue's last word is that the run is being ended
+    run = team.catalogue.find(1)
+    run.phase, run.reports, run.ends = "ENDING", {}, []
+    team.catalogue.save(run)
+    second = restart(team)
+    second.has = {(name, 1): whole(name) | {"condition": COMPLETE} for name in ("disk 1", "disk 2")}
+    for one in second.has.values():
+        one["ends"] = [["board 1", 1, 4, "closed", 10], ["board 2", 2, 4, "closed", 10]]
+    second.register("monitor", run=1)  # it alone has not heard of the end
+    for name in KINDS:
+        if name != "monitor":
+            second.register(name)
+    second.advance(2.1)
+    while second.waiting:
+        second.answer(failing=second.waiting[0][2] == "end_run" and second.waiting[0][0] != "monitor")
+    found = second.catalogue.find(1)
+    assert (found.condition, found.rows, found.stored, found.reasons) == (COMPLETE, 20, 20, [])
+    second.close()
 
 
 def test_a_name_that_was_not_there_stays_out_but_a_monitor_joins(team):
@@ -451,14 +532,6 @@ def test_abort_of_prepare_and_in_stop(team):
     assert aborting.value()["condition"] == "CANCELLED"
     assert team.runs.state == "STOP"
     assert do(team, "abort")["run"] is None
-
-
-def restart(team):
-    """Another core with the same catalogue."""
-    new = object.__new__(Team)
-    team.close()
-    new.__init__(team.catalogue.path.parent)
-    return new
 
 
 @pytest.mark.parametrize(("steps", "state"), [(("prepare",), "READY"), (("prepare", "begin"), "RUN")])
@@ -508,7 +581,7 @@ def test_a_restarted_core_with_fresh_components_starts_anew(team):
 def test_a_core_that_died_in_prepare_cancels(team):
     ask(team, "prepare")
     second = restart(team)
-    assert second.catalogue.find(1).phase == PREPARING
+    assert second.catalogue.find(1).condition == "CANCELLED"
     second.register("board 1", run=1)
     assert second.waiting[0][2] == "cancel_run"
     second.answer_all()
@@ -540,6 +613,37 @@ def test_a_catalogue_that_is_none(tmp_path):
         Catalogue(tmp_path)
 
 
+def test_a_catalogue_of_the_schema_before(tmp_path):
+    db = sqlite3.connect(tmp_path / "catalogue.sqlite")
+    db.executescript("""
+        CREATE TABLE runs (
+            run INTEGER PRIMARY KEY, phase TEXT NOT NULL, kind TEXT NOT NULL, comment TEXT NOT NULL, operator TEXT
+            NOT NULL, prepared_ns INTEGER NOT NULL, begun_ns INTEGER, ended_ns INTEGER, condition TEXT NOT NULL,
+            details TEXT NOT NULL);
+        CREATE TABLE comments (
+            run INTEGER NOT NULL, time_ns INTEGER NOT NULL, operator TEXT NOT NULL, text TEXT NOT NULL);
+        INSERT INTO runs VALUES (7, 'ENDED', 'physics', 'c', 'me', 1, 2, 3, 'COMPLETE', '{"files": ["a.h5"]}');
+        PRAGMA user_version=1;
+    """)
+    db.close()
+    catalogue = Catalogue(tmp_path)
+    assert (catalogue.highest(), catalogue.find(7).files, catalogue.files(7)) == (7, ["a.h5"], [])
+    assert catalogue.add_file("disk", "/d/a.h5", 7, 10, "", COMPLETE)
+    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "00", COMPLETE)  # the same file, its checksum is known now
+    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "", COMPLETE)  # told by another process, not known again
+    assert catalogue.files(7)[0]["sha256"] == "00"
+    assert catalogue.add_file("disk", "/d/a.h5", 7, 20, "11", COMPLETE)
+    catalogue.close()
+    catalogue = Catalogue(tmp_path)
+    assert [(one["path"], one["bytes"]) for one in catalogue.files(7)] == [("/d/a.h5", 20)]
+    catalogue.close()
+    db = sqlite3.connect(tmp_path / "catalogue.sqlite")
+    db.execute("PRAGMA user_version=99")
+    db.close()
+    with pytest.raises(FileError, match="schema 99, here 2"):
+        Catalogue(tmp_path)
+
+
 def test_comments_are_kept_with_the_run(team):
     with pytest.raises(StateError):
         team.runs.comment("me", "too early")
@@ -547,114 +651,3 @@ def test_comments_are_kept_with_the_run(team):
     assert team.runs.comment("me", "beam is on") == 1
     (comment,) = team.catalogue.comments(1)
     assert (comment["operator"], comment["text"]) == ("me", "beam is on")
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """The model: the state follows from which steps have ended well; every step ends exactly once."""
-
-    def __init__(self):
-        super().__init__()
-        self.directory = Path(tempfile.mkdtemp())
-        self.team = Team(self.directory)
-        for name in KINDS:
-            self.team.register(name)
-        self.state = "STOP"
-        self.going_on = None  # (action, reply)
-        self.numbers = []
-        self.restarts = 0
-
-    def teardown(self):
-        try:
-            # Whatever has happened: within a minute all is quiet again, and the next run can be taken.
-            for _ in range(12):
-                self.team.answer_all()
-                self.team.advance(6)
-            self.look()
-            assert self.team.runs.main is None
-            if self.team.runs.state != "STOP":
-                do(self.team, "abort")
-            for name in KINDS:
-                if name not in self.team.peers.components:
-                    self.team.register(name, "last")
-            do(self.team, "abort")
-            assert self.team.runs.state == "STOP"
-            assert do(self.team, "prepare")["run"] > max(self.numbers, default=0)
-        finally:
-            self.team.close()
-            shutil.rmtree(self.directory)
-
-    def look(self):
-        """Follow in the model what has ended."""
-        if self.going_on is not None and self.going_on[1].ends:
-            action, reply = self.going_on
-            (value,) = reply.ends
-            self.going_on = None
-            if action == "prepare":
-                self.state = "STOP" if isinstance(value, Exception) else "READY"
-            elif action == "begin":
-                self.state = "STOP" if isinstance(value, Exception) else "RUN"
-            else:
-                assert not isinstance(value, Exception), f"{action} did not reach STOP: {value}"
-                self.state = "STOP"
-
-    @rule(action=st.sampled_from(["prepare", "begin", "end", "abort"]))
-    def ask(self, action):
-        self.look()
-        before = self.going_on
-        refusal = None
-        try:
-            reply = ask(self.team, action)
-        except LarpixDaqError as error:
-            refusal = error
-        if refusal is not None:
-            assert action != "abort"
-            allowed = {"prepare": ("STOP",), "begin": ("READY",), "end": ("READY", "RUN")}[action]
-            if self.state in allowed and before is None:
-                assert action == "prepare"
-                assert isinstance(refusal, ComponentError)
-            return
-        if before is not None:
-            assert action == "abort"
-            assert isinstance(before[1].ends[0], StateError)
-        if action == "prepare":
-            number = self.team.catalogue.highest()
-            assert number not in self.numbers
-            self.numbers.append(number)
-        self.going_on = (action, reply)
-
-    @precondition(lambda self: self.team.waiting)
-    @rule(data=st.data(), failing=st.sampled_from([False, False, False, True]))
-    def answer(self, data, failing):
-        self.team.answer(data.draw(st.integers(0, len(self.team.waiting) - 1)), failing)
-
-    @rule()
-    def answer_all(self):
-        self.team.answer_all()
-
-    @rule(seconds=st.sampled_from([0.1, 1.1, 5.5, 31.0]))
-    def wait(self, seconds):
-        self.team.advance(seconds)
-
-    @rule(name=st.sampled_from(list(KINDS)))
-    def lose(self, name):
-        if name in self.team.peers.components:
-            self.team.inside[name] = self.team.peers.components[name].run
-            self.team.lose(name)
-
-    @rule(name=st.sampled_from(list(KINDS)), restarted=st.booleans())
-    def come_back(self, name, restarted):
-        if name not in self.team.peers.components:
-            self.restarts += 1
-            instance = str(self.restarts) if restarted else self.team.instance[name]
-            self.team.register(name, instance, None if restarted else self.team.inside[name])
-
-    @invariant()
-    def state_is_that_of_the_model(self):
-        self.look()
-        if self.going_on is None:
-            assert self.team.runs.state == self.state
-            assert (self.team.runs.number is None) == (self.state == "STOP")
-
-
-AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestAnyOrder = AnyOrder.TestCase

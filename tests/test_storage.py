@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,13 @@ import pytest
 from filling import NS, Feed, random_rows
 from processes import until
 
-from larpixdaq import storing
 from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError, StateError
 from larpixdaq.files.info import info
 from larpixdaq.files.verify import verify
-from larpixdaq.storing import Storing
+from larpixdaq.storing import Storing, parts
+from larpixdaq.storing.limits import limit
+from larpixdaq.storing.space import Space
 
 RUN = 42
 
@@ -31,7 +35,7 @@ class Answered:
     def result(self, value: Any) -> None:
         self.value = value
 
-    def fail(self, error: str) -> None:
+    def fail(self, error: str, code: str = "") -> None:
         self.error = error
 
 
@@ -54,8 +58,8 @@ class Acknowledgements:
 
 
 class Rig:
-    def __init__(self, directory: Path) -> None:
-        self.storage = Storing(directory, "Offline storage", "")
+    def __init__(self, directory: Path, **options: Any) -> None:
+        self.storage = Storing(directory, "Offline storage", "", **options)
         self.storage.resume()
         self.stream = self.storage.stream = Acknowledgements()
 
@@ -87,11 +91,11 @@ class Rig:
 
 
 @pytest.fixture
-def rigs(tmp_path: Path) -> Iterator[Callable[[], Rig]]:
+def rigs(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     made: list[Rig] = []
 
-    def make() -> Rig:
-        made.append(Rig(tmp_path))
+    def make(**options: Any) -> Rig:
+        made.append(Rig(tmp_path, **options))
         return made[-1]
 
     yield make
@@ -106,11 +110,12 @@ def rows(n: int) -> Any:
 def kill(rig: Rig) -> None:
     """What a killed storage leaves: part and journal, unlocked."""
     for run in rig.storage._runs.values():
+        assert run.file is not None
         run.file.abandon()
     rig.storage._runs.clear()
 
 
-def test_all_is_acknowledged_when_the_file_is_closed(rigs: Callable[[], Rig]) -> None:
+def test_all_is_acknowledged_when_the_file_is_closed(rigs: Callable[..., Rig]) -> None:
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(feed.info("Beginning run"), feed.block(rows(1000)), feed.info("Ending run"), feed.end())
@@ -124,7 +129,7 @@ def test_all_is_acknowledged_when_the_file_is_closed(rigs: Callable[[], Rig]) ->
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["prepared first", "blocks first"])
-def test_a_storage_that_comes_back_goes_on_in_a_further_part(rigs: Callable[[], Rig], early: bool) -> None:
+def test_a_storage_that_comes_back_goes_on_in_a_further_part(rigs: Callable[..., Rig], early: bool) -> None:
     """Positions count over part and journal; nothing that is there already is asked for, or called missing."""
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
@@ -142,67 +147,381 @@ def test_a_storage_that_comes_back_goes_on_in_a_further_part(rigs: Callable[[], 
     again.take(*further[early:], feed.end())
     ended = again.end(5).value
     assert ended["condition"] == "COMPLETE", ended
-    assert ended["rows"] == 90
-    (path,) = ended["files"]
+    assert ended["rows"] == 150
+    first, path = ended["files"]
+    assert first.endswith("_000.h5")
     assert path.endswith("_001.h5")
     assert answer["file"] == path + ".part"
     assert verify(Path(path)).ok
     about = info(path)
-    assert about["part"] == 1
+    assert (about["part"], about["rows"]) == (1, 90)
     assert about["missing_blocks"] == 0
     assert about["required_producers"] == ["LArPix board"]
 
 
 def test_a_disk_that_fails_kills_nobody_and_its_blocks_are_asked_for_again(
-    rigs: Callable[[], Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storing, "AGAIN", 0.05)
+    monkeypatch.setattr(parts, "AGAIN", 0.05)
     rig, feed = rigs(), Feed(RUN)
     first, second = feed.block(rows(10)), feed.block(rows(20))
     with monkeypatch.context() as broken:
 
-        def full(*args: Any) -> Any:
+        def full(*args: Any, **more: Any) -> Any:
             raise FileError("cannot create it: No space left on device")
 
-        broken.setattr(storing, "RunFile", full)
+        broken.setattr(parts, "RunFile", full)
         rig.take(first, second)
         assert rig.stream.next == {}
     rig.until(lambda: rig.stream.again_at, "the next try")
     rig.take(first, second, feed.end())
     rig.until(lambda: rig.stream.next == {feed.source: 3}, "all of it to be durable")
     rig.until(lambda: not rig.storage._runs, "the part to be closed 1 s after the end")
-    (path,) = tmp_path.iterdir()
+    (path,) = rig.until(lambda: list(tmp_path.glob("*.h5")), "its final name")
     assert info(path)["condition"] == "COMPLETE"
 
 
-def test_a_file_that_fails_in_a_run_is_named_and_its_blocks_are_asked_for_again(
-    rigs: Callable[[], Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_outlives_a_file_that_fails(
+    rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(storing, "AGAIN", 0.05)
+    """The part is given up and recovered, a further one goes on with the same metadata; end_run answers over both."""
+    monkeypatch.setattr(parts, "AGAIN", 0.05)
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     blocks = [feed.block(rows(n)) for n in (10, 20, 30)]
     rig.take(blocks[0])
     rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    tries = []
 
-    def full(*args: Any) -> Any:
-        raise OSError(28, "No space left on device")
+    def full(*args: Any, **more: Any) -> Any:
+        tries.append(args)
+        raise FileError("No space left on device")
 
-    monkeypatch.setattr(rig.storage._runs[RUN].file._journal, "append", full)
-    rig.take(blocks[1])
-    rig.until(lambda: rig.storage._runs[RUN].failed, "the failure")
-    rig.take(blocks[2], feed.end())
-    assert "No space left" in rig.end(3).error
-    assert {path.suffix for path in tmp_path.iterdir()} == {".part", ".journal"}
-    rig.until(lambda: rig.stream.again_at == [{feed.source: 1}], "the next try")
+    with monkeypatch.context() as broken:
+        broken.setattr(rig.storage._runs[RUN].file._journal, "append", full)
+        broken.setattr(parts, "RunFile", full)
+        rig.take(blocks[1])
+        rig.until(lambda: not rig.storage._runs[RUN].file, "the failure")
+        assert "No space left" in rig.storage.status()["paused"]
+        rig.take(blocks[2])  # as good as never sent
+        rig.until(lambda: len(tries) > 3, "further tries")
+        assert rig.stream.again_at == []
+    rig.until(lambda: rig.stream.again_at == [{feed.source: 1}], "the further part")
+    assert rig.storage.status()["paused"] == ""
     rig.take(*blocks[1:], feed.end())
-    rig.until(lambda: not rig.storage._runs, "the further part to be closed")
-    (path,) = tmp_path.glob("*_001.h5")
-    assert info(path)["rows"] == 50
+    ended = rig.end(3).value
+    assert ended["condition"] == "COMPLETE"
+    assert ended["rows"] == 60
+    assert [Path(path).name[-7:] for path in ended["files"]] == ["_000.h5", "_001.h5"]
+    assert [dict(info(path)["texts"])["comment"] for path in ended["files"]] == ["cosmics"] * 2
     assert rig.stream.next == {feed.source: 4}
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+    assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_cancelled_run_leaves_nothing_although_an_end_came(rigs: Callable[[], Rig], tmp_path: Path) -> None:
+def test_the_end_of_a_run_does_not_wait_for_ever_for_a_disk_that_fails(
+    rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("larpixdaq.storing.storing.END_LIMIT", 0.1)
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    blocks = [feed.block(rows(n)) for n in (10, 20)]
+    rig.take(blocks[0])
+    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+
+    def broken(*args: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(rig.storage._runs[RUN].file._journal, "append", broken)
+    rig.take(blocks[1])
+    rig.until(lambda: not rig.storage._runs[RUN].file, "the failure")
+    ended = rig.end(2).value
+    assert ended["condition"] == "INTERRUPTED"
+    assert ended["rows"] == 10
+    rig.take(blocks[1], feed.end())  # it was asked for again, and the disk is well now
+    rig.until(lambda: rig.stream.next == {feed.source: 3}, "the rest in a further part")
+    rig.until(lambda: not rig.storage._runs, "that to be closed")
+    call = Answered()
+    rig.storage.report_run(call, RUN)
+    rig.until(lambda: call.value, "the report")
+    assert (call.value["condition"], call.value["rows"]) == ("COMPLETE", 30)
+    assert dict(info(call.value["files"][1])["texts"])["comment"] == "cosmics"
+
+
+def test_rotation_loses_nothing_and_doubles_nothing(rigs: Callable[..., Rig], tmp_path: Path) -> None:
+    rig, feed, second = rigs(limits=limit("100rows")), Feed(RUN), Feed(RUN, "second")
+    rig.prepare()
+    blocks = [feed.block(rows(n)) for n in (40, 60, 1, 99, 150, 10)]
+    early = second.block(rows(5))
+    rig.take(blocks[0], early, second.end(), *blocks[1:], second.end(), early, feed.end())
+    ended = rig.end(6).value
+    assert ended["condition"] == "COMPLETE", ended
+    assert ended["rows"] == 365
+    files = [Path(path) for path in ended["files"]]
+    assert [info(path)["rows"] for path in files] == [45, 61, 99, 150, 10]
+    assert [info(path)["condition"] for path in files] == [*["CONTINUED"] * 4, "COMPLETE"]
+    assert [info(path)["missing_blocks"] for path in files] == [0] * 5
+    texts = [dict(info(path)["texts"]) for path in files]
+    assert [text.get("previous part") for text in texts] == [None, *[path.name for path in files[:-1]]]
+    assert [text.get("next part") for text in texts] == [*[path.name for path in files[1:]], None]
+    assert rig.stream.next == {feed.source: 7, second.source: 2}
+    stored = {(producer, epoch): 0 for producer, epoch, _, _ in ended["stored"]}
+    for producer, epoch, _, count in ended["stored"]:
+        stored[producer, epoch] += count
+    assert stored == {("LArPix board", 7): 360, ("second", 7): 5}
+
+
+def test_a_part_is_closed_in_time_although_nothing_comes(rigs: Callable[..., Rig]) -> None:
+    rig, feed = rigs(limits=limit("0.05s")), Feed(RUN)
+    rig.prepare()
+    first = rig.storage._runs[RUN].file
+    assert first is not None
+    rig.take(feed.block(rows(10)))
+    rig.until(lambda: first.path.name.endswith("_000.h5"), "the first part to be closed")
+    following = rig.storage._runs[RUN].file
+    rig.until(lambda: rig.storage.due() is None, "nothing more to do")  # an empty part stays
+    assert rig.storage._runs[RUN].file is following
+    assert rig.storage.status()["rows"] == 10
+    rig.take(feed.end())
+    assert rig.end(1).value["condition"] == "COMPLETE"
+
+
+def test_a_rotation_that_cannot_be_stays_in_the_part(
+    rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, feed = rigs(limits=limit("10rows")), Feed(RUN)
+    rig.prepare()
+    rig.take(feed.block(rows(10)))
+    with monkeypatch.context() as broken:
+
+        def full(*args: Any, **more: Any) -> Any:
+            raise FileError("No space left on device")
+
+        broken.setattr(parts, "RunFile", full)
+        rig.take(feed.block(rows(10)), feed.block(rows(10)))
+    rig.take(feed.block(rows(10)), feed.end())
+    assert rig.end(4).value["condition"] == "COMPLETE"
+    (path,) = tmp_path.glob("*.h5")
+    assert info(path)["rows"] == 40
+
+
+def test_a_rotation_in_which_the_old_part_fails_goes_on_from_what_is_durable(
+    rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "AGAIN", 0.05)
+    rig, feed = rigs(limits=limit("10rows")), Feed(RUN)
+    rig.prepare()
+    blocks = [feed.block(rows(n)) for n in (4, 6, 10)]
+    rig.take(blocks[0])
+    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    with monkeypatch.context() as broken:
+
+        def bad(*args: Any, **more: Any) -> Any:
+            raise OSError(5, "Input/output error")
+
+        broken.setattr("larpixdaq.files.closing.seal", bad)
+        rig.take(blocks[1], blocks[2])
+        assert rig.storage._runs[RUN].file is None
+    rig.until(lambda: rig.stream.again_at, "a further part")
+    assert set(rig.stream.next.items()) <= {(feed.source, 1), (feed.source, 2)}
+    rig.take(*blocks[rig.stream.next[feed.source] :], feed.end())
+    ended = rig.end(3).value
+    assert (ended["condition"], ended["rows"]) == ("COMPLETE", 20)
+
+
+class Disk:
+    """Takes the place of os.statvfs."""
+
+    f_frsize = 1 << 20
+
+    def __init__(self) -> None:
+        self.f_bavail = 10_000
+
+    def __call__(self, path: Any) -> Disk:
+        return self
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk()
+    monkeypatch.setattr("larpixdaq.storing.space.os.statvfs", disk)
+    monkeypatch.setattr("larpixdaq.storing.space.LOOK", 0.0)
+    return disk
+
+
+def test_a_full_disk_is_left_alone_until_it_has_space_again(
+    rigs: Callable[..., Rig], disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    blocks = [feed.block(rows(n)) for n in (10, 20, 30)]
+    rig.take(blocks[0])
+    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    disk.f_bavail = 63
+    before = {path: path.read_bytes() for path in rig.storage.directory.iterdir()}
+    rig.take(blocks[1])
+    for _ in range(10):
+        rig.work()
+    assert "63 MiB left, 64 are reserved" in rig.storage.status()["paused"]
+    assert {path: path.read_bytes() for path in rig.storage.directory.iterdir()} == before
+    disk.f_bavail = 70  # not yet enough
+    rig.take(blocks[2])
+    rig.work()
+    assert rig.stream.again_at == []
+    disk.f_bavail = 80
+    rig.work()
+    assert rig.stream.again_at == [{feed.source: 1}]
+    assert rig.storage.status()["paused"] == ""
+    rig.take(*blocks[1:], feed.end())
+    assert rig.end(3).value["condition"] == "COMPLETE"
+    assert [record.levelname for record in caplog.records if record.levelno > 20] == ["ERROR", "WARNING"]
+
+
+def test_what_comes_when_there_is_space_again_does_not_follow_what_was_let_pass(
+    rigs: Callable[..., Rig], disk: Disk
+) -> None:
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    blocks = [feed.block(rows(n)) for n in (10, 20, 30)]
+    rig.take(blocks[0])
+    disk.f_bavail = 63
+    rig.take(blocks[1])
+    disk.f_bavail = 80
+    rig.take(blocks[2])
+    rig.work()
+    assert len(rig.stream.again_at) == 1
+    rig.take(*blocks[1:], feed.end())
+    assert rig.end(3).value["condition"] == "COMPLETE"
+
+
+def test_a_run_that_ends_on_a_full_disk_is_closed_and_what_is_owed_comes_later(
+    rigs: Callable[..., Rig], disk: Disk
+) -> None:
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    blocks = [feed.block(rows(n)) for n in (10, 20)]
+    rig.take(blocks[0])
+    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    disk.f_bavail = 63
+    rig.take(blocks[1], feed.end())
+    ended = rig.end(2).value
+    assert (ended["condition"], ended["rows"]) == ("INTERRUPTED", 10)
+    assert Path(ended["files"][0]).suffix == ".h5"
+    rig.take(blocks[1])
+    assert not rig.storage._runs
+    disk.f_bavail = 100
+    rig.work()
+    assert rig.stream.again_at == [{feed.source: 1}]
+    rig.take(blocks[1], feed.end())
+    rig.until(lambda: not rig.storage._runs, "the further part to be closed")
+    call = Answered()
+    rig.storage.report_run(call, RUN)
+    rig.until(lambda: call.value, "the report")
+    assert (call.value["condition"], call.value["rows"]) == ("COMPLETE", 30)
+
+
+def test_status_says_how_fast_and_how_long(rigs: Callable[..., Rig], disk: Disk) -> None:
+    now = [1000.0]
+    space = Space(rigs().storage.directory, lambda: now[0])
+    assert (space.free(), space.seconds_left(), space.bytes_per_second()) == (10_000 << 20, None, 0)
+    for second in range(30):
+        space.grown(second * (2 << 20))
+        now[0] += 1
+    assert space.bytes_per_second() == 2 << 20
+    assert space.seconds_left() == (10_000 - 64) // 2
+    assert rigs().storage.status()["seconds_left"] is None
+
+
+def test_a_name_that_was_taken_leaves_a_part_that_says_so(rigs: Callable[..., Rig]) -> None:
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    rig.take(feed.block(rows(10)))
+    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    rig.take(feed.block(rows(20)))
+    rig.storage.supersede()
+    rig.storage.close()
+    (path,) = rig.storage.directory.glob("*.h5")
+    assert json.loads(dict(info(path)["texts"])["superseded from"]) == [["LArPix board", 7, 1]]
+    assert info(path)["condition"] == "CONTINUED"
+
+
+def sidecar(path: Path) -> Any:
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+def test_a_finished_file_has_its_checksum_beside_it(rigs: Callable[..., Rig]) -> None:
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    rig.take(feed.block(rows(10)), feed.end())
+    (path,) = map(Path, rig.end(1).value["files"])
+    line = rig.until(lambda: [one for one in rig.storage.status()["finished"] if one["sha256"]], "the checksum")[0]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sidecar(path) == {
+        "file": path.name, "bytes": path.stat().st_size, "sha256": digest, "run": RUN, "part": 0, "rows": 10,
+        "condition": "COMPLETE",
+    }  # fmt: skip
+    assert line == {
+        "run": RUN, "file": str(path), "bytes": path.stat().st_size, "sha256": digest, "condition": "COMPLETE"
+    }  # fmt: skip
+    rig.storage.close()
+    path.with_suffix(".json").unlink()  # as if it had been killed in between
+    again = rigs()
+    again.storage.close()
+    assert sidecar(path)["sha256"] == digest
+
+
+def test_a_command_runs_on_each_finished_file(rigs: Callable[..., Rig], tmp_path: Path) -> None:
+    script = "import sys; open(sys.argv[1], 'a').write(repr((sys.argv[2:], sys.stdin.read())))"
+    told = tmp_path / "told"
+    rig, feed = rigs(on_close=(sys.executable, "-c", script, str(told), "two words; $HOME")), Feed(RUN)
+    rig.prepare()
+    rig.take(feed.block(rows(10)), feed.end())
+    (path,) = rig.end(1).value["files"]
+    rig.until(lambda: told.exists() and told.read_text(), "the command")
+    assert told.read_text() == repr((["two words; $HOME", path], ""))
+    rig.storage.close()
+    assert rig.storage.status()["on_close"] == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "trouble"),
+    [
+        ((sys.executable, "-c", "import sys; print('a'); sys.exit('no tape')"), "status 1: no tape"),
+        (("/nonexistent/copy",), "No such file or directory"),
+        ((sys.executable, "-c", "while True: pass"), "did not end within 0.2 s and was killed"),
+    ],
+)
+def test_a_command_that_fails_is_an_alarm_and_no_more(
+    command: tuple[str, ...], trouble: str, rigs: Callable[..., Rig],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("larpixdaq.storing.finishing.COMMAND_LIMIT", 0.2)
+    rig, feed = rigs(on_close=command), Feed(RUN)
+    rig.prepare()
+    rig.take(feed.block(rows(10)), feed.end())
+    assert rig.end(1).value["condition"] == "COMPLETE"
+    rig.until(lambda: trouble in rig.storage.status()["on_close"], "the alarm")
+    assert [record.levelname for record in caplog.records if trouble in record.message] == ["ERROR"]
+
+
+def test_a_storage_that_ends_does_not_wait_for_a_command_that_hangs(
+    rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("larpixdaq.storing.finishing.LAST_COMMANDS", 0.1)
+    hangs = (sys.executable, "-c", "import sys; sys.stdin.close(); import signal; signal.pause()")
+    rig, feed = rigs(on_close=hangs, limits=limit("10rows")), Feed(RUN)
+    rig.prepare()
+    rig.take(feed.block(rows(10)), feed.block(rows(10)), feed.end())
+    assert rig.end(2).value["condition"] == "COMPLETE"
+    running = rig.until(lambda: rig.storage.finisher._running, "the command")
+    rig.storage.close()
+    running.kill()
+    first, second = (record.message for record in caplog.records if record.levelname == "ERROR")
+    assert f"still runs for run0000042_20261122T071251Z_000.h5 (process {running.pid})" in first
+    assert "was not run for run0000042_20261122T071251Z_001.h5" in second
+
+
+def test_a_cancelled_run_leaves_nothing_although_an_end_came(rigs: Callable[..., Rig], tmp_path: Path) -> None:
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(feed.end("aborted"))

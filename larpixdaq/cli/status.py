@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from datetime import datetime, timezone
-from typing import Any, Final
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from larpixdaq import config
+from larpixdaq.control.words import lines
 from larpixdaq.operator import Operator
-
-Facts = dict[str, Any]
 
 
 def add_commands(commands: Any) -> None:
@@ -38,110 +35,3 @@ def status(options: argparse.Namespace) -> int:
     for line in lines(found):
         console.print(escape(line))
     return 0
-
-
-def lines(found: Facts) -> list[str]:
-    """The core's status in words, a line each."""
-    run = found.get("run")
-    busy = f" ({found['busy']} is at work)" if found.get("busy") else ""
-    shown = [f"state {found['state']}{f', run {_run(run)}' if run else ''}{busy}"]
-    if run and run["missing"]:
-        shown.append(f"MISSING in this run: {', '.join(run['missing'])}")
-    if control := found.get("control"):
-        shown.append(f"control: {control['by']}, since {utc(control['since'])}")
-    if last := found.get("last_run"):
-        shown.append(_last_run(last))
-    if found.get("insecure"):
-        shown.append("INSECURE: without keys, everybody who reaches the core can control the detector")
-    width = max((len(component["name"]) for component in found["components"]), default=0)
-    for component in found["components"]:
-        shown.append(f"{component['name']:<{width}}  {_liveness(component):<5}  {_words(component)}".rstrip())
-    return shown
-
-
-def size(count: float) -> str:
-    """Bytes as people read them: 512 B, 1.5 MB, 77 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
-
-
-def _words(component: Facts) -> str:
-    try:
-        return _WORDS[component["kind"]](component["info"], component["status"])
-    except (KeyError, TypeError, ValueError):  # of another version than we are
-        return ", ".join(f"{name} {value}" for name, value in component["status"].items())
-
-
-def _liveness(component: Facts) -> str:
-    return "stuck" if component["stuck"] else "alive" if component["alive"] else "LOST"
-
-
-def utc(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def _run(run: Facts) -> str:
-    comment = f": {run['comment']}" if run["comment"] else ""
-    begun = f", since {utc(run['begun'])}" if run["begun"] else ""
-    return f"{run['run']} ({run['kind']}){begun}{comment}"
-
-
-def _last_run(last: Facts) -> str:
-    reasons = "".join(f"; {reason}" for reason in last.get("reasons", []))
-    files = "".join(f", {file}" for file in last.get("files", []))
-    return f"last run: {last['run']} {last['condition']}, {last.get('stored', 0)} rows stored{files}{reasons}"
-
-
-# A component that has just registered has said nothing yet: its facts are empty.
-
-
-def _producer(info: Facts, facts: Facts) -> str:
-    parts = [str(info.get("source", ""))]
-    if facts:
-        where = "of the run" if facts["run"] is not None else "outside of runs"
-        parts.append(f"{facts['packets']} packets {where}")
-        losses = (("dropped", "rows dropped"), ("unknown", "unknown words"), ("bad_parity", "with bad parity"))
-        parts += [f"{facts[name]} {words}" for name, words in losses if facts[name]]
-        if facts["owed_blocks"]:
-            parts.append(f"blocks not yet stored: {facts['owed_blocks']} (ring {facts['ring']:.0%} full)")
-        if facts["finished"]:
-            parts.append("all has been sent")
-    return "; ".join(parts)
-
-
-def _storage(info: Facts, facts: Facts) -> str:
-    parts = [f"{info.get('directory', '')}"]
-    if facts:
-        parts.append(f"{size(facts['free_bytes'])} free")
-        if facts["files"]:
-            parts.append(f"writing {', '.join(facts['files'])}: {facts['rows']} rows, {size(facts['bytes'])}")
-        if facts["duplicates"]:
-            parts.append(f"{facts['duplicates']} blocks came twice")
-    return "; ".join(parts)
-
-
-def _monitor(info: Facts, facts: Facts) -> str:
-    if not facts or facts["run"] is None:
-        return "no run yet"
-    parts = [f"run {facts['run']}: {facts['rate']:.5g} packets/s, {facts['packets']} packets"]
-    if facts["bad_parity"]:
-        parts.append(f"{facts['bad_parity']} with bad parity")
-    if facts["seen"] < 1:
-        parts.append(f"{facts['seen']:.1%} of the rows looked at")
-    return "; ".join(parts)
-
-
-def _records(info: Facts, facts: Facts) -> str:
-    lost = f"; {facts['lost']} records lost" if facts.get("lost") else ""
-    return f"{info.get('file', '')}{lost}"
-
-
-_WORDS: Final[dict[str, Callable[[Facts, Facts], str]]] = {
-    "producer": _producer,
-    "storage": _storage,
-    "run_data": _monitor,
-    "log": _records,
-}

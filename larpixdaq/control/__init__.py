@@ -5,5 +5,6 @@ link, calls, recent, shipping     the side of a node or an Operator: connection,
 requests            the side of an Operator: what its methods return
 peers, desk, forwarding           the core's view of who is there, who asks for what, and whom it is passed on to
 runs, procedures, asks, instructions, reports     the run states, and what leads from one to the next
-catalogue           what is kept on disk
+catalogue, deliveries             what is kept on disk, and what storages add to it when a run is over
+space, words        how long a disk will last; what `status` says in words
 """

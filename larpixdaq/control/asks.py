@@ -61,6 +61,22 @@ class Reply(Protocol):
     def error(self, error: LarpixDaqError) -> None: ...
 
 
+class LogReply:
+    """For what nobody has asked for."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def progress(self, component: str, text: str, done: int = 0, total: int = 0) -> None:
+        pass
+
+    def result(self, value: Any) -> None:
+        _log.info("%s: done", self._what)
+
+    def error(self, error: LarpixDaqError) -> None:
+        _log.error("%s: %s", self._what, error)
+
+
 @dataclass
 class _Pending:
     name: str

@@ -19,14 +19,20 @@ from typing import Any, Final
 from larpixdaq.errors import FileError
 from larpixdaq.states import CANCELLED, ENDED, PREPARING, RUNNING
 
-_SCHEMA: Final = 1
+_SCHEMA: Final = 2
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS runs (
     run INTEGER PRIMARY KEY, phase TEXT NOT NULL, kind TEXT NOT NULL, comment TEXT NOT NULL, operator TEXT NOT NULL,
     prepared_ns INTEGER NOT NULL, begun_ns INTEGER, ended_ns INTEGER, condition TEXT NOT NULL, details TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS comments (
     run INTEGER NOT NULL, time_ns INTEGER NOT NULL, operator TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS files (
+    storage TEXT NOT NULL, path TEXT NOT NULL, run INTEGER NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    condition TEXT NOT NULL, time_ns INTEGER NOT NULL, PRIMARY KEY (storage, path));
+CREATE INDEX IF NOT EXISTS files_of_run ON files (run);
 """
+#: Older schemas become this one by the tables that they lack: 1 had no `files`.
+_OLDER: Final = (0, 1)
 _COLUMNS: Final = (
     "run",
     "phase",
@@ -99,7 +105,7 @@ class Catalogue:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.execute("PRAGMA synchronous=FULL")
                 (version,) = db.execute("PRAGMA user_version").fetchone()
-                if version not in (0, _SCHEMA):
+                if version not in (*_OLDER, _SCHEMA):
                     raise FileError(f"{self.path}: made by another larpix-daq (schema {version}, here {_SCHEMA})")
                 db.executescript(_TABLES)
                 db.execute(f"PRAGMA user_version={_SCHEMA}")
@@ -152,6 +158,35 @@ class Catalogue:
             return Run(**dict(zip(_COLUMNS, row, strict=False)), **json.loads(row[-1]))
         except (TypeError, ValueError) as error:
             raise FileError(f"{self.path}: run {row[0]}: {error}") from None
+
+    def add_file(self, storage: str, path: str, run: int, size: int, sha256: str, condition: str) -> bool:
+        """Write down a file that a storage has closed; whether there is more to know of the run by it.
+
+        Its checksum may follow later, and may be lacking when a storage tells us again of what it has found.
+        """
+        with self._errors():
+            query = "SELECT run, bytes, condition, sha256 FROM files WHERE storage = ? AND path = ?"
+            *known, checksum = self._db.execute(query, (storage, path)).fetchone() or ("",)
+            same = known == [run, size, condition]
+            if same and sha256 in ("", checksum):
+                return False
+            self._db.execute(
+                "INSERT OR REPLACE INTO files (storage, path, run, bytes, sha256, condition, time_ns) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (storage, path, run, size, sha256, condition, time.time_ns()),
+            )
+        return not same
+
+    def files(self, run: int) -> list[dict[str, Any]]:
+        """The files of a run that storages have closed: {"storage", "path", "bytes", "sha256", "condition", "time"}."""
+        with self._errors():
+            query = (
+                "SELECT storage, path, bytes, sha256, condition, time_ns FROM files WHERE run = ? "
+                "ORDER BY storage, path"
+            )
+            rows = self._db.execute(query, (run,)).fetchall()
+        names = ("storage", "path", "bytes", "sha256", "condition")
+        return [{**dict(zip(names, row, strict=False)), "time": row[-1] / 1e9} for row in rows]
 
     def add_comment(self, run: int, operator: str, text: str) -> None:
         with self._errors():

@@ -128,6 +128,7 @@ class Desk:
             raise RequestError(f"run_info: there is {which} in the catalogue")
         info = self._describe(run)
         info["comments"] = self._catalogue.comments(run.run)
+        info["file_details"] = self._catalogue.files(run.run)
         if run is current:
             info["live"] = {one.name: one.status for one in self._peers.components.values()}
         return info

@@ -6,7 +6,7 @@ import logging
 from typing import Any, Final, NamedTuple, Protocol
 
 from larpixdaq.control.desk import Desk
-from larpixdaq.control.messages import MAX_REQUEST, Answer, FromCore, Request, packed
+from larpixdaq.control.messages import Answer, FromCore, Request, packed
 from larpixdaq.control.peers import Component, Control, OperatorPeer, Peer, Peers
 from larpixdaq.errors import ComponentError, ControlHeld, LarpixDaqError, RequestError, UnknownAction
 from larpixdaq.states import LOOKING, PRODUCER, RUN_ACTIONS, RUN_DATA
@@ -131,11 +131,7 @@ class Forwarding:
 
     def answer(self, operator: OperatorPeer, answer: Answer) -> None:
         if answer.kind in ("result", "error"):
-            kept = answer
-            if len(bytes(answer.value)) > MAX_REQUEST:
-                text = "the result was lost on its way, and it is too large to be kept: ask again"
-                kept = Answer(request=answer.request, kind="error", component="core", text=text, error="failed")
-            operator.recent.keep(answer.request, kept)
+            operator.recent.keep(answer.request, answer)
         self._post.send_to(operator, answer)
 
     def gone(self, peer: Peer, what: str) -> None:

@@ -91,11 +91,15 @@ class Link:
         self.session = ""
         #: time.monotonic() of the last message from the core; 0 before the first.
         self.heard = 0.0
+        #: time.monotonic() at which the newest heartbeat was sent that the core has answered under our session; 0
+        #: before the first. What was heard may have waited in the socket; this has not.
+        self.confirmed = 0.0
         self._hello, self._beat, self._received, self._refused = hello, beat, received, refused
         self._each_turn = each_turn
         self._outbox: deque[FromClient] = deque(maxlen=_OUTBOX)
         self._waker = Waker()
         self._closing = False
+        self._due = 0.0  # when the next heartbeat is
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._connect()
         self._thread = threading.Thread(target=self._run, name=f"link of {name}", daemon=True)
@@ -107,6 +111,7 @@ class Link:
         socket.setsockopt(zmq.LINGER, 200)
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # the system's own takes ever longer while a network is away
         socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)  # a host that vanished without closing its connections
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
         try:
@@ -149,25 +154,36 @@ class Link:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._waker.fileno(), zmq.POLLIN)
-        due = 0.0
         try:
             while not self._closing:
                 # Something waits that the socket did not take: soon again, not at the next heartbeat only.
                 limit = _SOON if self._outbox and self.session else HEARTBEAT
-                poller.poll(max(0, round(min(limit, due - time.monotonic()) * 1000)))
+                poller.poll(max(0, round(min(limit, self._due - time.monotonic()) * 1000)))
                 self._waker.clear()
-                self._take()
-                now = time.monotonic()
-                if now >= due:
-                    said = self._say(self._beat() if self.session else self._hello())
-                    due = now + (HEARTBEAT if said else _SOON)  # not connected yet: try again soon
-                self._flush()
-                self._each_turn()
+                try:
+                    self._turn()
+                except Exception:  # a mistake of ours must not cost the component its core
+                    _log.exception("a turn of the link to the core at %s has failed", self.core)
+                    self._due = time.monotonic() + HEARTBEAT
             self._last_words()
         except Exception:
             _log.exception("the link to the core at %s has failed", self.core)
         finally:
             self._finish()
+
+    def _turn(self) -> None:
+        self._take()
+        now = time.monotonic()
+        if now >= self._due:
+            said = self._say(self._beat_now() if self.session else self._hello())
+            self._due = now + (HEARTBEAT if said else _SOON)  # not connected yet: try again soon
+        self._flush()
+        self._each_turn()
+
+    def _beat_now(self) -> Heartbeat:
+        beat = self._beat()
+        beat.request = str(time.monotonic_ns())
+        return beat
 
     def _last_words(self) -> None:
         limit = time.monotonic() + _LINGER
@@ -203,9 +219,10 @@ class Link:
 
     def _flush(self) -> None:
         while self.session and self._outbox:
-            if not self._say(self._outbox[0]):
+            message = self._outbox.popleft()  # first, so that one that cannot go does not hold up the others
+            if not self._say(message):
+                self._outbox.appendleft(message)
                 break
-            self._outbox.popleft()
 
     def _take(self) -> None:
         for _ in range(1000):
@@ -236,6 +253,9 @@ class Link:
         elif isinstance(message, Answer) and message.error and not self.session:
             self._refused(message)
             return
-        elif isinstance(message, Update) and message.session != self.session:
-            return
+        elif isinstance(message, Update):
+            if message.session != self.session:
+                return
+            if message.request.isdecimal():
+                self.confirmed = max(self.confirmed, int(message.request) / 1e9)
         self._received(message)

@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from larpixdaq.control.messages import Answer, Heartbeat, Open, Register
+from larpixdaq.control.messages import Heartbeat, Open, Register
 from larpixdaq.control.recent import Recent
 from larpixdaq.errors import ControlHeld, ProtocolError
-from larpixdaq.states import CONTROL_FREE, LOST, STUCK
+from larpixdaq.states import CONTROL_FREE, HEARTBEAT, LOST, STUCK
 
 #: An Operator's session is kept this long (s) after it was last heard, so that a busy program finds its answers.
 _FORGET_OPERATOR: Final = 60.0
@@ -44,12 +44,13 @@ class Component(Peer):
     queued: int = 0
     status: dict[str, Any] = field(default_factory=dict)
     moved: float = 0.0  # when progress last moved, or nothing was queued
+    busy: bool = False  # work is queued, or its main loop does not turn
     stuck: bool = False
 
 
 @dataclass
 class OperatorPeer(Peer):
-    recent: Recent[Answer] = field(default_factory=Recent)
+    recent: Recent = field(default_factory=Recent)
 
 
 @dataclass
@@ -116,7 +117,8 @@ class Peers:
 
     def beat(self, component: Component, message: Heartbeat, now: float) -> None:
         if message.progress != component.progress or not message.queued:
-            component.moved = now
+            component.moved = now - message.idle  # that was when its main loop said so
+        component.busy = message.queued > 0 or message.idle > 2 * HEARTBEAT
         component.progress, component.queued = message.progress, message.queued
         if message.status is not None:
             component.status = message.status
@@ -138,7 +140,7 @@ class Peers:
                     del self.lost[next(iter(self.lost))]
                 found.append(Change("lost", component))
                 continue
-            stuck = component.queued > 0 and now - component.moved > STUCK
+            stuck = component.busy and now - component.moved > STUCK
             if stuck != component.stuck:
                 component.stuck = stuck
                 found.append(Change("stuck" if stuck else "moving", component))

@@ -6,8 +6,7 @@ import logging
 import time
 from typing import Any, Final
 
-import msgspec
-
+from larpixdaq.control import space
 from larpixdaq.control.asks import Ask, Item, Outcome, Steps
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.instructions import (
@@ -19,13 +18,14 @@ from larpixdaq.control.instructions import (
     storage_params,
 )
 from larpixdaq.control.peers import Component, Peers
-from larpixdaq.control.reports import ProducerEnd, ProducerReady, StorageEnd, StorageReady, Verdict, checked, judge
+from larpixdaq.control.reports import ProducerReady, StorageReady, Verdict, checked, judge, take_end, take_report
 from larpixdaq.errors import ComponentError, FileError, LarpixDaqError
 from larpixdaq.states import (
     ABORTED,
     CANCELLED,
     ENDED,
     ENDING,
+    LOST,
     PRODUCER,
     READY,
     RUN,
@@ -60,6 +60,7 @@ class RunProcedures:
 
     def _prepare(self, run: Run, producers: list[str]) -> Steps:
         warnings = shared_io_groups([self._peers.components[name] for name in producers])
+        warnings += space.warnings([self._peers.components[name] for name in run.storages])
         asked = {name: Item(producer_params(run), PREPARE_LIMIT) for name in producers}
         try:
             outcomes = yield Ask("prepare_run", asked)
@@ -111,27 +112,34 @@ class RunProcedures:
         patience = 0.0 if aborted else LOST_PATIENCE
         known = {(one["name"], one["epoch"]) for one in run.ends}
         asked = {
-            name: Item({"run": run.run}, PRODUCER_END_LIMIT, patience)
+            name: Item({"run": run.run}, PRODUCER_END_LIMIT, min(patience, self._patience(name)))
             for name, epochs in run.producers.items()
             if (name, epochs[-1]) not in known
         }
         outcomes = yield Ask("abort_run" if aborted else "end_run", asked)
-        for name in asked:
-            self._take_end(run, name, outcomes[name], failures)
+        silent = {name: why for name in asked if (why := take_end(run, name, outcomes[name]))}
         self._save(run, failures)
         left = max(MONITOR_LIMIT, END_LIMIT - (self._now - started))
-        stores = {name: Item(end_params(run), left, min(patience, left)) for name in run.storages}
-        stores = {name: item for name, item in stores.items() if name not in run.reports}
+        wait = min(patience, left)
+        waiting = [name for name in run.storages if name not in run.reports]
+        stores = {name: Item(end_params(run), left, min(wait, self._patience(name))) for name in waiting}
         monitors = self._monitor_items({"run": run.run})
         outcomes = yield Ask("end_run", {**stores, **monitors})
         self._warn("end_run", [outcomes[name].text for name in monitors if not outcomes[name].ok])
-        for name in stores:
-            self._take_report(run, name, outcomes[name], failures)
+        failed = {name: why for name in stores if (why := take_report(run, name, outcomes[name]))}
+        # One that was restarted, or whose answer was lost with the core before, has no open file: it can still tell.
+        left = END_LIMIT - (self._now - started)
+        able = [name for name in failed if left > 0 and self._can_report(name)]
+        outcomes = yield Ask("report_run", {name: Item({"run": run.run}, left) for name in able})
+        for name in able:
+            if not take_report(run, name, outcomes[name]):
+                del failed[name]
+        failures += failed.values()
         run.ended_ns = time.time_ns()
-        return self._close(run, failures)
+        return self._close(run, failures, silent)
 
-    def _close(self, run: Run, failures: list[str]) -> dict[str, Any]:
-        verdict = judge(run, failures)
+    def _close(self, run: Run, failures: list[str], silent: dict[str, str]) -> dict[str, Any]:
+        verdict = judge(run, failures, silent)
         run.phase = ENDED
         self._settle_verdict(run, verdict)
         self._save(run, run.reasons)
@@ -170,6 +178,14 @@ class RunProcedures:
             if not outcomes[name].ok:
                 raise ComponentError(outcomes[name].text)
 
+    def _review(self, run: Run, component: Component) -> Steps:
+        """Ask a storage what it has, by now, of a run that is over, and judge it anew."""
+        outcomes = yield Ask("report_run", {component.name: Item({"run": run.run}, END_LIMIT)})
+        outcome = outcomes[component.name]
+        if not outcome.ok:
+            raise ComponentError(outcome.text)
+        self._amend(run.run, component, outcome)
+
     def _finish(self, run: Run, component: Component) -> Steps:
         """End a run that was over, for the others, while this component was away."""
         action = "end_run"
@@ -185,7 +201,7 @@ class RunProcedures:
         if not outcome.ok:
             raise ComponentError(outcome.text)
         if action != "cancel_run":
-            self._amend(run, component, outcome)
+            self._amend(run.run, component, outcome)
 
     def _abort_strays(self) -> Steps:
         """In STOP: end what components are in although no run is going on."""
@@ -227,39 +243,34 @@ class RunProcedures:
         check_free(name, ready.file, ready.free_bytes)
         return ready.file
 
-    def _take_end(self, run: Run, name: str, outcome: Outcome, failures: list[str]) -> None:
-        try:
-            if not outcome.ok:
-                raise ComponentError(outcome.text)
-            end = checked(outcome.value, ProducerEnd, name, "end_run")
-        except ComponentError as error:
-            failures.append(str(error))
-            return
-        run.ends = [one for one in run.ends if (one["name"], one["epoch"]) != (name, end.epoch)]
-        run.ends.append({"name": name, **msgspec.to_builtins(end)})
-
-    def _take_report(self, run: Run, name: str, outcome: Outcome, failures: list[str]) -> None:
-        try:
-            if not outcome.ok:
-                raise ComponentError(outcome.text)
-            run.reports[name] = msgspec.to_builtins(checked(outcome.value, StorageEnd, name, "end_run"))
-        except ComponentError as error:
-            if name not in run.reports:
-                failures.append(str(error))
-
-    def _amend(self, run: Run, component: Component, outcome: Outcome) -> None:
+    def _amend(self, number: int, component: Component, outcome: Outcome) -> None:
         """A producer's or storage's last word on a run that was closed without it: judge again."""
+        # Looked up only now: others may have had their last word since the question was asked.
+        run = self.run if self.run is not None and self.run.run == number else self._catalogue.find(number)
+        if run is None or component.kind == RUN_DATA:
+            return
+        silent: dict[str, str] = {}
         failures: list[str] = []
         if component.kind == PRODUCER:
-            self._take_end(run, component.name, outcome, failures)
-        elif component.kind == STORAGE:
-            self._take_report(run, component.name, outcome, failures)
-        if run.phase != ENDED or component.kind == RUN_DATA:
+            silent[component.name] = take_end(run, component.name, outcome)
+        elif why := take_report(run, component.name, outcome):
+            failures.append(why)
+        if run.phase != ENDED:
             return
-        verdict = judge(run, failures)
-        _log.warning("run %d: %s after the last word of %s", run.run, verdict.condition, component.name)
+        before, verdict = run.condition, judge(run, failures, silent)
+        level = logging.INFO if verdict.condition == before else logging.WARNING
+        _log.log(level, "run %d: %s after the last word of %s", number, verdict.condition, component.name)
         self._settle_verdict(run, verdict)
         self._save(run)
+
+    def _patience(self, name: str) -> float:
+        """How long end_run still waits for this one, should it be lost: not at all when it has been for long."""
+        lost = self._peers.lost.get(name)
+        return LOST_PATIENCE if lost is None else max(0.0, LOST_PATIENCE + LOST - (self._now - lost[0]))
+
+    def _can_report(self, name: str) -> bool:
+        component = self._peers.components.get(name)
+        return component is not None and "report_run" in component.actions
 
     def _settle_verdict(self, run: Run, verdict: Verdict) -> None:
         run.condition, run.rows, run.stored = verdict.condition, verdict.rows, verdict.stored

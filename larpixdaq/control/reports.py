@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, Final, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, NamedTuple, TypeVar
 
 import msgspec
+from msgspec import Meta
 
+from larpixdaq.control.asks import Outcome
 from larpixdaq.control.catalogue import Run
 from larpixdaq.errors import ComponentError
 from larpixdaq.schema import COUNTS, ROW_COUNTS
-from larpixdaq.states import ABORTED, COMPLETE, INCOMPLETE, INTERRUPTED, best, worst
+from larpixdaq.states import ABORTED, COMPLETE, INCOMPLETE, INTERRUPTED, SUSPECT, best, worst
 
 
 class ProducerReady(msgspec.Struct):
@@ -40,6 +43,16 @@ class ProducerEnd(msgspec.Struct):
     inherited: list[EpochEnd] = []  # of the same run: epochs whose producer died in it
 
 
+class FinishedFile(msgspec.Struct):
+    """A file that a storage has closed, as its heartbeat names it."""
+
+    run: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    file: Annotated[str, Meta(min_length=1, max_length=4096)]
+    bytes: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    sha256: Annotated[str, Meta(max_length=64)]
+    condition: Annotated[str, Meta(max_length=64)]
+
+
 class StorageReady(msgspec.Struct):
     """Answer of a storage to prepare_run."""
 
@@ -64,6 +77,10 @@ class StorageEnd(msgspec.Struct):
 
 _T = TypeVar("_T")
 _ROWS: Final = [1 + COUNTS.index(name) for name in ROW_COUNTS]
+_DROPPED: Final = 1 + COUNTS.index("dropped")
+
+#: (producer, epoch)
+_Source = tuple[str, int]
 
 
 def checked(value: Any, kind: type[_T], who: str, action: str) -> _T:
@@ -74,9 +91,43 @@ def checked(value: Any, kind: type[_T], who: str, action: str) -> _T:
         raise ComponentError(f"{who} answered {action} with something else than expected: {error}") from None
 
 
+def take_end(run: Run, name: str, outcome: Outcome) -> str:
+    """Note a producer's totals, and those of dead predecessors that it has taken over; why there are none, or ""."""
+    if not outcome.ok:
+        return outcome.text
+    try:
+        end = checked(outcome.value, ProducerEnd, name, "end_run")
+    except ComponentError as error:
+        return str(error)
+    inherited, end.inherited = end.inherited, []
+    epochs = run.producers.setdefault(name, [])
+    # The one that lives stays last.
+    epochs[:] = dict.fromkeys([*(one.epoch for one in inherited), *epochs, end.epoch])
+    told: list[EpochEnd | ProducerEnd] = [*inherited, end]
+    for one in told:
+        run.ends = [old for old in run.ends if (old["name"], old["epoch"]) != (name, one.epoch)]
+        run.ends.append({"name": name, **msgspec.to_builtins(one)})
+    return ""
+
+
+def take_report(run: Run, name: str, outcome: Outcome) -> str:
+    """Note what a storage has; why that is not known, or ""."""
+    if not outcome.ok:
+        return outcome.text
+    try:
+        run.reports[name] = msgspec.to_builtins(checked(outcome.value, StorageEnd, name, "end_run"))
+    except ComponentError as error:
+        return str(error)
+    return ""
+
+
 def made(end: ProducerEnd) -> dict[int, int]:
     """Rows that the producer made, per io_group: equation (c) of the ledger."""
-    return {line[0]: sum(line[i] for i in _ROWS) for line in end.counts if len(line) == 1 + len(COUNTS)}
+    return {line[0]: sum(line[i] for i in _ROWS) for line in _lines(end)}
+
+
+def _lines(end: ProducerEnd) -> list[list[int]]:
+    return [line for line in end.counts if len(line) == 1 + len(COUNTS)]
 
 
 class Verdict(NamedTuple):
@@ -87,54 +138,79 @@ class Verdict(NamedTuple):
     reasons: list[str]
 
 
-def judge(run: Run, failures: list[str]) -> Verdict:
-    """Compare what the producers made with what the storages have; `failures` says who did not answer."""
+def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None) -> Verdict:
+    """Compare what the producers made with what the storages have.
+
+    `failures` are reasons in any case; `silent` says, by producer, why its totals were not to be had from it: a reason
+    only if no end record in a storage names them either.
+    """
     ends = {(one["name"], one["epoch"]): msgspec.convert(one, ProducerEnd) for one in run.ends}
-    reasons = list(failures)
+    reports = {name: msgspec.convert(run.reports[name], StorageEnd) for name in run.storages if name in run.reports}
+    recorded = {(line[0], line[1]): line for report in reports.values() for line in report.ends}
     announced = [(name, epoch) for name, epochs in run.producers.items() for epoch in epochs]
-    unknown = [source for source in announced if source not in ends]
-    reasons += [f"{name}: totals of epoch {epoch} did not reach the core" for name, epoch in unknown]
+    unknown = [source for source in announced if source not in ends and source not in recorded]
+
+    reasons = list(failures)
+    reasons += [why for name, why in (silent or {}).items() if why and any(source[0] == name for source in unknown)]
+    reasons += [f"{name}: the totals of epoch {epoch:x} are unknown" for name, epoch in unknown]
+    away = [name for name, epochs in run.producers.items() if len(epochs) > 1]
+    away += [line[0] for line in recorded.values() if line[3] == "recovered"]
+    for name in dict.fromkeys(away):
+        reasons.append(f"{name} was away for a part of the run: what its boards sent then did not reach us")
     for (name, _), end in ends.items():
         if end.warning:
             reasons.append(f"{name}: {end.warning}")
         if sum(made(end).values()) != end.rows:
             reasons.append(f"{name}: counts {end.rows} rows, its io_groups {sum(made(end).values())} rows")
+
     verdicts: list[str] = []
     files: list[str] = []
     stored = 0
     for name in run.storages:
-        if name not in run.reports:
+        if name not in reports:
             verdicts.append(INTERRUPTED)
             reasons.append(f"{name}: has not reported")
             continue
-        report = msgspec.convert(run.reports[name], StorageEnd)
+        report = reports[name]
         files += report.files
         stored = max(stored, sum(line[3] for line in report.stored))
-        missing = _missing(ends, report)
+        missing = _missing(ends, {source: line[4] for source, line in recorded.items()}, report)
         reasons += [f"{name}: {one}" for one in missing + report.reasons]
-        # A storage that has the end record of an epoch knows its totals, although its producer could not tell us.
-        heard = {(line[0], line[1]) for line in report.stored}
-        cut = any(source not in heard for source in unknown)
-        verdicts.append(worst(report.condition, INCOMPLETE if missing else COMPLETE, INTERRUPTED if cut else COMPLETE))
+        verdicts.append(
+            worst(report.condition, INCOMPLETE if missing else COMPLETE, INTERRUPTED if unknown else COMPLETE)
+        )
     condition = best(*verdicts) if verdicts else INTERRUPTED
+    if condition == COMPLETE and (away or SUSPECT in verdicts):
+        condition = SUSPECT  # a copy heals what a storage lacks, not what never reached us
     if run.condition == ABORTED:
         condition = ABORTED
-    return Verdict(condition, sum(end.rows for end in ends.values()), stored, files, list(dict.fromkeys(reasons)))
+    rows = sum(end.rows for end in ends.values())
+    rows += sum(line[4] for source, line in recorded.items() if source not in ends)
+    return Verdict(condition, rows, stored, files, list(dict.fromkeys(reasons)))
 
 
-def _missing(ends: dict[tuple[str, int], ProducerEnd], report: StorageEnd) -> list[str]:
-    """Sentences about rows that the producers made and this storage does not have, or has too many of."""
-    stored: defaultdict[tuple[str, int], dict[int, int]] = defaultdict(dict)
+def _missing(ends: Mapping[_Source, ProducerEnd], recorded: Mapping[_Source, int], report: StorageEnd) -> list[str]:
+    """Sentences about rows that the producers made and this storage does not have, or has too many of.
+
+    By io_group where a producer has told its counts, else by the total in an end record. Rows that found no room at
+    the producer are no storage's fault: the end record counts them, and the storage's own reasons name them.
+    """
+    stored: defaultdict[_Source, dict[int, int]] = defaultdict(dict)
     for producer, epoch, io_group, rows in report.stored:
         stored[producer, epoch][io_group] = stored[producer, epoch].get(io_group, 0) + rows
     found = []
     for key, end in ends.items():
         has, should = stored[key], made(end)
+        dropped = {line[0]: line[_DROPPED] for line in _lines(end)}
         for io_group in sorted(has.keys() | should.keys()):
-            lacking = should.get(io_group, 0) - has.get(io_group, 0)
-            if lacking:
-                what = (
-                    f"{lacking} of {should[io_group]} rows are missing" if lacking > 0 else f"{-lacking} rows too many"
-                )
-                found.append(f"{what} of {key[0]} io_group {io_group} (epoch {key[1]})")
+            lacking = should.get(io_group, 0) - dropped.get(io_group, 0) - has.get(io_group, 0)
+            where = f"{key[0]} io_group {io_group} (epoch {key[1]:x})"
+            if lacking > 0:
+                found.append(f"{lacking} of {should[io_group]} rows are missing of {where}")
+            elif lacking:
+                found.append(f"{-lacking} rows too many of {where}")
+    for key, rows in recorded.items():
+        has_all = sum(stored[key].values())
+        if key not in ends and has_all != rows:
+            found.append(f"{has_all} rows of {key[0]} (epoch {key[1]:x}) are stored, {rows} were made")
     return found

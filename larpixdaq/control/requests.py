@@ -61,8 +61,10 @@ class Request(Generator[Response, None, Any]):
     often as wanted. Dropping a Request stops listening; it never cancels.
     """
 
-    def __init__(self, action: str, unheard: Callable[[], float]) -> None:
+    def __init__(self, action: str, unheard: Callable[[], float], words: Callable[[Any], str] | None = None) -> None:
+        """`words` says a result in words, where readable() would not do."""
         self.action = action
+        self._words = words
         self._unheard = unheard
         self._changed = threading.Condition()
         self._waiting: deque[Response] = deque(maxlen=_KEPT)
@@ -94,7 +96,7 @@ class Request(Generator[Response, None, Any]):
 
     def readable(self, timeout: float | None = None) -> str:
         """The result as text for the eye: tables aligned, times as UTC. Waits and raises as result() does."""
-        return readable(self.result(timeout))
+        return (self._words or readable)(self.result(timeout))
 
     def send(self, value: None = None) -> Response:
         """The next Response, when it has come."""
@@ -152,7 +154,10 @@ class Request(Generator[Response, None, Any]):
         except LarpixDaqError as error:
             printer.text(f"{type(error).__name__}: {error}")
         else:
-            show(value, printer)
+            if self._words is None:
+                show(value, printer)
+            else:
+                printer.text(self._words(value))
 
 
 @dataclass
@@ -192,9 +197,16 @@ class Connection:
         if not self._opened.wait(timeout):
             raise NoCore(self._refusal or f"no core answers at {self.link.core} (waited {timeout:g} s)")
 
-    def ask(self, action: str, params: dict[str, Any], component: str, kind: str) -> Request:
+    def ask(
+        self,
+        action: str,
+        params: dict[str, Any],
+        component: str,
+        kind: str,
+        words: Callable[[Any], str] | None = None,
+    ) -> Request:
         """Send a request. A core that is not there gets nothing later either: the Request has failed with NoCore."""
-        request = Request(action, self.link.unheard)
+        request = Request(action, self.link.unheard, words)
         if self._closed or self.link.unheard() > NO_CORE:
             why = "this Operator is closed" if self._closed else f"no core is heard at {self.link.core}"
             error = NoCore(f"{action}: {why}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,35 @@ def verdict(
     required: Sequence[str],
     *,
     aborted: bool,
+    continued: bool = False,
+    before: Collection[Source] = (),
+    damaged: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
-    """The condition of a run as this storage sees it, and in one line each why it is not COMPLETE.
+    """The condition of a run as this part of it says, and in one line each why it is not COMPLETE.
 
     What producers suspect to be lost before it reached them is told in any case, but alone it makes a run no worse than
     `COMPLETE, suspect`.
+
+    continued: the run goes on in another part, where those may end that have not; before: sources of earlier parts;
+    damaged: what recovery found, in lines.
     """
-    waiting, missing, doubts = [], [], []
+    waiting: list[str] = []
+    missing, doubts = list(damaged), list[str]()
     for account in accounts:
         some_waiting, some_missing = account.complaints(owed.get(account.source, 0))
         waiting += some_waiting
         missing += some_missing
         doubts += account.doubts()
     known = {account.source for account in accounts}
-    names = {source.producer for source in known}
+    names = {source.producer for source in (*known, *before)}
     waiting += [f"producer {name!r}: nothing came, its totals are unknown" for name in required if name not in names]
     waiting += [
         f"producer {source.producer!r}, epoch {source.epoch:x}: nothing came, it owes {rows} rows"
         for source, rows in owed.items()
         if source not in known
     ]
+    if continued:
+        waiting = []
     reasons = waiting + missing + doubts
     if aborted or any(account.how == "aborted" for account in accounts):
         return layout.ABORTED, reasons
@@ -50,6 +59,8 @@ def verdict(
         return layout.INTERRUPTED, reasons
     if missing:
         return layout.INCOMPLETE, reasons
+    if continued:
+        return layout.CONTINUED, reasons
     return (layout.SUSPECT if doubts else layout.COMPLETE), reasons
 
 
@@ -75,7 +86,8 @@ def seal(file: Any) -> None:
     file.close()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or a directory's entries."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -86,7 +98,7 @@ def _sync(path: Path) -> None:
 def publish(part: Path, final: Path) -> None:
     """Sync the file and give it its final name, never over another file; FileError when the name is taken."""
     try:
-        _sync(part)
+        sync(part)
         try:
             os.link(part, final)
         except OSError as error:
@@ -96,8 +108,8 @@ def publish(part: Path, final: Path) -> None:
             os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
             os.rename(part, final)
         else:
-            _sync(final.parent)
+            sync(final.parent)
             os.unlink(part)
-        _sync(final.parent)
+        sync(final.parent)
     except OSError as error:
         raise FileError(f"cannot rename {part} to {final.name}: {error.strerror}") from None

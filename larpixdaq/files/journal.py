@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from larpixdaq import blocks, deflate
-from larpixdaq.errors import FileError, ProtocolError
+from larpixdaq.errors import FileError, FileLocked, ProtocolError
 
 MAGIC: Final = b"LDJ1"
 _HEAD: Final = struct.Struct("<4sIII")
@@ -32,26 +32,26 @@ class Record(NamedTuple):
 
 
 class Journal:
-    def __init__(self, path: Path) -> None:
-        """Create and lock it. FileError when it exists already or cannot be made."""
+    def __init__(self, path: Path, *, fsync: bool = False, recovery: bool = False) -> None:
+        """Create and lock it. FileError when it exists already or cannot be made.
+
+        fsync: what has been appended survives a power cut.
+        recovery: take the one that a dead writer left, or make one for its lock's sake. What it holds is not cleared,
+        it goes with the file; nothing can be appended. FileLocked when another process has it.
+        """
         self.path = path
         self.size = 0
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise FileError(f"cannot create {path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._fd)
-            os.unlink(path)
-            raise FileError(f"cannot lock {path}: {error.strerror}") from None
+        self._fsync = fsync
+        self._recovery = recovery
+        self._fd = _locked(path, recovery)
 
     def append(self, records: Sequence[tuple[bytes, Sequence[Any]]]) -> None:
         """Write records, each a header and the pieces of its payload (contiguous buffers of bytes), behind the others.
 
         FileError when the disk does not take them; the journal then ends where it ended before.
         """
+        if self._recovery:
+            raise FileError(f"cannot write {self.path}: it is being recovered")
         parts: list[Any] = []
         for header, payload in records:
             lengths = _LENGTHS.pack(len(header), sum(len(piece) for piece in payload))
@@ -64,6 +64,8 @@ class Journal:
         try:
             for first in range(0, len(parts), _PIECES):
                 end += self._write(parts[first : first + _PIECES], end)
+            if self._fsync:
+                os.fdatasync(self._fd)
         except OSError as error:
             os.ftruncate(self._fd, self.size)
             raise FileError(f"cannot write {self.path}: {error.strerror}") from None
@@ -98,6 +100,28 @@ class Journal:
                 os.unlink(self.path)
             os.close(self._fd)
             self._fd = -1
+
+
+def _locked(path: Path, recovery: bool) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if recovery else os.O_EXCL)
+    # Between a writer's open and its lock a recovery may get in. It finds an empty journal, and removes that at once.
+    lock = fcntl.LOCK_EX | (fcntl.LOCK_NB if recovery else 0)
+    while True:
+        try:
+            fd = os.open(path, flags, 0o644)
+        except OSError as error:
+            raise FileError(f"cannot create {path}: {error.strerror}") from None
+        try:
+            fcntl.flock(fd, lock)
+        except BlockingIOError:
+            os.close(fd)
+            raise FileLocked(f"{path} is locked: another process writes or recovers this part") from None
+        except OSError as error:
+            os.close(fd)
+            raise FileError(f"cannot lock {path}: {error.strerror}") from None
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)  # whoever had the lock has removed it
 
 
 def records(path: Path) -> Iterator[Record]:

@@ -13,7 +13,7 @@ changes are rows of datasets. Texts in datasets have fixed lengths (SWMR forbids
     /run/producers    their names; `producer` in the other tables is the index into this one
     /run/blocks       one row a block: whose it is, where its rows lie, their CRC-32 as stored
     /run/ends         one row per producer and epoch that has ended
-    /run/positions    where each source stood when this part was opened, and when it was closed; written at the close
+    /run/positions    where each source stood when this part was opened (first), and when it was closed (next)
     /run/missing      sequences that never came
     /run/checksums    rows and CRC-32 of every dataset but /packets (whose blocks have their own), written at the close
     /ledger/counts    one row per producer, epoch and io_group; `how` is how its end came, `open` without one
@@ -26,6 +26,7 @@ changes are rows of datasets. Texts in datasets have fixed lengths (SWMR forbids
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -173,6 +174,20 @@ def create(path: Path, layout: schema.Layout, asic_version: str) -> h5py.File:
         path.unlink(missing_ok=True)
         raise FileError(f"cannot create {path}: {error}") from None
     return file
+
+
+def reopen(path: Path) -> h5py.File:
+    """A file whose superblock has been repaired, to be written on in the same order (SWMR): who is killed meanwhile
+    leaves what the first writer left. FileError when that cannot be."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_file_locking(True, True)
+    try:
+        # Not mode "r+" and then swmr_mode: in between the flags would be those of a file that was never finished.
+        return h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDWR | h5py.h5f.ACC_SWMR_WRITE, fapl=access))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileError(f"cannot open {path}: {' '.join(str(error).split())[:300]}") from None
 
 
 def _fill(file: h5py.File, layout: schema.Layout, asic_version: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq import blocks, schema
+from larpixdaq import blocks, deflate, schema
 from larpixdaq._native import chunks
 from larpixdaq.errors import ProtocolError
 from larpixdaq.files import layout
@@ -78,6 +78,24 @@ def check_block(block: blocks.Block, layout_code: int) -> None:
     _check_gaps(block)
 
 
+def check_rows(block: blocks.Block, rows: NDArray[Any], one: schema.Layout) -> None:
+    """ProtocolError when these rows are not those that the header speaks of."""
+    if rows.dtype != one.dtype or rows.shape != (block.rows,):
+        raise ProtocolError(
+            f"{describe(block)}: expected {block.rows} rows of layout {one.name},"
+            f" found shape {rows.shape} of {rows.dtype.itemsize} bytes each"
+        )
+    if not rows.flags.c_contiguous:
+        raise ProtocolError(f"{describe(block)}: its rows are not contiguous")
+    crc = deflate.crc32(rows.view(np.uint8))
+    if crc != block.crc32:
+        raise ProtocolError(f"{describe(block)}: expected CRC-32 {block.crc32:08x}, found {crc:08x}")
+    if block.text is not None:
+        kinds = rows[layout.type_column(rows.dtype)]
+        if not len(kinds) or np.any(kinds != schema.PacketType.MESSAGE):
+            raise ProtocolError(f"{describe(block)}: has a text, but not rows of messages")
+
+
 def check_end(end: blocks.End) -> None:
     """ProtocolError when an end record holds numbers or lists that no end has."""
     name = describe(end)
@@ -130,8 +148,8 @@ class Account:
         self.next_packet: int | None = None if expected else 0
         self.tally = new_tally()
         self.end: blocks.End | None = None
-        self.last: blocks.Block | None = None
         self.missing_blocks = 0
+        self.dropped: dict[int, int] = {}  # io_group -> rows that found no room, as the gaps in this part say
 
     def skip(self, sequence: int, first_packet: int | None) -> tuple[int, int, int, int, int] | None:
         """Note that `sequence` comes next; a row for /run/missing when others should have come before."""
@@ -145,24 +163,31 @@ class Account:
         self.expected = sequence
         return self.index, self.source.epoch, first, sequence, rows
 
-    def take(self, block: blocks.Block) -> None:
-        self.expected = block.sequence + 1
-        self.next_packet = block.first_packet + block.rows
-        self.last = block
+    def take(self, sequence: int, next_packet: int) -> None:
+        self.expected = sequence + 1
+        self.next_packet = next_packet
+
+    def drop(self, gaps: Iterable[tuple[int, int]]) -> None:
+        """Note gaps, each an io_group and rows."""
+        for io_group, rows in gaps:
+            self.dropped[io_group] = self.dropped.get(io_group, 0) + rows
+
+    @property
+    def next(self) -> int:
+        """The sequence that comes next; an end counts as the one it names."""
+        return self.expected + (self.end is not None)
 
     def counts(self, owed: int = 0) -> NDArray[Any]:
-        """The rows of /ledger/counts: by the end record, or, without one, by what the last block said."""
+        """The rows of /ledger/counts: by the end record, or, without one, by what came in this part."""
         here = stored(self.tally)
         given: dict[int, dict[str, int]] = {}
         if self.end is not None:
             given = {counts[0]: dict(zip(schema.COUNTS, counts[1:], strict=True)) for counts in self.end.counts}
-        elif self.last is not None:
-            for total in self.last.totals:
-                given[total.io_group] = {
-                    "packets": total.packets,
-                    "bad_parity": total.bad_parity,
-                    "dropped": total.dropped,
-                }
+        else:
+            for group in self.dropped.keys() | {int(group) for group in np.flatnonzero(here)}:
+                found = dict(zip(chunks.TALLY, self.tally[group].tolist(), strict=True))
+                given[group] = {name: found[name] for name in ("packets", "bad_parity")}
+                given[group]["dropped"] = self.dropped.get(group, 0)
         groups = sorted(given.keys() | {int(group) for group in np.flatnonzero(here)})
         rows = np.zeros(len(groups), layout.COUNTS)
         for row, group in zip(rows, groups, strict=True):
@@ -239,9 +264,8 @@ class Account:
     def complaints(self, owed: int) -> tuple[list[str], list[str]]:
         """Why this source's data are not whole: (totals unknown or rows owed, rows or blocks missing)."""
         name = self._name
-        if self.end is None:
-            return [f"{name}: its end never came, its totals are unknown"], []
-        waiting = [f"{name}: still owes {owed} rows"] if owed else []
+        waiting = [f"{name}: its end never came, its totals are unknown"] if self.end is None else []
+        waiting += [f"{name}: still owes {owed} rows"] if owed and self.end is not None else []
         missing = [f"{name}: {self.missing_blocks} blocks are missing"] if self.missing_blocks else []
         for row in self.counts(owed):
             counts = {field: int(row[field]) for field in schema.COUNTS}
@@ -249,6 +273,10 @@ class Account:
             if counts["dropped"]:
                 missing.append(f"{where}: {counts['dropped']} rows found no room and were dropped")
             # Rows of earlier parts are not in this file; there the unbroken sequence says that they are stored.
-            if not self.begun_at and (line := owing(counts, counts["stored"], int(row["owed"]))):
+            if (
+                self.end is not None
+                and not self.begun_at
+                and (line := owing(counts, counts["stored"], int(row["owed"])))
+            ):
                 missing.append(f"{where}: {line}")
         return waiting, missing

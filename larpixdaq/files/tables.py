@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import h5py
@@ -33,11 +33,27 @@ class Held(NamedTuple):
     message: Message | None = None
 
 
+def storable(producer: str) -> bool:
+    """Whether /run/producers has room for a name."""
+    name = producer.encode("utf-8", "replace")
+    return 0 < len(name) <= layout.PRODUCERS["name"].itemsize and b"\0" not in name
+
+
 class Tables:
-    def __init__(self, file: h5py.File) -> None:
+    def __init__(self, file: h5py.File, flush: Callable[[], None] | None = None) -> None:
+        """`flush` makes what has been written so far durable, before anything that is written after it."""
         self.blocks = 0
-        self._file = file
+        self._flush = flush or file.flush
         self._tables = {name: file[name] for name in layout.TABLES}
+        self.producers: dict[str, int] = {}  # name -> index in /run/producers
+
+    def resume(self, lengths: Mapping[str, int], producers: Iterable[str]) -> None:
+        """Go on with tables that have rows: of each the first so many; `producers` are those of /run/producers."""
+        for name, rows in lengths.items():
+            if self._tables[name].shape[0] > rows:
+                self._tables[name].resize((rows,))
+        self.blocks = lengths["run/blocks"]
+        self.producers = {name: index for index, name in enumerate(producers)}
 
     def append(self, name: str, rows: Any) -> None:
         """Put rows, which become an array of the table's dtype, behind those that it has."""
@@ -47,6 +63,12 @@ class Tables:
             table.resize((first + len(rows),))
             table[first:] = np.asarray(rows, layout.TABLES[name][0])
 
+    def add_producer(self, name: str) -> None:
+        """Give a producer, whose name is storable, its place in /run/producers."""
+        if name not in self.producers:
+            self.append("run/producers", [(name.encode("utf-8", "replace"),)])
+            self.producers[name] = len(self.producers)
+
     def text(self, name: str, text: str) -> None:
         now = time.time_ns()
         label = blocks.text_pieces(name, NAME_BYTES)[0]
@@ -54,30 +76,49 @@ class Tables:
         self.append("run/texts", [(label, i, part, now) for i, part in enumerate(parts)])
 
     def write(self, done: Iterable[Held], missing: list[tuple[int, ...]]) -> None:
-        """What ended in a batch whose rows are in the file. What a block or an end refers to is there before it."""
-        rows = []
-        ends = []
+        """What ended in a batch whose rows are in the file. What a block or an end refers to is there before it, and
+        whatever is there at all is, in each table, the first so many rows: recovery cuts what is behind those."""
+        self.append("run/missing", missing)
+        rows: list[tuple[int, ...]] = []
         for held in done:
             frame, account = held.frame, held.account
-            self.append("ledger/gaps", account.gaps(frame))
             if isinstance(frame, blocks.End):
-                self.append("ledger/counts", account.counts())
-                self.append("ledger/outside", account.outside())
-                self.append("ledger/unknown", account.unknown())
-                self.append("ledger/verdicts", account.verdicts())
-                ends.append((account.index, frame.epoch, frame.next, frame.how.encode(), frame.first_ns, frame.last_ns))
+                self._write_blocks(rows)
+                rows = []
+                self._write_end(frame, account)
                 continue
+            self.append("ledger/gaps", account.gaps(frame))
             if held.message is not None:
                 self._message(frame.text or "", held.message)
             place = (frame.sequence, held.start, frame.rows, frame.crc32)
             times = (frame.first_ns, frame.last_ns)
             rows.append((account.index, frame.epoch, *place, *times, frame.first_packet, frame.flags))
-        self.append("run/missing", missing)
-        self._file.flush()
-        self.append("run/blocks", rows)
-        self.append("run/ends", ends)
-        self.blocks += len(rows)
-        self._file.flush()
+        self._write_blocks(rows)
+
+    def _write_blocks(self, rows: list[tuple[int, ...]]) -> None:
+        if rows:
+            self._flush()
+            self.append("run/blocks", rows)
+            self.blocks += len(rows)
+            self._flush()
+
+    def _write_end(self, end: blocks.End, account: Account) -> None:
+        self.append("ledger/gaps", account.gaps(end))
+        self.append("ledger/counts", account.counts())
+        self.append("ledger/outside", account.outside())
+        self.append("ledger/unknown", account.unknown())
+        self.append("ledger/verdicts", account.verdicts())
+        self._flush()
+        row = (account.index, end.epoch, end.next, end.how.encode(), end.first_ns, end.last_ns)
+        self.append("run/ends", [row])
+        self._flush()
+
+    def set_positions(self, rows: list[tuple[int, ...]]) -> None:
+        """The whole of /run/positions. Each source keeps its place: who is killed meanwhile has changed `next` only."""
+        table = self._tables["run/positions"]
+        table.resize((len(rows),))
+        if rows:
+            table[:] = np.array(rows, layout.POSITIONS)
 
     def _message(self, text: str, message: Message) -> None:
         parts = blocks.text_pieces(text, layout.MESSAGE_BYTES)

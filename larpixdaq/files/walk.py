@@ -27,7 +27,7 @@ def walk(
     counter = -1
     messages = file.length("messages")
     known = file.layout is not None
-    for group in _groups(file):
+    for group in groups(file):
         first = row
         for block in group:
             if int(block["first_row"]) != row or int(block["rows"]) > schema.BLOCK_ROWS:
@@ -76,7 +76,7 @@ def _block(
     books.block(block, mine if known else None, finding)
 
 
-def _groups(file: DataFile) -> Iterator[NDArray[Any]]:
+def groups(file: DataFile) -> Iterator[NDArray[Any]]:
     """/run/blocks in groups of about _PIECE rows."""
     for start in range(0, file.length("run/blocks"), 8192):
         blocks = file.table("run/blocks", start, start + 8192)

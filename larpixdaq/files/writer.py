@@ -2,13 +2,14 @@
 
 Rows are collected in batches. A full batch is written to /packets; then come the rows of /run/blocks for the blocks
 that ended in it; then the journal is emptied. A block that has waited WAIT seconds for that goes to the journal, whole.
-So a block below `durable` is in /run/blocks or in the journal, and survives the death of this process; it survives a
-power cut from close() on, which syncs.
+So a block below `durable` is in /run/blocks or in the journal, and survives the death of this process; a power cut it
+survives from publish() on, which syncs, or, with `fsync`, from the moment it is below `durable`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -20,33 +21,20 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq import blocks, deflate, schema
+from larpixdaq import blocks, deflate
 from larpixdaq._native import chunks
 from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError, ProtocolError
-from larpixdaq.files import closing, layout, names
+from larpixdaq.files import closing, layout, names, opening
 from larpixdaq.files.batch import Batch
 from larpixdaq.files.journal import Journal
-from larpixdaq.files.ledger import Account, check_block, check_end, describe
-from larpixdaq.files.tables import Held, Message, Tables
+from larpixdaq.files.ledger import Account, check_block, check_end, check_rows, describe
+from larpixdaq.files.opening import RunInfo as RunInfo
+from larpixdaq.files.resume import State
+from larpixdaq.files.tables import Held, Message, Tables, storable
 
 #: A block waits at most this long, in seconds, for its batch to fill up.
 WAIT: Final = 0.020
-
-
-class RunInfo(NamedTuple):
-    """What is known of a run when its file is opened."""
-
-    run: int
-    kind: str
-    comment: str
-    operator: str
-    started_ns: int  # unix ns
-    layout: schema.Layout
-    asic_version: str
-    storage: str = ""  # the storage's name, empty for the first or only one
-    versions: Mapping[str, str] = {}
-    required_producers: tuple[str, ...] = ()
 
 
 class Report(NamedTuple):
@@ -64,41 +52,33 @@ class Report(NamedTuple):
 
 class RunFile:
     def __init__(
-        self, directory: Path, info: RunInfo, part: int = 0, positions: Iterable[blocks.Position] = ()
+        self,
+        directory: Path,
+        info: RunInfo,
+        part: int = 0,
+        positions: Iterable[blocks.Position] = (),
+        *,
+        fsync: bool = False,
     ) -> None:
         """Create NAME.h5.part and its journal; FileError in one line when that cannot be.
 
         `positions`: where the run's sources stand after the parts before; other sources begin at sequence 0.
+        `fsync`: what is durable survives a power cut too, at the cost of waiting for the disk.
         """
-        self.info = info
-        self.part = part
         stem = names.stem(info.run, info.started_ns, part, info.storage)
-        self.path = Path(directory) / (stem + names.PART)
-        self.duplicate_blocks = 0
-        #: Next sequence per source: all below is durable. An end counts as the sequence it names.
-        self.durable: dict[Source, int] = {}
-        self.ended: dict[Source, blocks.End] = {}
-        self._known = {Source(p.run, p.producer, p.epoch): p.next for p in positions if p.run == info.run}
-        self._accounts: dict[Source, Account] = {}
-        self._producers: dict[str, int] = {}
-        self._held: deque[Held] = deque()
-        self._journaled = 0  # of the held ones, the first so many are in the journal
-        self._oldest = 0.0  # monotonic time at which the first of the others came
-        self._missing: list[tuple[int, ...]] = []
-        self._messages = 0
-        self._failed = ""
-
-        self._final = self.path.with_name(stem + names.FINISHED)
+        known = {Source(p.run, p.producer, p.epoch): p.next for p in positions if p.run == info.run}
+        self._set_up(info, part, Path(directory) / (stem + names.PART), known)
         if self._final.exists():
             raise FileError(f"cannot create {self.path}: {self._final} exists")
-        self._journal = Journal(self.path.with_name(stem + names.JOURNAL))
+        self._fsync = fsync
+        self._journal = Journal(self.path.with_name(stem + names.JOURNAL), fsync=fsync)
         try:
             self._file = layout.create(self.path, info.layout, info.asic_version)
         except BaseException:
             self._journal.close(remove=True)
             raise
         self._batch = Batch(self._file["packets"], info.layout.dtype.itemsize)
-        self._tables = Tables(self._file)
+        self._tables = Tables(self._file, self._flush)
         try:
             self._try(self._describe)
         except FileError:
@@ -106,24 +86,76 @@ class RunFile:
             raise
 
     def _describe(self) -> None:
-        info = np.zeros(1, layout.INFO)
-        info["run"], info["part"], info["layout"] = self.info.run, self.part, self.info.layout.code
-        info["condition"] = layout.RUNNING
-        info["started_ns"], info["opened_ns"] = self.info.started_ns, time.time_ns()
-        self._file["run/info"][:] = info
-        self._tables.text("layout", self.info.layout.name)
-        self._tables.text("compression", deflate.NAME)
-        self._tell()
-        self._file.flush()
+        opening.describe(self._file, self._tables, self.info, self.part, self._known)
+        if self._fsync:
+            self._flush()
+            closing.sync(self.path.parent)
 
-    def _tell(self) -> None:
-        """What people want to know of the run, into /run/texts."""
-        for name in ("kind", "comment", "operator", "storage", "asic_version"):
-            self._tables.text(name, getattr(self.info, name))
-        for name, version in self.info.versions.items():
-            self._tables.text(f"version {name}", version)
-        for name in self.info.required_producers:
-            self._tables.text("required producer", name)
+    @classmethod
+    def resume(cls, path: Path, journal: Journal, info: RunInfo, state: State) -> RunFile:
+        """Go on with the part of a dead writer, whose superblock has been repaired: for recovery, which has the
+        journal's lock, adds what only the journal holds, and closes it. What does not belong in it is cut.
+
+        FileError when the disk fails; part and journal are as good as before then.
+        """
+        self = cls.__new__(cls)
+        self._set_up(info, state.info["part"], path, state.known)
+        self._journal = journal
+        self._file = layout.reopen(path)
+
+        def resume() -> None:
+            self._batch = Batch(self._file["packets"], info.layout.dtype.itemsize)
+            self._tables = Tables(self._file)
+            self._batch.resume(state.rows)
+            self._tables.resume(state.lengths, state.producers)
+            self._file.flush()
+
+        try:
+            self._try(resume)
+        except FileError:
+            self.abandon()
+            raise
+        self._damaged = state.damaged
+        self._accounts = dict(state.accounts)
+        self.ended = {account.source: account.end for account in state.accounts.values() if account.end}
+        self._missing = list(state.missing)
+        self._messages = state.messages
+        self.duplicate_blocks = state.info["duplicate_blocks"]
+        return self
+
+    def _set_up(self, info: RunInfo, part: int, path: Path, known: dict[Source, int]) -> None:
+        self.info = info
+        self.part = part
+        self.path = path
+        self.duplicate_blocks = 0
+        #: Next sequence per source: all below is durable. An end counts as the sequence it names.
+        self.durable: dict[Source, int] = {}
+        self.ended: dict[Source, blocks.End] = {}
+        self._final = path.with_name(path.name.removesuffix(names.PART) + names.FINISHED)
+        self._known = known
+        self._accounts: dict[Source, Account] = {}
+        self._held: deque[Held] = deque()
+        self._journaled = 0  # of the held ones, the first so many are in the journal
+        self._oldest = 0.0  # monotonic time at which the first of the others came
+        self._missing: list[tuple[int, ...]] = []
+        self._messages = 0
+        self._damaged: list[str] = []  # of a resumed file: what is not as it was written
+        self._failed = ""
+        self._fsync = False
+
+    def positions(self) -> list[blocks.Position]:
+        """Where each source of the run stands now, parts before counted: for the part that follows."""
+        return [blocks.Position(*source, self.next(source)) for source in self._known | self._accounts]
+
+    @property
+    def final(self) -> Path:
+        """The name that it gets when it is closed."""
+        return self._final
+
+    @property
+    def failed(self) -> str:
+        """Why nothing can be written any more; empty as long as something can."""
+        return self._failed
 
     @property
     def rows(self) -> int:
@@ -147,11 +179,13 @@ class RunFile:
         ProtocolError, with nothing taken, when header and rows do not belong together; FileError when the disk fails.
         """
         self._usable()
-        self._check(block, rows)
-        account = self._account(block.source)
-        if block.sequence < account.expected:
+        self._check_run(block)
+        check_block(block, self.info.layout.code)
+        check_rows(block, rows, self.info.layout)
+        if block.sequence < self._expected(block.source):
             self.duplicate_blocks += 1
             return
+        account = self._account(block.source)
         if account.end is not None:
             raise ProtocolError(f"{describe(block)}: comes after the end of its source")
         message = None
@@ -163,7 +197,8 @@ class RunFile:
             block = msgspec.structs.replace(block, crc32=deflate.crc32(rows.view(np.uint8)))
         if missing := account.skip(block.sequence, block.first_packet):
             self._missing.append(missing)
-        account.take(block)
+        account.take(block.sequence, block.first_packet + block.rows)
+        account.drop((gap.io_group, gap.rows) for gap in block.gaps)
         data = rows.view(np.uint8)
         chunks.tally(data, block.layout, account.tally)
         self._hold(Held(block, account, self.rows, self.rows + block.rows, message))
@@ -174,15 +209,17 @@ class RunFile:
         self._usable()
         self._check_run(end)
         check_end(end)
-        account = self._account(end.source)
-        if account.end is not None:
+        expected = self._expected(end.source)
+        if end.source in self.ended or end.next + 1 == self._known.get(end.source):  # here, or in a part before
             self.duplicate_blocks += 1
             return
-        if end.next < account.expected:
-            raise ProtocolError(f"{describe(end)}: block {account.expected - 1} of it has been taken already")
+        if end.next < expected:
+            raise ProtocolError(f"{describe(end)}: block {expected - 1} of it has been taken already")
+        account = self._account(end.source)
         if missing := account.skip(end.next, None):
             self._missing.append(missing)
         account.end = end
+        account.drop((gap.io_group, gap.rows) for gap in end.gaps)
         self.ended[end.source] = end
         self._hold(Held(end, account, self.rows, self.rows))
 
@@ -190,36 +227,34 @@ class RunFile:
         if frame.run != self.info.run:
             raise ProtocolError(f"{describe(frame)}: this file holds run {self.info.run}")
 
-    def _check(self, block: blocks.Block, rows: NDArray[Any]) -> None:
-        self._check_run(block)
-        check_block(block, self.info.layout.code)
-        if rows.dtype != self.info.layout.dtype or rows.shape != (block.rows,):
-            raise ProtocolError(
-                f"{describe(block)}: expected {block.rows} rows of layout {self.info.layout.name},"
-                f" found shape {rows.shape} of {rows.dtype.itemsize} bytes each"
-            )
-        if not rows.flags.c_contiguous:
-            raise ProtocolError(f"{describe(block)}: its rows are not contiguous")
-        crc = deflate.crc32(rows.view(np.uint8))
-        if crc != block.crc32:
-            raise ProtocolError(f"{describe(block)}: expected CRC-32 {block.crc32:08x}, found {crc:08x}")
-        if block.text is not None:
-            kinds = rows[layout.type_column(rows.dtype)]
-            if not len(kinds) or np.any(kinds != schema.PacketType.MESSAGE):
-                raise ProtocolError(f"{describe(block)}: has a text, but not rows of messages")
-
     def _account(self, source: Source) -> Account:
         account = self._accounts.get(source)
         if account is None:
-            name = source.producer.encode("utf-8", "replace")
-            if not 0 < len(name) <= layout.PRODUCERS["name"].itemsize or b"\0" in name:
-                raise ProtocolError(f"producer {source.producer[:40]!r}: a name of {len(name)} bytes cannot be stored")
-            if source.producer not in self._producers:
-                self._try(lambda: self._tables.append("run/producers", [(name,)]))
-                self._producers[source.producer] = len(self._producers)
-            account = Account(source, self._producers[source.producer], self._known.get(source, 0))
+            if not storable(source.producer):
+                size = len(source.producer.encode("utf-8", "replace"))
+                raise ProtocolError(f"producer {source.producer[:40]!r}: a name of {size} bytes cannot be stored")
+            self._try(lambda: self._tables.add_producer(source.producer))
+            account = Account(source, self._tables.producers[source.producer], self._known.get(source, 0))
             self._accounts[source] = account
         return account
+
+    def next(self, source: Source) -> int:
+        """The sequence that comes next, durable or not; an end counts as the one it names."""
+        account = self._accounts.get(source)
+        return self._known.get(source, 0) if account is None else account.next
+
+    def _expected(self, source: Source) -> int:
+        account = self._accounts.get(source)
+        return self._known.get(source, 0) if account is None else account.expected
+
+    def _flush(self) -> None:
+        """Hand everything to the kernel, in order; with `fsync` wait until the disk has it."""
+        self._file.flush()
+        if self._fsync:
+            os.fsync(self._descriptor())
+
+    def _descriptor(self) -> int:
+        return int(self._file.id.get_vfd_handle())
 
     def _hold(self, held: Held) -> None:
         if len(self._held) == self._journaled:
@@ -250,7 +285,7 @@ class RunFile:
 
     def _write_batch(self) -> None:
         stop = self._batch.write()
-        self._file.flush()
+        self._flush()
         done = []
         while self._held and self._held[0].stop <= stop:
             done.append(self._held.popleft())
@@ -277,36 +312,68 @@ class RunFile:
                 f" in layout {info.layout.name}"
             )
         self.info = info
-        self._try(self._tell)
-        self._try(self._file.flush)
+        self._try(lambda: opening.tell(self._tables, info))
+        self._try(self._flush)
 
     def set_text(self, name: str, text: str) -> None:
         """Add a text to /run/texts; the newest of a name counts. For what becomes known while the file is open."""
         self._usable()
         self._try(lambda: self._tables.text(name, text))
-        self._try(self._file.flush)
+        self._try(self._flush)
 
     def set_comment(self, comment: str) -> None:
         self.set_text("comment", comment)
 
-    def close(self, *, aborted: bool = False, owed: Mapping[Source, int] | None = None) -> Report:
-        """Write what is left, the totals and the condition, and give the file its final name.
+    def close(
+        self,
+        *,
+        aborted: bool = False,
+        continued: bool = False,
+        owed: Mapping[Source, int] | None = None,
+        texts: Mapping[str, str] | None = None,
+    ) -> Report:
+        """seal() and publish() in one: for whoever has the time."""
+        report = self.seal(aborted=aborted, continued=continued, owed=owed, texts=texts)
+        return report._replace(path=self.publish())
 
-        aborted: the run was; owed: rows that producers are known to keep still.
-        FileError when the disk fails or the final name is taken: part and journal then stay.
+    def seal(
+        self,
+        *,
+        aborted: bool = False,
+        continued: bool = False,
+        owed: Mapping[Source, int] | None = None,
+        texts: Mapping[str, str] | None = None,
+    ) -> Report:
+        """Write what is left, the totals and the condition: the file is whole then, and waits for publish().
+
+        aborted: the run was; continued: the run goes on in another part; owed: rows that producers are known to keep
+        still; texts: more for /run/texts, such as "previous part", "next part".
+        FileError when the disk fails: part and journal then stay for recovery.
         """
         self._usable()
         owed = owed or {}
         accounts = list(self._accounts.values())
-        condition, reasons = closing.verdict(accounts, owed, self.info.required_producers, aborted=aborted)
+        condition, reasons = closing.verdict(
+            accounts,
+            owed,
+            self.info.required_producers,
+            aborted=aborted,
+            continued=continued,
+            before=self._known,
+            damaged=self._damaged,
+        )
         missing = sum(account.missing_blocks for account in accounts)
 
         def finish() -> None:
             self._write_batch()
-            for reason in reasons:
-                self._tables.text("reason", reason)
+            for name, text in (texts or {}).items():
+                self._tables.text(name, text)
+            for name, lines in (("damaged", self._damaged), ("reason", reasons)):
+                for line in lines:
+                    self._tables.text(name, line)
             for account in accounts:
                 self._tables.set_owed(account, owed.get(account.source, 0))
+            self._tables.set_positions(self._positions())
             info = self._file["run/info"][:]
             info["condition"], info["closed_ns"] = condition, time.time_ns()
             info["rows"], info["blocks"] = self.rows, self._tables.blocks
@@ -315,6 +382,15 @@ class RunFile:
             closing.seal(self._file)
 
         self._try(finish)
+        self._failed = "is closed"
+        stored = closing.stored(accounts)
+        return Report(self.path, self.rows, self.bytes, condition, reasons, stored, missing, self.duplicate_blocks)
+
+    def publish(self) -> Path:
+        """Sync the sealed file, give it its final name, and remove the journal; may be called in another thread.
+
+        FileError when the disk fails or the name is taken: part and journal then stay.
+        """
         try:
             closing.publish(self.path, self._final)
         except FileError:
@@ -322,9 +398,16 @@ class RunFile:
             raise
         self.path = self._final
         self._journal.close(remove=True)
-        self._failed = "is closed"
-        stored = closing.stored(accounts)
-        return Report(self.path, self.rows, self.bytes, condition, reasons, stored, missing, self.duplicate_blocks)
+        return self.path
+
+    def _positions(self) -> list[tuple[int, ...]]:
+        """The rows of /run/positions: first those of which the file has known since it was opened, in their order."""
+        rows: list[tuple[int, ...]] = []
+        for source in dict.fromkeys((*self._known, *self._accounts)):
+            account, first = self._accounts.get(source), self._known.get(source, 0)
+            following = first if account is None else account.next
+            rows.append((self._tables.producers[source.producer], source.epoch, first, following))
+        return rows
 
     def discard(self) -> None:
         """Remove the file of a run that was cancelled before any row came; FileError when one has."""
@@ -342,6 +425,14 @@ class RunFile:
         Harmless when repeated, or when the disk failed before: what was acknowledged is in file and journal.
         """
         self._failed = self._failed or "is closed"
+        # The HDF5 library writes what its cache holds when it closes a file, if need be when this process ends: into a
+        # file that has been recovered meanwhile. From here on it writes into memory.
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            elsewhere = os.memfd_create("larpixdaq", os.MFD_CLOEXEC)
+            try:
+                os.dup2(elsewhere, self._descriptor(), inheritable=False)
+            finally:
+                os.close(elsewhere)
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             self._file.close()
         self._journal.close()

@@ -61,7 +61,8 @@ class Link:
     acks: dict[tuple[int, int], int] = field(default_factory=dict)  # (run, epoch) -> next, still to be sent
     last_ack: Ack | None = None
     warned: str = ""
-    superseded: str | None = None  # our session when the producer said that a newer HELLO of our name had come
+    #: Our session, and when (monotonic) the producer said that a newer HELLO of our name had come.
+    superseded: tuple[str, float] | None = None
 
 
 class Consumer:
@@ -82,6 +83,8 @@ class Consumer:
     ) -> None:
         self.name = name
         self.session = session
+        #: When (monotonic) the newest heartbeat was sent that the core has answered under this session.
+        self.confirmed = 0.0
         self.mode = mode
         self._positions = positions
         self._clock = clock
@@ -124,6 +127,8 @@ class Consumer:
     def next(self) -> Received | None:
         """The oldest frame that waits: (producer, Welcome | Block | End | Refused, rows of a Block); None when none
         does."""
+        if self._again:
+            return None
         try:
             return self._queue.popleft()
         except IndexError:
@@ -148,7 +153,11 @@ class Consumer:
         os.eventfd_write(self._wake, 1)
 
     def again(self) -> None:
-        """Subscribe anew to every producer: what was sent and not acknowledged comes again."""
+        """Subscribe anew to every producer: what was sent and not acknowledged comes again.
+
+        Nothing of the subscription before is handed over any more: who calls this has let some of it pass, and what
+        came after that would seem to follow a gap.
+        """
         with self._lock:
             self._again = True
         os.eventfd_write(self._wake, 1)
@@ -190,16 +199,17 @@ class Consumer:
             wanted, self._wanted = self._wanted, None
             acks, self._acks = self._acks, {}
             done, self._done = self._done, {}
-            again, self._again = self._again, False
+            if self._again:
+                for link in self._links.values():
+                    link.welcome, link.hello_at = False, 0.0
+                self._queue.clear()
+                self._again = False
         if wanted is not None:
             for link in [one for one in self._links.values() if wanted.get(one.name, one.address) != one.address]:
                 self._drop(link)
             for name, address in wanted.items():
                 if name not in self._links and (opened := self._open(name, address)) is not None:
                     self._links[name] = opened
-        if again:
-            for link in self._links.values():
-                link.welcome, link.hello_at = False, 0.0
         for name, blocks in done.items():
             if name in self._links:
                 self._links[name].credit += blocks
@@ -263,8 +273,8 @@ class Consumer:
                 return False
             link.hello_at = self._clock() + HELLO_AGAIN
             if frame.reason == "superseded":
-                # Whoever has our name now is right, until the core has registered us anew; to insist would be a war.
-                link.superseded = self.session
+                # Whoever has our name now is right until the core says that it is ours; to insist would be a war.
+                link.superseded = self.session, self._clock()
             self._warn(link, f"{link.name} refuses the stream to {self.name}: {frame.reason}")
         elif isinstance(frame, Block | End):
             if not link.welcome:
@@ -279,8 +289,7 @@ class Consumer:
         now = self._clock()
         if not link.welcome:
             # Before the connection stands nothing can be said; then at once, not after HELLO_AGAIN.
-            superseded = link.superseded == self.session
-            if now >= link.hello_at and not superseded and link.socket.poll(0, zmq.POLLOUT):
+            if now >= link.hello_at and not self._superseded(link) and link.socket.poll(0, zmq.POLLOUT):
                 link.credit = CREDIT
                 link.acks.clear()
                 hello = Hello(STREAM_VERSION, self.name, self.session, self.mode, self._positions())
@@ -298,6 +307,13 @@ class Consumer:
         elif now - link.said > REPEAT / 2:
             self._send(link, link.last_ack or Credit(link.credit) if self.mode == "all" else Credit(link.credit))
             link.said = now
+
+    def _superseded(self, link: Link) -> bool:
+        """A process that was stopped says HELLO when it goes on, before it hears that another has its name by now: the
+        one whose session the core confirms after that is the right one."""
+        return (
+            link.superseded is not None and link.superseded[0] == self.session and self.confirmed <= link.superseded[1]
+        )
 
     def _send(self, link: Link, frame: FromConsumer) -> bool:
         try:

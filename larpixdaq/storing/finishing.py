@@ -1,0 +1,275 @@
+"""A part after its last row: its final name, its checksum, and the command that somebody wants to run on it.
+
+Each of the three has a thread of its own, since each may take long in its own way: the disk that has to sync, gigabytes
+to be read again, a command that hangs. None of them holds up the stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from larpixdaq.errors import FileError, FileLocked, LarpixDaqError
+from larpixdaq.files import names
+from larpixdaq.files.closing import sync
+from larpixdaq.files.reader import DataFile
+from larpixdaq.files.recover import recover
+from larpixdaq.files.writer import Report, RunFile
+
+log = logging.getLogger(__name__)
+
+#: Closed files that `status` names.
+SHOWN: Final = 16
+#: A command has so long (seconds) for one file.
+COMMAND_LIMIT: Final = 600.0
+#: At the end of the process, commands have so long all together (seconds).
+LAST_COMMANDS: Final = 10.0
+_PIECE: Final = 1 << 20
+
+
+class _Worker:
+    """A thread that does one job after the other."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self._jobs.put(job)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except LarpixDaqError as error:
+                log.error("%s", error)
+            except Exception:  # the jobs behind it must not wait for ever
+                log.exception("%s", self._thread.name)
+
+    def end(self, limit: float | None = None) -> None:
+        """Wait until all that was submitted is done, at most `limit` seconds."""
+        self._jobs.put(None)
+        self._thread.join(limit)
+
+
+class Finisher:
+    """Submit from the process's loop alone; work() in the loop calls back what the threads have to tell it.
+
+    `command`: what to run on each finished file, whose path is appended; empty for nothing.
+    """
+
+    def __init__(self, command: Sequence[str] = ()) -> None:
+        self.command = tuple(command)
+        #: The last closed files, for `status`; newest last.
+        self.finished: deque[dict[str, Any]] = deque(maxlen=SHOWN)
+        #: What the last command did wrong, for `status`; empty when all was well.
+        self.trouble = ""
+        self._told: deque[Callable[[], None]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._publishing, self._summing, self._commands = (
+            _Worker(f"storage: {what}") for what in ("final names", "checksums", "commands")
+        )
+        self._broken: dict[Path, str] = {}  # parts that could not be recovered yet, and why; of the first thread
+        self._left: list[Path] = []  # files whose command has not ended yet
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def fileno(self) -> int:
+        """Polls readable while work() has something to call back."""
+        return self._wake
+
+    @property
+    def broken(self) -> bool:
+        """Whether parts wait for retry()."""
+        return bool(self._broken)
+
+    def work(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # nothing was told, or it was and the wake-up is on its way
+            os.eventfd_read(self._wake)
+        while self._told:
+            self._told.popleft()()
+
+    def _tell(self, what: Callable[[], None]) -> None:
+        self._told.append(what)
+        os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """Wait for all names and checksums; commands have ten seconds, then they are left to themselves. Harmless when
+        repeated."""
+        if self._wake < 0:
+            return
+        self._publishing.end()
+        self._summing.end()
+        self._commands.end(LAST_COMMANDS)
+        running = self._running
+        for path in self._left:
+            if running is not None:
+                log.error("%s still runs for %s (process %d): not waited for", self.command[0], path.name, running.pid)
+                running = None
+            else:
+                log.error("%s was not run for %s", self.command[0], path.name)
+        self.work()
+        os.close(self._wake)
+        self._wake = -1
+
+    # Final names
+
+    def publish(self, file: RunFile, report: Report) -> None:
+        """Give a sealed part its final name; what follows, follows."""
+
+        def job() -> None:
+            part = file.path
+            try:
+                path = file.publish()
+            except FileError as error:
+                log.error("%s", error)
+                self._broken[part] = str(error)
+                return
+            log.info("%s: %d rows, %s", path.name, report.rows, report.condition)
+            self._finish(path)
+
+        self._publishing.submit(job)
+
+    def mend(self, part: Path) -> None:
+        """A part that could not be written to its end: it is recovered when retry() is called."""
+
+        def job() -> None:
+            self._broken.setdefault(part, "")
+
+        self._publishing.submit(job)
+
+    def retry(self) -> None:
+        """Try to recover the parts that are broken."""
+        self._publishing.submit(self._recover)
+
+    def after(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Do `job` when all parts before have their names, as far as the disk lets us, and call back with what it gave:
+        a value, or the LarpixDaqError that it raised."""
+
+        def run() -> None:
+            self._recover()
+            value: Any
+            try:
+                value = job()
+            except LarpixDaqError as error:
+                value = error
+            self._tell(lambda: then(value))
+
+        self._publishing.submit(run)
+
+    def _recover(self) -> None:
+        for part, before in list(self._broken.items()):
+            try:
+                found = recover(part)
+            except FileLocked:
+                continue
+            except FileError as error:
+                if not part.exists():  # somebody has recovered it by hand, or taken it away
+                    del self._broken[part]
+                elif str(error) != before:
+                    log.error("%s", error)
+                    self._broken[part] = str(error)
+                continue
+            del self._broken[part]
+            log.warning("%s", found.text)
+            if found.path is not None:
+                self._finish(found.path)
+
+    # Checksums
+
+    def _finish(self, path: Path) -> None:
+        line = {"run": 0, "file": str(path), "bytes": 0, "sha256": "", "condition": ""}
+        with DataFile(path) as file:
+            info = file.run_info()
+        line |= {"run": info["run"], "bytes": path.stat().st_size, "condition": info["condition"]}
+        self._tell(lambda: self.finished.append(line))
+        about = {"run": info["run"], "part": info["part"], "rows": info["rows"], "condition": info["condition"]}
+        self._summing.submit(lambda: self._sum(path, line, about))
+
+    def adopt(self, path: Path) -> None:
+        """A finished file that this process has not written; it may lack its sidecar."""
+        if not path.with_suffix(names.SIDECAR).exists():
+            self._publishing.submit(lambda: self._finish(path))
+
+    def _sum(self, path: Path, line: dict[str, Any], about: dict[str, Any]) -> None:
+        try:
+            digest, size = sha256(path)
+            write_sidecar(path, {"file": path.name, "bytes": size, "sha256": digest, **about})
+        except OSError as error:
+            raise FileError(f"no checksum of {path}: {error.strerror or error}") from None
+        self._tell(lambda: line.update(sha256=digest))
+        if self.command:
+            self._left.append(path)
+            self._commands.submit(lambda: self._run(path))
+
+    # Commands
+
+    def _run(self, path: Path) -> None:
+        trouble = self._execute(path)
+        self._left.remove(path)
+        self.trouble = trouble
+        if trouble:
+            log.error("%s", trouble)
+        else:
+            log.info("%s: %s has ended well", path.name, self.command[0])
+
+    def _execute(self, path: Path) -> str:
+        """What went wrong, in one line; empty when nothing did."""
+        what = f"--on-close: {self.command[0]} {path.name}"
+        # Into a file, not a pipe: should it outlive us, its output must still have a place to go.
+        with tempfile.TemporaryFile() as output:
+            try:
+                self._running = subprocess.Popen(
+                    [*self.command, str(path)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            except (OSError, ValueError) as error:
+                return f"{what}: {error}"
+            try:
+                status = self._running.wait(COMMAND_LIMIT)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._running.pid, signal.SIGKILL)
+                self._running.wait()
+                return f"{what}: did not end within {COMMAND_LIMIT:g} s and was killed"
+            finally:
+                self._running = None
+            if status:
+                output.seek(max(0, output.seek(0, os.SEEK_END) - 1000))
+                said = output.read().decode("utf-8", "replace").strip().splitlines()
+                return f"{what}: ended with status {status}: {said[-1][:300] if said else 'it wrote nothing'}"
+        return ""
+
+
+def sha256(path: Path) -> tuple[str, int]:
+    """The checksum of a file, in hexadecimal digits, and its size."""
+    digest = hashlib.sha256()
+    size = 0
+    buffer = bytearray(_PIECE)
+    with open(path, "rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:n])
+            size += n
+    return digest.hexdigest(), size
+
+
+def write_sidecar(path: Path, content: dict[str, Any]) -> None:
+    """NAME.json beside a finished file: there is all of it or none."""
+    new = path.with_suffix(names.SIDECAR + ".new")
+    new.write_text(json.dumps(content) + "\n")
+    sync(new)
+    new.replace(path.with_suffix(names.SIDECAR))

@@ -1,0 +1,322 @@
+"""The runs that a storage writes: which part a block goes into, what is acknowledged, what is tried again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+
+from larpixdaq import schema
+from larpixdaq.blocks import Block, End, FromProducer, Position, Source
+from larpixdaq.control.calls import Call
+from larpixdaq.errors import FileError, LarpixDaqError
+from larpixdaq.files.positions import positions
+from larpixdaq.files.writer import RunInfo
+from larpixdaq.storing import parts
+from larpixdaq.storing.before import recover_all
+from larpixdaq.storing.finishing import Finisher
+from larpixdaq.storing.limits import Limits
+from larpixdaq.storing.parts import OpenRun
+from larpixdaq.storing.space import RESERVE, Space
+from larpixdaq.stream.publisher import WINDOW
+
+log = logging.getLogger(__name__)
+
+#: A part of a run that the core has not announced is closed so long after its last END (seconds).
+UNANNOUNCED_CLOSE = 1.0
+#: Runs whose metadata are kept for blocks that come after they were closed.
+_REMEMBERED: Final = 16
+
+
+class Stream(Protocol):
+    """What is needed of stream.Consumer."""
+
+    def acknowledge(self, source: Source, following: int) -> None: ...
+    def again(self) -> None: ...
+
+
+class Writing:
+    """The runs that a storage writes, in `directory`; a block is acknowledged when file or journal hold it.
+
+    Used from the process's loop alone, but for where(). `stream` takes the acknowledgements, as soon as there is one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        label: str,
+        *,
+        limits: Limits = Limits(),  # noqa: B008  a tuple of None
+        on_close: Sequence[str] = (),
+        fsync: bool = False,
+    ) -> None:
+        """`label` goes into the names of the files; empty for the first or only storage. `limits`: when a run goes on
+        in a further part; `on_close`: the command to run on each finished file; `fsync`: as in RunFile."""
+        self.directory = directory
+        self.name = name
+        self.label = label
+        self.duplicates = 0
+        self.paused = ""  # why nothing is written
+        self.stream: Stream | None = None
+        self.space = Space(directory)
+        self.finisher = Finisher(on_close)
+        self._limits, self._fsync = limits, fsync
+        self._runs: dict[int, OpenRun] = {}
+        self._infos: dict[int, RunInfo] = {}
+        self._cancelled: set[int] = set()
+        self._written = 0  # bytes of the files of runs that were closed
+        self._retry_at = 0.0
+        self._lock = threading.Lock()  # over _positions, which the stream's thread reads
+        self._positions: dict[Source, int] = {}
+        self._known: set[int] = set()  # runs whose files of before are in there
+
+    # the loop
+
+    def due(self) -> float | None:
+        """When work() has something to do (monotonic seconds); None: not before something comes."""
+        if self.paused:
+            return None
+        return min((due for run in self._runs.values() if (due := run.due()) is not None), default=None)
+
+    def work(self) -> None:
+        """Write what has waited long enough, acknowledge, close what is complete, try again what was refused."""
+        self._look_for_space()
+        for run in list(self._runs.values()):
+            self._work(run)
+        if self.finisher.broken and time.monotonic() >= self._retry_at:
+            self._retry_at = time.monotonic() + parts.AGAIN
+            self.finisher.retry()
+        self.finisher.work()
+
+    def close(self) -> None:
+        """Close what is open, and wait for its final names; the verdict in the file says what it is worth."""
+        for run in list(self._runs.values()):
+            self._close(run, aborted=False)
+        self.finisher.close()
+
+    def supersede(self) -> None:
+        """Another storage has our name, and goes on with our runs: from here on they stand in its files."""
+        for run in self._runs.values():
+            if run.file is None:
+                continue
+            number = run.info.run
+            stands = [(*source[1:], following) for source, following in self._positions.items() if source.run == number]
+            try:
+                run.file.set_text("superseded from", json.dumps(stands))
+            except FileError as error:
+                log.error("run %d: %s", number, error)
+                continue
+            self._seal(run, aborted=False, continued=True)
+        self._runs.clear()
+
+    # the stream
+
+    def receive(self, producer: str, frame: FromProducer, payload: memoryview | None) -> None:
+        """Take what a producer sends. What is not taken, because the disk refuses, is asked for again later."""
+        if not isinstance(frame, Block | End):
+            return
+        if frame.run in self._cancelled:
+            self._acknowledge(frame.source, (frame.sequence if isinstance(frame, Block) else frame.next) + 1)
+            return
+        # What comes when there is space again follows what was let pass: both are asked for anew.
+        if self.paused or not self._look_for_space():
+            return
+        run = self._runs.get(frame.run) or self._unannounced(frame)
+        if run is None:
+            return
+        if isinstance(frame, Block) and run.is_full(frame):
+            self._rotate(run)
+        if run.file is None:
+            return
+        try:
+            if isinstance(frame, Block):
+                assert payload is not None
+                rows = np.frombuffer(payload, schema.layout(frame.layout).dtype)
+                run.file.add(frame, rows)
+                run.unacknowledged += payload.nbytes
+            else:
+                run.file.end(frame)
+                run.last_end = time.monotonic()
+        except FileError as error:
+            self._fail(run, error)
+        except (LarpixDaqError, ValueError) as error:
+            log.error("run %d, %s: %s", frame.run, producer, error)
+
+    def _unannounced(self, frame: Block | End) -> OpenRun | None:
+        """Blocks of a run that has no open part here: they go into a further one."""
+        self._look_up(frame.run)
+        if self._positions.get(frame.source, 0) > (frame.sequence if isinstance(frame, Block) else frame.next):
+            self.duplicates += 1
+            self._acknowledge(frame.source, self._positions[frame.source])
+            return None
+        info = self._infos.get(frame.run)
+        if info is None:
+            code = frame.layout if isinstance(frame, Block) else 2
+            info = RunInfo(
+                run=frame.run, kind="", comment="", operator="", started_ns=time.time_ns(), layout=schema.layout(code),
+                asic_version="", storage=self.label,
+            )  # fmt: skip
+        log.warning("run %d has no open file here: its blocks go into a further part", frame.run)
+        run = self._new(info, announced=False)
+        try:
+            run.open(self.where())
+        except FileError as error:
+            self._fail(run, error)
+        self._runs[frame.run] = run
+        return run
+
+    def _new(self, info: RunInfo, *, announced: bool) -> OpenRun:
+        self._infos[info.run] = info
+        while len(self._infos) > _REMEMBERED:
+            del self._infos[next(iter(self._infos))]
+        return OpenRun(self.directory, info, announced=announced, limits=self._limits, fsync=self._fsync)
+
+    # what the disk takes
+
+    def _look_for_space(self) -> bool:
+        """Whether there is room to write. There is none for as long as `paused` says so."""
+        if self.space.enough(again=bool(self.paused)) == (not self.paused):
+            return not self.paused
+        if self.paused:
+            self.paused = ""
+            log.warning("%s has space again: writing goes on", self.directory)
+            if self.stream is not None:
+                self.stream.again()
+        else:
+            self.paused = f"{self.directory} has {self.space.free() / 2**20:.0f} MiB left, {RESERVE >> 20} are reserved"
+            log.error("nothing is written: %s; what the producers keep waits", self.paused)
+        return not self.paused
+
+    def _work(self, run: OpenRun) -> None:
+        """Make durable what has to be, acknowledge it, and close the part when all is there."""
+        if not self.paused:
+            if run.file is None and time.monotonic() >= run.again_at:
+                self._reopen(run)
+            if run.file is not None:
+                try:
+                    run.file.work(pressed=run.unacknowledged > WINDOW // 2)
+                except FileError as error:
+                    self._fail(run, error)
+            self._acknowledge_durable(run)
+            if run.is_full():
+                self._rotate(run)
+        if run.ending is not None:
+            ended = all(self._reached(run, source) > after for source, after in run.ending.awaited)
+            if ended or self.paused or time.monotonic() > run.ending.limit:
+                self._close(run, aborted=run.ending.aborted)
+        elif not run.announced and run.last_end is not None and time.monotonic() - run.last_end > UNANNOUNCED_CLOSE:
+            self._close(run, aborted=False)
+
+    def _reached(self, run: OpenRun, source: Source) -> int:
+        """The sequence that comes next; an end counts as one."""
+        return max(run.expects(source), self._positions.get(source, 0))
+
+    def _fail(self, run: OpenRun, error: FileError) -> None:
+        """The disk refuses; what was acknowledged is in the part and its journal, and what was not comes again."""
+        self._acknowledge_durable(run)
+        broken = run.fail(error)
+        if broken is not None:
+            self.finisher.mend(broken)
+        log.error("run %d: %s; a further part is tried every %g s", run.info.run, error, parts.AGAIN)
+
+    def _reopen(self, run: OpenRun) -> None:
+        try:
+            run.open(self.where())
+        except FileError as error:
+            run.fail(error)  # said before: once is enough
+            return
+        assert run.file is not None
+        log.warning("run %d goes on in %s", run.info.run, run.file.path.name)
+        if self.stream is not None:
+            self.stream.again()
+
+    def _rotate(self, run: OpenRun) -> None:
+        before = run.file
+        try:
+            sealed = run.rotate()
+        except FileError as error:
+            if run.file is before and before is not None and before.failed:
+                self._fail(run, error)
+            else:
+                log.error("run %d goes on in the part that it has: %s", run.info.run, error)
+            return
+        self._acknowledge_all(run, sealed[0].durable)
+        self.finisher.publish(*sealed)
+
+    def _acknowledge_durable(self, run: OpenRun) -> None:
+        if run.file is not None:
+            self._acknowledge_all(run, run.file.durable)
+
+    def _acknowledge_all(self, run: OpenRun, durable: dict[Source, int]) -> None:
+        for source, following in durable.items():
+            if run.acknowledged.get(source) != following:
+                run.acknowledged[source] = following
+                run.unacknowledged = 0
+                self._acknowledge(source, following)
+
+    def _acknowledge(self, source: Source, following: int) -> None:
+        with self._lock:
+            following = self._positions[source] = max(following, self._positions.get(source, 0))
+        if self.stream is not None:
+            self.stream.acknowledge(source, following)
+
+    # what was there before
+
+    def resume(self) -> None:
+        """Recover what a storage before us has left, and find out where the runs stand that may go on.
+
+        What is wrong with their files goes to the log, so after the core has told where that is.
+        """
+        for run in recover_all(self.directory, self.label, self.finisher):
+            self._look_up(run)
+
+    def _look_up(self, run: int) -> None:
+        """Take over where the files of a run stand, once: it may have been closed here long ago."""
+        if run in self._known:
+            return
+        unreadable: list[str] = []
+        for found in positions(self.directory, run, unreadable, self.label):
+            self._acknowledge(Source(found.run, found.producer, found.epoch), found.next)
+        for line in unreadable:
+            log.warning("what this file holds is not known: %s", line)
+        self._known.add(run)
+
+    def where(self) -> list[Position]:
+        with self._lock:
+            return [Position(*source, following) for source, following in self._positions.items()]
+
+    # the end of a run
+
+    def _seal(self, run: OpenRun, *, aborted: bool, continued: bool = False) -> None:
+        file = run.file
+        try:
+            sealed = run.seal(aborted=aborted, continued=continued)
+        except FileError as error:
+            self._fail(run, error)
+            return
+        if file is not None and sealed is not None:
+            self._acknowledge_all(run, file.durable)
+            self.finisher.publish(*sealed)
+
+    def _close(self, run: OpenRun, *, aborted: bool) -> None:
+        """Close the part; whoever waits for the end gets his answer when all parts have their names."""
+        ending, run.ending = run.ending, None
+        self._seal(run, aborted=aborted)
+        number = run.info.run
+        del self._runs[number]
+        self._written += run.bytes
+        if run.failure and self.stream is not None:
+            self.stream.again()  # what was not taken may find a disk that is well
+        if ending is not None:
+            self._ended(number, ending.call)
+
+    def _ended(self, run: int, call: Call) -> None:
+        """The run that this call has ended is closed here; its parts may not have their names yet."""
+        raise NotImplementedError

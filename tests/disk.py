@@ -1,0 +1,90 @@
+"""A disk that hangs, fails, is slow or full, for processes that are started with its `env`; see faulty_disk.c."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import struct
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+#: The structure in faulty_disk.c, 8 bytes each.
+FIELDS = ("hang", "error", "failures", "rate", "room", "operations", "affected")
+
+
+def compiled(folder: Path, name: str) -> Path:
+    """tests/NAME.c as a library to preload, in `folder`; compiled at the first use."""
+    library = folder / f"{name}.so"
+    if not library.exists():
+        source = Path(__file__).with_name(f"{name}.c")
+        command = ["cc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", library, source, "-ldl"]
+        subprocess.run(command, check=True)
+    return library
+
+
+class Disk:
+    """Steers what the disk under `directory` does; a new one is in order."""
+
+    def __init__(self, folder: Path, directory: Path) -> None:
+        control = folder / "disk.control"
+        control.write_bytes(bytes(8 * len(FIELDS)))
+        with open(control, "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 8 * len(FIELDS))
+        self.env = {
+            "LD_PRELOAD": str(compiled(folder, "faulty_disk")),
+            "LARPIXDAQ_DISK_CONTROL": str(control),
+            "LARPIXDAQ_DISK_DIRECTORY": str(directory),
+        }
+        self.heal()
+
+    def hang(self) -> None:
+        """Every operation waits until heal()."""
+        self._set("hang", 1)
+
+    def fail(self, error: int = errno.EIO, times: int = -1) -> None:
+        """So many operations fail, by default all until heal()."""
+        self._set("error", error)
+        self._set("failures", times)
+
+    def slow(self, rate: int) -> None:
+        """Bytes/s, at most."""
+        self._set("rate", rate)
+
+    def full(self, room: int = 0) -> None:
+        """So many bytes still fit, until heal(); the file system says so too."""
+        self._set("room", room)
+
+    def heal(self) -> None:
+        for name in ("hang", "failures", "rate"):
+            self._set(name, 0)
+        self._set("room", -1)
+
+    @property
+    def operations(self) -> int:
+        return self._get("operations")
+
+    @property
+    def affected(self) -> int:
+        """Operations that were delayed or failed."""
+        return self._get("affected")
+
+    def close(self) -> None:
+        self.heal()
+        self._map.close()
+
+    def _set(self, name: str, value: int) -> None:
+        struct.pack_into("q", self._map, 8 * FIELDS.index(name), value)
+
+    def _get(self, name: str) -> int:
+        return int(struct.unpack_from("q", self._map, 8 * FIELDS.index(name))[0])
+
+
+@contextmanager
+def disk(folder: Path, directory: Path) -> Iterator[Disk]:
+    made = Disk(folder, directory)
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,106 @@
+"""The wires between the hosts of network.py: passes IP packets from TUN device to TUN device, or loses or delays them.
+
+    python forwarder.py SEED NAMESPACE=DESCRIPTOR ...
+
+Host k has the address that ends in k + 1. Lines of JSON on stdin say what happens to packets between two hosts,
+{"between": [0, 1], "drop": 0.05, "delay": 0.2, "cut": false}; each is answered with a line that has the packets passed
+and lost so far. When stdin ends, also because who started this was killed, the namespaces are removed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import random
+import select
+import subprocess
+import sys
+import time
+
+#: Packets taken from a device before the others have their turn.
+BATCH = 64
+
+
+class Forwarder:
+    def __init__(self, seed: int, devices: list[int]) -> None:
+        self._random = random.Random(seed)
+        self._devices = devices
+        self._faults: dict[frozenset[int], dict[str, float]] = {}
+        self._waiting: list[tuple[float, int, int, bytes]] = []
+        self._number = 0
+        self.passed = 0
+        self.lost = 0
+
+    def run(self) -> None:
+        poller = select.poll()
+        for descriptor in (0, *self._devices):
+            poller.register(descriptor, select.POLLIN)
+        text = b""
+        while True:
+            timeout = None
+            if self._waiting:
+                timeout = max(0.0, self._waiting[0][0] - time.monotonic()) * 1000
+            ready = {descriptor for descriptor, _ in poller.poll(timeout)}
+            if 0 in ready:
+                more = os.read(0, 65_536)
+                if not more:
+                    return
+                *lines, text = (text + more).split(b"\n")
+                for line in lines:
+                    self._order(json.loads(line))
+            for host, descriptor in enumerate(self._devices):
+                if descriptor in ready:
+                    self._take(host, descriptor)
+            self._deliver()
+
+    def _order(self, order: dict[str, object]) -> None:
+        between = order.pop("between")
+        self._faults[frozenset(between)] = order  # type: ignore[arg-type, assignment]
+        print(json.dumps({"passed": self.passed, "lost": self.lost}), flush=True)
+
+    def _take(self, host: int, descriptor: int) -> None:
+        for _ in range(BATCH):
+            try:
+                packet = os.read(descriptor, 65_536)
+            except BlockingIOError:
+                return
+            if packet[0] >> 4 != 4:
+                continue  # IPv6's own talk
+            to = packet[19] - 1
+            if not 0 <= to < len(self._devices):
+                continue
+            fault = self._faults.get(frozenset((host, to)), {})
+            if fault.get("cut") or self._random.random() < fault.get("drop", 0.0):
+                self.lost += 1
+                continue
+            self.passed += 1
+            if delay := fault.get("delay", 0.0):
+                self._number += 1
+                heapq.heappush(self._waiting, (time.monotonic() + delay, self._number, to, packet))
+            else:
+                self._send(to, packet)
+
+    def _deliver(self) -> None:
+        while self._waiting and self._waiting[0][0] <= time.monotonic():
+            _, _, to, packet = heapq.heappop(self._waiting)
+            self._send(to, packet)
+
+    def _send(self, to: int, packet: bytes) -> None:
+        try:
+            os.write(self._devices[to], packet)
+        except OSError:
+            self.lost += 1  # its queue is full, as a wire's may be
+
+
+def main() -> None:
+    names, _, descriptors = zip(*(argument.partition("=") for argument in sys.argv[2:]), strict=True)
+    try:
+        Forwarder(int(sys.argv[1]), [int(descriptor) for descriptor in descriptors]).run()
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()
