@@ -60,6 +60,7 @@ class Producer:
         self._late = False
         self._watch = Watch()
         self._look_at = 0.0
+        self._told_to_end = 0  # unix ns
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = self._context.socket(zmq.ROUTER)
         self.address = bind(socket, options.address, options.core, insecure=options.insecure)
@@ -153,6 +154,7 @@ class Producer:
         self.publisher.begin(run, self.layout.code, required)
         self.readout.record(True)
         self._watch.start()
+        self._told_to_end = 0
         self.state = "READY"
         return {"epoch": self.epoch, "layout": self.layout.code}
 
@@ -168,6 +170,7 @@ class Producer:
         if self.ending is not None:
             raise StateError(f"run {run} is being ended already")
         self.ending = (call, time.monotonic())
+        self._told_to_end = time.time_ns()
 
     def abort_run(self, call: Call, run: int) -> Any:
         self._expect("READY RUN", run)
@@ -226,7 +229,8 @@ class Producer:
 
     def _verdicts(self) -> list[Verdict]:
         """What became of each io_group before it reached us; new findings are told in the log."""
-        found = [line for source in self.boards for line in source.evidence()]
+        now = self._told_to_end or time.time_ns()
+        found = [line for source in self.boards for line in source.evidence(now)]
         for line in self._watch.look(found, time.monotonic()):
             log.warning("%s", line)
         self._look_at = time.monotonic() + LOOK

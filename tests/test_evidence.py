@@ -301,12 +301,13 @@ def test_a_board_that_is_there() -> None:
 def test_a_board_that_goes_and_comes_back() -> None:
     presence = present()
     presence.heard(20 * S)
-    presence.lost()
+    presence.lost(22 * S)
+    assert told(presence, 24) == []  # it may have been switched off because the run is over
     assert told(presence, 25) == [("the board was away, and did not come back", 20, 25)]
     presence.heard(21 * S)  # had been on its way
     presence.connected(26 * S)
     assert told(presence, 27) == [("the board was away, and has sent nothing since it is back", 21, 27)]
-    presence.lost()
+    presence.lost(27 * S)
     presence.connected(27 * S)
     presence.heard(28 * S)
     presence.heard(29 * S)
@@ -318,7 +319,7 @@ def test_a_board_that_goes_and_comes_back() -> None:
 def test_a_board_that_was_gone_before_anybody_looked() -> None:
     presence = present()
     presence.heard(20 * S)
-    presence.lost(22 * S)
+    presence.lost(23 * S, 22 * S)
     presence.connected(23 * S)
     presence.heard(23 * S)
     assert told(presence, 1000) == [("the board was away", 22, 23)]
@@ -346,7 +347,7 @@ def test_a_board_that_comes_and_goes_all_the_time() -> None:
     presence = present()
     for i in range(3 * MOST_GAPS):
         presence.heard((20 + 2 * i) * S)
-        presence.lost()
+        presence.lost((21 + 2 * i) * S)
         presence.connected((21 + 2 * i) * S)
     presence.heard(1000 * S)
     found = told(presence, 2000)

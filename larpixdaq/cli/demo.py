@@ -21,7 +21,6 @@ from larpixdaq.errors import ComponentError, FileError
 from larpixdaq.files import verify
 from larpixdaq.files.words import count_words
 from larpixdaq.launch import Group, components, free_port
-from larpixdaq.operator import Operator
 
 #: Every process must be there, and every step done, within so long (seconds).
 STEP_LIMIT = 30.0
@@ -106,7 +105,7 @@ def _take_run(options: argparse.Namespace, group: Group, state: Path, console: C
     emulator = group.start(
         "emulators", "pacman", "--io-groups", str(options.io_groups), "--rate", str(options.rate / options.io_groups),
         "--count", str(words), "--words-per-message", options.words_per_message, "--lossless", "--wait-for-go",
-        "--stay", "--data-port", "0", "--command-port", "0", pipes=True,
+        "--data-port", "0", "--command-port", "0", pipes=True,
     )  # fmt: skip
     ports = _line(emulator, STEP_LIMIT, "the emulated board")["ready"]
     boards = [f"{group_}=127.0.0.1:{port['data']}:{port['command']}" for group_, port in ports.items()]
@@ -124,22 +123,11 @@ def _take_run(options: argparse.Namespace, group: Group, state: Path, console: C
             emulator.stdin.write(b"go\n")
             emulator.stdin.flush()
         sent = _line(emulator, options.seconds * 3 + STEP_LIMIT, "the end of the emulated board", group)
-        _await(operator, sum(one["D"] for one in sent["sent"].values()))
+        emulator.wait(STEP_LIMIT)  # all of it has left the board
         seconds = time.monotonic() - started
         ended = operator.end_run().result(timeout=2 * STEP_LIMIT)
     group.close()
     return _judge(sent["sent"], ended, seconds)
-
-
-def _await(operator: Operator, packets: int) -> None:
-    """Until these have reached the producer, or nothing more does: all of it has left the board then."""
-    seen, limit = -1, time.monotonic() + STEP_LIMIT
-    while seen < packets and time.monotonic() < limit:
-        components = operator.components().result(timeout=STEP_LIMIT)
-        now = sum(one["status"].get("packets", 0) for one in components if one["kind"] == "producer")
-        if now != seen:
-            seen, limit = now, time.monotonic() + STEP_LIMIT
-        time.sleep(0.05)
 
 
 def _judge(sent: dict[str, Any], ended: dict[str, Any], seconds: float) -> dict[str, Any]:

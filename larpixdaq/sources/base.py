@@ -69,8 +69,10 @@ class Source(Protocol):
         """Warnings since the last call, each one line (board silent, board back, device gone); the producer logs
         them."""
 
-    def evidence(self) -> list[Verdict]:
-        """What became of each io_group's data since start() before they reached us: at least one line for each."""
+    def evidence(self, now: int) -> list[Verdict]:
+        """What became of each io_group's data since start() before they reached us: at least one line for each.
+
+        `now`: unix ns, or when the run was told to end."""
 
 
 class Decoder(Protocol):
@@ -118,5 +120,5 @@ class LiveSource:
         problems, self._problems = self._problems, []
         return problems
 
-    def evidence(self) -> list[Verdict]:
+    def evidence(self, now: int) -> list[Verdict]:
         return verdicts(self.io_groups[0], self._decoder.noticed())

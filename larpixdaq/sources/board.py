@@ -131,9 +131,9 @@ class BoardSource(LiveSource):
         self._decoder.start(self._counts)
         self._presence.start(time.time_ns())
 
-    def evidence(self) -> list[Verdict]:
+    def evidence(self, now: int) -> list[Verdict]:
         (io_group,) = self.io_groups
-        return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, time.time_ns()))
+        return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
 
     def due(self) -> float | None:
         if self._context is None:
@@ -211,7 +211,8 @@ class BoardSource(LiveSource):
                 if self._connected:
                     self._problem("connection lost; trying to reconnect")
                     self._connected = False
-                    self._presence.lost(0 if since is None else time.time_ns() - int((now - since) * 1e9))
+                    wall = time.time_ns()
+                    self._presence.lost(wall, 0 if since is None else wall - int((now - since) * 1e9))
             elif not self._strange:
                 self._problem("what answers there does not speak ZeroMQ as a board does")
                 self._strange = True

@@ -24,6 +24,9 @@ COMPLETE, SUSPECT, LOST = VERDICTS
 WARN_AGAIN: Final = 10.0
 #: A board that is found within so many ns of the run's beginning was there.
 GRACE_NS: Final = 10**9
+#: And one that is lost for good so many ns before the run is told to end: people switch boards off and end runs in
+#: either order.
+END_GRACE_NS: Final = 2 * 10**9
 #: Times that a board was away which are told one by one; the last of them goes on to the end of all that follow.
 MOST_GAPS: Final = 20
 
@@ -114,7 +117,7 @@ class Presence:
     publishes keeps nothing for those who are away, so that all that it sent meanwhile is gone. One that is connected
     and silent has nothing against it: no message is no sign. Only when it says nothing in a whole run that is longer
     than it ever is silent (`silence`, ns: boards send heartbeats, which can be switched off; 0: it may be silent) is
-    that told.
+    that told. Beginning and end of a run are not sharper than GRACE_NS and END_GRACE_NS.
     """
 
     def __init__(self, silence: int = 0) -> None:
@@ -123,6 +126,7 @@ class Presence:
         self._since = 0  # the run began
         self._heard = 0  # the last message; 0: none in this run
         self._away = 0  # from when on, unless it is THERE
+        self._lost = 0  # when that was noticed
         self._gaps: list[tuple[int, int]] = []
         self._number = 0
 
@@ -146,8 +150,9 @@ class Presence:
         elif self._state is not State.THERE:
             self._there(now)
 
-    def lost(self, since: int = 0) -> None:
+    def lost(self, now: int, since: int = 0) -> None:
         """The connection is gone. `since`: messages went on coming, so this is noticed late; it was there then."""
+        self._lost = now
         if self._state is State.THERE:
             self._away = since or self._heard or self._since
         if self._state is not State.ABSENT:
@@ -163,7 +168,7 @@ class Presence:
         self._state = State.THERE
 
     def findings(self, io_group: int, now: int) -> list[Verdict]:
-        """One line for each time that the board was away since start()."""
+        """One line for each time that the board was away since start(). `now`: or when the run was told to end."""
         found: list[Verdict] = []
         for first, last in self._gaps:
             more = self._number - MOST_GAPS if len(found) == MOST_GAPS - 1 else 0
@@ -172,7 +177,7 @@ class Presence:
             )
         if self._state is State.BACK:
             found.append(_gap(io_group, "the board was away, and has sent nothing since it is back", self._away, now))
-        elif self._state is State.LOST:
+        elif self._state is State.LOST and now - self._lost > END_GRACE_NS:
             found.append(_gap(io_group, "the board was away, and did not come back", self._away, now))
         elif self._state is State.ABSENT:
             found.append(_gap(io_group, "the board was not there", self._away, now))

@@ -140,7 +140,7 @@ class ReplaySource:
         problems, self._problems = self._problems, []
         return problems
 
-    def evidence(self) -> list[Verdict]:
+    def evidence(self, now: int) -> list[Verdict]:
         """What the recorded bytes themselves say: nobody knows when they came, or whether a board was away."""
         return [line for io_group in self.io_groups for line in verdicts(io_group, self._decoders.noticed(io_group))]
 

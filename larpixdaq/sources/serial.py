@@ -87,9 +87,9 @@ class SerialSource(LiveSource):
         super().start(counts)
         self._presence.start(time.time_ns())
 
-    def evidence(self) -> list[Verdict]:
+    def evidence(self, now: int) -> list[Verdict]:
         (io_group,) = self.io_groups
-        return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, time.time_ns()))
+        return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
 
     def due(self) -> float | None:
         times = [moment for moment in (self._flush_at, self._retry_at) if moment is not None]
@@ -156,7 +156,7 @@ class SerialSource(LiveSource):
     def _lose(self, now: float, reason: str) -> None:
         self._disconnect()
         self._gone_since = now
-        self._presence.lost()
+        self._presence.lost(time.time_ns())
         self._retry_at = now + RETRY
         self._problems.append(f"{self.name}: gone ({reason}); looking for it every {RETRY:g} s")
 
