@@ -1,5 +1,6 @@
 """What a killed writer leaves becomes a finished file with everything that was acknowledged."""
 
+import contextlib
 import errno
 import json
 import os
@@ -322,27 +323,17 @@ def test_killed_before_the_journal_is_removed(tmp_path, sealed):
     file, feed = sealed
     journal = tmp_path / f"{NAME}.h5.journal"
     file.publish()
-    with Journal_of(journal) as other:
-        block = feed.block(POOL[feed.layout][:10].copy())
+    feed.sequence += 1  # behind its end
+    block = feed.block(POOL[feed.layout][:10].copy())
+    with contextlib.closing(Journal(journal)) as other:
         other.append([(blocks.pack(msgspec.structs.replace(block[0], sequence=1)), [])])
     assert recover(journal).path == file.path
     assert list(tmp_path.iterdir()) == [file.path]
-    with Journal_of(journal) as other:
+    with contextlib.closing(Journal(journal)) as other:
         other.append([(blocks.pack(block[0]), [block[1].view(np.uint8)])])
     with pytest.raises(FileError, match=r"it holds blocks that run0000042_.*h5 does not"):
         recover(journal)
     assert endings(tmp_path) == ["h5", "h5.journal"]
-
-
-class Journal_of:
-    def __init__(self, path):
-        self._journal = Journal(path)
-
-    def __enter__(self):
-        return self._journal
-
-    def __exit__(self, *error):
-        self._journal.close()
 
 
 def test_a_name_that_is_taken(tmp_path):
