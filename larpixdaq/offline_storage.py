@@ -98,6 +98,7 @@ class Storage:
             self._changes = self.node.changes
             consumer.session = self.node.session
             consumer.connect(self.node.producers)
+        consumer.confirmed = self.node.confirmed
         for _ in range(TURN):
             received = consumer.next() if self._good(consumer) else None
             if received is None:

@@ -48,6 +48,7 @@ class RunData:
             self._producers = self.node.producers
             self.consumer.session = self.node.session
             self.consumer.connect(self._producers)
+        self.consumer.confirmed = self.node.confirmed
         for _ in range(TURN):
             received = self.consumer.next()
             if received is None:

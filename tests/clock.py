@@ -1,26 +1,36 @@
-"""A wall clock that can be stepped under running processes, as by somebody who sets the time."""
+"""A wall clock that is stepped, for processes that are started with its `env`; see wall_clock.c."""
 
-import shlex
+from __future__ import annotations
+
+import mmap
 import struct
-import subprocess
-import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("clock_step.c")
+from disk import compiled
 
 
-class SteppedClock:
-    """Processes started with `env` in their environment see the wall clock off by as many seconds as step() said."""
-
+class Clock:
     def __init__(self, folder: Path) -> None:
-        library, self._file = folder / "clock_step.so", folder / "clock_step"
-        self.step(0)
-        compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")[0]
-        command = [compiler, "-O1", "-shared", "-fPIC", "-o", library, _SOURCE, "-ldl"]
-        subprocess.run(command, check=True, timeout=60)
-        self.env = {"LD_PRELOAD": str(library), "CLOCK_STEP_FILE": str(self._file)}
+        control = folder / "clock.control"
+        control.write_bytes(bytes(8))
+        with open(control, "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 8)
+        self.env = {"LD_PRELOAD": str(compiled(folder, "wall_clock")), "LARPIXDAQ_CLOCK_CONTROL": str(control)}
 
     def step(self, seconds: int) -> None:
-        mode = "r+b" if self._file.exists() else "wb"  # never emptied: running processes have it mapped
-        with open(self._file, mode) as file:
-            file.write(struct.pack("=q", seconds))
+        """From now on the wall clock is so far ahead of the true time."""
+        struct.pack_into("q", self._map, 0, seconds)
+
+    def close(self) -> None:
+        self._map.close()
+
+
+@contextmanager
+def clock(folder: Path) -> Iterator[Clock]:
+    made = Clock(folder)
+    try:
+        yield made
+    finally:
+        made.close()

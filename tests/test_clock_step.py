@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from clock import SteppedClock
+from clock import clock
 from processes import LIMIT, until
 from system import system
 
@@ -18,9 +18,8 @@ RATE = 20_000
 
 @pytest.mark.parametrize("step", [3600, -3600])
 def test_a_stepped_clock_changes_nothing(tmp_path: Path, step: int) -> None:
-    clock = SteppedClock(tmp_path)
-    with system(tmp_path) as line:
-        line.env = dict.fromkeys(("core", "log", "offline_storage", "run_data", "producer"), clock.env)
+    with clock(tmp_path) as wall, system(tmp_path) as line:
+        line.env = dict.fromkeys(("core", "log", "offline_storage", "run_data", "producer"), wall.env)
         line.launch_core()
         line.launch_log()
         line.launch_storage()
@@ -40,7 +39,7 @@ def test_a_stepped_clock_changes_nothing(tmp_path: Path, step: int) -> None:
         until(lambda: taken() > RATE, "a second of packets")
         before = described()
         operator.take_control().result(LIMIT)
-        clock.step(step)
+        wall.step(step)
         stepped_at = taken()
         until(lambda: taken() > stepped_at + 2 * RATE, "two seconds of packets after the step")
         rates = operator.packet_rate(channels=False).result(LIMIT)

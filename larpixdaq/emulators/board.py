@@ -18,7 +18,9 @@ from larpixdaq.pace import Pace
 BATCH = 16_384
 #: What a data server needs per message (20 us), in ticks of 10 MHz: what comes meanwhile is in its next message.
 SERVICE_TICKS = 200
-#: Without --lossless: messages sent at once, before the I/O thread gets a moment; the queue takes 100, as a board's.
+#: Without --lossless: messages that wait for a subscriber, as many as on a board, and messages sent at once, before the
+#: I/O thread gets a moment.
+QUEUE = 100
 BURST = 64
 BURST_PAUSE = 50e-6
 #: With --lossless: what may wait in a board's queue, about.
@@ -57,6 +59,7 @@ class Board:
         per_message: int,
         lossless: bool,
         limit: int | None,
+        queue: int = QUEUE,
     ) -> None:
         """`limit`: words to send, None: until told to stop. `per_message` 0: as the real data server does."""
         self.io_group = io_group
@@ -67,6 +70,7 @@ class Board:
         self._pace = Pace(rate, 1.0 + per_message / rate) if rate else None
         self._per_message = per_message
         self._lossless = lossless
+        self._queue = queue
         self._left = limit
         self._behind = False
         self._spans: NDArray[Any] = words.spans[:0]
@@ -83,7 +87,7 @@ class Board:
             message = 8 + 16 * (self._per_message or 400)
             self.data.setsockopt(zmq.SNDHWM, min(100_000, max(100, QUEUE_BYTES // message)))
         else:
-            self.data.setsockopt(zmq.SNDHWM, 100)
+            self.data.setsockopt(zmq.SNDHWM, self._queue)
         self._sender = transport.Sender(self.data)
         return (
             self._bind(self.data, "data", host, data_port),

@@ -15,7 +15,7 @@ from typing import Any, Final
 import zmq
 
 from larpixdaq._native import emulate
-from larpixdaq.emulators.board import BATCH, Board, Words
+from larpixdaq.emulators.board import BATCH, QUEUE, Board, Words
 from larpixdaq.emulators.recording import Recording
 from larpixdaq.schema import ASICS
 
@@ -93,7 +93,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--lossless",
         action="store_true",
-        help="wait for subscribers and for room instead of dropping messages beyond 100 queued, as a board does",
+        help="wait for subscribers and for room instead of dropping the messages that find none, as a board does",
+    )
+    add(
+        "--queue",
+        type=_positive,
+        default=QUEUE,
+        metavar="N",
+        help="without --lossless: messages that may wait for a subscriber (default %(default)d, as on a board)",
     )
     add("--count", type=_positive, metavar="N", help="end by itself after N words of each board")
     add("--wait-for-subscriber", action="store_true", help="begin when each board has a subscriber")
@@ -224,6 +231,7 @@ def run(args: argparse.Namespace) -> None:
                 rate=args.rate,
                 per_message=args.words_per_message,
                 lossless=args.lossless,
+                queue=args.queue,
                 limit=args.count,
             )
             boards.append(board)

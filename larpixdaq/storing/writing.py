@@ -125,7 +125,8 @@ class Writing:
         if frame.run in self._cancelled:
             self._acknowledge(frame.source, (frame.sequence if isinstance(frame, Block) else frame.next) + 1)
             return
-        if not self._look_for_space():
+        # What comes when there is space again follows what was let pass: both are asked for anew.
+        if self.paused or not self._look_for_space():
             return
         run = self._runs.get(frame.run) or self._unannounced(frame)
         if run is None:

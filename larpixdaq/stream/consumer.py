@@ -61,7 +61,8 @@ class Link:
     acks: dict[tuple[int, int], int] = field(default_factory=dict)  # (run, epoch) -> next, still to be sent
     last_ack: Ack | None = None
     warned: str = ""
-    superseded: str | None = None  # our session when the producer said that a newer HELLO of our name had come
+    #: Our session, and when (monotonic) the producer said that a newer HELLO of our name had come.
+    superseded: tuple[str, float] | None = None
 
 
 class Consumer:
@@ -82,6 +83,8 @@ class Consumer:
     ) -> None:
         self.name = name
         self.session = session
+        #: When (monotonic) the newest heartbeat was sent that the core has answered under this session.
+        self.confirmed = 0.0
         self.mode = mode
         self._positions = positions
         self._clock = clock
@@ -270,8 +273,8 @@ class Consumer:
                 return False
             link.hello_at = self._clock() + HELLO_AGAIN
             if frame.reason == "superseded":
-                # Whoever has our name now is right, until the core has registered us anew; to insist would be a war.
-                link.superseded = self.session
+                # Whoever has our name now is right until the core says that it is ours; to insist would be a war.
+                link.superseded = self.session, self._clock()
             self._warn(link, f"{link.name} refuses the stream to {self.name}: {frame.reason}")
         elif isinstance(frame, Block | End):
             if not link.welcome:
@@ -286,8 +289,7 @@ class Consumer:
         now = self._clock()
         if not link.welcome:
             # Before the connection stands nothing can be said; then at once, not after HELLO_AGAIN.
-            superseded = link.superseded == self.session
-            if now >= link.hello_at and not superseded and link.socket.poll(0, zmq.POLLOUT):
+            if now >= link.hello_at and not self._superseded(link) and link.socket.poll(0, zmq.POLLOUT):
                 link.credit = CREDIT
                 link.acks.clear()
                 hello = Hello(STREAM_VERSION, self.name, self.session, self.mode, self._positions())
@@ -305,6 +307,13 @@ class Consumer:
         elif now - link.said > REPEAT / 2:
             self._send(link, link.last_ack or Credit(link.credit) if self.mode == "all" else Credit(link.credit))
             link.said = now
+
+    def _superseded(self, link: Link) -> bool:
+        """A process that was stopped says HELLO when it goes on, before it hears that another has its name by now: the
+        one whose session the core confirms after that is the right one."""
+        return (
+            link.superseded is not None and link.superseded[0] == self.session and self.confirmed <= link.superseded[1]
+        )
 
     def _send(self, link: Link, frame: FromConsumer) -> bool:
         try:
