@@ -1,6 +1,7 @@
 """What is delivered after a run is over still counts: the catalogue follows the files."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,18 @@ from larpixdaq.files.runs import survey
 from larpixdaq.operator import Operator
 
 
-def taking(line: System, *storage: str) -> Operator:
+def taking(line: System, *storage: str, copies: Sequence[str] = ()) -> Operator:
     """A run that goes on, with a second of data."""
     line.launch_core()
+    for name in copies:
+        line.launch_storage("--name", name, key=name)
     line.launch_storage(*storage)
     line.launch_monitor()
     line.launch_producer("--fake", "20000")
     operator = line.operator()
     line.await_kinds(operator, "storage", "run_data", "producer")
+    names = {*copies, "Offline storage"}
+    until(lambda: names <= {one["name"] for one in operator.components().result(LIMIT)}, f"{names}")
     operator.prepare_run().result(LIMIT)
     operator.begin_run().result(LIMIT)
     until(lambda: line.status_of(operator, "storage").get("rows", 0) > 20_000, "a second of data in the file")
@@ -39,7 +44,7 @@ def test_a_storage_that_dies_and_comes_back_when_the_run_is_over(tmp_path: Path,
             operator = line.operator()
         line.restart("offline_storage")
         line.await_kinds(operator, "storage", "producer")
-        info = until(lambda: complete(operator), "all to be delivered and the run to be complete", 2 * LIMIT)
+        info = until(lambda: settled(operator, "COMPLETE"), "all to be delivered and the run to be complete", 2 * LIMIT)
         assert info["rows"] == info["stored"] > 20_000
         assert info["reasons"] == []
         until(lambda: line.status_of(operator, "producer").get("owed_blocks") == 0, "nothing to be owed")
@@ -52,9 +57,43 @@ def test_a_storage_that_dies_and_comes_back_when_the_run_is_over(tmp_path: Path,
         assert (found.condition, [str(path) for path in found.files]) == ("COMPLETE", info["files"])
 
 
-def complete(operator: Operator) -> dict | None:
+def test_a_producer_that_dies_and_comes_back_when_the_run_is_over(tmp_path: Path) -> None:
+    with system(tmp_path) as line:
+        operator = taking(line)
+        line.processes["producer"].kill()
+        ended = operator.end_run().result(2 * LIMIT)
+        assert ended["condition"] == "INTERRUPTED"
+        assert any("totals" in reason for reason in ended["reasons"])
+        line.restart("producer")
+        line.await_kinds(operator, "producer")
+        info = until(lambda: settled(operator, "COMPLETE, suspect"), "what its ring held to be delivered", 2 * LIMIT)
+        assert info["rows"] == info["stored"] > 20_000
+        assert any("was away for a part of the run" in reason for reason in info["reasons"])
+        assert operator.prepare_run().result(LIMIT)["run"] == 2
+        assert operator.end_run().result(LIMIT)["condition"] == "COMPLETE"
+
+
+def test_a_producer_that_dies_and_comes_back_in_the_run(tmp_path: Path) -> None:
+    with system(tmp_path) as line:
+        operator = taking(line)
+
+        def epoch() -> int | None:
+            """Of the producer, when it is in the run."""
+            (one,) = [one for one in operator.components().result(LIMIT) if one["kind"] == "producer"]
+            return one["info"]["epoch"] if one["status"].get("state") == "RUN" else None
+
+        before = until(epoch, "the producer to be in the run")
+        line.processes["producer"].kill()
+        line.restart("producer")
+        until(lambda: epoch() not in (None, before), "another to be in the run", 2 * LIMIT)
+        ended = operator.end_run().result(2 * LIMIT)
+        assert ended["condition"] == "COMPLETE, suspect", ended
+        assert ended["rows"] == ended["stored"]
+
+
+def settled(operator: Operator, condition: str) -> dict | None:
     info = operator.run_info(1).result(LIMIT)
-    return info if info["condition"] == "COMPLETE" else None
+    return info if info["condition"] == condition else None
 
 
 def summed(operator: Operator, files: int) -> list[dict] | None:
@@ -77,9 +116,7 @@ def test_parts_are_in_the_catalogue_while_the_run_goes_on(tmp_path: Path) -> Non
 
 def test_two_storages_of_which_one_is_killed_for_good(tmp_path: Path) -> None:
     with system(tmp_path) as line:
-        line.launch_storage("--name", "copy", key="copy")
-        operator = taking(line)
-        until(lambda: len(operator.run_info().result(LIMIT)["storages"]) == 2, "two storages in the run")
+        operator = taking(line, copies=("copy",))
         line.processes["copy"].kill()
         ended = operator.end_run().result(2 * LIMIT)
         assert ended["condition"] == "COMPLETE"
