@@ -26,11 +26,17 @@ class Row:
     counted: bool  # words may be counted as lost
     becomes: str  # what the component that is hit is read as: lost, stuck, or nothing
     noticed: bool  # others than that component may be read as lost or stuck meanwhile
+    once: bool  # it leaves the system another one
     setup: dict[str, Any] = field(default_factory=dict)
 
     @property
     def network(self) -> bool:
         return "hosts" in self.setup
+
+    @property
+    def repeatable(self) -> bool:
+        """It can come again and again in one system, and loses nothing."""
+        return not (self.gap or self.counted or self.once or self.setup.keys() - {"disk", "clock"})
 
 
 ROWS: dict[str, Row] = {}
@@ -45,13 +51,14 @@ def row(
     counted: bool = False,
     becomes: str = "",
     noticed: bool = False,
+    once: bool = False,
     **setup: Any,
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Put a function into the table, under its own name; `setup` are fields of trial.Setup."""
 
     def add(act: Callable[[Trial], None]) -> Callable[[Trial], None]:
         name = act.__name__
-        ROWS[name] = Row(name, fault, must, act, conditions, gap, counted, becomes, noticed, setup)
+        ROWS[name] = Row(name, fault, must, act, conditions, gap, counted, becomes, noticed, once, setup)
         return act
 
     return add
@@ -66,7 +73,9 @@ def run_trial(one: Row, setup: Setup, seed: int, folder: Path) -> Outcome:
     try:
         with trial(setup, seed, folder) as made:
             made.begin()
+            made.faults.moment(setup.before)
             one.act(made)
+            made.faults.pause(setup.after)
             ended = made.end()
         outcome.condition, outcome.reasons = ended["condition"], ended["reasons"]
         outcome.failures += made.failures
@@ -106,7 +115,7 @@ def late(outcome: Outcome) -> str:
 
 def _story(made: Trial) -> list[str]:
     """What was done and what was seen, in order."""
-    seen = [(when, f"{name} is {what}") for when, name, what in made.watch.events] if hasattr(made, "watch") else []
+    seen = [(when, f"{name} is {what}") for when, name, what in made.watch.events]
     lines = sorted(made.faults.notes + seen)
     since = made.hit_at or (lines[0][0] if lines else 0.0)
     return [f"{when - since:+.3f} s {text}" for when, text in lines]

@@ -34,6 +34,7 @@ from larpixdaq.deflate import crc32
 from larpixdaq.errors import ProtocolError
 from larpixdaq.recorder import Recorder
 from larpixdaq.stream import Consumer, Publisher
+from larpixdaq.stream.store import Store
 
 LAYOUT = schema.layout(2)
 STORAGE = "Offline storage"
@@ -49,7 +50,7 @@ class Line:
         self.address = socket.get(zmq.LAST_ENDPOINT).decode()
         self.ring = Ring(bytearray(SMALLEST + (32 << 20)), producer="board", epoch=5)
         self.recorder = Recorder(self.ring, "board", 5, LAYOUT, [1, 2])
-        self.publisher = Publisher(self.ring, socket, "board", 5)
+        self.publisher = Publisher(Store("board", 5, self.ring, None), socket)
         self.written = 0
         self.peers: list[zmq.Socket[bytes]] = []
 
@@ -163,7 +164,7 @@ def test_every_block_in_order_and_freed_when_acknowledged(line: Line, consumers:
     until(line, lambda: line.ring.tail == line.ring.head == 9, "the ring to be free")
     totals = {t.io_group: t for t in reader.blocks[-1].totals}
     assert totals[1].packets == line.written
-    assert not line.publisher.segments
+    assert not line.publisher.own.segments
 
 
 def test_nothing_is_freed_without_acknowledgement_and_a_new_subscription_gets_it_again(
@@ -488,11 +489,12 @@ def test_a_producer_with_an_impossible_address_harms_no_other(
 
 def test_two_of_one_name_do_not_drive_each_other_out_in_turn(line: Line, consumers: list[Consumer]) -> None:
     """The newest has it; the other waits until the core has told one of them to go."""
+    core = Core()
     for session in ("old", "new"):
-        consumers.append(Consumer(STORAGE, session, "all"))
+        consumers.append(Consumer(STORAGE, session, "all", core=core if session == "old" else None))
         consumers[-1].connect({"board": line.address})
-        reader = Reader(consumers[-1])
-        until(line, reader.has(lambda r: r.other), "WELCOME")
+        second = Reader(consumers[-1])
+        until(line, second.has(lambda r: r.other), "WELCOME")
     (subscriber,) = line.publisher.subscribers.values()
     first = Reader(consumers[0], acknowledge=False)
     until(line, first.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)), "the old one to be told")
@@ -501,3 +503,7 @@ def test_two_of_one_name_do_not_drive_each_other_out_in_turn(line: Line, consume
         line.publisher.socket.poll(20)
         line.publisher.work()
     assert list(line.publisher.subscribers.values()) == [subscriber]
+    # It was the newer one that had stood still: the core knows the session of the other.
+    core.confirmed = time.monotonic()
+    until(line, lambda: list(line.publisher.subscribers.values()) != [subscriber], "the right one to be back")
+    until(line, second.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)), "the other to be told")

@@ -159,10 +159,11 @@ class Trial:
         if self.net:
             for key in keys:
                 line.prefix[key] = self.net.prefix(setup.hosts.get(key, "core"))
-        if self.disk:
-            line.env["offline_storage"] = self.disk.env
-        if self.clock:
-            line.env.update(dict.fromkeys(keys, self.clock.env))
+        for key in keys:
+            shims = [self.clock.env] if self.clock else []
+            shims += [self.disk.env] if self.disk and key == "offline_storage" else []
+            libraries = ":".join(shim["LD_PRELOAD"] for shim in shims)
+            line.env[key] = {name: value for shim in shims for name, value in shim.items()} | {"LD_PRELOAD": libraries}
         line.launch_core()
         line.launch_log()
         line.launch_storage(*setup.storage)
@@ -176,6 +177,8 @@ class Trial:
         line.launch_producer("--ring", setup.ring, "--pacman", *ports, *setup.producer)
         self.operator = self.new_operator()
         line.await_kinds(self.operator, "storage", "run_data", "producer", "log")
+        self.watch = Watch(self.new_operator())
+        self._stack.callback(self.watch.close)
 
     def second_storage(self, name: str) -> None:
         """A further storage of its own name, and directory."""
@@ -193,11 +196,8 @@ class Trial:
     def begin(self) -> None:
         self.operator.prepare_run(comment="trial").result(STEP)
         self.operator.begin_run().result(STEP)
-        self.watch = Watch(self.new_operator())
-        self._stack.callback(self.watch.close)
         self.board.go()
         self.flowing()
-        self.faults.moment(self.setup.before)
 
     def strikes(self, *names: str) -> None:
         """To be called where the fault begins, with the names of the components that it hits; of the first it is timed
@@ -249,8 +249,7 @@ class Trial:
                 mine[name] = mine.get(name, 0) + n
 
     def end(self) -> dict[str, Any]:
-        """Let the run go on for a while, end it, and wait until nothing is owed any more."""
-        self.faults.pause(self.setup.after)
+        """End boards and run, and wait until nothing is owed any more."""
         self.take_count()
         ended: dict[str, Any] = self.operator.end_run().result(STEP)
         producers = self.components("producer")

@@ -62,7 +62,8 @@ class Link:
     acks: dict[tuple[int, int], int] = field(default_factory=dict)  # (run, epoch) -> next, still to be sent
     last_ack: Ack | None = None
     warned: str = ""
-    superseded: str | None = None  # our session when the producer said that a newer HELLO of our name had come
+    #: Our session, and when (monotonic) the producer said that a newer HELLO of our name had come.
+    superseded: tuple[str, float] | None = None
 
 
 class Consumer:
@@ -89,6 +90,7 @@ class Consumer:
         self.mode = mode
         self._positions = positions
         self._clock = clock
+        self._core = core
         self._standing = None if core is None else Standing(core, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[str, Link] = {}
@@ -276,8 +278,8 @@ class Consumer:
                 return False
             link.hello_at = self._clock() + HELLO_AGAIN
             if frame.reason == "superseded":
-                # Whoever has our name now is right, until the core has registered us anew; to insist would be a war.
-                link.superseded = self.session
+                # Whoever has our name now is right until the core says that it is ours; to insist would be a war.
+                link.superseded = self.session, self._clock()
             self._warn(link, f"{link.name} refuses the stream to {self.name}: {frame.reason}")
         elif isinstance(frame, Block | End):
             if not link.welcome:
@@ -294,8 +296,7 @@ class Consumer:
         now = self._clock()
         if not link.welcome:
             # Before the connection stands nothing can be said; then at once, not after HELLO_AGAIN.
-            superseded = link.superseded == self.session
-            if now >= link.hello_at and not superseded and link.socket.poll(0, zmq.POLLOUT):
+            if now >= link.hello_at and not self._superseded(link) and link.socket.poll(0, zmq.POLLOUT):
                 link.credit = CREDIT
                 link.acks.clear()
                 hello = Hello(STREAM_VERSION, self.name, self.session, self.mode, self._positions())
@@ -317,6 +318,12 @@ class Consumer:
     def _good(self) -> bool:
         """Whether our name is still ours, as far as we know."""
         return self._standing is None or self._standing.good()
+
+    def _superseded(self, link: Link) -> bool:
+        """Whether another has our name: until we are registered anew, or the core confirms that it is ours."""
+        if link.superseded is None or link.superseded[0] != self.session:
+            return False
+        return self._core is None or self._core.confirmed <= link.superseded[1]
 
     def _send(self, link: Link, frame: FromConsumer) -> bool:
         try:
