@@ -86,6 +86,9 @@ def storage_stopped_another_directory(trial: Trial) -> None:
     trial.line.launch_storage("-o", other)
     trial.faults.pause(8.0)
     _goes_on(trial, stopped)
+    trial.expect(
+        trial.faults.wait_for_end(stopped) == 1, "the one that was stopped did not leave the name to the other"
+    )
 
 
 def _stopped_until_lost(trial: Trial) -> str:

@@ -77,12 +77,8 @@ def tally(parts: list[Path]) -> Tally:
             found.problems.append(f"{path.name} was left behind")
             continue
         report = verify(path)
-        # An interrupted part is none the worse when the next goes on where it ended, which is seen below.
         for finding in report.findings:
-            harmless = finding.startswith("condition ") or finding.endswith(
-                "its end never came, its totals are unknown"
-            )
-            (found.notes if harmless else found.problems).append(f"{path.name}: {finding}")
+            (found.notes if _ELSEWHERE.search(finding) else found.problems).append(f"{path.name}: {finding}")
         with h5py.File(path, "r") as file:
             _part(file, path.name, found, books)
     _settle(found, books)
