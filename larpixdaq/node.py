@@ -253,7 +253,12 @@ class Node:
         self._beaten = now
         idle = 0.0 if self._turned is None else max(0.0, now - self._turned)
         return Heartbeat(
-            progress=beat.progress, queued=beat.queued + self._waiting(), idle=round(idle, 3), status=beat.status
+            progress=beat.progress,
+            queued=beat.queued + self._waiting(),
+            idle=round(idle, 3),
+            run=self._engaged,
+            begun=self._begun,
+            status=beat.status,
         )
 
     def _waiting(self) -> int:

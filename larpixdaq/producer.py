@@ -17,16 +17,17 @@ from typing import Any
 import zmq
 
 from larpixdaq import config, schema, sources
-from larpixdaq.arena import DEFAULT_DIRECTORY, Arena, parse_size
 from larpixdaq.blocks import UnknownWord
 from larpixdaq.chips import Child
-from larpixdaq.errors import ConfigError, StateError
+from larpixdaq.delivery import Delivery
+from larpixdaq.delivery import add_arguments as add_delivery_arguments
+from larpixdaq.errors import ConfigError, RequestError, StateError
 from larpixdaq.node import Call, Node
 from larpixdaq.readout import Readout
 from larpixdaq.recorder import Recorder
 from larpixdaq.sources.base import Source
-from larpixdaq.stream import Publisher
 from larpixdaq.stream.address import bind
+from larpixdaq.takeover import totals
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +38,19 @@ DEFAULT_NAME = "LArPix board"
 END_READ_ON = 0.2
 QUIET = 0.05
 END_LIMIT = 5.0
-#: A producer that is told to end goes on delivering for so long (seconds).
-DELIVER_LIMIT = 2.0
 
 
 class Producer:
     """Sources, recorder and stream of one producer process, and the actions by which the core drives them."""
 
-    def __init__(self, options: argparse.Namespace, boards: list[Source], arena: Arena, epoch: int) -> None:
-        """`boards` are open; `arena` is this producer's own, of this epoch."""
+    def __init__(self, options: argparse.Namespace, boards: list[Source], delivery: Delivery) -> None:
+        """`boards` are open."""
         self.layout = boards[0].layout
         self.name: str = options.name
-        self.epoch = epoch
+        self.epoch = delivery.epoch
         self.boards = boards
-        self.arena = arena
+        self.delivery = delivery
+        self.taken = False  # another has our name: all that we hold is its
         self.state = "STOP"
         self.ending: tuple[Call, float] | None = None
         self._busy_at = 0.0  # when a read last left something behind
@@ -58,11 +58,10 @@ class Producer:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = self._context.socket(zmq.ROUTER)
         self.address = bind(socket, options.address, options.core, insecure=options.insecure)
-        ring = arena.ring
         io_groups = [group for source in boards for group in source.io_groups]
-        self.recorder = Recorder(ring, self.name, self.epoch, self.layout, io_groups)
-        self.readout = Readout(boards, self.recorder, ring, wait=_waits(options.when_full, boards))
-        self.publisher = Publisher(ring, socket, self.name, self.epoch)
+        self.recorder = Recorder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
+        self.readout = Readout(boards, self.recorder, delivery.ring, wait=_waits(options.when_full, boards))
+        self.publisher = delivery.serve(socket)
         self.child = Child(options.routines)
         self.node = Node(
             self.name,
@@ -86,6 +85,7 @@ class Producer:
                 "source": "; ".join(source.name for source in boards),
             },
             status=self.status,
+            on_name_taken=self.name_taken,
         )
 
     # the loop
@@ -98,6 +98,7 @@ class Producer:
         poller.register(self.node.fileno(), zmq.POLLIN)
         poller.register(self.child.fileno(), zmq.POLLIN)
         poller.register(self.publisher.socket, zmq.POLLIN)
+        poller.register(self.delivery.fileno(), zmq.POLLIN)
         self.readout.watch(poller)
         while not signals.stop:
             poller.poll(ceil(self._timeout() * 1000))
@@ -107,7 +108,7 @@ class Producer:
             if not self.readout.quiet:
                 self._busy_at = time.monotonic()
             self.recorder.work()
-            self.publisher.work()
+            self.delivery.work()
             if self.ending is not None:
                 self._end_when_quiet()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
@@ -124,18 +125,17 @@ class Producer:
         return max(0.0, min(limits))
 
     def close(self) -> None:
-        if self.recorder.run is not None:
+        if self.recorder.run is not None and not self.taken:
             self._finish("aborted")
-        # A storage that is not subscribed now may be on its way back.
-        deadline = time.monotonic() + DELIVER_LIMIT
-        while self.publisher.owed() and time.monotonic() < deadline:
-            self.publisher.socket.poll(20)
-            self.publisher.work()
-        if owed := self.publisher.owed():
-            log.error("%s ends, %d blocks were not acknowledged by the storages that should have them", self.name, owed)
+        self.delivery.close(leave=self.taken)
         self.child.close()
         self.node.close()
         self._context.destroy(linger=200)
+
+    def name_taken(self) -> None:
+        """We stood still, and another took our name. It delivers what our ring holds as soon as we have gone."""
+        self.taken = True
+        raise RequestError(f"{self.name}: another component has taken this name; it delivers what this one still holds")
 
     # actions
 
@@ -206,7 +206,7 @@ class Producer:
             UnknownWord(int(w["io_group"]), int(w["seconds"]), int(w["reason"]), w["raw"][: w["size"]].tobytes())
             for w in self.readout.take_unknown()
         ]
-        outside = self.arena.ring.outside
+        outside = self.delivery.ring.outside
         verdicts = [line for source in self.boards for line in source.evidence()]
         end = self.recorder.end(how, unknown, self.recorder.counts(outside), verdicts)
         if told:
@@ -214,23 +214,20 @@ class Producer:
         self.publisher.end()
         self.readout.record(False)
         self.state = "STOP"
-        rows = sum(sum(counts[1 + schema.COUNTS.index(n)] for n in schema.ROW_COUNTS) for counts in end.counts)
-        return {"epoch": self.epoch, "next": end.next, "rows": rows, "counts": end.counts, "warning": None}
+        return {**totals(end), "warning": None, "inherited": self.delivery.inherited(end.run)}
 
     def status(self) -> dict[str, Any]:
-        """For the heartbeat: the ring, what is owed, the counts of this run or the last, what came outside of runs."""
-        total = dict(zip(schema.COUNTS, self.arena.ring.counts.sum(axis=0).tolist(), strict=True))
+        """For the heartbeat: what is held and owed, the counts of this run or the last, what came outside of runs."""
+        total = dict(zip(schema.COUNTS, self.delivery.ring.counts.sum(axis=0).tolist(), strict=True))
         return {
             "run": self.recorder.run,
             "state": self.state,
-            "ring": round(self.arena.ring.fill, 4),
-            "owed_blocks": self.publisher.owed(),
-            "subscribers": sorted(s.name for s in self.publisher.subscribers.values()),
+            **self.delivery.status(),
             "packets": total["packets"],
             "dropped": total["dropped"],
             "unknown": total["unknown_words"] + total["rejected_words"],
             "bad_parity": total["bad_parity"],
-            "outside_run": int(self.arena.ring.outside[:, schema.COUNTS.index("packets")].sum()),
+            "outside_run": int(self.delivery.ring.outside[:, schema.COUNTS.index("packets")].sum()),
             "finished": all(source.finished for source in self.boards),
         }
 
@@ -249,19 +246,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     """What only a producer takes, beside its sources."""
-    parser.add_argument(
-        "--ring", type=parse_size, default="512MiB", metavar="SIZE",
-        help="memory for rows that storages have not acknowledged yet (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ring-dir", type=Path, default=DEFAULT_DIRECTORY, metavar="DIR",
-        help="where the ring's file is made; a memory file system (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--when-full", choices=("spill", "wait"),
-        help="what to do when storages are slower than the boards: spill (count and drop what finds no room) or wait "
-        "(stop reading); default: spill for --pacman and --bern, which publish regardless, wait for the rest",
-    )  # fmt: skip
+    add_delivery_arguments(parser)
     parser.add_argument(
         "--routines", action="append", default=[], type=Path, metavar="DIR",
         help="a further directory of routine files; they are programs and run with your rights",
@@ -284,10 +269,12 @@ def main(argv: list[str] | None = None) -> int:
             for source in boards:  # before anything else, since a wrong device or file is best told at once
                 stack.callback(source.close)
                 source.open()
-            epoch = secrets.randbits(64)
+            listening_ns = time.time_ns()
+            spill = not _waits(options.when_full, boards)
             state = config.state_dir(options.state_dir)
-            arena = stack.enter_context(Arena(options.ring_dir, state, options.name, epoch, options.ring))
-            producer = Producer(options, boards, arena, epoch)
+            delivery = Delivery(options, state, secrets.randbits(64), spill=spill, listening_ns=listening_ns)
+            stack.callback(delivery.close)
+            producer = Producer(options, boards, delivery)
             stack.callback(producer.close)
             producer.run(stack.enter_context(config.Signals()))
 

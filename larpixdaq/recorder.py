@@ -61,18 +61,24 @@ class Recorder:
         self.io_groups = sorted({0, *io_groups})
         self.run: int | None = None
         self._clock = clock
-        self._wall = wall
+        self._host_ns = wall
         self._close_at: float | None = None
-        self._gaps: dict[int, list[int]] = {}  # io_group -> rows, first ns, last ns
+        self._base, self._base_ns = clock(), wall()
         self._began_ns = 0
         self._scratch = np.zeros(schema.BLOCK_ROWS, layout.dtype)
 
     def begin(self, run: int, required: Sequence[str]) -> None:
         """Everything from here on belongs to `run`, until end()."""
-        self._ring.begin(run, self.layout.code, self.layout.dtype.itemsize, required)
+        self._base, self._base_ns = self._clock(), self._host_ns()
+        self._began_ns = self._base_ns
+        size = self.layout.dtype.itemsize
+        self._ring.begin(run, self.layout.code, size, required, self.io_groups, self._began_ns)
         self.run = run
-        self._began_ns = self._wall()
-        self._gaps.clear()
+
+    def resume(self, run: int, began_ns: int) -> None:
+        """Go on with the run that a dead producer has left in the ring, to close it."""
+        self.run = run
+        self._began_ns = began_ns
 
     def rows(self) -> NDArray[Any] | None:
         """Free rows of the open block, to be written and then publish()ed; None when the ring is full."""
@@ -80,10 +86,10 @@ class Recorder:
         return None if room is None else np.frombuffer(room, self.layout.dtype)
 
     def publish(self, n: int) -> None:
-        """The first n of rows() are written, and the counters are up to date with them."""
+        """The first n of rows() are written, and the counters are up to date with them: both survive this process."""
         if not n:
-            return
-        if self._ring.publish(n):
+            self._ring.checkpoint()
+        elif self._ring.publish(n):
             self.close_block()
         elif self._close_at is None:
             self._close_at = self._clock() + BLOCK_AGE
@@ -100,9 +106,9 @@ class Recorder:
         for io_group, n in enumerate(np.bincount(schema.io_groups_of(rows)).tolist()):
             if n:
                 self._ring.counts[io_group, _DROPPED] += np.uint64(n)
-                gap = self._gaps.setdefault(io_group, [0, now, now])
-                gap[0] += n
-                gap[2] = now
+                gap = self._ring.gaps[io_group]
+                gap[:] = (int(gap[0]) + n, int(gap[1]) or now, now)
+        self._ring.checkpoint()
 
     def due(self) -> float | None:
         """When the open block has to be closed (monotonic seconds); None: no block is open."""
@@ -125,10 +131,10 @@ class Recorder:
         rows = info_rows(text, self.layout, self._wall() // 10**9)
         self._ring.counts[0, _INFO] += np.uint64(len(rows))
         payload = rows.tobytes()
-        gaps = dict(self._gaps)
+        gaps = self._ring.gaps.copy()
         if self._ring.append(INFO, payload, len(rows), self._header(len(rows), self._wall(), payload, text)):
             return True
-        self._gaps = gaps  # the header that told them has gone nowhere
+        self._ring.gaps[:] = gaps  # the header that told them has gone nowhere
         self.drop(rows)
         return False
 
@@ -165,6 +171,13 @@ class Recorder:
         table = self._ring.counts if counts is None else counts
         return [[g, *table[g].tolist()] for g in np.flatnonzero(table.any(axis=1)).tolist()]
 
+    def _wall(self) -> int:
+        """Unix ns by the host's clock when the run began, and evenly on from there.
+
+        A host's clock may be stepped in the middle of a run; rates and gaps would then be nonsense.
+        """
+        return self._base_ns + int((self._clock() - self._base) * 1e9)
+
     def _header(self, rows: int, first_ns: int, payload: Any, text: str | None) -> bytes:
         assert self.run is not None
         block = Block(
@@ -199,6 +212,8 @@ class Recorder:
         return [Totals(*values) for values in zip(*columns, strict=True)]
 
     def _take_gaps(self) -> list[Gap]:
-        gaps = [Gap(io_group, *values) for io_group, values in sorted(self._gaps.items())]
-        self._gaps.clear()
-        return gaps
+        gaps = self._ring.gaps
+        found = [Gap(g, *gaps[g].tolist()) for g in np.flatnonzero(gaps[:, 0]).tolist()]
+        if found:
+            gaps[:] = 0
+        return found

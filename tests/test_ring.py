@@ -142,7 +142,9 @@ def test_a_run_starts_from_zero() -> None:
         lambda ring: ring.begin(2, 2, 36, [str(i) for i in range(17)]),
         lambda ring: ring.payload(0),
         lambda ring: ring.free_to(1),
-        lambda ring: ring.acknowledge(1, 0),
+        lambda ring: ring.acknowledge(1, 1, 0),
+        lambda ring: ring.acknowledge(2, 0, 0),
+        lambda ring: ring.release(2),
     ],
 )
 def test_misuse_is_refused(wrong) -> None:
@@ -158,7 +160,7 @@ def test_too_small() -> None:
 
 
 def test_arena_is_locked_private_and_gone_after_close(tmp_path) -> None:
-    arena = Arena(tmp_path, tmp_path / "state", "LArPix board", 5, SMALLEST)
+    arena = Arena.make(tmp_path, tmp_path / "state", "LArPix board", 5, SMALLEST)
     assert arena.path.name == arena_name(tmp_path / "state", "LArPix board", 5)
     assert arena.path.stat().st_mode & 0o777 == 0o600
     assert arena.path.stat().st_blocks * 512 >= SMALLEST  # reserved, not sparse
@@ -171,12 +173,12 @@ def test_arena_is_locked_private_and_gone_after_close(tmp_path) -> None:
 
 def test_arena_that_does_not_fit_names_the_options(tmp_path) -> None:
     with pytest.raises(RingError, match=r"--ring .*--ring-dir"):
-        Arena(tmp_path, tmp_path, "p", 1, 1 << 60)
+        Arena.make(tmp_path, tmp_path, "p", 1, 1 << 60)
     assert not list(tmp_path.glob("*.ring"))
     with pytest.raises(RingError, match="--ring: expected at least"):
-        Arena(tmp_path, tmp_path, "p", 1, 1000)
+        Arena.make(tmp_path, tmp_path, "p", 1, 1000)
     with pytest.raises(RingError, match="--ring-dir"):
-        Arena(tmp_path / "nowhere", tmp_path, "p", 1, SMALLEST)
+        Arena.make(tmp_path / "nowhere", tmp_path, "p", 1, SMALLEST)
 
 
 @pytest.mark.parametrize(("text", "size"), [("512MiB", 512 << 20), ("1GB", 10**9), ("4096", 4096), (" 2 KiB ", 2048)])

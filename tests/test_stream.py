@@ -34,6 +34,7 @@ from larpixdaq.deflate import crc32
 from larpixdaq.errors import ProtocolError
 from larpixdaq.recorder import Recorder
 from larpixdaq.stream import Consumer, Publisher
+from larpixdaq.stream.store import Store
 
 LAYOUT = schema.layout(2)
 STORAGE = "Offline storage"
@@ -49,7 +50,7 @@ class Line:
         self.address = socket.get(zmq.LAST_ENDPOINT).decode()
         self.ring = Ring(bytearray(SMALLEST + (32 << 20)), producer="board", epoch=5)
         self.recorder = Recorder(self.ring, "board", 5, LAYOUT, [1, 2])
-        self.publisher = Publisher(self.ring, socket, "board", 5)
+        self.publisher = Publisher(Store("board", 5, self.ring, None), socket)
         self.written = 0
         self.peers: list[zmq.Socket[bytes]] = []
 
@@ -163,7 +164,7 @@ def test_every_block_in_order_and_freed_when_acknowledged(line: Line, consumers:
     until(line, lambda: line.ring.tail == line.ring.head == 9, "the ring to be free")
     totals = {t.io_group: t for t in reader.blocks[-1].totals}
     assert totals[1].packets == line.written
-    assert not line.publisher.segments
+    assert not line.publisher.own.segments
 
 
 def test_nothing_is_freed_without_acknowledgement_and_a_new_subscription_gets_it_again(

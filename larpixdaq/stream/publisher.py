@@ -1,7 +1,8 @@
-"""The producer's side of the stream: who subscribes, what each has got, and how far the ring's tail may move."""
+"""The producer's side of the stream: who subscribes, what each has got, and how far the blocks may be given up."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -9,7 +10,6 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from larpixdaq._native.ring import END, INFO, Ring
 from larpixdaq.blocks import (
     STREAM_VERSION,
     Ack,
@@ -18,12 +18,16 @@ from larpixdaq.blocks import (
     FromConsumer,
     FromProducer,
     Hello,
+    Position,
     Refused,
     Welcome,
     pack,
     unpack_consumer,
 )
 from larpixdaq.errors import ProtocolError
+from larpixdaq.stream.store import Found, Segment, Store
+
+log = logging.getLogger(__name__)
 
 #: Bytes of rows on their way to a storage and not yet acknowledged.
 WINDOW = 16 << 20
@@ -31,25 +35,11 @@ WINDOW = 16 << 20
 SILENT = 1.0
 #: Frames taken in one turn: nobody can keep the producer from its boards by talking.
 DRAIN_LIMIT = 10_000
-
-
-@dataclass
-class Segment:
-    """The blocks of one run in the ring: descriptors from `first` on, the end record at `last` once it is there."""
-
-    run: int
-    first: int
-    required: frozenset[str]
-    last: int | None = None
-    durable: dict[str, int] = field(default_factory=dict)  # storage -> descriptors of this run below are durable there
-
-    def behind(self, head: int) -> int:
-        """The descriptor behind the run's last one so far; `head` is the ring's."""
-        return head if self.last is None else self.last + 1
-
-    def wants(self, name: str) -> int:
-        """The first descriptor of the run that a storage does not have yet."""
-        return self.durable.get(name, self.first)
+#: A required storage without a subscription for so long (seconds) no longer holds what another one has.
+FORGET_AFTER = 60.0
+#: libzmq closes the connection of a peer whose process stands still, or whom the network has cut off, and with that
+#: gives the ring's memory back. A busy peer answers all the same: its libzmq does. Milliseconds.
+HEARTBEATS = {zmq.HEARTBEAT_IVL: 300, zmq.HEARTBEAT_TIMEOUT: 1000, zmq.HEARTBEAT_TTL: 3000}
 
 
 @dataclass
@@ -57,70 +47,83 @@ class Subscriber:
     route: bytes
     name: str
     mode: str
-    cursor: int  # the next descriptor to send
     heard: float
+    positions: list[Position]
+    #: epoch -> the next index to send; without an entry: from where the store begins.
+    cursors: dict[int, int] = field(default_factory=dict)
     sent: int = 0  # "latest": blocks sent since HELLO
     credit: int = 0
-    #: "all": run -> (sequence, bytes) of the blocks that it has not acknowledged yet.
-    in_flight: dict[int, deque[tuple[int, int]]] = field(default_factory=dict)
+    #: "all": (run, epoch) -> (sequence, bytes) of the blocks that it has not acknowledged yet.
+    in_flight: dict[tuple[int, int], deque[tuple[int, int]]] = field(default_factory=dict)
     flight_bytes: int = 0
     skipped: int = 0
 
 
 class Publisher:
-    """Serves the ring's blocks on `socket`, a bound ROUTER. Everything happens in the producer's own loop.
+    """Serves blocks on `socket`, a bound ROUTER. Everything happens in the producer's own loop.
 
-    A block stays in the ring until every storage that its run requires has acknowledged it and libzmq has released it.
+    `own` is where this producer's blocks are; adopt() adds what predecessors have left, which is delivered before. A
+    block is kept until every storage that its run requires has acknowledged it.
     """
 
     def __init__(
         self,
-        ring: Ring,
+        own: Store,
         socket: zmq.Socket[bytes],
-        producer: str,
-        epoch: int,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        forget_after: float = FORGET_AFTER,
     ) -> None:
-        self._ring = ring
+        self.own = own
+        #: Predecessors' first, the oldest of them first.
+        self.stores = [own]
         self.socket = socket
         self._clock = clock
-        self.producer = producer
-        self.epoch = epoch
+        self._forget_after = forget_after
         self.layout = 0
         self.run: int | None = None
-        self.segments: deque[Segment] = deque()
         self.subscribers: dict[bytes, Subscriber] = {}
         self.refused = 0
         self.freed = 0  # blocks
-        self._order: tuple[str, ...] = ()
-        self._held: deque[tuple[int, zmq.MessageTracker]] = deque()
+        #: Required storages that have been away for too long.
+        self.forgotten: frozenset[str] = frozenset()
+        self._away: dict[str, float] = {}  # required storage without a subscription -> since when
         self._drained = clock()
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDHWM, 0)
+        for option, value in HEARTBEATS.items():
+            socket.setsockopt(option, value)
 
-    # runs
+    # what there is to deliver
 
     def begin(self, run: int, layout: int, required: Sequence[str]) -> None:
         """From here on the ring's blocks are those of `run`; `required` storages must have each of them. (They are the
         ring's own, in the same order.)"""
         self.run, self.layout = run, layout
-        self._order = tuple(required)
-        self.segments.append(Segment(run, self._ring.head, frozenset(required)))
+        self.own.begin(run, layout, required)
 
     def end(self) -> None:
         """The end record has been put into the ring."""
-        self.segments[-1].last = self._ring.head - 1
+        self.own.end()
         self.run = None
 
     def release(self, run: int) -> None:
         """The run needs no storage any more."""
-        for segment in self.segments:
-            if segment.run == run:
-                segment.required = frozenset()
+        self.own.release(run)
+
+    def adopt(self, store: Store) -> None:
+        """Deliver what a predecessor has left too."""
+        self.stores = [*sorted([*self.stores[:-1], store], key=lambda one: one.made_ns), self.own]
+        for subscriber in self.subscribers.values():
+            self._know(subscriber, store)
 
     def owed(self) -> int:
-        """Blocks that some required storage has not acknowledged yet."""
-        return self._ring.head - self._acknowledged()
+        """Blocks that some required storage has not acknowledged yet, of predecessors too."""
+        return sum(store.owed() for store in self.stores)
+
+    def inherited(self) -> int:
+        """Those of predecessors alone."""
+        return sum(store.owed() for store in self.stores[:-1])
 
     # the loop
 
@@ -150,7 +153,13 @@ class Publisher:
                 self._serve_all(subscriber)
             else:
                 self._serve_latest(subscriber)
-        self._free()
+        self._forget()
+        for store in self.stores:
+            self.freed += store.free(self.forgotten)
+            if store is not self.own and store.tail == store.head:
+                store.close()
+        self.stores = [store for store in self.stores if store is self.own or store.tail < store.head]
+        self.own.spill()
 
     # frames from consumers
 
@@ -182,84 +191,89 @@ class Publisher:
             self._drop(other)
             if other.route != route:
                 self._refuse(other.route, "superseded")
-        cursor = self._ring.head
-        if hello.mode == "all":
-            for position in hello.positions:
-                if (position.producer, position.epoch) == (self.producer, self.epoch):
-                    self._durable(hello.name, position.run, position.next)
-            wanted = (s.wants(hello.name) for s in self.segments if hello.name in s.required)
-            cursor = max(min(wanted, default=cursor), self._ring.tail)
-        subscriber = Subscriber(route, hello.name, hello.mode, cursor, self._clock())
-        if self._send(subscriber, Welcome(self.producer, self.epoch, self.run, self.layout)):
+        subscriber = Subscriber(route, hello.name, hello.mode, self._clock(), hello.positions)
+        for store in self.stores:
+            self._know(subscriber, store)
+        if self._send(subscriber, Welcome(self.own.producer, self.own.epoch, self.run, self.layout)):
             self.subscribers[route] = subscriber
 
-    def _ack(self, subscriber: Subscriber, ack: Ack) -> None:
-        if ack.epoch != self.epoch or subscriber.mode != "all":
+    def _know(self, subscriber: Subscriber, store: Store) -> None:
+        """Where a subscriber stands: at what it says, or at what it has acknowledged; a monitor at the end."""
+        if subscriber.mode != "all":
+            subscriber.cursors[store.epoch] = store.head
             return
-        self._durable(subscriber.name, ack.run, ack.next)
-        flying = subscriber.in_flight.get(ack.run)
+        for position in subscriber.positions:
+            if (position.producer, position.epoch) == (store.producer, store.epoch):
+                store.durable(subscriber.name, position.run, position.next)
+
+    def _ack(self, subscriber: Subscriber, ack: Ack) -> None:
+        store = next((store for store in self.stores if store.epoch == ack.epoch), None)
+        if subscriber.mode != "all":
+            return
+        if store is not None:
+            store.durable(subscriber.name, ack.run, ack.next)
+        flying = subscriber.in_flight.get((ack.run, ack.epoch))
         while flying and flying[0][0] < ack.next:
             subscriber.flight_bytes -= flying.popleft()[1]
         if flying is not None and not flying:
-            del subscriber.in_flight[ack.run]
-
-    def _durable(self, name: str, run: int, following: int) -> None:
-        """Storage `name` has everything of `run` below sequence `following`. That says nothing of the runs before."""
-        for segment in self.segments:
-            if segment.run == run and name in segment.required:
-                index = max(segment.wants(name), min(segment.first + following, segment.behind(self._ring.head)))
-                segment.durable[name] = index
-                if segment is self.segments[-1]:
-                    self._ring.acknowledge(self._order.index(name), index)
+            del subscriber.in_flight[ack.run, ack.epoch]
 
     # sending
 
     def _serve_all(self, subscriber: Subscriber) -> None:
-        for segment in self.segments:
-            behind = segment.behind(self._ring.head)
-            if subscriber.cursor >= behind:
-                continue
-            if subscriber.name not in segment.required:
-                subscriber.cursor = behind
-                continue
-            subscriber.cursor = max(subscriber.cursor, segment.wants(subscriber.name), self._ring.tail)
-            while subscriber.cursor < behind and subscriber.flight_bytes < WINDOW:
-                payload = self._ring.payload(subscriber.cursor)
-                if not self._send_block(subscriber, payload, copy=False):
+        for store in self.stores:
+            for segment in store.segments:
+                if subscriber.name in segment.required and not self._serve(subscriber, store, segment):
                     return
-                flying = subscriber.in_flight.setdefault(segment.run, deque())
-                flying.append((subscriber.cursor - segment.first, len(payload)))
-                subscriber.flight_bytes += len(payload)
-                subscriber.cursor += 1
-            if subscriber.cursor < behind:
-                return
+
+    def _serve(self, subscriber: Subscriber, store: Store, segment: Segment) -> bool:
+        """Send what the window lets go of a run; True when that is all of it so far."""
+        behind = store.behind(segment)
+        cursor = subscriber.cursors.get(store.epoch, 0)
+        if cursor >= behind:
+            return True
+        cursor = max(cursor, segment.wants(subscriber.name), store.tail)
+        flying = subscriber.in_flight.setdefault((segment.run, store.epoch), deque())
+        while cursor < behind and subscriber.flight_bytes < WINDOW:
+            found = store.get(cursor)
+            if found is None or (found.header and not self._send_block(subscriber, store, cursor, found)):
+                break
+            if found.header:
+                flying.append((cursor - segment.first, len(found.payload)))
+                subscriber.flight_bytes += len(found.payload)
+            cursor += 1
+        subscriber.cursors[store.epoch] = cursor
+        return cursor >= behind
 
     def _serve_latest(self, subscriber: Subscriber) -> None:
-        subscriber.cursor = max(subscriber.cursor, self._ring.tail)
-        while subscriber.cursor < self._ring.head:
-            told = self._ring.kind(subscriber.cursor) in (INFO, END)  # small and rare: never skipped
+        store = self.own
+        assert store.ring is not None
+        cursor = max(subscriber.cursors[store.epoch], store.ring.tail)
+        while cursor < store.head:
+            told = store.told(cursor)  # small and rare: never skipped
             if told or subscriber.sent < subscriber.credit:
-                payload = self._ring.payload(subscriber.cursor)
-                if not self._send_block(subscriber, payload, copy=True):
+                found = store.get(cursor)
+                assert found is not None
+                if not self._send_block(subscriber, store, cursor, found):
                     return
                 subscriber.sent += not told
             else:
                 subscriber.skipped += 1
-            subscriber.cursor += 1
+            cursor += 1
+        subscriber.cursors[store.epoch] = cursor
 
-    def _send_block(self, subscriber: Subscriber, payload: memoryview, *, copy: bool) -> bool:
-        index = subscriber.cursor
-        header = self._ring.packed_header(index)
+    def _send_block(self, subscriber: Subscriber, store: Store, index: int, found: Found) -> bool:
+        payload = found.payload
         try:
             if not len(payload):
-                self.socket.send_multipart([subscriber.route, header], zmq.NOBLOCK)
-            elif copy:
-                self.socket.send_multipart([subscriber.route, header, payload], zmq.NOBLOCK)
+                self.socket.send_multipart([subscriber.route, found.header], zmq.NOBLOCK)
+            elif subscriber.mode != "all":  # a monitor pins nothing
+                self.socket.send_multipart([subscriber.route, found.header, payload], zmq.NOBLOCK)
             else:
-                self.socket.send_multipart([subscriber.route, header], zmq.NOBLOCK | zmq.SNDMORE)
+                self.socket.send_multipart([subscriber.route, found.header], zmq.NOBLOCK | zmq.SNDMORE)
                 tracker = self.socket.send(payload, zmq.NOBLOCK, copy=False, track=True)
-                if tracker is not None and not tracker.done:
-                    self._held.append((index, tracker))
+                if found.pinned and tracker is not None and not tracker.done:
+                    store.pins.append((index, tracker))
         except zmq.ZMQError:
             self._drop(subscriber)
             return False
@@ -285,23 +299,18 @@ class Publisher:
 
     # freeing
 
-    def _acknowledged(self) -> int:
-        """The first descriptor that some required storage still has to acknowledge."""
-        for segment in self.segments:
-            behind = segment.behind(self._ring.head)
-            done = min(map(segment.wants, segment.required), default=behind)
-            if done < behind:
-                return done
-        return self._ring.head
-
-    def _free(self) -> None:
-        held = [entry for entry in self._held if not entry[1].done]
-        self._held = deque(held)
-        free = self._acknowledged()
-        for index, _ in held:
-            free = min(free, index)
-        if free > self._ring.tail:
-            self.freed += free - self._ring.tail
-            self._ring.free_to(free)
-        while self.segments and self.segments[0].last is not None and self.segments[0].last < self._ring.tail:
-            self.segments.popleft()
+    def _forget(self) -> None:
+        """Note which required storages are away, and for how long."""
+        there = {subscriber.name for subscriber in self.subscribers.values() if subscriber.mode == "all"}
+        required = {name for store in self.stores for segment in store.segments for name in segment.required}
+        now = self._clock()
+        self._away = {name: self._away.get(name, now) for name in required - there}
+        forgotten = frozenset(name for name, since in self._away.items() if now - since > self._forget_after)
+        for name in forgotten - self.forgotten:
+            log.error(
+                "%s has not subscribed for %g s: what another storage has is not kept for it any more",
+                name, self._forget_after,
+            )  # fmt: skip
+        for name in self.forgotten & there:
+            log.warning("%s is back; what was not kept for it is missing there", name)
+        self.forgotten = forgotten

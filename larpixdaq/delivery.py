@@ -1,0 +1,194 @@
+"""What a producer holds until it is stored, and what becomes of it: ring, spool, what predecessors left, the stream."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from larpixdaq.arena import DEFAULT_DIRECTORY, Arena, key, parse_duration, parse_size
+from larpixdaq.blocks import End
+from larpixdaq.errors import FileError
+from larpixdaq.spool import Directory, Spool
+from larpixdaq.stream import Publisher
+from larpixdaq.stream.store import Store
+from larpixdaq.takeover import Left, Predecessors, totals
+from larpixdaq.worker import Worker
+
+log = logging.getLogger(__name__)
+
+#: What others of this name have left is looked for so often (seconds).
+LOOK = 5.0
+#: A producer that is told to end goes on delivering for so long (seconds).
+DELIVER_LIMIT = 2.0
+#: The spool's disk gets so long to do what it was given (seconds).
+SPOOL_LIMIT = 2.0
+#: Runs whose inherited totals are kept.
+RUNS_KEPT = 64
+
+
+class Delivery:
+    """`ring` is where this producer's blocks go; work() delivers, spills, and takes over what predecessors left."""
+
+    def __init__(
+        self, options: argparse.Namespace, state_dir: Path, epoch: int, *, spill: bool, listening_ns: int
+    ) -> None:
+        """RingError or FileError when there can be no ring or no spool."""
+        self.name: str = options.name
+        self.epoch = epoch
+        self.worker = Worker(f"spool of {self.name}")
+        path = options.spool_dir or state_dir / "spool"
+        if options.spool_limit:
+            _usable(path)
+        self.spool = Directory(path, key(state_dir, self.name), options.spool_limit, self.worker)
+        self._predecessors = Predecessors(self.name, state_dir, options.ring_dir, self.spool, listening_ns)
+        self._known = {epoch}
+        self._ends: dict[int, dict[int, End]] = {}  # run -> epoch -> END of a predecessor
+        self._looking = False
+        self._look_at = time.monotonic() + LOOK
+        self._closed = False
+        self._inherited: list[Store] = []
+        self.publisher: Publisher | None = None
+        self._take(self._predecessors.look(self._known))  # before the own ring, which may need the room
+        self.arena = Arena.make(options.ring_dir, state_dir, self.name, epoch, options.ring)
+        self.ring = self.arena.ring
+        spools = spill and options.spool_limit
+        self.own = Store(self.name, epoch, self.ring, Spool(self.spool) if spools else None)
+        self._forget_after: float = options.forget_after
+
+    def serve(self, socket: zmq.Socket[bytes]) -> Publisher:
+        """Deliver at this ROUTER, which is bound."""
+        self.publisher = Publisher(self.own, socket, forget_after=self._forget_after)
+        for store in self._inherited:
+            self.publisher.adopt(store)
+        return self.publisher
+
+    def fileno(self) -> int:
+        """Polls readable while work() has something from the spool."""
+        return self.worker.fileno()
+
+    def work(self) -> None:
+        assert self.publisher is not None
+        self.worker.turn()
+        self.publisher.work()
+        self.ring.alive(time.time_ns())
+        if not self._looking and time.monotonic() >= self._look_at:
+            self._looking = True
+            self.worker.submit(lambda: self._predecessors.look(self._known), self._found)
+
+    def _found(self, left: list[Left] | OSError) -> None:
+        self._looking = False
+        self._look_at = time.monotonic() + LOOK
+        if not isinstance(left, OSError):
+            self._take(left)
+
+    def _take(self, left: list[Left]) -> None:
+        for epoch, arena, files, ends in left:
+            self._known.add(epoch)
+            store = Store.inherited(self.name, epoch, arena, Spool(self.spool, files) if files else None)
+            if owed := store.owed():
+                log.warning("%s: %d blocks of a process before are taken over (epoch %x)", self.name, owed, epoch)
+                self._inherited.append(store)
+                if self.publisher is not None:
+                    self.publisher.adopt(store)
+            else:
+                store.close()
+            for run, end in ends.items():
+                self._ends.setdefault(run, {})[epoch] = end
+        while len(self._ends) > RUNS_KEPT:
+            del self._ends[min(self._ends)]
+
+    def inherited(self, run: int) -> list[dict[str, Any]]:
+        """Totals of the epochs of a run that predecessors have not delivered."""
+        return [totals(end) for end in self._ends.get(run, {}).values()]
+
+    def close(self, *, leave: bool = False) -> None:
+        """Deliver what is owed, for DELIVER_LIMIT at most; what is left then is kept for the next of this name.
+
+        leave: nothing is delivered any more, all is kept.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        publisher = self.publisher
+        deadline = time.monotonic() + (0 if leave or publisher is None else DELIVER_LIMIT)
+        # A storage that is not subscribed now may be on its way back.
+        while publisher is not None and publisher.owed() and time.monotonic() < deadline:
+            publisher.socket.poll(20)
+            self.worker.turn()
+            publisher.work()
+        owed = publisher.owed() if publisher is not None else 0
+        if owed and not leave:
+            log.error(
+                "%s ends; %d blocks are not stored yet: they are kept, the next start under this name delivers them",
+                self.name, owed,
+            )  # fmt: skip
+        self.worker.settle(SPOOL_LIMIT)
+        if leave or self.own.owed():
+            self.arena.leave()
+        else:
+            self.own.close()
+            self.arena.close()
+        self.worker.close(SPOOL_LIMIT)
+        for store in (self.own, *self._inherited):
+            store.leave()
+
+    def status(self) -> dict[str, Any]:
+        assert self.publisher is not None
+        stores = [store for store in self.publisher.stores if store.spool is not None]
+        return {
+            "ring": round(self.ring.fill, 4),
+            "owed_blocks": self.publisher.owed(),
+            "inherited": self.publisher.inherited(),
+            "spooled_blocks": sum(store.spooled() for store in stores),
+            "spooled_bytes": self.spool.bytes,
+            "forgotten": sorted(self.publisher.forgotten),
+            "subscribers": sorted(s.name for s in self.publisher.subscribers.values()),
+        }
+
+
+def _usable(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"--spool-dir {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise FileError(f"--spool-dir {path}: not writable")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of ring, spool and stream."""
+    parser.add_argument(
+        "--ring", type=parse_size, default="512MiB", metavar="SIZE",
+        help="memory for rows that storages have not acknowledged yet (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ring-dir", type=Path, default=DEFAULT_DIRECTORY, metavar="DIR",
+        help="where the ring's file is made; a memory file system (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--when-full", choices=("spill", "wait"),
+        help="what to do when storages are slower than the boards and the ring is full: spill (the oldest blocks go to "
+        "the spool on disk; when that is full too, rows are counted and dropped) or wait (stop reading); default: "
+        "spill for --pacman and --bern, which publish regardless, wait for the rest",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spool-limit", type=parse_size, default="8GiB", metavar="SIZE",
+        help="disk space that the spool may take (default: %(default)s; 0: no spool)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spool-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the spool's files are made (default: spool/ in --state-dir)",
+    )
+    parser.add_argument(
+        "--forget-after", type=parse_duration, default="60s", metavar="TIME",
+        help="a storage that has been away for so long no longer holds blocks that another storage of the run has: "
+        "30s, 5min, 2h (default: %(default)s)",
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""What a dead producer has left, in its ring and in its spool: found by the next one of its name, closed, handed on.
+
+A run that it did not end gets an end record `recovered` from the counters of its last checkpoint, which belong to
+exactly the rows that it had published: what it had decoded since then is neither counted nor delivered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from larpixdaq import schema
+from larpixdaq._native.ring import END
+from larpixdaq.arena import Arena, arenas
+from larpixdaq.blocks import Block, End, Verdict, unpack_producer
+from larpixdaq.errors import ProtocolError, RingError
+from larpixdaq.recorder import Recorder
+from larpixdaq.spool import Directory, File
+
+log = logging.getLogger(__name__)
+
+DIED = "its producer died: what the boards sent from then on until its successor listened is lost"
+
+
+class Left(NamedTuple):
+    """What one predecessor has left, locked: its ring, its files of the spool, and its end records (run -> END)."""
+
+    epoch: int
+    arena: Arena | None
+    files: list[File]
+    ends: dict[int, End]
+
+
+class Predecessors:
+    """Looks for arenas and spool files of `producer` that nobody holds."""
+
+    def __init__(self, producer: str, state_dir: Path, ring_dir: Path, spool: Directory, listening_ns: int) -> None:
+        """`listening_ns`: unix ns when this producer began to listen to its boards."""
+        self._producer = producer
+        self._state_dir = state_dir
+        self._ring_dir = ring_dir
+        self._spool = spool
+        self._listening_ns = listening_ns
+
+    def look(self, known: Collection[int]) -> list[Left]:
+        """Take over what there is of other epochs than these, and lock it. May hang with the spool's disk."""
+        rings = arenas(self._ring_dir, self._state_dir, self._producer)
+        spooled = self._spool.files()
+        found = []
+        for epoch in sorted((rings.keys() | spooled.keys()) - set(known)):
+            left = self._take(epoch, rings.get(epoch), spooled.get(epoch, []))
+            if left is not None:
+                found.append(left)
+        return found
+
+    def _take(self, epoch: int, ring: Path | None, paths: list[Path]) -> Left | None:
+        arena = None
+        if ring is not None:
+            try:
+                arena = Arena.adopt(ring, self._producer, epoch)
+                if arena is None:
+                    return None  # it lives
+                self._check(arena)
+            except RingError as error:
+                if arena is not None:
+                    arena.leave()
+                arena = None
+                _set_aside(ring, error)
+        ends: dict[int, End] = {}
+        if arena is not None:
+            self._finish(arena)
+            ends = _ends(arena)
+        files = []
+        for path in paths:
+            try:
+                file = File.adopt(path, self._producer, epoch)
+            except (OSError, ValueError, msgspec.DecodeError) as error:
+                _set_aside(path, error)
+                continue
+            if file is not None:
+                files.append(file)
+        return Left(epoch, arena, files, ends) if arena is not None or files else None
+
+    def _check(self, arena: Arena) -> None:
+        """RingError when a header does not fit its descriptor."""
+        ring = arena.ring
+        for run, _, code, size, *_ in ring.runs():
+            if code not in [known.code for known in schema.LAYOUTS] or schema.layout(code).dtype.itemsize != size:
+                raise RingError(f"{arena.path}: run {run} has rows of {size} bytes in layout {code}")
+        for index in range(ring.tail, ring.head):
+            try:
+                frame = unpack_producer(ring.packed_header(index), "the ring")
+            except ProtocolError as error:
+                raise RingError(f"{arena.path}: block {index}: {error}") from None
+            fits = isinstance(frame, End) == (ring.kind(index) == END)
+            if not fits or not isinstance(frame, Block | End) or frame.source[1:] != (self._producer, ring.epoch):
+                raise RingError(f"{arena.path}: block {index}: its header is another's")
+
+    def _finish(self, arena: Arena) -> None:
+        """Close what its producer had not closed. Killed in the middle of it: the next one goes on."""
+        ring = arena.ring
+        if not ring.run_open:
+            return
+        run, _, code, _, began_ns, io_groups, *_ = ring.runs()[-1]
+        died = ring.alive_ns
+        recorder = Recorder(ring, self._producer, ring.epoch, schema.layout(code), io_groups, wall=lambda: died)
+        recorder.resume(run, began_ns)
+        until = max(died, self._listening_ns)
+        verdicts = [Verdict(group, "suspect", DIED, 0, died, until) for group in io_groups if group]
+        recorder.end("recovered", [], recorder.counts(ring.outside), verdicts)
+
+
+def _ends(arena: Arena) -> dict[int, End]:
+    ring = arena.ring
+    found = {}
+    for index in range(ring.tail, ring.head):
+        if ring.kind(index) == END:
+            end = unpack_producer(ring.packed_header(index), "the ring")
+            assert isinstance(end, End)
+            found[end.run] = end
+    return found
+
+
+def totals(end: End) -> dict[str, Any]:
+    """An end as the core gets it: reports.EpochEnd."""
+    rows = sum(sum(counts[1 + schema.COUNTS.index(name)] for name in schema.ROW_COUNTS) for counts in end.counts)
+    return {"epoch": end.epoch, "next": end.next, "rows": rows, "counts": end.counts}
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    """What cannot be used is left as it is, under a name at which nobody looks again."""
+    log.error("%s cannot be taken over, it is kept as %s.bad: %s", path, path.name, error)
+    try:
+        os.rename(path, path.with_name(path.name + ".bad"))
+    except OSError as problem:
+        log.error("%s: %s", path, problem.strerror)

@@ -1,0 +1,188 @@
+"""What a dead producer leaves is delivered by the next one of its name: all of it, once, with totals that balance."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import killing_rings
+import numpy as np
+import pytest
+from boards import emulator
+from processes import LIMIT, until
+from system import System, rows_of, system
+
+from larpixdaq._native.ring import SMALLEST, Ring
+from larpixdaq.arena import TORN, Arena, arena_name
+from larpixdaq.errors import RingError
+from larpixdaq.files.verify import verify
+from larpixdaq.spool import Directory
+from larpixdaq.takeover import Predecessors
+from larpixdaq.worker import Worker
+
+NAME = "LArPix board"
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[System]:
+    with system(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def predecessors(tmp_path: Path) -> Iterator[Predecessors]:
+    worker = Worker("spool")
+    yield Predecessors(NAME, tmp_path, tmp_path, Directory(tmp_path / "spool", "larpixdaq", 0, worker), 0)
+    assert worker.close(LIMIT)
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """What had been published is there, once; counters and rows agree to the last one."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    command = [sys.executable, killing_rings.__file__, str(tmp_path), str(seed), "150"]
+    done = subprocess.run(command, capture_output=True, timeout=100, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def leave(folder: Path, epoch: int, *, required: tuple[str, ...] = ("storage",)) -> Path:
+    """The ring of a producer that has died in run 1, with three rows in an open block."""
+    arena = Arena.make(folder, folder, NAME, epoch, SMALLEST)
+    recorder = killing_rings.Recorder(arena.ring, NAME, epoch, killing_rings.LAYOUT, [1])
+    recorder.begin(1, required)
+    rows = recorder.rows()
+    assert rows is not None
+    rows[:3] = np.zeros(3, killing_rings.LAYOUT.dtype)
+    recorder.publish(3)
+    arena.leave()
+    return arena.path
+
+
+def test_a_ring_that_is_held_is_left_alone(tmp_path: Path, predecessors: Predecessors) -> None:
+    arena = Arena.make(tmp_path, tmp_path, NAME, 1, SMALLEST)
+    assert predecessors.look(()) == []
+    assert predecessors.look({1}) == []
+    arena.leave()
+    (left,) = predecessors.look(())
+    assert left.epoch == 1
+    assert predecessors.look(()) == []  # we hold it now
+    assert left.arena is not None
+    left.arena.close()
+
+
+def test_others_rings_are_not_ours(tmp_path: Path, predecessors: Predecessors) -> None:
+    Arena.make(tmp_path, tmp_path, "another board", 1, SMALLEST).leave()
+    Arena.make(tmp_path, tmp_path / "other state", NAME, 1, SMALLEST).leave()
+    assert predecessors.look(()) == []
+
+
+def test_one_that_was_only_begun_goes_when_it_is_old(tmp_path: Path, predecessors: Predecessors) -> None:
+    path = tmp_path / arena_name(tmp_path, NAME, 3)
+    path.write_bytes(bytes(SMALLEST))
+    assert predecessors.look(()) == []
+    assert path.exists()  # it may be in the making
+    then = path.stat().st_mtime - 2 * TORN
+    os.utime(path, (then, then))
+    assert predecessors.look(()) == []
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("offset", "data"),
+    [
+        (0, b"nonsense"),
+        (7, b"\x01"),  # of another version
+        (8, b"\xff\xff\xff\xff"),
+        (16, b"\xff" * 8),  # size
+        (32, b"\xff" * 8),  # epoch
+        (40, b"somebody"),
+        (104 + 16, b"\xff" * 8),  # head
+        (104 + 24, b"\x07"),  # tail above the head
+    ],
+)
+def test_what_cannot_be_a_ring_is_set_aside(
+    tmp_path: Path, predecessors: Predecessors, caplog: pytest.LogCaptureFixture, offset: int, data: bytes
+) -> None:
+    path = leave(tmp_path, 9)
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    before = path.read_bytes()
+    assert predecessors.look(()) == []
+    assert len(caplog.records) == 1
+    assert path.name in caplog.records[0].message
+    assert not path.exists()
+    assert path.with_name(path.name + ".bad").read_bytes() == before
+    assert predecessors.look(()) == []
+    assert len(caplog.records) == 1
+
+
+def test_a_cut_file_is_no_ring(tmp_path: Path) -> None:
+    path = leave(tmp_path, 9)
+    os.truncate(path, SMALLEST - 4096)
+    with pytest.raises(RingError, match="at least"):
+        Arena.adopt(path, NAME, 9)
+
+
+def test_no_flipped_bytes_of_the_header_do_harm(tmp_path: Path) -> None:
+    """Whatever stands in the tables: refused in one line, or used without leaving the memory's bounds."""
+    path = leave(tmp_path, 9)
+    good = bytearray(path.read_bytes())
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        bad = bytearray(good)
+        for at in rng.integers(0, 90_000, 1 + rng.integers(3)).tolist():
+            bad[at] = int(rng.integers(256))
+        with_header = memoryview(bad)
+        try:
+            ring = Ring(with_header, producer=NAME, epoch=9, attach=True)
+        except ValueError:
+            continue
+        ring.runs()
+        for index in range(ring.tail, ring.head):
+            assert len(ring.payload(index)) + len(ring.packed_header(index)) <= len(bad)
+        if ring.open_rows:
+            assert len(ring.open_payload()) == ring.open_rows * 36
+
+
+def test_a_producer_killed_in_a_run_loses_nothing_that_it_had(line: System) -> None:
+    rate = ("--rate", "100000", "--words-per-message", "100", "--wait-for-subscriber")
+    ring_dir = line.folder / "rings"
+    ring_dir.mkdir()
+    with emulator("--io-groups", "1", *rate) as board:
+        source = ("--pacman", f"1=127.0.0.1:{board.ready['1']['data']}", "--ring-dir", ring_dir)
+        operator = line.start(*source)
+        operator.prepare_run().result(LIMIT)
+        operator.begin_run().result(LIMIT)
+        until(lambda: line.status_of(operator, "storage").get("rows", 0) > 20_000, "rows in the storage")
+        line.processes["producer"].kill()
+        (left,) = ring_dir.iterdir()
+        line.launch_producer(*source)
+
+        def again() -> Any:
+            status = line.status_of(operator, "producer")
+            return status.get("state") == "RUN" and status.get("packets", 0) > 20_000
+
+        until(again, "the producer to be in the run again")
+        until(lambda: line.status_of(operator, "producer")["inherited"] == 0, "the old epoch to be delivered")
+        assert left not in ring_dir.iterdir()
+        ended = operator.end_run().result(2 * LIMIT)
+        board.stop()
+        board.finish()
+    assert ended["condition"] == "COMPLETE, suspect", ended
+    assert ended["rows"] == ended["stored"]
+    rows: list[int] = []
+    for path in map(Path, ended["files"]):
+        report = verify(path)
+        assert report.ok, report.findings
+        rows.append(len(rows_of(path)))
+        with h5py.File(path, "r") as file:
+            how = [one.decode() for one in file["run/ends"]["how"]]
+    assert sum(rows) == ended["rows"]
+    assert sorted(how) == ["closed", "recovered"]
+    assert line.processes["producer"].stop() == 0
+    assert list(ring_dir.iterdir()) == []
