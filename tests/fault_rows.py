@@ -68,6 +68,9 @@ def storage_stopped_another_started(trial: Trial) -> None:
     trial.line.restart("offline_storage")
     trial.faults.pause(8.0)
     _goes_on(trial, stopped)
+    waiting = trial.line.processes["offline_storage"]
+    trial.expect(waiting.stop() == 0, f"the storage that waited did not end cleanly: {waiting.stderr}")
+    trial.line.processes["offline_storage"] = trial.line.processes.pop(stopped)
 
 
 @row(
