@@ -108,7 +108,12 @@ def _goes_on(trial: Trial, key: str) -> None:
     trial.flowing(AGAIN)
 
 
-@row("one of two storages killed for good", "0 lost: the other has all", storages=2)
+@row(
+    "one of two storages killed for good",
+    "0 lost: the other has all; what was kept for it is released after `--forget-after`",
+    storages=2,
+    producer=("--forget-after", "5s"),
+)
 def storage_killed_for_good(trial: Trial) -> None:
     trial.strikes(STORAGE)
     trial.faults.kill("offline_storage")
