@@ -33,6 +33,7 @@ from trial import Setup, Trial, keep, trial
 from trials import ROWS
 
 MARK = "soak"
+PROCESSES = ("core", "log", "offline_storage", "run_data", "producer")
 #: Seconds of samples that growth is judged by, and what is no growth (MiB, descriptors): in the first minutes all grow.
 LONG_ENOUGH = 600
 MOST_MIB, MOST_DESCRIPTORS = 16, 3
@@ -79,7 +80,9 @@ class Soak:
         ended = made.end()
         run.seconds = round(time.monotonic() - began, 1)
         run.condition = ended["condition"]
-        if run.condition != "COMPLETE":
+        # Emulated boards that waited lag behind, and new ones do not: from run to run their time may jump, as a real
+        # board's does not.
+        if run.condition not in ("COMPLETE", "COMPLETE, suspect"):
             run.failures += [run.condition, *ended["reasons"]]
         parts = parts_of([made.line.data], ended["run"])
         # In a process of its own: reading takes memory and the interpreter, and the system goes on.
@@ -151,7 +154,7 @@ def soak(options: argparse.Namespace, folder: Path, report: dict[str, Any]) -> N
         rate=options.rate, boards=options.boards, words=options.words, longest=options.seconds, ring=options.ring,
         storage=("--rotate", options.rotate), disk=True, clock=True,
     )  # fmt: skip
-    with trial(setup, options.seed, folder) as made, closing(Memory(made.line)) as memory:
+    with trial(setup, options.seed, folder) as made, closing(Memory(made.line, PROCESSES)) as memory:
         one = Soak(made, options)
         left, number = options.minutes * 60, 0
         while left > 0:

@@ -7,6 +7,7 @@ import re
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,9 +44,10 @@ class Use:
 
 
 class Memory:
-    """Looks at all processes of the system until close()."""
+    """Looks at the processes of the system with these keys until close()."""
 
-    def __init__(self, line: System) -> None:
+    def __init__(self, line: System, keys: Sequence[str]) -> None:
+        self._keys = keys
         self.uses: dict[str, Use] = {}
         self._line = line
         self._began = time.monotonic()
@@ -59,8 +61,8 @@ class Memory:
 
     def _run(self) -> None:
         while not self._end.wait(EVERY):
-            for key, process in list(self._line.processes.items()):
-                place = Path(f"/proc/{process.popen.pid}")
+            for key in self._keys:
+                place = Path(f"/proc/{self._line.processes[key].popen.pid}")
                 try:
                     resident = _ANON.search((place / "status").read_text())
                     descriptors = len(os.listdir(place / "fd"))
