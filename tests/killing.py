@@ -69,7 +69,7 @@ OPERATIONS = {
 RECOVERY = {"flush": 12, "resize": 12, "write": 20, "chunk": 4, "pwrite": 1, "fsync": 4} | dict.fromkeys(
     ("link", "rename", "unlink", "close"), 2
 )
-MIDST = 400e-6  # seconds at most into an operation
+MIDST = 300e-6  # seconds at most into an operation
 
 
 class Plan(NamedTuple):
@@ -240,12 +240,12 @@ class _Id:
         return getattr(self._real, name)
 
 
-def run_and_die(plan: Plan, do: Callable[[], None]) -> bool:
-    """In a process of its own. Whether it died as planned; otherwise it came to its end."""
+def run_and_die(plan: Plan, do: Callable[[], None]) -> str:
+    """In a process of its own. How it died; empty when it came to its end."""
     pid = os.fork()
     if not pid:
         _child(plan, do)
-    return _ended(pid)
+    return _ended(pid, plan)
 
 
 def _child(plan: Plan, do: Callable[[], None]) -> None:
@@ -264,15 +264,21 @@ def _child(plan: Plan, do: Callable[[], None]) -> None:
         os._exit(status)
 
 
-def _ended(pid: int) -> bool:
+def _ended(pid: int, plan: Plan) -> str:
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status not in (0, -signal.SIGKILL, -signal.SIGALRM):
         raise AssertionError(f"the process ended with {status}")
-    return status != 0
+    if not status:
+        return ""
+    if not plan.operation:
+        return plan.mode
+    # What was over before its timer's signal came died behind it.
+    when = "after" if plan.when == "midst" and status == -signal.SIGKILL else plan.when
+    return f"{plan.operation} {when}"
 
 
-def killed_writer(directory: Path, seed: int, plan: Plan) -> tuple[bool, dict[Source, int]]:
-    """Whether the writer died before it was done, and what it had acknowledged: next sequences."""
+def killed_writer(directory: Path, seed: int, plan: Plan) -> tuple[str, dict[Source, int]]:
+    """How the writer died, empty when it came to its end, and what it had acknowledged: next sequences."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
@@ -293,7 +299,7 @@ def killed_writer(directory: Path, seed: int, plan: Plan) -> tuple[bool, dict[So
                 while time.perf_counter() < limit:
                     pass
                 os.kill(pid, signal.SIGKILL)
-    return _ended(pid), told
+    return _ended(pid, plan), told
 
 
 # What must be there
@@ -450,10 +456,6 @@ class Tally:
         self.doubled = 0
         self.failures: list[str] = []
 
-    @staticmethod
-    def name(plan: Plan) -> str:
-        return f"{plan.operation} {plan.when}" if plan.operation else plan.mode
-
 
 def trial(directory: Path, seed: int, tally: Tally) -> bool:
     """False when the writer came to its end before it was killed."""
@@ -462,12 +464,12 @@ def trial(directory: Path, seed: int, tally: Tally) -> bool:
     died, told = killed_writer(directory, seed, plan)
     if not died:
         return False
-    tally.kills[tally.name(plan)] += 1
+    tally.kills[died] += 1
     check_before(directory, seed, told)
     while (parts := names.parts(directory)) and rng.random() < 0.4:
         again = plan_for(rng, RECOVERY, 0.05)
-        if run_and_die(again, lambda parts=parts: [recover(part) for part in parts]):
-            tally.recoveries[tally.name(again)] += 1
+        if died := run_and_die(again, lambda parts=parts: [recover(part) for part in parts]):
+            tally.recoveries[died] += 1
         check_before(directory, seed, told)
     for part in names.parts(directory):
         recover(part)

@@ -59,7 +59,7 @@ def recover(part: Path) -> Recovered:
     """Finish NAME.h5.part; `part` may also be its journal, and either may be missing.
 
     FileLocked, with nothing touched, when another process writes or recovers it. FileError in one line when it cannot
-    be done; all that was there is there then.
+    be done; all that was there is there then, at most the superblock has been put right.
     """
     part = Path(part)
     name = names.parse(part.name)
@@ -97,7 +97,6 @@ def _locked(part: Path, final: Path, journal: Journal, name: names.Name) -> Reco
     if state.info["run"] != name.run:
         raise FileError(f"cannot recover {part}: it holds run {state.info['run']}")
     if state.sealed:
-        superblock.repair(part)
         closing.publish(part, final)
         return _closed(part, final, journal, name.run)
     return _finish(part, journal, kept, state)
@@ -123,12 +122,14 @@ def _closed(part: Path, final: Path, journal: Journal, run: int) -> Recovered:
 
 
 def _born(part: Path) -> State | None:
-    """None when its writer died while it made the file: nothing can have been stored in it."""
+    """Put the superblock right, and read. None when its writer died while it made the file: nothing can have been
+    stored in it."""
     if not part.exists():
         return None
     first = superblock.read(part)
     if first is None or first.flags == superblock.WRITING:
         return None
+    superblock.repair(part)
     return resume.read(part)
 
 
@@ -151,7 +152,6 @@ def _begin(part: Path, name: names.Name, kept: list[Record]) -> None:
 
 
 def _finish(part: Path, journal: Journal, kept: list[Record], state: State) -> Recovered:
-    superblock.repair(part)
     file = RunFile.resume(part, journal, _info(state), state)
     try:
         added = _add(file, kept)
