@@ -33,6 +33,9 @@ from trial import Setup, Trial, keep, trial
 from trials import ROWS
 
 MARK = "soak"
+#: Seconds of samples that growth is judged by, and what is no growth (MiB, descriptors): in the first minutes all grow.
+LONG_ENOUGH = 600
+MOST_MIB, MOST_DESCRIPTORS = 16, 3
 
 
 @dataclass
@@ -99,6 +102,19 @@ class Soak:
             run.failures.append(f"{found.doubled} blocks are in the files twice")
 
 
+def grown(memory: dict[str, dict[str, float]]) -> list[str]:
+    """Processes whose memory or descriptors became more from the second quarter of the time to the last."""
+    found = []
+    for key, use in memory.items():
+        if use["samples"] < LONG_ENOUGH:
+            continue
+        if use["mib_growth"] > max(MOST_MIB, 0.1 * use["mib_median"]):
+            found.append(f"{key} grew by {use['mib_growth']:.0f} MiB")
+        if use["fds_growth"] > MOST_DESCRIPTORS:
+            found.append(f"{key} has {use['fds_growth']:.0f} descriptors more")
+    return found
+
+
 def text(report: dict[str, Any]) -> str:
     """The report in Markdown."""
     runs: list[dict[str, Any]] = report["runs"]
@@ -125,6 +141,7 @@ def text(report: dict[str, Any]) -> str:
         )
         lines.append(f"| {key} | {memory} | {use['mib_slope']:+.1f} | {descriptors} | {use['fds_slope']:+.1f} |")
     failures = [f"- run {run['number']}: {one}" for run in runs for one in run["failures"]]
+    failures += [f"- {one}" for one in grown(report["memory"])]
     lines += ["", *(["Failures:", "", *failures] if failures else ["No failures."])]
     return "\n".join(lines)
 
@@ -181,6 +198,7 @@ def main() -> int:
         folder.mkdir()
         soak(options, folder, report)
         ok = bool(report["runs"]) and not any(run["failures"] for run in report["runs"])
+        ok = ok and not grown(report["memory"])
         if not ok:
             print(f"kept in {keep(folder, options.keep.absolute(), 'soak')}", file=sys.stderr)
     if options.report:

@@ -124,7 +124,10 @@ class Node:
                 raise RequestError(f"{self.name}: {refusal.text}")
             if refusal is None and not self._inbox and time.monotonic() - started > limit:
                 raise NoCore(f"no core answers at {self._link.core} (waited {limit:g} s)")
-            self._follow()
+            while self._inbox and not self.session:
+                self._take_in(self._inbox.popleft())
+        if self._inbox:  # what the core asks has to wait for dispatch(), when all is ready for it
+            self._ready.wake()
         _log.info("%s is registered with the core at %s", self.name, self._link.core)
 
     def fileno(self) -> int:
@@ -174,11 +177,13 @@ class Node:
 
     def _follow(self) -> None:
         while self._inbox:
-            message = self._inbox.popleft()
-            if isinstance(message, Request):
-                self._act(message)
-            elif isinstance(message, Update):
-                self._update(message)
+            self._take_in(self._inbox.popleft())
+
+    def _take_in(self, message: FromCore) -> None:
+        if isinstance(message, Request):
+            self._act(message)
+        elif isinstance(message, Update):
+            self._update(message)
 
     def _update(self, message: Update) -> None:
         before = (self.session, self.state, self.run, self.producers)

@@ -48,7 +48,6 @@ class RunData:
             self._producers = self.node.producers
             self.consumer.session = self.node.session
             self.consumer.connect(self._producers)
-        self.consumer.confirmed = self.node.confirmed
         for _ in range(TURN):
             received = self.consumer.next()
             if received is None:
@@ -131,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         node = Node(options.name, "run_data", options.core, actions(monitor), info={}, status=monitor.status)
         try:
             node.connect()
-            consumer = Consumer(options.name, node.session, "latest")
+            consumer = Consumer(options.name, node.session, "latest", core=node)
             try:
                 with config.Signals() as signals:
                     RunData(monitor, node, consumer).run(signals)

@@ -68,6 +68,9 @@ def storage_stopped_another_started(trial: Trial) -> None:
     trial.line.restart("offline_storage")
     trial.faults.pause(8.0)
     _goes_on(trial, stopped)
+    waiting = trial.line.processes["offline_storage"]
+    trial.expect(waiting.stop() == 0, f"the storage that waited did not end cleanly: {waiting.stderr}")
+    trial.line.processes["offline_storage"] = trial.line.processes.pop(stopped)
 
 
 @row(
@@ -86,6 +89,9 @@ def storage_stopped_another_directory(trial: Trial) -> None:
     trial.line.launch_storage("-o", other)
     trial.faults.pause(8.0)
     _goes_on(trial, stopped)
+    trial.expect(
+        trial.faults.wait_for_end(stopped) == 1, "the one that was stopped did not leave the name to the other"
+    )
 
 
 def _stopped_until_lost(trial: Trial) -> str:
@@ -102,7 +108,12 @@ def _goes_on(trial: Trial, key: str) -> None:
     trial.flowing(AGAIN)
 
 
-@row("one of two storages killed for good", "0 lost: the other has all", storages=2)
+@row(
+    "one of two storages killed for good",
+    "0 lost: the other has all; what was kept for it is released after `--forget-after`",
+    storages=2,
+    producer=("--forget-after", "5s"),
+)
 def storage_killed_for_good(trial: Trial) -> None:
     trial.strikes(STORAGE)
     trial.faults.kill("offline_storage")

@@ -25,8 +25,9 @@ Source = tuple[str, int]  # producer, epoch
 WORDS, TIMES, INFOS, SENT = range(4)
 MADE = ("word_rows", "time_rows", "info_rows", "sent_rows")
 _PIECE = 1 << 18
-#: Findings about one part that are of no account when the other parts have what is wanting: that is seen below.
-_ELSEWHERE = re.compile("^condition |its totals are unknown$| never came |ledger .d.: ")
+#: Findings about one part that are of no account when the other parts have what is wanting, or it is counted as lost:
+#: that is seen below.
+_ELSEWHERE = re.compile("^condition |its totals are unknown$| never came |ledger .d.: |found no room and were dropped$")
 
 
 @dataclass
@@ -77,12 +78,8 @@ def tally(parts: list[Path]) -> Tally:
             found.problems.append(f"{path.name} was left behind")
             continue
         report = verify(path)
-        # An interrupted part is none the worse when the next goes on where it ended, which is seen below.
         for finding in report.findings:
-            harmless = finding.startswith("condition ") or finding.endswith(
-                "its end never came, its totals are unknown"
-            )
-            (found.notes if harmless else found.problems).append(f"{path.name}: {finding}")
+            (found.notes if _ELSEWHERE.search(finding) else found.problems).append(f"{path.name}: {finding}")
         with h5py.File(path, "r") as file:
             _part(file, path.name, found, books)
     _settle(found, books)

@@ -1,11 +1,14 @@
 """One short trial of each row of the fault table. The long version is bench/faults.py.
 
-They are not run by default: `pytest -m faults`.
+They are not run by default: `pytest -m faults`. With them a short soak; the long one is bench/soak.py.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -38,3 +41,26 @@ def test_fault(row: str, outcomes: dict[str, Future[Outcome]]) -> None:
     outcome = outcomes[row].result()
     told = "\n".join([*outcome.failures, *outcome.reasons, *outcome.gaps, *outcome.events, f"kept in {outcome.kept}"])
     assert outcome.ok, told
+
+
+SOAK = "--minutes 0.25 --run 8 --rate 1e5 --boards 2 --words auto --ring 128MiB --rotate 3s --seconds 1 --every 0.5"
+
+
+@pytest.mark.timeout(LIMIT)
+def test_soak(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "bench" / "soak.py"
+    command = [
+        sys.executable,
+        str(script),
+        *SOAK.split(),
+        "--keep",
+        str(tmp_path),
+        "--report",
+        str(tmp_path / "report"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report").read_text())
+    assert len(report["runs"]) >= 2
+    assert sum(report["faults"].values()) >= 2
+    assert {"core", "producer", "offline_storage", "run_data", "log"} <= report["memory"].keys()

@@ -74,7 +74,6 @@ class StandIn:
     def __init__(self, producers: dict[str, str]) -> None:
         self.producers = producers
         self.session = "session"
-        self.confirmed = 0.0
         self.reports: list[tuple[int, int]] = []
 
     def dispatch(self) -> None:

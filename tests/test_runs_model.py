@@ -16,7 +16,7 @@ NAMES = st.sampled_from(list(KINDS))
 STORAGES = st.sampled_from([name for name, kind in KINDS.items() if kind == "storage"])
 ALLOWED = {"prepare": ("STOP",), "begin": ("READY",), "end": ("READY", "RUN")}
 #: end_run and abort_run reach STOP within so many seconds; twice the longest step of time comes on top.
-LIMITS = {"end": 30, "abort": 40}
+LIMITS = {"end": 30, "abort": 41}
 LONGEST = 5.5
 
 

@@ -125,7 +125,7 @@ class Writing:
         if frame.run in self._cancelled:
             self._acknowledge(frame.source, (frame.sequence if isinstance(frame, Block) else frame.next) + 1)
             return
-        # What comes when there is space again follows what was let pass: both are asked for anew.
+        # A pause ends in work(): what comes here until then has a gap before it.
         if self.paused or not self._look_for_space():
             return
         run = self._runs.get(frame.run) or self._unannounced(frame)

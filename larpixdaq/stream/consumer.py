@@ -34,6 +34,7 @@ from larpixdaq.blocks import (
     unpack_producer,
 )
 from larpixdaq.errors import ProtocolError
+from larpixdaq.stream.standing import Heard, Standing
 
 REPEAT = 0.25
 #: Without a WELCOME the HELLO is said again so often.
@@ -69,7 +70,9 @@ class Consumer:
     """Subscribes to producers as `name`; `mode` is "all" (each block, acknowledged) or "latest" (what there is credit
     for).
 
-    `positions()` tells, at each HELLO, where this consumer stands; it is called in the thread.
+    `positions()` tells, at each HELLO, where this consumer stands; it is called in the thread. `core` (a Node) is asked
+    whether our name is still ours when the thread has stood still: before that nothing is said to any producer, since
+    the newest HELLO of a name wins.
     """
 
     def __init__(
@@ -79,15 +82,16 @@ class Consumer:
         mode: str,
         *,
         positions: Callable[[], list[Position]] = list,
+        core: Heard | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self.session = session
-        #: When (monotonic) the newest heartbeat was sent that the core has answered under this session.
-        self.confirmed = 0.0
         self.mode = mode
         self._positions = positions
         self._clock = clock
+        self._core = core
+        self._standing = None if core is None else Standing(core, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[str, Link] = {}
         self._queue: deque[Received] = deque()
@@ -182,6 +186,7 @@ class Consumer:
                 for descriptor, _ in self._poller.poll(int(REPEAT * 500)):
                     if descriptor == self._wake:
                         os.eventfd_read(self._wake)
+                self._good()
                 self._apply()
                 for link in list(self._links.values()):
                     self._receive(link)
@@ -286,6 +291,8 @@ class Consumer:
         return True
 
     def _keep_up(self, link: Link) -> None:
+        if not self._good():
+            return
         now = self._clock()
         if not link.welcome:
             # Before the connection stands nothing can be said; then at once, not after HELLO_AGAIN.
@@ -308,12 +315,15 @@ class Consumer:
             self._send(link, link.last_ack or Credit(link.credit) if self.mode == "all" else Credit(link.credit))
             link.said = now
 
+    def _good(self) -> bool:
+        """Whether our name is still ours, as far as we know."""
+        return self._standing is None or self._standing.good()
+
     def _superseded(self, link: Link) -> bool:
-        """A process that was stopped says HELLO when it goes on, before it hears that another has its name by now: the
-        one whose session the core confirms after that is the right one."""
-        return (
-            link.superseded is not None and link.superseded[0] == self.session and self.confirmed <= link.superseded[1]
-        )
+        """Whether another has our name: until we are registered anew, or the core confirms that it is ours."""
+        if link.superseded is None or link.superseded[0] != self.session:
+            return False
+        return self._core is None or self._core.confirmed <= link.superseded[1]
 
     def _send(self, link: Link, frame: FromConsumer) -> bool:
         try:
