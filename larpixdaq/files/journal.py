@@ -110,7 +110,7 @@ def _locked(path: Path, recovery: bool) -> int:
         try:
             fd = os.open(path, flags, 0o644)
         except OSError as error:
-            raise FileError(f"cannot create {path}: {error.strerror}") from None
+            raise FileError(f"cannot {'open' if recovery else 'create'} {path}: {error.strerror}") from None
         try:
             fcntl.flock(fd, lock)
         except BlockingIOError:
