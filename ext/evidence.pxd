@@ -23,6 +23,9 @@ cdef enum:                           # schema.NOTICES, in its order
     RESETS
     N_NOTICES
 
+cdef enum:
+    LONGEST_STALL = 1000             # seconds; the kernel gives a connection up before: then a clock was set
+
 cdef packed struct Notice:           # schema.NOTICE
     uint64_t events
     uint64_t amount
@@ -91,6 +94,14 @@ cdef inline void next_batch(Evidence* evidence, uint64_t now_ns, double since, d
 
 # Header seconds
 
+cdef inline uint64_t _left_out(Evidence* evidence, uint64_t seconds) noexcept nogil:
+    """When a jump ahead began by our clock (ns). What comes after a connection stalled comes all at once: the header
+    before may have reached us only just now, though what is missing was sent in all these seconds."""
+    if seconds > LONGEST_STALL:
+        return evidence.before_ns
+    return min(evidence.before_ns, evidence.now_ns - seconds * <uint64_t>1_000_000_000)
+
+
 cdef inline void note_seconds(Evidence* evidence, uint64_t before, uint64_t seconds) noexcept nogil:
     """For headers whose seconds differ from those `before`.
 
@@ -103,7 +114,7 @@ cdef inline void note_seconds(Evidence* evidence, uint64_t before, uint64_t seco
             note(evidence, BACK, before - seconds, evidence.before_ns)
             evidence.was_reset = False
         elif seconds > before and <double>(seconds - before) > pause + 2:
-            note(evidence, AHEAD, seconds - before, evidence.before_ns)
+            note(evidence, AHEAD, seconds - before, _left_out(evidence, seconds - before))
             evidence.was_reset = False
     evidence.spoken = True
     evidence.spoken_since = evidence.since

@@ -116,6 +116,17 @@ def test_a_clock_that_goes_on_while_nothing_came(pause: float, jump: int, suspec
     assert board.hear(heard[3:]) == ({"ahead": (1, jump)} if suspect else {})
 
 
+@pytest.mark.parametrize(("jump", "width"), [(50, 50.0), (5000, 0.1)])
+def test_what_a_jump_left_out_may_have_been_sent_long_before_it_shows(jump: int, width: float) -> None:
+    """After a stall what was sent before and after it comes at once; more than a stall is a clock that was set."""
+    board = Board()
+    board._read = 99.9
+    board.hear(hits(3, 1000, 100.0))
+    assert board.hear(hits(3, 1000 + jump, 100.1)) == {"ahead": (1, jump)}
+    first_ns, last_ns = board.times("ahead")
+    assert (last_ns - first_ns) / S == pytest.approx(width, abs=0.001)
+
+
 def test_unknown_times_of_arrival_prove_nothing() -> None:
     board = Board()
     board.decoder.heard(S)
