@@ -27,6 +27,7 @@ from larpixdaq.readout import Readout
 from larpixdaq.recorder import Recorder
 from larpixdaq.sources.base import Source
 from larpixdaq.stream.address import bind
+from larpixdaq.stream.publisher import router
 from larpixdaq.takeover import totals
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Producer:
         self._busy_at = 0.0  # when a read last left something behind
         self._late = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        socket = self._context.socket(zmq.ROUTER)
+        socket = router(self._context)
         self.address = bind(socket, options.address, options.core, insecure=options.insecure)
         io_groups = [group for source in boards for group in source.io_groups]
         self.recorder = Recorder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
