@@ -1,8 +1,11 @@
 # Messages of the Bern board's data server to rows: header of 8 bytes (version 1.0, type, io channel), words of 8.
-from libc.stdint cimport uint8_t
+from libc.stdint cimport uint8_t, uint64_t
 
+from evidence cimport Evidence, TRAILING, full_mask, note, note_doubled, note_full, note_seconds, repeated
 from rows cimport Row, load64, time_row, word_row
-from sink cimport Messages, Sink, Tally, accept_message, count_time, count_words, keep_word, reject_message
+from sink cimport (
+    Messages, Sink, Tally, accept_message, count_time, count_words, keep_word, previous, previous_length, reject_message,
+)
 
 cdef struct Bern:
     Sink sink                        # seconds: of the last T message
@@ -19,6 +22,7 @@ cdef inline bint open_message(Bern* board) noexcept nogil:
     cdef Messages* input = &board.messages
     cdef const uint8_t* at = input.data + input.spans[input.i].start
     cdef Py_ssize_t length = input.spans[input.i].length
+    cdef Evidence* evidence = &board.sink.evidence
     input.i += 1
     if length >= 8 and at[0] == 1 and at[1] == 0:
         if at[2] == c'D':
@@ -26,8 +30,17 @@ cdef inline bint open_message(Bern* board) noexcept nogil:
             input.words = (length - 8) // 8
             input.word = at + 8
             accept_message(&board.sink, 8, (length - 8) % 8)
+            if (length - 8) % 8:
+                note(evidence, TRAILING, (length - 8) % 8, evidence.now_ns)
+            if input.words:
+                if load64(input.word) == evidence.head and repeated(
+                    evidence, at, length, previous(input), previous_length(input)
+                ):
+                    note_doubled(evidence, input.word, input.words, 8, NULL)
+                evidence.head = load64(input.word)
             return False
         if at[2] == c'T' and (length == 16 or length == 17):
+            note_seconds(evidence, board.sink.seconds, load64(at + 8))
             board.sink.seconds = load64(at + 8)
             accept_message(&board.sink, 16, length - 16)
             return True
@@ -45,10 +58,14 @@ cdef inline Py_ssize_t bern_words(Bern* board, Row* rows, Py_ssize_t words) noex
     cdef Row* row = rows
     cdef Tally tally
     cdef int code
+    cdef uint64_t full = full_mask(sink.asic), word
     tally.bad_parity = 0
     while at != end:
-        code = word_row(row, load64(at), sink.asic, sink.io_group, board.io_channel, 0, 1)
+        word = load64(at)
+        code = word_row(row, word, sink.asic, sink.io_group, board.io_channel, 0, 1)
         if code >= 0:
+            if word & full:
+                note_full(&sink.evidence, word, sink.asic)
             tally.bad_parity += code
             row += 1
         else:

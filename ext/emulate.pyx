@@ -9,7 +9,7 @@ The same arguments give the same bytes, however they are fetched.
 import numpy as np
 
 cimport cython
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from wire cimport Asic, Span
@@ -50,7 +50,7 @@ cdef class PacmanBoard:
     the clock begins. `io_channels` from 1 on, `chips` on each with chip_id from 11 on. Beside hits there are a
     heartbeat (S, `H`) each 10 s, a trigger word (T) each second, and a sync word (S, `S`) at each reset of the
     board's clock: each second with `pps`, else each 2^32 ticks. `odd`: the fraction of packets that are something
-    else: bad parity, answers to configuration reads. `words`: the most that one fill() makes.
+    else: bad parity, answers to configuration reads; `fifo_full`: of packets with the flag of a full FIFO. `words`: the most that one fill() makes.
     """
 
     cdef uint64_t _state
@@ -60,6 +60,7 @@ cdef class PacmanBoard:
     cdef int _channels
     cdef uint16_t *_pedestals
     cdef uint32_t _odd
+    cdef uint32_t _fifo_full
     cdef uint64_t _seconds
     # the clock, in ticks and 2^-32 of a tick; words come at random within each step, so their times are sorted
     cdef uint64_t _tick
@@ -79,6 +80,8 @@ cdef class PacmanBoard:
     cdef readonly object buffer
     cdef readonly object spans
     cdef readonly int words
+    #: Packets with the flag of a full FIFO.
+    cdef readonly uint64_t full
     #: Always: there is more to come (recorded messages end).
     cdef readonly bint left
 
@@ -89,7 +92,8 @@ cdef class PacmanBoard:
         free(self._pedestals)
 
     def __init__(
-        self, asic, *, rate, seed=0, seconds=0, tick=0, io_channels=8, chips=16, pps=False, odd=0.0, words=16384
+        self, asic, *, rate, seed=0, seconds=0, tick=0, io_channels=8, chips=16, pps=False, odd=0.0,
+        fifo_full=0.0, words=16384,
     ):
         cdef int i
         if self._pedestals != NULL:
@@ -101,14 +105,16 @@ cdef class PacmanBoard:
             raise ValueError(f"PacmanBoard: rate must be 10 to 1e9 words/s, found {rate}")
         if not 1 <= io_channels <= 255 or not 1 <= chips <= 240:
             raise ValueError(f"PacmanBoard: 1 to 255 io_channels, 1 to 240 chips; found {io_channels}, {chips}")
-        if not 0 <= odd <= 1 or not 0 <= tick < 1 << 40 or not 0 <= seconds < 1 << 32 or not 1 <= words <= 1 << 24:
-            raise ValueError(f"PacmanBoard: out of range: {odd=}, {tick=}, {seconds=} or {words=}")
+        if not 0 <= odd <= 1 or not 0 <= fifo_full <= 1:
+            raise ValueError(f"PacmanBoard: expected fractions, 0 to 1, found {odd=}, {fifo_full=}")
+        if not 0 <= tick < 1 << 40 or not 0 <= seconds < 1 << 32 or not 1 <= words <= 1 << 24:
+            raise ValueError(f"PacmanBoard: out of range: {tick=}, {seconds=} or {words=}")
         self._asic = asic
         self._io_channels = io_channels
         self._chips = chips
         self._channels = 32 if asic == Asic.V1 else 64
         self._odd = int(odd * 65536)
-        self._seconds = seconds
+        self._fifo_full = int(fifo_full * 65536)
         self._state = (seed * 0xD1342543DE82EF95 + 1) & 0xFFFFFFFFFFFFFFFF
         n = io_channels * chips * self._channels
         self._pedestals = <uint16_t *>malloc(n * sizeof(uint16_t))
@@ -121,9 +127,20 @@ cdef class PacmanBoard:
         step = int(TICKS / rate * 4294967296.0)
         self._step = step >> 32
         self._step_part = step & 0xFFFFFFFF
+        self._period = <uint64_t>TICKS if pps else <uint64_t>1 << 32
+        self._set_clock(seconds, tick)
+        self.words = words
+        self.left = True
+        self.buffer = np.zeros(words * (HEADER + WORD), np.uint8)
+        self.spans = np.zeros(words, [("start", "<u4"), ("length", "<u4")])
+        self._bytes = self.buffer
+        self._spans = self.spans
+
+    cdef void _set_clock(self, uint64_t seconds, uint64_t tick) noexcept:
+        self._seconds = seconds
+        self._part = 0
         self._tick = tick
         self._receipt = tick
-        self._period = <uint64_t>TICKS if pps else <uint64_t>1 << 32
         self._epoch = tick - tick % self._period
         self._epoch_before = self._epoch - self._period if self._epoch else 0
         self._next_reset = self._epoch + self._period
@@ -132,12 +149,14 @@ cdef class PacmanBoard:
         if self._next_trigger <= tick:
             self._next_trigger += TICKS
         self._schedule()
-        self.words = words
-        self.left = True
-        self.buffer = np.zeros(words * (HEADER + WORD), np.uint8)
-        self.spans = np.zeros(words, [("start", "<u4"), ("length", "<u4")])
-        self._bytes = self.buffer
-        self._spans = self.spans
+
+    def jump(self, seconds):
+        """The clock for the headers is set: it goes on by `seconds`, which may be negative."""
+        self._seconds = (<int64_t>self._seconds + <int64_t>seconds) & 0xFFFFFFFF
+
+    def restart(self):
+        """The board starts again: both its clocks count from 0."""
+        self._set_clock(0, 0)
 
     @property
     def tick(self):
@@ -291,7 +310,11 @@ cdef class PacmanBoard:
         if self._odd and (s >> 16) & 0xFFFF < self._odd:
             return self._odd_packet(chip, channel, r, s)
         trigger = (s >> 32) & 3 if (s >> 34) & 63 == 0 else 0
-        fifo = (s >> 40) & 15 if (s >> 44) & 1023 == 0 else 0
+        # now and then a FIFO is half full (bits 0 and 2), and as often as was asked for one is full (bits 1 and 3)
+        fifo = (s >> 40) & 5 if (s >> 44) & 1023 == 0 else 0
+        if self._fifo_full and _random(&self._state) & 0xFFFF < self._fifo_full:
+            fifo |= 2
+            self.full += 1
         if self._asic == Asic.V2:
             word = (
                 (chip << 2) | (channel << 10) | ((ticks & <uint64_t>0x7FFFFFFF) << 16)

@@ -1,6 +1,7 @@
 """Bytes of every board to rows, and rows to messages: see frames.pyi; the formats are in pacman.pxd, bern.pxd, serial.pxd."""
 
 cimport cython
+from libc.math cimport INFINITY
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, UINT32_MAX
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove, memset
@@ -9,6 +10,7 @@ import numpy as np
 
 from arrays cimport KIND10, KIND24, KIND24_CLOCK64, Rows, checked_asic, checked_byte, open_rows
 from bern cimport Bern, bern_rows
+from evidence cimport Evidence, N_NOTICES, Notice, forget_context, keep_message, next_batch, note
 from messages cimport (
     BOARD_DETAIL, BOARD_TIME, HEADER_TIME, MOST_WORDS, Misfit, RECEIPT_TIME, Writer, write_rows,
 )
@@ -19,24 +21,35 @@ from sink cimport KEPT, Messages, Sink
 from wire cimport N_COUNTS, Row10, Row24, Row24Clock64, Row30, Span, UnknownWord
 
 _SPAN = np.dtype([("start", "<u4"), ("length", "<u4")])
+_NOTICE = np.dtype([("events", "<u8"), ("amount", "<u8"), ("first_ns", "<u8"), ("last_ns", "<u8")])
 _UNKNOWN_WORD = np.dtype([("seconds", "<u8"), ("io_group", "u1"), ("reason", "u1"), ("size", "u1"), ("raw", "u1", (24,))])
 
 
 cdef class _Decoder:
-    """What all decoders share: the counters and the words that made no row."""
+    """What all decoders share: the counters, the words that made no row, and what speaks for a loss."""
 
     cdef readonly int io_group
     cdef Sink* sink                  # in the state of the subclass
     cdef object kept                 # array, dtype _UNKNOWN_WORD
     cdef UnknownWord[::1] kept_view
     cdef uint64_t[::1] counts
+    cdef object notices              # array, dtype _NOTICE
+    cdef Notice[::1] notices_view
 
     cdef int _attach(self, Sink* sink) except -1:
         self.sink = sink
         self.kept = np.zeros(KEPT, _UNKNOWN_WORD)
         self.kept_view = self.kept
         sink.kept = &self.kept_view[0]
+        self.notices = np.zeros(N_NOTICES, _NOTICE)
+        self.notices_view = self.notices
+        sink.evidence.notices = &self.notices_view[0]
+        forget_context(&sink.evidence)
         return 0
+
+    def __dealloc__(self):
+        if self.sink != NULL:
+            free(self.sink.evidence.copy)
 
     cdef int _identify(self, object io_group, object asic) except -1:
         self.io_group = self.sink.io_group = checked_byte("io_group", io_group)
@@ -55,6 +68,22 @@ cdef class _Decoder:
         self.sink.counts = &counts[0]
         self.sink.n_kept = 0
         self.sink.room = KEPT
+        self.notices[:] = 0
+
+    def heard(self, uint64_t now_ns, double since=-INFINITY, double until=INFINITY):
+        next_batch(&self.sink.evidence, now_ns, since, until)
+
+    def forget(self):
+        forget_context(&self.sink.evidence)
+
+    def note(self, int what, uint64_t events, uint64_t amount):
+        if not 0 <= what < N_NOTICES:
+            raise ValueError(f"what: expected 0 to {N_NOTICES - 1} (schema.NOTICES), found {what}")
+        note(&self.sink.evidence, what, amount, self.sink.evidence.now_ns)
+        self.sink.evidence.notices[what].events += events - 1
+
+    def noticed(self):
+        return self.notices.copy()
 
     def take_unknown(self):
         taken = self.kept[: self.sink.n_kept].copy()
@@ -89,6 +118,11 @@ cdef class _MessageDecoder(_Decoder):
 
     cdef void _release(self):
         """The input is used up: whoever made it may change it again."""
+        cdef Messages* input = self.messages
+        if input.n:
+            keep_message(
+                &self.sink.evidence, input.data + input.spans[input.n - 1].start, input.spans[input.n - 1].length
+            )
         self.data = None
         self.spans = None
         memset(self.messages, 0, sizeof(Messages))

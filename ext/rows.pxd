@@ -13,6 +13,7 @@ ctypedef fused Row:
 
 cdef extern from *:
     int odd_parity "__builtin_parityll"(unsigned long long) noexcept nogil
+    bint expect "__builtin_expect"(bint value, bint expected) noexcept nogil
 
 cdef enum Reason:                    # schema.REASONS; a kernel returns it negated in place of a row
     UNKNOWN_TYPE = 1

@@ -2,6 +2,7 @@
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memchr
 
+from evidence cimport RESYNC, full_mask, note, note_full
 from rows cimport Row, load64, odd_parity, time_row, word_mask, word_row
 from sink cimport Sink, count_time, keep_word
 from wire cimport (
@@ -40,6 +41,7 @@ cdef inline void use_bytes(uint64_t* counts, Py_ssize_t size) noexcept nogil:
 
 cdef inline void skip(Serial* line, Py_ssize_t size) noexcept nogil:
     line.sink.counts[RESYNC_BYTES] += size
+    note(&line.sink.evidence, RESYNC, size, line.sink.evidence.now_ns)
     line.at += size
 
 
@@ -67,7 +69,7 @@ cdef inline Py_ssize_t serial_rows(Serial* line, Row* rows, Py_ssize_t n) noexce
     """Bytes that begin no frame are dropped as soon as that is certain, so that nothing depends on how the stream was cut."""
     cdef Sink* sink = &line.sink
     cdef uint64_t* counts = sink.counts
-    cdef uint64_t mask = word_mask(sink.asic), word
+    cdef uint64_t mask = word_mask(sink.asic), full = full_mask(sink.asic), word
     cdef Py_ssize_t made = 0, there
     cdef const uint8_t* found
     cdef const uint8_t* begin = line.at
@@ -101,6 +103,8 @@ cdef inline Py_ssize_t serial_rows(Serial* line, Row* rows, Py_ssize_t n) noexce
         code = word_row(rows + made, word, sink.asic, sink.io_group, IO_CHANNEL, 0, 1)
         count_frame(counts, code)
         if code >= 0:
+            if word & full:
+                note_full(&sink.evidence, word, sink.asic)
             made += 1
         else:
             keep_word(sink, -code, line.at, FRAME)

@@ -2,6 +2,7 @@
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from evidence cimport Evidence, REJECTED, UNKNOWN, note
 from rows cimport UNKNOWN_TYPE, INVALID_PACKET_TYPE
 from wire cimport (
     BAD_PARITY, BYTES_IN, HEADER_BYTES, MESSAGES, PACKETS, REJECTED_BYTES, REJECTED_MESSAGES, REJECTED_WORDS, Span,
@@ -19,6 +20,7 @@ cdef struct Sink:
     uint64_t seconds                 # of the header that the words at hand came under
     int asic
     uint8_t io_group
+    Evidence evidence
 
 cdef struct Messages:                # input of decoders that get whole messages
     const uint8_t* data
@@ -34,10 +36,20 @@ cdef struct Tally:                   # of one stretch of words, added to the cou
     Py_ssize_t bad_parity
 
 
+cdef inline const uint8_t* previous(const Messages* input) noexcept nogil:
+    """The message before the one that was opened last; NULL: that is the first."""
+    return input.data + input.spans[input.i - 2].start if input.i > 1 else NULL
+
+
+cdef inline Py_ssize_t previous_length(const Messages* input) noexcept nogil:
+    return input.spans[input.i - 2].length if input.i > 1 else 0
+
+
 cdef inline void keep_word(Sink* sink, int reason, const uint8_t* raw, int size) noexcept nogil:
     """Count a word that makes no row, and keep its bytes while there is room."""
     cdef UnknownWord* kept
     sink.counts[UNKNOWN_WORDS if reason in (UNKNOWN_TYPE, INVALID_PACKET_TYPE) else REJECTED_WORDS] += 1
+    note(&sink.evidence, UNKNOWN, 1, sink.evidence.now_ns)
     if sink.room == 0:
         return
     kept = sink.kept + sink.n_kept
@@ -55,6 +67,7 @@ cdef inline void reject_message(Sink* sink, Py_ssize_t length) noexcept nogil:
     sink.counts[BYTES_IN] += length
     sink.counts[REJECTED_BYTES] += length
     sink.counts[REJECTED_MESSAGES] += 1
+    note(&sink.evidence, REJECTED, length, sink.evidence.now_ns)
 
 
 cdef inline void accept_message(Sink* sink, Py_ssize_t header, Py_ssize_t trailing) noexcept nogil:

@@ -40,7 +40,7 @@ from larpixdaq.control.peers import Component, Control, NameTaken, OperatorPeer,
 from larpixdaq.control.runs import RunControl
 from larpixdaq.control.shipping import RecordHandler, push_socket
 from larpixdaq.errors import ConfigError, LarpixDaqError, ProtocolError
-from larpixdaq.states import LOG, PRODUCER, STORAGE
+from larpixdaq.states import LOG, PRODUCER
 
 _log = logging.getLogger("larpixdaq.core")
 #: Messages taken before anything else is looked after.
@@ -180,8 +180,7 @@ class Core:
         elif isinstance(message, Heartbeat):
             if isinstance(peer, Component):
                 self._peers.beat(peer, message, now)
-                if peer.kind == STORAGE:
-                    self._runs.heard(peer, now)
+                self._runs.heard(peer, message, now)
             self._send(peer.route, Update(request=message.request, session=peer.session, **self._current()))
         elif isinstance(message, Answer) and isinstance(peer, Component):
             if not self._forwarding.answered(peer, message) and not self._runs.answered(peer, message, now):

@@ -121,17 +121,24 @@ class Group:
 
 
 def components(
-    core: str, log: str, output_dir: Path, state_dir: Path, source: Sequence[str], listens: str = ""
+    core: str,
+    log: str,
+    output_dir: Path,
+    state_dir: Path,
+    source: Sequence[str],
+    listens: str = "",
+    storage: Sequence[str] = (),
 ) -> list[tuple[str, list[str]]]:
     """Module and arguments of every process of a complete system, in the order of starting.
 
-    `core` is its address for the others; `listens`, unless it is the same, where it listens.
+    `core` is its address for the others; `listens`, unless it is the same, where it listens; `storage`: further options
+    of the offline storage.
     """
     common = ["--core", core]
     return [
         ("core", ["--address", listens or core, "--log-address", log, "--state-dir", str(state_dir)]),
         ("log", [*common, "--address", log, "--state-dir", str(state_dir)]),
-        ("offline_storage", [*common, "-o", str(output_dir)]),
+        ("offline_storage", [*common, "-o", str(output_dir), *storage]),
         ("run_data", common),
         ("producer", [*common, "--state-dir", str(state_dir), *source]),
     ]

@@ -124,7 +124,10 @@ class Node:
                 raise RequestError(f"{self.name}: {refusal.text}")
             if refusal is None and not self._inbox and time.monotonic() - started > limit:
                 raise NoCore(f"no core answers at {self._link.core} (waited {limit:g} s)")
-            self._follow()
+            while self._inbox and not self.session:
+                self._take_in(self._inbox.popleft())
+        if self._inbox:  # what the core asks has to wait for dispatch(), when all is ready for it
+            self._ready.wake()
         _log.info("%s is registered with the core at %s", self.name, self._link.core)
 
     def fileno(self) -> int:
@@ -174,11 +177,13 @@ class Node:
 
     def _follow(self) -> None:
         while self._inbox:
-            message = self._inbox.popleft()
-            if isinstance(message, Request):
-                self._act(message)
-            elif isinstance(message, Update):
-                self._update(message)
+            self._take_in(self._inbox.popleft())
+
+    def _take_in(self, message: FromCore) -> None:
+        if isinstance(message, Request):
+            self._act(message)
+        elif isinstance(message, Update):
+            self._update(message)
 
     def _update(self, message: Update) -> None:
         before = (self.session, self.state, self.run, self.producers)
@@ -253,7 +258,12 @@ class Node:
         self._beaten = now
         idle = 0.0 if self._turned is None else max(0.0, now - self._turned)
         return Heartbeat(
-            progress=beat.progress, queued=beat.queued + self._waiting(), idle=round(idle, 3), status=beat.status
+            progress=beat.progress,
+            queued=beat.queued + self._waiting(),
+            idle=round(idle, 3),
+            run=self._engaged,
+            begun=self._begun,
+            status=beat.status,
         )
 
     def _waiting(self) -> int:

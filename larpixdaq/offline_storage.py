@@ -6,6 +6,7 @@ if __spec__ is None:  # run by its path: its folder would shadow the standard li
     sys.path[0:1] = []
 
 import argparse
+import logging
 import os
 import shlex
 import time
@@ -21,8 +22,11 @@ from larpixdaq.files.names import highest_run
 from larpixdaq.node import Node
 from larpixdaq.storing import Storing
 from larpixdaq.storing.limits import Limits, limit
-from larpixdaq.storing.turn import Lock, Standing, await_turn
+from larpixdaq.storing.turn import Lock, await_turn
 from larpixdaq.stream import Consumer
+from larpixdaq.stream.standing import Standing
+
+_log = logging.getLogger("larpixdaq.offline_storage")
 
 DEFAULT_NAME = "Offline storage"
 #: Frames taken in one turn of the loop.
@@ -78,7 +82,9 @@ class Storage:
         self._info |= {"highest_run": highest_run(self.directory), "free_bytes": self.storing.space.free()}
         self.node.connect()
         self.storing.resume()  # after connect(), so that what is wrong with a file reaches the log
-        consumer = self.consumer = Consumer(self.node.name, self.node.session, "all", positions=self.storing.where)
+        consumer = self.consumer = Consumer(
+            self.node.name, self.node.session, "all", positions=self.storing.where, core=self.node
+        )
         self.storing.stream = consumer
         poller, deaf = zmq.Poller(), zmq.Poller()
         for descriptor in (signals, self.node, consumer, self.storing.finisher):
@@ -111,6 +117,8 @@ class Storage:
     def _good(self, consumer: Consumer) -> bool:
         """Whether we may write and acknowledge: not after we have stood still, before the core has answered."""
         before, self._stands = self._stands, self._standing.good()
+        if before and not self._stands:
+            _log.warning("stood still for %.1f s: writing goes on when the core has answered", self._standing.stood)
         if self._stands and not before:
             consumer.again()
         return self._stands
@@ -157,6 +165,12 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is acknowledged survives the death of any process (flush) or a power cut too (fsync, which waits "
         "for the disk) (default %(default)s)",
     )  # fmt: skip
+
+
+def own_options(options: argparse.Namespace) -> list[str]:
+    """What add_own_arguments() has taken, for another process's command line."""
+    command = [f"--on-close={shlex.join(options.on_close)}"] if options.on_close else []
+    return [*(f"--rotate={one}" for one in options.rotate), *command, f"--durability={options.durability}"]
 
 
 def _command(text: str) -> tuple[str, ...]:

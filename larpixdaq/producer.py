@@ -17,7 +17,7 @@ from typing import Any
 import zmq
 
 from larpixdaq import config, schema, sources
-from larpixdaq.blocks import UnknownWord
+from larpixdaq.blocks import UnknownWord, Verdict
 from larpixdaq.chips import Child
 from larpixdaq.delivery import Delivery
 from larpixdaq.delivery import add_arguments as add_delivery_arguments
@@ -26,6 +26,7 @@ from larpixdaq.node import Call, Node
 from larpixdaq.readout import Readout
 from larpixdaq.recorder import Recorder
 from larpixdaq.sources.base import Source
+from larpixdaq.sources.evidence import Watch
 from larpixdaq.stream.address import bind
 from larpixdaq.stream.publisher import router
 from larpixdaq.takeover import totals
@@ -39,6 +40,8 @@ DEFAULT_NAME = "LArPix board"
 END_READ_ON = 0.2
 QUIET = 0.05
 END_LIMIT = 5.0
+#: What speaks for a loss before data reach us is looked at so often (seconds).
+LOOK = 1.0
 
 
 class Producer:
@@ -56,6 +59,9 @@ class Producer:
         self.ending: tuple[Call, float] | None = None
         self._busy_at = 0.0  # when a read last left something behind
         self._late = False
+        self._watch = Watch()
+        self._look_at = 0.0
+        self._told_to_end = 0  # unix ns
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = router(self._context)
         self.address = bind(socket, options.address, options.core, insecure=options.insecure)
@@ -112,6 +118,8 @@ class Producer:
             self.delivery.work()
             if self.ending is not None:
                 self._end_when_quiet()
+            if self.recorder.run is not None and time.monotonic() >= self._look_at:
+                self._verdicts()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
 
     def _timeout(self) -> float:
@@ -146,6 +154,8 @@ class Producer:
         self.recorder.begin(run, required)
         self.publisher.begin(run, self.layout.code, required)
         self.readout.record(True)
+        self._watch.start()
+        self._told_to_end = 0
         self.state = "READY"
         return {"epoch": self.epoch, "layout": self.layout.code}
 
@@ -161,6 +171,7 @@ class Producer:
         if self.ending is not None:
             raise StateError(f"run {run} is being ended already")
         self.ending = (call, time.monotonic())
+        self._told_to_end = time.time_ns()
 
     def abort_run(self, call: Call, run: int) -> Any:
         self._expect("READY RUN", run)
@@ -208,7 +219,7 @@ class Producer:
             for w in self.readout.take_unknown()
         ]
         outside = self.delivery.ring.outside
-        verdicts = [line for source in self.boards for line in source.evidence()]
+        verdicts = self._verdicts()
         end = self.recorder.end(how, unknown, self.recorder.counts(outside), verdicts)
         if told:
             outside[:] = 0
@@ -216,6 +227,15 @@ class Producer:
         self.readout.record(False)
         self.state = "STOP"
         return {**totals(end), "warning": None, "inherited": self.delivery.inherited(end.run)}
+
+    def _verdicts(self) -> list[Verdict]:
+        """What became of each io_group before it reached us; new findings are told in the log."""
+        now = self._told_to_end or time.time_ns()
+        found = [line for source in self.boards for line in source.evidence(now)]
+        for line in self._watch.look(found, time.monotonic()):
+            log.warning("%s", line)
+        self._look_at = time.monotonic() + LOOK
+        return found
 
     def status(self) -> dict[str, Any]:
         """For the heartbeat: what is held and owed, the counts of this run or the last, what came outside of runs."""
@@ -229,6 +249,7 @@ class Producer:
             "unknown": total["unknown_words"] + total["rejected_words"],
             "bad_parity": total["bad_parity"],
             "outside_run": int(self.delivery.ring.outside[:, schema.COUNTS.index("packets")].sum()),
+            "verdicts": {str(io_group): verdict for io_group, verdict in sorted(self._watch.worst.items())},
             "finished": all(source.finished for source in self.boards),
         }
 

@@ -61,14 +61,16 @@ class Recorder:
         self.io_groups = sorted({0, *io_groups})
         self.run: int | None = None
         self._clock = clock
-        self._wall = wall
+        self._host_ns = wall
         self._close_at: float | None = None
+        self._base, self._base_ns = clock(), wall()
         self._began_ns = 0
         self._scratch = np.zeros(schema.BLOCK_ROWS, layout.dtype)
 
     def begin(self, run: int, required: Sequence[str]) -> None:
         """Everything from here on belongs to `run`, until end()."""
-        self._began_ns = self._wall()
+        self._base, self._base_ns = self._clock(), self._host_ns()
+        self._began_ns = self._base_ns
         size = self.layout.dtype.itemsize
         self._ring.begin(run, self.layout.code, size, required, self.io_groups, self._began_ns)
         self.run = run
@@ -168,6 +170,13 @@ class Recorder:
         """The counters as an END carries them: for each io_group with any, the io_group, then schema.COUNTS."""
         table = self._ring.counts if counts is None else counts
         return [[g, *table[g].tolist()] for g in np.flatnonzero(table.any(axis=1)).tolist()]
+
+    def _wall(self) -> int:
+        """Unix ns by the host's clock when the run began, and evenly on from there.
+
+        A host's clock may be stepped in the middle of a run; rates and gaps would then be nonsense.
+        """
+        return self._base_ns + int((self._clock() - self._base) * 1e9)
 
     def _header(self, rows: int, first_ns: int, payload: Any, text: str | None) -> bytes:
         assert self.run is not None

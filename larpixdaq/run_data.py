@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         node = Node(options.name, "run_data", options.core, actions(monitor), info={}, status=monitor.status)
         try:
             node.connect()
-            consumer = Consumer(options.name, node.session, "latest")
+            consumer = Consumer(options.name, node.session, "latest", core=node)
             try:
                 with config.Signals() as signals:
                     RunData(monitor, node, consumer).run(signals)

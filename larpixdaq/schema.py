@@ -170,6 +170,23 @@ SPAN: Final = np.dtype([("start", "<u4"), ("length", "<u4")])
 UNKNOWN_WORD: Final = np.dtype(
     [("seconds", "<u8"), ("io_group", "u1"), ("reason", "u1"), ("size", "u1"), ("raw", "u1", (24,))]
 )
+#: What a decoder notices that speaks for a loss before its bytes reached us, in the order of ext/evidence.pxd. What
+#: follows from it says sources/evidence.py.
+NOTICES: Final = (
+    "short",  # messages with fewer words than their headers count; amount: words
+    "trailing",  # messages with more than that; bytes
+    "rejected",  # messages that were thrown away whole; bytes
+    "unknown",  # unknown and rejected words
+    "resync",  # serial: bytes in no frame
+    "oversized",  # messages larger than any that a board sends, dropped; bytes
+    "full",  # data packets whose FIFO flags say "full"
+    "doubled",  # messages that came twice; words
+    "back",  # headers with an earlier time than the one before; seconds
+    "ahead",  # headers with a far later time than the one before, without a pause; seconds
+    "heartbeats",  # intervals with heartbeats missing; heartbeats
+    "resets",  # intervals with SYNC words of clock resets missing
+)
+NOTICE: Final = np.dtype([("events", "<u8"), ("amount", "<u8"), ("first_ns", "<u8"), ("last_ns", "<u8")])
 #: `reason` in UNKNOWN_WORD.
 REASONS: Final = {
     1: "unknown word type",

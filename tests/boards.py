@@ -46,6 +46,7 @@ class Emulator:
             command + list(args), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
         )
         self.ready: dict[str, dict[str, int]] = self.line()["ready"]
+        self.said: dict[str, Any] = {}
 
     def line(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -54,6 +55,13 @@ class Emulator:
         line = self.process.stdout.readline()
         assert line, "the emulator ended without its line"
         return json.loads(line)
+
+    def ended(self) -> bool:
+        """Whether it has said what it sent, which is in `said` then; does not wait."""
+        assert self.process.stdout is not None
+        if not self.said and select.select([self.process.stdout], [], [], 0)[0]:
+            self.said = self.line()
+        return bool(self.said)
 
     def go(self) -> None:
         assert self.process.stdin is not None

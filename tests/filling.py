@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from larpixdaq import blocks, deflate, schema
 from larpixdaq._native import packets
 from larpixdaq.files.writer import RunFile, RunInfo
+from larpixdaq.recorder import info_rows
 
 V1, V2, CLOCK64, V3 = schema.LAYOUTS
 ASIC = {V1: schema.Asic.V1, V2: schema.Asic.V2, CLOCK64: schema.Asic.V2, V3: schema.Asic.V3}
@@ -116,10 +117,7 @@ class Feed:
         return block, rows
 
     def info(self, text: str) -> tuple[blocks.Block, NDArray[Any]]:
-        rows = np.zeros(1, self.layout.dtype)
-        rows["type" if self.layout is V1 else "packet_type"] = schema.PacketType.MESSAGE
-        rows["timestamp"] = 1_795_331_571
-        return self.block(rows, text)
+        return self.block(info_rows(text, self.layout, 1_795_331_571), text)
 
     def end(self, how: str = "closed", **changes: Any) -> blocks.End:
         rows = np.concatenate([*self.rows, np.zeros(0, self.layout.dtype)])

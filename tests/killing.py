@@ -1,178 +1,533 @@
-"""A producer's ring whose writer is killed, and what its successor must find. A program, since it forks without end:
+"""Writers killed at random moments, recovered, and held against what they had acknowledged.
 
-    python tests/killing.py FOLDER SEED TRIALS
+`python tests/killing.py --kills 500 --seed 1` prints what happened as one JSON line and ends with 1 when anything was
+lost, doubled or found wrong. Each trial forks a writer that writes runs through RunFile as fast as it can: blocks of
+any size, journal, rotation, ends, one run after the other. It tells over a pipe what is durable, and dies in one of
+these ways:
 
-kills a writer TRIALS times at random moments; exit 1 when what it left is not exactly what it had published.
+- acknowledged: SIGKILL from outside, some microseconds after so many acknowledgements;
+- clock: at a random time; a timer's signal, which has its default effect, ends it like SIGKILL, also within C code;
+- operation: before, in the midst of, or after the n-th call of one kind of operation (flush, resize, rename, ...).
+
+Then everything acknowledged must be in /run/blocks of files that open (parts with swmr=True), or in journals. Recovery
+runs, in a share of the trials killed itself, and again. Then every file must open plainly and hold each acknowledged
+block exactly once, with its rows; the only complaint of verify is ends that never came. At last the run goes on where
+it stands, in a further part, and must be COMPLETE over all its parts.
 """
 
 from __future__ import annotations
 
-import itertools
-import mmap
+import argparse
+import errno
+import json
 import os
 import random
+import shutil
 import signal
 import sys
+import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import h5py
 import numpy as np
+from filling import Feed, random_rows, run_info
 
-from larpixdaq import schema
-from larpixdaq._native.ring import END, SMALLEST
-from larpixdaq.arena import Arena
-from larpixdaq.blocks import Block, End, unpack_producer
-from larpixdaq.deflate import crc32
-from larpixdaq.recorder import Recorder
-from larpixdaq.spool import Directory
-from larpixdaq.takeover import Predecessors
-from larpixdaq.worker import Worker
+from larpixdaq import blocks, schema
+from larpixdaq.blocks import Source
+from larpixdaq.files import batch, layout, names, superblock
+from larpixdaq.files.batch import Batch
+from larpixdaq.files.journal import records
+from larpixdaq.files.positions import positions
+from larpixdaq.files.reader import DataFile
+from larpixdaq.files.recover import recover
+from larpixdaq.files.runs import survey
+from larpixdaq.files.together import verify_all
+from larpixdaq.files.writer import RunFile
 
-NAME = "LArPix board"
-LAYOUT = schema.layout(2)
-WORD_ROWS, PACKETS, INFO_ROWS, DROPPED, BYTES = (
-    schema.COUNTS.index(name) for name in ("word_rows", "packets", "info_rows", "dropped", "bytes_in")
+POOL = random_rows(np.random.default_rng(9), 40_000)
+PRODUCERS = (("LArPix board", 7), ("second", 1 << 63))
+#: Operations on which writers and recoveries die, and the highest n of the n-th call.
+OPERATIONS = {
+    "create": 3,
+    "flush": 60,
+    "resize": 200,
+    "write": 200,
+    "chunk": 30,
+    "pwritev": 30,
+    "ftruncate": 8,
+    "fsync": 20,
+    "link": 4,
+    "rename": 4,
+    "unlink": 12,
+    "close": 6,
+}
+#: The same of recoveries, which do less.
+RECOVERY = {"flush": 12, "resize": 12, "write": 20, "chunk": 4, "pwrite": 1, "fsync": 4} | dict.fromkeys(
+    ("link", "rename", "unlink", "close"), 2
 )
+MIDST = 300e-6  # seconds at most into an operation
+
+
+class Plan(NamedTuple):
+    """How a process dies: `after` acknowledgements, at a time (seconds), or on an operation."""
+
+    mode: str
+    operation: str = ""
+    when: str = ""
+    number: int = 0
+    seconds: float = 0.0
+    links: bool = True  # False: a file system without hard links
+
+
+# What is written: everything follows from seed, run, producer and sequence
+
+
+def content(seed: int, source: Source, sequence: int) -> tuple[Any, str | None]:
+    """Rows, shape (N,), and the text of an INFO message."""
+    rng = random.Random(f"{seed} {source} {sequence}")
+    kind = rng.random()
+    if kind < 0.08:
+        return None, rng.choice(["Beginning run", "żółw " * rng.randrange(60), ""])
+    size = rng.randrange(31) if kind < 0.3 else rng.randrange(200, 4000) if kind < 0.6 else rng.randrange(9000, 16385)
+    start = rng.randrange(len(POOL) - size)
+    return POOL[start : start + size], None
+
+
+def next_block(feed: Feed, seed: int) -> tuple[blocks.Block, Any]:
+    rows, text = content(seed, feed.source, feed.sequence)
+    if text is not None:
+        return feed.info(text)
+    gaps = [blocks.Gap(1, 0, 5, 6)] if len(rows) % 7 == 0 else []
+    return feed.block(rows.copy(), gaps=gaps)
+
+
+# The writer
 
 
 class Writer:
-    """Does to a ring what a producer does, in random order. Kept rows are numbered, per run, by their timestamps.
-
-    `told` are three numbers that outlive it: the run, rows published in it, 1 when its end record is in.
-    """
-
-    def __init__(self, arena: Arena, rng: random.Random, told: Any) -> None:
-        self.ring = arena.ring
-        self.rng = rng
-        self.told = told
-        self.recorder = Recorder(self.ring, NAME, self.ring.epoch, LAYOUT, [1, 200])
-        self.recorder.begin(1, ["storage"])
-        told[:] = (1, 0, 0)
-
-    def _count(self, rows: int) -> None:
-        # One after the other, as a decoder does it: the counters agree only in between batches.
-        for name in (WORD_ROWS, PACKETS, BYTES):
-            self.ring.counts[1, name] += np.uint64(rows)
+    def __init__(self, directory: Path, seed: int, tell: Callable[[Source, int], None]) -> None:
+        self._directory = directory
+        self._seed = seed
+        self._tell = tell
+        self._told: dict[Source, int] = {}
+        self._rng = random.Random(seed)
 
     def write(self) -> None:
-        rows = self.recorder.rows()
-        n = min(self.rng.choice((1, 3, 50, 2000)), 0 if rows is None else len(rows))
-        if rows is None:
-            self.drop()
-            return
-        first = int(self.told[1])
-        self._count(n)
-        rows["packet_type"][:n] = 0
-        rows["io_group"][:n] = 1
-        rows["timestamp"][:n] = np.arange(first, first + n)
-        self.recorder.publish(n)
-        self.told[1] += n
+        for run in range(1, 4):
+            self._run(run)
 
-    def drop(self) -> None:
-        rows = self.recorder.scratch()[: self.rng.choice((1, 7, 500))]
-        rows["io_group"] = 1
-        self._count(len(rows))
-        self.recorder.drop(rows)
+    def _run(self, run: int) -> None:
+        rng = self._rng
+        feeds = [Feed(run, *producer) for producer in PRODUCERS[: rng.choice([1, 2])]]
+        required = tuple(feed.source.producer for feed in feeds)
+        file = RunFile(self._directory, run_info(run=run, required_producers=required))
+        for _ in range(rng.randrange(20, 60)):
+            file.add(*next_block(rng.choice(feeds), self._seed))
+            self._acknowledge(file)
+            if rng.random() < 0.5:
+                file.work(pressed=rng.random() < 0.8)
+                self._acknowledge(file)
+            if rng.random() < 0.1:
+                file = self._rotate(file)
+        for feed in feeds:
+            file.end(feed.end())
+            if rng.random() < 0.5:
+                file.work(pressed=True)
+                self._acknowledge(file)
+        file.seal()
+        self._acknowledge(file)
+        file.publish()
 
-    def info(self) -> None:
-        self.recorder.info("x" * self.rng.choice((3, 100)))
+    def _rotate(self, file: RunFile) -> RunFile:
+        following = RunFile(self._directory, file.info, file.part + 1, file.positions())
+        following.set_text("previous part", file.final.name)
+        file.set_text("next part", following.final.name)
+        file.seal(continued=True)
+        self._acknowledge(file)
+        file.publish()
+        return following
 
-    def run(self) -> None:
-        self.recorder.end("closed", [], self.recorder.counts(self.ring.outside))
-        self.told[2] = 1
-        if self.rng.random() < 0.5:  # a storage has all of it
-            self.ring.free_to(self.ring.head)
-        run = int(self.told[0]) + 1
-        self.recorder.begin(run, ["storage", "other"])
-        self.told[:] = (run, 0, 0)
-
-    def work(self) -> None:
-        steps = ((self.write, 60), (self.recorder.close_block, 20), (self.drop, 5), (self.info, 5), (self.run, 3))
-        choices, weights = zip(*steps, strict=True)
-        while self.ring.fill < 0.95:
-            self.rng.choices(choices, weights)[0]()
+    def _acknowledge(self, file: RunFile) -> None:
+        for source, following in file.durable.items():
+            if self._told.get(source) != following:
+                self._told[source] = following
+                self._tell(source, following)
 
 
-def check(folder: Path, epoch: int, told: tuple[int, int, int]) -> None:
-    """Take over what the dead writer left in the folder, and compare it with what it had told."""
-    worker = Worker("spool")
-    spool = Directory(folder / "spool", "larpixdaq", 0, worker)
-    for _ in range(2):  # the second time as if the first successor had been killed right afterwards
-        (left,) = Predecessors(NAME, folder, folder, spool, time.time_ns()).look(())
-        assert left.epoch == epoch
-        assert left.arena is not None
-        left.arena.leave()
-    worker.close(5)
-    ring = left.arena.ring
-    assert not ring.run_open
-    rows: list[int] = []
-    texts = gaps = sequence = 0
-    run = 0
-    for index in range(ring.tail, ring.head):
-        frame = unpack_producer(ring.packed_header(index), "ring")
-        if frame.run != run:
-            run, rows, texts, gaps, sequence = frame.run, [], 0, 0, 0
-        gaps += sum(gap.rows for gap in frame.gaps)
-        if isinstance(frame, Block):
-            found = np.frombuffer(ring.payload(index), LAYOUT.dtype)
-            assert (frame.sequence, frame.rows, frame.crc32) == (sequence, len(found), crc32(ring.payload(index)))
-            assert frame.first_packet == len(rows) + texts
-            sequence += 1
-            if frame.text is not None:
-                texts += len(found)
-            else:
-                rows += found["timestamp"].tolist()
+# Death
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Deadly:
+    """Counts the calls of one kind of operation, and dies on one."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._calls = 0
+
+    def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        if name != self._plan.operation:
+            return real
+
+        def call(*args: Any, **more: Any) -> Any:
+            self._calls += 1
+            if self._calls != self._plan.number:
+                return real(*args, **more)
+            if self._plan.when == "before":
+                die()
+            if self._plan.when == "midst":
+                signal.setitimer(signal.ITIMER_REAL, self._plan.seconds)
+            found = real(*args, **more)
+            die()
+            return found
+
+        return call
+
+    def arm(self) -> None:
+        """In a process of its own: nothing is put back."""
+        if not self._plan.links:
+            os.link = _no_links  # type: ignore[assignment]
+        for name in ("pwritev", "pwrite", "ftruncate", "fsync", "link", "rename", "unlink"):
+            setattr(os, name, self.wrap(name, getattr(os, name)))
+        for owner, attribute, name in (
+            (layout, "_fill", "create"),
+            (h5py.File, "flush", "flush"),
+            (h5py.File, "close", "close"),
+            (h5py.Dataset, "resize", "resize"),
+            (h5py.Dataset, "__setitem__", "write"),
+        ):
+            setattr(owner, attribute, self.wrap(name, getattr(owner, attribute)))
+        make = Batch.__init__
+
+        def made(this: Batch, packets: Any, itemsize: int) -> None:
+            make(this, packets, itemsize)
+            this._packets = _Packets(packets, self.wrap("chunk", packets.id.write_direct_chunk))
+
+        batch.Batch.__init__ = made  # type: ignore[method-assign]
+
+
+def _no_links(*names: Any) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+class _Packets:
+    """/packets, and its id, with another write_direct_chunk."""
+
+    def __init__(self, packets: Any, write: Callable[..., None]) -> None:
+        self._real = packets
+        self.id = _Id(packets.id, write)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._real[key]
+
+
+class _Id:
+    def __init__(self, real: Any, write: Callable[..., None]) -> None:
+        self._real = real
+        self.write_direct_chunk = write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def run_and_die(plan: Plan, do: Callable[[], None]) -> str:
+    """In a process of its own. How it died; empty when it came to its end."""
+    pid = os.fork()
+    if not pid:
+        _child(plan, do)
+    return _ended(pid, plan)
+
+
+def _child(plan: Plan, do: Callable[[], None]) -> None:
+    status = 1
+    try:
+        Deadly(plan).arm()
+        if plan.mode == "clock":
+            signal.setitimer(signal.ITIMER_REAL, plan.seconds)
+        do()
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _ended(pid: int, plan: Plan) -> str:
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status not in (0, -signal.SIGKILL, -signal.SIGALRM):
+        raise AssertionError(f"the process ended with {status}")
+    if not status:
+        return ""
+    if not plan.operation:
+        return plan.mode
+    # What was over before its timer's signal came died behind it.
+    when = "after" if plan.when == "midst" and status == -signal.SIGKILL else plan.when
+    return f"{plan.operation} {when}"
+
+
+def killed_writer(directory: Path, seed: int, plan: Plan) -> tuple[str, dict[Source, int]]:
+    """How the writer died, empty when it came to its end, and what it had acknowledged: next sequences."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(reading)
+
+        def tell(source: Source, following: int) -> None:
+            os.write(writing, json.dumps([*source, following]).encode() + b"\n")
+
+        _child(plan, Writer(directory, seed, tell).write)
+    os.close(writing)
+    told: dict[Source, int] = {}
+    with open(reading, "rb", buffering=0) as pipe:
+        for count, line in enumerate(iter(pipe.readline, b""), 1):
+            *source, following = json.loads(line)
+            told[Source(*source)] = following
+            if plan.mode == "acknowledged" and count == plan.number:
+                limit = time.perf_counter() + plan.seconds
+                while time.perf_counter() < limit:
+                    pass
+                os.kill(pid, signal.SIGKILL)
+    return _ended(pid, plan), told
+
+
+# What must be there
+
+
+def rows_in_file(path: Path) -> Iterator[tuple[Source, int, Any]]:
+    """(source, sequence, rows) of each block."""
+    with DataFile(path) as file:
+        producers, run = file.producers(), file.run_info()["run"]
+        for row in file.table("run/blocks"):
+            first = int(row["first_row"])
+            yield file.source(row, producers, run), int(row["sequence"]), file.packets(first, first + int(row["rows"]))
+
+
+def rows_in_journal(path: Path) -> Iterator[tuple[Source, int, Any]]:
+    for record in records(path):
+        if isinstance(record.frame, blocks.Block):
+            rows = np.frombuffer(record.rows, schema.layout(record.frame.layout).dtype)
+            yield record.frame.source, record.frame.sequence, rows
+
+
+def check_rows(seed: int, source: Source, sequence: int, rows: Any) -> None:
+    given, text = content(seed, source, sequence)
+    if text is not None:
+        given = Feed(*source).info(text)[1]
+        given["counter"] = rows["counter"]
+    assert np.array_equal(rows, given), f"{source}, block {sequence}: other rows than were written"
+
+
+def check_before(directory: Path, seed: int, told: dict[Source, int]) -> None:
+    """All parts can be read as they are, and nothing is only in a dead process."""
+    found: dict[Source, set[int]] = {}
+    for _, ending, path in names.run_files(directory):
+        if ending == names.JOURNAL:
+            blocks_of = rows_in_journal(path)
+        elif (ending == names.PART and not made(path)) or not path.stat().st_size:  # the latter: only a name taken
+            continue
         else:
-            assert isinstance(frame, End)
-            assert ring.kind(index) == END
-            counts = {line[0]: line[1:] for line in frame.counts}
-            words, infos = counts.get(1, [0] * len(schema.COUNTS)), counts.get(0, [0] * len(schema.COUNTS))
-            assert frame.next == sequence
-            assert rows == list(range(len(rows))), "rows are missing or double"
-            assert len({words[WORD_ROWS], words[PACKETS], words[BYTES]}) == 1, "counters of a batch that was cut"
-            assert words[WORD_ROWS] - words[DROPPED] == len(rows), "equation (d)"
-            assert infos[INFO_ROWS] - infos[DROPPED] == texts
-            assert gaps == words[DROPPED] + infos[DROPPED]
-    if run == told[0]:
-        assert told[1] <= len(rows) <= told[1] + 2000, f"{told[1]} rows were published, {len(rows)} are there"
-        if frame.how == "recovered":
-            assert {(one.io_group, one.verdict) for one in frame.verdicts} == {(1, "suspect"), (200, "suspect")}
-    else:
-        assert run == told[0] + 1 or (told[2] and ring.tail == ring.head), (run, told)
+            if ending == names.PART:
+                h5py.File(path, "r", swmr=True).close()
+            blocks_of = rows_in_file(path)
+        for source, sequence, rows in blocks_of:
+            if sequence < told.get(source, 0):
+                check_rows(seed, source, sequence, rows)
+            found.setdefault(source, set()).add(sequence)
+    stands = {Source(p.run, p.producer, p.epoch): p.next for p in positions(directory)}
+    for source, following in told.items():
+        lost = set(range(following)) - found.get(source, set())
+        # The last that counts may be the end; positions know it.
+        assert lost <= {following - 1}, f"{source}: blocks {sorted(lost)} are nowhere"
+        assert stands.get(source, 0) >= following, f"{source}: acknowledged to {following}, found {stands.get(source)}"
 
 
-def kill(folder: Path, seed: int) -> None:
-    """One trial."""
-    rng = random.Random(seed)
-    arena = Arena.make(folder, folder, NAME, seed, SMALLEST + (8 << 20))
-    shared = mmap.mmap(-1, 4096)
-    told = np.frombuffer(shared, np.int64, 3)
-    child = os.fork()
-    if not child:
-        Writer(arena, rng, told).work()
-        os._exit(0)
-    while not told[0]:
-        os.sched_yield()
-    end = time.monotonic() + rng.random() * 0.02
-    while time.monotonic() < end:
-        pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    arena.leave()
-    check(folder, seed, (int(told[0]), int(told[1]), int(told[2])))
-    arena.path.unlink()
+def made(part: Path) -> bool:
+    first = superblock.read(part)
+    return first is not None and first.flags != superblock.WRITING
 
 
-def main(folder: str, seed: str, trials: str) -> int:
-    for trial in itertools.islice(itertools.count(int(seed)), int(trials)):
+class Held(NamedTuple):
+    rows: int
+    acknowledged: int  # of these
+    lost: int  # blocks
+    doubled: int
+
+
+def check_after(directory: Path, seed: int, told: dict[Source, int]) -> Held:
+    """Finished files only, which open plainly; each acknowledged block once, as it was written."""
+    count: Counter[tuple[Source, int]] = Counter()
+    kept = 0
+    for _, ending, path in names.run_files(directory):
+        assert ending == names.FINISHED, f"{path.name} is left"
+        with h5py.File(path) as plain:
+            assert plain["packets"].shape[0] == plain["run/info"]["rows"][0]
+        for source, sequence, rows in rows_in_file(path):
+            check_rows(seed, source, sequence, rows)
+            count[source, sequence] += 1
+            kept += len(rows)
+    ends = {
+        Source(run, *end[:2]): end[2] for run in {source.run for source in told} for end in survey(directory, run).ends
+    }
+    acknowledged = lost = 0
+    for source, following in told.items():
+        for sequence in range(following):
+            if ends.get(source) != sequence:  # an end counts as one
+                given, text = content(seed, source, sequence)
+                acknowledged += len(given if text is None else Feed(*source).info(text)[1])
+                lost += (source, sequence) not in count
+    outcome = verify_all([directory]) if count else None
+    complaints = [line for run in (outcome.runs if outcome else []) for line in run.reasons]
+    complaints += [line for file in (outcome.files if outcome else []) for line in file.findings]
+    others = [line for line in complaints if "its end never came" not in line and ": nothing came," not in line]
+    assert not others, f"verify: {others}"
+    return Held(kept, acknowledged, lost, sum(n > 1 for n in count.values()))
+
+
+def check_going_on(directory: Path, seed: int) -> None:
+    """What producers hold still comes in a further part; then each run is whole."""
+    for run in sorted({run for run, _, _ in names.run_files(directory)}):
+        before = survey(directory, run)
+        ended = {(producer, epoch) for producer, epoch, *_ in before.ends}
+        stands = positions(directory, run)
+        part = names.next_part(directory, run)
+        file = None
+        for place in stands:
+            if (place.producer, place.epoch) in ended:
+                continue
+            file = file or RunFile(directory, run_info(run=run), part, stands)
+            feed = Feed(run, place.producer, place.epoch)
+            for _ in range(place.next):
+                next_block(feed, seed)
+            for _ in range(3):
+                file.add(*next_block(feed, seed))
+            file.end(feed.end())
+        if file is not None:
+            file.close()
+        lacking = [line for line in before.reasons if ": nothing came," in line]
+        after = survey(directory, run)
+        assert after.reasons == lacking, f"run {run}: {after.reasons}"
+        for found in after.ends:
+            made = sum(rows for producer, epoch, _, rows in after.stored if (producer, epoch) == found[:2])
+            assert made == found[4], f"run {run}: {made} rows of {found}"
+
+
+# Trials
+
+
+def plan_for(rng: random.Random, operations: dict[str, int], seconds: float) -> Plan:
+    links = rng.random() > 0.2
+    mode = (
+        rng.choice(["acknowledged", "clock", *["operation"] * 3])
+        if "create" in operations
+        else rng.choice(["clock", "operation", "operation"])
+    )
+    if mode == "clock":
+        return Plan(mode, seconds=rng.uniform(1e-4, seconds), links=links)
+    if mode == "acknowledged":
+        return Plan(mode, number=rng.randrange(1, 60), seconds=rng.uniform(0, 1e-3), links=links)
+    operation = rng.choice(list(operations))
+    if operation == "rename":
+        links = False
+    elif operation == "link":
+        links = True
+    when = rng.choice(["before", "midst", "midst", "after"])
+    return Plan(mode, operation, when, rng.randint(1, operations[operation]), rng.uniform(1e-6, MIDST), links)
+
+
+class Tally:
+    def __init__(self) -> None:
+        self.kills: Counter[str] = Counter()
+        self.recoveries: Counter[str] = Counter()
+        self.acknowledged = 0
+        self.rows = 0
+        self.lost = 0
+        self.doubled = 0
+        self.failures: list[str] = []
+
+
+def trial(directory: Path, seed: int, tally: Tally) -> bool:
+    """False when the writer came to its end before it was killed."""
+    rng = random.Random(f"trial {seed}")
+    plan = plan_for(rng, OPERATIONS, 0.5)
+    died, told = killed_writer(directory, seed, plan)
+    if not died:
+        return False
+    tally.kills[died] += 1
+    check_before(directory, seed, told)
+    while (parts := names.parts(directory)) and rng.random() < 0.4:
+        again = plan_for(rng, RECOVERY, 0.05)
+        if died := run_and_die(again, lambda parts=parts: [recover(part) for part in parts]):
+            tally.recoveries[died] += 1
+        check_before(directory, seed, told)
+    for part in names.parts(directory):
+        recover(part)
+    held = check_after(directory, seed, told)
+    tally.rows += held.rows
+    tally.acknowledged += held.acknowledged
+    tally.lost += held.lost
+    tally.doubled += held.doubled
+    check_going_on(directory, seed)
+    return True
+
+
+def run(kills: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
+    tally = Tally()
+    began = time.monotonic()
+    number = 0
+    while sum(tally.kills.values()) < kills and len(tally.failures) < 10:
+        directory = Path(tempfile.mkdtemp(prefix="larpixdaq-killing-"))
+        this = seed * 1_000_000 + number
+        number += 1
         try:
-            kill(Path(folder), trial)
-        except AssertionError as error:
-            print(f"trial {trial}: {error}", file=sys.stderr)
-            raise
-    return 0
+            trial(directory, this, tally)
+        except Exception as error:
+            tally.failures.append(f"trial {this}: {type(error).__name__}: {error}"[:1000])
+            if keep is not None:
+                shutil.copytree(directory, keep / str(this))
+        finally:
+            shutil.rmtree(directory)
+    return {
+        "kills": sum(tally.kills.values()),
+        "recoveries_killed": sum(tally.recoveries.values()),
+        "rows_acknowledged": tally.acknowledged,
+        "rows_stored": tally.rows,
+        "blocks_lost": tally.lost,
+        "blocks_doubled": tally.doubled,
+        "seconds": round(time.monotonic() - began, 1),
+        "kills_by": dict(sorted(tally.kills.items())),
+        "recoveries_killed_by": dict(sorted(tally.recoveries.items())),
+        "failures": tally.failures,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Kill writers of files at random moments, and recover what they left.")
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--trial", type=int, help="one trial again, by the number that a failure names")
+    parser.add_argument("--keep", type=Path, help="copy the files of failed trials to this directory")
+    options = parser.parse_args()
+    if options.trial is not None:
+        directory = Path(tempfile.mkdtemp(prefix="larpixdaq-killing-"))
+        trial(directory, options.trial, Tally())
+        shutil.rmtree(directory)
+        return 0
+    found = run(options.kills, options.seed, options.keep)
+    print(json.dumps(found))
+    return 0 if not (found["failures"] or found["blocks_lost"] or found["blocks_doubled"]) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

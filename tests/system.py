@@ -86,9 +86,13 @@ class System:
         self.launch_storage()
         self.launch_monitor()
         self.launch_producer(*source)
-        operator = self._stack.enter_context(Operator(self.core, timeout=LIMIT))
+        operator = self.operator()
         self.await_kinds(operator, *kinds)
         return operator
+
+    def operator(self) -> Operator:
+        """Closed with the system."""
+        return self._stack.enter_context(Operator(self.core, timeout=LIMIT))
 
     def await_kinds(self, operator: Operator, *kinds: str) -> None:
         def there() -> bool:

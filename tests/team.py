@@ -3,7 +3,7 @@
 from actors import counts
 
 from larpixdaq.control.catalogue import Catalogue
-from larpixdaq.control.messages import Answer, Register, packed
+from larpixdaq.control.messages import Answer, Heartbeat, Register, packed
 from larpixdaq.control.peers import Peers
 from larpixdaq.control.runs import RunControl
 from larpixdaq.errors import LarpixDaqError
@@ -19,11 +19,17 @@ KINDS = {
 EPOCHS = {"board 1": 1, "board 2": 2}
 
 
+def open_catalogue(directory):
+    catalogue = Catalogue(directory)
+    catalogue._db.execute("PRAGMA synchronous=OFF")  # no power is lost here, and thousands of runs are taken
+    return catalogue
+
+
 class Team:
     """Components that wait to be told what to answer. What is sent is checked against the catalogue."""
 
     def __init__(self, directory):
-        self.catalogue = Catalogue(directory)
+        self.catalogue = open_catalogue(directory)
         self.peers = Peers()
         self.runs = RunControl(self.peers, self.catalogue, self)
         self.waiting = []  # (name, request, action, params)
@@ -49,20 +55,23 @@ class Team:
             self.waiting.append((name, request, action, params))
         return True
 
-    def register(self, name, instance="1", run=None, **info):
+    def register(self, name, instance="1", run=None, begun=False, **info):
         self.instance[name] = instance
         info = {"layout": 2, "asic": "2", "epoch": EPOCHS.get(name, 0), "free_bytes": 1 << 40, "directory": "/d"} | info
         actions = ["report_run"] if KINDS[name] == "storage" else []
-        message = Register(name=name, kind=KINDS[name], instance=instance, info=info, run=run, actions=actions)
+        message = Register(
+            name=name, kind=KINDS[name], instance=instance, info=info, run=run, begun=begun, actions=actions
+        )
         component = self.peers.register(message, name.encode(), self.now)
         self.runs.registered(component, self.now)
         return component
 
-    def beat(self, name, **status):
-        """A heartbeat with this status."""
+    def beat(self, name, *inside, **status):
+        """A heartbeat with this status; `inside`: the run it is in and whether that has begun, should it differ."""
         component = self.peers.components[name]
         component.status = status
-        self.runs.heard(component, self.now)
+        run, begun = inside or (component.run, component.begun)
+        self.runs.heard(component, Heartbeat(run=run, begun=begun), self.now)
 
     def lose(self, name):
         self.peers.goodbye(self.peers.components[name])

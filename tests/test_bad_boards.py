@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -76,16 +78,30 @@ def publish(board: Board, words: np.ndarray) -> None:
         board.send(legacy([data_word(int(word), channel=1) for word in words[i : i + 50]]))
 
 
-def good_file(ended: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, the counts of io_group 1 and the unknown words of the run's only file, which is good and complete."""
-    assert ended["condition"] == "COMPLETE", ended
+class Good(NamedTuple):
+    """The run's only file, which has all that came: rows, counts of io_group 1, unknown words, verdicts."""
+
+    rows: np.ndarray
+    counts: np.ndarray
+    unknown: np.ndarray
+    verdicts: np.ndarray
+
+
+def good_file(ended: dict[str, Any]) -> Good:
+    """Something happened to the board, or on the way from it: the run says so, and has everything else."""
+    assert ended["condition"] == "COMPLETE, suspect", ended
     (path,) = ended["files"]
     report = verify(Path(path))
     assert report.ok, report.findings
     with h5py.File(path, "r") as file:
         (counts,) = [row for row in file["ledger/counts"][:] if row["io_group"] == 1]
-        unknown = file["ledger/unknown"][:]
-    return rows_of(path), counts, unknown
+        return Good(rows_of(path), counts, file["ledger/unknown"][:], file["ledger/verdicts"][:])
+
+
+def doubts(verdicts: np.ndarray, io_group: int = 1) -> list[tuple[str, str]]:
+    """(verdict, why) of an io_group, without the numbers."""
+    lines = verdicts[verdicts["io_group"] == io_group]
+    return [(one["verdict"].decode(), re.sub(r"[\d.]+", "#", one["why"].decode())) for one in lines]
 
 
 def of_channel(rows: np.ndarray, channel: int) -> np.ndarray:
@@ -125,7 +141,16 @@ def test_nonsense_among_good_messages(line: System) -> None:
             board.send(*parts)
         publish(board, good[len(nonsense) * 50 :])
         until(lambda: line.status_of(operator, "producer").get("packets", 0) >= len(good), "the good words")
-        rows, counts, kept = good_file(operator.end_run().result(LIMIT))
+        rows, counts, kept, verdicts = good_file(operator.end_run().result(LIMIT))
+        line.await_status(operator, "producer", "verdicts", {"1": "lost"})
+    found = doubts(verdicts)
+    assert ("lost", "# messages hold # words fewer than their headers count") in found
+    assert ("lost", "# messages of # bytes in all were too large and were dropped") in found
+    assert ("suspect", "# messages hold # bytes more than their words") in found
+    assert ("suspect", "# messages of # bytes in all could not be understood") in found
+    assert ("suspect", "# words could not be understood") in found
+    assert verdicts["lost"][verdicts["verdict"] == b"lost"].tolist() == [60_000 - 3 + 1, 1]
+    assert "io_group 1 is lost: " in line.processes["producer"].stderr
     assert (of_channel(rows, 1) == good).all()
     assert set(of_channel(rows, 2)) == {word}
     assert set(rows["io_channel"][rows["packet_type"] <= 3]) == {1, 2}
@@ -144,8 +169,10 @@ def test_a_board_that_disappears_and_comes_back(line: System, how: str) -> None:
         board.await_subscriber()
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
+        before = time.time_ns()
         publish(board, good[:1000])
         until(lambda: line.status_of(operator, "producer").get("packets", 0) == 1000, "the words before")
+        gone = time.time_ns()
         if how == "it is switched off":
             board.close()
         else:
@@ -160,10 +187,14 @@ def test_a_board_that_disappears_and_comes_back(line: System, how: str) -> None:
             assert board.socket.poll(int(LIMIT * 1000)), "the connection goes on"
             assert board.socket.recv() == b"\0"
         board.await_subscriber()
+        again = time.time_ns()
         publish(board, good[1000:])
         until(lambda: line.status_of(operator, "producer").get("packets", 0) == 2000, "the words after")
-        rows, counts, _ = good_file(operator.end_run().result(LIMIT))
+        back = time.time_ns()
+        rows, counts, _, verdicts = good_file(operator.end_run().result(LIMIT))
         assert f"{name}: connected again" in producer.stderr
+    assert doubts(verdicts) == [("suspect", "the board was away: # s")]
+    assert before <= verdicts["first_ns"][0] <= gone <= again <= verdicts["last_ns"][0] <= back
     assert (of_channel(rows, 1) == good).all()
     assert counts["bytes_in"] == board.sent
 
@@ -203,7 +234,10 @@ def test_what_is_no_board_harms_no_other(line: System) -> None:
         until(lambda: line.status_of(operator, "producer").get("packets", 0) == len(good), "the good words")
         warning = f"PACMAN io_group 2 at tcp://127.0.0.1:{port}: what answers there does not speak ZeroMQ"
         until(lambda: warning in line.processes["producer"].stderr, "a warning that names the address")
-        rows, _, _ = good_file(operator.end_run().result(LIMIT))
+        rows, _, _, verdicts = good_file(operator.end_run().result(LIMIT))
+    assert doubts(verdicts, 1) == [("complete", "")]
+    # some of the random bytes may have looked like ZeroMQ
+    assert {verdict for verdict, _ in doubts(verdicts, 2)} == {"suspect"}
     assert (of_channel(rows, 1) == good).all()
     assert np.count_nonzero(rows["packet_type"] <= 3) == len(good)
 

@@ -199,7 +199,7 @@ def test_a_second_core_log_and_component_of_a_name_are_turned_away(line: System)
     more = {
         "core": ["--address", line.core, "--state-dir", line.folder / "other"],
         "log": ["--core", line.core, "--address", line.log, "--state-dir", line.folder / "other"],
-        "offline_storage": ["--core", line.core, "-o", line.data],
+        "offline_storage": ["--core", line.core, "-o", line.folder],
         "producer": ["--core", line.core, "--fake", "--ring", "16MiB", "--state-dir", line.folder / "other"],
         "run_data": ["--core", line.core],
     }

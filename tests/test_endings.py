@@ -105,14 +105,17 @@ def test_storage_in_a_run(line: System, how: signal.Signals) -> None:
     operator, _ = start(line)
     take(line, operator)
     ends_well(line, "offline_storage", how)
-    (first,) = line.data.iterdir()
+    (first,) = line.data.glob("*.h5")
+    assert {path.suffix for path in line.data.iterdir()} == {".h5", ".json"}
     report = verify(first)
     assert report.condition == "INTERRUPTED"
     assert all("its end never came" in finding for finding in report.findings)
     line.launch_storage()
     until(lambda: len(list(line.data.glob("*_001.h5.part"))) == 1, "a second part")
     ended = operator.end_run().result(2 * LIMIT)
-    (second,) = ended["files"]
+    assert ended["condition"] == "COMPLETE", ended
+    assert ended["files"][0] == str(first)
+    (second,) = ended["files"][1:]
     assert verify(second).ok
     assert len(rows_of(first)) + len(rows_of(second)) == ended["rows"]
     line.await_status(operator, "producer", "owed_blocks", 0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +28,9 @@ def line(tmp_path: Path) -> Iterator[System]:
         yield made
 
 
-def check(ended: dict) -> np.ndarray:
+def check(ended: dict, condition: str = "COMPLETE") -> np.ndarray:
     """The run's only file is good and complete; its rows without INFO rows."""
-    assert ended["condition"] == "COMPLETE", ended
+    assert ended["condition"] == condition, ended
     (path,) = ended["files"]
     report = verify(Path(path))
     assert report.ok, report.findings
@@ -123,7 +124,11 @@ def test_serial_line_with_garbage_in_between(line: System) -> None:
             os.write(master, frames.encode_serial(sent[i : i + 100]))
             garbage += os.write(master, b"\x00\x01\x02garbage"[: i % 11])
         line.await_status(operator, "producer", "packets", len(sent))
-        rows = check(operator.end_run().result(LIMIT))
+        ended = operator.end_run().result(LIMIT)
+        rows = check(ended, "COMPLETE, suspect")
+        assert [re.sub(r"\d+", "#", one.rpartition(": ")[2]) for one in ended["reasons"]] == [
+            "# bytes belong to no frame"
+        ]
     finally:
         os.close(master)
         os.close(slave)

@@ -128,6 +128,17 @@ def steady(
     return np.concatenate(blocks)
 
 
+def test_hosts_whose_clocks_differ(clock: Clock) -> None:
+    monitor, one, other = Monitor(clock), Producer(), Producer(name="Second board")
+    steady(monitor, clock, one, 2.0, 5000)
+    other.last_ns += 3600 * 10**9  # an hour ahead: another host, or the same one after its clock was stepped
+    steady(monitor, clock, other, 2.0, 5000)
+    answer = monitor.packet_rate()
+    assert answer["seconds"] == pytest.approx(4.0, abs=0.1)
+    assert answer["mean_rate"] == pytest.approx(5000, rel=0.05)
+    assert answer["rate"] == pytest.approx(5000, rel=0.01)
+
+
 @pytest.mark.parametrize("seen", [1, 3])
 def test_rates_are_exact_though_blocks_were_skipped(clock: Clock, seen: int) -> None:
     monitor, producer = Monitor(clock), Producer()

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import select
 import signal
+import time
 
 import pytest
 import zmq
@@ -116,6 +118,27 @@ def test_heartbeats_go_on_while_the_main_loop_does_not(running, operator):
         assert described()["queued"] == 1
         node.dispatch()
         assert request.result(LIMIT) == 1
+    finally:
+        node.close()
+
+
+def test_requests_wait_until_the_loop_turns_and_heartbeats_are_confirmed(running, operator):
+    """Whatever connect() has to wait for, nothing is asked of a component that is not ready yet."""
+    asked = []
+    node = Node("Offline storage", "storage", running.address, {"look": lambda call: asked.append(1) or 1}, info={})
+    try:
+        node.connect()
+        session = node.session
+        request = operator.call("Offline storage", "look")
+        until(lambda: node._waiting(), "the request to arrive")
+        assert not asked
+        assert select.select([node.fileno()], [], [], LIMIT)[0]
+        now = time.monotonic()
+        until(lambda: node.confirmed > now, "a heartbeat that was sent after this to be answered")
+        assert node.heard >= node.confirmed
+        node.dispatch()
+        assert request.result(LIMIT) == 1
+        assert node.session == session
     finally:
         node.close()
 

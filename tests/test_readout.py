@@ -169,6 +169,26 @@ def test_a_block_closes_after_its_age() -> None:
     assert (block[0].rows, block[0].first_ns, block[0].run) == (10, int(100e9), 3)
 
 
+def test_a_stepped_clock_does_not_show_within_a_run() -> None:
+    now, stepped = [100.0], [0.0]
+    ring = Ring(bytearray(SMALLEST), producer="p", epoch=1)
+    wall = lambda: int((now[0] + stepped[0]) * 1e9)  # noqa: E731
+    recorder = Recorder(ring, "p", 1, LAYOUT, [1], clock=lambda: now[0], wall=wall)
+    for run, step in ((1, 3600.0), (2, -7200.0)):
+        recorder.begin(run, [])
+        began = wall()
+        for _ in range(3):
+            assert recorder.rows() is not None
+            now[0] += 0.25
+            recorder.publish(5)
+            stepped[0] += step
+            recorder.close_block()
+        end = recorder.end("closed", [], [])
+        assert (end.first_ns, end.last_ns) == (began, began + 750_000_000)
+        times = [(frame.first_ns - began, frame.last_ns - began) for frame, _ in blocks(ring) if frame.run == run]
+        assert times[:3] == [(i * 250_000_000, (i + 1) * 250_000_000) for i in range(3)]
+
+
 def test_outside_of_a_run_rows_are_counted_and_not_kept() -> None:
     source = Batches([100, 30_000])
     ring, recorder, readout = line([source], wait=False)

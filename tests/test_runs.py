@@ -9,7 +9,7 @@ from team import EPOCHS, KINDS, Team, ask, do, finished, restart
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.errors import ComponentError, FileError, StateError
 from larpixdaq.schema import COUNTS
-from larpixdaq.states import ABORTED, COMPLETE, ENDED, INCOMPLETE, INTERRUPTED, PREPARING, SUSPECT
+from larpixdaq.states import ABORTED, COMPLETE, ENDED, INCOMPLETE, INTERRUPTED, SUSPECT
 
 
 @pytest.fixture
@@ -581,7 +581,7 @@ def test_a_restarted_core_with_fresh_components_starts_anew(team):
 def test_a_core_that_died_in_prepare_cancels(team):
     ask(team, "prepare")
     second = restart(team)
-    assert second.catalogue.find(1).phase == PREPARING
+    assert second.catalogue.find(1).condition == "CANCELLED"
     second.register("board 1", run=1)
     assert second.waiting[0][2] == "cancel_run"
     second.answer_all()
@@ -628,8 +628,10 @@ def test_a_catalogue_of_the_schema_before(tmp_path):
     db.close()
     catalogue = Catalogue(tmp_path)
     assert (catalogue.highest(), catalogue.find(7).files, catalogue.files(7)) == (7, ["a.h5"], [])
-    assert catalogue.add_file("disk", "/d/a.h5", 7, 10, "00", COMPLETE)
-    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "00", COMPLETE)
+    assert catalogue.add_file("disk", "/d/a.h5", 7, 10, "", COMPLETE)
+    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "00", COMPLETE)  # the same file, its checksum is known now
+    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "", COMPLETE)  # told by another process, not known again
+    assert catalogue.files(7)[0]["sha256"] == "00"
     assert catalogue.add_file("disk", "/d/a.h5", 7, 20, "11", COMPLETE)
     catalogue.close()
     catalogue = Catalogue(tmp_path)

@@ -24,6 +24,9 @@ class Clock:
     def time(self):
         return 1_700_000_000.0
 
+    def time_ns(self):
+        return 1_700_000_000 * 10**9
+
 
 @pytest.fixture
 def clock(monkeypatch):

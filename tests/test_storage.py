@@ -369,12 +369,30 @@ def test_a_full_disk_is_left_alone_until_it_has_space_again(
     rig.work()
     assert rig.stream.again_at == []
     disk.f_bavail = 80
+    rig.take(blocks[2])  # has come before the pause was over: the one before it is not here
     rig.work()
     assert rig.stream.again_at == [{feed.source: 1}]
     assert rig.storage.status()["paused"] == ""
     rig.take(*blocks[1:], feed.end())
     assert rig.end(3).value["condition"] == "COMPLETE"
     assert [record.levelname for record in caplog.records if record.levelno > 20] == ["ERROR", "WARNING"]
+
+
+def test_what_comes_when_there_is_space_again_does_not_follow_what_was_let_pass(
+    rigs: Callable[..., Rig], disk: Disk
+) -> None:
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    blocks = [feed.block(rows(n)) for n in (10, 20, 30)]
+    rig.take(blocks[0])
+    disk.f_bavail = 63
+    rig.take(blocks[1])
+    disk.f_bavail = 80
+    rig.take(blocks[2])
+    rig.work()
+    assert len(rig.stream.again_at) == 1
+    rig.take(*blocks[1:], feed.end())
+    assert rig.end(3).value["condition"] == "COMPLETE"
 
 
 def test_a_run_that_ends_on_a_full_disk_is_closed_and_what_is_owed_comes_later(

@@ -91,6 +91,63 @@ def test_nothing_is_freed_without_acknowledgement_and_a_new_subscription_gets_it
     until(line, reader.has(lambda r: r.other), "the first to be told")
 
 
+def test_what_was_sent_before_a_new_subscription_is_not_handed_over_after_it(
+    line: Line, consumers: list[Consumer]
+) -> None:
+    """Who has let blocks pass and asks for them again must not see one that came behind them first."""
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0], acknowledge=False)
+    line.begin()
+    for _ in range(3):
+        line.write(10)
+    until(line, reader.has(lambda r: len(r.blocks) == 3), "3 blocks")
+    for _ in range(3):
+        line.write(10)
+    until(line, lambda: consumers[0].queued == 3, "3 more that wait")
+    consumers[0].again()
+    assert consumers[0].next() is None
+    until(line, reader.has(lambda r: len(r.blocks) == 9), "all of them anew")
+    assert [block.sequence for block in reader.blocks] == [0, 1, 2, 0, 1, 2, 3, 4, 5]
+
+
+class Core:
+    """What a consumer knows of the core: times of the last word from it, and of what it has answered last."""
+
+    def __init__(self) -> None:
+        self.heard = self.confirmed = 0.0
+
+
+def refused(reader: Reader) -> bool:
+    return any(isinstance(frame, Refused) for frame in reader.other)
+
+
+def test_a_consumer_that_stood_still_does_not_insist_on_its_name(line: Line, consumers: list[Consumer]) -> None:
+    """Another of its name may be there by now, and the newest HELLO of a name wins: the core has to answer first."""
+    core, ahead = Core(), [0.0]
+    stopped = Consumer(STORAGE, "s1", "all", core=core, clock=lambda: time.monotonic() + ahead[0])
+    consumers.append(stopped)
+    stopped.connect({"board": line.address})
+    reader = Reader(stopped)
+    line.begin()
+    line.write(10)
+    until(line, reader.has(lambda r: len(r.blocks) == 1), "a block")
+    other = Consumer(STORAGE, "s2", "all")
+    core.heard = time.monotonic() + 1000  # it goes on to say things
+    ahead[0] = 10.0
+    consumers.append(other)
+    other.connect({"board": line.address})
+    new = Reader(other)
+    until(line, reader.has(refused), "the first one to be told that it has been superseded")
+    stopped.session = "s1 anew"
+    for _ in range(5):
+        line.write(10)
+        until(line, new.has(lambda r: len(r.blocks) == line.written // 10 - 1), "blocks at the newer one")
+    assert not refused(new)
+    core.confirmed = time.monotonic() + ahead[0] + 1
+    until(line, new.has(refused), "the first one to be back, since the core says so")
+
+
 def test_window_bounds_what_is_on_its_way(line: Line, consumers: list[Consumer]) -> None:
     consumers.append(Consumer(STORAGE, "s", "all"))
     consumers[0].connect({"board": line.address})
@@ -334,11 +391,12 @@ def test_a_producer_with_an_impossible_address_harms_no_other(
 
 def test_two_of_one_name_do_not_drive_each_other_out_in_turn(line: Line, consumers: list[Consumer]) -> None:
     """The newest has it; the other waits until the core has told one of them to go."""
+    core = Core()
     for session in ("old", "new"):
-        consumers.append(Consumer(STORAGE, session, "all"))
+        consumers.append(Consumer(STORAGE, session, "all", core=core if session == "old" else None))
         consumers[-1].connect({"board": line.address})
-        reader = Reader(consumers[-1])
-        until(line, reader.has(lambda r: r.other), "WELCOME")
+        second = Reader(consumers[-1])
+        until(line, second.has(lambda r: r.other), "WELCOME")
     (subscriber,) = line.publisher.subscribers.values()
     first = Reader(consumers[0], acknowledge=False)
     until(line, first.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)), "the old one to be told")
@@ -347,3 +405,7 @@ def test_two_of_one_name_do_not_drive_each_other_out_in_turn(line: Line, consume
         line.publisher.socket.poll(20)
         line.publisher.work()
     assert list(line.publisher.subscribers.values()) == [subscriber]
+    # It was the newer one that had stood still: the core knows the session of the other.
+    core.confirmed = time.monotonic()
+    until(line, lambda: list(line.publisher.subscribers.values()) != [subscriber], "the right one to be back")
+    until(line, second.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)), "the other to be told")

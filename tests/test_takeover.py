@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import killing
+import killing_rings
 import numpy as np
 import pytest
 from boards import emulator
@@ -44,7 +44,7 @@ def predecessors(tmp_path: Path) -> Iterator[Predecessors]:
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """What had been published is there, once; counters and rows agree to the last one."""
     seed = int.from_bytes(os.urandom(4), "little")
-    command = [sys.executable, killing.__file__, str(tmp_path), str(seed), "150"]
+    command = [sys.executable, killing_rings.__file__, str(tmp_path), str(seed), "150"]
     done = subprocess.run(command, capture_output=True, timeout=100, check=False, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -52,11 +52,11 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 def leave(folder: Path, epoch: int, *, required: tuple[str, ...] = ("storage",)) -> Path:
     """The ring of a producer that has died in run 1, with three rows in an open block."""
     arena = Arena.make(folder, folder, NAME, epoch, SMALLEST)
-    recorder = killing.Recorder(arena.ring, NAME, epoch, killing.LAYOUT, [1])
+    recorder = killing_rings.Recorder(arena.ring, NAME, epoch, killing_rings.LAYOUT, [1])
     recorder.begin(1, required)
     rows = recorder.rows()
     assert rows is not None
-    rows[:3] = np.zeros(3, killing.LAYOUT.dtype)
+    rows[:3] = np.zeros(3, killing_rings.LAYOUT.dtype)
     recorder.publish(3)
     arena.leave()
     return arena.path

@@ -14,7 +14,8 @@ class PacmanBoard:
     chip_ids from 11 on. Beside hits there are a heartbeat (S, type H) each 10 s, a trigger word (T) each second, and
     a sync word (S, type S) at each reset of the board's clock: each second with `pps`, else each 2^32 ticks. `odd`:
     the fraction of packets that are something else: answers to configuration reads, half of them with bad parity.
-    `words`: the most that one fill() makes. The same arguments give the same words, however they are fetched.
+    `fifo_full`: the fraction of packets whose flags say that the chip's FIFO is full. `words`: the most that one fill()
+    makes. The same arguments give the same words, however they are fetched.
     """
 
     @property
@@ -26,6 +27,9 @@ class PacmanBoard:
     @property
     def left(self) -> bool:
         """True: there is always more to come."""
+    @property
+    def full(self) -> int:
+        """Packets so far with the flag of a full FIFO."""
     @property
     def tick(self) -> int:
         """Ticks of the board's 10 MHz clock, without its resets."""
@@ -44,8 +48,13 @@ class PacmanBoard:
         chips: int = 16,
         pps: bool = False,
         odd: float = 0.0,
+        fifo_full: float = 0.0,
         words: int = 16384,
     ) -> None: ...
+    def jump(self, seconds: int) -> None:
+        """The clock for the headers is set: it goes on by `seconds`, which may be negative."""
+    def restart(self) -> None:
+        """The board starts again: both its clocks count from 0."""
     def fill(self, words: int, per_message: int = 0, window: int = 200) -> int:
         """Write messages with `words` words in all into `buffer` and `spans`; return how many messages.
 

@@ -1,4 +1,4 @@
-"""`larpixdaq verify` and `larpixdaq info`: what a file is worth, and what is in it."""
+"""`larpixdaq verify`, `recover` and `info`: what files are worth, how to finish them, and what is in them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,33 @@ from rich.markup import escape
 
 from larpixdaq.control.space import size
 from larpixdaq.control.words import utc
-from larpixdaq.errors import LarpixDaqError
+from larpixdaq.errors import FileLocked, LarpixDaqError
 from larpixdaq.files import info as file_info
-from larpixdaq.files import verify as file_verify
+from larpixdaq.files import names, together
+from larpixdaq.files import recover as file_recover
 
 
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
-        help="check files: structure, ledger, sequence, parity, checksums",
-        description="Checks each file: structure, ledger equations, sequence of the blocks, parity, checksums. "
-        "Exit status 1, with the reasons, when anything is wrong.",
+        help="check files and runs: structure, ledger, sequence, parity, checksums",
+        description="Checks each file: structure, ledger equations, sequence of the blocks, parity, checksums. And "
+        "each run: over all its parts in a directory, or those that are given. Exit status 1, with the reasons, when "
+        "anything is wrong.",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a file, or a directory with files of runs")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=verify)
+    parser = commands.add_parser(
+        "recover",
+        help="finish files whose storage died",
+        description="Finishes each part (….h5.part) whose storage died: everything that it had acknowledged is in a "
+        "finished file then. Parts that are being written are left alone. Exit status 1 when one cannot be recovered. "
+        "A storage does the same for its own parts when it starts.",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a part, its journal, or a directory")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(function=recover)
     parser = commands.add_parser("info", help="what is in a file", description="Shows what is in a file.")
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -36,26 +48,73 @@ def add_commands(commands: Any) -> None:
 
 def verify(options: argparse.Namespace) -> int:
     console = Console(quiet=options.json, highlight=False, soft_wrap=True)
-    outcomes: dict[str, Any] = {}
-    for path in options.files:
-        try:
-            report = file_verify.verify(path)
-            outcomes[str(path)] = {
-                "ok": report.ok,
-                "rows": report.rows,
-                "findings": report.findings,
-                "notes": report.notes,
-            }
-        except LarpixDaqError as error:
-            outcomes[str(path)] = {"ok": False, "rows": 0, "findings": [str(error)], "notes": []}
-    for name, outcome in outcomes.items():
-        console.print(f"{name}: {'good' if outcome['ok'] else 'BAD'}, {outcome['rows']} rows")
-        for line in outcome["findings"] + outcome["notes"]:
-            console.print(f"  {line}")
-    ok = all(outcome["ok"] for outcome in outcomes.values())
+    outcome = together.verify_all(options.paths)
+    for report in outcome.files:
+        console.print(escape(f"{report.path}: {'good' if report.ok else 'BAD'}, {report.rows} rows"))
+        for line in report.findings + report.notes:
+            console.print(escape(f"  {line}"))
+    for run in outcome.runs:
+        if len(run.files) > 1 or not together.is_good(run):
+            console.print(escape(f"run {run.run}: {run.condition}, {run.rows} rows in {len(run.files)} files"))
+            for line in run.reasons + run.notes:
+                console.print(escape(f"  {line}"))
     if options.json:
-        print(json.dumps({"ok": ok, "files": outcomes}))
+        print(json.dumps({"ok": outcome.ok, "files": _file_facts(outcome), "runs": _run_facts(outcome)}))
+    return 0 if outcome.ok else 1
+
+
+def _file_facts(outcome: together.Outcome) -> dict[str, Any]:
+    names = ("ok", "rows", "findings", "notes")
+    return {str(report.path): {name: getattr(report, name) for name in names} for report in outcome.files}
+
+
+def _run_facts(outcome: together.Outcome) -> list[dict[str, Any]]:
+    return [
+        {
+            "run": run.run,
+            "condition": run.condition,
+            "rows": run.rows,
+            "files": [str(path) for path in run.files],
+            "reasons": run.reasons,
+        }
+        for run in outcome.runs
+    ]
+
+
+def recover(options: argparse.Namespace) -> int:
+    console = Console(quiet=options.json, highlight=False, soft_wrap=True)
+    ok = True
+    outcomes: dict[str, Any] = {}
+    for path, searched in _parts(options.paths).items():
+        facts: dict[str, Any] = {"ok": True, "file": None, "rows": 0, "condition": "", "reasons": []}
+        try:
+            found = file_recover.recover(path)
+            facts |= {"file": found.path and str(found.path), "rows": found.rows}
+            facts |= {"condition": found.condition, "reasons": found.reasons}
+            text = found.text
+        except FileLocked as error:  # in a directory, that is a storage at work
+            facts["ok"], text = searched, f"skipped: {error}"
+        except LarpixDaqError as error:
+            facts["ok"], text = False, str(error)
+        ok = ok and facts["ok"]
+        outcomes[str(path)] = facts | {"text": text}
+        console.print(escape(text))
+    if options.json:
+        print(json.dumps({"ok": ok, "parts": outcomes}))
+    elif not outcomes:
+        console.print("nothing to recover")
     return 0 if ok else 1
+
+
+def _parts(paths: list[Path]) -> dict[Path, bool]:
+    """The parts to recover; the value tells those that were found in a directory."""
+    found: dict[Path, bool] = {}
+    for path in paths:
+        if path.is_dir():
+            found = dict.fromkeys(names.parts(path), True) | found
+        else:
+            found[path] = False
+    return found
 
 
 def info(options: argparse.Namespace) -> int:

@@ -19,6 +19,8 @@ from larpixdaq.launch import (
     running_file,
     write_running,
 )
+from larpixdaq.offline_storage import add_own_arguments as add_storage_arguments
+from larpixdaq.offline_storage import own_options
 from larpixdaq.operator import Operator
 from larpixdaq.producer import add_own_arguments as add_producer_arguments
 
@@ -35,6 +37,7 @@ def add_commands(commands: Any) -> None:
         allow_abbrev=False,
     )
     _add_own_arguments(parser)
+    add_storage_arguments(parser)
     sources.add_arguments(parser)
     add_producer_arguments(parser)
     parser.set_defaults(function=up)
@@ -49,7 +52,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `up` itself; all others are the producer's, and handed to it as they are."""
+    """The arguments of `up` itself; all others are the storage's or the producer's, and handed to them as they are."""
     config.add_address_argument(parser)
     config.add_log_address_argument(parser)
     config.add_state_dir_argument(parser)
@@ -69,16 +72,18 @@ def up(options: argparse.Namespace) -> int:
     if not options.output_dir.is_dir():
         raise FileError(f"--output-dir {options.output_dir}: no such directory")
     sources.create(options)  # wrong options are told here, not in a file
-    own = argparse.ArgumentParser(allow_abbrev=False)
-    _add_own_arguments(own)
-    source = own.parse_known_args(options.argv[1:])[1]
+    others = argparse.ArgumentParser(allow_abbrev=False)
+    _add_own_arguments(others)
+    add_storage_arguments(others)
+    source = others.parse_known_args(options.argv[1:])[1]
+    storage = own_options(options)
     listens = config.listen_address(options.address, config.CORE_PORT, insecure=options.insecure, what="core")
     core = config.reachable(listens, config.LOOPBACK)  # from this machine, whatever interfaces it listens at
     log = config.address(options.log_address, config.LOG_PORT)
     insecure = ["--insecure"] if options.insecure else []
     group = Group(state / "out")
     try:
-        for module, arguments in components(core, log, options.output_dir, state, source, listens):
+        for module, arguments in components(core, log, options.output_dir, state, source, listens, storage):
             group.start(module, *arguments, *insecure, detach=True)
         write_running(state, Running(core, group.entries()))
         with connect(core, group) as operator:

@@ -160,18 +160,22 @@ class Catalogue:
             raise FileError(f"{self.path}: run {row[0]}: {error}") from None
 
     def add_file(self, storage: str, path: str, run: int, size: int, sha256: str, condition: str) -> bool:
-        """Write down a file that a storage has closed; False when it is there already, the same in all."""
-        facts = (run, size, sha256, condition)
+        """Write down a file that a storage has closed; whether there is more to know of the run by it.
+
+        Its checksum may follow later, and may be lacking when a storage tells us again of what it has found.
+        """
         with self._errors():
-            query = "SELECT run, bytes, sha256, condition FROM files WHERE storage = ? AND path = ?"
-            if self._db.execute(query, (storage, path)).fetchone() == facts:
+            query = "SELECT run, bytes, condition, sha256 FROM files WHERE storage = ? AND path = ?"
+            *known, checksum = self._db.execute(query, (storage, path)).fetchone() or ("",)
+            same = known == [run, size, condition]
+            if same and sha256 in ("", checksum):
                 return False
             self._db.execute(
                 "INSERT OR REPLACE INTO files (storage, path, run, bytes, sha256, condition, time_ns) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (storage, path, *facts, time.time_ns()),
+                (storage, path, run, size, sha256, condition, time.time_ns()),
             )
-        return True
+        return not same
 
     def files(self, run: int) -> list[dict[str, Any]]:
         """The files of a run that storages have closed: {"storage", "path", "bytes", "sha256", "condition", "time"}."""

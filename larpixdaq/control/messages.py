@@ -63,12 +63,15 @@ class Open(Message, tag="open"):
 class Heartbeat(Message, tag="heartbeat"):
     """`progress`: work done so far; `queued`: work waiting; `status`: None when it has not changed.
 
-    `idle`: seconds since the main loop, which does the work, last said so; it turns several times a second.
+    `idle`: seconds since the main loop, which does the work, last said so; it turns several times a second. `run` and
+    `begun` as in Register: what was answered to a core that has died is news to the one after it.
     """
 
     progress: Count = 0
     queued: Count = 0
     idle: Annotated[float, Meta(ge=0)] = 0.0
+    run: Count | None = None
+    begun: bool = False
     status: dict[str, Any] | None = None
 
 

@@ -206,6 +206,13 @@ class RunProcedures:
     def _abort_strays(self) -> Steps:
         """In STOP: end what components are in although no run is going on."""
         strays = [one for one in self._peers.components.values() if one.run is not None]
+        cancelled = {
+            one.name: Item({"run": one.run}, MONITOR_LIMIT)
+            for one in strays
+            if one.kind != RUN_DATA and (run := self._catalogue.find(one.run)) is not None and run.phase == CANCELLED
+        }
+        yield Ask("cancel_run", cancelled)
+        strays = [one for one in strays if one.name not in cancelled]
         producers = {one.name: Item({"run": one.run}, PRODUCER_END_LIMIT) for one in strays if one.kind == PRODUCER}
         yield Ask("abort_run", producers)
         others: dict[str, Item] = {}

@@ -13,7 +13,7 @@ from larpixdaq.control.asks import Late, LogReply, Outcome, Procedure, Reply, St
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.deliveries import Deliveries, may_say_more
 from larpixdaq.control.instructions import check_team
-from larpixdaq.control.messages import Answer, content
+from larpixdaq.control.messages import Answer, Heartbeat, content
 from larpixdaq.control.peers import Component, Peers
 from larpixdaq.control.procedures import RunProcedures
 from larpixdaq.control.space import SpaceWatch
@@ -52,6 +52,8 @@ class RunControl(RunProcedures):
         #: A run that the catalogue says was going on when the core ended; a component that is in it brings it back.
         last = catalogue.find()
         self._candidate = last if last is not None and not last.over else None
+        if last is not None and last.phase == PREPARING:  # nobody has data of it, and whoever asked for it is gone
+            self._give_up_candidate()
         self._end_at: float | None = None
         self._deliveries = Deliveries(catalogue)
         self._space = SpaceWatch()
@@ -132,6 +134,13 @@ class RunControl(RunProcedures):
         """A component has come, come back, or found the core back."""
         for procedure in self._procedures():
             procedure.back(component)
+        self._place(component, now)
+        last = self._catalogue.find() if self.run is None and component.run is None else None
+        if last is not None and may_say_more(last, component.name):
+            self._look_again(last, component, now)
+
+    def _place(self, component: Component, now: float) -> None:
+        """Bring a component's run and the core's together, where they differ."""
         if self._candidate is not None and component.run == self._candidate.run:
             self._adopt(self._candidate, now)
         run = self.run
@@ -142,12 +151,15 @@ class RunControl(RunProcedures):
             behind = component.run is None or (self.state == RUN and not component.begun)
             if behind and (component.kind == RUN_DATA or required):
                 self._aside(f"{component.name} joins run {run.run}", self._join(run, component), now)
-        last = self._catalogue.find() if run is None and component.run is None else None
-        if last is not None and may_say_more(last, component.name):
-            self._look_again(last, component, now)
 
-    def heard(self, component: Component, now: float) -> None:
-        """A storage's heartbeat: its disk may run out, and what it has finished may complete a run that is over."""
+    def heard(self, component: Component, beat: Heartbeat, now: float) -> None:
+        """A heartbeat. A storage's disk may run out, and what it has finished may complete a run that is over."""
+        if (beat.run, beat.begun) != (component.run, component.begun) and not self._asked(component.name):
+            # It has answered a core that was not there any more.
+            component.run, component.begun = beat.run, beat.begun
+            self._place(component, now)
+        if component.kind != STORAGE:
+            return
         self._space.take(component)
         for run in self._deliveries.take(component):
             self._look_again(run, component, now)
@@ -270,9 +282,6 @@ class RunControl(RunProcedures):
     def _adopt(self, run: Run, now: float) -> None:
         """Go on with the run that was going on when the core ended. What it was about to do then, it does now."""
         self._candidate = None
-        if run.phase == PREPARING:
-            self._abandon(run)
-            return
         _log.warning("run %d is picked up again, it was in %s", run.run, run.phase)
         self.run = run
         if run.phase == ENDING:
@@ -291,6 +300,10 @@ class RunControl(RunProcedures):
     def _abandon(self, run: Run) -> None:
         prepared = run.phase != PREPARING
         run.phase, run.condition = (ENDED, INTERRUPTED) if prepared else (CANCELLED, CANCELLED)
-        run.reasons = ["the core was restarted, and nobody was in this run any more"]
+        run.reasons = [
+            "the core was restarted, and nobody was in this run any more"
+            if prepared
+            else "the core was restarted while the run was being prepared"
+        ]
         run.ended_ns = time.time_ns()
         self._save(run)

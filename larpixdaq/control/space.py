@@ -47,8 +47,10 @@ def _level(status: dict[str, Any]) -> int:
 
 
 def warnings(storages: list[Component]) -> list[str]:
-    """A sentence for each storage whose disk will not last for an hour, or that cannot write now."""
+    """A sentence for each storage whose disk will not last for an hour, that cannot write now, or whose command for
+    finished files has failed."""
     found = [f"{one.name}: {time_to_full(one.status)}" for one in storages if _level(one.status)]
+    found += [f"{one.name}: {one.status['on_close']}" for one in storages if one.status.get("on_close")]
     return found + [
         f"{one.name} writes nothing: {one.status['paused']}" for one in storages if one.status.get("paused")
     ]

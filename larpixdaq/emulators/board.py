@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native import emulate, transport
 from larpixdaq.emulators.commands import Commands
+from larpixdaq.emulators.faults import Faults
 from larpixdaq.errors import ConfigError
 from larpixdaq.pace import Pace
 
@@ -18,7 +19,9 @@ from larpixdaq.pace import Pace
 BATCH = 16_384
 #: What a data server needs per message (20 us), in ticks of 10 MHz: what comes meanwhile is in its next message.
 SERVICE_TICKS = 200
-#: Without --lossless: messages sent at once, before the I/O thread gets a moment; the queue takes 100, as a board's.
+#: Without --lossless: messages that wait for a subscriber, as many as on a board, and messages sent at once, before the
+#: I/O thread gets a moment.
+QUEUE = 100
 BURST = 64
 BURST_PAUSE = 50e-6
 #: With --lossless: what may wait in a board's queue, about.
@@ -27,6 +30,8 @@ QUEUE_BYTES = 64 << 20
 LATE = 0.01
 #: Seconds between two turns of a board that keeps up: busy enough, and the machine has other work.
 TURN = 0.001
+#: Milliseconds that a board that goes away gives what it has sent to arrive.
+GOODBYE = 5000
 #: Seconds until a full queue is tried again: XPUB does not say when it has room.
 RETRY = 0.001
 
@@ -41,8 +46,12 @@ class Words(Protocol):
     @property
     def receipt(self) -> int: ...
     @property
+    def full(self) -> int: ...
+    @property
     def left(self) -> bool: ...
     def fill(self, words: int, per_message: int = 0, window: int = 0) -> int: ...
+    def jump(self, seconds: int) -> None: ...
+    def restart(self) -> None: ...
 
 
 class Board:
@@ -57,6 +66,8 @@ class Board:
         per_message: int,
         lossless: bool,
         limit: int | None,
+        faults: Faults | None = None,
+        queue: int = QUEUE,
     ) -> None:
         """`limit`: words to send, None: until told to stop. `per_message` 0: as the real data server does."""
         self.io_group = io_group
@@ -67,31 +78,35 @@ class Board:
         self._pace = Pace(rate, 1.0 + per_message / rate) if rate else None
         self._per_message = per_message
         self._lossless = lossless
+        self._queue = queue
         self._left = limit
         self._behind = False
         self._spans: NDArray[Any] = words.spans[:0]
+        self._faults = faults
+        self._began: float | None = None
+        self._back_at: float | None = None  # when it is away
         self._topics: set[bytes] = set()
-        self._sockets: list[zmq.Socket[bytes]] = []
 
     def open(self, context: zmq.Context[Any], host: str, data_port: int, command_port: int) -> tuple[int, int]:
         """Bind both sockets (port 0: any free one) and return their ports. ConfigError names a port that is busy."""
-        self.data = context.socket(zmq.XPUB)
+        self._context = context
         self.command = context.socket(zmq.REP)
-        self._sockets = [self.data, self.command]
+        self._open_data()
+        port = self._bind(self.data, "data", f"tcp://{host}:{data_port}")
+        self._data_address = f"tcp://{host}:{port}"
+        return port, self._bind(self.command, "command", f"tcp://{host}:{command_port}")
+
+    def _open_data(self) -> None:
+        self.data = self._context.socket(zmq.XPUB)
         if self._lossless:
             self.data.setsockopt(zmq.XPUB_NODROP, 1)
             message = 8 + 16 * (self._per_message or 400)
             self.data.setsockopt(zmq.SNDHWM, min(100_000, max(100, QUEUE_BYTES // message)))
         else:
-            self.data.setsockopt(zmq.SNDHWM, 100)
+            self.data.setsockopt(zmq.SNDHWM, self._queue)
         self._sender = transport.Sender(self.data)
-        return (
-            self._bind(self.data, "data", host, data_port),
-            self._bind(self.command, "command", host, command_port),
-        )
 
-    def _bind(self, socket: zmq.Socket[bytes], what: str, host: str, port: int) -> int:
-        address = f"tcp://{host}:{port}"
+    def _bind(self, socket: zmq.Socket[bytes], what: str, address: str) -> int:
         try:
             socket.bind(address)
         except zmq.ZMQError as error:
@@ -101,10 +116,15 @@ class Board:
         assert isinstance(endpoint, bytes)
         return int(endpoint.rstrip(b"\0").rpartition(b":")[2])
 
+    def counts(self) -> dict[str, int]:
+        """What was sent, and what was done wrong on request."""
+        full = {"full": self._words.full} if self._words.full else {}
+        return self.sent | full | (self._faults.count if self._faults else {})
+
     def close(self, linger: int) -> None:
         """Close both sockets; data that are queued stay for `linger` ms, answers have nobody to wait for them."""
-        for socket in self._sockets:
-            socket.close(linger=linger if socket is self.data else 0)
+        self.data.close(linger=linger)
+        self.command.close(linger=0)
 
     @property
     def subscribed(self) -> bool:
@@ -132,6 +152,8 @@ class Board:
         """Send what is due; return the seconds until the next turn makes sense (infinite once finished)."""
         if self.finished:
             return float("inf")
+        if self._faults and (wait := self._misbehave(now, self._faults)):
+            return wait
         if self._lossless and not self.subscribed:
             if self._pace:
                 self._pace.pause(now)
@@ -145,6 +167,47 @@ class Board:
             return RETRY
         self.finished = self._left == 0 or not self._words.left
         return 0.0 if self._behind else TURN
+
+    def _misbehave(self, now: float, faults: Faults) -> float:
+        """Do what is due of that; return how long to wait while the board is away, 0 when it is there."""
+        wrongs = faults.wrongs
+        if self._began is None:
+            self._began = now
+        age = now - self._began
+        if wrongs.jump and age >= wrongs.jump[0]:
+            self._words.jump(int(wrongs.jump[1]))
+            faults.wrongs = wrongs = wrongs._replace(jump=None)
+        if wrongs.restart is not None and age >= wrongs.restart:
+            faults.wrongs = wrongs = wrongs._replace(restart=None)
+            self._words.restart()
+        if wrongs.away and age >= wrongs.away[0]:
+            self._back_at = now + wrongs.away[1]
+            faults.wrongs = wrongs._replace(away=None)
+            faults.skip(self._spans)
+            self._spans = self._spans[:0]
+            self.data.close(linger=GOODBYE)
+        return 0.0 if self._back_at is None or self._come_back(now) else self._be_away(now, faults)
+
+    def _come_back(self, now: float) -> bool:
+        if self._back_at is None or now < self._back_at:
+            return False
+        self._topics.clear()
+        self._open_data()
+        try:
+            self.data.bind(self._data_address)
+        except zmq.ZMQError:  # the port is not free yet: the next turn tries again
+            self.data.close(linger=0)
+            return False
+        self._back_at = None
+        return True
+
+    def _be_away(self, now: float, faults: Faults) -> float:
+        """The chips go on, and nobody gets what they say."""
+        if self._pace and not self._make(now):
+            faults.skip(self._spans)
+            self._spans = self._spans[:0]
+            self.finished = self._left == 0
+        return TURN
 
     def _make(self, now: float) -> float:
         """Make the words that are due; return how long to wait instead if there are none yet."""
@@ -168,6 +231,8 @@ class Board:
         messages = self._words.fill(words, self._per_message, window)
         self._spans = self._words.spans[:messages]
         made = sum(emulate.count_words(self._words.buffer, self._spans))
+        if self._faults:
+            self._spans = self._faults.spoil(self._words.buffer, self._spans)
         if self._pace:
             self._pace.made(made)
         if self._left is not None:

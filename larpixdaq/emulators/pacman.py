@@ -15,7 +15,8 @@ from typing import Any, Final
 import zmq
 
 from larpixdaq._native import emulate
-from larpixdaq.emulators.board import BATCH, Board, Words
+from larpixdaq.emulators.board import BATCH, QUEUE, Board, Words
+from larpixdaq.emulators.faults import Faults, Wrongs
 from larpixdaq.emulators.recording import Recording
 from larpixdaq.schema import ASICS
 
@@ -23,7 +24,7 @@ DESCRIPTION = """\
 Sends what PACMAN boards send (legacy format: 8-byte headers, 16-byte words), one board per io_group. At the start it
 prints one JSON line with the ports, {"ready": {"1": {"data": 5556, "command": 5555}}}; at the end one with the words
 that were sent, {"sent": {"1": {"words": 10, "D": 9, "S": 0, "T": 1, "messages": 10}}, "seconds": 0.1}. SIGINT and
-SIGTERM end it cleanly."""
+SIGTERM end it cleanly. What it does wrong on request, from --fifo-full to --restart, is counted there too, exactly."""
 #: Ports of the io_groups after the first, where only that one's is given.
 PORT_STEP = 10
 #: Seconds that unsent messages are kept for at the end.
@@ -62,6 +63,13 @@ def _positive(text: str) -> int:
     return number
 
 
+def _at(text: str) -> tuple[float, float]:
+    at, colon, seconds = text.partition(":")
+    if not colon or float(at) < 0:
+        raise argparse.ArgumentTypeError(f"expected AT:SECONDS, found {text}")
+    return float(at), float(seconds)
+
+
 def _port(text: str) -> int:
     port = int(text)
     if not 0 <= port <= 65_535:
@@ -89,11 +97,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="S", help="another number, other data (default 0)")
     add("--asic", choices=sorted(ASICS), default="2", help="generation of the chips (default 2)")
     add("--odd", type=float, default=0.0, metavar="F", help="fraction of odd packets, such as bad parity (default 0)")
+    add("--fifo-full", type=float, default=0.0, metavar="F", help="fraction of packets that say: FIFO full (default 0)")
+    for name, what in (
+        ("skip", "are not sent"),
+        ("double", "are sent twice"),
+        ("lie", "count more words than they hold"),
+    ):
+        add(f"--{name}", type=float, default=0.0, metavar="F", help=f"fraction of messages that {what} (default 0)")
+    add("--away", type=_at, metavar="AT:SECONDS", help="after AT seconds close the data port for so long")
+    add("--jump", type=_at, metavar="AT:SECONDS", help="after AT seconds set the clock for the headers by so much")
+    add("--restart", type=float, metavar="AT", help="after AT seconds begin both clocks anew, as after a reset")
     add("--pps", action="store_true", help="reset the board's clock each second, as with an external sync")
     add(
         "--lossless",
         action="store_true",
-        help="wait for subscribers and for room instead of dropping messages beyond 100 queued, as a board does",
+        help="wait for subscribers and for room instead of dropping the messages that find none, as a board does",
+    )
+    add(
+        "--queue",
+        type=_positive,
+        default=QUEUE,
+        metavar="N",
+        help="without --lossless: messages that may wait for a subscriber (default %(default)d, as on a board)",
     )
     add("--count", type=_positive, metavar="N", help="end by itself after N words of each board")
     add("--wait-for-subscriber", action="store_true", help="begin when each board has a subscriber")
@@ -118,8 +143,13 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--io-groups: at most 255, found {args.io_groups}")
     if args.replay and (args.count or args.words_per_message):
         parser.error("--replay sends the recorded messages as they are: no --count, no --words-per-message")
-    if not 0 <= args.odd <= 1:
-        parser.error(f"--odd: expected a fraction, 0 to 1, found {args.odd}")
+    for name in ("odd", "fifo_full", "skip", "double", "lie"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')}: expected a fraction, 0 to 1, found {getattr(args, name)}")
+    if args.skip + args.double + args.lie > 1:
+        parser.error("--skip, --double, --lie: one message suffers one of them, so they add up to at most 1")
+    if args.replay and (args.jump or args.restart is not None):
+        parser.error("--replay sends the recorded messages with their times: no --jump, no --restart")
     for name, ports in (("--data-port", args.data_port), ("--command-port", args.command_port)):
         if len(ports) not in (1, args.io_groups):
             parser.error(f"{name}: expected 1 port or {args.io_groups}, one per io_group, found {len(ports)}")
@@ -144,6 +174,7 @@ def _words(args: argparse.Namespace, io_group: int) -> Words:
         tick=CLOCK_START,
         pps=args.pps,
         odd=args.odd,
+        fifo_full=args.fifo_full,
         words=max(BATCH, args.words_per_message),
     )
 
@@ -162,12 +193,26 @@ class Emulator:
         self._poller = zmq.Poller()
         self._ready: dict[Any, Any] = {}
         for board in boards:
-            self._ready[board.data] = board.subscriptions
             self._ready[board.command] = board.answer
         if wait_for_go:
             self._ready[0] = self._read_go
         for socket in self._ready:
             self._poller.register(socket, zmq.POLLIN)
+        self._data: dict[Board, zmq.Socket[bytes]] = {}
+        self._watch()
+
+    def _watch(self) -> None:
+        """Boards that go away come back with another data socket."""
+        for board in self._boards:
+            known = self._data.get(board)
+            if known is not None and (known.closed or known is not board.data):
+                self._poller.unregister(known)
+                del self._ready[known], self._data[board]
+                known = None
+            if known is None and not board.data.closed:
+                self._data[board] = board.data
+                self._ready[board.data] = board.subscriptions
+                self._poller.register(board.data, zmq.POLLIN)
 
     def _read_go(self) -> None:
         text = os.read(0, 4096)
@@ -202,6 +247,7 @@ class Emulator:
                         report()
                         if not self._stay:
                             return
+            self._watch()
             # a signal that came just before is seen after 100 ms at the latest
             for socket, _ in self._poller.poll(0 if wait <= 0 else max(1, int(min(wait, 0.1) * 1000))):
                 self._ready[socket]()
@@ -218,13 +264,16 @@ def run(args: argparse.Namespace) -> None:
         command = _ports(args.command_port, args.io_groups)
         ready = {}
         for io_group in range(1, args.io_groups + 1):
+            wrongs = Wrongs(args.skip, args.double, args.lie, args.away, args.jump, args.restart)
             board = Board(
                 io_group,
                 _words(args, io_group),
                 rate=args.rate,
                 per_message=args.words_per_message,
                 lossless=args.lossless,
+                queue=args.queue,
                 limit=args.count,
+                faults=Faults(wrongs, args.seed * 256 + io_group) if wrongs.any else None,
             )
             boards.append(board)
             bound = board.open(context, args.address, data[io_group - 1], command[io_group - 1])
@@ -237,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
             emulator.stop = True
 
         def report() -> None:
-            sent = {str(board.io_group): board.sent for board in boards}
+            sent = {str(board.io_group): board.counts() for board in boards}
             print(json.dumps({"sent": sent, "seconds": round(emulator.seconds, 6)}), flush=True)
 
         signal.signal(signal.SIGINT, stop)

@@ -19,6 +19,7 @@ class Recording:
     """
 
     receipt = 0
+    full = 0
 
     def __init__(self, path: Path) -> None:
         try:
@@ -42,6 +43,12 @@ class Recording:
         self.spans = self._all[self._next : end]
         self._next = end
         return len(self.spans)
+
+    def jump(self, seconds: int) -> None:
+        raise FileError("recorded messages keep their times")
+
+    def restart(self) -> None:
+        raise FileError("recorded messages keep their times")
 
 
 def _split(buffer: NDArray[np.uint8], path: Path) -> NDArray[Any]:

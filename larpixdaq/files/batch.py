@@ -24,7 +24,7 @@ class Batch:
     def __init__(self, packets: Any, itemsize: int) -> None:
         self.rows = 0
         self.base = 0
-        self._there = 0  # so many rows another writer has left in the file
+        self._left = -1, 0  # the chunk that another writer has left and that is written anew: first row, size
         self._packets = packets
         self._size = itemsize
         self._now = np.zeros((BATCH_ROWS, itemsize), np.uint8)
@@ -34,7 +34,8 @@ class Batch:
     def resume(self, rows: int) -> None:
         """Go on behind so many of the file's rows, in the midst of a chunk perhaps; what follows them goes."""
         self.rows, self.base = rows, rows - rows % schema.CHUNK_ROWS
-        self._there = self._packets.shape[0]
+        if self.base < self._packets.shape[0]:
+            self._left = self.base, int(self._packets.id.get_chunk_info_by_coord((self.base,)).size)
         self._now[: rows - self.base] = self._packets[self.base : rows].view(np.uint8).reshape(-1, self._size)
 
     def put(self, data: NDArray[np.uint8], full: Callable[[], None]) -> None:
@@ -65,12 +66,9 @@ class Batch:
             chunk[filled - first :] = 0
             chunks.shuffle(chunk.reshape(-1), self._size, self._shuffled)
             data = deflate.compress(self._shuffled)
-            if self.base + first < self._there and self._size_of_chunk(self.base + first) == len(data):
+            if (self.base + first, len(data)) == self._left:
                 # HDF5 would write it in place, and a kill in the midst of that would tear rows that were acknowledged.
                 # Of another size it gets a place of its own first; what follows the end of deflated data is not read.
                 data += b"\0"
             self._packets.id.write_direct_chunk((self.base + first,), data)
         return self.base + filled
-
-    def _size_of_chunk(self, row: int) -> int:
-        return int(self._packets.id.get_chunk_info_by_coord((row,)).size)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native import chunks
 from larpixdaq.blocks import Source
-from larpixdaq.files import ledger
+from larpixdaq.files import layout, ledger
 from larpixdaq.files.reader import DataFile, plain
 
 #: Counters that a tally of the rows gives again.
@@ -18,10 +18,11 @@ _SAME = chunks.TALLY[:6]
 
 
 class _Source:
-    def __init__(self) -> None:
-        self.expected: int | None = None  # sequence that comes next; None before the first block
-        self.late = False  # begins in an earlier part of the run
+    def __init__(self, first: int) -> None:
+        self.expected = first  # the sequence that comes next
+        self.late = first > 0  # begins in an earlier part of the run
         self.lost = False
+        self.ended = False
         self.tally = ledger.new_tally()
 
 
@@ -31,9 +32,10 @@ class Books:
     def __init__(self, file: DataFile, info: dict[str, Any]) -> None:
         self._file = file
         self._run = int(info["run"])
-        self._part = int(info["part"])
+        self._closed = info["condition"] != layout.RUNNING
         self._layout = file.layout.code if file.layout else 0
         self.producers = file.producers()
+        self._places = {self._whose(row): (int(row["first"]), int(row["next"])) for row in file.table("run/positions")}
         self._sources: dict[Source, _Source] = {}
         self._missing: dict[tuple[Source, int, int], int] = {}
         for row in file.table("run/missing"):
@@ -41,6 +43,11 @@ class Books:
 
     def _whose(self, row: Any) -> Source:
         return self._file.source(row, self.producers, self._run)
+
+    def _source(self, whose: Source) -> _Source:
+        if whose not in self._sources:
+            self._sources[whose] = _Source(self._places.get(whose, (0, 0))[0])
+        return self._sources[whose]
 
     @property
     def packets(self) -> int:
@@ -50,37 +57,39 @@ class Books:
     def block(self, row: Any, rows: NDArray[np.uint8] | None, finding: Callable[[str], None]) -> None:
         """One row of /run/blocks and its rows as bytes; None when these cannot be read, or have unknown columns."""
         whose = self._whose(row)
-        source = self._sources.setdefault(whose, _Source())
+        source = self._source(whose)
         self._reach(whose, source, int(row["sequence"]), finding)
-        source.expected = int(row["sequence"]) + 1
+        source.expected += 1
         if rows is not None:
             chunks.tally(rows, self._layout, source.tally)
 
     def _reach(self, whose: Source, source: _Source, sequence: int, finding: Callable[[str], None]) -> None:
-        first = source.expected
-        if first is None:
-            first = 0
-            if self._part and (whose, 0, sequence) not in self._missing:
-                source.late = sequence > 0
-                return
+        first, source.expected = source.expected, sequence
         if sequence != first:
             source.lost = True
             if (whose, first, sequence) not in self._missing:
                 finding(f"{_name(whose)}: sequence {sequence} follows where {first} should")
 
-    def close(self, finding: Callable[[str], None]) -> None:
+    def close(self, finding: Callable[[str], None], never_ended: Callable[[str], None]) -> None:
+        """`never_ended` gets the lines about sources whose end is not in this part."""
         for (whose, first, stop), rows in self._missing.items():
             finding(f"{_name(whose)}: blocks {first} to {stop - 1} never came ({rows} rows by the header of the next)")
-        ended = set()
         for row in self._file.table("run/ends"):
             whose = self._whose(row)
-            if whose in ended:
+            source = self._source(whose)
+            if source.ended:
                 finding(f"{_name(whose)}: ends twice")
-            ended.add(whose)
-            source = self._sources.setdefault(whose, _Source())
+            source.ended = True
             self._reach(whose, source, int(row["next"]), finding)
-        for whose in self._sources.keys() - ended:
-            finding(f"{_name(whose)}: its end never came, its totals are unknown")
+        for whose, source in self._sources.items():
+            if not source.ended:
+                never_ended(f"{_name(whose)}: its end never came, its totals are unknown")
+            place = self._places.get(whose, (0, 0))[1]
+            if self._closed and place != source.expected + source.ended:
+                finding(
+                    f"{_name(whose)}: /run/positions says that {place} comes next, by its blocks that is"
+                    f" {source.expected + source.ended}"
+                )
         self._ledger(finding)
 
     def _ledger(self, finding: Callable[[str], None]) -> None:
@@ -91,7 +100,7 @@ class Books:
             if (whose, group) in seen:
                 finding(f"{where}: stands twice in the ledger")
             seen.add((whose, group))
-            self._line(where, self._sources.get(whose, _Source()), group, plain(row), finding)
+            self._line(where, self._source(whose), group, plain(row), finding)
         for whose, source in self._sources.items():
             for index in np.flatnonzero(ledger.stored(source.tally)):
                 if (whose, int(index)) not in seen:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError
-from larpixdaq.files import heap, layout, names
+from larpixdaq.files import heap, layout, names, superblock
 
 T = TypeVar("T")
 #: What h5py raises when a file is not what it should be.
@@ -54,8 +54,10 @@ class DataFile:
             reason = "is not a file" if self.path.exists() else "there is no such file"
             raise FileError(f"cannot open {self.path}: {reason}")
         heap.check(self.path)
-        # A part whose writer lives, or died, opens as SWMR only; a finished file plainly, which shows that it is whole.
-        growing = self.path.name.endswith(names.PART)
+        # A part whose writer lives, or died, opens as SWMR only. What is wrong with its metadata HDF5 tells after two
+        # minutes, having read them 100 times. So what is closed is opened plainly, which also shows that it is whole.
+        first = superblock.read(self.path) if self.path.name.endswith(names.PART) else None
+        growing = first is not None and first.flags != 0
         try:
             if not h5py.is_hdf5(self.path):
                 raise FileError(f"cannot open {self.path}: it is not an HDF5 file")

@@ -30,8 +30,9 @@ from larpixdaq.files.writer import RunFile
 
 
 class Recovered(NamedTuple):
-    """`path` is None when nothing had been acknowledged, and part and journal are gone."""
+    """`path` is the finished file, None when nothing had been acknowledged: part and journal are gone then."""
 
+    part: Path
     path: Path | None
     run: int
     rows: int
@@ -41,14 +42,16 @@ class Recovered(NamedTuple):
     cut: int  # rows of no block
     closed_before: bool = False  # it only lacked its final name
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """What was done, in one line."""
         if self.path is None:
-            return "nothing had been stored, removed"
+            return f"{self.part.name}: nothing had been stored in it, so it was removed"
         if self.closed_before:
-            return f"had been closed, is {self.path.name} now: {self.condition}"
+            return f"{self.path.name}: its writer had closed it, {self.rows} rows, {self.condition}"
         return (
-            f"is {self.path.name} now: {self.rows} rows, {self.condition} ({self.from_journal} blocks from the journal,"
-            f" {self.cut} rows of no block cut)"
+            f"{self.path.name}: recovered, {self.rows} rows, {self.condition} ({self.from_journal} blocks from the"
+            f" journal, {self.cut} rows of no block cut)"
         )
 
 
@@ -56,7 +59,7 @@ def recover(part: Path) -> Recovered:
     """Finish NAME.h5.part; `part` may also be its journal, and either may be missing.
 
     FileLocked, with nothing touched, when another process writes or recovers it. FileError in one line when it cannot
-    be done; all that was there is there then.
+    be done; all that was there is there then, at most the superblock has been put right.
     """
     part = Path(part)
     name = names.parse(part.name)
@@ -82,21 +85,20 @@ def _locked(part: Path, final: Path, journal: Journal, name: names.Name) -> Reco
             raise FileError(f"cannot recover {part}: {final.name} exists")
         final.unlink()  # where there are no hard links, the name was taken, and the rename did not come
     state = _born(part)
+    if not kept and (state is None or not state.accounts):
+        with contextlib.suppress(FileNotFoundError):
+            part.unlink()
+        journal.close(remove=True)
+        return Recovered(part, None, name.run, 0, "", [], 0, 0)
     if state is None:
-        if not kept:
-            with contextlib.suppress(FileNotFoundError):
-                part.unlink()
-            journal.close(remove=True)
-            return Recovered(None, name.run, 0, "", [], 0, 0)
         _begin(part, name, kept)
         state = resume.read(part)
         assert state is not None
     if state.info["run"] != name.run:
         raise FileError(f"cannot recover {part}: it holds run {state.info['run']}")
     if state.sealed:
-        superblock.repair(part)
         closing.publish(part, final)
-        return _closed(final, journal, name.run)
+        return _closed(part, final, journal, name.run)
     return _finish(part, journal, kept, state)
 
 
@@ -108,24 +110,26 @@ def _clean_up(part: Path, final: Path, journal: Journal, kept: list[Record], run
             raise FileError(f"cannot recover {journal.path}: it holds blocks that {final.name} does not")
     with contextlib.suppress(FileNotFoundError):
         part.unlink()
-    return _closed(final, journal, run)
+    return _closed(part, final, journal, run)
 
 
-def _closed(final: Path, journal: Journal, run: int) -> Recovered:
+def _closed(part: Path, final: Path, journal: Journal, run: int) -> Recovered:
     journal.close(remove=True)
     with DataFile(final) as file:
         info = file.run_info()
         reasons = file.texts().get("reason", [])
-    return Recovered(final, run, info["rows"], info["condition"], reasons, 0, 0, closed_before=True)
+    return Recovered(part, final, run, info["rows"], info["condition"], reasons, 0, 0, closed_before=True)
 
 
 def _born(part: Path) -> State | None:
-    """None when its writer died while it made the file: nothing can have been stored in it."""
+    """Put the superblock right, and read. None when its writer died while it made the file: nothing can have been
+    stored in it."""
     if not part.exists():
         return None
     first = superblock.read(part)
     if first is None or first.flags == superblock.WRITING:
         return None
+    superblock.repair(part)
     return resume.read(part)
 
 
@@ -142,13 +146,12 @@ def _begin(part: Path, name: names.Name, kept: list[Record]) -> None:
     file = layout.create(part, one, "")
     try:
         with file:
-            opening.describe(file, Tables(file), info, name.part, {})
+            opening.describe(file, Tables(file, file.flush), info, name.part, {})
     except (OSError, RuntimeError, ValueError) as error:
         raise FileError(f"cannot write {part}: {error}") from None
 
 
 def _finish(part: Path, journal: Journal, kept: list[Record], state: State) -> Recovered:
-    superblock.repair(part)
     file = RunFile.resume(part, journal, _info(state), state)
     try:
         added = _add(file, kept)
@@ -158,7 +161,7 @@ def _finish(part: Path, journal: Journal, kept: list[Record], state: State) -> R
         raise FileError(f"cannot recover {part}: {error}") from None
     finally:
         file.abandon()
-    return Recovered(report.path, file.info.run, report.rows, report.condition, report.reasons, added, state.cut)
+    return Recovered(part, report.path, file.info.run, report.rows, report.condition, report.reasons, added, state.cut)
 
 
 def _info(state: State) -> RunInfo:

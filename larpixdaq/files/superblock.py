@@ -40,19 +40,16 @@ class Superblock(NamedTuple):
 
 
 def read(path: Path) -> Superblock | None:
-    """None when the file does not begin as HDF5 files do; FileError when it does and the rest is not what it should
-    be, or when it cannot be read."""
+    """None when the file does not begin as HDF5 files do, or ends there; FileError when it does and the rest is not
+    what it should be, or when it cannot be read."""
     try:
         with open(path, "rb") as file:
             data = file.read(SIZE)
-            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from None
-    if not data.startswith(SIGNATURE):
+    if not data.startswith(SIGNATURE) or len(data) < SIZE:
         return None
     name = f"{path}: superblock"
-    if len(data) < SIZE:
-        raise FileError(f"{name}: expected {SIZE} bytes, found {len(data)}")
     found = Superblock(*_FIELDS.unpack(data))
     if found.version not in (2, 3) or (found.offset_bytes, found.length_bytes) != (8, 8):
         raise FileError(
@@ -61,12 +58,6 @@ def read(path: Path) -> Superblock | None:
         )
     if found.checksum != (expected := lookup3(data[:-4])):
         raise FileError(f"{name}: expected checksum {expected:08x}, found {found.checksum:08x}")
-    if found.base:
-        raise FileError(f"{name}: expected base address 0, found {found.base}")
-    if not SIZE <= found.root < size:
-        raise FileError(f"{name}: the root group is at {found.root}, the file has {size} bytes")
-    if found.extension != _NOWHERE and not SIZE <= found.extension < size:
-        raise FileError(f"{name}: its extension is at {found.extension}, the file has {size} bytes")
     return found
 
 
@@ -76,15 +67,23 @@ def repair(path: Path) -> None:
     found = read(path)
     if found is None:
         raise FileError(f"{path}: it is not an HDF5 file")
+    if found.base:
+        raise FileError(f"{path}: superblock: expected base address 0, found {found.base}")
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            closed = found._replace(flags=0, end=os.fstat(fd).st_size, checksum=0)
+            size = os.fstat(fd).st_size
+            for what, address in (("root group", found.root), ("extension", found.extension)):
+                if not SIZE <= address < size and (what, address) != ("extension", _NOWHERE):
+                    raise FileError(f"{path}: superblock: its {what} is at {address}, the file has {size} bytes")
+            closed = found._replace(flags=0, end=size, checksum=0)
             data = _FIELDS.pack(*closed)[:-4]
             os.pwrite(fd, data + struct.pack("<I", lookup3(data)), 0)
             os.fsync(fd)
         finally:
             os.close(fd)
+    except FileError:
+        raise
     except OSError as error:
         raise FileError(f"cannot repair {path}: {error.strerror}") from None
 

@@ -29,6 +29,8 @@ class Report(NamedTuple):
     packets: int  # rows of types 0 to 3 with direction 1
     findings: list[str]
     notes: list[str]
+    open: list[str]  # those findings that parts behind this one may answer: ends that did not come
+    run: tuple[int, str] | None  # number and storage; None without a ledger
 
 
 class Findings:
@@ -37,12 +39,18 @@ class Findings:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._more = 0
+        self.open: list[str] = []
 
     def add(self, line: str) -> None:
         if len(self._lines) < MOST_FINDINGS:
             self._lines.append(line)
         else:
             self._more += 1
+
+    def add_open(self, line: str) -> None:
+        """What parts behind this one may answer."""
+        self.open.append(line)
+        self.add(line)
 
     def lines(self) -> list[str]:
         return [*self._lines, f"and {self._more} more"] if self._more else self._lines
@@ -54,10 +62,12 @@ def verify(path: Path | str) -> Report:
     findings = Findings()
     notes: list[str] = []
     condition, rows, packets = "", 0, 0
+    run = None
     try:
         with DataFile(path) as file:
             rows = file.rows
             if file.own:
+                run = int(file.run_info()["run"]), (file.texts().get("storage") or [""])[-1]
                 condition, packets = _own(file, findings, notes)
             else:
                 notes.append(
@@ -67,7 +77,7 @@ def verify(path: Path | str) -> Report:
     except FileError as error:
         findings.add(str(error))
     lines = findings.lines()
-    return Report(path, not lines, condition, rows, packets, lines, notes)
+    return Report(path, not lines, condition, rows, packets, lines, notes, findings.open, run)
 
 
 def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int]:
@@ -78,9 +88,12 @@ def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int
         findings.add("condition RUNNING: the file is still being written, or its writer died")
     else:
         check_seal(file, info, findings)
+        texts = file.texts()
         if condition in (layout.INCOMPLETE, layout.INTERRUPTED):
-            reasons = file.texts().get("reason", [])
-            findings.add(f"condition {condition}: {'; '.join(reasons) or 'no reason is given'}")
+            add = findings.add if condition == layout.INCOMPLETE else findings.add_open
+            add(f"condition {condition}: {'; '.join(texts.get('reason', [])) or 'no reason is given'}")
+        elif condition == layout.CONTINUED:
+            notes.append(f"condition {condition}: the run goes on in {texts.get('next part', ['a further part'])[-1]}")
         elif condition in (layout.ABORTED, layout.SUSPECT):
             notes.append(f"condition {condition}")
         elif condition != layout.COMPLETE:
@@ -88,7 +101,7 @@ def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int
     parity = ParityCheck(file)
     books = Books(file, info)
     walk(file, info, books, parity, findings.add)
-    books.close(findings.add)
+    books.close(findings.add, findings.add_open if condition != layout.CONTINUED else lambda line: None)
     _doubts(file, info, findings, notes)
     parity.close(findings.add, notes.append)
     return condition, books.packets

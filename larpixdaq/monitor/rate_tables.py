@@ -36,7 +36,7 @@ def io_groups(tracks: Collection[Track], now: float) -> tuple[NDArray[Any], floa
     The columns of what was seen are left 0; `now` is the monitor's monotonic clock.
     """
     spans = [track.span(now) for track in tracks]
-    seconds = (max(end for _, end in spans) - min(start for start, _ in spans)) / 1e9 if spans else 0.0
+    seconds = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0.0
     numbers = sorted({io_group for track in tracks for io_group in track.totals})
     table = np.zeros(len(numbers), IO_GROUPS)
     table["io_group"] = numbers

@@ -44,6 +44,7 @@ class Track:
         self.last_ns = 0
         self.baseline: dict[int, int] = {}  # packets of each io_group at start_ns: not 0 if we joined later
         self._heard: float | None = None
+        self._began = 0.0  # start_ns by the monitor's clock
         self._next = 0  # sequence
         self._next_row = 0
         self._shift = 0  # added to the host clock, so that it goes on although it was set back
@@ -100,9 +101,10 @@ class Track:
             for io_group, packets in self._packets_at(end).items()
         }
 
-    def span(self, now: float) -> tuple[int, int]:
-        """Since when and until when the totals are known, unix ns."""
-        return self.start_ns, self.last_ns if self.how else self._known_until(now)
+    def span(self, now: float) -> tuple[float, float]:
+        """Since when and until when the totals are known, by the monitor's clock: the hosts' own may differ."""
+        end = self.last_ns if self.how else self._known_until(now)
+        return self._began, self._began + (end - self.start_ns) / 1e9
 
     def _known_until(self, now: float) -> int:
         age = 0.0 if self._heard is None else now - self._heard
@@ -118,6 +120,8 @@ class Track:
             # We came in the middle of the run: what was before counts in the totals, not in the rates.
             self.start_ns = ns
             self.baseline = self._packets()
+        if self._heard is None:
+            self._began = now - (ns - self.start_ns) / 1e9
         self._heard = now
         self._knot(ns, self._packets())
         self.last_ns = self._knots[-1][0]

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.blocks import Verdict
 from larpixdaq.schema import Layout
+from larpixdaq.sources.evidence import verdicts
 
 
 class Source(Protocol):
@@ -68,8 +69,10 @@ class Source(Protocol):
         """Warnings since the last call, each one line (board silent, board back, device gone); the producer logs
         them."""
 
-    def evidence(self) -> list[Verdict]:
-        """What became of each io_group's data since start() before they reached us: at least one line for each."""
+    def evidence(self, now: int) -> list[Verdict]:
+        """What became of each io_group's data since start() before they reached us: at least one line for each.
+
+        `now`: unix ns, or when the run was told to end."""
 
 
 class Decoder(Protocol):
@@ -78,6 +81,9 @@ class Decoder(Protocol):
     def start(self, counts: NDArray[np.uint64]) -> None: ...
     def decode(self, rows: NDArray[Any]) -> int: ...
     def take_unknown(self) -> NDArray[Any]: ...
+    def heard(self, now_ns: int, since: float = ..., until: float = ...) -> None: ...
+    def noticed(self) -> NDArray[Any]: ...
+    def note(self, what: int, events: int, amount: int) -> None: ...
 
 
 class LiveSource:
@@ -114,5 +120,5 @@ class LiveSource:
         problems, self._problems = self._problems, []
         return problems
 
-    def evidence(self) -> list[Verdict]:
-        return [Verdict(io_group, "complete", "", 0, 0, 0) for io_group in self.io_groups]
+    def evidence(self, now: int) -> list[Verdict]:
+        return verdicts(self.io_groups[0], self._decoder.noticed())

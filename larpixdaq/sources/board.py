@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 from zmq.utils.monitor import recv_monitor_message
 
 from larpixdaq._native.transport import Receiver
+from larpixdaq.blocks import Verdict
 from larpixdaq.errors import ConfigError
-from larpixdaq.schema import COUNTS, Layout
+from larpixdaq.schema import COUNTS, NOTICES, Layout
 from larpixdaq.sources.base import Decoder, LiveSource
+from larpixdaq.sources.evidence import Presence, verdicts
 
 #: Messages that may wait for us. One-word messages take 64 bytes each here; a saturated board (39 MB/s) sends far
 #: fewer, larger ones. When it is full libzmq stops reading, the kernel's buffer fills, and then the board drops.
@@ -43,6 +46,9 @@ _WATCHED = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
+_OVERSIZED = NOTICES.index("oversized")
+#: While messages come, what became of the connection is asked for so often (seconds).
+EVENTS = 0.25
 _MESSAGES, _BYTES, _BYTES_IN = (COUNTS.index(name) for name in ("rejected_messages", "rejected_bytes", "bytes_in"))
 
 
@@ -75,6 +81,9 @@ class BoardSource(LiveSource):
         self._counts: NDArray[np.uint64] = np.zeros(len(COUNTS), np.uint64)
         self._context: zmq.Context[Any] | None = None
         self._heard = 0.0
+        self._emptied = -math.inf  # when the last read began that left nothing behind (monotonic)
+        self._events_at = 0.0
+        self._presence = Presence(int(silence * 1e9))
         self._silent = False
         self._connected: bool | None = None
         self._strange = False
@@ -120,6 +129,11 @@ class BoardSource(LiveSource):
     def start(self, counts: NDArray[np.uint64]) -> None:
         self._counts = counts[self.io_groups[0]]
         self._decoder.start(self._counts)
+        self._presence.start(time.time_ns())
+
+    def evidence(self, now: int) -> list[Verdict]:
+        (io_group,) = self.io_groups
+        return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
 
     def due(self) -> float | None:
         if self._context is None:
@@ -130,9 +144,15 @@ class BoardSource(LiveSource):
     def read(self) -> bool:
         receiver = self._receiver
         dropped, dropped_bytes = receiver.oversized, receiver.oversized_bytes
+        began = time.monotonic()
         n = receiver.receive()
         self.drained = receiver.emptied
         now = time.monotonic()
+        since = self._emptied
+        if receiver.emptied:
+            self._emptied = began
+        if n and (self._connected is False or now >= self._events_at + EVENTS):
+            self._take_events(now, self._events_at)
         if receiver.oversized_bytes != dropped_bytes:
             self._too_large(receiver.oversized - dropped, receiver.oversized_bytes - dropped_bytes)
         elif n == 0:
@@ -142,6 +162,9 @@ class BoardSource(LiveSource):
             self._problem(f"sends again, after {now - self._heard:.0f} s")
             self._silent = False
         self._heard = now
+        wall = time.time_ns()
+        self._presence.heard(wall)
+        self._decoder.heard(wall, since, now)
         self._decoder.feed(receiver.buffer, receiver.spans[:n])
         return True
 
@@ -150,6 +173,8 @@ class BoardSource(LiveSource):
             self._problems.append(f"{self.name}: {text}")
 
     def _too_large(self, messages: int, size: int) -> None:
+        self._decoder.heard(time.time_ns())
+        self._decoder.note(_OVERSIZED, messages, size)
         self._counts[_MESSAGES] += np.uint64(messages)
         self._counts[_BYTES] += np.uint64(size)
         self._counts[_BYTES_IN] += np.uint64(size)
@@ -159,22 +184,7 @@ class BoardSource(LiveSource):
 
     def _watch(self, now: float) -> None:
         """Nothing came: note how the connection is."""
-        for event in self._events():
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                if self._connected is False:
-                    self._problem("connected again")
-                self._connected = True
-                self._strange = False
-                self._connect_at = None
-                continue
-            self._connect_at = now + CONNECT_ANEW
-            if event == zmq.EVENT_DISCONNECTED:
-                if self._connected:
-                    self._problem("connection lost; trying to reconnect")
-                    self._connected = False
-            elif not self._strange:
-                self._problem("what answers there does not speak ZeroMQ as a board does")
-                self._strange = True
+        self._take_events(now)
         if self._connect_at is not None and now >= self._connect_at:
             self._connect_at = None
             with contextlib.suppress(zmq.ZMQError):  # it has given up: nothing to disconnect
@@ -183,6 +193,29 @@ class BoardSource(LiveSource):
         if not self._silent and now >= self._heard + self._silence:
             self._problem(f"silent for {self._silence:g} s" + ("" if self._connected else ", not connected"))
             self._silent = True
+
+    def _take_events(self, now: float, since: float | None = None) -> None:
+        """What became of the connection; `since`: messages come, so that it was in order then (monotonic)."""
+        self._events_at = now
+        for event in self._events():
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                if self._connected is False:
+                    self._problem("connected again")
+                self._connected = True
+                self._presence.connected(time.time_ns())
+                self._strange = False
+                self._connect_at = None
+                continue
+            self._connect_at = now + CONNECT_ANEW
+            if event == zmq.EVENT_DISCONNECTED:
+                if self._connected:
+                    self._problem("connection lost; trying to reconnect")
+                    self._connected = False
+                    wall = time.time_ns()
+                    self._presence.lost(wall, 0 if since is None else wall - int((now - since) * 1e9))
+            elif not self._strange:
+                self._problem("what answers there does not speak ZeroMQ as a board does")
+                self._strange = True
 
     def _events(self) -> Iterator[int]:
         while True:

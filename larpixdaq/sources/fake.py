@@ -60,5 +60,6 @@ class FakeSource(LiveSource):
         messages = self._board.fill(words)
         self._pace.made(words)
         self._next = max(now + TURN, self._pace.when(1))
+        self._decoder.heard(time.time_ns())
         self._decoder.feed(self._board.buffer, self._board.spans[:messages])
         return True

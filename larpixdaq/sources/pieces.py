@@ -6,6 +6,7 @@ A piece hands out rows bit by bit, as there is room, and the counters say at eac
 
 from __future__ import annotations
 
+import time
 from typing import Any, Final
 
 import numpy as np
@@ -13,11 +14,14 @@ from numpy.typing import NDArray
 
 from larpixdaq._native import packets
 from larpixdaq._native.frames import PacmanDecoder, encode_pacman
-from larpixdaq.schema import BLOCK_ROWS, COUNTS, UNKNOWN_WORD, Asic, PacketType
+from larpixdaq.schema import BLOCK_ROWS, COUNTS, NOTICE, NOTICES, UNKNOWN_WORD, Asic, PacketType
+from larpixdaq.sources.evidence import added
 
 #: Bytes of a header or word of PACMAN format 1.0.
 _UNIT: Final = 24
 _AT: Final = {name: place for place, name in enumerate(COUNTS)}
+#: What decoders notice of messages, and not of their words.
+_OF_MESSAGES: Final = [NOTICES.index(name) for name in ("doubled", "back", "ahead")]
 #: What a header adds to the counters.
 _HEADER: Final = {"messages": 1, "bytes_in": _UNIT, "header_bytes": _UNIT, "time_rows": 1}
 
@@ -65,12 +69,30 @@ class Decoders:
             options = {"format": "1.0"} if encoded else self._options
             decoder = self._decoders[io_group, encoded] = PacmanDecoder(io_group, int(self.asic), **options)
             decoder.start(self.counts[io_group])
+        decoder.heard(time.time_ns())
         return decoder
 
     def reject(self, io_group: int, size: int) -> None:
         """Count bytes that are in no message."""
         for name, value in {"bytes_in": size, "rejected_bytes": size, "rejected_messages": 1}.items():
             self.counts[io_group, _AT[name]] += np.uint64(value)
+        self.of(io_group).note(NOTICES.index("rejected"), 1, size)
+
+    def noticed(self, io_group: int) -> NDArray[Any]:
+        """What speaks for a loss before these bytes were recorded, dtype schema.NOTICE."""
+        found = [np.zeros(len(NOTICES), NOTICE)]
+        for (group, encoded), decoder in self._decoders.items():
+            if group == io_group:
+                notices = decoder.noticed()
+                if encoded:  # the messages are of our own making
+                    notices[_OF_MESSAGES] = 0
+                found.append(notices)
+        return added(found)
+
+    def forget(self) -> None:
+        """Another recording begins: its messages do not go on from those of the one before."""
+        for decoder in self._decoders.values():
+            decoder.forget()
 
     def take_unknown(self) -> NDArray[Any]:
         return np.concatenate([np.zeros(0, UNKNOWN_WORD), *(each.take_unknown() for each in self._decoders.values())])

@@ -22,6 +22,7 @@ from larpixdaq.files.packets import PacketFile
 from larpixdaq.files.raw import RawFile
 from larpixdaq.files.recording import open_recording
 from larpixdaq.schema import Asic, layout_of
+from larpixdaq.sources.evidence import verdicts
 from larpixdaq.sources.log_file import MessageLog
 from larpixdaq.sources.pieces import Decoders, Messages, Rows, row_times
 from larpixdaq.sources.timing import Clock, message_times
@@ -139,8 +140,9 @@ class ReplaySource:
         problems, self._problems = self._problems, []
         return problems
 
-    def evidence(self) -> list[Verdict]:
-        return [Verdict(io_group, "complete", "", 0, 0, 0) for io_group in self.io_groups]
+    def evidence(self, now: int) -> list[Verdict]:
+        """What the recorded bytes themselves say: nobody knows when they came, or whether a board was away."""
+        return [line for io_group in self.io_groups for line in verdicts(io_group, self._decoders.noticed(io_group))]
 
     def _open(self) -> None:
         found: set[int] = set()
@@ -158,6 +160,7 @@ class ReplaySource:
 
     def _play(self) -> Iterator[Messages | Rows]:
         for (io_group, _), recording in zip(self._files, self._recordings, strict=True):
+            self._decoders.forget()
             try:
                 if isinstance(recording, PacketFile):
                     yield from self._play_rows(recording, io_group)

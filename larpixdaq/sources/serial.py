@@ -14,12 +14,16 @@ import termios
 import time
 from typing import Final
 
+import numpy as np
 import serial
+from numpy.typing import NDArray
 
 from larpixdaq._native.frames import SerialDecoder
+from larpixdaq.blocks import Verdict
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.base import LiveSource
+from larpixdaq.sources.evidence import Presence, verdicts
 
 BAUD: Final = 1_000_000
 #: Seconds without a byte after which the decoder no longer waits for the next frame.
@@ -69,6 +73,7 @@ class SerialSource(LiveSource):
         self._flush_at: float | None = None
         self._retry_at: float | None = None
         self._gone_since = 0.0
+        self._presence = Presence()
 
     def open(self) -> None:
         """ConfigError names the device and why it cannot be used."""
@@ -77,6 +82,14 @@ class SerialSource(LiveSource):
     def close(self) -> None:
         self._disconnect()
         self._retry_at = None
+
+    def start(self, counts: NDArray[np.uint64]) -> None:
+        super().start(counts)
+        self._presence.start(time.time_ns())
+
+    def evidence(self, now: int) -> list[Verdict]:
+        (io_group,) = self.io_groups
+        return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
 
     def due(self) -> float | None:
         times = [moment for moment in (self._flush_at, self._retry_at) if moment is not None]
@@ -110,7 +123,10 @@ class SerialSource(LiveSource):
             self._lose(now, "it hung up")
             return False
         self.drained = count < len(self._buffer)
-        self._decoder.feed(memoryview(self._buffer)[:count], int(time.time()))
+        wall = time.time_ns()
+        self._presence.heard(wall)
+        self._decoder.heard(wall)
+        self._decoder.feed(memoryview(self._buffer)[:count], wall // 10**9)
         self._flush_at = now + SILENCE
         return True
 
@@ -122,6 +138,7 @@ class SerialSource(LiveSource):
             raise ConfigError(f"serial device {self._device}: {_reason(error)}") from None
         self._poll.register(self._port.fileno(), select.POLLIN)
         self.sockets = (self._port.fileno(),)
+        self._presence.connected(time.time_ns())
         self._retry_at = None
 
     def _disconnect(self) -> None:
@@ -139,6 +156,7 @@ class SerialSource(LiveSource):
     def _lose(self, now: float, reason: str) -> None:
         self._disconnect()
         self._gone_since = now
+        self._presence.lost(time.time_ns())
         self._retry_at = now + RETRY
         self._problems.append(f"{self.name}: gone ({reason}); looking for it every {RETRY:g} s")
 

@@ -23,7 +23,7 @@ def recover_all(directory: Path, storage: str, finisher: Finisher) -> list[int]:
     going_on = unfinished(directory, storage)
     for path in names.parts(directory, storage):
         try:
-            log.warning("%s: recovered: %s", path.name, recover(path))
+            log.warning("%s", recover(path).text)
         except FileLocked as error:  # somebody has begun to recover it by hand
             log.warning("%s", error)
         except FileError as error:

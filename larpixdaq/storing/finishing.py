@@ -6,6 +6,7 @@ to be read again, a command that hangs. None of them holds up the stream.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -95,7 +96,7 @@ class Finisher:
         return bool(self._broken)
 
     def work(self) -> None:
-        if self._told:
+        with contextlib.suppress(BlockingIOError):  # nothing was told, or it was and the wake-up is on its way
             os.eventfd_read(self._wake)
         while self._told:
             self._told.popleft()()
@@ -182,7 +183,7 @@ class Finisher:
                     self._broken[part] = str(error)
                 continue
             del self._broken[part]
-            log.warning("%s: recovered: %s", part.name, found)
+            log.warning("%s", found.text)
             if found.path is not None:
                 self._finish(found.path)
 

@@ -25,6 +25,11 @@ class Limits(NamedTuple):
     bytes: int | None = None
     seconds: float | None = None
 
+    def __str__(self) -> str:
+        """As limit() takes it, of one that has a single limit."""
+        units = zip(self, ("rows", "B", "s"), strict=True)
+        return ", ".join(f"{value:f}".removesuffix(".000000") + unit for value, unit in units if value is not None)
+
     @classmethod
     def of(cls, each: Iterable[Limits]) -> Limits:
         """All of them together: the smallest of each kind."""

@@ -1,7 +1,4 @@
-"""Who may write: one process for each name and directory, and none that has stood still and was not told to go on.
-
-A process that was stopped for a while may have been taken for dead, and another of its name started.
-"""
+"""Who may write files of a name in a directory: one process at a time; others wait for their turn."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ import fcntl
 import logging
 import os
 import select
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,11 +15,6 @@ from larpixdaq.files import names
 
 _log = logging.getLogger(__name__)
 
-#: More than this between two turns of the loop, in seconds, and we may have been taken for dead: the core says `lost`
-#: after 1 s without a heartbeat.
-STOOD_STILL: Final = 0.8
-#: A core that is unheard for so long (seconds) is not there, and nobody can register with it in our name.
-NO_CORE: Final = 2.0
 #: Whoever waits for his turn looks so often (seconds).
 _LOOK: Final = 0.25
 
@@ -118,42 +108,3 @@ def await_turn(lock: Lock, signals: Stoppable) -> bool:
             warned = busy
         select.select([signals.fileno()], [], [], _LOOK)
     return False
-
-
-class Heard(Protocol):
-    """What is needed of a Node: times (monotonic) of the last message from the core, and of the newest heartbeat of
-    ours that it has answered."""
-
-    @property
-    def heard(self) -> float: ...
-    @property
-    def confirmed(self) -> float: ...
-
-
-class Standing:
-    """Notices when this process has stood still, and says when it may write again. To be asked before each write."""
-
-    def __init__(self, core: Heard, clock: Callable[[], float] = time.monotonic) -> None:
-        self._core = core
-        self._clock = clock
-        self._last: float | None = None
-        self._since: float | None = None  # when we were back from standing still; None: all is well
-
-    def good(self) -> bool:
-        """Whether we may write: yes, until we stand still, and then when the core has answered what we sent after it.
-
-        From False back to True the stream has to be subscribed to anew.
-        """
-        now = self._clock()
-        stood, self._last = now - (now if self._last is None else self._last), now
-        if stood > STOOD_STILL:
-            self._since = now
-            _log.warning("stood still for %.1f s: nothing is written before the core has answered", stood)
-        if self._since is None:
-            return True
-        if self._core.confirmed > self._since:
-            self._since = None
-        elif now - max(self._since, self._core.heard) > NO_CORE:
-            _log.warning("no core has answered for %g s: writing goes on", NO_CORE)
-            self._since = None
-        return self._since is None

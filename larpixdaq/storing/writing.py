@@ -125,7 +125,8 @@ class Writing:
         if frame.run in self._cancelled:
             self._acknowledge(frame.source, (frame.sequence if isinstance(frame, Block) else frame.next) + 1)
             return
-        if not self._look_for_space():
+        # A pause ends in work(): what comes here until then has a gap before it.
+        if self.paused or not self._look_for_space():
             return
         run = self._runs.get(frame.run) or self._unannounced(frame)
         if run is None:

@@ -34,6 +34,7 @@ from larpixdaq.blocks import (
     unpack_producer,
 )
 from larpixdaq.errors import ProtocolError
+from larpixdaq.stream.standing import Heard, Standing
 
 REPEAT = 0.25
 #: Without a WELCOME the HELLO is said again so often.
@@ -61,14 +62,17 @@ class Link:
     acks: dict[tuple[int, int], int] = field(default_factory=dict)  # (run, epoch) -> next, still to be sent
     last_ack: Ack | None = None
     warned: str = ""
-    superseded: str | None = None  # our session when the producer said that a newer HELLO of our name had come
+    #: Our session, and when (monotonic) the producer said that a newer HELLO of our name had come.
+    superseded: tuple[str, float] | None = None
 
 
 class Consumer:
     """Subscribes to producers as `name`; `mode` is "all" (each block, acknowledged) or "latest" (what there is credit
     for).
 
-    `positions()` tells, at each HELLO, where this consumer stands; it is called in the thread.
+    `positions()` tells, at each HELLO, where this consumer stands; it is called in the thread. `core` (a Node) is asked
+    whether our name is still ours when the thread has stood still: before that nothing is said to any producer, since
+    the newest HELLO of a name wins.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Consumer:
         mode: str,
         *,
         positions: Callable[[], list[Position]] = list,
+        core: Heard | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
@@ -85,6 +90,8 @@ class Consumer:
         self.mode = mode
         self._positions = positions
         self._clock = clock
+        self._core = core
+        self._standing = None if core is None else Standing(core, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[str, Link] = {}
         self._queue: deque[Received] = deque()
@@ -179,6 +186,7 @@ class Consumer:
                 for descriptor, _ in self._poller.poll(int(REPEAT * 500)):
                     if descriptor == self._wake:
                         os.eventfd_read(self._wake)
+                self._good()
                 self._apply()
                 for link in list(self._links.values()):
                     self._receive(link)
@@ -270,8 +278,8 @@ class Consumer:
                 return False
             link.hello_at = self._clock() + HELLO_AGAIN
             if frame.reason == "superseded":
-                # Whoever has our name now is right, until the core has registered us anew; to insist would be a war.
-                link.superseded = self.session
+                # Whoever has our name now is right until the core says that it is ours; to insist would be a war.
+                link.superseded = self.session, self._clock()
             self._warn(link, f"{link.name} refuses the stream to {self.name}: {frame.reason}")
         elif isinstance(frame, Block | End):
             if not link.welcome:
@@ -283,11 +291,12 @@ class Consumer:
         return True
 
     def _keep_up(self, link: Link) -> None:
+        if not self._good():
+            return
         now = self._clock()
         if not link.welcome:
             # Before the connection stands nothing can be said; then at once, not after HELLO_AGAIN.
-            superseded = link.superseded == self.session
-            if now >= link.hello_at and not superseded and link.socket.poll(0, zmq.POLLOUT):
+            if now >= link.hello_at and not self._superseded(link) and link.socket.poll(0, zmq.POLLOUT):
                 link.credit = CREDIT
                 link.acks.clear()
                 hello = Hello(STREAM_VERSION, self.name, self.session, self.mode, self._positions())
@@ -305,6 +314,16 @@ class Consumer:
         elif now - link.said > REPEAT / 2:
             self._send(link, link.last_ack or Credit(link.credit) if self.mode == "all" else Credit(link.credit))
             link.said = now
+
+    def _good(self) -> bool:
+        """Whether our name is still ours, as far as we know."""
+        return self._standing is None or self._standing.good()
+
+    def _superseded(self, link: Link) -> bool:
+        """Whether another has our name: until we are registered anew, or the core confirms that it is ours."""
+        if link.superseded is None or link.superseded[0] != self.session:
+            return False
+        return self._core is None or self._core.confirmed <= link.superseded[1]
 
     def _send(self, link: Link, frame: FromConsumer) -> bool:
         try:

@@ -1,0 +1,214 @@
+"""The soak: runs one after another in one system, at half the maximum rate, with random faults all the time.
+
+    python bench/soak.py [--minutes M] [--rate R] [--seed S] [--report FILE.json] [--update docs/reliability.md]
+
+The faults are those rows of the fault table that lose nothing and can come again and again. Files are rotated. After
+each run its files are tallied as in a trial and removed (--keep-files keeps them); the minutes are those of runs.
+Reported: words sent, stored, counted as lost and unaccounted for (0), the faults by kind, and memory and descriptors of
+every process, which must not grow. The exit status is 1 when words were unaccounted for or a promise was not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from marks import machine, update
+from memory import Memory
+from tally import Tally, parts_of, tally
+from trial import Setup, Trial, keep, trial
+from trials import ROWS
+
+MARK = "soak"
+#: Seconds of samples that growth is judged by, and what is no growth (MiB, descriptors): in the first minutes all grow.
+LONG_ENOUGH = 600
+MOST_MIB, MOST_DESCRIPTORS = 16, 3
+
+
+@dataclass
+class Run:
+    number: int
+    seconds: float
+    sent: int = 0
+    stored: int = 0
+    counted: int = 0
+    unaccounted: int = 0
+    doubled: int = 0
+    parts: int = 0
+    condition: str = ""
+    faults: dict[str, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+
+class Soak:
+    def __init__(self, made: Trial, options: argparse.Namespace) -> None:
+        self._trial = made
+        self._options = options
+        self._dice = made.faults.random
+        self._rows = [row for row in ROWS.values() if row.repeatable]
+        self.faults: Counter[str] = Counter()
+
+    def run(self, number: int, seconds: float) -> Run:
+        """One run of so many seconds, and what its files say."""
+        made, began = self._trial, time.monotonic()
+        made.sent, made.failures, made.exact_monitor = {}, [], False
+        if number > 1:
+            made.board = made.make_board(self._options.seed + number, ports=made.board)
+        made.begin()
+        faults: Counter[str] = Counter()
+        while time.monotonic() - began < seconds:
+            made.faults.moment(2 * self._options.every)
+            row = self._dice.choice(self._rows)
+            row.act(made)
+            faults[row.name] += 1
+        self.faults += faults
+        run = Run(number, 0.0, faults=dict(faults))
+        ended = made.end()
+        run.seconds = round(time.monotonic() - began, 1)
+        run.condition = ended["condition"]
+        if run.condition != "COMPLETE":
+            run.failures += [run.condition, *ended["reasons"]]
+        parts = parts_of([made.line.data], ended["run"])
+        # In a process of its own: reading takes memory and the interpreter, and the system goes on.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            self._settle(run, pool.submit(tally, parts).result())
+        if not (run.failures or self._options.keep_files):
+            for path in made.line.data.glob(f"run{ended['run']:07d}_*"):
+                path.unlink()
+        return run
+
+    def _settle(self, run: Run, found: Tally) -> None:
+        sent = {group: counts["words"] for group, counts in self._trial.sent.items()}
+        run.sent, run.stored, run.counted = (sum(n.values()) for n in (sent, found.stored, found.counted))
+        run.unaccounted, run.doubled = sum(found.unaccounted(sent).values()), found.doubled
+        run.parts = found.parts
+        run.failures += found.problems + self._trial.failures
+        if any(found.unaccounted(sent).values()):
+            run.failures.append(f"unaccounted for, by io_group: {found.unaccounted(sent)}")
+        if found.doubled:
+            run.failures.append(f"{found.doubled} blocks are in the files twice")
+
+
+def grown(memory: dict[str, dict[str, float]]) -> list[str]:
+    """Processes whose memory or descriptors became more from the second quarter of the time to the last."""
+    found = []
+    for key, use in memory.items():
+        if use["samples"] < LONG_ENOUGH:
+            continue
+        if use["mib_growth"] > max(MOST_MIB, 0.1 * use["mib_median"]):
+            found.append(f"{key} grew by {use['mib_growth']:.0f} MiB")
+        if use["fds_growth"] > MOST_DESCRIPTORS:
+            found.append(f"{key} has {use['fds_growth']:.0f} descriptors more")
+    return found
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    runs: list[dict[str, Any]] = report["runs"]
+    total = {name: sum(run[name] for run in runs) for name in ("sent", "stored", "counted", "unaccounted", "doubled")}
+    seconds = sum(run["seconds"] for run in runs)
+    lines = [
+        f"{len(runs)} runs, {seconds / 60:.1f} minutes, {sum(run['parts'] for run in runs)} parts, "
+        f"{sum(report['faults'].values())} faults, {total['sent'] / max(seconds, 1):,.0f} packets/s on average.",
+        "",
+        "| sent | stored | counted lost | unaccounted | doubled |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        f"| {' | '.join(f'{n:,}' for n in total.values())} |",
+        "",
+        "| fault | times |",
+        "| --- | ---: |",
+        *(f"| {ROWS[name].fault} | {n} |" for name, n in sorted(report["faults"].items())),
+        "",
+        "| process | memory, MiB: min / median / max | slope, MiB/h | descriptors: min / median / max | 1/h |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for key, use in report["memory"].items():
+        memory, descriptors = (
+            " / ".join(f"{use[f'{name}_{what}']:.0f}" for what in ("min", "median", "max")) for name in ("mib", "fds")
+        )
+        lines.append(f"| {key} | {memory} | {use['mib_slope']:+.1f} | {descriptors} | {use['fds_slope']:+.1f} |")
+    failures = [f"- run {run['number']}: {one}" for run in runs for one in run["failures"]]
+    failures += [f"- {one}" for one in grown(report["memory"])]
+    lines += ["", *(["Failures:", "", *failures] if failures else ["No failures."])]
+    return "\n".join(lines)
+
+
+def soak(options: argparse.Namespace, folder: Path, report: dict[str, Any]) -> None:
+    setup = Setup(
+        rate=options.rate, boards=options.boards, words=options.words, longest=options.seconds, ring=options.ring,
+        storage=("--rotate", options.rotate), disk=True, clock=True,
+    )  # fmt: skip
+    with trial(setup, options.seed, folder) as made, closing(Memory(made.line)) as memory:
+        one = Soak(made, options)
+        left, number = options.minutes * 60, 0
+        while left > 0:
+            number += 1
+            try:
+                run = one.run(number, min(left, options.run))
+            except Exception as error:  # the soak is over, what was measured is not lost
+                failure = "".join(traceback.format_exception(error, limit=-6)).strip()
+                report["runs"].append(asdict(Run(number, 0.0, failures=[failure, *made.failures])))
+                break
+            finally:
+                report["faults"] = dict(one.faults)
+                report["memory"] = {key: use.summary() for key, use in memory.uses.items() if use.times}
+            left -= run.seconds
+            report["runs"].append(asdict(run))
+            print(f"run {number}: {run}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--minutes", type=float, default=30.0, metavar="M", help="of runs (default %(default)g)")
+    add("--run", type=float, default=120.0, metavar="S", help="seconds of one run (default %(default)g)")
+    add("--rate", type=float, default=4e6, metavar="R", help="packets/s of all boards (default %(default)g)")
+    add("--boards", type=int, default=4, metavar="N", help="(default %(default)d)")
+    add("--words", default="1000", metavar="W", help="in a message, or auto (default %(default)s)")
+    add("--ring", default="1GiB", metavar="SIZE", help="of the producer (default %(default)s)")
+    add("--rotate", default="30s", metavar="LIMIT", help="as the storage's option (default %(default)s)")
+    add("--seconds", type=float, default=3.0, metavar="S", help="longest time of a fault (default %(default)g)")
+    add("--every", type=float, default=5.0, metavar="S", help="mean time between two faults (default %(default)g)")
+    add("--seed", type=int, default=1, metavar="S")
+    add("--report", type=Path, metavar="FILE", help="write everything there, as JSON")
+    add("--update", type=Path, metavar="FILE", help=f"put the report between the marks '{MARK}' in this document")
+    add("--directory", type=Path, metavar="DIR", help="for the files (default: a temporary one)")
+    add("--keep", type=Path, default=Path("failed-trials"), metavar="DIR", help="when it fails (default %(default)s)")
+    add("--keep-files", action="store_true", help="do not remove the files of runs that are in order")
+    options = parser.parse_args()
+    command = f"python bench/soak.py --minutes {options.minutes:g} --rate {options.rate:g} --seed {options.seed}"
+    report: dict[str, Any] = {"command": command, "machine": machine(), "runs": [], "faults": {}, "memory": {}}
+    with tempfile.TemporaryDirectory(prefix="larpixdaq-soak-", dir=options.directory) as above:
+        folder = Path(above) / "soak"
+        folder.mkdir()
+        soak(options, folder, report)
+        ok = bool(report["runs"]) and not any(run["failures"] for run in report["runs"])
+        ok = ok and not grown(report["memory"])
+        if not ok:
+            print(f"kept in {keep(folder, options.keep.absolute(), 'soak')}", file=sys.stderr)
+    if options.report:
+        options.report.write_text(json.dumps(report, indent=1))
+    shown = f"{text(report)}\n\n`{command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {machine()}."
+    print(shown)
+    if options.update:
+        update(options.update, MARK, shown)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What a storage takes alone, by durability, and how long a rotation holds it up.
+
+    python bench/storage.py [--seconds S] [-o DIR]
+
+Made-up hits in full blocks go into files in DIR as fast as it takes them ("full blocks"), then in blocks of 200 rows
+that each have to be in the journal before they are acknowledged ("small blocks"). "rotation" is the time from the last
+block of a part to the first of the next, which is there already: totals, seal, close, a new file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from larpixdaq import deflate, schema
+from larpixdaq._native import emulate, packets
+from larpixdaq.blocks import Block, Source
+from larpixdaq.files import writer
+from larpixdaq.storing import Storing
+from larpixdaq.storing.limits import Limits, limit
+
+
+class Nobody:
+    """Takes the place of the stream."""
+
+    def acknowledge(self, source: Source, following: int) -> None: ...
+    def again(self) -> None: ...
+
+
+def hits(rows: int) -> Any:
+    words = np.zeros(rows, np.uint64)
+    emulate.PacmanBoard(schema.Asic.V2, rate=1e6, seed=3).packets(words)
+    made = np.zeros(rows, schema.layout(2).dtype)
+    packets.decode(words, made, asic=schema.Asic.V2, io_group=1, io_channel=1, receipt=0, direction=1)
+    return made
+
+
+def blocks(rows: int) -> Any:
+    data = hits(rows)
+    crc = deflate.crc32(data.view(np.uint8))
+    view = memoryview(data.view(np.uint8))
+    for sequence in itertools.count():
+        yield Block(1, "board", 7, sequence, sequence * rows, rows, 2, 0, 0, 0, crc, [], []), view
+
+
+def stored(directory: Path, rows: int, seconds: float, limits: Limits, *, fsync: bool) -> tuple[float, list[float]]:
+    """Rows/s, and seconds of each rotation, with blocks of so many rows."""
+    storing = Storing(directory, "Offline storage", "", fsync=fsync, limits=limits)
+    storing.stream = Nobody()
+    storing.prepare_run(None, 1, "bench", "", "", time.time_ns(), 2, "2", [], {})  # type: ignore[arg-type]
+    rotations = []
+    taken = 0
+    began = time.monotonic()
+    for block, view in blocks(rows):
+        file, before = storing._runs[1].file, time.monotonic()
+        storing.receive("board", block, view)
+        if storing._runs[1].file is not file:
+            rotations.append(time.monotonic() - before)
+        storing.work()
+        taken += rows
+        if time.monotonic() - began > seconds:
+            break
+    rate = taken / (time.monotonic() - began)
+    storing.close()
+    return rate, rotations
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each case (default %(default)g)")
+    parser.add_argument("-o", "--output-dir", type=Path, default=None, metavar="DIR", help="on the disk to be measured")
+    options = parser.parse_args()
+
+    def measure(rows: int, wait: float, fsync: bool, limits: Limits = Limits()) -> tuple[float, list[float]]:  # noqa: B008
+        writer.WAIT = wait  # type: ignore[misc]
+        with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-", dir=options.output_dir) as folder:
+            return stored(Path(folder), rows, options.seconds, limits, fsync=fsync)
+
+    print("durability  full blocks, rows/s  small blocks, rows/s  rotation, ms (median, longest)")
+    for fsync in (False, True):
+        full, _ = measure(schema.BLOCK_ROWS, 0.02, fsync)
+        small, _ = measure(200, 0.0, fsync)
+        _, times = measure(schema.BLOCK_ROWS, 0.02, fsync, limit("5Mrows"))
+        rotation = f"{1000 * float(np.median(times)):.0f}, {1000 * max(times):.0f}" if times else "none"
+        print(f"{'fsync' if fsync else 'flush':<10} {full:>20,.0f} {small:>21,.0f} {rotation:>31}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

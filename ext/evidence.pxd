@@ -1,0 +1,219 @@
+# What speaks for a loss before data reached us. Boards do not number what they send, so it is gathered here, in the
+# decoders, from what their messages say; larpixdaq/sources/evidence.py says what follows from it.
+from libc.math cimport INFINITY
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport realloc
+from libc.string cimport memcmp, memcpy
+
+from rows cimport odd_parity, word_mask
+from wire cimport V1, V3
+
+cdef enum:                           # schema.NOTICES, in its order
+    SHORT
+    TRAILING
+    REJECTED
+    UNKNOWN
+    RESYNC
+    OVERSIZED
+    FULL
+    DOUBLED
+    BACK
+    AHEAD
+    HEARTBEATS
+    RESETS
+    N_NOTICES
+
+cdef packed struct Notice:           # schema.NOTICE
+    uint64_t events
+    uint64_t amount
+    uint64_t first_ns
+    uint64_t last_ns
+
+cdef struct Evidence:
+    Notice* notices
+    # when the batch at hand reached the host: unix ns, and bounds by the monotonic clock
+    uint64_t now_ns
+    double since
+    double until
+    # the same of the batch before
+    uint64_t before_ns
+    double before
+    bint spoken                      # there was a header before
+    double spoken_since              # `since` of the batch in which its time was first seen
+    # the message before
+    uint64_t head                    # eight bytes of its first word, which hardly ever agree
+    uint8_t* copy                    # of the last one of the input before
+    Py_ssize_t copied
+    Py_ssize_t room
+    # heartbeats, in ticks of the board's clock
+    bint beating
+    uint64_t beat
+    uint64_t beat_ns
+    uint64_t reset_ticks             # that resets of the clock have taken away since
+    uint64_t period                  # 0: not known yet
+    uint64_t odd                     # the last interval, if it was no multiple of the period
+    # resets of the board's clock
+    bint was_reset
+    uint64_t reset_seconds           # by the header
+    double reset_until
+    uint64_t reset_ns
+    double tick                      # seconds; 0: not known yet
+
+
+cdef inline void note(Evidence* evidence, int what, uint64_t amount, uint64_t first_ns) noexcept nogil:
+    """Something was noticed that began at `first_ns` and shows in the batch at hand."""
+    cdef Notice* notice = evidence.notices + what
+    if notice.events == 0:
+        notice.first_ns = first_ns
+    notice.events += 1
+    notice.amount += amount
+    notice.last_ns = evidence.now_ns
+
+
+cdef inline void forget_context(Evidence* evidence) noexcept nogil:
+    """What comes next has nothing to do with what came before; what was noticed stays."""
+    evidence.since = evidence.before = evidence.spoken_since = -INFINITY
+    evidence.until = INFINITY
+    evidence.spoken = evidence.beating = evidence.was_reset = False
+    evidence.head = 0
+    evidence.copied = 0
+    evidence.period = evidence.odd = 0
+    evidence.tick = 0
+
+
+cdef inline void next_batch(Evidence* evidence, uint64_t now_ns, double since, double until) noexcept nogil:
+    evidence.before_ns = evidence.now_ns if evidence.now_ns else now_ns
+    evidence.before = evidence.since
+    evidence.now_ns = now_ns
+    evidence.since = since
+    evidence.until = until
+
+
+# Header seconds
+
+cdef inline void note_seconds(Evidence* evidence, uint64_t before, uint64_t seconds) noexcept nogil:
+    """For headers whose seconds differ from those `before`.
+
+    They are whole seconds of clocks that are set right by a step now and then: so a second either way says nothing. The
+    header before came in this batch, or the one before; not earlier than the batch in which its time was first seen.
+    """
+    cdef double pause = evidence.until - max(evidence.before, evidence.spoken_since)
+    if evidence.spoken:
+        if before > seconds and before - seconds > 1:
+            note(evidence, BACK, before - seconds, evidence.before_ns)
+            evidence.was_reset = False
+        elif seconds > before and <double>(seconds - before) > pause + 2:
+            note(evidence, AHEAD, seconds - before, evidence.before_ns)
+            evidence.was_reset = False
+    evidence.spoken = True
+    evidence.spoken_since = evidence.since
+
+
+# Messages that come twice
+
+cdef inline bint repeated(
+    Evidence* evidence, const uint8_t* at, Py_ssize_t length, const uint8_t* before, Py_ssize_t before_length
+) noexcept nogil:
+    """Whether a message is the one before it, byte for byte; `before` NULL: that one came with the input before."""
+    if before == NULL:
+        before = evidence.copy
+        before_length = evidence.copied
+    return length == before_length and memcmp(at, before, length) == 0
+
+
+cdef inline void note_doubled(
+    Evidence* evidence, const uint8_t* packet, Py_ssize_t words, Py_ssize_t size, const uint8_t* kind
+) noexcept nogil:
+    """Note a message that came twice, if one of its packets could not just have happened twice.
+
+    Packets of types 0 and 1 have the chip's time or counter. Answers to the same configuration read are alike, and so
+    are SYNC words of a clock that is reset each second. `packet`, `kind` (NULL: all are packets): of the first word.
+    """
+    cdef Py_ssize_t i
+    for i in range(words):
+        if (kind == NULL or kind[i * size] == c'D') and packet[i * size] & 3 < 2:
+            note(evidence, DOUBLED, words, evidence.before_ns)
+            return
+
+
+cdef inline void keep_message(Evidence* evidence, const uint8_t* at, Py_ssize_t length) noexcept nogil:
+    """The input is about to go: keep its last message, which the next one is compared with."""
+    cdef uint8_t* grown
+    if length > evidence.room:
+        evidence.copied = 0
+        grown = <uint8_t*>realloc(evidence.copy, length)
+        if grown == NULL:
+            return
+        evidence.copy = grown
+        evidence.room = length
+    memcpy(evidence.copy, at, length)
+    evidence.copied = length
+
+
+# FIFO flags
+
+cdef inline uint64_t full_mask(int asic) noexcept nogil:
+    """The bits of a data packet that say that a FIFO is full."""
+    return <uint64_t>1 << 52 if asic == V1 else <uint64_t>1 << 59 | <uint64_t>1 << 61
+
+
+cdef inline void note_full(Evidence* evidence, uint64_t word, int asic) noexcept nogil:
+    """Only data packets have these flags, and only with right parity they can be believed."""
+    if word & full_mask(asic) and word & 3 == (1 if asic == V3 else 0) and odd_parity(word & word_mask(asic)):
+        note(evidence, FULL, 1, evidence.now_ns)
+
+
+# SYNC words
+
+cdef inline void note_heartbeat(Evidence* evidence, uint64_t timestamp, bint wide) noexcept nogil:
+    """Heartbeats come at equal intervals of the board's clock; the first two, or two later ones that agree, say which.
+
+    An interval that is no multiple of it is the clock's new beginning. `wide`: a clock of 64 bits, else it wraps at 32.
+    """
+    cdef uint64_t ticks, multiple, rest
+    if evidence.beating:
+        ticks = timestamp - evidence.beat + evidence.reset_ticks
+        if not wide:
+            ticks &= <uint64_t>0xffffffff
+        if evidence.period == 0:
+            evidence.period = ticks
+        else:
+            multiple = (ticks + evidence.period // 2) // evidence.period
+            rest = ticks - multiple * evidence.period if ticks > multiple * evidence.period else multiple * evidence.period - ticks
+            if multiple and rest <= evidence.period // 256:
+                if multiple > 1:
+                    note(evidence, HEARTBEATS, multiple - 1, evidence.beat_ns)
+                evidence.odd = 0
+            else:
+                if evidence.odd and (ticks - evidence.odd if ticks > evidence.odd else evidence.odd - ticks) <= ticks // 256:
+                    evidence.period = ticks
+                    evidence.odd = 0
+                else:
+                    evidence.odd = ticks
+    evidence.beating = True
+    evidence.beat = timestamp
+    evidence.beat_ns = evidence.now_ns
+    evidence.reset_ticks = 0
+
+
+cdef inline void note_reset(Evidence* evidence, uint64_t timestamp, uint64_t seconds) noexcept nogil:
+    """A reset of the board's clock tells how long ago the one before was; that one should be the last that we heard of.
+
+    By the headers more time than that may seem to have passed, by up to a second; beyond that, or with the host's clock
+    to confirm it, words between the two did not come. How long a tick is the first two resets say (by default 100 ns).
+    """
+    cdef double passed, told
+    evidence.reset_ticks += timestamp
+    if evidence.was_reset and timestamp:
+        passed = <double>seconds - <double>evidence.reset_seconds
+        told = timestamp * evidence.tick
+        if evidence.tick == 0 or passed < told - 1.1:
+            evidence.tick = max(1e-7, passed / <double>timestamp)
+        elif passed > told + 1.1 or (
+            passed > told + 0.9 and evidence.since - evidence.reset_until > told + 0.5
+        ):
+            note(evidence, RESETS, 1, evidence.reset_ns)
+    evidence.was_reset = True
+    evidence.reset_seconds = seconds
+    evidence.reset_until = evidence.until
+    evidence.reset_ns = evidence.now_ns

@@ -1,0 +1,223 @@
+"""What became of data before they reached us: verdicts per io_group, from what boards and connections give away.
+
+Boards do not number what they send. What they or the network dropped shows only in other things: a connection that was
+away, a header that counts more words than came, a clock that jumps, a FIFO that says that it is full. The decoders
+gather these (schema.NOTICES, ext/evidence.pxd), Presence watches the connection; FINDINGS says what follows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from enum import Enum
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq.blocks import VERDICTS, Verdict
+from larpixdaq.schema import NOTICES
+
+COMPLETE, SUSPECT, LOST = VERDICTS
+
+#: Seconds between two warnings about the same finding in the same io_group.
+WARN_AGAIN: Final = 10.0
+#: A board that is found within so many ns of the run's beginning was there.
+GRACE_NS: Final = 10**9
+#: And one that is lost for good so many ns before the run is told to end: people switch boards off and end runs in
+#: either order.
+END_GRACE_NS: Final = 2 * 10**9
+#: Times that a board was away which are told one by one; the last of them goes on to the end of all that follow.
+MOST_GAPS: Final = 20
+
+
+class Finding(NamedTuple):
+    verdict: str
+    text: str  # of {events} and {amount}, see schema.NOTICES
+    lost: str = ""  # which of them says how many packets are lost at least
+
+
+#: What each of schema.NOTICES means. "lost": it is certain that something was sent and is not here.
+FINDINGS: Final = {
+    # The header is written when the words are complete: those that do not follow it were cut off on the way.
+    "short": Finding(LOST, "{events} messages hold {amount} words fewer than their headers count", "amount"),
+    # No board sends a message that large. It was dropped before it was looked at: at least one packet for each.
+    "oversized": Finding(LOST, "{events} messages of {amount} bytes in all were too large and were dropped", "events"),
+    # Bytes came that make no sense: words may have been among them. The ledger has the numbers, and the unknown words.
+    "trailing": Finding(SUSPECT, "{events} messages hold {amount} bytes more than their words"),
+    "rejected": Finding(SUSPECT, "{events} messages of {amount} bytes in all could not be understood"),
+    "unknown": Finding(SUSPECT, "{amount} words could not be understood"),
+    "resync": Finding(SUSPECT, "{amount} bytes belong to no frame"),
+    # A full FIFO drops what comes next, and does not say how much. v3 chips with enable_tally count in the same bits.
+    "full": Finding(SUSPECT, "{amount} packets say that a FIFO of their chip was full"),
+    # Sent twice by the board, or an older one in place of a newer: both are stored, and something may be missing.
+    "doubled": Finding(SUSPECT, "{events} messages, {amount} words, seem to have come twice"),
+    # A clock that goes back is that of a board that has started again: what it had not sent is gone.
+    "back": Finding(SUSPECT, "the time in the headers went back, {events} times, by {amount} s in all: a restart?"),
+    # Messages that followed each other here were sent seconds apart, and no silence lay between them: others did.
+    "ahead": Finding(SUSPECT, "the time in the headers jumped ahead, {events} times, by {amount} s in all"),
+    # Heartbeats come at equal ticks of the board's clock; where some are not here, other words may be missing too.
+    "heartbeats": Finding(SUSPECT, "{amount} heartbeats are missing, in {events} places"),
+    # Each reset of the clock tells how long ago the one before was; that one has not come.
+    "resets": Finding(SUSPECT, "the SYNC words of resets of the board's clock are missing, in {events} places"),
+}
+assert sorted(FINDINGS) == sorted(NOTICES)
+
+
+def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[Verdict] = ()) -> list[Verdict]:
+    """The lines about one io_group: `others` (of its connection), then what its decoder noticed (dtype schema.NOTICE,
+    one for each of NOTICES). One line "complete" when there is nothing to say."""
+    found = list(others)
+    for name, notice in zip(NOTICES, noticed, strict=True):
+        if notice["events"]:
+            finding = FINDINGS[name]
+            numbers = {"events": int(notice["events"]), "amount": int(notice["amount"])}
+            found.append(
+                Verdict(
+                    io_group,
+                    finding.verdict,
+                    finding.text.format(**numbers),
+                    numbers.get(finding.lost, 0),
+                    int(notice["first_ns"]),
+                    int(notice["last_ns"]),
+                )
+            )
+    return found or [Verdict(io_group, COMPLETE, "", 0, 0, 0)]
+
+
+def added(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    """What several decoders noticed about one io_group, as if it had been one."""
+    total: NDArray[Any] | None = None
+    for part in parts:
+        if total is None:
+            total = part.copy()
+            continue
+        new, old = part["events"] > 0, total["events"] > 0
+        total["first_ns"] = np.where(new & old, np.minimum(part["first_ns"], total["first_ns"]), total["first_ns"])
+        total["first_ns"] = np.where(new & ~old, part["first_ns"], total["first_ns"])
+        total["last_ns"] = np.maximum(part["last_ns"], total["last_ns"])
+        total["events"] += part["events"]
+        total["amount"] += part["amount"]
+    if total is None:
+        raise ValueError("no decoder, so nothing was noticed")
+    return total
+
+
+class State(Enum):
+    ABSENT = 0  # no connection since the run began
+    THERE = 1
+    LOST = 2  # the connection is gone
+    BACK = 3  # there is one again, no message yet
+
+
+class Presence:
+    """Whether a board was there. Times are unix ns.
+
+    It was away from the last message before its connection was lost to the first one after, or to now: a board that
+    publishes keeps nothing for those who are away, so that all that it sent meanwhile is gone. One that is connected
+    and silent has nothing against it: no message is no sign. Only when it says nothing in a whole run that is longer
+    than it ever is silent (`silence`, ns: boards send heartbeats, which can be switched off; 0: it may be silent) is
+    that told. Beginning and end of a run are not sharper than GRACE_NS and END_GRACE_NS.
+    """
+
+    def __init__(self, silence: int = 0) -> None:
+        self._silence = silence
+        self._state = State.ABSENT
+        self._since = 0  # the run began
+        self._heard = 0  # the last message; 0: none in this run
+        self._away = 0  # from when on, unless it is THERE
+        self._lost = 0  # when that was noticed
+        self._gaps: list[tuple[int, int]] = []
+        self._number = 0
+
+    def start(self, now: int) -> None:
+        """A run begins; whether the board is connected stays as it is."""
+        self._state = State.THERE if self._state in (State.THERE, State.BACK) else State.ABSENT
+        self._since = self._away = now
+        self._heard = self._number = 0
+        self._gaps.clear()
+
+    def connected(self, now: int) -> None:
+        if self._state is State.ABSENT:
+            self._there(now)
+        elif self._state is State.LOST:
+            self._state = State.BACK
+
+    def heard(self, now: int) -> None:
+        self._heard = now
+        if self._state is State.LOST:  # it was on its way when the connection was lost
+            self._away = now
+        elif self._state is not State.THERE:
+            self._there(now)
+
+    def lost(self, now: int, since: int = 0) -> None:
+        """The connection is gone. `since`: messages went on coming, so this is noticed late; it was there then."""
+        self._lost = now
+        if self._state is State.THERE:
+            self._away = since or self._heard or self._since
+        if self._state is not State.ABSENT:
+            self._state = State.LOST
+
+    def _there(self, now: int) -> None:
+        if self._state is State.BACK or now - self._since > GRACE_NS:
+            self._number += 1
+            if len(self._gaps) == MOST_GAPS:
+                self._gaps[-1] = self._gaps[-1][0], now
+            else:
+                self._gaps.append((self._away, now))
+        self._state = State.THERE
+
+    def findings(self, io_group: int, now: int) -> list[Verdict]:
+        """One line for each time that the board was away since start(). `now`: or when the run was told to end."""
+        found: list[Verdict] = []
+        for first, last in self._gaps:
+            more = self._number - MOST_GAPS if len(found) == MOST_GAPS - 1 else 0
+            found.append(
+                _gap(io_group, f"the board was away{f', with {more} times more' if more > 0 else ''}", first, last)
+            )
+        if self._state is State.BACK:
+            found.append(_gap(io_group, "the board was away, and has sent nothing since it is back", self._away, now))
+        elif self._state is State.LOST and now - self._lost > END_GRACE_NS:
+            found.append(_gap(io_group, "the board was away, and did not come back", self._away, now))
+        elif self._state is State.ABSENT:
+            found.append(_gap(io_group, "the board was not there", self._away, now))
+        elif not self._heard and self._silence and now - self._since > self._silence:
+            found.append(_gap(io_group, "the board was connected, but sent not even a heartbeat", self._since, now))
+        return found
+
+
+def _gap(io_group: int, text: str, first: int, last: int) -> Verdict:
+    return Verdict(io_group, SUSPECT, f"{text}: {(last - first) / 1e9:.1f} s", 0, first, last)
+
+
+class Watch:
+    """The worst verdict of each io_group of a run so far, and warnings when something new speaks against one."""
+
+    def __init__(self) -> None:
+        self.worst: dict[int, str] = {}
+        self._told: dict[tuple[int, str], tuple[float, set[Verdict]]] = {}
+
+    def start(self) -> None:
+        self.worst.clear()
+        self._told.clear()
+
+    def look(self, found: Iterable[Verdict], now: float) -> list[str]:
+        """Warnings, each one line: a finding of a kind that is new in its io_group, or has grown and was last told
+        WARN_AGAIN seconds ago. `now`: monotonic seconds."""
+        lines = []
+        worst: dict[int, str] = {}
+        for one in found:
+            worst[one.io_group] = max(worst.get(one.io_group, COMPLETE), one.verdict, key=VERDICTS.index)
+            kind = one.io_group, _kind(one)
+            at, told = self._told.get(kind, (-math.inf, set()))
+            if one.verdict == COMPLETE or one in told or now < at + WARN_AGAIN:
+                continue
+            self._told[kind] = now, told | {one}
+            lines.append(f"io_group {one.io_group} is {one.verdict}: {one.why}")
+        self.worst = worst
+        return lines
+
+
+def _kind(one: Verdict) -> str:
+    """Sentences that differ in their numbers only are of one kind."""
+    return "".join(letter for letter in one.why if not letter.isdigit())

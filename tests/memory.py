@@ -1,0 +1,74 @@
+"""How much memory and how many descriptors the processes of a System use, over time."""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from system import System
+
+#: Seconds between two looks.
+EVERY = 1.0
+MIB = 1 << 20
+_ANON = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
+
+
+@dataclass
+class Use:
+    """Of one kind of process, all that had its key one after another. The ring is shared memory and does not count."""
+
+    times: list[float] = field(default_factory=list)  # seconds since the first look
+    memory: list[int] = field(default_factory=list)  # resident, private, bytes
+    descriptors: list[int] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        """Smallest, median, largest; `slope` by a straight line through all but the first tenth, per hour; `growth`:
+        the median of the last quarter over that of the second."""
+        found: dict[str, float] = {"samples": len(self.times)}
+        for name, values in (("mib", [n / MIB for n in self.memory]), ("fds", list(map(float, self.descriptors)))):
+            low, middle, high = min(values), statistics.median(values), max(values)
+            quarter, settled = len(values) // 4, len(values) // 10
+            second, last = values[quarter : 2 * quarter] or values, values[3 * quarter :]
+            hours = np.array(self.times[settled:]) / 3600
+            slope = float(np.polyfit(hours, values[settled:], 1)[0]) if len(set(hours)) > 2 else 0.0
+            found |= {f"{name}_min": low, f"{name}_median": middle, f"{name}_max": high}
+            found |= {f"{name}_slope": slope, f"{name}_growth": statistics.median(last) - statistics.median(second)}
+        return {name: round(value, 2) for name, value in found.items()}
+
+
+class Memory:
+    """Looks at all processes of the system until close()."""
+
+    def __init__(self, line: System) -> None:
+        self.uses: dict[str, Use] = {}
+        self._line = line
+        self._began = time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory")
+        self._thread.start()
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.wait(EVERY):
+            for key, process in list(self._line.processes.items()):
+                place = Path(f"/proc/{process.popen.pid}")
+                try:
+                    resident = _ANON.search((place / "status").read_text())
+                    descriptors = len(os.listdir(place / "fd"))
+                except OSError:
+                    continue  # it was just killed
+                if resident is None:
+                    continue  # a zombie
+                use = self.uses.setdefault(key, Use())
+                use.times.append(time.monotonic() - self._began)
+                use.memory.append(int(resident[1]) * 1024)
+                use.descriptors.append(descriptors)

@@ -1,0 +1,383 @@
+"""What decoders notice, and what follows from it: each finding, no false alarm, and the same however it was cut."""
+
+import math
+import struct
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pacman_cases import messages as any_messages
+from recorded import shared_data
+from wiring import data_word, drain, legacy, new_counts, newer, newer_data, odd, spans_of
+
+from larpixdaq import schema
+from larpixdaq._native import emulate, frames
+from larpixdaq.blocks import Verdict
+from larpixdaq.schema import Asic
+from larpixdaq.sources.evidence import GRACE_NS, MOST_GAPS, Presence, Watch, added, verdicts
+
+S = 10**9
+HIT = odd(0x1234_5678 << 16 | 20 << 2)
+WORD = data_word(HIT, receipt=77)
+
+
+class Board:
+    """A decoder that is told when its messages came: `heard` has (time, message), times in seconds."""
+
+    def __init__(self, decoder: frames.PacmanDecoder | frames.BernDecoder | None = None) -> None:
+        self.decoder = decoder or frames.PacmanDecoder(1, Asic.V2)
+        self.decoder.start(new_counts())
+        self._read = 0.0
+
+    def hear(self, heard: Sequence[tuple[float, bytes]], cuts: Sequence[int] = ()) -> dict[str, tuple[int, int]]:
+        """Feed in batches that end at `cuts`; each is read when its last message has come."""
+        for start, stop in pairwise([0, *sorted(cuts), len(heard)]):
+            if start < stop:
+                now = heard[stop - 1][0]
+                self.decoder.heard(int(now * S), self._read, now)
+                self.decoder.feed(*spans_of([message for _, message in heard[start:stop]]))
+                drain(self.decoder, schema.PACKETS_2_4, [7, 100])
+                self._read = now
+        return self.noticed()
+
+    def noticed(self) -> dict[str, tuple[int, int]]:
+        found = self.decoder.noticed()
+        return {
+            name: (int(notice["events"]), int(notice["amount"]))
+            for name, notice in zip(schema.NOTICES, found, strict=True)
+            if notice["events"]
+        }
+
+    def times(self, name: str) -> tuple[int, int]:
+        notice = self.decoder.noticed()[schema.NOTICES.index(name)]
+        return int(notice["first_ns"]), int(notice["last_ns"])
+
+
+def sync(kind: str, ticks: int) -> bytes:
+    return struct.pack("<2cxxI8x", b"S", kind.encode(), ticks & 0xFFFFFFFF)
+
+
+def hits(n: int, seconds: int = 1_600_000_000, start: float = 0.0) -> list[tuple[float, bytes]]:
+    """Messages with one hit each, of which no two are alike, in one second."""
+    return [(start + i / 1e4, legacy([data_word(odd(HIT ^ i << 48), receipt=i)], seconds)) for i in range(n)]
+
+
+def test_ordinary_messages_say_nothing() -> None:
+    heard = hits(50) + hits(50, 1_600_000_001, 1.0) + [(2.0, legacy([])), (2.0, legacy([]))]
+    assert Board().hear(heard) == {}
+
+
+def test_words_that_the_header_counts_and_that_are_not_there() -> None:
+    board = Board()
+    assert board.hear([(1, legacy([]))]) == {}  # so that the format is known
+    cut = legacy([WORD] * 3)[:-20]  # one word and a half
+    assert board.hear([(1, legacy([WORD], count=4)), (2, cut)], [1]) == {"short": (2, 5), "trailing": (1, 12)}
+    lost, more = verdicts(1, board.decoder.noticed())
+    assert lost == Verdict(1, "lost", "2 messages hold 5 words fewer than their headers count", 5, S, 2 * S)
+    assert (more.verdict, more.lost) == ("suspect", 0)
+    new = Board(frames.PacmanDecoder(1, Asic.V2, format="1.0"))
+    assert new.hear([(3, newer([newer_data(HIT)] * 2, n_bytes=72))]) == {"short": (1, 1)}
+
+
+def test_bytes_that_nobody_understands() -> None:
+    board = Board()
+    found = board.hear(
+        [(1, legacy([])), (1, b"Z" * 30), (1, legacy([b"X" + bytes(15), WORD])), (1, legacy([WORD]) + b"abc")]
+    )
+    assert found == {"rejected": (1, 30), "unknown": (1, 1), "trailing": (1, 3)}
+    assert {one.verdict for one in verdicts(1, board.decoder.noticed())} == {"suspect"}
+
+
+def test_a_clock_that_goes_back() -> None:
+    board = Board()
+    heard = hits(3, 1000) + hits(3, 999, 1.0) + hits(3, 1000, 2.0) + hits(3, 990, 3.0) + hits(3, 7, 4.0)
+    assert board.hear(heard, [3, 6, 9, 12]) == {"back": (2, 10 + 983)}
+    assert board.times("back")[1] == int(heard[-1][0] * S)
+
+
+@pytest.mark.parametrize(
+    ("pause", "jump", "suspect"), [(0.1, 2, 0), (0.1, 4, 1), (60, 60, 0), (60, 62, 0), (60, 70, 1)]
+)
+def test_a_clock_that_goes_on_while_nothing_came(pause: float, jump: int, suspect: int) -> None:
+    """A silence that the host knows of explains a later time; without one, messages between are gone."""
+    heard = hits(3, 1000) + hits(3, 1000 + jump, pause)
+    board = Board()
+    # the reader looks every tenth of a second, also while nothing comes
+    board.hear(heard[:3])
+    board._read = max(board._read, pause - 0.1)
+    assert board.hear(heard[3:]) == ({"ahead": (1, jump)} if suspect else {})
+
+
+def test_unknown_times_of_arrival_prove_nothing() -> None:
+    board = Board()
+    board.decoder.heard(S)
+    board.decoder.feed(*spans_of([m for _, m in hits(3, 1000) + hits(3, 2000)]))
+    drain(board.decoder, schema.PACKETS_2_4)
+    assert board.noticed() == {}
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [2], [1, 2, 3]])
+def test_messages_that_come_twice(cuts: list[int]) -> None:
+    one, two, three = (message for _, message in hits(3))
+    long = legacy([data_word(odd(HIT ^ i << 40), receipt=i) for i in range(40)])
+    board = Board()
+    assert board.hear([(i, m) for i, m in enumerate([one, one, two, long, long, long, three, one])], cuts) == {
+        "doubled": (3, 81)
+    }
+
+
+def test_messages_that_may_be_alike() -> None:
+    """Answers to the same configuration read, SYNC words of a clock that is reset each second, heads alone."""
+    answer = legacy([data_word(odd(3 | 11 << 2), receipt=5)])
+    pps = legacy([sync("S", 10_000_000)])
+    other = legacy([data_word(odd(HIT ^ 1 << 40), receipt=77)])
+    heard = [answer, answer, pps, pps, legacy([WORD]), other, legacy([]), legacy([]), legacy([WORD, WORD])]
+    assert Board().hear([(i, m) for i, m in enumerate(heard)]) == {}
+
+
+@pytest.mark.parametrize(
+    ("asic", "word", "full"),
+    [
+        (Asic.V2, HIT | 1 << 58 | 1 << 60, False),  # half full
+        (Asic.V2, HIT | 1 << 59, True),
+        (Asic.V2, HIT | 1 << 61, True),
+        (Asic.V2_DIAGNOSTICS, HIT | 1 << 59, True),
+        (Asic.V2, HIT | 1 << 59 | 3, False),  # an answer of the configuration
+        (Asic.V3, HIT | 1 << 59 | 1, True),
+        (Asic.V1, 1 << 51, False),
+        (Asic.V1, 1 << 52, True),
+        (Asic.V1, 1 << 52 | 1, False),  # a test packet: part of its counter
+    ],
+)
+def test_full_fifos(asic: Asic, word: int, full: bool) -> None:
+    width = 54 if asic == Asic.V1 else 64
+    good, bad = odd(word, width), odd(word, width) ^ 1 << (width - 1)
+    dtype = schema.layout_of(asic).dtype
+    wanted = {"full": (2, 2)} if full else {}
+    pacman = Board(frames.PacmanDecoder(1, asic))
+    pacman.decoder.feed(*spans_of([legacy([data_word(good), data_word(bad), data_word(good)])]))
+    drain(pacman.decoder, dtype)
+    assert pacman.noticed() == wanted
+    bern = Board(frames.BernDecoder(1, asic))
+    bern.decoder.feed(*spans_of([b"\1\0D\1" + bytes(4) + struct.pack("<3Q", good, bad, good)]))
+    drain(bern.decoder, dtype)
+    assert bern.noticed() == wanted
+    line = frames.SerialDecoder(1, asic)
+    line.start(new_counts())
+    line.feed(frames.encode_serial(np.array([good, bad, good], np.uint64)), 1)
+    drain(line, dtype)
+    assert bool(line.noticed()[schema.NOTICES.index("full")]["amount"] == 2) == full
+
+
+@pytest.mark.parametrize("period", [100_000_000, 7_654_321])
+def test_heartbeats(period: int) -> None:
+    """At equal intervals, through the clock's roll-over; where some are missing they are counted."""
+    beats = [i for i in range(120) if i not in (40, 41, 42, 90)]
+    heard = [(float(i), legacy([sync("H", i * period)], 1000 + i)) for i in beats]
+    board = Board()
+    assert board.hear(heard, range(len(heard))) == {"heartbeats": (2, 4)}
+    assert board.times("heartbeats") == (39 * S, 91 * S)
+
+
+def test_heartbeats_of_a_clock_that_begins_again_or_gets_another_period() -> None:
+    ticks = [1, 2, 3, 0.5, 1.5, 2.5, 2.8, 3.1, 3.4, 3.7]
+    assert Board().hear([(float(i), legacy([sync("H", int(t * 1e8))], 1000 + i)) for i, t in enumerate(ticks)]) == {}
+
+
+def pulses(missing: Sequence[int], phase: float, n: int = 60) -> list[tuple[float, bytes]]:
+    """SYNC words each second, a heartbeat each ten; the headers' seconds begin `phase` after them."""
+    heard = []
+    for i in range(n):
+        at = 1000 + i + phase + (0.002 if i % 2 else -0.002)
+        words = [sync("S", 10_000_000)] + ([sync("H", 5)] if i % 10 == 0 else [])
+        if i not in missing:
+            heard += [(at, legacy([word], int(at))) for word in words]
+    return heard
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.3, 0.999])
+def test_clocks_that_are_reset_each_second(phase: float) -> None:
+    """No alarm although the headers' seconds may stand still for two of them, and one that is missing is noticed."""
+
+    def hear(heard: list[tuple[float, bytes]]) -> dict[str, tuple[int, int]]:
+        board = Board()
+        for at, message in heard:
+            board._read = max(board._read, at - 0.2)  # the reader looks often
+            board.hear([(at, message)])
+        return board.noticed()
+
+    assert hear(pulses([], phase)) == {}
+    assert hear(pulses([33], phase)) == {"resets": (1, 1)}
+    assert hear(pulses([33, 34, 35], phase))["resets"] == (1, 1)
+
+
+@pytest.mark.parametrize("pps", [False, True])
+def test_an_emulated_board_is_complete_and_what_it_skips_is_found(pps: bool) -> None:
+    board = emulate.PacmanBoard(Asic.V2, rate=200, seed=3, seconds=1000, tick=2**31, pps=pps, words=100_000)
+    count = board.fill(100_000)  # 500 s: two roll-overs, 50 heartbeats
+    whole = [bytes(board.buffer[s["start"] : s["start"] + s["length"]]) for s in board.spans[:count]]
+    heard = [(float(struct.unpack_from("<I", m, 1)[0]), m) for m in whole]
+    assert Board().hear(heard, range(0, count, 100)) == {}
+    beats = [i for i, m in enumerate(whole) if b"SH" in (m[8:10], m[24:26])]
+    assert len(beats) == 50
+    gone = set(beats[10:13]) | set(beats[30:31])
+    assert Board().hear([h for i, h in enumerate(heard) if i not in gone])["heartbeats"] == (2, 4)
+
+
+def test_recorded_messages_are_complete() -> None:
+    """Nearly all hold one word, 133 s pass between two of them; when each was heard is not known."""
+    data = shared_data("pacman_2020_messages.bin").read_bytes()
+    spans, _ = frames.split_log(data)
+    decoder = frames.PacmanDecoder(1, Asic.V2)
+    decoder.start(new_counts())
+    decoder.feed(data, spans)
+    drain(decoder, schema.PACKETS_2_4)
+    assert verdicts(1, decoder.noticed()) == [Verdict(1, "complete", "", 0, 0, 0)]
+
+
+@settings(deadline=None)
+@given(any_messages(), st.lists(st.integers(0, 9)), st.data())
+def test_however_it_was_cut(messages: list[bytes], again: list[int], data: st.DataObject) -> None:
+    """Messages of every kind, some of them twice, all of one moment: the same is noticed of any batches."""
+    sent = [m for i, m in enumerate(messages) for _ in range(2 if i in again else 1)]
+    heard = [(1.0, message) for message in sent]
+    cuts = data.draw(st.lists(st.integers(0, len(sent))))
+    one, many = Board(), Board()
+    one._read = many._read = 1.0
+    assert many.hear(heard, cuts) == one.hear(heard)
+
+
+def test_start_forgets_what_was_noticed_but_not_what_came_before() -> None:
+    board = Board()
+    board.hear([(1, legacy([WORD], 1000)), (1, b"nonsense")])
+    board.decoder.start(new_counts())
+    assert board.noticed() == {}
+    assert board.hear([(2, legacy([WORD], 900))]) == {"back": (1, 100)}
+    board.decoder.forget()
+    assert board.hear([(2, legacy([WORD], 800))]) == {"back": (1, 100)}
+
+
+def test_notices_from_elsewhere() -> None:
+    decoder = frames.PacmanDecoder(1, Asic.V2)
+    decoder.heard(5)
+    decoder.note(schema.NOTICES.index("oversized"), 3, 70)
+    assert verdicts(4, decoder.noticed()) == [
+        Verdict(4, "lost", "3 messages of 70 bytes in all were too large and were dropped", 3, 5, 5)
+    ]
+    with pytest.raises(ValueError, match="expected 0 to"):
+        decoder.note(len(schema.NOTICES), 1, 1)
+    twice = added([decoder.noticed(), np.zeros(len(schema.NOTICES), schema.NOTICE), decoder.noticed()])
+    assert twice[schema.NOTICES.index("oversized")].tolist() == (6, 140, 5, 5)
+
+
+# Presence
+
+
+def told(presence: Presence, now: float) -> list[tuple[str, float, float]]:
+    return [
+        (one.why.partition(":")[0], one.first_ns / S, one.last_ns / S) for one in presence.findings(1, int(now * S))
+    ]
+
+
+def present(silence: float = 0) -> Presence:
+    """A board that was connected before the run began, at second 10."""
+    presence = Presence(int(silence * S))
+    presence.start(1 * S)
+    presence.connected(5 * S)
+    presence.start(10 * S)
+    return presence
+
+
+def test_a_board_that_is_there() -> None:
+    presence = present()
+    assert told(presence, 1000) == []
+    presence.heard(20 * S)
+    assert told(presence, 1000) == []
+
+
+def test_a_board_that_goes_and_comes_back() -> None:
+    presence = present()
+    presence.heard(20 * S)
+    presence.lost(22 * S)
+    assert told(presence, 24) == []  # it may have been switched off because the run is over
+    assert told(presence, 25) == [("the board was away, and did not come back", 20, 25)]
+    presence.heard(21 * S)  # had been on its way
+    presence.connected(26 * S)
+    assert told(presence, 27) == [("the board was away, and has sent nothing since it is back", 21, 27)]
+    presence.lost(27 * S)
+    presence.connected(27 * S)
+    presence.heard(28 * S)
+    presence.heard(29 * S)
+    assert told(presence, 1000) == [("the board was away", 21, 28)]
+    presence.start(2000 * S)
+    assert told(presence, 3000) == []
+
+
+def test_a_board_that_was_gone_before_anybody_looked() -> None:
+    presence = present()
+    presence.heard(20 * S)
+    presence.lost(23 * S, 22 * S)
+    presence.connected(23 * S)
+    presence.heard(23 * S)
+    assert told(presence, 1000) == [("the board was away", 22, 23)]
+
+
+def test_a_board_that_is_not_there() -> None:
+    presence = Presence()
+    presence.start(10 * S)
+    assert told(presence, 11) == [("the board was not there", 10, 11)]
+    presence.connected(10 * S + GRACE_NS)
+    assert told(presence, 100) == []
+    late = Presence()
+    late.start(10 * S)
+    late.connected(15 * S)
+    assert told(late, 100) == [("the board was away", 10, 15)]
+
+
+def test_a_board_that_should_have_spoken() -> None:
+    presence = present(silence=15)
+    assert told(presence, 24) == []
+    assert told(presence, 26) == [("the board was connected, but sent not even a heartbeat", 10, 26)]
+
+
+def test_a_board_that_comes_and_goes_all_the_time() -> None:
+    presence = present()
+    for i in range(3 * MOST_GAPS):
+        presence.heard((20 + 2 * i) * S)
+        presence.lost((21 + 2 * i) * S)
+        presence.connected((21 + 2 * i) * S)
+    presence.heard(1000 * S)
+    found = told(presence, 2000)
+    assert len(found) == MOST_GAPS
+    assert found[-1] == (f"the board was away, with {2 * MOST_GAPS} times more", 20 + 2 * (MOST_GAPS - 1), 1000)
+
+
+# Warnings
+
+
+def test_warnings_come_once_and_again_when_it_got_worse() -> None:
+    watch = Watch()
+    fine = Verdict(2, "complete", "", 0, 0, 0)
+
+    def look(words: int, now: float) -> list[str]:
+        return watch.look(
+            [Verdict(1, "lost", f"{words} words", words, 1, 2), Verdict(1, "suspect", "x", 0, 1, 2), fine], now
+        )
+
+    assert look(1, 0) == ["io_group 1 is lost: 1 words", "io_group 1 is suspect: x"]
+    assert watch.worst == {1: "lost", 2: "complete"}
+    assert look(2, 1) == []
+    assert look(2, 10) == ["io_group 1 is lost: 2 words"]
+    assert look(2, 100) == []
+    watch.start()
+    assert watch.worst == {}
+    assert look(2, 101) == ["io_group 1 is lost: 2 words", "io_group 1 is suspect: x"]
+
+
+def test_infinite_times_are_the_default() -> None:
+    decoder = frames.BernDecoder(1, Asic.V2)
+    decoder.heard(1, -math.inf, math.inf)
+    assert not decoder.noticed()["events"].any()
