@@ -28,6 +28,7 @@ from larpixdaq.recorder import Recorder
 from larpixdaq.sources.base import Source
 from larpixdaq.sources.evidence import Watch
 from larpixdaq.stream.address import bind
+from larpixdaq.stream.publisher import router
 from larpixdaq.takeover import totals
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Producer:
         self._look_at = 0.0
         self._told_to_end = 0  # unix ns
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        socket = self._context.socket(zmq.ROUTER)
+        socket = router(self._context)
         self.address = bind(socket, options.address, options.core, insecure=options.insecure)
         io_groups = [group for source in boards for group in source.io_groups]
         self.recorder = Recorder(delivery.ring, self.name, self.epoch, self.layout, io_groups)

@@ -12,15 +12,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-
 from larpixdaq import schema
 from larpixdaq._native.ring import END
 from larpixdaq.arena import Arena, arenas
 from larpixdaq.blocks import Block, End, Verdict, unpack_producer
 from larpixdaq.errors import ProtocolError, RingError
 from larpixdaq.recorder import Recorder
-from larpixdaq.spool import Directory, File
+from larpixdaq.spool import Directory
+from larpixdaq.spool_file import File
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class Predecessors:
         for path in paths:
             try:
                 file = File.adopt(path, self._producer, epoch)
-            except (OSError, ValueError, msgspec.DecodeError) as error:
+            except (OSError, ValueError) as error:
                 _set_aside(path, error)
                 continue
             if file is not None:

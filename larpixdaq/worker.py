@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import select
@@ -10,6 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 Job = tuple[Callable[[], Any], Callable[[Any], None]]
 
@@ -73,5 +76,8 @@ class Worker:
                 found = do()
             except OSError as error:
                 found = error
+            except Exception as error:  # a mistake of ours: nothing may wait for ever for what it would have told
+                log.exception("%s", self._thread.name)
+                found = OSError(str(error))
             self._done.append((then, found))
             os.eventfd_write(self._wake, 1)

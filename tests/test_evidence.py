@@ -4,9 +4,12 @@ import math
 import struct
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+from driving import Driver
+from filling import Feed, run_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pacman_cases import messages as any_messages
@@ -16,8 +19,10 @@ from wiring import data_word, drain, legacy, new_counts, newer, newer_data, odd,
 from larpixdaq import schema
 from larpixdaq._native import emulate, frames
 from larpixdaq.blocks import Verdict
+from larpixdaq.files.writer import RunFile
 from larpixdaq.schema import Asic
 from larpixdaq.sources.evidence import GRACE_NS, MOST_GAPS, Presence, Watch, added, verdicts
+from larpixdaq.sources.replay import ReplaySource
 
 S = 10**9
 HIT = odd(0x1234_5678 << 16 | 20 << 2)
@@ -247,6 +252,52 @@ def test_recorded_messages_are_complete() -> None:
     decoder.feed(data, spans)
     drain(decoder, schema.PACKETS_2_4)
     assert verdicts(1, decoder.noticed()) == [Verdict(1, "complete", "", 0, 0, 0)]
+
+
+def replayed(*files: Path) -> list[Verdict]:
+    driven = Driver(ReplaySource([(1, file) for file in files], asic=Asic.V2, speed=math.inf))
+    driven.to_the_end()
+    return driven.source.evidence(S)
+
+
+def test_recorded_files_one_after_another(tmp_path: Path) -> None:
+    """The second begins where it begins: that says nothing; what the bytes of one file say is found."""
+
+    def log(name: str, messages: list[bytes]) -> Path:
+        path = tmp_path / name
+        path.write_bytes(b"".join(len(message).to_bytes(4, "little") + message for message in messages))
+        return path
+
+    one = log("one", [message for _, message in hits(3, 2000) + hits(3, 9000)])
+    assert replayed(one, one) == [Verdict(1, "complete", "", 0, 0, 0)]
+    two = log("two", [legacy([WORD], 2000), legacy([WORD], 2000), legacy([data_word(HIT)], 1000)])
+    with two.open("ab") as file:
+        file.write(b"\xff\xff\xff\xff and no message any more")
+    lines = [(line.verdict, line.why) for line in replayed(two)]
+    assert lines == [
+        ("suspect", "1 messages of 28 bytes in all could not be understood"),
+        ("suspect", "1 messages, 1 words, seem to have come twice"),
+        ("suspect", "the time in the headers went back, 1 times, by 1000 s in all: a restart?"),
+    ]
+
+
+def test_a_recorded_packet_file(tmp_path: Path) -> None:
+    """Its messages are made anew, cut as it is read, so that only the words count: heartbeats, and full FIFOs."""
+    beats = [sync("H", i * 100_000_000) for i in (1, 2, 3, 5)]
+    full = data_word(odd(HIT | 1 << 59))
+    decoder = frames.PacmanDecoder(1, Asic.V2)
+    decoder.start(new_counts())
+    decoder.feed(*spans_of([legacy([word], 2000 - i) for i, word in enumerate([*beats, full, WORD, WORD])]))
+    rows = np.concatenate(drain(decoder, schema.PACKETS_2_4))
+    feed = Feed()
+    file = RunFile(tmp_path, run_info())
+    file.add(*feed.block(rows))
+    file.end(feed.end())
+    lines = [(line.verdict, line.why) for line in replayed(file.close().path)]
+    assert lines == [
+        ("suspect", "1 packets say that a FIFO of their chip was full"),
+        ("suspect", "1 heartbeats are missing, in 1 places"),
+    ]
 
 
 @settings(deadline=None)

@@ -111,6 +111,7 @@ def test_a_board_that_is_gone_for_two_seconds(line: System) -> None:
         made.go()
         line.await_status(operator, "producer", "verdicts", {"1": "suspect"})
         assert operator.state().result(LIMIT) == "RUN"
+        assert "; io_group 1 is suspect" in operator.status().readable(LIMIT)
         counts = made.line()["sent"]["1"]
         until(lambda: line.status_of(operator, "producer").get("packets", 0) == counts["D"], "the rest of the words")
         ended = operator.end_run().result(LIMIT)

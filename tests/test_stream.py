@@ -1,23 +1,20 @@
 """The stream over real sockets: a producer's ring on one side, consumers on the other."""
 
 import contextlib
-import select
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
+from streaming import LAYOUT, STORAGE, Line, Reader, until
 
 from larpixdaq import schema
-from larpixdaq._native.ring import SMALLEST, Ring
 from larpixdaq.blocks import (
     Ack,
-    Block,
     Bye,
     Credit,
     End,
@@ -30,54 +27,8 @@ from larpixdaq.blocks import (
     unpack_consumer,
     unpack_producer,
 )
-from larpixdaq.deflate import crc32
 from larpixdaq.errors import ProtocolError
-from larpixdaq.recorder import Recorder
-from larpixdaq.stream import Consumer, Publisher
-from larpixdaq.stream.store import Store
-
-LAYOUT = schema.layout(2)
-STORAGE = "Offline storage"
-
-
-class Line:
-    """A recorder, its ring and its publisher, without the process around them."""
-
-    def __init__(self) -> None:
-        self.context = zmq.Context()
-        socket = self.context.socket(zmq.ROUTER)
-        socket.bind("tcp://127.0.0.1:0")
-        self.address = socket.get(zmq.LAST_ENDPOINT).decode()
-        self.ring = Ring(bytearray(SMALLEST + (32 << 20)), producer="board", epoch=5)
-        self.recorder = Recorder(self.ring, "board", 5, LAYOUT, [1, 2])
-        self.publisher = Publisher(Store("board", 5, self.ring, None), socket)
-        self.written = 0
-        self.peers: list[zmq.Socket[bytes]] = []
-
-    def begin(self, run: int = 1, required: tuple[str, ...] = (STORAGE,)) -> None:
-        self.recorder.begin(run, required)
-        self.publisher.begin(run, LAYOUT.code, required)
-
-    def write(self, n: int) -> None:
-        """One block of n rows whose timestamps count on."""
-        rows = self.recorder.rows()
-        assert rows is not None
-        rows[:n] = np.zeros(n, LAYOUT.dtype)
-        rows["timestamp"][:n] = np.arange(self.written, self.written + n)
-        rows["io_group"][:n] = 1
-        self.ring.counts[1, schema.COUNTS.index("packets")] += np.uint64(n)
-        self.ring.counts[1, schema.COUNTS.index("word_rows")] += np.uint64(n)
-        self.recorder.publish(n)
-        self.recorder.close_block()
-        self.written += n
-
-    def end(self) -> End:
-        end = self.recorder.end("closed", [], [])
-        self.publisher.end()
-        return end
-
-    def close(self) -> None:
-        self.context.destroy(linger=0)
+from larpixdaq.stream import Consumer
 
 
 @pytest.fixture
@@ -85,55 +36,6 @@ def line() -> Iterator[Line]:
     line = Line()
     yield line
     line.close()
-
-
-def until(line: Line, condition: Any, what: str, limit: float = 5.0) -> None:
-    """Turn the publisher's loop until the condition holds."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {limit} s for {what}"
-        line.publisher.socket.poll(5)
-        line.publisher.work()
-
-
-class Reader:
-    """Takes everything from a consumer, acknowledging as a storage does."""
-
-    def __init__(self, consumer: Consumer, *, acknowledge: bool = True) -> None:
-        self.consumer = consumer
-        self.acknowledge = acknowledge
-        self.blocks: list[Block] = []
-        self.stamps: list[int] = []
-        self.ends: list[End] = []
-        self.other: list[Any] = []
-
-    def take(self) -> None:
-        select.select([self.consumer.fileno()], [], [], 0)
-        while (received := self.consumer.next()) is not None:
-            name, frame, payload = received
-            if isinstance(frame, Block):
-                assert payload is not None
-                assert crc32(payload) == frame.crc32
-                rows = np.frombuffer(payload, schema.layout(frame.layout).dtype)
-                assert len(rows) == frame.rows
-                self.blocks.append(frame)
-                self.stamps += rows["timestamp"][rows["packet_type"] != 5].tolist()
-                if self.acknowledge:
-                    self.consumer.acknowledge(frame.source, frame.sequence + 1)
-                self.consumer.done(name)
-            elif isinstance(frame, End):
-                self.ends.append(frame)
-                if self.acknowledge:
-                    self.consumer.acknowledge(frame.source, frame.next + 1)
-            else:
-                self.other.append(frame)
-
-    def has(self, condition: Any) -> Any:
-        def check() -> bool:
-            self.take()
-            return bool(condition(self))
-
-        return check
 
 
 @pytest.fixture

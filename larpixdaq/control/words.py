@@ -80,6 +80,8 @@ def _producer(info: Facts, facts: Facts) -> str:
         parts.append(f"{facts['packets']} packets {where}")
         losses = (("dropped", "rows dropped"), ("unknown", "unknown words"), ("bad_parity", "with bad parity"))
         parts += [f"{facts[name]} {words}" for name, words in losses if facts[name]]
+        doubts = facts.get("verdicts", {}).items()
+        parts += [f"io_group {io_group} is {verdict}" for io_group, verdict in doubts if verdict != "complete"]
         if facts["owed_blocks"]:
             parts.append(f"blocks not yet stored: {facts['owed_blocks']} (ring {facts['ring']:.0%} full)")
         if facts.get("spooled_blocks"):

@@ -59,8 +59,18 @@ class Subscriber:
     skipped: int = 0
 
 
+def router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """The socket for a Publisher, still to be bound: what it is set to counts from the bind on."""
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    for option, value in HEARTBEATS.items():
+        socket.setsockopt(option, value)
+    return socket
+
+
 class Publisher:
-    """Serves blocks on `socket`, a bound ROUTER. Everything happens in the producer's own loop.
+    """Serves blocks on `socket`, a router() that is bound. Everything happens in the producer's own loop.
 
     `own` is where this producer's blocks are; adopt() adds what predecessors have left, which is delivered before. A
     block is kept until every storage that its run requires has acknowledged it.
@@ -89,10 +99,6 @@ class Publisher:
         self.forgotten: frozenset[str] = frozenset()
         self._away: dict[str, float] = {}  # required storage without a subscription -> since when
         self._drained = clock()
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        for option, value in HEARTBEATS.items():
-            socket.setsockopt(option, value)
 
     # what there is to deliver
 

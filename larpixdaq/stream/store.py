@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from larpixdaq._native.ring import END, INFO, Ring
 from larpixdaq.arena import Arena
-from larpixdaq.spool import BATCH_BLOCKS, BATCH_BYTES, LOST, Header, Record, Spool
+from larpixdaq.spool import BATCH_BLOCKS, BATCH_BYTES, Spool
+from larpixdaq.spool_file import LOST, Header, Record
 
 
 @dataclass
