@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, rows: Sequence[str], report: dict[str, Any]
             outcome = future.result()
             if options.jobs == 1 and (slow := late(outcome)):  # several at a time say nothing about times
                 outcome.ok = False
-                outcome.failures.append(slow)
+                outcome.failures += slow
             outcomes.append(outcome)
             print(f"{number}/{len(waiting)} {line(outcome)}", file=sys.stderr, flush=True)
             if options.report:

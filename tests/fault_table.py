@@ -101,16 +101,18 @@ def _times(outcome: Outcome, made: Trial, one: Row) -> None:
     read = {"lost": outcome.lost_after, "stuck": outcome.stuck_after}
     if one.becomes and read[one.becomes] is None:
         outcome.failures.append(f"{made.hit[0]} was never read as {one.becomes}")
-    if not one.noticed:
-        seen = {name for when, name, what in made.watch.events if what != "fine" and when >= made.hit_at}
-        outcome.failures += [f"{name} was read as lost or stuck too" for name in sorted(seen - set(made.hit))]
+    seen = {name for when, name, what in made.watch.events if what != "fine" and when >= made.hit_at}
+    outcome.noticed = sorted(seen - set(made.hit))
 
 
-def late(outcome: Outcome) -> str:
-    """What took longer than promised, in one line; empty when nothing did. A question of the machine's speed too."""
+def late(outcome: Outcome) -> list[str]:
+    """What took longer than promised, and who else was held up; to be judged on a machine that does nothing else."""
     one = ROWS[outcome.row]
     read = {"lost": outcome.lost_after, "stuck": outcome.stuck_after}.get(one.becomes)
-    return "" if read is None or read <= IN_TIME else f"read as {one.becomes} after {read:.2f} s"
+    found = [f"read as {one.becomes} after {read:.2f} s"] if read is not None and read > IN_TIME else []
+    if not one.noticed:
+        found += [f"{name} was read as lost or stuck too" for name in outcome.noticed]
+    return found
 
 
 def _story(made: Trial) -> list[str]:

@@ -71,6 +71,7 @@ class Outcome:
     gaps: list[str] = field(default_factory=list)
     lost_after: float | None = None  # seconds from the fault until the process that it hit was read as lost
     stuck_after: float | None = None
+    noticed: list[str] = field(default_factory=list)  # others that were read as lost or stuck
     events: list[str] = field(default_factory=list)
     seconds: float = 0.0
     kept: str = ""  # where files and logs of a failed trial are
