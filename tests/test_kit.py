@@ -127,7 +127,7 @@ def test_the_network_passes_loses_delays_and_cuts(net: Network) -> None:
             assert [int.from_bytes(receiver.recv(4), "little") for _ in range(10)] == list(range(10))
             net.fault("one", "two", drop=0.5)
             send(100)
-            until(lambda: sum(net.heal("one", "two").values()) >= 110, "all packets to have been looked at")
+            until(lambda: sum(net.fault("one", "two", drop=0.5).values()) >= 110, "all packets to have been looked at")
             counts = net.heal("one", "two")
             assert 20 < counts["lost"] < 80
             for _ in range(counts["passed"] - 10):
