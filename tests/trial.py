@@ -178,6 +178,7 @@ class Trial:
         line.launch_producer("--ring", setup.ring, "--pacman", *ports, *setup.producer)
         self.operator = self.new_operator()
         line.await_kinds(self.operator, "storage", "run_data", "producer", "log")
+        until(lambda: len(self.components("storage")) == setup.storages, f"{setup.storages} storages to be there")
         self.watch = Watch(self.new_operator())
         self._stack.callback(self.watch.close)
 
