@@ -15,12 +15,14 @@ from typing import Any
 
 from rich.console import Console
 
+from larpixdaq.arena import DEFAULT_DIRECTORY, arenas
 from larpixdaq.cli.local import connect, wait_for
 from larpixdaq.emulators import pacman
 from larpixdaq.errors import ComponentError, FileError
 from larpixdaq.files import verify
 from larpixdaq.files.words import count_words
 from larpixdaq.launch import Group, components, free_port
+from larpixdaq.producer import DEFAULT_NAME as PRODUCER
 
 #: Every process must be there, and every step done, within so long (seconds).
 STEP_LIMIT = 30.0
@@ -91,8 +93,12 @@ def run(options: argparse.Namespace) -> int:
     console = Console(quiet=options.json, highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="larpixdaq-demo-") as folder:
         state = Path(folder)
-        with contextlib.closing(Group(state / "out")) as group:
-            outcome = _take_run(options, group, state, console)
+        try:
+            with contextlib.closing(Group(state / "out")) as group:
+                outcome = _take_run(options, group, state, console)
+        finally:  # a producer that had to be killed leaves its ring to a successor, which will never come
+            for ring in arenas(DEFAULT_DIRECTORY, state, PRODUCER).values():
+                ring.unlink(missing_ok=True)
     if options.json:
         print(json.dumps(outcome))
     else:
