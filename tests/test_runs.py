@@ -591,6 +591,54 @@ def test_a_core_that_died_in_prepare_cancels(team):
     second.close()
 
 
+def test_what_was_answered_to_a_core_that_has_died_is_told_by_heartbeats(team):
+    ask(team, "prepare")
+    second = restart(team)
+    for name in KINDS:
+        second.register(name)  # all still at work on it: none is in the run yet
+    second.beat("board 1", 1, False)
+    second.beat("board 1", 1, False)
+    assert [one[:3:2] for one in second.waiting] == [("board 1", "cancel_run")]
+    second.answer_all()
+    assert second.peers.components["board 1"].run is None
+    do(second, "prepare")
+    do(second, "begin")
+    third = restart(second)
+    for name in KINDS:
+        third.register(name, run=2, begun=name != "disk 1")
+    assert [one[:3:2] for one in third.waiting] == [("disk 1", "begin_run")]
+    third.beat("disk 1", 2, True)  # while it is asked its answer counts, not this
+    assert not third.peers.components["disk 1"].begun
+    third.answer_all()
+    assert third.peers.components["disk 1"].begun
+    assert do(third, "end")["condition"] == COMPLETE
+    third.close()
+
+
+def test_a_disk_that_will_soon_be_full_is_a_warning(team, caplog):
+    full = {"seconds_left": 700, "bytes_per_second": 18e6}
+    for _ in range(3):
+        team.beat("disk 1", **full, paused="")
+        team.beat("disk 2", seconds_left=None, bytes_per_second=0, paused="no space left")
+    warnings = do(team, "prepare")["warnings"]
+    assert warnings == [
+        "disk 1: 11 min until the disk is full at 18 MB/s",
+        "disk 2 writes nothing: no space left",
+    ]
+    team.beat("disk 1", seconds_left=650, bytes_per_second=18e6)
+    team.beat("disk 1", seconds_left=550, bytes_per_second=18e6)
+    team.beat("disk 1", seconds_left=800, bytes_per_second=18e6)
+    team.beat("disk 1", seconds_left=590, bytes_per_second=18e6)
+    team.beat("disk 2", paused="")
+    told = [record.message for record in caplog.records if record.message.startswith("disk")]
+    assert told == [
+        "disk 1: 11 min until the disk is full at 18 MB/s",
+        "disk 2 writes nothing: no space left",
+        "disk 1: 9 min until the disk is full at 18 MB/s",
+        "disk 2 writes again",
+    ]
+
+
 def test_a_run_that_the_catalogue_does_not_know_is_left_alone_until_aborted(team):
     team.lose("board 1")
     team.register("board 1", instance="2", run=77)

@@ -173,7 +173,7 @@ class RunProcedures:
                 params: dict[str, Any] = {"run": run.run, "kind": run.kind, "comment": run.comment}
                 yield Ask("prepare_run", {name: Item(params, PREPARE_LIMIT)})
             self._save(run)
-        if self.state == RUN and self.run is run:
+        if self.state == RUN and self.run is run and run.phase != ENDING:
             outcomes = yield Ask("begin_run", {name: Item({"run": run.run}, BEGIN_LIMIT)})
             if not outcomes[name].ok:
                 raise ComponentError(outcomes[name].text)
