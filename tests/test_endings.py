@@ -90,7 +90,7 @@ def test_producer_in_a_run(line: System, how: signal.Signals) -> None:
     assert list(ring.iterdir()) == []
     ended = operator.end_run().result(2 * LIMIT)
     assert ended["condition"] == "ABORTED"
-    assert "LArPix board is lost" in ended["reasons"]
+    assert "LArPix board ended in the middle of the run" in ended["reasons"]
     (path,) = ended["files"]
     report = verify(path)
     assert report.ok, report.findings

@@ -157,6 +157,9 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
     away += [line[0] for line in recorded.values() if line[3] == "recovered"]
     for name in dict.fromkeys(away):
         reasons.append(f"{name} was away for a part of the run: what its boards sent then did not reach us")
+    if run.condition != ABORTED:
+        cut = [line[0] for line in recorded.values() if line[3] == "aborted"]
+        reasons += [f"{name} ended in the middle of the run" for name in dict.fromkeys(cut)]
     for (name, _), end in ends.items():
         if end.warning:
             reasons.append(f"{name}: {end.warning}")
