@@ -85,6 +85,7 @@ class Finisher:
         self._broken: dict[Path, str] = {}  # parts that could not be recovered yet, and why; of the first thread
         self._left: list[Path] = []  # files whose command has not ended yet
         self._running: subprocess.Popen[bytes] | None = None
+        self._no_more = False  # commands: we end
 
     def fileno(self) -> int:
         """Polls readable while work() has something to call back."""
@@ -113,6 +114,7 @@ class Finisher:
         self._publishing.end()
         self._summing.end()
         self._commands.end(LAST_COMMANDS)
+        self._no_more = True
         running = self._running
         for path in self._left:
             if running is not None:
@@ -217,6 +219,8 @@ class Finisher:
     # Commands
 
     def _run(self, path: Path) -> None:
+        if self._no_more:
+            return  # it has been said that it was not run
         trouble = self._execute(path)
         self._left.remove(path)
         self.trouble = trouble
