@@ -85,7 +85,8 @@ class Writer:
             self.ring.free_to(self.ring.head)
         run = int(self.told[0]) + 1
         self.recorder.begin(run, ["storage", "other"])
-        self.told[:] = (run, 0, 0)
+        self.told[1] = self.told[2] = 0  # before the run: it may be killed in between
+        self.told[0] = run
 
     def work(self) -> None:
         steps = ((self.write, 60), (self.recorder.close_block, 20), (self.drop, 5), (self.info, 5), (self.run, 3))
