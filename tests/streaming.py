@@ -77,7 +77,7 @@ class Line:
         self.context.destroy(linger=0)
 
 
-def until(line: Line, condition: Any, what: str, limit: float = 5.0) -> None:
+def until(line: Line, condition: Any, what: str, limit: float = LIMIT) -> None:
     """Turn the publisher's loop until the condition holds."""
     deadline = time.monotonic() + limit
     while not condition():

@@ -132,6 +132,7 @@ def test_a_consumer_that_stood_still_does_not_insist_on_its_name(line: Line, con
     line.begin()
     line.write(10)
     until(line, reader.has(lambda r: len(r.blocks) == 1), "a block")
+    until(line, lambda: not line.publisher.owed(), "its acknowledgement")
     other = Consumer(STORAGE, "s2", "all")
     core.heard = time.monotonic() + 1000  # it goes on to say things
     ahead[0] = 10.0
