@@ -28,8 +28,7 @@ def new_tally() -> NDArray[np.uint64]:
 
 def stored(tally: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """All rows of each io_group, shape (IO_GROUPS,)."""
-    total: NDArray[np.uint64] = tally[:, _ROWS].sum(axis=1)
-    return total
+    return np.asarray(tally[:, _ROWS].sum(axis=1), np.uint64)
 
 
 def made(counts: Mapping[str, int]) -> int:

@@ -91,8 +91,8 @@ def message_times(data: NDArray[np.uint8], spans: NDArray[Any]) -> tuple[NDArray
 
 def _number(data: NDArray[np.uint8], at: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """The little-endian numbers of `size` bytes at these places; what would lie behind the end counts as 0."""
-    padded_at = [np.minimum(at + i, len(data)) for i in range(size)]
     padded = np.concatenate((data, np.zeros(1, np.uint8)))
-    parts = [padded[place].astype(np.uint64) << np.uint64(8 * i) for i, place in enumerate(padded_at)]
-    total = np.bitwise_or.reduce(parts).view(np.int64)
-    return np.asarray(total)
+    total = np.zeros(len(at), np.uint64)
+    for i in range(size):
+        total |= padded[np.minimum(at + i, len(data))].astype(np.uint64) << np.uint64(8 * i)
+    return total.view(np.int64)
