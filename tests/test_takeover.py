@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from system import System, rows_of, system
 from larpixdaq._native.ring import SMALLEST, Ring
 from larpixdaq.arena import TORN, Arena, arena_name
 from larpixdaq.errors import RingError
+from larpixdaq.files.runs import survey
 from larpixdaq.files.verify import verify
+from larpixdaq.operator import Operator
 from larpixdaq.spool import Directory
 from larpixdaq.takeover import Predecessors
 from larpixdaq.worker import Worker
@@ -186,3 +189,109 @@ def test_a_producer_killed_in_a_run_loses_nothing_that_it_had(line: System) -> N
     assert sorted(how) == ["closed", "recovered"]
     assert line.processes["producer"].stop() == 0
     assert list(ring_dir.iterdir()) == []
+
+
+def check(ended: dict[str, Any], condition: str) -> int:
+    """All parts of the run are good and hold what was made; the number of words from the board in them."""
+    assert ended["condition"] == condition, ended
+    assert ended["rows"] == ended["stored"]
+    paths = [Path(path) for path in ended["files"]]
+    assert survey(paths[0].parent, ended["run"]).condition == condition
+    for path in paths:
+        report = verify(path)
+        assert report.ok or report.condition == "INTERRUPTED", report.findings  # a part that goes on in the next
+    rows = [rows_of(path) for path in paths]
+    assert sum(map(len, rows)) == ended["rows"]
+    return sum(int(np.count_nonzero(part["direction"] == 1)) for part in rows)
+
+
+def producer(operator: Operator) -> dict[str, Any]:
+    """What the producer says of itself, with its epoch; nothing while there is none."""
+    found = [one for one in operator.components().result(LIMIT) if one["kind"] == "producer"]
+    return {"epoch": found[0]["info"]["epoch"], **found[0]["status"]} if found else {}
+
+
+def take(line: System, *source: object) -> Operator:
+    operator = line.start(*source, "--ring", "16MiB")
+    operator.prepare_run().result(LIMIT)
+    operator.begin_run().result(LIMIT)
+    return operator
+
+
+BOARD = (
+    "--io-groups",
+    "1",
+    "--words-per-message",
+    "500",
+    "--wait-for-subscriber",
+    "--wait-for-go",
+    "--lossless",
+    "--rate",
+)
+
+
+def test_what_a_stopped_storage_does_not_take_waits_on_disk(line: System) -> None:
+    with emulator(*BOARD, "300000", "--count", "3000000") as board:
+        operator = take(line, "--pacman", f"1=127.0.0.1:{board.ready['1']['data']}")
+        board.go()
+        until(lambda: line.status_of(operator, "storage").get("rows", 0) > 20_000, "rows in the storage")
+        storage = line.processes["offline_storage"].popen
+        storage.send_signal(signal.SIGSTOP)
+        until(lambda: producer(operator)["spooled_bytes"] > 30 << 20, "30 MiB in the spool")
+        storage.send_signal(signal.SIGCONT)
+        sent = board.finish()
+        until(lambda: producer(operator)["spooled_bytes"] == 0, "the spool to be empty", 2 * LIMIT)
+        ended = operator.end_run().result(2 * LIMIT)
+    assert producer(operator)["dropped"] == 0
+    assert check(ended, "COMPLETE") == sent["sent"]["1"]["words"]
+    assert list((line.folder / "state" / "spool").iterdir()) == []
+
+
+def test_what_is_owed_at_the_end_is_delivered_by_the_next_start(line: System) -> None:
+    ring_dir = line.folder / "rings"
+    ring_dir.mkdir()
+    with emulator(*BOARD, "300000") as board:
+        source = ("--pacman", f"1=127.0.0.1:{board.ready['1']['data']}", "--ring-dir", ring_dir)
+        operator = take(line, *source)
+        board.go()
+        until(lambda: line.status_of(operator, "storage").get("rows", 0) > 20_000, "rows in the storage")
+        line.processes["offline_storage"].kill()
+        until(lambda: producer(operator)["spooled_blocks"] > 20, "20 blocks in the spool")
+        first = line.processes.pop("producer")
+        assert first.stop() == 0
+        assert "are not stored yet: they are kept, the next start under this name delivers them" in first.stderr
+        assert len(list(ring_dir.iterdir())) == 1
+        line.launch_storage()
+        line.launch_producer(*source)
+        until(lambda: producer(operator).get("state") == "RUN", "the producer to be in the run again")
+        until(lambda: producer(operator)["packets"] > 1000, "packets")
+        until(lambda: producer(operator)["inherited"] == 0, "all to be delivered")
+        ended = operator.end_run().result(2 * LIMIT)
+        board.stop()
+        board.finish()
+    check(ended, "ABORTED")
+    assert len(list(ring_dir.iterdir())) == 1
+
+
+def test_a_stopped_producer_whose_name_is_taken_leaves_its_ring(line: System) -> None:
+    """The new one is in the run already; what the old one had comes when it has gone."""
+    ring_dir = line.folder / "rings"
+    ring_dir.mkdir()
+    source = ("--fake", "20000", "--ring-dir", ring_dir)
+    operator = take(line, *source)
+    until(lambda: line.status_of(operator, "storage").get("rows", 0) > 5000, "rows in the storage")
+    old = line.processes.pop("producer")
+    old.popen.send_signal(signal.SIGSTOP)
+    (before,) = ring_dir.iterdir()
+    epoch = producer(operator)["epoch"]
+    line.launch_producer(*source)
+    until(lambda: len(list(ring_dir.iterdir())) == 2, "the second ring")
+    until(lambda: producer(operator)["epoch"] != epoch, "the new one to be registered")
+    until(lambda: producer(operator).get("state") == "RUN", "it to be in the run")
+    assert before.exists()  # it is held
+    old.popen.send_signal(signal.SIGCONT)
+    assert old.wait() == 1
+    assert "another component has taken this name" in old.stderr
+    until(lambda: not before.exists(), "the old ring to be delivered", 2 * LIMIT)
+    ended = operator.end_run().result(2 * LIMIT)
+    check(ended, "COMPLETE, suspect")
