@@ -276,6 +276,17 @@ cdef class Ring:
             return False
         return self.header.head == self.now.first or self.descriptors[(self.header.head - 1) % DESCRIPTORS].kind != END
 
+    def unused(self):
+        """(offset in the memory, bytes) of what holds no block."""
+        cdef uint64_t size = self.header.arena_size
+        cdef uint64_t first = self.header.tail_position % size
+        cdef uint64_t behind = self.header.head_position % size
+        if self.header.head_position == self.header.tail_position:
+            return [(_OVERHEAD, size)]
+        if behind <= first:
+            return [(_OVERHEAD + behind, first - behind)]
+        return [(_OVERHEAD, first), (_OVERHEAD + behind, size - behind)]
+
     def runs(self):
         """(run, first descriptor, layout, bytes of a row, unix ns of its beginning, io_groups, required storages, first
         descriptor that each of these has not acknowledged) of each run that may have blocks here, oldest first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import mmap
@@ -68,10 +69,11 @@ class Arena:
     `close()` unlinks it, `leave()` does not: whoever comes next under this name delivers what is in it.
     """
 
-    def __init__(self, path: Path, file: int, ring: Ring) -> None:
+    def __init__(self, path: Path, file: int, memory: mmap.mmap, ring: Ring) -> None:
         self.path = path
         self.ring = ring
         self._file = file
+        self._memory = memory
 
     @classmethod
     def make(cls, directory: Path, state_dir: Path, producer: str, epoch: int, size: int) -> Arena:
@@ -99,7 +101,7 @@ class Arena:
                 f"the ring does not fit: {size} bytes asked for, {free.f_bavail * free.f_frsize} free in {directory} "
                 f"({error.strerror}); make it smaller with --ring or put it elsewhere with --ring-dir"
             ) from None
-        return cls(path, file, Ring(memory, producer=producer, epoch=epoch, made_ns=time.time_ns()))
+        return cls(path, file, memory, Ring(memory, producer=producer, epoch=epoch, made_ns=time.time_ns()))
 
     @classmethod
     def adopt(cls, path: Path, producer: str, epoch: int) -> Arena | None:
@@ -117,18 +119,28 @@ class Arena:
             if not take(file, path):
                 os.close(file)
                 return None
-            ring = Ring(mmap.mmap(file, 0), producer=producer, epoch=epoch, attach=True)
+            memory = mmap.mmap(file, 0)
+            ring = Ring(memory, producer=producer, epoch=epoch, attach=True)
         except (OSError, ValueError) as error:
             fcntl.flock(file, fcntl.LOCK_UN)
             os.close(file)
             raise RingError(f"{path}: {error}") from None
-        return cls(path, file, ring)
+        return cls(path, file, memory, ring)
 
     def __enter__(self) -> Arena:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def shrink(self) -> None:
+        """Give back the memory that holds no block, where the file system can; no block may be made any more."""
+        for start, size in self.ring.unused():
+            first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+            last = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                with contextlib.suppress(OSError):
+                    self._memory.madvise(mmap.MADV_REMOVE, first, last - first)
 
     def close(self) -> None:
         """Unlink and unlock. The memory itself goes when nobody reads from it any more."""

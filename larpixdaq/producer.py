@@ -27,8 +27,7 @@ from larpixdaq.readout import Readout
 from larpixdaq.recorder import Recorder
 from larpixdaq.sources.base import Source
 from larpixdaq.sources.evidence import Watch
-from larpixdaq.stream.address import bind
-from larpixdaq.stream.publisher import router
+from larpixdaq.stream.address import bind, router
 from larpixdaq.takeover import totals
 
 log = logging.getLogger(__name__)

@@ -73,6 +73,7 @@ class Predecessors:
         ends: dict[int, End] = {}
         if arena is not None:
             self._finish(arena)
+            arena.shrink()
             ends = _ends(arena)
         files = []
         for path in paths:

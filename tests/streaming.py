@@ -18,7 +18,7 @@ from larpixdaq.deflate import crc32
 from larpixdaq.recorder import Recorder
 from larpixdaq.spool import Directory, Spool
 from larpixdaq.stream import Consumer, Publisher
-from larpixdaq.stream.publisher import router
+from larpixdaq.stream.address import router
 from larpixdaq.stream.store import Store
 from larpixdaq.worker import Worker
 

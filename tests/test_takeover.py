@@ -18,8 +18,9 @@ from boards import emulator
 from processes import LIMIT, until
 from system import System, rows_of, system
 
-from larpixdaq._native.ring import SMALLEST, Ring
+from larpixdaq._native.ring import BLOCK, END, SMALLEST, Ring
 from larpixdaq.arena import TORN, Arena, arena_name
+from larpixdaq.blocks import unpack_producer
 from larpixdaq.errors import RingError
 from larpixdaq.files.runs import survey
 from larpixdaq.files.verify import verify
@@ -75,6 +76,25 @@ def test_a_ring_that_is_held_is_left_alone(tmp_path: Path, predecessors: Predece
     assert predecessors.look(()) == []  # we hold it now
     assert left.arena is not None
     left.arena.close()
+
+
+def test_a_ring_that_was_taken_over_takes_no_more_memory_than_it_needs(
+    tmp_path: Path, predecessors: Predecessors
+) -> None:
+    path = leave(tmp_path, 9)
+    before = path.stat().st_blocks
+    (left,) = predecessors.look(())
+    assert left.arena is not None
+    assert (before - path.stat().st_blocks) * 512 > 7 << 20
+    ring = left.arena.ring
+    assert [ring.kind(index) for index in range(ring.tail, ring.head)] == [BLOCK, END]
+    assert len(ring.payload(0)) == 3 * 36
+    assert unpack_producer(ring.packed_header(1), "ring") == left.ends[1]
+    left.arena.leave()
+    (again,) = predecessors.look(())
+    assert again.ends == left.ends
+    assert again.arena is not None
+    again.arena.close()
 
 
 def test_others_rings_are_not_ours(tmp_path: Path, predecessors: Predecessors) -> None:
@@ -212,7 +232,7 @@ def producer(operator: Operator) -> dict[str, Any]:
 
 
 def take(line: System, *source: object) -> Operator:
-    operator = line.start(*source, "--ring", "16MiB")
+    operator = line.start(*source, "--ring", "32MiB")
     operator.prepare_run().result(LIMIT)
     operator.begin_run().result(LIMIT)
     return operator

@@ -1,4 +1,5 @@
-"""Where a producer's stream listens: the interface that reaches the core, a free port, unless told otherwise."""
+"""The socket of a producer's stream, and where it listens: at the interface that reaches the core, at a free port,
+unless told otherwise."""
 
 from __future__ import annotations
 
@@ -6,6 +7,20 @@ import zmq
 
 from larpixdaq import config
 from larpixdaq.errors import ConfigError
+
+#: libzmq closes the connection of a peer whose process stands still, or whom the network has cut off, and with that
+#: gives the ring's memory back. A busy peer answers all the same: its libzmq does. Milliseconds.
+HEARTBEATS = {zmq.HEARTBEAT_IVL: 300, zmq.HEARTBEAT_TIMEOUT: 1000, zmq.HEARTBEAT_TTL: 3000}
+
+
+def router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """The socket for a Publisher, still to be bound: what it is set to counts from the bind on."""
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    for option, value in HEARTBEATS.items():
+        socket.setsockopt(option, value)
+    return socket
 
 
 def bind(listener: zmq.Socket[bytes], address: str | None, core: str, *, insecure: bool) -> str:

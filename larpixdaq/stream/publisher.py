@@ -37,9 +37,6 @@ SILENT = 1.0
 DRAIN_LIMIT = 10_000
 #: A required storage without a subscription for so long (seconds) no longer holds what another one has.
 FORGET_AFTER = 60.0
-#: libzmq closes the connection of a peer whose process stands still, or whom the network has cut off, and with that
-#: gives the ring's memory back. A busy peer answers all the same: its libzmq does. Milliseconds.
-HEARTBEATS = {zmq.HEARTBEAT_IVL: 300, zmq.HEARTBEAT_TIMEOUT: 1000, zmq.HEARTBEAT_TTL: 3000}
 
 
 @dataclass
@@ -57,16 +54,6 @@ class Subscriber:
     in_flight: dict[tuple[int, int], deque[tuple[int, int]]] = field(default_factory=dict)
     flight_bytes: int = 0
     skipped: int = 0
-
-
-def router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    """The socket for a Publisher, still to be bound: what it is set to counts from the bind on."""
-    socket = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    for option, value in HEARTBEATS.items():
-        socket.setsockopt(option, value)
-    return socket
 
 
 class Publisher:
