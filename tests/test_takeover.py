@@ -182,17 +182,15 @@ def test_a_producer_killed_in_a_run_loses_nothing_that_it_had(line: System) -> N
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
         until(lambda: line.status_of(operator, "storage").get("rows", 0) > 20_000, "rows in the storage")
+        epoch = producer(operator)["epoch"]
         line.processes["producer"].kill()
         (left,) = ring_dir.iterdir()
         line.launch_producer(*source)
-
-        def again() -> Any:
-            status = line.status_of(operator, "producer")
-            return status.get("state") == "RUN" and status.get("packets", 0) > 20_000
-
-        until(again, "the producer to be in the run again")
-        until(lambda: line.status_of(operator, "producer")["inherited"] == 0, "the old epoch to be delivered")
-        assert left not in ring_dir.iterdir()
+        until(lambda: producer(operator)["epoch"] != epoch, "the new one to be registered")
+        until(lambda: producer(operator).get("state") == "RUN", "it to be in the run")
+        until(lambda: producer(operator)["packets"] > 20_000, "packets")
+        until(lambda: not left.exists(), "the old epoch to be delivered")
+        assert producer(operator)["inherited"] == 0
         ended = operator.end_run().result(2 * LIMIT)
         board.stop()
         board.finish()
