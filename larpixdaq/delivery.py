@@ -53,6 +53,7 @@ class Delivery:
         self._look_at = time.monotonic() + LOOK
         self._closed = False
         self._inherited: list[Store] = []
+        self._news: list[str] = []
         self.publisher: Publisher | None = None
         self._take(self._predecessors.look(self._known))  # before the own ring, which may need the room
         self.arena = Arena.make(options.ring_dir, state_dir, self.name, epoch, options.ring)
@@ -74,6 +75,8 @@ class Delivery:
 
     def work(self) -> None:
         assert self.publisher is not None
+        while self._news:  # not before the log is there
+            log.warning(self._news.pop())
         self.worker.turn()
         self.publisher.work()
         self.ring.alive(time.time_ns())
@@ -92,7 +95,7 @@ class Delivery:
             self._known.add(epoch)
             store = Store.inherited(self.name, epoch, arena, Spool(self.spool, files) if files else None)
             if owed := store.owed():
-                log.warning("%s: %d blocks of a process before are taken over (epoch %x)", self.name, owed, epoch)
+                self._news.append(f"{self.name}: {owed} blocks of a process before are taken over (epoch {epoch:x})")
                 self._inherited.append(store)
                 if self.publisher is not None:
                     self.publisher.adopt(store)
