@@ -335,14 +335,14 @@ cdef class Ring:
                    (self.header.head - self.header.tail) / <double>(DESCRIPTORS - KEPT_DESCRIPTORS))
 
     def short(self, uint64_t after) -> bool:
-        """Whether little room, less than a sixteenth or two blocks, would be left if all blocks below `after` were freed."""
+        """Whether little room, less than a quarter or two blocks, would be left if all blocks below `after` were freed."""
         cdef uint64_t room = self.header.arena_size - self.kept
         cdef uint64_t tail = self.header.tail_position
         if self.header.tail < after <= self.header.head:
             tail = self.descriptors[(after - 1) % DESCRIPTORS].end
-        cdef uint64_t little = max(room // 16, 2 * (HEADER_ROOM + <uint64_t>16384 * self.now.row_size))
+        cdef uint64_t little = max(room // 4, 2 * (HEADER_ROOM + <uint64_t>16384 * self.now.row_size))
         return (self.header.head_position - tail + little > room
-                or self.header.head - max(after, self.header.tail) > <uint64_t>(DESCRIPTORS - DESCRIPTORS // 16))
+                or self.header.head - max(after, self.header.tail) > <uint64_t>(DESCRIPTORS - DESCRIPTORS // 4))
 
     # runs
 

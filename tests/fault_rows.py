@@ -65,10 +65,10 @@ def storage_stopped(trial: Trial) -> None:
 def storage_stopped_another_started(trial: Trial) -> None:
     stopped = _stopped_until_lost(trial)
     trial.faults.note("another storage of the name started, same directory")
-    trial.line.restart("offline_storage")
+    waiting = trial.line.restart("offline_storage")
+    until(lambda: "waiting until it has ended" in waiting.stderr, "the second storage to wait for its turn", STEP)
     trial.faults.pause(8.0)
     _goes_on(trial, stopped)
-    waiting = trial.line.processes["offline_storage"]
     trial.expect(waiting.stop() == 0, f"the storage that waited did not end cleanly: {waiting.stderr}")
     trial.line.processes["offline_storage"] = trial.line.processes.pop(stopped)
 

@@ -43,7 +43,7 @@ from larpixdaq.files.batch import Batch
 from larpixdaq.files.journal import records
 from larpixdaq.files.positions import positions
 from larpixdaq.files.reader import DataFile
-from larpixdaq.files.recover import recover
+from larpixdaq.files.recover import prepare, recover
 from larpixdaq.files.runs import survey
 from larpixdaq.files.together import verify_all
 from larpixdaq.files.writer import RunFile
@@ -471,8 +471,13 @@ def trial(directory: Path, seed: int, tally: Tally) -> bool:
         if died := run_and_die(again, lambda parts=parts: [recover(part) for part in parts]):
             tally.recoveries[died] += 1
         check_before(directory, seed, told)
+    # A storage goes on from where the parts say that their sources will stand, and recovers them meanwhile.
+    for part in names.parts(directory):
+        prepare(part)
+    stands = set(positions(directory))
     for part in names.parts(directory):
         recover(part)
+    assert (after := set(positions(directory))) == stands, f"stood at {stands - after}, stands at {after - stands}"
     held = check_after(directory, seed, told)
     tally.rows += held.rows
     tally.acknowledged += held.acknowledged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from filling import NS, Feed, random_rows
-from processes import until
+from processes import LIMIT, until
 
 from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError, StateError
 from larpixdaq.files.info import info
+from larpixdaq.files.recover import recover
 from larpixdaq.files.verify import verify
-from larpixdaq.storing import Storing, parts
+from larpixdaq.storing import Storing, finishing, parts
 from larpixdaq.storing.limits import limit
 from larpixdaq.storing.space import Space
 
@@ -157,6 +159,42 @@ def test_a_storage_that_comes_back_goes_on_in_a_further_part(rigs: Callable[...,
     assert (about["part"], about["rows"]) == (1, 90)
     assert about["missing_blocks"] == 0
     assert about["required_producers"] == ["LArPix board"]
+
+
+def test_a_run_goes_on_while_the_part_before_is_recovered(
+    rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recovery reads every row. Nobody waits for it but the verdict on the run."""
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    rig.take(*[feed.block(rows(n)) for n in (10, 20, 30)])
+    rig.until(lambda: rig.stream.next == {feed.source: 3}, "three blocks in the journal")
+    part = rig.storage._runs[RUN].file.path
+    kill(rig)
+    go_on = threading.Event()
+
+    def slow(path: Path) -> Any:
+        assert go_on.wait(LIMIT)
+        return recover(path)
+
+    monkeypatch.setattr(finishing, "recover", slow)
+    again = rigs()
+    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.where()} == {(*feed.source, 3)}
+    again.prepare()
+    again.take(feed.block(rows(40)))
+    again.until(lambda: again.stream.next == {feed.source: 4}, "a block in the next part")
+    assert again.storage.status()["recovering"] == [part.name]
+    again.take(feed.end())
+    call = Answered()
+    again.storage.end_run(call, RUN, "closed", [{"name": "LArPix board", "epoch": 7, "next": 4}])
+    again.until(lambda: not again.storage._runs, "the next part to be closed")
+    assert part.exists()
+    assert call.value is None
+    go_on.set()
+    ended = again.until(lambda: call.value, "the answer to end_run")
+    assert (ended["condition"], ended["rows"], len(ended["files"])) == ("COMPLETE", 100, 2)
+    assert again.storage.status()["recovering"] == []
+    assert not part.exists()
 
 
 def test_a_disk_that_fails_kills_nobody_and_its_blocks_are_asked_for_again(

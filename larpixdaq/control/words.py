@@ -103,6 +103,8 @@ def _storage(info: Facts, facts: Facts) -> str:
             parts.append(left)
         if facts["files"]:
             parts.append(f"writing {', '.join(facts['files'])}: {facts['rows']} rows, {size(facts['bytes'])}")
+        if recovering := facts.get("recovering"):
+            parts.append(f"recovering {', '.join(recovering)}")
         if finished := facts.get("finished"):
             last = finished[-1]
             parts.append(f"last closed: {PurePath(last['file']).name}, {size(last['bytes'])}, {last['condition']}")

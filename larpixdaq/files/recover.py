@@ -4,13 +4,16 @@ The superblock is put right, rows beyond the last block of /run/blocks are cut, 
 and the file is closed like any other. Until it has its final name the journal stays, and what is written is written in
 the order in which writers write: whoever is killed in a recovery leaves what a killed writer leaves, and it can be
 repeated.
+
+It reads every row once, which takes a while when there are hundreds of millions. Where the sources will stand then is
+known before (positions.py): prepare() does what is quick, so that a storage goes on at once and recovers meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +64,24 @@ def recover(part: Path) -> Recovered:
     FileLocked, with nothing touched, when another process writes or recovers it. FileError in one line when it cannot
     be done; all that was there is there then, at most the superblock has been put right.
     """
-    part = Path(part)
+    with _taken(Path(part)) as (found, final, journal, name):
+        return _recover(found, final, journal, name)
+
+
+def prepare(part: Path) -> Recovered | None:
+    """Make it readable, so that it says with its journal where the sources stand; None: recover() has the rest to do.
+
+    A part without rows of its own, for which little is to be done, is recovered here. Errors as of recover().
+    """
+    with _taken(Path(part)) as (found, final, journal, name):
+        if final.exists() or not _repair(found):
+            return _recover(found, final, journal, name)
+        return None
+
+
+@contextlib.contextmanager
+def _taken(part: Path) -> Iterator[tuple[Path, Path, Journal, names.Name]]:
+    """The part, its final name, and its journal, which is locked meanwhile."""
     name = names.parse(part.name)
     if name is None or name.ending == names.FINISHED:
         raise FileError(f"{part}: not the name of a part (….h5.part) or of its journal")
@@ -71,12 +91,12 @@ def recover(part: Path) -> Recovered:
         raise FileError(f"{part}: there is no such file")
     journal = Journal(beside, recovery=True)
     try:
-        return _locked(part, part.with_name(stem + names.FINISHED), journal, name)
+        yield part, part.with_name(stem + names.FINISHED), journal, name
     finally:
         journal.close()
 
 
-def _locked(part: Path, final: Path, journal: Journal, name: names.Name) -> Recovered:
+def _recover(part: Path, final: Path, journal: Journal, name: names.Name) -> Recovered:
     kept = list(records(journal.path))
     if final.exists():
         if not part.exists() or part.samefile(final):  # killed behind the link, or behind the rename
@@ -84,7 +104,7 @@ def _locked(part: Path, final: Path, journal: Journal, name: names.Name) -> Reco
         if final.stat().st_size:
             raise FileError(f"cannot recover {part}: {final.name} exists")
         final.unlink()  # where there are no hard links, the name was taken, and the rename did not come
-    state = _born(part)
+    state = resume.read(part) if _repair(part) else None
     if not kept and (state is None or not state.accounts):
         with contextlib.suppress(FileNotFoundError):
             part.unlink()
@@ -121,16 +141,14 @@ def _closed(part: Path, final: Path, journal: Journal, run: int) -> Recovered:
     return Recovered(part, final, run, info["rows"], info["condition"], reasons, 0, 0, closed_before=True)
 
 
-def _born(part: Path) -> State | None:
-    """Put the superblock right, and read. None when its writer died while it made the file: nothing can have been
+def _repair(part: Path) -> bool:
+    """Put the superblock right. False when there is no file, or its writer died while it made it: nothing can have been
     stored in it."""
-    if not part.exists():
-        return None
-    first = superblock.read(part)
+    first = superblock.read(part) if part.exists() else None
     if first is None or first.flags == superblock.WRITING:
-        return None
+        return False
     superblock.repair(part)
-    return resume.read(part)
+    return True
 
 
 def _begin(part: Path, name: names.Name, kept: list[Record]) -> None:

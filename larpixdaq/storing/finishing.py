@@ -82,7 +82,7 @@ class Finisher:
         self._publishing, self._summing, self._commands = (
             _Worker(f"storage: {what}") for what in ("final names", "checksums", "commands")
         )
-        self._broken: dict[Path, str] = {}  # parts that could not be recovered yet, and why; of the first thread
+        self._broken: dict[Path, str] = {}  # parts that are not recovered yet, and why not; of the first thread
         self._left: list[Path] = []  # files whose command has not ended yet
         self._running: subprocess.Popen[bytes] | None = None
         self._no_more = False  # commands: we end
@@ -92,9 +92,9 @@ class Finisher:
         return self._wake
 
     @property
-    def broken(self) -> bool:
-        """Whether parts wait for retry()."""
-        return bool(self._broken)
+    def broken(self) -> list[str]:
+        """The names of the parts that are being recovered, or wait for retry()."""
+        return [part.name for part in list(self._broken)]
 
     def work(self) -> None:
         with contextlib.suppress(BlockingIOError):  # nothing was told, or it was and the wake-up is on its way
@@ -144,16 +144,17 @@ class Finisher:
 
         self._publishing.submit(job)
 
-    def mend(self, part: Path) -> None:
-        """A part that could not be written to its end: it is recovered when retry() is called."""
+    def mend(self, part: Path, why: str = "") -> None:
+        """A part that was not written to its end: it is recovered when retry() is called. `why`: what stood in the way
+        before, and was told."""
 
         def job() -> None:
-            self._broken.setdefault(part, "")
+            self._broken.setdefault(part, why)
 
         self._publishing.submit(job)
 
     def retry(self) -> None:
-        """Try to recover the parts that are broken."""
+        """Recover the parts that are broken, as far as the disk lets us."""
         self._publishing.submit(self._recover)
 
     def after(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:

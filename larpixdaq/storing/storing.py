@@ -125,6 +125,7 @@ class Storing(Writing):
             "bytes_per_second": self.space.bytes_per_second(),
             "seconds_left": self.space.seconds_left(),
             "paused": self.paused or "; ".join(run.failure for run in opened if run.file is None),
+            "recovering": self.finisher.broken,
             "duplicates": self.duplicates,
             "finished": list(self.finisher.finished),
             "on_close": self.finisher.trouble,

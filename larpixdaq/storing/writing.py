@@ -19,7 +19,7 @@ from larpixdaq.errors import FileError, LarpixDaqError
 from larpixdaq.files.positions import positions
 from larpixdaq.files.writer import RunInfo
 from larpixdaq.storing import parts
-from larpixdaq.storing.before import recover_all
+from larpixdaq.storing.before import take_up
 from larpixdaq.storing.finishing import Finisher
 from larpixdaq.storing.limits import Limits
 from larpixdaq.storing.parts import OpenRun
@@ -270,12 +270,13 @@ class Writing:
     # what was there before
 
     def resume(self) -> None:
-        """Recover what a storage before us has left, and find out where the runs stand that may go on.
+        """Find out where the runs stand that may go on, and begin to recover what a storage before us has left.
 
         What is wrong with their files goes to the log, so after the core has told where that is.
         """
-        for run in recover_all(self.directory, self.label, self.finisher):
+        for run in take_up(self.directory, self.label, self.finisher):
             self._look_up(run)
+        self.finisher.retry()  # not before: parts get other names
 
     def _look_up(self, run: int) -> None:
         """Take over where the files of a run stand, once: it may have been closed here long ago."""
