@@ -282,6 +282,46 @@ def test_files_that_cannot_be_read(tmp_path, run):
     assert (alone.condition, alone.rows) == ("INTERRUPTED", 0)
 
 
+@pytest.mark.parametrize("copies", [0, 1, 3])
+def test_a_storage_of_the_name_went_on_elsewhere(tmp_path, copies):
+    """It knows nothing of the files in the other directory; what both have counts once."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    run = Run(here)
+    run.add(100)
+    run.rotate()
+    run.add(50, 200, 1, 300)
+    sent = run.feed.rows[len(run.feed.rows) - copies :]
+    run.file.set_text("superseded from", "[]")
+    run.file.close(continued=True)
+    other = RunFile(there, run.info)
+    feed = Feed()
+    feed.sequence, feed.rows = run.feed.sequence - copies, run.feed.rows[: len(run.feed.rows) - copies]
+    feed.first_packet = sum(map(len, feed.rows))
+    for one in [*sent, rows(7)]:
+        other.add(*feed.block(one))
+    following = RunFile(there, run.info, 1, other.positions())
+    assert other.close(continued=True).condition == "INCOMPLETE"
+    following.add(*feed.block(rows(30)))
+    following.end(feed.end())
+    following.close()
+    assert survey(there, 42).condition == "INCOMPLETE"
+    assert survey(here, 42).condition == "INTERRUPTED"
+    assert not verify_all([there]).ok
+    outcome = verify_all([there, here])
+    assert outcome.ok, outcome
+    (found,) = outcome.runs
+    assert (found.condition, found.reasons, found.rows) == ("COMPLETE", [], 688)
+    assert [path.parent for path in found.files] == [here, here, there, there]
+    assert sum(line[3] for line in found.stored) == 688
+    # A part that is not there is missed all the same.
+    (here / name(0)).unlink()
+    lacking = verify_all([here, there])
+    assert not lacking.ok
+    assert lacking.runs[0].reasons == ["part 0 of run 42 is not there"]
+
+
 def test_two_files_of_one_part(tmp_path, run):
     run.add(100)
     path = run.end().path

@@ -22,6 +22,7 @@ from system import System
 from tally import parts_of, tally
 
 from larpixdaq.errors import LarpixDaqError
+from larpixdaq.files.together import verify_all
 from larpixdaq.operator import Operator
 
 #: A step of the run, or what must follow a fault, gets so long (seconds).
@@ -278,6 +279,9 @@ def judge(outcome: Outcome, made: Trial, run: int, *, gap: bool, counted: bool) 
     lost."""
     sent = {group: counts["words"] for group, counts in made.sent.items()}
     found = [tally(parts_of(directories, run, label)) for label, directories in made.directories.items()]
+    for directories in made.directories.values():
+        if len(directories) > 1 and not (outcome_of := verify_all(directories)).ok:
+            outcome.failures += [line for one in outcome_of.runs for line in one.reasons]
     best = min(found, key=lambda one: (len(one.problems), sum(one.unaccounted(sent).values())))
     missing = best.unaccounted(sent)
     outcome.sent = sum(sent.values())

@@ -70,10 +70,11 @@ class Books:
             if (whose, first, sequence) not in self._missing:
                 finding(f"{_name(whose)}: sequence {sequence} follows where {first} should")
 
-    def close(self, finding: Callable[[str], None], never_ended: Callable[[str], None]) -> None:
-        """`never_ended` gets the lines about sources whose end is not in this part."""
+    def close(self, finding: Callable[[str], None], lacking: Callable[[str], None], *, continued: bool) -> None:
+        """`lacking` gets the lines about what is not here and may be in other parts; continued: the run goes on in one,
+        where those end that have not."""
         for (whose, first, stop), rows in self._missing.items():
-            finding(f"{_name(whose)}: blocks {first} to {stop - 1} never came ({rows} rows by the header of the next)")
+            lacking(f"{_name(whose)}: blocks {first} to {stop - 1} never came ({rows} rows by the header of the next)")
         for row in self._file.table("run/ends"):
             whose = self._whose(row)
             source = self._source(whose)
@@ -82,17 +83,17 @@ class Books:
             source.ended = True
             self._reach(whose, source, int(row["next"]), finding)
         for whose, source in self._sources.items():
-            if not source.ended:
-                never_ended(f"{_name(whose)}: its end never came, its totals are unknown")
+            if not (source.ended or continued):
+                lacking(f"{_name(whose)}: its end never came, its totals are unknown")
             place = self._places.get(whose, (0, 0))[1]
             if self._closed and place != source.expected + source.ended:
                 finding(
                     f"{_name(whose)}: /run/positions says that {place} comes next, by its blocks that is"
                     f" {source.expected + source.ended}"
                 )
-        self._ledger(finding)
+        self._ledger(finding, lacking)
 
-    def _ledger(self, finding: Callable[[str], None]) -> None:
+    def _ledger(self, finding: Callable[[str], None], lacking: Callable[[str], None]) -> None:
         seen = set()
         for row in self._file.table("ledger/counts"):
             whose, group = self._whose(row), int(row["io_group"])
@@ -100,7 +101,7 @@ class Books:
             if (whose, group) in seen:
                 finding(f"{where}: stands twice in the ledger")
             seen.add((whose, group))
-            self._line(where, self._source(whose), group, plain(row), finding)
+            self._line(where, self._source(whose), group, plain(row), finding, lacking)
         for whose, source in self._sources.items():
             for index in np.flatnonzero(ledger.stored(source.tally)):
                 if (whose, int(index)) not in seen:
@@ -110,7 +111,13 @@ class Books:
                 finding(f"{_name(self._whose(row))}, io_group {row['io_group']}, outside of runs: {line}")
 
     def _line(
-        self, where: str, source: _Source, group: int, counts: dict[str, Any], finding: Callable[[str], None]
+        self,
+        where: str,
+        source: _Source,
+        group: int,
+        counts: dict[str, Any],
+        finding: Callable[[str], None],
+        lacking: Callable[[str], None],
     ) -> None:
         tally = dict(zip(chunks.TALLY, source.tally[group].tolist(), strict=True))
         stored = int(ledger.stored(source.tally)[group])
@@ -125,7 +132,7 @@ class Books:
         if source.late:
             return  # the rows of earlier parts are in other files
         if unpaid := ledger.owing(counts, stored, counts["owed"]):
-            finding(f"{where}: {unpaid}")
+            lacking(f"{where}: {unpaid}")
         if counts["owed"]:
             finding(f"{where}: {counts['owed']} rows are still owed")
         if counts["dropped"]:

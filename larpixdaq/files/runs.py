@@ -1,17 +1,19 @@
-"""A whole run of one storage, judged over all its parts: from their small tables alone, no row is read."""
+"""A whole run of one storage, judged over all its parts: from their small tables alone, no row is read but those of blocks
+that stand in two directories."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from larpixdaq import schema
 from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError
 from larpixdaq.files import layout, ledger, names
-from larpixdaq.files.reader import DataFile, plain
+from larpixdaq.files.part import Part, describe, read
+from larpixdaq.files.superseded import joined
 
 
 class RunReport(NamedTuple):
@@ -23,22 +25,6 @@ class RunReport(NamedTuple):
     reasons: list[str]  # why the condition is not COMPLETE, in one line each
     ends: list[tuple[str, int, int, str, int]]  # producer, epoch, next, how, rows made
     notes: list[str]  # what a reader should know though nothing is wrong
-
-
-class Part(NamedTuple):
-    """What the tables of one part say."""
-
-    path: Path
-    number: int
-    condition: str
-    rows: int
-    required: list[str]
-    positions: dict[Source, tuple[int, int]]  # first, next
-    ends: dict[Source, tuple[int, str]]  # next, how
-    counts: dict[tuple[Source, int], dict[str, Any]]
-    missing: list[tuple[Source, int, int]]
-    doubts: list[str]
-    damaged: list[str]
 
 
 def survey(directory: Path, run: int, label: str = "") -> RunReport:
@@ -64,46 +50,16 @@ def judge(run: int, paths: Iterable[Path], *, whole: bool) -> RunReport:
             parts.append(read(path))
         except FileError as error:
             waiting.append(str(error))
+    try:
+        parts = joined(parts)
+    except FileError as error:
+        waiting.append(str(error))
     parts.sort(key=lambda part: (part.number, part.path.name))
     return _Judgement(run, parts, waiting, whole).report()
 
 
 def _stem(path: Path) -> str:
     return path.name.removesuffix(names.JOURNAL)
-
-
-def read(path: Path) -> Part:
-    """FileError when it cannot be read, or is none of ours."""
-    with DataFile(path) as file:
-        if not file.own:
-            raise FileError(f"{path}: has no /run, so it is none of ours")
-        info, texts, producers = file.run_info(), file.texts(), file.producers()
-        run = int(info["run"])
-
-        def rows(name: str) -> Iterable[tuple[Source, dict[str, Any]]]:
-            return ((file.source(row, producers, run), plain(row)) for row in file.table(name))
-
-        return Part(
-            path=path,
-            number=info["part"],
-            condition=info["condition"],
-            rows=info["rows"],
-            required=texts.get("required producer", []),
-            positions={source: (row["first"], row["next"]) for source, row in rows("run/positions")},
-            ends={source: (row["next"], row["how"]) for source, row in rows("run/ends")},
-            counts={(source, row["io_group"]): row for source, row in rows("ledger/counts")},
-            missing=[(source, row["first"], row["next"]) for source, row in rows("run/missing")],
-            doubts=[
-                f"{describe(source)}, io_group {row['io_group']}: {row['verdict']}: {row['why']}"
-                for source, row in rows("ledger/verdicts")
-                if row["verdict"] != "complete"
-            ],
-            damaged=[f"{path.name}: {line}" for line in texts.get("damaged", [])],
-        )
-
-
-def describe(source: Source) -> str:
-    return f"producer {source.producer!r}, epoch {source.epoch:x}"
 
 
 class _Judgement:

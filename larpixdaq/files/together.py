@@ -33,7 +33,8 @@ def is_good(run: RunReport) -> bool:
 
 def verify_all(paths: Iterable[Path]) -> Outcome:
     """Check files, and all files of runs in directories. Of a run in a directory no part may be missing; of files, it
-    is judged as far as they go. FileError when a directory cannot be read."""
+    is judged as far as they go. Directories are judged together: a storage may have lost its name to another one, which
+    went on elsewhere. FileError when a directory cannot be read."""
     reports: dict[Path, Report] = {}
     given: dict[Path, bool] = {}  # whether it was found in a directory
     for path in map(Path, paths):

@@ -29,7 +29,7 @@ class Report(NamedTuple):
     packets: int  # rows of types 0 to 3 with direction 1
     findings: list[str]
     notes: list[str]
-    open: list[str]  # those findings that parts behind this one may answer: ends that did not come
+    open: list[str]  # those findings that other parts may answer: ends or blocks that did not come
     run: tuple[int, str] | None  # number and storage; None without a ledger
 
 
@@ -48,7 +48,7 @@ class Findings:
             self._more += 1
 
     def add_open(self, line: str) -> None:
-        """What parts behind this one may answer."""
+        """What other parts may answer."""
         self.open.append(line)
         self.add(line)
 
@@ -90,8 +90,7 @@ def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int
         check_seal(file, info, findings)
         texts = file.texts()
         if condition in (layout.INCOMPLETE, layout.INTERRUPTED):
-            add = findings.add if condition == layout.INCOMPLETE else findings.add_open
-            add(f"condition {condition}: {'; '.join(texts.get('reason', [])) or 'no reason is given'}")
+            findings.add_open(f"condition {condition}: {'; '.join(texts.get('reason', [])) or 'no reason is given'}")
         elif condition == layout.CONTINUED:
             notes.append(f"condition {condition}: the run goes on in {texts.get('next part', ['a further part'])[-1]}")
         elif condition in (layout.ABORTED, layout.SUSPECT):
@@ -101,7 +100,7 @@ def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int
     parity = ParityCheck(file)
     books = Books(file, info)
     walk(file, info, books, parity, findings.add)
-    books.close(findings.add, findings.add_open if condition != layout.CONTINUED else lambda line: None)
+    books.close(findings.add, findings.add_open, continued=condition == layout.CONTINUED)
     _doubts(file, info, findings, notes)
     parity.close(findings.add, notes.append)
     return condition, books.packets

@@ -16,6 +16,7 @@ from larpixdaq import schema
 from larpixdaq.blocks import Block, End, FromProducer, Position, Source
 from larpixdaq.control.calls import Call
 from larpixdaq.errors import FileError, LarpixDaqError
+from larpixdaq.files.part import SUPERSEDED
 from larpixdaq.files.positions import positions
 from larpixdaq.files.writer import RunInfo
 from larpixdaq.storing import parts
@@ -109,7 +110,7 @@ class Writing:
             number = run.info.run
             stands = [(*source[1:], following) for source, following in self._positions.items() if source.run == number]
             try:
-                run.file.set_text("superseded from", json.dumps(stands))
+                run.file.set_text(SUPERSEDED, json.dumps(stands))
             except FileError as error:
                 log.error("run %d: %s", number, error)
                 continue
