@@ -208,9 +208,16 @@ class Trial:
         self.hit, self.hit_at = names, time.monotonic()
 
     def flowing(self, more: int = 1) -> None:
-        """Wait until storage has stored (that much) more."""
-        before = self.stored_rows()
-        until(lambda: self.stored_rows() >= before + more, "storage to store more", STEP)
+        """Wait until storage has stored (that much) more; one that was started again counts from 0."""
+        low = self.stored_rows()
+
+        def stored() -> bool:
+            nonlocal low
+            now = self.stored_rows()
+            low = min(low, now)
+            return now >= low + more
+
+        until(stored, "storage to store more", STEP)
 
     def stored_rows(self) -> int:
         return sum(int(one["status"].get("rows", 0)) for one in self.components("storage"))

@@ -1,5 +1,5 @@
-"""A whole run of one storage, judged over all its parts: from their small tables alone, no row is read but those of blocks
-that stand in two directories."""
+"""A whole run of one storage, judged over all its parts: from their small tables alone. No row is read but those of
+blocks that stand in two directories."""
 
 from __future__ import annotations
 

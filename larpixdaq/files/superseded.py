@@ -16,8 +16,8 @@ import numpy as np
 from larpixdaq._native import chunks
 from larpixdaq.blocks import Source
 from larpixdaq.files import ledger
-from larpixdaq.files.reader import DataFile
 from larpixdaq.files.part import Part
+from larpixdaq.files.reader import DataFile
 
 
 def joined(parts: Sequence[Part]) -> list[Part]:
