@@ -6,7 +6,6 @@ import json
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import numpy as np
 import zmq
 
 from larpixdaq import schema
+from larpixdaq.launch import command
 
 LIMIT = 20.0
 
@@ -31,19 +31,10 @@ class Emulator:
     """A `larpixdaq-emulator pacman` process; `ready` are its ports, `finish()` returns what it says it sent."""
 
     def __init__(self, *args: str, prefix: Sequence[str] = ()) -> None:
-        command = [
-            *prefix,
-            sys.executable,
-            "-m",
-            "larpixdaq.emulators",
-            "pacman",
-            "--data-port",
-            "0",
-            "--command-port",
-            "0",
-        ]
+        ports = ("--data-port", "0", "--command-port", "0")
+        start = [*prefix, *command("emulators", "pacman", *ports, *args)]
         self.process = subprocess.Popen(
-            command + list(args), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+            start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
         )
         self.ready: dict[str, dict[str, int]] = self.line()["ready"]
         self.said: dict[str, Any] = {}

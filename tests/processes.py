@@ -4,13 +4,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from larpixdaq.launch import command
 
 #: A wait fails after this many seconds, naming what was awaited.
 LIMIT = 20.0
@@ -36,7 +37,8 @@ def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
 
 
 class Process:
-    """`python -m MODULE ...` with its output in files; stopped and reaped in any case when its context ends.
+    """`python -m MODULE ...`, of the installed package wherever it is started. Its output goes to files; it is
+    stopped and reaped in any case when its context ends.
 
     `prefix` goes before the command: a program that becomes this one, in another network namespace for example.
     """
@@ -54,7 +56,7 @@ class Process:
         self._out = directory / f"{module}.{os.urandom(3).hex()}.out"
         with open(self._out, "wb") as out, open(self._out.with_suffix(".err"), "wb") as err:
             self.popen = subprocess.Popen(
-                [*prefix, sys.executable, "-m", module, *map(str, args)],
+                [*prefix, *command(module.removeprefix("larpixdaq."), *map(str, args))],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
