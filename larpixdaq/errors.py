@@ -18,6 +18,8 @@ LarpixDaqError
 
 from __future__ import annotations
 
+import os
+
 
 class LarpixDaqError(Exception):
     """Base of all. Its text is one line that names what, where, asked and found."""
@@ -90,3 +92,10 @@ _BY_CODE = {cls.code: cls for cls in (RequestError, StateError, ControlHeld, Unk
 def by_code(code: str, text: str) -> RequestError:
     """The error that an answer with this code stands for."""
     return _BY_CODE.get(code, RequestError)(text)
+
+
+def cause(error: BaseException) -> str:
+    """What went wrong, in one line: what the system says of it where it does; HDF5 tells long stories."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return " ".join(str(error).split())[:300]

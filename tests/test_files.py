@@ -572,6 +572,28 @@ def test_a_full_disk_stops_the_file_with_one_line(tmp_path, monkeypatch):
     file.abandon()
 
 
+def test_a_file_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
+    """HDF5 makes the file, and then cannot write to it: an empty part would be missed by the run for ever."""
+    make = h5py.File
+
+    def fails(path, *args, **more):
+        make(path, *args, **more).close()
+        os.truncate(path, 0)
+        raise OSError(5, "Unable to create file (file write failed: time = now\n, errno = 5)")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(h5py, "File", fails)
+        with pytest.raises(FileError) as caught:
+            RunFile(tmp_path, run_info())
+    path = tmp_path / "run0000042_20261122T071251Z_000.h5.part"
+    assert str(caught.value) == f"cannot create {path}: Input/output error"
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("somebody's")
+    with pytest.raises(FileError, match="it exists"):
+        RunFile(tmp_path, run_info())
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
 def test_texts_of_any_length(tmp_path):
     long = "żółw " * 300
     file = RunFile(tmp_path, run_info(comment=long))

@@ -4,12 +4,15 @@ import json
 import os
 import re
 import subprocess
+import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from filling import wait_for_line
 from processes import LIMIT, until
 from recorded import shared_data
 from system import System, rows_of, system
@@ -58,6 +61,47 @@ def test_demo(tmp_path: Path) -> None:
     (path,) = outcome["files"]
     assert verify(Path(path)).ok
     reads_with_larpix_control(path, rows_of(path)[:2000])
+
+
+READER = """
+import sys, zlib, h5py
+file, seen, crc = h5py.File(sys.argv[1], "r", swmr=True, locking=False), 0, 0
+packets = file["packets"]
+for line in sys.stdin:  # one look a line
+    packets.refresh()
+    rows = packets[seen:]
+    seen, crc = seen + len(rows), zlib.crc32(rows.tobytes(), crc)
+    print(seen, crc, flush=True)
+"""
+
+
+def test_a_growing_file_is_read_with_plain_h5py(line: System) -> None:
+    """Another process follows the run, without a line of ours: what it reads stays, and the writer does not mind."""
+    operator = line.start("--fake", "300000")
+    operator.prepare_run().result(LIMIT)
+    operator.begin_run().result(LIMIT)
+    (part,) = line.data.glob("*.h5.part")
+    command = [sys.executable, "-c", READER, str(part)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as reader:
+        assert reader.stdin is not None
+        looks: list[tuple[int, int]] = []
+
+        def grown() -> bool:
+            assert reader.stdin is not None
+            reader.stdin.write(b"look\n")
+            seen, crc = map(int, wait_for_line(reader).split())
+            looks.append((seen, crc))
+            return seen > 1_000_000
+
+        until(grown, "a million rows in the reader")
+        ended = operator.end_run().result(2 * LIMIT)
+        reader.stdin.close()
+        assert reader.wait(LIMIT) == 0
+    assert len({seen for seen, _ in looks}) > 1  # it followed
+    check(ended)
+    rows = rows_of(ended["files"][0])
+    for seen, crc in looks:
+        assert zlib.crc32(rows[:seen].tobytes()) == crc
 
 
 @pytest.mark.parametrize("option", ["--io-groups 0", "--io-groups 300", "--seconds nan", "--rate 0", "--rate x"])

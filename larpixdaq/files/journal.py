@@ -9,6 +9,7 @@ The journal is locked (flock) for as long as its part is open, so that nobody el
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -97,7 +98,8 @@ class Journal:
         """Give the lock back; harmless when repeated."""
         if self._fd >= 0:
             if remove:
-                os.unlink(self.path)
+                with contextlib.suppress(OSError):  # a disk that fails: there is nothing in it that is not elsewhere
+                    os.unlink(self.path)
             os.close(self._fd)
             self._fd = -1
 
@@ -117,6 +119,8 @@ def _locked(path: Path, recovery: bool) -> int:
             os.close(fd)
             raise FileLocked(f"{path} is locked: another process writes or recovers this part") from None
         except OSError as error:
+            if not recovery:
+                os.unlink(path)
             os.close(fd)
             raise FileError(f"cannot lock {path}: {error.strerror}") from None
         if os.fstat(fd).st_nlink:

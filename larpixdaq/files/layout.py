@@ -35,7 +35,7 @@ import h5py
 import numpy as np
 
 from larpixdaq import deflate, schema
-from larpixdaq.errors import FileError
+from larpixdaq.errors import FileError, cause
 from larpixdaq.version import VERSION
 
 #: Newer formats cannot be read by HDF5 1.14 and by Debian's h5dump; older ones know no SWMR.
@@ -162,17 +162,19 @@ def create(path: Path, layout: schema.Layout, asic_version: str) -> h5py.File:
 
     FileError when it exists already or cannot be made.
     """
+    if path.exists():
+        raise FileError(f"cannot create {path}: it exists")
+    file = None
     try:
         file = h5py.File(path, "x", libver=LIBVER, locking="best-effort")
-    except OSError as error:
-        raise FileError(f"cannot create {path}: {error}") from None
-    try:
         _fill(file, layout, asic_version)
     except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
         with contextlib.suppress(OSError, RuntimeError, ValueError):
-            file.close()
-        path.unlink(missing_ok=True)
-        raise FileError(f"cannot create {path}: {error}") from None
+            if file is not None:
+                file.close()
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)  # there is one, and empty, when HDF5 could not even write the superblock
+        raise FileError(f"cannot create {path}: {cause(error)}") from None
     return file
 
 
@@ -187,7 +189,7 @@ def reopen(path: Path) -> h5py.File:
         # Not mode "r+" and then swmr_mode: in between the flags would be those of a file that was never finished.
         return h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDWR | h5py.h5f.ACC_SWMR_WRITE, fapl=access))
     except (OSError, RuntimeError, ValueError) as error:
-        raise FileError(f"cannot open {path}: {' '.join(str(error).split())[:300]}") from None
+        raise FileError(f"cannot open {path}: {cause(error)}") from None
 
 
 def _fill(file: h5py.File, layout: schema.Layout, asic_version: str) -> None:

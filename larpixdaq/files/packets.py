@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.errors import ConfigError, FileError
+from larpixdaq.errors import ConfigError, FileError, cause
 from larpixdaq.files.told import Texts
 from larpixdaq.schema import ASICS, IO_GROUPS, Asic, Layout, PacketType
 
@@ -151,7 +151,7 @@ class PacketFile:
         try:
             rows: NDArray[Any] = self._packets[start:end]
         except (OSError, RuntimeError, ValueError) as error:
-            raise FileError(f"{self.path}: rows {start} to {end} cannot be read: {error}") from None
+            raise FileError(f"{self.path}: rows {start} to {end} cannot be read: {cause(error)}") from None
         return rows
 
     def _has_directions(self) -> bool:

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.errors import FileError
+from larpixdaq.errors import FileError, cause
 from larpixdaq.schema import SPAN
 
 #: Bytes of messages that a piece aims at, and messages of a piece at most: nothing tells the lengths beforehand, so a
@@ -54,7 +54,7 @@ class RawFile:
             try:
                 messages = self._messages[at:end]
             except (OSError, RuntimeError, ValueError) as error:
-                raise FileError(f"{self.path}: messages {at} to {end} cannot be read: {error}") from None
+                raise FileError(f"{self.path}: messages {at} to {end} cannot be read: {cause(error)}") from None
             lengths = np.fromiter(map(len, messages), np.uint32, end - at)
             spans = np.empty(end - at, SPAN)
             spans["length"] = lengths
@@ -70,7 +70,7 @@ class RawFile:
         try:
             groups = self._headers[start:end]["io_groups"]
         except (OSError, RuntimeError, ValueError) as error:
-            raise FileError(f"{self.path}: io_groups {start} to {end} cannot be read: {error}") from None
+            raise FileError(f"{self.path}: io_groups {start} to {end} cannot be read: {cause(error)}") from None
         return np.ascontiguousarray(groups, np.uint8)
 
     def close(self) -> None:

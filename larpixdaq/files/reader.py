@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from larpixdaq import schema
 from larpixdaq.blocks import Source
-from larpixdaq.errors import FileError
+from larpixdaq.errors import FileError, cause
 from larpixdaq.files import heap, layout, names, superblock
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class DataFile:
         except FileError:
             raise
         except _BROKEN as error:
-            raise FileError(f"cannot open {self.path}: {_line(error)}") from None
+            raise FileError(f"cannot open {self.path}: {cause(error)}") from None
 
     def __enter__(self) -> DataFile:
         return self
@@ -86,7 +86,7 @@ class DataFile:
         except KeyError:
             raise FileError(f"{self.path}: has no {name}") from None
         except _BROKEN as error:
-            raise FileError(f"{self.path}: {name} cannot be read: {_line(error)}") from None
+            raise FileError(f"{self.path}: {name} cannot be read: {cause(error)}") from None
 
     # Rows
 
@@ -197,7 +197,3 @@ def plain(row: Any) -> dict[str, Any]:
         value = row[name]
         found[name] = text(value) if isinstance(value, bytes) else value.tolist()
     return found
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

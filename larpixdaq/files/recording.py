@@ -6,7 +6,7 @@ from pathlib import Path
 
 import h5py
 
-from larpixdaq.errors import FileError
+from larpixdaq.errors import FileError, cause
 from larpixdaq.files import heap
 from larpixdaq.files.packets import PacketFile
 from larpixdaq.files.raw import RawFile
@@ -22,7 +22,7 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
     except FileError:
         raise
     except OSError as error:
-        raise FileError(f"{path}: HDF5 file that cannot be opened: {error}") from None
+        raise FileError(f"{path}: HDF5 file that cannot be opened: {cause(error)}") from None
     try:
         if "msgs" in file:
             return RawFile(path, file)
@@ -33,4 +33,4 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
         file.close()
         if isinstance(error, FileError):
             raise
-        raise FileError(f"{path}: damaged HDF5 file: {error}") from None
+        raise FileError(f"{path}: damaged HDF5 file: {cause(error)}") from None

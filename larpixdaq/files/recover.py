@@ -21,7 +21,7 @@ import numpy as np
 
 from larpixdaq import schema
 from larpixdaq.blocks import Block, End
-from larpixdaq.errors import FileError, ProtocolError
+from larpixdaq.errors import FileError, ProtocolError, cause
 from larpixdaq.files import closing, layout, names, opening, resume, superblock
 from larpixdaq.files.journal import Journal, Record, records
 from larpixdaq.files.opening import RunInfo
@@ -166,7 +166,7 @@ def _begin(part: Path, name: names.Name, kept: list[Record]) -> None:
         with file:
             opening.describe(file, Tables(file, file.flush), info, name.part, {})
     except (OSError, RuntimeError, ValueError) as error:
-        raise FileError(f"cannot write {part}: {error}") from None
+        raise FileError(f"cannot write {part}: {cause(error)}") from None
 
 
 def _finish(part: Path, journal: Journal, kept: list[Record], state: State) -> Recovered:

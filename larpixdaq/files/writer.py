@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from larpixdaq import blocks, deflate
 from larpixdaq._native import chunks
 from larpixdaq.blocks import Source
-from larpixdaq.errors import FileError, ProtocolError
+from larpixdaq.errors import FileError, ProtocolError, cause
 from larpixdaq.files import closing, layout, names, opening
 from larpixdaq.files.batch import Batch
 from larpixdaq.files.journal import Journal
@@ -454,5 +454,5 @@ class RunFile:
         try:
             do()
         except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
-            self._failed = f"cannot be written any more: {error}"
+            self._failed = f"cannot be written any more: {cause(error)}"
             raise FileError(f"{self.path} {self._failed}") from error
