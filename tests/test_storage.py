@@ -161,6 +161,24 @@ def test_a_storage_that_comes_back_goes_on_in_a_further_part(rigs: Callable[...,
     assert about["required_producers"] == ["LArPix board"]
 
 
+def test_a_part_in_which_nothing_came_leaves_no_gap_behind(rigs: Callable[..., Rig], tmp_path: Path) -> None:
+    """It goes when the next storage starts, before the next part gets its number."""
+    rig, feed = rigs(limits=limit("60rows")), Feed(RUN)
+    rig.prepare()
+    rig.take(*[feed.block(rows(n)) for n in (10, 50)])
+    rig.until(lambda: rig.stream.next == {feed.source: 2}, "two blocks")
+    rig.storage._rotate(rig.storage._runs[RUN])
+    rig.until(lambda: list(tmp_path.glob("*_000.h5")), "the first part's final name")
+    assert list(tmp_path.glob("*_001.h5.part"))
+    kill(rig)
+    again = rigs()
+    again.prepare()
+    again.take(feed.block(rows(30)), feed.end())
+    ended = again.end(3).value
+    assert (ended["condition"], ended["rows"]) == ("COMPLETE", 90), ended
+    assert [Path(path).name[-7:] for path in ended["files"]] == ["_000.h5", "_001.h5"]
+
+
 def test_a_run_goes_on_while_the_part_before_is_recovered(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

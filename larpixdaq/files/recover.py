@@ -71,10 +71,11 @@ def recover(part: Path) -> Recovered:
 def prepare(part: Path) -> Recovered | None:
     """Make it readable, so that it says with its journal where the sources stand; None: recover() has the rest to do.
 
-    A part without rows of its own, for which little is to be done, is recovered here. Errors as of recover().
+    A part for which little is to be done is recovered here: the next part's number must not leave a gap where one was
+    in which nothing had been stored. Errors as of recover().
     """
     with _taken(Path(part)) as (found, final, journal, name):
-        if final.exists() or not _repair(found):
+        if final.exists() or not _repair(found) or not (of_file(found, name.run) or any(records(journal.path))):
             return _recover(found, final, journal, name)
         return None
 
