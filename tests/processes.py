@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -11,17 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from larpixdaq.launch import command
+from larpixdaq.launch import command, free_port
+
+__all__ = ["LIMIT", "Process", "free_port", "in_thread", "until"]
 
 #: A wait fails after this many seconds, naming what was awaited.
 LIMIT = 20.0
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:

@@ -589,7 +589,7 @@ def test_a_file_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
     assert str(caught.value) == f"cannot create {path}: Input/output error"
     assert list(tmp_path.iterdir()) == []
     path.write_text("somebody's")
-    with pytest.raises(FileError, match="it exists"):
+    with pytest.raises(FileError, match="File exists"):
         RunFile(tmp_path, run_info())
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
 

@@ -191,9 +191,9 @@ def test_a_run_goes_on_while_the_part_before_is_recovered(
     kill(rig)
     go_on = threading.Event()
 
-    def slow(path: Path) -> Any:
+    def slow(path: Path, give_up: Callable[[], bool]) -> Any:
         assert go_on.wait(LIMIT)
-        return recover(path)
+        return recover(path, give_up)
 
     monkeypatch.setattr(finishing, "recover", slow)
     again = rigs()
@@ -205,7 +205,8 @@ def test_a_run_goes_on_while_the_part_before_is_recovered(
     again.take(feed.end())
     call = Answered()
     again.storage.end_run(call, RUN, "closed", [{"name": "LArPix board", "epoch": 7, "next": 4}])
-    again.until(lambda: not again.storage._runs, "the next part to be closed")
+    (last,) = again.until(lambda: list(tmp_path.glob("*_001.h5")), "the next part to have its name")
+    assert verify(last).ok
     assert part.exists()
     assert call.value is None
     go_on.set()
@@ -213,6 +214,42 @@ def test_a_run_goes_on_while_the_part_before_is_recovered(
     assert (ended["condition"], ended["rows"], len(ended["files"])) == ("COMPLETE", 100, 2)
     assert again.storage.status()["recovering"] == []
     assert not part.exists()
+
+
+def test_a_recovery_that_takes_long_holds_up_no_verdict_and_no_end(
+    rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run is judged by the parts that are there; a storage that ends leaves the rest to the next one."""
+    monkeypatch.setattr("larpixdaq.storing.storing.RECOVERY_LIMIT", 0.1)
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    rig.take(*[feed.block(rows(16_000)) for _ in range(5)])
+    rig.until(lambda: rig.stream.next == {feed.source: 5}, "more than a batch")
+    kill(rig)
+    begun = threading.Event()
+
+    def long(path: Path, give_up: Callable[[], bool]) -> Any:
+        begun.set()
+        until(give_up, "to be given up")
+        return recover(path, give_up)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(finishing, "recover", long)
+        again = rigs()
+        again.prepare()
+        again.take(feed.end())
+        ended = again.end(5).value
+        assert (ended["condition"], ended["rows"]) == ("INTERRUPTED", 0)
+        assert "_000.h5.part is not closed" in ended["reasons"][0]
+        assert begun.is_set()
+        again.storage.close()
+    assert "not recovered to its end" in caplog.text
+    third = rigs()
+    call = Answered()
+    third.storage.report_run(call, RUN)
+    third.until(lambda: call.value, "the report")
+    assert (call.value["condition"], call.value["rows"]) == ("COMPLETE", 80_000)
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_disk_that_fails_kills_nobody_and_its_blocks_are_asked_for_again(

@@ -201,6 +201,20 @@ def test_blocks_between_parts(tmp_path):
     assert not verify_all([tmp_path]).ok
 
 
+def test_blocks_that_are_missing_where_the_first_of_some_parts_begins(tmp_path, run):
+    """Parts 1 and 2 alone, which know what should have come first."""
+    run.add(10, 20)
+    run.rotate()
+    run.feed.block(rows(30))
+    run.add(40)
+    run.rotate()
+    run.add(50)
+    run.end()
+    outcome = verify_all([tmp_path / name(1), tmp_path / name(2)])
+    assert not outcome.ok
+    assert outcome.runs[0].reasons == ["producer 'LArPix board', epoch 7: blocks 2 to 2 are in no part"]
+
+
 def test_blocks_behind_the_last_part(tmp_path, run):
     run.add(10)
     run.rotate()
@@ -282,7 +296,7 @@ def test_files_that_cannot_be_read(tmp_path, run):
     assert (alone.condition, alone.rows) == ("INTERRUPTED", 0)
 
 
-@pytest.mark.parametrize("copies", [0, 1, 3])
+@pytest.mark.parametrize("copies", [0, 1, 3, 4])
 def test_a_storage_of_the_name_went_on_elsewhere(tmp_path, copies):
     """It knows nothing of the files in the other directory; what both have counts once."""
     here, there = tmp_path / "here", tmp_path / "there"
@@ -291,7 +305,9 @@ def test_a_storage_of_the_name_went_on_elsewhere(tmp_path, copies):
     run = Run(here)
     run.add(100)
     run.rotate()
-    run.add(50, 200, 1, 300)
+    run.add(50, 200)
+    run.rotate()
+    run.add(1, 300)
     sent = run.feed.rows[len(run.feed.rows) - copies :]
     run.file.set_text("superseded from", "[]")
     run.file.close(continued=True)
@@ -313,7 +329,7 @@ def test_a_storage_of_the_name_went_on_elsewhere(tmp_path, copies):
     assert outcome.ok, outcome
     (found,) = outcome.runs
     assert (found.condition, found.reasons, found.rows) == ("COMPLETE", [], 688)
-    assert [path.parent for path in found.files] == [here, here, there, there]
+    assert [path.parent for path in found.files] == [here, here, here, there, there]
     assert sum(line[3] for line in found.stored) == 688
     # A part that is not there is missed all the same.
     (here / name(0)).unlink()

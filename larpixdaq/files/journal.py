@@ -119,9 +119,10 @@ def _locked(path: Path, recovery: bool) -> int:
             os.close(fd)
             raise FileLocked(f"{path} is locked: another process writes or recovers this part") from None
         except OSError as error:
-            if not recovery:
-                os.unlink(path)
             os.close(fd)
+            if not recovery:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
             raise FileError(f"cannot lock {path}: {error.strerror}") from None
         if os.fstat(fd).st_nlink:
             return fd

@@ -26,6 +26,7 @@ changes are rows of datasets. Texts in datasets have fixed lengths (SWMR forbids
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from pathlib import Path
@@ -162,10 +163,11 @@ def create(path: Path, layout: schema.Layout, asic_version: str) -> h5py.File:
 
     FileError when it exists already or cannot be made.
     """
-    if path.exists():
-        raise FileError(f"cannot create {path}: it exists")
-    file = None
+    file, ours = None, False
     try:
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        ours = True
         file = h5py.File(path, "x", libver=LIBVER, locking="best-effort")
         _fill(file, layout, asic_version)
     except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
@@ -173,7 +175,8 @@ def create(path: Path, layout: schema.Layout, asic_version: str) -> h5py.File:
             if file is not None:
                 file.close()
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)  # there is one, and empty, when HDF5 could not even write the superblock
+            if ours:  # there is one, and empty, when HDF5 could not even write the superblock
+                path.unlink(missing_ok=True)
         raise FileError(f"cannot create {path}: {cause(error)}") from None
     return file
 

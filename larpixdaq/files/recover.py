@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,14 +58,15 @@ class Recovered(NamedTuple):
         )
 
 
-def recover(part: Path) -> Recovered:
-    """Finish NAME.h5.part; `part` may also be its journal, and either may be missing.
+def recover(part: Path, give_up: Callable[[], bool] = lambda: False) -> Recovered:
+    """Finish NAME.h5.part; `part` may also be its journal, and either may be missing. `give_up` is asked now and then
+    while the rows are read: FileError when it says so.
 
     FileLocked, with nothing touched, when another process writes or recovers it. FileError in one line when it cannot
     be done; all that was there is there then, at most the superblock has been put right.
     """
     with _taken(Path(part)) as (found, final, journal, name):
-        return _recover(found, final, journal, name)
+        return _recover(found, final, journal, name, give_up)
 
 
 def prepare(part: Path) -> Recovered | None:
@@ -76,7 +77,7 @@ def prepare(part: Path) -> Recovered | None:
     """
     with _taken(Path(part)) as (found, final, journal, name):
         if final.exists() or not _repair(found) or not (of_file(found, name.run) or any(records(journal.path))):
-            return _recover(found, final, journal, name)
+            return _recover(found, final, journal, name, lambda: False)
         return None
 
 
@@ -97,7 +98,7 @@ def _taken(part: Path) -> Iterator[tuple[Path, Path, Journal, names.Name]]:
         journal.close()
 
 
-def _recover(part: Path, final: Path, journal: Journal, name: names.Name) -> Recovered:
+def _recover(part: Path, final: Path, journal: Journal, name: names.Name, give_up: Callable[[], bool]) -> Recovered:
     kept = list(records(journal.path))
     if final.exists():
         if not part.exists() or part.samefile(final):  # killed behind the link, or behind the rename
@@ -105,7 +106,7 @@ def _recover(part: Path, final: Path, journal: Journal, name: names.Name) -> Rec
         if final.stat().st_size:
             raise FileError(f"cannot recover {part}: {final.name} exists")
         final.unlink()  # where there are no hard links, the name was taken, and the rename did not come
-    state = resume.read(part) if _repair(part) else None
+    state = resume.read(part, give_up) if _repair(part) else None
     if not kept and (state is None or not state.accounts):
         with contextlib.suppress(FileNotFoundError):
             part.unlink()

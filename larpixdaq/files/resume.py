@@ -42,8 +42,9 @@ class State(NamedTuple):
     damaged: list[str]  # rows or tables that are not what was written, in one line each
 
 
-def read(path: Path) -> State | None:
-    """None when it had not come so far that it could take a block; FileError when it cannot be read."""
+def read(path: Path, give_up: Callable[[], bool] = lambda: False) -> State | None:
+    """None when it had not come so far that it could take a block. FileError when it cannot be read, or when `give_up`,
+    which is asked while its rows are, says so."""
     with DataFile(path) as file:
         if not file.own:
             raise FileError(f"{path}: has no /run, so it is none of ours")
@@ -52,7 +53,7 @@ def read(path: Path) -> State | None:
             return None
         if file.layout is None or file.layout.code != info["layout"]:
             raise FileError(f"{path}: /run/info says layout {info['layout']}, the columns are {file.dtype}")
-        return _Reading(file, info).state()
+        return _Reading(file, info).state(give_up)
 
 
 class _Reading:
@@ -70,8 +71,10 @@ class _Reading:
         self._blocks = 0  # good ones, and what lies between them
         self._messages = 0
 
-    def state(self) -> State:
+    def state(self, give_up: Callable[[], bool]) -> State:
         for group in groups(self._file):
+            if give_up():
+                raise FileError(f"{self._file.path}: not recovered to its end: that begins anew at the next start")
             if not self._group(group):
                 break
         lengths = {"run/blocks": self._blocks, "run/ends": self._ends(), "messages": self._messages}

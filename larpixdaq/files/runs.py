@@ -152,10 +152,8 @@ class _Judgement:
     def _blocks(self, source: Source) -> None:
         """Each block must be in exactly one part."""
         spans = self._span(source)
-        at = spans[0][0] if spans and self._early(source) else 0
+        at = self._parts[0].positions[source][0] if self._early(source) else 0
         end = self._ends[source][1] if source in self._ends else at
-        if self._early(source) and not spans:
-            return
         for first, stop in [*spans, (max(end, *(stop for _, stop in spans), at), 0)]:
             if first > at:
                 self._missing.append(f"{describe(source)}: blocks {at} to {first - 1} are in no part")

@@ -34,17 +34,17 @@ def joined(parts: Sequence[Part]) -> list[Part]:
     for home in order:
         first = found[-1].number + 1 if found else 0
         found += [part._replace(number=first + part.number) for part in homes[home]]
-    return _without_copies(found)
+    return _without_copies(found, left)
 
 
-def _without_copies(parts: list[Part]) -> list[Part]:
-    """Blocks of superseded parts that others have too are taken out, as if they had never come."""
+def _without_copies(parts: list[Part], left: set[Path]) -> list[Part]:
+    """Blocks of parts in these directories that later parts have too are taken out, as if they had never come."""
     there: set[tuple[Source, int]] = set()
     found: list[Part] = []
-    for part in sorted(parts, key=lambda part: (part.superseded, -part.number)):
+    for part in reversed(parts):
         with DataFile(part.path) as file:
             blocks = list(_blocks(file))
-            if part.superseded:
+            if part.path.parent in left:
                 copies = [(key, row) for key, row in blocks if key in there]
                 part = _without(part, file, copies) if copies else part
         there |= {key for key, _ in blocks}

@@ -38,8 +38,9 @@ class Findings:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
+        self._open: list[str] = []
         self._more = 0
-        self.open: list[str] = []
+        self._more_open = 0  # of these
 
     def add(self, line: str) -> None:
         if len(self._lines) < MOST_FINDINGS:
@@ -49,11 +50,21 @@ class Findings:
 
     def add_open(self, line: str) -> None:
         """What other parts may answer."""
-        self.open.append(line)
+        if len(self._lines) < MOST_FINDINGS:
+            self._open.append(line)
+        else:
+            self._more_open += 1
         self.add(line)
 
     def lines(self) -> list[str]:
-        return [*self._lines, f"and {self._more} more"] if self._more else self._lines
+        return [*self._lines, *self._rest()]
+
+    def open(self) -> list[str]:
+        """Those that other parts may answer."""
+        return [*self._open, *(self._rest() if self._more == self._more_open else [])]
+
+    def _rest(self) -> list[str]:
+        return [f"and {self._more} more"] if self._more else []
 
 
 def verify(path: Path | str) -> Report:
@@ -77,7 +88,7 @@ def verify(path: Path | str) -> Report:
     except FileError as error:
         findings.add(str(error))
     lines = findings.lines()
-    return Report(path, not lines, condition, rows, packets, lines, notes, findings.open, run)
+    return Report(path, not lines, condition, rows, packets, lines, notes, findings.open(), run)
 
 
 def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int]:

@@ -1,7 +1,8 @@
-"""A part after its last row: its final name, its checksum, and the command that somebody wants to run on it.
+"""A part after its last row: its final name, its checksum, and the command that somebody wants to run on it; and parts
+that have to be recovered first.
 
-Each of the three has a thread of its own, since each may take long in its own way: the disk that has to sync, gigabytes
-to be read again, a command that hangs. None of them holds up the stream.
+Each of the four has a thread of its own, since each may take long in its own way: the disk that has to sync, gigabytes
+to be read again, a command that hangs, hundreds of millions of rows. None of them holds up the stream.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from larpixdaq.files.closing import sync
 from larpixdaq.files.reader import DataFile
 from larpixdaq.files.recover import recover
 from larpixdaq.files.writer import Report, RunFile
+from larpixdaq.storing import parts
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +82,13 @@ class Finisher:
         self.trouble = ""
         self._told: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._publishing, self._summing, self._commands = (
-            _Worker(f"storage: {what}") for what in ("final names", "checksums", "commands")
+        self._publishing, self._summing, self._commands, self._recovering = (
+            _Worker(f"storage: {what}") for what in ("final names", "checksums", "commands", "recovery")
         )
-        self._broken: dict[Path, str] = {}  # parts that are not recovered yet, and why not; of the first thread
+        self._broken: dict[Path, str] = {}  # parts that are not recovered yet, and why not
+        self._trying = False  # to recover them
+        self._try_at = 0.0  # monotonic: not before that again
+        self._ending = False
         self._left: list[Path] = []  # files whose command has not ended yet
         self._running: subprocess.Popen[bytes] | None = None
         self._no_more = False  # commands: we end
@@ -107,10 +113,12 @@ class Finisher:
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
-        """Wait for all names and checksums; commands have ten seconds, then they are left to themselves. Harmless when
-        repeated."""
+        """Wait for all names and checksums; commands have ten seconds, then they are left to themselves. What is being
+        recovered is left to the next storage. Harmless when repeated."""
         if self._wake < 0:
             return
+        self._ending = True
+        self._recovering.end()
         self._publishing.end()
         self._summing.end()
         self._commands.end(LAST_COMMANDS)
@@ -144,25 +152,11 @@ class Finisher:
 
         self._publishing.submit(job)
 
-    def mend(self, part: Path, why: str = "") -> None:
-        """A part that was not written to its end: it is recovered when retry() is called. `why`: what stood in the way
-        before, and was told."""
-
-        def job() -> None:
-            self._broken.setdefault(part, why)
-
-        self._publishing.submit(job)
-
-    def retry(self) -> None:
-        """Recover the parts that are broken, as far as the disk lets us."""
-        self._publishing.submit(self._recover)
-
     def after(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Do `job` when all parts before have their names, as far as the disk lets us, and call back with what it gave:
-        a value, or the LarpixDaqError that it raised."""
+        """Do `job` when all parts that were submitted before have their names, as far as the disk lets us, and call
+        back with what it gave: a value, or the LarpixDaqError that it raised."""
 
         def run() -> None:
-            self._recover()
             value: Any
             try:
                 value = job()
@@ -172,23 +166,44 @@ class Finisher:
 
         self._publishing.submit(run)
 
-    def _recover(self) -> None:
+    # Recovery
+
+    def mend(self, part: Path, why: str = "") -> None:
+        """A part that was not written to its end: it is recovered when retry() is called. `why`: what stood in the way
+        before, and was told."""
+        self._broken.setdefault(part, why)
+
+    def retry(self) -> None:
+        """Recover the parts that are broken, as far as the disk lets us; one attempt at a time, and not too often."""
+        if self._broken and not self._trying and time.monotonic() >= self._try_at:
+            self._trying = True
+            self._recovering.submit(self._recover_all)
+
+    def _recover_all(self) -> None:
         for part, before in list(self._broken.items()):
             try:
-                found = recover(part)
-            except FileLocked:
-                continue
-            except FileError as error:
-                if not part.exists():  # somebody has recovered it by hand, or taken it away
-                    del self._broken[part]
-                elif str(error) != before:
-                    log.error("%s", error)
-                    self._broken[part] = str(error)
-                continue
-            del self._broken[part]
-            log.warning("%s", found.text)
-            if found.path is not None:
-                self._finish(found.path)
+                self._recover(part, before)
+            except (LarpixDaqError, OSError) as error:  # the others have their turn
+                log.error("%s: %s", part.name, error)
+        self._try_at = time.monotonic() + parts.AGAIN
+        self._trying = False
+
+    def _recover(self, part: Path, before: str) -> None:
+        try:
+            found = recover(part, lambda: self._ending)
+        except FileLocked:
+            return
+        except FileError as error:
+            if not part.exists():  # somebody has recovered it by hand, or taken it away
+                del self._broken[part]
+            elif str(error) != before:
+                log.error("%s", error)
+                self._broken[part] = str(error)
+            return
+        log.warning("%s", found.text)
+        if found.path is not None:
+            self._finish(found.path)
+        del self._broken[part]
 
     # Checksums
 

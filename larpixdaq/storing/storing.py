@@ -20,13 +20,33 @@ log = logging.getLogger(__name__)
 
 #: end_run waits so long for the producers' END records; the core's own limit is 30 s.
 END_LIMIT = 25.0
+#: So long (seconds) the verdict on a run waits for parts of it that are being recovered. Then it is that of the others,
+#: and the core asks again when these are there.
+RECOVERY_LIMIT = 15.0
 
 
 class Storing(Writing):
     """Its methods that take a Call are the storage's actions."""
 
+    def __init__(self, *where: Any, **how: Any) -> None:
+        super().__init__(*where, **how)
+        self._asked: list[tuple[int, Call, float]] = []  # run, who wants its verdict, until when that may wait
+
     def _ended(self, run: int, call: Call) -> None:
-        """Judge the run by all its parts, when they have their names."""
+        self._asked.append((run, call, time.monotonic() + RECOVERY_LIMIT))
+
+    def _answer(self, *, at_once: bool = False) -> None:
+        """Judge runs whose parts are recovered; when that takes too long, as they are now."""
+        recovering = {name.run for part in self.finisher.broken if (name := names.parse(part)) is not None}
+        asked, self._asked = self._asked, []
+        for run, call, limit in asked:
+            if run in recovering and not at_once and time.monotonic() < limit:
+                self._asked.append((run, call, limit))
+            else:
+                self._judge(run, call)
+
+    def _judge(self, run: int, call: Call) -> None:
+        """By all its parts, when those that are closed have their names."""
 
         def answer(found: RunReport | LarpixDaqError) -> None:
             if isinstance(found, LarpixDaqError):

@@ -73,7 +73,6 @@ class Writing:
         self._infos: dict[int, RunInfo] = {}
         self._cancelled: set[int] = set()
         self._written = 0  # bytes of the files of runs that were closed
-        self._retry_at = 0.0
         self._lock = threading.Lock()  # over _positions, which the stream's thread reads
         self._positions: dict[Source, int] = {}
         self._known: set[int] = set()  # runs whose files of before are in there
@@ -91,15 +90,15 @@ class Writing:
         self._look_for_space()
         for run in list(self._runs.values()):
             self._work(run)
-        if self.finisher.broken and time.monotonic() >= self._retry_at:
-            self._retry_at = time.monotonic() + parts.AGAIN
-            self.finisher.retry()
+        self.finisher.retry()
+        self._answer()
         self.finisher.work()
 
     def close(self) -> None:
         """Close what is open, and wait for its final names; the verdict in the file says what it is worth."""
         for run in list(self._runs.values()):
             self._close(run, aborted=False)
+        self._answer(at_once=True)
         self.finisher.close()
 
     def supersede(self) -> None:
@@ -321,4 +320,8 @@ class Writing:
 
     def _ended(self, run: int, call: Call) -> None:
         """The run that this call has ended is closed here; its parts may not have their names yet."""
+        raise NotImplementedError
+
+    def _answer(self, *, at_once: bool = False) -> None:
+        """Answer the calls that _ended() has taken."""
         raise NotImplementedError
