@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,8 @@ def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
 
 
 class Process:
-    """`python -m MODULE ...`, of the installed package wherever it is started. Its output goes to files; it is
-    stopped and reaped in any case when its context ends.
+    """`python -m MODULE ...`, of the installed package wherever it is started, if it is ours. Its output goes to files;
+    it is stopped and reaped in any case when its context ends.
 
     `prefix` goes before the command: a program that becomes this one, in another network namespace for example.
     """
@@ -47,10 +48,13 @@ class Process:
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.name = module
+        start = [sys.executable, "-m", module, *map(str, args)]
+        if module.startswith("larpixdaq."):
+            start = command(module.removeprefix("larpixdaq."), *map(str, args))
         self._out = directory / f"{module}.{os.urandom(3).hex()}.out"
         with open(self._out, "wb") as out, open(self._out.with_suffix(".err"), "wb") as err:
             self.popen = subprocess.Popen(
-                [*prefix, *command(module.removeprefix("larpixdaq."), *map(str, args))],
+                [*prefix, *start],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

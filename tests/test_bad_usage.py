@@ -44,8 +44,8 @@ class Started(contextlib.ExitStack):
                 assert process.wait() == status, (process.name, process.stdout, process.stderr)
                 if words:
                     assert process.stdout == ""
-                    (text,) = process.stderr.splitlines()
-                    assert words in text
+                    assert len(process.stderr.splitlines()) == 1, process.stderr
+                    assert words in process.stderr
         finally:
             super().__exit__(*exc)
 
