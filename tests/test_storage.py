@@ -220,7 +220,6 @@ def test_a_recovery_that_takes_long_holds_up_no_verdict_and_no_end(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The run is judged by the parts that are there; a storage that ends leaves the rest to the next one."""
-    monkeypatch.setattr("larpixdaq.storing.storing.RECOVERY_LIMIT", 0.1)
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(*[feed.block(rows(16_000)) for _ in range(5)])
@@ -235,6 +234,7 @@ def test_a_recovery_that_takes_long_holds_up_no_verdict_and_no_end(
 
     with monkeypatch.context() as slow:
         slow.setattr(finishing, "recover", long)
+        slow.setattr("larpixdaq.storing.storing.RECOVERY_LIMIT", 0.1)
         again = rigs()
         again.prepare()
         again.take(feed.end())

@@ -197,7 +197,7 @@ class Finisher:
             if not part.exists():  # somebody has recovered it by hand, or taken it away
                 del self._broken[part]
             elif str(error) != before:
-                log.error("%s", error)
+                log.log(logging.WARNING if self._ending else logging.ERROR, "%s", error)
                 self._broken[part] = str(error)
             return
         log.warning("%s", found.text)
