@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from larpixdaq._native import chunks
 from larpixdaq.blocks import Source
 from larpixdaq.files import layout, ledger
+from larpixdaq.files.part import describe
 from larpixdaq.files.reader import DataFile, plain
 
 #: Counters that a tally of the rows gives again.
@@ -68,27 +69,29 @@ class Books:
         if sequence != first:
             source.lost = True
             if (whose, first, sequence) not in self._missing:
-                finding(f"{_name(whose)}: sequence {sequence} follows where {first} should")
+                finding(f"{describe(whose)}: sequence {sequence} follows where {first} should")
 
     def close(self, finding: Callable[[str], None], lacking: Callable[[str], None], *, continued: bool) -> None:
         """`lacking` gets the lines about what is not here and may be in other parts; continued: the run goes on in one,
         where those end that have not."""
         for (whose, first, stop), rows in self._missing.items():
-            lacking(f"{_name(whose)}: blocks {first} to {stop - 1} never came ({rows} rows by the header of the next)")
+            lacking(
+                f"{describe(whose)}: blocks {first} to {stop - 1} never came ({rows} rows by the header of the next)"
+            )
         for row in self._file.table("run/ends"):
             whose = self._whose(row)
             source = self._source(whose)
             if source.ended:
-                finding(f"{_name(whose)}: ends twice")
+                finding(f"{describe(whose)}: ends twice")
             source.ended = True
             self._reach(whose, source, int(row["next"]), finding)
         for whose, source in self._sources.items():
             if not (source.ended or continued):
-                lacking(f"{_name(whose)}: its end never came, its totals are unknown")
+                lacking(f"{describe(whose)}: its end never came, its totals are unknown")
             place = self._places.get(whose, (0, 0))[1]
             if self._closed and place != source.expected + source.ended:
                 finding(
-                    f"{_name(whose)}: /run/positions says that {place} comes next, by its blocks that is"
+                    f"{describe(whose)}: /run/positions says that {place} comes next, by its blocks that is"
                     f" {source.expected + source.ended}"
                 )
         self._ledger(finding, lacking)
@@ -97,7 +100,7 @@ class Books:
         seen = set()
         for row in self._file.table("ledger/counts"):
             whose, group = self._whose(row), int(row["io_group"])
-            where = f"{_name(whose)}, io_group {group}"
+            where = f"{describe(whose)}, io_group {group}"
             if (whose, group) in seen:
                 finding(f"{where}: stands twice in the ledger")
             seen.add((whose, group))
@@ -105,10 +108,10 @@ class Books:
         for whose, source in self._sources.items():
             for index in np.flatnonzero(ledger.stored(source.tally)):
                 if (whose, int(index)) not in seen:
-                    finding(f"{_name(whose)}, io_group {index}: has rows, but no line in the ledger")
+                    finding(f"{describe(whose)}, io_group {index}: has rows, but no line in the ledger")
         for row in self._file.table("ledger/outside"):
             for line in ledger.unbalanced(plain(row)):
-                finding(f"{_name(self._whose(row))}, io_group {row['io_group']}, outside of runs: {line}")
+                finding(f"{describe(self._whose(row))}, io_group {row['io_group']}, outside of runs: {line}")
 
     def _line(
         self,
@@ -141,7 +144,3 @@ class Books:
         for name in _SAME:
             if tally[name] > counts[name] or (whole and tally[name] != counts[name]):
                 finding(f"{where}: the ledger says {counts[name]} {name}, the file has {tally[name]}")
-
-
-def _name(source: Source) -> str:
-    return f"producer {source.producer!r}, epoch {source.epoch:x}"

@@ -76,7 +76,7 @@ def prepare(part: Path) -> Recovered | None:
     in which nothing had been stored. Errors as of recover().
     """
     with _taken(Path(part)) as (found, final, journal, name):
-        if final.exists() or not _repair(found) or not (of_file(found, name.run) or any(records(journal.path))):
+        if final.exists() or not _repair(found) or not (any(records(journal.path)) or of_file(found, name.run)):
             return _recover(found, final, journal, name, lambda: False)
         return None
 

@@ -37,6 +37,8 @@ class Storing(Writing):
 
     def _answer(self, *, at_once: bool = False) -> None:
         """Judge runs whose parts are recovered; when that takes too long, as they are now."""
+        if not self._asked:
+            return  # this is looked at in each turn of the loop
         recovering = {name.run for part in self.finisher.broken if (name := names.parse(part)) is not None}
         asked, self._asked = self._asked, []
         for run, call, limit in asked:

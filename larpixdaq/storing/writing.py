@@ -270,13 +270,13 @@ class Writing:
     # what was there before
 
     def resume(self) -> None:
-        """Find out where the runs stand that may go on, and begin to recover what a storage before us has left.
+        """Find out where the runs stand that may go on. What a storage before us has left is recovered by work(): not
+        before that is known, since parts get other names then.
 
         What is wrong with their files goes to the log, so after the core has told where that is.
         """
         for run in take_up(self.directory, self.label, self.finisher):
             self._look_up(run)
-        self.finisher.retry()  # not before: parts get other names
 
     def _look_up(self, run: int) -> None:
         """Take over where the files of a run stand, once: it may have been closed here long ago."""
