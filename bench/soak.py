@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import os
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,9 +84,8 @@ class Soak:
         if run.condition not in ("COMPLETE", "COMPLETE, suspect"):
             run.failures += [run.condition, *ended["reasons"]]
         parts = parts_of([made.line.data], ended["run"])
-        # In a process of its own: reading takes memory and the interpreter, and the system goes on.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            self._settle(run, pool.submit(tally, parts).result())
+        # In processes of their own: reading takes memory and the interpreter, and the system goes on.
+        self._settle(run, tally(parts, os.cpu_count() or 1))
         if not (run.failures or self._options.keep_files):
             for path in made.line.data.glob(f"run{ended['run']:07d}_*"):
                 path.unlink()

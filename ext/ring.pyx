@@ -7,10 +7,12 @@ the arena's end is skipped. What must stay true, also when the process is killed
   - rows of the open block, the counters and the gaps not told yet become valid together, with the one store that makes a
     checkpoint the newest (there are two, written in turn);
   - a run begins with the one store that counts its entry;
-  - the tail moves in order only, and never over the head.
+  - the tail moves in order only, and never over the head;
+  - `claimed` moves before anything is written up to there: a Reader knows by it which blocks have not been written over.
 All else in the header is for the living: a successor derives it from these (`_restore`).
 """
 cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.string cimport memcpy, memset
 from wire cimport INFO_ROWS, N_COUNTS, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -19,8 +21,12 @@ import numpy as np
 cdef extern from *:
     """
     #define store_release(where, value) __atomic_store_n(where, value, __ATOMIC_RELEASE)
+    #define load_acquire(where) __atomic_load_n(where, __ATOMIC_ACQUIRE)
+    #define fence() __atomic_thread_fence(__ATOMIC_ACQ_REL)
     """
     void store_release(uint64_t* where, uint64_t value) noexcept nogil
+    uint64_t load_acquire(const uint64_t* where) noexcept nogil
+    void fence() noexcept nogil
 
 cdef enum:
     IO_GROUPS = 256
@@ -83,6 +89,7 @@ cdef struct Header:
     uint64_t tail              # descriptors freed since the beginning
     uint64_t n_runs            # runs begun since the beginning
     uint64_t n_checkpoints     # made since the beginning; the newest is at n_checkpoints % 2
+    uint64_t claimed           # position up to which the arena may be in the midst of being written
     # Derived from the above by a successor:
     uint64_t head_position
     uint64_t tail_position
@@ -104,7 +111,7 @@ cdef struct Head:              # what stands before the arena
 cdef uint64_t _OVERHEAD = (sizeof(Head) + 4095) & ~<uint64_t>4095
 cdef uint64_t _SMALLEST = _OVERHEAD + (8 << 20)
 cdef enum:
-    VERSION = 2
+    VERSION = 3
 
 #: Bytes of a ring that hold no rows, and the smallest ring that can be.
 OVERHEAD = _OVERHEAD
@@ -175,7 +182,7 @@ cdef class Ring:
         memcpy(self.header.producer, <const char*>name, len(name))
         self.kept = min(<uint64_t>(4 << 20), self.header.arena_size // 8)
         self.now = &self.all.runs[0]
-        memcpy(self.header.magic, b"LPXRING\x02", 8)
+        memcpy(self.header.magic, b"LPXRING\x03", 8)
 
     # a successor's beginning
 
@@ -186,7 +193,7 @@ cdef class Ring:
         cdef Run* run
         cdef uint64_t index, position, k
         cdef uint64_t size = (<uint64_t>self.memory.shape[0] - _OVERHEAD) & ~<uint64_t>(ALIGNMENT - 1)
-        if bytes(header.magic[:8]) != b"LPXRING\x02" or header.version != VERSION or header.n_counts != N_COUNTS:
+        if bytes(header.magic[:8]) != b"LPXRING\x03" or header.version != VERSION or header.n_counts != N_COUNTS:
             raise ValueError("ring: made by no larpix-daq, or by another version of it")
         if header.size != <uint64_t>self.memory.shape[0] or header.arena_size != size:
             raise ValueError(f"ring: a file of {header.size} bytes expected, found {self.memory.shape[0]}")
@@ -231,6 +238,7 @@ cdef class Ring:
         header.tail_position = header.head_position
         if header.head > header.tail:
             header.tail_position = self.descriptors[header.tail % DESCRIPTORS].start
+        self._claim(header.tail_position + size)  # what holds no block may be given back to the system
         if newest.head > header.head:
             raise ValueError("ring: its checkpoint is newer than its blocks")
         memcpy(&self.all.counts[0], &newest.counts[0], COUNTS_SIZE)
@@ -418,6 +426,12 @@ cdef class Ring:
             return 0
         return min(behind, limit - used)
 
+    cdef void _claim(self, uint64_t position) noexcept:
+        """Let readers know, before it is, what is written over: all that lies a whole arena below."""
+        if position > self.header.claimed:
+            store_release(&self.header.claimed, position)
+            fence()
+
     def rows(self, uint64_t now_ns, uint32_t most):
         """The free rows of the open block, as writable bytes; opens one, of up to `most` rows, when none is; None: full."""
         cdef uint64_t room, start
@@ -429,6 +443,7 @@ cdef class Ring:
             self.header.open_start = self.header.head_position
             self.header.open_rows = 0
             self.header.open_capacity = min(<uint64_t>most, (room - HEADER_ROOM) // size)
+            self._claim(self.header.open_start + self.header.open_capacity * size + HEADER_ROOM)
         if not self.header.open_rows:
             self.header.open_first_ns = now_ns
         start = self.header.open_start % self.header.arena_size
@@ -480,6 +495,7 @@ cdef class Ring:
             raise ValueError(f"ring: {rows} rows of {self.now.row_size} bytes expected, found {size} bytes")
         if not self._room(_aligned(size + len(header)), True):
             return False
+        self._claim(self.header.head_position + size + len(header))
         if size:
             memcpy(self.arena + self.header.head_position % self.header.arena_size, &view[0], size)
         self._push(kind, self.header.head_position, size, rows, header)
@@ -533,3 +549,53 @@ cdef class Ring:
         cdef uint64_t position = self.descriptors[(index - 1) % DESCRIPTORS].end
         self.header.tail_position = position
         store_release(&self.header.tail, index)
+
+
+@cython.final
+cdef class Reader:
+    """Reads the blocks of another process's ring, whose memory is mapped here, while its producer goes on.
+
+    Nothing keeps a block there for a reader: whether anything was written over it is known after it has been copied.
+    ValueError when the memory does not hold the ring of this producer and epoch.
+    """
+
+    cdef const uint8_t[::1] memory
+    cdef const Head* all
+    cdef const uint8_t* arena
+    cdef uint64_t size
+
+    def __cinit__(self, const uint8_t[::1] memory, *, str producer, uint64_t epoch):
+        if memory.shape[0] < <Py_ssize_t>_SMALLEST:
+            raise ValueError(f"ring: expected at least {SMALLEST} bytes, found {memory.shape[0]}")
+        self.memory = memory
+        self.all = <const Head*>&memory[0]
+        self.arena = &memory[0] + _OVERHEAD
+        self.size = (<uint64_t>memory.shape[0] - _OVERHEAD) & ~<uint64_t>(ALIGNMENT - 1)
+        cdef const Header* header = &self.all.header
+        if bytes(header.magic[:8]) != b"LPXRING\x03" or header.version != VERSION or header.arena_size != self.size:
+            raise ValueError("ring: made by no larpix-daq, or by another version of it")
+        if header.epoch != epoch or bytes(header.producer[:NAME_BYTES]).rstrip(b"\0") != producer.encode():
+            raise ValueError(f"ring: it is of another producer or epoch ({header.epoch:x})")
+
+    def read(self, uint64_t index):
+        """The rows of block `index`, copied, as bytes; None: they are not there (any more)."""
+        cdef Descriptor block = self.all.descriptors[index % DESCRIPTORS]
+        cdef bytes found
+        cdef uint8_t* out
+        cdef bint there
+        fence()
+        if not self._holds(index, block.start) or block.start % self.size + block.payload > self.size:
+            return None
+        found = PyBytes_FromStringAndSize(NULL, block.payload)
+        out = <uint8_t*>PyBytes_AS_STRING(found)
+        with nogil:
+            memcpy(out, self.arena + block.start % self.size, block.payload)
+            fence()
+            there = self._holds(index, block.start)
+        return found if there else None
+
+    cdef bint _holds(self, uint64_t index, uint64_t start) noexcept nogil:
+        """Whether block `index`, which begins at this position, was whole so far."""
+        cdef uint64_t head = load_acquire(&self.all.header.head)
+        # The slot of a descriptor is written anew before the head moves over it.
+        return index < head < index + DESCRIPTORS and load_acquire(&self.all.header.claimed) <= start + self.size

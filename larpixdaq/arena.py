@@ -9,10 +9,11 @@ import hashlib
 import mmap
 import os
 import re
+import stat
 import time
 from pathlib import Path
 
-from larpixdaq._native.ring import SMALLEST, Ring
+from larpixdaq._native.ring import SMALLEST, Reader, Ring
 from larpixdaq.errors import RingError
 
 DEFAULT_DIRECTORY = Path("/dev/shm")
@@ -61,6 +62,27 @@ def take(file: int, path: Path) -> bool:
     if time.time() - found.st_mtime > TORN:
         path.unlink(missing_ok=True)
     return False
+
+
+def reader(path: Path, producer: str, epoch: int) -> Reader:
+    """The ring of a living producer on this host and of this user, to be read; it stays readable when it is unlinked.
+
+    RingError when it is not there, or not that: a consumer elsewhere, or of another user, gets the rows sent.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        raise RingError(f"{path}: {error}") from None
+    try:
+        found = os.fstat(file)
+        # Another user's file might be cut short under our eyes, and reading it would then end this process.
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            raise RingError(f"{path}: no regular file of this user")
+        return Reader(mmap.mmap(file, 0, prot=mmap.PROT_READ), producer=producer, epoch=epoch)
+    except (OSError, ValueError) as error:
+        raise RingError(f"{path}: {error}") from None
+    finally:
+        os.close(file)
 
 
 class Arena:

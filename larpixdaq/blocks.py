@@ -1,6 +1,8 @@
 """The frames of the stream between a producer and its consumers: kinds, headers, packing.
 
-A frame is one byte of kind, a msgpack array (the header), and, for BLOCK, a second ZeroMQ part with the rows.
+A frame is one byte of kind, a msgpack array (the header), and, for BLOCK, a second ZeroMQ part with the rows. To a
+consumer on the same host, which reads the producer's ring itself (MAPS), the second part is empty and a third one has
+the number of the block in the ring, 8 bytes, little-endian.
 Everything that arrives is validated against these structs; what does not fit raises ProtocolError and harms nobody.
 """
 
@@ -81,6 +83,12 @@ class Bye(msgspec.Struct, array_like=True, tag=4, frozen=True):
     pass
 
 
+class Maps(msgspec.Struct, array_like=True, tag=5, frozen=True):
+    """The consumer reads the ring of this epoch itself: rows need not be sent."""
+
+    epoch: int
+
+
 # Producer to consumer
 
 
@@ -89,6 +97,7 @@ class Welcome(msgspec.Struct, array_like=True, tag=11, frozen=True):
     epoch: int
     run: int | None
     layout: int
+    ring: str = ""  # the file of the producer's ring, for consumers on its host
 
 
 class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
@@ -164,7 +173,7 @@ class Refused(msgspec.Struct, array_like=True, tag=14, frozen=True):
     reason: str  # "hello", "version", "superseded", "silent", or a sentence
 
 
-FromConsumer = Hello | Ack | Credit | Bye
+FromConsumer = Hello | Ack | Credit | Bye | Maps
 FromProducer = Welcome | Block | End | Refused
 
 _encoder: Final = msgspec.msgpack.Encoder()

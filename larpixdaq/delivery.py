@@ -64,7 +64,9 @@ class Delivery:
 
     def serve(self, socket: zmq.Socket[bytes]) -> Publisher:
         """Deliver at this ROUTER, which is bound."""
-        self.publisher = Publisher(self.own, socket, forget_after=self._forget_after)
+        self.publisher = Publisher(
+            self.own, socket, forget_after=self._forget_after, ring=str(self.arena.path.absolute())
+        )
         for store in self._inherited:
             self.publisher.adopt(store)
         return self.publisher

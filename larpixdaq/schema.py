@@ -13,6 +13,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq.terms import COUNTS as COUNTS
+from larpixdaq.terms import LAYOUT_NAMES
+from larpixdaq.terms import ROW_COUNTS as ROW_COUNTS
+
 _COMMON: Final = [
     ("io_group", "u1"),
     ("io_channel", "u1"),
@@ -83,10 +87,10 @@ class Layout(NamedTuple):
 
 
 LAYOUTS: Final = (
-    Layout(1, "1.0", "1.0", PACKETS_1_0),
-    Layout(2, "2.4", "2.4", PACKETS_2_4),
-    Layout(3, "2.4-clock64", "2.4", PACKETS_2_4_CLOCK64),
-    Layout(4, "3.0", "3.0", PACKETS_3_0),
+    Layout(1, LAYOUT_NAMES[1], "1.0", PACKETS_1_0),
+    Layout(2, LAYOUT_NAMES[2], "2.4", PACKETS_2_4),
+    Layout(3, LAYOUT_NAMES[3], "2.4", PACKETS_2_4_CLOCK64),
+    Layout(4, LAYOUT_NAMES[4], "3.0", PACKETS_3_0),
 )
 _BY_CODE: Final = {layout.code: layout for layout in LAYOUTS}
 
@@ -132,34 +136,6 @@ class PacketType(IntEnum):
     TRIGGER = 7
 
 
-#: Counters of one io_group in one run (or of run 0: what came outside a run), in the order of ``enum Count`` in
-#: ext/wire.pxd. The compiled decoders add to them in place; `info_rows` to `stored` belong to producer and storage.
-COUNTS: Final = (
-    "messages",  # board messages that were taken apart (frames, on a serial line)
-    "bytes_in",
-    "header_bytes",
-    "trailing_bytes",  # behind the last whole word, or behind the words that the header counts
-    "rejected_bytes",  # messages thrown away whole: no header, unknown type or format
-    "resync_bytes",  # serial: bytes that belong to no frame
-    "pending_before",  # serial: bytes of an unfinished frame when the run began
-    "pending_after",  # serial: bytes of an unfinished frame now
-    "words_in",
-    "word_bytes",  # words_in x size of a word (serial: 10 x frames)
-    "word_rows",  # rows of types 0 to 3 with direction 1, 6 and 7
-    "unknown_words",  # unknown type; kept raw
-    "rejected_words",  # known type, impossible content; kept raw
-    "packets",  # rows of types 0 to 3 with direction 1
-    "bad_parity",  # packets among them whose parity is wrong; stored all the same
-    "time_rows",  # rows of type 4
-    "rejected_messages",
-    "wrong_counts",  # messages whose header counts other words than they hold
-    "info_rows",
-    "sent_rows",  # rows of types 0 to 3 with direction 0
-    "dropped",  # rows that found no room
-    "stored",
-)
-#: Rows that these counters add up to: equation (c) of the ledger.
-ROW_COUNTS: Final = ("word_rows", "time_rows", "info_rows", "sent_rows")
 #: One more than the highest io_group: counters of a producer are an array of shape (IO_GROUPS, len(COUNTS)), dtype u8.
 IO_GROUPS: Final = 256
 

@@ -75,8 +75,12 @@ class Network:
         return f"10.77.0.{self.hosts.index(host) + 1}"
 
     def prefix(self, host: str) -> list[str]:
-        """What to put before a command, so that it runs on this host."""
-        return ["nsenter", f"--net={FOLDER / self._names[self.hosts.index(host)]}"]
+        """What to put before a command, so that it runs on this host: with a network, and but for the first one, with
+        memory of its own."""
+        there = ["nsenter", f"--net={FOLDER / self._names[self.hosts.index(host)]}"]
+        if host == self.hosts[0]:
+            return there
+        return [*there, "unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
 
     @contextmanager
     def inside(self, host: str) -> Iterator[None]:

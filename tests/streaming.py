@@ -13,6 +13,7 @@ from processes import LIMIT
 
 from larpixdaq import schema
 from larpixdaq._native.ring import SMALLEST, Ring
+from larpixdaq.arena import Arena
 from larpixdaq.blocks import Block, End
 from larpixdaq.deflate import crc32
 from larpixdaq.recorder import Recorder
@@ -29,13 +30,26 @@ STORAGE = "Offline storage"
 class Line:
     """A recorder, its ring and its publisher, without the process around them."""
 
-    def __init__(self, spool: Path | None = None, limit: int = 1 << 30, extra: int = 32 << 20, **options: Any) -> None:
-        """`spool`: a folder for one, of `limit` bytes; `extra`: bytes of the ring beside the least."""
+    def __init__(
+        self,
+        spool: Path | None = None,
+        limit: int = 1 << 30,
+        extra: int = 32 << 20,
+        folder: Path | None = None,
+        **options: Any,
+    ) -> None:
+        """`spool`: a folder for one, of `limit` bytes; `extra`: bytes of the ring beside the least; `folder`: where the
+        ring is, for consumers that read it themselves (None: in memory of ours)."""
         self.context = zmq.Context()
         socket = router(self.context)
         socket.bind("tcp://127.0.0.1:0")
         self.address = socket.get(zmq.LAST_ENDPOINT).decode()
-        self.ring = Ring(bytearray(SMALLEST + extra), producer="board", epoch=5)
+        self.arena = None if folder is None else Arena.make(folder, folder, "board", 5, SMALLEST + extra)
+        if self.arena is not None:
+            options["ring"] = str(self.arena.path)
+            self.ring = self.arena.ring
+        else:
+            self.ring = Ring(bytearray(SMALLEST + extra), producer="board", epoch=5)
         self.recorder = Recorder(self.ring, "board", 5, LAYOUT, [1, 2])
         self.worker = Worker("spool")
         self.spool = None if spool is None else Spool(Directory(spool, "larpixdaq", limit, self.worker))
@@ -75,6 +89,8 @@ class Line:
         for peer in self.peers:
             peer.close(linger=0)
         self.context.destroy(linger=0)
+        if self.arena is not None:
+            self.arena.close()
 
 
 def until(line: Line, condition: Any, what: str, limit: float = LIMIT) -> None:

@@ -5,8 +5,11 @@ Nothing here asks a process, and the rows are counted with plain h5py and numpy.
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,20 +73,37 @@ class _Books:
         self.missing: Counter[Source] = Counter()  # rows of blocks that never came
 
 
-def tally(parts: list[Path]) -> Tally:
-    """Of the parts of one run of one storage, in order."""
+def tally(parts: list[Path], processes: int = 1) -> Tally:
+    """Of the parts of one run of one storage, in order; their rows are read by so many processes."""
     found, books = Tally(parts=len(parts)), _Books()
-    for path in sorted(parts, key=_superseded):
-        if not path.name.endswith(names.FINISHED):
-            found.problems.append(f"{path.name} was left behind")
-            continue
-        report = verify(path)
-        for finding in report.findings:
+    finished = [path for path in sorted(parts, key=_superseded) if path.name.endswith(names.FINISHED)]
+    found.problems += [f"{path.name} was left behind" for path in parts if path not in finished]
+    for path, (findings, kinds) in zip(finished, _readings(finished, processes), strict=True):
+        for finding in findings:
             (found.notes if _ELSEWHERE.search(finding) else found.problems).append(f"{path.name}: {finding}")
+        books.rows += kinds
         with h5py.File(path, "r") as file:
             _part(file, path.name, found, books)
     _settle(found, books)
     return found
+
+
+def _readings(parts: list[Path], processes: int) -> Iterator[tuple[list[str], NDArray[np.int64]]]:
+    if processes == 1:
+        yield from map(_reading, parts)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_reading, parts)
+
+
+def _reading(path: Path) -> tuple[list[str], NDArray[np.int64]]:
+    """What `verify` finds in a part, and its rows by io_group and kind."""
+    kinds = np.zeros((256, 4), np.int64)
+    with h5py.File(path, "r") as file:
+        rows = file["packets"]
+        for start in range(0, len(rows), _PIECE):
+            kinds += _kinds(rows[start : start + _PIECE])
+    return verify(path).findings, kinds
 
 
 def parts_of(directories: list[Path], run: int, label: str = "") -> list[Path]:
@@ -122,8 +142,6 @@ def _part(file: Any, name: str, found: Tally, books: _Books) -> None:
         found.doubled += doubled
     rows = file["packets"]
     found.rows += len(rows)
-    for start in range(0, len(rows), _PIECE):
-        books.rows += _kinds(rows[start : start + _PIECE])
     for block in blocks[again]:
         first = int(block["first_row"])
         books.rows -= _kinds(rows[first : first + int(block["rows"])])

@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import msgspec
@@ -402,3 +404,11 @@ def test_scripts_run_by_their_path(tmp_path):
 
 def test_packed_values_are_what_they_were():
     assert msgspec.msgpack.decode(packed({"a": 1})) == {"a": 1}
+
+
+@pytest.mark.parametrize("module", ["core", "log"])
+def test_nothing_heavy_is_imported_where_no_rows_come(module):
+    """A core starts in a moment, beside the boards it may be the only one on a small machine."""
+    code = f"import larpixdaq.{module}, sys; print([m for m in ('numpy', 'h5py', 'larpix') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

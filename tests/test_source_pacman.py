@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -15,6 +16,7 @@ from larpixdaq import schema
 from larpixdaq._native import emulate
 from larpixdaq.errors import ConfigError
 from larpixdaq.sources import pacman
+from larpixdaq.sources.board import QUEUE_BYTES
 from larpixdaq.sources.pacman import PacmanSource
 
 
@@ -52,6 +54,26 @@ def balanced(counts, io_group=1):
     assert c["bytes_in"] == c["header_bytes"] + c["word_bytes"] + c["trailing_bytes"] + c["rejected_bytes"]
     assert c["words_in"] == c["word_rows"] + c["unknown_words"] + c["rejected_words"]
     return c
+
+
+def test_what_waits_while_nobody_reads_is_bounded_by_its_size(source_at):
+    message = b"D" + struct.pack("<IxH", 1_700_000_000, 1000) + (b"T\2" + bytes(14)) * 1000
+    with context() as ctx:
+        out, port = publisher(ctx)
+        source = source_at(port)
+        subscribed(out)
+        out.send(message)
+        driver = Driver(source)
+        driver.until(lambda: driver.count("words_in") == 1000, "the first message")
+        out.sndtimeo = 500
+        sent = 0
+        with contextlib.suppress(zmq.Again):
+            while sent < 3 * QUEUE_BYTES:
+                out.send(message)
+                sent += len(message)
+        # What fills the kernel's buffers and the board's own queue comes on top.
+        assert QUEUE_BYTES < sent < 2 * QUEUE_BYTES
+        driver.until(lambda: driver.count("bytes_in") == sent + len(message), "all that was sent")
 
 
 @pytest.mark.parametrize("per_message", ["auto", "1", "1000"])

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,9 +32,9 @@ from larpixdaq.errors import ProtocolError
 from larpixdaq.stream import Consumer
 
 
-@pytest.fixture
-def line() -> Iterator[Line]:
-    line = Line()
+@pytest.fixture(params=["sent", "read out of the ring"])
+def line(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Line]:
+    line = Line(folder=None if request.param == "sent" else tmp_path)
     yield line
     line.close()
 

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from streaming import LAYOUT
 
+from larpixdaq import arena as arenas
 from larpixdaq import schema
-from larpixdaq._native.ring import SMALLEST
+from larpixdaq._native.ring import SMALLEST, Reader
 from larpixdaq.arena import DEFAULT_DIRECTORY, Arena, key
 from larpixdaq.blocks import (
     STREAM_VERSION,
@@ -30,6 +31,7 @@ from larpixdaq.blocks import (
     End,
     FromConsumer,
     Hello,
+    Maps,
     Position,
     Refused,
     Source,
@@ -72,6 +74,9 @@ class Wire:
             raise zmq.ZMQError(zmq.EHOSTUNREACH)
         if flags & zmq.SNDMORE:
             self._head = parts[0], parts[1]
+        elif len(parts) == 4:  # the rows are where they are
+            assert parts[2] == b""
+            self.down[parts[0]].append((parts[1], int.from_bytes(parts[3], "little"), Tracker()))
         else:
             self.down[parts[0]].append((parts[1], b"".join(map(bytes, parts[2:])), Tracker()))
 
@@ -91,7 +96,7 @@ class Wire:
 def whole(header: bytes, payload: Any) -> None:
     """Nothing was written over the rows of a block that is on its way."""
     frame = unpack_producer(header, NAME)
-    if isinstance(frame, Block):
+    if isinstance(frame, Block) and not isinstance(payload, int):
         assert crc32(payload) == frame.crc32, "other rows than were sent"
 
 
@@ -121,6 +126,8 @@ class Storage:
         self.volatile: dict[Source, tuple[int, int, int, End | None]] = {}
         self.route: bytes | None = None
         self.welcome = False
+        self.maps = False  # it is on the producer's host
+        self.ring: Reader | None = None
         self.up: deque[bytes] = deque()
 
     def where(self, source: Source) -> tuple[int, int, int, End | None]:
@@ -133,6 +140,10 @@ class Storage:
         self.welcome = False
         self.up.clear()
         self.volatile.clear()
+        self.hello()
+
+    def hello(self) -> None:
+        self.welcome = False
         self.say(Hello(STREAM_VERSION, self.name, "", "all", [Position(*s, d[2]) for s, d in self.durable.items()]))
 
     def say(self, frame: FromConsumer) -> None:
@@ -142,13 +153,14 @@ class Storage:
         frame = unpack_producer(header, NAME)
         if isinstance(frame, Welcome):
             self.welcome = True
+            if self.maps:
+                self.ring = arenas.reader(Path(frame.ring), NAME, frame.epoch)
+                self.say(Maps(frame.epoch))
         elif isinstance(frame, Refused):
             self.welcome = False
             if frame.reason == "hello":
                 self.volatile.clear()
-                self.say(
-                    Hello(STREAM_VERSION, self.name, "", "all", [Position(*s, d[2]) for s, d in self.durable.items()])
-                )
+                self.hello()
         elif self.welcome:
             assert isinstance(frame, Block | End)
             rows, infos, following, end = self.where(frame.source)
@@ -156,6 +168,14 @@ class Storage:
             assert sequence <= following, f"{self.name}: {sequence} came where {following} should, of {frame.source}"
             if sequence < following:
                 return
+            if isinstance(payload, int):
+                assert self.ring is not None
+                payload = self.ring.read(payload)
+                if payload is None:  # it has left the ring
+                    self.hello()
+                    return
+                assert isinstance(frame, Block)
+                assert crc32(payload) == frame.crc32, "other rows than were published"
             assert end is None, "a block behind the end"
             if isinstance(frame, End):
                 end = frame
@@ -204,7 +224,8 @@ class Stream(RuleBasedStateMachine):
         self.arena = Arena.make(self.folder, self.folder, NAME, self.epoch, SMALLEST)
         self.recorder = Recorder(self.arena.ring, NAME, self.epoch, LAYOUT, [1])
         own = Store(NAME, self.epoch, self.arena.ring, Spool(spool))
-        self.publisher = Publisher(own, self.wire, lambda: self.now)  # type: ignore[arg-type]
+        ring = str(self.arena.path)
+        self.publisher = Publisher(own, self.wire, lambda: self.now, ring=ring)  # type: ignore[arg-type]
         for left in Predecessors(NAME, self.folder, self.folder, spool, 0).look({self.epoch}):
             files = Spool(spool, left.files) if left.files else None
             store = Store.inherited(NAME, left.epoch, left.arena, files)
@@ -313,6 +334,12 @@ class Stream(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(STORAGES))
     def is_cut_off(self, name: str) -> None:
+        self.connect(name)
+
+    @rule(name=st.sampled_from(STORAGES))
+    def moves(self, name: str) -> None:
+        """To the producer's host, or away from it."""
+        self.storages[name].maps ^= True
         self.connect(name)
 
     def connect(self, name: str) -> None:

@@ -1,6 +1,6 @@
 """The control plane behind core, nodes and Operator: one ROUTER at the core, typed messages, answered requests.
 
-messages            what travels; validated on arrival
+messages, arrays    what travels; validated on arrival
 link, calls, recent, shipping     the side of a node or an Operator: connection, requests to it, log records
 requests            the side of an Operator: what its methods return
 peers, desk, forwarding           the core's view of who is there, who asks for what, and whom it is passed on to

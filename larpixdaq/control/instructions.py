@@ -8,8 +8,8 @@ from typing import Any
 from larpixdaq.control.catalogue import Run
 from larpixdaq.control.peers import Component
 from larpixdaq.errors import ComponentError
-from larpixdaq.schema import layout
 from larpixdaq.states import ABORTED, MIN_FREE
+from larpixdaq.terms import LAYOUT_NAMES
 from larpixdaq.version import VERSION
 
 
@@ -91,7 +91,5 @@ def end_params(run: Run) -> dict[str, Any]:
 
 
 def layout_name(code: Any) -> str:
-    try:
-        return layout(code).name
-    except (ValueError, TypeError):
-        return f"unknown layout {code!r}"
+    name = LAYOUT_NAMES.get(code) if isinstance(code, int) else None
+    return f"unknown layout {code!r}" if name is None else name

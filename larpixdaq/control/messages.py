@@ -10,9 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Final, Literal, NoReturn
 
 import msgspec
-import numpy as np
 from msgspec import Meta
-from numpy.lib import format as npy
 
 from larpixdaq.errors import ProtocolError
 
@@ -23,7 +21,6 @@ MAX_REQUEST: Final = 1 << 20
 MAX_ANSWER: Final = 64 << 20
 #: Containers in containers, at most.
 MAX_DEPTH: Final = 32
-_ARRAY: Final = 1
 
 Id = Annotated[str, Meta(max_length=64)]
 #: Names of components and actions: no control characters, so that they can stand in a line of text.
@@ -132,58 +129,21 @@ class _Probe(msgspec.Struct):
 
 
 def _pack_other(value: Any) -> Any:
-    if isinstance(value, np.generic) and not isinstance(value, np.void):
-        return value.item()
-    if isinstance(value, np.ndarray | np.void):
-        array = np.asarray(value)
-        if array.dtype.hasobject:
-            raise ProtocolError(f"an array of dtype {array.dtype} cannot travel: it holds Python objects")
-        head = [npy.dtype_to_descr(array.dtype), list(array.shape), array.tobytes()]
-        return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode(head))
-    raise ProtocolError(f"a value of type {type(value).__name__} cannot travel")
+    from larpixdaq.control.arrays import pack_other  # here: a core or a log that sees no arrays needs no numpy
+
+    return pack_other(value)
 
 
-class _Array(msgspec.Struct, array_like=True):
-    descr: str | list[Any]
-    shape: Annotated[list[Count], Meta(max_length=32)]
-    data: bytes
+def _unpack_extension(code: int, data: memoryview) -> Any:
+    from larpixdaq.control.arrays import unpack_extension
 
-
-_array_decoder: Final = msgspec.msgpack.Decoder(_Array)
-
-
-def _descr(entry: Any) -> Any:
-    """msgpack has lists only; numpy wants tuples around fields and shapes."""
-    if isinstance(entry, list) and entry and all(isinstance(field, list) for field in entry):
-        return [(_descr(field[0]), _descr(field[1]), *map(tuple, field[2:])) for field in entry]
-    return tuple(_descr(part) for part in entry) if isinstance(entry, list) else entry
-
-
-def _unpack_array(code: int, data: memoryview) -> Any:
-    if code != _ARRAY:
-        raise ProtocolError(f"unknown msgpack extension {code}")
-    try:
-        head = _array_decoder.decode(data)
-        dtype = npy.descr_to_dtype(_descr(head.descr))
-    except (msgspec.MsgspecError, ValueError, TypeError, KeyError, IndexError, RecursionError, SyntaxError) as error:
-        raise ProtocolError(f"array with an impossible description: {error}") from None
-    if dtype.hasobject or not dtype.itemsize:
-        raise ProtocolError(f"array of dtype {dtype}: it holds Python objects or nothing at all")
-    count = 1
-    for length in head.shape:
-        count *= length
-    if count * dtype.itemsize != len(head.data):
-        raise ProtocolError(f"array of {count} x {dtype.itemsize} bytes: found {len(head.data)} bytes")
-    try:
-        return np.frombuffer(bytearray(head.data), dtype, count).reshape(head.shape)
-    except (ValueError, TypeError) as error:
-        raise ProtocolError(f"array of shape {head.shape}: {error}") from None
+    return unpack_extension(code, data)
 
 
 _encoder: Final = msgspec.msgpack.Encoder(enc_hook=_pack_other)
-_client_decoder: Final = msgspec.msgpack.Decoder(FromClient, ext_hook=_unpack_array)
-_core_decoder: Final = msgspec.msgpack.Decoder(FromCore, ext_hook=_unpack_array)
-_value_decoder: Final = msgspec.msgpack.Decoder(ext_hook=_unpack_array)
+_client_decoder: Final = msgspec.msgpack.Decoder(FromClient, ext_hook=_unpack_extension)
+_core_decoder: Final = msgspec.msgpack.Decoder(FromCore, ext_hook=_unpack_extension)
+_value_decoder: Final = msgspec.msgpack.Decoder(ext_hook=_unpack_extension)
 _probe_decoder: Final = msgspec.msgpack.Decoder(_Probe)
 
 

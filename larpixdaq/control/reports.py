@@ -12,8 +12,8 @@ from msgspec import Meta
 from larpixdaq.control.asks import Outcome
 from larpixdaq.control.catalogue import Run
 from larpixdaq.errors import ComponentError
-from larpixdaq.schema import COUNTS, ROW_COUNTS
 from larpixdaq.states import ABORTED, COMPLETE, INCOMPLETE, INTERRUPTED, SUSPECT, best, worst
+from larpixdaq.terms import COUNTS, ROW_COUNTS
 
 
 class ProducerReady(msgspec.Struct):

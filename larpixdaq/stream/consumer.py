@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import zmq
 
@@ -23,47 +22,24 @@ from larpixdaq.blocks import (
     Bye,
     Credit,
     End,
-    FromConsumer,
     FromProducer,
     Hello,
     Position,
     Refused,
     Source,
     Welcome,
-    pack,
-    unpack_producer,
 )
 from larpixdaq.errors import ProtocolError
+from larpixdaq.stream.link import CREDIT, Link
 from larpixdaq.stream.standing import Heard, Standing
 
 REPEAT = 0.25
 #: Without a WELCOME the HELLO is said again so often.
 HELLO_AGAIN = 0.5
-#: Blocks that a monitor lets come before it has dealt with the first of them.
-CREDIT = 2
 
 log = logging.getLogger(__name__)
 
 Received = tuple[str, FromProducer, memoryview | None]
-
-
-@dataclass
-class Link:
-    """The connection to one producer; only the thread touches the socket."""
-
-    name: str
-    address: str
-    socket: zmq.Socket[bytes]
-    welcome: bool = False
-    epoch: int = 0
-    hello_at: float = 0.0  # not before that do we ask to be subscribed
-    said: float = 0.0  # when we last sent anything
-    credit: int = CREDIT
-    acks: dict[tuple[int, int], int] = field(default_factory=dict)  # (run, epoch) -> next, still to be sent
-    last_ack: Ack | None = None
-    warned: str = ""
-    #: Our session, and when (monotonic) the producer said that a newer HELLO of our name had come.
-    superseded: tuple[str, float] | None = None
 
 
 class Consumer:
@@ -194,7 +170,7 @@ class Consumer:
                         self._keep_up(link)
         finally:
             for link in self._links.values():
-                self._send(link, Bye())
+                link.send(Bye())
                 link.socket.close(linger=100)
             self._context.term()
 
@@ -225,40 +201,28 @@ class Consumer:
                 self._links[name].said = 0.0
 
     def _open(self, name: str, address: str) -> Link | None:
-        socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.RCVHWM, 0)  # the producer's window is the bound
-        socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        socket.setsockopt(zmq.IMMEDIATE, 1)  # what is said to a producer that is away must not pile up
         try:
-            socket.connect(address)
+            link = Link(self._context, name, address)
         except zmq.ZMQError as error:  # this thread serves the other producers too
-            socket.close(linger=0)
             log.error("%s: cannot subscribe at %r: %s", name, address, error.strerror)
             return None
-        self._poller.register(socket, zmq.POLLIN)
-        return Link(name, address, socket)
+        self._poller.register(link.socket, zmq.POLLIN)
+        return link
 
     def _drop(self, link: Link) -> None:
         del self._links[link.name]
         self._poller.unregister(link.socket)
-        self._send(link, Bye())
+        link.send(Bye())
         link.socket.close(linger=100)
 
     def _receive(self, link: Link) -> None:
         arrived = False
         while not link.socket.closed:
             try:
-                header = link.socket.recv(zmq.NOBLOCK)
-                payload = (
-                    link.socket.recv(copy=False).buffer if link.socket.get(zmq.RCVMORE) else None
-                )  # the parts of one message arrive together
-                while link.socket.get(zmq.RCVMORE):
-                    link.socket.recv()
-            except zmq.Again:
-                break
-            try:
-                arrived |= self._frame(link, unpack_producer(header, link.name), payload)
+                received = link.receive()
+                if received is None:
+                    break
+                arrived |= self._frame(link, *received)
             except ProtocolError as error:
                 self._warn(link, str(error))
         if arrived:
@@ -271,6 +235,7 @@ class Consumer:
                 return False
             link.welcome, link.epoch = True, frame.epoch
             link.warned = ""
+            link.map(frame)
         elif isinstance(frame, Refused):
             link.welcome = False
             if frame.reason == "hello":
@@ -285,10 +250,18 @@ class Consumer:
             if not link.welcome:
                 return False  # left over from a subscription before this one; it will be sent again
             if isinstance(frame, Block) and payload is None:
-                self._warn(link, f"block {frame.sequence} of run {frame.run} from {link.name} has no rows")
+                self._missed(link, frame)
                 return False
         self._queue.append((link.name, frame, payload))
         return True
+
+    def _missed(self, link: Link, block: Block) -> None:
+        """A block came without rows: the producer has given it up for us in its ring, or it sends nonsense."""
+        self._warn(link, f"block {block.sequence} of run {block.run} from {link.name} has no rows (any more)")
+        if self.mode == "latest":
+            link.credit += block.text is None
+        else:  # what comes behind it would seem to follow a gap
+            link.welcome, link.hello_at = False, self._clock() + HELLO_AGAIN
 
     def _keep_up(self, link: Link) -> None:
         if not self._good():
@@ -300,19 +273,19 @@ class Consumer:
                 link.credit = CREDIT
                 link.acks.clear()
                 hello = Hello(STREAM_VERSION, self.name, self.session, self.mode, self._positions())
-                if self._send(link, hello) and self.mode == "latest":
-                    self._send(link, Credit(link.credit))
+                if link.send(hello) and self.mode == "latest":
+                    link.send(Credit(link.credit))
                 link.hello_at = now + HELLO_AGAIN
                 link.said = now
             return
         if self.mode == "all" and link.acks:
             for (run, epoch), following in link.acks.items():
                 link.last_ack = Ack(run, epoch, following)
-                self._send(link, link.last_ack)
+                link.send(link.last_ack)
             link.acks.clear()
             link.said = now
         elif now - link.said > REPEAT / 2:
-            self._send(link, link.last_ack or Credit(link.credit) if self.mode == "all" else Credit(link.credit))
+            link.send(link.last_ack or Credit(link.credit) if self.mode == "all" else Credit(link.credit))
             link.said = now
 
     def _good(self) -> bool:
@@ -324,14 +297,6 @@ class Consumer:
         if link.superseded is None or link.superseded[0] != self.session:
             return False
         return self._core is None or self._core.confirmed <= link.superseded[1]
-
-    def _send(self, link: Link, frame: FromConsumer) -> bool:
-        try:
-            link.socket.send(pack(frame), zmq.NOBLOCK)
-        except zmq.Again:
-            link.welcome = False  # not connected: a new connection begins with HELLO
-            return False
-        return True
 
     def _warn(self, link: Link, text: str) -> None:
         if text != link.warned:

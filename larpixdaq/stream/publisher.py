@@ -18,6 +18,7 @@ from larpixdaq.blocks import (
     FromConsumer,
     FromProducer,
     Hello,
+    Maps,
     Position,
     Refused,
     Welcome,
@@ -54,6 +55,7 @@ class Subscriber:
     in_flight: dict[tuple[int, int], deque[tuple[int, int]]] = field(default_factory=dict)
     flight_bytes: int = 0
     skipped: int = 0
+    maps: bool = False  # it reads our ring itself
 
 
 class Publisher:
@@ -70,8 +72,11 @@ class Publisher:
         clock: Callable[[], float] = time.monotonic,
         *,
         forget_after: float = FORGET_AFTER,
+        ring: str = "",
     ) -> None:
+        """`ring`: the file of our own ring; empty: it is in none."""
         self.own = own
+        self._ring = ring
         #: Predecessors' first, the oldest of them first.
         self.stores = [own]
         self.socket = socket
@@ -170,6 +175,8 @@ class Publisher:
             self._ack(subscriber, frame)
         elif isinstance(frame, Credit):
             subscriber.credit = max(subscriber.credit, frame.blocks)
+        elif isinstance(frame, Maps):
+            subscriber.maps = frame.epoch == self.own.epoch
         elif isinstance(frame, Bye):
             self._drop(subscriber)
 
@@ -187,7 +194,7 @@ class Publisher:
         subscriber = Subscriber(route, hello.name, hello.mode, self._clock(), hello.positions)
         for store in self.stores:
             self._know(subscriber, store)
-        if self._send(subscriber, Welcome(self.own.producer, self.own.epoch, self.run, self.layout)):
+        if self._send(subscriber, Welcome(self.own.producer, self.own.epoch, self.run, self.layout, self._ring)):
             self.subscribers[route] = subscriber
 
     def _know(self, subscriber: Subscriber, store: Store) -> None:
@@ -260,6 +267,10 @@ class Publisher:
         try:
             if not len(payload):
                 self.socket.send_multipart([subscriber.route, found.header], zmq.NOBLOCK)
+            elif subscriber.maps and found.pinned and store is self.own:
+                self.socket.send_multipart(
+                    [subscriber.route, found.header, b"", index.to_bytes(8, "little")], zmq.NOBLOCK
+                )
             elif subscriber.mode != "all":  # a monitor pins nothing
                 self.socket.send_multipart([subscriber.route, found.header, payload], zmq.NOBLOCK)
             else:

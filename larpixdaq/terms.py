@@ -1,0 +1,36 @@
+"""What layouts and the ledger's counters are called: apart from schema.py for programs that start without numpy."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Layouts of rows by their code.
+LAYOUT_NAMES: Final = {1: "1.0", 2: "2.4", 3: "2.4-clock64", 4: "3.0"}
+#: Counters of one io_group in one run (or of run 0: what came outside a run), in the order of ``enum Count`` in
+#: ext/wire.pxd. The compiled decoders add to them in place; `info_rows` to `stored` belong to producer and storage.
+COUNTS: Final = (
+    "messages",  # board messages that were taken apart (frames, on a serial line)
+    "bytes_in",
+    "header_bytes",
+    "trailing_bytes",  # behind the last whole word, or behind the words that the header counts
+    "rejected_bytes",  # messages thrown away whole: no header, unknown type or format
+    "resync_bytes",  # serial: bytes that belong to no frame
+    "pending_before",  # serial: bytes of an unfinished frame when the run began
+    "pending_after",  # serial: bytes of an unfinished frame now
+    "words_in",
+    "word_bytes",  # words_in x size of a word (serial: 10 x frames)
+    "word_rows",  # rows of types 0 to 3 with direction 1, 6 and 7
+    "unknown_words",  # unknown type; kept raw
+    "rejected_words",  # known type, impossible content; kept raw
+    "packets",  # rows of types 0 to 3 with direction 1
+    "bad_parity",  # packets among them whose parity is wrong; stored all the same
+    "time_rows",  # rows of type 4
+    "rejected_messages",
+    "wrong_counts",  # messages whose header counts other words than they hold
+    "info_rows",
+    "sent_rows",  # rows of types 0 to 3 with direction 0
+    "dropped",  # rows that found no room
+    "stored",
+)
+#: Rows that these counters add up to: equation (c) of the ledger.
+ROW_COUNTS: Final = ("word_rows", "time_rows", "info_rows", "sent_rows")
