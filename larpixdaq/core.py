@@ -126,6 +126,7 @@ class Core:
         self._runs.tick(now)
         self._tell()
         self._ship()
+        self._desk.load.shares()
 
     def _take(self, now: float) -> bool:
         """True when nothing is left in the socket."""

@@ -23,6 +23,7 @@ from larpixdaq.control.messages import Answer, FromCore, Heartbeat, Kind, Regist
 from larpixdaq.control.recent import Recent
 from larpixdaq.control.shipping import RecordHandler, push_socket
 from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction
+from larpixdaq.load import Load
 from larpixdaq.states import HEARTBEAT, PATIENCE, STOP
 
 __all__ = ["Call", "Handler", "Node"]
@@ -74,6 +75,7 @@ class Node:
         self._engaged: int | None = None  # the run that prepare_run brought us into; no end_run yet
         self._begun = False
         self._beat = Heartbeat()
+        self._load = Load()
         self._status_due = 0.0
         self._turned: float | None = None  # when the main loop last called report()
         self._beaten = 0.0
@@ -153,7 +155,7 @@ class Node:
         status = None
         if self._status is not None and time.monotonic() >= self._status_due:
             self._status_due = time.monotonic() + HEARTBEAT
-            status = self._status()
+            status = self._status() | {"load": self._load.shares()}
         self._beat = Heartbeat(progress=progress, queued=queued, status=status or self._beat.status)
 
     @property

@@ -15,6 +15,7 @@ from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.peers import Control, OperatorPeer, Peers
 from larpixdaq.control.runs import RunControl
 from larpixdaq.errors import RequestError
+from larpixdaq.load import Load
 from larpixdaq.version import VERSION
 
 _log = logging.getLogger("larpixdaq.core")
@@ -52,6 +53,8 @@ class Desk:
         self._started = time.time()
         #: Messages that were refused since the start.
         self.refused = 0
+        #: Of the core's own process.
+        self.load = Load()
         self._actions: Final[dict[str, tuple[type[Any], Callable[..., Any], bool]]] = {
             "state": (_None, self._state, False),
             "components": (_None, self._components, False),
@@ -113,6 +116,7 @@ class Desk:
             "operators": sorted(one.name for one in self._peers.operators.values()),
             "control": self._control.describe(now),
             "insecure": self._insecure,
+            "load": self.load.shares(),
             "refused_messages": self.refused,
             "version": VERSION,
             "started": self._started,

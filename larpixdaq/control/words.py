@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any, Final
 
 from larpixdaq.control.space import SOON, size, time_to_full
+from larpixdaq.load import words as load_words
 
 Facts = dict[str, Any]
 
@@ -27,16 +28,20 @@ def lines(found: Facts) -> list[str]:
     if found.get("insecure"):
         shown.append("INSECURE: without keys, everybody who reaches the core can control the detector")
     width = max((len(component["name"]) for component in found["components"]), default=0)
+    if "load" in found:
+        shown.append(f"{'core':<{width}}  alive  {load_words(found['load'])}")
     for component in found["components"]:
         shown.append(f"{component['name']:<{width}}  {_liveness(component):<5}  {_words(component)}".rstrip())
     return shown
 
 
 def _words(component: Facts) -> str:
+    facts = component["status"]
     try:
-        return _WORDS[component["kind"]](component["info"], component["status"])
+        said = _WORDS[component["kind"]](component["info"], facts)
+        return f"{said}; {load_words(facts['load'])}" if "load" in facts else said
     except (KeyError, TypeError, ValueError):  # of another version than we are
-        return ", ".join(f"{name} {value}" for name, value in component["status"].items())
+        return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def _liveness(component: Facts) -> str:

@@ -1,0 +1,27 @@
+"""How busy a process says that it is."""
+
+import time
+
+import pytest
+
+from larpixdaq import load
+from larpixdaq.load import Load, words
+
+
+def test_shares_follow_the_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "SPAN", 0.2)
+    mine = Load()
+    until = time.thread_time() + 0.2
+    began = time.monotonic()
+    while time.thread_time() < until:
+        pass
+    shares = mine.shares()
+    worked = 0.2 / (time.monotonic() - began)
+    assert shares["loop"] == pytest.approx(worked, rel=0.3)
+    assert shares["process"] >= shares["loop"] - 0.01
+
+
+def test_what_is_left_in_words() -> None:
+    assert words({"loop": 0.01, "process": 0.02}) == "0.02 cores"
+    assert words({"loop": 0.25, "process": 0.5}) == "0.50 cores, room for 4.0 times as much"
+    assert words({"loop": 0.99, "process": 1.5}) == "1.50 cores, no room for more"
