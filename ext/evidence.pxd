@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memcmp, memcpy
 
-from rows cimport odd_parity, word_mask
+from rows cimport expect, odd_parity, word_mask
 from wire cimport V1, V3
 
 cdef enum:                           # schema.NOTICES, in its order
@@ -21,16 +21,24 @@ cdef enum:                           # schema.NOTICES, in its order
     AHEAD
     HEARTBEATS
     RESETS
+    HOLES
     N_NOTICES
 
 cdef enum:
     LONGEST_STALL = 1000             # seconds; the kernel gives a connection up before: then a clock was set
+    QUEUE = 100                      # messages that a board keeps for a subscriber who does not take them; then it drops
+    MARKS = 128                      # a power of two above that
+    SHORTEST_HOLE = 100_000          # ticks: 10 ms
 
 cdef packed struct Notice:           # schema.NOTICE
     uint64_t events
     uint64_t amount
     uint64_t first_ns
     uint64_t last_ns
+
+cdef struct Mark:
+    uint64_t ticks                   # the board's clock
+    double since                     # it reached us after that
 
 cdef struct Evidence:
     Notice* notices
@@ -61,6 +69,9 @@ cdef struct Evidence:
     double reset_until
     uint64_t reset_ns
     double tick                      # seconds; 0: not known yet
+    # the last messages that began with a data word
+    uint64_t n_marks                 # how many there were
+    Mark marks[MARKS]
 
 
 cdef inline void note(Evidence* evidence, int what, uint64_t amount, uint64_t first_ns) noexcept nogil:
@@ -82,6 +93,7 @@ cdef inline void forget_context(Evidence* evidence) noexcept nogil:
     evidence.copied = 0
     evidence.period = evidence.odd = 0
     evidence.tick = 0
+    evidence.n_marks = 0
 
 
 cdef inline void next_batch(Evidence* evidence, uint64_t now_ns, double since, double until) noexcept nogil:
@@ -215,6 +227,7 @@ cdef inline void note_reset(Evidence* evidence, uint64_t timestamp, uint64_t sec
     """
     cdef double passed, told
     evidence.reset_ticks += timestamp
+    evidence.n_marks = 0
     if evidence.was_reset and timestamp:
         passed = <double>seconds - <double>evidence.reset_seconds
         told = timestamp * evidence.tick
@@ -228,3 +241,35 @@ cdef inline void note_reset(Evidence* evidence, uint64_t timestamp, uint64_t sec
     evidence.reset_seconds = seconds
     evidence.reset_until = evidence.until
     evidence.reset_ns = evidence.now_ns
+
+
+# Holes in data that were held up
+
+cdef inline void mark_message(Evidence* evidence, uint64_t ticks, bint wide) noexcept nogil:
+    """A message whose first word was taken at this time of the board's clock.
+
+    A board drops when its queue is full, and then so many messages have been held up: they reach us together with what was
+    sent long after them. A jump of the clock between the two that is longer than all the queue took is then a hole; a
+    pause in which there was nothing to send would have let them through.
+    """
+    cdef uint64_t n = evidence.n_marks, jump
+    cdef Mark* last = &evidence.marks[(n - 1) % MARKS]
+    cdef Mark* queued
+    if n >= QUEUE:
+        queued = &evidence.marks[(n - QUEUE) % MARKS]
+        jump = ticks - last.ticks
+        if not wide:
+            jump &= <uint64_t>0xffffffff
+        if expect(jump > SHORTEST_HOLE, False):
+            _note_hole(evidence, jump, (last.ticks - queued.ticks) & (~<uint64_t>0 if wide else <uint64_t>0xffffffff), queued.since)
+    evidence.marks[n % MARKS].ticks = ticks
+    evidence.marks[n % MARKS].since = evidence.since
+    evidence.n_marks = n + 1
+
+
+cdef inline void _note_hole(Evidence* evidence, uint64_t jump, uint64_t queued, double since) noexcept nogil:
+    cdef double tick = evidence.tick if evidence.tick else 1e-7
+    cdef double seconds = jump * tick
+    # more than that is a clock that was set, or that went back: told otherwise
+    if jump > queued and seconds < 100 and seconds > evidence.until - since:
+        note(evidence, HOLES, <uint64_t>(seconds * 1e6), evidence.before_ns)

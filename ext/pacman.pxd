@@ -3,7 +3,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.string cimport memcpy
 
 from evidence cimport (
-    Evidence, SHORT, TRAILING, full_mask, note, note_doubled, note_full, note_heartbeat, note_reset, note_seconds, repeated,
+    Evidence, SHORT, TRAILING, full_mask, mark_message, note, note_doubled, note_full, note_heartbeat, note_reset, note_seconds, repeated,
 )
 from rows cimport (
     Row, SYNC, TRIGGER, UNKNOWN_TYPE, WIDE_CHANNEL, board_row, expect, load32, load64, time_row, word_row,
@@ -78,6 +78,8 @@ cdef inline bint open_message(Pacman* board) noexcept nogil:
         wrong = header + counted * 16 != length
         # a word begins with its type, io_channel and 32-bit timestamp
         head = load64(at + 8) if present else 0
+        if present and at[8] == c'D':
+            mark_message(evidence, head >> 16 << 16 if board.clock64 else head >> 16 & <uint64_t>0xffffffff, board.clock64)
     else:
         header = 24
         size = 24
@@ -86,6 +88,8 @@ cdef inline bint open_message(Pacman* board) noexcept nogil:
         present = (length - header) // 24
         wrong = header + <Py_ssize_t>load32(at + 4) != length or (length - header) % 24 != 0
         head = load64(at + 32) if present else 0  # its timestamp
+        if present and at[24] == c'D':
+            mark_message(evidence, head, True)
     input.words = min(counted, present)
     input.word = at + header
     if expect(seconds != board.sink.seconds, False):

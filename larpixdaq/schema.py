@@ -161,6 +161,7 @@ NOTICES: Final = (
     "ahead",  # headers with a far later time than the one before, without a pause; seconds
     "heartbeats",  # intervals with heartbeats missing; heartbeats
     "resets",  # intervals with SYNC words of clock resets missing
+    "holes",  # jumps of the board's clock within data that were held up; microseconds
 )
 NOTICE: Final = np.dtype([("events", "<u8"), ("amount", "<u8"), ("first_ns", "<u8"), ("last_ns", "<u8")])
 #: `reason` in UNKNOWN_WORD.

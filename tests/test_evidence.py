@@ -145,6 +145,44 @@ def test_messages_that_come_twice(cuts: list[int]) -> None:
     }
 
 
+def stream(n: int, at: float, ticks: int, width: float) -> list[tuple[float, bytes]]:
+    """Hits at 40,000/s by the board's clock from `ticks` on, which reach us from `at` on, within `width` seconds."""
+    return [
+        (at + width * i / n, legacy([data_word(odd(HIT ^ i << 48), receipt=(ticks + 250 * i) & 0xFFFFFFFF)]))
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize("ticks", [1000, 2**32 - 52_000])
+@pytest.mark.parametrize(
+    ("held", "hole", "width", "found"),
+    [
+        (300, 0.03, 0.004, True),  # a queue of 100 messages was full, and 30 ms are missing behind it
+        (300, 40.0, 0.004, True),
+        (90, 0.03, 0.004, False),  # the queue was not full
+        (300, 0.009, 0.004, False),  # too short to tell
+        (300, 0.03, 0.2, False),  # it took longer than that for them to come: they were sent so late
+        (300, 300.0, 0.004, False),  # the clock was set
+    ],
+)
+def test_a_hole_in_data_that_were_held_up(ticks: int, held: int, hole: float, width: float, found: bool) -> None:
+    board = Board()
+    assert board.hear(stream(120, 1.0, ticks, 120 * 25e-6), range(10, 120, 10)) == {}
+    # The connection stands still for 0.2 s. Then all comes that waited, the first message ahead of the others.
+    rest = stream(held, 1.2, ticks + 250 * 120, width)
+    later = stream(200, 1.2 + width, ticks + 250 * (120 + held) + int(hole * 1e7), width)
+    cuts = [1, *range(20, held + 200, 20)]
+    amount = int(hole * 1e6) + 25
+    assert board.hear(rest + later, cuts) == ({"holes": (1, amount)} if found and held >= 100 else {})
+
+
+def test_a_pause_of_the_board_is_no_hole() -> None:
+    """Nothing to send for a second, while the connection stands still or not: what comes after begins at once."""
+    board = Board()
+    heard = stream(300, 1.0, 0, 300 * 25e-6) + stream(300, 2.0, 10_000_000, 0.001)
+    assert board.hear(heard, [*range(10, 300, 10), 301, *range(310, 600, 10)]) == {}
+
+
 def test_messages_that_may_be_alike() -> None:
     """Answers to the same configuration read, SYNC words of a clock that is reset each second, heads alone."""
     answer = legacy([data_word(odd(3 | 11 << 2), receipt=5)])
