@@ -12,7 +12,6 @@ the arena's end is skipped. What must stay true, also when the process is killed
 All else in the header is for the living: a successor derives it from these (`_restore`).
 """
 cimport cython
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.string cimport memcpy, memset
 from wire cimport INFO_ROWS, N_COUNTS, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -555,13 +554,14 @@ cdef class Ring:
 cdef class Reader:
     """Reads the blocks of another process's ring, whose memory is mapped here, while its producer goes on.
 
-    Nothing keeps a block there for a reader: whether anything was written over it is known after it has been copied.
+    Nothing keeps a block there for a reader. A storage's is there until it acknowledges it, unless it has been given up;
+    others may be written over at any moment.
     ValueError when the memory does not hold the ring of this producer and epoch.
     """
 
     cdef const uint8_t[::1] memory
+    cdef object readable        # the arena
     cdef const Head* all
-    cdef const uint8_t* arena
     cdef uint64_t size
 
     def __cinit__(self, const uint8_t[::1] memory, *, str producer, uint64_t epoch):
@@ -569,7 +569,7 @@ cdef class Reader:
             raise ValueError(f"ring: expected at least {SMALLEST} bytes, found {memory.shape[0]}")
         self.memory = memory
         self.all = <const Head*>&memory[0]
-        self.arena = &memory[0] + _OVERHEAD
+        self.readable = memoryview(memory)[_OVERHEAD:]
         self.size = (<uint64_t>memory.shape[0] - _OVERHEAD) & ~<uint64_t>(ALIGNMENT - 1)
         cdef const Header* header = &self.all.header
         if bytes(header.magic[:8]) != b"LPXRING\x03" or header.version != VERSION or header.arena_size != self.size:
@@ -577,22 +577,23 @@ cdef class Reader:
         if header.epoch != epoch or bytes(header.producer[:NAME_BYTES]).rstrip(b"\0") != producer.encode():
             raise ValueError(f"ring: it is of another producer or epoch ({header.epoch:x})")
 
-    def read(self, uint64_t index):
-        """The rows of block `index`, copied, as bytes; None: they are not there (any more)."""
+    def lend(self, uint64_t index):
+        """The rows of block `index` where they are, as read-only bytes; None: they are not there (any more)."""
         cdef Descriptor block = self.all.descriptors[index % DESCRIPTORS]
-        cdef bytes found
-        cdef uint8_t* out
-        cdef bint there
         fence()
         if not self._holds(index, block.start) or block.start % self.size + block.payload > self.size:
             return None
-        found = PyBytes_FromStringAndSize(NULL, block.payload)
-        out = <uint8_t*>PyBytes_AS_STRING(found)
-        with nogil:
-            memcpy(out, self.arena + block.start % self.size, block.payload)
-            fence()
-            there = self._holds(index, block.start)
-        return found if there else None
+        return self.readable[block.start % self.size:block.start % self.size + block.payload]
+
+    def read(self, uint64_t index):
+        """The same copied, as bytes: nothing was written over them before they had been."""
+        cdef uint64_t start = self.all.descriptors[index % DESCRIPTORS].start
+        lent = self.lend(index)
+        if lent is None:
+            return None
+        found = bytes(lent)
+        fence()
+        return found if self._holds(index, start) else None
 
     cdef bint _holds(self, uint64_t index, uint64_t start) noexcept nogil:
         """Whether block `index`, which begins at this position, was whole so far."""

@@ -6,6 +6,7 @@ LarpixDaqError
 ├── FileError          a file or directory that cannot be used (also an OSError)
 │   └── FileLocked         another process writes or recovers it
 ├── ProtocolError      a peer that says what it must not
+│   └── ChecksumError      rows that are not those that were sent
 ├── RingError          the arena cannot be made or used
 ├── NoCore             no core answers
 ├── RequestError       the core or a component refused or failed
@@ -42,6 +43,10 @@ class FileLocked(FileError):
 
 
 class ProtocolError(LarpixDaqError):
+    pass
+
+
+class ChecksumError(ProtocolError):
     pass
 
 

@@ -47,7 +47,7 @@ class Producer:
     """Sources, recorder and stream of one producer process, and the actions by which the core drives them."""
 
     def __init__(self, options: argparse.Namespace, boards: list[Source], delivery: Delivery) -> None:
-        """`boards` are open."""
+        """`boards` are open, and all of them wait when the ring is full, or none does."""
         self.layout = boards[0].layout
         self.name: str = options.name
         self.epoch = delivery.epoch
@@ -66,7 +66,7 @@ class Producer:
         self.address = bind(socket, options.address, options.core, insecure=options.insecure)
         io_groups = [group for source in boards for group in source.io_groups]
         self.recorder = Recorder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
-        self.readout = Readout(boards, self.recorder, delivery.ring, wait=_waits(options.when_full, boards))
+        self.readout = Readout(boards, self.recorder, delivery.ring, wait=boards[0].waits)
         self.publisher = delivery.serve(socket)
         self.child = Child(options.routines)
         self.node = Node(
@@ -287,13 +287,15 @@ def main(argv: list[str] | None = None) -> int:
                 if not folder.is_dir():
                     raise ConfigError(f"--routines {folder}: no such directory")
             boards = sources.create(options)
+            waits = _waits(options.when_full, boards)
+            for source in boards:
+                source.waits = waits
             for source in boards:  # before anything else, since a wrong device or file is best told at once
                 stack.callback(source.close)
                 source.open()
             listening_ns = time.time_ns()
-            spill = not _waits(options.when_full, boards)
             state = config.state_dir(options.state_dir)
-            delivery = Delivery(options, state, secrets.randbits(64), spill=spill, listening_ns=listening_ns)
+            delivery = Delivery(options, state, secrets.randbits(64), spill=not waits, listening_ns=listening_ns)
             stack.callback(delivery.close)
             producer = Producer(options, boards, delivery)
             stack.callback(producer.close)

@@ -16,7 +16,7 @@ from larpixdaq import schema
 from larpixdaq._native import emulate
 from larpixdaq.errors import ConfigError
 from larpixdaq.sources import pacman
-from larpixdaq.sources.board import QUEUE_BYTES
+from larpixdaq.sources.board import WAITING_QUEUE
 from larpixdaq.sources.pacman import PacmanSource
 
 
@@ -25,8 +25,9 @@ def source_at():
     """Makes opened sources, which are closed at the end."""
     sources = []
 
-    def make(port, io_group=1, host="127.0.0.1", **kwargs):
+    def make(port, io_group=1, host="127.0.0.1", waits=False, **kwargs):
         source = PacmanSource(io_group, host, port, port + 1, **kwargs)
+        source.waits = waits
         sources.append(source)
         source.open()
         return source
@@ -56,24 +57,22 @@ def balanced(counts, io_group=1):
     return c
 
 
-def test_what_waits_while_nobody_reads_is_bounded_by_its_size(source_at):
+def test_little_waits_while_nobody_reads_a_board_that_waits(source_at):
     message = b"D" + struct.pack("<IxH", 1_700_000_000, 1000) + (b"T\2" + bytes(14)) * 1000
     with context() as ctx:
         out, port = publisher(ctx)
-        source = source_at(port)
+        source = source_at(port, waits=True)
         subscribed(out)
-        out.send(message)
-        driver = Driver(source)
-        driver.until(lambda: driver.count("words_in") == 1000, "the first message")
         out.sndtimeo = 500
         sent = 0
         with contextlib.suppress(zmq.Again):
-            while sent < 3 * QUEUE_BYTES:
+            while sent < 10 * WAITING_QUEUE:
                 out.send(message)
-                sent += len(message)
+                sent += 1
         # What fills the kernel's buffers and the board's own queue comes on top.
-        assert QUEUE_BYTES < sent < 2 * QUEUE_BYTES
-        driver.until(lambda: driver.count("bytes_in") == sent + len(message), "all that was sent")
+        assert WAITING_QUEUE <= sent < 4 * WAITING_QUEUE
+        driver = Driver(source)
+        driver.until(lambda: driver.count("messages") == sent, "all that was sent")
 
 
 @pytest.mark.parametrize("per_message", ["auto", "1", "1000"])

@@ -16,7 +16,8 @@ BATCH_ROWS: Final = 4 * schema.CHUNK_ROWS
 
 
 class Batch:
-    """The batch that fills up, and the one before: a block that straddles the end of that one is still whole here.
+    """The batch that fills up, and the one before: a block that straddles the end of that one is still whole here. What
+    comes after the end of the batch goes to the beginning of the one before, far from there.
 
     `rows`: all rows of the file, in it or not; `base`: the first row of the batch, counted from the file's first.
     """
@@ -38,18 +39,27 @@ class Batch:
             self._left = self.base, int(self._packets.id.get_chunk_info_by_coord((self.base,)).size)
         self._now[: rows - self.base] = self._packets[self.base : rows].view(np.uint8).reshape(-1, self._size)
 
-    def put(self, data: NDArray[np.uint8], full: Callable[[], None]) -> None:
-        """Copy rows, given as bytes, shape (N,), N / itemsize < BATCH_ROWS; call `full` when they fill the batch up."""
+    def stage(self, data: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """Copy rows, given as bytes, shape (N,), N / itemsize < BATCH_ROWS, to where they belong; the copy, in one or
+        two pieces. They are not part of the batch before commit()."""
         rows = data.reshape(-1, self._size)
         used = self.rows - self.base
         room = BATCH_ROWS - used
         self._now[used : used + len(rows)] = rows[:room]
-        self.rows += len(rows)
-        if len(rows) >= room:
+        pieces = [self._now[used : used + len(rows)].reshape(-1)]
+        if len(rows) > room:
+            self._before[: len(rows) - room] = rows[room:]
+            pieces.append(self._before[: len(rows) - room].reshape(-1))
+        return pieces
+
+    def commit(self, n: int, full: Callable[[], None]) -> None:
+        """Take the n rows that were staged last; call `full` when they fill the batch up."""
+        room = BATCH_ROWS - (self.rows - self.base)
+        self.rows += n
+        if n >= room:
             full()
             self._before, self._now = self._now, self._before
             self.base += BATCH_ROWS
-            self._now[: len(rows) - room] = rows[room:]
 
     def pieces(self, start: int, stop: int) -> list[NDArray[np.uint8]]:
         """The bytes of rows `start` to `stop` of the file, in one or two pieces; they must lie in these two batches."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from larpixdaq import blocks, deflate, schema
 from larpixdaq._native import chunks
-from larpixdaq.errors import ProtocolError
+from larpixdaq.errors import ChecksumError, ProtocolError
 from larpixdaq.files import layout
 
 #: `how` of a source whose end never came.
@@ -78,7 +78,7 @@ def check_block(block: blocks.Block, layout_code: int) -> None:
 
 
 def check_rows(block: blocks.Block, rows: NDArray[Any], one: schema.Layout) -> None:
-    """ProtocolError when these rows are not those that the header speaks of."""
+    """ProtocolError when these cannot be the rows that the header speaks of."""
     if rows.dtype != one.dtype or rows.shape != (block.rows,):
         raise ProtocolError(
             f"{describe(block)}: expected {block.rows} rows of layout {one.name},"
@@ -86,11 +86,18 @@ def check_rows(block: blocks.Block, rows: NDArray[Any], one: schema.Layout) -> N
         )
     if not rows.flags.c_contiguous:
         raise ProtocolError(f"{describe(block)}: its rows are not contiguous")
-    crc = deflate.crc32(rows.view(np.uint8))
+
+
+def check_content(block: blocks.Block, pieces: Iterable[NDArray[np.uint8]], one: schema.Layout) -> None:
+    """The same for their bytes, in pieces of whole rows; ChecksumError when they are others."""
+    crc = 0
+    for piece in pieces:
+        crc = deflate.crc32(piece, crc)
     if crc != block.crc32:
-        raise ProtocolError(f"{describe(block)}: expected CRC-32 {block.crc32:08x}, found {crc:08x}")
+        raise ChecksumError(f"{describe(block)}: expected CRC-32 {block.crc32:08x}, found {crc:08x}")
     if block.text is not None:
-        kinds = rows[layout.type_column(rows.dtype)]
+        column = layout.type_column(one.dtype)
+        kinds = np.concatenate([piece.view(one.dtype)[column] for piece in pieces])
         if not len(kinds) or np.any(kinds != schema.PacketType.MESSAGE):
             raise ProtocolError(f"{describe(block)}: has a text, but not rows of messages")
 

@@ -28,7 +28,7 @@ from larpixdaq.errors import FileError, ProtocolError, cause
 from larpixdaq.files import closing, layout, names, opening
 from larpixdaq.files.batch import Batch
 from larpixdaq.files.journal import Journal
-from larpixdaq.files.ledger import Account, check_block, check_end, check_rows, describe
+from larpixdaq.files.ledger import Account, check_block, check_content, check_end, check_rows, describe
 from larpixdaq.files.opening import RunInfo as RunInfo
 from larpixdaq.files.resume import State
 from larpixdaq.files.tables import Held, Message, Tables, storable
@@ -176,12 +176,16 @@ class RunFile:
         """Take a block; `rows`, of the run's layout, are only borrowed.
 
         A block that was taken before is counted and dropped; sequences that were jumped over are counted as missing.
-        ProtocolError, with nothing taken, when header and rows do not belong together; FileError when the disk fails.
+        ProtocolError, with nothing taken, when header and rows do not belong together (ChecksumError when the rows are
+        others than were sent); FileError when the disk fails.
         """
         self._usable()
         self._check_run(block)
         check_block(block, self.info.layout.code)
         check_rows(block, rows, self.info.layout)
+        # What is looked at from here on is our copy: nobody can change it any more.
+        pieces = self._batch.stage(rows.view(np.uint8))
+        check_content(block, pieces, self.info.layout)
         if block.sequence < self._expected(block.source):
             self.duplicate_blocks += 1
             return
@@ -190,19 +194,20 @@ class RunFile:
             raise ProtocolError(f"{describe(block)}: comes after the end of its source")
         message = None
         if block.text is not None:
+            rows = np.concatenate(pieces).view(rows.dtype)
             message = Message(self._messages, int(rows["timestamp"][0]))
             self._messages += len(blocks.text_pieces(block.text, layout.MESSAGE_BYTES))
-            rows = rows.copy()
             rows["counter"] = message.first
+            pieces = self._batch.stage(rows.view(np.uint8))
             block = msgspec.structs.replace(block, crc32=deflate.crc32(rows.view(np.uint8)))
         if missing := account.skip(block.sequence, block.first_packet):
             self._missing.append(missing)
         account.take(block.sequence, block.first_packet + block.rows)
         account.drop((gap.io_group, gap.rows) for gap in block.gaps)
-        data = rows.view(np.uint8)
-        chunks.tally(data, block.layout, account.tally)
+        for piece in pieces:
+            chunks.tally(piece, block.layout, account.tally)
         self._hold(Held(block, account, self.rows, self.rows + block.rows, message))
-        self._try(lambda: self._batch.put(data, self._write_batch))
+        self._try(lambda: self._batch.commit(block.rows, self._write_batch))
 
     def end(self, end: blocks.End) -> None:
         """Take the end of a source: its totals. One that was taken before is counted and dropped."""

@@ -21,11 +21,12 @@ from larpixdaq.schema import COUNTS, NOTICES, Layout
 from larpixdaq.sources.base import Decoder, LiveSource
 from larpixdaq.sources.evidence import Presence, verdicts
 
-#: What may wait for us: so many bytes, and no more messages than that. One-word messages take 64 bytes each here; a
-#: saturated board (39 MB/s) sends far fewer, larger ones. When it is full libzmq stops reading, the kernel's buffer
-#: fills, and then the board drops.
-QUEUE_BYTES = 64 << 20
-QUEUE_MESSAGES = 100_000
+#: Messages that may wait for us. One-word messages take 64 bytes each here; a saturated board (39 MB/s) sends far
+#: fewer, larger ones. When it is full libzmq stops reading, the kernel's buffer fills, and then the board drops. (To
+#: change it while messages come is no way to bound the bytes: libzmq's two ends can then wait for each other.)
+RECEIVE_QUEUE = 100_000
+#: The same for boards that wait: nothing is lost, and little has to be read when the run ends.
+WAITING_QUEUE = 1_000
 #: A message above this ends the connection, before memory is taken for it (the largest PACMAN message has 1 MiB).
 LARGEST_MESSAGE = 64 << 20
 #: A board that lost its power says nothing: the kernel asks after 5 s of silence and gives up after 3 x 2 s.
@@ -85,7 +86,6 @@ class BoardSource(LiveSource):
         self._heard = 0.0
         self._emptied = -math.inf  # when the last read began that left nothing behind (monotonic)
         self._events_at = 0.0
-        self._queue = 0  # messages that may wait
         self._presence = Presence(int(silence * 1e9))
         self._silent = False
         self._connected: bool | None = None
@@ -106,7 +106,7 @@ class BoardSource(LiveSource):
         self._context = zmq.Context()
         self._data: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
         self._data.linger = 0
-        self._data.rcvhwm = self._queue = QUEUE_MESSAGES
+        self._data.rcvhwm = WAITING_QUEUE if self.waits else RECEIVE_QUEUE
         self._data.ipv6 = ipv6
         self._data.setsockopt(zmq.MAXMSGSIZE, LARGEST_MESSAGE)
         self._data.setsockopt(zmq.RECONNECT_IVL, 100)
@@ -165,20 +165,11 @@ class BoardSource(LiveSource):
             self._problem(f"sends again, after {now - self._heard:.0f} s")
             self._silent = False
         self._heard = now
-        self._bound(n, receiver.spans["length"][:n])
         wall = time.time_ns()
         self._presence.heard(wall)
         self._decoder.heard(wall, since, now)
         self._decoder.feed(receiver.buffer, receiver.spans[:n])
         return True
-
-    def _bound(self, n: int, sizes: NDArray[np.uint32]) -> None:
-        """libzmq bounds its queue by messages: keep that to what QUEUE_BYTES can hold of messages like these."""
-        if not n:
-            return
-        queue = min(QUEUE_MESSAGES, max(1, QUEUE_BYTES * n // max(1, int(sizes.sum()))))
-        if not self._queue // 2 < queue <= self._queue * 3 // 2:
-            self._data.rcvhwm = self._queue = queue
 
     def _problem(self, text: str) -> None:
         if len(self._problems) < MOST_PROBLEMS:

@@ -61,7 +61,7 @@ FINDINGS: Final = {
     # Each reset of the clock tells how long ago the one before was; that one has not come.
     "resets": Finding(SUSPECT, "the SYNC words of resets of the board's clock are missing, in {events} places"),
     # More than a board's queue holds had been held up, and behind it time is missing: it may have dropped the rest.
-    "holes": Finding(SUSPECT, "{amount} us are missing, in {events} places, in data that had been held up on their way"),
+    "holes": Finding(SUSPECT, "{amount} us are missing, in {events} places, in data that were held up on their way"),
 }
 assert sorted(FINDINGS) == sorted(NOTICES)
 

@@ -15,7 +15,7 @@ import numpy as np
 from larpixdaq import schema
 from larpixdaq.blocks import Block, End, FromProducer, Position, Source
 from larpixdaq.control.calls import Call
-from larpixdaq.errors import FileError, LarpixDaqError
+from larpixdaq.errors import ChecksumError, FileError, LarpixDaqError
 from larpixdaq.files.part import SUPERSEDED
 from larpixdaq.files.positions import positions
 from larpixdaq.files.writer import RunInfo
@@ -75,6 +75,7 @@ class Writing:
         self._written = 0  # bytes of the files of runs that were closed
         self._lock = threading.Lock()  # over _positions, which the stream's thread reads
         self._positions: dict[Source, int] = {}
+        self._doubted: Block | End | None = None  # the frame whose rows were asked for again
         self._known: set[int] = set()  # runs whose files of before are in there
 
     # the loop
@@ -146,8 +147,19 @@ class Writing:
                 run.last_end = time.monotonic()
         except FileError as error:
             self._fail(run, error)
+        except ChecksumError as error:
+            self._doubt(frame, error)
         except (LarpixDaqError, ValueError) as error:
             log.error("run %d, %s: %s", frame.run, producer, error)
+
+    def _doubt(self, frame: Block | End, error: ChecksumError) -> None:
+        """Rows that are not those that were sent, or that left the producer's ring while we read them: once more, then
+        they are taken for missing."""
+        again = self._doubted != frame
+        self._doubted = frame if again else None
+        log.log(logging.WARNING if again else logging.ERROR, "%s%s", error, ": asked for again" if again else "")
+        if again and self.stream is not None:
+            self.stream.again()
 
     def _unannounced(self, frame: Block | End) -> OpenRun | None:
         """Blocks of a run that has no open part here: they go into a further one."""

@@ -106,7 +106,8 @@ class Consumer:
 
     def next(self) -> Received | None:
         """The oldest frame that waits: (producer, Welcome | Block | End | Refused, rows of a Block); None when none
-        does."""
+        does. In mode "all" the rows may lie in the producer's ring: they may change as soon as they are acknowledged,
+        or when we have been given up, so that whoever takes them has to copy them before they are checked."""
         if self._again:
             return None
         try:
@@ -202,7 +203,7 @@ class Consumer:
 
     def _open(self, name: str, address: str) -> Link | None:
         try:
-            link = Link(self._context, name, address)
+            link = Link(self._context, name, address, keeps=self.mode == "all")
         except zmq.ZMQError as error:  # this thread serves the other producers too
             log.error("%s: cannot subscribe at %r: %s", name, address, error.strerror)
             return None

@@ -19,7 +19,8 @@ CREDIT = 2
 class Link:
     """Used by the stream's thread alone. zmq.ZMQError where nothing can be connected to the address."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], name: str, address: str) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], name: str, address: str, *, keeps: bool) -> None:
+        """`keeps`: the producer keeps each block until we have acknowledged it."""
         self.name = name
         self.address = address
         self.welcome = False
@@ -32,6 +33,7 @@ class Link:
         self.warned = ""
         #: Our session, and when (monotonic) the producer said that a newer HELLO of our name had come.
         self.superseded: tuple[str, float] | None = None
+        self._keeps = keeps
         self._ring: Reader | None = None  # the producer's, when it is on our host
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.RCVHWM, 0)  # the producer's window is the bound
@@ -82,6 +84,11 @@ class Link:
                 self.send(Maps(welcome.epoch))
 
     def _fetch(self, place: bytes) -> memoryview | None:
-        """A block's rows, out of the ring; None when they are not there any more."""
-        rows = self._ring.read(int.from_bytes(place[:8], "little")) if self._ring is not None else None
+        """A block's rows in the ring, or, where they may be written over, a copy; None when they are not there."""
+        if self._ring is None:
+            return None
+        index = int.from_bytes(place[:8], "little")
+        if self._keeps:
+            return self._ring.lend(index)
+        rows = self._ring.read(index)
         return None if rows is None else memoryview(rows)
