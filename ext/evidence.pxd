@@ -37,7 +37,8 @@ cdef packed struct Notice:           # schema.NOTICE
     uint64_t last_ns
 
 cdef struct Mark:
-    uint64_t ticks                   # the board's clock
+    uint64_t first                   # the board's clock, of its first and its last word
+    uint64_t last
     double since                     # it reached us after that
 
 cdef struct Evidence:
@@ -69,7 +70,7 @@ cdef struct Evidence:
     double reset_until
     uint64_t reset_ns
     double tick                      # seconds; 0: not known yet
-    # the last messages that began with a data word
+    # the last messages
     uint64_t n_marks                 # how many there were
     Mark marks[MARKS]
 
@@ -245,25 +246,24 @@ cdef inline void note_reset(Evidence* evidence, uint64_t timestamp, uint64_t sec
 
 # Holes in data that were held up
 
-cdef inline void mark_message(Evidence* evidence, uint64_t ticks, bint wide) noexcept nogil:
-    """A message whose first word was taken at this time of the board's clock.
+cdef inline void mark_message(Evidence* evidence, uint64_t first, uint64_t last, bint wide) noexcept nogil:
+    """A message whose words were taken from `first` to `last` of the board's clock (`wide`: of 64 bits).
 
     A board drops when its queue is full, and then so many messages have been held up: they reach us together with what was
     sent long after them. A jump of the clock between the two that is longer than all the queue took is then a hole; a
     pause in which there was nothing to send would have let them through.
     """
-    cdef uint64_t n = evidence.n_marks, jump
-    cdef Mark* last = &evidence.marks[(n - 1) % MARKS]
-    cdef Mark* queued
+    cdef uint64_t n = evidence.n_marks, bits = ~<uint64_t>0 if wide else <uint64_t>0xffffffff, jump
+    cdef Mark* before = &evidence.marks[(n - 1) % MARKS]
+    cdef Mark* queued = &evidence.marks[(n - QUEUE) % MARKS]
     if n >= QUEUE:
-        queued = &evidence.marks[(n - QUEUE) % MARKS]
-        jump = ticks - last.ticks
-        if not wide:
-            jump &= <uint64_t>0xffffffff
+        jump = (first - before.last) & bits
         if expect(jump > SHORTEST_HOLE, False):
-            _note_hole(evidence, jump, (last.ticks - queued.ticks) & (~<uint64_t>0 if wide else <uint64_t>0xffffffff), queued.since)
-    evidence.marks[n % MARKS].ticks = ticks
-    evidence.marks[n % MARKS].since = evidence.since
+            _note_hole(evidence, jump, (before.last - queued.first) & bits, queued.since)
+    before = &evidence.marks[n % MARKS]
+    before.first = first
+    before.last = last
+    before.since = evidence.since
     evidence.n_marks = n + 1
 
 

@@ -56,6 +56,13 @@ cdef inline Format message_format(Pacman* board, const uint8_t* at, Py_ssize_t l
     return NO_FORMAT if board.seen == FORMAT_1_0 and not marked else board.seen
 
 
+cdef inline uint64_t legacy_ticks(const uint8_t* at, bint clock64) noexcept nogil:
+    """The board's clock in a legacy word; of a data word of 64-bit firmware bits 63..16 only."""
+    if clock64:
+        return (load64(at) if at[0] == c'D' else load64(at + 8)) & ~<uint64_t>0xffff
+    return load32(at + 2) if at[0] == c'D' else load32(at + 4)
+
+
 cdef inline bint open_message(Pacman* board) noexcept nogil:
     """Take the next message's header; False: the message is rejected whole."""
     cdef Messages* input = &board.messages
@@ -78,8 +85,11 @@ cdef inline bint open_message(Pacman* board) noexcept nogil:
         wrong = header + counted * 16 != length
         # a word begins with its type, io_channel and 32-bit timestamp
         head = load64(at + 8) if present else 0
-        if present and at[8] == c'D':
-            mark_message(evidence, head >> 16 << 16 if board.clock64 else head >> 16 & <uint64_t>0xffffffff, board.clock64)
+        if min(counted, present):
+            mark_message(
+                evidence, legacy_ticks(at + 8, board.clock64),
+                legacy_ticks(at + 16 * min(counted, present) - 8, board.clock64), board.clock64,
+            )
     else:
         header = 24
         size = 24
@@ -88,8 +98,8 @@ cdef inline bint open_message(Pacman* board) noexcept nogil:
         present = (length - header) // 24
         wrong = header + <Py_ssize_t>load32(at + 4) != length or (length - header) % 24 != 0
         head = load64(at + 32) if present else 0  # its timestamp
-        if present and at[24] == c'D':
-            mark_message(evidence, head, True)
+        if min(counted, present):
+            mark_message(evidence, head, load64(at + 24 * min(counted, present) + 8), True)
     input.words = min(counted, present)
     input.word = at + header
     if expect(seconds != board.sink.seconds, False):

@@ -183,6 +183,15 @@ def test_a_pause_of_the_board_is_no_hole() -> None:
     assert board.hear(heard, [*range(10, 300, 10), 301, *range(310, 600, 10)]) == {}
 
 
+def test_long_messages_are_no_holes() -> None:
+    """A board that is late puts much into one message: its words, not the messages, follow each other."""
+    board = Board()
+    heard = stream(300, 1.0, 0, 300 * 25e-6)
+    words = [data_word(odd(HIT ^ i << 48), receipt=250 * (300 + i)) for i in range(2000)]  # 50 ms
+    heard += [(2.0 + i * 1e-6, legacy(words[i : i + 1000])) for i in (0, 1000)]
+    assert board.hear(heard, [*range(10, 300, 10), 301]) == {}
+
+
 def test_messages_that_may_be_alike() -> None:
     """Answers to the same configuration read, SYNC words of a clock that is reset each second, heads alone."""
     answer = legacy([data_word(odd(3 | 11 << 2), receipt=5)])

@@ -130,6 +130,28 @@ def test_all_is_acknowledged_when_the_file_is_closed(rigs: Callable[..., Rig]) -
     assert rig.storage.duplicates == 2
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_rows_that_are_not_those_that_were_sent_are_asked_for_once_more(rigs: Callable[..., Rig], times: int) -> None:
+    """As when they leave the producer's ring while they are read: nothing of them gets into the file."""
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    first, second, third = (feed.block(rows(n)) for n in (10, 2000, 30))
+    rig.take(first)
+    for _ in range(times):
+        rig.take((second[0], rows(2000)[::-1].copy()))
+    assert len(rig.stream.again_at) == 1
+    if times == 1:
+        rig.take(second)
+    rig.take(third, feed.end())
+    ended = rig.end(3).value
+    assert ended["condition"] == ("COMPLETE" if times == 1 else "INCOMPLETE")
+    assert ended["rows"] == (2040 if times == 1 else 40)
+    found = verify(Path(ended["files"][0]))
+    assert found.ok == (times == 1), found.findings
+    if times == 2:
+        assert any("missing" in line for line in found.findings), found.findings
+
+
 @pytest.mark.parametrize("early", [False, True], ids=["prepared first", "blocks first"])
 def test_a_storage_that_comes_back_goes_on_in_a_further_part(rigs: Callable[..., Rig], early: bool) -> None:
     """Positions count over part and journal; nothing that is there already is asked for, or called missing."""
