@@ -272,4 +272,4 @@ cdef inline void _note_hole(Evidence* evidence, uint64_t jump, uint64_t queued, 
     cdef double seconds = jump * tick
     # more than that is a clock that was set, or that went back: told otherwise
     if jump > queued and seconds < 100 and seconds > evidence.until - since:
-        note(evidence, HOLES, <uint64_t>(seconds * 1e6), evidence.before_ns)
+        note(evidence, HOLES, <uint64_t>(seconds * 1e6), min(evidence.before_ns, evidence.now_ns - <uint64_t>(seconds * 1e9)))
