@@ -78,7 +78,7 @@ def sample(operator: Operator, board: Board) -> float:
     mark = board.mark()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        rows = operator.packets(count=1000).result(timeout=5)
+        rows = operator.packets(count=10_000).result(timeout=5)
         found = rows[(rows["chip_id"] == MARKED) & (rows["timestamp"] == mark - 1)]
         sent = board.sent(mark)
         if len(found) and sent is not None:

@@ -12,7 +12,9 @@ import pytest
 
 from larpixdaq import schema
 from larpixdaq._native import chunks, emulate, frames, packets, rates
-from larpixdaq.deflate import compress
+from larpixdaq.blocks import Block
+from larpixdaq.deflate import compress, crc32
+from larpixdaq.files.writer import RunFile, RunInfo
 from larpixdaq.schema import Asic
 
 WORDS = 200_000
@@ -167,3 +169,78 @@ def test_chunks_peer_h5py_gzip(benchmark, tmp_path) -> None:
             )
 
     benchmark.pedantic(run, rounds=3)
+
+
+def parsed(words: int) -> tuple[list[bytes], list]:
+    """Messages of one word, and larpix-control's packets of them."""
+    from larpix.format.pacman_msg_format import parse
+
+    buffer, spans = messages(words, 1)
+    raw = [buffer[s["start"] : s["start"] + s["length"]].tobytes() for s in spans]
+    return raw, [packet for message in raw for packet in parse(message, io_group=1)]
+
+
+def test_chunks_peer_larpix_control_to_file(benchmark, tmp_path) -> None:
+    from larpix.format.hdf5format import to_file
+
+    benchmark.group = "chunks"
+    _, found = parsed(PEER_WORDS)
+    benchmark.extra_info["words"] = len(found)
+    names = (str(tmp_path / f"{i}.h5") for i in itertools.count())
+    benchmark.pedantic(lambda: to_file(next(names), packet_list=found), rounds=3)
+
+
+def test_whole_peer_larpix_control_raw_route(benchmark, tmp_path) -> None:
+    """Raw messages into a file, read again, parsed and written as packets, as larpix-control's own script does."""
+    from larpix.format.hdf5format import to_file
+    from larpix.format.pacman_msg_format import parse
+    from larpix.format.rawhdf5format import from_rawfile, to_rawfile
+
+    benchmark.group = "from messages to a file"
+    raw, found = parsed(PEER_WORDS)
+    benchmark.extra_info["words"] = PEER_WORDS
+    names = (str(tmp_path / f"{i}.h5") for i in itertools.count())
+
+    def run() -> int:
+        name = next(names)
+        to_rawfile(name, msgs=raw, msg_headers={"io_groups": [1] * len(raw)})
+        read = from_rawfile(name)
+        made = [
+            packet
+            for io_group, message in zip(read["msg_headers"]["io_groups"], read["msgs"], strict=True)
+            for packet in parse(message, io_group=io_group)
+        ]
+        to_file(next(names), packet_list=made)
+        return len(made)
+
+    assert benchmark.pedantic(run, rounds=3) == len(found)
+
+
+def test_whole_ours(benchmark, tmp_path) -> None:
+    """The same messages decoded into the rows of a file of ours: journal, ledger and checksums with it."""
+    benchmark.group = "from messages to a file"
+    buffer, spans = messages(WORDS, 1)
+    benchmark.extra_info["words"] = WORDS
+    decoder = frames.PacmanDecoder(1, Asic.V2)
+    counts = np.zeros(len(schema.COUNTS), np.uint64)
+    out = np.zeros(schema.BLOCK_ROWS, schema.PACKETS_2_4)
+    runs = itertools.count(1)
+
+    def run() -> None:
+        info = RunInfo(
+            run=next(runs), kind="bench", comment="", operator="", started_ns=0, layout=schema.layout(2),
+            asic_version="2",
+        )  # fmt: skip
+        file = RunFile(tmp_path, info)
+        decoder.start(counts)
+        decoder.feed(buffer, spans)
+        sequence, first = 0, 0
+        while n := decoder.decode(out):
+            crc = crc32(out[:n].view(np.uint8))
+            file.add(Block(info.run, "board", 1, sequence, first, n, 2, 0, 0, 0, crc, [], []), out[:n])
+            sequence, first = sequence + 1, first + n
+            if n < len(out):
+                break
+        file.close()
+
+    benchmark.pedantic(run, rounds=5)

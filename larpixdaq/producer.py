@@ -39,6 +39,9 @@ DEFAULT_NAME = "LArPix board"
 END_READ_ON = 0.2
 QUIET = 0.05
 END_LIMIT = 5.0
+#: When all boards have been read to their end, they are left alone for so long (ms): at 5,000 one-word messages a second
+#: each of them would be a turn of the loop, and cost a fifth of a core.
+REST = 4
 #: What speaks for a loss before data reach us is looked at so often (seconds).
 LOOK = 1.0
 
@@ -99,10 +102,10 @@ class Producer:
     def run(self, signals: config.Signals) -> None:
         """Read, record and serve until a signal comes."""
         self.node.connect()
-        poller = zmq.Poller()
-        poller.register(signals.fileno(), zmq.POLLIN)
-        poller.register(self.node.fileno(), zmq.POLLIN)
-        poller.register(self.child.fileno(), zmq.POLLIN)
+        poller, resting = zmq.Poller(), zmq.Poller()
+        for descriptor in (signals, self.node, self.child):
+            poller.register(descriptor.fileno(), zmq.POLLIN)
+            resting.register(descriptor.fileno(), zmq.POLLIN)
         poller.register(self.publisher.socket, zmq.POLLIN)
         poller.register(self.delivery.fileno(), zmq.POLLIN)
         self.readout.watch(poller)
@@ -120,6 +123,8 @@ class Producer:
             if self.recorder.run is not None and time.monotonic() >= self._look_at:
                 self._verdicts()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
+            if self.readout.quiet:
+                resting.poll(REST)
 
     def _timeout(self) -> float:
         """Seconds until something is to be done that no descriptor tells of."""

@@ -1,0 +1,94 @@
+"""What the processes cost at ordinary rates: cores, by process, and how long the run states take.
+
+    python bench/cores.py [--rates R,...] [--seconds S] [--json]
+
+At each rate a run with one emulated PACMAN (words a message as a board sends them); at rate 0 a board that says
+nothing, and no run. "all" is the sum of all processes but the emulated board. "states" is
+the time from prepare_run's request to its result, and the same for begin_run and, without the 200 ms for which
+producers read on, end_run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from boards import Emulator
+from saturated import STEP, processor_seconds
+from system import System, system
+
+from larpixdaq.producer import END_READ_ON
+
+#: The processes settle for so long (seconds) before they are measured.
+SETTLE = 3.0
+
+
+def timed(request: Any, least: float = 0.0) -> float:
+    """Milliseconds until this request has its result, beyond `least` seconds."""
+    began = time.monotonic()
+    request.result(STEP)
+    return round((time.monotonic() - began - least) * 1000, 1)
+
+
+def measure(line: System, rate: float, seconds: float) -> dict[str, Any]:
+    options = ("--rate", str(rate or 1000.0), "--words-per-message", "auto", "--wait-for-go", "--lossless")
+    with contextlib.closing(Emulator(*options)) as board:
+        ports = [f"{group}=127.0.0.1:{port['data']}:{port['command']}" for group, port in board.ready.items()]
+        operator = line.start("--pacman", *ports)
+        line.launch_log()
+        line.await_kinds(operator, "log")
+        states = {}
+        if rate:
+            states["prepare"] = timed(operator.prepare_run(kind="bench"))
+            states["begin"] = timed(operator.begin_run())
+            board.go()
+        time.sleep(SETTLE)
+        pids = {key: process.popen.pid for key, process in line.processes.items()}
+        before, began = {key: processor_seconds(pid) for key, pid in pids.items()}, time.monotonic()
+        time.sleep(seconds)
+        took = time.monotonic() - began
+        cores = {key: (processor_seconds(pid) - before[key]) / took for key, pid in pids.items()}
+        if rate:
+            board.stop()
+            board.finish()
+            states["end"] = timed(operator.end_run(), END_READ_ON)
+    return {
+        "rate": rate,
+        "all": round(sum(cores.values()), 3),
+        "cores": {key: round(value, 3) for key, value in cores.items()},
+        "states_ms": states,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--rates", default="0,5000,200000,1000000", metavar="R,...", help="(default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each (default %(default)g)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    options = parser.parse_args()
+    results = []
+    for rate in map(float, options.rates.split(",")):
+        with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
+            results.append(measure(line, rate, options.seconds))
+        if not options.json:
+            one = results[-1]
+            each = ", ".join(f"{key} {value:.3f}" for key, value in one["cores"].items())
+            states = ", ".join(f"{key} {value:g} ms" for key, value in one["states_ms"].items())
+            print(f"{rate:>10,.0f} packets/s: {one['all']:.3f} cores ({each}) {states}", flush=True)
+    if options.json:
+        print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The regression gate: each compiled kernel beside a plain copy, in one run, held against what it was.
+
+    python bench/gate.py [--json] [--update]
+
+The copy (limit.c) takes 16 bytes in and writes 36: what is compared is how many rows a kernel makes while that one
+makes one, so that the machine's speed cancels out. Kernel and copy take turns; the best of each counts. The exit status
+is 1 when a kernel reaches less than SLACK of its figure in gate.json, which has those of each processor that it was run
+on with --update; on others it must reach ELSEWHERE of the lowest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from test_kernels import drain, messages, rows, serial_bytes
+
+from larpixdaq import schema
+from larpixdaq._native import chunks, emulate, frames, packets, rates
+from larpixdaq.schema import Asic
+
+FIGURES = Path(__file__).with_name("gate.json")
+#: A kernel has to reach so much of its figure: one that takes half as long again (0.67) falls through.
+SLACK, ELSEWHERE = 0.72, 0.5
+#: Rows of one call, and calls of kernel and copy in turn.
+ROWS = 4 * schema.BLOCK_ROWS
+ROUNDS = 25
+#: A kernel that falls through is measured again so often before it is believed: other processes come and go.
+AGAIN = 3
+
+Call = Callable[[], Any]
+
+
+def copy(folder: Path) -> Call:
+    """The copy of ROWS words."""
+    library = folder / "limit.so"
+    source = Path(__file__).with_name("limit.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", library, source], check=True)
+    function = ctypes.CDLL(str(library)).copy_words
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    function.restype = None
+    words, out = np.ones(16 * schema.BLOCK_ROWS, np.uint8), np.zeros(36 * schema.BLOCK_ROWS, np.uint8)
+
+    def run() -> None:
+        for _ in range(ROWS // schema.BLOCK_ROWS):
+            function(words.ctypes.data, out.ctypes.data, schema.BLOCK_ROWS)
+
+    return run
+
+
+def kernels() -> dict[str, Call]:
+    """Name -> what handles ROWS words or rows."""
+    out = np.zeros(schema.BLOCK_ROWS, schema.PACKETS_2_4)
+    counts = np.zeros(len(schema.COUNTS), np.uint64)
+
+    def pacman(per_message: int) -> Call:
+        buffer, spans = messages(ROWS, per_message)
+        decoder = frames.PacmanDecoder(1, Asic.V2)
+        decoder.start(counts)
+
+        def run() -> None:
+            decoder.feed(buffer, spans)
+            assert drain(decoder, out) == ROWS + len(spans)
+
+        return run
+
+    def serial(garbage: float) -> Call:
+        data = serial_bytes(ROWS, garbage)
+        decoder = frames.SerialDecoder(1, Asic.V2)
+        decoder.start(counts)
+
+        def run() -> None:
+            decoder.feed(data, 0)
+            assert drain(decoder, out) > 0.9 * ROWS
+
+        return run
+
+    made = rows(ROWS)[:ROWS].copy()
+    data = made.view(np.uint8)
+    shuffled = np.empty_like(data)
+    tallied = np.zeros((256, len(chunks.TALLY)), np.uint64)
+    counter = rates.Rates()
+    board = emulate.PacmanBoard(Asic.V2, rate=1e6, seed=1, words=ROWS)
+    sent, spans = messages(ROWS, 1000)
+    return {
+        "PACMAN, 1000 words a message": pacman(1000),
+        "PACMAN, one word a message": pacman(1),
+        "serial": serial(0.0),
+        "serial, 1 % garbage": serial(0.01),
+        "counting, all counters": lambda: counter.count(made),
+        "rows to words": lambda: packets.encode(made, asic=Asic.V2),
+        "tally of a file's rows": lambda: chunks.tally(data, 2, tallied),
+        "shuffle": lambda: chunks.shuffle(data, 36, shuffled),
+        "emulated board": lambda: board.fill(ROWS, 1000),
+        "words of an emulated board counted": lambda: emulate.count_words(sent, spans),
+    }
+
+
+def ratio(kernel: Call, reference: Call) -> tuple[float, float]:
+    """Rows of the kernel per row of the copy, and rows/s of the kernel."""
+    best = [float("inf"), float("inf")]
+    for _ in range(ROUNDS):
+        for at, call in enumerate((kernel, reference)):
+            began = time.perf_counter()
+            call()
+            best[at] = min(best[at], time.perf_counter() - began)
+    return best[1] / best[0], ROWS / best[0]
+
+
+def processor() -> str:
+    """Its name, family and model: a name alone may stand for several generations."""
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    facts = {name.strip(): value.strip() for name, _, value in lines}
+    return ", ".join(facts.get(name, "?") for name in ("model name", "cpu family", "model"))
+
+
+def least(known: dict[str, dict[str, float]], model: str) -> dict[str, float]:
+    """What each kernel has to reach on this processor."""
+    if model in known:
+        return {name: SLACK * figure for name, figure in known[model].items()}
+    names = {name for figures in known.values() for name in figures}
+    return {name: ELSEWHERE * min(figures[name] for figures in known.values() if name in figures) for name in names}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--update", action="store_true", help=f"write the ratios of this run into {FIGURES.name}")
+    options = parser.parse_args()
+    known: dict[str, dict[str, float]] = json.loads(FIGURES.read_text())
+    figures = {} if options.update else least(known, processor())
+    found: dict[str, tuple[float, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder:
+        reference = copy(Path(folder))
+        for name, kernel in kernels().items():
+            if options.update:
+                found[name] = sorted(ratio(kernel, reference) for _ in range(5))[2]
+                continue
+            found[name] = ratio(kernel, reference)
+            for _ in range(AGAIN):
+                if found[name][0] >= figures.get(name, 0):
+                    break
+                found[name] = max(found[name], ratio(kernel, reference))
+    if options.update:
+        known[processor()] = {name: round(one, 3) for name, (one, _) in found.items()}
+        FIGURES.write_text(json.dumps(known, indent=1) + "\n")
+    slow = [name for name, (one, _) in found.items() if one < figures.get(name, 0)]
+    slow += [f"{name} (not measured)" for name in figures if name not in found]
+    if options.json:
+        kernels_ = {name: {"ratio": one, "rows/s": rate} for name, (one, rate) in found.items()}
+        print(json.dumps({"kernels": kernels_, "least": figures, "slow": slow}))
+    else:
+        print(f"{'kernel':<36} {'M rows/s':>9} {'of a copy':>10} {'least':>8}")
+        for name, (one, rate) in found.items():
+            print(f"{name:<36} {rate / 1e6:>9.1f} {one:>10.3f} {figures.get(name, 0):>8.3f}")
+    for name in slow:
+        print(f"slower than it was: {name}", file=sys.stderr)
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
