@@ -39,8 +39,8 @@ DEFAULT_NAME = "LArPix board"
 END_READ_ON = 0.2
 QUIET = 0.05
 END_LIMIT = 5.0
-#: When all boards have been read to their end, they are left alone for so long (ms): at 5,000 one-word messages a second
-#: each of them would be a turn of the loop, and cost a fifth of a core.
+#: When all boards have been read to their end, they are left alone for so long (ms): at 5,000 one-word messages a
+#: second each of them would be a turn of the loop, and cost a fifth of a core.
 REST = 4
 #: What speaks for a loss before data reach us is looked at so often (seconds).
 LOOK = 1.0

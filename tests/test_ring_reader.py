@@ -1,16 +1,17 @@
 """Another process's ring, read while its producer goes on: what is read is what was published, or nothing."""
 
 import contextlib
-import multiprocessing
 import os
-from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Event
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import overwriting
 import pytest
 import zmq
+from overwriting import EPOCH, NAME, ROWS, publish
 from processes import LIMIT
 from streaming import STORAGE, Line, until
 
@@ -32,64 +33,33 @@ from larpixdaq.errors import RingError
 from larpixdaq.schema import PACKETS_2_4
 from larpixdaq.stream import Consumer
 from larpixdaq.stream.link import CREDIT
-
-NAME = "LArPix board"
-ROWS = 3000
-
-
-def publish(arena: Arena, index: int) -> None:
-    """Block `index`, whose rows say so, once there is room."""
-    ring = arena.ring
-    while (room := ring.rows(0, ROWS)) is None:
-        ring.free_to(ring.tail + 1)
-    rows = np.frombuffer(room, PACKETS_2_4)
-    rows["timestamp"] = index
-    ring.publish(len(rows))
-    ring.close_block(b"header")
-
-
-def produce(folder: Path, pipe: Connection, stop: Event) -> None:
-    with Arena.make(folder, folder, NAME, 5, SMALLEST) as arena:
-        arena.ring.begin(1, 2, PACKETS_2_4.itemsize, [])
-        publish(arena, 0)
-        pipe.send(arena.path)
-        index = 0
-        while not stop.is_set():
-            index += 1
-            publish(arena, index)
-            pipe.send(index)
-            if index % 64 == 0:
-                pipe.recv()
+from larpixdaq.stream.store import LENDS
 
 
 def test_nothing_is_read_that_was_written_over(tmp_path: Path) -> None:
     """The arena of 8 MiB is written over and over, some 77 blocks at a time, by a process that waits for nobody."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    stop = spawn.Event()
-    producer = spawn.Process(target=produce, args=(tmp_path, theirs, stop), daemon=True)
-    producer.start()
-    try:
-        assert ours.poll(LIMIT)
-        ring = reader(ours.recv(), NAME, 5)
-        dice = np.random.default_rng(1)
-        seen, gone = 0, 0
-        while seen < 3000 or gone < 300:
-            assert ours.poll(LIMIT)
-            newest = ours.recv()
-            if newest % 64 == 0:
-                ours.send(None)
-            index = int(newest - min(newest, dice.integers(0, 120)))
-            found = ring.read(index)
-            if found is None:
-                gone += 1
-                continue
-            seen += 1
-            assert (np.frombuffer(found, PACKETS_2_4)["timestamp"] == index).all()
-        stop.set()
-    finally:
-        producer.kill()
-        producer.join()
+    command = [sys.executable, overwriting.__file__, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as producer:
+        assert producer.stdin is not None
+        assert producer.stdout is not None
+        try:
+            ring = reader(Path(producer.stdout.readline().strip()), NAME, EPOCH)
+            dice = np.random.default_rng(1)
+            seen, gone = 0, 0
+            while seen < 3000 or gone < 300:
+                newest = int(producer.stdout.readline())
+                if newest % 64 == 0:
+                    producer.stdin.write("\n")
+                    producer.stdin.flush()
+                index = int(newest - min(newest, dice.integers(0, 120)))
+                found = ring.read(index)
+                if found is None:
+                    gone += 1
+                    continue
+                seen += 1
+                assert (np.frombuffer(found, PACKETS_2_4)["timestamp"] == index).all()
+        finally:
+            producer.kill()
 
 
 def test_a_freed_block_is_there_until_it_is_written_over(tmp_path: Path) -> None:
@@ -183,6 +153,26 @@ def test_rows_are_not_sent_to_whom_reads_them(tmp_path: Path) -> None:
         rows = reader(Path(welcome.ring), "board", welcome.epoch).read(int.from_bytes(place, "little"))
         assert isinstance(block, Block)
         assert (payload, crc32(rows)) == (b"", block.crc32)
+
+
+def test_rows_are_sent_when_they_may_have_to_move_to_the_spool(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    with contextlib.closing(Line(spool=tmp_path / "spool", extra=0, folder=tmp_path)) as line:
+        peer = line.context.socket(zmq.DEALER)
+        line.peers.append(peer)
+        peer.connect(line.address)
+        peer.send_multipart([pack(Hello(STREAM_VERSION, STORAGE, "", "all", []))])
+        peer.send(pack(Maps(EPOCH)))
+        until(line, lambda: any(s.maps for s in line.publisher.subscribers.values()), "MAPS to be heard")
+        peer.recv()
+        line.begin()
+        for _ in range(10):
+            line.write(16_384)
+            full = line.ring.fill > LENDS
+            line.work()
+            until(line, lambda: peer.poll(0), "a block")
+            assert len(peer.recv_multipart()) == (2 if full else 3)
+        assert full
 
 
 @pytest.mark.parametrize("mode", ["all", "latest"])

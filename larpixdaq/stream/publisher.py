@@ -267,7 +267,7 @@ class Publisher:
         try:
             if not len(payload):
                 self.socket.send_multipart([subscriber.route, found.header], zmq.NOBLOCK)
-            elif subscriber.maps and found.pinned and store is self.own:
+            elif subscriber.maps and found.pinned and store is self.own and store.lends():
                 self.socket.send_multipart(
                     [subscriber.route, found.header, b"", index.to_bytes(8, "little")], zmq.NOBLOCK
                 )

@@ -17,6 +17,9 @@ from larpixdaq.arena import Arena
 from larpixdaq.spool import BATCH_BLOCKS, BATCH_BYTES, Spool
 from larpixdaq.spool_file import LOST, Header, Record
 
+#: A ring that may move to the spool is read in place as long as it is not fuller than that.
+LENDS = 0.5
+
 
 @dataclass
 class Segment:
@@ -134,6 +137,11 @@ class Store:
             return Found(self.ring.packed_header(index), self.ring.payload(index), True)
         record = self.spool.get(index) if self.spool is not None else LOST
         return None if record is None else Found(record.header, record.payload, False)
+
+    def lends(self) -> bool:
+        """Whether consumers may read rows where they are. What they are reading when it has to move to the spool is
+        sent again, so not when that may soon be: it begins when three quarters of the ring are full."""
+        return self.spool is None or (self.ring is not None and self.ring.fill < LENDS)
 
     def told(self, index: int) -> bool:
         """An INFO message or an end record, which no monitor skips."""
