@@ -74,11 +74,11 @@ class Network:
     def address(self, host: str) -> str:
         return f"10.77.0.{self.hosts.index(host) + 1}"
 
-    def prefix(self, host: str) -> list[str]:
-        """What to put before a command, so that it runs on this host: with a network, and but for the first one, with
-        memory of its own."""
+    def prefix(self, host: str, *, memory: bool = False) -> list[str]:
+        """What to put before a command, so that it runs on this host. `memory`: with /dev/shm, which is ours alone; on
+        other hosts nobody sees it."""
         there = ["nsenter", f"--net={FOLDER / self._names[self.hosts.index(host)]}"]
-        if host == self.hosts[0]:
+        if memory:
             return there
         return [*there, "unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
 

@@ -160,7 +160,9 @@ class Trial:
         keys = ("core", "log", "offline_storage", "run_data", "producer")
         if self.net:
             for key in keys:
-                line.prefix[key] = self.net.prefix(setup.hosts.get(key, "core"))
+                host = setup.hosts.get(key, "core")
+                # The producer has its ring there.
+                line.prefix[key] = self.net.prefix(host, memory=host == setup.hosts.get("producer", "core"))
         for key in keys:
             shims = [self.clock.env] if self.clock else []
             shims += [self.disk.env] if self.disk and key == "offline_storage" else []
