@@ -29,6 +29,7 @@ cdef enum:
     QUEUE = 100                      # messages that a board keeps for a subscriber who does not take them; then it drops
     MARKS = 128                      # a power of two above that
     SHORTEST_HOLE = 100_000          # ticks: 10 ms
+    LONGEST_HOLE = 100               # seconds; a clock of 32 bits goes round in 429
 
 cdef packed struct Notice:           # schema.NOTICE
     uint64_t events
@@ -268,8 +269,9 @@ cdef inline void mark_message(Evidence* evidence, uint64_t first, uint64_t last,
 
 
 cdef inline void _note_hole(Evidence* evidence, uint64_t jump, uint64_t queued, double since) noexcept nogil:
-    cdef double tick = evidence.tick if evidence.tick else 1e-7
-    cdef double seconds = jump * tick
-    # more than that is a clock that was set, or that went back: told otherwise
-    if jump > queued and seconds < 100 and seconds > evidence.until - since:
-        note(evidence, HOLES, <uint64_t>(seconds * 1e6), min(evidence.before_ns, evidence.now_ns - <uint64_t>(seconds * 1e9)))
+    """A jump behind so many messages: is it a hole? The first of them reached us after `since`."""
+    cdef double seconds = jump * (evidence.tick if evidence.tick else 1e-7)
+    cdef uint64_t began = evidence.now_ns - <uint64_t>(seconds * 1e9)
+    # more than LONGEST_HOLE is a clock that was set, or that went back: told otherwise
+    if jump > queued and evidence.until - since < seconds < LONGEST_HOLE:
+        note(evidence, HOLES, <uint64_t>(seconds * 1e6), min(evidence.before_ns, began))

@@ -3,7 +3,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.string cimport memcpy
 
 from evidence cimport (
-    Evidence, SHORT, TRAILING, full_mask, mark_message, note, note_doubled, note_full, note_heartbeat, note_reset, note_seconds, repeated,
+    Evidence, SHORT, TRAILING, full_mask, mark_message, note, note_doubled, note_full, note_heartbeat, note_reset, note_seconds,
+    repeated,
 )
 from rows cimport (
     Row, SYNC, TRIGGER, UNKNOWN_TYPE, WIDE_CHANNEL, board_row, expect, load32, load64, time_row, word_row,
