@@ -271,7 +271,6 @@ cdef inline void mark_message(Evidence* evidence, uint64_t first, uint64_t last,
 cdef inline void _note_hole(Evidence* evidence, uint64_t jump, uint64_t queued, double since) noexcept nogil:
     """A jump behind so many messages: is it a hole? The first of them reached us after `since`."""
     cdef double seconds = jump * (evidence.tick if evidence.tick else 1e-7)
-    cdef uint64_t began = evidence.now_ns - <uint64_t>(seconds * 1e9)
     # more than LONGEST_HOLE is a clock that was set, or that went back: told otherwise
     if jump > queued and evidence.until - since < seconds < LONGEST_HOLE:
-        note(evidence, HOLES, <uint64_t>(seconds * 1e6), min(evidence.before_ns, began))
+        note(evidence, HOLES, <uint64_t>(seconds * 1e6), min(evidence.before_ns, evidence.now_ns - <uint64_t>(seconds * 1e9)))

@@ -413,7 +413,7 @@ cdef class Ring:
         cdef uint64_t limit = size if kept else size - self.kept
         cdef uint64_t used = self.header.head_position - self.header.tail_position
         cdef uint64_t behind = size - self.header.head_position % size
-        if self.header.head - self.header.tail >= <uint64_t>(DESCRIPTORS if kept else DESCRIPTORS - KEPT_DESCRIPTORS):
+        if self.header.head - self.header.tail >= <uint64_t>(DESCRIPTORS - (1 if kept else KEPT_DESCRIPTORS)):
             return 0
         if behind < needed:
             if used + behind + needed > limit:

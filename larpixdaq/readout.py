@@ -106,7 +106,7 @@ class Readout:
                     self._report(source)
                     continue
                 self.batches += 1
-                self.quiet &= source.drained
+            self.quiet &= source.drained
             busy = True
             self._take(source)
             self._report(source)

@@ -1,6 +1,7 @@
 """Another process's ring, read while its producer goes on: what is read is what was published, or nothing."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import zmq
 from overwriting import EPOCH, NAME, ROWS, publish
 from processes import LIMIT
+from processes import until as eventually
 from streaming import STORAGE, Line, until
 
 from larpixdaq._native.ring import END, OVERHEAD, SMALLEST
@@ -153,6 +155,27 @@ def test_rows_are_not_sent_to_whom_reads_them(tmp_path: Path) -> None:
         rows = reader(Path(welcome.ring), "board", welcome.epoch).read(int.from_bytes(place, "little"))
         assert isinstance(block, Block)
         assert (payload, crc32(rows)) == (b"", block.crc32)
+
+
+def mapped(path: Path) -> bool:
+    return path.name in Path("/proc/self/maps").read_text()
+
+
+def test_the_memory_of_a_producer_that_ended_is_free(tmp_path: Path) -> None:
+    line = Line(folder=tmp_path)
+    consumer = Consumer(STORAGE, "s", "all")
+    try:
+        consumer.connect({"board": line.address})
+        until(line, lambda: any(s.maps for s in line.publisher.subscribers.values()), "MAPS to be heard")
+        assert line.arena is not None
+        path = line.arena.path
+        assert mapped(path)
+        line.close()
+        del line.ring, line.recorder, line.publisher, line.arena
+        gc.collect()
+        eventually(lambda: not mapped(path), "the ring to be let go")
+    finally:
+        consumer.close()
 
 
 def test_rows_are_sent_when_they_may_have_to_move_to_the_spool(tmp_path: Path) -> None:

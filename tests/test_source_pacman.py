@@ -75,6 +75,29 @@ def test_little_waits_while_nobody_reads_a_board_that_waits(source_at):
         driver.until(lambda: driver.count("messages") == sent, "all that was sent")
 
 
+def test_a_board_that_waits_is_not_drained_while_much_of_it_waits(source_at):
+    """Its queue is bounded: a read may find it empty although the board has far more."""
+    message = b"D" + struct.pack("<IxH", 1_700_000_000, 1) + b"T\2" + bytes(14)
+    with context() as ctx:
+        out, port = publisher(ctx)
+        out.sndhwm = 0
+        source = source_at(port, waits=True)
+        subscribed(out)
+        for _ in range(19_700):
+            out.send(message)
+        driver = Driver(source)
+        read = 0
+        while read < 19_700:
+            assert source.sockets[0].poll(20_000)
+            threading.Event().wait(0.02)  # libzmq has filled its queue again
+            assert source.read()
+            rows = np.zeros(20_000, source.layout.dtype)
+            while source.decode(rows) == len(rows):
+                pass
+            read = driver.count("messages")
+            assert source.drained == (read == 19_700)
+
+
 @pytest.mark.parametrize("per_message", ["auto", "1", "1000"])
 def test_every_word_of_an_emulated_board_becomes_a_row(source_at, per_message):
     n = 50_000

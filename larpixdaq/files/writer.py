@@ -183,12 +183,12 @@ class RunFile:
         self._check_run(block)
         check_block(block, self.info.layout.code)
         check_rows(block, rows, self.info.layout)
-        # What is looked at from here on is our copy: nobody can change it any more.
-        pieces = self._batch.stage(rows.view(np.uint8))
-        check_content(block, pieces, self.info.layout)
         if block.sequence < self._expected(block.source):
             self.duplicate_blocks += 1
             return
+        # What is looked at from here on is our copy: nobody can change it any more.
+        pieces = self._batch.stage(rows.view(np.uint8))
+        check_content(block, pieces, self.info.layout)
         account = self._account(block.source)
         if account.end is not None:
             raise ProtocolError(f"{describe(block)}: comes after the end of its source")

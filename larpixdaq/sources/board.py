@@ -26,7 +26,10 @@ from larpixdaq.sources.evidence import Presence, verdicts
 #: change it while messages come is no way to bound the bytes: libzmq's two ends can then wait for each other.)
 RECEIVE_QUEUE = 100_000
 #: The same for boards that wait: nothing is lost, and little has to be read when the run ends.
-WAITING_QUEUE = 1_000
+WAITING_QUEUE = 4_096
+#: Messages that are taken in one read, at most. When half of them were there, there are taken to be more: a queue that
+#: is empty then has only not been filled again yet.
+BATCH, WAITING_BATCH = 4_096, 1_024
 #: A message above this ends the connection, before memory is taken for it (the largest PACMAN message has 1 MiB).
 LARGEST_MESSAGE = 64 << 20
 #: A board that lost its power says nothing: the kernel asks after 5 s of silence and gives up after 3 x 2 s.
@@ -114,7 +117,8 @@ class BoardSource(LiveSource):
         for option, value in KEEPALIVE.items():
             self._data.setsockopt(option, value)
         self._data.setsockopt(zmq.SUBSCRIBE, b"")
-        self._receiver = Receiver(self._data)
+        self._batch = WAITING_BATCH if self.waits else BATCH
+        self._receiver = Receiver(self._data, messages=self._batch)
         self._monitor = self._data.get_monitor_socket(_WATCHED)
         self._data.connect(self.address)
         self.sockets = (self._data, self._monitor)
@@ -149,10 +153,10 @@ class BoardSource(LiveSource):
         dropped, dropped_bytes = receiver.oversized, receiver.oversized_bytes
         began = time.monotonic()
         n = receiver.receive()
-        self.drained = receiver.emptied
+        self.drained = receiver.emptied and n < self._batch // 2
         now = time.monotonic()
         since = self._emptied
-        if receiver.emptied:
+        if self.drained:
             self._emptied = began
         if n and (self._connected is False or now >= self._events_at + EVENTS):
             self._take_events(now, self._events_at)

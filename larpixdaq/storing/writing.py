@@ -39,7 +39,7 @@ class Stream(Protocol):
     """What is needed of stream.Consumer."""
 
     def acknowledge(self, source: Source, following: int) -> None: ...
-    def again(self) -> None: ...
+    def again(self, *, sent: bool = False) -> None: ...
 
 
 class Writing:
@@ -75,7 +75,7 @@ class Writing:
         self._written = 0  # bytes of the files of runs that were closed
         self._lock = threading.Lock()  # over _positions, which the stream's thread reads
         self._positions: dict[Source, int] = {}
-        self._doubted: Block | End | None = None  # the frame whose rows were asked for again
+        self._doubted: set[tuple[Source, int]] = set()  # blocks of open runs whose rows were asked for again
         self._known: set[int] = set()  # runs whose files of before are in there
 
     # the loop
@@ -148,18 +148,19 @@ class Writing:
         except FileError as error:
             self._fail(run, error)
         except ChecksumError as error:
+            assert isinstance(frame, Block)
             self._doubt(frame, error)
         except (LarpixDaqError, ValueError) as error:
             log.error("run %d, %s: %s", frame.run, producer, error)
 
-    def _doubt(self, frame: Block | End, error: ChecksumError) -> None:
-        """Rows that are not those that were sent, or that left the producer's ring while we read them: once more, then
-        they are taken for missing."""
-        again = self._doubted != frame
-        self._doubted = frame if again else None
+    def _doubt(self, block: Block, error: ChecksumError) -> None:
+        """Rows that are not those that were sent, or that left the producer's ring while we read them: once more, sent
+        this time, then they are taken for missing."""
+        again = (block.source, block.sequence) not in self._doubted
+        self._doubted.add((block.source, block.sequence))
         log.log(logging.WARNING if again else logging.ERROR, "%s%s", error, ": asked for again" if again else "")
         if again and self.stream is not None:
-            self.stream.again()
+            self.stream.again(sent=True)
 
     def _unannounced(self, frame: Block | End) -> OpenRun | None:
         """Blocks of a run that has no open part here: they go into a further one."""
@@ -324,6 +325,7 @@ class Writing:
         self._seal(run, aborted=aborted)
         number = run.info.run
         del self._runs[number]
+        self._doubted = {one for one in self._doubted if one[0].run != number}
         self._written += run.bytes
         if run.failure and self.stream is not None:
             self.stream.again()  # what was not taken may find a disk that is well

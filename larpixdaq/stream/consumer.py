@@ -75,7 +75,7 @@ class Consumer:
         self._wanted: dict[str, str] | None = None
         self._acks: dict[str, dict[tuple[int, int], int]] = {}
         self._done: dict[str, int] = {}
-        self._again = False
+        self._again = self._sent = False
         self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing = False
@@ -133,14 +133,15 @@ class Consumer:
             self._acks.setdefault(source.producer, {})[source.run, source.epoch] = following
         os.eventfd_write(self._wake, 1)
 
-    def again(self) -> None:
-        """Subscribe anew to every producer: what was sent and not acknowledged comes again.
+    def again(self, *, sent: bool = False) -> None:
+        """Subscribe anew to every producer: what was sent and not acknowledged comes again; with `sent` the rows are
+        not read out of rings then.
 
         Nothing of the subscription before is handed over any more: who calls this has let some of it pass, and what
         came after that would seem to follow a gap.
         """
         with self._lock:
-            self._again = True
+            self._again, self._sent = True, self._sent or sent
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
@@ -183,9 +184,10 @@ class Consumer:
             done, self._done = self._done, {}
             if self._again:
                 for link in self._links.values():
-                    link.welcome, link.hello_at = False, 0.0
+                    link.part()
+                    link.hello_at, link.sent = 0.0, self._sent
                 self._queue.clear()
-                self._again = False
+                self._again = self._sent = False
         if wanted is not None:
             for link in [one for one in self._links.values() if wanted.get(one.name, one.address) != one.address]:
                 self._drop(link)
@@ -238,7 +240,7 @@ class Consumer:
             link.warned = ""
             link.map(frame)
         elif isinstance(frame, Refused):
-            link.welcome = False
+            link.part()
             if frame.reason == "hello":
                 link.hello_at = 0.0  # the producer does not know us (any more): say HELLO at once
                 return False
@@ -261,8 +263,10 @@ class Consumer:
         self._warn(link, f"block {block.sequence} of run {block.run} from {link.name} has no rows (any more)")
         if self.mode == "latest":
             link.credit += block.text is None
+            link.said = 0.0
         else:  # what comes behind it would seem to follow a gap
-            link.welcome, link.hello_at = False, self._clock() + HELLO_AGAIN
+            link.part()
+            link.hello_at, link.sent = self._clock() + HELLO_AGAIN, True
 
     def _keep_up(self, link: Link) -> None:
         if not self._good():

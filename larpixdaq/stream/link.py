@@ -35,6 +35,8 @@ class Link:
         self.superseded: tuple[str, float] | None = None
         self._keeps = keeps
         self._ring: Reader | None = None  # the producer's, when it is on our host
+        self._ring_epoch = 0
+        self.sent = False  # the next subscription is to bring the rows themselves
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.RCVHWM, 0)  # the producer's window is the bound
         self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
@@ -50,9 +52,14 @@ class Link:
         try:
             self.socket.send(pack(frame), zmq.NOBLOCK)
         except zmq.Again:
-            self.welcome = False  # not connected: a new connection begins with HELLO
+            self.part()  # not connected: a new connection begins with HELLO
             return False
         return True
+
+    def part(self) -> None:
+        """We are not subscribed any more. The ring goes too: the memory of a producer that has ended is free then."""
+        self.welcome = False
+        self._ring = None
 
     def receive(self) -> tuple[FromProducer, memoryview | None] | None:
         """The next frame, with the rows of a block as far as they are there; None when nothing has come.
@@ -72,13 +79,14 @@ class Link:
             self.socket.recv()
         frame = unpack_producer(header, self.name)
         if place and isinstance(frame, Block):
-            payload = self._fetch(place) if self.welcome else None
+            payload = self._fetch(place) if self.welcome and frame.epoch == self._ring_epoch else None
         return frame, payload
 
     def map(self, welcome: Welcome) -> None:
         """Read the rows out of the producer's ring from now on, if that is on our host; else they are sent."""
-        self._ring = None
-        if welcome.ring:
+        self._ring, self._ring_epoch = None, welcome.epoch
+        sent, self.sent = self.sent, False
+        if welcome.ring and not sent:
             with contextlib.suppress(RingError):
                 self._ring = arena.reader(Path(welcome.ring), welcome.producer, welcome.epoch)
                 self.send(Maps(welcome.epoch))
