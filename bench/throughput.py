@@ -1,0 +1,79 @@
+"""The line at its limit against the size of messages and the number of boards, as a table and a picture.
+
+    python bench/throughput.py [--boards N,...] [--words W,...] [--seconds S] [--plot FILE.png] [--json]
+
+Each message size with the largest number of boards, then each number of boards with messages of 1000 words; every point
+is a run of saturated.py, of which the files are tallied. The picture needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from marks import machine
+from saturated import take
+from system import system
+
+WORDS = 1000
+
+
+def measure(boards: int, words: int, seconds: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
+        one = take(line, boards, str(words), seconds, "512MiB")
+    return {"boards": boards, "words": words, **one}
+
+
+def plot(sizes: list[dict[str, Any]], numbers: list[dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    left.loglog([one["words"] for one in sizes], [one["rate"] / 1e6 for one in sizes], "o-", color="tab:blue")
+    left.set_xlabel("words a message")
+    left.set_ylabel("million packets/s stored, 0 lost")
+    left.set_title(f"{sizes[0]['boards']} boards", fontsize=10)
+    right.plot([one["boards"] for one in numbers], [one["rate"] / 1e6 for one in numbers], "s-", color="tab:orange")
+    right.set_xlabel("boards")
+    right.set_title(f"{WORDS} words a message", fontsize=10)
+    for axes in (left, right):
+        axes.grid(visible=True, which="both", alpha=0.3)
+    figure.suptitle(machine(), fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--boards", default="1,2,4,8", metavar="N,...", help="(default %(default)s)")
+    parser.add_argument("--words", default="1,10,100,1000,4000", metavar="W,...", help="(default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="of sending (default %(default)g)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args()
+    boards, words = (sorted(map(int, text.split(","))) for text in (options.boards, options.words))
+    points = list(dict.fromkeys([(boards[-1], size) for size in words] + [(number, WORDS) for number in boards]))
+    found = {}
+    for number, size in points:
+        one = found[number, size] = measure(number, size, options.seconds)
+        if not options.json:
+            print(f"{number} boards, {size:>5} words: {one['rate'] / 1e6:6.2f} M/s, {one['lost']} lost", flush=True)
+    if options.plot:
+        numbers = [one for (_, size), one in sorted(found.items()) if size == WORDS]
+        plot([found[boards[-1], size] for size in words], numbers, options.plot)
+    if options.json:
+        print(json.dumps(list(found.values())))
+    return 1 if any(one["lost"] for one in found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
