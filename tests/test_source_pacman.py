@@ -87,7 +87,7 @@ def test_a_board_that_waits_is_not_drained_while_much_of_it_waits(source_at):
             out.send(message)
         driver = Driver(source)
         found = [0]
-        while found[-1] < 20_000:
+        while found[-1] < 19_700:
             assert source.sockets[0].poll(20_000)
             threading.Event().wait(0.02)  # libzmq fills its queue again, as far as it gets to
             assert source.read()
