@@ -127,9 +127,11 @@ class Request(Generator[Response, None, Any]):
         left = 0.25 if limit is None else min(0.25, limit - time.monotonic())
         if left <= 0:
             raise RequestTimeout(f"{self.action}: no result within {timeout:g} s")
-        if self._unheard() > NO_CORE:
+        silent = self._unheard() > NO_CORE
+        came = self._changed.wait(left)
+        # Had this process stood still, what the core said meanwhile is heard now.
+        if silent and not came and self._unheard() > NO_CORE:
             raise NoCore(f"{self.action}: the core was not heard for {NO_CORE:g} s; it may still do what was asked")
-        self._changed.wait(left)
 
     def take(self, response: Response) -> None:
         """Called by the connection: this came."""
