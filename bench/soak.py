@@ -141,7 +141,7 @@ def text(report: dict[str, Any]) -> str:
         f"{len(runs)} runs, {seconds / 60:.1f} minutes, {sum(run['parts'] for run in runs)} parts, "
         f"{sum(report['faults'].values())} faults, {total['sent'] / max(seconds, 1):,.0f} packets/s on average.",
         "",
-        f"{sum(run.get('late', False) for run in runs)} of the runs ended while storage was so far behind that a part of "
+        f"{sum(run.get('late', False) for run in runs)} of the runs ended while storage was so far behind that part of "
         "them came after their end; they were read then.",
         "",
         "| sent | stored | counted lost | unaccounted | doubled |",

@@ -39,9 +39,10 @@ DEFAULT_NAME = "LArPix board"
 END_READ_ON = 0.2
 QUIET = 0.05
 END_LIMIT = 5.0
-#: When all boards have been read to their end, they are left alone for so long (ms): at 5,000 one-word messages a
-#: second each of them would be a turn of the loop, and cost a fifth of a core.
-REST = 4
+#: When all boards have been read to their end, and gave few rows, they are left alone for so long (ms): at 5,000
+#: one-word messages a second each of them would be a turn of the loop, and cost a fifth of a core. At high rates that
+#: would hold up acknowledgements, and the storages.
+REST, FEW_ROWS = 4, 4_000
 #: What speaks for a loss before data reach us is looked at so often (seconds).
 LOOK = 1.0
 
@@ -106,7 +107,8 @@ class Producer:
         for descriptor in (signals, self.node, self.child):
             poller.register(descriptor.fileno(), zmq.POLLIN)
             resting.register(descriptor.fileno(), zmq.POLLIN)
-        poller.register(self.publisher.socket, zmq.POLLIN)
+        for one in (poller, resting):
+            one.register(self.publisher.socket, zmq.POLLIN)
         poller.register(self.delivery.fileno(), zmq.POLLIN)
         self.readout.watch(poller)
         while not signals.stop:
@@ -123,7 +125,7 @@ class Producer:
             if self.recorder.run is not None and time.monotonic() >= self._look_at:
                 self._verdicts()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
-            if self.readout.quiet:
+            if self.readout.quiet and self.readout.rows < FEW_ROWS:
                 resting.poll(REST)
 
     def _timeout(self) -> float:

@@ -42,6 +42,8 @@ class Readout:
         self.batches = 0
         #: In the last turn each source gave all that it had by then, and all of it found its place.
         self.quiet = True
+        #: Rows of the last turn.
+        self.rows = 0
         for source in sources:
             source.start(ring.outside)
 
@@ -94,6 +96,7 @@ class Readout:
         """One batch of each source that has one; True when any had, or has rows left that found no room yet."""
         busy = False
         self.quiet = True
+        self.rows = 0
         self._full = False
         for source in self._sources:
             if not self._active(source):
@@ -128,6 +131,7 @@ class Readout:
             rows = self._recorder.rows() if self._recording else None
             if rows is not None:
                 n = source.decode(rows)
+                self.rows += n
                 self._recorder.publish(n)
                 more = n == len(rows)
                 self._dropping(0)
