@@ -222,6 +222,8 @@ def test_a_second_core_log_and_component_of_a_name_are_turned_away(line: System)
 
 def test_a_directory_that_cannot_be_written_refuses_the_run_and_the_next_one_works(line: System) -> None:
     operator = line.start("--fake", "20000")
+    # It is registered before it has looked at what is in its directory.
+    until(lambda: "free_bytes" in line.status_of(operator, "storage"), "the storage to be ready")
     away = line.data.with_name("away")
     line.data.rename(away)  # what a file system that is unmounted does, also to the superuser
     with pytest.raises(RequestError, match=f"Offline storage: .*{line.data}"):
