@@ -124,6 +124,21 @@ cdef uint64_t _aligned(uint64_t position) noexcept nogil:
     return (position + ALIGNMENT - 1) & ~<uint64_t>(ALIGNMENT - 1)
 
 
+cdef uint64_t _arena_size(uint64_t size) noexcept:
+    """Of a file of this size."""
+    return (size - _OVERHEAD) & ~<uint64_t>(ALIGNMENT - 1)
+
+
+cdef _check_header(const Header* header, uint64_t size, bytes name, uint64_t epoch):
+    """ValueError when a file of this size does not hold the ring of this producer and epoch."""
+    if bytes(header.magic[:8]) != b"LPXRING\x03" or header.version != VERSION or header.n_counts != N_COUNTS:
+        raise ValueError("ring: made by no larpix-daq, or by another version of it")
+    if header.size != size or header.arena_size != _arena_size(size):
+        raise ValueError(f"ring: a file of {header.size} bytes expected, found {size}")
+    if header.epoch != epoch or bytes(header.producer[:NAME_BYTES]).rstrip(b"\0") != name:
+        raise ValueError(f"ring: it is of another producer or epoch ({header.epoch:x}) than its name says")
+
+
 @cython.final
 cdef class Ring:
     """A ring in `memory`, a writable buffer of at least SMALLEST bytes that starts out as zeros.
@@ -175,7 +190,7 @@ cdef class Ring:
         self.header.version = VERSION
         self.header.n_counts = N_COUNTS
         self.header.size = <uint64_t>view.shape[0]
-        self.header.arena_size = (<uint64_t>view.shape[0] - _OVERHEAD) & ~<uint64_t>(ALIGNMENT - 1)
+        self.header.arena_size = _arena_size(<uint64_t>view.shape[0])
         self.header.epoch = epoch
         self.header.made_ns = self.header.alive_ns = made_ns
         memcpy(self.header.producer, <const char*>name, len(name))
@@ -191,13 +206,8 @@ cdef class Ring:
         cdef Descriptor* block
         cdef Run* run
         cdef uint64_t index, position, k
-        cdef uint64_t size = (<uint64_t>self.memory.shape[0] - _OVERHEAD) & ~<uint64_t>(ALIGNMENT - 1)
-        if bytes(header.magic[:8]) != b"LPXRING\x03" or header.version != VERSION or header.n_counts != N_COUNTS:
-            raise ValueError("ring: made by no larpix-daq, or by another version of it")
-        if header.size != <uint64_t>self.memory.shape[0] or header.arena_size != size:
-            raise ValueError(f"ring: a file of {header.size} bytes expected, found {self.memory.shape[0]}")
-        if header.epoch != epoch or bytes(header.producer[:NAME_BYTES]).rstrip(b"\0") != name:
-            raise ValueError(f"ring: it is of another producer or epoch ({header.epoch:x}) than its name says")
+        cdef uint64_t size = _arena_size(<uint64_t>self.memory.shape[0])
+        _check_header(header, <uint64_t>self.memory.shape[0], name, epoch)
         if header.tail > header.head or header.head - header.tail > DESCRIPTORS:
             raise ValueError(f"ring: its blocks cannot be {header.tail} to {header.head}")
         for k in range(self._oldest_run(), header.n_runs):
@@ -570,12 +580,8 @@ cdef class Reader:
         self.memory = memory
         self.all = <const Head*>&memory[0]
         self.readable = memoryview(memory)[_OVERHEAD:]
-        self.size = (<uint64_t>memory.shape[0] - _OVERHEAD) & ~<uint64_t>(ALIGNMENT - 1)
-        cdef const Header* header = &self.all.header
-        if bytes(header.magic[:8]) != b"LPXRING\x03" or header.version != VERSION or header.arena_size != self.size:
-            raise ValueError("ring: made by no larpix-daq, or by another version of it")
-        if header.epoch != epoch or bytes(header.producer[:NAME_BYTES]).rstrip(b"\0") != producer.encode():
-            raise ValueError(f"ring: it is of another producer or epoch ({header.epoch:x})")
+        self.size = _arena_size(<uint64_t>memory.shape[0])
+        _check_header(&self.all.header, <uint64_t>memory.shape[0], producer.encode(), epoch)
 
     def lend(self, uint64_t index):
         """The rows of block `index` where they are, as read-only bytes; None: they are not there (any more)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -88,7 +88,7 @@ def check_rows(block: blocks.Block, rows: NDArray[Any], one: schema.Layout) -> N
         raise ProtocolError(f"{describe(block)}: its rows are not contiguous")
 
 
-def check_content(block: blocks.Block, pieces: Iterable[NDArray[np.uint8]], one: schema.Layout) -> None:
+def check_content(block: blocks.Block, pieces: Sequence[NDArray[np.uint8]], one: schema.Layout) -> None:
     """The same for their bytes, in pieces of whole rows; ChecksumError when they are others."""
     crc = 0
     for piece in pieces:

@@ -35,7 +35,6 @@ class Link:
         self.superseded: tuple[str, float] | None = None
         self._keeps = keeps
         self._ring: Reader | None = None  # the producer's, when it is on our host
-        self._ring_epoch = 0
         self.sent = False  # the next subscription is to bring the rows themselves
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.RCVHWM, 0)  # the producer's window is the bound
@@ -79,12 +78,12 @@ class Link:
             self.socket.recv()
         frame = unpack_producer(header, self.name)
         if place and isinstance(frame, Block):
-            payload = self._fetch(place) if self.welcome and frame.epoch == self._ring_epoch else None
+            payload = self._fetch(place) if self.welcome and frame.epoch == self.epoch else None
         return frame, payload
 
     def map(self, welcome: Welcome) -> None:
         """Read the rows out of the producer's ring from now on, if that is on our host; else they are sent."""
-        self._ring, self._ring_epoch = None, welcome.epoch
+        self._ring = None
         sent, self.sent = self.sent, False
         if welcome.ring and not sent:
             with contextlib.suppress(RingError):
