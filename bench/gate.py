@@ -86,7 +86,7 @@ def kernels() -> dict[str, Call]:
 
     made = rows(ROWS)[:ROWS].copy()
     data = made.view(np.uint8)
-    shuffled = np.empty_like(data)
+    packer = chunks.Packer(ROWS, 36)
     tallied = np.zeros((256, len(chunks.TALLY)), np.uint64)
     counter = rates.Rates()
     board = emulate.PacmanBoard(Asic.V2, rate=1e6, seed=1, words=ROWS)
@@ -99,7 +99,7 @@ def kernels() -> dict[str, Call]:
         "counting, all counters": lambda: counter.count(made),
         "rows to words": lambda: packets.encode(made, asic=Asic.V2),
         "tally of a file's rows": lambda: chunks.tally(data, 2, tallied),
-        "shuffle": lambda: chunks.shuffle(data, 36, shuffled),
+        "shuffled and deflated": lambda: packer.pack(data),
         "emulated board": lambda: board.fill(ROWS, 1000),
         "words of an emulated board counted": lambda: emulate.count_words(sent, spans),
     }

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from larpixdaq import deflate, schema
+from larpixdaq import checksum, schema
 from larpixdaq._native import emulate, packets
 from larpixdaq.blocks import Block, Source
 from larpixdaq.files import writer
@@ -43,7 +43,7 @@ def hits(rows: int) -> Any:
 
 def blocks(rows: int) -> Any:
     data = hits(rows)
-    crc = deflate.crc32(data.view(np.uint8))
+    crc = checksum.crc32(data.view(np.uint8))
     view = memoryview(data.view(np.uint8))
     for sequence in itertools.count():
         yield Block(1, "board", 7, sequence, sequence * rows, rows, 2, 0, 0, 0, crc, [], []), view

@@ -1,8 +1,12 @@
-"""What a chunk of the file needs: the byte shuffle that HDF5's filter undoes, and the count of its rows by kind."""
+"""What a chunk of the file needs: the byte shuffle and the deflate that HDF5's filters undo, and the count of its rows
+by kind."""
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
+cimport cython
+from deflate cimport deflate, deflated_most, tokens_room
 from wire cimport Row10, Row24, Row24Clock64, Row30
 
 #: Columns of the counts that tally() adds to; the first six are the ledger's own (larpixdaq.schema.COUNTS).
@@ -19,8 +23,9 @@ cdef enum:
     N_TALLY
 
 cdef enum:
-    # Rows that are shuffled together: 128 rows of 56 bytes and their place in the output stay in the first-level cache.
-    TILE = 128
+    # Bytes between two planes: a chunk's rows are a power of two, and planes just so far apart would share the places of the
+    # first-level cache.
+    APART = 64
 
 ctypedef fused Row:
     Row24
@@ -28,70 +33,89 @@ ctypedef fused Row:
     Row30
 
 
-# Rows of 8 bytes each, little-endian, become columns: byte j of word i goes to byte i of word j. Three rounds of swaps
-# (4-byte, 2-byte, 1-byte halves) on registers are twice as fast as 64 single bytes.
-cdef inline void transpose8(uint64_t* w) noexcept nogil:
-    cdef uint64_t t
-    cdef int i, j
-    for i in range(4):
-        t = ((w[i] >> 32) ^ w[i + 4]) & <uint64_t> 0x00000000FFFFFFFFu
-        w[i + 4] ^= t
-        w[i] ^= t << 32
-    for j in range(0, 8, 4):
-        for i in range(j, j + 2):
-            t = ((w[i] >> 16) ^ w[i + 2]) & <uint64_t> 0x0000FFFF0000FFFFu
-            w[i + 2] ^= t
-            w[i] ^= t << 16
-    for i in range(0, 8, 2):
-        t = ((w[i] >> 8) ^ w[i + 1]) & <uint64_t> 0x00FF00FF00FF00FFu
-        w[i + 1] ^= t
-        w[i] ^= t << 8
+cdef extern from *:
+    """
+    typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+    #ifdef __clang__
+    #define INTERLEAVE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+    #else
+    #define INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, (Bytes16){__VA_ARGS__})
+    #endif
+
+    /* 16 bytes of 16 rows, that are `row` bytes apart, become 16 columns, `column` bytes apart. Rows i and i + 8 are
+       interleaved, four times over: each time a byte's number in the square has its bits rotated by one. */
+    static inline void interleave16(const Bytes16* a, Bytes16* b) {
+        _Pragma("GCC unroll 8")
+        for (int i = 0; i < 8; i++) {
+            b[2 * i] = INTERLEAVE(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            b[2 * i + 1] = INTERLEAVE(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+    }
+    static inline void transpose16(const uint8_t* source, size_t row, uint8_t* out, size_t column) {
+        Bytes16 a[16], b[16];
+        _Pragma("GCC unroll 16")
+        for (int i = 0; i < 16; i++) memcpy(&a[i], source + i * row, 16);
+        interleave16(a, b);
+        interleave16(b, a);
+        interleave16(a, b);
+        interleave16(b, a);
+        _Pragma("GCC unroll 16")
+        for (int i = 0; i < 16; i++) memcpy(out + i * column, &a[i], 16);
+    }
+    """
+    void transpose16(const uint8_t* source, size_t row, uint8_t* out, size_t column) noexcept nogil
 
 
-cdef void shuffle_tile(const uint8_t* source, uint8_t* out, size_t first, size_t last, size_t size, size_t rows) noexcept nogil:
-    """Rows first to last (a multiple of 8 of them) of `rows` rows of `size` bytes."""
-    cdef uint64_t w[8]
-    cdef size_t column, row, i
-    for column in range(0, size - size % 8, 8):
-        for row in range(first, last, 8):
-            for i in range(8):
-                memcpy(&w[i], source + (row + i) * size + column, 8)
-            transpose8(w)
-            for i in range(8):
-                memcpy(out + (column + i) * rows + row, &w[i], 8)
-    for column in range(size - size % 8, size):
-        for row in range(first, last):
-            out[column * rows + row] = source[row * size + column]
-
-
-cdef void shuffle_rows(const uint8_t* source, uint8_t* out, size_t size, size_t rows) noexcept nogil:
-    cdef size_t even = rows - rows % 8
-    cdef size_t first = 0
+cdef void shuffle_rows(const uint8_t* source, uint8_t* out, size_t size, size_t rows, size_t stride) noexcept nogil:
+    """Byte i of each row goes to plane i; planes are `stride` bytes apart."""
+    cdef size_t even = rows - rows % 16 if size >= 16 else 0
     cdef size_t row, column
-    while first < even:
-        shuffle_tile(source, out, first, min(first + TILE, even), size, rows)
-        first += TILE
+    for row in range(0, even, 16):
+        column = 0
+        while column < size:
+            column = min(column, size - 16)     # the last ones overlap: written twice, the same
+            transpose16(source + row * size + column, size, out + column * stride + row, stride)
+            column += 16
     for row in range(even, rows):
         for column in range(size):
-            out[column * rows + row] = source[row * size + column]
+            out[column * stride + row] = source[row * size + column]
 
 
-def shuffle(const uint8_t[::1] source, size_t itemsize, uint8_t[::1] out):
-    """Write all first bytes of the items, then all second bytes, and so on: what HDF5's shuffle filter undoes.
+@cython.final
+cdef class Packer:
+    """Shuffles and deflates chunks of `rows` rows (at least 1) of `itemsize` bytes: as HDF5's two filters would, in the zlib
+    format. One thread at a time."""
 
-    source: the items' bytes; itemsize: bytes of an item; out: as many bytes as source, elsewhere in memory.
-    """
-    cdef size_t total = source.shape[0]
-    if itemsize < 1 or total % itemsize:
-        raise ValueError(f"shuffle: {total} bytes are no whole number of items of {itemsize} bytes")
-    if <size_t> out.shape[0] != total:
-        raise ValueError(f"shuffle: expected room for {total} bytes, found {out.shape[0]}")
-    if total == 0:
-        return
-    if &source[0] < &out[0] + total and &out[0] < &source[0] + total:
-        raise ValueError("shuffle: input and output overlap")
-    with nogil:
-        shuffle_rows(&source[0], &out[0], itemsize, total // itemsize)
+    cdef uint8_t* planes
+    cdef uint8_t* packed
+    cdef uint16_t* tokens
+    cdef size_t itemsize
+    cdef size_t rows
+
+    def __cinit__(self, size_t rows, size_t itemsize):
+        if not 1 <= rows <= 1 << 24 or not 1 <= itemsize <= 1 << 12:
+            raise ValueError(f"Packer: expected 1 to 2^24 rows of 1 to 4096 bytes, found {rows} of {itemsize}")
+        self.rows, self.itemsize = rows, itemsize
+        self.planes = <uint8_t*>malloc((rows + APART) * itemsize)
+        self.packed = <uint8_t*>malloc(deflated_most(itemsize, rows))
+        self.tokens = <uint16_t*>malloc(tokens_room(itemsize, rows) * sizeof(uint16_t))
+        if self.planes == NULL or self.packed == NULL or self.tokens == NULL:
+            raise MemoryError("Packer: no memory for a chunk")
+
+    def __dealloc__(self):
+        free(self.planes)
+        free(self.packed)
+        free(self.tokens)
+
+    def pack(self, const uint8_t[::1] chunk) -> bytes:
+        """The bytes of the chunk's rows, shuffled and deflated. The GIL is given away meanwhile."""
+        cdef size_t n
+        if <size_t>chunk.shape[0] != self.rows * self.itemsize:
+            raise ValueError(f"pack: expected {self.rows} rows of {self.itemsize} bytes, found {chunk.shape[0]} bytes")
+        with nogil:
+            shuffle_rows(&chunk[0], self.planes, self.itemsize, self.rows, self.rows + APART)
+            n = deflate(self.planes, self.itemsize, self.rows, self.rows + APART, self.tokens, self.packed)
+        return self.packed[:n]
 
 
 cdef inline void count_row(uint64_t* counts, uint8_t kind, uint8_t direction, uint8_t valid) noexcept nogil:

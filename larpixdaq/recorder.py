@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq._native.ring import END, INFO, Ring
 from larpixdaq.blocks import Block, End, Gap, Totals, UnknownWord, Verdict, pack, text_pieces
-from larpixdaq.deflate import crc32
+from larpixdaq.checksum import crc32
 from larpixdaq.schema import COUNTS, PacketType
 
 #: A block is closed so long after its first row, in seconds.
@@ -25,7 +26,7 @@ TEXT_BYTES = 64
 _PACKETS, _BAD, _UNKNOWN, _REJECTED, _DROPPED, _INFO = (
     COUNTS.index(name) for name in ("packets", "bad_parity", "unknown_words", "rejected_words", "dropped", "info_rows")
 )
-_ROWS = [COUNTS.index(name) for name in schema.ROW_COUNTS]
+_rows = itemgetter(*(COUNTS.index(name) for name in schema.ROW_COUNTS))
 
 
 def info_rows(text: str, layout: schema.Layout, seconds: int) -> NDArray[Any]:
@@ -200,16 +201,11 @@ class Recorder:
 
     def totals(self) -> list[Totals]:
         """What each io_group has delivered in this run so far."""
-        table = self._ring.counts[self.io_groups]
-        columns = (
-            self.io_groups,
-            table[:, _PACKETS].tolist(),
-            table[:, _ROWS].sum(axis=1).tolist(),
-            table[:, _BAD].tolist(),
-            (table[:, _UNKNOWN] + table[:, _REJECTED]).tolist(),
-            table[:, _DROPPED].tolist(),
-        )
-        return [Totals(*values) for values in zip(*columns, strict=True)]
+        # A list of each row, and no sums by numpy: on ten numbers that takes half the time.
+        return [
+            Totals(g, n[_PACKETS], sum(_rows(n)), n[_BAD], n[_UNKNOWN] + n[_REJECTED], n[_DROPPED])
+            for g, n in zip(self.io_groups, self._ring.counts[self.io_groups].tolist(), strict=True)
+        ]
 
     def _take_gaps(self) -> list[Gap]:
         gaps = self._ring.gaps

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from larpixdaq.arena import take
-from larpixdaq.deflate import crc32
+from larpixdaq.checksum import crc32
 
 _MAGIC: Final = b"LPXSPOL\x01"
 _START: Final = struct.Struct("<8sII")  # magic, length and CRC-32 of the header

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq import blocks, deflate, schema
+from larpixdaq import blocks, checksum, schema
 from larpixdaq._native import packets
 from larpixdaq.files.writer import RunFile, RunInfo
 from larpixdaq.recorder import info_rows
@@ -106,7 +106,7 @@ class Feed:
             flags=0,
             first_ns=NS + self.sequence,
             last_ns=NS + self.sequence + 1,
-            crc32=deflate.crc32(rows.view(np.uint8)),
+            crc32=checksum.crc32(rows.view(np.uint8)),
             totals=[],
             gaps=changes.pop("gaps", []),
             text=text,

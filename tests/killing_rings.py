@@ -23,7 +23,7 @@ from larpixdaq import schema
 from larpixdaq._native.ring import END, SMALLEST
 from larpixdaq.arena import Arena
 from larpixdaq.blocks import Block, End, unpack_producer
-from larpixdaq.deflate import crc32
+from larpixdaq.checksum import crc32
 from larpixdaq.recorder import Recorder
 from larpixdaq.spool import Directory
 from larpixdaq.takeover import Predecessors

@@ -15,7 +15,7 @@ from larpixdaq import schema
 from larpixdaq._native.ring import SMALLEST, Ring
 from larpixdaq.arena import Arena
 from larpixdaq.blocks import Block, End
-from larpixdaq.deflate import crc32
+from larpixdaq.checksum import crc32
 from larpixdaq.recorder import Recorder
 from larpixdaq.spool import Directory, Spool
 from larpixdaq.stream import Consumer, Publisher

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from larpixdaq import schema
 from larpixdaq._native.ring import BLOCK, END, INFO, SMALLEST, Ring
 from larpixdaq.blocks import Block, End, UnknownWord, unpack_producer
-from larpixdaq.deflate import crc32
+from larpixdaq.checksum import crc32
 from larpixdaq.readout import Readout
 from larpixdaq.recorder import BLOCK_AGE, Recorder, info_rows
 from larpixdaq.schema import io_groups_of

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larpixdaq import blocks, cli, schema
+from larpixdaq._native import chunks
 from larpixdaq.blocks import Position
 from larpixdaq.errors import FileError, FileLocked
-from larpixdaq.files import closing, names, superblock
+from larpixdaq.files import batch, closing, names, superblock
 from larpixdaq.files.batch import BATCH_ROWS
 from larpixdaq.files.journal import Journal, records
 from larpixdaq.files.positions import positions
@@ -466,15 +467,17 @@ def test_a_chunk_is_never_written_in_place(tmp_path, monkeypatch):
     with DataFile(part) as growing:
         chunk = growing._packets.id.get_chunk_info(3)
     sizes = []
-    from larpixdaq.files import batch
 
-    def compress(data):
-        packed = real(data)
-        sizes.append(len(packed))
-        return packed + b"\0" * (chunk.size - len(packed))
+    class Padding:
+        def __init__(self, *size):
+            self.packer = chunks.Packer(*size)
 
-    real = batch.deflate.compress
-    monkeypatch.setattr(batch.deflate, "compress", compress)
+        def pack(self, chunk_rows):
+            packed = self.packer.pack(chunk_rows)
+            sizes.append(len(packed))
+            return packed + b"\0" * (chunk.size - len(packed))
+
+    monkeypatch.setattr(batch, "Packer", Padding)
     found = recover(part)
     assert sizes
     assert sizes[-1] < chunk.size

@@ -30,7 +30,7 @@ from larpixdaq.blocks import (
     unpack_consumer,
     unpack_producer,
 )
-from larpixdaq.deflate import crc32
+from larpixdaq.checksum import crc32
 from larpixdaq.errors import RingError
 from larpixdaq.schema import PACKETS_2_4
 from larpixdaq.stream import Consumer

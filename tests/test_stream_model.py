@@ -39,7 +39,7 @@ from larpixdaq.blocks import (
     pack,
     unpack_producer,
 )
-from larpixdaq.deflate import crc32
+from larpixdaq.checksum import crc32
 from larpixdaq.recorder import Recorder
 from larpixdaq.spool import Directory, Spool
 from larpixdaq.spool_file import File

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq import deflate, schema
-from larpixdaq._native import chunks
+from larpixdaq import schema
+from larpixdaq._native.chunks import Packer
 
 #: Rows that are written at once, in chunks of schema.CHUNK_ROWS: two flushes a batch, not two a chunk.
 BATCH_ROWS: Final = 4 * schema.CHUNK_ROWS
+_BESIDE: Final = BATCH_ROWS // schema.CHUNK_ROWS - 1
 
 
 class Batch:
@@ -30,7 +32,10 @@ class Batch:
         self._size = itemsize
         self._now = np.zeros((BATCH_ROWS, itemsize), np.uint8)
         self._before = np.zeros((BATCH_ROWS, itemsize), np.uint8)
-        self._shuffled = np.empty(schema.CHUNK_ROWS * itemsize, np.uint8)
+        # The chunks of a batch but its last are packed in a thread beside, while the rest of it fills up.
+        self._thread = ThreadPoolExecutor(1, "packing")
+        self._packed: list[Future[bytes]] = []
+        self._beside, self._here = (Packer(schema.CHUNK_ROWS, itemsize) for _ in range(2))
 
     def resume(self, rows: int) -> None:
         """Go on behind so many of the file's rows, in the midst of a chunk perhaps; what follows them goes."""
@@ -56,6 +61,8 @@ class Batch:
         """Take the n rows that were staged last; call `full` when they fill the batch up."""
         room = BATCH_ROWS - (self.rows - self.base)
         self.rows += n
+        for at in range(len(self._packed), min((self.rows - self.base) // schema.CHUNK_ROWS, _BESIDE)):
+            self._packed.append(self._thread.submit(self._beside.pack, self._chunk(at)))
         if n >= room:
             full()
             self._before, self._now = self._now, self._before
@@ -71,14 +78,18 @@ class Batch:
         """Write the rows of the batch, the last one of a file perhaps partly filled; return the row behind them."""
         filled = min(self.rows - self.base, BATCH_ROWS)
         self._packets.resize((self.base + filled,))
-        for first in range(0, filled, schema.CHUNK_ROWS):
-            chunk = self._now[first : first + schema.CHUNK_ROWS]
-            chunk[filled - first :] = 0
-            chunks.shuffle(chunk.reshape(-1), self._size, self._shuffled)
-            data = deflate.compress(self._shuffled)
-            if (self.base + first, len(data)) == self._left:
+        self._now[filled : -(-filled // schema.CHUNK_ROWS) * schema.CHUNK_ROWS] = 0
+        others = [self._here.pack(self._chunk(at)) for at in range(len(self._packed), -(-filled // schema.CHUNK_ROWS))]
+        for at, packed in enumerate([*(one.result() for one in self._packed), *others]):
+            first = self.base + at * schema.CHUNK_ROWS
+            if (first, len(packed)) == self._left:
                 # HDF5 would write it in place, and a kill in the midst of that would tear rows that were acknowledged.
                 # Of another size it gets a place of its own first; what follows the end of deflated data is not read.
-                data += b"\0"
-            self._packets.id.write_direct_chunk((self.base + first,), data)
+                packed += b"\0"
+            self._packets.id.write_direct_chunk((first,), packed)
+        self._packed.clear()
         return self.base + filled
+
+    def _chunk(self, at: int) -> NDArray[np.uint8]:
+        """The bytes of the batch's chunk of this number."""
+        return self._now[at * schema.CHUNK_ROWS : (at + 1) * schema.CHUNK_ROWS].reshape(-1)

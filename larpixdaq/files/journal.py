@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from larpixdaq import blocks, deflate
+from larpixdaq import blocks, checksum
 from larpixdaq.errors import FileError, FileLocked, ProtocolError
 
 MAGIC: Final = b"LDJ1"
@@ -56,9 +56,9 @@ class Journal:
         parts: list[Any] = []
         for header, payload in records:
             lengths = _LENGTHS.pack(len(header), sum(len(piece) for piece in payload))
-            crc = deflate.crc32(header, deflate.crc32(lengths))
+            crc = checksum.crc32(header, checksum.crc32(lengths))
             for piece in payload:
-                crc = deflate.crc32(piece, crc)
+                crc = checksum.crc32(piece, crc)
             parts += [_HEAD.pack(MAGIC, *_LENGTHS.unpack(lengths), crc), header]
             parts += [piece for piece in payload if len(piece)]
         end = self.size
@@ -153,7 +153,7 @@ def _next(file: Any, size: int) -> Record | None:
         return None
     header, payload = file.read(header_length), file.read(payload_length)
     lengths = _LENGTHS.pack(header_length, payload_length)
-    if deflate.crc32(payload, deflate.crc32(header, deflate.crc32(lengths))) != crc:
+    if checksum.crc32(payload, checksum.crc32(header, checksum.crc32(lengths))) != crc:
         return None
     try:
         frame = blocks.unpack_producer(header, "the journal")

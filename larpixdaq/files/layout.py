@@ -35,7 +35,7 @@ from typing import Any, Final
 import h5py
 import numpy as np
 
-from larpixdaq import deflate, schema
+from larpixdaq import checksum, schema
 from larpixdaq.errors import FileError, cause
 from larpixdaq.version import VERSION
 
@@ -202,7 +202,7 @@ def _fill(file: h5py.File, layout: schema.Layout, asic_version: str) -> None:
     header.attrs["created"] = now
     header.attrs["modified"] = now
     header.attrs["asic_version"] = asic_version
-    header.attrs["software"] = f"larpix-daq {VERSION}, {deflate.NAME}"
+    header.attrs["software"] = f"larpix-daq {VERSION}"
     packets = file.create_dataset(
         "packets",
         shape=(0,),
@@ -211,7 +211,7 @@ def _fill(file: h5py.File, layout: schema.Layout, asic_version: str) -> None:
         chunks=(schema.CHUNK_ROWS,),
         shuffle=True,
         compression="gzip",
-        compression_opts=deflate.LEVEL,
+        compression_opts=1,
     )
     packets.attrs["packet_types"] = PACKET_TYPES
     for name, (dtype, rows) in TABLES.items():
@@ -235,5 +235,5 @@ def table_crc32(table: Any) -> int:
     """The CRC-32 of all bytes of a dataset, read in pieces."""
     value = 0
     for first in range(0, table.shape[0], 8192):
-        value = deflate.crc32(np.ascontiguousarray(table[first : first + 8192]).view(np.uint8), value)
+        value = checksum.crc32(np.ascontiguousarray(table[first : first + 8192]).view(np.uint8), value)
     return value

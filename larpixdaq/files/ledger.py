@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq import blocks, deflate, schema
+from larpixdaq import blocks, checksum, schema
 from larpixdaq._native import chunks
 from larpixdaq.errors import ChecksumError, ProtocolError
 from larpixdaq.files import layout
@@ -92,7 +92,7 @@ def check_content(block: blocks.Block, pieces: Sequence[NDArray[np.uint8]], one:
     """The same for their bytes, in pieces of whole rows; ChecksumError when they are others."""
     crc = 0
     for piece in pieces:
-        crc = deflate.crc32(piece, crc)
+        crc = checksum.crc32(piece, crc)
     if crc != block.crc32:
         raise ChecksumError(f"{describe(block)}: expected CRC-32 {block.crc32:08x}, found {crc:08x}")
     if block.text is not None:

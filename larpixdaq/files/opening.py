@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from larpixdaq import deflate, schema
+from larpixdaq import schema
 from larpixdaq.blocks import Source
 from larpixdaq.files import layout
 from larpixdaq.files.tables import Tables
@@ -39,7 +39,6 @@ def describe(file: Any, tables: Tables, info: RunInfo, part: int, known: Mapping
         tables.add_producer(source.producer)
         places.append((tables.producers[source.producer], source.epoch, place, place))
     tables.text("layout", info.layout.name)
-    tables.text("compression", deflate.NAME)
     tell(tables, info)
     file.flush()
     tables.set_positions(places)

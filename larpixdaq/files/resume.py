@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq import blocks, deflate, schema
+from larpixdaq import blocks, checksum, schema
 from larpixdaq._native import chunks
 from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError
@@ -135,7 +135,7 @@ class _Reading:
             start = int(block["first_row"])
             end = start + int(block["rows"])
             rows = self._rows(start, end) if data is None else data[start - first : end - first]
-            if rows is None or len(rows) != block["rows"] or deflate.crc32(rows.view(np.uint8)) != block["crc32"]:
+            if rows is None or len(rows) != block["rows"] or checksum.crc32(rows.view(np.uint8)) != block["crc32"]:
                 self._doubtful.append(block)
             else:
                 self._settle()

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq import deflate, schema
+from larpixdaq import checksum, schema
 from larpixdaq.errors import FileError
 from larpixdaq.files import layout
 from larpixdaq.files.books import Books
@@ -67,7 +67,7 @@ def _block(
     if data is not None:
         start = int(block["first_row"]) - first
         mine = data[start : start + int(block["rows"])].reshape(-1)
-        crc = deflate.crc32(mine)
+        crc = checksum.crc32(mine)
         if crc != block["crc32"]:
             finding(
                 f"/packets, rows {block['first_row']} to {block['first_row'] + block['rows']}: expected CRC-32"

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq import blocks, deflate
+from larpixdaq import blocks, checksum
 from larpixdaq._native import chunks
 from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError, ProtocolError, cause
@@ -199,7 +199,7 @@ class RunFile:
             self._messages += len(blocks.text_pieces(block.text, layout.MESSAGE_BYTES))
             rows["counter"] = message.first
             pieces = self._batch.stage(rows.view(np.uint8))
-            block = msgspec.structs.replace(block, crc32=deflate.crc32(rows.view(np.uint8)))
+            block = msgspec.structs.replace(block, crc32=checksum.crc32(rows.view(np.uint8)))
         if missing := account.skip(block.sequence, block.first_packet):
             self._missing.append(missing)
         account.take(block.sequence, block.first_packet + block.rows)
