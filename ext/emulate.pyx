@@ -23,11 +23,22 @@ cdef enum:
     MOST_WORDS = 65_535     # of a message: its count is a u16
     CHIP_BASE = 11          # the first chip_id of an io_channel, as on the tiles of a detector
 
+cdef extern from *:
+    """
+    #define STEP 0x9E3779B97F4A7C15ull
+    #define ones_are_odd(word) ((unsigned long long)__builtin_parityll(word))
+    """
+    uint64_t STEP
+    uint64_t ones_are_odd(uint64_t word) noexcept nogil
+
 
 cdef inline uint64_t _random(uint64_t *state) noexcept nogil:
     """splitmix64: one addition of state, full period, good enough in every bit."""
-    state[0] += <uint64_t>0x9E3779B97F4A7C15
-    cdef uint64_t z = state[0]
+    state[0] += STEP
+    return _mixed(state[0])
+
+
+cdef inline uint64_t _mixed(uint64_t z) noexcept nogil:
     z = (z ^ (z >> 30)) * <uint64_t>0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * <uint64_t>0x94D049BB133111EB
     return z ^ (z >> 31)
@@ -35,11 +46,7 @@ cdef inline uint64_t _random(uint64_t *state) noexcept nogil:
 
 cdef inline uint64_t _odd_parity(uint64_t word, int bit) noexcept nogil:
     """The word, whose bit `bit` is 0, with that bit such that the number of ones is odd."""
-    cdef uint64_t x = word ^ (word >> 32)
-    x ^= x >> 16
-    x ^= x >> 8
-    x ^= x >> 4
-    return word | ((((<uint64_t>0x6996 >> (x & 15)) & 1) ^ 1) << bit)
+    return word | ((ones_are_odd(word) ^ 1) << bit)
 
 
 @cython.final
@@ -289,8 +296,10 @@ cdef class PacmanBoard:
 
     cdef inline uint64_t _packet(self, uint64_t at, uint8_t *io_channel) noexcept nogil:
         """One packet word that reaches the board at tick `at`; its io_channel where one is asked for."""
-        cdef uint64_t r = _random(&self._state)
-        cdef uint64_t s = _random(&self._state)
+        # Two random numbers, but the state is written once: the next word waits for that.
+        cdef uint64_t state = self._state + STEP
+        cdef uint64_t r = _mixed(state), s = _mixed(state + STEP)
+        self._state = state + STEP
         cdef uint64_t group = ((r & 0xFFFF) * <uint64_t>self._io_channels) >> 16
         cdef uint64_t chip = (((r >> 16) & 0xFFFF) * <uint64_t>self._chips) >> 16
         cdef uint64_t channel = (r >> 32) & <uint64_t>(self._channels - 1)

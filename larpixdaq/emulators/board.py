@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native import emulate, transport
 from larpixdaq.emulators.commands import Commands
-from larpixdaq.emulators.faults import Faults
+from larpixdaq.emulators.faults import Faults, words_in
 from larpixdaq.errors import ConfigError
 from larpixdaq.pace import Pace
 
@@ -25,7 +25,7 @@ QUEUE = 100
 BURST = 64
 BURST_PAUSE = 50e-6
 #: With --lossless: what may wait in a board's queue, about.
-QUEUE_BYTES = 64 << 20
+QUEUE_BYTES = 4 << 20
 #: Seconds that a board may be late before it makes its messages longer.
 LATE = 0.01
 #: Seconds between two turns of a board that keeps up: busy enough, and the machine has other work.
@@ -230,7 +230,7 @@ class Board:
         self._behind = self._pace is None or due - words >= whole
         messages = self._words.fill(words, self._per_message, window)
         self._spans = self._words.spans[:messages]
-        made = sum(emulate.count_words(self._words.buffer, self._spans))
+        made = words_in(self._spans)
         if self._faults:
             self._spans = self._faults.spoil(self._words.buffer, self._spans)
         if self._pace:

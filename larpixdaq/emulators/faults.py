@@ -49,7 +49,7 @@ class Faults:
         double = ~skip & (fate < wrongs.skip + wrongs.double)
         lie = ~skip & ~double & (fate < wrongs.skip + wrongs.double + wrongs.lie)
         self.skip(spans[skip])
-        self.count["doubled"] += _words(spans[double])
+        self.count["doubled"] += words_in(spans[double])
         self.count["doubled_messages"] += int(double.sum())
         for span in spans[lie]:
             place = int(span["start"]) + 6
@@ -62,9 +62,10 @@ class Faults:
 
     def skip(self, spans: NDArray[Any]) -> None:
         """These are made, and nobody gets them."""
-        self.count["skipped"] += _words(spans)
+        self.count["skipped"] += words_in(spans)
         self.count["skipped_messages"] += len(spans)
 
 
-def _words(spans: NDArray[Any]) -> int:
+def words_in(spans: NDArray[Any]) -> int:
+    """Words of board messages, by their lengths."""
     return int((np.maximum(spans["length"].astype(np.int64) - 8, 0) // 16).sum())

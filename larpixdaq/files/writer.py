@@ -27,6 +27,7 @@ from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError, ProtocolError, cause
 from larpixdaq.files import closing, layout, names, opening
 from larpixdaq.files.batch import Batch
+from larpixdaq.files.behind import Behind
 from larpixdaq.files.journal import Journal
 from larpixdaq.files.ledger import Account, check_block, check_content, check_end, check_rows, describe
 from larpixdaq.files.opening import RunInfo as RunInfo
@@ -131,6 +132,7 @@ class RunFile:
         #: Next sequence per source: all below is durable. An end counts as the sequence it names.
         self.durable: dict[Source, int] = {}
         self.ended: dict[Source, blocks.End] = {}
+        self._behind = Behind(path)
         self._final = path.with_name(path.name.removesuffix(names.PART) + names.FINISHED)
         self._known = known
         self._accounts: dict[Source, Account] = {}
@@ -291,6 +293,7 @@ class RunFile:
     def _write_batch(self) -> None:
         stop = self._batch.write()
         self._flush()
+        self._behind.grown(self.bytes)
         done = []
         while self._held and self._held[0].stop <= stop:
             done.append(self._held.popleft())

@@ -26,10 +26,10 @@ from larpixdaq.sources.evidence import Presence, verdicts
 #: change it while messages come is no way to bound the bytes: libzmq's two ends can then wait for each other.)
 RECEIVE_QUEUE = 100_000
 #: The same for boards that wait: nothing is lost, and little has to be read when the run ends.
-WAITING_QUEUE = 4_096
+WAITING_QUEUE = 1_024
 #: Messages that are taken in one read, at most. When half of them were there, there are taken to be more: a queue that
 #: is empty then has only not been filled again yet.
-BATCH, WAITING_BATCH = 4_096, 1_024
+BATCH, WAITING_BATCH = 4_096, 256
 #: A message above this ends the connection, before memory is taken for it (the largest PACMAN message has 1 MiB).
 LARGEST_MESSAGE = 64 << 20
 #: A board that lost its power says nothing: the kernel asks after 5 s of silence and gives up after 3 x 2 s.
