@@ -1,9 +1,10 @@
-"""How long a packet takes from the board's socket to the online monitor, at a low rate with one-word messages.
+"""How long a word takes from a board's socket to the online monitor's counters, as an Operator sees them.
 
-    python bench/latency.py [--rate 5000] [--samples 50]
+    python bench/latency.py [--rates R,...] [--samples N] [--json]
 
-A PUB socket stands in for the board. Now and then a packet carries a chip_id that no other has; the time until the
-monitor's `packets()` shows it, as an Operator sees it, is the latency: the answer's own way is in it.
+One emulated PACMAN sends at each rate (words a message as a board sends them); a second board, a PUB socket here, sends
+one word at a time, at random moments. The time from its sending until packet_rate() counts it is the latency: the
+question's way to the monitor and the answer's are in it.
 """
 
 from __future__ import annotations
@@ -11,114 +12,104 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import random
 import statistics
 import struct
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zmq
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from boards import Emulator
+from saturated import STEP
+from system import System, system
+
 from larpixdaq._native import packets
-from larpixdaq.cli.local import wait_for
-from larpixdaq.launch import Group, components, free_port
-from larpixdaq.operator import Operator
 from larpixdaq.schema import Asic
 
-MARKED = 250
+#: The io_groups of the busy board and of the one whose words are timed.
+BUSY, TIMED = 1, 2
+#: Between two words that are timed: so long and up to as long again (seconds).
+PAUSE = 0.02
+#: A word that is not counted after so long (seconds) is lost.
+LIMIT = 10.0
 
 
-class Board:
-    """Sends one-word PACMAN messages at `rate`; mark() makes the next one stand out."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], rate: float) -> None:
-        self._socket = context.socket(zmq.PUB)
-        self.port = self._socket.bind_to_random_port("tcp://127.0.0.1")
-        self._rate = rate
-        self._stop = threading.Event()
-        self._marks: list[float] = []
-        self._wanted = 0
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    def mark(self) -> int:
-        self._wanted += 1
-        return self._wanted
-
-    def sent(self, mark: int) -> float | None:
-        return self._marks[mark - 1] if len(self._marks) >= mark else None
-
-    def _run(self) -> None:
-        due, tick = time.monotonic(), 0
-        while not self._stop.is_set():
-            due += 1 / self._rate
-            delay = due - time.monotonic()
-            if delay > 0:
-                time.sleep(delay)
-            tick = (tick + 2000) % 2**31
-            marked = len(self._marks) < self._wanted
-            word = packets.parity(
-                np.array([(MARKED if marked else 20) << 2 | (len(self._marks) if marked else tick) << 16], np.uint64),
-                asic=Asic.V2,
-            )
-            head = struct.pack("<cIxHcBLxx", b"D", int(time.time()), 1, b"D", 1, tick)
-            if marked:
-                self._marks.append(time.monotonic())
-            self._socket.send(head + word.tobytes())
-
-    def close(self) -> None:
-        self._stop.set()
-        self.thread.join()
-        self._socket.close(0)
+def word(tick: int) -> bytes:
+    """A message of one data word."""
+    packet = packets.parity(np.array([20 << 2 | tick << 16], np.uint64), asic=Asic.V2)
+    return struct.pack("<cIxHcBLxx", b"D", int(time.time()), 1, b"D", 1, tick) + packet.tobytes()
 
 
-def sample(operator: Operator, board: Board) -> float:
-    mark = board.mark()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        rows = operator.packets(count=10_000).result(timeout=5)
-        found = rows[(rows["chip_id"] == MARKED) & (rows["timestamp"] == mark - 1)]
-        sent = board.sent(mark)
-        if len(found) and sent is not None:
-            return time.monotonic() - sent
-    raise SystemExit("a marked packet never came")
+def counted(operator: Any) -> int:
+    table = operator.packet_rate(channels=False).result(timeout=5)["io_groups"]
+    return int(table["packets"][table["io_group"] == TIMED].sum())
+
+
+def measure(line: System, rate: float, samples: int) -> dict[str, Any]:
+    options = ("--rate", str(rate), "--words-per-message", "auto", "--wait-for-go")
+    with contextlib.ExitStack() as stack:
+        busy = stack.enter_context(contextlib.closing(Emulator(*options)))
+        context: zmq.Context[Any] = stack.enter_context(zmq.Context())
+        socket = stack.enter_context(context.socket(zmq.XPUB))
+        socket.linger = 0
+        port = socket.bind_to_random_port("tcp://127.0.0.1")
+        data, command = (busy.ready["1"][name] for name in ("data", "command"))
+        operator = line.start("--pacman", f"{BUSY}=127.0.0.1:{data}:{command}", f"{TIMED}=127.0.0.1:{port}:{command}")
+        operator.prepare_run(kind="bench").result(STEP)
+        operator.begin_run().result(STEP)
+        if not socket.poll(LIMIT * 1000):
+            raise SystemExit(f"no subscriber after {LIMIT:g} s")
+        busy.go()
+        chance = random.Random(1)
+        times = []
+        for n in range(1, samples + 1):
+            time.sleep(PAUSE * (1 + chance.random()))
+            sent = time.monotonic()
+            socket.send(word(n))
+            while counted(operator) < n:
+                if time.monotonic() > sent + LIMIT:
+                    raise SystemExit(f"word {n} was not counted after {LIMIT:g} s")
+            times.append((time.monotonic() - sent) * 1000)
+        seen = operator.packet_rate(channels=False).result(STEP)["io_groups"]
+        busy.stop()
+        busy.finish()
+        operator.end_run().result(STEP)
+    times.sort()
+    cuts = statistics.quantiles(times, n=100)
+    return {
+        "rate": rate,
+        "reached": round(float(seen["mean_rate"][seen["io_group"] == BUSY].sum())),
+        "samples": samples,
+        "p50_ms": round(cuts[49], 1),
+        "p95_ms": round(cuts[94], 1),
+        "p99_ms": round(cuts[98], 1),
+        "max_ms": round(times[-1], 1),
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rate", type=float, default=5000.0, help="packets/s (default %(default)g)")
-    parser.add_argument("--samples", type=int, default=50, help="marked packets (default %(default)d)")
-    parser.add_argument("--json", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--rates", default="5000,1000000", metavar="R,...", help="packets/s (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=300, metavar="N", help="at each rate (default %(default)d)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="larpixdaq-bench-")))
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        stack.callback(context.term)
-        board = Board(context, options.rate)
-        stack.callback(board.close)
-        group = stack.enter_context(contextlib.closing(Group(folder / "out")))
-        core, log = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
-        for module, arguments in components(core, log, folder, folder, ["--pacman", f"127.0.0.1:{board.port}"]):
-            group.start(module, *arguments)
-        operator = stack.enter_context(Operator(core, timeout=20))
-        wait_for(operator, {"producer", "storage", "run_data", "log"}, group)
-        operator.prepare_run(kind="bench").result(timeout=20)
-        operator.begin_run().result(timeout=20)
-        board.thread.start()
-        while not len(operator.packets(count=1).result(timeout=5)):
-            time.sleep(0.05)
-        found = sorted(sample(operator, board) * 1000 for _ in range(options.samples))
-        operator.end_run().result(timeout=60)
-    figures = {
-        "rate": options.rate,
-        "samples": len(found),
-        "median_ms": round(statistics.median(found), 1),
-        "p95_ms": round(found[int(0.95 * (len(found) - 1))], 1),
-        "max_ms": round(found[-1], 1),
-    }
-    print(json.dumps(figures) if options.json else "  ".join(f"{name} {value:g}" for name, value in figures.items()))
+    results = []
+    for rate in map(float, options.rates.split(",")):
+        with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
+            results.append(measure(line, rate, options.samples))
+        if not options.json:
+            print("  ".join(f"{name} {value:g}" for name, value in results[-1].items()), flush=True)
+    if options.json:
+        print(json.dumps(results))
     return 0
 
 
