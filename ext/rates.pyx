@@ -12,12 +12,6 @@ from libc.string cimport memset
 cimport cython
 import numpy as np
 
-cdef extern from *:
-    """
-    #define prefetch(address) __builtin_prefetch(address, 1)
-    """
-    void prefetch(const void *address) noexcept nogil
-
 from wire cimport Row10, Row24, Row24Clock64, Row30
 
 ctypedef fused Row2:
@@ -31,8 +25,6 @@ cdef enum:
     # 16.8 million v2 channels. A link that makes up addresses must not take the host's memory.
     MAX_CHIPS = 1 << 18
     SLAB = 1 << 20                # histogram memory is taken in pieces of this many bytes
-    # Histograms of a detector do not fit the second-level cache: where a row's bin lies is asked for so many rows before.
-    AHEAD = 8
 
 #: What `Rates.chips()` returns, one entry a chip.
 CHIPS = np.dtype([
@@ -183,25 +175,11 @@ cdef inline void place(
         histogram[adc] += histogram[adc] != <uint32_t>0xffffffff
 
 
-cdef inline void expect(const Table *t, uint32_t key, uint32_t channel_id, uint32_t adc) noexcept nogil:
-    """A packet comes soon: have its bin brought, if its channel has been seen."""
-    cdef uint32_t number = t.chip_of[key]
-    if number and channel_id < t.n_channels:
-        prefetch(t.channels[<size_t>(number - 1) * t.n_channels + channel_id].histogram + adc)
-
-
-cdef inline uint32_t key_of(const Row2 *row) noexcept nogil:
-    return <uint32_t>row.io_group << 16 | <uint32_t>row.io_channel << 8 | row.chip_id
-
-
 cdef void count_rows(Table *t, const Row2 *rows, size_t n) noexcept nogil:
     cdef size_t i
     cdef const Row2 *row
     cdef bint data, valid, reset
     for i in range(n):
-        if i + AHEAD < n:
-            row = &rows[i + AHEAD]
-            expect(t, key_of(row), row.channel_id, row.dataword)
         row = &rows[i]
         if row.packet_type >= TYPES or row.direction > 1:
             t.unplaced += 1
@@ -216,8 +194,8 @@ cdef void count_rows(Table *t, const Row2 *rows, size_t n) noexcept nogil:
         else:
             reset = False
         place(
-            t, key_of(row), row.channel_id, row.dataword, data, data and valid and not reset, valid, row.local_fifo,
-            row.shared_fifo
+            t, <uint32_t>row.io_group << 16 | <uint32_t>row.io_channel << 8 | row.chip_id, row.channel_id, row.dataword,
+            data, data and valid and not reset, valid, row.local_fifo, row.shared_fifo
         )
 
 
