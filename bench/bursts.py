@@ -93,7 +93,7 @@ class Words:
 def measure(line: System, rate: float, seconds: float, share: float) -> dict[str, Any]:
     count = int(rate * seconds)
     with contextlib.ExitStack() as stack:
-        slow = stack.enter_context(contextlib.closing(Emulator("--rate", str(SLOW), "--wait-for-go")))
+        slow = stack.enter_context(contextlib.closing(Emulator("--rate", str(SLOW), "--queue", QUEUE, "--wait-for-go")))
         options = ("--rate", str(rate), "--words-per-message", "1000", "--count", str(count), "--queue", QUEUE)
         burst = stack.enter_context(contextlib.closing(Emulator(*options, "--stay", "--wait-for-go")))
         socket = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.XPUB))
@@ -157,7 +157,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--rate", type=float, default=5e6, metavar="R", help="of the burst, packets/s (default %(default)g)")
+    add("--rate", type=float, default=6.5e6, metavar="R", help="of the burst, packets/s (default %(default)g)")
     add("--seconds", type=float, default=5.0, metavar="S", help="of the burst (default %(default)g)")
     add("--share", type=float, default=0.1, metavar="F", help="of its time that the storage has (default %(default)g)")
     add("--json", action="store_true", help="print one JSON object instead of text")
