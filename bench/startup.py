@@ -1,0 +1,81 @@
+"""How long commands take to begin: `larpixdaq-core --help`, and the demo until its first rows can be read.
+
+    python bench/startup.py [--rounds R] [--json]
+
+"help" is the whole process; "demo" the time from the start of `larpixdaq demo` until its file, read by plain h5py, has
+rows. Medians, in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+
+from larpixdaq.launch import command
+
+#: The demo has so long for its first rows (seconds).
+LIMIT = 30.0
+AGAIN = 0.01
+
+
+def show_help() -> float:
+    began = time.monotonic()
+    subprocess.run(command("core", "--help"), check=True, stdout=subprocess.DEVNULL)
+    return time.monotonic() - began
+
+
+def demo(folder: Path) -> float:
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command("cli", "demo", "--seconds", "20", "--rate", "1000000", "-o", str(folder)),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not has_rows(folder):
+            if time.monotonic() > began + LIMIT or process.poll() is not None:
+                raise SystemExit(f"no rows of the demo after {time.monotonic() - began:.1f} s")
+            time.sleep(AGAIN)
+        return time.monotonic() - began
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(LIMIT)
+
+
+def has_rows(folder: Path) -> bool:
+    for part in folder.rglob("*.h5.part"):
+        try:
+            with h5py.File(part, "r", swmr=True, locking=False) as file:
+                return bool(file["packets"].shape[0])
+        except (OSError, KeyError):
+            continue  # it is only being made
+    return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="R", help="of each (default %(default)d)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    options = parser.parse_args()
+    helps = [show_help() for _ in range(options.rounds)]
+    demos = []
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder:
+            demos.append(demo(Path(folder)))
+    found = {"help": round(statistics.median(helps), 3), "demo": round(statistics.median(demos), 2)}
+    print(json.dumps(found) if options.json else f"help {found['help']} s, demo's first rows {found['demo']} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
