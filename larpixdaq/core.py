@@ -40,13 +40,16 @@ from larpixdaq.control.peers import Component, Control, NameTaken, OperatorPeer,
 from larpixdaq.control.runs import RunControl
 from larpixdaq.control.shipping import RecordHandler, push_socket
 from larpixdaq.errors import ConfigError, LarpixDaqError, ProtocolError
+from larpixdaq.pace import wait_ms
 from larpixdaq.states import LOG, PRODUCER
 
 _log = logging.getLogger("larpixdaq.core")
 #: Messages taken before anything else is looked after.
 _BATCH: Final = 1000
-#: The loop turns at least this often (s); when it has not for far longer, the core itself stood still.
+#: The loop turns at least this often (s): while something goes on that has time limits, and otherwise. When it has not
+#: for far longer, the core itself stood still.
 _TURN: Final = 0.05
+_IDLE: Final = 0.3
 _STOOD_STILL: Final = 0.5
 
 
@@ -109,8 +112,14 @@ class Core:
         poller.register(self._router, zmq.POLLIN)
         poller.register(signals.fileno(), zmq.POLLIN)
         while not signals.stop:
-            poller.poll(round(_TURN * 1000))
+            poller.poll(self._timeout(time.monotonic()))
             self.turn()
+
+    def _timeout(self, now: float) -> int:
+        """Milliseconds until something is to be done although no message comes."""
+        if self._runs.waits:
+            return round(_TURN * 1000)
+        return wait_ms(min(now + _IDLE, self._peers.due()), now)
 
     def turn(self) -> None:
         """Take in what has come, then look who is lost and what is due."""

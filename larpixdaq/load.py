@@ -18,11 +18,12 @@ class Load:
     def shares(self) -> dict[str, float]:
         """Of the last span: `loop`, the share of one core that the main loop has used, 1 when it has no time left;
         `process`, the cores that all threads have used together."""
+        if time.monotonic() - self._before[0] < SPAN:
+            return self._shares
         now = self._now()
         span, loop, process = (after - before for after, before in zip(now, self._before, strict=True))
-        if span >= SPAN:
-            self._before = now
-            self._shares = {"loop": round(loop / span, 3), "process": round(process / span, 3)}
+        self._before = now
+        self._shares = {"loop": round(loop / span, 3), "process": round(process / span, 3)}
         return self._shares
 
     @staticmethod

@@ -120,7 +120,7 @@ def serve(core: str, name: str, address: str, path: Path) -> None:
             for source in (socket, node, signals):
                 poller.register(source, zmq.POLLIN)
             while not signals.stop:
-                poller.poll(250)
+                poller.poll(node.wait_ms())
                 node.dispatch()
                 empty = file.take(socket)
                 node.report(file.written, 0 if empty else 1)

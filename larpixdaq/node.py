@@ -24,6 +24,7 @@ from larpixdaq.control.recent import Recent
 from larpixdaq.control.shipping import RecordHandler, push_socket
 from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction
 from larpixdaq.load import Load
+from larpixdaq.pace import next_beat, wait_ms
 from larpixdaq.states import HEARTBEAT, PATIENCE, STOP
 
 __all__ = ["Call", "Handler", "Node"]
@@ -146,15 +147,21 @@ class Node:
                 raise RequestError(f"{self.name}: another component has taken this name")
             self._on_name_taken()
 
+    def wait_ms(self, due: float | None = None) -> int:
+        """For the main loop's poll(): milliseconds until the next report() is due, at most until `due` (monotonic)."""
+        now = time.monotonic()
+        beat = next_beat(now, HEARTBEAT)
+        return wait_ms(beat if due is None else min(beat, due), now)
+
     def report(self, progress: int, queued: int) -> None:
         """The main loop's turn, at least every 250 ms: work done so far and work waiting.
 
         Work without progress for 1 s reads `stuck`, and so does a loop that turns no more.
         """
-        self._turned = time.monotonic()
+        self._turned = now = time.monotonic()
         status = None
-        if self._status is not None and time.monotonic() >= self._status_due:
-            self._status_due = time.monotonic() + HEARTBEAT
+        if self._status is not None and now >= self._status_due:
+            self._status_due = next_beat(now, HEARTBEAT)
             status = self._status() | {"load": self._load.shares()}
         self._beat = Heartbeat(progress=progress, queued=queued, status=status or self._beat.status)
 

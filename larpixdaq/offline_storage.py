@@ -9,8 +9,6 @@ import argparse
 import logging
 import os
 import shlex
-import time
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,6 @@ _log = logging.getLogger("larpixdaq.offline_storage")
 DEFAULT_NAME = "Offline storage"
 #: Frames taken in one turn of the loop.
 TURN = 64
-#: Seconds that the loop waits at most.
-IDLE = 0.25
 #: So often (ms) it looks whether the core has answered, when it has stood still.
 DOUBT = 10
 
@@ -93,7 +89,7 @@ class Storage:
             deaf.register(descriptor.fileno(), zmq.POLLIN)
         while not signals.stop:
             if self._stands:
-                poller.poll(ceil(self._timeout(consumer) * 1000))
+                poller.poll(0 if consumer.queued else self.node.wait_ms(self.storing.due()))
             else:  # the core's word is awaited; what the producers say is left where it is
                 deaf.poll(DOUBT)
             self._turn(consumer)
@@ -122,12 +118,6 @@ class Storage:
         if self._stands and not before:
             consumer.again()
         return self._stands
-
-    def _timeout(self, consumer: Consumer) -> float:
-        if consumer.queued:
-            return 0.0
-        due = self.storing.due()
-        return IDLE if due is None else min(IDLE, max(0.0, due - time.monotonic()))
 
     def _name_taken(self) -> None:
         self.storing.supersede()

@@ -1,6 +1,22 @@
-"""An absolute schedule: how much is due by now, without drift."""
+"""Absolute schedules: how much is due by now, without drift, and when what recurs is due again."""
 
 from __future__ import annotations
+
+from math import ceil, floor
+
+
+def next_beat(now: float, period: float) -> float:
+    """The first multiple of `period` after `now` (time.monotonic(), seconds).
+
+    All processes of a host read the same monotonic clock, so what each of them does in this rhythm comes to whoever
+    hears them within a millisecond or two: it wakes once for all of it, and not once for each.
+    """
+    return (floor(now / period) + 1) * period
+
+
+def wait_ms(until: float, now: float) -> int:
+    """For poll(): milliseconds from `now` to `until`, rounded up, so that it does not wake before what is due."""
+    return max(0, ceil((until - now) * 1000))
 
 
 class Pace:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import secrets
 import time
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +111,10 @@ class Producer:
         poller.register(self.delivery.fileno(), zmq.POLLIN)
         self.readout.watch(poller)
         while not signals.stop:
-            poller.poll(ceil(self._timeout() * 1000))
+            poller.poll(self.node.wait_ms(self._due()))
             self.node.dispatch()
             self.child.dispatch()
-            self.readout.turn(poller)
+            busy = self.readout.turn(poller)
             if not self.readout.quiet:
                 self._busy_at = time.monotonic()
             self.recorder.work()
@@ -125,19 +124,19 @@ class Producer:
             if self.recorder.run is not None and time.monotonic() >= self._look_at:
                 self._verdicts()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
-            if self.readout.quiet and self.readout.rows < FEW_ROWS:
+            if busy and self.readout.quiet and self.readout.rows < FEW_ROWS:
                 resting.poll(REST)
 
-    def _timeout(self) -> float:
-        """Seconds until something is to be done that no descriptor tells of."""
-        limits = [0.25, *self.readout.due()]
+    def _due(self) -> float | None:
+        """When something is to be done that no descriptor tells of (monotonic seconds)."""
         now = time.monotonic()
+        limits = [now + seconds for seconds in self.readout.due()]
         block = self.recorder.due()
         if block is not None:
-            limits.append(block - now)
+            limits.append(block)
         if self.ending is not None:
-            limits.append(0.01)
-        return max(0.0, min(limits))
+            limits.append(now + 0.01)
+        return min(limits, default=None)
 
     def close(self) -> None:
         if self.recorder.run is not None and not self.taken:

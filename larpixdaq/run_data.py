@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 DEFAULT_NAME: Final = "Online monitor"
 #: Frames dealt with before actions have their turn again.
 TURN: Final = 64
-#: The longest wait for something to do (ms): the heartbeat's numbers are renewed at least so often.
-IDLE: Final = 100
 
 
 class RunData:
@@ -62,7 +60,7 @@ class RunData:
         for descriptor in (signals.fileno(), self.node.fileno(), self.consumer.fileno()):
             poller.register(descriptor, zmq.POLLIN)
         while not signals.stop:
-            poller.poll(0 if self.consumer.queued else IDLE)
+            poller.poll(0 if self.consumer.queued else self.node.wait_ms())
             self.turn()
 
     def _receive(self, producer: str, frame: FromProducer, payload: memoryview | None) -> None:

@@ -31,6 +31,7 @@ from larpixdaq.control.messages import (
     unpack_core,
 )
 from larpixdaq.errors import ConfigError, ProtocolError
+from larpixdaq.pace import next_beat, wait_ms
 from larpixdaq.states import HEARTBEAT
 
 _log = logging.getLogger("larpixdaq.control.link")
@@ -158,8 +159,10 @@ class Link:
             while not self._closing:
                 # Something waits that the socket did not take: soon again, not at the next heartbeat only.
                 limit = _SOON if self._outbox and self.session else HEARTBEAT
-                poller.poll(max(0, round(min(limit, self._due - time.monotonic()) * 1000)))
-                self._waker.clear()
+                now = time.monotonic()
+                ready = dict(poller.poll(wait_ms(min(now + limit, self._due), now)))
+                if self._waker.fileno() in ready:
+                    self._waker.clear()
                 try:
                     self._turn()
                 except Exception:  # a mistake of ours must not cost the component its core
@@ -176,7 +179,7 @@ class Link:
         now = time.monotonic()
         if now >= self._due:
             said = self._say(self._beat_now() if self.session else self._hello())
-            self._due = now + (HEARTBEAT if said else _SOON)  # not connected yet: try again soon
+            self._due = next_beat(now, HEARTBEAT) if said else now + _SOON  # not connected yet: try again soon
         self._flush()
         self._each_turn()
 

@@ -150,6 +150,15 @@ class Peers:
                 found.append(Change("gone", peer))
         return found
 
+    def due(self) -> float:
+        """When check() will find a component lost or stuck, if nothing comes from it until then; infinite: never."""
+        due = float("inf")
+        for component in self.components.values():
+            due = min(due, component.heard + LOST)
+            if component.busy and not component.stuck:
+                due = min(due, component.moved + STUCK)
+        return due
+
     def excuse(self, seconds: float) -> None:
         """The core itself stood still for so long: what others sent meanwhile may not have reached it yet."""
         for peer in self._sessions.values():

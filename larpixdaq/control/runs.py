@@ -213,6 +213,11 @@ class RunControl(RunProcedures):
         if self.main is not None and self.main.done:
             self.main = None
 
+    @property
+    def waits(self) -> bool:
+        """Something goes on that has time limits."""
+        return self.main is not None or bool(self._side) or self._end_at is not None
+
     def excuse(self, seconds: float) -> None:
         """The core itself stood still for so long."""
         for procedure in self._procedures():

@@ -7,6 +7,7 @@ busy with. What it has received waits in a queue that the producers' windows bou
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -30,9 +31,12 @@ from larpixdaq.blocks import (
     Welcome,
 )
 from larpixdaq.errors import ProtocolError
+from larpixdaq.pace import next_beat, wait_ms
 from larpixdaq.stream.link import CREDIT, Link
 from larpixdaq.stream.standing import Heard, Standing
 
+#: The last ACK or CREDIT is said again in this rhythm (seconds), which is that of all consumers of a host: a producer
+#: wakes for all of them at once.
 REPEAT = 0.25
 #: Without a WELCOME the HELLO is said again so often.
 HELLO_AGAIN = 0.5
@@ -161,7 +165,7 @@ class Consumer:
         try:
             while not closing:
                 closing = self._closing  # one turn more then: what was acknowledged before close() has to go out
-                for descriptor, _ in self._poller.poll(int(REPEAT * 500)):
+                for descriptor, _ in self._poller.poll(self._timeout()):
                     if descriptor == self._wake:
                         os.eventfd_read(self._wake)
                 self._good()
@@ -175,6 +179,12 @@ class Consumer:
                 link.send(Bye())
                 link.socket.close(linger=100)
             self._context.term()
+
+    def _timeout(self) -> int:
+        """Milliseconds until something is to be said although nothing has come."""
+        now = self._clock()
+        parted = any(not link.welcome for link in self._links.values())
+        return wait_ms(min(next_beat(now, REPEAT), now + HELLO_AGAIN / 4 if parted else math.inf), now)
 
     def _apply(self) -> None:
         """Take over what the process asked for."""
@@ -197,11 +207,11 @@ class Consumer:
         for name, blocks in done.items():
             if name in self._links:
                 self._links[name].credit += blocks
-                self._links[name].said = 0.0
+                self._links[name].repeat_at = 0.0
         for name, entries in acks.items():
             if name in self._links:
                 self._links[name].acks.update(entries)
-                self._links[name].said = 0.0
+                self._links[name].repeat_at = 0.0
 
     def _open(self, name: str, address: str) -> Link | None:
         try:
@@ -263,7 +273,7 @@ class Consumer:
         self._warn(link, f"block {block.sequence} of run {block.run} from {link.name} has no rows (any more)")
         if self.mode == "latest":
             link.credit += block.text is None
-            link.said = 0.0
+            link.repeat_at = 0.0
         else:  # what comes behind it would seem to follow a gap
             link.part()
             link.hello_at, link.sent = self._clock() + HELLO_AGAIN, True
@@ -281,17 +291,17 @@ class Consumer:
                 if link.send(hello) and self.mode == "latest":
                     link.send(Credit(link.credit))
                 link.hello_at = now + HELLO_AGAIN
-                link.said = now
+                link.repeat_at = next_beat(now, REPEAT)
             return
         if self.mode == "all" and link.acks:
             for (run, epoch), following in link.acks.items():
                 link.last_ack = Ack(run, epoch, following)
                 link.send(link.last_ack)
             link.acks.clear()
-            link.said = now
-        elif now - link.said > REPEAT / 2:
+            link.repeat_at = next_beat(now, REPEAT)
+        elif now >= link.repeat_at:
             link.send(link.last_ack or Credit(link.credit) if self.mode == "all" else Credit(link.credit))
-            link.said = now
+            link.repeat_at = next_beat(now, REPEAT)
 
     def _good(self) -> bool:
         """Whether our name is still ours, as far as we know."""

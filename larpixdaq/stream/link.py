@@ -26,7 +26,7 @@ class Link:
         self.welcome = False
         self.epoch = 0
         self.hello_at = 0.0  # not before that do we ask to be subscribed
-        self.said = 0.0  # when we last sent anything
+        self.repeat_at = 0.0  # when something is said again, whether or not there is news
         self.credit = CREDIT
         self.acks: dict[tuple[int, int], int] = {}  # (run, epoch) -> next, still to be sent
         self.last_ack: Ack | None = None
