@@ -118,9 +118,9 @@ class Producer:
             if not self.readout.quiet:
                 self._busy_at = time.monotonic()
             self.recorder.work()
-            self.delivery.work()
             if self.ending is not None:
                 self._end_when_quiet()
+            self.delivery.work()  # behind what ends a run: its end record does not wait for the next turn
             if self.recorder.run is not None and time.monotonic() >= self._look_at:
                 self._verdicts()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
