@@ -84,7 +84,7 @@ def main() -> int:
     add("--words", default="1000", metavar="W", help="in a message, or auto (default %(default)s)")
     add("--seconds", type=float, default=20.0, metavar="S", help="of sending (default %(default)g)")
     add("--rounds", type=int, default=3, metavar="R", help="of each (default %(default)d)")
-    add("--ring", default="512MiB", metavar="SIZE", help="of the producer (default %(default)s)")
+    add("--ring", default="64MiB", metavar="SIZE", help="of the producer: boards wait (default %(default)s)")
     add("--directory", type=Path, metavar="DIR", help="for the files (default: a temporary one)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()

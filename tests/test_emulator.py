@@ -237,6 +237,20 @@ def test_what_arrives_is_what_was_counted(per_message):
         assert words_of(got[0]) != words_of(got[1])
 
 
+def test_as_many_chips_as_asked_for():
+    args = ["--io-channels", "3", "--chips-per-io-channel", "2", "--count", "5000", "--rate", "max", "--lossless"]
+    with emulator(*args) as board, context() as ctx:
+        socket = subscriber(ctx, board.ready["1"]["data"])
+        got = drain(socket, lambda got: sum(map(len, got)) - 8 * len(got) >= 16 * 5000)
+        board.finish()
+    words = np.frombuffer(words_of(got), np.uint64).reshape(-1, 2)
+    data = words[(words[:, 0] & np.uint64(0xFF)) == ord("D")]
+    chips = zip((data[:, 0] >> np.uint64(8)) & np.uint64(0xFF), (data[:, 1] >> np.uint64(2)) & np.uint64(0xFF), strict=True)
+    assert sorted({(int(io_channel), int(chip)) for io_channel, chip in chips}) == [
+        (io_channel, chip) for io_channel in (1, 2, 3) for chip in (11, 12)
+    ]
+
+
 def test_it_begins_with_go_and_a_subscriber_and_ends_by_signal():
     with emulator("--wait-for-go", "--wait-for-subscriber", "--rate", "max", "--lossless") as board, context() as ctx:
         other = subscriber(ctx, board.ready["1"]["data"], b"Z")  # matches no data
@@ -357,6 +371,8 @@ def test_logs_that_are_none(capsys, tmp_path):
         ["--replay", "x", "--count", "3"],
         ["--odd", "2"],
         ["--asic", "9"],
+        ["--io-channels", "256"],
+        ["--chips-per-io-channel", "241"],
     ],
 )
 def test_wrong_options(args, capsys):

@@ -96,6 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, metavar="S", help="another number, other data (default 0)")
     add("--asic", choices=sorted(ASICS), default="2", help="generation of the chips (default 2)")
+    add("--io-channels", type=_positive, default=8, metavar="N", help="of each board, at most 255 (default 8)")
+    add("--chips-per-io-channel", type=_positive, default=16, metavar="N", help="at most 240 (default 16)")
     add("--odd", type=float, default=0.0, metavar="F", help="fraction of odd packets, such as bad parity (default 0)")
     add("--fifo-full", type=float, default=0.0, metavar="F", help="fraction of packets that say: FIFO full (default 0)")
     for name, what in (
@@ -141,6 +143,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """End with status 2 for options that do not go together."""
     if args.io_groups > 255:
         parser.error(f"--io-groups: at most 255, found {args.io_groups}")
+    if args.io_channels > 255 or args.chips_per_io_channel > 240:
+        found = f"{args.io_channels} and {args.chips_per_io_channel}"
+        parser.error(f"--io-channels, --chips-per-io-channel: at most 255 and 240, found {found}")
     if args.replay and (args.count or args.words_per_message):
         parser.error("--replay sends the recorded messages as they are: no --count, no --words-per-message")
     for name in ("odd", "fifo_full", "skip", "double", "lie"):
@@ -172,6 +177,8 @@ def _words(args: argparse.Namespace, io_group: int) -> Words:
         seed=args.seed * 256 + io_group,
         seconds=int(time.time() - CLOCK_START / 1e7),
         tick=CLOCK_START,
+        io_channels=args.io_channels,
+        chips=args.chips_per_io_channel,
         pps=args.pps,
         odd=args.odd,
         fifo_full=args.fifo_full,

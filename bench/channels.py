@@ -1,0 +1,95 @@
+"""What a packet costs against the number of channels that send.
+
+    python bench/channels.py [--rate R] [--boards N] [--seconds S] [--json]
+
+Emulated PACMANs, 1000-word messages, at an even rate that all keep up with; one round for each number of io_channels and
+of chips on each, 64 channels a chip. "ns a packet" is processor time of a process over the packets of that time, from
+the end of SETTLE on, when every channel has been seen. The monitor's resident memory grows with the channels: a
+histogram each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from boards import Emulator
+from memory import Memory
+from saturated import STEP, processor_seconds
+from system import System, system
+
+#: (io_channels, chips on each): of each board.
+SIZES = ((1, 1), (4, 4), (8, 16), (32, 50))
+#: Until most channels have been seen, and their histograms made (seconds).
+SETTLE = 5.0
+
+
+def measure(line: System, rate: float, boards: int, size: tuple[int, int], seconds: float) -> dict[str, Any]:
+    io_channels, chips = map(str, size)
+    options = ["--rate", str(rate / boards), "--io-groups", str(boards), "--words-per-message", "1000", "--lossless"]
+    options += ["--io-channels", io_channels, "--chips-per-io-channel", chips, "--wait-for-go"]
+    with contextlib.closing(Emulator(*options)) as board:
+        ports = [f"{group}=127.0.0.1:{port['data']}:{port['command']}" for group, port in board.ready.items()]
+        operator = line.start("--pacman", *ports)
+        operator.prepare_run(kind="bench").result(STEP)
+        operator.begin_run().result(STEP)
+        pids = {key: process.popen.pid for key, process in line.processes.items()}
+        board.go()
+        time.sleep(SETTLE)
+        before, began = {key: processor_seconds(pid) for key, pid in pids.items()}, time.monotonic()
+        with contextlib.closing(Memory(line, ["run_data"])) as memory:
+            time.sleep(seconds)
+        took = time.monotonic() - began
+        used = {key: processor_seconds(pid) - before[key] for key, pid in pids.items()}
+        seen = operator.packet_rate(channels=False).result(STEP)["seen"]
+        board.stop()
+        board.finish()
+        dropped = line.status_of(operator, "producer")["dropped"]
+        operator.end_run().result(STEP)
+    return {
+        "channels": boards * size[0] * size[1] * 64,
+        "ns_a_packet": {key: round(value / took / rate * 1e9, 1) for key, value in used.items()},
+        "all": round(sum(used.values()) / took / rate * 1e9, 1),
+        "monitor_saw": round(seen, 3),
+        "monitor_mib": round(memory.uses["run_data"].summary()["mib_max"]),
+        "dropped": dropped,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--rate", type=float, default=4e6, metavar="R", help="packets/s of all boards (default %(default)g)")
+    add("--boards", type=int, default=4, metavar="N", help="(default %(default)d)")
+    add("--seconds", type=float, default=10.0, metavar="S", help="of each (default %(default)g)")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    options = parser.parse_args()
+    results = []
+    for size in SIZES:
+        with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
+            one = measure(line, options.rate, options.boards, size, options.seconds)
+        results.append(one)
+        if not options.json:
+            each = ", ".join(f"{key} {value}" for key, value in one["ns_a_packet"].items())
+            print(
+                f"{one['channels']:>9,} channels: {one['all']} ns a packet ({each}); the monitor saw "
+                f"{one['monitor_saw']:.0%} and has {one['monitor_mib']} MiB; {one['dropped']} dropped",
+                flush=True,
+            )
+    if options.json:
+        print(json.dumps(results))
+    return 1 if any(one["dropped"] for one in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
