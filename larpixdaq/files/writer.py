@@ -106,7 +106,7 @@ class RunFile:
 
         def resume() -> None:
             self._batch = Batch(self._file["packets"], info.layout.dtype.itemsize)
-            self._tables = Tables(self._file)
+            self._tables = Tables(self._file, self._flush)
             self._batch.resume(state.rows)
             self._tables.resume(state.lengths, state.producers)
             self._file.flush()
@@ -292,12 +292,11 @@ class RunFile:
 
     def _write_batch(self) -> None:
         stop = self._batch.write()
-        self._flush()
-        self._behind.grown(self.bytes)
         done = []
         while self._held and self._held[0].stop <= stop:
             done.append(self._held.popleft())
-        self._tables.write(done, self._missing)
+        self._tables.write(done, self._missing)  # flushes the rows before it names a block
+        self._behind.grown(self.bytes)
         self._missing.clear()
         # What is left is at most one block that straddles the batch's end. It has only just come, so it is not in the
         # journal yet, and waits for the next batch or its turn there like any other.
