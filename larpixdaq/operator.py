@@ -200,9 +200,27 @@ class Operator:
     # Routines (of the first producer, or the one named).
 
     def list_routines(self, component: str | None = None) -> Request:
-        """The routines that can be run: a list of dicts with name, params, help."""
+        """The routines that can be run: a list of dicts with name, params, help; `params` is a list of dicts with name,
+        type, required, default."""
         return self._producer(component, "list_routines")
 
-    def run_routine(self, name: str, /, *args: Any, component: str | None = None, **kwargs: Any) -> Request:
-        """Run a routine: acknowledgement, progress, ..., result."""
-        return self._producer(component, "run_routine", name=name, args=list(args), kwargs=kwargs)
+    def load_routines(self, directory: str, component: str | None = None) -> Request:
+        """Use the routine files of a directory on the producer's machine from now on: one of those that its option
+        --routines names, or below them. The result is that of list_routines()."""
+        return self._producer(component, "load_routines", directory=directory)
+
+    def run_routine(
+        self, name: str, /, *args: Any, component: str | None = None, time_limit: float | None = None, **kwargs: Any
+    ) -> Request:
+        """Run a routine: acknowledgement, progress, ..., result.
+
+        It is stopped after `time_limit` seconds (None: an hour). When it raises, its traceback follows the error's
+        first line.
+        """
+        limit = {} if time_limit is None else {"time_limit": time_limit}
+        return self._producer(component, "run_routine", name=name, args=list(args), kwargs=kwargs, **limit)
+
+    def abort_routine(self, component: str | None = None) -> Request:
+        """Stop the routine that runs, whatever it is doing: its own request fails, and this one's result is its name.
+        The readout goes on."""
+        return self._producer(component, "abort_routine")

@@ -83,7 +83,9 @@ class Producer:
                 "abort_run": self.abort_run,
                 "cancel_run": self.cancel_run,
                 "list_routines": self.child.list_routines,
+                "load_routines": self.child.load_routines,
                 "run_routine": self.child.run_routine,
+                "abort_routine": self.child.abort_routine,
             },
             info={
                 "stream": self.address,
@@ -276,7 +278,8 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     add_delivery_arguments(parser)
     parser.add_argument(
         "--routines", action="append", default=[], type=Path, metavar="DIR",
-        help="a further directory of routine files; they are programs and run with your rights",
+        help="a further directory of routine files, below which operators may load more; they are programs and run "
+        "with your rights",
     )  # fmt: skip
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from larpixdaq import routines
 from larpixdaq.chips import Child, talk
+from larpixdaq.chips.arguments import Parameter
 from larpixdaq.errors import ProtocolError
 from larpixdaq.routines import Routine, load
 
@@ -74,10 +76,17 @@ def _dies(controller, send_data, send_info):
 def _leaves(controller, send_data, send_info):
     os._exit(7)
 
+def _old(controller, send_data, send_info, *args):
+    return controller, [args[0], float(args[1])]
+
+def _typed(controller, send_data, send_info, chip: str, seconds: float = 1.0, channels: "list[int] | None" = None):
+    return controller, [chip, seconds, channels]
+
 registration = {
     f.__name__[1:]: Routine(f.__name__[1:], f, p) for f, p in [
         (_add, ["a", "b"]), (_state, None), (_numpy, []), (_raises, []), (_exits, []), (_nothing, []), (_large, []),
         (_big, []), (_prints, []), (_reports, []), (_waits, []), (_spins, []), (_dies, []), (_leaves, []),
+        (_old, ["chip", "seconds"]), (_typed, ["chip", "seconds", "channels"]),
     ]
 }
 '''
@@ -160,9 +169,19 @@ def test_routines_are_listed_with_their_parameters(child):
     child.list_routines(call)
     until(child, lambda: call.ended, "the list")
     listed = {routine["name"]: routine for routine in call.last[1]}
-    assert listed["add"] == {"name": "add", "params": ["a", "b"], "help": "Adds."}
+    assert listed["add"] == {
+        "name": "add",
+        "params": [
+            {"name": "a", "type": "", "required": True, "default": None},
+            {"name": "b", "type": "", "required": False, "default": 2},
+        ],
+        "help": "Adds.\n\nMore about it.",
+    }
     assert listed["state"]["params"] == []
-    assert listed["hello_world"]["params"] == ["name"]
+    assert listed["hello_world"]["params"] == [
+        {"name": "name", "type": "str", "required": False, "default": "world"}
+    ]
+    assert [p["name"] for p in listed["old"]["params"]] == ["chip", "seconds"]
 
 
 def test_arguments_results_and_the_controller_pass(child):
@@ -181,9 +200,13 @@ def test_arguments_results_and_the_controller_pass(child):
     ("name", "args", "code", "words"),
     [
         ("nonsense", (), "unknown", "no routine 'nonsense'; there are add, big, dies"),
-        ("add", (), "failed", "routine add(a, b): missing a required argument: 'a'"),
+        ("add", (), "failed", "routine add(a, b=2): missing a required argument: 'a'"),
         ("add", (1, 2, 3), "failed", "too many positional arguments"),
         ("add", (1, "2"), "failed", "routine add: TypeError: unsupported operand"),
+        ("typed", (3,), "failed", "(chip, seconds=1.0, channels=None): chip: expected str, found 3"),
+        ("typed", ("1-1-2", "fast"), "failed", "seconds: expected float, found 'fast'"),
+        ("typed", ("1-1-2", 1, [1, "2"]), "failed", "channels: expected int, found [1, '2']"),
+        ("old", (1, 2, 3), "failed", "routine old(chip, seconds): expected at most 2 arguments, found 3"),
         ("raises", (), "failed", "routine raises: KeyError: 'no such chip'"),
         ("exits", (), "failed", "routine exits: SystemExit: 3"),
         ("nothing", (), "failed", "routine nothing: expected (controller, result) from it, found NoneType"),
@@ -193,17 +216,69 @@ def test_arguments_results_and_the_controller_pass(child):
 def test_what_fails_is_told_and_harms_nothing(child, name, args, code, words):
     event, text, found = run(child, name, *args).last
     assert (event, found) == ("fail", code)
-    assert words in text
-    assert "\n" not in text
+    first, *traceback = text.split("\n")
+    assert words in first
+    assert ("Traceback (most recent call last):" in traceback) == (name in ("raises", "exits") or args == (1, "2"))
     process = child._process.pid
     assert run(child, "add", 1).last == ("result", 3, "")
     assert child._process.pid == process
 
 
-def test_a_traceback_goes_to_the_log(child, caplog):
-    run(child, "raises")
-    assert "mine.py" in caplog.text
-    assert 'raise KeyError("no such chip")' in caplog.text
+def test_a_traceback_goes_to_the_operator_and_to_the_log(child, caplog):
+    for said in (run(child, "raises").last[1], caplog.text):
+        assert "mine.py" in said
+        assert 'raise KeyError("no such chip")' in said
+
+
+def test_arguments_by_name_and_by_place(child):
+    assert run(child, "typed", "1-1-2", channels=[3]).last[1] == ["1-1-2", 1.0, [3]]
+    assert run(child, "typed", seconds=2, chip="1-1-2").last[1] == ["1-1-2", 2.0, None]
+    # as it was written for earlier versions
+    assert run(child, "old", "1-1-2", 3).last[1] == ["1-1-2", 3.0]
+    assert run(child, "old", seconds=3, chip="1-1-2").last[1] == ["1-1-2", 3.0]
+    assert "tuple index out of range (given 1 of the arguments of old(chip, seconds))" in run(child, "old", "x").last[1]
+    assert "missing a required argument: 'chip'" in run(child, "old", seconds=3).last[1]
+    assert "multiple values for argument 'chip'" in run(child, "old", "x", chip="y").last[1]
+    assert "unexpected keyword argument 'chips'" in run(child, "old", chips="y").last[1]
+
+
+def test_further_directories_below_those_allowed(child, folder, tmp_path):
+    routine = "from larpixdaq.routines import Routine\nregistration = {'%s': Routine('%s', lambda c, d, i: (c, 1))}\n"
+    for name, where in (("more", folder / "more"), ("outside", tmp_path / "outside")):
+        where.mkdir()
+        (where / "file.py").write_text(routine % (name, name))
+    (folder / "link").symlink_to(tmp_path / "outside")
+    assert run(child, "more").last[2] == "unknown"
+    for directory in ("more", str(folder / "more"), "more"):
+        call = Call()
+        child.load_routines(call, directory)
+        until(child, lambda call=call: call.ended, "the list")
+        assert "more" in [known["name"] for known in call.last[1]]
+    assert run(child, "more").last == ("result", 1, "")
+    for directory in ("..", str(tmp_path / "outside"), "link", "../outside", "/"):
+        call = Call()
+        child.load_routines(call, directory)
+        assert call.last[:2] == (
+            "fail",
+            f"load_routines: {directory}: it is below none of the directories that --routines names: {folder}",
+        )
+    call = Call()
+    child.load_routines(call, "absent")
+    assert call.last[1] == f"load_routines: {folder / 'absent'}: no such directory"
+    assert run(child, "outside").last[2] == "unknown"
+
+
+def test_without_a_daq(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(ROUTINES)
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.setattr(routines, "ROUTINES", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ImportError, match=r"broken.py: ModuleNotFoundError: No module named 'nothing_of_this_name'"):
+        routines.init_routines(tmp_path)
+    said = []
+    assert routines.test_routine("add", "controller", None, said.append, [1]) == ("controller", 3)
+    assert said == ["adding"]
+    assert routines.test_routine("old", None, args=("1-1-2", 3)) == (None, ["1-1-2", 3.0])
 
 
 def test_wrong_requests_are_refused_at_once(child):
@@ -236,9 +311,13 @@ def test_only_one_routine_runs_and_the_list_can_still_be_had(child):
     assert second.last == ("fail", "routine waits is running, and only one can", "state")
     child.list_routines(again)
     assert again.last[1] == listed.last[1]
-    child.end("ended by the operator")
-    assert first.last == ("fail", "routine waits: ended by the operator", "failed")
+    abort, none = Call(), Call()
+    child.abort_routine(abort)
+    assert first.last == ("fail", "routine waits: aborted by the operator", "failed")
+    assert abort.last == ("result", "waits", "routine waits is aborted")
     assert child.running is None
+    child.abort_routine(none)
+    assert none.last == ("fail", "no routine is running", "state")
     assert run(child, "add", 1).last == ("result", 3, "")
 
 
@@ -309,8 +388,8 @@ def test_files_are_read_anew_and_broken_ones_harm_no_other(child, folder, caplog
 
 
 def test_load_names_a_folder_that_is_not_there(tmp_path):
-    routines, broken = load([tmp_path / "absent"])
-    assert isinstance(routines["hello_world"], Routine)
+    found, broken = load([tmp_path / "absent"])
+    assert isinstance(found["hello_world"], Routine)
     assert broken == [f"{tmp_path / 'absent'}: No such file or directory"]
 
 
@@ -365,11 +444,11 @@ while True:
 
 
 def test_messages_in_any_pieces_and_garbage():
-    known = talk.Known(1, [talk.RoutineInfo("a", ["b"], "c")], ["d"])
+    known = talk.Known(1, [talk.RoutineInfo("a", [Parameter("b")], "c")], ["d"])
     data = talk.pack(known) + talk.pack(talk.Result(2, {"x": [1]}))
     inbox = talk.Inbox(requests=False)
     found = [message for i in range(len(data)) for message in inbox.take(data[i : i + 1])]
     assert found == [known, talk.Result(2, {"x": [1]})]
-    for garbage in (b"\xff" * 8, b"\x01\x00\x00\x00\xc1", talk.pack(talk.ListRoutines(1))):
+    for garbage in (b"\xff" * 8, b"\x01\x00\x00\x00\xc1", talk.pack(talk.ListRoutines(1, []))):
         with pytest.raises(ProtocolError, match="message of the child process"):
             list(talk.Inbox(requests=False).take(garbage))

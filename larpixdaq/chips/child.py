@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from larpixdaq.chips import talk
+from larpixdaq.chips.arguments import checked, parameters, usage
 from larpixdaq.errors import ProtocolError
 from larpixdaq.routines import Routine, load
 
@@ -36,15 +37,14 @@ _PER_SECOND: Final = 20.0
 class Worker:
     """Carries out one request after the other; the Controller lives from one routine to the next."""
 
-    def __init__(self, sock: socket.socket, folders: list[Path]) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._folders = folders
         self._lock = threading.Lock()
         self._controller: Any = None
 
     def handle(self, request: talk.Request) -> None:
         if isinstance(request, talk.ListRoutines):
-            routines, broken = load(self._folders)
+            routines, broken = load(map(Path, request.folders))
             self.send(talk.Known(request.request, [_describe(*item) for item in sorted(routines.items())], broken))
         else:
             self._run(request)
@@ -73,24 +73,27 @@ class Worker:
             self.send(talk.Failed(request.request, f"routine {request.name}: its result: {_line(str(error))}"))
 
     def _call(self, request: talk.RunRoutine, reports: "_Reports") -> talk.Result | talk.Failed:
-        routines, broken = load(self._folders)
+        routines, broken = load(map(Path, request.folders))
         routine = routines.get(request.name)
         if routine is None:
             text = f"no routine {request.name!r}; there are {', '.join(sorted(routines)) or 'none'}"
             if broken:
                 text += f" (not loaded: {'; '.join(broken)})"
             return talk.Failed(request.request, _line(text), code="unknown")
-        interface = (self._controller, reports.send_data, reports.send_info)
         try:
-            inspect.signature(routine.func).bind(*interface, *request.args, **request.kwargs)
+            args, kwargs = checked(routine, request.args, request.kwargs)
         except TypeError as error:
-            params = ", ".join(routine.params or ())
-            return talk.Failed(request.request, f"routine {request.name}({params}): {error}")
+            return talk.Failed(request.request, _line(f"routine {usage(routine)}: {error}"))
         if self._controller is None:
             from larpix import Controller  # here, because it takes a second
 
             self._controller = Controller()
-        answer = routine.func(self._controller, *interface[1:], *request.args, **request.kwargs)
+        try:
+            answer = routine.func(self._controller, reports.send_data, reports.send_info, *args, **kwargs)
+        except IndexError as error:
+            if len(args) < len(routine.params or ()):
+                error.args = (f"{error} (given {len(args)} of the arguments of {usage(routine)})",)
+            raise
         if not isinstance(answer, tuple) or len(answer) != 2:
             text = f"routine {request.name}: expected (controller, result) from it, found {type(answer).__name__}"
             return talk.Failed(request.request, text)
@@ -130,8 +133,7 @@ class _Reports:
 
 
 def _describe(name: str, routine: Routine) -> talk.RoutineInfo:
-    text = inspect.getdoc(routine.func) or ""
-    return talk.RoutineInfo(name, [str(param) for param in routine.params or ()], _line(text.split("\n\n")[0]))
+    return talk.RoutineInfo(name, parameters(routine), inspect.getdoc(routine.func) or "")
 
 
 def _line(text: str) -> str:
@@ -151,7 +153,7 @@ def _listen(sock: socket.socket, requests: "queue.SimpleQueue[Any]") -> None:
 
 
 def main() -> None:
-    fd, *folders = sys.argv[1:]
+    (fd,) = sys.argv[1:]
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -160,7 +162,7 @@ def main() -> None:
     sock.set_inheritable(False)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sock, requests), daemon=True).start()
-    worker = Worker(sock, [Path(folder) for folder in folders])
+    worker = Worker(sock)
     while True:
         worker.handle(requests.get())
 

@@ -41,13 +41,14 @@ class Call(Protocol):
 class Child:
     """Routines of the producer, run in a process of their own; none of the methods blocks.
 
-    `folders` hold routine files beside those that ship. `fileno()` polls readable when dispatch() has something to do.
+    `folders` hold routine files beside those that ship, and load_routines() may add what lies below them. `fileno()` polls readable when dispatch() has something to do.
     To be used from one thread, which has to live as long as the child (Linux ends a child with the thread that started
     it).
     """
 
     def __init__(self, folders: Sequence[Path] = (), *, time_limit: float = TIME_LIMIT) -> None:
-        self._folders = [folder.absolute() for folder in folders]
+        self._roots = [folder.resolve() for folder in folders]
+        self._folders = [str(folder) for folder in self._roots]
         self._time_limit = time_limit
         self._epoll = select.epoll()
         self._calls: dict[int, Call] = {}
@@ -73,11 +74,27 @@ class Child:
         return self._routine[1] if self._routine is not None else None
 
     def list_routines(self, call: Call) -> None:
-        """The call's result: a list of {"name", "params", "help"}. While a routine runs: as listed last."""
+        """The call's result: a list of {"name", "params", "help"}, `params` of {"name", "type", "required", "default"}.
+        While a routine runs: as listed last."""
         if self._routine is not None and self._known is not None:
             call.result(self._known, f"as before routine {self._routine[1]}, which is running")
             return
-        self._send(call, talk.ListRoutines(self._next()))
+        self._send(call, talk.ListRoutines(self._next(), self._folders))
+
+    def load_routines(self, call: Call, directory: str) -> None:
+        """Use the routine files of a directory from now on, absolute or as seen from one of `folders`; the call's
+        result is list_routines()'s. Refused (code "failed") when it lies below none of them: what is in it is run."""
+        allowed = ", ".join(map(str, self._roots)) or "none"
+        found = [path for root in self._roots if (path := (root / directory).resolve()).is_relative_to(root)]
+        folder = next((path for path in found if path.is_dir()), None)
+        if folder is not None:
+            if str(folder) not in self._folders:
+                self._folders.append(str(folder))
+            self.list_routines(call)
+        elif found:
+            call.fail(f"load_routines: {found[0]}: no such directory")
+        else:
+            call.fail(f"load_routines: {directory}: it is below none of the directories that --routines names: {allowed}")
 
     def run_routine(
         self,
@@ -99,8 +116,18 @@ class Child:
         else:
             request = self._next()
             self._routine = (request, name, float(limit))
-            if self._send(call, talk.RunRoutine(request, name, list(args), dict(kwargs or {}), float(limit))):
+            if self._send(call, talk.RunRoutine(request, self._folders, name, list(args), dict(kwargs or {}), float(limit))):
                 call.ack(f"routine {name}")
+
+    def abort_routine(self, call: Call) -> None:
+        """Stop the routine that runs, whatever it does, and with it the process: its call fails, and this one's result
+        is its name. Refused (code "state") when none runs."""
+        name = self.running
+        if name is None:
+            call.fail("no routine is running", code="state")
+        else:
+            self.end("aborted by the operator")
+            call.result(name, f"routine {name} is aborted")
 
     def dispatch(self) -> None:
         """Take what the child has sent, a bounded piece of it, and pass it on."""
@@ -149,7 +176,7 @@ class Child:
             # session of its own: Ctrl-C in the producer's terminal is the producer's business, and whatever a routine
             # starts ends with it.
             self._process = subprocess.Popen(
-                command + [str(folder) for folder in self._folders],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -210,14 +237,16 @@ class Child:
         if isinstance(answer, talk.Known):
             for line in answer.broken:
                 _log.warning("routine file not loaded: %s", line)
-            self._known = [msgspec.structs.asdict(routine) for routine in answer.routines]
+            self._known = msgspec.to_builtins(answer.routines)
             call.result(self._known, f"not loaded: {'; '.join(answer.broken)}" if answer.broken else "")
         elif isinstance(answer, talk.Result):
             call.result(answer.value, answer.text)
         else:
+            text = answer.text
             if answer.traceback:
-                _log.error("%s\n%s", answer.text, answer.traceback)
-            call.fail(answer.text, code=answer.code)
+                text += f"\n{answer.traceback.rstrip()}"
+                _log.error(text)
+            call.fail(text, code=answer.code)
 
     def _end_call(self, request: int) -> Call:
         if self._routine is not None and self._routine[0] == request:

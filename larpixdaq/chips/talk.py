@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from larpixdaq.chips.arguments import Parameter
 from larpixdaq.errors import ProtocolError
 
 #: No message of either side is longer.
@@ -17,10 +18,12 @@ MAX_MESSAGE: Final = 64 << 20
 
 class ListRoutines(msgspec.Struct, array_like=True, tag=1, frozen=True):
     request: int
+    folders: list[str]  # of routine files, beside those that ship
 
 
 class RunRoutine(msgspec.Struct, array_like=True, tag=2, frozen=True):
     request: int
+    folders: list[str]
     name: str
     args: list[Any]
     kwargs: dict[str, Any]
@@ -29,8 +32,8 @@ class RunRoutine(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 class RoutineInfo(msgspec.Struct, frozen=True):
     name: str
-    params: list[str]
-    help: str  # the function's docstring, first paragraph
+    params: list[Parameter]
+    help: str  # the function's docstring
 
 
 class Known(msgspec.Struct, array_like=True, tag=11, frozen=True):

@@ -13,11 +13,21 @@ A routine file is a Python file with a dictionary of its routines::
 
 `controller` is larpix-control's Controller as the routine before left it; `send_data(data)` reports that there were
 data (the packets themselves are in the recorded stream already); `send_info(text, done=0, total=0)` reports progress.
-What is returned is the Controller and a result made of numbers, texts, lists and dictionaries.
+What is returned is the Controller and a result made of numbers, texts, lists and dictionaries. Arguments that the
+function names with a type are checked against it; a function that takes `*args` gets them in the order of the Routine's
+list of names.
+
+To develop one without a DAQ::
+
+    from larpixdaq.routines import init_routines, test_routine
+
+    init_routines(".")
+    controller, result = test_routine("count", controller, print, print, [3])
 """
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +46,43 @@ class Routine:
     name: str
     func: Callable[..., Any]
     params: Sequence[str] | None = None
+
+
+#: What init_routines() has found so far.
+ROUTINES: dict[str, Routine] = {}
+
+
+def init_routines(location: str | os.PathLike[str] | None = None) -> dict[str, Routine]:
+    """Fill ROUTINES with those that ship and those of the files in the folder `location`, which are read anew.
+
+    ImportError names the files that cannot be loaded; the others are there then nevertheless.
+    """
+    found, broken = load([] if location is None else [Path(location).absolute()])
+    ROUTINES.update(found)
+    if broken:
+        raise ImportError("; ".join(broken))
+    return ROUTINES
+
+
+def test_routine(
+    name: str,
+    controller: Any,
+    send_data: Callable[..., Any] | None = None,
+    send_info: Callable[..., Any] | None = None,
+    args: Iterable[Any] = (),
+) -> Any:
+    """Run one of ROUTINES here, without a DAQ: returns the Controller and the routine's result.
+
+    What it reports goes to `send_data` and `send_info`, or nowhere.
+    """
+    return ROUTINES[name].func(controller, send_data or _nowhere, send_info or _nowhere, *args)
+
+
+vars(test_routine)["__test__"] = False  # none of pytest's
+
+
+def _nowhere(*said: Any) -> None:
+    """Takes what a routine reports."""
 
 
 def load(folders: Iterable[Path] = ()) -> tuple[dict[str, Routine], list[str]]:
