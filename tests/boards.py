@@ -31,12 +31,14 @@ class Emulator:
     """A `larpixdaq-emulator pacman` process; `ready` are its ports, `finish()` returns what it says it sent."""
 
     def __init__(self, *args: str, prefix: Sequence[str] = ()) -> None:
-        ports = ("--data-port", "0", "--command-port", "0")
+        ports = () if "--data-port" in args else ("--data-port", "0", "--command-port", "0")
         start = [*prefix, *command("emulators", "pacman", *ports, *args)]
         self.process = subprocess.Popen(
             start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
         )
-        self.ready: dict[str, dict[str, int]] = self.line()["ready"]
+        first = self.line()
+        self.ready: dict[str, dict[str, Any]] = first["ready"]
+        self.planted: dict[str, list[str]] = first.get("planted", {})
         self.said: dict[str, Any] = {}
 
     def line(self) -> dict[str, Any]:

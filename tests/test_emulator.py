@@ -245,7 +245,9 @@ def test_as_many_chips_as_asked_for():
         board.finish()
     words = np.frombuffer(words_of(got), np.uint64).reshape(-1, 2)
     data = words[(words[:, 0] & np.uint64(0xFF)) == ord("D")]
-    chips = zip((data[:, 0] >> np.uint64(8)) & np.uint64(0xFF), (data[:, 1] >> np.uint64(2)) & np.uint64(0xFF), strict=True)
+    chips = zip(
+        (data[:, 0] >> np.uint64(8)) & np.uint64(0xFF), (data[:, 1] >> np.uint64(2)) & np.uint64(0xFF), strict=True
+    )
     assert sorted({(int(io_channel), int(chip)) for io_channel, chip in chips}) == [
         (io_channel, chip) for io_channel in (1, 2, 3) for chip in (11, 12)
     ]

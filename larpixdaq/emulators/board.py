@@ -10,7 +10,7 @@ import zmq
 from numpy.typing import NDArray
 
 from larpixdaq._native import emulate, transport
-from larpixdaq.emulators.commands import Commands
+from larpixdaq.emulators.commands import Behind, Commands
 from larpixdaq.emulators.faults import Faults, words_in
 from larpixdaq.errors import ConfigError
 from larpixdaq.pace import Pace
@@ -68,12 +68,13 @@ class Board:
         limit: int | None,
         faults: Faults | None = None,
         queue: int = QUEUE,
+        behind: Behind | None = None,
     ) -> None:
         """`limit`: words to send, None: until told to stop. `per_message` 0: as the real data server does."""
         self.io_group = io_group
         self.sent = {"words": 0, "D": 0, "S": 0, "T": 0, "messages": 0}
         self.finished = False
-        self.commands = Commands(lambda: self._words.receipt)
+        self.commands = Commands(lambda: self._words.receipt, behind)
         self._words = words
         self._pace = Pace(rate, 1.0 + per_message / rate) if rate else None
         self._per_message = per_message
@@ -228,6 +229,11 @@ class Board:
             assert self._pace
             return max(self._pace.when(min(whole, self._left or whole)) - now, RETRY)
         self._behind = self._pace is None or due - words >= whole
+        self._take(words, window)
+        return 0.0
+
+    def _take(self, words: int, window: int) -> None:
+        """Make `words` words the next to be sent."""
         messages = self._words.fill(words, self._per_message, window)
         self._spans = self._words.spans[:messages]
         made = words_in(self._spans)
@@ -237,7 +243,6 @@ class Board:
             self._pace.made(made)
         if self._left is not None:
             self._left -= made
-        return 0.0
 
     def _send(self) -> None:
         step = len(self._spans) if self._lossless else BURST

@@ -5,6 +5,11 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 _HEADER = struct.Struct("<cIxH")
 _REGISTER = struct.Struct("<c3xI4xI")
@@ -45,11 +50,22 @@ def _error(code: int, text: str) -> bytes:
     return _ERROR.pack(b"E", code, text.encode("ascii", "replace")[:14])
 
 
+class Behind(Protocol):
+    """What the board's commands act on: its chips."""
+
+    def transmit(self, words: NDArray[np.uint8]) -> None:
+        """Words for the chips, shape (N, 16), in order."""
+
+    def written(self, register: int, before: int, value: int) -> None:
+        """A register of the board was written."""
+
+
 class Commands:
     """The registers of one board and its answers. `clock` gives the board's 32-bit timestamp."""
 
-    def __init__(self, clock: Callable[[], int]) -> None:
+    def __init__(self, clock: Callable[[], int], behind: Behind | None = None) -> None:
         self._clock = clock
+        self._behind = behind
         self.registers = dict(DEFAULTS)
 
     def answer(self, request: bytes) -> bytes:
@@ -58,24 +74,33 @@ class Commands:
         (A real server crashes on an unknown register, so nobody relies on how it answers that.)
         """
         words = self._words(request)
-        return _HEADER.pack(b"!", int(time.time()) & _U32, len(words)) + b"".join(words)
+        return _HEADER.pack(b"!", int(time.time()) & _U32, len(words) // _WORD) + words
 
-    def _words(self, request: bytes) -> list[bytes]:
+    def _words(self, request: bytes) -> bytes:
         if len(request) < _HEADER.size:
-            return [_error(BAD_MESSAGE, "no header")]
+            return _error(BAD_MESSAGE, "no header")
         kind, _, count = _HEADER.unpack_from(request)
         if kind != b"?":
-            return [_error(BAD_MESSAGE, "not a request")]
+            return _error(BAD_MESSAGE, "not a request")
         if len(request) != _HEADER.size + _WORD * count:
-            return [_error(BAD_MESSAGE, "wrong length")]
-        return [self._word(request[at : at + _WORD]) for at in range(_HEADER.size, len(request), _WORD)]
+            return _error(BAD_MESSAGE, "wrong length")
+        words = np.frombuffer(request, np.uint8, offset=_HEADER.size).reshape(-1, _WORD)
+        (bounds,) = np.nonzero(np.diff(words[:, 0] == ord("D"), prepend=False, append=False))
+        return b"".join(self._run(words, a, b) for a, b in pairwise([0, *bounds.tolist(), count]) if a < b)
+
+    def _run(self, words: NDArray[np.uint8], first: int, end: int) -> bytes:
+        """Answers to words that all are for the chips, or none of which is."""
+        run = words[first:end]
+        if run[0, 0] != ord("D"):
+            return b"".join(self._word(word.tobytes()) for word in run)
+        if self._behind:
+            self._behind.transmit(run)
+        return run.tobytes()
 
     def _word(self, word: bytes) -> bytes:
         kind = word[:1]
         if kind == b"P":
             return b"P" + bytes(_WORD - 1)
-        if kind == b"D":
-            return word
         if kind not in (b"R", b"W"):
             return _error(BAD_WORD, f"word 0x{word[0]:02x}")
         _, register, value = _REGISTER.unpack(word)
@@ -84,5 +109,8 @@ class Commands:
         if kind == b"R":
             value = self._clock() & _U32 if register == CLOCK_TIMESTAMP else self.registers.get(register, 0)
         elif register not in (CLOCK_STATUS, CLOCK_TIMESTAMP):
+            before = self.registers.get(register, 0)
             self.registers[register] = value
+            if self._behind:
+                self._behind.written(register, before, value)
         return _REGISTER.pack(kind, register, value)

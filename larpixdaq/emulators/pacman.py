@@ -15,9 +15,11 @@ from typing import Any, Final
 import zmq
 
 from larpixdaq._native import emulate
+from larpixdaq.emulators import detector
 from larpixdaq.emulators.board import BATCH, QUEUE, Board, Words
 from larpixdaq.emulators.faults import Faults, Wrongs
 from larpixdaq.emulators.recording import Recording
+from larpixdaq.emulators.tile import Tile, TileBoard
 from larpixdaq.schema import ASICS
 
 DESCRIPTION = """\
@@ -80,7 +82,13 @@ def _port(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--io-groups", type=_positive, default=1, metavar="N", help="boards, io_groups 1 to N (default 1)")
-    add("--rate", type=_rate, default=5000.0, metavar="R", help="words/s of each board, or max (default 5000)")
+    add(
+        "--rate",
+        type=_rate,
+        default=5000.0,
+        metavar="R",
+        help="words/s of each board, or max (default 5000); with --chips their registers decide",
+    )
     add(
         "--words-per-message",
         type=per_message,
@@ -95,9 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="send the messages of this log (u32 length + message), byte for byte",
     )
     add("--seed", type=int, default=0, metavar="S", help="another number, other data (default 0)")
-    add("--asic", choices=sorted(ASICS), default="2", help="generation of the chips (default 2)")
-    add("--io-channels", type=_positive, default=8, metavar="N", help="of each board, at most 255 (default 8)")
-    add("--chips-per-io-channel", type=_positive, default=16, metavar="N", help="at most 240 (default 16)")
+    add("--io-channels", type=_positive, default=8, metavar="N", help="without --chips, at most 255 (default 8)")
+    add("--chips-per-io-channel", type=_positive, default=16, metavar="N", help="the same, at most 240 (default 16)")
     add("--odd", type=float, default=0.0, metavar="F", help="fraction of odd packets, such as bad parity (default 0)")
     add("--fifo-full", type=float, default=0.0, metavar="F", help="fraction of packets that say: FIFO full (default 0)")
     for name, what in (
@@ -137,15 +144,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{name} ports, one per io_group, or the first one's, the others {PORT_STEP} apart; "
             f"0: any free one (default {default})",
         )
+    detector.add_arguments(parser)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with status 2 for options that do not go together."""
+    """End with status 2 for options that do not go together. `args.detector` has the chips then, and
+    `args.groups` the io_groups."""
     if args.io_groups > 255:
         parser.error(f"--io-groups: at most 255, found {args.io_groups}")
     if args.io_channels > 255 or args.chips_per_io_channel > 240:
         found = f"{args.io_channels} and {args.chips_per_io_channel}"
         parser.error(f"--io-channels, --chips-per-io-channel: at most 255 and 240, found {found}")
+    if args.chips is not None and (args.replay or args.odd or args.fifo_full):
+        parser.error("--chips says what is sent: no --replay, no --odd, no --fifo-full")
+    args.detector = detector.check_arguments(parser, args)
+    args.groups = list(args.detector.boards) or list(range(1, args.io_groups + 1))
+    n = len(args.groups)
     if args.replay and (args.count or args.words_per_message):
         parser.error("--replay sends the recorded messages as they are: no --count, no --words-per-message")
     for name in ("odd", "fifo_full", "skip", "double", "lie"):
@@ -156,10 +170,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.replay and (args.jump or args.restart is not None):
         parser.error("--replay sends the recorded messages with their times: no --jump, no --restart")
     for name, ports in (("--data-port", args.data_port), ("--command-port", args.command_port)):
-        if len(ports) not in (1, args.io_groups):
-            parser.error(f"{name}: expected 1 port or {args.io_groups}, one per io_group, found {len(ports)}")
-        if len(ports) == 1 and ports[0] + PORT_STEP * (args.io_groups - 1) > 65_535:
-            parser.error(f"{name}: {ports[0]} leaves no room for {args.io_groups} io_groups {PORT_STEP} ports apart")
+        if len(ports) not in (1, n):
+            parser.error(f"{name}: expected 1 port or {n}, one per io_group, found {len(ports)}")
+        if len(ports) == 1 and ports[0] + PORT_STEP * (n - 1) > 65_535:
+            parser.error(f"{name}: {ports[0]} leaves no room for {n} io_groups {PORT_STEP} ports apart")
 
 
 def _ports(ports: list[int], n: int) -> list[int]:
@@ -184,6 +198,27 @@ def _words(args: argparse.Namespace, io_group: int) -> Words:
         fifo_full=args.fifo_full,
         words=max(BATCH, args.words_per_message),
     )
+
+
+def _board(args: argparse.Namespace, io_group: int) -> Board:
+    wrongs = Wrongs(args.skip, args.double, args.lie, args.away, args.jump, args.restart)
+    options: dict[str, Any] = {
+        "per_message": args.words_per_message,
+        "lossless": args.lossless,
+        "queue": args.queue,
+        "limit": args.count,
+        "faults": Faults(wrongs, args.seed * 256 + io_group) if wrongs.any else None,
+    }
+    if not args.detector.boards:
+        return Board(io_group, _words(args, io_group), rate=args.rate, **options)
+    tile = Tile(
+        detector.make(args, args.detector, io_group),
+        seconds=int(time.time() - CLOCK_START / 1e7),
+        tick=CLOCK_START,
+        pps=args.pps,
+        losses=detector.losses(args, io_group),
+    )
+    return TileBoard(io_group, tile, **options)
 
 
 class Emulator:
@@ -267,24 +302,17 @@ def run(args: argparse.Namespace) -> None:
     context: zmq.Context[Any] = zmq.Context()
     boards: list[Board] = []
     try:
-        data = _ports(args.data_port, args.io_groups)
-        command = _ports(args.command_port, args.io_groups)
+        data = _ports(args.data_port, len(args.groups))
+        command = _ports(args.command_port, len(args.groups))
         ready = {}
-        for io_group in range(1, args.io_groups + 1):
-            wrongs = Wrongs(args.skip, args.double, args.lie, args.away, args.jump, args.restart)
-            board = Board(
-                io_group,
-                _words(args, io_group),
-                rate=args.rate,
-                per_message=args.words_per_message,
-                lossless=args.lossless,
-                queue=args.queue,
-                limit=args.count,
-                faults=Faults(wrongs, args.seed * 256 + io_group) if wrongs.any else None,
-            )
+        for io_group, data_port, command_port in zip(args.groups, data, command, strict=True):
+            board = _board(args, io_group)
             boards.append(board)
-            bound = board.open(context, args.address, data[io_group - 1], command[io_group - 1])
+            bound = board.open(context, args.address, data_port, command_port)
             ready[str(io_group)] = dict(zip(("data", "command"), bound, strict=True))
+        if args.truth:
+            noises = {board.io_group: board.tile.noise for board in boards if isinstance(board, TileBoard)}
+            detector.write_truth(args.truth, args.detector, noises)
         emulator = Emulator(
             boards, wait_for_subscriber=args.wait_for_subscriber, wait_for_go=args.wait_for_go, stay=args.stay
         )
@@ -298,7 +326,8 @@ def run(args: argparse.Namespace) -> None:
 
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-        print(json.dumps({"ready": ready}), flush=True)
+        wrong = detector.told(args.detector)
+        print(json.dumps({"ready": ready} | ({"planted": wrong} if wrong else {})), flush=True)
         emulator.run(report)
     finally:
         for board in boards:

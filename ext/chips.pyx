@@ -1,0 +1,174 @@
+"""Configuration words through emulated chips, in the order in which they came: a chip that hears a write takes it, one
+that hears a read answers.
+
+Who hears whom is worked out elsewhere, and only when it is asked for: a place of `hears` or `leaves` that says UNKNOWN
+stops the loop until it has been filled in. So does a change of a watched register, which may change what is heard.
+"""
+
+cimport cython
+from libc.stdint cimport int16_t, int32_t, uint8_t, uint64_t
+
+cdef extern from *:
+    """
+    #define ones_are_odd(word) ((unsigned long long)__builtin_parityll(word))
+    """
+    uint64_t ones_are_odd(uint64_t word) noexcept nogil
+
+cdef enum:
+    WRITE = 2
+    READ = 3
+
+#: In `hears` and `leaves`: no chip (io_channel), several, not worked out yet.
+cpdef enum Heard:
+    NOBODY = -1
+    SEVERAL = -2
+    UNKNOWN = -3
+
+#: Why serve() returned: no more words, or no more room for answers; somebody has to say who hears this word; a watched
+#: register has changed.
+cpdef enum Stop:
+    THROUGH = 0
+    ASK = 1
+    CHANGED = 2
+
+cdef uint64_t _MAGIC = <uint64_t>0x89504E47
+cdef uint64_t _DOWNSTREAM = <uint64_t>1 << 62
+
+
+@cython.final
+cdef class Chips:
+    """The registers of a board's chips, and the words that come to them.
+
+    `registers`, `keep` and `force`: shape (chips, 256), u1; a write stores (value & keep) | force. `watched`: (256,)
+    u1, addresses whose change stops serve(). `changed`: (chips,) u1, set by any change. `hears`: (256, 256) i4, the chip
+    that hears a word on [io_channel, chip_id]; `leaves`: (chips,) i2, the io_channel on which its answers leave. Addresses
+    from `count` on are no registers. All are written in place by both sides.
+    """
+
+    cdef uint8_t[:, ::1] _registers
+    cdef const uint8_t[:, ::1] _keep
+    cdef const uint8_t[:, ::1] _force
+    cdef const uint8_t[::1] _watched
+    cdef uint8_t[::1] _changed
+    cdef const int32_t[:, ::1] _hears
+    cdef const int16_t[::1] _leaves
+    cdef int _count
+    cdef int _parity
+    cdef bint _magic
+    #: Words that nobody heard, and words that no chip takes: no configuration, downstream; v3: wrong parity or magic.
+    cdef readonly uint64_t unheard
+    cdef readonly uint64_t refused
+    #: Of the last CHANGED: the chip, the address, the value before.
+    cdef readonly int chip
+    cdef readonly int address
+    cdef readonly int before
+
+    def __init__(self, registers, keep, force, watched, changed, hears, leaves, *, count, v1=False, magic=False):
+        self._registers, self._keep, self._force = registers, keep, force
+        self._watched, self._changed, self._hears, self._leaves = watched, changed, hears, leaves
+        chips = self._registers.shape[0]
+        for name, shape, expected in (
+            ("registers", registers.shape, (chips, 256)), ("keep", keep.shape, (chips, 256)),
+            ("force", force.shape, (chips, 256)), ("watched", watched.shape, (256,)),
+            ("changed", changed.shape, (chips,)), ("hears", hears.shape, (256, 256)),
+            ("leaves", leaves.shape, (chips,)),
+        ):
+            if shape != expected:
+                raise ValueError(f"{name}: expected shape {expected}, found {shape}")
+        if not 1 <= count <= 256:
+            raise ValueError(f"count: expected 1 to 256 registers, found {count}")
+        self._count, self._magic = count, magic
+        self._parity = 53 if v1 else 63
+
+    def serve(self, words, channels, start, answers, answer_channels, made):
+        """Go on with word `start` of `words` (u8) on io_channels `channels` (u1); answers go to place `made` and on.
+
+        Returns (next word, answers in all, why it stopped: a Stop).
+        """
+        cdef const uint64_t[::1] word = words
+        cdef const uint8_t[::1] channel = channels
+        cdef uint64_t[::1] out = answers
+        cdef uint8_t[::1] out_channel = answer_channels
+        cdef Py_ssize_t i = start, n = word.shape[0], m = made, room = out.shape[0]
+        cdef int32_t chip
+        cdef int16_t leaves
+        cdef int why = THROUGH
+        if channel.shape[0] != n or out_channel.shape[0] != room or not 0 <= i <= n or not 0 <= m <= room:
+            raise ValueError(
+                f"serve: {n} words on {channel.shape[0]} channels from {start}; {made} of {room} answers on "
+                f"{out_channel.shape[0]} channels"
+            )
+        with nogil:
+            while i < n:
+                if not self._taken(word[i]):
+                    self.refused += 1
+                    i += 1
+                    continue
+                chip = self._hears[channel[i], (word[i] >> 2) & 0xFF]
+                if chip == NOBODY:
+                    self.unheard += 1
+                    i += 1
+                    continue
+                if chip < 0 or chip >= self._registers.shape[0]:
+                    why = ASK
+                    break
+                if word[i] & 3 == WRITE:
+                    i += 1
+                    if self._write(chip, word[i - 1]):
+                        why = CHANGED
+                        break
+                    continue
+                leaves = self._leaves[chip]
+                if leaves < NOBODY:
+                    why = ASK
+                    break
+                if m == room:
+                    break
+                if leaves != NOBODY:
+                    out[m] = self._read(chip, word[i])
+                    out_channel[m] = <uint8_t>leaves
+                    m += 1
+                i += 1
+        return i, m, why
+
+    def one(self, chip, word):
+        """The one chip has heard the word: what it answers, 0 for nothing (no answer is 0)."""
+        cdef int c = chip
+        cdef uint64_t w = word
+        if not 0 <= c < self._registers.shape[0]:
+            raise ValueError(f"one: chip {chip} of {self._registers.shape[0]}")
+        if w & 3 == WRITE:
+            self._write(c, w)
+            return 0
+        return self._read(c, w)
+
+    cdef inline bint _taken(self, uint64_t word) noexcept nogil:
+        if word & 3 < WRITE or (self._parity == 63 and word & _DOWNSTREAM):
+            return False
+        # Only v3 chips check the parity. larpix-control sends every other chip_id with a wrong one when it sets up a
+        # network, and v2 chips take it.
+        return not self._magic or ((word >> 26) & <uint64_t>0xFFFFFFFF == _MAGIC and ones_are_odd(word))
+
+    cdef inline bint _write(self, int chip, uint64_t word) noexcept nogil:
+        """Whether a watched register has changed."""
+        cdef int address = (word >> 10) & 0xFF
+        cdef uint8_t before, after
+        if address >= self._count:
+            return False
+        before = self._registers[chip, address]
+        after = (<uint8_t>(word >> 18) & self._keep[chip, address]) | self._force[chip, address]
+        if after == before:
+            return False
+        self._registers[chip, address] = after
+        self._changed[chip] = 1
+        self.chip, self.address, self.before = chip, address, before
+        return self._watched[address]
+
+    cdef inline uint64_t _read(self, int chip, uint64_t word) noexcept nogil:
+        cdef int address = (word >> 10) & 0xFF
+        cdef uint64_t answer = (word & ((<uint64_t>1 << self._parity) - 1)) & ~(<uint64_t>0xFF << 18)
+        if address < self._count:
+            answer |= <uint64_t>self._registers[chip, address] << 18
+        if self._parity == 63:
+            answer |= _DOWNSTREAM
+        return answer | ((ones_are_odd(answer) ^ 1) << self._parity)

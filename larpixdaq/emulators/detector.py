@@ -1,0 +1,180 @@
+"""Which chips are behind the emulated boards, and what is wrong with them: the options that say so."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from larpixdaq.emulators import planted, wiring
+from larpixdaq.emulators.chips import Chips
+from larpixdaq.emulators.noise import DAC_STEP, HOT, VCM, Channels, Noise
+from larpixdaq.emulators.planted import Planted, Planter
+from larpixdaq.emulators.registers import register_map
+from larpixdaq.emulators.tile import Losses
+from larpixdaq.emulators.wiring import Wiring
+from larpixdaq.errors import FileError
+from larpixdaq.schema import ASICS
+
+DEFAULT_ASIC = "2"
+#: Option, what stands in its list, help.
+PLANTS = (
+    ("dead-chips", "CHIP", "chips that hear and say nothing"),
+    ("broken-links", "CHIP/CHIP", "links of the network without wires"),
+    ("stuck-bits", "CHIP:REGISTER.BIT=VALUE", "bits of registers that never change"),
+    ("hot-channels", "CHIP-CHANNEL", f"channels with {HOT:g} times the noise of others"),
+    ("dead-channels", "CHIP-CHANNEL", "channels that see nothing"),
+)
+LOSSES = (
+    ("lose-answers", "fraction of the chips' answers that get lost"),
+    ("double-answers", "fraction of the chips' answers that come twice"),
+)
+
+
+class Detector(NamedTuple):
+    """`boards`: the chips of each io_group, none without --chips."""
+
+    boards: dict[int, Wiring]
+    planted: Planted
+
+
+def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = wiring.TILE_CHANNELS) -> None:
+    """`tile_channels`: io_channels of a default tile, at most."""
+    parser.set_defaults(tile_channels=tile_channels)
+    add = parser.add_argument_group("chips").add_argument
+    add(
+        "--chips",
+        metavar="WHAT",
+        help="chips behind the boards, which are configured and answer as real ones do: a controller configuration of "
+        "larpix-control (its network is what is wired, its io_groups are the boards), or how many on each board, on "
+        f"tiles of up to {wiring.TILE_CHIPS} with {tile_channels} io_channel{'s' * (tile_channels > 1)} each",
+    )
+    add("--asic", choices=sorted(ASICS), help=f"generation of the chips (default {DEFAULT_ASIC}, or the file's)")
+    add(
+        "--write-network",
+        type=Path,
+        metavar="FILE",
+        help="with a number of --chips: write a controller configuration for larpix-control, with their network",
+    )
+    add("--power-on", action="store_true", help="begin with all tiles powered, not with none (register 0x10 is 0)")
+    for name, form, what in PLANTS:
+        add(f"--{name}", metavar="N|LIST", help=f"{what}: how many, or which, as {form},... with CHIP as in 1-2-34")
+    for name, what in LOSSES:
+        add(f"--{name}", type=float, default=0.0, metavar="F", help=f"{what} (default 0)")
+    add("--bug-512", action="store_true", help="each 512th word to the chips of a board gets lost")
+    add(
+        "--truth",
+        type=Path,
+        metavar="FILE",
+        help="write as JSON what is wrong, and pedestal, noise, threshold offset and leakage of each channel",
+    )
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Detector:
+    """What --chips and the options about them ask for; `args.asic` says which kind. Ends with status 2 for options
+    that do not go together."""
+    if args.chips is None:
+        names = ["write-network", "power-on", "bug-512", "truth", *(name for name, *_ in (*PLANTS, *LOSSES))]
+        for name in names:
+            if getattr(args, name.replace("-", "_")):
+                parser.error(f"--{name} goes with --chips")
+        args.asic = args.asic or DEFAULT_ASIC
+        return Detector({}, Planted())
+    for name, _ in LOSSES:
+        if not 0 <= getattr(args, name.replace("-", "_")) <= 1:
+            parser.error(f"--{name}: expected a fraction, 0 to 1, found {getattr(args, name.replace('-', '_'))}")
+    if args.lose_answers + args.double_answers > 1:
+        parser.error("--lose-answers, --double-answers: an answer suffers one of them, so they add up to at most 1")
+    boards = _boards(parser, args)
+    wrong = _plant(args, boards)
+    for (io_group, a), (_, b) in wrong.broken_links:
+        boards[io_group].cut(a, b)
+    return Detector(boards, wrong)
+
+
+def _boards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[int, Wiring]:
+    if args.chips.isdigit():
+        args.asic = args.asic or DEFAULT_ASIC
+        if args.asic == "1":
+            parser.error("--chips: v1 chips are no network; name a file of larpix-control with a chip_list")
+        chips = int(args.chips)
+        boards = {io_group: wiring.tiles(chips, args.tile_channels) for io_group in range(1, args.io_groups + 1)}
+        if args.write_network:
+            wiring.write(args.write_network, args.asic, boards)
+        return boards
+    if args.write_network:
+        parser.error("--write-network goes with a number of --chips; a file there says the network already")
+    asic, boards = wiring.read(args.chips)
+    args.asic = args.asic or asic
+    if "1" in (args.asic, asic) and args.asic != asic:
+        parser.error(f"--asic {args.asic}: {args.chips} wires chips of generation {asic}, which is done in another way")
+    return boards
+
+
+def _plant(args: argparse.Namespace, boards: dict[int, Wiring]) -> Planted:
+    planter, wrong = Planter(boards, args.seed), Planted()
+    registers = register_map(args.asic)
+    if args.dead_chips:
+        wrong.dead_chips = planter.dead_chips(args.dead_chips)
+    if args.broken_links:
+        wrong.broken_links = planter.broken_links(args.broken_links)
+    if args.stuck_bits:
+        wrong.stuck_bits = planter.stuck_bits(args.stuck_bits, registers.defaults, registers.count)
+    if args.hot_channels:
+        wrong.hot_channels = planter.channels(args.hot_channels, registers.channels)
+    if args.dead_channels:
+        wrong.dead_channels = planter.channels(args.dead_channels, registers.channels)
+    return wrong
+
+
+def make(args: argparse.Namespace, detector: Detector, io_group: int) -> Noise:
+    """The chips of one board, as they are in the beginning, and what their channels see."""
+    board, wrong = detector.boards[io_group], detector.planted
+    chips = Chips(
+        board,
+        args.asic,
+        dead=[chip for group, chip in wrong.dead_chips if group == io_group],
+        stuck=[(chip, at, bit, value) for (group, chip), at, bit, value in wrong.stuck_bits if group == io_group],
+        powered=args.power_on,
+    )
+    channels = Channels(len(board.keys), chips.map.channels, [args.seed, 2, io_group])
+    for (group, chip), channel in wrong.hot_channels:
+        if group == io_group:
+            channels.noise[chip, channel] *= HOT
+    for (group, chip), channel in wrong.dead_channels:
+        if group == io_group:
+            channels.working[chip, channel] = False
+    return Noise(chips, channels, [args.seed, 3, io_group])
+
+
+def losses(args: argparse.Namespace, io_group: int) -> Losses:
+    return Losses(
+        bug_512=args.bug_512, lose=args.lose_answers, double=args.double_answers, seed=args.seed * 256 + io_group
+    )
+
+
+def told(detector: Detector) -> dict[str, list[Any]]:
+    """What is wrong, in the form of the options."""
+    return planted.told(detector.planted, detector.boards)
+
+
+def write_truth(path: Path, detector: Detector, noises: dict[int, Noise]) -> None:
+    """`channels`: by chip, lists over its channels. Pedestal and noise in ADC counts, with the references of power-up;
+    `threshold` in counts of threshold_global with trim 0, where the discriminator meets the pedestal; `noise_dac` in
+    the same; leakage in mV/s. FileError if that cannot be."""
+    found = {}
+    for io_group, noise in noises.items():
+        seen, scale = noise.channels, noise.counts_per_mv()
+        for chip in range(len(seen.noise)):
+            found[planted.key_of(detector.boards, (io_group, chip))] = {
+                "pedestal": ((seen.pedestal[chip] - VCM) * scale).round(3).tolist(),
+                "noise": (seen.noise[chip] * scale).round(3).tolist(),
+                "threshold": ((seen.pedestal[chip] - seen.offset[chip]) / DAC_STEP).round(3).tolist(),
+                "noise_dac": (seen.noise[chip] / DAC_STEP).round(3).tolist(),
+                "leakage": seen.leakage[chip].round(3).tolist(),
+            }
+    try:
+        path.write_text(json.dumps({"planted": told(detector), "channels": found}) + "\n")
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror}") from None

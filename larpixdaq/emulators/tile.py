@@ -1,0 +1,266 @@
+"""A board with chips: its clock, what is sent to them, and the words that they and the board send."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq.emulators.board import BATCH, SERVICE_TICKS, Board
+from larpixdaq.emulators.messages import TICKS, data_words, event_word, messages, packets
+from larpixdaq.emulators.noise import Noise
+from larpixdaq.schema import SPAN
+
+TILE_ENABLE: Final = 0x10
+CLOCK_CONTROL: Final = 0x1010
+HEARTBEAT_CYCLES: Final = 0x1018
+TRIGGER_CONTROL: Final = 0x2010
+TRIGGER_CYCLES: Final = 0x2018
+_HEARTBEAT_ON: Final = 0b010
+_RESET: Final = 0b100
+#: What a board keeps until it can send it, as the memory of a PACMAN does (words).
+MEMORY: Final = 1_966_080
+#: Ticks from the chip to the board; recorded runs have a median of 293.
+LATENCY: Final = 290
+#: Words a second that one io_channel carries, at 5 Mb/s.
+UART_WORDS: Final = 75_757
+#: Ticks between two looks at the chips' noise.
+LOOK: Final = 50_000
+#: Hits that one look takes, at most: what is made must also be sent, by the same processor.
+MOST_AT_ONCE: Final = 65_536
+#: Seconds until the next turn when nothing comes by itself but heartbeats.
+IDLE: Final = 0.1
+#: Ticks between two heartbeats or triggers of the board, at least, whatever its registers say.
+LEAST_PERIOD: Final = 1_000
+#: Board registers count ticks of 100 MHz.
+_FAST: Final = 10
+
+
+def _multiples(period: int, since: int, now: int) -> range:
+    """Those after tick `since` up to `now`; none of 0."""
+    return range(since // period * period + period, now + 1, period) if period else range(0)
+
+
+class Losses:
+    """What becomes of configuration words on their way: each 512th to the chips lost with `bug_512`; of the answers the
+    fraction `lose` lost, `double` sent twice. `count` says how many."""
+
+    def __init__(self, *, bug_512: bool = False, lose: float = 0.0, double: float = 0.0, seed: int = 0) -> None:
+        self.count = {"words_lost": 0, "answers_lost": 0, "answers_doubled": 0}
+        self._bug_512 = bug_512
+        self._lose = lose
+        self._double = double
+        self._sent = 0
+        self._random = np.random.default_rng([seed, 5])
+
+    def sent(self, words: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        nth = self._sent + 1 + np.arange(len(words))
+        self._sent += len(words)
+        if not self._bug_512:
+            return words
+        there = nth % 512 != 0
+        self.count["words_lost"] += int((~there).sum())
+        arrived: NDArray[np.uint8] = words[there]
+        return arrived
+
+    def answered(self, words: NDArray[Any]) -> NDArray[Any]:
+        if not self._lose and not self._double:
+            return words
+        fate = self._random.random(len(words))
+        lost = fate < self._lose
+        twice = ~lost & (fate < self._lose + self._double)
+        self.count["answers_lost"] += int(lost.sum())
+        self.count["answers_doubled"] += int(twice.sum())
+        return np.repeat(words, np.where(lost, 0, 1 + twice))
+
+
+class Tile:
+    """What is behind a board's sockets, in the manner of emulate.PacmanBoard (`Words`) and of `Behind`.
+
+    `tick`: where the clock of 10 MHz begins; the time is that of time.monotonic(). `heartbeat`: ticks between
+    two of its sync words, 0 for none. `carries`: hits that find a way each second, unless it is what the io_channels
+    carry. `losses`: what becomes of configuration words on their way.
+    """
+
+    def __init__(
+        self,
+        noise: Noise,
+        *,
+        seconds: int,
+        tick: int,
+        pps: bool = False,
+        heartbeat: int = 10 * TICKS,
+        carries: int | None = None,
+        losses: Losses | None = None,
+    ) -> None:
+        self.noise = noise
+        self.chips = noise.chips
+        self.chips.on_pulse = self._pulse
+        self.losses = losses or Losses()
+        self.buffer: NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self.spans: NDArray[Any] = np.zeros(0, SPAN)
+        self.full = 0
+        self.left = True
+        #: Words that came when the board's memory was full, and hits that found no room on the chips' io_channels.
+        self.overflowed = 0
+        self.crowded = 0
+        self._seconds = seconds
+        self._zero = time.monotonic() - tick / TICKS
+        self._period = TICKS if pps else 1 << 32
+        self._heartbeat = heartbeat
+        self._trigger = 0  # ticks between two, 0: none
+        self._trigger_every = TICKS // 10
+        self._looked = tick
+        self._carries = carries or UART_WORDS * len({io_channel for io_channel, _ in self.chips.keys})
+        self._waiting: deque[NDArray[Any]] = deque()
+        self._n_waiting = 0
+
+    @property
+    def tick(self) -> int:
+        return int((time.monotonic() - self._zero) * TICKS)
+
+    @property
+    def receipt(self) -> int:
+        return self.tick % self._period
+
+    def jump(self, seconds: int) -> None:
+        self._seconds += seconds
+
+    def restart(self) -> None:
+        self._zero = time.monotonic()
+        self._looked = 0
+        self._seconds = 0
+
+    def transmit(self, words: NDArray[np.uint8]) -> None:
+        words = self.losses.sent(words)
+        sent = np.ascontiguousarray(words[:, 8:]).view(np.uint64)[:, 0]
+        answers, channels = self.chips.send(sent, np.ascontiguousarray(words[:, 1]))
+        said = data_words(channels, answers, self.tick, self._period)
+        self._keep(self.losses.answered(said))
+
+    def written(self, register: int, before: int, value: int) -> None:
+        if register == TILE_ENABLE:
+            self.chips.power(value)
+        elif register == CLOCK_CONTROL:
+            if value & ~before & _RESET:
+                self.chips.reset()
+            self._heartbeat = (self._heartbeat or 10 * TICKS) if value & _HEARTBEAT_ON else 0
+        elif register == HEARTBEAT_CYCLES and self._heartbeat:
+            self._heartbeat = max(LEAST_PERIOD, value // _FAST)
+        elif register == TRIGGER_CONTROL:
+            self._trigger = self._trigger_every if value & 1 else 0
+        elif register == TRIGGER_CYCLES:
+            self._trigger_every = max(LEAST_PERIOD, value // _FAST)
+            self._trigger = self._trigger and self._trigger_every
+
+    def waiting(self) -> int:
+        """Words that could be sent now."""
+        now = self.tick
+        if now - self._looked >= LOOK and self._n_waiting < MOST_AT_ONCE:
+            self.noise.update()
+            # one that was kept from looking for long does not make up for all of it
+            since = max(self._looked, now - TICKS)
+            self._look(since, now)
+            self._looked = now
+        return self._n_waiting
+
+    @property
+    def busy(self) -> bool:
+        """Whether words may come by themselves at any moment."""
+        return self.noise.busy or self._trigger > 0
+
+    def _look(self, since: int, now: int) -> None:
+        """What came by itself, after tick `since` up to `now`."""
+        found = []
+        for tick in _multiples(self._period, since, now):
+            found.append(event_word(b"S", ord("S"), tick, min(self._period, 0xFFFFFFFF)))
+        for tick in _multiples(self._heartbeat, since, now):
+            found.append(event_word(b"S", ord("H"), tick, tick % self._period))
+        for tick in _multiples(self._trigger, since, now):
+            found += [event_word(b"T", 1, tick, tick % self._period), self._words(self.noise.external(tick))]
+        if self.noise.busy:
+            most = min(self._carries * (now - since) // TICKS, MOST_AT_ONCE)
+            hits, more = self.noise.hits(since, now, most)
+            self.crowded += more
+            if len(hits):
+                found.append(self._words(hits, full=more > 0))
+        if found:
+            words = np.concatenate(found)
+            self._keep(words[np.argsort(words["tick"], kind="stable")])
+
+    def _words(self, hits: NDArray[Any], full: bool = False) -> NDArray[Any]:
+        """D words of those hits that have a way out."""
+        io_channels = self.chips.channels_of(hits["chip"])
+        out = io_channels >= 0
+        hits, io_channels = hits[out], io_channels[out]
+        ids, asic = self.chips.ids()[hits["chip"]], self.chips.asic
+        stamps = (hits["tick"] - LATENCY) % self._period
+        made = packets(asic, ids, hits["channel"], stamps, hits["adc"], hits["trigger"], full)
+        self.full += full * len(made)
+        return data_words(io_channels, made, hits["tick"], self._period)
+
+    def _pulse(self, chip: int, step: int) -> None:
+        self.noise.update()
+        self._keep(self._words(self.noise.pulse(chip, step, self.tick)))
+
+    def _keep(self, words: NDArray[Any]) -> None:
+        room = MEMORY - self._n_waiting
+        if len(words) > room:
+            self.overflowed += len(words) - room
+            words = words[:room]
+        if len(words):
+            self._waiting.append(words)
+            self._n_waiting += len(words)
+
+    def take(self) -> NDArray[np.uint64]:
+        """The packets of all words that could be sent now, for boards that send packets alone."""
+        if not self.waiting():
+            return np.zeros(0, np.uint64)
+        waiting, self._waiting, self._n_waiting = self._waiting, deque(), 0
+        return np.concatenate([words["packet"][words["head"] & np.uint64(0xFF) == ord("D")] for words in waiting])
+
+    def counts(self) -> dict[str, int]:
+        """What did not come through, and why."""
+        own = {"overflowed": self.overflowed, "crowded": self.crowded}
+        return own | self.chips.count() | self.losses.count
+
+    def fill(self, words: int, per_message: int = 0, window: int = SERVICE_TICKS) -> int:
+        """Make the next messages, of at most `words` waiting words, the ones at `spans` of `buffer`; how many."""
+        parts = []
+        while words and self._waiting:
+            first = self._waiting.popleft()
+            if len(first) > words:
+                self._waiting.appendleft(first[words:])
+            parts.append(first[:words])
+            words -= len(parts[-1])
+        if not parts:
+            return 0
+        made = np.concatenate(parts)
+        self._n_waiting -= len(made)
+        self.buffer, self.spans = messages(made, per_message, window, self._seconds)
+        return len(self.spans)
+
+
+class TileBoard(Board):
+    """A board whose chips and registers decide what is to be sent, and when."""
+
+    def __init__(self, io_group: int, tile: Tile, **options: Any) -> None:
+        super().__init__(io_group, tile, rate=None, behind=tile, **options)
+        self.tile = tile
+        self.commands.registers[TILE_ENABLE] = tile.chips.tiles
+
+    def counts(self) -> dict[str, int]:
+        return super().counts() | self.tile.counts()
+
+    def _make(self, now: float) -> float:
+        words = self.tile.waiting()
+        if not words:
+            return LOOK / TICKS if self.tile.busy else IDLE
+        most = max(BATCH, self._per_message)
+        words = min(words, most) if self._left is None else min(words, most, self._left)
+        self._behind = self.tile.waiting() > words
+        self._take(words, SERVICE_TICKS)
+        return 0.0
