@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from larpixdaq import config
+from larpixdaq.control.hardware import Hardware
 from larpixdaq.control.requests import Connection, Request, Response
 from larpixdaq.control.words import lines
 from larpixdaq.states import NO_CORE, PRODUCER, RUN_DATA
@@ -30,7 +31,7 @@ def _me() -> str:
     return f"{user}@{socket.gethostname()}"[:64]
 
 
-class Operator:
+class Operator(Hardware):
     """Steers and watches the data acquisition::
 
         o = Operator()                                  # or Operator("tcp://daq1.lab")

@@ -10,19 +10,22 @@ import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import zmq
+from numpy.typing import NDArray
 
 from larpixdaq import config, schema, sources
 from larpixdaq.blocks import UnknownWord, Verdict
-from larpixdaq.chips import Child
+from larpixdaq.chips import ACTIONS, Child, talk
+from larpixdaq.chips.commands import Commands
 from larpixdaq.delivery import Delivery
 from larpixdaq.delivery import add_arguments as add_delivery_arguments
 from larpixdaq.errors import ConfigError, RequestError, StateError
 from larpixdaq.node import Call, Node
-from larpixdaq.readout import Readout
+from larpixdaq.readout import FULL_AGAIN, Readout
 from larpixdaq.recorder import Recorder
 from larpixdaq.sources.base import Source
 from larpixdaq.sources.evidence import Watch
@@ -69,9 +72,18 @@ class Producer:
         self.address = bind(socket, options.address, options.core, insecure=options.insecure)
         io_groups = [group for source in boards for group in source.io_groups]
         self.recorder = Recorder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
-        self.readout = Readout(boards, self.recorder, delivery.ring, wait=boards[0].waits)
+        self.readout = Readout(
+            boards, self.recorder, delivery.ring, wait=boards[0].waits, record_sent=options.record_sent
+        )
         self.publisher = delivery.serve(socket)
-        self.child = Child(options.routines)
+        asic = sources.asic_of(options)
+        channels = [source.channel for source in boards if source.channel is not None]
+        self.commands = Commands(channels, asic, self.layout, self._record_sent)
+        kinds = {channel.io_group: channel.kind for channel in channels}
+        told = [talk.Board(group, kinds.get(group, ""), source.name) for source in boards for group in source.io_groups]
+        setup = talk.Setup(told, options.asic, int(asic), self.layout.code)
+        self.child = Child(options.routines, commands=self.commands, setup=setup)
+        self.readout.listener = self.child
         self.node = Node(
             self.name,
             "producer",
@@ -86,6 +98,7 @@ class Producer:
                 "load_routines": self.child.load_routines,
                 "run_routine": self.child.run_routine,
                 "abort_routine": self.child.abort_routine,
+                **{action: self._action(action) for action in ACTIONS},
             },
             info={
                 "stream": self.address,
@@ -116,6 +129,9 @@ class Producer:
             poller.poll(self.node.wait_ms(self._due()))
             self.node.dispatch()
             self.child.dispatch()
+            if self.commands.busy:  # before the boards are read: an answer cannot come before the word
+                self.commands.work()
+                self.commands.watch(poller)
             busy = self.readout.turn(poller)
             if not self.readout.quiet:
                 self._busy_at = time.monotonic()
@@ -126,13 +142,16 @@ class Producer:
             if self.recorder.run is not None and time.monotonic() >= self._look_at:
                 self._verdicts()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
-            if busy and self.readout.quiet and self.readout.rows < FEW_ROWS:
+            if busy and self.readout.quiet and self.readout.rows < FEW_ROWS and not self.commands.busy:
                 resting.poll(REST)
 
     def _due(self) -> float | None:
         """When something is to be done that no descriptor tells of (monotonic seconds)."""
         now = time.monotonic()
         limits = [now + seconds for seconds in self.readout.due()]
+        limits += self.commands.due()
+        if self.commands.blocked:
+            limits.append(now + FULL_AGAIN)
         block = self.recorder.due()
         if block is not None:
             limits.append(block)
@@ -154,6 +173,17 @@ class Producer:
         raise RequestError(f"{self.name}: another component has taken this name; it delivers what this one still holds")
 
     # actions
+
+    def _action(self, action: str) -> Callable[..., None]:
+        """What is done with chips and boards is the child's to check and to do."""
+
+        def act(call: Call, **params: Any) -> None:
+            self.child.act(call, action, params)
+
+        return act
+
+    def _record_sent(self, rows: NDArray[Any], io_group: int) -> int:
+        return self.readout.put(rows, io_group)
 
     def prepare_run(self, call: Call, run: int, kind: str, comment: str, operator: str, required: list[str]) -> Any:
         self._expect("STOP")
@@ -280,6 +310,10 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "--routines", action="append", default=[], type=Path, metavar="DIR",
         help="a further directory of routine files, below which operators may load more; they are programs and run "
         "with your rights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-record-sent", action="store_false", dest="record_sent",
+        help="keep words that are sent to the chips out of the file (default: rows with direction 0)",
     )  # fmt: skip
 
 

@@ -5,19 +5,30 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import zmq
 from numpy.typing import NDArray
 
 from larpixdaq._native.ring import Ring
 from larpixdaq.recorder import Recorder
+from larpixdaq.schema import COUNTS
 from larpixdaq.sources.base import Source
 
 log = logging.getLogger(__name__)
 
 #: While the ring is full and the sources wait, it is looked at again so often (seconds).
 FULL_AGAIN = 0.002
+_SENT = COUNTS.index("sent_rows")
+
+
+class Listener(Protocol):
+    """Who may want to see rows as they are decoded: `listening` is 0 unless it does."""
+
+    listening: int
+
+    def take_rows(self, rows: NDArray[Any]) -> None: ...
 
 
 class Readout:
@@ -28,11 +39,23 @@ class Readout:
     ring is full, either nothing is read (`wait`), or what is read is counted as dropped.
     """
 
-    def __init__(self, sources: list[Source], recorder: Recorder, ring: Ring, *, wait: bool) -> None:
+    def __init__(
+        self,
+        sources: list[Source],
+        recorder: Recorder,
+        ring: Ring,
+        *,
+        wait: bool,
+        listener: Listener | None = None,
+        record_sent: bool = True,
+    ) -> None:
+        """`record_sent`: words sent to chips become rows of the run."""
         self._sources = sources
         self._recorder = recorder
         self._ring = ring
         self._wait = wait
+        self.listener = listener
+        self._record_sent = record_sent
         self._recording = False
         self._playing = False
         self._full = False
@@ -117,6 +140,27 @@ class Readout:
         self.quiet &= not self._full
         return busy or self._full
 
+    def put(self, rows: NDArray[Any], io_group: int) -> int:
+        """Rows of words about to be sent, direction 0: how many have found their place (0: the words have to wait)."""
+        if not self._record_sent:
+            return len(rows)
+        if not self._recording:
+            self._ring.outside[io_group, _SENT] += np.uint64(len(rows))
+            return len(rows)
+        room = self._recorder.rows()
+        if room is None:
+            if self._wait:
+                return 0
+            self._ring.counts[io_group, _SENT] += np.uint64(len(rows))
+            self._recorder.drop(rows)
+            self._dropping(len(rows))
+            return len(rows)
+        n = min(len(rows), len(room))
+        room[:n] = rows[:n]
+        self._ring.counts[io_group, _SENT] += np.uint64(n)
+        self._recorder.publish(n)
+        return n
+
     def _active(self, source: Source) -> bool:
         return source in self._unfinished or (not source.finished and (self._playing or not source.recorded))
 
@@ -132,6 +176,8 @@ class Readout:
             if rows is not None:
                 n = source.decode(rows)
                 self.rows += n
+                if self.listener is not None and self.listener.listening:
+                    self.listener.take_rows(rows[:n])
                 self._recorder.publish(n)
                 more = n == len(rows)
                 self._dropping(0)
@@ -143,6 +189,8 @@ class Readout:
                 scratch = self._recorder.scratch()
                 n = source.decode(scratch)
                 more = n == len(scratch)
+                if self.listener is not None and self.listener.listening:
+                    self.listener.take_rows(scratch[:n])
                 if self._recording:
                     self._recorder.drop(scratch[:n])
                     self._dropping(n)

@@ -36,7 +36,12 @@ ABORTED: Final = "ABORTED"
 CONDITIONS: Final = (COMPLETE, SUSPECT, INCOMPLETE, INTERRUPTED, ABORTED)
 
 #: Actions of components that only look; all others need control.
-LOOKING: Final = frozenset({"list_routines", "packet_rate", "packets", "messages", "adc_histogram", "run_info"})
+LOOKING: Final = frozenset(
+    {
+        *("list_routines", "packet_rate", "packets", "messages", "adc_histogram", "run_info"),
+        *("board_status", "get_boards", "ping", "retrieve_configuration"),
+    }
+)
 #: Actions of components that only the core itself may ask for.
 RUN_ACTIONS: Final = frozenset({"prepare_run", "begin_run", "end_run", "abort_run", "cancel_run", "report_run"})
 

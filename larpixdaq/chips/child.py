@@ -25,7 +25,8 @@ from typing import Any, Final
 
 from larpixdaq.chips import talk
 from larpixdaq.chips.arguments import checked, parameters, usage
-from larpixdaq.errors import ProtocolError
+from larpixdaq.chips.link import Link
+from larpixdaq.errors import LarpixDaqError, ProtocolError, RequestError
 from larpixdaq.routines import Routine, load
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -35,42 +36,69 @@ _PER_SECOND: Final = 20.0
 
 
 class Worker:
-    """Carries out one request after the other; the Controller lives from one routine to the next."""
+    """Carries out one request after the other; what is known of the chips lives from one to the next."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._lock = threading.Lock()
-        self._controller: Any = None
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._actions: Any = None
 
-    def handle(self, request: talk.Request) -> None:
-        if isinstance(request, talk.ListRoutines):
+    def handle(self, request: talk.Request | talk.Setup) -> None:
+        if isinstance(request, talk.Setup):
+            self._link.setup = request
+        elif isinstance(request, talk.ListRoutines):
             routines, broken = load(map(Path, request.folders))
             self.send(talk.Known(request.request, [_describe(*item) for item in sorted(routines.items())], broken))
         else:
             self._run(request)
 
     def send(self, answer: talk.Answer) -> None:
-        data = talk.pack(answer)
-        with self._lock:
-            self._sock.sendall(data)
+        self._link.send(answer)
 
-    def _run(self, request: talk.RunRoutine) -> None:
+    def _run(self, request: talk.RunRoutine | talk.Act) -> None:
+        name = request.action if isinstance(request, talk.Act) else f"routine {request.name}"
         reports = _Reports(self, request.request)
         # The kernel ends this process at the limit, whatever the routine is doing and whoever holds the interpreter's
         # lock.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, request.time_limit)
         try:
-            answer = self._call(request, reports)
+            answer: talk.Result | talk.Failed
+            answer = self._act(request, reports) if isinstance(request, talk.Act) else self._call(request, reports)
+        except LarpixDaqError as error:
+            code = error.code if isinstance(error, RequestError) else "failed"
+            text = str(error)
+            text = text if text.startswith(f"{name}: ") else f"{name}: {text}"
+            answer = talk.Failed(request.request, _line(text), code=code)
         except (KeyboardInterrupt, SystemExit, Exception) as error:
-            text = f"routine {request.name}: {type(error).__name__}: {error}".strip()
+            text = f"{name}: {type(error).__name__}: {error}".strip()
             answer = talk.Failed(request.request, _line(text), traceback=traceback.format_exc(limit=-50)[-20_000:])
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            self._link.forget()
         try:
             self.send(answer)
         except ProtocolError as error:
-            self.send(talk.Failed(request.request, f"routine {request.name}: its result: {_line(str(error))}"))
+            self.send(talk.Failed(request.request, f"{name}: its result: {_line(str(error))}"))
+
+    def _known(self) -> Any:
+        """What is known of the chips: at the first need, since larpix-control takes a second to import."""
+        if self._actions is None:
+            from larpixdaq.chips.actions import Actions
+            from larpixdaq.chips.detector import Detector
+            from larpixdaq.chips.registers import Registers
+
+            setup = self._link.setup
+            detector = Detector(Registers(setup.asic), [board.io_group for board in setup.boards if board.kind])
+            try:
+                detector.restore(setup.board_file, setup.state)
+            except LarpixDaqError as error:  # the file may be gone by now
+                print(f"what was known of the chips is forgotten: {error}", flush=True)
+            self._actions = Actions(self._link, detector)
+        return self._actions
+
+    def _act(self, request: talk.Act, reports: "_Reports") -> talk.Result:
+        value = self._known().do(request.action, request.params, reports.send_info)
+        return talk.Result(request.request, value, reports.left_out())
 
     def _call(self, request: talk.RunRoutine, reports: "_Reports") -> talk.Result | talk.Failed:
         routines, broken = load(map(Path, request.folders))
@@ -84,12 +112,10 @@ class Worker:
             args, kwargs = checked(routine, request.args, request.kwargs)
         except TypeError as error:
             return talk.Failed(request.request, _line(f"routine {usage(routine)}: {error}"))
-        if self._controller is None:
-            from larpix import Controller  # here, because it takes a second
-
-            self._controller = Controller()
+        detector = self._known().detector
+        controller = detector.controller(self._link)
         try:
-            answer = routine.func(self._controller, reports.send_data, reports.send_info, *args, **kwargs)
+            answer = routine.func(controller, reports.send_data, reports.send_info, *args, **kwargs)
         except IndexError as error:
             if len(args) < len(routine.params or ()):
                 error.args = (f"{error} (given {len(args)} of the arguments of {usage(routine)})",)
@@ -97,7 +123,8 @@ class Worker:
         if not isinstance(answer, tuple) or len(answer) != 2:
             text = f"routine {request.name}: expected (controller, result) from it, found {type(answer).__name__}"
             return talk.Failed(request.request, text)
-        self._controller, value = answer
+        controller, value = answer
+        detector.take_over(controller)
         return talk.Result(request.request, value, reports.left_out())
 
 
@@ -140,13 +167,16 @@ def _line(text: str) -> str:
     return " ".join(text.split())[:2000]
 
 
-def _listen(sock: socket.socket, requests: "queue.SimpleQueue[Any]") -> None:
+def _listen(sock: socket.socket, link: Link, requests: "queue.SimpleQueue[Any]") -> None:
     """The socket's thread. Its end means that the producer is gone: nobody waits for anything then."""
     inbox = talk.Inbox(requests=True)
     try:
         while data := sock.recv(1 << 16):
-            for request in inbox.take(data):
-                requests.put(request)
+            for message in inbox.take(data):
+                if isinstance(message, talk.Rows | talk.Answered):
+                    link.put(message)
+                else:
+                    requests.put(message)
     except (OSError, ProtocolError) as error:
         print(f"child process: {error}", file=sys.stderr, flush=True)
     os._exit(0)
@@ -161,8 +191,9 @@ def main() -> None:
     sock = socket.socket(fileno=int(fd))
     sock.set_inheritable(False)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(sock, requests), daemon=True).start()
-    worker = Worker(sock)
+    link = Link(sock)
+    threading.Thread(target=_listen, args=(sock, link, requests), daemon=True).start()
+    worker = Worker(link)
     while True:
         worker.handle(requests.get())
 

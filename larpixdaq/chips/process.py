@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from larpixdaq.chips import talk
+from larpixdaq.chips.commands import Commands
 from larpixdaq.chips.output import Output
 from larpixdaq.errors import ConfigError, ProtocolError
 
@@ -25,6 +28,8 @@ from larpixdaq.errors import ConfigError, ProtocolError
 TIME_LIMIT: Final = 3600.0
 #: Bytes that one turn takes from a child, so that a talkative one holds up nobody.
 _TAKE: Final = 1 << 16
+#: Bytes that may wait for a child that listens but does not take them; what comes then is left out.
+_MOST_UNSENT: Final = 32 << 20
 
 _log: Final = logging.getLogger(__name__)
 
@@ -41,15 +46,30 @@ class Call(Protocol):
 class Child:
     """Routines of the producer, run in a process of their own; none of the methods blocks.
 
-    `folders` hold routine files beside those that ship, and load_routines() may add what lies below them. `fileno()` polls readable when dispatch() has something to do.
-    To be used from one thread, which has to live as long as the child (Linux ends a child with the thread that started
-    it).
+    `folders` hold routine files beside those that ship, and load_routines() may add what lies below them. `fileno()`
+    polls readable when dispatch() has something to do. To be used from one thread, which has to live as long as the
+    child (Linux ends a child with the thread that started it).
     """
 
-    def __init__(self, folders: Sequence[Path] = (), *, time_limit: float = TIME_LIMIT) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Path] = (),
+        *,
+        time_limit: float = TIME_LIMIT,
+        commands: Commands | None = None,
+        setup: talk.Setup | None = None,
+    ) -> None:
+        """`commands` is the way to the boards, which `setup` describes; without them routines have no io."""
         self._roots = [folder.resolve() for folder in folders]
         self._folders = [str(folder) for folder in self._roots]
         self._time_limit = time_limit
+        self._commands = commands
+        self._setup = setup
+        self._left_out = 0
+        #: Rows that the child wants to have: talk.NOTHING, ANSWERS or EVERYTHING.
+        self.listening = talk.NOTHING
+        if commands is not None:
+            commands.done = self._commanded
         self._epoll = select.epoll()
         self._calls: dict[int, Call] = {}
         self._request = 0
@@ -94,7 +114,9 @@ class Child:
         elif found:
             call.fail(f"load_routines: {found[0]}: no such directory")
         else:
-            call.fail(f"load_routines: {directory}: it is below none of the directories that --routines names: {allowed}")
+            call.fail(
+                f"load_routines: {directory}: it is below none of the directories that --routines names: {allowed}"
+            )
 
     def run_routine(
         self,
@@ -107,16 +129,18 @@ class Child:
         """Run one, with progress; the call's result is the routine's. One at a time: another is refused (code
         "state")."""
         limit = self._time_limit if time_limit is None else time_limit
-        if self._routine is not None:
-            call.fail(f"routine {self._routine[1]} is running, and only one can", code="state")
-        elif not isinstance(name, str) or not isinstance(args, list | tuple) or not isinstance(kwargs, dict | None):
+        if self._refuse(call):
+            return
+        if not isinstance(name, str) or not isinstance(args, list | tuple) or not isinstance(kwargs, dict | None):
             call.fail(f"run_routine: expected a name, a list and a dictionary, found {name!r}, {args!r}, {kwargs!r}")
         elif not isinstance(limit, int | float) or not (0 < limit < math.inf):
             call.fail(f"run_routine: time_limit: expected seconds above 0, found {limit!r}")
         else:
             request = self._next()
             self._routine = (request, name, float(limit))
-            if self._send(call, talk.RunRoutine(request, self._folders, name, list(args), dict(kwargs or {}), float(limit))):
+            if self._send(
+                call, talk.RunRoutine(request, self._folders, name, list(args), dict(kwargs or {}), float(limit))
+            ):
                 call.ack(f"routine {name}")
 
     def abort_routine(self, call: Call) -> None:
@@ -128,6 +152,35 @@ class Child:
         else:
             self.end("aborted by the operator")
             call.result(name, f"routine {name} is aborted")
+
+    def act(self, call: Call, action: str, params: dict[str, Any]) -> None:
+        """Do something with chips or boards (`actions.Actions`), with progress. As routines, one at a time."""
+        if self._refuse(call):
+            return
+        request = self._next()
+        self._routine = (request, action, self._time_limit)
+        if self._send(call, talk.Act(request, action, params, self._time_limit)):
+            call.ack(action)
+
+    def take_rows(self, rows: NDArray[Any]) -> None:
+        """Rows as they were decoded; those that the child listens for are sent to it. To be called only while it
+        listens (`listening`)."""
+        if self._sock is None:
+            return
+        if self.listening == talk.ANSWERS:
+            kinds = rows["packet_type" if "packet_type" in (rows.dtype.names or ()) else "type"]
+            at = np.flatnonzero(kinds == 3)
+            if not len(at):
+                return
+            rows = rows[at]
+            rows = rows[rows["direction"] == 1]
+        if not len(rows):
+            return
+        if len(self._unsent) > _MOST_UNSENT:
+            self._left_out += len(rows)
+            return
+        self._tell(talk.Rows(rows.tobytes(), self._left_out))
+        self._left_out = 0
 
     def dispatch(self) -> None:
         """Take what the child has sent, a bounded piece of it, and pass it on."""
@@ -149,6 +202,20 @@ class Child:
         """Stop the child; fileno() is no longer valid."""
         self.end("the producer is closing")
         self._epoll.close()
+
+    def _refuse(self, call: Call) -> bool:
+        if self._routine is None:
+            return False
+        call.fail(f"routine {self._routine[1]} is running, and only one can", code="state")
+        return True
+
+    def _tell(self, message: talk.FromParent) -> None:
+        self._unsent += talk.pack(message)
+        self._flush()
+
+    def _commanded(self, number: int, body: bytes, error: str) -> None:
+        if self._sock is not None:
+            self._tell(talk.Answered(number, body, error))
 
     def _next(self) -> int:
         self._request += 1
@@ -195,6 +262,8 @@ class Child:
         self._output = Output()
         self._epoll.register(ours.fileno(), select.EPOLLIN)
         self._epoll.register(self._process.stdout.fileno(), select.EPOLLIN)
+        if self._setup is not None:
+            self._unsent += talk.pack(self._setup)
 
     def _flush(self) -> None:
         """Send as much as the socket takes; the rest when it polls writable."""
@@ -221,10 +290,27 @@ class Child:
             self._finish()
             return
         try:
-            for answer in self._inbox.take(data):
-                self._answer(answer)
+            for message in self._inbox.take(data):
+                self._take(message)
+                if self._sock is None:  # it died meanwhile; what it said last is nobody's any more
+                    return
         except ProtocolError as error:
             self._finish(str(error))
+
+    def _take(self, message: talk.FromChild) -> None:
+        if isinstance(message, talk.Listen):
+            self.listening = message.what
+        elif isinstance(message, talk.Remember):
+            if self._setup is not None:
+                self._setup = msgspec.structs.replace(self._setup, board_file=message.board_file, state=message.state)
+        elif not isinstance(message, talk.Words | talk.Ask):
+            self._answer(message)
+        elif self._commands is None:
+            self._commanded(message.command, b"", "there is no board")
+        elif isinstance(message, talk.Words):
+            self._commands.words(message.command, message.io_group, message.io_channels, message.words)
+        else:
+            self._commands.ask(message.command, message.io_group, message.body)
 
     def _answer(self, answer: talk.Answer) -> None:
         call = self._calls.get(answer.request)
@@ -286,6 +372,10 @@ class Child:
         process.stdout.close()
         self._process = self._sock = None
         self._unsent.clear()
+        self.listening = talk.NOTHING
+        self._left_out = 0
+        if self._commands is not None:
+            self._commands.forget()
         running = self._routine
         why = reason or _status(status, running[2] if running is not None else None)
         if not reason:

@@ -30,6 +30,49 @@ class RunRoutine(msgspec.Struct, array_like=True, tag=2, frozen=True):
     time_limit: float  # seconds
 
 
+class Board(msgspec.Struct, frozen=True):
+    """What the child has to know of a board."""
+
+    io_group: int
+    kind: str  # as in sources.channel; "" when nothing can be sent there
+    name: str
+
+
+class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
+    """The first message: what there is to configure, and what was known of it when another child ended."""
+
+    boards: list[Board]
+    asic: str  # as --asic has it
+    generation: int  # schema.Asic
+    layout: int  # of the rows in `Rows`
+    board_file: str = ""
+    state: bytes = b""
+
+
+class Act(msgspec.Struct, array_like=True, tag=4, frozen=True):
+    """Do something with chips or boards; the actions are those of `actions.Actions`."""
+
+    request: int
+    action: str
+    params: dict[str, Any]
+    time_limit: float  # seconds
+
+
+class Rows(msgspec.Struct, array_like=True, tag=5, frozen=True):
+    """What the child listens for: rows of the producer's layout, as they are recorded."""
+
+    rows: bytes
+    left_out: int = 0  # rows before these that found no room, because the child did not take them
+
+
+class Answered(msgspec.Struct, array_like=True, tag=6, frozen=True):
+    """All of a command has been handed over and answered (by the board; the chips' answers are rows), or it failed."""
+
+    command: int
+    reply: bytes = b""
+    error: str = ""
+
+
 class RoutineInfo(msgspec.Struct, frozen=True):
     name: str
     params: list[Parameter]
@@ -63,8 +106,44 @@ class Failed(msgspec.Struct, array_like=True, tag=14, frozen=True):
     traceback: str = ""
 
 
-Request = ListRoutines | RunRoutine
+class Words(msgspec.Struct, array_like=True, tag=15, frozen=True):
+    """Send words to chips of one board: their io_channels, a byte each, and the words, 8 bytes each, little-endian."""
+
+    command: int
+    io_group: int
+    io_channels: bytes
+    words: bytes
+
+
+class Ask(msgspec.Struct, array_like=True, tag=16, frozen=True):
+    """Send an order to the board itself, in the form that boards of its kind understand."""
+
+    command: int
+    io_group: int
+    body: bytes
+
+
+class Listen(msgspec.Struct, array_like=True, tag=17, frozen=True):
+    what: int  # NOTHING, ANSWERS or EVERYTHING
+
+
+class Remember(msgspec.Struct, array_like=True, tag=18, frozen=True):
+    """What the next child begins with, should this one end."""
+
+    board_file: str
+    state: bytes
+
+
+NOTHING: Final = 0
+#: Configuration answers of chips (rows of packet type 3, received).
+ANSWERS: Final = 1
+#: All rows, as long as the child takes them.
+EVERYTHING: Final = 2
+
+Request = ListRoutines | RunRoutine | Act
+FromParent = ListRoutines | RunRoutine | Act | Setup | Rows | Answered
 Answer = Known | Progress | Result | Failed
+FromChild = Known | Progress | Result | Failed | Words | Ask | Listen | Remember
 
 
 def _plain(value: Any) -> Any:
@@ -75,11 +154,11 @@ def _plain(value: Any) -> Any:
 
 
 _encoder: Final = msgspec.msgpack.Encoder(enc_hook=_plain)
-_requests: Final = msgspec.msgpack.Decoder(Request)
-_answers: Final = msgspec.msgpack.Decoder(Answer)
+_requests: Final = msgspec.msgpack.Decoder(FromParent)
+_answers: Final = msgspec.msgpack.Decoder(FromChild)
 
 
-def pack(message: Request | Answer) -> bytes:
+def pack(message: FromParent | FromChild) -> bytes:
     """ProtocolError when a value in it cannot travel (too large, too deep, a number beyond 64 bits)."""
     try:
         body = _encoder.encode(message)

@@ -115,11 +115,7 @@ def create(args: argparse.Namespace) -> list[Source]:
         if getattr(args, option) is not None and kind not in kinds:
             names = " and ".join(f"--{name}" for name in kinds)
             raise ConfigError(f"--{option.replace('_', '-')} is for {names} only, not for --{kind}")
-    asic = ASICS[args.asic]
-    if args.fifo_diagnostics:
-        if asic != Asic.V2:
-            raise ConfigError(f"--fifo-diagnostics is for v2 chips only, not for --asic {args.asic}")
-        asic = Asic.V2_DIAGNOSTICS
+    asic = asic_of(args)
     if kind == "serial":
         return _serial(args, asic, given)
     if kind == "replay":
@@ -127,6 +123,16 @@ def create(args: argparse.Namespace) -> list[Source]:
     if kind == "fake":
         return _fake(args, asic, given)
     return _boards(args, asic, kind, given)
+
+
+def asic_of(args: argparse.Namespace) -> Asic:
+    """The chips' generation as decoders know it; ConfigError for options that do not go together."""
+    asic = ASICS[args.asic]
+    if args.fifo_diagnostics:
+        if asic != Asic.V2:
+            raise ConfigError(f"--fifo-diagnostics is for v2 chips only, not for --asic {args.asic}")
+        asic = Asic.V2_DIAGNOSTICS
+    return asic
 
 
 def _kind(args: argparse.Namespace) -> tuple[str, Any]:

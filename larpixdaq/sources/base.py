@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.blocks import Verdict
 from larpixdaq.schema import Layout
+from larpixdaq.sources.channel import Channel
 from larpixdaq.sources.evidence import verdicts
 
 
@@ -38,6 +39,8 @@ class Source(Protocol):
     finished: bool
     #: True when the last read() took all that was there by then; False: more of it waits.
     drained: bool
+    #: The way to the board and its chips; None: nothing can be sent there.
+    channel: Channel | None
     #: Sockets or file descriptors to poll for reading; may change after read() (a board that was lost and came back).
     sockets: tuple[Any, ...]
 
@@ -93,6 +96,7 @@ class LiveSource:
     recorded = False
     finished = False
     drained = True
+    channel: Any = None  # a Channel | None, of its own kind in each source
 
     _decoder: Decoder
 

@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from larpixdaq._native.frames import BernDecoder
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.board import BoardSource
+from larpixdaq.sources.channel import Reply, RequestChannel
 
 #: Its time comes each second, or a heartbeat after a second without data.
 SILENCE = 5.0
+
+
+class BernChannel(RequestChannel):
+    """The command server of a Bern board: lines of ASCII. A request carries one word; chains count from 0 there,
+    io_channels from 1."""
+
+    kind = "bern"
+    batch = 1
+
+    def __init__(self, io_group: int, host: str, port: int) -> None:
+        super().__init__("Bern board", io_group, host, port)
+        self._said = ""
+
+    def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
+        self._say(f"SNDWORD 0x{int(words[0]):016x} {int(io_channels[0]) - 1}")
+
+    def send_raw(self, body: bytes) -> None:
+        self._say(body.decode("ascii", "replace"))
+
+    def _say(self, text: str) -> None:
+        self._said = text
+        self._request(text.encode())
+
+    def _understand(self, message: bytes) -> Reply:
+        text = message.rstrip(b"\0 \n").decode("ascii", "replace")
+        if text.startswith("ERR"):
+            return Reply(b"", f"{self.name}: {self._said}: the board answers {text!r}")
+        return Reply(text.encode())
 
 
 class BernSource(BoardSource):
     def __init__(
         self, io_group: int, host: str, data_port: int = 5556, command_port: int = 5555, *, asic: Asic = Asic.V2
     ) -> None:
-        self.command_port = command_port
+        self.channel = BernChannel(io_group, host, command_port)
         super().__init__(
             "Bern board",
             io_group,
@@ -24,3 +56,7 @@ class BernSource(BoardSource):
             layout=layout_of(asic),
             silence=SILENCE,
         )
+
+    def close(self) -> None:
+        self.channel.close()
+        super().close()

@@ -2,12 +2,81 @@
 
 from __future__ import annotations
 
+import struct
+import time
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
 from larpixdaq._native.frames import PacmanDecoder
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.board import BoardSource
+from larpixdaq.sources.channel import Reply, RequestChannel
 
 #: A heartbeat comes every 10 s.
 SILENCE = 15.0
+#: Words of one request: a board passes them on at the speed of its UARTs, 4,096 on one of them in 54 ms.
+WORDS: Final = 4_096
+
+_HEADER: Final = struct.Struct("<cIxH")
+_WORD: Final = np.dtype([("type", "S1"), ("io_channel", "u1"), ("unused", "V6"), ("word", "<u8")])
+_WORD_BYTES: Final = 16
+
+
+class PacmanChannel(RequestChannel):
+    """The command server of a PACMAN (legacy format). Orders are whole words of 16 bytes, and so are the answers."""
+
+    kind = "pacman"
+    batch = WORDS
+
+    def __init__(self, io_group: int, host: str, port: int, *, format: str = "auto") -> None:
+        super().__init__("PACMAN", io_group, host, port)
+        self._legacy = format != "1.0"
+        self._sent = 0
+        self._refused = ""
+
+    def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
+        message = np.zeros(len(words), _WORD)
+        message["type"] = b"D"
+        message["io_channel"] = io_channels
+        message["word"] = words
+        self.send_raw(message.tobytes())
+
+    def send_raw(self, body: bytes) -> None:
+        self._refused = ""
+        if not self._legacy:
+            self._refused = "commands are known for the legacy format only, not for --pacman-format 1.0"
+        elif not body or len(body) % _WORD_BYTES or len(body) > 65_535 * _WORD_BYTES:
+            self._refused = f"expected 1 to 65535 words of {_WORD_BYTES} bytes, found {len(body)} bytes"
+        if self._refused:
+            self.busy = True
+            return
+        self._sent = len(body) // _WORD_BYTES
+        self._request(_HEADER.pack(b"?", int(time.time()) & 0xFFFFFFFF, self._sent) + body)
+
+    def take(self) -> Reply | None:
+        if self._refused:
+            self.busy = False
+            return Reply(b"", f"{self.name}: {self._refused}")
+        return super().take()
+
+    def due(self) -> float | None:
+        return 0.0 if self._refused and self.busy else super().due()
+
+    def _understand(self, message: bytes) -> Reply:
+        body = message[_HEADER.size :]
+        if message[:1] != b"!" or len(body) != self._sent * _WORD_BYTES:
+            return Reply(
+                b"",
+                f"{self.name}: expected an answer of {self._sent} words, found {len(message)} bytes "
+                f"that begin with {message[:8].hex(' ')}",
+            )
+        errors = [body[at : at + _WORD_BYTES] for at in range(0, len(body), _WORD_BYTES) if body[at] == 0x45]
+        if errors:
+            text = errors[0][2:].rstrip(b"\0").decode("ascii", "replace")
+            return Reply(b"", f"{self.name}: the board refuses {len(errors)} of {self._sent} words: {text!r}")
+        return Reply(body)
 
 
 class PacmanSource(BoardSource):
@@ -24,7 +93,7 @@ class PacmanSource(BoardSource):
         format: str = "auto",
         clock64: bool = False,
     ) -> None:
-        self.command_port = command_port
+        self.channel = PacmanChannel(io_group, host, command_port, format=format)
         super().__init__(
             "PACMAN",
             io_group,
@@ -35,3 +104,7 @@ class PacmanSource(BoardSource):
             layout=layout_of(asic, clock64=clock64 or format == "1.0"),
             silence=SILENCE,
         )
+
+    def close(self) -> None:
+        self.channel.close()
+        super().close()

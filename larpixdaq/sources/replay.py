@@ -43,6 +43,7 @@ class ReplaySource:
 
     waits = True
     recorded = True
+    channel: Any = None
     drained = False  # a file has more until it is finished
     sockets: tuple[Any, ...] = ()
 

@@ -12,17 +12,18 @@ import os
 import select
 import termios
 import time
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import serial
 from numpy.typing import NDArray
 
-from larpixdaq._native.frames import SerialDecoder
+from larpixdaq._native.frames import SerialDecoder, encode_serial
 from larpixdaq.blocks import Verdict
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.base import LiveSource
+from larpixdaq.sources.channel import LIMIT, Reply
 from larpixdaq.sources.evidence import Presence, verdicts
 
 BAUD: Final = 1_000_000
@@ -53,6 +54,64 @@ def _reason(error: BaseException) -> str:
     return str(error)
 
 
+#: Frames of one request: 250 bytes, as much as the board's parser is known to bear at once.
+_FRAMES: Final = 25
+#: When the line takes no more it is tried again after so long (seconds): 100 bytes at 1 Mbaud.
+_AGAIN: Final = 0.001
+
+
+class SerialChannel:
+    """Frames to the board on its serial line. The board answers nothing: what the line has taken is done."""
+
+    kind = "serial"
+    batch = _FRAMES
+    sockets: tuple[Any, ...] = ()
+
+    def __init__(self, device: str, io_group: int) -> None:
+        self.io_group = io_group
+        self.name = f"serial device {device}, io_group {io_group}"
+        self.busy = False
+        self._rest = b""
+        self._deadline = 0.0
+        self._again = 0.0
+        self.fd: int | None = None  # the source's, while the device is there
+
+    def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
+        self.send_raw(encode_serial(words))
+
+    def send_raw(self, body: bytes) -> None:
+        self._rest = body
+        self._deadline = time.monotonic() + LIMIT
+        self._again = 0.0
+        self.busy = True
+
+    def take(self) -> Reply | None:
+        now = time.monotonic()
+        try:
+            if self.fd is None:
+                return self._done("the device is gone")
+            while self._rest:
+                self._rest = self._rest[os.write(self.fd, self._rest) :]
+        except BlockingIOError:
+            if now >= self._deadline:
+                return self._done(f"the line has not taken {len(self._rest)} bytes within {LIMIT:g} s")
+            self._again = now + _AGAIN
+            return None
+        except OSError as error:
+            return self._done(f"cannot send: {os.strerror(error.errno or errno.EIO)}")
+        return self._done("")
+
+    def due(self) -> float | None:
+        return self._again if self.busy else None
+
+    def close(self) -> None:
+        self.busy = False
+
+    def _done(self, error: str) -> Reply:
+        self.busy = False
+        return Reply(b"", f"{self.name}: {error}" if error else "")
+
+
 class SerialSource(LiveSource):
     """One serial device; implements `sources.base.Source`.
 
@@ -65,6 +124,7 @@ class SerialSource(LiveSource):
     def __init__(self, device: str, io_group: int = 1, *, asic: Asic, baud: int = BAUD, rule: str = "strict") -> None:
         decoder = SerialDecoder(io_group, int(asic), rule=rule)
         super().__init__(f"serial device {device}, io_group {io_group}", layout_of(asic), io_group, decoder)
+        self.channel = self._line = SerialChannel(device, io_group)
         self._device = device
         self._baud = baud
         self._buffer = bytearray(_READ)
@@ -138,11 +198,13 @@ class SerialSource(LiveSource):
             raise ConfigError(f"serial device {self._device}: {_reason(error)}") from None
         self._poll.register(self._port.fileno(), select.POLLIN)
         self.sockets = (self._port.fileno(),)
+        self._line.fd = self._port.fileno()
         self._presence.connected(time.time_ns())
         self._retry_at = None
 
     def _disconnect(self) -> None:
         self.sockets = ()
+        self._line.fd = None
         if self._port is None:
             return
         self._poll.unregister(self._port.fileno())

@@ -1,0 +1,88 @@
+"""Hydra networks brought up with larpix-control's own steps, root first, and checked with ours: all io_channels of a
+round at once, what does not answer as it should again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from larpixdaq.errors import RequestError
+
+#: Registers that make a network, as far as the generation has them.
+NETWORK: Final = (
+    "chip_id", "enable_miso_upstream", "enable_miso_downstream", "enable_miso_differential", "enable_mosi",
+    "enable_piso_upstream", "enable_piso_downstream", "enable_posi",
+)  # fmt: skip
+
+_UPSTREAM: Final = ("enable_miso_upstream", "enable_piso_upstream")
+
+
+class _Unsent:
+    """An io, and a packet, for steps that change configurations and send nothing."""
+
+    chip_id = 0
+
+    def send(self, packets: Any) -> None:
+        pass
+
+
+def plan(controller: Any) -> None:
+    """Give the chips' configurations what the network of the board file asks of them; nothing is sent."""
+    before, controller.io = controller.io, _Unsent()
+    chips = list(controller.chips.values())
+    for chip in chips:  # to make packets of registers takes most of the time
+        chip.get_configuration_write_packets = lambda registers=None: [_Unsent()]
+    try:
+        for io_group, io_channel, chip_id in nodes(controller):
+            controller.init_network(io_group, io_channel, chip_id)
+    finally:
+        controller.io = before
+        for chip in chips:
+            del chip.get_configuration_write_packets
+
+
+def nodes(controller: Any) -> Iterator[tuple[int, int, Any]]:
+    """io_group, io_channel and chip_id (or the name of what is no chip) of all networks, each root first."""
+    for io_group, channels in controller.network.items():
+        for io_channel in channels:
+            for chip_id in controller.get_network_ids(io_group, io_channel):
+                yield io_group, io_channel, chip_id
+
+
+def bring_up(controller: Any, keys: set[str] | None, progress: Callable[[int, int], None]) -> int:
+    """Send the steps for these chips (None: for all), in the order of the network; how many chips."""
+    chosen = [node for node in nodes(controller) if keys is None or _key(*node) in keys]
+    chips = sum(isinstance(chip_id, int) for _, _, chip_id in chosen)
+    if not chips:
+        raise RequestError("configure_network: no chips in the network of this board")
+    _close(controller, chosen)
+    done = 0
+    for io_group, io_channel, chip_id in chosen:
+        controller.init_network(io_group, io_channel, chip_id)
+        done += isinstance(chip_id, int)
+        progress(done, chips)
+    return chips
+
+
+def _close(controller: Any, chosen: list[tuple[int, int, Any]]) -> None:
+    """Have these chips begin as after power-up, and no way to them open yet.
+
+    The steps open one way after the other: two chips that both still have the id of power-up would take the same one.
+    """
+    fresh: Any = None
+    for io_group, io_channel, chip_id in chosen:
+        network = controller.network[io_group][io_channel]["miso_us"]
+        for parent, _, uart in network.in_edges(chip_id, data="uart"):
+            if isinstance(parent, int):
+                chip = controller[io_group, io_channel, parent]
+                getattr(chip.config, controller._enable_piso_upstream[chip.asic_version])[uart] = 0
+        if isinstance(chip_id, int):
+            config = controller[io_group, io_channel, chip_id].config
+            fresh = fresh or type(config)()
+            for name in NETWORK[1:]:
+                if name in config.register_names and name not in _UPSTREAM:
+                    setattr(config, name, list(getattr(fresh, name)))
+
+
+def _key(io_group: int, io_channel: int, chip_id: Any) -> str:
+    return f"{io_group}-{io_channel}-{chip_id}"

@@ -1,0 +1,233 @@
+"""What is known of the chips: which there are, what their registers ought to hold, what they were last read to hold.
+
+A Controller of larpix-control, with its objects for every chip, is made of this when a routine needs one, and what the
+routine leaves in it is taken over. Another child goes on from state(): the board file, and the values last confirmed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq.chips import bringup
+from larpixdaq.chips.registers import Registers
+from larpixdaq.errors import FormatError, RequestError
+
+#: Of chips that are named in an error, so many are.
+_NAMED: Final = 5
+
+
+class _State(msgspec.Struct, array_like=True):
+    """As `talk.Remember` carries it: (chips, 3), (chips, registers) and the same in bits."""
+
+    parts: bytes
+    confirmed: bytes
+    known: bytes
+
+
+def key_of(parts: Any) -> str:
+    return "-".join(map(str, parts))
+
+
+def parse_key(asked: Any) -> tuple[int, int, int]:
+    """io_group, io_channel, chip_id of "1-2-3" or [1, 2, 3]; RequestError for what is no chip key."""
+    parts = asked.split("-") if isinstance(asked, str) else asked
+    with contextlib.suppress(TypeError, ValueError):
+        if len(parts) == 3 and not any(isinstance(part, bool | float) for part in parts):
+            io_group, io_channel, chip_id = (int(part) for part in parts)
+            if all(0 <= part <= 255 for part in (io_group, io_channel, chip_id)):
+                return io_group, io_channel, chip_id
+    raise RequestError(f'chip {asked!r:.100}: expected a chip key such as "1-2-3" (io_group, io_channel, chip_id)')
+
+
+def _parts(chip: Any) -> tuple[int, int, int]:
+    return chip.io_group, chip.io_channel, chip.chip_id
+
+
+class Detector:
+    """Chips in the order of the board file; arrays have one row for each. `io_groups` are those that can be reached."""
+
+    def __init__(self, registers: Registers, io_groups: list[int]) -> None:
+        self.registers = registers
+        self.io_groups = io_groups
+        self.board_file = ""
+        self.board_name = ""
+        self.parts: NDArray[np.uint8] = np.zeros((0, 3), np.uint8)
+        self.wanted: NDArray[np.uint8] = np.zeros((0, registers.count), np.uint8)
+        self.confirmed: NDArray[np.uint8] = self.wanted.copy()
+        self.known: NDArray[np.bool_] = np.zeros((0, registers.count), bool)  # confirmed holds something
+        self._index: dict[tuple[int, int, int], int] = {}
+        self._controller: Any = None
+
+    # Chips.
+
+    def find(self, asked: Any) -> NDArray[np.intp]:
+        """Places of the chips asked for: None (all), a key, or a list of keys."""
+        if asked is None:
+            if not len(self.parts):
+                raise RequestError("no chips are known yet: load_board(file) tells which there are, or name a chip")
+            return np.arange(len(self.parts))
+        single = isinstance(asked, str) or (isinstance(asked, list) and asked and isinstance(asked[0], int))
+        keys = [parse_key(one) for one in ([asked] if single else self._listed(asked))]
+        if not self.board_file:
+            self._add([key for key in dict.fromkeys(keys) if key not in self._index])
+        strangers = [key_of(key) for key in keys if key not in self._index]
+        if strangers:
+            named = ", ".join(strangers[:_NAMED]) + (", ..." if len(strangers) > _NAMED else "")
+            raise RequestError(f"chip {named}: not among the {len(self.parts)} chips of board {self.board_name}")
+        return np.array([self._index[key] for key in dict.fromkeys(keys)], np.intp)
+
+    @staticmethod
+    def _listed(asked: Any) -> list[Any]:
+        if not isinstance(asked, list) or not asked:
+            raise RequestError(f"chip: expected a chip key, a list of them, or None for all, found {asked!r:.100}")
+        return asked
+
+    def key(self, place: int) -> str:
+        return key_of(self.parts[place].tolist())
+
+    def _add(self, keys: list[tuple[int, int, int]]) -> None:
+        if not keys:
+            return
+        for key in keys:
+            if key[0] not in self.io_groups:
+                there = ", ".join(map(str, self.io_groups)) or "none"
+                raise RequestError(f"chip {key_of(key)}: no board of io_group {key[0]} takes commands here ({there})")
+        for key in keys:
+            self._index[key] = len(self._index)
+        n = len(keys)
+        self.parts = np.concatenate([self.parts, np.array(keys, np.uint8).reshape(n, 3)])
+        defaults = np.tile(self.registers.defaults, (n, 1))
+        if "chip_id" in self.registers.addresses:
+            defaults[:, self.registers.addresses["chip_id"][0]] = [key[2] for key in keys]
+        self.wanted = np.concatenate([self.wanted, defaults])
+        self.confirmed = np.concatenate([self.confirmed, np.zeros_like(defaults)])
+        self.known = np.concatenate([self.known, np.zeros(defaults.shape, bool)])
+
+    def confirm(self, places: NDArray[np.intp], values: NDArray[np.uint8], which: NDArray[np.bool_]) -> None:
+        """These registers were read to hold these values, all (places, registers)."""
+        self.confirmed[places] = np.where(which, values, self.confirmed[places])
+        self.known[places] |= which
+
+    # Boards.
+
+    def load_board(self, file: str) -> None:
+        """The chips of a controller configuration file of larpix-control, with the values that they begin with."""
+        controller = self._load(file)
+        keys = [_parts(chip) for chip in controller.chips.values()]
+        strangers = sorted({key[0] for key in keys} - set(self.io_groups))
+        if strangers:
+            there = ", ".join(map(str, self.io_groups)) or "none"
+            raise RequestError(f"board file {file}: no board of io_group {strangers[0]} takes commands here ({there})")
+        self._clear()
+        self._add(keys)
+        self.board_file = file
+        self.board_name = controller.board_name
+        self.take_over(controller)
+
+    def _clear(self) -> None:
+        self.__init__(self.registers, self.io_groups)  # type: ignore[misc]
+
+    def _load(self, file: str) -> Any:
+        from larpix import Controller, configs  # here, because it takes a second
+
+        controller = Controller()
+        controller.board_name = ""
+        for table in ("_enable_piso_upstream", "_enable_posi", "_enable_piso_downstream"):
+            # larpix-control's steps for networks do not know LightPix, whose registers are those of v2
+            names = getattr(controller, table)
+            setattr(controller, table, {**names, "lightpix-v1.0": names[2]})
+        if not file:
+            return controller
+        version = self.registers.version
+        try:
+            found = configs.load(file, "controller")["asic_version"]
+            if str(found) not in (str(version), self.registers.asic):
+                raise RequestError(f"board file {file}: is for {found} chips, this producer was started for {version}")
+            with contextlib.redirect_stdout(io.StringIO()):
+                if version == 1:
+                    name = controller.load_controller(file)
+                else:  # Controller.load does not know what its own Chip calls LightPix
+                    name = controller.load_network(file, version=version)
+                    bringup.plan(controller)
+        except RequestError:
+            raise
+        except OSError as error:
+            raise RequestError(f"board file {file}: {error.strerror or error}") from None
+        except Exception as error:  # whatever larpix-control makes of a file that is none
+            raise RequestError(f"board file {file}: {type(error).__name__}: {error}") from None
+        controller.board_name = name
+        return controller
+
+    # What routines get, and leave.
+
+    def controller(self, link: Any) -> Any:
+        """larpix-control's Controller, its chips as they ought to be, its io ours."""
+        if self._controller is None:
+            self._controller = self._load(self.board_file)
+        controller = self._controller
+        if controller.io is None and link.setup.boards:
+            from larpixdaq.chips.io import StreamIO
+
+            controller.io = StreamIO(link)
+        if self.registers.version is None:
+            return controller
+        for key in self._index:
+            if key_of(key) not in controller.chips:
+                controller.add_chip(key_of(key), version=self.registers.version)
+        places, configs = self._configurations(controller)
+        differ = (self.registers.of_all(configs) != self.wanted[places]).any(axis=1)
+        for at in np.flatnonzero(differ).tolist():
+            self.registers.put(configs[at], self.wanted[places[at]])
+        return controller
+
+    def _configurations(self, controller: Any) -> tuple[list[int], list[Any]]:
+        """The configurations of chips that both we and a Controller know, and our places of these chips."""
+        found = [
+            (self._index[key], chip.config)
+            for key, chip in ((_parts(chip), chip) for chip in controller.chips.values())
+            if key in self._index
+        ]
+        return [place for place, _ in found], [config for _, config in found]
+
+    def take_over(self, controller: Any) -> None:
+        """What a routine left in its Controller is how the chips ought to be from now on."""
+        self._controller = controller
+        keys = [_parts(chip) for chip in controller.chips.values()]
+        self._add([key for key in keys if key not in self._index and key[0] in self.io_groups])
+        places, configs = self._configurations(controller)
+        if places:
+            self.wanted[places] = self.registers.of_all(configs)
+
+    # Over the end of the child.
+
+    def state(self) -> bytes:
+        return msgspec.msgpack.encode(
+            _State(self.parts.tobytes(), self.confirmed.tobytes(), np.packbits(self.known).tobytes())
+        )
+
+    def restore(self, board_file: str, state: bytes) -> None:
+        """Be as the child before: its board file, and the values that it had confirmed."""
+        if board_file:
+            self.load_board(board_file)
+        if not state:
+            return
+        try:
+            found = msgspec.msgpack.decode(state, type=_State)
+            parts = np.frombuffer(found.parts, np.uint8).reshape(-1, 3)
+            shape = (len(parts), self.registers.count)
+            confirmed = np.frombuffer(found.confirmed, np.uint8).reshape(shape)
+            bits = np.unpackbits(np.frombuffer(found.known, np.uint8), count=shape[0] * shape[1])
+            known = bits.reshape(shape).astype(bool)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise FormatError(f"state of the chips: {error}") from None
+        keys = [(a, b, c) for a, b, c in parts.tolist()]
+        self._add([key for key in keys if key not in self._index])
+        places = np.array([self._index[key] for key in keys], np.intp)
+        self.confirm(places, confirmed, known)
+        self.wanted[places] = np.where(known, confirmed, self.wanted[places])

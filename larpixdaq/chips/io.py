@@ -1,0 +1,140 @@
+"""The IO of larpix-control's Controller in the child process: words go out through the producer, packets come back out
+of the stream that is being recorded.
+
+Between start_listening() and stop_listening() all packets are kept, until a configuration is read: then only the chips'
+answers are, since a detector that runs sends more than Python can look at. `listen_to` "all" or "answers" says so
+explicitly. What found no room is counted in `left_out`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import bidict
+import numpy as np
+from larpix.io import IO
+from larpix.packet import Packet_v1, Packet_v2, SyncPacket, TimestampPacket, TriggerPacket
+from numpy.typing import NDArray
+
+from larpixdaq._native import packets
+from larpixdaq.chips import talk
+from larpixdaq.chips.boards import BoardOrders
+from larpixdaq.chips.exchange import BATCH, spread
+from larpixdaq.chips.link import Link
+from larpixdaq.errors import RequestError
+from larpixdaq.schema import Asic, PacketType
+
+_READ: Final = 3
+_LISTEN_TO: Final = {None: talk.EVERYTHING, "all": talk.EVERYTHING, "answers": talk.ANSWERS}
+
+
+class StreamIO(BoardOrders, IO):  # type: ignore[misc]
+    """larpix-control's IO over the producer, with the board methods of its PACMAN_IO."""
+
+    def __init__(self, link: Link) -> None:
+        IO.__init__(self)
+        BoardOrders.__init__(self, link)
+        self._io_group_table = bidict.bidict(self.names)
+        self._asic = Asic(link.setup.generation)
+        #: None, "all" or "answers"; counts from the next start_listening() on.
+        self.listen_to: str | None = None
+        self._everything = False
+
+    def load(self, filepath: Any = None) -> None:
+        raise RequestError("the io of a routine is the producer's: its boards are given when the producer is started")
+
+    def send(self, packets: Any) -> None:
+        """Send packets to the chips; BoardError when a board did not take them."""
+        packets = list(packets)
+        if not packets:
+            return
+        words = np.array([int.from_bytes(packet.bytes(), "little") for packet in packets], np.uint64)
+        groups = np.array([packet.io_group or 0 for packet in packets], np.int64)
+        channels = np.array([packet.io_channel or 0 for packet in packets], np.uint8)
+        self.groups(sorted(set(groups.tolist())))
+        reads = bool((words & np.uint64(3) == _READ).any())
+        if self.is_listening and reads and self._everything and self.listen_to != "all":
+            self._link.listen(talk.ANSWERS)
+            self._everything = False
+        numbers = []
+        for io_group in np.unique(groups).tolist():
+            at = np.flatnonzero(groups == io_group)
+            at = at[spread(channels[at])]
+            for begin in range(0, len(at), BATCH):
+                part = at[begin : begin + BATCH]
+                numbers.append(self._link.words(io_group, channels[part], words[part]))
+        for number in numbers:
+            self._link.finished(number)
+
+    def start_listening(self) -> None:
+        """RuntimeError when it does already, as PACMAN_IO has it."""
+        if self.is_listening:
+            raise RuntimeError("Already listening")
+        if self.listen_to not in _LISTEN_TO:
+            raise RequestError(f"listen_to: expected None, 'all' or 'answers', found {self.listen_to!r}")
+        super().start_listening()
+        self._everything = _LISTEN_TO[self.listen_to] == talk.EVERYTHING
+        self._link.listen(_LISTEN_TO[self.listen_to])
+
+    def stop_listening(self) -> None:
+        """RuntimeError when it does not listen."""
+        if not self.is_listening:
+            raise RuntimeError("Already not listening")
+        super().stop_listening()
+        self._link.listen(talk.NOTHING)
+
+    @property
+    def left_out(self) -> int:
+        """Packets since start_listening() that were not kept, because nobody took them."""
+        return self._link.left_out
+
+    def empty_queue(self) -> tuple[list[Any], bytes]:
+        """The packets that came since the last call, and the bytes of their words."""
+        found: list[Any] = []
+        stream: list[bytes] = []
+        for rows in self._link.rows():
+            made, data = self._packets(rows)
+            found += made
+            stream.append(data)
+        return found, b"".join(stream)
+
+    def take_rows(self) -> list[NDArray[Any]]:
+        """What came since the last call, as it is recorded (schema.py): for those who count many."""
+        return self._link.rows()
+
+    def cleanup(self) -> None:
+        """There is nothing to clean up: the connections are the producer's."""
+
+    def _packets(self, rows: NDArray[Any]) -> tuple[list[Any], bytes]:
+        data = packets.encode(rows, asic=self._asic).tobytes()
+        made: list[Any] = []
+        at = 0
+        v1 = self._asic == Asic.V1
+        kinds = rows["type" if v1 else "packet_type"].tolist()
+        for kind, row in zip(kinds, rows, strict=True):
+            packet: Any
+            if kind < PacketType.TIMESTAMP:
+                word, at = data[at : at + 8], at + 8
+                if row["direction"] == 0:
+                    continue
+                if v1:
+                    packet = Packet_v1(word[:7])
+                    io_group, io_channel = (int(part) for part in row["chip_key"].split(b"-")[:2])
+                else:
+                    packet = Packet_v2(word)
+                    packet.receipt_timestamp = int(row["receipt_timestamp"])
+                    io_group, io_channel = int(row["io_group"]), int(row["io_channel"])
+                packet.io_group, packet.io_channel = io_group, io_channel
+            elif kind == PacketType.TIMESTAMP:
+                packet = TimestampPacket(timestamp=int(row["timestamp"]))
+            elif kind == PacketType.SYNC and not v1:
+                sync = bytes([int(row["trigger_type"])])
+                packet = SyncPacket(sync_type=sync, clk_source=int(row["dataword"]), timestamp=int(row["timestamp"]))
+                packet.io_group = int(row["io_group"])
+            elif kind == PacketType.TRIGGER and not v1:
+                packet = TriggerPacket(trigger_type=bytes([int(row["trigger_type"])]), timestamp=int(row["timestamp"]))
+                packet.io_group = int(row["io_group"])
+            else:
+                continue
+            made.append(packet)
+        return made, data

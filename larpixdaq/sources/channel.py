@@ -1,0 +1,126 @@
+"""Command channels: how words and orders reach a board. One request at a time, a limit on each, and nothing waits.
+
+A channel belongs to one board. It connects when the first request is sent, so that a command port where nobody answers
+is no error before. `commands.Commands` of `chips` drives it::
+
+    channel.send_words(io_channels, words)      # or send_raw(body); only when it is not `busy`
+    ...  when `sockets` are readable, or `due()` has come:
+    reply = channel.take()                      # None: not yet
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final, NamedTuple, Protocol
+
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+#: A board that has not answered a request after so long (seconds) is taken not to have got it.
+LIMIT: Final = 2.0
+#: No answer of a board is larger (bytes): a PACMAN repeats every word of the request.
+_LARGEST_REPLY: Final = 2 << 20
+
+
+class Reply(NamedTuple):
+    """What came of a request: what the board said, or, in one line, why that is not known."""
+
+    body: bytes
+    error: str = ""
+
+
+class Channel(Protocol):
+    #: For messages to people: board, host:port.
+    name: str
+    #: "pacman", "bern" or "serial": which orders it understands.
+    kind: str
+    io_group: int
+    #: Words of one request, at most.
+    batch: int
+    #: Sockets to poll for reading while it is busy.
+    sockets: tuple[Any, ...]
+    #: A request was sent, and take() has not said yet what came of it.
+    busy: bool
+
+    def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
+        """Send these words to the chips, at most `batch`."""
+
+    def send_raw(self, body: bytes) -> None:
+        """Send an order to the board itself, in the form that boards of this kind understand."""
+
+    def take(self) -> Reply | None:
+        """What came of the request in flight; None while that is open."""
+
+    def due(self) -> float | None:
+        """When take() wants to be called although no socket is readable (monotonic seconds)."""
+
+    def close(self) -> None: ...
+
+
+class RequestChannel:
+    """A board's command server, which speaks REQ/REP over ZeroMQ: a DEALER here, so that nothing ever blocks."""
+
+    kind = ""
+    batch = 1
+
+    def __init__(self, board: str, io_group: int, host: str, port: int) -> None:
+        self.io_group = io_group
+        self.address = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+        self.name = f"{board} io_group {io_group}, command port {self.address}"
+        self.sockets: tuple[Any, ...] = ()
+        self.busy = False
+        self._ipv6 = ":" in host
+        self._socket: zmq.Socket[bytes] | None = None
+        self._context: zmq.Context[Any] | None = None
+        self._deadline = 0.0
+
+    def take(self) -> Reply | None:
+        assert self._socket is not None
+        try:
+            parts = self._socket.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            if time.monotonic() < self._deadline:
+                return None
+            # What is still under way would otherwise reach the board later, and its answer the next request.
+            self.close()
+            return Reply(b"", f"{self.name}: no answer within {LIMIT:g} s")
+        except zmq.ZMQError as error:
+            self.close()
+            return Reply(b"", f"{self.name}: {error}")
+        self.busy = False
+        if len(parts) != 2 or parts[0]:
+            return Reply(b"", f"{self.name}: expected an answer of one part, found {len(parts) - 1}")
+        return self._understand(parts[1])
+
+    def due(self) -> float | None:
+        return self._deadline if self.busy else None
+
+    def close(self) -> None:
+        self.busy = False
+        self.sockets = ()
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+        if self._context is not None:
+            self._context.term()
+            self._context = None
+
+    def _understand(self, message: bytes) -> Reply:
+        """What the board's answer means."""
+        raise NotImplementedError
+
+    def _request(self, message: bytes) -> None:
+        if self._socket is None:
+            self._context = zmq.Context()
+            self._socket = self._context.socket(zmq.DEALER)
+            self._socket.linger = 0
+            self._socket.ipv6 = self._ipv6
+            self._socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST_REPLY)
+            self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+            self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+            self._socket.connect(self.address)
+            self.sockets = (self._socket,)
+        self._socket.send_multipart([b"", message], zmq.DONTWAIT)
+        self._deadline = time.monotonic() + LIMIT
+        self.busy = True
