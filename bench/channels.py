@@ -2,9 +2,9 @@
 
     python bench/channels.py [--rate R] [--boards N] [--seconds S] [--json]
 
-Emulated PACMANs, 1000-word messages, at an even rate that all keep up with; one round for each number of io_channels and
-of chips on each, 64 channels a chip. "ns a packet" is processor time of a process over the packets of that time, from
-the end of SETTLE on, when every channel has been seen. The monitor's resident memory grows with the channels: a
+Emulated PACMANs, 1000-word messages, at an even rate that all keep up with; one round for each number of io_channels
+and of chips on each, 64 channels a chip. "ns a packet" is processor time of a process over the packets of that time,
+from the end of SETTLE on, when every channel has been seen. The monitor's resident memory grows with the channels: a
 histogram each.
 """
 

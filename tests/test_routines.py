@@ -178,9 +178,7 @@ def test_routines_are_listed_with_their_parameters(child):
         "help": "Adds.\n\nMore about it.",
     }
     assert listed["state"]["params"] == []
-    assert listed["hello_world"]["params"] == [
-        {"name": "name", "type": "str", "required": False, "default": "world"}
-    ]
+    assert listed["hello_world"]["params"] == [{"name": "name", "type": "str", "required": False, "default": "world"}]
     assert [p["name"] for p in listed["old"]["params"]] == ["chip", "seconds"]
 
 
@@ -199,7 +197,7 @@ def test_arguments_results_and_the_controller_pass(child):
 @pytest.mark.parametrize(
     ("name", "args", "code", "words"),
     [
-        ("nonsense", (), "unknown", "no routine 'nonsense'; there are add, big, dies"),
+        ("nonsense", (), "unknown", "no routine 'nonsense'; there are add, big, calibrate, dies"),
         ("add", (), "failed", "routine add(a, b=2): missing a required argument: 'a'"),
         ("add", (1, 2, 3), "failed", "too many positional arguments"),
         ("add", (1, "2"), "failed", "routine add: TypeError: unsupported operand"),

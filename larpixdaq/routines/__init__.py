@@ -67,9 +67,9 @@ def init_routines(location: str | os.PathLike[str] | None = None) -> dict[str, R
 def test_routine(
     name: str,
     controller: Any,
-    send_data: Callable[..., Any] | None = None,
-    send_info: Callable[..., Any] | None = None,
-    args: Iterable[Any] = (),
+    send_data: Callable[..., Any] | None = None,  # noqa: PT028
+    send_info: Callable[..., Any] | None = None,  # noqa: PT028
+    args: Iterable[Any] = (),  # noqa: PT028
 ) -> Any:
     """Run one of ROUTINES here, without a DAQ: returns the Controller and the routine's result.
 
@@ -93,7 +93,12 @@ def load(folders: Iterable[Path] = ()) -> tuple[dict[str, Routine], list[str]]:
     """
     routines: dict[str, Routine] = {}
     broken: list[str] = []
-    shipped = [Path(folder) / f"{module.name}.py" for folder in __path__ for module in pkgutil.iter_modules([folder])]
+    shipped = [
+        Path(folder) / f"{module.name}.py"
+        for folder in __path__
+        for module in pkgutil.iter_modules([folder])
+        if not module.ispkg
+    ]
     files = [(f"{__name__}.{path.stem}", path) for path in shipped]
     for folder in folders:
         try:

@@ -1,0 +1,137 @@
+"""What the channels send while a routine listens: from the stream that is recorded, or through any IO of
+larpix-control."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Seconds for which what was on its way before is not counted.
+SETTLE: Final = 0.05
+#: Seconds between two looks at what has come.
+_LOOK: Final = 0.02
+
+#: A data packet with the right parity; `chip` is a place in the list of chips asked for.
+HIT: Final = np.dtype([("chip", "<i4"), ("channel", "<i4"), ("adc", "<i4"), ("trigger", "<i4")])
+
+
+class Hits(NamedTuple):
+    """`hits`: dtype HIT, in the order in which they came. `seconds`: how long was listened. `left_out`: packets that
+    nobody could look at, because more came than there was time for."""
+
+    hits: NDArray[Any]
+    seconds: float
+    left_out: int
+
+
+def collect(
+    controller: Any,
+    chips: Sequence[str],
+    seconds: float,
+    *,
+    settle: float = SETTLE,
+    act: Callable[[], None] | None = None,
+) -> Hits:
+    """All hits of these chips, for so long; `act` is called when listening has begun."""
+    parts = [np.zeros(0, HIT)]
+    with _listening(controller.io, settle) as listened:
+        if act is not None:
+            act()
+        parts += listened(_places(chips), seconds)
+        left_out = getattr(controller.io, "left_out", 0)
+    return Hits(np.concatenate(parts), seconds, left_out)
+
+
+def rates(
+    controller: Any, chips: Sequence[str], channels: int, seconds: float, *, settle: float = SETTLE
+) -> tuple[NDArray[np.int64], float]:
+    """Hits of each channel, shape (chips, channels), and the seconds in which they came: fewer than was listened for
+    when more came than could be looked at."""
+    counts = np.zeros(len(chips) * channels, np.int64)
+    with _listening(controller.io, settle) as listened:
+        for hits in listened(_places(chips), seconds):
+            at = hits["chip"] * channels + hits["channel"]
+            counts += np.bincount(at[hits["channel"] < channels], minlength=len(counts))
+        left_out = getattr(controller.io, "left_out", 0)
+    looked_at = int(counts.sum())
+    share = looked_at / (looked_at + left_out) if looked_at else 1.0
+    return counts.reshape(len(chips), channels), seconds * share
+
+
+@contextlib.contextmanager
+def _listening(io: Any, settle: float) -> Iterator[Any]:
+    """Listens to everything; gives the function that yields the hits of the chips at these places, for some seconds."""
+    if hasattr(io, "listen_to"):
+        io.listen_to = "all"
+    io.start_listening()
+    try:
+        time.sleep(settle)
+        io.empty_queue()
+
+        def listened(places: dict[tuple[int, int, int], int], seconds: float) -> Iterator[NDArray[Any]]:
+            end = time.monotonic() + seconds
+            while (left := end - time.monotonic()) > 0:
+                time.sleep(min(_LOOK, left))
+                yield from _hits(io, places)
+
+        yield listened
+    finally:
+        io.stop_listening()
+        if hasattr(io, "listen_to"):
+            io.listen_to = None
+
+
+def _places(chips: Sequence[str]) -> dict[tuple[int, int, int], int]:
+    keys = [tuple(int(part) for part in str(chip).split("-")) for chip in chips]
+    return {(key[0], key[1], key[2]): place for place, key in enumerate(keys)}
+
+
+def _hits(io: Any, places: dict[tuple[int, int, int], int]) -> Iterator[NDArray[Any]]:
+    if hasattr(io, "take_rows"):
+        for rows in io.take_rows():
+            yield _of_rows(rows, places)
+    else:
+        yield _of_packets(io.empty_queue()[0], places)
+
+
+def _of_rows(rows: NDArray[Any], places: dict[tuple[int, int, int], int]) -> NDArray[Any]:
+    """Of rows as they are recorded (schema.py)."""
+    names = rows.dtype.names or ()
+    v1, v3 = "chip_key" in names, "reset_sample_flag" in names
+    kind = rows["type" if v1 else "packet_type"]
+    rows = rows[(kind == (1 if v3 else 0)) & (rows["valid_parity"] == 1) & (rows["direction"] == 1)]
+    if v1:
+        texts, back = np.unique(rows["chip_key"], return_inverse=True)
+        keys = [tuple(int(part) for part in text.split(b"-")) for text in texts.tolist()]
+        chip = np.array([places.get((k[0], k[1], k[2]), -1) for k in keys], np.int32)[back]
+    else:
+        key = rows["io_group"].astype(np.int32) << 16 | rows["io_channel"].astype(np.int32) << 8 | rows["chip_id"]
+        found, back = np.unique(key, return_inverse=True)
+        known = [places.get((k >> 16, k >> 8 & 255, k & 255), -1) for k in found.tolist()]
+        chip = np.array(known, np.int32)[back]
+    hits = np.zeros(len(rows), HIT)
+    hits["chip"] = chip
+    hits["channel"] = rows["channel" if v1 else "channel_id"]
+    hits["adc"] = rows["adc_counts" if v1 else "dataword"]
+    if not v1:
+        hits["trigger"] = rows["trigger_type"]
+    return hits[hits["chip"] >= 0]
+
+
+def _of_packets(packets: Sequence[Any], places: dict[tuple[int, int, int], int]) -> NDArray[Any]:
+    """Of larpix-control's packets, for an IO that is not the DAQ's."""
+    found = []
+    for packet in packets:
+        data = getattr(packet, "DATA_PACKET", None)
+        if data is None or packet.packet_type != data or not packet.has_valid_parity():
+            continue
+        place = places.get((packet.io_group, packet.io_channel, packet.chip_id), -1)
+        if place >= 0:
+            trigger = getattr(packet, "trigger_type", 0)
+            found.append((place, packet.channel_id, packet.dataword, trigger))
+    return np.array(found, HIT)

@@ -1,0 +1,108 @@
+"""Registers of many chips at once, by what they are for: the generations of the chips call them differently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: What it is for -> what larpix-control's configurations call it.
+NAMES: Final = {
+    "threshold": ("threshold_global", "global_threshold"),
+    "trim": ("pixel_trim_dac", "pixel_trim_thresholds"),
+    "mask": ("channel_mask",),
+    "periodic_reset": ("enable_periodic_reset", "periodic_reset"),
+    "periodic_trigger": ("enable_periodic_trigger",),
+    "periodic_trigger_cycles": ("periodic_trigger_cycles",),
+    "periodic_trigger_mask": ("periodic_trigger_mask",),
+    "testpulse_enable": ("csa_testpulse_enable",),
+    "testpulse_dac": ("csa_testpulse_dac", "csa_testpulse_dac_amplitude"),
+}
+
+
+class Chips:
+    """`keys`: chip keys, those asked for or all that the Controller has. What set() changes goes to the chips at once;
+    restore() brings back what was there in the beginning. KeyError for a chip that the Controller does not have."""
+
+    def __init__(self, controller: Any, keys: Sequence[str] | str | None = None) -> None:
+        known = [str(key) for key in controller.chips]
+        asked = [keys] if isinstance(keys, str) else known if keys is None else [str(key) for key in keys]
+        strangers = sorted(set(asked) - set(known))
+        if strangers:
+            raise KeyError(f"no chip {', '.join(strangers)}; load_board() says which there are ({len(known)} now)")
+        if not asked:
+            raise ValueError("no chips: load_board(file) says which there are")
+        self.controller = controller
+        self.keys = asked
+        self._configs = [controller[key].config for key in asked]
+        self._sent = [config.all_data() for config in self._configs]
+        self._before: dict[str, list[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def channels(self) -> int:
+        """Of a chip."""
+        return len(self.get("mask")[0])
+
+    def has(self, what: str) -> bool:
+        """Whether these chips have a register for this."""
+        return any(hasattr(self._configs[0], name) for name in NAMES[what])
+
+    def get(self, what: str) -> NDArray[np.int64]:
+        """Values as the Controller has them: shape (chips,), or (chips, channels)."""
+        return np.array([getattr(config, self._name(what)) for config in self._configs], np.int64)
+
+    def set(self, **values: Any) -> None:
+        """For each thing named: one value for all, one for each chip, or one for each channel of each."""
+        for what, new in values.items():
+            name = self._name(what)
+            now = self.get(what)
+            self._before.setdefault(name, now.tolist())
+            new = np.asarray(new)
+            if new.ndim == 1 and now.ndim == 2:
+                new = new[:, None]
+            self._put(name, np.broadcast_to(new, now.shape).tolist())
+        self._send()
+
+    def unmasked(self) -> Chips:
+        """These, if each has a channel that is not masked; ValueError names those that have none."""
+        masks = self.get("mask")
+        silent = [key for place, key in enumerate(self.keys) if masks[place].all()]
+        if silent:
+            more = f" and {len(silent) - 3} more" if len(silent) > 3 else ""
+            raise ValueError(
+                f"chip {', '.join(silent[:3])}{more}: all channels are masked, as they are at power-up; "
+                f"send_configuration({{'all': {{'channel_mask': [0] * {self.channels}}}}}) opens them"
+            )
+        return self
+
+    def restore(self) -> None:
+        for name, values in self._before.items():
+            self._put(name, values)
+        self._send()
+
+    def _name(self, what: str) -> str:
+        for name in NAMES[what]:
+            if hasattr(self._configs[0], name):
+                return name
+        raise ValueError(f"these chips have no register for {what.replace('_', ' ')}")
+
+    def _put(self, name: str, values: Sequence[Any]) -> None:
+        for config, value in zip(self._configs, values, strict=True):
+            setattr(config, name, value)
+
+    def _send(self) -> None:
+        """What the chips do not have yet, in one piece."""
+        packets = []
+        for place, (key, config) in enumerate(zip(self.keys, self._configs, strict=True)):
+            data = config.all_data()
+            changed = [address for address, (a, b) in enumerate(zip(data, self._sent[place], strict=True)) if a != b]
+            if changed:
+                packets += self.controller[key].get_configuration_write_packets(changed)
+                self._sent[place] = data
+        if packets:
+            self.controller.send(packets)

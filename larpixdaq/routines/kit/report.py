@@ -1,0 +1,45 @@
+"""What a calibration leaves behind: all of it as JSON, and a picture of the rates before and after."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def write(directory: str, name: str, found: dict[str, Any]) -> str:
+    """`name`.json in the directory; its absolute path."""
+    path = Path(directory).absolute() / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found) + "\n")
+    return str(path)
+
+
+def draw(
+    directory: str, name: str, before: NDArray[Any], after: NDArray[Any], low: float, high: float, title: str
+) -> str:
+    """`name`.png in the directory, of rates (Hz) of channels before and after; its absolute path."""
+    # Here, because it takes a second; without pyplot, which would look for a screen.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    spread, one_by_one = figure.subplots(1, 2)
+    least = min([low, *(float(rates[rates > 0].min()) for rates in (before, after) if (rates > 0).any())]) / 2
+    bins = np.geomspace(least, max(before.max(), after.max(), high) * 2, 60)
+    for rates, label, colour in ((before, "before", "0.6"), (after, "after", "tab:blue")):
+        shown = np.maximum(rates.ravel(), least)
+        spread.hist(shown, bins, label=f"{label}: {rates.sum():,.0f} Hz in all", color=colour, alpha=0.7)
+        one_by_one.plot(np.sort(shown)[::-1], label=label, color=colour)
+    spread.axvspan(low, high, color="tab:green", alpha=0.2, label="wanted")
+    one_by_one.axhspan(low, high, color="tab:green", alpha=0.2)
+    spread.set(xscale="log", yscale="symlog", xlabel="rate of a channel [Hz]", ylabel="channels")
+    one_by_one.set(yscale="log", xlabel="channels, by their rates", ylabel="rate [Hz]")
+    spread.legend()
+    figure.suptitle(title)
+    path = Path(directory).absolute() / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return str(path)

@@ -1,0 +1,236 @@
+"""The routines that ship, on emulated tiles behind a board, a producer and an Operator, while a run is taken."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from boards import Emulator
+from processes import LIMIT
+from system import rows_of, system
+
+from larpixdaq.errors import RequestError
+
+SLOW = 180.0
+DAC_MV, TRIM_MV = 7.03125, 1.45
+EARLIER_V1 = '''
+from larpixdaq.routines import Routine
+import copy
+
+def _threshold(controller, send_data, send_info, *args):
+    """threshold(chip, value): writes a global threshold and reads it back."""
+    chip_key, value = args[0], int(args[1])
+    chip = controller[chip_key]
+    before = copy.deepcopy(chip.config)
+    chip.config.global_threshold = value
+    controller.write_configuration(chip_key, 32)
+    controller.read_configuration(chip_key, 32)
+    send_data(b"")
+    found = [p.register_data for p in controller.reads[-1] if p.packet_type == p.CONFIG_READ_PACKET]
+    chip.config = before
+    controller.write_configuration(chip_key, 32)
+    return controller, found
+
+registration = {"threshold": Routine("threshold", _threshold, ["chip", "value"])}
+'''
+EARLIER_V2 = """
+from larpixdaq.routines import Routine
+
+def _rates(controller, send_data, send_info, *args):
+    chip_key = args[0]
+    run_time = float(args[1])
+    chip = controller[chip_key]
+    chip.config.threshold_global = 85
+    chip.config.channel_mask = [0] * 64
+    controller.write_configuration(chip_key)
+    controller.io.empty_queue()
+    controller.run(run_time, message="rates {}".format(chip_key))
+    packets = [p for p in controller.reads[-1] if getattr(p, "chip_key", None) == chip_key and p.packet_type == 0]
+    send_info("{} Hz".format(len(packets) / run_time))
+    ok, different = controller.verify_configuration([chip_key])
+    return controller, [ok, len(packets)]
+
+registration = {"rates": Routine("rates", _rates, ["chip", "run_time"])}
+"""
+
+
+def tile(tmp_path, chips, *more):
+    network = tmp_path / "network.json"
+    truth = tmp_path / "truth.json"
+    options = ("--chips", str(chips), "--asic", "2b", "--write-network", str(network), "--truth", str(truth), *more)
+    return Emulator(*options, "--lossless"), network, truth
+
+
+@pytest.fixture
+def small(tmp_path):
+    """An Operator of four chips that are configured, in a run."""
+    board, network, truth = tile(tmp_path, 4)
+    (tmp_path / "system").mkdir()
+    (tmp_path / "routines").mkdir()
+    (tmp_path / "routines" / "rates.py").write_text(EARLIER_V2)
+    ports = board.ready["1"]
+    try:
+        with system(tmp_path / "system") as made:
+            where = f"127.0.0.1:{ports['data']}:{ports['command']}"
+            operator = made.start("--asic", "2b", "--routines", str(tmp_path / "routines"), "--pacman", where)
+            bring_up(operator, network)
+            operator.prepare_run().result(LIMIT)
+            operator.begin_run().result(LIMIT)
+            yield operator, json.loads(truth.read_text()), board, made
+    finally:
+        board.close()
+
+
+def bring_up(operator, network):
+    operator.power(True).result(LIMIT)
+    operator.load_board(str(network)).result(LIMIT)
+    assert operator.configure_network().result(SLOW)["ok"]
+
+
+def test_what_was_calibrated_has_the_rates_that_were_wanted(tmp_path):
+    """A tile of 100 chips, in a run that loses nothing: planted hot and dead channels and a dead chip are found."""
+    low, high = 5.0, 50.0
+    planted = ("--hot-channels", "8", "--dead-channels", "8")
+    board, network, truth = tile(tmp_path, 100, *planted)
+    (tmp_path / "system").mkdir()
+    ports = board.ready["1"]
+    try:
+        with system(tmp_path / "system") as made:
+            operator = made.start("--asic", "2b", "--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}")
+            operator.prepare_run().result(LIMIT)
+            operator.begin_run().result(LIMIT)
+            bring_up(operator, network)
+            request = operator.run_routine("calibrate", low, high, apply=True, directory=str(tmp_path))
+            result = request.result(SLOW)
+            board.stop()
+            sent = board.finish()["sent"]["1"]
+            ended = operator.end_run().result(LIMIT)
+        assert ended["condition"].startswith("COMPLETE"), ended
+        rows = np.concatenate([rows_of(path) for path in ended["files"]])
+        assert np.count_nonzero((rows["direction"] == 1) & (rows["packet_type"] <= 3)) == sent["D"]
+    finally:
+        board.close()
+    known = json.loads(truth.read_text())
+    wrong = {
+        name: {tuple(key.rsplit("-", 1)) for key in known["planted"][name]}
+        for name in ("hot_channels", "dead_channels")
+    }
+    found = {
+        name: {(key, str(channel)) for key, channels in result[what].items() for channel in channels}
+        for name, what in (("hot_channels", "disable"), ("dead_channels", "dead"))
+    }
+    assert found["dead_channels"] == wrong["dead_channels"]
+    assert wrong["hot_channels"] <= found["hot_channels"]
+    # Some channels are beyond the reach of their trims: a step of the global threshold is five of a trim.
+    assert len(found["hot_channels"]) <= len(wrong["hot_channels"]) + 0.02 * 6400
+    rates = true_rates(known, result)
+    live = [key for key in rates if key not in found["hot_channels"] | found["dead_channels"]]
+    good = [key for key in live if 0.8 * low <= rates[key] <= 1.2 * high]
+    assert len(good) >= 0.95 * len(live), f"{len(good)} of {len(live)}"
+    assert [path.rpartition(".")[2] for path in result["files"]] == ["png", "json"]
+    with open(result["files"][0], "rb") as picture:
+        assert picture.read(8) == b"\x89PNG\r\n\x1a\n"
+    with open(result["files"][1]) as report:
+        assert json.load(report)["trims"] == result["trims"]
+
+
+def true_rates(known, result):
+    """Hz of each channel with the thresholds that were found, by the emulator's own numbers."""
+    found = {}
+    for key, trims in result["trims"].items():
+        chip = known["channels"][key]
+        above = result["thresholds"][key] + np.array(trims) * TRIM_MV / DAC_MV - np.array(chip["threshold"])
+        hz = 1e4 * np.exp(-(np.maximum(above / np.array(chip["noise_dac"]), 0) ** 2) / 2)
+        found |= {(key, str(channel)): float(value) for channel, value in enumerate(hz)}
+    return found
+
+
+def test_routines_measure_what_is_there(small):
+    operator, known, _, _ = small
+    before = operator.retrieve_configuration().result(LIMIT)
+    asked = operator.run_routine("quickstart", seconds=0.2).result(SLOW)
+    assert (asked["ok"], asked["chips"], asked["different"]) == (True, 4, {})
+
+    pedestals = operator.run_routine("pedestal", samples=60, trigger_hz=100.0).result(SLOW)
+    assert pedestals["left_out"] == 0
+    for key, measured in pedestals["chips"].items():
+        np.testing.assert_allclose(measured["mean"], np.array(known["channels"][key]["pedestal"]) - 0.5, atol=0.8)
+        assert min(measured["samples"]) > 20
+
+    pulses = operator.run_routine("test_pulse", "1-1-11", [3, 5], amplitude=40, pulses=5).result(SLOW)
+    quiet = operator.run_routine("test_pulse", "1-1-11", [3], amplitude=1, pulses=5).result(SLOW)
+    assert quiet["chips"]["1-1-11"]["3"]["pulses"] == 0
+    with pytest.raises(RequestError, match=r"channels: expected 0 to 63, found \[64\]"):
+        operator.run_routine("test_pulse", channels=[64]).result(SLOW)
+
+    for routine in ("threshold_scan", "leakage", "hot_channels"):
+        with pytest.raises(RequestError, match="all channels are masked, as they are at power-up"):
+            operator.run_routine(routine).result(SLOW)
+    with pytest.raises(RequestError, match="no chip 9-9-9; load_board"):
+        operator.run_routine("pedestal", "9-9-9").result(SLOW)
+    after = operator.retrieve_configuration().result(LIMIT)
+    assert after["1-1-11"]["wanted"] == before["1-1-11"]["wanted"], "all is as it was"
+    assert operator.validate_configuration().result(SLOW)["ok"]
+    assert set(pulses["chips"]["1-1-11"]) == {"3", "5"}
+
+    operator.send_configuration({"all": {"channel_mask": [0] * 64}}).result(SLOW)
+    scan = operator.run_routine("threshold_scan", "1-1-11", start=110, stop=80, step=2, seconds=0.2).result(SLOW)
+    sums = [sum(rates) for rates in scan["chips"]["1-1-11"]["rates"] if rates is not None]
+    assert sums[0] < 100  # what leaks
+    assert sums[-1] > 1000
+    assert scan["thresholds"][: len(sums)] == list(range(110, 110 - 2 * len(sums), -2))
+
+
+def test_leaking_and_hot_channels_are_found(small):
+    operator, *_ = small
+    found = operator.run_routine("calibrate", 20.0, 200.0, apply=True, directory="/tmp", rounds=2)
+    result = found.result(SLOW)
+    assert result["applied"]
+    hot = operator.run_routine("hot_channels", above_hz=1000.0, seconds=0.5).result(SLOW)
+    assert hot["hot"] == {}
+    operator.send_configuration({"1-1-11": {"pixel_trim_dac": [0] * 64}}).result(LIMIT)
+    hot = operator.run_routine("hot_channels", above_hz=1000.0, seconds=0.5, disable=True).result(SLOW)
+    assert list(hot["hot"]) == ["1-1-11"]
+    masks = operator.retrieve_configuration("1-1-11", "channel_mask").result(LIMIT)["1-1-11"]["wanted"]["channel_mask"]
+    assert {str(channel) for channel, masked in enumerate(masks) if masked} >= set(hot["hot"]["1-1-11"])
+    leaks = operator.run_routine("leakage", "1-1-12", seconds=1.0).result(SLOW)
+    assert set(leaks["1-1-12"]) == {"with_reset", "without_reset", "leakage"}
+
+
+def test_routines_of_earlier_versions_run_unchanged(small):
+    operator, _, _, made = small
+    ok, packets = operator.run_routine("rates", "1-1-11", 0.5).result(SLOW)
+    assert ok
+    assert packets > 100
+    with pytest.raises(
+        RequestError, match=r"tuple index out of range \(given 1 of the arguments of rates\(chip, run_time\)\)"
+    ):
+        operator.run_routine("rates", "1-1-11").result(SLOW)
+    assert made.status_of(operator, "producer")["state"] == "RUN", "the readout goes on"
+
+
+def test_the_demo_brings_up_calibrates_and_reads_out(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "larpixdaq",
+        "demo",
+        "--calibrate",
+        "--seconds",
+        "1",
+        "--json",
+        "-o",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SLOW, check=False)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert (outcome["ok"], outcome["lost"], outcome["verified"]) == (True, 0, True)
+    assert outcome["sent"] == outcome["stored"] > 10_000
+    told = outcome["calibration"]
+    assert told["registers_ok"]
+    assert told["hot_found"] == told["hot_planted"] == told["dead_found"] == told["dead_planted"] == 8
+    assert told["within"] >= 0.95 * told["live"]
+    assert all(Path(path).stat().st_size > 1000 for path in told["report"])
