@@ -91,7 +91,7 @@ def bring_up(operator, network):
 
 def test_what_was_calibrated_has_the_rates_that_were_wanted(tmp_path):
     """A tile of 100 chips, in a run that loses nothing: planted hot and dead channels and a dead chip are found."""
-    low, high = 5.0, 50.0
+    low, high = 2.0, 20.0
     planted = ("--hot-channels", "8", "--dead-channels", "8")
     board, network, truth = tile(tmp_path, 100, *planted)
     (tmp_path / "system").mkdir()

@@ -39,6 +39,9 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         #: None, "all" or "answers"; counts from the next start_listening() on.
         self.listen_to: str | None = None
         self._everything = False
+        self.v1 = self._asic == Asic.V1
+        #: By io_group, a chip that answers: routines that measure ask it where they begin and end.
+        self.marks: dict[int, str] = {}
 
     def load(self, filepath: Any = None) -> None:
         raise RequestError("the io of a routine is the producer's: its boards are given when the producer is started")

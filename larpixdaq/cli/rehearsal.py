@@ -20,8 +20,9 @@ ASIC = "2b"
 CHIPS = 100
 #: Channels that are planted: so many with ten times the noise of others, and so many that see nothing.
 PLANTED = 8
-#: Rates that are wanted of each channel (Hz): higher than a detector's, so that few seconds are enough to count them.
-LOW, HIGH = 5.0, 50.0
+#: Rates that are wanted of each channel (Hz): higher than a detector's, so that seconds are enough to count them, and
+#: low enough for what four io_channels carry.
+LOW, HIGH = 2.0, 20.0
 #: Bring-up of a tile, and its calibration, are done within so long (seconds).
 LIMIT = 300.0
 

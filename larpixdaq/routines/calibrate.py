@@ -64,11 +64,8 @@ class _Calibration:
             threshold = np.where(going_down, np.maximum(threshold - _DOWN, 0), threshold)
             rising &= threshold < 255
             chips.set(threshold=threshold)
-            self.say(
-                f"global thresholds: {int(threshold.min())} to {int(threshold.max())}",
-                begin - int(threshold.min()),
-                begin,
-            )
+            lowest, highest = int(np.min(threshold)), int(np.max(threshold))
+            self.say(f"global thresholds: {lowest} to {highest}", begin - lowest, begin)
         return threshold
 
     def coarse(self) -> Search:

@@ -11,7 +11,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-#: Seconds for which what was on its way before is not counted.
+from larpixdaq.routines.kit.window import Window
+
+#: Seconds for which what was on its way before is not counted, where the stream itself does not say it.
 SETTLE: Final = 0.05
 #: Seconds between two looks at what has come.
 _LOOK: Final = 0.02
@@ -29,61 +31,70 @@ class Hits(NamedTuple):
     left_out: int
 
 
-def collect(
-    controller: Any,
-    chips: Sequence[str],
-    seconds: float,
-    *,
-    settle: float = SETTLE,
-    act: Callable[[], None] | None = None,
-) -> Hits:
-    """All hits of these chips, for so long; `act` is called when listening has begun."""
+def collect(controller: Any, chips: Sequence[str], seconds: float, *, act: Callable[[], None] | None = None) -> Hits:
+    """All hits of these chips, for so long; `act` is called when that has begun."""
     parts = [np.zeros(0, HIT)]
-    with _listening(controller.io, settle) as listened:
-        if act is not None:
-            act()
-        parts += listened(_places(chips), seconds)
+    with _listening(controller.io):
+        found = _Stream(controller, chips, seconds, act)
+        parts += found
         left_out = getattr(controller.io, "left_out", 0)
-    return Hits(np.concatenate(parts), seconds, left_out)
+    return Hits(np.concatenate(parts), found.seconds, left_out)
 
 
-def rates(
-    controller: Any, chips: Sequence[str], channels: int, seconds: float, *, settle: float = SETTLE
-) -> tuple[NDArray[np.int64], float]:
+def rates(controller: Any, chips: Sequence[str], channels: int, seconds: float) -> tuple[NDArray[np.int64], float]:
     """Hits of each channel, shape (chips, channels), and the seconds in which they came: fewer than was listened for
     when more came than could be looked at."""
     counts = np.zeros(len(chips) * channels, np.int64)
-    with _listening(controller.io, settle) as listened:
-        for hits in listened(_places(chips), seconds):
+    with _listening(controller.io):
+        found = _Stream(controller, chips, seconds)
+        for hits in found:
             at = hits["chip"] * channels + hits["channel"]
             counts += np.bincount(at[hits["channel"] < channels], minlength=len(counts))
         left_out = getattr(controller.io, "left_out", 0)
     looked_at = int(counts.sum())
     share = looked_at / (looked_at + left_out) if looked_at else 1.0
-    return counts.reshape(len(chips), channels), seconds * share
+    return counts.reshape(len(chips), channels), found.seconds * share
 
 
 @contextlib.contextmanager
-def _listening(io: Any, settle: float) -> Iterator[Any]:
-    """Listens to everything; gives the function that yields the hits of the chips at these places, for some seconds."""
+def _listening(io: Any) -> Iterator[None]:
+    """To everything."""
     if hasattr(io, "listen_to"):
         io.listen_to = "all"
     io.start_listening()
     try:
-        time.sleep(settle)
-        io.empty_queue()
-
-        def listened(places: dict[tuple[int, int, int], int], seconds: float) -> Iterator[NDArray[Any]]:
-            end = time.monotonic() + seconds
-            while (left := end - time.monotonic()) > 0:
-                time.sleep(min(_LOOK, left))
-                yield from _hits(io, places)
-
-        yield listened
+        yield
     finally:
         io.stop_listening()
         if hasattr(io, "listen_to"):
             io.listen_to = None
+
+
+class _Stream:
+    """Hits as they come; `seconds` says at the end how long that was."""
+
+    def __init__(
+        self, controller: Any, chips: Sequence[str], seconds: float, act: Callable[[], None] | None = None
+    ) -> None:
+        self._controller, self._chips, self._act = controller, chips, act
+        self.seconds = seconds
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        io, places = self._controller.io, _places(self._chips)
+        if hasattr(io, "take_rows") and not io.v1:
+            window = Window(self._controller, self._chips, self.seconds, self._act)
+            for rows in window:
+                yield _of_rows(rows, places)
+            self.seconds = window.seconds
+            return
+        time.sleep(SETTLE)
+        io.empty_queue()
+        if self._act is not None:
+            self._act()
+        end = time.monotonic() + self.seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(_LOOK, left))
+            yield from _hits(io, places)
 
 
 def _places(chips: Sequence[str]) -> dict[tuple[int, int, int], int]:
