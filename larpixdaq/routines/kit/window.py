@@ -68,7 +68,7 @@ class Window:
                 if self._io.marks.get(group) not in ("", *chips) and attempt < len(chips)
             }
             if not wanted:
-                return
+                break
             self._state |= dict.fromkeys(wanted, _BEFORE)
             for _ in self._mark(wanted):
                 pass
