@@ -37,8 +37,7 @@ def measure(line: System, rate: float, boards: int, size: tuple[int, int], secon
     options = ["--rate", str(rate / boards), "--io-groups", str(boards), "--words-per-message", "1000", "--lossless"]
     options += ["--io-channels", io_channels, "--chips-per-io-channel", chips, "--wait-for-go"]
     with contextlib.closing(Emulator(*options)) as board:
-        ports = [f"{group}=127.0.0.1:{port['data']}:{port['command']}" for group, port in board.ready.items()]
-        operator = line.start("--pacman", *ports)
+        operator = line.start("--pacman", *board.addresses)
         operator.prepare_run(kind="bench").result(STEP)
         operator.begin_run().result(STEP)
         pids = {key: process.popen.pid for key, process in line.processes.items()}

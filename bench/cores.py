@@ -41,8 +41,7 @@ def timed(request: Any, least: float = 0.0) -> float:
 def measure(line: System, rate: float, seconds: float) -> dict[str, Any]:
     options = ("--rate", str(rate or 1000.0), "--words-per-message", "auto", "--wait-for-go", "--lossless")
     with contextlib.closing(Emulator(*options)) as board:
-        ports = [f"{group}=127.0.0.1:{port['data']}:{port['command']}" for group, port in board.ready.items()]
-        operator = line.start("--pacman", *ports)
+        operator = line.start("--pacman", *board.addresses)
         line.launch_log()
         line.await_kinds(operator, "log")
         states = {}

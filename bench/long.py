@@ -37,8 +37,7 @@ EVERY = 0.25
 def measure(line: System, rate: float, boards: int, seconds: float) -> dict[str, Any]:
     options = ("--rate", str(rate / boards), "--io-groups", str(boards), "--words-per-message", "1000", "--wait-for-go")
     with contextlib.closing(Emulator(*options, "--lossless")) as board:
-        ports = [f"{group}=127.0.0.1:{port['data']}:{port['command']}" for group, port in board.ready.items()]
-        operator = line.start("--ring", "512MiB", "--pacman", *ports)
+        operator = line.start("--ring", "512MiB", "--pacman", *board.addresses)
         operator.prepare_run(kind="bench").result(STEP)
         operator.begin_run().result(STEP)
         pids = {key: process.popen.pid for key, process in line.processes.items()}

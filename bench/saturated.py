@@ -42,8 +42,7 @@ def processor_seconds(pid: int) -> float:
 
 def take(line: System, boards: int, words: str, seconds: float, ring: str) -> dict[str, Any]:
     with contextlib.closing(Emulator(*null_line.offer(boards, words))) as board:
-        ports = [f"{group}=127.0.0.1:{port['data']}:{port['command']}" for group, port in board.ready.items()]
-        operator = line.start("--ring", ring, "--when-full", "wait", "--pacman", *ports)
+        operator = line.start("--ring", ring, "--when-full", "wait", "--pacman", *board.addresses)
         operator.prepare_run(kind="bench").result(STEP)
         operator.begin_run().result(STEP)
         pids = {key: process.popen.pid for key, process in line.processes.items()} | {"boards": board.process.pid}

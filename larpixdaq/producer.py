@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from numpy.typing import NDArray
 
 from larpixdaq import config, schema, sources
 from larpixdaq.blocks import UnknownWord, Verdict
@@ -78,7 +77,7 @@ class Producer:
         self.publisher = delivery.serve(socket)
         asic = sources.asic_of(options)
         channels = [source.channel for source in boards if source.channel is not None]
-        self.commands = Commands(channels, asic, self.layout, self._record_sent)
+        self.commands = Commands(channels, asic, self.layout, self.readout.put)
         kinds = {channel.io_group: channel.kind for channel in channels}
         told = [talk.Board(group, kinds.get(group, ""), source.name) for source in boards for group in source.io_groups]
         setup = talk.Setup(told, options.asic, int(asic), self.layout.code)
@@ -181,9 +180,6 @@ class Producer:
             self.child.act(call, action, params)
 
         return act
-
-    def _record_sent(self, rows: NDArray[Any], io_group: int) -> int:
-        return self.readout.put(rows, io_group)
 
     def prepare_run(self, call: Call, run: int, kind: str, comment: str, operator: str, required: list[str]) -> Any:
         self._expect("STOP")

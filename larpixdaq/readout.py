@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from larpixdaq._native.ring import Ring
 from larpixdaq.recorder import Recorder
 from larpixdaq.schema import COUNTS
-from larpixdaq.sources.base import Source
+from larpixdaq.sources.base import Source, keep_polled
 
 log = logging.getLogger(__name__)
 
@@ -107,13 +107,7 @@ class Readout:
         """Keep the poller to the sockets that are to be read now."""
         for source in self._sources:
             wanted = source.sockets if self._active(source) and not self._full else ()
-            known = self._sockets.get(source, ())
-            if wanted != known:
-                for socket in known:
-                    poller.unregister(socket)
-                for socket in wanted:
-                    poller.register(socket, zmq.POLLIN)
-                self._sockets[source] = wanted
+            keep_polled(poller, self._sockets, source, wanted)
 
     def turn(self, poller: zmq.Poller) -> bool:
         """One batch of each source that has one; True when any had, or has rows left that found no room yet."""

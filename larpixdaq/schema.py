@@ -186,3 +186,15 @@ def io_groups_of(rows: NDArray[Any]) -> NDArray[np.intp]:
     if "io_group" in (rows.dtype.names or ()):
         return np.asarray(rows["io_group"], np.intp)
     return np.array([int(key.split(b"-")[0] or 0) for key in rows["chip_key"]], np.intp)
+
+
+def chips_of(rows: NDArray[Any]) -> NDArray[np.intp]:
+    """io_group << 16 | io_channel << 8 | chip_id of rows that chips have sent, shape (N,); layout 1.0 has them in its
+    chip_key."""
+    if "io_group" in (rows.dtype.names or ()):
+        io_group, io_channel, chip_id = (rows[name].astype(np.intp) for name in ("io_group", "io_channel", "chip_id"))
+        return np.asarray(io_group << 16 | io_channel << 8 | chip_id, np.intp)
+    keys, back = np.unique(rows["chip_key"], return_inverse=True)
+    parts = np.array([key.split(b"-") for key in keys.tolist()]).astype(np.intp).reshape(-1, 3)
+    chips: NDArray[np.intp] = parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]
+    return chips[back]

@@ -41,6 +41,11 @@ class Emulator:
         self.planted: dict[str, list[str]] = first.get("planted", {})
         self.said: dict[str, Any] = {}
 
+    @property
+    def addresses(self) -> list[str]:
+        """What --pacman takes: IO_GROUP=HOST:DATA_PORT:COMMAND_PORT of each board."""
+        return [f"{group}=127.0.0.1:{port['data']}:{port['command']}" for group, port in self.ready.items()]
+
     def line(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], LIMIT)

@@ -81,17 +81,18 @@ class Actions(BoardCare):
     def read_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
         places = self.detector.find(chip)
         addresses = self.detector.registers.select(registers)
-        found = self._read(places, self._marked(len(places), addresses))
-        silent = self._silent(places, found, self._marked(len(places), addresses))
+        which = self._marked(len(places), addresses)
+        found = self._read(places, which)
+        silent = self._silent(places, found, which)
         if len(silent) == len(places):
             raise BoardError("; ".join(found.errors) or f"{self._chips(silent)}: no answer")
-        whole = found.answers > 0
+        answered = found.answers > 0
         values = {
-            self.detector.key(place): self._readable(found.values[i], whole[i], addresses)
+            self.detector.key(place): self._readable(found.values[i], answered[i], addresses)
             for i, place in enumerate(places.tolist())
-            if whole[i].any()
+            if answered[i].any()
         }
-        return {"chips": values, **self._trouble(places, found, self._marked(len(places), addresses))}
+        return {"chips": values, **self._trouble(places, found, which)}
 
     def validate_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
         places = self.detector.find(chip)
@@ -105,8 +106,7 @@ class Actions(BoardCare):
         found = self._read(places, which)
         written = 0
         for _ in range(_TRIES):
-            wrong = which & ((found.answers == 0) | (found.values != self.detector.wanted[places]))
-            wrong[self._deaf(found, which)] = False
+            wrong = self._wrong(places, found, which)
             if not wrong.any():
                 break
             self._info(f"{int(wrong.sum())} registers are written again", 0, 0)
@@ -123,10 +123,10 @@ class Actions(BoardCare):
         places = self.detector.find(chip)
         addresses = self.detector.registers.select(registers)
         detector = self.detector
-        whole = np.ones(detector.registers.count, bool)
+        every = np.ones(detector.registers.count, bool)
         return {
             detector.key(place): {
-                "wanted": self._readable(detector.wanted[place], whole, addresses),
+                "wanted": self._readable(detector.wanted[place], every, addresses),
                 "confirmed": self._readable(detector.confirmed[place], detector.known[place], addresses),
             }
             for place in places.tolist()
@@ -245,6 +245,12 @@ class Actions(BoardCare):
         deaf: NDArray[np.bool_] = ((found.answers == 0) | ~which).all(axis=1)
         return deaf
 
+    def _wrong(self, places: NDArray[np.intp], found: Found, which: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Registers that are not known to hold what they ought to, of chips that answered anything."""
+        other = (found.answers == 0) | (found.values != self.detector.wanted[places])
+        wrong: NDArray[np.bool_] = which & other & ~self._deaf(found, which)[:, None]
+        return wrong
+
     def _silent(self, places: NDArray[np.intp], found: Found, which: NDArray[np.bool_]) -> list[str]:
         return [self.detector.key(place) for place in places[self._deaf(found, which)].tolist()]
 
@@ -253,9 +259,7 @@ class Actions(BoardCare):
         return f"chip {shown}" if len(keys) == 1 else f"{len(keys)} chips ({shown})"
 
     def _verdict(self, places: NDArray[np.intp], which: NDArray[np.bool_], found: Found) -> dict[str, Any]:
-        silent = self._deaf(found, which)
-        wrong = which & ((found.answers == 0) | (found.values != self.detector.wanted[places])) & ~silent[:, None]
-        at = np.argwhere(wrong)
+        at = np.argwhere(self._wrong(places, found, which))
         registers = self.detector.registers
         differences = [
             {
@@ -268,7 +272,7 @@ class Actions(BoardCare):
             for chip, address in at[:_LISTED].tolist()
         ]
         return {
-            "ok": not len(at) and not silent.any() and not found.conflicts.any(),
+            "ok": not len(at) and not self._deaf(found, which).any() and not found.conflicts.any(),
             "chips": len(places),
             "registers": int(which.sum()),
             "different": len(at),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native import packets
 from larpixdaq.schema import Asic, Layout
+from larpixdaq.sources.base import keep_polled
 from larpixdaq.sources.channel import Channel
 
 #: Commands that may wait for one board; a child that sends more has lost its way.
@@ -110,14 +111,7 @@ class Commands:
     def watch(self, poller: zmq.Poller) -> None:
         """Keep the poller to the sockets on which answers may come."""
         for io_group, channel in self._channels.items():
-            wanted = channel.sockets if channel.busy else ()
-            known = self._watched.get(io_group, ())
-            if wanted != known:
-                for socket in known:
-                    poller.unregister(socket)
-                for socket in wanted:
-                    poller.register(socket, zmq.POLLIN)
-                self._watched[io_group] = wanted
+            keep_polled(poller, self._watched, io_group, channel.sockets if channel.busy else ())
 
     def due(self) -> list[float]:
         """When work() wants to be called although no socket is readable (monotonic seconds)."""

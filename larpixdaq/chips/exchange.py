@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from larpixdaq.chips import talk
 from larpixdaq.chips.link import BoardError, Link
 from larpixdaq.chips.registers import READ, WRITE, Registers, words
+from larpixdaq.schema import Asic, chips_of
 
 #: Words of one message to a board; so many more may be unanswered when the next goes out.
 BATCH: Final = 2_048
@@ -223,17 +224,12 @@ class Exchange:
         """Of each row: place of its chip (-1: none of ours), address, value, whether its parity is right."""
         good = rows["valid_parity"] == 1
         chips = np.full(len(rows), -1, np.int32)
-        if "io_group" in (rows.dtype.names or ()):
-            groups, places = rows["io_group"], rows["io_channel"].astype(np.intp) << 8 | rows["chip_id"]
-            addresses, values = rows["register_address"], rows["register_data"]
-        else:
-            texts, back = np.unique(rows["chip_key"], return_inverse=True)
-            keys = np.array([[int(part) for part in text.split(b"-")] for text in texts.tolist()], np.intp)[back]
-            groups, places = keys[:, 0], keys[:, 1] << 8 | keys[:, 2]
-            addresses, values = rows["register"], rows["value"]
+        keys = chips_of(rows)
         for io_group, table in self._tables.items():
-            at = groups == io_group
-            chips[at] = table[places[at]]
+            at = keys >> 16 == io_group
+            chips[at] = table[keys[at] & 0xFFFF]
+        v1 = self._asic == Asic.V1
+        addresses, values = rows["register" if v1 else "register_address"], rows["value" if v1 else "register_data"]
         return chips, addresses.astype(np.intp), values, good
 
 

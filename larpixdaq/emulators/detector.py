@@ -159,6 +159,12 @@ def told(detector: Detector) -> dict[str, list[Any]]:
     return planted.told(detector.planted, detector.boards)
 
 
+def ready(detector: Detector, boards: dict[str, Any]) -> str:
+    """The line that an emulator says when `boards`, and what they are reached by, are there."""
+    wrong = told(detector)
+    return json.dumps({"ready": boards} | ({"planted": wrong} if wrong else {}))
+
+
 def write_truth(path: Path, detector: Detector, noises: dict[int, Noise]) -> None:
     """`channels`: by chip, lists over its channels. Pedestal and noise in ADC counts, with the references of power-up;
     `threshold` in counts of threshold_global with trim 0, where the discriminator meets the pedestal; `noise_dac` in

@@ -7,7 +7,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.schema import SPAN
+from larpixdaq._native.packets import parity
+from larpixdaq.schema import ASICS, SPAN
 
 #: The words of a board: bytes 0 to 7, the packet (bytes 8 to 15), and when it came, in ticks.
 WORD: Final = np.dtype([("head", "<u8"), ("packet", "<u8"), ("tick", "<i8")])
@@ -42,11 +43,7 @@ def packets(
         words |= at(tick, 16, 31) | np.uint64(1 << 47) | at(dataword, 48, 8)  # each is the first of its burst
     if asic != "1":
         words |= at(trigger, 56, 2) | np.uint64(full << 59) | np.uint64(1 << 62)
-    ones = words.copy()
-    for bits in (32, 16, 8, 4, 2, 1):
-        ones ^= ones >> np.uint64(bits)
-    words |= (ones & np.uint64(1) ^ np.uint64(1)) << np.uint64(53 if asic == "1" else 63)
-    return words
+    return parity(words, asic=ASICS[asic])
 
 
 def data_words(io_channels: NDArray[Any], packets: NDArray[Any], ticks: Any, period: int) -> NDArray[Any]:

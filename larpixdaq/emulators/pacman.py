@@ -326,8 +326,7 @@ def run(args: argparse.Namespace) -> None:
 
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-        wrong = detector.told(args.detector)
-        print(json.dumps({"ready": ready} | ({"planted": wrong} if wrong else {})), flush=True)
+        print(detector.ready(args.detector, ready), flush=True)
         emulator.run(report)
     finally:
         for board in boards:

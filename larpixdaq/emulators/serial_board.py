@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq._native.frames import encode_serial
 from larpixdaq.emulators import detector
 from larpixdaq.emulators.tile import Tile
 from larpixdaq.errors import ConfigError
@@ -111,12 +112,9 @@ class Line:
         self._written = 0
 
     def put(self, packets: NDArray[np.uint64]) -> None:
-        frames = np.empty((len(packets), FRAME), np.uint8)
-        frames[:, 0], frames[:, -1] = _START, _STOP
-        frames[:, 1:-1] = packets.astype("<u8").view(np.uint8).reshape(-1, 8)
         room = max(0, _QUEUE - len(self._waiting)) // FRAME
-        self.lost += max(0, len(frames) - room)
-        self._waiting += frames[:room].tobytes()
+        self.lost += max(0, len(packets) - room)
+        self._waiting += encode_serial(packets[:room])
 
     def write(self) -> None:
         """As much as the line carries by now, and whoever reads takes."""
@@ -229,9 +227,7 @@ def run(args: argparse.Namespace) -> None:
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
         board = SerialBoard(tile, line)
-        wrong = detector.told(args.detector)
-        ready = {"ready": {str(io_group): {"device": line.device}}}
-        print(json.dumps(ready | ({"planted": wrong} if wrong else {})), flush=True)
+        print(detector.ready(args.detector, {str(io_group): {"device": line.device}}), flush=True)
         began = time.monotonic()
         while not stopped:
             board.turn()

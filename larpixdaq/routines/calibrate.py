@@ -32,10 +32,6 @@ class _Calibration:
         self.shape = len(self.chips), self.chips.channels
         self.off = np.zeros(self.shape, np.bool_)  # channels that are not looked at (any more)
         self.top = 31
-        self._step = 0
-
-    def say(self, text: str, done: int, total: int) -> None:
-        self.info(text, done, total)
 
     def measure(self, seconds: float) -> tuple[NDArray[np.int64], float]:
         """Hits of each channel, and the seconds in which they came."""
@@ -65,7 +61,7 @@ class _Calibration:
             rising &= threshold < 255
             chips.set(threshold=threshold)
             lowest, highest = int(np.min(threshold)), int(np.max(threshold))
-            self.say(f"global thresholds: {lowest} to {highest}", begin - lowest, begin)
+            self.info(f"global thresholds: {lowest} to {highest}", begin - lowest, begin)
         return threshold
 
     def coarse(self) -> Search:
@@ -74,7 +70,7 @@ class _Calibration:
             self.chips.set(trim=search.trim)
             counts, _ = self.measure(_COARSE / self.high)
             search.take(counts >= _COARSE)
-            self.say("trims", int((search.settled | self.off).sum()), self.off.size)
+            self.info("trims", int((search.settled | self.off).sum()), self.off.size)
         return search
 
     def fine(self, trim: NDArray[np.int64], rounds: int) -> Choice:
@@ -82,7 +78,7 @@ class _Calibration:
         for number in range(1, rounds + 1):
             self.chips.set(trim=choice.trim)
             choice.take(*self.measure(_FINE / self.high))
-            self.say(f"rates, round {number}", int((choice.done | self.off).sum()), self.off.size)
+            self.info(f"rates, round {number}", int((choice.done | self.off).sum()), self.off.size)
             if (choice.done | self.off).all():
                 break
         choice.finish()

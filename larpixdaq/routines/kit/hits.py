@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq.routines.kit.window import Window
+from larpixdaq.schema import chips_of
 
 #: Seconds for which what was on its way before is not counted, where the stream itself does not say it.
 SETTLE: Final = 0.05
@@ -116,17 +117,10 @@ def _of_rows(rows: NDArray[Any], places: dict[tuple[int, int, int], int]) -> NDA
     v1, v3 = "chip_key" in names, "reset_sample_flag" in names
     kind = rows["type" if v1 else "packet_type"]
     rows = rows[(kind == (1 if v3 else 0)) & (rows["valid_parity"] == 1) & (rows["direction"] == 1)]
-    if v1:
-        texts, back = np.unique(rows["chip_key"], return_inverse=True)
-        keys = [tuple(int(part) for part in text.split(b"-")) for text in texts.tolist()]
-        chip = np.array([places.get((k[0], k[1], k[2]), -1) for k in keys], np.int32)[back]
-    else:
-        key = rows["io_group"].astype(np.int32) << 16 | rows["io_channel"].astype(np.int32) << 8 | rows["chip_id"]
-        found, back = np.unique(key, return_inverse=True)
-        known = [places.get((k >> 16, k >> 8 & 255, k & 255), -1) for k in found.tolist()]
-        chip = np.array(known, np.int32)[back]
+    found, back = np.unique(chips_of(rows), return_inverse=True)
+    known = [places.get((k >> 16, k >> 8 & 255, k & 255), -1) for k in found.tolist()]
     hits = np.zeros(len(rows), HIT)
-    hits["chip"] = chip
+    hits["chip"] = np.array(known, np.int32)[back]
     hits["channel"] = rows["channel" if v1 else "channel_id"]
     hits["adc"] = rows["adc_counts" if v1 else "dataword"]
     if not v1:
