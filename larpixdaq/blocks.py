@@ -54,6 +54,14 @@ class Position(msgspec.Struct, array_like=True, frozen=True):
     next: int
 
 
+class Configs(msgspec.Struct, array_like=True, frozen=True):
+    """Configurations of chips: what their registers were last told, and what they last said (configurations.py)."""
+
+    asic: str  # as --asic has it
+    chips: bytes  # io_group, io_channel, chip_id of each
+    registers: bytes  # packed
+
+
 # Consumer to producer
 
 
@@ -117,6 +125,7 @@ class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
     totals: list[Totals]
     gaps: list[Gap]
     text: str | None = None  # an INFO message: the rows are of type 5
+    configs: Configs | None = None  # what the text is about
 
     @property
     def source(self) -> Source:

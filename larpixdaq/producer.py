@@ -8,18 +8,22 @@ if __spec__ is None:  # run by its path: its folder would shadow the standard li
 import argparse
 import contextlib
 import logging
+import platform
 import secrets
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import zmq
+from numpy.typing import NDArray
 
 from larpixdaq import config, schema, sources
 from larpixdaq.blocks import UnknownWord, Verdict
 from larpixdaq.chips import ACTIONS, Child, talk
 from larpixdaq.chips.commands import Commands
+from larpixdaq.chips.witness import Witness
 from larpixdaq.delivery import Delivery
 from larpixdaq.delivery import add_arguments as add_delivery_arguments
 from larpixdaq.errors import ConfigError, RequestError, StateError
@@ -30,6 +34,7 @@ from larpixdaq.sources.base import Source
 from larpixdaq.sources.evidence import Watch
 from larpixdaq.stream.address import bind, router
 from larpixdaq.takeover import totals
+from larpixdaq.version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +82,13 @@ class Producer:
         self.publisher = delivery.serve(socket)
         asic = sources.asic_of(options)
         channels = [source.channel for source in boards if source.channel is not None]
-        self.commands = Commands(channels, asic, self.layout, self.readout.put)
+        self.witness = Witness(options.asic)
+        self.commands = Commands(channels, asic, self.layout, self._put)
         kinds = {channel.io_group: channel.kind for channel in channels}
         told = [talk.Board(group, kinds.get(group, ""), source.name) for source in boards for group in source.io_groups]
         setup = talk.Setup(told, options.asic, int(asic), self.layout.code)
-        self.child = Child(options.routines, commands=self.commands, setup=setup)
+        self.child = Child(options.routines, commands=self.commands, setup=setup, witness=self.witness)
+        self.child.settled = self._tell_configurations
         self.readout.listener = self.child
         self.node = Node(
             self.name,
@@ -106,6 +113,12 @@ class Producer:
                 "asic": options.asic,
                 "io_groups": sorted(set(io_groups)),
                 "source": "; ".join(source.name for source in boards),
+                "versions": {
+                    "larpix-daq producer": VERSION,
+                    "larpix-control": metadata.version("larpix-control"),
+                    "numpy": metadata.version("numpy"),
+                    "Python": platform.python_version(),
+                },
             },
             status=self.status,
             on_name_taken=self.name_taken,
@@ -189,6 +202,7 @@ class Producer:
         self.readout.record(True)
         self._watch.start()
         self._told_to_end = 0
+        self._tell_configurations(everything=True)
         self.state = "READY"
         return {"epoch": self.epoch, "layout": self.layout.code}
 
@@ -219,6 +233,22 @@ class Producer:
             return {}
         self.publisher.release(run)
         return self._finish("aborted", told=False)
+
+    def _put(self, rows: NDArray[Any], io_group: int) -> int:
+        """The rows of words that are about to be sent, as far as they find their place."""
+        n = self.readout.put(rows, io_group)
+        self.witness.sent(rows[:n])
+        return n
+
+    def _tell_configurations(self, *, everything: bool = False) -> None:
+        """In a run: what the chips were told and have said, of all chips, or of those of which there are news."""
+        if self.recorder.run is None:
+            return
+        found = self.witness.everything() if everything else self.witness.news()
+        self.witness.settle()
+        for piece in found.pieces():
+            if not self.recorder.info(piece.text(), piece.pack()):
+                log.warning("the ring is full: not in the file: %s", piece.text())
 
     def _expect(self, states: str, run: int | None = None) -> None:
         if self.state not in states.split():

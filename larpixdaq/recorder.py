@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from larpixdaq import schema
 from larpixdaq._native.ring import END, INFO, Ring
-from larpixdaq.blocks import Block, End, Gap, Totals, UnknownWord, Verdict, pack, text_pieces
+from larpixdaq.blocks import Block, Configs, End, Gap, Totals, UnknownWord, Verdict, pack, text_pieces
 from larpixdaq.checksum import crc32
 from larpixdaq.schema import COUNTS, PacketType
 
@@ -124,16 +124,17 @@ class Recorder:
         self._close_at = None
         if self._ring.open_rows:
             payload = self._ring.open_payload()
-            self._ring.close_block(self._header(self._ring.open_rows, self._ring.open_first_ns, payload, None))
+            self._ring.close_block(self._header(self._ring.open_rows, self._ring.open_first_ns, payload))
 
-    def info(self, text: str) -> bool:
-        """Put an INFO message into the flow. It counts in io_group 0; there is always room kept for it."""
+    def info(self, text: str, configs: Configs | None = None) -> bool:
+        """Put an INFO message into the flow, with the configurations that it is about. It counts in io_group 0; there
+        is always room kept for it."""
         self.close_block()
         rows = info_rows(text, self.layout, self._wall() // 10**9)
         self._ring.counts[0, _INFO] += np.uint64(len(rows))
         payload = rows.tobytes()
         gaps = self._ring.gaps.copy()
-        if self._ring.append(INFO, payload, len(rows), self._header(len(rows), self._wall(), payload, text)):
+        if self._ring.append(INFO, payload, len(rows), self._header(len(rows), self._wall(), payload, text, configs)):
             return True
         self._ring.gaps[:] = gaps  # the header that told them has gone nowhere
         self.drop(rows)
@@ -179,7 +180,9 @@ class Recorder:
         """
         return self._base_ns + int((self._clock() - self._base) * 1e9)
 
-    def _header(self, rows: int, first_ns: int, payload: Any, text: str | None) -> bytes:
+    def _header(
+        self, rows: int, first_ns: int, payload: Any, text: str | None = None, configs: Configs | None = None
+    ) -> bytes:
         assert self.run is not None
         block = Block(
             self.run,
@@ -196,6 +199,7 @@ class Recorder:
             self.totals(),
             self._take_gaps(),
             text,
+            configs,
         )
         return pack(block)
 

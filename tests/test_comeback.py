@@ -47,6 +47,7 @@ def sequences(path: Path) -> list[int]:
 
 def test_a_storage_that_was_killed_comes_back_and_every_block_is_there_once(line: System) -> None:
     operator = begin(line, "--fake", "50000")
+    subscribed(line, operator)  # a part in which nothing was stored would be removed
     line.processes["offline_storage"].kill()
     line.launch_storage()
     until(lambda: list(line.data.glob("*_001.h5.part")), "the further part")

@@ -74,7 +74,7 @@ def test_a_run_through_the_operator(running, operator):
             "started_ns": disk.calls[0][1]["started_ns"],
             "layout": 2,
             "asic_version": "2",
-            "producers": [{"name": "LArPix board", "epoch": 7, "layout": 2}],
+            "producers": ["LArPix board"],
             "versions": disk.calls[0][1]["versions"],
         }
         assert disk.calls[2][1] == {

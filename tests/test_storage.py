@@ -66,7 +66,7 @@ class Rig:
         self.stream = self.storage.stream = Acknowledgements()
 
     def prepare(self, comment: str = "cosmics") -> Any:
-        producers = [{"name": "LArPix board", "epoch": 7, "layout": 2}]
+        producers = ["LArPix board"]
         return self.storage.prepare_run(Answered(), RUN, "test", comment, "me", NS, 2, "2", producers, {})
 
     def take(self, *frames: Any) -> None:

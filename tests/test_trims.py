@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from larpixdaq.routines.kit.trims import Choice, Search
+from larpixdaq.routines.kit.trims import STEP, Choice, Search
 
 TOP = 31
 #: Of each channel the trim at which its rate is 1 Hz, and by how much a step divides it.
@@ -25,7 +25,7 @@ def test_coarse_finds_the_lowest_quiet_trim_without_ever_going_far_below_it(chan
     for _ in range(20):
         if search.settled.all():
             break
-        assert (search.trim >= np.floor(np.clip(middle, 0, TOP)) - 3).all(), "at most a step below the right one"
+        assert (search.trim >= np.ceil(np.clip(middle, 0, TOP)) - STEP).all(), "at most a step below the right one"
         search.take(rate(channels, search.trim) > 1)
     assert search.settled.all()
     quiet = np.ceil(middle)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.chips import bringup, talk
+from larpixdaq.chips import bringup
 from larpixdaq.chips.boardcare import BoardCare, whole
 from larpixdaq.chips.detector import Detector
 from larpixdaq.chips.exchange import Exchange, Found
@@ -138,7 +138,6 @@ class Actions(BoardCare):
         if self.detector.registers.version is None:
             raise RequestError(f"load_board: larpix-control knows no {self.detector.registers.asic} chips")
         self.detector.load_board(file)
-        self.remember()
         return self._board()
 
     def configure_network(self, tries: Any = 3) -> dict[str, Any]:
@@ -188,27 +187,6 @@ class Actions(BoardCare):
             "networks": channels,
         }
 
-    def remember(self) -> None:
-        """Tell the producer what the next child should know."""
-        self._link.send(talk.Remember(self.detector.board_file, self.detector.state()))
-
-    def reset(self, length: Any = 256, io_group: Any = None) -> dict[str, Any]:
-        result = super().reset(length, io_group)
-        self._doubt(result["io_groups"])
-        return result
-
-    def power(
-        self, on: Any, tiles: Any = None, vddd_dac: Any = None, vdda_dac: Any = None, io_group: Any = None
-    ) -> list[dict[str, Any]]:
-        result = super().power(on, tiles, vddd_dac, vdda_dac, io_group)
-        self._doubt([one["io_group"] for one in result])
-        return result
-
-    def _doubt(self, io_groups: list[int]) -> None:
-        """What these chips were last read to hold may not be so any more."""
-        self.detector.known[np.isin(self.detector.parts[:, 0], io_groups)] = False
-        self.remember()
-
     # What they share.
 
     def _marked(self, chips: int, addresses: NDArray[np.intp]) -> NDArray[np.bool_]:
@@ -237,7 +215,6 @@ class Actions(BoardCare):
         exchange = self._exchange(places)
         found = exchange.read(which, lambda done, total: self._info(f"read: {done} of {total} chips", done, total))
         self.detector.confirm(places, found.values, (found.answers > 0) & ~found.conflicts)
-        self.remember()
         return found
 
     def _deaf(self, found: Found, which: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -113,9 +113,11 @@ class BoardCare:
             if kind == "pacman":
                 self.orders.reset_larpix(whole("reset: length", length, 1, _LONGEST_RESET), one)
             elif kind == "bern":
+                self._link.doubt([one])
                 self._link.ask(one, b"SYRESET")
             else:
                 pulse = whole("reset: length on a serial board", length, 1, 256) - 1
+                self._link.doubt([one])
                 self._link.ask(one, b"c\x01" + bytes([pulse]) + bytes(6) + b"q")
                 self._link.ask(one, b"c\x02" + bytes(7) + b"q")
         return {"io_groups": groups, "length": length}

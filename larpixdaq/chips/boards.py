@@ -161,6 +161,8 @@ class BoardOrders:
         mask = sum(1 << index for index in set(chosen))
         (before,) = self.values(io_group, [read(TILES)])
         after = before | mask if on else before & ~mask
+        if after != before:
+            self._link.doubt([io_group])
         return self.values(io_group, [write(TILES, after), read(TILES)])[1] & 0xFF
 
     def set_uart_clock_ratio(self, channel: int, ratio: int, io_group: int | None = None) -> Any:
@@ -173,6 +175,7 @@ class BoardOrders:
         return self._each(io_group, lambda one: self._reset(one, length))
 
     def _reset(self, io_group: int, length: int) -> int:
+        self._link.doubt([io_group])
         _, control = self.values(io_group, [write(RESET_CYCLES, length), read(CLOCK_CONTROL)])
         orders = [write(CLOCK_CONTROL, control | _RESET_BIT), write(CLOCK_CONTROL, control), read(CLOCK_CONTROL)]
         return self.values(io_group, orders)[2]

@@ -41,6 +41,7 @@ class Worker:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._actions: Any = None
+        self._told = talk.Remember("", b"", b"")
 
     def handle(self, request: talk.Request | talk.Setup) -> None:
         if isinstance(request, talk.Setup):
@@ -75,6 +76,7 @@ class Worker:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._link.forget()
+        self._remember()
         try:
             self.send(answer)
         except ProtocolError as error:
@@ -90,11 +92,19 @@ class Worker:
             setup = self._link.setup
             detector = Detector(Registers(setup.asic), [board.io_group for board in setup.boards if board.kind])
             try:
-                detector.restore(setup.board_file, setup.state)
+                detector.restore(setup)
             except LarpixDaqError as error:  # the file may be gone by now
                 print(f"what was known of the chips is forgotten: {error}", flush=True)
+            self._link.doubted = detector.doubt
             self._actions = Actions(self._link, detector)
         return self._actions
+
+    def _remember(self) -> None:
+        """Tell the producer what another child should know, should this one end."""
+        state = self._told if self._actions is None else self._actions.detector.state()
+        if state != self._told:
+            self._told = state
+            self._link.send(state)
 
     def _act(self, request: talk.Act, reports: "_Reports") -> talk.Result:
         value = self._known().do(request.action, request.params, reports.send_info)

@@ -1,7 +1,7 @@
 """What is known of the chips: which there are, what their registers ought to hold, what they were last read to hold.
 
 A Controller of larpix-control, with its objects for every chip, is made of this when a routine needs one, and what the
-routine leaves in it is taken over. Another child goes on from state(): the board file, and the values last confirmed.
+routine leaves in it is taken over. Another child goes on from state(), and from what the producer has seen meanwhile.
 """
 
 from __future__ import annotations
@@ -10,24 +10,16 @@ import contextlib
 import io
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.chips import bringup
+from larpixdaq.chips import bringup, talk
 from larpixdaq.chips.registers import Registers
-from larpixdaq.errors import FormatError, RequestError
+from larpixdaq.configurations import READ, REGISTERS
+from larpixdaq.errors import RequestError
 
 #: Of chips that are named in an error, so many are.
 _NAMED: Final = 5
-
-
-class _State(msgspec.Struct, array_like=True):
-    """As `talk.Remember` carries it: (chips, 3), (chips, registers) and the same in bits."""
-
-    parts: bytes
-    confirmed: bytes
-    known: bytes
 
 
 def key_of(parts: Any) -> str:
@@ -204,30 +196,29 @@ class Detector:
         if places:
             self.wanted[places] = self.registers.of_all(configs)
 
+    def doubt(self, io_groups: list[int]) -> None:
+        """What the chips of these boards were last read to hold may not be so any more."""
+        self.known[np.isin(self.parts[:, 0], io_groups)] = False
+
     # Over the end of the child.
 
-    def state(self) -> bytes:
-        return msgspec.msgpack.encode(
-            _State(self.parts.tobytes(), self.confirmed.tobytes(), np.packbits(self.known).tobytes())
-        )
+    def state(self) -> talk.Remember:
+        return talk.Remember(self.board_file, self.parts.tobytes(), self.wanted.tobytes())
 
-    def restore(self, board_file: str, state: bytes) -> None:
-        """Be as the child before: its board file, and the values that it had confirmed."""
-        if board_file:
-            self.load_board(board_file)
-        if not state:
-            return
-        try:
-            found = msgspec.msgpack.decode(state, type=_State)
-            parts = np.frombuffer(found.parts, np.uint8).reshape(-1, 3)
-            shape = (len(parts), self.registers.count)
-            confirmed = np.frombuffer(found.confirmed, np.uint8).reshape(shape)
-            bits = np.unpackbits(np.frombuffer(found.known, np.uint8), count=shape[0] * shape[1])
-            known = bits.reshape(shape).astype(bool)
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise FormatError(f"state of the chips: {error}") from None
+    def restore(self, setup: talk.Setup) -> None:
+        """Go on where the child before ended: with its board file, how it left the chips to be, and what they have said
+        to the producer."""
+        if setup.board_file:
+            self.load_board(setup.board_file)
+        parts = np.frombuffer(setup.chips, np.uint8).reshape(-1, 3)
+        count = self.registers.count
+        wanted = np.frombuffer(setup.wanted, np.uint8).reshape(len(parts), count)
+        read, known = (
+            np.frombuffer(data, np.uint8).reshape(len(parts), REGISTERS)[:, :count]
+            for data in (setup.read, setup.known)
+        )
         keys = [(a, b, c) for a, b, c in parts.tolist()]
         self._add([key for key in keys if key not in self._index])
         places = np.array([self._index[key] for key in keys], np.intp)
-        self.confirm(places, confirmed, known)
-        self.wanted[places] = np.where(known, confirmed, self.wanted[places])
+        self.confirm(places, read, known & READ != 0)
+        self.wanted[places] = wanted

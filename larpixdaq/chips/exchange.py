@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.chips import talk
 from larpixdaq.chips.link import BoardError, Link
+from larpixdaq.chips.places import Places
 from larpixdaq.chips.registers import READ, WRITE, Registers, words
 from larpixdaq.schema import Asic, chips_of
 
@@ -78,10 +79,8 @@ class Exchange:
         self._link = link
         self._asic = registers.generation
         self._parts = parts
-        self._tables: dict[int, NDArray[np.int32]] = {}
-        for at, (io_group, io_channel, chip_id) in enumerate(parts.tolist()):
-            table = self._tables.setdefault(io_group, np.full(1 << 16, -1, np.int32))
-            table[io_channel << 8 | chip_id] = at
+        self._places = Places()
+        self._places.add(parts)
 
     def write(self, values: NDArray[np.uint8], which: NDArray[np.bool_], progress: Progress) -> list[str]:
         """Write the registers that `which` marks, both (chips, registers); returns what boards failed with.
@@ -223,11 +222,7 @@ class Exchange:
     def _where(self, rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
         """Of each row: place of its chip (-1: none of ours), address, value, whether its parity is right."""
         good = rows["valid_parity"] == 1
-        chips = np.full(len(rows), -1, np.int32)
-        keys = chips_of(rows)
-        for io_group, table in self._tables.items():
-            at = keys >> 16 == io_group
-            chips[at] = table[keys[at] & 0xFFFF]
+        chips = self._places.find(chips_of(rows))
         v1 = self._asic == Asic.V1
         addresses, values = rows["register" if v1 else "register_address"], rows["value" if v1 else "register_data"]
         return chips, addresses.astype(np.intp), values, good

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -39,6 +40,8 @@ class Link:
         self._listening = talk.NOTHING
         #: Rows that found no room since listen().
         self.left_out = 0
+        #: Told of io_groups whose chips lose what they hold.
+        self.doubted: Callable[[list[int]], None] = lambda io_groups: None
         self.setup = talk.Setup([], "2", schema.Asic.V2, 2)
 
     @property
@@ -90,6 +93,11 @@ class Link:
                 return False
             self._result(number)
             return True
+
+    def doubt(self, io_groups: list[int]) -> None:
+        """The chips of these boards are about to be reset, or to get or lose their power."""
+        self.send(talk.Doubt(io_groups))
+        self.doubted(io_groups)
 
     def rows(self) -> list[NDArray[Any]]:
         """The rows that came since listen() or the last call."""

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from larpixdaq.chips import talk
 from larpixdaq.chips.commands import Commands
 from larpixdaq.chips.output import Output
+from larpixdaq.chips.witness import Witness
 from larpixdaq.errors import ConfigError, ProtocolError
 
 #: Seconds that a routine may take unless the request says otherwise.
@@ -58,14 +59,19 @@ class Child:
         time_limit: float = TIME_LIMIT,
         commands: Commands | None = None,
         setup: talk.Setup | None = None,
+        witness: Witness | None = None,
     ) -> None:
-        """`commands` is the way to the boards, which `setup` describes; without them routines have no io."""
+        """`commands` is the way to the boards, which `setup` describes; without them routines have no io. `witness` is
+        shown the rows that the child listens for."""
         self._roots = [folder.resolve() for folder in folders]
         self._folders = [str(folder) for folder in self._roots]
         self._time_limit = time_limit
         self._commands = commands
         self._setup = setup
+        self._witness = witness or Witness("")
         self._left_out = 0
+        #: Called when a routine, or something that was done with chips, has come to its end.
+        self.settled: Callable[[], None] = lambda: None
         #: Rows that the child wants to have: talk.NOTHING, ANSWERS or EVERYTHING.
         self.listening = talk.NOTHING
         if commands is not None:
@@ -174,6 +180,7 @@ class Child:
                 return
             rows = rows[at]
             rows = rows[rows["direction"] == 1]
+        self._witness.answers(rows)
         if not len(rows):
             return
         if len(self._unsent) > _MOST_UNSENT:
@@ -263,7 +270,9 @@ class Child:
         self._epoll.register(ours.fileno(), select.EPOLLIN)
         self._epoll.register(self._process.stdout.fileno(), select.EPOLLIN)
         if self._setup is not None:
-            self._unsent += talk.pack(self._setup)
+            seen = self._witness.everything()
+            setup = msgspec.structs.replace(self._setup, read=seen.read.tobytes(), known=seen.known.tobytes())
+            self._unsent += talk.pack(setup)
 
     def _flush(self) -> None:
         """Send as much as the socket takes; the rest when it polls writable."""
@@ -301,8 +310,9 @@ class Child:
         if isinstance(message, talk.Listen):
             self.listening = message.what
         elif isinstance(message, talk.Remember):
-            if self._setup is not None:
-                self._setup = msgspec.structs.replace(self._setup, board_file=message.board_file, state=message.state)
+            self._remember(message)
+        elif isinstance(message, talk.Doubt):
+            self._witness.doubt(message.io_groups)
         elif not isinstance(message, talk.Words | talk.Ask):
             self._answer(message)
         elif self._commands is None:
@@ -311,6 +321,13 @@ class Child:
             self._commands.words(message.command, message.io_group, message.io_channels, message.words)
         else:
             self._commands.ask(message.command, message.io_group, message.body)
+
+    def _remember(self, found: talk.Remember) -> None:
+        if self._setup is not None:
+            self._setup = msgspec.structs.replace(
+                self._setup, board_file=found.board_file, chips=found.chips, wanted=found.wanted
+            )
+            self._witness.know(np.frombuffer(found.chips, np.uint8).reshape(-1, 3))
 
     def _answer(self, answer: talk.Answer) -> None:
         call = self._calls.get(answer.request)
@@ -338,6 +355,7 @@ class Child:
         if self._routine is not None and self._routine[0] == request:
             self._output.end(self._routine[1])
             self._routine = None
+            self.settled()
         return self._calls.pop(request)
 
     def _read_output(self) -> None:

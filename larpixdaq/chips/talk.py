@@ -46,7 +46,10 @@ class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
     generation: int  # schema.Asic
     layout: int  # of the rows in `Rows`
     board_file: str = ""
-    state: bytes = b""
+    chips: bytes = b""  # these four as `Remember` and `witness.Witness` have them
+    wanted: bytes = b""
+    read: bytes = b""
+    known: bytes = b""
 
 
 class Act(msgspec.Struct, array_like=True, tag=4, frozen=True):
@@ -128,10 +131,17 @@ class Listen(msgspec.Struct, array_like=True, tag=17, frozen=True):
 
 
 class Remember(msgspec.Struct, array_like=True, tag=18, frozen=True):
-    """What the next child begins with, should this one end."""
+    """What the next child begins with, should this one end: of N chips, in bytes."""
 
     board_file: str
-    state: bytes
+    chips: bytes  # (N, 3): io_group, io_channel, chip_id
+    wanted: bytes  # (N, registers of a chip): how they ought to be
+
+
+class Doubt(msgspec.Struct, array_like=True, tag=19, frozen=True):
+    """The chips of these boards will be reset, or get or lose their power."""
+
+    io_groups: list[int]
 
 
 NOTHING: Final = 0
@@ -143,7 +153,7 @@ EVERYTHING: Final = 2
 Request = ListRoutines | RunRoutine | Act
 FromParent = ListRoutines | RunRoutine | Act | Setup | Rows | Answered
 Answer = Known | Progress | Result | Failed
-FromChild = Known | Progress | Result | Failed | Words | Ask | Listen | Remember
+FromChild = Known | Progress | Result | Failed | Words | Ask | Listen | Remember | Doubt
 
 
 def _plain(value: Any) -> Any:

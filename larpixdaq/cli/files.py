@@ -157,6 +157,8 @@ def _in_words(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     gaps = facts["gaps"]
     if gaps["number"]:
         yield "gaps", f"{gaps['rows']} rows dropped in {gaps['number']} gaps"
+    if (chips := facts["chips"])["number"]:
+        yield "chips", "{number}, registers: {sent} sent, {read} read back, {different} different".format(**chips)
     missing, twice = facts["missing_blocks"], facts["duplicate_blocks"]
     yield "blocks", f"{facts['blocks']}, {missing} missing, {twice} came twice"
     if facts["unknown_words_kept"]:

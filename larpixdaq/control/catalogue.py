@@ -61,6 +61,8 @@ class Run:
     ended_ns: int | None = None
     layout: int = 0
     asic: str = ""
+    #: Of the producers' software.
+    versions: dict[str, str] = field(default_factory=dict)
     #: Names of the storages, and producers with every epoch that they announced: those the run cannot do without.
     storages: list[str] = field(default_factory=list)
     producers: dict[str, list[int]] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from larpixdaq.control.catalogue import Run
@@ -30,6 +31,29 @@ def check_team(producers: list[Component], storages: list[Component]) -> None:
     for one in storages:
         free = one.status.get("free_bytes", one.info.get("free_bytes"))
         check_free(one.name, str(one.info.get("directory", "?")), free)
+
+
+def team_layout(producers: list[Component]) -> int:
+    """The layout of the run's rows; ComponentError when a producer names none that there is."""
+    code = producers[0].info.get("layout")
+    if not isinstance(code, int) or code not in LAYOUT_NAMES:
+        raise ComponentError(f"prepare_run: {producers[0].name}: its rows have {layout_name(code)}")
+    return code
+
+
+def team_versions(producers: list[Component]) -> dict[str, str]:
+    """What software the producers run, by name; where they differ, who runs which."""
+    found: defaultdict[str, dict[str, list[str]]] = defaultdict(dict)
+    for one in producers:
+        versions = one.info.get("versions")
+        for name, version in versions.items() if isinstance(versions, dict) else ():
+            found[str(name)].setdefault(str(version), []).append(one.name)
+    return {
+        name: ", ".join(
+            version if len(owners) == 1 else f"{version} ({' and '.join(names)})" for version, names in owners.items()
+        )
+        for name, owners in found.items()
+    }
 
 
 def shared_io_groups(producers: list[Component]) -> list[str]:
@@ -60,12 +84,7 @@ def producer_params(run: Run) -> dict[str, Any]:
     }
 
 
-def storage_params(run: Run) -> dict[str, Any]:
-    producers = [
-        {"name": name, "epoch": epoch, "layout": run.layout}
-        for name, epochs in run.producers.items()
-        for epoch in epochs
-    ]
+def storage_params(run: Run, producers: Iterable[str]) -> dict[str, Any]:
     return {
         "run": run.run,
         "kind": run.kind,
@@ -74,8 +93,8 @@ def storage_params(run: Run) -> dict[str, Any]:
         "started_ns": run.prepared_ns,
         "layout": run.layout,
         "asic_version": run.asic,
-        "producers": producers,
-        "versions": {"larpix-daq": VERSION},
+        "producers": list(producers),
+        "versions": {"larpix-daq": VERSION, **run.versions},
     }
 
 

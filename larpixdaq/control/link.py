@@ -50,12 +50,14 @@ class Waker:
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
+        # Reentrant: the garbage collector may close a link in the middle of a wake().
+        self._lock = threading.RLock()
 
     def fileno(self) -> int:
         return self._read
 
     def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: it is readable already
+        with self._lock, contextlib.suppress(BlockingIOError):  # full: it is readable already
             if self._write >= 0:
                 os.write(self._write, b"\0")
 
@@ -65,9 +67,10 @@ class Waker:
                 pass
 
     def close(self) -> None:
-        writing, self._write = self._write, -1  # so that a late wake() does not write into what is opened next
-        os.close(self._read)
-        os.close(writing)
+        with self._lock:
+            writing, self._write = self._write, -1  # so that a late wake() does not write into what is opened next
+            os.close(self._read)
+            os.close(writing)
 
 
 class Link:

@@ -61,16 +61,17 @@ class RunProcedures:
     def _prepare(self, run: Run, producers: list[str]) -> Steps:
         warnings = shared_io_groups([self._peers.components[name] for name in producers])
         warnings += space.warnings([self._peers.components[name] for name in run.storages])
-        asked = {name: Item(producer_params(run), PREPARE_LIMIT) for name in producers}
         try:
-            outcomes = yield Ask("prepare_run", asked)
-            for name in producers:
-                self._take_ready(run, name, outcomes[name])
+            # Storages first: what producers tell of the chips finds the file open.
             monitors = self._monitor_items({"run": run.run, "kind": run.kind, "comment": run.comment})
-            stores = {name: Item(storage_params(run), PREPARE_LIMIT) for name in run.storages}
+            stores = {name: Item(storage_params(run, producers), PREPARE_LIMIT) for name in run.storages}
             outcomes = yield Ask("prepare_run", {**stores, **monitors})
             warnings += [outcomes[name].text for name in monitors if not outcomes[name].ok]
             files = [self._take_file(name, outcomes[name]) for name in run.storages]
+            asked = {name: Item(producer_params(run), PREPARE_LIMIT) for name in producers}
+            outcomes = yield Ask("prepare_run", asked)
+            for name in producers:
+                self._take_ready(run, name, outcomes[name])
             run.phase = READY
             self._catalogue.save(run)
         except LarpixDaqError as error:
@@ -167,7 +168,7 @@ class RunProcedures:
                 outcomes = yield Ask("prepare_run", {name: Item(producer_params(run), PREPARE_LIMIT)})
                 self._take_ready(run, name, outcomes[name])
             elif component.kind == STORAGE:
-                outcomes = yield Ask("prepare_run", {name: Item(storage_params(run), PREPARE_LIMIT)})
+                outcomes = yield Ask("prepare_run", {name: Item(storage_params(run, run.producers), PREPARE_LIMIT)})
                 self._take_file(name, outcomes[name])
             else:
                 params: dict[str, Any] = {"run": run.run, "kind": run.kind, "comment": run.comment}

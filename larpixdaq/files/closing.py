@@ -76,9 +76,10 @@ def stored(accounts: Sequence[Account]) -> list[tuple[str, int, int, int]]:
 
 def seal(file: Any) -> None:
     """Write /run/checksums and the time of the last change, and close the file."""
-    sums = np.zeros(len(layout.CHECKED), layout.CHECKSUMS)
+    names = [name for name in layout.CHECKED if name in file]
+    sums = np.zeros(len(names), layout.CHECKSUMS)
     file.flush()
-    for row, name in zip(sums, layout.CHECKED, strict=True):
+    for row, name in zip(sums, names, strict=True):
         row["name"], row["rows"], row["crc32"] = name.encode(), file[name].shape[0], layout.table_crc32(file[name])
     file["run/checksums"][:] = sums
     file["_header"].attrs.modify("modified", np.float64(time.time()))

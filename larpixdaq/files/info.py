@@ -6,9 +6,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from larpixdaq import schema
+from larpixdaq.configurations import READ, SENT
 from larpixdaq.errors import FileError
-from larpixdaq.files import ledger
+from larpixdaq.files import configs, ledger
 from larpixdaq.files.reader import DataFile, plain, text
 
 
@@ -49,12 +52,13 @@ def _run(file: DataFile) -> dict[str, Any]:
         for line in file.table("ledger/verdicts")
     ]
     gaps = file.table("ledger/gaps")
+    chips = configs.newest(file.table("run/configs"))
     return {
         "run": number,
         "part": row["part"],
         "condition": row["condition"],
         "reasons": texts.pop("reason", []),
-        "required_producers": texts.pop("required producer", []),
+        "required_producers": list(dict.fromkeys(texts.pop("required producer", []))),
         "started": _time(row["started_ns"] / 1e9),
         "opened": _time(row["opened_ns"] / 1e9),
         "closed": _time(row["closed_ns"] / 1e9) if row["closed_ns"] else None,
@@ -70,6 +74,12 @@ def _run(file: DataFile) -> dict[str, Any]:
         "totals": total | {"made": ledger.made(total)},
         "verdicts": verdicts,
         "gaps": {"rows": int(gaps["rows"].sum()), "number": len(gaps)},
+        "chips": {
+            "number": len(chips),
+            "sent": int(np.count_nonzero(chips["known"] & SENT)),
+            "read": int(np.count_nonzero(chips["known"] & READ)),
+            "different": int(chips["different"].sum()),
+        },
         "unknown_words_kept": file.length("ledger/unknown"),
     }
 

@@ -7,12 +7,13 @@ changes are rows of datasets. Texts in datasets have fixed lengths (SWMR forbids
     /_header          attributes version, created, modified, asic_version, software (as larpix-control has them)
     /packets          the rows, layout 1.0, 2.4 or 3.0; chunks shuffled and deflated
     /messages         texts of INFO messages: a row of type 5 has the index of its first row in `counter`
-    /configs          chip configurations
+    /configs          chip configurations as larpix-control has them: what registers were told, else what they said
     /run/info         one row: number, part, condition, times, totals
     /run/texts        comment, operator, kind, versions, ...: the newest text of a name counts; `piece` 0 begins a text
     /run/producers    their names; `producer` in the other tables is the index into this one
     /run/blocks       one row a block: whose it is, where its rows lie, their CRC-32 as stored
     /run/ends         one row per producer and epoch that has ended
+    /run/configs      one row a chip whenever there were news of it: what its registers were told, and what they said
     /run/positions    where each source stood when this part was opened (first), and when it was closed (next)
     /run/missing      sequences that never came
     /run/checksums    rows and CRC-32 of every dataset but /packets (whose blocks have their own), written at the close
@@ -36,6 +37,7 @@ import h5py
 import numpy as np
 
 from larpixdaq import checksum, schema
+from larpixdaq.configurations import REGISTERS
 from larpixdaq.errors import FileError, cause
 from larpixdaq.version import VERSION
 
@@ -92,6 +94,22 @@ BLOCKS: Final = np.dtype(
 ENDS: Final = np.dtype([*_SOURCE, ("next", "<u8"), ("how", "S16"), ("first_ns", "<u8"), ("last_ns", "<u8")])
 POSITIONS: Final = np.dtype([*_SOURCE, ("first", "<u8"), ("next", "<u8")])
 MISSING: Final = np.dtype([*_SOURCE, ("first", "<u8"), ("next", "<u8"), ("rows", "<u8")])
+#: `known`, `sent` and `read` as configurations.py has them; producer, epoch and sequence of the block that brought it.
+CONFIGS: Final = np.dtype(
+    [
+        *_SOURCE,
+        ("sequence", "<u8"),
+        ("time_ns", "<u8"),
+        ("asic", "S16"),
+        ("io_group", "u1"),
+        ("io_channel", "u1"),
+        ("chip_id", "u1"),
+        ("different", "<u2"),
+        ("sent", "u1", (REGISTERS,)),
+        ("read", "u1", (REGISTERS,)),
+        ("known", "u1", (REGISTERS,)),
+    ]
+)
 CHECKSUMS: Final = np.dtype([("name", "S32"), ("rows", "<u8"), ("crc32", "<u4")])
 COUNTS: Final = np.dtype(_SOURCE + _COUNTS)
 GAPS: Final = np.dtype(
@@ -129,12 +147,15 @@ TABLES: Final = {
     "run/ends": (ENDS, 16),
     "run/positions": (POSITIONS, 16),
     "run/missing": (MISSING, 16),
+    "run/configs": (CONFIGS, 16),
     "ledger/counts": (COUNTS, 16),
     "ledger/outside": (COUNTS, 16),
     "ledger/gaps": (GAPS, 16),
     "ledger/verdicts": (VERDICTS, 16),
     "ledger/unknown": (UNKNOWN, 64),
 }
+#: Tables that files of before 2026-11-28 do not have.
+LATER: Final = ("run/configs",)
 #: What /run/checksums covers.
 CHECKED: Final = (*TABLES, "configs", "run/info")
 
@@ -143,6 +164,8 @@ PACKET_TYPES: Final = "\n" + "\n".join(f"{code}: '{name}'," for code, name in en
 
 #: Registers of a chip in /configs; larpix-control has 239 for every version that it can write.
 _REGISTERS: Final = {"2b": 256}
+#: Names of chip generations in /configs, where larpix-control has others than --asic.
+_NAMES: Final = {"lightpix-1": "lightpix-v1.0"}
 
 
 def configs_dtype(asic_version: str) -> np.dtype[Any]:
@@ -219,7 +242,7 @@ def _fill(file: h5py.File, layout: schema.Layout, asic_version: str) -> None:
     configs = file.create_dataset(
         "configs", shape=(0,), maxshape=(None,), dtype=configs_dtype(asic_version), chunks=(64,)
     )
-    configs.attrs["asic_version"] = asic_version
+    configs.attrs["asic_version"] = _NAMES.get(asic_version, asic_version)
     file.create_dataset("run/info", shape=(1,), dtype=INFO)
     file.create_dataset("run/checksums", shape=(len(CHECKED),), dtype=CHECKSUMS)
     file.flush()

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from larpixdaq import blocks, checksum, schema
 from larpixdaq._native import chunks
+from larpixdaq.configurations import unpack
 from larpixdaq.errors import ChecksumError, ProtocolError
 from larpixdaq.files import layout
 
@@ -74,6 +75,13 @@ def check_block(block: blocks.Block, layout_code: int) -> None:
         raise ProtocolError(f"{describe(block)}: expected layout {layout_code}, found {block.layout}")
     if not 0 <= block.rows <= schema.BLOCK_ROWS:
         raise ProtocolError(f"{describe(block)}: expected 0 to {schema.BLOCK_ROWS} rows, found {block.rows}")
+    if block.configs is not None:
+        if block.text is None:
+            raise ProtocolError(f"{describe(block)}: configurations belong to a text")
+        try:
+            unpack(block.configs)
+        except ProtocolError as error:
+            raise ProtocolError(f"{describe(block)}: {error}") from None
     _check_gaps(block)
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
+import h5py
 import numpy as np
 
 from larpixdaq import schema
 from larpixdaq.blocks import Source
 from larpixdaq.files import layout
+from larpixdaq.files.configs import NOTHING, Carried
+from larpixdaq.files.reader import DataFile
 from larpixdaq.files.tables import Tables
+
+_VERSION: Final = "version "
+#: Of the software that writes files.
+VERSIONS: Final = {"h5py": h5py.version.version, "HDF5": h5py.version.hdf5_version}
 
 
 class RunInfo(NamedTuple):
@@ -29,8 +37,16 @@ class RunInfo(NamedTuple):
     required_producers: tuple[str, ...] = ()
 
 
-def describe(file: Any, tables: Tables, info: RunInfo, part: int, known: Mapping[Source, int]) -> None:
-    """Fill in what a new file knows; `known` is where the run's sources stand after the parts before.
+def describe(
+    file: Any,
+    tables: Tables,
+    info: RunInfo,
+    part: int,
+    known: Mapping[Source, int],
+    configurations: Carried = NOTHING,
+) -> None:
+    """Fill in what a new file knows; `known` is where the run's sources stand after the parts before, `configurations`
+    what these have said of the chips.
 
     /run/info comes last, when the rest is written: a file whose row of it is still empty has taken no block.
     """
@@ -40,6 +56,7 @@ def describe(file: Any, tables: Tables, info: RunInfo, part: int, known: Mapping
         places.append((tables.producers[source.producer], source.epoch, place, place))
     tables.text("layout", info.layout.name)
     tell(tables, info)
+    tables.carry(configurations.of(known))
     file.flush()
     tables.set_positions(places)
     row = np.zeros(1, layout.INFO)
@@ -56,6 +73,32 @@ def tell(tables: Tables, info: RunInfo) -> None:
     for name in ("kind", "comment", "operator", "storage", "asic_version"):
         tables.text(name, getattr(info, name))
     for name, version in info.versions.items():
-        tables.text(f"version {name}", version)
+        tables.text(_VERSION + name, version)
     for name in info.required_producers:
         tables.text("required producer", name)
+
+
+def info_of(path: Path) -> RunInfo:
+    """What a part says of its run; FileError when it cannot be read."""
+    with DataFile(path) as file:
+        return told(file.run_info(), file.texts())
+
+
+def told(row: Mapping[str, Any], texts: Mapping[str, Sequence[str]]) -> RunInfo:
+    """What a part says of its run in its row of /run/info, and in /run/texts."""
+
+    def newest(name: str) -> str:
+        return texts.get(name, [""])[-1]
+
+    return RunInfo(
+        run=row["run"],
+        kind=newest("kind"),
+        comment=newest("comment"),
+        operator=newest("operator"),
+        started_ns=row["started_ns"],
+        layout=schema.layout(row["layout"]),
+        asic_version=newest("asic_version"),
+        storage=newest("storage"),
+        versions={name.removeprefix(_VERSION): found[-1] for name, found in texts.items() if name.startswith(_VERSION)},
+        required_producers=tuple(dict.fromkeys(texts.get("required producer", []))),
+    )

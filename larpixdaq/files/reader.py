@@ -144,6 +144,8 @@ class DataFile:
         return self._held[name]
 
     def _table(self, name: str) -> Any:
+        if name in layout.LATER and name not in self._file:
+            return np.zeros(0, layout.TABLES[name][0])
         table = self._dataset(name)
         expected = layout.INFO if name == "run/info" else layout.CHECKSUMS if name == "run/checksums" else None
         expected = layout.TABLES[name][0] if name in layout.TABLES else expected

@@ -172,7 +172,7 @@ def _begin(part: Path, name: names.Name, kept: list[Record]) -> None:
 
 
 def _finish(part: Path, journal: Journal, kept: list[Record], state: State) -> Recovered:
-    file = RunFile.resume(part, journal, _info(state), state)
+    file = RunFile.resume(part, journal, opening.told(state.info, state.texts), state)
     try:
         added = _add(file, kept)
         told = f"{int(time.time())}: its writer died; {added} blocks from the journal, {state.cut} rows of no block cut"
@@ -182,23 +182,6 @@ def _finish(part: Path, journal: Journal, kept: list[Record], state: State) -> R
     finally:
         file.abandon()
     return Recovered(part, report.path, file.info.run, report.rows, report.condition, report.reasons, added, state.cut)
-
-
-def _info(state: State) -> RunInfo:
-    def newest(name: str) -> str:
-        return state.texts.get(name, [""])[-1]
-
-    return RunInfo(
-        run=state.info["run"],
-        kind=newest("kind"),
-        comment=newest("comment"),
-        operator=newest("operator"),
-        started_ns=state.info["started_ns"],
-        layout=schema.layout(state.info["layout"]),
-        asic_version=newest("asic_version"),
-        storage=newest("storage"),
-        required_producers=tuple(dict.fromkeys(state.texts.get("required producer", []))),
-    )
 
 
 def _add(file: RunFile, kept: Iterable[Record]) -> int:

@@ -17,7 +17,7 @@ from larpixdaq import blocks, checksum, schema
 from larpixdaq._native import chunks
 from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError
-from larpixdaq.files import layout, ledger, verify
+from larpixdaq.files import configs, layout, ledger, verify
 from larpixdaq.files.ledger import Account
 from larpixdaq.files.reader import DataFile, text
 from larpixdaq.files.walk import groups
@@ -84,6 +84,9 @@ class _Reading:
         gaps = self._leading("ledger/gaps", lambda row: int(row["sequence"]) < self._account(row).next)
         for row in gaps:
             self._account(row).drop([(int(row["io_group"]), int(row["rows"]))])
+        told = self._leading("run/configs", lambda row: int(row["sequence"]) < self._account(row).next)
+        lengths["run/configs"] = len(told)
+        lengths["configs"] = int(configs.fitting(told, self._file.attribute("_header", "asic_version")).sum())
         jumps = self._leading("run/missing", lambda row: int(row["next"]) < self._account(row).next)
         lengths["ledger/gaps"], lengths["run/missing"] = len(gaps), len(jumps)
         there = {tuple(row.tolist()[:4]) for row in jumps}

@@ -8,9 +8,11 @@ from typing import Any, Final, NamedTuple
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from larpixdaq import blocks
-from larpixdaq.files import layout
+from larpixdaq.files import configs, layout
+from larpixdaq.files.configs import Carried
 from larpixdaq.files.ledger import Account
 
 NAME_BYTES: Final = layout.TEXTS["name"].itemsize
@@ -44,23 +46,25 @@ class Tables:
         """`flush` makes what has been written so far durable, before anything that is written after it."""
         self.blocks = 0
         self._flush = flush
-        self._tables = {name: file[name] for name in layout.TABLES}
-        self._kinds = {name: h5py.h5t.py_create(dtype) for name, (dtype, _) in layout.TABLES.items()}
+        self._tables = {name: file[name] for name in (*layout.TABLES, "configs") if name in file}
+        self._dtypes = {name: dtype for name, (dtype, _) in layout.TABLES.items()} | {"configs": file["configs"].dtype}
+        self._kinds = {name: h5py.h5t.py_create(dtype) for name, dtype in self._dtypes.items()}
+        self._asic = file["_header"].attrs["asic_version"]
         self.producers: dict[str, int] = {}  # name -> index in /run/producers
 
     def resume(self, lengths: Mapping[str, int], producers: Iterable[str]) -> None:
         """Go on with tables that have rows: of each the first so many; `producers` are those of /run/producers."""
         for name, rows in lengths.items():
-            if self._tables[name].shape[0] > rows:
+            if name in self._tables and self._tables[name].shape[0] > rows:
                 self._tables[name].resize((rows,))
         self.blocks = lengths["run/blocks"]
         self.producers = {name: index for index, name in enumerate(producers)}
 
     def append(self, name: str, rows: Any) -> None:
         """Put rows, which become an array of the table's dtype, behind those that it has."""
-        if len(rows):
+        if len(rows) and name in self._tables:
             table, kind = self._tables[name].id, self._kinds[name]
-            array = np.asarray(rows, layout.TABLES[name][0])
+            array = np.asarray(rows, self._dtypes[name])
             (first,) = table.shape
             # By HDF5's own calls: what h5py does around them took a fifth of the time of a storage at its limit.
             table.set_extent((first + len(array),))
@@ -95,6 +99,8 @@ class Tables:
             self.append("ledger/gaps", account.gaps(frame))
             if held.message is not None:
                 self._message(frame.text or "", held.message)
+            if frame.configs is not None:
+                self.configs(configs.rows(frame, account.index))
             place = (frame.sequence, held.start, frame.rows, frame.crc32)
             times = (frame.first_ns, frame.last_ns)
             rows.append((account.index, frame.epoch, *place, *times, frame.first_packet, frame.flags))
@@ -124,6 +130,19 @@ class Tables:
         table.resize((len(rows),))
         if rows:
             table[:] = np.array(rows, layout.POSITIONS)
+
+    def carry(self, known: Carried) -> None:
+        """Configurations that earlier parts have, of sources that this one knows of."""
+        rows = known.rows.copy()
+        rows["producer"] = [self.producers[known.producers[index]] for index in rows["producer"].tolist()]
+        self.configs(rows)
+
+    def configs(self, rows: NDArray[Any]) -> None:
+        """Configurations of chips, as /run/configs has them; those that fit also as larpix-control has them."""
+        self.append("run/configs", rows)
+        self.append(
+            "configs", configs.as_larpix_control(rows[configs.fitting(rows, self._asic)], self._dtypes["configs"])
+        )
 
     def _message(self, text: str, message: Message) -> None:
         parts = blocks.text_pieces(text, layout.MESSAGE_BYTES)

@@ -25,9 +25,10 @@ from larpixdaq import blocks, checksum
 from larpixdaq._native import chunks
 from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError, ProtocolError, cause
-from larpixdaq.files import closing, layout, names, opening
+from larpixdaq.files import closing, configs, layout, names, opening
 from larpixdaq.files.batch import Batch
 from larpixdaq.files.behind import Behind
+from larpixdaq.files.configs import Carried
 from larpixdaq.files.journal import Journal
 from larpixdaq.files.ledger import Account, check_block, check_content, check_end, check_rows, describe
 from larpixdaq.files.opening import RunInfo as RunInfo
@@ -60,10 +61,12 @@ class RunFile:
         positions: Iterable[blocks.Position] = (),
         *,
         fsync: bool = False,
+        configurations: Carried = configs.NOTHING,
     ) -> None:
         """Create NAME.h5.part and its journal; FileError in one line when that cannot be.
 
         `positions`: where the run's sources stand after the parts before; other sources begin at sequence 0.
+        `configurations`: what was known of the chips there.
         `fsync`: what is durable survives a power cut too, at the cost of waiting for the disk.
         """
         stem = names.stem(info.run, info.started_ns, part, info.storage)
@@ -81,13 +84,13 @@ class RunFile:
         self._batch = Batch(self._file["packets"], info.layout.dtype.itemsize)
         self._tables = Tables(self._file, self._flush)
         try:
-            self._try(self._describe)
+            self._try(lambda: self._describe(configurations))
         except FileError:
             self.give_up()
             raise
 
-    def _describe(self) -> None:
-        opening.describe(self._file, self._tables, self.info, self.part, self._known)
+    def _describe(self, configurations: Carried) -> None:
+        opening.describe(self._file, self._tables, self.info, self.part, self._known, configurations)
         if self._fsync:
             self._flush()
             closing.sync(self.path.parent)
@@ -148,6 +151,16 @@ class RunFile:
     def positions(self) -> list[blocks.Position]:
         """Where each source of the run stands now, parts before counted: for the part that follows."""
         return [blocks.Position(*source, self.next(source)) for source in self._known | self._accounts]
+
+    def configurations(self) -> Carried:
+        """What is known of the chips now: for the part that follows."""
+        waiting = [
+            configs.rows(held.frame, held.account.index)
+            for held in self._held
+            if isinstance(held.frame, blocks.Block) and held.frame.configs is not None
+        ]
+        table = np.concatenate([self._file["run/configs"][:], *waiting])
+        return Carried(configs.newest(table), list(self._tables.producers))
 
     @property
     def final(self) -> Path:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from larpixdaq.blocks import Block, Position, Source
 from larpixdaq.control.calls import Call
 from larpixdaq.errors import FileError
-from larpixdaq.files import names
+from larpixdaq.files import configs, names
+from larpixdaq.files.configs import Carried
 from larpixdaq.files.writer import Report, RunFile, RunInfo
 from larpixdaq.storing.limits import Limits
 
@@ -60,15 +61,23 @@ class OpenRun:
         """The next part, which goes on where the sources stand. FileError when there can be none."""
         parts = names.parts_of(self.directory, self.info.storage, self.info.run)
         number = parts[-1][1] + 1 if parts else 0
-        self.file = self._create(number, positions)
+        self.file = self._create(number, positions, self._configurations(parts))
         self.failure = ""
         if parts:
             before = parts[-1][3].name.removesuffix(parts[-1][2]) + names.FINISHED
             self.file.set_text("previous part", before)
 
-    def _create(self, number: int, positions: Iterable[Position]) -> RunFile:
+    def _create(self, number: int, positions: Iterable[Position], configurations: Carried) -> RunFile:
         self._opened = time.monotonic()
-        return RunFile(self.directory, self.info, number, positions, fsync=self._fsync)
+        return RunFile(self.directory, self.info, number, positions, fsync=self._fsync, configurations=configurations)
+
+    @staticmethod
+    def _configurations(parts: Sequence[Any]) -> Carried:
+        """What the newest part that can be read says of the chips."""
+        for *_, path in reversed(parts):
+            with contextlib.suppress(FileError):
+                return configs.of_part(path)
+        return configs.NOTHING
 
     def announce(self, info: RunInfo) -> None:
         """What the core tells of a run whose blocks were here before."""
@@ -113,7 +122,7 @@ class OpenRun:
         opened = self._opened
         following: RunFile | None = None
         try:
-            following = self._create(old.part + 1, old.positions())
+            following = self._create(old.part + 1, old.positions(), old.configurations())
             following.set_text("previous part", old.final.name)
             report = old.seal(continued=True, texts={"next part": following.final.name})
         except FileError:

@@ -10,7 +10,7 @@ from larpixdaq import schema
 from larpixdaq.blocks import Source
 from larpixdaq.control.calls import Call
 from larpixdaq.errors import FileError, LarpixDaqError, StateError
-from larpixdaq.files import names
+from larpixdaq.files import names, opening
 from larpixdaq.files.runs import RunReport, survey
 from larpixdaq.files.writer import RunInfo
 from larpixdaq.storing.parts import Ending, OpenRun
@@ -70,15 +70,15 @@ class Storing(Writing):
 
     def prepare_run(
         self, call: Call, run: int, kind: str, comment: str, operator: str, started_ns: int, layout: int,
-        asic_version: str, producers: list[dict[str, Any]], versions: dict[str, str],
+        asic_version: str, producers: list[str], versions: dict[str, str],
     ) -> Any:  # fmt: skip
         opened = self._runs.get(run)
         if opened is not None and opened.announced:
             raise StateError(f"{self.name}: run {run} is open already, as {_name_of(opened)}")
         info = RunInfo(
             run=run, kind=kind, comment=comment, operator=operator, started_ns=started_ns, layout=schema.layout(layout),
-            asic_version=asic_version, storage=self.label, versions=versions,
-            required_producers=tuple(producer["name"] for producer in producers),
+            asic_version=asic_version, storage=self.label,
+            versions=versions | opening.VERSIONS, required_producers=tuple(producers),
         )  # fmt: skip
         if opened is None:
             self._look_up(run)

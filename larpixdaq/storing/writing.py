@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -16,6 +17,7 @@ from larpixdaq import schema
 from larpixdaq.blocks import Block, End, FromProducer, Position, Source
 from larpixdaq.control.calls import Call
 from larpixdaq.errors import ChecksumError, FileError, LarpixDaqError
+from larpixdaq.files import names, opening
 from larpixdaq.files.part import SUPERSEDED
 from larpixdaq.files.positions import positions
 from larpixdaq.files.writer import RunInfo
@@ -169,7 +171,7 @@ class Writing:
             self.duplicates += 1
             self._acknowledge(frame.source, self._positions[frame.source])
             return None
-        info = self._infos.get(frame.run)
+        info = self._infos.get(frame.run) or self._info_before(frame.run)
         if info is None:
             code = frame.layout if isinstance(frame, Block) else 2
             info = RunInfo(
@@ -184,6 +186,13 @@ class Writing:
             self._fail(run, error)
         self._runs[frame.run] = run
         return run
+
+    def _info_before(self, run: int) -> RunInfo | None:
+        """What the newest part of before says of the run."""
+        for *_, path in reversed(names.parts_of(self.directory, self.label, run)):
+            with contextlib.suppress(FileError):
+                return opening.info_of(path)
+        return None
 
     def _new(self, info: RunInfo, *, announced: bool) -> OpenRun:
         self._infos[info.run] = info
