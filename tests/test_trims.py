@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from larpixdaq.routines.kit.trims import STEP, Choice, Search
+from larpixdaq.routines.kit.trims import NEAR, STEP, Choice, Search
 
 TOP = 31
 #: Of each channel the trim at which its rate is 1 Hz, and by how much a step divides it.
@@ -48,11 +48,11 @@ def test_fine_ends_at_the_noisiest_trim_within_limits(channels, off):
         within = (mine >= 0.1) & (mine <= 1.0)
         if within.any():
             assert within[trim]
-        elif mine[-1] > 1.0:
+        elif mine[-1] > NEAR:
             assert trim == TOP
-        else:
-            assert mine[trim] <= 1.0
-            assert trim == 0 or mine[trim - 1] > 1.0
+        else:  # a step over both limits
+            assert mine[trim] <= NEAR
+            assert trim == 0 or mine[trim - 1] > NEAR
     assert (choice.rates >= 0).all()
 
 

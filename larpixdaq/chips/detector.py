@@ -166,7 +166,7 @@ class Detector:
         if controller.io is None and link.setup.boards:
             from larpixdaq.chips.io import StreamIO
 
-            controller.io = StreamIO(link)
+            controller.io = StreamIO(link, self.registers)
         if self.registers.version is None:
             return controller
         for key in self._index:

@@ -8,6 +8,7 @@ explicitly. What found no room is counted in `left_out`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import bidict
@@ -21,21 +22,23 @@ from larpixdaq.chips import talk
 from larpixdaq.chips.boards import BoardOrders
 from larpixdaq.chips.exchange import BATCH, spread
 from larpixdaq.chips.link import Link
+from larpixdaq.chips.registers import READ, WRITE, Registers
+from larpixdaq.chips.registers import words as make_words
 from larpixdaq.errors import RequestError
 from larpixdaq.schema import Asic, PacketType
 
-_READ: Final = 3
 _LISTEN_TO: Final = {None: talk.EVERYTHING, "all": talk.EVERYTHING, "answers": talk.ANSWERS}
 
 
 class StreamIO(BoardOrders, IO):  # type: ignore[misc]
     """larpix-control's IO over the producer, with the board methods of its PACMAN_IO."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, registers: Registers) -> None:
         IO.__init__(self)
         BoardOrders.__init__(self, link)
         self._io_group_table = bidict.bidict(self.names)
-        self._asic = Asic(link.setup.generation)
+        self.registers = registers
+        self._asic = registers.generation
         #: None, "all" or "answers"; counts from the next start_listening() on.
         self.listen_to: str | None = None
         self._everything = False
@@ -54,11 +57,22 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         words = np.array([int.from_bytes(packet.bytes(), "little") for packet in packets], np.uint64)
         groups = np.array([packet.io_group or 0 for packet in packets], np.int64)
         channels = np.array([packet.io_channel or 0 for packet in packets], np.uint8)
-        self.groups(sorted(set(groups.tolist())))
-        reads = bool((words & np.uint64(3) == _READ).any())
+        reads = bool((words & np.uint64(3) == READ).any())
         if self.is_listening and reads and self._everything and self.listen_to != "all":
             self._link.listen(talk.ANSWERS)
             self._everything = False
+        self._send(groups, channels, words)
+
+    def write_registers(self, keys: Sequence[str], values: NDArray[np.uint8], which: NDArray[np.bool_]) -> None:
+        """Write the registers that `which` marks of chips with these keys, both of shape (chips, registers); BoardError
+        when a board did not take them. Packets of larpix-control for as many take hundreds of times as long."""
+        parts = np.array([key.split("-") for key in keys], np.int64).reshape(-1, 3)
+        chips, addresses = np.nonzero(which)
+        made = make_words(self._asic, WRITE, parts[chips, 2], addresses, values[chips, addresses])
+        self._send(parts[chips, 0], parts[chips, 1].astype(np.uint8), made)
+
+    def _send(self, groups: NDArray[np.int64], channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
+        self.groups(np.unique(groups).tolist())
         numbers = []
         for io_group in np.unique(groups).tolist():
             at = np.flatnonzero(groups == io_group)

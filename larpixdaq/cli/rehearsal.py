@@ -37,12 +37,13 @@ class Rehearsal:
         self._seconds: float = options.seconds
         self._directory = options.output_dir.absolute()
         self._network = state / "tile.json"
+        self._truth = self._directory / "tile_truth.json"
 
     def start(self, group: Group) -> subprocess.Popen[bytes]:
         return group.start(
             "emulators", "pacman", "--chips", str(CHIPS), "--asic", ASIC, "--write-network", str(self._network),
-            "--hot-channels", str(PLANTED), "--dead-channels", str(PLANTED), "--lossless", "--wait-for-go",
-            "--data-port", "0", "--command-port", "0", pipes=True,
+            "--hot-channels", str(PLANTED), "--dead-channels", str(PLANTED), "--truth", str(self._truth), "--lossless",
+            "--wait-for-go", "--data-port", "0", "--command-port", "0", pipes=True,
         )  # fmt: skip
 
     def take(
@@ -67,8 +68,7 @@ class Rehearsal:
         sent = line(emulator, LIMIT, "the end of the emulated board")
         return sent["sent"], self._told(found, checked, planted)
 
-    @staticmethod
-    def _told(found: dict[str, Any], checked: dict[str, Any], planted: dict[str, list[str]]) -> dict[str, Any]:
+    def _told(self, found: dict[str, Any], checked: dict[str, Any], planted: dict[str, list[str]]) -> dict[str, Any]:
         def listed(by_chip: dict[str, list[int]]) -> set[str]:
             return {f"{chip}-{channel}" for chip, channels in by_chip.items() for channel in channels}
 
@@ -83,6 +83,7 @@ class Rehearsal:
             "dead_planted": len(planted["dead_channels"]),
             "dead_found": len(dead.intersection(planted["dead_channels"])),
             "report": found["files"],
+            "truth": str(self._truth),
         }
 
 
@@ -98,3 +99,4 @@ def show(told: dict[str, Any], console: Console) -> None:
     )
     for path in told["report"]:
         console.print(f"report: {path}")
+    console.print(f"what the emulated channels are: {told['truth']}")

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from larpixdaq.routines import Routine
 from larpixdaq.routines.kit import Chips, rates, report
-from larpixdaq.routines.kit.trims import Choice, Search
+from larpixdaq.routines.kit.trims import NEAR, Choice, Search
 
 #: Trim at which half of a chip's channels are near the rates wanted: from there others can go up and down as far.
 _MIDDLE = 18
 #: Steps of the global threshold on its way down, and how long each is looked at (seconds).
 _DOWN, _GLANCE = 4, 0.1
-#: Hits of a channel that the two searches wait for, at the highest rate wanted.
-_COARSE, _FINE = 3, 60
+#: Hits of a channel that the two searches wait for in each round, at the highest rate wanted.
+_COARSE, _FINE = 3, 20
 #: Whether a channel that never said anything is dead is tried with a global threshold lower by so much.
 _DEEPER = 12
 
@@ -36,11 +36,6 @@ class _Calibration:
     def measure(self, seconds: float) -> tuple[NDArray[np.int64], float]:
         """Hits of each channel, and the seconds in which they came."""
         return rates(self.controller, self.chips.keys, self.shape[1], seconds)
-
-    def hz(self, hits_at_most: int) -> NDArray[np.float64]:
-        """Of each channel, in as long as one at the highest rate wanted takes for so many hits."""
-        hits, seconds = self.measure(hits_at_most / self.high)
-        return hits / seconds
 
     def globals(self, begin: int) -> NDArray[np.int64]:
         """For each chip the lowest global threshold at which less than half of its channels, with trims in the middle,
@@ -84,6 +79,12 @@ class _Calibration:
         choice.finish()
         return choice
 
+    def check(self, choice: Choice) -> NDArray[np.float64]:
+        """Hz of each channel with what was chosen, counted twice as long as in a round; counts with what was."""
+        hits, seconds = self.measure(2 * _FINE / self.high)
+        choice.add(hits, seconds)
+        return hits / seconds
+
     def dead(self, quiet: NDArray[np.bool_], threshold: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these channels say nothing even far below the threshold of the others, which are masked
         meanwhile."""
@@ -118,7 +119,7 @@ def _calibrate(
     this, but those of LEAVE_OFF {chip: [channel, ...]}. Without APPLY the chips are in the end as they were before;
     with it they keep what was found, and the channels to disable are masked. The global threshold comes down from
     START, and the trims of all channels after it; every step is measured in the packets that come, until the rates lie
-    between the limits, in at most ROUNDS last measurements of 60/HIGH seconds each. Periodic reset is on meanwhile, so
+    between the limits, in at most ROUNDS last measurements of 20/HIGH seconds each. Periodic reset is on meanwhile, so
     that leakage does not count.
 
     The result: "thresholds" {chip: value}, "trims" {chip: [value, ...]}, "disable" {chip: [channel, ...]} (too noisy at
@@ -141,24 +142,25 @@ def _calibrate(
         if mine.has("periodic_reset"):
             mine.set(periodic_reset=1)
         mine.set(mask=work.off)
-        before = work.hz(_FINE)
+        hits, seconds = work.measure(_FINE / high)
+        before = hits / seconds
         threshold = work.globals(start)
         search = work.coarse()
         hot = search.hopeless & ~work.off
         choice = work.fine(np.minimum(search.trim, work.top), rounds)
         # What is too noisy at its highest trim by counting long only, is so too.
-        hot |= (choice.trim == work.top) & (choice.rates > 1.2 * high) & ~work.off
+        hot |= (choice.trim == work.top) & (choice.rates > NEAR * high) & ~work.off
         quiet = (choice.trim == 0) & (choice.rates == 0) & ~work.off & ~hot
         dead = work.dead(quiet, threshold)
         mine.set(trim=choice.trim)
         mine.set(mask=work.off | hot)
-        after = work.hz(2 * _FINE)
+        after = work.check(choice)
         kept = apply
     finally:
         if not kept:
             mine.restore()
     live = ~(work.off | hot | dead)
-    within = live & (choice.rates >= 0.8 * low) & (choice.rates <= 1.2 * high)
+    within = live & (choice.rates >= (2 - NEAR) * low) & (choice.rates <= NEAR * high)
     gone = dead | work.off
     silent = [key for place, key in enumerate(mine.keys) if gone[place].all() and dead[place].any()]
     result: dict[str, Any] = {

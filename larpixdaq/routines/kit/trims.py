@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 #: Steps downward while no trim of the channel was too noisy yet. Four change the rate by a factor of some thousand.
 STEP: Final = 4
+#: What is above a limit by no more than this factor is not far above it.
+NEAR: Final = 1.2
 
 
 class Search:
@@ -43,8 +45,11 @@ class Search:
 
 
 class Choice:
-    """Fine: from the trims that the coarse search found, one up or down until the rate lies within limits; of several
-    the noisiest that is not above them. What is measured again counts with what was."""
+    """Fine: from the trims that the coarse search found, one up or down until the rate lies within limits. What is
+    measured again counts with what was.
+
+    Of several the noisiest within the limits; if there is none, the noisiest that is not far above them: a step may
+    jump over both limits, and what seemed to be above for a short time may not be."""
 
     def __init__(self, trim: NDArray[np.int64], top: int, low: float, high: float) -> None:
         self.trim = trim.copy()
@@ -58,11 +63,15 @@ class Choice:
         """Hz at `trim`; nan: not measured there."""
         return self._of(self._rates(), self.trim)
 
-    def take(self, hits: NDArray[np.int64], seconds: float) -> None:
-        """Of each channel at `trim`; the next ones to measure. `done` is where there is nothing better to try."""
+    def add(self, hits: NDArray[np.int64], seconds: float) -> None:
+        """Of each channel at `trim`."""
         at = self.trim[..., None]
         np.put_along_axis(self._hits, at, self._of(self._hits, self.trim)[..., None] + hits[..., None], -1)
         np.put_along_axis(self._seconds, at, self._of(self._seconds, self.trim)[..., None] + seconds, -1)
+
+    def take(self, hits: NDArray[np.int64], seconds: float) -> None:
+        """Of each channel at `trim`; the next ones to measure. `done` is where there is nothing better to try."""
+        self.add(hits, seconds)
         rates = self.rates
         wish = self.trim + (rates > self._high).astype(np.int64) - (rates < self._low).astype(np.int64)
         wish = np.clip(wish, 0, self._top)
@@ -75,11 +84,11 @@ class Choice:
         self.done[:] = True
 
     def _best(self) -> NDArray[np.int64]:
-        """The noisiest trim measured that is not above the limit; if there is none, the quietest."""
         rates = self._rates()
-        fits = np.where(rates <= self._high, rates, -1.0)
+        within = (rates >= self._low) & (rates <= self._high)
+        fits = np.where(within.any(-1, keepdims=True), within, rates <= NEAR * self._high)
         least = np.where(np.isnan(rates), np.inf, rates).argmin(-1)
-        best: NDArray[np.int64] = np.where(fits.max(-1) >= 0, fits.argmax(-1), least)
+        best: NDArray[np.int64] = np.where(fits.any(-1), np.where(fits, rates, -1.0).argmax(-1), least)
         return best
 
     def _rates(self) -> NDArray[np.float64]:
