@@ -89,6 +89,7 @@ def bring_up(operator, network):
     assert operator.configure_network().result(SLOW)["ok"]
 
 
+@pytest.mark.once
 @pytest.mark.timeout(300)
 def test_the_demo_brings_up_calibrates_and_reads_out(tmp_path):
     """A tile of 100 chips, in a run that loses nothing: planted hot and dead channels are found, and the others have

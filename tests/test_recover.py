@@ -566,6 +566,8 @@ def test_a_damaged_part_is_named(tmp_path, capsys):
 # Killed at random
 
 
+@pytest.mark.once
+@pytest.mark.timeout(300)
 def test_writers_and_recoveries_that_are_killed(tmp_path):
     """A short form of `python tests/killing.py --kills 500`, in a process that has no threads."""
     script = Path(__file__).with_name("killing.py")
@@ -576,7 +578,7 @@ def test_writers_and_recoveries_that_are_killed(tmp_path):
         env=os.environ | {"TMPDIR": str(tmp_path)},
     )
     with process:
-        found = json.loads(wait_for_line(process, 110))
+        found = json.loads(wait_for_line(process, 280))
     assert (found["failures"], found["blocks_lost"], found["blocks_doubled"]) == ([], 0, 0)
     assert found["kills"] == 25
     assert found["rows_stored"] >= found["rows_acknowledged"] > 0

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from processes import LIMIT, Process, free_port, until
 
 from larpixdaq.launch import read_running, start_time
@@ -18,6 +19,7 @@ def said(folder: Path, *arguments: object) -> str:
         return process.stdout
 
 
+@pytest.mark.once
 def test_up_takes_a_run_and_down_leaves_nothing(tmp_path):
     core, log = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
     state, data, ring = tmp_path / "state", tmp_path / "data", tmp_path / "ring"
@@ -68,6 +70,7 @@ def test_up_takes_a_run_and_down_leaves_nothing(tmp_path):
     assert read_running(state) is None
 
 
+@pytest.mark.once
 def test_up_that_others_can_reach_must_be_asked_for(tmp_path):
     state, port = tmp_path / "state", free_port()
     where = ("--address", f"tcp://0.0.0.0:{port}", "--log-address", f"tcp://127.0.0.1:{free_port()}")
