@@ -16,6 +16,8 @@ from larpixdaq.errors import ProtocolError
 REGISTERS: Final = 256
 #: Bits of `known`: the register was told a value; it said one, and was not told another since.
 SENT, READ = 1, 2
+#: Of registers that differ, so many are named.
+_NAMED: Final = 5
 #: Chips of one block: some 200 kB before they are packed.
 _PIECE: Final = 256
 
@@ -49,6 +51,17 @@ class Configurations(NamedTuple):
         told, said = (int(np.count_nonzero(self.known & bit)) for bit in (SENT, READ))
         differ = int(np.count_nonzero(self.different))
         return f"Configuration of {which}: {told} registers sent, {said} read back, {differ} different"
+
+    def differences(self) -> str:
+        """Which registers said something else than they had been told, in a line; empty when none did."""
+        at = np.argwhere(self.different)
+        named = [
+            f"{'-'.join(map(str, self.chips[chip].tolist()))} register {register} was told {self.sent[chip, register]}"
+            f" and says {self.read[chip, register]}"
+            for chip, register in at[:_NAMED].tolist()
+        ]
+        more = f", and {len(at) - _NAMED} more" if len(at) > _NAMED else ""
+        return f"chip {', '.join(named)}{more}" if named else ""
 
     def pack(self) -> Configs:
         arrays = np.stack(self[2:])

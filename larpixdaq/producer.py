@@ -204,7 +204,9 @@ class Producer:
         self._told_to_end = 0
         self._tell_configurations(everything=True)
         self.state = "READY"
-        return {"epoch": self.epoch, "layout": self.layout.code}
+        differences = self.witness.everything().differences()
+        warning = f"{self.name}: {differences}" if differences else None
+        return {"epoch": self.epoch, "layout": self.layout.code, "warning": warning}
 
     def begin_run(self, call: Call, run: int) -> Any:
         self._expect("READY", run)

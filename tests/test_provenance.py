@@ -180,7 +180,8 @@ def test_what_chips_were_told_and_said_is_in_the_file_before_the_data(tmp_path):
             operator.write_configuration().result(LIMIT)
             operator.send_configuration({"all": {"threshold_global": 50}}).result(LIMIT)
             assert operator.validate_configuration().result(SLOW)["different"] == 1
-            operator.prepare_run(comment="cosmics").result(LIMIT)
+            prepared = operator.prepare_run(comment="cosmics").result(LIMIT)
+            assert prepared["warnings"] == ["LArPix board: chip 1-1-13 register 64 was told 50 and says 51"]
             operator.begin_run().result(LIMIT)
             operator.send_configuration({"1-1-11": {"threshold_global": 60}}).result(LIMIT)
             lost = operator.run_routine("lost")

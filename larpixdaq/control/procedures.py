@@ -70,8 +70,7 @@ class RunProcedures:
             files = [self._take_file(name, outcomes[name]) for name in run.storages]
             asked = {name: Item(producer_params(run), PREPARE_LIMIT) for name in producers}
             outcomes = yield Ask("prepare_run", asked)
-            for name in producers:
-                self._take_ready(run, name, outcomes[name])
+            warnings += [text for name in producers if (text := self._take_ready(run, name, outcomes[name]))]
             run.phase = READY
             self._catalogue.save(run)
         except LarpixDaqError as error:
@@ -166,7 +165,8 @@ class RunProcedures:
         if component.run is None:
             if component.kind == PRODUCER:
                 outcomes = yield Ask("prepare_run", {name: Item(producer_params(run), PREPARE_LIMIT)})
-                self._take_ready(run, name, outcomes[name])
+                if warning := self._take_ready(run, name, outcomes[name]):
+                    self._warn("prepare_run", [warning])
             elif component.kind == STORAGE:
                 outcomes = yield Ask("prepare_run", {name: Item(storage_params(run, run.producers), PREPARE_LIMIT)})
                 self._take_file(name, outcomes[name])
@@ -230,7 +230,7 @@ class RunProcedures:
     def _monitor_items(self, params: dict[str, Any]) -> dict[str, Item]:
         return {one.name: Item(params, MONITOR_LIMIT) for one in self._peers.of_kind(RUN_DATA)}
 
-    def _take_ready(self, run: Run, name: str, outcome: Outcome) -> None:
+    def _take_ready(self, run: Run, name: str, outcome: Outcome) -> str | None:
         if not outcome.ok:
             raise ComponentError(outcome.text)
         ready = checked(outcome.value, ProducerReady, name, "prepare_run")
@@ -243,6 +243,7 @@ class RunProcedures:
         epochs = run.producers.setdefault(name, [])
         if ready.epoch not in epochs:
             epochs.append(ready.epoch)
+        return ready.warning
 
     def _take_file(self, name: str, outcome: Outcome) -> str:
         if not outcome.ok:

@@ -21,6 +21,7 @@ class ProducerReady(msgspec.Struct):
 
     epoch: int
     layout: int
+    warning: str | None = None
 
 
 class EpochEnd(msgspec.Struct):
