@@ -39,7 +39,7 @@ CONDITIONS: Final = (COMPLETE, SUSPECT, INCOMPLETE, INTERRUPTED, ABORTED)
 LOOKING: Final = frozenset(
     {
         *("list_routines", "packet_rate", "packets", "messages", "adc_histogram", "run_info"),
-        *("board_status", "get_boards", "ping", "retrieve_configuration"),
+        *("board_status", "get_boards", "ping", "retrieve_configuration", "retrieve_pixel_layout"),
     }
 )
 #: Actions of components that only the core itself may ask for.

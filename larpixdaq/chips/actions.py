@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from larpixdaq.chips import bringup
+from larpixdaq.chips import bringup, talk
 from larpixdaq.chips.boardcare import BoardCare, whole
 from larpixdaq.chips.detector import Detector
 from larpixdaq.chips.exchange import Exchange, Found
+from larpixdaq.chips.layoutcare import LayoutCare
 from larpixdaq.chips.link import BoardError, Link
 from larpixdaq.chips.terms import ACTIONS
 from larpixdaq.errors import RequestError
@@ -30,11 +32,12 @@ _TRIES: Final = 3
 Info = Callable[..., None]
 
 
-class Actions(BoardCare):
+class Actions(BoardCare, LayoutCare):
     """One for the life of the child."""
 
     def __init__(self, link: Link, detector: Detector) -> None:
-        super().__init__(link)
+        BoardCare.__init__(self, link)
+        LayoutCare.__init__(self, link.setup.pixel_layout)
         self.detector = detector
         self._info: Info = lambda text="", done=0, total=0: None
 
@@ -186,6 +189,10 @@ class Actions(BoardCare):
             "chips": len(detector.parts),
             "networks": channels,
         }
+
+    def state(self) -> talk.Remember:
+        """What another child should know, should this one end."""
+        return replace(self.detector.state(), pixel_layout=self.layout_name)
 
     # What they share.
 

@@ -101,7 +101,7 @@ class Worker:
 
     def _remember(self) -> None:
         """Tell the producer what another child should know, should this one end."""
-        state = self._told if self._actions is None else self._actions.detector.state()
+        state = self._told if self._actions is None else self._actions.state()
         if state != self._told:
             self._told = state
             self._link.send(state)
@@ -122,8 +122,11 @@ class Worker:
             args, kwargs = checked(routine, request.args, request.kwargs)
         except TypeError as error:
             return talk.Failed(request.request, _line(f"routine {usage(routine)}: {error}"))
-        detector = self._known().detector
+        known = self._known()
+        detector = known.detector
         controller = detector.controller(self._link)
+        if controller.io is not None:
+            controller.io.layout = known.layout
         try:
             answer = routine.func(controller, reports.send_data, reports.send_info, *args, **kwargs)
         except IndexError as error:

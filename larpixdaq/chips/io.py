@@ -8,7 +8,7 @@ explicitly. What found no room is counted in `left_out`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import bidict
@@ -21,6 +21,7 @@ from larpixdaq._native import packets
 from larpixdaq.chips import talk
 from larpixdaq.chips.boards import BoardOrders
 from larpixdaq.chips.exchange import BATCH, spread
+from larpixdaq.chips.layouts import Layout
 from larpixdaq.chips.link import Link
 from larpixdaq.chips.registers import READ, WRITE, Registers
 from larpixdaq.chips.registers import words as make_words
@@ -32,6 +33,9 @@ _LISTEN_TO: Final = {None: talk.EVERYTHING, "all": talk.EVERYTHING, "answers": t
 
 class StreamIO(BoardOrders, IO):  # type: ignore[misc]
     """larpix-control's IO over the producer, with the board methods of its PACMAN_IO."""
+
+    #: The pixel layout that was loaded last, or RequestError; set by whoever hands this to a routine.
+    layout: Callable[[], Layout]
 
     def __init__(self, link: Link, registers: Registers) -> None:
         IO.__init__(self)
@@ -118,6 +122,11 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
     def take_rows(self) -> list[NDArray[Any]]:
         """What came since the last call, as it is recorded (schema.py): for those who count many."""
         return self._link.rows()
+
+    def positions(self, chip: Any) -> NDArray[np.float64]:
+        """x and y of a chip's channels in mm, shape (channels, 2), NaN without a pixel, in the pixel layout that was
+        loaded; RequestError when none was, or when it has not this chip."""
+        return self.layout().positions(chip)
 
     def cleanup(self) -> None:
         """There is nothing to clean up: the connections are the producer's."""

@@ -325,7 +325,11 @@ class Child:
     def _remember(self, found: talk.Remember) -> None:
         if self._setup is not None:
             self._setup = msgspec.structs.replace(
-                self._setup, board_file=found.board_file, chips=found.chips, wanted=found.wanted
+                self._setup,
+                board_file=found.board_file,
+                chips=found.chips,
+                wanted=found.wanted,
+                pixel_layout=found.pixel_layout,
             )
             self._witness.know(np.frombuffer(found.chips, np.uint8).reshape(-1, 3))
 

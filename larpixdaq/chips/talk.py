@@ -50,6 +50,7 @@ class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
     wanted: bytes = b""
     read: bytes = b""
     known: bytes = b""
+    pixel_layout: str = ""
 
 
 class Act(msgspec.Struct, array_like=True, tag=4, frozen=True):
@@ -136,6 +137,7 @@ class Remember(msgspec.Struct, array_like=True, tag=18, frozen=True):
     board_file: str
     chips: bytes  # (N, 3): io_group, io_channel, chip_id
     wanted: bytes  # (N, registers of a chip): how they ought to be
+    pixel_layout: str = ""
 
 
 class Doubt(msgspec.Struct, array_like=True, tag=19, frozen=True):

@@ -80,6 +80,21 @@ class Hardware:
         """
         return self._chips(component, "retrieve_configuration", chip, registers)
 
+    def load_pixel_layout(self, name: str, component: str | None = None) -> Request:
+        """Where the channels of chips are: a layout file of larpix-geometry, on the producer's machine.
+
+        Result: a dict: name, file, version, pitch (mm), pixels, chips, tiles (how many), x and y ([from, to], mm).
+        """
+        return self._producer(component, "load_pixel_layout", name=name)
+
+    def retrieve_pixel_layout(self, chip: Any = None, component: str | None = None) -> Request:
+        """Places of channels in the layout that was loaded last, of chips by their key or chip_id; of 500,000 at most.
+
+        Result: as load_pixel_layout(), and "channels": {chip: {"x": [mm or None, by channel_id], "y": [...], "z" (mm,
+        along the drift), "tile"}}. Chips are named by their keys, or by chip_id where the file knows no more.
+        """
+        return self._producer(component, "retrieve_pixel_layout", chip=chip)
+
     def _chips(self, component: str | None, action: str, chip: Any, registers: Any) -> Request:
         return self._producer(component, action, chip=chip, registers=registers)
 
