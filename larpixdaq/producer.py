@@ -81,7 +81,7 @@ class Producer:
         )
         self.publisher = delivery.serve(socket)
         asic = sources.asic_of(options)
-        channels = [source.channel for source in boards if source.channel is not None]
+        channels = [channel for source in boards for channel in source.channels]
         self.witness = Witness(options.asic)
         self.commands = Commands(channels, asic, self.layout, self._put)
         kinds = {channel.io_group: channel.kind for channel in channels}

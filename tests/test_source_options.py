@@ -27,6 +27,7 @@ def recorded(monkeypatch):
         ("serial", "SerialSource"),
         ("replay", "ReplaySource"),
         ("fake", "FakeSource"),
+        ("ioclass", "IoClassSource"),
     ]:
         monkeypatch.setattr(f"larpixdaq.sources.{module}.{name}", type(name, (Recorder,), {}))
 
@@ -81,6 +82,11 @@ SERIAL = {**V2, "baud": 1_000_000, "rule": "strict"}
             [("BernSource", (i, f"daq-srv{i}.local", 5556, 5555), V2) for i in range(1, 8)],
         ),
         ("--io-config SerialPort /dev/x", [("SerialSource", ("/dev/x", 1), SERIAL)]),
+        ("--io-config FakeIO", [("IoClassSource", ("FakeIO", ()), {**V2, "clock64": False})]),
+        (
+            "--io-config lab.boards:Mine here.json 3 --asic 1",
+            [("IoClassSource", ("lab.boards:Mine", ("here.json", "3")), {"asic": Asic.V1, "clock64": False})],
+        ),
         ("--io-config SerialPort /dev/x 9600", [("SerialSource", ("/dev/x", 1), {**SERIAL, "baud": 9600})]),
     ],
 )
@@ -107,11 +113,12 @@ def test_options_make_sources(recorded, words, expected):
         ("--fake --io-groups 256", "--io-groups 256: a producer has at most 255"),
         ("--bern a --baud 9600", "--baud is for --serial only, not for --bern"),
         ("--serial a --speed 2", "--speed is for --replay only, not for --serial"),
-        ("--bern a --clock64", "--clock64 is for --pacman and --replay only, not for --bern"),
+        ("--bern a --clock64", "--clock64 is for --pacman and --replay and --io-config only, not for --bern"),
         ("--pacman a --io-groups 2", "--io-groups is for --fake only, not for --pacman"),
         ("--pacman a --asic 1 --fifo-diagnostics", "--fifo-diagnostics is for v2 chips only, not for --asic 1"),
-        ("--io-config FakeIO", "--io-config FakeIO: larpix-control itself would have to read the board"),
-        ("--io-config os.system x", "comes with hardware control"),
+        ("--io-config a:b.c", "--io-config a:b.c: expected a class of larpix.io or package.module:Class"),
+        ("--io-config ./mine.py", "--io-config ./mine.py: expected a class"),
+        ("--io-config FakeIO --baud 9600", "--baud is for --serial only, not for --io-config"),
         ("--io-config SerialPort", "name the device"),
         ("--io-config SerialPort /dev/x fast", "baud rate: expected 1 to 100000000, found fast"),
         ("--io-config PACMAN_IO a b", "too many arguments: a b"),

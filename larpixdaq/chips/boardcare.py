@@ -58,7 +58,8 @@ class BoardCare:
         kind = self.orders.kinds[io_group]
         facts: dict[str, Any] = {"io_group": io_group, "kind": kind, "name": self.orders.names[io_group]}
         if answer is None:
-            return facts | {"answers": False, "error": "a board on a serial line answers no orders"}
+            what = "a board on a serial line" if kind == "serial" else "an IO class"
+            return facts | {"answers": False, "error": f"{what} answers no orders"}
         if isinstance(answer, BoardError):
             return facts | {"answers": False, "error": str(answer)}
         facts["answers"] = True
@@ -107,7 +108,7 @@ class BoardCare:
         return self.board_status(groups)
 
     def reset(self, length: Any = 256, io_group: Any = None) -> dict[str, Any]:
-        groups = self.orders.groups(io_group)
+        groups = self.orders.only("reset", "pacman", "bern", "serial", asked=io_group)
         for one in groups:
             kind = self.orders.kinds[one]
             if kind == "pacman":

@@ -21,12 +21,13 @@ _BOARD: Final = re.compile(
     r"(?:(?P<group>\d{1,9})=)?(?:tcp://)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:=/\[\]]+)(?::(?P<data>\d{1,9})(?::(?P<command>\d{1,9}))?)?"
 )
 _FORM: Final = "[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]"
+_CLASS: Final = re.compile(r"([A-Za-z_]\w*\.)*([A-Za-z_]\w*:)?[A-Za-z_]\w*", re.ASCII)
 #: The io class of larpix-control -> the source that does the same.
 _IO_CLASSES: Final = {"PACMAN_IO": "pacman", "SerialPort": "serial", "ZMQ_IO": "bern", "MultiZMQ_IO": "bern"}
 #: Options that only some sources understand; given with another source they are refused, since they would do nothing.
 _ONLY_FOR: Final = {
     "pacman_format": ("pacman", "replay"),
-    "clock64": ("pacman", "replay"),
+    "clock64": ("pacman", "replay", "io-config"),
     "baud": ("serial",),
     "serial_rule": ("serial",),
     "speed": ("replay",),
@@ -74,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar=("CLASS", "ARG"),
         help="boards as larpix-control's IO class would have them: PACMAN_IO, ZMQ_IO or MultiZMQ_IO [FILE], or "
-        "SerialPort FILE or DEVICE [BAUD]; FILE is larpix-control's io configuration (JSON)",
+        "SerialPort FILE or DEVICE [BAUD]; FILE is larpix-control's io configuration (JSON). Any other CLASS, one of "
+        "larpix.io or package.module:Class, is made with the ARGs (numbers where they look so) in a process of its own "
+        "and asked for packets there, at Python's speed: it is a program that runs with your rights",
     )
 
     what = parser.add_argument_group("board", "what the boards and chips are")
@@ -122,6 +125,10 @@ def create(args: argparse.Namespace) -> list[Source]:
         return _replay(args, asic, given)
     if kind == "fake":
         return _fake(args, asic, given)
+    if kind == "io-config":
+        from larpixdaq.sources.ioclass import IoClassSource
+
+        return [IoClassSource(*given, asic=asic, clock64=bool(args.clock64))]
     return _boards(args, asic, kind, given)
 
 
@@ -136,7 +143,7 @@ def asic_of(args: argparse.Namespace) -> Asic:
 
 
 def _kind(args: argparse.Namespace) -> tuple[str, Any]:
-    """Which source, and what was given for it: (io_group, device, baud), addresses, files or a rate."""
+    """Which source, and what was given for it: (io_group, device, baud), addresses, files, a rate or (class, args)."""
     if args.io_config is not None:
         return _from_io_config(*args.io_config)
     if args.serial is not None:
@@ -150,10 +157,9 @@ def _kind(args: argparse.Namespace) -> tuple[str, Any]:
 def _from_io_config(io_class: str, *arguments: str) -> tuple[str, Any]:
     kind = _IO_CLASSES.get(io_class)
     if kind is None:
-        raise ConfigError(
-            f"--io-config {io_class}: larpix-control itself would have to read the board, which comes with "
-            f"hardware control; without it there are {', '.join(_IO_CLASSES)}"
-        )
+        if _CLASS.fullmatch(io_class) is None:
+            raise ConfigError(f"--io-config {io_class}: expected a class of larpix.io or package.module:Class")
+        return "io-config", (io_class, arguments)
     if len(arguments) > (2 if kind == "serial" else 1):
         raise ConfigError(f"--io-config {io_class}: too many arguments: {' '.join(arguments)}")
     if kind == "serial":

@@ -40,8 +40,8 @@ class Source(Protocol):
     finished: bool
     #: True when the last read() took all that was there by then; False: more of it waits.
     drained: bool
-    #: The way to the board and its chips; None: nothing can be sent there.
-    channel: Channel | None
+    #: The ways to the boards and their chips; (): nothing can be sent there.
+    channels: tuple[Channel, ...]
     #: Sockets or file descriptors to poll for reading; may change after read() (a board that was lost and came back).
     sockets: tuple[Any, ...]
 
@@ -108,7 +108,7 @@ class LiveSource:
     recorded = False
     finished = False
     drained = True
-    channel: Any = None  # a Channel | None, of its own kind in each source
+    channels: tuple[Channel, ...] = ()
 
     _decoder: Decoder
 

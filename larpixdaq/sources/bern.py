@@ -46,7 +46,7 @@ class BernSource(BoardSource):
     def __init__(
         self, io_group: int, host: str, data_port: int = 5556, command_port: int = 5555, *, asic: Asic = Asic.V2
     ) -> None:
-        self.channel = BernChannel(io_group, host, command_port)
+        self.channels = (BernChannel(io_group, host, command_port),)
         super().__init__(
             "Bern board",
             io_group,
@@ -56,7 +56,3 @@ class BernSource(BoardSource):
             layout=layout_of(asic),
             silence=SILENCE,
         )
-
-    def close(self) -> None:
-        self.channel.close()
-        super().close()

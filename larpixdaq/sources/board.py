@@ -125,6 +125,8 @@ class BoardSource(LiveSource):
         self._heard = time.monotonic()
 
     def close(self) -> None:
+        for channel in self.channels:
+            channel.close()
         if self._context is not None:
             self.sockets = ()
             self._data.disable_monitor()

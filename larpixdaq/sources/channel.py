@@ -33,7 +33,7 @@ class Reply(NamedTuple):
 class Channel(Protocol):
     #: For messages to people: board, host:port.
     name: str
-    #: "pacman", "bern" or "serial": which orders it understands.
+    #: "pacman", "bern", "serial" or "class" (none): which orders it understands.
     kind: str
     io_group: int
     #: Words of one request, at most.

@@ -93,7 +93,7 @@ class PacmanSource(BoardSource):
         format: str = "auto",
         clock64: bool = False,
     ) -> None:
-        self.channel = PacmanChannel(io_group, host, command_port, format=format)
+        self.channels = (PacmanChannel(io_group, host, command_port, format=format),)
         super().__init__(
             "PACMAN",
             io_group,
@@ -104,7 +104,3 @@ class PacmanSource(BoardSource):
             layout=layout_of(asic, clock64=clock64 or format == "1.0"),
             silence=SILENCE,
         )
-
-    def close(self) -> None:
-        self.channel.close()
-        super().close()

@@ -43,7 +43,7 @@ class ReplaySource:
 
     waits = True
     recorded = True
-    channel: Any = None
+    channels: tuple[Any, ...] = ()
     drained = False  # a file has more until it is finished
     sockets: tuple[Any, ...] = ()
 

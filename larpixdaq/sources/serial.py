@@ -124,7 +124,8 @@ class SerialSource(LiveSource):
     def __init__(self, device: str, io_group: int = 1, *, asic: Asic, baud: int = BAUD, rule: str = "strict") -> None:
         decoder = SerialDecoder(io_group, int(asic), rule=rule)
         super().__init__(f"serial device {device}, io_group {io_group}", layout_of(asic), io_group, decoder)
-        self.channel = self._line = SerialChannel(device, io_group)
+        self._line = SerialChannel(device, io_group)
+        self.channels = (self._line,)
         self._device = device
         self._baud = baud
         self._buffer = bytearray(_READ)
