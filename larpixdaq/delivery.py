@@ -180,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--when-full", choices=("spill", "wait"),
         help="what to do when storages are slower than the boards and the ring is full: spill (the oldest blocks go to "
         "the spool on disk; when that is full too, rows are counted and dropped) or wait (stop reading); default: "
-        "spill for --pacman and --bern, which publish regardless, wait for the rest",
+        "spill for --pacman, --bern and IO classes, which publish regardless, wait for the rest",
     )  # fmt: skip
     parser.add_argument(
         "--spool-limit", type=parse_size, default="8GiB", metavar="SIZE",

@@ -67,6 +67,19 @@ class Plain:
         return [], b""
 
 
+class Slow(Plain):
+    """Three packets, each of which takes its time."""
+
+    left = 3
+
+    def empty_queue(self):
+        if not self.left:
+            return [], b""
+        time.sleep(0.1)
+        self.left -= 1
+        return [data_packet(self.left, None)], b""
+
+
 class Broken(Echo):
     def start_listening(self):
         raise OSError(19, "no such board", "here")

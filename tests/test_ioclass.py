@@ -23,7 +23,7 @@ from larpixdaq._native.frames import PacmanDecoder, split_log
 from larpixdaq.errors import ConfigError
 from larpixdaq.launch import start_time
 from larpixdaq.schema import Asic
-from larpixdaq.sources import ioclass
+from larpixdaq.sources import ioclass, ioclass_channel
 from larpixdaq.sources.ioclass import IoClassSource
 from larpixdaq.sources.ioclass_child import Encoder
 
@@ -165,8 +165,29 @@ def test_a_class_that_dies_is_told_started_again_and_given_more_time(opened, mon
     assert [line.why.partition(":")[0] for line in source.evidence(0)].count("the board was away") >= 2
 
 
+def test_a_run_is_not_quiet_while_a_class_has_more(opened):
+    source = opened("io_classes:Slow")
+    driver = Driver(source)
+    rows = np.zeros(100, source.layout.dtype)
+    made, drained = 0, []
+
+    def all_there():
+        nonlocal made
+        if source.read():
+            made += source.decode(rows)
+            drained.append(source.drained)
+        return drained and drained[-1]
+
+    wait_until(lambda: select.select(source.sockets, [], [], 0.1)[0], "the first packet")
+    wait_until(all_there, "that there is no more")
+    assert made == 6  # a time and a packet each
+    assert not any(drained[:-1])
+    assert driver.count("packets") == 3
+
+
 def test_a_class_that_hangs_fails_what_is_sent(opened, monkeypatch):
-    monkeypatch.setattr(ioclass, "SEND_LIMIT", 0.1)
+    monkeypatch.setattr(ioclass_channel, "SEND_LIMIT", 0.1)
+    monkeypatch.setattr(ioclass, "_END_LIMIT", 0.1)
     source = opened("io_classes:Plain")
     assert source.io_groups == (1,)
     reply = sent(Driver(source), source.channels[0], 1, word(3, 1, 0))

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,81 +28,22 @@ from larpixdaq._native.frames import split_log
 from larpixdaq.blocks import Verdict
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import IO_GROUPS, Asic, layout_of
-from larpixdaq.sources.channel import Channel, Reply
+from larpixdaq.sources.channel import Channel
 from larpixdaq.sources.evidence import Presence, verdicts
-from larpixdaq.sources.ioclass_talk import LARGEST, Data, Failed, FromChild, Hello, Order, Send, Sent, answers, pack
+from larpixdaq.sources.ioclass_channel import IoClassChannel
+from larpixdaq.sources.ioclass_talk import LARGEST, Data, Failed, FromChild, Hello, Idle, Sent, answers
 from larpixdaq.sources.pieces import Decoders, Messages
 
-#: Seconds that a class has to be there, and a request to be sent.
+#: Seconds that a class has to be there.
 START_LIMIT: Final = 30.0
-SEND_LIMIT: Final = 10.0
 #: Seconds until a process that died is started again, at first and at most; and for which it has to live to be trusted.
 AGAIN, MOST_AGAIN = 1.0, 60.0
 #: Seconds that a process has to end by itself: when it is told to, and when it seems to have done so.
 _END_LIMIT: Final = 1.0
 _ENDED_LIMIT: Final = 0.2
-#: Messages of one read; words of one request.
+_ENDED: Final = "its process ended"
+#: Messages of one read.
 _BATCH: Final = 64
-_WORDS: Final = 256
-
-
-class IoClassChannel:
-    """Words to the chips of one io_group, through the class's `send`; done when that has returned. With the methods of
-    PACMAN_IO for registers the class also takes orders to the board, as those of a PACMAN."""
-
-    batch = _WORDS
-    sockets: tuple[Any, ...] = ()  # answers come among the data
-
-    def __init__(self, name: str, io_group: int, post: Callable[[bytes], bool], *, registers: bool) -> None:
-        """`post` sends a message to the process, or returns False."""
-        self.kind = "pacman" if registers else "class"
-        self.io_group = io_group
-        self.name = f"{name}, io_group {io_group}"
-        self.busy = False
-        self._post = post
-        self._number = 0
-        self._reply: Reply | None = None
-        self._deadline = 0.0
-
-    def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
-        self._number += 1
-        self._ask(Send(self._number, self.io_group, io_channels.tobytes(), words.astype("<u8").tobytes()))
-
-    def send_raw(self, body: bytes) -> None:
-        self._number += 1
-        self._ask(Order(self._number, self.io_group, body))
-
-    def _ask(self, request: Send | Order) -> None:
-        self._deadline = time.monotonic() + SEND_LIMIT
-        self._reply = None if self._post(pack(request)) else self._failed("its process takes nothing")
-        self.busy = True
-
-    def take(self) -> Reply | None:
-        if self._reply is None and time.monotonic() >= self._deadline:
-            self._reply = self._failed(f"not sent within {SEND_LIMIT:g} s")
-        self.busy = self._reply is None
-        return self._reply
-
-    def due(self) -> float | None:
-        if not self.busy:
-            return None
-        return self._deadline if self._reply is None else 0.0
-
-    def close(self) -> None:
-        self.busy = False
-
-    def done(self, said: Sent) -> None:
-        """The process says what became of a request."""
-        if said.number == self._number and self._reply is None:
-            self._reply = self._failed(said.error) if said.error else Reply(said.body)
-
-    def lost(self, reason: str) -> None:
-        """The process is gone."""
-        if self.busy and self._reply is None:
-            self._reply = self._failed(reason)
-
-    def _failed(self, error: str) -> Reply:
-        return Reply(b"", f"{self.name}: {error}")
 
 
 class IoClassSource:
@@ -134,6 +75,7 @@ class IoClassSource:
         self._sock: socket.socket | None = None
         self._pidfd = -1
         self._there = False  # it has said Hello
+        self._more = False  # the class may have more than it has handed over
         self._again_at: float | None = None
         self._again = AGAIN
         self._trusted_at = math.inf
@@ -171,7 +113,7 @@ class IoClassSource:
             self._start()
         if now >= self._trusted_at:
             self._trusted_at, self._again = math.inf, AGAIN
-        return self._take(now)
+        return self._take(now) or self._more
 
     def texts(self) -> list[str]:
         return []
@@ -195,33 +137,32 @@ class IoClassSource:
 
     def _take(self, now: float) -> bool:
         """What the process has handed over by now; False when that is nothing."""
-        if self._sock is None or self._process is None:
-            self.drained = True
-            return False
-        ended = bool(select.select([self._pidfd], [], [], 0)[0])  # asked first: what it said is still in the socket
         found: list[Data] = []
-        self.drained = False
         reason = ""
-        for _ in range(_BATCH):
-            try:
-                message = answers.decode(self._sock.recv(LARGEST))
-            except BlockingIOError:
-                self.drained = True
-                reason = "its process ended" if ended else ""
-                break
-            except (OSError, msgspec.MsgspecError):  # nothing: it has closed its end
-                reason = "its process ended"
-                break
-            if isinstance(message, Data):
-                found.append(message)
-            else:
-                reason = self._hear(message, now)
-                if reason:
+        if self._sock is not None:
+            # asked first: what it said before is in the socket still
+            ended = bool(select.select([self._pidfd], [], [], 0)[0])
+            there = self._there
+            while not reason and len(found) < _BATCH and self._there == there:
+                try:
+                    message = answers.decode(self._sock.recv(LARGEST))
+                except BlockingIOError:
+                    reason = _ENDED if ended else ""
                     break
+                except (OSError, msgspec.MsgspecError):  # it has closed its end
+                    reason = _ENDED
+                    break
+                if isinstance(message, Data):
+                    found.append(message)
+                    self._more = True
+                else:
+                    reason = self._hear(message, now)
         if reason:
             self._lose(now, reason)
-        if not found:
-            return False
+        self.drained = not self._more
+        return bool(found) and self._release(found)
+
+    def _release(self, found: list[Data]) -> bool:
         self._presence.heard(time.time_ns())
         data = np.frombuffer(b"".join(one.log for one in found), np.uint8)
         spans, _ = split_log(data)
@@ -231,7 +172,9 @@ class IoClassSource:
 
     def _hear(self, message: FromChild, now: float) -> str:
         """Why the process is of no use any more, or nothing."""
-        if isinstance(message, Sent):
+        if isinstance(message, Idle):
+            self._more = False
+        elif isinstance(message, Sent):
             if message.io_group in self._channels:
                 self._channels[message.io_group].done(message)
         elif isinstance(message, Failed):
@@ -286,7 +229,7 @@ class IoClassSource:
 
     def _lose(self, now: float, reason: str) -> None:
         status = self._end(_ENDED_LIMIT)
-        if status is not None and reason == "its process ended":
+        if status is not None and reason == _ENDED:
             reason += f" by signal {signal.Signals(-status).name}" if status < 0 else f" with status {status}"
         self._again_at = now + self._again
         self._problems.append(
@@ -301,7 +244,7 @@ class IoClassSource:
     def _end(self, limit: float) -> int | None:
         """End the process, which has so many seconds to do so by itself; its status, None when there was none."""
         self.sockets = ()
-        self._there = False
+        self._there = self._more = False
         self._trusted_at = math.inf
         if self._process is None or self._sock is None:
             return None

@@ -29,7 +29,19 @@ from larpix.packet import Packet_v1, Packet_v2, SyncPacket, TimestampPacket, Tri
 
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import Asic
-from larpixdaq.sources.ioclass_talk import LARGEST, Data, Failed, FromChild, Hello, Order, Send, Sent, pack, requests
+from larpixdaq.sources.ioclass_talk import (
+    LARGEST,
+    Data,
+    Failed,
+    FromChild,
+    Hello,
+    Idle,
+    Order,
+    Send,
+    Sent,
+    pack,
+    requests,
+)
 
 _PR_SET_PDEATHSIG: Final = 1
 #: When nothing comes, the class is asked again after so long (seconds).
@@ -220,6 +232,8 @@ def _serve(sock: socket.socket, io: Any, encoder: Encoder, asic: Asic) -> None:
                 error = _line(told)
             _say(sock, Sent(request.number, request.io_group, body, error))
         packets, _ = io.empty_queue()
+        if busy and not packets:
+            _say(sock, Idle())
         busy = bool(packets)
         for batch in encoder.batches(packets):
             _say(sock, batch)
@@ -233,7 +247,7 @@ def main() -> None:
     try:
         io = make(name, arguments)
         io.start_listening()
-        io_groups = sorted(getattr(io, "_io_group_table", None) or [1])
+        io_groups = sorted(map(int, getattr(io, "_io_group_table", None) or [1]))
         registers = all(callable(getattr(io, method, None)) for method in ("ping", "get_reg", "set_reg"))
         _say(sock, Hello(io_groups, registers))
         try:

@@ -42,6 +42,10 @@ class Data(msgspec.Struct, array_like=True, tag=12, frozen=True):
     log: bytes
 
 
+class Idle(msgspec.Struct, array_like=True, tag=15, frozen=True):
+    """After Data: the class was asked again, and had nothing more."""
+
+
 class Sent(msgspec.Struct, array_like=True, tag=13, frozen=True):
     """What became of a Send or an Order: the board's answer to it, or, in one line, why there is none."""
 
@@ -57,7 +61,7 @@ class Failed(msgspec.Struct, array_like=True, tag=14, frozen=True):
     text: str
 
 
-FromChild = Hello | Data | Sent | Failed
+FromChild = Hello | Data | Idle | Sent | Failed
 
 pack: Final = msgspec.msgpack.Encoder().encode
 requests: Final = msgspec.msgpack.Decoder(Send | Order)
