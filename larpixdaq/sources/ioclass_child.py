@@ -257,7 +257,7 @@ def main() -> None:
                 io.stop_listening()
         status = 0
     except BaseException as error:
-        if not isinstance(error, ConfigError):
+        if not isinstance(error, ConfigError | OSError):  # a mistake in the class; the others say what they are about
             traceback.print_exc()
         with contextlib.suppress(_ParentGone):
             _say(sock, Failed(_line(error)))
