@@ -85,7 +85,8 @@ def _value(text: str) -> int | float | str:
 
 
 class Encoder:
-    """Packets as messages of a PACMAN: a TimestampPacket begins one, with its time; where none did it has the host's.
+    """Packets as messages of a PACMAN. A TimestampPacket begins one, and its time is that of all until the next; before
+    the first the host's time stands in.
 
     `io_groups`: those that the class has; packets without one are of the first, and those of others become words that
     nobody can understand. `wide`: all messages are of format 1.0, whose clocks have 64 bits; else those that need it.
@@ -93,7 +94,8 @@ class Encoder:
 
     def __init__(self, io_groups: Sequence[int], *, wide: bool) -> None:
         self._io_groups = io_groups
-        self._forms = [_1_0] if wide else [_LEGACY, _1_0]
+        self._wide = wide
+        self._seconds: dict[int, int] = {}  # of the last TimestampPacket
 
     def messages(self, packets: Iterable[Any]) -> Iterator[tuple[int, bytes]]:
         """(io_group, message). Messages of an io_group have their order, those of several are side by side."""
@@ -104,15 +106,15 @@ class Encoder:
             if io_group not in self._io_groups:
                 io_group, word = self._io_groups[0], _other(f"io_group {io_group}")
             if io_group in opened and (word is None or len(opened[io_group][1]) == _MOST_WORDS):
-                time_ns, words = opened.pop(io_group)
-                yield io_group, self._message(time_ns, words)
-                opened[io_group] = time_ns, []
+                yield io_group, self._message(*opened.pop(io_group))
             if word is None:
-                opened[io_group] = int(packet.timestamp or 0) * 10**9, []
-            else:
-                opened.setdefault(io_group, (time.time_ns(), []))[1].append(word)
-        for io_group, (time_ns, words) in opened.items():
-            yield io_group, self._message(time_ns, words)
+                self._seconds[io_group] = int(packet.timestamp or 0)
+            if io_group not in opened:
+                opened[io_group] = self._seconds.get(io_group, int(time.time())), []
+            if word is not None:
+                opened[io_group][1].append(word)
+        for io_group, (seconds, words) in opened.items():
+            yield io_group, self._message(seconds, words)
 
     def batches(self, packets: Iterable[Any]) -> Iterator[Data]:
         """The same, as they are handed over."""
@@ -127,18 +129,15 @@ class Encoder:
         if log:
             yield Data(bytes(groups), bytes(log))
 
-    def _message(self, time_ns: int, words: list[Word]) -> bytes:
-        for forms in self._forms:
-            try:
-                body = b"".join([forms[which].pack(*content) for which, *content in words])
-            except struct.error:
-                continue
-            break
-        else:  # no clock or io_channel is that large
+    def _message(self, seconds: int, words: list[Word]) -> bytes:
+        if not self._wide:
+            with contextlib.suppress(struct.error):  # a clock of more than 32 bits, an io_channel of more than 8
+                return _HEADER_LEGACY.pack(b"D", seconds, len(words)) + _body(_LEGACY, words)
+        try:
+            body = _body(_1_0, words)
+        except struct.error:  # no clock or io_channel is that large
             body = b"".join(_fit(_1_0, word) for word in words)
-        if forms is _LEGACY:
-            return _HEADER_LEGACY.pack(b"D", time_ns // 10**9 & 0xFFFFFFFF, len(words)) + body
-        return _HEADER_1_0.pack(b"D", 1, len(body), time_ns & (1 << 64) - 1) + body
+        return _HEADER_1_0.pack(b"D", 1, len(body), seconds * 10**9 & (1 << 64) - 1) + body
 
 
 def _word(packet: Any) -> Word | None:
@@ -162,6 +161,10 @@ def _byte(value: Any) -> int:
 
 def _other(text: str) -> Word:
     return _OTHER, b"?", text.encode("ascii", "replace")
+
+
+def _body(forms: Sequence[struct.Struct], words: Iterable[Word]) -> bytes:
+    return b"".join([forms[which].pack(*content) for which, *content in words])
 
 
 def _fit(forms: Sequence[struct.Struct], word: Word) -> bytes:
