@@ -57,6 +57,9 @@ class Echo(IO):
 class Plain:
     """What is needed, and no more."""
 
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
     def start_listening(self):
         pass
 
