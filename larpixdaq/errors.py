@@ -20,6 +20,7 @@ LarpixDaqError
 from __future__ import annotations
 
 import os
+from inspect import Parameter, Signature
 
 
 class LarpixDaqError(Exception):
@@ -97,6 +98,13 @@ _BY_CODE = {cls.code: cls for cls in (RequestError, StateError, ControlHeld, Unk
 def by_code(code: str, text: str) -> RequestError:
     """The error that an answer with this code stands for."""
     return _BY_CODE.get(code, RequestError)(text)
+
+
+def misuse(action: str, error: TypeError, signature: Signature) -> RequestError:
+    """What Signature.bind() found wrong with somebody's arguments, and how it is right: `reset(length=256)`."""
+    own = [one.replace(annotation=Parameter.empty) for one in signature.parameters.values()]
+    plain = signature.replace(parameters=own, return_annotation=Signature.empty)
+    return RequestError(f"{action}: {error!s:.200}; expected {action}{plain}")
 
 
 def cause(error: BaseException) -> str:

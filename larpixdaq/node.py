@@ -22,7 +22,7 @@ from larpixdaq.control.link import Link, Waker
 from larpixdaq.control.messages import Answer, FromCore, Heartbeat, Kind, Register, Request, Update, Welcome
 from larpixdaq.control.recent import Recent
 from larpixdaq.control.shipping import RecordHandler, push_socket
-from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction
+from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction, misuse
 from larpixdaq.load import Load
 from larpixdaq.pace import next_beat, wait_ms
 from larpixdaq.states import HEARTBEAT, PATIENCE, STOP
@@ -215,7 +215,8 @@ class Node:
             try:
                 signature.bind(call, **call.params)
             except TypeError as error:
-                raise RequestError(f"{call.action}: {error}; expected {signature}") from None
+                own = list(signature.parameters.values())[1:]
+                raise misuse(call.action, error, signature.replace(parameters=own)) from None
             value = handler(call, **call.params)
             if value is not None:
                 call.result(value)

@@ -189,7 +189,7 @@ class Producer:
     def _action(self, action: str) -> Callable[..., None]:
         """What is done with chips and boards is the child's to check and to do."""
 
-        def act(call: Call, **params: Any) -> None:
+        def act(call: Call, /, **params: Any) -> None:
             self.child.act(call, action, params)
 
         return act

@@ -294,7 +294,7 @@ def test_v3_chips_go_by_address(here):
             operator.send_configuration({"1-1-1": {speak: 15, 64: 77}}).result(LIMIT)
             read = operator.read_configuration("1-1-1", [64]).result(LIMIT)["chips"]
             assert read == {"1-1-1": {"register 64": 77}}
-            with pytest.raises(RequestError, match="load_board: larpix-control knows no 3 chips"):
+            with pytest.raises(RequestError, match="load_board: larpix-control knows no v3 chips"):
                 operator.load_board("x.json").result(LIMIT)
     finally:
         board.close()

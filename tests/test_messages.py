@@ -14,6 +14,7 @@ from larpixdaq.control.messages import (
     MAX_ANSWER,
     MAX_DEPTH,
     MAX_REQUEST,
+    MAX_TEXT,
     PROTOCOL,
     Answer,
     Heartbeat,
@@ -176,6 +177,11 @@ def test_names_are_limited(text):
     data = msgspec.msgpack.encode({"type": "register", "name": text, "kind": "log", "instance": "1"})
     with pytest.raises(ProtocolError, match="name"):
         unpack_client(data, "a test")
+
+
+def test_a_text_that_is_too_long_is_cut_and_not_refused():
+    found = unpack_client(pack(Answer(request="1", kind="error", text="x" * 100_000)), "test")
+    assert found.text == "x" * (MAX_TEXT - 4) + " ..."
 
 
 def test_another_version_is_told_first():

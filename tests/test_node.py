@@ -68,7 +68,7 @@ def test_wrong_parameters_are_told(running, operator):
         request = operator.call("it", "packets", kount=3)
         until(lambda: node.dispatch() or request.done, "the answer")
         with pytest.raises(
-            RequestError, match=r"packets: got an unexpected .*'kount'; expected \(call, count=100, tex"
+            RequestError, match=r"packets: got an unexpected .*'kount'; expected packets\(count=100, tex"
         ):
             request.result(LIMIT)
         request = operator.call("it", "packets", call=3)

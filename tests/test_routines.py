@@ -43,6 +43,23 @@ def _exits(controller, send_data, send_info):
 def _nothing(controller, send_data, send_info):
     pass
 
+def _other(controller, send_data, send_info):
+    return "other", 3
+
+class Unsaid(BaseException):
+    def __str__(self):
+        raise RuntimeError
+
+def _unsaid(controller, send_data, send_info):
+    raise Unsaid
+
+def _no_text(controller, send_data, send_info):
+    raise ValueError("\\udcff")
+
+def _spoils(controller, send_data, send_info):
+    del controller.chips
+    raise ValueError("spoilt")
+
 def _large(controller, send_data, send_info):
     return controller, "x" * (65 << 20)
 
@@ -85,6 +102,7 @@ def _typed(controller, send_data, send_info, chip: str, seconds: float = 1.0, ch
 registration = {
     f.__name__[1:]: Routine(f.__name__[1:], f, p) for f, p in [
         (_add, ["a", "b"]), (_state, None), (_numpy, []), (_raises, []), (_exits, []), (_nothing, []), (_large, []),
+        (_other, []), (_unsaid, []), (_no_text, []), (_spoils, []),
         (_big, []), (_prints, []), (_reports, []), (_waits, []), (_spins, []), (_dies, []), (_leaves, []),
         (_old, ["chip", "seconds"]), (_typed, ["chip", "seconds", "channels"]),
     ]
@@ -208,6 +226,10 @@ def test_arguments_results_and_the_controller_pass(child):
         ("raises", (), "failed", "routine raises: KeyError: 'no such chip'"),
         ("exits", (), "failed", "routine exits: SystemExit: 3"),
         ("nothing", (), "failed", "routine nothing: expected (controller, result) from it, found NoneType"),
+        ("other", (), "failed", "routine other: expected (controller, result) from it, found (str, int)"),
+        ("unsaid", (), "failed", "routine unsaid: larpixdaq_routine_mine.Unsaid: <exception str() failed>"),
+        ("no_text", (), "failed", "routine no_text: ValueError: \\udcff"),
+        ("spoils", (), "failed", "routine spoils: ValueError: spoilt"),
         ("large", (), "failed", "routine large: its result: Result: expected at most 67108864 bytes"),
     ],
 )
@@ -216,7 +238,8 @@ def test_what_fails_is_told_and_harms_nothing(child, name, args, code, words):
     assert (event, found) == ("fail", code)
     first, *traceback = text.split("\n")
     assert words in first
-    assert ("Traceback (most recent call last):" in traceback) == (name in ("raises", "exits") or args == (1, "2"))
+    raises = name in ("raises", "exits", "unsaid", "no_text", "spoils") or args == (1, "2")
+    assert ("Traceback (most recent call last):" in traceback) == raises
     process = child._process.pid
     assert run(child, "add", 1).last == ("result", 3, "")
     assert child._process.pid == process
@@ -258,11 +281,17 @@ def test_further_directories_below_those_allowed(child, folder, tmp_path):
         child.load_routines(call, directory)
         assert call.last[:2] == (
             "fail",
-            f"load_routines: {directory}: it is below none of the directories that --routines names: {folder}",
+            f"load_routines: {directory}: below none of the directories that --routines names: {folder}",
         )
-    call = Call()
-    child.load_routines(call, "absent")
-    assert call.last[1] == f"load_routines: {folder / 'absent'}: no such directory"
+    for directory, says in [
+        ("absent", f"{folder / 'absent'}: no such directory"),
+        (None, "expected the name of a directory, found None"),
+        ("a\0b", r"'a\x00b': embedded null byte"),
+        ("x" * 5000, f"'{'x' * 99}: File name too long"),
+    ]:
+        call = Call()
+        child.load_routines(call, directory)
+        assert call.last[1] == f"load_routines: {says}"
     assert run(child, "outside").last[2] == "unknown"
 
 
@@ -286,11 +315,16 @@ def test_wrong_requests_are_refused_at_once(child):
         ("add", [], [], None),
         ("add", [], {}, -1),
         ("add", [], {}, "x"),
+        ("add", [], {}, 1e30),
+        ("add", [], {1: 2}, None),
+        ("x" * 1_000_000, 3, {}, None),
+        ("add", [1], "x" * 1_000_000, None),
     ]:
         call = Call()
         child.run_routine(call, *bad)
         assert call.last[0] == "fail"
         assert "expected" in call.last[1]
+        assert len(call.last[1]) < 200
     call = Call()
     child.run_routine(call, "add", [1 << 70])
     assert "cannot be sent" in call.last[1]

@@ -21,7 +21,7 @@ from larpixdaq.chips.exchange import Exchange, Found
 from larpixdaq.chips.layoutcare import LayoutCare
 from larpixdaq.chips.link import BoardError, Link
 from larpixdaq.chips.terms import ACTIONS
-from larpixdaq.errors import RequestError
+from larpixdaq.errors import RequestError, misuse
 
 #: Differing registers that a result lists; all are counted.
 _LISTED: Final = 10_000
@@ -45,10 +45,11 @@ class Actions(BoardCare, LayoutCare):
         if action not in ACTIONS:
             raise RequestError(f"no action {action!r} of chips or boards; there are {', '.join(ACTIONS)}")
         method = getattr(self, action)
+        signature = inspect.signature(method)
         try:
-            bound = inspect.signature(method).bind(**params)
+            bound = signature.bind(**params)
         except TypeError as error:
-            raise RequestError(f"{action}: {error}; expected {action}{inspect.signature(method)}") from None
+            raise misuse(action, error, signature) from None
         self._info = info
         return method(*bound.args, **bound.kwargs)
 
@@ -139,7 +140,7 @@ class Actions(BoardCare, LayoutCare):
         if not isinstance(file, str) or not file:
             raise RequestError(f"load_board: expected the name of a board file, found {file!r:.100}")
         if self.detector.registers.version is None:
-            raise RequestError(f"load_board: larpix-control knows no {self.detector.registers.asic} chips")
+            raise RequestError(f"load_board: larpix-control knows no {self.detector.registers.chips}")
         self.detector.load_board(file)
         return self._board()
 

@@ -24,6 +24,14 @@ def whole(what: str, value: Any, low: int, high: int) -> int:
     return value
 
 
+def several(what: str, asked: Any, low: int, high: int) -> list[int]:
+    """One whole number, or a list of them, each once, or RequestError."""
+    numbers = asked if isinstance(asked, list) else [asked]
+    if not numbers:
+        raise RequestError(f"{what}: expected one or more whole numbers from {low} to {high}, found none")
+    return list(dict.fromkeys(whole(what, one, low, high) for one in numbers))
+
+
 class BoardCare:
     """Mixed into `actions.Actions`. Boards are named by their io_group; None: all."""
 
@@ -88,9 +96,7 @@ class BoardCare:
         groups = self.orders.only("power", "pacman", asked=io_group)
         if not isinstance(on, bool):
             raise RequestError(f"power: on: expected True or False, found {on!r:.100}")
-        chosen = tiles if isinstance(tiles, list) or tiles is None else [tiles]
-        for tile in chosen or []:
-            whole("power: tile", tile, 0, 7)
+        chosen = None if tiles is None else several("power: tiles", tiles, 0, 7)
         dacs = {"vddd": vddd_dac, "vdda": vdda_dac}
         for name, dac in dacs.items():
             if dac is not None:
@@ -126,12 +132,11 @@ class BoardCare:
     def set_uart_clock(self, ratio: Any, io_channel: Any = None, io_group: Any = None) -> dict[str, Any]:
         groups = self.orders.only("set_uart_clock", "pacman", "serial", asked=io_group)
         whole("set_uart_clock: ratio", ratio, 1, 255)
-        channels = list(range(1, boards.CHANNELS + 1)) if io_channel is None else io_channel
-        for channel in channels if isinstance(channels, list) else [channels]:
-            whole("set_uart_clock: io_channel", channel, 1, 255)
-        channels = channels if isinstance(channels, list) else [channels]
         found: dict[str, Any] = {}
         for one in groups:
+            lines = 1 if self.orders.kinds[one] == "serial" else boards.CHANNELS
+            every = list(range(1, lines + 1))
+            channels = every if io_channel is None else several("set_uart_clock: io_channel", io_channel, 1, lines)
             if self.orders.kinds[one] == "serial":
                 self._link.ask(one, b"c\x00" + bytes([ratio]) + bytes(6) + b"q")
                 found[str(one)] = {"1": ratio}

@@ -64,11 +64,13 @@ class BoardOrders:
                 raise RequestError("no board here takes commands")
             return list(self.kinds)
         groups = asked if isinstance(asked, list) else [asked]
+        there = ", ".join(map(str, self.kinds)) or "none"
+        if not groups:
+            raise RequestError(f"io_group: expected one, a list, or None for all ({there}), found none")
         for one in groups:
             if isinstance(one, bool) or not isinstance(one, int) or one not in self.kinds:
-                there = ", ".join(map(str, self.kinds)) or "none"
-                raise RequestError(f"io_group {one!r}: no such board takes commands here; those that do: {there}")
-        return groups
+                raise RequestError(f"io_group {one!r:.100}: no such board takes commands here; those that do: {there}")
+        return list(dict.fromkeys(groups))
 
     def only(self, what: str, *kinds: str, asked: Any = None) -> list[int]:
         """The io_groups asked for, all of which are boards of these kinds, or RequestError."""

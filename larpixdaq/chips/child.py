@@ -70,9 +70,10 @@ class Worker:
             text = str(error)
             text = text if text.startswith(f"{name}: ") else f"{name}: {text}"
             answer = talk.Failed(request.request, _line(text), code=code)
-        except (KeyboardInterrupt, SystemExit, Exception) as error:
-            text = f"{name}: {type(error).__name__}: {error}".strip()
-            answer = talk.Failed(request.request, _line(text), traceback=traceback.format_exc(limit=-50)[-20_000:])
+        except BaseException as error:  # whatever a routine raises
+            text = f"{name}: {''.join(traceback.format_exception_only(error))}"
+            trace = _sendable(traceback.format_exc(limit=-50))[-20_000:]
+            answer = talk.Failed(request.request, _line(text), traceback=trace)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._link.forget()
@@ -114,7 +115,7 @@ class Worker:
         routines, broken = load(map(Path, request.folders))
         routine = routines.get(request.name)
         if routine is None:
-            text = f"no routine {request.name!r}; there are {', '.join(sorted(routines)) or 'none'}"
+            text = f"no routine {request.name!r:.100}; there are {', '.join(sorted(routines)) or 'none'}"
             if broken:
                 text += f" (not loaded: {'; '.join(broken)})"
             return talk.Failed(request.request, _line(text), code="unknown")
@@ -133,9 +134,12 @@ class Worker:
             if len(args) < len(routine.params or ()):
                 error.args = (f"{error} (given {len(args)} of the arguments of {usage(routine)})",)
             raise
-        if not isinstance(answer, tuple) or len(answer) != 2:
-            text = f"routine {request.name}: expected (controller, result) from it, found {type(answer).__name__}"
-            return talk.Failed(request.request, text)
+        if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], type(controller)):
+            found = type(answer).__name__
+            if isinstance(answer, tuple):
+                found = f"({', '.join(type(one).__name__ for one in answer)})"
+            text = f"routine {request.name}: expected (controller, result) from it, found {found}"
+            return talk.Failed(request.request, _line(text))
         controller, value = answer
         detector.take_over(controller)
         return talk.Result(request.request, value, reports.left_out())
@@ -161,7 +165,7 @@ class _Reports:
             return
         self._allowed -= 1
         text, value = (info, None) if isinstance(info, str) else ("", info)
-        self._worker.send(talk.Progress(self._request, int(done), int(total), text, value))
+        self._worker.send(talk.Progress(self._request, max(0, int(done)), max(0, int(total)), text, value))
 
     def send_data(self, data: Any = b"", metadata: Any = None) -> None:
         """Report that there were data: the packets are in the recorded stream already."""
@@ -177,7 +181,12 @@ def _describe(name: str, routine: Routine) -> talk.RoutineInfo:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())[:2000]
+    return " ".join(_sendable(text).split())[:2000]
+
+
+def _sendable(text: str) -> str:
+    """Names of files may hold what is no text."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _listen(sock: socket.socket, link: Link, requests: "queue.SimpleQueue[Any]") -> None:
@@ -200,7 +209,7 @@ def main() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     sock = socket.socket(fileno=int(fd))
     sock.set_inheritable(False)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -140,7 +140,9 @@ class Detector:
         try:
             found = configs.load(file, "controller")["asic_version"]
             if str(found) not in (str(version), self.registers.asic):
-                raise RequestError(f"board file {file}: is for {found} chips, this producer was started for {version}")
+                raise RequestError(
+                    f"board file {file}: asic_version is {found}, this producer has --asic {self.registers.asic}"
+                )
             with contextlib.redirect_stdout(io.StringIO()):
                 if version == 1:
                     name = controller.load_controller(file)
@@ -152,17 +154,20 @@ class Detector:
         except OSError as error:
             raise RequestError(f"board file {file}: {error.strerror or error}") from None
         except Exception as error:  # whatever larpix-control makes of a file that is none
-            raise RequestError(f"board file {file}: {type(error).__name__}: {error}") from None
+            raise RequestError(
+                f"board file {file}: no configuration that larpix-control can read: {type(error).__name__}: {error}"
+            ) from None
         controller.board_name = name
         return controller
 
     # What routines get, and leave.
 
     def controller(self, link: Any) -> Any:
-        """larpix-control's Controller, its chips as they ought to be, its io ours."""
-        if self._controller is None:
-            self._controller = self._load(self.board_file)
-        controller = self._controller
+        """larpix-control's Controller, its chips as they ought to be, its io ours.
+
+        It is given away: what does not come back by take_over(), because a routine has failed, is made anew.
+        """
+        controller, self._controller = self._controller or self._load(self.board_file), None
         if controller.io is None and link.setup.boards:
             from larpixdaq.chips.io import StreamIO
 
@@ -189,12 +194,12 @@ class Detector:
 
     def take_over(self, controller: Any) -> None:
         """What a routine left in its Controller is how the chips ought to be from now on."""
-        self._controller = controller
         keys = [_parts(chip) for chip in controller.chips.values()]
         self._add([key for key in keys if key not in self._index and key[0] in self.io_groups])
         places, configs = self._configurations(controller)
         if places:
             self.wanted[places] = self.registers.of_all(configs)
+        self._controller = controller
 
     def doubt(self, io_groups: list[int]) -> None:
         """What the chips of these boards were last read to hold may not be so any more."""

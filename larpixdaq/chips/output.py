@@ -31,11 +31,11 @@ class Output:
             _log.info("routine says: %s", line[:_LINE].decode(errors="replace"))
         self._lines += len(lines)
 
-    def end(self, name: str) -> None:
+    def end(self, what: str) -> None:
         if self._rest:
             _log.info("routine says: %s", self._rest.decode(errors="replace"))
         if self._lines > _LOGGED:
-            _log.info("routine %s: %d further lines of output left out", name, self._lines - _LOGGED)
+            _log.info("%s: %d further lines of output left out", what, self._lines - _LOGGED)
         self._rest, self._lines = b"", 0
 
     def tail(self) -> str:

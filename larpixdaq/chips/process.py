@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import select
 import signal
@@ -13,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -23,10 +22,12 @@ from larpixdaq.chips import talk
 from larpixdaq.chips.commands import Commands
 from larpixdaq.chips.output import Output
 from larpixdaq.chips.witness import Witness
-from larpixdaq.errors import ConfigError, ProtocolError
+from larpixdaq.errors import ConfigError, ProtocolError, cause
 
 #: Seconds that a routine may take unless the request says otherwise.
 TIME_LIMIT: Final = 3600.0
+#: and at most: the kernel's timers do not go on for ever.
+_LONGEST: Final = 1e6
 #: Bytes that one turn takes from a child, so that a talkative one holds up nobody.
 _TAKE: Final = 1 << 16
 #: Bytes that may wait for a child that listens but does not take them; what comes then is left out.
@@ -42,6 +43,13 @@ class Call(Protocol):
     def progress(self, done: int, total: int, text: str = "", value: Any = None) -> None: ...
     def result(self, value: Any = None, text: str = "") -> None: ...
     def fail(self, text: str, code: str = "failed") -> None: ...
+
+
+class _Running(NamedTuple):
+    request: int
+    name: str
+    what: str  # the same in words
+    time_limit: float  # seconds
 
 
 class Child:
@@ -79,7 +87,7 @@ class Child:
         self._epoll = select.epoll()
         self._calls: dict[int, Call] = {}
         self._request = 0
-        self._routine: tuple[int, str, float] | None = None  # request, name and time limit of the one that runs
+        self._running: _Running | None = None
         self._known: list[dict[str, Any]] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
@@ -96,23 +104,30 @@ class Child:
 
     @property
     def running(self) -> str | None:
-        """Name of the routine that runs now."""
-        return self._routine[1] if self._routine is not None else None
+        """Name of the routine, or of the action, that goes on now."""
+        return self._running.name if self._running is not None else None
 
     def list_routines(self, call: Call) -> None:
         """The call's result: a list of {"name", "params", "help"}, `params` of {"name", "type", "required", "default"}.
         While a routine runs: as listed last."""
-        if self._routine is not None and self._known is not None:
-            call.result(self._known, f"as before routine {self._routine[1]}, which is running")
+        if self._running is not None and self._known is not None:
+            call.result(self._known, f"as before {self._running.what}, which is running")
             return
         self._send(call, talk.ListRoutines(self._next(), self._folders))
 
     def load_routines(self, call: Call, directory: str) -> None:
         """Use the routine files of a directory from now on, absolute or as seen from one of `folders`; the call's
         result is list_routines()'s. Refused (code "failed") when it lies below none of them: what is in it is run."""
+        if not isinstance(directory, str):
+            call.fail(f"load_routines: expected the name of a directory, found {directory!r:.100}")
+            return
         allowed = ", ".join(map(str, self._roots)) or "none"
-        found = [path for root in self._roots if (path := (root / directory).resolve()).is_relative_to(root)]
-        folder = next((path for path in found if path.is_dir()), None)
+        try:
+            found = [path for root in self._roots if (path := (root / directory).resolve()).is_relative_to(root)]
+            folder = next((path for path in found if path.is_dir()), None)
+        except (OSError, ValueError) as error:  # too long, or with a zero in it
+            call.fail(f"load_routines: {directory!r:.100}: {cause(error)}")
+            return
         if folder is not None:
             if str(folder) not in self._folders:
                 self._folders.append(str(folder))
@@ -121,7 +136,7 @@ class Child:
             call.fail(f"load_routines: {found[0]}: no such directory")
         else:
             call.fail(
-                f"load_routines: {directory}: it is below none of the directories that --routines names: {allowed}"
+                f"load_routines: {directory:.500}: below none of the directories that --routines names: {allowed}"
             )
 
     def run_routine(
@@ -137,35 +152,37 @@ class Child:
         limit = self._time_limit if time_limit is None else time_limit
         if self._refuse(call):
             return
-        if not isinstance(name, str) or not isinstance(args, list | tuple) or not isinstance(kwargs, dict | None):
-            call.fail(f"run_routine: expected a name, a list and a dictionary, found {name!r}, {args!r}, {kwargs!r}")
-        elif not isinstance(limit, int | float) or not (0 < limit < math.inf):
-            call.fail(f"run_routine: time_limit: expected seconds above 0, found {limit!r}")
+        by_name = {} if kwargs is None else kwargs
+        if not isinstance(name, str):
+            call.fail(f"run_routine: name: expected a routine's name, found {name!r:.100}")
+        elif not isinstance(args, list | tuple):
+            call.fail(f"run_routine: args: expected a list, found {args!r:.100}")
+        elif not isinstance(by_name, dict) or not all(isinstance(key, str) for key in by_name):
+            call.fail(f"run_routine: kwargs: expected a dictionary by names, found {kwargs!r:.100}")
+        elif isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= _LONGEST:
+            call.fail(f"run_routine: time_limit: expected seconds above 0, at most {_LONGEST:g}, found {limit!r:.100}")
         else:
-            request = self._next()
-            self._routine = (request, name, float(limit))
-            if self._send(
-                call, talk.RunRoutine(request, self._folders, name, list(args), dict(kwargs or {}), float(limit))
-            ):
-                call.ack(f"routine {name}")
+            running = self._running = _Running(self._next(), name, f"routine {name}", float(limit))
+            request = talk.RunRoutine(running.request, self._folders, name, list(args), by_name, running.time_limit)
+            if self._send(call, request):
+                call.ack(running.what)
 
     def abort_routine(self, call: Call) -> None:
-        """Stop the routine that runs, whatever it does, and with it the process: its call fails, and this one's result
-        is its name. Refused (code "state") when none runs."""
-        name = self.running
-        if name is None:
+        """Stop the routine or action that goes on, whatever it does, and with it the process: its call fails, and this
+        one's result is its name. Refused (code "state") when none runs."""
+        running = self._running
+        if running is None:
             call.fail("no routine is running", code="state")
         else:
             self.end("aborted by the operator")
-            call.result(name, f"routine {name} is aborted")
+            call.result(running.name, f"{running.what} is aborted")
 
     def act(self, call: Call, action: str, params: dict[str, Any]) -> None:
         """Do something with chips or boards (`actions.Actions`), with progress. As routines, one at a time."""
         if self._refuse(call):
             return
-        request = self._next()
-        self._routine = (request, action, self._time_limit)
-        if self._send(call, talk.Act(request, action, params, self._time_limit)):
+        self._running = _Running(self._next(), action, action, self._time_limit)
+        if self._send(call, talk.Act(self._running.request, action, params, self._time_limit)):
             call.ack(action)
 
     def take_rows(self, rows: NDArray[Any]) -> None:
@@ -211,9 +228,9 @@ class Child:
         self._epoll.close()
 
     def _refuse(self, call: Call) -> bool:
-        if self._routine is None:
+        if self._running is None:
             return False
-        call.fail(f"routine {self._routine[1]} is running, and only one can", code="state")
+        call.fail(f"{self._running.what} is running, and only one can", code="state")
         return True
 
     def _tell(self, message: talk.FromParent) -> None:
@@ -356,9 +373,9 @@ class Child:
             call.fail(text, code=answer.code)
 
     def _end_call(self, request: int) -> Call:
-        if self._routine is not None and self._routine[0] == request:
-            self._output.end(self._routine[1])
-            self._routine = None
+        if self._running is not None and self._running.request == request:
+            self._output.end(self._running.what)
+            self._running = None
             self.settled()
         return self._calls.pop(request)
 
@@ -388,7 +405,8 @@ class Child:
             os.killpg(process.pid, signal.SIGKILL)
         status = process.wait()
         self._read_output()
-        self._output.end(self.running or "process")
+        running = self._running
+        self._output.end(running.what if running is not None else "the process for routines")
         self._epoll.unregister(sock.fileno())
         sock.close()
         process.stdout.close()
@@ -398,12 +416,11 @@ class Child:
         self._left_out = 0
         if self._commands is not None:
             self._commands.forget()
-        running = self._routine
-        why = reason or _status(status, running[2] if running is not None else None)
+        why = reason or _status(status, running.time_limit if running is not None else None)
         if not reason:
-            _log.error("the process for routines %s; the end of its output: %s", why, self._output.tail() or "none")
+            _log.error("process for routines: %s; the end of its output: %s", why, self._output.tail() or "none")
         for request in list(self._calls):
-            what = f"routine {running[1]}" if running is not None and running[0] == request else "list of routines"
+            what = running.what if running is not None and running.request == request else "list of routines"
             self._end_call(request).fail(f"{what}: {why}")
 
 

@@ -37,6 +37,8 @@ class Registers:
     def __init__(self, asic: str) -> None:
         self.asic = asic
         self.generation = ASICS[asic]
+        #: What such chips are called.
+        self.chips = f"v{asic} chips" if asic[0].isdigit() else f"{asic} chips"
         #: The name larpix-control has for these chips; None: it does not know them.
         self.version: Any = {"1": 1, "2": 2, "2b": "2b", "lightpix-1": "lightpix-v1.0"}.get(asic)
         self._class = self._find_class()
@@ -156,14 +158,14 @@ class Registers:
 
     def _unknown(self, asked: Any) -> str:
         if not self.names:
-            return f"register {asked!r}: registers of {self.asic} chips go by address, 0 to {self.count - 1}"
+            return f"register {asked!r:.100}: registers of {self.chips} go by address, 0 to {self.count - 1}"
         if isinstance(asked, str):
             import difflib
 
             close = difflib.get_close_matches(asked, self.names, 3, 0.5)
             hint = f"; close to it: {', '.join(close)}" if close else ""
-            return f"register {asked!r}: {self.asic} chips have none of this name{hint}"
-        return f"register {asked!r}: expected a name or an address from 0 to {self.count - 1}"
+            return f"register {asked!r:.100}: {self.chips} have none of this name{hint}"
+        return f"register {asked!r:.100}: expected a name or an address from 0 to {self.count - 1}"
 
     def change(self, values: NDArray[np.uint8], updates: Mapping[Any, Any], where: str = "") -> NDArray[np.intp]:
         """Set registers, {name or address: value}, of all chips in `values`, shape (chips, count), in place.
@@ -173,7 +175,10 @@ class Registers:
         touched: list[int] = []
         scratch = self._class() if self._class is not None else None
         for name, value in updates.items():
-            addresses = self.select(name)
+            try:
+                addresses = self.select([name])
+            except RequestError as error:
+                raise RequestError(f"{where}{error}") from None
             if not isinstance(name, str):
                 if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 256:
                     raise RequestError(f"{where}register {name}: expected 0 to 255, found {value!r}")

@@ -174,7 +174,7 @@ def pack(message: FromParent | FromChild) -> bytes:
     """ProtocolError when a value in it cannot travel (too large, too deep, a number beyond 64 bits)."""
     try:
         body = _encoder.encode(message)
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+    except Exception as error:  # of a value whose repr() fails, anything
         raise ProtocolError(f"{type(message).__name__}: a value that cannot be sent: {error}") from None
     if len(body) > MAX_MESSAGE:
         raise ProtocolError(f"{type(message).__name__}: expected at most {MAX_MESSAGE} bytes, found {len(body)}")

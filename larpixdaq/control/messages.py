@@ -19,6 +19,8 @@ PROTOCOL: Final = 1
 MAX_REQUEST: Final = 1 << 20
 #: No answer is larger (bytes): results may hold arrays.
 MAX_ANSWER: Final = 64 << 20
+#: No text of an answer is longer (characters).
+MAX_TEXT: Final = 1 << 16
 #: Containers in containers, at most.
 MAX_DEPTH: Final = 32
 
@@ -86,17 +88,24 @@ class Request(Message, tag="request"):
 
 
 class Answer(Message, tag="answer"):
-    """To the request with that id; `result` and `error` are the last. `value` stays packed until content() opens it."""
+    """To the request with that id; `result` and `error` are the last. `value` stays packed until content() opens it.
+
+    A text that is too long is cut, since a refused answer would leave whoever asked waiting for ever.
+    """
 
     kind: Literal["ack", "progress", "result", "error"]
     component: Annotated[str, Meta(max_length=64)] = ""
-    text: Annotated[str, Meta(max_length=1 << 16)] = ""
+    text: Annotated[str, Meta(max_length=MAX_TEXT)] = ""
     value: msgspec.Raw = msgspec.Raw(b"\xc0")
     done: Count = 0
     total: Count = 0
     error: Id = ""
     by: Annotated[str, Meta(max_length=256)] = ""
     since: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.text) > MAX_TEXT:
+            self.text = f"{self.text[: MAX_TEXT - 4]} ..."
 
 
 class Update(Message, tag="update"):
