@@ -27,6 +27,8 @@ MEMORY: Final = 1_966_080
 LATENCY: Final = 290
 #: Words a second that one io_channel carries, at 5 Mb/s.
 UART_WORDS: Final = 75_757
+#: Words that a chip keeps until the line carries them: all of its channels may say something at once.
+FIFO: Final = 2_048
 #: Ticks between two looks at the chips' noise.
 LOOK: Final = 50_000
 #: Hits that one look takes, at most: what is made must also be sent, by the same processor.
@@ -114,6 +116,7 @@ class Tile:
         self._trigger = 0  # ticks between two, 0: none
         self._trigger_every = TICKS // 10
         self._looked = tick
+        self._room = float(FIFO)  # words that would find a way out now
         self._carries = carries or UART_WORDS * len({io_channel for io_channel, _ in self.chips.keys})
         self._waiting: deque[NDArray[Any]] = deque()
         self._n_waiting = 0
@@ -181,9 +184,11 @@ class Tile:
             found.append(event_word(b"S", ord("H"), tick, tick % self._period))
         for tick in _multiples(self._trigger, since, now):
             found += [event_word(b"T", 1, tick, tick % self._period), self._words(self.noise.external(tick))]
+        carried = self._carries * (now - since) / TICKS
+        self._room = min(self._room + carried, max(carried, FIFO))
         if self.noise.busy:
-            most = min(self._carries * (now - since) // TICKS, MOST_AT_ONCE)
-            hits, more = self.noise.hits(since, now, most)
+            hits, more = self.noise.hits(since, now, min(int(self._room), MOST_AT_ONCE))
+            self._room -= len(hits)
             self.crowded += more
             if len(hits):
                 found.append(self._words(hits, full=more > 0))
