@@ -82,6 +82,17 @@ class Emulator:
         self.process.communicate(timeout=LIMIT)
 
 
+class SerialEmulator(Emulator):
+    """A `larpixdaq-emulator serial` process; `device` is its pseudo-terminal."""
+
+    def __init__(self, *args: str) -> None:
+        self.process = subprocess.Popen(
+            command("emulators", "serial", *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        )
+        self.said = {}
+        self.device = self.line()["ready"]["1"]["device"]
+
+
 @contextmanager
 def emulator(*args: str) -> Iterator[Emulator]:
     board = Emulator(*args)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from itertools import pairwise
 
 import pytest
-from boards import Driver, Emulator
+from boards import Driver, SerialEmulator
 from hypothesis import given
 from hypothesis import strategies as st
 from larpix import Controller, Packet_v1
@@ -16,18 +15,8 @@ from larpix.io import SerialPort, serialport
 
 from larpixdaq import emulators
 from larpixdaq.emulators.serial_board import Frames
-from larpixdaq.launch import command
 from larpixdaq.schema import Asic
 from larpixdaq.sources.serial import SerialSource
-
-
-class SerialEmulator(Emulator):
-    def __init__(self, *args: str) -> None:
-        self.process = subprocess.Popen(
-            command("emulators", "serial", *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
-        )
-        self.said = {}
-        self.device = self.line()["ready"]["1"]["device"]
 
 
 @pytest.fixture

@@ -37,6 +37,10 @@ def parse_key(asked: Any) -> tuple[int, int, int]:
     raise RequestError(f'chip {asked!r:.100}: expected a chip key such as "1-2-3" (io_group, io_channel, chip_id)')
 
 
+def _unfit(file: str, why: str) -> RequestError:
+    return RequestError(f"board file {file:.200}: {why}")
+
+
 def _parts(chip: Any) -> tuple[int, int, int]:
     return chip.io_group, chip.io_channel, chip.chip_id
 
@@ -115,7 +119,7 @@ class Detector:
         strangers = sorted({key[0] for key in keys} - set(self.io_groups))
         if strangers:
             there = ", ".join(map(str, self.io_groups)) or "none"
-            raise RequestError(f"board file {file}: no board of io_group {strangers[0]} takes commands here ({there})")
+            raise _unfit(file, f"no board of io_group {strangers[0]} takes commands here ({there})")
         self._clear()
         self._add(keys)
         self.board_file = file
@@ -140,9 +144,7 @@ class Detector:
         try:
             found = configs.load(file, "controller")["asic_version"]
             if str(found) not in (str(version), self.registers.asic):
-                raise RequestError(
-                    f"board file {file}: asic_version is {found}, this producer has --asic {self.registers.asic}"
-                )
+                raise _unfit(file, f"asic_version is {found}, this producer has --asic {self.registers.asic}")
             with contextlib.redirect_stdout(io.StringIO()):
                 if version == 1:
                     name = controller.load_controller(file)
@@ -152,11 +154,9 @@ class Detector:
         except RequestError:
             raise
         except OSError as error:
-            raise RequestError(f"board file {file}: {error.strerror or error}") from None
+            raise _unfit(file, error.strerror or "no such file, and none of this name in larpix-control") from None
         except Exception as error:  # whatever larpix-control makes of a file that is none
-            raise RequestError(
-                f"board file {file}: no configuration that larpix-control can read: {type(error).__name__}: {error}"
-            ) from None
+            raise _unfit(file, f"nothing that larpix-control can read: {type(error).__name__}: {error}") from None
         controller.board_name = name
         return controller
 

@@ -56,8 +56,6 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
     def send(self, packets: Any) -> None:
         """Send packets to the chips; BoardError when a board did not take them."""
         packets = list(packets)
-        if not packets:
-            return
         words = np.array([int.from_bytes(packet.bytes(), "little") for packet in packets], np.uint64)
         groups = np.array([packet.io_group or 0 for packet in packets], np.int64)
         channels = np.array([packet.io_channel or 0 for packet in packets], np.uint8)
@@ -76,6 +74,8 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         self._send(parts[chips, 0], parts[chips, 1].astype(np.uint8), made)
 
     def _send(self, groups: NDArray[np.int64], channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
+        if not len(words):
+            return
         self.groups(np.unique(groups).tolist())
         numbers = []
         for io_group in np.unique(groups).tolist():

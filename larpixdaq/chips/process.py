@@ -118,14 +118,14 @@ class Child:
     def load_routines(self, call: Call, directory: str) -> None:
         """Use the routine files of a directory from now on, absolute or as seen from one of `folders`; the call's
         result is list_routines()'s. Refused (code "failed") when it lies below none of them: what is in it is run."""
-        if not isinstance(directory, str):
+        if not isinstance(directory, str) or not directory.isprintable():
             call.fail(f"load_routines: expected the name of a directory, found {directory!r:.100}")
             return
         allowed = ", ".join(map(str, self._roots)) or "none"
         try:
             found = [path for root in self._roots if (path := (root / directory).resolve()).is_relative_to(root)]
             folder = next((path for path in found if path.is_dir()), None)
-        except (OSError, ValueError) as error:  # too long, or with a zero in it
+        except OSError as error:  # it is too long
             call.fail(f"load_routines: {directory!r:.100}: {cause(error)}")
             return
         if folder is not None:

@@ -1,0 +1,86 @@
+"""The examples of the documentation, pasted as they stand there, with each kind of emulated board that has chips."""
+
+import ast
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+from boards import Emulator, SerialEmulator
+from system import system
+
+from larpixdaq.control.hardware import Hardware
+from larpixdaq.errors import RequestError
+from larpixdaq.operator import Operator
+
+DOCS = Path(__file__).parents[1] / "docs"
+#: What an Operator does with chips, boards and routines: each has to have an example.
+METHODS = {name for name in vars(Hardware) if name[0] != "_"}
+METHODS |= {name for name in vars(Operator) if name.endswith(("routine", "routines"))}
+
+
+def blocks(chapter):
+    """The Python examples of a chapter."""
+    return re.findall(r"^```python\n(.*?)^```$", (DOCS / chapter).read_text(), re.M | re.S)
+
+
+def missing(kind):
+    """The methods that boards of this kind do not have, as the table in chips.md says."""
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|(.*)\|$", (DOCS / "chips.md").read_text(), re.M)
+    column = ("pacman", "bern", "serial").index(kind)
+    return {name for name, *cells in rows if not cells[column].strip()}
+
+
+def paste(example, names, cannot):
+    """Run it, one statement after the other; those with a method that the board does not have must say so."""
+    for statement in ast.parse(example).body:
+        code = compile(ast.Module([statement], []), "example", "exec")
+        called = {node.attr for node in ast.walk(statement) if isinstance(node, ast.Attribute)}
+        with contextlib.ExitStack() as stack:
+            for method in called & cannot:
+                stack.enter_context(pytest.raises(RequestError, match=f"^{method}: .* io_group 1.* cannot do that"))
+            exec(code, names)
+
+
+@pytest.fixture(params=["pacman", "serial"])
+def board(request, tmp_path, monkeypatch):
+    """The kind of board, and how a producer is told of it; `tile.json` is here, as in the examples."""
+    monkeypatch.chdir(tmp_path)
+    chips = ("--chips", "4", "--asic", "2b", "--write-network", "tile.json")
+    if request.param == "serial":
+        made = SerialEmulator(*chips)
+        source = made.device
+    else:
+        made = Emulator(*chips)
+        source = made.addresses[0]
+    yield request.param, f"--{request.param}", source
+    made.close()
+
+
+def test_examples_of_chips_and_routines(board, tmp_path, monkeypatch):
+    kind, *source = board
+    asked, ask = set(), Operator._producer
+
+    def noted(self, component, action, **params):
+        asked.add(action)
+        return ask(self, component, action, **params)
+
+    monkeypatch.setattr(Operator, "_producer", noted)
+    (tmp_path / "routines" / "more").mkdir(parents=True)
+    (tmp_path / "system").mkdir()
+    with system(tmp_path / "system") as made:
+        made.start(*source, "--asic", "2b", "--routines", "routines")
+        monkeypatch.setattr(Operator.__init__, "__defaults__", (made.core,))
+        names = {}
+        examples = [example for chapter in ("chips.md", "routines.md") for example in blocks(chapter)]
+        for example in examples:
+            if example.startswith("# "):  # a file
+                (tmp_path / "routines" / example.split()[1]).write_text(example)
+        for example in examples:
+            if re.search(r"\bo\.", example) and '"calibrate"' not in example:  # which takes minutes
+                paste(example, names, missing(kind))
+        names["o"].close()
+    assert missing("serial") == {"ping", "power"}
+    assert names["forced"] > 100
+    assert len(names["result"]["chips"]) == 4
+    assert asked >= METHODS, f"without an example: {METHODS - asked}"
