@@ -1,15 +1,9 @@
-"""The producer's side of the child process: started at the first need, never waited for, started anew after it died."""
+"""What a producer asks of its child process: routines and actions, one at a time, and the rows that it listens for."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import select
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -20,7 +14,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.chips import talk
 from larpixdaq.chips.commands import Commands
-from larpixdaq.chips.output import Output
+from larpixdaq.chips.spawned import Spawned
 from larpixdaq.chips.witness import Witness
 from larpixdaq.errors import ConfigError, ProtocolError, cause
 
@@ -28,8 +22,6 @@ from larpixdaq.errors import ConfigError, ProtocolError, cause
 TIME_LIMIT: Final = 3600.0
 #: and at most: the kernel's timers do not go on for ever.
 _LONGEST: Final = 1e6
-#: Bytes that one turn takes from a child, so that a talkative one holds up nobody.
-_TAKE: Final = 1 << 16
 #: Bytes that may wait for a child that listens but does not take them; what comes then is left out.
 _MOST_UNSENT: Final = 32 << 20
 
@@ -55,9 +47,9 @@ class _Running(NamedTuple):
 class Child:
     """Routines of the producer, run in a process of their own; none of the methods blocks.
 
-    `folders` hold routine files beside those that ship, and load_routines() may add what lies below them. `fileno()`
-    polls readable when dispatch() has something to do. To be used from one thread, which has to live as long as the
-    child (Linux ends a child with the thread that started it).
+    The process is started at the first need, and anew after it died. `folders` hold routine files beside those that
+    ship, and load_routines() may add what lies below them. `fileno()` polls readable when dispatch() has something to
+    do. To be used from one thread, which has to live as long as the child.
     """
 
     def __init__(
@@ -84,23 +76,18 @@ class Child:
         self.listening = talk.NOTHING
         if commands is not None:
             commands.done = self._commanded
-        self._epoll = select.epoll()
+        self._process = Spawned(self._take, self._died)
         self._calls: dict[int, Call] = {}
         self._request = 0
         self._running: _Running | None = None
         self._known: list[dict[str, Any]] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._sock: socket.socket | None = None
-        self._inbox = talk.Inbox(requests=False)
-        self._unsent = bytearray()
-        self._output = Output()
 
     def fileno(self) -> int:
-        return self._epoll.fileno()
+        return self._process.fileno()
 
     @property
     def closed(self) -> bool:
-        return self._epoll.closed
+        return self._process.closed
 
     @property
     def running(self) -> str | None:
@@ -188,8 +175,6 @@ class Child:
     def take_rows(self, rows: NDArray[Any]) -> None:
         """Rows as they were decoded; those that the child listens for are sent to it. To be called only while it
         listens (`listening`)."""
-        if self._sock is None:
-            return
         if self.listening == talk.ANSWERS:
             kinds = rows["packet_type" if "packet_type" in (rows.dtype.names or ()) else "type"]
             at = np.flatnonzero(kinds == 3)
@@ -200,7 +185,7 @@ class Child:
         self._witness.answers(rows)
         if not len(rows):
             return
-        if len(self._unsent) > _MOST_UNSENT:
+        if self._process.unsent > _MOST_UNSENT:
             self._left_out += len(rows)
             return
         self._tell(talk.Rows(rows.tobytes(), self._left_out))
@@ -208,24 +193,16 @@ class Child:
 
     def dispatch(self) -> None:
         """Take what the child has sent, a bounded piece of it, and pass it on."""
-        for fd, events in self._epoll.poll(0):
-            if self._sock is not None and fd == self._sock.fileno():
-                if events & select.EPOLLOUT:
-                    self._flush()
-                if self._sock is not None and events & ~select.EPOLLOUT:
-                    self._receive()
-            elif self._process is not None:
-                self._read_output()
+        self._process.dispatch()
 
     def end(self, reason: str = "ended") -> None:
         """Stop the child, and with it the routine that runs, whatever it does; the call fails with the reason."""
-        if self._process is not None:
-            self._finish(reason)
+        self._process.end(reason)
 
     def close(self) -> None:
         """Stop the child; fileno() is no longer valid."""
         self.end("the producer is closing")
-        self._epoll.close()
+        self._process.close()
 
     def _refuse(self, call: Call) -> bool:
         if self._running is None:
@@ -234,12 +211,10 @@ class Child:
         return True
 
     def _tell(self, message: talk.FromParent) -> None:
-        self._unsent += talk.pack(message)
-        self._flush()
+        self._process.send(talk.pack(message))
 
     def _commanded(self, number: int, body: bytes, error: str) -> None:
-        if self._sock is not None:
-            self._tell(talk.Answered(number, body, error))
+        self._tell(talk.Answered(number, body, error))
 
     def _next(self) -> int:
         self._request += 1
@@ -249,79 +224,20 @@ class Child:
         self._calls[request.request] = call
         try:
             data = talk.pack(request)
-            if self._process is None:
+            if not self._process.alive:
                 self._start()
         except (ProtocolError, ConfigError) as error:
             self._end_call(request.request).fail(str(error))
             return False
-        self._unsent += data
-        self._flush()
+        self._process.send(data)
         return request.request in self._calls
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        command = [sys.executable, str(Path(__file__).with_name("child.py")), str(theirs.fileno())]
-        try:
-            # Without preexec_fn subprocess uses vfork: the producer's mapped memory is neither copied nor marked. A
-            # session of its own: Ctrl-C in the producer's terminal is the producer's business, and whatever a routine
-            # starts ends with it.
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        except OSError as error:
-            ours.close()
-            raise ConfigError(f"the process for routines cannot be started: {error}") from None
-        finally:
-            theirs.close()
-        assert self._process.stdout is not None
-        os.set_blocking(self._process.stdout.fileno(), False)
-        self._sock = ours
-        self._inbox = talk.Inbox(requests=False)
-        self._output = Output()
-        self._epoll.register(ours.fileno(), select.EPOLLIN)
-        self._epoll.register(self._process.stdout.fileno(), select.EPOLLIN)
+        self._process.start()
         if self._setup is not None:
             seen = self._witness.everything()
             setup = msgspec.structs.replace(self._setup, read=seen.read.tobytes(), known=seen.known.tobytes())
-            self._unsent += talk.pack(setup)
-
-    def _flush(self) -> None:
-        """Send as much as the socket takes; the rest when it polls writable."""
-        assert self._sock is not None
-        try:
-            while self._unsent:
-                del self._unsent[: self._sock.send(self._unsent)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._finish()
-            return
-        self._epoll.modify(self._sock.fileno(), select.EPOLLIN | (select.EPOLLOUT if self._unsent else 0))
-
-    def _receive(self) -> None:
-        assert self._sock is not None
-        try:
-            data = self._sock.recv(_TAKE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._finish()
-            return
-        try:
-            for message in self._inbox.take(data):
-                self._take(message)
-                if self._sock is None:  # it died meanwhile; what it said last is nobody's any more
-                    return
-        except ProtocolError as error:
-            self._finish(str(error))
+            self._tell(setup)
 
     def _take(self, message: talk.FromChild) -> None:
         if isinstance(message, talk.Listen):
@@ -374,51 +290,24 @@ class Child:
 
     def _end_call(self, request: int) -> Call:
         if self._running is not None and self._running.request == request:
-            self._output.end(self._running.what)
+            self._process.output.end(self._running.what)
             self._running = None
             self.settled()
         return self._calls.pop(request)
 
-    def _read_output(self) -> None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        if self._process.stdout.closed:
-            return
-        try:
-            data = os.read(self._process.stdout.fileno(), _TAKE)
-        except BlockingIOError:
-            return
-        if data:
-            self._output.take(data)
-        else:
-            self._process.stdout.close()
-
-    def _finish(self, reason: str = "") -> None:
-        """The child is dead, or shall be: reap it, and fail what it leaves behind."""
-        process, sock = self._process, self._sock
-        assert process is not None
-        assert process.stdout is not None
-        assert sock is not None
-        # With whatever it has started. Nobody has waited for it yet, so the number is still its own; of one that has
-        # died already this does not change the status.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        status = process.wait()
-        self._read_output()
+    def _died(self, status: int, reason: str) -> None:
+        """Fail what the child leaves behind."""
         running = self._running
-        self._output.end(running.what if running is not None else "the process for routines")
-        self._epoll.unregister(sock.fileno())
-        sock.close()
-        process.stdout.close()
-        self._process = self._sock = None
-        self._unsent.clear()
+        self._process.output.end(running.what if running is not None else "the process for routines")
         self.listening = talk.NOTHING
         self._left_out = 0
         if self._commands is not None:
             self._commands.forget()
         why = reason or _status(status, running.time_limit if running is not None else None)
         if not reason:
-            _log.error("process for routines: %s; the end of its output: %s", why, self._output.tail() or "none")
+            _log.error(
+                "process for routines: %s; the end of its output: %s", why, self._process.output.tail() or "none"
+            )
         for request in list(self._calls):
             what = running.what if running is not None and running.request == request else "list of routines"
             self._end_call(request).fail(f"{what}: {why}")

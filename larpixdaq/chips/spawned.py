@@ -1,0 +1,177 @@
+"""The child process as the system has it: started, sent to and heard over a socket, its output read, reaped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from larpixdaq.chips import talk
+from larpixdaq.chips.output import Output
+from larpixdaq.errors import ConfigError, ProtocolError
+
+#: Bytes that one turn takes from a child, so that a talkative one holds up nobody.
+_TAKE: Final = 1 << 16
+
+
+class Spawned:
+    """One child at a time; after it has died start() makes another. None of the methods blocks.
+
+    `took` is given every message of the child; `died` its exit status, and the reason when it was ended here ("": by
+    itself). `fileno()` polls readable when dispatch() has something to do. To be used from one thread, which has to
+    live as long as the child (Linux ends a child with the thread that started it).
+    """
+
+    def __init__(self, took: Callable[[Any], None], died: Callable[[int, str], None]) -> None:
+        self._took, self._died = took, died
+        self._epoll = select.epoll()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sock: socket.socket | None = None
+        self._inbox = talk.Inbox(requests=False)
+        self._unsent = bytearray()
+        self.output = Output()
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    @property
+    def closed(self) -> bool:
+        return self._epoll.closed
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None
+
+    @property
+    def pid(self) -> int:
+        """Of the one that is alive."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the child has not taken yet."""
+        return len(self._unsent)
+
+    def start(self) -> None:
+        """ConfigError when it cannot be started."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        command = [sys.executable, str(Path(__file__).with_name("child.py")), str(theirs.fileno())]
+        try:
+            # Without preexec_fn subprocess uses vfork: the producer's mapped memory is neither copied nor marked. A
+            # session of its own: Ctrl-C in the producer's terminal is the producer's business, and whatever a routine
+            # starts ends with it.
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            raise ConfigError(f"the process for routines cannot be started: {error}") from None
+        finally:
+            theirs.close()
+        assert self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+        self._sock = ours
+        self._inbox = talk.Inbox(requests=False)
+        self.output = Output()
+        self._epoll.register(ours.fileno(), select.EPOLLIN)
+        self._epoll.register(self._process.stdout.fileno(), select.EPOLLIN)
+
+    def send(self, data: bytes) -> None:
+        """What talk.pack() made; nobody gets it when no child is alive."""
+        if self._sock is not None:
+            self._unsent += data
+            self._flush()
+
+    def dispatch(self) -> None:
+        """Take what the child has said, a bounded piece of it, and send what it takes."""
+        for fd, events in self._epoll.poll(0):
+            if self._sock is not None and fd == self._sock.fileno():
+                if events & select.EPOLLOUT:
+                    self._flush()
+                if self._sock is not None and events & ~select.EPOLLOUT:
+                    self._receive()
+            elif self._process is not None:
+                self._read_output()
+
+    def end(self, reason: str = "") -> None:
+        """Kill it, with whatever it has started, and reap it."""
+        process, sock = self._process, self._sock
+        if process is None or sock is None:
+            return
+        assert process.stdout is not None
+        # Nobody has waited for it yet, so the number is still its own; of one that has died already this does not
+        # change the status.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        status = process.wait()
+        self._read_output()
+        self._epoll.unregister(sock.fileno())
+        sock.close()
+        process.stdout.close()
+        self._process = self._sock = None
+        self._unsent.clear()
+        self._died(status, reason)
+
+    def close(self) -> None:
+        """fileno() is no longer valid."""
+        self._epoll.close()
+
+    def _flush(self) -> None:
+        """Send as much as the socket takes; the rest when it polls writable."""
+        assert self._sock is not None
+        try:
+            while self._unsent:
+                del self._unsent[: self._sock.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.end()
+            return
+        self._epoll.modify(self._sock.fileno(), select.EPOLLIN | (select.EPOLLOUT if self._unsent else 0))
+
+    def _receive(self) -> None:
+        assert self._sock is not None
+        try:
+            data = self._sock.recv(_TAKE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.end()
+            return
+        try:
+            for message in self._inbox.take(data):
+                self._took(message)
+                if self._sock is None:  # it died meanwhile; what it said last is nobody's any more
+                    return
+        except ProtocolError as error:
+            self.end(str(error))
+
+    def _read_output(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        if self._process.stdout.closed:
+            return
+        try:
+            data = os.read(self._process.stdout.fileno(), _TAKE)
+        except BlockingIOError:
+            return
+        if data:
+            self.output.take(data)
+        else:
+            self._process.stdout.close()
