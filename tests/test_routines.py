@@ -61,7 +61,7 @@ def _spoils(controller, send_data, send_info):
     raise ValueError("spoilt")
 
 def _large(controller, send_data, send_info):
-    return controller, "x" * (65 << 20)
+    return controller, "x" * ((64 << 20) - (1 << 17))
 
 def _big(controller, send_data, send_info):
     return controller, "x" * (8 << 20)
@@ -90,6 +90,9 @@ def _dies(controller, send_data, send_info):
     print("these were my last words", flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
 
+def _kills(controller, send_data, send_info):
+    os.kill(os.getpid(), 40)
+
 def _leaves(controller, send_data, send_info):
     os._exit(7)
 
@@ -103,7 +106,7 @@ registration = {
     f.__name__[1:]: Routine(f.__name__[1:], f, p) for f, p in [
         (_add, ["a", "b"]), (_state, None), (_numpy, []), (_raises, []), (_exits, []), (_nothing, []), (_large, []),
         (_other, []), (_unsaid, []), (_no_text, []), (_spoils, []),
-        (_big, []), (_prints, []), (_reports, []), (_waits, []), (_spins, []), (_dies, []), (_leaves, []),
+        (_big, []), (_prints, []), (_reports, []), (_waits, []), (_spins, []), (_dies, []), (_kills, []), (_leaves, []),
         (_old, ["chip", "seconds"]), (_typed, ["chip", "seconds", "channels"]),
     ]
 }
@@ -230,7 +233,7 @@ def test_arguments_results_and_the_controller_pass(child):
         ("unsaid", (), "failed", "routine unsaid: larpixdaq_routine_mine.Unsaid: <exception str() failed>"),
         ("no_text", (), "failed", "routine no_text: ValueError: \\udcff"),
         ("spoils", (), "failed", "routine spoils: ValueError: spoilt"),
-        ("large", (), "failed", "routine large: its result: Result: expected at most 67108864 bytes"),
+        ("large", (), "failed", "routine large: its result: Result: expected at most 66977792 bytes"),
     ],
 )
 def test_what_fails_is_told_and_harms_nothing(child, name, args, code, words):
@@ -365,7 +368,11 @@ def test_a_time_limit_ends_whatever_goes_on(child, name):
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("dies", "its process was ended by signal SIGSEGV"), ("leaves", "its process ended with status 7")],
+    [
+        ("dies", "its process was ended by signal SIGSEGV"),
+        ("kills", "its process was ended by signal 40"),
+        ("leaves", "its process ended with status 7"),
+    ],
 )
 def test_a_dead_child_fails_the_call_and_a_new_one_comes(child, name, how, caplog):
     assert run(child, name).last == ("fail", f"routine {name}: {how}", "failed")

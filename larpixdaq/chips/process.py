@@ -317,5 +317,6 @@ def _status(status: int, time_limit: float | None) -> str:
     if status == -signal.SIGALRM and time_limit is not None:
         return f"stopped at its time limit of {time_limit:g} s"
     if status < 0:
-        return f"its process was ended by signal {signal.Signals(-status).name}"
+        names = {int(one): one.name for one in signal.Signals}  # none of most real-time signals
+        return f"its process was ended by signal {names.get(-status, -status)}"
     return f"its process ended with status {status}"

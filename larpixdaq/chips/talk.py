@@ -12,8 +12,8 @@ import numpy as np
 from larpixdaq.chips.arguments import Parameter
 from larpixdaq.errors import ProtocolError
 
-#: No message of either side is longer.
-MAX_MESSAGE: Final = 64 << 20
+#: No message of either side is longer: what a routine returns has to fit into an answer to the Operator.
+MAX_MESSAGE: Final = (64 << 20) - (1 << 17)
 
 
 class ListRoutines(msgspec.Struct, array_like=True, tag=1, frozen=True):
