@@ -222,6 +222,6 @@ class Operator(Hardware):
         return self._producer(component, "run_routine", name=name, args=list(args), kwargs=kwargs, **limit)
 
     def abort_routine(self, component: str | None = None) -> Request:
-        """Stop the routine that runs, whatever it is doing: its own request fails, and this one's result is its name.
-        The readout goes on."""
+        """Stop the routine that runs, or what is being done with chips: its own request fails, and this one's result is
+        its name. The readout goes on."""
         return self._producer(component, "abort_routine")

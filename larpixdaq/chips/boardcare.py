@@ -20,7 +20,8 @@ _LONGEST_RESET: Final = (1 << 32) - 1
 def whole(what: str, value: Any, low: int, high: int) -> int:
     """A whole number that somebody gave, or RequestError."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(f"{what}: expected a whole number from {low} to {high}, found {value!r:.100}")
+        expected = f"a whole number from {low} to {high}" if low < high else f"{low}"
+        raise RequestError(f"{what}: expected {expected}, found {value!r:.100}")
     return value
 
 
@@ -28,7 +29,7 @@ def several(what: str, asked: Any, low: int, high: int) -> list[int]:
     """One whole number, or a list of them, each once, or RequestError."""
     numbers = asked if isinstance(asked, list) else [asked]
     if not numbers:
-        raise RequestError(f"{what}: expected one or more whole numbers from {low} to {high}, found none")
+        raise RequestError(f"{what}: expected one or more whole numbers, found none")
     return list(dict.fromkeys(whole(what, one, low, high) for one in numbers))
 
 
