@@ -5,6 +5,7 @@ import contextlib
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from boards import Emulator, SerialEmulator
 from system import system
@@ -14,6 +15,17 @@ from larpixdaq.errors import RequestError
 from larpixdaq.operator import Operator
 
 DOCS = Path(__file__).parents[1] / "docs"
+#: Of a detector with two of the tile's chips.
+LAYOUT = {
+    "multitile_layout_version": "2.4.16",
+    "pixel_pitch": 4,
+    "chip_channel_to_position": {11000: [0, 0], 12000: [1, 0]},
+    "tile_chip_to_io": {1: {11: 1001, 12: 1001}},
+    "tile_positions": {1: [0, 0, 0]},
+    "tile_orientations": {1: [1, 1, 1]},
+    "tile_indeces": {1: [1, 1]},
+    "tpc_centers": {1: [0, 0, 0]},
+}
 #: What an Operator does with chips, boards and routines: each has to have an example.
 METHODS = {name for name in vars(Hardware) if name[0] != "_"}
 METHODS |= {name for name in vars(Operator) if name.endswith(("routine", "routines"))}
@@ -44,8 +56,11 @@ def paste(example, names, cannot):
 
 @pytest.fixture(params=["pacman", "serial"])
 def board(request, tmp_path, monkeypatch):
-    """The kind of board, and how a producer is told of it; `tile.json` is here, as in the examples."""
+    """The kind of board, and how a producer is told of it. The files that the examples name are here."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "routines" / "more").mkdir(parents=True)
+    (tmp_path / "multi_tile_layout-2.4.16.yaml").write_text(str(LAYOUT))
+    plt.switch_backend("template")  # which draws nothing
     chips = ("--chips", "4", "--asic", "2b", "--write-network", "tile.json")
     if request.param == "serial":
         made = SerialEmulator(*chips)
@@ -55,6 +70,7 @@ def board(request, tmp_path, monkeypatch):
         source = made.addresses[0]
     yield request.param, f"--{request.param}", source
     made.close()
+    plt.close("all")
 
 
 def test_examples_of_chips_and_routines(board, tmp_path, monkeypatch):
@@ -66,7 +82,6 @@ def test_examples_of_chips_and_routines(board, tmp_path, monkeypatch):
         return ask(self, component, action, **params)
 
     monkeypatch.setattr(Operator, "_producer", noted)
-    (tmp_path / "routines" / "more").mkdir(parents=True)
     (tmp_path / "system").mkdir()
     with system(tmp_path / "system") as made:
         made.start(*source, "--asic", "2b", "--routines", "routines")

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq.chips.detector import key_of, parse_key
-from larpixdaq.errors import FormatError, RequestError
+from larpixdaq.errors import FormatError, RequestError, cause
 
 #: A larger file is not read (one that tells of 39,200 pixels one by one has 3 MB).
 _MOST_BYTES: Final = 16 << 20
@@ -128,7 +128,7 @@ def _find(name: str) -> Path:
             if (shipped := Path(folder) / "layouts" / name).is_file():
                 return shipped
     except (OSError, ValueError) as error:  # no name of a file
-        raise RequestError(f"pixel layout {name!r:.100}: {error}") from None
+        raise RequestError(f"pixel layout {name!r:.100}: {cause(error)}") from None
     brought = "in larpix-geometry" if spec is not None else "larpix-geometry installed"
     raise RequestError(f"pixel layout {name!r:.100}: no such file here, nor {brought}")
 
