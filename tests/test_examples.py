@@ -60,6 +60,7 @@ def board(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "routines" / "more").mkdir(parents=True)
     (tmp_path / "multi_tile_layout-2.4.16.yaml").write_text(str(LAYOUT))
+    drawing = plt.get_backend()
     plt.switch_backend("template")  # which draws nothing
     chips = ("--chips", "4", "--asic", "2b", "--write-network", "tile.json")
     if request.param == "serial":
@@ -71,6 +72,7 @@ def board(request, tmp_path, monkeypatch):
     yield request.param, f"--{request.param}", source
     made.close()
     plt.close("all")
+    plt.switch_backend(drawing)
 
 
 def test_examples_of_chips_and_routines(board, tmp_path, monkeypatch):
