@@ -44,7 +44,7 @@ class Bench:
         self.noise.update()
 
     def hits(self, seconds=1.0, most=10**7):
-        found, lost = self.noise.hits(0, int(seconds * SECOND), most)
+        found, _, lost = self.noise.hits(0, int(seconds * SECOND), most)
         assert lost == 0
         return found
 
@@ -182,7 +182,7 @@ def test_a_falling_dac_pulses(bench):
 def test_no_more_than_the_lines_carry(bench):
     bench.set("channel_mask", 0)
     bench.set("threshold_global", 0)
-    hits, lost = bench.noise.hits(0, SECOND, 1000)
+    hits, _, lost = bench.noise.hits(0, SECOND, 1000)
     assert len(hits) == 1000
     assert lost == pytest.approx(640 * MOST_RATE, rel=0.01)
 
@@ -290,6 +290,22 @@ def test_words_of_a_board(asic, pps):
     assert (heartbeats % 1_000_000 == 0).all()
     assert (rows["timestamp"][kind == 7] % 500_000 == 0).all()
     assert tile.full == np.count_nonzero(hits["local_fifo"] & 2)
+
+
+def test_an_io_channel_carries_what_the_clock_of_its_uart_says():
+    chips = Chips(wiring.tiles(4), "2b", powered=True)
+    tile = Tile(Noise(chips, Channels(4, 64, [1]), [2]), seconds=0, tick=0, heartbeat=0)
+    field = chips.map.fields["channel_mask"]
+    chips.registers[:, chips.map.address("enable_piso_downstream")] = 15
+    chips.registers[:, field.low // 8 : field.high // 8] = 0
+    chips.registers[:, chips.map.address("threshold_global")] = 60
+    tile.written(0x4010, 10, 100)  # io_channel 2: 0.5 Mb/s
+    wait_until(lambda: tile.waiting() > 20_000, "hits")
+    tile.fill(1_000_000)
+    words = tile.buffer[8:].reshape(-1, 16) if len(tile.spans) == 1 else np.zeros((0, 16), np.uint8)
+    counts = np.bincount(words[words[:, 0] == ord("D"), 1], minlength=3)
+    assert counts[2] == pytest.approx(counts[1] / 10, rel=0.1)
+    assert tile.crowded > 20 * counts.sum()
 
 
 # --- the truth

@@ -23,9 +23,10 @@ def packets(
     ticks: NDArray[Any],
     adc: NDArray[Any],
     triggers: NDArray[Any],
-    full: bool = False,
+    full: NDArray[np.bool_] | bool = False,
 ) -> NDArray[np.uint64]:
     """Data packets (u8) of chips of this generation; `full`: they say that a FIFO is full."""
+    flag = np.asarray(full, np.uint64)
     chip, channel, tick, dataword, trigger = (
         part.astype(np.uint64) for part in (chip_ids, channels, ticks, adc, triggers)
     )
@@ -36,13 +37,13 @@ def packets(
 
     words = at(chip, 2, 8) | at(channel, 10, 7 if asic == "1" else 6)
     if asic == "1":
-        words |= at(tick >> np.uint64(1), 17, 24) | at(dataword, 41, 10) | np.uint64(full << 52)
+        words |= at(tick >> np.uint64(1), 17, 24) | at(dataword, 41, 10) | flag << np.uint64(52)
     elif asic == "3":
         words |= np.uint64(1) | at(tick, 16, 28) | at(dataword, 46, 10)
     else:
         words |= at(tick, 16, 31) | np.uint64(1 << 47) | at(dataword, 48, 8)  # each is the first of its burst
     if asic != "1":
-        words |= at(trigger, 56, 2) | np.uint64(full << 59) | np.uint64(1 << 62)
+        words |= at(trigger, 56, 2) | flag << np.uint64(59) | np.uint64(1 << 62)
     return parity(words, asic=ASICS[asic])
 
 

@@ -43,7 +43,8 @@ class Channels:
 
 
 class Noise:
-    """`rates`: self triggers/s of each channel, with the registers that the chips have; see `update()`."""
+    """`rates`: self triggers/s of each channel, with the registers that the chips have; see `update()`. `share`: which
+    part of its self triggers finds a way, of each chip; see `carry()`."""
 
     def __init__(self, chips: Chips, channels: Channels, seed: list[int]) -> None:
         self.chips = chips
@@ -56,15 +57,17 @@ class Noise:
         self._scale = np.zeros((shape[0], 2))  # ADC: mV at 0, counts per mV
         self._periods = np.zeros(shape[0], np.int64)  # ticks between periodic triggers, 0: none
         self._masks = {name: np.ones(shape, np.bool_) for name in ("periodic", "external", "cross", "pulse")}
+        self.share = np.ones(shape[0])
         self._sums = np.zeros(1)
+        self._crowded = 0.0  # self triggers/s that find none, of chips that have one
         self._top = 256 if chips.asic not in ("1", "3") else 1024
         self._random = np.random.default_rng(seed)
 
-    def update(self) -> None:
-        """Look at the registers that have changed."""
+    def update(self) -> bool:
+        """Look at the registers that have changed; whether there were any."""
         (which,) = np.nonzero(self.chips.changed)
         if not len(which):
-            return
+            return False
         self.chips.changed[which] = 0
         registers, fields = self.chips.registers[which], self.chips.map.fields
 
@@ -102,26 +105,35 @@ class Noise:
         crossing = value("enable_cross_trigger").astype(np.bool_)[:, None]
         self._masks["cross"][which] = channels("cross_trigger_mask", 0) | ~crossing | ~on
         self._masks["pulse"][which] = channels("csa_testpulse_enable", 1) | channels("channel_mask", 0) | ~on
-        self._sums = np.cumsum(self.rates)
+        self.carry(self.share)
+        return True
+
+    def carry(self, share: NDArray[np.float64]) -> None:
+        """From now on this part of the self triggers of each chip finds a way, and the others are lost."""
+        self.share = share
+        self._sums = np.cumsum(self.rates * share[:, None])
+        self._crowded = float((self.rates.sum(1) * (1 - share))[share > 0].sum())
 
     @property
     def busy(self) -> bool:
         """Whether anything may come by itself."""
         return bool(self._sums[-1] > 0 or self._periods.any())
 
-    def hits(self, since: int, now: int, most: int) -> tuple[NDArray[Any], int]:
-        """Packets of ticks `since` to `now`: dtype HIT, sorted; at most `most`, and how many more there would be."""
+    def hits(self, since: int, now: int, most: int) -> tuple[NDArray[Any], int, int]:
+        """Packets of ticks `since` to `now`: dtype HIT, sorted, at most `most`; how many found no way, and how many
+        more than that there would be."""
         parts = [self._natural(since, now, most)]
+        lost = int(self._random.poisson(self._crowded * (now - since) / TICKS))
         if self._periods.any():
             parts.append(self._periodic(since, now, most))
         elif not len(parts[0][0]):
-            return parts[0]
+            return parts[0][0], lost, parts[0][1]
         natural = parts[0][0]
         if not self._masks["cross"].all():
             parts.append((self._cross(natural), 0))
         found = np.concatenate([part[0] for part in parts])
         found = found[np.argsort(found["tick"], kind="stable")]
-        return found[:most], sum(part[1] for part in parts) + max(0, len(found) - most)
+        return found[:most], lost, sum(part[1] for part in parts) + max(0, len(found) - most)
 
     def external(self, tick: int) -> NDArray[Any]:
         """An external trigger comes to all chips."""

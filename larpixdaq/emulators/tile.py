@@ -25,10 +25,15 @@ _RESET: Final = 0b100
 MEMORY: Final = 1_966_080
 #: Ticks from the chip to the board; recorded runs have a median of 293.
 LATENCY: Final = 290
-#: Words a second that one io_channel carries, at 5 Mb/s.
+#: Words a second that one io_channel carries, at 5 Mb/s, and the clock ratio that this is.
 UART_WORDS: Final = 75_757
+UART_RATIO: Final = 10
 #: Words that a chip keeps until the line carries them: all of its channels may say something at once.
 FIFO: Final = 2_048
+#: Registers of the io_channels' UARTs: n has its clock ratio at n times the bank behind the first of these.
+_UARTS: Final = range(0x2010 + 0x1000, 0x23000, 0x1000)
+#: What a board takes in one look, for what all its io_channels can carry on average.
+_SLACK: Final = 1.2
 #: Ticks between two looks at the chips' noise.
 LOOK: Final = 50_000
 #: Hits that one look takes, at most: what is made must also be sent, by the same processor.
@@ -83,8 +88,8 @@ class Tile:
     """What is behind a board's sockets, in the manner of emulate.PacmanBoard (`Words`) and of `Behind`.
 
     `tick`: where the clock of 10 MHz begins; the time is that of time.monotonic(). `heartbeat`: ticks between
-    two of its sync words, 0 for none. `carries`: hits that find a way each second, unless it is what the io_channels
-    carry. `losses`: what becomes of configuration words on their way.
+    two of its sync words, 0 for none. `carries`: hits that an io_channel takes each second, unless the clock ratio of
+    its UART says it. `losses`: what becomes of configuration words on their way.
     """
 
     def __init__(
@@ -95,7 +100,7 @@ class Tile:
         tick: int,
         pps: bool = False,
         heartbeat: int = 10 * TICKS,
-        carries: int | None = None,
+        carries: int = UART_WORDS,
         losses: Losses | None = None,
     ) -> None:
         self.noise = noise
@@ -117,7 +122,8 @@ class Tile:
         self._trigger_every = TICKS // 10
         self._looked = tick
         self._room = float(FIFO)  # words that would find a way out now
-        self._carries = carries or UART_WORDS * len({io_channel for io_channel, _ in self.chips.keys})
+        self._carries = np.zeros(256, np.int64)  # by io_channel
+        self._carries[[io_channel for io_channel, _ in self.chips.keys]] = carries
         self._waiting: deque[NDArray[Any]] = deque()
         self._n_waiting = 0
 
@@ -153,6 +159,11 @@ class Tile:
             self._heartbeat = (self._heartbeat or 10 * TICKS) if value & _HEARTBEAT_ON else 0
         elif register == HEARTBEAT_CYCLES and self._heartbeat:
             self._heartbeat = max(LEAST_PERIOD, value // _FAST)
+        elif register in _UARTS:
+            io_channel = 1 + _UARTS.index(register)
+            if self._carries[io_channel]:
+                self._carries[io_channel] = UART_WORDS * UART_RATIO // max(1, value)
+                self._crowd()
         elif register == TRIGGER_CONTROL:
             self._trigger = self._trigger_every if value & 1 else 0
         elif register == TRIGGER_CYCLES:
@@ -163,7 +174,7 @@ class Tile:
         """Words that could be sent now."""
         now = self.tick
         if now - self._looked >= LOOK and self._n_waiting < MOST_AT_ONCE:
-            self.noise.update()
+            self._update()
             # one that was kept from looking for long does not make up for all of it
             since = max(self._looked, now - TICKS)
             self._look(since, now)
@@ -184,31 +195,44 @@ class Tile:
             found.append(event_word(b"S", ord("H"), tick, tick % self._period))
         for tick in _multiples(self._trigger, since, now):
             found += [event_word(b"T", 1, tick, tick % self._period), self._words(self.noise.external(tick))]
-        carried = self._carries * (now - since) / TICKS
+        carried = _SLACK * self._carries.sum() * (now - since) / TICKS
         self._room = min(self._room + carried, max(carried, FIFO))
         if self.noise.busy:
-            hits, more = self.noise.hits(since, now, min(int(self._room), MOST_AT_ONCE))
+            hits, lost, more = self.noise.hits(since, now, min(int(self._room), MOST_AT_ONCE))
             self._room -= len(hits)
-            self.crowded += more
+            self.crowded += lost + more
             if len(hits):
-                found.append(self._words(hits, full=more > 0))
+                found.append(self._words(hits, crowded=more > 0))
         if found:
             words = np.concatenate(found)
             self._keep(words[np.argsort(words["tick"], kind="stable")])
 
-    def _words(self, hits: NDArray[Any], full: bool = False) -> NDArray[Any]:
-        """D words of those hits that have a way out."""
+    def _words(self, hits: NDArray[Any], *, crowded: bool = False) -> NDArray[Any]:
+        """D words of those hits that have a way out; those that others found no room beside say so."""
         io_channels = self.chips.channels_of(hits["chip"])
         out = io_channels >= 0
         hits, io_channels = hits[out], io_channels[out]
+        full = (self.noise.share[hits["chip"]] < 1) | crowded
         ids, asic = self.chips.ids()[hits["chip"]], self.chips.asic
         stamps = (hits["tick"] - LATENCY) % self._period
         made = packets(asic, ids, hits["channel"], stamps, hits["adc"], hits["trigger"], full)
-        self.full += full * len(made)
+        self.full += int(full.sum())
         return data_words(io_channels, made, hits["tick"], self._period)
 
+    def _update(self) -> None:
+        if self.noise.update():
+            self._crowd()
+
+    def _crowd(self) -> None:
+        """Each io_channel carries the same part of what each of its chips sends by itself."""
+        ways = self.chips.channels_of(np.arange(len(self.chips.keys)))
+        out = ways >= 0
+        load = np.bincount(ways[out], self.noise.rates.sum(1)[out], len(self._carries))
+        share = np.minimum(1.0, self._carries / np.maximum(load, 1.0))
+        self.noise.carry(np.where(out, share[ways], 0.0))
+
     def _pulse(self, chip: int, step: int) -> None:
-        self.noise.update()
+        self._update()
         self._keep(self._words(self.noise.pulse(chip, step, self.tick)))
 
     def _keep(self, words: NDArray[Any]) -> None:
