@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from larpixdaq._native import packets
 from larpixdaq.chips import talk
 from larpixdaq.chips.boards import BoardOrders
-from larpixdaq.chips.exchange import BATCH, spread
+from larpixdaq.chips.exchange import BATCH, Exchange, spread
 from larpixdaq.chips.layouts import Layout
-from larpixdaq.chips.link import Link
+from larpixdaq.chips.link import BoardError, Link
 from larpixdaq.chips.registers import READ, WRITE, Registers
 from larpixdaq.chips.registers import words as make_words
 from larpixdaq.errors import RequestError
@@ -68,10 +68,23 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
     def write_registers(self, keys: Sequence[str], values: NDArray[np.uint8], which: NDArray[np.bool_]) -> None:
         """Write the registers that `which` marks of chips with these keys, both of shape (chips, registers); BoardError
         when a board did not take them. Packets of larpix-control for as many take hundreds of times as long."""
-        parts = np.array([key.split("-") for key in keys], np.int64).reshape(-1, 3)
+        parts = _parts(keys)
         chips, addresses = np.nonzero(which)
         made = make_words(self._asic, WRITE, parts[chips, 2], addresses, values[chips, addresses])
         self._send(parts[chips, 0], parts[chips, 1].astype(np.uint8), made)
+
+    def read_registers(
+        self, keys: Sequence[str], which: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """What the registers that `which` marks, (chips, registers), hold, and of which there was an answer; what is
+        missing is asked for again. BoardError when a board did not take what was sent; not while it listens."""
+        if self.is_listening:
+            raise RuntimeError("Already listening")
+        exchange = Exchange(self._link, self.registers, _parts(keys).astype(np.uint8))
+        found = exchange.read(which, lambda done, total: None)
+        if found.errors:
+            raise BoardError(found.errors[0])
+        return found.values, found.answers > 0
 
     def _send(self, groups: NDArray[np.int64], channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         if not len(words):
@@ -164,3 +177,8 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
                 continue
             made.append(packet)
         return made, data
+
+
+def _parts(keys: Sequence[str]) -> NDArray[np.int64]:
+    """io_group, io_channel and chip_id of chip keys, (chips, 3)."""
+    return np.array([key.split("-") for key in keys], np.int64).reshape(-1, 3)

@@ -8,6 +8,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+#: Seconds that a chip's registers take to come back, through an IO that is not the DAQ's.
+_PER_CHIP: Final = 0.05
 #: What it is for -> what larpix-control's configurations call it.
 NAMES: Final = {
     "threshold": ("threshold_global", "global_threshold"),
@@ -62,7 +64,7 @@ class Chips:
             name = self._name(what)
             now = self.get(what)
             self._before.setdefault(name, now.tolist())
-            new = np.asarray(new)
+            new = np.asarray(new, np.int64)  # v1 configurations take no bool
             if new.ndim == 1 and now.ndim == 2:
                 new = new[:, None]
             self._put(name, np.broadcast_to(new, now.shape).tolist())
@@ -85,6 +87,24 @@ class Chips:
             self._put(name, values)
         self._send()
 
+    def write(self) -> None:
+        """All registers, whatever the chips have."""
+        self._write(np.ones(self._sent.shape, np.bool_))
+
+    def different(self) -> dict[str, dict[str, list[int | None]]]:
+        """Reads all registers back: {chip: {register: [what it ought to hold, what it does]}}, None without an
+        answer."""
+        io = self.controller.io
+        if not hasattr(io, "read_registers"):
+            _, wrong = self.controller.verify_configuration(self.keys, timeout=1 + _PER_CHIP * len(self))
+            return {str(key): {str(at): list(values) for at, values in found.items()} for key, found in wrong.items()}
+        values, answered = io.read_registers(self.keys, np.ones(self._sent.shape, np.bool_))
+        listed: dict[str, dict[str, list[int | None]]] = {}
+        for place, address in np.argwhere(~answered | (values != self._sent)).tolist():
+            found = int(values[place, address]) if answered[place, address] else None
+            listed.setdefault(self.keys[place], {})[str(address)] = [int(self._sent[place, address]), found]
+        return listed
+
     def _name(self, what: str) -> str:
         for name in NAMES[what]:
             if hasattr(self._configs[0], name):
@@ -97,16 +117,17 @@ class Chips:
 
     def _send(self) -> None:
         """What the chips do not have yet, in one piece."""
-        data, before = self._data(), self._sent
-        self._sent = data
+        before, self._sent = self._sent, self._data()
+        self._write(self._sent != before)
+
+    def _write(self, which: NDArray[np.bool_]) -> None:
         if hasattr(self.controller.io, "write_registers"):
-            self.controller.io.write_registers(self.keys, data, data != before)
+            self.controller.io.write_registers(self.keys, self._sent, which)
             return
         packets = []
-        for key, changed in zip(self.keys, data != before, strict=True):
-            if changed.any():
-                addresses = np.flatnonzero(changed).tolist()
-                packets += self.controller[key].get_configuration_write_packets(addresses)
+        for key, mine in zip(self.keys, which, strict=True):
+            if mine.any():
+                packets += self.controller[key].get_configuration_write_packets(np.flatnonzero(mine).tolist())
         if packets:
             self.controller.send(packets)
 
