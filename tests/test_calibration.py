@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from boards import Emulator
-from processes import LIMIT
+from boards import Emulator, SerialEmulator
+from processes import LIMIT, until
 from system import rows_of, system
 
 from larpixdaq.errors import RequestError
@@ -141,9 +141,10 @@ def true_rates(known, result):
 
 def test_routines_measure_what_is_there(small):
     operator, known, _, _ = small
-    before = operator.retrieve_configuration().result(LIMIT)
     asked = operator.run_routine("quickstart", seconds=0.2).result(SLOW)
     assert (asked["ok"], asked["chips"], asked["different"]) == (True, 4, {})
+    operator.send_configuration({"1-1-11": {"threshold_global": 100}}).result(LIMIT)
+    before = operator.retrieve_configuration().result(LIMIT)
 
     pedestals = operator.run_routine("pedestal", samples=60, trigger_hz=100.0).result(SLOW)
     assert pedestals["left_out"] == 0
@@ -160,12 +161,14 @@ def test_routines_measure_what_is_there(small):
     for routine in ("threshold_scan", "leakage", "hot_channels"):
         with pytest.raises(RequestError, match="all channels are masked, as they are at power-up"):
             operator.run_routine(routine).result(SLOW)
+    with pytest.raises(RequestError, match=r"low: .* io_channel 1-1 .* carries 75,758"):
+        operator.run_routine("calibrate", 1000.0, 2000.0, directory="/tmp").result(SLOW)
     with pytest.raises(RequestError, match="no chip 9-9-9; load_board"):
         operator.run_routine("pedestal", "9-9-9").result(SLOW)
     after = operator.retrieve_configuration().result(LIMIT)
     assert after["1-1-11"]["wanted"] == before["1-1-11"]["wanted"], "all is as it was"
     assert operator.validate_configuration().result(SLOW)["ok"]
-    assert set(pulses["chips"]["1-1-11"]) == {"3", "5"}
+    assert {channel: found["pulses"] for channel, found in pulses["chips"]["1-1-11"].items()} == {"3": 5, "5": 5}
 
     operator.send_configuration({"all": {"channel_mask": [0] * 64}}).result(SLOW)
     scan = operator.run_routine("threshold_scan", "1-1-11", start=110, stop=80, step=2, seconds=0.2).result(SLOW)
@@ -177,14 +180,21 @@ def test_routines_measure_what_is_there(small):
 
 def test_leaking_and_hot_channels_are_found(small):
     operator, *_ = small
-    found = operator.run_routine("calibrate", 20.0, 200.0, apply=True, directory="/tmp", rounds=2)
+    found = operator.run_routine("calibrate", 20.0, 200.0, apply=True, directory="/tmp", rounds=2, start=130)
     result = found.result(SLOW)
     assert result["applied"]
+    assert set(result["saturated"]) <= {"1-1", "1-2"}
+    assert result["saturated_after"] == []
     hot = operator.run_routine("hot_channels", above_hz=1000.0, seconds=0.5).result(SLOW)
-    assert hot["hot"] == {}
+    assert (hot["hot"], hot["saturated"]) == ({}, [])
+    operator.set_uart_clock(250, io_channel=[1, 2]).result(LIMIT)  # 3,030 packets/s
+    slow = operator.run_routine("hot_channels", above_hz=1000.0, seconds=0.5).result(SLOW)
+    assert slow["saturated"] == ["1-1", "1-2"]
+    operator.set_uart_clock(10, io_channel=[1, 2]).result(LIMIT)
     operator.send_configuration({"1-1-11": {"pixel_trim_dac": [0] * 64}}).result(LIMIT)
-    hot = operator.run_routine("hot_channels", above_hz=1000.0, seconds=0.5, disable=True).result(SLOW)
+    hot = operator.run_routine("hot_channels", above_hz=400.0, seconds=0.5, disable=True).result(SLOW)
     assert list(hot["hot"]) == ["1-1-11"]
+    assert hot["saturated"] == ["1-1"]
     masks = operator.retrieve_configuration("1-1-11", "channel_mask").result(LIMIT)["1-1-11"]["wanted"]["channel_mask"]
     assert {str(channel) for channel, masked in enumerate(masks) if masked} >= set(hot["hot"]["1-1-11"])
     leaks = operator.run_routine("leakage", "1-1-12", seconds=1.0).result(SLOW)
@@ -201,3 +211,39 @@ def test_routines_of_earlier_versions_run_unchanged(small):
     ):
         operator.run_routine("rates", "1-1-11").result(SLOW)
     assert made.status_of(operator, "producer")["state"] == "RUN", "the readout goes on"
+
+
+def test_chips_of_every_generation_are_brought_up(tmp_path):
+    """Registers written, networks made, all of it read back, hits counted: v1 on a serial line, v2, LightPix."""
+    (tmp_path / "system").mkdir()
+    boards, files = {}, {"1": "controller/pcb-1_chip_info.json"}
+    try:
+        boards["1"] = SerialEmulator()
+        for asic in ("2", "lightpix-1"):
+            files[asic] = str(tmp_path / f"{asic}.json")
+            boards[asic] = Emulator("--chips", "4", "--asic", asic, "--write-network", files[asic], "--lossless")
+        with system(tmp_path / "system") as made:
+            made.launch_core()
+            for asic, board in boards.items():
+                at = ("--serial", board.device) if asic == "1" else ("--pacman", board.addresses[0])
+                made.launch_producer("--name", asic, "--asic", asic, *at)
+            operator = made.operator()
+            until(lambda: len([c for c in operator.components().result(LIMIT) if c["alive"]]) == 3, "three producers")
+            for asic, file in files.items():
+                if asic != "1":
+                    operator.power(True, component=asic).result(LIMIT)
+                assert operator.load_board(file, component=asic).result(LIMIT)["chips"] == 4
+                assert operator.configure_network(component=asic).result(SLOW)["ok"]
+                assert operator.validate_configuration(component=asic).result(SLOW)["ok"]
+                quick = operator.run_routine("quickstart", seconds=0.1, component=asic).result(SLOW)
+                assert (quick["ok"], quick["chips"], quick["different"]) == (True, 4, {})
+                channels = 32 if asic == "1" else 64
+                operator.send_configuration({"all": {"channel_mask": [0] * channels}}, component=asic).result(LIMIT)
+                scan = operator.run_routine(
+                    "threshold_scan", start=100, stop=80, step=10, seconds=0.2, component=asic
+                ).result(SLOW)
+                rates = [sum(chip["rates"][1]) for chip in scan["chips"].values()]
+                assert min(rates) > 10 * max(sum(chip["rates"][0]) for chip in scan["chips"].values())
+    finally:
+        for board in boards.values():
+            board.close()

@@ -26,7 +26,7 @@ def test_coarse_finds_the_lowest_quiet_trim_without_ever_going_far_below_it(chan
         if search.settled.all():
             break
         assert (search.trim >= np.ceil(np.clip(middle, 0, TOP)) - STEP).all(), "at most a step below the right one"
-        search.take(rate(channels, search.trim) > 1)
+        search.take(rate(channels, search.trim) > 1, np.True_)
     assert search.settled.all()
     quiet = np.ceil(middle)
     assert (search.hopeless[0] == (middle > TOP)).all()
@@ -40,7 +40,7 @@ def test_fine_ends_at_the_noisiest_trim_within_limits(channels, off):
     for _ in range(40):
         if choice.done.all():
             break
-        choice.take(np.round(rate(channels, choice.trim) * 1e6).astype(np.int64), 1e6)
+        choice.take(np.round(rate(channels, choice.trim) * 1e6).astype(np.int64), 1e6, np.True_)
     assert choice.done.all()
     found, all_rates = choice.trim[0], np.array([rate(channels, t)[0] for t in range(TOP + 1)])
     for channel, trim in enumerate(found.tolist()):
@@ -57,12 +57,12 @@ def test_fine_ends_at_the_noisiest_trim_within_limits(channels, off):
 
 
 def test_what_is_measured_again_counts_with_what_was():
-    choice = Choice(np.array([[5]]), TOP, 0.1, 1.0)
-    choice.take(np.array([[30]]), 20.0)
+    choice, known = Choice(np.array([[5]]), TOP, 0.1, 1.0), np.array([[True]])
+    choice.take(np.array([[30]]), 20.0, known)
     assert choice.trim.item() == 6
-    choice.take(np.array([[2]]), 20.0)
+    choice.take(np.array([[2]]), 20.0, known)
     assert (choice.done.item(), choice.trim.item(), choice.rates.item()) == (True, 6, 0.1)
-    choice.take(np.array([[1]]), 20.0)  # 3 hits in 40 s: too few by now, and 5 is known to be too noisy
+    choice.take(np.array([[1]]), 20.0, known)  # 3 hits in 40 s: too few by now, and 5 is known to be too noisy
     assert (choice.trim.item(), choice.rates.item()) == (6, 0.075)
     choice.finish()
     assert choice.done.all()

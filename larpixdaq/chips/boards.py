@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from larpixdaq.chips.link import BoardError, Link
@@ -24,6 +24,12 @@ CLOCK_STATUS, CLOCK, CLOCK_CONTROL, RESET_CYCLES, HEARTBEAT_CYCLES = 0x1000, 0x1
 _RESET_BIT: Final = 4
 UART: Final = 0x2010  # the first one's clock ratio less a bank
 BANK: Final = 0x1000
+#: What it is at first: 5 Mb/s.
+RATIO: Final = 10
+#: Of a word on its line: 64, start and stop.
+BITS: Final = 66
+#: What a serial board passes on in a second, of all its chips, at 1,000,000 baud.
+SERIAL_FRAMES: Final = 10_000.0
 _VDDD_DAC, _VDDA_DAC = 0x24001, 0x24011
 #: current and voltage of each supply
 SUPPLIES: Final = {"vplus": (0x24021, 0x24022), "vddd": (0x24031, 0x24032), "vdda": (0x24041, 0x24042)}
@@ -172,6 +178,18 @@ class BoardOrders:
         register = UART + BANK * channel
         return self._each(io_group, lambda one: self.values(one, [write(register, ratio), read(register)])[1])
 
+    def carries(self, lines: Sequence[tuple[int, int]]) -> list[float]:
+        """Packets a second that each of these (io_group, io_channel) can send, by the clock of its UART."""
+        ratios = dict.fromkeys(lines, RATIO)
+        pacmans = {io_group for io_group, _ in lines if self.kinds.get(io_group) == "pacman"}
+        for io_group in sorted(pacmans):
+            mine = [line for line in lines if line[0] == io_group]
+            ratios |= zip(mine, self.values(io_group, [read(UART + BANK * line[1]) for line in mine]), strict=True)
+        return [
+            SERIAL_FRAMES if self.kinds.get(line[0]) == "serial" else bits_a_second(ratio) / BITS
+            for line, ratio in ratios.items()
+        ]
+
     def reset_larpix(self, length: int = 256, io_group: int | None = None) -> Any:
         """Reset the chips for `length` ticks of their clock; the value of the clock control register."""
         return self._each(io_group, lambda one: self._reset(one, length))
@@ -181,6 +199,11 @@ class BoardOrders:
         _, control = self.values(io_group, [write(RESET_CYCLES, length), read(CLOCK_CONTROL)])
         orders = [write(CLOCK_CONTROL, control | _RESET_BIT), write(CLOCK_CONTROL, control), read(CLOCK_CONTROL)]
         return self.values(io_group, orders)[2]
+
+
+def bits_a_second(ratio: int) -> float:
+    """Of a UART with so many clock ticks a bit: of 50 MHz, but of 10 in older firmware, where ratios are small."""
+    return (50e6 if ratio >= RATIO else 10e6) / max(ratio, 1)
 
 
 def values_in(body: bytes) -> list[int]:

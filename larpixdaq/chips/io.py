@@ -46,8 +46,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         #: None, "all" or "answers"; counts from the next start_listening() on.
         self.listen_to: str | None = None
         self._everything = False
-        self.v1 = self._asic == Asic.V1
-        #: By io_group, a chip that answers: routines that measure ask it where they begin and end.
+        #: By io_group << 8 | io_channel, a chip that answers: routines that measure ask it where they begin and end.
         self.marks: dict[int, str] = {}
 
     def load(self, filepath: Any = None) -> None:

@@ -11,92 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq.routines import Routine
-from larpixdaq.routines.kit import Chips, rates, report
-from larpixdaq.routines.kit.trims import NEAR, Choice, Search
-
-#: Trim at which half of a chip's channels are near the rates wanted: from there others can go up and down as far.
-_MIDDLE = 18
-#: Steps of the global threshold on its way down, and how long each is looked at (seconds).
-_DOWN, _GLANCE = 4, 0.1
-#: Hits of a channel that the two searches wait for in each round, at the highest rate wanted.
-_COARSE, _FINE = 3, 20
-#: Whether a channel that never said anything is dead is tried with a global threshold lower by so much.
-_DEEPER = 12
-
-
-class _Calibration:
-    def __init__(self, controller: Any, info: Callable[..., None], keys: Any, low: float, high: float) -> None:
-        self.controller, self.info = controller, info
-        self.low, self.high = low, high
-        self.chips = Chips(controller, keys)
-        self.shape = len(self.chips), self.chips.channels
-        self.off = np.zeros(self.shape, np.bool_)  # channels that are not looked at (any more)
-        self.top = 31
-
-    def measure(self, seconds: float) -> tuple[NDArray[np.int64], float]:
-        """Hits of each channel, and the seconds in which they came."""
-        return rates(self.controller, self.chips.keys, self.shape[1], seconds)
-
-    def globals(self, begin: int) -> NDArray[np.int64]:
-        """For each chip the lowest global threshold at which less than half of its channels, with trims in the middle,
-        fire within a glance."""
-        chips = self.chips
-        chips.set(trim=_MIDDLE, threshold=begin)
-        threshold = np.full(self.shape[0], begin, np.int64)
-        going_down = np.ones(self.shape[0], np.bool_)
-        rising = np.zeros(self.shape[0], np.bool_)
-        open_ = np.maximum((~self.off).sum(1), 1)
-        while (going_down | rising).any():
-            counts, _ = self.measure(_GLANCE)
-            fires = ((counts > 0) & ~self.off).sum(1) * 2 >= open_
-            rising = (rising | going_down) & fires
-            going_down &= ~fires & (threshold > 0)
-            threshold = np.where(rising, np.minimum(threshold + 1, 255), threshold)
-            threshold = np.where(going_down, np.maximum(threshold - _DOWN, 0), threshold)
-            rising &= threshold < 255
-            chips.set(threshold=threshold)
-            lowest, highest = int(np.min(threshold)), int(np.max(threshold))
-            self.info(f"global thresholds: {lowest} to {highest}", begin - lowest, begin)
-        return threshold
-
-    def coarse(self) -> Search:
-        search = Search(self.shape, self.top)
-        while not (search.settled | self.off).all():
-            self.chips.set(trim=search.trim)
-            counts, _ = self.measure(_COARSE / self.high)
-            search.take(counts >= _COARSE)
-            self.info("trims", int((search.settled | self.off).sum()), self.off.size)
-        return search
-
-    def fine(self, trim: NDArray[np.int64], rounds: int) -> Choice:
-        choice = Choice(trim, self.top, self.low, self.high)
-        for number in range(1, rounds + 1):
-            self.chips.set(trim=choice.trim)
-            choice.take(*self.measure(_FINE / self.high))
-            self.info(f"rates, round {number}", int((choice.done | self.off).sum()), self.off.size)
-            if (choice.done | self.off).all():
-                break
-        choice.finish()
-        return choice
-
-    def check(self, choice: Choice) -> NDArray[np.float64]:
-        """Hz of each channel with what was chosen, counted twice as long as in a round; counts with what was."""
-        hits, seconds = self.measure(2 * _FINE / self.high)
-        choice.add(hits, seconds)
-        return hits / seconds
-
-    def dead(self, quiet: NDArray[np.bool_], threshold: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these channels say nothing even far below the threshold of the others, which are masked
-        meanwhile."""
-        if not quiet.any():
-            return quiet
-        deep = np.where(quiet.any(1), np.maximum(threshold - _DEEPER, 0), threshold)
-        self.chips.set(mask=~quiet, trim=0)
-        self.chips.set(threshold=deep)
-        counts, _ = self.measure(2 * _GLANCE)
-        self.chips.set(threshold=threshold)
-        found: NDArray[np.bool_] = quiet & (counts == 0)
-        return found
+from larpixdaq.routines.kit import report
+from larpixdaq.routines.kit.lines import Lines
+from larpixdaq.routines.kit.thresholds import FINE, Thresholds
+from larpixdaq.routines.kit.trims import NEAR
 
 
 def _calibrate(
@@ -111,6 +29,7 @@ def _calibrate(
     rounds: int = 6,
     start: int = 255,
     directory: str = ".",
+    raise_for: float = 1.0,
 ) -> tuple[Any, dict[str, Any]]:
     """Finds global thresholds, trims and channels to disable, so that each channel sends between LOW and HIGH packets a
     second (Hz).
@@ -120,49 +39,51 @@ def _calibrate(
     with it they keep what was found, and the channels to disable are masked. The global threshold comes down from
     START, and the trims of all channels after it; every step is measured in the packets that come, until the rates lie
     between the limits, in at most ROUNDS last measurements of 20/HIGH seconds each. Periodic reset is on meanwhile, so
-    that leakage does not count.
+    that leakage does not count. For each channel that needs not be disabled then, at most RAISE_FOR others of its chip
+    may become quieter than LOW with a higher global threshold; 0 keeps all thresholds as low as can be.
 
     The result: "thresholds" {chip: value}, "trims" {chip: [value, ...]}, "disable" {chip: [channel, ...]} (too noisy at
     the highest trim), "dead" and "silent_chips" (say nothing at all), rates before and after (Hz), how many channels
     are within the limits, and "files": a report in DIRECTORY of the producer's machine, as JSON and as a picture.
+    "saturated" {io_channel: measurements} are those that carried all they could at times, which was not believed;
+    "saturated_after" those that still do: their rates are higher than was counted, and none of them counts as within.
     """
     if not 0 < low < high:
         raise ValueError(f"low, high: expected 0 < low < high, found {low:g} and {high:g} Hz")
-    if not 1 <= start <= 255 or rounds < 1:
-        raise ValueError(f"start, rounds: expected 1 to 255 and at least 1, found {start} and {rounds}")
+    if not 1 <= start <= 255 or rounds < 1 or not raise_for >= 0:
+        raise ValueError(
+            f"start, rounds, raise_for: expected 1 to 255, at least 1 and at least 0, "
+            f"found {start}, {rounds} and {raise_for:g}"
+        )
     began = time.monotonic()
-    work = _Calibration(controller, send_info, chips, low, high)
+    work = Thresholds(controller, send_info, chips, low, high)
     mine = work.chips
     for key, channels in (leave_off or {}).items():
-        if key not in mine.keys or not all(0 <= channel < work.shape[1] for channel in channels):
+        if key not in mine.keys or not all(0 <= channel < mine.channels for channel in channels):
             raise ValueError(f"leave_off: {key}: expected a chip and its channels, found {channels}")
         work.off[mine.keys.index(key), channels] = True
+    _must_fit(work, low)
     kept = False
     try:
         if mine.has("periodic_reset"):
             mine.set(periodic_reset=1)
         mine.set(mask=work.off)
-        hits, seconds = work.measure(_FINE / high)
+        hits, seconds, _ = work.measure(FINE / high)
         before = hits / seconds
-        threshold = work.globals(start)
-        search = work.coarse()
-        hot = search.hopeless & ~work.off
-        choice = work.fine(np.minimum(search.trim, work.top), rounds)
-        # What is too noisy at its highest trim by counting long only, is so too.
-        hot |= (choice.trim == work.top) & (choice.rates > NEAR * high) & ~work.off
-        quiet = (choice.trim == 0) & (choice.rates == 0) & ~work.off & ~hot
-        dead = work.dead(quiet, threshold)
-        mine.set(trim=choice.trim)
-        mine.set(mask=work.off | hot)
-        after = work.check(choice)
+        work.find_globals(start)
+        work.find_trims(raise_for)
+        choice = work.fine(rounds)
+        dead = work.dead((choice.trim == 0) & (choice.rates == 0) & ~work.off & ~work.hot)
+        after, full = work.check(choice)
         kept = apply
     finally:
         if not kept:
             mine.restore()
-    live = ~(work.off | hot | dead)
-    within = live & (choice.rates >= (2 - NEAR) * low) & (choice.rates <= NEAR * high)
+    live = ~(work.off | work.hot | dead)
+    within = live & ~full & (choice.rates >= (2 - NEAR) * low) & (choice.rates <= NEAR * high)
     gone = dead | work.off
     silent = [key for place, key in enumerate(mine.keys) if gone[place].all() and dead[place].any()]
+    flooded = sorted({key.rpartition("-")[0] for key, one in zip(mine.keys, full, strict=True) if one})
     result: dict[str, Any] = {
         "low_hz": low,
         "high_hz": high,
@@ -170,19 +91,38 @@ def _calibrate(
         "seconds": round(time.monotonic() - began, 1),
         "live": int(live.sum()),
         "within": int(within.sum()),
-        "thresholds": dict(zip(mine.keys, threshold.tolist(), strict=True)),
+        "thresholds": dict(zip(mine.keys, work.threshold.tolist(), strict=True)),
         "trims": dict(zip(mine.keys, choice.trim.tolist(), strict=True)),
-        "disable": _by_chip(mine.keys, hot),
+        "disable": _by_chip(mine.keys, work.hot),
         "dead": {key: channels for key, channels in _by_chip(mine.keys, dead).items() if key not in silent},
         "silent_chips": silent,
+        "saturated": work.saturated,
+        "saturated_after": flooded,
         "rates_before_hz": dict(zip(mine.keys, before.round(3).tolist(), strict=True)),
         "rates_after_hz": dict(zip(mine.keys, after.round(3).tolist(), strict=True)),
     }
     name = f"calibration_{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
     title = f"{result['within']:,} of {result['live']:,} live channels between {low:g} and {high:g} Hz"
+    if flooded:
+        title += f"; more than is shown on io_channels {', '.join(flooded)}, which are saturated"
     picture = report.draw(directory, name, before, after, low, high, title)
     result["files"] = [picture, report.write(directory, name, result)]
     return controller, result
+
+
+def _must_fit(work: Thresholds, low: float) -> None:
+    """ValueError names an io_channel that could not carry it if all its channels had the lowest rate wanted."""
+    keys = work.chips.keys
+    if not hasattr(work.controller.io, "carries"):  # an IO that is not the DAQ's
+        return
+    lines = Lines(work.controller.io, keys)
+    for name, carries in zip(lines.names, lines.carries.tolist(), strict=True):
+        n = int((~work.off)[[key.rpartition("-")[0] == name for key in keys]].sum())
+        if low * n > carries:
+            raise ValueError(
+                f"low: {n:,} channels of io_channel {name} at {low:g} Hz are {low * n:,.0f} packets/s; "
+                f"it carries {carries:,.0f}"
+            )
 
 
 def _by_chip(keys: list[str], marked: NDArray[np.bool_]) -> dict[str, list[int]]:
@@ -191,6 +131,8 @@ def _by_chip(keys: list[str], marked: NDArray[np.bool_]) -> dict[str, list[int]]
 
 registration = {
     "calibrate": Routine(
-        "calibrate", _calibrate, ["low", "high", "chips", "apply", "leave_off", "rounds", "start", "directory"]
+        "calibrate",
+        _calibrate,
+        ["low", "high", "chips", "apply", "leave_off", "rounds", "start", "directory", "raise_for"],
     )
 }

@@ -22,14 +22,15 @@ def _hot_channels(
 ) -> tuple[Any, dict[str, Any]]:
     """The channels that send more than ABOVE_HZ packets a second, counted for SECONDS; with DISABLE they are masked.
 
-    CHIPS are chip keys, None all. The result: "hot" {chip: {channel: Hz}}, "disabled", "total_hz" of all channels.
+    CHIPS are chip keys, None all. The result: "hot" {chip: {channel: Hz}}, "disabled", "total_hz" of all channels,
+    "saturated": io_channels that carried all they could, so that rates there are higher than was counted.
     """
     if not above_hz > 0 or not seconds > 0:
         raise ValueError(f"above_hz, seconds: expected more than 0, found {above_hz:g} and {seconds:g}")
     mine = Chips(controller, chips).unmasked()
     send_info(f"counting {len(mine)} chips for {seconds:g} s", 0, 1)
-    counts, listened = rates(controller, mine.keys, mine.channels, seconds)
-    hz = counts / listened
+    found = rates(controller, mine.keys, mine.channels, seconds)
+    hz = found.hz
     hot = hz > above_hz
     if disable and hot.any():
         mine.set(mask=mine.get("mask").astype(np.bool_) | hot)
@@ -38,7 +39,8 @@ def _hot_channels(
         for place, key in enumerate(mine.keys)
         if hot[place].any()
     }
-    return controller, {"hot": listed, "disabled": disable and bool(listed), "total_hz": round(float(hz.sum()), 3)}
+    result = {"hot": listed, "disabled": disable and bool(listed), "total_hz": round(float(hz.sum()), 3)}
+    return controller, {**result, "saturated": found.saturated}
 
 
 registration = {"hot_channels": Routine("hot_channels", _hot_channels, ["above_hz", "seconds", "chips", "disable"])}

@@ -31,8 +31,7 @@ def _leakage(
         for number, reset in enumerate((1, 0)):
             send_info(f"periodic reset {'on' if reset else 'off'}", number, 2)
             mine.set(periodic_reset=reset)
-            counts, listened = rates(controller, mine.keys, mine.channels, seconds)
-            found.append(counts / listened)
+            found.append(rates(controller, mine.keys, mine.channels, seconds).hz)
     finally:
         mine.restore()
     on, off = found

@@ -26,7 +26,8 @@ def _threshold_scan(
 
     CHIPS are chip keys, None all. A chip stays where it is, and its later rates are None, once its channels send more
     than MOST_HZ each on average: below that it could say nothing new, and would drown the others. The chips are in the
-    end as they were before. The result: "thresholds", and for each chip "rates", Hz by threshold and channel.
+    end as they were before. The result: "thresholds", and for each chip "rates", Hz by threshold and channel;
+    "saturated" {threshold: io_channels} that carried all they could, so that rates there are higher than was counted.
     """
     if not 0 <= stop <= start <= 255 or step < 1 or not seconds > 0:
         raise ValueError(
@@ -38,21 +39,24 @@ def _threshold_scan(
     at = np.full(len(mine), start, np.int64)
     going = np.ones(len(mine), np.bool_)
     found: list[Any] = []
+    saturated: dict[str, list[str]] = {}
     try:
         for number, threshold in enumerate(thresholds):
             if not going.any():
                 break
             at[going] = threshold
             mine.set(threshold=at)
-            counts, listened = rates(controller, mine.keys, mine.channels, seconds)
-            hz = counts / listened
+            counted = rates(controller, mine.keys, mine.channels, seconds)
+            hz = counted.hz
+            if counted.saturated:
+                saturated[str(threshold)] = counted.saturated
             found.append([row if on else None for row, on in zip(hz.round(3).tolist(), going.tolist(), strict=True)])
             going &= hz.mean(1) <= most_hz
             send_info(f"threshold {threshold}: {hz.sum():,.0f} Hz in all", number + 1, len(thresholds))
     finally:
         mine.restore()
     result = {key: {"rates": [step_[place] for step_ in found]} for place, key in enumerate(mine.keys)}
-    return controller, {"thresholds": thresholds[: len(found)], "chips": result}
+    return controller, {"thresholds": thresholds[: len(found)], "chips": result, "saturated": saturated}
 
 
 registration = {

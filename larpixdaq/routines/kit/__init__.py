@@ -1,7 +1,7 @@
 """What the routines that ship are made of, and others may be: hits of channels, registers of many chips, the search for
 trims, the report."""
 
-from larpixdaq.routines.kit.hits import Hits, collect, rates
+from larpixdaq.routines.kit.hits import Hits, Rates, collect, rates
 from larpixdaq.routines.kit.registers import Chips
 
-__all__ = ["Chips", "Hits", "collect", "rates"]
+__all__ = ["Chips", "Hits", "Rates", "collect", "rates"]

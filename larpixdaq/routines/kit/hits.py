@@ -11,10 +11,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq.routines.kit.lines import Lines
+from larpixdaq.routines.kit.rows import is_hit
 from larpixdaq.routines.kit.window import Window
 from larpixdaq.schema import chips_of
 
-#: Seconds for which what was on its way before is not counted, where the stream itself does not say it.
+#: Seconds for which what was on its way before is not counted, through an IO that is not the DAQ's: its packets are
+#: not those of one stream, in which answers could mark the moment.
 SETTLE: Final = 0.05
 #: Seconds between two looks at what has come.
 _LOOK: Final = 0.02
@@ -42,9 +45,23 @@ def collect(controller: Any, chips: Sequence[str], seconds: float, *, act: Calla
     return Hits(np.concatenate(parts), found.seconds, left_out)
 
 
-def rates(controller: Any, chips: Sequence[str], channels: int, seconds: float) -> tuple[NDArray[np.int64], float]:
-    """Hits of each channel, shape (chips, channels), and the seconds in which they came: fewer than was listened for
-    when more came than could be looked at."""
+class Rates(NamedTuple):
+    """`hits` of each channel, shape (chips, channels), and the `seconds` in which they came: fewer than was listened
+    for when more came than could be looked at. `saturated`: the "io_group-io_channel" of those that carried as much as
+    they can, so that hits of their chips may be missing; none are noticed through an IO that is not the DAQ's."""
+
+    hits: NDArray[np.int64]
+    seconds: float
+    saturated: list[str]
+
+    @property
+    def hz(self) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = self.hits / self.seconds
+        return found
+
+
+def rates(controller: Any, chips: Sequence[str], channels: int, seconds: float) -> Rates:
+    """Hits of each channel while these chips are listened to for so long."""
     counts = np.zeros(len(chips) * channels, np.int64)
     with _listening(controller.io):
         found = _Stream(controller, chips, seconds)
@@ -54,7 +71,8 @@ def rates(controller: Any, chips: Sequence[str], channels: int, seconds: float) 
         left_out = getattr(controller.io, "left_out", 0)
     looked_at = int(counts.sum())
     share = looked_at / (looked_at + left_out) if looked_at else 1.0
-    return counts.reshape(len(chips), channels), found.seconds * share
+    seconds = found.seconds * share
+    return Rates(counts.reshape(len(chips), channels), seconds, found.saturated(seconds))
 
 
 @contextlib.contextmanager
@@ -78,13 +96,15 @@ class _Stream:
         self, controller: Any, chips: Sequence[str], seconds: float, act: Callable[[], None] | None = None
     ) -> None:
         self._controller, self._chips, self._act = controller, chips, act
+        self._lines = Lines(controller.io, chips) if hasattr(controller.io, "take_rows") else None
         self.seconds = seconds
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         io, places = self._controller.io, _places(self._chips)
-        if hasattr(io, "take_rows") and not io.v1:
+        if self._lines is not None:
             window = Window(self._controller, self._chips, self.seconds, self._act)
             for rows in window:
+                self._lines.look(rows)
                 yield _of_rows(rows, places)
             self.seconds = window.seconds
             return
@@ -95,7 +115,10 @@ class _Stream:
         end = time.monotonic() + self.seconds
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(_LOOK, left))
-            yield from _hits(io, places)
+            yield _of_packets(io.empty_queue()[0], places)
+
+    def saturated(self, seconds: float) -> list[str]:
+        return self._lines.saturated(seconds) if self._lines is not None else []
 
 
 def _places(chips: Sequence[str]) -> dict[tuple[int, int, int], int]:
@@ -103,20 +126,10 @@ def _places(chips: Sequence[str]) -> dict[tuple[int, int, int], int]:
     return {(key[0], key[1], key[2]): place for place, key in enumerate(keys)}
 
 
-def _hits(io: Any, places: dict[tuple[int, int, int], int]) -> Iterator[NDArray[Any]]:
-    if hasattr(io, "take_rows"):
-        for rows in io.take_rows():
-            yield _of_rows(rows, places)
-    else:
-        yield _of_packets(io.empty_queue()[0], places)
-
-
 def _of_rows(rows: NDArray[Any], places: dict[tuple[int, int, int], int]) -> NDArray[Any]:
-    """Of rows as they are recorded (schema.py)."""
-    names = rows.dtype.names or ()
-    v1, v3 = "chip_key" in names, "reset_sample_flag" in names
-    kind = rows["type" if v1 else "packet_type"]
-    rows = rows[(kind == (1 if v3 else 0)) & (rows["valid_parity"] == 1) & (rows["direction"] == 1)]
+    """Of rows that chips have sent."""
+    v1 = "chip_key" in (rows.dtype.names or ())
+    rows = rows[is_hit(rows) & (rows["valid_parity"] == 1)]
     found, back = np.unique(chips_of(rows), return_inverse=True)
     known = [places.get((k >> 16, k >> 8 & 255, k & 255), -1) for k in found.tolist()]
     hits = np.zeros(len(rows), HIT)

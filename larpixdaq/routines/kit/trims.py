@@ -33,9 +33,9 @@ class Search:
         found: NDArray[np.bool_] = self._noisy >= self.top
         return found
 
-    def take(self, too_noisy: NDArray[np.bool_]) -> None:
-        """What was found at `trim`; the next ones to measure."""
-        open_ = ~self.settled
+    def take(self, too_noisy: NDArray[np.bool_], known: NDArray[np.bool_]) -> None:
+        """What was found at `trim`, where that is known; the next ones to measure."""
+        open_ = ~self.settled & known
         self._noisy = np.where(open_ & too_noisy, np.maximum(self._noisy, self.trim), self._noisy)
         self._quiet = np.where(open_ & ~too_noisy, np.minimum(self._quiet, self.trim), self._quiet)
         down = np.maximum(self._quiet - STEP, 0)
@@ -63,19 +63,21 @@ class Choice:
         """Hz at `trim`; nan: not measured there."""
         return self._of(self._rates(), self.trim)
 
-    def add(self, hits: NDArray[np.int64], seconds: float) -> None:
-        """Of each channel at `trim`."""
+    def add(self, hits: NDArray[np.int64], seconds: float, known: NDArray[np.bool_]) -> None:
+        """Of each channel at `trim`, where that is known."""
         at = self.trim[..., None]
+        hits, more = np.where(known, hits, 0), np.where(known, seconds, 0.0)
         np.put_along_axis(self._hits, at, self._of(self._hits, self.trim)[..., None] + hits[..., None], -1)
-        np.put_along_axis(self._seconds, at, self._of(self._seconds, self.trim)[..., None] + seconds, -1)
+        np.put_along_axis(self._seconds, at, self._of(self._seconds, self.trim)[..., None] + more[..., None], -1)
 
-    def take(self, hits: NDArray[np.int64], seconds: float) -> None:
-        """Of each channel at `trim`; the next ones to measure. `done` is where there is nothing better to try."""
-        self.add(hits, seconds)
+    def take(self, hits: NDArray[np.int64], seconds: float, known: NDArray[np.bool_]) -> None:
+        """Of each channel at `trim`, where that is known; the next ones to measure. `done` is where there is nothing
+        better to try."""
+        self.add(hits, seconds, known)
         rates = self.rates
         wish = self.trim + (rates > self._high).astype(np.int64) - (rates < self._low).astype(np.int64)
         wish = np.clip(wish, 0, self._top)
-        self.done = self._of(self._seconds, wish) > 0
+        self.done = (self._of(self._seconds, wish) > 0) & known
         self.trim = np.where(self.done, self._best(), wish)
 
     def finish(self) -> None:
@@ -89,7 +91,7 @@ class Choice:
         fits = np.where(within.any(-1, keepdims=True), within, rates <= NEAR * self._high)
         least = np.where(np.isnan(rates), np.inf, rates).argmin(-1)
         best: NDArray[np.int64] = np.where(fits.any(-1), np.where(fits, rates, -1.0).argmax(-1), least)
-        return best
+        return np.where(np.isnan(rates).all(-1), self.trim, best)
 
     def _rates(self) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore"):

@@ -1,8 +1,9 @@
 """A piece of the recorded stream between two answers of chips: what a measurement counts, however late it comes.
 
-Whatever stands before a chip's answer in the stream was sent before it, and what stands behind it after. So a chip of
-each board is asked for a register when a measurement begins, and again when it ends: what was on its way when registers
-were written is not counted, and what comes late is.
+Whatever stands before a chip's answer among what its io_channel sent was sent before it, and what stands behind it
+after. So a chip of each io_channel is asked for a register when a measurement begins, and again when it ends: what was
+on its way when registers were written is not counted, and what comes late is. Of an io_channel on which none of the
+first chips answers all is counted that comes meanwhile.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq.routines.kit.rows import is_answer, of_chips
+from larpixdaq.schema import chips_of
+
 #: Register that is asked for, and seconds within which a chip answers, on a machine that is busy.
 _REGISTER: Final = 0
 _PATIENCE: Final = 2.0
-#: Chips of a board that are tried.
+#: Chips of an io_channel that are tried.
 _TRIES: Final = 5
 #: Seconds between two looks at what has come.
 _LOOK: Final = 0.01
-_READ: Final = 3
 
 _BEFORE, _WITHIN, _BEHIND = range(3)
 
 
 class Window:
-    """Iterate over it for rows as they are recorded (schema.py), of boards whose chips these are, for some seconds; how
-    many it were is `seconds` then. The Controller's io listens already, to everything."""
+    """Iterate over it for rows (schema.py) that chips sent on the io_channels of these, for some seconds; how many it
+    were is `seconds` then. The Controller's io listens already, to everything."""
 
     def __init__(
         self, controller: Any, chips: Sequence[str], seconds: float, act: Callable[[], None] | None = None
@@ -40,18 +43,18 @@ class Window:
         self._io = controller.io
         self._chips: dict[int, list[str]] = {}
         for chip in chips:
-            self._chips.setdefault(int(chip.partition("-")[0]), []).append(chip)
+            self._chips.setdefault(_number(chip) >> 8, []).append(chip)
         self._state = dict.fromkeys(self._chips, _WITHIN)
         self._asked: dict[int, str] = {}
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         self._find()
-        marks = {group: chip for group, chip in self._io.marks.items() if chip and group in self._chips}
+        marks = {line: chip for line, chip in self._io.marks.items() if chip and line in self._chips}
         self._state |= dict.fromkeys(self._chips, _WITHIN) | dict.fromkeys(marks, _BEFORE)
         began = yield from self._mark(marks)
-        for group in [group for group, state in self._state.items() if state == _BEFORE]:
-            self._state[group] = _WITHIN  # it does not answer any more: another one next time
-            del self._io.marks[group], marks[group]
+        for line in [line for line, state in self._state.items() if state == _BEFORE]:
+            self._state[line] = _WITHIN  # it does not answer any more: another one next time
+            del self._io.marks[line], marks[line]
         if self._act is not None:
             self._act()
         while (left := began + self.seconds - time.monotonic()) > 0:
@@ -60,24 +63,24 @@ class Window:
         self.seconds = (yield from self._mark(marks)) - began
 
     def _find(self) -> None:
-        """A chip that answers, of each board that has none yet; "" where there is none among the first."""
+        """A chip that answers, of each io_channel that has none yet; "" where there is none among the first."""
         for attempt in range(_TRIES):
             wanted = {
-                group: chips[attempt]
-                for group, chips in self._chips.items()
-                if self._io.marks.get(group) not in ("", *chips) and attempt < len(chips)
+                line: chips[attempt]
+                for line, chips in self._chips.items()
+                if self._io.marks.get(line) not in ("", *chips) and attempt < len(chips)
             }
             if not wanted:
                 break
             self._state |= dict.fromkeys(wanted, _BEFORE)
             for _ in self._mark(wanted):
                 pass
-            for group, chip in wanted.items():
-                if self._state[group] == _WITHIN:
-                    self._io.marks[group] = chip
-        for group, chips in self._chips.items():
-            if self._io.marks.get(group) not in chips:
-                self._io.marks[group] = ""
+            for line, chip in wanted.items():
+                if self._state[line] == _WITHIN:
+                    self._io.marks[line] = chip
+        for line, chips in self._chips.items():
+            if self._io.marks.get(line) not in chips:
+                self._io.marks[line] = ""
 
     def _mark(self, chips: dict[int, str]) -> Any:
         """Ask these chips, and wait for their answers; when they were asked (monotonic seconds)."""
@@ -95,33 +98,38 @@ class Window:
 
     def _come(self) -> Iterator[NDArray[Any]]:
         for rows in self._io.take_rows():
-            yield self._cut(rows)
+            yield self._cut(of_chips(rows))
 
     def _cut(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Those within the window."""
-        groups, index = rows["io_group"], np.arange(len(rows))
-        read = (rows["packet_type"] == _READ) & (rows["direction"] == 1) & (rows["register_address"] == _REGISTER)
+        chips, index = chips_of(rows), np.arange(len(rows))
+        answers = is_answer(rows, _REGISTER)
         keep = np.zeros(len(rows), np.bool_)
-        for group, state in self._state.items():
-            mine = groups == group
-            at = self._answer(rows, read & mine, group)
+        for line, state in self._state.items():
+            mine = chips >> 8 == line
+            at = self._answer(chips, answers, line)
             if at is None:
                 keep |= mine & (state == _WITHIN)
             elif state == _BEFORE:
                 keep |= mine & (index > at)
-                self._state[group] = _WITHIN
+                self._state[line] = _WITHIN
             else:
                 keep |= mine & (index < at) & (state == _WITHIN)
-                self._state[group] = _BEHIND
+                self._state[line] = _BEHIND
         return rows[keep]
 
-    def _answer(self, rows: NDArray[Any], read: NDArray[np.bool_], group: int) -> int | None:
+    def _answer(self, chips: NDArray[Any], answers: NDArray[np.bool_], line: int) -> int | None:
         """Where the chip that was asked has answered."""
-        if group not in self._asked or not read.any():
+        if line not in self._asked or not answers.any():
             return None
-        _, io_channel, chip_id = map(int, self._asked[group].split("-"))
-        (at,) = np.nonzero(read & (rows["io_channel"] == io_channel) & (rows["chip_id"] == chip_id))
+        (at,) = np.nonzero(answers & (chips == _number(self._asked[line])))
         if not len(at):
             return None
-        del self._asked[group]
+        del self._asked[line]
         return int(at[0])
+
+
+def _number(chip: str) -> int:
+    """As chips_of() has it."""
+    io_group, io_channel, chip_id = map(int, chip.split("-"))
+    return io_group << 16 | io_channel << 8 | chip_id
