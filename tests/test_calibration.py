@@ -105,6 +105,7 @@ def test_the_demo_brings_up_calibrates_and_reads_out(tmp_path):
 
     told = outcome["calibration"]
     assert told["registers_ok"]
+    assert told["saturated_after"] == []
     assert told["hot_found"] == told["hot_planted"] == told["dead_found"] == told["dead_planted"] == 8
     assert told["within"] >= 0.95 * told["live"]
     picture, report = map(Path, told["report"])

@@ -74,7 +74,7 @@ class Rehearsal:
 
         hot, dead = listed(found["disable"]), listed(found["dead"])
         return {
-            **{name: found[name] for name in ("low_hz", "high_hz", "live", "within", "seconds")},
+            **{name: found[name] for name in ("low_hz", "high_hz", "live", "within", "seconds", "saturated_after")},
             "registers_ok": checked["ok"],
             "registers": checked["registers"],
             "disabled": len(hot),
@@ -97,6 +97,8 @@ def show(told: dict[str, Any], console: Console) -> None:
         f"channels that were planted and found: {told['hot_found']} of {told['hot_planted']} hot, "
         f"{told['dead_found']} of {told['dead_planted']} dead; {told['disabled']} are masked as too noisy"
     )
+    if told["saturated_after"]:
+        console.print(f"io_channels that carry all they can: {', '.join(told['saturated_after'])}")
     for path in told["report"]:
         console.print(f"report: {path}")
     console.print(f"what the emulated channels are: {told['truth']}")
