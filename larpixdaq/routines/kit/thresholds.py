@@ -81,7 +81,7 @@ class Thresholds:
             np.clip(threshold, 0, 255, out=threshold)
             up &= threshold < 255
             chips.set(threshold=threshold, mask=self.off | aside)
-            lowest, highest = int(threshold.min()), int(threshold.max())
+            lowest, highest = int(np.min(threshold)), int(np.max(threshold))
             self.info(f"global thresholds: {lowest} to {highest}", begin - lowest, begin)
 
     def find_trims(self, raise_for: float) -> None:
