@@ -95,7 +95,7 @@ def test_lines_that_are_full_at_times_do_not_make_thresholds_too_low(monkeypatch
     assert result["live"] == live.sum()
     good = live & (rates >= 0.8 * LOW) & (rates <= 1.2 * HIGH)
     assert good.sum() >= 0.96 * live.sum()
-    assert (live & (rates > 1.5 * HIGH)).sum() == 0
+    assert (live & (rates > 1.2 * HIGH)).sum() <= 0.01 * live.sum()
 
 
 def test_a_line_that_stays_full_is_named_and_none_of_its_channels_counts(monkeypatch):

@@ -18,7 +18,8 @@ from larpixdaq.routines.kit.trims import NEAR, Choice, Search
 
 #: The highest trim.
 TOP: Final = 31
-#: Hits of a channel that the two searches wait for in each round, at the highest rate wanted.
+#: Hits of a channel that each round of the two searches waits for: of the first at twice the highest rate wanted, since
+#: a trim makes a factor of 5 to 20, of the second at that rate.
 COARSE, FINE = 3, 20
 #: Trim at which half of a chip's channels are near the rates wanted: from there others can go up and down as far.
 _MIDDLE: Final = 18
@@ -85,24 +86,24 @@ class Thresholds:
             self.info(f"global thresholds: {lowest} to {highest}", begin - lowest, begin)
 
     def find_trims(self, raise_for: float) -> None:
-        """The lowest at which each channel is not too noisy. Where some are at the highest, the chip's global threshold
-        goes up if at most `raise_for` others become too quiet for each that is saved by it."""
+        """The lowest at which each channel is not too noisy. Where some have come to the highest, the chip's global
+        threshold goes up if at most `raise_for` others come to the lowest for each that need not be there then."""
         self.hot[:] = False
         self._search(~self.off)
         tried = np.zeros(len(self.threshold), np.bool_)
         for _ in range(_MOST_STEPS):
             quiet = ((self.trim > 0) & (self.trim < _STEP) & ~self.off).sum(1)
-            noisy = self.hot.sum(1)
-            up = (noisy > 0) & (quiet <= raise_for * noisy) & (self.threshold < 255) & ~tried
+            noisy = (self.trim == TOP) & ~self.off  # or nearly: whether at the highest is seen by counting longer
+            up = noisy.any(1) & (quiet <= raise_for * noisy.sum(1)) & (self.threshold < 255) & ~tried
             if not up.any():
                 break
             before = self.threshold.copy(), self.trim.copy(), self.hot.copy()
-            again = self.hot & up[:, None]
+            again = noisy & up[:, None]
             self.threshold[up] += 1
             self.trim = np.where(up[:, None], np.maximum(self.trim - _STEP, 0), self.trim)
             self.hot &= ~again
             self._search(again)
-            saved = (again & ~self.hot).sum(1)
+            saved = (again & (self.trim < TOP)).sum(1)
             vain = up & ((saved == 0) | (quiet > raise_for * saved))
             for now, was in zip((self.threshold, self.trim, self.hot), before, strict=True):
                 now[vain] = was[vain]
@@ -162,7 +163,7 @@ class Thresholds:
             if done.all():
                 return
             self.info("trims", int((done | self.off).sum()), done.size)
-            counts, _, full = self.measure(COARSE / self.high)
+            counts, _, full = self.measure(COARSE / (2 * self.high))
             noisy = counts >= COARSE
             # A full line without a channel that is too noisy would stay so for ever.
             search.take(noisy, noisy | ~full | ~self._on_lines((noisy & ~done).any(1))[:, None])
