@@ -82,7 +82,7 @@ def test_a_register_set_for_many_chips_is_set_as_larpix_control_does(asic, data)
         (
             "2",
             {"threshold_globl": 3},
-            "register 'threshold_globl': 2 chips have none of this name; close to it: threshold_global",
+            "register 'threshold_globl': v2 chips have none of this name; close to it: threshold_global",
         ),
         ("2", {"threshold_global": 256}, "chip 1-1-2: register threshold_global: 256: value must be between 0 and 255"),
         ("2", {"threshold_global": "x"}, "chip 1-1-2: register threshold_global: 'x': value must be of type"),
@@ -91,7 +91,7 @@ def test_a_register_set_for_many_chips_is_set_as_larpix_control_does(asic, data)
         ("2", {237: 1}, "register 237: expected a name or an address from 0 to 236"),
         ("2", {64: -1}, "chip 1-1-2: register 64: expected 0 to 255, found -1"),
         ("2", {True: 1}, "register True: expected a name or an address"),
-        ("3", {"threshold_global": 1}, "register 'threshold_global': registers of 3 chips go by address, 0 to 255"),
+        ("3", {"threshold_global": 1}, "register 'threshold_global': registers of v3 chips go by address, 0 to 255"),
     ],
 )
 def test_what_cannot_be_set_is_told_in_one_line(asic, updates, says):
