@@ -121,7 +121,8 @@ class Tile:
         self._trigger = 0  # ticks between two, 0: none
         self._trigger_every = TICKS // 10
         self._looked = tick
-        self._room = float(FIFO)  # words that would find a way out now
+        self._most_room = FIFO * len(self.chips.keys)
+        self._room = float(self._most_room)  # words that would find a way out now, or room in a chip
         self._carries = np.zeros(256, np.int64)  # by io_channel
         self._carries[[io_channel for io_channel, _ in self.chips.keys]] = carries
         self._waiting: deque[NDArray[Any]] = deque()
@@ -196,7 +197,7 @@ class Tile:
         for tick in _multiples(self._trigger, since, now):
             found += [event_word(b"T", 1, tick, tick % self._period), self._words(self.noise.external(tick))]
         carried = _SLACK * self._carries.sum() * (now - since) / TICKS
-        self._room = min(self._room + carried, max(carried, FIFO))
+        self._room = min(self._room + carried, max(carried, self._most_room))
         if self.noise.busy:
             hits, lost, more = self.noise.hits(since, now, min(int(self._room), MOST_AT_ONCE))
             self._room -= len(hits)
