@@ -256,6 +256,8 @@ class Child:
             self._commands.ask(message.command, message.io_group, message.body)
 
     def _remember(self, found: talk.Remember) -> None:
+        if len(found.chips) % 3:
+            raise ProtocolError(f"Remember: expected chips of 3 bytes, found {len(found.chips)} bytes")
         if self._setup is not None:
             self._setup = msgspec.structs.replace(
                 self._setup,

@@ -19,6 +19,8 @@ from larpixdaq.errors import ConfigError, ProtocolError
 
 #: Bytes that one turn takes from a child, so that a talkative one holds up nobody.
 _TAKE: Final = 1 << 16
+#: Seconds that a killed child has until the readout goes on without having reaped it.
+_REAP_LIMIT: Final = 0.5
 
 
 class Spawned:
@@ -33,6 +35,7 @@ class Spawned:
         self._took, self._died = took, died
         self._epoll = select.epoll()
         self._process: subprocess.Popen[bytes] | None = None
+        self._stuck: list[subprocess.Popen[bytes]] = []  # killed, and not dead yet
         self._sock: socket.socket | None = None
         self._inbox = talk.Inbox(requests=False)
         self._unsent = bytearray()
@@ -62,7 +65,11 @@ class Spawned:
 
     def start(self) -> None:
         """ConfigError when it cannot be started."""
-        ours, theirs = socket.socketpair()
+        self._stuck = [process for process in self._stuck if process.poll() is None]
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise ConfigError(f"the process for routines cannot be started: {error}") from None
         ours.setblocking(False)
         command = [sys.executable, str(Path(__file__).with_name("child.py")), str(theirs.fileno())]
         try:
@@ -117,7 +124,11 @@ class Spawned:
         # change the status.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        status = process.wait()
+        try:
+            status = process.wait(_REAP_LIMIT)
+        except subprocess.TimeoutExpired:  # it waits for a disk or a device that does not answer, and dies after that
+            self._stuck.append(process)
+            status = -signal.SIGKILL
         self._read_output()
         self._epoll.unregister(sock.fileno())
         sock.close()
