@@ -180,6 +180,7 @@ def test_routines_measure_what_is_there(small):
     assert scan["thresholds"][: len(sums)] == list(range(110, 110 - 2 * len(sums), -2))
 
 
+@pytest.mark.once
 def test_leaking_and_hot_channels_are_found(small):
     operator, *_ = small
     found = operator.run_routine("calibrate", 20.0, 200.0, apply=True, directory="/tmp", rounds=2, start=130)

@@ -17,6 +17,7 @@ from larpixdaq.errors import ControlHeld, ProtocolError, RequestError
 from larpixdaq.operator import Operator
 from larpixdaq.states import LOOKING, RUN_ACTIONS
 
+pytestmark = pytest.mark.once
 SLOW = 60.0
 ROUTINES = """
 import os
