@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import select
@@ -20,6 +21,7 @@ from larpixdaq.errors import ComponentError, FileError
 
 #: A process that has been told to end gets so long (seconds), then it is killed.
 END_LIMIT = 15.0
+_PR_SET_PDEATHSIG = 1
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -74,6 +76,10 @@ def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", _RUN_MODULE, f"larpixdaq.{module}", *arguments]
 
 
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class Group:
     """Child processes, each a module of ours; `close()` ends and reaps them in the reverse order of starting.
 
@@ -85,7 +91,8 @@ class Group:
         self.children: list[tuple[str, subprocess.Popen[bytes]]] = []
 
     def start(self, module: str, *arguments: str, pipes: bool = False, detach: bool = False) -> subprocess.Popen[bytes]:
-        """Start the module with these arguments. With `pipes` its stdin and stdout are ours."""
+        """Start the module with these arguments. With `pipes` its stdin and stdout are ours; without `detach` it is
+        told to end when this thread ends, however that comes."""
         self.log_dir.mkdir(parents=True, exist_ok=True)
         with open(self.log_dir / f"{module}.out", "ab") as out:
             child = subprocess.Popen(
@@ -94,6 +101,7 @@ class Group:
                 stdout=subprocess.PIPE if pipes else out,
                 stderr=out,
                 start_new_session=detach,
+                preexec_fn=None if detach else _end_with_parent,
             )
         self.children.append((module, child))
         return child

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from team import KINDS, ask
 from world import World
 
+from larpixdaq.arena import DEFAULT_DIRECTORY
 from larpixdaq.errors import ComponentError, LarpixDaqError, StateError
 from larpixdaq.states import ABORTED, CANCELLED, COMPLETE, SUSPECT
 
@@ -25,7 +26,8 @@ class Model(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.directory = tempfile.mkdtemp()
+        # In memory where that is possible: the catalogue waits for its disk at each of thousands of steps.
+        self.directory = tempfile.mkdtemp(dir=DEFAULT_DIRECTORY if DEFAULT_DIRECTORY.is_dir() else None)
         self.world = World(self.directory)
         for name in KINDS:
             self.world.come(name)
