@@ -24,6 +24,7 @@ from larpixdaq.blocks import UnknownWord, Verdict
 from larpixdaq.chips import ACTIONS, Child, talk
 from larpixdaq.chips.commands import Commands
 from larpixdaq.chips.witness import Witness
+from larpixdaq.configurations import Configurations
 from larpixdaq.delivery import Delivery
 from larpixdaq.delivery import add_arguments as add_delivery_arguments
 from larpixdaq.errors import ConfigError, RequestError, StateError
@@ -88,7 +89,7 @@ class Producer:
         told = [talk.Board(group, kinds.get(group, ""), source.name) for source in boards for group in source.io_groups]
         setup = talk.Setup(told, options.asic, int(asic), self.layout.code)
         self.child = Child(options.routines, commands=self.commands, setup=setup, witness=self.witness)
-        self.child.settled = self._tell_configurations
+        self.child.settled = self._tell_news
         self.readout.listener = self.child
         self.node = Node(
             self.name,
@@ -202,9 +203,10 @@ class Producer:
         self.readout.record(True)
         self._watch.start()
         self._told_to_end = 0
-        self._tell_configurations(everything=True)
+        known = self.witness.everything()
+        self._put_configurations(known)
         self.state = "READY"
-        differences = self.witness.everything().differences()
+        differences = known.differences()
         warning = f"{self.name}: {differences}" if differences else None
         return {"epoch": self.epoch, "layout": self.layout.code, "warning": warning}
 
@@ -242,11 +244,13 @@ class Producer:
         self.witness.sent(rows[:n])
         return n
 
-    def _tell_configurations(self, *, everything: bool = False) -> None:
-        """In a run: what the chips were told and have said, of all chips, or of those of which there are news."""
-        if self.recorder.run is None:
-            return
-        found = self.witness.everything() if everything else self.witness.news()
+    def _tell_news(self) -> None:
+        """Of chips that were told or have said something new in a run."""
+        if self.recorder.run is not None:
+            self._put_configurations(self.witness.news())
+
+    def _put_configurations(self, found: Configurations) -> None:
+        """Into the run; there are no news then."""
         self.witness.settle()
         for piece in found.pieces():
             if not self.recorder.info(piece.text(), piece.pack()):

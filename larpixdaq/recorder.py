@@ -33,7 +33,7 @@ def info_rows(text: str, layout: schema.Layout, seconds: int) -> NDArray[Any]:
     """The rows of type 5 that stand for an INFO message: one for each piece of its text as /messages has them,
     `counter` 0."""
     rows = np.zeros(len(text_pieces(text, TEXT_BYTES)), layout.dtype)
-    rows["type" if layout.name == "1.0" else "packet_type"] = PacketType.MESSAGE
+    rows[schema.type_column(rows.dtype)] = PacketType.MESSAGE
     rows["timestamp"] = seconds
     return rows
 

@@ -181,6 +181,24 @@ BLOCK_ROWS: Final = 16_384
 CHUNK_ROWS: Final = 16_384
 
 
+def type_column(dtype: np.dtype[Any]) -> str:
+    """The column with the packet type: layouts before 2.0 call it `type`."""
+    return "packet_type" if "packet_type" in (dtype.names or ()) else "type"
+
+
+def types_of(rows: NDArray[Any]) -> NDArray[np.uint8]:
+    """The packet type of each row, shape (N,)."""
+    types: NDArray[np.uint8] = rows[type_column(rows.dtype)]
+    return types
+
+
+def registers_of(rows: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Addresses and values of rows about registers, each of shape (N,); layout 1.0 calls them otherwise."""
+    v1 = "register" in (rows.dtype.names or ())
+    address, value = ("register", "value") if v1 else ("register_address", "register_data")
+    return rows[address], rows[value]
+
+
 def io_groups_of(rows: NDArray[Any]) -> NDArray[np.intp]:
     """The io_group of each row, shape (N,); layout 1.0 has it in its chip_key."""
     if "io_group" in (rows.dtype.names or ()):

@@ -18,7 +18,7 @@ from larpixdaq.chips import talk
 from larpixdaq.chips.link import BoardError, Link
 from larpixdaq.chips.places import Places
 from larpixdaq.chips.registers import READ, WRITE, Registers, words
-from larpixdaq.schema import Asic, chips_of
+from larpixdaq.schema import chips_of, registers_of
 
 #: Words of one message to a board; so many more may be unanswered when the next goes out.
 BATCH: Final = 2_048
@@ -223,8 +223,7 @@ class Exchange:
         """Of each row: place of its chip (-1: none of ours), address, value, whether its parity is right."""
         good = rows["valid_parity"] == 1
         chips = self._places.find(chips_of(rows))
-        v1 = self._asic == Asic.V1
-        addresses, values = rows["register" if v1 else "register_address"], rows["value" if v1 else "register_data"]
+        addresses, values = registers_of(rows)
         return chips, addresses.astype(np.intp), values, good
 
 

@@ -26,7 +26,7 @@ from larpixdaq.chips.link import BoardError, Link
 from larpixdaq.chips.registers import READ, WRITE, Registers
 from larpixdaq.chips.registers import words as make_words
 from larpixdaq.errors import RequestError
-from larpixdaq.schema import Asic, PacketType
+from larpixdaq.schema import Asic, PacketType, types_of
 
 _LISTEN_TO: Final = {None: talk.EVERYTHING, "all": talk.EVERYTHING, "answers": talk.ANSWERS}
 
@@ -148,7 +148,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         made: list[Any] = []
         at = 0
         v1 = self._asic == Asic.V1
-        kinds = rows["type" if v1 else "packet_type"].tolist()
+        kinds = types_of(rows).tolist()
         for kind, row in zip(kinds, rows, strict=True):
             packet: Any
             if kind < PacketType.TIMESTAMP:

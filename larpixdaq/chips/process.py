@@ -17,6 +17,7 @@ from larpixdaq.chips.commands import Commands
 from larpixdaq.chips.spawned import Spawned
 from larpixdaq.chips.witness import Witness
 from larpixdaq.errors import ConfigError, ProtocolError, cause
+from larpixdaq.schema import PacketType, types_of
 
 #: Seconds that a routine may take unless the request says otherwise.
 TIME_LIMIT: Final = 3600.0
@@ -176,8 +177,7 @@ class Child:
         """Rows as they were decoded; those that the child listens for are sent to it. To be called only while it
         listens (`listening`)."""
         if self.listening == talk.ANSWERS:
-            kinds = rows["packet_type" if "packet_type" in (rows.dtype.names or ()) else "type"]
-            at = np.flatnonzero(kinds == 3)
+            at = np.flatnonzero(types_of(rows) == PacketType.CONFIG_READ)
             if not len(at):
                 return
             rows = rows[at]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.chips.places import Places
 from larpixdaq.configurations import READ, REGISTERS, SENT, Configurations
-from larpixdaq.schema import PacketType, chips_of
+from larpixdaq.schema import PacketType, chips_of, registers_of, types_of
 
 #: The chip id that all chips of an io_channel hear.
 _BROADCAST: Final = 255
@@ -35,10 +35,10 @@ class Witness:
 
     def sent(self, rows: NDArray[Any]) -> None:
         """Rows of words that go out now, of the producer's layout."""
-        rows = rows[_kinds(rows) == PacketType.CONFIG_WRITE]
+        rows = rows[types_of(rows) == PacketType.CONFIG_WRITE]
         if not len(rows):
             return
-        keys, registers, values = _contents(rows)
+        keys, (registers, values) = chips_of(rows), registers_of(rows)
         if (keys & 0xFF == _BROADCAST).any():
             self._find(keys[keys & 0xFF != _BROADCAST])
             heard = [np.flatnonzero(self._hear(key)) for key in keys.tolist()]
@@ -63,11 +63,11 @@ class Witness:
 
     def answers(self, rows: NDArray[Any]) -> None:
         """Rows that came; what chips say of their registers is taken from them."""
-        rows = rows[(_kinds(rows) == PacketType.CONFIG_READ) & (rows["direction"] == 1)]
+        rows = rows[(types_of(rows) == PacketType.CONFIG_READ) & (rows["direction"] == 1)]
         rows = rows[rows["valid_parity"] == 1]
         if not len(rows):
             return
-        keys, registers, values = _contents(rows)
+        keys, (registers, values) = chips_of(rows), registers_of(rows)
         places = self._find(keys)
         new = (self._known[places, registers] & READ == 0) | (self._read[places, registers] != values)
         self._changed[places[new]] = True
@@ -111,15 +111,3 @@ class Witness:
             )
             places = self._places.find(keys)
         return places
-
-
-def _kinds(rows: NDArray[Any]) -> NDArray[Any]:
-    kinds: NDArray[Any] = rows["packet_type" if "packet_type" in (rows.dtype.names or ()) else "type"]
-    return kinds
-
-
-def _contents(rows: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.uint8]]:
-    """Chips (schema.chips_of), registers and values of rows about registers, each of shape (N,)."""
-    v1 = "register" in (rows.dtype.names or ())
-    register, value = ("register", "value") if v1 else ("register_address", "register_data")
-    return chips_of(rows), rows[register].astype(np.intp), rows[value]

@@ -249,11 +249,6 @@ def _fill(file: h5py.File, layout: schema.Layout, asic_version: str) -> None:
     file.swmr_mode = True
 
 
-def type_column(dtype: np.dtype[Any]) -> str:
-    """The column with the packet type: layouts before 2.0 call it `type`."""
-    return "packet_type" if "packet_type" in (dtype.names or ()) else "type"
-
-
 def table_crc32(table: Any) -> int:
     """The CRC-32 of all bytes of a dataset, read in pieces."""
     value = 0

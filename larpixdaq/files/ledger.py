@@ -104,7 +104,7 @@ def check_content(block: blocks.Block, pieces: Sequence[NDArray[np.uint8]], one:
     if crc != block.crc32:
         raise ChecksumError(f"{describe(block)}: expected CRC-32 {block.crc32:08x}, found {crc:08x}")
     if block.text is not None:
-        column = layout.type_column(one.dtype)
+        column = schema.type_column(one.dtype)
         kinds = np.concatenate([piece.view(one.dtype)[column] for piece in pieces])
         if not len(kinds) or np.any(kinds != schema.PacketType.MESSAGE):
             raise ProtocolError(f"{describe(block)}: has a text, but not rows of messages")

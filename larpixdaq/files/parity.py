@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from larpixdaq import schema
 from larpixdaq._native import packets
-from larpixdaq.files import layout
 from larpixdaq.files.reader import DataFile
 
 
@@ -41,7 +40,7 @@ class ParityCheck:
                 start = end
 
     def _check(self, rows: NDArray[Any], asic: schema.Asic, first: int) -> None:
-        places = np.flatnonzero(rows[layout.type_column(rows.dtype)] <= schema.PacketType.CONFIG_READ)
+        places = np.flatnonzero(schema.types_of(rows) <= schema.PacketType.CONFIG_READ)
         words = packets.encode(rows, asic=asic)
         valid = packets.parity(words, asic=asic) == words
         wrong = places[valid != (rows["valid_parity"][places] == 1)]

@@ -40,7 +40,7 @@ class DataFile:
             self.version = str(self._guard("/_header", lambda: self._file["_header"].attrs["version"]))
             self._packets = self._guard("/packets", lambda: self._dataset("packets"))
             self.dtype: np.dtype[Any] = self._guard("/packets", lambda: self._packets.dtype)
-            if self.dtype.names is None or layout.type_column(self.dtype) not in self.dtype.names:
+            if self.dtype.names is None or schema.type_column(self.dtype) not in self.dtype.names:
                 raise FileError(f"{self.path}: /packets has no column with packet types")
             self.own = self._guard("/run", lambda: "run" in self._file)
         except BaseException:

@@ -154,7 +154,7 @@ class _Reading:
     def _good(self, block: Any, rows: NDArray[Any]) -> None:
         account = self._take(block)
         chunks.tally(rows.view(np.uint8), int(self._info["layout"]), account.tally)
-        messages = rows["counter"][rows[layout.type_column(rows.dtype)] == schema.PacketType.MESSAGE]
+        messages = rows["counter"][schema.types_of(rows) == schema.PacketType.MESSAGE]
         if len(messages):
             self._messages = int(messages[-1]) + len(messages)
 

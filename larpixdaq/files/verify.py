@@ -181,7 +181,7 @@ def _foreign(file: DataFile, findings: Findings, notes: list[str]) -> int:
         return 0
     parity = ParityCheck(file)
     packets = 0
-    column = layout.type_column(file.dtype)
+    column = schema.type_column(file.dtype)
     for first in range(0, file.rows, 4 * schema.CHUNK_ROWS):
         rows = file.packets(first, first + 4 * schema.CHUNK_ROWS)
         packets += int(np.count_nonzero(rows[column] <= schema.PacketType.CONFIG_READ))

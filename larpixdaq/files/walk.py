@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from larpixdaq import checksum, schema
 from larpixdaq.errors import FileError
-from larpixdaq.files import layout
 from larpixdaq.files.books import Books
 from larpixdaq.files.parity import ParityCheck
 from larpixdaq.files.reader import DataFile
@@ -86,7 +85,7 @@ def groups(file: DataFile) -> Iterator[NDArray[Any]]:
 
 def _counters(rows: NDArray[Any], last: int, messages: int, first: int, finding: Callable[[str], None]) -> int:
     """Rows of messages name existing texts, in order; returns the last counter."""
-    counters = rows["counter"][rows[layout.type_column(rows.dtype)] == schema.PacketType.MESSAGE].astype(np.int64)
+    counters = rows["counter"][schema.types_of(rows) == schema.PacketType.MESSAGE].astype(np.int64)
     if not len(counters):
         return last
     if counters.max() >= messages:

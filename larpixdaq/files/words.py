@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from larpixdaq.files.reader import DataFile
-from larpixdaq.schema import PacketType, io_groups_of
+from larpixdaq.schema import PacketType, io_groups_of, types_of
 
 _ALWAYS = (PacketType.SYNC, PacketType.TRIGGER)
 
@@ -18,7 +18,7 @@ def count_words(path: Path) -> dict[int, int]:
     counts: dict[int, int] = {}
     with DataFile(path) as file:
         for rows in file.pieces():
-            kinds = rows["packet_type" if "packet_type" in (rows.dtype.names or ()) else "type"]
+            kinds = types_of(rows)
             words = ((kinds <= PacketType.CONFIG_READ) & (rows["direction"] == 1)) | np.isin(kinds, _ALWAYS)
             for io_group, n in enumerate(np.bincount(io_groups_of(rows[words])).tolist()):
                 if n:

@@ -178,7 +178,7 @@ class Monitor:
             if not isinstance(types, Iterable):
                 raise RequestError(f"packets: types: expected a list of packet types, found {types!r}")
             wanted = [_whole("packets", "types", kind, 0, 255) for kind in types]
-            rows = rows[np.isin(rows["type" if "chip_key" in (rows.dtype.names or ()) else "packet_type"], wanted)]
+            rows = rows[np.isin(schema.types_of(rows), wanted)]
         rows = rows[-count:]
         return as_text(rows) if text else rows
 

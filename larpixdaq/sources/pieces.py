@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native import packets
 from larpixdaq._native.frames import PacmanDecoder, encode_pacman
-from larpixdaq.schema import BLOCK_ROWS, COUNTS, NOTICE, NOTICES, UNKNOWN_WORD, Asic, PacketType
+from larpixdaq.schema import BLOCK_ROWS, COUNTS, NOTICE, NOTICES, UNKNOWN_WORD, Asic, PacketType, types_of
 from larpixdaq.sources.evidence import added
 
 #: Bytes of a header or word of PACMAN format 1.0.
@@ -26,11 +26,6 @@ _OF_MESSAGES: Final = [NOTICES.index(name) for name in ("doubled", "back", "ahea
 _HEADER: Final = {"messages": 1, "bytes_in": _UNIT, "header_bytes": _UNIT, "time_rows": 1}
 
 
-def _kinds(rows: NDArray[Any]) -> NDArray[np.uint8]:
-    kinds: NDArray[np.uint8] = rows["type" if "chip_key" in (rows.dtype.names or ()) else "packet_type"]
-    return kinds
-
-
 def _blank(rows: NDArray[Any]) -> NDArray[Any]:
     """The same rows without their columns: numpy copies such rows whole, and not column by column."""
     return rows.view(np.dtype((np.void, rows.dtype.itemsize)))
@@ -39,7 +34,7 @@ def _blank(rows: NDArray[Any]) -> NDArray[Any]:
 def row_times(rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Seconds and ticks as timing.Clock takes them: seconds of rows of type 4, ticks of received words; -1
     elsewhere."""
-    kinds = _kinds(rows)
+    kinds = types_of(rows)
     seconds = np.where(kinds == PacketType.TIMESTAMP, rows["timestamp"].astype(np.int64), -1)
     ticks = np.full(len(rows), -1, np.int64)
     if "receipt_timestamp" in (rows.dtype.names or ()):
@@ -179,7 +174,7 @@ class Messages(_Piece):
             most = int((self._most[part.start + which + 1] - self._most[part.start + which]).sum())
             own = np.empty(most + 1, rows.dtype)
             own = own[: self._decode(int(group), spans[which], own)]
-            first = np.flatnonzero(_kinds(own) == PacketType.TIMESTAMP)
+            first = np.flatnonzero(types_of(own) == PacketType.TIMESTAMP)
             parts.append((which, own, first))
             ordered &= len(first) == len(which)
             if ordered:
@@ -230,7 +225,7 @@ class Rows(_Piece):
         return made
 
     def _some(self, given: NDArray[Any], groups: NDArray[np.uint8], rows: NDArray[Any]) -> None:
-        kinds = _kinds(given)
+        kinds = types_of(given)
         counts = self._decoders.counts
         sent = (kinds < PacketType.TIMESTAMP) & (given["direction"] == 0)
         if sent.any():
