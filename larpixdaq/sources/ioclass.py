@@ -32,7 +32,7 @@ from larpixdaq.sources.channel import Channel
 from larpixdaq.sources.evidence import Presence, verdicts
 from larpixdaq.sources.ioclass_channel import IoClassChannel
 from larpixdaq.sources.ioclass_talk import LARGEST, Data, Failed, FromChild, Hello, Idle, Sent, answers
-from larpixdaq.sources.pieces import Decoders, Messages
+from larpixdaq.sources.pieces import Decoders, Messages, PieceSource
 
 #: Seconds that a class has to be there.
 START_LIMIT: Final = 30.0
@@ -46,7 +46,7 @@ _ENDED: Final = "its process ended"
 _BATCH: Final = 64
 
 
-class IoClassSource:
+class IoClassSource(PieceSource):
     """One object of an IO class; implements `sources.base.Source`. `io_groups` are known when it is open.
 
     `io_class` is the name of a class in larpix.io, package.module:Class or package.module.Class, `arguments` what it is
@@ -58,6 +58,7 @@ class IoClassSource:
     finished = False
 
     def __init__(self, io_class: str, arguments: Sequence[str] = (), *, asic: Asic, clock64: bool = False) -> None:
+        super().__init__()
         self.name = f"IO class {io_class}"
         self.layout = layout_of(asic, clock64=clock64)
         self.io_groups: tuple[int, ...] = ()
@@ -68,9 +69,7 @@ class IoClassSource:
         self._command = [str(Path(__file__).with_name("ioclass_child.py")), str(int(asic)), form, io_class, *arguments]
         self._channels: dict[int, IoClassChannel] = {}
         self._decoders = Decoders(asic, format="auto", clock64=clock64)
-        self._piece: Messages | None = None
         self._presence = Presence()
-        self._problems: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
         self._pidfd = -1
@@ -117,16 +116,6 @@ class IoClassSource:
 
     def texts(self) -> list[str]:
         return []
-
-    def decode(self, rows: NDArray[Any]) -> int:
-        return self._piece.decode(rows) if self._piece is not None else 0
-
-    def take_unknown(self) -> NDArray[Any]:
-        return self._decoders.take_unknown()
-
-    def problems(self) -> list[str]:
-        problems, self._problems = self._problems, []
-        return problems
 
     def evidence(self, now: int) -> list[Verdict]:
         return [

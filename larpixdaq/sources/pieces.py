@@ -263,3 +263,24 @@ class Rows(_Piece):
         for name in {"chip_key", "io_group", "io_channel", "receipt_timestamp"} & set(given.dtype.names or ()):
             rows[name] = given[name]
         return rows
+
+
+class PieceSource:
+    """What sources that play pieces one after the other have in common. They make `_decoders`, and set `_piece` to what
+    is played now."""
+
+    _decoders: Decoders
+
+    def __init__(self) -> None:
+        self._piece: Messages | Rows | None = None
+        self._problems: list[str] = []
+
+    def decode(self, rows: NDArray[Any]) -> int:
+        return self._piece.decode(rows) if self._piece is not None else 0
+
+    def take_unknown(self) -> NDArray[Any]:
+        return self._decoders.take_unknown()
+
+    def problems(self) -> list[str]:
+        problems, self._problems = self._problems, []
+        return problems

@@ -24,7 +24,7 @@ from larpixdaq.files.recording import open_recording
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.evidence import verdicts
 from larpixdaq.sources.log_file import MessageLog
-from larpixdaq.sources.pieces import Decoders, Messages, Rows, row_times
+from larpixdaq.sources.pieces import Decoders, Messages, PieceSource, Rows, row_times
 from larpixdaq.sources.timing import Clock, message_times
 
 #: Seconds between two batches at recorded speed; less would only cost turns of the producer's loop.
@@ -33,7 +33,7 @@ _TURN: Final = 0.002
 Recording = RawFile | PacketFile | MessageLog
 
 
-class ReplaySource:
+class ReplaySource(PieceSource):
     """Files one after another; implements `sources.base.Source`.
 
     `files` are (io_group, path); the io_group is for files that do not say it. `speed` 1 is as recorded, math.inf as
@@ -56,6 +56,7 @@ class ReplaySource:
         clock64: bool = False,
         speed: float = 1.0,
     ) -> None:
+        super().__init__()
         self._files = [(io_group, Path(path)) for io_group, path in files]
         self.name = f"replay of {', '.join(str(path) for _, path in self._files)}"
         self.layout = layout_of(asic, clock64=clock64 or format == "1.0")
@@ -67,13 +68,11 @@ class ReplaySource:
         self._format = format
         self._clock64 = clock64
         self._pieces: Iterator[Messages | Rows] = iter(())
-        self._piece: Messages | Rows | None = None
         self._recordings: list[Recording] = []
         self._began: tuple[float, float] | None = None  # monotonic clock, and recorded time, of the first read()
         self._next_turn = 0.0
         self._clock = Clock()
         self._texts: list[str] = []
-        self._problems: list[str] = []
 
     def open(self) -> None:
         """Opens every file, so that a wrong one is named before anything is played. Again: plays from the beginning."""
@@ -130,16 +129,6 @@ class ReplaySource:
     def texts(self) -> list[str]:
         texts, self._texts = self._texts, []
         return texts
-
-    def decode(self, rows: NDArray[Any]) -> int:
-        return self._piece.decode(rows) if self._piece is not None else 0
-
-    def take_unknown(self) -> NDArray[Any]:
-        return self._decoders.take_unknown()
-
-    def problems(self) -> list[str]:
-        problems, self._problems = self._problems, []
-        return problems
 
     def evidence(self, now: int) -> list[Verdict]:
         """What the recorded bytes themselves say: nobody knows when they came, or whether a board was away."""
