@@ -135,6 +135,7 @@ def test_credit_comes_back_for_blocks_and_not_for_messages(bench: Any) -> None:
         bench.board.send(packets(10, i))
         bench.board.send(packets(1), text=f"message {i}")
     bench.until(lambda: bench.board.credit == first + 5, "credit for 5 blocks")
+    bench.until(lambda: len(bench.monitor.messages()) == 5, "the last message, which follows the last block")
     assert [message["text"] for message in bench.monitor.messages()] == [f"message {i}" for i in range(5)]
     assert bench.node.reports[-1][0] >= 10
     bench.board.socket.send_multipart(
