@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import ipaddress
 import os
 import re
 import socket
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from larpixdaq.errors import ConfigError, FileError
-from larpixdaq.signals import Signals, run_main
+from larpixdaq.signals import Signals, is_text, run_main
 
 __all__ = ["Signals", "run_main"]
 
@@ -27,7 +28,12 @@ def _split(text: str) -> tuple[str, str | None]:
     """Host and port of `[tcp://]HOST[:PORT]`; ConfigError for anything else."""
     match = _TCP.fullmatch(text.removeprefix("tcp://"))
     if match is None:
-        raise ConfigError(f"address {text!r}: expected tcp://HOST or tcp://HOST:PORT")
+        raise ConfigError(f"address {text!r}: expected tcp://HOST[:PORT], an IPv6 address as in tcp://[::1]:5551")
+    if match["host"].startswith("["):
+        try:
+            ipaddress.IPv6Address(match["host"][1:-1].partition("%")[0])
+        except ValueError as error:
+            raise ConfigError(f"address {text!r}: {error}") from None
     port = match["port"]
     if port not in (None, "*") and int(port) > 65535:
         raise ConfigError(f"address {text!r}: port {port} is above 65535")
@@ -43,6 +49,11 @@ def address(text: str, default_port: int) -> str:
         return text
     host, port = _split(text)
     return f"tcp://{host}:{default_port if port is None else port}"
+
+
+def is_ipv6(full: str) -> bool:
+    """Whether a ZeroMQ address has an IPv6 literal for its host; names are looked up as IPv4."""
+    return full.startswith("tcp://[")
 
 
 def _ip(host: str, text: str) -> str:
@@ -112,11 +123,22 @@ def reachable(endpoint: str, core: str) -> str:
     return f"tcp://{host}:{port}"
 
 
+def process_identity() -> dict[str, Any]:
+    """This process for people and for `larpixdaq up`: `pid`, `host` (host name), `user` (login name, or the id)."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no name for this user id
+        user = f"uid {os.getuid()}"
+    return {"pid": os.getpid(), "host": socket.gethostname(), "user": user}
+
+
 def state_dir(text: str | None = None) -> Path:
     """The state directory (default $XDG_STATE_HOME/larpixdaq), made if need be; FileError when that cannot be."""
     base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     path = Path(text) if text else Path(base) / "larpixdaq"
     path = path.absolute()
+    if not is_text(str(path)):
+        raise FileError(f"state directory {str(path)!r}: expected UTF-8, since other processes read it")
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -70,6 +70,7 @@ class Core:
         self._router.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 5)
         self._router.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
         try:
+            self._router.ipv6 = config.is_ipv6(address)
             self._router.bind(address)
             #: Where the core listens, with the port that it got.
             self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import random
 import select
@@ -12,12 +13,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
-from larpixdaq.errors import ComponentError, FileError
+from larpixdaq.errors import ComponentError, ConfigError, FileError
 
 #: A process that has been told to end gets so long (seconds), then it is killed.
 END_LIMIT = 15.0
@@ -25,19 +26,22 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One running process, as the list of `larpixdaq up` has it. `started` tells it from a later process of the same
+    """A running process in the list of `larpixdaq up`. `started` distinguishes it from a later process with the same
     id."""
 
     module: str
     pid: int
     started: int
+    arguments: list[str] = []
 
 
 class Running(msgspec.Struct, frozen=True):
-    """What `larpixdaq up` started, in the order of starting; `core` is the core's address."""
+    """The processes that `larpixdaq up` started, in the order of starting. `core` is the core's address, `directory`
+    the working directory of `up`, to which relative paths in the arguments refer."""
 
     core: str
     processes: list[Entry]
+    directory: str = ""
 
 
 def free_port() -> int:
@@ -88,7 +92,7 @@ class Group:
 
     def __init__(self, log_dir: Path) -> None:
         self.log_dir = log_dir
-        self.children: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self.children: list[tuple[str, list[str], subprocess.Popen[bytes]]] = []
 
     def start(self, module: str, *arguments: str, pipes: bool = False, detach: bool = False) -> subprocess.Popen[bytes]:
         """Start the module with these arguments. With `pipes` its stdin and stdout are ours; without `detach` it is
@@ -103,12 +107,12 @@ class Group:
                 start_new_session=detach,
                 preexec_fn=None if detach else _end_with_parent,
             )
-        self.children.append((module, child))
+        self.children.append((module, list(arguments), child))
         return child
 
     def check(self) -> None:
         """ComponentError, with the last line that it wrote, when a child has ended with an error."""
-        for module, child in self.children:
+        for module, _, child in self.children:
             if child.poll():
                 raise ComponentError(f"{module} ended with status {child.returncode}: {self.last_line(module)}")
 
@@ -117,10 +121,13 @@ class Group:
         return lines[-1] if lines else "it wrote nothing"
 
     def entries(self) -> list[Entry]:
-        return [Entry(module, child.pid, start_time(child.pid) or 0) for module, child in self.children]
+        return [
+            Entry(module, child.pid, start_time(child.pid) or 0, arguments)
+            for module, arguments, child in self.children
+        ]
 
     def close(self) -> None:
-        for _, child in reversed(self.children):
+        for *_, child in reversed(self.children):
             if child.poll() is None:
                 child.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -172,6 +179,24 @@ def read_running(state_dir: Path) -> Running | None:
         return None
     except (OSError, msgspec.DecodeError) as error:
         raise FileError(f"{path}: not the list of processes that `larpixdaq up` writes: {error}") from None
+
+
+@contextlib.contextmanager
+def only_up(state_dir: Path) -> Iterator[None]:
+    """ConfigError while another `larpixdaq up` is starting processes with this state directory."""
+    with open(state_dir / "up.lock", "ab", opener=_private) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another `larpixdaq up` is starting a system with state directory {state_dir}") from None
+        except OSError:
+            # A file system without locks: of two cores that start at once, only one gets the port.
+            pass
+        yield
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def write_running(state_dir: Path, running: Running) -> None:

@@ -97,6 +97,7 @@ def listen(context: zmq.Context[zmq.Socket[bytes]], address: str) -> tuple[zmq.S
     socket.setsockopt(zmq.MAXMSGSIZE, 1 << 20)
     socket.setsockopt(zmq.LINGER, 0)
     try:
+        socket.ipv6 = config.is_ipv6(address)
         socket.bind(address)
     except zmq.ZMQError as error:
         socket.close()

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import zmq
 
-from larpixdaq.config import CORE_PORT, address
+from larpixdaq.config import CORE_PORT, address, process_identity
 from larpixdaq.control.calls import Call, Handler
 from larpixdaq.control.link import Link, Waker
 from larpixdaq.control.messages import Answer, FromCore, Heartbeat, Kind, Register, Request, Update, Welcome
@@ -61,7 +61,8 @@ class Node:
         on_change: Callable[[], None] | None = None,
     ) -> None:
         """`core` is its address, with or without port; `info` goes out with each registration (a producer: stream
-        address, epoch, layout, io_groups; a storage: directory, highest_run). `status` is called in the main loop,
+        address, epoch, layout, io_groups; a storage: directory, highest_run), with the process's id, host and user
+        added. `status` is called in the main loop,
         by report(), for the heartbeat. dispatch() calls `on_change` after session, state, run or producers have
         changed, and `on_name_taken` when this component was lost and for 5 s could not register again, since
         another has taken its name (without it, dispatch() raises)."""
@@ -256,7 +257,7 @@ class Node:
             kind=self.kind,
             instance=self._instance,
             actions=sorted(self._actions),
-            info=dict(self._info),
+            info={**self._info, **process_identity()},
             run=self._engaged,
             begun=self._begun,
         )

@@ -6,9 +6,6 @@ if __spec__ is None and sys.path[0].endswith("larpixdaq"):
     # Run by its path: this very file must not shadow the standard library's operator.
     del sys.path[0]
 
-import getpass
-import os
-import socket
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -24,11 +21,7 @@ __all__ = ["Operator", "Request", "Response"]
 
 
 def _me() -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # no name for this user id
-        user = f"uid {os.getuid()}"
-    return f"{user}@{socket.gethostname()}"[:64]
+    return "{user}@{host}".format(**config.process_identity())[:64]
 
 
 class Operator(Hardware):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import io
 import logging
 import os
 import signal
@@ -34,7 +35,11 @@ def _first() -> bool:
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came; run_main() turns it into exit status 0."""
+    """SIGINT or SIGTERM came; run_main() turns it into the exit status."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class Signals:
@@ -76,21 +81,67 @@ class Signals:
         os.close(self._write)
 
 
-def run_main(function: Callable[[], int | None]) -> int:
+class _OutputError(Exception):
+    """Standard output cannot be written."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"cannot write to standard output: {error.strerror}")
+        self.number = error.errno
+
+
+class _Output(io.FileIO):
+    """Standard output whose errors are distinct from those of files. After an error it accepts and drops everything,
+    so that the interpreter's last flush does not complain again."""
+
+    _failed = False
+
+    def write(self, data: Any) -> int:
+        if self._failed:
+            return memoryview(data).nbytes
+        try:
+            return super().write(data)
+        except OSError as error:
+            self._failed = True
+            raise _OutputError(error) from None
+
+
+def _watch_output() -> None:
+    """Have errors of standard output raised as _OutputError, and bytes of paths that are no text shown as \\xff."""
+    if sys.stdout is None:  # closed by the parent
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    elif sys.stdout is sys.__stdout__:  # else a test has replaced it
+        raw = _Output(sys.stdout.fileno(), "wb", closefd=False)
+        line = sys.stdout.isatty()
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.stdout.encoding, "backslashreplace", None, line)
+
+
+def is_text(argument: str) -> bool:
+    """Whether an argument or path can be sent to others: bytes that are not UTF-8 are surrogates in Python."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in argument)
+
+
+def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int:
     """Run a program's main part and return its exit status.
 
-    0 when it is done or SIGINT or SIGTERM ended it (they raise Stopped, a KeyboardInterrupt, where it runs, so that its
-    `finally` clauses close everything; see Signals for the quieter way), 1 with one line on stderr when it raises a
-    LarpixDaqError. Log records of level warning and above go to stderr too; on a terminal also those that tell a
-    person that all is well.
+    SIGINT and SIGTERM raise Stopped, a KeyboardInterrupt, where it runs, so that its `finally` clauses close
+    everything; see Signals for the quieter way. They are the proper end of an endless program: 0. A command that they
+    interrupt has not done its work: 128 + the signal's number, with one line on stderr. 1, with one line on stderr,
+    when it raises a LarpixDaqError or its output cannot be written. Log records of level warning and above go to stderr
+    too; on a terminal also those that tell a person that all is well.
     """
     program = os.path.basename(sys.argv[0]) or "larpixdaq"
+    if endless and (wrong := [argument for argument in sys.argv[1:] if not is_text(argument)]):
+        print(
+            f"{program}: argument {wrong[0]!r}: expected UTF-8, since other processes are told of it", file=sys.stderr
+        )
+        return 2
     _came.clear()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if _first():
-            raise Stopped
+            raise Stopped(number)
 
+    _watch_output()
     before = {number: signal.signal(number, stop) for number in _SIGNALS}
     stderr = logging.StreamHandler()
     stderr.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
@@ -98,16 +149,21 @@ def run_main(function: Callable[[], int | None]) -> int:
     logger = logging.getLogger("larpixdaq")
     logger.addHandler(stderr)
     try:
-        return function() or 0
-    except KeyboardInterrupt:
-        return 0
+        status = function() or 0
+        sys.stdout.flush()  # here, so that output which cannot be written is an error of ours
+        return status
+    except KeyboardInterrupt as error:
+        if endless:
+            return 0
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        print(f"{program}: interrupted by {signal.Signals(number).name}", file=sys.stderr)
+        return 128 + number
     except LarpixDaqError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # Whoever read our output has gone (`larpixdaq status | head`): the interpreter's last flush must not complain.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _OutputError as error:
+        if error.number != errno.EPIPE:  # else the reader of our output has gone: `larpixdaq status | head`
+            print(f"{program}: {error}", file=sys.stderr)
         return 1
     finally:
         logger.removeHandler(stderr)

@@ -5,6 +5,8 @@ import importlib
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,10 @@ class Started(contextlib.ExitStack):
         self._expected.append((process, status, ""))
         return process
 
-    def fails(self, module: str, *arguments: object, words: str) -> None:
-        """Exit status 1, nothing on stdout, one line on stderr with these words."""
+    def fails(self, module: str, *arguments: object, words: str, status: int = 1) -> None:
+        """This exit status, nothing on stdout, one line on stderr with these words."""
         process = self.run(module, *arguments)
-        self._expected[-1] = (process, 1, words)
+        self._expected[-1] = (process, status, words)
 
     def __exit__(self, *exc: Any) -> Any:
         try:
@@ -243,6 +245,23 @@ def test_directories_that_cannot_be_used(place: str, tmp_path: Path, started: St
         started.fails("log", *core, *address, "--state-dir", where, words=f"state directory {where}: ")
         started.fails("producer", "--fake", *core, "--state-dir", where, words=f"state directory {where}: ")
         started.fails("log", *core, *address, "-o", where / "log.txt", words=f"log file {where}/log.txt: ")
+
+
+def test_bytes_in_paths_that_are_no_text(tmp_path: Path, started: Started) -> None:
+    where = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.mkdir(where)
+    core = ["--core", f"tcp://127.0.0.1:{free_port()}"]
+    shown = ascii(where)[1:-1]
+    started.fails("larpixdaq", "info", f"{where}/x.h5", words=f"cannot open {shown}/x.h5: there is no such file")
+    started.fails("offline_storage", *core, "-o", where, words="expected UTF-8", status=2)
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "larpixdaq", "recover", str(tmp_path)]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.endswith("cannot write to standard output: No space left on device\n")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")

@@ -1,11 +1,12 @@
-"""Ctrl-C and SIGTERM at every process, outside of a run and in the middle of one: exit 0, and nothing left behind."""
+"""Ctrl-C and SIGTERM at every process, outside of a run and in the middle of one: exit 0, and nothing left behind.
+At a command that has work to do: it says so, and exits with another status."""
 
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import LIMIT, until
+from processes import LIMIT, Process, until
 from system import System, rows_of, system
 
 from larpixdaq.errors import LarpixDaqError
@@ -119,3 +120,14 @@ def test_storage_in_a_run(line: System, how: signal.Signals) -> None:
     assert verify(second).ok
     assert len(rows_of(first)) + len(rows_of(second)) == ended["rows"]
     line.await_status(operator, "producer", "owed_blocks", 0)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_that_is_interrupted_says_so(tmp_path: Path, how: signal.Signals) -> None:
+    arguments = ("demo", "--seconds", "60", "-o", tmp_path)
+    with Process("larpixdaq.cli", *arguments, directory=tmp_path, env={"PYTHONUNBUFFERED": "1"}) as demo:
+        until(lambda: "emulated boards" in demo.stdout, "the run to begin")
+        assert demo.stop(how) == 128 + how
+        assert demo.stderr.endswith(f"interrupted by {how.name}\n")
+        assert "Traceback" not in demo.stderr

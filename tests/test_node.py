@@ -299,7 +299,9 @@ def test_addresses(text, expected):
     assert config.address(text, 5551) == expected
 
 
-@pytest.mark.parametrize("text", ["", "tcp://", "a b", "tcp://a:b", "tcp://a:99999", "udp://a", "a:1:2", "tcp://a/b:"])
+@pytest.mark.parametrize(
+    "text", ["", "tcp://", "a b", "tcp://a:b", "tcp://a:99999", "udp://a", "a:1:2", "tcp://a/b:", "::1", "[::zz]"]
+)
 def test_what_is_no_address(text):
     with pytest.raises(ConfigError, match="address"):
         config.listen_address(text, 5551, insecure=True, what="it")
@@ -334,6 +336,8 @@ def test_the_state_directory(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="file/x"):
         config.state_dir(str(tmp_path / "file" / "x"))
+    with pytest.raises(FileError, match=r"udcff': expected UTF-8"):
+        config.state_dir(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
 
 
 def test_log_records_never_wait(caplog):

@@ -1,6 +1,9 @@
 """`larpixdaq up`, `status` and `down`: a whole system on this machine, and nothing left of it."""
 
 import json
+import os
+import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -19,9 +22,19 @@ def said(folder: Path, *arguments: object) -> str:
         return process.stdout
 
 
+def host() -> str:
+    """The loopback address of IPv6, where the machine has one."""
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return "127.0.0.1"
+    return "[::1]"
+
+
 @pytest.mark.once
 def test_up_takes_a_run_and_down_leaves_nothing(tmp_path):
-    core, log = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
+    core, log = (f"tcp://{host()}:{free_port()}" for _ in range(2))
     state, data, ring = tmp_path / "state", tmp_path / "data", tmp_path / "ring"
     data.mkdir()
     ring.mkdir()
@@ -83,3 +96,73 @@ def test_up_that_others_can_reach_must_be_asked_for(tmp_path):
         assert "INSECURE" in said(tmp_path, "status", "--core", f"tcp://127.0.0.1:{port}")
     finally:
         said(tmp_path, "down", "--state-dir", state)
+
+
+class Up:
+    """`larpixdaq up` with a fake board, on ports that stay the same, and in a state directory of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.core, self.log = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
+
+    def start(self, name: str, *more: object) -> Process:
+        for made in (self.folder / name / "state", self.folder / name / "data"):
+            made.mkdir(parents=True, exist_ok=True)
+        where = ("--address", self.core, "--log-address", self.log, "--state-dir", self.folder / name / "state")
+        options = ("-o", self.folder / name / "data", "--fake", "20", "--ring", "16MiB", *more)
+        return Process("larpixdaq.cli", "up", *where, *options, directory=self.folder / name)
+
+    def said(self, name: str, *more: object) -> tuple[int, str]:
+        """Exit status of `up`, and what it said on either channel."""
+        with self.start(name, *more) as process:
+            return process.wait(2 * LIMIT), process.stdout + process.stderr
+
+    def down(self, name: str) -> None:
+        said(self.folder, "down", "--state-dir", self.folder / name / "state")
+
+    def running(self, name: str) -> dict[str, int]:
+        running = read_running(self.folder / name / "state")
+        return {} if running is None else {entry.module: entry.pid for entry in running.processes}
+
+
+@pytest.mark.once
+def test_up_starts_again_what_has_ended_and_takes_no_other_system_for_its_own(tmp_path):
+    up = Up(tmp_path)
+    # Two at once, with the same options: one starts the system, the other one says so or finds it complete.
+    with up.start("first") as one, up.start("first") as other:
+        outcomes = sorted((each.wait(2 * LIMIT), each.stdout + each.stderr) for each in (one, other))
+    assert outcomes[0][0] == 0
+    assert outcomes[0][1].startswith(("up at", "up already at"))
+    assert outcomes[1][0] == 0 or "another `larpixdaq up` is starting" in outcomes[1][1]
+    try:
+        before = up.running("first")
+        # The ports belong to another system.
+        status, words = up.said("second")
+        assert status == 1
+        assert f"another core answers at {up.core}: process {before['core']} of " in words
+        assert str(tmp_path / "first" / "state") in words
+        assert up.running("second") == {}
+        # A component has died.
+        os.kill(before["offline_storage"], signal.SIGKILL)
+        until(lambda: start_time(before["offline_storage"]) is None, "the storage to be dead")
+        status, words = up.said("first")
+        assert (status, words) == (0, f"up at {up.core}: started offline_storage again, 4 others were running\n")
+        after = up.running("first")
+        assert {name for name in before if before[name] != after[name]} == {"offline_storage"}
+        assert up.said("first") == (0, f"up already at {up.core}: all 5 processes are running\n")
+        status, words = up.said("first", "--io-groups", "2")
+        assert status == 1
+        assert "producer runs with " in words
+        # The name of a component belongs to somebody else.
+        os.kill(after["run_data"], signal.SIGTERM)
+        until(lambda: start_time(after["run_data"]) is None, "the monitor to be gone")
+        with Process("larpixdaq.run_data", "--core", up.core, directory=tmp_path / "stranger") as stranger:
+            with Operator(up.core) as operator:
+                until(lambda: any(c["info"]["pid"] == stranger.popen.pid for c in operator.components().result(LIMIT)),
+                      "the other monitor to be registered")  # fmt: skip
+            status, words = up.said("first")
+        assert status == 1
+        assert f"is in use by a run_data (process {stranger.popen.pid} on " in words
+        assert set(up.running("first")) == set(before) - {"run_data"}
+    finally:
+        up.down("first")

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(arguments, argparse.Namespace(argv=arguments))
-    return run_main(lambda: options.function(options))
+    return run_main(lambda: options.function(options), endless=False)
 
 
 if __name__ == "__main__":

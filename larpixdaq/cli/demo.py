@@ -123,8 +123,9 @@ def _take_run(options: argparse.Namespace, group: Group, state: Path, console: C
     source = ["--asic", rehearsal.ASIC] if tile else []
     for module, arguments in components(core, log, options.output_dir, state, [*source, "--pacman", *boards]):
         group.start(module, *arguments)
-    with connect(core, group) as operator:
-        wait_for(operator, {"producer", "storage", "run_data"}, group)
+    processes = group.entries()
+    with connect(core, group, processes) as operator:
+        wait_for(operator, {"producer", "storage", "run_data"}, group, processes)
         if not tile:
             console.print(f"{len(boards)} emulated boards, {options.rate:g} packets/s for {options.seconds:g} s")
         operator.prepare_run(comment="larpixdaq demo", kind="demo").result(timeout=STEP_LIMIT)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from larpixdaq import config, sources
+from larpixdaq.control.words import utc
 from larpixdaq.errors import ComponentError, ConfigError, FileError, NoCore
 from larpixdaq.launch import (
+    Entry,
     Group,
     Running,
     alive,
     components,
     end_running,
+    only_up,
     read_running,
     running_file,
     write_running,
@@ -24,7 +29,7 @@ from larpixdaq.offline_storage import own_options
 from larpixdaq.operator import Operator
 from larpixdaq.producer import add_own_arguments as add_producer_arguments
 
-#: `up` returns when every process has registered; it gives up after so long (seconds).
+#: Maximum seconds until every process that `up` starts has registered.
 UP_LIMIT = 20.0
 
 
@@ -33,7 +38,7 @@ def add_commands(commands: Any) -> None:
         "up",
         help="start every process on this machine",
         description="Starts core, log, offline storage, online monitor and a producer on this machine, in the "
-        "background. `larpixdaq down` ends them.",
+        "background. `larpixdaq down` ends them. When some of them have ended, the same command starts these again.",
         allow_abbrev=False,
     )
     _add_own_arguments(parser)
@@ -64,14 +69,9 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
 
 def up(options: argparse.Namespace) -> int:
     state = config.state_dir(options.state_dir)
-    before = read_running(state)
-    if before is not None and any(alive(entry) for entry in before.processes):
-        raise ConfigError(
-            f"a system is up already at {before.core} ({running_file(state)}); end it with `larpixdaq down`"
-        )
     if not options.output_dir.is_dir():
         raise FileError(f"--output-dir {options.output_dir}: no such directory")
-    sources.create(options)  # wrong options are told here, not in a file
+    sources.create(options)  # an error in the options is reported here, not in a file
     others = argparse.ArgumentParser(allow_abbrev=False)
     _add_own_arguments(others)
     add_storage_arguments(others)
@@ -81,41 +81,99 @@ def up(options: argparse.Namespace) -> int:
     core = config.reachable(listens, config.LOOPBACK)  # from this machine, whatever interfaces it listens at
     log = config.address(options.log_address, config.LOG_PORT)
     insecure = ["--insecure"] if options.insecure else []
-    group = Group(state / "out")
-    try:
-        for module, arguments in components(core, log, options.output_dir, state, source, listens, storage):
-            group.start(module, *arguments, *insecure, detach=True)
-        write_running(state, Running(core, group.entries()))
-        with connect(core, group) as operator:
-            wait_for(operator, {"producer", "storage", "run_data", "log"}, group)
-    except BaseException:
-        group.close()
-        running_file(state).unlink(missing_ok=True)
-        raise
-    print(f"up at {core}; what the processes say is in {group.log_dir}")
+    wanted = {
+        module: [*arguments, *insecure]
+        for module, arguments in components(core, log, options.output_dir, state, source, listens, storage)
+    }
+    with only_up(state):
+        living = _living(state, core, wanted)
+        missing = [module for module in wanted if module not in living]
+        group = Group(state / "out")
+        try:
+            for module in missing:
+                group.start(module, *wanted[module], detach=True)
+            running = living | {entry.module: entry for entry in group.entries()}
+            entries = [running[module] for module in wanted]
+            write_running(state, Running(core, entries, os.getcwd()))
+            with connect(core, group, entries) as operator:
+                wait_for(operator, {"producer", "storage", "run_data", "log"}, group, entries)
+        except BaseException:
+            group.close()
+            if living:
+                write_running(state, Running(core, list(living.values()), os.getcwd()))
+            else:
+                running_file(state).unlink(missing_ok=True)
+            raise
+    if not living:
+        print(f"up at {core}; the output of the processes is in {group.log_dir}")
+    elif missing:
+        print(f"up at {core}: started {', '.join(missing)} again, {len(living)} others were running")
+    else:
+        print(f"up already at {core}: all {len(living)} processes are running")
     return 0
 
 
-def connect(core: str, group: Group) -> Operator:
-    """An Operator of the core that the group has started; ComponentError as soon as one of its processes has ended."""
+def _living(state: Path, core: str, wanted: dict[str, list[str]]) -> dict[str, Entry]:
+    """The processes of an earlier `up` that still run, by module. ConfigError unless this `up` asks for the same
+    system, from the same directory."""
+    before = read_running(state)
+    living = {} if before is None else {entry.module: entry for entry in before.processes if alive(entry)}
+    if before is None or not living:
+        return {}
+    up_at = f"a system is up already at {before.core} ({running_file(state)})"
+    end = "repeat its options to start what has ended, or end it with `larpixdaq down`"
+    if before.directory != os.getcwd():
+        raise ConfigError(f"{up_at}, started in {before.directory}, not in {os.getcwd()}: {end}")
+    for module, entry in living.items():
+        if entry.arguments != wanted[module]:
+            has, asked = " ".join(entry.arguments), " ".join(wanted[module])
+            raise ConfigError(f"{up_at}; {module} runs with {has!r}, asked for is {asked!r}: {end}")
+    return living
+
+
+def connect(core: str, group: Group, processes: Sequence[Entry]) -> Operator:
+    """An Operator of the core that is one of `processes`.
+
+    ComponentError as soon as a process of the group has ended, or when the core that answers is another one.
+    """
     deadline = time.monotonic() + UP_LIMIT
+    own = next(entry.pid for entry in processes if entry.module == "core")
     while True:
-        group.check()
         try:
-            return Operator(core, timeout=0.5)
+            operator = Operator(core, timeout=0.5)
         except NoCore:
+            group.check()
             if time.monotonic() > deadline:
                 raise
+            continue
+        try:
+            found = operator.status().result(timeout=UP_LIMIT)
+        except NoCore:
+            operator.close()
+            continue
+        process = found.get("process", {})
+        if (process.get("host"), process.get("pid")) == (config.process_identity()["host"], own):
+            return operator
+        operator.close()
+        raise ComponentError(
+            f"another core answers at {core}: process {process.get('pid', '?')} of {process.get('user', '?')} on "
+            f"{process.get('host', '?')}, started {utc(found['started'])}, state directory "
+            f"{found.get('state_dir', 'unknown')}; end it, or choose another --address and --log-address"
+        )
 
 
-def wait_for(operator: Operator, kinds: set[str], group: Group) -> None:
-    """Wait until a component of each kind is alive; ComponentError when that takes too long or one has ended."""
+def wait_for(operator: Operator, kinds: set[str], group: Group, processes: Sequence[Entry]) -> None:
+    """Wait until a component of each kind is alive in one of `processes`; ComponentError when that takes too long or
+    a process of the group has ended."""
     deadline = time.monotonic() + UP_LIMIT
+    host = config.process_identity()["host"]
+    own = {(host, entry.pid) for entry in processes}
     while True:
         group.check()
         try:
             found = operator.components().result(timeout=UP_LIMIT)
-            missing = kinds - {c["kind"] for c in found if c["alive"]}
+            there = [c for c in found if c["alive"] and (c["info"].get("host"), c["info"].get("pid")) in own]
+            missing = kinds - {c["kind"] for c in there}
         except NoCore:
             missing = {"core"}
         if not missing:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
+from larpixdaq import config
 from larpixdaq.control.asks import Reply
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.peers import Control, OperatorPeer, Peers
@@ -120,6 +121,8 @@ class Desk:
             "refused_messages": self.refused,
             "version": VERSION,
             "started": self._started,
+            "process": config.process_identity(),
+            "state_dir": str(self._catalogue.path.parent),
         }
 
     def _run_info(self, operator: OperatorPeer, given: _RunInfo, reply: Reply, now: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import zmq
 
+from larpixdaq.config import is_ipv6
 from larpixdaq.control.messages import (
     Answer,
     Bye,
@@ -119,6 +120,7 @@ class Link:
         socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)  # a host that vanished without closing its connections
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
         try:
+            socket.ipv6 = is_ipv6(self.core)
             socket.connect(self.core)
         except zmq.ZMQError as error:
             socket.close(0)

@@ -18,6 +18,10 @@ _FORGET_OPERATOR: Final = 60.0
 _LOST_SHOWN: Final = 100
 
 
+def _process(info: dict[str, Any]) -> str:
+    return f"process {info.get('pid', '?')} on {info.get('host', '?')}"
+
+
 class NameTaken(ProtocolError):
     """Another living component has this name."""
 
@@ -75,7 +79,8 @@ class Peers:
         there = self.components.get(message.name)
         if there is not None and there.instance != message.instance:
             raise NameTaken(
-                f"the name {message.name!r} is in use by a {there.kind} last heard {now - there.heard:.1f} s ago"
+                f"the name {message.name!r} is in use by a {there.kind} ({_process(there.info)}) last heard "
+                f"{now - there.heard:.1f} s ago"
             )
         self.lost.pop(message.name, None)
         component = Component(

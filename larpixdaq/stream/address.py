@@ -28,6 +28,7 @@ def bind(listener: zmq.Socket[bytes], address: str | None, core: str, *, insecur
     wanted = address or f"tcp://{config.interface_towards(core)}"
     where = config.listen_address(wanted, 0, insecure=insecure, what="--address")
     try:
+        listener.ipv6 = config.is_ipv6(where)
         listener.bind(where)
     except zmq.ZMQError as error:
         raise ConfigError(f"--address {where}: {error.strerror}") from None

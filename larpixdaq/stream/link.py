@@ -10,6 +10,7 @@ import zmq
 from larpixdaq import arena
 from larpixdaq._native.ring import Reader
 from larpixdaq.blocks import Ack, Block, FromConsumer, FromProducer, Maps, Welcome, pack, unpack_producer
+from larpixdaq.config import is_ipv6
 from larpixdaq.errors import RingError
 
 #: Blocks that a monitor lets come before it has dealt with the first of them.
@@ -42,6 +43,7 @@ class Link:
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # what is said to a producer that is away must not pile up
         try:
+            self.socket.ipv6 = is_ipv6(address)
             self.socket.connect(address)
         except zmq.ZMQError:
             self.socket.close(linger=0)
