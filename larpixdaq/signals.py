@@ -107,12 +107,12 @@ class _Output(io.FileIO):
 
 def _watch_output() -> None:
     """Have errors of standard output raised as _OutputError, and bytes of paths that are no text shown as \\xff."""
-    if sys.stdout is None:  # closed by the parent
+    before = sys.__stdout__
+    if before is None:  # closed by the parent
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif sys.stdout is sys.__stdout__:  # else a test has replaced it
-        raw = _Output(sys.stdout.fileno(), "wb", closefd=False)
-        line = sys.stdout.isatty()
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.stdout.encoding, "backslashreplace", None, line)
+    elif sys.stdout is before:  # else a test has replaced it
+        raw = io.BufferedWriter(_Output(before.fileno(), "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(raw, before.encoding, "backslashreplace", line_buffering=before.isatty())
 
 
 def is_text(argument: str) -> bool:
