@@ -48,6 +48,8 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         self._everything = False
         #: By io_group << 8 | io_channel, a chip that answers: routines that measure ask it where they begin and end.
         self.marks: dict[int, str] = {}
+        #: Counts these marks, of which each asks for other registers than those before.
+        self.marked = 0
 
     def load(self, filepath: Any = None) -> None:
         raise RequestError("the io of a routine is the producer's: its boards are given when the producer is started")
@@ -84,6 +86,13 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         if found.errors:
             raise BoardError(found.errors[0])
         return found.values, found.answers > 0
+
+    def request_registers(self, keys: Sequence[str], registers: Sequence[int]) -> None:
+        """Ask each of these chips for these registers; the answers come as rows. BoardError when a board did not take
+        the words."""
+        parts = np.repeat(_parts(keys), len(registers), axis=0)
+        made = make_words(self._asic, READ, parts[:, 2], np.tile(registers, len(keys)))
+        self._send(parts[:, 0], parts[:, 1].astype(np.uint8), made)
 
     def _send(self, groups: NDArray[np.int64], channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         if not len(words):

@@ -120,11 +120,13 @@ class Link:
             elif self._listening != talk.NOTHING:
                 self.left_out += message.left_out
                 rows = np.frombuffer(message.rows, self.layout.dtype)
-                if self._bytes + len(message.rows) > _MOST_ROWS:
-                    self.left_out += len(rows)
-                else:
+                if self._bytes + rows.nbytes > _MOST_ROWS:  # but for answers, for a while: as the producer has it
+                    kept = talk.answers_in(rows) if self._bytes <= 2 * _MOST_ROWS else rows[:0]
+                    self.left_out += len(rows) - len(kept)
+                    rows = kept
+                if len(rows):
                     self._rows.append(rows)
-                    self._bytes += len(message.rows)
+                    self._bytes += rows.nbytes
             self._changed.notify_all()
 
     def forget(self) -> None:

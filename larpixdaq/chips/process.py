@@ -17,7 +17,6 @@ from larpixdaq.chips.commands import Commands
 from larpixdaq.chips.spawned import Spawned
 from larpixdaq.chips.witness import Witness
 from larpixdaq.errors import ConfigError, ProtocolError, cause
-from larpixdaq.schema import PacketType, types_of
 
 #: Seconds that a routine may take unless the request says otherwise.
 TIME_LIMIT: Final = 3600.0
@@ -177,16 +176,14 @@ class Child:
         """Rows as they were decoded; those that the child listens for are sent to it. To be called only while it
         listens (`listening`)."""
         if self.listening == talk.ANSWERS:
-            at = np.flatnonzero(types_of(rows) == PacketType.CONFIG_READ)
-            if not len(at):
-                return
-            rows = rows[at]
-            rows = rows[rows["direction"] == 1]
+            rows = talk.answers_in(rows)
         self._witness.answers(rows)
-        if not len(rows):
-            return
         if self._process.unsent > _MOST_UNSENT:
-            self._left_out += len(rows)
+            # Answers go on for a while: measurements begin and end with them, and they are few.
+            kept = talk.answers_in(rows) if self._process.unsent <= 2 * _MOST_UNSENT else rows[:0]
+            self._left_out += len(rows) - len(kept)
+            rows = kept
+        if not len(rows):
             return
         self._tell(talk.Rows(rows.tobytes(), self._left_out))
         self._left_out = 0

@@ -8,9 +8,11 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from larpixdaq.chips.arguments import Parameter
 from larpixdaq.errors import ProtocolError
+from larpixdaq.schema import PacketType, types_of
 
 #: No message of either side is longer: what a routine returns has to fit into an answer to the Operator.
 MAX_MESSAGE: Final = (64 << 20) - (1 << 17)
@@ -151,6 +153,14 @@ NOTHING: Final = 0
 ANSWERS: Final = 1
 #: All rows, as long as the child takes them.
 EVERYTHING: Final = 2
+
+
+def answers_in(rows: NDArray[Any]) -> NDArray[Any]:
+    """Configuration answers of chips among rows (schema.py)."""
+    found = rows[types_of(rows) == PacketType.CONFIG_READ]
+    answers: NDArray[Any] = found[found["direction"] == 1]
+    return answers
+
 
 Request = ListRoutines | RunRoutine | Act
 FromParent = ListRoutines | RunRoutine | Act | Setup | Rows | Answered

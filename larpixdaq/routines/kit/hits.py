@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq.errors import RequestError
 from larpixdaq.routines.kit.lines import Lines
 from larpixdaq.routines.kit.rows import is_hit
 from larpixdaq.routines.kit.window import Window
@@ -21,34 +22,38 @@ from larpixdaq.schema import chips_of
 SETTLE: Final = 0.05
 #: Seconds between two looks at what has come.
 _LOOK: Final = 0.02
+#: Seconds that each attempt at a measurement waits for the answers that mark it.
+_PATIENCE: Final = (0.5, 1.0, 2.0, 4.0)
 
-#: A data packet with the right parity; `chip` is a place in the list of chips asked for.
+#: A data packet with the right parity; `chip` is a place in the list of chips asked for. `trigger` is what made it:
+#: NATURAL (also of all hits of v1 chips, which do not say it), EXTERNAL, CROSS or PERIODIC.
 HIT: Final = np.dtype([("chip", "<i4"), ("channel", "<i4"), ("adc", "<i4"), ("trigger", "<i4")])
+NATURAL, EXTERNAL, CROSS, PERIODIC = range(4)
 
 
 class Hits(NamedTuple):
     """`hits`: dtype HIT, in the order in which they came. `seconds`: how long was listened. `left_out`: packets that
-    nobody could look at, because more came than there was time for."""
+    nobody could look at, because more came than there was time for. `saturated`: as in Rates."""
 
     hits: NDArray[Any]
     seconds: float
     left_out: int
+    saturated: list[str]
 
 
 def collect(controller: Any, chips: Sequence[str], seconds: float, *, act: Callable[[], None] | None = None) -> Hits:
-    """All hits of these chips, for so long; `act` is called when that has begun."""
-    parts = [np.zeros(0, HIT)]
-    with _listening(controller.io):
-        found = _Stream(controller, chips, seconds, act)
-        parts += found
-        left_out = getattr(controller.io, "left_out", 0)
-    return Hits(np.concatenate(parts), found.seconds, left_out)
+    """All hits of these chips, for so long; `act` is called when that has begun, again if the measurement has to be
+    made again. RequestError names io_channels on which it cannot be made."""
+    parts: list[NDArray[Any]] = []
+    found = _measure(controller, chips, seconds, parts.clear, parts.append, act)
+    return Hits(np.concatenate([np.zeros(0, HIT), *parts]), found.seconds, found.left_out, found.saturated)
 
 
 class Rates(NamedTuple):
-    """`hits` of each channel, shape (chips, channels), and the `seconds` in which they came: fewer than was listened
-    for when more came than could be looked at. `saturated`: the "io_group-io_channel" of those that carried as much as
-    they can, so that hits of their chips may be missing; none are noticed through an IO that is not the DAQ's."""
+    """Natural `hits` of each channel, shape (chips, channels), and the `seconds` in which they came: fewer than was
+    listened for when more came than could be looked at. `saturated`: the "io_group-io_channel" of those that carried as
+    much as they can, so that hits of their chips may be missing; none are noticed through an IO that is not the
+    DAQ's."""
 
     hits: NDArray[np.int64]
     seconds: float
@@ -61,18 +66,75 @@ class Rates(NamedTuple):
 
 
 def rates(controller: Any, chips: Sequence[str], channels: int, seconds: float) -> Rates:
-    """Hits of each channel while these chips are listened to for so long."""
+    """Natural hits of each channel while these chips are listened to for so long: those of other triggers say nothing
+    of its threshold. v1 chips do not say what made a hit; `Chips.untriggered()` keeps other triggers off.
+
+    RequestError names io_channels on which the measurement cannot be made.
+    """
     counts = np.zeros(len(chips) * channels, np.int64)
-    with _listening(controller.io):
-        found = _Stream(controller, chips, seconds)
-        for hits in found:
-            at = hits["chip"] * channels + hits["channel"]
-            counts += np.bincount(at[hits["channel"] < channels], minlength=len(counts))
-        left_out = getattr(controller.io, "left_out", 0)
-    looked_at = int(counts.sum())
-    share = looked_at / (looked_at + left_out) if looked_at else 1.0
-    seconds = found.seconds * share
-    return Rates(counts.reshape(len(chips), channels), seconds, found.saturated(seconds))
+
+    def begin() -> None:
+        counts[:] = 0
+
+    def take(hits: NDArray[Any]) -> None:
+        hits = hits[(hits["channel"] < channels) & (hits["trigger"] == NATURAL)]
+        counts[:] += np.bincount(hits["chip"] * channels + hits["channel"], minlength=len(counts))
+
+    found = _measure(controller, chips, seconds, begin, take)
+    return Rates(counts.reshape(len(chips), channels), found.seconds, found.saturated)
+
+
+class _Measured(NamedTuple):
+    seconds: float
+    left_out: int
+    saturated: list[str]
+
+
+def _measure(
+    controller: Any,
+    chips: Sequence[str],
+    seconds: float,
+    begin: Callable[[], object],
+    take: Callable[[NDArray[Any]], object],
+    act: Callable[[], None] | None = None,
+) -> _Measured:
+    """Give the hits of these chips to `take`, as they come. `begin` comes before the first, and again when all before
+    it count for nothing: a measurement whose begin or end is not marked on each io_channel is made again."""
+    io, places = controller.io, _places(chips)
+    with _listening(io):
+        if not hasattr(io, "take_rows"):
+            begin()
+            return _by_the_clock(io, seconds, lambda packets: take(_of_packets(packets, places)), act)
+        lines = Lines(io, chips)
+        for patience in _PATIENCE:
+            begin()
+            lines.clear()
+            window = Window(controller, chips, seconds, patience, act)
+            for rows in window:
+                lines.look(rows)
+                take(_of_rows(rows, places))
+            if not window.unmarked:
+                return _Measured(window.seconds, window.left_out, lines.saturated(window.seconds))
+    names = ", ".join(f"{io_group}-{io_channel}" for io_group, io_channel in window.unmarked)
+    raise RequestError(
+        f"io_channel {names}: not measured, since no chip there answers the reads that mark begin and end "
+        f"({len(_PATIENCE)} attempts, the last one waited {_PATIENCE[-1]:g} s); chips= can leave its chips out"
+    )
+
+
+def _by_the_clock(
+    io: Any, seconds: float, take: Callable[[Sequence[Any]], object], act: Callable[[], None] | None
+) -> _Measured:
+    """The packets of an IO that is not the DAQ's."""
+    time.sleep(SETTLE)
+    io.empty_queue()
+    if act is not None:
+        act()
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(_LOOK, left))
+        take(io.empty_queue()[0])
+    return _Measured(seconds, 0, [])
 
 
 @contextlib.contextmanager
@@ -87,38 +149,6 @@ def _listening(io: Any) -> Iterator[None]:
         io.stop_listening()
         if hasattr(io, "listen_to"):
             io.listen_to = None
-
-
-class _Stream:
-    """Hits as they come; `seconds` says at the end how long that was."""
-
-    def __init__(
-        self, controller: Any, chips: Sequence[str], seconds: float, act: Callable[[], None] | None = None
-    ) -> None:
-        self._controller, self._chips, self._act = controller, chips, act
-        self._lines = Lines(controller.io, chips) if hasattr(controller.io, "take_rows") else None
-        self.seconds = seconds
-
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        io, places = self._controller.io, _places(self._chips)
-        if self._lines is not None:
-            window = Window(self._controller, self._chips, self.seconds, self._act)
-            for rows in window:
-                self._lines.look(rows)
-                yield _of_rows(rows, places)
-            self.seconds = window.seconds
-            return
-        time.sleep(SETTLE)
-        io.empty_queue()
-        if self._act is not None:
-            self._act()
-        end = time.monotonic() + self.seconds
-        while (left := end - time.monotonic()) > 0:
-            time.sleep(min(_LOOK, left))
-            yield _of_packets(io.empty_queue()[0], places)
-
-    def saturated(self, seconds: float) -> list[str]:
-        return self._lines.saturated(seconds) if self._lines is not None else []
 
 
 def _places(chips: Sequence[str]) -> dict[tuple[int, int, int], int]:

@@ -29,6 +29,11 @@ class Lines:
         self._packets = np.zeros(len(parts), np.int64)
         self._full = np.zeros(len(parts), np.bool_)
 
+    def clear(self) -> None:
+        """Forget what was looked at."""
+        self._packets[:] = 0
+        self._full[:] = False
+
     def look(self, rows: NDArray[Any]) -> None:
         """At what chips have sent."""
         ids = chips_of(rows) >> 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -25,8 +26,8 @@ def is_hit(rows: NDArray[Any]) -> NDArray[np.bool_]:
     return found
 
 
-def is_answer(rows: NDArray[Any], register: int) -> NDArray[np.bool_]:
-    """Which of those that chips have sent say what this register holds."""
+def is_answer(rows: NDArray[Any], registers: Sequence[int]) -> NDArray[np.bool_]:
+    """Which of those that chips have sent say, with the right parity, what one of these registers holds."""
     address, _ = registers_of(rows)
-    found: NDArray[np.bool_] = (types_of(rows) == PacketType.CONFIG_READ) & (address == register)
-    return found
+    found: NDArray[np.bool_] = (types_of(rows) == PacketType.CONFIG_READ) & (rows["valid_parity"] == 1)
+    return found & np.isin(address, registers)

@@ -70,8 +70,9 @@ class Thresholds:
         half = np.maximum((~self.off).sum(1), 1) / 2
         down, up = np.ones(len(threshold), np.bool_), np.zeros(len(threshold), np.bool_)
         while (down | up).any():
-            counts, _, full = self.measure(_GLANCE)
-            up = (up | down) & ((((counts > 0) | aside) & ~self.off).sum(1) >= half)
+            counts, seconds, full = self.measure(_GLANCE)
+            fires = counts >= max(1, round(seconds / _GLANCE))  # as in a glance, had it been longer
+            up = (up | down) & (((fires | aside) & ~self.off).sum(1) >= half)
             # Where none of the chips of a full line goes up, it is single channels that fill it.
             filled = full & ~self._on_lines(up)[:, None]
             loud = filled & (counts > _LOUD * self._mean(counts, ~(self.off | aside)))
@@ -163,8 +164,8 @@ class Thresholds:
             if done.all():
                 return
             self.info("trims", int((done | self.off).sum()), done.size)
-            counts, _, full = self.measure(COARSE / (2 * self.high))
-            noisy = counts >= COARSE
+            counts, seconds, full = self.measure(COARSE / (2 * self.high))
+            noisy = counts >= max(COARSE, round(2 * self.high * seconds))
             # A full line without a channel that is too noisy would stay so for ever.
             search.take(noisy, noisy | ~full | ~self._on_lines((noisy & ~done).any(1))[:, None])
 

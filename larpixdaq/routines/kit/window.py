@@ -1,9 +1,9 @@
-"""A piece of the recorded stream between two answers of chips: what a measurement counts, however late it comes.
+"""One measurement: what chips sent between two answers, which mark its begin and its end, however late they come.
 
-Whatever stands before a chip's answer among what its io_channel sent was sent before it, and what stands behind it
-after. So a chip of each io_channel is asked for a register when a measurement begins, and again when it ends: what was
-on its way when registers were written is not counted, and what comes late is. Of an io_channel on which none of the
-first chips answers all is counted that comes meanwhile.
+Rows before a chip's answer were sent on its io_channel before that answer, and rows behind it after. So one chip of
+each io_channel is asked for registers when a measurement begins, and again when it ends: rows that were on their way
+when registers were written are not counted, and rows that come late are. A measurement without both marks on each of
+its io_channels says so, and is worth nothing.
 """
 
 from __future__ import annotations
@@ -18,115 +18,111 @@ from numpy.typing import NDArray
 from larpixdaq.routines.kit.rows import is_answer, of_chips
 from larpixdaq.schema import chips_of
 
-#: Register that is asked for, and seconds within which a chip answers, on a machine that is busy.
-_REGISTER: Final = 0
-_PATIENCE: Final = 2.0
-#: Chips of an io_channel that are tried.
-_TRIES: Final = 5
+#: Registers that one mark asks for. Any of their answers marks, because answers get lost.
+_READS: Final = 3
+#: Marks until the same registers are asked for again, so that a late answer is not taken for that of a later mark. v1
+#: chips have 63 registers.
+_MARKS: Final = 21
 #: Seconds between two looks at what has come.
 _LOOK: Final = 0.01
 
-_BEFORE, _WITHIN, _BEHIND = range(3)
-
 
 class Window:
-    """Iterate over it for rows (schema.py) that chips sent on the io_channels of these, for some seconds; how many it
-    were is `seconds` then. The Controller's io listens already, to everything."""
+    """One attempt at a measurement. Iterate over it for the rows (schema.py) that chips sent on the io_channels of
+    `chips` meanwhile; after that the attributes are valid. The Controller's io listens already, to everything.
+
+    `unmarked`: (io_group, io_channel) of those without a mark; the rows are worth nothing then. `seconds`: between the
+    marks, less the share of the rows that was left out. `left_out`: rows between the marks that nobody could look at.
+    """
 
     def __init__(
-        self, controller: Any, chips: Sequence[str], seconds: float, act: Callable[[], None] | None = None
+        self,
+        controller: Any,
+        chips: Sequence[str],
+        seconds: float,
+        patience: float,
+        act: Callable[[], None] | None = None,
     ) -> None:
-        """`act` is called when the window has begun."""
+        """`patience`: seconds within which answers have to come. `act` is called after the begin."""
         self.seconds = seconds
-        self._act = act
-        self._controller = controller
+        self.left_out = 0
+        self.unmarked: list[tuple[int, int]] = []
         self._io = controller.io
-        self._chips: dict[int, list[str]] = {}
-        for chip in chips:
-            self._chips.setdefault(_number(chip) >> 8, []).append(chip)
-        self._state = dict.fromkeys(self._chips, _WITHIN)
-        self._asked: dict[int, str] = {}
+        self._patience = patience
+        self._act = act
+        self._chips: dict[int, list[str]] = {_number(chip) >> 8: [] for chip in chips}
+        for chip in dict.fromkeys([*chips, *map(str, controller.chips)]):
+            if _number(chip) >> 8 in self._chips:
+                self._chips[_number(chip) >> 8].append(chip)
+        self._within = np.zeros(1 << 16, np.bool_)  # by io_group << 8 | io_channel
+        self._asked: dict[int, set[int]] = {}  # by the same, chips whose answer is a mark
+        self._registers: list[int] = []
+        self._rows = 0
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
-        self._find()
-        marks = {line: chip for line, chip in self._io.marks.items() if chip and line in self._chips}
-        self._state |= dict.fromkeys(self._chips, _WITHIN) | dict.fromkeys(marks, _BEFORE)
-        began = yield from self._mark(marks)
-        for line in [line for line, state in self._state.items() if state == _BEFORE]:
-            self._state[line] = _WITHIN  # it does not answer any more: another one next time
-            del self._io.marks[line], marks[line]
+        marks: dict[int, str] = self._io.marks
+        unknown = {line: chips for line, chips in self._chips.items() if marks.get(line) not in chips}
+        if unknown:
+            for _ in self._mark(unknown, begin=True):
+                pass
+            self._within[:] = False
+            if self._asked:
+                return
+        mine = {line: [marks[line]] for line in self._chips}
+        began = yield from self._mark(mine, begin=True)
+        if self._asked:
+            return
+        rows, left_out = self._rows, self._io.left_out
         if self._act is not None:
             self._act()
         while (left := began + self.seconds - time.monotonic()) > 0:
             time.sleep(min(_LOOK, left))
             yield from self._come()
-        self.seconds = (yield from self._mark(marks)) - began
+        ended = yield from self._mark(mine, begin=False)
+        rows, self.left_out = self._rows - rows, self._io.left_out - left_out
+        self.seconds = (ended - began) * (rows / (rows + self.left_out) if rows else 1.0)
 
-    def _find(self) -> None:
-        """A chip that answers, of each io_channel that has none yet; "" where there is none among the first."""
-        for attempt in range(_TRIES):
-            wanted = {
-                line: chips[attempt]
-                for line, chips in self._chips.items()
-                if self._io.marks.get(line) not in ("", *chips) and attempt < len(chips)
-            }
-            if not wanted:
-                break
-            self._state |= dict.fromkeys(wanted, _BEFORE)
-            for _ in self._mark(wanted):
-                pass
-            for line, chip in wanted.items():
-                if self._state[line] == _WITHIN:
-                    self._io.marks[line] = chip
-        for line, chips in self._chips.items():
-            if self._io.marks.get(line) not in chips:
-                self._io.marks[line] = ""
-
-    def _mark(self, chips: dict[int, str]) -> Any:
-        """Ask these chips, and wait for their answers; when they were asked (monotonic seconds)."""
-        packets: list[Any] = []
-        for chip in chips.values():
-            packets += self._controller[chip].get_configuration_read_packets([_REGISTER])
-        self._controller.send(packets)
-        moment = time.monotonic()
-        self._asked = dict(chips)
-        while self._asked and time.monotonic() < moment + _PATIENCE:
+    def _mark(self, chips: dict[int, list[str]], *, begin: bool) -> Any:
+        """Ask these chips, by io_channel, and wait for an answer on each io_channel. Returns when they were asked
+        (monotonic seconds); `unmarked` and `_asked` are then those without an answer."""
+        self._io.marked = (self._io.marked + 1) % _MARKS
+        self._registers = list(range(self._io.marked * _READS, (self._io.marked + 1) * _READS))
+        self._asked = {line: {_number(chip) for chip in each} for line, each in chips.items()}
+        self._begin = begin
+        before = time.monotonic()
+        self._io.request_registers([chip for each in chips.values() for chip in each], self._registers)
+        after = time.monotonic()
+        late = False
+        while self._asked and not late:
+            late = time.monotonic() > after + self._patience  # once more then: this process may have stood still
             time.sleep(_LOOK)
             yield from self._come()
-        self._asked.clear()
-        return moment
+        for line in self._asked:
+            self._io.marks.pop(line, None)
+        self.unmarked = [(line >> 8, line & 0xFF) for line in self._asked]
+        return (before + after) / 2  # the board has taken the words in between
 
     def _come(self) -> Iterator[NDArray[Any]]:
-        for rows in self._io.take_rows():
+        pieces = self._io.take_rows()
+        if pieces:
+            rows = np.concatenate(pieces)
+            self._rows += len(rows)
             yield self._cut(of_chips(rows))
 
     def _cut(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Those within the window."""
-        chips, index = chips_of(rows), np.arange(len(rows))
-        answers = is_answer(rows, _REGISTER)
-        keep = np.zeros(len(rows), np.bool_)
-        for line, state in self._state.items():
-            mine = chips >> 8 == line
-            at = self._answer(chips, answers, line)
-            if at is None:
-                keep |= mine & (state == _WITHIN)
-            elif state == _BEFORE:
-                keep |= mine & (index > at)
-                self._state[line] = _WITHIN
-            else:
-                keep |= mine & (index < at) & (state == _WITHIN)
-                self._state[line] = _BEHIND
+        chips = chips_of(rows)
+        lines = chips >> 8
+        keep: NDArray[np.bool_] = self._within[lines]
+        for at in np.flatnonzero(is_answer(rows, self._registers)).tolist() if self._asked else ():
+            chip, line = int(chips[at]), int(lines[at])
+            if chip in self._asked.get(line, ()):
+                del self._asked[line]
+                self._io.marks[line] = "-".join(map(str, (chip >> 16, chip >> 8 & 0xFF, chip & 0xFF)))
+                self._within[line] = self._begin
+                keep[at:][lines[at:] == line] = self._begin
+                keep[at] = False
         return rows[keep]
-
-    def _answer(self, chips: NDArray[Any], answers: NDArray[np.bool_], line: int) -> int | None:
-        """Where the chip that was asked has answered."""
-        if line not in self._asked or not answers.any():
-            return None
-        (at,) = np.nonzero(answers & (chips == _number(self._asked[line])))
-        if not len(at):
-            return None
-        del self._asked[line]
-        return int(at[0])
 
 
 def _number(chip: str) -> int:
