@@ -182,10 +182,20 @@ def test_routines_measure_what_is_there(small):
 
 @pytest.mark.once
 def test_leaking_and_hot_channels_are_found(small):
+    """Whatever triggers another routine has left on: they are no hits of the channels' own, and are on again after."""
     operator, *_ = small
+    left_on = {
+        "enable_periodic_trigger": 1,
+        "periodic_trigger_cycles": 200_000,  # 50 Hz
+        "periodic_trigger_mask": [0] * 64,
+        "external_trigger_mask": [0] * 64,
+    }
+    operator.send_configuration({"all": left_on}).result(LIMIT)
     found = operator.run_routine("calibrate", 20.0, 200.0, apply=True, directory="/tmp", rounds=2, start=130)
     result = found.result(SLOW)
     assert result["applied"]
+    assert max(result["thresholds"].values()) < 120, "nothing is counted at the threshold that it began with"
+    assert sum(map(len, result["disable"].values())) < 10
     assert set(result["saturated"]) <= {"1-1", "1-2"}
     assert result["saturated_after"] == []
     hot = operator.run_routine("hot_channels", above_hz=1000.0, seconds=0.5).result(SLOW)
@@ -201,7 +211,11 @@ def test_leaking_and_hot_channels_are_found(small):
     masks = operator.retrieve_configuration("1-1-11", "channel_mask").result(LIMIT)["1-1-11"]["wanted"]["channel_mask"]
     assert {str(channel) for channel, masked in enumerate(masks) if masked} >= set(hot["hot"]["1-1-11"])
     leaks = operator.run_routine("leakage", "1-1-12", seconds=1.0).result(SLOW)
-    assert set(leaks["1-1-12"]) == {"with_reset", "without_reset", "leakage"}
+    assert set(leaks["chips"]["1-1-12"]) == {"with_reset", "without_reset", "leakage"}
+    assert leaks["saturated"] == []
+    for chip in operator.retrieve_configuration(None, list(left_on)).result(LIMIT).values():
+        assert {name: chip["wanted"][name] for name in left_on} == left_on
+    assert operator.validate_configuration().result(SLOW)["ok"]
 
 
 def test_routines_of_earlier_versions_run_unchanged(small):

@@ -96,6 +96,9 @@ def test_examples_of_chips_and_routines(board, tmp_path, monkeypatch):
         for example in examples:
             if re.search(r"\bo\.", example) and '"calibrate"' not in example:  # which takes minutes
                 paste(example, names, missing(kind))
+        forced = names["o"].retrieve_configuration(None, "enable_periodic_trigger").result(20)
+        assert [chip["wanted"]["enable_periodic_trigger"] for chip in forced.values()] == [0] * 4
+        assert names["o"].validate_configuration().result(20)["ok"], "examples leave the chips as they found them"
         names["o"].close()
     assert missing("serial") == {"ping", "power"}
     assert names["forced"] > 100

@@ -39,8 +39,9 @@ def _calibrate(
     with it they keep what was found, and the channels to disable are masked. The global threshold comes down from
     START, and the trims of all channels after it; every step is measured in the packets that come, until the rates lie
     between the limits, in at most ROUNDS last measurements of 20/HIGH seconds each. Periodic reset is on meanwhile, so
-    that leakage does not count. For each channel that needs not be disabled then, at most RAISE_FOR others of its chip
-    may become quieter than LOW with a higher global threshold; 0 keeps all thresholds as low as can be.
+    that leakage does not count, and periodic, external and cross triggers are off. For each channel that needs not be
+    disabled then, at most RAISE_FOR others of its chip may become quieter than LOW with a higher global threshold; 0
+    keeps all thresholds as low as can be.
 
     The result: "thresholds" {chip: value}, "trims" {chip: [value, ...]}, "disable" {chip: [channel, ...]} (too noisy at
     the highest trim), "dead" and "silent_chips" (say nothing at all), rates before and after (Hz), how many channels
@@ -64,21 +65,22 @@ def _calibrate(
         work.off[mine.keys.index(key), channels] = True
     _must_fit(work, low)
     kept = False
-    try:
-        if mine.has("periodic_reset"):
-            mine.set(periodic_reset=1)
-        mine.set(mask=work.off)
-        hits, seconds, _ = work.measure(FINE / high)
-        before = hits / seconds
-        work.find_globals(start)
-        work.find_trims(raise_for)
-        choice = work.fine(rounds)
-        dead = work.dead((choice.trim == 0) & (choice.rates == 0) & ~work.off & ~work.hot)
-        after, full = work.check(choice)
-        kept = apply
-    finally:
-        if not kept:
-            mine.restore()
+    with mine.untriggered():
+        try:
+            if mine.has("periodic_reset"):
+                mine.set(periodic_reset=1)
+            mine.set(mask=work.off)
+            hits, seconds, _ = work.measure(FINE / high)
+            before = hits / seconds
+            work.find_globals(start)
+            work.find_trims(raise_for)
+            choice = work.fine(rounds)
+            dead = work.dead((choice.trim == 0) & (choice.rates == 0) & ~work.off & ~work.hot)
+            after, full = work.check(choice)
+            kept = apply
+        finally:
+            if not kept:
+                mine.restore()
     live = ~(work.off | work.hot | dead)
     within = live & ~full & (choice.rates >= (2 - NEAR) * low) & (choice.rates <= NEAR * high)
     gone = dead | work.off

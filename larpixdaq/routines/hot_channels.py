@@ -20,16 +20,18 @@ def _hot_channels(
     chips: str | list[str] | None = None,
     disable: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """The channels that send more than ABOVE_HZ packets a second, counted for SECONDS; with DISABLE they are masked.
+    """The channels that trigger themselves more than ABOVE_HZ times a second; with DISABLE they are masked.
 
-    CHIPS are chip keys, None all. The result: "hot" {chip: {channel: Hz}}, "disabled", "total_hz" of all channels,
-    "saturated": io_channels that carried all they could, so that rates there are higher than was counted.
+    CHIPS are chip keys, None all; they are counted for SECONDS, with other triggers off. The result: "hot" {chip:
+    {channel: Hz}}, "disabled", "total_hz" of all channels, "saturated": io_channels that carried all they could, so
+    that rates there are higher than was counted.
     """
     if not above_hz > 0 or not seconds > 0:
         raise ValueError(f"above_hz, seconds: expected more than 0, found {above_hz:g} and {seconds:g}")
     mine = Chips(controller, chips).unmasked()
     send_info(f"counting {len(mine)} chips for {seconds:g} s", 0, 1)
-    found = rates(controller, mine.keys, mine.channels, seconds)
+    with mine.untriggered():
+        found = rates(controller, mine.keys, mine.channels, seconds)
     hz = found.hz
     hot = hz > above_hz
     if disable and hot.any():

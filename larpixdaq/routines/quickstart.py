@@ -17,7 +17,7 @@ def _quickstart(
     seconds: float = 1.0,
 ) -> tuple[Any, dict[str, Any]]:
     """Writes the whole configuration of all chips that the board file names, with this global THRESHOLD, reads it back,
-    and counts for SECONDS what comes.
+    and counts for SECONDS how often channels trigger themselves, with other triggers off.
 
     The network has to be there: load_board(file), power() and configure_network() come first. The result: "ok",
     "chips", the "different" registers by chip {register: [expected, found]} (None: no answer), and "rate_hz" of all
@@ -31,7 +31,8 @@ def _quickstart(
     mine.write()
     send_info("reading back", 1, 2)
     different = mine.different()
-    counted = rates(controller, mine.keys, mine.channels, seconds)
+    with mine.untriggered():
+        counted = rates(controller, mine.keys, mine.channels, seconds)
     result = {"ok": not different, "chips": len(mine), "different": different}
     return controller, {**result, "rate_hz": round(float(counted.hz.sum()), 3)}
 

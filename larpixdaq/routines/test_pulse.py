@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from larpixdaq.routines import Routine
-from larpixdaq.routines.kit import Chips, collect
+from larpixdaq.routines.kit import NATURAL, Chips, Hits, collect
 
 #: Where the pulser's DAC stands before a pulse, which is its fall.
 _HIGH = 255
@@ -28,8 +28,10 @@ def _test_pulse(
     """PULSES test pulses, falls of the pulser's DAC by AMPLITUDE, into CHANNELS (None: all) of CHIPS (None: all), one
     chip after the other.
 
-    Other channels are masked meanwhile, these are not; the chips are in the end as they were before. The result: for
-    each chip, by channel, "pulses" (packets that came) and "mean" (ADC counts, None where none came).
+    Other channels are masked meanwhile, these are not, and triggers other than their own are off; the chips are in the
+    end as they were before. The result: "chips", for each, by channel, "pulses" (packets that came) and "mean" (ADC
+    counts, None where none came); "left_out": packets that were not looked at; "saturated": io_channels that carried
+    all they could, so that packets are missing.
     """
     if not 1 <= amplitude <= _HIGH or pulses < 1:
         raise ValueError(f"amplitude, pulses: expected 1 to {_HIGH} and at least 1, found {amplitude} and {pulses}")
@@ -41,14 +43,17 @@ def _test_pulse(
     off = np.ones(everyone.channels, np.int64)
     off[wanted] = 0
     found: dict[str, Any] = {}
+    saturated: set[str] = set()
+    left_out = 0
     for number, key in enumerate(everyone.keys):
         send_info(f"chip {key}", number, len(everyone))
         mine = Chips(controller, key)
-        try:
+        with mine.restored(), mine.untriggered():
             mine.set(mask=off[None], testpulse_enable=off[None], testpulse_dac=_HIGH)
-            hits = _pulsed(controller, mine, amplitude, pulses)
-        finally:
-            mine.restore()
+            came = _pulsed(controller, mine, amplitude, pulses)
+        saturated.update(came.saturated)
+        left_out += came.left_out
+        hits = came.hits[came.hits["trigger"] == NATURAL]
         n = np.bincount(hits["channel"], minlength=everyone.channels)
         total = np.bincount(hits["channel"], hits["adc"], everyone.channels)
         found[key] = {
@@ -58,18 +63,19 @@ def _test_pulse(
             }
             for channel in wanted
         }
-    return controller, {"amplitude": amplitude, "chips": found}
+    result = {"amplitude": amplitude, "chips": found, "left_out": left_out, "saturated": sorted(saturated)}
+    return controller, result
 
 
-def _pulsed(controller: Any, mine: Chips, amplitude: int, pulses: int) -> Any:
-    """The hits of one chip while its DAC falls so often."""
+def _pulsed(controller: Any, mine: Chips, amplitude: int, pulses: int) -> Hits:
+    """Those of one chip while its DAC falls so often."""
 
     def fall() -> None:
         for _ in range(pulses):
             mine.set(testpulse_dac=_HIGH - amplitude)
             mine.set(testpulse_dac=_HIGH)
 
-    return collect(controller, mine.keys, _WAIT, act=fall).hits
+    return collect(controller, mine.keys, _WAIT, act=fall)
 
 
 registration = {"test_pulse": Routine("test_pulse", _test_pulse, ["chips", "channels", "amplitude", "pulses"])}

@@ -22,12 +22,14 @@ def _threshold_scan(
     seconds: float = 0.5,
     most_hz: float = 1000.0,
 ) -> tuple[Any, dict[str, Any]]:
-    """Rates of each channel at global thresholds from START down to STOP, in steps of STEP, SECONDS each.
+    """How often each channel triggers itself at global thresholds from START down to STOP, in steps of STEP, SECONDS
+    each.
 
-    CHIPS are chip keys, None all. A chip stays where it is, and its later rates are None, once its channels send more
-    than MOST_HZ each on average: below that it could say nothing new, and would drown the others. The chips are in the
-    end as they were before. The result: "thresholds", and for each chip "rates", Hz by threshold and channel;
-    "saturated" {threshold: io_channels} that carried all they could, so that rates there are higher than was counted.
+    CHIPS are chip keys, None all; other triggers are off meanwhile. A chip stays where it is, and its later rates are
+    None, once its channels send more than MOST_HZ each on average: below that it could say nothing new, and would drown
+    the others. The chips are in the end as they were before. The result: "thresholds", and for each chip "rates", Hz by
+    threshold and channel; "saturated" {threshold: io_channels} that carried all they could, so that rates there are
+    higher than was counted.
     """
     if not 0 <= stop <= start <= 255 or step < 1 or not seconds > 0:
         raise ValueError(
@@ -40,7 +42,7 @@ def _threshold_scan(
     going = np.ones(len(mine), np.bool_)
     found: list[Any] = []
     saturated: dict[str, list[str]] = {}
-    try:
+    with mine.restored(), mine.untriggered():
         for number, threshold in enumerate(thresholds):
             if not going.any():
                 break
@@ -53,8 +55,6 @@ def _threshold_scan(
             found.append([row if on else None for row, on in zip(hz.round(3).tolist(), going.tolist(), strict=True)])
             going &= hz.mean(1) <= most_hz
             send_info(f"threshold {threshold}: {hz.sum():,.0f} Hz in all", number + 1, len(thresholds))
-    finally:
-        mine.restore()
     result = {key: {"rates": [step_[place] for step_ in found]} for place, key in enumerate(mine.keys)}
     return controller, {"thresholds": thresholds[: len(found)], "chips": result, "saturated": saturated}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -19,9 +20,14 @@ NAMES: Final = {
     "periodic_trigger": ("enable_periodic_trigger",),
     "periodic_trigger_cycles": ("periodic_trigger_cycles",),
     "periodic_trigger_mask": ("periodic_trigger_mask",),
+    "rolling_trigger": ("enable_rolling_periodic_trigger",),
+    "external_trigger_mask": ("external_trigger_mask",),
+    "cross_trigger": ("enable_cross_trigger", "cross_trigger_mode"),
     "testpulse_enable": ("csa_testpulse_enable",),
     "testpulse_dac": ("csa_testpulse_dac", "csa_testpulse_dac_amplitude"),
 }
+#: The values with which channels trigger themselves alone.
+_UNTRIGGERED: Final = {"periodic_trigger": 0, "rolling_trigger": 0, "cross_trigger": 0, "external_trigger_mask": 1}
 
 
 class Chips:
@@ -60,6 +66,10 @@ class Chips:
 
     def set(self, **values: Any) -> None:
         """For each thing named: one value for all, one for each chip, or one for each channel of each."""
+        self._set(values)
+
+    def _set(self, values: dict[str, Any], *, anew: bool = False) -> None:
+        """`anew`: these registers are sent also if the chips ought to have the values."""
         for what, new in values.items():
             name = self._name(what)
             now = self.get(what)
@@ -68,7 +78,7 @@ class Chips:
             if new.ndim == 1 and now.ndim == 2:
                 new = new[:, None]
             self._put(name, np.broadcast_to(new, now.shape).tolist())
-        self._send()
+        self._send([self._name(what) for what in values] if anew else [])
 
     def unmasked(self) -> Chips:
         """These, if each has a channel that is not masked; ValueError names those that have none."""
@@ -81,6 +91,28 @@ class Chips:
                 f"send_configuration({{'all': {{'channel_mask': [0] * {self.channels}}}}}) opens them"
             )
         return self
+
+    @contextlib.contextmanager
+    def untriggered(self) -> Iterator[None]:
+        """Periodic, external and cross triggers of these chips are off meanwhile, and as they were after that.
+
+        The registers are written whatever they ought to hold: a routine that was ended may have left them otherwise.
+        """
+        off = {what: value for what, value in _UNTRIGGERED.items() if self.has(what)}
+        before = {what: self.get(what) for what in off}
+        try:
+            self._set(off, anew=True)
+            yield
+        finally:
+            self._set(before)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """What set() has changed is as it was after that, also when it fails."""
+        try:
+            yield
+        finally:
+            self.restore()
 
     def restore(self) -> None:
         for name, values in self._before.items():
@@ -115,10 +147,15 @@ class Chips:
         for config, value in zip(self._configs, values, strict=True):
             setattr(config, name, value)
 
-    def _send(self) -> None:
-        """What the chips do not have yet, in one piece."""
+    def _send(self, anew: Sequence[str] = ()) -> None:
+        """What the chips do not have yet, in one piece, and the registers of these names. (Through an IO that is not
+        the DAQ's nobody but this Controller sends anything.)"""
         before, self._sent = self._sent, self._data()
-        self._write(self._sent != before)
+        which = self._sent != before
+        if anew and hasattr(self.controller.io, "registers"):
+            addresses = self.controller.io.registers.addresses
+            which[:, [address for name in anew for address in addresses[name]]] = True
+        self._write(which)
 
     def _write(self, which: NDArray[np.bool_]) -> None:
         if hasattr(self.controller.io, "write_registers"):
