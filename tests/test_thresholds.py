@@ -2,6 +2,9 @@
 only so much."""
 
 import contextlib
+import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +104,22 @@ def test_lines_that_are_full_at_times_do_not_make_thresholds_too_low(monkeypatch
     good = live & (rates >= 0.8 * LOW) & (rates <= 1.2 * HIGH)
     assert good.sum() >= 0.96 * live.sum()
     assert (live & (rates > 1.2 * HIGH)).sum() <= 0.01 * live.sum()
+
+
+def test_without_matplotlib_all_but_the_picture_is_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(thresholds, "Chips", FakeChips)
+    world = World(75_757.0, 0, 0, chips=2)
+    monkeypatch.setattr(thresholds, "rates", world.rates)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = []
+    function = calibrate.registration["calibrate"].func
+    _, result = function(
+        world, None, lambda *info: said.append(info[0]), LOW, HIGH, directory=str(tmp_path), apply=True
+    )
+    assert 'pip install "larpix-daq[plot]"' in result["no_picture"]
+    assert said[-1] == result["no_picture"]
+    (path,) = result["files"]
+    assert json.loads(Path(path).read_text())["thresholds"] == result["thresholds"]
 
 
 def test_a_line_that_stays_full_is_named_and_none_of_its_channels_counts(monkeypatch):

@@ -66,8 +66,8 @@ def add_commands(commands: Commands) -> None:
         "--calibrate",
         action="store_true",
         help=f"with an emulated tile of {rehearsal.CHIPS} chips instead: bring it up, calibrate it, read it "
-        "out, in one run, and leave in DIR the calibration's report and what the channels really are (no --rate, "
-        "--io-groups, --words-per-message)",
+        "out, in one run, and leave in DIR the calibration's report, a picture with it if matplotlib is installed, "
+        "and what the channels really are (no --rate, --io-groups, --words-per-message)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=run, wrong_usage=parser.error)

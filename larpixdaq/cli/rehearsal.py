@@ -83,6 +83,7 @@ class Rehearsal:
             "dead_planted": len(planted["dead_channels"]),
             "dead_found": len(dead.intersection(planted["dead_channels"])),
             "report": found["files"],
+            "no_picture": found.get("no_picture", ""),
             "truth": str(self._truth),
         }
 
@@ -101,4 +102,6 @@ def show(told: dict[str, Any], console: Console) -> None:
         console.print(f"io_channels that carry all they can: {', '.join(told['saturated_after'])}")
     for path in told["report"]:
         console.print(f"report: {path}")
+    if told["no_picture"]:
+        console.print(told["no_picture"])
     console.print(f"what the emulated channels are: {told['truth']}")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq.errors import ConfigError
 from larpixdaq.routines import Routine
 from larpixdaq.routines.kit import report
 from larpixdaq.routines.kit.lines import Lines
@@ -45,7 +46,8 @@ def _calibrate(
 
     The result: "thresholds" {chip: value}, "trims" {chip: [value, ...]}, "disable" {chip: [channel, ...]} (too noisy at
     the highest trim), "dead" and "silent_chips" (say nothing at all), rates before and after (Hz), how many channels
-    are within the limits, and "files": a report in DIRECTORY of the producer's machine, as JSON and as a picture.
+    are within the limits, and "files": a report in DIRECTORY of the producer's machine, as JSON and as a picture, or
+    "no_picture": why there is none (it needs the extra `plot` there).
     "saturated" {io_channel: measurements} are those that carried all they could at times, which was not believed;
     "saturated_after" those that still do: their rates are higher than was counted, and none of them counts as within.
     """
@@ -107,8 +109,13 @@ def _calibrate(
     title = f"{result['within']:,} of {result['live']:,} live channels between {low:g} and {high:g} Hz"
     if flooded:
         title += f"; more than is shown on io_channels {', '.join(flooded)}, which are saturated"
-    picture = report.draw(directory, name, before, after, low, high, title)
-    result["files"] = [picture, report.write(directory, name, result)]
+    pictures = []
+    try:
+        pictures.append(report.draw(directory, name, before, after, low, high, title))
+    except ConfigError as error:
+        result["no_picture"] = str(error)
+        send_info(str(error))
+    result["files"] = [*pictures, report.write(directory, name, result)]
     return controller, result
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq.errors import ConfigError
+
 
 def write(directory: str, name: str, found: dict[str, Any]) -> str:
     """`name`.json in the directory; its absolute path."""
@@ -21,10 +23,12 @@ def write(directory: str, name: str, found: dict[str, Any]) -> str:
 def draw(
     directory: str, name: str, before: NDArray[Any], after: NDArray[Any], low: float, high: float, title: str
 ) -> str:
-    """`name`.png in the directory, of rates (Hz) of channels before and after; its absolute path."""
-    # Here, because it takes a second; without pyplot, which would look for a screen.
-    from matplotlib.figure import Figure
-
+    """`name`.png in the directory, of rates (Hz) of channels before and after; its absolute path. ConfigError when
+    matplotlib is not installed."""
+    try:  # here, because it takes a second, and is an extra; without pyplot, which would look for a screen
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(f'no picture of the rates: it needs pip install "larpix-daq[plot]" ({error})') from None
     figure = Figure(figsize=(10, 4), layout="constrained")
     spread, one_by_one = figure.subplots(1, 2)
     least = min([low, *(float(rates[rates > 0].min()) for rates in (before, after) if (rates > 0).any())]) / 2
