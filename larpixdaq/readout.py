@@ -161,9 +161,9 @@ class Readout:
     def _take(self, source: Source) -> None:
         """The texts and rows of the batch that the source has read, as far as there is room (`wait`) or to its end."""
         self._unfinished.discard(source)
-        for text in source.texts():
+        for text, seconds in source.texts():
             if self._recording:
-                self._recorder.info(text)
+                self._recorder.info(text, seconds=seconds)
         more = True
         while more:
             rows = self._recorder.rows() if self._recording else None

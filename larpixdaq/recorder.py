@@ -31,7 +31,7 @@ _rows = itemgetter(*(COUNTS.index(name) for name in schema.ROW_COUNTS))
 
 def info_rows(text: str, layout: schema.Layout, seconds: int) -> NDArray[Any]:
     """The rows of type 5 that stand for an INFO message: one for each piece of its text as /messages has them,
-    `counter` 0."""
+    `counter` 0 until the writer knows their place there."""
     rows = np.zeros(len(text_pieces(text, TEXT_BYTES)), layout.dtype)
     rows[schema.type_column(rows.dtype)] = PacketType.MESSAGE
     rows["timestamp"] = seconds
@@ -126,11 +126,11 @@ class Recorder:
             payload = self._ring.open_payload()
             self._ring.close_block(self._header(self._ring.open_rows, self._ring.open_first_ns, payload))
 
-    def info(self, text: str, configs: Configs | None = None) -> bool:
+    def info(self, text: str, configs: Configs | None = None, *, seconds: int | None = None) -> bool:
         """Put an INFO message into the flow, with the configurations that it is about. It counts in io_group 0; there
-        is always room kept for it."""
+        is always room kept for it. `seconds`: its own time (unix), where that is not now."""
         self.close_block()
-        rows = info_rows(text, self.layout, self._wall() // 10**9)
+        rows = info_rows(text, self.layout, self._wall() // 10**9 if seconds is None else seconds)
         self._ring.counts[0, _INFO] += np.uint64(len(rows))
         payload = rows.tobytes()
         gaps = self._ring.gaps.copy()

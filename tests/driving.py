@@ -29,6 +29,7 @@ class Driver:
         self.counts = np.zeros((IO_GROUPS, len(COUNTS)), np.uint64)
         self.parts = []
         self.texts = []  # (rows before it, text)
+        self.text_times = []
         OPEN.append(source)
         source.open()
         source.start(self.counts)
@@ -45,7 +46,9 @@ class Driver:
         """One read() and all of its rows; False when there was nothing."""
         if not self.source.read():
             return False
-        self.texts += [(sum(map(len, self.parts)), text) for text in self.source.texts()]
+        for text, seconds in self.source.texts():
+            self.texts.append((sum(map(len, self.parts)), text))
+            self.text_times.append(seconds)
         while True:
             rows = np.zeros(self.step, self.source.layout.dtype)
             made = self.source.decode(rows)

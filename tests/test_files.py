@@ -61,7 +61,7 @@ def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, 
             file.add(*feed.info(step))
             counters.append(len(texts))
             row = feed.rows[-1].copy()
-            row["counter"] = len(texts)
+            row["counter"] = len(texts) + np.arange(len(row))
             expected.append(row)
             texts += blocks.text_pieces(step, 64)
         else:
@@ -611,9 +611,20 @@ def test_texts_of_any_length(tmp_path):
         pieces = read.table("messages")["message"].tolist()
         assert b"".join(pieces[:-1]).decode() == long[: len(b"".join(pieces[:-1]).decode())]
         assert all(len(piece.decode()) for piece in pieces[:-1])
-        assert read.packets()["counter"].tolist() == [*[0] * (len(pieces) - 1), len(pieces) - 1]
+        assert read.packets()["counter"].tolist() == list(range(len(pieces)))
         assert read.texts()["chip configuration"] == ['{"1-1-11": [0, 1]}\ufffd' * 100]
     assert info(report.path)["texts"]["comment"] == "short"
+
+
+def test_larpix_control_reads_every_line_of_a_message(tmp_path):
+    hdf5format = pytest.importorskip("larpix.format.hdf5format")
+    text = "".join(chr(ord("a") + i % 26) for i in range(150))
+    file, feed = RunFile(tmp_path, run_info()), Feed()
+    for one in (text, "short"):
+        file.add(*feed.info(one))
+    file.end(feed.end())
+    found = hdf5format.from_file(str(file.close().path))["packets"]
+    assert [packet.message for packet in found] == [text[:64], text[64:128], text[128:], "short"]
 
 
 def test_wide_clock_and_v3_are_kept(tmp_path):

@@ -52,7 +52,7 @@ class Batches:
         self._left = self._batches.pop(0)
         return True
 
-    def texts(self) -> list[str]:
+    def texts(self) -> list[tuple[str, int]]:
         return []
 
     def decode(self, rows: Any) -> int:

@@ -47,6 +47,7 @@ def test_texts_of_our_own_file_come_in_order(tmp_path, monkeypatch, piece):
     driven = Driver(ReplaySource([(1, path)], asic=Asic.V2, speed=math.inf))
     same(driven.to_the_end(), rows)
     assert driven.texts == told
+    assert set(driven.text_times) == {1_795_331_571}
     assert driven.source.problems() == []
 
 

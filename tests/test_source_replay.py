@@ -9,6 +9,8 @@ import larpix
 import numpy as np
 import pytest
 from driving import Driver, closing, same
+from filling import Feed, run_info
+from filling import random_rows as own_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from larpix.format import hdf5format, pacman_msg_format, rawhdf5format
@@ -19,7 +21,9 @@ from larpixdaq._native import packets
 from larpixdaq._native.frames import PacmanDecoder
 from larpixdaq.errors import ConfigError, FileError
 from larpixdaq.files.layout import MESSAGES
+from larpixdaq.files.writer import RunFile
 from larpixdaq.schema import (
+    CHUNK_ROWS,
     COUNTS,
     PACKETS_1_0,
     PACKETS_2_4,
@@ -433,6 +437,73 @@ def test_rows_that_no_word_can_have_made_are_left_out_and_told(tmp_path):
     driven = driver(path)
     same(driven.to_the_end()[len(rows) * 1400 :], np.delete(rows, [3, 5, 7, 9, 11, 13]))
     assert driven.source.problems() == [f"{path}: 6 rows left out: no packet can look like them"]
+
+
+def test_a_first_packet_bit_that_was_not_recorded_is_what_the_parity_says(tmp_path):
+    """Version 2.0 as larpix-control 3.1.1 wrote it has 31 bits of timestamp, and no column first_packet."""
+    rows = random_rows(9, 500)
+    rows = rows[rows["packet_type"] == 0]
+    rows["direction"] = 1
+    assert set(rows["first_packet"]) == set(rows["valid_parity"]) == {0, 1}
+    columns = [*COLUMNS, "direction"]
+    old = rows[columns].astype([(name, PACKETS_2_4[name]) for name in columns])
+    path = write_packets(tmp_path / "old.h5", old, "2.0")
+    same(driver(path).to_the_end(), rows, but={"receipt_timestamp"})
+
+
+def test_version_0_0(tmp_path):
+    words = np.random.default_rng(2).integers(0, 1 << 53, 50, np.uint64) & ~np.uint64(0b1100000011 << 41 | 0b11)
+    made = [Packet_v1(word.to_bytes(7, "little")) for word in packets.parity(words, asic=Asic.V1).tolist()]
+    for packet in made:
+        packet.chip_key = f"2-3-{packet.chipid}"
+    hdf5format.to_file(str(tmp_path / "old.h5"), made, version="0.0", workers=1)
+    found = driver(tmp_path / "old.h5", asic=Asic.V1).to_the_end()
+    np.testing.assert_array_equal(packets.encode(found, asic=Asic.V1), packets.parity(words, asic=Asic.V1))
+    assert found["chip_key"].tolist() == [f"2-3-{packet.chipid}".encode() for packet in made]
+    assert found["direction"].all()
+    with pytest.raises(ConfigError, match=r"packets of v1 chips \(LArPix\+HDF5 0\.0\): give --asic 1"):
+        driver(tmp_path / "old.h5")
+
+
+# Files whose writer was killed: as they are while somebody writes them
+
+
+def test_a_raw_file_whose_writer_was_killed(tmp_path):
+    messages = [message(7, data_word(1, i)) for i in range(5)]
+    with h5py.File(tmp_path / "raw.h5", "w", libver="latest") as file:
+        bytes_kind = h5py.vlen_dtype(np.uint8)
+        sent = file.create_dataset("msgs", shape=(0,), maxshape=(None,), dtype=bytes_kind, chunks=(1024,))
+        heads = file.create_dataset("msg_headers", (0,), [("io_groups", "u1")], maxshape=(None,), chunks=(1024,))
+        file.swmr_mode = True
+        sent.resize((5,))
+        sent[:] = [np.frombuffer(one, np.uint8) for one in messages]
+        heads.resize((4,))
+        heads[:] = 3
+        file.flush()
+        (tmp_path / "killed.h5").write_bytes((tmp_path / "raw.h5").read_bytes())
+    driven = driver(tmp_path / "killed.h5")
+    same(driven.to_the_end(), decoded(messages[:4], [3] * 4))
+    assert driven.source.problems() == [
+        f"{tmp_path / 'killed.h5'}: the last 1 messages have no io_group and are left out"
+    ]
+
+
+def test_a_part_whose_writer_was_killed(tmp_path):
+    feed, rng = Feed(), np.random.default_rng(1)
+    file = RunFile(tmp_path, run_info())
+    for _ in range(5):
+        file.add(*feed.block(own_rows(rng, 16_000)))
+    file.work(pressed=True)
+    (tmp_path / "killed").mkdir()
+    for path in tmp_path.glob("*.h5.*"):
+        (tmp_path / "killed" / path.name).write_bytes(path.read_bytes())
+    part = tmp_path / "killed" / file.path.name
+    driven = driver(part)
+    same(driven.to_the_end(), np.concatenate(feed.rows)[: 4 * CHUNK_ROWS])
+    assert driven.source.problems() == [
+        f"{part}: not finished: blocks in its journal are not played (larpixdaq recover)"
+    ]
+    file.abandon()
 
 
 # What cannot be played

@@ -1,4 +1,4 @@
-"""Rows of packet files of any age (LArPix+HDF5 1.0 to 3.0) as rows of our layouts.
+"""Rows of packet files of any age (LArPix+HDF5 0.0 to 3.0) as rows of our layouts.
 
 The version label of a file does not determine its columns, so they are taken by name from the file's own dtype.
 Whatever is absent is 0; columns that share bits of the word are made to agree when the words are decoded again.
@@ -6,7 +6,7 @@ Whatever is absent is 0; columns that share bits of the word are made to agree w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq._native import packets as words_of
 from larpixdaq.errors import ConfigError, FileError, cause
 from larpixdaq.files.told import Texts
 from larpixdaq.schema import ASICS, IO_GROUPS, Asic, Layout, PacketType
@@ -45,7 +46,7 @@ _TIMESTAMP_BITS: Final = {Asic.V1: 24, Asic.V2: 32, Asic.V2_DIAGNOSTICS: 16, Asi
 #: Seconds of a type-4 row beyond which no board message can carry them (64 bits of nanoseconds).
 _LAST_SECOND: Final = (2**64 - 1) // 10**9
 
-Piece = tuple[NDArray[Any], NDArray[np.uint8], int, list[tuple[int, str]]]
+Piece = tuple[NDArray[Any], NDArray[np.uint8], int, list[tuple[int, str, int]]]
 
 
 class PacketFile:
@@ -54,7 +55,7 @@ class PacketFile:
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
         self._file = file
-        packets = file.get("packets")
+        packets = file.get("packets", file.get("raw_packet"))  # version 0.0 has the latter
         names = packets.dtype.names if isinstance(packets, h5py.Dataset) and packets.ndim == 1 else None
         self._type = "type" if names and "chip_key" in names else "packet_type"
         if not names or not {self._type, "timestamp", "parity"} <= set(names):
@@ -65,9 +66,7 @@ class PacketFile:
         self.rows = len(packets)
         header = file.get("_header")
         self.version = str(header.attrs.get("version", "")) if header is not None else ""
-        self.asic = Asic.V3 if "reset_sample_flag" in names or self.version.startswith("3") else Asic.V2
-        if "chip_key" in names:
-            self.asic = Asic.V1
+        self.asic = generation(names, self.version)
         self._wide = "receipt_timestamp" in names and packets.dtype["receipt_timestamp"].itemsize > 4
         self._directions = self._has_directions()
 
@@ -105,23 +104,26 @@ class PacketFile:
 
     def pieces(self, layout: Layout, asic: Asic, default: int) -> Iterator[Piece]:
         """Rows of this layout, but none of type 5; their io_groups; how many rows were left out because no word can
-        look like them; and the INFO texts, each with the number of those rows that come before it.
+        look like them; and the INFO texts, each with the number of those rows that come before it and its time (unix
+        seconds).
 
         `default` is the io_group of rows that name none (layout 1.0). Rows of types 0 to 3 have direction 0 when they
         were sent; of files that do not record directions all count as received.
         """
         texts = Texts(self._file, self.version)
+        first = 0
         for given in self._given():
             rows, fits = self._normalise(given, layout, asic)
             info = rows[self._type] == PacketType.MESSAGE
             unfit = len(rows) - int((fits | info).sum())
             fits &= ~info
-            told: list[tuple[int, str]] = []
+            told: list[tuple[int, str, int]] = []
             if info.any():
-                before = np.cumsum(fits)[info]
-                found = texts.of(rows["counter"][info])
-                told = [(int(before[i]), text) for i, text in found]
+                before, seconds = np.cumsum(fits)[info], rows["timestamp"][info]
+                found = texts.of(rows["counter"][info], first + np.flatnonzero(info))
+                told = [(int(before[i]), text, int(seconds[i])) for i, text in found]
                 self.textless = texts.missing
+            first += len(given)
             groups = _key_groups(rows["chip_key"], default) if asic == Asic.V1 else rows["io_group"]
             if fits.all():
                 yield rows, np.ascontiguousarray(groups), 0, told
@@ -173,16 +175,11 @@ class PacketFile:
 
     def _normalise(self, given: NDArray[Any], layout: Layout, asic: Asic) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         rows = np.zeros(len(given), layout.dtype)
-        fits = np.ones(len(given), np.bool_)
-        for name in layout.dtype.names or ():
-            if name in (given.dtype.names or ()):
-                fits &= _copy(given[name], rows[name])
+        fits = copy_columns(given, rows)
         kind = rows[self._type]
         words = kind < PacketType.TIMESTAMP
         if asic == Asic.V2 and "first_packet" not in (given.dtype.names or ()):
-            # The oldest files have what later was called first_packet as the timestamp's highest bit.
-            rows["first_packet"][words] = (rows["timestamp"][words] >> np.uint64(31)) & np.uint64(1)
-            rows["timestamp"][words] &= np.uint64(2**31 - 1)
+            self._find_first_packet(rows, words, given)
         fits &= ~(words & (rows["timestamp"] >= np.uint64(1 << _TIMESTAMP_BITS[asic])))
         for name in set(_WIDTHS) & set(layout.dtype.names or ()):
             fits &= ~(words & (rows[name] > _WIDTHS[name]))
@@ -198,6 +195,38 @@ class PacketFile:
         received = words & (rows["direction"] != 0) if self._directions else words
         rows["direction"] = received | (kind >= PacketType.SYNC)
         return rows, fits & (kind <= PacketType.TRIGGER)
+
+    @staticmethod
+    def _find_first_packet(rows: NDArray[Any], words: NDArray[np.bool_], given: NDArray[Any]) -> None:
+        """Fill a column that files before 2.1 do not have.
+
+        larpix-control 3.0 has it as the timestamp's highest bit, 3.1 left it out: there it is the one bit of a data
+        word that is not known, and what was recorded of the parity says which it was.
+        """
+        rows["first_packet"][words] = (rows["timestamp"][words] >> np.uint64(31)) & np.uint64(1)
+        rows["timestamp"][words] &= np.uint64(2**31 - 1)
+        if "valid_parity" in (given.dtype.names or ()):
+            data = np.flatnonzero(words & (rows["packet_type"] == PacketType.DATA) & (rows["first_packet"] == 0))
+            found = words_of.encode(rows[data], asic=Asic.V2)
+            valid = words_of.parity(found, asic=Asic.V2) == found
+            rows["first_packet"][data] = valid != (rows["valid_parity"][data] == 1)
+
+
+def generation(names: Collection[str], version: str) -> Asic:
+    """Which chips the rows with these columns are of, in a file of this version."""
+    if "chip_key" in names:
+        return Asic.V1
+    return Asic.V3 if "reset_sample_flag" in names or version.startswith("3") else Asic.V2
+
+
+def copy_columns(given: NDArray[Any], rows: NDArray[Any]) -> NDArray[np.bool_]:
+    """Fill the columns of `rows` that the given rows have too, whatever their types; False, shape (N,), for each row
+    with a value that does not fit (it is 0 then)."""
+    fits = np.ones(len(given), np.bool_)
+    for name in rows.dtype.names or ():
+        if name in (given.dtype.names or ()):
+            fits &= _copy(given[name], rows[name])
+    return fits
 
 
 def _copy(given: NDArray[Any], column: NDArray[Any]) -> NDArray[np.bool_]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError, cause
-from larpixdaq.files import heap, layout, names, superblock
+from larpixdaq.files import heap, layout, superblock
 
 T = TypeVar("T")
 #: What h5py raises when a file is not what it should be.
@@ -54,10 +54,9 @@ class DataFile:
             reason = "is not a file" if self.path.exists() else "there is no such file"
             raise FileError(f"cannot open {self.path}: {reason}")
         heap.check(self.path)
-        # A part whose writer lives, or died, opens as SWMR only. What is wrong with its metadata HDF5 tells after two
+        # A file whose writer lives, or died, opens as SWMR only. What is wrong with its metadata HDF5 tells after two
         # minutes, having read them 100 times. So what is closed is opened plainly, which also shows that it is whole.
-        first = superblock.read(self.path) if self.path.name.endswith(names.PART) else None
-        growing = first is not None and first.flags != 0
+        growing = superblock.growing(self.path)
         try:
             if not h5py.is_hdf5(self.path):
                 raise FileError(f"cannot open {self.path}: it is not an HDF5 file")

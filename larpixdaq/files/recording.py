@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 
 from larpixdaq.errors import FileError, cause
-from larpixdaq.files import heap
+from larpixdaq.files import heap, superblock
 from larpixdaq.files.packets import PacketFile
 from larpixdaq.files.raw import RawFile
 
@@ -18,7 +18,8 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
         if not h5py.is_hdf5(path):
             return None
         heap.check(path)
-        file = h5py.File(path, "r")
+        # One whose writer lives, or died, as readers of growing files do.
+        file = h5py.File(path, "r", swmr=superblock.growing(path), locking="best-effort")
     except FileError:
         raise
     except OSError as error:
@@ -26,7 +27,7 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
     try:
         if "msgs" in file:
             return RawFile(path, file)
-        if "packets" in file:
+        if "packets" in file or "raw_packet" in file:
             return PacketFile(path, file)
         raise FileError(f"{path}: HDF5 file with neither /msgs (raw) nor /packets")
     except (OSError, RuntimeError, KeyError, ValueError) as error:

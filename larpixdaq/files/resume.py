@@ -155,8 +155,8 @@ class _Reading:
         account = self._take(block)
         chunks.tally(rows.view(np.uint8), int(self._info["layout"]), account.tally)
         messages = rows["counter"][schema.types_of(rows) == schema.PacketType.MESSAGE]
-        if len(messages):
-            self._messages = int(messages[-1]) + len(messages)
+        if len(messages):  # files of before 2026-11-29 have one number in all rows of a message
+            self._messages = int(messages[-1]) + int(np.count_nonzero(messages == messages[-1]))
 
     def _settle(self) -> None:
         """A good block follows: those before it that are not are kept where they are, and named."""

@@ -61,6 +61,20 @@ def read(path: Path) -> Superblock | None:
     return found
 
 
+def growing(path: Path) -> bool:
+    """Whether somebody writes the file, or died while writing it: it can be read as a growing file (SWMR) only.
+    FileError as of read(); of older versions, which know no SWMR, the HDF5 library is the judge."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(SIGNATURE) + 1)
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from None
+    if start[:-1] != SIGNATURE or start[-1] not in (2, 3):
+        return False
+    found = read(path)
+    return found is not None and found.flags != 0
+
+
 def repair(path: Path) -> None:
     """Make it that of a closed file: flags 0, the end where the file ends. Synced; FileError as of read(), and when
     it is no HDF5 file."""

@@ -16,22 +16,27 @@ _WITHOUT_COUNTER: Final = ("2.3", "2.4")
 class Texts:
     """Of one file, whose rows are to be passed in order.
 
-    In files of our own all rows of one message have its number, and its text goes on in as many further lines of
-    /messages; in others each row is a message.
+    In files of our own each message is a block, whose rows are the lines of its text in /messages. (Those written
+    before 2026-11-29 have the number of the first line in all of them.) In other files each row is a message.
     """
 
     def __init__(self, file: h5py.File, version: str) -> None:
         self.missing = 0
-        self._own = "run" in file
-        self._in_order = not self._own and version in _WITHOUT_COUNTER
+        self._in_order = "run" not in file and version in _WITHOUT_COUNTER
         self._passed = 0
         self._lines: list[bytes] = []
+        self._begins: NDArray[np.int64] | None = None  # rows at which blocks begin
+        self._known = 0  # the last of them; of a file that grows, there may be rows of further blocks behind it
         # Without /messages, or with others than these, every text is missing, and that is counted.
         with contextlib.suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):
             self._lines = [bytes(line) for line in file["messages"]["message"]]
+        with contextlib.suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):
+            self._begins = file["run/blocks"].fields("first_row")[:].astype(np.int64)
+            self._known = int(self._begins[-1:].sum())
 
-    def of(self, counters: NDArray[Any]) -> list[tuple[int, str]]:
-        """The texts of these rows of type 5, given by their column `counter`: index among these rows, and text.
+    def of(self, counters: NDArray[Any], places: NDArray[np.intp]) -> list[tuple[int, str]]:
+        """The texts of these rows of type 5, given by their column `counter` and their place in the file: index among
+        these rows, and text.
 
         A message whose text is not there is counted in `missing`, row by row, and stands as an empty text.
         """
@@ -40,8 +45,9 @@ class Texts:
             numbers = np.arange(self._passed, self._passed + len(counters))
         self._passed += len(counters)
         first = np.ones(len(numbers), np.bool_)
-        if self._own:
-            first[1:] = numbers[1:] != numbers[:-1]
+        if self._begins is not None:
+            first = np.isin(places, self._begins) | (places > self._known) & (np.diff(numbers, prepend=-1) != 0)
+            first[:1] = True
         starts = np.flatnonzero(first)
         lengths = np.diff(starts, append=len(numbers))
         return [(int(at), self._text(int(numbers[at]), int(rows))) for at, rows in zip(starts, lengths, strict=True)]

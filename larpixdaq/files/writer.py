@@ -212,7 +212,7 @@ class RunFile:
             rows = np.concatenate(pieces).view(rows.dtype)
             message = Message(self._messages, int(rows["timestamp"][0]))
             self._messages += len(blocks.text_pieces(block.text, layout.MESSAGE_BYTES))
-            rows["counter"] = message.first
+            rows["counter"] = np.arange(message.first, message.first + len(rows))
             pieces = self._batch.stage(rows.view(np.uint8))
             block = msgspec.structs.replace(block, crc32=checksum.crc32(rows.view(np.uint8)))
         if missing := account.skip(block.sequence, block.first_packet):

@@ -7,7 +7,7 @@ makes rows only in the memory that it is given::
     source.start(counts)                  # the ledger's counters: of a run, or of what comes outside of runs
     ...  when `sockets` are readable, or `due()` has come:
     while source.read():                  # one batch from the board into the decoder
-        for text in source.texts(): ...   # what belongs before its rows
+        for text, seconds in source.texts(): ...   # what belongs before its rows
         while (n := source.decode(rows)) == len(rows):   # full: hand over fresh rows
             rows = ...
     source.close()
@@ -59,9 +59,10 @@ class Source(Protocol):
     def read(self) -> bool:
         """Take one batch of what is there, without waiting; False when there was nothing."""
 
-    def texts(self) -> list[str]:
-        """INFO texts of a recorded file that belong before the rows of the batch just read, in order, once; [] for
-        boards. Their rows (type 5) are the recorder's to make and to count, since the texts travel with them."""
+    def texts(self) -> list[tuple[str, int]]:
+        """INFO texts of a recorded file, each with its time (unix seconds), that belong before the rows of the batch
+        just read, in order, once; [] for boards. Their rows (type 5) are the recorder's to make and to count, since the
+        texts travel with them."""
 
     def decode(self, rows: NDArray[Any]) -> int:
         """Fill rows, dtype `layout.dtype`; return how many. Fewer than len(rows): the batch is used up."""
@@ -123,7 +124,7 @@ class LiveSource:
     def start(self, counts: NDArray[np.uint64]) -> None:
         self._decoder.start(counts[self.io_groups[0]])
 
-    def texts(self) -> list[str]:
+    def texts(self) -> list[tuple[str, int]]:
         return []
 
     def decode(self, rows: NDArray[Any]) -> int:

@@ -114,7 +114,7 @@ class IoClassSource(PieceSource):
             self._trusted_at, self._again = math.inf, AGAIN
         return self._take(now) or self._more
 
-    def texts(self) -> list[str]:
+    def texts(self) -> list[tuple[str, int]]:
         return []
 
     def evidence(self, now: int) -> list[Verdict]:

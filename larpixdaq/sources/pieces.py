@@ -96,10 +96,11 @@ class Decoders:
 class _Piece:
     """`times`, shape (N,): when its messages or rows came (None: that does not matter).
 
-    What is before `_end` may be handed out, what is before `_at` was. `text` is an INFO text that belongs before it.
+    What is before `_end` may be handed out, what is before `_at` was. `text` is an INFO text that belongs before it,
+    with its time (unix seconds).
     """
 
-    text: str | None = None
+    text: tuple[str, int] | None = None
 
     def __init__(self, count: int, times: NDArray[np.float64] | None) -> None:
         self._times = np.zeros(count) if times is None else times
@@ -206,7 +207,7 @@ class Rows(_Piece):
         rows: NDArray[Any],
         groups: NDArray[np.uint8],
         times: NDArray[np.float64] | None,
-        text: str | None = None,
+        text: tuple[str, int] | None = None,
     ) -> None:
         super().__init__(len(rows), times)
         self.text = text

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.blocks import Verdict
 from larpixdaq.errors import FileError
+from larpixdaq.files import names
 from larpixdaq.files.packets import PacketFile
 from larpixdaq.files.raw import RawFile
 from larpixdaq.files.recording import open_recording
@@ -72,7 +73,7 @@ class ReplaySource(PieceSource):
         self._began: tuple[float, float] | None = None  # monotonic clock, and recorded time, of the first read()
         self._next_turn = 0.0
         self._clock = Clock()
-        self._texts: list[str] = []
+        self._texts: list[tuple[str, int]] = []
 
     def open(self) -> None:
         """Opens every file, so that a wrong one is named before anything is played. Again: plays from the beginning."""
@@ -126,7 +127,7 @@ class ReplaySource(PieceSource):
         self.drained = not self._piece.used_up
         return released
 
-    def texts(self) -> list[str]:
+    def texts(self) -> list[tuple[str, int]]:
         texts, self._texts = self._texts, []
         return texts
 
@@ -142,6 +143,10 @@ class ReplaySource(PieceSource):
             except OSError as error:
                 raise error if isinstance(error, FileError) else FileError(f"{path}: {error.strerror}") from None
             self._recordings.append(recording)
+            if isinstance(recording, RawFile) and recording.cut:
+                self._problems.append(f"{path}: the last {recording.cut} messages have no io_group and are left out")
+            if path.name.endswith(names.PART) and _journaled(path):
+                self._problems.append(f"{path}: not finished: blocks in its journal are not played (larpixdaq recover)")
             if isinstance(recording, PacketFile):
                 recording.check(self._asic, self.layout)
             found.update((io_group,) if isinstance(recording, MessageLog) else recording.io_groups(io_group))
@@ -179,9 +184,9 @@ class ReplaySource(PieceSource):
         for rows, groups, unfit, texts in recording.pieces(self.layout, self._asic, io_group):
             left_out += unfit
             times = None if self._at_once else self._clock.times(groups, *row_times(rows))
-            text: str | None = None
+            text: tuple[str, int] | None = None
             start = 0
-            for end, following in [*texts, (len(rows), None)]:
+            for end, following in [*((at, (line, seconds)) for at, line, seconds in texts), (len(rows), None)]:
                 if text is not None or end > start:
                     own = None if times is None else times[start:end]
                     yield Rows(self._decoders, rows[start:end], groups[start:end], own, text)
@@ -190,3 +195,12 @@ class ReplaySource(PieceSource):
             self._problems.append(f"{recording.path}: {left_out} rows left out: no packet can look like them")
         if recording.textless:
             self._problems.append(f"{recording.path}: {recording.textless} INFO rows without a text in /messages")
+
+
+def _journaled(part: Path) -> bool:
+    """Whether something stands in the journal beside a part that nobody has closed."""
+    journal = part.with_name(part.name.removesuffix(names.PART) + names.JOURNAL)
+    try:
+        return journal.stat().st_size > 0
+    except OSError:
+        return False
