@@ -168,6 +168,11 @@ _REGISTERS: Final = {"2b": 256}
 _NAMES: Final = {"lightpix-1": "lightpix-v1.0"}
 
 
+def configs_name(asic_version: str) -> str:
+    """The attribute asic_version of /configs for a chip generation as --asic names it."""
+    return _NAMES.get(asic_version, asic_version)
+
+
 def configs_dtype(asic_version: str) -> np.dtype[Any]:
     registers = _REGISTERS.get(asic_version, 239)
     return np.dtype(
@@ -242,7 +247,7 @@ def _fill(file: h5py.File, layout: schema.Layout, asic_version: str) -> None:
     configs = file.create_dataset(
         "configs", shape=(0,), maxshape=(None,), dtype=configs_dtype(asic_version), chunks=(64,)
     )
-    configs.attrs["asic_version"] = _NAMES.get(asic_version, asic_version)
+    configs.attrs["asic_version"] = configs_name(asic_version)
     file.create_dataset("run/info", shape=(1,), dtype=INFO)
     file.create_dataset("run/checksums", shape=(len(CHECKED),), dtype=CHECKSUMS)
     file.flush()

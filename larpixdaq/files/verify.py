@@ -81,9 +81,6 @@ def verify(path: Path | str) -> Report:
                 run = int(file.run_info()["run"]), (file.texts().get("storage") or [""])[-1]
                 condition, packets = _own(file, findings, notes)
             else:
-                notes.append(
-                    "no ledger: the file was not written by larpix-daq; only structure and parity were checked"
-                )
                 packets = _foreign(file, findings, notes)
     except FileError as error:
         findings.add(str(error))
@@ -113,6 +110,8 @@ def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int
     walk(file, info, books, parity, findings.add)
     books.close(findings.add, findings.add_open, continued=condition == layout.CONTINUED)
     _doubts(file, info, findings, notes)
+    if parity.lacking:
+        notes.append(f"parity was not checked: {parity.lacking}")
     parity.close(findings.add, notes.append)
     return condition, books.packets
 
@@ -140,9 +139,9 @@ def _structure(file: DataFile, info: dict[str, Any], findings: Findings) -> None
         findings.add(f"attribute packet_types of /packets: unexpected text {str(found)[:80]!r}")
     texts = file.texts()
     named = (texts.get("asic_version") or [""])[0]
-    for group in ("_header", "configs"):
-        if (found := file.attribute(group, "asic_version")) != named:
-            findings.add(f"attribute asic_version of /{group}: expected {named!r}, found {str(found)[:40]!r}")
+    for group, expected in (("_header", named), ("configs", layout.configs_name(named))):
+        if (found := file.attribute(group, "asic_version")) != expected:
+            findings.add(f"attribute asic_version of /{group}: expected {expected!r}, found {str(found)[:40]!r}")
     if file.table("configs", 0, 0).dtype != layout.configs_dtype(named):
         findings.add(f"/configs: the columns are not those of ASIC version {named!r}")
     for name, (dtype, _) in layout.TABLES.items():
@@ -176,10 +175,14 @@ def check_seal(file: DataFile, info: dict[str, Any], findings: Findings) -> None
 
 
 def _foreign(file: DataFile, findings: Findings, notes: list[str]) -> int:
+    parity = ParityCheck(file)
+    checked = "structure and parity were checked"
+    if parity.lacking:
+        checked = f"structure was checked, parity was not: {parity.lacking}"
+    notes.append(f"no ledger: the file was not written by larpix-daq; only {checked}")
     if file.rows > file.room:  # read as zeros, and for years
         findings.add(f"/packets says {file.rows} rows, the file has room for {file.room}")
         return 0
-    parity = ParityCheck(file)
     packets = 0
     column = schema.type_column(file.dtype)
     for first in range(0, file.rows, 4 * schema.CHUNK_ROWS):
