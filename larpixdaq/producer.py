@@ -72,6 +72,7 @@ class Producer:
         self._watch = Watch()
         self._look_at = 0.0
         self._told_to_end = 0  # unix ns
+        self._counted: int | None = None  # the run whose counters the ring has, also after its end
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = router(self._context)
         self.address = bind(socket, options.address, options.core, insecure=options.insecure)
@@ -199,6 +200,7 @@ class Producer:
         self._expect("STOP")
         self._late = self.node.state != "STOP"  # the run goes on already: we have died in it, or come late
         self.recorder.begin(run, required)
+        self._counted = run
         self.publisher.begin(run, self.layout.code, required)
         self.readout.record(True)
         self._watch.start()
@@ -307,12 +309,14 @@ class Producer:
         return found
 
     def status(self) -> dict[str, Any]:
-        """For the heartbeat: what is held and owed, the counts of this run or the last, what came outside of runs."""
+        """For the heartbeat: what is held and owed, the counts of this run or the last (`counted_run`), what came
+        outside of runs since."""
         total = dict(zip(schema.COUNTS, self.delivery.ring.counts.sum(axis=0).tolist(), strict=True))
         return {
             "run": self.recorder.run,
             "state": self.state,
             **self.delivery.status(),
+            "counted_run": self._counted,
             "packets": total["packets"],
             "dropped": total["dropped"],
             "unknown": total["unknown_words"] + total["rejected_words"],

@@ -38,6 +38,7 @@ def test_a_storage_that_dies_and_comes_back_when_the_run_is_over(tmp_path: Path,
         ended = operator.end_run().result(2 * LIMIT)
         assert (ended["condition"], ended["files"]) == ("INTERRUPTED", [])
         assert "Offline storage: has not reported" in ended["reasons"]
+        assert ended["stored"] is None
         if core == "is killed too":
             line.processes["core"].kill()
             line.restart("core")

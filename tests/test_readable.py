@@ -116,11 +116,34 @@ def test_status_in_words():
     ]
 
 
+def test_packets_of_a_run_that_has_ended_are_still_the_run_s():
+    after = BOARD | {"run": None, "counted_run": 4, "outside_run": 7, "unknown": 0, "owed_blocks": 0, "finished": False}
+    before = after | {"counted_run": None, "packets": 0}
+    found = {
+        "state": "STOP",
+        "components": [component("A", "producer", {"source": "x"}, one) for one in (after, before)],
+    }
+    assert words.lines(found)[1:] == [
+        "A  alive  x; 120 packets of run 4; 7 packets outside of runs",
+        "A  alive  x; 7 packets outside of runs",
+    ]
+
+
+def test_what_no_storage_has_said_is_not_called_none():
+    last = {"run": 3, "condition": "INTERRUPTED", "stored": None, "files": [], "reasons": ["disk: has not reported"]}
+    assert words.lines({"state": "STOP", "last_run": last, "components": []})[1] == (
+        "last run: 3 INTERRUPTED, number of rows stored unknown; disk: has not reported"
+    )
+
+
 FULL = {
     "files": ["run0000004_x_001.h5.part"], "rows": 5, "bytes": 1500, "free_bytes": 13e9, "duplicates": 0,
     "paused": "no space left on /data", "seconds_left": 720, "bytes_per_second": 18e6,
     "finished": [{"run": 4, "file": "/d/run0000004_x_000.h5", "bytes": 2500, "sha256": "", "condition": "CONTINUED"}],
 }  # fmt: skip
+
+
+FAILING = {"on_close": "--on-close: copy a.h5: ended with status 1: no such host", "on_close_failed": 2}
 
 
 def test_what_nobody_may_overlook_in_the_status():
@@ -129,21 +152,23 @@ def test_what_nobody_may_overlook_in_the_status():
         "state": "STOP",
         "run": None,
         "components": [
-            component("Offline storage", "storage", {"directory": "/data"}, FULL),
+            component("Offline storage", "storage", {"directory": "/data"}, FULL | FAILING),
             component("Old storage", "storage", {"directory": "/data"}, FULL, alive=False),
             component("LArPix board", "producer", {"source": "x"}, spooling),
         ],
     }
     shown = words.lines(found)
-    assert shown[1:3] == [
+    assert shown[1:4] == [
         "PAUSED: Offline storage writes nothing: no space left on /data",
         "DISK NEARLY FULL: Offline storage: 12 min until the disk is full at 18 MB/s",
+        "COMMAND FAILED: Offline storage: --on-close: copy a.h5: ended with status 1: no such host",
     ]
-    assert shown[3] == (
+    assert shown[4] == (
         "Offline storage  alive  /data; 13 GB free; PAUSED; 12 min until the disk is full at 18 MB/s; "
-        "writing run0000004_x_001.h5.part: 5 rows, 1.5 kB; last closed: run0000004_x_000.h5, 2.5 kB, CONTINUED"
+        "writing run0000004_x_001.h5.part: 5 rows, 1.5 kB; last closed: run0000004_x_000.h5, 2.5 kB, CONTINUED; "
+        "--on-close failed for 2 files"
     )
-    assert shown[5].endswith(
+    assert shown[6].endswith(
         "blocks not yet stored: 2 (ring 25% full); 7 of them in the spool on disk (3.4 MB); "
         "5 blocks of the process before it not yet stored"
     )

@@ -70,7 +70,7 @@ class Run:
     ends: list[dict[str, Any]] = field(default_factory=list)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: int = 0
-    stored: int = 0
+    stored: int | None = 0  # None: no storage has said
     files: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 

@@ -134,7 +134,7 @@ def _lines(end: ProducerEnd) -> list[list[int]]:
 class Verdict(NamedTuple):
     condition: str
     rows: int  # that the producers made
-    stored: int  # in the storage that has most
+    stored: int | None  # in the storage that has most; None: no storage has said
     files: list[str]
     reasons: list[str]
 
@@ -169,7 +169,7 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
 
     verdicts: list[str] = []
     files: list[str] = []
-    stored = 0
+    stored: int | None = None
     for name in run.storages:
         if name not in reports:
             verdicts.append(INTERRUPTED)
@@ -177,7 +177,7 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
             continue
         report = reports[name]
         files += report.files
-        stored = max(stored, sum(line[3] for line in report.stored))
+        stored = max(stored or 0, sum(line[3] for line in report.stored))
         missing = _missing(ends, {source: line[4] for source, line in recorded.items()}, report)
         reasons += [f"{name}: {one}" for one in missing + report.reasons]
         verdicts.append(

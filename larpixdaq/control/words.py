@@ -61,7 +61,8 @@ def _run(run: Facts) -> str:
 def _last_run(last: Facts) -> str:
     reasons = "".join(f"; {reason}" for reason in last.get("reasons", []))
     files = "".join(f", {file}" for file in last.get("files", []))
-    return f"last run: {last['run']} {last['condition']}, {last.get('stored', 0)} rows stored{files}{reasons}"
+    stored = "number of rows stored unknown" if last.get("stored") is None else f"{last['stored']} rows stored"
+    return f"last run: {last['run']} {last['condition']}, {stored}{files}{reasons}"
 
 
 def _alarms(component: Facts) -> list[str]:
@@ -72,6 +73,8 @@ def _alarms(component: Facts) -> list[str]:
     left = facts.get("seconds_left")
     if isinstance(left, int | float) and left < SOON[0]:
         found.append(f"DISK NEARLY FULL: {component['name']}: {time_to_full(facts)}")
+    if facts.get("on_close"):
+        found.append(f"COMMAND FAILED: {component['name']}: {facts['on_close']}")
     return found
 
 
@@ -81,10 +84,14 @@ def _alarms(component: Facts) -> list[str]:
 def _producer(info: Facts, facts: Facts) -> str:
     parts = [str(info.get("source", ""))]
     if facts:
-        where = "of the run" if facts["run"] is not None else "outside of runs"
-        parts.append(f"{facts['packets']} packets {where}")
+        if facts["run"] is not None:
+            parts.append(f"{facts['packets']} packets of the run")
+        elif facts["counted_run"] is not None:
+            parts.append(f"{facts['packets']} packets of run {facts['counted_run']}")
         losses = (("dropped", "rows dropped"), ("unknown", "unknown words"), ("bad_parity", "with bad parity"))
         parts += [f"{facts[name]} {words}" for name, words in losses if facts[name]]
+        if facts["run"] is None:
+            parts.append(f"{facts['outside_run']} packets outside of runs")
         doubts = facts.get("verdicts", {}).items()
         parts += [f"io_group {io_group} is {verdict}" for io_group, verdict in doubts if verdict != "complete"]
         if facts["owed_blocks"]:
@@ -115,6 +122,8 @@ def _storage(info: Facts, facts: Facts) -> str:
             parts.append(f"last closed: {PurePath(last['file']).name}, {size(last['bytes'])}, {last['condition']}")
         if facts["duplicates"]:
             parts.append(f"{facts['duplicates']} blocks came twice")
+        if facts.get("on_close_failed"):
+            parts.append(f"--on-close failed for {facts['on_close_failed']} files")
     return "; ".join(parts)
 
 

@@ -80,6 +80,8 @@ class Finisher:
         self.finished: deque[dict[str, Any]] = deque(maxlen=SHOWN)
         #: What the last command did wrong, for `status`; empty when all was well.
         self.trouble = ""
+        #: Commands that have failed since the start, for `status`.
+        self.failures = 0
         self._told: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._publishing, self._summing, self._commands, self._recovering = (
@@ -241,6 +243,7 @@ class Finisher:
         self._left.remove(path)
         self.trouble = trouble
         if trouble:
+            self.failures += 1
             log.error("%s", trouble)
         else:
             log.info("%s: %s has ended well", path.name, self.command[0])

@@ -151,6 +151,7 @@ class Storing(Writing):
             "duplicates": self.duplicates,
             "finished": list(self.finisher.finished),
             "on_close": self.finisher.trouble,
+            "on_close_failed": self.finisher.failures,
         }
 
 
