@@ -9,10 +9,13 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from larpixdaq.errors import ConfigError, FileError
 from larpixdaq.signals import Signals, is_text, run_main
+
+if TYPE_CHECKING:
+    import zmq
 
 __all__ = ["Signals", "run_main"]
 
@@ -20,6 +23,8 @@ CORE_PORT: Final = 5551
 LOG_PORT: Final = 5678
 LOOPBACK: Final = "tcp://127.0.0.1"
 LOG_ADDRESS: Final = f"{LOOPBACK}:{LOG_PORT}"
+#: Milliseconds without progress after which a connection is closed, but for those that hold a producer's memory.
+DEAD_CONNECTION: Final = 3000
 
 _TCP: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+)(?::(?P<port>\d{1,5}|\*))?")
 
@@ -130,6 +135,22 @@ def process_identity() -> dict[str, Any]:
     except (KeyError, OSError):  # no name for this user id
         user = f"uid {os.getuid()}"
     return {"pid": os.getpid(), "host": socket.gethostname(), "user": user}
+
+
+def close_dead_connections(socket: zmq.Socket[Any], after: int) -> None:
+    """Have the kernel close a connection whose peer takes or acknowledges no data for `after` milliseconds, and an idle
+    one whose peer does not answer for 25 s. To be called before bind() and connect().
+
+    libzmq's own heartbeats are not used: libzmq 4.3.5 aborts the process (`Assertion failed: !_io_error`) when a
+    heartbeat is due on a connection whose input queue was full when its peer died.
+    """
+    import zmq  # here: programs without sockets start faster
+
+    socket.setsockopt(zmq.TCP_MAXRT, after)  # TCP_USER_TIMEOUT; also for a peer whose window stays closed
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 5)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
 
 
 def state_dir(text: str | None = None) -> Path:

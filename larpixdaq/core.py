@@ -64,11 +64,7 @@ class Core:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER)
         self._router.setsockopt(zmq.LINGER, 200)
-        # A host that vanished never closes its connections. The system's own look after them goes on while we stall.
-        self._router.setsockopt(zmq.TCP_KEEPALIVE, 1)
-        self._router.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)
-        self._router.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 5)
-        self._router.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+        config.close_dead_connections(self._router, config.DEAD_CONNECTION)
         try:
             self._router.ipv6 = config.is_ipv6(address)
             self._router.bind(address)

@@ -40,6 +40,13 @@ def test_an_address_that_is_none():
         Node("n", "log", "ipc://", {}, info={})
 
 
+def test_the_connection_to_the_core_does_without_heartbeats_of_libzmq():
+    """They abort the process when the core dies behind a full queue."""
+    node = Node("n", "log", f"tcp://127.0.0.1:{free_port()}", {}, info={})
+    assert node._link._socket.get(zmq.HEARTBEAT_IVL) == 0
+    node.close()
+
+
 def test_what_handlers_raise_becomes_the_error(running, operator, caplog):
     def raises(call):
         return {}["missing"]

@@ -1,6 +1,8 @@
 """The stream over real sockets: a producer's ring on one side, consumers on the other."""
 
 import contextlib
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import LIMIT
 from streaming import LAYOUT, STORAGE, Line, Reader, until
 
 from larpixdaq import schema
@@ -230,6 +233,40 @@ def test_a_stalled_producer_condemns_nobody(line: Line, consumers: list[Consumer
     now[0] += 5.0  # the whole process stood still; what came meanwhile waits in the socket
     line.publisher.work()
     assert line.publisher.subscribers == {subscriber.route: subscriber}
+
+
+BUSY = """
+import sys, zmq
+from larpixdaq.stream.address import router
+
+socket = router(zmq.Context())
+socket.bind("tcp://127.0.0.1:0")
+print(socket.getsockopt_string(zmq.LAST_ENDPOINT), flush=True)
+sys.stdin.readline()
+while socket.poll(100):
+    socket.recv_multipart()
+print("done", flush=True)
+"""
+
+
+def test_a_peer_that_dies_behind_a_full_queue_does_not_end_the_producer() -> None:
+    """libzmq aborts the process in that case when its own heartbeats are in use."""
+    child = subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
+            peer.set_hwm(0)
+            peer.linger = int(LIMIT * 1000)
+            peer.connect(child.stdout.readline().strip())
+            for _ in range(1500):
+                peer.send(b"x" * 20)
+        # The peer has gone; the producer does not read for some heartbeats of libzmq's.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.8)
+        assert child.communicate("\n", LIMIT)[0] == "done\n"
+    finally:
+        child.kill()
+        child.communicate()
 
 
 def raw_peer(line: Line) -> zmq.Socket[bytes]:

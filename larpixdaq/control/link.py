@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import zmq
 
-from larpixdaq.config import is_ipv6
+from larpixdaq import config
 from larpixdaq.control.messages import (
     Answer,
     Bye,
@@ -117,10 +117,9 @@ class Link:
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # the system's own takes ever longer while a network is away
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)  # a host that vanished without closing its connections
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
+        config.close_dead_connections(socket, config.DEAD_CONNECTION)  # of a host that vanished
         try:
-            socket.ipv6 = is_ipv6(self.core)
+            socket.ipv6 = config.is_ipv6(self.core)
             socket.connect(self.core)
         except zmq.ZMQError as error:
             socket.close(0)

@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 import zmq
 
-from larpixdaq.config import is_ipv6
+from larpixdaq import config
 from larpixdaq.errors import ProtocolError
 
 #: Records of level warning and above that are kept while the log is away.
@@ -99,6 +99,7 @@ def push_socket(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.So
     socket.setsockopt(zmq.LINGER, 1000)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-    socket.ipv6 = is_ipv6(address)
+    socket.ipv6 = config.is_ipv6(address)
+    config.close_dead_connections(socket, config.DEAD_CONNECTION)  # records for a host that vanished would be lost
     socket.connect(address)
     return socket

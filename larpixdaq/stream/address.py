@@ -8,9 +8,10 @@ import zmq
 from larpixdaq import config
 from larpixdaq.errors import ConfigError
 
-#: libzmq closes the connection of a peer whose process stands still, or whom the network has cut off, and with that
-#: gives the ring's memory back. A busy peer answers all the same: its libzmq does. Milliseconds.
-HEARTBEATS = {zmq.HEARTBEAT_IVL: 300, zmq.HEARTBEAT_TIMEOUT: 1000, zmq.HEARTBEAT_TTL: 3000}
+#: Milliseconds after which the connection of a consumer that takes no data is closed: its process is stopped, or the
+#: network has cut it off. That gives back the ring's memory that libzmq holds for it. A busy consumer is not affected,
+#: since its libzmq thread always takes what comes.
+DEAD_CONSUMER = 1000
 
 
 def router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
@@ -18,8 +19,7 @@ def router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.SNDHWM, 0)
-    for option, value in HEARTBEATS.items():
-        socket.setsockopt(option, value)
+    config.close_dead_connections(socket, DEAD_CONSUMER)
     return socket
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import zmq
 
-from larpixdaq import arena
+from larpixdaq import arena, config
 from larpixdaq._native.ring import Reader
 from larpixdaq.blocks import Ack, Block, FromConsumer, FromProducer, Maps, Welcome, pack, unpack_producer
 from larpixdaq.config import is_ipv6
@@ -42,6 +42,8 @@ class Link:
         self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # what is said to a producer that is away must not pile up
+        self.socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # the system's own grows while a network is away
+        config.close_dead_connections(self.socket, config.DEAD_CONNECTION)
         try:
             self.socket.ipv6 = is_ipv6(address)
             self.socket.connect(address)
