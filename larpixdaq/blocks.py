@@ -3,20 +3,39 @@
 A frame is one byte of kind, a msgpack array (the header), and, for BLOCK, a second ZeroMQ part with the rows. To a
 consumer on the same host, which reads the producer's ring itself (MAPS), the second part is empty and a third one has
 the number of the block in the ring, 8 bytes, little-endian.
-Everything that arrives is validated against these structs; what does not fit raises ProtocolError and harms nobody.
+Everything that arrives is validated against these structs, sizes and ranges included; what does not fit raises
+ProtocolError and harms nobody.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from larpixdaq.errors import ProtocolError
+from larpixdaq.terms import BLOCK_ROWS, COUNTS, IO_GROUPS, LAST_RUN, LAYOUT_NAMES, UNKNOWN_BYTES
 
 STREAM_VERSION: Final = 1
-#: No header is larger: an END carries up to 1,000 unknown words of each io_group.
-MAX_HEADER: Final = 32 << 20
+#: Maximum bytes of a producer's header: an END carries up to 1,000 unknown words of each io_group.
+MAX_HEADER: Final = 16 << 20
+#: Maximum bytes of a consumer's frame: a HELLO with all its positions.
+MAX_FROM_CONSUMER: Final = 128 << 10
+#: Maximum number of positions in a HELLO; consumers send those of the newest runs.
+MAX_POSITIONS: Final = 256
+
+#: Names of components and actions: no control characters, so that they can stand in a line of text.
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+#: A run's number.
+RunNumber = Annotated[int, Meta(ge=1, le=LAST_RUN)]
+#: 64 bits; msgpack has no larger numbers.
+Epoch = Annotated[int, Meta(ge=0)]
+#: Sequences, sizes, and times in unix ns.
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+IoGroup = Annotated[int, Meta(ge=0, lt=IO_GROUPS)]
+LayoutCode = Annotated[int, Meta(ge=1, le=len(LAYOUT_NAMES))]
+_32Bits = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
 class Source(NamedTuple):
@@ -30,36 +49,39 @@ class Source(NamedTuple):
 class Totals(msgspec.Struct, array_like=True, frozen=True):
     """What one io_group has delivered since the run began, at the end of the block that carries this."""
 
-    io_group: int
-    packets: int  # rows of types 0 to 3 with direction 1
-    rows: int  # all rows
-    bad_parity: int
-    unknown: int  # unknown and rejected words
-    dropped: int  # rows that found no room
+    io_group: IoGroup
+    packets: Count  # rows of types 0 to 3 with direction 1
+    rows: Count  # all rows
+    bad_parity: Count
+    unknown: Count  # unknown and rejected words
+    dropped: Count  # rows that found no room
 
 
 class Gap(msgspec.Struct, array_like=True, frozen=True):
     """Rows of one io_group that were decoded and counted, but found no room, before the block that carries this."""
 
-    io_group: int
-    rows: int
-    first_ns: int  # host clock, unix ns
-    last_ns: int
+    io_group: IoGroup
+    rows: Count
+    first_ns: Count  # host clock, unix ns
+    last_ns: Count
+
+
+Gaps = Annotated[list[Gap], Meta(max_length=IO_GROUPS)]
 
 
 class Position(msgspec.Struct, array_like=True, frozen=True):
-    run: int
-    producer: str
-    epoch: int
-    next: int
+    run: RunNumber
+    producer: Name
+    epoch: Epoch
+    next: Count
 
 
 class Configs(msgspec.Struct, array_like=True, frozen=True):
     """Configurations of chips: what their registers were last told, and what they last said (configurations.py)."""
 
-    asic: str  # as --asic has it
-    chips: bytes  # io_group, io_channel, chip_id of each
-    registers: bytes  # packed
+    asic: Annotated[str, Meta(max_length=16)]  # as --asic has it
+    chips: Annotated[bytes, Meta(max_length=1 << 10)]  # io_group, io_channel, chip_id of each
+    registers: Annotated[bytes, Meta(max_length=1 << 20)]  # packed
 
 
 # Consumer to producer
@@ -67,24 +89,24 @@ class Configs(msgspec.Struct, array_like=True, frozen=True):
 
 class Hello(msgspec.Struct, array_like=True, tag=1, frozen=True):
     version: int
-    name: str
-    session: str
+    name: Name
+    session: Annotated[str, Meta(max_length=64)]
     mode: str  # "all" (every block, acknowledged) or "latest" (credit, blocks may be skipped)
-    positions: list[Position]
+    positions: Annotated[list[Position], Meta(max_length=MAX_POSITIONS)]  # of this producer's blocks
 
 
 class Ack(msgspec.Struct, array_like=True, tag=2, frozen=True):
     """All of (run, epoch) below `next` is durable. An END counts as the sequence it names: its ACK is END.next + 1."""
 
-    run: int
-    epoch: int
-    next: int
+    run: RunNumber
+    epoch: Epoch
+    next: Count
 
 
 class Credit(msgspec.Struct, array_like=True, tag=3, frozen=True):
     """Room for this many blocks in all since the HELLO: a running total, so repeating it is harmless."""
 
-    blocks: int
+    blocks: Count
 
 
 class Bye(msgspec.Struct, array_like=True, tag=4, frozen=True):
@@ -94,37 +116,37 @@ class Bye(msgspec.Struct, array_like=True, tag=4, frozen=True):
 class Maps(msgspec.Struct, array_like=True, tag=5, frozen=True):
     """The consumer reads the ring of this epoch itself: rows need not be sent."""
 
-    epoch: int
+    epoch: Epoch
 
 
 # Producer to consumer
 
 
 class Welcome(msgspec.Struct, array_like=True, tag=11, frozen=True):
-    producer: str
-    epoch: int
-    run: int | None
-    layout: int
-    ring: str = ""  # the file of the producer's ring, for consumers on its host
+    producer: Name
+    epoch: Epoch
+    run: RunNumber | None
+    layout: Annotated[int, Meta(ge=0, le=len(LAYOUT_NAMES))]  # 0: no run yet
+    ring: Annotated[str, Meta(max_length=4096)] = ""  # the file of the producer's ring, for consumers on its host
 
 
 class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
     """Header of a block: what the payload, `rows` rows of `layout`, is and where it belongs."""
 
-    run: int
-    producer: str
-    epoch: int
-    sequence: int
-    first_packet: int  # index, in this run and epoch, of the first row
-    rows: int
-    layout: int
-    flags: int
-    first_ns: int  # host clock, unix ns, when the first row came
-    last_ns: int
-    crc32: int
-    totals: list[Totals]
-    gaps: list[Gap]
-    text: str | None = None  # an INFO message: the rows are of type 5
+    run: RunNumber
+    producer: Name
+    epoch: Epoch
+    sequence: Count
+    first_packet: Count  # index, in this run and epoch, of the first row
+    rows: Annotated[int, Meta(ge=0, le=BLOCK_ROWS)]
+    layout: LayoutCode
+    flags: _32Bits
+    first_ns: Count  # host clock, unix ns, when the first row came
+    last_ns: Count
+    crc32: _32Bits
+    totals: Annotated[list[Totals], Meta(max_length=IO_GROUPS)]
+    gaps: Gaps
+    text: Annotated[str, Meta(max_length=1 << 20)] | None = None  # an INFO message: the rows are of type 5
     configs: Configs | None = None  # what the text is about
 
     @property
@@ -133,10 +155,10 @@ class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
 
 
 class UnknownWord(msgspec.Struct, array_like=True, frozen=True):
-    io_group: int
-    seconds: int  # unix
-    reason: int  # schema.REASONS
-    raw: bytes
+    io_group: IoGroup
+    seconds: Count  # unix
+    reason: Annotated[int, Meta(ge=0, lt=256)]  # schema.REASONS
+    raw: Annotated[bytes, Meta(max_length=UNKNOWN_BYTES)]
 
 
 class Verdict(msgspec.Struct, array_like=True, frozen=True):
@@ -145,32 +167,38 @@ class Verdict(msgspec.Struct, array_like=True, frozen=True):
     Boards do not number what they send, so this is inferred. Several lines about one io_group are several findings.
     """
 
-    io_group: int
-    verdict: str  # VERDICTS
+    io_group: IoGroup
+    verdict: Annotated[str, Meta(pattern=r"^(complete|suspect|lost)\Z")]  # VERDICTS
     why: str  # one sentence; empty for "complete"
-    lost: int  # packets at least; 0: nobody knows
-    first_ns: int  # unix ns: the time that the finding is about; both 0 for "complete"
-    last_ns: int
+    lost: Count  # packets at least; 0: nobody knows
+    first_ns: Count  # unix ns: the time that the finding is about; both 0 for "complete"
+    last_ns: Count
 
+
+#: One list per io_group: the io_group, then schema.COUNTS in order.
+Counters = Annotated[
+    list[Annotated[list[Count], Meta(min_length=1 + len(COUNTS), max_length=1 + len(COUNTS))]],
+    Meta(max_length=IO_GROUPS),
+]
 
 #: From best to worst: nothing speaks against it, something may be missing, something is missing.
 VERDICTS: Final = ("complete", "suspect", "lost")
 
 
 class End(msgspec.Struct, array_like=True, tag=13, frozen=True):
-    """The last of a run and epoch. `counts` has one list per io_group: the io_group, then schema.COUNTS in order."""
+    """The last of a run and epoch."""
 
-    run: int
-    producer: str
-    epoch: int
-    next: int
-    how: str  # "closed", "aborted" or "recovered"
-    first_ns: int
-    last_ns: int
-    counts: list[list[int]]
-    gaps: list[Gap]
+    run: RunNumber
+    producer: Name
+    epoch: Epoch
+    next: Count
+    how: Annotated[str, Meta(pattern=r"^(closed|aborted|recovered)\Z")]
+    first_ns: Count
+    last_ns: Count
+    counts: Counters
+    gaps: Gaps
     unknown: list[UnknownWord]
-    outside: list[list[int]] = []  # counts of run 0 since the end before, in the same form
+    outside: Counters = []  # counts of run 0 since the end before, in the same form
     verdicts: list[Verdict] = []  # of each io_group at least one line
 
     @property
@@ -196,9 +224,9 @@ def pack(frame: FromConsumer | FromProducer) -> bytes:
     return bytes((tag,)) + _encoder.encode(frame)  # type: ignore[arg-type]
 
 
-def _unpack(data: Any, decoder: msgspec.msgpack.Decoder[Any], sender: str) -> Any:
-    if not 2 <= len(data) <= MAX_HEADER:
-        raise ProtocolError(f"stream frame from {sender}: expected 2 to {MAX_HEADER} bytes, found {len(data)}")
+def _unpack(data: Any, decoder: msgspec.msgpack.Decoder[Any], sender: str, most: int) -> Any:
+    if not 2 <= len(data) <= most:
+        raise ProtocolError(f"stream frame from {sender}: expected 2 to {most} bytes, found {len(data)}")
     view = memoryview(data)
     try:
         frame = decoder.decode(view[1:])
@@ -211,13 +239,13 @@ def _unpack(data: Any, decoder: msgspec.msgpack.Decoder[Any], sender: str) -> An
 
 def unpack_consumer(data: Any, sender: str) -> FromConsumer:
     """What a consumer sent to a producer."""
-    frame: FromConsumer = _unpack(data, _from_consumer, sender)
+    frame: FromConsumer = _unpack(data, _from_consumer, sender, MAX_FROM_CONSUMER)
     return frame
 
 
 def unpack_producer(data: Any, sender: str) -> FromProducer:
     """What a producer sent to a consumer."""
-    frame: FromProducer = _unpack(data, _from_producer, sender)
+    frame: FromProducer = _unpack(data, _from_producer, sender, MAX_HEADER)
     return frame
 
 

@@ -13,7 +13,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq.terms import BLOCK_ROWS as BLOCK_ROWS
 from larpixdaq.terms import COUNTS as COUNTS
+from larpixdaq.terms import IO_GROUPS as IO_GROUPS
 from larpixdaq.terms import LAYOUT_NAMES
 from larpixdaq.terms import ROW_COUNTS as ROW_COUNTS
 
@@ -136,9 +138,6 @@ class PacketType(IntEnum):
     TRIGGER = 7
 
 
-#: One more than the highest io_group: counters of a producer are an array of shape (IO_GROUPS, len(COUNTS)), dtype u8.
-IO_GROUPS: Final = 256
-
 #: Where a message lies in the buffer that holds it.
 SPAN: Final = np.dtype([("start", "<u4"), ("length", "<u4")])
 
@@ -174,8 +173,6 @@ REASONS: Final = {
 #: Unknown words that a decoder keeps, per run.
 UNKNOWN_KEPT: Final = 1000
 
-#: A block holds at most this many rows.
-BLOCK_ROWS: Final = 16_384
 #: Rows of a chunk of the file. A chunk of every layout fits into the 1 MiB that HDF5 before 2.0 caches per dataset: to
 #: read row by row, as larpix-control's from_file does, takes 47 us a row; with 65,536 it took 12 ms (HDF5 1.14.6).
 CHUNK_ROWS: Final = 16_384

@@ -1,9 +1,18 @@
-"""What layouts and the ledger's counters are called: apart from schema.py for programs that start without numpy."""
+"""Run numbers, limits, layouts and the ledger's counters, for programs that start without numpy (schema.py)."""
 
 from __future__ import annotations
 
 from typing import Final
 
+#: Run numbers are 1 to LAST_RUN, and have RUN_DIGITS digits in the names of files.
+RUN_DIGITS: Final = 7
+LAST_RUN: Final = 10**RUN_DIGITS - 1
+#: One more than the highest io_group: counters of a producer are an array of shape (IO_GROUPS, len(COUNTS)), dtype u8.
+IO_GROUPS: Final = 256
+#: Maximum number of rows of a block.
+BLOCK_ROWS: Final = 16_384
+#: Maximum number of bytes of a word that could not become a row.
+UNKNOWN_BYTES: Final = 24
 #: Layouts of rows by their code.
 LAYOUT_NAMES: Final = {1: "1.0", 2: "2.4", 3: "2.4-clock64", 4: "3.0"}
 #: Counters of one io_group in one run (or of run 0: what came outside a run), in the order of ``enum Count`` in

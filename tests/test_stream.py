@@ -1,6 +1,7 @@
 """The stream over real sockets: a producer's ring on one side, consumers on the other."""
 
 import contextlib
+import select
 import subprocess
 import sys
 import time
@@ -18,21 +19,28 @@ from streaming import LAYOUT, STORAGE, Line, Reader, until
 
 from larpixdaq import schema
 from larpixdaq.blocks import (
+    MAX_FROM_CONSUMER,
+    MAX_POSITIONS,
     Ack,
+    Block,
     Bye,
     Credit,
     End,
+    Gap,
     Hello,
     Position,
     Refused,
     Source,
+    Totals,
+    UnknownWord,
+    Verdict,
     Welcome,
     pack,
     unpack_consumer,
     unpack_producer,
 )
 from larpixdaq.errors import ProtocolError
-from larpixdaq.stream import Consumer
+from larpixdaq.stream import Consumer, publisher
 
 
 @pytest.fixture(params=["sent", "read out of the ring"])
@@ -40,6 +48,13 @@ def line(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Line]:
     line = Line(folder=None if request.param == "sent" else tmp_path)
     yield line
     line.close()
+
+
+@pytest.fixture
+def sockets() -> Iterator[zmq.Context[Any]]:
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)
 
 
 @pytest.fixture
@@ -343,10 +358,137 @@ def test_no_bytes_crash_the_unpacking(data: bytes) -> None:
             unpack(data, "peer")
 
 
-def test_frames_survive_the_wire() -> None:
-    end = End(1, "p", 2**64 - 1, 9, "closed", 1, 2, [[1, *range(22)]], [], [], [])
+BLOCK = Block(1, "p", 2**64 - 1, 0, 0, 0, 2, 0, 1, 2, 0, [Totals(255, 1, 1, 0, 0, 0)], [])
+END = End(1, "p", 2**64 - 1, 9, "closed", 1, 2, [[1, *range(22)]], [], [], [])
+
+
+WRONG: list[tuple[Block | End, dict[str, Any]]] = [
+    (BLOCK, {"run": -1}),
+    (BLOCK, {"run": 0}),
+    (BLOCK, {"run": 10**7}),
+    (BLOCK, {"layout": 9}),
+    (BLOCK, {"producer": ""}),
+    (BLOCK, {"sequence": -1}),
+    (BLOCK, {"rows": 16_385}),
+    (BLOCK, {"first_ns": 2**63}),
+    (BLOCK, {"crc32": 2**32}),
+    (BLOCK, {"totals": [Totals(256, 0, 0, 0, 0, 0)]}),
+    (BLOCK, {"gaps": [Gap(1, 1, 1, 1)] * 257}),
+    (BLOCK, {"text": "x" * (1 << 21)}),
+    (END, {"run": -1}),
+    (END, {"counts": [[]]}),
+    (END, {"counts": [[1, *range(21)]]}),
+    (END, {"counts": [[1] * 23] * 257}),
+    (END, {"outside": [[-1] * 23]}),
+    (END, {"how": "closed\n"}),
+    (END, {"unknown": [UnknownWord(1, 1, 1, bytes(25))]}),
+    (END, {"verdicts": [Verdict(1, "fine", "", 0, 0, 0)]}),
+]
+
+
+def test_frames_with_values_out_of_range_are_refused_and_the_next_one_is_taken(
+    sockets: zmq.Context[Any], consumers: list[Consumer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No such value may come as far as a file or a monitor. Each is one refusal, said in one line."""
+    with sockets.socket(zmq.ROUTER) as producer:
+        producer.rcvtimeo = int(LIMIT * 1000)
+        producer.bind("tcp://127.0.0.1:0")
+        consumers.append(Consumer(STORAGE, "s", "all"))
+        consumers[0].connect({"p": producer.getsockopt_string(zmq.LAST_ENDPOINT)})
+        route, hello = producer.recv_multipart()
+        assert isinstance(unpack_consumer(hello, "c"), Hello)
+        welcome = Welcome("p", 5, None, 2)
+        for frame in (welcome, *(msgspec.structs.replace(right, **fields) for right, fields in WRONG), END):
+            producer.send_multipart([route, pack(frame), *([b""] if isinstance(frame, Block) else [])])
+        found: list[Any] = []
+        while not found or found[-1] != END:
+            select.select([consumers[0].fileno()], [], [], LIMIT)
+            received = consumers[0].next()
+            if received is not None:
+                found.append(received[1])
+    assert found == [welcome, END]
+    assert all("stream frame of kind" in record.message for record in caplog.records)
+
+
+def test_the_largest_end_record_fits() -> None:
+    words = [UnknownWord(group, 2**62, 1, bytes(24)) for group in range(256) for _ in range(1000)]
+    end = msgspec.structs.replace(END, counts=[[group] + [2**62] * 22 for group in range(256)], unknown=words)
     assert unpack_producer(pack(end), "p") == end
-    assert msgspec.structs.replace(end, next=8) != end
+
+
+def test_a_consumers_frame_is_small(line: Line) -> None:
+    positions = [Position(9_999_999, "p" * 64, 2**64 - 1, 2**63 - 1)] * MAX_POSITIONS
+    hello = Hello(1, STORAGE, "s" * 64, "all", positions)
+    assert unpack_consumer(pack(hello), "c") == hello
+    with pytest.raises(ProtocolError, match="length <= 256"):
+        unpack_consumer(pack(msgspec.structs.replace(hello, positions=[*positions, positions[0]])), "c")
+    with pytest.raises(ProtocolError, match="expected 2 to 131072 bytes, found 4000003"):
+        unpack_consumer(b"\1" * 4_000_003, "c")
+    assert line.publisher.socket.get(zmq.MAXMSGSIZE) == MAX_FROM_CONSUMER
+
+
+def test_a_storage_tells_each_producer_its_own_newest_positions(line: Line, consumers: list[Consumer]) -> None:
+    known = [Position(run, name, 5, 1) for run in range(1, 1001) for name in ("board", "other")]
+    consumers.append(Consumer(STORAGE, "s", "all", positions=lambda: known))
+    consumers[0].connect({"board": line.address})
+    until(line, lambda: line.publisher.subscribers, "the subscription")
+    (subscriber,) = line.publisher.subscribers.values()
+    assert {position.producer for position in subscriber.positions} == {"board"}
+    assert sorted(position.run for position in subscriber.positions) == list(range(745, 1001))
+
+
+def test_credit_has_a_limit(line: Line) -> None:
+    peer = raw_peer(line)
+    peer.send(pack(Hello(1, "Online monitor", "", "latest", [])))
+    assert isinstance(answer(line, peer), Welcome)
+    peer.send(pack(Credit(2**62)))
+    refused = answer(line, peer)
+    assert "at most 64 blocks more than the 0 that were sent" in refused.reason
+    (subscriber,) = line.publisher.subscribers.values()
+    assert subscriber.credit == 0
+
+
+def test_consumers_have_a_limit_and_a_required_storage_comes_in_all_the_same(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "MOST_SUBSCRIBERS", 1)
+    line.begin()
+    monitor, other, storage = raw_peer(line), raw_peer(line), raw_peer(line)
+    monitor.send(pack(Hello(1, "Online monitor", "", "latest", [])))
+    assert isinstance(answer(line, monitor), Welcome)
+    other.send(pack(Hello(1, "other", "", "latest", [])))
+    assert "1 consumers have subscribed" in answer(line, other).reason
+    storage.send(pack(Hello(1, STORAGE, "", "all", [])))
+    assert isinstance(answer(line, storage), Welcome)
+
+
+def test_frames_of_consumers_take_a_bounded_time_of_a_turn(line: Line) -> None:
+    """What waits is taken in the next turns, and nobody is taken for silent before."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.001
+        return now[0]
+
+    line.publisher._clock = clock
+    peer = raw_peer(line)
+    for _ in range(20):
+        peer.send(pack(Credit(1)))
+    drained = line.publisher._drained
+    until(line, lambda: line.publisher.refused, "the first frames", LIMIT)
+    turns = 1
+    while line.publisher.refused < 20:
+        before = line.publisher.refused
+        line.publisher.receive()
+        assert line.publisher.refused - before <= 5
+        turns += 1
+    assert turns >= 4
+    assert line.publisher._drained >= drained
+
+
+def test_frames_survive_the_wire() -> None:
+    assert unpack_producer(pack(END), "p") == END
+    assert msgspec.structs.replace(END, next=8) != END
 
 
 def test_a_new_run_frees_nothing_of_the_one_before(line: Line, consumers: list[Consumer]) -> None:

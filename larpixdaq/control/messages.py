@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 import msgspec
 from msgspec import Meta
 
+from larpixdaq.blocks import Name, RunNumber
 from larpixdaq.errors import ProtocolError
 
 PROTOCOL: Final = 1
@@ -25,8 +26,6 @@ MAX_TEXT: Final = 1 << 16
 MAX_DEPTH: Final = 32
 
 Id = Annotated[str, Meta(max_length=64)]
-#: Names of components and actions: no control characters, so that they can stand in a line of text.
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Count = Annotated[int, Meta(ge=0)]
 Kind = Literal["producer", "run_data", "storage", "log"]
 
@@ -48,7 +47,7 @@ class Register(Message, tag="register"):
     instance: Id
     actions: Annotated[list[Name], Meta(max_length=1000)] = []
     info: dict[str, Any] = {}
-    run: Count | None = None
+    run: RunNumber | None = None
     begun: bool = False
 
 
@@ -69,7 +68,7 @@ class Heartbeat(Message, tag="heartbeat"):
     progress: Count = 0
     queued: Count = 0
     idle: Annotated[float, Meta(ge=0)] = 0.0
-    run: Count | None = None
+    run: RunNumber | None = None
     begun: bool = False
     status: dict[str, Any] | None = None
 

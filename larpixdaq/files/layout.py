@@ -39,6 +39,7 @@ import numpy as np
 from larpixdaq import checksum, schema
 from larpixdaq.configurations import REGISTERS
 from larpixdaq.errors import FileError, cause
+from larpixdaq.terms import UNKNOWN_BYTES as UNKNOWN_BYTES
 from larpixdaq.version import VERSION
 
 #: Newer formats cannot be read by HDF5 1.14 and by Debian's h5dump; older ones know no SWMR.
@@ -55,7 +56,6 @@ ABORTED: Final = "ABORTED"
 
 MESSAGE_BYTES: Final = 64
 TEXT_BYTES: Final = 256
-UNKNOWN_BYTES: Final = 24
 
 _SOURCE: Final = [("producer", "<u2"), ("epoch", "<u8")]
 _COUNTS: Final = [("io_group", "u1"), ("how", "S16"), ("owed", "<u8")] + [(name, "<u8") for name in schema.COUNTS]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import zmq
 
 from larpixdaq import config
+from larpixdaq.blocks import MAX_FROM_CONSUMER
 from larpixdaq.errors import ConfigError
 
 #: Milliseconds after which the connection of a consumer that takes no data is closed: its process is stopped, or the
@@ -19,6 +20,7 @@ def router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FROM_CONSUMER)
     config.close_dead_connections(socket, DEAD_CONSUMER)
     return socket
 

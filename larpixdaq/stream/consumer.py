@@ -6,6 +6,7 @@ busy with. What it has received waits in a queue that the producers' windows bou
 
 from __future__ import annotations
 
+import heapq
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 import zmq
 
 from larpixdaq.blocks import (
+    MAX_POSITIONS,
     STREAM_VERSION,
     Ack,
     Block,
@@ -287,7 +289,7 @@ class Consumer:
             if now >= link.hello_at and not self._superseded(link) and link.socket.poll(0, zmq.POLLOUT):
                 link.credit = CREDIT
                 link.acks.clear()
-                hello = Hello(STREAM_VERSION, self.name, self.session, self.mode, self._positions())
+                hello = Hello(STREAM_VERSION, self.name, self.session, self.mode, self._positions_at(link.name))
                 if link.send(hello) and self.mode == "latest":
                     link.send(Credit(link.credit))
                 link.hello_at = now + HELLO_AGAIN
@@ -302,6 +304,12 @@ class Consumer:
         elif now >= link.repeat_at:
             link.send(link.last_ack or Credit(link.credit) if self.mode == "all" else Credit(link.credit))
             link.repeat_at = next_beat(now, REPEAT)
+
+    def _positions_at(self, producer: str) -> list[Position]:
+        """The positions in this producer's blocks, of the newest runs. For older ones the producer goes by what was
+        acknowledged, and a block that comes again is known by its identity."""
+        found = [position for position in self._positions() if position.producer == producer]
+        return heapq.nlargest(MAX_POSITIONS, found, key=lambda position: position.run)
 
     def _good(self) -> bool:
         """Whether our name is still ours, as far as we know."""

@@ -9,8 +9,7 @@ import zmq
 
 from larpixdaq import arena, config
 from larpixdaq._native.ring import Reader
-from larpixdaq.blocks import Ack, Block, FromConsumer, FromProducer, Maps, Welcome, pack, unpack_producer
-from larpixdaq.config import is_ipv6
+from larpixdaq.blocks import MAX_HEADER, Ack, Block, FromConsumer, FromProducer, Maps, Welcome, pack, unpack_producer
 from larpixdaq.errors import RingError
 
 #: Blocks that a monitor lets come before it has dealt with the first of them.
@@ -39,13 +38,14 @@ class Link:
         self.sent = False  # the next subscription is to bring the rows themselves
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.RCVHWM, 0)  # the producer's window is the bound
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_HEADER)
         self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # what is said to a producer that is away must not pile up
         self.socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # the system's own grows while a network is away
         config.close_dead_connections(self.socket, config.DEAD_CONNECTION)
         try:
-            self.socket.ipv6 = is_ipv6(address)
+            self.socket.ipv6 = config.is_ipv6(address)
             self.socket.connect(address)
         except zmq.ZMQError:
             self.socket.close(linger=0)

@@ -34,8 +34,12 @@ log = logging.getLogger(__name__)
 WINDOW = 16 << 20
 #: A subscriber unheard for so long, after the socket has been drained, is dropped and must say HELLO again.
 SILENT = 1.0
-#: Frames taken in one turn: nobody can keep the producer from its boards by talking.
-DRAIN_LIMIT = 10_000
+#: Seconds that frames from consumers are taken in one turn: nobody can keep the producer from its boards by talking.
+RECEIVE_LIMIT = 0.005
+#: Maximum number of blocks that a monitor may have credit for beyond those that were sent to it.
+MOST_CREDIT = 64
+#: Maximum number of subscribers; storages that a run requires are subscribed in any case.
+MOST_SUBSCRIBERS = 100
 #: A required storage without a subscription for so long (seconds) no longer holds what another one has.
 FORGET_AFTER = 60.0
 
@@ -126,8 +130,9 @@ class Publisher:
     # the loop
 
     def receive(self) -> None:
-        """Take every frame that has come from consumers."""
-        for _ in range(DRAIN_LIMIT):
+        """Take the frames that have come from consumers, for RECEIVE_LIMIT at most."""
+        until = self._clock() + RECEIVE_LIMIT
+        while self._clock() < until:
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -174,6 +179,11 @@ class Publisher:
         if isinstance(frame, Ack):
             self._ack(subscriber, frame)
         elif isinstance(frame, Credit):
+            if frame.blocks > subscriber.sent + MOST_CREDIT:
+                raise ProtocolError(
+                    f"credit of {subscriber.name}: expected at most {MOST_CREDIT} blocks more than the "
+                    f"{subscriber.sent} that were sent, found {frame.blocks}"
+                )
             subscriber.credit = max(subscriber.credit, frame.blocks)
         elif isinstance(frame, Maps):
             subscriber.maps = frame.epoch == self.own.epoch
@@ -191,11 +201,18 @@ class Publisher:
             self._drop(other)
             if other.route != route:
                 self._refuse(other.route, "superseded")
+        if len(self.subscribers) >= MOST_SUBSCRIBERS and hello.name not in self._required():
+            self._refuse(route, f"{len(self.subscribers)} consumers have subscribed, more are not served")
+            return
         subscriber = Subscriber(route, hello.name, hello.mode, self._clock(), hello.positions)
         for store in self.stores:
             self._know(subscriber, store)
         if self._send(subscriber, Welcome(self.own.producer, self.own.epoch, self.run, self.layout, self._ring)):
             self.subscribers[route] = subscriber
+
+    def _required(self) -> set[str]:
+        """The storages that some run requires."""
+        return {name for store in self.stores for segment in store.segments for name in segment.required}
 
     def _know(self, subscriber: Subscriber, store: Store) -> None:
         """Where a subscriber stands: at what it says, or at what it has acknowledged; a monitor at the end."""
@@ -306,9 +323,8 @@ class Publisher:
     def _forget(self) -> None:
         """Note which required storages are away, and for how long."""
         there = {subscriber.name for subscriber in self.subscribers.values() if subscriber.mode == "all"}
-        required = {name for store in self.stores for segment in store.segments for name in segment.required}
         now = self._clock()
-        self._away = {name: self._away.get(name, now) for name in required - there}
+        self._away = {name: self._away.get(name, now) for name in self._required() - there}
         forgotten = frozenset(name for name, since in self._away.items() if now - since > self._forget_after)
         for name in forgotten - self.forgotten:
             log.error(
