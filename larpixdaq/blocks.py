@@ -230,7 +230,7 @@ def _unpack(data: Any, decoder: msgspec.msgpack.Decoder[Any], sender: str, most:
     view = memoryview(data)
     try:
         frame = decoder.decode(view[1:])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"stream frame of kind {view[0]} from {sender}: {error}") from None
     if frame.__struct_config__.tag != view[0]:
         raise ProtocolError(f"stream frame from {sender}: kind {view[0]} around a header of another kind")

@@ -476,7 +476,8 @@ def trial(directory: Path, seed: int, tally: Tally) -> bool:
         prepare(part)
     stands = set(positions(directory))
     for part in names.parts(directory):
-        recover(part)
+        assert not (damaged := recover(part).damaged), f"a killed writer damages nothing, found {damaged}"
+    assert not (kept := list(directory.glob("*.damaged*"))), f"kept as damaged: {kept}"
     assert (after := set(positions(directory))) == stands, f"stood at {stands - after}, stands at {after - stands}"
     held = check_after(directory, seed, told)
     tally.rows += held.rows

@@ -1,4 +1,4 @@
-"""The journal gives back whole records, and nothing else, whatever happened to its end."""
+"""The journal gives back whole records, and nothing else, and says where it is damaged."""
 
 import errno
 import fcntl
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from larpixdaq import blocks
 from larpixdaq.errors import FileError
-from larpixdaq.files.journal import Journal, records
+from larpixdaq.files.journal import Journal, read, records
 
 
 def filled(path, sizes=(3, 0, 700)):
@@ -63,9 +63,25 @@ def test_a_torn_end_costs_only_its_own_record(tmp_path_factory, data):
     assert len(found) == np.count_nonzero(lengths <= kept)
 
 
-@settings(max_examples=40, deadline=None)
+def record_ends(expected):
+    return np.cumsum([16 + len(blocks.pack(frame)) + len(rows) for frame, rows in expected]).tolist()
+
+
+def test_a_torn_end_is_no_damage(tmp_path):
+    """Wherever a writer is killed: what is left is the beginning of what it wrote."""
+    journal, expected = filled(tmp_path / "a", (3, 0, 7))
+    journal.close()
+    whole = (tmp_path / "a").read_bytes()
+    ends = record_ends(expected)
+    for cut in range(len(whole) + 1):
+        (tmp_path / "a").write_bytes(whole[:cut])
+        found = read(tmp_path / "a")
+        assert (len(found.records), found.damaged) == (sum(end <= cut for end in ends), [])
+
+
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_a_flipped_byte_ends_it(tmp_path_factory, data):
+def test_a_flipped_byte_costs_only_its_own_record(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("journal") / "a"
     journal, expected = filled(path, (3, 10))
     journal.close()
@@ -73,13 +89,31 @@ def test_a_flipped_byte_ends_it(tmp_path_factory, data):
     place = data.draw(st.integers(0, len(whole) - 1))
     whole[place] ^= data.draw(st.integers(1, 255))
     path.write_bytes(whole)
-    found = [tuple(record) for record in records(path)]
-    assert found == expected[: len(found)]
-    assert len(found) < len(expected)
+    found = read(path)
+    ends = [0, *record_ends(expected)]
+    hit = next(i for i in range(len(expected)) if place < ends[i + 1])
+    assert [tuple(record) for record in found.records] == [*expected[:hit], *expected[hit + 1 :]]
+    assert found.damaged == [(ends[hit], ends[hit + 1])]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    """A pipe would be waited for without end, a link may lead anywhere."""
+    os.mkfifo(tmp_path / "a")
+    (tmp_path / "b").symlink_to(tmp_path / "c")
+    (tmp_path / "c").touch()
+    with open(tmp_path / "large", "wb") as large:
+        large.truncate(1 << 40)
+    for name, line in (("a", "is not a regular file"), ("b", "is a symbolic link"), ("large", "expected at most")):
+        with pytest.raises(FileError, match=line):
+            read(tmp_path / name)
+    for name, line in (("a", "is not a regular file"), ("b", "is a symbolic link")):
+        with pytest.raises(FileError, match=line):
+            Journal(tmp_path / name, recovery=True)
 
 
 def test_it_is_locked_as_long_as_it_is_open(tmp_path):
     journal = Journal(tmp_path / "a")
+    assert os.stat(tmp_path / "a").st_mode & 0o777 == 0o600
     with open(tmp_path / "a") as other:
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

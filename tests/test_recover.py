@@ -21,8 +21,9 @@ from larpixdaq._native import chunks
 from larpixdaq.blocks import Position
 from larpixdaq.errors import FileError, FileLocked
 from larpixdaq.files import batch, closing, names, superblock
+from larpixdaq.files import journal as journal_file
 from larpixdaq.files.batch import BATCH_ROWS
-from larpixdaq.files.journal import Journal, records
+from larpixdaq.files.journal import Journal
 from larpixdaq.files.positions import positions
 from larpixdaq.files.reader import DataFile
 from larpixdaq.files.recover import recover
@@ -113,11 +114,13 @@ def test_any_writer_at_any_moment(tmp_path_factory, steps, data):
     whole = journal.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
     journal.write_bytes(whole[:cut] + data.draw(st.binary(max_size=30)))
-    expected = {record.frame.sequence for record in records(journal)}
+    contents = journal_file.read(journal)
+    expected = {record.frame.sequence for record in contents.records}
     with DataFile(part) as growing:
         expected |= set(growing.table("run/blocks")["sequence"].tolist())
     found = recover(part)
-    if not expected:
+    assert bool(found.damaged) == bool(contents.damaged)
+    if not expected and not contents.damaged:
         assert (found.path, list(directory.iterdir())) == (None, [])
         return
     with DataFile(found.path) as read:
@@ -178,6 +181,13 @@ def test_the_journal_alone_makes_a_part(tmp_path, content):
     found = recover(part)
     assert (found.rows, found.from_journal) == (feed.first_packet, 4)
     assert same_rows(found.path, feed)
+    kept = part.with_name(part.name + ".damaged")
+    assert kept.exists() == bool(content)
+    if content:
+        assert kept.read_bytes() == content
+        assert found.damaged == [f"the part was not whole (kept as {kept.name})"]
+    else:
+        assert found.damaged == []
     checked = verify(found.path)
     assert checked.findings == checked.open
     with DataFile(found.path) as read:
@@ -188,7 +198,7 @@ def test_the_journal_alone_makes_a_part(tmp_path, content):
 def test_a_writer_that_died_while_it_made_the_file(tmp_path):
     """Its superblock is there, and says that there is no order in what follows."""
     part = tmp_path / f"{NAME}.h5.part"
-    for content in (b"", superblock.SIGNATURE, None):
+    for content in (b"", None):
         Journal(tmp_path / f"{NAME}.h5.journal").close()
         if content is None:
             with h5py.File(part, "w", libver=("v110", "v110")) as made:
@@ -327,7 +337,7 @@ def test_killed_before_the_journal_is_removed(tmp_path, sealed):
     feed.sequence += 1  # behind its end
     block = feed.block(POOL[feed.layout][:10].copy())
     with contextlib.closing(Journal(journal)) as other:
-        other.append([(blocks.pack(msgspec.structs.replace(block[0], sequence=1)), [])])
+        other.append([(blocks.pack(msgspec.structs.replace(block[0], sequence=1)), [block[1].view(np.uint8)])])
     assert recover(journal).path == file.path
     assert list(tmp_path.iterdir()) == [file.path]
     with contextlib.closing(Journal(journal)) as other:
@@ -441,23 +451,131 @@ def damage(path, sequence):
 
 
 def test_damaged_rows_are_named_or_cut(tmp_path):
-    """Between good blocks they stay and are named; at the end, as a power cut leaves them, they are cut."""
+    """Between good blocks they stay and are named; at the end they are cut, and kept in a copy of the part."""
     file, feed = fill(tmp_path, [16_000] * 5, journal=False)
     file.end(feed.end())
     part = killed(file)
     damage(part, 2)
     found = recover(part)
     assert (found.rows, found.condition) == (64_001, "INTERRUPTED")
-    assert found.reasons[1:] == ["rows 16001 to 32001 are not what block 2 held"]
+    assert found.damaged == ["rows 16001 to 32001 are not what block 2 held"] == found.reasons[1:]
     assert sum("expected CRC-32" in line for line in verify(found.path).findings) == 1
     found.path.unlink()
     file, feed = fill(tmp_path, [16_000] * 5, journal=False)
     part = killed(file)
     damage(part, 4)
+    before = part.read_bytes()
     found = recover(part)
     assert (found.rows, found.cut) == (48_001, BATCH_ROWS - 48_001)
+    kept = tmp_path / f"{NAME}.h5.part.damaged"
+    assert kept.read_bytes() == before
+    assert found.damaged == [
+        f"the part was not whole (kept as {kept.name})",
+        "rows 48001 to 64001, at the end, are not what block 4 held",
+    ]
     checked = verify(found.path)
     assert checked.findings == checked.open
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_chunk_that_cannot_be_read(tmp_path, monkeypatch, room):
+    """What is behind it in the journal is there, and what it held is kept; without room for that nothing is touched."""
+    file, feed = fill(tmp_path, [16_000] * 5)
+    part = killed(file)
+    with DataFile(part) as growing:
+        chunk = growing._packets.id.get_chunk_info(3)
+    with open(part, "r+b") as changed:
+        changed.seek(chunk.byte_offset + chunk.size // 2)
+        changed.write(b"\0" * 100)
+    before = part.read_bytes()
+    if not room:
+        monkeypatch.setattr("larpixdaq.files.recover.MIN_FREE", 1 << 62)
+        with pytest.raises(FileError, match="is damaged, and left as it is: a copy to be kept takes"):
+            recover(part)
+        assert part.read_bytes()[superblock.SIZE :] == before[superblock.SIZE :]
+        return
+    found = recover(part)
+    assert [found.rows, found.from_journal] == [48_001 + 16_000 + len(feed.rows[-1]), 2]
+    assert found.damaged[1:] == ["rows 48001 to 64001, at the end, are not what block 4 held"]
+    kept = tmp_path / f"{NAME}.h5.part.damaged"
+    assert kept.read_bytes()[superblock.SIZE :] == before[superblock.SIZE :]
+    with DataFile(found.path) as read:
+        assert read.table("run/missing")[["first", "next", "rows"]].tolist() == [(4, 5, 16_000)]
+        assert read.texts()["damaged"] == found.damaged
+
+
+def test_a_damaged_journal_costs_only_the_damaged_block(tmp_path, capsys):
+    """What follows the damage is stored, what is missing is counted, the journal is kept, and the status is 1."""
+    file, feed = fill(tmp_path, [10_000] * 3)
+    journal = killed(file).with_name(f"{NAME}.h5.journal")
+    whole = bytearray(journal.read_bytes())
+    whole[100_000] ^= 1
+    journal.write_bytes(whole)
+    assert positions(tmp_path) == [Position(*feed.source, feed.sequence)]
+    status, (line,) = answer(capsys, "recover", tmp_path)
+    assert (status, "recovered, 20006 rows, INTERRUPTED" in line, "DAMAGED: the journal" in line) == (1, True, True)
+    kept = tmp_path / f"{NAME}.h5.journal.damaged"
+    assert kept.read_bytes() == whole
+    assert endings(tmp_path) == ["h5", "h5.journal.damaged"]
+    with DataFile(tmp_path / f"{NAME}.h5") as read:
+        assert read.table("run/missing")[["first", "next", "rows"]].tolist() == [(1, 2, 10_000)]
+        (text,) = read.texts()["damaged"]
+        assert f"(kept as {kept.name})" in text
+        assert text in read.texts()["reason"]
+    assert answer(capsys, "recover", tmp_path) == (0, ["nothing to recover"])
+
+
+def test_what_holds_nothing_but_damage_is_kept(tmp_path):
+    """A journal whose only record is damaged, a part that lost its beginning: neither is said to be empty."""
+    file = RunFile(tmp_path, run_info())
+    file.add(*Feed().block(POOL[schema.LAYOUTS[1]][:50].copy()))
+    file.work(pressed=True)
+    part = killed(file)
+    for content in ("journal", "part"):
+        path = part if content == "part" else part.with_name(f"{NAME}.h5.journal")
+        damaged = b"\xff" * 20 + path.read_bytes()[20:]
+        path.write_bytes(damaged)
+        found = recover(part)
+        assert (found.rows, found.condition, len(found.damaged)) == (0, "INCOMPLETE", 1)
+        assert (tmp_path / f"{path.name}.damaged").read_bytes() == damaged
+        assert "condition INCOMPLETE" in verify(found.path).findings[0]
+        for path in tmp_path.iterdir():
+            path.unlink()
+        file, _ = fill(tmp_path, [16_384] * 5, journal=False)
+        part = killed(file)
+
+
+def test_a_part_without_its_information_is_left_alone(tmp_path):
+    """As a power cut may leave it: /run/info was never written, rows were."""
+    part = killed(fill(tmp_path, [16_384] * 5)[0])
+    superblock.repair(part)
+    with h5py.File(part, "r+") as file:
+        file["run/info"][:] = 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileError, match="/run/info is empty, expected what run its 65536 rows belong to"):
+        recover(part)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("ending", [names.PART, names.JOURNAL, names.FINISHED])
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_only_regular_files_are_recovered(tmp_path, ending, kind):
+    """A pipe would be waited for without end; behind a link may be another's file."""
+    (tmp_path / "data").mkdir()
+    part = killed(fill(tmp_path / "data", [10])[0])
+    path = part.with_name(NAME + ending)
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes() if path.exists() else b"other")
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(other)
+    before = other.read_bytes()
+    with pytest.raises(FileError):
+        recover(part)
+    assert other.read_bytes() == before
+    assert endings(part.parent) == sorted({"h5.part", "h5.journal", ending[1:]})
 
 
 def test_a_chunk_is_never_written_in_place(tmp_path, monkeypatch):

@@ -213,5 +213,5 @@ class Inbox:
             del self._pending[: 4 + length]
             try:
                 yield self._decoder.decode(body)
-            except (msgspec.DecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise ProtocolError(f"message of the child process: {error}") from None

@@ -34,7 +34,8 @@ def add_commands(commands: Any) -> None:
         "recover",
         help="finish files whose storage died",
         description="Finishes each part (….h5.part) whose storage died: everything that it had acknowledged is in a "
-        "finished file then. Parts that are being written are left alone. Exit status 1 when one cannot be recovered. "
+        "finished file then. Parts that are being written are left alone. What cannot be read whole is kept beside the "
+        "file, as NAME.damaged. Exit status 1 when anything could not be recovered. "
         "A storage does the same for its own parts when it starts.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a part, its journal, or a directory")
@@ -86,11 +87,12 @@ def recover(options: argparse.Namespace) -> int:
     ok = True
     outcomes: dict[str, Any] = {}
     for path, searched in _parts(options.paths).items():
-        facts: dict[str, Any] = {"ok": True, "file": None, "rows": 0, "condition": "", "reasons": []}
+        facts: dict[str, Any] = {"ok": True, "file": None, "rows": 0, "condition": "", "reasons": [], "damaged": []}
         try:
             found = file_recover.recover(path)
             facts |= {"file": found.path and str(found.path), "rows": found.rows}
             facts |= {"condition": found.condition, "reasons": found.reasons}
+            facts |= {"ok": not found.damaged, "damaged": found.damaged}
             text = found.text
         except FileLocked as error:  # in a directory, that is a storage at work
             facts["ok"], text = searched, f"skipped: {error}"

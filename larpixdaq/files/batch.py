@@ -40,6 +40,10 @@ class Batch:
     def resume(self, rows: int) -> None:
         """Go on behind so many of the file's rows, in the midst of a chunk perhaps; what follows them goes."""
         self.rows, self.base = rows, rows - rows % schema.CHUNK_ROWS
+        # Whole chunks are removed unread. To cut within a chunk HDF5 reads it, and these may be damaged.
+        whole = -(-rows // schema.CHUNK_ROWS) * schema.CHUNK_ROWS
+        if whole < self._packets.shape[0]:
+            self._packets.resize((whole,))
         if self.base < self._packets.shape[0]:
             self._left = self.base, int(self._packets.id.get_chunk_info_by_coord((self.base,)).size)
         self._now[: rows - self.base] = self._packets[self.base : rows].view(np.uint8).reshape(-1, self._size)

@@ -1,8 +1,10 @@
 """NAME.h5.journal: blocks (and ends) that were acknowledged before their chunk of the file was full.
 
 A record is `magic, header length, payload length, CRC-32` (16 bytes, little-endian), the frame as it stands in the
-stream (blocks.pack), and the rows as they are stored. The CRC covers the two lengths, header and payload. What follows
-the last whole record was being written when the writer died, and was never acknowledged.
+stream (blocks.pack), and the rows as they are stored. The CRC covers the two lengths, header and payload.
+
+A writer that is killed leaves the beginning of a record at the end: it was never acknowledged. Everything else that is
+no whole record is damage. Reading goes on at the next whole record, and a damaged journal is kept, not removed.
 
 The journal is locked (flock) for as long as its part is open, so that nobody else writes to, or recovers, that part.
 """
@@ -13,23 +15,31 @@ import contextlib
 import fcntl
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from larpixdaq import blocks, checksum
+from larpixdaq import blocks, checksum, schema
 from larpixdaq.errors import FileError, FileLocked, ProtocolError
+from larpixdaq.regular_file import open_regular, read_regular
 
 MAGIC: Final = b"LDJ1"
 _HEAD: Final = struct.Struct("<4sIII")
 _LENGTHS: Final = struct.Struct("<II")
 #: The kernel takes this many pieces a call (IOV_MAX is 1024 on Linux).
 _PIECES: Final = 1000
+#: Maximum bytes of a journal that is read. A writer's holds a batch of rows (some 6 MB) and the ends of its producers.
+_LARGEST: Final = 1 << 30
 
 
 class Record(NamedTuple):
     frame: blocks.Block | blocks.End
     rows: bytes  # of a block, as they are to be stored; empty for an end
+
+
+class Contents(NamedTuple):
+    records: list[Record]  # the whole ones, in order
+    damaged: list[tuple[int, int]]  # stretches of bytes (first, behind the last) that are no whole record
 
 
 class Journal:
@@ -42,6 +52,8 @@ class Journal:
         """
         self.path = path
         self.size = 0
+        #: The name under which close(remove=True) keeps the file; None: the file is removed.
+        self.aside: Path | None = None
         self._fsync = fsync
         self._recovery = recovery
         self._fd = _locked(path, recovery)
@@ -99,18 +111,23 @@ class Journal:
         if self._fd >= 0:
             if remove:
                 with contextlib.suppress(OSError):  # a disk that fails: there is nothing in it that is not elsewhere
-                    os.unlink(self.path)
+                    if self.aside is None:
+                        os.unlink(self.path)
+                    else:
+                        os.rename(self.path, self.aside)
             os.close(self._fd)
             self._fd = -1
 
 
 def _locked(path: Path, recovery: bool) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if recovery else os.O_EXCL)
+    flags = os.O_RDWR | os.O_CREAT | (0 if recovery else os.O_EXCL)
     # Between a writer's open and its lock a recovery may get in. It finds an empty journal, and removes that at once.
     lock = fcntl.LOCK_EX | (fcntl.LOCK_NB if recovery else 0)
     while True:
         try:
-            fd = os.open(path, flags, 0o644)
+            fd = open_regular(path, flags)
+        except FileError:
+            raise
         except OSError as error:
             raise FileError(f"cannot {'open' if recovery else 'create'} {path}: {error.strerror}") from None
         try:
@@ -124,39 +141,93 @@ def _locked(path: Path, recovery: bool) -> int:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
             raise FileError(f"cannot lock {path}: {error.strerror}") from None
-        if os.fstat(fd).st_nlink:
-            return fd
-        os.close(fd)  # whoever had the lock has removed it
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
+                return fd
+        os.close(fd)  # the process that had the lock has removed it, or given it another name
 
 
-def records(path: Path) -> Iterator[Record]:
-    """The whole records of a journal, one at a time; what is torn at its end is left out.
-
-    FileError when the file cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            while (record := _next(file, size)) is not None:
-                yield record
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
+def records(path: Path) -> list[Record]:
+    """The whole records of a journal. FileError when the file cannot be read."""
+    return read(path).records
 
 
-def _next(file: Any, size: int) -> Record | None:
-    head = file.read(_HEAD.size)
-    if len(head) < _HEAD.size:
-        return None
-    magic, header_length, payload_length, crc = _HEAD.unpack(head)
-    # Lengths from a torn record must not make us ask for gigabytes.
-    if magic != MAGIC or header_length + payload_length > size - file.tell():
-        return None
-    header, payload = file.read(header_length), file.read(payload_length)
+def read(path: Path) -> Contents:
+    """Read a journal: its whole records, and where it is damaged. FileError when the file cannot be read."""
+    data = read_regular(path, _LARGEST)
+    contents = Contents([], [])
+    at = 0
+    while at < len(data):
+        record, end = _record(data, at)
+        if record is not None:
+            contents.records.append(record)
+            at = end
+            continue
+        following = _next_record(data, at)
+        if following == len(data) and _is_torn(data[at:]):
+            break
+        contents.damaged.append((at, following))
+        at = following
+    return contents
+
+
+def _record(data: bytes, at: int) -> tuple[Record | None, int]:
+    """The whole record that begins at a byte, or None; and the byte behind it."""
+    if len(data) - at < _HEAD.size:
+        return None, at
+    magic, header_length, payload_length, crc = _HEAD.unpack_from(data, at)
+    header_end = at + _HEAD.size + header_length
+    end = header_end + payload_length
+    if magic != MAGIC or end > len(data):
+        return None, at
+    header = data[at + _HEAD.size : header_end]
+    frame = _frame(header)
+    if frame is None or _payload_length(frame) != payload_length:
+        return None, at
+    payload = data[header_end:end]
     lengths = _LENGTHS.pack(header_length, payload_length)
     if checksum.crc32(payload, checksum.crc32(header, checksum.crc32(lengths))) != crc:
-        return None
+        return None, at
+    return Record(frame, payload), end
+
+
+def _next_record(data: bytes, at: int) -> int:
+    """Where the next whole record behind a byte begins; the end of the data when there is none."""
+    while (at := data.find(MAGIC, at + 1)) >= 0:
+        if _record(data, at)[0] is not None:
+            return at
+    return len(data)
+
+
+def _is_torn(rest: bytes) -> bool:
+    """Whether the last bytes of a journal are the beginning of a longer record, which was never whole here."""
+    if len(rest) < _HEAD.size:
+        return rest[: len(MAGIC)] == MAGIC[: len(rest)]
+    magic, header_length, payload_length, crc = _HEAD.unpack_from(rest)
+    rest = rest[_HEAD.size :]
+    if magic != MAGIC or header_length > blocks.MAX_HEADER or header_length + payload_length <= len(rest):
+        return False
+    if header_length <= len(rest):
+        frame = _frame(rest[:header_length])
+        return frame is not None and _payload_length(frame) == payload_length
+    # Not even the header is whole, or its length is damaged: then all bytes may be here, and fit the CRC.
+    lengths = _LENGTHS.pack(max(0, len(rest) - payload_length), payload_length)
+    return checksum.crc32(rest, checksum.crc32(lengths)) != int(crc)
+
+
+def _frame(header: bytes) -> blocks.Block | blocks.End | None:
     try:
         frame = blocks.unpack_producer(header, "the journal")
     except ProtocolError:
         return None
-    return Record(frame, payload) if isinstance(frame, blocks.Block | blocks.End) else None
+    return frame if isinstance(frame, blocks.Block | blocks.End) else None
+
+
+def _payload_length(frame: blocks.Block | blocks.End) -> int:
+    """Bytes of rows behind a header; -1 when no header of ours says so."""
+    if isinstance(frame, blocks.End):
+        return 0
+    try:
+        return frame.rows * schema.layout(frame.layout).dtype.itemsize
+    except ValueError:
+        return -1

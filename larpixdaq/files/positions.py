@@ -57,11 +57,12 @@ def positions(
 
 def _journal(path: Path) -> dict[Source, int]:
     found: dict[Source, int] = {}
-    for record in journal.records(path):
+    contents = journal.read(path)
+    for record in contents.records:
         frame = record.frame
         value = frame.sequence + 1 if isinstance(frame, Block) else frame.next + 1
         found[frame.source] = max(value, found.get(frame.source, 0))
-    if not found and path.stat().st_size:
+    if not found and contents.damaged:
         raise FileError(f"{path}: holds no whole record")
     return found
 

@@ -5,6 +5,10 @@ and the file is closed like any other. Until it has its final name the journal s
 the order in which writers write: whoever is killed in a recovery leaves what a killed writer leaves, and it can be
 repeated.
 
+What cannot be read whole is never removed: a damaged journal keeps its bytes under the name NAME.h5.journal.damaged, a
+part that has to be cut at a damaged place is copied to NAME.h5.part.damaged before anything is changed, and the
+finished file says so in the text `damaged`.
+
 It reads every row once, which takes a while when there are hundreds of millions. Where the sources will stand then is
 known before (positions.py): prepare() does what is quick, so that a storage goes on at once and recovers meanwhile.
 """
@@ -12,24 +16,31 @@ known before (positions.py): prepare() does what is quick, so that a storage goe
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from larpixdaq import schema
 from larpixdaq.blocks import Block, End
 from larpixdaq.errors import FileError, ProtocolError, cause
-from larpixdaq.files import closing, layout, names, opening, resume, superblock
-from larpixdaq.files.journal import Journal, Record, records
+from larpixdaq.files import closing, journal, layout, names, opening, resume, superblock
+from larpixdaq.files.journal import Contents, Journal, Record
 from larpixdaq.files.opening import RunInfo
 from larpixdaq.files.positions import of_file
 from larpixdaq.files.reader import DataFile
 from larpixdaq.files.resume import State
 from larpixdaq.files.tables import Tables
 from larpixdaq.files.writer import RunFile
+from larpixdaq.regular_file import check_regular
+from larpixdaq.states import MIN_FREE
+
+#: Maximum stretches of a damaged journal that are named one by one.
+_STRETCHES: Final = 20
 
 
 class Recovered(NamedTuple):
@@ -43,6 +54,7 @@ class Recovered(NamedTuple):
     reasons: list[str]
     from_journal: int  # blocks and ends that only the journal had
     cut: int  # rows of no block
+    damaged: list[str]  # what could not be read whole, and where it is kept, in one line each
     closed_before: bool = False  # it only lacked its final name
 
     @property
@@ -51,11 +63,14 @@ class Recovered(NamedTuple):
         if self.path is None:
             return f"{self.part.name}: nothing had been stored in it, so it was removed"
         if self.closed_before:
-            return f"{self.path.name}: its writer had closed it, {self.rows} rows, {self.condition}"
-        return (
-            f"{self.path.name}: recovered, {self.rows} rows, {self.condition} ({self.from_journal} blocks from the"
-            f" journal, {self.cut} rows of no block cut)"
-        )
+            done = f"{self.path.name}: its writer had closed it, {self.rows} rows, {self.condition}"
+        else:
+            done = (
+                f"{self.path.name}: recovered, {self.rows} rows, {self.condition} ({self.from_journal} blocks from the"
+                f" journal, {self.cut} rows of no block cut)"
+            )
+        more = f"; and {len(self.damaged) - 1} more" if len(self.damaged) > 1 else ""
+        return f"{done}; DAMAGED: {self.damaged[0]}{more}" if self.damaged else done
 
 
 def recover(part: Path, give_up: Callable[[], bool] = lambda: False) -> Recovered:
@@ -65,8 +80,8 @@ def recover(part: Path, give_up: Callable[[], bool] = lambda: False) -> Recovere
     FileLocked, with nothing touched, when another process writes or recovers it. FileError in one line when it cannot
     be done; all that was there is there then, at most the superblock has been put right.
     """
-    with _taken(Path(part)) as (found, final, journal, name):
-        return _recover(found, final, journal, name, give_up)
+    with _taken(Path(part)) as taken:
+        return _recover(taken, give_up)
 
 
 def prepare(part: Path) -> Recovered | None:
@@ -75,72 +90,132 @@ def prepare(part: Path) -> Recovered | None:
     A part for which little is to be done is recovered here: the next part's number must not leave a gap where one was
     in which nothing had been stored. Errors as of recover().
     """
-    with _taken(Path(part)) as (found, final, journal, name):
-        if final.exists() or not _repair(found) or not (any(records(journal.path)) or of_file(found, name.run)):
-            return _recover(found, final, journal, name, lambda: False)
-        return None
+    with _taken(Path(part)) as taken:
+        ready = not taken.final.exists() and _repair(taken.part)
+        if ready and (taken.contents.records or of_file(taken.part, taken.name.run)):
+            return None
+        return _recover(taken, lambda: False)
+
+
+class _Taken(NamedTuple):
+    """A part that is locked for its recovery."""
+
+    part: Path
+    final: Path
+    name: names.Name
+    journal: Journal
+    contents: Contents  # of the journal
+
+    @property
+    def damage(self) -> list[str]:
+        """Where the journal is damaged, and what earlier attempts have kept aside, in one line each."""
+        damaged, kept = self.contents.damaged, self.journal.aside
+        lines = [f"the journal has no whole block in its bytes {first} to {stop}" for first, stop in damaged]
+        if len(lines) > _STRETCHES:
+            lines[_STRETCHES:] = [f"and in {len(lines) - _STRETCHES} more places"]
+        if kept is not None:
+            lines[0] += f" (kept as {kept.name})"
+        if (copy := _copy_of(self.part)).exists():
+            lines.append(f"the part was not whole (kept as {copy.name})")
+        return lines
 
 
 @contextlib.contextmanager
-def _taken(part: Path) -> Iterator[tuple[Path, Path, Journal, names.Name]]:
+def _taken(part: Path) -> Iterator[_Taken]:
     """The part, its final name, and its journal, which is locked meanwhile."""
     name = names.parse(part.name)
     if name is None or name.ending == names.FINISHED:
         raise FileError(f"{part}: not the name of a part (….h5.part) or of its journal")
     stem = part.name.removesuffix(name.ending)
     part, beside = part.with_name(stem + names.PART), part.with_name(stem + names.JOURNAL)
-    if not part.exists() and not beside.exists():
+    if not os.path.lexists(part) and not os.path.lexists(beside):
         raise FileError(f"{part}: there is no such file")
-    journal = Journal(beside, recovery=True)
+    check_regular(part)
+    locked = Journal(beside, recovery=True)
     try:
-        yield part, part.with_name(stem + names.FINISHED), journal, name
+        contents = journal.read(beside)
+        if contents.damaged:
+            locked.aside = names.aside(beside)
+        yield _Taken(part, part.with_name(stem + names.FINISHED), name, locked, contents)
     finally:
-        journal.close()
+        locked.close()
 
 
-def _recover(part: Path, final: Path, journal: Journal, name: names.Name, give_up: Callable[[], bool]) -> Recovered:
-    kept = list(records(journal.path))
+def _recover(taken: _Taken, give_up: Callable[[], bool]) -> Recovered:
+    part, final, name = taken.part, taken.final, taken.name
     if final.exists():
         if not part.exists() or part.samefile(final):  # killed behind the link, or behind the rename
-            return _clean_up(part, final, journal, kept, name.run)
-        if final.stat().st_size:
+            return _clean_up(taken)
+        if final.stat().st_size or not final.is_file():
             raise FileError(f"cannot recover {part}: {final.name} exists")
         final.unlink()  # where there are no hard links, the name was taken, and the rename did not come
+    if part.exists() and part.stat().st_size and superblock.read(part) is None:
+        part.rename(names.aside(part))  # no HDF5 file, and none that its writer had only begun
     state = resume.read(part, give_up) if _repair(part) else None
-    if not kept and (state is None or not state.accounts):
+    damage = taken.damage
+    if state is not None:
+        damage += state.lost + state.damaged
+    if not taken.contents.records and not damage and (state is None or not state.accounts):
         with contextlib.suppress(FileNotFoundError):
             part.unlink()
-        journal.close(remove=True)
-        return Recovered(part, None, name.run, 0, "", [], 0, 0)
+        taken.journal.close(remove=True)
+        return Recovered(part, None, name.run, 0, "", [], 0, 0, [])
     if state is None:
-        _begin(part, name, kept)
+        _begin(taken)
         state = resume.read(part)
         assert state is not None
     if state.info["run"] != name.run:
         raise FileError(f"cannot recover {part}: it holds run {state.info['run']}")
     if state.sealed:
         closing.publish(part, final)
-        return _closed(part, final, journal, name.run)
-    return _finish(part, journal, kept, state)
+        return _closed(taken, damage)
+    if state.lost and not _copy_of(part).exists():
+        _keep_copy(part)
+        damage = taken.damage + state.lost + state.damaged
+    return _finish(taken, state._replace(damaged=damage))
 
 
-def _clean_up(part: Path, final: Path, journal: Journal, kept: list[Record], run: int) -> Recovered:
+def _copy_of(part: Path) -> Path:
+    return part.with_name(part.name + names.DAMAGED)
+
+
+def _keep_copy(part: Path) -> None:
+    """Copy a part, whole or not at all, to the name that says that it is damaged."""
+    unfinished = part.with_name(part.name + ".copy")
+    try:
+        if (free := shutil.disk_usage(part.parent).free) < (size := part.stat().st_size) + MIN_FREE:
+            raise FileError(
+                f"{part}: is damaged, and left as it is: a copy to be kept takes {size} bytes, {free} are free"
+            )
+        unfinished.unlink(missing_ok=True)
+        shutil.copyfile(part, unfinished)
+        closing.sync(unfinished)
+        unfinished.rename(_copy_of(part))
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"{part}: is damaged, and left as it is: it cannot be copied: {error.strerror}") from None
+
+
+def _clean_up(taken: _Taken) -> Recovered:
     """The file has its final name: the part's name and the journal go, if the file has all that is in there."""
-    there = of_file(final, run)
-    for record in kept:
+    there = of_file(taken.final, taken.name.run)
+    for record in taken.contents.records:
         if _following(record.frame) > there.get(record.frame.source, 0):
-            raise FileError(f"cannot recover {journal.path}: it holds blocks that {final.name} does not")
+            raise FileError(f"cannot recover {taken.journal.path}: it holds blocks that {taken.final.name} does not")
     with contextlib.suppress(FileNotFoundError):
-        part.unlink()
-    return _closed(part, final, journal, run)
+        taken.part.unlink()
+    return _closed(taken, taken.damage)
 
 
-def _closed(part: Path, final: Path, journal: Journal, run: int) -> Recovered:
-    journal.close(remove=True)
-    with DataFile(final) as file:
-        info = file.run_info()
-        reasons = file.texts().get("reason", [])
-    return Recovered(part, final, run, info["rows"], info["condition"], reasons, 0, 0, closed_before=True)
+def _closed(taken: _Taken, damage: list[str]) -> Recovered:
+    taken.journal.close(remove=True)
+    with DataFile(taken.final) as file:
+        info, texts = file.run_info(), file.texts()
+    damage = list(dict.fromkeys(texts.get("damaged", []) + damage))
+    reasons = texts.get("reason", [])
+    where = taken.part, taken.final, taken.name.run
+    return Recovered(*where, info["rows"], info["condition"], reasons, 0, 0, damage, closed_before=True)
 
 
 def _repair(part: Path) -> bool:
@@ -153,13 +228,11 @@ def _repair(part: Path) -> bool:
     return True
 
 
-def _begin(part: Path, name: names.Name, kept: list[Record]) -> None:
+def _begin(taken: _Taken) -> None:
     """A fresh part for what is in the journal; what else is known of the run died with its writer."""
-    code = next((record.frame.layout for record in kept if isinstance(record.frame, Block)), 2)
-    try:
-        one = schema.layout(code)
-    except ValueError as error:
-        raise FileError(f"cannot recover {part}: {error}") from None
+    part, name = taken.part, taken.name
+    code = next((record.frame.layout for record in taken.contents.records if isinstance(record.frame, Block)), 2)
+    one = schema.layout(code)
     info = RunInfo(name.run, "", "", "", name.started_ns, one, "", name.storage)
     with contextlib.suppress(FileNotFoundError):
         part.unlink()
@@ -171,17 +244,19 @@ def _begin(part: Path, name: names.Name, kept: list[Record]) -> None:
         raise FileError(f"cannot write {part}: {cause(error)}") from None
 
 
-def _finish(part: Path, journal: Journal, kept: list[Record], state: State) -> Recovered:
-    file = RunFile.resume(part, journal, opening.told(state.info, state.texts), state)
+def _finish(taken: _Taken, state: State) -> Recovered:
+    part = taken.part
+    file = RunFile.resume(part, taken.journal, opening.told(state.info, state.texts), state)
     try:
-        added = _add(file, kept)
+        added = _add(file, taken.contents.records)
         told = f"{int(time.time())}: its writer died; {added} blocks from the journal, {state.cut} rows of no block cut"
         report = file.close(owed=state.owed, texts={"recovered": told})
     except (ProtocolError, ValueError) as error:
         raise FileError(f"cannot recover {part}: {error}") from None
     finally:
         file.abandon()
-    return Recovered(part, report.path, file.info.run, report.rows, report.condition, report.reasons, added, state.cut)
+    done = report.path, file.info.run, report.rows, report.condition, report.reasons
+    return Recovered(part, *done, added, state.cut, state.damaged)
 
 
 def _add(file: RunFile, kept: Iterable[Record]) -> int:

@@ -39,7 +39,8 @@ class State(NamedTuple):
     lengths: dict[str, int]  # of each table, the rows that belong to it
     missing: list[tuple[int, ...]]  # rows that /run/missing lacks
     owed: dict[Source, int]
-    damaged: list[str]  # rows or tables that are not what was written, in one line each
+    damaged: list[str]  # rows that are not what was written and stay where they are, in one line each
+    lost: list[str]  # what is cut although its writer had come to its end with it, in one line each
 
 
 def read(path: Path, give_up: Callable[[], bool] = lambda: False) -> State | None:
@@ -50,6 +51,8 @@ def read(path: Path, give_up: Callable[[], bool] = lambda: False) -> State | Non
             raise FileError(f"{path}: has no /run, so it is none of ours")
         info = file.run_info()
         if not info["opened_ns"]:
+            if found := file.rows or file.length("run/blocks"):
+                raise FileError(f"{path}: /run/info is empty, expected what run its {found} rows belong to")
             return None
         if file.layout is None or file.layout.code != info["layout"]:
             raise FileError(f"{path}: /run/info says layout {info['layout']}, the columns are {file.dtype}")
@@ -66,6 +69,7 @@ class _Reading:
         self._accounts: dict[Source, Account] = {}
         self._missing: list[tuple[int, ...]] = []
         self._damaged: list[str] = []
+        self._lost: list[str] = []
         self._doubtful: list[Any] = []  # blocks at the end whose rows are not what was written
         self._row = 0  # behind the last good block
         self._blocks = 0  # good ones, and what lies between them
@@ -77,6 +81,7 @@ class _Reading:
                 raise FileError(f"{self._file.path}: not recovered to its end: that begins anew at the next start")
             if not self._group(group):
                 break
+        self._cut_blocks()
         lengths = {"run/blocks": self._blocks, "run/ends": self._ends(), "messages": self._messages}
         lengths["ledger/counts"], owed = self._counts()
         for name in ("ledger/outside", "ledger/unknown", "ledger/verdicts"):
@@ -108,6 +113,7 @@ class _Reading:
             missing=[row for row in self._missing if row[:4] not in there],
             owed=owed,
             damaged=self._damaged,
+            lost=self._lost,
         )
 
     def _whose(self, row: Any) -> Source:
@@ -166,6 +172,17 @@ class _Reading:
             self._damaged.append(f"rows {block['first_row']} to {last} are not what block {block['sequence']} held")
         self._doubtful = []
 
+    def _cut_blocks(self) -> None:
+        """Name the blocks at the end that do not become part of the file. A writer that is killed leaves none."""
+        for block in self._doubtful:
+            last = int(block["first_row"]) + int(block["rows"])
+            self._lost.append(
+                f"rows {block['first_row']} to {last}, at the end, are not what block {block['sequence']} held"
+            )
+        rest = self._file.length("run/blocks") - self._blocks - len(self._doubtful)
+        if rest:
+            self._lost.append(f"the last {rest} rows of /run/blocks make no sense")
+
     def _take(self, block: Any) -> Account:
         account = self._account(block)
         sequence = int(block["sequence"])
@@ -184,14 +201,14 @@ class _Reading:
         jumps = {row[:4] for row in self._file.table("run/missing").tolist()}
         for number, row in enumerate(rows):
             if int(row["producer"]) >= len(self._producers):
-                return number
+                return self._cut_ends(number, len(rows))
             account, following = self._account(row), int(row["next"])
             whole = (
                 following == account.expected
                 or (account.index, int(row["epoch"]), account.expected, following) in jumps
             )
             if account.end is not None or not whole:
-                return number
+                return self._cut_ends(number, len(rows))
             if missing := account.skip(following, None):
                 self._missing.append(missing)
             account.end = blocks.End(
@@ -208,6 +225,10 @@ class _Reading:
                 verdicts=self._verdicts(row),
             )
         return len(rows)
+
+    def _cut_ends(self, kept: int, rows: int) -> int:
+        self._lost.append(f"the last {rows - kept} rows of /run/ends do not fit the blocks")
+        return kept
 
     def _verdicts(self, end: Any) -> list[blocks.Verdict]:
         return [

@@ -34,7 +34,7 @@ def take_up(directory: Path, storage: str, finisher: Finisher) -> list[int]:
             if found is None:
                 finisher.mend(path)
             else:
-                log.warning("%s", found.text)
+                log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
     for run in going_on:
         for _, _, ending, path in names.parts_of(directory, storage, run):
             if ending == names.FINISHED:

@@ -202,7 +202,7 @@ class Finisher:
                 log.log(logging.WARNING if self._ending else logging.ERROR, "%s", error)
                 self._broken[part] = str(error)
             return
-        log.warning("%s", found.text)
+        log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
         if found.path is not None:
             self._finish(found.path)
         del self._broken[part]
