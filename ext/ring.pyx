@@ -12,7 +12,9 @@ the arena's end is skipped. What must stay true, also when the process is killed
 All else in the header is for the living: a successor derives it from these (`_restore`).
 """
 cimport cython
+from cpython.exc cimport PyErr_SetFromErrno
 from libc.string cimport memcpy, memset
+from posix.mman cimport MAP_FAILED, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
 from wire cimport INFO_ROWS, N_COUNTS, uint8_t, uint16_t, uint32_t, uint64_t
 
 import numpy as np
@@ -118,6 +120,17 @@ SMALLEST = _SMALLEST
 BLOCK, INFO, END = 1, 2, 3
 
 assert sizeof(Descriptor) == 64
+
+
+def place(const uint8_t[::1] memory, int file):
+    """Map a file over `memory`, an mmap.mmap of the file's size: at the same address, shared, to be read and written.
+
+    Whoever has a view of the memory sees the file's content from then on. OSError when the file cannot be mapped.
+    """
+    if memory.shape[0] < 4096 or <size_t>&memory[0] % 4096:
+        raise ValueError(f"expected the memory of an mmap.mmap, found {memory.shape[0]} bytes that are none")
+    if mmap(<void*>&memory[0], memory.shape[0], PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == MAP_FAILED:
+        PyErr_SetFromErrno(OSError)
 
 
 cdef uint64_t _aligned(uint64_t position) noexcept nogil:
@@ -293,16 +306,30 @@ cdef class Ring:
             return False
         return self.header.head == self.now.first or self.descriptors[(self.header.head - 1) % DESCRIPTORS].kind != END
 
+    cdef uint64_t _behind(self) noexcept:
+        """The position behind all blocks, the open one with all its room."""
+        if self.header.open_capacity:
+            return self.header.open_start + self.header.open_capacity * self.now.row_size + HEADER_ROOM
+        return self.header.head_position
+
+    def used(self):
+        """(offset in the memory, bytes) of the header and of what holds blocks, the open one too."""
+        cdef uint64_t size = self.header.arena_size
+        cdef uint64_t first = self.header.tail_position % size
+        cdef uint64_t length = min(self._behind() - self.header.tail_position, size)
+        cdef uint64_t straight = min(length, size - first)
+        found = [(0, _OVERHEAD), (_OVERHEAD + first, straight), (_OVERHEAD, length - straight)]
+        return [piece for piece in found if piece[1]]
+
     def unused(self):
         """(offset in the memory, bytes) of what holds no block."""
         cdef uint64_t size = self.header.arena_size
         cdef uint64_t first = self.header.tail_position % size
-        cdef uint64_t behind = self.header.head_position % size
-        if self.header.head_position == self.header.tail_position:
-            return [(_OVERHEAD, size)]
-        if behind <= first:
-            return [(_OVERHEAD + behind, first - behind)]
-        return [(_OVERHEAD, first), (_OVERHEAD + behind, size - behind)]
+        cdef uint64_t length = min(self._behind() - self.header.tail_position, size)
+        cdef uint64_t straight = min(length, size - first)
+        found = [(_OVERHEAD + first + straight, size - first - straight),
+                 (_OVERHEAD + length - straight, first - (length - straight))]
+        return [piece for piece in found if piece[1]]
 
     def runs(self):
         """(run, first descriptor, layout, bytes of a row, unix ns of its beginning, io_groups, required storages, first

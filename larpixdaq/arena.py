@@ -1,4 +1,8 @@
-"""The file that a producer's ring lives in: made, reserved, locked, taken over, unlinked."""
+"""The file that a producer's ring lives in: made, reserved, locked, taken over, made anew, removed.
+
+The ring's memory is mapped over a reserved range of addresses, so that another file can take its place under a running
+producer: a file whose name was removed cannot get a name again (linkat() fails with ENOENT once no link is left).
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,19 @@ import hashlib
 import mmap
 import os
 import re
-import stat
 import time
 from pathlib import Path
 
-from larpixdaq._native.ring import SMALLEST, Reader, Ring
-from larpixdaq.errors import RingError
+from larpixdaq._native.ring import SMALLEST, Reader, Ring, place
+from larpixdaq.errors import FileError, RingError
+from larpixdaq.file_locks import has_no_locks, no_locks, try_lock
+from larpixdaq.private_files import ASIDE, in_place, keep_aside, open_private, remove
 
 DEFAULT_DIRECTORY = Path("/dev/shm")
 #: A file without its first bytes is being made; after so long (seconds) its maker must have died.
 TORN = 10.0
+#: Bytes at a ring's beginning that its maker fills before the first 8 of them.
+_BEGUN = 120
 
 
 def key(state_dir: Path, producer: str) -> str:
@@ -45,23 +52,39 @@ def arenas(directory: Path, state_dir: Path, producer: str) -> dict[int, Path]:
     return {int(match[1], 16): directory / name for name in names if (match := pattern.fullmatch(name))}
 
 
-def take(file: int, path: Path) -> bool:
+def kept_aside(directory: Path, prefix: str) -> list[Path]:
+    """Files that were kept aside there because they could not be read whole, of names that begin with `prefix`."""
+    pattern = re.compile(re.escape(prefix) + r"-[0-9a-f]{16}.*" + re.escape(ASIDE) + r"(-\d+)?")
+    try:
+        return [directory / name for name in sorted(os.listdir(directory)) if pattern.fullmatch(name)]
+    except OSError:
+        return []
+
+
+def take(file: int, path: Path, begun: int = 0) -> bool:
     """Lock a file that a dead producer has left; False when it is somebody's, or gone, or not made to its end.
 
-    What was only begun holds nothing: it is removed when it has been so for TORN seconds.
+    What was only begun holds nothing but zeros behind `begun` bytes: it is removed when it has been so for TORN
+    seconds. ValueError when it lacks its first bytes and holds something all the same.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    found = os.fstat(file)
-    if not found.st_nlink:
+    if not try_lock(file) or not in_place(file, path):
         return False
     if os.pread(file, 8, 0).strip(b"\0"):
         return True
-    if time.time() - found.st_mtime > TORN:
-        path.unlink(missing_ok=True)
+    if time.time() - os.fstat(file).st_mtime > TORN:
+        if not _zeros(file, begun):
+            raise ValueError("its first bytes are missing")
+        remove(file, path)
     return False
+
+
+def _zeros(file: int, at: int) -> bool:
+    """Whether the file holds zeros alone from there on."""
+    while piece := os.pread(file, 1 << 20, at):
+        if piece.strip(b"\0"):
+            return False
+        at += len(piece)
+    return True
 
 
 def reader(path: Path, producer: str, epoch: int) -> Reader:
@@ -69,31 +92,43 @@ def reader(path: Path, producer: str, epoch: int) -> Reader:
 
     RingError when it is not there, or not that: a consumer elsewhere, or of another user, gets the rows sent.
     """
+    file = -1
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        raise RingError(f"{path}: {error}") from None
-    try:
-        found = os.fstat(file)
         # Another user's file might be cut short under our eyes, and reading it would then end this process.
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-            raise RingError(f"{path}: no regular file of this user")
+        file = open_private(path, os.O_RDONLY)
         return Reader(mmap.mmap(file, 0, prot=mmap.PROT_READ), producer=producer, epoch=epoch)
+    except FileError as error:
+        raise RingError(str(error)) from None
     except (OSError, ValueError) as error:
         raise RingError(f"{path}: {error}") from None
     finally:
-        os.close(file)
+        if file >= 0:
+            os.close(file)
+
+
+def _mapped(file: int, size: int) -> mmap.mmap:
+    """The file's memory, in which another file can take its place."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    place(memory, file)
+    return memory
 
 
 class Arena:
     """A ring in a file of its own, locked by us for as long as we live. Made by make() or, a dead producer's, adopt().
 
-    `close()` unlinks it, `leave()` does not: whoever comes next under this name delivers what is in it.
+    `close()` unlinks it, `leave()` does not: whoever comes next under this name delivers what is in it. `damaged`: not
+    all of it could be read, so that close() keeps it aside.
     """
 
-    def __init__(self, path: Path, file: int, memory: mmap.mmap, ring: Ring) -> None:
+    def __init__(self, path: Path, file: int, memory: mmap.mmap, ring: Ring, *, grows: bool) -> None:
+        """`grows`: blocks are made in it still."""
         self.path = path
         self.ring = ring
+        self.grows = grows
+        self.damaged = False
+        #: Why the file that somebody has removed has no successor yet; empty when all is well.
+        self.nameless = ""
+        self.moving = False  # a new file is being reserved
         self._file = file
         self._memory = memory
 
@@ -108,46 +143,50 @@ class Arena:
             raise RingError(f"--ring: expected at least {SMALLEST} bytes, found {size}")
         path = directory / arena_name(state_dir, producer, epoch)
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            file = _new(path)
+        except FileError as error:
+            raise RingError(str(error)) from None
         except OSError as error:
             raise RingError(f"--ring-dir {directory}: cannot make the ring's file: {error.strerror}") from None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # a predecessor that looks for arenas holds it for a moment at most
             os.posix_fallocate(file, 0, size)
-            memory = mmap.mmap(file, size)
+            memory = _mapped(file, size)
         except OSError as error:
             free = os.statvfs(directory)
-            path.unlink(missing_ok=True)
+            remove(file, path)
             os.close(file)
             raise RingError(
                 f"the ring does not fit: {size} bytes asked for, {free.f_bavail * free.f_frsize} free in {directory} "
                 f"({error.strerror}); make it smaller with --ring or put it elsewhere with --ring-dir"
             ) from None
-        return cls(path, file, memory, Ring(memory, producer=producer, epoch=epoch, made_ns=time.time_ns()))
+        ring = Ring(memory, producer=producer, epoch=epoch, made_ns=time.time_ns())
+        return cls(path, file, memory, ring, grows=True)
 
     @classmethod
     def adopt(cls, path: Path, producer: str, epoch: int) -> Arena | None:
         """The arena that a dead producer left; None while somebody holds it, or has only begun to make it.
 
-        RingError, in one line, when it cannot be used.
+        RingError, in one line, when what it holds cannot be used; FileError when it cannot be opened, or is not ours.
         """
         try:
-            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            file = open_private(path, os.O_RDWR)
         except FileNotFoundError:
             return None  # its producer, or another successor, was done with it
-        except OSError as error:
-            raise RingError(f"{path}: {error.strerror}") from None
         try:
-            if not take(file, path):
+            if not take(file, path, _BEGUN):
                 os.close(file)
                 return None
-            memory = mmap.mmap(file, 0)
+            size = os.fstat(file).st_size
+            if size < SMALLEST:
+                raise ValueError(f"ring: expected at least {SMALLEST} bytes, found {size}")
+            memory = _mapped(file, size)
             ring = Ring(memory, producer=producer, epoch=epoch, attach=True)
         except (OSError, ValueError) as error:
-            fcntl.flock(file, fcntl.LOCK_UN)
             os.close(file)
-            raise RingError(f"{path}: {error}") from None
-        return cls(path, file, memory, ring)
+            if isinstance(error, OSError):
+                raise FileError(f"{path}: {error.strerror}") from None
+            raise RingError(str(error)) from None
+        return cls(path, file, memory, ring, grows=False)
 
     def __enter__(self) -> Arena:
         return self
@@ -164,18 +203,77 @@ class Arena:
                 with contextlib.suppress(OSError):
                     self._memory.madvise(mmap.MADV_REMOVE, first, last - first)
 
+    @property
+    def held(self) -> bool:
+        """Neither closed nor left yet."""
+        return self._file >= 0
+
+    # a file whose name somebody has removed
+
+    def in_place(self) -> bool:
+        """Whether a successor would find the file under its name."""
+        return in_place(self._file, self.path)
+
+    def reserve(self, path: Path | None = None) -> int:
+        """A new, locked file for move_to(), by default under the name of the one that lost it. OSError when it cannot
+        be made. It takes 0.3 s for 512 MiB, and may be done in another thread."""
+        path = path or self.path
+        file = _new(path)
+        try:
+            os.ftruncate(file, len(self._memory))
+            for start, size in [(0, len(self._memory))] if self.grows else self.ring.used():
+                os.posix_fallocate(file, start, size)
+        except OSError:
+            remove(file, path)
+            os.close(file)
+            raise
+        return file
+
+    def move_to(self, file: int, path: Path | None = None) -> None:
+        """Go on in a file from reserve(), which then has all that this one has. Nobody may write to the ring meanwhile.
+        OSError, with nothing changed, when the file cannot be mapped."""
+        path = path or self.path
+        try:
+            with mmap.mmap(file, len(self._memory)) as new:
+                for start, size in self.ring.used():
+                    new[start : start + size] = memoryview(self._memory)[start : start + size]
+            place(self._memory, file)
+        except OSError:
+            remove(file, path)
+            os.close(file)
+            raise
+        os.close(self._file)
+        self._file, self.path = file, path
+
     def close(self) -> None:
         """Unlink and unlock. The memory itself goes when nobody reads from it any more."""
         if self._file >= 0:
-            self.path.unlink(missing_ok=True)
+            if not self.damaged:
+                remove(self._file, self.path)
+            elif self.in_place():
+                keep_aside(self.path, "not all of it could be read")
             self.leave()
 
     def leave(self) -> None:
         """Unlock only."""
         if self._file >= 0:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # the memory map has a descriptor of its own, of the same lock
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # a process that was forked off has this descriptor too
             os.close(self._file)
             self._file = -1
+
+
+def _new(path: Path) -> int:
+    """A new file, locked. OSError when it cannot be made; FileError where there are no locks."""
+    file = open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        try_lock(file, wait=True)  # a predecessor that looks for arenas holds it for a moment at most
+    except OSError as error:
+        remove(file, path)
+        os.close(file)
+        if has_no_locks(error):
+            raise no_locks(path.parent, error, "--ring-dir") from None
+        raise
+    return file
 
 
 _UNITS = {"b": 1, "kb": 1000, "kib": 1 << 10, "mb": 10**6, "mib": 1 << 20, "gb": 10**9, "gib": 1 << 30}

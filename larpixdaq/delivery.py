@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import stat
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import zmq
 from larpixdaq.arena import DEFAULT_DIRECTORY, Arena, key, parse_duration, parse_size
 from larpixdaq.blocks import End
 from larpixdaq.errors import FileError
+from larpixdaq.file_locks import has_no_locks, no_locks, try_lock
 from larpixdaq.spool import Directory, Spool
 from larpixdaq.stream import Publisher
 from larpixdaq.stream.store import Store
@@ -24,6 +28,8 @@ log = logging.getLogger(__name__)
 
 #: What others of this name have left is looked for so often (seconds).
 LOOK = 5.0
+#: Seconds between two looks whether the files of ring and spool still have their names.
+NAMES = 0.5
 #: A producer that is told to end goes on delivering for so long (seconds).
 DELIVER_LIMIT = 2.0
 #: The spool's disk gets so long to do what it was given (seconds).
@@ -51,6 +57,10 @@ class Delivery:
         self._ends: dict[int, dict[int, End]] = {}  # run -> epoch -> END of a predecessor
         self._looking = False
         self._look_at = time.monotonic() + LOOK
+        self._names_at = 0.0
+        self._made_anew = 0  # rings whose file somebody had removed
+        #: Why something that is owed could not be kept by close(); empty when all was.
+        self.failure = ""
         self._closed = False
         self._inherited: list[Store] = []
         self._news: list[str] = []
@@ -82,6 +92,9 @@ class Delivery:
         self.worker.turn()
         self.publisher.work()
         self.ring.alive(time.time_ns())
+        if time.monotonic() >= self._names_at:
+            self._names_at = time.monotonic() + NAMES
+            self._keep_names()
         if not self._looking and time.monotonic() >= self._look_at:
             self._looking = True
             self.worker.submit(lambda: self._predecessors.look(self._known), self._found)
@@ -91,6 +104,69 @@ class Delivery:
         self._look_at = time.monotonic() + LOOK
         if not isinstance(left, OSError):
             self._take(left)
+
+    @property
+    def _stores(self) -> list[Store]:
+        return [*self._inherited, self.own]
+
+    @property
+    def _arenas(self) -> list[Arena]:
+        arenas = [*(store.arena for store in self._inherited if store.arena is not None), self.arena]
+        return [arena for arena in arenas if arena.held]
+
+    def _keep_names(self) -> None:
+        """Rings and spool files whose names somebody has removed get new files, because a successor could not find what
+        they hold. `rm` removes names, and logind when the user's last session ends (RemoveIPC)."""
+        for arena in self._arenas:
+            if not arena.in_place() and not arena.moving:
+                arena.moving = True
+                self.worker.submit(arena.reserve, partial(self._move, arena))
+        for store in self._stores:
+            if store.spool is not None:
+                store.spool.keep_names()
+
+    def _move(self, arena: Arena, file: int | OSError) -> None:
+        """The new file of a ring is there, or could not be made."""
+        arena.moving = False
+        try:
+            if isinstance(file, OSError):
+                raise file
+            if not arena.held:
+                os.close(file)
+                return
+            arena.move_to(file)
+        except OSError as error:
+            if arena.nameless != (text := error.strerror or str(error)):
+                arena.nameless = text
+                log.error(
+                    "%s: somebody has removed the ring's file, and there is no new one yet: %s; what the ring holds "
+                    "would be lost if this process were killed; tried again every %g s", arena.path, text, NAMES,
+                )  # fmt: skip
+            return
+        arena.nameless = ""
+        self._made_anew += 1
+        if arena is self.arena and self.publisher is not None:
+            self.publisher.ring_moved()
+        log.warning("%s: somebody has removed the ring's file: it was made anew, nothing is lost", arena.path)
+
+    def _save_names(self) -> None:
+        """The last chance for what has no name: the ring's own directory, then that of the spool."""
+        self.arena.grows = False
+        self._keep_names()
+        self.worker.settle(SPOOL_LIMIT)
+        for arena in self._arenas:
+            if not arena.in_place():
+                path = self.spool.path / arena.path.name
+                try:
+                    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    arena.move_to(arena.reserve(path), path)
+                    log.warning("the ring's file was removed: what it holds is kept in %s", path)
+                except OSError as error:
+                    text = error.strerror or str(error)
+                    self.failure = f"{arena.path} was removed, and what it holds could not be kept in {path}: {text}"
+        for store in self._stores:
+            if store.spool is not None and store.spool.nameless:
+                self.failure = f"a file of the spool was removed, and could not be written anew: {store.spool.nameless}"
 
     def _take(self, left: list[Left]) -> None:
         for epoch, arena, files, ends in left:
@@ -127,13 +203,15 @@ class Delivery:
             publisher.socket.poll(20)
             self.worker.turn()
             publisher.work()
+        self.worker.settle(SPOOL_LIMIT)
         owed = publisher.owed() if publisher is not None else 0
-        if owed and not leave:
+        if owed or leave:
+            self._save_names()
+        if owed and not leave and not self.failure:
             log.error(
                 "%s ends; %d blocks are not stored yet: they are kept, the next start under this name delivers them",
                 self.name, owed,
             )  # fmt: skip
-        self.worker.settle(SPOOL_LIMIT)
         if leave or self.own.owed():
             self.arena.leave()
         else:
@@ -152,6 +230,10 @@ class Delivery:
             "inherited": self.publisher.inherited(),
             "spooled_blocks": sum(store.spooled() for store in stores),
             "spooled_bytes": self.spool.bytes,
+            "nameless": [f"{arena.path}: {arena.nameless}" for arena in self._arenas if arena.nameless]
+            + [store.spool.nameless for store in self._stores if store.spool is not None and store.spool.nameless],
+            "made_anew": self._made_anew,
+            "kept_aside": [str(path) for path in self._predecessors.aside],
             "forgotten": sorted(self.publisher.forgotten),
             "subscribers": sorted(s.name for s in self.publisher.subscribers.values()),
         }
@@ -164,6 +246,16 @@ def _usable(path: Path) -> None:
         raise FileError(f"--spool-dir {path}: {error.strerror}") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise FileError(f"--spool-dir {path}: not writable")
+    mode = path.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise FileError(f"--spool-dir {path}: every user may remove files there (mode {stat.S_IMODE(mode):o})")
+    with tempfile.TemporaryFile(dir=path) as probe:
+        try:
+            try_lock(probe.fileno())
+        except OSError as error:
+            if has_no_locks(error):
+                raise no_locks(path, error, "--spool-dir") from None
+            raise FileError(f"--spool-dir {path}: {error.strerror}") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

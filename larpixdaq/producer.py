@@ -27,7 +27,7 @@ from larpixdaq.chips.witness import Witness
 from larpixdaq.configurations import Configurations
 from larpixdaq.delivery import Delivery
 from larpixdaq.delivery import add_arguments as add_delivery_arguments
-from larpixdaq.errors import ConfigError, RequestError, StateError
+from larpixdaq.errors import ConfigError, RequestError, RingError, StateError
 from larpixdaq.node import Call, Node
 from larpixdaq.readout import FULL_AGAIN, Readout
 from larpixdaq.recorder import Recorder
@@ -379,6 +379,8 @@ def main(argv: list[str] | None = None) -> int:
             producer = Producer(options, boards, delivery)
             stack.callback(producer.close)
             producer.run(stack.enter_context(config.Signals()))
+        if delivery.failure:
+            raise RingError(delivery.failure)
 
     return config.run_main(work)
 

@@ -99,6 +99,8 @@ class Spool:
         self.head = self.files[-1].next if self.files else 0
         self.writing = False
         self.lost: set[int] = set()
+        #: Why a file that somebody has removed could not be written anew; empty when all is well.
+        self.nameless = ""
         self._number = 0
         self._reading: int | None = None
         self._tries = 0
@@ -106,6 +108,7 @@ class Spool:
         self._ready: dict[int, Record] = {}  # read ahead
         self._ready_bytes = 0
         self._again = 0.0
+        self._naming = False
         directory.bytes += sum(file.size for file in self.files)
 
     @property
@@ -175,11 +178,13 @@ class Spool:
                 self._again = time.monotonic() + AGAIN
                 self._tries += 1
                 if self._tries >= TRIES:
+                    file.damaged = True
                     self._keep(first, self._lose(first, f"cannot be read: {found.strerror}"))
                     self._again = 0.0
                 return
             self._tries = 0
             for index, record in enumerate(found, first):
+                file.damaged |= record is LOST
                 self._keep(index, self._lose(index, "is damaged") if record is LOST else record)
 
         self.directory.worker.submit(lambda: file.read(first, stop, BATCH_BYTES), done)
@@ -201,6 +206,23 @@ class Spool:
             self.lost.add(index)
             log.error("the spool in %s: block %d %s: it is missing", self.directory.path, index, why)
         return LOST
+
+    def keep_names(self) -> None:
+        """Write the files anew whose names somebody has removed: a successor would not find them."""
+        if self.files and not self._naming:
+            self._naming = True
+            files = tuple(self.files)
+            self.directory.worker.submit(lambda: [file.path for file in files if file.keep_name()], self._named)
+
+    def _named(self, found: list[Path] | OSError) -> None:
+        self._naming = False
+        if isinstance(found, OSError):
+            self.nameless = f"{self.directory.path}: {found.strerror or found}"
+            self.directory.refused(found)
+            return
+        self.nameless = ""
+        for path in found:
+            log.warning("%s: somebody has removed this file of the spool: it was written anew", path)
 
     def free_to(self, index: int) -> None:
         """No block below `index` is needed any more."""

@@ -6,7 +6,6 @@ Whole records are good whatever happened to others: each has its index and a CRC
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import struct
 from array import array
@@ -18,6 +17,8 @@ import msgspec
 
 from larpixdaq.arena import take
 from larpixdaq.checksum import crc32
+from larpixdaq.file_locks import try_lock
+from larpixdaq.private_files import in_place, keep_aside, open_private, remove
 
 _MAGIC: Final = b"LPXSPOL\x01"
 _START: Final = struct.Struct("<8sII")  # magic, length and CRC-32 of the header
@@ -50,13 +51,18 @@ LOST: Final = Record(b"", b"")
 
 
 class File:
-    """One file of the spool. `offsets` of its records; 0: one that is damaged. Used by the thread but for these."""
+    """One file of the spool. `offsets` of its records; 0: one that is damaged. Used by the thread but for these.
+
+    `damaged`: not all of it could be read, so that remove() keeps it aside. `torn`: its last record is cut short, as
+    when its writer was killed; the ring has that block still.
+    """
 
     def __init__(self, path: Path, header: Header, fd: int = -1) -> None:
         self.path = path
         self.header = header
         self.offsets: array[int] = array("Q")
         self.size = 0
+        self.damaged = self.torn = False
         self._fd = fd
 
     @property
@@ -69,8 +75,7 @@ class File:
         pieces: list[Any] = []
         end = self.size
         if self._fd < 0:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            self._fd = _new(self.path)
             packed = msgspec.msgpack.encode(self.header)
             pieces = [_START.pack(_MAGIC, len(packed), crc32(packed)) + packed]
             end = len(pieces[0])
@@ -124,11 +129,30 @@ class File:
                     return Record(bytes(data[:header]), data[header:])
         return LOST
 
+    def keep_name(self) -> bool:
+        """Write the file anew when somebody has removed its name; whether that was so. OSError when it cannot be."""
+        if self._fd < 0 or in_place(self._fd, self.path):
+            return False
+        file = _new(self.path)
+        try:
+            size, done = os.fstat(self._fd).st_size, 0
+            while done < size and (n := os.sendfile(file, self._fd, done, size - done)):
+                done += n
+        except OSError:
+            remove(file, self.path)
+            os.close(file)
+            raise
+        os.close(self._fd)
+        self._fd = file
+        return True
+
     def remove(self) -> None:
         if self._fd >= 0:
-            self.path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = -1
+            if not self.damaged:
+                remove(self._fd, self.path)
+            elif in_place(self._fd, self.path):
+                keep_aside(self.path, "not all of it could be read")
+            self.leave()
 
     def leave(self) -> None:
         """Unlock: whoever comes next under this name delivers what is in it."""
@@ -138,9 +162,12 @@ class File:
 
     @classmethod
     def adopt(cls, path: Path, producer: str, epoch: int) -> File | None:
-        """What a dead producer left; None when it is somebody's or holds nothing. ValueError: it is none of ours."""
+        """What a dead producer left; None when it is somebody's or holds nothing.
+
+        ValueError when it holds nothing of this producer; FileError when it cannot be opened, or is another user's.
+        """
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fd = open_private(path, os.O_RDWR)
         except FileNotFoundError:
             return None
         try:
@@ -158,7 +185,7 @@ class File:
 
     def _index(self, data: bytes) -> None:
         """Find the records; one whose lengths are damaged ends where the next good one begins."""
-        at = _START.size + _START.unpack_from(data)[1]
+        at = behind = _START.size + _START.unpack_from(data)[1]
         self.size = len(data)
         while (at := data.find(_RECORD_MAGIC, at)) >= 0 and at + _RECORD.size <= len(data):
             _, header, payload, _, index = _RECORD.unpack_from(data, at)
@@ -167,9 +194,33 @@ class File:
             if not expected and not (self.next < index < self.next + (1 << 20) and self._record(index, at) is not LOST):
                 at += 1
                 continue
+            self.damaged |= at != behind
             self.offsets.extend([0] * (index - self.next))
             self.offsets.append(at)
-            at = end
+            at = behind = end
+        if behind != len(data):
+            self.torn = self._is_torn(data[behind : behind + _RECORD.size], len(data) - behind)
+            self.damaged |= not self.torn
+
+    def _is_torn(self, head: bytes, size: int) -> bool:
+        """Whether these `size` bytes at the file's end can be the beginning of the next record."""
+        if len(head) < _RECORD.size:
+            return _RECORD_MAGIC.startswith(head[:4])
+        magic, header, payload, _, index = _RECORD.unpack(head)
+        return (magic, index) == (_RECORD_MAGIC, self.next) and size < _RECORD.size + header + payload
+
+
+def _new(path: Path) -> int:
+    """A new file, locked; its directory is made anew if need be. OSError when there can be none."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        try_lock(file, wait=True)
+    except OSError:
+        remove(file, path)
+        os.close(file)
+        raise
+    return file
 
 
 def _header(data: bytes, producer: str, epoch: int) -> Header:

@@ -7,16 +7,17 @@ exactly the rows that it had published: what it had decoded since then is neithe
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from larpixdaq import schema
 from larpixdaq._native.ring import END
-from larpixdaq.arena import Arena, arenas
+from larpixdaq.arena import Arena, arenas, kept_aside
 from larpixdaq.blocks import Block, End, Verdict, unpack_producer
-from larpixdaq.errors import ProtocolError, RingError
+from larpixdaq.checksum import crc32
+from larpixdaq.errors import FileError, ProtocolError, RingError
+from larpixdaq.private_files import keep_aside
 from larpixdaq.recorder import Recorder
 from larpixdaq.spool import Directory
 from larpixdaq.spool_file import File
@@ -45,16 +46,23 @@ class Predecessors:
         self._ring_dir = ring_dir
         self._spool = spool
         self._listening_ns = listening_ns
+        #: Files that were kept aside because they could not be read whole, as of the last look.
+        self.aside: list[Path] = []
+        self._refused: dict[Path, str] = {}
 
     def look(self, known: Collection[int]) -> list[Left]:
         """Take over what there is of other epochs than these, and lock it. May hang with the spool's disk."""
-        rings = arenas(self._ring_dir, self._state_dir, self._producer)
+        # Beside the spool stands the ring of a producer that found no room for it in its own directory at its end.
+        rings = arenas(self._spool.path, self._state_dir, self._producer)
+        rings |= arenas(self._ring_dir, self._state_dir, self._producer)
         spooled = self._spool.files()
         found = []
         for epoch in sorted((rings.keys() | spooled.keys()) - set(known)):
             left = self._take(epoch, rings.get(epoch), spooled.get(epoch, []))
             if left is not None:
                 found.append(left)
+        directories = {self._ring_dir, self._spool.path}
+        self.aside = [path for directory in directories for path in kept_aside(directory, self._spool.prefix)]
         return found
 
     def _take(self, epoch: int, ring: Path | None, paths: list[Path]) -> Left | None:
@@ -65,11 +73,13 @@ class Predecessors:
                 if arena is None:
                     return None  # it lives
                 self._check(arena)
+            except FileError as error:
+                self._refuse(ring, error)
             except RingError as error:
                 if arena is not None:
                     arena.leave()
                 arena = None
-                _set_aside(ring, error)
+                keep_aside(ring, f"cannot be taken over: {error}")
         ends: dict[int, End] = {}
         if arena is not None:
             self._finish(arena)
@@ -79,27 +89,42 @@ class Predecessors:
         for path in paths:
             try:
                 file = File.adopt(path, self._producer, epoch)
-            except (OSError, ValueError) as error:
-                _set_aside(path, error)
+            except OSError as error:
+                self._refuse(path, error)
+                continue
+            except ValueError as error:
+                keep_aside(path, f"cannot be taken over: {error}")
                 continue
             if file is not None:
+                # What was being written to the spool when the producer died is in its ring still, unless that is gone.
+                file.damaged |= file.torn and (arena is None or arena.ring.tail > file.next)
                 files.append(file)
         return Left(epoch, arena, files, ends) if arena is not None or files else None
 
+    def _refuse(self, path: Path, error: OSError) -> None:
+        """A file that cannot be opened now, or is another user's, is left alone: it is looked at again. Logged once."""
+        text = str(error) if isinstance(error, FileError) else f"{path}: {error.strerror}"
+        if self._refused.get(path) != text:
+            self._refused[path] = text
+            log.error("not taken over: %s", text)
+
     def _check(self, arena: Arena) -> None:
-        """RingError when a header does not fit its descriptor."""
+        """RingError when a header does not fit its descriptor; rows that are not those that were sent are damage."""
         ring = arena.ring
         for run, _, code, size, *_ in ring.runs():
             if code not in [known.code for known in schema.LAYOUTS] or schema.layout(code).dtype.itemsize != size:
-                raise RingError(f"{arena.path}: run {run} has rows of {size} bytes in layout {code}")
+                raise RingError(f"run {run} has rows of {size} bytes in layout {code}")
         for index in range(ring.tail, ring.head):
             try:
                 frame = unpack_producer(ring.packed_header(index), "the ring")
             except ProtocolError as error:
-                raise RingError(f"{arena.path}: block {index}: {error}") from None
+                raise RingError(f"block {index}: {error}") from None
             fits = isinstance(frame, End) == (ring.kind(index) == END)
             if not fits or not isinstance(frame, Block | End) or frame.source[1:] != (self._producer, ring.epoch):
-                raise RingError(f"{arena.path}: block {index}: its header is another's")
+                raise RingError(f"block {index}: its header is another's")
+            if isinstance(frame, Block) and crc32(ring.payload(index)) != frame.crc32:
+                log.error("%s: block %d is damaged", arena.path, index)
+                arena.damaged = True
 
     def _finish(self, arena: Arena) -> None:
         """Close what its producer had not closed. Killed in the middle of it: the next one goes on."""
@@ -130,12 +155,3 @@ def totals(end: End) -> dict[str, Any]:
     """An end as the core gets it: reports.EpochEnd."""
     rows = sum(sum(counts[1 + schema.COUNTS.index(name)] for name in schema.ROW_COUNTS) for counts in end.counts)
     return {"epoch": end.epoch, "next": end.next, "rows": rows, "counts": end.counts}
-
-
-def _set_aside(path: Path, error: Exception) -> None:
-    """What cannot be used is left as it is, under a name at which nobody looks again."""
-    log.error("%s cannot be taken over, it is kept as %s.bad: %s", path, path.name, error)
-    try:
-        os.rename(path, path.with_name(path.name + ".bad"))
-    except OSError as problem:
-        log.error("%s: %s", path, problem.strerror)

@@ -229,6 +229,7 @@ def test_a_full_disk_is_told_once_and_tried_again(
 
 
 def test_a_disk_that_takes_no_file_leaves_none(tmp_path: Path, worker: Worker) -> None:
+    (tmp_path / "nowhere").touch()  # a directory that is missing would be made
     spool = Spool(Directory(tmp_path / "nowhere", "x", 1 << 30, worker))
     fill(spool, 0, [1000])
     assert (spool.head, spool.bytes, len(spool.files)) == (0, 0, 0)

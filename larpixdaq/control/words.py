@@ -70,6 +70,10 @@ def _alarms(component: Facts) -> list[str]:
     facts, found = component["status"], []
     if facts.get("paused"):
         found.append(f"PAUSED: {component['name']} writes nothing: {facts['paused']}")
+    for text in facts.get("nameless") or ():
+        found.append(f"FILE REMOVED: {component['name']}: {text}; lost if the process is killed")
+    for path in facts.get("kept_aside") or ():
+        found.append(f"DAMAGED FILE KEPT: {component['name']}: {path} could not be read whole; move it away")
     left = facts.get("seconds_left")
     if isinstance(left, int | float) and left < SOON[0]:
         found.append(f"DISK NEARLY FULL: {component['name']}: {time_to_full(facts)}")
@@ -100,6 +104,8 @@ def _producer(info: Facts, facts: Facts) -> str:
             parts.append(f"{facts['spooled_blocks']} of them in the spool on disk ({size(facts['spooled_bytes'])})")
         if facts.get("inherited"):
             parts.append(f"{facts['inherited']} blocks of the process before it not yet stored")
+        if made_anew := facts.get("made_anew"):
+            parts.append(f"the ring's file was removed and made anew, {made_anew} times")
         if facts["finished"]:
             parts.append("all has been sent")
     return "; ".join(parts)

@@ -119,6 +119,12 @@ class Publisher:
         for subscriber in self.subscribers.values():
             self._know(subscriber, store)
 
+    def ring_moved(self) -> None:
+        """Our own ring is in another file: who reads it has to map that one, and what was on its way comes again."""
+        for subscriber in [one for one in self.subscribers.values() if one.maps]:
+            self._drop(subscriber)
+            self._refuse(subscriber.route, "hello")
+
     def owed(self) -> int:
         """Blocks that some required storage has not acknowledged yet, of predecessors too."""
         return sum(store.owed() for store in self.stores)

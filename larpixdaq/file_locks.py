@@ -1,0 +1,147 @@
+"""Locks on files (flock), each held by one process at a time.
+
+Some file systems have no locks: NFS without lockd, Lustre mounted without flock, some FUSE. There a file in a lock
+directory is locked in place of the file itself. Its name is a hash of the path, so that processes of one host that
+share the lock directory exclude each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Final
+
+from larpixdaq import config
+from larpixdaq.errors import FileError
+from larpixdaq.private_files import in_place, open_private
+
+log = logging.getLogger(__name__)
+
+#: What flock() fails with where there are no locks. 524 is ENOTSUPP, which some file systems of the kernel let out.
+_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524})
+
+
+def has_no_locks(error: OSError) -> bool:
+    """Whether flock() failed because the file system has no locks."""
+    return error.errno in _NO_LOCKS
+
+
+def no_locks(directory: Path, error: OSError, option: str) -> FileError:
+    """The error of a directory that must have locks; `option` names a directory in its place."""
+    return FileError(
+        f"{directory}: its file system cannot lock files ({error.strerror}): name a directory on a local disk with "
+        f"{option}"
+    )
+
+
+def try_lock(file: int, *, wait: bool = False) -> bool:
+    """Lock an open file; False when another process holds the lock. OSError where files cannot be locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+class LockDirectory:
+    """Where this process locks files whose own file system has no locks.
+
+    `--lock-dir`: there in any case, on the file itself too where that is possible. Without it the state directory, with
+    a warning.
+    """
+
+    def __init__(self) -> None:
+        self._named: Path | None = None
+        self._state_dir: str | None = None
+        self._warned = False
+
+    def use(self, lock_dir: Path | None, state_dir: str | None = None) -> None:
+        """FileError when `lock_dir` is no directory to write in."""
+        if lock_dir is not None and not (lock_dir.is_dir() and os.access(lock_dir, os.W_OK | os.X_OK)):
+            raise FileError(f"--lock-dir {lock_dir}: not a directory that can be written to")
+        self._named, self._state_dir, self._warned = lock_dir, state_dir, False
+
+    def lock(self, file: int, path: Path, *, wait: bool = False) -> FileLock | None:
+        """Lock the open file `path`; None when another process holds the lock. FileError where there are no locks."""
+        missing: OSError | None = None
+        try:
+            if not try_lock(file, wait=wait):
+                return None
+        except OSError as error:
+            if not has_no_locks(error):
+                raise FileError(f"cannot lock {path}: {error.strerror}") from None
+            missing = error
+        if missing is None and self._named is None:
+            return FileLock()
+        directory = self._named or config.state_dir(self._state_dir)
+        try:
+            found = _lock_in_place_of(path, directory, wait=wait)
+        except OSError as error:
+            raise FileError(
+                f"cannot lock {path} ({missing.strerror if missing else 'as --lock-dir asks'}), nor a file in "
+                f"{directory} in its place ({error.strerror or error}): name a directory on a local disk with "
+                "--lock-dir"
+            ) from None
+        if found is not None and self._named is None and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: its file system cannot lock files (%s): its locks are in %s, which processes of other machines, "
+                "and those with another state directory, do not see; --lock-dir names another place",
+                path.parent, missing.strerror if missing else "", directory,
+            )  # fmt: skip
+        return found
+
+
+class FileLock:
+    """A lock that is held. The file itself stays locked until it is closed; release() gives back what stands for it."""
+
+    def __init__(self, file: int = -1, path: Path | None = None) -> None:
+        self._file = file
+        self._path = path
+
+    def release(self) -> None:
+        """Harmless when repeated."""
+        if self._file >= 0 and self._path is not None:
+            if in_place(self._file, self._path):
+                try:
+                    self._path.unlink()
+                except OSError as error:
+                    log.error("%s: cannot be removed: %s", self._path, error.strerror)
+            os.close(self._file)
+            self._file = -1
+
+
+def _lock_in_place_of(path: Path, directory: Path, *, wait: bool) -> FileLock | None:
+    whole = path.parent.resolve() / path.name
+    place = directory / f"larpixdaq-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:16]}.lock"
+    while True:
+        file = open_private(place, os.O_RDWR | os.O_CREAT)
+        try:
+            locked = try_lock(file, wait=wait)
+        except BaseException:
+            os.close(file)
+            raise
+        # Its last holder may have removed it after it had been opened here.
+        if locked and in_place(file, place):
+            return FileLock(file, place)
+        os.close(file)
+        if not locked:
+            return None
+
+
+#: Of this process; main() sets it.
+lock_directory: Final = LockDirectory()
+
+
+def add_lock_dir_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lock-dir", type=Path, metavar="DIR",
+        help="where files are locked whose own file system has no locks (NFS without lockd, Lustre without flock): a "
+        "directory on a local disk; the same for every process that uses these files (default: the files themselves, "
+        "then the state directory, with a warning)",
+    )  # fmt: skip

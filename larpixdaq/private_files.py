@@ -1,0 +1,83 @@
+"""Files of this user alone, in directories where others may write: opened and checked, kept aside, removed.
+
+Nothing that another user can have made or changed is opened, and no symbolic link is followed. A file that could not
+be read whole is renamed, never removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from larpixdaq.errors import FileError
+
+log = logging.getLogger(__name__)
+
+#: Ending of the name of a file that was kept aside; `.bad-2` and so on when that name is taken.
+ASIDE: Final = ".bad"
+_TRIES: Final = 1000
+
+
+def open_private(path: Path, flags: int) -> int:
+    """Open a file, or with O_CREAT make it with mode 600.
+
+    FileNotFoundError and FileExistsError as os.open() raises them. FileError for everything else: a symbolic link, no
+    regular file, a file of another user, or one that others may write.
+    """
+    try:
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        text = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise FileError(f"{path}: {text}") from None
+    try:
+        _check(file, path)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _check(file: int, path: Path) -> None:
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode):
+        raise FileError(f"{path}: expected a regular file, found type {stat.filemode(found.st_mode)[0]!r}")
+    if found.st_uid != os.geteuid():
+        raise FileError(f"{path}: expected a file of user {os.geteuid()}, found one of user {found.st_uid}")
+    if found.st_mode & 0o022:
+        raise FileError(f"{path}: expected mode 600, found {stat.S_IMODE(found.st_mode):o}: others may write to it")
+
+
+def in_place(file: int, path: Path) -> bool:
+    """Whether the open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(file), os.lstat(path))
+    except OSError:
+        return False
+
+
+def remove(file: int, path: Path) -> None:
+    """Remove the name of an open file, if it has it still. A failure is a line in the log."""
+    if in_place(file, path):
+        try:
+            path.unlink()
+        except OSError as error:
+            log.error("%s: cannot be removed: %s", path, error.strerror)
+
+
+def keep_aside(path: Path, why: str) -> None:
+    """Rename a file that could not be read whole, so that it is not used again; the log says which file, and why."""
+    for number in range(1, _TRIES):
+        aside = path.with_name(path.name + ASIDE + (f"-{number}" if number > 1 else ""))
+        if not os.path.lexists(aside):
+            break
+    log.error("%s: %s; it is kept as %s", path, why, aside.name)
+    try:
+        os.rename(path, aside)
+    except OSError as error:
+        log.error("%s: cannot be renamed: %s", path, error.strerror)
