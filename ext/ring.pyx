@@ -312,11 +312,17 @@ cdef class Ring:
             return self.header.open_start + self.header.open_capacity * self.now.row_size + HEADER_ROOM
         return self.header.head_position
 
-    def used(self):
-        """(offset in the memory, bytes) of the header and of what holds blocks, the open one too."""
+    @property
+    def position(self) -> int:
+        """The position behind the last block that is closed: what lies before it does not change any more."""
+        return self.header.head_position
+
+    def used(self, uint64_t after=0):
+        """(offset in the memory, bytes) of the header and of what holds blocks, the open one too, from position `after` on."""
         cdef uint64_t size = self.header.arena_size
-        cdef uint64_t first = self.header.tail_position % size
-        cdef uint64_t length = min(self._behind() - self.header.tail_position, size)
+        cdef uint64_t start = max(after, self.header.tail_position)
+        cdef uint64_t first = start % size
+        cdef uint64_t length = min(self._behind() - min(start, self._behind()), size)
         cdef uint64_t straight = min(length, size - first)
         found = [(0, _OVERHEAD), (_OVERHEAD + first, straight), (_OVERHEAD, length - straight)]
         return [piece for piece in found if piece[1]]

@@ -14,7 +14,9 @@ import mmap
 import os
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from larpixdaq._native.ring import SMALLEST, Reader, Ring, place
 from larpixdaq.errors import FileError, RingError
@@ -214,36 +216,45 @@ class Arena:
         """Whether a successor would find the file under its name."""
         return in_place(self._file, self.path)
 
-    def reserve(self, path: Path | None = None) -> int:
-        """A new, locked file for move_to(), by default under the name of the one that lost it. OSError when it cannot
-        be made. It takes 0.3 s for 512 MiB, and may be done in another thread."""
+    def reserve(self, path: Path | None = None) -> Reserved:
+        """A new, locked file for move_to(), by default under the name of the one that lost it, with all blocks that are
+        closed by now. OSError when it cannot be made. May be done in another thread: 512 MiB take 0.5 s."""
         path = path or self.path
         file = _new(path)
         try:
             os.ftruncate(file, len(self._memory))
             for start, size in [(0, len(self._memory))] if self.grows else self.ring.used():
                 os.posix_fallocate(file, start, size)
+            position = self.ring.position
+            self._copy(file, self.ring.used()[1:])  # not the header: it changes, and makes it a ring
         except OSError:
             remove(file, path)
             os.close(file)
             raise
-        return file
+        return Reserved(file, path, position)
 
-    def move_to(self, file: int, path: Path | None = None) -> None:
-        """Go on in a file from reserve(), which then has all that this one has. Nobody may write to the ring meanwhile.
-        OSError, with nothing changed, when the file cannot be mapped."""
-        path = path or self.path
+    def _copy(self, file: int, pieces: Iterable[tuple[int, int]]) -> None:
+        with memoryview(self._memory) as memory:
+            for start, size in pieces:
+                done = 0
+                while done < size:
+                    done += os.pwrite(file, memory[start + done : start + size], start + done)
+
+    def move_to(self, new: Reserved) -> int:
+        """Go on in a file from reserve(), which has all that this one has then. Nobody may write to the ring meanwhile.
+
+        The descriptor of the old file, to be closed: that gives its memory back, which takes 0.2 s for 512 MiB.
+        OSError, with nothing changed, when the new file cannot be used.
+        """
         try:
-            with mmap.mmap(file, len(self._memory)) as new:
-                for start, size in self.ring.used():
-                    new[start : start + size] = memoryview(self._memory)[start : start + size]
-            place(self._memory, file)
+            self._copy(new.file, self.ring.used(new.position))
+            place(self._memory, new.file)
         except OSError:
-            remove(file, path)
-            os.close(file)
+            remove(new.file, new.path)
+            os.close(new.file)
             raise
-        os.close(self._file)
-        self._file, self.path = file, path
+        old, self._file, self.path = self._file, new.file, new.path
+        return old
 
     def close(self) -> None:
         """Unlink and unlock. The memory itself goes when nobody reads from it any more."""
@@ -260,6 +271,14 @@ class Arena:
             fcntl.flock(self._file, fcntl.LOCK_UN)  # a process that was forked off has this descriptor too
             os.close(self._file)
             self._file = -1
+
+
+class Reserved(NamedTuple):
+    """A file that a ring can move to. `position`: it has the ring's blocks before there."""
+
+    file: int
+    path: Path
+    position: int
 
 
 def _new(path: Path) -> int:

@@ -14,10 +14,11 @@ from typing import Any
 
 import zmq
 
-from larpixdaq.arena import DEFAULT_DIRECTORY, Arena, key, parse_duration, parse_size
+from larpixdaq.arena import DEFAULT_DIRECTORY, Arena, Reserved, key, parse_duration, parse_size
 from larpixdaq.blocks import End
 from larpixdaq.errors import FileError
 from larpixdaq.file_locks import has_no_locks, no_locks, try_lock
+from larpixdaq.private_files import remove
 from larpixdaq.spool import Directory, Spool
 from larpixdaq.stream import Publisher
 from larpixdaq.stream.store import Store
@@ -125,16 +126,17 @@ class Delivery:
             if store.spool is not None:
                 store.spool.keep_names()
 
-    def _move(self, arena: Arena, file: int | OSError) -> None:
+    def _move(self, arena: Arena, new: Reserved | OSError) -> None:
         """The new file of a ring is there, or could not be made."""
         arena.moving = False
         try:
-            if isinstance(file, OSError):
-                raise file
-            if not arena.held:
-                os.close(file)
+            if isinstance(new, OSError):
+                raise new
+            if not arena.held:  # its last block was stored meanwhile
+                remove(new.file, new.path)
+                os.close(new.file)
                 return
-            arena.move_to(file)
+            old = arena.move_to(new)
         except OSError as error:
             if arena.nameless != (text := error.strerror or str(error)):
                 arena.nameless = text
@@ -143,6 +145,7 @@ class Delivery:
                     "would be lost if this process were killed; tried again every %g s", arena.path, text, NAMES,
                 )  # fmt: skip
             return
+        self.worker.submit(lambda: os.close(old), lambda _: None)
         arena.nameless = ""
         self._made_anew += 1
         if arena is self.arena and self.publisher is not None:
@@ -159,7 +162,7 @@ class Delivery:
                 path = self.spool.path / arena.path.name
                 try:
                     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    arena.move_to(arena.reserve(path), path)
+                    os.close(arena.move_to(arena.reserve(path)))
                     log.warning("the ring's file was removed: what it holds is kept in %s", path)
                 except OSError as error:
                     text = error.strerror or str(error)

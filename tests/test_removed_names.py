@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,12 +129,14 @@ def test_a_consumer_reads_on_in_the_ring_s_new_file(tmp_path: Path) -> None:
         line.arena.path.unlink()
         for _ in range(3):
             line.write(100)
-        line.arena.move_to(line.arena.reserve())
+        new = line.arena.reserve()
+        line.write(100)
+        os.close(line.arena.move_to(new))
         line.publisher.ring_moved()
         for _ in range(3):
             line.write(100)
         # A block whose acknowledgement was on its way may come twice.
-        turn_until(line, reader.has(lambda r: sorted(set(r.stamps)) == list(range(700))), "all blocks")
+        turn_until(line, reader.has(lambda r: sorted(set(r.stamps)) == list(range(800))), "all blocks")
         assert [one.maps for one in line.publisher.subscribers.values()] == [True]
         assert line.arena.in_place()
     finally:
@@ -165,10 +168,14 @@ def test_the_ring_s_new_file_holds_all_of_it(tmp_path: Path) -> None:
             arena.ring.free_to(arena.ring.tail + 1)
     write(5)
     arena.path.unlink()
+    new = arena.reserve()
+    write(16_000)
+    recorder.close_block()
+    write(5)
     before = [bytes(arena.ring.payload(index)) for index in range(arena.ring.tail, arena.ring.head)]
     assert len(arena.ring.used()) == 3
     assert sum(size for _, size in (*arena.ring.used(), *arena.ring.unused())) == SMALLEST
-    arena.move_to(arena.reserve())
+    os.close(arena.move_to(new))
     assert [bytes(arena.ring.payload(index)) for index in range(arena.ring.tail, arena.ring.head)] == before
     write(7)
     arena.leave()

@@ -102,7 +102,7 @@ def test_what_a_successor_has_taken_over_is_not_read_where_it_gives_memory_back(
 
 
 @pytest.mark.parametrize(
-    "what", ["nothing", "fifo", "link", "folder", "garbage", "short", "epoch", "name", "user", "nul"]
+    "what", ["nothing", "fifo", "link", "folder", "garbage", "short", "epoch", "name", "user", "mode", "nul"]
 )
 def test_what_is_no_ring_of_ours_is_refused(tmp_path: Path, what: str) -> None:
     with Arena.make(tmp_path, tmp_path, NAME, 5, SMALLEST) as arena:
@@ -125,9 +125,12 @@ def test_what_is_no_ring_of_ours_is_refused(tmp_path: Path, what: str) -> None:
             else:
                 os.chown(arena.path, 1, 1)
                 path = arena.path
+        elif what == "mode":
+            path = arena.path
+            path.chmod(0o666)
         elif what == "nul":
             path = Path("a\0b")
-        with pytest.raises(RingError, match=r"other|ring|user|null"):
+        with pytest.raises(RingError, match=r"other|ring|user|mode|null"):
             reader(path, name, epoch)
         assert arena.ring.head == 0
 

@@ -14,9 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import LIMIT
 
+from larpixdaq import delivery
 from larpixdaq import spool as module
+from larpixdaq.errors import FileError
 from larpixdaq.spool import Directory, Spool
 from larpixdaq.spool_file import LOST, File, Header, Record
+from larpixdaq.takeover import Predecessors
 from larpixdaq.worker import Worker
 
 NAME = "LArPix board"
@@ -133,6 +136,43 @@ def test_what_is_no_spool_file_is_refused(tmp_path: Path, data: bytes) -> None:
         File.adopt(file.path, "another board", 5)
     with pytest.raises(ValueError, match="header"):
         File.adopt(file.path, NAME, 6)
+
+
+@pytest.mark.parametrize("damage", ["a record", "the last record's end", "its beginning", "nothing"])
+def test_only_a_file_that_was_read_whole_is_removed(tmp_path: Path, worker: Worker, damage: str) -> None:
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    directory = Directory(folder, "x", 1 << 30, worker)
+    path = directory.file(5, 0)
+    file = written(path, [1000, 1000, 1000])
+    size, middle = file.size, file.offsets[1]
+    file.leave()
+    data = bytearray(path.read_bytes())
+    if damage == "a record":
+        data[middle + 500] ^= 1
+    elif damage == "the last record's end":
+        data = data[: size - 10]
+    elif damage == "its beginning":
+        data[:8] = bytes(8)
+    path.write_bytes(data)
+    if damage == "its beginning":
+        os.utime(path, (0, 0))
+    found = [file for left in Predecessors(NAME, tmp_path, tmp_path, directory, 0).look(()) for file in left.files]
+    spool = Spool(directory, found)
+    for index in range(spool.head):
+        fetch(spool, index)
+    spool.free_to(spool.head)
+    assert worker.settle(LIMIT)
+    kept = [] if damage == "nothing" else [path.with_name(path.name + ".bad")]
+    assert list(folder.iterdir()) == kept
+    assert all(one.read_bytes() == data for one in kept)
+
+
+def test_a_directory_where_everybody_may_remove_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool").chmod(0o777)
+    with pytest.raises(FileError, match=r"--spool-dir .*: every user may remove files there \(mode 777\)"):
+        delivery._usable(tmp_path / "spool")
 
 
 # the spool of one epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from boards import emulator
 from processes import LIMIT, until
 from system import System, rows_of, system
 
-from larpixdaq._native.ring import BLOCK, END, SMALLEST, Ring
+from larpixdaq._native.ring import BLOCK, END, OVERHEAD, SMALLEST, Ring
 from larpixdaq.arena import TORN, Arena, arena_name
 from larpixdaq.blocks import unpack_producer
 from larpixdaq.errors import RingError
@@ -26,6 +27,7 @@ from larpixdaq.files.runs import survey
 from larpixdaq.files.verify import verify
 from larpixdaq.operator import Operator
 from larpixdaq.spool import Directory
+from larpixdaq.spool_file import File, Header, Record
 from larpixdaq.takeover import Predecessors
 from larpixdaq.worker import Worker
 
@@ -53,15 +55,17 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def leave(folder: Path, epoch: int, *, required: tuple[str, ...] = ("storage",)) -> Path:
-    """The ring of a producer that has died in run 1, with three rows in an open block."""
+def leave(folder: Path, epoch: int, *, closed: bool = False) -> Path:
+    """The ring of a producer that has died in run 1, with three rows in a block that is open, or closed."""
     arena = Arena.make(folder, folder, NAME, epoch, SMALLEST)
     recorder = killing_rings.Recorder(arena.ring, NAME, epoch, killing_rings.LAYOUT, [1])
-    recorder.begin(1, required)
+    recorder.begin(1, ["storage"])
     rows = recorder.rows()
     assert rows is not None
     rows[:3] = np.zeros(3, killing_rings.LAYOUT.dtype)
     recorder.publish(3)
+    if closed:
+        recorder.close_block()
     arena.leave()
     return arena.path
 
@@ -112,6 +116,96 @@ def test_one_that_was_only_begun_goes_when_it_is_old(tmp_path: Path, predecessor
     os.utime(path, (then, then))
     assert predecessors.look(()) == []
     assert not path.exists()
+
+
+def test_a_ring_without_its_first_bytes_is_kept(tmp_path: Path, predecessors: Predecessors) -> None:
+    """What was only begun is all zeros: this is not."""
+    path = leave(tmp_path, 3)
+    with open(path, "r+b") as file:
+        file.write(bytes(8))
+    before = path.read_bytes()
+    assert predecessors.look(()) == []  # it might be in the making
+    assert path.exists()
+    os.utime(path, (0, 0))
+    assert predecessors.look(()) == []
+    (kept,) = tmp_path.glob("*.ring*")
+    assert kept == path.with_name(path.name + ".bad")
+    assert kept.read_bytes() == before
+    assert predecessors.aside == [kept]
+
+
+def test_a_ring_with_damaged_rows_is_delivered_and_kept(
+    tmp_path: Path, predecessors: Predecessors, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = leave(tmp_path, 3, closed=True)
+    path.with_name(path.name + ".bad").write_bytes(b"kept before")
+    with open(path, "r+b") as file:
+        file.seek(OVERHEAD + 40)
+        file.write(b"damage")
+    (left,) = predecessors.look(())
+    assert left.arena is not None
+    assert left.arena.ring.head == 2
+    left.arena.close()
+    assert not path.exists()
+    assert b"damage" in path.with_name(path.name + ".bad-2").read_bytes()
+    assert path.with_name(path.name + ".bad").read_bytes() == b"kept before"
+    assert [one.message.removeprefix(f"{path}: ") for one in caplog.records] == [
+        "block 0 is damaged",
+        f"not all of it could be read; it is kept as {path.name}.bad-2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        ("owner", "expected a file of user {me}, found one of user 1"),
+        ("mode", "expected mode 600, found 666: others may write to it"),
+        ("link", "is a symbolic link"),
+        ("pipe", "expected a regular file, found type 'p'"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["ring", "spool"])
+def test_what_another_user_can_have_made_is_not_taken_over(
+    tmp_path: Path, predecessors: Predecessors, caplog: pytest.LogCaptureFixture, kind: str, what: str, found: str
+) -> None:
+    path = leave(tmp_path, 3)
+    if kind == "spool":
+        path.unlink()
+        path = tmp_path / "spool" / "larpixdaq-0000000000000003-000000.spool"
+        path.parent.mkdir()
+        file = File(path, Header(NAME, 3, 1, 0, 0, 2, 1, ["storage"]))
+        file.append([Record(b"header", b"rows")])
+        file.leave()
+    if what == "owner":
+        if os.geteuid():
+            pytest.skip("only root can give files away")
+        os.chown(path, 1, 1)
+    elif what == "mode":
+        path.chmod(0o666)
+    else:
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere") if what == "link" else os.mkfifo(path)
+    for _ in range(2):
+        assert predecessors.look(()) == []
+    assert [one.message for one in caplog.records] == [f"not taken over: {path}: {found.format(me=os.geteuid())}"]
+    assert os.path.lexists(path)
+
+
+def test_a_ring_that_cannot_be_removed_is_a_line_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    arena = Arena.make(tmp_path, tmp_path, NAME, 1, SMALLEST)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    arena.close()
+    assert [one.message for one in caplog.records] == [f"{arena.path}: cannot be removed: Operation not permitted"]
+    arena.path.rename(tmp_path / "elsewhere")
+    arena.path.write_bytes(b"another's")
+    arena.close()
+    assert arena.path.read_bytes() == b"another's"
 
 
 @pytest.mark.parametrize(

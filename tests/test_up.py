@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import signal
 import socket
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from processes import LIMIT, Process, free_port, until
 
+from larpixdaq.cli import local, main
 from larpixdaq.launch import read_running, start_time
+from larpixdaq.logind import removes_files
 from larpixdaq.operator import Operator
 
 
@@ -166,3 +169,50 @@ def test_up_starts_again_what_has_ended_and_takes_no_other_system_for_its_own(tm
         assert set(up.running("first")) == set(before) - {"run_data"}
     finally:
         up.down("first")
+
+
+USER = pwd.getpwuid(65534)
+SHIPPED = "[Login]\n#KillUserProcesses=no\n#RemoveIPC=yes\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, True),
+        ({"etc/systemd/logind.conf": SHIPPED}, True),
+        ({"usr/lib/systemd/logind.conf": SHIPPED, "etc/systemd/logind.conf": "RemoveIPC=no"}, False),
+        ({"etc/systemd/logind.conf": SHIPPED.replace("IPC=yes", "IPC=no")}, False),  # the built-in default, of RHEL
+        ({"etc/systemd/logind.conf": "#RemoveIPC=no\nRemoveIPC = yes\n"}, True),
+        ({"etc/systemd/logind.conf": "RemoveIPC=yes", "etc/systemd/logind.conf.d/50.conf": "RemoveIPC=off"}, False),
+        ({"run/systemd/logind.conf.d/50.conf": "RemoveIPC=0", "etc/systemd/logind.conf.d/50.conf": "[Login]"}, True),
+        ({f"var/lib/systemd/linger/{USER.pw_name}": ""}, False),
+        ({"etc/login.defs": f"SYS_UID_MAX {USER.pw_uid}\n"}, False),
+    ],
+)
+def test_logind_is_known_to_remove_rings(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert not removes_files(Path("/dev/shm"), USER.pw_uid, tmp_path)  # logind does not run there
+    (tmp_path / "run/systemd/users").mkdir(parents=True)
+    assert removes_files(Path("/dev/shm/rings"), USER.pw_uid, tmp_path) is expected
+    assert not removes_files(Path("/tmp"), USER.pw_uid, tmp_path)
+    assert not removes_files(Path("/dev/shm"), 0, tmp_path)
+
+
+def test_up_warns_where_logind_removes_rings(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(local, "removes_files", lambda directory, uid: directory == tmp_path)
+    arguments = (
+        "--state-dir",
+        str(tmp_path),
+        "-o",
+        str(tmp_path),
+        "--ring-dir",
+        str(tmp_path),
+        "--pacman",
+        "no address:",
+    )
+    assert main(["up", *arguments]) == 1
+    warning, error = capsys.readouterr().err.splitlines()
+    assert "systemd-logind removes the ring's file" in warning
+    assert "no address" in error

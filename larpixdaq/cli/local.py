@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from larpixdaq.launch import (
     running_file,
     write_running,
 )
+from larpixdaq.logind import removes_files
 from larpixdaq.offline_storage import add_own_arguments as add_storage_arguments
 from larpixdaq.offline_storage import own_options
 from larpixdaq.operator import Operator
@@ -71,6 +73,13 @@ def up(options: argparse.Namespace) -> int:
     state = config.state_dir(options.state_dir)
     if not options.output_dir.is_dir():
         raise FileError(f"--output-dir {options.output_dir}: no such directory")
+    if removes_files(options.ring_dir, os.getuid()):
+        print(
+            f"larpixdaq: WARNING: when you log out, systemd-logind removes the ring's file from {options.ring_dir} "
+            "(RemoveIPC): the producer makes it anew within a second, but if it is killed before that, data are lost; "
+            "`loginctl enable-linger` prevents it",
+            file=sys.stderr,
+        )
     sources.create(options)  # an error in the options is reported here, not in a file
     others = argparse.ArgumentParser(allow_abbrev=False)
     _add_own_arguments(others)
