@@ -73,6 +73,22 @@ def control(script: str, board: OwnAddress, folder: Path, *args: object, limit: 
     return json.loads(done.stdout.splitlines()[-1])
 
 
+#: What larpix-control does to power the first three tiles of a board of revision 5: it has no names for its registers.
+POWER_UP = """
+for tile in (0, 1, 2):
+    io.set_reg(0x24010 + tile, 46000, io_group=1)
+    io.set_reg(0x24020 + tile, 46000, io_group=1)
+io.set_reg(0x14, 1, io_group=1)
+io.enable_tile([0, 1, 2], io_group=1)
+"""
+
+
+def powered(tiles: int) -> list[tuple[int, int]]:
+    """The registers, and their values, that power so many tiles of a board of revision 5."""
+    dacs = [(register + tile, 46_000) for tile in range(tiles) for register in (0x24010, 0x24020)]
+    return [*dacs, (0x14, 1), (0x10, (1 << tiles) - 1)]
+
+
 def word(kind: int, chip_id: int, address: int, data: int = 0) -> int:
     """A v2 configuration word with odd parity."""
     bare = kind | chip_id << 2 | address << 10 | data << 18

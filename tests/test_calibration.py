@@ -60,7 +60,7 @@ def tile(tmp_path, chips, *more):
     network = tmp_path / "network.json"
     truth = tmp_path / "truth.json"
     options = ("--chips", str(chips), "--asic", "2b", "--write-network", str(network), "--truth", str(truth), *more)
-    return Emulator(*options, "--lossless"), network, truth
+    return Emulator(*options, "--power-on", "--lossless"), network, truth
 
 
 @pytest.fixture
@@ -238,7 +238,8 @@ def test_chips_of_every_generation_are_brought_up(tmp_path):
         boards["1"] = SerialEmulator()
         for asic in ("2", "lightpix-1"):
             files[asic] = str(tmp_path / f"{asic}.json")
-            boards[asic] = Emulator("--chips", "4", "--asic", asic, "--write-network", files[asic], "--lossless")
+            network = ("--asic", asic, "--write-network", files[asic])
+            boards[asic] = Emulator("--chips", "4", "--power-on", *network, "--lossless")
         with system(tmp_path / "system") as made:
             made.launch_core()
             for asic, board in boards.items():

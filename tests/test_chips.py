@@ -18,7 +18,7 @@ SLOW = 60.0
 def chips(tmp_path):
     """An emulated board of 12 powered chips, which are not configured yet, and its file for larpix-control."""
     network = tmp_path / "network.json"
-    board = Emulator("--chips", "12", "--asic", "2", "--power-on", "--write-network", str(network))
+    board = Emulator("--chips", "12", "--asic", "2", "--power-on", "--revision", "2", "--write-network", str(network))
     board.network = str(network)
     yield board
     board.close()
@@ -138,7 +138,7 @@ def test_a_routines_controller_reads_and_writes_and_its_values_stay(tmp_path, ch
         operator = made.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--routines", str(routines))
         bring_up(operator, chips.network)
         key, ok, diff, ping, vddd = operator.run_routine("thresholds", 55).result(SLOW)
-        assert (ok, diff, ping, vddd) == (True, "{}", {1: True}, [1800, 500.0])
+        assert (ok, diff, ping, vddd) == (True, "{}", {1: True}, [1800, 50.0])
         found = operator.read_configuration(key, "threshold_global").result(LIMIT)["chips"]
         assert found == {key: {"threshold_global": 55}}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zmq
 from boards import context, emulator, subscriber, wait_until
-from chip_boards import READ, WRITE, asked, board_register, control, data_words, own_address, request, word
+from chip_boards import POWER_UP, READ, WRITE, asked, board_register, control, data_words, own_address, request, word
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -285,9 +285,8 @@ def test_any_words_however_they_are_cut(commands, cuts):
 
 # --- over sockets
 
-BRING_UP = """
+BRING_UP = f"""{POWER_UP}
 controller.load(args[0])
-io.enable_tile([0, 1, 2], io_group=1)
 for io_group, io_channels in controller.network.items():
     for io_channel in io_channels:
         controller.init_network(io_group, io_channel)
@@ -474,7 +473,7 @@ def test_words_that_get_lost_or_come_twice(option):
         (["--dead-chips", "1"], 2, "--dead-chips goes with --chips"),
         (["--chips", "4", "--replay", "x"], 2, "--chips says what is sent"),
         (["--chips", "4", "--asic", "1"], 2, "v1 chips are no network"),
-        (["--chips", "0"], 1, "expected 1 to 1600 chips on a board, found 0"),
+        (["--chips", "0"], 1, "expected 1 to 1000 chips on a board, found 0"),
         (["--chips", "nowhere.json"], 1, "nowhere.json: File not found"),
         (["--chips", "io/pacman.json"], 1, "io/pacman.json: no controller configuration"),
         (["--chips", "4", "--dead-chips", "5"], 1, "asked for 5 of 4"),

@@ -14,9 +14,11 @@ from larpixdaq import schema
 from larpixdaq._native import packets as native_packets
 from larpixdaq._native.frames import PacmanDecoder
 from larpixdaq.emulators import wiring
-from larpixdaq.emulators.chips import Chips
+from larpixdaq.emulators.board_registers import BoardRegisters
+from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT, Chips
 from larpixdaq.emulators.messages import WORD, messages, packets
 from larpixdaq.emulators.noise import CROSS, EXTERNAL, HOT, MOST_RATE, NATURAL, PERIODIC, Channels, Noise
+from larpixdaq.emulators.revisions import REVISIONS
 from larpixdaq.emulators.tile import Tile
 
 SECOND = 10_000_000
@@ -248,16 +250,18 @@ def test_words_of_a_board(asic, pps):
     """Noise, heartbeats and triggers, decoded: sorted by the board's clock, from chips that have a way out."""
     chips = Chips(wiring.tiles(4), asic, powered=True)
     noise = Noise(chips, Channels(4, 64, [1]), [2])
-    tile = Tile(noise, seconds=1_700_000_000, tick=7 * SECOND, pps=pps)
+    registers = BoardRegisters(REVISIONS["5"])
+    registers.switch_on(1, SUPPLIES[asic].usual, TICKS_PER_BIT[asic])
+    tile = Tile(noise, seconds=1_700_000_000, tick=7 * SECOND, pps=pps, registers=registers)
     field = chips.map.fields
     chips.registers[:, chips.map.address("chip_id")] = [11, 12, 13, 14]
     chips.registers[:2, chips.map.address("enable_piso_downstream")] = 15
     chips.registers[:, field["channel_mask"].low // 8 : field["channel_mask"].high // 8] = 0
     chips.registers[:, chips.map.address("threshold_global")] = 60
     chips.registers[:, chips.map.address("external_trigger_mask")] = 0
-    tile.written(0x1018, 0, 10_000_000)  # a heartbeat each 0.1 s
-    tile.written(0x2018, 0, 5_000_000)
-    tile.written(0x2010, 0, 1)
+    registers.write(0x1018, 10_000_000)  # a heartbeat each 0.1 s
+    registers.write(0x2018, 5_000_000)
+    registers.write(0x2010, 1)
     generation = schema.ASICS[asic]
     decoder = PacmanDecoder(1, int(generation))
     counts = np.zeros(len(schema.COUNTS), np.uint64)
@@ -294,12 +298,14 @@ def test_words_of_a_board(asic, pps):
 
 def test_an_io_channel_carries_what_the_clock_of_its_uart_says():
     chips = Chips(wiring.tiles(4), "2b", powered=True)
-    tile = Tile(Noise(chips, Channels(4, 64, [1]), [2]), seconds=0, tick=0, heartbeat=0)
+    registers = BoardRegisters(REVISIONS["5"])
+    registers.switch_on(1, SUPPLIES["2b"].usual, TICKS_PER_BIT["2b"])
+    tile = Tile(Noise(chips, Channels(4, 64, [1]), [2]), seconds=0, tick=0, heartbeat=0, registers=registers)
     field = chips.map.fields["channel_mask"]
     chips.registers[:, chips.map.address("enable_piso_downstream")] = 15
     chips.registers[:, field.low // 8 : field.high // 8] = 0
     chips.registers[:, chips.map.address("threshold_global")] = 60
-    tile.written(0x4010, 10, 100)  # io_channel 2: 0.5 Mb/s
+    registers.write(0x4010, 20)  # io_channel 2: 0.5 Mb/s
     wait_until(lambda: tile.waiting() > 20_000, "hits")
     tile.fill(1_000_000)
     words = tile.buffer[8:].reshape(-1, 16) if len(tile.spans) == 1 else np.zeros((0, 16), np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import zmq
 from boards import LIMIT, context, emulator
-from chip_boards import READ, WRITE, asked, board_register, request, word
+from chip_boards import READ, WRITE, asked, board_register, powered, request, word
 from processes import until
 from system import rows_of, system
 
@@ -22,7 +22,8 @@ def test_what_chips_send_is_recorded(tmp_path):
         operator = daq.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--asic", "2b")
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
-        asked(command, board_register(b"W", 0x10, 1))
+        for register, value in powered(1):
+            asked(command, board_register(b"W", register, value))
         setup = [word(WRITE, 1, ID, 11), word(WRITE, 11, DOWN, 15), word(WRITE, 11, THRESHOLD, 80)]
         setup += [word(WRITE, 11, MASK + byte, 0) for byte in range(8)]
         reads = [word(READ, 11, address) for address in range(256)]

@@ -263,7 +263,7 @@ def test_packets_make_as_many_words_in_their_order(given_, wide):
 def test_larpix_controls_own_class_reads_and_configures_a_board(tmp_path):
     """PACMAN_IO, as it is, in front of emulated chips: all that a run, an operator and the ledger want."""
     network = tmp_path / "network.json"
-    with own_address("--chips", "4", "--lossless", "--write-network", str(network)) as board:
+    with own_address("--chips", "4", "--power-on", "--lossless", "--write-network", str(network)) as board:
         config = tmp_path / "io.json"
         config.write_text(json.dumps({"_config_type": "io", "io_class": "PACMAN_IO", "io_group": [[1, board.address]]}))
         with system(tmp_path) as made:

@@ -168,7 +168,9 @@ def test_what_chips_were_told_and_said_is_in_the_file_before_the_data(tmp_path):
     routines.mkdir()
     (routines / "lost.py").write_text(ROUTINE)
     stuck = "1-1-13:64.0=1"
-    board = Emulator("--chips", "12", "--asic", "2b", "--write-network", str(network), "--stuck-bits", stuck)
+    board = Emulator(
+        "--chips", "12", "--asic", "2b", "--power-on", "--write-network", str(network), "--stuck-bits", stuck
+    )
     ports = board.ready["1"]
     try:
         with system(tmp_path / "system") as made:

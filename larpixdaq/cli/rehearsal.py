@@ -41,9 +41,10 @@ class Rehearsal:
 
     def start(self, group: Group) -> subprocess.Popen[bytes]:
         return group.start(
-            "emulators", "pacman", "--chips", str(CHIPS), "--asic", ASIC, "--write-network", str(self._network),
-            "--hot-channels", str(PLANTED), "--dead-channels", str(PLANTED), "--truth", str(self._truth), "--lossless",
-            "--wait-for-go", "--data-port", "0", "--command-port", "0", pipes=True,
+            "emulators", "pacman", "--chips", str(CHIPS), "--asic", ASIC, "--power-on",
+            "--write-network", str(self._network), "--hot-channels", str(PLANTED), "--dead-channels", str(PLANTED),
+            "--truth", str(self._truth), "--lossless", "--wait-for-go", "--data-port", "0", "--command-port", "0",
+            pipes=True,
         )  # fmt: skip
 
     def take(

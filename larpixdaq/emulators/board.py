@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +12,8 @@ import zmq
 from numpy.typing import NDArray
 
 from larpixdaq._native import emulate, transport
-from larpixdaq.emulators.commands import Behind, Commands
+from larpixdaq.emulators.board_registers import BoardRegisters, ServerCrashError
+from larpixdaq.emulators.commands import Commands
 from larpixdaq.emulators.faults import Faults, words_in
 from larpixdaq.errors import ConfigError
 from larpixdaq.pace import Pace
@@ -61,6 +64,7 @@ class Board:
         self,
         io_group: int,
         words: Words,
+        registers: BoardRegisters,
         *,
         rate: float | None,
         per_message: int,
@@ -68,13 +72,17 @@ class Board:
         limit: int | None,
         faults: Faults | None = None,
         queue: int = QUEUE,
-        behind: Behind | None = None,
+        transmit: Callable[[NDArray[np.uint8]], None] | None = None,
     ) -> None:
         """`limit`: words to send, None: until told to stop. `per_message` 0: as the real data server does."""
         self.io_group = io_group
         self.sent = {"words": 0, "D": 0, "S": 0, "T": 0, "messages": 0}
         self.finished = False
-        self.commands = Commands(lambda: self._words.receipt, behind)
+        registers.clock = lambda: self._words.receipt
+        self.commands = Commands(registers, transmit)
+        self.crashed = False  # its command server
+        self._reply = b""
+        self._reply_at = float("inf")
         self._words = words
         self._pace = Pace(rate, 1.0 + per_message / rate) if rate else None
         self._per_message = per_message
@@ -120,7 +128,8 @@ class Board:
     def counts(self) -> dict[str, int]:
         """What was sent, and what was done wrong on request."""
         full = {"full": self._words.full} if self._words.full else {}
-        return self.sent | full | (self._faults.count if self._faults else {})
+        crashed = {"server_crashes": 1} if self.crashed else {}
+        return self.sent | full | crashed | (self._faults.count if self._faults else {})
 
     def close(self, linger: int) -> None:
         """Close both sockets; data that are queued stay for `linger` ms, answers have nobody to wait for them."""
@@ -145,9 +154,26 @@ class Board:
                 self._topics.discard(frame[1:])
 
     def answer(self) -> None:
-        """Answer one request on the command channel."""
+        """Answer one request on the command channel; `reply()` sends what the server sleeps over."""
         parts = self.command.recv_multipart()
-        self.command.send(self.commands.answer(b"".join(parts)))
+        try:
+            self._reply = self.commands.answer(b"".join(parts))
+        except ServerCrashError as error:
+            print(f"larpixdaq-emulator: io_group {self.io_group}: command server crashed: {error}", file=sys.stderr)
+            self.crashed = True
+            self.command.close(linger=0)
+            return
+        self._reply_at = time.monotonic() + self.commands.seconds
+        self.reply()
+
+    def reply(self) -> float:
+        """Send the reply that is due; return the seconds until it is (infinite without one)."""
+        wait = self._reply_at - time.monotonic()
+        if wait > 0:
+            return wait
+        self._reply_at = float("inf")
+        self.command.send(self._reply)
+        return self._reply_at
 
     def turn(self, now: float) -> float:
         """Send what is due; return the seconds until the next turn makes sense (infinite once finished)."""

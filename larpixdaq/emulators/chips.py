@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,25 @@ from larpixdaq.emulators.registers import RegisterMap, register_map
 from larpixdaq.emulators.wiring import TILE_CHANNELS, Wiring
 
 _CHIP_ID: Final = 2  # its lowest bit in a word
+
+
+class Supplies(NamedTuple):
+    """Volts of VDDA and VDDD: as laboratories set them, and the least with which chips work."""
+
+    usual: tuple[float, float]
+    least: tuple[float, float]
+
+
+#: By chip generation.
+SUPPLIES: Final = {
+    "1": Supplies((1.8, 1.8), (1.5, 1.4)),
+    "2": Supplies((1.8, 1.8), (1.5, 1.4)),
+    "lightpix-1": Supplies((1.8, 1.8), (1.5, 1.4)),
+    "2b": Supplies((1.8, 1.2), (1.5, 1.0)),
+    "3": Supplies((1.8, 0.9), (1.5, 0.8)),
+}
+#: Ticks of the chips' clock for each bit on their lines, at power-up. v3 chips cannot change it.
+TICKS_PER_BIT: Final = {"1": 2, "2": 2, "2b": 2, "lightpix-1": 2, "3": 1}
 #: The tile enable register has 32 bits.
 MOST_TILES: Final = 32
 
@@ -74,8 +93,15 @@ class Chips:
         )
         #: The tiles that have power, a bit each.
         self.tiles = 0
+        #: The tiles that have chips, a bit each.
+        self.tiles_there = sum(1 << tile for tile in set(self._tile.tolist()))
         if powered:
-            self.power((1 << int(self._tile.max()) + 1) - 1)
+            self.power(self.tiles_there)
+
+    def on_tiles(self) -> list[int]:
+        """How many chips each tile has."""
+        counts: list[int] = np.bincount(self._tile).tolist()
+        return counts
 
     def count(self) -> dict[str, int]:
         return {"unheard": self._native.unheard, "refused": self._native.refused}

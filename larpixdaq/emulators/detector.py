@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from larpixdaq.emulators import planted, wiring
-from larpixdaq.emulators.chips import Chips
+from larpixdaq.emulators.board_registers import BoardRegisters
+from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT, Chips
 from larpixdaq.emulators.noise import DAC_STEP, HOT, VCM, Channels, Noise
 from larpixdaq.emulators.planted import Planted, Planter
 from larpixdaq.emulators.registers import register_map
+from larpixdaq.emulators.revisions import Revision
 from larpixdaq.emulators.tile import Losses
 from larpixdaq.emulators.wiring import Wiring
 from larpixdaq.errors import FileError
@@ -57,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = wiring.T
         metavar="FILE",
         help="with a number of --chips: write a controller configuration for larpix-control, with their network",
     )
-    add("--power-on", action="store_true", help="begin with all tiles powered, not with none (register 0x10 is 0)")
+    add(
+        "--power-on",
+        action="store_true",
+        help="begin with all tiles powered, and with DACs and UARTs set for these chips, as an operator leaves them "
+        "(default: as boards come up)",
+    )
     for name, form, what in PLANTS:
         add(f"--{name}", metavar="N|LIST", help=f"{what}: how many, or which, as {form},... with CHIP as in 1-2-34")
     for name, what in LOSSES:
@@ -146,6 +153,14 @@ def make(args: argparse.Namespace, detector: Detector, io_group: int) -> Noise:
         if group == io_group:
             channels.working[chip, channel] = False
     return Noise(chips, channels, [args.seed, 3, io_group])
+
+
+def registers(args: argparse.Namespace, revision: Revision, chips: Chips) -> BoardRegisters:
+    """The registers of a PACMAN with these chips."""
+    made = BoardRegisters(revision, chips=chips.on_tiles(), slow_read=args.slow_read)
+    if args.power_on:
+        made.switch_on(chips.tiles_there, SUPPLIES[chips.asic].usual, TICKS_PER_BIT[chips.asic])
+    return made
 
 
 def losses(args: argparse.Namespace, io_group: int) -> Losses:

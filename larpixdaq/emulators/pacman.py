@@ -15,11 +15,14 @@ from typing import Any, Final
 import zmq
 
 from larpixdaq._native import emulate
-from larpixdaq.emulators import detector
+from larpixdaq.emulators import detector, revisions
 from larpixdaq.emulators.board import BATCH, QUEUE, Board, Words
+from larpixdaq.emulators.board_registers import BoardRegisters
+from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT
 from larpixdaq.emulators.faults import Faults, Wrongs
 from larpixdaq.emulators.recording import Recording
 from larpixdaq.emulators.tile import Tile, TileBoard
+from larpixdaq.errors import ConfigError
 from larpixdaq.schema import ASICS
 
 DESCRIPTION = """\
@@ -37,6 +40,8 @@ CLOCK_START = 2**31 - 20_000_000
 SATURATED = 2_420_000.0
 
 
+#: Seconds, of --slow-read at most.
+MOST_SLOW: Final = 60.0
 #: Words/s of one board.
 LOWEST_RATE: Final = 10.0
 HIGHEST_RATE: Final = 1e9
@@ -82,6 +87,20 @@ def _port(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--io-groups", type=_positive, default=1, metavar="N", help="boards, io_groups 1 to N (default 1)")
+    add(
+        "--revision",
+        choices=sorted(revisions.REVISIONS),
+        default=revisions.DEFAULT,
+        help="hardware revision of the boards, with its registers; 4m2 is 4 with the firmware of Module 2 "
+        "(default %(default)s)",
+    )
+    add(
+        "--slow-read",
+        type=float,
+        metavar="SECONDS",
+        help="that a board sleeps before it answers a read of VDDD or its current (default 1 of revision 4, 0.01 of 5, "
+        "0 of others)",
+    )
     add(
         "--rate",
         type=_rate,
@@ -157,7 +176,17 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--io-channels, --chips-per-io-channel: at most 255 and 240, found {found}")
     if args.chips is not None and (args.replay or args.odd or args.fifo_full):
         parser.error("--chips says what is sent: no --replay, no --odd, no --fifo-full")
+    if args.slow_read is not None and not 0 <= args.slow_read <= MOST_SLOW:
+        parser.error(f"--slow-read: expected 0 to {MOST_SLOW:g} seconds, found {args.slow_read}")
     args.detector = detector.check_arguments(parser, args)
+    revision = revisions.REVISIONS[args.revision]
+    for io_group, board in args.detector.boards.items():
+        wrong = {io_channel for io_channel, _ in board.keys if not 1 <= io_channel <= revision.uarts}
+        if wrong:
+            raise ConfigError(
+                f"{args.chips}: io_group {io_group} has chips on io_channel {min(wrong)}, a board of revision "
+                f"{args.revision} has io_channels 1 to {revision.uarts}"
+            )
     args.groups = list(args.detector.boards) or list(range(1, args.io_groups + 1))
     n = len(args.groups)
     if args.replay and (args.count or args.words_per_message):
@@ -209,16 +238,24 @@ def _board(args: argparse.Namespace, io_group: int) -> Board:
         "limit": args.count,
         "faults": Faults(wrongs, args.seed * 256 + io_group) if wrongs.any else None,
     }
+    revision = revisions.REVISIONS[args.revision]
     if not args.detector.boards:
-        return Board(io_group, _words(args, io_group), rate=args.rate, **options)
+        # what sends has power
+        chips = [4 * args.chips_per_io_channel] * -(-args.io_channels // 4)
+        registers = BoardRegisters(revision, chips=chips, slow_read=args.slow_read)
+        registers.switch_on((1 << revision.tiles) - 1, SUPPLIES[args.asic].usual, TICKS_PER_BIT[args.asic])
+        return Board(io_group, _words(args, io_group), registers, rate=args.rate, **options)
+    noise = detector.make(args, args.detector, io_group)
+    registers = detector.registers(args, revision, noise.chips)
     tile = Tile(
-        detector.make(args, args.detector, io_group),
+        noise,
         seconds=int(time.time() - CLOCK_START / 1e7),
         tick=CLOCK_START,
         pps=args.pps,
         losses=detector.losses(args, io_group),
+        registers=registers,
     )
-    return TileBoard(io_group, tile, **options)
+    return TileBoard(io_group, tile, registers, **options)
 
 
 class Emulator:
@@ -234,6 +271,7 @@ class Emulator:
         self._line = b""
         self._poller = zmq.Poller()
         self._ready: dict[Any, Any] = {}
+        self._servers = {board: board.command for board in boards}
         for board in boards:
             self._ready[board.command] = board.answer
         if wait_for_go:
@@ -244,7 +282,11 @@ class Emulator:
         self._watch()
 
     def _watch(self) -> None:
-        """Boards that go away come back with another data socket."""
+        """Boards that go away come back with another data socket; command servers that crash stay away."""
+        for board, command in [*self._servers.items()]:
+            if board.crashed:
+                self._poller.unregister(command)
+                del self._ready[command], self._servers[board]
         for board in self._boards:
             known = self._data.get(board)
             if known is not None and (known.closed or known is not board.data):
@@ -289,6 +331,7 @@ class Emulator:
                         report()
                         if not self._stay:
                             return
+            wait = min(wait, *(board.reply() for board in self._boards))
             self._watch()
             # a signal that came just before is seen after 100 ms at the latest
             for socket, _ in self._poller.poll(0 if wait <= 0 else max(1, int(min(wait, 0.1) * 1000))):

@@ -10,28 +10,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq.emulators.board import BATCH, SERVICE_TICKS, Board
+from larpixdaq.emulators.board_registers import (
+    ANALOG_POWER,
+    BANK,
+    CLOCK_CONTROL,
+    CLOCK_RATIO,
+    HEARTBEAT_CYCLES,
+    I2C,
+    TILE_ENABLE,
+    TRIGGER_CONTROL,
+    TRIGGER_CYCLES,
+    BoardRegisters,
+)
+from larpixdaq.emulators.chips import SUPPLIES
 from larpixdaq.emulators.messages import TICKS, data_words, event_word, messages, packets
 from larpixdaq.emulators.noise import Noise
+from larpixdaq.emulators.revisions import VDDA, VDDD, Rail
 from larpixdaq.schema import SPAN
 
-TILE_ENABLE: Final = 0x10
-CLOCK_CONTROL: Final = 0x1010
-HEARTBEAT_CYCLES: Final = 0x1018
-TRIGGER_CONTROL: Final = 0x2010
-TRIGGER_CYCLES: Final = 0x2018
 _HEARTBEAT_ON: Final = 0b010
 _RESET: Final = 0b100
 #: What a board keeps until it can send it, as the memory of a PACMAN does (words).
 MEMORY: Final = 1_966_080
 #: Ticks from the chip to the board; recorded runs have a median of 293.
 LATENCY: Final = 290
-#: Words a second that one io_channel carries, at 5 Mb/s, and the clock ratio that this is.
-UART_WORDS: Final = 75_757
-UART_RATIO: Final = 10
+#: Bits of a word on an io_channel: 64, start and stop.
+UART_BITS: Final = 66
 #: Words that a chip keeps until the line carries them: all of its channels may say something at once.
 FIFO: Final = 2_048
-#: Registers of the io_channels' UARTs: n has its clock ratio at n times the bank behind the first of these.
-_UARTS: Final = range(0x2010 + 0x1000, 0x23000, 0x1000)
 #: What a board takes in one look, for what all its io_channels can carry on average.
 _SLACK: Final = 1.2
 #: Ticks between two looks at the chips' noise.
@@ -85,11 +91,12 @@ class Losses:
 
 
 class Tile:
-    """What is behind a board's sockets, in the manner of emulate.PacmanBoard (`Words`) and of `Behind`.
+    """What is behind a board's sockets, in the manner of emulate.PacmanBoard (`Words`).
 
     `tick`: where the clock of 10 MHz begins; the time is that of time.monotonic(). `heartbeat`: ticks between
-    two of its sync words, 0 for none. `carries`: hits that an io_channel takes each second, unless the clock ratio of
-    its UART says it. `losses`: what becomes of configuration words on their way.
+    two of its sync words, 0 for none. `registers`: those of a PACMAN, which decide about power, resets, lines and
+    triggers; without them chips are as they were made, and an io_channel takes `carries` hits each second. `losses`:
+    what becomes of configuration words on their way.
     """
 
     def __init__(
@@ -100,8 +107,9 @@ class Tile:
         tick: int,
         pps: bool = False,
         heartbeat: int = 10 * TICKS,
-        carries: int = UART_WORDS,
+        carries: int = 0,
         losses: Losses | None = None,
+        registers: BoardRegisters | None = None,
     ) -> None:
         self.noise = noise
         self.chips = noise.chips
@@ -124,9 +132,16 @@ class Tile:
         self._most_room = FIFO * len(self.chips.keys)
         self._room = float(self._most_room)  # words that would find a way out now, or room in a chip
         self._carries = np.zeros(256, np.int64)  # by io_channel
-        self._carries[[io_channel for io_channel, _ in self.chips.keys]] = carries
+        self._io_channels = sorted({io_channel for io_channel, _ in self.chips.keys})
+        self._carries[self._io_channels] = carries
         self._waiting: deque[NDArray[Any]] = deque()
         self._n_waiting = 0
+        self._new_lines = False
+        self._registers = registers
+        if registers:
+            registers.changed = self._changed
+            self._power(registers)
+            self._lines(registers)
 
     @property
     def tick(self) -> int:
@@ -151,25 +166,39 @@ class Tile:
         said = data_words(channels, answers, self.tick, self._period)
         self._keep(self.losses.answered(said))
 
-    def written(self, register: int, before: int, value: int) -> None:
-        if register == TILE_ENABLE:
-            self.chips.power(value)
+    def _changed(self, register: int, before: int, value: int) -> None:
+        """A register of the board was written."""
+        assert self._registers
+        if register in (TILE_ENABLE, ANALOG_POWER) or register >= I2C:
+            self._power(self._registers)
         elif register == CLOCK_CONTROL:
             if value & ~before & _RESET:
                 self.chips.reset()
             self._heartbeat = (self._heartbeat or 10 * TICKS) if value & _HEARTBEAT_ON else 0
         elif register == HEARTBEAT_CYCLES and self._heartbeat:
             self._heartbeat = max(LEAST_PERIOD, value // _FAST)
-        elif register in _UARTS:
-            io_channel = 1 + _UARTS.index(register)
-            if self._carries[io_channel]:
-                self._carries[io_channel] = UART_WORDS * UART_RATIO // max(1, value)
-                self._crowd()
         elif register == TRIGGER_CONTROL:
             self._trigger = self._trigger_every if value & 1 else 0
         elif register == TRIGGER_CYCLES:
             self._trigger_every = max(LEAST_PERIOD, value // _FAST)
             self._trigger = self._trigger and self._trigger_every
+        elif register % BANK == CLOCK_RATIO:
+            self._lines(self._registers)
+
+    def _power(self, registers: BoardRegisters) -> None:
+        """Chips have power on the tiles whose supplies are high enough for them."""
+        least = SUPPLIES[self.chips.asic].least
+        tiles = 0
+        for tile in range(registers.revision.tiles):
+            volts = (registers.volts(Rail(tile, VDDA)), registers.volts(Rail(tile, VDDD)))
+            tiles |= (volts[0] >= least[0] and volts[1] >= least[1]) << tile
+        self.chips.power(tiles)
+
+    def _lines(self, registers: BoardRegisters) -> None:
+        for io_channel in self._io_channels:
+            ratio = max(1, registers.ratio(io_channel))
+            self._carries[io_channel] = registers.revision.uart_clock // (ratio * UART_BITS)
+        self._new_lines = True
 
     def waiting(self) -> int:
         """Words that could be sent now."""
@@ -221,7 +250,8 @@ class Tile:
         return data_words(io_channels, made, hits["tick"], self._period)
 
     def _update(self) -> None:
-        if self.noise.update():
+        if self.noise.update() or self._new_lines:
+            self._new_lines = False
             self._crowd()
 
     def _crowd(self) -> None:
@@ -277,10 +307,9 @@ class Tile:
 class TileBoard(Board):
     """A board whose chips and registers decide what is to be sent, and when."""
 
-    def __init__(self, io_group: int, tile: Tile, **options: Any) -> None:
-        super().__init__(io_group, tile, rate=None, behind=tile, **options)
+    def __init__(self, io_group: int, tile: Tile, registers: BoardRegisters, **options: Any) -> None:
+        super().__init__(io_group, tile, registers, rate=None, transmit=tile.transmit, **options)
         self.tile = tile
-        self.commands.registers[TILE_ENABLE] = tile.chips.tiles
 
     def counts(self) -> dict[str, int]:
         return super().counts() | self.tile.counts()

@@ -18,8 +18,8 @@ TILE_CHIPS: Final = 100
 TILE_WIDTH: Final = 10
 TILE_CHANNELS: Final = 4
 FIRST_ID: Final = 11
-#: More than any PACMAN has UARTs for.
-MOST_TILES: Final = 16
+#: Of a board of revision 5.
+MOST_TILES: Final = 10
 #: Directions are up, left, down, right. A chip sends on this UART towards each of them, receives from each on that one,
 #: and is itself in this direction of its neighbour.
 _SEND: Final = (3, 0, 1, 2)

@@ -1,0 +1,189 @@
+"""PACMAN boards by hardware revision: tiles, UARTs, clocks, and the registers of their power supplies.
+
+Tiles count from 0 here and io_channels from 1: tile k has io_channels 4k+1 to 4k+4. docs/rehearsal.md says which of
+these properties are choices, because nobody has published what real boards do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Final, NamedTuple
+
+VDDA, VDDD = 0, 1
+
+#: Makes the value of a register from millivolts and milliamperes.
+Encoder = Callable[[float, float], int]
+
+
+class Rail(NamedTuple):
+    """A supply of a tile; `name` is VDDA or VDDD."""
+
+    tile: int
+    name: int
+
+
+class Monitor(NamedTuple):
+    """A register with a measurement of a rail. Before it answers a `slow` one the server sleeps."""
+
+    rail: Rail
+    encode: Encoder
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Revision:
+    """`dacs`, `readbacks`, `monitors`, `constants`, `scratch`: registers on the I2C bus. All others there read 0.
+
+    `masked`: only the lowest 12 bits of an I2C address count. `crashes_at`: first address at which the server crashes.
+    `fpga_constants`: registers of the FPGA that nobody can write and that are not 0. `tile_clocks`: bits of register
+    0x10; with none of them set no chip has a clock. `receivers`: the register with a bit for each io_channel's
+    receiver, which is on when its bit is `receiver_on`.
+    """
+
+    tiles: int
+    uarts: int
+    dac_per_volt: float
+    dacs: dict[int, list[Rail]]
+    monitors: dict[int, Monitor]
+    #: The clock that UARTs divide, in Hz, and the ratio at power-up.
+    uart_clock: int = 10_000_000
+    uart_ratio: int = 2
+    readbacks: dict[int, Rail] = field(default_factory=dict)
+    constants: dict[int, int] = field(default_factory=dict)
+    scratch: range = range(0)
+    masked: bool = False
+    crashes_at: int | None = None
+    #: Seconds that the server sleeps before it answers a slow monitor.
+    slow_read: float = 0.0
+    fpga_constants: dict[int, int] = field(default_factory=dict)
+    #: Register 0x14 switches the supplies; 0x101C divides the chips' clock; it masks resets by tile; UARTs can invert.
+    analog_switch: bool = True
+    divider: bool = True
+    reset_mask: bool = False
+    inversion: bool = True
+    tile_clocks: int = 0
+    receivers: int | None = None
+    receiver_on: int = 1
+
+
+# Encodings of what boards measure
+
+
+def _upper_mv(mv: float, ma: float) -> int:
+    return (round(mv / 4) & 0x1FFF) << 19
+
+
+def _upper_mw(mv: float, ma: float) -> int:
+    return (round(mv * ma / 1000) & 0xFFFF) << 16
+
+
+def _upper_current(ma_per_count: float) -> Encoder:
+    return lambda mv, ma: (round(ma / ma_per_count) & 0xFFFF) << 16
+
+
+def _plain_mv(mv: float, ma: float) -> int:
+    return round(mv)
+
+
+def _shunt(mv: float, ma: float) -> int:
+    return round(ma / 0.5) & 0xFFFF
+
+
+def _coulomb_counter(mv: float, ma: float) -> int:
+    return round(ma / 0.25) << 10 & 0xFFFFFF
+
+
+def _four_times(mv: float, ma: float) -> int:
+    """The server takes a full scale of 20 A for granted, and it is 5 A."""
+    return round(4 * ma)
+
+
+def _rev2() -> Revision:
+    vdda, vddd = Rail(0, VDDA), Rail(0, VDDD)
+    monitors = {}
+    for base, rail in ((0x24040, vdda), (0x24030, vddd)):
+        for at, encode in enumerate((_upper_current(5.0), _upper_mv, _upper_mw), base + 1):
+            monitors[at] = Monitor(rail, encode)
+    return Revision(
+        tiles=1,
+        uarts=4,
+        dac_per_volt=54_691 / 1.8,
+        dacs={0x24011: [vdda], 0x24001: [vddd]},
+        monitors=monitors,
+        constants={0x24021: 100 << 16, 0x24022: 3000 << 19},  # VPLUS: 500 mA, 12 V
+        analog_switch=False,
+        divider=False,
+        inversion=False,
+    )
+
+
+def _rev3() -> Revision:
+    rails = [Rail(n // 2, n % 2) for n in range(16)]
+    monitors = {}
+    for rail in rails:
+        base = 0x24000 + 0x20 * rail.tile + 0x10 * rail.name
+        for at, encode in enumerate((_upper_current(0.5), _upper_mv, _upper_mw), base + 1):
+            monitors[at] = Monitor(rail, encode)
+    dacs = {base + n: [rail] for base in (0x24100, 0x24130) for n, rail in enumerate(rails)}
+    return Revision(
+        tiles=8,
+        uarts=32,
+        dac_per_volt=25_700.0,
+        dacs=dacs | {0x241B0: rails},  # the last one: all at once
+        monitors=monitors,
+        readbacks={0x24190 + n: rail for n, rail in enumerate(rails)},
+        crashes_at=0x26000,
+    )
+
+
+def _in_rows(tiles: int, vdda_current: Encoder, vddd_current: Encoder) -> Revision:
+    """DACs and monitors of revisions 4 and 5: a row of registers for each quantity, a register for each tile."""
+    dacs, monitors = {}, {}
+    for tile in range(tiles):
+        vdda, vddd = Rail(tile, VDDA), Rail(tile, VDDD)
+        dacs[0x24010 + tile], dacs[0x24020 + tile] = [vdda], [vddd]
+        monitors[0x24030 + tile] = Monitor(vdda, _plain_mv)
+        monitors[0x24040 + tile] = Monitor(vddd, _plain_mv, slow=True)
+        monitors[0x24050 + tile] = Monitor(vdda, vdda_current)
+        monitors[0x24060 + tile] = Monitor(vddd, vddd_current, slow=True)
+    return Revision(
+        tiles=tiles,
+        uarts=4 * tiles,
+        dac_per_volt=25_700.0,
+        dacs=dacs,
+        monitors=monitors,
+        scratch=range(0x24100, 0x2410F),
+    )
+
+
+def _rev4() -> Revision:
+    rows = _in_rows(8, _shunt, _coulomb_counter)
+    return replace(rows, uart_clock=50_000_000, uart_ratio=10, crashes_at=0x25000, slow_read=1.0)
+
+
+def _rev4_module2() -> Revision:
+    return replace(
+        _rev4(),
+        fpga_constants=dict.fromkeys(range(0, 0x10, 4), 894),
+        tile_clocks=0b11 << 8,
+        receivers=0x18,
+        reset_mask=True,
+    )
+
+
+def _rev5() -> Revision:
+    return replace(
+        _in_rows(10, _four_times, _four_times),
+        constants={0x24220: 5, 0x24221: 2},
+        masked=True,
+        slow_read=0.01,
+        receivers=0x201C,
+        receiver_on=0,
+        reset_mask=True,
+    )
+
+
+#: By what --revision calls them.
+REVISIONS: Final = {"2": _rev2(), "3": _rev3(), "4": _rev4(), "4m2": _rev4_module2(), "5": _rev5()}
+DEFAULT: Final = "5"
