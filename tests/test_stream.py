@@ -464,7 +464,7 @@ def test_consumers_have_a_limit_and_a_required_storage_comes_in_all_the_same(
 
 def test_frames_of_consumers_take_a_bounded_time_of_a_turn(line: Line) -> None:
     """What waits is taken in the next turns, and nobody is taken for silent before."""
-    now = [0.0]
+    now = [time.monotonic()]
 
     def clock() -> float:
         now[0] += 0.001
