@@ -82,7 +82,8 @@ def of_part(path: Path) -> Carried:
         producers, tables = file.producers(), [file.table("run/configs")]
     name = names.parse(path.name)
     assert name is not None
-    for record in records(path.with_name(path.name.removesuffix(name.ending) + names.JOURNAL)):
+    journal = path.with_name(path.name.removesuffix(name.ending) + names.JOURNAL)
+    for record in records(journal) if journal.exists() else ():
         if isinstance(record.frame, Block) and record.frame.configs is not None:
             if record.frame.producer not in producers:
                 producers.append(record.frame.producer)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from larpixdaq._native import packets as words_of
 from larpixdaq.errors import ConfigError, FileError, cause
 from larpixdaq.files.told import Texts
-from larpixdaq.schema import ASICS, IO_GROUPS, Asic, Layout, PacketType
+from larpixdaq.schema import ASICS, IO_GROUPS, LAYOUTS, Asic, Layout, PacketType
 
 #: Rows of a piece: a few megabytes.
 _PIECE: Final = 65_536
@@ -56,9 +56,15 @@ class PacketFile:
         self.path = path
         self._file = file
         packets = file.get("packets", file.get("raw_packet"))  # version 0.0 has the latter
-        names = packets.dtype.names if isinstance(packets, h5py.Dataset) and packets.ndim == 1 else None
-        self._type = "type" if names and "chip_key" in names else "packet_type"
-        if not names or not {self._type, "timestamp", "parity"} <= set(names):
+        table = isinstance(packets, h5py.Dataset) and packets.ndim == 1
+        names = set(packets.dtype.names or () if table else ())
+        self._type = "type" if "chip_key" in names else "packet_type"
+        known = {name for one in LAYOUTS for name in one.dtype.names or ()} & names
+        if (
+            not {self._type, "timestamp", "parity"} <= known
+            or packets.dtype[self._type].kind not in "iu"
+            or any(packets.dtype[name].shape for name in known)
+        ):
             raise FileError(f"{path}: packet file without /packets of known columns")
         self._packets = packets
         #: INFO rows, of those that pieces() has passed, whose text is not in /messages.

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError, cause
-from larpixdaq.files import heap, layout, superblock
+from larpixdaq.files import bounds, heap, layout, superblock
+from larpixdaq.regular_file import check_place
 
 T = TypeVar("T")
 #: What h5py raises when a file is not what it should be.
-_BROKEN = (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError, MemoryError)
+_BROKEN = (OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, MemoryError)
 
 
 class DataFile:
@@ -37,10 +38,12 @@ class DataFile:
         # Datasets stay open: one that is opened again after a refresh may show a stale index of its chunks (HDF5 2.0).
         self._held: dict[str, Any] = {}
         try:
+            self._guard("its links", lambda: bounds.check_links(self.path, self._file))
             self.version = str(self._guard("/_header", lambda: self._file["_header"].attrs["version"]))
             self._packets = self._guard("/packets", lambda: self._dataset("packets"))
             self.dtype: np.dtype[Any] = self._guard("/packets", lambda: self._packets.dtype)
-            if self.dtype.names is None or schema.type_column(self.dtype) not in self.dtype.names:
+            types = schema.type_column(self.dtype)
+            if types not in (self.dtype.names or ()) or self.dtype[types].kind not in "iu":
                 raise FileError(f"{self.path}: /packets has no column with packet types")
             self.own = self._guard("/run", lambda: "run" in self._file)
         except BaseException:
@@ -50,6 +53,7 @@ class DataFile:
         self.layout = known[0] if known else None
 
     def _open(self) -> h5py.File:
+        check_place(self.path)
         if not self.path.is_file():
             reason = "is not a file" if self.path.exists() else "there is no such file"
             raise FileError(f"cannot open {self.path}: {reason}")
@@ -93,18 +97,6 @@ class DataFile:
     def rows(self) -> int:
         return int(self._guard("/packets", lambda: self._packets.shape[0]))
 
-    @property
-    def room(self) -> int:
-        """Rows that /packets has space for in the file: fewer than `rows` only when the file is damaged."""
-
-        def find() -> int:
-            chunks = self._packets.chunks
-            if chunks is None:
-                return int(self._packets.id.get_storage_size()) // self.dtype.itemsize
-            return int(self._packets.id.get_num_chunks() * chunks[0])
-
-        return self._guard("/packets", find)
-
     def packets(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows `start` to `stop`, shape (N,), with the file's own dtype."""
         name = f"/packets, rows {start} to {self.rows if stop is None else stop},"
@@ -139,7 +131,9 @@ class DataFile:
 
     def _dataset(self, name: str) -> Any:
         if name not in self._held:
-            self._held[name] = self._file[name]
+            dataset = self._file[name]
+            bounds.check_dataset(self.path, name, dataset)
+            self._held[name] = dataset
         return self._held[name]
 
     def _table(self, name: str) -> Any:

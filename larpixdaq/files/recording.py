@@ -7,13 +7,15 @@ from pathlib import Path
 import h5py
 
 from larpixdaq.errors import FileError, cause
-from larpixdaq.files import heap, superblock
+from larpixdaq.files import bounds, heap, superblock
 from larpixdaq.files.packets import PacketFile
 from larpixdaq.files.raw import RawFile
 
 
 def open_recording(path: Path) -> RawFile | PacketFile | None:
     """None when it is not HDF5; FileError in one line when it is, but damaged or of no known kind."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # HDF5 would wait for a pipe's other end
+        raise FileError(f"{path}: is not a file")
     try:
         if not h5py.is_hdf5(path):
             return None
@@ -25,6 +27,9 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
     except OSError as error:
         raise FileError(f"{path}: HDF5 file that cannot be opened: {cause(error)}") from None
     try:
+        bounds.check_links(path, file)
+        for name in {"msgs", "msg_headers", "packets", "raw_packet", "messages"} & set(file):
+            bounds.check_dataset(path, name, file[name])
         if "msgs" in file:
             return RawFile(path, file)
         if "packets" in file or "raw_packet" in file:

@@ -44,7 +44,7 @@ def walk(
         except FileError as error:
             finding(str(error))
             rows = None
-        if rows is not None:
+        if rows is not None and known:
             counter = _counters(rows, counter, messages, first, finding)
             parity.add(rows, first)
         data = rows.view(np.uint8).reshape(-1, file.dtype.itemsize) if rows is not None else None

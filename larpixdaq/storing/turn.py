@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from larpixdaq.errors import FileError
 from larpixdaq.files import names
+from larpixdaq.regular_file import open_regular
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Lock:
 def is_locked(path: Path) -> bool:
     """Whether somebody holds a lock on this file now."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path)
     except OSError:
         return False
     try:
