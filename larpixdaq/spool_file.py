@@ -184,14 +184,13 @@ class File:
         return file
 
     def _index(self, data: bytes) -> None:
-        """Find the records; one whose lengths are damaged ends where the next good one begins."""
+        """Find the whole records; a damaged one ends where the next whole one begins, whatever its lengths say."""
         at = behind = _START.size + _START.unpack_from(data)[1]
         self.size = len(data)
         while (at := data.find(_RECORD_MAGIC, at)) >= 0 and at + _RECORD.size <= len(data):
             _, header, payload, _, index = _RECORD.unpack_from(data, at)
             end = at + _RECORD.size + header + payload
-            expected = index == self.next and end <= len(data)
-            if not expected and not (self.next < index < self.next + (1 << 20) and self._record(index, at) is not LOST):
+            if not self.next <= index < self.next + (1 << 20) or self._record(index, at) is LOST:
                 at += 1
                 continue
             self.damaged |= at != behind
@@ -228,7 +227,7 @@ def _header(data: bytes, producer: str, epoch: int) -> Header:
         magic, length, crc = _START.unpack_from(data)
         packed = data[_START.size : _START.size + length]
         if magic == _MAGIC and len(packed) == length and crc32(packed) == crc:
-            with contextlib.suppress(msgspec.DecodeError):
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
                 header = msgspec.msgpack.decode(packed, type=Header)
                 if (header.producer, header.epoch) == (producer, epoch) and 0 <= header.first <= header.start < 1 << 62:
                     return header

@@ -120,6 +120,19 @@ def test_of_a_damaged_file_all_whole_records_come(
     again.remove()
 
 
+def test_a_damaged_length_costs_no_other_record(tmp_path: Path) -> None:
+    """Also when it ends in the midst of a later one."""
+    file = written(tmp_path / "a", [1000] * 5)
+    file.leave()
+    data = bytearray(file.path.read_bytes())
+    data[file.offsets[1] + 9] ^= 6  # its payload is 1,536 bytes longer
+    file.path.write_bytes(data)
+    again = File.adopt(file.path, NAME, 5)
+    assert again is not None
+    assert contents(again) == [LOST if i == 1 else record(i, 1000) for i in range(5)]
+    again.remove()
+
+
 def original_bytes(file: File, offsets: list[int], index: int) -> bytes:
     return file.path.read_bytes()[offsets[index] : offsets[index + 1]]
 
