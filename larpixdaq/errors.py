@@ -107,6 +107,17 @@ def misuse(action: str, error: TypeError, signature: Signature) -> RequestError:
     return RequestError(f"{action}: {error!s:.200}; expected {action}{plain}")
 
 
+def printable(text: str) -> str:
+    """One line for a terminal: control and other invisible characters are shown as escapes, such as \\x1b.
+
+    Texts of files and of peers may move the cursor, recolour, or forge further lines. Bytes of names that are not UTF-8
+    become escapes too, which any terminal can show.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def cause(error: BaseException) -> str:
     """What went wrong, in one line: what the system says of it where it does; HDF5 tells long stories."""
     if isinstance(error, OSError) and error.errno:

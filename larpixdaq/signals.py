@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final
 
-from larpixdaq.errors import LarpixDaqError
+from larpixdaq.errors import LarpixDaqError, printable
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 #: After the first signal further ones are ignored for so long (s): a terminal's Ctrl-C reaches all of a process
@@ -32,6 +32,13 @@ def _first() -> bool:
         return False
     _came[:] = [now]
     return True
+
+
+class _Printable(logging.Formatter):
+    """Records for a terminal; a traceback keeps its lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 class Stopped(KeyboardInterrupt):
@@ -145,7 +152,7 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
     before = {number: signal.signal(number, stop) for number in _SIGNALS}
     stderr = logging.StreamHandler()
     stderr.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
-    stderr.setFormatter(logging.Formatter(f"{program}: %(levelname)s: %(message)s"))
+    stderr.setFormatter(_Printable(f"{program}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("larpixdaq")
     logger.addHandler(stderr)
     try:
@@ -159,7 +166,7 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
         print(f"{program}: interrupted by {signal.Signals(number).name}", file=sys.stderr)
         return 128 + number
     except LarpixDaqError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(printable(f"{program}: {error}"), file=sys.stderr)
         return 1
     except _OutputError as error:
         if error.number != errno.EPIPE:  # else the reader of our output has gone: `larpixdaq status | head`

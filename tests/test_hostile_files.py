@@ -213,3 +213,18 @@ def test_pipes_and_links(tmp_path, good, capsys):
     (data / f"{NAME}.h5").write_bytes(good)
     (data / "latest.h5").symlink_to(f"{NAME}.h5")
     assert cli.main(["info", str(data / "latest.h5")]) == 0
+
+
+def test_texts_of_files_move_no_cursor(tmp_path, capsys):
+    file, feed = (
+        RunFile(tmp_path, run_info(comment="\x1b[2J\nrun 42: good", operator="\x9b31m", storage="a\u202eb")),
+        Feed(),
+    )
+    file.add(*feed.info("\x1b]0;title\x07"))
+    path = file.close().path
+    for command in (["info", path], ["verify", path], ["recover", tmp_path / "\x1b[31m\udcff"]):
+        cli.main([*map(str, command)])
+    found = capsys.readouterr()
+    assert all(line.isprintable() for line in (found.out + found.err).splitlines())
+    assert "comment          \\x1b[2J\\nrun 42: good" in found.out
+    assert "\\x1b[31m\\udcff" in found.out

@@ -66,6 +66,13 @@ def test_lists_of_dicts():
     assert nested == "name    Log\nstatus  lost 0\n\nname    Core\nstatus  -"
 
 
+def test_control_characters_reach_no_terminal():
+    answer = {"comment": "red \x1b[31m", "reasons": ["\x9b2J", "\u202ea"], "rows": [{"name": "\r\udcff"}]}
+    shown = readable(answer)
+    assert all(line.isprintable() for line in shown.splitlines())
+    assert "red \\x1b[31m" in shown
+
+
 def test_what_has_no_shape_stays_as_it_is():
     assert readable("STOP") == "STOP"
     assert readable(None) == "-"

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from larpixdaq.control.space import size
 from larpixdaq.control.words import utc
-from larpixdaq.errors import FileLocked, LarpixDaqError
+from larpixdaq.errors import FileLocked, LarpixDaqError, printable
 from larpixdaq.files import info as file_info
 from larpixdaq.files import names, together
 from larpixdaq.files import recover as file_recover
@@ -51,17 +51,22 @@ def verify(options: argparse.Namespace) -> int:
     console = Console(quiet=options.json, highlight=False, soft_wrap=True)
     outcome = together.verify_all(options.paths)
     for report in outcome.files:
-        console.print(escape(f"{report.path}: {'good' if report.ok else 'BAD'}, {report.rows} rows"))
+        _show(console, f"{report.path}: {'good' if report.ok else 'BAD'}, {report.rows} rows")
         for line in report.findings + report.notes:
-            console.print(escape(f"  {line}"))
+            _show(console, f"  {line}")
     for run in outcome.runs:
         if len(run.files) > 1 or not together.is_good(run):
-            console.print(escape(f"run {run.run}: {run.condition}, {run.rows} rows in {len(run.files)} files"))
+            _show(console, f"run {run.run}: {run.condition}, {run.rows} rows in {len(run.files)} files")
             for line in run.reasons + run.notes:
-                console.print(escape(f"  {line}"))
+                _show(console, f"  {line}")
     if options.json:
         print(json.dumps({"ok": outcome.ok, "files": _file_facts(outcome), "runs": _run_facts(outcome)}))
     return 0 if outcome.ok else 1
+
+
+def _show(console: Console, line: str) -> None:
+    """Print one line, which may hold texts of files."""
+    console.print(escape(printable(line)))
 
 
 def _file_facts(outcome: together.Outcome) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def recover(options: argparse.Namespace) -> int:
             facts["ok"], text = False, str(error)
         ok = ok and facts["ok"]
         outcomes[str(path)] = facts | {"text": text}
-        console.print(escape(text))
+        _show(console, text)
     if options.json:
         print(json.dumps({"ok": ok, "parts": outcomes}))
     elif not outcomes:
@@ -126,7 +131,7 @@ def info(options: argparse.Namespace) -> int:
         return 0
     console = Console(highlight=False, soft_wrap=True)
     for name, text in _in_words(facts):
-        console.print(escape(f"{name:<16} {text}".rstrip()))
+        _show(console, f"{name:<16} {text}".rstrip())
     return 0
 
 

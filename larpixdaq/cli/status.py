@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from larpixdaq import config
 from larpixdaq.control.words import lines
+from larpixdaq.errors import printable
 from larpixdaq.operator import Operator
 
 
@@ -33,5 +34,5 @@ def status(options: argparse.Namespace) -> int:
         return 0
     console = Console(highlight=False, soft_wrap=True)
     for line in lines(found):
-        console.print(escape(line))
+        console.print(escape(printable(line)))
     return 0

@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from larpixdaq.errors import printable
+
 #: Of a longer table the first and the last rows are shown, so many in all; of a longer array numpy's summary.
 SHOWN: Final = 20
 #: What our answers call a time (unix s).
@@ -46,7 +48,7 @@ def _entry(label: str, name: str, part: Any) -> str:
     if any(isinstance(inner, dict) for inner in inside):
         text = readable(part)
     elif isinstance(part, list) and part and all(isinstance(inner, str) for inner in part):
-        text = "\n".join(part)
+        text = "\n".join(map(printable, part))
     else:
         text = _cell(name, part)
     return f"{label}  {text.replace(chr(10), indent)}".rstrip()
@@ -66,7 +68,7 @@ def _cell(name: str, value: Any) -> str:
         return _utc(float(value)) if name in _TIMES and value > 1e8 else _number(float(value))
     if isinstance(value, np.ndarray):
         return np.array2string(value, threshold=SHOWN, max_line_width=10_000)
-    return str(value)
+    return "\n".join(map(printable, str(value).split("\n")))
 
 
 def _number(value: float) -> str:
