@@ -94,6 +94,8 @@ class Core:
         logger.addHandler(self._records)
         logger.setLevel(logging.INFO)
         _log.info("core listens at %s, state directory %s", self.address, directory)
+        for line in self._catalogue.warnings:
+            _log.error("%s", line)
         if insecure:
             _log.warning("--insecure: everybody who reaches %s may control the detector", self.address)
 

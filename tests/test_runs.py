@@ -1,5 +1,6 @@
 """The run states without sockets: what is asked of whom, what follows from the answers, and what a run is worth."""
 
+import os
 import sqlite3
 
 import pytest
@@ -655,9 +656,77 @@ def test_two_cores_never_share_a_catalogue(team):
         Catalogue(team.catalogue.path.parent)
 
 
-def test_a_catalogue_that_is_none(tmp_path):
-    (tmp_path / "catalogue.sqlite").write_bytes(b"not a database" * 100)
-    with pytest.raises(FileError, match="not a database"):
+def filled_catalogue(directory, runs=40):
+    catalogue = Catalogue(directory)
+    for number in range(1, runs + 1):
+        catalogue.save(Run(number, "physics", "c" * 300, "me", number, phase=ENDED), new=True)
+        catalogue.add_comment(number, "me", f"comment on {number}")
+    catalogue.close()
+    return (directory / "catalogue.sqlite").read_bytes()
+
+
+def test_a_damaged_catalogue_never_gives_a_number_twice(tmp_path):
+    """It is kept, what can be read of it is taken over, and what is wrong is said in one line."""
+    whole = filled_catalogue(tmp_path)
+    path = tmp_path / "catalogue.sqlite"
+    page = whole.index(b"c" * 300) // 4096 * 4096  # some of the runs
+    ruined = {
+        "no database": b"not a database" * 100,
+        "nothing": b"",
+        "truncated": whole[: len(whole) // 2],
+        "a page": whole[:page] + bytes(4096) + whole[page + 4096 :],
+        "the last run": whole.replace(b'{"layout":', b'{"lay\xffut":'),
+        "a run's text": whole.replace(b'{"layout":', b'["layout":'),
+    }
+    for what, content in ruined.items():
+        path.write_bytes(content)
+        catalogue = Catalogue(tmp_path)
+        assert catalogue.highest() == 40, what
+        assert ("was damaged (" if what != "nothing" else "ends with run 0, drawn were 40") in catalogue.warnings[0], (
+            what
+        )
+        assert all("\n" not in line for line in catalogue.warnings)
+        kept = tmp_path / "catalogue.sqlite.damaged"
+        assert kept.exists() == (what != "nothing")
+        if what != "nothing":
+            assert kept.read_bytes() == content
+            kept.unlink()
+        if what == "a page":
+            assert all(len(catalogue.comments(number)) == 1 for number in range(1, 41))
+            assert 0 < sum(catalogue.find(number) is not None for number in range(1, 41)) < 40
+        catalogue.find()
+        catalogue.save(Run(41, "", "", "", 0), new=True)
+        catalogue.close()
+        catalogue = Catalogue(tmp_path)
+        assert (catalogue.highest(), catalogue.warnings) == (41, [])
+        catalogue.close()
+        (tmp_path / "highest_run").write_text("40\n")
+
+
+def test_a_damaged_catalogue_without_the_highest_number_stops_the_core(tmp_path):
+    """Until somebody says which number was the last. An older catalogue has no such file: it gets one."""
+    filled_catalogue(tmp_path, 3)
+    (tmp_path / "highest_run").unlink()
+    Catalogue(tmp_path).close()
+    assert (tmp_path / "highest_run").read_text() == "3\n"
+    path = tmp_path / "catalogue.sqlite"
+    path.write_bytes(b"not a database" * 100)
+    for content in (None, b"", b"-1", b"\xff", b"9" * 30):
+        (tmp_path / "highest_run").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "highest_run").write_bytes(content)
+        with pytest.raises(
+            FileError, match=r"is damaged \(.*\), and the highest run number is not known: write it into"
+        ):
+            Catalogue(tmp_path)
+        assert path.read_bytes() == b"not a database" * 100
+    (tmp_path / "highest_run").write_text("700\n")
+    catalogue = Catalogue(tmp_path)
+    assert catalogue.highest() == 700
+    catalogue.close()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FileError, match="is not a regular file"):
         Catalogue(tmp_path)
 
 

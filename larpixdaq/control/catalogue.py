@@ -1,6 +1,10 @@
 """The run catalogue: every run number ever drawn, what was about to be done about it, and how it ended.
 
 SQLite, written by the core alone; it says what is about to happen before anybody is told.
+
+The highest run number is also in a file of its own, `highest_run`, because a number that is given twice confuses files
+of two runs. A damaged catalogue is kept aside, what can be read of it goes into a new one, and run numbers go on behind
+the highest one all the same.
 """
 
 from __future__ import annotations
@@ -11,12 +15,14 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from larpixdaq.errors import FileError
+from larpixdaq.files.names import aside
+from larpixdaq.regular_file import check_regular
 from larpixdaq.states import CANCELLED, ENDED, PREPARING, RUNNING
 
 _SCHEMA: Final = 2
@@ -31,6 +37,8 @@ CREATE TABLE IF NOT EXISTS files (
     condition TEXT NOT NULL, time_ns INTEGER NOT NULL, PRIMARY KEY (storage, path));
 CREATE INDEX IF NOT EXISTS files_of_run ON files (run);
 """
+_NAME: Final = "catalogue.sqlite"
+_HIGHEST: Final = "highest_run"
 #: Older schemas become this one by the tables that they lack: 1 had no `files`.
 _OLDER: Final = (0, 1)
 _COLUMNS: Final = (
@@ -44,6 +52,12 @@ _COLUMNS: Final = (
     "ended_ns",
     "condition",
 )
+#: What is copied of each table when the catalogue is damaged.
+_COPIED: Final = {
+    "runs": ",".join((*_COLUMNS, "details")),
+    "comments": "rowid,run,time_ns,operator,text",
+    "files": "storage,path,run,bytes,sha256,condition,time_ns",
+}
 
 
 @dataclass
@@ -83,7 +97,11 @@ class Catalogue:
     """FileError, in one line, from every method when the file cannot be used."""
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / "catalogue.sqlite"
+        self.path = directory / _NAME
+        self._highest_path = directory / _HIGHEST
+        self._highest = 0
+        #: What was wrong with the catalogue when it was opened, in one line each.
+        self.warnings: list[str] = []
         lock = directory / "catalogue.lock"
         try:
             self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -95,10 +113,93 @@ class Catalogue:
             os.close(self._lock)
             raise FileError(f"{self.path}: another core uses it (give this one a --state-dir of its own)") from None
         try:
-            self._db = self._open()
+            check_regular(self.path)
+            self._db = self._open_or_replace()
         except BaseException:
             os.close(self._lock)
             raise
+
+    def _open_or_replace(self) -> sqlite3.Connection:
+        """Open the catalogue; when it is damaged, a new one with all that can be read of it."""
+        drawn = self._drawn()
+        damage = self._damage()
+        if damage and drawn is None:
+            raise FileError(
+                f"{self.path}: is damaged ({damage}), and the highest run number is not known: write it into"
+                f" {self._highest_path}, and start again"
+            )
+        kept = self._keep_aside() if damage else None
+        db = self._open()
+        try:
+            if kept is not None:
+                with self._errors():
+                    runs = _copy(kept, db)
+                self.warnings.append(
+                    f"{self.path} was damaged ({damage}): it is kept as {kept.name}, {runs} runs could be read of it"
+                )
+            (found,) = db.execute("SELECT coalesce(max(run), 0) FROM runs").fetchone()
+            if found < (drawn or 0):
+                self.warnings.append(f"{self.path} ends with run {found}, drawn were {drawn}: numbers go on from there")
+            elif found != drawn:
+                self._write_drawn(found)
+            self._highest = max(found, drawn or 0)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _damage(self) -> str:
+        """What is wrong with the database file, which is only read; empty when all is well, or nothing is there."""
+        if not self.path.exists():
+            return ""
+        try:
+            with closing(_read_only(self.path)) as db:
+                (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    return " ".join(str(found).split())
+                if db.execute("PRAGMA user_version").fetchone()[0] == _SCHEMA:
+                    row = db.execute(f"SELECT {_COPIED['runs']} FROM runs ORDER BY run DESC LIMIT 1").fetchone()
+                    if row is not None:
+                        _run(row)
+        except sqlite3.OperationalError as error:  # not of the file's content: no permission, a disk that fails
+            raise FileError(f"{self.path}: {error}") from None
+        except (sqlite3.Error, TypeError, ValueError) as error:
+            return str(error)
+        return ""
+
+    def _keep_aside(self) -> Path:
+        """Rename the damaged database and the files that SQLite keeps beside it; its new name."""
+        kept = aside(self.path)
+        for more in ("-wal", "-shm", ""):
+            beside = self.path.with_name(self.path.name + more)
+            if beside.exists():
+                beside.rename(kept.with_name(kept.name + more))
+        return kept
+
+    def _drawn(self) -> int | None:
+        """The highest number ever drawn, by the file of its own; None when nobody has written it, or it is damaged."""
+        try:
+            text = self._highest_path.read_text("ascii")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            self.warnings.append(f"{self._highest_path} cannot be read: {error}")
+            return None
+        if not text.strip().isdigit() or len(text) > 20:
+            self.warnings.append(f"{self._highest_path} is damaged: expected a run number, found {text[:40]!r}")
+            return None
+        return int(text)
+
+    def _write_drawn(self, number: int) -> None:
+        new = self._highest_path.with_name(_HIGHEST + ".new")
+        try:
+            with open(new, "w") as file:
+                file.write(f"{number}\n")
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self._highest_path)
+        except OSError as error:
+            raise FileError(f"cannot write {self._highest_path}: {error.strerror}") from None
 
     def _open(self) -> sqlite3.Connection:
         with self._errors():
@@ -134,13 +235,16 @@ class Catalogue:
         """The highest run number ever drawn, 0 when there is none."""
         with self._errors():
             (highest,) = self._db.execute("SELECT coalesce(max(run), 0) FROM runs").fetchone()
-        return int(highest)
+        return max(int(highest), self._highest)
 
     def save(self, run: Run, *, new: bool = False) -> None:
         """Write what is known of a run; `new`: FileError when its number is there already."""
         details = asdict(run)
         values = [details.pop(column) for column in _COLUMNS]
         values.append(json.dumps(details, separators=(",", ":")))
+        if new and run.run > self._highest:
+            self._write_drawn(run.run)
+            self._highest = run.run
         with self._errors():
             self._db.execute(
                 f"INSERT {'' if new else 'OR REPLACE '}INTO runs ({','.join(_COLUMNS)},details) "
@@ -157,7 +261,7 @@ class Catalogue:
         if row is None:
             return None
         try:
-            return Run(**dict(zip(_COLUMNS, row, strict=False)), **json.loads(row[-1]))
+            return _run(row)
         except (TypeError, ValueError) as error:
             raise FileError(f"{self.path}: run {row[0]}: {error}") from None
 
@@ -200,3 +304,31 @@ class Catalogue:
             query = "SELECT time_ns, operator, text FROM comments WHERE run = ? ORDER BY rowid"
             rows = self._db.execute(query, (run,)).fetchall()
         return [{"time": ns / 1e9, "operator": who, "text": text} for ns, who, text in rows]
+
+
+def _run(row: tuple[Any, ...]) -> Run:
+    """A run from its row; TypeError or ValueError when that cannot be one."""
+    return Run(**dict(zip(_COLUMNS, row, strict=False)), **json.loads(row[-1]))
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+    db.text_factory = lambda text: text.decode("utf-8", "replace")
+    return db
+
+
+def _copy(damaged: Path, db: sqlite3.Connection) -> int:
+    """Copy every row that can be read, from both ends of each table; how many runs."""
+    db.execute("BEGIN")
+    with closing(_read_only(damaged)) as old:
+        for table, columns in _COPIED.items():
+            values = ",".join("?" * (columns.count(",") + 1))
+            for order in ("ASC", "DESC"):
+                with suppress(sqlite3.Error):
+                    for row in old.execute(f"SELECT {columns} FROM {table} ORDER BY rowid {order}"):
+                        with suppress(sqlite3.IntegrityError, TypeError, ValueError):
+                            if table == "runs":
+                                _run(row)
+                            db.execute(f"INSERT OR IGNORE INTO {table} ({columns}) VALUES ({values})", row)
+    db.execute("COMMIT")
+    return int(db.execute("SELECT count(*) FROM runs").fetchone()[0])
