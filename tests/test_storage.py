@@ -585,9 +585,14 @@ def test_a_finished_file_has_its_checksum_beside_it(rigs: Callable[..., Rig]) ->
     }  # fmt: skip
     rig.storage.close()
     path.with_suffix(".json").unlink()  # as if it had been killed in between
-    again = rigs()
-    again.storage.close()
+    rigs().storage.close()
     assert sidecar(path)["sha256"] == digest
+    for number, damaged in enumerate(("", '{"file": "a.h5"}', "[" * 50_000)):
+        path.with_suffix(".json").write_text(damaged)
+        rigs().storage.close()
+        assert sidecar(path)["sha256"] == digest
+        kept = f"{path.stem}.json.damaged" + (f".{number + 1}" if number else "")
+        assert path.with_name(kept).read_text() == damaged
 
 
 def test_a_command_runs_on_each_finished_file(rigs: Callable[..., Rig], tmp_path: Path) -> None:

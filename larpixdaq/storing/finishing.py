@@ -29,6 +29,7 @@ from larpixdaq.files.closing import sync
 from larpixdaq.files.reader import DataFile
 from larpixdaq.files.recover import recover
 from larpixdaq.files.writer import Report, RunFile
+from larpixdaq.regular_file import open_regular, read_regular
 from larpixdaq.storing import parts
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ COMMAND_LIMIT: Final = 600.0
 #: At the end of the process, commands have so long all together (seconds).
 LAST_COMMANDS: Final = 10.0
 _PIECE: Final = 1 << 20
+#: Maximum bytes of a sidecar that is read.
+_SIDECAR_BYTES: Final = 1 << 16
 
 
 class _Worker:
@@ -219,8 +222,8 @@ class Finisher:
         self._summing.submit(lambda: self._sum(path, line, about))
 
     def adopt(self, path: Path) -> None:
-        """A finished file that this process has not written; it may lack its sidecar."""
-        if not path.with_suffix(names.SIDECAR).exists():
+        """A finished file that this process has not written; it may lack its sidecar, or have a damaged one."""
+        if not _has_sidecar(path):
             self._publishing.submit(lambda: self._finish(path))
 
     def _sum(self, path: Path, line: dict[str, Any], about: dict[str, Any]) -> None:
@@ -293,6 +296,29 @@ def sha256(path: Path) -> tuple[str, int]:
 def write_sidecar(path: Path, content: dict[str, Any]) -> None:
     """NAME.json beside a finished file: there is all of it or none."""
     new = path.with_suffix(names.SIDECAR + ".new")
-    new.write_text(json.dumps(content) + "\n")
+    with open(open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "w") as file:
+        file.write(json.dumps(content) + "\n")
     sync(new)
     new.replace(path.with_suffix(names.SIDECAR))
+
+
+def _has_sidecar(path: Path) -> bool:
+    """Whether NAME.json is there and whole. A damaged one is kept under another name."""
+    sidecar = path.with_suffix(names.SIDECAR)
+    if not os.path.lexists(sidecar):
+        return False
+    try:
+        content = json.loads(read_regular(sidecar, _SIDECAR_BYTES))
+        if content["file"] == path.name and len(bytes.fromhex(content["sha256"])) == 32:
+            return True
+        problem = "it is another file's"
+    except (FileError, KeyError, TypeError, ValueError, RecursionError) as error:
+        problem = str(error)
+    kept = names.aside(sidecar)
+    log.error("%s is damaged, and kept as %s: %s", sidecar, kept.name, problem)
+    try:
+        sidecar.rename(kept)
+    except OSError as error:
+        log.error("cannot rename %s: %s", sidecar, error.strerror)
+        return True
+    return False
