@@ -159,8 +159,27 @@ def test_power_and_reset(pair):
     sent(pair, (1, word(WRITE, 1, ID, 2)), (1, word(WRITE, 2, DOWN, 15)), (1, word(WRITE, 2, 64, 9)))
     pair.power(1)
     assert pair.registers[0, 64] == 9
-    pair.reset()
+    pair.reset(256)
     assert pair.registers[0, [ID, 64]].tolist() == [1, 255]
+
+
+@pytest.mark.parametrize(
+    ("asic", "clock", "registers"), [("2", 10, 256), ("2b", 10, 256), ("lightpix-1", 10, 256), ("3", 15, 31)]
+)
+def test_a_reset_does_what_its_length_says(asic, clock, registers):
+    """A short one begins the chips' time stamps anew and keeps the registers; tiles out of its reach keep both."""
+    chips = Chips(wiring.tiles(200), asic, powered=True)
+    for length in (clock - 1, clock, 24, registers - 1):
+        chips.registers[:, 64] = 9
+        chips.began[:] = 0
+        chips.reset(length, tick=1000)
+        assert (chips.registers[:, 64] == 9).all()
+        assert set(chips.began.tolist()) == {1000 if length >= clock else 0}
+    chips.reset(registers, tick=2000, tiles=0b10)
+    assert set(chips.registers[:100, 64].tolist()) == {9}
+    assert set(chips.began[:100].tolist()) == {1000}
+    assert set(chips.registers[100:, 64].tolist()) == {255}
+    assert set(chips.began[100:].tolist()) == {2000}
 
 
 def test_io_channels_of_any_number_have_power(tmp_path):

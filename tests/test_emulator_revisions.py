@@ -6,6 +6,7 @@ import socket
 import struct
 import time
 
+import numpy as np
 import pytest
 import zmq
 from boards import LIMIT, context, emulator, subscriber, wait_until
@@ -202,6 +203,60 @@ def test_chips_have_power_when_all_is_switched_on(revision):
         assert (chips.registers[:, chips.map.address("chip_id")] == 1).all()
         for register, _ in on:
             board.write(register, 0)
+
+
+@pytest.mark.parametrize(("revision", "reached"), [("4", [0, 1]), ("4m2", [1]), ("5", [1])])
+def test_resets_through_the_board_and_their_tile_masks(revision, reached):
+    """Bits 16 and up of 0x101C keep tiles from being reset, on boards that have them."""
+    board, chips, _ = made(revision, chips=200)
+    board.switch_on(0b11, (1.8, 1.2), 2)
+    board.write(0x14, 1)
+    for length, left in ((24, 9), (256, 255)):
+        chips.registers[:, 64] = 9
+        board.write(0x1014, length)
+        board.write(0x101C, 4 | 1 << 16)
+        board.write(0x1010, 6)
+        board.write(0x1010, 6)
+        expected = [left if tile in reached else 9 for tile in (0, 1)]
+        assert chips.registers[::100, 64].tolist() == expected
+        board.write(0x1010, 2)
+
+
+@pytest.mark.parametrize("pps", [False, True])
+def test_time_stamps_count_from_power_up_or_the_last_reset(pps):
+    """Until then they are behind the board's clock by a constant, but for boards that reset both each second."""
+    board = registers("5")
+    board.switch_on(1, (1.8, 1.2), 2)
+    chips = Chips(wiring.tiles(4), "2b")
+    tile = Tile(Noise(chips, Channels(4, 64, [1]), [2]), seconds=0, tick=1_000_000_000, pps=pps, registers=board)
+    chips.registers[:, chips.map.address("enable_piso_downstream")] = 15
+    chips.registers[:, chips.map.address("external_trigger_mask") :][:, :8] = 0
+    chips.changed[:] = 1
+
+    def lag():
+        """Of the chips' time stamps behind the board's."""
+        board.write(0x2018, 10_000)  # triggers of the board each 0.1 ms
+        board.write(0x2010, 1)
+        wait_until(tile.waiting, "hits")
+        words = tile.take()
+        board.write(0x2010, 0)
+        assert len(words)
+        return tile.receipt - int(words[-1] >> np.uint64(16) & np.uint64(0x7FFFFFFF))
+
+    up = int(chips.began[0])
+    assert up >= 1_000_000_000
+    before = lag()
+    board.write(0x1014, 10)
+    board.write(0x1010, 6)
+    board.write(0x1010, 2)
+    again = int(chips.began[0])
+    after = lag()
+    if pps:
+        assert max(abs(before), abs(after)) <= 10_000_000
+    else:
+        assert up <= before < up + 10_000_000
+        assert again <= after < again + 10_000_000
+    assert again > up
 
 
 def test_values_of_another_revision_give_no_power():

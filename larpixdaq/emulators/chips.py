@@ -34,6 +34,23 @@ SUPPLIES: Final = {
 }
 #: Ticks of the chips' clock for each bit on their lines, at power-up. v3 chips cannot change it.
 TICKS_PER_BIT: Final = {"1": 2, "2": 2, "2b": 2, "lightpix-1": 2, "3": 1}
+
+
+class Reset(NamedTuple):
+    """The least ticks of the chips' clock for a reset that begins their time stamps anew, and that restores registers."""
+
+    clock: int
+    registers: int
+
+
+#: By chip generation. From 24 ticks on v2 chips also reset their state machines, which are not emulated.
+RESETS: Final = {
+    "1": Reset(1, 1),
+    "2": Reset(10, 256),
+    "lightpix-1": Reset(10, 256),
+    "2b": Reset(10, 256),
+    "3": Reset(15, 31),
+}
 #: The tile enable register has 32 bits.
 MOST_TILES: Final = 32
 
@@ -91,6 +108,8 @@ class Chips:
             v1=asic == "1",
             magic=asic == "3",
         )
+        #: The board's tick at which the clock of each chip was 0.
+        self.began = np.zeros(n, np.int64)
         #: The tiles that have power, a bit each.
         self.tiles = 0
         #: The tiles that have chips, a bit each.
@@ -106,19 +125,26 @@ class Chips:
     def count(self) -> dict[str, int]:
         return {"unheard": self._native.unheard, "refused": self._native.refused}
 
-    def power(self, tiles: int) -> None:
-        """Bit k: tile k, whose io_channels are 4k+1 to 4k+4, has power. Chips that get it start anew."""
+    def power(self, tiles: int, tick: int = 0) -> None:
+        """Bit k: tile k, whose io_channels are 4k+1 to 4k+4, has power. Chips that get it at this tick start anew."""
         on = (tiles >> self._tile & 1).astype(np.bool_) & self._working
         self.tiles = tiles
-        self._restart(on & ~self.alive)
+        fresh = on & ~self.alive
+        self._restart(fresh)
+        self.began[fresh] = tick
         self.changed[on != self.alive] = 1
         self.alive[:] = on
         self.network.changed_power()
 
-    def reset(self) -> None:
-        """The reset line of all tiles."""
-        self._restart(self.alive)
-        self.network.changed_power()
+    def reset(self, length: int, tick: int = 0, tiles: int = -1) -> None:
+        """A reset of so many ticks of the chips' clock comes to these tiles, a bit each, and ends at this tick."""
+        reached = (tiles >> self._tile & 1).astype(np.bool_) & self.alive
+        thresholds = RESETS[self.asic]
+        if length >= thresholds.clock:
+            self.began[reached] = tick
+        if length >= thresholds.registers:
+            self._restart(reached)
+            self.network.changed_power()
 
     def _restart(self, which: NDArray[np.bool_]) -> None:
         self.registers[which] = (self.map.defaults & self._keep[which]) | self._force[which]

@@ -28,8 +28,11 @@ sent, {"sent": {"1": {"words": 10, "D": 10}}, "seconds": 0.1}. SIGINT and SIGTER
 
 FRAME: Final = 10
 _START, _STOP, _COMMAND = b"scq"[0], b"scq"[2], b"scq"[1]
-#: Commands by address: those that reset the chips. The others set the clock and the pulser of the board.
+#: Commands by address: the length of a reset, in ticks less one, and those that reset the chips.
+_RESET_LENGTH: Final = 1
 _RESETS: Final = (2, 6)
+#: Ticks.
+_USUAL_RESET: Final = 128
 #: 1,000,000 baud carry so many frames a second.
 BAUD: Final = 1_000_000
 BITS: Final = 10  # of a byte on the line
@@ -175,6 +178,7 @@ class SerialBoard:
         self.tile = tile
         self.line = line
         self.commands = 0
+        self._reset_length = _USUAL_RESET
         self._frames = Frames()
 
     def heard(self, data: bytes) -> None:
@@ -187,8 +191,10 @@ class SerialBoard:
             self._send(words)
             words = []
             self.commands += 1
-            if frame[1] in _RESETS:
-                self.tile.chips.reset()
+            if frame[1] == _RESET_LENGTH:
+                self._reset_length = frame[2] + 1
+            elif frame[1] in _RESETS:
+                self.tile.chips.reset(self._reset_length, self.tile.tick)
         self._send(words)
 
     def _send(self, words: list[bytes]) -> None:

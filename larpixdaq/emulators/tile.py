@@ -17,6 +17,7 @@ from larpixdaq.emulators.board_registers import (
     CLOCK_RATIO,
     HEARTBEAT_CYCLES,
     I2C,
+    RESET_CYCLES,
     TILE_ENABLE,
     TRIGGER_CONTROL,
     TRIGGER_CYCLES,
@@ -158,6 +159,7 @@ class Tile:
         self._zero = time.monotonic()
         self._looked = 0
         self._seconds = 0
+        self.chips.began.fill(0)
 
     def transmit(self, words: NDArray[np.uint8]) -> None:
         words = self.losses.sent(words)
@@ -173,7 +175,7 @@ class Tile:
             self._power(self._registers)
         elif register == CLOCK_CONTROL:
             if value & ~before & _RESET:
-                self.chips.reset()
+                self.chips.reset(self._registers[RESET_CYCLES], self.tick, self._registers.reset_tiles())
             self._heartbeat = (self._heartbeat or 10 * TICKS) if value & _HEARTBEAT_ON else 0
         elif register == HEARTBEAT_CYCLES and self._heartbeat:
             self._heartbeat = max(LEAST_PERIOD, value // _FAST)
@@ -192,7 +194,7 @@ class Tile:
         for tile in range(registers.revision.tiles):
             volts = (registers.volts(Rail(tile, VDDA)), registers.volts(Rail(tile, VDDD)))
             tiles |= (volts[0] >= least[0] and volts[1] >= least[1]) << tile
-        self.chips.power(tiles)
+        self.chips.power(tiles, self.tick)
 
     def _lines(self, registers: BoardRegisters) -> None:
         for io_channel in self._io_channels:
@@ -244,10 +246,16 @@ class Tile:
         hits, io_channels = hits[out], io_channels[out]
         full = (self.noise.share[hits["chip"]] < 1) | crowded
         ids, asic = self.chips.ids()[hits["chip"]], self.chips.asic
-        stamps = (hits["tick"] - LATENCY) % self._period
+        stamps = self._stamps(hits["tick"] - LATENCY, self.chips.began[hits["chip"]])
         made = packets(asic, ids, hits["channel"], stamps, hits["adc"], hits["trigger"], full)
         self.full += int(full.sum())
         return data_words(io_channels, made, hits["tick"], self._period)
+
+    def _stamps(self, ticks: NDArray[Any], began: NDArray[Any]) -> NDArray[Any]:
+        """The chips' clocks at these ticks of the board. A board that resets its own each second resets them too."""
+        if self._period == TICKS:
+            began = np.maximum(began, ticks // TICKS * TICKS)
+        return ticks - began
 
     def _update(self) -> None:
         if self.noise.update() or self._new_lines:
