@@ -37,7 +37,7 @@ TICKS_PER_BIT: Final = {"1": 2, "2": 2, "2b": 2, "lightpix-1": 2, "3": 1}
 
 
 class Reset(NamedTuple):
-    """The least ticks of the chips' clock for a reset that begins their time stamps anew, and that restores registers."""
+    """Least ticks of the chips' clock for a reset that begins time stamps anew, and for one that restores registers."""
 
     clock: int
     registers: int

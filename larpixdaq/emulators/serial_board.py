@@ -194,7 +194,7 @@ class SerialBoard:
             if frame[1] == _RESET_LENGTH:
                 self._reset_length = frame[2] + 1
             elif frame[1] in _RESETS:
-                self.tile.chips.reset(self._reset_length, self.tile.tick)
+                self.tile.reset(self._reset_length)
         self._send(words)
 
     def _send(self, words: list[bytes]) -> None:

@@ -141,7 +141,7 @@ class Tile:
         self._registers = registers
         if registers:
             registers.changed = self._changed
-            self._power(registers)
+            self.chips.power(self._powered(registers), tick)
             self._lines(registers)
 
     @property
@@ -172,10 +172,10 @@ class Tile:
         """A register of the board was written."""
         assert self._registers
         if register in (TILE_ENABLE, ANALOG_POWER) or register >= I2C:
-            self._power(self._registers)
+            self._power(self._powered(self._registers))
         elif register == CLOCK_CONTROL:
             if value & ~before & _RESET:
-                self.chips.reset(self._registers[RESET_CYCLES], self.tick, self._registers.reset_tiles())
+                self.reset(self._registers[RESET_CYCLES], self._registers.reset_tiles())
             self._heartbeat = (self._heartbeat or 10 * TICKS) if value & _HEARTBEAT_ON else 0
         elif register == HEARTBEAT_CYCLES and self._heartbeat:
             self._heartbeat = max(LEAST_PERIOD, value // _FAST)
@@ -187,14 +187,24 @@ class Tile:
         elif register % BANK == CLOCK_RATIO:
             self._lines(self._registers)
 
-    def _power(self, registers: BoardRegisters) -> None:
-        """Chips have power on the tiles whose supplies are high enough for them."""
+    def _powered(self, registers: BoardRegisters) -> int:
+        """The tiles whose supplies are high enough for their chips, a bit each."""
         least = SUPPLIES[self.chips.asic].least
         tiles = 0
         for tile in range(registers.revision.tiles):
             volts = (registers.volts(Rail(tile, VDDA)), registers.volts(Rail(tile, VDDD)))
             tiles |= (volts[0] >= least[0] and volts[1] >= least[1]) << tile
-        self.chips.power(tiles, self.tick)
+        return tiles
+
+    def _power(self, tiles: int) -> None:
+        if tiles != self.chips.tiles:
+            self._catch_up(now := self.tick)
+            self.chips.power(tiles, now)
+
+    def reset(self, length: int, tiles: int = -1) -> None:
+        """A reset of so many ticks comes to the chips of these tiles, a bit each."""
+        self._catch_up(now := self.tick)
+        self.chips.reset(length, now, tiles)
 
     def _lines(self, registers: BoardRegisters) -> None:
         for io_channel in self._io_channels:
@@ -206,12 +216,14 @@ class Tile:
         """Words that could be sent now."""
         now = self.tick
         if now - self._looked >= LOOK and self._n_waiting < MOST_AT_ONCE:
-            self._update()
-            # one that was kept from looking for long does not make up for all of it
-            since = max(self._looked, now - TICKS)
-            self._look(since, now)
-            self._looked = now
+            self._catch_up(now)
         return self._n_waiting
+
+    def _catch_up(self, now: int) -> None:
+        self._update()
+        # one that was kept from looking for long does not make up for all of it
+        self._look(max(self._looked, now - TICKS), now)
+        self._looked = now
 
     @property
     def busy(self) -> bool:
@@ -255,7 +267,7 @@ class Tile:
         """The chips' clocks at these ticks of the board. A board that resets its own each second resets them too."""
         if self._period == TICKS:
             began = np.maximum(began, ticks // TICKS * TICKS)
-        return ticks - began
+        return np.maximum(ticks - began, 0)
 
     def _update(self) -> None:
         if self.noise.update() or self._new_lines:
