@@ -200,10 +200,19 @@ def test_leaking_and_hot_channels_are_found(small):
     assert result["saturated_after"] == []
     hot = operator.run_routine("hot_channels", above_hz=1000.0, seconds=0.5).result(SLOW)
     assert (hot["hot"], hot["saturated"]) == ({}, [])
-    operator.set_uart_clock(250, io_channel=[1, 2]).result(LIMIT)  # 3,030 packets/s
-    slow = operator.run_routine("hot_channels", above_hz=1000.0, seconds=0.5).result(SLOW)
+    known = operator.retrieve_configuration(None, "pixel_trim_dac").result(LIMIT)
+    trims = {chip: registers["wanted"]["pixel_trim_dac"] for chip, registers in known.items()}
+    noisier = {chip: {"pixel_trim_dac": [max(0, trim - 1) for trim in each]} for chip, each in trims.items()}
+    operator.send_configuration(noisier).result(LIMIT)
+    fast = operator.run_routine("hot_channels", above_hz=1e5, seconds=0.5).result(SLOW)
+    assert fast["saturated"] == []
+    operator.send_configuration({"all": {"clk_ctrl": 3}}).result(LIMIT)
+    operator.set_uart_clock(16, io_channel=[1, 2]).result(LIMIT)  # 9,470 packets/s
+    slow = operator.run_routine("hot_channels", above_hz=1e5, seconds=0.5).result(SLOW)
     assert slow["saturated"] == ["1-1", "1-2"]
-    operator.set_uart_clock(10, io_channel=[1, 2]).result(LIMIT)
+    operator.send_configuration({"all": {"clk_ctrl": 0}}).result(LIMIT)
+    operator.set_uart_clock(2, io_channel=[1, 2]).result(LIMIT)
+    operator.send_configuration({chip: {"pixel_trim_dac": each} for chip, each in trims.items()}).result(LIMIT)
     operator.send_configuration({"1-1-11": {"pixel_trim_dac": [0] * 64}}).result(LIMIT)
     hot = operator.run_routine("hot_channels", above_hz=400.0, seconds=0.5, disable=True).result(SLOW)
     assert list(hot["hot"]) == ["1-1-11"]

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import zmq
 from boards import LIMIT, context, emulator, subscriber, wait_until
-from chip_boards import READ, asked, board_register, powered, word
+from chip_boards import READ, WRITE, asked, board_register, powered, word
 
 from larpixdaq import emulators
 from larpixdaq.emulators import wiring
 from larpixdaq.emulators.board_registers import BoardRegisters, ServerCrashError
-from larpixdaq.emulators.chips import Chips
+from larpixdaq.emulators.chips import TICKS_PER_BIT, Chips
 from larpixdaq.emulators.noise import Channels, Noise
 from larpixdaq.emulators.revisions import REVISIONS
 from larpixdaq.emulators.tile import Tile
+
+ID, UP, DOWN = 122, 124, 125
 
 
 def shifted_mv(value):
@@ -130,6 +132,8 @@ def refuses(port):
         socket.create_connection(("127.0.0.1", port), LIMIT).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it has just ended
+        pass
     return False
 
 
@@ -296,3 +300,114 @@ def test_boards_that_begin_with_power(revision):
     there = Chips(wiring.tiles(4), "2b")
     Tile(Noise(there, Channels(4, 64, [1]), [2]), seconds=0, tick=0, registers=board)
     assert there.alive.all()
+
+
+# --- lines between the board and its chips
+
+
+def up(revision, asic="2", chips=2, **options):
+    """A powered board whose first chip, 11 on io_channel 1, answers; what `heard(board, chips)` makes of it."""
+    board = registers(revision, **options)
+    board.switch_on(1, (1.8, 1.8), TICKS_PER_BIT[asic])
+    there = Chips(wiring.tiles(chips), asic, powered=True)
+    tile = Tile(Noise(there, Channels(chips, there.map.channels, [1]), [2]), seconds=0, tick=0, registers=board)
+    told(tile, (WRITE, 1, ID, 11), (WRITE, 11, DOWN, 15), (WRITE, 11, UP, 15))
+    return board, there, tile
+
+
+def told(tile, *words, io_channel=1):
+    """The words that come back for these."""
+    sent = np.zeros((len(words), 16), np.uint8)
+    sent[:, 0], sent[:, 1] = ord("D"), io_channel
+    sent[:, 8:] = np.array([word(*each) for each in words], "<u8").view(np.uint8).reshape(-1, 8)
+    tile.transmit(sent)
+    return [int(packet) >> 18 & 0xFF for packet in tile.take() if int(packet) & 3 == READ]
+
+
+def heard(tile):
+    """Whether the first chip takes a word, and whether its answer comes."""
+    chips, before = tile.chips, int(tile.chips.registers[0, 64])
+    answers = told(tile, (WRITE, 11, 64, before ^ 1), (READ, 11, ID))
+    return int(chips.registers[0, 64]) != before, answers == [11]
+
+
+@every_revision
+def test_lines_at_power_up_and_the_wrong_clock_ratio(revision):
+    board, _, tile = up(revision)
+    assert heard(tile) == (True, True)
+    usual = board.read(0x3010)
+    for ratio in (usual + 1, 2 * usual, 0, usual // 2):
+        board.write(0x3010, ratio)
+        assert heard(tile) == (False, False)
+    board.write(0x3010, usual)
+    assert heard(tile) == (True, True)
+    board.write(0x101C, 8)  # the chips' clock at half its rate; revision 2 does not divide it
+    assert heard(tile) == ((True, True) if revision == "2" else (False, False))
+    board.write(0x3010, 2 * usual)
+    assert heard(tile) == ((False, False) if revision == "2" else (True, True))
+
+
+@every_revision
+def test_inverted_lines(revision):
+    board, _, tile = up(revision)
+    for value, expected in ((1, (False, True)), (2, (True, False)), (3, (False, False)), (0, (True, True))):
+        board.write(0x301C, value)
+        # a chip that does not hear is not asked, and says nothing
+        wanted = (expected[0], expected[0] and expected[1])
+        assert heard(tile) == ((True, True) if revision == "2" else wanted)
+    if revision != "2":
+        board, _, tile = up(revision, inverted=True)
+        assert board.read(0x301C) == 3
+        assert heard(tile) == (True, True)
+        board.write(0x301C, 0)
+        assert heard(tile) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("revision", "register", "off", "on"), [("4m2", 0x18, ~1, 1), ("5", 0x201C, 1, ~1), ("4", 0x18, 0, 0)]
+)
+def test_receivers_that_are_off(revision, register, off, on):
+    board, _, tile = up(revision)
+    board.write(register, off & 0xFFFFFFFF)
+    assert heard(tile) == (True, revision == "4")
+    assert registers("4m2").read(0x18) == registers("5").read(0x201C) == 0
+    board.write(register, on & 0xFFFFFFFF)
+    assert heard(tile) == (True, True)
+
+
+def test_tile_clocks_of_module_2():
+    board, _, tile = up("4m2")
+    for value, works in ((0x001, False), (0x101, True), (0x201, True), (0x301, True)):
+        board.write(0x10, value)
+        assert heard(tile) == (works, works)
+
+
+def test_chips_of_another_speed_do_not_hear_each_other():
+    """clk_ctrl of the chip that is farther away first, then of the root, then the board's UART, as operators do it."""
+    _, chips, tile = up("5")
+    board = tile._registers
+    clock = chips.map.fields["clk_ctrl"]
+    address, slower = clock.low // 8, 1 << clock.low % 8
+    told(tile, (WRITE, 1, ID, 12), (WRITE, 12, DOWN, 15))
+    assert told(tile, (READ, 12, ID), (READ, 11, ID)) == [12, 11]
+    assert told(tile, (WRITE, 12, address, slower), (READ, 12, ID), (READ, 11, ID)) == [11]
+    assert told(tile, (WRITE, 11, address, slower), (READ, 12, ID), (READ, 11, ID)) == []
+    board.write(0x3010, 4)
+    assert told(tile, (READ, 12, ID), (READ, 11, ID)) == [12, 11]
+
+
+def test_v3_chips_take_ten_megabits_a_second():
+    board = registers("5")
+    board.switch_on(1, (1.8, 0.9), TICKS_PER_BIT["3"])
+    assert [board.read(0x3010), board.line(1).ticks_per_bit] == [1, 1]
+
+
+def test_words_on_io_channel_255_go_to_all_of_them():
+    _, chips, tile = up("5", chips=100)
+    roots = [chip for _, chip, _ in wiring.tiles(100).entries]
+    told(tile, (WRITE, 11, UP, 0))
+    told(tile, (WRITE, 1, ID, 99), (WRITE, 99, DOWN, 15), io_channel=255)
+    assert chips.ids()[roots].tolist() == [11, 99, 99, 99]
+    before = tile.chips.count()["unheard"]
+    assert told(tile, (READ, 99, 64), (READ, 11, ID), io_channel=255) == [255, 255, 255, 11]
+    assert tile.chips.count()["unheard"] == before + 4

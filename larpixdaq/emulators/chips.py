@@ -32,7 +32,8 @@ SUPPLIES: Final = {
     "2b": Supplies((1.8, 1.2), (1.5, 1.0)),
     "3": Supplies((1.8, 0.9), (1.5, 0.8)),
 }
-#: Ticks of the chips' clock for each bit on their lines, at power-up. v3 chips cannot change it.
+#: Ticks of the chips' clock for each bit on their lines, at power-up. v3 chips cannot change it, and have only
+#: v2b's registers here.
 TICKS_PER_BIT: Final = {"1": 2, "2": 2, "2b": 2, "lightpix-1": 2, "3": 1}
 
 
@@ -89,9 +90,10 @@ class Chips:
             self._keep[chip, address] &= 0xFF ^ (1 << bit)
             self._force[chip, address] |= value << bit
         if asic == "1":
-            self.network = Chain(wiring, self.alive)
+            self.network = Chain(wiring, self.alive, TICKS_PER_BIT[asic])
         else:
-            self.network = Network(wiring, self.alive, self.registers, self.map)
+            ticks, slower = TICKS_PER_BIT[asic], asic != "3"
+            self.network = Network(wiring, self.alive, ticks, self.registers, self.map, slower=slower)
         self._pulse = self.map.address("csa_testpulse_dac")
         watched = np.zeros(256, np.uint8)
         self._watched = [*self.network.watched, self._pulse]
@@ -134,7 +136,7 @@ class Chips:
         self.began[fresh] = tick
         self.changed[on != self.alive] = 1
         self.alive[:] = on
-        self.network.changed_power()
+        self.network.changed_all()
 
     def reset(self, length: int, tick: int = 0, tiles: int = -1) -> None:
         """A reset of so many ticks of the chips' clock comes to these tiles, a bit each, and ends at this tick."""
@@ -144,7 +146,7 @@ class Chips:
             self.began[reached] = tick
         if length >= thresholds.registers:
             self._restart(reached)
-            self.network.changed_power()
+            self.network.changed_all()
 
     def _restart(self, which: NDArray[np.bool_]) -> None:
         self.registers[which] = (self.map.defaults & self._keep[which]) | self._force[which]

@@ -157,7 +157,7 @@ def make(args: argparse.Namespace, detector: Detector, io_group: int) -> Noise:
 
 def registers(args: argparse.Namespace, revision: Revision, chips: Chips) -> BoardRegisters:
     """The registers of a PACMAN with these chips."""
-    made = BoardRegisters(revision, chips=chips.on_tiles(), slow_read=args.slow_read)
+    made = BoardRegisters(revision, chips=chips.on_tiles(), inverted=args.inverted, slow_read=args.slow_read)
     if args.power_on:
         made.switch_on(chips.tiles_there, SUPPLIES[chips.asic].usual, TICKS_PER_BIT[chips.asic])
     return made

@@ -15,13 +15,21 @@ BROADCAST: Final = 255
 
 
 class Chain:
-    """v1 chips: each hears all words of its io_channel, under a chip_id that its wires give it."""
+    """v1 chips: each hears all words of its io_channel, under a chip_id that its wires give it.
+
+    `ticks_per_bit`: of the chips' clock, on their lines.
+    """
 
     #: Addresses of registers that open and close ways.
     watched: tuple[int, ...] = ()
 
-    def __init__(self, wiring: Wiring, alive: NDArray[np.bool_]) -> None:
+    def __init__(self, wiring: Wiring, alive: NDArray[np.bool_], ticks_per_bit: int) -> None:
         chips = len(wiring.keys)
+        #: By io_channel: whether the board's UART sends to chips and receives from them, and its ticks for each bit.
+        self.to_chips = np.ones(256, np.bool_)
+        self.from_chips = np.ones(256, np.bool_)
+        self.ticks_per_bit = np.full(256, ticks_per_bit, np.int64)
+        self._own_ticks = ticks_per_bit
         self.hears = np.full((256, 256), Heard.UNKNOWN, np.int32)
         self.leaves = np.full(chips, Heard.UNKNOWN, np.int16)
         self._keys = wiring.keys
@@ -30,21 +38,32 @@ class Chain:
     def listeners(self, io_channel: int, chip_id: int) -> list[int]:
         """The chips that hear a word; `hears` knows them from then on."""
         found: dict[int, list[int]] = {}
+        opened = self._line_to_chips(io_channel) == self._own_ticks
         for chip, key in enumerate(self._keys):
-            if key[0] == io_channel and self._alive[chip]:
+            if opened and key[0] == io_channel and self._alive[chip]:
                 found.setdefault(key[1], []).append(chip)
         return self._note(io_channel, found).get(chip_id, [])
 
     def ways_out(self, chip: int) -> list[int]:
         """The io_channels on which its answers leave; `leaves` knows them from then on."""
-        self.leaves[chip] = self._keys[chip][0]
-        return [self._keys[chip][0]]
+        io_channel = self._keys[chip][0]
+        opened = self._line_from_chips(io_channel) == self._own_ticks
+        self.leaves[chip] = io_channel if opened else Heard.NOBODY
+        return [io_channel] if opened else []
+
+    def _line_to_chips(self, io_channel: int) -> int:
+        """Ticks for each bit that comes on this io_channel, 0 when nothing comes."""
+        return int(self.ticks_per_bit[io_channel]) if self.to_chips[io_channel] else 0
+
+    def _line_from_chips(self, io_channel: int) -> int:
+        """Ticks for each bit with which the board listens, 0 when it does not."""
+        return int(self.ticks_per_bit[io_channel]) if self.from_chips[io_channel] else 0
 
     def changed(self, chip: int) -> None:
         """A watched register of the chip has changed."""
 
-    def changed_power(self) -> None:
-        """Other chips than before are alive."""
+    def changed_all(self) -> None:
+        """Other chips than before are alive, or the board's UARTs are set in another way."""
         self.hears.fill(Heard.UNKNOWN)
         self.leaves.fill(Heard.UNKNOWN)
 
@@ -62,17 +81,32 @@ class Network(Chain):
     A chip receives on the UARTs of enable_posi. A word for its chip_id it takes; another one, away from the board, it
     passes on by the UARTs of enable_piso_upstream, one towards the board by those of enable_piso_downstream. Broadcasts
     it takes and passes on. A ring of open ways, in which chips would send words round for ever, is gone round once.
+    Whoever takes another time for each bit than the sender hears nothing.
     """
 
     def __init__(
-        self, wiring: Wiring, alive: NDArray[np.bool_], registers: NDArray[np.uint8], fields: RegisterMap
+        self,
+        wiring: Wiring,
+        alive: NDArray[np.bool_],
+        ticks_per_bit: int,
+        registers: NDArray[np.uint8],
+        fields: RegisterMap,
+        *,
+        slower: bool,
     ) -> None:
-        super().__init__(wiring, alive)
+        """`slower`: clk_ctrl of the chips doubles the ticks for each bit as often as it says."""
+        super().__init__(wiring, alive, ticks_per_bit)
         self._registers = registers
-        self._id, self._up, self._down, self._in = self.watched = tuple(
+        self._id, self._up, self._down, self._in = (
             fields.address(name)
             for name in ("chip_id", "enable_piso_upstream", "enable_piso_downstream", "enable_posi")
         )
+        self.watched = (self._id, self._up, self._down, self._in)
+        if slower:
+            at = fields.fields["clk_ctrl"]
+            self._clock, self._clock_shift, self._clock_mask = at.low // 8, at.low % 8, (1 << at.high - at.low) - 1
+            self.watched += (self._clock,)
+        self._slower = slower
         self._wires: list[list[tuple[int, int, int]]] = [[] for _ in wiring.keys]  # (UART, chip, its UART)
         for chip, uart, other, arrives in wiring.wires:
             self._wires[chip].append((uart, other, arrives))
@@ -86,13 +120,14 @@ class Network(Chain):
 
     def listeners(self, io_channel: int, chip_id: int) -> list[int]:
         found: dict[int, list[int]] = {}
+        ticks = self._line_to_chips(io_channel)
         # what is still to be visited: a chip, the UART on which words come, the ids on the way (a bit each)
         ahead = [(chip, arrives, 0) for chip, arrives in self._entries.get(io_channel, ())]
         visited = set()
         while ahead:
             chip, arrives, taken = ahead.pop()
             self._touches[chip].add(io_channel)
-            if chip in visited or not self._receives(chip, arrives):
+            if chip in visited or not self._receives(chip, arrives) or self._ticks(chip) != ticks:
                 continue
             visited.add(chip)
             own, opened = int(self._registers[chip, self._id]), int(self._registers[chip, self._up])
@@ -107,19 +142,28 @@ class Network(Chain):
     def ways_out(self, chip: int) -> list[int]:
         found = []
         ahead, visited = [chip], {chip}
+        ticks = self._ticks(chip)
         while ahead:
             at = ahead.pop()
             opened = int(self._registers[at, self._down])
-            found += [io_channel for uart, io_channel in self._exits[at] if opened >> uart & 1]
+            for uart, io_channel in self._exits[at]:
+                if opened >> uart & 1 and self._line_from_chips(io_channel) == ticks:
+                    found.append(io_channel)
             for uart, other, arrives in self._wires[at]:
                 if opened >> uart & 1 and other not in visited and self._receives(other, arrives):
                     visited.add(other)
-                    ahead.append(other)
+                    if self._ticks(other) == ticks:
+                        ahead.append(other)
         self.leaves[chip] = Heard.SEVERAL if len(found) > 1 else found[0] if found else Heard.NOBODY
         return found
 
     def _receives(self, chip: int, uart: int) -> bool:
         return bool(self._alive[chip] and int(self._registers[chip, self._in]) >> uart & 1)
+
+    def _ticks(self, chip: int) -> int:
+        if not self._slower:
+            return self._own_ticks
+        return self._own_ticks << (int(self._registers[chip, self._clock]) >> self._clock_shift & self._clock_mask)
 
     def changed(self, chip: int) -> None:
         for io_channel in self._touches[chip]:

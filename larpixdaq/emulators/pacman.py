@@ -95,6 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default %(default)s)",
     )
     add(
+        "--inverted",
+        action="store_true",
+        help="tiles with inverted lines, for which registers 0x1C of the UARTs have to be 3 (with --chips)",
+    )
+    add(
         "--slow-read",
         type=float,
         metavar="SECONDS",
@@ -180,6 +185,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--slow-read: expected 0 to {MOST_SLOW:g} seconds, found {args.slow_read}")
     args.detector = detector.check_arguments(parser, args)
     revision = revisions.REVISIONS[args.revision]
+    if args.inverted and not (args.chips and revision.inversion):
+        parser.error("--inverted goes with --chips, and with boards that can invert, which those of revision 2 cannot")
     for io_group, board in args.detector.boards.items():
         wrong = {io_channel for io_channel, _ in board.keys if not 1 <= io_channel <= revision.uarts}
         if wrong:

@@ -28,7 +28,8 @@ sent, {"sent": {"1": {"words": 10, "D": 10}}, "seconds": 0.1}. SIGINT and SIGTER
 
 FRAME: Final = 10
 _START, _STOP, _COMMAND = b"scq"[0], b"scq"[2], b"scq"[1]
-#: Commands by address: the length of a reset, in ticks less one, and those that reset the chips.
+#: Commands by address: ticks for each bit, the length of a reset, in ticks less one, and those that reset the chips.
+_CLOCK_RATIO: Final = 0
 _RESET_LENGTH: Final = 1
 _RESETS: Final = (2, 6)
 #: Ticks.
@@ -191,7 +192,9 @@ class SerialBoard:
             self._send(words)
             words = []
             self.commands += 1
-            if frame[1] == _RESET_LENGTH:
+            if frame[1] == _CLOCK_RATIO:
+                self.tile.set_ticks_per_bit(_IO_CHANNEL, frame[2])
+            elif frame[1] == _RESET_LENGTH:
                 self._reset_length = frame[2] + 1
             elif frame[1] in _RESETS:
                 self.tile.reset(self._reset_length)

@@ -17,6 +17,7 @@ from larpixdaq.emulators.board_registers import (
     CLOCK_RATIO,
     HEARTBEAT_CYCLES,
     I2C,
+    INVERSION,
     RESET_CYCLES,
     TILE_ENABLE,
     TRIGGER_CONTROL,
@@ -37,8 +38,12 @@ MEMORY: Final = 1_966_080
 LATENCY: Final = 290
 #: Bits of a word on an io_channel: 64, start and stop.
 UART_BITS: Final = 66
+#: The io_channel that stands for all of them, towards the chips.
+EVERY_CHANNEL: Final = 255
 #: Words that a chip keeps until the line carries them: all of its channels may say something at once.
 FIFO: Final = 2_048
+#: Where the registers of a bank are that decide about lines: of UARTs, the tiles' clocks, its divider, and receivers.
+_LINE_REGISTERS: Final = (CLOCK_RATIO, INVERSION)
 #: What a board takes in one look, for what all its io_channels can carry on average.
 _SLACK: Final = 1.2
 #: Ticks between two looks at the chips' noise.
@@ -161,12 +166,29 @@ class Tile:
         self._seconds = 0
         self.chips.began.fill(0)
 
+    def set_ticks_per_bit(self, io_channel: int, ticks: int) -> None:
+        """Of the UART of a board that has no registers for it."""
+        self.chips.network.ticks_per_bit[io_channel] = ticks
+        self.chips.network.changed_all()
+        self._new_lines = True
+
     def transmit(self, words: NDArray[np.uint8]) -> None:
-        words = self.losses.sent(words)
+        """Words to the chips, shape (N, 16), in order."""
+        words = self._spread(self.losses.sent(words))
         sent = np.ascontiguousarray(words[:, 8:]).view(np.uint64)[:, 0]
         answers, channels = self.chips.send(sent, np.ascontiguousarray(words[:, 1]))
         said = data_words(channels, answers, self.tick, self._period)
         self._keep(self.losses.answered(said))
+
+    def _spread(self, words: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """These words, with one for each io_channel in place of those that go to all of them."""
+        to_all = words[:, 1] == EVERY_CHANNEL
+        if not to_all.any():
+            return words
+        copies = np.where(to_all, len(self._io_channels), 1)
+        spread = np.repeat(words, copies, axis=0)
+        spread[np.repeat(to_all, copies), 1] = np.tile(self._io_channels, np.count_nonzero(to_all))
+        return spread
 
     def _changed(self, register: int, before: int, value: int) -> None:
         """A register of the board was written."""
@@ -184,7 +206,8 @@ class Tile:
         elif register == TRIGGER_CYCLES:
             self._trigger_every = max(LEAST_PERIOD, value // _FAST)
             self._trigger = self._trigger and self._trigger_every
-        elif register % BANK == CLOCK_RATIO:
+        receivers = self._registers.revision.receivers
+        if register == receivers or (register < I2C and register % BANK in _LINE_REGISTERS):
             self._lines(self._registers)
 
     def _powered(self, registers: BoardRegisters) -> int:
@@ -207,9 +230,13 @@ class Tile:
         self.chips.reset(length, now, tiles)
 
     def _lines(self, registers: BoardRegisters) -> None:
+        network = self.chips.network
         for io_channel in self._io_channels:
             ratio = max(1, registers.ratio(io_channel))
             self._carries[io_channel] = registers.revision.uart_clock // (ratio * UART_BITS)
+            line = registers.line(io_channel)
+            network.to_chips[io_channel], network.from_chips[io_channel], network.ticks_per_bit[io_channel] = line
+        network.changed_all()
         self._new_lines = True
 
     def waiting(self) -> int:
@@ -267,7 +294,8 @@ class Tile:
         """The chips' clocks at these ticks of the board. A board that resets its own each second resets them too."""
         if self._period == TICKS:
             began = np.maximum(began, ticks // TICKS * TICKS)
-        return np.maximum(ticks - began, 0)
+        stamps: NDArray[Any] = np.maximum(ticks - began, 0)
+        return stamps
 
     def _update(self) -> None:
         if self.noise.update() or self._new_lines:
