@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=16_384, help="of a message, at most")
     args = parser.parse_args()
     known = register_map("2b")
-    board = wiring.tiles(args.chips)
+    board = wiring.tiles(args.chips, asic="2b")
     keys = np.array(board.keys)
     steps = setup(board)
     expected = np.tile(known.defaults, (args.chips, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from larpixdaq import emulators, schema
 from larpixdaq._native import chips as native
 from larpixdaq._native import packets
-from larpixdaq.emulators import wiring
+from larpixdaq.emulators import pacman, wiring
 from larpixdaq.emulators.chips import Chips
 from larpixdaq.emulators.registers import VERSIONS, register_map
 
@@ -75,6 +76,22 @@ def test_default_tiles():
     assert [sum(channel == c for channel, _ in board.keys) for c in range(1, 9)] == [25] * 8
     assert {channel for channel, _, _ in board.entries} == set(range(1, 13))
     assert len(board.tree) == 230 - 12
+
+
+@pytest.mark.parametrize(
+    ("asic", "roots"),
+    [("2", [11, 41, 71, 101]), ("lightpix-1", [11, 41, 71, 101]), ("2b", [21, 41, 71, 91]), ("3", [11, 21, 31, 41])],
+)
+def test_default_tiles_have_the_root_chips_of_their_generation(asic, roots, tmp_path):
+    parser = argparse.ArgumentParser()
+    pacman.add_arguments(parser)
+    args = parser.parse_args(["--chips", "100", "--asic", asic, "--write-network", str(tmp_path / "net.json")])
+    pacman.check_arguments(parser, args)
+    board = args.detector.boards[1]
+    found = [(channel, board.keys[chip]) for channel, chip, _ in board.entries]
+    assert found == [(channel, (channel, root)) for channel, root in enumerate(roots, 1)]
+    network = json.loads((tmp_path / "net.json").read_text())["network"]["1"]
+    assert [next(root for root in network[c]["nodes"][0]["miso_us"] if root) for c in "1234"] == roots
 
 
 @pytest.mark.parametrize(
@@ -569,7 +586,7 @@ def test_answers_wait_for_room():
 
 def test_another_way_round_a_dead_chip():
     """3 x 3 on one io_channel; the chip between the root (14) and the corner at the lower right (19) is dead."""
-    tile = wiring.tiles(9, channels=1)
+    tile = wiring.tiles(9, channels=1, asic="2b")
     chips = Chips(tile, "2b", dead=[4], powered=True)
     uart = {(a, b): u for a, u, b, _ in tile.wires}
     way = [3, 6, 7, 8]

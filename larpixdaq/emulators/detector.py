@@ -106,7 +106,9 @@ def _boards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[i
         if args.asic == "1":
             parser.error("--chips: v1 chips are no network; name a file of larpix-control with a chip_list")
         chips = int(args.chips)
-        boards = {io_group: wiring.tiles(chips, args.tile_channels) for io_group in range(1, args.io_groups + 1)}
+        boards = {
+            io_group: wiring.tiles(chips, args.tile_channels, args.asic) for io_group in range(1, args.io_groups + 1)
+        }
         if args.write_network:
             wiring.write(args.write_network, args.asic, boards)
         return boards

@@ -12,8 +12,8 @@ from typing import Any, Final
 from larpixdaq.emulators.registers import VERSIONS
 from larpixdaq.errors import ConfigError, FileError
 
-#: A default tile: its chips in rows of at most ten with chip_ids from 11 on, as on the tiles of a detector, up to four
-#: of them, in the first column, wired to an io_channel each.
+#: A default tile: its chips in rows of at most ten with chip_ids from 11 on, as on the tiles of a detector. Up to four
+#: of them, in the first column, are wired to an io_channel each: the roots.
 TILE_CHIPS: Final = 100
 TILE_WIDTH: Final = 10
 TILE_CHANNELS: Final = 4
@@ -121,21 +121,21 @@ def _add_network(wiring: Wiring, io_channel: int, network: Any) -> None:
             wiring.exits.append((numbers[tail], uart, io_channel))
 
 
-def tiles(chips: int, channels: int = TILE_CHANNELS) -> Wiring:
+def tiles(chips: int, channels: int = TILE_CHANNELS, asic: str = "2") -> Wiring:
     """A board with so many chips on default tiles, each with up to `channels` io_channels. All neighbours on a tile are
-    wired, so that there are other ways."""
+    wired, so that there are other ways. Tiles of different chip generations have different roots."""
     if not 1 <= chips <= MOST_TILES * TILE_CHIPS:
         raise ConfigError(f"expected 1 to {MOST_TILES * TILE_CHIPS} chips on a board, found {chips}")
     wiring = Wiring()
     for tile in range(ceil(chips / TILE_CHIPS)):
-        _add_tile(wiring, min(chips - TILE_CHIPS * tile, TILE_CHIPS), 1 + TILE_CHANNELS * tile, channels)
+        _add_tile(wiring, min(chips - TILE_CHIPS * tile, TILE_CHIPS), 1 + TILE_CHANNELS * tile, channels, asic)
     return wiring
 
 
-def _add_tile(wiring: Wiring, chips: int, first_channel: int, most_channels: int) -> None:
+def _add_tile(wiring: Wiring, chips: int, first_channel: int, most_channels: int, asic: str) -> None:
     width = min(TILE_WIDTH, ceil(chips**0.5))
     first = len(wiring.keys)
-    roots, tree, channels = _grow(chips, width, most_channels)
+    roots, tree, channels = _grow(chips, width, most_channels, asic)
     wiring.keys += [(first_channel + channel, FIRST_ID + chip) for chip, channel in enumerate(channels)]
     wiring.tree += [(first + parent, first + chip) for parent, chip in tree]
     for chip in range(chips):
@@ -155,11 +155,23 @@ def _neighbour(chip: int, direction: int, chips: int, width: int) -> int | None:
     return other if row >= 0 and 0 <= column < width and other < chips else None
 
 
-def _grow(chips: int, width: int, most: int) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+def _root_rows(rows: int, n: int, asic: str) -> list[int]:
+    """The rows of the chips that are wired to the n io_channels of a tile.
+
+    On a tile of 100 chips these chips are 11, 41, 71, 101 (v2), 21, 41, 71, 91 (v2b) and 11, 21, 31, 41 (v3).
+    """
+    if asic == "3":
+        return list(range(n))
+    if asic == "2b":
+        return [(2 * channel + 1) * rows // (2 * n) for channel in range(n)]
+    return [channel * (rows - 1) // max(1, n - 1) for channel in range(n)]
+
+
+def _grow(chips: int, width: int, most: int, asic: str) -> tuple[list[int], list[tuple[int, int]], list[int]]:
     """Roots, links and the channel of each chip: the channels take a free neighbour each in turn, near ones first."""
     rows = -(-chips // width)
     n = min(most, rows)
-    roots = [width * ((2 * channel + 1) * rows // (2 * n)) for channel in range(n)]
+    roots = [width * row for row in _root_rows(rows, n, asic)]
     channels = [-1] * chips
     for channel, root in enumerate(roots):
         channels[root] = channel
