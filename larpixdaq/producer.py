@@ -86,8 +86,12 @@ class Producer:
         channels = [channel for source in boards for channel in source.channels]
         self.witness = Witness(options.asic)
         self.commands = Commands(channels, asic, self.layout, self._put)
-        kinds = {channel.io_group: channel.kind for channel in channels}
-        told = [talk.Board(group, kinds.get(group, ""), source.name) for source in boards for group in source.io_groups]
+        by_group = {channel.io_group: (channel.kind, channel.revision) for channel in channels}
+        told = []
+        for source in boards:
+            for group in source.io_groups:
+                kind, revision = by_group.get(group, ("", 0))
+                told.append(talk.Board(group, kind, source.name, revision))
         setup = talk.Setup(told, options.asic, int(asic), self.layout.code)
         self.child = Child(options.routines, commands=self.commands, setup=setup, witness=self.witness)
         self.child.settled = self._tell_news

@@ -135,7 +135,8 @@ def test_a_routines_controller_reads_and_writes_and_its_values_stay(tmp_path, ch
     (routines / "mine.py").write_text(ROUTINE)
     ports = chips.ready["1"]
     with system(tmp_path / "system") as made:
-        operator = made.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--routines", str(routines))
+        pacman = ("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--pacman-revision", "2")
+        operator = made.start(*pacman, "--routines", str(routines))
         bring_up(operator, chips.network)
         key, ok, diff, ping, vddd = operator.run_routine("thresholds", 55).result(SLOW)
         assert (ok, diff, ping, vddd) == (True, "{}", {1: True}, [1800, 50.0])
@@ -157,12 +158,10 @@ def test_boards_tell_how_they_are(setup):
         operator.validate_configuration().result(LIMIT)
     assert operator.ping().result(LIMIT) == {"1": True}
     (status,) = operator.board_status().result(LIMIT)
-    assert (status["answers"], status["clock_locked"], status["heartbeat_s"], status["vddd_mv"]) == (
-        True,
-        True,
-        10.0,
-        1800,
-    )
+    assert (status["answers"], status["clock_locked"], status["heartbeat_s"]) == (True, True, 10.0)
+    assert (status["revision"], status["supplies"]) == (None, [])  # nobody has said it
+    with pytest.raises(RequestError, match=r"its revision is not known, .* --pacman-revision 1=N"):
+        operator.power(True, tiles=0, vdda_dac=46_020).result(LIMIT)
     (status,) = operator.power(False).result(LIMIT)
     assert (status["tiles"], status["analog_power"]) == ([], False)
     (status,) = operator.power(True, tiles=[0, 2]).result(LIMIT)
@@ -213,7 +212,7 @@ def test_boards_tell_how_they_are(setup):
         (
             "set_uart_clock",
             {"ratio": 2, "io_channel": 33},
-            "io_channel: expected a whole number from 1 to 32, found 33",
+            "io_channel: boards have UART registers of 1 to 32, found 33",
         ),
         ("ping", {"io_group": []}, "ping: io_group: expected one, a list, or None for all (1), found none"),
         ("set_uart_clock", {"ratio": 0}, "set_uart_clock: ratio: expected a whole number from 1 to 255, found 0"),

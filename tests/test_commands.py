@@ -34,7 +34,7 @@ class Line:
         self.busy = True
         self.log += zip(io_channels.tolist(), sent.tolist(), strict=True)
 
-    def send_raw(self, body):
+    def send_raw(self, body, seconds=0.0):
         assert not self.busy
         self.busy = True
         self.log.append(body)

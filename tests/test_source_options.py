@@ -40,8 +40,9 @@ def create(*words):
 
 
 V2 = {"asic": Asic.V2}
-PACMAN = {**V2, "format": "auto", "clock64": False}
-REPLAY = {**PACMAN, "speed": 1.0}
+PACMAN = {**V2, "format": "auto", "clock64": False, "revision": 0}
+REPLAY = {**V2, "format": "auto", "clock64": False, "speed": 1.0}
+IO_CLASS = {**V2, "clock64": False, "revisions": {}}
 SERIAL = {**V2, "baud": 1_000_000, "rule": "strict"}
 
 
@@ -59,7 +60,13 @@ SERIAL = {**V2, "baud": 1_000_000, "rule": "strict"}
         ),
         (
             "--pacman tcp://10.0.0.1 --asic 3 --pacman-format 1.0 --clock64",
-            [("PacmanSource", (1, "10.0.0.1", 5556, 5555), {"asic": Asic.V3, "format": "1.0", "clock64": True})],
+            [
+                (
+                    "PacmanSource",
+                    (1, "10.0.0.1", 5556, 5555),
+                    {"asic": Asic.V3, "format": "1.0", "clock64": True, "revision": 0},
+                )
+            ],
         ),
         ("--bern a b", [("BernSource", (1, "a", 5556, 5555), V2), ("BernSource", (2, "b", 5556, 5555), V2)]),
         ("--serial /dev/ttyUSB0", [("SerialSource", ("/dev/ttyUSB0", 1), SERIAL)]),
@@ -82,10 +89,21 @@ SERIAL = {**V2, "baud": 1_000_000, "rule": "strict"}
             [("BernSource", (i, f"daq-srv{i}.local", 5556, 5555), V2) for i in range(1, 8)],
         ),
         ("--io-config SerialPort /dev/x", [("SerialSource", ("/dev/x", 1), SERIAL)]),
-        ("--io-config FakeIO", [("IoClassSource", ("FakeIO", ()), {**V2, "clock64": False})]),
+        (
+            "--pacman a 7=b --pacman-revision 4 7=5",
+            [
+                ("PacmanSource", (1, "a", 5556, 5555), {**PACMAN, "revision": 4}),
+                ("PacmanSource", (7, "b", 5556, 5555), {**PACMAN, "revision": 5}),
+            ],
+        ),
+        ("--io-config FakeIO", [("IoClassSource", ("FakeIO", ()), IO_CLASS)]),
+        (
+            "--io-config FakeIO --pacman-revision 2=3",
+            [("IoClassSource", ("FakeIO", ()), {**IO_CLASS, "revisions": {2: 3}})],
+        ),
         (
             "--io-config lab.boards:Mine here.json 3 --asic 1",
-            [("IoClassSource", ("lab.boards:Mine", ("here.json", "3")), {"asic": Asic.V1, "clock64": False})],
+            [("IoClassSource", ("lab.boards:Mine", ("here.json", "3")), {**IO_CLASS, "asic": Asic.V1})],
         ),
         ("--io-config SerialPort /dev/x 9600", [("SerialSource", ("/dev/x", 1), {**SERIAL, "baud": 9600})]),
     ],
@@ -114,6 +132,11 @@ def test_options_make_sources(recorded, words, expected):
         ("--bern a --baud 9600", "--baud is for --serial only, not for --bern"),
         ("--serial a --speed 2", "--speed is for --replay only, not for --serial"),
         ("--bern a --clock64", "--clock64 is for --pacman and --replay and --io-config only, not for --bern"),
+        ("--bern a --pacman-revision 2", "--pacman-revision is for --pacman and --io-config only, not for --bern"),
+        ("--pacman a --pacman-revision 6", "--pacman-revision 6: revision: expected 2 to 5, found 6"),
+        ("--pacman a --pacman-revision rev4", "--pacman-revision rev4: revision: expected 2 to 5, found rev4"),
+        ("--pacman a --pacman-revision 1=4 1=5", "--pacman-revision 1=5: io_group 1 twice"),
+        ("--pacman a --pacman-revision 2=4", "--pacman-revision 2=4: no board has io_group 2"),
         ("--pacman a --io-groups 2", "--io-groups is for --fake only, not for --pacman"),
         ("--pacman a --asic 1 --fifo-diagnostics", "--fifo-diagnostics is for v2 chips only, not for --asic 1"),
         ("--io-config a:b.c", "--io-config a:b.c: expected a class of larpix.io or package.module:Class"),
@@ -171,6 +194,10 @@ def test_io_configurations_of_all_kinds(recorded, tmp_path, monkeypatch):
         (4, "a", 5556, 5555),
         (2, "b", 7000, 6999),
     ]
+    write("revisions.json", _include=["mine.json"], pacman_revision={"4": 3, "2": 5})
+    for words, expected in ((), [3, 5]), (("--pacman-revision", "2=4"), [3, 4]), (("--pacman-revision", "2"), [2, 2]):
+        made = create("--io-config", "PACMAN_IO", "revisions.json", *words)
+        assert [source["revision"] for _, _, source in made] == expected
     write("serial.json", io_class="SerialPort", io_group=[[5, "/dev/ttyAMA0"]])
     assert create("--io-config", "SerialPort", "serial.json")[0][1] == ("/dev/ttyAMA0", 5)
     wrong = {
@@ -181,6 +208,11 @@ def test_io_configurations_of_all_kinds(recorded, tmp_path, monkeypatch):
         "include.json": ({"_include": "base.json"}, "_include: expected a list of file names"),
         "group.json": ({"io_class": "PACMAN_IO", "io_group": [[300, "a"]]}, "io_group: expected 1 to 255, found 300"),
         "twice.json": ({"io_class": "PACMAN_IO", "io_group": [[1, "a"], [1, "b"]]}, "io_group 1 is that of a already"),
+        "revision.json": (
+            {"_include": ["mine.json"], "pacman_revision": 6},
+            "pacman_revision: expected one of 2, 3, 4, 5",
+        ),
+        "stranger.json": ({"_include": ["mine.json"], "pacman_revision": {"1": 4}}, "1=4: no board has io_group 1"),
         "kind.json": ({"_config_type": "chip"}, '"_config_type": "io" is missing'),
     }
     for name, (config, message) in wrong.items():

@@ -170,7 +170,12 @@ class Actions(BoardCare, LayoutCare):
 
     def get_boards(self) -> dict[str, Any]:
         boards = [
-            {"io_group": one.io_group, "kind": one.kind or "takes no commands", "name": one.name}
+            {
+                "io_group": one.io_group,
+                "kind": one.kind or "takes no commands",
+                "name": one.name,
+                "revision": one.revision,
+            }
             for one in self._link.setup.boards
         ]
         return {"boards": boards, **self._board()}

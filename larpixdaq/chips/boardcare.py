@@ -4,17 +4,38 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from larpixdaq.chips import boards
-from larpixdaq.chips.boards import BoardOrders, read, values_in
+from larpixdaq.chips.boards import BoardOrders
 from larpixdaq.chips.link import BoardError
+from larpixdaq.chips.pacman_registers import (
+    CLOCK,
+    CLOCK_CONTROL,
+    CLOCK_STATUS,
+    FIRMWARE,
+    HEARTBEAT_CYCLES,
+    MAP_VERSION,
+    PING,
+    POWER,
+    TILES,
+    Revision,
+    read,
+    tile_mask,
+    values_in,
+)
+from larpixdaq.chips.power import Progress, TilePower
 from larpixdaq.errors import RequestError
 
-#: Registers that board_status asks a PACMAN for, in one request.
-_STATUS: Final = [
-    boards.CLOCK_STATUS, boards.CLOCK, boards.CLOCK_CONTROL, boards.HEARTBEAT_CYCLES, boards.TILES, boards.POWER,
-    *(register for pair in boards.SUPPLIES.values() for register in pair),
-]  # fmt: skip
+#: Registers that board_status asks every PACMAN for, in one request.
+_STATUS: Final = (
+    CLOCK_STATUS, CLOCK, CLOCK_CONTROL, HEARTBEAT_CYCLES, TILES, POWER, FIRMWARE, MAP_VERSION,
+)  # fmt: skip
 _LONGEST_RESET: Final = (1 << 32) - 1
+#: Tiles and io_channels of the largest board, at most.
+_MOST_TILES, _MOST_CHANNELS = 10, 40
+#: What becomes of the chips' configuration in a reset.
+_KEPT: Final = {True: "kept", False: "lost", None: "not known"}
+_UNKNOWN: Final = (
+    "its revision is not known, and with it where its supplies are: start the producer with --pacman-revision"
+)
 
 
 def whole(what: str, value: Any, low: int, high: int) -> int:
@@ -36,6 +57,9 @@ def several(what: str, asked: Any, low: int, high: int) -> list[int]:
 class BoardCare:
     """Mixed into `actions.Actions`. Boards are named by their io_group; None: all."""
 
+    #: send_info of a routine: text, done, total.
+    _info: Progress
+
     def __init__(self, link: Any) -> None:
         self._link = link
         self.orders = BoardOrders(link)
@@ -45,7 +69,7 @@ class BoardCare:
 
     def ping(self, io_group: Any = None) -> dict[str, Any]:
         groups = self.orders.only("ping", "pacman", "bern", asked=io_group)
-        bodies = {one: boards.PING if self.orders.kinds[one] == "pacman" else b"PING_HB" for one in groups}
+        bodies = {one: PING if self.orders.kinds[one] == "pacman" else b"PING_HB" for one in groups}
         answers = self.orders.ask_all(bodies)
         wrong = [str(answer) for answer in answers.values() if isinstance(answer, BoardError)]
         if len(wrong) == len(groups):
@@ -61,9 +85,17 @@ class BoardCare:
             elif self.orders.kinds[one] == "bern":
                 asked[one] = b"PING_HB"
         answers = self.orders.ask_all(asked)
-        return [self._described(one, answers.get(one)) for one in groups]
+        found = {}
+        revisions: dict[int, Revision] = {}
+        for one in groups:
+            found[one] = self._described(one, answers.get(one), revisions)
+        self._measure(found, revisions)
+        return list(found.values())
 
-    def _described(self, io_group: int, answer: bytes | BoardError | None) -> dict[str, Any]:
+    def _described(
+        self, io_group: int, answer: bytes | BoardError | None, revisions: dict[int, Revision]
+    ) -> dict[str, Any]:
+        """What a board has answered; its revision, if that is known, is added to `revisions`."""
         kind = self.orders.kinds[io_group]
         facts: dict[str, Any] = {"io_group": io_group, "kind": kind, "name": self.orders.names[io_group]}
         if answer is None:
@@ -75,74 +107,130 @@ class BoardCare:
         if kind != "pacman":
             return facts
         value = dict(zip(_STATUS, values_in(answer), strict=True))
-        control, status = value[boards.CLOCK_CONTROL], value[boards.CLOCK_STATUS]
-        facts |= {
+        control, status = value[CLOCK_CONTROL], value[CLOCK_STATUS]
+        doubts: list[str] = []
+        revision = None
+        try:
+            revision = self.orders.revision_of(io_group, value[MAP_VERSION])
+            doubts += [_UNKNOWN] if revision is None else revision.doubts
+        except BoardError as error:
+            doubts.append(str(error))
+        if revision is not None:
+            revisions[io_group] = revision
+        tiles = value[TILES] & tile_mask(revision, value[FIRMWARE])
+        return facts | {
             "clock_locked": status & 3 == 3,
             "clock_source": status >> 2 & 1,
             "clock_valid": bool(status >> 3 & 1),
-            "clock_ticks": value[boards.CLOCK],
+            "clock_ticks": value[CLOCK],
             "heartbeat": bool(control >> 1 & 1),
-            "heartbeat_s": value[boards.HEARTBEAT_CYCLES] / 100e6,
-            "tiles": [tile for tile in range(8) if value[boards.TILES] >> tile & 1],
-            "analog_power": bool(value[boards.POWER] & 1),
+            "heartbeat_s": value[HEARTBEAT_CYCLES] / 100e6,
+            "revision": None if revision is None else revision.number,
+            "tiles": [tile for tile in range(tiles.bit_length()) if tiles >> tile & 1],
+            "analog_power": bool(value[POWER] & 1),
+            "supplies": [],
+            "doubts": doubts,
         }
-        for name, (current, voltage) in boards.SUPPLIES.items():
-            facts[f"{name}_mv"] = boards.millivolts(value[voltage])
-            facts[f"{name}_ma"] = boards.milliamperes(value[current])
-        return facts
+
+    def _measure(self, found: dict[int, dict[str, Any]], revisions: dict[int, Revision]) -> None:
+        """Add what boards measure: of the tiles that are on, tile by tile, since a board may take 2 s for each."""
+        inputs = {
+            one: b"".join(read(m.place.first) for m in r.board.values()) for one, r in revisions.items() if r.board
+        }
+        for one, answer in self.orders.ask_all(inputs).items():
+            if isinstance(answer, BoardError):
+                found[one]["doubts"].append(str(answer))
+                continue
+            for (name, monitor), value in zip(revisions[one].board.items(), values_in(answer), strict=True):
+                found[one][name] = monitor.convert(value)
+        most = max((len(found[one]["tiles"]) for one in revisions), default=0)
+        for place in range(most):
+            asked = {one: r for one, r in revisions.items() if place < len(found[one]["tiles"])}
+            self._info(f"supplies: {place} of {most} tiles were read", place, most)
+            bodies, seconds = {}, 0.0
+            for one, revision in asked.items():
+                monitors = revision.monitors().values()
+                bodies[one] = b"".join(read(m.place.of(found[one]["tiles"][place])) for m in monitors)
+                seconds = max(seconds, sum(m.seconds for m in monitors))
+            for one, answer in self.orders.ask_all(bodies, seconds).items():
+                if isinstance(answer, BoardError):
+                    found[one]["doubts"].append(str(answer))
+                    del revisions[one]
+                    continue
+                monitors_of = revisions[one].monitors().items()
+                row = {name: m.convert(value) for (name, m), value in zip(monitors_of, values_in(answer), strict=True)}
+                found[one]["supplies"].append({"tile": found[one]["tiles"][place]} | row)
 
     def power(
-        self, on: Any, tiles: Any = None, vddd_dac: Any = None, vdda_dac: Any = None, io_group: Any = None
+        self,
+        on: Any,
+        tiles: Any = None,
+        vddd_dac: Any = None,
+        vdda_dac: Any = None,
+        io_group: Any = None,
+        ramp: Any = False,
     ) -> list[dict[str, Any]]:
         groups = self.orders.only("power", "pacman", asked=io_group)
-        if not isinstance(on, bool):
-            raise RequestError(f"power: on: expected True or False, found {on!r:.100}")
-        chosen = None if tiles is None else several("power: tiles", tiles, 0, 7)
+        for name, value in (("on", on), ("ramp", ramp)):
+            if not isinstance(value, bool):
+                raise RequestError(f"power: {name}: expected True or False, found {value!r:.100}")
+        chosen = None if tiles is None else several("power: tiles", tiles, 0, _MOST_TILES - 1)
         dacs = {"vddd": vddd_dac, "vdda": vdda_dac}
-        for name, dac in dacs.items():
-            if dac is not None:
-                whole(f"power: {name}_dac", dac, 0, 0xFFFF)
-        for one in groups:
+        dacs = {name: whole(f"power: {name}_dac", dac, 0, 0xFFFF) for name, dac in dacs.items() if dac is not None}
+        if ramp and not dacs:
+            raise RequestError("power: ramp: which supplies are to rise to what is said by vdda_dac and vddd_dac")
+        if dacs and not on:
+            raise RequestError(f"power: {' and '.join(f'{name}_dac' for name in dacs)}: for switching on only")
+        boards = []
+        for one in groups:  # of all boards, before anything is done with any
+            revision = self.orders.known_revision(one) if dacs else self.orders.revision(one)
+            board = TilePower(self.orders, one, self.orders.names[one], revision, self._info)
+            board.chosen(chosen)
+            boards.append(board)
+        for one, board in zip(groups, boards, strict=True):
+            self._link.doubt([one])
             if on:
-                if vddd_dac is not None:
-                    self.orders.set_vddd(vddd_dac, one)
-                if vdda_dac is not None:
-                    self.orders.set_vdda(vdda_dac, one)
-                self.orders.set_reg(boards.POWER, 1, one)
-                self.orders.enable_tile(chosen, one)
-            elif self.orders.disable_tile(chosen, one) == 0:
-                self.orders.set_reg(boards.POWER, 0, one)
+                board.switch_on(chosen, dacs, ramp=ramp)
+            else:
+                board.switch_off(chosen)
         return self.board_status(groups)
 
     def reset(self, length: Any = 256, io_group: Any = None) -> dict[str, Any]:
         groups = self.orders.only("reset", "pacman", "bern", "serial", asked=io_group)
+        kinds = self.orders.kinds
+        for one in groups:  # of all boards, before anything is done with any
+            if kinds[one] == "pacman":
+                self.orders.kept(whole("reset: length", length, 1, _LONGEST_RESET))
+            elif kinds[one] == "serial":
+                whole("reset: length on a serial board", length, 1, 256)
+        kept: dict[str, bool | None] = {}
         for one in groups:
-            kind = self.orders.kinds[one]
-            if kind == "pacman":
-                self.orders.reset_larpix(whole("reset: length", length, 1, _LONGEST_RESET), one)
-            elif kind == "bern":
+            kept[str(one)] = None
+            if kinds[one] == "pacman":
+                kept[str(one)] = self.orders.kept(length)
+                self.orders.reset(one, length)
+            elif kinds[one] == "bern":
                 self._link.doubt([one])
                 self._link.ask(one, b"SYRESET")
             else:
-                pulse = whole("reset: length on a serial board", length, 1, 256) - 1
                 self._link.doubt([one])
-                self._link.ask(one, b"c\x01" + bytes([pulse]) + bytes(6) + b"q")
+                self._link.ask(one, b"c\x01" + bytes([length - 1]) + bytes(6) + b"q")
                 self._link.ask(one, b"c\x02" + bytes(7) + b"q")
-        return {"io_groups": groups, "length": length}
+        return {"io_groups": groups, "length": length, "configuration": {one: _KEPT[how] for one, how in kept.items()}}
 
     def set_uart_clock(self, ratio: Any, io_channel: Any = None, io_group: Any = None) -> dict[str, Any]:
         groups = self.orders.only("set_uart_clock", "pacman", "serial", asked=io_group)
         whole("set_uart_clock: ratio", ratio, 1, 255)
         found: dict[str, Any] = {}
+        serial = [one for one in groups if self.orders.kinds[one] == "serial"]
+        most = 1 if serial else _MOST_CHANNELS
+        asked = None if io_channel is None else several("set_uart_clock: io_channel", io_channel, 1, most)
+        channels = {one: self.orders.io_channels(one, asked) for one in groups if one not in serial}
         for one in groups:
-            lines = 1 if self.orders.kinds[one] == "serial" else boards.CHANNELS
-            every = list(range(1, lines + 1))
-            channels = every if io_channel is None else several("set_uart_clock: io_channel", io_channel, 1, lines)
-            if self.orders.kinds[one] == "serial":
+            if one in serial:
                 self._link.ask(one, b"c\x00" + bytes([ratio]) + bytes(6) + b"q")
                 found[str(one)] = {"1": ratio}
-                continue
-            registers = [boards.UART + boards.BANK * channel for channel in channels]
-            orders = [order for at in registers for order in (boards.write(at, ratio), read(at))]
-            found[str(one)] = dict(zip(map(str, channels), self.orders.values(one, orders)[1::2], strict=True))
+            else:
+                ratios = self.orders.set_ratios(one, channels[one], ratio)
+                found[str(one)] = {str(at): value for at, value in ratios.items()}
         return {"ratio": ratio, "io_groups": found}

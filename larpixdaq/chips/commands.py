@@ -56,6 +56,7 @@ class _Command:
     io_channels: NDArray[np.uint8]
     words: NDArray[np.uint64]
     body: bytes | None = None
+    seconds: float = 0.0  # that the board needs beyond the usual limit
     at: int = 0  # words handed over so far
 
 
@@ -80,9 +81,10 @@ class Commands:
         channels = np.frombuffer(io_channels, np.uint8)
         self._add(io_group, _Command(number, channels, np.frombuffer(words, "<u8").astype(np.uint64)))
 
-    def ask(self, number: int, io_group: int, body: bytes) -> None:
+    def ask(self, number: int, io_group: int, body: bytes, seconds: float = 0.0) -> None:
+        """Send an order to the board itself, which needs so many seconds for it beyond the usual limit."""
         nothing = np.zeros(0, np.uint64)
-        self._add(io_group, _Command(number, nothing.astype(np.uint8), nothing, body))
+        self._add(io_group, _Command(number, nothing.astype(np.uint8), nothing, body, seconds))
 
     def forget(self) -> None:
         """Whoever sent commands is gone: those that wait are dropped, what is in flight comes to its end."""
@@ -139,7 +141,7 @@ class Commands:
         command = waiting[0]
         if command.body is not None:
             self._flying[channel.io_group] = command
-            channel.send_raw(command.body)
+            channel.send_raw(command.body, command.seconds)
             return
         words = command.words[command.at : command.at + channel.batch]
         if not len(words):

@@ -68,15 +68,16 @@ class Link:
         self.send(talk.Words(number, io_group, channels, np.asarray(words, "<u8").tobytes()))
         return number
 
-    def ask(self, io_group: int, body: bytes) -> bytes:
-        """What the board says to this order; BoardError when it says nothing."""
-        number = self.post(io_group, body)
+    def ask(self, io_group: int, body: bytes, seconds: float = 0.0) -> bytes:
+        """What the board says to this order; BoardError when it says nothing. `seconds`: what the board needs for it
+        beyond the usual limit."""
+        number = self.post(io_group, body, seconds)
         return self.finished(number)
 
-    def post(self, io_group: int, body: bytes) -> int:
+    def post(self, io_group: int, body: bytes, seconds: float = 0.0) -> int:
         """Send an order to a board without waiting for its answer, which finished() has then."""
         number = self._number()
-        self.send(talk.Ask(number, io_group, body))
+        self.send(talk.Ask(number, io_group, body, seconds))
         return number
 
     def finished(self, number: int) -> bytes:

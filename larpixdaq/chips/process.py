@@ -250,7 +250,7 @@ class Child:
         elif isinstance(message, talk.Words):
             self._commands.words(message.command, message.io_group, message.io_channels, message.words)
         else:
-            self._commands.ask(message.command, message.io_group, message.body)
+            self._commands.ask(message.command, message.io_group, message.body, message.seconds)
 
     def _remember(self, found: talk.Remember) -> None:
         if len(found.chips) % 3:

@@ -38,6 +38,7 @@ class Board(msgspec.Struct, frozen=True):
     io_group: int
     kind: str  # as in sources.channel; "" when nothing can be sent there
     name: str
+    revision: int = 0  # of a PACMAN's registers, 2 to 5; 0: not known
 
 
 class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
@@ -127,6 +128,7 @@ class Ask(msgspec.Struct, array_like=True, tag=16, frozen=True):
     command: int
     io_group: int
     body: bytes
+    seconds: float = 0.0  # that the board needs for it beyond the usual limit
 
 
 class Listen(msgspec.Struct, array_like=True, tag=17, frozen=True):

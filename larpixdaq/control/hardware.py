@@ -107,8 +107,9 @@ class Hardware:
     def board_status(self, io_group: Any = None, component: str | None = None) -> Request:
         """How boards are: a list of dicts with io_group, kind, answers, error.
 
-        Of a PACMAN also clock_locked, clock_source, clock_valid, clock_ticks, heartbeat, heartbeat_s, tiles (those that
-        are on), analog_power, and voltages (mV) and currents (mA) of its supplies.
+        Of a PACMAN also clock_locked, clock_source, clock_valid, clock_ticks, heartbeat, heartbeat_s, revision, tiles
+        (those that are on), analog_power, supplies (of each of these tiles: vdda_mv, vdda_ma, vddd_mv, vddd_ma), and
+        doubts: what is to be known of these numbers, or why there are none. A board of revision 4 takes 2 s a tile.
         """
         return self._producer(component, "board_status", io_group=io_group)
 
@@ -120,21 +121,30 @@ class Hardware:
         vdda_dac: int | None = None,
         io_group: Any = None,
         component: str | None = None,
+        ramp: bool = False,
     ) -> Request:
-        """Switch tiles (0 to 7; None: all) on or off, on after setting the supplies' DACs.
+        """Switch tiles (from 0; None: all) on, one by one, or off.
 
-        Result: as board_status().
+        The DACs (0 to 65535), which need the board's revision, are set before their tile is switched on, or with ramp
+        in steps from 0 afterwards. Fails when the board reads back something else, or measures a voltage that is not
+        what the DAC stands for; that tile is then switched off. Result: as board_status().
         """
         given = {"on": on, "tiles": tiles, "vddd_dac": vddd_dac, "vdda_dac": vdda_dac, "io_group": io_group}
-        return self._producer(component, "power", **given)
+        return self._producer(component, "power", **given, ramp=ramp)
 
     def reset(self, length: int = 256, io_group: Any = None, component: str | None = None) -> Request:
-        """Reset all chips of boards, for `length` ticks of their clock. What was known of their registers is stale."""
+        """Reset all chips of boards, for `length` ticks of their clock, and wait until that is over.
+
+        Result: {"io_groups", "length", "configuration": {io_group: "kept", "lost" or "not known"}}.
+        """
         return self._producer(component, "reset", length=length, io_group=io_group)
 
     def set_uart_clock(
         self, ratio: int, io_channel: Any = None, io_group: Any = None, component: str | None = None
     ) -> Request:
-        """Clock ticks a bit on the lines to the chips (1 to 255), of one io_channel, a list, or all."""
+        """Clock ticks a bit on the lines to the chips (1 to 255), of one io_channel, a list, or all.
+
+        Fails when a board reads back something else. Result: {"ratio", "io_groups": {io_group: {io_channel: ratio}}}.
+        """
         given = {"ratio": ratio, "io_channel": io_channel, "io_group": io_group}
         return self._producer(component, "set_uart_clock", **given)

@@ -90,7 +90,7 @@ def _is_table(value: Any) -> bool:
         isinstance(value, list)
         and bool(value)
         and all(isinstance(row, dict) and row.keys() == value[0].keys() for row in value)
-        and not any(isinstance(part, dict) for row in value for part in row.values())
+        and not any(isinstance(part, dict) or _is_table(part) for row in value for part in row.values())
     )
 
 

@@ -11,9 +11,12 @@ from larpixdaq.errors import ConfigError
 from larpixdaq.schema import ASICS, IO_GROUPS, Asic
 from larpixdaq.sources import ioconfig
 from larpixdaq.sources.base import Source
+from larpixdaq.sources.channel import REVISIONS
 
 DATA_PORT: Final = 5556
 COMMAND_PORT: Final = 5555
+#: In revisions of boards by io_group: all that are not named.
+ALL: Final = 0
 #: Packets per second of `--fake` without a rate.
 FAKE_RATE: Final = 10_000.0
 
@@ -28,6 +31,7 @@ _IO_CLASSES: Final = {"PACMAN_IO": "pacman", "SerialPort": "serial", "ZMQ_IO": "
 _ONLY_FOR: Final = {
     "pacman_format": ("pacman", "replay"),
     "clock64": ("pacman", "replay", "io-config"),
+    "pacman_revision": ("pacman", "io-config"),
     "baud": ("serial",),
     "serial_rule": ("serial",),
     "speed": ("replay",),
@@ -95,6 +99,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--clock64", action="store_const", const=True, help="PACMAN firmware with 64-bit timestamps (DUNE timing)"
     )
+    what.add_argument(
+        "--pacman-revision",
+        nargs="+",
+        metavar="REVISION",
+        help="register maps of the PACMAN boards' command servers, each as [IO_GROUP=]N, without IO_GROUP for all: 2 "
+        "(server v1.2), 3 (v1.3, also that of uci_* and r/oldtimestamp_rev4 firmware), 4 (v1.4) or 5 (pacman-server 2, "
+        "which says so itself); without it no DAC is set and no voltage shown",
+    )
     what.add_argument("--baud", type=_whole, metavar="BITS_PER_SECOND", help="of the serial line (default: 1000000)")
     what.add_argument(
         "--serial-rule",
@@ -128,7 +140,7 @@ def create(args: argparse.Namespace) -> list[Source]:
     if kind == "io-config":
         from larpixdaq.sources.ioclass import IoClassSource
 
-        return [IoClassSource(*given, asic=asic, clock64=bool(args.clock64))]
+        return [IoClassSource(*given, asic=asic, clock64=bool(args.clock64), revisions=_revisions(args, kind))]
     return _boards(args, asic, kind, given)
 
 
@@ -217,8 +229,37 @@ def _boards(args: argparse.Namespace, asic: Asic, kind: str, addresses: list[str
         return [BernSource(*board, asic=asic) for board in boards(addresses)]
     from larpixdaq.sources.pacman import PacmanSource
 
+    found = boards(addresses)
+    revisions = _revisions(args, kind)
+    for io_group in revisions.keys() - {ALL} - {board.io_group for board in found}:
+        raise ConfigError(f"--pacman-revision {io_group}={revisions[io_group]}: no board has io_group {io_group}")
     form = args.pacman_format or "auto"
-    return [PacmanSource(*board, asic=asic, format=form, clock64=bool(args.clock64)) for board in boards(addresses)]
+    return [
+        PacmanSource(
+            *board,
+            asic=asic,
+            format=form,
+            clock64=bool(args.clock64),
+            revision=revisions.get(board.io_group, revisions.get(ALL, 0)),
+        )
+        for board in found
+    ]
+
+
+def _revisions(args: argparse.Namespace, kind: str) -> dict[int, int]:
+    """Register maps of PACMAN boards by io_group, ALL for those that are not named."""
+    found: dict[int, int] = {}
+    if args.io_config is not None and kind == "pacman":
+        found = ioconfig.revisions(*args.io_config)
+    named: dict[int, int] = {}
+    for text in args.pacman_revision or ():
+        group, equals, number = text.rpartition("=")
+        what = f"--pacman-revision {text}"
+        io_group = _io_group(group, what) if equals else ALL
+        if io_group in named:
+            raise ConfigError(f"{what}: {'all boards' if io_group == ALL else f'io_group {io_group}'} twice")
+        named[io_group] = _number(number, f"{what}: revision", REVISIONS[0], REVISIONS[-1])
+    return (found if ALL not in named else {}) | named
 
 
 def _serial(args: argparse.Namespace, asic: Asic, given: tuple[int, str, int | None]) -> list[Source]:

@@ -28,12 +28,12 @@ class BernChannel(RequestChannel):
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         self._say(f"SNDWORD 0x{int(words[0]):016x} {int(io_channels[0]) - 1}")
 
-    def send_raw(self, body: bytes) -> None:
-        self._say(body.decode("ascii", "replace"))
+    def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
+        self._say(body.decode("ascii", "replace"), seconds)
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, seconds: float = 0.0) -> None:
         self._said = text
-        self._request(text.encode())
+        self._request(text.encode(), seconds)
 
     def _understand(self, message: bytes) -> Reply:
         text = message.rstrip(b"\0 \n").decode("ascii", "replace")

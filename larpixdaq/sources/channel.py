@@ -17,8 +17,10 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-#: A board that has not answered a request after so long (seconds) is taken not to have got it.
+#: Seconds for the answer to a request, unless it says that the board needs more.
 LIMIT: Final = 2.0
+#: Register maps of PACMAN boards.
+REVISIONS: Final = (2, 3, 4, 5)
 #: No answer of a board is larger (bytes): a PACMAN repeats every word of the request.
 _LARGEST_REPLY: Final = 2 << 20
 
@@ -36,6 +38,8 @@ class Channel(Protocol):
     #: "pacman", "bern", "serial" or "class" (none): which orders it understands.
     kind: str
     io_group: int
+    #: Register map of a PACMAN, one of REVISIONS; 0: not known.
+    revision: int
     #: Words of one request, at most.
     batch: int
     #: Sockets to poll for reading while it is busy.
@@ -46,8 +50,9 @@ class Channel(Protocol):
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         """Send these words to the chips, at most `batch`."""
 
-    def send_raw(self, body: bytes) -> None:
-        """Send an order to the board itself, in the form that boards of this kind understand."""
+    def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
+        """Send an order to the board itself, in the form that boards of this kind understand. The board needs so many
+        seconds for it beyond the usual limit."""
 
     def take(self) -> Reply | None:
         """What came of the request in flight; None while that is open."""
@@ -62,6 +67,7 @@ class RequestChannel:
     """A board's command server, which speaks REQ/REP over ZeroMQ: a DEALER here, so that nothing ever blocks."""
 
     kind = ""
+    revision = 0
     batch = 1
 
     def __init__(self, board: str, io_group: int, host: str, port: int) -> None:
@@ -73,6 +79,7 @@ class RequestChannel:
         self._ipv6 = ":" in host
         self._socket: zmq.Socket[bytes] | None = None
         self._context: zmq.Context[Any] | None = None
+        self._limit = LIMIT
         self._deadline = 0.0
 
     def take(self) -> Reply | None:
@@ -84,7 +91,7 @@ class RequestChannel:
                 return None
             # What is still under way would otherwise reach the board later, and its answer the next request.
             self.close()
-            return Reply(b"", f"{self.name}: no answer within {LIMIT:g} s")
+            return Reply(b"", f"{self.name}: no answer within {self._limit:g} s")
         except zmq.ZMQError as error:
             self.close()
             return Reply(b"", f"{self.name}: {error}")
@@ -110,7 +117,8 @@ class RequestChannel:
         """What the board's answer means."""
         raise NotImplementedError
 
-    def _request(self, message: bytes) -> None:
+    def _request(self, message: bytes, seconds: float = 0.0) -> None:
+        """Send it; the board needs so many seconds for it beyond the usual limit."""
         if self._socket is None:
             self._context = zmq.Context()
             self._socket = self._context.socket(zmq.DEALER)
@@ -122,5 +130,6 @@ class RequestChannel:
             self._socket.connect(self.address)
             self.sockets = (self._socket,)
         self._socket.send_multipart([b"", message], zmq.DONTWAIT)
-        self._deadline = time.monotonic() + LIMIT
+        self._limit = LIMIT + seconds
+        self._deadline = time.monotonic() + self._limit
         self.busy = True

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,14 +50,23 @@ class IoClassSource(PieceSource):
     """One object of an IO class; implements `sources.base.Source`. `io_groups` are known when it is open.
 
     `io_class` is the name of a class in larpix.io, package.module:Class or package.module.Class, `arguments` what it is
-    made with. `clock64`: its boards' clocks have 64 bits.
+    made with. `clock64`: its boards' clocks have 64 bits. `revisions`: register maps of PACMAN boards by io_group, 0
+    for those that are not named.
     """
 
     waits = False
     recorded = False
     finished = False
 
-    def __init__(self, io_class: str, arguments: Sequence[str] = (), *, asic: Asic, clock64: bool = False) -> None:
+    def __init__(
+        self,
+        io_class: str,
+        arguments: Sequence[str] = (),
+        *,
+        asic: Asic,
+        clock64: bool = False,
+        revisions: Mapping[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.name = f"IO class {io_class}"
         self.layout = layout_of(asic, clock64=clock64)
@@ -68,6 +77,7 @@ class IoClassSource(PieceSource):
         form = "wide" if clock64 else "narrow"
         self._command = [str(Path(__file__).with_name("ioclass_child.py")), str(int(asic)), form, io_class, *arguments]
         self._channels: dict[int, IoClassChannel] = {}
+        self._revisions = dict(revisions or {})
         self._decoders = Decoders(asic, format="auto", clock64=clock64)
         self._presence = Presence()
         self._process: subprocess.Popen[bytes] | None = None
@@ -172,10 +182,19 @@ class IoClassSource(PieceSource):
             io_groups = tuple(message.io_groups)
             if not io_groups or not all(0 < group < IO_GROUPS for group in io_groups):
                 return f"its io_groups: expected some from 1 to {IO_GROUPS - 1}, found {list(io_groups)}"
+            strangers = self._revisions.keys() - {0, *io_groups}
+            if strangers:
+                return f"--pacman-revision: no board has io_group {min(strangers)}, its io_groups: {list(io_groups)}"
             if not self.io_groups:
                 self.io_groups = io_groups
                 self._channels = {
-                    group: IoClassChannel(self.name, group, self._post, registers=message.registers)
+                    group: IoClassChannel(
+                        self.name,
+                        group,
+                        self._post,
+                        registers=message.registers,
+                        revision=self._revisions.get(group, self._revisions.get(0, 0)),
+                    )
                     for group in io_groups
                 }
                 self.channels = tuple(self._channels.values())

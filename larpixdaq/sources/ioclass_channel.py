@@ -25,33 +25,38 @@ class IoClassChannel:
     batch = _WORDS
     sockets: tuple[Any, ...] = ()  # answers come among the data
 
-    def __init__(self, name: str, io_group: int, post: Callable[[bytes], bool], *, registers: bool) -> None:
+    def __init__(
+        self, name: str, io_group: int, post: Callable[[bytes], bool], *, registers: bool, revision: int = 0
+    ) -> None:
         """`post` sends a message to the process, or returns False."""
         self.kind = "pacman" if registers else "class"
+        self.revision = revision
         self.io_group = io_group
         self.name = f"{name}, io_group {io_group}"
         self.busy = False
         self._post = post
         self._number = 0
         self._reply: Reply | None = None
+        self._limit = SEND_LIMIT
         self._deadline = 0.0
 
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         self._number += 1
         self._ask(Send(self._number, self.io_group, io_channels.tobytes(), words.astype("<u8").tobytes()))
 
-    def send_raw(self, body: bytes) -> None:
+    def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
         self._number += 1
-        self._ask(Order(self._number, self.io_group, body))
+        self._ask(Order(self._number, self.io_group, body), seconds)
 
-    def _ask(self, request: Send | Order) -> None:
-        self._deadline = time.monotonic() + SEND_LIMIT
+    def _ask(self, request: Send | Order, seconds: float = 0.0) -> None:
+        self._limit = SEND_LIMIT + seconds
+        self._deadline = time.monotonic() + self._limit
         self._reply = None if self._post(pack(request)) else self._failed("its process takes nothing")
         self.busy = True
 
     def take(self) -> Reply | None:
         if self._reply is None and time.monotonic() >= self._deadline:
-            self._reply = self._failed(f"not sent within {SEND_LIMIT:g} s")
+            self._reply = self._failed(f"not sent within {self._limit:g} s")
         self.busy = self._reply is None
         return self._reply
 

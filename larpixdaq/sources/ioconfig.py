@@ -2,6 +2,9 @@
 
     {"_config_type": "io", "io_class": "PACMAN_IO", "io_group": [[1, "pacman.local"], [2, "pacman2.local"]]}
 
+PACMAN_IO's may also say the boards' revisions (`--pacman-revision`), of all or of each io_group, which larpix-control
+does not look at: "pacman_revision": 4, or {"1": 4, "2": 5}.
+
 A name is looked up in the working directory first and then among the files that larpix-control brings; `_include` lists
 files whose fields are taken where the file itself has none.
 """
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from larpixdaq.errors import ConfigError
+from larpixdaq.sources.channel import REVISIONS
 
 #: What each class reads when no file is named.
 DEFAULTS: Final = {"PACMAN_IO": "io/pacman.json", "ZMQ_IO": "io/loopback.json", "MultiZMQ_IO": "io/default.json"}
@@ -26,10 +30,7 @@ _MAX_BYTES: Final = 1 << 20
 def read(io_class: str, name: str) -> list[tuple[int, str]]:
     """(io_group, address) of each board in the file's order; ConfigError in one line when the file is not of that
     class."""
-    config = _load(name, _MAX_DEPTH)
-    found = config.get("io_class")
-    if found not in _ACCEPTS.get(io_class, (io_class,)):
-        raise ConfigError(f"io config {name}: expected io_class {io_class}, found {found!r}")
+    config = _of_class(io_class, name)
     table = config.get("io_group")
     boards = []
     for entry in table if isinstance(table, list) else ():
@@ -41,6 +42,29 @@ def read(io_class: str, name: str) -> list[tuple[int, str]]:
     if not boards:
         raise ConfigError(f"io config {name}: io_group: expected a list of [number, address], found {table!r}")
     return boards
+
+
+def revisions(io_class: str, name: str = DEFAULTS["PACMAN_IO"]) -> dict[int, int]:
+    """Revision by io_group as the file has them, 0 standing for all boards that are not named; {} when it has none."""
+    found = _of_class(io_class, name).get("pacman_revision")
+    if found is None:
+        return {}
+    by_group = found if isinstance(found, dict) else {"0": found}
+    for group, revision in by_group.items():
+        if not group.isdecimal() or isinstance(revision, bool) or revision not in REVISIONS:
+            raise ConfigError(
+                f"io config {name}: pacman_revision: expected one of {', '.join(map(str, REVISIONS))}, or "
+                f'{{"io_group": revision}}, found {found!r:.100}'
+            )
+    return {int(group): revision for group, revision in by_group.items()}
+
+
+def _of_class(io_class: str, name: str) -> dict[str, Any]:
+    config = _load(name, _MAX_DEPTH)
+    found = config.get("io_class")
+    if found not in _ACCEPTS.get(io_class, (io_class,)):
+        raise ConfigError(f"io config {name}: expected io_class {io_class}, found {found!r}")
+    return config
 
 
 def _load(name: str, depth: int) -> dict[str, Any]:

@@ -30,8 +30,9 @@ class PacmanChannel(RequestChannel):
     kind = "pacman"
     batch = WORDS
 
-    def __init__(self, io_group: int, host: str, port: int, *, format: str = "auto") -> None:
+    def __init__(self, io_group: int, host: str, port: int, *, format: str = "auto", revision: int = 0) -> None:
         super().__init__("PACMAN", io_group, host, port)
+        self.revision = revision
         self._legacy = format != "1.0"
         self._sent = 0
         self._refused = ""
@@ -43,7 +44,7 @@ class PacmanChannel(RequestChannel):
         message["word"] = words
         self.send_raw(message.tobytes())
 
-    def send_raw(self, body: bytes) -> None:
+    def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
         self._refused = ""
         if not self._legacy:
             self._refused = "commands are known for the legacy format only, not for --pacman-format 1.0"
@@ -53,7 +54,7 @@ class PacmanChannel(RequestChannel):
             self.busy = True
             return
         self._sent = len(body) // _WORD_BYTES
-        self._request(_HEADER.pack(b"?", int(time.time()) & 0xFFFFFFFF, self._sent) + body)
+        self._request(_HEADER.pack(b"?", int(time.time()) & 0xFFFFFFFF, self._sent) + body, seconds)
 
     def take(self) -> Reply | None:
         if self._refused:
@@ -80,7 +81,8 @@ class PacmanChannel(RequestChannel):
 
 
 class PacmanSource(BoardSource):
-    """One PACMAN. `format`: auto, legacy or 1.0; `clock64`: firmware with a 64-bit clock."""
+    """One PACMAN. `format`: auto, legacy or 1.0; `clock64`: firmware with a 64-bit clock; `revision`: register map of
+    its command server, 0 when that is not known."""
 
     def __init__(
         self,
@@ -92,8 +94,9 @@ class PacmanSource(BoardSource):
         asic: Asic = Asic.V2,
         format: str = "auto",
         clock64: bool = False,
+        revision: int = 0,
     ) -> None:
-        self.channels = (PacmanChannel(io_group, host, command_port, format=format),)
+        self.channels = (PacmanChannel(io_group, host, command_port, format=format, revision=revision),)
         super().__init__(
             "PACMAN",
             io_group,

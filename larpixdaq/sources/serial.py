@@ -64,6 +64,7 @@ class SerialChannel:
     """Frames to the board on its serial line. The board answers nothing: what the line has taken is done."""
 
     kind = "serial"
+    revision = 0
     batch = _FRAMES
     sockets: tuple[Any, ...] = ()
 
@@ -72,6 +73,7 @@ class SerialChannel:
         self.name = f"serial device {device}, io_group {io_group}"
         self.busy = False
         self._rest = b""
+        self._limit = LIMIT
         self._deadline = 0.0
         self._again = 0.0
         self.fd: int | None = None  # the source's, while the device is there
@@ -79,9 +81,10 @@ class SerialChannel:
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         self.send_raw(encode_serial(words))
 
-    def send_raw(self, body: bytes) -> None:
+    def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
         self._rest = body
-        self._deadline = time.monotonic() + LIMIT
+        self._limit = LIMIT + seconds
+        self._deadline = time.monotonic() + self._limit
         self._again = 0.0
         self.busy = True
 
@@ -94,7 +97,7 @@ class SerialChannel:
                 self._rest = self._rest[os.write(self.fd, self._rest) :]
         except BlockingIOError:
             if now >= self._deadline:
-                return self._done(f"the line has not taken {len(self._rest)} bytes within {LIMIT:g} s")
+                return self._done(f"the line has not taken {len(self._rest)} bytes within {self._limit:g} s")
             self._again = now + _AGAIN
             return None
         except OSError as error:

@@ -1,0 +1,259 @@
+"""Registers of PACMAN boards: those that all have, those of each revision, what readings mean, and how to ask for them.
+
+The addresses of power and DACs are those of the command server that runs on the board, whatever the FPGA was built for:
+revision 3 is the map of the v1.3 server, which uci_* and r/oldtimestamp_rev4 firmware also ships. Tiles count from 0.
+Sources: the servers of larpix/pacman (v1.2, v1.3, v1.4) and mulhearn/pacman-server (2.1), and the labs' scripts.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from larpixdaq.errors import RequestError
+
+#: A word that reads or writes a register, and its answer: type, register, value.
+_ORDER: Final = struct.Struct("<c3xI4xI")
+PING: Final = b"P" + bytes(15)
+
+# Registers of the FPGA, the same on all boards.
+TILES, POWER = 0x10, 0x14
+CLOCK_STATUS, CLOCK, CLOCK_CONTROL, RESET_CYCLES, HEARTBEAT_CYCLES = 0x1000, 0x1004, 0x1010, 0x1014, 0x1018
+RESET_BIT: Final = 4
+#: Register that reads 894 with module-2 firmware, a build for rev4 in which tiles have no clock, and the board hears no
+#: io_channel, until these are switched on.
+FIRMWARE: Final = 0x0000
+MODULE_2: Final = 894
+#: Its tile clocks, bits of TILES; and its register of io_channels that are heard, a bit each.
+MODULE_2_CLOCKS: Final = 0x300
+MODULE_2_CHANNELS: Final = 0x18
+
+#: First address of the board's I2C window; those below are registers of the FPGA.
+I2C: Final = 0x24000
+#: Register in which pacman-server 2 says the revision of its map, 5. The servers of all others answer 0: no other
+#: revision can be told by reading, and this does no harm on any.
+MAP_VERSION: Final = I2C + 0x220
+
+
+class Place(NamedTuple):
+    """Addresses of one quantity: that of tile 0, and the distance to the next tile's."""
+
+    first: int
+    step: int
+
+    def of(self, tile: int) -> int:
+        return self.first + self.step * tile
+
+
+class Monitor(NamedTuple):
+    """One measured quantity of every tile. `seconds`: the server sleeps so long in each read."""
+
+    place: Place
+    convert: Callable[[int], float]
+    seconds: float = 0.0
+
+
+class Supply(NamedTuple):
+    """VDDA or VDDD. `readback`: where the DAC's setting can be read, in bits 31:16; None: nowhere."""
+
+    dac: Place
+    readback: Place | None
+    #: By the quantity's name in the status: "mv", and "ma" or "shunt_uv" (microvolts across the current's shunt).
+    monitors: dict[str, Monitor]
+
+
+@dataclass(frozen=True)
+class Revision:
+    number: int
+    tiles: int
+    #: io_channels whose UART has registers of its own. (Those of 34 to 40 of rev5 would lie in the I2C window.)
+    uarts: int
+    #: Bits of TILES that switch a tile or its clock.
+    tile_bits: int
+    #: From here on a read or write crashes the server (rev3, rev4) or reaches other registers (rev5).
+    end: int
+    #: Register 0x14 switches the power of all tiles.
+    analog_power: bool
+    supplies: dict[str, Supply]
+    #: VPLUS, which is the board's.
+    board: dict[str, Monitor]
+    #: DAC counts for one volt, and by how much a voltage may differ from what they say: a fraction.
+    counts_a_volt: float
+    uncertainty: float
+    #: What is to be known of its numbers, one line each.
+    doubts: tuple[str, ...] = ()
+
+    def expected(self, dac: int) -> tuple[float, float]:
+        """The voltage that a DAC setting makes, and by how much that is uncertain (mV)."""
+        mv = 1000 * dac / self.counts_a_volt
+        return mv, self.uncertainty * mv + 100
+
+    def monitors(self) -> dict[str, Monitor]:
+        """All that is measured of a tile, by name: vdda_mv, vddd_mv, and so on."""
+        return {
+            f"{supply}_{quantity}": monitor
+            for supply, found in self.supplies.items()
+            for quantity, monitor in found.monitors.items()
+        }
+
+    def seconds(self, register: int) -> float:
+        """How long the server sleeps when this register is read."""
+        tiles = range(self.tiles)
+        return max(m.seconds * (register in map(m.place.of, tiles)) for m in self.monitors().values())
+
+
+def _signed(value: int, bits: int) -> int:
+    return value - (1 << bits) if value >> (bits - 1) & 1 else value
+
+
+def _high_mv(x: int) -> float:
+    """Bus voltage of an INA219 (4 mV a count) in the upper half."""
+    return float((x >> 19) * 4)
+
+
+def _high_ma(x: int) -> float:
+    return 5.0 * _signed(x >> 16, 16)
+
+
+def _high_uv(x: int) -> float:
+    """Shunt voltage of an INA219 (10 uV a count) in the upper half."""
+    return 10.0 * _signed(x >> 16, 16)
+
+
+def _vddd_mv_4(x: int) -> float:
+    """The v1.4 server scales a count of 24 bits to 8000 mV and does not know that the upper half is negative."""
+    return float(x - 8000 if x >= 4000 else x)
+
+
+def _idda_ma_4(x: int) -> float:
+    return 0.5 * _signed(x & 0xFFFF, 16)
+
+
+def _iddd_ma_4(x: int) -> float:
+    return (_signed(x & 0xFFFFFF, 24) >> 10) * 0.25
+
+
+def _quarter(x: int) -> float:
+    return x / 4
+
+
+def _supply(
+    dac: tuple[int, int], mv: Monitor, current: tuple[str, Monitor], readback: tuple[int, int] | None = None
+) -> Supply:
+    name, monitor = current
+    return Supply(Place(*dac), Place(*readback) if readback else None, {"mv": mv, name: monitor})
+
+
+def _at(first: int, step: int, convert: Callable[[int], float], seconds: float = 0.0) -> Monitor:
+    return Monitor(Place(first, step), convert, seconds)
+
+
+_REV2: Final = Revision(
+    number=2,
+    tiles=1,
+    uarts=4,
+    tile_bits=0xFF,  # those above select an analog monitor
+    end=0x25000,
+    analog_power=False,
+    supplies={
+        "vdda": _supply((0x24011, 0), _at(0x24042, 0, _high_mv), ("ma", _at(0x24041, 0, _high_ma))),
+        "vddd": _supply((0x24001, 0), _at(0x24032, 0, _high_mv), ("ma", _at(0x24031, 0, _high_ma))),
+    },
+    board={"vplus_mv": _at(0x24022, 0, _high_mv), "vplus_ma": _at(0x24021, 0, _high_ma)},
+    counts_a_volt=31_000,  # 54691 and 57060 are both called 1.8 V
+    uncertainty=0.15,
+)
+_REV3: Final = Revision(
+    number=3,
+    tiles=8,
+    uarts=32,
+    tile_bits=0x3FF,
+    end=0x26000,
+    analog_power=True,
+    supplies={
+        "vdda": _supply(
+            (0x24130, 2), _at(0x24002, 0x20, _high_mv), ("shunt_uv", _at(0x24001, 0x20, _high_uv)), (0x24190, 2)
+        ),
+        "vddd": _supply(
+            (0x24131, 2), _at(0x24012, 0x20, _high_mv), ("shunt_uv", _at(0x24011, 0x20, _high_uv)), (0x24191, 2)
+        ),
+    },
+    board={},
+    counts_a_volt=25_700,
+    uncertainty=0.15,
+    doubts=(
+        "vdda_shunt_uv, vddd_shunt_uv: the voltage across each shunt (10 uV a count) in place of a current, because "
+        "public programs differ by a factor of 10 (5 or 0.5 mA a count)",
+    ),
+)
+_REV4: Final = Revision(
+    number=4,
+    tiles=8,
+    uarts=32,
+    tile_bits=0x3FF,
+    end=0x25000,
+    analog_power=True,
+    supplies={
+        "vdda": _supply((0x24010, 1), _at(0x24030, 1, float), ("ma", _at(0x24050, 1, _idda_ma_4))),
+        "vddd": _supply((0x24020, 1), _at(0x24040, 1, _vddd_mv_4, 1.0), ("ma", _at(0x24060, 1, _iddd_ma_4, 1.0))),
+    },
+    board={},
+    counts_a_volt=25_700,
+    uncertainty=0.15,
+    doubts=(
+        "vdda_ma: 0.5 mA a count, as its shunt and the newest server have it; one public program shows a fifth of it",
+        "vddd_mv: the newest server has a factor that differs by 2.4 %",
+    ),
+)
+_REV5: Final = Revision(
+    number=5,
+    tiles=10,
+    uarts=33,
+    tile_bits=0x3FF,
+    end=0x25000,
+    analog_power=True,
+    supplies={
+        "vdda": _supply((0x24010, 1), _at(0x24030, 1, float, 0.01), ("ma", _at(0x24050, 1, _quarter, 0.01))),
+        "vddd": _supply((0x24020, 1), _at(0x24040, 1, float, 0.01), ("ma", _at(0x24060, 1, _quarter, 0.01))),
+    },
+    board={},
+    counts_a_volt=25_700,  # not established: rev4's
+    uncertainty=0.5,
+    doubts=(
+        "vdda_ma, vddd_ma: a fourth of what the server says, which assumes 20 A full scale where the monitor has 5 A; "
+        "one public program shows an eighth",
+    ),
+)
+
+REVISIONS: Final = {one.number: one for one in (_REV2, _REV3, _REV4, _REV5)}
+#: The I2C window of the smallest map ends here: what lies in it can be read on any board.
+READABLE: Final = min(one.end for one in REVISIONS.values())
+
+
+def tile_mask(revision: Revision | None, firmware: int) -> int:
+    """Bits of TILES that are tiles. `firmware`: what FIRMWARE reads. Without a revision: those that may be."""
+    if revision is not None:
+        return (1 << revision.tiles) - 1
+    return 0x3FF & ~MODULE_2_CLOCKS if firmware == MODULE_2 else 0x3FF
+
+
+def uart(io_channel: int, register: int = 0x10) -> int:
+    """Address of a register of an io_channel's UART; without one named, of its clock ratio."""
+    return 0x2000 + 0x1000 * io_channel + register
+
+
+def read(register: int) -> bytes:
+    return _ORDER.pack(b"R", register, 0)
+
+
+def write(register: int, value: int) -> bytes:
+    if not 0 <= value < 1 << 32:
+        raise RequestError(f"PACMAN register 0x{register:x}: expected a value of 32 bits, found {value}")
+    return _ORDER.pack(b"W", register, value)
+
+
+def values_in(body: bytes) -> list[int]:
+    """The values in a PACMAN's answer, one for each register word."""
+    return [value for _, _, value in _ORDER.iter_unpack(body)]
