@@ -171,6 +171,30 @@ def test_boards_tell_how_they_are(setup):
     assert operator.get_boards().result(LIMIT)["boards"][0]["kind"] == "pacman"
 
 
+def test_boards_of_all_revisions_are_powered_side_by_side(tmp_path):
+    """The one of revision 4 sleeps 2 s for what is read of its tile."""
+    dacs = {"2": (54_691, 54_691), "3": (46_020, 40_605), "4": (46_500, None), "5": (48_092, 32_838)}
+    boards = [Emulator("--chips", "4", "--revision", revision) for revision in dacs]
+    try:
+        addresses = [
+            f"{revision}={one.addresses[0].partition('=')[2]}" for revision, one in zip(dacs, boards, strict=True)
+        ]
+        with system(tmp_path / "system") as made:
+            made.launch_core()
+            made.launch_producer("--pacman", *addresses, "--pacman-revision", "2=2", "3=3", "4=4")
+            operator = made.operator()
+            made.await_kinds(operator, "producer")
+            for revision, (vdda, vddd) in dacs.items():
+                request = operator.power(True, tiles=0, vdda_dac=vdda, vddd_dac=vddd, io_group=int(revision))
+                (status,) = request.result(LIMIT)
+                assert (status["revision"], status["tiles"]) == (int(revision), [0])
+                (supply,) = status["supplies"]
+                assert supply["vdda_mv"] == pytest.approx(vdda / (30_384 if revision == "2" else 25_700) * 1000, abs=4)
+    finally:
+        for one in boards:
+            one.close()
+
+
 @pytest.mark.parametrize(
     ("action", "params", "says"),
     [
@@ -211,8 +235,8 @@ def test_boards_tell_how_they_are(setup):
         ),
         (
             "set_uart_clock",
-            {"ratio": 2, "io_channel": 33},
-            "io_channel: boards have UART registers of 1 to 32, found 33",
+            {"ratio": 2, "io_channel": 34},
+            "io_channel: boards of revision 5 have UART registers of 1 to 33, found 34",
         ),
         ("ping", {"io_group": []}, "ping: io_group: expected one, a list, or None for all (1), found none"),
         ("set_uart_clock", {"ratio": 0}, "set_uart_clock: ratio: expected a whole number from 1 to 255, found 0"),

@@ -67,7 +67,7 @@ def board(request, tmp_path, monkeypatch):
         made = SerialEmulator(*chips)
         source = made.device
     else:
-        made = Emulator(*chips, "--revision", "2")
+        made = Emulator(*chips)
         source = made.addresses[0]
     yield request.param, f"--{request.param}", source
     made.close()

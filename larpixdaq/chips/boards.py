@@ -277,15 +277,16 @@ class BoardOrders:
 
     def carries(self, lines: Sequence[tuple[int, int]]) -> list[float]:
         """Packets a second that each of these (io_group, io_channel) can send, by the clock of its UART."""
-        ratios = dict.fromkeys(lines, RATIO)
+        bits = dict.fromkeys(lines, bits_a_second(RATIO))
         pacmans = {io_group for io_group, _ in lines if self.kinds.get(io_group) == "pacman"}
         for io_group in sorted(pacmans):
             mine = [line for line in lines if line[0] == io_group and uart(line[1]) < I2C]
-            if mine:
-                ratios |= zip(mine, self.values(io_group, [read(uart(line[1])) for line in mine]), strict=True)
+            said, *found = self.values(io_group, [read(MAP_VERSION), *(read(uart(line[1])) for line in mine)])
+            revision = self.revision_of(io_group, said)
+            clock = None if revision is None else revision.uart_clock
+            bits |= {line: bits_a_second(ratio, clock) for line, ratio in zip(mine, found, strict=True)}
         return [
-            SERIAL_FRAMES if self.kinds.get(line[0]) == "serial" else bits_a_second(ratio) / BITS
-            for line, ratio in ratios.items()
+            SERIAL_FRAMES if self.kinds.get(line[0]) == "serial" else bits[line] / BITS for line in dict.fromkeys(lines)
         ]
 
     def reset_larpix(self, length: int = 256, io_group: int | None = None) -> Any:
@@ -324,6 +325,7 @@ class BoardOrders:
         return True if length <= keep else False if length >= lose else None
 
 
-def bits_a_second(ratio: int) -> float:
-    """Of a UART with so many clock ticks a bit: of 50 MHz, but of 10 in older firmware, where ratios are small."""
-    return (50e6 if ratio >= RATIO else 10e6) / max(ratio, 1)
+def bits_a_second(ratio: int, clock: float | None = None) -> float:
+    """Of a UART with so many ticks a bit of its `clock` (Hz). None: 10 MHz where the ratio is small, as older firmware
+    has it, else 50 MHz."""
+    return (clock or (50e6 if ratio >= RATIO else 10e6)) / max(ratio, 1)

@@ -56,7 +56,7 @@ class Monitor(NamedTuple):
 
 
 class Supply(NamedTuple):
-    """VDDA or VDDD. `readback`: where the DAC's setting can be read, in bits 31:16; None: nowhere."""
+    """VDDA or VDDD. `readback`: where the DAC's setting can be read, in either half of the register; None: nowhere."""
 
     dac: Place
     readback: Place | None
@@ -82,6 +82,8 @@ class Revision:
     #: DAC counts for one volt, and by how much a voltage may differ from what they say: a fraction.
     counts_a_volt: float
     uncertainty: float
+    #: Clock that UARTs divide by their ratio (Hz); None: 10 or 50 MHz, as the firmware has it.
+    uart_clock: float | None = None
     #: What is to be known of its numbers, one line each.
     doubts: tuple[str, ...] = ()
 
@@ -164,6 +166,7 @@ _REV2: Final = Revision(
     board={"vplus_mv": _at(0x24022, 0, _high_mv), "vplus_ma": _at(0x24021, 0, _high_ma)},
     counts_a_volt=31_000,  # 54691 and 57060 are both called 1.8 V
     uncertainty=0.15,
+    uart_clock=10e6,
 )
 _REV3: Final = Revision(
     number=3,
@@ -202,6 +205,7 @@ _REV4: Final = Revision(
     board={},
     counts_a_volt=25_700,
     uncertainty=0.15,
+    uart_clock=50e6,
     doubts=(
         "vdda_ma: 0.5 mA a count, as its shunt and the newest server have it; one public program shows a fifth of it",
         "vddd_mv: the newest server has a factor that differs by 2.4 %",
@@ -221,6 +225,7 @@ _REV5: Final = Revision(
     board={},
     counts_a_volt=25_700,  # not established: rev4's
     uncertainty=0.5,
+    uart_clock=10e6,
     doubts=(
         "vdda_ma, vddd_ma: a fourth of what the server says, which assumes 20 A full scale where the monitor has 5 A; "
         "one public program shows an eighth",
