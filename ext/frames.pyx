@@ -144,6 +144,10 @@ cdef class PacmanDecoder(_MessageDecoder):
         self.board.fixed = formats[format]
         self.board.clock64 = bool(clock64)
 
+    @property
+    def speaks_1_0(self):
+        return self.board.seen == FORMAT_1_0
+
     def decode(self, rows):
         cdef Rows out = open_rows(rows, self.sink.asic, True)
         cdef Py_ssize_t made

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import zmq
 from boards import Driver, context, emulator
+from wiring import legacy, newer
 
 from larpixdaq import schema
 from larpixdaq._native import emulate
@@ -269,3 +270,22 @@ def test_a_64_bit_clock(source_at):
         out.send(b"D" + bytes(5) + b"\1\0T\2" + bytes(6) + struct.pack("<Q", 1 << 40))
         driver.until(lambda: driver.n == 2, "the trigger")
         assert driver.rows[1]["timestamp"] == 1 << 40
+
+
+def test_a_board_that_sends_format_1_0_gets_no_legacy_request(source_at):
+    """It would end the board's command server."""
+    with context() as ctx:
+        out, port = publisher(ctx)
+        driver = Driver(source_at(port))
+        subscribed(out)
+        out.send(newer([], 1_700_000_000 * 10**9))
+        driver.until(lambda: driver.count("messages") == 1, "its message")
+        (channel,) = driver.source.channels
+        channel.send_raw(b"P" + bytes(15))
+        reply = channel.take()
+        assert reply is not None
+        assert reply.error.endswith("legacy format only, and the board sends format 1.0")
+        out.send(legacy([], 1_700_000_000))  # it was updated
+        driver.until(lambda: driver.count("messages") == 2, "the other message")
+        channel.send_raw(b"P" + bytes(15))
+        assert channel.take() is None

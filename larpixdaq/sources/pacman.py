@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -30,10 +31,21 @@ class PacmanChannel(RequestChannel):
     kind = "pacman"
     batch = WORDS
 
-    def __init__(self, io_group: int, host: str, port: int, *, format: str = "auto", revision: int = 0) -> None:
+    def __init__(
+        self,
+        io_group: int,
+        host: str,
+        port: int,
+        *,
+        format: str = "auto",
+        revision: int = 0,
+        speaks_1_0: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`speaks_1_0`: whether the board's data are of format 1.0."""
         super().__init__("PACMAN", io_group, host, port)
         self.revision = revision
         self._legacy = format != "1.0"
+        self._speaks_1_0 = speaks_1_0 if format == "auto" else lambda: False
         self._sent = 0
         self._refused = ""
 
@@ -48,6 +60,8 @@ class PacmanChannel(RequestChannel):
         self._refused = ""
         if not self._legacy:
             self._refused = "commands are known for the legacy format only, not for --pacman-format 1.0"
+        elif self._speaks_1_0():  # a legacy request would end its command server
+            self._refused = "commands are known for the legacy format only, and the board sends format 1.0"
         elif not body or len(body) % _WORD_BYTES or len(body) > 65_535 * _WORD_BYTES:
             self._refused = f"expected 1 to 65535 words of {_WORD_BYTES} bytes, found {len(body)} bytes"
         if self._refused:
@@ -96,13 +110,18 @@ class PacmanSource(BoardSource):
         clock64: bool = False,
         revision: int = 0,
     ) -> None:
-        self.channels = (PacmanChannel(io_group, host, command_port, format=format, revision=revision),)
+        decoder = PacmanDecoder(io_group, asic, format=format, clock64=clock64)
+        self.channels = (
+            PacmanChannel(
+                io_group, host, command_port, format=format, revision=revision, speaks_1_0=lambda: decoder.speaks_1_0
+            ),
+        )
         super().__init__(
             "PACMAN",
             io_group,
             host,
             data_port,
-            decoder=PacmanDecoder(io_group, asic, format=format, clock64=clock64),
+            decoder=decoder,
             # format 1.0 has 64-bit timestamps
             layout=layout_of(asic, clock64=clock64 or format == "1.0"),
             silence=SILENCE,
