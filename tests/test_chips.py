@@ -59,7 +59,13 @@ def test_registers_are_written_read_and_compared(setup, chips):
     assert (read["threshold_global"], read["pixel_trim_dac"]) == (40, [7] * 64)
     assert operator.validate_configuration().result(LIMIT)["ok"]
 
-    assert operator.reset().result(LIMIT)["io_groups"] == [1]
+    reset = operator.reset(24).result(LIMIT)  # of state machines
+    assert reset == {"io_groups": [1], "length": 24, "configuration": {"1": "kept"}}
+    confirmed = operator.retrieve_configuration(key, "threshold_global").result(LIMIT)[key]["confirmed"]
+    assert confirmed == {"threshold_global": 40}
+    assert operator.validate_configuration().result(LIMIT)["ok"]
+    assert operator.reset().result(LIMIT)["configuration"] == {"1": "lost"}
+    assert not operator.retrieve_configuration(key, "threshold_global").result(LIMIT)[key]["confirmed"]
     assert operator.validate_configuration(key).result(LIMIT)["silent"] == [key]
 
 
