@@ -138,6 +138,9 @@ def test_the_revision_is_read_where_the_server_says_it_and_a_wrong_one_is_refuse
         (status,) = care.board_status()
         assert (status["revision"], status["supplies"]) == (None, [])
         assert "0x24220 reads" in status["doubts"][0]
+        model.fpga[0x10] = model.fpga[0x14] = 1
+        care.power(False)  # works all the same
+        assert model.fpga[0x10] == model.fpga[0x14] == 0
 
 
 def test_a_dac_that_reads_back_another_value_fails_and_the_tile_is_off(pauses):

@@ -174,7 +174,7 @@ class Actions(BoardCare, LayoutCare):
                 "io_group": one.io_group,
                 "kind": one.kind or "takes no commands",
                 "name": one.name,
-                "revision": one.revision,
+                "revision": one.revision or None,
             }
             for one in self._link.setup.boards
         ]

@@ -21,7 +21,7 @@ from larpixdaq.chips.pacman_registers import (
     tile_mask,
     values_in,
 )
-from larpixdaq.chips.power import Progress, TilePower
+from larpixdaq.chips.power import Progress
 from larpixdaq.errors import RequestError
 
 #: Registers that board_status asks every PACMAN for, in one request.
@@ -112,11 +112,12 @@ class BoardCare:
         revision = None
         try:
             revision = self.orders.revision_of(io_group, value[MAP_VERSION])
-            doubts += [_UNKNOWN] if revision is None else revision.doubts
+            if revision is None:
+                doubts.append(_UNKNOWN)
+            else:
+                revisions[io_group] = revision
         except BoardError as error:
             doubts.append(str(error))
-        if revision is not None:
-            revisions[io_group] = revision
         tiles = value[TILES] & tile_mask(revision, value[FIRMWARE])
         return facts | {
             "clock_locked": status & 3 == 3,
@@ -129,7 +130,7 @@ class BoardCare:
             "tiles": [tile for tile in range(tiles.bit_length()) if tiles >> tile & 1],
             "analog_power": bool(value[POWER] & 1),
             "supplies": [],
-            "doubts": doubts,
+            "doubts": [*doubts, *(revision.doubts if revision is not None and tiles else ())],
         }
 
     def _measure(self, found: dict[int, dict[str, Any]], revisions: dict[int, Revision]) -> None:
@@ -183,8 +184,7 @@ class BoardCare:
             raise RequestError(f"power: {' and '.join(f'{name}_dac' for name in dacs)}: for switching on only")
         boards = []
         for one in groups:  # of all boards, before anything is done with any
-            revision = self.orders.known_revision(one) if dacs else self.orders.revision(one)
-            board = TilePower(self.orders, one, self.orders.names[one], revision, self._info)
+            board = self.orders.tile_power(one, off=not on, supplies=bool(dacs), progress=self._info)
             board.chosen(chosen)
             boards.append(board)
         for one, board in zip(groups, boards, strict=True):

@@ -6,6 +6,7 @@ they ask all boards and return {io_group: value}.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -28,7 +29,7 @@ from larpixdaq.chips.pacman_registers import (
     values_in,
     write,
 )
-from larpixdaq.chips.power import SETTLE, TilePower
+from larpixdaq.chips.power import SETTLE, Progress, TilePower, unheard
 from larpixdaq.errors import RequestError
 from larpixdaq.schema import Asic
 
@@ -201,7 +202,7 @@ class BoardOrders:
         return self._each(io_group, lambda one: self._supply("vdda", one, tile))
 
     def _supply(self, name: str, io_group: int, tile: int) -> tuple[float, float | None]:
-        found = self.tile_power(io_group).measured(tile, name)
+        found = self.tile_power(io_group, supplies=True).measured(tile, name)
         return found[f"{name}_mv"], found.get(f"{name}_ma")
 
     def get_vplus(self, io_group: int | None = None) -> Any:
@@ -230,7 +231,7 @@ class BoardOrders:
         return self._each(io_group, lambda one: self._set_supply("vdda", one, tile, vdda_dac, settling_time))
 
     def _set_supply(self, name: str, io_group: int, tile: int, dac: int | None, settling: float) -> Any:
-        power = self.tile_power(io_group)
+        power = self.tile_power(io_group, supplies=True)
         if dac is None and power.known.number == 2:
             dac = _REV2_DAC
         if dac is None:
@@ -241,9 +242,15 @@ class BoardOrders:
         found = power.measured(tile, name)
         return found[f"{name}_mv"], found.get(f"{name}_ma")
 
-    def tile_power(self, io_group: int) -> TilePower:
-        """The tiles of a board whose revision is known; RequestError else."""
-        return TilePower(self, io_group, self.names[io_group], self.known_revision(io_group))
+    def tile_power(
+        self, io_group: int, *, off: bool = False, supplies: bool = False, progress: Progress = unheard
+    ) -> TilePower:
+        """The tiles of a board, which are to be switched off, or whose supplies are to be set or measured: RequestError
+        when these are not known. To switch off works whatever the configuration says."""
+        revision = None
+        with contextlib.suppress(BoardError) if off else contextlib.nullcontext():
+            revision = self.known_revision(io_group) if supplies else self.revision(io_group)
+        return TilePower(self, io_group, self.names[io_group], revision, progress)
 
     def enable_tile(self, tile_indices: Any = None, io_group: int | None = None) -> Any:
         """Switch tiles on (index, list of indices from 0, None: all); the mask of those that are on."""
@@ -254,7 +261,7 @@ class BoardOrders:
         return self._each(io_group, lambda one: self._tiles(one, tile_indices, on=False))
 
     def _tiles(self, io_group: int, indices: Any, *, on: bool) -> int:
-        power = TilePower(self, io_group, self.names[io_group], self.revision(io_group))
+        power = self.tile_power(io_group, off=not on)
         chosen = None if indices is None else [indices] if isinstance(indices, int) else list(indices)
         self._link.doubt([io_group])
         return power.enable(chosen) if on else power.disable(chosen)

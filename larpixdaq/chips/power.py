@@ -41,6 +41,10 @@ _ALL_TILES: Final = 0x3FF
 Progress = Callable[[str, int, int], None]
 
 
+def unheard(text: str, done: int, total: int) -> None:
+    """Progress that nobody wants to know of."""
+
+
 class Registers(Protocol):
     """What is needed of `boards.BoardOrders`."""
 
@@ -56,7 +60,7 @@ class TilePower:
         io_group: int,
         name: str,
         revision: Revision | None,
-        progress: Progress = lambda text, done, total: None,
+        progress: Progress = unheard,
     ) -> None:
         self._registers = registers
         self._io_group = io_group
