@@ -208,10 +208,13 @@ def test_io_configurations_of_all_kinds(recorded, tmp_path, monkeypatch):
         "include.json": ({"_include": "base.json"}, "_include: expected a list of file names"),
         "group.json": ({"io_class": "PACMAN_IO", "io_group": [[300, "a"]]}, "io_group: expected 1 to 255, found 300"),
         "twice.json": ({"io_class": "PACMAN_IO", "io_group": [[1, "a"], [1, "b"]]}, "io_group 1 is that of a already"),
-        "revision.json": (
-            {"_include": ["mine.json"], "pacman_revision": 6},
-            "pacman_revision: expected one of 2, 3, 4, 5",
-        ),
+        **{
+            f"revision{at}.json": (
+                {"_include": ["mine.json"], "pacman_revision": found},
+                "expected one of 2, 3, 4, 5, or",
+            )
+            for at, found in enumerate((6, [4], 4.0, True, {"x": 4}, {"9" * 5000: 4}, {"4": {}}))
+        },
         "stranger.json": ({"_include": ["mine.json"], "pacman_revision": {"1": 4}}, "1=4: no board has io_group 1"),
         "kind.json": ({"_config_type": "chip"}, '"_config_type": "io" is missing'),
     }

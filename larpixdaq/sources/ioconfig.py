@@ -12,6 +12,7 @@ files whose fields are taken where the file itself has none.
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,7 @@ from larpixdaq.sources.channel import REVISIONS
 DEFAULTS: Final = {"PACMAN_IO": "io/pacman.json", "ZMQ_IO": "io/loopback.json", "MultiZMQ_IO": "io/default.json"}
 #: ZMQ_IO also reads the files of MultiZMQ_IO.
 _ACCEPTS: Final = {"ZMQ_IO": ("ZMQ_IO", "MultiZMQ_IO")}
+_GROUP: Final = re.compile(r"\d{1,3}", re.ASCII)
 _MAX_DEPTH: Final = 8
 _MAX_BYTES: Final = 1 << 20
 
@@ -51,7 +53,7 @@ def revisions(io_class: str, name: str = DEFAULTS["PACMAN_IO"]) -> dict[int, int
         return {}
     by_group = found if isinstance(found, dict) else {"0": found}
     for group, revision in by_group.items():
-        if not group.isdecimal() or isinstance(revision, bool) or revision not in REVISIONS:
+        if not _GROUP.fullmatch(group) or type(revision) is not int or revision not in REVISIONS:
             raise ConfigError(
                 f"io config {name}: pacman_revision: expected one of {', '.join(map(str, REVISIONS))}, or "
                 f'{{"io_group": revision}}, found {found!r:.100}'
