@@ -73,6 +73,17 @@ def test_control_characters_reach_no_terminal():
     assert "red \\x1b[31m" in shown
 
 
+def test_tables_in_a_list_of_dicts_stay_tables():
+    board = {"io_group": 1, "supplies": [{"tile": 0, "vdda_mv": 1792.0}, {"tile": 2, "vdda_mv": 1800.0}]}
+    assert readable([board]).splitlines() == [
+        "io_group  1",
+        "supplies  (2)",
+        "    tile  vdda_mv",
+        "       0     1792",
+        "       2     1800",
+    ]
+
+
 def test_what_has_no_shape_stays_as_it_is():
     assert readable("STOP") == "STOP"
     assert readable(None) == "-"
