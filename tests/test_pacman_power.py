@@ -197,6 +197,9 @@ def test_the_limit_of_a_request_is_what_the_board_sleeps_in_it(pauses):
     assert models[1].slept == models[2].slept == 16
     assert max(seconds for _, _, seconds in link.requests) == 2
     assert care.orders.get_reg(0x24042, io_group=1) >= 0
+    slept = models[1].slept
+    assert care.board_status(supplies=False)[0]["supplies"] == []
+    assert models[1].slept == slept
 
 
 def test_limits_of_channels_grow_with_what_a_board_needs():

@@ -76,7 +76,9 @@ class BoardCare:
             raise BoardError("; ".join(wrong))
         return {str(one): not isinstance(answer, BoardError) for one, answer in answers.items()}
 
-    def board_status(self, io_group: Any = None) -> list[dict[str, Any]]:
+    def board_status(self, io_group: Any = None, supplies: Any = True) -> list[dict[str, Any]]:
+        if not isinstance(supplies, bool):
+            raise RequestError(f"board_status: supplies: expected True or False, found {supplies!r:.100}")
         groups = self.orders.groups(io_group)
         asked = {}
         for one in groups:
@@ -89,7 +91,8 @@ class BoardCare:
         revisions: dict[int, Revision] = {}
         for one in groups:
             found[one] = self._described(one, answers.get(one), revisions)
-        self._measure(found, revisions)
+        if supplies:
+            self._measure(found, revisions)
         return list(found.values())
 
     def _described(

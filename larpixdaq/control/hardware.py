@@ -104,14 +104,15 @@ class Hardware:
         """Whether boards answer: {io_group: True or False}; fails when none does."""
         return self._producer(component, "ping", io_group=io_group)
 
-    def board_status(self, io_group: Any = None, component: str | None = None) -> Request:
+    def board_status(self, io_group: Any = None, component: str | None = None, supplies: bool = True) -> Request:
         """How boards are: a list of dicts with io_group, kind, answers, error.
 
         Of a PACMAN also clock_locked, clock_source, clock_valid, clock_ticks, heartbeat, heartbeat_s, revision, tiles
         (those that are on), analog_power, supplies (of each of these tiles: vdda_mv, vdda_ma, vddd_mv, vddd_ma), and
-        doubts: what is to be known of these numbers, or why there are none. A board of revision 4 takes 2 s a tile.
+        doubts: what is to be known of these numbers, or why there are none. A board of revision 4 takes 2 s a tile, in
+        which nothing else can be asked of it; supplies=False does without.
         """
-        return self._producer(component, "board_status", io_group=io_group)
+        return self._producer(component, "board_status", io_group=io_group, supplies=supplies)
 
     def power(
         self,
