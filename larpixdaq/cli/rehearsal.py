@@ -18,6 +18,8 @@ from larpixdaq.operator import Operator
 
 ASIC = "2b"
 CHIPS = 100
+#: What v2b chips need: 1.8 V and 1.2 V.
+DACS = {"vdda_dac": 46_000, "vddd_dac": 31_000}
 #: Channels that are planted: so many with ten times the noise of others, and so many that see nothing.
 PLANTED = 8
 #: Rates that are wanted of each channel (Hz): higher than a detector's, so that seconds are enough to count them, and
@@ -41,7 +43,7 @@ class Rehearsal:
 
     def start(self, group: Group) -> subprocess.Popen[bytes]:
         return group.start(
-            "emulators", "pacman", "--chips", str(CHIPS), "--asic", ASIC, "--power-on",
+            "emulators", "pacman", "--chips", str(CHIPS), "--asic", ASIC,
             "--write-network", str(self._network), "--hot-channels", str(PLANTED), "--dead-channels", str(PLANTED),
             "--truth", str(self._truth), "--lossless", "--wait-for-go", "--data-port", "0", "--command-port", "0",
             pipes=True,
@@ -51,7 +53,7 @@ class Rehearsal:
         self, operator: Operator, emulator: subprocess.Popen[bytes], line: Line, console: Console, planted: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """In a run, with the boards told to go: what the emulator sent, and what there is to tell of the chips."""
-        operator.power(True).result(LIMIT)
+        operator.power(True, tiles=0, **DACS).result(LIMIT)
         chips = operator.load_board(str(self._network)).result(LIMIT)["chips"]
         network = operator.configure_network().result(LIMIT)
         console.print(f"{chips} chips, {'all' if network['ok'] else 'NOT all'} of them in their networks")
