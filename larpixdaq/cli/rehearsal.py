@@ -19,7 +19,7 @@ from larpixdaq.operator import Operator
 ASIC = "2b"
 CHIPS = 100
 #: What v2b chips need: 1.8 V and 1.2 V.
-DACS = {"vdda_dac": 46_000, "vddd_dac": 31_000}
+VDDA_DAC, VDDD_DAC = 46_000, 31_000
 #: Channels that are planted: so many with ten times the noise of others, and so many that see nothing.
 PLANTED = 8
 #: Rates that are wanted of each channel (Hz): higher than a detector's, so that seconds are enough to count them, and
@@ -53,7 +53,7 @@ class Rehearsal:
         self, operator: Operator, emulator: subprocess.Popen[bytes], line: Line, console: Console, planted: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """In a run, with the boards told to go: what the emulator sent, and what there is to tell of the chips."""
-        operator.power(True, tiles=0, **DACS).result(LIMIT)
+        operator.power(True, tiles=0, vdda_dac=VDDA_DAC, vddd_dac=VDDD_DAC).result(LIMIT)
         chips = operator.load_board(str(self._network)).result(LIMIT)["chips"]
         network = operator.configure_network().result(LIMIT)
         console.print(f"{chips} chips, {'all' if network['ok'] else 'NOT all'} of them in their networks")
