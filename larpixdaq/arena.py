@@ -173,6 +173,10 @@ class Arena:
             file = open_private(path, os.O_RDWR)
         except FileNotFoundError:
             return None  # its producer, or another successor, was done with it
+        except FileError:
+            raise
+        except OSError as error:
+            raise FileError(f"{path}: {error.strerror}") from None
         try:
             if not take(file, path, _BEGUN):
                 os.close(file)

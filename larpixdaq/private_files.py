@@ -25,16 +25,15 @@ _TRIES: Final = 1000
 def open_private(path: Path, flags: int) -> int:
     """Open a file, or with O_CREAT make it with mode 600.
 
-    FileNotFoundError and FileExistsError as os.open() raises them. FileError for everything else: a symbolic link, no
-    regular file, a file of another user, or one that others may write.
+    OSError as os.open() raises it; FileError for a symbolic link, for what is no regular file, for a file of another
+    user, and for one that others may write to.
     """
     try:
         file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-    except (FileNotFoundError, FileExistsError):
-        raise
     except OSError as error:
-        text = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise FileError(f"{path}: {text}") from None
+        if error.errno == errno.ELOOP:
+            raise FileError(f"{path}: is a symbolic link") from None
+        raise
     try:
         _check(file, path)
     except BaseException:
