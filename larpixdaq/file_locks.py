@@ -48,6 +48,21 @@ def try_lock(file: int, *, wait: bool = False) -> bool:
     return True
 
 
+def can_lock(path: Path) -> bool:
+    """Whether the file system of this file has locks; True when that cannot be known."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return not has_no_locks(error)
+    finally:
+        os.close(file)
+    return True
+
+
 class LockDirectory:
     """Where this process locks files whose own file system has no locks.
 

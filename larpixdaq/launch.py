@@ -160,7 +160,7 @@ def components(
     return [
         ("core", ["--address", listens or core, "--log-address", log, "--state-dir", str(state_dir)]),
         ("log", [*common, "--address", log, "--state-dir", str(state_dir)]),
-        ("offline_storage", [*common, "-o", str(output_dir), *storage]),
+        ("offline_storage", [*common, "-o", str(output_dir), "--state-dir", str(state_dir), *storage]),
         ("run_data", common),
         ("producer", [*common, "--state-dir", str(state_dir), *source]),
     ]

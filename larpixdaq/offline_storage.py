@@ -16,6 +16,7 @@ import zmq
 
 from larpixdaq import config
 from larpixdaq.errors import FileError, RequestError
+from larpixdaq.file_locks import add_lock_dir_argument, lock_directory
 from larpixdaq.files.names import highest_run
 from larpixdaq.node import Node
 from larpixdaq.storing import Storing
@@ -38,6 +39,7 @@ class Storage:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.directory = _usable(options.output_dir)
+        lock_directory.use(options.lock_dir, options.state_dir)
         name: str = options.name
         label = "" if name == DEFAULT_NAME else name
         self._lock = Lock(self.directory, label)
@@ -155,12 +157,14 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is acknowledged survives the death of any process (flush) or a power cut too (fsync, which waits "
         "for the disk) (default %(default)s)",
     )  # fmt: skip
+    add_lock_dir_argument(parser)
 
 
 def own_options(options: argparse.Namespace) -> list[str]:
     """What add_own_arguments() has taken, for another process's command line."""
     command = [f"--on-close={shlex.join(options.on_close)}"] if options.on_close else []
-    return [*(f"--rotate={one}" for one in options.rotate), *command, f"--durability={options.durability}"]
+    locks = [f"--lock-dir={options.lock_dir}"] if options.lock_dir else []
+    return [*(f"--rotate={one}" for one in options.rotate), *command, f"--durability={options.durability}", *locks]
 
 
 def _command(text: str) -> tuple[str, ...]:
@@ -182,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         "-o", "--output-dir", type=Path, default=Path("."), metavar="DIR",
         help="directory for the files (default: the current one)",
     )  # fmt: skip
+    config.add_state_dir_argument(parser)
     add_own_arguments(parser)
     options = parser.parse_args(argv)
 

@@ -6,7 +6,6 @@ be read whole is renamed, never removed.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import stat
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from larpixdaq.errors import FileError
+from larpixdaq.regular_file import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -28,28 +28,18 @@ def open_private(path: Path, flags: int) -> int:
     OSError as os.open() raises it; FileError for a symbolic link, for what is no regular file, for a file of another
     user, and for one that others may write to.
     """
+    file = open_regular(path, flags, 0o600)
     try:
-        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise FileError(f"{path}: is a symbolic link") from None
-        raise
-    try:
-        _check(file, path)
+        found = os.fstat(file)
+        if found.st_uid != os.geteuid():
+            raise FileError(f"{path}: expected a file of user {os.geteuid()}, found one of user {found.st_uid}")
+        if found.st_mode & 0o022:
+            mode = stat.S_IMODE(found.st_mode)
+            raise FileError(f"{path}: expected mode 600, found {mode:o}: others may write to it")
     except BaseException:
         os.close(file)
         raise
     return file
-
-
-def _check(file: int, path: Path) -> None:
-    found = os.fstat(file)
-    if not stat.S_ISREG(found.st_mode):
-        raise FileError(f"{path}: expected a regular file, found type {stat.filemode(found.st_mode)[0]!r}")
-    if found.st_uid != os.geteuid():
-        raise FileError(f"{path}: expected a file of user {os.geteuid()}, found one of user {found.st_uid}")
-    if found.st_mode & 0o022:
-        raise FileError(f"{path}: expected mode 600, found {stat.S_IMODE(found.st_mode):o}: others may write to it")
 
 
 def in_place(file: int, path: Path) -> bool:

@@ -1,4 +1,7 @@
-"""A disk that hangs, fails, is slow or full, for processes that are started with its `env`; see faulty_disk.c."""
+"""A disk that hangs, fails, is slow or full, or has no locks, for processes that are started with its `env`.
+
+The library that does it is faulty_disk.c.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 #: The structure in faulty_disk.c, 8 bytes each.
-FIELDS = ("hang", "error", "failures", "rate", "room", "operations", "affected")
+FIELDS = ("hang", "error", "failures", "rate", "room", "operations", "affected", "locks")
 
 
 def compiled(folder: Path, name: str) -> Path:
@@ -56,8 +59,12 @@ class Disk:
         """So many bytes still fit, until heal(); the file system says so too."""
         self._set("room", room)
 
+    def without_locks(self, error: int = errno.EOPNOTSUPP) -> None:
+        """flock() fails, as on NFS without lockd."""
+        self._set("locks", error)
+
     def heal(self) -> None:
-        for name in ("hang", "failures", "rate"):
+        for name in ("hang", "failures", "rate", "locks"):
             self._set(name, 0)
         self._set("room", -1)
 

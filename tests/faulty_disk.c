@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -24,6 +25,7 @@ struct control {
     int64_t room;       /* bytes by which files can still grow; -1: no limit */
     int64_t operations; /* seen so far */
     int64_t affected;   /* of these, delayed or failed */
+    int64_t locks;      /* errno for flock(); 0: there are locks */
 };
 
 static volatile struct control *control;
@@ -166,6 +168,15 @@ int fdatasync(int fd) {
     REAL(int, "fdatasync", int);
     struct stat status;
     return ours(fd, &status) && affect() ? -1 : real(fd);
+}
+
+/* A file system without locks. */
+int flock(int fd, int operation) {
+    REAL(int, "flock", int, int);
+    struct stat status;
+    if (!control || !control->locks || !ours(fd, &status)) return real(fd, operation);
+    errno = (int)control->locks;
+    return -1;
 }
 
 int ftruncate64(int fd, off64_t size) {

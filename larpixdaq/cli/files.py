@@ -14,6 +14,7 @@ from rich.markup import escape
 from larpixdaq.control.space import size
 from larpixdaq.control.words import utc
 from larpixdaq.errors import FileLocked, LarpixDaqError, printable
+from larpixdaq.file_locks import add_lock_dir_argument, lock_directory
 from larpixdaq.files import info as file_info
 from larpixdaq.files import names, together
 from larpixdaq.files import recover as file_recover
@@ -39,6 +40,7 @@ def add_commands(commands: Any) -> None:
         "A storage does the same for its own parts when it starts.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a part, its journal, or a directory")
+    add_lock_dir_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=recover)
     parser = commands.add_parser("info", help="what is in a file", description="Shows what is in a file.")
@@ -89,6 +91,7 @@ def _run_facts(outcome: together.Outcome) -> list[dict[str, Any]]:
 
 def recover(options: argparse.Namespace) -> int:
     console = Console(quiet=options.json, highlight=False, soft_wrap=True)
+    lock_directory.use(options.lock_dir)
     ok = True
     outcomes: dict[str, Any] = {}
     for path, searched in _parts(options.paths).items():

@@ -9,7 +9,6 @@ the highest one all the same.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -21,7 +20,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from larpixdaq.errors import FileError
+from larpixdaq.file_locks import has_no_locks, no_locks, try_lock
 from larpixdaq.files.names import aside
+from larpixdaq.private_files import open_private
 from larpixdaq.regular_file import check_regular
 from larpixdaq.states import CANCELLED, ENDED, PREPARING, RUNNING
 
@@ -104,14 +105,21 @@ class Catalogue:
         self.warnings: list[str] = []
         lock = directory / "catalogue.lock"
         try:
-            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = open_private(lock, os.O_RDWR | os.O_CREAT)
+        except FileError:
+            raise
         except OSError as error:
             raise FileError(f"{lock}: {error.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if not try_lock(self._lock):
+                raise FileError(f"{self.path}: another core uses it (give this one a --state-dir of its own)")
+        except OSError as error:
             os.close(self._lock)
-            raise FileError(f"{self.path}: another core uses it (give this one a --state-dir of its own)") from None
+            if isinstance(error, FileError):
+                raise
+            if has_no_locks(error):  # SQLite could not do without them either
+                raise no_locks(directory, error, "--state-dir") from None
+            raise FileError(f"cannot lock {lock}: {error.strerror}") from None
         try:
             check_regular(self.path)
             self._db = self._open_or_replace()

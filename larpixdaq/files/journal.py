@@ -12,7 +12,6 @@ The journal is locked (flock) for as long as its part is open, so that nobody el
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import struct
 from collections.abc import Sequence
@@ -21,6 +20,8 @@ from typing import Any, Final, NamedTuple
 
 from larpixdaq import blocks, checksum, schema
 from larpixdaq.errors import FileError, FileLocked, ProtocolError
+from larpixdaq.file_locks import FileLock, lock_directory
+from larpixdaq.private_files import in_place
 from larpixdaq.regular_file import open_regular, read_regular
 
 MAGIC: Final = b"LDJ1"
@@ -56,7 +57,7 @@ class Journal:
         self.aside: Path | None = None
         self._fsync = fsync
         self._recovery = recovery
-        self._fd = _locked(path, recovery)
+        self._fd, self._lock = _locked(path, recovery)
 
     def append(self, records: Sequence[tuple[bytes, Sequence[Any]]]) -> None:
         """Write records, each a header and the pieces of its payload (contiguous buffers of bytes), behind the others.
@@ -115,14 +116,14 @@ class Journal:
                         os.unlink(self.path)
                     else:
                         os.rename(self.path, self.aside)
+            self._lock.release()
             os.close(self._fd)
             self._fd = -1
 
 
-def _locked(path: Path, recovery: bool) -> int:
+def _locked(path: Path, recovery: bool) -> tuple[int, FileLock]:
     flags = os.O_RDWR | os.O_CREAT | (0 if recovery else os.O_EXCL)
     # Between a writer's open and its lock a recovery may get in. It finds an empty journal, and removes that at once.
-    lock = fcntl.LOCK_EX | (fcntl.LOCK_NB if recovery else 0)
     while True:
         try:
             fd = open_regular(path, flags)
@@ -131,19 +132,19 @@ def _locked(path: Path, recovery: bool) -> int:
         except OSError as error:
             raise FileError(f"cannot {'open' if recovery else 'create'} {path}: {error.strerror}") from None
         try:
-            fcntl.flock(fd, lock)
-        except BlockingIOError:
-            os.close(fd)
-            raise FileLocked(f"{path} is locked: another process writes or recovers this part") from None
-        except OSError as error:
+            lock = lock_directory.lock(fd, path, wait=not recovery)
+        except FileError:
             os.close(fd)
             if not recovery:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
-            raise FileError(f"cannot lock {path}: {error.strerror}") from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
-                return fd
+            raise
+        if lock is None:
+            os.close(fd)
+            raise FileLocked(f"{path} is locked: another process writes or recovers this part")
+        if in_place(fd, path):
+            return fd, lock
+        lock.release()
         os.close(fd)  # the process that had the lock has removed it, or given it another name
 
 

@@ -39,6 +39,7 @@ import numpy as np
 from larpixdaq import checksum, schema
 from larpixdaq.configurations import REGISTERS
 from larpixdaq.errors import FileError, cause
+from larpixdaq.file_locks import can_lock
 from larpixdaq.terms import UNKNOWN_BYTES as UNKNOWN_BYTES
 from larpixdaq.version import VERSION
 
@@ -186,6 +187,20 @@ def configs_dtype(asic_version: str) -> np.dtype[Any]:
     )
 
 
+def open_file(path: Path, mode: str, **options: Any) -> h5py.File:
+    """h5py.File() with HDF5's own lock, where the file system has locks. HDF5's "best-effort" knows ENOSYS only."""
+    try:
+        return h5py.File(path, mode, locking="best-effort", **options)
+    except FileExistsError:
+        raise
+    except OSError:
+        if can_lock(path):
+            raise
+        if mode == "x":
+            path.unlink(missing_ok=True)  # it was made, and could not be locked
+        return h5py.File(path, mode, locking=False, **options)
+
+
 def create(path: Path, layout: schema.Layout, asic_version: str) -> h5py.File:
     """A new file with everything in it that a run needs, ready to be filled and read at the same time.
 
@@ -196,7 +211,7 @@ def create(path: Path, layout: schema.Layout, asic_version: str) -> h5py.File:
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         ours = True
-        file = h5py.File(path, "x", libver=LIBVER, locking="best-effort")
+        file = open_file(path, "x", libver=LIBVER)
         _fill(file, layout, asic_version)
     except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
         with contextlib.suppress(OSError, RuntimeError, ValueError):
@@ -216,9 +231,19 @@ def reopen(path: Path) -> h5py.File:
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     access.set_file_locking(True, True)
-    try:
+
+    def opened() -> h5py.File:
         # Not mode "r+" and then swmr_mode: in between the flags would be those of a file that was never finished.
         return h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDWR | h5py.h5f.ACC_SWMR_WRITE, fapl=access))
+
+    try:
+        try:
+            return opened()
+        except OSError:
+            if can_lock(path):
+                raise
+            access.set_file_locking(False, False)
+            return opened()
     except (OSError, RuntimeError, ValueError) as error:
         raise FileError(f"cannot open {path}: {cause(error)}") from None
 

@@ -64,7 +64,7 @@ class DataFile:
         try:
             if not h5py.is_hdf5(self.path):
                 raise FileError(f"cannot open {self.path}: it is not an HDF5 file")
-            return h5py.File(self.path, "r", swmr=growing, locking="best-effort")
+            return layout.open_file(self.path, "r", swmr=growing)
         except FileError:
             raise
         except _BROKEN as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 
 from larpixdaq.errors import FileError, cause
-from larpixdaq.files import bounds, heap, superblock
+from larpixdaq.files import bounds, heap, layout, superblock
 from larpixdaq.files.packets import PacketFile
 from larpixdaq.files.raw import RawFile
 
@@ -21,7 +21,7 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
             return None
         heap.check(path)
         # One whose writer lives, or died, as readers of growing files do.
-        file = h5py.File(path, "r", swmr=superblock.growing(path), locking="best-effort")
+        file = layout.open_file(path, "r", swmr=superblock.growing(path))
     except FileError:
         raise
     except OSError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import os
 import select
@@ -11,7 +9,9 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from larpixdaq.errors import FileError
+from larpixdaq.file_locks import FileLock, lock_directory
 from larpixdaq.files import names
+from larpixdaq.private_files import in_place, open_private, remove
 from larpixdaq.regular_file import open_regular
 
 _log = logging.getLogger(__name__)
@@ -31,30 +31,33 @@ class Lock:
         self._directory, self._storage = directory, storage
         self.path = directory / names.lock(storage)
         self._fd = -1
+        self._lock: FileLock | None = None
 
     def take(self) -> Path | None:
         """Take it; or the file that is locked by somebody else. FileError when files cannot be locked here."""
         if self._fd < 0:
-            try:
-                self._fd = self._open()
-            except OSError as error:
-                raise FileError(f"cannot lock {self.path}: {error.strerror}") from None
+            self._open()
         return self.path if self._fd < 0 else self._busy_journal()
 
-    def _open(self) -> int:
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def _open(self) -> None:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever had it before may have removed the file after we had opened it.
-            if os.path.samestat(os.fstat(fd), os.stat(self.path)):
-                return fd
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except OSError:
+            fd = open_private(self.path, os.O_RDWR | os.O_CREAT)
+        except FileError:
+            raise
+        except OSError as error:
+            raise FileError(f"cannot lock {self.path}: {error.strerror}") from None
+        try:
+            lock = lock_directory.lock(fd, self.path)
+            # The last holder may have removed the file after it had been opened here.
+            if lock is not None and in_place(fd, self.path):
+                self._fd, self._lock = fd, lock
+                return
+            if lock is not None:
+                lock.release()
+        except BaseException:
             os.close(fd)
             raise
         os.close(fd)
-        return -1
 
     def _busy_journal(self) -> Path | None:
         for _, _, ending, path in names.parts_of(self._directory, self._storage):
@@ -64,27 +67,30 @@ class Lock:
 
     def release(self) -> None:
         if self._fd >= 0:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+            remove(self._fd, self.path)
+            if self._lock is not None:
+                self._lock.release()
             os.close(self._fd)
             self._fd = -1
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds a lock on this file now."""
+    """Whether somebody holds a lock on this file now. FileError when that cannot be known."""
     try:
         fd = open_regular(path)
-    except OSError:
+    except FileNotFoundError:
         return False
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"cannot open {path}: {error.strerror}") from None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+        lock = lock_directory.lock(fd, path)
+        if lock is not None:
+            lock.release()
     finally:
         os.close(fd)
-    return False
+    return lock is None
 
 
 class Stoppable(Protocol):
