@@ -98,6 +98,7 @@ class Storage:
 
     def _turn(self, consumer: Consumer) -> None:
         self.node.dispatch()
+        self._lock.keep()
         if self.node.changes != self._changes:
             self._changes = self.node.changes
             consumer.session = self.node.session

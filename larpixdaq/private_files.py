@@ -50,6 +50,13 @@ def in_place(file: int, path: Path) -> bool:
         return False
 
 
+def copy_content(file: int, new: int) -> None:
+    """Copy all of an open file into another one, which is empty. OSError when it does not fit."""
+    size, done = os.fstat(file).st_size, 0
+    while done < size and (n := os.sendfile(new, file, done, size - done)):
+        done += n
+
+
 def remove(file: int, path: Path) -> None:
     """Remove the name of an open file, if it has it still. A failure is a line in the log."""
     if in_place(file, path):

@@ -18,7 +18,7 @@ import msgspec
 from larpixdaq.arena import take
 from larpixdaq.checksum import crc32
 from larpixdaq.file_locks import try_lock
-from larpixdaq.private_files import in_place, keep_aside, open_private, remove
+from larpixdaq.private_files import copy_content, in_place, keep_aside, open_private, remove
 
 _MAGIC: Final = b"LPXSPOL\x01"
 _START: Final = struct.Struct("<8sII")  # magic, length and CRC-32 of the header
@@ -135,9 +135,7 @@ class File:
             return False
         file = _new(self.path)
         try:
-            size, done = os.fstat(self._fd).st_size, 0
-            while done < size and (n := os.sendfile(file, self._fd, done, size - done)):
-                done += n
+            copy_content(self._fd, file)
         except OSError:
             remove(file, self.path)
             os.close(file)

@@ -122,6 +122,28 @@ def test_a_lock_directory_that_is_named_is_used(tmp_path: Path, unlockable: Call
         lock_directory.use(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("number", [0, errno.EOPNOTSUPP])
+def test_a_lock_that_somebody_removes_is_made_anew(
+    tmp_path: Path, unlockable: Callable[[Path, int], None], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr("larpixdaq.storing.turn._LOOK", 0.0)
+    if number:
+        unlockable(tmp_path, number)
+    first, second = Lock(tmp_path, ""), Lock(tmp_path, "")
+    assert first.take() is None
+    first.path.unlink()
+    first.keep()
+    assert second.take() == first.path
+    first.keep()
+    first.release()
+    assert second.take() is None
+    second.path.unlink()
+    assert first.take() is (first.path if number else None)
+    second.keep()  # another has it: that is told
+    second.release()
+    first.release()
+
+
 def test_without_any_locks_the_option_is_named(tmp_path: Path, unlockable: Callable[[Path, int], None]) -> None:
     unlockable(tmp_path, errno.ENOLCK)
     unlockable(tmp_path / "home" / "larpixdaq", errno.ENOLCK)

@@ -405,6 +405,48 @@ def test_a_part_is_closed_in_time_although_nothing_comes(rigs: Callable[..., Rig
     assert rig.end(1).value["condition"] == "COMPLETE"
 
 
+@pytest.mark.parametrize("removed", ["part", "journal", "part, noticed at the end"])
+def test_a_part_that_somebody_removes_is_written_anew(
+    rigs: Callable[..., Rig], tmp_path: Path, caplog: pytest.LogCaptureFixture, removed: str
+) -> None:
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    blocks = [feed.block(rows(n)) for n in (10, 20)]
+    rig.take(blocks[0])
+    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    (path,) = tmp_path.glob(f"*.{removed.partition(',')[0]}")
+    path.unlink()
+    if "end" not in removed:
+        rig.until(lambda: len(list(tmp_path.glob("*.h5"))) == 1, "the part to be written anew and closed")
+        assert "somebody has removed" in caplog.text
+    rig.take(blocks[1], feed.end())
+    ended = rig.end(2).value
+    assert (ended["condition"], ended["rows"]) == ("COMPLETE", 30)
+    files = [Path(path) for path in ended["files"]]
+    assert [info(path)["rows"] for path in files] == ([30] if "end" in removed else [10, 20])
+    assert all(verify(path).ok for path in files)
+
+
+def test_a_part_that_was_removed_with_its_directory_is_lost_in_words(
+    rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    rig.take(feed.block(rows(10)), feed.end())
+    (path,) = tmp_path.glob("*.part")
+    path.unlink()
+
+    def full(*args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("larpixdaq.files.closing.copy_content", full)
+    rig.end(1)
+    assert (
+        f"{path} was removed, and cannot be written anew: No space left on device; what it held is lost" in caplog.text
+    )
+    assert not path.exists()
+
+
 def test_a_rotation_that_cannot_be_stays_in_the_part(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

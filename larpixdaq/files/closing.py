@@ -15,6 +15,8 @@ from larpixdaq.blocks import Source
 from larpixdaq.errors import FileError
 from larpixdaq.files import layout, ledger
 from larpixdaq.files.ledger import Account
+from larpixdaq.private_files import copy_content
+from larpixdaq.regular_file import open_regular
 
 
 def verdict(
@@ -94,6 +96,22 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_anew(file: int, part: Path) -> None:
+    """Give an open file the name again that somebody has removed, by a copy. FileError when that cannot be."""
+    try:
+        new = open_regular(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            copy_content(file, new)
+        except OSError:
+            os.unlink(part)
+            raise
+        finally:
+            os.close(new)
+    except OSError as error:
+        reason = error.strerror or error
+        raise FileError(f"{part} was removed, and cannot be written anew: {reason}; what it held is lost") from None
 
 
 def publish(part: Path, final: Path) -> None:

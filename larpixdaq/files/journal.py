@@ -107,6 +107,10 @@ class Journal:
                 raise FileError(f"cannot write {self.path}: {error.strerror}") from None
             self.size = 0
 
+    def in_place(self) -> bool:
+        """Whether a recovery would find it under its name."""
+        return in_place(self._fd, self.path)
+
     def close(self, *, remove: bool = False) -> None:
         """Give the lock back; harmless when repeated."""
         if self._fd >= 0:

@@ -34,6 +34,7 @@ from larpixdaq.files.ledger import Account, check_block, check_content, check_en
 from larpixdaq.files.opening import RunInfo as RunInfo
 from larpixdaq.files.resume import State
 from larpixdaq.files.tables import Held, Message, Tables, storable
+from larpixdaq.private_files import in_place
 
 #: A block waits at most this long, in seconds, for its batch to fill up.
 WAIT: Final = 0.020
@@ -147,6 +148,7 @@ class RunFile:
         self._damaged: list[str] = []  # of a resumed file: what is not as it was written
         self._failed = ""
         self._fsync = False
+        self._nameless = -1  # the sealed file, when somebody has removed its name
 
     def positions(self) -> list[blocks.Position]:
         """Where each source of the run stands now, parts before counted: for the part that follows."""
@@ -181,9 +183,13 @@ class RunFile:
     def bytes(self) -> int:
         """The size of the file now; 0 when somebody has taken it away."""
         try:
-            return self.path.stat().st_size
+            return os.fstat(self._nameless).st_size if self._nameless >= 0 else self.path.stat().st_size
         except OSError:
             return 0
+
+    def in_place(self) -> bool:
+        """Whether part and journal have their names still: a recovery could not find them otherwise."""
+        return in_place(self._descriptor(), self.path) and self._journal.in_place()
 
     # What comes in
 
@@ -399,6 +405,8 @@ class RunFile:
             info["rows"], info["blocks"] = self.rows, self._tables.blocks
             info["duplicate_blocks"], info["missing_blocks"] = self.duplicate_blocks, missing
             self._file["run/info"][:] = info
+            if not in_place(self._descriptor(), self.path):
+                self._nameless = os.dup(self._descriptor())
             closing.seal(self._file)
 
         self._try(finish)
@@ -412,10 +420,16 @@ class RunFile:
         FileError when the disk fails or the name is taken: part and journal then stay.
         """
         try:
+            if self._nameless >= 0:
+                closing.write_anew(self._nameless, self.path)
             closing.publish(self.path, self._final)
         except FileError:
             self.abandon()
             raise
+        finally:
+            if self._nameless >= 0:
+                os.close(self._nameless)
+                self._nameless = -1
         self.path = self._final
         self._journal.close(remove=True)
         return self.path

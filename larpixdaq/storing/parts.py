@@ -39,6 +39,7 @@ class OpenRun:
         self.file: RunFile | None = None
         self.failure = ""
         self.again_at = 0.0  # monotonic: not before that is a further part tried
+        self.names_at = 0.0  # monotonic: when the names of part and journal are looked at
         self.acknowledged: dict[Source, int] = {}
         self.unacknowledged = 0  # bytes of rows since the last acknowledgement
         self.ending: Ending | None = None

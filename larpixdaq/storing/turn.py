@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import time
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -32,6 +33,8 @@ class Lock:
         self.path = directory / names.lock(storage)
         self._fd = -1
         self._lock: FileLock | None = None
+        self._look_at = 0.0
+        self._trouble = ""
 
     def take(self) -> Path | None:
         """Take it; or the file that is locked by somebody else. FileError when files cannot be locked here."""
@@ -58,6 +61,28 @@ class Lock:
             os.close(fd)
             raise
         os.close(fd)
+
+    def keep(self) -> None:
+        """Take it anew when somebody has removed its file: another storage would get in. To be called now and then."""
+        if self._fd < 0 or time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + _LOOK
+        if in_place(self._fd, self.path):
+            return
+        old, lock = self._fd, self._lock
+        if lock is not None:
+            lock.release()
+        try:
+            self._open()
+            text = "another storage has it now" if self._fd == old else ""
+        except FileError as error:
+            text = str(error)
+        if self._fd != old:
+            os.close(old)
+            _log.warning("%s: somebody has removed this lock: it was made anew", self.path)
+        elif text != self._trouble:
+            _log.error("%s: somebody has removed this lock: %s", self.path, text)
+        self._trouble = text
 
     def _busy_journal(self) -> Path | None:
         for _, _, ending, path in names.parts_of(self._directory, self._storage):

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 #: A part of a run that the core has not announced is closed so long after its last END (seconds).
 UNANNOUNCED_CLOSE = 1.0
+#: Seconds between two looks whether part and journal still have their names.
+_NAMES: Final = 0.5
 #: Runs whose metadata are kept for blocks that come after they were closed.
 _REMEMBERED: Final = 16
 
@@ -227,7 +229,7 @@ class Writing:
                 except FileError as error:
                     self._fail(run, error)
             self._acknowledge_durable(run)
-            if run.is_full():
+            if run.is_full() or self._has_lost_its_name(run):
                 self._rotate(run)
         if run.ending is not None:
             ended = all(self._reached(run, source) > after for source, after in run.ending.awaited)
@@ -258,6 +260,20 @@ class Writing:
         log.warning("run %d goes on in %s", run.info.run, run.file.path.name)
         if self.stream is not None:
             self.stream.again()
+
+    def _has_lost_its_name(self, run: OpenRun) -> bool:
+        """Whether somebody has removed the open part or its journal: what is acknowledged would die with this process.
+
+        Then the run goes on in the next part, and the one before is written anew when it is closed.
+        """
+        now = time.monotonic()
+        if run.file is None or now < max(run.names_at, run.again_at):
+            return False
+        run.names_at = now + _NAMES
+        if run.file.in_place():
+            return False
+        log.error("run %d: somebody has removed %s or its journal: it is written anew", run.info.run, run.file.path)
+        return True
 
     def _rotate(self, run: OpenRun) -> None:
         before = run.file
