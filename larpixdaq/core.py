@@ -39,7 +39,7 @@ from larpixdaq.control.messages import (
 from larpixdaq.control.peers import Component, Control, NameTaken, OperatorPeer, Peer, Peers
 from larpixdaq.control.runs import RunControl
 from larpixdaq.control.shipping import RecordHandler, push_socket
-from larpixdaq.errors import ConfigError, LarpixDaqError, ProtocolError
+from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError
 from larpixdaq.pace import wait_ms
 from larpixdaq.states import LOG, PRODUCER
 
@@ -51,6 +51,8 @@ _BATCH: Final = 1000
 _TURN: Final = 0.05
 _IDLE: Final = 0.3
 _STOOD_STILL: Final = 0.5
+#: Seconds between two looks whether the run catalogue still has its name.
+_KEEP: Final = 1.0
 
 
 class Core:
@@ -85,6 +87,8 @@ class Core:
         self._next_id = 0
         self._told: dict[str, Any] = {}
         self._turned = time.monotonic()
+        self._keep_at = 0.0
+        self._trouble = ""
         self._refusals = 0
         self._refusal_logged = 0.0
         self._records = RecordHandler("core")
@@ -132,9 +136,23 @@ class Core:
             for change in self._peers.check(now):
                 self._changed(change.what, change.peer, now)
         self._runs.tick(now)
+        self._keep_catalogue(now)
         self._tell()
         self._ship()
         self._desk.load.shares()
+
+    def _keep_catalogue(self, now: float) -> None:
+        if now < self._keep_at:
+            return
+        self._keep_at = now + _KEEP
+        try:
+            if self._catalogue.keep():
+                _log.error("%s: somebody has removed the run catalogue or its lock: made anew", self._catalogue.path)
+            self._trouble = ""
+        except FileError as error:
+            if self._trouble != str(error):
+                self._trouble = str(error)
+                _log.error("somebody has removed the run catalogue, and it cannot be made anew: %s", error)
 
     def _take(self, now: float) -> bool:
         """True when nothing is left in the socket."""

@@ -730,6 +730,36 @@ def test_a_damaged_catalogue_without_the_highest_number_stops_the_core(tmp_path)
         Catalogue(tmp_path)
 
 
+@pytest.mark.parametrize("removed", ["everything", "the directory", "the lock", "the catalogue alone"])
+def test_a_catalogue_that_somebody_removes_is_made_anew(tmp_path, removed):
+    directory = tmp_path / "state"
+    directory.mkdir()
+    catalogue = Catalogue(directory)
+    catalogue.save(Run(7, "physics", "cosmics", "me", 1), new=True)
+    catalogue.add_comment(7, "me", "beam is on")
+    assert not catalogue.keep()
+    if removed == "the lock":
+        (directory / "catalogue.lock").unlink()
+    elif removed == "the catalogue alone":
+        (directory / "catalogue.sqlite").unlink()
+    else:
+        for path in directory.iterdir():
+            path.unlink()
+    if removed == "the directory":
+        directory.rmdir()
+    catalogue.save(Run(8, "physics", "cosmics", "me", 2), new=True)
+    assert catalogue.keep()
+    assert not catalogue.keep()
+    catalogue.save(Run(9, "physics", "cosmics", "me", 3), new=True)
+    with pytest.raises(FileError, match="another core"):
+        Catalogue(directory)
+    catalogue.close()
+    again = Catalogue(directory)
+    assert [again.find(number).comment for number in (7, 8, 9)] == ["cosmics"] * 3
+    assert again.comments(7)[0]["text"] == "beam is on"
+    again.close()
+
+
 def test_a_catalogue_of_the_schema_before(tmp_path):
     db = sqlite3.connect(tmp_path / "catalogue.sqlite")
     db.executescript("""

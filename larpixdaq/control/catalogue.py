@@ -22,7 +22,7 @@ from typing import Any, Final
 from larpixdaq.errors import FileError
 from larpixdaq.file_locks import has_no_locks, no_locks, try_lock
 from larpixdaq.files.names import aside
-from larpixdaq.private_files import open_private
+from larpixdaq.private_files import in_place, open_private
 from larpixdaq.regular_file import check_regular
 from larpixdaq.states import CANCELLED, ENDED, PREPARING, RUNNING
 
@@ -103,26 +103,12 @@ class Catalogue:
         self._highest = 0
         #: What was wrong with the catalogue when it was opened, in one line each.
         self.warnings: list[str] = []
-        lock = directory / "catalogue.lock"
-        try:
-            self._lock = open_private(lock, os.O_RDWR | os.O_CREAT)
-        except FileError:
-            raise
-        except OSError as error:
-            raise FileError(f"{lock}: {error.strerror}") from None
-        try:
-            if not try_lock(self._lock):
-                raise FileError(f"{self.path}: another core uses it (give this one a --state-dir of its own)")
-        except OSError as error:
-            os.close(self._lock)
-            if isinstance(error, FileError):
-                raise
-            if has_no_locks(error):  # SQLite could not do without them either
-                raise no_locks(directory, error, "--state-dir") from None
-            raise FileError(f"cannot lock {lock}: {error.strerror}") from None
+        self._lock_path = directory / "catalogue.lock"
+        self._lock = self._locked()
         try:
             check_regular(self.path)
             self._db = self._open_or_replace()
+            self._file = os.stat(self.path)
         except BaseException:
             os.close(self._lock)
             raise
@@ -201,6 +187,7 @@ class Catalogue:
     def _write_drawn(self, number: int) -> None:
         new = self._highest_path.with_name(_HIGHEST + ".new")
         try:
+            new.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have removed it
             with open(new, "w") as file:
                 file.write(f"{number}\n")
                 file.flush()
@@ -208,6 +195,61 @@ class Catalogue:
             new.replace(self._highest_path)
         except OSError as error:
             raise FileError(f"cannot write {self._highest_path}: {error.strerror}") from None
+
+    def _locked(self) -> int:
+        try:
+            file = open_private(self._lock_path, os.O_RDWR | os.O_CREAT)
+        except FileError:
+            raise
+        except OSError as error:
+            raise FileError(f"{self._lock_path}: {error.strerror}") from None
+        try:
+            if try_lock(file):
+                return file
+            raise FileError(f"{self.path}: another core uses it (give this one a --state-dir of its own)")
+        except OSError as error:
+            os.close(file)
+            if isinstance(error, FileError):
+                raise
+            if has_no_locks(error):  # SQLite could not do without them either
+                raise no_locks(self.path.parent, error, "--state-dir") from None
+            raise FileError(f"cannot lock {self._lock_path}: {error.strerror}") from None
+
+    def keep(self) -> bool:
+        """Write catalogue and lock anew when somebody has removed them, so that the next core finds the runs; whether
+        that was so."""
+        try:
+            there = os.path.samestat(self._file, os.lstat(self.path))
+        except OSError:
+            there = False
+        if there and in_place(self._lock, self._lock_path) and self._highest_path.exists():
+            return False
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"{self.path.parent}: {error.strerror}") from None
+        if not in_place(self._lock, self._lock_path):
+            lock = self._locked()
+            os.close(self._lock)
+            self._lock = lock
+        if not there:
+            if os.path.lexists(self.path):
+                raise FileError(f"{self.path}: somebody has put another file in its place")
+            for ending in ("-wal", "-shm"):  # of the file that was removed
+                self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
+            new = self._open()
+            try:
+                with self._errors():
+                    self._db.backup(new)
+            except FileError:
+                new.close()
+                self.path.unlink(missing_ok=True)
+                raise
+            self._db.close()
+            self._db, self._file = new, os.stat(self.path)
+        if not self._highest_path.exists():
+            self._write_drawn(self._highest)
+        return True
 
     def _open(self) -> sqlite3.Connection:
         with self._errors():
