@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
 import mmap
@@ -131,6 +132,7 @@ class Arena:
         #: Why the file that somebody has removed has no successor yet; empty when all is well.
         self.nameless = ""
         self.moving = False  # a new file is being reserved
+        self.again_at = 0.0  # monotonic: not before that again, after it could not be
         self._file = file
         self._memory = memory
 
@@ -226,7 +228,12 @@ class Arena:
         file = _new(path)
         try:
             os.ftruncate(file, len(self._memory))
-            for start, size in [(0, len(self._memory))] if self.grows else self.ring.used():
+            pieces = [(0, len(self._memory))] if self.grows else self.ring.used()
+            free = os.statvfs(path.parent)
+            # Asked before: to reserve what is not there fills the file system for a moment, under the hands of others.
+            if sum(size for _, size in pieces) > free.f_bavail * free.f_frsize:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for start, size in pieces:
                 os.posix_fallocate(file, start, size)
             position = self.ring.position
             self._copy(file, self.ring.used()[1:])  # not the header: it changes, and makes it a ring

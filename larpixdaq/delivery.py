@@ -19,7 +19,7 @@ from larpixdaq.blocks import End
 from larpixdaq.errors import FileError
 from larpixdaq.file_locks import has_no_locks, no_locks, try_lock
 from larpixdaq.private_files import remove
-from larpixdaq.spool import Directory, Spool
+from larpixdaq.spool import AGAIN, Directory, Spool
 from larpixdaq.stream import Publisher
 from larpixdaq.stream.store import Store
 from larpixdaq.takeover import Left, Predecessors, totals
@@ -119,7 +119,7 @@ class Delivery:
         """Rings and spool files whose names somebody has removed get new files, because a successor could not find what
         they hold. `rm` removes names, and logind when the user's last session ends (RemoveIPC)."""
         for arena in self._arenas:
-            if not arena.in_place() and not arena.moving:
+            if not arena.in_place() and not arena.moving and time.monotonic() >= arena.again_at:
                 arena.moving = True
                 self.worker.submit(arena.reserve, partial(self._move, arena))
         for store in self._stores:
@@ -138,11 +138,12 @@ class Delivery:
                 return
             old = arena.move_to(new)
         except OSError as error:
+            arena.again_at = time.monotonic() + AGAIN
             if arena.nameless != (text := error.strerror or str(error)):
                 arena.nameless = text
                 log.error(
                     "%s: somebody has removed the ring's file, and there is no new one yet: %s; what the ring holds "
-                    "would be lost if this process were killed; tried again every %g s", arena.path, text, NAMES,
+                    "would be lost if this process were killed; tried again every %g s", arena.path, text, AGAIN,
                 )  # fmt: skip
             return
         self.worker.submit(lambda: os.close(old), lambda _: None)
@@ -155,6 +156,8 @@ class Delivery:
     def _save_names(self) -> None:
         """The last chance for what has no name: the ring's own directory, then that of the spool."""
         self.arena.grows = False
+        for arena in self._arenas:
+            arena.again_at = 0.0
         self._keep_names()
         self.worker.settle(SPOOL_LIMIT)
         for arena in self._arenas:

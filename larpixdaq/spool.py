@@ -217,8 +217,9 @@ class Spool:
     def _named(self, found: list[Path] | OSError) -> None:
         self._naming = False
         if isinstance(found, OSError):
-            self.nameless = f"{self.directory.path}: {found.strerror or found}"
-            self.directory.refused(found)
+            before, self.nameless = self.nameless, f"{self.directory.path}: {found.strerror or found}"
+            if self.nameless != before:
+                log.error("somebody has removed a file of the spool, and there is no new one yet: %s", self.nameless)
             return
         self.nameless = ""
         for path in found:

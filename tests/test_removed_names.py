@@ -209,6 +209,25 @@ def test_a_ring_that_gets_no_new_file_is_told_and_kept_beside_the_spool_at_the_e
     assert second.status()["inherited"] == 21  # with its end record
 
 
+def test_a_ring_for_which_there_is_no_room_twice_is_told(
+    hold: Callable[..., Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file system is not filled to find that out; at the end what is owed alone is kept, under the same name."""
+    first = hold(1)
+    first.write(20)
+    first.path.unlink()
+    statvfs = os.statvfs(first.path.parent)
+    free = (*statvfs[:4], SMALLEST // statvfs.f_frsize, *statvfs[5:])
+    with monkeypatch.context() as full:
+        full.setattr(os, "statvfs", lambda path: os.statvfs_result(free))
+        first.turn(lambda: first.status()["nameless"])
+        assert first.status()["nameless"] == [f"{first.path}: No space left on device"]
+        assert not first.path.exists()
+        first.close()
+    assert first.delivery.failure == ""
+    assert hold(2).status()["inherited"] == 21
+
+
 def test_what_can_be_kept_nowhere_is_an_error(tmp_path: Path, hold: Callable[..., Held]) -> None:
     first = hold(1, spool_dir=tmp_path / "disk" / "spool")
     first.write(20)
