@@ -1,4 +1,4 @@
-"""How a process ends: its exit status, and what SIGINT and SIGTERM do."""
+"""How a process ends: its exit status, and what SIGINT, SIGTERM, SIGHUP and SIGQUIT do."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typing import Any, Final
 from larpixdaq.errors import LarpixDaqError, printable
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+#: A closed terminal, and Ctrl-\\. They end a process as SIGTERM does, unless it was started to ignore them (nohup).
+_TERMINAL_SIGNALS: Final = (signal.SIGHUP, signal.SIGQUIT)
 #: After the first signal further ones are ignored for so long (s): a terminal's Ctrl-C reaches all of a process
 #: group, and the one that started them tells them again. Closing must not be interrupted by that.
 _GRACE: Final = 5.0
@@ -42,11 +44,17 @@ class _Printable(logging.Formatter):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came; run_main() turns it into the exit status."""
+    """One of the signals came; run_main() turns it into the exit status."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+def catch(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Handle the signals that end a process in this way; returns the handlers of before."""
+    wanted = [one for one in _TERMINAL_SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in (*_SIGNALS, *wanted)}
 
 
 class Signals:
@@ -76,8 +84,7 @@ class Signals:
     def __enter__(self) -> Signals:
         # The C-level handler writes a byte at once: a signal between the test of `stop` and the poll is not slept over.
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._came)
+        self._before = catch(self._came)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -130,17 +137,15 @@ def is_text(argument: str) -> bool:
 def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int:
     """Run a program's main part and return its exit status.
 
-    SIGINT and SIGTERM raise Stopped, a KeyboardInterrupt, where it runs, so that its `finally` clauses close
-    everything; see Signals for the quieter way. They are the proper end of an endless program: 0. A command that they
-    interrupt has not done its work: 128 + the signal's number, with one line on stderr. 1, with one line on stderr,
-    when it raises a LarpixDaqError or its output cannot be written. Log records of level warning and above go to stderr
-    too; on a terminal also those that tell a person that all is well.
+    A signal raises Stopped, a KeyboardInterrupt, where it runs, so that its `finally` clauses close everything; see
+    Signals for the quieter way. It is the proper end of an endless program: 0. A command that is interrupted has not
+    done its work: 128 + the signal's number, with one line on stderr. 1, with one line on stderr, when it raises a
+    LarpixDaqError or its output cannot be written. Log records of level warning and above go to stderr too; on a
+    terminal also those that tell a person that all is well.
     """
     program = os.path.basename(sys.argv[0]) or "larpixdaq"
     if endless and (wrong := [argument for argument in sys.argv[1:] if not is_text(argument)]):
-        print(
-            f"{program}: argument {wrong[0]!r}: expected UTF-8, since other processes are told of it", file=sys.stderr
-        )
+        print(f"{program}: argument {wrong[0]!r}: expected UTF-8, since other processes read it", file=sys.stderr)
         return 2
     _came.clear()
 
@@ -149,7 +154,7 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
             raise Stopped(number)
 
     _watch_output()
-    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    before = catch(stop)
     stderr = logging.StreamHandler()
     stderr.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     stderr.setFormatter(_Printable(f"{program}: %(levelname)s: %(message)s"))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at every process, outside of a run and in the middle of one: exit 0, and nothing left behind.
+"""Ctrl-C, SIGTERM, SIGHUP and SIGQUIT at every process, in and outside of a run: exit 0, and nothing left behind.
 At a command that has work to do: it says so, and exits with another status."""
 
 import signal
@@ -56,7 +56,7 @@ def state(operator: Operator) -> str:
     return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
 def test_outside_of_a_run(line: System, how: signal.Signals) -> None:
     _, ring = start(line)
     for module in reversed(MODULES):
@@ -65,7 +65,7 @@ def test_outside_of_a_run(line: System, how: signal.Signals) -> None:
     assert list(line.data.iterdir()) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT])
 def test_core_log_and_monitor_in_a_run(line: System, how: signal.Signals) -> None:
     """The run goes on without them, and a core that comes back picks it up."""
     operator, _ = start(line)
@@ -82,7 +82,7 @@ def test_core_log_and_monitor_in_a_run(line: System, how: signal.Signals) -> Non
     assert len(rows_of(path)) == ended["rows"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
 def test_producer_in_a_run(line: System, how: signal.Signals) -> None:
     """It delivers what it has with its totals, and its arena goes."""
     operator, ring = start(line)
@@ -100,7 +100,7 @@ def test_producer_in_a_run(line: System, how: signal.Signals) -> None:
     assert operator.state().result(LIMIT) == "STOP"
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT])
 def test_storage_in_a_run(line: System, how: signal.Signals) -> None:
     """Its file is closed and says that its producer went on; all the rest is in the next part, when it is back."""
     operator, _ = start(line)

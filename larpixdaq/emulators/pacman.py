@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from larpixdaq.emulators.recording import Recording
 from larpixdaq.emulators.tile import Tile, TileBoard
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import ASICS
+from larpixdaq.signals import catch
 
 DESCRIPTION = """\
 Sends what PACMAN boards send (legacy format: 8-byte headers, 16-byte words), one board per io_group. At the start it
@@ -374,8 +374,7 @@ def run(args: argparse.Namespace) -> None:
             sent = {str(board.io_group): board.counts() for board in boards}
             print(json.dumps({"sent": sent, "seconds": round(emulator.seconds, 6)}), flush=True)
 
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        catch(stop)
         print(detector.ready(args.detector, ready), flush=True)
         emulator.run(report)
     finally:

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import select
-import signal
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -20,6 +19,7 @@ from larpixdaq._native.frames import encode_serial
 from larpixdaq.emulators import detector
 from larpixdaq.emulators.tile import Tile
 from larpixdaq.errors import ConfigError
+from larpixdaq.signals import catch
 
 DESCRIPTION = """\
 A board on a serial line, as a pseudo-terminal, with v1 chips unless --chips or --asic say otherwise. At the start it
@@ -233,8 +233,7 @@ def run(args: argparse.Namespace) -> None:
 
     line = Line(args.baud)
     try:
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        catch(stop)
         board = SerialBoard(tile, line)
         print(detector.ready(args.detector, {str(io_group): {"device": line.device}}), flush=True)
         began = time.monotonic()
