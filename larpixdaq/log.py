@@ -116,7 +116,7 @@ def serve(core: str, name: str, address: str, path: Path) -> None:
             file = LogFile(path)
             info = {"log": config.reachable(endpoint, core), "file": str(path)}
             node = Node(name, LOG, core, {}, info=info, status=file.status)
-            node.connect()
+            node.connect(signals=signals)
             poller = zmq.Poller()
             for source in (socket, node, signals):
                 poller.register(source, zmq.POLLIN)

@@ -25,6 +25,7 @@ from larpixdaq.control.shipping import RecordHandler, push_socket
 from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction, misuse
 from larpixdaq.load import Load
 from larpixdaq.pace import next_beat, wait_ms
+from larpixdaq.signals import Signals, Stopped
 from larpixdaq.states import HEARTBEAT, PATIENCE, STOP
 
 __all__ = ["Call", "Handler", "Node"]
@@ -108,9 +109,12 @@ class Node:
 
     # Called by the main loop.
 
-    def connect(self, timeout: float | None = None) -> None:
-        """Start the thread and register. NoCore after `timeout` (5) seconds without an answer; RequestError when the
-        core refuses, for 5 s when that is because the name is in use."""
+    def connect(self, timeout: float | None = None, *, signals: Signals | None = None) -> None:
+        """Start the thread and register.
+
+        NoCore after `timeout` (5) seconds in which no core was heard; RequestError when the core refuses, for 5 s when
+        that is because the name is in use; Stopped when `signals` has caught a signal.
+        """
         logger = logging.getLogger("larpixdaq")
         logger.addHandler(self._records)
         if logger.level == logging.NOTSET:
@@ -120,13 +124,18 @@ class Node:
         started = time.monotonic()
         poller = zmq.Poller()
         poller.register(self._ready.fileno(), zmq.POLLIN)
+        if signals is not None:
+            poller.register(signals.fileno(), zmq.POLLIN)
         while not self.session:
             poller.poll(50)
             self._ready.clear()
+            if signals is not None and signals.stop:
+                raise Stopped
             refusal = self._refusal
             if refusal is not None and (refusal.error != "name_taken" or self._taken):
                 raise RequestError(f"{self.name}: {refusal.text}")
-            if refusal is None and not self._inbox and time.monotonic() - started > limit:
+            # Also a core that has refused the name may die meanwhile.
+            if not self._inbox and time.monotonic() - max(started, self._link.heard) > limit:
                 raise NoCore(f"no core answers at {self._link.core} (waited {limit:g} s)")
             while self._inbox and not self.session:
                 self._take_in(self._inbox.popleft())

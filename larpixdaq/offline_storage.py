@@ -78,7 +78,7 @@ class Storage:
         if not await_turn(self._lock, signals):
             return
         self._info |= {"highest_run": highest_run(self.directory), "free_bytes": self.storing.space.free()}
-        self.node.connect()
+        self.node.connect(signals=signals)
         self.storing.resume()  # after connect(), so that what is wrong with a file reaches the log
         consumer = self.consumer = Consumer(
             self.node.name, self.node.session, "all", positions=self.storing.where, core=self.node

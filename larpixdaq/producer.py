@@ -134,7 +134,7 @@ class Producer:
 
     def run(self, signals: config.Signals) -> None:
         """Read, record and serve until a signal comes."""
-        self.node.connect()
+        self.node.connect(signals=signals)
         poller, resting = zmq.Poller(), zmq.Poller()
         for descriptor in (signals, self.node, self.child):
             poller.register(descriptor.fileno(), zmq.POLLIN)

@@ -127,13 +127,13 @@ def main(argv: list[str] | None = None) -> int:
         monitor = Monitor()
         node = Node(options.name, "run_data", options.core, actions(monitor), info={}, status=monitor.status)
         try:
-            node.connect()
-            consumer = Consumer(options.name, node.session, "latest", core=node)
-            try:
-                with config.Signals() as signals:
+            with config.Signals() as signals:
+                node.connect(signals=signals)
+                consumer = Consumer(options.name, node.session, "latest", core=node)
+                try:
                     RunData(monitor, node, consumer).run(signals)
-            finally:
-                consumer.close()
+                finally:
+                    consumer.close()
         finally:
             node.close()
 

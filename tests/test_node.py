@@ -5,10 +5,12 @@ import os
 import select
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 
 import pytest
 import zmq
-from actors import Actor, core, producer
+from actors import Actor, Stopper, core, producer
 from processes import LIMIT, Process, free_port, until
 
 from larpixdaq import config
@@ -17,6 +19,7 @@ from larpixdaq.control.recent import Recent
 from larpixdaq.errors import ConfigError, FileError, NoCore, RequestError
 from larpixdaq.node import Node
 from larpixdaq.operator import Operator
+from larpixdaq.signals import Signals, Stopped
 
 
 def actor(address, replies, **options):
@@ -31,6 +34,35 @@ def test_no_core():
     finally:
         node.close()
         node.close()
+
+
+@pytest.fixture
+def second(tmp_path):
+    """A component whose name is in use, waiting for it in a thread: (node, the future of connect(), stopper, core)."""
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor())
+        stopper = stack.enter_context(closing(Stopper()))
+        cores = stack.enter_context(ExitStack())
+        running = cores.enter_context(core(tmp_path / "state"))
+        stack.enter_context(actor(running.address, {}).running())
+        node = stack.enter_context(closing(Node("it", "run_data", running.address, {}, info={})))
+        waiting = pool.submit(node.connect, 0.3, signals=stopper)
+        until(lambda: node._refusal is not None, "the refusal")
+        yield waiting, stopper, cores
+
+
+def test_a_component_that_waits_for_its_name_hears_signals(second):
+    waiting, stopper, _ = second
+    stopper.halt()
+    with pytest.raises(Stopped):
+        waiting.result(LIMIT)
+
+
+def test_a_core_that_dies_while_a_component_waits_for_its_name_is_no_core(second):
+    waiting, _, cores = second
+    cores.close()
+    with pytest.raises(NoCore, match=r"no core answers at .* \(waited 0.3 s\)"):
+        waiting.result(LIMIT)
 
 
 def test_an_address_that_is_none():
@@ -334,6 +366,19 @@ def test_where_others_reach_us():
     assert config.reachable("tcp://127.0.0.1:9", "tcp://192.0.2.1:5551") == "tcp://127.0.0.1:9"
     with pytest.raises(ConfigError, match="not known"):
         config.listen_address("no-such-host.invalid", 1, insecure=True, what="it")
+
+
+def test_a_process_that_was_started_to_ignore_hangups_goes_on():
+    """As nohup does it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.stop
+            os.kill(os.getpid(), signal.SIGQUIT)
+            assert signals.stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_state_directory(tmp_path, monkeypatch):

@@ -264,4 +264,7 @@ class IoClassSource(PieceSource):
         # With whatever it has started. Nobody has waited for it yet, so the number is still its own.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        return process.wait()
+        try:
+            return process.wait(_END_LIMIT)
+        except subprocess.TimeoutExpired:  # it waits for a device or a disk that does not answer, and dies after that
+            return -signal.SIGKILL
