@@ -504,6 +504,7 @@ def test_positions_pass_over_what_they_cannot_read(tmp_path):
         other.create_group("_header").attrs["version"] = "2.4"
         other["packets"] = np.zeros(3, V2.dtype)
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "run999999999999999999_x.h5").touch()  # numbers have seven digits
     warnings = []
     assert positions(tmp_path, warnings=warnings) == [blocks.Position(42, "LArPix board", 7, 4)]
     assert len(warnings) == 4

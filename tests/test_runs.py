@@ -87,6 +87,22 @@ def test_the_run_number_is_above_all_that_anybody_has_seen(team):
     assert do(team, "prepare")["run"] == 42
 
 
+@pytest.mark.parametrize("number", [2**63 - 2, 10**18 - 1, 9_999_999, 1_000_001])
+def test_a_run_number_that_cannot_be_one_is_not_counted(team, number):
+    """Numbers would be above it for ever."""
+    team.peers.components["disk 1"].info["highest_run"] = 7
+    team.peers.components["disk 2"].info["highest_run"] = number
+    prepared = do(team, "prepare")
+    assert prepared["run"] == 8
+    assert f"disk 2: the highest run in /d is {number}, more than 1000000 above" in prepared["warnings"][0]
+
+
+def test_run_numbers_end_in_words(team):
+    team.catalogue.save(Run(9_999_999, "", "", "", 0, phase="ENDED"), new=True)
+    with pytest.raises(StateError, match="run 9999999 was the last one, numbers have 7 digits"):
+        ask(team, "prepare")
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from larpixdaq.control.catalogue import Run
 from larpixdaq.control.peers import Component
-from larpixdaq.errors import ComponentError
+from larpixdaq.errors import ComponentError, StateError
 from larpixdaq.states import ABORTED, MIN_FREE
-from larpixdaq.terms import LAYOUT_NAMES
+from larpixdaq.terms import LAST_RUN, LAYOUT_NAMES, RUN_DIGITS
 from larpixdaq.version import VERSION
+
+#: Storages' run numbers count up to this much above the catalogue's.
+MOST_AHEAD: Final = 1_000_000
 
 
 def check_team(producers: list[Component], storages: list[Component]) -> None:
@@ -31,6 +34,28 @@ def check_team(producers: list[Component], storages: list[Component]) -> None:
     for one in storages:
         free = one.status.get("free_bytes", one.info.get("free_bytes"))
         check_free(one.name, str(one.info.get("directory", "?")), free)
+
+
+def highest_run(known: int, storages: list[Component]) -> tuple[int, list[str]]:
+    """The highest run number so far, by the catalogue (`known`) and the storages, and a sentence for each number that
+    is not counted because it cannot be one: a file of a wrong name would move all numbers for ever."""
+    warnings = []
+    highest = known
+    for one in storages:
+        for told in (one.info, one.status):
+            number = told.get("highest_run", 0)
+            if not isinstance(number, int):
+                continue
+            if number > min(known + MOST_AHEAD, LAST_RUN):
+                warnings.append(
+                    f"{one.name}: the highest run in {one.info.get('directory', '?')} is {number}, more than "
+                    f"{MOST_AHEAD} above the catalogue's {known}: not counted"
+                )
+            else:
+                highest = max(highest, number)
+    if highest >= LAST_RUN:
+        raise StateError(f"prepare_run: run {highest} was the last one, numbers have {RUN_DIGITS} digits")
+    return highest, warnings
 
 
 def team_layout(producers: list[Component]) -> int:

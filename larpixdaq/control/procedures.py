@@ -58,8 +58,8 @@ class RunProcedures:
         self._peers, self._catalogue = peers, catalogue
         self._now = time.monotonic()
 
-    def _prepare(self, run: Run, producers: list[str]) -> Steps:
-        warnings = shared_io_groups([self._peers.components[name] for name in producers])
+    def _prepare(self, run: Run, producers: list[str], warnings: list[str]) -> Steps:
+        warnings += shared_io_groups([self._peers.components[name] for name in producers])
         warnings += space.warnings([self._peers.components[name] for name in run.storages])
         try:
             # Storages first: what producers tell of the chips finds the file open.

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, NamedTuple, TypeVar
 import msgspec
 from msgspec import Meta
 
+from larpixdaq.blocks import RunNumber
 from larpixdaq.control.asks import Outcome
 from larpixdaq.control.catalogue import Run
 from larpixdaq.errors import ComponentError
@@ -47,7 +48,7 @@ class ProducerEnd(msgspec.Struct):
 class FinishedFile(msgspec.Struct):
     """A file that a storage has closed, as its heartbeat names it."""
 
-    run: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    run: RunNumber
     file: Annotated[str, Meta(min_length=1, max_length=4096)]
     bytes: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     sha256: Annotated[str, Meta(max_length=64)]

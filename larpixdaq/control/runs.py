@@ -12,7 +12,7 @@ from typing import Any, Final
 from larpixdaq.control.asks import Late, LogReply, Outcome, Procedure, Reply, Steps, Team
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.deliveries import Deliveries, may_say_more
-from larpixdaq.control.instructions import check_team, team_layout, team_versions
+from larpixdaq.control.instructions import check_team, highest_run, team_layout, team_versions
 from larpixdaq.control.messages import Answer, Heartbeat, content
 from larpixdaq.control.peers import Component, Peers
 from larpixdaq.control.procedures import RunProcedures
@@ -76,15 +76,14 @@ class RunControl(RunProcedures):
         check_team(producers, storages)
         layout = team_layout(producers)
         self._give_up_candidate()
-        seen = [told.get("highest_run", 0) for one in storages for told in (one.info, one.status)]
-        highest = max([self._catalogue.highest(), *(one for one in seen if isinstance(one, int))])
+        highest, warnings = highest_run(self._catalogue.highest(), storages)
         run = Run(highest + 1, kind, comment, operator, time.time_ns())
         run.storages = [one.name for one in storages]
         run.asic = ", ".join(dict.fromkeys(str(one.info.get("asic", "")) for one in producers))
         run.layout, run.versions = layout, team_versions(producers)
         self._catalogue.save(run, new=True)
         self.run = run
-        self._start("prepare_run", self._prepare(run, [one.name for one in producers]), reply, now)
+        self._start("prepare_run", self._prepare(run, [one.name for one in producers], warnings), reply, now)
 
     def begin(self, reply: Reply, now: float) -> None:
         """READY -> RUN."""

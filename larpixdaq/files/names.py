@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from larpixdaq.errors import FileError
+from larpixdaq.terms import RUN_DIGITS
 
 PART: Final = ".h5.part"  # being written
 JOURNAL: Final = ".h5.journal"  # blocks that wait for their chunk
@@ -16,17 +17,16 @@ FINISHED: Final = ".h5"
 SIDECAR: Final = ".json"  # beside a finished file: its size and checksum
 DAMAGED: Final = ".damaged"  # behind the name of a file that is kept because it could not be read whole
 
-_WHOLE: Final = re.compile(
-    r"run(\d{1,18})_(\d{8}T\d{6}Z)_(?:([A-Za-z0-9.-]+)_)?(\d{1,9})(\.h5|\.h5\.part|\.h5\.journal)"
-)
+_RUN: Final = rf"run(\d{{{RUN_DIGITS}}})"
+_WHOLE: Final = re.compile(_RUN + r"_(\d{8}T\d{6}Z)_(?:([A-Za-z0-9.-]+)_)?(\d{1,9})(\.h5|\.h5\.part|\.h5\.journal)")
 _TIME: Final = "%Y%m%dT%H%M%SZ"
-_NAME: Final = re.compile(r"run(\d{1,18})_.*(\.h5|\.h5\.part|\.h5\.journal)")
+_NAME: Final = re.compile(_RUN + r"_.*(\.h5|\.h5\.part|\.h5\.journal)")
 
 
 def stem(run: int, started_ns: int, part: int, storage: str = "") -> str:
     """The name without its ending. `started_ns`: unix ns; `storage`: empty for the first or only one."""
     time = datetime.fromtimestamp(started_ns // 1_000_000_000, timezone.utc).strftime(_TIME)
-    return f"run{run:07d}_{time}_{_owner(storage)}{part:03d}"
+    return f"run{run:0{RUN_DIGITS}d}_{time}_{_owner(storage)}{part:03d}"
 
 
 def _owner(storage: str) -> str:
