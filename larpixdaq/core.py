@@ -36,16 +36,16 @@ from larpixdaq.control.messages import (
     probe,
     unpack_client,
 )
-from larpixdaq.control.peers import Component, Control, NameTaken, OperatorPeer, Peer, Peers
+from larpixdaq.control.peers import Component, Control, NameTaken, OperatorPeer, Peer, Peers, TooMany
 from larpixdaq.control.runs import RunControl
 from larpixdaq.control.shipping import RecordHandler, push_socket
 from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError
 from larpixdaq.pace import wait_ms
-from larpixdaq.states import LOG, PRODUCER
+from larpixdaq.states import LOG, LOST, PRODUCER
 
 _log = logging.getLogger("larpixdaq.core")
-#: Messages taken before anything else is looked after.
-_BATCH: Final = 1000
+#: Seconds that messages are taken before anything else is looked after.
+_TAKE_LIMIT: Final = 0.05
 #: The loop turns at least this often (s): while something goes on that has time limits, and otherwise. When it has not
 #: for far longer, the core itself stood still.
 _TURN: Final = 0.05
@@ -86,9 +86,9 @@ class Core:
         self._ids = secrets.token_hex(8)
         self._next_id = 0
         self._told: dict[str, Any] = {}
-        self._turned = time.monotonic()
         self._keep_at = 0.0
         self._trouble = ""
+        self._turned = self._drained = time.monotonic()
         self._refusals = 0
         self._refusal_logged = 0.0
         self._records = RecordHandler("core")
@@ -131,8 +131,13 @@ class Core:
         if stood > _STOOD_STILL:
             self._peers.excuse(stood)
             self._runs.excuse(stood)
+            self._drained += stood
         self._turned = now
-        if self._take(now):
+        drained = self._take(now)
+        if drained:
+            self._drained = now
+        # In a flood the socket is never empty, but ZeroMQ takes from all peers in turn: the living ones were heard.
+        if drained or now - self._drained > LOST:
             for change in self._peers.check(now):
                 self._changed(change.what, change.peer, now)
         self._runs.tick(now)
@@ -156,7 +161,8 @@ class Core:
 
     def _take(self, now: float) -> bool:
         """True when nothing is left in the socket."""
-        for _ in range(_BATCH):
+        until = now + _TAKE_LIMIT
+        while time.monotonic() < until:
             try:
                 frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -190,7 +196,7 @@ class Core:
             self._register(message, route, now)
             return
         if isinstance(message, Open):
-            self._welcome(self._peers.open(message, route, now))
+            self._open(message, route, now)
             return
         peer, moved = self._peers.hear(message.session, route, now)
         if peer is None:
@@ -221,13 +227,20 @@ class Core:
         again = message.name in self._peers.components
         try:
             component = self._peers.register(message, route, now)
-        except NameTaken as error:
-            self._send(route, Answer(request=message.request, kind="error", text=str(error), error="name_taken"))
+        except (NameTaken, TooMany) as error:
+            code = "name_taken" if isinstance(error, NameTaken) else "failed"
+            self._send(route, Answer(request=message.request, kind="error", text=str(error), error=code))
             return
         if not again:
             _log.info("%s (%s) has registered", component.name, component.kind)
         self._welcome(component)
         self._runs.registered(component, now)
+
+    def _open(self, message: Open, route: bytes, now: float) -> None:
+        try:
+            self._welcome(self._peers.open(message, route, now))
+        except TooMany as error:
+            self._send(route, Answer(request=message.request, kind="error", text=str(error), error="failed"))
 
     def _welcome(self, peer: Peer) -> None:
         self._send(peer.route, Welcome(session=peer.session, **self._current()))

@@ -13,7 +13,19 @@ import zmq
 from actors import Stopper, all_running, monitor, producer, storage
 from processes import LIMIT, Process, free_port, until
 
-from larpixdaq.control.messages import MAX_REQUEST, Heartbeat, Open, Register, Request, pack, packed, unpack_core
+from larpixdaq.control import peers
+from larpixdaq.control.messages import (
+    MAX_REQUEST,
+    Bye,
+    Heartbeat,
+    Open,
+    Register,
+    Request,
+    Update,
+    pack,
+    packed,
+    unpack_core,
+)
 from larpixdaq.core import Core
 from larpixdaq.errors import (
     ComponentError,
@@ -43,6 +55,69 @@ def dealer(running):
 def component_of(operator, name):
     """How the core describes a component, None when it does not know it."""
     return next((one for one in operator.components().result(LIMIT) if one["name"] == name), None)
+
+
+def test_components_and_operators_have_a_limit_and_one_that_goes_makes_room(running, dealer, monkeypatch):
+    monkeypatch.setattr(peers, "MOST", 1)
+
+    def ask(message):
+        dealer.send(pack(message))
+        while type(answer := unpack_core(dealer.recv())) is Update:  # the news of others
+            pass
+        return answer
+
+    log = {"kind": "log", "instance": "i"}
+    first = ask(Register(name="a", **log))
+    refused = ask(Register(name="b", **log))
+    assert (refused.error, "there are 1 components already" in refused.text) == ("failed", True)
+    dealer.send(pack(Bye(session=first.session)))
+    assert ask(Register(name="b", **log)).session
+    assert ask(Open(name="o", instance="1")).session
+    assert "there are 1 Operators already" in ask(Open(name="p", instance="2")).text
+
+
+def test_lost_components_are_forgotten_after_hours():
+    known = peers.Peers()
+    known.register(Register(name="a", kind="log", instance="i"), b"", 100.0)
+    assert [change.what for change in known.check(102.0)] == ["lost"]
+    known.check(43_000.0)
+    assert [one["name"] for one in known.describe(43_000.0)] == ["a"]
+    known.check(43_400.0)
+    assert known.describe(43_400.0) == []
+
+
+def test_a_flood_hides_no_loss(tmp_path, monkeypatch):
+    """The socket is never empty then, and nobody is judged before what came was taken, but for a second at most."""
+    core = Core("tcp://127.0.0.1:0", "", tmp_path)
+    try:
+        now = time.monotonic()
+        core._peers.register(Register(name="a", kind="log", instance="i"), b"", now - 2)
+        monkeypatch.setattr(core, "_take", lambda now: False)
+        core.turn()
+        assert "a" in core._peers.components
+        core._drained = now - 2
+        core.turn()
+        assert "a" in core._peers.lost
+    finally:
+        core.close()
+
+
+def test_messages_take_a_bounded_time_of_a_turn(tmp_path, monkeypatch):
+    core = Core("tcp://127.0.0.1:0", "", tmp_path)
+    try:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+            dealer.linger = 0
+            dealer.connect(core.address)
+            for _ in range(3):
+                dealer.send(b"garbage")
+            until(lambda: core._router.poll(10), "messages")
+            monkeypatch.setattr("larpixdaq.core._TAKE_LIMIT", 0.0)
+            assert not core._take(time.monotonic())
+            assert core._desk.refused <= 1
+            monkeypatch.undo()
+            until(lambda: core._take(time.monotonic()) and core._desk.refused == 3, "the rest")
+    finally:
+        core.close()
 
 
 def test_a_run_through_the_operator(running, operator):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from msgspec.msgpack import Ext
 
 from larpixdaq import schema
 from larpixdaq.control.messages import (
@@ -81,9 +82,29 @@ def test_arrays_that_are_not_contiguous_and_numpy_scalars():
     assert travel(row[1]) == row[1]
 
 
-def test_arrays_travel_in_requests_and_status_too():
+def test_arrays_travel_in_requests_too_and_the_core_passes_them_on_as_they_came():
     sent = Request(action="run_routine", params={"args": [np.arange(3)]})
-    assert unpack_client(pack(sent), "a test").params["args"][0].tolist() == [0, 1, 2]
+    at_core = unpack_client(pack(sent), "a test")
+    assert isinstance(at_core.params["args"][0], Ext)
+    assert unpack_core(pack(at_core)).params["args"][0].tolist() == [0, 1, 2]
+
+
+def test_no_array_of_a_stranger_is_opened_by_the_core():
+    """Numpy takes minutes for a description of 300,000 fields, and all other peers wait."""
+    head = msgspec.msgpack.encode(["u1," * 300_000, [0], b""])
+    sent = {"type": "request", "action": "a", "params": {"x": Ext(1, head)}}
+    assert unpack_client(msgspec.msgpack.encode(sent), "a stranger").params["x"] == Ext(1, head)
+    with pytest.raises(ProtocolError, match="its description has 900005 bytes, the limit is 8192"):
+        unpack_core(msgspec.msgpack.encode(sent))
+
+
+def test_descriptions_of_arrays_have_a_limit():
+    wide = np.zeros(1, [(f"f{i}", "u1") for i in range(2000)])
+    with pytest.raises(ProtocolError, match=r"its 2000 fields has .* the limit is 8192"):
+        packed(wide)
+    with pytest.raises(ProtocolError, match=r"its description has .* the limit is 8192"):
+        content(array_of("u1," * 3000, [0], b""))
+    assert travel(np.zeros(1, [(f"f{i}", "u1") for i in range(500)])).dtype.names[-1] == "f499"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +126,7 @@ def test_what_cannot_travel_is_told_to_the_sender(value):
 def array_of(descr, shape, data):
     """An answer with an array that is described as told."""
     inner = msgspec.msgpack.encode([descr, shape, data])
-    return Answer(kind="result", value=msgspec.Raw(msgspec.msgpack.encode(msgspec.msgpack.Ext(1, inner))))
+    return Answer(kind="result", value=msgspec.Raw(msgspec.msgpack.encode(Ext(1, inner))))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +156,7 @@ def test_impossible_arrays_are_refused(descr, shape, data):
 
 
 def test_an_unknown_extension_is_refused():
-    raw = msgspec.Raw(msgspec.msgpack.encode(msgspec.msgpack.Ext(9, b"x")))
+    raw = msgspec.Raw(msgspec.msgpack.encode(Ext(9, b"x")))
     with pytest.raises(ProtocolError, match="extension 9"):
         content(Answer(kind="result", value=raw))
 
@@ -157,6 +178,20 @@ def test_depth_is_limited():
         content(Answer(kind="result", value=deep))
     with pytest.raises(ProtocolError):
         unpack_client(pack(Heartbeat())[:-1] + b"\x91" * 100_000 + b"\xc0", "a test")
+
+
+def test_what_the_core_keeps_of_everybody_is_small():
+    groups = {str(group): "suspect" for group in range(256)}
+    producer = {"verdicts": groups, "subscribers": ["s" * 64] * 100, "source": "x" * 200}
+    assert unpack_client(pack(Heartbeat(status=producer)), "a test").status == producer
+    for large in (
+        Register(name="n", kind="log", instance="1", info={"x": "y" * (1 << 16)}),
+        Heartbeat(status={"x": "y" * (1 << 16)}),
+    ):
+        with pytest.raises(ProtocolError, match=r"65.* the limit is 65536"):
+            pack(large)
+        with pytest.raises(ProtocolError, match="the limit is 65536"):
+            unpack_client(msgspec.msgpack.encode(large), "a test")
 
 
 def test_size_is_limited():

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
+import msgspec
 import pytest
 import zmq
 from actors import Actor, Stopper, core, producer
@@ -116,6 +117,16 @@ def test_wrong_parameters_are_told(running, operator):
             request.result(LIMIT)
     finally:
         node.close()
+
+
+def test_a_request_that_cannot_be_opened_is_answered(running, operator):
+    """Arrays are opened by the component alone: the core passes them on."""
+    with actor(running.address, {"a": 1}).running() as it:
+        request = operator.call("it", "a", x=msgspec.msgpack.Ext(1, b"nonsense"))
+        with pytest.raises(RequestError, match="impossible description"):
+            request.result(LIMIT)
+        assert operator.call("it", "a").result(LIMIT) == 1
+        assert [call[0] for call in it.calls] == ["a"]
 
 
 def test_changes_wake_the_main_loop(running, operator):

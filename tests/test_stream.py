@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import zmq
 from hypothesis import given
@@ -39,8 +40,10 @@ from larpixdaq.blocks import (
     unpack_consumer,
     unpack_producer,
 )
+from larpixdaq.configurations import Configurations
 from larpixdaq.errors import ProtocolError
 from larpixdaq.stream import Consumer, publisher
+from larpixdaq.stream.consumer import MOST_GONE
 
 
 @pytest.fixture(params=["sent", "read out of the ring"])
@@ -414,6 +417,24 @@ def test_the_largest_end_record_fits() -> None:
     words = [UnknownWord(group, 2**62, 1, bytes(24)) for group in range(256) for _ in range(1000)]
     end = msgspec.structs.replace(END, counts=[[group] + [2**62] * 22 for group in range(256)], unknown=words)
     assert unpack_producer(pack(end), "p") == end
+
+
+def test_the_largest_configurations_fit() -> None:
+    random = np.random.default_rng(1)
+    chips, *registers = (random.integers(0, 256, (256, n), np.uint8) for n in (3, 256, 256, 256))
+    found = Configurations("lightpix-1", chips, *registers)
+    block = msgspec.structs.replace(BLOCK, rows=1, text=found.text(), configs=found.pack())
+    assert unpack_producer(pack(block), "p") == block
+
+
+def test_producers_that_have_gone_for_good_are_not_kept_without_limit(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    links = consumers[0]._links
+    consumers[0].connect({"board": line.address} | {f"gone {n}": "tcp://127.0.0.1:1" for n in range(50)})
+    until(line, lambda: len(links) == 51 and links["board"].welcome, "the subscription")
+    consumers[0].connect({})  # as a core that has just come back
+    until(line, lambda: len(links) == 1 + MOST_GONE, "most to be given up")
+    assert "board" in links
 
 
 def test_a_consumers_frame_is_small(line: Line) -> None:

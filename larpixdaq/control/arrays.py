@@ -12,6 +12,8 @@ from numpy.lib import format as npy
 from larpixdaq.errors import ProtocolError
 
 _ARRAY: Final = 1
+#: Maximum bytes of an array's description, some 500 fields: numpy's time grows with the square of their number.
+MAX_DESCRIPTION: Final = 8 << 10
 
 
 def pack_other(value: Any) -> Any:
@@ -22,18 +24,25 @@ def pack_other(value: Any) -> Any:
         array = np.asarray(value)
         if array.dtype.hasobject:
             raise ProtocolError(f"an array of dtype {array.dtype} cannot travel: it holds Python objects")
-        head = [npy.dtype_to_descr(array.dtype), list(array.shape), array.tobytes()]
+        descr = msgspec.Raw(msgspec.msgpack.encode(npy.dtype_to_descr(array.dtype)))
+        if len(bytes(descr)) > MAX_DESCRIPTION:
+            raise ProtocolError(
+                f"an array cannot travel: the description of its {len(array.dtype.names or ())} fields has "
+                f"{len(bytes(descr))} bytes, the limit is {MAX_DESCRIPTION}"
+            )
+        head = [descr, list(array.shape), array.tobytes()]
         return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode(head))
     raise ProtocolError(f"a value of type {type(value).__name__} cannot travel")
 
 
 class _Array(msgspec.Struct, array_like=True):
-    descr: str | list[Any]
+    descr: msgspec.Raw
     shape: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=32)]
     data: bytes
 
 
 _array_decoder: Final = msgspec.msgpack.Decoder(_Array)
+_descr_decoder: Final = msgspec.msgpack.Decoder(str | list[Any])
 
 
 def _descr(entry: Any) -> Any:
@@ -49,7 +58,9 @@ def unpack_extension(code: int, data: memoryview) -> Any:
         raise ProtocolError(f"unknown msgpack extension {code}")
     try:
         head = _array_decoder.decode(data)
-        dtype = npy.descr_to_dtype(_descr(head.descr))
+        if (size := len(bytes(head.descr))) > MAX_DESCRIPTION:
+            raise ProtocolError(f"array: its description has {size} bytes, the limit is {MAX_DESCRIPTION}")
+        dtype = npy.descr_to_dtype(_descr(_descr_decoder.decode(head.descr)))
     except (msgspec.MsgspecError, ValueError, TypeError, KeyError, IndexError, RecursionError, SyntaxError) as error:
         raise ProtocolError(f"array with an impossible description: {error}") from None
     if dtype.hasobject or not dtype.itemsize:

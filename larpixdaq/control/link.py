@@ -19,6 +19,7 @@ import zmq
 
 from larpixdaq import config
 from larpixdaq.control.messages import (
+    MAX_ANSWER,
     Answer,
     Bye,
     FromClient,
@@ -29,6 +30,7 @@ from larpixdaq.control.messages import (
     Update,
     Welcome,
     pack,
+    probe_request,
     unpack_core,
 )
 from larpixdaq.errors import ConfigError, ProtocolError
@@ -114,6 +116,7 @@ class Link:
         # Only while connected: a core that comes back must not find minutes of old heartbeats.
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.LINGER, 200)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER)
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # the system's own takes ever longer while a network is away
@@ -243,6 +246,8 @@ class Link:
                 _log.warning("%s", error)
                 if not self.session:  # a core of another version, most likely
                     self._refused(Answer(kind="error", error="version", text=str(error)))
+                elif request := probe_request(data):  # whoever asks must not wait for ever
+                    self.send(Answer(request=request, kind="error", error="malformed", text=str(error)))
                 continue
             self.heard = time.monotonic()
             self._sort(message)

@@ -1,8 +1,8 @@
 """The messages of the control plane: typed, versioned, validated on arrival, limited in size and depth.
 
 One message is one ZeroMQ frame: a msgpack map with the field `type`. Numpy arrays (no object dtypes) may stand
-anywhere in `value`, `params`, `info` and `status`; they travel as msgpack extension 1. Nothing is ever unpickled or
-evaluated.
+anywhere in `value`, `params`, `info` and `status`; they travel as msgpack extension 1, and the core passes them on as
+they came. Nothing is ever unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from larpixdaq.blocks import Name, RunNumber
 from larpixdaq.errors import ProtocolError
 
 PROTOCOL: Final = 1
-#: No request, registration or heartbeat is larger (bytes).
+#: No request is larger (bytes).
 MAX_REQUEST: Final = 1 << 20
+#: No registration or heartbeat is larger (bytes): the core keeps the last of every component.
+MAX_KEPT: Final = 64 << 10
 #: No answer is larger (bytes): results may hold arrays.
 MAX_ANSWER: Final = 64 << 20
 #: No text of an answer is longer (characters).
@@ -134,10 +136,11 @@ class _Probe(msgspec.Struct):
 
     version: int = PROTOCOL
     request: Id = ""
+    type: str = ""
 
 
 def _pack_other(value: Any) -> Any:
-    from larpixdaq.control.arrays import pack_other  # here: a core or a log that sees no arrays needs no numpy
+    from larpixdaq.control.arrays import pack_other  # here: the core and the log need no numpy
 
     return pack_other(value)
 
@@ -149,7 +152,7 @@ def _unpack_extension(code: int, data: memoryview) -> Any:
 
 
 _encoder: Final = msgspec.msgpack.Encoder(enc_hook=_pack_other)
-_client_decoder: Final = msgspec.msgpack.Decoder(FromClient, ext_hook=_unpack_extension)
+_client_decoder: Final = msgspec.msgpack.Decoder(FromClient)
 _core_decoder: Final = msgspec.msgpack.Decoder(FromCore, ext_hook=_unpack_extension)
 _value_decoder: Final = msgspec.msgpack.Decoder(ext_hook=_unpack_extension)
 _probe_decoder: Final = msgspec.msgpack.Decoder(_Probe)
@@ -162,11 +165,18 @@ def _encode(value: Any, what: str) -> bytes:
         raise ProtocolError(f"{what} cannot be sent: {error}") from None
 
 
+def _limit(message: Message) -> int:
+    """Maximum bytes of a message of this kind."""
+    if isinstance(message, Answer):
+        return MAX_ANSWER
+    return MAX_KEPT if isinstance(message, Register | Heartbeat) else MAX_REQUEST
+
+
 def pack(message: FromClient | FromCore) -> bytes:
     """ProtocolError when something in it cannot travel or it is too large."""
     what = str(message.__struct_config__.tag)
     data = _encode(message, what)
-    limit = MAX_ANSWER if isinstance(message, Answer) else MAX_REQUEST
+    limit = _limit(message)
     if len(data) > limit:
         raise ProtocolError(f"{what} of {len(data)} bytes cannot be sent: the limit is {limit}")
     return data
@@ -212,8 +222,9 @@ def _unpack(data: Any, decoder: msgspec.msgpack.Decoder[Any], sender: str) -> An
         _refuse(data, sender, str(error))
     if message.version != PROTOCOL:
         _refuse(data, sender, "")
-    if len(data) > MAX_REQUEST and not isinstance(message, Answer):
-        raise ProtocolError(f"message from {sender}: {len(data)} bytes, the limit is {MAX_REQUEST}")
+    limit = _limit(message)
+    if len(data) > limit:
+        raise ProtocolError(f"message from {sender}: {len(data)} bytes, the limit is {limit}")
     for field in ("params", "info", "status"):
         _check_depth(getattr(message, field, None), f"{field} in a message from {sender}")
     return message
@@ -229,11 +240,21 @@ def _refuse(data: Any, sender: str, reason: str) -> NoReturn:
 
 def probe(data: Any) -> tuple[int, str]:
     """Version and request id of a message, as far as they can be made out: (PROTOCOL, "") when they cannot."""
-    try:
-        found = _probe_decoder.decode(data)
-    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
-        found = _Probe()
+    found = _probe(data)
     return found.version, found.request
+
+
+def probe_request(data: Any) -> str:
+    """The id of a request that is malformed otherwise; empty when the message is no request."""
+    found = _probe(data)
+    return found.request if found.type == Request.__struct_config__.tag else ""
+
+
+def _probe(data: Any) -> _Probe:
+    try:
+        return _probe_decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
+        return _Probe()
 
 
 def unpack_client(data: Any, sender: str) -> FromClient:

@@ -14,8 +14,11 @@ from larpixdaq.states import CONTROL_FREE, HEARTBEAT, LOST, STUCK
 
 #: An Operator's session is kept this long (s) after it was last heard, so that a busy program finds its answers.
 _FORGET_OPERATOR: Final = 60.0
-#: Lost components that `status` still shows.
+#: Maximum number of components, and of Operators, at once.
+MOST: Final = 256
+#: Lost components that `status` still shows, and for how long (s).
 _LOST_SHOWN: Final = 100
+_LOST_KEPT: Final = 12 * 3600.0
 
 
 def _process(info: dict[str, Any]) -> str:
@@ -24,6 +27,10 @@ def _process(info: dict[str, Any]) -> str:
 
 class NameTaken(ProtocolError):
     """Another living component has this name."""
+
+
+class TooMany(ProtocolError):
+    """The core serves as many as it can."""
 
 
 @dataclass
@@ -75,8 +82,11 @@ class Peers:
         self._sessions: dict[str, Peer] = {}
 
     def register(self, message: Register, route: bytes, now: float) -> Component:
-        """Take a component in; NameTaken while another process of this name counts as living."""
+        """Take a component in; NameTaken while another process of this name counts as living, TooMany when there are
+        MOST already."""
         there = self.components.get(message.name)
+        if there is None and len(self.components) >= MOST:
+            raise TooMany(f"{message.name!r} cannot be registered: there are {MOST} components already")
         if there is not None and there.instance != message.instance:
             raise NameTaken(
                 f"the name {message.name!r} is in use by a {there.kind} ({_process(there.info)}) last heard "
@@ -101,11 +111,14 @@ class Peers:
         return component
 
     def open(self, message: Open, route: bytes, now: float) -> OperatorPeer:
-        """Take an Operator in; one whose first answer was slow gets the same session again."""
+        """Take an Operator in; one whose first answer was slow gets the same session again. TooMany when there are MOST
+        already."""
         for peer in self.operators.values():
             if peer.instance == message.instance:
                 peer.route, peer.heard = route, now
                 return peer
+        if len(self.operators) >= MOST:
+            raise TooMany(f"{message.name!r} cannot be served: there are {MOST} Operators already")
         peer = OperatorPeer(secrets.token_hex(16), route, message.name, message.instance, now)
         self.operators[peer.session] = peer
         self._sessions[peer.session] = peer
@@ -149,6 +162,8 @@ class Peers:
             if stuck != component.stuck:
                 component.stuck = stuck
                 found.append(Change("stuck" if stuck else "moving", component))
+        for name in [name for name, (heard, _) in self.lost.items() if now - heard > _LOST_KEPT]:
+            del self.lost[name]
         for peer in list(self.operators.values()):
             if now - peer.heard > _FORGET_OPERATOR:
                 self.goodbye(peer)

@@ -43,6 +43,9 @@ REPEAT = 0.25
 #: Without a WELCOME the HELLO is said again so often.
 HELLO_AGAIN = 0.5
 
+#: Producers that neither the core names nor anything comes from are kept up to this number.
+MOST_GONE = 16
+
 log = logging.getLogger(__name__)
 
 Received = tuple[str, FromProducer, memoryview | None]
@@ -95,7 +98,7 @@ class Consumer:
         """Subscribe to these producers (name -> address) too.
 
         One that is not named any more stays subscribed: a core that has just come back does not know everybody yet, and
-        data must not wait for it. It goes when its name appears at another address.
+        data must not wait for it. It goes when its name appears at another address, or when too many others have gone.
         """
         with self._lock:
             self._wanted = dict(producers)
@@ -202,6 +205,9 @@ class Consumer:
                 self._again = self._sent = False
         if wanted is not None:
             for link in [one for one in self._links.values() if wanted.get(one.name, one.address) != one.address]:
+                self._drop(link)
+            gone = [link for link in self._links.values() if link.name not in wanted and not link.welcome]
+            for link in gone[:-MOST_GONE]:
                 self._drop(link)
             for name, address in wanted.items():
                 if name not in self._links and (opened := self._open(name, address)) is not None:
