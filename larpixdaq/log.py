@@ -1,4 +1,7 @@
-"""The log: takes everybody's log records and appends them to one file, one line each."""
+"""The log: takes everybody's log records and appends them to one file, one line each.
+
+A full file is renamed to log.txt.1, and the older ones to log.txt.2, ... log.txt.4; the oldest is removed.
+"""
 
 import sys
 
@@ -7,8 +10,11 @@ if __spec__ is None and sys.path[0].endswith("larpixdaq"):
     del sys.path[0]
 
 import argparse
+import contextlib
 import logging
+import time
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,10 +25,20 @@ from larpixdaq.control.shipping import Record, unpack_record
 from larpixdaq.errors import ConfigError, FileError, ProtocolError
 from larpixdaq.node import Node
 from larpixdaq.states import LOG
+from larpixdaq.throttle import Throttle
 
 _log = logging.getLogger("larpixdaq.log")
 #: Records taken before anything else is looked after.
 _BATCH: Final = 1000
+#: Maximum bytes of a file, and older files that are kept.
+MOST_BYTES: Final = 64 << 20
+OLDER: Final = 4
+#: Bytes that each component may write at once, and in a second after that; all together 16 times as much.
+BURST: Final = 1 << 20
+RATE: Final = 64 << 10
+_SHARES: Final = 16
+#: Seconds between two lines about what was held back.
+_TELL: Final = 1.0
 _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160), 0x2028, 0x2029)} | {
     ord("\n"): "\\n",
     ord("\r"): "\\r",
@@ -33,23 +49,28 @@ _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(1
 def line(record: Record) -> str:
     """A record as one line: UTC time, level, component, text; control characters stand as escapes."""
     try:
-        time = datetime.fromtimestamp(record.time, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        when = datetime.fromtimestamp(record.time, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     except (ValueError, OverflowError, OSError):
-        time = "(impossible time)"
-    text = f"{time} {logging.getLevelName(record.level)} {record.component}: {record.text}"
+        when = "(impossible time)"
+    text = f"{when} {logging.getLevelName(record.level)} {record.component}: {record.text}"
     return text.translate(_CONTROL) + "\n"
 
 
 class LogFile:
-    """Appends records to a file. A full disk loses records, says so once on stderr, and stops nobody."""
+    """Appends records to a file. A full disk loses records, says so once on stderr, and stops nobody; of a flood from
+    one component only a part is written, and the rest counted."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.written = 0
         self.lost = 0
         self.refused = 0
+        self._throttle = Throttle(RATE, BURST, shares=_SHARES)
+        self._tell_at = 0.0
         try:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+            self._size = path.stat().st_size
+            self._rotates = path.is_file()
         except OSError as error:
             raise FileError(f"log file {path}: {error.strerror}") from None
 
@@ -57,25 +78,43 @@ class LogFile:
         """Write what has come; False when there is more."""
         lines: list[bytes] = []
         empty = False
-        while not empty and len(lines) < _BATCH:
+        for _ in range(_BATCH):
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 empty = True
-                continue
+                break
             try:
-                lines.append(line(unpack_record(frames[0])).encode("utf-8", "replace"))
+                record = unpack_record(frames[0])
+                written = line(record).encode("utf-8", "replace")
+                if self._throttle.passes(record.component, len(written)):
+                    lines.append(written)
             except ProtocolError as error:
                 self.refused += 1
                 if self.refused == 1:
                     _log.warning("%s (further ones are only counted)", error)
+        lines += self._held_back()
         if lines:
             self._append(lines)
         return empty
 
+    def _held_back(self) -> list[bytes]:
+        """Lines about the lines that were not written."""
+        if time.monotonic() < self._tell_at:
+            return []
+        self._tell_at = time.monotonic() + _TELL
+        now = time.time()
+        return [
+            line(Record(now, logging.WARNING, "log", text)).encode("utf-8", "replace") for text in self._throttle.told()
+        ]
+
     def _append(self, lines: list[bytes]) -> None:
         try:
             data = b"".join(lines)
+            if self._rotates and self._size + len(data) > MOST_BYTES:
+                self._rotate()
+                self._size = 0
+            self._size += len(data)
             while data:
                 data = data[self._file.write(data) :]
             self.written += len(lines)
@@ -84,8 +123,29 @@ class LogFile:
                 _log.error("log file %s: %s; records are lost", self.path, error.strerror)
             self.lost += len(lines)
 
+    def _rotate(self) -> None:
+        """Begin a new file, and rename the older ones. A file that cannot be renamed grows on."""
+        new = self.path.with_name(f"{self.path.name}.new")
+        older = [self.path.with_name(f"{self.path.name}.{n}") for n in range(OLDER, 0, -1)]
+        try:
+            file = open(new, "wb", buffering=0)  # noqa: SIM115
+            for renamed, path in pairwise([*older, self.path, new]):
+                with contextlib.suppress(FileNotFoundError):
+                    path.replace(renamed)
+        except OSError as error:
+            _log.error("log file %s cannot be renamed: %s", self.path, error.strerror)
+            return
+        self._file.close()
+        self._file = file
+
     def status(self) -> dict[str, Any]:
-        return {"file": str(self.path), "written": self.written, "lost": self.lost, "refused": self.refused}
+        return {
+            "file": str(self.path),
+            "written": self.written,
+            "held_back": self._throttle.held,
+            "lost": self.lost,
+            "refused": self.refused,
+        }
 
     def close(self) -> None:
         self._file.close()
@@ -137,7 +197,10 @@ def serve(core: str, name: str, address: str, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="larpixdaq-log", description="Collect the log records of all components of larpix-daq in one file."
+        prog="larpixdaq-log",
+        description="Collect the log records of all components of larpix-daq in one file. At 64 MiB it is renamed to "
+        "FILE.1, and the older ones to FILE.2 to FILE.4. Of a component that writes more than 64 KiB/s for long, lines "
+        "are counted and left out.",
     )
     config.add_address_argument(parser, more=f"; the port is {config.LOG_PORT} unless given")
     config.add_component_arguments(parser, "Log")

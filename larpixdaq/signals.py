@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, Final
 
 from larpixdaq.errors import LarpixDaqError, printable
+from larpixdaq.throttle import Throttle
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 #: A closed terminal, and Ctrl-\\. They end a process as SIGTERM does, unless it was started to ignore them (nohup).
@@ -21,6 +22,11 @@ _TERMINAL_SIGNALS: Final = (signal.SIGHUP, signal.SIGQUIT)
 #: After the first signal further ones are ignored for so long (s): a terminal's Ctrl-C reaches all of a process
 #: group, and the one that started them tells them again. Closing must not be interrupted by that.
 _GRACE: Final = 5.0
+
+
+#: Bytes of log records that a process may write to stderr at once, and in a second after that.
+_STDERR_BURST: Final = 256 << 10
+_STDERR_RATE: Final = 4 << 10
 
 
 #: When the first signal came (time.monotonic()), if one has.
@@ -134,6 +140,28 @@ def is_text(argument: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in argument)
 
 
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # has no parameter before Python 3.11
+    """Log records on stderr, which may be a file: of a flood only a part is written, and the rest counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._throttle = Throttle(_STDERR_RATE, _STDERR_BURST)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._throttle.passes("", len(self.format(record))):
+            self.tell()
+            super().emit(record)
+
+    def tell(self) -> None:
+        """Say how many records were not written."""
+        for text in self._throttle.told():
+            print(f"{_program()}: WARNING: {text}", file=self.stream)
+
+
+def _program() -> str:
+    return os.path.basename(sys.argv[0]) or "larpixdaq"
+
+
 def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int:
     """Run a program's main part and return its exit status.
 
@@ -143,7 +171,7 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
     LarpixDaqError or its output cannot be written. Log records of level warning and above go to stderr too; on a
     terminal also those that tell a person that all is well.
     """
-    program = os.path.basename(sys.argv[0]) or "larpixdaq"
+    program = _program()
     if endless and (wrong := [argument for argument in sys.argv[1:] if not is_text(argument)]):
         print(f"{program}: argument {wrong[0]!r}: expected UTF-8, since other processes read it", file=sys.stderr)
         return 2
@@ -155,7 +183,7 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
 
     _watch_output()
     before = catch(stop)
-    stderr = logging.StreamHandler()
+    stderr = _Stderr()
     stderr.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     stderr.setFormatter(_Printable(f"{program}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("larpixdaq")
@@ -179,5 +207,6 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
         return 1
     finally:
         logger.removeHandler(stderr)
+        stderr.tell()
         for number, handler in before.items():
             signal.signal(number, handler)

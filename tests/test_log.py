@@ -3,8 +3,11 @@
 import logging
 import re
 import signal
+from collections import deque
 from contextlib import suppress
+from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 from actors import Actor, core
@@ -16,6 +19,8 @@ from larpixdaq.control.shipping import Record, RecordHandler, push_socket, unpac
 from larpixdaq.errors import FileError, ProtocolError
 from larpixdaq.log import LogFile, line, listen, main
 from larpixdaq.operator import Operator
+from larpixdaq.signals import run_main
+from larpixdaq.throttle import Throttle
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z (\w+) ([^:]+): (.*)\n")
 
@@ -99,6 +104,102 @@ def test_garbage_and_a_full_disk(tmp_path, pull, caplog):
     assert "No space left on device; records are lost" in caplog.text
     assert file.status()["lost"] == 1
     file.close()
+
+
+class Sender:
+    """Has these records to be taken."""
+
+    def __init__(self, *records):
+        self._frames = deque([msgspec.msgpack.encode(one)] for one in records)
+
+    def recv_multipart(self, flags):
+        if not self._frames:
+            raise zmq.Again
+        return self._frames.popleft()
+
+
+def from_(component, n):
+    return [Record(0.0, logging.INFO, component, f"line {i}") for i in range(n)]
+
+
+def test_of_a_flood_a_part_is_written_and_the_rest_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("larpixdaq.log.BURST", 1000)
+    monkeypatch.setattr("larpixdaq.log.RATE", 0)
+    file = LogFile(tmp_path / "log.txt")
+    assert file.take(Sender(*from_("flood", 500), *from_("board", 3)))
+    text = (tmp_path / "log.txt").read_text()
+    written = text.count("flood: line")
+    assert 10 < written < 30
+    assert text.count("board: line") == 3
+    assert f"WARNING log: {500 - written} lines of flood were not written" in text
+    assert file.status()["held_back"] == 500 - written
+    monkeypatch.setattr(file, "_tell_at", 0.0)
+    assert file.take(Sender())  # said once
+    assert (tmp_path / "log.txt").read_text() == text
+    file.close()
+
+
+def test_the_file_has_a_limit_and_some_older_ones_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("larpixdaq.log.MOST_BYTES", 1000)
+    path = tmp_path / "log.txt"
+    path.write_text("x" * 900 + "\n")
+    file = LogFile(path)
+    for i in range(150):
+        file.take(Sender(Record(0.0, logging.INFO, "board", f"line {i:03}")))
+    file.close()
+    found = sorted(one.name for one in tmp_path.iterdir())
+    assert found == ["log.txt", "log.txt.1", "log.txt.2", "log.txt.3", "log.txt.4"]
+    assert all(one.stat().st_size <= 1000 for one in tmp_path.iterdir())
+    text = "".join((tmp_path / name).read_text() for name in reversed(found))
+    assert [one[-3:] for one in text.splitlines()] == [f"{i:03}" for i in range(150 - text.count("\n"), 150)]
+
+
+def test_a_file_that_cannot_be_renamed_grows_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("larpixdaq.log.MOST_BYTES", 1000)
+    (tmp_path / "log.txt.new").mkdir()
+    file = LogFile(tmp_path / "log.txt")
+    file.take(Sender(*from_("board", 1)))
+    for _ in range(2):
+        file.take(Sender(*from_("board", 20)))
+    file.close()
+    assert (tmp_path / "log.txt").read_text().count("\n") == 41
+    assert "cannot be renamed: Is a directory" in caplog.text
+    file = LogFile(Path("/dev/null"))
+    file.take(Sender(*from_("board", 100)))
+    file.close()
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_flood_on_stderr_is_cut(monkeypatch, capsys):
+    monkeypatch.setattr("larpixdaq.signals._STDERR_BURST", 1000)
+    monkeypatch.setattr("larpixdaq.signals._STDERR_RATE", 0)
+
+    def flood():
+        for i in range(500):
+            logging.getLogger("larpixdaq.test").warning("line %d", i)
+
+    assert run_main(flood) == 0
+    text = capsys.readouterr().err
+    written = text.count("WARNING: line")
+    assert 10 < written < 100
+    assert text.endswith(f"WARNING: {500 - written} lines were not written: too many\n")
+
+
+def test_many_names_share_what_all_may_write():
+    throttle = Throttle(10, 100, shares=3, clock=lambda: 0.0)
+    assert sum(throttle.passes(f"name {i}", 100) for i in range(10_000)) == 3
+    assert len(throttle.told()) <= 257
+    assert throttle.told() == []
+    assert throttle.held == 9997
+
+
+def test_an_allowance_grows_again():
+    now = [0.0]
+    throttle = Throttle(10, 100, shares=2, clock=lambda: now[0])
+    assert [throttle.passes("a", 60) for _ in range(2)] == [True, False]
+    assert throttle.passes("b", 60)
+    now[0] = 2.0
+    assert [throttle.passes("a", 60) for _ in range(2)] == [True, False]
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
