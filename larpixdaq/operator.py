@@ -36,7 +36,7 @@ class Operator(Hardware):
     Every method sends its request at once and returns a Request: iterate over it to see acknowledgement, progress and
     result as they come, call `.result(timeout)` for the value, or `.readable(timeout)` for text. Looking needs nothing;
     changing needs control, which the first Operator who changes something gets, and keeps until close(), or 5 s after
-    it has vanished.
+    it has vanished. A request that fails and that nobody looks at says so on stderr.
     """
 
     def __init__(self, core: str = config.LOOPBACK, *, name: str | None = None, timeout: float = NO_CORE) -> None:

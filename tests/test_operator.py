@@ -1,6 +1,8 @@
 """The Operator: requests as generators, waiting, IPython, Ctrl-C, and cores that are not there."""
 
+import contextlib
 import gc
+import re
 import signal
 import sys
 import threading
@@ -77,6 +79,63 @@ def test_a_failed_request_cannot_be_passed_over():
     for _ in range(2):
         with pytest.raises(RequestError, match="it broke"):
             request.result()
+
+
+NOBODY = "larpixdaq: test failed and nobody looked at it: RequestError: it broke (.result() waits and raises)\n"
+
+
+def test_an_error_that_nobody_looks_at_is_told_when_the_request_is_dropped(capsys):
+    fed(*ENDED_WELL)
+    assert capsys.readouterr().err == ""
+    request = fed(Response("ack"), Response("error", text="it broke", error=RequestError("it broke\nand how")))
+    assert (request.done, next(request).kind) == (True, "ack")
+    assert capsys.readouterr().err == ""
+    del request
+    assert capsys.readouterr().err == NOBODY
+
+
+@pytest.mark.parametrize("look", [list, repr, Request.result, Request.readable, lambda it: it.latest, shown])
+def test_an_error_that_was_seen_is_not_told_again(look, capsys):
+    with contextlib.suppress(RequestError):
+        look(fed(*ENDED_ILL))
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_that_comes_when_nobody_holds_the_request_is_told(running, operator, capsys):
+    operator.begin_run()
+    said = []
+    until(lambda: said.append(capsys.readouterr().err) or "".join(said), "the error of begin_run")
+    assert re.fullmatch(r"larpixdaq: begin_run failed and nobody looked at it: StateError: .+\n", "".join(said))
+
+
+def test_at_exit_errors_that_nobody_looked_at_are_told(tmp_path, running):
+    script = tmp_path / "hasty.py"
+    script.write_text(
+        f"from larpixdaq.operator import Operator\no = Operator({running.address!r})\n"
+        "kept = o.begin_run()\nseen = o.begin_run()\no.state().result(5)\nrepr(seen)\no.end_run()\n"
+    )
+    with Process("hasty", directory=tmp_path, env={"PYTHONPATH": ":".join([str(tmp_path), *sys.path])}) as process:
+        assert process.wait() == 0, process.stderr
+    lines = sorted(process.stderr.splitlines())
+    assert [line.split(" failed and nobody")[0] for line in lines] == ["larpixdaq: begin_run", "larpixdaq: end_run"]
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        lambda it: it["condition"],
+        lambda it: "condition" in it,
+        lambda it: it == "STOP",
+        lambda it: it != {},
+    ],
+)
+def test_what_is_asked_of_the_result_says_how_to_get_it(misuse):
+    request = fed(*ENDED_WELL)
+    with pytest.raises(TypeError, match=r"^test: .*\.result\(\)"):
+        misuse(request)
+    assert request in [fed(), request], "Requests are compared as objects"
+    assert len({request, fed()}) == 2
+    assert len(list(request)) == 3
 
 
 def test_it_is_a_generator():

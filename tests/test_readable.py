@@ -1,7 +1,11 @@
 """Answers as people read them: tables, times, and the words of `larpixdaq status`."""
 
 import numpy as np
+import pytest
+from actors import storage
+from processes import until
 
+from larpixdaq.cli import main
 from larpixdaq.control import space, words
 from larpixdaq.control.readable import SHOWN, readable
 from larpixdaq.control.requests import Request, Response
@@ -162,6 +166,32 @@ FULL = {
 
 
 FAILING = {"on_close": "--on-close: copy a.h5: ended with status 1: no such host", "on_close_failed": 2}
+
+
+@pytest.mark.parametrize(
+    ("run", "change", "wrong"),
+    [
+        (None, {}, False),
+        ({"missing": []}, {"status": {"paused": ""}}, False),
+        ({"missing": ["Offline storage"]}, {}, True),
+        (None, {"alive": False}, True),
+        (None, {"status": {"paused": "no space left on /data"}}, True),
+    ],
+    ids=["no run", "well", "missing", "lost", "paused"],
+)
+def test_what_needs_attention(run, change, wrong):
+    components = [component("Log", "log", {}, {}), component("Offline storage", "storage", {}, {}) | change]
+    assert words.needs_attention({"run": run, "components": components}) is wrong
+
+
+def test_status_exits_with_1_when_something_needs_attention(running, capsys):
+    status = ["status", "--core", running.address]
+    with storage(running.address).running() as store:
+        assert (main(status), main([*status, "--json"])) == (0, 0)
+        store.status = {"paused": "no space left on /data"}
+        until(lambda: main(status) == 1, "the pause to be seen")
+        assert "PAUSED: Offline storage" in capsys.readouterr().out
+        assert main([*status, "--json"]) == 1
 
 
 def test_what_nobody_may_overlook_in_the_status():

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from larpixdaq import config
-from larpixdaq.control.words import lines
+from larpixdaq.control.words import lines, needs_attention
 from larpixdaq.errors import printable
 from larpixdaq.operator import Operator
 
@@ -19,7 +19,8 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "status",
         help="the run, and every component",
-        description="Shows the run state, who has control, the last run, and what every component says of itself.",
+        description="Shows the run state, who has control, the last run, and what every component says of itself. "
+        "Exits with 1 when a component is LOST or PAUSED, or MISSING in the run.",
     )
     config.add_core_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -31,8 +32,8 @@ def status(options: argparse.Namespace) -> int:
         found = operator.status().result(timeout=5)
     if options.json:
         print(json.dumps(found))
-        return 0
-    console = Console(highlight=False, soft_wrap=True)
-    for line in lines(found):
-        console.print(escape(printable(line)))
-    return 0
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for line in lines(found):
+            console.print(escape(printable(line)))
+    return 1 if needs_attention(found) else 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import sys
 import threading
 import time
 import weakref
@@ -53,12 +55,48 @@ class Response:
         return " ".join(parts)
 
 
+class _Outcome:
+    """The error of one request. Says so on stderr when the Request is gone, or Python ends, and nobody has seen it."""
+
+    def __init__(self, action: str) -> None:
+        self._action = action
+        self._error: LarpixDaqError | None = None
+        self._dropped = False
+        self._unseen = [True]  # whoever takes it out tells; threads and the garbage collector may come together
+
+    def fail(self, error: LarpixDaqError) -> None:
+        self._error = error
+        self._tell()
+
+    def see(self) -> None:
+        self._unseen.clear()
+
+    def drop(self) -> None:
+        """Nobody can look at it any more."""
+        self._dropped = True
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._error is None or not self._dropped:
+            return
+        with contextlib.suppress(Exception):  # it was seen; or there is no stderr any more
+            self._unseen.pop()
+            said = (str(self._error).splitlines() or [""])[0]
+            print(
+                f"larpixdaq: {self._action} failed and nobody looked at it: {type(self._error).__name__}: {said} "
+                "(.result() waits and raises)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
 class Request(Generator[Response, None, Any]):
     """What came of a request so far, and what is still to come.
 
     Iterating gives each Response as it comes and ends with the result (the last one; StopIteration carries its value).
     A request that fails gives its error last and then raises it. `result()` waits for the end and returns the value, as
-    often as wanted. Dropping a Request stops listening; it never cancels.
+    often as wanted. Dropping a Request stops listening; it never cancels. An error that nobody has seen is written to
+    stderr when the Request is dropped, or at exit.
     """
 
     def __init__(self, action: str, unheard: Callable[[], float], words: Callable[[Any], str] | None = None) -> None:
@@ -71,6 +109,8 @@ class Request(Generator[Response, None, Any]):
         self._latest: Response | None = None
         self._final: Response | None = None
         self._closed = False
+        self.outcome = _Outcome(action)
+        weakref.finalize(self, self.outcome.drop)
 
     @property
     def done(self) -> bool:
@@ -80,7 +120,7 @@ class Request(Generator[Response, None, Any]):
     @property
     def latest(self) -> Response | None:
         """The last Response that came, None before the first."""
-        return self._latest
+        return self._look(self._latest)
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the result and return its value. Raises what the request failed with; RequestTimeout after `timeout`
@@ -90,6 +130,7 @@ class Request(Generator[Response, None, Any]):
             while self._final is None:
                 self._wait(limit, timeout)
             final = self._final
+        self._look(final)
         if final.error is not None:
             raise final.error
         return final.value
@@ -106,9 +147,12 @@ class Request(Generator[Response, None, Any]):
             if self._closed:
                 raise StopIteration
             if self._waiting:
-                return self._waiting.popleft()
+                response = self._waiting.popleft()
+                self._look(response)
+                return response
             self._closed = True
             final = self._final
+        self._look(final)
         if final is not None and final.error is not None:
             raise final.error
         raise StopIteration(final.value if final is not None else None)
@@ -143,9 +187,36 @@ class Request(Generator[Response, None, Any]):
             if response.kind in ("result", "error"):
                 self._final = response
             self._changed.notify_all()
+        if response.error is not None:
+            self.outcome.fail(response.error)
+
+    def _look(self, response: Response | None) -> Response | None:
+        """Somebody sees this one."""
+        if response is not None and response.error is not None:
+            self.outcome.see()
+        return response
 
     def __repr__(self) -> str:
-        return f"<Request {self.action}: {self._latest if self._latest is not None else 'nothing came yet'}>"
+        latest = self.latest
+        return f"<Request {self.action}: {latest if latest is not None else 'nothing came yet'}>"
+
+    # What would be asked of the result, and not of the Request, says how to get it.
+
+    def __getitem__(self, key: object) -> Any:
+        raise self._no_result(f"[{key!r:.40}]")
+
+    def __contains__(self, item: object) -> bool:
+        raise self._no_result(f" before `{item!r:.40} in` it")
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Request):
+            return self is other
+        raise self._no_result(f" == {other!r:.40}")
+
+    __hash__ = object.__hash__
+
+    def _no_result(self, use: str) -> TypeError:
+        return TypeError(f"{self.action}: a Request is not its result yet; wait for it: .result(){use}")
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """What IPython shows: the result if it comes within 5 s, else what came last. Nothing is consumed."""
@@ -166,12 +237,13 @@ class Request(Generator[Response, None, Any]):
 class _Sent:
     message: messages.Request
     request: weakref.ref[Request]
+    outcome: _Outcome
     next: float
     acknowledged: bool = False
 
 
 class Connection:
-    """All requests of one Operator. It knows Requests only as long as somebody holds them."""
+    """All requests of one Operator. Requests that nobody holds any more are only told of on stderr, if they fail."""
 
     def __init__(self, core: str, name: str) -> None:
         self.name = name
@@ -219,15 +291,15 @@ class Connection:
             number = f"{self._instance[:16]}-{self._next_id}"
             message = messages.Request(request=number, action=action, params=params, component=component, kind=kind)
             messages.pack(message)  # what cannot travel is the caller's mistake, and is told at once
-            self._sent[number] = _Sent(message, weakref.ref(request), time.monotonic() + _AGAIN)
+            self._sent[number] = _Sent(message, weakref.ref(request), request.outcome, time.monotonic() + _AGAIN)
         self.link.send(message)
         return request
 
     def close(self) -> None:
         self._closed = True
         self.link.close()
-        error = NoCore("this Operator is closed")
-        for number in list(self._sent):
+        for number, sent in list(self._sent.items()):
+            error = NoCore(f"{sent.message.action}: this Operator was closed before the result came")
             self._give(number, Response("error", "", str(error), error=error))
 
     # In the link's thread.
@@ -280,9 +352,11 @@ class Connection:
         request = sent.request() if sent is not None else None
         if request is not None:
             request.take(response)
+        elif sent is not None and response.error is not None:
+            sent.outcome.fail(response.error)
 
     def _turn(self) -> bool:
-        """Answers and requests may be lost with a connection: ask again. What nobody waits for is forgotten."""
+        """Answers and requests may be lost with a connection: ask again, also for dropped Requests, which may fail."""
         if self.link.unheard() > NO_CORE:
             for message in self.link.withdraw():
                 sent = self._sent.get(message.request)
@@ -291,11 +365,8 @@ class Connection:
                     self._give(message.request, Response("error", "", str(error), error=error))
             return True
         now = time.monotonic()
-        for number, sent in list(self._sent.items()):
-            if sent.acknowledged and sent.request() is None:
-                with self._guard:
-                    self._sent.pop(number, None)
-            elif now >= sent.next and self.link.unheard() < 2 * HEARTBEAT:
+        for sent in list(self._sent.values()):
+            if now >= sent.next and self.link.unheard() < 2 * HEARTBEAT:
                 sent.next = now + (_ASK if sent.acknowledged else _AGAIN)
                 sent.message.again = sent.acknowledged
                 self.link.send(sent.message)

@@ -35,6 +35,14 @@ def lines(found: Facts) -> list[str]:
     return shown
 
 
+def needs_attention(found: Facts) -> bool:
+    """Whether a component is LOST or PAUSED, or MISSING in the run."""
+    parts = found["components"]
+    return bool((found.get("run") or {}).get("missing")) or any(
+        not component["alive"] or component["status"].get("paused") for component in parts
+    )
+
+
 def _words(component: Facts) -> str:
     facts = component["status"]
     try:
