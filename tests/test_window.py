@@ -137,6 +137,26 @@ def test_a_measurement_without_its_marks_is_made_again_or_fails(lost, seed, late
         assert counted.tolist() == [number % 256 for number in range(begin, end)]
 
 
+@given(
+    start=st.floats(0, 1000),
+    seconds=st.floats(0.05, 300),
+    asked=st.lists(st.floats(0, 0.1), min_size=4, max_size=4),
+    period=st.sampled_from([10_000_000, 1 << 32, None]),
+)
+def test_the_boards_clock_tells_the_time_between_marks_when_asking_takes_long(start, seconds, asked, period):
+    """`asked`: how long before each mark it was asked for, and how long after it the board has said so."""
+    marks = start, start + seconds
+    began, ended = (
+        (mark - before, mark + after) for mark, before, after in zip(marks, asked[::2], asked[1::2], strict=True)
+    )
+    stamps = tuple(int(mark * 1e7) % period if period else 0 for mark in marks)
+    found = window.elapsed(began, ended, {0x101: stamps, 0x102: ()})
+    if period:
+        assert found == pytest.approx(seconds, abs=1e-6)
+    else:  # a board without a clock
+        assert abs(found - seconds) <= sum(asked) + window._ANSWER
+
+
 def test_an_io_channel_without_answers_is_named_and_any_chip_of_it_may_answer():
     io = FakeIO([1, 2], silent={"1-1-11", "2-1-11"})
     with pytest.raises(RequestError, match=r"^io_channel 1-1, 2-1: not measured, .* \(3 attempts"):

@@ -23,7 +23,7 @@ SETTLE: Final = 0.05
 #: Seconds between two looks at what has come.
 _LOOK: Final = 0.02
 #: Seconds that each attempt at a measurement waits for the answers that mark it.
-_PATIENCE: Final = (0.5, 1.0, 2.0, 4.0)
+_PATIENCE: Final = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 #: A data packet with the right parity; `chip` is a place in the list of chips asked for. `trigger` is what made it:
 #: NATURAL (also of all hits of v1 chips, which do not say it), EXTERNAL, CROSS or PERIODIC.

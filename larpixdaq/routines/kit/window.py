@@ -8,8 +8,9 @@ its io_channels says so, and is worth nothing.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +24,10 @@ _READS: Final = 3
 #: Marks until the same registers are asked for again, so that a late answer is not taken for that of a later mark. v1
 #: chips have 63 registers.
 _MARKS: Final = 21
+#: Seconds within which a chip answers what its board has sent.
+_ANSWER: Final = 0.002
+#: Of the boards' clocks a second.
+TICKS: Final = 10_000_000
 #: Seconds between two looks at what has come.
 _LOOK: Final = 0.01
 
@@ -57,6 +62,7 @@ class Window:
         self._within = np.zeros(1 << 16, np.bool_)  # by io_group << 8 | io_channel
         self._asked: dict[int, set[int]] = {}  # by the same, chips whose answer is a mark
         self._registers: list[int] = []
+        self._stamps: dict[int, tuple[int, ...]] = dict.fromkeys(self._chips, ())  # of the last two marks
         self._rows = 0
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
@@ -75,16 +81,16 @@ class Window:
         rows, left_out = self._rows, self._io.left_out
         if self._act is not None:
             self._act()
-        while (left := began + self.seconds - time.monotonic()) > 0:
+        while (left := began[1] + self.seconds - time.monotonic()) > 0:
             time.sleep(min(_LOOK, left))
             yield from self._come()
         ended = yield from self._mark(mine, begin=False)
         rows, self.left_out = self._rows - rows, self._io.left_out - left_out
-        self.seconds = (ended - began) * (rows / (rows + self.left_out) if rows else 1.0)
+        self.seconds = elapsed(began, ended, self._stamps) * (rows / (rows + self.left_out) if rows else 1.0)
 
     def _mark(self, chips: dict[int, list[str]], *, begin: bool) -> Any:
-        """Ask these chips, by io_channel, and wait for an answer on each io_channel. Returns when they were asked
-        (monotonic seconds); `unmarked` and `_asked` are then those without an answer."""
+        """Ask these chips, by io_channel, and wait for an answer on each io_channel. Returns the moments (monotonic
+        seconds) between which they were asked; `unmarked` and `_asked` are then those without an answer."""
         self._io.marked = (self._io.marked + 1) % _MARKS
         self._registers = list(range(self._io.marked * _READS, (self._io.marked + 1) * _READS))
         self._asked = {line: {_number(chip) for chip in each} for line, each in chips.items()}
@@ -100,7 +106,7 @@ class Window:
         for line in self._asked:
             self._io.marks.pop(line, None)
         self.unmarked = [(line >> 8, line & 0xFF) for line in self._asked]
-        return (before + after) / 2  # the board has taken the words in between
+        return before, after
 
     def _come(self) -> Iterator[NDArray[Any]]:
         pieces = self._io.take_rows()
@@ -119,10 +125,31 @@ class Window:
             if chip in self._asked.get(line, ()):
                 del self._asked[line]
                 self._io.marks[line] = "-".join(map(str, (chip >> 16, chip >> 8 & 0xFF, chip & 0xFF)))
+                if "receipt_timestamp" in (rows.dtype.names or ()):
+                    self._stamps[line] = *self._stamps[line][-1:], int(rows["receipt_timestamp"][at])
                 self._within[line] = self._begin
                 keep[at:][lines[at:] == line] = self._begin
                 keep[at] = False
         return rows[keep]
+
+
+def elapsed(began: tuple[float, float], ended: tuple[float, float], stamps: Mapping[int, tuple[int, ...]]) -> float:
+    """Seconds between two marks, each made between two moments of this computer's clock.
+
+    How long asking takes, on a computer that is busy, does not count if the boards' clocks say better: `stamps` are
+    the receipt timestamps of both answers on each io_channel, in ticks that start anew every second, or after 2^32. A
+    board that says what cannot be, or has no clock, is not believed.
+    """
+    shortest, longest = ended[0] - began[1], ended[1] - began[0]
+    middle = (shortest + longest) / 2
+    found = []
+    for first, last in (pair for pair in stamps.values() if len(pair) == 2):
+        ticks = last - first
+        seconds = (ticks / TICKS, (ticks + (1 << 32)) / TICKS, ticks / TICKS + round(middle - ticks / TICKS))
+        nearest = min(seconds, key=lambda each: abs(each - middle))
+        if shortest - _ANSWER <= nearest <= longest + _ANSWER:
+            found.append(nearest)
+    return statistics.median(found) if found else middle
 
 
 def _number(chip: str) -> int:
