@@ -172,8 +172,6 @@ class Detector:
             from larpixdaq.chips.io import StreamIO
 
             controller.io = StreamIO(link, self.registers)
-        if controller.io is not None:
-            controller.io.marks.clear()  # other chips may answer by now
         if self.registers.version is None:
             return controller
         for key in self._index:
