@@ -5,7 +5,7 @@ import pytest
 from actors import storage
 from processes import until
 
-from larpixdaq.cli import main
+from larpixdaq.cli import demo, main
 from larpixdaq.control import space, words
 from larpixdaq.control.readable import SHOWN, readable
 from larpixdaq.control.requests import Request, Response
@@ -156,6 +156,23 @@ def test_what_no_storage_has_said_is_not_called_none():
     assert words.lines({"state": "STOP", "last_run": last, "components": []})[1] == (
         "last run: 3 INTERRUPTED, number of rows stored unknown; disk: has not reported"
     )
+
+
+def test_the_demo_shows_texts_as_they_are(capsys):
+    missing = 'no picture of the rates: it needs pip install "larpix-daq[plot]"'
+    outcome = {
+        "io_groups": {1: {"sent": 5, "stored": 5}}, "packets_per_second": 5, "seconds": 1.0, "lost": 0, "run": 1,
+        "condition": "COMPLETE", "verified": True, "reasons": [], "files": ["/data [1]/a.h5"],
+    }  # fmt: skip
+    demo._show(outcome, demo._console(quiet=False))
+    assert capsys.readouterr().out.endswith("file: /data [1]/a.h5\n")
+    told = {
+        "seconds": 9.0, "within": 5, "live": 6, "low_hz": 2.0, "high_hz": 20.0, "registers": 256, "registers_ok": True,
+        "hot_found": 1, "hot_planted": 1, "dead_found": 1, "dead_planted": 1, "disabled": 1, "saturated_after": [],
+        "report": ["/data [1]/a.json"], "no_picture": missing, "truth": "/data [1]/truth.json",
+    }  # fmt: skip
+    demo._show(outcome | {"calibration": told}, demo._console(quiet=False))
+    assert f"report: /data [1]/a.json\n{missing}\n" in capsys.readouterr().out
 
 
 FULL = {

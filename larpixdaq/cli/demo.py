@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
         options.wrong_usage(f"--rate: expected 10 to 1e9 packets/s for each board, found {each:g}")
     if not options.output_dir.is_dir():
         raise FileError(f"--output-dir {options.output_dir}: no such directory")
-    console = Console(quiet=options.json, highlight=False, soft_wrap=True)
+    console = _console(quiet=options.json)
     with tempfile.TemporaryDirectory(prefix="larpixdaq-demo-") as folder:
         state = Path(folder)
         try:
@@ -190,6 +190,11 @@ def _judge(sent: dict[str, Any], ended: dict[str, Any], seconds: float) -> dict[
         "verified": not reasons,
         "reasons": reasons + ended["reasons"],
     }
+
+
+def _console(*, quiet: bool) -> Console:
+    """For texts as they are: paths may hold brackets."""
+    return Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
 
 
 def _show(outcome: dict[str, Any], console: Console) -> None:
