@@ -2,8 +2,8 @@
 
 `python tests/killing.py --kills 500 --seed 1` prints what happened as one JSON line and ends with 1 when anything was
 lost, doubled or found wrong. Each trial forks a writer that writes runs through RunFile as fast as it can: blocks of
-any size, journal, rotation, ends, one run after the other. It tells over a pipe what is durable, and dies in one of
-these ways:
+any size, journal, rotation, ends, rows shown to readers, one run after the other. It tells over a pipe what is durable,
+and dies in one of these ways:
 
 - acknowledged: SIGKILL from outside, some microseconds after so many acknowledgements;
 - clock: at a random time; a timer's signal, which has its default effect, ends it like SIGKILL, also within C code;
@@ -38,7 +38,7 @@ from filling import Feed, random_rows, run_info
 
 from larpixdaq import blocks, schema
 from larpixdaq.blocks import Source
-from larpixdaq.files import batch, layout, names, superblock
+from larpixdaq.files import batch, layout, names, superblock, writer
 from larpixdaq.files.batch import Batch
 from larpixdaq.files.journal import records
 from larpixdaq.files.positions import positions
@@ -117,6 +117,8 @@ class Writer:
         self._rng = random.Random(seed)
 
     def write(self) -> None:
+        if self._rng.random() < 0.5:
+            writer.SHOWN = 0.0  # rows are shown to readers each time, not every few seconds
         for run in range(1, 4):
             self._run(run)
 

@@ -25,6 +25,7 @@ from larpixdaq.files.info import info
 from larpixdaq.files.journal import records
 from larpixdaq.files.positions import positions
 from larpixdaq.files.reader import DataFile
+from larpixdaq.files.recover import recover
 from larpixdaq.files.verify import verify
 from larpixdaq.files.writer import RunFile
 
@@ -216,6 +217,66 @@ def test_it_can_be_read_while_it_grows(tmp_path):
     assert verify(file.path).findings[0].startswith("condition RUNNING")
     file.end(feed.end())
     assert file.close().condition == "COMPLETE"
+
+
+PLAIN_READER = """
+import sys, zlib, h5py
+with h5py.File(sys.argv[1], swmr=True) as file:
+    packets, messages = file["packets"], file["messages"]
+    for line in sys.stdin:
+        packets.refresh()
+        messages.refresh()
+        rows = packets[:]
+        named = rows["counter"][rows["packet_type"] == 5]
+        print(len(rows), zlib.crc32(rows.tobytes()), len(named) == 0 or named.max() < len(messages), flush=True)
+"""
+
+
+def test_rows_can_be_read_within_five_seconds_at_any_rate(tmp_path, monkeypatch):
+    """By plain h5py in another process; and nothing else is different when the writer dies then."""
+    clock = 1000.0
+    monkeypatch.setattr(writer, "monotonic", lambda: clock)
+    feed, pool = Feed(), random_rows(np.random.default_rng(1), 16_000)
+    file = RunFile(tmp_path, run_info())
+    reader = subprocess.Popen(
+        [sys.executable, "-c", PLAIN_READER, file.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    forms = set()
+    try:
+        file.add(*feed.info("Beginning run, " * 10))
+        for size in (1, *[300] * 70, *[6000] * 9, 16_000, 16_000, 5):
+            file.add(*feed.block(pool[:size].copy()))
+            assert file.due() is not None
+            clock += 4.5
+            file.work()
+            file.work()
+            assert file.due() is None
+            reader.stdin.write(b"\n")
+            rows, crc, named = wait_for_line(reader).split()
+            given = np.concatenate(feed.rows)
+            given["counter"][given["packet_type"] == 5] = np.arange(3)
+            assert (int(rows), int(crc), named) == (len(given), zlib.crc32(given.tobytes()), "True")
+            packets = file._file["packets"].id
+            forms.add(packets.get_chunk_info(packets.get_num_chunks() - 1).filter_mask)
+    finally:
+        reader.stdin.close()
+        reader.wait(20)
+        reader.stdout.close()
+    assert forms == {0, 0b11}
+    (tmp_path / "killed").mkdir()
+    for path in tmp_path.glob("*.h5.*"):
+        (tmp_path / "killed" / path.name).write_bytes(path.read_bytes())
+    found = recover(tmp_path / "killed" / file.path.name)
+    assert (found.rows, found.cut) == (len(given), 0)
+    file.end(feed.end())
+    for path in (found.path, file.close().path):
+        assert verify(path).rows == len(given)
+        with h5py.File(path) as plain:
+            assert np.array_equal(plain["packets"][:], given)
+            kept = [plain["packets"].id.get_chunk_info(i) for i in range(plain["packets"].id.get_num_chunks())]
+        assert {one.filter_mask for one in kept} == {0}
+        # At most 41 bytes a row are left behind.
+        assert path.stat().st_size < sum(one.size for one in kept) + 41 * len(given) + 200_000
 
 
 WRITER = """

@@ -236,4 +236,5 @@ def test_what_comes_outside_of_runs_is_in_the_next_ledger(line: System) -> None:
     ended = operator.end_run().result(LIMIT)
     with h5py.File(ended["files"][0], "r") as file:
         outside = file["ledger/outside"][:]
+    until(lambda: line.status_of(operator, "producer").get("counted_run") == ended["run"], "the counts of the run")
     assert outside["packets"].sum() > 1000

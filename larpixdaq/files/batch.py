@@ -15,6 +15,12 @@ from larpixdaq._native.chunks import Packer
 #: Rows that are written at once, in chunks of schema.CHUNK_ROWS: two flushes a batch, not two a chunk.
 BATCH_ROWS: Final = 4 * schema.CHUNK_ROWS
 _BESIDE: Final = BATCH_ROWS // schema.CHUNK_ROWS - 1
+#: Bits of HDF5's filter mask: a chunk that is neither shuffled nor deflated.
+_PLAIN: Final = 0b11
+#: A chunk that grows by fewer rows from one show() to the next takes less room plainly than packed anew each time ...
+_FEW: Final = schema.CHUNK_ROWS // 8
+#: ... unless the run is short: so not before the packed ones have taken this share of a plain chunk.
+_SHARE: Final = 1 / 8
 
 
 class Batch:
@@ -27,7 +33,10 @@ class Batch:
     def __init__(self, packets: Any, itemsize: int) -> None:
         self.rows = 0
         self.base = 0
-        self._left = -1, 0  # the chunk that another writer has left and that is written anew: first row, size
+        self._left = -1, 0  # a chunk that is in the file and is written anew: first row, size
+        self._whole = 0  # chunks of the batch that are in the file as they stay
+        self._seen = 0  # rows of the batch that show() has written
+        self._spent = 0  # bytes that show() has written of its last chunk
         self._packets = packets
         self._size = itemsize
         self._now = np.zeros((BATCH_ROWS, itemsize), np.uint8)
@@ -80,19 +89,59 @@ class Batch:
 
     def write(self) -> int:
         """Write the rows of the batch, the last one of a file perhaps partly filled; return the row behind them."""
+        filled = self._fill_up()
+        self._write_chunks(-(-filled // schema.CHUNK_ROWS))
+        self._packed.clear()
+        self._whole = self._seen = 0
+        return self.base + filled
+
+    def show(self) -> None:
+        """Write the rows of the batch so far for readers of the growing file; write() writes the last chunk anew.
+
+        Each time a packed chunk takes another place in the file, so that nobody reads half of it, and the place before
+        is lost. A chunk that fills up slowly is written plainly instead, and then again in place: rows that are there
+        already do not change.
+        """
+        filled = self._fill_up()
+        new, self._seen = filled - self._seen, filled
+        self._write_chunks(filled // schema.CHUNK_ROWS)
+        if not filled % schema.CHUNK_ROWS:
+            return
+        first, chunk = self.base + self._whole * schema.CHUNK_ROWS, self._chunk(self._whole)
+        plain = self._left == (first, len(chunk))
+        if not plain:
+            packed = self._here.pack(chunk)
+            self._spent += len(packed)
+            plain = new < _FEW and self._spent > _SHARE * len(chunk)
+        if plain:
+            self._packets.id.write_direct_chunk((first,), chunk, filter_mask=_PLAIN)
+            self._left = first, len(chunk)
+        else:
+            self._place(self._whole, packed)
+
+    def _fill_up(self) -> int:
+        """Make room in the file for the rows of the batch, with zeros to the end of the last chunk; how many rows."""
         filled = min(self.rows - self.base, BATCH_ROWS)
         self._packets.resize((self.base + filled,))
         self._now[filled : -(-filled // schema.CHUNK_ROWS) * schema.CHUNK_ROWS] = 0
-        others = [self._here.pack(self._chunk(at)) for at in range(len(self._packed), -(-filled // schema.CHUNK_ROWS))]
-        for at, packed in enumerate([*(one.result() for one in self._packed), *others]):
-            first = self.base + at * schema.CHUNK_ROWS
-            if (first, len(packed)) == self._left:
-                # HDF5 would write it in place, and a kill in the midst of that would tear rows that were acknowledged.
-                # Of another size it gets a place of its own first; what follows the end of deflated data is not read.
-                packed += b"\0"
-            self._packets.id.write_direct_chunk((first,), packed)
-        self._packed.clear()
-        return self.base + filled
+        return filled
+
+    def _write_chunks(self, stop: int) -> None:
+        """Write the chunks of the batch before this one that are not in the file as they stay."""
+        for at in range(self._whole, stop):
+            packed = self._packed[at].result() if at < len(self._packed) else self._here.pack(self._chunk(at))
+            self._place(at, packed)
+            self._spent = 0
+        self._whole = max(self._whole, stop)
+
+    def _place(self, at: int, packed: bytes) -> None:
+        first = self.base + at * schema.CHUNK_ROWS
+        if (first, len(packed)) == self._left:
+            # HDF5 would write it in place, and a kill in the midst of that would tear rows that were acknowledged.
+            # Of another size it gets a place of its own first; what follows the end of deflated data is not read.
+            packed += b"\0"
+        self._packets.id.write_direct_chunk((first,), packed)
+        self._left = first, len(packed)
 
     def _chunk(self, at: int) -> NDArray[np.uint8]:
         """The bytes of the batch's chunk of this number."""

@@ -249,14 +249,16 @@ def _finish(taken: _Taken, state: State) -> Recovered:
     file = RunFile.resume(part, taken.journal, opening.told(state.info, state.texts), state)
     try:
         added = _add(file, taken.contents.records)
-        told = f"{int(time.time())}: its writer died; {added} blocks from the journal, {state.cut} rows of no block cut"
+        # Rows that were shown to readers before their batch was full are the journal's.
+        cut = max(0, state.cut - (file.rows - state.rows))
+        told = f"{int(time.time())}: its writer died; {added} blocks from the journal, {cut} rows of no block cut"
         report = file.close(owed=state.owed, texts={"recovered": told})
     except (ProtocolError, ValueError) as error:
         raise FileError(f"cannot recover {part}: {error}") from None
     finally:
         file.abandon()
     done = report.path, file.info.run, report.rows, report.condition, report.reasons
-    return Recovered(part, *done, added, state.cut, state.damaged)
+    return Recovered(part, *done, added, cut, state.damaged)
 
 
 def _add(file: RunFile, kept: Iterable[Record]) -> int:

@@ -97,8 +97,7 @@ class Tables:
                 self._write_end(frame, account)
                 continue
             self.append("ledger/gaps", account.gaps(frame))
-            if held.message is not None:
-                self._message(frame.text or "", held.message)
+            self.message(held)
             if frame.configs is not None:
                 self.configs(configs.rows(frame, account.index))
             place = (frame.sequence, held.start, frame.rows, frame.crc32)
@@ -144,9 +143,14 @@ class Tables:
             "configs", configs.as_larpix_control(rows[configs.fitting(rows, self._asic)], self._dtypes["configs"])
         )
 
-    def _message(self, text: str, message: Message) -> None:
-        parts = blocks.text_pieces(text, layout.MESSAGE_BYTES)
-        self.append("messages", [(part, message.seconds, message.first + i) for i, part in enumerate(parts)])
+    def message(self, held: Held) -> None:
+        """The text of an INFO message, if the block is one and its text is not there yet."""
+        if held.message is None or held.message.first < self._tables["messages"].shape[0]:
+            return
+        assert isinstance(held.frame, blocks.Block)
+        parts = blocks.text_pieces(held.frame.text or "", layout.MESSAGE_BYTES)
+        first, seconds = held.message
+        self.append("messages", [(part, seconds, first + i) for i, part in enumerate(parts)])
 
     def set_owed(self, account: Account, owed: int) -> None:
         """Bring the ledger of a source up to date at the close: one without an end, or one that still owes rows."""

@@ -2,6 +2,8 @@
 
 Rows are collected in batches. A full batch is written to /packets; then come the rows of /run/blocks for the blocks
 that ended in it; then the journal is emptied. A block that has waited WAIT seconds for that goes to the journal, whole.
+Every SHOWN seconds the rows that have come meanwhile are written to /packets as well, for readers of the growing file.
+These rows are for display only: no block of /run/blocks has them yet, so a recovery cuts them and takes the journal's.
 So a block below `durable` is in /run/blocks or in the journal, and survives the death of this process; a power cut it
 survives from publish() on, which syncs, or, with `fsync`, from the moment it is below `durable`.
 """
@@ -38,6 +40,8 @@ from larpixdaq.private_files import in_place
 
 #: A block waits at most this long, in seconds, for its batch to fill up.
 WAIT: Final = 0.020
+#: Seconds between two times that the rows of a batch that is not full are shown.
+SHOWN: Final = 4.0
 
 
 class Report(NamedTuple):
@@ -143,6 +147,8 @@ class RunFile:
         self._held: deque[Held] = deque()
         self._journaled = 0  # of the held ones, the first so many are in the journal
         self._oldest = 0.0  # monotonic time at which the first of the others came
+        self._shown = 0  # rows that readers of the file can see
+        self._shown_at = monotonic()  # time at which these were written
         self._missing: list[tuple[int, ...]] = []
         self._messages = 0
         self._damaged: list[str] = []  # of a resumed file: what is not as it was written
@@ -291,18 +297,30 @@ class RunFile:
 
     def due(self) -> float | None:
         """The time.monotonic() at which work() must be called; None: not before something comes."""
-        return self._oldest + WAIT if len(self._held) > self._journaled else None
+        if len(self._held) > self._journaled:
+            return self._oldest + WAIT
+        return self._shown_at + SHOWN if self.rows > self._shown else None
 
     def work(self, *, pressed: bool = False) -> None:
-        """Journal what has waited for WAIT; with `pressed` (half the stream's window is used) all that waits."""
+        """Journal what has waited for WAIT; with `pressed` (half the stream's window is used) all that waits. Then show
+        rows, when that is due."""
         self._usable()
-        due = self.due()
-        if due is not None and (pressed or monotonic() >= due):
+        if len(self._held) > self._journaled and (pressed or monotonic() >= self._oldest + WAIT):
             waiting = [self._held[i] for i in range(self._journaled, len(self._held))]
             records = [(blocks.pack(held.frame), self._batch.pieces(held.start, held.stop)) for held in waiting]
             self._try(lambda: self._journal.append(records))
             self._journaled = len(self._held)
             self._acknowledge(waiting)
+        if self.rows > self._shown and monotonic() >= self._shown_at + SHOWN:
+            self._try(self._show)
+
+    def _show(self) -> None:
+        for held in self._held:
+            self._tables.message(held)
+        self._flush()  # a row of a message is not seen before its text
+        self._batch.show()
+        self._flush()
+        self._shown, self._shown_at = self.rows, monotonic()
 
     def _acknowledge(self, done: Iterable[Held]) -> None:
         for held in done:
@@ -321,7 +339,8 @@ class RunFile:
         # journal yet, and waits for the next batch or its turn there like any other.
         self._journal.clear()
         self._journaled = 0
-        self._oldest = monotonic()
+        self._oldest = self._shown_at = monotonic()
+        self._shown = stop
         self._acknowledge(done)
 
     # Metadata and the close
