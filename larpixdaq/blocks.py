@@ -84,6 +84,21 @@ class Configs(msgspec.Struct, array_like=True, frozen=True):
     registers: Annotated[bytes, Meta(max_length=1 << 20)]  # packed
 
 
+class Connected(msgspec.Struct, frozen=True):
+    """One io_group of a board, or of what stands for one, as a producer reads it in a run."""
+
+    producer: Annotated[str, Meta(min_length=1, max_length=256)]
+    io_group: Annotated[int, Meta(ge=0, le=255)]
+    kind: Annotated[str, Meta(max_length=16)]  # "PACMAN", "Bern board", "serial", "IO class", or one of MADE_UP
+    address: Annotated[str, Meta(max_length=4096)]  # network address, device, class with arguments, or files
+    host: Annotated[str, Meta(max_length=256)]  # the computer on which the producer runs
+    firmware: Annotated[str, Meta(max_length=256)] = ""  # as the board says it; empty: not known
+
+
+#: Kinds of sources whose data come from no detector now.
+MADE_UP: Final = ("fake", "replay")
+
+
 # Consumer to producer
 
 

@@ -111,8 +111,11 @@ class Operator(Hardware):
 
     # Steering.
 
-    def prepare_run(self, comment: str = "", kind: str = "physics") -> Request:
-        """STOP -> READY: draws the run number, opens files. Result: {"run", "files", "warnings"}."""
+    def prepare_run(self, comment: str = "", kind: str = "") -> Request:
+        """STOP -> READY: draws the run number, opens files. Result: {"run", "files", "warnings"}.
+
+        `kind` stands in the files; by itself it is "physics", or "test" when a producer has a fake or replayed source.
+        """
         return self._core("prepare_run", comment=comment, kind=kind)
 
     def begin_run(self) -> Request:

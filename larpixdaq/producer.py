@@ -12,15 +12,17 @@ import platform
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 from numpy.typing import NDArray
 
 from larpixdaq import config, schema, sources
-from larpixdaq.blocks import UnknownWord, Verdict
+from larpixdaq.blocks import Connected, UnknownWord, Verdict
 from larpixdaq.chips import ACTIONS, Child, talk
 from larpixdaq.chips.commands import Commands
 from larpixdaq.chips.witness import Witness
@@ -32,6 +34,7 @@ from larpixdaq.node import Call, Node
 from larpixdaq.readout import FULL_AGAIN, Readout
 from larpixdaq.recorder import Recorder
 from larpixdaq.sources.base import Source
+from larpixdaq.sources.channel import Channel
 from larpixdaq.sources.evidence import Watch
 from larpixdaq.stream.address import bind, router
 from larpixdaq.takeover import totals
@@ -86,6 +89,8 @@ class Producer:
         channels = [channel for source in boards for channel in source.channels]
         self.witness = Witness(options.asic)
         self.commands = Commands(channels, asic, self.layout, self._put)
+        self._identified = [channel for channel in channels if channel.identify]
+        self._firmware: dict[str, str] = {}  # by io_group, as the boards last said
         by_group = {channel.io_group: (channel.kind, channel.revision) for channel in channels}
         told = []
         for source in boards:
@@ -119,6 +124,7 @@ class Producer:
                 "asic": options.asic,
                 "io_groups": sorted(set(io_groups)),
                 "source": "; ".join(source.name for source in boards),
+                "connected": self._connected(),
                 "versions": {
                     "larpix-daq producer": VERSION,
                     "larpix-control": metadata.version("larpix-control"),
@@ -135,6 +141,7 @@ class Producer:
     def run(self, signals: config.Signals) -> None:
         """Read, record and serve until a signal comes."""
         self.node.connect(signals=signals)
+        self._identify()
         poller, resting = zmq.Poller(), zmq.Poller()
         for descriptor in (signals, self.node, self.child):
             poller.register(descriptor.fileno(), zmq.POLLIN)
@@ -208,6 +215,7 @@ class Producer:
         self.publisher.begin(run, self.layout.code, required)
         self.readout.record(True)
         self._watch.start()
+        self._identify()
         self._told_to_end = 0
         known = self.witness.everything()
         self._put_configurations(known)
@@ -243,6 +251,24 @@ class Producer:
             return {}
         self.publisher.release(run)
         return self._finish("aborted", told=False)
+
+    def _connected(self) -> list[dict[str, Any]]:
+        """What is read here, for the run's files; firmware is in the status, since boards say it later."""
+        host = platform.node()
+        return [
+            msgspec.to_builtins(Connected(self.name, io_group, source.kind[:16], source.address[:4096], host[:256]))
+            for source in self.boards
+            for io_group in source.io_groups
+        ]
+
+    def _identify(self) -> None:
+        """Ask the boards for their firmware, which may have been changed since the last time."""
+        for channel in self._identified:
+            self.commands.ask(0, channel.io_group, channel.identify, done=partial(self._take_firmware, channel))
+
+    def _take_firmware(self, channel: Channel, number: int, answer: bytes, error: str) -> None:
+        if not error:
+            self._firmware[str(channel.io_group)] = channel.firmware(answer)
 
     def _put(self, rows: NDArray[Any], io_group: int) -> int:
         """The rows of words that are about to be sent, as far as they find their place."""
@@ -328,6 +354,7 @@ class Producer:
             "outside_run": int(self.delivery.ring.outside[:, schema.COUNTS.index("packets")].sum()),
             "verdicts": {str(io_group): verdict for io_group, verdict in sorted(self._watch.worst.items())},
             "finished": all(source.finished for source in self.boards),
+            "firmware": dict(self._firmware),
         }
 
 

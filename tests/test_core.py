@@ -151,12 +151,18 @@ def test_a_run_through_the_operator(running, operator):
             "asic_version": "2",
             "producers": ["LArPix board"],
             "versions": disk.calls[0][1]["versions"],
+            "connected": [],
+            "begun_ns": 0,
         }
+        assert disk.calls[1][1] == {"run": 42, "begun_ns": info["begun_ns"]}
         assert disk.calls[2][1] == {
             "run": 42,
             "how": "closed",
             "producers": [{"name": "LArPix board", "epoch": 7, "next": 3}],
+            "connected": [],
+            "stopped_ns": info["stopped_ns"],
         }
+        assert info["prepared"] < info["begun_ns"] / 1e9 < info["stopped_ns"] / 1e9 < info["ended"]
 
 
 def test_what_is_not_allowed_says_why(operator):

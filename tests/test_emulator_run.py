@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
+
 import numpy as np
 import zmq
 from boards import LIMIT, context, emulator
 from chip_boards import READ, WRITE, asked, board_register, powered, request, word
 from processes import until
 from system import rows_of, system
+
+from larpixdaq.files.reader import DataFile
 
 ID, DOWN, MASK, THRESHOLD = 122, 125, 131, 64
 
@@ -35,6 +39,14 @@ def test_what_chips_send_is_recorded(tmp_path):
         said = board.finish()["sent"]["1"]
         ended = operator.end_run().result(60)
         rows = np.concatenate([rows_of(path) for path in ended["files"]])
+        told = operator.run_info().result(LIMIT)
+    with DataFile(ended["files"][0]) as file:
+        board, info = file.connected(), file.run_info()
+    expected = ("PACMAN", f"tcp://127.0.0.1:{ports['data']}", platform.node(), "0x0 0x0 0x0 0x0")
+    assert [(one.kind, one.address, one.host, one.firmware) for one in board] == [expected]
+    assert (told["kind"], told["connected"][0]["firmware"]) == ("physics", expected[-1])
+    assert (info["begun_ns"], info["ended_ns"]) == (told["begun_ns"], told["stopped_ns"])
+    assert info["live_ns"] == info["ended_ns"] - info["begun_ns"] > 0
     words = rows[(rows["direction"] == 1) & (rows["packet_type"] < 4)]
     assert len(words) == said["D"] == said["words"]
     assert np.count_nonzero(words["packet_type"] == READ) == 256

@@ -1,13 +1,16 @@
 """Files being written: content, durability, names; read back by plain h5py, by larpix-control, by h5dump."""
 
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
+from time import monotonic
 
 import h5py
 import msgspec
@@ -27,7 +30,7 @@ from larpixdaq.files.positions import positions
 from larpixdaq.files.reader import DataFile
 from larpixdaq.files.recover import recover
 from larpixdaq.files.verify import verify
-from larpixdaq.files.writer import RunFile
+from larpixdaq.files.writer import WAIT, RunFile
 
 NAME = "run0000042_20261122T071251Z"
 
@@ -56,7 +59,7 @@ def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, 
     for step in steps:
         if step == "work":
             file.work(pressed=True)
-            assert file.due() is None
+            assert (file.due() or math.inf) > monotonic() + WAIT  # to be shown, at most
             assert file.durable.get(feed.source, 0) == feed.sequence
         elif isinstance(step, str):
             file.add(*feed.info(step))
@@ -337,7 +340,7 @@ def test_blocks_wait_20_ms_for_their_batch(tmp_path, monkeypatch):
     now = 100.02
     file.work()
     assert file.durable == {feed.source: 2}
-    assert file.due() is None
+    assert file.due() == 104.0  # rows are shown 4 s after the file was opened
     journal = file.path.with_suffix(".journal")
     assert [record.frame.sequence for record in records(journal)] == [0, 1]
     # Four full blocks fill the batch: all that ended in it is in the file, the straddling block waits.
@@ -654,6 +657,49 @@ def test_a_file_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(FileError, match="File exists"):
         RunFile(tmp_path, run_info())
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+BOARD = blocks.Connected("LArPix board", 1, "PACMAN", "tcp://pacman.local:5556", "daq1", "0x37e 0x37e 0x37e 0x37e")
+
+
+def test_when_run_began_and_ended_and_for_how_long_it_was_live(tmp_path):
+    feed, file = Feed(), RunFile(tmp_path, run_info(connected=(BOARD,)))
+    file.begin(NS + 100)
+    gaps = [blocks.Gap(1, 5, NS + 200, NS + 300), blocks.Gap(2, 1, NS + 250, NS + 400), blocks.Gap(1, 1, NS, NS + 110)]
+    end = {group: {"dropped": rows, "info_rows": rows} for group, rows in ((1, 6), (2, 1))}
+    file.add(*feed.block(POOL[V2][:10].copy(), gaps=gaps))
+    file.set_sources([BOARD, msgspec.structs.replace(BOARD, producer="second", firmware="")])
+    file.end(feed.end(counts=end))
+    report = file.close(ended_ns=NS + 1000)
+    with h5py.File(report.path) as plain:
+        (row,) = plain["run/info"][:][["begun_ns", "ended_ns", "live_ns"]].tolist()
+        assert [line["address"] for line in plain["run/sources"]] == [b"tcp://pacman.local:5556"] * 2
+    assert row == (NS + 100, NS + 1000, 900 - 10 - 200)
+    with DataFile(report.path) as read:
+        assert read.connected() == [BOARD, msgspec.structs.replace(BOARD, producer="second", firmware="")]
+    summary = info(report.path)
+    assert (summary["live_s"], summary["connected"][0]["kind"]) == (690e-9, "PACMAN")
+
+
+def test_a_part_that_goes_on_is_live_until_it_is_closed(tmp_path):
+    feed, info_of_run = Feed(), run_info(started_ns=time.time_ns(), begun_ns=time.time_ns())
+    first = RunFile(tmp_path, info_of_run)
+    first.add(*feed.block(POOL[V2][:10].copy()))
+    second = RunFile(tmp_path, info_of_run, 1, first.positions())
+    parts = [first.close(continued=True).path]
+    block, rows = feed.block(POOL[V2][:10].copy())
+    now = time.time_ns()
+    second.add(msgspec.structs.replace(block, first_ns=now, last_ns=now), rows)
+    second.end(feed.end())
+    ended = time.time_ns() + 10**9
+    parts.append(second.close(ended_ns=ended).path)
+    rows = []
+    for path in parts:
+        with DataFile(path) as read:
+            rows.append(read.run_info())
+    assert [row["ended_ns"] for row in rows] == [0, ended]
+    assert rows[0]["live_ns"] == rows[0]["closed_ns"] - info_of_run.begun_ns
+    assert rows[1]["live_ns"] == ended - rows[1]["opened_ns"]
 
 
 def test_texts_of_any_length(tmp_path):

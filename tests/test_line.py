@@ -237,4 +237,5 @@ def test_what_comes_outside_of_runs_is_in_the_next_ledger(line: System) -> None:
     with h5py.File(ended["files"][0], "r") as file:
         outside = file["ledger/outside"][:]
     until(lambda: line.status_of(operator, "producer").get("counted_run") == ended["run"], "the counts of the run")
+    assert operator.run_info().result(LIMIT)["kind"] == "test"  # a fake board
     assert outside["packets"].sum() > 1000

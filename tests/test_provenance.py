@@ -16,6 +16,7 @@ from larpixdaq.errors import ProtocolError, RequestError
 from larpixdaq.files import superblock
 from larpixdaq.files.configs import of_part
 from larpixdaq.files.info import info
+from larpixdaq.files.layout import INFO_BEFORE
 from larpixdaq.files.recover import recover
 from larpixdaq.files.verify import verify
 from larpixdaq.files.writer import RunFile
@@ -134,7 +135,7 @@ def test_a_killed_writer_leaves_them(tmp_path, written):
 
 
 def test_a_file_of_before_has_none_and_is_good(tmp_path):
-    """Made by a version that knew no /run/configs: closed by that, or killed."""
+    """Made by a version that knew no /run/configs, /run/sources and live times: closed by that, or killed."""
     feed, file = Feed(), RunFile(tmp_path, run_info())
     file.add(*feed.block(rows(100)))
     file.end(feed.end())
@@ -142,7 +143,9 @@ def test_a_file_of_before_has_none_and_is_good(tmp_path):
     file.abandon()
     superblock.repair(file.path)
     with h5py.File(file.path, "r+", libver="v110") as plain:
-        del plain["run/configs"], plain["run/checksums"]
+        row = plain["run/info"][:]
+        del plain["run/configs"], plain["run/sources"], plain["run/info"], plain["run/checksums"]
+        plain["run/info"] = row[list(INFO_BEFORE.names)].astype(INFO_BEFORE)
         plain.create_dataset("run/checksums", shape=(14,), dtype=[("name", "S32"), ("rows", "<u8"), ("crc32", "<u4")])
     assert not len(of_part(file.path).rows)
     path = recover(file.path).path

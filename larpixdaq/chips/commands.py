@@ -57,6 +57,7 @@ class _Command:
     words: NDArray[np.uint64]
     body: bytes | None = None
     seconds: float = 0.0  # that the board needs beyond the usual limit
+    done: Done | None = None  # instead of whoever sends commands
     at: int = 0  # words handed over so far
 
 
@@ -81,10 +82,11 @@ class Commands:
         channels = np.frombuffer(io_channels, np.uint8)
         self._add(io_group, _Command(number, channels, np.frombuffer(words, "<u8").astype(np.uint64)))
 
-    def ask(self, number: int, io_group: int, body: bytes, seconds: float = 0.0) -> None:
-        """Send an order to the board itself, which needs so many seconds for it beyond the usual limit."""
+    def ask(self, number: int, io_group: int, body: bytes, seconds: float = 0.0, done: Done | None = None) -> None:
+        """Send an order to the board itself, which needs so many seconds for it beyond the usual limit. `done` is
+        called with the answer in place of the function that answers commands."""
         nothing = np.zeros(0, np.uint64)
-        self._add(io_group, _Command(number, nothing.astype(np.uint8), nothing, body, seconds))
+        self._add(io_group, _Command(number, nothing.astype(np.uint8), nothing, body, seconds, done))
 
     def forget(self) -> None:
         """Whoever sent commands is gone: those that wait are dropped, what is in flight comes to its end."""
@@ -105,7 +107,7 @@ class Commands:
                 command = self._flying.pop(io_group, None) if reply is not None else None
                 if reply is not None and command is not None and (reply.error or command.at >= len(command.words)):
                     waiting.popleft()
-                    self.done(command.number, reply.body, reply.error)
+                    (command.done or self.done)(command.number, reply.body, reply.error)
             if not channel.busy and waiting:
                 self._send(channel, waiting)
             self.busy |= channel.busy or bool(waiting)
@@ -128,11 +130,12 @@ class Commands:
         return bool(self._blocked)
 
     def _add(self, io_group: int, command: _Command) -> None:
+        done = command.done or self.done
         if io_group not in self._channels:
             there = ", ".join(map(str, self._channels)) or "none"
-            self.done(command.number, b"", f"io_group {io_group} takes no commands; those that do: {there}")
+            done(command.number, b"", f"io_group {io_group} takes no commands; those that do: {there}")
         elif len(self._waiting[io_group]) >= _MOST_WAITING:
-            self.done(command.number, b"", f"io_group {io_group}: {_MOST_WAITING} commands wait already")
+            done(command.number, b"", f"io_group {io_group}: {_MOST_WAITING} commands wait already")
         else:
             self._waiting[io_group].append(command)
             self.busy = True

@@ -157,6 +157,10 @@ def _in_words(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _listed("", facts["reasons"])
     yield "started", facts["started"]
     yield "closed", facts["closed"] or "not yet"
+    if facts["begun"]:
+        end = f"ended {facts['ended']}" if facts["ended"] else "its end is not in this part"
+        yield "RUN", f"begun {facts['begun']}, {end}; live for {facts['live_s']:.1f} s in this part"
+    yield from _listed("connected", [_board(one) for one in facts["connected"]])
     for name in ("comment", "operator"):
         if value := texts.pop(name, ""):
             yield name, value
@@ -176,6 +180,12 @@ def _in_words(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _listed("producers", facts["producers"])
     yield from _listed("messages", facts["messages"])
     yield from ((name, value) for name, value in texts.items() if value and name != "layout")
+
+
+def _board(one: dict[str, Any]) -> str:
+    address = f" {one['address']}" if one["address"] else ""
+    firmware = f", firmware {one['firmware']}" if one["firmware"] else ""
+    return f"{one['producer']}, io_group {one['io_group']}: {one['kind']}{address}, read on {one['host']}{firmware}"
 
 
 def _listed(name: str, entries: list[str]) -> Iterator[tuple[str, str]]:

@@ -76,6 +76,10 @@ class Run:
     ended_ns: int | None = None
     layout: int = 0
     asic: str = ""
+    #: When RUN ended: end_run or abort_run was asked for. `ended_ns` is when all was stored.
+    stopped_ns: int | None = None
+    #: What the producers read, as blocks.Connected has it.
+    connected: list[dict[str, Any]] = field(default_factory=list)
     #: Of the producers' software.
     versions: dict[str, str] = field(default_factory=dict)
     #: Names of the storages, and producers with every epoch that they announced: those the run cannot do without.

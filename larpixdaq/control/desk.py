@@ -28,7 +28,7 @@ class _None(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Prepare(msgspec.Struct, forbid_unknown_fields=True):
     comment: Annotated[str, Meta(max_length=10_000)] = ""
-    kind: Annotated[str, Meta(max_length=64)] = "physics"
+    kind: Annotated[str, Meta(max_length=64)] = ""
 
 
 class _Comment(msgspec.Struct, forbid_unknown_fields=True):
@@ -134,6 +134,8 @@ class Desk:
             which = "no run yet" if given.run is None else f"no run {given.run}"
             raise RequestError(f"run_info: there is {which} in the catalogue")
         info = self._describe(run)
+        info["begun_ns"], info["stopped_ns"] = run.begun_ns, run.stopped_ns
+        info["connected"] = run.connected
         info["comments"] = self._catalogue.comments(run.run)
         info["file_details"] = self._catalogue.files(run.run)
         if run is current:

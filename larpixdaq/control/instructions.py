@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, Final
 
+import msgspec
+
+from larpixdaq.blocks import MADE_UP, Connected
 from larpixdaq.control.catalogue import Run
 from larpixdaq.control.peers import Component
 from larpixdaq.errors import ComponentError, StateError
@@ -13,6 +17,7 @@ from larpixdaq.states import ABORTED, MIN_FREE
 from larpixdaq.terms import LAST_RUN, LAYOUT_NAMES, RUN_DIGITS
 from larpixdaq.version import VERSION
 
+_log = logging.getLogger("larpixdaq.core")
 #: Storages' run numbers count up to this much above the catalogue's.
 MOST_AHEAD: Final = 1_000_000
 
@@ -81,6 +86,27 @@ def team_versions(producers: list[Component]) -> dict[str, str]:
     }
 
 
+def connected(producers: Iterable[Component]) -> list[Connected]:
+    """What these producers read, with the firmware that the boards have told by now. What a producer says that cannot
+    be such a list is left out."""
+    found: list[Connected] = []
+    for one in producers:
+        firmware = one.status.get("firmware")
+        firmware = firmware if isinstance(firmware, dict) else {}
+        try:
+            for given in msgspec.convert(one.info.get("connected", []), list[Connected]):
+                told = {"producer": one.name, "firmware": firmware.get(str(given.io_group), "")}
+                found.append(msgspec.convert(msgspec.to_builtins(given) | told, Connected))
+        except (msgspec.ValidationError, TypeError, ValueError) as error:
+            _log.error("%s: what it says of its boards is not understood: %s", one.name, error)
+    return found
+
+
+def kind_of_run(boards: Iterable[Connected]) -> str:
+    """What a run is for, when nobody says it: a test when its data come from no detector now."""
+    return "test" if any(one.kind in MADE_UP for one in boards) else "physics"
+
+
 def shared_io_groups(producers: list[Component]) -> list[str]:
     """A sentence for each io_group that several producers have: their rows cannot be told apart in the file."""
     owners: defaultdict[Any, list[str]] = defaultdict(list)
@@ -120,18 +146,32 @@ def storage_params(run: Run, producers: Iterable[str]) -> dict[str, Any]:
         "asic_version": run.asic,
         "producers": list(producers),
         "versions": {"larpix-daq": VERSION, **run.versions},
+        "connected": run.connected,
+        "begun_ns": run.begun_ns or 0,
     }
 
 
+def begin_params(run: Run) -> dict[str, Any]:
+    """For storages: `begun_ns` is when RUN begins, unix ns by the core's clock."""
+    return {"run": run.run, "begun_ns": run.begun_ns or 0}
+
+
 def end_params(run: Run) -> dict[str, Any]:
-    """`next` is None for an epoch whose totals are not known."""
+    """`next` is None for an epoch whose totals are not known; `stopped_ns` is when RUN ended, unix ns by the core's
+    clock."""
     ends = {(one["name"], one["epoch"]): one["next"] for one in run.ends}
     producers = [
         {"name": name, "epoch": epoch, "next": ends.get((name, epoch))}
         for name, epochs in run.producers.items()
         for epoch in epochs
     ]
-    return {"run": run.run, "how": "aborted" if run.condition == ABORTED else "closed", "producers": producers}
+    return {
+        "run": run.run,
+        "how": "aborted" if run.condition == ABORTED else "closed",
+        "producers": producers,
+        "connected": run.connected,
+        "stopped_ns": run.stopped_ns or 0,
+    }
 
 
 def layout_name(code: Any) -> str:

@@ -6,11 +6,15 @@ import logging
 import time
 from typing import Any, Final
 
+import msgspec
+
 from larpixdaq.control import space
 from larpixdaq.control.asks import Ask, Item, Outcome, Steps
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.instructions import (
+    begin_params,
     check_free,
+    connected,
     end_params,
     layout_name,
     producer_params,
@@ -83,7 +87,8 @@ class RunProcedures:
     def _begin(self, run: Run) -> Steps:
         params = {"run": run.run}
         monitors = self._monitor_items(params)
-        stores = {name: Item(params, BEGIN_LIMIT) for name in run.storages if not self._has_begun(name)}
+        begin = begin_params(run)
+        stores = {name: Item(begin, BEGIN_LIMIT) for name in run.storages if not self._has_begun(name)}
         outcomes = yield Ask("begin_run", {**stores, **monitors})
         warnings = [outcomes[name].text for name in monitors if not outcomes[name].ok]
         failures = [outcomes[name].text for name in stores if not outcomes[name].ok]
@@ -97,7 +102,7 @@ class RunProcedures:
             run.reasons = failures
             yield from self._end(run)
             raise ComponentError(f"run {run.run} was aborted, since it could not begin: {'; '.join(failures)}")
-        run.phase, run.begun_ns = RUN, time.time_ns()
+        run.phase = RUN
         self._save(run)
         self._go(RUN)
         self._warn("begin_run", warnings)
@@ -106,6 +111,8 @@ class RunProcedures:
     def _end(self, run: Run) -> Steps:
         started = self._now
         run.phase = ENDING
+        run.stopped_ns = run.stopped_ns or time.time_ns()
+        self._note_connected(run)
         failures = list(run.reasons)
         self._save(run, failures)
         aborted = run.condition == ABORTED
@@ -175,7 +182,8 @@ class RunProcedures:
                 yield Ask("prepare_run", {name: Item(params, PREPARE_LIMIT)})
             self._save(run)
         if self.state == RUN and self.run is run and run.phase != ENDING:
-            outcomes = yield Ask("begin_run", {name: Item({"run": run.run}, BEGIN_LIMIT)})
+            begin = begin_params(run) if component.kind == STORAGE else {"run": run.run}
+            outcomes = yield Ask("begin_run", {name: Item(begin, BEGIN_LIMIT)})
             if not outcomes[name].ok:
                 raise ComponentError(outcomes[name].text)
 
@@ -244,6 +252,16 @@ class RunProcedures:
         if ready.epoch not in epochs:
             epochs.append(ready.epoch)
         return ready.warning
+
+    def _note_connected(self, run: Run) -> None:
+        """What the run's producers read by now: some have come later, and boards tell their firmware later."""
+        there = {(one["producer"], one["io_group"]): one for one in run.connected}
+        producers = [self._peers.components[name] for name in run.producers if name in self._peers.components]
+        for one in connected(producers):
+            before = there.get((one.producer, one.io_group), {})
+            now = msgspec.to_builtins(one)
+            there[one.producer, one.io_group] = now | {"firmware": one.firmware or before.get("firmware", "")}
+        run.connected = list(there.values())
 
     def _take_file(self, name: str, outcome: Outcome) -> str:
         if not outcome.ok:

@@ -9,10 +9,19 @@ import logging
 import time
 from typing import Any, Final
 
+import msgspec
+
 from larpixdaq.control.asks import Late, LogReply, Outcome, Procedure, Reply, Steps, Team
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.deliveries import Deliveries, may_say_more
-from larpixdaq.control.instructions import check_team, highest_run, team_layout, team_versions
+from larpixdaq.control.instructions import (
+    check_team,
+    connected,
+    highest_run,
+    kind_of_run,
+    team_layout,
+    team_versions,
+)
 from larpixdaq.control.messages import Answer, Heartbeat, content
 from larpixdaq.control.peers import Component, Peers
 from larpixdaq.control.procedures import RunProcedures
@@ -66,7 +75,7 @@ class RunControl(RunProcedures):
     # What Operators ask for. These raise what is not allowed; `reply` gets the rest.
 
     def prepare(self, comment: str, kind: str, operator: str, reply: Reply, now: float) -> None:
-        """STOP -> READY."""
+        """STOP -> READY. `kind`: empty for what follows from the producers' sources."""
         self._idle("prepare_run")
         if self.state != STOP:
             raise StateError(
@@ -77,7 +86,9 @@ class RunControl(RunProcedures):
         layout = team_layout(producers)
         self._give_up_candidate()
         highest, warnings = highest_run(self._catalogue.highest(), storages)
-        run = Run(highest + 1, kind, comment, operator, time.time_ns())
+        boards = connected(producers)
+        run = Run(highest + 1, kind or kind_of_run(boards), comment, operator, time.time_ns())
+        run.connected = [msgspec.to_builtins(one) for one in boards]
         run.storages = [one.name for one in storages]
         run.asic = ", ".join(dict.fromkeys(str(one.info.get("asic", "")) for one in producers))
         run.layout, run.versions = layout, team_versions(producers)
@@ -92,11 +103,11 @@ class RunControl(RunProcedures):
             raise StateError(
                 f"begin_run is not allowed in {self.state}: it leads from READY to RUN (prepare_run first)"
             )
-        self.run.phase = BEGINNING
+        self.run.phase, self.run.begun_ns = BEGINNING, time.time_ns()
         try:
             self._catalogue.save(self.run)
         except FileError:
-            self.run.phase = READY
+            self.run.phase, self.run.begun_ns = READY, None
             raise
         self._start("begin_run", self._begin(self.run), reply, now)
 

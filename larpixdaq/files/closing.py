@@ -76,6 +76,27 @@ def stored(accounts: Sequence[Account]) -> list[tuple[str, int, int, int]]:
     ]
 
 
+def live_ns(file: Any, info: Any, *, continued: bool) -> int:
+    """For how long RUN was recorded in this part, ns: without the times in which rows found no room at a producer.
+
+    `info`: the row of /run/info with all times. A part begins when it was opened, or with its first block when that
+    had come before, and ends with RUN, when it was closed to go on in the next, or with its last block.
+    """
+    table = file["run/blocks"]
+    if not info["begun_ns"] or not table.shape[0]:
+        return 0
+    first, last = int(table[0]["first_ns"]), int(table[-1]["last_ns"])
+    start = max(int(info["begun_ns"]), min(first, int(info["opened_ns"])))
+    stop = int(info["ended_ns"]) or (int(info["closed_ns"]) if continued else last)
+    gaps = np.sort(file["ledger/gaps"][:], order="first_ns")
+    live, at = max(0, stop - start), start
+    for begin, end in gaps[["first_ns", "last_ns"]].tolist():
+        begin, end = max(begin, at), min(end, stop)
+        if end > begin:
+            live, at = live - (end - begin), end
+    return live
+
+
 def seal(file: Any) -> None:
     """Write /run/checksums and the time of the last change, and close the file."""
     names = [name for name in layout.CHECKED if name in file]

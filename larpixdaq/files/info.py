@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from larpixdaq import schema
@@ -64,6 +65,12 @@ def _run(file: DataFile) -> dict[str, Any]:
         "closed": _time(row["closed_ns"] / 1e9) if row["closed_ns"] else None,
         "started_ns": row["started_ns"],
         "closed_ns": row["closed_ns"],
+        "begun": _time(row["begun_ns"] / 1e9) if row["begun_ns"] else None,
+        "begun_ns": row["begun_ns"],
+        "ended": _time(row["ended_ns"] / 1e9) if row["ended_ns"] else None,
+        "ended_ns": row["ended_ns"],
+        "live_s": row["live_ns"] / 1e9,
+        "connected": [msgspec.to_builtins(one) for one in file.connected()],
         "duplicate_blocks": row["duplicate_blocks"],
         "missing_blocks": row["missing_blocks"],
         "blocks": file.length("run/blocks"),

@@ -8,9 +8,10 @@ changes are rows of datasets. Texts in datasets have fixed lengths (SWMR forbids
     /packets          the rows, layout 1.0, 2.4 or 3.0; chunks shuffled and deflated
     /messages         texts of INFO messages: a row of type 5 has the index of its first row in `counter`
     /configs          chip configurations as larpix-control has them: what registers were told, else what they said
-    /run/info         one row: number, part, condition, times, totals
+    /run/info         one row: number, part, condition, totals; when RUN began and ended, for how long it was live
     /run/texts        comment, operator, kind, versions, ...: the newest text of a name counts; `piece` 0 begins a text
     /run/producers    their names; `producer` in the other tables is the index into this one
+    /run/sources      the boards, or files, that the producers read; the newest of a producer and io_group counts
     /run/blocks       one row a block: whose it is, where its rows lie, their CRC-32 as stored
     /run/ends         one row per producer and epoch that has ended
     /run/configs      one row a chip whenever there were news of it: what its registers were told, and what they said
@@ -75,6 +76,22 @@ INFO: Final = np.dtype(
         ("blocks", "<u8"),
         ("duplicate_blocks", "<u8"),
         ("missing_blocks", "<u8"),
+        ("begun_ns", "<u8"),
+        ("ended_ns", "<u8"),
+        ("live_ns", "<u8"),
+    ]
+)
+#: Columns of /run/info that files of before 2026-11-29 do not have.
+INFO_LATER: Final = ("begun_ns", "ended_ns", "live_ns")
+INFO_BEFORE: Final = np.dtype([(name, INFO[name]) for name in INFO.names or () if name not in INFO_LATER])
+SOURCES: Final = np.dtype(
+    [
+        ("producer", "<u2"),
+        ("io_group", "u1"),
+        ("kind", "S16"),
+        ("address", "S256"),
+        ("host", "S64"),
+        ("firmware", "S64"),
     ]
 )
 TEXTS: Final = np.dtype([("name", "S64"), ("piece", "<u4"), ("text", f"S{TEXT_BYTES}"), ("written_ns", "<u8")])
@@ -144,6 +161,7 @@ TABLES: Final = {
     "messages": (MESSAGES, 64),
     "run/texts": (TEXTS, 32),
     "run/producers": (PRODUCERS, 8),
+    "run/sources": (SOURCES, 8),
     "run/blocks": (BLOCKS, 512),
     "run/ends": (ENDS, 16),
     "run/positions": (POSITIONS, 16),
@@ -155,8 +173,8 @@ TABLES: Final = {
     "ledger/verdicts": (VERDICTS, 16),
     "ledger/unknown": (UNKNOWN, 64),
 }
-#: Tables that files of before 2026-11-28 do not have.
-LATER: Final = ("run/configs",)
+#: Tables that files of before 2026-11-29 do not have.
+LATER: Final = ("run/configs", "run/sources")
 #: What /run/checksums covers.
 CHECKED: Final = (*TABLES, "configs", "run/info")
 

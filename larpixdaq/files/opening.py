@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from larpixdaq import schema
-from larpixdaq.blocks import Source
+from larpixdaq.blocks import Connected, Source
 from larpixdaq.files import layout
 from larpixdaq.files.configs import NOTHING, Carried
 from larpixdaq.files.reader import DataFile
@@ -35,6 +35,8 @@ class RunInfo(NamedTuple):
     storage: str = ""  # the storage's name, empty for the first or only one
     versions: Mapping[str, str] = {}
     required_producers: tuple[str, ...] = ()
+    connected: tuple[Connected, ...] = ()
+    begun_ns: int = 0  # when RUN began, unix ns by the core's clock; 0: not yet
 
 
 def describe(
@@ -62,7 +64,7 @@ def describe(
     row = np.zeros(1, layout.INFO)
     row["run"], row["part"], row["layout"] = info.run, part, info.layout.code
     row["condition"] = layout.RUNNING
-    row["started_ns"], row["opened_ns"] = info.started_ns, time.time_ns()
+    row["started_ns"], row["begun_ns"], row["opened_ns"] = info.started_ns, info.begun_ns, time.time_ns()
     file.flush()
     file["run/info"][:] = row
     file.flush()
@@ -76,12 +78,13 @@ def tell(tables: Tables, info: RunInfo) -> None:
         tables.text(_VERSION + name, version)
     for name in info.required_producers:
         tables.text("required producer", name)
+    tables.sources(info.connected)
 
 
 def info_of(path: Path) -> RunInfo:
     """What a part says of its run; FileError when it cannot be read."""
     with DataFile(path) as file:
-        return told(file.run_info(), file.texts())
+        return told(file.run_info(), file.texts())._replace(connected=tuple(file.connected()))
 
 
 def told(row: Mapping[str, Any], texts: Mapping[str, Sequence[str]]) -> RunInfo:
@@ -101,4 +104,5 @@ def told(row: Mapping[str, Any], texts: Mapping[str, Sequence[str]]) -> RunInfo:
         storage=newest("storage"),
         versions={name.removeprefix(_VERSION): found[-1] for name, found in texts.items() if name.startswith(_VERSION)},
         required_producers=tuple(dict.fromkeys(texts.get("required producer", []))),
+        begun_ns=row["begun_ns"],
     )

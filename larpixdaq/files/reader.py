@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import schema
-from larpixdaq.blocks import Source
+from larpixdaq.blocks import Connected, Source
 from larpixdaq.errors import FileError, cause
 from larpixdaq.files import bounds, heap, layout, superblock
 from larpixdaq.regular_file import check_place
@@ -142,7 +142,7 @@ class DataFile:
         table = self._dataset(name)
         expected = layout.INFO if name == "run/info" else layout.CHECKSUMS if name == "run/checksums" else None
         expected = layout.TABLES[name][0] if name in layout.TABLES else expected
-        if expected is not None and table.dtype != expected:
+        if expected is not None and table.dtype != expected and (name, table.dtype) != ("run/info", layout.INFO_BEFORE):
             raise FileError(f"{self.path}: /{name} has other columns than expected: {table.dtype}")
         return table
 
@@ -152,6 +152,16 @@ class DataFile:
     def crc32(self, name: str) -> int:
         """CRC-32 of a table's bytes, as /run/checksums has it."""
         return self._guard(f"/{name}", lambda: layout.table_crc32(self._dataset(name)))
+
+    def connected(self) -> list[Connected]:
+        """What the producers read, as /run/sources says it last of each io_group."""
+        producers = self.producers()
+        found: dict[tuple[str, int], Connected] = {}
+        for row in self.table("run/sources"):
+            one = plain(row)
+            producer = producers[one.pop("producer")]
+            found[producer, one["io_group"]] = Connected(producer, **one)
+        return list(found.values())
 
     def producers(self) -> list[str]:
         return [text(row["name"]) for row in self.table("run/producers")]
@@ -164,11 +174,11 @@ class DataFile:
         return Source(run, producers[index], int(row["epoch"]))
 
     def run_info(self) -> dict[str, Any]:
-        """The row of /run/info as plain Python."""
+        """The row of /run/info as plain Python; 0 in columns that older files do not have."""
         row = self.table("run/info")
         if row.shape != (1,):
             raise FileError(f"{self.path}: /run/info: expected one row, found shape {row.shape}")
-        return plain(row[0])
+        return dict.fromkeys(layout.INFO_LATER, 0) | plain(row[0])
 
     def texts(self) -> dict[str, list[str]]:
         """All of /run/texts: name -> texts, in the order in which they were written."""

@@ -51,6 +51,7 @@ class Tables:
         self._kinds = {name: h5py.h5t.py_create(dtype) for name, dtype in self._dtypes.items()}
         self._asic = file["_header"].attrs["asic_version"]
         self.producers: dict[str, int] = {}  # name -> index in /run/producers
+        self._sources: set[blocks.Connected] = set()  # those in /run/sources
 
     def resume(self, lengths: Mapping[str, int], producers: Iterable[str]) -> None:
         """Go on with tables that have rows: of each the first so many; `producers` are those of /run/producers."""
@@ -77,6 +78,19 @@ class Tables:
         if name not in self.producers:
             self.append("run/producers", [(name.encode("utf-8", "replace"),)])
             self.producers[name] = len(self.producers)
+
+    def sources(self, boards: Iterable[blocks.Connected]) -> None:
+        """What the producers read, where that is news."""
+        for one in boards:
+            if one not in self._sources and storable(one.producer):
+                self._sources.add(one)
+                self.add_producer(one.producer)
+                kinds = self._dtypes["run/sources"]
+                texts = (
+                    blocks.text_pieces(getattr(one, name), kinds[name].itemsize)[0]
+                    for name in ("kind", "address", "host", "firmware")
+                )
+                self.append("run/sources", [(self.producers[one.producer], one.io_group, *texts)])
 
     def text(self, name: str, text: str) -> None:
         now = time.time_ns()

@@ -358,6 +358,25 @@ class RunFile:
             )
         self.info = info
         self._try(lambda: opening.tell(self._tables, info))
+        self.begin(info.begun_ns)
+
+    def begin(self, begun_ns: int) -> None:
+        """RUN begins, unix ns."""
+        self._usable()
+        self.info = self.info._replace(begun_ns=begun_ns)
+
+        def write() -> None:
+            info = self._file["run/info"][:]
+            info["begun_ns"] = begun_ns
+            self._file["run/info"][:] = info
+            self._flush()
+
+        self._try(write)
+
+    def set_sources(self, connected: Iterable[blocks.Connected]) -> None:
+        """Add to /run/sources what became known while the file is open."""
+        self._usable()
+        self._try(lambda: self._tables.sources(connected))
         self._try(self._flush)
 
     def set_text(self, name: str, text: str) -> None:
@@ -376,9 +395,10 @@ class RunFile:
         continued: bool = False,
         owed: Mapping[Source, int] | None = None,
         texts: Mapping[str, str] | None = None,
+        ended_ns: int = 0,
     ) -> Report:
         """seal() and publish() in one: for whoever has the time."""
-        report = self.seal(aborted=aborted, continued=continued, owed=owed, texts=texts)
+        report = self.seal(aborted=aborted, continued=continued, owed=owed, texts=texts, ended_ns=ended_ns)
         return report._replace(path=self.publish())
 
     def seal(
@@ -388,11 +408,13 @@ class RunFile:
         continued: bool = False,
         owed: Mapping[Source, int] | None = None,
         texts: Mapping[str, str] | None = None,
+        ended_ns: int = 0,
     ) -> Report:
         """Write what is left, the totals and the condition: the file is whole then, and waits for publish().
 
         aborted: the run was; continued: the run goes on in another part; owed: rows that producers are known to keep
-        still; texts: more for /run/texts, such as "previous part", "next part".
+        still; texts: more for /run/texts, such as "previous part", "next part"; ended_ns: when RUN ended, unix ns, 0
+        when it has not, or nobody knows.
         FileError when the disk fails: part and journal then stay for recovery.
         """
         self._usable()
@@ -421,6 +443,9 @@ class RunFile:
             self._tables.set_positions(self._positions())
             info = self._file["run/info"][:]
             info["condition"], info["closed_ns"] = condition, time.time_ns()
+            if "ended_ns" in info.dtype.names:  # not so in a part of an earlier version that is recovered
+                info["ended_ns"] = ended_ns
+                info["live_ns"] = closing.live_ns(self._file, info[0], continued=continued)
             info["rows"], info["blocks"] = self.rows, self._tables.blocks
             info["duplicate_blocks"], info["missing_blocks"] = self.duplicate_blocks, missing
             self._file["run/info"][:] = info

@@ -30,6 +30,9 @@ from larpixdaq.sources.evidence import verdicts
 class Source(Protocol):
     #: One line for messages to people, such as "PACMAN io_group 1 at tcp://127.0.0.1:5556".
     name: str
+    #: What it is, and where: blocks.Connected says how.
+    kind: str
+    address: str
     layout: Layout
     io_groups: tuple[int, ...]
     #: True for sources that can be made to wait (replay, fake, serial); boards that publish regardless spill instead.

@@ -79,6 +79,7 @@ class BoardSource(LiveSource):
         layout: Layout,
         silence: float,
     ) -> None:
+        self.kind = kind
         self.address = f"tcp://[{host}]:{data_port}" if ":" in host else f"tcp://{host}:{data_port}"
         super().__init__(f"{kind} io_group {io_group} at {self.address}", layout, io_group, decoder)
         self._host = host

@@ -44,6 +44,8 @@ class Channel(Protocol):
     batch: int
     #: Sockets to poll for reading while it is busy.
     sockets: tuple[Any, ...]
+    #: The order that asks the board for its firmware, whose answer firmware() understands; empty: it cannot say.
+    identify: bytes
     #: A request was sent, and take() has not said yet what came of it.
     busy: bool
 
@@ -62,6 +64,9 @@ class Channel(Protocol):
 
     def close(self) -> None: ...
 
+    def firmware(self, answer: bytes) -> str:
+        """The board's firmware in words, by its answer to `identify`."""
+
 
 class RequestChannel:
     """A board's command server, which speaks REQ/REP over ZeroMQ: a DEALER here, so that nothing ever blocks."""
@@ -69,6 +74,7 @@ class RequestChannel:
     kind = ""
     revision = 0
     batch = 1
+    identify = b""
 
     def __init__(self, board: str, io_group: int, host: str, port: int) -> None:
         self.io_group = io_group
@@ -112,6 +118,9 @@ class RequestChannel:
         if self._context is not None:
             self._context.term()
             self._context = None
+
+    def firmware(self, answer: bytes) -> str:
+        return ""
 
     def _understand(self, message: bytes) -> Reply:
         """What the board's answer means."""

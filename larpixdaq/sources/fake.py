@@ -21,6 +21,8 @@ CLOCK_START = 2**31 - 20_000_000
 class FakeSource(LiveSource):
     """io_group `io_group` with `rate` words/s; the same seed, the same packets."""
 
+    kind = "fake"
+    address = ""
     _decoder: PacmanDecoder
 
     def __init__(self, io_group: int, rate: float, *, asic: Asic = Asic.V2, seed: int = 0) -> None:

@@ -57,6 +57,7 @@ class IoClassSource(PieceSource):
     waits = False
     recorded = False
     finished = False
+    kind = "IO class"
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class IoClassSource(PieceSource):
     ) -> None:
         super().__init__()
         self.name = f"IO class {io_class}"
+        self.address = " ".join((io_class, *arguments))
         self.layout = layout_of(asic, clock64=clock64)
         self.io_groups: tuple[int, ...] = ()
         self.channels: tuple[Channel, ...] = ()

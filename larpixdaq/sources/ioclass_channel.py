@@ -23,6 +23,7 @@ class IoClassChannel:
     PACMAN_IO for registers the class also takes orders to the board, as those of a PACMAN."""
 
     batch = _WORDS
+    identify = b""
     sockets: tuple[Any, ...] = ()  # answers come among the data
 
     def __init__(
@@ -67,6 +68,9 @@ class IoClassChannel:
 
     def close(self) -> None:
         self.busy = False
+
+    def firmware(self, answer: bytes) -> str:
+        return ""
 
     def done(self, said: Sent) -> None:
         """The process says what became of a request."""

@@ -23,6 +23,9 @@ WORDS: Final = 4_096
 _HEADER: Final = struct.Struct("<cIxH")
 _WORD: Final = np.dtype([("type", "S1"), ("io_channel", "u1"), ("unused", "V6"), ("word", "<u8")])
 _WORD_BYTES: Final = 16
+_REGISTER: Final = struct.Struct("<c3xI4xI")
+#: Registers of the firmware's version: major, minor, build, debug. Before v1.4 all of them read 0.
+_VERSION: Final = (0x0, 0x4, 0x8, 0xC)
 
 
 class PacmanChannel(RequestChannel):
@@ -30,6 +33,7 @@ class PacmanChannel(RequestChannel):
 
     kind = "pacman"
     batch = WORDS
+    identify = b"".join(_REGISTER.pack(b"R", register, 0) for register in _VERSION)
 
     def __init__(
         self,
@@ -78,6 +82,9 @@ class PacmanChannel(RequestChannel):
 
     def due(self) -> float | None:
         return 0.0 if self._refused and self.busy else super().due()
+
+    def firmware(self, answer: bytes) -> str:
+        return " ".join(f"{value:#x}" for _, _, value in _REGISTER.iter_unpack(answer))
 
     def _understand(self, message: bytes) -> Reply:
         body = message[_HEADER.size :]

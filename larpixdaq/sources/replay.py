@@ -42,6 +42,7 @@ class ReplaySource(PieceSource):
     damaged in a file is reported and left out; the rest is played.
     """
 
+    kind = "replay"
     waits = True
     recorded = True
     channels: tuple[Any, ...] = ()
@@ -59,7 +60,8 @@ class ReplaySource(PieceSource):
     ) -> None:
         super().__init__()
         self._files = [(io_group, Path(path)) for io_group, path in files]
-        self.name = f"replay of {', '.join(str(path) for _, path in self._files)}"
+        self.address = ", ".join(str(path) for _, path in self._files)
+        self.name = f"replay of {self.address}"
         self.layout = layout_of(asic, clock64=clock64 or format == "1.0")
         self.io_groups: tuple[int, ...] = tuple(sorted({io_group for io_group, _ in files}))
         self.finished = False

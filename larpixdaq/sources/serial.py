@@ -65,6 +65,7 @@ class SerialChannel:
 
     kind = "serial"
     revision = 0
+    identify = b""
     batch = _FRAMES
     sockets: tuple[Any, ...] = ()
 
@@ -110,6 +111,9 @@ class SerialChannel:
     def close(self) -> None:
         self.busy = False
 
+    def firmware(self, answer: bytes) -> str:
+        return ""
+
     def _done(self, error: str) -> Reply:
         self.busy = False
         return Reply(b"", f"{self.name}: {error}" if error else "")
@@ -122,11 +126,13 @@ class SerialSource(LiveSource):
     bytes: "strict" or "larpix-control".
     """
 
+    kind = "serial"
     _decoder: SerialDecoder
 
     def __init__(self, device: str, io_group: int = 1, *, asic: Asic, baud: int = BAUD, rule: str = "strict") -> None:
         decoder = SerialDecoder(io_group, int(asic), rule=rule)
         super().__init__(f"serial device {device}, io_group {io_group}", layout_of(asic), io_group, decoder)
+        self.address = device
         self._line = SerialChannel(device, io_group)
         self.channels = (self._line,)
         self._device = device

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from larpixdaq.blocks import Block, Position, Source
+from larpixdaq.blocks import Block, Connected, Position, Source
 from larpixdaq.control.calls import Call
 from larpixdaq.errors import FileError
 from larpixdaq.files import configs, names
@@ -43,6 +43,7 @@ class OpenRun:
         self.acknowledged: dict[Source, int] = {}
         self.unacknowledged = 0  # bytes of rows since the last acknowledgement
         self.ending: Ending | None = None
+        self.ended_ns = 0  # when RUN ended, unix ns; 0: not yet
         self.last_end: float | None = None
         self._limits, self._fsync = limits, fsync
         self._opened = 0.0
@@ -86,6 +87,18 @@ class OpenRun:
             self.file.announce(info)
         self.info = info
         self.announced = True
+
+    def begin(self, begun_ns: int) -> None:
+        """RUN begins, unix ns. FileError when the disk fails."""
+        self.info = self.info._replace(begun_ns=begun_ns)
+        if self.file is not None:
+            self.file.begin(begun_ns)
+
+    def connect(self, connected: Iterable[Connected]) -> None:
+        """What the producers are known to read now. FileError when the disk fails."""
+        self.info = self.info._replace(connected=tuple(connected))
+        if self.file is not None:
+            self.file.set_sources(self.info.connected)
 
     def expects(self, source: Source) -> int:
         """The sequence of a source that comes next; an end counts as one."""
@@ -146,7 +159,7 @@ class OpenRun:
         file = self.file
         if file is None:
             return None
-        report = file.seal(**how)
+        report = file.seal(**how, ended_ns=self.ended_ns)
         self.file = None
         self._count(report)
         return file, report

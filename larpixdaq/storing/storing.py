@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from larpixdaq import schema
-from larpixdaq.blocks import Source
+from larpixdaq.blocks import Connected, Source
 from larpixdaq.control.calls import Call
-from larpixdaq.errors import FileError, LarpixDaqError, StateError
+from larpixdaq.errors import FileError, LarpixDaqError, RequestError, StateError
 from larpixdaq.files import names, opening
 from larpixdaq.files.runs import RunReport, survey
 from larpixdaq.files.writer import RunInfo
@@ -71,6 +74,7 @@ class Storing(Writing):
     def prepare_run(
         self, call: Call, run: int, kind: str, comment: str, operator: str, started_ns: int, layout: int,
         asic_version: str, producers: list[str], versions: dict[str, str],
+        connected: Sequence[dict[str, Any]] = (), begun_ns: int = 0,
     ) -> Any:  # fmt: skip
         opened = self._runs.get(run)
         if opened is not None and opened.announced:
@@ -79,6 +83,7 @@ class Storing(Writing):
             run=run, kind=kind, comment=comment, operator=operator, started_ns=started_ns, layout=schema.layout(layout),
             asic_version=asic_version, storage=self.label,
             versions=versions | opening.VERSIONS, required_producers=tuple(producers),
+            connected=_boards(connected), begun_ns=begun_ns,
         )  # fmt: skip
         if opened is None:
             self._look_up(run)
@@ -97,18 +102,32 @@ class Storing(Writing):
             self._infos[run] = info
         return {"file": _name_of(opened), "free_bytes": self.space.free()}
 
-    def begin_run(self, call: Call, run: int) -> Any:
-        if run not in self._runs:
+    def begin_run(self, call: Call, run: int, begun_ns: int = 0) -> Any:
+        opened = self._runs.get(run)
+        if opened is None:
             raise StateError(f"{self.name}: run {run} was not prepared here")
+        try:
+            opened.begin(begun_ns)
+        except FileError as error:
+            self._fail(opened, error)
+        self._infos[run] = opened.info
         return {}
 
-    def end_run(self, call: Call, run: int, how: str, producers: list[dict[str, Any]]) -> Any:
+    def end_run(
+        self, call: Call, run: int, how: str, producers: list[dict[str, Any]],
+        connected: Sequence[dict[str, Any]] = (), stopped_ns: int = 0,
+    ) -> Any:  # fmt: skip
         opened = self._runs.get(run)
         if opened is None:
             self.report_run(call, run)
             return
         if opened.ending is not None:  # an abort overtakes an end that still drains
             opened.ending.call.fail(f"run {run} is ended anew ({how})", "state")
+        opened.ended_ns = stopped_ns
+        try:
+            opened.connect(_boards(connected) or opened.info.connected)
+        except FileError as error:
+            self._fail(opened, error)
         # An epoch whose totals nobody knows (its producer died) has no END to wait for.
         awaited = [(Source(run, p["name"], p["epoch"]), p["next"]) for p in producers if p["next"] is not None]
         opened.ending = Ending(call, awaited, how == "aborted", time.monotonic() + END_LIMIT)
@@ -153,6 +172,13 @@ class Storing(Writing):
             "on_close": self.finisher.trouble,
             "on_close_failed": self.finisher.failures,
         }
+
+
+def _boards(connected: Sequence[dict[str, Any]]) -> tuple[Connected, ...]:
+    try:
+        return tuple(msgspec.convert(connected, list[Connected]))
+    except msgspec.ValidationError as error:
+        raise RequestError(f"what the producers read: {error}") from None
 
 
 def _name_of(run: OpenRun) -> str:
