@@ -8,6 +8,7 @@ import pytest
 
 from larpixdaq import schema
 from larpixdaq._native import frames
+from larpixdaq.files import layout as files_layout
 
 EXT = Path(__file__).resolve().parents[1] / "ext"
 
@@ -63,3 +64,16 @@ def test_layouts_are_packed_and_found_by_code() -> None:
         assert layout.dtype.itemsize == sum(layout.dtype[name].itemsize for name in layout.dtype.names)
     with pytest.raises(ValueError, match="unknown layout code 9; known are"):
         schema.layout(9)
+
+
+def test_every_column_of_a_file_is_described_in_it_and_in_the_documentation(tmp_path):
+    documentation = (Path(__file__).parent.parent / "docs" / "files.md").read_text()
+    described = set()
+    for one in schema.LAYOUTS:
+        with files_layout.create(tmp_path / f"{one.code}.h5", one, "2") as file:
+            for name in ("packets", "run/checksums", *files_layout.CHECKED):
+                lines = [[text.decode() for text in line] for line in file[name].attrs["columns"]]
+                assert [column for column, _, _ in lines] == list(file[name].dtype.names)
+                assert f"`/{name}`" in documentation
+                described |= {f"| `{column}` | {unit} | {meaning} |" for column, unit, meaning in lines}
+    assert [line for line in described if line not in documentation.splitlines()] == []

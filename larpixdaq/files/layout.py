@@ -4,6 +4,8 @@ Everything exists before SWMR begins, and nothing is created later, so that the 
 changes are rows of datasets. Texts in datasets have fixed lengths (SWMR forbids others); the attributes `version`,
 `packet_types` and `asic_version` are variable-length strings, because larpix-control reads nothing else.
 
+Each dataset has an attribute `columns`: unit and meaning of each of its columns (columns.py, docs/files.md).
+
     /_header          attributes version, created, modified, asic_version, software (as larpix-control has them)
     /packets          the rows, layout 1.0, 2.4 or 3.0; chunks shuffled and deflated
     /messages         texts of INFO messages: a row of type 5 has the index of its first row in `counter`
@@ -41,6 +43,7 @@ from larpixdaq import checksum, schema
 from larpixdaq.configurations import REGISTERS
 from larpixdaq.errors import FileError, cause
 from larpixdaq.file_locks import can_lock
+from larpixdaq.files import columns
 from larpixdaq.terms import UNKNOWN_BYTES as UNKNOWN_BYTES
 from larpixdaq.version import VERSION
 
@@ -293,6 +296,8 @@ def _fill(file: h5py.File, layout: schema.Layout, asic_version: str) -> None:
     configs.attrs["asic_version"] = configs_name(asic_version)
     file.create_dataset("run/info", shape=(1,), dtype=INFO)
     file.create_dataset("run/checksums", shape=(len(CHECKED),), dtype=CHECKSUMS)
+    for name in ("packets", "run/checksums", *CHECKED):
+        file[name].attrs["columns"] = columns.attribute(name, file[name].dtype)
     file.flush()
     file.swmr_mode = True
 
