@@ -52,7 +52,7 @@ class _Printable(logging.Formatter):
 class Stopped(KeyboardInterrupt):
     """One of the signals came; run_main() turns it into the exit status."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int = signal.SIGTERM) -> None:
         super().__init__(number)
         self.number = number
 
