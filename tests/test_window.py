@@ -118,7 +118,7 @@ def test_exactly_what_stands_between_the_answers(groups, first_is_silent, late, 
     assert made.seconds >= 0.005
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(lost=st.floats(0, 0.9), seed=st.integers(0, 2**32), late=st.integers(0, 40))
 def test_a_measurement_without_its_marks_is_made_again_or_fails(lost, seed, late):
     """However many answers are lost, or come when nobody waits for them any more: what is returned stands between two
