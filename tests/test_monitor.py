@@ -89,8 +89,10 @@ class Producer:
         self.rows += len(rows)
         return header, rows
 
-    def info(self, words: str, at: float) -> tuple[Block, NDArray[Any]]:
+    def info(self, words: str, at: float, recorded: int | None = None) -> tuple[Block, NDArray[Any]]:
+        """`recorded`: the text's own time (unix seconds), in a replay."""
         rows = np.zeros(1, self.layout.dtype)
+        rows["timestamp"] = int(START_NS / 1e9 + at) if recorded is None else recorded
         rows["type" if self.layout.code == 1 else "packet_type"] = 5
         return self.block(rows, at, at, words)
 
@@ -344,9 +346,10 @@ def test_messages_with_time_and_producer(clock: Clock) -> None:
     producer, other = Producer(), Producer(name="Second board")
     monitor.block(*producer.info("Beginning run", 0))
     monitor.block(*other.info("Beginning run", 1.5))
-    monitor.block(*producer.info("Ending run", 60))
+    monitor.block(*producer.info("Ending run", 60, recorded=1_600_000_000))
     found = monitor.messages()
     assert [message["text"] for message in found] == ["Beginning run", "Beginning run", "Ending run"]
+    assert found[2]["time"] == 1_600_000_000
     assert found[1] == {
         "time": START_NS / 1e9 + 1.5,
         "utc": "2023-11-14T22:13:21Z",

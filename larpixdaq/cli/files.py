@@ -158,8 +158,9 @@ def _in_words(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "started", facts["started"]
     yield "closed", facts["closed"] or "not yet"
     if facts["begun"]:
-        end = f"ended {facts['ended']}" if facts["ended"] else "its end is not in this part"
-        yield "RUN", f"begun {facts['begun']}, {end}; live for {facts['live_s']:.1f} s in this part"
+        yield "begun", facts["begun"]
+        yield "ended", facts["ended"] or "not in this part"
+        yield "live", f"{facts['live_s']:.1f} s in this part"
     yield from _listed("connected", [_board(one) for one in facts["connected"]])
     for name in ("comment", "operator"):
         if value := texts.pop(name, ""):

@@ -97,7 +97,7 @@ class Monitor:
         self._tracks[header.producer, header.epoch] = track
         self.layout = layout
         if header.text is not None:
-            self._message(header, header.text)
+            self._message(header, rows, header.text)
         if not self._snapshots or now - self._snapshots[-1][0] >= _SNAPSHOT:
             self._snapshots.append((now, self._rates.channels()))
             while len(self._snapshots) > 1 + _SHARE / _SNAPSHOT:
@@ -123,8 +123,10 @@ class Monitor:
     def _track(self, frame: Block | End) -> Track:
         return self._tracks.get((frame.producer, frame.epoch)) or Track(frame.producer, frame.epoch)
 
-    def _message(self, header: Block, words: str) -> None:
+    def _message(self, header: Block, rows: NDArray[Any], words: str) -> None:
         seconds = header.first_ns / 1e9
+        if len(rows) and int(rows["timestamp"][0]) != int(seconds):
+            seconds = float(rows["timestamp"][0])  # of a replayed file
         self._messages.append(
             {"time": seconds, "utc": utc(seconds), "producer": header.producer, "run": header.run, "text": words}
         )
@@ -183,7 +185,8 @@ class Monitor:
         return as_text(rows) if text else rows
 
     def messages(self, count: int = 100) -> list[dict[str, Any]]:
-        """The newest INFO messages, the newest last: `time` (unix seconds), `utc`, `producer`, `run`, `text`."""
+        """The newest INFO messages, the newest last: `time` (unix seconds; in a replay the recorded one), `utc`,
+        `producer`, `run`, `text`."""
         _whole("messages", "count", count, 1, KEPT_MESSAGES)
         return list(self._messages)[-count:]
 
