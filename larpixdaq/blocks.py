@@ -90,7 +90,7 @@ class Connected(msgspec.Struct, frozen=True):
     producer: Annotated[str, Meta(min_length=1, max_length=256)]
     io_group: Annotated[int, Meta(ge=0, le=255)]
     kind: Annotated[str, Meta(max_length=16)]  # "PACMAN", "Bern board", "serial", "IO class", or one of MADE_UP
-    address: Annotated[str, Meta(max_length=4096)]  # network address, device, class with arguments, or files
+    address: Annotated[str, Meta(max_length=256)]  # network address, device, class with arguments, or files
     host: Annotated[str, Meta(max_length=256)]  # the computer on which the producer runs
     firmware: Annotated[str, Meta(max_length=256)] = ""  # as the board says it; empty: not known
 

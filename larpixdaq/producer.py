@@ -256,7 +256,7 @@ class Producer:
         """What is read here, for the run's files; firmware is in the status, since boards say it later."""
         host = platform.node()
         return [
-            msgspec.to_builtins(Connected(self.name, io_group, source.kind[:16], source.address[:4096], host[:256]))
+            msgspec.to_builtins(Connected(self.name, io_group, source.kind[:16], source.address[:256], host[:256]))
             for source in self.boards
             for io_group in source.io_groups
         ]

@@ -147,6 +147,7 @@ class RunFile:
         self._held: deque[Held] = deque()
         self._journaled = 0  # of the held ones, the first so many are in the journal
         self._oldest = 0.0  # monotonic time at which the first of the others came
+        self._untold: list[Held] = []  # INFO messages among the held ones whose texts are not in /messages
         self._shown = 0  # rows that readers of the file can see
         self._shown_at = monotonic()  # time at which these were written
         self._missing: list[tuple[int, ...]] = []
@@ -233,7 +234,9 @@ class RunFile:
         account.drop((gap.io_group, gap.rows) for gap in block.gaps)
         for piece in pieces:
             chunks.tally(piece, block.layout, account.tally)
-        self._hold(Held(block, account, self.rows, self.rows + block.rows, message))
+        self._hold(held := Held(block, account, self.rows, self.rows + block.rows, message))
+        if message is not None:
+            self._untold.append(held)
         self._try(lambda: self._batch.commit(block.rows, self._write_batch))
 
     def end(self, end: blocks.End) -> None:
@@ -315,8 +318,9 @@ class RunFile:
             self._try(self._show)
 
     def _show(self) -> None:
-        for held in self._held:
+        for held in self._untold:
             self._tables.message(held)
+        self._untold.clear()
         self._flush()  # a row of a message is not seen before its text
         self._batch.show()
         self._flush()
@@ -335,6 +339,7 @@ class RunFile:
         self._tables.write(done, self._missing)  # flushes the rows before it names a block
         self._behind.grown(self.bytes)
         self._missing.clear()
+        self._untold = [held for held in self._held if held.message is not None]
         # What is left is at most one block that straddles the batch's end. It has only just come, so it is not in the
         # journal yet, and waits for the next batch or its turn there like any other.
         self._journal.clear()
