@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import struct
 from itertools import pairwise
 
 import numpy as np
@@ -441,7 +442,7 @@ def test_powered_tiles_are_in_the_register():
     with emulator("--chips", "230", "--power-on") as board, context() as ctx:
         command = ctx.socket(zmq.REQ)
         command.connect(f"tcp://127.0.0.1:{board.ready['1']['command']}")
-        assert asked(command, board_register(b"R", 0x10))[8:] == board_register(b"R", 0x10, 7)[8:]
+        assert struct.unpack_from("<c3xI4xI", asked(command, board_register(b"R", 0x10)), 8) == (b"R", 0x10, 7)
 
 
 def collected(socket, enough):
@@ -509,6 +510,10 @@ def test_words_that_get_lost_or_come_twice(option):
         (["--dead-chips", "1"], 2, "--dead-chips goes with --chips"),
         (["--chips", "4", "--replay", "x"], 2, "--chips says what is sent"),
         (["--chips", "4", "--asic", "1"], 2, "v1 chips are no network"),
+        (["--inverted"], 2, "--inverted goes with --chips"),
+        (["--inverted", "--chips", "4", "--revision", "2"], 2, "which those of revision 2 cannot"),
+        (["--slow-read", "61"], 2, "--slow-read: expected 0 to 60 seconds, found 61"),
+        (["--revision", "6"], 2, "--revision: invalid choice: '6'"),
         (["--chips", "0"], 1, "expected 1 to 1000 chips on a board, found 0"),
         (["--chips", "nowhere.json"], 1, "nowhere.json: File not found"),
         (["--chips", "io/pacman.json"], 1, "io/pacman.json: no controller configuration"),

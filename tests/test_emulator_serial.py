@@ -14,7 +14,11 @@ from larpix import Controller, Packet_v1
 from larpix.io import SerialPort, serialport
 
 from larpixdaq import emulators
-from larpixdaq.emulators.serial_board import Frames
+from larpixdaq.emulators import wiring
+from larpixdaq.emulators.chips import Chips
+from larpixdaq.emulators.noise import Channels, Noise
+from larpixdaq.emulators.serial_board import Frames, SerialBoard
+from larpixdaq.emulators.tile import Tile
 from larpixdaq.schema import Asic
 from larpixdaq.sources.serial import SerialSource
 
@@ -137,6 +141,36 @@ def test_frames_however_they_are_cut(garbage, cuts, words):
     assert pieces.skipped == whole.skipped
     if not garbage:
         assert got == [b"s" + word + b"q" for word in words]
+
+
+@pytest.mark.parametrize("asic", ["1", "2"])
+def test_clock_ratio_and_length_of_resets(asic):
+    """128 ticks at first, which leave v2 chips their registers; chips hear nothing of another speed."""
+    wiring_ = wiring.tiles(1, channels=1) if asic == "2" else wiring.Wiring([(1, 1)])
+    chips = Chips(wiring_, asic, powered=True)
+    tile = Tile(Noise(chips, Channels(1, chips.map.channels, [1]), [2]), seconds=0, tick=0, heartbeat=0, carries=1000)
+    board = SerialBoard(tile, None)
+    address = {"1": 32, "2": 64}[asic]
+
+    def write(value):
+        bare = 2 | 1 << 2 | address << 10 | value << 18
+        board.heard(b"s" + bare.to_bytes(8, "little") + b"q")
+        return int(chips.registers[0, address])
+
+    def command(number, value=0):
+        board.heard(b"c" + bytes([number, value, *bytes(6)]) + b"q")
+
+    usual = int(chips.map.defaults[address])
+    assert write(9) == 9
+    command(2)
+    assert chips.registers[0, address] == (usual if asic == "1" else 9)
+    command(1, 255)
+    command(2)
+    assert chips.registers[0, address] == usual
+    command(0, 4)
+    assert write(9) == usual
+    command(0, 2)
+    assert write(9) == 9
 
 
 def test_wrong_options(capsys, tmp_path):

@@ -14,6 +14,10 @@ from larpixdaq.emulators.board_registers import BoardRegisters, ServerCrashError
 
 _HEADER = struct.Struct("<cIxH")
 _REGISTER = struct.Struct("<c3xI4xI")
+#: Replies have garbage where requests have zeros: servers make them in memory that nobody has cleared.
+_REPLY_HEADER = struct.Struct("<cIsH")
+_REPLY_REGISTER = struct.Struct("<c3sI4sI")
+_GARBAGE = b"\xa5"
 _ERROR = struct.Struct("<cB14s")
 _WORD = 16
 _U32 = 0xFFFFFFFF
@@ -43,7 +47,7 @@ class Commands:
         """
         self.seconds = 0.0
         words = self._words(request)
-        return _HEADER.pack(b"!", int(time.time()) & _U32, len(words) // _WORD) + words
+        return _REPLY_HEADER.pack(b"!", int(time.time()) & _U32, _GARBAGE, len(words) // _WORD) + words
 
     def _words(self, request: bytes) -> bytes:
         if len(request) < _HEADER.size:
@@ -69,7 +73,7 @@ class Commands:
     def _word(self, word: bytes) -> bytes:
         kind = word[:1]
         if kind == b"P":
-            return b"P" + bytes(_WORD - 1)
+            return b"P" + _GARBAGE * (_WORD - 1)
         if kind not in (b"R", b"W"):
             raise ServerCrashError(f"word of unknown type 0x{word[0]:02x}")
         _, register, value = _REGISTER.unpack(word)
@@ -78,4 +82,4 @@ class Commands:
             self.seconds += self.registers.seconds(register)
         else:
             self.registers.write(register, value)
-        return _REGISTER.pack(kind, register, value)
+        return _REPLY_REGISTER.pack(kind, _GARBAGE * 3, register, _GARBAGE * 4, value)
