@@ -97,9 +97,9 @@ def test_registers_that_are_not_what_they_seem():
     rev3, rev4, rev5 = (registers(revision) for revision in ("3", "4", "5"))
     rev3.write(0x24137, 1234)  # VDDD of tile 4
     rev3.write(0x24100, 77)  # on revision 4 a scratch register
-    assert [rev3.read(register) for register in (0x24190, 0x24197, 0x24100)] == [77, 1234, 0]
+    assert [rev3.read(register) for register in (0x24190, 0x24197, 0x24100)] == [77 << 16, 1234 << 16, 0]
     rev3.write(0x241B0, 500)  # all at once
-    assert {rev3.read(0x24190 + n) for n in range(16)} == {500}
+    assert {rev3.read(0x24190 + n) for n in range(16)} == {500 << 16}
     rev4.write(0x24100, 77)
     assert [rev4.read(0x24100), rev4.read(0x24190)] == [77, 0]
     rev5.write(0x25019, 46_260)  # only 12 bits count: VDDA of tile 10

@@ -110,7 +110,7 @@ class BoardRegisters:
             if address in values:
                 return values[address]
         if address in self.revision.readbacks:
-            return self._dacs[self.revision.readbacks[address]]
+            return self._dacs[self.revision.readbacks[address]] << 16
         if address in self.revision.monitors:
             rail, encode, _ = self.revision.monitors[address]
             volts = self.volts(rail)

@@ -33,7 +33,8 @@ class Monitor(NamedTuple):
 
 @dataclass(frozen=True)
 class Revision:
-    """`dacs`, `readbacks`, `monitors`, `constants`, `scratch`: registers on the I2C bus. All others there read 0.
+    """`dacs`, `readbacks` (in bits 31 to 16), `monitors`, `constants`, `scratch`: registers on the I2C bus. All others
+    there read 0.
 
     `masked`: only the lowest 12 bits of an I2C address count. `crashes_at`: first address at which the server crashes.
     `fpga_constants`: registers of the FPGA that nobody can write and that are not 0. `tile_clocks`: bits of register
