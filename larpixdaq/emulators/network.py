@@ -81,7 +81,7 @@ class Network(Chain):
     A chip receives on the UARTs of enable_posi. A word for its chip_id it takes; another one, away from the board, it
     passes on by the UARTs of enable_piso_upstream, one towards the board by those of enable_piso_downstream. Broadcasts
     it takes and passes on. A ring of open ways, in which chips would send words round for ever, is gone round once.
-    Whoever takes another time for each bit than the sender hears nothing.
+    A receiver with another time for each bit than the sender hears nothing.
     """
 
     def __init__(
