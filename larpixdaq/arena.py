@@ -154,10 +154,12 @@ class Arena:
         try:
             os.posix_fallocate(file, 0, size)
             memory = _mapped(file, size)
-        except OSError as error:
+        except BaseException as error:  # a signal too: to reserve the file takes a while
             free = os.statvfs(directory)
             remove(file, path)
             os.close(file)
+            if not isinstance(error, OSError):
+                raise
             raise RingError(
                 f"the ring does not fit: {size} bytes asked for, {free.f_bavail * free.f_frsize} free in {directory} "
                 f"({error.strerror}); make it smaller with --ring or put it elsewhere with --ring-dir"
@@ -237,7 +239,7 @@ class Arena:
                 os.posix_fallocate(file, start, size)
             position = self.ring.position
             self._copy(file, self.ring.used()[1:])  # not the header: it changes, and makes it a ring
-        except OSError:
+        except BaseException:
             remove(file, path)
             os.close(file)
             raise
@@ -259,7 +261,7 @@ class Arena:
         try:
             self._copy(new.file, self.ring.used(new.position))
             place(self._memory, new.file)
-        except OSError:
+        except BaseException:
             remove(new.file, new.path)
             os.close(new.file)
             raise

@@ -2,6 +2,7 @@
 
 import argparse
 import mmap
+import os
 from collections import deque
 
 import hypothesis.strategies as st
@@ -169,6 +170,16 @@ def test_arena_is_locked_private_and_gone_after_close(tmp_path) -> None:
     assert not arena.path.exists()
     assert view is not None
     assert view.sum() == 0  # still readable: memory lives as long as its readers
+
+
+def test_arena_whose_making_is_interrupted_leaves_no_file(tmp_path, monkeypatch) -> None:
+    def interrupt(*args: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "posix_fallocate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Arena.make(tmp_path, tmp_path, "p", 1, SMALLEST)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_arena_that_does_not_fit_names_the_options(tmp_path) -> None:
