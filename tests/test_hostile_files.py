@@ -185,6 +185,19 @@ def test_truncated_files(tmp_path, good, part):
             left.unlink()
 
 
+@pytest.mark.timeout(60)  # HDF5's own way takes two minutes for each
+def test_a_damaged_part_of_a_dead_writer_is_told_at_once(tmp_path, part):
+    """Its superblock says still that it is being written."""
+    path = tmp_path / f"{NAME}.h5.part"
+    flags = superblock.SIGNATURE + b"\x03\x08\x08\x05" + bytes(8) + b"\xff" * 8 + part[28:44]
+    whole = flags + superblock.lookup3(flags).to_bytes(4, "little") + part[superblock.SIZE :]
+    path.write_bytes(whole)
+    assert "condition RUNNING" in verify(path).findings[0]
+    for place in (500, 2000):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert "incorrect metadata checksum" in verify(path).findings[0]
+
+
 def test_pipes_and_links(tmp_path, good, capsys):
     """A pipe under the name of a run's file; a link to a file elsewhere, and to one in the same directory."""
     data = tmp_path / "data"

@@ -5,6 +5,9 @@ Whatever is wrong with a file comes out as a FileError of one line.
 
 from __future__ import annotations
 
+import fcntl
+import io
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -17,12 +20,45 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq.blocks import Connected, Source
 from larpixdaq.errors import FileError, cause
-from larpixdaq.files import bounds, heap, layout, superblock
-from larpixdaq.regular_file import check_place
+from larpixdaq.files import bounds, heap, layout, names, superblock
+from larpixdaq.regular_file import check_place, open_regular
 
 T = TypeVar("T")
 #: What h5py raises when a file is not what it should be.
 _BROKEN = (OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError, MemoryError)
+
+
+class LeftPart(io.FileIO):
+    """A part that a dead writer left, with the superblock of a closed file in place of its own. Only read."""
+
+    def __init__(self, path: Path, first: superblock.Superblock) -> None:
+        super().__init__(path, "rb")
+        self._first = superblock.closed(first, os.fstat(self.fileno()).st_size)
+
+    def readinto(self, buffer: Any) -> int:
+        at = self.tell()
+        found = super().readinto(buffer)
+        if at < len(self._first):
+            hidden = self._first[at : at + found]
+            memoryview(buffer).cast("B")[: len(hidden)] = hidden
+        return found
+
+
+def _may_be_written(part: Path) -> bool:
+    """Whether a process holds the lock on the part's journal, as writers and recoveries do, or nobody can tell."""
+    try:
+        fd = open_regular(part.with_name(part.name.removesuffix(names.PART) + names.JOURNAL))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 class DataFile:
@@ -34,6 +70,7 @@ class DataFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._left: LeftPart | None = None
         self._file = self._open()
         # Datasets stay open: one that is opened again after a refresh may show a stale index of its chunks (HDF5 2.0).
         self._held: dict[str, Any] = {}
@@ -58,16 +95,23 @@ class DataFile:
             reason = "is not a file" if self.path.exists() else "there is no such file"
             raise FileError(f"cannot open {self.path}: {reason}")
         heap.check(self.path)
-        # A file whose writer lives, or died, opens as SWMR only. What is wrong with its metadata HDF5 tells after two
-        # minutes, having read them 100 times. So what is closed is opened plainly, which also shows that it is whole.
+        # When a file is opened as SWMR, HDF5 reads damaged metadata 100 times before it gives up: two minutes for each.
+        # So only a file whose writer may live is opened as SWMR. All others are opened plainly, which also shows that
+        # they are whole; a part that a dead writer left is shown to HDF5 as if it were closed.
+        first = superblock.read(self.path) if self.path.name.endswith(names.PART) else None
         growing = superblock.growing(self.path)
         try:
+            if first is not None and growing and not _may_be_written(self.path):
+                self._left = LeftPart(self.path, first)
+                return h5py.File(self._left, "r")
             if not h5py.is_hdf5(self.path):
                 raise FileError(f"cannot open {self.path}: it is not an HDF5 file")
             return layout.open_file(self.path, "r", swmr=growing)
         except FileError:
             raise
         except _BROKEN as error:
+            if self._left is not None:
+                self._left.close()
             raise FileError(f"cannot open {self.path}: {cause(error)}") from None
 
     def __enter__(self) -> DataFile:
@@ -80,6 +124,8 @@ class DataFile:
 
     def close(self) -> None:
         self._file.close()
+        if self._left is not None:
+            self._left.close()
 
     def _guard(self, name: str, do: Callable[[], T]) -> T:
         try:

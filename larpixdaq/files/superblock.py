@@ -75,6 +75,12 @@ def growing(path: Path) -> bool:
     return found is not None and found.flags != 0
 
 
+def closed(found: Superblock, size: int) -> bytes:
+    """The superblock of the same file, closed with so many bytes."""
+    data = _FIELDS.pack(*found._replace(flags=0, end=size, checksum=0))[:-4]
+    return data + struct.pack("<I", lookup3(data))
+
+
 def repair(path: Path) -> None:
     """Make it that of a closed file: flags 0, the end where the file ends. Synced; FileError as of read(), and when
     it is no HDF5 file."""
@@ -90,9 +96,7 @@ def repair(path: Path) -> None:
             for what, address in (("root group", found.root), ("extension", found.extension)):
                 if not SIZE <= address < size and (what, address) != ("extension", _NOWHERE):
                     raise FileError(f"{path}: superblock: its {what} is at {address}, the file has {size} bytes")
-            closed = found._replace(flags=0, end=size, checksum=0)
-            data = _FIELDS.pack(*closed)[:-4]
-            os.pwrite(fd, data + struct.pack("<I", lookup3(data)), 0)
+            os.pwrite(fd, closed(found, size), 0)
             os.fsync(fd)
         finally:
             os.close(fd)
