@@ -31,8 +31,13 @@ Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x
 RunNumber = Annotated[int, Meta(ge=1, le=LAST_RUN)]
 #: 64 bits; msgpack has no larger numbers.
 Epoch = Annotated[int, Meta(ge=0)]
-#: Sequences, sizes, and times in unix ns.
-Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_64Bits = Annotated[int, Meta(ge=0)]
+#: Unix ns by a host's clock.
+Time = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+#: Rows, packets, bytes: those of all 256 io_groups add up to less than 2^64.
+Count = Annotated[int, Meta(ge=0, lt=2**56)]
+#: Numbers of blocks: those of 65,536 sources add up to less than 2^64.
+Sequence = Annotated[int, Meta(ge=0, lt=2**48)]
 IoGroup = Annotated[int, Meta(ge=0, lt=IO_GROUPS)]
 LayoutCode = Annotated[int, Meta(ge=1, le=len(LAYOUT_NAMES))]
 _32Bits = Annotated[int, Meta(ge=0, lt=2**32)]
@@ -62,8 +67,8 @@ class Gap(msgspec.Struct, array_like=True, frozen=True):
 
     io_group: IoGroup
     rows: Count
-    first_ns: Count  # host clock, unix ns
-    last_ns: Count
+    first_ns: Time  # host clock, unix ns
+    last_ns: Time
 
 
 Gaps = Annotated[list[Gap], Meta(max_length=IO_GROUPS)]
@@ -73,7 +78,7 @@ class Position(msgspec.Struct, array_like=True, frozen=True):
     run: RunNumber
     producer: Name
     epoch: Epoch
-    next: Count
+    next: Sequence
 
 
 class Configs(msgspec.Struct, array_like=True, frozen=True):
@@ -115,13 +120,13 @@ class Ack(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
     run: RunNumber
     epoch: Epoch
-    next: Count
+    next: Sequence
 
 
 class Credit(msgspec.Struct, array_like=True, tag=3, frozen=True):
     """Room for this many blocks in all since the HELLO: a running total, so repeating it is harmless."""
 
-    blocks: Count
+    blocks: Sequence
 
 
 class Bye(msgspec.Struct, array_like=True, tag=4, frozen=True):
@@ -151,13 +156,13 @@ class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
     run: RunNumber
     producer: Name
     epoch: Epoch
-    sequence: Count
+    sequence: Sequence
     first_packet: Count  # index, in this run and epoch, of the first row
     rows: Annotated[int, Meta(ge=0, le=BLOCK_ROWS)]
     layout: LayoutCode
     flags: _32Bits
-    first_ns: Count  # host clock, unix ns, when the first row came
-    last_ns: Count
+    first_ns: Time  # host clock, unix ns, when the first row came
+    last_ns: Time
     crc32: _32Bits
     totals: Annotated[list[Totals], Meta(max_length=IO_GROUPS)]
     gaps: Gaps
@@ -171,7 +176,7 @@ class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
 
 class UnknownWord(msgspec.Struct, array_like=True, frozen=True):
     io_group: IoGroup
-    seconds: Count  # unix
+    seconds: _64Bits  # unix, as the board says it
     reason: Annotated[int, Meta(ge=0, lt=256)]  # schema.REASONS
     raw: Annotated[bytes, Meta(max_length=UNKNOWN_BYTES)]
 
@@ -185,9 +190,9 @@ class Verdict(msgspec.Struct, array_like=True, frozen=True):
     io_group: IoGroup
     verdict: Annotated[str, Meta(pattern=r"^(complete|suspect|lost)\Z")]  # VERDICTS
     why: str  # one sentence; empty for "complete"
-    lost: Count  # packets at least; 0: nobody knows
-    first_ns: Count  # unix ns: the time that the finding is about; both 0 for "complete"
-    last_ns: Count
+    lost: _64Bits  # packets at least; 0: nobody knows
+    first_ns: _64Bits  # unix ns: the time that the finding is about; both 0 for "complete"
+    last_ns: _64Bits
 
 
 #: One list per io_group: the io_group, then schema.COUNTS in order.
@@ -206,10 +211,10 @@ class End(msgspec.Struct, array_like=True, tag=13, frozen=True):
     run: RunNumber
     producer: Name
     epoch: Epoch
-    next: Count
+    next: Sequence
     how: Annotated[str, Meta(pattern=r"^(closed|aborted|recovered)\Z")]
-    first_ns: Count
-    last_ns: Count
+    first_ns: Time
+    last_ns: Time
     counts: Counters
     gaps: Gaps
     unknown: list[UnknownWord]

@@ -347,7 +347,7 @@ def test_an_acknowledgement_of_what_does_not_exist_frees_nothing_more(line: Line
     peer.send(pack(Hello(1, STORAGE, "", "all", [])))
     line.begin()
     line.write(10)
-    peer.send(pack(Ack(1, 5, 2**60)))
+    peer.send(pack(Ack(1, 5, 2**47)))
     until(line, lambda: line.ring.tail == 1, "the block to be free")
     line.write(10)
     line.publisher.work()
@@ -372,6 +372,8 @@ WRONG: list[tuple[Block | End, dict[str, Any]]] = [
     (BLOCK, {"layout": 9}),
     (BLOCK, {"producer": ""}),
     (BLOCK, {"sequence": -1}),
+    (BLOCK, {"sequence": 2**48}),
+    (BLOCK, {"first_packet": 2**56}),
     (BLOCK, {"rows": 16_385}),
     (BLOCK, {"first_ns": 2**63}),
     (BLOCK, {"crc32": 2**32}),
@@ -382,6 +384,7 @@ WRONG: list[tuple[Block | End, dict[str, Any]]] = [
     (END, {"counts": [[]]}),
     (END, {"counts": [[1, *range(21)]]}),
     (END, {"counts": [[1] * 23] * 257}),
+    (END, {"counts": [[2**56] * 23]}),
     (END, {"outside": [[-1] * 23]}),
     (END, {"how": "closed\n"}),
     (END, {"unknown": [UnknownWord(1, 1, 1, bytes(25))]}),
@@ -414,8 +417,8 @@ def test_frames_with_values_out_of_range_are_refused_and_the_next_one_is_taken(
 
 
 def test_the_largest_end_record_fits() -> None:
-    words = [UnknownWord(group, 2**62, 1, bytes(24)) for group in range(256) for _ in range(1000)]
-    end = msgspec.structs.replace(END, counts=[[group] + [2**62] * 22 for group in range(256)], unknown=words)
+    words = [UnknownWord(group, 2**64 - 1, 1, bytes(24)) for group in range(256) for _ in range(1000)]
+    end = msgspec.structs.replace(END, counts=[[group] + [2**56 - 1] * 22 for group in range(256)], unknown=words)
     assert unpack_producer(pack(end), "p") == end
 
 
@@ -438,7 +441,7 @@ def test_producers_that_have_gone_for_good_are_not_kept_without_limit(line: Line
 
 
 def test_a_consumers_frame_is_small(line: Line) -> None:
-    positions = [Position(9_999_999, "p" * 64, 2**64 - 1, 2**63 - 1)] * MAX_POSITIONS
+    positions = [Position(9_999_999, "p" * 64, 2**64 - 1, 2**48 - 1)] * MAX_POSITIONS
     hello = Hello(1, STORAGE, "s" * 64, "all", positions)
     assert unpack_consumer(pack(hello), "c") == hello
     with pytest.raises(ProtocolError, match="length <= 256"):
@@ -462,7 +465,7 @@ def test_credit_has_a_limit(line: Line) -> None:
     peer = raw_peer(line)
     peer.send(pack(Hello(1, "Online monitor", "", "latest", [])))
     assert isinstance(answer(line, peer), Welcome)
-    peer.send(pack(Credit(2**62)))
+    peer.send(pack(Credit(2**48 - 1)))
     refused = answer(line, peer)
     assert "at most 64 blocks more than the 0 that were sent" in refused.reason
     (subscriber,) = line.publisher.subscribers.values()
@@ -484,8 +487,8 @@ def test_consumers_have_a_limit_and_a_required_storage_comes_in_all_the_same(
 
 
 def test_frames_of_consumers_take_a_bounded_time_of_a_turn(line: Line) -> None:
-    """What waits is taken in the next turns, and nobody is taken for silent before."""
-    now = [time.monotonic()]
+    """What waits is taken in the next turns."""
+    now = [0.0]
 
     def clock() -> float:
         now[0] += 0.001
@@ -495,7 +498,6 @@ def test_frames_of_consumers_take_a_bounded_time_of_a_turn(line: Line) -> None:
     peer = raw_peer(line)
     for _ in range(20):
         peer.send(pack(Credit(1)))
-    drained = line.publisher._drained
     until(line, lambda: line.publisher.refused, "the first frames", LIMIT)
     turns = 1
     while line.publisher.refused < 20:
@@ -504,7 +506,6 @@ def test_frames_of_consumers_take_a_bounded_time_of_a_turn(line: Line) -> None:
         assert line.publisher.refused - before <= 5
         turns += 1
     assert turns >= 4
-    assert line.publisher._drained >= drained
 
 
 def test_frames_survive_the_wire() -> None:
