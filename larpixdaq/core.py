@@ -46,6 +46,8 @@ from larpixdaq.states import LOG, LOST, PRODUCER
 _log = logging.getLogger("larpixdaq.core")
 #: Seconds that messages are taken before anything else is looked after.
 _TAKE_LIMIT: Final = 0.05
+#: Messages of each peer that wait, and may be large; ZeroMQ keeps the rest at the peer.
+_QUEUE: Final = 100
 #: The loop turns at least this often (s): while something goes on that has time limits, and otherwise. When it has not
 #: for far longer, the core itself stood still.
 _TURN: Final = 0.05
@@ -65,6 +67,7 @@ class Core:
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER)
+        self._router.setsockopt(zmq.RCVHWM, _QUEUE)
         self._router.setsockopt(zmq.LINGER, 200)
         config.close_dead_connections(self._router, config.DEAD_CONNECTION)
         try:
