@@ -187,6 +187,31 @@ def test_a_storage_that_comes_back_goes_on_in_a_further_part(rigs: Callable[...,
     assert about["required_producers"] == ["LArPix board"]
 
 
+@pytest.mark.parametrize("hurt", [1, 2])
+def test_a_storage_that_finds_a_damaged_journal(
+    rigs: Callable[..., Rig], tmp_path: Path, caplog: pytest.LogCaptureFixture, hurt: int
+) -> None:
+    """The run goes on, what is missing is counted, also when it was the last block, and the journal is kept."""
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    rig.take(*[feed.block(rows(1000 + n)) for n in range(3)])
+    rig.until(lambda: rig.stream.next == {feed.source: 3}, "three blocks in the journal")
+    kill(rig)
+    (journal,) = tmp_path.glob("*.journal")
+    content = bytearray(journal.read_bytes())
+    content[len(content) * hurt // 3 + 500] ^= 1
+    journal.write_bytes(content)
+    again = rigs()
+    again.prepare()
+    again.take(feed.block(rows(40)), feed.end())
+    ended = again.end(4).value
+    assert (ended["condition"], ended["rows"]) == ("INCOMPLETE", 2040 + 3 - hurt)
+    assert any("the journal has no whole block in its bytes" in reason for reason in ended["reasons"])
+    assert any(f"blocks {hurt} to {hurt} are in no part" in reason for reason in ended["reasons"])
+    assert [one.levelname for one in caplog.records if "DAMAGED: the journal" in one.message] == ["ERROR"]
+    assert (tmp_path / f"{journal.name}.damaged").read_bytes() == content
+
+
 def test_a_part_in_which_nothing_came_leaves_no_gap_behind(rigs: Callable[..., Rig], tmp_path: Path) -> None:
     """It goes when the next storage starts, before the next part gets its number."""
     rig, feed = rigs(limits=limit("60rows")), Feed(RUN)
