@@ -1,19 +1,21 @@
 """The fault table: what happens in the middle of a run, hundreds of times, and what becomes of the packets.
 
     python bench/faults.py [--trials N] [--rows NAME,...] [--seed S] [--rate R] [--jobs J] [--report FILE.json]
-                           [--update docs/reliability.md]
+                           [--update docs/reliability.md] [--findings docs/reliability.md]
 
 Each trial is a whole system of real processes with emulated PACMANs at 500,000 packets/s, if the row says nothing else;
 the fault comes at a random moment, is healed, and the run is ended. "sent" is the boards' own count of words, "stored"
 the rows of them in all parts of the run, "counted" what the ledger says was lost, "unaccounted" the rest, "doubled"
 blocks that are in the files twice. A trial fails when a row's promise is not kept; what it leaves behind is kept in
---keep, and the exit status is 1. The rows are functions in tests/fault_rows*.py.
+--keep, and the exit status is 1. The rows are functions in tests/fault_rows*.py. --findings counts how often each kind
+of evidence for a loss at the board's side was given although nothing was lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -26,7 +28,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from marks import machine, update
 from trials import ROWS, Outcome, impossible, late, trials
 
+from larpixdaq.sources.evidence import FINDINGS
+
 MARK = "fault table"
+FINDINGS_MARK = "findings"
+#: What the connection to a board says.
+PRESENCE = (
+    "the board was away",
+    "the board was not there",
+    "the board was connected, but sent not even a heartbeat",
+)
 
 
 def span(values: Iterable[float | None]) -> str:
@@ -60,6 +71,31 @@ def table(outcomes: Sequence[Outcome]) -> str:
     failed = sum(not one.ok for one in outcomes)
     cells = ["all", "", str(len(outcomes)), str(failed), *(f"{n:,}" for n in total)]
     lines.append(f"| {' | '.join([*cells, str(sum(one.doubled for one in outcomes)), '', ''])} |")
+    return "\n".join(lines)
+
+
+def finding_kinds() -> dict[str, re.Pattern[str]]:
+    """The sentences in /ledger/verdicts, by what they say."""
+    kinds = {
+        re.sub(r"\{\w+\}", "N", finding.text): re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(finding.text)))
+        for finding in FINDINGS.values()
+    }
+    return {text: re.compile(text) for text in PRESENCE} | kinds
+
+
+def findings_table(outcomes: Sequence[Outcome]) -> str:
+    """In Markdown, a line a kind of finding: in how many trials that lost nothing it was given."""
+    whole = [one for one in outcomes if one.condition and not one.unaccounted and not one.counted]
+    quiet = [one for one in whole if one.row == "undisturbed"]
+    faults = [one for one in whole if one.row != "undisturbed"]
+    lines = [
+        f"| finding | of {len(quiet)} undisturbed runs | of {len(faults)} runs with a fault and no loss | which |",
+        "| --- | ---: | ---: | --- |",
+    ]
+    for text, pattern in finding_kinds().items():
+        found = [sum(any(pattern.search(gap) for gap in one.gaps) for one in some) for some in (quiet, faults)]
+        rows = dict.fromkeys(ROWS[one.row].fault for one in faults if any(pattern.search(gap) for gap in one.gaps))
+        lines.append(f"| {text} | {found[0]} | {found[1]} | {'; '.join(rows)} |")
     return "\n".join(lines)
 
 
@@ -104,6 +140,7 @@ def main() -> int:
     add("--jobs", type=int, default=1, metavar="J", help="trials at a time (default 1; times are judged only then)")
     add("--report", type=Path, metavar="FILE", help="write everything about every trial there, as JSON")
     add("--update", type=Path, metavar="FILE", help=f"put the table between the marks '{MARK}' in this document")
+    add("--findings", type=Path, metavar="FILE", help=f"put the table of findings between the marks '{FINDINGS_MARK}'")
     add(
         "--keep",
         type=Path,
@@ -128,6 +165,10 @@ def main() -> int:
     print(text)
     if options.update:
         update(options.update, MARK, text)
+    if options.findings:
+        told = f"{findings_table(outcomes)}\n\n`{command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {machine()}."
+        print(told)
+        update(options.findings, FINDINGS_MARK, told)
     return 0 if all(one.ok for one in outcomes) else 1
 
 

@@ -1,7 +1,9 @@
 # Messages of the Bern board's data server to rows: header of 8 bytes (version 1.0, type, io channel), words of 8.
 from libc.stdint cimport uint8_t, uint64_t
 
-from evidence cimport Evidence, TRAILING, full_mask, note, note_doubled, note_full, note_seconds, repeated
+from evidence cimport (
+    Evidence, TRAILING, full_mask, note, note_doubled, note_full, note_seconds, repeated, sample_word,
+)
 from rows cimport Row, load64, time_row, word_row
 from sink cimport (
     Messages, Sink, Tally, accept_message, count_time, count_words, keep_word, previous, previous_length, reject_message,
@@ -42,6 +44,7 @@ cdef inline bint open_message(Bern* board) noexcept nogil:
         if at[2] == c'T' and (length == 16 or length == 17):
             note_seconds(evidence, board.sink.seconds, load64(at + 8))
             board.sink.seconds = load64(at + 8)
+            evidence.header_ns = load64(at + 8) * <uint64_t>1_000_000_000
             accept_message(&board.sink, 16, length - 16)
             return True
         if at[2] == c'H':
@@ -94,3 +97,13 @@ cdef inline Py_ssize_t bern_rows(Bern* board, Row* rows, Py_ssize_t n) noexcept 
         input.word += 8 * words
         input.words -= words
     return made
+
+
+cdef inline void inspect_last(Bern* board) noexcept nogil:
+    """Look at the first word of the last message of an input that is used up, for what contradicts `asic`."""
+    cdef Messages* input = &board.messages
+    cdef const uint8_t* at
+    if input.n and input.spans[input.n - 1].length >= 16:
+        at = input.data + input.spans[input.n - 1].start
+        if at[0] == 1 and at[1] == 0 and at[2] == c'D':
+            sample_word(&board.sink.evidence, load64(at + 8), board.sink.asic)

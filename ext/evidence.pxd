@@ -6,7 +6,7 @@ from libc.stdlib cimport realloc
 from libc.string cimport memcmp, memcpy
 
 from rows cimport expect, odd_parity, word_mask
-from wire cimport V1, V3
+from wire cimport V1, V2, V2_DIAGNOSTICS, V3
 
 cdef enum:                           # schema.NOTICES, in its order
     SHORT
@@ -22,6 +22,13 @@ cdef enum:                           # schema.NOTICES, in its order
     HEARTBEATS
     RESETS
     HOLES
+    CUT
+    CLOCK64
+    CLOCK32
+    AS_V1
+    AS_V2
+    AS_V3
+    PARITY
     N_NOTICES
 
 cdef enum:
@@ -30,6 +37,7 @@ cdef enum:
     MARKS = 128                      # a power of two above that
     SHORTEST_HOLE = 100_000          # ticks: 10 ms
     LONGEST_HOLE = 100               # seconds; a clock of 32 bits goes round in 429
+    SAMPLES = 64                     # words from which the chips' generation is judged
 
 cdef packed struct Notice:           # schema.NOTICE
     uint64_t events
@@ -53,6 +61,10 @@ cdef struct Evidence:
     double before
     bint spoken                      # there was a header before
     double spoken_since              # `since` of the batch in which its time was first seen
+    # the board's clock less the host's, ns: bounds from the headers since clock_bounds() was last asked for
+    uint64_t header_ns               # the last header's time; 0: none in this batch
+    double lowest
+    double highest
     # the message before
     uint64_t head                    # eight bytes of its first word, which hardly ever agree
     uint8_t* copy                    # of the last one of the input before
@@ -71,6 +83,12 @@ cdef struct Evidence:
     double reset_until
     uint64_t reset_ns
     double tick                      # seconds; 0: not known yet
+    # words of the last batches, one of each, at most SAMPLES
+    uint32_t samples
+    uint32_t types[4]
+    uint32_t bad_parity
+    uint64_t bits                    # that are set in any of them
+    uint64_t sampled_ns              # the first of them came after that
     # the last messages
     uint64_t n_marks                 # how many there were
     Mark marks[MARKS]
@@ -89,21 +107,43 @@ cdef inline void note(Evidence* evidence, int what, uint64_t amount, uint64_t fi
 cdef inline void forget_context(Evidence* evidence) noexcept nogil:
     """What comes next has nothing to do with what came before; what was noticed stays."""
     evidence.since = evidence.before = evidence.spoken_since = -INFINITY
-    evidence.until = INFINITY
+    evidence.until = evidence.highest = INFINITY
+    evidence.lowest = -INFINITY
+    evidence.header_ns = 0
     evidence.spoken = evidence.beating = evidence.was_reset = False
     evidence.head = 0
     evidence.copied = 0
     evidence.period = evidence.odd = 0
     evidence.tick = 0
     evidence.n_marks = 0
+    _sample_anew(evidence)
 
 
 cdef inline void next_batch(Evidence* evidence, uint64_t now_ns, double since, double until) noexcept nogil:
+    fold_clock(evidence)
     evidence.before_ns = evidence.now_ns if evidence.now_ns else now_ns
     evidence.before = evidence.since
     evidence.now_ns = now_ns
     evidence.since = since
     evidence.until = until
+
+
+# The board's clock beside the host's
+
+cdef inline void fold_clock(Evidence* evidence) noexcept nogil:
+    """Narrow the bounds of the clock's offset by the last header of the batch, which is decoded.
+
+    It was written before the batch had come, so the clock is ahead by no less than their difference. It came after the
+    last read that left nothing behind, so the clock is ahead by no more than that one, if nothing held the message up.
+    """
+    cdef double offset, step
+    if evidence.header_ns == 0:
+        return
+    step = 1e9 if evidence.header_ns % <uint64_t>1_000_000_000 == 0 else 1  # whole seconds, if it is written in these
+    offset = <double><int64_t>(evidence.header_ns - evidence.now_ns)
+    evidence.lowest = max(evidence.lowest, offset)
+    evidence.highest = min(evidence.highest, offset + step + (evidence.until - evidence.since) * 1e9)
+    evidence.header_ns = 0
 
 
 # Header seconds
@@ -186,6 +226,49 @@ cdef inline void note_full(Evidence* evidence, uint64_t word, int asic) noexcept
     """Only data packets have these flags, and only with right parity they can be believed."""
     if word & full_mask(asic) and word & 3 == (1 if asic == V3 else 0) and odd_parity(word & word_mask(asic)):
         note(evidence, FULL, 1, evidence.now_ns)
+
+
+# Generations of chips
+
+cdef inline void _sample_anew(Evidence* evidence) noexcept nogil:
+    cdef int i
+    for i in range(4):
+        evidence.types[i] = 0
+    evidence.samples = 0
+    evidence.bad_parity = 0
+    evidence.bits = 0
+    evidence.sampled_ns = evidence.now_ns
+
+
+cdef inline void sample_word(Evidence* evidence, uint64_t word, int asic) noexcept nogil:
+    """Sample a packet word, one of a batch, for the generation of its chip."""
+    evidence.types[word & 3] += 1
+    evidence.bits |= word
+    evidence.bad_parity += 1 - odd_parity(word & word_mask(asic))
+    evidence.samples += 1
+    if expect(evidence.samples == SAMPLES, False):
+        _judge_generation(evidence, asic)
+
+
+cdef inline void _judge_generation(Evidence* evidence, int asic) noexcept nogil:
+    """Note words that chips of this generation do not send.
+
+    Data are type 0 up to v2, where type 1 are test packets, and type 1 from v3 on, where there is no type 0. A v1 word
+    has 54 bits; a v2 word has its parity in bit 63, so that 64 words without any of the upper ten bits are none of v2.
+    """
+    cdef uint64_t began = evidence.sampled_ns if evidence.sampled_ns else evidence.now_ns
+    cdef bint ones = evidence.types[1] > SAMPLES // 2 and evidence.types[1] > 8 * evidence.types[0]
+    cdef bint zeros = evidence.types[0] > SAMPLES // 2 and evidence.types[0] > 8 * evidence.types[1]
+    if asic == V2 or asic == V2_DIAGNOSTICS:
+        if ones:
+            note(evidence, AS_V3, SAMPLES, began)
+        elif zeros and evidence.bits >> 54 == 0:
+            note(evidence, AS_V1, SAMPLES, began)
+    elif asic == V3 and zeros:
+        note(evidence, AS_V2, SAMPLES, began)
+    if 4 * evidence.bad_parity > SAMPLES:
+        note(evidence, PARITY, evidence.bad_parity, began)
+    _sample_anew(evidence)
 
 
 # SYNC words

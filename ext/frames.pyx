@@ -9,12 +9,14 @@ from libc.string cimport memcpy, memmove, memset
 import numpy as np
 
 from arrays cimport KIND10, KIND24, KIND24_CLOCK64, Rows, checked_asic, checked_byte, open_rows
-from bern cimport Bern, bern_rows
-from evidence cimport Evidence, N_NOTICES, Notice, forget_context, keep_message, next_batch, note
+from bern cimport Bern, bern_rows, inspect_last as inspect_bern
+from evidence cimport (
+    Evidence, N_NOTICES, Notice, fold_clock, forget_context, keep_message, next_batch, note,
+)
 from messages cimport (
     BOARD_DETAIL, BOARD_TIME, HEADER_TIME, MOST_WORDS, Misfit, RECEIPT_TIME, Writer, write_rows,
 )
-from pacman cimport FORMAT_1_0, LEGACY, NO_FORMAT, Pacman, pacman_rows
+from pacman cimport FORMAT_1_0, LEGACY, NO_FORMAT, Pacman, inspect_last as inspect_pacman, pacman_rows
 from rows cimport load32
 from serial cimport FRAME, Serial, inherit_bytes, receive_bytes, serial_rows
 from sink cimport KEPT, Messages, Sink
@@ -85,6 +87,14 @@ cdef class _Decoder:
     def noticed(self):
         return self.notices.copy()
 
+    def clock_bounds(self):
+        cdef Evidence* evidence = &self.sink.evidence
+        fold_clock(evidence)
+        bounds = evidence.lowest, evidence.highest
+        evidence.lowest = -INFINITY
+        evidence.highest = INFINITY
+        return None if bounds[0] == -INFINITY else bounds
+
     def take_unknown(self):
         taken = self.kept[: self.sink.n_kept].copy()
         self.sink.n_kept = 0
@@ -145,8 +155,8 @@ cdef class PacmanDecoder(_MessageDecoder):
         self.board.clock64 = bool(clock64)
 
     @property
-    def speaks_1_0(self):
-        return self.board.seen == FORMAT_1_0
+    def format(self):
+        return {NO_FORMAT: None, LEGACY: "legacy", FORMAT_1_0: "1.0"}[self.board.seen]
 
     def decode(self, rows):
         cdef Rows out = open_rows(rows, self.sink.asic, True)
@@ -162,6 +172,7 @@ cdef class PacmanDecoder(_MessageDecoder):
             else:
                 made = pacman_rows(&self.board, <Row30*>out.at, out.n)
         if made < out.n:
+            inspect_pacman(&self.board)
             self._release()
         return made
 
@@ -191,6 +202,7 @@ cdef class BernDecoder(_MessageDecoder):
             else:
                 made = bern_rows(&self.board, <Row30*>out.at, out.n)
         if made < out.n:
+            inspect_bern(&self.board)
             self._release()
         return made
 

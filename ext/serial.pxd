@@ -2,7 +2,7 @@
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memchr
 
-from evidence cimport RESYNC, full_mask, note, note_full
+from evidence cimport RESYNC, full_mask, note, note_full, sample_word
 from rows cimport Row, load64, odd_parity, time_row, word_mask, word_row
 from sink cimport Sink, count_time, keep_word
 from wire cimport (
@@ -109,5 +109,9 @@ cdef inline Py_ssize_t serial_rows(Serial* line, Row* rows, Py_ssize_t n) noexce
         else:
             keep_word(sink, -code, line.at, FRAME)
         line.at += FRAME
+    if line.at - begin >= FRAME:
+        found = line.at - FRAME
+        if found[0] == c's' and found[FRAME - 1] == c'q':  # the last frame
+            sample_word(&sink.evidence, load64(found + 1), sink.asic)
     use_bytes(counts, line.at - begin)
     return made

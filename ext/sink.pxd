@@ -3,7 +3,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from evidence cimport Evidence, REJECTED, UNKNOWN, note
-from rows cimport UNKNOWN_TYPE, INVALID_PACKET_TYPE
+from rows cimport INVALID_PACKET_TYPE, UNKNOWN_TYPE, expect
 from wire cimport (
     BAD_PARITY, BYTES_IN, HEADER_BYTES, MESSAGES, PACKETS, REJECTED_BYTES, REJECTED_MESSAGES, REJECTED_WORDS, Span,
     TIME_ROWS, TRAILING_BYTES, UNKNOWN_WORDS, UnknownWord, WORD_BYTES, WORD_ROWS, WORDS_IN,
@@ -78,7 +78,8 @@ cdef inline void accept_message(Sink* sink, Py_ssize_t header, Py_ssize_t traili
     sink.counts[MESSAGES] += 1
     sink.counts[BYTES_IN] += header + trailing
     sink.counts[HEADER_BYTES] += header
-    sink.counts[TRAILING_BYTES] += trailing
+    if expect(trailing != 0, False):
+        sink.counts[TRAILING_BYTES] += trailing
 
 
 cdef inline void count_time(Sink* sink) noexcept nogil:
@@ -91,4 +92,5 @@ cdef inline void count_words(Sink* sink, Py_ssize_t words, int size, Tally* tall
     sink.counts[WORD_BYTES] += words * size
     sink.counts[WORD_ROWS] += tally.rows
     sink.counts[PACKETS] += tally.packets
-    sink.counts[BAD_PARITY] += tally.bad_parity
+    if tally.bad_parity:
+        sink.counts[BAD_PARITY] += tally.bad_parity

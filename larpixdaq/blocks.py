@@ -189,9 +189,9 @@ class Verdict(msgspec.Struct, array_like=True, frozen=True):
 
     io_group: IoGroup
     verdict: Annotated[str, Meta(pattern=r"^(complete|suspect|lost)\Z")]  # VERDICTS
-    why: str  # one sentence; empty for "complete"
+    why: str  # one sentence; for "complete": empty, or what else is known of the board, such as its clock
     lost: _64Bits  # packets at least; 0: nobody knows
-    first_ns: _64Bits  # unix ns: the time that the finding is about; both 0 for "complete"
+    first_ns: _64Bits  # unix ns: the time that the finding is about; both 0 for an empty "complete"
     last_ns: _64Bits
 
 

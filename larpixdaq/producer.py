@@ -8,6 +8,7 @@ if __spec__ is None:  # run by its path: its folder would shadow the standard li
 import argparse
 import contextlib
 import logging
+import math
 import platform
 import secrets
 import time
@@ -22,7 +23,7 @@ import zmq
 from numpy.typing import NDArray
 
 from larpixdaq import config, schema, sources
-from larpixdaq.blocks import Connected, UnknownWord, Verdict
+from larpixdaq.blocks import VERDICTS, Connected, UnknownWord, Verdict
 from larpixdaq.chips import ACTIONS, Child, talk
 from larpixdaq.chips.commands import Commands
 from larpixdaq.chips.witness import Witness
@@ -33,11 +34,12 @@ from larpixdaq.errors import ConfigError, RequestError, RingError, StateError
 from larpixdaq.node import Call, Node
 from larpixdaq.readout import FULL_AGAIN, Readout
 from larpixdaq.recorder import Recorder
-from larpixdaq.sources.base import Source
+from larpixdaq.sources.base import BoardStatus, Source
 from larpixdaq.sources.channel import Channel
 from larpixdaq.sources.evidence import Watch
 from larpixdaq.stream.address import bind, router
 from larpixdaq.takeover import totals
+from larpixdaq.terms import unusable
 from larpixdaq.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,9 @@ class Producer:
         self._busy_at = 0.0  # when a read last left something behind
         self._late = False
         self._watch = Watch()
+        self._idle_watch = Watch(math.inf)  # between runs
+        self._clock_limit: float = options.clock_limit
+        self._clocks_told: set[str] = set()  # boards whose clocks were told to be off
         self._look_at = 0.0
         self._told_to_end = 0  # unix ns
         self._counted: int | None = None  # the run whose counters the ring has, also after its end
@@ -89,7 +94,8 @@ class Producer:
         channels = [channel for source in boards for channel in source.channels]
         self.witness = Witness(options.asic)
         self.commands = Commands(channels, asic, self.layout, self._put)
-        self._identified = [channel for channel in channels if channel.identify]
+        self._channels = channels
+        self._asked: set[int] = set()  # io_groups whose firmware was asked for
         self._firmware: dict[str, str] = {}  # by io_group, as the boards last said
         by_group = {channel.io_group: (channel.kind, channel.revision) for channel in channels}
         told = []
@@ -141,7 +147,6 @@ class Producer:
     def run(self, signals: config.Signals) -> None:
         """Read, record and serve until a signal comes."""
         self.node.connect(signals=signals)
-        self._identify()
         poller, resting = zmq.Poller(), zmq.Poller()
         for descriptor in (signals, self.node, self.child):
             poller.register(descriptor.fileno(), zmq.POLLIN)
@@ -164,8 +169,8 @@ class Producer:
             if self.ending is not None:
                 self._end_when_quiet()
             self.delivery.work()  # behind what ends a run: its end record does not wait for the next turn
-            if self.recorder.run is not None and time.monotonic() >= self._look_at:
-                self._verdicts()
+            if time.monotonic() >= self._look_at:
+                self._look()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
             if busy and self.readout.quiet and self.readout.rows < FEW_ROWS and not self.commands.busy:
                 resting.poll(REST)
@@ -209,20 +214,28 @@ class Producer:
 
     def prepare_run(self, call: Call, run: int, kind: str, comment: str, operator: str, required: list[str]) -> Any:
         self._expect("STOP")
+        boards = self._boards()
+        if refusals := [board.refusal for board in boards if board.refusal]:
+            raise StateError("; ".join(refusals))
         self._late = self.node.state != "STOP"  # the run goes on already: we have died in it, or come late
         self.recorder.begin(run, required)
         self._counted = run
         self.publisher.begin(run, self.layout.code, required)
         self.readout.record(True)
         self._watch.start()
-        self._identify()
+        self._asked.clear()
+        self._idle_watch.start()
         self._told_to_end = 0
         known = self.witness.everything()
         self._put_configurations(known)
         self.state = "READY"
-        differences = known.differences()
-        warning = f"{self.name}: {differences}" if differences else None
-        return {"epoch": self.epoch, "layout": self.layout.code, "warning": warning}
+        warnings = [*_warnings(boards, self._clock_limit), known.differences()]
+        warning = "; ".join(line for line in warnings if line)
+        return {
+            "epoch": self.epoch,
+            "layout": self.layout.code,
+            "warning": f"{self.name}: {warning}" if warning else None,
+        }
 
     def begin_run(self, call: Call, run: int) -> Any:
         self._expect("READY", run)
@@ -262,9 +275,11 @@ class Producer:
         ]
 
     def _identify(self) -> None:
-        """Ask the boards for their firmware, which may have been changed since the last time."""
-        for channel in self._identified:
-            self.commands.ask(0, channel.io_group, channel.identify, done=partial(self._take_firmware, channel))
+        """Ask boards for their firmware, once before each run, as soon as they are known to understand the question."""
+        for channel in self._channels:
+            if channel.io_group not in self._asked and channel.identify:
+                self._asked.add(channel.io_group)
+                self.commands.ask(0, channel.io_group, channel.identify, done=partial(self._take_firmware, channel))
 
     def _take_firmware(self, channel: Channel, number: int, answer: bytes, error: str) -> None:
         if not error:
@@ -308,7 +323,9 @@ class Producer:
             warning = (
                 f"{self.name}: the boards still sent {END_LIMIT:g} s after end_run; what came later is not in the run"
             )
-        call.result(self._finish("closed") | {"warning": warning})
+        off = [f"{board.name}: {board.clock}" for board in self._off_clocks()]
+        warnings = [*([warning] if warning else []), *off]
+        call.result(self._finish("closed") | {"warning": "; ".join(warnings) or None})
 
     def _finish(self, how: str, *, told: bool = True) -> dict[str, Any]:
         """End the run. What came outside of runs is counted in its end record, if that is told to anybody; else in the
@@ -321,6 +338,13 @@ class Producer:
         ]
         outside = self.delivery.ring.outside
         verdicts = self._verdicts()
+        now = self._told_to_end or time.time_ns()
+        clocks = {
+            board.io_group: Verdict(board.io_group, VERDICTS[0], str(board.clock), 0, self.recorder.began_ns, now)
+            for board in self._boards()
+            if board.clock is not None
+        }
+        verdicts = [line for line in verdicts if line.why or line.io_group not in clocks] + list(clocks.values())
         end = self.recorder.end(how, unknown, self.recorder.counts(outside), verdicts)
         if told:
             outside[:] = 0
@@ -333,10 +357,43 @@ class Producer:
         """What became of each io_group before it reached us; new findings are told in the log."""
         now = self._told_to_end or time.time_ns()
         found = [line for source in self.boards for line in source.evidence(now)]
-        for line in self._watch.look(found, time.monotonic()):
+        found += self._unusable(now)
+        self._tell(self._watch, found)
+        return found
+
+    def _unusable(self, now: int) -> list[Verdict]:
+        """A line for each io_group of which most of the data of the run could not become rows."""
+        found = []
+        for io_group, *counts in self.recorder.counts():
+            named = dict(zip(schema.COUNTS, counts, strict=True))
+            if why := unusable(named):
+                refused = named["unknown_words"] + named["rejected_words"]
+                found.append(Verdict(io_group, VERDICTS[-1], why, refused, self.recorder.began_ns, now))
+        return found
+
+    def _look(self) -> None:
+        """Tell what speaks against a board: of a run that is under way, or, between runs, against its next one."""
+        self._identify()
+        for board in self._off_clocks():
+            if board.name not in self._clocks_told:
+                self._clocks_told.add(board.name)
+                log.warning("%s: %s", board.name, board.clock)
+        if self.recorder.run is not None:
+            self._verdicts()
+        else:
+            self._tell(self._idle_watch, [line for board in self._boards() for line in board.setup])
+
+    def _boards(self) -> list[BoardStatus]:
+        return [board for source in self.boards for board in source.boards()]
+
+    def _off_clocks(self) -> list[BoardStatus]:
+        """Boards whose clocks are off the host's by more than --clock-limit."""
+        return [one for one in self._boards() if one.clock is not None and one.clock.beyond(self._clock_limit)]
+
+    def _tell(self, watch: Watch, found: list[Verdict]) -> None:
+        for line in watch.look(found, time.monotonic()):
             log.warning("%s", line)
         self._look_at = time.monotonic() + LOOK
-        return found
 
     def status(self) -> dict[str, Any]:
         """For the heartbeat: what is held and owed, the counts of this run or the last (`counted_run`), what came
@@ -352,10 +409,36 @@ class Producer:
             "unknown": total["unknown_words"] + total["rejected_words"],
             "bad_parity": total["bad_parity"],
             "outside_run": int(self.delivery.ring.outside[:, schema.COUNTS.index("packets")].sum()),
+            "boards": [_board_status(board) for board in self._boards()],
             "verdicts": {str(io_group): verdict for io_group, verdict in sorted(self._watch.worst.items())},
             "finished": all(source.finished for source in self.boards),
             "firmware": dict(self._firmware),
         }
+
+
+def _warnings(boards: list[BoardStatus], limit: float) -> list[str]:
+    """What whoever prepares a run should know of these boards; `limit`: of their clocks' offsets, in seconds."""
+    found = []
+    for board in boards:
+        if board.away_ns:
+            problem = f" ({board.problem})" if board.problem else ""
+            found.append(f"{board.name} is not connected{problem}")
+        if board.clock is not None and board.clock.beyond(limit):
+            found.append(f"{board.name}: {board.clock}")
+        found += [f"io_group {board.io_group}: {line.why}" for line in board.setup]
+    return found
+
+
+def _board_status(board: BoardStatus) -> dict[str, Any]:
+    """For the heartbeat."""
+    return {
+        "io_group": board.io_group,
+        "name": board.name,
+        "away_since": board.away_ns / 1e9 if board.away_ns else None,
+        "problem": board.problem,
+        "clock": None if board.clock is None else board.clock._asdict() | {"text": str(board.clock)},
+        "setup": [*(line.why for line in board.setup), *([board.refusal] if board.refusal else [])],
+    }
 
 
 def _waits(when_full: str | None, boards: list[Source]) -> bool:
@@ -379,9 +462,20 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "with your rights",
     )  # fmt: skip
     parser.add_argument(
+        "--clock-limit", type=_seconds, default=1.0, metavar="SECONDS",
+        help="warn when a board's clock is off the host's by more than this (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-record-sent", action="store_false", dest="record_sent",
         help="keep words that are sent to the chips out of the file (default: rows with direction 0)",
     )  # fmt: skip
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, found {text}")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -65,21 +65,21 @@ class Recorder:
         self._host_ns = wall
         self._close_at: float | None = None
         self._base, self._base_ns = clock(), wall()
-        self._began_ns = 0
+        self.began_ns = 0  # unix ns at which the run began, by the host's clock
         self._scratch = np.zeros(schema.BLOCK_ROWS, layout.dtype)
 
     def begin(self, run: int, required: Sequence[str]) -> None:
         """Everything from here on belongs to `run`, until end()."""
         self._base, self._base_ns = self._clock(), self._host_ns()
-        self._began_ns = self._base_ns
+        self.began_ns = self._base_ns
         size = self.layout.dtype.itemsize
-        self._ring.begin(run, self.layout.code, size, required, self.io_groups, self._began_ns)
+        self._ring.begin(run, self.layout.code, size, required, self.io_groups, self.began_ns)
         self.run = run
 
     def resume(self, run: int, began_ns: int) -> None:
         """Go on with the run that a dead producer has left in the ring, to close it."""
         self.run = run
-        self._began_ns = began_ns
+        self.began_ns = began_ns
 
     def rows(self) -> NDArray[Any] | None:
         """Free rows of the open block, to be written and then publish()ed; None when the ring is full."""
@@ -153,7 +153,7 @@ class Recorder:
             self.epoch,
             self._ring.sequence,
             how,
-            self._began_ns,
+            self.began_ns,
             self._wall(),
             self.counts(),
             self._take_gaps(),

@@ -161,6 +161,13 @@ NOTICES: Final = (
     "heartbeats",  # intervals with heartbeats missing; heartbeats
     "resets",  # intervals with SYNC words of clock resets missing
     "holes",  # jumps of the board's clock within data that were held up; microseconds
+    "cut",  # packets of PACMAN format 1.0 whose time is above 32 bits, in a layout with 32; packets
+    "clock64",  # words with a time where only firmware with a 64-bit clock has one, which was not asked for; words
+    "clock32",  # the reverse: sync and trigger words with a time where firmware with a 64-bit clock has none; words
+    "as_v1",  # samples of 64 packets that look like those of v1 chips, which --asic does not name; packets
+    "as_v2",  # of v2 chips; packets
+    "as_v3",  # of v3 chips; packets
+    "parity",  # samples of 64 packets of which more than a quarter have wrong parity; packets with it
 )
 NOTICE: Final = np.dtype([("events", "<u8"), ("amount", "<u8"), ("first_ns", "<u8"), ("last_ns", "<u8")])
 #: `reason` in UNKNOWN_WORD.
@@ -168,7 +175,7 @@ REASONS: Final = {
     1: "unknown word type",
     2: "io_channel above 255",
     3: "invalid packet type",
-    4: "receipt timestamp above 32 bits",  # in layout 2.4; 2.4-clock64 has room for it
+    4: "receipt timestamp above 32 bits",  # in layout 2.4, by releases that did not keep the lower half
 }
 #: Unknown words that a decoder keeps, per run.
 UNKNOWN_KEPT: Final = 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 #: Run numbers are 1 to LAST_RUN, and have RUN_DIGITS digits in the names of files.
@@ -43,3 +44,20 @@ COUNTS: Final = (
 )
 #: Rows that these counters add up to: equation (c) of the ledger.
 ROW_COUNTS: Final = ("word_rows", "time_rows", "info_rows", "sent_rows")
+
+#: Bytes of a board without any use; fewer than these may be noise on a line.
+LEAST_UNUSABLE: Final = 256
+
+
+def unusable(counts: Mapping[str, int]) -> str | None:
+    """In one line, when most of what a board sent could not become rows; `counts` has its counters by name."""
+    refused = counts["unknown_words"] + counts["rejected_words"]
+    outside = counts["rejected_bytes"] + counts["trailing_bytes"] + counts["resync_bytes"]
+    lost = outside + (counts["word_bytes"] * refused // counts["words_in"] if refused else 0)
+    body = counts["bytes_in"] - counts["header_bytes"]
+    if lost < LEAST_UNUSABLE or 2 * lost <= body:
+        return None
+    return (
+        f"most of the data could not be used: {refused} of {counts['words_in']} words, and {outside} bytes outside of "
+        f"words ({lost} of {body} bytes)"
+    )

@@ -30,7 +30,10 @@ MADE = ("word_rows", "time_rows", "info_rows", "sent_rows")
 _PIECE = 1 << 18
 #: Findings about one part that are of no account when the other parts have what is wanting, or it is counted as lost:
 #: that is seen below.
-_ELSEWHERE = re.compile("^condition |its totals are unknown$| never came |ledger .d.: |found no room and were dropped$")
+_ELSEWHERE = re.compile(
+    "^condition |its totals are unknown$| never came |ledger .d.: |found no room and were dropped$|"
+    ": most of the data could not be used: "
+)
 
 
 @dataclass

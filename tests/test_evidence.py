@@ -21,7 +21,7 @@ from larpixdaq._native import emulate, frames
 from larpixdaq.blocks import Verdict
 from larpixdaq.files.writer import RunFile
 from larpixdaq.schema import Asic
-from larpixdaq.sources.evidence import GRACE_NS, MOST_GAPS, Presence, Watch, added, verdicts
+from larpixdaq.sources.evidence import GRACE_NS, MOST_GAPS, Presence, Watch, added, setup_findings, verdicts
 from larpixdaq.sources.replay import ReplaySource
 
 S = 10**9
@@ -49,16 +49,20 @@ class Board:
         return self.noticed()
 
     def noticed(self) -> dict[str, tuple[int, int]]:
-        found = self.decoder.noticed()
-        return {
-            name: (int(notice["events"]), int(notice["amount"]))
-            for name, notice in zip(schema.NOTICES, found, strict=True)
-            if notice["events"]
-        }
+        return events(self.decoder)
 
     def times(self, name: str) -> tuple[int, int]:
         notice = self.decoder.noticed()[schema.NOTICES.index(name)]
         return int(notice["first_ns"]), int(notice["last_ns"])
+
+
+def events(decoder: frames.PacmanDecoder | frames.BernDecoder) -> dict[str, tuple[int, int]]:
+    """What was noticed: events and amount by name."""
+    return {
+        name: (int(notice["events"]), int(notice["amount"]))
+        for name, notice in zip(schema.NOTICES, decoder.noticed(), strict=True)
+        if notice["events"]
+    }
 
 
 def sync(kind: str, ticks: int) -> bytes:
@@ -190,6 +194,88 @@ def test_long_messages_are_no_holes() -> None:
     words = [data_word(odd(HIT ^ i << 48), receipt=250 * (300 + i)) for i in range(2000)]  # 50 ms
     heard += [(2.0 + i * 1e-6, legacy(words[i : i + 1000])) for i in (0, 1000)]
     assert board.hear(heard, [*range(10, 300, 10), 301]) == {}
+
+
+WIDE = 0x0012_3456_789A_BCDE
+CLOCK64_WORDS = [
+    b"D\x05" + WIDE.to_bytes(8, "little")[2:] + HIT.to_bytes(8, "little"),
+    b"SH" + bytes(6) + WIDE.to_bytes(8, "little"),
+    b"T\x02" + bytes(6) + WIDE.to_bytes(8, "little"),
+]
+LEGACY_WORDS = [WORD, sync("H", 500), b"T\x02\0\0" + (500).to_bytes(12, "little")]
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_firmware_with_another_clock_than_was_asked_for(place: int) -> None:
+    """One word of any kind is enough, of any kind; a legacy data word could be one of a young 64-bit clock."""
+
+    def noticed(word: bytes, *, clock64: bool) -> set[str]:
+        decoder = frames.PacmanDecoder(1, Asic.V2, clock64=clock64)
+        decoder.start(new_counts())
+        decoder.feed(*spans_of([legacy([word])]))
+        drain(decoder, schema.layout_of(Asic.V2, clock64=clock64).dtype)
+        return set(events(decoder))
+
+    assert noticed(CLOCK64_WORDS[place], clock64=False) == {"clock64"}
+    assert noticed(CLOCK64_WORDS[place], clock64=True) == set()
+    assert noticed(LEGACY_WORDS[place], clock64=False) == set()
+    assert noticed(LEGACY_WORDS[place], clock64=True) == ({"clock32"} if place else set())
+
+
+def test_times_of_format_1_0_above_32_bits_in_a_layout_of_32() -> None:
+    board = Board()
+    first, second = (newer([newer_data(HIT, receipt=2**32 * i + 5), newer_data(HIT, receipt=7)][::-1]) for i in (0, 1))
+    assert board.hear([(1, first), (2, second)], [1]) == {"cut": (1, 1)}
+    (line,) = setup_findings(1, board.decoder.noticed())
+    assert line.verdict == "suspect"
+    assert "--pacman-format 1.0" in line.why
+    assert verdicts(1, board.decoder.noticed()) == [line]
+
+
+def chip_words(generation: Asic, n: int) -> list[int]:
+    """Data of chips of this generation, no two alike, of right parity."""
+    random = np.random.default_rng(3)
+    low = random.integers(0, 2**62, n, dtype=np.uint64).tolist()
+    if generation == Asic.V1:
+        return [odd(word & (1 << 53) - 1 & ~3, 54) for word in low]
+    return [odd(word & ~3 | (generation == Asic.V3)) for word in low]
+
+
+@pytest.mark.parametrize("asic", [Asic.V1, Asic.V2, Asic.V3])
+@pytest.mark.parametrize("chips", [Asic.V1, Asic.V2, Asic.V3])
+def test_chips_of_another_generation(asic: Asic, chips: Asic) -> None:
+    """Whatever the board: within 64 batches, and never when --asic is right."""
+    words = chip_words(chips, 64)
+    dtype = schema.layout_of(asic).dtype
+    found: list[frames.PacmanDecoder | frames.BernDecoder | frames.SerialDecoder] = []
+    for decoder, feed in (
+        (frames.PacmanDecoder(1, asic), [legacy([data_word(word)]) for word in words]),
+        (frames.PacmanDecoder(1, asic, format="1.0"), [newer([newer_data(word)]) for word in words]),
+        (frames.BernDecoder(1, asic), [b"\1\0D\1" + bytes(4) + word.to_bytes(8, "little") for word in words]),
+    ):
+        decoder.start(new_counts())
+        for message in feed:
+            decoder.feed(*spans_of([message]))
+            drain(decoder, dtype)
+        found.append(decoder)
+    line = frames.SerialDecoder(1, asic)
+    line.start(new_counts())
+    for word in words:
+        line.feed(frames.encode_serial(np.array([word], np.uint64)), 1)
+        line.flush()
+        drain(line, dtype)
+    found.append(line)
+    wanted = {
+        (Asic.V1, Asic.V2): "wrong parity",
+        (Asic.V1, Asic.V3): "wrong parity",
+        (Asic.V2, Asic.V1): "--asic 1",
+        (Asic.V2, Asic.V3): "--asic 3",
+        (Asic.V3, Asic.V1): "--asic 2 or 1",
+        (Asic.V3, Asic.V2): "--asic 2 or 1",
+    }
+    for one in found:
+        told = " ".join(finding.why for finding in setup_findings(1, one.noticed()))
+        assert wanted[asic, chips] in told if asic != chips else not told, (one, told)
 
 
 def test_messages_that_may_be_alike() -> None:
@@ -350,13 +436,19 @@ def test_a_recorded_packet_file(tmp_path: Path) -> None:
 @settings(deadline=None)
 @given(any_messages(), st.lists(st.integers(0, 9)), st.data())
 def test_however_it_was_cut(messages: list[bytes], again: list[int], data: st.DataObject) -> None:
-    """Messages of every kind, some of them twice, all of one moment: the same is noticed of any batches."""
+    """Messages of every kind, some of them twice, all of one moment: the same is noticed of any batches.
+
+    But for what is looked for in one word of each."""
+    sampled = {"clock64", "as_v1", "as_v2", "as_v3", "parity"}
     sent = [m for i, m in enumerate(messages) for _ in range(2 if i in again else 1)]
     heard = [(1.0, message) for message in sent]
     cuts = data.draw(st.lists(st.integers(0, len(sent))))
     one, many = Board(), Board()
     one._read = many._read = 1.0
-    assert many.hear(heard, cuts) == one.hear(heard)
+    found, other = many.hear(heard, cuts), one.hear(heard)
+    assert {name: found[name] for name in found.keys() - sampled} == {
+        name: other[name] for name in other.keys() - sampled
+    }
 
 
 def test_start_forgets_what_was_noticed_but_not_what_came_before() -> None:
@@ -444,6 +536,17 @@ def test_a_board_that_is_not_there() -> None:
     late.start(10 * S)
     late.connected(15 * S)
     assert told(late, 100) == [("the board was away", 10, 15)]
+
+
+def test_what_a_board_has_sent_may_wait_in_queues_when_it_ends() -> None:
+    """Its connection is lost long before its last message is read; the run ends soon after that."""
+    presence = present()
+    presence.heard(20 * S)
+    presence.lost(21 * S)
+    for second in range(22, 40):
+        presence.heard(second * S)
+    assert told(presence, 40) == []
+    assert told(presence, 42) == [("the board was away, and did not come back", 39, 42)]
 
 
 def test_a_board_that_should_have_spoken() -> None:

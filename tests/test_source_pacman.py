@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 import threading
+import time
 
 import numpy as np
 import pytest
 import zmq
 from boards import Driver, context, emulator
-from wiring import legacy, newer
+from wiring import legacy, newer, newer_data
 
 from larpixdaq import schema
 from larpixdaq._native import emulate
@@ -225,13 +227,79 @@ def test_one_that_speaks_no_zeromq(source_at):
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("host", ["no such host", "", "x" * 300, "a..b"])
-def test_wrong_hosts(host):
-    source = PacmanSource(3, host)
-    with pytest.raises(ConfigError, match=r"^PACMAN io_group 3 at tcp://.*: cannot find host ") as error:
-        source.open()
-    assert "\n" not in str(error.value)
-    source.close()
+@pytest.mark.parametrize("name", ["no such host", "", "x" * 300, "a..b"])
+def test_a_host_that_is_not_found_is_one_that_is_away(source_at, name):
+    driver = Driver(source_at(5556, host=name))
+    driver.until(lambda: driver.problems, "the problem")
+    (problem,) = driver.problems
+    assert re.fullmatch(r"PACMAN io_group 1 at tcp://.*: cannot find host .*; trying again", problem)
+    (board,) = driver.source.boards()
+    assert board.away_ns
+    assert board.problem in problem
+    # neither does an order wait for the name
+    (channel,) = driver.source.channels
+    channel.send_raw(bytes(16))
+    driver.until(lambda: (reply := channel.take()) and "cannot find host" in reply.error, "the refusal")
+    assert not channel.busy
+
+
+def test_a_resolver_that_takes_its_time(source_at, monkeypatch):
+    """Nobody waits for it, neither at the start nor at the end; the board is there when the name is found."""
+    asked, go_on = threading.Event(), threading.Event()
+    real = socket.getaddrinfo
+
+    def slow(name, port, family=0, kind=0, proto=0, flags=0):
+        if name != "pacman.lab":
+            return real(name, port, family, kind, proto, flags)
+        if flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror("no number")
+        asked.set()
+        assert go_on.wait(10)
+        return real("127.0.0.1", port, family, kind)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with context() as ctx:
+        out, port = publisher(ctx)
+        try:
+            source_at(port, host="pacman.lab").close()
+            driver = Driver(source_at(port, host="pacman.lab"))
+            driver.turn()
+            assert asked.is_set()
+            assert driver.source.boards()[0].away_ns
+        finally:
+            go_on.set()
+        driver.until(lambda: out.poll(0), "the subscription")
+        driver.until(lambda: not driver.source.boards()[0].away_ns, "the board to be connected")
+        assert driver.problems == []
+
+
+def test_since_when_a_board_is_away(source_at):
+    with context() as ctx:
+        out, port = publisher(ctx)
+        driver = Driver(source_at(port))
+        subscribed(out)
+        driver.until(lambda: not driver.source.boards()[0].away_ns, "the board to be connected")
+        began = time.time_ns()
+        out.close(linger=0)
+        driver.until(lambda: driver.source.boards()[0].away_ns, "the board to be lost")
+        assert began <= driver.source.boards()[0].away_ns <= time.time_ns()
+        driver.source.start(driver.counts)  # a run begins
+        assert driver.source.boards()[0].away_ns >= began
+
+
+def test_format_1_0_needs_a_wide_layout(source_at):
+    """The first message says it, so that no run is prepared in which the board's times do not fit."""
+    for options, refused in (({}, True), ({"format": "1.0"}, False), ({"asic": schema.Asic.V3}, False)):
+        with context() as ctx:
+            out, port = publisher(ctx)
+            driver = Driver(source_at(port, **options))
+            subscribed(out)
+            assert not driver.source.boards()[0].refusal
+            out.send(newer([newer_data(0x51, receipt=2**33)]))
+            driver.until(lambda: driver.n == 2, "the word")  # noqa: B023
+            assert driver.rows["receipt_timestamp"][1] == (0 if refused else 2**33)
+            refusal = driver.source.boards()[0].refusal
+            assert ("start the producer with --pacman-format 1.0" in refusal) == refused
 
 
 @pytest.mark.parametrize("port", [0, 65_536])

@@ -308,3 +308,32 @@ def test_findings_are_bounded(tmp_path):
     findings = verify(path).findings
     assert len(findings) == MOST_FINDINGS + 1
     assert findings[-1].startswith("and 201 more")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "condition"),
+    [
+        ({"words_in": 1500, "word_bytes": 36_000, "rejected_words": 1500, "bytes_in": 36_008}, "INCOMPLETE"),
+        ({"rejected_bytes": 30_000, "rejected_messages": 100, "bytes_in": 30_008}, "INCOMPLETE"),
+        (
+            {"words_in": 1500, "word_bytes": 36_000, "word_rows": 1000, "unknown_words": 500, "bytes_in": 36_008},
+            "COMPLETE",
+        ),
+        ({"rejected_bytes": 200, "rejected_messages": 1, "bytes_in": 208}, "COMPLETE"),  # noise on a line
+    ],
+)
+def test_what_was_rejected_wholesale_is_no_good_run(tmp_path, wrong, condition):
+    feed = Feed()
+    words = wrong.get("word_rows", 0)
+    file = RunFile(tmp_path, run_info())
+    rows = words_to_rows(np.full(words, 1 << 63, np.uint64), V2, 3)
+    time_row = np.zeros(1, V2.dtype)
+    time_row["packet_type"], time_row["io_group"] = 4, 3
+    file.add(*feed.block(np.concatenate([time_row, rows])))
+    counts = dict.fromkeys(("words_in", "word_bytes"), 0) | wrong
+    file.end(feed.end(counts={3: counts | {"packets": words, "bad_parity": 0}}))
+    report = file.close()
+    assert report.condition == condition
+    found = verify(report.path)
+    assert found.ok == (condition == "COMPLETE"), found.findings
+    assert any("most of the data could not be used" in line for line in found.findings) != found.ok

@@ -82,12 +82,20 @@ def _alarms(component: Facts) -> list[str]:
         found.append(f"FILE REMOVED: {component['name']}: {text}; lost if the process is killed")
     for path in facts.get("kept_aside") or ():
         found.append(f"DAMAGED FILE KEPT: {component['name']}: {path} could not be read whole; move it away")
+    for board in facts.get("boards", []):
+        if board.get("away_since") is not None:
+            found.append(f"{board['name']}: {_away(board)}")
     left = facts.get("seconds_left")
     if isinstance(left, int | float) and left < SOON[0]:
         found.append(f"DISK NEARLY FULL: {component['name']}: {time_to_full(facts)}")
     if facts.get("on_close"):
         found.append(f"COMMAND FAILED: {component['name']}: {facts['on_close']}")
     return found
+
+
+def _away(board: Facts) -> str:
+    problem = f" ({board['problem']})" if board["problem"] else ""
+    return f"NOT CONNECTED since {utc(board['away_since'])}{problem}"
 
 
 # A component that has just registered has said nothing yet: its facts are empty.
@@ -106,6 +114,12 @@ def _producer(info: Facts, facts: Facts) -> str:
             parts.append(f"{facts['outside_run']} packets outside of runs")
         doubts = facts.get("verdicts", {}).items()
         parts += [f"io_group {io_group} is {verdict}" for io_group, verdict in doubts if verdict != "complete"]
+        for board in facts.get("boards", []):
+            if board["away_since"] is not None:
+                parts.append(f"io_group {board['io_group']}: {_away(board)}")
+            parts += [f"io_group {board['io_group']}: {line}" for line in board["setup"]]
+            if board["clock"] is not None:
+                parts.append(f"io_group {board['io_group']}: {board['clock']['text']}")
         if facts["owed_blocks"]:
             parts.append(f"blocks not yet stored: {facts['owed_blocks']} (ring {facts['ring']:.0%} full)")
         if facts.get("spooled_blocks"):

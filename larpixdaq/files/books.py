@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq import terms
 from larpixdaq._native import chunks
 from larpixdaq.blocks import Source
 from larpixdaq.files import layout, ledger
@@ -132,6 +133,8 @@ class Books:
             return
         for line in ledger.unbalanced(counts):
             finding(f"{where}: {line}")
+        if useless := terms.unusable(counts):
+            finding(f"{where}: {useless}")
         if source.late:
             return  # the rows of earlier parts are in other files
         if unpaid := ledger.owing(counts, stored, counts["owed"]):

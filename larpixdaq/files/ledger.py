@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq import blocks, checksum, schema
+from larpixdaq import blocks, checksum, schema, terms
 from larpixdaq._native import chunks
 from larpixdaq.configurations import unpack
 from larpixdaq.errors import ChecksumError, ProtocolError
@@ -292,5 +292,7 @@ class Account:
                 and not self.begun_at
                 and (line := owing(counts, counts["stored"], int(row["owed"])))
             ):
+                missing.append(f"{where}: {line}")
+            if line := terms.unusable(counts):
                 missing.append(f"{where}: {line}")
         return waiting, missing

@@ -15,7 +15,7 @@ makes rows only in the memory that it is given::
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import zmq
@@ -23,8 +23,21 @@ from numpy.typing import NDArray
 
 from larpixdaq.blocks import Verdict
 from larpixdaq.schema import Layout
+from larpixdaq.sources.board_clock import ClockReading
 from larpixdaq.sources.channel import Channel
-from larpixdaq.sources.evidence import verdicts
+from larpixdaq.sources.evidence import setup_findings, verdicts
+
+
+class BoardStatus(NamedTuple):
+    """One board of a source, between runs and in them."""
+
+    io_group: int
+    name: str
+    away_ns: int = 0  # unix ns since when it has not been connected; 0: it is
+    problem: str = ""  # why it is not connected, as far as that is known
+    setup: tuple[Verdict, ...] = ()  # what contradicts the producer's options
+    refusal: str = ""  # why no run can be prepared with it, in one line
+    clock: ClockReading | None = None  # beside the host's
 
 
 class Source(Protocol):
@@ -81,6 +94,9 @@ class Source(Protocol):
         """What became of each io_group's data since start() before they reached us: at least one line for each.
 
         `now`: unix ns, or when the run was told to end."""
+
+    def boards(self) -> list[BoardStatus]:
+        """How its boards are, one for each io_group."""
 
 
 class Decoder(Protocol):
@@ -142,3 +158,7 @@ class LiveSource:
 
     def evidence(self, now: int) -> list[Verdict]:
         return verdicts(self.io_groups[0], self._decoder.noticed())
+
+    def boards(self) -> list[BoardStatus]:
+        (io_group,) = self.io_groups
+        return [BoardStatus(io_group, self.name, setup=tuple(setup_findings(io_group, self._decoder.noticed())))]

@@ -9,6 +9,7 @@ from larpixdaq._native.frames import BernDecoder
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.board import BoardSource
 from larpixdaq.sources.channel import Reply, RequestChannel
+from larpixdaq.sources.host import HostLookup
 
 #: Its time comes each second, or a heartbeat after a second without data.
 SILENCE = 5.0
@@ -21,7 +22,7 @@ class BernChannel(RequestChannel):
     kind = "bern"
     batch = 1
 
-    def __init__(self, io_group: int, host: str, port: int) -> None:
+    def __init__(self, io_group: int, host: HostLookup, port: int) -> None:
         super().__init__("Bern board", io_group, host, port)
         self._said = ""
 
@@ -46,11 +47,12 @@ class BernSource(BoardSource):
     def __init__(
         self, io_group: int, host: str, data_port: int = 5556, command_port: int = 5555, *, asic: Asic = Asic.V2
     ) -> None:
-        self.channels = (BernChannel(io_group, host, command_port),)
+        lookup = HostLookup(host)
+        self.channels = (BernChannel(io_group, lookup, command_port),)
         super().__init__(
             "Bern board",
             io_group,
-            host,
+            lookup,
             data_port,
             decoder=BernDecoder(io_group, asic),
             layout=layout_of(asic),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import socket
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -18,8 +17,10 @@ from larpixdaq._native.transport import Receiver
 from larpixdaq.blocks import Verdict
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import COUNTS, NOTICES, Layout
-from larpixdaq.sources.base import Decoder, LiveSource
+from larpixdaq.sources.base import BoardStatus, Decoder, LiveSource
+from larpixdaq.sources.board_clock import BoardClock
 from larpixdaq.sources.evidence import Presence, verdicts
+from larpixdaq.sources.host import HostLookup, endpoint
 
 #: Messages that may wait for us. One-word messages take 64 bytes each here; a saturated board (39 MB/s) sends far
 #: fewer, larger ones. When it is full libzmq stops reading, the kernel's buffer fills, and then the board drops. (To
@@ -53,6 +54,8 @@ _WATCHED = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 _OVERSIZED = NOTICES.index("oversized")
+#: The board's clock is looked at so often (seconds).
+CLOCK = 1.0
 #: While messages come, what became of the connection is asked for so often (seconds).
 EVENTS = 0.25
 _MESSAGES, _BYTES, _BYTES_IN = (COUNTS.index(name) for name in ("rejected_messages", "rejected_bytes", "bytes_in"))
@@ -60,6 +63,7 @@ _MESSAGES, _BYTES, _BYTES_IN = (COUNTS.index(name) for name in ("rejected_messag
 
 class MessageDecoder(Decoder, Protocol):
     def feed(self, buffer: Any, spans: NDArray[Any]) -> None: ...
+    def clock_bounds(self) -> tuple[float, float] | None: ...
 
 
 class BoardSource(LiveSource):
@@ -72,7 +76,7 @@ class BoardSource(LiveSource):
         self,
         kind: str,
         io_group: int,
-        host: str,
+        host: HostLookup,
         data_port: int,
         *,
         decoder: MessageDecoder,
@@ -80,10 +84,11 @@ class BoardSource(LiveSource):
         silence: float,
     ) -> None:
         self.kind = kind
-        self.address = f"tcp://[{host}]:{data_port}" if ":" in host else f"tcp://{host}:{data_port}"
+        self.address = endpoint(host.host, data_port)
         super().__init__(f"{kind} io_group {io_group} at {self.address}", layout, io_group, decoder)
         self._host = host
         self._port = data_port
+        self._endpoint = ""  # that we connect to
         self._silence = silence
         self._counts: NDArray[np.uint64] = np.zeros(len(COUNTS), np.uint64)
         self._context: zmq.Context[Any] | None = None
@@ -95,23 +100,22 @@ class BoardSource(LiveSource):
         self._connected: bool | None = None
         self._strange = False
         self._connect_at: float | None = None
+        self._clock = BoardClock()
+        self._clock_at = 0.0
+        self._unknown = ""  # the problem with the host that was told last
 
     def open(self) -> None:
-        """Connect; libzmq goes on trying while the board is away. ConfigError for a host or port that cannot be."""
+        """Connect; while the board is away, or its host's name is not found, that is tried again and again. ConfigError
+        for a port that cannot be."""
         if not 1 <= self._port <= 65_535:
             raise ConfigError(f"{self.name}: expected a port from 1 to 65535")
-        ipv6 = ":" in self._host
-        family = socket.AF_INET6 if ipv6 else socket.AF_INET
-        try:
-            socket.getaddrinfo(self._host, None, family, socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"{self.name}: cannot find host {self._host!r}: {error}") from None
+        self._presence.expect(time.time_ns())
         # a context of its own: its thread reads this board alone
         self._context = zmq.Context()
         self._data: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
         self._data.linger = 0
         self._data.rcvhwm = WAITING_QUEUE if self.waits else RECEIVE_QUEUE
-        self._data.ipv6 = ipv6
+        self._data.ipv6 = ":" in self._host.host
         self._data.setsockopt(zmq.MAXMSGSIZE, LARGEST_MESSAGE)
         self._data.setsockopt(zmq.RECONNECT_IVL, 100)
         self._data.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
@@ -121,7 +125,8 @@ class BoardSource(LiveSource):
         self._batch = WAITING_BATCH if self.waits else BATCH
         self._receiver = Receiver(self._data, messages=self._batch)
         self._monitor = self._data.get_monitor_socket(_WATCHED)
-        self._data.connect(self.address)
+        self._endpoint = ""
+        self._find_host()
         self.sockets = (self._data, self._monitor)
         self._heard = time.monotonic()
 
@@ -144,6 +149,11 @@ class BoardSource(LiveSource):
     def evidence(self, now: int) -> list[Verdict]:
         (io_group,) = self.io_groups
         return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
+
+    def boards(self) -> list[BoardStatus]:
+        (board,) = super().boards()
+        clock = self._clock.reading()
+        return [board._replace(away_ns=self._presence.away_ns, problem=self._host.problem, clock=clock)]
 
     def due(self) -> float | None:
         if self._context is None:
@@ -168,6 +178,9 @@ class BoardSource(LiveSource):
         elif n == 0:
             self._watch(now)
             return False
+        if now >= self._clock_at:
+            self._clock_at = now + CLOCK
+            self._clock.take(now, self._decoder.clock_bounds())
         if self._silent:
             self._problem(f"sends again, after {now - self._heard:.0f} s")
             self._silent = False
@@ -197,12 +210,29 @@ class BoardSource(LiveSource):
         self._take_events(now)
         if self._connect_at is not None and now >= self._connect_at:
             self._connect_at = None
-            with contextlib.suppress(zmq.ZMQError):  # it has given up: nothing to disconnect
-                self._data.disconnect(self.address)
-            self._data.connect(self.address)
+            self._host.forget()
+            self._disconnect()
+        if not self._endpoint:
+            self._find_host()
         if not self._silent and now >= self._heard + self._silence:
             self._problem(f"silent for {self._silence:g} s" + ("" if self._connected else ", not connected"))
             self._silent = True
+
+    def _find_host(self) -> None:
+        """Connect as soon as the host's address is known."""
+        host = self._host.find()
+        if host:
+            self._endpoint = endpoint(host, self._port)
+            self._data.connect(self._endpoint)
+        elif self._host.problem and self._host.problem != self._unknown:
+            self._problem(f"{self._host.problem}; trying again")
+        self._unknown = self._host.problem
+
+    def _disconnect(self) -> None:
+        if self._endpoint:
+            with contextlib.suppress(zmq.ZMQError):  # it has given up: nothing to disconnect
+                self._data.disconnect(self._endpoint)
+        self._endpoint = ""
 
     def _take_events(self, now: float, since: float | None = None) -> None:
         """What became of the connection; `since`: messages come, so that it was in order then (monotonic)."""

@@ -17,6 +17,8 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from larpixdaq.sources.host import HostLookup, endpoint
+
 #: Seconds for the answer to a request, unless it says that the board needs more.
 LIMIT: Final = 2.0
 #: Register maps of PACMAN boards.
@@ -76,19 +78,23 @@ class RequestChannel:
     batch = 1
     identify = b""
 
-    def __init__(self, board: str, io_group: int, host: str, port: int) -> None:
+    def __init__(self, board: str, io_group: int, host: HostLookup, port: int) -> None:
         self.io_group = io_group
-        self.address = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-        self.name = f"{board} io_group {io_group}, command port {self.address}"
+        self.name = f"{board} io_group {io_group}, command port {endpoint(host.host, port)}"
         self.sockets: tuple[Any, ...] = ()
         self.busy = False
-        self._ipv6 = ":" in host
+        self._host = host
+        self._port = port
+        self._unknown = False  # the request in flight was not sent, since the host is not known
         self._socket: zmq.Socket[bytes] | None = None
         self._context: zmq.Context[Any] | None = None
         self._limit = LIMIT
         self._deadline = 0.0
 
     def take(self) -> Reply | None:
+        if self._unknown:
+            self.busy = self._unknown = False
+            return Reply(b"", f"{self.name}: {self._host.problem or 'the host is being looked for'}")
         assert self._socket is not None
         try:
             parts = self._socket.recv_multipart(zmq.DONTWAIT)
@@ -107,10 +113,12 @@ class RequestChannel:
         return self._understand(parts[1])
 
     def due(self) -> float | None:
+        if self._unknown:
+            return 0.0
         return self._deadline if self.busy else None
 
     def close(self) -> None:
-        self.busy = False
+        self.busy = self._unknown = False
         self.sockets = ()
         if self._socket is not None:
             self._socket.close(linger=0)
@@ -128,17 +136,21 @@ class RequestChannel:
 
     def _request(self, message: bytes, seconds: float = 0.0) -> None:
         """Send it; the board needs so many seconds for it beyond the usual limit."""
+        self.busy = True
+        host = self._host.find()
+        if not host:
+            self._unknown = True
+            return
         if self._socket is None:
             self._context = zmq.Context()
             self._socket = self._context.socket(zmq.DEALER)
             self._socket.linger = 0
-            self._socket.ipv6 = self._ipv6
+            self._socket.ipv6 = ":" in host
             self._socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST_REPLY)
             self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
             self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-            self._socket.connect(self.address)
+            self._socket.connect(endpoint(host, self._port))
             self.sockets = (self._socket,)
         self._socket.send_multipart([b"", message], zmq.DONTWAIT)
         self._limit = LIMIT + seconds
         self._deadline = time.monotonic() + self._limit
-        self.busy = True

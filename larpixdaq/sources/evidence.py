@@ -24,8 +24,8 @@ COMPLETE, SUSPECT, LOST = VERDICTS
 WARN_AGAIN: Final = 10.0
 #: A board that is found within so many ns of the run's beginning was there.
 GRACE_NS: Final = 10**9
-#: And one that is lost for good so many ns before the run is told to end: people switch boards off and end runs in
-#: either order.
+#: And one that is lost for good so many ns before the run is told to end, or whose last messages come then: people
+#: switch boards off and end runs in either order, and what a board has sent may wait in queues for long.
 END_GRACE_NS: Final = 2 * 10**9
 #: Times that a board was away which are told one by one; the last of them goes on to the end of all that follow.
 MOST_GAPS: Final = 20
@@ -35,6 +35,7 @@ class Finding(NamedTuple):
     verdict: str
     text: str  # of {events} and {amount}, see schema.NOTICES
     lost: str = ""  # which of them says how many packets are lost at least
+    setup: bool = False  # the producer's options contradict what the boards send: worth knowing before a run
 
 
 #: What each of schema.NOTICES means. "lost": it is certain that something was sent and is not here.
@@ -62,8 +63,43 @@ FINDINGS: Final = {
     "resets": Finding(SUSPECT, "the SYNC words of resets of the board's clock are missing, in {events} places"),
     # More than a board's queue holds had been held up, and behind it time is missing: it may have dropped the rest.
     "holes": Finding(SUSPECT, "{amount} us are missing, in {events} places, in data that were held up on their way"),
+    # The lower half is stored, as a clock of 32 bits would say it: the turns of 429 s are not in the rows.
+    "cut": Finding(
+        SUSPECT,
+        "the receipt timestamps of {amount} packets have more than 32 bits, and only the lower 32 are stored: start "
+        "the producer with --pacman-format 1.0 (an IO class: with --clock64)",
+        setup=True,
+    ),
+    # Stored with the wrong bits of the clock, and sync and trigger words with none.
+    "clock64": Finding(
+        SUSPECT,
+        "{amount} words come from firmware with a 64-bit clock, and their times are stored wrongly: start the producer "
+        "with --clock64",
+        setup=True,
+    ),
+    "clock32": Finding(
+        SUSPECT,
+        "{amount} sync and trigger words come from firmware with a 32-bit clock, and all times are stored wrongly: "
+        "start the producer without --clock64",
+        setup=True,
+    ),
+    # Their columns are filled from other bits than the chips meant.
+    "as_v1": Finding(SUSPECT, "the packets look like those of v1 chips: start the producer with --asic 1", setup=True),
+    "as_v2": Finding(
+        SUSPECT, "the packets are of type 0, data of v2 or v1 chips: start the producer with --asic 2 or 1", setup=True
+    ),
+    "as_v3": Finding(
+        SUSPECT, "the packets are of type 1, data of v3 chips: start the producer with --asic 3", setup=True
+    ),
+    "parity": Finding(
+        SUSPECT,
+        "more than a quarter of the packets have wrong parity, in {events} samples of 64: the chips are of another "
+        "generation than --asic says, or the line is bad",
+        setup=True,
+    ),
 }
 assert sorted(FINDINGS) == sorted(NOTICES)
+_SETUP: Final = np.array([FINDINGS[name].setup for name in NOTICES])
 
 
 def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[Verdict] = ()) -> list[Verdict]:
@@ -85,6 +121,15 @@ def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[Verdict] = (
                 )
             )
     return found or [Verdict(io_group, COMPLETE, "", 0, 0, 0)]
+
+
+def setup_findings(io_group: int, noticed: NDArray[Any]) -> list[Verdict]:
+    """Those lines of verdicts() that contradict the producer's options, [] when there are none."""
+    if not noticed["events"][_SETUP].any():
+        return []
+    wrong = noticed.copy()
+    wrong[~_SETUP] = 0
+    return [line for line in verdicts(io_group, wrong) if line.verdict != COMPLETE]
 
 
 def added(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
@@ -131,6 +176,12 @@ class Presence:
         self._lost = 0  # when that was noticed
         self._gaps: list[tuple[int, int]] = []
         self._number = 0
+        #: Since when there has been no connection, whatever runs begin and end; 0: there is one.
+        self.away_ns = 0
+
+    def expect(self, now: int) -> None:
+        """From now on there ought to be a connection."""
+        self.away_ns = now
 
     def start(self, now: int) -> None:
         """A run begins; whether the board is connected stays as it is."""
@@ -140,6 +191,7 @@ class Presence:
         self._gaps.clear()
 
     def connected(self, now: int) -> None:
+        self.away_ns = 0
         if self._state is State.ABSENT:
             self._there(now)
         elif self._state is State.LOST:
@@ -147,6 +199,8 @@ class Presence:
 
     def heard(self, now: int) -> None:
         self._heard = now
+        if self._state is State.ABSENT:
+            self.away_ns = 0
         if self._state is State.LOST:  # it was on its way when the connection was lost
             self._away = now
         elif self._state is not State.THERE:
@@ -155,6 +209,7 @@ class Presence:
     def lost(self, now: int, since: int = 0) -> None:
         """The connection is gone. `since`: messages went on coming, so this is noticed late; it was there then."""
         self._lost = now
+        self.away_ns = self.away_ns or now
         if self._state is State.THERE:
             self._away = since or self._heard or self._since
         if self._state is not State.ABSENT:
@@ -179,7 +234,7 @@ class Presence:
             )
         if self._state is State.BACK:
             found.append(_gap(io_group, "the board was away, and has sent nothing since it is back", self._away, now))
-        elif self._state is State.LOST and now - self._lost > END_GRACE_NS:
+        elif self._state is State.LOST and now - max(self._lost, self._heard) > END_GRACE_NS:
             found.append(_gap(io_group, "the board was away, and did not come back", self._away, now))
         elif self._state is State.ABSENT:
             found.append(_gap(io_group, "the board was not there", self._away, now))
@@ -195,8 +250,9 @@ def _gap(io_group: int, text: str, first: int, last: int) -> Verdict:
 class Watch:
     """The worst verdict of each io_group of a run so far, and warnings when something new speaks against one."""
 
-    def __init__(self) -> None:
+    def __init__(self, again: float = WARN_AGAIN) -> None:
         self.worst: dict[int, str] = {}
+        self._again = again
         self._told: dict[tuple[int, str], tuple[float, set[Verdict]]] = {}
 
     def start(self) -> None:
@@ -205,14 +261,14 @@ class Watch:
 
     def look(self, found: Iterable[Verdict], now: float) -> list[str]:
         """Warnings, each one line: a finding of a kind that is new in its io_group, or has grown and was last told
-        WARN_AGAIN seconds ago. `now`: monotonic seconds."""
+        `again` seconds ago. `now`: monotonic seconds."""
         lines = []
         worst: dict[int, str] = {}
         for one in found:
             worst[one.io_group] = max(worst.get(one.io_group, COMPLETE), one.verdict, key=VERDICTS.index)
             kind = one.io_group, _kind(one)
             at, told = self._told.get(kind, (-math.inf, set()))
-            if one.verdict == COMPLETE or one in told or now < at + WARN_AGAIN:
+            if one.verdict == COMPLETE or one in told or now < at + self._again:
                 continue
             self._told[kind] = now, told | {one}
             lines.append(f"io_group {one.io_group} is {one.verdict}: {one.why}")

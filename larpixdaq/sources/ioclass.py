@@ -28,6 +28,7 @@ from larpixdaq._native.frames import split_log
 from larpixdaq.blocks import Verdict
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import IO_GROUPS, Asic, layout_of
+from larpixdaq.sources.base import BoardStatus
 from larpixdaq.sources.channel import Channel
 from larpixdaq.sources.evidence import Presence, verdicts
 from larpixdaq.sources.ioclass_channel import IoClassChannel
@@ -91,6 +92,7 @@ class IoClassSource(PieceSource):
         self._again = AGAIN
         self._trusted_at = math.inf
         self._gone_since = 0.0
+        self._gone = ""  # why the process is not there
 
     def open(self) -> None:
         """Start the process and wait until the class is there; ConfigError says why it is not."""
@@ -135,6 +137,10 @@ class IoClassSource(PieceSource):
             for io_group in self.io_groups
             for line in verdicts(io_group, self._decoders.noticed(io_group), self._presence.findings(io_group, now))
         ]
+
+    def boards(self) -> list[BoardStatus]:
+        away, why = self._presence.away_ns, self._gone
+        return [board._replace(away_ns=away, problem=why) for board in super().boards()]
 
     def _take(self, now: float) -> bool:
         """What the process has handed over by now; False when that is nothing."""
@@ -205,6 +211,7 @@ class IoClassSource(PieceSource):
             elif self._gone_since:
                 self._problems.append(f"{self.name}: back after {now - self._gone_since:.1f} s")
             self._there = True
+            self._gone = ""
             self._trusted_at = now + MOST_AGAIN
             self._presence.connected(time.time_ns())
         return ""
@@ -247,6 +254,7 @@ class IoClassSource(PieceSource):
         )
         self._again = min(2 * self._again, MOST_AGAIN)
         self._gone_since = now
+        self._gone = reason
         self._presence.lost(time.time_ns())
         for channel in self._channels.values():
             channel.lost(reason)

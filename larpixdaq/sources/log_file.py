@@ -44,7 +44,7 @@ class MessageLog:
         no telling where the next one begins: all that follows is in no message.
         """
         pending = b""
-        place = 0  # of `pending` in the file
+        place = self._file.seek(0)  # of `pending` in the file
         while data := self._file.read(_READ):
             pending += data
             spans, used = split_log(pending)

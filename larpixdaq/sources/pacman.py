@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from larpixdaq._native.frames import PacmanDecoder
 from larpixdaq.schema import Asic, layout_of
+from larpixdaq.sources.base import BoardStatus
 from larpixdaq.sources.board import BoardSource
 from larpixdaq.sources.channel import Reply, RequestChannel
+from larpixdaq.sources.host import HostLookup
 
 #: A heartbeat comes every 10 s.
 SILENCE = 15.0
@@ -33,23 +35,21 @@ class PacmanChannel(RequestChannel):
 
     kind = "pacman"
     batch = WORDS
-    identify = b"".join(_REGISTER.pack(b"R", register, 0) for register in _VERSION)
 
     def __init__(
         self,
         io_group: int,
-        host: str,
+        host: HostLookup,
         port: int,
         *,
         format: str = "auto",
         revision: int = 0,
-        speaks_1_0: Callable[[], bool] = lambda: False,
+        seen: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """`speaks_1_0`: whether the board's data are of format 1.0."""
+        """`seen`: the format of the board's data, "legacy" or "1.0"; None while that is not known."""
         super().__init__("PACMAN", io_group, host, port)
         self.revision = revision
-        self._legacy = format != "1.0"
-        self._speaks_1_0 = speaks_1_0 if format == "auto" else lambda: False
+        self._format: Callable[[], str | None] = seen if format == "auto" else lambda: format
         self._sent = 0
         self._refused = ""
 
@@ -62,10 +62,8 @@ class PacmanChannel(RequestChannel):
 
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
         self._refused = ""
-        if not self._legacy:
-            self._refused = "commands are known for the legacy format only, not for --pacman-format 1.0"
-        elif self._speaks_1_0():  # a legacy request would end its command server
-            self._refused = "commands are known for the legacy format only, and the board sends format 1.0"
+        if self._format() == "1.0":  # a legacy request would end its command server
+            self._refused = "commands are known for the legacy format only, and the board has format 1.0"
         elif not body or len(body) % _WORD_BYTES or len(body) > 65_535 * _WORD_BYTES:
             self._refused = f"expected 1 to 65535 words of {_WORD_BYTES} bytes, found {len(body)} bytes"
         if self._refused:
@@ -82,6 +80,13 @@ class PacmanChannel(RequestChannel):
 
     def due(self) -> float | None:
         return 0.0 if self._refused and self.busy else super().due()
+
+    @property
+    def identify(self) -> bytes:  # type: ignore[override]
+        """Empty while the board's format is not known to be legacy: what a server does not understand may end it."""
+        if self._format() != "legacy":
+            return b""
+        return b"".join(_REGISTER.pack(b"R", register, 0) for register in _VERSION)
 
     def firmware(self, answer: bytes) -> str:
         return " ".join(f"{value:#x}" for _, _, value in _REGISTER.iter_unpack(answer))
@@ -105,6 +110,8 @@ class PacmanSource(BoardSource):
     """One PACMAN. `format`: auto, legacy or 1.0; `clock64`: firmware with a 64-bit clock; `revision`: register map of
     its command server, 0 when that is not known."""
 
+    _decoder: PacmanDecoder
+
     def __init__(
         self,
         io_group: int,
@@ -117,19 +124,28 @@ class PacmanSource(BoardSource):
         clock64: bool = False,
         revision: int = 0,
     ) -> None:
+        lookup = HostLookup(host)
         decoder = PacmanDecoder(io_group, asic, format=format, clock64=clock64)
         self.channels = (
             PacmanChannel(
-                io_group, host, command_port, format=format, revision=revision, speaks_1_0=lambda: decoder.speaks_1_0
+                io_group, lookup, command_port, format=format, revision=revision, seen=lambda: decoder.format
             ),
         )
         super().__init__(
             "PACMAN",
             io_group,
-            host,
+            lookup,
             data_port,
             decoder=decoder,
             # format 1.0 has 64-bit timestamps
             layout=layout_of(asic, clock64=clock64 or format == "1.0"),
             silence=SILENCE,
         )
+
+    def boards(self) -> list[BoardStatus]:
+        found = super().boards()
+        # one message of this format says it: its length has to agree with its header
+        if self.layout == layout_of(Asic.V2) and self._decoder.format == "1.0":
+            text = "sends PACMAN format 1.0, whose clock has 64 bits: start the producer with --pacman-format 1.0"
+            found = [one._replace(refusal=f"{self.name} {text}") for one in found]
+        return found

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from larpixdaq._native import packets
 from larpixdaq._native.frames import PacmanDecoder, encode_pacman
 from larpixdaq.schema import BLOCK_ROWS, COUNTS, NOTICE, NOTICES, UNKNOWN_WORD, Asic, PacketType, types_of
-from larpixdaq.sources.evidence import added
+from larpixdaq.sources.base import BoardStatus
+from larpixdaq.sources.evidence import added, setup_findings
 
 #: Bytes of a header or word of PACMAN format 1.0.
 _UNIT: Final = 24
@@ -270,6 +271,8 @@ class PieceSource:
     """What sources that play pieces one after the other have in common. They make `_decoders`, and set `_piece` to what
     is played now."""
 
+    name: str
+    io_groups: tuple[int, ...]
     _decoders: Decoders
 
     def __init__(self) -> None:
@@ -281,6 +284,12 @@ class PieceSource:
 
     def take_unknown(self) -> NDArray[Any]:
         return self._decoders.take_unknown()
+
+    def boards(self) -> list[BoardStatus]:
+        return [
+            BoardStatus(group, self.name, setup=tuple(setup_findings(group, self._decoders.noticed(group))))
+            for group in self.io_groups
+        ]
 
     def problems(self) -> list[str]:
         problems, self._problems = self._problems, []

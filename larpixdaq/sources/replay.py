@@ -7,6 +7,7 @@ out: their texts travel, and become rows again. Either way the order of the file
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -26,12 +27,23 @@ from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.evidence import verdicts
 from larpixdaq.sources.log_file import MessageLog
 from larpixdaq.sources.pieces import Decoders, Messages, PieceSource, Rows, row_times
-from larpixdaq.sources.timing import Clock, message_times
+from larpixdaq.sources.timing import Clock, message_times, newer_format
 
 #: Seconds between two batches at recorded speed; less would only cost turns of the producer's loop.
 _TURN: Final = 0.002
 
 Recording = RawFile | PacketFile | MessageLog
+
+
+def _has_wide_clock(recording: Recording) -> bool:
+    """Whether the first messages of a recording are of PACMAN format 1.0, whose clock has 64 bits."""
+    if isinstance(recording, PacketFile):
+        return False
+    pieces: Iterator[tuple[Any, ...]] = recording.pieces(1) if isinstance(recording, RawFile) else recording.pieces()
+    try:
+        return any(bool(newer_format(data, spans).any()) for data, spans, *_ in itertools.islice(pieces, 1))
+    except (FileError, OSError):  # which will be told when it is played
+        return False
 
 
 class ReplaySource(PieceSource):
@@ -76,6 +88,7 @@ class ReplaySource(PieceSource):
         self._next_turn = 0.0
         self._clock = Clock()
         self._texts: list[tuple[str, int]] = []
+        self._opened = False  # from then on the layout stays as it is
 
     def open(self) -> None:
         """Opens every file, so that a wrong one is named before anything is played. Again: plays from the beginning."""
@@ -149,9 +162,17 @@ class ReplaySource(PieceSource):
                 self._problems.append(f"{path}: the last {recording.cut} messages have no io_group and are left out")
             if path.name.endswith(names.PART) and _journaled(path):
                 self._problems.append(f"{path}: not finished: blocks in its journal are not played (larpixdaq recover)")
+            found.update((io_group,) if isinstance(recording, MessageLog) else recording.io_groups(io_group))
+        if (
+            not self._opened
+            and self._format == "auto"
+            and any(_has_wide_clock(recording) for recording in self._recordings)
+        ):
+            self.layout = layout_of(self._asic, clock64=True)
+        self._opened = True
+        for recording in self._recordings:
             if isinstance(recording, PacketFile):
                 recording.check(self._asic, self.layout)
-            found.update((io_group,) if isinstance(recording, MessageLog) else recording.io_groups(io_group))
         self.io_groups = tuple(sorted(found))
         self._pieces = self._play()
 

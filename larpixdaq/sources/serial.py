@@ -22,7 +22,7 @@ from larpixdaq._native.frames import SerialDecoder, encode_serial
 from larpixdaq.blocks import Verdict
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.base import LiveSource
+from larpixdaq.sources.base import BoardStatus, LiveSource
 from larpixdaq.sources.channel import LIMIT, Reply
 from larpixdaq.sources.evidence import Presence, verdicts
 
@@ -143,6 +143,7 @@ class SerialSource(LiveSource):
         self._flush_at: float | None = None
         self._retry_at: float | None = None
         self._gone_since = 0.0
+        self._gone = ""  # why the device is not there
         self._presence = Presence()
 
     def open(self) -> None:
@@ -160,6 +161,10 @@ class SerialSource(LiveSource):
     def evidence(self, now: int) -> list[Verdict]:
         (io_group,) = self.io_groups
         return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
+
+    def boards(self) -> list[BoardStatus]:
+        (board,) = super().boards()
+        return [board._replace(away_ns=self._presence.away_ns, problem=self._gone)]
 
     def due(self) -> float | None:
         times = [moment for moment in (self._flush_at, self._retry_at) if moment is not None]
@@ -211,6 +216,7 @@ class SerialSource(LiveSource):
         self._line.fd = self._port.fileno()
         self._presence.connected(time.time_ns())
         self._retry_at = None
+        self._gone = ""
 
     def _disconnect(self) -> None:
         self.sockets = ()
@@ -228,6 +234,7 @@ class SerialSource(LiveSource):
     def _lose(self, now: float, reason: str) -> None:
         self._disconnect()
         self._gone_since = now
+        self._gone = reason
         self._presence.lost(time.time_ns())
         self._retry_at = now + RETRY
         self._problems.append(f"{self.name}: gone ({reason}); looking for it every {RETRY:g} s")

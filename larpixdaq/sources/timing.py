@@ -76,11 +76,18 @@ def _filled(values: NDArray[Any]) -> NDArray[np.int64]:
     return values[last]
 
 
+def newer_format(data: NDArray[np.uint8], spans: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which messages are PACMAN messages of format 1.0, shape (N,)."""
+    start, length = spans["start"].astype(np.int64), spans["length"].astype(np.int64)
+    sized = length == 24 + _number(data, start + 4, 4)
+    return np.asarray((length >= 24) & (_number(data, start + 2, 2) == 1) & sized, np.bool_)
+
+
 def message_times(data: NDArray[np.uint8], spans: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Seconds of the headers of PACMAN messages of either format and ticks of their first words; -1 where there are
     none."""
     start, length = spans["start"].astype(np.int64), spans["length"].astype(np.int64)
-    newer = (length >= 24) & (_number(data, start + 2, 2) == 1) & (length == 24 + _number(data, start + 4, 4))
+    newer = newer_format(data, spans)
     seconds = np.where(newer, _number(data, start + 8, 8) // 10**9, _number(data, start + 1, 4))
     seconds[length < 8] = -1
     word = start + np.where(newer, 24, 8)
