@@ -46,8 +46,6 @@ class Channel(Protocol):
     batch: int
     #: Sockets to poll for reading while it is busy.
     sockets: tuple[Any, ...]
-    #: The order that asks the board for its firmware, whose answer firmware() understands; empty: it cannot say.
-    identify: bytes
     #: A request was sent, and take() has not said yet what came of it.
     busy: bool
 
@@ -66,6 +64,10 @@ class Channel(Protocol):
 
     def close(self) -> None: ...
 
+    @property
+    def identify(self) -> bytes:
+        """The order that asks the board for its firmware, whose answer firmware() understands; empty: it cannot say."""
+
     def firmware(self, answer: bytes) -> str:
         """The board's firmware in words, by its answer to `identify`."""
 
@@ -76,7 +78,6 @@ class RequestChannel:
     kind = ""
     revision = 0
     batch = 1
-    identify = b""
 
     def __init__(self, board: str, io_group: int, host: HostLookup, port: int) -> None:
         self.io_group = io_group
@@ -126,6 +127,10 @@ class RequestChannel:
         if self._context is not None:
             self._context.term()
             self._context = None
+
+    @property
+    def identify(self) -> bytes:
+        return b""
 
     def firmware(self, answer: bytes) -> str:
         return ""

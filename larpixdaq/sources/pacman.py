@@ -63,7 +63,7 @@ class PacmanChannel(RequestChannel):
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
         self._refused = ""
         if self._format() == "1.0":  # a legacy request would end its command server
-            self._refused = "commands are known for the legacy format only, and the board has format 1.0"
+            self._refused = "commands are known for the legacy format only, and the board sends format 1.0"
         elif not body or len(body) % _WORD_BYTES or len(body) > 65_535 * _WORD_BYTES:
             self._refused = f"expected 1 to 65535 words of {_WORD_BYTES} bytes, found {len(body)} bytes"
         if self._refused:
@@ -82,7 +82,7 @@ class PacmanChannel(RequestChannel):
         return 0.0 if self._refused and self.busy else super().due()
 
     @property
-    def identify(self) -> bytes:  # type: ignore[override]
+    def identify(self) -> bytes:
         """Empty while the board's format is not known to be legacy: what a server does not understand may end it."""
         if self._format() != "legacy":
             return b""
