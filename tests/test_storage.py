@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import sys
@@ -210,6 +211,21 @@ def test_a_storage_that_finds_a_damaged_journal(
     assert any(f"blocks {hurt} to {hurt} are in no part" in reason for reason in ended["reasons"])
     assert [one.levelname for one in caplog.records if "DAMAGED: the journal" in one.message] == ["ERROR"]
     assert (tmp_path / f"{journal.name}.damaged").read_bytes() == content
+
+
+def test_a_part_that_is_locked_at_the_start_is_recovered_afterwards(rigs: Callable[..., Rig], tmp_path: Path) -> None:
+    """By a recovery by hand that is ended, or by a reader that looked whether somebody writes it."""
+    rig, feed = rigs(), Feed(RUN)
+    rig.prepare()
+    rig.take(feed.block(rows(1000)))
+    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    kill(rig)
+    (journal,) = tmp_path.glob("*.journal")
+    with open(journal) as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        again = rigs()
+    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.where()} == {(*feed.source, 1)}
+    again.until(lambda: list(tmp_path.glob("*_000.h5")), "the recovered part")
 
 
 def test_a_part_in_which_nothing_came_leaves_no_gap_behind(rigs: Callable[..., Rig], tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ def take_up(directory: Path, storage: str, finisher: Finisher) -> list[int]:
     for path in names.parts(directory, storage):
         try:
             found = prepare(path)
-        except FileLocked as error:  # somebody has begun to recover it by hand
+        except FileLocked as error:  # a recovery by hand, or a reader that looks whether the part is being written
             log.warning("%s", error)
+            finisher.mend(path, str(error))
         except FileError as error:
             log.error("%s", error)
             finisher.mend(path, str(error))
