@@ -148,9 +148,10 @@ class Arena:
         path = directory / arena_name(state_dir, producer, epoch)
         try:
             file = _new(path)
-        except (FileError, OSError) as error:
-            text = error.strerror if isinstance(error, OSError) else error
-            raise RingError(f"--ring-dir {directory}: cannot make the ring's file: {text}") from None
+        except FileError as error:
+            raise RingError(str(error)) from None
+        except OSError as error:
+            raise RingError(f"--ring-dir {directory}: cannot make the ring's file: {error.strerror}") from None
         try:
             os.posix_fallocate(file, 0, size)
             memory = _mapped(file, size)

@@ -34,6 +34,8 @@ def test_what_chips_send_is_recorded(tmp_path):
         asked(command, request([(1, packet) for packet in setup + reads]))
 
         until(lambda: daq.status_of(operator, "producer").get("packets", 0) > 2000, "noise")
+        # The board is asked as soon as its data have said that it understands the question.
+        until(lambda: daq.status_of(operator, "producer").get("firmware"), "the firmware")
         asked(command, board_register(b"W", 0x10, 0))
         board.stop()
         said = board.finish()["sent"]["1"]

@@ -62,6 +62,8 @@ class _Outcome:
         self._action = action
         self._error: LarpixDaqError | None = None
         self._dropped = False
+        #: Somebody has waited for the result, and knows that it did not come.
+        self.awaited = False
         self._unseen = [True]  # whoever takes it out tells; threads and the garbage collector may come together
 
     def fail(self, error: LarpixDaqError) -> None:
@@ -126,6 +128,7 @@ class Request(Generator[Response, None, Any]):
         """Wait for the result and return its value. Raises what the request failed with; RequestTimeout after `timeout`
         seconds, NoCore when the core was not heard for 2 s: it can be called again after both."""
         limit = None if timeout is None else time.monotonic() + timeout
+        self.outcome.awaited = True
         with self._changed:
             while self._final is None:
                 self._wait(limit, timeout)
@@ -141,6 +144,7 @@ class Request(Generator[Response, None, Any]):
 
     def send(self, value: None = None) -> Response:
         """The next Response, when it has come."""
+        self.outcome.awaited = True
         with self._changed:
             while not self._waiting and self._final is None and not self._closed:
                 self._wait(None, None)
@@ -299,6 +303,8 @@ class Connection:
         self._closed = True
         self.link.close()
         for number, sent in list(self._sent.items()):
+            if sent.outcome.awaited:
+                sent.outcome.see()
             error = NoCore(f"{sent.message.action}: this Operator was closed before the result came")
             self._give(number, Response("error", "", str(error), error=error))
 

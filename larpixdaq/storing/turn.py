@@ -103,10 +103,8 @@ def is_locked(path: Path) -> bool:
     """Whether somebody holds a lock on this file now. FileError when that cannot be known."""
     try:
         fd = open_regular(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, FileError):  # a link or a pipe is no file of ours, whatever its name
         return False
-    except FileError:
-        raise
     except OSError as error:
         raise FileError(f"cannot open {path}: {error.strerror}") from None
     try:
