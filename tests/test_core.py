@@ -57,6 +57,11 @@ def component_of(operator, name):
     return next((one for one in operator.components().result(LIMIT) if one["name"] == name), None)
 
 
+def test_a_run_that_cannot_be_is_refused_in_words(operator):
+    with pytest.raises(RequestError, match=r"run_info: Expected `int` <= 9999999 - at `\$.run`"):
+        operator.run_info(2**63).result(LIMIT)
+
+
 def test_components_and_operators_have_a_limit_and_one_that_goes_makes_room(running, dealer, monkeypatch):
     monkeypatch.setattr(peers, "MOST", 1)
 

@@ -508,6 +508,19 @@ def test_frames_of_consumers_take_a_bounded_time_of_a_turn(line: Line) -> None:
     assert turns >= 4
 
 
+def test_a_flood_hides_no_silent_subscriber(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    line.publisher._clock = lambda: now[0]
+    line.publisher._drained = 0.0
+    peer = raw_peer(line)
+    peer.send(pack(Hello(1, STORAGE, "", "all", [])))
+    assert isinstance(answer(line, peer), Welcome)
+    monkeypatch.setattr(publisher, "RECEIVE_LIMIT", 0.0)  # nothing is ever taken to its end
+    for now[0], there in ((0.5, 1), (1.4, 1), (1.6, 0)):
+        line.publisher.work()
+        assert len(line.publisher.subscribers) == there
+
+
 def test_frames_survive_the_wire() -> None:
     assert unpack_producer(pack(END), "p") == END
     assert msgspec.structs.replace(END, next=8) != END

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from larpixdaq import config
+from larpixdaq.blocks import RunNumber
 from larpixdaq.control.asks import Reply
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.peers import Control, OperatorPeer, Peers
@@ -40,7 +41,7 @@ class _Actions(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _RunInfo(msgspec.Struct, forbid_unknown_fields=True):
-    run: Annotated[int, Meta(ge=1)] | None = None
+    run: RunNumber | None = None
 
 
 class Desk:

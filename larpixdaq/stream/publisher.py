@@ -95,6 +95,7 @@ class Publisher:
         self.forgotten: frozenset[str] = frozenset()
         self._away: dict[str, float] = {}  # required storage without a subscription -> since when
         self._drained = clock()
+        self._flooded: float | None = None  # since when the socket has not been empty
 
     # what there is to deliver
 
@@ -143,6 +144,7 @@ class Publisher:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 self._drained = self._clock()
+                self._flooded = None
                 return
             route = parts[0]
             try:
@@ -151,12 +153,21 @@ class Publisher:
                 self._handle(route, unpack_consumer(parts[1], route.hex()))
             except ProtocolError as error:
                 self._refuse(route, str(error))
+        if self._flooded is None:
+            self._flooded = self._clock()
+
+    def _judged(self) -> float:
+        """The time up to which all that was said has been taken. In a flood the socket is never empty, but ZeroMQ takes
+        from all peers in turn: after SILENT the living ones were heard."""
+        now = self._clock()
+        return now if self._flooded is not None and now - self._flooded > SILENT else self._drained
 
     def work(self) -> None:
         """One turn: hear the consumers, send what may be sent, drop who has fallen silent, free what nobody needs."""
         self.receive()
+        judged = self._judged()
         for subscriber in list(self.subscribers.values()):
-            if self._drained - subscriber.heard > SILENT:
+            if judged - subscriber.heard > SILENT:
                 self._drop(subscriber)
             elif subscriber.mode == "all":
                 self._serve_all(subscriber)
