@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import secrets
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -130,7 +131,7 @@ class Node:
             poller.poll(50)
             self._ready.clear()
             if signals is not None and signals.stop:
-                raise Stopped
+                raise Stopped(signal.SIGTERM)
             refusal = self._refusal
             if refusal is not None and (refusal.error != "name_taken" or self._taken):
                 raise RequestError(f"{self.name}: {refusal.text}")

@@ -63,7 +63,8 @@ def test_a_run_that_cannot_be_is_refused_in_words(operator):
 
 
 def test_components_and_operators_have_a_limit_and_one_that_goes_makes_room(running, dealer, monkeypatch):
-    monkeypatch.setattr(peers, "MOST", 1)
+    monkeypatch.setattr(peers, "MOST_COMPONENTS", 1)
+    monkeypatch.setattr(peers, "MOST_OPERATORS", 1)
 
     def ask(message):
         dealer.send(pack(message))

@@ -182,15 +182,18 @@ def test_depth_is_limited():
 
 def test_what_the_core_keeps_of_everybody_is_small():
     groups = {str(group): "suspect" for group in range(256)}
-    producer = {"verdicts": groups, "subscribers": ["s" * 64] * 100, "source": "x" * 200}
+    boards = [
+        {"io_group": group, "name": "n" * 100, "problem": "p" * 200, "setup": ["s" * 500]} for group in range(255)
+    ]
+    producer = {"verdicts": groups, "subscribers": ["s" * 64] * 100, "boards": boards}
     assert unpack_client(pack(Heartbeat(status=producer)), "a test").status == producer
     for large in (
-        Register(name="n", kind="log", instance="1", info={"x": "y" * (1 << 16)}),
-        Heartbeat(status={"x": "y" * (1 << 16)}),
+        Register(name="n", kind="log", instance="1", info={"x": "y" * (1 << 18)}),
+        Heartbeat(status={"x": "y" * (1 << 18)}),
     ):
-        with pytest.raises(ProtocolError, match=r"65.* the limit is 65536"):
+        with pytest.raises(ProtocolError, match=r"262\d* bytes .* the limit is 262144"):
             pack(large)
-        with pytest.raises(ProtocolError, match="the limit is 65536"):
+        with pytest.raises(ProtocolError, match="the limit is 262144"):
             unpack_client(msgspec.msgpack.encode(large), "a test")
 
 

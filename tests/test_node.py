@@ -66,6 +66,12 @@ def test_a_core_that_dies_while_a_component_waits_for_its_name_is_no_core(second
         waiting.result(LIMIT)
 
 
+def test_a_registration_that_is_too_large_is_told(running):
+    node = Node("it", "run_data", running.address, {}, info={"boards": "x" * (1 << 18)})
+    with closing(node), pytest.raises(RequestError, match=r"it: register of 262\d+ bytes .* the limit is 262144"):
+        node.connect()
+
+
 def test_an_address_that_is_none():
     with pytest.raises(ConfigError, match="address 'tcp://'"):
         Node("n", "log", "tcp://", {}, info={})

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from larpixdaq.control.catalogue import Catalogue, Run
-from larpixdaq.control.peers import MOST, Component
+from larpixdaq.control.peers import MOST_COMPONENTS, Component
 from larpixdaq.control.reports import FinishedFile
 from larpixdaq.errors import FileError
 from larpixdaq.states import ENDED, INCOMPLETE, INTERRUPTED
@@ -30,7 +30,7 @@ class Deliveries:
         before = self._seen.get(component.name)
         if not told or told == before:
             return []
-        while len(self._seen) > MOST:
+        while len(self._seen) > MOST_COMPONENTS:
             del self._seen[next(iter(self._seen))]
         self._seen[component.name] = told
         try:

@@ -220,6 +220,8 @@ class Link:
             if isinstance(message, Heartbeat):
                 message.status = None
                 return self._say(message)
+            if isinstance(message, Register | Open):  # it will not get smaller
+                self._refused(Answer(kind="error", error="malformed", text=str(error)))
             return True
         try:
             self._socket.send(data, zmq.NOBLOCK)

@@ -18,8 +18,9 @@ from larpixdaq.errors import ProtocolError
 PROTOCOL: Final = 1
 #: No request is larger (bytes).
 MAX_REQUEST: Final = 1 << 20
-#: No registration or heartbeat is larger (bytes): the core keeps the last of every component.
-MAX_KEPT: Final = 64 << 10
+#: No registration or heartbeat is larger (bytes), 1 kB for each of 255 boards: the core keeps the last of every
+#: component, and tells them all in one answer.
+MAX_KEPT: Final = 256 << 10
 #: No answer is larger (bytes): results may hold arrays.
 MAX_ANSWER: Final = 64 << 20
 #: No text of an answer is longer (characters).

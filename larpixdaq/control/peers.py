@@ -15,9 +15,10 @@ from larpixdaq.states import CONTROL_FREE, HEARTBEAT, LOST, STUCK
 #: An Operator's session is kept this long (s) after it was last heard, so that a busy program finds its answers.
 _FORGET_OPERATOR: Final = 60.0
 #: Maximum number of components, and of Operators, at once.
-MOST: Final = 256
+MOST_COMPONENTS: Final = 100
+MOST_OPERATORS: Final = 256
 #: Lost components that `status` still shows, and for how long (s).
-_LOST_SHOWN: Final = 100
+_LOST_SHOWN: Final = 20
 _LOST_KEPT: Final = 12 * 3600.0
 
 
@@ -83,10 +84,10 @@ class Peers:
 
     def register(self, message: Register, route: bytes, now: float) -> Component:
         """Take a component in; NameTaken while another process of this name counts as living, TooMany when there are
-        MOST already."""
+        MOST_COMPONENTS already."""
         there = self.components.get(message.name)
-        if there is None and len(self.components) >= MOST:
-            raise TooMany(f"{message.name!r} cannot be registered: there are {MOST} components already")
+        if there is None and len(self.components) >= MOST_COMPONENTS:
+            raise TooMany(f"{message.name!r} cannot be registered: there are {MOST_COMPONENTS} components already")
         if there is not None and there.instance != message.instance:
             raise NameTaken(
                 f"the name {message.name!r} is in use by a {there.kind} ({_process(there.info)}) last heard "
@@ -111,14 +112,14 @@ class Peers:
         return component
 
     def open(self, message: Open, route: bytes, now: float) -> OperatorPeer:
-        """Take an Operator in; one whose first answer was slow gets the same session again. TooMany when there are MOST
-        already."""
+        """Take an Operator in; one whose first answer was slow gets the same session again. TooMany when there are
+        MOST_OPERATORS already."""
         for peer in self.operators.values():
             if peer.instance == message.instance:
                 peer.route, peer.heard = route, now
                 return peer
-        if len(self.operators) >= MOST:
-            raise TooMany(f"{message.name!r} cannot be served: there are {MOST} Operators already")
+        if len(self.operators) >= MOST_OPERATORS:
+            raise TooMany(f"{message.name!r} cannot be served: there are {MOST_OPERATORS} Operators already")
         peer = OperatorPeer(secrets.token_hex(16), route, message.name, message.instance, now)
         self.operators[peer.session] = peer
         self._sessions[peer.session] = peer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Final
 
-from larpixdaq.control.peers import MOST, Component
+from larpixdaq.control.peers import MOST_COMPONENTS, Component
 
 _log = logging.getLogger("larpixdaq.core")
 
@@ -74,6 +74,6 @@ class SpaceWatch:
         if level > before_level:
             _log.warning("%s: %s", component.name, time_to_full(component.status))
         # Up to the next limit and back again is no news.
-        while len(self._told) > MOST:
+        while len(self._told) > MOST_COMPONENTS:
             del self._told[next(iter(self._told))]
         self._told[component.name] = (paused, level if not level else max(level, before_level))
