@@ -732,6 +732,29 @@ def test_a_storage_that_ends_does_not_wait_for_a_command_that_hangs(
     assert "was not run for run0000042_20261122T071251Z_001.h5" in second
 
 
+def test_a_storage_that_ends_does_not_wait_for_a_long_checksum_and_the_next_makes_it(
+    rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    goes_on = threading.Event()
+
+    def long(path: Path) -> Any:
+        goes_on.wait(LIMIT)
+        raise OSError("too late")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("larpixdaq.storing.finishing.LAST_SUMS", 0.1)
+        patched.setattr("larpixdaq.storing.finishing.sha256", long)
+        rig, feed = rigs(), Feed(RUN)
+        rig.prepare()
+        rig.take(feed.block(rows(10)), feed.end())
+        assert rig.end(1).value["condition"] == "COMPLETE"
+        rig.storage.close()
+        assert "checksums are not ready after 0.1 s" in caplog.text
+        assert not list(tmp_path.glob("*.json"))
+        goes_on.set()
+    rigs().until(lambda: list(tmp_path.glob("*.json")), "the checksum")
+
+
 def test_a_cancelled_run_leaves_nothing_although_an_end_came(rigs: Callable[..., Rig], tmp_path: Path) -> None:
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()

@@ -38,8 +38,9 @@ log = logging.getLogger(__name__)
 SHOWN: Final = 16
 #: A command has so long (seconds) for one file.
 COMMAND_LIMIT: Final = 600.0
-#: At the end of the process, commands have so long all together (seconds).
+#: Seconds at the end of the process for commands, all together, and before that for checksums.
 LAST_COMMANDS: Final = 10.0
+LAST_SUMS: Final = 5.0
 _PIECE: Final = 1 << 20
 #: Maximum bytes of a sidecar that is read.
 _SIDECAR_BYTES: Final = 1 << 16
@@ -65,10 +66,11 @@ class _Worker:
             except Exception:  # the jobs behind it must not wait for ever
                 log.exception("%s", self._thread.name)
 
-    def end(self, limit: float | None = None) -> None:
-        """Wait until all that was submitted is done, at most `limit` seconds."""
+    def end(self, limit: float | None = None) -> bool:
+        """Wait until all that was submitted is done, at most `limit` seconds; whether it is."""
         self._jobs.put(None)
         self._thread.join(limit)
+        return not self._thread.is_alive()
 
 
 class Finisher:
@@ -118,14 +120,16 @@ class Finisher:
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
-        """Wait for all names and checksums; commands have ten seconds, then they are left to themselves. What is being
-        recovered is left to the next storage. Harmless when repeated."""
+        """Wait for all names. Checksums have five seconds, then those of the newest run are left to the next storage;
+        commands have ten seconds, then they are left to themselves. What is being recovered is left to the next
+        storage. Harmless when repeated."""
         if self._wake < 0:
             return
         self._ending = True
         self._recovering.end()
         self._publishing.end()
-        self._summing.end()
+        if not self._summing.end(LAST_SUMS):
+            log.error("checksums are not ready after %g s: the next start makes those of the newest run", LAST_SUMS)
         self._commands.end(LAST_COMMANDS)
         self._no_more = True
         running = self._running
