@@ -1,6 +1,8 @@
 """Control messages: what travels, what is refused, and that no bytes do harm."""
 
+import re
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from msgspec.msgpack import Ext
 
+import larpixdaq
 from larpixdaq import schema
 from larpixdaq.control.messages import (
     MAX_ANSWER,
@@ -195,6 +198,14 @@ def test_what_the_core_keeps_of_everybody_is_small():
             pack(large)
         with pytest.raises(ProtocolError, match="the limit is 262144"):
             unpack_client(msgspec.msgpack.encode(large), "a test")
+
+
+def test_every_socket_that_receives_has_a_limit():
+    """libzmq takes memory for a message of any size otherwise."""
+    for path in Path(larpixdaq.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        kinds = set(re.findall(r"\.socket\(zmq\.(\w+)\)", text)) - {"PUSH"}
+        assert not kinds or "zmq.MAXMSGSIZE" in text, (path, kinds)
 
 
 def test_size_is_limited():

@@ -35,6 +35,8 @@ LATE = 0.01
 TURN = 0.001
 #: Milliseconds that a board that goes away gives what it has sent to arrive.
 GOODBYE = 5000
+#: Maximum bytes of a request: the largest PACMAN message has 1 MiB.
+LARGEST_REQUEST = 2 << 20
 #: Seconds until a full queue is tried again: XPUB does not say when it has room.
 RETRY = 0.001
 
@@ -116,6 +118,7 @@ class Board:
         self._sender = transport.Sender(self.data)
 
     def _bind(self, socket: zmq.Socket[bytes], what: str, address: str) -> int:
+        socket.setsockopt(zmq.MAXMSGSIZE, LARGEST_REQUEST)
         try:
             socket.bind(address)
         except zmq.ZMQError as error:
