@@ -100,6 +100,7 @@ def push_socket(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.So
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     socket.ipv6 = config.is_ipv6(address)
-    config.close_dead_connections(socket, config.DEAD_CONNECTION)  # records for a host that vanished would be lost
+    # Records for a host that vanished would be lost; a log whose disk hangs takes none for a while, and is not dead.
+    config.close_dead_connections(socket, 10 * config.DEAD_CONNECTION)
     socket.connect(address)
     return socket
