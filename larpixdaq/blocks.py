@@ -89,19 +89,19 @@ class Configs(msgspec.Struct, array_like=True, frozen=True):
     registers: Annotated[bytes, Meta(max_length=1 << 20)]  # packed
 
 
-class Connected(msgspec.Struct, frozen=True):
+class ConnectedBoard(msgspec.Struct, frozen=True):
     """One io_group of a board, or of what stands for one, as a producer reads it in a run."""
 
     producer: Annotated[str, Meta(min_length=1, max_length=256)]
     io_group: Annotated[int, Meta(ge=0, le=255)]
-    kind: Annotated[str, Meta(max_length=16)]  # "PACMAN", "Bern board", "serial", "IO class", or one of MADE_UP
+    kind: Annotated[str, Meta(max_length=16)]  # "PACMAN", "Bern board", "serial", "IO class", "fake" or "replay"
     address: Annotated[str, Meta(max_length=256)]  # network address, device, class with arguments, or files
     host: Annotated[str, Meta(max_length=256)]  # the computer on which the producer runs
     firmware: Annotated[str, Meta(max_length=256)] = ""  # as the board says it; empty: not known
 
 
 #: Kinds of sources whose data come from no detector now.
-MADE_UP: Final = ("fake", "replay")
+KINDS_WITHOUT_DETECTOR: Final = ("fake", "replay")
 
 
 # Consumer to producer

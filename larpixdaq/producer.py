@@ -23,7 +23,7 @@ import zmq
 from numpy.typing import NDArray
 
 from larpixdaq import config, schema, sources
-from larpixdaq.blocks import VERDICTS, Connected, UnknownWord, Verdict
+from larpixdaq.blocks import VERDICTS, ConnectedBoard, UnknownWord, Verdict
 from larpixdaq.chips import ACTIONS, Child, talk
 from larpixdaq.chips.commands import Commands
 from larpixdaq.chips.witness import Witness
@@ -269,7 +269,7 @@ class Producer:
         """What is read here, for the run's files; firmware is in the status, since boards say it later."""
         host = platform.node()
         return [
-            msgspec.to_builtins(Connected(self.name, io_group, source.kind[:16], source.address[:256], host[:256]))
+            msgspec.to_builtins(ConnectedBoard(self.name, io_group, source.kind[:16], source.address[:256], host[:256]))
             for source in self.boards
             for io_group in source.io_groups
         ]

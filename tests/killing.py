@@ -118,7 +118,7 @@ class Writer:
 
     def write(self) -> None:
         if self._rng.random() < 0.5:
-            writer.SHOWN = 0.0  # rows are shown to readers each time, not every few seconds
+            writer.SHOW_INTERVAL = 0.0  # rows are shown to readers each time, not every few seconds
         for run in range(1, 4):
             self._run(run)
 

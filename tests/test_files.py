@@ -659,7 +659,7 @@ def test_a_file_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
-BOARD = blocks.Connected("LArPix board", 1, "PACMAN", "tcp://pacman.local:5556", "daq1", "0x37e 0x37e 0x37e 0x37e")
+BOARD = blocks.ConnectedBoard("LArPix board", 1, "PACMAN", "tcp://pacman.local:5556", "daq1", "0x37e 0x37e 0x37e 0x37e")
 
 
 def test_when_run_began_and_ended_and_for_how_long_it_was_live(tmp_path):

@@ -78,7 +78,7 @@ class Run:
     asic: str = ""
     #: When RUN ended: end_run or abort_run was asked for. `ended_ns` is when all was stored.
     stopped_ns: int | None = None
-    #: What the producers read, as blocks.Connected has it.
+    #: What the producers read, as blocks.ConnectedBoard has it.
     connected: list[dict[str, Any]] = field(default_factory=list)
     #: Of the producers' software.
     versions: dict[str, str] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from larpixdaq.blocks import MADE_UP, Connected
+from larpixdaq.blocks import KINDS_WITHOUT_DETECTOR, ConnectedBoard
 from larpixdaq.control.catalogue import Run
 from larpixdaq.control.peers import Component
 from larpixdaq.errors import ComponentError, StateError
@@ -86,25 +86,25 @@ def team_versions(producers: list[Component]) -> dict[str, str]:
     }
 
 
-def connected(producers: Iterable[Component]) -> list[Connected]:
+def connected(producers: Iterable[Component]) -> list[ConnectedBoard]:
     """What these producers read, with the firmware that the boards have told by now. What a producer says that cannot
     be such a list is left out."""
-    found: list[Connected] = []
+    found: list[ConnectedBoard] = []
     for one in producers:
         firmware = one.status.get("firmware")
         firmware = firmware if isinstance(firmware, dict) else {}
         try:
-            for given in msgspec.convert(one.info.get("connected", []), list[Connected]):
+            for given in msgspec.convert(one.info.get("connected", []), list[ConnectedBoard]):
                 told = {"producer": one.name, "firmware": firmware.get(str(given.io_group), "")}
-                found.append(msgspec.convert(msgspec.to_builtins(given) | told, Connected))
+                found.append(msgspec.convert(msgspec.to_builtins(given) | told, ConnectedBoard))
         except (msgspec.ValidationError, TypeError, ValueError) as error:
             _log.error("%s: what it says of its boards is not understood: %s", one.name, error)
     return found
 
 
-def kind_of_run(boards: Iterable[Connected]) -> str:
+def kind_of_run(boards: Iterable[ConnectedBoard]) -> str:
     """What a run is for, when nobody says it: a test when its data come from no detector now."""
-    return "test" if any(one.kind in MADE_UP for one in boards) else "physics"
+    return "test" if any(one.kind in KINDS_WITHOUT_DETECTOR for one in boards) else "physics"
 
 
 def shared_io_groups(producers: list[Component]) -> list[str]:

@@ -16,11 +16,11 @@ from larpixdaq._native.chunks import Packer
 BATCH_ROWS: Final = 4 * schema.CHUNK_ROWS
 _BESIDE: Final = BATCH_ROWS // schema.CHUNK_ROWS - 1
 #: Bits of HDF5's filter mask: a chunk that is neither shuffled nor deflated.
-_PLAIN: Final = 0b11
-#: A chunk that grows by fewer rows from one show() to the next takes less room plainly than packed anew each time ...
-_FEW: Final = schema.CHUNK_ROWS // 8
-#: ... unless the run is short: so not before the packed ones have taken this share of a plain chunk.
-_SHARE: Final = 1 / 8
+_NO_FILTERS: Final = 0b11
+#: Rows between two show() below which a plain chunk takes less room than one that is packed anew each time.
+_SLOW_ROWS: Final = schema.CHUNK_ROWS // 8
+#: Share of a plain chunk that packed ones may take before, because a short run ends before a plain one pays.
+_PACKED_SHARE: Final = 1 / 8
 
 
 class Batch:
@@ -34,9 +34,9 @@ class Batch:
         self.rows = 0
         self.base = 0
         self._left = -1, 0  # a chunk that is in the file and is written anew: first row, size
-        self._whole = 0  # chunks of the batch that are in the file as they stay
-        self._seen = 0  # rows of the batch that show() has written
-        self._spent = 0  # bytes that show() has written of its last chunk
+        self._final_chunks = 0  # chunks of the batch that are in the file as they stay
+        self._visible_rows = 0  # rows of the batch that show() has written
+        self._packed_bytes = 0  # bytes that show() has written of its last chunk
         self._packets = packets
         self._size = itemsize
         self._now = np.zeros((BATCH_ROWS, itemsize), np.uint8)
@@ -92,32 +92,32 @@ class Batch:
         filled = self._fill_up()
         self._write_chunks(-(-filled // schema.CHUNK_ROWS))
         self._packed.clear()
-        self._whole = self._seen = 0
+        self._final_chunks = self._visible_rows = 0
         return self.base + filled
 
     def show(self) -> None:
-        """Write the rows of the batch so far for readers of the growing file; write() writes the last chunk anew.
+        """Write the rows of the unfinished batch for readers of the growing file; write() writes its last chunk anew.
 
-        Each time a packed chunk takes another place in the file, so that nobody reads half of it, and the place before
-        is lost. A chunk that fills up slowly is written plainly instead, and then again in place: rows that are there
-        already do not change.
+        A packed chunk takes a new place in the file each time, because a reader of a place that is overwritten would
+        get a mixture; the old place is lost. A chunk that fills up slowly is written without filters, and overwritten
+        in place, because its rows so far do not change.
         """
         filled = self._fill_up()
-        new, self._seen = filled - self._seen, filled
+        new, self._visible_rows = filled - self._visible_rows, filled
         self._write_chunks(filled // schema.CHUNK_ROWS)
         if not filled % schema.CHUNK_ROWS:
             return
-        first, chunk = self.base + self._whole * schema.CHUNK_ROWS, self._chunk(self._whole)
+        first, chunk = self.base + self._final_chunks * schema.CHUNK_ROWS, self._chunk(self._final_chunks)
         plain = self._left == (first, len(chunk))
         if not plain:
             packed = self._here.pack(chunk)
-            self._spent += len(packed)
-            plain = new < _FEW and self._spent > _SHARE * len(chunk)
+            self._packed_bytes += len(packed)
+            plain = new < _SLOW_ROWS and self._packed_bytes > _PACKED_SHARE * len(chunk)
         if plain:
-            self._packets.id.write_direct_chunk((first,), chunk, filter_mask=_PLAIN)
+            self._packets.id.write_direct_chunk((first,), chunk, filter_mask=_NO_FILTERS)
             self._left = first, len(chunk)
         else:
-            self._place(self._whole, packed)
+            self._place(self._final_chunks, packed)
 
     def _fill_up(self) -> int:
         """Make room in the file for the rows of the batch, with zeros to the end of the last chunk; how many rows."""
@@ -128,11 +128,11 @@ class Batch:
 
     def _write_chunks(self, stop: int) -> None:
         """Write the chunks of the batch before this one that are not in the file as they stay."""
-        for at in range(self._whole, stop):
+        for at in range(self._final_chunks, stop):
             packed = self._packed[at].result() if at < len(self._packed) else self._here.pack(self._chunk(at))
             self._place(at, packed)
-            self._spent = 0
-        self._whole = max(self._whole, stop)
+            self._packed_bytes = 0
+        self._final_chunks = max(self._final_chunks, stop)
 
     def _place(self, at: int, packed: bytes) -> None:
         first = self.base + at * schema.CHUNK_ROWS

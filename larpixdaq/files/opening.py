@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from larpixdaq import schema
-from larpixdaq.blocks import Connected, Source
+from larpixdaq.blocks import ConnectedBoard, Source
 from larpixdaq.files import layout
 from larpixdaq.files.configs import NOTHING, Carried
 from larpixdaq.files.reader import DataFile
@@ -35,7 +35,7 @@ class RunInfo(NamedTuple):
     storage: str = ""  # the storage's name, empty for the first or only one
     versions: Mapping[str, str] = {}
     required_producers: tuple[str, ...] = ()
-    connected: tuple[Connected, ...] = ()
+    connected: tuple[ConnectedBoard, ...] = ()
     begun_ns: int = 0  # when RUN began, unix ns by the core's clock; 0: not yet
 
 

@@ -31,7 +31,7 @@ _TIMESTAMP_BITS: Final = 32
 
 
 class ParityCheck:
-    """Takes the rows of a file in order; `lacking` says why the parity cannot be checked, empty when it can."""
+    """Checks the rows of a file, which come in order. `unchecked_reason` is empty when its columns allow that."""
 
     def __init__(self, file: DataFile) -> None:
         self._asic = generation(file.dtype.names or (), file.version)
@@ -41,7 +41,7 @@ class ParityCheck:
         self._data_only = not self._own_layout and file.version in ("2.0", "2.1", "2.2")
         #: Layout 2.3 of larpix-control has 8 bits for the 12 of this column, which is part of fifo diagnostics words.
         self._whole_events = self._own_layout or _holds(file.dtype, schema.PACKETS_2_4, "shared_fifo_events")
-        self.lacking = "" if self._own_layout else _lacking(file.dtype, self._dtype)
+        self.unchecked_reason = "" if self._own_layout else _missing_columns(file.dtype, self._dtype)
         self._wrong = 0  # rows whose column is not what their word says
         self._first = -1
         self._bad = 0
@@ -50,7 +50,7 @@ class ParityCheck:
 
     def add(self, rows: NDArray[Any], first: int) -> None:
         """Rows of the file, `first` being the index of the first of them."""
-        if self.lacking:
+        if self.unchecked_reason:
             return
         if not self._own_layout:
             given, rows = rows, np.zeros(len(rows), self._dtype)
@@ -94,7 +94,7 @@ class ParityCheck:
             note(f"parity of {self._unchecked} words was not checked: the columns do not hold all of their bits")
 
 
-def _lacking(given: np.dtype[Any], wanted: np.dtype[Any]) -> str:
+def _missing_columns(given: np.dtype[Any], wanted: np.dtype[Any]) -> str:
     """Why rows of these columns do not hold whole words; empty when they do."""
     for name in wanted.names or ():
         if name in _NOT_NEEDED:

@@ -37,12 +37,12 @@ class RawFile:
         self._headers = headers if isinstance(headers, h5py.Dataset) and headers.dtype.names == ("io_groups",) else None
         self.messages = len(messages)
         #: Messages at the end whose io_group is not there: of a file whose writer was killed between the two.
-        self.cut = 0
+        self.left_out = 0
         if self._headers is not None and len(self._headers) < self.messages:
             if not file.swmr_mode:
                 raise FileError(f"{path}: {self.messages} messages, but io_groups of only {len(self._headers)}")
-            self.cut = self.messages - len(self._headers)
-            self.messages -= self.cut
+            self.left_out = self.messages - len(self._headers)
+            self.messages -= self.left_out
 
     def io_groups(self, default: int) -> tuple[int, ...]:
         """The io_groups of the messages; `default` is that of a file that does not say."""

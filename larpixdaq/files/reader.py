@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import schema
-from larpixdaq.blocks import Connected, Source
+from larpixdaq.blocks import ConnectedBoard, Source
 from larpixdaq.errors import FileError, cause
 from larpixdaq.files import bounds, heap, layout, names, superblock
 from larpixdaq.regular_file import check_place, open_regular
@@ -99,7 +99,7 @@ class DataFile:
         # So only a file whose writer may live is opened as SWMR. All others are opened plainly, which also shows that
         # they are whole; a part that a dead writer left is shown to HDF5 as if it were closed.
         first = superblock.read(self.path) if self.path.name.endswith(names.PART) else None
-        growing = superblock.growing(self.path)
+        growing = superblock.is_growing(self.path)
         try:
             if first is not None and growing and not _may_be_written(self.path):
                 self._left = LeftPart(self.path, first)
@@ -199,14 +199,14 @@ class DataFile:
         """CRC-32 of a table's bytes, as /run/checksums has it."""
         return self._guard(f"/{name}", lambda: layout.table_crc32(self._dataset(name)))
 
-    def connected(self) -> list[Connected]:
+    def connected(self) -> list[ConnectedBoard]:
         """What the producers read, as /run/sources says it last of each io_group."""
         producers = self.producers()
-        found: dict[tuple[str, int], Connected] = {}
+        found: dict[tuple[str, int], ConnectedBoard] = {}
         for row in self.table("run/sources"):
             one = plain(row)
             producer = producers[one.pop("producer")]
-            found[producer, one["io_group"]] = Connected(producer, **one)
+            found[producer, one["io_group"]] = ConnectedBoard(producer, **one)
         return list(found.values())
 
     def producers(self) -> list[str]:

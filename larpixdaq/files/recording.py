@@ -21,7 +21,7 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
             return None
         heap.check(path)
         # One whose writer lives, or died, as readers of growing files do.
-        file = layout.open_file(path, "r", swmr=superblock.growing(path))
+        file = layout.open_file(path, "r", swmr=superblock.is_growing(path))
     except FileError:
         raise
     except OSError as error:

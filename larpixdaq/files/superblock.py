@@ -61,7 +61,7 @@ def read(path: Path) -> Superblock | None:
     return found
 
 
-def growing(path: Path) -> bool:
+def is_growing(path: Path) -> bool:
     """Whether somebody writes the file, or died while writing it: it can be read as a growing file (SWMR) only.
     FileError as of read(); of older versions, which know no SWMR, the HDF5 library is the judge."""
     try:

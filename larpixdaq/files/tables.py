@@ -51,7 +51,7 @@ class Tables:
         self._kinds = {name: h5py.h5t.py_create(dtype) for name, dtype in self._dtypes.items()}
         self._asic = file["_header"].attrs["asic_version"]
         self.producers: dict[str, int] = {}  # name -> index in /run/producers
-        self._sources: set[blocks.Connected] = set()  # those in /run/sources
+        self._sources: set[blocks.ConnectedBoard] = set()  # those in /run/sources
 
     def resume(self, lengths: Mapping[str, int], producers: Iterable[str]) -> None:
         """Go on with tables that have rows: of each the first so many; `producers` are those of /run/producers."""
@@ -79,7 +79,7 @@ class Tables:
             self.append("run/producers", [(name.encode("utf-8", "replace"),)])
             self.producers[name] = len(self.producers)
 
-    def sources(self, boards: Iterable[blocks.Connected]) -> None:
+    def sources(self, boards: Iterable[blocks.ConnectedBoard]) -> None:
         """What the producers read, where that is news."""
         for one in boards:
             if one not in self._sources and storable(one.producer):

@@ -110,8 +110,8 @@ def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int
     walk(file, info, books, parity, findings.add)
     books.close(findings.add, findings.add_open, continued=condition == layout.CONTINUED)
     _doubts(file, info, findings, notes)
-    if parity.lacking:
-        notes.append(f"parity was not checked: {parity.lacking}")
+    if parity.unchecked_reason:
+        notes.append(f"parity was not checked: {parity.unchecked_reason}")
     parity.close(findings.add, notes.append)
     return condition, books.packets
 
@@ -177,8 +177,8 @@ def check_seal(file: DataFile, info: dict[str, Any], findings: Findings) -> None
 def _foreign(file: DataFile, findings: Findings, notes: list[str]) -> int:
     parity = ParityCheck(file)
     checked = "structure and parity were checked"
-    if parity.lacking:
-        checked = f"structure was checked, parity was not: {parity.lacking}"
+    if parity.unchecked_reason:
+        checked = f"structure was checked, parity was not: {parity.unchecked_reason}"
     notes.append(f"no ledger: the file was not written by larpix-daq; only {checked}")
     packets = 0
     column = schema.type_column(file.dtype)

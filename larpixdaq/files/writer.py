@@ -2,8 +2,8 @@
 
 Rows are collected in batches. A full batch is written to /packets; then come the rows of /run/blocks for the blocks
 that ended in it; then the journal is emptied. A block that has waited WAIT seconds for that goes to the journal, whole.
-Every SHOWN seconds the rows that have come meanwhile are written to /packets as well, for readers of the growing file.
-These rows are for display only: no block of /run/blocks has them yet, so a recovery cuts them and takes the journal's.
+Every SHOW_INTERVAL seconds the rows of an unfinished batch are written to /packets as well, for readers of the growing
+file. No block of /run/blocks has these rows yet, so a recovery cuts them and takes those of the journal.
 So a block below `durable` is in /run/blocks or in the journal, and survives the death of this process; a power cut it
 survives from publish() on, which syncs, or, with `fsync`, from the moment it is below `durable`.
 """
@@ -40,8 +40,8 @@ from larpixdaq.private_files import in_place
 
 #: A block waits at most this long, in seconds, for its batch to fill up.
 WAIT: Final = 0.020
-#: Seconds between two times that the rows of a batch that is not full are shown.
-SHOWN: Final = 4.0
+#: Seconds between two writes of an unfinished batch, for readers of the growing file.
+SHOW_INTERVAL: Final = 4.0
 
 
 class Report(NamedTuple):
@@ -147,9 +147,9 @@ class RunFile:
         self._held: deque[Held] = deque()
         self._journaled = 0  # of the held ones, the first so many are in the journal
         self._oldest = 0.0  # monotonic time at which the first of the others came
-        self._untold: list[Held] = []  # INFO messages among the held ones whose texts are not in /messages
-        self._shown = 0  # rows that readers of the file can see
-        self._shown_at = monotonic()  # time at which these were written
+        self._pending_messages: list[Held] = []  # INFO messages among the held ones whose texts are not in /messages
+        self._visible_rows = 0  # rows that readers of the file can see
+        self._show_time = monotonic()  # time at which these were written
         self._missing: list[tuple[int, ...]] = []
         self._messages = 0
         self._damaged: list[str] = []  # of a resumed file: what is not as it was written
@@ -236,7 +236,7 @@ class RunFile:
             chunks.tally(piece, block.layout, account.tally)
         self._hold(held := Held(block, account, self.rows, self.rows + block.rows, message))
         if message is not None:
-            self._untold.append(held)
+            self._pending_messages.append(held)
         self._try(lambda: self._batch.commit(block.rows, self._write_batch))
 
     def end(self, end: blocks.End) -> None:
@@ -302,7 +302,7 @@ class RunFile:
         """The time.monotonic() at which work() must be called; None: not before something comes."""
         if len(self._held) > self._journaled:
             return self._oldest + WAIT
-        return self._shown_at + SHOWN if self.rows > self._shown else None
+        return self._show_time + SHOW_INTERVAL if self.rows > self._visible_rows else None
 
     def work(self, *, pressed: bool = False) -> None:
         """Journal what has waited for WAIT; with `pressed` (half the stream's window is used) all that waits. Then show
@@ -314,17 +314,17 @@ class RunFile:
             self._try(lambda: self._journal.append(records))
             self._journaled = len(self._held)
             self._acknowledge(waiting)
-        if self.rows > self._shown and monotonic() >= self._shown_at + SHOWN:
+        if self.rows > self._visible_rows and monotonic() >= self._show_time + SHOW_INTERVAL:
             self._try(self._show)
 
     def _show(self) -> None:
-        for held in self._untold:
+        for held in self._pending_messages:
             self._tables.message(held)
-        self._untold.clear()
+        self._pending_messages.clear()
         self._flush()  # a row of a message is not seen before its text
         self._batch.show()
         self._flush()
-        self._shown, self._shown_at = self.rows, monotonic()
+        self._visible_rows, self._show_time = self.rows, monotonic()
 
     def _acknowledge(self, done: Iterable[Held]) -> None:
         for held in done:
@@ -339,13 +339,13 @@ class RunFile:
         self._tables.write(done, self._missing)  # flushes the rows before it names a block
         self._behind.grown(self.bytes)
         self._missing.clear()
-        self._untold = [held for held in self._held if held.message is not None]
+        self._pending_messages = [held for held in self._held if held.message is not None]
         # What is left is at most one block that straddles the batch's end. It has only just come, so it is not in the
         # journal yet, and waits for the next batch or its turn there like any other.
         self._journal.clear()
         self._journaled = 0
-        self._oldest = self._shown_at = monotonic()
-        self._shown = stop
+        self._oldest = self._show_time = monotonic()
+        self._visible_rows = stop
         self._acknowledge(done)
 
     # Metadata and the close
@@ -378,7 +378,7 @@ class RunFile:
 
         self._try(write)
 
-    def set_sources(self, connected: Iterable[blocks.Connected]) -> None:
+    def set_sources(self, connected: Iterable[blocks.ConnectedBoard]) -> None:
         """Add to /run/sources what became known while the file is open."""
         self._usable()
         self._try(lambda: self._tables.sources(connected))

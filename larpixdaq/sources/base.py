@@ -43,7 +43,7 @@ class BoardStatus(NamedTuple):
 class Source(Protocol):
     #: One line for messages to people, such as "PACMAN io_group 1 at tcp://127.0.0.1:5556".
     name: str
-    #: What it is, and where: blocks.Connected says how.
+    #: What it is, and where: blocks.ConnectedBoard says how.
     kind: str
     address: str
     layout: Layout

@@ -158,8 +158,10 @@ class ReplaySource(PieceSource):
             except OSError as error:
                 raise error if isinstance(error, FileError) else FileError(f"{path}: {error.strerror}") from None
             self._recordings.append(recording)
-            if isinstance(recording, RawFile) and recording.cut:
-                self._problems.append(f"{path}: the last {recording.cut} messages have no io_group and are left out")
+            if isinstance(recording, RawFile) and recording.left_out:
+                self._problems.append(
+                    f"{path}: the last {recording.left_out} messages have no io_group and are left out"
+                )
             if path.name.endswith(names.PART) and _journaled(path):
                 self._problems.append(f"{path}: not finished: blocks in its journal are not played (larpixdaq recover)")
             found.update((io_group,) if isinstance(recording, MessageLog) else recording.io_groups(io_group))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from larpixdaq.blocks import Block, Connected, Position, Source
+from larpixdaq.blocks import Block, ConnectedBoard, Position, Source
 from larpixdaq.control.calls import Call
 from larpixdaq.errors import FileError
 from larpixdaq.files import configs, names
@@ -94,7 +94,7 @@ class OpenRun:
         if self.file is not None:
             self.file.begin(begun_ns)
 
-    def connect(self, connected: Iterable[Connected]) -> None:
+    def connect(self, connected: Iterable[ConnectedBoard]) -> None:
         """What the producers are known to read now. FileError when the disk fails."""
         self.info = self.info._replace(connected=tuple(connected))
         if self.file is not None:

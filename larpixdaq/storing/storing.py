@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from larpixdaq import schema
-from larpixdaq.blocks import Connected, Source
+from larpixdaq.blocks import ConnectedBoard, Source
 from larpixdaq.control.calls import Call
 from larpixdaq.errors import FileError, LarpixDaqError, RequestError, StateError
 from larpixdaq.files import names, opening
@@ -174,9 +174,9 @@ class Storing(Writing):
         }
 
 
-def _boards(connected: Sequence[dict[str, Any]]) -> tuple[Connected, ...]:
+def _boards(connected: Sequence[dict[str, Any]]) -> tuple[ConnectedBoard, ...]:
     try:
-        return tuple(msgspec.convert(connected, list[Connected]))
+        return tuple(msgspec.convert(connected, list[ConnectedBoard]))
     except msgspec.ValidationError as error:
         raise RequestError(f"what the producers read: {error}") from None
 
