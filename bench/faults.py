@@ -32,6 +32,8 @@ from larpixdaq.sources.evidence import FINDINGS
 
 MARK = "fault table"
 FINDINGS_MARK = "findings"
+#: Undisturbed runs are taken so many times as often for the findings, since wrong ones are rare.
+UNDISTURBED = 10
 #: What the connection to a board says.
 PRESENCE = (
     "the board was away",
@@ -104,7 +106,10 @@ def run(options: argparse.Namespace, rows: Sequence[str], report: dict[str, Any]
     outcomes: list[Outcome] = []
     with trials(setup, options.keep, options.jobs) as made:
         # Round after round through all rows: a run that is cut short has something of each.
-        waiting = [made.submit(row, options.seed + n) for n in range(options.trials) for row in rows]
+        more = {"undisturbed": (UNDISTURBED - 1) * options.trials} if options.findings else {}
+        asked = [(row, n) for n in range(options.trials) for row in rows]
+        asked += [(row, options.trials + n) for row in rows for n in range(more.get(row, 0))]
+        waiting = [made.submit(row, options.seed + n) for row, n in asked]
         for number, future in enumerate(as_completed(waiting), 1):
             outcome = future.result()
             if options.jobs == 1 and (slow := late(outcome)):  # several at a time say nothing about times

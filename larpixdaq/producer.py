@@ -215,9 +215,12 @@ class Producer:
     def prepare_run(self, call: Call, run: int, kind: str, comment: str, operator: str, required: list[str]) -> Any:
         self._expect("STOP")
         boards = self._boards()
-        if refusals := [board.refusal for board in boards if board.refusal]:
-            raise StateError("; ".join(refusals))
         self._late = self.node.state != "STOP"  # the run goes on already: we have died in it, or come late
+        refusals = [board.refusal for board in boards if board.refusal]
+        if (
+            refusals and not self._late
+        ):  # a run that goes on has its layout, and data with half a time are better than none
+            raise StateError("; ".join(refusals))
         self.recorder.begin(run, required)
         self._counted = run
         self.publisher.begin(run, self.layout.code, required)
@@ -356,6 +359,10 @@ class Producer:
     def _verdicts(self) -> list[Verdict]:
         """What became of each io_group before it reached us; new findings are told in the log."""
         now = self._told_to_end or time.time_ns()
+        own = self.delivery.own
+        made, stored, wall = own.head, own.acknowledged(), time.time_ns()
+        for source in self.boards:
+            source.delivered(made, stored, wall)
         found = [line for source in self.boards for line in source.evidence(now)]
         found += self._unusable(now)
         self._tell(self._watch, found)

@@ -50,14 +50,20 @@ LEAST_UNUSABLE: Final = 256
 
 
 def unusable(counts: Mapping[str, int]) -> str | None:
-    """In one line, when most of what a board sent could not become rows; `counts` has its counters by name."""
+    """In one line, when most of the words, messages or bytes that a board sent could not become rows.
+
+    `counts` has its counters by name. One large message that is no board's does not outweigh many good ones.
+    """
     refused = counts["unknown_words"] + counts["rejected_words"]
-    outside = counts["rejected_bytes"] + counts["trailing_bytes"] + counts["resync_bytes"]
-    lost = outside + (counts["word_bytes"] * refused // counts["words_in"] if refused else 0)
-    body = counts["bytes_in"] - counts["header_bytes"]
-    if lost < LEAST_UNUSABLE or 2 * lost <= body:
-        return None
-    return (
-        f"most of the data could not be used: {refused} of {counts['words_in']} words, and {outside} bytes outside of "
-        f"words ({lost} of {body} bytes)"
+    words, messages = counts["words_in"], counts["messages"] + counts["rejected_messages"]
+    stray = counts["trailing_bytes"] + counts["resync_bytes"]
+    size = counts["word_bytes"] // words if words else 0
+    parts = (
+        (refused, words, refused * size, "words"),
+        (counts["rejected_messages"], messages, counts["rejected_bytes"], "messages"),
+        (stray, stray + counts["word_bytes"], stray, "bytes"),
     )
+    for bad, of, bad_bytes, what in parts:
+        if bad_bytes >= LEAST_UNUSABLE and 2 * bad > of:
+            return f"most of the data could not be used: {bad} of {of} {what}"
+    return None

@@ -87,20 +87,23 @@ class Good(NamedTuple):
     verdicts: np.ndarray
 
 
-def good_file(ended: dict[str, Any]) -> Good:
-    """Something happened to the board, or on the way from it: the run says so, and has everything else."""
-    assert ended["condition"] == "COMPLETE, suspect", ended
+def good_file(ended: dict[str, Any], *, stranger: bool = False) -> Good:
+    """Something happened to the board, or on the way from it: the run says so, and has everything else.
+
+    stranger: there was one of which perhaps something, but nothing of use, came."""
+    assert ended["condition"] in ("COMPLETE, suspect", *(["INCOMPLETE"] if stranger else [])), ended
     (path,) = ended["files"]
     report = verify(Path(path))
-    assert report.ok, report.findings
+    assert report.ok or stranger, report.findings
+    assert all("io_group 2: most of the data could not be used" in line for line in report.findings)
     with h5py.File(path, "r") as file:
         (counts,) = [row for row in file["ledger/counts"][:] if row["io_group"] == 1]
         return Good(rows_of(path), counts, file["ledger/unknown"][:], file["ledger/verdicts"][:])
 
 
 def doubts(verdicts: np.ndarray, io_group: int = 1) -> list[tuple[str, str]]:
-    """(verdict, why) of an io_group, without the numbers."""
-    lines = verdicts[verdicts["io_group"] == io_group]
+    """(verdict, why) of what speaks against an io_group, without the numbers."""
+    lines = verdicts[(verdicts["io_group"] == io_group) & (verdicts["verdict"] != b"complete")]
     return [(one["verdict"].decode(), re.sub(r"[\d.]+", "#", one["why"].decode())) for one in lines]
 
 
@@ -234,10 +237,10 @@ def test_what_is_no_board_harms_no_other(line: System) -> None:
         until(lambda: line.status_of(operator, "producer").get("packets", 0) == len(good), "the good words")
         warning = f"PACMAN io_group 2 at tcp://127.0.0.1:{port}: what answers there does not speak ZeroMQ"
         until(lambda: warning in line.processes["producer"].stderr, "a warning that names the address")
-        rows, _, _, verdicts = good_file(operator.end_run().result(LIMIT))
-    assert doubts(verdicts, 1) == [("complete", "")]
+        rows, _, _, verdicts = good_file(operator.end_run().result(LIMIT), stranger=True)
+    assert doubts(verdicts, 1) == []
     # some of the random bytes may have looked like ZeroMQ
-    assert {verdict for verdict, _ in doubts(verdicts, 2)} == {"suspect"}
+    assert "suspect" in {verdict for verdict, _ in doubts(verdicts, 2)}
     assert (of_channel(rows, 1) == good).all()
     assert np.count_nonzero(rows["packet_type"] <= 3) == len(good)
 

@@ -547,6 +547,23 @@ def test_what_a_board_has_sent_may_wait_in_queues_when_it_ends() -> None:
         presence.heard(second * S)
     assert told(presence, 40) == []
     assert told(presence, 42) == [("the board was away, and did not come back", 39, 42)]
+    # blocks 0 to 7 have something of it, and wait for a storage
+    presence.delivered(7, 2, 40 * S)
+    presence.delivered(8, 2, 41 * S)
+    assert told(presence, 44) == []
+    presence.delivered(9, 7, 45 * S)
+    presence.delivered(9, 8, 46 * S)
+    assert told(presence, 47) == []
+    assert told(presence, 49) == [("the board was away, and did not come back", 39, 49)]
+
+
+def test_a_backlog_excuses_a_board_for_a_while() -> None:
+    presence = present()
+    presence.heard(20 * S)
+    presence.lost(21 * S)
+    presence.delivered(7, 2, 22 * S)
+    assert told(presence, 50) == []
+    assert told(presence, 60) == [("the board was away, and did not come back", 20, 60)]
 
 
 def test_a_board_that_should_have_spoken() -> None:

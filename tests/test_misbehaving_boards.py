@@ -124,9 +124,9 @@ def test_a_board_that_is_gone_for_two_seconds(line: System) -> None:
     rows = rows_of(path)
     assert np.count_nonzero((rows["direction"] == 1) & (rows["packet_type"] != 4)) == counts["words"]
     with h5py.File(path) as file:
-        (away,) = file["ledger/verdicts"][:]
+        (away,) = [line for line in file["ledger/verdicts"] if line["verdict"] != b"complete"]
     assert away["why"].startswith(b"the board was away: ")
     assert began < away["first_ns"] < away["last_ns"] < over
-    (reason,) = ended["reasons"]
+    (reason,) = [line for line in ended["reasons"] if "from the host's" not in line]  # its clock stood still meanwhile
     assert "io_group 1: suspect: the board was away" in reason
     assert "io_group 1 is suspect: the board was away" in line.processes["producer"].stderr

@@ -320,6 +320,8 @@ def test_findings_are_bounded(tmp_path):
             "COMPLETE",
         ),
         ({"rejected_bytes": 200, "rejected_messages": 1, "bytes_in": 208}, "COMPLETE"),  # noise on a line
+        ({"trailing_bytes": 30_000, "bytes_in": 30_008}, "INCOMPLETE"),
+        ({"resync_bytes": 30_000, "bytes_in": 30_008}, "INCOMPLETE"),
     ],
 )
 def test_what_was_rejected_wholesale_is_no_good_run(tmp_path, wrong, condition):

@@ -82,9 +82,11 @@ def _alarms(component: Facts) -> list[str]:
         found.append(f"FILE REMOVED: {component['name']}: {text}; lost if the process is killed")
     for path in facts.get("kept_aside") or ():
         found.append(f"DAMAGED FILE KEPT: {component['name']}: {path} could not be read whole; move it away")
-    for board in facts.get("boards", []):
-        if board.get("away_since") is not None:
-            found.append(f"{board['name']}: {_away(board)}")
+    boards = facts.get("boards")
+    for board in boards if isinstance(boards, list) else ():
+        since = board.get("away_since") if isinstance(board, dict) else None
+        if isinstance(since, int | float) and 0 < since < 1e11:
+            found.append(f"{board.get('name')}: {_away(board)}")
     left = facts.get("seconds_left")
     if isinstance(left, int | float) and left < SOON[0]:
         found.append(f"DISK NEARLY FULL: {component['name']}: {time_to_full(facts)}")
@@ -94,7 +96,7 @@ def _alarms(component: Facts) -> list[str]:
 
 
 def _away(board: Facts) -> str:
-    problem = f" ({board['problem']})" if board["problem"] else ""
+    problem = f" ({board['problem']})" if board.get("problem") else ""
     return f"NOT CONNECTED since {utc(board['away_since'])}{problem}"
 
 

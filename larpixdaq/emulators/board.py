@@ -95,6 +95,7 @@ class Board:
         self._spans: NDArray[Any] = words.spans[:0]
         self._faults = faults
         self._began: float | None = None
+        self._stopped_at: float | None = time.monotonic()  # nothing is made since then, and its clock stands still
         self._back_at: float | None = None  # when it is away
         self._topics: set[bytes] = set()
 
@@ -187,7 +188,11 @@ class Board:
         if self._lossless and not self.subscribed:
             if self._pace:
                 self._pace.pause(now)
+            self._stopped_at = self._stopped_at or now
             return float("inf")
+        if self._stopped_at is not None and isinstance(self._words, emulate.PacmanBoard):
+            self._words.jump(int(now - self._stopped_at))  # its clock follows its words, a board's goes on without them
+        self._stopped_at = None
         if not len(self._spans):
             wait = self._make(now)
             if wait:

@@ -98,6 +98,9 @@ class Source(Protocol):
     def boards(self) -> list[BoardStatus]:
         """How its boards are, one for each io_group."""
 
+    def delivered(self, made: int, stored: int, now: int) -> None:
+        """Blocks of the producer that were made and stored by now (unix ns); to be called about once a second."""
+
 
 class Decoder(Protocol):
     """What is needed of the decoders of _native.frames."""
@@ -158,6 +161,9 @@ class LiveSource:
 
     def evidence(self, now: int) -> list[Verdict]:
         return verdicts(self.io_groups[0], self._decoder.noticed())
+
+    def delivered(self, made: int, stored: int, now: int) -> None:
+        pass
 
     def boards(self) -> list[BoardStatus]:
         (io_group,) = self.io_groups

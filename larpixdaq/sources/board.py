@@ -150,6 +150,9 @@ class BoardSource(LiveSource):
         (io_group,) = self.io_groups
         return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
 
+    def delivered(self, made: int, stored: int, now: int) -> None:
+        self._presence.delivered(made, stored, now)
+
     def boards(self) -> list[BoardStatus]:
         (board,) = super().boards()
         clock = self._clock.reading()

@@ -27,6 +27,9 @@ GRACE_NS: Final = 10**9
 #: And one that is lost for good so many ns before the run is told to end, or whose last messages come then: people
 #: switch boards off and end runs in either order, and what a board has sent may wait in queues for long.
 END_GRACE_NS: Final = 2 * 10**9
+#: That time begins when all that the board has sent is stored, or so many ns after its last message: runs are ended
+#: when the storages have caught up.
+BACKLOG_NS: Final = 30 * 10**9
 #: Times that a board was away which are told one by one; the last of them goes on to the end of all that follow.
 MOST_GAPS: Final = 20
 
@@ -176,6 +179,7 @@ class Presence:
         self._lost = 0  # when that was noticed
         self._gaps: list[tuple[int, int]] = []
         self._number = 0
+        self._backlog = 0, -1, 0  # last message, blocks that were made by then (-1: unknown), when they were stored
         #: Since when there has been no connection, whatever runs begin and end; 0: there is one.
         self.away_ns = 0
 
@@ -188,6 +192,7 @@ class Presence:
         self._state = State.THERE if self._state in (State.THERE, State.BACK) else State.ABSENT
         self._since = self._away = now
         self._heard = self._number = 0
+        self._backlog = 0, -1, 0
         self._gaps.clear()
 
     def connected(self, now: int) -> None:
@@ -215,6 +220,25 @@ class Presence:
         if self._state is not State.ABSENT:
             self._state = State.LOST
 
+    def delivered(self, made: int, stored: int, now: int) -> None:
+        """Of all boards' blocks so many were made by now, and so many are stored."""
+        heard, behind, done = self._backlog
+        if self._heard > heard:
+            heard, behind, done = self._heard, -1, 0
+        elif behind < 0:
+            behind = made  # the block that was open when the message came is closed by now
+        if not done and 0 <= behind <= stored:
+            done = now
+        self._backlog = heard, behind, done
+
+    def _done(self, now: int) -> int:
+        """Since when nothing of a board that is lost has been under way."""
+        last = max(self._lost, self._heard)
+        heard, _, done = self._backlog
+        if heard == self._heard and heard:
+            last = max(last, done or min(now, heard + BACKLOG_NS))
+        return last
+
     def _there(self, now: int) -> None:
         if self._state is State.BACK or now - self._since > GRACE_NS:
             self._number += 1
@@ -234,7 +258,7 @@ class Presence:
             )
         if self._state is State.BACK:
             found.append(_gap(io_group, "the board was away, and has sent nothing since it is back", self._away, now))
-        elif self._state is State.LOST and now - max(self._lost, self._heard) > END_GRACE_NS:
+        elif self._state is State.LOST and now - self._done(now) > END_GRACE_NS:
             found.append(_gap(io_group, "the board was away, and did not come back", self._away, now))
         elif self._state is State.ABSENT:
             found.append(_gap(io_group, "the board was not there", self._away, now))

@@ -138,6 +138,9 @@ class IoClassSource(PieceSource):
             for line in verdicts(io_group, self._decoders.noticed(io_group), self._presence.findings(io_group, now))
         ]
 
+    def delivered(self, made: int, stored: int, now: int) -> None:
+        self._presence.delivered(made, stored, now)
+
     def boards(self) -> list[BoardStatus]:
         away, why = self._presence.away_ns, self._gone
         return [board._replace(away_ns=away, problem=why) for board in super().boards()]

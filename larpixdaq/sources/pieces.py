@@ -285,6 +285,9 @@ class PieceSource:
     def take_unknown(self) -> NDArray[Any]:
         return self._decoders.take_unknown()
 
+    def delivered(self, made: int, stored: int, now: int) -> None:
+        pass
+
     def boards(self) -> list[BoardStatus]:
         return [
             BoardStatus(group, self.name, setup=tuple(setup_findings(group, self._decoders.noticed(group))))

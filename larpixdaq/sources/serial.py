@@ -162,6 +162,9 @@ class SerialSource(LiveSource):
         (io_group,) = self.io_groups
         return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
 
+    def delivered(self, made: int, stored: int, now: int) -> None:
+        self._presence.delivered(made, stored, now)
+
     def boards(self) -> list[BoardStatus]:
         (board,) = super().boards()
         return [board._replace(away_ns=self._presence.away_ns, problem=self._gone)]
