@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from larpix.format import hdf5format, pacman_msg_format, rawhdf5format
 from larpix.packet import Packet_v1, Packet_v2, SyncPacket, TimestampPacket, TriggerPacket
 from recorded import shared_data
+from wiring import newer, newer_data
 
 from larpixdaq._native import packets
 from larpixdaq._native.frames import PacmanDecoder
@@ -663,3 +664,16 @@ def test_a_new_run_goes_on_where_the_last_one_ended(tmp_path, monkeypatch):
     assert driven.rows["timestamp"].tolist() == [100, 101]
     assert not driven.take()
     assert driven.source.due() == pytest.approx(clock.now + 1)
+
+
+def test_a_log_of_format_1_0_gets_the_wide_layout(tmp_path):
+    """Its clock has 64 bits, which the files say themselves; one that is read as legacy messages stays as it is."""
+    path = tmp_path / "log"
+    messages = [newer([newer_data(0x51, receipt=1 << 40)])]
+    log(path, messages)
+    driven = driver((1, path))
+    driven.to_the_end()
+    assert driven.source.layout.name == "2.4-clock64"
+    assert driven.rows["receipt_timestamp"].tolist() == [0, 1 << 40]
+    wrong = driver((1, path), format="legacy")
+    assert wrong.source.layout.name == "2.4"

@@ -14,6 +14,7 @@ from larpixdaq.errors import FileError
 from larpixdaq.files import layout, ledger, names
 from larpixdaq.files.part import Part, describe, read
 from larpixdaq.files.superseded import joined
+from larpixdaq.terms import unusable
 
 
 class RunReport(NamedTuple):
@@ -176,6 +177,8 @@ class _Judgement:
                 self._missing.append(f"{where}: {counts['dropped']} rows found no room and were dropped")
             line = ledger.owing(counts, self._stored[key], counts["owed"])
             if line and source in self._ends and not self._early(source):
+                self._missing.append(f"{where}: {line}")
+            if line := unusable(counts):
                 self._missing.append(f"{where}: {line}")
 
     def _made(self, source: Source, part: Part) -> int:
