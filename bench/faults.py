@@ -36,9 +36,9 @@ FINDINGS_MARK = "findings"
 UNDISTURBED = 10
 #: What the connection to a board says.
 PRESENCE = (
-    "the board was away",
-    "the board was not there",
-    "the board was connected, but sent not even a heartbeat",
+    "board disconnected",
+    "board never connected",
+    "board connected but silent, without any heartbeat",
 )
 
 

@@ -179,7 +179,7 @@ class Delivery:
             self._known.add(epoch)
             store = Store.inherited(self.name, epoch, arena, Spool(self.spool, files) if files else None)
             if owed := store.owed():
-                self._news.append(f"{self.name}: {owed} blocks of a process before are taken over (epoch {epoch:x})")
+                self._news.append(f"{self.name}: taking over {owed} pending blocks of a predecessor (epoch {epoch:x})")
                 self._inherited.append(store)
                 if self.publisher is not None:
                     self.publisher.adopt(store)

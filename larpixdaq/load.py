@@ -32,10 +32,11 @@ class Load:
 
 
 def words(shares: dict[str, float]) -> str:
-    """ "0.32 cores, room for 4 times as much": as far as the main loop goes, if there are cores for it."""
+    """ "CPU 8 %, can take 13 times this rate": as far as the main loop goes, if there are cores for it."""
     loop, process = shares["loop"], shares["process"]
     if loop < 0.05:
-        return f"{process:.2f} cores"
+        return f"CPU {process:.0%}"
     if loop > 0.95:
-        return f"{process:.2f} cores, no room for more"
-    return f"{process:.2f} cores, room for {1 / loop:.1f} times as much"
+        return f"CPU {process:.0%}, at its limit"
+    times = f"{1 / loop:.1f}" if loop > 0.1 else f"{int(1 / loop)}"
+    return f"CPU {process:.0%}, can take {times} times this rate"

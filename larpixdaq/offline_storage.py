@@ -117,14 +117,14 @@ class Storage:
         """Whether we may write and acknowledge: not after we have stood still, before the core has answered."""
         before, self._stands = self._stands, self._standing.good()
         if before and not self._stands:
-            _log.warning("stood still for %.1f s: writing goes on when the core has answered", self._standing.stood)
+            _log.warning("stalled for %.1f s; waiting for the core to confirm", self._standing.stood)
         if self._stands and not before:
             consumer.again()
         return self._stands
 
     def _name_taken(self) -> None:
         self.storing.supersede()
-        raise RequestError(f"{self.node.name}: another storage has taken this name; its run goes on there")
+        raise RequestError(f"{self.node.name}: another storage has taken this name and continues the run")
 
     def close(self) -> None:
         self.storing.close()

@@ -200,7 +200,7 @@ class Producer:
     def name_taken(self) -> None:
         """We stood still, and another took our name. It delivers what our ring holds as soon as we have gone."""
         self.taken = True
-        raise RequestError(f"{self.name}: another component has taken this name; it delivers what this one still holds")
+        raise RequestError(f"{self.name}: another component has taken this name and delivers the pending blocks")
 
     # actions
 
@@ -323,9 +323,7 @@ class Producer:
         self.ending = None
         warning = None
         if busy:
-            warning = (
-                f"{self.name}: the boards still sent {END_LIMIT:g} s after end_run; what came later is not in the run"
-            )
+            warning = f"{self.name}: boards still sent {END_LIMIT:g} s after end_run; later data are not in this run"
         off = [f"{board.name}: {board.clock}" for board in self._off_clocks()]
         warnings = [*([warning] if warning else []), *off]
         call.result(self._finish("closed") | {"warning": "; ".join(warnings) or None})

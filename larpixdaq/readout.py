@@ -194,7 +194,7 @@ class Readout:
         if rows and not self._dropped:
             log.warning("the ring is full: rows are decoded and counted, but dropped, until storages have acknowledged")
         elif not rows and self._dropped:
-            log.warning("there is room in the ring again: %d rows were dropped", self._dropped)
+            log.warning("the ring has space again; %d rows were dropped", self._dropped)
             self._dropped = 0
         self._dropped += rows
 

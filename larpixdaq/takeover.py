@@ -24,7 +24,7 @@ from larpixdaq.spool_file import File
 
 log = logging.getLogger(__name__)
 
-DIED = "its producer died: what the boards sent from then on until its successor listened is lost"
+DIED = "its producer died: data that the boards sent until its successor had connected are lost"
 
 
 class Left(NamedTuple):

@@ -392,7 +392,7 @@ def check_after(directory: Path, seed: int, told: dict[Source, int]) -> Held:
     outcome = verify_all([directory]) if count else None
     complaints = [line for run in (outcome.runs if outcome else []) for line in run.reasons]
     complaints += [line for file in (outcome.files if outcome else []) for line in file.findings]
-    others = [line for line in complaints if "its end never came" not in line and ": nothing came," not in line]
+    others = [line for line in complaints if "no end record" not in line and ": no data came," not in line]
     assert not others, f"verify: {others}"
     return Held(kept, acknowledged, lost, sum(n > 1 for n in count.values()))
 
@@ -417,7 +417,7 @@ def check_going_on(directory: Path, seed: int) -> None:
             file.end(feed.end())
         if file is not None:
             file.close()
-        lacking = [line for line in before.reasons if ": nothing came," in line]
+        lacking = [line for line in before.reasons if ": no data came," in line]
         after = survey(directory, run)
         assert after.reasons == lacking, f"run {run}: {after.reasons}"
         for found in after.ends:

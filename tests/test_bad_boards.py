@@ -147,11 +147,11 @@ def test_nonsense_among_good_messages(line: System) -> None:
         rows, counts, kept, verdicts = good_file(operator.end_run().result(LIMIT))
         line.await_status(operator, "producer", "verdicts", {"1": "lost"})
     found = doubts(verdicts)
-    assert ("lost", "# messages hold # words fewer than their headers count") in found
+    assert ("lost", "# words missing in # board messages, by their headers") in found
     assert ("lost", "# messages of # bytes in all were too large and were dropped") in found
-    assert ("suspect", "# messages hold # bytes more than their words") in found
-    assert ("suspect", "# messages of # bytes in all could not be understood") in found
-    assert ("suspect", "# words could not be understood") in found
+    assert ("suspect", "# bytes behind the last word of # board messages") in found
+    assert ("suspect", "# invalid board messages (# bytes in all)") in found
+    assert ("suspect", "# words could not be decoded") in found
     assert verdicts["lost"][verdicts["verdict"] == b"lost"].tolist() == [60_000 - 3 + 1, 1]
     assert "io_group 1 is lost: " in line.processes["producer"].stderr
     assert (of_channel(rows, 1) == good).all()
@@ -196,7 +196,7 @@ def test_a_board_that_disappears_and_comes_back(line: System, how: str) -> None:
         back = time.time_ns()
         rows, counts, _, verdicts = good_file(operator.end_run().result(LIMIT))
         assert f"{name}: connected again" in producer.stderr
-    assert doubts(verdicts) == [("suspect", "the board was away: # s")]
+    assert doubts(verdicts) == [("suspect", "board disconnected: # s")]
     assert before <= verdicts["first_ns"][0] <= gone <= again <= verdicts["last_ns"][0] <= back
     assert (of_channel(rows, 1) == good).all()
     assert counts["bytes_in"] == board.sent
@@ -235,7 +235,7 @@ def test_what_is_no_board_harms_no_other(line: System) -> None:
             before = len(given)
             until(lambda before=before: len(given) > before, "a further connection")  # type: ignore[misc]
         until(lambda: line.status_of(operator, "producer").get("packets", 0) == len(good), "the good words")
-        warning = f"PACMAN io_group 2 at tcp://127.0.0.1:{port}: what answers there does not speak ZeroMQ"
+        warning = f"PACMAN io_group 2 at tcp://127.0.0.1:{port}: the program at this address does not speak ZeroMQ"
         until(lambda: warning in line.processes["producer"].stderr, "a warning that names the address")
         rows, _, _, verdicts = good_file(operator.end_run().result(LIMIT), stranger=True)
     assert doubts(verdicts, 1) == []

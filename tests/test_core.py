@@ -287,7 +287,7 @@ def test_a_request_that_comes_twice_is_done_once(running, dealer):
         dealer.send(pack(Request(request="8", session=session, action="prepare_run", again=True)))
         while getattr(message, "kind", "") != "error":
             message = unpack_core(dealer.recv())
-        assert "not known any more" in message.text
+        assert "no longer known" in message.text
 
 
 def test_malformed_messages_get_a_clear_answer_and_harm_nobody(running, operator, dealer):
@@ -430,7 +430,7 @@ def test_requests_of_before_are_not_carried_out_later(tmp_path):
             late.result(LIMIT)
         with start_core(tmp_path, port):
             until(lambda: open_request.done, "the verdict on what was going on")
-            with pytest.raises(ComponentError, match="come back"):
+            with pytest.raises(ComponentError, match="the core was restarted"):
                 open_request.result(LIMIT)
             until(lambda: all_back(operator, 1), "the board to be back")
             assert len(board.open) == 1

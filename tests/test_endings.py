@@ -110,7 +110,7 @@ def test_storage_in_a_run(line: System, how: signal.Signals) -> None:
     assert {path.suffix for path in line.data.iterdir()} == {".h5", ".json"}
     report = verify(first)
     assert report.condition == "INTERRUPTED"
-    assert all("its end never came" in finding for finding in report.findings)
+    assert all("no end record" in finding for finding in report.findings)
     line.launch_storage()
     until(lambda: len(list(line.data.glob("*_001.h5.part"))) == 1, "a second part")
     ended = operator.end_run().result(2 * LIMIT)

@@ -85,7 +85,7 @@ def test_words_that_the_header_counts_and_that_are_not_there() -> None:
     cut = legacy([WORD] * 3)[:-20]  # one word and a half
     assert board.hear([(1, legacy([WORD], count=4)), (2, cut)], [1]) == {"short": (2, 5), "trailing": (1, 12)}
     lost, more = verdicts(1, board.decoder.noticed())
-    assert lost == Verdict(1, "lost", "2 messages hold 5 words fewer than their headers count", 5, S, 2 * S)
+    assert lost == Verdict(1, "lost", "5 words missing in 2 board messages, by their headers", 5, S, 2 * S)
     assert (more.verdict, more.lost) == ("suspect", 0)
     new = Board(frames.PacmanDecoder(1, Asic.V2, format="1.0"))
     assert new.hear([(3, newer([newer_data(HIT)] * 2, n_bytes=72))]) == {"short": (1, 1)}
@@ -408,9 +408,9 @@ def test_recorded_files_one_after_another(tmp_path: Path) -> None:
         file.write(b"\xff\xff\xff\xff and no message any more")
     lines = [(line.verdict, line.why) for line in replayed(two)]
     assert lines == [
-        ("suspect", "1 messages of 28 bytes in all could not be understood"),
-        ("suspect", "1 messages, 1 words, seem to have come twice"),
-        ("suspect", "the time in the headers went back, 1 times, by 1000 s in all: a restart?"),
+        ("suspect", "1 invalid board messages (28 bytes in all)"),
+        ("suspect", "1 board messages (1 words) appear to be duplicates"),
+        ("suspect", "the board's time went back 1 times, by 1000 s in all: has it restarted?"),
     ]
 
 
@@ -428,8 +428,8 @@ def test_a_recorded_packet_file(tmp_path: Path) -> None:
     file.end(feed.end())
     lines = [(line.verdict, line.why) for line in replayed(file.close().path)]
     assert lines == [
-        ("suspect", "1 packets say that a FIFO of their chip was full"),
-        ("suspect", "1 heartbeats are missing, in 1 places"),
+        ("suspect", "1 packets with the flag that a FIFO of their chip was full"),
+        ("suspect", "1 heartbeats missing in 1 gaps"),
     ]
 
 
@@ -466,7 +466,7 @@ def test_notices_from_elsewhere() -> None:
     decoder.heard(5)
     decoder.note(schema.NOTICES.index("oversized"), 3, 70)
     assert verdicts(4, decoder.noticed()) == [
-        Verdict(4, "lost", "3 messages of 70 bytes in all were too large and were dropped", 3, 5, 5)
+        Verdict(4, "lost", "3 board messages dropped as too large (70 bytes in all)", 3, 5, 5)
     ]
     with pytest.raises(ValueError, match="expected 0 to"):
         decoder.note(len(schema.NOTICES), 1, 1)
@@ -504,15 +504,15 @@ def test_a_board_that_goes_and_comes_back() -> None:
     presence.heard(20 * S)
     presence.lost(22 * S)
     assert told(presence, 24) == []  # it may have been switched off because the run is over
-    assert told(presence, 25) == [("the board was away, and did not come back", 20, 25)]
+    assert told(presence, 25) == [("board disconnected, did not reconnect", 20, 25)]
     presence.heard(21 * S)  # had been on its way
     presence.connected(26 * S)
-    assert told(presence, 27) == [("the board was away, and has sent nothing since it is back", 21, 27)]
+    assert told(presence, 27) == [("board disconnected, silent since it reconnected", 21, 27)]
     presence.lost(27 * S)
     presence.connected(27 * S)
     presence.heard(28 * S)
     presence.heard(29 * S)
-    assert told(presence, 1000) == [("the board was away", 21, 28)]
+    assert told(presence, 1000) == [("board disconnected", 21, 28)]
     presence.start(2000 * S)
     assert told(presence, 3000) == []
 
@@ -523,19 +523,19 @@ def test_a_board_that_was_gone_before_anybody_looked() -> None:
     presence.lost(23 * S, 22 * S)
     presence.connected(23 * S)
     presence.heard(23 * S)
-    assert told(presence, 1000) == [("the board was away", 22, 23)]
+    assert told(presence, 1000) == [("board disconnected", 22, 23)]
 
 
 def test_a_board_that_is_not_there() -> None:
     presence = Presence()
     presence.start(10 * S)
-    assert told(presence, 11) == [("the board was not there", 10, 11)]
+    assert told(presence, 11) == [("board never connected", 10, 11)]
     presence.connected(10 * S + GRACE_NS)
     assert told(presence, 100) == []
     late = Presence()
     late.start(10 * S)
     late.connected(15 * S)
-    assert told(late, 100) == [("the board was away", 10, 15)]
+    assert told(late, 100) == [("board disconnected", 10, 15)]
 
 
 def test_what_a_board_has_sent_may_wait_in_queues_when_it_ends() -> None:
@@ -546,7 +546,7 @@ def test_what_a_board_has_sent_may_wait_in_queues_when_it_ends() -> None:
     for second in range(22, 40):
         presence.heard(second * S)
     assert told(presence, 40) == []
-    assert told(presence, 42) == [("the board was away, and did not come back", 39, 42)]
+    assert told(presence, 42) == [("board disconnected, did not reconnect", 39, 42)]
     # blocks 0 to 7 have something of it, and wait for a storage
     presence.delivered(7, 2, 40 * S)
     presence.delivered(8, 2, 41 * S)
@@ -554,7 +554,7 @@ def test_what_a_board_has_sent_may_wait_in_queues_when_it_ends() -> None:
     presence.delivered(9, 7, 45 * S)
     presence.delivered(9, 8, 46 * S)
     assert told(presence, 47) == []
-    assert told(presence, 49) == [("the board was away, and did not come back", 39, 49)]
+    assert told(presence, 49) == [("board disconnected, did not reconnect", 39, 49)]
 
 
 def test_a_backlog_excuses_a_board_for_a_while() -> None:
@@ -563,13 +563,13 @@ def test_a_backlog_excuses_a_board_for_a_while() -> None:
     presence.lost(21 * S)
     presence.delivered(7, 2, 22 * S)
     assert told(presence, 50) == []
-    assert told(presence, 60) == [("the board was away, and did not come back", 20, 60)]
+    assert told(presence, 60) == [("board disconnected, did not reconnect", 20, 60)]
 
 
 def test_a_board_that_should_have_spoken() -> None:
     presence = present(silence=15)
     assert told(presence, 24) == []
-    assert told(presence, 26) == [("the board was connected, but sent not even a heartbeat", 10, 26)]
+    assert told(presence, 26) == [("board connected but silent, without any heartbeat", 10, 26)]
 
 
 def test_a_board_that_comes_and_goes_all_the_time() -> None:
@@ -581,7 +581,7 @@ def test_a_board_that_comes_and_goes_all_the_time() -> None:
     presence.heard(1000 * S)
     found = told(presence, 2000)
     assert len(found) == MOST_GAPS
-    assert found[-1] == (f"the board was away, with {2 * MOST_GAPS} times more", 20 + 2 * (MOST_GAPS - 1), 1000)
+    assert found[-1] == (f"board disconnected, and {2 * MOST_GAPS} times more", 20 + 2 * (MOST_GAPS - 1), 1000)
 
 
 # Warnings

@@ -381,7 +381,7 @@ def test_duplicates_are_dropped_and_jumps_recorded(tmp_path):
     with DataFile(report.path) as read:
         assert [tuple(row)[2:] for row in read.table("run/missing").tolist()] == [(2, 3, 30), (4, 5, 0)]
     findings = "\n".join(verify(report.path).findings)
-    assert "blocks 2 to 2 never came (30 rows by the header of the next)" in findings
+    assert "blocks 2 to 2 missing (30 rows, by the next header)" in findings
     assert "ledger (d)" in findings
     assert "follows where" not in findings
 
@@ -464,11 +464,11 @@ def test_the_ledger_is_in_the_file(tmp_path):
     ("case", "condition", "reason"),
     [
         ("whole", "COMPLETE", None),
-        ("suspect", "COMPLETE, suspect", "io_group 1: suspect: the board was away"),
+        ("suspect", "COMPLETE, suspect", "io_group 1: suspect: board disconnected"),
         ("lost before us", "COMPLETE, suspect", "io_group 1: lost: 7 words did not come"),
-        ("dropped", "INCOMPLETE", "5 rows found no room and were dropped"),
+        ("dropped", "INCOMPLETE", "5 rows dropped, because ring and spool were full"),
         ("lost", "INCOMPLETE", r"ledger \(d\): 65 rows were made, 60 are accounted for"),
-        ("no end", "INTERRUPTED", "its end never came"),
+        ("no end", "INTERRUPTED", "no end record"),
         ("owed", "INTERRUPTED", "still owes 5 rows"),
         ("silent", "INTERRUPTED", "producer 'Other': nothing came"),
         ("aborted", "ABORTED", None),
@@ -486,7 +486,7 @@ def test_conditions(tmp_path, case, condition, reason):
     if case == "dropped":
         counts["dropped"] = 5
     verdicts = {
-        "suspect": [blocks.Verdict(1, "suspect", "the board was away", 0, NS, NS + 1)],
+        "suspect": [blocks.Verdict(1, "suspect", "board disconnected", 0, NS, NS + 1)],
         "lost before us": [blocks.Verdict(1, "lost", "7 words did not come", 7, NS, NS + 1)],
     }.get(case, [blocks.Verdict(1, "complete", "", 0, 0, 0)])
     if case != "no end":
@@ -525,7 +525,7 @@ def test_a_condition_that_keeps_quiet_about_a_verdict_is_found(tmp_path):
     feed = Feed()
     file = RunFile(tmp_path, run_info())
     file.add(*feed.block(random_rows(np.random.default_rng(1), 60)))
-    file.end(feed.end(verdicts=[blocks.Verdict(1, "suspect", "the board was away", 0, 1, 2)]))
+    file.end(feed.end(verdicts=[blocks.Verdict(1, "suspect", "board disconnected", 0, 1, 2)]))
     report = file.close()
     with h5py.File(report.path, "r+") as changed:
         line = changed["run/info"][:]

@@ -170,8 +170,8 @@ def test_a_class_that_dies_is_told_started_again_and_given_more_time(opened, mon
     assert sent(driver, source.channels[0], 1, word(3, 1, 0)).error.startswith(f"{name}, io_group 2: its process ")
     before = driver.n
     driver.until(lambda: driver.n >= before + 4, "what comes first again")
-    assert driver.problems[-1].startswith(f"{name}: back after ")
-    assert [line.why.partition(":")[0] for line in source.evidence(0)].count("the board was away") >= 2
+    assert driver.problems[-1].startswith(f"{name}: connected again after ")
+    assert [line.why.partition(":")[0] for line in source.evidence(0)].count("board disconnected") >= 2
 
 
 def test_a_run_is_not_quiet_while_a_class_has_more(opened):

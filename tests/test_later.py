@@ -69,7 +69,7 @@ def test_a_producer_that_dies_and_comes_back_when_the_run_is_over(tmp_path: Path
         line.await_kinds(operator, "producer")
         info = until(lambda: settled(operator, "COMPLETE, suspect"), "what its ring held to be delivered", 2 * LIMIT)
         assert info["rows"] == info["stored"] > 20_000
-        assert any("was away for a part of the run" in reason for reason in info["reasons"])
+        assert any("was down for part of the run" in reason for reason in info["reasons"])
         assert operator.prepare_run().result(LIMIT)["run"] == 2
         assert operator.end_run().result(LIMIT)["condition"] == "COMPLETE"
 

@@ -172,7 +172,7 @@ def test_serial_line_with_garbage_in_between(line: System) -> None:
         ended = operator.end_run().result(LIMIT)
         rows = check(ended, "COMPLETE, suspect")
         assert [re.sub(r"\d+", "#", one.rpartition(": ")[2]) for one in ended["reasons"]] == [
-            "# bytes belong to no frame"
+            "# bytes outside of frames"
         ]
     finally:
         os.close(master)

@@ -127,7 +127,7 @@ def test_a_storage_that_was_stopped_joins_again_by_itself(line: System) -> None:
     assert ended["condition"] == "COMPLETE", ended
     assert len(ended["files"]) == 1
     check(ended)
-    assert "stood still" in line.processes["offline_storage"].stderr
+    assert "stalled for" in line.processes["offline_storage"].stderr
 
 
 def test_a_storage_whose_name_was_taken_closes_its_part_and_ends(line: System, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_storage_whose_name_was_taken_closes_its_part_and_ends(line: System, t
     flows(line, operator)
     stopped.popen.send_signal(signal.SIGCONT)
     assert stopped.wait() == 1
-    assert stopped.stderr.splitlines()[-1].endswith("another storage has taken this name; its run goes on there")
+    assert stopped.stderr.splitlines()[-1].endswith("another storage has taken this name and continues the run")
     flows(line, operator)
     operator.end_run().result(2 * LIMIT)
     line.await_status(operator, "producer", "owed_blocks", 0)

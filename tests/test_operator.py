@@ -177,7 +177,7 @@ def test_an_unheard_core_raises_no_core_and_leaves_it_usable():
 def test_responses_read_well():
     assert str(Response("progress", "LArPix board", "half", None, 1, 2)) == "LArPix board: progress 1/2 half"
     assert str(Response("result", value=[1])) == "result [1]"
-    assert repr(fed()) == "<Request test: nothing came yet>"
+    assert repr(fed()) == "<Request test: no answer yet>"
 
 
 def test_showing_waits_and_never_consumes(monkeypatch):

@@ -77,5 +77,5 @@ def test_what_cannot_be_read_is_logged(tmp_path, storage, caplog):
         storage._look_up(1)
     (line,) = caplog.messages
     assert line.startswith(
-        f"what this file holds is not known: cannot open {tmp_path}/run0000001_20261122T071251Z_000.h5: "
+        f"the content of this file is unknown: cannot open {tmp_path}/run0000001_20261122T071251Z_000.h5: "
     )

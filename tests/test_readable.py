@@ -130,9 +130,9 @@ def test_status_in_words():
         "MISSING in this run: Offline storage",
         "control: me@daq, since 2026-11-22 13:50:08 UTC",
         "last run: 3 INCOMPLETE, 9 rows stored, /data/a.h5; block 7",
-        "INSECURE: without keys, everybody who reaches the core can control the detector",
+        "INSECURE: no keys are in use: anybody who can connect to the core can control the detector",
         "LArPix board     alive  PACMAN io_group 1; 120 packets of the run; 3 unknown words; "
-        "blocks not yet stored: 2 (ring 25% full); all has been sent",
+        "2 blocks pending (ring 25% full); source finished",
         "Offline storage  LOST   /data",
         "Online monitor   alive  no run yet",
     ]
@@ -224,18 +224,17 @@ def test_what_nobody_may_overlook_in_the_status():
     }
     shown = words.lines(found)
     assert shown[1:4] == [
-        "PAUSED: Offline storage writes nothing: no space left on /data",
-        "DISK NEARLY FULL: Offline storage: 12 min until the disk is full at 18 MB/s",
+        "PAUSED: Offline storage is not writing: no space left on /data",
+        "DISK NEARLY FULL: Offline storage: disk full in 12 min at 18 MB/s",
         "COMMAND FAILED: Offline storage: --on-close: copy a.h5: ended with status 1: no such host",
     ]
     assert shown[4] == (
-        "Offline storage  alive  /data; 13 GB free; PAUSED; 12 min until the disk is full at 18 MB/s; "
+        "Offline storage  alive  /data; 13 GB free; PAUSED; disk full in 12 min at 18 MB/s; "
         "writing run0000004_x_001.h5.part: 5 rows, 1.5 kB; last closed: run0000004_x_000.h5, 2.5 kB, CONTINUED; "
         "--on-close failed for 2 files"
     )
     assert shown[6].endswith(
-        "blocks not yet stored: 2 (ring 25% full); 7 of them in the spool on disk (3.4 MB); "
-        "5 blocks of the process before it not yet stored"
+        "2 blocks pending (ring 25% full); 7 of them in the spool (3.4 MB); 5 blocks of its predecessor pending"
     )
 
 

@@ -253,7 +253,7 @@ def test_one_alarm_when_rows_begin_to_be_dropped_and_one_with_their_number(caplo
     dropped = int(ring.counts[1, COUNT["dropped"]])
     assert [record.message for record in caplog.records] == [
         "the ring is full: rows are decoded and counted, but dropped, until storages have acknowledged",
-        f"there is room in the ring again: {dropped} rows were dropped",
+        f"the ring has space again; {dropped} rows were dropped",
     ]
 
 

@@ -309,7 +309,7 @@ def test_killed_in_the_close_before_the_checksums(tmp_path, monkeypatch, step):
     killed(file)
     found = recover(file.path)
     assert found.condition == "INTERRUPTED"
-    assert "producer 'Other': nothing came, its totals are unknown" in found.reasons
+    assert "producer 'Other': no data came, totals unknown" in found.reasons
     with DataFile(found.path) as read:
         assert read.texts()["reason"] == found.reasons
         assert len(read.texts()["recovered"]) == 1
@@ -416,11 +416,11 @@ def feed_of_two(feed):
 
 def test_verdicts_and_what_is_owed_survive(tmp_path):
     file, feed = fill(tmp_path, [16_384] * 4)
-    file.end(feed.end(verdicts=[blocks.Verdict(1, "suspect", "the board was away", 0, 1, 2)]))
+    file.end(feed.end(verdicts=[blocks.Verdict(1, "suspect", "board disconnected", 0, 1, 2)]))
     file._write_batch()
     found = recover(killed(file))
     assert found.condition == "COMPLETE, suspect"
-    assert found.reasons == ["producer 'LArPix board', epoch 7, io_group 1: suspect: the board was away"]
+    assert found.reasons == ["producer 'LArPix board', epoch 7, io_group 1: suspect: board disconnected"]
     assert verify(found.path).findings == []
 
 
@@ -615,7 +615,7 @@ def test_a_later_part_knows_where_it_began(tmp_path):
     file.add(*feed.block(POOL[feed.layout][:10].copy()))
     file.work(pressed=True)
     found = recover(killed(file))
-    assert found.reasons == ["producer 'LArPix board', epoch 7: its end never came, its totals are unknown"]
+    assert found.reasons == ["producer 'LArPix board', epoch 7: no end record, totals unknown"]
     with DataFile(found.path) as read:
         assert read.table("run/positions")[["first", "next"]].tolist() == [(3, 4), (9, 9)]
         assert read.producers() == ["LArPix board", "quiet"]

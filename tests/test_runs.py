@@ -304,7 +304,7 @@ def died(team, monkeypatch, name="board 2", epoch=99):
     return before
 
 
-AWAY = "board 2 was away for a part of the run: what its boards sent then did not reach us"
+AWAY = "board 2 was down for part of the run: data that its boards sent then are lost"
 
 
 def test_totals_that_a_successor_found_in_the_ring_count(team, monkeypatch):
@@ -639,8 +639,8 @@ def test_a_disk_that_will_soon_be_full_is_a_warning(team, caplog):
         team.beat("disk 2", seconds_left=None, bytes_per_second=0, paused="no space left")
     warnings = do(team, "prepare")["warnings"]
     assert warnings == [
-        "disk 1: 11 min until the disk is full at 18 MB/s",
-        "disk 2 writes nothing: no space left",
+        "disk 1: disk full in 11 min at 18 MB/s",
+        "disk 2 is not writing: no space left",
     ]
     team.beat("disk 1", seconds_left=650, bytes_per_second=18e6)
     team.beat("disk 1", seconds_left=550, bytes_per_second=18e6)
@@ -649,9 +649,9 @@ def test_a_disk_that_will_soon_be_full_is_a_warning(team, caplog):
     team.beat("disk 2", paused="")
     told = [record.message for record in caplog.records if record.message.startswith("disk")]
     assert told == [
-        "disk 1: 11 min until the disk is full at 18 MB/s",
-        "disk 2 writes nothing: no space left",
-        "disk 1: 9 min until the disk is full at 18 MB/s",
+        "disk 1: disk full in 11 min at 18 MB/s",
+        "disk 2 is not writing: no space left",
+        "disk 1: disk full in 9 min at 18 MB/s",
         "disk 2 writes again",
     ]
 

@@ -219,7 +219,7 @@ def test_one_that_speaks_no_zeromq(source_at):
         try:
             driver = Driver(source_at(server.getsockname()[1]))
             driver.until(lambda: driver.problems, "the complaint")
-            assert driver.problems[0].endswith("what answers there does not speak ZeroMQ as a board does")
+            assert driver.problems[0].endswith("the program at this address does not speak ZeroMQ as a board does")
             assert driver.n == 0
         finally:
             server.shutdown(socket.SHUT_RDWR)

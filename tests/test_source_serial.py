@@ -137,7 +137,7 @@ def test_a_device_goes_away_and_comes_back(line, monkeypatch):
     line.unplug()
     found = []
     driven.until(lambda: found.extend(driven.source.problems()) or found, "word that it is gone")
-    assert found[0].startswith(f"serial device {line.path}, io_group 1: gone (")
+    assert found[0].startswith(f"serial device {line.path}, io_group 1: disconnected (")
     assert driven.source.sockets == ()
     before = driven.source.due()
     assert before is not None
@@ -147,7 +147,7 @@ def test_a_device_goes_away_and_comes_back(line, monkeypatch):
     driven.until(lambda: driven.source.sockets != (), "the device")
     line.send(encode_serial(second))
     driven.until(lambda: driven.count("words_in") == 40, "the second frames")
-    assert "back after" in driven.source.problems()[0]
+    assert "connected again after" in driven.source.problems()[0]
     rows = driven.rows
     same(rows[rows["packet_type"] < 4], expected(np.concatenate((first, second))))
 

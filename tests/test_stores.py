@@ -401,7 +401,7 @@ def test_one_that_stays_away_holds_only_what_no_other_has(
     assert line.ring.tail == 3
     told = [one.message for one in caplog.records]
     assert len(told) == 2
-    assert told[0].startswith("second has not subscribed for 60 s")
+    assert told[0].startswith("second has been disconnected for 60 s")
     assert told[1].startswith("second is back")
 
 

@@ -140,18 +140,18 @@ COUNTS = "ledger/counts"
         (edit("run/blocks", "sequence", 2, 7), "sequence 7 follows where 2 should"),
         (edit("run/blocks", "producer", 2, 9), "names producer 9 of 1"),
         (edit("run/ends", "next", 0, 8), "sequence 8 follows where 5 should"),
-        (drop_last("run/ends"), "its end never came, its totals are unknown"),
+        (drop_last("run/ends"), "no end record, totals unknown"),
         (drop_last("run/blocks"), "/run/info says 5 blocks, /run/blocks has 4"),
         (drop_last("packets"), "/run/info says 1802 rows, /packets has 1801"),
         (drop_last(COUNTS), "has rows, but no line in the ledger"),
-        (edit(COUNTS, "io_group", 2, 1), "stands twice in the ledger"),
+        (edit(COUNTS, "io_group", 2, 1), "listed twice in the ledger"),
         (edit(COUNTS, "stored", 1, 5), "the ledger says 5 rows are stored, the file has "),
         (edit(COUNTS, "bytes_in", 1, 5), "ledger (a): 5 bytes came in, "),
         (edit(COUNTS, "words_in", 1, 5), "ledger (b): 5 words came in, "),
         (edit(COUNTS, "word_rows", 1, 5), "ledger (d): "),
         (edit(COUNTS, "packets", 1, 5), "the ledger says 5 packets, the file has "),
         (edit(COUNTS, "bad_parity", 2, 0), "the ledger says 0 bad_parity, the file has "),
-        (edit(COUNTS, "owed", 1, 3), "3 rows are still owed"),
+        (edit(COUNTS, "owed", 1, 3), "3 rows are still pending"),
         (edit("messages", "index", 1, 5), "the column index is not the index of the row"),
         (drop_last("messages"), "message 1 of 1 in /messages"),
         (edit("run/info", "condition", 0, b"PERFECT"), "unknown condition 'PERFECT'"),
@@ -202,7 +202,7 @@ def test_an_unfinished_or_incomplete_file_fails(tmp_path):
     assert report.rows == 65_536
     assert any("/run/blocks covers 64000 rows, /packets has 65536" in line for line in report.findings)
     closed = verify(file.close().path)
-    assert "condition INTERRUPTED: producer 'LArPix board', epoch 7: its end never came" in closed.findings[0]
+    assert "condition INTERRUPTED: producer 'LArPix board', epoch 7: no end record" in closed.findings[0]
 
 
 def test_files_of_larpix_control_have_no_ledger(tmp_path):

@@ -106,7 +106,7 @@ def test_a_part_alone_is_judged_alone(tmp_path, run):
     some = verify_all([tmp_path / name(0), tmp_path / name(1)])
     assert some.ok
     assert [(one.condition, one.notes) for one in some.runs] == [
-        ("CONTINUED", ["producer 'LArPix board', epoch 7: goes on in the next part"])
+        ("CONTINUED", ["producer 'LArPix board', epoch 7: continues in the next file"])
     ]
     assert verify_all([tmp_path / name(1), tmp_path / name(2)]).ok
     holes = verify_all([tmp_path / name(0), tmp_path / name(2)])
@@ -148,7 +148,7 @@ def test_what_is_still_open(tmp_path, run):
     assert found.condition == "INTERRUPTED"
     assert found.reasons == [
         f"{name(1)}.part is not closed",
-        "producer 'LArPix board', epoch 7: its end never came, its totals are unknown",
+        "producer 'LArPix board', epoch 7: no end record, totals unknown",
     ]
     outcome = verify_all([tmp_path])
     assert not outcome.ok
@@ -178,7 +178,7 @@ def test_a_required_producer_may_come_in_any_part(tmp_path, run):
     assert survey(tmp_path, 42).condition == "INTERRUPTED"
     feed = Feed(43)
     RunFile(tmp_path, run_info(run=43, required_producers=("Other",))).close()
-    assert survey(tmp_path, 43).reasons == ["producer 'Other': nothing came, its totals are unknown"]
+    assert survey(tmp_path, 43).reasons == ["producer 'Other': no data came, totals unknown"]
     assert not feed.rows
 
 
@@ -234,17 +234,19 @@ def test_rows_that_were_dropped(tmp_path, run):
     run.end(counts=counts)
     found = survey(tmp_path, 42)
     assert found.condition == "INCOMPLETE"
-    assert found.reasons == ["producer 'LArPix board', epoch 7, io_group 1: 5 rows found no room and were dropped"]
+    assert found.reasons == [
+        "producer 'LArPix board', epoch 7, io_group 1: 5 rows dropped, because ring and spool were full"
+    ]
 
 
 def test_doubts_and_aborts(tmp_path, run):
     run.add(100)
     run.rotate()
-    doubt = blocks.Verdict(2, "suspect", "the board was away", 0, 1, 2)
+    doubt = blocks.Verdict(2, "suspect", "board disconnected", 0, 1, 2)
     run.end(verdicts=[doubt, blocks.Verdict(1, "complete", "", 0, 0, 0)])
     found = survey(tmp_path, 42)
     assert found.condition == "COMPLETE, suspect"
-    assert found.reasons == ["producer 'LArPix board', epoch 7, io_group 2: suspect: the board was away"]
+    assert found.reasons == ["producer 'LArPix board', epoch 7, io_group 2: suspect: board disconnected"]
     assert verify_all([tmp_path]).ok
     for path in tmp_path.iterdir():
         path.unlink()
@@ -262,7 +264,7 @@ def test_what_a_producer_still_owes(tmp_path, run):
     run.file.close(owed={run.feed.source: 7})
     found = survey(tmp_path, 42)
     assert found.condition == "INTERRUPTED"
-    assert found.reasons == ["producer 'LArPix board', epoch 7, io_group 1: 7 rows are still owed"]
+    assert found.reasons == ["producer 'LArPix board', epoch 7, io_group 1: 7 rows are still pending"]
 
 
 def test_several_storages_are_several_runs(tmp_path):

@@ -168,18 +168,18 @@ def _in_words(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if totals := _without_zeros(facts["totals"]):
         yield "totals", totals
     yield from _listed("ledger", [_without_zeros(line) for line in facts["ledger"]])
-    yield from _listed("before us", [_verdict(line) for line in facts["verdicts"]])
+    yield from _listed("data quality", [_verdict(line) for line in facts["verdicts"]])
     gaps = facts["gaps"]
     if gaps["number"]:
         yield "gaps", f"{gaps['rows']} rows dropped in {gaps['number']} gaps"
     if (chips := facts["chips"])["number"]:
         yield "chips", "{number}, registers: {sent} sent, {read} read back, {different} different".format(**chips)
     missing, twice = facts["missing_blocks"], facts["duplicate_blocks"]
-    yield "blocks", f"{facts['blocks']}, {missing} missing, {twice} came twice"
+    yield "blocks", f"{facts['blocks']}, {missing} missing, {twice} duplicates"
     if facts["unknown_words_kept"]:
         yield "unknown words", f"{facts['unknown_words_kept']} kept in /ledger/unknown"
     yield from _listed("producers", facts["producers"])
-    yield from _listed("messages", facts["messages"])
+    yield from _listed("INFO messages", facts["messages"])
     yield from ((name, value) for name, value in texts.items() if value and name != "layout")
 
 

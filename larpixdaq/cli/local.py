@@ -51,8 +51,8 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "down",
         help="end what `larpixdaq up` started",
-        description="Ends what `larpixdaq up` started, and waits until it has. A run that goes on is aborted: what was "
-        "taken is stored, its condition is ABORTED.",
+        description="Ends what `larpixdaq up` started, and waits until it has. A run in progress is aborted: its data "
+        "are stored, its condition is ABORTED.",
     )
     config.add_state_dir_argument(parser)
     parser.set_defaults(function=down)

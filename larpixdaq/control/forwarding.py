@@ -64,7 +64,7 @@ class Forwarding:
 
     def requested(self, operator: OperatorPeer, message: Request, now: float) -> None:
         if message.again and not operator.recent.knows(message.request):
-            text = f"what came of {message.action} is not known any more"
+            text = f"the outcome of {message.action} is no longer known"
             self._post.send_to(operator, Answer(request=message.request, kind="error", text=text, error="failed"))
             return
         if operator.recent.seen(message.request):

@@ -158,7 +158,7 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
     away = [name for name, epochs in run.producers.items() if len(epochs) > 1]
     away += [line[0] for line in recorded.values() if line[3] == "recovered"]
     for name in dict.fromkeys(away):
-        reasons.append(f"{name} was away for a part of the run: what its boards sent then did not reach us")
+        reasons.append(f"{name} was down for part of the run: data that its boards sent then are lost")
     if run.condition != ABORTED:
         cut = [line[0] for line in recorded.values() if line[3] == "aborted"]
         reasons += [f"{name} ended in the middle of the run" for name in dict.fromkeys(cut)]

@@ -202,7 +202,7 @@ class Request(Generator[Response, None, Any]):
 
     def __repr__(self) -> str:
         latest = self.latest
-        return f"<Request {self.action}: {latest if latest is not None else 'nothing came yet'}>"
+        return f"<Request {self.action}: {latest if latest is not None else 'no answer yet'}>"
 
     # What would be asked of the result, and not of the Request, says how to get it.
 
@@ -329,7 +329,9 @@ class Connection:
         if self._opened.is_set():
             self.link.withdraw()
             for number, sent in list(self._sent.items()):
-                error = errors.ComponentError(f"{sent.message.action}: the core has come back and knows nothing of it")
+                error = errors.ComponentError(
+                    f"{sent.message.action}: the core was restarted and does not know this request"
+                )
                 self._give(number, Response("error", "core", str(error), error=error))
         self._opened.set()
 

@@ -189,7 +189,7 @@ class RunControl(RunProcedures):
         for procedure in self._procedures():
             procedure.lost(name, now)
         if self.run is not None and (name in self.run.producers or name in self.run.storages):
-            _log.error("run %d goes on without %s, which is lost", self.run.run, name)
+            _log.error("run %d continues without %s, which is lost", self.run.run, name)
 
     def answered(self, component: Component, answer: Answer, now: float) -> bool:
         """Take a component's answer in; False when it is about none of our questions."""
@@ -318,7 +318,7 @@ class RunControl(RunProcedures):
         prepared = run.phase != PREPARING
         run.phase, run.condition = (ENDED, INTERRUPTED) if prepared else (CANCELLED, CANCELLED)
         run.reasons = [
-            "the core was restarted, and nobody was in this run any more"
+            "the core was restarted and no component was in this run any more"
             if prepared
             else "the core was restarted while the run was being prepared"
         ]

@@ -80,7 +80,7 @@ class RecordHandler(logging.Handler):
             try:
                 while socket is not None and (self._records or self._lost):
                     if self._lost:
-                        text = f"{self._lost} log records were lost while the log was away"
+                        text = f"{self._lost} log records were lost while the log was disconnected"
                         note = Record(time.time(), logging.WARNING, self._component, text)
                         socket.send(_encoder.encode(note), zmq.NOBLOCK)
                         self._lost = 0

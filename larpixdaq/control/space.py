@@ -33,11 +33,11 @@ def duration(seconds: float) -> str:
 
 
 def time_to_full(status: dict[str, Any]) -> str:
-    """`12 min until the disk is full at 18 MB/s`, from a storage's status; "" when it fills at no rate."""
+    """`disk full in 12 min at 18 MB/s`, from a storage's status; "" when it fills at no rate."""
     left, rate = status.get("seconds_left"), status.get("bytes_per_second")
     if not isinstance(left, int | float) or left < 0:
         return ""
-    return f"{duration(left)} until the disk is full" + (f" at {size(rate)}/s" if isinstance(rate, int | float) else "")
+    return f"disk full in {duration(left)}" + (f" at {size(rate)}/s" if isinstance(rate, int | float) else "")
 
 
 def _level(status: dict[str, Any]) -> int:
@@ -52,7 +52,7 @@ def warnings(storages: list[Component]) -> list[str]:
     found = [f"{one.name}: {time_to_full(one.status)}" for one in storages if _level(one.status)]
     found += [f"{one.name}: {one.status['on_close']}" for one in storages if one.status.get("on_close")]
     return found + [
-        f"{one.name} writes nothing: {one.status['paused']}" for one in storages if one.status.get("paused")
+        f"{one.name} is not writing: {one.status['paused']}" for one in storages if one.status.get("paused")
     ]
 
 
@@ -68,9 +68,9 @@ class SpaceWatch:
         before_paused, before_level = self._told.get(component.name, ("", 0))
         if paused != before_paused:
             if paused:
-                _log.error("%s writes nothing: %s", component.name, paused)
+                _log.error("%s is not writing: %s", component.name, paused)
             else:
-                _log.warning("%s writes again", component.name)
+                _log.warning("%s is writing again", component.name)
         if level > before_level:
             _log.warning("%s: %s", component.name, time_to_full(component.status))
         # Up to the next limit and back again is no news.

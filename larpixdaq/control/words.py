@@ -16,7 +16,7 @@ Facts = dict[str, Any]
 def lines(found: Facts) -> list[str]:
     """The core's status in words, a line each."""
     run = found.get("run")
-    busy = f" ({found['busy']} is at work)" if found.get("busy") else ""
+    busy = f" ({found['busy']} in progress)" if found.get("busy") else ""
     shown = [f"state {found['state']}{f', run {_run(run)}' if run else ''}{busy}"]
     if run and run["missing"]:
         shown.append(f"MISSING in this run: {', '.join(run['missing'])}")
@@ -26,7 +26,7 @@ def lines(found: Facts) -> list[str]:
     if last := found.get("last_run"):
         shown.append(_last_run(last))
     if found.get("insecure"):
-        shown.append("INSECURE: without keys, everybody who reaches the core can control the detector")
+        shown.append("INSECURE: no keys are in use: anybody who can connect to the core can control the detector")
     width = max((len(component["name"]) for component in found["components"]), default=0)
     if "load" in found:
         shown.append(f"{'core':<{width}}  alive  {load_words(found['load'])}")
@@ -77,7 +77,7 @@ def _alarms(component: Facts) -> list[str]:
     """What nobody may overlook."""
     facts, found = component["status"], []
     if facts.get("paused"):
-        found.append(f"PAUSED: {component['name']} writes nothing: {facts['paused']}")
+        found.append(f"PAUSED: {component['name']} is not writing: {facts['paused']}")
     for text in facts.get("nameless") or ():
         found.append(f"FILE REMOVED: {component['name']}: {text}; lost if the process is killed")
     for path in facts.get("kept_aside") or ():
@@ -123,15 +123,15 @@ def _producer(info: Facts, facts: Facts) -> str:
             if board["clock"] is not None:
                 parts.append(f"io_group {board['io_group']}: {board['clock']['text']}")
         if facts["owed_blocks"]:
-            parts.append(f"blocks not yet stored: {facts['owed_blocks']} (ring {facts['ring']:.0%} full)")
+            parts.append(f"{facts['owed_blocks']} blocks pending (ring {facts['ring']:.0%} full)")
         if facts.get("spooled_blocks"):
-            parts.append(f"{facts['spooled_blocks']} of them in the spool on disk ({size(facts['spooled_bytes'])})")
+            parts.append(f"{facts['spooled_blocks']} of them in the spool ({size(facts['spooled_bytes'])})")
         if facts.get("inherited"):
-            parts.append(f"{facts['inherited']} blocks of the process before it not yet stored")
+            parts.append(f"{facts['inherited']} blocks of its predecessor pending")
         if made_anew := facts.get("made_anew"):
             parts.append(f"the ring's file was removed and made anew, {made_anew} times")
         if facts["finished"]:
-            parts.append("all has been sent")
+            parts.append("source finished")
     return "; ".join(parts)
 
 
@@ -151,7 +151,7 @@ def _storage(info: Facts, facts: Facts) -> str:
             last = finished[-1]
             parts.append(f"last closed: {PurePath(last['file']).name}, {size(last['bytes'])}, {last['condition']}")
         if facts["duplicates"]:
-            parts.append(f"{facts['duplicates']} blocks came twice")
+            parts.append(f"{facts['duplicates']} duplicate blocks removed")
         if facts.get("on_close_failed"):
             parts.append(f"--on-close failed for {facts['on_close_failed']} files")
     return "; ".join(parts)
@@ -164,7 +164,7 @@ def _monitor(info: Facts, facts: Facts) -> str:
     if facts["bad_parity"]:
         parts.append(f"{facts['bad_parity']} with bad parity")
     if facts["seen"] < 1:
-        parts.append(f"{facts['seen']:.1%} of the rows looked at")
+        parts.append(f"{facts['seen']:.1%} of the rows sampled")
     return "; ".join(parts)
 
 

@@ -76,9 +76,7 @@ class Books:
         """`lacking` gets the lines about what is not here and may be in other parts; continued: the run goes on in one,
         where those end that have not."""
         for (whose, first, stop), rows in self._missing.items():
-            lacking(
-                f"{describe(whose)}: blocks {first} to {stop - 1} never came ({rows} rows by the header of the next)"
-            )
+            lacking(f"{describe(whose)}: blocks {first} to {stop - 1} missing ({rows} rows, by the next header)")
         for row in self._file.table("run/ends"):
             whose = self._whose(row)
             source = self._source(whose)
@@ -88,7 +86,7 @@ class Books:
             self._reach(whose, source, int(row["next"]), finding)
         for whose, source in self._sources.items():
             if not (source.ended or continued):
-                lacking(f"{describe(whose)}: its end never came, its totals are unknown")
+                lacking(f"{describe(whose)}: no end record, totals unknown")
             place = self._places.get(whose, (0, 0))[1]
             if self._closed and place != source.expected + source.ended:
                 finding(
@@ -103,7 +101,7 @@ class Books:
             whose, group = self._whose(row), int(row["io_group"])
             where = f"{describe(whose)}, io_group {group}"
             if (whose, group) in seen:
-                finding(f"{where}: stands twice in the ledger")
+                finding(f"{where}: listed twice in the ledger")
             seen.add((whose, group))
             self._line(where, self._source(whose), group, plain(row), finding, lacking)
         for whose, source in self._sources.items():
@@ -140,9 +138,9 @@ class Books:
         if unpaid := ledger.owing(counts, stored, counts["owed"]):
             lacking(f"{where}: {unpaid}")
         if counts["owed"]:
-            finding(f"{where}: {counts['owed']} rows are still owed")
+            finding(f"{where}: {counts['owed']} rows are still pending")
         if counts["dropped"]:
-            finding(f"{where}: {counts['dropped']} rows found no room and were dropped")
+            finding(f"{where}: {counts['dropped']} rows dropped, because ring and spool were full")
         whole = not (counts["owed"] or counts["dropped"] or source.lost)
         for name in _SAME:
             if tally[name] > counts[name] or (whole and tally[name] != counts[name]):

@@ -46,9 +46,9 @@ def verdict(
         doubts += account.doubts()
     known = {account.source for account in accounts}
     names = {source.producer for source in (*known, *before)}
-    waiting += [f"producer {name!r}: nothing came, its totals are unknown" for name in required if name not in names]
+    waiting += [f"producer {name!r}: no data came, totals unknown" for name in required if name not in names]
     waiting += [
-        f"producer {source.producer!r}, epoch {source.epoch:x}: nothing came, it owes {rows} rows"
+        f"producer {source.producer!r}, epoch {source.epoch:x}: no data came, {rows} rows pending"
         for source, rows in owed.items()
         if source not in known
     ]

@@ -58,7 +58,7 @@ def owing(counts: Mapping[str, int], stored: int, owed: int) -> str | None:
         return None
     return (
         f"ledger (d): {made(counts)} rows were made, {there} are accounted for"
-        f" ({stored} stored, {counts['dropped']} dropped, {owed} owed)"
+        f" ({stored} stored, {counts['dropped']} dropped, {owed} pending)"
     )
 
 
@@ -278,14 +278,14 @@ class Account:
     def complaints(self, owed: int) -> tuple[list[str], list[str]]:
         """Why this source's data are not whole: (totals unknown or rows owed, rows or blocks missing)."""
         name = self._name
-        waiting = [f"{name}: its end never came, its totals are unknown"] if self.end is None else []
-        waiting += [f"{name}: still owes {owed} rows"] if owed and self.end is not None else []
+        waiting = [f"{name}: no end record, totals unknown"] if self.end is None else []
+        waiting += [f"{name}: {owed} rows pending"] if owed and self.end is not None else []
         missing = [f"{name}: {self.missing_blocks} blocks are missing"] if self.missing_blocks else []
         for row in self.counts(owed):
             counts = {field: int(row[field]) for field in schema.COUNTS}
             where = f"{name}, io_group {row['io_group']}"
             if counts["dropped"]:
-                missing.append(f"{where}: {counts['dropped']} rows found no room and were dropped")
+                missing.append(f"{where}: {counts['dropped']} rows dropped, because ring and spool were full")
             # Rows of earlier parts are not in this file; there the unbroken sequence says that they are stored.
             if (
                 self.end is not None

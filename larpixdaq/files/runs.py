@@ -124,12 +124,12 @@ class _Judgement:
         goes_on = bool(self._parts) and self._parts[-1].condition == layout.CONTINUED and not self._whole
         for source in self._open:
             if goes_on:
-                self._notes.append(f"{describe(source)}: goes on in the next part")
+                self._notes.append(f"{describe(source)}: continues in the next file")
             elif not self._early(source) or self._span(source):
-                self._waiting.append(f"{describe(source)}: its end never came, its totals are unknown")
+                self._waiting.append(f"{describe(source)}: no end record, totals unknown")
         came = {source.producer for source in self._sources}
         required = dict.fromkeys(name for part in self._parts for name in part.required)
-        lacking = [f"producer {name!r}: nothing came, its totals are unknown" for name in required if name not in came]
+        lacking = [f"producer {name!r}: no data came, totals unknown" for name in required if name not in came]
         (self._notes if goes_on else self._waiting).extend(lacking)
 
     def _early(self, source: Source) -> bool:
@@ -172,9 +172,9 @@ class _Judgement:
             if source in self._ends:
                 counts = self._ends[source][0].counts.get(key, counts)
             if counts["owed"]:
-                self._waiting.append(f"{where}: {counts['owed']} rows are still owed")
+                self._waiting.append(f"{where}: {counts['owed']} rows are still pending")
             if counts["dropped"]:
-                self._missing.append(f"{where}: {counts['dropped']} rows found no room and were dropped")
+                self._missing.append(f"{where}: {counts['dropped']} rows dropped, because ring and spool were full")
             line = ledger.owing(counts, self._stored[key], counts["owed"])
             if line and source in self._ends and not self._early(source):
                 self._missing.append(f"{where}: {line}")

@@ -100,7 +100,7 @@ def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int
         if condition in (layout.INCOMPLETE, layout.INTERRUPTED):
             findings.add_open(f"condition {condition}: {'; '.join(texts.get('reason', [])) or 'no reason is given'}")
         elif condition == layout.CONTINUED:
-            notes.append(f"condition {condition}: the run goes on in {texts.get('next part', ['a further part'])[-1]}")
+            notes.append(f"condition {condition}: the run continues in {texts.get('next part', ['the next file'])[-1]}")
         elif condition in (layout.ABORTED, layout.SUSPECT):
             notes.append(f"condition {condition}")
         elif condition != layout.COMPLETE:

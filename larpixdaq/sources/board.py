@@ -185,7 +185,7 @@ class BoardSource(LiveSource):
             self._clock_at = now + CLOCK
             self._clock.take(now, self._decoder.clock_bounds())
         if self._silent:
-            self._problem(f"sends again, after {now - self._heard:.0f} s")
+            self._problem(f"sends again after {now - self._heard:.0f} s of silence")
             self._silent = False
         self._heard = now
         wall = time.time_ns()
@@ -205,7 +205,7 @@ class BoardSource(LiveSource):
         self._counts[_BYTES] += np.uint64(size)
         self._counts[_BYTES_IN] += np.uint64(size)
         self._problem(
-            f"dropped {messages} messages of {size} bytes in all: larger than {len(self._receiver.buffer)} bytes"
+            f"dropped {messages} board messages ({size} bytes in all), larger than {len(self._receiver.buffer)} bytes"
         )
 
     def _watch(self, now: float) -> None:
@@ -257,7 +257,7 @@ class BoardSource(LiveSource):
                     wall = time.time_ns()
                     self._presence.lost(wall, 0 if since is None else wall - int((now - since) * 1e9))
             elif not self._strange:
-                self._problem("what answers there does not speak ZeroMQ as a board does")
+                self._problem("the program at this address does not speak ZeroMQ as a board does")
                 self._strange = True
 
     def _events(self) -> Iterator[int]:

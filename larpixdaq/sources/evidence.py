@@ -44,28 +44,28 @@ class Finding(NamedTuple):
 #: What each of schema.NOTICES means. "lost": it is certain that something was sent and is not here.
 FINDINGS: Final = {
     # The header is written when the words are complete: those that do not follow it were cut off on the way.
-    "short": Finding(LOST, "{events} messages hold {amount} words fewer than their headers count", "amount"),
+    "short": Finding(LOST, "{amount} words missing in {events} board messages, by their headers", "amount"),
     # No board sends a message that large. It was dropped before it was looked at: at least one packet for each.
-    "oversized": Finding(LOST, "{events} messages of {amount} bytes in all were too large and were dropped", "events"),
+    "oversized": Finding(LOST, "{events} board messages dropped as too large ({amount} bytes in all)", "events"),
     # Bytes came that make no sense: words may have been among them. The ledger has the numbers, and the unknown words.
-    "trailing": Finding(SUSPECT, "{events} messages hold {amount} bytes more than their words"),
-    "rejected": Finding(SUSPECT, "{events} messages of {amount} bytes in all could not be understood"),
-    "unknown": Finding(SUSPECT, "{amount} words could not be understood"),
-    "resync": Finding(SUSPECT, "{amount} bytes belong to no frame"),
+    "trailing": Finding(SUSPECT, "{amount} bytes behind the last word of {events} board messages"),
+    "rejected": Finding(SUSPECT, "{events} invalid board messages ({amount} bytes in all)"),
+    "unknown": Finding(SUSPECT, "{amount} words could not be decoded"),
+    "resync": Finding(SUSPECT, "{amount} bytes outside of frames"),
     # A full FIFO drops what comes next, and does not say how much. v3 chips with enable_tally count in the same bits.
-    "full": Finding(SUSPECT, "{amount} packets say that a FIFO of their chip was full"),
+    "full": Finding(SUSPECT, "{amount} packets with the flag that a FIFO of their chip was full"),
     # Sent twice by the board, or an older one in place of a newer: both are stored, and something may be missing.
-    "doubled": Finding(SUSPECT, "{events} messages, {amount} words, seem to have come twice"),
+    "doubled": Finding(SUSPECT, "{events} board messages ({amount} words) appear to be duplicates"),
     # A clock that goes back is that of a board that has started again: what it had not sent is gone.
-    "back": Finding(SUSPECT, "the time in the headers went back, {events} times, by {amount} s in all: a restart?"),
+    "back": Finding(SUSPECT, "the board's time went back {events} times, by {amount} s in all: has it restarted?"),
     # Messages that followed each other here were sent seconds apart, and no silence lay between them: others did.
-    "ahead": Finding(SUSPECT, "the time in the headers jumped ahead, {events} times, by {amount} s in all"),
+    "ahead": Finding(SUSPECT, "the board's time jumped ahead {events} times, by {amount} s in all"),
     # Heartbeats come at equal ticks of the board's clock; where some are not here, other words may be missing too.
-    "heartbeats": Finding(SUSPECT, "{amount} heartbeats are missing, in {events} places"),
+    "heartbeats": Finding(SUSPECT, "{amount} heartbeats missing in {events} gaps"),
     # Each reset of the clock tells how long ago the one before was; that one has not come.
-    "resets": Finding(SUSPECT, "the SYNC words of resets of the board's clock are missing, in {events} places"),
+    "resets": Finding(SUSPECT, "SYNC words of clock resets missing in {events} gaps"),
     # More than a board's queue holds had been held up, and behind it time is missing: it may have dropped the rest.
-    "holes": Finding(SUSPECT, "{amount} us are missing, in {events} places, in data that were held up on their way"),
+    "holes": Finding(SUSPECT, "{seconds:.2f} s of board time missing in {events} gaps, after delayed delivery"),
     # The lower half is stored, as a clock of 32 bits would say it: the turns of 429 s are not in the rows.
     "cut": Finding(
         SUSPECT,
@@ -113,11 +113,12 @@ def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[Verdict] = (
         if notice["events"]:
             finding = FINDINGS[name]
             numbers = {"events": int(notice["events"]), "amount": int(notice["amount"])}
+            seconds = numbers["amount"] / 1e6  # of those that count microseconds
             found.append(
                 Verdict(
                     io_group,
                     finding.verdict,
-                    finding.text.format(**numbers),
+                    finding.text.format(**numbers, seconds=seconds),
                     numbers.get(finding.lost, 0),
                     int(notice["first_ns"]),
                     int(notice["last_ns"]),
@@ -254,16 +255,16 @@ class Presence:
         for first, last in self._gaps:
             more = self._number - MOST_GAPS if len(found) == MOST_GAPS - 1 else 0
             found.append(
-                _gap(io_group, f"the board was away{f', with {more} times more' if more > 0 else ''}", first, last)
+                _gap(io_group, f"board disconnected{f', and {more} times more' if more > 0 else ''}", first, last)
             )
         if self._state is State.BACK:
-            found.append(_gap(io_group, "the board was away, and has sent nothing since it is back", self._away, now))
+            found.append(_gap(io_group, "board disconnected, silent since it reconnected", self._away, now))
         elif self._state is State.LOST and now - self._done(now) > END_GRACE_NS:
-            found.append(_gap(io_group, "the board was away, and did not come back", self._away, now))
+            found.append(_gap(io_group, "board disconnected, did not reconnect", self._away, now))
         elif self._state is State.ABSENT:
-            found.append(_gap(io_group, "the board was not there", self._away, now))
+            found.append(_gap(io_group, "board never connected", self._away, now))
         elif not self._heard and self._silence and now - self._since > self._silence:
-            found.append(_gap(io_group, "the board was connected, but sent not even a heartbeat", self._since, now))
+            found.append(_gap(io_group, "board connected but silent, without any heartbeat", self._since, now))
         return found
 
 

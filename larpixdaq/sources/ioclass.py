@@ -212,7 +212,7 @@ class IoClassSource(PieceSource):
             elif self.io_groups != io_groups:
                 return f"its io_groups were {list(self.io_groups)} and are {list(io_groups)} now"
             elif self._gone_since:
-                self._problems.append(f"{self.name}: back after {now - self._gone_since:.1f} s")
+                self._problems.append(f"{self.name}: connected again after {now - self._gone_since:.1f} s")
             self._there = True
             self._gone = ""
             self._trusted_at = now + MOST_AGAIN

@@ -93,7 +93,7 @@ class SerialChannel:
         now = time.monotonic()
         try:
             if self.fd is None:
-                return self._done("the device is gone")
+                return self._done("device disconnected")
             while self._rest:
                 self._rest = self._rest[os.write(self.fd, self._rest) :]
         except BlockingIOError:
@@ -240,7 +240,7 @@ class SerialSource(LiveSource):
         self._gone = reason
         self._presence.lost(time.time_ns())
         self._retry_at = now + RETRY
-        self._problems.append(f"{self.name}: gone ({reason}); looking for it every {RETRY:g} s")
+        self._problems.append(f"{self.name}: disconnected ({reason}); trying again every {RETRY:g} s")
 
     def _look_again(self, now: float) -> None:
         try:
@@ -248,4 +248,4 @@ class SerialSource(LiveSource):
         except ConfigError:
             self._retry_at = now + RETRY
         else:
-            self._problems.append(f"{self.name}: back after {now - self._gone_since:.1f} s")
+            self._problems.append(f"{self.name}: connected again after {now - self._gone_since:.1f} s")

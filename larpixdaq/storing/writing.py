@@ -180,7 +180,7 @@ class Writing:
                 run=frame.run, kind="", comment="", operator="", started_ns=time.time_ns(), layout=schema.layout(code),
                 asic_version="", storage=self.label,
             )  # fmt: skip
-        log.warning("run %d has no open file here: its blocks go into a further part", frame.run)
+        log.warning("run %d has no open file here: its blocks go into a new one", frame.run)
         run = self._new(info, announced=False)
         try:
             run.open(self.where())
@@ -210,12 +210,12 @@ class Writing:
             return not self.paused
         if self.paused:
             self.paused = ""
-            log.warning("%s has space again: writing goes on", self.directory)
+            log.warning("%s has space again: writing resumes", self.directory)
             if self.stream is not None:
                 self.stream.again()
         else:
             self.paused = f"{self.directory} has {self.space.free() / 2**20:.0f} MiB left, {RESERVE >> 20} are reserved"
-            log.error("nothing is written: %s; what the producers keep waits", self.paused)
+            log.error("writing is paused: %s; the producers keep the data", self.paused)
         return not self.paused
 
     def _work(self, run: OpenRun) -> None:
@@ -248,7 +248,7 @@ class Writing:
         broken = run.fail(error)
         if broken is not None:
             self.finisher.mend(broken)
-        log.error("run %d: %s; a further part is tried every %g s", run.info.run, error, parts.AGAIN)
+        log.error("run %d: %s; trying to open the next file every %g s", run.info.run, error, parts.AGAIN)
 
     def _reopen(self, run: OpenRun) -> None:
         try:
@@ -257,7 +257,7 @@ class Writing:
             run.fail(error)  # said before: once is enough
             return
         assert run.file is not None
-        log.warning("run %d goes on in %s", run.info.run, run.file.path.name)
+        log.warning("run %d continues in %s", run.info.run, run.file.path.name)
         if self.stream is not None:
             self.stream.again()
 
@@ -283,7 +283,7 @@ class Writing:
             if run.file is before and before is not None and before.failed:
                 self._fail(run, error)
             else:
-                log.error("run %d goes on in the part that it has: %s", run.info.run, error)
+                log.error("run %d continues in its present file: %s", run.info.run, error)
             return
         self._acknowledge_all(run, sealed[0].durable)
         self.finisher.publish(*sealed)
@@ -324,7 +324,7 @@ class Writing:
         for found in positions(self.directory, run, unreadable, self.label):
             self._acknowledge(Source(found.run, found.producer, found.epoch), found.next)
         for line in unreadable:
-            log.warning("what this file holds is not known: %s", line)
+            log.warning("the content of this file is unknown: %s", line)
         self._known.add(run)
 
     def where(self) -> list[Position]:

@@ -345,9 +345,9 @@ class Publisher:
         forgotten = frozenset(name for name, since in self._away.items() if now - since > self._forget_after)
         for name in forgotten - self.forgotten:
             log.error(
-                "%s has not subscribed for %g s: what another storage has is not kept for it any more",
+                "%s has been disconnected for %g s: blocks that another storage has are no longer kept for it",
                 name, self._forget_after,
             )  # fmt: skip
         for name in self.forgotten & there:
-            log.warning("%s is back; what was not kept for it is missing there", name)
+            log.warning("%s is connected again; blocks that were not kept for it are missing there", name)
         self.forgotten = forgotten
