@@ -95,6 +95,8 @@ class Board:
         self._spans: NDArray[Any] = words.spans[:0]
         self._faults = faults
         self._began: float | None = None
+        #: Seconds that the clock for the headers, which begins with a whole second, is behind.
+        self._late = (time.time() - words.receipt / 1e7) % 1.0
         self._stopped_at: float | None = time.monotonic()  # nothing is made since then, and its clock stands still
         self._back_at: float | None = None  # when it is away
         self._topics: set[bytes] = set()
@@ -191,7 +193,10 @@ class Board:
             self._stopped_at = self._stopped_at or now
             return float("inf")
         if self._stopped_at is not None and isinstance(self._words, emulate.PacmanBoard):
-            self._words.jump(int(now - self._stopped_at))  # its clock follows its words, a board's goes on without them
+            # its clock follows its words, a board's goes on without them; only whole seconds can be made up for
+            late = self._late + now - self._stopped_at
+            self._words.jump(round(late))
+            self._late = late - round(late)
         self._stopped_at = None
         if not len(self._spans):
             wait = self._make(now)
