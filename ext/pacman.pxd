@@ -45,14 +45,13 @@ cdef inline Format message_format(Pacman* board, const uint8_t* at, Py_ssize_t l
     if length < 8 or at[0] != c'D':
         return NO_FORMAT
     marked = length >= 24 and at[2] == 1 and at[3] == 0
-    if board.fixed == LEGACY:
-        return LEGACY
-    if board.fixed == FORMAT_1_0:
-        return FORMAT_1_0 if marked else NO_FORMAT
     legacy = length == 8 + 16 * <Py_ssize_t>load16(at + 6)
     newer = marked and length == 24 + <Py_ssize_t>load32(at + 4) and (length - 24) % 24 == 0
     if legacy or newer:
         board.seen = LEGACY if legacy else FORMAT_1_0
+    if expect(board.fixed != NO_FORMAT, False):
+        return LEGACY if board.fixed == LEGACY else FORMAT_1_0 if marked else NO_FORMAT
+    if legacy or newer:
         return board.seen
     return NO_FORMAT if board.seen == FORMAT_1_0 and not marked else board.seen
 

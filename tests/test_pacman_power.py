@@ -203,7 +203,7 @@ def test_the_limit_of_a_request_is_what_the_board_sleeps_in_it(pauses):
 
 
 def test_limits_of_channels_grow_with_what_a_board_needs():
-        from larpixdaq.sources.host import HostLookup
+    from larpixdaq.sources.host import HostLookup
     from larpixdaq.sources.pacman import PacmanChannel
 
     line = PacmanChannel(1, HostLookup("127.0.0.1"), 1)

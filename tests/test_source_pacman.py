@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import zmq
 from boards import Driver, context, emulator
-from wiring import legacy, newer, newer_data
+from wiring import data_word, legacy, newer, newer_data
 
 from larpixdaq import schema
 from larpixdaq._native import emulate
@@ -285,6 +285,22 @@ def test_since_when_a_board_is_away(source_at):
         assert began <= driver.source.boards()[0].away_ns <= time.time_ns()
         driver.source.start(driver.counts)  # a run begins
         assert driver.source.boards()[0].away_ns >= began
+
+
+@pytest.mark.parametrize(("format", "other"), [("legacy", "1.0"), ("1.0", "legacy")])
+def test_another_format_than_was_asked_for(source_at, format, other):
+    messages = {"legacy": legacy([data_word(1)]), "1.0": newer([newer_data(1)])}
+    with context() as ctx:
+        out, port = publisher(ctx)
+        driver = Driver(source_at(port, format=format))
+        subscribed(out)
+        out.send(messages[format])
+        driver.until(lambda: driver.count("messages") == 1, "the right message")
+        assert not driver.source.boards()[0].refusal
+        out.send(messages[other])
+        driver.until(lambda: driver.source.boards()[0].refusal, "the refusal")
+        expected = f"sends PACMAN format {other}, not {format}: start the producer with --pacman-format {other}"
+        assert expected in driver.source.boards()[0].refusal
 
 
 def test_format_1_0_needs_a_wide_layout(source_at):

@@ -125,6 +125,7 @@ class PacmanSource(BoardSource):
         revision: int = 0,
     ) -> None:
         lookup = HostLookup(host)
+        self._format = format
         decoder = PacmanDecoder(io_group, asic, format=format, clock64=clock64)
         self.channels = (
             PacmanChannel(
@@ -144,8 +145,12 @@ class PacmanSource(BoardSource):
 
     def boards(self) -> list[BoardStatus]:
         found = super().boards()
-        # one message of this format says it: its length has to agree with its header
-        if self.layout == layout_of(Asic.V2) and self._decoder.format == "1.0":
-            text = "sends PACMAN format 1.0, whose clock has 64 bits: start the producer with --pacman-format 1.0"
-            found = [one._replace(refusal=f"{self.name} {text}") for one in found]
-        return found
+        said = self._decoder.format  # by one message: its length agrees with its header
+        text = f"{self.name} sends PACMAN format {said}"
+        if said is not None and self._format not in ("auto", said):
+            text += f", not {self._format}: start the producer with --pacman-format {said}"
+        elif self.layout == layout_of(Asic.V2) and said == "1.0":
+            text += ", whose clock has 64 bits: start the producer with --pacman-format 1.0"
+        else:
+            return found
+        return [one._replace(refusal=text) for one in found]
