@@ -755,6 +755,29 @@ def test_a_storage_that_ends_does_not_wait_for_a_long_checksum_and_the_next_make
     rigs().until(lambda: list(tmp_path.glob("*.json")), "the checksum")
 
 
+def test_runs_that_the_core_has_not_announced_have_a_limit(
+    rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A producer that names another run with each block opens no file for each."""
+    monkeypatch.setattr("larpixdaq.storing.writing.MOST_UNANNOUNCED", 2)
+    monkeypatch.setattr("larpixdaq.storing.writing.UNANNOUNCED_CLOSE", -1.0)
+    rig = rigs()
+    feeds = [Feed(run) for run in range(1, 6)]
+    rig.take(*(feed.block(rows(10)) for feed in feeds))
+    assert sorted(rig.storage._runs) == [1, 2]
+    assert sum("its blocks stay with" in record.message for record in caplog.records) == 1
+    rig.prepare()  # of the run that is announced
+    rig.take(Feed(RUN).block(rows(10)))
+    assert sorted(rig.storage._runs) == [1, 2, RUN]
+    asked = len(rig.stream.again_at)
+    rig.take(feeds[0].end())
+    rig.until(lambda: 1 not in rig.storage._runs, "the first to be closed")
+    assert len(rig.stream.again_at) == asked + 1  # for those that were turned away
+    again = Feed(3)
+    rig.take(again.block(rows(10)))
+    assert 3 in rig.storage._runs
+
+
 def test_a_cancelled_run_leaves_nothing_although_an_end_came(rigs: Callable[..., Rig], tmp_path: Path) -> None:
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()

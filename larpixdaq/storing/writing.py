@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 UNANNOUNCED_CLOSE = 1.0
 #: Seconds between two looks whether part and journal still have their names.
 _NAMES: Final = 0.5
+#: Maximum number of open parts of runs that the core has not announced; a producer's ring holds blocks of 63 runs.
+MOST_UNANNOUNCED: Final = 64
 #: Runs whose metadata are kept for blocks that come after they were closed.
 _REMEMBERED: Final = 16
 
@@ -81,6 +83,7 @@ class Writing:
         self._positions: dict[Source, int] = {}
         self._doubted: set[tuple[Source, int]] = set()  # blocks of open runs whose rows were asked for again
         self._known: set[int] = set()  # runs whose files of before are in there
+        self._turned_away = False  # blocks of further runs that the core has not announced
 
     # the loop
 
@@ -172,6 +175,14 @@ class Writing:
         if self._positions.get(frame.source, 0) > (frame.sequence if isinstance(frame, Block) else frame.next):
             self.duplicates += 1
             self._acknowledge(frame.source, self._positions[frame.source])
+            return None
+        if sum(not run.announced for run in self._runs.values()) >= MOST_UNANNOUNCED:
+            if not self._turned_away:
+                log.error(
+                    "run %d: its blocks stay with %s: %d runs that the core has not announced are open already",
+                    frame.run, frame.producer, MOST_UNANNOUNCED,
+                )  # fmt: skip
+            self._turned_away = True
             return None
         info = self._infos.get(frame.run) or self._info_before(frame.run)
         if info is None:
@@ -352,8 +363,9 @@ class Writing:
         del self._runs[number]
         self._doubted = {one for one in self._doubted if one[0].run != number}
         self._written += run.bytes
-        if run.failure and self.stream is not None:
-            self.stream.again()  # what was not taken may find a disk that is well
+        if (run.failure or self._turned_away) and self.stream is not None:
+            self._turned_away = False
+            self.stream.again()  # what was not taken may find a disk that is well, or an open part
         if ending is not None:
             self._ended(number, ending.call)
 
