@@ -22,7 +22,7 @@ from typing import NamedTuple
 from larpixdaq._native.ring import SMALLEST, Reader, Ring, place
 from larpixdaq.errors import FileError, RingError
 from larpixdaq.file_locks import has_no_locks, no_locks, try_lock
-from larpixdaq.private_files import ASIDE, in_place, keep_aside, open_private, remove
+from larpixdaq.private_files import DAMAGED, in_place, keep_aside, open_private, remove
 
 DEFAULT_DIRECTORY = Path("/dev/shm")
 #: A file without its first bytes is being made; after so long (seconds) its maker must have died.
@@ -57,7 +57,7 @@ def arenas(directory: Path, state_dir: Path, producer: str) -> dict[int, Path]:
 
 def kept_aside(directory: Path, prefix: str) -> list[Path]:
     """Files that were kept aside there because they could not be read whole, of names that begin with `prefix`."""
-    pattern = re.compile(re.escape(prefix) + r"-[0-9a-f]{16}.*" + re.escape(ASIDE) + r"(-\d+)?")
+    pattern = re.compile(re.escape(prefix) + r"-[0-9a-f]{16}.*" + re.escape(DAMAGED) + r"(\.\d+)?")
     try:
         return [directory / name for name in sorted(os.listdir(directory)) if pattern.fullmatch(name)]
     except OSError:

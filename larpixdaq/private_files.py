@@ -17,9 +17,8 @@ from larpixdaq.regular_file import open_regular
 
 log = logging.getLogger(__name__)
 
-#: Ending of the name of a file that was kept aside; `.bad-2` and so on when that name is taken.
-ASIDE: Final = ".bad"
-_TRIES: Final = 1000
+#: Ending of the name under which a damaged file is kept.
+DAMAGED: Final = ".damaged"
 
 
 def open_private(path: Path, flags: int) -> int:
@@ -66,14 +65,21 @@ def remove(file: int, path: Path) -> None:
             log.error("%s: cannot be removed: %s", path, error.strerror)
 
 
+def aside(path: Path) -> Path:
+    """A free name beside a damaged file under which it is kept: NAME.damaged, NAME.damaged.2, …"""
+    kept = path.with_name(path.name + DAMAGED)
+    number = 1
+    while os.path.lexists(kept):
+        number += 1
+        kept = path.with_name(f"{path.name}{DAMAGED}.{number}")
+    return kept
+
+
 def keep_aside(path: Path, why: str) -> None:
     """Rename a file that could not be read whole, so that it is not used again; the log says which file, and why."""
-    for number in range(1, _TRIES):
-        aside = path.with_name(path.name + ASIDE + (f"-{number}" if number > 1 else ""))
-        if not os.path.lexists(aside):
-            break
-    log.error("%s: %s; it is kept as %s", path, why, aside.name)
+    kept = aside(path)
+    log.error("%s: %s; it is kept as %s", path, why, kept.name)
     try:
-        os.rename(path, aside)
+        os.rename(path, kept)
     except OSError as error:
         log.error("%s: cannot be renamed: %s", path, error.strerror)

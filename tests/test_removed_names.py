@@ -260,8 +260,8 @@ def test_removed_files_of_spool_and_predecessors_are_written_anew(tmp_path: Path
 
 
 def test_status_tells_of_removed_and_of_damaged_files() -> None:
-    facts = {"nameless": ["/dev/shm/a.ring: No space left on device"], "kept_aside": ["/spool/b.spool.bad"]}
+    facts = {"nameless": ["/dev/shm/a.ring: No space left on device"], "kept_aside": ["/spool/b.spool.damaged"]}
     component = {"name": "board", "kind": "producer", "alive": True, "stuck": False, "info": {}, "status": facts}
     found = lines({"state": "RUN", "components": [component]})
     assert found[1].startswith("FILE REMOVED: board: /dev/shm/a.ring: No space left on device; ")
-    assert found[2].startswith("DAMAGED FILE KEPT: board: /spool/b.spool.bad could not be read whole")
+    assert found[2].startswith("DAMAGED FILE KEPT: board: /spool/b.spool.damaged could not be read whole")

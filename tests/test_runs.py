@@ -652,7 +652,7 @@ def test_a_disk_that_will_soon_be_full_is_a_warning(team, caplog):
         "disk 1: disk full in 11 min at 18 MB/s",
         "disk 2 is not writing: no space left",
         "disk 1: disk full in 9 min at 18 MB/s",
-        "disk 2 writes again",
+        "disk 2 is writing again",
     ]
 
 

@@ -176,7 +176,7 @@ def test_only_a_file_that_was_read_whole_is_removed(tmp_path: Path, worker: Work
         fetch(spool, index)
     spool.free_to(spool.head)
     assert worker.settle(LIMIT)
-    kept = [] if damage == "nothing" else [path.with_name(path.name + ".bad")]
+    kept = [] if damage == "nothing" else [path.with_name(path.name + ".damaged")]
     assert list(folder.iterdir()) == kept
     assert all(one.read_bytes() == data for one in kept)
 

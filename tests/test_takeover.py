@@ -129,7 +129,7 @@ def test_a_ring_without_its_first_bytes_is_kept(tmp_path: Path, predecessors: Pr
     os.utime(path, (0, 0))
     assert predecessors.look(()) == []
     (kept,) = tmp_path.glob("*.ring*")
-    assert kept == path.with_name(path.name + ".bad")
+    assert kept == path.with_name(path.name + ".damaged")
     assert kept.read_bytes() == before
     assert predecessors.aside == [kept]
 
@@ -138,7 +138,7 @@ def test_a_ring_with_damaged_rows_is_delivered_and_kept(
     tmp_path: Path, predecessors: Predecessors, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = leave(tmp_path, 3, closed=True)
-    path.with_name(path.name + ".bad").write_bytes(b"kept before")
+    path.with_name(path.name + ".damaged").write_bytes(b"kept before")
     with open(path, "r+b") as file:
         file.seek(OVERHEAD + 40)
         file.write(b"damage")
@@ -147,11 +147,11 @@ def test_a_ring_with_damaged_rows_is_delivered_and_kept(
     assert left.arena.ring.head == 2
     left.arena.close()
     assert not path.exists()
-    assert b"damage" in path.with_name(path.name + ".bad-2").read_bytes()
-    assert path.with_name(path.name + ".bad").read_bytes() == b"kept before"
+    assert b"damage" in path.with_name(path.name + ".damaged.2").read_bytes()
+    assert path.with_name(path.name + ".damaged").read_bytes() == b"kept before"
     assert [one.message.removeprefix(f"{path}: ") for one in caplog.records] == [
         "block 0 is damaged",
-        f"not all of it could be read; it is kept as {path.name}.bad-2",
+        f"not all of it could be read; it is kept as {path.name}.damaged.2",
     ]
 
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_a_ring_is_set_aside(
     assert len(caplog.records) == 1
     assert path.name in caplog.records[0].message
     assert not path.exists()
-    assert path.with_name(path.name + ".bad").read_bytes() == before
+    assert path.with_name(path.name + ".damaged").read_bytes() == before
     assert predecessors.look(()) == []
     assert len(caplog.records) == 1
 

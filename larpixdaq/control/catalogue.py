@@ -21,8 +21,7 @@ from typing import Any, Final
 
 from larpixdaq.errors import FileError
 from larpixdaq.file_locks import has_no_locks, no_locks, try_lock
-from larpixdaq.files.names import aside
-from larpixdaq.private_files import in_place, open_private
+from larpixdaq.private_files import aside, in_place, open_private
 from larpixdaq.regular_file import check_regular
 from larpixdaq.states import CANCELLED, ENDED, PREPARING, RUNNING
 

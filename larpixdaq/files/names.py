@@ -15,7 +15,6 @@ PART: Final = ".h5.part"  # being written
 JOURNAL: Final = ".h5.journal"  # blocks that wait for their chunk
 FINISHED: Final = ".h5"
 SIDECAR: Final = ".json"  # beside a finished file: its size and checksum
-DAMAGED: Final = ".damaged"  # behind the name of a file that is kept because it could not be read whole
 
 _RUN: Final = rf"run(\d{{{RUN_DIGITS}}})"
 _WHOLE: Final = re.compile(_RUN + r"_(\d{8}T\d{6}Z)_(?:([A-Za-z0-9.-]+)_)?(\d{1,9})(\.h5|\.h5\.part|\.h5\.journal)")
@@ -71,16 +70,6 @@ def parts(directory: Path, storage: str | None = None, run: int | None = None) -
         if name and ending != FINISHED and (storage is None or name.storage == label(storage)):
             found[path.name.removesuffix(ending)] = path.with_name(path.name.removesuffix(ending) + PART)
     return list(found.values())
-
-
-def aside(path: Path) -> Path:
-    """A free name beside a damaged file under which it is kept: NAME.damaged, NAME.damaged.2, …"""
-    kept = path.with_name(path.name + DAMAGED)
-    number = 1
-    while os.path.lexists(kept):
-        number += 1
-        kept = path.with_name(f"{path.name}{DAMAGED}.{number}")
-    return kept
 
 
 def lock(storage: str = "") -> str:

@@ -36,6 +36,7 @@ from larpixdaq.files.reader import DataFile
 from larpixdaq.files.resume import State
 from larpixdaq.files.tables import Tables
 from larpixdaq.files.writer import RunFile
+from larpixdaq.private_files import DAMAGED, aside
 from larpixdaq.regular_file import check_regular
 from larpixdaq.states import MIN_FREE
 
@@ -135,7 +136,7 @@ def _taken(part: Path) -> Iterator[_Taken]:
     try:
         contents = journal.read(beside)
         if contents.damaged:
-            locked.aside = names.aside(beside)
+            locked.aside = aside(beside)
         yield _Taken(part, part.with_name(stem + names.FINISHED), name, locked, contents)
     finally:
         locked.close()
@@ -150,7 +151,7 @@ def _recover(taken: _Taken, give_up: Callable[[], bool]) -> Recovered:
             raise FileError(f"cannot recover {part}: {final.name} exists")
         final.unlink()  # where there are no hard links, the name was taken, and the rename did not come
     if part.exists() and part.stat().st_size and superblock.read(part) is None:
-        part.rename(names.aside(part))  # no HDF5 file, and none that its writer had only begun
+        part.rename(aside(part))  # no HDF5 file, and none that its writer had only begun
     state = resume.read(part, give_up) if _repair(part) else None
     damage = taken.damage
     if state is not None:
@@ -176,7 +177,7 @@ def _recover(taken: _Taken, give_up: Callable[[], bool]) -> Recovered:
 
 
 def _copy_of(part: Path) -> Path:
-    return part.with_name(part.name + names.DAMAGED)
+    return part.with_name(part.name + DAMAGED)
 
 
 def _keep_copy(part: Path) -> None:

@@ -29,6 +29,7 @@ from larpixdaq.files.closing import sync
 from larpixdaq.files.reader import DataFile
 from larpixdaq.files.recover import recover
 from larpixdaq.files.writer import Report, RunFile
+from larpixdaq.private_files import aside
 from larpixdaq.regular_file import open_regular, read_regular
 from larpixdaq.storing import parts
 
@@ -318,7 +319,7 @@ def _has_sidecar(path: Path) -> bool:
         problem = "it is another file's"
     except (FileError, KeyError, TypeError, ValueError, RecursionError) as error:
         problem = str(error)
-    kept = names.aside(sidecar)
+    kept = aside(sidecar)
     log.error("%s is damaged, and kept as %s: %s", sidecar, kept.name, problem)
     try:
         sidecar.rename(kept)
