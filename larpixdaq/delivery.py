@@ -223,9 +223,10 @@ class Delivery:
         else:
             self.own.close()
             self.arena.close()
-        self.worker.close(SPOOL_LIMIT)
-        for store in (self.own, *self._inherited):
-            store.leave()
+        # A thread that hangs with its disk may still close these files by itself: then they go with the process.
+        if self.worker.close(SPOOL_LIMIT):
+            for store in self._stores:
+                store.leave()
 
     def status(self) -> dict[str, Any]:
         assert self.publisher is not None
