@@ -148,7 +148,7 @@ def test_nonsense_among_good_messages(line: System) -> None:
         line.await_status(operator, "producer", "verdicts", {"1": "lost"})
     found = doubts(verdicts)
     assert ("lost", "# words missing in # board messages, by their headers") in found
-    assert ("lost", "# messages of # bytes in all were too large and were dropped") in found
+    assert ("lost", "# board messages dropped as too large (# bytes in all)") in found
     assert ("suspect", "# bytes behind the last word of # board messages") in found
     assert ("suspect", "# invalid board messages (# bytes in all)") in found
     assert ("suspect", "# words could not be decoded") in found

@@ -187,6 +187,7 @@ READER = """
 import sys, zlib
 from larpixdaq.files.reader import DataFile
 with DataFile(sys.argv[1]) as file:
+    print("open", flush=True)
     for line in sys.stdin:
         file.refresh()
         good = [zlib.crc32(file.packets(b["first_row"], b["first_row"] + b["rows"]).tobytes()) == b["crc32"]
@@ -203,6 +204,7 @@ def test_it_can_be_read_while_it_grows(tmp_path):
         [sys.executable, "-c", READER, file.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
     )
     try:
+        assert wait_for_line(reader) == "open"  # before any row is there
         for _ in range(3):
             for _ in range(5):
                 file.add(*feed.block(random_rows(rng, 15_000)))
@@ -469,8 +471,8 @@ def test_the_ledger_is_in_the_file(tmp_path):
         ("dropped", "INCOMPLETE", "5 rows dropped, because ring and spool were full"),
         ("lost", "INCOMPLETE", r"ledger \(d\): 65 rows were made, 60 are accounted for"),
         ("no end", "INTERRUPTED", "no end record"),
-        ("owed", "INTERRUPTED", "still owes 5 rows"),
-        ("silent", "INTERRUPTED", "producer 'Other': nothing came"),
+        ("owed", "INTERRUPTED", "5 rows pending"),
+        ("silent", "INTERRUPTED", "producer 'Other': no data came"),
         ("aborted", "ABORTED", None),
         ("aborted there", "ABORTED", None),
     ],

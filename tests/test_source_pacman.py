@@ -189,7 +189,7 @@ def test_a_board_that_comes_back(source_at, monkeypatch):
         out.send(message)
         driver.until(lambda: driver.n == 4 and len(driver.problems) == 4, "the board to come back")
         assert f"{name}: connected again" in driver.problems
-        assert any("sends again, after" in line for line in driver.problems)
+        assert any("sends again after" in line for line in driver.problems)
         assert driver.source.due() is not None
 
 

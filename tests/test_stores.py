@@ -402,7 +402,7 @@ def test_one_that_stays_away_holds_only_what_no_other_has(
     told = [one.message for one in caplog.records]
     assert len(told) == 2
     assert told[0].startswith("second has been disconnected for 60 s")
-    assert told[1].startswith("second is back")
+    assert told[1].startswith("second is connected again")
 
 
 def test_a_single_storage_is_never_given_up(make: Callable[..., Line]) -> None:

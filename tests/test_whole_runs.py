@@ -102,7 +102,7 @@ def test_a_part_alone_is_judged_alone(tmp_path, run):
         assert outcome.ok
         assert [one.condition for one in outcome.runs] == [condition]
         notes = [note for note in outcome.files[0].notes if "parity" not in note]
-        assert notes == ([f"condition CONTINUED: the run goes on in {name(part + 1)}"] if part < 2 else [])
+        assert notes == ([f"condition CONTINUED: the run continues in {name(part + 1)}"] if part < 2 else [])
     some = verify_all([tmp_path / name(0), tmp_path / name(1)])
     assert some.ok
     assert [(one.condition, one.notes) for one in some.runs] == [
@@ -375,7 +375,7 @@ def test_the_command(tmp_path, capsys, run):
     lines = [line for line in out.splitlines() if "parity" not in line]
     assert lines == [
         f"{tmp_path / name(0)}: good, 100 rows",
-        f"  condition CONTINUED: the run goes on in {name(1)}",
+        f"  condition CONTINUED: the run continues in {name(1)}",
         f"{tmp_path / name(1)}: good, 50 rows",
         "run 42: COMPLETE, 150 rows in 2 files",
     ]

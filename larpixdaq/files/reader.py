@@ -179,6 +179,8 @@ class DataFile:
         if name not in self._held:
             dataset = self._file[name]
             bounds.check_dataset(self.path, name, dataset)
+            if self._file.swmr_mode:  # check_links() has seen it when the file was opened, with the rows of that time
+                dataset.refresh()
             self._held[name] = dataset
         return self._held[name]
 
