@@ -11,7 +11,7 @@ and dies in one of these ways:
 
 Then everything acknowledged must be in /run/blocks of files that open (parts with swmr=True), or in journals. Recovery
 runs, in a share of the trials killed itself, and again. Then every file must open plainly and hold each acknowledged
-block exactly once, with its rows; the only complaint of verify is ends that never came. At last the run goes on where
+block exactly once, with its rows; the only complaint of verify is missing end records. At last the run goes on where
 it stands, in a further part, and must be COMPLETE over all its parts.
 """
 

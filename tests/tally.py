@@ -31,7 +31,7 @@ _PIECE = 1 << 18
 #: Findings about one part that are of no account when the other parts have what is wanting, or it is counted as lost:
 #: that is seen below.
 _ELSEWHERE = re.compile(
-    "^condition |its totals are unknown$| never came |ledger .d.: |found no room and were dropped$|"
+    "^condition |totals unknown$|: blocks .* missing |ledger .d.: |dropped, because ring and spool were full$|"
     ": most of the data could not be used: "
 )
 
