@@ -158,6 +158,9 @@ class Delivery:
         self.arena.grows = False
         for arena in self._arenas:
             arena.again_at = 0.0
+        for store in self._stores:
+            if store.spool is not None:
+                store.spool.try_names_again()
         self._keep_names()
         self.worker.settle(SPOOL_LIMIT)
         for arena in self._arenas:

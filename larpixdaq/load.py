@@ -32,11 +32,11 @@ class Load:
 
 
 def words(shares: dict[str, float]) -> str:
-    """ "CPU 8 %, can take 13 times this rate": as far as the main loop goes, if there are cores for it."""
+    """ "CPU 8 %, can take at least 13 times this rate": as far as the main loop goes, if there are cores for it."""
     loop, process = shares["loop"], shares["process"]
     if loop < 0.05:
         return f"CPU {process:.0%}"
     if loop > 0.95:
         return f"CPU {process:.0%}, at its limit"
     times = f"{1 / loop:.1f}" if loop > 0.1 else f"{int(1 / loop)}"
-    return f"CPU {process:.0%}, can take {times} times this rate"
+    return f"CPU {process:.0%}, can take at least {times} times this rate"

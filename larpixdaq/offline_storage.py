@@ -198,6 +198,10 @@ def main(argv: list[str] | None = None) -> int:
                 storage.run(signals)
         finally:
             storage.close()
+        if lost := storage.storing.finisher.lost:
+            raise FileError(
+                f"removed, and not written anew: {', '.join(part.name for part in lost)}; its rows are lost"
+            )
 
     return config.run_main(work)
 

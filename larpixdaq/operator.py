@@ -60,6 +60,8 @@ class Operator(Hardware):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._connection.excuse()  # the exception says enough
         self.close()
 
     def __repr__(self) -> str:

@@ -109,6 +109,7 @@ class Spool:
         self._ready_bytes = 0
         self._again = 0.0
         self._naming = False
+        self._name_at = 0.0  # monotonic: not before that again, after it could not be
         directory.bytes += sum(file.size for file in self.files)
 
     @property
@@ -209,14 +210,19 @@ class Spool:
 
     def keep_names(self) -> None:
         """Write the files anew whose names somebody has removed: a successor would not find them."""
-        if self.files and not self._naming:
+        if self.files and not self._naming and time.monotonic() >= self._name_at:
             self._naming = True
             files = tuple(self.files)
             self.directory.worker.submit(lambda: [file.path for file in files if file.keep_name()], self._named)
 
+    def try_names_again(self) -> None:
+        """Do not wait after a failure of keep_names(): the process ends."""
+        self._name_at = 0.0
+
     def _named(self, found: list[Path] | OSError) -> None:
         self._naming = False
         if isinstance(found, OSError):
+            self._name_at = time.monotonic() + AGAIN
             before, self.nameless = self.nameless, f"{self.directory.path}: {found.strerror or found}"
             if self.nameless != before:
                 log.error("somebody has removed a file of the spool, and there is no new one yet: %s", self.nameless)

@@ -75,6 +75,7 @@ class Predecessors:
                 self._check(arena)
             except FileError as error:
                 self._refuse(ring, error)
+                return None  # its spool waits with it: a known epoch is not looked at again
             except RingError as error:
                 if arena is not None:
                     arena.leave()
@@ -85,13 +86,18 @@ class Predecessors:
             self._finish(arena)
             arena.shrink()
             ends = _ends(arena)
-        files = []
+        files: list[File] = []
         for path in paths:
             try:
                 file = File.adopt(path, self._producer, epoch)
             except OSError as error:
                 self._refuse(path, error)
-                continue
+                # Nothing of this epoch yet: a storage that has later blocks counts those of this file as duplicates.
+                for taken in files:
+                    taken.leave()
+                if arena is not None:
+                    arena.leave()
+                return None
             except ValueError as error:
                 keep_aside(path, f"cannot be taken over: {error}")
                 continue

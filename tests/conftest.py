@@ -5,8 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 from actors import core
+from hypothesis import settings
 
 from larpixdaq.operator import Operator
+
+# A busy computer takes its time for an example; how fast the code is, bench/ measures.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -116,3 +116,30 @@ def test_recorded_messages_have_no_host_time() -> None:
     low, high = decoder.clock_bounds()
     assert np.isclose(low, 5 * S)
     assert math.isinf(high)
+
+
+def test_messages_that_are_all_held_up_widen_the_bounds() -> None:
+    """Each upper bound lies below a lower one: the offset is known no better than they miss each other."""
+    clock = BoardClock()
+    for now in range(5):
+        clock.take(now, (-0.0002 * S, -0.0008 * S))
+    reading = clock.reading()
+    assert reading is not None
+    assert reading.offset - reading.offset_uncertainty <= 0.0 <= reading.offset + reading.offset_uncertainty
+    assert 0.0 < reading.offset_uncertainty < 0.001
+
+
+def test_data_that_are_late_for_some_seconds_are_no_clock_that_was_set() -> None:
+    clock = BoardClock()
+    for now in range(10):
+        clock.take(now, (-0.001 * S, 0.01 * S))
+    for now in range(10, 14):  # what the network had held up for two seconds
+        clock.take(now, (-2.0 * S, -1.98 * S))
+        reading = clock.reading()
+        assert reading is not None
+        assert not reading.beyond(1.0)
+    for now in range(14, 40):  # but one that stays behind was set
+        clock.take(now, (-2.0 * S, -1.98 * S))
+    reading = clock.reading()
+    assert reading is not None
+    assert reading.beyond(1.0)

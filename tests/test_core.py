@@ -159,6 +159,7 @@ def test_a_run_through_the_operator(running, operator):
             "versions": disk.calls[0][1]["versions"],
             "connected": [],
             "begun_ns": 0,
+            "stopped_ns": 0,
         }
         assert disk.calls[1][1] == {"run": 42, "begun_ns": info["begun_ns"]}
         assert disk.calls[2][1] == {

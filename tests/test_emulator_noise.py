@@ -268,14 +268,22 @@ def test_words_of_a_board(asic, pps):
     decoder.start(counts)
     found = []
 
-    def turn():
-        if tile.waiting() and tile.fill(5_000):
+    def take():
+        messages = tile.fill(5_000)
+        if messages:
             decoder.feed(tile.buffer, tile.spans)
             rows = np.zeros(40_000, schema.layout_of(generation).dtype)
             found.append(rows[: decoder.decode(rows)])
+        return messages
+
+    def turn():
+        if tile.waiting():
+            take()
         return sum(map(len, found)) > 100_000 and found[-1]["receipt_timestamp"].any()
 
     wait_until(turn, "noise")
+    while take():  # what was made and still waits
+        pass
     rows = np.concatenate(found)
     kind = rows["packet_type"]
     hits = rows[kind == (1 if asic == "3" else 0)]

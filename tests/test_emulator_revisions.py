@@ -258,8 +258,9 @@ def test_time_stamps_count_from_power_up_or_the_last_reset(pps):
     if pps:
         assert max(abs(before), abs(after)) <= 10_000_000
     else:
-        assert up <= before < up + 10_000_000
-        assert again <= after < again + 10_000_000
+        late = 200_000_000  # a busy computer asks for the hits seconds after they came
+        assert up <= before < up + late
+        assert again <= after < again + late
     assert again > up
 
 

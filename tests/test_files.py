@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from larpixdaq import blocks, schema
 from larpixdaq.errors import FileError, ProtocolError
-from larpixdaq.files import names, writer
+from larpixdaq.files import closing, layout, names, writer
 from larpixdaq.files.batch import BATCH_ROWS
 from larpixdaq.files.info import info
 from larpixdaq.files.journal import records
@@ -683,15 +683,21 @@ def test_when_run_began_and_ended_and_for_how_long_it_was_live(tmp_path):
     assert (summary["live_s"], summary["connected"][0]["kind"]) == (690e-9, "PACMAN")
 
 
-def test_a_part_that_goes_on_is_live_until_it_is_closed(tmp_path):
+def test_the_live_times_of_parts_of_a_rotation_add_up(tmp_path):
     feed, info_of_run = Feed(), run_info(started_ns=time.time_ns(), begun_ns=time.time_ns())
+
+    def block():
+        header, rows = feed.block(POOL[V2][:10].copy())
+        now = time.time_ns()
+        return msgspec.structs.replace(header, first_ns=now, last_ns=now), rows
+
     first = RunFile(tmp_path, info_of_run)
-    first.add(*feed.block(POOL[V2][:10].copy()))
+    first.add(*block())
     second = RunFile(tmp_path, info_of_run, 1, first.positions())
-    parts = [first.close(continued=True).path]
-    block, rows = feed.block(POOL[V2][:10].copy())
-    now = time.time_ns()
-    second.add(msgspec.structs.replace(block, first_ns=now, last_ns=now), rows)
+    second.add(*block())  # that was there before the rotation
+    second.from_ns = switched = time.time_ns()
+    first.seal(continued=True, until_ns=switched)
+    parts = [first.publish()]
     second.end(feed.end())
     ended = time.time_ns() + 10**9
     parts.append(second.close(ended_ns=ended).path)
@@ -700,8 +706,7 @@ def test_a_part_that_goes_on_is_live_until_it_is_closed(tmp_path):
         with DataFile(path) as read:
             rows.append(read.run_info())
     assert [row["ended_ns"] for row in rows] == [0, ended]
-    assert rows[0]["live_ns"] == rows[0]["closed_ns"] - info_of_run.begun_ns
-    assert rows[1]["live_ns"] == ended - rows[1]["opened_ns"]
+    assert [row["live_ns"] for row in rows] == [switched - rows[0]["opened_ns"], ended - switched]
 
 
 def test_texts_of_any_length(tmp_path):
@@ -777,3 +782,20 @@ def test_reading_what_is_no_file_of_ours(tmp_path):
     with h5py.File(tmp_path / "other.h5", "a") as other:
         other["packets"] = np.zeros(3)
     refused("other.h5", "has no column with packet types")
+
+
+def test_the_live_times_of_a_storage_that_lags_add_up():
+    """Parts that are closed long after their data, while the spool is delivered, do not count the time between."""
+    second = 10**9
+
+    def live(opened, from_ns, until_ns, blocks, ended):
+        table = np.zeros(len(blocks), layout.TABLES["run/blocks"][0])
+        table["first_ns"], table["last_ns"] = np.transpose(blocks) * second
+        info = {"begun_ns": 100 * second, "opened_ns": opened * second, "ended_ns": ended * second}
+        file = {"run/blocks": table, "ledger/gaps": np.zeros(0, layout.GAPS)}
+        return closing.live_ns(file, info, from_ns=from_ns * second, until_ns=until_ns * second) // second
+
+    late = live(700, 0, 720, [(100, 110), (390, 400)], 0), live(720, 720, 0, [(400, 410), (690, 700)], 700)
+    assert sum(late) == 600
+    at_once = live(90, 0, 401, [(100, 110), (390, 400)], 0), live(401, 401, 0, [(400, 410), (690, 700)], 700)
+    assert at_once == (301, 299)

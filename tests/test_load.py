@@ -23,6 +23,6 @@ def test_shares_follow_the_processor_time(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_is_left_in_words() -> None:
     assert words({"loop": 0.01, "process": 0.02}) == "CPU 2%"
-    assert words({"loop": 0.25, "process": 0.5}) == "CPU 50%, can take 4.0 times this rate"
-    assert words({"loop": 0.074, "process": 0.08}) == "CPU 8%, can take 13 times this rate"
+    assert words({"loop": 0.25, "process": 0.5}) == "CPU 50%, can take at least 4.0 times this rate"
+    assert words({"loop": 0.074, "process": 0.08}) == "CPU 8%, can take at least 13 times this rate"
     assert words({"loop": 0.99, "process": 1.5}) == "CPU 150%, at its limit"

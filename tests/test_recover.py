@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from larpixdaq import blocks, cli, schema
 from larpixdaq._native import chunks
-from larpixdaq.blocks import Position
+from larpixdaq.blocks import ConnectedBoard, Position
 from larpixdaq.errors import FileError, FileLocked
 from larpixdaq.files import batch, closing, names, superblock
 from larpixdaq.files import journal as journal_file
 from larpixdaq.files.batch import BATCH_ROWS
 from larpixdaq.files.journal import Journal
+from larpixdaq.files.opening import info_of
 from larpixdaq.files.positions import positions
 from larpixdaq.files.reader import DataFile
 from larpixdaq.files.recover import recover
@@ -701,3 +702,43 @@ def test_writers_and_recoveries_that_are_killed(tmp_path):
     assert found["kills"] == 25
     assert found["rows_stored"] >= found["rows_acknowledged"] > 0
     assert len(found["kills_by"]) > 5
+
+
+@pytest.mark.parametrize("journal", ["removed", "damaged"])
+def test_rows_that_only_readers_of_the_part_have_seen_are_kept(tmp_path, journal):
+    """They are the journal's, and without it they may be all that is left of acknowledged blocks."""
+    feed, rng = Feed(), np.random.default_rng(1)
+    file = RunFile(tmp_path, run_info())
+    for _ in range(3):
+        file.add(*feed.block(random_rows(rng, 1000)))
+    file.work(pressed=True)
+    file._show()
+    part, beside = file.path, file._journal.path
+    file.abandon()
+    if journal == "removed":
+        beside.unlink()
+    else:
+        data = bytearray(beside.read_bytes())
+        data[40_000] ^= 1
+        beside.write_bytes(data)
+    found = recover(part)
+    assert found.damaged
+    kept = part.with_name(part.name + ".damaged")
+    with h5py.File(kept, swmr=True) as copy:
+        assert len(copy["packets"]) == 3000
+
+
+def test_numbers_out_of_range_in_a_part_are_damage(tmp_path):
+    connected = (ConnectedBoard("LArPix board", 1, "PACMAN", "tcp://127.0.0.1:1", "host"),)
+    for name, column in (("run/sources", "producer"), ("run/info", "layout")):
+        folder = tmp_path / column
+        folder.mkdir()
+        file = RunFile(folder, run_info(connected=connected))
+        file.add(*Feed().block(random_rows(np.random.default_rng(1), 10)))
+        path = file.close().path
+        with h5py.File(path, "r+") as damaged:
+            table = damaged[name][:]
+            table[column] = 9
+            damaged[name][:] = table
+        with pytest.raises(FileError):
+            info_of(path)

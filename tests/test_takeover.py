@@ -20,7 +20,7 @@ from processes import LIMIT, until
 from system import System, rows_of, system
 
 from larpixdaq._native.ring import BLOCK, END, OVERHEAD, SMALLEST, Ring
-from larpixdaq.arena import TORN, Arena, arena_name
+from larpixdaq.arena import TORN, Arena, arena_name, key
 from larpixdaq.blocks import unpack_producer
 from larpixdaq.errors import RingError
 from larpixdaq.files.runs import survey
@@ -416,3 +416,23 @@ def test_a_stopped_producer_whose_name_is_taken_leaves_its_ring(line: System) ->
     until(lambda: not before.exists(), "the old ring to be delivered", 2 * LIMIT)
     ended = operator.end_run().result(2 * LIMIT)
     check(ended, "COMPLETE, suspect")
+
+
+def test_nothing_of_an_epoch_is_taken_while_one_of_its_files_cannot_be_opened(tmp_path):
+    """A known epoch is not looked at again, and later blocks would make a storage take the earlier ones for known."""
+    ring = leave(tmp_path, 5)
+    worker = Worker("spool")
+    spool = Directory(tmp_path / "spool", key(tmp_path, NAME), 1 << 30, worker)
+    file = File(spool.file(5, 0), Header(NAME, 5, 1, 0, 0, 2, 1, ["s"]))
+    file.append([Record(b"h", b"p")])
+    file.leave()
+    predecessors = Predecessors(NAME, tmp_path, tmp_path, spool, 0)
+    for path in (ring, file.path):
+        path.chmod(0o666)
+        assert predecessors.look(set()) == []
+        path.chmod(0o600)
+    (left,) = predecessors.look(set())
+    assert (left.epoch, left.arena is not None, len(left.files)) == (5, True, 1)
+    left.arena.leave()
+    left.files[0].leave()
+    worker.close(1)

@@ -12,6 +12,7 @@ import pytest
 from processes import LIMIT, Process, free_port, until
 
 from larpixdaq.cli import local, main
+from larpixdaq.control.catalogue import Catalogue
 from larpixdaq.launch import read_running, start_time
 from larpixdaq.logind import removes_files
 from larpixdaq.operator import Operator
@@ -167,8 +168,15 @@ def test_up_starts_again_what_has_ended_and_takes_no_other_system_for_its_own(tm
         assert status == 1
         assert f"is in use by a run_data (process {stranger.popen.pid} on " in words
         assert set(up.running("first")) == set(before) - {"run_data"}
+        with Operator(up.core) as operator:
+            operator.prepare_run().result(LIMIT)
+            operator.begin_run().result(LIMIT)
     finally:
-        up.down("first")
+        up.down("first")  # in the middle of a run
+    catalogue = Catalogue(tmp_path / "first" / "state")
+    run = catalogue.find()
+    catalogue.close()
+    assert (run.condition, len(run.files)) == ("ABORTED", 1)
 
 
 USER = pwd.getpwuid(65534)

@@ -12,7 +12,7 @@ from typing import Any
 
 from larpixdaq import config, sources
 from larpixdaq.control.words import utc
-from larpixdaq.errors import ComponentError, ConfigError, FileError, NoCore
+from larpixdaq.errors import ComponentError, ConfigError, FileError, LarpixDaqError, NoCore
 from larpixdaq.launch import (
     Entry,
     Group,
@@ -30,9 +30,12 @@ from larpixdaq.offline_storage import add_own_arguments as add_storage_arguments
 from larpixdaq.offline_storage import own_options
 from larpixdaq.operator import Operator
 from larpixdaq.producer import add_own_arguments as add_producer_arguments
+from larpixdaq.states import STOP
 
 #: Maximum seconds until every process that `up` starts has registered.
 UP_LIMIT = 20.0
+#: Maximum seconds that `down` waits for the end of a run in progress.
+ABORT_LIMIT = 40.0
 
 
 def add_commands(commands: Any) -> None:
@@ -192,11 +195,24 @@ def wait_for(operator: Operator, kinds: set[str], group: Group, processes: Seque
         time.sleep(0.05)
 
 
+def _abort_run(core: str) -> None:
+    """Abort the run in progress, if there is one, so that the catalogue says how it ended and where its files are."""
+    try:
+        with Operator(core, timeout=1.0) as operator:
+            if operator.state().result(timeout=UP_LIMIT) != STOP:
+                operator.take_control().result(timeout=UP_LIMIT)
+                operator.abort_run().result(timeout=ABORT_LIMIT)
+    except LarpixDaqError as error:
+        print(f"larpixdaq: WARNING: the run in progress could not be aborted: {error}", file=sys.stderr)
+
+
 def down(options: argparse.Namespace) -> int:
     state = config.state_dir(options.state_dir)
     running = read_running(state)
     if running is None:
         raise FileError(f"nothing is up: no {running_file(state)}")
+    if any(entry.module == "core" and alive(entry) for entry in running.processes):
+        _abort_run(running.core)
     killed = end_running(running)
     running_file(state).unlink(missing_ok=True)
     if killed:

@@ -148,6 +148,7 @@ def storage_params(run: Run, producers: Iterable[str]) -> dict[str, Any]:
         "versions": {"larpix-daq": VERSION, **run.versions},
         "connected": run.connected,
         "begun_ns": run.begun_ns or 0,
+        "stopped_ns": run.stopped_ns or 0,
     }
 
 

@@ -27,6 +27,8 @@ _KEPT: Final = 10_000
 #: What was not acknowledged is sent again after a second; what was, asks for its answer every two.
 _AGAIN: Final = 1.0
 _ASK: Final = 2.0
+#: Seconds that close() waits for answers to requests that nobody has waited for.
+LAST_ANSWERS: Final = 1.0
 #: Seconds that IPython waits for a result before it shows what there is.
 _SHOW: Final = 5.0
 
@@ -299,13 +301,30 @@ class Connection:
         self.link.send(message)
         return request
 
+    def _unheard_of(self) -> bool:
+        """Whether a request is open that nobody has waited for."""
+        return any(not sent.outcome.awaited for sent in list(self._sent.values()))
+
+    def excuse(self) -> None:
+        """Do not tell of the requests that are open, whatever becomes of them."""
+        for sent in list(self._sent.values()):
+            sent.outcome.awaited = True
+            sent.outcome.see()
+
     def close(self) -> None:
+        """Disconnect. Answers to requests that nobody has waited for are awaited for LAST_ANSWERS seconds: they may be
+        refusals."""
         self._closed = True
+        limit = time.monotonic() + LAST_ANSWERS
+        while self._unheard_of() and time.monotonic() < limit and self.link.unheard() <= NO_CORE:
+            time.sleep(0.01)
         self.link.close()
         for number, sent in list(self._sent.items()):
             if sent.outcome.awaited:
                 sent.outcome.see()
-            error = NoCore(f"{sent.message.action}: this Operator was closed before the result came")
+            error = NoCore(
+                f"{sent.message.action}: this Operator was closed before the result came; it may have been done"
+            )
             self._give(number, Response("error", "", str(error), error=error))
 
     # In the link's thread.

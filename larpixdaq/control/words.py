@@ -48,7 +48,7 @@ def _words(component: Facts) -> str:
     try:
         said = _WORDS[component["kind"]](component["info"], facts)
         return f"{said}; {load_words(facts['load'])}" if "load" in facts else said
-    except (KeyError, TypeError, ValueError):  # of another version than we are
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError):  # of another version than we are
         return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
@@ -78,12 +78,13 @@ def _alarms(component: Facts) -> list[str]:
     facts, found = component["status"], []
     if facts.get("paused"):
         found.append(f"PAUSED: {component['name']} is not writing: {facts['paused']}")
-    for text in facts.get("nameless") or ():
+    for text in _list(facts, "nameless"):
         found.append(f"FILE REMOVED: {component['name']}: {text}; lost if the process is killed")
-    for path in facts.get("kept_aside") or ():
+    for path in _list(facts, "kept_aside"):
         found.append(f"DAMAGED FILE KEPT: {component['name']}: {path} could not be read whole; move it away")
-    boards = facts.get("boards")
-    for board in boards if isinstance(boards, list) else ():
+    for text in _list(facts, "not_recovered"):
+        found.append(f"NOT RECOVERED: {component['name']}: {text}")
+    for board in _list(facts, "boards"):
         since = board.get("away_since") if isinstance(board, dict) else None
         if isinstance(since, int | float) and 0 < since < 1e11:
             found.append(f"{board.get('name')}: {_away(board)}")
@@ -93,6 +94,11 @@ def _alarms(component: Facts) -> list[str]:
     if facts.get("on_close"):
         found.append(f"COMMAND FAILED: {component['name']}: {facts['on_close']}")
     return found
+
+
+def _list(facts: Facts, name: str) -> list[Any]:
+    found = facts.get(name)
+    return found if isinstance(found, list) else []
 
 
 def _away(board: Facts) -> str:

@@ -76,18 +76,25 @@ def stored(accounts: Sequence[Account]) -> list[tuple[str, int, int, int]]:
     ]
 
 
-def live_ns(file: Any, info: Any, *, continued: bool) -> int:
+#: A storage that rotates so long after the last row (ns) lags behind its producers.
+_LAG_NS = 2 * 10**9
+
+
+def live_ns(file: Any, info: Any, *, from_ns: int, until_ns: int) -> int:
     """For how long RUN was recorded in this part, ns: without the times in which rows found no room at a producer.
 
-    `info`: the row of /run/info with all times. A part begins when it was opened, or with its first block when that
-    had come before, and ends with RUN, when it was closed to go on in the next, or with its last block.
+    `info`: the row of /run/info with all times. `from_ns`, `until_ns`: when a rotation opened this part, and when one
+    opened the next; 0: none did. A part that no rotation opened begins when it was opened, or with its first block when
+    that had come before; one that no rotation closed ends with RUN or with its last block.
     """
     table = file["run/blocks"]
     if not info["begun_ns"] or not table.shape[0]:
         return 0
     first, last = int(table[0]["first_ns"]), int(table[-1]["last_ns"])
-    start = max(int(info["begun_ns"]), min(first, int(info["opened_ns"])))
-    stop = int(info["ended_ns"]) or (int(info["closed_ns"]) if continued else last)
+    # A storage that lags behind its producers rotates between data of long before: their times count then.
+    start = from_ns if from_ns and from_ns - first < _LAG_NS else min(first, int(info["opened_ns"]))
+    start = max(start, int(info["begun_ns"]))
+    stop = int(info["ended_ns"]) or (until_ns if until_ns and until_ns - last < _LAG_NS else last)
     gaps = np.sort(file["ledger/gaps"][:], order="first_ns")
     live, at = max(0, stop - start), start
     for begin, end in gaps[["first_ns", "last_ns"]].tolist():
@@ -132,7 +139,7 @@ def write_anew(file: int, part: Path) -> None:
             os.close(new)
     except OSError as error:
         reason = error.strerror or error
-        raise FileError(f"{part} was removed, and cannot be written anew: {reason}; what it held is lost") from None
+        raise FileError(f"{part} was removed, and cannot be written anew: {reason}") from None
 
 
 def publish(part: Path, final: Path) -> None:

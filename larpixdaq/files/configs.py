@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.blocks import Block, Source
 from larpixdaq.configurations import SENT, unpack
+from larpixdaq.errors import FileError
 from larpixdaq.files import layout, names
 from larpixdaq.files.journal import records
 from larpixdaq.files.reader import DataFile
@@ -88,4 +89,7 @@ def of_part(path: Path) -> Carried:
             if record.frame.producer not in producers:
                 producers.append(record.frame.producer)
             tables.append(rows(record.frame, producers.index(record.frame.producer)))
-    return Carried(newest(np.concatenate(tables)), producers)
+    table = np.concatenate(tables)
+    if len(table) and int(table["producer"].max()) >= len(producers):
+        raise FileError(f"{path}: /run/configs names producer {table['producer'].max()} of {len(producers)}")
+    return Carried(newest(table), producers)

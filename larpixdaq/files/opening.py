@@ -12,6 +12,7 @@ import numpy as np
 
 from larpixdaq import schema
 from larpixdaq.blocks import ConnectedBoard, Source
+from larpixdaq.errors import FileError
 from larpixdaq.files import layout
 from larpixdaq.files.configs import NOTHING, Carried
 from larpixdaq.files.reader import DataFile
@@ -84,7 +85,10 @@ def tell(tables: Tables, info: RunInfo) -> None:
 def info_of(path: Path) -> RunInfo:
     """What a part says of its run; FileError when it cannot be read."""
     with DataFile(path) as file:
-        return told(file.run_info(), file.texts())._replace(connected=tuple(file.connected()))
+        try:
+            return told(file.run_info(), file.texts())._replace(connected=tuple(file.connected()))
+        except ValueError as error:
+            raise FileError(f"{path}: /run/info: {error}") from None
 
 
 def told(row: Mapping[str, Any], texts: Mapping[str, Sequence[str]]) -> RunInfo:

@@ -35,6 +35,9 @@ class LeftPart(io.FileIO):
         super().__init__(path, "rb")
         self._first = superblock.closed(first, os.fstat(self.fileno()).st_size)
 
+    def __del__(self) -> None:
+        self.close()  # h5py lets go of it when its file is closed
+
     def readinto(self, buffer: Any) -> int:
         at = self.tell()
         found = super().readinto(buffer)
@@ -44,7 +47,7 @@ class LeftPart(io.FileIO):
         return found
 
 
-def _may_be_written(part: Path) -> bool:
+def may_be_written(part: Path) -> bool:
     """Whether a process holds the lock on the part's journal, as writers and recoveries do, or nobody can tell."""
     try:
         fd = open_regular(part.with_name(part.name.removesuffix(names.PART) + names.JOURNAL))
@@ -101,7 +104,7 @@ class DataFile:
         first = superblock.read(self.path) if self.path.name.endswith(names.PART) else None
         growing = superblock.is_growing(self.path)
         try:
-            if first is not None and growing and not _may_be_written(self.path):
+            if first is not None and growing and not may_be_written(self.path):
                 self._left = LeftPart(self.path, first)
                 return h5py.File(self._left, "r")
             if not h5py.is_hdf5(self.path):
@@ -207,7 +210,9 @@ class DataFile:
         found: dict[tuple[str, int], ConnectedBoard] = {}
         for row in self.table("run/sources"):
             one = plain(row)
-            producer = producers[one.pop("producer")]
+            if (index := one.pop("producer")) >= len(producers):
+                raise FileError(f"{self.path}: /run/sources names producer {index} of {len(producers)}")
+            producer = producers[index]
             found[producer, one["io_group"]] = ConnectedBoard(producer, **one)
         return list(found.values())
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import h5py
 
 from larpixdaq.errors import FileError, cause
-from larpixdaq.files import bounds, heap, layout, superblock
+from larpixdaq.files import bounds, heap, layout, names, superblock
 from larpixdaq.files.packets import PacketFile
 from larpixdaq.files.raw import RawFile
+from larpixdaq.files.reader import LeftPart, may_be_written
 
 
 def open_recording(path: Path) -> RawFile | PacketFile | None:
@@ -21,7 +22,13 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
             return None
         heap.check(path)
         # One whose writer lives, or died, as readers of growing files do.
-        file = layout.open_file(path, "r", swmr=superblock.is_growing(path))
+        growing = superblock.is_growing(path)
+        if growing and path.name.endswith(names.PART) and not may_be_written(path):
+            first = superblock.read(path)
+            assert first is not None
+            file = h5py.File(LeftPart(path, first), "r")  # as DataFile does it, and for its reason
+        else:
+            file = layout.open_file(path, "r", swmr=growing)
     except FileError:
         raise
     except OSError as error:

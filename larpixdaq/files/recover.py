@@ -106,6 +106,7 @@ class _Taken(NamedTuple):
     name: names.Name
     journal: Journal
     contents: Contents  # of the journal
+    no_journal: bool  # somebody has removed it: a writer makes it before the part
 
     @property
     def damage(self) -> list[str]:
@@ -132,12 +133,13 @@ def _taken(part: Path) -> Iterator[_Taken]:
     if not os.path.lexists(part) and not os.path.lexists(beside):
         raise FileError(f"{part}: there is no such file")
     check_regular(part)
+    no_journal = not os.path.lexists(beside)
     locked = Journal(beside, recovery=True)
     try:
         contents = journal.read(beside)
         if contents.damaged:
             locked.aside = aside(beside)
-        yield _Taken(part, part.with_name(stem + names.FINISHED), name, locked, contents)
+        yield _Taken(part, part.with_name(stem + names.FINISHED), name, locked, contents, no_journal)
     finally:
         locked.close()
 
@@ -156,6 +158,13 @@ def _recover(taken: _Taken, give_up: Callable[[], bool]) -> Recovered:
     damage = taken.damage
     if state is not None:
         damage += state.lost + state.damaged
+    # Rows of no block are the journal's. Where it cannot say what they are, they may be all that is left.
+    unknown = (
+        state is not None and not state.sealed and state.cut > 0 and (taken.no_journal or bool(taken.contents.damaged))
+    )
+    if state is not None and (state.lost or unknown) and not state.sealed and not _copy_of(part).exists():
+        _keep_copy(part)
+        damage = taken.damage + state.lost + state.damaged
     if not taken.contents.records and not damage and (state is None or not state.accounts):
         with contextlib.suppress(FileNotFoundError):
             part.unlink()
@@ -170,9 +179,6 @@ def _recover(taken: _Taken, give_up: Callable[[], bool]) -> Recovered:
     if state.sealed:
         closing.publish(part, final)
         return _closed(taken, damage)
-    if state.lost and not _copy_of(part).exists():
-        _keep_copy(part)
-        damage = taken.damage + state.lost + state.damaged
     return _finish(taken, state._replace(damaged=damage))
 
 

@@ -26,13 +26,14 @@ class Texts:
         self._passed = 0
         self._lines: list[bytes] = []
         self._begins: NDArray[np.int64] | None = None  # rows at which blocks begin
-        self._last_begin = 0  # the last of them; of a file that grows, there may be rows of further blocks behind it
+        self._end = 0  # row behind the last block; a file that grows may have rows of further blocks from there on
         # Without /messages, or with others than these, every text is missing, and that is counted.
         with contextlib.suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):
             self._lines = [bytes(line) for line in file["messages"]["message"]]
         with contextlib.suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):
-            self._begins = file["run/blocks"].fields("first_row")[:].astype(np.int64)
-            self._last_begin = int(self._begins[-1:].sum())
+            blocks = file["run/blocks"][:]
+            self._begins = blocks["first_row"].astype(np.int64)
+            self._end = int(blocks["first_row"][-1:].sum() + blocks["rows"][-1:].sum())
 
     def of(self, counters: NDArray[Any], places: NDArray[np.intp]) -> list[tuple[int, str]]:
         """The texts of these rows of type 5, given by their column `counter` and their place in the file: index among
@@ -46,7 +47,7 @@ class Texts:
         self._passed += len(counters)
         first = np.ones(len(numbers), np.bool_)
         if self._begins is not None:
-            first = np.isin(places, self._begins) | (places > self._last_begin) & (np.diff(numbers, prepend=-1) != 0)
+            first = np.isin(places, self._begins) | (places >= self._end) & (np.diff(numbers, prepend=-1) != 0)
             first[:1] = True
         starts = np.flatnonzero(first)
         lengths = np.diff(starts, append=len(numbers))

@@ -145,6 +145,8 @@ class RunFile:
         self._known = known
         self._accounts: dict[Source, Account] = {}
         self._held: deque[Held] = deque()
+        #: When a rotation opened this part, unix ns; 0: none did.
+        self.from_ns = 0
         self._journaled = 0  # of the held ones, the first so many are in the journal
         self._oldest = 0.0  # monotonic time at which the first of the others came
         self._pending_messages: list[Held] = []  # INFO messages among the held ones whose texts are not in /messages
@@ -414,12 +416,13 @@ class RunFile:
         owed: Mapping[Source, int] | None = None,
         texts: Mapping[str, str] | None = None,
         ended_ns: int = 0,
+        until_ns: int = 0,
     ) -> Report:
         """Write what is left, the totals and the condition: the file is whole then, and waits for publish().
 
         aborted: the run was; continued: the run goes on in another part; owed: rows that producers are known to keep
         still; texts: more for /run/texts, such as "previous part", "next part"; ended_ns: when RUN ended, unix ns, 0
-        when it has not, or nobody knows.
+        when it has not, or nobody knows; until_ns: when a rotation opened the next part, unix ns.
         FileError when the disk fails: part and journal then stay for recovery.
         """
         self._usable()
@@ -450,7 +453,7 @@ class RunFile:
             info["condition"], info["closed_ns"] = condition, time.time_ns()
             if "ended_ns" in info.dtype.names:  # not so in a part of an earlier version that is recovered
                 info["ended_ns"] = ended_ns
-                info["live_ns"] = closing.live_ns(self._file, info[0], continued=continued)
+                info["live_ns"] = closing.live_ns(self._file, info[0], from_ns=self.from_ns, until_ns=until_ns)
             info["rows"], info["blocks"] = self.rows, self._tables.blocks
             info["duplicate_blocks"], info["missing_blocks"] = self.duplicate_blocks, missing
             self._file["run/info"][:] = info
@@ -471,17 +474,25 @@ class RunFile:
         try:
             if self._nameless >= 0:
                 closing.write_anew(self._nameless, self.path)
+                self._forget_nameless()
             closing.publish(self.path, self._final)
         except FileError:
-            self.abandon()
+            if not self.nameless:
+                self.abandon()
             raise
-        finally:
-            if self._nameless >= 0:
-                os.close(self._nameless)
-                self._nameless = -1
         self.path = self._final
         self._journal.close(remove=True)
         return self.path
+
+    @property
+    def nameless(self) -> bool:
+        """Whether the sealed file has no name, and only this object has it: publish() may be tried again."""
+        return self._nameless >= 0
+
+    def _forget_nameless(self) -> None:
+        if self._nameless >= 0:
+            os.close(self._nameless)
+            self._nameless = -1
 
     def _positions(self) -> list[tuple[int, ...]]:
         """The rows of /run/positions: first those of which the file has known since it was opened, in their order."""
@@ -508,6 +519,7 @@ class RunFile:
         Harmless when repeated, or when the disk failed before: what was acknowledged is in file and journal.
         """
         self._failed = self._failed or "is closed"
+        self._forget_nameless()
         # The HDF5 library writes what its cache holds when it closes a file, if need be when this process ends: into a
         # file that has been recovered meanwhile. From here on it writes into memory.
         with contextlib.suppress(OSError, RuntimeError, ValueError):

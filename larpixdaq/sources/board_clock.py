@@ -17,6 +17,8 @@ _KEPT: Final = 60
 _APART: Final = 120.0
 #: A reading that misses the ones before by so much (seconds) is that of a clock that was set.
 _SET: Final = 0.5
+#: Readings one after the other that are so much too late before the clock is taken to be set: messages may be held up.
+_LATE: Final = 20
 
 
 class ClockReading(NamedTuple):
@@ -46,6 +48,7 @@ class BoardClock:
     def __init__(self) -> None:
         self._readings: deque[tuple[float, float, float]] = deque(maxlen=_KEPT)  # time, bounds of the offset (seconds)
         self._first: tuple[float, float, float] | None = None  # the same of the first minute
+        self._late = 0  # readings one after the other that say that the clock was set back
 
     def take(self, now: float, bounds: tuple[float, float] | None) -> None:
         """Take what a decoder's clock_bounds() says, once a second."""
@@ -53,9 +56,10 @@ class BoardClock:
             return
         low, high = bounds[0] / 1e9, bounds[1] / 1e9
         known = self._bounds()
-        if known is not None and (low > known[1] + _SET or high < known[0] - _SET):
+        self._late = self._late + 1 if known is not None and high < known[0] - _SET else 0
+        if known is not None and (low > known[1] + _SET or self._late >= _LATE):
             self._readings.clear()
-            self._first = None
+            self._first, self._late = None, 0
         self._readings.append((now, low, high))
         if self._first is None and now - self._readings[0][0] >= _KEPT / 2:
             self._first = (now, *self._interval())
@@ -81,5 +85,7 @@ class BoardClock:
         """In which the offset lies, by the last minute. An upper bound below a lower one is that of a message that was
         held up."""
         low = max(one[1] for one in self._readings)
-        high = min((one[2] for one in self._readings if one[2] >= low), default=low)
-        return (low, high) if high < float("inf") else (low, low + 1.0)
+        highs = [one[2] for one in self._readings]
+        # All of them held up: by about as much as the bounds miss each other.
+        high = min((one for one in highs if one >= low), default=min(2 * low - max(highs), low + 1.0))
+        return (low, high) if high < math.inf else (low, low + 1.0)

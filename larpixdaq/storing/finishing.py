@@ -94,6 +94,9 @@ class Finisher:
             _Worker(f"storage: {what}") for what in ("final names", "checksums", "commands", "recovery")
         )
         self._broken: dict[Path, str] = {}  # parts that are not recovered yet, and why not
+        self._removed: dict[Path, RunFile] = {}  # those of them whose names somebody has removed
+        #: Parts that were removed and could not be written anew until the end of the process.
+        self.lost: list[Path] = []
         self._trying = False  # to recover them
         self._try_at = 0.0  # monotonic: not before that again
         self._ending = False
@@ -109,6 +112,11 @@ class Finisher:
     def broken(self) -> list[str]:
         """The names of the parts that are being recovered, or wait for retry()."""
         return [part.name for part in list(self._broken)]
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Those of them that could not be recovered so far, and why; they are tried again."""
+        return {part.name: why for part, why in list(self._broken.items()) if why}
 
     def work(self) -> None:
         with contextlib.suppress(BlockingIOError):  # nothing was told, or it was and the wake-up is on its way
@@ -129,6 +137,11 @@ class Finisher:
         self._ending = True
         self._recovering.end()
         self._publishing.end()
+        for part, file in list(self._removed.items()):
+            self._recover(part, self._broken[part])
+            if part in self._removed:
+                file.abandon()
+                self.lost.append(part)
         if not self._summing.end(LAST_SUMS):
             log.error("checksums are not ready after %g s: the next start makes those of the newest run", LAST_SUMS)
         self._commands.end(LAST_COMMANDS)
@@ -155,6 +168,8 @@ class Finisher:
                 path = file.publish()
             except FileError as error:
                 log.error("%s", error)
+                if file.nameless:
+                    self._removed[part] = file
                 self._broken[part] = str(error)
                 return
             log.info("%s: %d rows, %s", path.name, report.rows, report.condition)
@@ -195,10 +210,23 @@ class Finisher:
                 self._recover(part, before)
             except (LarpixDaqError, OSError) as error:  # the others have their turn
                 log.error("%s: %s", part.name, error)
+            except Exception:  # a mistake of ours: likewise
+                log.exception("%s", part.name)
         self._try_at = time.monotonic() + parts.AGAIN
         self._trying = False
 
     def _recover(self, part: Path, before: str) -> None:
+        if part in self._removed:
+            try:
+                path = self._removed[part].publish()
+            except FileError as error:
+                if str(error) != before:
+                    log.error("%s", error)
+                    self._broken[part] = str(error)
+                return
+            del self._removed[part], self._broken[part]
+            self._finish(path)
+            return
         try:
             found = recover(part, lambda: self._ending)
         except FileLocked:

@@ -138,7 +138,9 @@ class OpenRun:
         try:
             following = self._create(old.part + 1, old.positions(), old.configurations())
             following.set_text("previous part", old.final.name)
-            report = old.seal(continued=True, texts={"next part": following.final.name})
+            following.from_ns = time.time_ns()
+            texts = {"next part": following.final.name}
+            report = old.seal(continued=True, texts=texts, until_ns=following.from_ns)
         except FileError:
             if following is not None:
                 following.give_up()

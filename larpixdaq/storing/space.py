@@ -27,6 +27,8 @@ class Space:
         self.directory = directory
         self._clock = clock
         self._free = 0
+        #: Why the directory cannot be asked for its space; empty when it can.
+        self.trouble = ""
         self._looked: float | None = None
         self._grown: deque[tuple[float, int]] = deque()
 
@@ -35,10 +37,10 @@ class Space:
         self._looked = self._clock()
         try:
             found = os.statvfs(self.directory)
-        except OSError:  # the disk is away: no room is what that means
-            self._free = 0
+        except OSError as error:  # the disk is away: no room is what that means
+            self._free, self.trouble = 0, error.strerror or str(error)
         else:
-            self._free = found.f_bavail * found.f_frsize
+            self._free, self.trouble = found.f_bavail * found.f_frsize, ""
         return self._free
 
     def enough(self, *, again: bool = False) -> bool:

@@ -74,7 +74,7 @@ class Storing(Writing):
     def prepare_run(
         self, call: Call, run: int, kind: str, comment: str, operator: str, started_ns: int, layout: int,
         asic_version: str, producers: list[str], versions: dict[str, str],
-        connected: Sequence[dict[str, Any]] = (), begun_ns: int = 0,
+        connected: Sequence[dict[str, Any]] = (), begun_ns: int = 0, stopped_ns: int = 0,
     ) -> Any:  # fmt: skip
         opened = self._runs.get(run)
         if opened is not None and opened.announced:
@@ -100,6 +100,7 @@ class Storing(Writing):
         else:  # its blocks were here before the news of it: we have come back in the middle of it
             opened.announce(info)
             self._infos[run] = info
+        opened.ended_ns = stopped_ns
         return {"file": _name_of(opened), "free_bytes": self.space.free()}
 
     def begin_run(self, call: Call, run: int, begun_ns: int = 0) -> Any:
@@ -156,7 +157,7 @@ class Storing(Writing):
 
     def status(self) -> dict[str, Any]:
         opened = list(self._runs.values())
-        free = self.space.free()
+        free, failed = self.space.free(), self.finisher.failed
         self.space.grown(self._written + sum(run.bytes for run in opened))
         return {
             "files": [run.file.path.name for run in opened if run.file is not None],
@@ -166,7 +167,8 @@ class Storing(Writing):
             "bytes_per_second": self.space.bytes_per_second(),
             "seconds_left": self.space.seconds_left(),
             "paused": self.paused or "; ".join(run.failure for run in opened if run.file is None),
-            "recovering": self.finisher.broken,
+            "recovering": [part for part in self.finisher.broken if part not in failed],
+            "not_recovered": list(failed.values()),
             "duplicates": self.duplicates,
             "finished": list(self.finisher.finished),
             "on_close": self.finisher.trouble,

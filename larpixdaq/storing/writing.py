@@ -225,7 +225,8 @@ class Writing:
             if self.stream is not None:
                 self.stream.again()
         else:
-            self.paused = f"{self.directory} has {self.space.free() / 2**20:.0f} MiB left, {RESERVE >> 20} are reserved"
+            free = f"has {self.space.free() / 2**20:.0f} MiB left, {RESERVE >> 20} are reserved"
+            self.paused = f"{self.directory}: {self.space.trouble or free}"
             log.error("writing is paused: %s; the producers keep the data", self.paused)
         return not self.paused
 
