@@ -146,7 +146,7 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     """What a storage takes beside its directory, its name and the core."""
     parser.add_argument(
         "--rotate", type=limit, action="append", default=[], metavar="LIMIT",
-        help="go on in a further file at a number of rows (500krows, 100Mrows), at a size (500MB, 4GiB) or after a "
+        help="continue in the next file at a number of rows (500krows, 100Mrows), at a size (500MB, 4GiB) or after a "
         "time (30s, 5min, 2h); may be given several times (default: one file a run)",
     )  # fmt: skip
     parser.add_argument(

@@ -201,6 +201,14 @@ def test_wrong_options(command: str, capsys: pytest.CaptureFixture[str]) -> None
     assert ": error: " in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("command", ["verify", "recover", "info"])
+def test_an_empty_path_is_not_the_current_folder(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, ""])
+    assert ended.value.code == 2
+    assert "expected a path, found an empty text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [

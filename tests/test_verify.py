@@ -133,8 +133,8 @@ COUNTS = "ledger/counts"
     ("change", "line"),
     [
         (edit("run/blocks", "crc32", 1, 5), "/packets, rows 1 to 1001: expected CRC-32 00000005, found "),
-        (edit("run/blocks", "first_row", 2, 900), "block 2 of 500 rows stands at row 900, expected row 1001"),
-        (edit("run/blocks", "rows", 1, 4_000_000_000), "block 1 of 4000000000 rows stands at row 1, expected row 1"),
+        (edit("run/blocks", "first_row", 2, 900), "block 2 of 500 rows is at row 900, expected row 1001"),
+        (edit("run/blocks", "rows", 1, 4_000_000_000), "block 1 of 4000000000 rows is at row 1, expected row 1"),
         (edit("run/blocks", "rows", 4, 700), "/run/blocks reaches to row 2501, /packets has 1802"),
         (edit("run/blocks", "rows", 4, 0), "/run/blocks covers 1801 rows, /packets has 1802"),
         (edit("run/blocks", "sequence", 2, 7), "sequence 7 follows where 2 should"),

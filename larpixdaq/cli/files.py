@@ -28,7 +28,9 @@ def add_commands(commands: Any) -> None:
         "each run: over all its parts in a directory, or those that are given. Exit status 1, with the reasons, when "
         "anything is wrong.",
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a file, or a directory with files of runs")
+    parser.add_argument(
+        "paths", nargs="+", type=_path, metavar="PATH", help="a file, or a directory of runs"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=verify)
     parser = commands.add_parser(
@@ -39,14 +41,20 @@ def add_commands(commands: Any) -> None:
         "file, as NAME.damaged. Exit status 1 when anything could not be recovered. "
         "A storage does the same for its own parts when it starts.",
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a part, its journal, or a directory")
+    parser.add_argument("paths", nargs="+", type=_path, metavar="PATH", help="a part, its journal, or a directory")
     add_lock_dir_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=recover)
     parser = commands.add_parser("info", help="what is in a file", description="Shows what is in a file.")
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=_path, metavar="FILE")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=info)
+
+
+def _path(text: str) -> Path:
+    if not text:  # an unset variable of a shell is not the current folder
+        raise argparse.ArgumentTypeError("expected a path, found an empty text")
+    return Path(text)
 
 
 def verify(options: argparse.Namespace) -> int:

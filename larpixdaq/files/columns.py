@@ -123,8 +123,8 @@ TABLES: Final[dict[str, dict[str, Entry]]] = {
         "blocks": ("blocks", "in /run/blocks"),
         "duplicate_blocks": ("blocks", "that came twice; stored once"),
         "missing_blocks": ("blocks", "that never came"),
-        "begun_ns": ("unix ns", "when RUN began, by the core's clock; 0: not in this part"),
-        "ended_ns": ("unix ns", "when RUN ended, by the core's clock; 0: not in this part"),
+        "begun_ns": ("unix ns", "when RUN began, by the core's clock; 0: it had not, or nobody knows"),
+        "ended_ns": ("unix ns", "when RUN ended, by the core's clock; 0: not before the part was closed, or unknown"),
         "live_ns": ("ns", "for which RUN was recorded in this part, without times in which rows were dropped"),
     },
     "run/sources": {

@@ -66,9 +66,10 @@ class Recovered(NamedTuple):
         if self.closed_before:
             done = f"{self.path.name}: its writer had closed it, {self.rows} rows, {self.condition}"
         else:
+            cut = f", {self.cut} rows cut that belong to no block" if self.cut else ""
             done = (
                 f"{self.path.name}: recovered, {self.rows} rows, {self.condition} ({self.from_journal} blocks from the"
-                f" journal, {self.cut} rows of no block cut)"
+                f" journal{cut})"
             )
         more = f"; and {len(self.damaged) - 1} more" if len(self.damaged) > 1 else ""
         return f"{done}; DAMAGED: {self.damaged[0]}{more}" if self.damaged else done

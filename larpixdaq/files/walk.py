@@ -31,7 +31,7 @@ def walk(
         for block in group:
             if int(block["first_row"]) != row or int(block["rows"]) > schema.BLOCK_ROWS:
                 finding(
-                    f"/run/blocks: block {block['sequence']} of {block['rows']} rows stands at row"
+                    f"/run/blocks: block {block['sequence']} of {block['rows']} rows is at row"
                     f" {block['first_row']}, expected row {row}; what follows is not checked"
                 )
                 return

@@ -76,8 +76,8 @@ FINDINGS: Final = {
     # Stored with the wrong bits of the clock, and sync and trigger words with none.
     "clock64": Finding(
         SUSPECT,
-        "{amount} words come from firmware with a 64-bit clock, and their times are stored wrongly: start the producer "
-        "with --clock64",
+        "at least {amount} words come from firmware with a 64-bit clock, and times are stored wrongly: start the "
+        "producer with --clock64",
         setup=True,
     ),
     "clock32": Finding(
