@@ -28,9 +28,7 @@ def add_commands(commands: Any) -> None:
         "each run: over all its parts in a directory, or those that are given. Exit status 1, with the reasons, when "
         "anything is wrong.",
     )
-    parser.add_argument(
-        "paths", nargs="+", type=_path, metavar="PATH", help="a file, or a directory of runs"
-    )
+    parser.add_argument("paths", nargs="+", type=_path, metavar="PATH", help="a file, or a directory of runs")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=verify)
     parser = commands.add_parser(

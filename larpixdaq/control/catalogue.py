@@ -136,9 +136,7 @@ class Catalogue:
                 )
             (found,) = db.execute("SELECT coalesce(max(run), 0) FROM runs").fetchone()
             if found < (drawn or 0):
-                self.warnings.append(
-                    f"{self.path} ends with run {found}, {drawn} were drawn: numbers continue there"
-                )
+                self.warnings.append(f"{self.path} ends with run {found}, {drawn} were drawn: numbers continue there")
             elif found != drawn:
                 self._write_drawn(found)
             self._highest = max(found, drawn or 0)
