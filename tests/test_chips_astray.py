@@ -18,7 +18,10 @@ from larpix.io import PACMAN_IO
 from processes import LIMIT
 from system import rows_of, system
 
+from larpixdaq.chips.detector import Detector
 from larpixdaq.chips.registers import Registers
+from larpixdaq.chips.talk import Setup
+from larpixdaq.configurations import REGISTERS
 from larpixdaq.errors import RequestError
 
 SLOW = 60.0
@@ -297,8 +300,42 @@ def test_v3_chips_go_by_address(here):
             assert read == {"1-1-1": {"register 64": 77}}
             with pytest.raises(RequestError, match="load_board: larpix-control knows no v3 chips"):
                 operator.load_board("x.json").result(LIMIT)
+
+            # all registers are those two: nothing is written that nobody has set
+            before = operator.read_configuration("1-1-1").result(SLOW)["chips"]
+            assert operator.write_configuration().result(LIMIT) == {"chips": 1, "registers": 2}
+            enforced = operator.enforce_configuration().result(SLOW)
+            assert (enforced["ok"], enforced["registers"], enforced["written"]) == (True, 2, 0), enforced
+            for chip, registers, what in (("1-1-2", None, "any register"), ("1-1-1", [64, 122], "register 122")):
+                for action in ("write_configuration", "validate_configuration", "enforce_configuration"):
+                    with pytest.raises(RequestError, match=f"{action}: chip {chip}: nobody has set {what}, and"):
+                        getattr(operator, action)(chip, registers).result(SLOW)
+            assert operator.reset(31).result(LIMIT)["configuration"] == {"1": "lost"}
+            operator.write_configuration().result(LIMIT)
+            # chip 1-1-2 has been named by now, and none of its registers
+            validated = operator.validate_configuration().result(SLOW)
+            assert (validated["ok"], validated["chips"], validated["registers"]) == (True, 1, 2), validated
+            assert operator.read_configuration("1-1-1").result(SLOW)["chips"] == before
+            wanted = operator.retrieve_configuration().result(LIMIT)["1-1-1"]["wanted"]
+            assert wanted == {f"register {speak}": 15, "register 64": 77}
     finally:
         board.close()
+
+
+def test_another_child_writes_no_register_of_a_v3_chip_that_nobody_has_set():
+    one, other = (Detector(Registers("3"), [1]) for _ in range(2))
+    place = one.find("1-1-1")
+    one.wanted[place, 125], one.given[place, 125] = 15, True
+    stranger = Controller()  # larpix-control would call its chips v2b
+    stranger.add_chip("1-1-1", version="2b")
+    one.take_over(stranger)
+    left = one.state()
+    nothing = bytes(REGISTERS)
+    other.restore(
+        Setup([], "3", 3, 2, chips=left.chips, wanted=left.wanted, given=left.given, read=nothing, known=nothing)
+    )
+    assert np.argwhere(other.given).tolist() == [[0, 125]]
+    assert other.wanted[0, 125] == 15
 
 
 def test_a_made_up_board_takes_no_commands(here):

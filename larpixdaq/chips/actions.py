@@ -56,8 +56,7 @@ class Actions(BoardCare, LayoutCare):
     # Chips.
 
     def write_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
-        places = self.detector.find(chip)
-        return self._write(places, self._marked(len(places), self.detector.registers.select(registers)))
+        return self._write(*self._given(chip, registers))
 
     def send_configuration(self, updates: Any) -> dict[str, Any]:
         if not isinstance(updates, dict) or not updates:
@@ -79,6 +78,7 @@ class Actions(BoardCare, LayoutCare):
             wanted[places] = changed
             which[np.ix_(places, addresses)] = True
         self.detector.wanted = wanted
+        self.detector.given |= which
         places = np.flatnonzero(which.any(axis=1))
         return self._write(places, which[places])
 
@@ -99,14 +99,12 @@ class Actions(BoardCare, LayoutCare):
         return {"chips": values, **self._trouble(places, found, which)}
 
     def validate_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
-        places = self.detector.find(chip)
-        which = self._marked(len(places), self.detector.registers.select(registers))
+        places, which = self._given(chip, registers)
         found = self._read(places, which)
         return self._verdict(places, which, found)
 
     def enforce_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
-        places = self.detector.find(chip)
-        which = self._marked(len(places), self.detector.registers.select(registers))
+        places, which = self._given(chip, registers)
         found = self._read(places, which)
         written = 0
         for _ in range(_TRIES):
@@ -127,10 +125,9 @@ class Actions(BoardCare, LayoutCare):
         places = self.detector.find(chip)
         addresses = self.detector.registers.select(registers)
         detector = self.detector
-        every = np.ones(detector.registers.count, bool)
         return {
             detector.key(place): {
-                "wanted": self._readable(detector.wanted[place], every, addresses),
+                "wanted": self._readable(detector.wanted[place], detector.given[place], addresses),
                 "confirmed": self._readable(detector.confirmed[place], detector.known[place], addresses),
             }
             for place in places.tolist()
@@ -206,6 +203,22 @@ class Actions(BoardCare, LayoutCare):
         which = np.zeros((chips, self.detector.registers.count), bool)
         which[:, addresses] = True
         return which
+
+    def _given(self, chip: Any, registers: Any) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        """Chips, and which of their registers, of those asked for: of all, those that ought to hold something known;
+        RequestError for others that are named, and when there are none."""
+        detector = self.detector
+        places = detector.find(chip)
+        asked = self._marked(len(places), detector.registers.select(registers))
+        which = asked & detector.given[places]
+        missing = np.argwhere(asked & ~which)
+        if len(missing) and (registers is not None or not which.any()):
+            place, address = missing[0].tolist()
+            what = "any register" if registers is None else detector.registers.name(address)
+            unknown = f"what {detector.registers.chips} hold at power-up is not known"
+            raise RequestError(f"chip {detector.key(places[place])}: nobody has set {what}, and {unknown}")
+        some = which.any(axis=1)
+        return places[some], which[some]
 
     def _exchange(self, places: NDArray[np.intp]) -> Exchange:
         parts = self.detector.parts[places]

@@ -41,7 +41,7 @@ class Worker:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._actions: Any = None
-        self._told = talk.Remember("", b"", b"")
+        self._told = talk.Remember("", b"", b"", b"")
 
     def handle(self, request: talk.Request | talk.Setup) -> None:
         if isinstance(request, talk.Setup):

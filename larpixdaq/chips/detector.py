@@ -55,6 +55,8 @@ class Detector:
         self.board_name = ""
         self.parts: NDArray[np.uint8] = np.zeros((0, 3), np.uint8)
         self.wanted: NDArray[np.uint8] = np.zeros((0, registers.count), np.uint8)
+        #: wanted holds something: a value of power-up, or one that somebody set. What it does not is never written.
+        self.given: NDArray[np.bool_] = np.zeros((0, registers.count), bool)
         self.confirmed: NDArray[np.uint8] = self.wanted.copy()
         self.known: NDArray[np.bool_] = np.zeros((0, registers.count), bool)  # confirmed holds something
         self._index: dict[tuple[int, int, int], int] = {}
@@ -102,6 +104,7 @@ class Detector:
         if "chip_id" in self.registers.addresses:
             defaults[:, self.registers.addresses["chip_id"][0]] = [key[2] for key in keys]
         self.wanted = np.concatenate([self.wanted, defaults])
+        self.given = np.concatenate([self.given, np.full(defaults.shape, self.registers.version is not None)])
         self.confirmed = np.concatenate([self.confirmed, np.zeros_like(defaults)])
         self.known = np.concatenate([self.known, np.zeros(defaults.shape, bool)])
 
@@ -197,7 +200,7 @@ class Detector:
         keys = [_parts(chip) for chip in controller.chips.values()]
         self._add([key for key in keys if key not in self._index and key[0] in self.io_groups])
         places, configs = self._configurations(controller)
-        if places:
+        if places and self.registers.version is not None:  # else these are values of another generation
             self.wanted[places] = self.registers.of_all(configs)
         self._controller = controller
 
@@ -208,7 +211,7 @@ class Detector:
     # Over the end of the child.
 
     def state(self) -> talk.Remember:
-        return talk.Remember(self.board_file, self.parts.tobytes(), self.wanted.tobytes())
+        return talk.Remember(self.board_file, self.parts.tobytes(), self.wanted.tobytes(), self.given.tobytes())
 
     def restore(self, setup: talk.Setup) -> None:
         """Go on where the child before ended: with its board file, how it left the chips to be, and what they have said
@@ -218,6 +221,7 @@ class Detector:
         parts = np.frombuffer(setup.chips, np.uint8).reshape(-1, 3)
         count = self.registers.count
         wanted = np.frombuffer(setup.wanted, np.uint8).reshape(len(parts), count)
+        given = np.frombuffer(setup.given, bool).reshape(len(parts), count)
         read, known = (
             np.frombuffer(data, np.uint8).reshape(len(parts), REGISTERS)[:, :count]
             for data in (setup.read, setup.known)
@@ -227,3 +231,4 @@ class Detector:
         places = np.array([self._index[key] for key in keys], np.intp)
         self.confirm(places, read, known & READ != 0)
         self.wanted[places] = wanted
+        self.given[places] = given

@@ -261,6 +261,7 @@ class Child:
                 board_file=found.board_file,
                 chips=found.chips,
                 wanted=found.wanted,
+                given=found.given,
                 pixel_layout=found.pixel_layout,
             )
             self._witness.know(np.frombuffer(found.chips, np.uint8).reshape(-1, 3))

@@ -46,6 +46,7 @@ class Registers:
         self.names: list[str] = []
         #: Name -> its addresses.
         self.addresses: dict[str, list[int]] = {}
+        #: What they hold at power-up; of chips without a `version` nobody knows it, and these are no values.
         self.defaults: NDArray[np.uint8] = np.zeros(self.count, np.uint8)
         self._entries: dict[str, int] = {}  # of lists
         self._bits: dict[str, tuple[int, int, int]] = {}  # first bit, bits of an entry, entries (0: no list)

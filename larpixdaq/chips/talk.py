@@ -49,8 +49,9 @@ class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
     generation: int  # schema.Asic
     layout: int  # of the rows in `Rows`
     board_file: str = ""
-    chips: bytes = b""  # these four as `Remember` and `witness.Witness` have them
+    chips: bytes = b""  # these five as `Remember` and `witness.Witness` have them
     wanted: bytes = b""
+    given: bytes = b""
     read: bytes = b""
     known: bytes = b""
     pixel_layout: str = ""
@@ -141,6 +142,7 @@ class Remember(msgspec.Struct, array_like=True, tag=18, frozen=True):
     board_file: str
     chips: bytes  # (N, 3): io_group, io_channel, chip_id
     wanted: bytes  # (N, registers of a chip): how they ought to be
+    given: bytes  # the same shape, 1 where that is known
     pixel_layout: str = ""
 
 
