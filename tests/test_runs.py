@@ -590,8 +590,12 @@ def test_a_restarted_core_with_fresh_components_starts_anew(team):
     for name in KINDS:
         second.register(name, instance="fresh")
     assert second.runs.state == "STOP"
+    run = second.catalogue.find(1)
+    assert (run.phase, run.condition, run.stored) == (ENDED, INTERRUPTED, None)
+    assert {one[:3:2] for one in second.waiting} == {("disk 1", "report_run"), ("disk 2", "report_run")}
+    second.answer_all()
+    assert second.catalogue.find(1).stored is not None  # they have said it
     assert do(second, "prepare")["run"] == 2
-    assert second.catalogue.find(1).condition == INTERRUPTED
     second.close()
 
 

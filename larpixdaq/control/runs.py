@@ -147,6 +147,7 @@ class RunControl(RunProcedures):
         for procedure in self._procedures():
             procedure.back(component)
         self._place(component, now)
+        self._end_abandoned(now)
         last = self._catalogue.find() if self.run is None and component.run is None else None
         if last is not None and may_say_more(last, component.name):
             self._look_again(last, component, now)
@@ -314,6 +315,17 @@ class RunControl(RunProcedures):
             self._abandon(self._candidate)
             self._candidate = None
 
+    def _end_abandoned(self, now: float) -> None:
+        """Give up the run that was going on when the core ended as soon as all who took part are here and none is in it
+        any more: they were restarted too. Its storages say what they have of it."""
+        run = self._candidate
+        if run is None or not {*run.producers, *run.storages} <= self._peers.components.keys():
+            return
+        self._give_up_candidate()
+        for name in run.storages:
+            if may_say_more(run, name):
+                self._look_again(run, self._peers.components[name], now)
+
     def _abandon(self, run: Run) -> None:
         prepared = run.phase != PREPARING
         run.phase, run.condition = (ENDED, INTERRUPTED) if prepared else (CANCELLED, CANCELLED)
@@ -323,4 +335,6 @@ class RunControl(RunProcedures):
             else "the core was restarted while the run was being prepared"
         ]
         run.ended_ns = time.time_ns()
+        if prepared:
+            run.stored = None  # until a storage says it
         self._save(run)
