@@ -68,7 +68,8 @@ def test_a_storage_takes_a_run_in_a_directory_without_locks(line: System) -> Non
         until(lambda: line.status_of(operator, "storage").get("rows", 0) > 1000, "rows in the storage")
         second = line.launch_storage()
         until(lambda: "is locked" in second.stderr, "the second one to wait")
-        with Process("larpixdaq.cli", "recover", line.data, directory=line.folder / "said", env=env) as process:
+        recover = ("recover", line.data, "--state-dir", home / "larpixdaq")
+        with Process("larpixdaq.cli", *recover, directory=line.folder / "said", env=faulty.env) as process:
             assert process.wait() == 0, process.stderr
             assert "is locked: another process writes or recovers this part" in process.stdout
         first.kill()

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from larpixdaq import config
 from larpixdaq.control.space import size
 from larpixdaq.control.words import utc
 from larpixdaq.errors import FileLocked, LarpixDaqError, printable
@@ -41,6 +42,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("paths", nargs="+", type=_path, metavar="PATH", help="a part, its journal, or a directory")
     add_lock_dir_argument(parser)
+    config.add_state_dir_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=recover)
     parser = commands.add_parser("info", help="what is in a file", description="Shows what is in a file.")
@@ -97,7 +99,7 @@ def _run_facts(outcome: together.Outcome) -> list[dict[str, Any]]:
 
 def recover(options: argparse.Namespace) -> int:
     console = Console(quiet=options.json, highlight=False, soft_wrap=True)
-    lock_directory.use(options.lock_dir)
+    lock_directory.use(options.lock_dir, options.state_dir)
     ok = True
     outcomes: dict[str, Any] = {}
     for path, searched in _parts(options.paths).items():
