@@ -127,7 +127,8 @@ class Operator(Hardware):
     def end_run(self) -> Request:
         """RUN or READY -> STOP, with everything stored.
 
-        Result: {"run", "condition", "rows" (made), "stored" (None: no storage has said), "files", "reasons"}.
+        Result: {"run", "condition", "rows" (made; None: not known of all producers), "stored" (None: no storage has
+        said), "files", "reasons"}.
         """
         return self._core("end_run")
 

@@ -289,6 +289,7 @@ def test_a_restarted_producer_joins_the_run_under_a_new_epoch(team, monkeypatch)
     assert [action for name, action in team.sent if name == "board 2"] == ["prepare_run", "begin_run"] * 2
     result = do(team, "end")
     assert result["condition"] == INTERRUPTED
+    assert result["rows"] is None
     assert "board 2: the totals of epoch 2 are unknown" in result["reasons"]
 
 

@@ -87,7 +87,7 @@ class Run:
     #: Totals of producers that have ended, and what the storages reported, as reports.py has them.
     ends: list[dict[str, Any]] = field(default_factory=list)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
-    rows: int = 0
+    rows: int | None = 0  # None: the totals of a producer are unknown
     stored: int | None = 0  # None: no storage has said
     files: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)

@@ -134,7 +134,7 @@ def _lines(end: ProducerEnd) -> list[list[int]]:
 
 class Verdict(NamedTuple):
     condition: str
-    rows: int  # that the producers made
+    rows: int | None  # that the producers made; None: the totals of one are unknown
     stored: int | None  # in the storage that has most; None: no storage has said
     files: list[str]
     reasons: list[str]
@@ -191,7 +191,7 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
         condition = ABORTED
     rows = sum(end.rows for end in ends.values())
     rows += sum(line[4] for source, line in recorded.items() if source not in ends)
-    return Verdict(condition, rows, stored, files, list(dict.fromkeys(reasons)))
+    return Verdict(condition, None if unknown else rows, stored, files, list(dict.fromkeys(reasons)))
 
 
 def _missing(ends: Mapping[_Source, ProducerEnd], recorded: Mapping[_Source, int], report: StorageEnd) -> list[str]:

@@ -336,5 +336,5 @@ class RunControl(RunProcedures):
         ]
         run.ended_ns = time.time_ns()
         if prepared:
-            run.stored = None  # until a storage says it
+            run.rows = run.stored = None  # until producers and a storage say it
         self._save(run)
