@@ -1,6 +1,7 @@
 """What all tests have: a folder outside of the sources, so that what they start is the installed package; a core."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,12 @@ from larpixdaq.operator import Operator
 # A busy computer takes its time for an example; how fast the code is, bench/ measures.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+# Processes inherit what is ignored, as under nohup and behind a script's "&": the tests' ones would not hear it either.
+for _ignored in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(_ignored, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -656,7 +656,7 @@ def test_recover_by_hand(tmp_path, capsys):
     empty = killed(RunFile(tmp_path, run_info(run=44)))
     status, lines = answer(capsys, "recover", tmp_path)
     assert status == 0
-    assert lines[0].startswith(f"{NAME}.h5: recovered, 16 rows, INTERRUPTED (3 blocks from the journal, 0 rows")
+    assert lines[0].startswith(f"{NAME}.h5: recovered, 16 rows, INTERRUPTED (3 blocks from the journal)")
     assert "skipped: " in lines[1]
     assert "locked" in lines[1]
     assert lines[2] == f"{empty.name}: nothing had been stored in it, so it was removed"
