@@ -42,6 +42,8 @@ AGAIN, MOST_AGAIN = 1.0, 60.0
 #: Seconds that a process has to end by itself: when it is told to, and when it seems to have done so.
 _END_LIMIT: Final = 1.0
 _ENDED_LIMIT: Final = 0.2
+#: Seconds after which a killed process counts as gone.
+_KILLED_LIMIT: Final = 1.0
 _ENDED: Final = "its process ended"
 #: Messages of one read.
 _BATCH: Final = 64
@@ -278,6 +280,6 @@ class IoClassSource(PieceSource):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         try:
-            return process.wait(_END_LIMIT)
+            return process.wait(_KILLED_LIMIT)
         except subprocess.TimeoutExpired:  # it waits for a device or a disk that does not answer, and dies after that
             return -signal.SIGKILL
