@@ -118,13 +118,17 @@ def test_a_ring_whose_file_is_removed_in_a_run_survives_its_producer(line: Syste
 def test_a_consumer_reads_on_in_the_ring_s_new_file(tmp_path: Path) -> None:
     line = Line(folder=tmp_path)
     consumer = Consumer("Offline storage", "s", "all")
+
+    def maps() -> bool:
+        return [one.maps for one in line.publisher.subscribers.values()] == [True]
+
     try:
         consumer.connect({"board": line.address})
         reader = Reader(consumer)
         line.begin()
         line.write(100)
         turn_until(line, reader.has(lambda r: len(r.blocks) == 1), "the first block")
-        assert all(one.maps for one in line.publisher.subscribers.values())
+        turn_until(line, maps, "the consumer to read the ring itself")
         assert line.arena is not None
         line.arena.path.unlink()
         for _ in range(3):
@@ -137,7 +141,7 @@ def test_a_consumer_reads_on_in_the_ring_s_new_file(tmp_path: Path) -> None:
             line.write(100)
         # A block whose acknowledgement was on its way may come twice.
         turn_until(line, reader.has(lambda r: sorted(set(r.stamps)) == list(range(800))), "all blocks")
-        assert [one.maps for one in line.publisher.subscribers.values()] == [True]
+        turn_until(line, maps, "the consumer to read the new file")
         assert line.arena.in_place()
     finally:
         consumer.close()
