@@ -184,8 +184,8 @@ def test_a_run_is_not_quiet_while_a_class_has_more(opened):
         nonlocal made
         if source.read():
             made += source.decode(rows)
-            drained.append(source.drained)
-        return drained and drained[-1]
+        drained.append(source.drained)
+        return drained[-1]
 
     wait_until(lambda: select.select(source.sockets, [], [], 0.1)[0], "the first packet")
     wait_until(all_there, "that there is no more")
