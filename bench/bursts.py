@@ -26,14 +26,15 @@ from typing import Any
 
 import zmq
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
-from boards import Emulator
+from emulated_board import Emulator
 from latency import LIMIT, PAUSE, TIMED, counted, word
-from memory import Memory
+from loss_accounting import parts_of, tally
+from memory_usage import Memory
 from saturated import STEP
 from system import System, system
-from tally import parts_of, tally
 
 BOUND = "64MiB"
 #: Messages that may wait in the board; a real one drops more of them when the machine is busy, and counts none.

@@ -19,10 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
-from boards import Emulator
-from memory import Memory
+from emulated_board import Emulator
+from memory_usage import Memory
 from saturated import STEP, processor_seconds
 from system import System, system
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import zmq
 
-from larpixdaq.emulators import wiring
-from larpixdaq.emulators.registers import register_map
-from larpixdaq.launch import command
+from larpixdaq.emulators import network
+from larpixdaq.emulators.network import register_map
+from larpixdaq.runtime.launcher import command
 
 WRITE, READ = 2, 3
 ID, UP, DOWN = 122, 124, 125
@@ -36,7 +36,7 @@ def words(io_channels: Any, kind: int, chip_ids: Any, addresses: Any, data: Any)
     return made
 
 
-def setup(board: wiring.Wiring) -> Any:
+def setup(board: network.Wiring) -> Any:
     """What brings up the network: chips near to the board first. The chips' ids and ways as registers."""
     uart = {(a, b): u for a, u, b, _ in board.wires}
     up = [0] * len(board.keys)
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=16_384, help="of a message, at most")
     args = parser.parse_args()
     known = register_map("2b")
-    board = wiring.tiles(args.chips, asic="2b")
+    board = network.tile_wiring(args.chips, asic="2b")
     keys = np.array(board.keys)
     steps = setup(board)
     expected = np.tile(known.defaults, (args.chips, 1))

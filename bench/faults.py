@@ -7,7 +7,8 @@ Each trial is a whole system of real processes with emulated PACMANs at 500,000 
 the fault comes at a random moment, is healed, and the run is ended. "sent" is the boards' own count of words, "stored"
 the rows of them in all parts of the run, "counted" what the ledger says was lost, "unaccounted" the rest, "doubled"
 blocks that are in the files twice. A trial fails when a row's promise is not kept; what it leaves behind is kept in
---keep, and the exit status is 1. The rows are functions in tests/fault_rows*.py. --findings counts how often each kind
+--keep, and the exit status is 1. The rows are functions in tests/faults/*_faults.py. --findings counts how often each
+kind
 of evidence for a loss at the board's side was given although nothing was lost.
 """
 
@@ -23,12 +24,13 @@ from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
 from marks import machine, update
-from trials import ROWS, Outcome, impossible, late, trials
+from trial_processes import ROWS, Outcome, impossible, late, trials
 
-from larpixdaq.sources.evidence import FINDINGS
+from larpixdaq.sources.data_quality import FINDINGS
 
 MARK = "fault table"
 FINDINGS_MARK = "findings"

@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 from test_kernels import drain, messages, rows, serial_bytes
 
-from larpixdaq import schema
-from larpixdaq._native import chunks, emulate, frames, packets, rates
+from larpixdaq import constants, schema
+from larpixdaq._native import board_emulator, decoders, hdf5_chunks, monitor_counters, word_codec
 from larpixdaq.schema import Asic
 
 FIGURES = Path(__file__).with_name("gate.json")
 #: A kernel has to reach so much of its figure: one that takes half as long again (0.67) falls through.
 SLACK, ELSEWHERE = 0.72, 0.5
 #: Rows of one call, and calls of kernel and copy in turn.
-ROWS = 4 * schema.BLOCK_ROWS
+ROWS = 4 * constants.BLOCK_ROWS
 ROUNDS = 25
 #: A kernel that falls through is measured again so often before it is believed: other processes come and go.
 AGAIN = 3
@@ -48,23 +48,23 @@ def copy(folder: Path) -> Call:
     function = ctypes.CDLL(str(library)).copy_words
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     function.restype = None
-    words, out = np.ones(16 * schema.BLOCK_ROWS, np.uint8), np.zeros(36 * schema.BLOCK_ROWS, np.uint8)
+    words, out = np.ones(16 * constants.BLOCK_ROWS, np.uint8), np.zeros(36 * constants.BLOCK_ROWS, np.uint8)
 
     def run() -> None:
-        for _ in range(ROWS // schema.BLOCK_ROWS):
-            function(words.ctypes.data, out.ctypes.data, schema.BLOCK_ROWS)
+        for _ in range(ROWS // constants.BLOCK_ROWS):
+            function(words.ctypes.data, out.ctypes.data, constants.BLOCK_ROWS)
 
     return run
 
 
 def kernels() -> dict[str, Call]:
     """Name -> what handles ROWS words or rows."""
-    out = np.zeros(schema.BLOCK_ROWS, schema.PACKETS_2_4)
-    counts = np.zeros(len(schema.COUNTS), np.uint64)
+    out = np.zeros(constants.BLOCK_ROWS, schema.PACKETS_2_4)
+    counts = np.zeros(len(constants.COUNTS), np.uint64)
 
     def pacman(per_message: int) -> Call:
         buffer, spans = messages(ROWS, per_message)
-        decoder = frames.PacmanDecoder(1, Asic.V2)
+        decoder = decoders.PacmanDecoder(1, Asic.V2)
         decoder.start(counts)
 
         def run() -> None:
@@ -75,7 +75,7 @@ def kernels() -> dict[str, Call]:
 
     def serial(garbage: float) -> Call:
         data = serial_bytes(ROWS, garbage)
-        decoder = frames.SerialDecoder(1, Asic.V2)
+        decoder = decoders.SerialDecoder(1, Asic.V2)
         decoder.start(counts)
 
         def run() -> None:
@@ -86,10 +86,10 @@ def kernels() -> dict[str, Call]:
 
     made = rows(ROWS)[:ROWS].copy()
     data = made.view(np.uint8)
-    packer = chunks.Packer(ROWS, 36)
-    tallied = np.zeros((256, len(chunks.TALLY)), np.uint64)
-    counter = rates.Rates()
-    board = emulate.PacmanBoard(Asic.V2, rate=1e6, seed=1, words=ROWS)
+    packer = hdf5_chunks.Packer(ROWS, 36)
+    tallied = np.zeros((256, len(hdf5_chunks.TALLY)), np.uint64)
+    counter = monitor_counters.Rates()
+    board = board_emulator.PacmanBoard(Asic.V2, rate=1e6, seed=1, words=ROWS)
     sent, spans = messages(ROWS, 1000)
     return {
         "PACMAN, 1000 words a message": pacman(1000),
@@ -97,11 +97,11 @@ def kernels() -> dict[str, Call]:
         "serial": serial(0.0),
         "serial, 1 % garbage": serial(0.01),
         "counting, all counters": lambda: counter.count(made),
-        "rows to words": lambda: packets.encode(made, asic=Asic.V2),
-        "tally of a file's rows": lambda: chunks.tally(data, 2, tallied),
+        "rows to words": lambda: word_codec.encode(made, asic=Asic.V2),
+        "tally of a file's rows": lambda: hdf5_chunks.tally(data, 2, tallied),
         "shuffled and deflated": lambda: packer.pack(data),
         "emulated board": lambda: board.fill(ROWS, 1000),
-        "words of an emulated board counted": lambda: emulate.count_words(sent, spans),
+        "words of an emulated board counted": lambda: board_emulator.count_words(sent, spans),
     }
 
 

@@ -2,7 +2,7 @@
 
     python bench/killing.py [--kills N] [--seed S] [--update docs/reliability.md]
 
-The trials are those of tests/killing.py.
+The trials are those of tests/faults/kill_file_writer.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
-from killing import run
+from kill_file_writer import run
 from marks import machine, update
 
 MARK = "killed writers"

@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import zmq
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
-from boards import Emulator
+from emulated_board import Emulator
 from saturated import STEP
 from system import System, system
 
-from larpixdaq._native import packets
+from larpixdaq._native import word_codec
 from larpixdaq.schema import Asic
 
 #: The io_groups of the busy board and of the one whose words are timed.
@@ -43,7 +44,7 @@ LIMIT = 10.0
 
 def word(tick: int) -> bytes:
     """A message of one data word."""
-    packet = packets.parity(np.array([20 << 2 | tick << 16], np.uint64), asic=Asic.V2)
+    packet = word_codec.parity(np.array([20 << 2 | tick << 16], np.uint64), asic=Asic.V2)
     return struct.pack("<cIxHcBLxx", b"D", int(time.time()), 1, b"D", 1, tick) + packet.tobytes()
 
 

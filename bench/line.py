@@ -17,7 +17,7 @@ import sys
 import tempfile
 from typing import Any
 
-from larpixdaq import launch
+from larpixdaq.runtime import launcher
 
 #: packets/s of all boards, boards, words a message
 CASES = (
@@ -38,7 +38,7 @@ def measure(rate: int, boards: int, words: str, seconds: float) -> dict[str, Any
             "--words-per-message", words, "-o", folder,
         ]  # fmt: skip
         done = subprocess.run(
-            launch.command("cli", *command), capture_output=True, timeout=20 * seconds + 120, check=False
+            launcher.command("cli", *command), capture_output=True, timeout=20 * seconds + 120, check=False
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if not done.stdout:

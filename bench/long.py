@@ -22,13 +22,14 @@ from typing import Any
 
 import h5py
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
-from boards import Emulator
-from memory import Memory
+from emulated_board import Emulator
+from loss_accounting import parts_of
+from memory_usage import Memory
 from saturated import STEP, processor_seconds
 from system import System, system
-from tally import parts_of
 
 #: Processor time is noted so often (seconds).
 EVERY = 0.25

@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 import zmq
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
-from boards import Emulator
+from emulated_board import Emulator
 
-from larpixdaq._native.transport import Receiver
-from larpixdaq.schema import BLOCK_ROWS, PACKETS_2_4
+from larpixdaq._native.zmq_batch import Receiver
+from larpixdaq.constants import BLOCK_ROWS
+from larpixdaq.schema import PACKETS_2_4
 from larpixdaq.stream.publisher import WINDOW
 
 ROW = PACKETS_2_4.itemsize

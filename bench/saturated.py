@@ -21,13 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
 import null_line
-from boards import Emulator
+from emulated_board import Emulator
+from loss_accounting import parts_of, tally
 from processes import until
 from system import System, system
-from tally import parts_of, tally
 
 #: Steps of the run, and the rest of what the ring holds, have so long (seconds).
 STEP = 120.0

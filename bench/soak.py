@@ -23,14 +23,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
+from loss_accounting import Tally, parts_of, tally
 from marks import machine, update
-from memory import Memory
+from memory_usage import Memory
 from processes import until
-from tally import Tally, parts_of, tally
 from trial import STEP, Setup, Trial, keep, trial
-from trials import ROWS
+from trial_processes import ROWS
 
 MARK = "soak"
 PROCESSES = ("core", "log", "offline_storage", "run_data", "producer")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import h5py
 
-from larpixdaq.launch import command
+from larpixdaq.runtime.launcher import command
 
 #: The demo has so long for its first rows (seconds).
 LIMIT = 30.0

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from larpixdaq import checksum, schema
-from larpixdaq._native import emulate, packets
-from larpixdaq.blocks import Block, Source
-from larpixdaq.files import writer
-from larpixdaq.storing import Storing
-from larpixdaq.storing.limits import Limits, limit
+from larpixdaq import constants, schema
+from larpixdaq._native import board_emulator, word_codec
+from larpixdaq.hdf5 import writer
+from larpixdaq.protocol.stream import Block, Source
+from larpixdaq.runtime import checksum
+from larpixdaq.storage.limits import Limits, parse_limit
+from larpixdaq.storage.service import Storing
 
 
 class Nobody:
@@ -35,9 +36,9 @@ class Nobody:
 
 def hits(rows: int) -> Any:
     words = np.zeros(rows, np.uint64)
-    emulate.PacmanBoard(schema.Asic.V2, rate=1e6, seed=3).packets(words)
+    board_emulator.PacmanBoard(schema.Asic.V2, rate=1e6, seed=3).packets(words)
     made = np.zeros(rows, schema.layout(2).dtype)
-    packets.decode(words, made, asic=schema.Asic.V2, io_group=1, io_channel=1, receipt=0, direction=1)
+    word_codec.decode(words, made, asic=schema.Asic.V2, io_group=1, io_channel=1, receipt=0, direction=1)
     return made
 
 
@@ -84,9 +85,9 @@ def main() -> int:
 
     print("durability  full blocks, rows/s  small blocks, rows/s  rotation, ms (median, longest)")
     for fsync in (False, True):
-        full, _ = measure(schema.BLOCK_ROWS, 0.02, fsync)
+        full, _ = measure(constants.BLOCK_ROWS, 0.02, fsync)
         small, _ = measure(200, 0.0, fsync)
-        _, times = measure(schema.BLOCK_ROWS, 0.02, fsync, limit("5Mrows"))
+        _, times = measure(constants.BLOCK_ROWS, 0.02, fsync, parse_limit("5Mrows"))
         rotation = f"{1000 * float(np.median(times)):.0f}, {1000 * max(times):.0f}" if times else "none"
         print(f"{'fsync' if fsync else 'flush':<10} {full:>20,.0f} {small:>21,.0f} {rotation:>31}", flush=True)
     return 0

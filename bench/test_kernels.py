@@ -10,11 +10,12 @@ import itertools
 import numpy as np
 import pytest
 
-from larpixdaq import schema
-from larpixdaq._native import chunks, emulate, frames, packets, rates
-from larpixdaq.blocks import Block
-from larpixdaq.checksum import crc32
-from larpixdaq.files.writer import RunFile, RunInfo
+from larpixdaq import constants, schema
+from larpixdaq._native import board_emulator, decoders, hdf5_chunks, monitor_counters, word_codec
+from larpixdaq.hdf5.tables import RunInfo
+from larpixdaq.hdf5.writer import RunFile
+from larpixdaq.protocol.stream import Block
+from larpixdaq.runtime.checksum import crc32
 from larpixdaq.schema import Asic
 
 WORDS = 200_000
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def messages(words: int, per_message: int) -> tuple[np.ndarray, np.ndarray]:
-    board = emulate.PacmanBoard(Asic.V2, rate=1e6, seed=1, words=max(words, 65_535))
+    board = board_emulator.PacmanBoard(Asic.V2, rate=1e6, seed=1, words=max(words, 65_535))
     n = board.fill(words, per_message)
     return np.array(board.buffer), np.array(board.spans[:n])
 
@@ -32,8 +33,8 @@ def messages(words: int, per_message: int) -> tuple[np.ndarray, np.ndarray]:
 def rows(n: int) -> np.ndarray:
     """Realistic rows: random chip, channel and parity, sorted timestamps."""
     buffer, spans = messages(n, 1000)
-    decoder = frames.PacmanDecoder(1, Asic.V2)
-    decoder.start(np.zeros(len(schema.COUNTS), np.uint64))
+    decoder = decoders.PacmanDecoder(1, Asic.V2)
+    decoder.start(np.zeros(len(constants.COUNTS), np.uint64))
     decoder.feed(buffer, spans)
     made = np.zeros(2 * n, schema.PACKETS_2_4)
     return made[: decoder.decode(made)]
@@ -52,9 +53,9 @@ def drain(decoder, out: np.ndarray) -> int:
 def test_pacman_to_rows(benchmark, per_message: int) -> None:
     benchmark.group = f"PACMAN, {per_message} words a message"
     buffer, spans = messages(WORDS, per_message)
-    decoder = frames.PacmanDecoder(1, Asic.V2)
-    decoder.start(np.zeros(len(schema.COUNTS), np.uint64))
-    out = np.zeros(schema.BLOCK_ROWS, schema.PACKETS_2_4)
+    decoder = decoders.PacmanDecoder(1, Asic.V2)
+    decoder.start(np.zeros(len(constants.COUNTS), np.uint64))
+    out = np.zeros(constants.BLOCK_ROWS, schema.PACKETS_2_4)
 
     def run() -> int:
         decoder.feed(buffer, spans)
@@ -78,11 +79,11 @@ def test_pacman_peer_larpix_control_parse(benchmark, per_message: int) -> None:
 def test_pacman_limit_copy(benchmark) -> None:
     """The rows merely copied, 36 bytes each, in blocks that fit the cache: what memory allows at most."""
     benchmark.group = "PACMAN, 1000 words a message"
-    source = np.ones(schema.BLOCK_ROWS * 36, np.uint8)
+    source = np.ones(constants.BLOCK_ROWS * 36, np.uint8)
     out = np.zeros_like(source)
 
     def run() -> None:
-        for _ in range(-(-WORDS // schema.BLOCK_ROWS)):
+        for _ in range(-(-WORDS // constants.BLOCK_ROWS)):
             np.copyto(out, source)
 
     benchmark(run)
@@ -92,11 +93,11 @@ def test_pacman_limit_copy(benchmark) -> None:
 def test_serial_to_rows(benchmark, garbage: float) -> None:
     benchmark.group = f"serial, {garbage:.0%} garbage"
     data = serial_bytes(WORDS, garbage)
-    out = np.zeros(schema.BLOCK_ROWS, schema.PACKETS_2_4)
+    out = np.zeros(constants.BLOCK_ROWS, schema.PACKETS_2_4)
 
     def run() -> int:
-        decoder = frames.SerialDecoder(1, Asic.V2)
-        decoder.start(np.zeros(len(schema.COUNTS), np.uint64))
+        decoder = decoders.SerialDecoder(1, Asic.V2)
+        decoder.start(np.zeros(len(constants.COUNTS), np.uint64))
         decoder.feed(data, 0)
         return drain(decoder, out)
 
@@ -115,8 +116,8 @@ def test_serial_peer_larpix_control(benchmark, garbage: float) -> None:
 
 
 def serial_bytes(words: int, garbage: float) -> bytes:
-    sent = packets.encode(rows(words), asic=Asic.V2)[:words]
-    frames_ = np.frombuffer(frames.encode_serial(sent), np.uint8).reshape(-1, 10)
+    sent = word_codec.encode(rows(words), asic=Asic.V2)[:words]
+    frames_ = np.frombuffer(decoders.encode_serial(sent), np.uint8).reshape(-1, 10)
     random = np.random.default_rng(1)
     pieces = (f.tobytes() + (bytes([random.integers(256)]) if random.random() < garbage else b"") for f in frames_)
     return b"".join(pieces)
@@ -125,7 +126,7 @@ def serial_bytes(words: int, garbage: float) -> bytes:
 def test_rates(benchmark) -> None:
     benchmark.group = "counting"
     counted = rows(WORDS)
-    counter = rates.Rates()
+    counter = monitor_counters.Rates()
     benchmark(counter.count, counted)
     assert counter.rows % len(counted) == 0
 
@@ -135,7 +136,7 @@ def test_chunks_to_deflate(benchmark) -> None:
     benchmark.group = "chunks"
     raw = rows(3 * schema.CHUNK_ROWS)[: 3 * schema.CHUNK_ROWS].view(np.uint8)
     size = schema.CHUNK_ROWS * schema.PACKETS_2_4.itemsize
-    packer = chunks.Packer(schema.CHUNK_ROWS, schema.PACKETS_2_4.itemsize)
+    packer = hdf5_chunks.Packer(schema.CHUNK_ROWS, schema.PACKETS_2_4.itemsize)
 
     def run() -> int:
         return sum(len(packer.pack(raw[start : start + size])) for start in range(0, 3 * size, size))
@@ -217,9 +218,9 @@ def test_whole_ours(benchmark, tmp_path) -> None:
     benchmark.group = "from messages to a file"
     buffer, spans = messages(WORDS, 1)
     benchmark.extra_info["words"] = WORDS
-    decoder = frames.PacmanDecoder(1, Asic.V2)
-    counts = np.zeros(len(schema.COUNTS), np.uint64)
-    out = np.zeros(schema.BLOCK_ROWS, schema.PACKETS_2_4)
+    decoder = decoders.PacmanDecoder(1, Asic.V2)
+    counts = np.zeros(len(constants.COUNTS), np.uint64)
+    out = np.zeros(constants.BLOCK_ROWS, schema.PACKETS_2_4)
     runs = itertools.count(1)
 
     def run() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from larpixdaq.errors import ConfigError, FileError
-from larpixdaq.signals import Signals, is_text, run_main
+from larpixdaq.runtime.event_loop import Signals, is_text, run_main
 
 if TYPE_CHECKING:
     import zmq

@@ -16,10 +16,14 @@ from typing import Any, Final
 import zmq
 
 from larpixdaq import config
+from larpixdaq.constants import LOG, LOST, PRODUCER
 from larpixdaq.control.catalogue import Catalogue
-from larpixdaq.control.desk import Desk
-from larpixdaq.control.forwarding import Forwarding
-from larpixdaq.control.messages import (
+from larpixdaq.control.log_shipping import RecordHandler, push_socket
+from larpixdaq.control.registry import Component, Control, NameTaken, OperatorPeer, Peer, Peers, TooMany
+from larpixdaq.control.request_router import Desk, Forwarding
+from larpixdaq.control.run_control import RunControl
+from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError
+from larpixdaq.protocol.control import (
     MAX_ANSWER,
     MAX_REQUEST,
     Answer,
@@ -36,12 +40,7 @@ from larpixdaq.control.messages import (
     probe,
     unpack_client,
 )
-from larpixdaq.control.peers import Component, Control, NameTaken, OperatorPeer, Peer, Peers, TooMany
-from larpixdaq.control.runs import RunControl
-from larpixdaq.control.shipping import RecordHandler, push_socket
-from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError
-from larpixdaq.pace import wait_ms
-from larpixdaq.states import LOG, LOST, PRODUCER
+from larpixdaq.runtime.timing import wait_ms
 
 _log = logging.getLogger("larpixdaq.core")
 #: Seconds that messages are taken before anything else is looked after.

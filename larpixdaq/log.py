@@ -21,11 +21,11 @@ from typing import Any, Final
 import zmq
 
 from larpixdaq import config
-from larpixdaq.control.shipping import Record, unpack_record
+from larpixdaq.constants import LOG
+from larpixdaq.control.log_shipping import Record, unpack_record
+from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, ProtocolError
-from larpixdaq.node import Node
-from larpixdaq.states import LOG
-from larpixdaq.throttle import Throttle
+from larpixdaq.runtime.timing import Throttle
 
 _log = logging.getLogger("larpixdaq.log")
 #: Records taken before anything else is looked after.

@@ -15,15 +15,15 @@ from typing import Any
 import zmq
 
 from larpixdaq import config
+from larpixdaq.control.node import Node
 from larpixdaq.errors import FileError, RequestError
-from larpixdaq.file_locks import add_lock_dir_argument, lock_directory
-from larpixdaq.files.names import highest_run
-from larpixdaq.node import Node
-from larpixdaq.storing import Storing
-from larpixdaq.storing.limits import Limits, limit
-from larpixdaq.storing.turn import Lock, await_turn
+from larpixdaq.hdf5.names import highest_run
+from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
+from larpixdaq.storage.directory_lock import Lock, await_turn
+from larpixdaq.storage.limits import Limits, parse_limit
+from larpixdaq.storage.service import Storing
 from larpixdaq.stream import Consumer
-from larpixdaq.stream.standing import Standing
+from larpixdaq.stream.subscriber import Standing
 
 _log = logging.getLogger("larpixdaq.offline_storage")
 
@@ -145,7 +145,7 @@ def _usable(directory: Path) -> Path:
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     """What a storage takes beside its directory, its name and the core."""
     parser.add_argument(
-        "--rotate", type=limit, action="append", default=[], metavar="LIMIT",
+        "--rotate", type=parse_limit, action="append", default=[], metavar="LIMIT",
         help="continue in the next file at a number of rows (500krows, 100Mrows), at a size (500MB, 4GiB) or after a "
         "time (30s, 5min, 2h); may be given several times (default: one file a run)",
     )  # fmt: skip

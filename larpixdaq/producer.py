@@ -22,24 +22,25 @@ import msgspec
 import zmq
 from numpy.typing import NDArray
 
-from larpixdaq import config, schema, sources
-from larpixdaq.blocks import VERDICTS, ConnectedBoard, UnknownWord, Verdict
-from larpixdaq.chips import ACTIONS, Child, talk
-from larpixdaq.chips.commands import Commands
-from larpixdaq.chips.witness import Witness
-from larpixdaq.configurations import Configurations
-from larpixdaq.delivery import Delivery
-from larpixdaq.delivery import add_arguments as add_delivery_arguments
+from larpixdaq import config, constants
+from larpixdaq.buffer.block_builder import Recorder
+from larpixdaq.buffer.crash_recovery import totals
+from larpixdaq.constants import HARDWARE_ACTIONS, unusable
+from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import ConfigError, RequestError, RingError, StateError
-from larpixdaq.node import Call, Node
-from larpixdaq.readout import FULL_AGAIN, Readout
-from larpixdaq.recorder import Recorder
-from larpixdaq.sources.base import BoardStatus, Source
-from larpixdaq.sources.channel import Channel
-from larpixdaq.sources.evidence import Watch
-from larpixdaq.stream.address import bind, router
-from larpixdaq.takeover import totals
-from larpixdaq.terms import unusable
+from larpixdaq.hardware.supervisor import Child
+from larpixdaq.protocol import hardware
+from larpixdaq.protocol.stream import VERDICTS, Configurations, ConnectedBoard, UnknownWord, Verdict
+from larpixdaq.readout.command_queue import Commands
+from larpixdaq.readout.configuration_tracker import Witness
+from larpixdaq.readout.delivery import Delivery
+from larpixdaq.readout.delivery import add_arguments as add_delivery_arguments
+from larpixdaq.readout.readout import FULL_AGAIN, Readout
+from larpixdaq.sources import options as source_options
+from larpixdaq.sources.command_channel import Channel
+from larpixdaq.sources.data_quality import Watch
+from larpixdaq.sources.source import BoardStatus, Source
+from larpixdaq.stream.publisher import bind_stream, stream_router
 from larpixdaq.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -82,15 +83,15 @@ class Producer:
         self._told_to_end = 0  # unix ns
         self._counted: int | None = None  # the run whose counters the ring has, also after its end
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        socket = router(self._context)
-        self.address = bind(socket, options.address, options.core, insecure=options.insecure)
+        socket = stream_router(self._context)
+        self.address = bind_stream(socket, options.address, options.core, insecure=options.insecure)
         io_groups = [group for source in boards for group in source.io_groups]
         self.recorder = Recorder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
         self.readout = Readout(
             boards, self.recorder, delivery.ring, wait=boards[0].waits, record_sent=options.record_sent
         )
         self.publisher = delivery.serve(socket)
-        asic = sources.asic_of(options)
+        asic = source_options.asic_of(options)
         channels = [channel for source in boards for channel in source.channels]
         self.witness = Witness(options.asic)
         self.commands = Commands(channels, asic, self.layout, self._put)
@@ -102,8 +103,8 @@ class Producer:
         for source in boards:
             for group in source.io_groups:
                 kind, revision = by_group.get(group, ("", 0))
-                told.append(talk.Board(group, kind, source.name, revision))
-        setup = talk.Setup(told, options.asic, int(asic), self.layout.code)
+                told.append(hardware.Board(group, kind, source.name, revision))
+        setup = hardware.Setup(told, options.asic, int(asic), self.layout.code)
         self.child = Child(options.routines, commands=self.commands, setup=setup, witness=self.witness)
         self.child.settled = self._tell_news
         self.readout.listener = self.child
@@ -121,7 +122,7 @@ class Producer:
                 "load_routines": self.child.load_routines,
                 "run_routine": self.child.run_routine,
                 "abort_routine": self.child.abort_routine,
-                **{action: self._action(action) for action in ACTIONS},
+                **{action: self._action(action) for action in HARDWARE_ACTIONS},
             },
             info={
                 "stream": self.address,
@@ -370,7 +371,7 @@ class Producer:
         """A line for each io_group of which most of the data of the run could not become rows."""
         found = []
         for io_group, *counts in self.recorder.counts():
-            named = dict(zip(schema.COUNTS, counts, strict=True))
+            named = dict(zip(constants.COUNTS, counts, strict=True))
             if why := unusable(named):
                 refused = named["unknown_words"] + named["rejected_words"]
                 found.append(Verdict(io_group, VERDICTS[-1], why, refused, self.recorder.began_ns, now))
@@ -403,7 +404,7 @@ class Producer:
     def status(self) -> dict[str, Any]:
         """For the heartbeat: what is held and owed, the counts of this run or the last (`counted_run`), what came
         outside of runs since."""
-        total = dict(zip(schema.COUNTS, self.delivery.ring.counts.sum(axis=0).tolist(), strict=True))
+        total = dict(zip(constants.COUNTS, self.delivery.ring.counts.sum(axis=0).tolist(), strict=True))
         return {
             "run": self.recorder.run,
             "state": self.state,
@@ -413,7 +414,7 @@ class Producer:
             "dropped": total["dropped"],
             "unknown": total["unknown_words"] + total["rejected_words"],
             "bad_parity": total["bad_parity"],
-            "outside_run": int(self.delivery.ring.outside[:, schema.COUNTS.index("packets")].sum()),
+            "outside_run": int(self.delivery.ring.outside[:, constants.COUNTS.index("packets")].sum()),
             "boards": [_board_status(board) for board in self._boards()],
             "verdicts": {str(io_group): verdict for io_group, verdict in sorted(self._watch.worst.items())},
             "finished": all(source.finished for source in self.boards),
@@ -452,7 +453,7 @@ def _waits(when_full: str | None, boards: list[Source]) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_component_arguments(parser, DEFAULT_NAME)
-    sources.add_arguments(parser)
+    source_options.add_arguments(parser)
     config.add_state_dir_argument(parser)
     config.add_address_argument(parser, None, " (default: the interface that reaches the core, a free port)")
     add_own_arguments(parser)
@@ -495,7 +496,7 @@ def main(argv: list[str] | None = None) -> int:
             for folder in options.routines:
                 if not folder.is_dir():
                     raise ConfigError(f"--routines {folder}: no such directory")
-            boards = sources.create(options)
+            boards = source_options.create(options)
             waits = _waits(options.when_full, boards)
             for source in boards:
                 source.waits = waits

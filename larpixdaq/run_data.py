@@ -15,10 +15,10 @@ from typing import Any, Final
 import zmq
 
 from larpixdaq import config
-from larpixdaq.blocks import Block, End, FromProducer
+from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import LarpixDaqError
 from larpixdaq.monitor.monitor import Monitor, rows_of
-from larpixdaq.node import Call, Node
+from larpixdaq.protocol.stream import Block, End, FromProducer
 from larpixdaq.stream import Consumer
 
 log = logging.getLogger(__name__)

@@ -1,23 +1,23 @@
 """What a row, a layout and a ledger are: dtypes and names, no behaviour beyond looking things up.
 
 A *row* is the packed LArPix+HDF5 record of one packet (or timestamp, message, sync, trigger). The compiled core fills
-rows in place; ``ext/wire.pxd`` holds the same structs, and the memoryview types check one against the other at every
-call.
+rows in place; ``ext/row_structs.pxd`` holds the same structs, and the memoryview types check one against the other at
+every call.
+
+Where chips stand in arrays that have a row for each.
 """
 
 from __future__ import annotations
 
+import contextlib
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.terms import BLOCK_ROWS as BLOCK_ROWS
-from larpixdaq.terms import COUNTS as COUNTS
-from larpixdaq.terms import IO_GROUPS as IO_GROUPS
-from larpixdaq.terms import LAYOUT_NAMES
-from larpixdaq.terms import ROW_COUNTS as ROW_COUNTS
+from larpixdaq.constants import LAYOUT_NAMES
+from larpixdaq.errors import RequestError
 
 _COMMON: Final = [
     ("io_group", "u1"),
@@ -43,21 +43,6 @@ _COMMON: Final = [
     ("first_packet", "u1"),
     ("receipt_timestamp", "<u4"),
 ]
-
-
-def _with(columns: dict[str, str], *more: tuple[str, str]) -> np.dtype[Any]:
-    return np.dtype([(name, columns.get(name, kind)) for name, kind in _COMMON] + list(more))
-
-
-#: v2, v2a, v2b, v2d and LightPix chips: 36 bytes. `timestamp` in ticks of the chip's clock, `receipt_timestamp` in
-#: ticks of the board's 10 MHz master clock; rows of type 4 have unix seconds in `timestamp`.
-PACKETS_2_4: Final = _with({})
-#: The same with the board's 64-bit clock (40 bytes).
-PACKETS_2_4_CLOCK64: Final = _with({"receipt_timestamp": "<u8"})
-#: v3 chips: 43 bytes.
-PACKETS_3_0: Final = _with(
-    {"dataword": "<u2", "receipt_timestamp": "<u8"}, ("reset_sample_flag", "u1"), ("cds_flag", "u1")
-)
 #: v1 chips: 56 bytes; `chip_key` is "io_group-io_channel-chip_id", `adc_counts` has all 10 bits.
 PACKETS_1_0: Final = np.dtype(
     [
@@ -77,76 +62,14 @@ PACKETS_1_0: Final = np.dtype(
         ("direction", "u1"),
     ]
 )
-
-
-class Layout(NamedTuple):
-    """How the rows of a run look. `code` stands in block headers, `version` in the file's header."""
-
-    code: int
-    name: str
-    version: str
-    dtype: np.dtype[Any]
-
-
-LAYOUTS: Final = (
-    Layout(1, LAYOUT_NAMES[1], "1.0", PACKETS_1_0),
-    Layout(2, LAYOUT_NAMES[2], "2.4", PACKETS_2_4),
-    Layout(3, LAYOUT_NAMES[3], "2.4", PACKETS_2_4_CLOCK64),
-    Layout(4, LAYOUT_NAMES[4], "3.0", PACKETS_3_0),
-)
-_BY_CODE: Final = {layout.code: layout for layout in LAYOUTS}
-
-
-def layout(code: int) -> Layout:
-    """The layout with this code; ValueError names the code when there is none."""
-    try:
-        return _BY_CODE[code]
-    except KeyError:
-        raise ValueError(f"unknown layout code {code}; known are {sorted(_BY_CODE)}") from None
-
-
-class Asic(IntEnum):
-    """Chip generations that differ on the wire or in the layout. The codes are those of ``ext/wire.pxd``."""
-
-    V1 = 1
-    V2 = 2
-    V2_DIAGNOSTICS = 3
-    V3 = 4
-
-
-#: `--asic` on the command line -> the generation that decodes it. v2b and LightPix differ from v2 in registers only.
-ASICS: Final = {"1": Asic.V1, "2": Asic.V2, "2b": Asic.V2, "lightpix-1": Asic.V2, "3": Asic.V3}
-
-
-def layout_of(asic: Asic, *, clock64: bool = False) -> Layout:
-    """The layout that rows of this chip generation have (`clock64`: boards with a 64-bit clock)."""
-    if asic == Asic.V1:
-        return LAYOUTS[0]
-    if asic == Asic.V3:
-        return LAYOUTS[3]
-    return LAYOUTS[2] if clock64 else LAYOUTS[1]
-
-
-class PacketType(IntEnum):
-    DATA = 0
-    TEST = 1
-    CONFIG_WRITE = 2
-    CONFIG_READ = 3
-    TIMESTAMP = 4
-    MESSAGE = 5
-    SYNC = 6
-    TRIGGER = 7
-
-
 #: Where a message lies in the buffer that holds it.
 SPAN: Final = np.dtype([("start", "<u4"), ("length", "<u4")])
-
 #: A word that could not become a row, as a decoder hands it over: `raw[:size]` are its bytes.
 UNKNOWN_WORD: Final = np.dtype(
     [("seconds", "<u8"), ("io_group", "u1"), ("reason", "u1"), ("size", "u1"), ("raw", "u1", (24,))]
 )
-#: What a decoder notices that speaks for a loss before its bytes reached us, in the order of ext/evidence.pxd. What
-#: follows from it says sources/evidence.py.
+#: What a decoder notices that speaks for a loss before its bytes reached us, in the order of ext/loss_evidence.pxd.
+#: sources/data_quality.py says what follows from it.
 NOTICES: Final = (
     "short",  # messages with fewer words than their headers count; amount: words
     "trailing",  # messages with more than that; bytes
@@ -179,10 +102,88 @@ REASONS: Final = {
 }
 #: Unknown words that a decoder keeps, per run.
 UNKNOWN_KEPT: Final = 1000
-
 #: Rows of a chunk of the file. A chunk of every layout fits into the 1 MiB that HDF5 before 2.0 caches per dataset: to
 #: read row by row, as larpix-control's from_file does, takes 47 us a row; with 65,536 it took 12 ms (HDF5 1.14.6).
 CHUNK_ROWS: Final = 16_384
+MESSAGE_BYTES: Final = 64
+TEXT_BYTES: Final = 256
+
+
+def _with(columns: dict[str, str], *more: tuple[str, str]) -> np.dtype[Any]:
+    return np.dtype([(name, columns.get(name, kind)) for name, kind in _COMMON] + list(more))
+
+
+#: v2, v2a, v2b, v2d and LightPix chips: 36 bytes. `timestamp` in ticks of the chip's clock, `receipt_timestamp` in
+#: ticks of the board's 10 MHz master clock; rows of type 4 have unix seconds in `timestamp`.
+PACKETS_2_4: Final = _with({})
+
+#: The same with the board's 64-bit clock (40 bytes).
+PACKETS_2_4_CLOCK64: Final = _with({"receipt_timestamp": "<u8"})
+
+#: v3 chips: 43 bytes.
+PACKETS_3_0: Final = _with(
+    {"dataword": "<u2", "receipt_timestamp": "<u8"}, ("reset_sample_flag", "u1"), ("cds_flag", "u1")
+)
+
+
+class Layout(NamedTuple):
+    """How the rows of a run look. `code` stands in block headers, `version` in the file's header."""
+
+    code: int
+    name: str
+    version: str
+    dtype: np.dtype[Any]
+
+
+LAYOUTS: Final = (
+    Layout(1, LAYOUT_NAMES[1], "1.0", PACKETS_1_0),
+    Layout(2, LAYOUT_NAMES[2], "2.4", PACKETS_2_4),
+    Layout(3, LAYOUT_NAMES[3], "2.4", PACKETS_2_4_CLOCK64),
+    Layout(4, LAYOUT_NAMES[4], "3.0", PACKETS_3_0),
+)
+
+_BY_CODE: Final = {layout.code: layout for layout in LAYOUTS}
+
+
+def layout(code: int) -> Layout:
+    """The layout with this code; ValueError names the code when there is none."""
+    try:
+        return _BY_CODE[code]
+    except KeyError:
+        raise ValueError(f"unknown layout code {code}; known are {sorted(_BY_CODE)}") from None
+
+
+class Asic(IntEnum):
+    """Chip generations that differ on the wire or in the layout. The codes are those of ``ext/row_structs.pxd``."""
+
+    V1 = 1
+    V2 = 2
+    V2_DIAGNOSTICS = 3
+    V3 = 4
+
+
+#: `--asic` on the command line -> the generation that decodes it. v2b and LightPix differ from v2 in registers only.
+ASICS: Final = {"1": Asic.V1, "2": Asic.V2, "2b": Asic.V2, "lightpix-1": Asic.V2, "3": Asic.V3}
+
+
+def layout_of(asic: Asic, *, clock64: bool = False) -> Layout:
+    """The layout that rows of this chip generation have (`clock64`: boards with a 64-bit clock)."""
+    if asic == Asic.V1:
+        return LAYOUTS[0]
+    if asic == Asic.V3:
+        return LAYOUTS[3]
+    return LAYOUTS[2] if clock64 else LAYOUTS[1]
+
+
+class PacketType(IntEnum):
+    DATA = 0
+    TEST = 1
+    CONFIG_WRITE = 2
+    CONFIG_READ = 3
+    TIMESTAMP = 4
+    MESSAGE = 5
+    SYNC = 6
+    TRIGGER = 7
 
 
 def type_column(dtype: np.dtype[Any]) -> str:
@@ -220,3 +221,39 @@ def chips_of(rows: NDArray[Any]) -> NDArray[np.intp]:
     parts = np.array([key.split(b"-") for key in keys.tolist()]).astype(np.intp).reshape(-1, 3)
     chips: NDArray[np.intp] = parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]
     return chips[back]
+
+
+class Places:
+    def __init__(self) -> None:
+        self._tables: dict[int, NDArray[np.int32]] = {}  # io_group -> place by io_channel << 8 | chip_id
+        self._count = 0
+
+    def add(self, chips: NDArray[np.uint8]) -> None:
+        """Each of them gets the next place; shape (N, 3): io_group, io_channel, chip_id."""
+        for io_group, io_channel, chip_id in chips.tolist():
+            table = self._tables.setdefault(io_group, np.full(1 << 16, -1, np.int32))
+            table[io_channel << 8 | chip_id] = self._count
+            self._count += 1
+
+    def find(self, chips: NDArray[np.intp]) -> NDArray[np.intp]:
+        """The place of each, -1 of those that have none; shape (N,), a chip in one number as schema.chips_of has it."""
+        places = np.full(len(chips), -1, np.intp)
+        for io_group, table in self._tables.items():
+            at = chips >> 16 == io_group
+            places[at] = table[chips[at] & 0xFFFF]
+        return places
+
+
+def key_of(parts: Any) -> str:
+    return "-".join(map(str, parts))
+
+
+def parse_key(asked: Any) -> tuple[int, int, int]:
+    """io_group, io_channel, chip_id of "1-2-3" or [1, 2, 3]; RequestError for what is no chip key."""
+    parts = asked.split("-") if isinstance(asked, str) else asked
+    with contextlib.suppress(TypeError, ValueError):
+        if len(parts) == 3 and not any(isinstance(part, bool | float) for part in parts):
+            io_group, io_channel, chip_id = (int(part) for part in parts)
+            if all(0 <= part <= 255 for part in (io_group, io_channel, chip_id)):
+                return io_group, io_channel, chip_id
+    raise RequestError(f'chip {asked!r:.100}: expected a chip key such as "1-2-3" (io_group, io_channel, chip_id)')

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from actors import core
+from fake_core import core
 from hypothesis import settings
 
 from larpixdaq.operator import Operator

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from larpixdaq import config
-from larpixdaq.control.space import size
-from larpixdaq.control.words import utc
+from larpixdaq.control.disk_watch import size
+from larpixdaq.control.display import utc
 from larpixdaq.errors import FileLocked, LarpixDaqError, printable
-from larpixdaq.file_locks import add_lock_dir_argument, lock_directory
-from larpixdaq.files import info as file_info
-from larpixdaq.files import names, together
-from larpixdaq.files import recover as file_recover
+from larpixdaq.hdf5 import names
+from larpixdaq.hdf5 import recovery as file_recover
+from larpixdaq.hdf5 import run_report as file_info
+from larpixdaq.hdf5 import verify as verification
+from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
 
 
 def add_commands(commands: Any) -> None:
@@ -59,13 +60,13 @@ def _path(text: str) -> Path:
 
 def verify(options: argparse.Namespace) -> int:
     console = Console(quiet=options.json, highlight=False, soft_wrap=True)
-    outcome = together.verify_all(options.paths)
+    outcome = verification.verify_all(options.paths)
     for report in outcome.files:
         _show(console, f"{report.path}: {'good' if report.ok else 'BAD'}, {report.rows} rows")
         for line in report.findings + report.notes:
             _show(console, f"  {line}")
     for run in outcome.runs:
-        if len(run.files) > 1 or not together.is_good(run):
+        if len(run.files) > 1 or not verification.is_good(run):
             _show(console, f"run {run.run}: {run.condition}, {run.rows} rows in {len(run.files)} files")
             for line in run.reasons + run.notes:
                 _show(console, f"  {line}")
@@ -79,12 +80,12 @@ def _show(console: Console, line: str) -> None:
     console.print(escape(printable(line)))
 
 
-def _file_facts(outcome: together.Outcome) -> dict[str, Any]:
+def _file_facts(outcome: verification.Outcome) -> dict[str, Any]:
     names = ("ok", "rows", "findings", "notes")
     return {str(report.path): {name: getattr(report, name) for name in names} for report in outcome.files}
 
 
-def _run_facts(outcome: together.Outcome) -> list[dict[str, Any]]:
+def _run_facts(outcome: verification.Outcome) -> list[dict[str, Any]]:
     return [
         {
             "run": run.run,
@@ -136,7 +137,7 @@ def _parts(paths: list[Path]) -> dict[Path, bool]:
 
 
 def info(options: argparse.Namespace) -> int:
-    facts = file_info.info(options.file)
+    facts = file_info.file_info(options.file)
     if options.json:
         print(json.dumps(facts))
         return 0

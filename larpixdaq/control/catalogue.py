@@ -19,11 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from larpixdaq.constants import CANCELLED, ENDED, PREPARING, RUNNING
 from larpixdaq.errors import FileError
-from larpixdaq.file_locks import has_no_locks, no_locks, try_lock
-from larpixdaq.private_files import aside, in_place, open_private
-from larpixdaq.regular_file import check_regular
-from larpixdaq.states import CANCELLED, ENDED, PREPARING, RUNNING
+from larpixdaq.runtime.file_access import aside, check_regular, has_no_locks, in_place, no_locks, open_private, try_lock
 
 _SCHEMA: Final = 2
 _TABLES: Final = """
@@ -62,7 +60,7 @@ _COPIED: Final = {
 
 @dataclass
 class Run:
-    """One run. Times are unix ns; `phase` and `condition` are those of states.py."""
+    """One run. Times are unix ns; `phase` and `condition` are those of constants.py."""
 
     run: int
     kind: str
@@ -77,7 +75,7 @@ class Run:
     asic: str = ""
     #: When RUN ended: end_run or abort_run was asked for. `ended_ns` is when all was stored.
     stopped_ns: int | None = None
-    #: What the producers read, as blocks.ConnectedBoard has it.
+    #: What the producers read, as stream.ConnectedBoard has it.
     connected: list[dict[str, Any]] = field(default_factory=list)
     #: Of the producers' software.
     versions: dict[str, str] = field(default_factory=dict)

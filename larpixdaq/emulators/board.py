@@ -1,22 +1,28 @@
-"""One emulated board: its sockets, its pace, and the count of what was really sent."""
+"""One emulated board: its sockets, its pace, and the count of what was really sent.
+
+What an emulated board does wrong on request, and its own exact count of it.
+
+Recorded board messages, to be sent again byte for byte.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from larpixdaq._native import emulate, transport
+from larpixdaq._native import board_emulator, zmq_batch
+from larpixdaq._native.decoders import split_log
 from larpixdaq.emulators.board_registers import BoardRegisters, ServerCrashError
-from larpixdaq.emulators.commands import Commands
-from larpixdaq.emulators.faults import Faults, words_in
-from larpixdaq.errors import ConfigError
-from larpixdaq.pace import Pace
+from larpixdaq.emulators.command_server import Commands
+from larpixdaq.errors import ConfigError, FileError
+from larpixdaq.runtime.timing import Pace
 
 #: A turn makes at most this many words, so that other boards, commands and signals get theirs.
 BATCH = 16_384
@@ -39,6 +45,8 @@ GOODBYE = 5000
 LARGEST_REQUEST = 2 << 20
 #: Seconds until a full queue is tried again: XPUB does not say when it has room.
 RETRY = 0.001
+#: Words that a header claims too many, at most.
+LIE: Final = 5
 
 
 class Words(Protocol):
@@ -118,7 +126,7 @@ class Board:
             self.data.setsockopt(zmq.SNDHWM, min(100_000, max(100, QUEUE_BYTES // message)))
         else:
             self.data.setsockopt(zmq.SNDHWM, self._queue)
-        self._sender = transport.Sender(self.data)
+        self._sender = zmq_batch.Sender(self.data)
 
     def _bind(self, socket: zmq.Socket[bytes], what: str, address: str) -> int:
         socket.setsockopt(zmq.MAXMSGSIZE, LARGEST_REQUEST)
@@ -192,7 +200,7 @@ class Board:
                 self._pace.pause(now)
             self._stopped_at = self._stopped_at or now
             return float("inf")
-        if self._stopped_at is not None and isinstance(self._words, emulate.PacmanBoard):
+        if self._stopped_at is not None and isinstance(self._words, board_emulator.PacmanBoard):
             # its clock follows its words, a board's goes on without them; only whole seconds can be made up for
             late = self._late + now - self._stopped_at
             self._words.jump(round(late))
@@ -287,7 +295,7 @@ class Board:
         step = len(self._spans) if self._lossless else BURST
         while len(self._spans):
             sent = self._sender.send(self._words.buffer, self._spans[:step])
-            d, s, t, others = emulate.count_words(self._words.buffer, self._spans[:sent])
+            d, s, t, others = board_emulator.count_words(self._words.buffer, self._spans[:sent])
             for name, number in zip(self.sent, (d + s + t + others, d, s, t, sent), strict=True):
                 self.sent[name] += number
             self._spans = self._spans[sent:]
@@ -295,3 +303,112 @@ class Board:
                 return
             if len(self._spans):
                 time.sleep(BURST_PAUSE)
+
+
+class Wrongs(NamedTuple):
+    """Fractions of messages that are not sent, sent twice, or whose headers count words that do not follow; times are
+    seconds since the board's first turn: at the first the board is away for the second; its clock is set by the second;
+    it starts again."""
+
+    skip: float = 0.0
+    double: float = 0.0
+    lie: float = 0.0
+    away: tuple[float, float] | None = None
+    jump: tuple[float, float] | None = None
+    restart: float | None = None
+
+    @property
+    def any(self) -> bool:
+        return self != Wrongs()
+
+
+class Faults:
+    """`count` has what was done: words and messages skipped (also while the board is away), words and messages that
+    were sent a second time, messages with a wrong header and the words that it claims too many."""
+
+    def __init__(self, wrongs: Wrongs, seed: int) -> None:
+        self.wrongs = wrongs
+        self.count = dict.fromkeys(
+            ("skipped", "skipped_messages", "doubled", "doubled_messages", "lied", "lied_messages"), 0
+        )
+        self._random = np.random.default_rng(seed)
+
+    def spoil(self, buffer: NDArray[np.uint8], spans: NDArray[Any]) -> NDArray[Any]:
+        """The spans to send of these, in order; headers are changed in place. No message suffers twice."""
+        wrongs = self.wrongs
+        if not (wrongs.skip or wrongs.double or wrongs.lie):
+            return spans
+        fate = self._random.random(len(spans))
+        skip = fate < wrongs.skip
+        double = ~skip & (fate < wrongs.skip + wrongs.double)
+        lie = ~skip & ~double & (fate < wrongs.skip + wrongs.double + wrongs.lie)
+        self.skip(spans[skip])
+        self.count["doubled"] += words_in(spans[double])
+        self.count["doubled_messages"] += int(double.sum())
+        for span in spans[lie]:
+            place = int(span["start"]) + 6
+            counted = buffer[place : place + 2].view("<u2")
+            more = min(int(self._random.integers(1, LIE + 1)), 65_535 - int(counted[0]))
+            counted += np.uint16(more)
+            self.count["lied"] += more
+            self.count["lied_messages"] += 1
+        return np.repeat(spans, np.where(skip, 0, 1 + double))
+
+    def skip(self, spans: NDArray[Any]) -> None:
+        """These are made, and nobody gets them."""
+        self.count["skipped"] += words_in(spans)
+        self.count["skipped_messages"] += len(spans)
+
+
+def words_in(spans: NDArray[Any]) -> int:
+    """Words of board messages, by their lengths."""
+    return int((np.maximum(spans["length"].astype(np.int64) - 8, 0) // 16).sum())
+
+
+class Recording:
+    """The messages of a log (each preceded by its length, u32 little-endian), in the manner of emulate.PacmanBoard.
+
+    `fill()` makes the next messages the ones at `spans` of `buffer`; `left` is False once all have been handed out.
+    """
+
+    receipt = 0
+    full = 0
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.buffer: NDArray[np.uint8] = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise FileError(f"cannot read {path}: {error.strerror}") from None
+        self._all = _split(self.buffer, path)
+        words = np.maximum(self._all["length"].astype(np.int64) - 8, 0) // 16
+        self._before = np.concatenate(([0], np.cumsum(words)))
+        self._next = 0
+        self.spans: NDArray[Any] = self._all[:0]
+
+    @property
+    def left(self) -> bool:
+        return self._next < len(self._all)
+
+    def fill(self, words: int, per_message: int = 0, window: int = 0) -> int:
+        """Hand out messages of at most `words` words in all, but at least one; return how many."""
+        end = int(np.searchsorted(self._before, self._before[self._next] + words, side="right")) - 1
+        end = min(max(end, self._next + 1), len(self._all))
+        self.spans = self._all[self._next : end]
+        self._next = end
+        return len(self.spans)
+
+    def jump(self, seconds: int) -> None:
+        raise FileError("recorded messages keep their times")
+
+    def restart(self) -> None:
+        raise FileError("recorded messages keep their times")
+
+
+def _split(buffer: NDArray[np.uint8], path: Path) -> NDArray[Any]:
+    spans, used = split_log(buffer)
+    if used < len(buffer) or not len(spans):
+        raise FileError(
+            f"{path}: expected a message log (u32 length + message, at most 4 GiB), "
+            f"found {len(spans)} messages in the first {used} of {len(buffer)} bytes"
+        )
+    return spans

@@ -8,11 +8,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq._native import chips as native
-from larpixdaq._native.chips import Heard, Stop
-from larpixdaq.emulators.network import Chain, Network
-from larpixdaq.emulators.registers import RegisterMap, register_map
-from larpixdaq.emulators.wiring import TILE_CHANNELS, Wiring
+from larpixdaq._native import chip_emulator as native
+from larpixdaq._native.chip_emulator import Heard, Stop
+from larpixdaq.emulators.network import TILE_CHANNELS, Chain, Network, RegisterMap, Wiring, register_map
 
 _CHIP_ID: Final = 2  # its lowest bit in a word
 

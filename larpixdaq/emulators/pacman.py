@@ -13,17 +13,15 @@ from typing import Any, Final
 
 import zmq
 
-from larpixdaq._native import emulate
+from larpixdaq._native import board_emulator
 from larpixdaq.emulators import detector, revisions
-from larpixdaq.emulators.board import BATCH, QUEUE, Board, Words
+from larpixdaq.emulators.board import BATCH, QUEUE, Board, Faults, Recording, Words, Wrongs
 from larpixdaq.emulators.board_registers import BoardRegisters
 from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT
-from larpixdaq.emulators.faults import Faults, Wrongs
-from larpixdaq.emulators.recording import Recording
 from larpixdaq.emulators.tile import Tile, TileBoard
 from larpixdaq.errors import ConfigError
+from larpixdaq.runtime.event_loop import catch
 from larpixdaq.schema import ASICS
-from larpixdaq.signals import catch
 
 DESCRIPTION = """\
 Sends what PACMAN boards send (legacy format: 8-byte headers, 16-byte words), one board per io_group. At the start it
@@ -221,7 +219,7 @@ def _ports(ports: list[int], n: int) -> list[int]:
 def _words(args: argparse.Namespace, io_group: int) -> Words:
     if args.replay:
         return Recording(args.replay)
-    return emulate.PacmanBoard(
+    return board_emulator.PacmanBoard(
         ASICS[args.asic],
         rate=args.rate or SATURATED,
         seed=args.seed * 256 + io_group,

@@ -15,11 +15,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq._native.frames import encode_serial
+from larpixdaq._native.decoders import encode_serial
 from larpixdaq.emulators import detector
 from larpixdaq.emulators.tile import Tile
 from larpixdaq.errors import ConfigError
-from larpixdaq.signals import catch
+from larpixdaq.runtime.event_loop import catch
 
 DESCRIPTION = """\
 A board on a serial line, as a pseudo-terminal, with v1 chips unless --chips or --asic say otherwise. At the start it

@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import schema
-from larpixdaq._native.rates import Rates
-from larpixdaq.blocks import Block, End
+from larpixdaq._native.monitor_counters import Rates
 from larpixdaq.errors import FormatError, RequestError
-from larpixdaq.monitor.rate_tables import io_groups, rate_tables
-from larpixdaq.monitor.text import text as as_text
-from larpixdaq.monitor.text import utc
-from larpixdaq.monitor.tracks import Track
+from larpixdaq.monitor.packet_text import text as as_text
+from larpixdaq.monitor.packet_text import utc
+from larpixdaq.monitor.rates import Track, io_groups, rate_tables
+from larpixdaq.protocol.stream import Block, End
 
 #: Rows kept for packets(), and messages kept for messages().
 KEPT_ROWS: Final = 16_384

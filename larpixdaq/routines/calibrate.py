@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from larpixdaq.errors import ConfigError
 from larpixdaq.routines import Routine
 from larpixdaq.routines.kit import report
-from larpixdaq.routines.kit.lines import Lines
-from larpixdaq.routines.kit.thresholds import FINE, Thresholds
-from larpixdaq.routines.kit.trims import NEAR
+from larpixdaq.routines.kit.measurement import Lines
+from larpixdaq.routines.kit.threshold_search import FINE, NEAR, Thresholds
 
 
 def _calibrate(

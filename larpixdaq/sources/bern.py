@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq._native.frames import BernDecoder
+from larpixdaq._native.decoders import BernDecoder
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.board import BoardSource
-from larpixdaq.sources.channel import Reply, RequestChannel
-from larpixdaq.sources.host import HostLookup
+from larpixdaq.sources.command_channel import HostLookup, Reply, RequestChannel
+from larpixdaq.sources.zmq_board import BoardSource
 
 #: Its time comes each second, or a heartbeat after a second without data.
 SILENCE = 5.0

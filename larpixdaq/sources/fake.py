@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
-from larpixdaq._native.emulate import PacmanBoard
-from larpixdaq._native.frames import PacmanDecoder
+from larpixdaq._native.board_emulator import PacmanBoard
+from larpixdaq._native.decoders import PacmanDecoder
 from larpixdaq.errors import ConfigError
-from larpixdaq.pace import Pace
+from larpixdaq.runtime.timing import Pace
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.base import LiveSource
+from larpixdaq.sources.source import LiveSource
 
 #: Words of one read() at most, and seconds between two: far above any rate that can be decoded.
 BATCH = 65_536

@@ -10,12 +10,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq._native.frames import PacmanDecoder
+from larpixdaq._native.decoders import PacmanDecoder
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.base import BoardStatus
-from larpixdaq.sources.board import BoardSource
-from larpixdaq.sources.channel import Reply, RequestChannel
-from larpixdaq.sources.host import HostLookup
+from larpixdaq.sources.command_channel import HostLookup, Reply, RequestChannel
+from larpixdaq.sources.source import BoardStatus
+from larpixdaq.sources.zmq_board import BoardSource
 
 #: A heartbeat comes every 10 s.
 SILENCE = 15.0

@@ -18,13 +18,13 @@ import numpy as np
 import serial
 from numpy.typing import NDArray
 
-from larpixdaq._native.frames import SerialDecoder, encode_serial
-from larpixdaq.blocks import Verdict
+from larpixdaq._native.decoders import SerialDecoder, encode_serial
 from larpixdaq.errors import ConfigError
+from larpixdaq.protocol.stream import Verdict
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.base import BoardStatus, LiveSource
-from larpixdaq.sources.channel import LIMIT, Reply
-from larpixdaq.sources.evidence import Presence, verdicts
+from larpixdaq.sources.command_channel import LIMIT, Reply
+from larpixdaq.sources.data_quality import Presence, verdicts
+from larpixdaq.sources.source import BoardStatus, LiveSource
 
 BAUD: Final = 1_000_000
 #: Seconds without a byte after which the decoder no longer waits for the next frame.

@@ -4,7 +4,7 @@ Publisher   the producer's side: a ROUTER that serves blocks out of the ring
 Consumer    the other side: a thread with a DEALER to each producer
 """
 
-from larpixdaq.stream.consumer import Consumer
 from larpixdaq.stream.publisher import Publisher
+from larpixdaq.stream.subscriber import Consumer
 
 __all__ = ["Consumer", "Publisher"]

@@ -1,4 +1,8 @@
-"""The producer's side of the stream: who subscribes, what each has got, and how far the blocks may be given up."""
+"""The producer's side of the stream: who subscribes, what each has got, and how far the blocks may be given up.
+
+The socket of a producer's stream, and where it listens: at the interface that reaches the core, at a free port,
+unless told otherwise.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,11 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from larpixdaq.blocks import (
+from larpixdaq import config
+from larpixdaq.buffer.block_store import Found, Segment, Store
+from larpixdaq.errors import ConfigError, ProtocolError
+from larpixdaq.protocol.stream import (
+    MAX_FROM_CONSUMER,
     STREAM_VERSION,
     Ack,
     Bye,
@@ -25,11 +33,8 @@ from larpixdaq.blocks import (
     pack,
     unpack_consumer,
 )
-from larpixdaq.errors import ProtocolError
-from larpixdaq.stream.store import Found, Segment, Store
 
 log = logging.getLogger(__name__)
-
 #: Bytes of rows on their way to a storage and not yet acknowledged.
 WINDOW = 16 << 20
 #: A subscriber unheard for so long, after the socket has been drained, is dropped and must say HELLO again.
@@ -42,6 +47,10 @@ MOST_CREDIT = 64
 MOST_SUBSCRIBERS = 100
 #: A required storage without a subscription for so long (seconds) no longer holds what another one has.
 FORGET_AFTER = 60.0
+#: Milliseconds after which the connection of a consumer that takes no data is closed: its process is stopped, or the
+#: network has cut it off. That gives back the ring's memory that libzmq holds for it. A busy consumer is not affected,
+#: since its libzmq thread always takes what comes.
+DEAD_CONSUMER = 1000
 
 
 @dataclass
@@ -351,3 +360,27 @@ class Publisher:
         for name in self.forgotten & there:
             log.warning("%s is connected again; blocks that were not kept for it are missing there", name)
         self.forgotten = forgotten
+
+
+def stream_router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """The socket for a Publisher, still to be bound: what it is set to counts from the bind on."""
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FROM_CONSUMER)
+    config.close_dead_connections(socket, DEAD_CONSUMER)
+    return socket
+
+
+def bind_stream(listener: zmq.Socket[bytes], address: str | None, core: str, *, insecure: bool) -> str:
+    """Bind to `address` (default: towards the core), on a free port if it names none; return where others connect."""
+    wanted = address or f"tcp://{config.interface_towards(core)}"
+    where = config.listen_address(wanted, 0, insecure=insecure, what="--address")
+    try:
+        listener.ipv6 = config.is_ipv6(where)
+        listener.bind(where)
+    except zmq.ZMQError as error:
+        raise ConfigError(f"--address {where}: {error.strerror}") from None
+    endpoint = listener.get(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, bytes)
+    return config.reachable(endpoint.decode().rstrip("\0"), core)

@@ -1,0 +1,193 @@
+"""What a chunk of the file needs: the byte shuffle and the deflate that HDF5's filters undo, and the count of its rows
+by kind."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+cimport cython
+from deflate cimport deflate, deflated_most, tokens_room
+from row_structs cimport Row10, Row24, Row24Clock64, Row30
+
+#: Columns of the counts that tally() adds to; the first six are the ledger's own (larpixdaq.schema.COUNTS).
+TALLY = ("word_rows", "packets", "bad_parity", "time_rows", "info_rows", "sent_rows", "other_rows")
+
+cdef enum:
+    T_WORD_ROWS
+    T_PACKETS
+    T_BAD_PARITY
+    T_TIME_ROWS
+    T_INFO_ROWS
+    T_SENT_ROWS
+    T_OTHER_ROWS
+    N_TALLY
+
+cdef enum:
+    # Bytes between two planes: a chunk's rows are a power of two, and planes just so far apart would share the places of the
+    # first-level cache.
+    APART = 64
+
+ctypedef fused Row:
+    Row24
+    Row24Clock64
+    Row30
+
+
+cdef extern from *:
+    """
+    typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+    #ifdef __clang__
+    #define INTERLEAVE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+    #else
+    #define INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, (Bytes16){__VA_ARGS__})
+    #endif
+
+    /* 16 bytes of 16 rows, that are `row` bytes apart, become 16 columns, `column` bytes apart. Rows i and i + 8 are
+       interleaved, four times over: each time a byte's number in the square has its bits rotated by one. */
+    static inline void interleave16(const Bytes16* a, Bytes16* b) {
+        _Pragma("GCC unroll 8")
+        for (int i = 0; i < 8; i++) {
+            b[2 * i] = INTERLEAVE(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            b[2 * i + 1] = INTERLEAVE(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        }
+    }
+    static inline void transpose16(const uint8_t* source, size_t row, uint8_t* out, size_t column) {
+        Bytes16 a[16], b[16];
+        _Pragma("GCC unroll 16")
+        for (int i = 0; i < 16; i++) memcpy(&a[i], source + i * row, 16);
+        interleave16(a, b);
+        interleave16(b, a);
+        interleave16(a, b);
+        interleave16(b, a);
+        _Pragma("GCC unroll 16")
+        for (int i = 0; i < 16; i++) memcpy(out + i * column, &a[i], 16);
+    }
+    """
+    void transpose16(const uint8_t* source, size_t row, uint8_t* out, size_t column) noexcept nogil
+
+
+cdef void shuffle_rows(const uint8_t* source, uint8_t* out, size_t size, size_t rows, size_t stride) noexcept nogil:
+    """Byte i of each row goes to plane i; planes are `stride` bytes apart."""
+    cdef size_t even = rows - rows % 16 if size >= 16 else 0
+    cdef size_t row, column
+    for row in range(0, even, 16):
+        column = 0
+        while column < size:
+            column = min(column, size - 16)     # the last ones overlap: written twice, the same
+            transpose16(source + row * size + column, size, out + column * stride + row, stride)
+            column += 16
+    for row in range(even, rows):
+        for column in range(size):
+            out[column * stride + row] = source[row * size + column]
+
+
+@cython.final
+cdef class Packer:
+    """Shuffles and deflates chunks of `rows` rows (at least 1) of `itemsize` bytes: as HDF5's two filters would, in the zlib
+    format. One thread at a time."""
+
+    cdef uint8_t* planes
+    cdef uint8_t* packed
+    cdef uint16_t* tokens
+    cdef size_t itemsize
+    cdef size_t rows
+
+    def __cinit__(self, size_t rows, size_t itemsize):
+        if not 1 <= rows <= 1 << 24 or not 1 <= itemsize <= 1 << 12:
+            raise ValueError(f"Packer: expected 1 to 2^24 rows of 1 to 4096 bytes, found {rows} of {itemsize}")
+        self.rows, self.itemsize = rows, itemsize
+        self.planes = <uint8_t*>malloc((rows + APART) * itemsize)
+        self.packed = <uint8_t*>malloc(deflated_most(itemsize, rows))
+        self.tokens = <uint16_t*>malloc(tokens_room(itemsize, rows) * sizeof(uint16_t))
+        if self.planes == NULL or self.packed == NULL or self.tokens == NULL:
+            raise MemoryError("Packer: no memory for a chunk")
+
+    def __dealloc__(self):
+        free(self.planes)
+        free(self.packed)
+        free(self.tokens)
+
+    def pack(self, const uint8_t[::1] chunk) -> bytes:
+        """The bytes of the chunk's rows, shuffled and deflated. The GIL is given away meanwhile."""
+        cdef size_t n
+        if <size_t>chunk.shape[0] != self.rows * self.itemsize:
+            raise ValueError(f"pack: expected {self.rows} rows of {self.itemsize} bytes, found {chunk.shape[0]} bytes")
+        with nogil:
+            shuffle_rows(&chunk[0], self.planes, self.itemsize, self.rows, self.rows + APART)
+            n = deflate(self.planes, self.itemsize, self.rows, self.rows + APART, self.tokens, self.packed)
+        return self.packed[:n]
+
+
+cdef inline void count_row(uint64_t* counts, uint8_t kind, uint8_t direction, uint8_t valid) noexcept nogil:
+    if kind <= 3:
+        if direction == 1:
+            counts[T_WORD_ROWS] += 1
+            counts[T_PACKETS] += 1
+            counts[T_BAD_PARITY] += valid == 0
+        else:
+            counts[T_SENT_ROWS] += 1
+    elif kind == 4:
+        counts[T_TIME_ROWS] += 1
+    elif kind == 5:
+        counts[T_INFO_ROWS] += 1
+    elif kind <= 7:
+        counts[T_WORD_ROWS] += 1
+    else:
+        counts[T_OTHER_ROWS] += 1
+
+
+cdef void tally_rows(const Row* rows, size_t n, uint64_t* counts) noexcept nogil:
+    cdef size_t i
+    for i in range(n):
+        count_row(counts + rows[i].io_group * N_TALLY, rows[i].packet_type, rows[i].direction, rows[i].valid_parity)
+
+
+cdef void tally_rows10(const Row10* rows, size_t n, uint64_t* counts) noexcept nogil:
+    """Layout 1.0 has the io_group in the text of chip_key only ("1-2-246"); without one the row is counted under 0."""
+    cdef size_t i, j
+    cdef unsigned int group, digit
+    for i in range(n):
+        group = 0
+        for j in range(3):
+            digit = <unsigned int> <uint8_t> rows[i].chip_key[j] - 48
+            if digit > 9:
+                break
+            group = group * 10 + digit
+        count_row(counts + (group & 0xFF) * N_TALLY, rows[i].type, rows[i].direction, rows[i].valid_parity)
+
+
+def tally(const uint8_t[::1] rows, int layout, uint64_t[:, ::1] counts):
+    """Add the rows to `counts`, shape (256, len(TALLY)), dtype u8: one line per io_group.
+
+    rows: the bytes of rows of this layout (the code of larpixdaq.schema.LAYOUTS).
+    """
+    cdef size_t size
+    if layout == 1:
+        size = sizeof(Row10)
+    elif layout == 2:
+        size = sizeof(Row24)
+    elif layout == 3:
+        size = sizeof(Row24Clock64)
+    elif layout == 4:
+        size = sizeof(Row30)
+    else:
+        raise ValueError(f"tally: unknown layout code {layout}")
+    if counts.shape[0] != 256 or counts.shape[1] != N_TALLY:
+        raise ValueError(f"tally: expected counts of shape (256, {<int> N_TALLY}), found ({counts.shape[0]}, {counts.shape[1]})")
+    cdef size_t total = rows.shape[0]
+    if total % size:
+        raise ValueError(f"tally: {total} bytes are no whole number of rows of {size} bytes")
+    if total == 0:
+        return
+    cdef const uint8_t* first = &rows[0]
+    cdef uint64_t* out = &counts[0, 0]
+    cdef size_t n = total // size
+    with nogil:
+        if layout == 1:
+            tally_rows10(<const Row10*> first, n, out)
+        elif layout == 2:
+            tally_rows[Row24](<const Row24*> first, n, out)
+        elif layout == 3:
+            tally_rows[Row24Clock64](<const Row24Clock64*> first, n, out)
+        else:
+            tally_rows[Row30](<const Row30*> first, n, out)

@@ -1,0 +1,220 @@
+"""Rows into blocks: slices of the ring, closed when full or 20 ms old, numbered, with the running totals in their
+header."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq import constants, schema
+from larpixdaq._native.ring_buffer import END, INFO, Ring
+from larpixdaq.constants import COUNTS
+from larpixdaq.protocol.stream import Block, Configs, End, Gap, Totals, UnknownWord, Verdict, pack, text_pieces
+from larpixdaq.runtime.checksum import crc32
+from larpixdaq.schema import PacketType
+
+#: A block is closed so long after its first row, in seconds.
+BLOCK_AGE = 0.020
+#: Bytes of text in one INFO row.
+TEXT_BYTES = 64
+
+_PACKETS, _BAD, _UNKNOWN, _REJECTED, _DROPPED, _INFO = (
+    COUNTS.index(name) for name in ("packets", "bad_parity", "unknown_words", "rejected_words", "dropped", "info_rows")
+)
+_rows = itemgetter(*(COUNTS.index(name) for name in constants.ROW_COUNTS))
+
+
+def info_rows(text: str, layout: schema.Layout, seconds: int) -> NDArray[Any]:
+    """The rows of type 5 that stand for an INFO message: one for each piece of its text as /messages has them,
+    `counter` 0 until the writer knows their place there."""
+    rows = np.zeros(len(text_pieces(text, TEXT_BYTES)), layout.dtype)
+    rows[schema.type_column(rows.dtype)] = PacketType.MESSAGE
+    rows["timestamp"] = seconds
+    return rows
+
+
+class Recorder:
+    """Between a producer's decoders and its ring. `counts` are the ledger's counters of the run, in the ring.
+
+    io_groups: those that the producer's sources have; io_group 0 (INFO messages) comes by itself.
+    """
+
+    def __init__(
+        self,
+        ring: Ring,
+        producer: str,
+        epoch: int,
+        layout: schema.Layout,
+        io_groups: Sequence[int],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._ring = ring
+        self.producer = producer
+        self.epoch = epoch
+        self.layout = layout
+        self.io_groups = sorted({0, *io_groups})
+        self.run: int | None = None
+        self._clock = clock
+        self._host_ns = wall
+        self._close_at: float | None = None
+        self._base, self._base_ns = clock(), wall()
+        self.began_ns = 0  # unix ns at which the run began, by the host's clock
+        self._scratch = np.zeros(constants.BLOCK_ROWS, layout.dtype)
+
+    def begin(self, run: int, required: Sequence[str]) -> None:
+        """Everything from here on belongs to `run`, until end()."""
+        self._base, self._base_ns = self._clock(), self._host_ns()
+        self.began_ns = self._base_ns
+        size = self.layout.dtype.itemsize
+        self._ring.begin(run, self.layout.code, size, required, self.io_groups, self.began_ns)
+        self.run = run
+
+    def resume(self, run: int, began_ns: int) -> None:
+        """Go on with the run that a dead producer has left in the ring, to close it."""
+        self.run = run
+        self.began_ns = began_ns
+
+    def rows(self) -> NDArray[Any] | None:
+        """Free rows of the open block, to be written and then publish()ed; None when the ring is full."""
+        room = self._ring.rows(self._wall(), constants.BLOCK_ROWS)
+        return None if room is None else np.frombuffer(room, self.layout.dtype)
+
+    def publish(self, n: int) -> None:
+        """The first n of rows() are written, and the counters are up to date with them: both survive this process."""
+        if not n:
+            self._ring.checkpoint()
+        elif self._ring.publish(n):
+            self.close_block()
+        elif self._close_at is None:
+            self._close_at = self._clock() + BLOCK_AGE
+
+    def scratch(self) -> NDArray[Any]:
+        """Rows to decode into what will not be kept: outside a run, or when the ring is full."""
+        return self._scratch
+
+    def drop(self, rows: NDArray[Any]) -> None:
+        """These rows were decoded and counted, but found no room."""
+        if not len(rows):
+            return
+        now = self._wall()
+        for io_group, n in enumerate(np.bincount(schema.io_groups_of(rows)).tolist()):
+            if n:
+                self._ring.counts[io_group, _DROPPED] += np.uint64(n)
+                gap = self._ring.gaps[io_group]
+                gap[:] = (int(gap[0]) + n, int(gap[1]) or now, now)
+        self._ring.checkpoint()
+
+    def due(self) -> float | None:
+        """When the open block has to be closed (monotonic seconds); None: no block is open."""
+        return self._close_at
+
+    def work(self) -> None:
+        if self._close_at is not None and self._clock() >= self._close_at:
+            self.close_block()
+
+    def close_block(self) -> None:
+        """Close the open block, if it has rows."""
+        self._close_at = None
+        if self._ring.open_rows:
+            payload = self._ring.open_payload()
+            self._ring.close_block(self._header(self._ring.open_rows, self._ring.open_first_ns, payload))
+
+    def info(self, text: str, configs: Configs | None = None, *, seconds: int | None = None) -> bool:
+        """Put an INFO message into the flow, with the configurations that it is about. It counts in io_group 0; there
+        is always room kept for it. `seconds`: its own time (unix), where that is not now."""
+        self.close_block()
+        rows = info_rows(text, self.layout, self._wall() // 10**9 if seconds is None else seconds)
+        self._ring.counts[0, _INFO] += np.uint64(len(rows))
+        payload = rows.tobytes()
+        gaps = self._ring.gaps.copy()
+        if self._ring.append(INFO, payload, len(rows), self._header(len(rows), self._wall(), payload, text, configs)):
+            return True
+        self._ring.gaps[:] = gaps  # the header that told them has gone nowhere
+        self.drop(rows)
+        return False
+
+    def end(
+        self, how: str, unknown: list[UnknownWord], outside: list[list[int]], verdicts: Sequence[Verdict] = ()
+    ) -> End:
+        """Close the run with its end record; returns it."""
+        if self.run is None:
+            raise ValueError("end of a run without a run")
+        self.close_block()
+        end = End(
+            self.run,
+            self.producer,
+            self.epoch,
+            self._ring.sequence,
+            how,
+            self.began_ns,
+            self._wall(),
+            self.counts(),
+            self._take_gaps(),
+            unknown,
+            outside,
+            list(verdicts),
+        )
+        while not self._ring.append(END, b"", 0, pack(end)):
+            if not end.unknown:
+                raise RuntimeError(f"run {self.run}: no room for the end record")  # the room kept for it is far larger
+            end = msgspec.structs.replace(end, unknown=end.unknown[: len(end.unknown) // 2])
+        self.run = None
+        return end
+
+    def counts(self, counts: NDArray[np.uint64] | None = None) -> list[list[int]]:
+        """The counters as an END carries them: for each io_group with any, the io_group, then schema.COUNTS."""
+        table = self._ring.counts if counts is None else counts
+        return [[g, *table[g].tolist()] for g in np.flatnonzero(table.any(axis=1)).tolist()]
+
+    def _wall(self) -> int:
+        """Unix ns by the host's clock when the run began, and evenly on from there.
+
+        A host's clock may be stepped in the middle of a run; rates and gaps would then be nonsense.
+        """
+        return self._base_ns + int((self._clock() - self._base) * 1e9)
+
+    def _header(
+        self, rows: int, first_ns: int, payload: Any, text: str | None = None, configs: Configs | None = None
+    ) -> bytes:
+        assert self.run is not None
+        block = Block(
+            self.run,
+            self.producer,
+            self.epoch,
+            self._ring.sequence,
+            self._ring.first_packet,
+            rows,
+            self.layout.code,
+            0,
+            first_ns,
+            self._wall(),
+            crc32(payload),
+            self.totals(),
+            self._take_gaps(),
+            text,
+            configs,
+        )
+        return pack(block)
+
+    def totals(self) -> list[Totals]:
+        """What each io_group has delivered in this run so far."""
+        # A list of each row, and no sums by numpy: on ten numbers that takes half the time.
+        return [
+            Totals(g, n[_PACKETS], sum(_rows(n)), n[_BAD], n[_UNKNOWN] + n[_REJECTED], n[_DROPPED])
+            for g, n in zip(self.io_groups, self._ring.counts[self.io_groups].tolist(), strict=True)
+        ]
+
+    def _take_gaps(self) -> list[Gap]:
+        gaps = self._ring.gaps
+        found = [Gap(g, *gaps[g].tolist()) for g in np.flatnonzero(gaps[:, 0]).tolist()]
+        if found:
+            gaps[:] = 0
+        return found

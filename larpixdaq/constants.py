@@ -1,0 +1,153 @@
+"""Run states, conditions and the times of the control plane: names that several processes must mean the same by.
+
+Run numbers, limits, layouts and the ledger's counters, for programs that start without numpy (schema.py).
+
+What a producer can be asked to do with its chips and boards: names only, for processes that do none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+STOP: Final = "STOP"
+READY: Final = "READY"
+RUN: Final = "RUN"
+STATES: Final = (STOP, READY, RUN)
+#: Kinds of components.
+PRODUCER: Final = "producer"
+RUN_DATA: Final = "run_data"
+STORAGE: Final = "storage"
+LOG: Final = "log"
+# How far a run has come, as the catalogue says it. Written before the components are told, so that a core that died in
+# between finds what it was about to do.
+PREPARING: Final = "PREPARING"
+BEGINNING: Final = "BEGINNING"
+ENDING: Final = "ENDING"
+#: Also READY and RUN; these two are over.
+ENDED: Final = "ENDED"
+CANCELLED: Final = "CANCELLED"
+# The condition of a run. RUNNING until it has ended.
+RUNNING: Final = "RUNNING"
+COMPLETE: Final = "COMPLETE"
+#: Everything that reached us is stored, but at the board's side there was a gap.
+SUSPECT: Final = "COMPLETE, suspect"
+INCOMPLETE: Final = "INCOMPLETE"
+INTERRUPTED: Final = "INTERRUPTED"
+ABORTED: Final = "ABORTED"
+#: From best to worst.
+CONDITIONS: Final = (COMPLETE, SUSPECT, INCOMPLETE, INTERRUPTED, ABORTED)
+#: Actions of components that only look; all others need control.
+LOOKING: Final = frozenset(
+    {
+        *("list_routines", "packet_rate", "packets", "messages", "adc_histogram", "run_info"),
+        *("board_status", "get_boards", "ping", "retrieve_configuration", "retrieve_pixel_layout"),
+    }
+)
+#: Actions of components that only the core itself may ask for.
+RUN_ACTIONS: Final = frozenset({"prepare_run", "begin_run", "end_run", "abort_run", "cancel_run", "report_run"})
+# Seconds.
+HEARTBEAT: Final = 0.25
+#: Unheard for this long: lost.
+LOST: Final = 1.0
+#: Work is queued and progress has not moved for this long: stuck.
+STUCK: Final = 1.0
+#: An operator who has vanished gives control back after this.
+CONTROL_FREE: Final = 5.0
+#: A name that still counts as living, or a core that does not answer, is tried again for this long.
+PATIENCE: Final = 5.0
+#: A core unheard for this long is no core, for an Operator.
+NO_CORE: Final = 2.0
+#: Storages must have at least this much room on their disk when a run is prepared, bytes.
+MIN_FREE: Final = 64 << 20
+#: Run numbers are 1 to LAST_RUN, and have RUN_DIGITS digits in the names of files.
+RUN_DIGITS: Final = 7
+LAST_RUN: Final = 10**RUN_DIGITS - 1
+#: One more than the highest io_group: counters of a producer are an array of shape (IO_GROUPS, len(COUNTS)), dtype u8.
+IO_GROUPS: Final = 256
+#: Maximum number of rows of a block.
+BLOCK_ROWS: Final = 16_384
+#: Maximum number of bytes of a word that could not become a row.
+UNKNOWN_BYTES: Final = 24
+#: Layouts of rows by their code.
+LAYOUT_NAMES: Final = {1: "1.0", 2: "2.4", 3: "2.4-clock64", 4: "3.0"}
+#: Counters of one io_group in one run (or of run 0: what came outside a run), in the order of ``enum Count`` in
+#: ext/row_structs.pxd. The compiled decoders add to them in place; `info_rows` to `stored` belong to producer and
+#: storage.
+COUNTS: Final = (
+    "messages",  # board messages that were taken apart (frames, on a serial line)
+    "bytes_in",
+    "header_bytes",
+    "trailing_bytes",  # behind the last whole word, or behind the words that the header counts
+    "rejected_bytes",  # messages thrown away whole: no header, unknown type or format
+    "resync_bytes",  # serial: bytes that belong to no frame
+    "pending_before",  # serial: bytes of an unfinished frame when the run began
+    "pending_after",  # serial: bytes of an unfinished frame now
+    "words_in",
+    "word_bytes",  # words_in x size of a word (serial: 10 x frames)
+    "word_rows",  # rows of types 0 to 3 with direction 1, 6 and 7
+    "unknown_words",  # unknown type; kept raw
+    "rejected_words",  # known type, impossible content; kept raw
+    "packets",  # rows of types 0 to 3 with direction 1
+    "bad_parity",  # packets among them whose parity is wrong; stored all the same
+    "time_rows",  # rows of type 4
+    "rejected_messages",
+    "wrong_counts",  # messages whose header counts other words than they hold
+    "info_rows",
+    "sent_rows",  # rows of types 0 to 3 with direction 0
+    "dropped",  # rows that found no room
+    "stored",
+)
+#: Rows that these counters add up to: equation (c) of the ledger.
+ROW_COUNTS: Final = ("word_rows", "time_rows", "info_rows", "sent_rows")
+#: Bytes of a board without any use; fewer than these may be noise on a line.
+LEAST_UNUSABLE: Final = 256
+#: What only tells what is known, or asks a board how it is. (constants.LOOKING has them too: they need no control.)
+HARDWARE_QUERIES: Final = ("board_status", "get_boards", "ping", "retrieve_configuration", "retrieve_pixel_layout")
+#: What changes something, or sends words to chips.
+HARDWARE_CHANGES: Final = (
+    "configure_network",
+    "enforce_configuration",
+    "load_board",
+    "load_pixel_layout",
+    "power",
+    "read_configuration",
+    "reset",
+    "send_configuration",
+    "set_uart_clock",
+    "validate_configuration",
+    "write_configuration",
+)
+HARDWARE_ACTIONS: Final = HARDWARE_QUERIES + HARDWARE_CHANGES
+
+
+def worst(*conditions: str) -> str:
+    """The worst of these conditions; one that nobody knows counts as INTERRUPTED."""
+    known = [one if one in CONDITIONS else INTERRUPTED for one in conditions]
+    return max(known, key=CONDITIONS.index)
+
+
+def best(*conditions: str) -> str:
+    """The best of these conditions (several storages are several copies)."""
+    known = [one if one in CONDITIONS else INTERRUPTED for one in conditions]
+    return min(known, key=CONDITIONS.index)
+
+
+def unusable(counts: Mapping[str, int]) -> str | None:
+    """In one line, when most of the words, messages or bytes that a board sent could not become rows.
+
+    `counts` has its counters by name. One large message that is no board's does not outweigh many good ones.
+    """
+    refused = counts["unknown_words"] + counts["rejected_words"]
+    words, messages = counts["words_in"], counts["messages"] + counts["rejected_messages"]
+    stray = counts["trailing_bytes"] + counts["resync_bytes"]
+    size = counts["word_bytes"] // words if words else 0
+    parts = (
+        (refused, words, refused * size, "words"),
+        (counts["rejected_messages"], messages, counts["rejected_bytes"], "messages"),
+        (stray, stray + counts["word_bytes"], stray, "bytes"),
+    )
+    for bad, of, bad_bytes, what in parts:
+        if bad_bytes >= LEAST_UNUSABLE and 2 * bad > of:
+            return f"most of the data could not be used: {bad} of {of} {what}"
+    return None

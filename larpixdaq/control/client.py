@@ -1,0 +1,409 @@
+"""An Operator's requests: what comes back, waiting for it, and the connection that carries it."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+from larpixdaq import errors
+from larpixdaq.constants import HEARTBEAT, NO_CORE
+from larpixdaq.control.connection import Link
+from larpixdaq.control.display import readable, show
+from larpixdaq.errors import ControlHeld, LarpixDaqError, NoCore, RequestTimeout
+from larpixdaq.protocol import control
+from larpixdaq.protocol.control import Answer, FromCore, Heartbeat, Open, Update, Welcome
+
+#: Responses that nobody has taken yet; of more than that the oldest are forgotten.
+_KEPT: Final = 10_000
+#: What was not acknowledged is sent again after a second; what was, asks for its answer every two.
+_AGAIN: Final = 1.0
+_ASK: Final = 2.0
+#: Seconds that close() waits for answers to requests that nobody has waited for.
+LAST_ANSWERS: Final = 1.0
+#: Seconds that IPython waits for a result before it shows what there is.
+_SHOW: Final = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """One thing that came back. `kind` is "ack", "progress", "result" or "error"; an error has its exception in
+    `error`."""
+
+    kind: str
+    component: str = ""
+    text: str = ""
+    value: Any = None
+    done: int = 0
+    total: int = 0
+    error: LarpixDaqError | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.component}: {self.kind}" if self.component else self.kind]
+        if self.total:
+            parts.append(f"{self.done}/{self.total}")
+        if self.text:
+            parts.append(self.text)
+        if self.value is not None:
+            parts.append(repr(self.value))
+        return " ".join(parts)
+
+
+class _Outcome:
+    """The error of one request. Says so on stderr when the Request is gone, or Python ends, and nobody has seen it."""
+
+    def __init__(self, action: str) -> None:
+        self._action = action
+        self._error: LarpixDaqError | None = None
+        self._dropped = False
+        #: Somebody has waited for the result, and knows that it did not come.
+        self.awaited = False
+        self._unseen = [True]  # whoever takes it out tells; threads and the garbage collector may come together
+
+    def fail(self, error: LarpixDaqError) -> None:
+        self._error = error
+        self._tell()
+
+    def see(self) -> None:
+        self._unseen.clear()
+
+    def drop(self) -> None:
+        """Nobody can look at it any more."""
+        self._dropped = True
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._error is None or not self._dropped:
+            return
+        with contextlib.suppress(Exception):  # it was seen; or there is no stderr any more
+            self._unseen.pop()
+            said = (str(self._error).splitlines() or [""])[0]
+            print(
+                f"larpixdaq: {self._action} failed and nobody looked at it: {type(self._error).__name__}: {said} "
+                "(.result() waits and raises)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+class Request(Generator[Response, None, Any]):
+    """What came of a request so far, and what is still to come.
+
+    Iterating gives each Response as it comes and ends with the result (the last one; StopIteration carries its value).
+    A request that fails gives its error last and then raises it. `result()` waits for the end and returns the value, as
+    often as wanted. Dropping a Request stops listening; it never cancels. An error that nobody has seen is written to
+    stderr when the Request is dropped, or at exit.
+    """
+
+    def __init__(self, action: str, unheard: Callable[[], float], words: Callable[[Any], str] | None = None) -> None:
+        """`words` says a result in words, where readable() would not do."""
+        self.action = action
+        self._words = words
+        self._unheard = unheard
+        self._changed = threading.Condition()
+        self._waiting: deque[Response] = deque(maxlen=_KEPT)
+        self._latest: Response | None = None
+        self._final: Response | None = None
+        self._closed = False
+        self.outcome = _Outcome(action)
+        weakref.finalize(self, self.outcome.drop)
+
+    @property
+    def done(self) -> bool:
+        """Whether the result, or the error, is there."""
+        return self._final is not None
+
+    @property
+    def latest(self) -> Response | None:
+        """The last Response that came, None before the first."""
+        return self._look(self._latest)
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the result and return its value. Raises what the request failed with; RequestTimeout after `timeout`
+        seconds, NoCore when the core was not heard for 2 s: it can be called again after both."""
+        limit = None if timeout is None else time.monotonic() + timeout
+        self.outcome.awaited = True
+        with self._changed:
+            while self._final is None:
+                self._wait(limit, timeout)
+            final = self._final
+        self._look(final)
+        if final.error is not None:
+            raise final.error
+        return final.value
+
+    def readable(self, timeout: float | None = None) -> str:
+        """The result as text for the eye: tables aligned, times as UTC. Waits and raises as result() does."""
+        return (self._words or readable)(self.result(timeout))
+
+    def send(self, value: None = None) -> Response:
+        """The next Response, when it has come."""
+        self.outcome.awaited = True
+        with self._changed:
+            while not self._waiting and self._final is None and not self._closed:
+                self._wait(None, None)
+            if self._closed:
+                raise StopIteration
+            if self._waiting:
+                response = self._waiting.popleft()
+                self._look(response)
+                return response
+            self._closed = True
+            final = self._final
+        self._look(final)
+        if final is not None and final.error is not None:
+            raise final.error
+        raise StopIteration(final.value if final is not None else None)
+
+    def throw(self, typ: Any, val: BaseException | object = None, tb: TracebackType | None = None, /) -> Response:
+        """As generators have it: the exception ends the iteration."""
+        self.close()
+        error = typ if isinstance(typ, BaseException) else val if isinstance(val, BaseException) else typ()
+        raise error.with_traceback(tb) if tb is not None else error
+
+    def close(self) -> None:
+        """Stop iterating; result() goes on to work."""
+        self._closed = True
+
+    def _wait(self, limit: float | None, timeout: float | None) -> None:
+        left = 0.25 if limit is None else min(0.25, limit - time.monotonic())
+        if left <= 0:
+            raise RequestTimeout(f"{self.action}: no result within {timeout:g} s")
+        silent = self._unheard() > NO_CORE
+        came = self._changed.wait(left)
+        # Had this process stood still, what the core said meanwhile is heard now.
+        if silent and not came and self._unheard() > NO_CORE:
+            raise NoCore(f"{self.action}: the core was not heard for {NO_CORE:g} s; it may still do what was asked")
+
+    def take(self, response: Response) -> None:
+        """Called by the connection: this came."""
+        with self._changed:
+            if self._final is not None:
+                return
+            self._latest = response
+            self._waiting.append(response)
+            if response.kind in ("result", "error"):
+                self._final = response
+            self._changed.notify_all()
+        if response.error is not None:
+            self.outcome.fail(response.error)
+
+    def _look(self, response: Response | None) -> Response | None:
+        """Somebody sees this one."""
+        if response is not None and response.error is not None:
+            self.outcome.see()
+        return response
+
+    def __repr__(self) -> str:
+        latest = self.latest
+        return f"<Request {self.action}: {latest if latest is not None else 'no answer yet'}>"
+
+    # What would be asked of the result, and not of the Request, says how to get it.
+
+    def __getitem__(self, key: object) -> Any:
+        raise self._no_result(f"[{key!r:.40}]")
+
+    def __contains__(self, item: object) -> bool:
+        raise self._no_result(f" before `{item!r:.40} in` it")
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Request):
+            return self is other
+        raise self._no_result(f" == {other!r:.40}")
+
+    __hash__ = object.__hash__
+
+    def _no_result(self, use: str) -> TypeError:
+        return TypeError(f"{self.action}: a Request is not its result yet; wait for it: .result(){use}")
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows: the result if it comes within 5 s, else what came last. Nothing is consumed."""
+        try:
+            value = self.result(_SHOW)
+        except RequestTimeout:
+            printer.text(repr(self))
+        except LarpixDaqError as error:
+            printer.text(f"{type(error).__name__}: {error}")
+        else:
+            if self._words is None:
+                show(value, printer)
+            else:
+                printer.text(self._words(value))
+
+
+@dataclass
+class _Sent:
+    message: control.Request
+    request: weakref.ref[Request]
+    outcome: _Outcome
+    next: float
+    acknowledged: bool = False
+
+
+class Connection:
+    """All requests of one Operator. Requests that nobody holds any more are only told of on stderr, if they fail."""
+
+    def __init__(self, core: str, name: str) -> None:
+        self.name = name
+        self.told = Update()
+        self._instance = secrets.token_hex(16)
+        self._guard = threading.Lock()
+        self._sent: dict[str, _Sent] = {}
+        self._next_id = 0
+        self._opened = threading.Event()
+        self._refusal = ""
+        self._closed = False
+        self.link = Link(
+            core,
+            name=name,
+            hello=self._hello,
+            beat=Heartbeat,
+            received=self._receive,
+            refused=self._refuse,
+            each_turn=self._turn,
+        )
+        self.link.start()
+
+    def wait(self, timeout: float) -> None:
+        """Until the core has answered; NoCore when it has not."""
+        if not self._opened.wait(timeout):
+            raise NoCore(self._refusal or f"no core answers at {self.link.core} (waited {timeout:g} s)")
+
+    def ask(
+        self,
+        action: str,
+        params: dict[str, Any],
+        component: str,
+        kind: str,
+        words: Callable[[Any], str] | None = None,
+    ) -> Request:
+        """Send a request. A core that is not there gets nothing later either: the Request has failed with NoCore."""
+        request = Request(action, self.link.unheard, words)
+        if self._closed or self.link.unheard() > NO_CORE:
+            why = "this Operator is closed" if self._closed else f"no core is heard at {self.link.core}"
+            error = NoCore(f"{action}: {why}")
+            request.take(Response("error", "", str(error), error=error))
+            return request
+        with self._guard:
+            self._next_id += 1
+            number = f"{self._instance[:16]}-{self._next_id}"
+            message = control.Request(request=number, action=action, params=params, component=component, kind=kind)
+            control.pack(message)  # what cannot travel is the caller's mistake, and is told at once
+            self._sent[number] = _Sent(message, weakref.ref(request), request.outcome, time.monotonic() + _AGAIN)
+        self.link.send(message)
+        return request
+
+    def _unheard_of(self) -> bool:
+        """Whether a request is open that nobody has waited for."""
+        return any(not sent.outcome.awaited for sent in list(self._sent.values()))
+
+    def excuse(self) -> None:
+        """Do not tell of the requests that are open, whatever becomes of them."""
+        for sent in list(self._sent.values()):
+            sent.outcome.awaited = True
+            sent.outcome.see()
+
+    def close(self) -> None:
+        """Disconnect. Answers to requests that nobody has waited for are awaited for LAST_ANSWERS seconds: they may be
+        refusals."""
+        self._closed = True
+        limit = time.monotonic() + LAST_ANSWERS
+        while self._unheard_of() and time.monotonic() < limit and self.link.unheard() <= NO_CORE:
+            time.sleep(0.01)
+        self.link.close()
+        for number, sent in list(self._sent.items()):
+            if sent.outcome.awaited:
+                sent.outcome.see()
+            error = NoCore(
+                f"{sent.message.action}: this Operator was closed before the result came; it may have been done"
+            )
+            self._give(number, Response("error", "", str(error), error=error))
+
+    # In the link's thread.
+
+    def _hello(self) -> Open:
+        return Open(name=self.name, instance=self._instance)
+
+    def _refuse(self, answer: Answer) -> None:
+        self._refusal = answer.text
+
+    def _receive(self, message: FromCore) -> None:
+        if isinstance(message, Update):
+            self.told = message
+            if isinstance(message, Welcome):
+                self._reopened()
+        elif isinstance(message, Answer):
+            self._answered(message)
+
+    def _reopened(self) -> None:
+        """A new session: the core has forgotten what was asked in the one before."""
+        if self._opened.is_set():
+            self.link.withdraw()
+            for number, sent in list(self._sent.items()):
+                error = errors.ComponentError(
+                    f"{sent.message.action}: the core was restarted and does not know this request"
+                )
+                self._give(number, Response("error", "core", str(error), error=error))
+        self._opened.set()
+
+    def _answered(self, answer: Answer) -> None:
+        sent = self._sent.get(answer.request)
+        if sent is None:
+            return
+        sent.acknowledged = True
+        if answer.kind == "error":
+            self._give(answer.request, _failure(answer))
+            return
+        try:
+            value = control.content(answer)
+        except LarpixDaqError as error:
+            self._give(answer.request, Response("error", answer.component, str(error), error=error))
+            return
+        self._give(
+            answer.request, Response(answer.kind, answer.component, answer.text, value, answer.done, answer.total)
+        )
+
+    def _give(self, number: str, response: Response) -> None:
+        with self._guard:
+            sent = self._sent.get(number)
+            if sent is not None and response.kind in ("result", "error"):
+                del self._sent[number]
+        request = sent.request() if sent is not None else None
+        if request is not None:
+            request.take(response)
+        elif sent is not None and response.error is not None:
+            sent.outcome.fail(response.error)
+
+    def _turn(self) -> bool:
+        """Answers and requests may be lost with a connection: ask again, also for dropped Requests, which may fail."""
+        if self.link.unheard() > NO_CORE:
+            for message in self.link.withdraw():
+                sent = self._sent.get(message.request)
+                if sent is not None and not sent.acknowledged:
+                    error = NoCore(f"{sent.message.action}: the core at {self.link.core} has not acknowledged it")
+                    self._give(message.request, Response("error", "", str(error), error=error))
+            return True
+        now = time.monotonic()
+        for sent in list(self._sent.values()):
+            if now >= sent.next and self.link.unheard() < 2 * HEARTBEAT:
+                sent.next = now + (_ASK if sent.acknowledged else _AGAIN)
+                sent.message.again = sent.acknowledged
+                self.link.send(sent.message)
+        return True
+
+
+def _failure(answer: Answer) -> Response:
+    error: LarpixDaqError
+    if answer.error == ControlHeld.code:
+        error = ControlHeld(answer.text, by=answer.by, since=answer.since)
+    else:
+        error = errors.by_code(answer.error, answer.text)
+    return Response("error", answer.component, answer.text, error=error)

@@ -1,0 +1,326 @@
+"""The connection of a component or an Operator to the core: a socket in a thread of its own.
+
+The thread registers, sends heartbeats, registers anew when the core has forgotten it (or is another one), and hands
+over what arrives. It goes on while the rest of the process waits for a disk.
+
+What was done about recent requests, so that one that comes twice is done once.
+
+Requests and answers may be lost when a connection breaks; whoever waits asks again with the same id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import zmq
+
+from larpixdaq import config
+from larpixdaq.constants import HEARTBEAT
+from larpixdaq.errors import ConfigError, ProtocolError
+from larpixdaq.protocol.control import (
+    MAX_ANSWER,
+    Answer,
+    Bye,
+    FromClient,
+    FromCore,
+    Heartbeat,
+    Open,
+    Register,
+    Update,
+    Welcome,
+    pack,
+    probe_request,
+    unpack_core,
+)
+from larpixdaq.runtime.timing import next_beat, wait_ms
+
+_log = logging.getLogger("larpixdaq.control.connection")
+#: Messages that wait while the core is away; the oldest go first.
+_OUTBOX: Final = 10_000
+#: What the socket did not take is tried again after this (s).
+_SOON: Final = 0.02
+#: At closing, what is still to be sent has so long (s): less than it takes to count as lost.
+_LINGER: Final = 0.5
+_KEPT: Final = 1024
+#: Answers larger than _LARGE are kept up to _ROOM bytes in all: a thousand results with arrays would be gigabytes.
+_LARGE: Final = 4096
+_ROOM: Final = 8 << 20
+
+
+class Waker:
+    """A descriptor that polls readable from wake() to clear(); safe to wake from any thread."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+        # Reentrant: the garbage collector may close a link in the middle of a wake().
+        self._lock = threading.RLock()
+
+    def fileno(self) -> int:
+        return self._read
+
+    def wake(self) -> None:
+        with self._lock, contextlib.suppress(BlockingIOError):  # full: it is readable already
+            if self._write >= 0:
+                os.write(self._write, b"\0")
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._read, 4096):
+                pass
+
+    def close(self) -> None:
+        with self._lock:
+            writing, self._write = self._write, -1  # so that a late wake() does not write into what is opened next
+            os.close(self._read)
+            os.close(writing)
+
+
+class Link:
+    """`hello` makes the registration, `beat` the heartbeat; `received` gets every message of the core but refusals.
+
+    `refused` gets the core's answer to a registration that it did not accept; it is tried again every 250 ms.
+    `each_turn` runs at least every 250 ms and says whether it has nothing left to do. All of them run in the thread.
+    """
+
+    def __init__(
+        self,
+        core: str,
+        *,
+        name: str,
+        hello: Callable[[], Register | Open],
+        beat: Callable[[], Heartbeat],
+        received: Callable[[FromCore], None],
+        refused: Callable[[Answer], None],
+        each_turn: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.core = core
+        self.session = ""
+        #: time.monotonic() of the last message from the core; 0 before the first.
+        self.heard = 0.0
+        #: time.monotonic() at which the newest heartbeat was sent that the core has answered under our session; 0
+        #: before the first. What was heard may have waited in the socket; this has not.
+        self.confirmed = 0.0
+        self._hello, self._beat, self._received, self._refused = hello, beat, received, refused
+        self._each_turn = each_turn
+        self._outbox: deque[FromClient] = deque(maxlen=_OUTBOX)
+        self._waker = Waker()
+        self._closing = False
+        self._due = 0.0  # when the next heartbeat is
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._connect()
+        self._thread = threading.Thread(target=self._run, name=f"link of {name}", daemon=True)
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        socket = self.context.socket(zmq.DEALER)
+        # Only while connected: a core that comes back must not find minutes of old heartbeats.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.LINGER, 200)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER)
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # the system's own takes ever longer while a network is away
+        config.close_dead_connections(socket, config.DEAD_CONNECTION)  # of a host that vanished
+        try:
+            socket.ipv6 = config.is_ipv6(self.core)
+            socket.connect(self.core)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            self.context.term()
+            self._waker.close()
+            raise ConfigError(f"core address {self.core}: {error}") from None
+        return socket
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, message: FromClient) -> None:
+        """From any thread; the session is filled in when it goes out."""
+        self._outbox.append(message)
+        self._waker.wake()
+
+    def withdraw(self) -> list[FromClient]:
+        """Take back what was not sent yet; only from within the thread."""
+        unsent = list(self._outbox)
+        self._outbox.clear()
+        return unsent
+
+    def unheard(self) -> float:
+        """Seconds since the core was heard; infinite before the first time."""
+        return time.monotonic() - self.heard if self.heard else float("inf")
+
+    def close(self) -> None:
+        """Send what waits (at most 1 s) and a goodbye, and end the thread."""
+        self._closing = True
+        self._waker.wake()
+        if self._thread.ident is None:
+            self._finish()
+        elif self._thread is not threading.current_thread():  # where the garbage collector may have called this
+            self._thread.join()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._waker.fileno(), zmq.POLLIN)
+        try:
+            while not self._closing:
+                # Something waits that the socket did not take: soon again, not at the next heartbeat only.
+                limit = _SOON if self._outbox and self.session else HEARTBEAT
+                now = time.monotonic()
+                ready = dict(poller.poll(wait_ms(min(now + limit, self._due), now)))
+                if self._waker.fileno() in ready:
+                    self._waker.clear()
+                try:
+                    self._turn()
+                except Exception:  # a mistake of ours must not cost the component its core
+                    _log.exception("a turn of the link to the core at %s has failed", self.core)
+                    self._due = time.monotonic() + HEARTBEAT
+            self._last_words()
+        except Exception:
+            _log.exception("the link to the core at %s has failed", self.core)
+        finally:
+            self._finish()
+
+    def _turn(self) -> None:
+        self._take()
+        now = time.monotonic()
+        if now >= self._due:
+            said = self._say(self._beat_now() if self.session else self._hello())
+            self._due = next_beat(now, HEARTBEAT) if said else now + _SOON  # not connected yet: try again soon
+        self._flush()
+        self._each_turn()
+
+    def _beat_now(self) -> Heartbeat:
+        beat = self._beat()
+        beat.request = str(time.monotonic_ns())
+        return beat
+
+    def _last_words(self) -> None:
+        limit = time.monotonic() + _LINGER
+        while time.monotonic() < limit:
+            self._flush()
+            if self._each_turn() and not (self._outbox and self.session):
+                break
+            self._socket.poll(10)
+            self._take()
+        if self.session:
+            self._say(Bye())
+
+    def _finish(self) -> None:
+        self._socket.close()
+        self.context.destroy()
+        self._waker.close()
+
+    def _say(self, message: FromClient) -> bool:
+        message.session = self.session
+        try:
+            data = pack(message)
+        except ProtocolError as error:
+            _log.error("%s", error)
+            if isinstance(message, Heartbeat):
+                message.status = None
+                return self._say(message)
+            if isinstance(message, Register | Open):  # it will not get smaller
+                self._refused(Answer(kind="error", error="malformed", text=str(error)))
+            return True
+        try:
+            self._socket.send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def _flush(self) -> None:
+        while self.session and self._outbox:
+            message = self._outbox.popleft()  # first, so that one that cannot go does not hold up the others
+            if not self._say(message):
+                self._outbox.appendleft(message)
+                break
+
+    def _take(self) -> None:
+        for _ in range(1000):
+            try:
+                data: Any = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = unpack_core(data)
+            except ProtocolError as error:
+                _log.warning("%s", error)
+                if not self.session:  # a core of another version, most likely
+                    self._refused(Answer(kind="error", error="version", text=str(error)))
+                elif request := probe_request(data):  # whoever asks must not wait for ever
+                    self.send(Answer(request=request, kind="error", error="malformed", text=str(error)))
+                continue
+            self.heard = time.monotonic()
+            self._sort(message)
+
+    def _sort(self, message: FromCore) -> None:
+        if isinstance(message, Welcome):
+            if message.session == self.session:
+                return  # the answer to a second registration, sent because the first answer took long
+            self.session = message.session
+        elif isinstance(message, Answer) and message.error == "unknown_session":
+            if message.session == self.session:  # otherwise it speaks of one that we have left behind
+                self.session = ""
+                self._say(self._hello())
+            return
+        elif isinstance(message, Answer) and message.error and not self.session:
+            self._refused(message)
+            return
+        elif isinstance(message, Update):
+            if message.session != self.session:
+                return
+            if message.request.isdecimal():
+                self.confirmed = max(self.confirmed, int(message.request) / 1e9)
+        self._received(message)
+
+
+class Recent:
+    """The last request ids and their final answers; one that is not finished is never forgotten."""
+
+    def __init__(self) -> None:
+        self._answers: OrderedDict[str, Answer | None] = OrderedDict()
+        self._large: deque[tuple[str, int]] = deque()
+        self._bytes = 0
+
+    def seen(self, request: str) -> bool:
+        """Whether this id came before; from now on it has."""
+        if request in self._answers:
+            return True
+        self._answers[request] = None
+        if len(self._answers) > _KEPT:
+            finished = next((key for key, answer in self._answers.items() if answer is not None), None)
+            if finished is not None:
+                del self._answers[finished]
+        return False
+
+    def knows(self, request: str) -> bool:
+        return request in self._answers
+
+    def answer(self, request: str) -> Answer | None:
+        """The final answer given to it, if there is one yet."""
+        return self._answers.get(request)
+
+    def keep(self, request: str, answer: Answer) -> None:
+        if request not in self._answers:
+            return
+        self._answers[request] = answer
+        size = len(bytes(answer.value))
+        if size <= _LARGE:
+            return
+        self._large.append((request, size))
+        self._bytes += size
+        while self._bytes > _ROOM:
+            oldest, size = self._large.popleft()
+            self._bytes -= size
+            if oldest in self._answers:  # that it was done is not forgotten
+                text = "the result was lost on its way, and it was too large to be kept: ask again"
+                self._answers[oldest] = Answer(request=oldest, kind="error", text=text, error="failed")

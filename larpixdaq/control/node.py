@@ -1,0 +1,377 @@
+"""A process of larpix-daq as the others see it: registration with the core, heartbeats, actions, logging.
+
+The sockets to core and log live in a background thread, so that heartbeats go on while the process waits for a disk.
+Actions run in the process's own loop: `fileno()` becomes readable when one waits, and `dispatch()` runs it there.
+
+One request for an action of a component, as the component's handler sees it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import secrets
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+import zmq
+
+from larpixdaq.config import CORE_PORT, address, process_identity
+from larpixdaq.constants import HEARTBEAT, PATIENCE, STOP
+from larpixdaq.control.connection import Link, Recent, Waker
+from larpixdaq.control.log_shipping import RecordHandler, push_socket
+from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction, misuse
+from larpixdaq.protocol.control import Answer, FromCore, Heartbeat, Kind, Register, Request, Update, Welcome, packed
+from larpixdaq.runtime.event_loop import Signals, Stopped
+from larpixdaq.runtime.timing import Load, next_beat, wait_ms
+
+_log = logging.getLogger("larpixdaq.control.node")
+#: Requests that wait for dispatch(); more are refused.
+_MAX_WAITING: Final = 1000
+
+
+class Node:
+    """One component: `kind` is "producer", "run_data", "storage" or "log"."""
+
+    #: The session that the core gave at registration; a new one after having been lost.
+    session: str
+    #: The run state as the core last told it ("STOP", "READY", "RUN") and the run's number, None outside a run.
+    state: str
+    run: int | None
+    #: Producers that the core knows: name -> stream address. Replaced as a whole when it changes.
+    producers: dict[str, str]
+    #: Grows whenever dispatch() has changed one of the four above.
+    changes: int
+
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        core: str,
+        actions: Mapping[str, Callable[..., Any]],
+        *,
+        info: Mapping[str, Any],
+        status: Callable[[], dict[str, Any]] | None = None,
+        on_name_taken: Callable[[], None] | None = None,
+        on_change: Callable[[], None] | None = None,
+    ) -> None:
+        """`core` is its address, with or without port; `info` goes out with each registration (a producer: stream
+        address, epoch, layout, io_groups; a storage: directory, highest_run), with the process's id, host and user
+        added. `status` is called in the main loop,
+        by report(), for the heartbeat. dispatch() calls `on_change` after session, state, run or producers have
+        changed, and `on_name_taken` when this component was lost and for 5 s could not register again, since
+        another has taken its name (without it, dispatch() raises)."""
+        self.name, self.kind = name, kind
+        self.session, self.state, self.run = "", STOP, None
+        self.producers = {}
+        self.changes = 0
+        self._actions = {action: (handler, inspect.signature(handler)) for action, handler in actions.items()}
+        self._info, self._status = info, status
+        self._on_name_taken, self._on_change = on_name_taken, on_change
+        self._instance = secrets.token_hex(16)
+        self._engaged: int | None = None  # the run that prepare_run brought us into; no end_run yet
+        self._begun = False
+        self._beat = Heartbeat()
+        self._load = Load()
+        self._status_due = 0.0
+        self._turned: float | None = None  # when the main loop last called report()
+        self._beaten = 0.0
+        self._inbox: deque[FromCore] = deque()
+        self._told: tuple[str, str, int | None, dict[str, str]] | None = None
+        self._recent = Recent()
+        self._ready = Waker()
+        self._refused_since = 0.0
+        self._refusal: Answer | None = None
+        self._taken = self._gave_up = False
+        self._records = RecordHandler(name)
+        self._push: zmq.Socket[bytes] | None = None
+        self._log_address = ""
+        self._closed = False
+        try:
+            self._link = Link(
+                address(core, CORE_PORT),
+                name=name,
+                hello=self._hello,
+                beat=self._heartbeat,
+                received=self._receive,
+                refused=self._refuse,
+                each_turn=self._ship,
+            )
+        except LarpixDaqError:
+            self._ready.close()
+            raise
+
+    # Called by the main loop.
+
+    def connect(self, timeout: float | None = None, *, signals: Signals | None = None) -> None:
+        """Start the thread and register.
+
+        NoCore after `timeout` (5) seconds in which no core was heard; RequestError when the core refuses, for 5 s when
+        that is because the name is in use; Stopped when `signals` has caught a signal.
+        """
+        logger = logging.getLogger("larpixdaq")
+        logger.addHandler(self._records)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
+        limit = PATIENCE if timeout is None else timeout
+        self._link.start()
+        started = time.monotonic()
+        poller = zmq.Poller()
+        poller.register(self._ready.fileno(), zmq.POLLIN)
+        if signals is not None:
+            poller.register(signals.fileno(), zmq.POLLIN)
+        while not self.session:
+            poller.poll(50)
+            self._ready.clear()
+            if signals is not None and signals.stop:
+                raise Stopped(signal.SIGTERM)
+            refusal = self._refusal
+            if refusal is not None and (refusal.error != "name_taken" or self._taken):
+                raise RequestError(f"{self.name}: {refusal.text}")
+            # Also a core that has refused the name may die meanwhile.
+            if not self._inbox and time.monotonic() - max(started, self._link.heard) > limit:
+                raise NoCore(f"no core answers at {self._link.core} (waited {limit:g} s)")
+            while self._inbox and not self.session:
+                self._take_in(self._inbox.popleft())
+        if self._inbox:  # what the core asks has to wait for dispatch(), when all is ready for it
+            self._ready.wake()
+        _log.info("%s is registered with the core at %s", self.name, self._link.core)
+
+    def fileno(self) -> int:
+        """A descriptor that polls readable while dispatch() has something to do."""
+        return self._ready.fileno()
+
+    def dispatch(self) -> None:
+        """Run the actions that wait, in this thread, and take over what the core told."""
+        self._ready.clear()
+        self._follow()
+        if self._taken:
+            self._taken = False
+            if self._on_name_taken is None:
+                raise RequestError(f"{self.name}: another component has taken this name")
+            self._on_name_taken()
+
+    def wait_ms(self, due: float | None = None) -> int:
+        """For the main loop's poll(): milliseconds until the next report() is due, at most until `due` (monotonic)."""
+        now = time.monotonic()
+        beat = next_beat(now, HEARTBEAT)
+        return wait_ms(beat if due is None else min(beat, due), now)
+
+    def report(self, progress: int, queued: int) -> None:
+        """The main loop's turn, at least every 250 ms: work done so far and work waiting.
+
+        Work without progress for 1 s reads `stuck`, and so does a loop that turns no more.
+        """
+        self._turned = now = time.monotonic()
+        status = None
+        if self._status is not None and now >= self._status_due:
+            self._status_due = next_beat(now, HEARTBEAT)
+            status = self._status() | {"load": self._load.shares()}
+        self._beat = Heartbeat(progress=progress, queued=queued, status=status or self._beat.status)
+
+    @property
+    def heard(self) -> float:
+        """time.monotonic() of the last message from the core; 0 before the first."""
+        return self._link.heard
+
+    @property
+    def confirmed(self) -> float:
+        """time.monotonic() at which the newest heartbeat was sent that the core has answered under our session."""
+        return self._link.confirmed
+
+    def close(self) -> None:
+        """Say goodbye to the core, send what the log has not got yet (at most 1 s), stop the thread."""
+        if self._closed:
+            return
+        self._closed = True
+        self._link.close()
+        logging.getLogger("larpixdaq").removeHandler(self._records)
+        self._ready.close()
+
+    def _follow(self) -> None:
+        while self._inbox:
+            self._take_in(self._inbox.popleft())
+
+    def _take_in(self, message: FromCore) -> None:
+        if isinstance(message, Request):
+            self._act(message)
+        elif isinstance(message, Update):
+            self._update(message)
+
+    def _update(self, message: Update) -> None:
+        before = (self.session, self.state, self.run, self.producers)
+        now = (message.session, message.state, message.run, message.producers)
+        if now == before:
+            return
+        self.session, self.state, self.run, self.producers = now
+        self.changes += 1
+        if self._on_change is not None:
+            self._on_change()
+
+    def _act(self, request: Request) -> None:
+        call = Call(request, self._answer)
+        try:
+            try:
+                handler, signature = self._actions[call.action]
+            except KeyError:
+                there = ", ".join(sorted(self._actions)) or "none"
+                raise UnknownAction(f"{self.name} has no action {call.action!r}; it has {there}") from None
+            try:
+                signature.bind(call, **call.params)
+            except TypeError as error:
+                own = list(signature.parameters.values())[1:]
+                raise misuse(call.action, error, signature.replace(parameters=own)) from None
+            value = handler(call, **call.params)
+            if value is not None:
+                call.result(value)
+        except Exception as error:
+            self._failed(call, error)
+
+    def _failed(self, call: Call, error: Exception) -> None:
+        expected = isinstance(error, LarpixDaqError)
+        line = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        # Who asked is told in any case; a wrong question is no trouble of ours.
+        level = logging.INFO if isinstance(error, RequestError) else logging.ERROR
+        _log.log(level, "%s: action %s failed: %s", self.name, call.action, line, exc_info=not expected)
+        if not call.ended:
+            call.fail(line, error.code if isinstance(error, RequestError) else "failed")
+
+    def _answer(self, call: Call, answer: Answer) -> None:
+        if answer.kind == "result":
+            self._engage(call)
+        if answer.kind in ("result", "error"):
+            self._recent.keep(call.request, answer)
+        self._link.send(answer)
+
+    def _engage(self, call: Call) -> None:
+        """Remember which run we are in, for a core that asks at registration."""
+        if call.action == "prepare_run":
+            self._engaged, self._begun = call.params.get("run"), False
+        elif call.action == "begin_run":
+            self._begun = True
+        elif call.action in ("end_run", "abort_run", "cancel_run") and call.params.get("run") == self._engaged:
+            self._engaged, self._begun = None, False
+
+    # Called in the link's thread.
+
+    def _hello(self) -> Register:
+        return Register(
+            name=self.name,
+            kind=self.kind,
+            instance=self._instance,
+            actions=sorted(self._actions),
+            info={**self._info, **process_identity()},
+            run=self._engaged,
+            begun=self._begun,
+        )
+
+    def _heartbeat(self) -> Heartbeat:
+        now, beat = time.monotonic(), self._beat
+        if self._turned is not None and now - self._beaten > 2 * HEARTBEAT:
+            self._turned = now  # this thread stood still too: so did the whole process, and its loop is not to blame
+        self._beaten = now
+        idle = 0.0 if self._turned is None else max(0.0, now - self._turned)
+        return Heartbeat(
+            progress=beat.progress,
+            queued=beat.queued + self._waiting(),
+            idle=round(idle, 3),
+            run=self._engaged,
+            begun=self._begun,
+            status=beat.status,
+        )
+
+    def _waiting(self) -> int:
+        return sum(isinstance(message, Request) for message in list(self._inbox))
+
+    def _receive(self, message: FromCore) -> None:
+        if isinstance(message, Welcome):
+            self._refusal, self._gave_up = None, False
+        if isinstance(message, Update):
+            if message.log != self._log_address:
+                self._log_to(message.log)
+            told = (message.session, message.state, message.run, message.producers)
+            if told == self._told:
+                return
+            self._told = told
+        elif isinstance(message, Request) and self._recent.seen(message.request):
+            # The core asks again: its request or our answer may have been lost with a connection.
+            answer = self._recent.answer(message.request)
+            if answer is not None:
+                self._link.send(answer)
+            return
+        elif isinstance(message, Request) and self._waiting() >= _MAX_WAITING:
+            text = f"{self.name} is busy: {_MAX_WAITING} requests wait already"
+            self._link.send(Answer(request=message.request, kind="error", text=text, error="failed"))
+            return
+        self._inbox.append(message)
+        self._ready.wake()
+
+    def _refuse(self, answer: Answer) -> None:
+        now = time.monotonic()
+        if self._refusal is None or self._refusal.error != answer.error:
+            self._refused_since = now
+        if answer.error == "name_taken" and now - self._refused_since > PATIENCE and not self._gave_up:
+            self._taken = self._gave_up = True
+        self._refusal = answer
+        self._ready.wake()
+
+    def _log_to(self, address: str) -> None:
+        self._log_address = address
+        if self._push is not None:
+            self._push.close(0)
+            self._push = None
+        if address:
+            try:
+                self._push = push_socket(self._link.context, address)
+            except zmq.ZMQError as error:
+                _log.error("log address %s: %s", address, error)
+
+    def _ship(self) -> bool:
+        return self._records.ship(self._push) or self._push is None
+
+
+class Call:
+    """One request for an action. Exactly one of result() and fail() ends it, at once or later, from the main loop."""
+
+    action: str
+    params: dict[str, Any]
+
+    def __init__(self, request: Request, answer: Callable[[Call, Answer], None]) -> None:
+        self.action = request.action
+        self.params = request.params
+        self.request = request.request
+        self.ended = False
+        self._answer = answer
+
+    def ack(self, text: str = "") -> None:
+        self._answer(self, Answer(request=self.request, kind="ack", text=text))
+
+    def progress(self, done: int, total: int, text: str = "", value: Any = None) -> None:
+        self._answer(
+            self,
+            Answer(request=self.request, kind="progress", text=text, done=done, total=total, value=packed(value)),
+        )
+
+    def result(self, value: Any = None, text: str = "") -> None:
+        self._end(Answer(request=self.request, kind="result", text=text, value=packed(value)))
+
+    def fail(self, text: str, code: str = "failed") -> None:
+        self._end(Answer(request=self.request, kind="error", text=text, error=code))
+
+    def _end(self, answer: Answer) -> None:
+        if self.ended:
+            raise RuntimeError(f"{self.action} has been answered already")
+        self.ended = True
+        self._answer(self, answer)
+
+
+class Handler(Protocol):
+    """`handler(call, **call.params)`; what it raises (LarpixDaqError or not) becomes the call's error, and is logged.
+
+    A value other than None ends the call as its result; None means that the handler ends it itself, now or later.
+    """
+
+    def __call__(self, call: Call, /, **params: Any) -> Any: ...

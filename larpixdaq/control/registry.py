@@ -1,0 +1,253 @@
+"""Who is connected to the core: components and Operators, who is alive, lost or stuck, and who has control."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from larpixdaq.constants import CONTROL_FREE, HEARTBEAT, LOST, STUCK
+from larpixdaq.control.connection import Recent
+from larpixdaq.errors import ControlHeld, ProtocolError
+from larpixdaq.protocol.control import Heartbeat, Open, Register
+
+#: An Operator's session is kept this long (s) after it was last heard, so that a busy program finds its answers.
+_FORGET_OPERATOR: Final = 60.0
+#: Maximum number of components, and of Operators, at once.
+MOST_COMPONENTS: Final = 100
+MOST_OPERATORS: Final = 256
+#: Lost components that `status` still shows, and for how long (s).
+_LOST_SHOWN: Final = 20
+_LOST_KEPT: Final = 12 * 3600.0
+
+
+def _process(info: dict[str, Any]) -> str:
+    return f"process {info.get('pid', '?')} on {info.get('host', '?')}"
+
+
+class NameTaken(ProtocolError):
+    """Another living component has this name."""
+
+
+class TooMany(ProtocolError):
+    """The core serves as many as it can."""
+
+
+@dataclass
+class Peer:
+    """Times are time.monotonic(); `route` is the ROUTER's name for the connection, and changes with it."""
+
+    session: str
+    route: bytes
+    name: str
+    instance: str
+    heard: float
+
+
+@dataclass
+class Component(Peer):
+    kind: str
+    actions: list[str]
+    info: dict[str, Any]
+    run: int | None
+    begun: bool
+    progress: int = 0
+    queued: int = 0
+    status: dict[str, Any] = field(default_factory=dict)
+    moved: float = 0.0  # when progress last moved, or nothing was queued
+    busy: bool = False  # work is queued, or its main loop does not turn
+    stuck: bool = False
+
+
+@dataclass
+class OperatorPeer(Peer):
+    recent: Recent = field(default_factory=Recent)
+
+
+@dataclass
+class Change:
+    """What check() has found: "lost", "stuck", "moving" (no longer stuck) or "gone" (an Operator)."""
+
+    what: str
+    peer: Peer
+
+
+class Peers:
+    """All that are known. `now` is time.monotonic() throughout."""
+
+    def __init__(self) -> None:
+        self.components: dict[str, Component] = {}  # by name; the living ones
+        self.operators: dict[str, OperatorPeer] = {}  # by session
+        self.lost: dict[str, tuple[float, Component]] = {}  # by name, when last heard
+        self._sessions: dict[str, Peer] = {}
+
+    def register(self, message: Register, route: bytes, now: float) -> Component:
+        """Take a component in; NameTaken while another process of this name counts as living, TooMany when there are
+        MOST_COMPONENTS already."""
+        there = self.components.get(message.name)
+        if there is None and len(self.components) >= MOST_COMPONENTS:
+            raise TooMany(f"{message.name!r} cannot be registered: there are {MOST_COMPONENTS} components already")
+        if there is not None and there.instance != message.instance:
+            raise NameTaken(
+                f"the name {message.name!r} is in use by a {there.kind} ({_process(there.info)}) last heard "
+                f"{now - there.heard:.1f} s ago"
+            )
+        self.lost.pop(message.name, None)
+        component = Component(
+            session=there.session if there is not None else secrets.token_hex(16),
+            route=route,
+            name=message.name,
+            instance=message.instance,
+            heard=now,
+            kind=message.kind,
+            actions=message.actions,
+            info=message.info,
+            run=message.run,
+            begun=message.begun,
+            moved=now,
+        )
+        self.components[component.name] = component
+        self._sessions[component.session] = component
+        return component
+
+    def open(self, message: Open, route: bytes, now: float) -> OperatorPeer:
+        """Take an Operator in; one whose first answer was slow gets the same session again. TooMany when there are
+        MOST_OPERATORS already."""
+        for peer in self.operators.values():
+            if peer.instance == message.instance:
+                peer.route, peer.heard = route, now
+                return peer
+        if len(self.operators) >= MOST_OPERATORS:
+            raise TooMany(f"{message.name!r} cannot be served: there are {MOST_OPERATORS} Operators already")
+        peer = OperatorPeer(secrets.token_hex(16), route, message.name, message.instance, now)
+        self.operators[peer.session] = peer
+        self._sessions[peer.session] = peer
+        return peer
+
+    def hear(self, session: str, route: bytes, now: float) -> tuple[Peer | None, bool]:
+        """The peer of this session (None: unknown or void), and whether its connection is a new one."""
+        peer = self._sessions.get(session)
+        if peer is None:
+            return None, False
+        moved = peer.route != route
+        peer.route, peer.heard = route, now
+        return peer, moved
+
+    def beat(self, component: Component, message: Heartbeat, now: float) -> None:
+        if message.progress != component.progress or not message.queued:
+            component.moved = now - message.idle  # that was when its main loop said so
+        component.busy = message.queued > 0 or message.idle > 2 * HEARTBEAT
+        component.progress, component.queued = message.progress, message.queued
+        if message.status is not None:
+            component.status = message.status
+
+    def goodbye(self, peer: Peer) -> None:
+        self._sessions.pop(peer.session, None)
+        self.operators.pop(peer.session, None)
+        if isinstance(peer, Component):
+            self.components.pop(peer.name, None)
+
+    def check(self, now: float) -> list[Change]:
+        """Who was lost or got stuck since the last time; only to be called when all that came has been taken in."""
+        found: list[Change] = []
+        for component in list(self.components.values()):
+            if now - component.heard > LOST:
+                self.goodbye(component)
+                self.lost[component.name] = (component.heard, component)
+                while len(self.lost) > _LOST_SHOWN:
+                    del self.lost[next(iter(self.lost))]
+                found.append(Change("lost", component))
+                continue
+            stuck = component.busy and now - component.moved > STUCK
+            if stuck != component.stuck:
+                component.stuck = stuck
+                found.append(Change("stuck" if stuck else "moving", component))
+        for name in [name for name, (heard, _) in self.lost.items() if now - heard > _LOST_KEPT]:
+            del self.lost[name]
+        for peer in list(self.operators.values()):
+            if now - peer.heard > _FORGET_OPERATOR:
+                self.goodbye(peer)
+                found.append(Change("gone", peer))
+        return found
+
+    def due(self) -> float:
+        """When check() will find a component lost or stuck, if nothing comes from it until then; infinite: never."""
+        due = float("inf")
+        for component in self.components.values():
+            due = min(due, component.heard + LOST)
+            if component.busy and not component.stuck:
+                due = min(due, component.moved + STUCK)
+        return due
+
+    def excuse(self, seconds: float) -> None:
+        """The core itself stood still for so long: what others sent meanwhile may not have reached it yet."""
+        for peer in self._sessions.values():
+            peer.heard += seconds
+            if isinstance(peer, Component):
+                peer.moved += seconds
+
+    def of_kind(self, kind: str) -> list[Component]:
+        """The living components of a kind, the one first registered first."""
+        return [component for component in self.components.values() if component.kind == kind]
+
+    def describe(self, now: float) -> list[dict[str, Any]]:
+        """All components for people: those lost are there too, with `alive` False."""
+        living = [(component.heard, component, True) for component in self.components.values()]
+        lost = [(heard, component, False) for heard, component in self.lost.values()]
+        return [
+            {
+                "name": one.name,
+                "kind": one.kind,
+                "alive": alive,
+                "stuck": alive and one.stuck,
+                "heard_s": round(now - heard, 3),
+                "progress": one.progress,
+                "queued": one.queued,
+                "run": one.run,
+                "actions": one.actions,
+                "info": one.info,
+                "status": one.status,
+            }
+            for heard, one, alive in living + lost
+        ]
+
+
+class Control:
+    """Who may change things: one Operator at a time."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self._holder: OperatorPeer | None = None
+        self._since = 0.0  # unix seconds
+
+    def _current(self, now: float) -> OperatorPeer | None:
+        holder = self._holder
+        if holder is not None and (holder.session not in self._peers.operators or now - holder.heard > CONTROL_FREE):
+            self._holder = holder = None
+        return holder
+
+    def claim(self, operator: OperatorPeer, now: float) -> None:
+        """Make sure that this Operator has control; ControlHeld when another has it."""
+        holder = self._current(now)
+        if holder is None:
+            self.take(operator)
+        elif holder is not operator:
+            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._since))
+            text = f"control is held by {holder.name} since {since}; take_control() takes it"
+            raise ControlHeld(text, by=holder.name, since=self._since)
+
+    def take(self, operator: OperatorPeer) -> str:
+        """Give it to this Operator; the name of the one who had it before, or ""."""
+        before = self._holder
+        if before is not operator:
+            self._holder, self._since = operator, time.time()
+        return before.name if before is not None and before is not operator else ""
+
+    def release(self, operator: OperatorPeer) -> None:
+        if self._holder is operator:
+            self._holder = None
+
+    def describe(self, now: float) -> dict[str, Any] | None:
+        holder = self._current(now)
+        return None if holder is None else {"by": holder.name, "since": self._since}

@@ -1,0 +1,334 @@
+"""What the core itself answers to Operators: the run's instructions, control, and everything that it can tell.
+
+Operators' requests on their way to the core's desk or to a component, and the answers on their way back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Final, NamedTuple, Protocol
+
+import msgspec
+from msgspec import Meta
+
+from larpixdaq import config
+from larpixdaq.constants import LOOKING, PRODUCER, RUN_ACTIONS, RUN_DATA
+from larpixdaq.control.catalogue import Catalogue, Run
+from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Peers
+from larpixdaq.control.run_control import RunControl
+from larpixdaq.control.scatter_gather import Reply
+from larpixdaq.errors import ComponentError, ControlHeld, LarpixDaqError, RequestError, UnknownAction
+from larpixdaq.protocol.control import Answer, FromCore, Request, packed
+from larpixdaq.protocol.stream import RunNumber
+from larpixdaq.runtime.timing import Load
+from larpixdaq.version import VERSION
+
+_log = logging.getLogger("larpixdaq.core")
+#: What an Operator may ask for without naming it.
+_IN_WORDS: Final = {PRODUCER: "producer", RUN_DATA: "online monitor"}
+
+
+class _None(msgspec.Struct, forbid_unknown_fields=True):
+    pass
+
+
+class _Prepare(msgspec.Struct, forbid_unknown_fields=True):
+    comment: Annotated[str, Meta(max_length=10_000)] = ""
+    kind: Annotated[str, Meta(max_length=64)] = ""
+
+
+class _Comment(msgspec.Struct, forbid_unknown_fields=True):
+    text: Annotated[str, Meta(min_length=1, max_length=10_000)]
+
+
+class _Actions(msgspec.Struct, forbid_unknown_fields=True):
+    component: str | None = None
+
+
+class _RunInfo(msgspec.Struct, forbid_unknown_fields=True):
+    run: RunNumber | None = None
+
+
+class Desk:
+    """handle() answers through `reply`, at once or later, or raises a LarpixDaqError. Changing actions need control."""
+
+    def __init__(
+        self, peers: Peers, control: Control, runs: RunControl, catalogue: Catalogue, *, insecure: bool
+    ) -> None:
+        self._peers, self._control, self._runs, self._catalogue = peers, control, runs, catalogue
+        self._insecure = insecure
+        self._started = time.time()
+        #: Messages that were refused since the start.
+        self.refused = 0
+        #: Of the core's own process.
+        self.load = Load()
+        self._actions: Final[dict[str, tuple[type[Any], Callable[..., Any], bool]]] = {
+            "state": (_None, self._state, False),
+            "components": (_None, self._components, False),
+            "actions": (_Actions, self._list_actions, False),
+            "status": (_None, self._status, False),
+            "run_info": (_RunInfo, self._run_info, False),
+            "take_control": (_None, self._take_control, False),
+            "release_control": (_None, self._release_control, False),
+            "prepare_run": (_Prepare, self._prepare, True),
+            "begin_run": (_None, self._begin, True),
+            "end_run": (_None, self._end, True),
+            "abort_run": (_None, self._abort, True),
+            "comment": (_Comment, self._comment, True),
+        }
+
+    def handle(self, operator: OperatorPeer, action: str, params: dict[str, Any], reply: Reply, now: float) -> None:
+        if action not in self._actions:
+            raise RequestError(f"the core has no action {action!r}; it has {', '.join(sorted(self._actions))}")
+        kind, method, changing = self._actions[action]
+        try:
+            given = msgspec.convert(params, kind)
+        except msgspec.ValidationError as error:
+            raise RequestError(f"{action}: {error}") from None
+        if changing:
+            self._control.claim(operator, now)
+            _log.info("%s: %s %s", operator.name, action, params or "")
+        value = method(operator, given, reply, now)
+        if value is not None:
+            reply.result(value)
+
+    # Looking.
+
+    def _state(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> str:
+        return self._runs.state
+
+    def _components(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> list[dict[str, Any]]:
+        return self._peers.describe(now)
+
+    def _list_actions(self, operator: OperatorPeer, given: _Actions, reply: Reply, now: float) -> dict[str, list[str]]:
+        there = {"core": sorted(self._actions)}
+        there |= {one.name: one.actions for one in self._peers.components.values()}
+        if given.component is None:
+            return there
+        if given.component not in there:
+            raise RequestError(f"no component is named {given.component!r}; there are {', '.join(there)}")
+        return {given.component: there[given.component]}
+
+    def _status(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> dict[str, Any]:
+        run = self._runs.run
+        last = self._catalogue.find()
+        if last is not None and run is not None and last.run == run.run:
+            last = self._catalogue.find(run.run - 1)
+        return {
+            "state": self._runs.state,
+            "busy": self._runs.main.what if self._runs.main is not None else None,
+            "run": self._describe(run) if run is not None else None,
+            "last_run": self._describe(last) if last is not None else None,
+            "components": self._peers.describe(now),
+            "operators": sorted(one.name for one in self._peers.operators.values()),
+            "control": self._control.describe(now),
+            "insecure": self._insecure,
+            "load": self.load.shares(),
+            "refused_messages": self.refused,
+            "version": VERSION,
+            "started": self._started,
+            "process": config.process_identity(),
+            "state_dir": str(self._catalogue.path.parent),
+        }
+
+    def _run_info(self, operator: OperatorPeer, given: _RunInfo, reply: Reply, now: float) -> dict[str, Any]:
+        current = self._runs.run
+        run = current if given.run is None or (current and current.run == given.run) else None
+        if run is None:
+            run = self._catalogue.find(given.run)
+        if run is None:
+            which = "no run yet" if given.run is None else f"no run {given.run}"
+            raise RequestError(f"run_info: there is {which} in the catalogue")
+        info = self._describe(run)
+        info["begun_ns"], info["stopped_ns"] = run.begun_ns, run.stopped_ns
+        info["connected"] = run.connected
+        info["comments"] = self._catalogue.comments(run.run)
+        info["file_details"] = self._catalogue.files(run.run)
+        if run is current:
+            info["live"] = {one.name: one.status for one in self._peers.components.values()}
+        return info
+
+    def _describe(self, run: Run) -> dict[str, Any]:
+        """A run for people and programs; times in unix seconds, None when it has not come to that."""
+        return {
+            "run": run.run,
+            "kind": run.kind,
+            "comment": run.comment,
+            "operator": run.operator,
+            "phase": run.phase,
+            "condition": run.condition,
+            "prepared": run.prepared_ns / 1e9,
+            "begun": run.begun_ns / 1e9 if run.begun_ns is not None else None,
+            "ended": run.ended_ns / 1e9 if run.ended_ns is not None else None,
+            "producers": list(run.producers),
+            "storages": run.storages,
+            "missing": [
+                name
+                for name in [*run.producers, *run.storages]
+                if run is self._runs.run and name not in self._peers.components
+            ],
+            "rows": run.rows,
+            "stored": run.stored,
+            "files": run.files,
+            "reasons": run.reasons,
+        }
+
+    # Control.
+
+    def _take_control(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> dict[str, Any]:
+        before = self._control.take(operator)
+        if before:
+            _log.warning("%s has taken control from %s", operator.name, before)
+        return self._control.describe(now) or {}
+
+    def _release_control(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> dict[str, Any]:
+        self._control.release(operator)
+        return self._control.describe(now) or {}
+
+    # Changing.
+
+    def _prepare(self, operator: OperatorPeer, given: _Prepare, reply: Reply, now: float) -> None:
+        self._runs.prepare(given.comment, given.kind, operator.name, reply, now)
+
+    def _begin(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> None:
+        self._runs.begin(reply, now)
+
+    def _end(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> None:
+        self._runs.end(reply, now)
+
+    def _abort(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> None:
+        self._runs.abort(operator.name, reply, now)
+
+    def _comment(self, operator: OperatorPeer, given: _Comment, reply: Reply, now: float) -> dict[str, Any]:
+        return {"run": self._runs.comment(operator.name, given.text)}
+
+
+class Post(Protocol):
+    """The core's socket."""
+
+    def new_id(self) -> str: ...
+    def send(self, name: str, request: str, action: str, params: dict[str, Any]) -> bool: ...
+    def send_to(self, peer: Peer, message: FromCore) -> bool: ...
+
+
+class _Routed(NamedTuple):
+    """An Operator's request that a component works on."""
+
+    component: str
+    action: str
+    operator: str  # session
+    request: str
+
+
+class _OperatorReply:
+    """The way back to the Operator who asked."""
+
+    def __init__(self, forwarding: Forwarding, operator: OperatorPeer, request: str) -> None:
+        self._forwarding, self._operator, self._request = forwarding, operator, request
+
+    def progress(self, component: str, text: str, done: int = 0, total: int = 0) -> None:
+        answer = Answer(request=self._request, kind="progress", component=component, text=text, done=done, total=total)
+        self._forwarding.answer(self._operator, answer)
+
+    def result(self, value: Any) -> None:
+        answer = Answer(request=self._request, kind="result", component="core", value=packed(value))
+        self._forwarding.answer(self._operator, answer)
+
+    def error(self, error: LarpixDaqError) -> None:
+        code = error.code if isinstance(error, RequestError) else "failed"
+        answer = Answer(request=self._request, kind="error", component="core", text=str(error), error=code)
+        if isinstance(error, ControlHeld):
+            answer.by, answer.since = error.by, error.since
+        self._forwarding.answer(self._operator, answer)
+
+
+class Forwarding:
+    """Every request gets an ack at once and exactly one result or error; one that comes twice is done once."""
+
+    def __init__(self, peers: Peers, control: Control, desk: Desk, post: Post) -> None:
+        self._peers, self._control, self._desk, self._post = peers, control, desk, post
+        self._routed: dict[str, _Routed] = {}
+
+    def requested(self, operator: OperatorPeer, message: Request, now: float) -> None:
+        if message.again and not operator.recent.knows(message.request):
+            text = f"the outcome of {message.action} is no longer known"
+            self._post.send_to(operator, Answer(request=message.request, kind="error", text=text, error="failed"))
+            return
+        if operator.recent.seen(message.request):
+            answer = operator.recent.answer(message.request)
+            if answer is not None:
+                self._post.send_to(operator, answer)
+            return
+        self.answer(operator, Answer(request=message.request, kind="ack", component="core"))
+        reply = _OperatorReply(self, operator, message.request)
+        try:
+            if message.component in ("", "core") and not message.kind:
+                self._desk.handle(operator, message.action, message.params, reply, now)
+            else:
+                self._route(operator, message, now)
+        except LarpixDaqError as error:
+            reply.error(error)
+
+    def _route(self, operator: OperatorPeer, message: Request, now: float) -> None:
+        component = self._find(message)
+        if message.action in RUN_ACTIONS:
+            raise RequestError(f"{message.action} of a component is the core's to ask for")
+        if message.action not in component.actions:
+            there = ", ".join(component.actions) or "none"
+            raise UnknownAction(f"{component.name} has no action {message.action!r}; it has {there}")
+        if message.action not in LOOKING:
+            self._control.claim(operator, now)
+            _log.info("%s: %s of %s", operator.name, message.action, component.name)
+        request = self._post.new_id()
+        self._routed[request] = _Routed(component.name, message.action, operator.session, message.request)
+        if not self._post.send(component.name, request, message.action, message.params):
+            del self._routed[request]
+            raise ComponentError(f"{component.name} does not take {message.action}: its queue is full or it is gone")
+
+    def _find(self, message: Request) -> Component:
+        living = self._peers.components
+        if message.component:
+            if message.component not in living:
+                there = ", ".join(living) or "none"
+                raise ComponentError(f"no component is named {message.component!r}; there are {there}")
+            return living[message.component]
+        found = self._peers.of_kind(message.kind)
+        if not found:
+            what = _IN_WORDS.get(message.kind, f"component of kind {message.kind!r}")
+            there = ", ".join(living) or "nobody"
+            raise ComponentError(f"{message.action}: no {what} is there (registered and alive: {there})")
+        return found[0]
+
+    def answered(self, component: Component, answer: Answer) -> bool:
+        """Pass a component's answer on; False when no Operator has asked."""
+        routed = self._routed.get(answer.request)
+        if routed is None or routed.component != component.name:
+            return False
+        self._pass_on(answer, component.name)
+        return True
+
+    def _pass_on(self, answer: Answer, name: str) -> None:
+        routed = self._routed[answer.request]
+        if answer.kind in ("result", "error"):
+            del self._routed[answer.request]
+        operator = self._peers.operators.get(routed.operator)
+        if operator is not None:
+            answer.request, answer.component = routed.request, name
+            self.answer(operator, answer)
+
+    def answer(self, operator: OperatorPeer, answer: Answer) -> None:
+        if answer.kind in ("result", "error"):
+            operator.recent.keep(answer.request, answer)
+        self._post.send_to(operator, answer)
+
+    def gone(self, peer: Peer, what: str) -> None:
+        """Nothing more comes from this peer: its requests fail, its answers are wanted by nobody."""
+        if isinstance(peer, OperatorPeer):
+            self._routed = {key: one for key, one in self._routed.items() if one.operator != peer.session}
+            return
+        for request, routed in list(self._routed.items()):
+            if routed.component == peer.name:
+                text = f"{peer.name} was {what} while it worked on {routed.action}"
+                self._pass_on(Answer(request=request, kind="error", text=text, error=ComponentError.code), peer.name)

@@ -1,0 +1,148 @@
+"""What producers and storages answer to the run's instructions, and the condition that follows from it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+import msgspec
+
+from larpixdaq.constants import ABORTED, COMPLETE, COUNTS, INCOMPLETE, INTERRUPTED, ROW_COUNTS, SUSPECT, best, worst
+from larpixdaq.control.catalogue import Run
+from larpixdaq.control.scatter_gather import Outcome
+from larpixdaq.errors import ComponentError
+from larpixdaq.protocol.reports import EpochEnd, ProducerEnd, StorageEnd, checked
+
+_ROWS: Final = [1 + COUNTS.index(name) for name in ROW_COUNTS]
+_DROPPED: Final = 1 + COUNTS.index("dropped")
+#: (producer, epoch)
+_Source = tuple[str, int]
+
+
+def take_end(run: Run, name: str, outcome: Outcome) -> str:
+    """Note a producer's totals, and those of dead predecessors that it has taken over; why there are none, or ""."""
+    if not outcome.ok:
+        return outcome.text
+    try:
+        end = checked(outcome.value, ProducerEnd, name, "end_run")
+    except ComponentError as error:
+        return str(error)
+    inherited, end.inherited = end.inherited, []
+    epochs = run.producers.setdefault(name, [])
+    # The one that lives stays last.
+    epochs[:] = dict.fromkeys([*(one.epoch for one in inherited), *epochs, end.epoch])
+    told: list[EpochEnd | ProducerEnd] = [*inherited, end]
+    for one in told:
+        run.ends = [old for old in run.ends if (old["name"], old["epoch"]) != (name, one.epoch)]
+        run.ends.append({"name": name, **msgspec.to_builtins(one)})
+    return ""
+
+
+def take_report(run: Run, name: str, outcome: Outcome) -> str:
+    """Note what a storage has; why that is not known, or ""."""
+    if not outcome.ok:
+        return outcome.text
+    try:
+        run.reports[name] = msgspec.to_builtins(checked(outcome.value, StorageEnd, name, "end_run"))
+    except ComponentError as error:
+        return str(error)
+    return ""
+
+
+def made(end: ProducerEnd) -> dict[int, int]:
+    """Rows that the producer made, per io_group: equation (c) of the ledger."""
+    return {line[0]: sum(line[i] for i in _ROWS) for line in _lines(end)}
+
+
+def _lines(end: ProducerEnd) -> list[list[int]]:
+    return [line for line in end.counts if len(line) == 1 + len(COUNTS)]
+
+
+class Verdict(NamedTuple):
+    condition: str
+    rows: int | None  # that the producers made; None: the totals of one are unknown
+    stored: int | None  # in the storage that has most; None: no storage has said
+    files: list[str]
+    reasons: list[str]
+
+
+def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None) -> Verdict:
+    """Compare what the producers made with what the storages have.
+
+    `failures` are reasons in any case; `silent` says, by producer, why its totals were not to be had from it: a reason
+    only if no end record in a storage names them either.
+    """
+    ends = {(one["name"], one["epoch"]): msgspec.convert(one, ProducerEnd) for one in run.ends}
+    reports = {name: msgspec.convert(run.reports[name], StorageEnd) for name in run.storages if name in run.reports}
+    recorded = {(line[0], line[1]): line for report in reports.values() for line in report.ends}
+    announced = [(name, epoch) for name, epochs in run.producers.items() for epoch in epochs]
+    unknown = [source for source in announced if source not in ends and source not in recorded]
+
+    reasons = list(failures)
+    reasons += [why for name, why in (silent or {}).items() if why and any(source[0] == name for source in unknown)]
+    reasons += [f"{name}: the totals of epoch {epoch:x} are unknown" for name, epoch in unknown]
+    away = [name for name, epochs in run.producers.items() if len(epochs) > 1]
+    away += [line[0] for line in recorded.values() if line[3] == "recovered"]
+    for name in dict.fromkeys(away):
+        reasons.append(f"{name} was down for part of the run: data that its boards sent then are lost")
+    if run.condition != ABORTED:
+        cut = [line[0] for line in recorded.values() if line[3] == "aborted"]
+        reasons += [f"{name} ended in the middle of the run" for name in dict.fromkeys(cut)]
+    for (name, _), end in ends.items():
+        if end.warning:
+            reasons.append(f"{name}: {end.warning}")
+        if sum(made(end).values()) != end.rows:
+            reasons.append(f"{name}: counts {end.rows} rows, its io_groups {sum(made(end).values())} rows")
+
+    verdicts: list[str] = []
+    files: list[str] = []
+    stored: int | None = None
+    for name in run.storages:
+        if name not in reports:
+            verdicts.append(INTERRUPTED)
+            reasons.append(f"{name}: has not reported")
+            continue
+        report = reports[name]
+        files += report.files
+        stored = max(stored or 0, sum(line[3] for line in report.stored))
+        missing = _missing(ends, {source: line[4] for source, line in recorded.items()}, report)
+        reasons += [f"{name}: {one}" for one in missing + report.reasons]
+        verdicts.append(
+            worst(report.condition, INCOMPLETE if missing else COMPLETE, INTERRUPTED if unknown else COMPLETE)
+        )
+    condition = best(*verdicts) if verdicts else INTERRUPTED
+    if condition == COMPLETE and (away or SUSPECT in verdicts):
+        condition = SUSPECT  # a copy heals what a storage lacks, not what never reached us
+    if run.condition == ABORTED:
+        condition = ABORTED
+    rows = sum(end.rows for end in ends.values())
+    rows += sum(line[4] for source, line in recorded.items() if source not in ends)
+    return Verdict(condition, None if unknown else rows, stored, files, list(dict.fromkeys(reasons)))
+
+
+def _missing(ends: Mapping[_Source, ProducerEnd], recorded: Mapping[_Source, int], report: StorageEnd) -> list[str]:
+    """Sentences about rows that the producers made and this storage does not have, or has too many of.
+
+    By io_group where a producer has told its counts, else by the total in an end record. Rows that found no room at
+    the producer are no storage's fault: the end record counts them, and the storage's own reasons name them.
+    """
+    stored: defaultdict[_Source, dict[int, int]] = defaultdict(dict)
+    for producer, epoch, io_group, rows in report.stored:
+        stored[producer, epoch][io_group] = stored[producer, epoch].get(io_group, 0) + rows
+    found = []
+    for key, end in ends.items():
+        has, should = stored[key], made(end)
+        dropped = {line[0]: line[_DROPPED] for line in _lines(end)}
+        for io_group in sorted(has.keys() | should.keys()):
+            lacking = should.get(io_group, 0) - dropped.get(io_group, 0) - has.get(io_group, 0)
+            where = f"{key[0]} io_group {io_group} (epoch {key[1]:x})"
+            if lacking > 0:
+                found.append(f"{lacking} of {should[io_group]} rows are missing of {where}")
+            elif lacking:
+                found.append(f"{-lacking} rows too many of {where}")
+    for key, rows in recorded.items():
+        has_all = sum(stored[key].values())
+        if key not in ends and has_all != rows:
+            found.append(f"{has_all} rows of {key[0]} (epoch {key[1]:x}) are stored, {rows} were made")
+    return found

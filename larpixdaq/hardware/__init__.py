@@ -1,0 +1,1 @@
+"""The producer's child process, in which the chips are configured and routines run; larpix-control lives only here."""

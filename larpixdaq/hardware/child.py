@@ -1,0 +1,224 @@
+"""The child process itself: started by `supervisor.Child` with the descriptor of its socket, it ends with its parent.
+
+It is run by path, so that neither the working directory nor this folder can hide a module of the library.
+"""
+
+import os
+import sys
+
+if __spec__ is None:
+    # The last place, so that only a package that is not installed is found by it.
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    del sys.path[0]
+
+import ctypes
+import inspect
+import io
+import queue
+import signal
+import socket
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Final
+
+from larpixdaq.errors import LarpixDaqError, ProtocolError, RequestError
+from larpixdaq.hardware.producer_link import Link
+from larpixdaq.hardware.routine_arguments import checked, parameters, usage
+from larpixdaq.protocol import hardware
+from larpixdaq.routines import Routine, load
+
+_PR_SET_PDEATHSIG: Final = 1
+#: Progress messages that may go at once, and how many a second after that: the rest is left out, and counted.
+_BURST: Final = 100
+_PER_SECOND: Final = 20.0
+
+
+class Worker:
+    """Carries out one request after the other; what is known of the chips lives from one to the next."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._actions: Any = None
+        self._told = hardware.Remember("", b"", b"", b"")
+
+    def handle(self, request: hardware.Request | hardware.Setup) -> None:
+        if isinstance(request, hardware.Setup):
+            self._link.setup = request
+        elif isinstance(request, hardware.ListRoutines):
+            routines, broken = load(map(Path, request.folders))
+            self.send(hardware.Known(request.request, [_describe(*item) for item in sorted(routines.items())], broken))
+        else:
+            self._run(request)
+
+    def send(self, answer: hardware.Answer) -> None:
+        self._link.send(answer)
+
+    def _run(self, request: hardware.RunRoutine | hardware.Act) -> None:
+        name = request.action if isinstance(request, hardware.Act) else f"routine {request.name}"
+        reports = _Reports(self, request.request)
+        # The kernel ends this process at the limit, whatever the routine is doing and whoever holds the interpreter's
+        # lock.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, request.time_limit)
+        try:
+            answer: hardware.Result | hardware.Failed
+            answer = self._act(request, reports) if isinstance(request, hardware.Act) else self._call(request, reports)
+        except LarpixDaqError as error:
+            code = error.code if isinstance(error, RequestError) else "failed"
+            text = str(error)
+            text = text if text.startswith(f"{name}: ") else f"{name}: {text}"
+            answer = hardware.Failed(request.request, _line(text), code=code)
+        except BaseException as error:  # whatever a routine raises
+            text = f"{name}: {''.join(traceback.format_exception_only(error))}"
+            trace = _sendable(traceback.format_exc(limit=-50))[-20_000:]
+            answer = hardware.Failed(request.request, _line(text), traceback=trace)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._link.forget()
+        self._remember()
+        try:
+            self.send(answer)
+        except ProtocolError as error:
+            self.send(hardware.Failed(request.request, f"{name}: its result: {_line(str(error))}"))
+
+    def _known(self) -> Any:
+        """What is known of the chips: at the first need, since larpix-control takes a second to import."""
+        if self._actions is None:
+            from larpixdaq.hardware.actions import Actions
+            from larpixdaq.hardware.chip_state import Detector
+            from larpixdaq.hardware.register_map import Registers
+
+            setup = self._link.setup
+            detector = Detector(Registers(setup.asic), [board.io_group for board in setup.boards if board.kind])
+            try:
+                detector.restore(setup)
+            except LarpixDaqError as error:  # the file may be gone by now
+                print(f"what was known of the chips is forgotten: {error}", flush=True)
+            self._link.doubted = detector.doubt
+            self._actions = Actions(self._link, detector)
+        return self._actions
+
+    def _remember(self) -> None:
+        """Tell the producer what another child should know, should this one end."""
+        state = self._told if self._actions is None else self._actions.state()
+        if state != self._told:
+            self._told = state
+            self._link.send(state)
+
+    def _act(self, request: hardware.Act, reports: "_Reports") -> hardware.Result:
+        value = self._known().do(request.action, request.params, reports.send_info)
+        return hardware.Result(request.request, value, reports.left_out())
+
+    def _call(self, request: hardware.RunRoutine, reports: "_Reports") -> hardware.Result | hardware.Failed:
+        routines, broken = load(map(Path, request.folders))
+        routine = routines.get(request.name)
+        if routine is None:
+            text = f"no routine {request.name!r:.100}; there are {', '.join(sorted(routines)) or 'none'}"
+            if broken:
+                text += f" (not loaded: {'; '.join(broken)})"
+            return hardware.Failed(request.request, _line(text), code="unknown")
+        try:
+            args, kwargs = checked(routine, request.args, request.kwargs)
+        except TypeError as error:
+            return hardware.Failed(request.request, _line(f"routine {usage(routine)}: {error}"))
+        known = self._known()
+        detector = known.detector
+        controller = detector.controller(self._link)
+        if controller.io is not None:
+            controller.io.layout = known.layout
+        try:
+            answer = routine.func(controller, reports.send_data, reports.send_info, *args, **kwargs)
+        except IndexError as error:
+            if len(args) < len(routine.params or ()):
+                error.args = (f"{error} (given {len(args)} of the arguments of {usage(routine)})",)
+            raise
+        if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], type(controller)):
+            found = type(answer).__name__
+            if isinstance(answer, tuple):
+                found = f"({', '.join(type(one).__name__ for one in answer)})"
+            text = f"routine {request.name}: expected (controller, result) from it, found {found}"
+            return hardware.Failed(request.request, _line(text))
+        controller, value = answer
+        detector.take_over(controller)
+        return hardware.Result(request.request, value, reports.left_out())
+
+
+class _Reports:
+    """`send_info` and `send_data` of one run of a routine, held to a rate that the producer bears beside its data."""
+
+    def __init__(self, worker: Worker, request: int) -> None:
+        self._worker = worker
+        self._request = request
+        self._allowed = float(_BURST)
+        self._last = time.monotonic()
+        self._dropped = 0
+
+    def send_info(self, info: Any = "", done: int = 0, total: int = 0) -> None:
+        """Report progress: a text, or a value of numbers, texts, lists and dictionaries."""
+        now = time.monotonic()
+        self._allowed = min(_BURST, self._allowed + (now - self._last) * _PER_SECOND)
+        self._last = now
+        if self._allowed < 1:
+            self._dropped += 1
+            return
+        self._allowed -= 1
+        text, value = (info, None) if isinstance(info, str) else ("", info)
+        self._worker.send(hardware.Progress(self._request, max(0, int(done)), max(0, int(total)), text, value))
+
+    def send_data(self, data: Any = b"", metadata: Any = None) -> None:
+        """Report that there were data: the packets are in the recorded stream already."""
+        size = f"{len(data)} bytes" if isinstance(data, bytes | bytearray) else type(data).__name__
+        self.send_info(f"data ({size}): its packets are in the stream already")
+
+    def left_out(self) -> str:
+        return f"{self._dropped} progress reports were left out" if self._dropped else ""
+
+
+def _describe(name: str, routine: Routine) -> hardware.RoutineInfo:
+    return hardware.RoutineInfo(name, parameters(routine), inspect.getdoc(routine.func) or "")
+
+
+def _line(text: str) -> str:
+    return " ".join(_sendable(text).split())[:2000]
+
+
+def _sendable(text: str) -> str:
+    """Names of files may hold what is no text."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _listen(sock: socket.socket, link: Link, requests: "queue.SimpleQueue[Any]") -> None:
+    """The socket's thread. Its end means that the producer is gone: nobody waits for anything then."""
+    inbox = hardware.Inbox(requests=True)
+    try:
+        while data := sock.recv(1 << 16):
+            for message in inbox.take(data):
+                if isinstance(message, hardware.Rows | hardware.Answered):
+                    link.put(message)
+                else:
+                    requests.put(message)
+    except (OSError, ProtocolError) as error:
+        print(f"child process: {error}", file=sys.stderr, flush=True)
+    os._exit(0)
+
+
+def main() -> None:
+    (fd,) = sys.argv[1:]
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    sock = socket.socket(fileno=int(fd))
+    sock.set_inheritable(False)
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    link = Link(sock)
+    threading.Thread(target=_listen, args=(sock, link, requests), daemon=True).start()
+    worker = Worker(link)
+    while True:
+        worker.handle(requests.get())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The IO of larpix-control's Controller in the child process: words go out through the producer, packets come back out
+of the stream that is being recorded.
+
+Between start_listening() and stop_listening() all packets are kept, until a configuration is read: then only the chips'
+answers are, since a detector that runs sends more than Python can look at. `listen_to` "all" or "answers" says so
+explicitly. What found no room is counted in `left_out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import bidict
+import numpy as np
+from larpix.io import IO
+from larpix.packet import Packet_v1, Packet_v2, SyncPacket, TimestampPacket, TriggerPacket
+from numpy.typing import NDArray
+
+from larpixdaq._native import word_codec
+from larpixdaq.errors import RequestError
+from larpixdaq.hardware.board_commands import BoardOrders
+from larpixdaq.hardware.pixel_layout import Layout
+from larpixdaq.hardware.producer_link import BoardError, Link
+from larpixdaq.hardware.register_io import BATCH, Exchange, spread
+from larpixdaq.hardware.register_map import READ, WRITE, Registers
+from larpixdaq.hardware.register_map import words as make_words
+from larpixdaq.protocol import hardware
+from larpixdaq.schema import Asic, PacketType, types_of
+
+_LISTEN_TO: Final = {None: hardware.EVERYTHING, "all": hardware.EVERYTHING, "answers": hardware.ANSWERS}
+
+
+class StreamIO(BoardOrders, IO):  # type: ignore[misc]
+    """larpix-control's IO over the producer, with the board methods of its PACMAN_IO."""
+
+    #: The pixel layout that was loaded last, or RequestError; set by whoever hands this to a routine.
+    layout: Callable[[], Layout]
+
+    def __init__(self, link: Link, registers: Registers) -> None:
+        IO.__init__(self)
+        BoardOrders.__init__(self, link)
+        self._io_group_table = bidict.bidict(self.names)
+        self.registers = registers
+        self._asic = registers.generation
+        #: None, "all" or "answers"; counts from the next start_listening() on.
+        self.listen_to: str | None = None
+        self._everything = False
+        #: By io_group << 8 | io_channel, a chip that answers: routines that measure ask it where they begin and end.
+        self.marks: dict[int, str] = {}
+        #: Counts these marks, of which each asks for other registers than those before.
+        self.marked = 0
+
+    def load(self, filepath: Any = None) -> None:
+        raise RequestError("the io of a routine is the producer's: its boards are given when the producer is started")
+
+    def send(self, packets: Any) -> None:
+        """Send packets to the chips; BoardError when a board did not take them."""
+        packets = list(packets)
+        words = np.array([int.from_bytes(packet.bytes(), "little") for packet in packets], np.uint64)
+        groups = np.array([packet.io_group or 0 for packet in packets], np.int64)
+        channels = np.array([packet.io_channel or 0 for packet in packets], np.uint8)
+        reads = bool((words & np.uint64(3) == READ).any())
+        if self.is_listening and reads and self._everything and self.listen_to != "all":
+            self._link.listen(hardware.ANSWERS)
+            self._everything = False
+        self._send(groups, channels, words)
+
+    def write_registers(self, keys: Sequence[str], values: NDArray[np.uint8], which: NDArray[np.bool_]) -> None:
+        """Write the registers that `which` marks of chips with these keys, both of shape (chips, registers); BoardError
+        when a board did not take them. Packets of larpix-control for as many take hundreds of times as long."""
+        parts = _parts(keys)
+        chips, addresses = np.nonzero(which)
+        made = make_words(self._asic, WRITE, parts[chips, 2], addresses, values[chips, addresses])
+        self._send(parts[chips, 0], parts[chips, 1].astype(np.uint8), made)
+
+    def read_registers(
+        self, keys: Sequence[str], which: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """What the registers that `which` marks, (chips, registers), hold, and of which there was an answer; what is
+        missing is asked for again. BoardError when a board did not take what was sent; not while it listens."""
+        if self.is_listening:
+            raise RuntimeError("Already listening")
+        exchange = Exchange(self._link, self.registers, _parts(keys).astype(np.uint8))
+        found = exchange.read(which, lambda done, total: None)
+        if found.errors:
+            raise BoardError(found.errors[0])
+        return found.values, found.answers > 0
+
+    def request_registers(self, keys: Sequence[str], registers: Sequence[int]) -> None:
+        """Ask each of these chips for these registers; the answers come as rows. BoardError when a board did not take
+        the words."""
+        parts = np.repeat(_parts(keys), len(registers), axis=0)
+        made = make_words(self._asic, READ, parts[:, 2], np.tile(registers, len(keys)))
+        self._send(parts[:, 0], parts[:, 1].astype(np.uint8), made)
+
+    def _send(self, groups: NDArray[np.int64], channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
+        if not len(words):
+            return
+        self.groups(np.unique(groups).tolist())
+        numbers = []
+        for io_group in np.unique(groups).tolist():
+            at = np.flatnonzero(groups == io_group)
+            at = at[spread(channels[at])]
+            for begin in range(0, len(at), BATCH):
+                part = at[begin : begin + BATCH]
+                numbers.append(self._link.words(io_group, channels[part], words[part]))
+        for number in numbers:
+            self._link.finished(number)
+
+    def start_listening(self) -> None:
+        """RuntimeError when it does already, as PACMAN_IO has it."""
+        if self.is_listening:
+            raise RuntimeError("Already listening")
+        if self.listen_to not in _LISTEN_TO:
+            raise RequestError(f"listen_to: expected None, 'all' or 'answers', found {self.listen_to!r}")
+        super().start_listening()
+        self._everything = _LISTEN_TO[self.listen_to] == hardware.EVERYTHING
+        self._link.listen(_LISTEN_TO[self.listen_to])
+
+    def stop_listening(self) -> None:
+        """RuntimeError when it does not listen."""
+        if not self.is_listening:
+            raise RuntimeError("Already not listening")
+        super().stop_listening()
+        self._link.listen(hardware.NOTHING)
+
+    @property
+    def left_out(self) -> int:
+        """Packets since start_listening() that were not kept, because nobody took them."""
+        return self._link.left_out
+
+    def empty_queue(self) -> tuple[list[Any], bytes]:
+        """The packets that came since the last call, and the bytes of their words."""
+        found: list[Any] = []
+        stream: list[bytes] = []
+        for rows in self._link.rows():
+            made, data = self._packets(rows)
+            found += made
+            stream.append(data)
+        return found, b"".join(stream)
+
+    def take_rows(self) -> list[NDArray[Any]]:
+        """What came since the last call, as it is recorded (schema.py): for those who count many."""
+        return self._link.rows()
+
+    def positions(self, chip: Any) -> NDArray[np.float64]:
+        """x and y of a chip's channels in mm, shape (channels, 2), NaN without a pixel, in the pixel layout that was
+        loaded; RequestError when none was, or when it has not this chip."""
+        return self.layout().positions(chip)
+
+    def cleanup(self) -> None:
+        """There is nothing to clean up: the connections are the producer's."""
+
+    def _packets(self, rows: NDArray[Any]) -> tuple[list[Any], bytes]:
+        data = word_codec.encode(rows, asic=self._asic).tobytes()
+        made: list[Any] = []
+        at = 0
+        v1 = self._asic == Asic.V1
+        kinds = types_of(rows).tolist()
+        for kind, row in zip(kinds, rows, strict=True):
+            packet: Any
+            if kind < PacketType.TIMESTAMP:
+                word, at = data[at : at + 8], at + 8
+                if row["direction"] == 0:
+                    continue
+                if v1:
+                    packet = Packet_v1(word[:7])
+                    io_group, io_channel = (int(part) for part in row["chip_key"].split(b"-")[:2])
+                else:
+                    packet = Packet_v2(word)
+                    packet.receipt_timestamp = int(row["receipt_timestamp"])
+                    io_group, io_channel = int(row["io_group"]), int(row["io_channel"])
+                packet.io_group, packet.io_channel = io_group, io_channel
+            elif kind == PacketType.TIMESTAMP:
+                packet = TimestampPacket(timestamp=int(row["timestamp"]))
+            elif kind == PacketType.SYNC and not v1:
+                sync = bytes([int(row["trigger_type"])])
+                packet = SyncPacket(sync_type=sync, clk_source=int(row["dataword"]), timestamp=int(row["timestamp"]))
+                packet.io_group = int(row["io_group"])
+            elif kind == PacketType.TRIGGER and not v1:
+                packet = TriggerPacket(trigger_type=bytes([int(row["trigger_type"])]), timestamp=int(row["timestamp"]))
+                packet.io_group = int(row["io_group"])
+            else:
+                continue
+            made.append(packet)
+        return made, data
+
+
+def _parts(keys: Sequence[str]) -> NDArray[np.int64]:
+    """io_group, io_channel and chip_id of chip keys, (chips, 3)."""
+    return np.array([key.split("-") for key in keys], np.int64).reshape(-1, 3)

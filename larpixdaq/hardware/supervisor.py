@@ -1,0 +1,324 @@
+"""What a producer asks of its child process: routines and actions, one at a time, and the rows that it listens for."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq.errors import ConfigError, ProtocolError, cause
+from larpixdaq.protocol import hardware
+from larpixdaq.readout.command_queue import Commands
+from larpixdaq.readout.configuration_tracker import Witness
+from larpixdaq.runtime.child_process import Spawned
+
+#: Seconds that a routine may take unless the request says otherwise.
+TIME_LIMIT: Final = 3600.0
+#: and at most: the kernel's timers do not go on for ever.
+_LONGEST: Final = 1e6
+#: Bytes that may wait for a child that listens but does not take them; what comes then is left out.
+_MOST_UNSENT: Final = 32 << 20
+
+_log: Final = logging.getLogger(__name__)
+
+
+class Call(Protocol):
+    """What is needed of `node.Call`."""
+
+    def ack(self, text: str = "") -> None: ...
+    def progress(self, done: int, total: int, text: str = "", value: Any = None) -> None: ...
+    def result(self, value: Any = None, text: str = "") -> None: ...
+    def fail(self, text: str, code: str = "failed") -> None: ...
+
+
+class _Running(NamedTuple):
+    request: int
+    name: str
+    what: str  # the same in words
+    time_limit: float  # seconds
+
+
+class Child:
+    """Routines of the producer, run in a process of their own; none of the methods blocks.
+
+    The process is started at the first need, and anew after it died. `folders` hold routine files beside those that
+    ship, and load_routines() may add what lies below them. `fileno()` polls readable when dispatch() has something to
+    do. To be used from one thread, which has to live as long as the child.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path] = (),
+        *,
+        time_limit: float = TIME_LIMIT,
+        commands: Commands | None = None,
+        setup: hardware.Setup | None = None,
+        witness: Witness | None = None,
+    ) -> None:
+        """`commands` is the way to the boards, which `setup` describes; without them routines have no io. `witness` is
+        shown the rows that the child listens for."""
+        self._roots = [folder.resolve() for folder in folders]
+        self._folders = [str(folder) for folder in self._roots]
+        self._time_limit = time_limit
+        self._commands = commands
+        self._setup = setup
+        self._witness = witness or Witness("")
+        self._left_out = 0
+        #: Called when a routine, or something that was done with chips, has come to its end.
+        self.settled: Callable[[], None] = lambda: None
+        #: Rows that the child wants to have: hardware.NOTHING, ANSWERS or EVERYTHING.
+        self.listening = hardware.NOTHING
+        if commands is not None:
+            commands.done = self._commanded
+        self._process = Spawned(
+            Path(__file__).with_name("child.py"), lambda: hardware.Inbox(requests=False).take, self._take, self._died
+        )
+        self._calls: dict[int, Call] = {}
+        self._request = 0
+        self._running: _Running | None = None
+        self._known: list[dict[str, Any]] | None = None
+
+    def fileno(self) -> int:
+        return self._process.fileno()
+
+    @property
+    def closed(self) -> bool:
+        return self._process.closed
+
+    @property
+    def running(self) -> str | None:
+        """Name of the routine, or of the action, that goes on now."""
+        return self._running.name if self._running is not None else None
+
+    def list_routines(self, call: Call) -> None:
+        """The call's result: a list of {"name", "params", "help"}, `params` of {"name", "type", "required", "default"}.
+        While a routine runs: as listed last."""
+        if self._running is not None and self._known is not None:
+            call.result(self._known, f"as before {self._running.what}, which is running")
+            return
+        self._send(call, hardware.ListRoutines(self._next(), self._folders))
+
+    def load_routines(self, call: Call, directory: str) -> None:
+        """Use the routine files of a directory from now on, absolute or as seen from one of `folders`; the call's
+        result is list_routines()'s. Refused (code "failed") when it lies below none of them: what is in it is run."""
+        if not isinstance(directory, str) or not directory.isprintable():
+            call.fail(f"load_routines: expected the name of a directory, found {directory!r:.100}")
+            return
+        allowed = ", ".join(map(str, self._roots)) or "none"
+        try:
+            found = [path for root in self._roots if (path := (root / directory).resolve()).is_relative_to(root)]
+            folder = next((path for path in found if path.is_dir()), None)
+        except OSError as error:  # it is too long
+            call.fail(f"load_routines: {directory!r:.100}: {cause(error)}")
+            return
+        if folder is not None:
+            if str(folder) not in self._folders:
+                self._folders.append(str(folder))
+            self.list_routines(call)
+        elif found:
+            call.fail(f"load_routines: {found[0]}: no such directory")
+        else:
+            call.fail(
+                f"load_routines: {directory:.500}: below none of the directories that --routines names: {allowed}"
+            )
+
+    def run_routine(
+        self,
+        call: Call,
+        name: str,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        time_limit: float | None = None,
+    ) -> None:
+        """Run one, with progress; the call's result is the routine's. One at a time: another is refused (code
+        "state")."""
+        limit = self._time_limit if time_limit is None else time_limit
+        if self._refuse(call):
+            return
+        by_name = {} if kwargs is None else kwargs
+        if not isinstance(name, str):
+            call.fail(f"run_routine: name: expected a routine's name, found {name!r:.100}")
+        elif not isinstance(args, list | tuple):
+            call.fail(f"run_routine: args: expected a list, found {args!r:.100}")
+        elif not isinstance(by_name, dict) or not all(isinstance(key, str) for key in by_name):
+            call.fail(f"run_routine: kwargs: expected a dictionary by names, found {kwargs!r:.100}")
+        elif isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= _LONGEST:
+            call.fail(f"run_routine: time_limit: expected seconds above 0, at most {_LONGEST:g}, found {limit!r:.100}")
+        else:
+            running = self._running = _Running(self._next(), name, f"routine {name}", float(limit))
+            request = hardware.RunRoutine(running.request, self._folders, name, list(args), by_name, running.time_limit)
+            if self._send(call, request):
+                call.ack(running.what)
+
+    def abort_routine(self, call: Call) -> None:
+        """Stop the routine or action that goes on, whatever it does, and with it the process: its call fails, and this
+        one's result is its name. Refused (code "state") when none runs."""
+        running = self._running
+        if running is None:
+            call.fail("no routine is running", code="state")
+        else:
+            self.end("aborted by the operator")
+            call.result(running.name, f"{running.what} is aborted")
+
+    def act(self, call: Call, action: str, params: dict[str, Any]) -> None:
+        """Do something with chips or boards (`actions.Actions`), with progress. As routines, one at a time."""
+        if self._refuse(call):
+            return
+        self._running = _Running(self._next(), action, action, self._time_limit)
+        if self._send(call, hardware.Act(self._running.request, action, params, self._time_limit)):
+            call.ack(action)
+
+    def take_rows(self, rows: NDArray[Any]) -> None:
+        """Rows as they were decoded; those that the child listens for are sent to it. To be called only while it
+        listens (`listening`)."""
+        if self.listening == hardware.ANSWERS:
+            rows = hardware.answers_in(rows)
+        self._witness.answers(rows)
+        if self._process.unsent > _MOST_UNSENT:
+            # Answers go on for a while: measurements begin and end with them, and they are few.
+            kept = hardware.answers_in(rows) if self._process.unsent <= 2 * _MOST_UNSENT else rows[:0]
+            self._left_out += len(rows) - len(kept)
+            rows = kept
+        if not len(rows):
+            return
+        self._tell(hardware.Rows(rows.tobytes(), self._left_out))
+        self._left_out = 0
+
+    def dispatch(self) -> None:
+        """Take what the child has sent, a bounded piece of it, and pass it on."""
+        self._process.dispatch()
+
+    def end(self, reason: str = "ended") -> None:
+        """Stop the child, and with it the routine that runs, whatever it does; the call fails with the reason."""
+        self._process.end(reason)
+
+    def close(self) -> None:
+        """Stop the child; fileno() is no longer valid."""
+        self.end("the producer is closing")
+        self._process.close()
+
+    def _refuse(self, call: Call) -> bool:
+        if self._running is None:
+            return False
+        call.fail(f"{self._running.what} is running, and only one can", code="state")
+        return True
+
+    def _tell(self, message: hardware.FromParent) -> None:
+        self._process.send(hardware.pack(message))
+
+    def _commanded(self, number: int, body: bytes, error: str) -> None:
+        self._tell(hardware.Answered(number, body, error))
+
+    def _next(self) -> int:
+        self._request += 1
+        return self._request
+
+    def _send(self, call: Call, request: hardware.Request) -> bool:
+        self._calls[request.request] = call
+        try:
+            data = hardware.pack(request)
+            if not self._process.alive:
+                self._start()
+        except (ProtocolError, ConfigError) as error:
+            self._end_call(request.request).fail(str(error))
+            return False
+        self._process.send(data)
+        return request.request in self._calls
+
+    def _start(self) -> None:
+        self._process.start()
+        if self._setup is not None:
+            seen = self._witness.everything()
+            setup = msgspec.structs.replace(self._setup, read=seen.read.tobytes(), known=seen.known.tobytes())
+            self._tell(setup)
+
+    def _take(self, message: hardware.FromChild) -> None:
+        if isinstance(message, hardware.Listen):
+            self.listening = message.what
+        elif isinstance(message, hardware.Remember):
+            self._remember(message)
+        elif isinstance(message, hardware.Doubt):
+            self._witness.doubt(message.io_groups)
+        elif not isinstance(message, hardware.Words | hardware.Ask):
+            self._answer(message)
+        elif self._commands is None:
+            self._commanded(message.command, b"", "there is no board")
+        elif isinstance(message, hardware.Words):
+            self._commands.words(message.command, message.io_group, message.io_channels, message.words)
+        else:
+            self._commands.ask(message.command, message.io_group, message.body, message.seconds)
+
+    def _remember(self, found: hardware.Remember) -> None:
+        if len(found.chips) % 3:
+            raise ProtocolError(f"Remember: expected chips of 3 bytes, found {len(found.chips)} bytes")
+        if self._setup is not None:
+            self._setup = msgspec.structs.replace(
+                self._setup,
+                board_file=found.board_file,
+                chips=found.chips,
+                wanted=found.wanted,
+                given=found.given,
+                pixel_layout=found.pixel_layout,
+            )
+            self._witness.know(np.frombuffer(found.chips, np.uint8).reshape(-1, 3))
+
+    def _answer(self, answer: hardware.Answer) -> None:
+        call = self._calls.get(answer.request)
+        if call is None:
+            return
+        if isinstance(answer, hardware.Progress):
+            call.progress(answer.done, answer.total, answer.text, answer.value)
+            return
+        call = self._end_call(answer.request)
+        if isinstance(answer, hardware.Known):
+            for line in answer.broken:
+                _log.warning("routine file not loaded: %s", line)
+            self._known = msgspec.to_builtins(answer.routines)
+            call.result(self._known, f"not loaded: {'; '.join(answer.broken)}" if answer.broken else "")
+        elif isinstance(answer, hardware.Result):
+            call.result(answer.value, answer.text)
+        else:
+            text = answer.text
+            if answer.traceback:
+                text += f"\n{answer.traceback.rstrip()}"
+                _log.error(text)
+            call.fail(text, code=answer.code)
+
+    def _end_call(self, request: int) -> Call:
+        if self._running is not None and self._running.request == request:
+            self._process.output.end(self._running.what)
+            self._running = None
+            self.settled()
+        return self._calls.pop(request)
+
+    def _died(self, status: int, reason: str) -> None:
+        """Fail what the child leaves behind."""
+        running = self._running
+        self._process.output.end(running.what if running is not None else "the process for routines")
+        self.listening = hardware.NOTHING
+        self._left_out = 0
+        if self._commands is not None:
+            self._commands.forget()
+        why = reason or _status(status, running.time_limit if running is not None else None)
+        if not reason:
+            _log.error(
+                "process for routines: %s; the end of its output: %s", why, self._process.output.tail() or "none"
+            )
+        for request in list(self._calls):
+            what = running.what if running is not None and running.request == request else "list of routines"
+            self._end_call(request).fail(f"{what}: {why}")
+
+
+def _status(status: int, time_limit: float | None) -> str:
+    if status == -signal.SIGALRM and time_limit is not None:
+        return f"stopped at its time limit of {time_limit:g} s"
+    if status < 0:
+        names = {int(one): one.name for one in signal.Signals}  # none of most real-time signals
+        return f"its process was ended by signal {names.get(-status, -status)}"
+    return f"its process ended with status {status}"

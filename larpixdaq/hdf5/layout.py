@@ -1,0 +1,303 @@
+"""What stands where in a file: datasets, their dtypes, and how an empty file is made.
+
+Everything exists before SWMR begins, and nothing is created later, so that the file can be read while it grows; what
+changes are rows of datasets. Texts in datasets have fixed lengths (SWMR forbids others); the attributes `version`,
+`packet_types` and `asic_version` are variable-length strings, because larpix-control reads nothing else.
+
+Each dataset has an attribute `columns`: unit and meaning of each of its columns (columns.py, docs/files.md).
+
+    /_header          attributes version, created, modified, asic_version, software (as larpix-control has them)
+    /packets          the rows, layout 1.0, 2.4 or 3.0; chunks shuffled and deflated
+    /messages         texts of INFO messages: a row of type 5 has the index of its first row in `counter`
+    /configs          chip configurations as larpix-control has them: what registers were told, else what they said
+    /run/info         one row: number, part, condition, totals; when RUN began and ended, for how long it was live
+    /run/texts        comment, operator, kind, versions, ...: the newest text of a name counts; `piece` 0 begins a text
+    /run/producers    their names; `producer` in the other tables is the index into this one
+    /run/sources      the boards, or files, that the producers read; the newest of a producer and io_group counts
+    /run/blocks       one row a block: whose it is, where its rows lie, their CRC-32 as stored
+    /run/ends         one row per producer and epoch that has ended
+    /run/configs      one row a chip whenever there were news of it: what its registers were told, and what they said
+    /run/positions    where each source stood when this part was opened (first), and when it was closed (next)
+    /run/missing      sequences that never came
+    /run/checksums    rows and CRC-32 of every dataset but /packets (whose blocks have their own), written at the close
+    /ledger/counts    one row per producer, epoch and io_group; `how` is how its end came, `open` without one
+    /ledger/outside   the same of run 0: what came outside of runs
+    /ledger/gaps      rows that found no room at the producer, before the block `sequence`
+    /ledger/verdicts  per io_group what became of its data before they reached us: complete, suspect or lost, and why
+    /ledger/unknown   words that could not become rows, raw
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import h5py
+import numpy as np
+
+from larpixdaq import constants, schema
+from larpixdaq.constants import UNKNOWN_BYTES
+from larpixdaq.errors import FileError, cause
+from larpixdaq.hdf5 import columns
+from larpixdaq.protocol.stream import REGISTERS
+from larpixdaq.runtime import checksum
+from larpixdaq.runtime.file_access import can_lock
+from larpixdaq.schema import MESSAGE_BYTES, TEXT_BYTES
+from larpixdaq.version import VERSION
+
+#: Newer formats cannot be read by HDF5 1.14 and by Debian's h5dump; older ones know no SWMR.
+LIBVER: Final = ("v110", "v110")
+RUNNING: Final = "RUNNING"
+#: All of it is here, and the run goes on in the next part: the verdict stands in the last one.
+CONTINUED: Final = "CONTINUED"
+COMPLETE: Final = "COMPLETE"
+SUSPECT: Final = "COMPLETE, suspect"
+INCOMPLETE: Final = "INCOMPLETE"
+INTERRUPTED: Final = "INTERRUPTED"
+ABORTED: Final = "ABORTED"
+_SOURCE: Final = [("producer", "<u2"), ("epoch", "<u8")]
+_COUNTS: Final = [("io_group", "u1"), ("how", "S16"), ("owed", "<u8")] + [(name, "<u8") for name in constants.COUNTS]
+MESSAGES: Final = np.dtype([("message", f"S{MESSAGE_BYTES}"), ("timestamp", "<u8"), ("index", "<u4")])
+INFO: Final = np.dtype(
+    [
+        ("run", "<u8"),
+        ("part", "<u4"),
+        ("layout", "<u4"),
+        ("condition", "S32"),
+        ("started_ns", "<u8"),
+        ("opened_ns", "<u8"),
+        ("closed_ns", "<u8"),
+        ("rows", "<u8"),
+        ("blocks", "<u8"),
+        ("duplicate_blocks", "<u8"),
+        ("missing_blocks", "<u8"),
+        ("begun_ns", "<u8"),
+        ("ended_ns", "<u8"),
+        ("live_ns", "<u8"),
+    ]
+)
+#: Columns of /run/info that files of before 2026-11-29 do not have.
+INFO_LATER: Final = ("begun_ns", "ended_ns", "live_ns")
+INFO_BEFORE: Final = np.dtype([(name, INFO[name]) for name in INFO.names or () if name not in INFO_LATER])
+SOURCES: Final = np.dtype(
+    [
+        ("producer", "<u2"),
+        ("io_group", "u1"),
+        ("kind", "S16"),
+        ("address", "S256"),
+        ("host", "S64"),
+        ("firmware", "S64"),
+    ]
+)
+TEXTS: Final = np.dtype([("name", "S64"), ("piece", "<u4"), ("text", f"S{TEXT_BYTES}"), ("written_ns", "<u8")])
+PRODUCERS: Final = np.dtype([("name", "S256")])
+BLOCKS: Final = np.dtype(
+    [
+        *_SOURCE,
+        ("sequence", "<u8"),
+        ("first_row", "<u8"),
+        ("rows", "<u4"),
+        ("crc32", "<u4"),
+        ("first_ns", "<u8"),
+        ("last_ns", "<u8"),
+        ("first_packet", "<u8"),
+        ("flags", "<u4"),
+    ]
+)
+ENDS: Final = np.dtype([*_SOURCE, ("next", "<u8"), ("how", "S16"), ("first_ns", "<u8"), ("last_ns", "<u8")])
+POSITIONS: Final = np.dtype([*_SOURCE, ("first", "<u8"), ("next", "<u8")])
+MISSING: Final = np.dtype([*_SOURCE, ("first", "<u8"), ("next", "<u8"), ("rows", "<u8")])
+#: `known`, `sent` and `read` as configurations.py has them; producer, epoch and sequence of the block that brought it.
+CONFIGS: Final = np.dtype(
+    [
+        *_SOURCE,
+        ("sequence", "<u8"),
+        ("time_ns", "<u8"),
+        ("asic", "S16"),
+        ("io_group", "u1"),
+        ("io_channel", "u1"),
+        ("chip_id", "u1"),
+        ("different", "<u2"),
+        ("sent", "u1", (REGISTERS,)),
+        ("read", "u1", (REGISTERS,)),
+        ("known", "u1", (REGISTERS,)),
+    ]
+)
+CHECKSUMS: Final = np.dtype([("name", "S32"), ("rows", "<u8"), ("crc32", "<u4")])
+COUNTS: Final = np.dtype(_SOURCE + _COUNTS)
+GAPS: Final = np.dtype(
+    [*_SOURCE, ("sequence", "<u8"), ("io_group", "u1"), ("rows", "<u8"), ("first_ns", "<u8"), ("last_ns", "<u8")]
+)
+VERDICTS: Final = np.dtype(
+    [
+        *_SOURCE,
+        ("io_group", "u1"),
+        ("verdict", "S16"),
+        ("why", f"S{TEXT_BYTES}"),
+        ("lost", "<u8"),
+        ("first_ns", "<u8"),
+        ("last_ns", "<u8"),
+    ]
+)
+UNKNOWN: Final = np.dtype(
+    [
+        *_SOURCE,
+        ("io_group", "u1"),
+        ("seconds", "<u8"),
+        ("reason", "u1"),
+        ("size", "u1"),
+        ("raw", "u1", (UNKNOWN_BYTES,)),
+    ]
+)
+#: Dataset -> dtype and rows of a chunk. No filters: they are small, and a filtered chunk that is rewritten while it
+#: fills up leaves its old place in the file unused.
+TABLES: Final = {
+    "messages": (MESSAGES, 64),
+    "run/texts": (TEXTS, 32),
+    "run/producers": (PRODUCERS, 8),
+    "run/sources": (SOURCES, 8),
+    "run/blocks": (BLOCKS, 512),
+    "run/ends": (ENDS, 16),
+    "run/positions": (POSITIONS, 16),
+    "run/missing": (MISSING, 16),
+    "run/configs": (CONFIGS, 16),
+    "ledger/counts": (COUNTS, 16),
+    "ledger/outside": (COUNTS, 16),
+    "ledger/gaps": (GAPS, 16),
+    "ledger/verdicts": (VERDICTS, 16),
+    "ledger/unknown": (UNKNOWN, 64),
+}
+#: Tables that files of before 2026-11-29 do not have.
+LATER: Final = ("run/configs", "run/sources")
+#: What /run/checksums covers.
+CHECKED: Final = (*TABLES, "configs", "run/info")
+_TYPE_NAMES: Final = ("data", "test", "config write", "config read", "timestamp", "message", "sync", "trigger")
+PACKET_TYPES: Final = "\n" + "\n".join(f"{code}: '{name}'," for code, name in enumerate(_TYPE_NAMES)) + "\n"
+#: Registers of a chip in /configs; larpix-control has 239 for every version that it can write.
+_REGISTERS: Final = {"2b": 256}
+#: Names of chip generations in /configs, where larpix-control has others than --asic.
+_NAMES: Final = {"lightpix-1": "lightpix-v1.0"}
+
+
+def configs_name(asic_version: str) -> str:
+    """The attribute asic_version of /configs for a chip generation as --asic names it."""
+    return _NAMES.get(asic_version, asic_version)
+
+
+def configs_dtype(asic_version: str) -> np.dtype[Any]:
+    registers = _REGISTERS.get(asic_version, 239)
+    return np.dtype(
+        [
+            ("timestamp", "<u8"),
+            ("io_group", "u1"),
+            ("io_channel", "u1"),
+            ("chip_id", "u1"),
+            ("registers", "u1", (registers,)),
+        ]
+    )
+
+
+def open_file(path: Path, mode: str, **options: Any) -> h5py.File:
+    """h5py.File() with HDF5's own lock, where the file system has locks. HDF5's "best-effort" knows ENOSYS only."""
+    try:
+        return h5py.File(path, mode, locking="best-effort", **options)
+    except FileExistsError:
+        raise
+    except OSError:
+        if can_lock(path):
+            raise
+        if mode == "x":
+            path.unlink(missing_ok=True)  # it was made, and could not be locked
+        return h5py.File(path, mode, locking=False, **options)
+
+
+def create(path: Path, layout: schema.Layout, asic_version: str) -> h5py.File:
+    """A new file with everything in it that a run needs, ready to be filled and read at the same time.
+
+    FileError when it exists already or cannot be made.
+    """
+    file, ours = None, False
+    try:
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        ours = True
+        file = open_file(path, "x", libver=LIBVER)
+        _fill(file, layout, asic_version)
+    except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            if file is not None:
+                file.close()
+        with contextlib.suppress(OSError):
+            if ours:  # there is one, and empty, when HDF5 could not even write the superblock
+                path.unlink(missing_ok=True)
+        raise FileError(f"cannot create {path}: {cause(error)}") from None
+    return file
+
+
+def reopen(path: Path) -> h5py.File:
+    """A file whose superblock has been repaired, to be written on in the same order (SWMR): who is killed meanwhile
+    leaves what the first writer left. FileError when that cannot be."""
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_file_locking(True, True)
+
+    def opened() -> h5py.File:
+        # Not mode "r+" and then swmr_mode: in between the flags would be those of a file that was never finished.
+        return h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDWR | h5py.h5f.ACC_SWMR_WRITE, fapl=access))
+
+    try:
+        try:
+            return opened()
+        except OSError:
+            if can_lock(path):
+                raise
+            access.set_file_locking(False, False)
+            return opened()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileError(f"cannot open {path}: {cause(error)}") from None
+
+
+def _fill(file: h5py.File, layout: schema.Layout, asic_version: str) -> None:
+    now = time.time()
+    header = file.create_group("_header")
+    header.attrs["version"] = layout.version
+    header.attrs["created"] = now
+    header.attrs["modified"] = now
+    header.attrs["asic_version"] = asic_version
+    header.attrs["software"] = f"larpix-daq {VERSION}"
+    packets = file.create_dataset(
+        "packets",
+        shape=(0,),
+        maxshape=(None,),
+        dtype=layout.dtype,
+        chunks=(schema.CHUNK_ROWS,),
+        shuffle=True,
+        compression="gzip",
+        compression_opts=1,
+    )
+    packets.attrs["packet_types"] = PACKET_TYPES
+    for name, (dtype, rows) in TABLES.items():
+        file.create_dataset(name, shape=(0,), maxshape=(None,), dtype=dtype, chunks=(rows,))
+    configs = file.create_dataset(
+        "configs", shape=(0,), maxshape=(None,), dtype=configs_dtype(asic_version), chunks=(64,)
+    )
+    configs.attrs["asic_version"] = configs_name(asic_version)
+    file.create_dataset("run/info", shape=(1,), dtype=INFO)
+    file.create_dataset("run/checksums", shape=(len(CHECKED),), dtype=CHECKSUMS)
+    for name in ("packets", "run/checksums", *CHECKED):
+        file[name].attrs["columns"] = columns.attribute(name, file[name].dtype)
+    file.flush()
+    file.swmr_mode = True
+
+
+def table_crc32(table: Any) -> int:
+    """The CRC-32 of all bytes of a dataset, read in pieces."""
+    value = 0
+    for first in range(0, table.shape[0], 8192):
+        value = checksum.crc32(np.ascontiguousarray(table[first : first + 8192]).view(np.uint8), value)
+    return value

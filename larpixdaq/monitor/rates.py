@@ -1,0 +1,276 @@
+"""What a producer says it has delivered in a run, and how much of that a monitor has seen.
+
+Every block carries running totals, so these rates are exact although a monitor lets blocks pass that it has no time
+for.
+
+The tables of the monitor's packet_rate(): exact rates of io_groups, shared out by what was seen of their packets.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+from typing import Any, Final
+
+import numpy as np
+from msgspec.structs import astuple
+from numpy.typing import NDArray
+
+from larpixdaq.constants import COUNTS, IO_GROUPS, ROW_COUNTS
+from larpixdaq.constants import IO_GROUPS as N_IO_GROUPS
+from larpixdaq.errors import ProtocolError
+from larpixdaq.protocol.stream import Block, End, Totals
+
+#: "Now" is the last second that is known.
+WINDOW_NS: Final = 1_000_000_000
+#: A block is on its way for no longer than this (seconds); when nothing has come for longer, nothing was sent.
+ON_THE_WAY: Final = 0.1
+#: No rate is taken over less (seconds): the first packet of a run would be infinitely fast.
+SHORTEST: Final = 0.1
+#: Exact numbers of an io_group: packets, rows, bad_parity, unknown, dropped.
+TOTALS: Final = Totals.__struct_fields__[1:]
+_KEY: Final = ("io_group", "io_channel", "chip_id", "channel_id")
+_COUNTED: Final = ("packets", "data", "bad_parity", "local_half", "local_full", "shared_half", "shared_full")
+_SEEN: Final = tuple(f"seen_{name}" for name in _COUNTED)
+
+
+class Track:
+    """One producer and epoch in one run. `now` is the monitor's monotonic clock in seconds, ns are the producer's
+    host clock.
+
+    The totals are taken to grow evenly from a block's first row to its last, and across blocks that were not seen; in
+    a gap between two successive blocks they stand still.
+    """
+
+    def __init__(self, producer: str, epoch: int) -> None:
+        self.producer = producer
+        self.epoch = epoch
+        self.totals: dict[int, Totals] = {}
+        self.seen_rows = 0
+        self.skipped_rows = 0
+        self.skipped_blocks = 0
+        self.repeated_blocks = 0
+        self.how = ""  # of the END, once it came
+        self.start_ns = 0
+        self.last_ns = 0
+        self.baseline: dict[int, int] = {}  # packets of each io_group at start_ns: not 0 if we joined later
+        self._heard: float | None = None
+        self._began = 0.0  # start_ns by the monitor's clock
+        self._next = 0  # sequence
+        self._next_row = 0
+        self._shift = 0  # added to the host clock, so that it goes on although it was set back
+        self._knots: deque[tuple[int, dict[int, int]]] = deque()  # (ns, packets of each io_group by then)
+
+    def add(self, block: Block, now: float) -> bool:
+        """Take over a block's totals; False, and nothing else, for a block that is not newer than one before."""
+        if block.sequence < self._next:
+            self.repeated_blocks += 1
+            return False
+        _check(block.totals, block)
+        follows = block.sequence == self._next
+        self._skip(block.sequence, block.first_packet)
+        self._next, self._next_row = block.sequence + 1, block.first_packet + block.rows
+        self.seen_rows += block.rows
+        if self._knots:
+            self._shift = max(self._shift, self.last_ns - block.last_ns)
+        if follows:
+            self._knot(block.first_ns + self._shift, self._packets())
+        self._take(block.totals, block.last_ns + self._shift, now)
+        return True
+
+    def end(self, end: End, now: float) -> None:
+        """Take over the final counts of the run and epoch."""
+        totals = []
+        for io_group, *counts in end.counts:
+            if len(counts) != len(COUNTS):
+                raise ProtocolError(
+                    f"end of run {end.run} from {end.producer}: {len(counts)} counts, not {len(COUNTS)}"
+                )
+            count = dict(zip(COUNTS, counts, strict=True))
+            rows = sum(count[name] for name in ROW_COUNTS)
+            unknown = count["unknown_words"] + count["rejected_words"]
+            totals.append(Totals(io_group, count["packets"], rows, count["bad_parity"], unknown, count["dropped"]))
+        _check(totals, end)
+        if not self._knots:
+            self._knot(end.first_ns, {})
+        if end.next >= self._next:
+            self._skip(end.next, sum(total.rows - total.dropped for total in totals))
+            self._next = end.next + 1
+        self.how = end.how
+        self._take(totals, max(end.last_ns + self._shift, self.last_ns), now)
+
+    def rates(self, now: float) -> dict[int, float]:
+        """Packets/s of each io_group over the last second; falls to 0 within 1.1 s when nothing comes any more."""
+        end = self._known_until(now)
+        begin = max(end - WINDOW_NS, self.start_ns)
+        if end <= begin:
+            return {}
+        before = self._packets_at(begin) if begin > self.start_ns else self.baseline
+        seconds = max((end - begin) / 1e9, SHORTEST)
+        return {
+            io_group: (packets - before.get(io_group, 0)) / seconds
+            for io_group, packets in self._packets_at(end).items()
+        }
+
+    def span(self, now: float) -> tuple[float, float]:
+        """Since when and until when the totals are known, by the monitor's clock: the hosts' own may differ."""
+        end = self.last_ns if self.how else self._known_until(now)
+        return self._began, self._began + (end - self.start_ns) / 1e9
+
+    def _known_until(self, now: float) -> int:
+        age = 0.0 if self._heard is None else now - self._heard
+        return self.last_ns + max(0, int((age - ON_THE_WAY) * 1e9))
+
+    def _skip(self, sequence: int, row: int) -> None:
+        self.skipped_blocks += sequence - self._next
+        self.skipped_rows += max(0, row - self._next_row)
+
+    def _take(self, totals: list[Totals], ns: int, now: float) -> None:
+        self.totals.update((total.io_group, total) for total in totals)
+        if self._heard is None and not self._knots:
+            # We came in the middle of the run: what was before counts in the totals, not in the rates.
+            self.start_ns = ns
+            self.baseline = self._packets()
+        if self._heard is None:
+            self._began = now - (ns - self.start_ns) / 1e9
+        self._heard = now
+        self._knot(ns, self._packets())
+        self.last_ns = self._knots[-1][0]
+        while len(self._knots) > 2 and self._knots[1][0] < self.last_ns - WINDOW_NS:
+            self._knots.popleft()
+
+    def _packets(self) -> dict[int, int]:
+        return {io_group: total.packets for io_group, total in self.totals.items()}
+
+    def _knot(self, ns: int, packets: dict[int, int]) -> None:
+        if not self._knots:
+            self.start_ns = ns
+        else:
+            ns = max(ns, self._knots[-1][0])
+        if len(self._knots) > 1 and self._knots[-2][0] == ns:
+            self._knots.pop()  # of many at the same time the first and the last say all
+        self._knots.append((ns, packets))
+
+    def _packets_at(self, ns: int) -> dict[int, float]:
+        """Packets of each io_group up to this time; of two values at the same time the later one."""
+        before_ns, before = self._knots[0]
+        for after_ns, after in self._knots:
+            if after_ns > ns:
+                part = max(0.0, (ns - before_ns) / (after_ns - before_ns)) if after_ns > before_ns else 0.0
+                return {g: n - (1 - part) * (n - before.get(g, 0)) for g, n in after.items()}
+            before_ns, before = after_ns, after
+        return {g: float(n) for g, n in before.items()}
+
+
+def _check(totals: list[Totals], frame: Block | End) -> None:
+    for total in totals:
+        if not 0 <= total.io_group < IO_GROUPS or min(astuple(total)) < 0:
+            raise ProtocolError(f"totals of run {frame.run} from {frame.producer}: impossible {total}")
+
+
+def _table(keys: int, *columns: str) -> np.dtype[Any]:
+    kinds = {"rate": "<f8", "mean_rate": "<f8", "seen": "<f8"}
+    return np.dtype([*((name, "u1") for name in _KEY[:keys]), *((name, kinds.get(name, "<u8")) for name in columns)])
+
+
+IO_GROUP_RATES: Final = _table(1, "rate", "mean_rate", *TOTALS, "seen", *_SEEN)
+
+IO_CHANNEL_RATES: Final = _table(2, "rate", "mean_rate", *_SEEN)
+
+CHIP_RATES: Final = _table(3, "rate", "mean_rate", *_SEEN)
+
+CHANNEL_RATES: Final = _table(4, "rate", "mean_rate", "seen_packets")
+
+
+def io_groups(tracks: Collection[Track], now: float) -> tuple[NDArray[Any], float]:
+    """Rates and totals of all producers and epochs, dtype IO_GROUPS, and the seconds that they cover.
+
+    The columns of what was seen are left 0; `now` is the monitor's monotonic clock.
+    """
+    spans = [track.span(now) for track in tracks]
+    seconds = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0.0
+    numbers = sorted({io_group for track in tracks for io_group in track.totals})
+    table = np.zeros(len(numbers), IO_GROUP_RATES)
+    table["io_group"] = numbers
+    entry = {number: table[i : i + 1] for i, number in enumerate(numbers)}
+    for track in tracks:
+        for io_group, total in track.totals.items():
+            for name in TOTALS:
+                entry[io_group][name] += np.uint64(getattr(total, name))
+            since_start = total.packets - track.baseline.get(io_group, 0)
+            entry[io_group]["mean_rate"] += since_start / max(seconds, SHORTEST)
+        for io_group, rate in track.rates(now).items():
+            entry[io_group]["rate"] += rate
+    return table, seconds
+
+
+def rate_tables(
+    groups: NDArray[Any],
+    seen: NDArray[Any],
+    packets: NDArray[np.uint64],
+    recent: NDArray[np.uint64],
+    channels: bool,
+) -> dict[str, NDArray[Any]]:
+    """The tables `io_groups`, `io_channels`, `chips` and, if wanted, `channels`, each sorted by its key.
+
+    groups: dtype IO_GROUPS, rates, totals and seen_packets filled in; seen: what Rates.chips() gave; packets and
+    recent: packets by [chip, channel], since the start and lately.
+    """
+    rate, mean_rate = np.zeros((2, N_IO_GROUPS))
+    rate[groups["io_group"]] = groups["rate"]
+    mean_rate[groups["io_group"]] = groups["mean_rate"]
+    group = seen["io_group"]
+    per_recent = _ratio(rate, np.bincount(group, recent.sum(axis=1), N_IO_GROUPS))[group]
+    per_packet = _ratio(mean_rate, np.bincount(group, seen["packets"], N_IO_GROUPS))[group]
+
+    chips = np.zeros(len(seen), CHIP_RATES)
+    for name in _KEY[:3]:
+        chips[name] = seen[name]
+    for name in _COUNTED:
+        chips[f"seen_{name}"] = seen[name]
+    chips["rate"] = recent.sum(axis=1) * per_recent
+    chips["mean_rate"] = seen["packets"] * per_packet
+    groups["seen"] = np.where(groups["packets"], _ratio(groups["seen_packets"], groups["packets"]), 1.0)
+    for name in _COUNTED[1:]:
+        groups[f"seen_{name}"] = np.bincount(group, seen[name], N_IO_GROUPS)[groups["io_group"]]
+    tables = {"io_groups": groups, "io_channels": _io_channels(chips), "chips": _sorted(chips, 3)}
+    if channels:
+        chip, channel = np.nonzero(packets)
+        table = np.zeros(len(chip), CHANNEL_RATES)
+        for name in _KEY[:3]:
+            table[name] = chips[name][chip]
+        table["channel_id"] = channel
+        table["rate"] = recent[chip, channel] * per_recent[chip]
+        table["mean_rate"] = packets[chip, channel] * per_packet[chip]
+        table["seen_packets"] = packets[chip, channel]
+        tables["channels"] = _sorted(table, 4)
+    return tables
+
+
+def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+    """part / whole, 0 where there is no whole."""
+    out = np.zeros(len(part))
+    np.divide(part, whole, out=out, where=whole != 0)
+    return out
+
+
+def _packed_key(table: NDArray[Any], keys: int) -> NDArray[np.uint32]:
+    packed = np.zeros(len(table), np.uint32)
+    for name in _KEY[:keys]:
+        packed = packed << np.uint32(8) | table[name]
+    return packed
+
+
+def _sorted(table: NDArray[Any], keys: int) -> NDArray[Any]:
+    return table[np.argsort(_packed_key(table, keys))]
+
+
+def _io_channels(chips: NDArray[Any]) -> NDArray[Any]:
+    """The sums over the chips of each io_channel."""
+    _, first, index = np.unique(_packed_key(chips, 2), return_index=True, return_inverse=True)
+    table = np.zeros(len(first), IO_CHANNEL_RATES)
+    for name in _KEY[:2]:
+        table[name] = chips[name][first]
+    for name in ("rate", "mean_rate", *_SEEN):
+        np.add.at(table[name], index, chips[name])
+    return table

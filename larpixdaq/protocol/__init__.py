@@ -1,0 +1,1 @@
+"""The messages between processes: types, limits and encodings, without any sockets."""

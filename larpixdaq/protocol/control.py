@@ -1,0 +1,335 @@
+"""The messages of the control plane: typed, versioned, validated on arrival, limited in size and depth.
+
+One message is one ZeroMQ frame: a msgpack map with the field `type`. Numpy arrays (no object dtypes) may stand
+anywhere in `value`, `params`, `info` and `status`; they travel as msgpack extension 1, and the core passes them on as
+they came. Nothing is ever unpickled or evaluated.
+
+Numpy arrays in the messages of the control plane: msgpack extension 1, with description, shape and bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal, NoReturn
+
+import msgspec
+from msgspec import Meta
+
+from larpixdaq.errors import ProtocolError
+from larpixdaq.protocol.stream import Name, RunNumber
+
+_ARRAY: Final = 1
+#: Maximum bytes of an array's description, some 500 fields: numpy's time grows with the square of their number.
+MAX_DESCRIPTION: Final = 8 << 10
+_descr_decoder: Final = msgspec.msgpack.Decoder(str | list[Any])
+PROTOCOL: Final = 1
+#: No request is larger (bytes).
+MAX_REQUEST: Final = 1 << 20
+#: No registration or heartbeat is larger (bytes), 1 kB for each of 255 boards: the core keeps the last of every
+#: component, and tells them all in one answer.
+MAX_KEPT: Final = 256 << 10
+#: No answer is larger (bytes): results may hold arrays.
+MAX_ANSWER: Final = 64 << 20
+#: No text of an answer is longer (characters).
+MAX_TEXT: Final = 1 << 16
+#: Containers in containers, at most.
+MAX_DEPTH: Final = 32
+Id = Annotated[str, Meta(max_length=64)]
+Count = Annotated[int, Meta(ge=0)]
+Kind = Literal["producer", "run_data", "storage", "log"]
+
+
+def pack_other(value: Any) -> Any:
+    """A numpy array or scalar for the wire; ProtocolError for anything else, and for arrays of objects."""
+    import numpy as np  # here: the core and the log need no numpy
+    from numpy.lib import format as npy
+
+    if isinstance(value, np.generic) and not isinstance(value, np.void):
+        return value.item()
+    if isinstance(value, np.ndarray | np.void):
+        array = np.asarray(value)
+        if array.dtype.hasobject:
+            raise ProtocolError(f"an array of dtype {array.dtype} cannot travel: it holds Python objects")
+        descr = msgspec.Raw(msgspec.msgpack.encode(npy.dtype_to_descr(array.dtype)))
+        if len(bytes(descr)) > MAX_DESCRIPTION:
+            raise ProtocolError(
+                f"an array cannot travel: the description of its {len(array.dtype.names or ())} fields has "
+                f"{len(bytes(descr))} bytes, the limit is {MAX_DESCRIPTION}"
+            )
+        head = [descr, list(array.shape), array.tobytes()]
+        return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode(head))
+    raise ProtocolError(f"a value of type {type(value).__name__} cannot travel")
+
+
+class _Array(msgspec.Struct, array_like=True):
+    descr: msgspec.Raw
+    shape: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=32)]
+    data: bytes
+
+
+_array_decoder: Final = msgspec.msgpack.Decoder(_Array)
+
+
+def _descr(entry: Any) -> Any:
+    """msgpack has lists only; numpy wants tuples around fields and shapes."""
+    if isinstance(entry, list) and entry and all(isinstance(field, list) for field in entry):
+        return [(_descr(field[0]), _descr(field[1]), *map(tuple, field[2:])) for field in entry]
+    return tuple(_descr(part) for part in entry) if isinstance(entry, list) else entry
+
+
+def unpack_extension(code: int, data: memoryview) -> Any:
+    """The array that stands in a message; ProtocolError for what is none."""
+    import numpy as np
+    from numpy.lib import format as npy
+
+    if code != _ARRAY:
+        raise ProtocolError(f"unknown msgpack extension {code}")
+    try:
+        head = _array_decoder.decode(data)
+        if (size := len(bytes(head.descr))) > MAX_DESCRIPTION:
+            raise ProtocolError(f"array: its description has {size} bytes, the limit is {MAX_DESCRIPTION}")
+        dtype = npy.descr_to_dtype(_descr(_descr_decoder.decode(head.descr)))
+    except (msgspec.MsgspecError, ValueError, TypeError, KeyError, IndexError, RecursionError, SyntaxError) as error:
+        raise ProtocolError(f"array with an impossible description: {error}") from None
+    if dtype.hasobject or not dtype.itemsize:
+        raise ProtocolError(f"array of dtype {dtype}: it holds Python objects or nothing at all")
+    count = 1
+    for length in head.shape:
+        count *= length
+    if count * dtype.itemsize != len(head.data):
+        raise ProtocolError(f"array of {count} x {dtype.itemsize} bytes: found {len(head.data)} bytes")
+    try:
+        return np.frombuffer(bytearray(head.data), dtype, count).reshape(head.shape)
+    except (ValueError, TypeError) as error:
+        raise ProtocolError(f"array of shape {head.shape}: {error}") from None
+
+
+class Message(msgspec.Struct, tag_field="type", kw_only=True):
+    """What all have. `principal` is who asks, as the core knows it from the keys in use, whatever a peer says there."""
+
+    version: int = PROTOCOL
+    request: Id = ""
+    session: Id = ""
+    principal: Id = ""
+
+
+class Register(Message, tag="register"):
+    """A component says who it is; `instance` is drawn when its process starts, `run` is the run it is in, if any."""
+
+    name: Name
+    kind: Kind
+    instance: Id
+    actions: Annotated[list[Name], Meta(max_length=1000)] = []
+    info: dict[str, Any] = {}
+    run: RunNumber | None = None
+    begun: bool = False
+
+
+class Open(Message, tag="open"):
+    """An Operator says who it is."""
+
+    name: Name
+    instance: Id
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """`progress`: work done so far; `queued`: work waiting; `status`: None when it has not changed.
+
+    `idle`: seconds since the main loop, which does the work, last said so; it turns several times a second. `run` and
+    `begun` as in Register: what was answered to a core that has died is news to the one after it.
+    """
+
+    progress: Count = 0
+    queued: Count = 0
+    idle: Annotated[float, Meta(ge=0)] = 0.0
+    run: RunNumber | None = None
+    begun: bool = False
+    status: dict[str, Any] | None = None
+
+
+class Request(Message, tag="request"):
+    """Do `action`. From an Operator: to a component by name, to the first of a kind, or (neither) to the core.
+
+    `again` marks a request that was acknowledged before: its answer is wanted, it is not to be done a second time.
+    """
+
+    action: Name
+    params: dict[str, Any] = {}
+    component: Annotated[str, Meta(max_length=64)] = ""
+    kind: Annotated[str, Meta(max_length=64)] = ""
+    again: bool = False
+
+
+class Answer(Message, tag="answer"):
+    """To the request with that id; `result` and `error` are the last. `value` stays packed until content() opens it.
+
+    A text that is too long is cut, since a refused answer would leave whoever asked waiting for ever.
+    """
+
+    kind: Literal["ack", "progress", "result", "error"]
+    component: Annotated[str, Meta(max_length=64)] = ""
+    text: Annotated[str, Meta(max_length=MAX_TEXT)] = ""
+    value: msgspec.Raw = msgspec.Raw(b"\xc0")
+    done: Count = 0
+    total: Count = 0
+    error: Id = ""
+    by: Annotated[str, Meta(max_length=256)] = ""
+    since: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.text) > MAX_TEXT:
+            self.text = f"{self.text[: MAX_TEXT - 4]} ..."
+
+
+class Update(Message, tag="update"):
+    """What the core tells everybody: as the answer to each heartbeat, and whenever it changes."""
+
+    state: Literal["STOP", "READY", "RUN"] = "STOP"
+    run: Count | None = None
+    producers: dict[str, str] = {}
+    log: str = ""
+    insecure: bool = False
+
+
+class Welcome(Update, tag="welcome"):
+    """The answer to Register and Open; `session` is the new one."""
+
+
+class Bye(Message, tag="bye"):
+    pass
+
+
+FromClient = Register | Open | Heartbeat | Request | Answer | Bye
+
+FromCore = Welcome | Update | Request | Answer
+
+
+class _Probe(msgspec.Struct):
+    """What an answer to a malformed message needs to know."""
+
+    version: int = PROTOCOL
+    request: Id = ""
+    type: str = ""
+
+
+_encoder: Final = msgspec.msgpack.Encoder(enc_hook=pack_other)
+
+_client_decoder: Final = msgspec.msgpack.Decoder(FromClient)
+
+_core_decoder: Final = msgspec.msgpack.Decoder(FromCore, ext_hook=unpack_extension)
+
+_value_decoder: Final = msgspec.msgpack.Decoder(ext_hook=unpack_extension)
+
+_probe_decoder: Final = msgspec.msgpack.Decoder(_Probe)
+
+
+def _encode(value: Any, what: str) -> bytes:
+    try:
+        return _encoder.encode(value)
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ProtocolError(f"{what} cannot be sent: {error}") from None
+
+
+def _limit(message: Message) -> int:
+    """Maximum bytes of a message of this kind."""
+    if isinstance(message, Answer):
+        return MAX_ANSWER
+    return MAX_KEPT if isinstance(message, Register | Heartbeat) else MAX_REQUEST
+
+
+def pack(message: FromClient | FromCore) -> bytes:
+    """ProtocolError when something in it cannot travel or it is too large."""
+    what = str(message.__struct_config__.tag)
+    data = _encode(message, what)
+    limit = _limit(message)
+    if len(data) > limit:
+        raise ProtocolError(f"{what} of {len(data)} bytes cannot be sent: the limit is {limit}")
+    return data
+
+
+def packed(value: Any) -> msgspec.Raw:
+    """A value as an Answer carries it; ProtocolError when it cannot travel or is too large."""
+    data = _encode(value, "value")
+    if len(data) > MAX_ANSWER - (1 << 17):
+        raise ProtocolError(f"value of {len(data)} bytes cannot be sent: the limit is {MAX_ANSWER - (1 << 17)}")
+    return msgspec.Raw(data)
+
+
+def content(answer: Answer) -> Any:
+    """The value of an answer; ProtocolError when it is malformed."""
+    try:
+        value = _value_decoder.decode(answer.value)
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
+        raise ProtocolError(f"value from {answer.component or 'core'}: {error}") from None
+    _check_depth(value, f"value from {answer.component or 'core'}")
+    return value
+
+
+def _check_depth(value: Any, what: str) -> None:
+    layer = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for one in layer:
+            if isinstance(one, dict):
+                inner.extend(part for part in one.values() if isinstance(part, dict | list))
+            elif isinstance(one, list):
+                inner.extend(part for part in one if isinstance(part, dict | list))
+        if not inner:
+            return
+        layer = inner
+    raise ProtocolError(f"{what}: more than {MAX_DEPTH} containers in each other")
+
+
+def _unpack(data: Any, decoder: msgspec.msgpack.Decoder[Any], sender: str) -> Any:
+    try:
+        message = decoder.decode(data)
+    except (msgspec.MsgspecError, ProtocolError, ValueError, TypeError, RecursionError) as error:
+        _refuse(data, sender, str(error))
+    if message.version != PROTOCOL:
+        _refuse(data, sender, "")
+    limit = _limit(message)
+    if len(data) > limit:
+        raise ProtocolError(f"message from {sender}: {len(data)} bytes, the limit is {limit}")
+    for field in ("params", "info", "status"):
+        _check_depth(getattr(message, field, None), f"{field} in a message from {sender}")
+    return message
+
+
+def _refuse(data: Any, sender: str, reason: str) -> NoReturn:
+    """Say what is wrong; a peer that speaks another version hears that, whatever else does not fit."""
+    version, _ = probe(data)
+    if version != PROTOCOL:
+        reason = f"protocol version {version}, here it is {PROTOCOL}: install the same larpix-daq on both sides"
+    raise ProtocolError(f"message from {sender}: {reason}")
+
+
+def probe(data: Any) -> tuple[int, str]:
+    """Version and request id of a message, as far as they can be made out: (PROTOCOL, "") when they cannot."""
+    found = _probe(data)
+    return found.version, found.request
+
+
+def probe_request(data: Any) -> str:
+    """The id of a request that is malformed otherwise; empty when the message is no request."""
+    found = _probe(data)
+    return found.request if found.type == Request.__struct_config__.tag else ""
+
+
+def _probe(data: Any) -> _Probe:
+    try:
+        return _probe_decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
+        return _Probe()
+
+
+def unpack_client(data: Any, sender: str) -> FromClient:
+    """What a component or an Operator sent to the core; ProtocolError in one line when it is malformed."""
+    if len(data) > MAX_ANSWER:
+        raise ProtocolError(f"message from {sender}: {len(data)} bytes, the limit is {MAX_ANSWER}")
+    message: FromClient = _unpack(data, _client_decoder, sender)
+    return message
+
+
+def unpack_core(data: Any) -> FromCore:
+    """What the core sent; ProtocolError in one line when it is malformed."""
+    message: FromCore = _unpack(data, _core_decoder, "core")
+    return message

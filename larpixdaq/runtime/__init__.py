@@ -1,0 +1,1 @@
+"""What every process needs whatever it does: its event loop, times, children and files."""

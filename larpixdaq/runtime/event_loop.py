@@ -1,0 +1,283 @@
+"""How a process ends: its exit status, and what SIGINT, SIGTERM, SIGHUP and SIGQUIT do.
+
+One thread for what may hang with a disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import queue
+import select
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+from larpixdaq.errors import LarpixDaqError, printable
+from larpixdaq.runtime.timing import Throttle
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+#: A closed terminal, and Ctrl-\\. They end a process as SIGTERM does, unless it was started to ignore them (nohup).
+_TERMINAL_SIGNALS: Final = (signal.SIGHUP, signal.SIGQUIT)
+#: After the first signal further ones are ignored for so long (s): a terminal's Ctrl-C reaches all of a process
+#: group, and the one that started them tells them again. Closing must not be interrupted by that.
+_GRACE: Final = 5.0
+#: Bytes of log records that a process may write to stderr at once, and in a second after that.
+_STDERR_BURST: Final = 256 << 10
+_STDERR_RATE: Final = 4 << 10
+#: When the first signal came (time.monotonic()), if one has.
+_came: Final[list[float]] = []
+log = logging.getLogger(__name__)
+Job = tuple[Callable[[], Any], Callable[[Any], None]]
+
+
+def _first() -> bool:
+    """Note that a signal has come; whether it is to be heeded."""
+    now = time.monotonic()
+    if _came and now - _came[0] <= _GRACE:
+        return False
+    _came[:] = [now]
+    return True
+
+
+class _Printable(logging.Formatter):
+    """Records for a terminal; a traceback keeps its lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+class Stopped(KeyboardInterrupt):
+    """One of the signals came; run_main() turns it into the exit status."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def catch(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Handle the signals that end a process in this way; returns the handlers of before."""
+    wanted = [one for one in _TERMINAL_SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in (*_SIGNALS, *wanted)}
+
+
+class Signals:
+    """Within this context signals do not interrupt; they set `stop` and make `fileno()` readable.
+
+    For loops that must not be left in the middle of a turn::
+
+        with Signals() as signals:
+            while not signals.stop: poll([..., signals.fileno()])
+    """
+
+    def __init__(self) -> None:
+        self.stop = False
+        self._before: dict[int, Any] = {}
+        self._wakeup = -1
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def _came(self, number: int, frame: FrameType | None) -> None:
+        _first()
+        self.stop = True
+
+    def __enter__(self) -> Signals:
+        # The C-level handler writes a byte at once: a signal between the test of `stop` and the poll is not slept over.
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._before = catch(self._came)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._read)
+        os.close(self._write)
+
+
+class _OutputError(Exception):
+    """Standard output cannot be written."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"cannot write to standard output: {error.strerror}")
+        self.number = error.errno
+
+
+class _Output(io.FileIO):
+    """Standard output whose errors are distinct from those of files. After an error it accepts and drops everything,
+    so that the interpreter's last flush does not complain again."""
+
+    _failed = False
+
+    def write(self, data: Any) -> int:
+        if self._failed:
+            return memoryview(data).nbytes
+        try:
+            return super().write(data)
+        except OSError as error:
+            self._failed = True
+            raise _OutputError(error) from None
+
+
+def _watch_output() -> None:
+    """Have errors of standard output raised as _OutputError, and bytes of paths that are no text shown as \\xff."""
+    before = sys.__stdout__
+    if before is None:  # closed by the parent
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    elif sys.stdout is before:  # else a test has replaced it
+        raw = io.BufferedWriter(_Output(before.fileno(), "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(raw, before.encoding, "backslashreplace", line_buffering=before.isatty())
+
+
+def is_text(argument: str) -> bool:
+    """Whether an argument or path can be sent to others: bytes that are not UTF-8 are surrogates in Python."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in argument)
+
+
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # has no parameter before Python 3.11
+    """Log records on stderr, which may be a file: of a flood only a part is written, and the rest counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._throttle = Throttle(_STDERR_RATE, _STDERR_BURST)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._throttle.passes("", len(self.format(record))):
+            self.tell()
+            super().emit(record)
+
+    def tell(self) -> None:
+        """Say how many records were not written."""
+        for text in self._throttle.told():
+            print(f"{_program()}: WARNING: {text}", file=self.stream)
+
+
+def _program() -> str:
+    return os.path.basename(sys.argv[0]) or "larpixdaq"
+
+
+def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int:
+    """Run a program's main part and return its exit status.
+
+    A signal raises Stopped, a KeyboardInterrupt, where it runs, so that its `finally` clauses close everything; see
+    Signals for the quieter way. It is the proper end of an endless program: 0. A command that is interrupted has not
+    done its work: 128 + the signal's number, with one line on stderr. 1, with one line on stderr, when it raises a
+    LarpixDaqError or its output cannot be written. Log records of level warning and above go to stderr too; on a
+    terminal also those that tell a person that all is well.
+    """
+    program = _program()
+    if endless and (wrong := [argument for argument in sys.argv[1:] if not is_text(argument)]):
+        print(f"{program}: argument {wrong[0]!r}: expected UTF-8, since other processes read it", file=sys.stderr)
+        return 2
+    _came.clear()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if _first():
+            raise Stopped(number)
+
+    _watch_output()
+    before = catch(stop)
+    stderr = _Stderr()
+    stderr.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    stderr.setFormatter(_Printable(f"{program}: %(levelname)s: %(message)s"))
+    logger = logging.getLogger("larpixdaq")
+    logger.addHandler(stderr)
+    try:
+        status = function() or 0
+        sys.stdout.flush()  # here, so that output which cannot be written is an error of ours
+        return status
+    except KeyboardInterrupt as error:
+        if endless:
+            return 0
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        print(f"{program}: interrupted by {signal.Signals(number).name}", file=sys.stderr)
+        return 128 + number
+    except LarpixDaqError as error:
+        print(printable(f"{program}: {error}"), file=sys.stderr)
+        return 1
+    except _OutputError as error:
+        if error.number != errno.EPIPE:  # else the reader of our output has gone: `larpixdaq status | head`
+            print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        logger.removeHandler(stderr)
+        stderr.tell()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Worker:
+    """Does what it is given, in order, in a thread; turn() tells what came of it, in the loop of whoever gave it."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._done: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._open = 0
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, do: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Do this in the thread; `then` gets what it returned, or the OSError that it raised."""
+        self._open += 1
+        self._jobs.put((do, then))
+
+    def fileno(self) -> int:
+        """Polls readable while turn() has something to do."""
+        return self._wake
+
+    def turn(self) -> None:
+        """Tell what is done."""
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            return
+        while self._done:
+            then, found = self._done.popleft()
+            self._open -= 1
+            then(found)
+
+    def settle(self, limit: float) -> bool:
+        """Wait until all that was given is done and told, at most `limit` seconds."""
+        deadline = time.monotonic() + limit
+        while self._open and (left := deadline - time.monotonic()) > 0:
+            select.select([self._wake], [], [], left)
+            self.turn()
+        return not self._open
+
+    def close(self, limit: float) -> bool:
+        """Finish what was given, in at most `limit` seconds; False: it hangs, and ends with the process."""
+        if not self._thread.is_alive():
+            return True
+        self._jobs.put(None)
+        self._thread.join(limit)
+        if self._thread.is_alive():
+            return False
+        self.turn()
+        os.close(self._wake)
+        return True
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            do, then = job
+            found: Any
+            try:
+                found = do()
+            except OSError as error:
+                found = error
+            except Exception as error:  # a mistake of ours: nothing may wait for ever for what it would have told
+                log.exception("%s", self._thread.name)
+                found = OSError(str(error))
+            self._done.append((then, found))
+            os.eventfd_write(self._wake, 1)

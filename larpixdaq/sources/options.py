@@ -1,0 +1,423 @@
+"""Where packets come from: the producer's options for it, and the sources that they ask for.
+
+larpix-control's io configuration files (JSON): which address has which io_group.
+
+    {"_config_type": "io", "io_class": "PACMAN_IO", "io_group": [[1, "pacman.local"], [2, "pacman2.local"]]}
+
+PACMAN_IO's may also say the boards' revisions (`--pacman-revision`), of all or of each io_group, which larpix-control
+does not look at: "pacman_revision": 4, or {"1": 4, "2": 5}.
+
+A name is looked up in the working directory first and then among the files that larpix-control brings; `_include` lists
+files whose fields are taken where the file itself has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from larpixdaq.constants import IO_GROUPS
+from larpixdaq.errors import ConfigError
+from larpixdaq.schema import ASICS, Asic
+from larpixdaq.sources.command_channel import REVISIONS
+from larpixdaq.sources.source import Source
+
+DATA_PORT: Final = 5556
+COMMAND_PORT: Final = 5555
+#: In revisions of boards by io_group: all that are not named.
+ALL: Final = 0
+#: Packets per second of `--fake` without a rate.
+FAKE_RATE: Final = 10_000.0
+_BOARD: Final = re.compile(
+    r"(?:(?P<group>\d{1,9})=)?(?:tcp://)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:=/\[\]]+)(?::(?P<data>\d{1,9})(?::(?P<command>\d{1,9}))?)?"
+)
+_FORM: Final = "[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]"
+_CLASS: Final = re.compile(r"([A-Za-z_]\w*\.)*([A-Za-z_]\w*:)?[A-Za-z_]\w*", re.ASCII)
+#: The io class of larpix-control -> the source that does the same.
+_IO_CLASSES: Final = {"PACMAN_IO": "pacman", "SerialPort": "serial", "ZMQ_IO": "bern", "MultiZMQ_IO": "bern"}
+#: Options that only some sources understand; given with another source they are refused, since they would do nothing.
+_ONLY_FOR: Final = {
+    "pacman_format": ("pacman", "replay"),
+    "clock64": ("pacman", "replay", "io-config"),
+    "pacman_revision": ("pacman", "io-config"),
+    "baud": ("serial",),
+    "serial_rule": ("serial",),
+    "speed": ("replay",),
+    "io_groups": ("fake",),
+}
+#: What each class reads when no file is named.
+DEFAULTS: Final = {"PACMAN_IO": "io/pacman.json", "ZMQ_IO": "io/loopback.json", "MultiZMQ_IO": "io/default.json"}
+#: ZMQ_IO also reads the files of MultiZMQ_IO.
+_ACCEPTS: Final = {"ZMQ_IO": ("ZMQ_IO", "MultiZMQ_IO")}
+_GROUP: Final = re.compile(r"\d{1,3}", re.ASCII)
+_MAX_DEPTH: Final = 8
+_MAX_BYTES: Final = 1 << 20
+
+
+class Board(NamedTuple):
+    io_group: int
+    host: str
+    data_port: int
+    command_port: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The producer's options that say where packets come from; create() makes the sources of the result."""
+    where = parser.add_argument_group("source", "where the packets come from: exactly one of these")
+    one = where.add_mutually_exclusive_group(required=True)
+    one.add_argument("--serial", metavar="DEVICE", help="a board on a serial line, such as /dev/ttyUSB0 (io_group 1)")
+    one.add_argument(
+        "--pacman",
+        nargs="+",
+        metavar="BOARD",  # argparse before 3.13 cannot wrap a usage line with brackets in it
+        help=f"PACMAN boards, each as {_FORM}; io_groups count from 1 in the order given unless named; ports default "
+        f"to {DATA_PORT} (data) and {COMMAND_PORT} (command), a command port beside a given data port to that less 1",
+    )
+    one.add_argument("--bern", nargs="+", metavar="BOARD", help="boards of the Bern type; addresses as for --pacman")
+    one.add_argument(
+        "--replay",
+        nargs="+",
+        metavar="FILE",
+        help="recorded files, one after another: raw HDF5, LArPix+HDF5 packet files, or logs of PACMAN messages "
+        "(u32 length + message), which do not say their io_group: IO_GROUP=FILE does (default: 1)",
+    )
+    one.add_argument(
+        "--fake",
+        nargs="?",
+        const=FAKE_RATE,
+        type=_rate,
+        metavar="RATE",
+        help=f"made-up packets, RATE a second in all (default {FAKE_RATE:g}), to try things without a board",
+    )
+    one.add_argument(
+        "--io-config",
+        nargs="+",
+        metavar=("CLASS", "ARG"),
+        help="boards as larpix-control's IO class would have them: PACMAN_IO, ZMQ_IO or MultiZMQ_IO [FILE], or "
+        "SerialPort FILE or DEVICE [BAUD]; FILE is larpix-control's io configuration (JSON). Any other CLASS, one of "
+        "larpix.io or package.module:Class, is made with the ARGs (numbers where they look so) in a process of its own "
+        "and asked for packets there, at Python's speed: it is a program that runs with your rights",
+    )
+
+    what = parser.add_argument_group("board", "what the boards and chips are")
+    what.add_argument("--asic", choices=list(ASICS), default="2", help="generation of the chips (default: 2)")
+    what.add_argument(
+        "--fifo-diagnostics",
+        action="store_true",
+        help="the chips' fifo diagnostics mode is on (v2 chips; no packet says so)",
+    )
+    what.add_argument(
+        "--pacman-format",
+        choices=["auto", "legacy", "1.0"],
+        help="format of PACMAN messages (default: auto, which looks at each message)",
+    )
+    what.add_argument(
+        "--clock64", action="store_const", const=True, help="PACMAN firmware with 64-bit timestamps (DUNE timing)"
+    )
+    what.add_argument(
+        "--pacman-revision",
+        nargs="+",
+        metavar="REVISION",
+        help="register maps of the PACMAN boards' command servers, each as [IO_GROUP=]N, without IO_GROUP for all: 2 "
+        "(server v1.2), 3 (v1.3, also that of uci_* and r/oldtimestamp_rev4 firmware), 4 (v1.4) or 5 (pacman-server 2, "
+        "which says so itself); without it no DAC is set and no voltage shown",
+    )
+    what.add_argument("--baud", type=_whole, metavar="BITS_PER_SECOND", help="of the serial line (default: 1000000)")
+    what.add_argument(
+        "--serial-rule",
+        choices=["strict", "larpix-control"],
+        help="how frames are found after lost bytes: strict asks for odd parity or a frame that follows (default), "
+        "larpix-control takes every start and stop byte at the right distance",
+    )
+    what.add_argument(
+        "--speed",
+        type=_speed,
+        metavar="X|max",
+        help="replay X times as fast as recorded (default: 1) or as fast as possible; pauses over a minute are skipped",
+    )
+    what.add_argument("--io-groups", type=_whole, metavar="N", help="made-up boards of --fake (default: 1)")
+
+
+def create(args: argparse.Namespace) -> list[Source]:
+    """The sources that the options ask for, not yet opened. ConfigError, one line, for what makes no sense."""
+    kind, given = _kind(args)
+    for option, kinds in _ONLY_FOR.items():
+        if getattr(args, option) is not None and kind not in kinds:
+            names = " and ".join(f"--{name}" for name in kinds)
+            raise ConfigError(f"--{option.replace('_', '-')} is for {names} only, not for --{kind}")
+    asic = asic_of(args)
+    if kind == "serial":
+        return _serial(args, asic, given)
+    if kind == "replay":
+        return _replay(args, asic, given)
+    if kind == "fake":
+        return _fake(args, asic, given)
+    if kind == "io-config":
+        from larpixdaq.sources.io_class import IoClassSource
+
+        return [IoClassSource(*given, asic=asic, clock64=bool(args.clock64), revisions=_revisions(args, kind))]
+    return _boards(args, asic, kind, given)
+
+
+def asic_of(args: argparse.Namespace) -> Asic:
+    """The chips' generation as decoders know it; ConfigError for options that do not go together."""
+    asic = ASICS[args.asic]
+    if args.fifo_diagnostics:
+        if asic != Asic.V2:
+            raise ConfigError(f"--fifo-diagnostics is for v2 chips only, not for --asic {args.asic}")
+        asic = Asic.V2_DIAGNOSTICS
+    return asic
+
+
+def _kind(args: argparse.Namespace) -> tuple[str, Any]:
+    """Which source, and what was given for it: (io_group, device, baud), addresses, files, a rate or (class, args)."""
+    if args.io_config is not None:
+        return _from_io_config(*args.io_config)
+    if args.serial is not None:
+        return "serial", (1, args.serial, None)
+    kinds = [kind for kind in ("pacman", "bern", "replay", "fake") if getattr(args, kind) is not None]
+    if len(kinds) != 1:
+        raise ConfigError("exactly one source is needed: --serial, --pacman, --bern, --replay, --fake or --io-config")
+    return kinds[0], getattr(args, kinds[0])
+
+
+def _from_io_config(io_class: str, *arguments: str) -> tuple[str, Any]:
+    kind = _IO_CLASSES.get(io_class)
+    if kind is None:
+        if _CLASS.fullmatch(io_class) is None:
+            raise ConfigError(f"--io-config {io_class}: expected a class of larpix.io or package.module:Class")
+        return "io-config", (io_class, arguments)
+    if len(arguments) > (2 if kind == "serial" else 1):
+        raise ConfigError(f"--io-config {io_class}: too many arguments: {' '.join(arguments)}")
+    if kind == "serial":
+        if not arguments:
+            raise ConfigError("--io-config SerialPort: name the device or an io configuration file")
+        baud = (
+            None if len(arguments) == 1 else _number(arguments[1], "--io-config SerialPort: baud rate", 1, 100_000_000)
+        )
+        if not arguments[0].endswith(".json"):
+            return "serial", (1, arguments[0], baud)
+        devices = read_io_config(io_class, arguments[0])
+        if len(devices) != 1:
+            raise ConfigError(f"io config {arguments[0]}: SerialPort has one device, found {len(devices)}")
+        return "serial", (*devices[0], baud)
+    file = arguments[0] if arguments else DEFAULTS[io_class]
+    boards = read_io_config(io_class, file)
+    if io_class == "ZMQ_IO" and len(boards) != 1:
+        raise ConfigError(f"io config {file}: ZMQ_IO has one address, found {len(boards)}; use MultiZMQ_IO")
+    return kind, [f"{io_group}={address}" for io_group, address in boards]
+
+
+def boards(addresses: list[str]) -> list[Board]:
+    """`[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]` of several boards; ConfigError for nonsense and for duplicates."""
+    found: list[Board] = []
+    for place, text in enumerate(addresses, start=1):
+        match = _BOARD.fullmatch(text)
+        if match is None:
+            raise ConfigError(f"board address {text!r}: expected {_FORM}")
+        io_group = _io_group(match["group"], text) if match["group"] else place
+        data = _number(match["data"], f"board address {text!r}: data port", 1, 65_535) if match["data"] else DATA_PORT
+        if match["command"]:
+            command = _number(match["command"], f"board address {text!r}: command port", 1, 65_535)
+        else:
+            command = data - 1 if match["data"] else COMMAND_PORT
+            if command == 0:
+                raise ConfigError(f"board address {text!r}: data port 1 leaves no command port; give one")
+        if command == data:
+            raise ConfigError(f"board address {text!r}: data port and command port are both {data}")
+        board = Board(io_group, match["host"], data, command)
+        for other in found:
+            if other.io_group == board.io_group:
+                raise ConfigError(f"board address {text!r}: io_group {io_group} is that of {other.host} already")
+            if (other.host, other.data_port) == (board.host, board.data_port):
+                raise ConfigError(f"board address {text!r}: io_group {other.io_group} has the same address")
+        found.append(board)
+    if len(found) >= IO_GROUPS:
+        raise ConfigError(f"{len(found)} boards: a producer has at most {IO_GROUPS - 1}")
+    return found
+
+
+def _boards(args: argparse.Namespace, asic: Asic, kind: str, addresses: list[str]) -> list[Source]:
+    if kind == "bern":
+        from larpixdaq.sources.bern import BernSource
+
+        return [BernSource(*board, asic=asic) for board in boards(addresses)]
+    from larpixdaq.sources.pacman import PacmanSource
+
+    found = boards(addresses)
+    revisions = _revisions(args, kind)
+    for io_group in revisions.keys() - {ALL} - {board.io_group for board in found}:
+        raise ConfigError(f"--pacman-revision {io_group}={revisions[io_group]}: no board has io_group {io_group}")
+    form = args.pacman_format or "auto"
+    return [
+        PacmanSource(
+            *board,
+            asic=asic,
+            format=form,
+            clock64=bool(args.clock64),
+            revision=revisions.get(board.io_group, revisions.get(ALL, 0)),
+        )
+        for board in found
+    ]
+
+
+def _revisions(args: argparse.Namespace, kind: str) -> dict[int, int]:
+    """Register maps of PACMAN boards by io_group, ALL for those that are not named."""
+    found: dict[int, int] = {}
+    if args.io_config is not None and kind == "pacman":
+        found = configured_revisions(*args.io_config)
+    named: dict[int, int] = {}
+    for text in args.pacman_revision or ():
+        group, equals, number = text.rpartition("=")
+        what = f"--pacman-revision {text}"
+        io_group = _io_group(group, what) if equals else ALL
+        if io_group in named:
+            raise ConfigError(f"{what}: {'all boards' if io_group == ALL else f'io_group {io_group}'} twice")
+        named[io_group] = _number(number, f"{what}: revision", REVISIONS[0], REVISIONS[-1])
+    return (found if ALL not in named else {}) | named
+
+
+def _serial(args: argparse.Namespace, asic: Asic, given: tuple[int, str, int | None]) -> list[Source]:
+    from larpixdaq.sources.serial import BAUD, SerialSource
+
+    io_group, device, baud = given
+    _io_group(str(io_group), device)
+    rule = args.serial_rule or "strict"
+    return [SerialSource(device, io_group, asic=asic, baud=args.baud or baud or BAUD, rule=rule)]
+
+
+def _replay(args: argparse.Namespace, asic: Asic, files: list[str]) -> list[Source]:
+    from larpixdaq.sources.replay import ReplaySource
+
+    named = []
+    for text in files:
+        group, equals, file = text.partition("=")
+        if equals and group.isdecimal():
+            named.append((_io_group(group, text), file))
+        else:
+            named.append((1, text))
+    form = args.pacman_format or "auto"
+    speed = 1.0 if args.speed is None else args.speed
+    return [ReplaySource(named, asic=asic, format=form, clock64=bool(args.clock64), speed=speed)]
+
+
+def _fake(args: argparse.Namespace, asic: Asic, rate: float) -> list[Source]:
+    from larpixdaq.sources.fake import FakeSource
+
+    count = 1 if args.io_groups is None else args.io_groups
+    if count >= IO_GROUPS:
+        raise ConfigError(f"--io-groups {count}: a producer has at most {IO_GROUPS - 1}")
+    return [FakeSource(io_group, rate / count, asic=asic, seed=io_group) for io_group in range(1, count + 1)]
+
+
+def _io_group(text: str, where: str) -> int:
+    return _number(text, f"{where}: io_group", 1, IO_GROUPS - 1)
+
+
+def _number(text: str, what: str, low: int, high: int) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 12 and low <= int(text) <= high):
+        raise ConfigError(f"{what}: expected {low} to {high}, found {text}")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"expected packets per second above 0, found {text}")
+    return value
+
+
+def _speed(text: str) -> float:
+    """math.inf stands for "as fast as possible"."""
+    value = math.inf if text == "max" else float(text)
+    if math.isnan(value) or value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a factor above 0 or max, found {text}")
+    return value
+
+
+def read_io_config(io_class: str, name: str) -> list[tuple[int, str]]:
+    """(io_group, address) of each board in the file's order; ConfigError in one line when the file is not of that
+    class."""
+    config = _of_class(io_class, name)
+    table = config.get("io_group")
+    boards = []
+    for entry in table if isinstance(table, list) else ():
+        match entry:
+            case [int(io_group), str(address)] if not isinstance(io_group, bool):
+                boards.append((io_group, address))
+            case _:
+                raise ConfigError(f"io config {name}: io_group: expected [number, address], found {entry!r}")
+    if not boards:
+        raise ConfigError(f"io config {name}: io_group: expected a list of [number, address], found {table!r}")
+    return boards
+
+
+def configured_revisions(io_class: str, name: str = DEFAULTS["PACMAN_IO"]) -> dict[int, int]:
+    """Revision by io_group as the file has them, 0 standing for all boards that are not named; {} when it has none."""
+    found = _of_class(io_class, name).get("pacman_revision")
+    if found is None:
+        return {}
+    by_group = found if isinstance(found, dict) else {"0": found}
+    for group, revision in by_group.items():
+        if not _GROUP.fullmatch(group) or type(revision) is not int or revision not in REVISIONS:
+            raise ConfigError(
+                f"io config {name}: pacman_revision: expected one of {', '.join(map(str, REVISIONS))}, or "
+                f'{{"io_group": revision}}, found {found!r:.100}'
+            )
+    return {int(group): revision for group, revision in by_group.items()}
+
+
+def _of_class(io_class: str, name: str) -> dict[str, Any]:
+    config = _load(name, _MAX_DEPTH)
+    found = config.get("io_class")
+    if found not in _ACCEPTS.get(io_class, (io_class,)):
+        raise ConfigError(f"io config {name}: expected io_class {io_class}, found {found!r}")
+    return config
+
+
+def _load(name: str, depth: int) -> dict[str, Any]:
+    if depth == 0:
+        raise ConfigError(f"io config {name}: more than {_MAX_DEPTH} files include each other")
+    path = _find(name)
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"io config {path}: larger than {_MAX_BYTES} bytes")
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"io config {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"io config {path}: not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("_config_type") != "io":
+        raise ConfigError(f'io config {path}: "_config_type": "io" is missing')
+    included = config.get("_include", [])
+    if not isinstance(included, list) or not all(isinstance(other, str) for other in included):
+        raise ConfigError(f"io config {path}: _include: expected a list of file names, found {included!r}")
+    merged: dict[str, Any] = {}
+    for other in included:
+        merged.update(_load(other, depth - 1))
+    return merged | config
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    # find_spec does not import the package, which would take a second.
+    spec = find_spec("larpix")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        shipped = Path(folder) / "configs" / name
+        if shipped.is_file():
+            return shipped
+    raise ConfigError(f"io config {name}: no such file here or in larpix-control")

@@ -1,0 +1,138 @@
+"""Who may write files of a name in a directory: one process at a time; others wait for their turn."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import time
+from pathlib import Path
+from typing import Final, Protocol
+
+from larpixdaq.errors import FileError
+from larpixdaq.hdf5 import names
+from larpixdaq.runtime.file_access import FileLock, in_place, lock_directory, open_private, open_regular, remove
+
+_log = logging.getLogger(__name__)
+
+#: Whoever waits for his turn looks so often (seconds).
+_LOOK: Final = 0.25
+
+
+class Lock:
+    """The right to write files of one storage in a directory, for as long as this process lives or until release().
+
+    It is a lock (flock) on a hidden file, which goes with a clean end. A journal has a lock of its own, which says that
+    somebody works on that very part (`larpixdaq recover`, say): then it is not our turn either.
+    """
+
+    def __init__(self, directory: Path, storage: str) -> None:
+        self._directory, self._storage = directory, storage
+        self.path = directory / names.lock(storage)
+        self._fd = -1
+        self._lock: FileLock | None = None
+        self._look_at = 0.0
+        self._trouble = ""
+
+    def take(self) -> Path | None:
+        """Take it; or the file that is locked by somebody else. FileError when files cannot be locked here."""
+        if self._fd < 0:
+            self._open()
+        return self.path if self._fd < 0 else self._busy_journal()
+
+    def _open(self) -> None:
+        try:
+            fd = open_private(self.path, os.O_RDWR | os.O_CREAT)
+        except FileError:
+            raise
+        except OSError as error:
+            raise FileError(f"cannot lock {self.path}: {error.strerror}") from None
+        try:
+            lock = lock_directory.lock(fd, self.path)
+            # The last holder may have removed the file after it had been opened here.
+            if lock is not None and in_place(fd, self.path):
+                self._fd, self._lock = fd, lock
+                return
+            if lock is not None:
+                lock.release()
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+    def keep(self) -> None:
+        """Take it anew when somebody has removed its file: another storage would get in. To be called now and then."""
+        if self._fd < 0 or time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + _LOOK
+        if in_place(self._fd, self.path):
+            return
+        old, lock = self._fd, self._lock
+        if lock is not None:
+            lock.release()
+        try:
+            self._open()
+            text = "another storage has it now" if self._fd == old else ""
+        except FileError as error:
+            text = str(error)
+        if self._fd != old:
+            os.close(old)
+            _log.warning("%s: somebody has removed this lock: it was made anew", self.path)
+        elif text != self._trouble:
+            _log.error("%s: somebody has removed this lock: %s", self.path, text)
+        self._trouble = text
+
+    def _busy_journal(self) -> Path | None:
+        for _, _, ending, path in names.parts_of(self._directory, self._storage):
+            if ending == names.JOURNAL and is_locked(path):
+                return path
+        return None
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            remove(self._fd, self.path)
+            if self._lock is not None:
+                self._lock.release()
+            os.close(self._fd)
+            self._fd = -1
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds a lock on this file now. FileError when that cannot be known."""
+    try:
+        fd = open_regular(path)
+    except (FileNotFoundError, FileError):  # a link or a pipe is no file of ours, whatever its name
+        return False
+    except OSError as error:
+        raise FileError(f"cannot open {path}: {error.strerror}") from None
+    try:
+        lock = lock_directory.lock(fd, path)
+        if lock is not None:
+            lock.release()
+    finally:
+        os.close(fd)
+    return lock is None
+
+
+class Stoppable(Protocol):
+    """What is needed of Signals."""
+
+    stop: bool
+
+    def fileno(self) -> int: ...
+
+
+def await_turn(lock: Lock, signals: Stoppable) -> bool:
+    """Wait until nobody else writes this storage's files in this directory; False when a signal has come before."""
+    warned: Path | None = None
+    while not signals.stop:
+        busy = lock.take()
+        if busy is None:
+            return True
+        if busy != warned:
+            _log.warning(
+                "another storage of this name is at work here (%s is locked): waiting until it has ended", busy
+            )
+            warned = busy
+        select.select([signals.fileno()], [], [], _LOOK)
+    return False

@@ -1,0 +1,186 @@
+"""One run that a storage writes: it outlives its files."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from larpixdaq.control.node import Call
+from larpixdaq.errors import FileError
+from larpixdaq.hdf5 import names, tables
+from larpixdaq.hdf5.tables import CarriedConfigurations, RunInfo
+from larpixdaq.hdf5.writer import Report, RunFile
+from larpixdaq.protocol.stream import Block, ConnectedBoard, Position, Source
+from larpixdaq.storage.limits import Limits
+
+#: What the disk did not take is tried again after so long (seconds): it may have room, or be well, by then.
+AGAIN = 5.0
+
+
+class Ending(NamedTuple):
+    """end_run waits for these ends (source, the sequence behind its last block), at most until `limit` (monotonic)."""
+
+    call: Call
+    awaited: list[tuple[Source, int]]
+    aborted: bool
+    limit: float
+
+
+class OpenRun:
+    """`file`: the open part; None after the disk has refused, until a further part can be opened."""
+
+    def __init__(self, directory: Path, info: RunInfo, *, announced: bool, limits: Limits, fsync: bool) -> None:
+        self.directory = directory
+        self.info = info
+        self.announced = announced
+        self.file: RunFile | None = None
+        self.failure = ""
+        self.again_at = 0.0  # monotonic: not before that is a further part tried
+        self.names_at = 0.0  # monotonic: when the names of part and journal are looked at
+        self.acknowledged: dict[Source, int] = {}
+        self.unacknowledged = 0  # bytes of rows since the last acknowledgement
+        self.ending: Ending | None = None
+        self.ended_ns = 0  # when RUN ended, unix ns; 0: not yet
+        self.last_end: float | None = None
+        self._limits, self._fsync = limits, fsync
+        self._opened = 0.0
+        self._before = (0, 0)  # rows and bytes of the parts that were closed
+
+    @property
+    def rows(self) -> int:
+        """Rows that were taken since this run was opened here."""
+        return self._before[0] + (self.file.rows if self.file is not None else 0)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the parts that were written since this run was opened here."""
+        return self._before[1] + (self.file.bytes if self.file is not None else 0)
+
+    def open(self, positions: Iterable[Position]) -> None:
+        """The next part, which goes on where the sources stand. FileError when there can be none."""
+        parts = names.parts_of(self.directory, self.info.storage, self.info.run)
+        number = parts[-1][1] + 1 if parts else 0
+        self.file = self._create(number, positions, self._configurations(parts))
+        self.failure = ""
+        if parts:
+            before = parts[-1][3].name.removesuffix(parts[-1][2]) + names.FINISHED
+            self.file.set_text("previous part", before)
+
+    def _create(self, number: int, positions: Iterable[Position], configurations: CarriedConfigurations) -> RunFile:
+        self._opened = time.monotonic()
+        return RunFile(self.directory, self.info, number, positions, fsync=self._fsync, configurations=configurations)
+
+    @staticmethod
+    def _configurations(parts: Sequence[Any]) -> CarriedConfigurations:
+        """What the newest part that can be read says of the chips."""
+        for *_, path in reversed(parts):
+            with contextlib.suppress(FileError):
+                return tables.configurations_of_part(path)
+        return tables.NO_CONFIGURATIONS
+
+    def announce(self, info: RunInfo) -> None:
+        """What the core tells of a run whose blocks were here before."""
+        if self.file is not None:
+            self.file.announce(info)
+        self.info = info
+        self.announced = True
+
+    def begin(self, begun_ns: int) -> None:
+        """RUN begins, unix ns. FileError when the disk fails."""
+        self.info = self.info._replace(begun_ns=begun_ns)
+        if self.file is not None:
+            self.file.begin(begun_ns)
+
+    def connect(self, connected: Iterable[ConnectedBoard]) -> None:
+        """What the producers are known to read now. FileError when the disk fails."""
+        self.info = self.info._replace(connected=tuple(connected))
+        if self.file is not None:
+            self.file.set_sources(self.info.connected)
+
+    def expects(self, source: Source) -> int:
+        """The sequence of a source that comes next; an end counts as one."""
+        return self.file.next(source) if self.file is not None else 0
+
+    # Rotation
+
+    def is_full(self, block: Block | None = None) -> bool:
+        """Whether the part has reached a limit, `block` to be the next in it."""
+        file, limits = self.file, self._limits
+        if file is None or not file.rows or time.monotonic() < self.again_at:
+            return False
+        if limits.rows is not None and file.rows + (block.rows if block is not None else 0) > limits.rows:
+            return True
+        if limits.bytes is not None and file.bytes >= limits.bytes:
+            return True
+        return limits.seconds is not None and time.monotonic() - self._opened >= limits.seconds
+
+    def due(self) -> float | None:
+        """When (monotonic) this run has something to do, though nothing comes."""
+        if self.file is None:
+            return self.again_at
+        limit = self._limits.seconds
+        rotates = None if limit is None or not self.file.rows else max(self._opened + limit, self.again_at)
+        return min((one for one in (self.file.due(), rotates) if one is not None), default=None)
+
+    def rotate(self) -> tuple[RunFile, Report]:
+        """Go on in the next part: the one before, sealed, and its report.
+
+        The next is there before this one is closed. FileError when it cannot be made: then nothing has changed but
+        `again_at`; or when this one cannot be closed: then `file` is what failed still.
+        """
+        old = self.file
+        assert old is not None
+        opened = self._opened
+        following: RunFile | None = None
+        try:
+            following = self._create(old.part + 1, old.positions(), old.configurations())
+            following.set_text("previous part", old.final.name)
+            following.from_ns = time.time_ns()
+            texts = {"next part": following.final.name}
+            report = old.seal(continued=True, texts=texts, until_ns=following.from_ns)
+        except FileError:
+            if following is not None:
+                following.give_up()
+            self._opened, self.again_at = opened, time.monotonic() + AGAIN
+            raise
+        self.file = following
+        self._count(report)
+        return old, report
+
+    def _count(self, report: Report) -> None:
+        rows, size = self._before
+        self._before = rows + report.rows, size + report.bytes
+
+    # The end of a part
+
+    def seal(self, **how: Any) -> tuple[RunFile, Report] | None:
+        """Close the part, if one is open; FileError when the disk fails."""
+        file = self.file
+        if file is None:
+            return None
+        report = file.seal(**how, ended_ns=self.ended_ns)
+        self.file = None
+        self._count(report)
+        return file, report
+
+    def fail(self, error: Exception) -> Path | None:
+        """The disk refuses: nothing more is written to this part. Its path, when something was acknowledged that is to
+        be recovered from it."""
+        file, self.file = self.file, None
+        self.failure = str(error)
+        self.again_at = time.monotonic() + AGAIN
+        self.last_end = None
+        if file is None:
+            return None
+        file.give_up()
+        return file.path if file.durable else None
+
+    def discard(self) -> None:
+        """Remove the part of a run in which nothing came."""
+        file, self.file = self.file, None
+        if file is not None:
+            with contextlib.suppress(FileNotFoundError):
+                file.discard()

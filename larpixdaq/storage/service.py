@@ -1,0 +1,544 @@
+"""What the core asks of a storage: to begin a run, to end it, and what became of it.
+
+The runs that a storage writes: which part a block goes into, what is acknowledged, what is tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import msgspec
+import numpy as np
+
+from larpixdaq import schema
+from larpixdaq.control.node import Call
+from larpixdaq.errors import ChecksumError, FileError, LarpixDaqError, RequestError, StateError
+from larpixdaq.hdf5 import names, tables
+from larpixdaq.hdf5.run_report import SUPERSEDED, RunReport, positions, survey_run
+from larpixdaq.hdf5.tables import RunInfo
+from larpixdaq.protocol.stream import Block, ConnectedBoard, End, FromProducer, Position, Source
+from larpixdaq.storage import open_run
+from larpixdaq.storage.finisher import Finisher, adopt_unfinished_parts
+from larpixdaq.storage.limits import RESERVE, Limits, Space
+from larpixdaq.storage.open_run import Ending, OpenRun
+from larpixdaq.stream.publisher import WINDOW
+
+log = logging.getLogger(__name__)
+#: A part of a run that the core has not announced is closed so long after its last END (seconds).
+UNANNOUNCED_CLOSE = 1.0
+#: Seconds between two looks whether part and journal still have their names.
+_NAMES: Final = 0.5
+#: Maximum number of open parts of runs that the core has not announced; a producer's ring holds blocks of 63 runs.
+MOST_UNANNOUNCED: Final = 64
+#: Runs whose metadata are kept for blocks that come after they were closed.
+_REMEMBERED: Final = 16
+#: end_run waits so long for the producers' END records; the core's own limit is 30 s.
+END_LIMIT = 25.0
+#: So long (seconds) the verdict on a run waits for parts of it that are being recovered. Then it is that of the others,
+#: and the core asks again when these are there.
+RECOVERY_LIMIT = 15.0
+
+
+class Stream(Protocol):
+    """What is needed of stream.Consumer."""
+
+    def acknowledge(self, source: Source, following: int) -> None: ...
+    def again(self, *, sent: bool = False) -> None: ...
+
+
+class Writing:
+    """The runs that a storage writes, in `directory`; a block is acknowledged when file or journal hold it.
+
+    Used from the process's loop alone, but for where(). `stream` takes the acknowledgements, as soon as there is one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        label: str,
+        *,
+        limits: Limits = Limits(),  # noqa: B008  a tuple of None
+        on_close: Sequence[str] = (),
+        fsync: bool = False,
+    ) -> None:
+        """`label` goes into the names of the files; empty for the first or only storage. `limits`: when a run goes on
+        in a further part; `on_close`: the command to run on each finished file; `fsync`: as in RunFile."""
+        self.directory = directory
+        self.name = name
+        self.label = label
+        self.duplicates = 0
+        self.paused = ""  # why nothing is written
+        self.stream: Stream | None = None
+        self.space = Space(directory)
+        self.finisher = Finisher(on_close)
+        self._limits, self._fsync = limits, fsync
+        self._runs: dict[int, OpenRun] = {}
+        self._infos: dict[int, RunInfo] = {}
+        self._cancelled: set[int] = set()
+        self._written = 0  # bytes of the files of runs that were closed
+        self._lock = threading.Lock()  # over _positions, which the stream's thread reads
+        self._positions: dict[Source, int] = {}
+        self._doubted: set[tuple[Source, int]] = set()  # blocks of open runs whose rows were asked for again
+        self._known: set[int] = set()  # runs whose files of before are in there
+        self._turned_away = False  # blocks of further runs that the core has not announced
+
+    # the loop
+
+    def due(self) -> float | None:
+        """When work() has something to do (monotonic seconds); None: not before something comes."""
+        if self.paused:
+            return None
+        return min((due for run in self._runs.values() if (due := run.due()) is not None), default=None)
+
+    def work(self) -> None:
+        """Write what has waited long enough, acknowledge, close what is complete, try again what was refused."""
+        self._look_for_space()
+        for run in list(self._runs.values()):
+            self._work(run)
+        self.finisher.retry()
+        self._answer()
+        self.finisher.work()
+
+    def close(self) -> None:
+        """Close what is open, and wait for its final names; the verdict in the file says what it is worth."""
+        for run in list(self._runs.values()):
+            self._close(run, aborted=False)
+        self._answer(at_once=True)
+        self.finisher.close()
+
+    def supersede(self) -> None:
+        """Another storage has our name, and goes on with our runs: from here on they stand in its files."""
+        for run in self._runs.values():
+            if run.file is None:
+                continue
+            number = run.info.run
+            stands = [(*source[1:], following) for source, following in self._positions.items() if source.run == number]
+            try:
+                run.file.set_text(SUPERSEDED, json.dumps(stands))
+            except FileError as error:
+                log.error("run %d: %s", number, error)
+                continue
+            self._seal(run, aborted=False, continued=True)
+        self._runs.clear()
+
+    # the stream
+
+    def receive(self, producer: str, frame: FromProducer, payload: memoryview | None) -> None:
+        """Take what a producer sends. What is not taken, because the disk refuses, is asked for again later."""
+        if not isinstance(frame, Block | End):
+            return
+        if frame.run in self._cancelled:
+            self._acknowledge(frame.source, (frame.sequence if isinstance(frame, Block) else frame.next) + 1)
+            return
+        # A pause ends in work(): what comes here until then has a gap before it.
+        if self.paused or not self._look_for_space():
+            return
+        run = self._runs.get(frame.run) or self._unannounced(frame)
+        if run is None:
+            return
+        if isinstance(frame, Block) and run.is_full(frame):
+            self._rotate(run)
+        if run.file is None:
+            return
+        try:
+            if isinstance(frame, Block):
+                assert payload is not None
+                rows = np.frombuffer(payload, schema.layout(frame.layout).dtype)
+                run.file.add(frame, rows)
+                run.unacknowledged += payload.nbytes
+            else:
+                run.file.end(frame)
+                run.last_end = time.monotonic()
+        except FileError as error:
+            self._fail(run, error)
+        except ChecksumError as error:
+            assert isinstance(frame, Block)
+            self._doubt(frame, error)
+        except (LarpixDaqError, ValueError) as error:
+            log.error("run %d, %s: %s", frame.run, producer, error)
+
+    def _doubt(self, block: Block, error: ChecksumError) -> None:
+        """Rows that are not those that were sent, or that left the producer's ring while we read them: once more, sent
+        this time, then they are taken for missing."""
+        again = (block.source, block.sequence) not in self._doubted
+        self._doubted.add((block.source, block.sequence))
+        log.log(logging.WARNING if again else logging.ERROR, "%s%s", error, ": asked for again" if again else "")
+        if again and self.stream is not None:
+            self.stream.again(sent=True)
+
+    def _unannounced(self, frame: Block | End) -> OpenRun | None:
+        """Blocks of a run that has no open part here: they go into a further one."""
+        self._look_up(frame.run)
+        if self._positions.get(frame.source, 0) > (frame.sequence if isinstance(frame, Block) else frame.next):
+            self.duplicates += 1
+            self._acknowledge(frame.source, self._positions[frame.source])
+            return None
+        if sum(not run.announced for run in self._runs.values()) >= MOST_UNANNOUNCED:
+            if not self._turned_away:
+                log.error(
+                    "run %d: its blocks stay with %s: %d runs that the core has not announced are open already",
+                    frame.run, frame.producer, MOST_UNANNOUNCED,
+                )  # fmt: skip
+            self._turned_away = True
+            return None
+        info = self._infos.get(frame.run) or self._info_before(frame.run)
+        if info is None:
+            code = frame.layout if isinstance(frame, Block) else 2
+            info = RunInfo(
+                run=frame.run, kind="", comment="", operator="", started_ns=time.time_ns(), layout=schema.layout(code),
+                asic_version="", storage=self.label,
+            )  # fmt: skip
+        log.warning("run %d has no open file here: its blocks go into a new one", frame.run)
+        run = self._new(info, announced=False)
+        try:
+            run.open(self.where())
+        except FileError as error:
+            self._fail(run, error)
+        self._runs[frame.run] = run
+        return run
+
+    def _info_before(self, run: int) -> RunInfo | None:
+        """What the newest part of before says of the run."""
+        for *_, path in reversed(names.parts_of(self.directory, self.label, run)):
+            with contextlib.suppress(FileError):
+                return tables.info_of(path)
+        return None
+
+    def _new(self, info: RunInfo, *, announced: bool) -> OpenRun:
+        self._infos[info.run] = info
+        while len(self._infos) > _REMEMBERED:
+            del self._infos[next(iter(self._infos))]
+        return OpenRun(self.directory, info, announced=announced, limits=self._limits, fsync=self._fsync)
+
+    # what the disk takes
+
+    def _look_for_space(self) -> bool:
+        """Whether there is room to write. There is none for as long as `paused` says so."""
+        if self.space.enough(again=bool(self.paused)) == (not self.paused):
+            return not self.paused
+        if self.paused:
+            self.paused = ""
+            log.warning("%s has space again: writing resumes", self.directory)
+            if self.stream is not None:
+                self.stream.again()
+        else:
+            free = f"has {self.space.free() / 2**20:.0f} MiB left, {RESERVE >> 20} are reserved"
+            self.paused = f"{self.directory}: {self.space.trouble or free}"
+            log.error("writing is paused: %s; the producers keep the data", self.paused)
+        return not self.paused
+
+    def _work(self, run: OpenRun) -> None:
+        """Make durable what has to be, acknowledge it, and close the part when all is there."""
+        if not self.paused:
+            if run.file is None and time.monotonic() >= run.again_at:
+                self._reopen(run)
+            if run.file is not None:
+                try:
+                    run.file.work(pressed=run.unacknowledged > WINDOW // 2)
+                except FileError as error:
+                    self._fail(run, error)
+            self._acknowledge_durable(run)
+            if run.is_full() or self._has_lost_its_name(run):
+                self._rotate(run)
+        if run.ending is not None:
+            ended = all(self._reached(run, source) > after for source, after in run.ending.awaited)
+            if ended or self.paused or time.monotonic() > run.ending.limit:
+                self._close(run, aborted=run.ending.aborted)
+        elif not run.announced and run.last_end is not None and time.monotonic() - run.last_end > UNANNOUNCED_CLOSE:
+            self._close(run, aborted=False)
+
+    def _reached(self, run: OpenRun, source: Source) -> int:
+        """The sequence that comes next; an end counts as one."""
+        return max(run.expects(source), self._positions.get(source, 0))
+
+    def _fail(self, run: OpenRun, error: FileError) -> None:
+        """The disk refuses; what was acknowledged is in the part and its journal, and what was not comes again."""
+        self._acknowledge_durable(run)
+        broken = run.fail(error)
+        if broken is not None:
+            self.finisher.mend(broken)
+        log.error("run %d: %s; trying to open the next file every %g s", run.info.run, error, open_run.AGAIN)
+
+    def _reopen(self, run: OpenRun) -> None:
+        try:
+            run.open(self.where())
+        except FileError as error:
+            run.fail(error)  # said before: once is enough
+            return
+        assert run.file is not None
+        log.warning("run %d continues in %s", run.info.run, run.file.path.name)
+        if self.stream is not None:
+            self.stream.again()
+
+    def _has_lost_its_name(self, run: OpenRun) -> bool:
+        """Whether somebody has removed the open part or its journal: what is acknowledged would die with this process.
+
+        Then the run goes on in the next part, and the one before is written anew when it is closed.
+        """
+        now = time.monotonic()
+        if run.file is None or now < max(run.names_at, run.again_at):
+            return False
+        run.names_at = now + _NAMES
+        if run.file.in_place():
+            return False
+        log.error("run %d: somebody has removed %s or its journal: it is written anew", run.info.run, run.file.path)
+        return True
+
+    def _rotate(self, run: OpenRun) -> None:
+        before = run.file
+        try:
+            sealed = run.rotate()
+        except FileError as error:
+            if run.file is before and before is not None and before.failed:
+                self._fail(run, error)
+            else:
+                log.error("run %d continues in its present file: %s", run.info.run, error)
+            return
+        self._acknowledge_all(run, sealed[0].durable)
+        self.finisher.publish(*sealed)
+
+    def _acknowledge_durable(self, run: OpenRun) -> None:
+        if run.file is not None:
+            self._acknowledge_all(run, run.file.durable)
+
+    def _acknowledge_all(self, run: OpenRun, durable: dict[Source, int]) -> None:
+        for source, following in durable.items():
+            if run.acknowledged.get(source) != following:
+                run.acknowledged[source] = following
+                run.unacknowledged = 0
+                self._acknowledge(source, following)
+
+    def _acknowledge(self, source: Source, following: int) -> None:
+        with self._lock:
+            following = self._positions[source] = max(following, self._positions.get(source, 0))
+        if self.stream is not None:
+            self.stream.acknowledge(source, following)
+
+    # what was there before
+
+    def resume(self) -> None:
+        """Find out where the runs stand that may go on. What a storage before us has left is recovered by work(): not
+        before that is known, since parts get other names then.
+
+        What is wrong with their files goes to the log, so after the core has told where that is.
+        """
+        for run in adopt_unfinished_parts(self.directory, self.label, self.finisher):
+            self._look_up(run)
+
+    def _look_up(self, run: int) -> None:
+        """Take over where the files of a run stand, once: it may have been closed here long ago."""
+        if run in self._known:
+            return
+        unreadable: list[str] = []
+        for found in positions(self.directory, run, unreadable, self.label):
+            self._acknowledge(Source(found.run, found.producer, found.epoch), found.next)
+        for line in unreadable:
+            log.warning("the content of this file is unknown: %s", line)
+        self._known.add(run)
+
+    def where(self) -> list[Position]:
+        with self._lock:
+            return [Position(*source, following) for source, following in self._positions.items()]
+
+    # the end of a run
+
+    def _seal(self, run: OpenRun, *, aborted: bool, continued: bool = False) -> None:
+        file = run.file
+        try:
+            sealed = run.seal(aborted=aborted, continued=continued)
+        except FileError as error:
+            self._fail(run, error)
+            return
+        if file is not None and sealed is not None:
+            self._acknowledge_all(run, file.durable)
+            self.finisher.publish(*sealed)
+
+    def _close(self, run: OpenRun, *, aborted: bool) -> None:
+        """Close the part; whoever waits for the end gets his answer when all parts have their names."""
+        ending, run.ending = run.ending, None
+        self._seal(run, aborted=aborted)
+        number = run.info.run
+        del self._runs[number]
+        self._doubted = {one for one in self._doubted if one[0].run != number}
+        self._written += run.bytes
+        if (run.failure or self._turned_away) and self.stream is not None:
+            self._turned_away = False
+            self.stream.again()  # what was not taken may find a disk that is well, or an open part
+        if ending is not None:
+            self._ended(number, ending.call)
+
+    def _ended(self, run: int, call: Call) -> None:
+        """The run that this call has ended is closed here; its parts may not have their names yet."""
+        raise NotImplementedError
+
+    def _answer(self, *, at_once: bool = False) -> None:
+        """Answer the calls that _ended() has taken."""
+        raise NotImplementedError
+
+
+class Storing(Writing):
+    """Its methods that take a Call are the storage's actions."""
+
+    def __init__(self, *where: Any, **how: Any) -> None:
+        super().__init__(*where, **how)
+        self._asked: list[tuple[int, Call, float]] = []  # run, who wants its verdict, until when that may wait
+
+    def _ended(self, run: int, call: Call) -> None:
+        self._asked.append((run, call, time.monotonic() + RECOVERY_LIMIT))
+
+    def _answer(self, *, at_once: bool = False) -> None:
+        """Judge runs whose parts are recovered; when that takes too long, as they are now."""
+        if not self._asked:
+            return  # this is looked at in each turn of the loop
+        recovering = {name.run for part in self.finisher.broken if (name := names.parse(part)) is not None}
+        asked, self._asked = self._asked, []
+        for run, call, limit in asked:
+            if run in recovering and not at_once and time.monotonic() < limit:
+                self._asked.append((run, call, limit))
+            else:
+                self._judge(run, call)
+
+    def _judge(self, run: int, call: Call) -> None:
+        """By all its parts, when those that are closed have their names."""
+
+        def answer(found: RunReport | LarpixDaqError) -> None:
+            if isinstance(found, LarpixDaqError):
+                call.fail(str(found))
+                return
+            log.info("run %d: %d rows in %d files, %s", run, found.rows, len(found.files), found.condition)
+            call.result(
+                {
+                    "files": [str(path) for path in found.files],
+                    "condition": found.condition,
+                    "rows": found.rows,
+                    "stored": found.stored,
+                    "reasons": found.reasons,
+                    "ends": found.ends,
+                }
+            )
+
+        self.finisher.after(lambda: survey_run(self.directory, run, self.label), answer)
+
+    def prepare_run(
+        self, call: Call, run: int, kind: str, comment: str, operator: str, started_ns: int, layout: int,
+        asic_version: str, producers: list[str], versions: dict[str, str],
+        connected: Sequence[dict[str, Any]] = (), begun_ns: int = 0, stopped_ns: int = 0,
+    ) -> Any:  # fmt: skip
+        opened = self._runs.get(run)
+        if opened is not None and opened.announced:
+            raise StateError(f"{self.name}: run {run} is open already, as {_name_of(opened)}")
+        info = RunInfo(
+            run=run, kind=kind, comment=comment, operator=operator, started_ns=started_ns, layout=schema.layout(layout),
+            asic_version=asic_version, storage=self.label,
+            versions=versions | tables.VERSIONS, required_producers=tuple(producers),
+            connected=_boards(connected), begun_ns=begun_ns,
+        )  # fmt: skip
+        if opened is None:
+            self._look_up(run)
+            came_back = any(source.run == run for source in self._positions)
+            opened = self._new(info, announced=True)
+            try:
+                opened.open(self.where())
+            except FileError as error:
+                if not came_back:
+                    opened.fail(error)
+                    raise
+                self._fail(opened, error)
+            self._runs[run] = opened
+        else:  # its blocks were here before the news of it: we have come back in the middle of it
+            opened.announce(info)
+            self._infos[run] = info
+        opened.ended_ns = stopped_ns
+        return {"file": _name_of(opened), "free_bytes": self.space.free()}
+
+    def begin_run(self, call: Call, run: int, begun_ns: int = 0) -> Any:
+        opened = self._runs.get(run)
+        if opened is None:
+            raise StateError(f"{self.name}: run {run} was not prepared here")
+        try:
+            opened.begin(begun_ns)
+        except FileError as error:
+            self._fail(opened, error)
+        self._infos[run] = opened.info
+        return {}
+
+    def end_run(
+        self, call: Call, run: int, how: str, producers: list[dict[str, Any]],
+        connected: Sequence[dict[str, Any]] = (), stopped_ns: int = 0,
+    ) -> Any:  # fmt: skip
+        opened = self._runs.get(run)
+        if opened is None:
+            self.report_run(call, run)
+            return
+        if opened.ending is not None:  # an abort overtakes an end that still drains
+            opened.ending.call.fail(f"run {run} is ended anew ({how})", "state")
+        opened.ended_ns = stopped_ns
+        try:
+            opened.connect(_boards(connected) or opened.info.connected)
+        except FileError as error:
+            self._fail(opened, error)
+        # An epoch whose totals nobody knows (its producer died) has no END to wait for.
+        awaited = [(Source(run, p["name"], p["epoch"]), p["next"]) for p in producers if p["next"] is not None]
+        opened.ending = Ending(call, awaited, how == "aborted", time.monotonic() + END_LIMIT)
+
+    def report_run(self, call: Call, run: int) -> Any:
+        """What the files of a run are worth, as the answer to end_run says it."""
+        if run not in self._runs and not names.parts_of(self.directory, self.label, run):
+            raise StateError(f"{self.name}: has no files of run {run}")
+        self._ended(run, call)
+
+    def cancel_run(self, call: Call, run: int) -> Any:
+        """The run was given up before it began: its file goes, its blocks are let pass."""
+        self._cancelled.add(run)
+        opened = self._runs.pop(run, None)
+        if opened is None:
+            return {}
+        try:
+            if opened.rows:  # data came in READY: they are kept, as those of an aborted run
+                self._seal(opened, aborted=True)
+            else:
+                opened.discard()
+        except (FileError, OSError) as error:
+            opened.fail(error)
+            raise FileError(f"{_name_of(opened)} of cancelled run {run}: {error}") from None
+        return {}
+
+    def status(self) -> dict[str, Any]:
+        opened = list(self._runs.values())
+        free, failed = self.space.free(), self.finisher.failed
+        self.space.grown(self._written + sum(run.bytes for run in opened))
+        return {
+            "files": [run.file.path.name for run in opened if run.file is not None],
+            "rows": sum(run.rows for run in opened),
+            "bytes": sum(run.bytes for run in opened),
+            "free_bytes": free,
+            "bytes_per_second": self.space.bytes_per_second(),
+            "seconds_left": self.space.seconds_left(),
+            "paused": self.paused or "; ".join(run.failure for run in opened if run.file is None),
+            "recovering": [part for part in self.finisher.broken if part not in failed],
+            "not_recovered": list(failed.values()),
+            "duplicates": self.duplicates,
+            "finished": list(self.finisher.finished),
+            "on_close": self.finisher.trouble,
+            "on_close_failed": self.finisher.failures,
+        }
+
+
+def _boards(connected: Sequence[dict[str, Any]]) -> tuple[ConnectedBoard, ...]:
+    try:
+        return tuple(msgspec.convert(connected, list[ConnectedBoard]))
+    except msgspec.ValidationError as error:
+        raise RequestError(f"what the producers read: {error}") from None
+
+
+def _name_of(run: OpenRun) -> str:
+    """The path of its open part; empty when there is none now."""
+    return str(run.file.path) if run.file is not None else ""

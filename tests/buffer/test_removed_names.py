@@ -1,0 +1,271 @@
+"""Files whose names somebody removes under a live producer: what they hold gets a name again, or an alarm."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+from processes import LIMIT, until
+from stream_harness import LAYOUT, Line, Reader
+from stream_harness import until as turn_until
+from system import System, rows_of, system
+
+from larpixdaq._native.ring_buffer import SMALLEST, place
+from larpixdaq.buffer.block_builder import Recorder
+from larpixdaq.buffer.ring_file import Arena
+from larpixdaq.control.display import status_lines
+from larpixdaq.readout.delivery import Delivery
+from larpixdaq.stream import Consumer
+from larpixdaq.stream.publisher import stream_router
+
+NAME = "LArPix board"
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[System]:
+    with system(tmp_path) as made:
+        yield made
+
+
+class Held:
+    """A Delivery with blocks that no storage takes."""
+
+    def __init__(self, folder: Path, epoch: int, **changed: Any) -> None:
+        options = {"name": NAME, "spool_dir": folder / "spool", "spool_limit": 1 << 30, "ring": SMALLEST + (32 << 20)}
+        options |= {"ring_dir": folder / "rings", "forget_after": 60.0}
+        options["ring_dir"].mkdir(exist_ok=True)
+        self.delivery = Delivery(argparse.Namespace(**options | changed), folder, epoch, spill=True, listening_ns=0)
+        self._context = zmq.Context()
+        socket = stream_router(self._context)
+        socket.bind("tcp://127.0.0.1:0")
+        self.delivery.serve(socket)
+        self.recorder = Recorder(self.delivery.ring, NAME, epoch, LAYOUT, [1])
+        self.path = self.delivery.arena.path
+
+    def write(self, blocks: int, rows: int = 100) -> None:
+        if self.recorder.run is None:
+            self.recorder.begin(1, ["storage"])
+            assert self.delivery.publisher is not None
+            self.delivery.publisher.begin(1, LAYOUT.code, ["storage"])
+        for _ in range(blocks):
+            room = self.recorder.rows()
+            assert room is not None
+            room[:rows] = np.zeros(rows, LAYOUT.dtype)
+            self.recorder.publish(rows)
+            self.recorder.close_block()
+
+    def turn(self, condition: Callable[[], Any]) -> None:
+        def done() -> Any:
+            self.delivery.work()
+            return condition()
+
+        until(done, "the delivery")
+
+    def status(self) -> dict[str, Any]:
+        return self.delivery.status()
+
+    def close(self) -> None:
+        self.delivery.close()
+        self._context.destroy(linger=0)
+
+
+@pytest.fixture
+def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Held]]:
+    monkeypatch.setattr("larpixdaq.readout.delivery.DELIVER_LIMIT", 0.0)
+    made: list[Held] = []
+
+    def make(epoch: int, **changed: Any) -> Held:
+        made.append(Held(tmp_path, epoch, **changed))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.once
+def test_a_ring_whose_file_is_removed_in_a_run_survives_its_producer(line: System) -> None:
+    """As logind removes it at the last log-out. The producer is killed afterwards."""
+    ring_dir = line.folder / "rings"
+    ring_dir.mkdir()
+    operator = line.start("--fake", "20000", "--ring-dir", ring_dir, "--ring", "16MiB")
+    operator.prepare_run().result(LIMIT)
+    operator.begin_run().result(LIMIT)
+    until(lambda: line.status_of(operator, "storage").get("rows", 0) > 2000, "rows in the storage")
+    line.processes["offline_storage"].kill()
+    (ring,) = ring_dir.iterdir()
+    ring.unlink()
+    until(ring.exists, "the ring's new file", 2.0)
+    line.await_status(operator, "producer", "made_anew", 1)
+    until(lambda: line.status_of(operator, "producer")["owed_blocks"] > 5, "blocks that are owed")
+    line.processes["producer"].kill()
+    line.launch_storage()
+    line.restart("producer")
+    until(lambda: not ring.exists(), "the ring to be delivered")
+    until(lambda: line.status_of(operator, "producer").get("state") == "RUN", "the new producer to be in the run")
+    ended = operator.end_run().result(2 * LIMIT)
+    assert ended["condition"] == "COMPLETE, suspect", ended
+    assert ended["rows"] == ended["stored"] == sum(len(rows_of(path)) for path in ended["files"])
+
+
+def test_a_consumer_reads_on_in_the_ring_s_new_file(tmp_path: Path) -> None:
+    line = Line(folder=tmp_path)
+    consumer = Consumer("Offline storage", "s", "all")
+
+    def maps() -> bool:
+        return [one.maps for one in line.publisher.subscribers.values()] == [True]
+
+    try:
+        consumer.connect({"board": line.address})
+        reader = Reader(consumer)
+        line.begin()
+        line.write(100)
+        turn_until(line, reader.has(lambda r: len(r.blocks) == 1), "the first block")
+        turn_until(line, maps, "the consumer to read the ring itself")
+        assert line.arena is not None
+        line.arena.path.unlink()
+        for _ in range(3):
+            line.write(100)
+        new = line.arena.reserve()
+        line.write(100)
+        os.close(line.arena.move_to(new))
+        line.publisher.ring_moved()
+        for _ in range(3):
+            line.write(100)
+        # A block whose acknowledgement was on its way may come twice.
+        turn_until(line, reader.has(lambda r: sorted(set(r.stamps)) == list(range(800))), "all blocks")
+        turn_until(line, maps, "the consumer to read the new file")
+        assert line.arena.in_place()
+    finally:
+        consumer.close()
+        line.close()
+
+
+def test_the_ring_s_new_file_holds_all_of_it(tmp_path: Path) -> None:
+    """Blocks before and behind the arena's end, and the open one, are found by a successor."""
+    arena = Arena.make(tmp_path, tmp_path, NAME, 9, SMALLEST)
+    recorder = Recorder(arena.ring, NAME, 9, LAYOUT, [1])
+    recorder.begin(1, ["storage"])
+    stamp = 0
+
+    def write(n: int) -> None:
+        nonlocal stamp
+        rows = recorder.rows()
+        assert rows is not None
+        n = min(n, len(rows))
+        rows[:n] = np.zeros(n, LAYOUT.dtype)
+        rows["timestamp"][:n] = np.arange(stamp, stamp + n)
+        recorder.publish(n)
+        stamp += n
+
+    for index in range(17):  # the last ones begin anew at the arena's beginning
+        write(16_000)
+        recorder.close_block()
+        if index > 3:
+            arena.ring.free_to(arena.ring.tail + 1)
+    write(5)
+    arena.path.unlink()
+    new = arena.reserve()
+    write(16_000)
+    recorder.close_block()
+    write(5)
+    before = [bytes(arena.ring.payload(index)) for index in range(arena.ring.tail, arena.ring.head)]
+    assert len(arena.ring.used()) == 3
+    assert sum(size for _, size in (*arena.ring.used(), *arena.ring.unused())) == SMALLEST
+    os.close(arena.move_to(new))
+    assert [bytes(arena.ring.payload(index)) for index in range(arena.ring.tail, arena.ring.head)] == before
+    write(7)
+    arena.leave()
+    again = Arena.adopt(arena.path, NAME, 9)
+    assert again is not None
+    assert [bytes(again.ring.payload(index)) for index in range(again.ring.tail, again.ring.head)] == before
+    rows = np.frombuffer(again.ring.open_payload(), LAYOUT.dtype)
+    assert rows["timestamp"].tolist() == list(range(stamp - 12, stamp))
+    again.close()
+
+
+def test_only_mapped_memory_is_replaced(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "w+b") as file, pytest.raises(ValueError, match="expected the memory of an mmap"):
+        place(bytearray(SMALLEST), file.fileno())
+
+
+def test_a_ring_that_gets_no_new_file_is_told_and_kept_beside_the_spool_at_the_end(
+    tmp_path: Path, hold: Callable[..., Held], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = hold(1)
+    first.write(20)
+    shutil.rmtree(tmp_path / "rings")
+    first.turn(lambda: first.status()["nameless"])
+    assert first.status()["nameless"] == [f"{first.path}: No such file or directory"]
+    first.turn(lambda: not first.delivery.arena.moving)
+    assert len([one for one in caplog.records if "somebody has removed the ring's file" in one.message]) == 1
+    first.close()
+    assert first.delivery.failure == ""
+    assert [path.name for path in (tmp_path / "spool").iterdir()] == [first.path.name]
+    second = hold(2)
+    assert second.status()["inherited"] == 21  # with its end record
+
+
+def test_a_ring_for_which_there_is_no_room_twice_is_told(
+    hold: Callable[..., Held], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file system is not filled to find that out; at the end what is owed alone is kept, under the same name."""
+    first = hold(1)
+    first.write(20)
+    first.path.unlink()
+    statvfs = os.statvfs(first.path.parent)
+    free = (*statvfs[:4], SMALLEST // statvfs.f_frsize, *statvfs[5:])
+    with monkeypatch.context() as full:
+        full.setattr(os, "statvfs", lambda path: os.statvfs_result(free))
+        first.turn(lambda: first.status()["nameless"])
+        assert first.status()["nameless"] == [f"{first.path}: No space left on device"]
+        assert not first.path.exists()
+        first.close()
+    assert first.delivery.failure == ""
+    assert hold(2).status()["inherited"] == 21
+
+
+def test_what_can_be_kept_nowhere_is_an_error(tmp_path: Path, hold: Callable[..., Held]) -> None:
+    first = hold(1, spool_dir=tmp_path / "disk" / "spool")
+    first.write(20)
+    shutil.rmtree(tmp_path / "rings")
+    shutil.rmtree(tmp_path / "disk")
+    (tmp_path / "disk").touch()
+    first.close()
+    assert f"{first.path} was removed, and what it holds could not be kept in" in first.delivery.failure
+
+
+def test_removed_files_of_spool_and_predecessors_are_written_anew(tmp_path: Path, hold: Callable[..., Held]) -> None:
+    first = hold(1, ring=SMALLEST)
+    first.write(11, 16_000)
+    first.turn(lambda: first.status()["spooled_blocks"])
+    owed = first.status()["owed_blocks"]
+    (spooled,) = (tmp_path / "spool").iterdir()
+    spooled.unlink()
+    first.turn(spooled.exists)
+    first.close()
+    second = hold(2)
+    assert second.status()["inherited"] == owed + 1
+    first.path.unlink()
+    spooled.unlink()
+    second.turn(lambda: first.path.exists() and spooled.exists())
+    assert first.path.stat().st_blocks * 512 < SMALLEST  # what holds no block takes no memory
+    shutil.rmtree(tmp_path / "spool")
+    second.close()
+    third = hold(3)
+    assert third.status()["inherited"] == owed + 1
+
+
+def test_status_tells_of_removed_and_of_damaged_files() -> None:
+    facts = {"nameless": ["/dev/shm/a.ring: No space left on device"], "kept_aside": ["/spool/b.spool.damaged"]}
+    component = {"name": "board", "kind": "producer", "alive": True, "stuck": False, "info": {}, "status": facts}
+    found = status_lines({"state": "RUN", "components": [component]})
+    assert found[1].startswith("FILE REMOVED: board: /dev/shm/a.ring: No space left on device; ")
+    assert found[2].startswith("DAMAGED FILE KEPT: board: /spool/b.spool.damaged could not be read whole")

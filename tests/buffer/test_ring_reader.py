@@ -1,0 +1,243 @@
+"""Another process's ring, read while its producer goes on: what is read is what was published, or nothing."""
+
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ring_overwriter
+import zmq
+from processes import LIMIT
+from processes import until as eventually
+from ring_overwriter import EPOCH, NAME, ROWS, publish
+from stream_harness import STORAGE, Line, until
+
+from larpixdaq._native.ring_buffer import END, OVERHEAD, SMALLEST
+from larpixdaq.buffer.block_store import LENDS
+from larpixdaq.buffer.ring_file import Arena, reader
+from larpixdaq.errors import RingError
+from larpixdaq.protocol.stream import (
+    STREAM_VERSION,
+    Block,
+    Credit,
+    Hello,
+    Maps,
+    Welcome,
+    pack,
+    unpack_consumer,
+    unpack_producer,
+)
+from larpixdaq.runtime.checksum import crc32
+from larpixdaq.schema import PACKETS_2_4
+from larpixdaq.stream import Consumer
+from larpixdaq.stream.subscriber import CREDIT
+
+
+def test_nothing_is_read_that_was_written_over(tmp_path: Path) -> None:
+    """The arena of 8 MiB is written over and over, some 77 blocks at a time, by a process that waits for nobody."""
+    command = [sys.executable, ring_overwriter.__file__, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as producer:
+        assert producer.stdin is not None
+        assert producer.stdout is not None
+        try:
+            ring = reader(Path(producer.stdout.readline().strip()), NAME, EPOCH)
+            dice = np.random.default_rng(1)
+            seen, gone = 0, 0
+            while seen < 3000 or gone < 300:
+                newest = int(producer.stdout.readline())
+                if newest % 64 == 0:
+                    producer.stdin.write("\n")
+                    producer.stdin.flush()
+                index = int(newest - min(newest, dice.integers(0, 120)))
+                found = ring.read(index)
+                if found is None:
+                    gone += 1
+                    continue
+                seen += 1
+                assert (np.frombuffer(found, PACKETS_2_4)["timestamp"] == index).all()
+        finally:
+            producer.kill()
+
+
+def test_a_freed_block_is_there_until_it_is_written_over(tmp_path: Path) -> None:
+    with Arena.make(tmp_path, tmp_path, NAME, 5, SMALLEST) as arena:
+        arena.ring.begin(1, 2, PACKETS_2_4.itemsize, [])
+        publish(arena, 0)
+        ring = reader(arena.path, NAME, 5)
+        assert ring.read(1) is None
+        arena.ring.free_to(1)
+        assert len(ring.read(0) or b"") == ROWS * PACKETS_2_4.itemsize
+        assert arena.ring.append(END, b"", 0, b"end record")
+        assert ring.read(1) == b""
+        for index in range(2, 200):
+            publish(arena, index)
+            newest = ring.read(index)
+            assert newest is not None
+            assert (np.frombuffer(newest, PACKETS_2_4)["timestamp"] == index).all()
+        assert ring.read(0) is None
+        assert ring.read(1 << 63) is None
+
+
+def test_what_a_successor_has_taken_over_is_not_read_where_it_gives_memory_back(tmp_path: Path) -> None:
+    arena = Arena.make(tmp_path, tmp_path, NAME, 5, SMALLEST)
+    arena.ring.begin(1, 2, PACKETS_2_4.itemsize, ["Offline storage"])
+    for index in range(3):
+        publish(arena, index)
+    arena.ring.free_to(1)
+    ring = reader(arena.path, NAME, 5)
+    assert ring.read(0) is not None
+    arena.leave()
+    taken = Arena.adopt(arena.path, NAME, 5)
+    assert taken is not None
+    taken.shrink()
+    assert ring.read(0) is None
+    assert ring.read(1) is not None
+    taken.close()
+    assert ring.read(2) is not None  # the memory stays as long as somebody reads it
+
+
+@pytest.mark.parametrize(
+    "what", ["nothing", "fifo", "link", "folder", "garbage", "short", "epoch", "name", "user", "mode", "nul"]
+)
+def test_what_is_no_ring_of_ours_is_refused(tmp_path: Path, what: str) -> None:
+    with Arena.make(tmp_path, tmp_path, NAME, 5, SMALLEST) as arena:
+        path, name, epoch = tmp_path / "other", NAME, 5
+        if what == "fifo":
+            os.mkfifo(path)
+        elif what == "link":
+            path.symlink_to(arena.path)
+        elif what == "folder":
+            path.mkdir()
+        elif what == "garbage":
+            path.write_bytes(os.urandom(4096) * (SMALLEST // 4096 + 1))
+        elif what == "short":
+            path.write_bytes(arena.path.read_bytes()[:OVERHEAD])
+        elif what in ("epoch", "name"):
+            path, name, epoch = arena.path, "another" if what == "name" else NAME, 6 if what == "epoch" else 5
+        elif what == "user":
+            if os.geteuid():
+                path = Path("/etc/passwd")
+            else:
+                os.chown(arena.path, 1, 1)
+                path = arena.path
+        elif what == "mode":
+            path = arena.path
+            path.chmod(0o666)
+        elif what == "nul":
+            path = Path("a\0b")
+        with pytest.raises(RingError, match=r"other|ring|user|mode|null"):
+            reader(path, name, epoch)
+        assert arena.ring.head == 0
+
+
+def test_rows_are_not_sent_to_whom_reads_them(tmp_path: Path) -> None:
+    with contextlib.closing(Line(folder=tmp_path)) as line:
+        peer = line.context.socket(zmq.DEALER)
+        line.peers.append(peer)
+        peer.connect(line.address)
+        peer.send(pack(Hello(STREAM_VERSION, STORAGE, "", "all", [])))
+        until(line, lambda: peer.poll(0), "WELCOME")
+        welcome = unpack_producer(peer.recv(), "producer")
+        assert isinstance(welcome, Welcome)
+        line.begin()
+        line.write(10)
+        until(line, lambda: peer.poll(0), "a block")
+        assert len(peer.recv_multipart()[1]) == 10 * PACKETS_2_4.itemsize
+        peer.send(pack(Maps(welcome.epoch + 1)))  # of another producer
+        peer.send(pack(Maps(welcome.epoch)))
+        until(line, lambda: next(iter(line.publisher.subscribers.values())).maps, "MAPS to be heard")
+        line.write(20)
+        until(line, lambda: peer.poll(0), "a block")
+        header, payload, place = peer.recv_multipart()
+        block = unpack_producer(header, "producer")
+        rows = reader(Path(welcome.ring), "board", welcome.epoch).read(int.from_bytes(place, "little"))
+        assert isinstance(block, Block)
+        assert (payload, crc32(rows)) == (b"", block.crc32)
+
+
+def mapped(path: Path) -> bool:
+    return path.name in Path("/proc/self/maps").read_text()
+
+
+def test_the_memory_of_a_producer_that_ended_is_free(tmp_path: Path) -> None:
+    line = Line(folder=tmp_path)
+    consumer = Consumer(STORAGE, "s", "all")
+    try:
+        consumer.connect({"board": line.address})
+        until(line, lambda: any(s.maps for s in line.publisher.subscribers.values()), "MAPS to be heard")
+        assert line.arena is not None
+        path = line.arena.path
+        assert mapped(path)
+        line.close()
+        del line.ring, line.recorder, line.publisher, line.arena
+        gc.collect()
+        eventually(lambda: not mapped(path), "the ring to be let go")
+    finally:
+        consumer.close()
+
+
+def test_rows_are_sent_when_they_may_have_to_move_to_the_spool(tmp_path: Path) -> None:
+    (tmp_path / "spool").mkdir()
+    with contextlib.closing(Line(spool=tmp_path / "spool", extra=0, folder=tmp_path)) as line:
+        peer = line.context.socket(zmq.DEALER)
+        line.peers.append(peer)
+        peer.connect(line.address)
+        peer.send_multipart([pack(Hello(STREAM_VERSION, STORAGE, "", "all", []))])
+        peer.send(pack(Maps(EPOCH)))
+        until(line, lambda: any(s.maps for s in line.publisher.subscribers.values()), "MAPS to be heard")
+        peer.recv()
+        line.begin()
+        for _ in range(10):
+            line.write(16_384)
+            full = line.ring.fill > LENDS
+            line.work()
+            until(line, lambda: peer.poll(0), "a block")
+            assert len(peer.recv_multipart()) == (2 if full else 3)
+        assert full
+
+
+@pytest.mark.parametrize("mode", ["all", "latest"])
+def test_a_block_that_has_left_the_ring_is_asked_for_again_or_let_pass(tmp_path: Path, mode: str) -> None:
+    """A producer that names a block which is not there, as if it had been written over on its way."""
+    context = zmq.Context()
+    producer = context.socket(zmq.ROUTER)
+    producer.bind("tcp://127.0.0.1:0")
+    consumer = Consumer(STORAGE, "s", mode)
+
+    def hear() -> tuple[bytes, Any]:
+        assert producer.poll(LIMIT * 1000)
+        route, frame = producer.recv_multipart()
+        return route, unpack_consumer(frame, "consumer")
+
+    try:
+        consumer.connect({NAME: producer.get(zmq.LAST_ENDPOINT).decode()})
+        with Arena.make(tmp_path, tmp_path, NAME, 5, SMALLEST) as arena:
+            arena.ring.begin(1, 2, PACKETS_2_4.itemsize, [])
+            publish(arena, 0)
+            route, hello = hear()
+            assert isinstance(hello, Hello)
+            producer.send_multipart([route, pack(Welcome(NAME, 5, 1, 2, str(arena.path)))])
+            while not isinstance(frame := hear()[1], Maps):
+                assert isinstance(frame, Credit)
+            for sequence, index in enumerate((0, 1, 0)):  # the second one is not there
+                block = Block(1, NAME, 5, sequence, 0, ROWS, 2, 0, 0, 0, 0, [], [])
+                producer.send_multipart([route, pack(block), b"", index.to_bytes(8, "little")])
+            if mode == "all":
+                while not isinstance(frame := hear()[1], Hello):
+                    pass
+            else:
+                while not isinstance(frame := hear()[1], Credit) or frame.blocks < CREDIT + 1:
+                    pass
+        found = []
+        while (received := consumer.next()) is not None:
+            found.append(received[1])
+        sequences = [frame.sequence for frame in found if isinstance(frame, Block)]
+        assert sequences == ([0] if mode == "all" else [0, 2])
+    finally:
+        consumer.close()
+        context.destroy(linger=0)

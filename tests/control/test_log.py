@@ -1,0 +1,247 @@
+"""The log: one line a record, whatever is in it, and a log that comes and goes."""
+
+import logging
+import re
+import signal
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+from fake_core import Actor, core
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import LIMIT, Process, free_port, until
+
+from larpixdaq.control.log_shipping import Record, RecordHandler, push_socket, unpack_record
+from larpixdaq.errors import FileError, ProtocolError
+from larpixdaq.log import LogFile, line, listen, main
+from larpixdaq.operator import Operator
+from larpixdaq.runtime.event_loop import run_main
+from larpixdaq.runtime.timing import Throttle
+
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z (\w+) ([^:]+): (.*)\n")
+
+
+def record(level, text):
+    return logging.LogRecord("larpixdaq.test", level, "", 0, text, None, None)
+
+
+@pytest.fixture
+def pull():
+    """A socket that takes records, its address, and the context."""
+    context = zmq.Context()
+    socket, address = listen(context, "tcp://127.0.0.1:0")
+    yield context, socket, address
+    context.destroy(0)
+
+
+def test_a_line():
+    assert line(Record(0.5, 30, "LArPix board", "a\nb\tc\x1b")) == (
+        "1970-01-01T00:00:00.500000Z WARNING LArPix board: a\\nb\\tc\\x1b\n"
+    )
+
+
+@given(st.builds(Record, time=st.floats(), level=st.integers(-(2**63), 2**63 - 1), component=st.text(), text=st.text()))
+def test_every_record_is_one_line(record):
+    assert len(line(record).splitlines()) == 1
+
+
+@given(st.binary(max_size=100))
+def test_random_bytes_are_no_records(data):
+    with suppress(ProtocolError):
+        unpack_record(data)
+
+
+def test_records_kept_while_the_log_is_away(pull):
+    context, socket, address = pull
+    handler = RecordHandler("it")
+    for i in range(3000):
+        handler.emit(record(logging.INFO if i % 2 else logging.WARNING, str(i)))
+    assert not handler.ship(None)
+    push = push_socket(context, address)
+    until(lambda: handler.ship(push), "shipping")
+    got = []
+    while not got or got[-1].text != "2999":
+        assert socket.poll(LIMIT * 1000), "a record"
+        got.append(unpack_record(socket.recv()))
+    push.close()
+    warnings = [one.text for one in got if one.level == logging.WARNING and one.text.isdigit()]
+    assert warnings[-1000:] == [str(i) for i in range(1000, 3000, 2)]
+    assert any("log records were lost" in one.text for one in got)
+
+
+def test_shipping_to_a_log_that_is_not_there_never_waits():
+    context = zmq.Context()
+    push = push_socket(context, f"tcp://127.0.0.1:{free_port()}")
+    handler = RecordHandler("it")
+    handler.emit(record(logging.ERROR, "x" * 100_000))
+    assert not handler.ship(push)
+    context.destroy(0)
+
+
+def test_garbage_and_a_full_disk(tmp_path, pull, caplog):
+    context, socket, address = pull
+    push = push_socket(context, address)
+    file = LogFile(tmp_path / "log.txt")
+    until(lambda: push.poll(10, zmq.POLLOUT), "connection")
+    push.send(b"garbage")
+    push.send(b"x" * (300 << 10))
+    handler = RecordHandler("it")
+    handler.emit(record(logging.ERROR, "real"))
+    assert handler.ship(push)
+    until(lambda: file.take(socket) and file.written, "the record")
+    assert (file.written, file.refused, file.lost) == (1, 2, 0)
+    assert LINE.fullmatch((tmp_path / "log.txt").read_text()).groups() == ("ERROR", "it", "real")
+    file.close()
+    file._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    handler.emit(record(logging.ERROR, "lost"))
+    handler.ship(push)
+    push.close()
+    until(lambda: file.take(socket) and file.lost, "the loss")
+    assert "No space left on device; records are lost" in caplog.text
+    assert file.status()["lost"] == 1
+    file.close()
+
+
+class Sender:
+    """Has these records to be taken."""
+
+    def __init__(self, *records):
+        self._frames = deque([msgspec.msgpack.encode(one)] for one in records)
+
+    def recv_multipart(self, flags):
+        if not self._frames:
+            raise zmq.Again
+        return self._frames.popleft()
+
+
+def from_(component, n):
+    return [Record(0.0, logging.INFO, component, f"line {i}") for i in range(n)]
+
+
+def test_of_a_flood_a_part_is_written_and_the_rest_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("larpixdaq.log.BURST", 1000)
+    monkeypatch.setattr("larpixdaq.log.RATE", 0)
+    file = LogFile(tmp_path / "log.txt")
+    assert file.take(Sender(*from_("flood", 500), *from_("board", 3)))
+    text = (tmp_path / "log.txt").read_text()
+    written = text.count("flood: line")
+    assert 10 < written < 30
+    assert text.count("board: line") == 3
+    assert f"WARNING log: {500 - written} lines of flood were not written" in text
+    assert file.status()["held_back"] == 500 - written
+    monkeypatch.setattr(file, "_tell_at", 0.0)
+    assert file.take(Sender())  # said once
+    assert (tmp_path / "log.txt").read_text() == text
+    file.close()
+
+
+def test_the_file_has_a_limit_and_some_older_ones_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("larpixdaq.log.MOST_BYTES", 1000)
+    path = tmp_path / "log.txt"
+    path.write_text("x" * 900 + "\n")
+    file = LogFile(path)
+    for i in range(150):
+        file.take(Sender(Record(0.0, logging.INFO, "board", f"line {i:03}")))
+    file.close()
+    found = sorted(one.name for one in tmp_path.iterdir())
+    assert found == ["log.txt", "log.txt.1", "log.txt.2", "log.txt.3", "log.txt.4"]
+    assert all(one.stat().st_size <= 1000 for one in tmp_path.iterdir())
+    text = "".join((tmp_path / name).read_text() for name in reversed(found))
+    assert [one[-3:] for one in text.splitlines()] == [f"{i:03}" for i in range(150 - text.count("\n"), 150)]
+
+
+def test_a_file_that_cannot_be_renamed_grows_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("larpixdaq.log.MOST_BYTES", 1000)
+    (tmp_path / "log.txt.new").mkdir()
+    file = LogFile(tmp_path / "log.txt")
+    file.take(Sender(*from_("board", 1)))
+    for _ in range(2):
+        file.take(Sender(*from_("board", 20)))
+    file.close()
+    assert (tmp_path / "log.txt").read_text().count("\n") == 41
+    assert "cannot be renamed: Is a directory" in caplog.text
+    file = LogFile(Path("/dev/null"))
+    file.take(Sender(*from_("board", 100)))
+    file.close()
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_flood_on_stderr_is_cut(monkeypatch, capsys):
+    monkeypatch.setattr("larpixdaq.runtime.event_loop._STDERR_BURST", 1000)
+    monkeypatch.setattr("larpixdaq.runtime.event_loop._STDERR_RATE", 0)
+
+    def flood():
+        for i in range(500):
+            logging.getLogger("larpixdaq.test").warning("line %d", i)
+
+    assert run_main(flood) == 0
+    text = capsys.readouterr().err
+    written = text.count("WARNING: line")
+    assert 10 < written < 100
+    assert text.endswith(f"WARNING: {500 - written} lines were not written: too many\n")
+
+
+def test_many_names_share_what_all_may_write():
+    throttle = Throttle(10, 100, shares=3, clock=lambda: 0.0)
+    assert sum(throttle.passes(f"name {i}", 100) for i in range(10_000)) == 3
+    assert len(throttle.told()) <= 257
+    assert throttle.told() == []
+    assert throttle.held == 9997
+
+
+def test_an_allowance_grows_again():
+    now = [0.0]
+    throttle = Throttle(10, 100, shares=2, clock=lambda: now[0])
+    assert [throttle.passes("a", 60) for _ in range(2)] == [True, False]
+    assert throttle.passes("b", 60)
+    now[0] = 2.0
+    assert [throttle.passes("a", 60) for _ in range(2)] == [True, False]
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(FileError, match="log file"):
+        LogFile(tmp_path)
+
+
+def start_log(tmp_path, core_address, port):
+    args = ("--core", core_address, "--address", f"tcp://127.0.0.1:{port}", "-o", tmp_path / "log.txt")
+    return Process("larpixdaq.log", *args, directory=tmp_path)
+
+
+def test_the_log_process_comes_and_goes(tmp_path):
+    logger = logging.getLogger("larpixdaq.test")
+    port = free_port()
+
+    def written(text):
+        path = tmp_path / "log.txt"
+        return path.exists() and text in path.read_text()
+
+    with core(tmp_path / "state") as running, Operator(running.address) as operator:
+        board = Actor(running.address, "LArPix board", "producer", {}, {})
+        with board.running():
+            logger.warning("before the log")
+            with start_log(tmp_path, running.address, port) as log:
+                until(lambda: written("LArPix board: before the log"), "what was kept")
+                until(lambda: written("core: core listens at"), "what the core said")
+                (described,) = [one for one in operator.components().result(LIMIT) if one["kind"] == "log"]
+                assert described["name"] == "Log"
+                assert log.stop(signal.SIGTERM) == 0
+                assert log.stderr == ""
+            logger.warning("the log is away")
+            with start_log(tmp_path, running.address, port):
+                until(lambda: written("LArPix board: the log is away"), "what was kept")
+        assert all(LINE.fullmatch(one) for one in (tmp_path / "log.txt").read_text().splitlines(True))
+
+
+def test_the_log_without_a_core(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("larpixdaq.control.node.PATIENCE", 0.2)
+    ports = free_port(), free_port()
+    args = ["--core", f"127.0.0.1:{ports[0]}", "--address", f"127.0.0.1:{ports[1]}", "-o", str(tmp_path / "log.txt")]
+    assert main(args) == 1
+    error = capsys.readouterr().err
+    assert "no core answers" in error
+    assert error.count("\n") == 1

@@ -1,0 +1,420 @@
+"""A component's side: registration, heartbeats, actions, names, and a core that comes and goes."""
+
+import logging
+import os
+import select
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+
+import msgspec
+import pytest
+import zmq
+from fake_core import Actor, Stopper, core, producer
+from processes import LIMIT, Process, free_port, until
+
+from larpixdaq import config
+from larpixdaq.control.connection import Recent
+from larpixdaq.control.node import Node
+from larpixdaq.errors import ConfigError, FileError, NoCore, RequestError
+from larpixdaq.operator import Operator
+from larpixdaq.protocol.control import Answer, content, packed
+from larpixdaq.runtime.event_loop import Signals, Stopped
+
+
+def actor(address, replies, **options):
+    return Actor(address, "it", "run_data", {}, replies, **options)
+
+
+def test_no_core():
+    node = Node("n", "log", f"tcp://127.0.0.1:{free_port()}", {}, info={})
+    try:
+        with pytest.raises(NoCore, match=r"no core answers at tcp://127\.0\.0\.1:\d+ \(waited 0.3 s\)"):
+            node.connect(0.3)
+    finally:
+        node.close()
+        node.close()
+
+
+@pytest.fixture
+def second(tmp_path):
+    """A component whose name is in use, waiting for it in a thread: (node, the future of connect(), stopper, core)."""
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor())
+        stopper = stack.enter_context(closing(Stopper()))
+        cores = stack.enter_context(ExitStack())
+        running = cores.enter_context(core(tmp_path / "state"))
+        stack.enter_context(actor(running.address, {}).running())
+        node = stack.enter_context(closing(Node("it", "run_data", running.address, {}, info={})))
+        waiting = pool.submit(node.connect, 0.3, signals=stopper)
+        until(lambda: node._refusal is not None, "the refusal")
+        yield waiting, stopper, cores
+
+
+def test_a_component_that_waits_for_its_name_hears_signals(second):
+    waiting, stopper, _ = second
+    stopper.halt()
+    with pytest.raises(Stopped):
+        waiting.result(LIMIT)
+
+
+def test_a_core_that_dies_while_a_component_waits_for_its_name_is_no_core(second):
+    waiting, _, cores = second
+    cores.close()
+    with pytest.raises(NoCore, match=r"no core answers at .* \(waited 0.3 s\)"):
+        waiting.result(LIMIT)
+
+
+def test_a_registration_that_is_too_large_is_told(running):
+    node = Node("it", "run_data", running.address, {}, info={"boards": "x" * (1 << 18)})
+    with closing(node), pytest.raises(RequestError, match=r"it: register of 262\d+ bytes .* the limit is 262144"):
+        node.connect()
+
+
+def test_an_address_that_is_none():
+    with pytest.raises(ConfigError, match="address 'tcp://'"):
+        Node("n", "log", "tcp://", {}, info={})
+    with pytest.raises(ConfigError, match="core address ipc://"):
+        Node("n", "log", "ipc://", {}, info={})
+
+
+def test_the_connection_to_the_core_does_without_heartbeats_of_libzmq():
+    """They abort the process when the core dies behind a full queue."""
+    node = Node("n", "log", f"tcp://127.0.0.1:{free_port()}", {}, info={})
+    assert node._link._socket.get(zmq.HEARTBEAT_IVL) == 0
+    node.close()
+
+
+def test_what_handlers_raise_becomes_the_error(running, operator, caplog):
+    def raises(call):
+        return {}["missing"]
+
+    def twice(call):
+        call.result(1)
+        call.result(2)
+
+    replies = {"ours": RequestError("it is\nnot ready"), "theirs": raises, "twice": twice, "none": None}
+    with actor(running.address, replies).running() as it:
+        with pytest.raises(RequestError, match=r"^it is not ready$"):
+            operator.call("it", "ours").result(LIMIT)
+        with pytest.raises(RequestError, match="KeyError: 'missing'"):
+            operator.call("it", "theirs").result(LIMIT)
+        assert "Traceback" in caplog.text
+        assert operator.call("it", "twice").result(LIMIT) == 1
+        it.node._actions["strict"] = it.node._actions["none"]
+        with pytest.raises(RequestError, match="has no action 'strict'; it has none, ours"):
+            operator.call("it", "strict").result(LIMIT)  # not among those it registered with
+
+
+def test_wrong_parameters_are_told(running, operator):
+    node = Node("it", "run_data", running.address, {"packets": lambda call, count=100, text=False: count}, info={})
+    try:
+        node.connect()
+        request = operator.call("it", "packets", kount=3)
+        until(lambda: node.dispatch() or request.done, "the answer")
+        with pytest.raises(
+            RequestError, match=r"packets: got an unexpected .*'kount'; expected packets\(count=100, tex"
+        ):
+            request.result(LIMIT)
+        request = operator.call("it", "packets", call=3)
+        until(lambda: node.dispatch() or request.done, "the answer")
+        with pytest.raises(RequestError, match="multiple values"):
+            request.result(LIMIT)
+    finally:
+        node.close()
+
+
+def test_a_request_that_cannot_be_opened_is_answered(running, operator):
+    """Arrays are opened by the component alone: the core passes them on."""
+    with actor(running.address, {"a": 1}).running() as it:
+        request = operator.call("it", "a", x=msgspec.msgpack.Ext(1, b"nonsense"))
+        with pytest.raises(RequestError, match="impossible description"):
+            request.result(LIMIT)
+        assert operator.call("it", "a").result(LIMIT) == 1
+        assert [call[0] for call in it.calls] == ["a"]
+
+
+def test_changes_wake_the_main_loop(running, operator):
+    changed = []
+    node = Node("it", "run_data", running.address, {}, info={}, on_change=lambda: changed.append(node.producers))
+    try:
+        node.connect()
+        assert (node.state, node.run, len(node.session)) == ("STOP", None, 32)
+        before = node.changes
+        poller = zmq.Poller()
+        poller.register(node, zmq.POLLIN)
+        with producer(running.address).running():
+            assert poller.poll(LIMIT * 1000)
+            node.dispatch()
+            assert node.producers == {"LArPix board": "tcp://127.0.0.1:1"}
+            assert node.changes == before + 1
+        assert poller.poll(LIMIT * 1000)
+        node.dispatch()
+        assert changed[-2:] == [{"LArPix board": "tcp://127.0.0.1:1"}, {}]
+        assert not poller.poll(400)  # heartbeats and their answers wake nobody
+    finally:
+        node.close()
+
+
+def test_heartbeats_go_on_while_the_main_loop_does_not(running, operator):
+    node = Node("it", "storage", running.address, {"wait": lambda call: 1}, info={})
+    try:
+        node.connect()
+        node.report(5, 0)
+        request = operator.call("it", "wait")
+
+        def described():
+            (one,) = operator.components().result(LIMIT)
+            return one
+
+        # Its main loop never runs: it lives, but a request waits in vain, and that reads stuck.
+        until(lambda: described()["stuck"], "stuck")
+        assert described()["alive"]
+        assert described()["queued"] == 1
+        node.dispatch()
+        assert request.result(LIMIT) == 1
+    finally:
+        node.close()
+
+
+def test_requests_wait_until_the_loop_turns_and_heartbeats_are_confirmed(running, operator):
+    """Whatever connect() has to wait for, nothing is asked of a component that is not ready yet."""
+    asked = []
+    node = Node("Offline storage", "storage", running.address, {"look": lambda call: asked.append(1) or 1}, info={})
+    try:
+        node.connect()
+        session = node.session
+        request = operator.call("Offline storage", "look")
+        until(lambda: node._waiting(), "the request to arrive")
+        assert not asked
+        assert select.select([node.fileno()], [], [], LIMIT)[0]
+        now = time.monotonic()
+        until(lambda: node.confirmed > now, "a heartbeat that was sent after this to be answered")
+        assert node.heard >= node.confirmed
+        node.dispatch()
+        assert request.result(LIMIT) == 1
+        assert node.session == session
+    finally:
+        node.close()
+
+
+def test_a_main_loop_that_turns_no_more_reads_stuck(running, operator):
+    node = Node("it", "storage", running.address, {}, info={})
+
+    def described():
+        (one,) = operator.components().result(LIMIT)
+        return one
+
+    try:
+        node.connect()
+        until(lambda: described()["heard_s"] < 0.2 and not described()["stuck"], "heartbeats before the loop begins")
+        node.report(5, 0)  # the last time: nothing was queued then
+        until(lambda: described()["stuck"], "stuck")
+        assert (described()["alive"], described()["queued"]) == (True, 0)
+        until(lambda: node.report(5, 0) or not described()["stuck"], "moving again")
+    finally:
+        node.close()
+
+
+def test_a_callback_that_fails_does_not_end_the_link(running, operator, caplog):
+    with actor(running.address, {"a": 1}).running() as it:
+        hello, it.node._link._beat = it.node._link._beat, lambda: 1 / 0
+        until(lambda: "has failed" in caplog.text, "the complaint")
+        it.node._link._beat = hello
+        until(lambda: [one["alive"] for one in operator.components().result(LIMIT)] == [True], "life")
+        assert operator.call("it", "a").result(LIMIT) == 1
+
+
+def test_a_status_that_cannot_travel_does_not_stop_the_heartbeats(running, operator, caplog):
+    with actor(running.address, {}).running() as it:
+        it.status = {"x": object()}
+        until(lambda: "cannot travel" in caplog.text, "the complaint")
+        assert operator.components().result(LIMIT)[0]["alive"]
+
+
+def test_a_core_that_comes_back_finds_the_component_again(tmp_path):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    it = actor(address, {"a": 1})
+    with core(tmp_path / "state", address):
+        it.node.connect()
+        first = it.node.session
+    until(lambda: it.node._link.unheard() > 1, "silence")
+    with core(tmp_path / "state", address), Operator(address, timeout=LIMIT) as operator:
+        until(lambda: it.node.dispatch() or it.node.session != first, "a new session")
+        request = operator.call("it", "a")
+        until(lambda: it.node.dispatch() or request.done, "the answer")
+        assert request.result() == 1
+    it.close()
+
+
+STAND_IN = """
+import sys, zmq
+import larpixdaq.control.node
+from larpixdaq import config
+from larpixdaq.control.node import Node
+
+larpixdaq.control.node.PATIENCE = 1.5
+
+def main():
+    taken = []
+    node = Node("it", "storage", sys.argv[1], {"a": lambda call: 1}, info={}, on_name_taken=lambda: taken.append(1))
+    try:
+        node.connect()
+        poller = zmq.Poller()
+        poller.register(node, zmq.POLLIN)
+        while not taken:
+            poller.poll(100)
+            node.dispatch()
+            node.report(0, 0)
+        print("my name was taken", flush=True)
+        return 1
+    finally:
+        node.close()
+
+sys.exit(config.run_main(main))
+"""
+
+
+def test_lost_while_its_name_is_taken(tmp_path, running, operator):
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+
+    def alive():
+        return [one["alive"] for one in operator.components().result(LIMIT)]
+
+    with Process("stand_in", running.address, directory=tmp_path, env=env) as first:
+        until(lambda: alive() == [True], "the first")
+        first.popen.send_signal(signal.SIGSTOP)
+        with actor(running.address, {}).running() as second:  # waits until the first counts as lost
+            first.popen.send_signal(signal.SIGCONT)
+            assert first.wait() == 1
+            assert "my name was taken" in first.stdout
+            assert second.node.session
+
+
+def test_lost_and_back_without_having_been_replaced(tmp_path, running, operator):
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+
+    def alive():
+        return [one["alive"] for one in operator.components().result(LIMIT)]
+
+    with Process("stand_in", running.address, directory=tmp_path, env=env) as it:
+        until(lambda: alive() == [True], "registration")
+        it.popen.send_signal(signal.SIGSTOP)
+        until(lambda: alive() == [False], "loss")
+        it.popen.send_signal(signal.SIGCONT)
+        until(lambda: alive() == [True], "return")
+        assert operator.call("it", "a").result(LIMIT) == 1
+        assert it.stop(signal.SIGTERM) == 0
+        until(lambda: alive() == [], "goodbye")
+
+
+def result(request, value=0):
+    return Answer(request=request, kind="result", value=packed(value))
+
+
+def test_recent_forgets_only_what_is_finished():
+    recent = Recent()
+    assert not recent.seen("unfinished")
+    for i in range(5000):
+        assert not recent.seen(str(i))
+        recent.keep(str(i), result(str(i), i))
+    assert recent.seen("unfinished")
+    assert content(recent.answer("4999")) == 4999
+    assert not recent.seen("0")
+
+
+def test_large_results_are_not_kept_by_the_thousand():
+    recent = Recent()
+    for i in range(500):
+        recent.seen(str(i))
+        recent.keep(str(i), result(str(i), bytes(100_000)))
+    assert len(content(recent.answer("499"))) == 100_000
+    assert sum(len(bytes(recent.answer(str(i)).value)) for i in range(500)) < 10_000_000
+    forgotten = recent.answer("0")  # but that it was done is known
+    assert (forgotten.kind, forgotten.request) == ("error", "0")
+    assert "ask again" in forgotten.text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tcp://127.0.0.1", "tcp://127.0.0.1:5551"),
+        ("tcp://127.0.0.1:7", "tcp://127.0.0.1:7"),
+        ("daq1.lab", "tcp://daq1.lab:5551"),
+        ("daq1.lab:9", "tcp://daq1.lab:9"),
+        ("tcp://*", "tcp://*:5551"),
+        ("tcp://[::1]", "tcp://[::1]:5551"),
+        ("tcp://[::1]:*", "tcp://[::1]:*"),
+        ("ipc:///tmp/x", "ipc:///tmp/x"),
+    ],
+)
+def test_addresses(text, expected):
+    assert config.address(text, 5551) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "tcp://", "a b", "tcp://a:b", "tcp://a:99999", "udp://a", "a:1:2", "tcp://a/b:", "::1", "[::zz]"]
+)
+def test_what_is_no_address(text):
+    with pytest.raises(ConfigError, match="address"):
+        config.listen_address(text, 5551, insecure=True, what="it")
+
+
+@pytest.mark.parametrize("text", ["tcp://127.0.0.1", "localhost", "127.3.2.1", "tcp://[::1]:5", "ipc://x"])
+def test_loopback_needs_nothing(text):
+    assert config.is_loopback(text)
+    config.listen_address(text, 5551, insecure=False, what="it")
+
+
+@pytest.mark.parametrize("text", ["tcp://*", "0.0.0.0", "192.0.2.1:5", "[::]"])
+def test_off_loopback_is_refused_naming_both_ways(text):
+    with pytest.raises(ConfigError, match=r"^it: other machines can reach .*keys, or say --insecure"):
+        config.listen_address(text, 5551, insecure=False, what="it")
+    assert config.listen_address(text, 5551, insecure=True, what="it").startswith("tcp://")
+
+
+def test_where_others_reach_us():
+    assert config.listen_address("localhost:7", 1, insecure=False, what="it") == "tcp://127.0.0.1:7"
+    assert config.interface_towards("tcp://127.0.0.1:5551") == "127.0.0.1"
+    assert config.reachable("tcp://0.0.0.0:9", "tcp://127.0.0.1:5551") == "tcp://127.0.0.1:9"
+    assert config.reachable("tcp://127.0.0.1:9", "tcp://192.0.2.1:5551") == "tcp://127.0.0.1:9"
+    with pytest.raises(ConfigError, match="not known"):
+        config.listen_address("no-such-host.invalid", 1, insecure=True, what="it")
+
+
+def test_a_process_that_was_started_to_ignore_hangups_goes_on():
+    """As nohup does it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.stop
+            os.kill(os.getpid(), signal.SIGQUIT)
+            assert signals.stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_state_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert config.state_dir() == tmp_path / "larpixdaq"
+    assert (tmp_path / "larpixdaq").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="file/x"):
+        config.state_dir(str(tmp_path / "file" / "x"))
+    with pytest.raises(FileError, match=r"udcff': expected UTF-8"):
+        config.state_dir(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+
+
+def test_log_records_never_wait(caplog):
+    with caplog.at_level(logging.CRITICAL):
+        node = Node("n", "log", f"tcp://127.0.0.1:{free_port()}", {}, info={})
+        with pytest.raises(NoCore):
+            node.connect(0.1)
+        for i in range(20_000):
+            logging.getLogger("larpixdaq.test").critical("%d", i)
+        assert len(node._records._records) <= 2000
+        node.close()

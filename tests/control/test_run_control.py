@@ -1,0 +1,820 @@
+"""The run states without sockets: what is asked of whom, what follows from the answers, and what a run is worth."""
+
+import os
+import sqlite3
+
+import pytest
+from fake_core import counts
+from run_control_harness import EPOCHS, KINDS, Team, ask, do, finished, restart
+
+from larpixdaq.constants import ABORTED, COMPLETE, COUNTS, ENDED, INCOMPLETE, INTERRUPTED, SUSPECT
+from larpixdaq.control.catalogue import Catalogue, Run
+from larpixdaq.errors import ComponentError, FileError, StateError
+
+
+@pytest.fixture
+def team(tmp_path):
+    team = Team(tmp_path)
+    for name in KINDS:
+        team.register(name)
+    yield team
+    team.close()
+
+
+def test_a_run_from_beginning_to_end(team):
+    assert do(team, "prepare") == {"run": 1, "files": ["/d/disk 1", "/d/disk 2"], "warnings": []}
+    assert (team.runs.state, team.runs.number) == ("READY", 1)
+    assert do(team, "begin") == {"run": 1, "warnings": []}
+    assert team.runs.state == "RUN"
+    result = do(team, "end")
+    assert result == {
+        "run": 1,
+        "condition": COMPLETE,
+        "rows": 20,
+        "stored": 20,
+        "files": ["disk 1", "disk 2"],
+        "reasons": [],
+    }
+    assert (team.runs.state, team.runs.number, team.runs.run) == ("STOP", None, None)
+    found = team.catalogue.find(1)
+    assert (found.condition, found.phase, found.operator, found.comment) == (COMPLETE, ENDED, "me", "c")
+    assert found.prepared_ns < found.begun_ns < found.ended_ns
+    order = [name for name, action in team.sent if action == "begin_run"]
+    assert order.index("disk 1") < order.index("board 1")
+    order = [name for name, action in team.sent if action == "end_run"]
+    assert order.index("board 2") < order.index("disk 1")
+    assert do(team, "prepare")["run"] == 2
+
+
+def test_io_groups_that_two_producers_have_are_a_warning(team):
+    team.peers.components["board 1"].info["io_groups"] = [1, 2]
+    team.peers.components["board 2"].info["io_groups"] = [2, 3]
+    assert do(team, "prepare")["warnings"] == ["io_group 2 belongs to board 1 and board 2"]
+
+
+def test_ready_may_end_without_having_begun(team):
+    do(team, "prepare")
+    assert do(team, "end")["condition"] == COMPLETE
+
+
+@pytest.mark.parametrize(
+    ("steps", "refused", "why"),
+    [
+        ((), "begin", "not allowed in STOP"),
+        ((), "end", "not allowed in STOP"),
+        (("prepare",), "prepare", "not allowed in READY"),
+        (("prepare", "begin"), "prepare", "not allowed in RUN"),
+        (("prepare", "begin"), "begin", "not allowed in RUN"),
+    ],
+)
+def test_what_is_not_allowed_says_why(team, steps, refused, why):
+    for step in steps:
+        do(team, step)
+    with pytest.raises(StateError, match=why):
+        ask(team, refused)
+
+
+def test_one_step_at_a_time(team):
+    ask(team, "prepare")
+    for action in ("prepare", "begin", "end"):
+        with pytest.raises(StateError, match="prepare_run is still going on"):
+            ask(team, action)
+
+
+def test_the_run_number_is_above_all_that_anybody_has_seen(team):
+    team.peers.components["disk 2"].info["highest_run"] = 41
+    assert do(team, "prepare")["run"] == 42
+
+
+@pytest.mark.parametrize("number", [2**63 - 2, 10**18 - 1, 9_999_999, 1_000_001])
+def test_a_run_number_that_cannot_be_one_is_not_counted(team, number):
+    """Numbers would be above it for ever."""
+    team.peers.components["disk 1"].info["highest_run"] = 7
+    team.peers.components["disk 2"].info["highest_run"] = number
+    prepared = do(team, "prepare")
+    assert prepared["run"] == 8
+    assert f"disk 2: the highest run in /d is {number}, more than 1000000 above" in prepared["warnings"][0]
+
+
+def test_run_numbers_end_in_words(team):
+    team.catalogue.save(Run(9_999_999, "", "", "", 0, phase="ENDED"), new=True)
+    with pytest.raises(StateError, match="run 9999999 was the last one, numbers have 7 digits"):
+        ask(team, "prepare")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda team: [team.lose("board 1"), team.lose("board 2")], "no producer is registered"),
+        (lambda team: [team.lose("disk 1"), team.lose("disk 2")], "no offline storage is registered"),
+        (lambda team: team.peers.components["board 2"].info.update(layout=4), "2.4: board 1; 3.0: board 2"),
+        (lambda team: team.peers.components["board 2"].info.update(layout="?"), "unknown layout '[?]': board 2"),
+        (lambda team: team.peers.components["disk 2"].info.update(free_bytes=5 << 20), "disk 2 has 5.0 MiB .* /d,"),
+        (lambda team: team.peers.components["disk 2"].status.update(free_bytes=0), "disk 2 has 0.0 MiB"),
+    ],
+)
+def test_a_run_that_cannot_be_prepared(team, change, why):
+    change(team)
+    with pytest.raises(ComponentError, match=why):
+        ask(team, "prepare")
+    assert team.runs.state == "STOP"
+    assert team.catalogue.highest() == 0
+
+
+@pytest.mark.parametrize("broken", ["board 2", "disk 1"])
+@pytest.mark.parametrize("how", ["fails", "is silent", "is lost", "talks nonsense"])
+def test_when_a_required_component_fails_prepare_all_go_back(team, broken, how):
+    reply = ask(team, "prepare")
+    while not reply.ends:
+        names = [one[0] for one in team.waiting]
+        others = [i for i, name in enumerate(names) if name != broken]
+        if others:
+            team.answer(others[0])
+        elif how == "fails":
+            team.answer(failing=True)
+        elif how == "talks nonsense":
+            team.answer(layout="x", file=7)
+        elif how == "is lost":
+            team.waiting.clear()
+            team.lose(broken)
+            team.advance(0.1)
+        else:
+            team.advance(10.1)
+            team.waiting.clear()
+            team.advance(1.1)
+    with pytest.raises(ComponentError, match=broken):
+        reply.value()
+    assert team.runs.state == "STOP"
+    cancelled = {name for name, action in team.sent if action == "cancel_run"}
+    assert cancelled >= {"board 1", "board 2", "disk 1", "disk 2"} - {broken}
+    assert team.catalogue.find(1).condition == "CANCELLED"
+    for name in KINDS:
+        if name not in team.peers.components:
+            team.register(name, "2")
+    team.waiting.clear()
+    for component in team.peers.components.values():
+        component.run = None
+    assert do(team, "prepare")["run"] == 2
+
+
+def test_when_begin_fails_nothing_taken_is_thrown_away(team):
+    do(team, "prepare")
+    reply = ask(team, "begin")
+    while any(name != "board 2" for name, *_ in team.waiting):
+        team.answer(next(i for i, one in enumerate(team.waiting) if one[0] != "board 2"))
+    team.answer(failing=True)
+    team.answer_all()
+    with pytest.raises(ComponentError, match="board 2: it broke"):
+        reply.value()
+    assert team.runs.state == "STOP"
+    assert team.catalogue.find(1).condition == ABORTED
+    assert ("disk 1", "end_run") in team.sent
+
+
+def test_a_silent_monitor_is_only_a_warning(team):
+    def without_monitor(action):
+        reply = ask(team, action)
+        while not reply.ends:
+            index = next((i for i, one in enumerate(team.waiting) if one[0] != "monitor"), None)
+            if index is None:
+                team.advance(1.01)
+            else:
+                team.answer(index)
+        return reply.value()
+
+    warning = "monitor has not answered prepare_run within 1 s"
+    assert without_monitor("prepare") == {"run": 1, "files": ["/d/disk 1", "/d/disk 2"], "warnings": [warning]}
+    assert without_monitor("begin")["warnings"]
+    assert without_monitor("end")["condition"] == COMPLETE
+
+
+def test_rows_that_are_missing_are_named(team):
+    do(team, "prepare")
+    reply = ask(team, "end")
+    while not reply.ends:
+        name = team.waiting[0][0]
+        stored = {"stored": [["board 1", 1, 1, 10], ["board 2", 2, 1, 7]]} if name.startswith("disk") else {}
+        team.answer(**stored)
+    assert reply.value()["condition"] == INCOMPLETE
+    assert "disk 1: 3 of 10 rows are missing of board 2 io_group 1 (epoch 2)" in reply.value()["reasons"]
+    assert (reply.value()["rows"], reply.value()["stored"]) == (20, 17)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "run"),
+    [
+        (COMPLETE, INCOMPLETE, COMPLETE),
+        (COMPLETE, SUSPECT, SUSPECT),
+        (SUSPECT, INTERRUPTED, SUSPECT),
+        (INTERRUPTED, INCOMPLETE, INCOMPLETE),
+        ("nonsense", "nonsense", INTERRUPTED),
+    ],
+)
+def test_the_better_copy_counts(team, first, second, run):
+    do(team, "prepare")
+    reply = ask(team, "end")
+    while not reply.ends:
+        name = team.waiting[0][0]
+        team.answer(**({"condition": first if name == "disk 1" else second} if name.startswith("disk") else {}))
+    assert reply.value()["condition"] == run
+
+
+def test_warnings_of_producers_are_reasons(team):
+    do(team, "prepare")
+    reply = ask(team, "end")
+    while not reply.ends:
+        team.answer(**({"warning": "still reading after 5 s"} if team.waiting[0][0] == "board 1" else {}))
+    assert reply.value()["condition"] == COMPLETE
+    assert reply.value()["reasons"] == ["board 1: still reading after 5 s"]
+
+
+def test_end_does_not_wait_for_a_lost_producer_longer_than_5_s(team):
+    do(team, "prepare")
+    do(team, "begin")
+    team.lose("board 2")
+    reply = ask(team, "end")
+    team.answer_all()
+    team.advance(4.9)
+    assert not reply.ends
+    team.advance(0.2)
+    team.answer_all()
+    assert reply.value()["condition"] == INTERRUPTED
+    assert "board 2 is lost" in reply.value()["reasons"]
+    # It was only away: back in its run, it is told that this is over, and the run is judged anew.
+    team.register("board 2", run=1)
+    assert team.waiting == [("board 2", team.waiting[0][1], "end_run", {"run": 1})]
+    team.answer_all()
+    assert team.catalogue.find(1).rows == 20
+    assert team.runs.state == "STOP"
+
+
+def test_end_reaches_stop_within_30_s_whatever_the_storages_do(team):
+    do(team, "prepare")
+    reply = ask(team, "end")
+    team.answer()
+    team.answer()
+    team.advance(29.0)
+    assert not reply.ends
+    team.advance(1.1)
+    assert reply.value()["condition"] == INTERRUPTED
+    assert team.runs.state == "STOP"
+    team.answer_all()  # they were only slow: delivery makes the run complete
+    assert team.catalogue.find(1).condition == COMPLETE
+    assert team.catalogue.find(1).files == ["disk 1", "disk 2"]
+
+
+def test_a_question_is_asked_again_when_a_component_comes_back(team):
+    do(team, "prepare")
+    reply = ask(team, "end")
+    team.waiting.clear()  # lost on the way
+    team.lose("board 1")
+    team.lose("board 2")
+    team.advance(3)
+    team.register("board 1", run=1)
+    team.register("board 2", instance="restarted")
+    team.answer_all()
+    assert "board 2 was restarted during end_run" in reply.value()["reasons"]
+    assert not any("board 1" in reason for reason in reply.value()["reasons"])
+
+
+def test_a_restarted_producer_joins_the_run_under_a_new_epoch(team, monkeypatch):
+    do(team, "prepare")
+    do(team, "begin")
+    team.lose("board 2")
+    monkeypatch.setitem(EPOCHS, "board 2", 99)
+    team.register("board 2", instance="restarted")
+    team.answer_all()
+    assert team.runs.run.producers == {"board 1": [1], "board 2": [2, 99]}
+    assert [action for name, action in team.sent if name == "board 2"] == ["prepare_run", "begin_run"] * 2
+    result = do(team, "end")
+    assert result["condition"] == INTERRUPTED
+    assert result["rows"] is None
+    assert "board 2: the totals of epoch 2 are unknown" in result["reasons"]
+
+
+def died(team, monkeypatch, name="board 2", epoch=99):
+    """A producer in RUN dies and goes on under another epoch."""
+    do(team, "prepare")
+    do(team, "begin")
+    before = EPOCHS[name]
+    team.lose(name)
+    monkeypatch.setitem(EPOCHS, name, epoch)
+    team.register(name, instance="restarted")
+    team.answer_all()
+    return before
+
+
+AWAY = "board 2 was down for part of the run: data that its boards sent then are lost"
+
+
+def test_totals_that_a_successor_found_in_the_ring_count(team, monkeypatch):
+    before = died(team, monkeypatch)
+    team.inherited["board 2"] = [before]
+    reply = ask(team, "end")
+    while not reply.ends:
+        name, _, action, params = team.waiting[0]
+        if name == "disk 1" and action == "end_run":
+            told = [(one["name"], one["epoch"], one["next"]) for one in params["producers"]]
+            assert told == [("board 1", 1, 4), ("board 2", 2, 4), ("board 2", 99, 4)]
+        team.answer()
+    result = reply.value()
+    assert (result["condition"], result["rows"], result["stored"]) == (SUSPECT, 30, 30)
+    assert result["reasons"] == [AWAY]
+
+
+def test_a_predecessor_that_the_core_had_not_heard_of_is_awaited_too(team):
+    do(team, "prepare")
+    team.inherited["board 1"] = [55]
+    result = do(team, "end")
+    assert team.catalogue.find(1).producers["board 1"] == [55, 1]
+    assert (result["condition"], result["rows"]) == (SUSPECT, 30)
+
+
+def test_totals_that_only_an_end_record_in_a_file_knows(team, monkeypatch):
+    before = died(team, monkeypatch)
+    reply = ask(team, "end")
+    stored = [["board 1", 1, 1, 10], ["board 2", 2, 1, 8], ["board 2", 99, 1, 10]]
+    while not reply.ends:
+        if team.waiting[0][0] == "disk 1":
+            # It has the record, and two rows less than that says; the other one has all.
+            team.answer(condition=COMPLETE, stored=stored, ends=[["board 2", before, 4, "recovered", 10]])
+        elif team.waiting[0][0] == "disk 2":
+            team.answer(condition=COMPLETE, stored=[*stored[:1], ["board 2", 2, 1, 10], stored[2]])
+        else:
+            team.answer()
+    result = reply.value()
+    assert (result["condition"], result["rows"], result["stored"]) == (SUSPECT, 30, 30)
+    assert result["reasons"] == [AWAY, "disk 1: 8 rows of board 2 (epoch 2) are stored, 10 were made"]
+
+
+def test_rows_that_found_no_room_are_not_missing_in_a_file(team):
+    do(team, "prepare")
+    reply = ask(team, "end")
+    line = counts(1, 10)
+    line[1 + COUNTS.index("dropped")] = 3
+    while not reply.ends:
+        name = team.waiting[0][0]
+        if name == "board 1":
+            team.answer(counts=[line])
+        elif name.startswith("disk"):
+            stored = [["board 1", 1, 1, 7], ["board 2", 2, 1, 10]]
+            team.answer(stored=stored, condition=INCOMPLETE, reasons=["3 rows found no room"])
+        else:
+            team.answer()
+    assert reply.value()["condition"] == INCOMPLETE
+    assert reply.value()["reasons"] == ["disk 1: 3 rows found no room", "disk 2: 3 rows found no room"]
+
+
+def interrupted(team):
+    """Run 1, over without board 2, which has died; disk 1 has only what came from board 1."""
+    do(team, "prepare")
+    do(team, "begin")
+    team.lose("board 2")
+    reply = ask(team, "end")
+    team.answer_all()
+    team.advance(5.1)
+    team.answer_all()
+    assert reply.value()["condition"] == INTERRUPTED
+    assert "board 2 is lost" in reply.value()["reasons"]
+
+
+def whole(name="disk 1", *more):
+    """All of run 1, with the end that board 2's successor has brought."""
+    stored = [["board 1", 1, 1, 10], ["board 2", 2, 1, 10]]
+    ends = [["board 1", 1, 4, "closed", 10], ["board 2", 2, 4, "recovered", 10]]
+    return {"files": [name, *more], "condition": SUSPECT, "rows": 20, "stored": stored, "ends": ends}
+
+
+def test_what_is_delivered_after_the_end_completes_the_run(team):
+    interrupted(team)
+    team.beat("disk 1", finished=[finished(1, "disk 1", INTERRUPTED)])
+    team.answer_all()
+    assert team.catalogue.find(1).condition == INTERRUPTED
+    team.has["disk 1", 1] = whole("disk 1", "further")
+    told = [finished(1, "disk 1", INTERRUPTED), finished(1, "/d/further", SUSPECT)]
+    team.beat("disk 1", finished=told)
+    assert [one[:3:2] for one in team.waiting] == [("disk 1", "report_run")]
+    team.answer_all()
+    found = team.catalogue.find(1)
+    assert (found.condition, found.rows, found.stored) == (SUSPECT, 20, 20)
+    assert found.files == ["disk 1", "further", "disk 2"]
+    assert found.reasons[0] == AWAY
+    details = team.catalogue.files(1)
+    assert [(one["storage"], one["path"], one["condition"]) for one in details] == [
+        ("disk 1", "/d/disk 1", INTERRUPTED),
+        ("disk 1", "/d/further", SUSPECT),
+    ]
+    assert (details[0]["bytes"], details[0]["sha256"]) == (1234, "ab" * 32)
+    # Nothing new, nothing to ask: also by a core that has not heard it yet.
+    team.beat("disk 1", finished=told)
+    assert not team.waiting
+    second = restart(team)
+    for name in KINDS:
+        second.register(name)
+    second.beat("disk 1", finished=told)
+    assert not second.waiting
+    second.close()
+
+
+def test_copies_that_are_delivered_later_at_the_same_time(team):
+    interrupted(team)
+    for name in ("disk 1", "disk 2"):
+        team.has[name, 1] = whole(name, f"{name} later")
+        team.beat(name, finished=[finished(1, f"{name} later")])
+    team.answer_all()
+    assert team.catalogue.find(1).files == ["disk 1", "disk 1 later", "disk 2", "disk 2 later"]
+
+
+def test_a_storage_that_comes_back_is_asked_about_the_newest_run(team):
+    do(team, "prepare")
+    do(team, "begin")
+    team.lose("disk 1")
+    team.lose("disk 2")
+    reply = ask(team, "end")
+    team.answer_all()
+    team.advance(5.1)
+    team.answer_all()
+    assert reply.value()["condition"] == INTERRUPTED
+    team.has["disk 2", 1] = whole("disk 2") | {"condition": COMPLETE, "ends": []}
+    team.register("disk 2", instance="restarted")
+    assert [one[:3:2] for one in team.waiting] == [("disk 2", "report_run")]
+    team.answer_all()
+    found = team.catalogue.find(1)
+    assert (found.condition, found.files) == (COMPLETE, ["disk 2"])
+    assert found.reasons == ["disk 1: has not reported"]
+    team.register("disk 1", instance="restarted")  # it cannot make it better, but has not had its say
+    team.answer_all()
+    assert team.catalogue.find(1).condition == COMPLETE
+    team.lose("disk 1")
+    team.register("disk 1")
+    assert not team.waiting
+
+
+def test_an_aborted_run_stays_aborted_whatever_is_delivered_later(team):
+    do(team, "prepare")
+    do(team, "abort")
+    team.has["disk 1", 1] = whole("disk 1", "further")
+    team.beat("disk 1", finished=[finished(1, "further")])
+    team.answer_all()
+    found = team.catalogue.find(1)
+    assert (found.condition, found.files) == (ABORTED, ["disk 1", "further", "disk 2"])
+
+
+@pytest.mark.parametrize("told", ["x", [1], [{"run": 1}], [finished(2**63, "a")], [finished(0, "a")], {"a": 1}])
+def test_nonsense_about_finished_files_harms_nobody(team, told, caplog):
+    interrupted(team)
+    team.beat("disk 1", finished=told)
+    team.beat("disk 1", finished=told)
+    assert not team.waiting
+    assert caplog.text.count("disk 1: what it says of finished files is not understood") == 1
+
+
+def test_a_run_is_not_held_up_by_who_was_lost_long_ago(team):
+    do(team, "prepare")
+    do(team, "begin")
+    component = team.peers.components["disk 2"]
+    team.lose("disk 2")
+    team.peers.lost["disk 2"] = (team.now, component)
+    team.advance(30)
+    result = do(team, "end")
+    assert (result["condition"], result["files"]) == (COMPLETE, ["disk 1"])
+    assert result["reasons"] == ["disk 2 is lost", "disk 2: has not reported"]
+    assert team.catalogue.find(1).storages == ["disk 1", "disk 2"]
+
+
+def test_a_storage_whose_answer_was_lost_with_the_core_is_asked_for_a_report(team):
+    do(team, "prepare")
+    do(team, "begin")
+    ask(team, "end")
+    team.answer_all()  # the catalogue's last word is that the run is being ended
+    run = team.catalogue.find(1)
+    run.phase, run.reports, run.ends = "ENDING", {}, []
+    team.catalogue.save(run)
+    second = restart(team)
+    second.has = {(name, 1): whole(name) | {"condition": COMPLETE} for name in ("disk 1", "disk 2")}
+    for one in second.has.values():
+        one["ends"] = [["board 1", 1, 4, "closed", 10], ["board 2", 2, 4, "closed", 10]]
+    second.register("monitor", run=1)  # it alone has not heard of the end
+    for name in KINDS:
+        if name != "monitor":
+            second.register(name)
+    second.advance(2.1)
+    while second.waiting:
+        second.answer(failing=second.waiting[0][2] == "end_run" and second.waiting[0][0] != "monitor")
+    found = second.catalogue.find(1)
+    assert (found.condition, found.rows, found.stored, found.reasons) == (COMPLETE, 20, 20, [])
+    second.close()
+
+
+def test_a_name_that_was_not_there_stays_out_but_a_monitor_joins(team):
+    team.lose("board 2")
+    team.lose("monitor")
+    do(team, "prepare")
+    do(team, "begin")
+    team.register("board 2")
+    team.register("monitor", instance="2")
+    team.answer_all()
+    assert not [one for one in team.sent if one[0] == "board 2"]
+    assert ("monitor", "begin_run") in team.sent
+
+
+@pytest.mark.parametrize("steps", [("prepare",), ("prepare", "begin")])
+def test_abort_keeps_what_was_taken(team, steps):
+    for step in steps:
+        do(team, step)
+    result = do(team, "abort")
+    assert (result["condition"], result["stored"], team.runs.state) == (ABORTED, 20, "STOP")
+    assert ("board 1", "abort_run") in team.sent
+
+
+def test_abort_interrupts_what_is_going_on(team):
+    do(team, "prepare")
+    ending = ask(team, "end")
+    team.answer()
+    aborting = ask(team, "abort")
+    with pytest.raises(StateError, match="end_run was aborted by me"):
+        ending.value()
+    team.answer_all()
+    assert aborting.value()["condition"] == ABORTED
+    assert aborting.value()["rows"] == 20
+
+
+def test_abort_of_prepare_and_in_stop(team):
+    preparing = ask(team, "prepare")
+    team.answer()
+    aborting = ask(team, "abort")
+    team.answer_all()
+    with pytest.raises(StateError, match="aborted by me"):
+        preparing.value()
+    assert aborting.value()["condition"] == "CANCELLED"
+    assert team.runs.state == "STOP"
+    assert do(team, "abort")["run"] is None
+
+
+@pytest.mark.parametrize(("steps", "state"), [(("prepare",), "READY"), (("prepare", "begin"), "RUN")])
+def test_a_restarted_core_picks_the_run_up(team, steps, state):
+    for step in steps:
+        do(team, step)
+    second = restart(team)
+    assert second.runs.state == "STOP"
+    for name in KINDS:
+        component = second.register(name, run=1)
+        component.begun = state == "RUN"
+    assert (second.runs.state, second.runs.number) == (state, 1)
+    if state == "READY":
+        do(second, "begin")
+    assert do(second, "end")["condition"] == COMPLETE
+    second.close()
+
+
+def test_a_restarted_core_finishes_what_it_had_begun(team):
+    do(team, "prepare")
+    do(team, "begin")
+    ask(team, "end")
+    team.answer()  # board 1 has ended, nobody else
+    second = restart(team)
+    second.register("board 1")
+    for name in ("board 2", "disk 1", "disk 2", "monitor"):
+        second.register(name, run=1)
+    second.advance(2.1)
+    second.answer_all()
+    assert second.runs.state == "STOP"
+    assert second.catalogue.find(1).phase == ENDED
+    assert not [one for one in second.sent if one[1] == "prepare_run"]
+    second.close()
+
+
+def test_a_restarted_core_with_fresh_components_starts_anew(team):
+    do(team, "prepare")
+    second = restart(team)
+    for name in KINDS:
+        second.register(name, instance="fresh")
+    assert second.runs.state == "STOP"
+    run = second.catalogue.find(1)
+    assert (run.phase, run.condition, run.stored) == (ENDED, INTERRUPTED, None)
+    assert {one[:3:2] for one in second.waiting} == {("disk 1", "report_run"), ("disk 2", "report_run")}
+    second.answer_all()
+    assert second.catalogue.find(1).stored is not None  # they have said it
+    assert do(second, "prepare")["run"] == 2
+    second.close()
+
+
+def test_a_core_that_died_in_prepare_cancels(team):
+    ask(team, "prepare")
+    second = restart(team)
+    assert second.catalogue.find(1).condition == "CANCELLED"
+    second.register("board 1", run=1)
+    assert second.waiting[0][2] == "cancel_run"
+    second.answer_all()
+    for name in list(KINDS)[1:]:
+        second.register(name)
+    assert do(second, "prepare")["run"] == 2
+    second.close()
+
+
+def test_what_was_answered_to_a_core_that_has_died_is_told_by_heartbeats(team):
+    ask(team, "prepare")
+    second = restart(team)
+    for name in KINDS:
+        second.register(name)  # all still at work on it: none is in the run yet
+    second.beat("board 1", 1, False)
+    second.beat("board 1", 1, False)
+    assert [one[:3:2] for one in second.waiting] == [("board 1", "cancel_run")]
+    second.answer_all()
+    assert second.peers.components["board 1"].run is None
+    do(second, "prepare")
+    do(second, "begin")
+    third = restart(second)
+    for name in KINDS:
+        third.register(name, run=2, begun=name != "disk 1")
+    assert [one[:3:2] for one in third.waiting] == [("disk 1", "begin_run")]
+    third.beat("disk 1", 2, True)  # while it is asked its answer counts, not this
+    assert not third.peers.components["disk 1"].begun
+    third.answer_all()
+    assert third.peers.components["disk 1"].begun
+    assert do(third, "end")["condition"] == COMPLETE
+    third.close()
+
+
+def test_a_disk_that_will_soon_be_full_is_a_warning(team, caplog):
+    full = {"seconds_left": 700, "bytes_per_second": 18e6}
+    for _ in range(3):
+        team.beat("disk 1", **full, paused="")
+        team.beat("disk 2", seconds_left=None, bytes_per_second=0, paused="no space left")
+    warnings = do(team, "prepare")["warnings"]
+    assert warnings == [
+        "disk 1: disk full in 11 min at 18 MB/s",
+        "disk 2 is not writing: no space left",
+    ]
+    team.beat("disk 1", seconds_left=650, bytes_per_second=18e6)
+    team.beat("disk 1", seconds_left=550, bytes_per_second=18e6)
+    team.beat("disk 1", seconds_left=800, bytes_per_second=18e6)
+    team.beat("disk 1", seconds_left=590, bytes_per_second=18e6)
+    team.beat("disk 2", paused="")
+    told = [record.message for record in caplog.records if record.message.startswith("disk")]
+    assert told == [
+        "disk 1: disk full in 11 min at 18 MB/s",
+        "disk 2 is not writing: no space left",
+        "disk 1: disk full in 9 min at 18 MB/s",
+        "disk 2 is writing again",
+    ]
+
+
+def test_a_run_that_the_catalogue_does_not_know_is_left_alone_until_aborted(team):
+    team.lose("board 1")
+    team.register("board 1", instance="2", run=77)
+    assert not team.waiting
+    with pytest.raises(ComponentError, match="board 1 is still in run 77"):
+        ask(team, "prepare")
+    team.catalogue.save(Run(77, "", "", "", 0, phase=ENDED), new=True)  # what Team.send() checks
+    do(team, "abort")
+    assert do(team, "prepare")["run"] == 78
+
+
+def test_two_cores_never_share_a_catalogue(team):
+    with pytest.raises(FileError, match="another core"):
+        Catalogue(team.catalogue.path.parent)
+
+
+def filled_catalogue(directory, runs=40):
+    catalogue = Catalogue(directory)
+    for number in range(1, runs + 1):
+        catalogue.save(Run(number, "physics", "c" * 300, "me", number, phase=ENDED), new=True)
+        catalogue.add_comment(number, "me", f"comment on {number}")
+    catalogue.close()
+    return (directory / "catalogue.sqlite").read_bytes()
+
+
+def test_a_damaged_catalogue_never_gives_a_number_twice(tmp_path):
+    """It is kept, what can be read of it is taken over, and what is wrong is said in one line."""
+    whole = filled_catalogue(tmp_path)
+    path = tmp_path / "catalogue.sqlite"
+    page = whole.index(b"c" * 300) // 4096 * 4096  # some of the runs
+    ruined = {
+        "no database": b"not a database" * 100,
+        "nothing": b"",
+        "truncated": whole[: len(whole) // 2],
+        "a page": whole[:page] + bytes(4096) + whole[page + 4096 :],
+        "the last run": whole.replace(b'{"layout":', b'{"lay\xffut":'),
+        "a run's text": whole.replace(b'{"layout":', b'["layout":'),
+    }
+    for what, content in ruined.items():
+        path.write_bytes(content)
+        catalogue = Catalogue(tmp_path)
+        assert catalogue.highest() == 40, what
+        assert ("was damaged (" if what != "nothing" else "ends with run 0, 40 were drawn") in catalogue.warnings[0], (
+            what
+        )
+        assert all("\n" not in line for line in catalogue.warnings)
+        kept = tmp_path / "catalogue.sqlite.damaged"
+        assert kept.exists() == (what != "nothing")
+        if what != "nothing":
+            assert kept.read_bytes() == content
+            kept.unlink()
+        if what == "a page":
+            assert all(len(catalogue.comments(number)) == 1 for number in range(1, 41))
+            assert 0 < sum(catalogue.find(number) is not None for number in range(1, 41)) < 40
+        catalogue.find()
+        catalogue.save(Run(41, "", "", "", 0), new=True)
+        catalogue.close()
+        catalogue = Catalogue(tmp_path)
+        assert (catalogue.highest(), catalogue.warnings) == (41, [])
+        catalogue.close()
+        (tmp_path / "highest_run").write_text("40\n")
+
+
+def test_a_damaged_catalogue_without_the_highest_number_stops_the_core(tmp_path):
+    """Until somebody says which number was the last. An older catalogue has no such file: it gets one."""
+    filled_catalogue(tmp_path, 3)
+    (tmp_path / "highest_run").unlink()
+    Catalogue(tmp_path).close()
+    assert (tmp_path / "highest_run").read_text() == "3\n"
+    path = tmp_path / "catalogue.sqlite"
+    path.write_bytes(b"not a database" * 100)
+    for content in (None, b"", b"-1", b"\xff", b"9" * 30):
+        (tmp_path / "highest_run").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "highest_run").write_bytes(content)
+        with pytest.raises(
+            FileError, match=r"is damaged \(.*\), and the highest run number is not known: write it into"
+        ):
+            Catalogue(tmp_path)
+        assert path.read_bytes() == b"not a database" * 100
+    (tmp_path / "highest_run").write_text("700\n")
+    catalogue = Catalogue(tmp_path)
+    assert catalogue.highest() == 700
+    catalogue.close()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FileError, match="is not a regular file"):
+        Catalogue(tmp_path)
+
+
+@pytest.mark.parametrize("removed", ["everything", "the directory", "the lock", "the catalogue alone"])
+def test_a_catalogue_that_somebody_removes_is_made_anew(tmp_path, removed):
+    directory = tmp_path / "state"
+    directory.mkdir()
+    catalogue = Catalogue(directory)
+    catalogue.save(Run(7, "physics", "cosmics", "me", 1), new=True)
+    catalogue.add_comment(7, "me", "beam is on")
+    assert not catalogue.keep()
+    if removed == "the lock":
+        (directory / "catalogue.lock").unlink()
+    elif removed == "the catalogue alone":
+        (directory / "catalogue.sqlite").unlink()
+    else:
+        for path in directory.iterdir():
+            path.unlink()
+    if removed == "the directory":
+        directory.rmdir()
+    catalogue.save(Run(8, "physics", "cosmics", "me", 2), new=True)
+    assert catalogue.keep()
+    assert not catalogue.keep()
+    catalogue.save(Run(9, "physics", "cosmics", "me", 3), new=True)
+    with pytest.raises(FileError, match="another core"):
+        Catalogue(directory)
+    catalogue.close()
+    again = Catalogue(directory)
+    assert [again.find(number).comment for number in (7, 8, 9)] == ["cosmics"] * 3
+    assert again.comments(7)[0]["text"] == "beam is on"
+    again.close()
+
+
+def test_a_catalogue_of_the_schema_before(tmp_path):
+    db = sqlite3.connect(tmp_path / "catalogue.sqlite")
+    db.executescript("""
+        CREATE TABLE runs (
+            run INTEGER PRIMARY KEY, phase TEXT NOT NULL, kind TEXT NOT NULL, comment TEXT NOT NULL, operator TEXT
+            NOT NULL, prepared_ns INTEGER NOT NULL, begun_ns INTEGER, ended_ns INTEGER, condition TEXT NOT NULL,
+            details TEXT NOT NULL);
+        CREATE TABLE comments (
+            run INTEGER NOT NULL, time_ns INTEGER NOT NULL, operator TEXT NOT NULL, text TEXT NOT NULL);
+        INSERT INTO runs VALUES (7, 'ENDED', 'physics', 'c', 'me', 1, 2, 3, 'COMPLETE', '{"files": ["a.h5"]}');
+        PRAGMA user_version=1;
+    """)
+    db.close()
+    catalogue = Catalogue(tmp_path)
+    assert (catalogue.highest(), catalogue.find(7).files, catalogue.files(7)) == (7, ["a.h5"], [])
+    assert catalogue.add_file("disk", "/d/a.h5", 7, 10, "", COMPLETE)
+    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "00", COMPLETE)  # the same file, its checksum is known now
+    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "", COMPLETE)  # told by another process, not known again
+    assert catalogue.files(7)[0]["sha256"] == "00"
+    assert catalogue.add_file("disk", "/d/a.h5", 7, 20, "11", COMPLETE)
+    catalogue.close()
+    catalogue = Catalogue(tmp_path)
+    assert [(one["path"], one["bytes"]) for one in catalogue.files(7)] == [("/d/a.h5", 20)]
+    catalogue.close()
+    db = sqlite3.connect(tmp_path / "catalogue.sqlite")
+    db.execute("PRAGMA user_version=99")
+    db.close()
+    with pytest.raises(FileError, match="schema 99, here 2"):
+        Catalogue(tmp_path)
+
+
+def test_comments_are_kept_with_the_run(team):
+    with pytest.raises(StateError):
+        team.runs.comment("me", "too early")
+    do(team, "prepare")
+    assert team.runs.comment("me", "beam is on") == 1
+    (comment,) = team.catalogue.comments(1)
+    assert (comment["operator"], comment["text"]) == ("me", "beam is on")

@@ -1,0 +1,132 @@
+"""Emulated boards that do wrong on request, on real sockets: what they say they did is what the verdicts say."""
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from emulated_board import Driver, Emulator, emulator
+from processes import LIMIT, until
+from system import System, rows_of, system
+
+from larpixdaq.hdf5.verify import verify
+from larpixdaq.protocol.stream import Verdict
+from larpixdaq.sources.data_quality import FINDINGS
+from larpixdaq.sources.pacman import PacmanSource
+
+RATE = 20_000
+WORDS = 40_000
+
+
+def read(board: Emulator) -> tuple[dict[str, int], Driver, list[Verdict]]:
+    """What the board says it did, the source that read all of it, and the verdicts."""
+    source = PacmanSource(1, "127.0.0.1", board.ready["1"]["data"])
+    source.open()
+    try:
+        driver = Driver(source)
+        driver.until(board.ended, "the board's last word")
+        counts = board.said["sent"]["1"]
+        driver.until(lambda: driver.count("words_in") == counts["words"], "all words")
+        return counts, driver, source.evidence(time.time_ns())
+    finally:
+        source.close()
+
+
+def board(*options: str) -> Any:
+    return emulator(
+        "--count", str(WORDS), "--rate", str(RATE), "--words-per-message", "20", "--lossless", "--stay", *options
+    )
+
+
+def of(kind: str, found: list[Verdict]) -> Verdict:
+    pattern = re.escape(FINDINGS[kind].text).replace(r"\{events\}", r"\d+").replace(r"\{amount\}", r"\d+")
+    (one,) = [line for line in found if re.fullmatch(pattern, line.why)]
+    return one
+
+
+def numbers(one: Verdict) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", one.why)]
+
+
+@pytest.mark.parametrize("options", [(), ("--pps",), ("--odd", "0.1")])
+def test_an_ordinary_board_is_complete(options: tuple[str, ...]) -> None:
+    with board(*options) as made:
+        counts, _, found = read(made)
+    assert counts["words"] == WORDS
+    assert found == [Verdict(1, "complete", "", 0, 0, 0)]
+
+
+def test_lies_and_doubles_are_counted_exactly() -> None:
+    with board("--skip", "0.1", "--double", "0.1", "--lie", "0.1") as made:
+        counts, driver, found = read(made)
+    assert counts["words"] == WORDS - counts["skipped"] + counts["doubled"]
+    assert min(counts["skipped"], counts["doubled"], counts["lied"]) > 0
+    assert np.count_nonzero(driver.rows["packet_type"] != 4) == counts["words"]
+    assert len(found) == 2
+    lied, doubled = of("short", found), of("doubled", found)
+    assert (lied.verdict, lied.lost) == ("lost", counts["lied"])
+    assert numbers(lied) == [counts["lied"], counts["lied_messages"]]
+    assert (doubled.verdict, doubled.lost) == ("suspect", 0)
+    assert numbers(doubled) == [counts["doubled_messages"], counts["doubled"]]
+
+
+def test_full_fifos_are_counted_exactly() -> None:
+    with board("--fifo-full", "0.01") as made:
+        counts, driver, found = read(made)
+    assert counts["full"] == np.count_nonzero(driver.rows["local_fifo"] & 2) > 0
+    assert found == [of("full", found)]
+    assert numbers(found[0]) == [counts["full"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"), [(("--jump", "1:100"), "ahead"), (("--jump", "1:-100"), "back"), (("--restart", "1"), "back")]
+)
+def test_clocks_that_jump(options: tuple[str, ...], kind: str) -> None:
+    with board(*options) as made:
+        counts, _, found = read(made)
+    assert counts["words"] == WORDS
+    assert found == [of(kind, found)]
+    assert found[0].first_ns <= found[0].last_ns
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[System]:
+    with system(tmp_path) as made:
+        yield made
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_board_that_is_gone_for_two_seconds(line: System) -> None:
+    """The run goes on, all that came is stored, and the file says from when to when the board was away."""
+    words = 5 * RATE
+    with board("--away", "1:2", "--wait-for-go", "--count", str(words)) as made:
+        operator = line.start("--pacman", f"127.0.0.1:{made.ready['1']['data']}")
+        operator.prepare_run().result(LIMIT)
+        operator.begin_run().result(LIMIT)
+        began = time.time_ns()
+        made.go()
+        line.await_status(operator, "producer", "verdicts", {"1": "suspect"})
+        assert operator.state().result(LIMIT) == "RUN"
+        assert "; io_group 1 is suspect" in operator.status().readable(LIMIT)
+        counts = made.line()["sent"]["1"]
+        until(lambda: line.status_of(operator, "producer").get("packets", 0) == counts["D"], "the rest of the words")
+        ended = operator.end_run().result(LIMIT)
+        over = time.time_ns()
+    assert counts["words"] + counts["skipped"] == words
+    assert counts["skipped"] > 0
+    assert ended["condition"] == "COMPLETE, suspect"
+    (path,) = ended["files"]
+    assert verify(Path(path)).ok
+    rows = rows_of(path)
+    assert np.count_nonzero((rows["direction"] == 1) & (rows["packet_type"] != 4)) == counts["words"]
+    with h5py.File(path) as file:
+        (away,) = [line for line in file["ledger/verdicts"] if line["verdict"] != b"complete"]
+    assert away["why"].startswith(b"board disconnected: ")
+    assert began < away["first_ns"] < away["last_ns"] < over
+    (reason,) = [line for line in ended["reasons"] if "from the host's" not in line]  # its clock stood still meanwhile
+    assert "io_group 1: suspect: board disconnected" in reason
+    assert "io_group 1 is suspect: board disconnected" in line.processes["producer"].stderr

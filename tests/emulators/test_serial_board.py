@@ -1,0 +1,182 @@
+"""The emulated serial board: larpix-control's SerialPort and our own source at its pseudo-terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import pairwise
+
+import pytest
+from emulated_board import Driver, SerialEmulator
+from hypothesis import given
+from hypothesis import strategies as st
+from larpix import Controller, Packet_v1
+from larpix.io import SerialPort, serialport
+
+from larpixdaq import emulators
+from larpixdaq.emulators import network as chip_network
+from larpixdaq.emulators.chips import Chips
+from larpixdaq.emulators.noise import Channels, Noise
+from larpixdaq.emulators.serial_board import Frames, SerialBoard
+from larpixdaq.emulators.tile import Tile
+from larpixdaq.schema import Asic
+from larpixdaq.sources.serial import SerialSource
+
+
+@pytest.fixture
+def serial():
+    made = []
+
+    def start(*args):
+        made.append(SerialEmulator(*args))
+        return made[-1]
+
+    yield start
+    for board in made:
+        board.close()
+
+
+@pytest.fixture
+def control():
+    """A Controller at a device; its port is closed in the end."""
+    made = []
+
+    def start(device):
+        made.append(Controller())
+        made[-1].io = SerialPort(device)
+        return made[-1]
+
+    yield start
+    for controller in made:
+        controller.io.serial_com.close()
+
+
+@pytest.fixture
+def v1_port(monkeypatch):
+    """larpix-control 3 sends v1 packets in frames of nine bytes and reads all as v2; this is what its 2.3 did."""
+    monkeypatch.setattr(
+        SerialPort, "_format_UART", staticmethod(lambda packet: b"s" + packet.bytes().ljust(8, b"\0") + b"q")
+    )
+    monkeypatch.setattr(serialport, "Packet", lambda data: Packet_v1(data[:7]))
+
+
+def quiet(controller, register):
+    for key in controller.chips:
+        controller.write_configuration(key, register)
+
+
+def test_v1_chips_with_larpix_control(serial, control, v1_port):
+    """Every register of every chip, before and after writes; a reset of the board is one of the chips."""
+    board = serial()
+    controller = control(board.device)
+    controller.load("controller/pcb-1_chip_info.json")
+    for chip in controller.chips.values():
+        chip.config.global_threshold = 255
+    quiet(controller, 32)
+    ok, different = controller.verify_configuration(timeout=0.5)
+    assert (ok, different) == (True, {})
+    key = list(controller.chips)[2]
+    controller[key].config.pixel_trim_thresholds = list(range(32))
+    controller[key].config.reset_cycles = 0x123456
+    ok, different = controller.verify_configuration([key], timeout=0.3)
+    assert set(different[key]) == {*range(16), *range(17, 32), 60, 61, 62}
+    controller.write_configuration(key)
+    assert controller.verify_configuration([key], timeout=0.3) == (True, {})
+    controller.io.larpix_reset()
+    quiet(controller, 32)
+    ok, different = controller.verify_configuration([key], timeout=0.3)
+    assert set(different[key]) == {*range(16), *range(17, 32), 60, 61, 62}
+    board.stop()
+    said = board.finish()["sent"]["1"]
+    assert said["commands"] == 1
+    assert said["skipped_bytes"] == said["unheard"] == said["refused"] == 0
+    assert said["D"] >= 4 * 63 + 3 * 63
+
+
+def test_v2_chips_with_larpix_control(serial, control, tmp_path):
+    network = tmp_path / "net.json"
+    board = serial("--chips", "6", "--asic", "2b", "--write-network", str(network), "--dead-chips", "1-1-16")
+    controller = control(board.device)
+    controller.load(str(network))
+    controller.init_network(1, 1)
+    ok, different = controller.verify_network()
+    assert not ok
+    assert [str(key) for key in different] == ["1-1-16"]
+    # it looks once, and a terminal keeps 4 kB for it: one chip's registers
+    for key in list(controller.chips)[:5]:
+        assert controller.verify_configuration(key, timeout=0.5) == (True, {})
+
+
+def test_the_source_reads_what_was_sent(serial):
+    """v1 chips are noisy at power-up; all that was sent arrives and no faster than the line carries it."""
+    board = serial("--seed", "3")
+    source = SerialSource(board.device, asic=Asic.V1)
+    source.open()
+    try:
+        driver = Driver(source)
+        began = time.monotonic()
+        driver.until(lambda: driver.n > 5000, "noise")
+        assert time.monotonic() - began > 0.4
+        board.stop()
+        said = board.finish()["sent"]["1"]
+        driver.until(lambda: driver.count("words_in") >= said["D"], "the last frame")
+    finally:
+        source.close()
+    rows = driver.rows[driver.rows["type"] == 0]
+    assert len(rows) == said["D"] == driver.count("words_in")
+    assert rows["valid_parity"].all()
+    assert set(rows["chipid"].tolist()) == {246, 245, 252, 243}
+    assert set(rows["channel"].tolist()) == set(range(32))
+    assert said["crowded"] > 0
+
+
+@given(st.binary(max_size=60), st.lists(st.integers(0, 60)), st.lists(st.binary(min_size=8, max_size=8), max_size=4))
+def test_frames_however_they_are_cut(garbage, cuts, words):
+    data = garbage + b"".join(b"s" + word + b"q" for word in words)
+    whole, pieces = Frames(), Frames()
+    expected = list(whole.feed(data))
+    bounds = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    got = [frame for a, b in pairwise(bounds) for frame in pieces.feed(data[a:b])]
+    assert got == expected
+    assert pieces.skipped == whole.skipped
+    if not garbage:
+        assert got == [b"s" + word + b"q" for word in words]
+
+
+@pytest.mark.parametrize("asic", ["1", "2"])
+def test_clock_ratio_and_length_of_resets(asic):
+    """128 ticks at first, which leave v2 chips their registers; chips hear nothing of another speed."""
+    wiring_ = chip_network.tile_wiring(1, channels=1) if asic == "2" else chip_network.Wiring([(1, 1)])
+    chips = Chips(wiring_, asic, powered=True)
+    tile = Tile(Noise(chips, Channels(1, chips.map.channels, [1]), [2]), seconds=0, tick=0, heartbeat=0, carries=1000)
+    board = SerialBoard(tile, None)
+    address = {"1": 32, "2": 64}[asic]
+
+    def write(value):
+        bare = 2 | 1 << 2 | address << 10 | value << 18
+        board.heard(b"s" + bare.to_bytes(8, "little") + b"q")
+        return int(chips.registers[0, address])
+
+    def command(number, value=0):
+        board.heard(b"c" + bytes([number, value, *bytes(6)]) + b"q")
+
+    usual = int(chips.map.defaults[address])
+    assert write(9) == 9
+    command(2)
+    assert chips.registers[0, address] == (usual if asic == "1" else 9)
+    command(1, 255)
+    command(2)
+    assert chips.registers[0, address] == usual
+    command(0, 4)
+    assert write(9) == usual
+    command(0, 2)
+    assert write(9) == 9
+
+
+def test_wrong_options(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        emulators.main(["serial", "--baud", "0"])
+    two = {"_config_type": "controller", "name": "x", "asic_version": 1, "chip_list": ["1-1-2", "2-1-3"]}
+    (tmp_path / "two.json").write_text(json.dumps(two))
+    assert emulators.main(["serial", "--chips", str(tmp_path / "two.json")]) == 1
+    assert "a serial line has one io_group, found [1, 2]" in capsys.readouterr().err

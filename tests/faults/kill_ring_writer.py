@@ -1,0 +1,179 @@
+"""A producer's ring whose writer is killed, and what its successor must find. A program, since it forks without end:
+
+    python tests/faults/kill_ring_writer.py FOLDER SEED TRIALS
+
+kills a writer TRIALS times at random moments; exit 1 when what it left is not exactly what it had published.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from larpixdaq import constants, schema
+from larpixdaq._native.ring_buffer import END, SMALLEST
+from larpixdaq.buffer.block_builder import Recorder
+from larpixdaq.buffer.crash_recovery import Predecessors
+from larpixdaq.buffer.ring_file import Arena
+from larpixdaq.buffer.spool import Directory
+from larpixdaq.protocol.stream import Block, End, unpack_producer
+from larpixdaq.runtime.checksum import crc32
+from larpixdaq.runtime.event_loop import Worker
+
+NAME = "LArPix board"
+LAYOUT = schema.layout(2)
+WORD_ROWS, PACKETS, INFO_ROWS, DROPPED, BYTES = (
+    constants.COUNTS.index(name) for name in ("word_rows", "packets", "info_rows", "dropped", "bytes_in")
+)
+
+
+class Writer:
+    """Does to a ring what a producer does, in random order. Kept rows are numbered, per run, by their timestamps.
+
+    `told` are three numbers that outlive it: the run, rows published in it, 1 when its end record is in.
+    """
+
+    def __init__(self, arena: Arena, rng: random.Random, told: Any) -> None:
+        self.ring = arena.ring
+        self.rng = rng
+        self.told = told
+        self.recorder = Recorder(self.ring, NAME, self.ring.epoch, LAYOUT, [1, 200])
+        self.recorder.begin(1, ["storage"])
+        told[:] = (1, 0, 0)
+
+    def _count(self, rows: int) -> None:
+        # One after the other, as a decoder does it: the counters agree only in between batches.
+        for name in (WORD_ROWS, PACKETS, BYTES):
+            self.ring.counts[1, name] += np.uint64(rows)
+
+    def write(self) -> None:
+        rows = self.recorder.rows()
+        n = min(self.rng.choice((1, 3, 50, 2000)), 0 if rows is None else len(rows))
+        if rows is None:
+            self.drop()
+            return
+        first = int(self.told[1])
+        self._count(n)
+        rows["packet_type"][:n] = 0
+        rows["io_group"][:n] = 1
+        rows["timestamp"][:n] = np.arange(first, first + n)
+        self.recorder.publish(n)
+        self.told[1] += n
+
+    def drop(self) -> None:
+        rows = self.recorder.scratch()[: self.rng.choice((1, 7, 500))]
+        rows["io_group"] = 1
+        self._count(len(rows))
+        self.recorder.drop(rows)
+
+    def info(self) -> None:
+        self.recorder.info("x" * self.rng.choice((3, 100)))
+
+    def run(self) -> None:
+        self.recorder.end("closed", [], self.recorder.counts(self.ring.outside))
+        self.told[2] = 1
+        if self.rng.random() < 0.5:  # a storage has all of it
+            self.ring.free_to(self.ring.head)
+        run = int(self.told[0]) + 1
+        self.recorder.begin(run, ["storage", "other"])
+        self.told[1] = self.told[2] = 0  # before the run: it may be killed in between
+        self.told[0] = run
+
+    def work(self) -> None:
+        steps = ((self.write, 60), (self.recorder.close_block, 20), (self.drop, 5), (self.info, 5), (self.run, 3))
+        choices, weights = zip(*steps, strict=True)
+        while self.ring.fill < 0.95:
+            self.rng.choices(choices, weights)[0]()
+
+
+def check(folder: Path, epoch: int, told: tuple[int, int, int]) -> None:
+    """Take over what the dead writer left in the folder, and compare it with what it had told."""
+    worker = Worker("spool")
+    spool = Directory(folder / "spool", "larpixdaq", 0, worker)
+    for _ in range(2):  # the second time as if the first successor had been killed right afterwards
+        (left,) = Predecessors(NAME, folder, folder, spool, time.time_ns()).look(())
+        assert left.epoch == epoch
+        assert left.arena is not None
+        left.arena.leave()
+    worker.close(5)
+    ring = left.arena.ring
+    assert not ring.run_open
+    rows: list[int] = []
+    texts = gaps = sequence = 0
+    run = 0
+    for index in range(ring.tail, ring.head):
+        frame = unpack_producer(ring.packed_header(index), "ring")
+        if frame.run != run:
+            run, rows, texts, gaps, sequence = frame.run, [], 0, 0, 0
+        gaps += sum(gap.rows for gap in frame.gaps)
+        if isinstance(frame, Block):
+            found = np.frombuffer(ring.payload(index), LAYOUT.dtype)
+            assert (frame.sequence, frame.rows, frame.crc32) == (sequence, len(found), crc32(ring.payload(index)))
+            assert frame.first_packet == len(rows) + texts
+            sequence += 1
+            if frame.text is not None:
+                texts += len(found)
+            else:
+                rows += found["timestamp"].tolist()
+        else:
+            assert isinstance(frame, End)
+            assert ring.kind(index) == END
+            counts = {line[0]: line[1:] for line in frame.counts}
+            words, infos = counts.get(1, [0] * len(constants.COUNTS)), counts.get(0, [0] * len(constants.COUNTS))
+            assert frame.next == sequence
+            assert rows == list(range(len(rows))), "rows are missing or double"
+            assert len({words[WORD_ROWS], words[PACKETS], words[BYTES]}) == 1, "counters of a batch that was cut"
+            assert words[WORD_ROWS] - words[DROPPED] == len(rows), "equation (d)"
+            assert infos[INFO_ROWS] - infos[DROPPED] == texts
+            assert gaps == words[DROPPED] + infos[DROPPED]
+    if run == told[0]:
+        assert told[1] <= len(rows) <= told[1] + 2000, f"{told[1]} rows were published, {len(rows)} are there"
+        if frame.how == "recovered":
+            assert {(one.io_group, one.verdict) for one in frame.verdicts} == {(1, "suspect"), (200, "suspect")}
+    else:
+        assert run == told[0] + 1 or (told[2] and ring.tail == ring.head), (run, told)
+
+
+def kill(folder: Path, seed: int) -> None:
+    """One trial."""
+    rng = random.Random(seed)
+    arena = Arena.make(folder, folder, NAME, seed, SMALLEST + (8 << 20))
+    shared = mmap.mmap(-1, 4096)
+    told = np.frombuffer(shared, np.int64, 3)
+    child = os.fork()
+    if not child:
+        Writer(arena, rng, told).work()
+        os._exit(0)
+    while not told[0]:
+        os.sched_yield()
+    end = time.monotonic() + rng.random() * 0.02
+    while time.monotonic() < end:
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    arena.leave()
+    check(folder, seed, (int(told[0]), int(told[1]), int(told[2])))
+    arena.path.unlink()
+
+
+def main(folder: str, seed: str, trials: str) -> int:
+    for trial in itertools.islice(itertools.count(int(seed)), int(trials)):
+        try:
+            kill(Path(folder), trial)
+        except AssertionError as error:
+            print(f"trial {trial}: {error}", file=sys.stderr)
+            raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

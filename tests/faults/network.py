@@ -1,0 +1,154 @@
+"""Hosts on one machine: network namespaces of our own, with wires in between that can be cut, lossy or slow.
+
+The wires are a process of ours (packet_forwarder.py), since not every kernel has netem. Needs the right to make
+namespaces, which root has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PREFIX = "larpixdaq"
+FOLDER = Path("/run/netns")
+#: Fewer and larger packets than those of an Ethernet: the wires are Python.
+MTU = 9000
+LIMIT = 20.0
+
+_CLONE_NEWNET = 0x40000000
+_TUNSETIFF = 0x400454CA
+_IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
+
+
+def unavailable() -> str:
+    """Why this user cannot make network namespaces; empty for root, for whom it must work."""
+    return "" if os.geteuid() == 0 else "making network namespaces needs root"
+
+
+class Network:
+    """`hosts` by name, all connected; what is between two of them is perfect until fault() says otherwise."""
+
+    _made = 0
+
+    def __init__(self, *hosts: str, seed: int = 0) -> None:
+        remove_stale()
+        Network._made += 1
+        self.hosts = hosts
+        self._names = [f"{PREFIX}-{os.getpid()}-{Network._made}-{host}" for host in hosts]
+        devices: list[int] = []
+        try:
+            for host, name in zip(hosts, self._names, strict=True):
+                _ip("netns", "add", name)
+                with self.inside(host):
+                    devices.append(_tun())
+                _ip("-n", name, "link", "set", "lo", "up")
+                _ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", "tun0")
+                _ip("-n", name, "link", "set", "tun0", "mtu", str(MTU), "up")
+            ends = [f"{name}={device}" for name, device in zip(self._names, devices, strict=True)]
+            script = Path(__file__).with_name("packet_forwarder.py")
+            self._wires = subprocess.Popen(
+                [sys.executable, str(script), str(seed), *ends],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=devices,
+                start_new_session=True,  # it is to outlive us by as long as cleaning up takes
+            )
+        except BaseException:
+            for name in self._names:
+                subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+            raise
+        finally:
+            for device in devices:
+                os.close(device)
+
+    def address(self, host: str) -> str:
+        return f"10.77.0.{self.hosts.index(host) + 1}"
+
+    def prefix(self, host: str, *, memory: bool = False) -> list[str]:
+        """What to put before a command, so that it runs on this host. `memory`: with /dev/shm, which is ours alone; on
+        other hosts nobody sees it."""
+        there = ["nsenter", f"--net={FOLDER / self._names[self.hosts.index(host)]}"]
+        if memory:
+            return there
+        return [*there, "unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
+
+    @contextmanager
+    def inside(self, host: str) -> Iterator[None]:
+        """Sockets that this thread makes meanwhile, and threads that it starts, are on this host."""
+        with open("/proc/thread-self/ns/net") as home, open(FOLDER / self._names[self.hosts.index(host)]) as there:
+            _setns(there.fileno())
+            try:
+                yield
+            finally:
+                _setns(home.fileno())
+
+    def fault(
+        self, one: str, other: str, *, drop: float = 0.0, delay: float = 0.0, cut: bool = False
+    ) -> dict[str, int]:
+        """From now on this fraction of the packets between the two is lost, or all, or they come so much later (s).
+
+        Returns how many packets have passed and been lost so far.
+        """
+        between = [self.hosts.index(one), self.hosts.index(other)]
+        order = {"between": between, "drop": drop, "delay": delay, "cut": cut}
+        assert self._wires.stdin is not None
+        assert self._wires.stdout is not None
+        self._wires.stdin.write(json.dumps(order).encode() + b"\n")
+        self._wires.stdin.flush()
+        readable, _, _ = select.select([self._wires.stdout], [], [], LIMIT)
+        assert readable, f"waited {LIMIT} s for an answer of the wires"
+        answer: dict[str, int] = json.loads(self._wires.stdout.readline())
+        return answer
+
+    def heal(self, one: str, other: str) -> dict[str, int]:
+        return self.fault(one, other)
+
+    def close(self) -> None:
+        """The wires remove the namespaces."""
+        self._wires.communicate(timeout=LIMIT)
+
+
+@contextmanager
+def network(*hosts: str, seed: int = 0) -> Iterator[Network]:
+    made = Network(*hosts, seed=seed)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def remove_stale() -> None:
+    """Namespaces of processes that are no more, should their wires have been killed too."""
+    for path in FOLDER.glob(f"{PREFIX}-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            subprocess.run(["ip", "netns", "del", path.name], check=False, stderr=subprocess.DEVNULL)
+
+
+def _ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AssertionError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+def _setns(descriptor: int) -> None:
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(descriptor, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "cannot change the network namespace")
+
+
+def _tun() -> int:
+    """A TUN device `tun0` in the namespace of this thread, as a descriptor; it goes when that is closed."""
+    descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", b"tun0", _IFF_TUN | _IFF_NO_PI))
+    return descriptor

@@ -1,0 +1,67 @@
+"""One short trial of each row of the fault table. The long version is bench/faults.py.
+
+They are not run by default: `pytest -m faults`. With them a short soak; the long one is bench/soak.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from trial_processes import LIMIT, ROWS, Outcome, impossible, trials
+
+pytestmark = pytest.mark.faults
+
+SEED = 3
+#: Short faults at a low rate: most of a trial is waiting, so that several fit on a small machine.
+SHORT = {"rate": 50_000.0, "longest": 2.0, "before": 0.5, "after": 0.5, "ring": "128MiB"}
+JOBS = max(4, (os.cpu_count() or 1) + 1)
+
+
+@pytest.fixture(scope="session")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+    """The trials of all rows that were asked for, some at a time in the background."""
+    asked = [item.callspec.params["row"] for item in request.session.items if item.name.startswith("test_fault[")]
+    kept: Path = tmp_path_factory.mktemp("failed-trials")
+    with trials(SHORT, kept, JOBS) as made:
+        yield {row: made.submit(row, SEED) for row in asked if not impossible(row)}
+
+
+SOAK = "--minutes 0.25 --run 8 --rate 1e5 --boards 2 --words auto --ring 128MiB --rotate 3s --seconds 1 --every 0.5"
+
+
+@pytest.mark.timeout(LIMIT)
+def test_soak(outcomes: object, tmp_path: Path) -> None:
+    """Beside the trials, which are under way by now."""
+    script = Path(__file__).parents[2] / "bench" / "soak.py"
+    command = [
+        sys.executable,
+        str(script),
+        *SOAK.split(),
+        "--keep",
+        str(tmp_path),
+        "--report",
+        str(tmp_path / "report"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report").read_text())
+    assert len(report["runs"]) >= 2
+    assert sum(report["faults"].values()) >= 2
+    assert {"core", "producer", "offline_storage", "run_data", "log"} <= report["memory"].keys()
+
+
+@pytest.mark.timeout(LIMIT)
+@pytest.mark.parametrize("row", ROWS)
+def test_fault(row: str, outcomes: dict[str, Future[Outcome]]) -> None:
+    if reason := impossible(row):
+        pytest.skip(reason)
+    outcome = outcomes[row].result()
+    told = "\n".join([*outcome.failures, *outcome.reasons, *outcome.gaps, *outcome.events, f"kept in {outcome.kept}"])
+    assert outcome.ok, told

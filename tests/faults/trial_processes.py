@@ -1,0 +1,119 @@
+"""Trials in processes of their own, some at a time; each gives one Outcome, whatever happens to its process.
+
+`python trials.py ROW SEED FOLDER KEEP SETUP` makes one trial and prints its Outcome as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import process_faults
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
+import environment_faults
+from network import unavailable
+from table import ROWS, late, run_trial
+from trial import Outcome, Setup, as_dict, keep
+
+__all__ = ["ROWS", "Outcome", "Trials", "impossible", "late"]
+
+_MODULES = process_faults, environment_faults  # they fill ROWS
+#: A trial that has not ended after so long (seconds) is ended, with all that it started.
+LIMIT = 400.0
+
+
+def impossible(row: str) -> str:
+    """Why this user cannot make a trial of this row; empty when it can be made."""
+    return unavailable() if ROWS[row].network else ""
+
+
+class Trials:
+    """`jobs` trials at a time; what failed ones leave behind goes to `kept`."""
+
+    def __init__(self, setup: dict[str, Any], kept: Path, jobs: int = 1) -> None:
+        self._setup = setup
+        self._kept = kept
+        self._pool = ThreadPoolExecutor(jobs)
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+
+    def submit(self, row: str, seed: int, **setup: Any) -> Future[Outcome]:
+        return self._pool.submit(self._run, row, seed, {**self._setup, **setup})
+
+    def close(self) -> None:
+        """Trials that wait are forgotten, those that go on are ended."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for process in self._running:
+                _end(process)
+        self._pool.shutdown()
+
+    def _run(self, row: str, seed: int, setup: dict[str, Any]) -> Outcome:
+        with tempfile.TemporaryDirectory(prefix=f"larpixdaq-trial-{row}-", ignore_cleanup_errors=True) as folder:
+            place = Path(folder) / "trial"
+            command = [sys.executable, str(Path(__file__)), row, str(seed), str(place), str(self._kept)]
+            process = subprocess.Popen(
+                [*command, json.dumps(setup)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            with self._lock:
+                self._running.add(process)
+            try:
+                text, errors = process.communicate(timeout=LIMIT)
+            except subprocess.TimeoutExpired:
+                _end(process)
+                text, errors = process.communicate()
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+            with contextlib.suppress(IndexError, ValueError):
+                return Outcome(**json.loads(text.splitlines()[-1]))
+            failure = f"the trial ended with status {process.returncode}: {errors.strip()[-2000:]}"
+            kept = keep(place, self._kept, f"{row}-{seed}") if place.exists() else ""
+            return Outcome(row, seed, 0.0, failures=[failure], kept=kept)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """It and all that it started: they are a session of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def trials(setup: dict[str, Any], kept: Path, jobs: int = 1) -> Iterator[Trials]:
+    made = Trials(setup, kept, jobs)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def main(row: str, seed: str, folder: str, kept: str, setup: str) -> None:
+    place = Path(folder)
+    place.mkdir()
+    outcome = run_trial(ROWS[row], Setup(**json.loads(setup)), int(seed), place)
+    if not outcome.ok:
+        outcome.kept = keep(place, Path(kept), f"{row}-{seed}")
+    else:
+        shutil.rmtree(place)
+    print(json.dumps(as_dict(outcome)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

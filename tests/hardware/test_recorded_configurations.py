@@ -1,0 +1,227 @@
+"""The configuration of the chips in the file: before the data, when it changes, in every part, and after a recovery."""
+
+import h5py
+import numpy as np
+import pytest
+from emulated_board import Emulator
+from file_builder import V2, Feed, random_rows, run_info
+from larpix.format import hdf5format
+from processes import LIMIT
+from system import rows_of, system
+
+from larpixdaq.errors import ProtocolError, RequestError
+from larpixdaq.hardware.register_map import Registers
+from larpixdaq.hdf5 import repair
+from larpixdaq.hdf5.layout import INFO_BEFORE
+from larpixdaq.hdf5.recovery import recover
+from larpixdaq.hdf5.run_report import file_info
+from larpixdaq.hdf5.tables import configurations_of_part
+from larpixdaq.hdf5.verify import verify
+from larpixdaq.hdf5.writer import RunFile
+from larpixdaq.protocol.stream import READ, REGISTERS, SENT, Block, Configurations
+
+SLOW = 60.0
+ROUTINE = """
+from larpixdaq.routines import Routine
+
+def _lost(controller, send_data, send_info):
+    controller["1-1-12"].config.threshold_global = 77
+    controller.write_configuration("1-1-12", "threshold_global")
+    send_info("written")
+    while True:
+        pass
+
+registration = {"lost": Routine("lost", _lost, [])}
+"""
+
+
+def configured(*chips, asic="2", threshold=30, known=SENT | READ):
+    """Of chips of io_channel 1: all registers told and read, one of them differently."""
+    registers = Registers(asic)
+    arrays = np.zeros((3, len(chips), REGISTERS), np.uint8)
+    arrays[:2, :, : registers.count] = registers.defaults
+    arrays[:2, :, 64] = threshold
+    arrays[1, :, 70] += 1
+    arrays[2, :, : registers.count] = known
+    return Configurations(asic, np.array([(1, 1, chip) for chip in chips], np.uint8), *arrays)
+
+
+def told(feed, found):
+    block, rows = feed.info(found.text())
+    return Block(*(getattr(block, name) for name in Block.__struct_fields__[:-1]), configs=found.pack()), rows
+
+
+def rows(n):
+    return random_rows(np.random.default_rng(n), n)
+
+
+def table(path):
+    with h5py.File(path, "r", swmr=True) as file:
+        return file["run/configs"][:], file["configs"][:]
+
+
+@pytest.mark.parametrize("asic", ["2", "2b"])
+def test_larpix_control_reads_the_configurations_that_fit(tmp_path, asic):
+    feed, file = Feed(), RunFile(tmp_path, run_info(V2, asic_version=asic))
+    other = {"2": "2b", "2b": "2"}[asic]
+    file.add(*told(feed, configured(11, 12, asic=asic)))
+    file.add(*told(feed, configured(13, asic=other)))  # another generation beside it
+    half = configured(14, asic=asic)
+    half.known[0, 64] = 0  # a register of which nobody knows
+    file.add(*told(feed, half))
+    file.add(*feed.block(rows(100)))
+    file.end(feed.end())
+    path = file.close().path
+    assert verify(path).ok, verify(path).findings
+    all_, fitting = table(path)
+    assert all_["chip_id"].tolist() == [11, 12, 13, 14]
+    assert all_["different"].tolist() == [1] * 4
+    assert fitting["chip_id"].tolist() == [11, 12]
+    chips = hdf5format.from_file(str(path), load_configs=True)["configs"]
+    assert [(str(chip.chip_key), chip.config.threshold_global) for chip in chips] == [("1-1-11", 30), ("1-1-12", 30)]
+    assert file_info(path)["chips"] == {
+        "number": 4,
+        "sent": int(np.count_nonzero(all_["known"] & SENT)),
+        "read": int(np.count_nonzero(all_["known"] & READ)),
+        "different": 4,
+    }
+
+
+def test_every_part_begins_with_what_is_known(tmp_path):
+    feed, second = Feed(), Feed(producer="second")
+    first = RunFile(tmp_path, run_info())
+    first.add(*told(feed, configured(11, 12)))
+    first.add(*told(second, configured(13)))
+    first.add(*feed.block(rows(70_000 // 5)))
+    first.add(*told(feed, configured(12, threshold=40)))  # on its way when the next part begins
+    after = RunFile(tmp_path, run_info(), 1, first.positions(), configurations=first.configurations())
+    first.seal(continued=True)
+    first.publish()
+    found, fitting = table(after.path)
+    assert found["chip_id"].tolist() == fitting["chip_id"].tolist() == [11, 13, 12]
+    assert found["sent"][:, 64].tolist() == [30, 30, 40]
+    assert len(set(found["producer"].tolist())) == 2
+    after.add(*feed.block(rows(10)))
+    after.end(feed.end())
+    after.end(second.end())
+    after.work(pressed=True)
+    after.abandon()
+    path = recover(after.path).path
+    assert verify(path).ok, verify(path).findings
+    for mine, before in zip(table(path), (found, fitting), strict=True):
+        np.testing.assert_array_equal(mine, before)
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["in the file", "in the journal"])
+def test_a_killed_writer_leaves_them(tmp_path, written):
+    feed, file = Feed(), RunFile(tmp_path, run_info())
+    file.add(*told(feed, configured(11, 12)))
+    if written:
+        for _ in range(5):
+            file.add(*feed.block(rows(16_384)))
+    file.add(*told(feed, configured(12, 13, threshold=40)))
+    file.end(feed.end())
+    file.work(pressed=True)
+    file.abandon()
+    before = configurations_of_part(file.path)
+    assert before.rows["chip_id"].tolist() == [11, 12, 13]
+    assert before.rows["sent"][:, 64].tolist() == [30, 40, 40]
+    path = recover(file.path).path
+    found, fitting = table(path)
+    assert found["chip_id"].tolist() == fitting["chip_id"].tolist() == [11, 12, 12, 13]
+    np.testing.assert_array_equal(
+        configurations_of_part(path).rows, before.rows
+    )  # for a further part, although no journal is there
+    assert verify(path).ok, verify(path).findings
+
+
+def test_a_file_of_before_has_none_and_is_good(tmp_path):
+    """Made by a version that knew no /run/configs, /run/sources and live times: closed by that, or killed."""
+    feed, file = Feed(), RunFile(tmp_path, run_info())
+    file.add(*feed.block(rows(100)))
+    file.end(feed.end())
+    file.work(pressed=True)
+    file.abandon()
+    repair.repair_superblock(file.path)
+    with h5py.File(file.path, "r+", libver="v110") as plain:
+        row = plain["run/info"][:]
+        del plain["run/configs"], plain["run/sources"], plain["run/info"], plain["run/checksums"]
+        plain["run/info"] = row[list(INFO_BEFORE.names)].astype(INFO_BEFORE)
+        plain.create_dataset("run/checksums", shape=(14,), dtype=[("name", "S32"), ("rows", "<u8"), ("crc32", "<u4")])
+    assert not len(configurations_of_part(file.path).rows)
+    path = recover(file.path).path
+    assert verify(path).ok, verify(path).findings
+    assert file_info(path)["chips"]["number"] == 0
+
+
+def test_a_block_with_nonsense_is_refused(tmp_path):
+    feed, file = Feed(), RunFile(tmp_path, run_info())
+    block, message = told(feed, configured(11))
+    fields = {name: getattr(block, name) for name in Block.__struct_fields__}
+    wrong = Block(**fields | {"configs": type(block.configs)("2", b"\1\1", b"")})
+    with pytest.raises(ProtocolError, match="expected 1 to 256 chips of 3 bytes, found 2 bytes"):
+        file.add(wrong, message)
+    with pytest.raises(ProtocolError, match="configurations belong to a text"):
+        file.add(Block(**fields | {"text": None}), message)
+    file.add(block, message)
+    file.abandon()
+
+
+def test_what_chips_were_told_and_said_is_in_the_file_before_the_data(tmp_path):
+    network, routines = tmp_path / "network.json", tmp_path / "routines"
+    (tmp_path / "system").mkdir()
+    routines.mkdir()
+    (routines / "lost.py").write_text(ROUTINE)
+    stuck = "1-1-13:64.0=1"
+    board = Emulator(
+        "--chips", "12", "--asic", "2b", "--power-on", "--write-network", str(network), "--stuck-bits", stuck
+    )
+    ports = board.ready["1"]
+    try:
+        with system(tmp_path / "system") as made:
+            where = f"127.0.0.1:{ports['data']}:{ports['command']}"
+            operator = made.start("--asic", "2b", "--routines", str(routines), "--pacman", where)
+            operator.power(True).result(LIMIT)
+            operator.load_board(str(network)).result(LIMIT)
+            assert operator.configure_network().result(SLOW)["ok"]
+            operator.write_configuration().result(LIMIT)
+            operator.send_configuration({"all": {"threshold_global": 50}}).result(LIMIT)
+            assert operator.validate_configuration().result(SLOW)["different"] == 1
+            prepared = operator.prepare_run(comment="cosmics").result(LIMIT)
+            assert prepared["warnings"] == ["LArPix board: chip 1-1-13 register 64 was told 50 and says 51"]
+            operator.begin_run().result(LIMIT)
+            operator.send_configuration({"1-1-11": {"threshold_global": 60}}).result(LIMIT)
+            lost = operator.run_routine("lost")
+            assert next(r for r in lost if r.kind == "progress").text == "written"
+            operator.abort_routine().result(LIMIT)
+            with pytest.raises(RequestError, match="aborted by the operator"):
+                lost.result(LIMIT)
+            known = operator.retrieve_configuration("1-1-12", "threshold_global").result(LIMIT)["1-1-12"]
+            assert known == {"wanted": {"threshold_global": 50}, "confirmed": {}}
+            operator.reset().result(LIMIT)
+            ended = operator.end_run().result(LIMIT)
+        assert ended["condition"].startswith("COMPLETE"), ended
+        (path,) = ended["files"]
+    finally:
+        board.close()
+    found, _ = table(path)
+    before = found[found["sequence"] == 0]
+    assert before["chip_id"].tolist() == list(range(11, 23))
+    assert (before["known"] == SENT | READ).all()
+    assert (before["sent"][:, 64] == 50).all()
+    assert before["read"][:, 64].tolist() == [50, 50, 51, *[50] * 9]
+    assert before["different"].tolist() == [0, 0, 1, *[0] * 9]
+    changed = found[found["sequence"] > 0]
+    at = changed["chip_id"].tolist()
+    assert at[:2] == [11, 12]
+    assert changed["sent"][:2, 64].tolist() == [60, 77], "also by a routine that was ended"
+    assert changed["known"][:2, 64].tolist() == [SENT, SENT]
+    assert at[2:] == list(range(11, 23))
+    assert not changed["known"][2:].any(), "after a reset nobody knows"
+    first = rows_of(path)["packet_type"][:3].tolist()
+    assert first == [5, 5, 5], "two rows of text, and 'Beginning run'"
+    texts = file_info(path)["texts"]
+    assert texts["comment"] == "cosmics"
+    assert {"version larpix-daq", "version larpix-control", "version HDF5", "version Python"} <= set(texts)
+    chips = hdf5format.from_file(path, load_configs=True)["configs"]
+    assert [chip.config.threshold_global for chip in chips] == [50] * 12 + [60, 77]

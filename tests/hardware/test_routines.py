@@ -1,0 +1,495 @@
+"""Routines through the real child process: results, errors, time limits, floods of output, deaths."""
+
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from larpixdaq import routines
+from larpixdaq.errors import ProtocolError
+from larpixdaq.hardware.supervisor import Child
+from larpixdaq.protocol import hardware
+from larpixdaq.protocol.hardware import Parameter
+from larpixdaq.routines import Routine, load
+
+ROUTINES = '''
+import os, signal, sys, time
+import numpy as np
+from larpixdaq.routines import Routine
+
+def _add(controller, send_data, send_info, a, b=2):
+    """Adds.
+
+    More about it."""
+    send_info("adding")
+    send_data(b"12345678")
+    return controller, a + b
+
+def _state(controller, send_data, send_info):
+    controller.seen = getattr(controller, "seen", 0) + 1
+    return controller, [type(controller).__module__, controller.seen, controller.io]
+
+def _numpy(controller, send_data, send_info):
+    return controller, {"array": np.arange(3), "number": np.float32(0.5), "other": object}
+
+def _raises(controller, send_data, send_info):
+    raise KeyError("no such chip")
+
+def _exits(controller, send_data, send_info):
+    sys.exit(3)
+
+def _nothing(controller, send_data, send_info):
+    pass
+
+def _other(controller, send_data, send_info):
+    return "other", 3
+
+class Unsaid(BaseException):
+    def __str__(self):
+        raise RuntimeError
+
+def _unsaid(controller, send_data, send_info):
+    raise Unsaid
+
+def _no_text(controller, send_data, send_info):
+    raise ValueError("\\udcff")
+
+def _spoils(controller, send_data, send_info):
+    del controller.chips
+    raise ValueError("spoilt")
+
+def _large(controller, send_data, send_info):
+    return controller, "x" * ((64 << 20) - (1 << 17))
+
+def _big(controller, send_data, send_info):
+    return controller, "x" * (8 << 20)
+
+def _prints(controller, send_data, send_info):
+    for i in range(1_000_000):
+        print("line", i)
+    os.system("echo from a shell; yes | head -c 1000000")
+    return controller, "printed"
+
+def _reports(controller, send_data, send_info):
+    for i in range(100_000):
+        send_info("step", i, 100_000)
+    return controller, "reported"
+
+def _waits(controller, send_data, send_info, path=None):
+    send_info("waiting")
+    if path:
+        os.system(f"sleep 600 & echo $! > {path}")
+    time.sleep(600)
+
+def _spins(controller, send_data, send_info):
+    list(zip(iter(int, 1), iter(int, 1)))
+
+def _dies(controller, send_data, send_info):
+    print("these were my last words", flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def _kills(controller, send_data, send_info):
+    os.kill(os.getpid(), 40)
+
+def _leaves(controller, send_data, send_info):
+    os._exit(7)
+
+def _old(controller, send_data, send_info, *args):
+    return controller, [args[0], float(args[1])]
+
+def _typed(controller, send_data, send_info, chip: str, seconds: float = 1.0, channels: "list[int] | None" = None):
+    return controller, [chip, seconds, channels]
+
+registration = {
+    f.__name__[1:]: Routine(f.__name__[1:], f, p) for f, p in [
+        (_add, ["a", "b"]), (_state, None), (_numpy, []), (_raises, []), (_exits, []), (_nothing, []), (_large, []),
+        (_other, []), (_unsaid, []), (_no_text, []), (_spoils, []),
+        (_big, []), (_prints, []), (_reports, []), (_waits, []), (_spins, []), (_dies, []), (_kills, []), (_leaves, []),
+        (_old, ["chip", "seconds"]), (_typed, ["chip", "seconds", "channels"]),
+    ]
+}
+'''
+
+
+class Call:
+    """Stands in for node.Call and keeps what was said."""
+
+    def __init__(self):
+        self.events = []
+
+    def ack(self, text=""):
+        self.events.append(("ack", text))
+
+    def progress(self, done, total, text="", value=None):
+        self.events.append(("progress", done, total, text, value))
+
+    def result(self, value=None, text=""):
+        assert not self.ended
+        self.events.append(("result", value, text))
+
+    def fail(self, text, code="failed"):
+        assert not self.ended
+        self.events.append(("fail", text, code))
+
+    @property
+    def ended(self):
+        return bool(self.events) and self.events[-1][0] in ("result", "fail")
+
+    @property
+    def last(self):
+        return self.events[-1]
+
+
+def until(child, condition, what, limit=30.0):
+    """Dispatch until the condition holds; each turn has to be short, since the producer's data wait meanwhile."""
+    poll = select.poll()
+    poll.register(child.fileno(), select.POLLIN)
+    end = time.monotonic() + limit
+    while not condition():
+        left = end - time.monotonic()
+        assert left > 0, f"not within {limit} s: {what}"
+        poll.poll(left * 1000)
+        child.dispatch()
+
+
+def run(child, name, *args, limit=30.0, time_limit=None, **kwargs):
+    call = Call()
+    child.run_routine(call, name, list(args), kwargs, time_limit)
+    until(child, lambda: call.ended, f"the end of routine {name}", limit)
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "routines"
+    folder.mkdir()
+    (folder / "mine.py").write_text(ROUTINES)
+    return folder
+
+
+@pytest.fixture
+def child(folder):
+    child = Child([folder])
+    yield child
+    if not child.closed:
+        child.close()
+
+
+def test_hello_world_greets_and_reports_progress(child):
+    call = run(child, "hello_world", "LArPix")
+    assert call.events[0] == ("ack", "routine hello_world")
+    assert [event[1:3] for event in call.events[1:-1]] == [(0, 2), (1, 2), (2, 2)]
+    assert call.last == ("result", "Hello, LArPix!", "")
+    assert run(child, "hello_world").last[1] == "Hello, world!"
+
+
+def test_routines_are_listed_with_their_parameters(child):
+    call = Call()
+    child.list_routines(call)
+    until(child, lambda: call.ended, "the list")
+    listed = {routine["name"]: routine for routine in call.last[1]}
+    assert listed["add"] == {
+        "name": "add",
+        "params": [
+            {"name": "a", "type": "", "required": True, "default": None},
+            {"name": "b", "type": "", "required": False, "default": 2},
+        ],
+        "help": "Adds.\n\nMore about it.",
+    }
+    assert listed["state"]["params"] == []
+    assert listed["hello_world"]["params"] == [{"name": "name", "type": "str", "required": False, "default": "world"}]
+    assert [p["name"] for p in listed["old"]["params"]] == ["chip", "seconds"]
+
+
+def test_arguments_results_and_the_controller_pass(child):
+    assert run(child, "add", 1, b=5).last == ("result", 6, "")
+    assert run(child, "add", 1).events[1:3] == [
+        ("progress", 0, 0, "adding", None),
+        ("progress", 0, 0, "data (8 bytes): its packets are in the stream already", None),
+    ]
+    assert run(child, "state").last[1] == ["larpix.controller", 1, None]
+    assert run(child, "state").last[1] == ["larpix.controller", 2, None], "the Controller lives on"
+    assert run(child, "numpy").last[1] == {"array": [0, 1, 2], "number": 0.5, "other": "<class 'object'>"}
+    assert len(run(child, "big").last[1]) == 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "code", "words"),
+    [
+        ("nonsense", (), "unknown", "no routine 'nonsense'; there are add, big, calibrate, dies"),
+        ("add", (), "failed", "routine add(a, b=2): missing a required argument: 'a'"),
+        ("add", (1, 2, 3), "failed", "too many positional arguments"),
+        ("add", (1, "2"), "failed", "routine add: TypeError: unsupported operand"),
+        ("typed", (3,), "failed", "(chip, seconds=1.0, channels=None): chip: expected str, found 3"),
+        ("typed", ("1-1-2", "fast"), "failed", "seconds: expected float, found 'fast'"),
+        ("typed", ("1-1-2", 1, [1, "2"]), "failed", "channels: expected int, found [1, '2']"),
+        ("old", (1, 2, 3), "failed", "routine old(chip, seconds): expected at most 2 arguments, found 3"),
+        ("raises", (), "failed", "routine raises: KeyError: 'no such chip'"),
+        ("exits", (), "failed", "routine exits: SystemExit: 3"),
+        ("nothing", (), "failed", "routine nothing: expected (controller, result) from it, found NoneType"),
+        ("other", (), "failed", "routine other: expected (controller, result) from it, found (str, int)"),
+        ("unsaid", (), "failed", "routine unsaid: larpixdaq_routine_mine.Unsaid: <"),
+        ("no_text", (), "failed", "routine no_text: ValueError: \\udcff"),
+        ("spoils", (), "failed", "routine spoils: ValueError: spoilt"),
+        ("large", (), "failed", "routine large: its result: Result: expected at most 66977792 bytes"),
+    ],
+)
+def test_what_fails_is_told_and_harms_nothing(child, name, args, code, words):
+    event, text, found = run(child, name, *args).last
+    assert (event, found) == ("fail", code)
+    first, *traceback = text.split("\n")
+    assert words in first
+    raises = name in ("raises", "exits", "unsaid", "no_text", "spoils") or args == (1, "2")
+    assert ("Traceback (most recent call last):" in traceback) == raises
+    process = child._process.pid
+    assert run(child, "add", 1).last == ("result", 3, "")
+    assert child._process.pid == process
+
+
+def test_a_traceback_goes_to_the_operator_and_to_the_log(child, caplog):
+    for said in (run(child, "raises").last[1], caplog.text):
+        assert "mine.py" in said
+        assert 'raise KeyError("no such chip")' in said
+
+
+def test_arguments_by_name_and_by_place(child):
+    assert run(child, "typed", "1-1-2", channels=[3]).last[1] == ["1-1-2", 1.0, [3]]
+    assert run(child, "typed", seconds=2, chip="1-1-2").last[1] == ["1-1-2", 2.0, None]
+    # as it was written for earlier versions
+    assert run(child, "old", "1-1-2", 3).last[1] == ["1-1-2", 3.0]
+    assert run(child, "old", seconds=3, chip="1-1-2").last[1] == ["1-1-2", 3.0]
+    assert "tuple index out of range (given 1 of the arguments of old(chip, seconds))" in run(child, "old", "x").last[1]
+    assert "missing a required argument: 'chip'" in run(child, "old", seconds=3).last[1]
+    assert "multiple values for argument 'chip'" in run(child, "old", "x", chip="y").last[1]
+    assert "unexpected keyword argument 'chips'" in run(child, "old", chips="y").last[1]
+
+
+def test_further_directories_below_those_allowed(child, folder, tmp_path):
+    routine = "from larpixdaq.routines import Routine\nregistration = {'%s': Routine('%s', lambda c, d, i: (c, 1))}\n"
+    for name, where in (("more", folder / "more"), ("outside", tmp_path / "outside")):
+        where.mkdir()
+        (where / "file.py").write_text(routine % (name, name))
+    (folder / "link").symlink_to(tmp_path / "outside")
+    assert run(child, "more").last[2] == "unknown"
+    for directory in ("more", str(folder / "more"), "more"):
+        call = Call()
+        child.load_routines(call, directory)
+        until(child, lambda call=call: call.ended, "the list")
+        assert "more" in [known["name"] for known in call.last[1]]
+    assert run(child, "more").last == ("result", 1, "")
+    for directory in ("..", str(tmp_path / "outside"), "link", "../outside", "/"):
+        call = Call()
+        child.load_routines(call, directory)
+        assert call.last[:2] == (
+            "fail",
+            f"load_routines: {directory}: below none of the directories that --routines names: {folder}",
+        )
+    for directory, says in [
+        ("absent", f"{folder / 'absent'}: no such directory"),
+        (None, "expected the name of a directory, found None"),
+        ("a\0b", r"expected the name of a directory, found 'a\x00b'"),
+        ("x" * 5000, f"'{'x' * 99}: File name too long"),
+    ]:
+        call = Call()
+        child.load_routines(call, directory)
+        assert call.last[1] == f"load_routines: {says}"
+    assert run(child, "outside").last[2] == "unknown"
+
+
+def test_without_a_daq(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(ROUTINES)
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.setattr(routines, "ROUTINES", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ImportError, match=r"broken.py: ModuleNotFoundError: No module named 'nothing_of_this_name'"):
+        routines.init_routines(tmp_path)
+    said = []
+    assert routines.test_routine("add", "controller", None, said.append, [1]) == ("controller", 3)
+    assert said == ["adding"]
+    assert routines.test_routine("old", None, args=("1-1-2", 3)) == (None, ["1-1-2", 3.0])
+
+
+def test_wrong_requests_are_refused_at_once(child):
+    for bad in [
+        (3, [], {}, None),
+        ("add", "1", {}, None),
+        ("add", [], [], None),
+        ("add", [], {}, -1),
+        ("add", [], {}, "x"),
+        ("add", [], {}, 1e30),
+        ("add", [], {1: 2}, None),
+        ("x" * 1_000_000, 3, {}, None),
+        ("add", [1], "x" * 1_000_000, None),
+    ]:
+        call = Call()
+        child.run_routine(call, *bad)
+        assert call.last[0] == "fail"
+        assert "expected" in call.last[1]
+        assert len(call.last[1]) < 200
+    call = Call()
+    child.run_routine(call, "add", [1 << 70])
+    assert "cannot be sent" in call.last[1]
+    assert run(child, "add", 1).last == ("result", 3, "")
+
+
+def test_only_one_routine_runs_and_the_list_can_still_be_had(child):
+    listed = Call()
+    child.list_routines(listed)
+    until(child, lambda: listed.ended, "the list")
+    first, second, again = Call(), Call(), Call()
+    child.run_routine(first, "waits")
+    until(child, lambda: len(first.events) == 2, "its progress")
+    assert child.running == "waits"
+    child.run_routine(second, "add", [1])
+    assert second.last == ("fail", "routine waits is running, and only one can", "state")
+    child.list_routines(again)
+    assert again.last[1] == listed.last[1]
+    abort, none = Call(), Call()
+    child.abort_routine(abort)
+    assert first.last == ("fail", "routine waits: aborted by the operator", "failed")
+    assert abort.last == ("result", "waits", "routine waits is aborted")
+    assert child.running is None
+    child.abort_routine(none)
+    assert none.last == ("fail", "no routine is running", "state")
+    assert run(child, "add", 1).last == ("result", 3, "")
+
+
+@pytest.mark.parametrize("name", ["waits", "spins"])
+def test_a_time_limit_ends_whatever_goes_on(child, name):
+    assert run(child, name, time_limit=0.5).last == (
+        "fail",
+        f"routine {name}: stopped at its time limit of 0.5 s",
+        "failed",
+    )
+    assert run(child, "add", 1).last == ("result", 3, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("dies", "its process was ended by signal SIGSEGV"),
+        ("kills", "its process was ended by signal 40"),
+        ("leaves", "its process ended with status 7"),
+    ],
+)
+def test_a_dead_child_fails_the_call_and_a_new_one_comes(child, name, how, caplog):
+    assert run(child, name).last == ("fail", f"routine {name}: {how}", "failed")
+    if name == "dies":
+        assert "these were my last words" in caplog.text
+    assert run(child, "add", 1).last == ("result", 3, "")
+
+
+@pytest.mark.once
+def test_a_million_lines_hold_up_nobody(child, caplog):
+    caplog.set_level("INFO")
+    call = Call()
+    child.run_routine(call, "prints")
+    slowest = 0.0
+    end = time.monotonic() + 60
+    poll = select.poll()
+    poll.register(child.fileno(), select.POLLIN)
+    while not call.ended:
+        assert time.monotonic() < end
+        poll.poll(1000)
+        started = time.thread_time()
+        child.dispatch()
+        slowest = max(slowest, time.thread_time() - started)
+    assert call.last == ("result", "printed", "")
+    assert slowest < 0.05
+    assert "routine says: line 0" in caplog.text
+    assert len(caplog.records) < 110
+
+
+def test_progress_is_held_to_a_bearable_rate(child):
+    call = run(child, "reports")
+    assert 100 <= len(call.events) < 2000
+    assert call.last[:2] == ("result", "reported")
+    assert "progress reports were left out" in call.last[2]
+
+
+def test_files_are_read_anew_and_broken_ones_harm_no_other(child, folder, caplog):
+    assert run(child, "later").last[2] == "unknown"
+    (folder / "later.py").write_text(
+        "from larpixdaq.routines import Routine\nregistration = {'later': Routine('later', lambda c, d, i: (c, 1))}\n"
+    )
+    (folder / "syntax.py").write_text("def (:\n")
+    (folder / "types.py").write_text("registration = {'a': 3}\n")
+    (folder / "leaves.py").write_text("raise SystemExit('gone')\n")
+    assert run(child, "later").last == ("result", 1, "")
+    assert all(name in run(child, "nonsense").last[1] for name in ("syntax.py", "types.py", "leaves.py"))
+    call = Call()
+    child.list_routines(call)
+    until(child, lambda: call.ended, "the list")
+    assert "later" in [routine["name"] for routine in call.last[1]]
+    assert "types.py: TypeError: registration['a']: expected a Routine with a function, found 3" in call.last[2]
+    assert "routine file not loaded" in caplog.text
+
+
+def test_load_names_a_folder_that_is_not_there(tmp_path):
+    found, broken = load([tmp_path / "absent"])
+    assert isinstance(found["hello_world"], Routine)
+    assert broken == [f"{tmp_path / 'absent'}: No such file or directory"]
+
+
+def alive(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def gone(pid):
+    end = time.monotonic() + 10
+    while alive(pid):
+        assert time.monotonic() < end, f"process {pid} lives on"
+        select.select([], [], [], 0.01)
+    return True
+
+
+def test_close_ends_the_child_and_what_it_started(child, tmp_path):
+    call = Call()
+    child.run_routine(call, "waits", [str(tmp_path / "pid")])
+    until(child, lambda: len(call.events) == 2, "its progress")
+    own = tmp_path / "pid"
+    end = time.monotonic() + 10
+    while not (own.exists() and own.read_text().endswith("\n")):
+        assert time.monotonic() < end, "no process of the routine"
+        select.select([], [], [], 0.01)
+    pids = child._process.pid, int(own.read_text())
+    child.close()
+    assert call.last == ("fail", "routine waits: the producer is closing", "failed")
+    assert all(gone(pid) for pid in pids)
+
+
+def test_the_child_ends_with_its_parent(folder):
+    program = f"""
+import os, sys, select
+from pathlib import Path
+from larpixdaq.hardware.supervisor import Child
+class Call:
+    def ack(self, text=""): pass
+    def progress(self, *args):
+        print(child._process.pid, flush=True)
+        os._exit(0)
+child = Child([Path({str(folder)!r})])
+child.run_routine(Call(), "waits")
+while True:
+    select.select([child.fileno()], [], [], 20)
+    child.dispatch()
+"""
+    parent = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert gone(int(parent.stdout))
+
+
+def test_messages_in_any_pieces_and_garbage():
+    known = hardware.Known(1, [hardware.RoutineInfo("a", [Parameter("b")], "c")], ["d"])
+    data = hardware.pack(known) + hardware.pack(hardware.Result(2, {"x": [1]}))
+    inbox = hardware.Inbox(requests=False)
+    found = [message for i in range(len(data)) for message in inbox.take(data[i : i + 1])]
+    assert found == [known, hardware.Result(2, {"x": [1]})]
+    for garbage in (b"\xff" * 8, b"\x01\x00\x00\x00\xc1", hardware.pack(hardware.ListRoutines(1, []))):
+        with pytest.raises(ProtocolError, match="message of the child process"):
+            list(hardware.Inbox(requests=False).take(garbage))

@@ -1,0 +1,65 @@
+"""Chips whose triggers are off for a measurement: written whatever is known of them, and put back in any case."""
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+from larpix import Controller
+
+from larpixdaq.hardware.register_map import Registers
+from larpixdaq.routines.kit import Chips
+
+TRIGGERS = ("external_trigger_mask", "enable_cross_trigger", "cross_trigger_mode", "enable_periodic_trigger")
+KEYS = ["1-1-11", "1-1-12"]
+
+
+class FakeIO:
+    """Two chips that hold what is written to them."""
+
+    def __init__(self, asic):
+        self.registers = Registers(asic)
+        self.held = np.tile(self.registers.defaults, (2, 1))
+
+    def write_registers(self, keys, values, which):
+        assert list(keys) == KEYS
+        self.held[which] = values[which]
+
+    def named(self):
+        names = [name for name in TRIGGERS if name in self.registers.names]
+        return self.registers.named(self.held, names)
+
+
+@pytest.fixture(params=["1", "2b", "lightpix-1"])
+def chips(request):
+    controller = Controller()
+    controller.io = FakeIO(request.param)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for key in KEYS:
+            controller.add_chip(key, version=controller.io.registers.version)
+    return Chips(controller)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known to be on", "left on by a routine that was ended"])
+def test_triggers_are_off_meanwhile_and_put_back_when_it_fails(chips, known):
+    channels, device = chips.channels, chips.controller.io
+    off = device.named()
+    on = {"external_trigger_mask": 0, "cross_trigger": 1}
+    on |= {"periodic_trigger": 1} if chips.has("periodic_trigger") else {}
+    chips.set(**on)
+    left_on = device.named()
+    assert left_on != off
+    if not known:
+        held = device.held.copy()
+        chips.restore()
+        device.held[:] = held
+
+    def measure():
+        with chips.untriggered():
+            assert device.named() == off
+            assert device.named()["external_trigger_mask"] == [[1] * channels] * 2
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        measure()
+    assert device.named() == (left_on if known else off), "as they ought to be"

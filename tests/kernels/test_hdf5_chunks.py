@@ -1,0 +1,157 @@
+"""Chunks packed, rows counted, checksums: against numpy and zlib."""
+
+import importlib
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from file_builder import count
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from larpixdaq import constants, schema
+from larpixdaq._native import board_emulator, decoders, hdf5_chunks
+from larpixdaq.runtime import checksum
+
+KINDS = ["constant", "slow", "rare", "skewed", "few", "late", "random"]
+
+
+def planes(kinds: list[str], rows: int, seed: int) -> np.ndarray:
+    """Byte planes, shape (len(kinds), rows), as columns of rows make them."""
+    rng = np.random.default_rng(seed)
+    out = np.zeros((len(kinds), rows), np.uint8)
+    for plane, kind in zip(out, kinds, strict=True):
+        if kind == "constant":
+            plane[:] = rng.integers(256)
+        elif kind == "slow":
+            plane[:] = np.repeat(rng.integers(0, 256, rows), rng.integers(1, 600, rows))[:rows]
+        elif kind == "rare":
+            plane[:] = np.where(rng.random(rows) < 0.02, rng.integers(0, 256, rows), rng.integers(256))
+        elif kind == "skewed":  # codes of many lengths, up to the longest that there may be
+            plane[:] = np.minimum(rng.geometric(0.3 + 0.6 * rng.random(), rows), 255)
+        elif kind == "few":
+            plane[:] = rng.integers(0, rng.integers(2, 70), rows)
+        elif kind == "late":  # steady where it is looked at first
+            plane[rows // 3 :] = rng.integers(0, 256, rows - rows // 3)
+        else:
+            plane[:] = rng.integers(0, 256, rows)
+    return out
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=60),
+    rows=st.one_of(st.integers(1, 300), st.sampled_from([schema.CHUNK_ROWS, 70_000])),
+    seed=st.integers(0, 2**32),
+)
+def test_what_is_packed_is_what_hdf5_expects(kinds, rows, seed):
+    """Bytes by their place in the row, in the zlib format: read by another implementation."""
+    if rows > 10_000:
+        kinds = kinds[:5]
+    made = planes(kinds, rows, seed)
+    chunk = np.ascontiguousarray(made.T).reshape(-1)
+    chunk.flags.writeable = False
+    packer = hdf5_chunks.Packer(rows, len(kinds))
+    packed = packer.pack(chunk)
+    assert zlib.decompress(packed) == made.tobytes()
+    assert packer.pack(chunk) == packed
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3, 257, 258, 259, 260, 261, 516, 517, 65_535, 65_536, 131_071])
+def test_runs_and_blocks_of_every_length(asked):
+    """Where lengths of repetitions, and of bytes as they are, end."""
+    random = np.random.default_rng(asked).integers(0, 256, asked, dtype=np.uint8)
+    for made in (np.full(asked, 7, np.uint8), random, np.append(random[:1], np.full(asked - 1, 9, np.uint8))):
+        assert zlib.decompress(hdf5_chunks.Packer(asked, 1).pack(made)) == made.tobytes()
+
+
+def test_counts_that_ask_for_too_long_codes():
+    """Numbers like Fibonacci's make Huffman codes as long as can be; they are cut, and still a whole code."""
+    counts = [1, 1]
+    while sum(counts) < 400_000:
+        counts.append(counts[-1] + counts[-2])
+    made = np.random.default_rng(3).permutation(np.repeat(np.arange(len(counts), dtype=np.uint8), counts))
+    packed = hdf5_chunks.Packer(len(made), 1).pack(made)
+    assert zlib.decompress(packed) == made.tobytes()
+    assert len(packed) < len(zlib.compress(made.tobytes(), 9)) * 1.02
+
+
+def test_realistic_rows_become_much_smaller():
+    board = board_emulator.PacmanBoard(schema.Asic.V2, rate=1e6, seed=1, words=65_535)
+    decoder = decoders.PacmanDecoder(1, schema.Asic.V2)
+    decoder.start(np.zeros(len(constants.COUNTS), np.uint64))
+    decoder.feed(board.buffer, board.spans[: board.fill(schema.CHUNK_ROWS, 1000)])
+    rows = np.zeros(schema.CHUNK_ROWS, schema.PACKETS_2_4)
+    assert decoder.decode(rows) == len(rows)
+    packed = hdf5_chunks.Packer(*rows.shape, rows.itemsize).pack(rows.view(np.uint8))
+    assert len(packed) < rows.nbytes / 5
+    assert zlib.decompress(packed) == rows.view(np.uint8).reshape(len(rows), -1).T.tobytes()
+
+
+def test_a_packer_refuses_what_does_not_fit():
+    for rows, size in ((0, 36), (36, 0), (1 << 25, 36), (36, 4097)):
+        with pytest.raises(ValueError, match=f"expected 1 to 2\\^24 rows of 1 to 4096 bytes, found {rows} of {size}"):
+            hdf5_chunks.Packer(rows, size)
+    packer = hdf5_chunks.Packer(2, 36)
+    with pytest.raises(ValueError, match="expected 2 rows of 36 bytes, found 71 bytes"):
+        packer.pack(np.zeros(71, np.uint8))
+    with pytest.raises(ValueError, match="Buffer dtype mismatch"):
+        packer.pack(np.zeros(36, np.uint16))
+
+
+@pytest.mark.parametrize("layout", schema.LAYOUTS, ids=lambda layout: layout.name)
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(0, 200), seed=st.integers(0, 2**32))
+def test_tally_counts_as_numpy_does(layout, rows, seed):
+    rng = np.random.default_rng(seed)
+    made = rng.integers(0, 256, rows * layout.dtype.itemsize, dtype=np.uint8).view(layout.dtype)
+    made["type" if layout.code == 1 else "packet_type"] = rng.integers(0, 10, rows)
+    made["direction"] = rng.integers(0, 2, rows)
+    made["valid_parity"] = rng.integers(0, 2, rows)
+    if layout.code == 1:
+        keys = [b"", b"1-2-3", b"17-1-255", b"255-255-255"]
+        made["chip_key"] = [keys[i] for i in rng.integers(0, 4, rows)]
+    counts = np.zeros((256, len(hdf5_chunks.TALLY)), np.uint64)
+    hdf5_chunks.tally(made.view(np.uint8), layout.code, counts)
+    expected = count(made)
+    for group in range(256):
+        numbers = dict(zip(hdf5_chunks.TALLY, counts[group].tolist(), strict=True))
+        assert numbers == expected.get(group, dict.fromkeys(hdf5_chunks.TALLY, 0))
+
+
+def test_tally_refuses_what_does_not_fit():
+    counts = np.zeros((256, len(hdf5_chunks.TALLY)), np.uint64)
+    with pytest.raises(ValueError, match="unknown layout code 9"):
+        hdf5_chunks.tally(np.zeros(36, np.uint8), 9, counts)
+    for layout in schema.LAYOUTS:
+        size = layout.dtype.itemsize
+        with pytest.raises(ValueError, match=f"no whole number of rows of {size} bytes"):
+            hdf5_chunks.tally(np.zeros(size + 1, np.uint8), layout.code, counts)
+    with pytest.raises(ValueError, match="expected counts of shape"):
+        hdf5_chunks.tally(np.zeros(36, np.uint8), 2, counts[:255])
+
+
+def test_the_first_columns_of_a_tally_are_the_ledgers():
+    assert set(hdf5_chunks.TALLY[:6]) <= set(constants.COUNTS)
+
+
+def test_a_chunk_of_every_layout_fits_into_the_cache_of_old_hdf5():
+    largest = max(layout.dtype.itemsize for layout in schema.LAYOUTS)
+    assert largest * schema.CHUNK_ROWS <= 1 << 20
+
+
+@pytest.mark.parametrize("library", ["isal", "zlib"])
+def test_checksums_are_zlibs_with_either_library(library, monkeypatch):
+    module = checksum
+    if library == "zlib":
+        monkeypatch.setitem(sys.modules, "isal", None)
+        spec = importlib.util.find_spec("larpixdaq.runtime.checksum")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        pytest.importorskip("isal")
+    data = np.random.default_rng(1).integers(0, 4, 100_000, dtype=np.uint8)
+    assert module._library.__name__ == {"isal": "isal.isal_zlib", "zlib": "zlib"}[library]
+    assert module.crc32(data) == zlib.crc32(data)
+    assert module.crc32(data[500:], module.crc32(data[:500])) == zlib.crc32(data)

@@ -1,0 +1,238 @@
+"""Counters of the compiled core against a plain count of the same rows."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from larpixdaq import schema
+from larpixdaq._native.monitor_counters import CHIPS, Rates
+
+LAYOUTS = {layout.name: layout for layout in schema.LAYOUTS}
+
+
+def random_rows(layout: schema.Layout, n: int, seed: int, impossible: bool = True) -> NDArray[Any]:
+    """Rows of few chips and every type, with impossible types, directions, channels, values and keys among them."""
+    rng = np.random.default_rng(seed)
+    rows = np.zeros(n, layout.dtype)
+    edge = int(impossible)
+    types = rng.choice(8 + edge, n, p=None if n == 0 else np.array([6, 3] + [1] * (6 + edge)) / (15 + edge))
+    direction = rng.choice(2 + edge, n, p=np.array([2, 7, 1][: 2 + edge]) / (9 + edge))
+    group, channel, chip = rng.integers(0, 3, n), rng.choice([0, 9, 10, 255], n), rng.choice([1, 2, 100, 255], n)
+    rows["valid_parity"] = rng.random(n) < 0.8
+    rows["direction"] = direction
+    if layout.name == "1.0":
+        keys = [b"%d-%d-%d" % key for key in zip(group, channel, chip, strict=True)]
+        if impossible:
+            bad = [b"", b"-", b"1", b"256-1-1", b"1-256-1", b"1-2", b"0001-1-1", b"a-1-1", b"1--1", b"1-\xff-1"]
+            keys = [rng.choice(bad) if rng.random() < 0.1 else key for key in keys]
+        rows["chip_key"] = keys
+        rows["type"], rows["chipid"] = types, chip
+        rows["channel"] = rng.integers(0, 128 + 2 * edge, n)
+        rows["adc_counts"] = rng.choice([0, 1, 500, 1023, 1023 + edge, 65535 if edge else 0], n)
+        rows["fifo_half"], rows["fifo_full"] = rng.integers(0, 2, n), rng.integers(0, 2, n)
+        return rows
+    rows["io_group"], rows["io_channel"], rows["chip_id"] = group, channel, chip
+    rows["packet_type"] = types
+    rows["channel_id"] = rng.integers(0, 64 + 2 * edge, n)
+    rows["local_fifo"], rows["shared_fifo"] = rng.choice([0, 0, 1, 3], n), rng.choice([0, 0, 1, 3], n)
+    rows["dataword"] = rng.integers(0, 256, n)
+    if layout.name == "3.0":
+        rows["dataword"] = rng.choice([0, 1, 500, 1023, 1023 + edge], n)
+        rows["reset_sample_flag"] = rng.random(n) < 0.2
+    return rows
+
+
+def key_of(row: Any, layout: schema.Layout) -> tuple[int, int] | None:
+    """(io_group, io_channel), None where a v1 chip_key has none."""
+    if layout.name != "1.0":
+        return int(row["io_group"]), int(row["io_channel"])
+    parts = row["chip_key"].split(b"-")
+    if len(parts) < 3 or any(not 1 <= len(part) <= 3 or not part.isdigit() or int(part) > 255 for part in parts[:2]):
+        return None
+    return int(parts[0]), int(parts[1])
+
+
+class Reference:
+    """The same counts, slowly."""
+
+    def __init__(self, layout: schema.Layout, rows: NDArray[Any]) -> None:
+        self.types: Counter[Any] = Counter()
+        self.channels: Counter[Any] = Counter()
+        self.chips: Counter[Any] = Counter()
+        self.adc: Counter[Any] = Counter()
+        self.unplaced = 0
+        v1, v3 = layout.name == "1.0", layout.name == "3.0"
+        for row in rows:
+            kind, key = int(row["type" if v1 else "packet_type"]), key_of(row, layout)
+            direction = int(row["direction"])
+            if kind > 7 or direction > 1 or (kind < 4 and key is None):
+                self.unplaced += 1
+                continue
+            self.types[key[0] if key else 0, direction, kind] += 1
+            if kind > 3 or direction == 0:
+                continue
+            assert key is not None
+            chip = (*key, int(row["chipid" if v1 else "chip_id"]))
+            channel, adc = int(row["channel" if v1 else "channel_id"]), int(row["adc_counts" if v1 else "dataword"])
+            if channel >= (128 if v1 else 64) or adc >= (1024 if v1 or v3 else 256):
+                self.unplaced += 1
+                continue
+            data = kind == (1 if v3 else 0)
+            self.channels[(*chip, channel)] += 1
+            self.chips[chip, "packets"] += 1
+            self.chips[chip, "data"] += data
+            self.chips[chip, "bad_parity"] += not row["valid_parity"]
+            local = row["fifo_half"] + 2 * row["fifo_full"] if v1 else int(row["local_fifo"])
+            for name, value in (("local", local), ("shared", 0 if v1 else int(row["shared_fifo"]))):
+                self.chips[chip, f"{name}_half"] += data and value & 1
+                self.chips[chip, f"{name}_full"] += data and value >> 1
+            if data and row["valid_parity"] and not (v3 and row["reset_sample_flag"]):
+                self.adc[(*chip, channel), adc] += 1
+
+    def histogram(self, bins: int, *wanted: int) -> NDArray[np.uint64]:
+        counts = np.zeros(bins, np.uint64)
+        for (key, adc), n in self.adc.items():
+            if all(want in (-1, value) for want, value in zip(wanted, key, strict=True)):
+                counts[adc] += np.uint64(n)
+        return counts
+
+
+def check(rates: Rates, layout: schema.Layout, rows: NDArray[Any]) -> None:
+    reference = Reference(layout, rows)
+    assert rates.rows == len(rows)
+    assert rates.unplaced == reference.unplaced
+    types = rates.types()
+    assert {tuple(at): int(types[tuple(at)]) for at in np.argwhere(types).tolist()} == dict(reference.types)
+    chips, channels = rates.chips(), rates.channels()
+    assert chips.dtype == CHIPS
+    keys = [tuple(int(chip[name]) for name in ("io_group", "io_channel", "chip_id")) for chip in chips]
+    assert len(set(keys)) == len(keys)
+    found = {(key, name): int(chip[name]) for key, chip in zip(keys, chips, strict=True) for name in CHIPS.names[3:]}
+    assert found == {
+        (key, name): reference.chips[key, name] for key in {k for k, _ in reference.chips} for name in CHIPS.names[3:]
+    }
+    seen = {(*keys[i], j): int(channels[i, j]) for i, j in np.argwhere(channels).tolist()}
+    assert seen == dict(reference.channels)
+    for wanted in ((-1, -1, -1, -1), (1, -1, -1, -1), (1, 9, -1, -1), (-1, 9, 2, -1), (1, 9, 2, 7), (-1, -1, -1, 0)):
+        counts, merged = rates.histogram(*wanted)
+        assert merged == 0
+        np.testing.assert_array_equal(counts, reference.histogram(rates.bins, *wanted))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), sizes=st.lists(st.integers(0, 300), max_size=4), again=st.booleans())
+def test_counts_are_those_of_a_plain_count(name: str, seed: int, sizes: list[int], again: bool) -> None:
+    layout = LAYOUTS[name]
+    rows = random_rows(layout, sum(sizes), seed)
+    rates = Rates()
+    for attempt in range(1 + again):
+        if attempt:
+            rates.reset()
+        start = 0
+        for size in sizes:
+            rates.count(rows[start : start + size])
+            start += size
+        if rates.bins:
+            check(rates, layout, rows)
+
+
+def test_any_chip_and_channel_of_a_detector_has_its_own_count() -> None:
+    layout = schema.LAYOUTS[1]
+    rows = np.zeros(4 * 40 * 100 * 4, layout.dtype)
+    rows["io_group"], rows["io_channel"], rows["chip_id"], rows["channel_id"] = (
+        part.reshape(-1)
+        for part in np.meshgrid([0, 1, 8, 255], np.arange(1, 41), np.arange(11, 111), [0, 1, 62, 63], indexing="ij")
+    )
+    rows["direction"] = rows["valid_parity"] = 1
+    rates = Rates()
+    for _ in range(3):
+        rates.count(np.random.default_rng(1).permutation(rows))
+    chips, channels = rates.chips(), rates.channels()
+    assert len(chips) == 4 * 40 * 100
+    assert (chips["packets"] == 12).all()
+    assert channels[:, [0, 1, 62, 63]].tolist() == [[3, 3, 3, 3]] * len(chips)
+    assert channels.sum() == 3 * len(rows)
+    rates.reset()
+    assert rates.rows == rates.bins == len(rates.chips()) == rates.types().sum() == 0
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_channels_beyond_the_memory_limit_share_a_histogram(name: str) -> None:
+    layout = LAYOUTS[name]
+    rows = random_rows(layout, 500, 3, impossible=False)
+    limited, free = Rates(8192), Rates()
+    limited.count(rows)
+    free.count(rows)
+    own = 8192 // (4 * free.bins)
+    everything, merged = limited.histogram()
+    np.testing.assert_array_equal(everything, free.histogram()[0])
+    assert merged == 0
+    reference = Reference(layout, rows)
+    one_by_one = [limited.histogram(*key) for key in {key for key, _ in reference.adc}]
+    assert sum(merged for _, merged in one_by_one) == len(one_by_one) - own
+    assert sum(counts.any() for counts, _ in one_by_one) == own
+    np.testing.assert_array_equal(limited.channels(), free.channels())
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    rates = Rates()
+    with pytest.raises(ValueError, match="rows of 8 bytes: no layout has them"):
+        rates.count(np.zeros(3, np.uint64))
+    with pytest.raises(ValueError, match="Buffer dtype mismatch"):
+        rates.count(np.zeros(3, np.dtype([("a", "<u4"), *((f"b{i}", "u1") for i in range(32))])))
+    with pytest.raises(ValueError, match="ndarray is not C-contiguous"):
+        rates.count(np.zeros(6, schema.PACKETS_2_4)[::2])
+    with pytest.raises(TypeError):
+        rates.count([1, 2, 3])  # type: ignore[arg-type]
+    rates.count(np.zeros(3, schema.PACKETS_2_4))
+    rates.count(np.zeros(3, schema.PACKETS_2_4_CLOCK64))
+    with pytest.raises(ValueError, match="128 channels and 1024 ADC values, counted so far: 64 and 256"):
+        rates.count(np.zeros(3, schema.PACKETS_1_0))
+    assert rates.rows == 6
+    rates.reset()
+    rates.count(np.zeros(3, schema.PACKETS_3_0))
+    assert rates.bins == 1024
+    with pytest.raises(ValueError, match="histogram_bytes"):
+        Rates(-1)
+
+
+def test_rows_may_be_read_only() -> None:
+    rows = np.frombuffer(random_rows(LAYOUTS["2.4"], 100, 0).tobytes(), schema.PACKETS_2_4)
+    rates = Rates()
+    rates.count(rows)
+    check(rates, LAYOUTS["2.4"], rows)
+
+
+def test_another_thread_is_refused_while_one_counts() -> None:
+    rates = Rates()
+    rows = np.zeros(2_000_000, schema.PACKETS_2_4)
+    rates.count(rows[:1])
+    stop = threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            rates.count(rows)
+
+    def look() -> None:
+        while not stop.is_set():
+            rates.chips()
+
+    # The counting thread lets go of the GIL for milliseconds, so the other one meets it within a few attempts.
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match="another thread is counting"):
+            look()
+    finally:
+        stop.set()
+        thread.join(10)
+    assert not thread.is_alive()

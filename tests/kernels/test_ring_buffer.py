@@ -1,0 +1,203 @@
+"""The ring against a simple model: what comes out is what went in, in order, and never more than fits."""
+
+import argparse
+import mmap
+import os
+from collections import deque
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from larpixdaq import constants, schema
+from larpixdaq._native.ring_buffer import BLOCK, END, INFO, SMALLEST, Ring
+from larpixdaq.buffer.ring_file import Arena, arena_name, parse_size
+from larpixdaq.errors import RingError
+
+ROW = schema.PACKETS_2_4
+
+
+def make_ring(extra: int = 0) -> Ring:
+    return Ring(mmap.mmap(-1, SMALLEST + extra), producer="LArPix board", epoch=7)
+
+
+class RingMachine(RuleBasedStateMachine):
+    """Blocks of random sizes written, read back and freed; the model is a deque of (kind, payload, header)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ring = make_ring()
+        self.ring.begin(1, 2, ROW.itemsize, ["Offline storage"])
+        self.model: deque[tuple[int, bytes, bytes]] = deque()
+        self.open = b""
+        self.value = 0
+        self.full = False
+
+    def _payload(self, n: int) -> bytes:
+        self.value = (self.value + 1) % 251
+        return bytes([self.value]) * (n * ROW.itemsize)
+
+    @rule(n=st.integers(1, constants.BLOCK_ROWS))
+    def write(self, n: int) -> None:
+        room = self.ring.rows(123, constants.BLOCK_ROWS)
+        if room is None:
+            self.full = True
+            assert self.ring.fill > 0.7
+            return
+        assert len(room) % ROW.itemsize == 0
+        payload = self._payload(min(n, len(room) // ROW.itemsize))
+        room[: len(payload)] = payload
+        self.open += payload
+        full = self.ring.publish(len(payload) // ROW.itemsize)
+        assert full == (len(payload) == len(room))
+        if full:
+            self.close()
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def close(self) -> None:
+        assert bytes(self.ring.open_payload()) == self.open
+        header = b"h%d" % self.ring.sequence
+        self.ring.close_block(header)
+        self.model.append((BLOCK, self.open, header))
+        self.open = b""
+
+    @precondition(lambda self: not self.open)
+    @rule(n=st.integers(0, 3))
+    def info(self, n: int) -> None:
+        payload, header = self._payload(n), b"i%d" % self.ring.sequence
+        assert self.ring.append(INFO, payload, n, header), "room for INFO rows is always kept"
+        self.model.append((INFO, payload, header))
+
+    @rule(share=st.floats(0, 1))
+    def free(self, share: float) -> None:
+        n = int(len(self.model) * share)
+        self.ring.free_to(self.ring.tail + n)
+        for _ in range(n):
+            self.model.popleft()
+
+    @rule()
+    def check(self) -> None:
+        assert self.ring.head - self.ring.tail == len(self.model)
+        for index, (kind, payload, header) in enumerate(self.model, self.ring.tail):
+            assert self.ring.kind(index) == kind
+            assert self.ring.packed_header(index) == header
+            assert self.ring.payload(index) == payload
+
+
+RingMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+test_ring_against_model = RingMachine.TestCase
+
+
+@given(sizes=st.lists(st.integers(1, constants.BLOCK_ROWS), min_size=60, max_size=120))
+@settings(max_examples=10, deadline=None)
+def test_goes_round_many_times(sizes: list[int]) -> None:
+    ring = make_ring()
+    ring.begin(1, 2, ROW.itemsize, [])
+    for i, n in enumerate(sizes):
+        room = ring.rows(0, constants.BLOCK_ROWS)
+        assert room is not None
+        n = min(n, len(room) // ROW.itemsize)
+        room[: n * ROW.itemsize] = bytes([i % 256]) * (n * ROW.itemsize)
+        ring.publish(n)
+        ring.close_block(b"x" * (i % 300))
+        assert ring.payload(ring.head - 1) == bytes([i % 256]) * (n * ROW.itemsize)
+        if ring.head - ring.tail > 3:
+            ring.free_to(ring.tail + 1)
+
+
+def test_full_of_descriptors_keeps_room_for_the_end() -> None:
+    ring = make_ring(64 << 20)
+    ring.begin(1, 2, ROW.itemsize, [])
+    blocks = 0
+    while (room := ring.rows(0, constants.BLOCK_ROWS)) is not None:
+        room[: ROW.itemsize] = b"r" * ROW.itemsize
+        ring.publish(1)
+        ring.close_block(b"header")
+        blocks += 1
+    assert blocks == 65536 - 64
+    assert ring.fill == 1.0
+    assert ring.append(END, b"", 0, b"end" * 1000)
+
+
+def test_a_run_starts_from_zero() -> None:
+    ring = make_ring()
+    ring.begin(1, 2, ROW.itemsize, ["a"])
+    ring.counts[3, 0] = 5
+    ring.append(INFO, bytes(ROW.itemsize), 1, b"h")
+    assert (ring.sequence, ring.first_packet) == (1, 1)
+    ring.begin(2, 4, schema.PACKETS_3_0.itemsize, ["a", "b"])
+    assert (ring.sequence, ring.first_packet, ring.counts.sum()) == (0, 0, 0)
+    assert ring.head == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda ring: ring.publish(1),
+        lambda ring: ring.close_block(b""),
+        lambda ring: ring.append(INFO, b"123", 1, b""),
+        lambda ring: ring.begin(2, 2, 36, ["x" * 65]),
+        lambda ring: ring.begin(2, 2, 36, [str(i) for i in range(17)]),
+        lambda ring: ring.payload(0),
+        lambda ring: ring.free_to(1),
+        lambda ring: ring.acknowledge(1, 1, 0),
+        lambda ring: ring.acknowledge(2, 0, 0),
+        lambda ring: ring.release(2),
+    ],
+)
+def test_misuse_is_refused(wrong) -> None:
+    ring = make_ring()
+    ring.begin(1, 2, ROW.itemsize, ["a"])
+    with pytest.raises((ValueError, IndexError), match="ring"):
+        wrong(ring)
+
+
+def test_too_small() -> None:
+    with pytest.raises(ValueError, match=f"at least {SMALLEST}"):
+        Ring(bytearray(4096), producer="p", epoch=1)
+
+
+def test_arena_is_locked_private_and_gone_after_close(tmp_path) -> None:
+    arena = Arena.make(tmp_path, tmp_path / "state", "LArPix board", 5, SMALLEST)
+    assert arena.path.name == arena_name(tmp_path / "state", "LArPix board", 5)
+    assert arena.path.stat().st_mode & 0o777 == 0o600
+    assert arena.path.stat().st_blocks * 512 >= SMALLEST  # reserved, not sparse
+    view = np.frombuffer(arena.ring.rows(0, 10) or b"", np.uint8) if arena.ring.begin(1, 2, 36, []) is None else None
+    arena.close()
+    assert not arena.path.exists()
+    assert view is not None
+    assert view.sum() == 0  # still readable: memory lives as long as its readers
+
+
+def test_arena_whose_making_is_interrupted_leaves_no_file(tmp_path, monkeypatch) -> None:
+    def interrupt(*args: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "posix_fallocate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Arena.make(tmp_path, tmp_path, "p", 1, SMALLEST)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arena_that_does_not_fit_names_the_options(tmp_path) -> None:
+    with pytest.raises(RingError, match=r"--ring .*--ring-dir"):
+        Arena.make(tmp_path, tmp_path, "p", 1, 1 << 60)
+    assert not list(tmp_path.glob("*.ring"))
+    with pytest.raises(RingError, match="--ring: expected at least"):
+        Arena.make(tmp_path, tmp_path, "p", 1, 1000)
+    with pytest.raises(RingError, match="--ring-dir"):
+        Arena.make(tmp_path / "nowhere", tmp_path, "p", 1, SMALLEST)
+
+
+@pytest.mark.parametrize(("text", "size"), [("512MiB", 512 << 20), ("1GB", 10**9), ("4096", 4096), (" 2 KiB ", 2048)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "12parsec", "1e999GB", "-", "nan"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="size"):
+        parse_size(text)

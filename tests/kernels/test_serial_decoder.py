@@ -1,0 +1,274 @@
+"""The serial byte stream to rows: both rules against references, any cutting, flushing, seconds, the ledger."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from decoder_harness import GROUP, check_ledger, drain, named, new_counts, odd
+from hypothesis import given
+from hypothesis import strategies as st
+from larpix_control import SerialPort
+
+from larpixdaq import constants, schema
+from larpixdaq._native import decoders, word_codec
+from larpixdaq.schema import Asic
+
+V2 = schema.PACKETS_2_4
+#: (bytes, unix seconds, whether a silence follows)
+Event = tuple[bytes, int, bool]
+
+
+def frame(word: int) -> bytes:
+    return b"s" + word.to_bytes(8, "little") + b"q"
+
+
+GOOD, BAD = odd(0x1234 << 2), odd(0x1234 << 2) ^ 1 << 40
+
+
+def run(
+    events: Sequence[Event],
+    *,
+    rule: str = "strict",
+    asic: Asic = Asic.V2,
+    cuts: Sequence[int] = (),
+    lengths: Sequence[int] = (4096,),
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, counters and unknown words. Each event's bytes are fed in pieces of these sizes; the ledger is checked."""
+    decoder = decoders.SerialDecoder(GROUP, asic, rule=rule)
+    counts = new_counts()
+    decoder.start(counts)
+    dtype = schema.layout_of(asic).dtype
+    parts = [np.zeros(0, dtype)]
+    made = 0
+
+    def check(more: int) -> None:
+        nonlocal made
+        made += more
+        check_ledger(counts, made, serial=True)
+
+    for stream, seconds, silence in events:
+        at = 0
+        for size in [*cuts, len(stream)]:
+            decoder.feed(bytearray(stream[at : at + size]), seconds)
+            check(0)
+            at += size
+            parts += drain(decoder, dtype, lengths, check)
+        if silence:
+            decoder.flush()
+            parts += drain(decoder, dtype, lengths, check)
+    return np.concatenate(parts), counts, decoder.take_unknown()
+
+
+def words_of(rows: np.ndarray, asic: Asic = Asic.V2) -> list[int]:
+    return word_codec.encode(rows, asic=asic).tolist()
+
+
+def strict_rule(stream: bytes) -> tuple[list[int], int]:
+    """FORMATS.md section 4, written down anew: the words in a stream that goes on, and the bytes skipped."""
+    words, i, skipped = [], 0, 0
+    while i < len(stream):
+        if stream[i : i + 1] != b"s":
+            i, skipped = i + 1, skipped + 1
+            continue
+        if i + 10 > len(stream):
+            break
+        word = int.from_bytes(stream[i + 1 : i + 9], "little")
+        framed = stream[i + 9 : i + 10] == b"q"
+        if framed and word.bit_count() % 2 == 0:
+            if i + 20 > len(stream):
+                break
+            framed = stream[i + 10 : i + 11] == b"s" and stream[i + 19 : i + 20] == b"q"
+        if framed:
+            words.append(word)
+            i += 10
+        else:
+            i, skipped = i + 1, skipped + 1
+    return words, skipped
+
+
+awkward = st.lists(st.sampled_from([0x73, 0x71, 0x00, 0x01]), max_size=25).map(bytes)
+pieces = st.one_of(
+    st.integers(0, 2**64 - 1).map(lambda word: frame(odd(word))),
+    st.integers(0, 2**64 - 1).map(frame),
+    awkward.map(lambda body: b"s" + (body + bytes(8))[:8] + b"q"),
+    awkward,
+    st.binary(max_size=12),
+)
+streams = st.lists(pieces, max_size=10).map(b"".join)
+sizes = st.lists(st.integers(0, 12), max_size=10)
+lengths = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+
+
+@given(streams)
+def test_strict_rule(stream: bytes) -> None:
+    rows, counts, _ = run([(stream, 5, False)])
+    words, skipped = strict_rule(stream)
+    assert words_of(rows) == words
+    assert counts[constants.COUNTS.index("resync_bytes")] == skipped
+
+
+@given(streams, sizes)
+def test_larpix_control_rule_is_that_of_larpix_control(stream: bytes, cuts: list[int]) -> None:
+    """Its own parser, fed with the same pieces. (It carries up to 9 bytes of garbage; here they count at once.)"""
+    rows, *_ = run([(stream, 5, False)], rule="larpix-control", cuts=cuts)
+    theirs, leftover, at = [], b"", 0
+    for size in [*cuts, len(stream)]:
+        found, leftover = SerialPort._parse_input(stream[at : at + size], leftover)
+        at += size
+        theirs += [int.from_bytes(packet.bytes(), "little") for packet in found]
+    assert words_of(rows) == theirs
+
+
+@pytest.mark.parametrize("asic", Asic)
+@pytest.mark.parametrize("rule", ["strict", "larpix-control"])
+@given(st.lists(st.tuples(streams, st.integers(0, 2), st.booleans()), max_size=4), sizes, lengths)
+def test_any_cutting_gives_the_same(
+    rule: str, asic: Asic, events: list[Event], cuts: list[int], lengths: list[int]
+) -> None:
+    """With flush() and changes of the second at the same byte positions."""
+    once = run(events, rule=rule, asic=asic)
+    cut = run(events, rule=rule, asic=asic, cuts=cuts, lengths=lengths)
+    for mine, other in zip(once, cut, strict=True):
+        assert (mine == other).all()
+
+
+def test_literal_frame_with_start_and_stop_bytes_inside() -> None:
+    stream = bytes.fromhex("7370a071737173710071")
+    rows, *_ = run([(stream, 9, True)])
+    assert rows["packet_type"].tolist() == [4, 0]
+    assert rows["timestamp"][0] == 9
+    assert (rows["io_group"] == GROUP).all()
+    assert rows["io_channel"].tolist() == [0, 1]
+    assert words_of(rows) == [int.from_bytes(stream[1:9], "little")]
+
+
+@pytest.mark.parametrize("lost", range(10))
+def test_one_lost_byte_costs_one_frame(lost: int) -> None:
+    cut = frame(GOOD)[:lost] + frame(GOOD)[lost + 1 :]
+    rows, counts, _ = run([(frame(4) + cut + frame(8) + frame(GOOD), 9, True)])
+    assert words_of(rows) == [4, 8, GOOD]
+    assert named(counts)["resync_bytes"] == 9
+
+
+def test_a_false_frame_that_larpix_control_takes() -> None:
+    """A frame is cut off after its start; nine bytes on stands, in the next frame, a stop byte."""
+    true = b"s" + bytes([1, 2, 3, 4, 5, 6, 6, 0x71]) + b"q"
+    stream = b"s" + true + frame(GOOD) * 2
+    assert stream[9] == ord("q")
+    theirs, _, _ = run([(stream, 1, True)], rule="larpix-control")
+    ours, _, _ = run([(stream, 1, True)])
+    word = int.from_bytes(true[1:9], "little")
+    assert word not in words_of(theirs)
+    assert words_of(ours) == [word, GOOD, GOOD]
+
+
+def test_even_parity_waits_for_the_next_frame() -> None:
+    decoder = decoders.SerialDecoder(GROUP, Asic.V2)
+    decoder.start(new_counts())
+    rows = np.zeros(9, V2)
+    decoder.feed(frame(BAD) + frame(GOOD)[:9], 1)
+    assert decoder.decode(rows) == 1  # the time
+    decoder.feed(b"q", 1)
+    assert decoder.decode(rows) == 2
+    assert rows["valid_parity"].tolist()[:2] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("behind", "taken"), [(b"", True), (b"s", True), (b"x", False), (b"s" + bytes(8), True), (b"sxxxxxxxxx", False)]
+)
+def test_flush_decides_with_what_is_there(behind: bytes, taken: bool) -> None:
+    """A frame of even parity at the end of a burst is a bad word, unless a byte behind it says otherwise."""
+    rows, counts, _ = run([(frame(BAD) + behind, 1, True)])
+    assert words_of(rows) == [BAD] * taken
+    assert named(counts).get("bad_parity", 0) == taken
+
+
+def test_flush_leaves_an_unfinished_frame() -> None:
+    rows, counts, _ = run([(frame(GOOD)[:7], 1, True), (frame(GOOD)[7:], 1, False)])
+    assert words_of(rows) == [GOOD]
+    assert "resync_bytes" not in named(counts)
+
+
+def test_a_time_comes_before_the_first_word_of_a_second() -> None:
+    rows, *_ = run([(frame(GOOD), 1, False), (frame(GOOD)[:4], 1, False), (frame(GOOD)[4:], 2, False), (b"", 3, False)])
+    assert rows["packet_type"].tolist() == [4, 0, 4, 0]
+    assert rows["timestamp"][[0, 2]].tolist() == [1, 2]
+
+
+def test_new_counters_begin_with_what_is_pending_and_a_time() -> None:
+    decoder = decoders.SerialDecoder(GROUP, Asic.V2)
+    first, second = new_counts(), new_counts()
+    rows = np.zeros(9, V2)
+    decoder.start(first)
+    decoder.feed(frame(GOOD) + frame(GOOD)[:3], 7)
+    assert decoder.decode(rows) == 2
+    decoder.start(second)
+    decoder.feed(frame(GOOD)[3:] + b"s", 7)
+    assert decoder.decode(rows) == 2
+    assert rows["packet_type"].tolist()[:2] == [4, 0]
+    common = {"messages": 1, "words_in": 1, "word_bytes": 10, "word_rows": 1, "packets": 1, "time_rows": 1}
+    assert named(first) == common | {"bytes_in": 13, "pending_after": 3}
+    assert named(second) == common | {"bytes_in": 8, "pending_before": 3, "pending_after": 1}
+    decoder.start(first)  # run 0 is taken up again after a run
+    decoder.feed(frame(GOOD)[1:], 7)
+    assert decoder.decode(rows) == 2
+    check_ledger(first, 4, serial=True)
+    assert (named(first)["pending_before"], named(first)["pending_after"]) == (1, 3)
+
+
+def test_start_with_input_left() -> None:
+    decoder = decoders.SerialDecoder(GROUP, Asic.V2)
+    first, second = new_counts(), new_counts()
+    decoder.start(first)
+    decoder.feed(frame(GOOD) * 3, 7)
+    assert decoder.decode(np.zeros(2, V2)) == 2
+    decoder.start(second)
+    assert decoder.decode(np.zeros(5, V2)) == 2
+    check_ledger(first, 2, serial=True)
+    check_ledger(second, 2, serial=True)
+
+
+def test_v1_frames() -> None:
+    """Byte 8 belongs to no v1 word: whatever stands there neither changes the row nor the parity."""
+    word = 0x0155A6E8F41FD8
+    stream = b"s" + word.to_bytes(7, "little") + b"\x80q"
+    rows, *_ = run([(stream * 2, 3, False)], asic=Asic.V1)
+    assert rows["chip_key"].tolist() == [b"7-0-0", b"7-1-246", b"7-1-246"]
+    assert words_of(rows, Asic.V1) == [word, word]
+
+
+def test_v3_words_of_type_0_are_unknown() -> None:
+    rows, counts, unknown = run([(frame(4), 3, False)], asic=Asic.V3)
+    assert rows["packet_type"].tolist() == [4]
+    assert named(counts)["unknown_words"] == 1
+    assert [tuple(word)[:4] for word in unknown] == [(3, GROUP, 3, 10)]
+    assert unknown[0]["raw"].tobytes() == frame(4) + bytes(14)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=20))
+def test_frames_encode_as_larpix_control_does(words: list[int]) -> None:
+    stream = decoders.encode_serial(np.array(words, np.uint64))
+    assert stream == b"".join(frame(word) for word in words)
+    rows, *_ = run([(stream, 1, True)], rule="larpix-control")
+    assert words_of(rows) == words
+
+
+def test_a_long_stream() -> None:
+    words = word_codec.parity(np.arange(50_000, dtype=np.uint64) << np.uint64(2), asic=Asic.V2)
+    stream = decoders.encode_serial(words)
+    rows, *_ = run([(stream, 1, False)], cuts=[4093] * 130)
+    assert (word_codec.encode(rows, asic=Asic.V2) == words).all()
+
+
+def test_misuse_is_refused() -> None:
+    with pytest.raises(ValueError, match="rule: expected strict or larpix-control, found 'none'"):
+        decoders.SerialDecoder(1, 2, rule="none")
+    decoder = decoders.SerialDecoder(1, 2)
+    with pytest.raises(ValueError, match=r"start\(\) names the counters"):
+        decoder.feed(b"s", 1)
+    decoder.start(new_counts())
+    decoder.feed(frame(GOOD), 1)
+    with pytest.raises(ValueError, match="decoder of io_group 1: fed before its input was used up"):
+        decoder.feed(b"s", 1)
+    with pytest.raises(OverflowError):
+        decoder.feed(b"s", -1)

@@ -1,0 +1,160 @@
+"""Many messages a call: libzmq's own functions and pyzmq's methods take and send the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import zmq
+from emulated_board import context, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from larpixdaq import schema
+from larpixdaq._native.zmq_batch import Receiver, Sender
+
+PLAIN = pytest.mark.parametrize("plain", [False, True], ids=["native", "plain"])
+
+
+def pair(ctx, kinds=(zmq.PUSH, zmq.PULL), address="inproc://here"):
+    out, into = ctx.socket(kinds[0]), ctx.socket(kinds[1])
+    out.bind(address)
+    into.connect(out.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0"))
+    return out, into
+
+
+def taken(receiver, n):
+    return [bytes(receiver.buffer[start : start + length]) for start, length in receiver.spans[:n].tolist()]
+
+
+def test_the_native_way_is_the_one_in_use():
+    with context() as ctx:
+        _, into = pair(ctx)
+        assert Receiver(into).native
+        assert Sender(into).native
+        assert not Receiver(into, plain=True).native
+        assert Receiver(into).spans.dtype == schema.SPAN
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    messages=st.lists(st.lists(st.integers(0, 90), min_size=1, max_size=3), max_size=30),
+    most=st.integers(1, 10),
+    size=st.integers(1, 120),
+)
+def test_any_messages_through_any_buffer(messages, most, size):
+    """Both ways hand over every message that fits the buffer, its parts joined, in order; the others are counted."""
+    sent, number = [], 0
+    for sizes in messages:
+        parts = []
+        for n in sizes:
+            parts.append(bytes((number + k) % 256 for k in range(n)))
+            number += 7
+        sent.append(parts)
+    whole = [b"".join(parts) for parts in sent]
+    with context() as ctx:
+        for plain in (False, True):
+            out, into = pair(ctx, address=f"inproc://{plain}")
+            receiver = Receiver(into, messages=most, size=size, plain=plain)
+            for parts in sent:
+                out.send_multipart(parts)
+            got = []
+            empty = 0
+            while empty < 2:  # once more than needed: a call may end between messages that were dropped
+                n = receiver.receive()
+                assert n <= most
+                got += taken(receiver, n)
+                empty = 0 if n else empty + 1
+            assert got == [message for message in whole if len(message) <= size]
+            assert receiver.oversized == sum(len(message) > size for message in whole)
+            assert receiver.oversized_bytes == sum(len(message) for message in whole if len(message) > size)
+
+
+@PLAIN
+def test_a_message_that_finds_no_room_waits(plain):
+    with context() as ctx:
+        out, into = pair(ctx)
+        receiver = Receiver(into, size=100, plain=plain)
+        for n in (60, 60, 40):
+            out.send(bytes([n]) * n)
+        assert [receiver.receive(), receiver.receive(), receiver.receive()] == [1, 2, 0]
+        out.send(b"x" * 60)
+        out.send(b"y" * 60)
+        assert receiver.receive() == 1
+        # one is held now; it must not keep the context from ending
+        del receiver
+
+
+@PLAIN
+def test_dealer_and_sub_over_tcp(plain):
+    with context() as ctx:
+        out, into = pair(ctx, (zmq.XPUB, zmq.SUB), "tcp://127.0.0.1:*")
+        into.subscribe(b"")
+        assert out.poll(5000), "no subscription came"
+        out.recv()
+        receiver = Receiver(into, plain=plain)
+        for k in range(500):
+            out.send(k.to_bytes(4, "little") * 6)
+        got = []
+        wait_until(
+            lambda: into.poll(10) and not got.extend(taken(receiver, receiver.receive())) and len(got) == 500,
+            "500 messages",
+        )
+        assert got == [k.to_bytes(4, "little") * 6 for k in range(500)]
+
+
+@PLAIN
+def test_closed_sockets_say_so(plain):
+    with context() as ctx:
+        out, into = pair(ctx)
+        receiver, sender = Receiver(into, plain=plain), Sender(out, plain=plain)
+        into.close()
+        out.close()
+        with pytest.raises(zmq.ZMQError, match="non-socket"):
+            receiver.receive()
+        with pytest.raises(zmq.ZMQError, match="non-socket"):
+            sender.send(np.zeros(4, np.uint8), np.array([(0, 4)], schema.SPAN))
+
+
+@pytest.mark.parametrize(("messages", "size"), [(0, 10), (1, 0), (1, 1 << 32)])
+def test_impossible_buffers(messages, size):
+    with context() as ctx, pytest.raises(ValueError, match="Receiver: needs"):
+        Receiver(pair(ctx)[1], messages=messages, size=size)
+
+
+@PLAIN
+def test_sending_stops_where_the_queue_is_full(plain):
+    with context() as ctx:
+        out, into = ctx.socket(zmq.PUSH), ctx.socket(zmq.PULL)
+        out.sndhwm = into.rcvhwm = 10
+        out.bind("inproc://here")
+        into.connect("inproc://here")
+        sender = Sender(out, plain=plain)
+        data = np.arange(200, dtype=np.uint8)
+        spans = np.array([(2 * k, k % 3) for k in range(100)], schema.SPAN)
+        first = sender.send(data, spans)
+        assert 10 <= first < 100
+        got = []
+        receiver = Receiver(into, plain=plain)
+
+        def turn():
+            nonlocal first
+            got.extend(taken(receiver, receiver.receive()))
+            first += sender.send(data, spans[first:])
+            return first == 100
+
+        wait_until(turn, "room for all messages")
+        got += taken(receiver, receiver.receive())
+        assert got == [bytes(data[2 * k : 2 * k + k % 3]) for k in range(100)]
+
+
+@PLAIN
+def test_a_span_outside_of_the_buffer_sends_nothing(plain):
+    with context() as ctx:
+        out, into = pair(ctx)
+        sender = Sender(out, plain=plain)
+        with pytest.raises(ValueError, match=r"message 1: span .* outside of the buffer of 8 bytes"):
+            sender.send(np.zeros(8, np.uint8), np.array([(0, 8), (4, 5)], schema.SPAN))
+        assert sender.send(np.zeros(0, np.uint8), np.zeros(0, schema.SPAN)) == 0
+        assert sender.send(np.zeros(0, np.uint8), np.array([(0, 0)], schema.SPAN)) == 1
+        assert into.recv() == b""
+        assert not into.poll(0)

@@ -1,0 +1,463 @@
+"""The monitor's answers against what a made-up producer has sent; blocks that it skips must not make them wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from larpixdaq import constants, schema
+from larpixdaq.errors import FormatError, ProtocolError, RequestError
+from larpixdaq.monitor.monitor import KEPT_ROWS, Monitor, rows_of
+from larpixdaq.protocol.stream import Block, End, Gap, Totals
+
+START_NS = 1_700_000_000_000_000_000
+
+
+def data_rows(n: int, seed: int = 0, layout: schema.Layout = schema.LAYOUTS[1], groups: int = 2) -> NDArray[Any]:
+    """Received data packets of few chips, `groups` io_groups, some with bad parity or FIFO flags."""
+    rng = np.random.default_rng(seed)
+    rows = np.zeros(n, layout.dtype)
+    rows["direction"] = 1
+    rows["valid_parity"] = rng.random(n) < 0.9
+    rows["timestamp"] = np.arange(n)
+    if layout.code == 1:
+        group, channel = rng.integers(1, groups + 1, n), rng.integers(1, 3, n)
+        rows["chipid"] = rng.integers(11, 14, n)
+        keys = zip(group, channel, rows["chipid"], strict=True)
+        rows["chip_key"] = [b"%d-%d-%d" % key for key in keys]
+        rows["channel"], rows["adc_counts"] = rng.integers(0, 128, n), rng.integers(0, 1024, n)
+        return rows
+    rows["io_group"], rows["io_channel"] = rng.integers(1, groups + 1, n), rng.integers(1, 3, n)
+    rows["chip_id"], rows["channel_id"] = rng.integers(11, 14, n), rng.integers(0, 64, n)
+    rows["dataword"] = rng.integers(30, 50, n)
+    rows["local_fifo"] = rng.choice([0, 0, 1, 3], n)
+    rows["packet_type"] = 1 if layout.code == 4 else 0
+    return rows
+
+
+class Producer:
+    """Makes headers with right running totals around rows."""
+
+    def __init__(
+        self, run: int = 7, name: str = "LArPix board", epoch: int = 1, layout: schema.Layout = schema.LAYOUTS[1]
+    ) -> None:
+        self.run, self.name, self.epoch, self.layout = run, name, epoch, layout
+        self.sequence = self.rows = 0
+        self.counts: dict[int, dict[str, int]] = {}
+        self.last_ns = START_NS
+
+    def block(
+        self, rows: NDArray[Any], first: float, last: float, text: str | None = None
+    ) -> tuple[Block, NDArray[Any]]:
+        """A block whose rows came from `first` to `last` seconds after the start."""
+        for io_group in np.unique(rows["io_group"]).tolist() if self.layout.code != 1 else [1]:
+            mine = rows[rows["io_group"] == io_group] if self.layout.code != 1 else rows
+            counts = self.counts.setdefault(io_group, dict.fromkeys(constants.COUNTS, 0))
+            if text is not None:
+                counts["info_rows"] += len(mine)
+                continue
+            counts["word_rows"] += len(mine)
+            counts["packets"] += len(mine)
+            counts["bad_parity"] += int((mine["valid_parity"] == 0).sum())
+        totals = [
+            Totals(g, c["packets"], c["word_rows"] + c["info_rows"], c["bad_parity"], c["unknown_words"], c["dropped"])
+            for g, c in self.counts.items()
+        ]
+        self.last_ns = START_NS + round(last * 1e9)
+        header = Block(
+            run=self.run,
+            producer=self.name,
+            epoch=self.epoch,
+            sequence=self.sequence,
+            first_packet=self.rows,
+            rows=len(rows),
+            layout=self.layout.code,
+            flags=0,
+            first_ns=START_NS + round(first * 1e9),
+            last_ns=self.last_ns,
+            crc32=0,
+            totals=totals,
+            gaps=[],
+            text=text,
+        )
+        self.sequence += 1
+        self.rows += len(rows)
+        return header, rows
+
+    def info(self, words: str, at: float, recorded: int | None = None) -> tuple[Block, NDArray[Any]]:
+        """`recorded`: the text's own time (unix seconds), in a replay."""
+        rows = np.zeros(1, self.layout.dtype)
+        rows["timestamp"] = int(START_NS / 1e9 + at) if recorded is None else recorded
+        rows["type" if self.layout.code == 1 else "packet_type"] = 5
+        return self.block(rows, at, at, words)
+
+    def end(self, how: str = "closed") -> End:
+        counts = [[g, *c.values()] for g, c in self.counts.items()]
+        gaps = [Gap(1, 0, 0, 0)]
+        return End(self.run, self.name, self.epoch, self.sequence, how, START_NS, self.last_ns, counts, gaps, [])
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def steady(
+    monitor: Monitor, clock: Clock, producer: Producer, seconds: float, rate: int, seen: int = 1
+) -> NDArray[Any]:
+    """Blocks of 20 ms for so long at so many rows/s, of which the monitor gets every `seen`-th; return all rows."""
+    n = round(seconds / 0.02)
+    start = (producer.last_ns - START_NS) / 1e9
+    blocks = [data_rows(rate // 50, seed=producer.sequence + i) for i in range(n)]
+    for i, rows in enumerate(blocks):
+        header, rows = producer.block(rows, start + 0.02 * i, start + 0.02 * (i + 1))
+        clock.now += 0.02
+        if i % seen == 0:
+            monitor.block(header, rows)
+    return np.concatenate(blocks)
+
+
+def test_hosts_whose_clocks_differ(clock: Clock) -> None:
+    monitor, one, other = Monitor(clock), Producer(), Producer(name="Second board")
+    steady(monitor, clock, one, 2.0, 5000)
+    other.last_ns += 3600 * 10**9  # an hour ahead: another host, or the same one after its clock was stepped
+    steady(monitor, clock, other, 2.0, 5000)
+    answer = monitor.packet_rate()
+    assert answer["seconds"] == pytest.approx(4.0, abs=0.1)
+    assert answer["mean_rate"] == pytest.approx(5000, rel=0.05)
+    assert answer["rate"] == pytest.approx(5000, rel=0.01)
+
+
+@pytest.mark.parametrize("seen", [1, 3])
+def test_rates_are_exact_though_blocks_were_skipped(clock: Clock, seen: int) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    monitor.start(7, "physics", "cosmics")
+    rows = steady(monitor, clock, producer, 2.02, 5000, seen)
+    monitor.block(*producer.block(data_rows(100), 2.02, 2.04))
+    rows = np.concatenate([rows, data_rows(100)])
+    answer = monitor.packet_rate()
+    assert answer["run"] == 7
+    assert answer["packets"] == len(rows)
+    assert answer["rate"] == pytest.approx(5000, rel=1e-6)
+    assert answer["mean_rate"] == pytest.approx(5000, rel=1e-6)
+    assert answer["seconds"] == pytest.approx(2.04)
+    assert answer["seen"] == pytest.approx(1 / seen, rel=0.05)
+    groups = answer["io_groups"]
+    assert groups["io_group"].tolist() == [1, 2]
+    assert groups["packets"].tolist() == [(rows["io_group"] == g).sum() for g in (1, 2)]
+    assert groups["bad_parity"].tolist() == [
+        ((rows["io_group"] == g) & (rows["valid_parity"] == 0)).sum() for g in (1, 2)
+    ]
+    np.testing.assert_allclose(groups["mean_rate"], groups["packets"] / 2.04)
+    np.testing.assert_allclose(groups["seen"], groups["seen_packets"] / groups["packets"])
+    for table, keys in (("io_channels", 2), ("chips", 3), ("channels", 4)):
+        names = list(answer[table].dtype.names[:keys])
+        assert answer[table][names].tolist() == sorted(set(answer[table][names].tolist()))
+        for column in ("rate", "mean_rate", "seen_packets"):
+            sums = [answer[table][column][answer[table]["io_group"] == g].sum() for g in (1, 2)]
+            np.testing.assert_allclose(sums, groups[column], err_msg=f"{table} {column}")
+    assert "channels" not in monitor.packet_rate(channels=False)
+    info = monitor.run_info()
+    assert info["seen_rows"] + info["skipped_rows"] == len(rows)
+    assert info["producers"][0]["skipped_blocks"] == (0 if seen == 1 else 101 - 34)
+    assert (info["kind"], info["comment"], info["layout"]) == ("physics", "cosmics", "2.4")
+    if seen == 1:
+        chips = answer["chips"]
+        for chip in chips:
+            mine = rows[(rows["io_group"] == chip["io_group"]) & (rows["io_channel"] == chip["io_channel"])]
+            mine = mine[mine["chip_id"] == chip["chip_id"]]
+            assert chip["seen_packets"] == len(mine)
+            assert chip["seen_bad_parity"] == (mine["valid_parity"] == 0).sum()
+            assert chip["seen_local_half"] == (mine["local_fifo"] > 0).sum()
+            assert chip["seen_local_full"] == (mine["local_fifo"] == 3).sum()
+
+
+def test_now_is_the_last_second_and_falls_to_zero(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    steady(monitor, clock, producer, 5, 1000)
+    steady(monitor, clock, producer, 1, 10_000)
+    answer = monitor.packet_rate()
+    assert answer["rate"] == pytest.approx(10_000, rel=1e-6)
+    assert answer["mean_rate"] == pytest.approx(15_000 / 6, rel=1e-6)
+    before = answer["rate"]
+    for _ in range(12):
+        clock.now += 0.1
+        now = monitor.packet_rate()["rate"]
+        assert now <= before
+        before = now
+    assert before == 0
+    assert monitor.packet_rate()["chips"]["rate"].sum() == 0
+    assert monitor.packet_rate()["mean_rate"] == pytest.approx(15_000 / 7.1, rel=1e-6)
+    # After a silence only what is new counts as now.
+    clock.now += 60
+    producer.last_ns += 61_200_000_000
+    steady(monitor, clock, producer, 0.2, 1000)
+    assert monitor.packet_rate()["rate"] == pytest.approx(200, rel=1e-6)
+    monitor.end(producer.end())
+    clock.now += 100
+    assert monitor.packet_rate()["rate"] == 0
+    assert monitor.packet_rate()["seconds"] == pytest.approx(67.4)
+
+
+def test_a_chip_that_falls_silent_is_seen_at_once(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    for i in range(300):
+        rows = np.repeat(data_rows(1, groups=1), 20)
+        rows["chip_id"][10:] = 99
+        if i >= 150:
+            rows["chip_id"] = 99
+        clock.now += 0.02
+        monitor.block(*producer.block(rows, i * 0.02, (i + 1) * 0.02))
+    quiet, loud = monitor.packet_rate()["chips"]
+    assert (quiet["rate"], loud["chip_id"]) == (0, 99)
+    assert loud["rate"] == pytest.approx(1000)
+    assert quiet["mean_rate"] == pytest.approx(250)
+
+
+def test_the_first_packet_of_a_run_is_not_infinitely_fast(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    assert monitor.packet_rate()["rate"] == 0
+    monitor.block(*producer.block(data_rows(1), 0, 0))
+    for _ in range(20):
+        answer = monitor.packet_rate()
+        assert answer["rate"] <= 10
+        assert answer["mean_rate"] <= 10
+        clock.now += 0.01
+
+
+def test_joining_in_the_middle_of_a_run(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    for i in range(100):
+        producer.block(data_rows(100), i * 0.02, (i + 1) * 0.02)
+    steady(monitor, clock, producer, 1.0, 5000)
+    answer = monitor.packet_rate()
+    assert answer["packets"] == 100 * 100 + 5000
+    assert answer["rate"] == pytest.approx(5000, rel=1e-6)
+    assert answer["mean_rate"] == pytest.approx(5000, rel=1e-6)
+    assert monitor.run_info()["skipped_rows"] == 100 * 100
+    assert answer["seen"] == pytest.approx(1 / 3)
+
+
+def test_several_producers_and_a_restarted_one_add_up(clock: Clock) -> None:
+    monitor = Monitor(clock)
+    one, other, again = Producer(), Producer(name="Second board"), Producer(epoch=2)
+    for i in range(120):
+        clock.now += 0.02
+        monitor.block(*(one if i < 50 else again).block(data_rows(20, i), i * 0.02, (i + 1) * 0.02))
+        monitor.block(*other.block(data_rows(30, i), i * 0.02, (i + 1) * 0.02))
+    answer = monitor.packet_rate()
+    assert answer["packets"] == 6000
+    assert answer["rate"] == pytest.approx(2500, rel=1e-6)
+    assert answer["mean_rate"] == pytest.approx(2500)
+    assert [(p["name"], p["epoch"]) for p in monitor.run_info()["producers"]] == [
+        ("LArPix board", 1),
+        ("Second board", 1),
+        ("LArPix board", 2),
+    ]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=20),
+    code=st.sampled_from([known.code for known in schema.LAYOUTS]),
+    ended=st.booleans(),
+)
+def test_seen_and_skipped_are_all(sizes: list[tuple[int, bool]], code: int, ended: bool) -> None:
+    layout = schema.layout(code)
+    monitor, producer = Monitor(Clock()), Producer(layout=layout)
+    monitor.start(7)
+    kept: list[NDArray[Any]] = []
+    known = 0
+    for i, (size, seen) in enumerate(sizes):
+        block = producer.block(data_rows(size, i, layout), i, i + 0.5)
+        if seen:
+            monitor.block(*block)
+            kept.append(block[1])
+            known = producer.rows
+    if ended:
+        monitor.end(producer.end())
+        known = producer.rows
+    info = monitor.run_info()
+    rows = np.concatenate([np.zeros(0, layout.dtype), *kept])
+    assert info["seen_rows"] == len(rows)
+    assert info["seen_rows"] + info["skipped_rows"] == known
+    assert info["rows_by_type"]["data"] == len(rows)
+    if ended or (sizes and sizes[-1][1]):
+        assert monitor.packet_rate()["packets"] == producer.rows
+    histogram = monitor.adc_histogram()
+    good = rows[rows["valid_parity"] == 1]
+    adc = good["adc_counts" if code == 1 else "dataword"].astype(float)
+    assert histogram["entries"] == len(good)
+    if len(good):
+        assert histogram["mean"] == pytest.approx(adc.mean())
+        assert histogram["std"] == pytest.approx(adc.std(), abs=1e-9)
+    if len(rows):
+        np.testing.assert_array_equal(monitor.packets(count=50), rows[-50:])
+
+
+def test_histogram_of_what_is_named(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    rows = data_rows(2000)
+    monitor.block(*producer.block(rows, 0, 0.01))
+    good = rows[rows["valid_parity"] == 1]
+    mine = good[(good["io_group"] == 2) & (good["chip_id"] == 12)]
+    answer = monitor.adc_histogram(io_group=2, chip=12)
+    np.testing.assert_array_equal(answer["counts"], np.bincount(mine["dataword"], minlength=256))
+    assert (answer["io_group"], answer["io_channel"], answer["chip"], answer["channel"]) == (2, None, 12, None)
+    assert answer["merged_channels"] == 0
+    assert monitor.adc_histogram(io_group=9)["mean"] is None
+    assert monitor.adc_histogram(channel=3)["entries"] == (good["channel_id"] == 3).sum()
+
+
+def test_the_last_packets(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    assert len(monitor.packets()) == 0
+    everything = []
+    for i, size in enumerate([3, 5000, 1, 16_384, 700, 700, 16_000, 5]):
+        everything.append(data_rows(size, i))
+        monitor.block(*producer.block(everything[-1], i, i))
+    rows = np.concatenate(everything)
+    np.testing.assert_array_equal(monitor.packets(), rows[-100:])
+    np.testing.assert_array_equal(monitor.packets(count=KEPT_ROWS), rows[-KEPT_ROWS:])
+    monitor.block(*producer.info("Ending run", 9))
+    assert monitor.packets(1)["packet_type"].tolist() == [5]
+    np.testing.assert_array_equal(monitor.packets(10, types=[0]), rows[-10:])
+    shown = monitor.packets(2, text=True).split("\n")
+    assert len(shown) == 3
+    assert "data" in shown[1]
+    assert "message" in shown[2]
+
+
+def test_messages_with_time_and_producer(clock: Clock) -> None:
+    monitor = Monitor(clock)
+    producer, other = Producer(), Producer(name="Second board")
+    monitor.block(*producer.info("Beginning run", 0))
+    monitor.block(*other.info("Beginning run", 1.5))
+    monitor.block(*producer.info("Ending run", 60, recorded=1_600_000_000))
+    found = monitor.messages()
+    assert [message["text"] for message in found] == ["Beginning run", "Beginning run", "Ending run"]
+    assert found[2]["time"] == 1_600_000_000
+    assert found[1] == {
+        "time": START_NS / 1e9 + 1.5,
+        "utc": "2023-11-14T22:13:21Z",
+        "producer": "Second board",
+        "run": 7,
+        "text": "Beginning run",
+    }
+    assert monitor.messages(1) == found[-1:]
+
+
+def test_a_new_run_starts_afresh_and_old_blocks_are_let_pass(clock: Clock) -> None:
+    monitor, old = Monitor(clock), Producer(run=7)
+    monitor.start(7)
+    monitor.block(*old.block(data_rows(100), 0, 1))
+    late = old.block(data_rows(50), 1, 2)
+    # Blocks of the next run may be here before the news of it.
+    new = Producer(run=8, layout=schema.LAYOUTS[3])
+    monitor.block(*new.block(data_rows(10, layout=schema.LAYOUTS[3]), 2, 3))
+    monitor.start(8, "test", "after the break")
+    monitor.block(*late)
+    monitor.end(old.end())
+    info = monitor.run_info()
+    assert (info["run"], info["comment"], info["seen_rows"], info["late_blocks"]) == (8, "after the break", 10, 2)
+    assert info["layout"] == "3.0"
+    assert info["rows_by_type"]["data"] == 10
+    monitor.start(9)
+    assert monitor.run_info()["seen_rows"] == 0
+    assert monitor.packet_rate()["packets"] == 0
+    assert len(monitor.adc_histogram()["counts"]) == 0
+
+
+def test_a_block_again_is_not_counted_again(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    block = producer.block(data_rows(100), 0, 1)
+    monitor.block(*block)
+    monitor.block(*block)
+    info = monitor.run_info()
+    assert info["seen_rows"] == 100
+    assert info["producers"][0]["repeated_blocks"] == 1
+
+
+def test_a_clock_that_is_set_back_harms_nothing(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    steady(monitor, clock, producer, 2.0, 1000)
+    for _ in range(2):
+        producer.last_ns -= 3600 * 10**9
+        steady(monitor, clock, producer, 2.0, 1000)
+    answer = monitor.packet_rate()
+    assert answer["packets"] == 6000
+    assert answer["rate"] == pytest.approx(1000, rel=1e-6)
+    assert answer["mean_rate"] == pytest.approx(1000, rel=0.02)
+
+
+def test_a_clock_that_stands_still_harms_nothing(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    for i in range(1000):
+        monitor.block(*producer.block(data_rows(3, i), 1, 1))
+    answer = monitor.packet_rate()
+    assert answer["packets"] == 3000
+    assert answer["rate"] <= 30_000
+
+
+def test_the_end_tells_what_was_never_seen(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    for i in range(10):
+        producer.block(data_rows(100), i, i + 1)
+    monitor.end(producer.end("aborted"))
+    answer = monitor.packet_rate()
+    assert (answer["packets"], answer["seen"]) == (1000, 0)
+    assert answer["mean_rate"] == pytest.approx(100)
+    assert monitor.run_info()["producers"][0]["ended"] == "aborted"
+    assert monitor.status()["skipped_rows"] == 1000
+
+
+def test_what_does_not_fit_is_refused_and_not_counted(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    header, rows = producer.block(data_rows(10), 0, 1)
+    np.testing.assert_array_equal(rows_of(header, rows.tobytes()), rows)
+    with pytest.raises(FormatError, match="10 rows of 36 bytes announced, 359 bytes found"):
+        rows_of(header, rows.tobytes()[:-1])
+    monitor.block(header, rows)
+    with pytest.raises(FormatError, match=r"5 rows of layout 2\.4, expected 10"):
+        monitor.block(header, rows[:5])
+    other = Producer(layout=schema.LAYOUTS[3], name="Second board")
+    with pytest.raises(FormatError, match=r"3 rows of layout 3\.0, expected 3 of 2\.4"):
+        monitor.block(*other.block(data_rows(3, layout=schema.LAYOUTS[3]), 0, 1))
+    wrong = Producer(name="Third board")
+    wrong.counts[300] = dict.fromkeys(constants.COUNTS, 0)
+    with pytest.raises(ProtocolError, match="totals of run 7 from Third board: impossible"):
+        monitor.block(*wrong.block(data_rows(3), 0, 1))
+    with pytest.raises(ProtocolError, match="2 counts, not"):
+        monitor.end(End(7, "Third board", 1, 0, "closed", 0, 0, [[1, 2, 3]], [], []))
+    assert [producer["name"] for producer in monitor.run_info()["producers"]] == ["LArPix board"]
+    assert monitor.run_info()["seen_rows"] == 10
+    assert monitor.packet_rate()["seconds"] < 10
+
+
+@pytest.mark.parametrize(
+    ("ask", "complaint"),
+    [
+        (lambda monitor: monitor.packets(0), "packets: count: expected a whole number from 1 to 16384, found 0"),
+        (lambda monitor: monitor.packets("x"), "packets: count: expected a whole number from 1 to 16384, found 'x'"),
+        (lambda monitor: monitor.packets(types=["data"]), "packets: types: expected .*, found 'data'"),
+        (lambda monitor: monitor.packets(types=0), "packets: types: expected a list of packet types, found 0"),
+        (lambda monitor: monitor.messages(True), "messages: count: expected .*, found True"),
+        (lambda monitor: monitor.adc_histogram(chip=256), "adc_histogram: chip: expected .* 0 to 255, found 256"),
+    ],
+)
+def test_questions_that_make_no_sense(ask: Any, complaint: str) -> None:
+    with pytest.raises(RequestError, match=complaint):
+        ask(Monitor())

@@ -1,0 +1,149 @@
+"""The producer's side of commands, in any order of requests, answers, failures and full rings."""
+
+from collections import deque
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from larpixdaq.hardware.register_map import READ, words
+from larpixdaq.readout.command_queue import Commands, sent_rows
+from larpixdaq.schema import Asic, layout_of
+from larpixdaq.sources.command_channel import Reply
+
+V2 = layout_of(Asic.V2)
+
+
+class Line:
+    """A channel whose answers come when the test says so."""
+
+    sockets = ()
+    batch = 3
+
+    def __init__(self, io_group):
+        self.io_group, self.name, self.kind = io_group, f"board {io_group}", "pacman"
+        self.busy = False
+        self.reply = None
+        self.orphan = False  # whoever sent what is in flight is dead
+        self.log = []  # of everything that went out
+
+    def send_words(self, io_channels, sent):
+        assert not self.busy
+        assert 0 < len(sent) == len(io_channels) <= self.batch
+        self.busy = True
+        self.log += zip(io_channels.tolist(), sent.tolist(), strict=True)
+
+    def send_raw(self, body, seconds=0.0):
+        assert not self.busy
+        self.busy = True
+        self.log.append(body)
+
+    def take(self):
+        if self.reply is None:
+            return None
+        reply, self.reply, self.busy = self.reply, None, False
+        return reply
+
+    def due(self):
+        return 1.0 if self.busy else None
+
+
+class Orders(RuleBasedStateMachine):
+    @initialize()
+    def start(self):
+        self.lines = {1: Line(1), 2: Line(2)}
+        self.room = 100
+        self.rows = []
+        self.done = []
+        self.given = {1: deque(), 2: deque()}  # what is still to go out or be answered, per board
+        self.number = 0
+        self.commands = Commands(self.lines.values(), Asic.V2, V2, self.record)
+        self.commands.done = lambda *what: self.done.append(what)
+
+    def record(self, rows, io_group):
+        n = min(self.room, len(rows))
+        self.room -= n
+        self.rows += [(io_group, *row) for row in rows[:n][["io_channel", "register_address", "direction"]].tolist()]
+        return n
+
+    @rule(io_group=st.integers(1, 3), addresses=st.lists(st.integers(0, 255), max_size=8))
+    def words(self, io_group, addresses):
+        self.number += 1
+        made = words(Asic.V2, READ, 5, addresses)
+        channels = np.arange(len(made), dtype=np.uint8)
+        self.commands.words(self.number, io_group, channels.tobytes(), made.tobytes())
+        if io_group == 3:
+            assert self.done.pop() == (self.number, b"", "io_group 3 takes no commands; those that do: 1, 2")
+        else:
+            self.given[io_group].append((self.number, list(zip(channels.tolist(), made.tolist(), strict=True))))
+
+    @rule(io_group=st.integers(1, 2))
+    def ask(self, io_group):
+        self.number += 1
+        self.commands.ask(self.number, io_group, b"%d" % self.number)
+        self.given[io_group].append((self.number, [b"%d" % self.number]))
+
+    @rule()
+    def work(self):
+        self.commands.work()
+
+    @rule(room=st.integers(0, 20))
+    def free(self, room):
+        self.room += room
+
+    @rule(io_group=st.integers(1, 2), fails=st.booleans())
+    def answer(self, io_group, fails):
+        line = self.lines[io_group]
+        if not line.busy or line.reply is not None:
+            return
+        orphan, line.orphan = line.orphan, False
+        line.reply = Reply(b"", "no answer") if fails else Reply(b"said")
+        if fails and not orphan:  # the command ends there, and what of it went out stays out
+            number, parts = self.given[io_group][0]
+            self.given[io_group][0] = (number, [part for part in parts if part in line.log])
+
+    @rule()
+    def child_dies(self):
+        self.commands.forget()
+        for line in self.lines.values():
+            line.log.clear()
+            line.orphan = line.busy and line.reply is None
+        self.rows.clear()
+        self.done.clear()
+        self.given = {1: deque(), 2: deque()}
+
+    @invariant()
+    def each_is_done_once_in_order(self):
+        for number, _, _ in self.done:
+            io_group = next(g for g, waiting in self.given.items() if waiting and waiting[0][0] == number)
+            self.given[io_group].popleft()
+        self.done.clear()
+
+    @invariant()
+    def every_word_that_went_out_has_its_row(self):
+        went = [part for line in self.lines.values() for part in line.log if isinstance(part, tuple)]
+        assert sorted((channel, word >> 10 & 255) for channel, word in went) == sorted(row[1:3] for row in self.rows)
+        assert all(row[3] == 0 for row in self.rows)
+
+
+TestOrders = Orders.TestCase
+
+
+@given(
+    asic=st.sampled_from([Asic.V1, Asic.V2, Asic.V2_DIAGNOSTICS, Asic.V3]),
+    sent=st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255)), max_size=20),
+)
+def test_rows_of_sent_words_are_those_of_the_words(asic, sent):
+    channels = np.array([one[0] for one in sent], np.uint8)
+    made = words(asic, READ, [one[1] for one in sent], [one[2] for one in sent])
+    rows = sent_rows(made, channels, 7, asic, layout_of(asic))
+    v1 = asic == Asic.V1
+    assert rows["register" if v1 else "register_address"].tolist() == [one[2] for one in sent]
+    assert (rows["direction"] == 0).all()
+    assert (rows["valid_parity"] == 1).all()
+    if v1:
+        assert rows["chip_key"].tolist() == [b"7-%d-%d" % (one[0], one[1]) for one in sent]
+    else:
+        assert rows["io_channel"].tolist() == channels.tolist()
+        assert (rows["io_group"] == 7).all()

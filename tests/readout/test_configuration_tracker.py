@@ -1,0 +1,139 @@
+"""What the producer knows of the chips' registers, against a plain dictionary of what was said on the wires."""
+
+import numpy as np
+import pytest
+from file_builder import ASIC, CLOCK64, V1, V2, V3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from larpixdaq._native import word_codec
+from larpixdaq.errors import ProtocolError
+from larpixdaq.hardware.register_map import READ as ASK
+from larpixdaq.hardware.register_map import WRITE, words
+from larpixdaq.protocol.stream import READ, REGISTERS, SENT, Configs, Configurations, unpack_configurations
+from larpixdaq.readout.command_queue import sent_rows
+from larpixdaq.readout.configuration_tracker import Witness
+
+CHIPS = [(1, 1, 2), (1, 1, 3), (1, 2, 2), (2, 1, 2), (2, 1, 254)]
+REGISTER = st.integers(0, 3).map(lambda n: n * 20)
+STEP = st.tuples(
+    st.sampled_from(["sent", "answer", "wrong parity", "asked"]),
+    st.lists(st.tuples(st.sampled_from(CHIPS), REGISTER, st.integers(0, 2)), min_size=1, max_size=6),
+)
+DOUBT = st.tuples(st.just("doubt"), st.sampled_from([[1], [2], [1, 2]]))
+BROADCAST = st.tuples(st.just("all"), st.tuples(st.sampled_from([(1, 1), (2, 1)]), REGISTER, st.integers(0, 2)))
+
+
+def rows_of(kind, layout, steps, direction):
+    """The rows of words, board by board as a producer has them, each in the order of the steps."""
+    found = []
+    for group in sorted({chip[0] for chip, _, _ in steps}):
+        mine = [step for step in steps if step[0][0] == group]
+        ids, registers, values = (np.array(part) for part in zip(*[(c[2], r, v) for c, r, v in mine], strict=True))
+        made = words(ASIC[layout], kind, ids, registers, values)
+        channels = np.array([chip[1] for chip, _, _ in mine], np.uint8)
+        if direction == 0:
+            found.append(sent_rows(made, channels, group, ASIC[layout], layout))
+            continue
+        for word, channel in zip(made, channels.tolist(), strict=True):
+            rows = np.zeros(1, layout.dtype)
+            word_codec.decode(
+                np.array([word]), rows, asic=ASIC[layout], io_group=group, io_channel=channel, direction=1
+            )
+            found.append(rows)
+    return np.concatenate(found)
+
+
+@settings(max_examples=150)
+@given(st.sampled_from([V1, V2, CLOCK64, V3]), st.lists(STEP | DOUBT | BROADCAST, max_size=12), st.data())
+def test_it_knows_what_was_told_and_said_last(layout, steps, data):
+    witness = Witness("2")
+    witness.know(np.array(CHIPS, np.uint8))
+    sent, read, settled = {}, {}, {}
+    for what, about in steps:
+        if what == "doubt":
+            witness.doubt(about)
+            sent = {at: value for at, value in sent.items() if at[0][0] not in about}
+            read = {at: value for at, value in read.items() if at[0][0] not in about}
+        elif what == "all":
+            line, register, value = about
+            if layout is V1:
+                continue
+            witness.sent(rows_of(WRITE, layout, [((*line, 255), register, value)], 0))
+            for chip in CHIPS:
+                if chip[:2] == line:
+                    tell(sent, read, chip, register, value)
+        elif what == "sent":
+            about = [one for n, one in enumerate(about) if one[:2] not in [other[:2] for other in about[:n]]]
+            witness.sent(rows_of(WRITE, layout, about, 0))
+            for chip, register, value in about:
+                tell(sent, read, chip, register, value)
+        elif what == "asked":
+            witness.sent(rows_of(ASK, layout, about, 0))
+        else:
+            rows = rows_of(ASK, layout, about, 1)
+            if what == "wrong parity":
+                rows["valid_parity"] = 0
+            else:
+                read.update({(chip, register): value for chip, register, value in about})
+            witness.answers(rows)
+        if data.draw(st.booleans()):
+            changed = {chip for chip in CHIPS if seen(sent, read, chip) != settled.get(chip, ({}, {}))}
+            news = witness.news()
+            assert {tuple(chip) for chip in news.chips.tolist()} >= changed
+            witness.settle()
+            assert not len(witness.news().chips)
+            settled = {chip: seen(sent, read, chip) for chip in CHIPS}
+    found = witness.everything()
+    assert [tuple(chip) for chip in found.chips.tolist()] == CHIPS
+    for place, chip in enumerate(CHIPS):
+        told = {r: int(found.sent[place, r]) for r in np.flatnonzero(found.known[place] & SENT).tolist()}
+        said = {r: int(found.read[place, r]) for r in np.flatnonzero(found.known[place] & READ).tolist()}
+        assert (told, said) == seen(sent, read, chip)
+    differ = {(chip, r) for chip, r in sent if (chip, r) in read and read[chip, r] != sent[chip, r]}
+    assert int(found.different.sum()) == len(differ)
+
+
+def tell(sent, read, chip, register, value):
+    sent[chip, register] = value
+    if read.get((chip, register), value) != value:
+        del read[chip, register]  # it may hold the new one by now
+
+
+def seen(sent, read, chip):
+    return ({r: v for (c, r), v in sent.items() if c == chip}, {r: v for (c, r), v in read.items() if c == chip})
+
+
+def test_an_id_that_is_nobodys_is_not_among_the_chips():
+    witness = Witness("2")
+    witness.sent(rows_of(WRITE, V2, [((1, 1, 1), 122, 11), ((1, 1, 11), 64, 30)], 0))
+    assert not len(witness.everything().chips)
+    witness.know(np.array([(1, 1, 11)], np.uint8))
+    assert witness.everything().chips.tolist() == [[1, 1, 11]]
+    assert witness.everything().text() == "Configuration of chip 1-1-11: 1 registers sent, 0 read back, 0 different"
+
+
+@given(st.integers(1, 600), st.integers(0, 1 << 32))
+def test_blocks_carry_configurations_of_any_number_of_chips(n, seed):
+    rng = np.random.default_rng(seed)
+    arrays = rng.integers(0, 4, (3, n, REGISTERS), np.uint8)
+    given_ = Configurations("2b", rng.integers(0, 256, (n, 3), np.uint8), *arrays)
+    pieces = [unpack_configurations(piece.pack()) for piece in given_.pieces()]
+    for field in range(1, 5):
+        np.testing.assert_array_equal(np.concatenate([piece[field] for piece in pieces]), given_[field])
+    assert {piece.asic for piece in pieces} == {"2b"}
+
+
+@given(st.binary(max_size=30), st.binary(max_size=200) | st.just(Configurations("", *[np.zeros((9, 256), "u1")] * 4)))
+def test_what_is_no_configuration_is_refused(chips, registers):
+    packed = registers if isinstance(registers, bytes) else registers.pack().registers
+    if len(chips) == 27:
+        chips = b""
+    with pytest.raises(ProtocolError, match="configurations: "):
+        unpack_configurations(Configs("2", chips, packed))
+
+
+def test_a_bomb_is_not_unpacked():
+    many = Configurations("", *[np.zeros((256, REGISTERS), np.uint8)] * 4).pack()
+    with pytest.raises(ProtocolError, match="expected 768 bytes for 1 chips"):
+        unpack_configurations(Configs("2", bytes(3), many.registers))

@@ -1,0 +1,127 @@
+"""What is delivered after a run is over still counts: the catalogue follows the files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from processes import LIMIT, until
+from system import System, system
+
+from larpixdaq.hdf5.run_report import survey_run
+from larpixdaq.operator import Operator
+
+
+def taking(line: System, *storage: str, copies: Sequence[str] = ()) -> Operator:
+    """A run that goes on, with a second of data."""
+    line.launch_core()
+    for name in copies:
+        line.launch_storage("--name", name, key=name)
+    line.launch_storage(*storage)
+    line.launch_monitor()
+    line.launch_producer("--fake", "20000")
+    operator = line.operator()
+    line.await_kinds(operator, "storage", "run_data", "producer")
+    names = {*copies, "Offline storage"}
+    until(lambda: names <= {one["name"] for one in operator.components().result(LIMIT)}, f"{names}")
+    operator.prepare_run().result(LIMIT)
+    operator.begin_run().result(LIMIT)
+    until(lambda: line.status_of(operator, "storage").get("rows", 0) > 20_000, "a second of data in the file")
+    return operator
+
+
+@pytest.mark.parametrize("core", ["lives on", "is killed too"])
+def test_a_storage_that_dies_and_comes_back_when_the_run_is_over(tmp_path: Path, core: str) -> None:
+    with system(tmp_path) as line:
+        operator = taking(line)
+        line.processes["offline_storage"].kill()
+        ended = operator.end_run().result(2 * LIMIT)
+        assert (ended["condition"], ended["files"]) == ("INTERRUPTED", [])
+        assert "Offline storage: has not reported" in ended["reasons"]
+        assert ended["stored"] is None
+        if core == "is killed too":
+            line.processes["core"].kill()
+            line.restart("core")
+            operator = line.operator()
+        line.restart("offline_storage")
+        line.await_kinds(operator, "storage", "producer")
+        info = until(lambda: settled(operator, "COMPLETE"), "all to be delivered and the run to be complete", 2 * LIMIT)
+        assert info["rows"] == info["stored"] > 20_000
+        assert info["reasons"] == []
+        until(lambda: line.status_of(operator, "producer").get("owed_blocks") == 0, "nothing to be owed")
+        details = until(lambda: summed(operator, len(info["files"])), "the checksums")
+        assert [one["path"] for one in details] == info["files"]
+        for one in details:
+            told = json.loads(Path(one["path"]).with_suffix(".json").read_text())
+            assert (one["bytes"], one["sha256"]) == (told["bytes"], told["sha256"])
+        found = survey_run(line.data, 1)
+        assert (found.condition, [str(path) for path in found.files]) == ("COMPLETE", info["files"])
+
+
+def test_a_producer_that_dies_and_comes_back_when_the_run_is_over(tmp_path: Path) -> None:
+    with system(tmp_path) as line:
+        operator = taking(line)
+        line.processes["producer"].kill()
+        ended = operator.end_run().result(2 * LIMIT)
+        assert ended["condition"] == "INTERRUPTED"
+        assert any("totals" in reason for reason in ended["reasons"])
+        line.restart("producer")
+        line.await_kinds(operator, "producer")
+        info = until(lambda: settled(operator, "COMPLETE, suspect"), "what its ring held to be delivered", 2 * LIMIT)
+        assert info["rows"] == info["stored"] > 20_000
+        assert any("was down for part of the run" in reason for reason in info["reasons"])
+        assert operator.prepare_run().result(LIMIT)["run"] == 2
+        assert operator.end_run().result(LIMIT)["condition"] == "COMPLETE"
+
+
+def test_a_producer_that_dies_and_comes_back_in_the_run(tmp_path: Path) -> None:
+    with system(tmp_path) as line:
+        operator = taking(line)
+
+        def epoch() -> int | None:
+            """Of the producer, when it is in the run."""
+            (one,) = [one for one in operator.components().result(LIMIT) if one["kind"] == "producer"]
+            return one["info"]["epoch"] if one["status"].get("state") == "RUN" else None
+
+        before = until(epoch, "the producer to be in the run")
+        line.processes["producer"].kill()
+        line.restart("producer")
+        until(lambda: epoch() not in (None, before), "another to be in the run", 2 * LIMIT)
+        ended = operator.end_run().result(2 * LIMIT)
+        assert ended["condition"] == "COMPLETE, suspect", ended
+        assert ended["rows"] == ended["stored"]
+
+
+def settled(operator: Operator, condition: str) -> dict | None:
+    info = operator.run_info(1).result(LIMIT)
+    return info if info["condition"] == condition else None
+
+
+def summed(operator: Operator, files: int) -> list[dict] | None:
+    """What the catalogue knows of the files of run 1, once it has so many and their checksums."""
+    details = operator.run_info(1).result(LIMIT)["file_details"]
+    return details if len(details) == files and all(one["sha256"] for one in details) else None
+
+
+def test_parts_are_in_the_catalogue_while_the_run_goes_on(tmp_path: Path) -> None:
+    with system(tmp_path) as line:
+        operator = taking(line, "--rotate", "10krows")
+        known = lambda: operator.run_info(1).result(LIMIT)["file_details"]  # noqa: E731
+        details = until(lambda: [one for one in known() if one["sha256"]], "closed parts in the catalogue")
+        assert details[0]["condition"] == "CONTINUED"
+        assert operator.run_info(1).result(LIMIT)["phase"] == "RUN"
+        ended = operator.end_run().result(LIMIT)
+        assert ended["condition"] == "COMPLETE"
+        details = until(lambda: summed(operator, len(ended["files"])), "all parts in the catalogue")
+        assert [one["path"] for one in details] == ended["files"]
+
+
+def test_two_storages_of_which_one_is_killed_for_good(tmp_path: Path) -> None:
+    with system(tmp_path) as line:
+        operator = taking(line, copies=("copy",))
+        line.processes["copy"].kill()
+        ended = operator.end_run().result(2 * LIMIT)
+        assert ended["condition"] == "COMPLETE"
+        assert ended["stored"] == ended["rows"]
+        assert ended["reasons"] == ["copy is lost", "copy: has not reported"]
+        assert sorted(operator.run_info().result(LIMIT)["storages"]) == ["Offline storage", "copy"]

@@ -1,0 +1,106 @@
+"""Frames that fit their structs and mean nothing: neither a storage nor a monitor may end for them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from larpixdaq import constants, schema
+from larpixdaq.errors import LarpixDaqError
+from larpixdaq.monitor.monitor import Monitor, rows_of
+from larpixdaq.protocol import stream
+from larpixdaq.protocol.stream import VERDICTS, Block, Configs, End, Gap, Totals, UnknownWord, Verdict
+from larpixdaq.runtime import checksum
+from larpixdaq.storage.service import Storing
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of sums of nonsense
+
+SEQUENCE, COUNT, TIME, ANY = 2**48 - 1, 2**56 - 1, 2**63 - 1, 2**64 - 1
+
+
+class Strange:
+    """Makes frames of a few sources, with values from everywhere in their ranges."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def number(self, most: int) -> int:
+        return self.random.choice([0, 1, 2, 5, most // 2, most])
+
+    def some(self, make: Any) -> list[Any]:
+        return [make() for _ in range(self.random.choice([0, 0, 1, 3]))]
+
+    def source(self) -> tuple[int, str, int]:
+        choose = self.random.choice
+        return choose([1, 1, 2, 9_999_999]), choose(["board", "board", "é" * 64]), choose([1, 1, ANY])
+
+    def gap(self) -> Gap:
+        return Gap(self.number(255), self.number(COUNT), self.number(TIME), self.number(TIME))
+
+    def counts(self) -> list[int]:
+        return [self.random.choice([0, 1, 255, 256]), *(self.number(COUNT) for _ in constants.COUNTS)]
+
+    def unknown(self) -> UnknownWord:
+        return UnknownWord(self.number(255), self.number(ANY), self.number(255), bytes(self.random.randrange(25)))
+
+    def verdict(self) -> Verdict:
+        why = self.random.choice(["", "\0", "é" * 500])
+        numbers = (self.number(ANY) for _ in range(3))
+        return Verdict(self.number(255), self.random.choice(VERDICTS), why, *numbers)
+
+    def end(self) -> End:
+        return End(
+            *self.source(), self.number(SEQUENCE), self.random.choice(["closed", "aborted", "recovered"]),
+            self.number(TIME), self.number(TIME), self.some(self.counts), self.some(self.gap), self.some(self.unknown),
+            self.some(self.counts), self.some(self.verdict),
+        )  # fmt: skip
+
+    def block(self) -> tuple[Block, memoryview]:
+        layout = self.random.choice([schema.LAYOUTS[1], *schema.LAYOUTS])
+        n = self.random.choice([0, 1, 50])
+        text = self.random.choice([None, None, "", "\0", "x" * 1000])
+        rows = np.zeros(n, layout.dtype)
+        if text is None:
+            rows = np.frombuffer(self.random.randbytes(rows.nbytes), layout.dtype)
+        else:
+            rows[schema.type_column(layout.dtype)] = schema.PacketType.MESSAGE
+        payload = rows.tobytes() + bytes(self.random.choice([0, 0, 0, 36]))
+        configs = Configs("2", self.random.randbytes(self.number(4)), b"x") if self.random.random() < 0.1 else None
+        totals = [
+            Totals(group, *(self.number(COUNT) for _ in range(5))) for group in self.some(lambda: self.number(255))
+        ]
+        block = Block(
+            *self.source(), self.number(SEQUENCE), self.number(COUNT), self.random.choice([n, n, 16_384]), layout.code,
+            self.number(2**32 - 1), self.number(TIME), self.number(TIME), checksum.crc32(payload), totals,
+            self.some(self.gap), text, configs,
+        )  # fmt: skip
+        return block, memoryview(payload)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_frame_that_fits_its_struct_harms_neither_storage_nor_monitor(tmp_path: Path, seed: int) -> None:
+    strange = Strange(seed)
+    storing, monitor = Storing(tmp_path, "Offline storage", ""), Monitor()
+    refused = 0
+    for turn in range(100):
+        frame, payload = (strange.end(), None) if turn % 4 == 0 else strange.block()
+        arrived = stream.unpack_producer(stream.pack(frame), "a producer")
+        storing.receive("a producer", arrived, payload)
+        storing.work()
+        try:
+            if isinstance(arrived, Block):
+                monitor.block(arrived, rows_of(arrived, payload))
+            else:
+                monitor.end(arrived)
+        except LarpixDaqError:
+            refused += 1
+        monitor.status()
+        monitor.packet_rate()
+    assert 0 < refused < 100
+    assert storing.status()["rows"]
+    storing.close()
+    assert list(tmp_path.glob("run0000001_*.h5"))

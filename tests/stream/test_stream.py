@@ -1,0 +1,627 @@
+"""The stream over real sockets: a producer's ring on one side, consumers on the other."""
+
+import contextlib
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import LIMIT
+from stream_harness import LAYOUT, STORAGE, Line, Reader, until
+
+from larpixdaq import constants
+from larpixdaq.errors import ProtocolError
+from larpixdaq.protocol.stream import (
+    MAX_FROM_CONSUMER,
+    MAX_POSITIONS,
+    Ack,
+    Block,
+    Bye,
+    Configurations,
+    Credit,
+    End,
+    Gap,
+    Hello,
+    Position,
+    Refused,
+    Source,
+    Totals,
+    UnknownWord,
+    Verdict,
+    Welcome,
+    pack,
+    unpack_consumer,
+    unpack_producer,
+)
+from larpixdaq.stream import Consumer, publisher
+from larpixdaq.stream.subscriber import MOST_GONE
+
+
+@pytest.fixture(params=["sent", "read out of the ring"])
+def line(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Line]:
+    line = Line(folder=None if request.param == "sent" else tmp_path)
+    yield line
+    line.close()
+
+
+@pytest.fixture
+def sockets() -> Iterator[zmq.Context[Any]]:
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def consumers() -> Iterator[list[Consumer]]:
+    made: list[Consumer] = []
+    yield made
+    for consumer in made:
+        consumer.close()
+
+
+def test_every_block_in_order_and_freed_when_acknowledged(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0])
+    line.begin()
+    line.recorder.info("Beginning run")
+    for n in (1, 5, 1000, 16384, 3, 16384, 16384):
+        line.write(n)
+    until(line, reader.has(lambda r: len(r.blocks) == 8), "8 blocks")
+    end = line.end()
+    until(line, reader.has(lambda r: r.ends), "the end record")
+    assert [b.sequence for b in reader.blocks] == list(range(8))
+    assert reader.stamps == list(range(line.written))
+    assert reader.blocks[0].text == "Beginning run"
+    assert reader.blocks[3].first_packet == 1 + 1 + 5
+    assert reader.ends == [end]
+    assert end.next == 8
+    until(line, lambda: line.ring.tail == line.ring.head == 9, "the ring to be free")
+    totals = {t.io_group: t for t in reader.blocks[-1].totals}
+    assert totals[1].packets == line.written
+    assert not line.publisher.own.segments
+
+
+def test_nothing_is_freed_without_acknowledgement_and_a_new_subscription_gets_it_again(
+    line: Line, consumers: list[Consumer]
+) -> None:
+    first = Consumer(STORAGE, "s1", "all")
+    consumers.append(first)
+    first.connect({"board": line.address})
+    reader = Reader(first, acknowledge=False)
+    line.begin()
+    for _ in range(4):
+        line.write(100)
+    until(line, reader.has(lambda r: len(r.blocks) == 4), "4 blocks")
+    assert line.ring.tail == 0
+    second = Consumer(STORAGE, "s2", "all", positions=lambda: [Position(1, "board", 5, 2)])
+    consumers.append(second)
+    second.connect({"board": line.address})
+    again = Reader(second)
+    until(line, again.has(lambda r: len(r.blocks) == 2), "the two blocks that it does not have")
+    assert [b.sequence for b in again.blocks] == [2, 3]
+    until(line, lambda: line.ring.tail == 4, "the ring to be free")
+    until(line, reader.has(lambda r: r.other), "the first to be told")
+
+
+def test_what_was_sent_before_a_new_subscription_is_not_handed_over_after_it(
+    line: Line, consumers: list[Consumer]
+) -> None:
+    """Who has let blocks pass and asks for them again must not see one that came behind them first."""
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0], acknowledge=False)
+    line.begin()
+    for _ in range(3):
+        line.write(10)
+    until(line, reader.has(lambda r: len(r.blocks) == 3), "3 blocks")
+    for _ in range(3):
+        line.write(10)
+    until(line, lambda: consumers[0].queued == 3, "3 more that wait")
+    consumers[0].again()
+    assert consumers[0].next() is None
+    until(line, reader.has(lambda r: len(r.blocks) == 9), "all of them anew")
+    assert [block.sequence for block in reader.blocks] == [0, 1, 2, 0, 1, 2, 3, 4, 5]
+
+
+class Core:
+    """What a consumer knows of the core: times of the last word from it, and of what it has answered last."""
+
+    def __init__(self) -> None:
+        self.heard = self.confirmed = 0.0
+
+
+def refused(reader: Reader) -> bool:
+    return any(isinstance(frame, Refused) for frame in reader.other)
+
+
+def test_a_consumer_that_stood_still_does_not_insist_on_its_name(line: Line, consumers: list[Consumer]) -> None:
+    """Another of its name may be there by now, and the newest HELLO of a name wins: the core has to answer first."""
+    core, ahead = Core(), [0.0]
+    stopped = Consumer(STORAGE, "s1", "all", core=core, clock=lambda: time.monotonic() + ahead[0])
+    consumers.append(stopped)
+    stopped.connect({"board": line.address})
+    reader = Reader(stopped)
+    line.begin()
+    line.write(10)
+    until(line, reader.has(lambda r: len(r.blocks) == 1), "a block")
+    until(line, lambda: not line.publisher.owed(), "its acknowledgement")
+    other = Consumer(STORAGE, "s2", "all")
+    core.heard = time.monotonic() + 1000  # it goes on to say things
+    ahead[0] = 10.0
+    consumers.append(other)
+    other.connect({"board": line.address})
+    new = Reader(other)
+    until(line, reader.has(refused), "the first one to be told that it has been superseded")
+    stopped.session = "s1 anew"
+    for _ in range(5):
+        line.write(10)
+        until(line, new.has(lambda r: len(r.blocks) == line.written // 10 - 1), "blocks at the newer one")
+    assert not refused(new)
+    core.confirmed = time.monotonic() + ahead[0] + 1
+    until(line, new.has(refused), "the first one to be back, since the core says so")
+
+
+def test_window_bounds_what_is_on_its_way(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0], acknowledge=False)
+    line.begin()
+    block_bytes = constants.BLOCK_ROWS * LAYOUT.dtype.itemsize
+    for _ in range(40):
+        line.write(constants.BLOCK_ROWS)
+    most = (16 << 20) // block_bytes + 1
+    until(line, reader.has(lambda r: len(r.blocks) == most), f"{most} blocks")
+    for _ in range(20):
+        line.publisher.socket.poll(5)
+        line.publisher.work()
+    reader.take()
+    assert len(reader.blocks) == most
+    reader.acknowledge = True
+    consumers[0].acknowledge(Source(1, "board", 5), most)
+    until(line, reader.has(lambda r: len(r.blocks) == 40), "the rest")
+    assert reader.stamps == list(range(line.written))
+
+
+def test_a_storage_that_the_run_does_not_require_stays_out(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer("second storage", "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0])
+    until(line, reader.has(lambda r: r.other), "WELCOME")
+    line.begin(1)
+    line.write(10)
+    line.end()
+    line.begin(2, ("second storage",))
+    line.write(10)
+    until(line, reader.has(lambda r: r.blocks), "a block of run 2")
+    assert {b.run for b in reader.blocks} == {2}
+
+
+def test_a_monitor_without_credit_skips_blocks_but_never_messages(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer("Online monitor", "m", "latest"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0], acknowledge=False)
+    until(line, reader.has(lambda r: r.other), "WELCOME")
+    until(line, lambda: any(s.credit for s in line.publisher.subscribers.values()), "credit")
+    line.begin(1, ())
+    for _ in range(10):
+        line.write(10)
+    line.recorder.info("Ending run")
+    line.end()
+    until(line, reader.has(lambda r: r.ends), "the end record")
+    assert [b.sequence for b in reader.blocks] == [0, 1, 10]
+    assert reader.blocks[-1].text == "Ending run"
+    assert {t.io_group: t.packets for t in reader.blocks[-1].totals}[1] == 100  # exact although blocks were skipped
+    assert line.ring.tail == line.ring.head  # it pinned nothing
+
+
+def test_a_silent_subscriber_is_dropped_and_comes_back_by_itself(line: Line, consumers: list[Consumer]) -> None:
+    now = [0.0]
+    line.publisher._clock = lambda: now[0]
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0])
+    until(line, lambda: line.publisher.subscribers, "the subscription")
+    now[0] += 1000.0
+    line.publisher._drained = now[0]  # as if the socket had been found empty after a long silence
+    for subscriber in list(line.publisher.subscribers.values()):
+        subscriber.heard = now[0] - 2
+    line.begin()
+    line.write(10)
+    until(line, reader.has(lambda r: len(r.blocks) >= 1), "the block after a new HELLO")
+
+
+def test_a_stalled_producer_condemns_nobody(line: Line, consumers: list[Consumer]) -> None:
+    now = [0.0]
+    line.publisher._clock = lambda: now[0]
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    until(line, lambda: line.publisher.subscribers, "the subscription")
+    (subscriber,) = line.publisher.subscribers.values()
+    assert line.publisher.socket.poll(3000), "a repeated frame"
+    now[0] += 5.0  # the whole process stood still; what came meanwhile waits in the socket
+    line.publisher.work()
+    assert line.publisher.subscribers == {subscriber.route: subscriber}
+
+
+BUSY = """
+import sys, zmq
+from larpixdaq.stream.publisher import stream_router
+
+socket = stream_router(zmq.Context())
+socket.bind("tcp://127.0.0.1:0")
+print(socket.getsockopt_string(zmq.LAST_ENDPOINT), flush=True)
+sys.stdin.readline()
+while socket.poll(100):
+    socket.recv_multipart()
+print("done", flush=True)
+"""
+
+
+def test_a_peer_that_dies_behind_a_full_queue_does_not_end_the_producer() -> None:
+    """libzmq aborts the process in that case when its own heartbeats are in use."""
+    child = subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
+            peer.set_hwm(0)
+            peer.linger = int(LIMIT * 1000)
+            peer.connect(child.stdout.readline().strip())
+            for _ in range(1500):
+                peer.send(b"x" * 20)
+        # The peer has gone; the producer does not read for some heartbeats of libzmq's.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.8)
+        assert child.communicate("\n", LIMIT)[0] == "done\n"
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def raw_peer(line: Line) -> zmq.Socket[bytes]:
+    peer = line.context.socket(zmq.DEALER)
+    peer.connect(line.address)
+    line.peers.append(peer)
+    return peer
+
+
+def answer(line: Line, peer: zmq.Socket[bytes]) -> Any:
+    until(line, lambda: peer.poll(0), "an answer")
+    return unpack_producer(peer.recv(), "producer")
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [
+        ([pack(Credit(5))], "hello"),
+        ([pack(Ack(1, 5, 3))], "hello"),
+        ([pack(Hello(99, "x", "", "all", []))], "version"),
+        ([pack(Hello(1, "x", "", "some", []))], "mode"),
+        ([b""], "expected 2 to"),
+        ([b"\x01garbage"], "kind 1"),
+        ([b"\x02" + pack(Credit(5))[1:]], "another kind"),
+        ([pack(Welcome("x", 1, None, 2))], "kind 11"),
+        ([b"a", b"b", b"c"], "1 part"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(line: Line, frames: list[bytes], reason: str) -> None:
+    peer = raw_peer(line)
+    peer.send_multipart(frames)
+    refused = answer(line, peer)
+    assert isinstance(refused, Refused)
+    assert reason in refused.reason
+    assert not line.publisher.subscribers
+
+
+def test_acknowledgements_of_a_superseded_peer_count_for_nothing(line: Line) -> None:
+    old, new = raw_peer(line), raw_peer(line)
+    hello = pack(Hello(1, STORAGE, "", "all", []))
+    old.send(hello)
+    assert isinstance(answer(line, old), Welcome)
+    new.send(hello)
+    assert isinstance(answer(line, new), Welcome)
+    line.begin()
+    line.write(10)
+    old.send(pack(Ack(1, 5, 1)))
+    reasons = [answer(line, old), answer(line, old)]
+    assert [r.reason for r in reasons] == ["superseded", "hello"]
+    assert line.ring.tail == 0
+    new.send(pack(Ack(1, 4, 1)))  # of another epoch
+    new.send(pack(Ack(1, 5, 1)))
+    until(line, lambda: line.ring.tail == 1, "the block to be free")
+    new.send(pack(Bye()))
+    until(line, lambda: not line.publisher.subscribers, "BYE")
+
+
+def test_an_acknowledgement_of_what_does_not_exist_frees_nothing_more(line: Line) -> None:
+    peer = raw_peer(line)
+    peer.send(pack(Hello(1, STORAGE, "", "all", [])))
+    line.begin()
+    line.write(10)
+    peer.send(pack(Ack(1, 5, 2**47)))
+    until(line, lambda: line.ring.tail == 1, "the block to be free")
+    line.write(10)
+    line.publisher.work()
+    assert (line.ring.tail, line.ring.head) == (1, 2)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_crash_the_unpacking(data: bytes) -> None:
+    for unpack in (unpack_consumer, unpack_producer):
+        with contextlib.suppress(ProtocolError):
+            unpack(data, "peer")
+
+
+BLOCK = Block(1, "p", 2**64 - 1, 0, 0, 0, 2, 0, 1, 2, 0, [Totals(255, 1, 1, 0, 0, 0)], [])
+END = End(1, "p", 2**64 - 1, 9, "closed", 1, 2, [[1, *range(22)]], [], [], [])
+
+
+WRONG: list[tuple[Block | End, dict[str, Any]]] = [
+    (BLOCK, {"run": -1}),
+    (BLOCK, {"run": 0}),
+    (BLOCK, {"run": 10**7}),
+    (BLOCK, {"layout": 9}),
+    (BLOCK, {"producer": ""}),
+    (BLOCK, {"sequence": -1}),
+    (BLOCK, {"sequence": 2**48}),
+    (BLOCK, {"first_packet": 2**56}),
+    (BLOCK, {"rows": 16_385}),
+    (BLOCK, {"first_ns": 2**63}),
+    (BLOCK, {"crc32": 2**32}),
+    (BLOCK, {"totals": [Totals(256, 0, 0, 0, 0, 0)]}),
+    (BLOCK, {"gaps": [Gap(1, 1, 1, 1)] * 257}),
+    (BLOCK, {"text": "x" * (1 << 21)}),
+    (END, {"run": -1}),
+    (END, {"counts": [[]]}),
+    (END, {"counts": [[1, *range(21)]]}),
+    (END, {"counts": [[1] * 23] * 257}),
+    (END, {"counts": [[2**56] * 23]}),
+    (END, {"outside": [[-1] * 23]}),
+    (END, {"how": "closed\n"}),
+    (END, {"unknown": [UnknownWord(1, 1, 1, bytes(25))]}),
+    (END, {"verdicts": [Verdict(1, "fine", "", 0, 0, 0)]}),
+]
+
+
+def test_frames_with_values_out_of_range_are_refused_and_the_next_one_is_taken(
+    sockets: zmq.Context[Any], consumers: list[Consumer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No such value may come as far as a file or a monitor. Each is one refusal, said in one line."""
+    with sockets.socket(zmq.ROUTER) as producer:
+        producer.rcvtimeo = int(LIMIT * 1000)
+        producer.bind("tcp://127.0.0.1:0")
+        consumers.append(Consumer(STORAGE, "s", "all"))
+        consumers[0].connect({"p": producer.getsockopt_string(zmq.LAST_ENDPOINT)})
+        route, hello = producer.recv_multipart()
+        assert isinstance(unpack_consumer(hello, "c"), Hello)
+        welcome = Welcome("p", 5, None, 2)
+        for frame in (welcome, *(msgspec.structs.replace(right, **fields) for right, fields in WRONG), END):
+            producer.send_multipart([route, pack(frame), *([b""] if isinstance(frame, Block) else [])])
+        found: list[Any] = []
+        while not found or found[-1] != END:
+            select.select([consumers[0].fileno()], [], [], LIMIT)
+            received = consumers[0].next()
+            if received is not None:
+                found.append(received[1])
+    assert found == [welcome, END]
+    assert all("stream frame of kind" in record.message for record in caplog.records)
+
+
+def test_the_largest_end_record_fits() -> None:
+    words = [UnknownWord(group, 2**64 - 1, 1, bytes(24)) for group in range(256) for _ in range(1000)]
+    end = msgspec.structs.replace(END, counts=[[group] + [2**56 - 1] * 22 for group in range(256)], unknown=words)
+    assert unpack_producer(pack(end), "p") == end
+
+
+def test_the_largest_configurations_fit() -> None:
+    random = np.random.default_rng(1)
+    chips, *registers = (random.integers(0, 256, (256, n), np.uint8) for n in (3, 256, 256, 256))
+    found = Configurations("lightpix-1", chips, *registers)
+    block = msgspec.structs.replace(BLOCK, rows=1, text=found.text(), configs=found.pack())
+    assert unpack_producer(pack(block), "p") == block
+
+
+def test_producers_that_have_gone_for_good_are_not_kept_without_limit(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    links = consumers[0]._links
+    consumers[0].connect({"board": line.address} | {f"gone {n}": "tcp://127.0.0.1:1" for n in range(50)})
+    until(line, lambda: len(links) == 51 and links["board"].welcome, "the subscription")
+    consumers[0].connect({})  # as a core that has just come back
+    until(line, lambda: len(links) == 1 + MOST_GONE, "most to be given up")
+    assert "board" in links
+
+
+def test_a_consumers_frame_is_small(line: Line) -> None:
+    positions = [Position(9_999_999, "p" * 64, 2**64 - 1, 2**48 - 1)] * MAX_POSITIONS
+    hello = Hello(1, STORAGE, "s" * 64, "all", positions)
+    assert unpack_consumer(pack(hello), "c") == hello
+    with pytest.raises(ProtocolError, match="length <= 256"):
+        unpack_consumer(pack(msgspec.structs.replace(hello, positions=[*positions, positions[0]])), "c")
+    with pytest.raises(ProtocolError, match="expected 2 to 131072 bytes, found 4000003"):
+        unpack_consumer(b"\1" * 4_000_003, "c")
+    assert line.publisher.socket.get(zmq.MAXMSGSIZE) == MAX_FROM_CONSUMER
+
+
+def test_a_storage_tells_each_producer_its_own_newest_positions(line: Line, consumers: list[Consumer]) -> None:
+    known = [Position(run, name, 5, 1) for run in range(1, 1001) for name in ("board", "other")]
+    consumers.append(Consumer(STORAGE, "s", "all", positions=lambda: known))
+    consumers[0].connect({"board": line.address})
+    until(line, lambda: line.publisher.subscribers, "the subscription")
+    (subscriber,) = line.publisher.subscribers.values()
+    assert {position.producer for position in subscriber.positions} == {"board"}
+    assert sorted(position.run for position in subscriber.positions) == list(range(745, 1001))
+
+
+def test_credit_has_a_limit(line: Line) -> None:
+    peer = raw_peer(line)
+    peer.send(pack(Hello(1, "Online monitor", "", "latest", [])))
+    assert isinstance(answer(line, peer), Welcome)
+    peer.send(pack(Credit(2**48 - 1)))
+    refused = answer(line, peer)
+    assert "at most 64 blocks more than the 0 that were sent" in refused.reason
+    (subscriber,) = line.publisher.subscribers.values()
+    assert subscriber.credit == 0
+
+
+def test_consumers_have_a_limit_and_a_required_storage_comes_in_all_the_same(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "MOST_SUBSCRIBERS", 1)
+    line.begin()
+    monitor, other, storage = raw_peer(line), raw_peer(line), raw_peer(line)
+    monitor.send(pack(Hello(1, "Online monitor", "", "latest", [])))
+    assert isinstance(answer(line, monitor), Welcome)
+    other.send(pack(Hello(1, "other", "", "latest", [])))
+    assert "1 consumers have subscribed" in answer(line, other).reason
+    storage.send(pack(Hello(1, STORAGE, "", "all", [])))
+    assert isinstance(answer(line, storage), Welcome)
+
+
+def test_frames_of_consumers_take_a_bounded_time_of_a_turn(line: Line) -> None:
+    """What waits is taken in the next turns."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.001
+        return now[0]
+
+    line.publisher._clock = clock
+    peer = raw_peer(line)
+    for _ in range(20):
+        peer.send(pack(Credit(1)))
+    until(line, lambda: line.publisher.refused, "the first frames", LIMIT)
+    turns = 1
+    while line.publisher.refused < 20:
+        before = line.publisher.refused
+        line.publisher.receive()
+        assert line.publisher.refused - before <= 5
+        turns += 1
+    assert turns >= 4
+
+
+def test_a_flood_hides_no_silent_subscriber(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    line.publisher._clock = lambda: now[0]
+    line.publisher._drained = 0.0
+    peer = raw_peer(line)
+    peer.send(pack(Hello(1, STORAGE, "", "all", [])))
+    assert isinstance(answer(line, peer), Welcome)
+    monkeypatch.setattr(publisher, "RECEIVE_LIMIT", 0.0)  # nothing is ever taken to its end
+    for now[0], there in ((0.5, 1), (1.4, 1), (1.6, 0)):
+        line.publisher.work()
+        assert len(line.publisher.subscribers) == there
+
+
+def test_frames_survive_the_wire() -> None:
+    assert unpack_producer(pack(END), "p") == END
+    assert msgspec.structs.replace(END, next=8) != END
+
+
+def test_a_new_run_frees_nothing_of_the_one_before(line: Line, consumers: list[Consumer]) -> None:
+    """The storage was away when run 1 ended: its blocks wait, whatever is prepared or acknowledged meanwhile."""
+    line.begin(1)
+    for _ in range(3):
+        line.write(10)
+    line.end()
+    line.begin(2)
+    line.write(10)
+    line.publisher.work()
+    assert (line.ring.tail, line.publisher.owed()) == (0, 5)
+    # It has some of run 2 already, from a subscription before.
+    positions = [Position(1, "board", 5, 1), Position(2, "board", 5, 1)]
+    consumers.append(Consumer(STORAGE, "s", "all", positions=lambda: positions))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0])
+    line.write(10)
+    until(line, reader.has(lambda r: len(r.blocks) >= 3), "what it does not have")
+    assert [(b.run, b.sequence) for b in reader.blocks] == [(1, 1), (1, 2), (2, 1)]
+    until(line, lambda: line.ring.tail == line.ring.head, "the ring to be free")
+
+
+def test_acknowledging_a_later_run_says_nothing_of_the_one_before(line: Line) -> None:
+    peer = raw_peer(line)
+    peer.send(pack(Hello(1, STORAGE, "", "all", [])))
+    assert isinstance(answer(line, peer), Welcome)
+    line.begin(1)
+    line.write(10)
+    line.end()
+    line.begin(2)
+    line.write(10)
+    until(line, lambda: next(iter(line.publisher.subscribers.values())).flight_bytes == 720, "two blocks in flight")
+    peer.send(pack(Ack(2, 5, 1)))
+    subscriber = next(iter(line.publisher.subscribers.values()))
+    until(line, lambda: subscriber.flight_bytes == 360, "the window to open")
+    assert line.ring.tail == 0
+    peer.send(pack(Ack(1, 5, 2)))
+    until(line, lambda: line.ring.tail == 3, "the ring to be free")
+    assert not subscriber.in_flight
+
+
+def test_a_storage_can_ask_again_for_what_it_did_not_acknowledge(line: Line, consumers: list[Consumer]) -> None:
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"board": line.address})
+    reader = Reader(consumers[0], acknowledge=False)
+    line.begin()
+    line.write(10)
+    line.write(20)
+    until(line, reader.has(lambda r: len(r.blocks) == 2), "two blocks")
+    consumers[0].acknowledge(Source(1, "board", 5), 1)
+    until(line, lambda: line.ring.tail == 1, "the first to be free")
+    consumers[0].again()
+    until(line, reader.has(lambda r: len(r.blocks) == 3), "the second again")
+    assert reader.blocks[2] == reader.blocks[1]
+
+
+def test_what_was_acknowledged_before_the_close_is_told(line: Line) -> None:
+    consumer = Consumer(STORAGE, "s", "all")
+    consumer.connect({"board": line.address})
+    reader = Reader(consumer, acknowledge=False)
+    line.begin()
+    line.write(10)
+    until(line, reader.has(lambda r: r.blocks), "a block")
+    consumer.acknowledge(Source(1, "board", 5), 1)
+    consumer.close()
+    until(line, lambda: line.ring.tail == 1, "the block to be free")
+
+
+def test_a_producer_with_an_impossible_address_harms_no_other(
+    line: Line, consumers: list[Consumer], caplog: pytest.LogCaptureFixture
+) -> None:
+    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers[0].connect({"a": "nonsense", "board": line.address})
+    reader = Reader(consumers[0])
+    line.begin()
+    line.write(10)
+    until(line, reader.has(lambda r: r.blocks), "a block of the good one")
+    assert sum("cannot subscribe at" in record.message for record in caplog.records) == 1
+
+
+def test_two_of_one_name_do_not_drive_each_other_out_in_turn(line: Line, consumers: list[Consumer]) -> None:
+    """The newest has it; the other waits until the core has told one of them to go."""
+    core = Core()
+    for session in ("old", "new"):
+        consumers.append(Consumer(STORAGE, session, "all", core=core if session == "old" else None))
+        consumers[-1].connect({"board": line.address})
+        second = Reader(consumers[-1])
+        until(line, second.has(lambda r: r.other), "WELCOME")
+    (subscriber,) = line.publisher.subscribers.values()
+    first = Reader(consumers[0], acknowledge=False)
+    until(line, first.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)), "the old one to be told")
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        line.publisher.socket.poll(20)
+        line.publisher.work()
+    assert list(line.publisher.subscribers.values()) == [subscriber]
+    # It was the newer one that had stood still: the core knows the session of the other.
+    core.confirmed = time.monotonic()
+    until(line, lambda: list(line.publisher.subscribers.values()) != [subscriber], "the right one to be back")
+    until(line, second.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)), "the other to be told")

@@ -1,0 +1,295 @@
+"""Helpers for tests with boards: the emulator as a process, a socket as a board, a source driven by hand.
+
+Helpers for tests with emulated chips: a board on a loopback address of its own, where larpix-control finds it, and
+requests to its command port.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+
+from larpixdaq import constants
+from larpixdaq.runtime.launcher import command
+
+LIMIT = 20.0
+
+
+def wait_until(condition: Any, what: str, limit: float = LIMIT) -> None:
+    """Turn `condition` over until it is true (it does its own short waiting); fail saying what was awaited."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"waited {limit} s for {what}"
+
+
+class Emulator:
+    """A `larpixdaq-emulator pacman` process; `ready` are its ports, `finish()` returns what it says it sent."""
+
+    def __init__(self, *args: str, prefix: Sequence[str] = ()) -> None:
+        ports = () if "--data-port" in args else ("--data-port", "0", "--command-port", "0")
+        start = [*prefix, *command("emulators", "pacman", *ports, *args)]
+        self.process = subprocess.Popen(
+            start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        )
+        first = self.line()
+        self.ready: dict[str, dict[str, Any]] = first["ready"]
+        self.planted: dict[str, list[str]] = first.get("planted", {})
+        self.said: dict[str, Any] = {}
+
+    @property
+    def addresses(self) -> list[str]:
+        """What --pacman takes: IO_GROUP=HOST:DATA_PORT:COMMAND_PORT of each board."""
+        return [f"{group}=127.0.0.1:{port['data']}:{port['command']}" for group, port in self.ready.items()]
+
+    def line(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        readable, _, _ = select.select([self.process.stdout], [], [], LIMIT)
+        assert readable, f"waited {LIMIT} s for a line of the emulator"
+        line = self.process.stdout.readline()
+        assert line, "the emulator ended without its line"
+        return json.loads(line)
+
+    def ended(self) -> bool:
+        """Whether it has said what it sent, which is in `said` then; does not wait."""
+        assert self.process.stdout is not None
+        if not self.said and select.select([self.process.stdout], [], [], 0)[0]:
+            self.said = self.line()
+        return bool(self.said)
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"go\n")
+        self.process.stdin.flush()
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def finish(self) -> dict[str, Any]:
+        sent = self.line()
+        self.process.wait(LIMIT)
+        assert self.process.stderr is not None
+        assert self.process.returncode == 0, self.process.stderr.read().decode()
+        return sent
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate(timeout=LIMIT)
+
+
+class SerialEmulator(Emulator):
+    """A `larpixdaq-emulator serial` process; `device` is its pseudo-terminal."""
+
+    def __init__(self, *args: str) -> None:
+        self.process = subprocess.Popen(
+            command("emulators", "serial", *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        )
+        self.said = {}
+        self.device = self.line()["ready"]["1"]["device"]
+
+
+@contextmanager
+def emulator(*args: str) -> Iterator[Emulator]:
+    board = Emulator(*args)
+    try:
+        yield board
+    finally:
+        board.close()
+
+
+class Sockets:
+    """Makes sockets and keeps them, so that each is closed in the end and not by the garbage collector."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self._kept: list[zmq.Socket[bytes]] = []
+
+    def socket(self, kind: int) -> zmq.Socket[bytes]:
+        self._kept.append(self.context.socket(kind))
+        return self._kept[-1]
+
+    def close(self) -> None:
+        for socket in self._kept:
+            socket.close(linger=0)
+        self.context.term()
+
+
+@contextmanager
+def context() -> Iterator[Sockets]:
+    """Sockets for a test, closed at the end, whatever happened."""
+    sockets = Sockets()
+    try:
+        yield sockets
+    finally:
+        sockets.close()
+
+
+def subscriber(ctx: Sockets, port: int, topic: bytes = b"") -> zmq.Socket[bytes]:
+    socket = ctx.socket(zmq.SUB)
+    socket.rcvhwm = 10_000
+    socket.setsockopt(zmq.SUBSCRIBE, topic)
+    socket.connect(f"tcp://127.0.0.1:{port}")
+    return socket
+
+
+class Driver:
+    """Drives a source as the producer does; `rows` and `counts` are what came of it."""
+
+    def __init__(self, source: Any, batch: int = 1000) -> None:
+        self.source = source
+        self.counts = np.zeros((constants.IO_GROUPS, len(constants.COUNTS)), np.uint64)
+        self.pieces: list[Any] = []
+        self.problems: list[str] = []
+        self.n = 0
+        self._batch = batch
+        source.start(self.counts)
+
+    @property
+    def rows(self) -> Any:
+        return np.concatenate(self.pieces) if self.pieces else np.zeros(0, self.source.layout.dtype)
+
+    def count(self, name: str, io_group: int = 1) -> int:
+        return int(self.counts[io_group, constants.COUNTS.index(name)])
+
+    def turn(self, wait_ms: int = 20) -> None:
+        poller = zmq.Poller()
+        for socket in self.source.sockets:
+            poller.register(socket, zmq.POLLIN)
+        due = self.source.due()
+        if due is not None:
+            wait_ms = min(wait_ms, max(0, int((due - time.monotonic()) * 1000) + 1))
+        poller.poll(wait_ms)
+        while self.source.read():
+            while True:
+                rows = np.zeros(self._batch, self.source.layout.dtype)
+                n = self.source.decode(rows)
+                self.pieces.append(rows[:n])
+                self.n += n
+                if n < len(rows):
+                    break
+        self.problems += self.source.problems()
+
+    def until(self, condition: Any, what: str, limit: float = LIMIT) -> None:
+        def met() -> bool:
+            if condition():
+                return True
+            self.turn()
+            return bool(condition())
+
+        wait_until(met, what, limit)
+
+
+WRITE, READ = 2, 3
+
+
+class OwnAddress(Emulator):
+    """`larpixdaq-emulator pacman` with the ports that larpix-control knows, on an address that nobody else uses."""
+
+    def __init__(self, *args: str) -> None:
+        for last in range(2, 40):
+            self.address = f"127.0.79.{last}"
+            try:
+                super().__init__("--data-port", "5556", "--command-port", "5555", "--address", self.address, *args)
+            except AssertionError:  # the ports are busy there
+                self.close()
+                continue
+            return
+        raise AssertionError("no loopback address with ports 5555 and 5556 free")
+
+
+@contextmanager
+def own_address(*args: str) -> Iterator[OwnAddress]:
+    board = OwnAddress(*args)
+    try:
+        yield board
+    finally:
+        board.close()
+
+
+def control(script: str, board: OwnAddress, folder: Path, *args: object, limit: float = 60) -> Any:
+    """Run a script with larpix-control in a process of its own (PACMAN_IO forks); what it prints last, from JSON.
+
+    It finds `io`, a PACMAN_IO, `controller`, a Controller with it, and `args`.
+    """
+    config = folder / "io.json"
+    config.write_text(json.dumps({"_config_type": "io", "io_class": "PACMAN_IO", "io_group": [[1, board.address]]}))
+    start = (
+        "import json, sys\nfrom larpix import Controller\nfrom larpix.io import PACMAN_IO\nargs = sys.argv[3:]\n"
+        "io = PACMAN_IO(config_filepath=sys.argv[1], raw_directory=sys.argv[2], timeout=10000)\n"
+        "controller = Controller()\ncontroller.io = io\ntry:\n"
+    )
+    body = "".join(f"    {line}\n" for line in script.strip().splitlines())
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{start}{body}finally:\n    io.cleanup()\n    io.join()\n",
+            str(config),
+            str(folder),
+            *map(str, args),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=limit,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+#: What larpix-control does to power the first three tiles of a board of revision 5: it has no names for its registers.
+POWER_UP = """
+for tile in (0, 1, 2):
+    io.set_reg(0x24010 + tile, 46000, io_group=1)
+    io.set_reg(0x24020 + tile, 46000, io_group=1)
+io.set_reg(0x14, 1, io_group=1)
+io.enable_tile([0, 1, 2], io_group=1)
+"""
+
+
+def powered(tiles: int) -> list[tuple[int, int]]:
+    """The registers, and their values, that power so many tiles of a board of revision 5."""
+    dacs = [(register + tile, 46_000) for tile in range(tiles) for register in (0x24010, 0x24020)]
+    return [*dacs, (0x14, 1), (0x10, (1 << tiles) - 1)]
+
+
+def word(kind: int, chip_id: int, address: int, data: int = 0) -> int:
+    """A v2 configuration word with odd parity."""
+    bare = kind | chip_id << 2 | address << 10 | data << 18
+    return bare | (bare.bit_count() & 1 ^ 1) << 63
+
+
+def request(words: Sequence[tuple[int, int]]) -> bytes:
+    """A message with (io_channel, word) for the chips."""
+    body = b"".join(struct.pack("<cB6xQ", b"D", channel, packet) for channel, packet in words)
+    return struct.pack("<cIxH", b"?", 0, len(words)) + body
+
+
+def board_register(kind: bytes, address: int, value: int = 0) -> bytes:
+    return struct.pack("<cIxH", b"?", 0, 1) + struct.pack("<c3xI4xI", kind, address, value)
+
+
+def asked(socket: zmq.Socket[bytes], message: bytes) -> bytes:
+    socket.send(message)
+    assert socket.poll(LIMIT * 1000), "no reply on the command port"
+    return socket.recv()
+
+
+def data_words(messages: Sequence[bytes]) -> np.ndarray:
+    """The D words of messages: dtype io_channel, receipt, packet."""
+    kind = np.dtype([("type", "S1"), ("io_channel", "u1"), ("receipt", "<u4"), ("pad", "<u2"), ("packet", "<u8")])
+    if not messages:
+        return np.zeros(0, kind)
+    words = np.frombuffer(b"".join(message[8:] for message in messages), kind)
+    return words[words["type"] == b"D"]

@@ -1,0 +1,162 @@
+"""A core in a thread, and components that do as they are told: stand-ins for the control plane's tests."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import zmq
+from processes import in_thread
+
+from larpixdaq.constants import COUNTS
+from larpixdaq.control.connection import Waker
+from larpixdaq.control.node import Call, Node
+from larpixdaq.core import Core
+
+
+class Stopper(Waker):
+    """What Core.serve() asks of signals, without signals."""
+
+    stop = False
+
+    def halt(self) -> None:
+        self.stop = True
+        self.wake()
+
+
+@contextmanager
+def core(directory: Path, address: str = "tcp://127.0.0.1:0", **options: Any) -> Iterator[Core]:
+    directory.mkdir(exist_ok=True)
+    running = Core(address, "", directory, **options)
+    stopper = Stopper()
+    try:
+        with in_thread(lambda: running.serve(stopper), stopper.halt):
+            yield running
+    finally:
+        running.close()
+        stopper.close()
+
+
+class Actor:
+    """A component with its own loop in a thread. `calls` has all it was asked; `replies` says, by action, what it does:
+    an exception is raised, a callable is called with the Call, None is never answered, the rest is the result."""
+
+    def __init__(self, core: str, name: str, kind: Any, info: dict[str, Any], replies: dict[str, Any]) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.open: list[Call] = []
+        self.replies = replies
+        self.progress, self.queued = 0, 0
+        self.status: dict[str, Any] = {}
+        self.name_taken = False
+        self.node = Node(
+            name,
+            kind,
+            core,
+            {action: self._handler(action) for action in replies},
+            info=info,
+            status=lambda: self.status,
+            on_name_taken=self._taken,
+        )
+        self._stopper = Stopper()
+
+    def _taken(self) -> None:
+        self.name_taken = True
+
+    def _handler(self, action: str) -> Any:
+        def handle(call: Call, **params: Any) -> Any:
+            self.calls.append((action, params))
+            reply = self.replies[action]
+            if isinstance(reply, Exception):
+                raise reply
+            if callable(reply):
+                return reply(call)
+            if reply is None:
+                self.open.append(call)
+            return reply
+
+        return handle
+
+    def loop(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self.node, zmq.POLLIN)
+        poller.register(self._stopper, zmq.POLLIN)
+        while not self._stopper.stop:
+            poller.poll(50)
+            self.node.dispatch()
+            self.node.report(self.progress, self.queued)
+
+    def close(self) -> None:
+        self.node.close()
+        self._stopper.close()
+
+    @contextmanager
+    def running(self) -> Iterator["Actor"]:
+        try:
+            self.node.connect()
+            with in_thread(self.loop, self._stopper.halt):
+                yield self
+        finally:
+            self.close()
+
+    def did(self) -> list[str]:
+        return [action for action, _ in self.calls]
+
+
+def counts(io_group: int, rows: int) -> list[int]:
+    """A line of a producer's counts with this many rows made."""
+    return [io_group, *(rows if name == "word_rows" else 0 for name in COUNTS)]
+
+
+def producer(core: str, name: str = "LArPix board", *, epoch: int = 7, rows: int = 100, layout: int = 2) -> Actor:
+    end = {"epoch": epoch, "next": 3, "rows": rows, "counts": [counts(1, rows)], "warning": None}
+    info = {
+        "stream": "tcp://127.0.0.1:1",
+        "epoch": epoch,
+        "layout": layout,
+        "asic": "2",
+        "io_groups": [1],
+        "source": "x",
+    }
+    replies = {
+        "prepare_run": {"epoch": epoch, "layout": layout},
+        "begin_run": {},
+        "end_run": end,
+        "abort_run": end,
+        "cancel_run": {},
+        "list_routines": ["hello_world"],
+        "run_routine": None,
+    }
+    return Actor(core, name, "producer", info, replies)
+
+
+def storage(
+    core: str, name: str = "Offline storage", *, rows: int = 100, epoch: int = 7, highest: int = 0, free: int = 1 << 40
+) -> Actor:
+    end = {
+        "files": [f"/data/{name}.h5"],
+        "condition": "COMPLETE",
+        "rows": rows,
+        "stored": [["LArPix board", epoch, 1, rows]],
+        "reasons": [],
+    }
+    replies = {
+        "prepare_run": {"file": f"/data/{name}.h5.part", "free_bytes": free},
+        "begin_run": {},
+        "end_run": end,
+        "cancel_run": {},
+    }
+    info = {"directory": "/data", "highest_run": highest, "free_bytes": free}
+    return Actor(core, name, "storage", info, replies)
+
+
+def monitor(core: str, name: str = "Online monitor") -> Actor:
+    replies = {"prepare_run": {}, "begin_run": {}, "end_run": {}, "packet_rate": {"now": 5.0}, "packets": None}
+    return Actor(core, name, "run_data", {}, replies)
+
+
+@contextmanager
+def all_running(*actors: Actor) -> Iterator[tuple[Actor, ...]]:
+    with ExitStack() as stack:
+        for actor in actors:
+            stack.enter_context(actor.running())
+        yield actors

@@ -1,0 +1,177 @@
+"""Rows, blocks and ends that belong together, for tests of files: what a producer with a correct ledger would send."""
+
+from __future__ import annotations
+
+import selectors
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from larpixdaq import constants, schema
+from larpixdaq._native import word_codec
+from larpixdaq.buffer.block_builder import info_rows
+from larpixdaq.hdf5.tables import RunInfo
+from larpixdaq.hdf5.writer import RunFile
+from larpixdaq.protocol import stream
+from larpixdaq.runtime import checksum
+
+V1, V2, CLOCK64, V3 = schema.LAYOUTS
+ASIC = {V1: schema.Asic.V1, V2: schema.Asic.V2, CLOCK64: schema.Asic.V2, V3: schema.Asic.V3}
+NS = 1_795_331_571_000_000_000
+
+
+def words_to_rows(words: NDArray[np.uint64], layout: schema.Layout, io_group: int, direction: int = 1) -> NDArray[Any]:
+    rows = np.zeros(len(words), layout.dtype)
+    made = word_codec.decode(
+        words, rows, asic=ASIC[layout], io_group=io_group, io_channel=17, receipt=12345, direction=direction
+    )
+    return rows[:made]
+
+
+def random_rows(rng: np.random.Generator, n: int, layout: schema.Layout = V2) -> NDArray[Any]:
+    """Rows of all types but messages, of io_groups 1 and 2, received and sent, with right and wrong parity."""
+    words = rng.integers(0, 1 << 63, n, dtype=np.uint64) * np.uint64(2) + rng.integers(0, 2, n, dtype=np.uint64)
+    if layout is V3:
+        words |= np.uint64(1)
+    elif layout is V1:
+        words &= np.uint64((1 << 54) - 1)
+    right = word_codec.parity(words, asic=ASIC[layout])
+    words = np.where(rng.random(n) < 0.9, right, words)
+    groups = rng.integers(1, 3, n)
+    sent = rng.random(n) < 0.05
+    rows = np.zeros(n, layout.dtype)
+    for group in (1, 2):
+        for direction in (0, 1):
+            mine = (groups == group) & (sent == (direction == 0))
+            rows[mine] = words_to_rows(words[mine], layout, group, direction)
+    kinds = rng.random(n)
+    for kind, low, high in ((4, 0.9, 0.95), (6, 0.95, 0.97), (7, 0.97, 1.0)):
+        if layout is V1 and kind != 4:
+            continue
+        for i in np.flatnonzero((kinds >= low) & (kinds < high)):
+            rows[i] = np.zeros((), layout.dtype)
+            rows[i]["type" if layout is V1 else "packet_type"] = kind
+            rows[i]["timestamp"] = 1_795_331_571
+            if layout is V1:
+                rows[i]["chip_key"] = f"{groups[i]}-0-0".encode()
+            else:
+                rows[i]["io_group"] = groups[i]
+                rows[i]["trigger_type"] = 83 if kind == 6 else 2 if kind == 7 else 0
+                rows[i]["direction"] = kind > 5
+    return rows
+
+
+def count(rows: NDArray[Any]) -> dict[int, dict[str, int]]:
+    """The ledger's counters of these rows by numpy alone: io_group -> name -> number."""
+    if "chip_key" in rows.dtype.names:
+        groups = np.array([int(key.split(b"-")[0] or 0) for key in rows["chip_key"]], int)
+        kinds = rows["type"]
+    else:
+        groups, kinds = rows["io_group"].astype(int), rows["packet_type"]
+    received = (kinds <= 3) & (rows["direction"] == 1)
+    masks = {
+        "word_rows": received | (kinds == 6) | (kinds == 7),
+        "packets": received,
+        "bad_parity": received & (rows["valid_parity"] == 0),
+        "time_rows": kinds == 4,
+        "info_rows": kinds == 5,
+        "sent_rows": (kinds <= 3) & (rows["direction"] != 1),
+        "other_rows": kinds > 7,
+    }
+    return {
+        int(group): {name: int(np.count_nonzero(mask & (groups == group))) for name, mask in masks.items()}
+        for group in np.unique(groups)
+    }
+
+
+class Feed:
+    """A producer's blocks of one run and epoch, and the end with the right totals."""
+
+    def __init__(self, run: int = 42, producer: str = "LArPix board", epoch: int = 7, layout: schema.Layout = V2):
+        self.source = stream.Source(run, producer, epoch)
+        self.layout = layout
+        self.sequence = 0
+        self.first_packet = 0
+        self.rows: list[NDArray[Any]] = []
+
+    def block(self, rows: NDArray[Any], text: str | None = None, **changes: Any) -> tuple[stream.Block, NDArray[Any]]:
+        block = stream.Block(
+            run=self.source.run,
+            producer=self.source.producer,
+            epoch=self.source.epoch,
+            sequence=self.sequence,
+            first_packet=self.first_packet,
+            rows=len(rows),
+            layout=self.layout.code,
+            flags=0,
+            first_ns=NS + self.sequence,
+            last_ns=NS + self.sequence + 1,
+            crc32=checksum.crc32(rows.view(np.uint8)),
+            totals=[],
+            gaps=changes.pop("gaps", []),
+            text=text,
+        )
+        self.sequence += 1
+        self.first_packet += len(rows)
+        self.rows.append(rows)
+        return block, rows
+
+    def info(self, text: str) -> tuple[stream.Block, NDArray[Any]]:
+        return self.block(info_rows(text, self.layout, 1_795_331_571), text)
+
+    def end(self, how: str = "closed", **changes: Any) -> stream.End:
+        rows = np.concatenate([*self.rows, np.zeros(0, self.layout.dtype)])
+        counts = []
+        for group, numbers in count(rows).items():
+            c = dict.fromkeys(constants.COUNTS, 0)
+            c.update({name: n for name, n in numbers.items() if name in c})
+            c["messages"], c["header_bytes"] = c["time_rows"], 8 * c["time_rows"]
+            c["words_in"], c["word_bytes"] = c["word_rows"], 16 * c["word_rows"]
+            c["bytes_in"] = c["header_bytes"] + c["word_bytes"]
+            c.update(changes.get("counts", {}).get(group, {}))
+            counts.append([group, *c.values()])
+        return stream.End(
+            run=self.source.run,
+            producer=self.source.producer,
+            epoch=self.source.epoch,
+            next=self.sequence,
+            how=how,
+            first_ns=NS,
+            last_ns=NS + 10**9,
+            counts=counts,
+            gaps=changes.get("gaps", []),
+            unknown=changes.get("unknown", []),
+            outside=changes.get("outside", []),
+            verdicts=changes.get("verdicts", []),
+        )
+
+
+def run_info(layout: schema.Layout = V2, run: int = 42, **changes: Any) -> RunInfo:
+    asic = {V1: "1", V3: "3"}.get(layout, "2")
+    info = RunInfo(run, "test", "cosmics", "somebody", NS, layout, asic, versions={"larpixdaq": "0.3.0"})
+    return info._replace(**changes)
+
+
+def write(directory: Path, feed: Feed, sizes: list[int], seed: int = 1, **closing: Any) -> tuple[Any, NDArray[Any]]:
+    """A closed file of blocks of these sizes, between two INFO messages; its report and the rows given to it."""
+    rng = np.random.default_rng(seed)
+    file = RunFile(directory, run_info(feed.layout, feed.source.run))
+    file.add(*feed.info("Beginning run"))
+    for size in sizes:
+        file.add(*feed.block(random_rows(rng, size, feed.layout)))
+    file.add(*feed.info("Ending run"))
+    file.end(feed.end())
+    return file.close(**closing), np.concatenate(feed.rows)
+
+
+def wait_for_line(process: subprocess.Popen[bytes], seconds: float = 20.0) -> str:
+    """The next line of a child whose output is a pipe with bufsize=0; fails when none begins within `seconds`."""
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        if not selector.select(seconds):
+            raise AssertionError(f"the child printed no line within {seconds} s")
+    return process.stdout.readline().decode().strip()

@@ -1,0 +1,121 @@
+"""Real processes, free ports and waits with a limit, for tests."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from larpixdaq.runtime.launcher import command, free_port
+
+__all__ = ["LIMIT", "Process", "free_port", "in_thread", "until"]
+
+#: A wait fails after this many seconds, naming what was awaited.
+LIMIT = 20.0
+
+
+def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
+    """Wait until `condition()` is true and return what it gave."""
+    end = time.monotonic() + limit
+    turn = threading.Event()
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        turn.wait(0.005)
+    raise AssertionError(f"after {limit:g} s still waiting: {what}")
+
+
+class Process:
+    """`python -m MODULE ...`, of the installed package wherever it is started, if it is ours. Its output goes to files;
+    it is stopped and reaped in any case when its context ends.
+
+    `prefix` goes before the command: a program that becomes this one, in another network namespace for example.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *args: object,
+        directory: Path,
+        env: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.name = module
+        start = [sys.executable, "-m", module, *map(str, args)]
+        if module.startswith("larpixdaq."):
+            start = command(module.removeprefix("larpixdaq."), *map(str, args))
+        self._out = directory / f"{module}.{os.urandom(3).hex()}.out"
+        with open(self._out, "wb") as out, open(self._out.with_suffix(".err"), "wb") as err:
+            self.popen = subprocess.Popen(
+                [*prefix, *start],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, **(env or {})},
+            )
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.popen.poll() is None:
+            self.popen.send_signal(signal.SIGCONT)
+            self.popen.terminate()
+            try:
+                self.popen.wait(LIMIT)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise AssertionError(f"{self.name} did not end on SIGTERM: {self.stderr}") from None
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status."""
+        self.popen.send_signal(how)
+        return self.wait()
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait(LIMIT)
+
+    def wait(self, limit: float = LIMIT) -> int:
+        try:
+            return self.popen.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.name} still runs after {limit:g} s; stderr: {self.stderr}") from None
+
+    @property
+    def stdout(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._out.with_suffix(".err").read_text()
+
+
+@contextmanager
+def in_thread(loop: Callable[[], object], stop: Callable[[], object]) -> Iterator[None]:
+    """Run `loop()` in a thread while the context lasts; what it raises fails the test."""
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            loop()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop()
+        thread.join(LIMIT)
+        assert not thread.is_alive(), "the loop did not end"
+        if failure:
+            raise failure[0]

@@ -1,0 +1,47 @@
+"""A producer for test_ring_reader.py, as a program: it writes a small ring over and over and waits for nobody.
+
+Stdout: the arena's path, then the number of each block; after 64 of them it waits for a line on stdin.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from larpixdaq._native.ring_buffer import SMALLEST
+from larpixdaq.buffer.ring_file import Arena
+from larpixdaq.schema import PACKETS_2_4
+
+NAME = "LArPix board"
+EPOCH = 5
+ROWS = 3000
+
+
+def publish(arena: Arena, index: int) -> None:
+    """Block `index`, whose rows say so, once there is room."""
+    ring = arena.ring
+    while (room := ring.rows(0, ROWS)) is None:
+        ring.free_to(ring.tail + 1)
+    rows = np.frombuffer(room, PACKETS_2_4)
+    rows["timestamp"] = index
+    ring.publish(len(rows))
+    ring.close_block(b"header")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    with Arena.make(folder, folder, NAME, EPOCH, SMALLEST) as arena:
+        arena.ring.begin(1, 2, PACKETS_2_4.itemsize, [])
+        publish(arena, 0)
+        print(arena.path, flush=True)
+        index = 0
+        while True:
+            index += 1
+            publish(arena, index)
+            print(index, flush=True)
+            if index % 64 == 0 and not sys.stdin.readline():
+                return
+
+
+if __name__ == "__main__":
+    main()

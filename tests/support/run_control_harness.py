@@ -1,0 +1,179 @@
+"""Run control without sockets: components that answer what they are told to, when they are told to."""
+
+from fake_core import counts
+
+from larpixdaq.constants import COMPLETE, INTERRUPTED
+from larpixdaq.control.catalogue import Catalogue
+from larpixdaq.control.registry import Peers
+from larpixdaq.control.run_control import RunControl
+from larpixdaq.errors import LarpixDaqError
+from larpixdaq.protocol.control import Answer, Heartbeat, Register, packed
+
+KINDS = {
+    "board 1": "producer",
+    "board 2": "producer",
+    "disk 1": "storage",
+    "disk 2": "storage",
+    "monitor": "run_data",
+}
+EPOCHS = {"board 1": 1, "board 2": 2}
+
+
+def open_catalogue(directory):
+    catalogue = Catalogue(directory)
+    catalogue._db.execute("PRAGMA synchronous=OFF")  # no power is lost here, and thousands of runs are taken
+    return catalogue
+
+
+class Team:
+    """Components that wait to be told what to answer. What is sent is checked against the catalogue."""
+
+    def __init__(self, directory):
+        self.catalogue = open_catalogue(directory)
+        self.peers = Peers()
+        self.runs = RunControl(self.peers, self.catalogue, self)
+        self.waiting = []  # (name, request, action, params)
+        self.sent = []  # (name, action)
+        self.ids = 0
+        self.now = 1000.0
+        self.instance = {}
+        self.inside = {}  # name -> run it is in
+        self.inherited = {}  # producer -> what it adds to its totals of its predecessors
+        self.has = {}  # (storage, run) -> what it answers to report_run
+
+    def new_id(self):
+        self.ids += 1
+        return str(self.ids)
+
+    def send(self, name, request, action, params):
+        if name not in self.peers.components:
+            return False
+        run = self.catalogue.find(params["run"])
+        assert run is not None, "somebody was told of a run before the catalogue was"
+        self.sent.append((name, action))
+        if request not in [one[1] for one in self.waiting]:
+            self.waiting.append((name, request, action, params))
+        return True
+
+    def register(self, name, instance="1", run=None, begun=False, **info):
+        self.instance[name] = instance
+        info = {"layout": 2, "asic": "2", "epoch": EPOCHS.get(name, 0), "free_bytes": 1 << 40, "directory": "/d"} | info
+        actions = ["report_run"] if KINDS[name] == "storage" else []
+        message = Register(
+            name=name, kind=KINDS[name], instance=instance, info=info, run=run, begun=begun, actions=actions
+        )
+        component = self.peers.register(message, name.encode(), self.now)
+        self.runs.registered(component, self.now)
+        return component
+
+    def beat(self, name, *inside, **status):
+        """A heartbeat with this status; `inside`: the run it is in and whether that has begun, should it differ."""
+        component = self.peers.components[name]
+        component.status = status
+        run, begun = inside or (component.run, component.begun)
+        self.runs.heard(component, Heartbeat(run=run, begun=begun), self.now)
+
+    def lose(self, name):
+        self.peers.goodbye(self.peers.components[name])
+        self.runs.lost(name, self.now)
+
+    def value(self, name, action, params):
+        if KINDS[name] == "producer":
+            epoch = EPOCHS[name]
+            if action == "prepare_run":
+                return {"epoch": epoch, "layout": 2}
+            if action in ("end_run", "abort_run"):
+                inherited = [epoch_end(one) for one in self.inherited.get(name, [])]
+                return epoch_end(epoch) | {"warning": None, "inherited": inherited}
+        if KINDS[name] == "storage":
+            if action == "prepare_run":
+                return {"file": f"/d/{name}", "free_bytes": 1 << 40}
+            if action == "end_run":
+                stored = [[one["name"], one["epoch"], 1, 10] for one in params["producers"] if one["next"] is not None]
+                whole = all(one["next"] is not None for one in params["producers"])
+                condition = COMPLETE if whole else INTERRUPTED
+                found = {"files": [name], "condition": condition, "rows": 10 * len(stored), "stored": stored}
+                self.has[name, params["run"]] = found
+                return found
+            if action == "report_run":
+                nothing = {"files": [], "condition": INTERRUPTED, "rows": 0, "stored": []}
+                return self.has.get((name, params["run"]), nothing)
+        return {}
+
+    def answer(self, index=0, failing=False, **changed):
+        name, request, action, params = self.waiting.pop(index)
+        component = self.peers.components.get(name)
+        if component is None:
+            return
+        if failing:
+            answer = Answer(request=request, kind="error", text="it broke", error="failed")
+        else:
+            answer = Answer(request=request, kind="result", value=packed(self.value(name, action, params) | changed))
+        self.runs.answered(component, answer, self.now)
+
+    def answer_all(self):
+        while self.waiting:
+            self.answer()
+
+    def advance(self, seconds):
+        self.now += seconds
+        self.runs.tick(self.now)
+
+    def close(self):
+        self.catalogue.close()
+
+
+def epoch_end(epoch):
+    return {"epoch": epoch, "next": 4, "rows": 10, "counts": [counts(1, 10)]}
+
+
+def finished(run, file, condition=COMPLETE):
+    """An entry of a storage's list of closed files."""
+    return {"run": run, "file": file, "bytes": 1234, "sha256": "ab" * 32, "condition": condition}
+
+
+class Reply:
+    def __init__(self):
+        self.ends = []
+
+    def progress(self, component, text, done=0, total=0):
+        assert not self.ends
+
+    def result(self, value):
+        self.ends.append(value)
+
+    def error(self, error):
+        assert isinstance(error, LarpixDaqError)
+        self.ends.append(error)
+
+    def value(self):
+        (value,) = self.ends
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+
+def ask(team, action):
+    """Start a step of the run; its Reply."""
+    reply = Reply()
+    if action == "prepare":
+        team.runs.prepare("c", "physics", "me", reply, team.now)
+    elif action == "abort":
+        team.runs.abort("me", reply, team.now)
+    else:
+        getattr(team.runs, action)(reply, team.now)
+    return reply
+
+
+def do(team, action):
+    reply = ask(team, action)
+    team.answer_all()
+    return reply.value()
+
+
+def restart(team):
+    """Another core with the same catalogue."""
+    new = object.__new__(Team)
+    team.close()
+    new.__init__(team.catalogue.path.parent)
+    return new

@@ -1,0 +1,142 @@
+"""A producer's side of the stream without the process around it, and a reader that acknowledges as a storage does."""
+
+from __future__ import annotations
+
+import select
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+from processes import LIMIT
+
+from larpixdaq import constants, schema
+from larpixdaq._native.ring_buffer import SMALLEST, Ring
+from larpixdaq.buffer.block_builder import Recorder
+from larpixdaq.buffer.block_store import Store
+from larpixdaq.buffer.ring_file import Arena
+from larpixdaq.buffer.spool import Directory, Spool
+from larpixdaq.protocol.stream import Block, End
+from larpixdaq.runtime.checksum import crc32
+from larpixdaq.runtime.event_loop import Worker
+from larpixdaq.stream import Consumer, Publisher
+from larpixdaq.stream.publisher import stream_router
+
+LAYOUT = schema.layout(2)
+STORAGE = "Offline storage"
+
+
+class Line:
+    """A recorder, its ring and its publisher, without the process around them."""
+
+    def __init__(
+        self,
+        spool: Path | None = None,
+        limit: int = 1 << 30,
+        extra: int = 32 << 20,
+        folder: Path | None = None,
+        **options: Any,
+    ) -> None:
+        """`spool`: a folder for one, of `limit` bytes; `extra`: bytes of the ring beside the least; `folder`: where the
+        ring is, for consumers that read it themselves (None: in memory of ours)."""
+        self.context = zmq.Context()
+        socket = stream_router(self.context)
+        socket.bind("tcp://127.0.0.1:0")
+        self.address = socket.get(zmq.LAST_ENDPOINT).decode()
+        self.arena = None if folder is None else Arena.make(folder, folder, "board", 5, SMALLEST + extra)
+        if self.arena is not None:
+            options["ring"] = str(self.arena.path)
+            self.ring = self.arena.ring
+        else:
+            self.ring = Ring(bytearray(SMALLEST + extra), producer="board", epoch=5)
+        self.recorder = Recorder(self.ring, "board", 5, LAYOUT, [1, 2])
+        self.worker = Worker("spool")
+        self.spool = None if spool is None else Spool(Directory(spool, "larpixdaq", limit, self.worker))
+        self.publisher = Publisher(Store("board", 5, self.ring, self.spool), socket, **options)
+        self.written = 0
+        self.peers: list[zmq.Socket[bytes]] = []
+
+    def begin(self, run: int = 1, required: tuple[str, ...] = (STORAGE,)) -> None:
+        self.recorder.begin(run, required)
+        self.publisher.begin(run, LAYOUT.code, required)
+
+    def write(self, n: int) -> None:
+        """One block of n rows, or as many as the open block can take, whose timestamps count on."""
+        rows = self.recorder.rows()
+        assert rows is not None
+        n = min(n, len(rows))
+        rows[:n] = np.zeros(n, LAYOUT.dtype)
+        rows["timestamp"][:n] = np.arange(self.written, self.written + n)
+        rows["io_group"][:n] = 1
+        self.ring.counts[1, constants.COUNTS.index("packets")] += np.uint64(n)
+        self.ring.counts[1, constants.COUNTS.index("word_rows")] += np.uint64(n)
+        self.recorder.publish(n)
+        self.recorder.close_block()
+        self.written += n
+
+    def end(self) -> End:
+        end = self.recorder.end("closed", [], [])
+        self.publisher.end()
+        return end
+
+    def work(self) -> None:
+        self.worker.turn()
+        self.publisher.work()
+
+    def close(self) -> None:
+        assert self.worker.close(LIMIT)
+        for peer in self.peers:
+            peer.close(linger=0)
+        self.context.destroy(linger=0)
+        if self.arena is not None:
+            self.arena.close()
+
+
+def until(line: Line, condition: Any, what: str, limit: float = LIMIT) -> None:
+    """Turn the publisher's loop until the condition holds."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {limit} s for {what}"
+        line.publisher.socket.poll(5)
+        line.work()
+
+
+class Reader:
+    """Takes everything from a consumer, acknowledging as a storage does."""
+
+    def __init__(self, consumer: Consumer, *, acknowledge: bool = True) -> None:
+        self.consumer = consumer
+        self.acknowledge = acknowledge
+        self.blocks: list[Block] = []
+        self.stamps: list[int] = []
+        self.ends: list[End] = []
+        self.other: list[Any] = []
+
+    def take(self) -> None:
+        select.select([self.consumer.fileno()], [], [], 0)
+        while (received := self.consumer.next()) is not None:
+            name, frame, payload = received
+            if isinstance(frame, Block):
+                assert payload is not None
+                assert crc32(payload) == frame.crc32
+                rows = np.frombuffer(payload, schema.layout(frame.layout).dtype)
+                assert len(rows) == frame.rows
+                self.blocks.append(frame)
+                self.stamps += rows["timestamp"][rows["packet_type"] != 5].tolist()
+                if self.acknowledge:
+                    self.consumer.acknowledge(frame.source, frame.sequence + 1)
+                self.consumer.done(name)
+            elif isinstance(frame, End):
+                self.ends.append(frame)
+                if self.acknowledge:
+                    self.consumer.acknowledge(frame.source, frame.next + 1)
+            else:
+                self.other.append(frame)
+
+    def has(self, condition: Any) -> Any:
+        def check() -> bool:
+            self.take()
+            return bool(condition(self))
+
+        return check

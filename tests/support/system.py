@@ -1,0 +1,134 @@
+"""A whole system of real processes, for tests: core, storage, monitor and producer, an Operator, and what they left
+behind."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from processes import LIMIT, Process, free_port, until
+
+from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY
+from larpixdaq.operator import Operator
+
+
+class System:
+    """`start(source options)` brings it up; the processes are in `processes` by key, files in `data`.
+
+    The key is the module unless another was named. `prefix` and `env`, by key, are what is put before the command and
+    into the environment of processes that are launched from then on. `host` is where core and log listen.
+    """
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack, host: str = "127.0.0.1") -> None:
+        self.folder = folder
+        self.data = folder / "data"
+        self.data.mkdir()
+        self.core = f"tcp://{host}:{free_port()}"
+        self.log = f"tcp://{host}:{free_port()}"
+        self.processes: dict[str, Process] = {}
+        self.started: list[Process] = []  # all that ever were
+        self.prefix: dict[str, list[str]] = {}
+        self.env: dict[str, dict[str, str]] = {}
+        self._insecure = () if host == "127.0.0.1" else ("--insecure",)
+        self._commands: dict[str, tuple[str, tuple[object, ...]]] = {}
+        self._stack = stack
+        # A producer that is killed leaves its ring for a successor; what tests leave goes with its folder.
+        shared = DEFAULT_DIRECTORY if DEFAULT_DIRECTORY.is_dir() else folder
+        self._rings = stack.enter_context(tempfile.TemporaryDirectory(prefix="larpixdaq-test-", dir=shared))
+
+    def launch(self, module: str, *arguments: object, key: str = "") -> Process:
+        """Start a process; one of the same key that still runs goes on, under no key."""
+        key = key or module
+        self._commands[key] = module, arguments
+        process = Process(
+            f"larpixdaq.{module}",
+            *arguments,
+            *self._insecure,
+            directory=self.folder / "out",
+            env=self.env.get(key),
+            prefix=self.prefix.get(key, ()),
+        )
+        self.started.append(process)
+        self.processes[key] = self._stack.enter_context(process)
+        return process
+
+    def restart(self, key: str) -> Process:
+        """Start anew what was started last under this key, with the same arguments and ports."""
+        module, arguments = self._commands[key]
+        return self.launch(module, *arguments, key=key)
+
+    def launch_core(self) -> Process:
+        directory = ("--state-dir", self.folder / "state")
+        return self.launch("core", "--address", self.core, "--log-address", self.log, *directory)
+
+    def launch_log(self) -> Process:
+        return self.launch("log", "--core", self.core, "--address", self.log, "--state-dir", self.folder / "state")
+
+    def launch_storage(self, *more: object, key: str = "offline_storage") -> Process:
+        return self.launch("offline_storage", "--core", self.core, "-o", self.data, *more, key=key)
+
+    def launch_monitor(self) -> Process:
+        return self.launch("run_data", "--core", self.core)
+
+    def launch_producer(self, *source: object) -> Process:
+        ring = ("--ring", "64MiB", "--ring-dir", self._rings)
+        return self.launch("producer", "--core", self.core, "--state-dir", self.folder / "state", *ring, *source)
+
+    def start(self, *source: object, kinds: tuple[str, ...] = ("storage", "run_data", "producer")) -> Operator:
+        """Bring everything up with this source; the Operator is closed with the system."""
+        self.launch_core()
+        self.launch_storage()
+        self.launch_monitor()
+        self.launch_producer(*source)
+        operator = self.operator()
+        self.await_kinds(operator, *kinds)
+        return operator
+
+    def operator(self) -> Operator:
+        """Closed with the system."""
+        return self._stack.enter_context(Operator(self.core, timeout=LIMIT))
+
+    def await_kinds(self, operator: Operator, *kinds: str) -> None:
+        def there() -> bool:
+            for module, process in self.processes.items():
+                assert process.popen.poll() is None, f"{module} ended: {process.stderr}"
+            return set(kinds) <= {c["kind"] for c in operator.components().result(LIMIT) if c["alive"]}
+
+        until(there, f"components {kinds}")
+
+    def status_of(self, operator: Operator, kind: str) -> dict[str, Any]:
+        found = [c for c in operator.components().result(LIMIT) if c["kind"] == kind]
+        assert found, f"no {kind} among the components"
+        status: dict[str, Any] = found[0]["status"]
+        return status
+
+    def await_status(self, operator: Operator, kind: str, name: str, value: Any) -> None:
+        until(lambda: self.status_of(operator, kind).get(name) == value, f"{name} of {kind} to be {value}")
+
+    def tell_to_end(self) -> None:
+        """All are told at once; the context then waits for each, and complains of those that do not end."""
+        for process in self.started:
+            if process.popen.poll() is None:
+                process.popen.send_signal(signal.SIGCONT)
+                process.popen.terminate()
+
+
+@contextlib.contextmanager
+def system(folder: Path, host: str = "127.0.0.1") -> Iterator[System]:
+    with contextlib.ExitStack() as stack:
+        made = System(folder, stack, host)
+        yield made
+        made.tell_to_end()
+
+
+def rows_of(path: str | Path) -> np.ndarray:
+    """All rows of a file, with plain h5py."""
+    with h5py.File(path, "r") as file:
+        rows: np.ndarray = file["packets"][:]
+    return rows

@@ -1,0 +1,95 @@
+"""Boards that are not there, or are not what the producer's options say: in status, at prepare_run and at end_run."""
+
+import re
+
+import h5py
+import pytest
+import zmq
+from decoder_harness import legacy, newer, newer_data, odd
+from emulated_board import context, emulator
+from processes import LIMIT, free_port, until
+from system import system
+
+from larpixdaq.control.display import status_lines
+from larpixdaq.errors import RequestError
+from larpixdaq.hdf5.verify import verify
+
+HIT = odd(0x1234_5678 << 16 | 20 << 2)
+
+
+def publish(ctx):
+    out = ctx.socket(zmq.XPUB)
+    return out, out.bind_to_random_port("tcp://127.0.0.1")
+
+
+def status(operator, words):
+    """The lines of `status` once these words are in them."""
+    found = []
+
+    def there():
+        found[:] = [line for line in status_lines(operator.status().result(LIMIT)) if words in line]
+        return found
+
+    until(there, words)
+    return found
+
+
+def test_boards_that_are_away_and_firmware_of_another_clock(tmp_path):
+    """Neither a board that is off nor a name that nobody knows keeps the others from being read."""
+    wide = b"D\x05" + (0x1234_5678_9ABC_DEF0).to_bytes(8, "little")[2:] + HIT.to_bytes(8, "little")
+    with context() as ctx, system(tmp_path) as made:
+        out, port = publish(ctx)
+        off = f"2=127.0.0.1:{free_port()}"
+        operator = made.start("--pacman", f"1=127.0.0.1:{port}", off, "3=no.such.host.invalid:5556")
+        assert out.poll(LIMIT * 1000)
+        assert out.recv() == b"\1"
+        status(operator, "no.such.host.invalid")
+        until(lambda: "cannot find host" in status(operator, "NOT CONNECTED since")[-1], "the reason")
+        assert len(status(operator, "PACMAN io_group 2 at")) == 2  # an alarm, and among the producer's facts
+        out.send(legacy([wide]))
+        status(operator, "start the producer with --clock64")
+        prepared = operator.prepare_run().result(LIMIT)
+        (warning,) = prepared["warnings"]
+        assert warning.count("is not connected") == 2
+        assert "--clock64" in warning
+        operator.begin_run().result(LIMIT)
+        out.send(legacy([wide]))
+        until(lambda: made.status_of(operator, "producer")["packets"] == 1, "the packet")
+        ended = operator.end_run().result(LIMIT)
+        assert ended["condition"] == "COMPLETE, suspect"
+        assert any("--clock64" in reason for reason in ended["reasons"])
+
+
+def test_a_clock_that_is_off(tmp_path):
+    """Seven hours, as of a board whose time zone is wrong: the data are complete, and nobody can overlook it."""
+    with emulator("--rate", "500", "--jump", "0:-25200", "--stay") as board, system(tmp_path) as made:
+        operator = made.start("--pacman", *board.addresses)
+        status(operator, "clock -25")
+        (warning,) = operator.prepare_run().result(LIMIT)["warnings"]
+        off = r"PACMAN io_group 1 at \S+: clock -2(5200|5199|5201)[.\d]* ± [.\d]+ s from the host's"
+        assert re.search(off, warning), warning
+        operator.begin_run().result(LIMIT)
+        ended = operator.end_run().result(LIMIT)
+        assert ended["condition"] == "COMPLETE"
+        assert re.search(off, "; ".join(ended["reasons"])), ended["reasons"]
+        (path,) = ended["files"]
+        with h5py.File(path) as file:
+            (line,) = file["ledger/verdicts"]
+            assert line["verdict"] == b"complete"
+            assert line["why"].startswith(b"clock -25")
+        assert verify(path).ok
+
+
+def test_format_1_0_is_asked_for_before_a_run(tmp_path):
+    with context() as ctx, system(tmp_path) as made:
+        out, port = publish(ctx)
+        operator = made.start("--pacman", f"127.0.0.1:{port}")
+        assert out.poll(LIMIT * 1000)
+        assert out.recv() == b"\1"
+        out.send(newer([newer_data(HIT, receipt=2**33)]))
+        status(operator, "--pacman-format 1.0")
+        with pytest.raises(
+            RequestError, match=r"sends PACMAN format 1\.0, .*: start the producer with --pacman-format"
+        ):
+            operator.prepare_run().result(LIMIT)
+        assert operator.state().result(LIMIT) == "STOP"

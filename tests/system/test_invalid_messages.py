@@ -1,0 +1,239 @@
+"""Nonsense at the sockets of core, log and producer, and components that cannot work: a run goes on."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from processes import LIMIT, Process, until
+from system import System, rows_of, system
+
+from larpixdaq.errors import RequestError
+from larpixdaq.hdf5.verify import verify
+from larpixdaq.operator import Operator
+from larpixdaq.protocol.control import Answer, Open, Request, Welcome, pack, unpack_core
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[System]:
+    with system(tmp_path) as made:
+        yield made
+
+
+class Sockets:
+    """Strangers' sockets, all closed in the end."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self._made: list[Any] = []
+
+    def connect(self, kind: int, address: str) -> Any:
+        made = self.context.socket(kind)
+        self._made.append(made)
+        made.setsockopt(zmq.LINGER, 0)
+        made.setsockopt(zmq.SNDTIMEO, int(LIMIT * 1000))
+        made.setsockopt(zmq.RCVTIMEO, int(LIMIT * 1000))
+        made.connect(address)
+        return made
+
+    def close(self) -> None:
+        for one in self._made:
+            one.close()
+        self.context.term()
+
+
+@pytest.fixture
+def sockets() -> Iterator[Sockets]:
+    made = Sockets()
+    yield made
+    made.close()
+
+
+def begin(operator: Operator) -> None:
+    operator.prepare_run().result(LIMIT)
+    operator.begin_run().result(LIMIT)
+
+
+def more_packets(line: System, operator: Operator, n: int = 500) -> None:
+    """The run moves on."""
+    start = line.status_of(operator, "producer").get("packets", 0)
+    until(lambda: line.status_of(operator, "producer").get("packets", 0) > start + n, f"{n} more packets")
+
+
+def complete(operator: Operator) -> None:
+    ended = operator.end_run().result(LIMIT)
+    assert ended["condition"] == "COMPLETE", ended
+    (path,) = ended["files"]
+    report = verify(Path(path))
+    assert report.ok, report.findings
+    assert len(rows_of(path)) == ended["rows"]
+
+
+def raw_garbage(address: str) -> None:
+    """Bytes that are not ZeroMQ's, over plain TCP; then a peer that begins as ZeroMQ does and goes wrong."""
+    host, port = address.removeprefix("tcp://").split(":")
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48)
+    for data in (os.urandom(10_000), b"GET / HTTP/1.1\r\n\r\n", greeting + os.urandom(1000), b""):
+        with socket.create_connection((host, int(port)), LIMIT) as connection:
+            try:
+                connection.sendall(data)
+            except ConnectionError:
+                continue  # it has hung up on the first bytes already
+
+
+def garbage(sockets: Sockets, address: str, kind: int) -> None:
+    """Messages that mean nothing, and one larger than any may be."""
+    talker = sockets.connect(kind, address)
+    for parts in (
+        [b""],
+        [os.urandom(100)],
+        [os.urandom(1 << 20)],
+        [b"a", b"b", b"c"],
+        [b"\x93" * 10_000],
+        [bytes(1000)],
+    ):
+        talker.send_multipart(parts)
+    sockets.connect(kind, address).send(bytes(100_000_000))  # its connection ends for that
+    raw_garbage(address)
+
+
+def test_garbage_at_every_socket_during_a_run(line: System, sockets: Sockets) -> None:
+    operator = line.start("--fake", "20000")
+    line.launch_log()
+    line.await_kinds(operator, "log")
+    begin(operator)
+    (stream,) = [c["info"]["stream"] for c in operator.components().result(LIMIT) if c["kind"] == "producer"]
+    for address, kind in ((line.core, zmq.DEALER), (line.log, zmq.PUSH), (stream, zmq.DEALER)):
+        garbage(sockets, address, kind)
+        more_packets(line, operator)
+    until(lambda: operator.status().result(LIMIT)["refused_messages"] >= 6, "refused messages in the status")
+    until(lambda: line.status_of(operator, "log").get("refused", 0) >= 5, "refused records in the log's status")
+    complete(operator)
+    assert all(c["alive"] and not c["stuck"] for c in operator.components().result(LIMIT))
+    for name, process in line.processes.items():
+        assert process.popen.poll() is None, name
+        assert "Traceback" not in process.stderr, name
+
+
+class Raw:
+    """Somebody who opens a session as an Operator does, and then writes what it likes."""
+
+    def __init__(self, sockets: Sockets, core: str) -> None:
+        self.socket = sockets.connect(zmq.DEALER, core)
+        self.socket.send(pack(Open(name="raw", instance="raw")))
+        while not isinstance(message := unpack_core(self.socket.recv()), Welcome):
+            pass
+        self.session = message.session
+        self._last = 0
+
+    def id(self) -> str:
+        """An id that was not used yet: a request that comes again gets the answer that it had."""
+        self._last += 1
+        return f"raw {self._last}"
+
+    def answer(self, data: bytes) -> Answer:
+        self.socket.send(data)
+        while True:
+            message = unpack_core(self.socket.recv())
+            if isinstance(message, Answer) and message.kind != "ack":
+                return message
+
+    def request(self, **fields: Any) -> bytes:
+        made: dict[str, Any] = msgspec.to_builtins(Request(action="state", request=self.id(), session=self.session))
+        return bytes(msgspec.msgpack.encode(made | fields))
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_malformed_requests_get_clear_answers(line: System, sockets: Sockets) -> None:
+    operator = line.start("--fake", "20000")
+    begin(operator)
+    raw = Raw(sockets, line.core)
+    for fields, error, words in (
+        ({"version": 99}, "malformed", "protocol version 99, here it is 1"),
+        ({"action": "fly"}, "failed", "no action 'fly'; it has abort_run"),
+        ({"params": {"comment": "x"}}, "failed", "state: "),
+        ({"params": {"x": nested(40)}}, "malformed", "more than 32 containers"),
+        ({"params": [1, 2]}, "malformed", "object"),
+        ({"action": ""}, "malformed", "length"),
+        ({"action": "x" * 100}, "malformed", "length"),
+        ({"type": "nonsense"}, "malformed", "nonsense"),
+        ({"session": "nobody"}, "unknown_session", "register again"),
+        ({"params": {"x": "y" * (2 << 20)}}, "malformed", "the limit is 1048576"),
+        ({"action": "prepare_run", "params": {"kind": 5}}, "failed", "kind"),
+        ({"component": "nobody"}, "failed", "nobody"),
+        ({"action": "end_run", "component": "LArPix board", "params": {}}, "failed", ""),
+    ):
+        answer = raw.answer(raw.request(**fields))
+        assert answer.kind == "error", fields
+        assert words in answer.text, (fields, answer.text)
+        assert "\n" not in answer.text
+        assert error in (answer.error, "failed"), (fields, answer)
+    deep = raw.answer(b"\x91" * 100_000)
+    assert deep.error == "malformed"
+    raw.socket.send(bytes(100_000_000))
+    assert operator.state().result(LIMIT) == "RUN"
+    with pytest.raises(RequestError, match="expected"):
+        operator.call("Online monitor", "packets", nonsense=1).result(LIMIT)
+    more_packets(line, operator)
+    complete(operator)
+
+
+def test_a_second_core_log_and_component_of_a_name_are_turned_away(line: System) -> None:
+    operator = line.start("--fake", "20000")
+    line.launch_log()
+    line.await_kinds(operator, "log")
+    begin(operator)
+    out = line.folder / "second"
+    more = {
+        "core": ["--address", line.core, "--state-dir", line.folder / "other"],
+        "log": ["--core", line.core, "--address", line.log, "--state-dir", line.folder / "other"],
+        "offline_storage": ["--core", line.core, "-o", line.folder],
+        "producer": ["--core", line.core, "--fake", "--ring", "16MiB", "--state-dir", line.folder / "other"],
+        "run_data": ["--core", line.core],
+    }
+    expected = {
+        "core": f"cannot listen at {line.core}",
+        "log": f"cannot listen at {line.log}",
+        "offline_storage": "the name 'Offline storage' is in use",
+        "producer": "the name 'LArPix board' is in use",
+        "run_data": "the name 'Online monitor' is in use",
+    }
+    seconds = {name: Process(f"larpixdaq.{name}", *arguments, directory=out) for name, arguments in more.items()}
+    for name, process in seconds.items():
+        with process:
+            assert process.wait() == 1, name
+            (text,) = process.stderr.splitlines()
+            assert expected[name] in text
+    more_packets(line, operator)
+    complete(operator)
+
+
+def test_a_directory_that_cannot_be_written_refuses_the_run_and_the_next_one_works(line: System) -> None:
+    operator = line.start("--fake", "20000")
+    # It is registered before it has looked at what is in its directory.
+    until(lambda: "free_bytes" in line.status_of(operator, "storage"), "the storage to be ready")
+    away = line.data.with_name("away")
+    line.data.rename(away)  # what a file system that is unmounted does, also to the superuser
+    with pytest.raises(RequestError, match=f"Offline storage: .*{line.data}"):
+        operator.prepare_run().result(LIMIT)
+    assert operator.state().result(LIMIT) == "STOP"
+    line.await_status(operator, "producer", "state", "STOP")
+    line.await_status(operator, "storage", "free_bytes", 0)
+    away.rename(line.data)
+    until(lambda: line.status_of(operator, "storage")["free_bytes"] > 0, "the storage to see its directory again")
+    begin(operator)
+    more_packets(line, operator)
+    complete(operator)
+    assert operator.run_info(1).result(LIMIT)["condition"] == "CANCELLED"

@@ -1,0 +1,28 @@
+"""How busy a process says that it is."""
+
+import time
+
+import pytest
+
+from larpixdaq.runtime import timing
+from larpixdaq.runtime.timing import Load, load_words
+
+
+def test_shares_follow_the_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SPAN", 0.2)
+    mine = Load()
+    until = time.thread_time() + 0.2
+    began = time.monotonic()
+    while time.thread_time() < until:
+        pass
+    shares = mine.shares()
+    worked = 0.2 / (time.monotonic() - began)
+    assert shares["loop"] == pytest.approx(worked, rel=0.3)
+    assert shares["process"] >= shares["loop"] - 0.01
+
+
+def test_what_is_left_in_words() -> None:
+    assert load_words({"loop": 0.01, "process": 0.02}) == "CPU 2%"
+    assert load_words({"loop": 0.25, "process": 0.5}) == "CPU 50%, can take at least 4.0 times this rate"
+    assert load_words({"loop": 0.074, "process": 0.08}) == "CPU 8%, can take at least 13 times this rate"
+    assert load_words({"loop": 0.99, "process": 1.5}) == "CPU 150%, at its limit"

@@ -1,0 +1,50 @@
+"""When what recurs is due again, and when the core has to look although nothing has come."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from larpixdaq.control.registry import Peers
+from larpixdaq.protocol.control import Heartbeat, Register
+from larpixdaq.runtime.timing import next_beat, wait_ms
+
+TIMES = st.floats(0, 1e8)
+
+
+@given(TIMES, st.sampled_from([0.25, 0.1, 1 / 3]))
+def test_a_beat_lies_ahead_and_is_that_of_everybody(now: float, period: float) -> None:
+    beat = next_beat(now, period)
+    assert now < beat <= now + 1.001 * period
+    assert abs(beat / period - round(beat / period)) < 1e-6
+
+
+def test_beats_follow_each_other_by_one_period() -> None:
+    beats = [1234.5]
+    for _ in range(100):
+        beats.append(next_beat(beats[-1], 0.25))
+    assert beats == [1234.5 + 0.25 * n for n in range(101)]
+
+
+@given(TIMES, st.floats(0, 10))
+def test_a_wait_does_not_end_before_what_is_due(now: float, seconds: float) -> None:
+    until = now + seconds
+    assert until - now <= wait_ms(until, now) / 1000 < until - now + 0.001_001
+
+
+def test_what_was_due_is_not_waited_for() -> None:
+    assert wait_ms(1.0, 2.0) == 0
+
+
+@given(st.floats(0, 3), st.integers(0, 2), st.floats(0, 0.9))
+def test_who_is_lost_or_stuck_is_found_when_that_is_due(silent: float, queued: int, idle: float) -> None:
+    peers = Peers()
+    assert peers.due() == float("inf")
+    component = peers.register(Register(name="a", kind="storage", instance="i"), b"", 100.0)
+    peers.hear(component.session, b"", 101.0)
+    peers.beat(component, Heartbeat(queued=queued, idle=idle), 101.0)
+    now, due = 101.0 + silent, peers.due()
+    if peers.check(now):
+        assert now >= due - 1e-9
+    else:
+        assert now <= due + 1e-9

@@ -1,0 +1,133 @@
+"""Ctrl-C, SIGTERM, SIGHUP and SIGQUIT at every process, in and outside of a run: exit 0, and nothing left behind.
+At a command that has work to do: it says so, and exits with another status."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import LIMIT, Process, until
+from system import System, rows_of, system
+
+from larpixdaq.errors import LarpixDaqError
+from larpixdaq.hdf5.verify import verify
+from larpixdaq.operator import Operator
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+MODULES = ["core", "log", "offline_storage", "run_data", "producer"]
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[System]:
+    with system(tmp_path) as made:
+        yield made
+
+
+def start(line: System) -> tuple[Operator, Path]:
+    """A whole system, and the folder of the producer's arena."""
+    ring = line.folder / "ring"
+    ring.mkdir()
+    operator = line.start("--fake", "20000", "--ring-dir", ring)
+    line.launch_log()
+    line.await_kinds(operator, "log")
+    assert len(list(ring.iterdir())) == 1
+    return operator, ring
+
+
+def ends_well(line: System, module: str, how: signal.Signals) -> None:
+    process = line.processes.pop(module)
+    assert process.stop(how) == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    assert process.stdout == ""
+
+
+def take(line: System, operator: Operator) -> None:
+    operator.prepare_run().result(LIMIT)
+    operator.begin_run().result(LIMIT)
+    until(lambda: line.status_of(operator, "storage").get("rows", 0) > 500, "500 rows in the storage")
+
+
+def state(operator: Operator) -> str:
+    """Empty while there is no core, or one that has come back meanwhile."""
+    try:
+        found: str = operator.state().result(LIMIT)
+    except LarpixDaqError:
+        return ""
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_outside_of_a_run(line: System, how: signal.Signals) -> None:
+    _, ring = start(line)
+    for module in reversed(MODULES):
+        ends_well(line, module, how)
+    assert list(ring.iterdir()) == []
+    assert list(line.data.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT])
+def test_core_log_and_monitor_in_a_run(line: System, how: signal.Signals) -> None:
+    """The run goes on without them, and a core that comes back picks it up."""
+    operator, _ = start(line)
+    take(line, operator)
+    for module in ("log", "run_data", "core"):
+        ends_well(line, module, how)
+    line.launch_core()
+    until(lambda: state(operator) == "RUN", "the run to be picked up")
+    line.await_kinds(operator, "producer", "storage")
+    ended = operator.end_run().result(2 * LIMIT)
+    assert ended["condition"] == "COMPLETE", ended
+    (path,) = ended["files"]
+    assert verify(path).ok
+    assert len(rows_of(path)) == ended["rows"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_producer_in_a_run(line: System, how: signal.Signals) -> None:
+    """It delivers what it has with its totals, and its arena goes."""
+    operator, ring = start(line)
+    take(line, operator)
+    ends_well(line, "producer", how)
+    assert list(ring.iterdir()) == []
+    ended = operator.end_run().result(2 * LIMIT)
+    assert ended["condition"] == "ABORTED"
+    assert "LArPix board ended in the middle of the run" in ended["reasons"]
+    (path,) = ended["files"]
+    report = verify(path)
+    assert report.ok, report.findings
+    assert report.condition == "ABORTED"
+    assert len(rows_of(path)) == ended["stored"] > 500
+    assert operator.state().result(LIMIT) == "STOP"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT])
+def test_storage_in_a_run(line: System, how: signal.Signals) -> None:
+    """Its file is closed and says that its producer went on; all the rest is in the next part, when it is back."""
+    operator, _ = start(line)
+    take(line, operator)
+    ends_well(line, "offline_storage", how)
+    (first,) = line.data.glob("*.h5")
+    assert {path.suffix for path in line.data.iterdir()} == {".h5", ".json"}
+    report = verify(first)
+    assert report.condition == "INTERRUPTED"
+    assert all("no end record" in finding for finding in report.findings)
+    line.launch_storage()
+    until(lambda: len(list(line.data.glob("*_001.h5.part"))) == 1, "a second part")
+    ended = operator.end_run().result(2 * LIMIT)
+    assert ended["condition"] == "COMPLETE", ended
+    assert ended["files"][0] == str(first)
+    (second,) = ended["files"][1:]
+    assert verify(second).ok
+    assert len(rows_of(first)) + len(rows_of(second)) == ended["rows"]
+    line.await_status(operator, "producer", "owed_blocks", 0)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_that_is_interrupted_says_so(tmp_path: Path, how: signal.Signals) -> None:
+    arguments = ("demo", "--seconds", "60", "-o", tmp_path)
+    with Process("larpixdaq.cli", *arguments, directory=tmp_path, env={"PYTHONUNBUFFERED": "1"}) as demo:
+        until(lambda: "emulated boards" in demo.stdout, "the run to begin")
+        assert demo.stop(how) == 128 + how
+        assert demo.stderr.endswith(f"interrupted by {how.name}\n")
+        assert "Traceback" not in demo.stderr
