@@ -88,7 +88,7 @@ def kernels() -> dict[str, Call]:
     data = made.view(np.uint8)
     packer = hdf5_chunks.Packer(ROWS, 36)
     tallied = np.zeros((256, len(hdf5_chunks.TALLY)), np.uint64)
-    counter = monitor_counters.Rates()
+    counter = monitor_counters.PacketCounters()
     board = board_emulator.PacmanBoard(Asic.V2, rate=1e6, seed=1, words=ROWS)
     sent, spans = messages(ROWS, 1000)
     return {

@@ -21,7 +21,7 @@ import numpy as np
 from larpixdaq import constants, schema
 from larpixdaq._native import board_emulator, word_codec
 from larpixdaq.hdf5 import writer
-from larpixdaq.protocol.stream import Block, Source
+from larpixdaq.protocol.stream import Block, BlockOrigin
 from larpixdaq.runtime import checksum
 from larpixdaq.storage.limits import Limits, parse_limit
 from larpixdaq.storage.service import Storing
@@ -30,7 +30,7 @@ from larpixdaq.storage.service import Storing
 class Nobody:
     """Takes the place of the stream."""
 
-    def acknowledge(self, source: Source, following: int) -> None: ...
+    def acknowledge(self, source: BlockOrigin, following: int) -> None: ...
     def again(self, *, sent: bool = False) -> None: ...
 
 

@@ -126,7 +126,7 @@ def serial_bytes(words: int, garbage: float) -> bytes:
 def test_rates(benchmark) -> None:
     benchmark.group = "counting"
     counted = rows(WORDS)
-    counter = monitor_counters.Rates()
+    counter = monitor_counters.PacketCounters()
     benchmark(counter.count, counted)
     assert counter.rows % len(counted) == 0
 

@@ -36,7 +36,7 @@ cdef uint64_t _DOWNSTREAM = <uint64_t>1 << 62
 
 
 @cython.final
-cdef class Chips:
+cdef class RegisterBank:
     """The registers of a board's chips, and the words that come to them.
 
     `registers`, `keep` and `force`: shape (chips, 256), u1; a write stores (value & keep) | force. `watched`: (256,)

@@ -30,7 +30,7 @@ cdef enum:
     MAX_CHIPS = 1 << 18
     SLAB = 1 << 20                # histogram memory is taken in pieces of this many bytes
 
-#: What `Rates.chips()` returns, one entry a chip.
+#: What `PacketCounters.chips()` returns, one entry a chip.
 CHIPS = np.dtype([
     ("io_group", "u1"), ("io_channel", "u1"), ("chip_id", "u1"),
     ("packets", "<u8"), ("data", "<u8"), ("bad_parity", "<u8"),
@@ -363,7 +363,7 @@ cdef void clear(Table *t) noexcept nogil:
 
 
 @cython.final
-cdef class Rates:
+cdef class PacketCounters:
     cdef Table *table
     cdef uint64_t histogram_bytes
     cdef readonly unsigned long long rows
@@ -375,10 +375,10 @@ cdef class Rates:
         self.histogram_bytes = histogram_bytes
         self.table = <Table *>calloc(1, sizeof(Table))
         if self.table == NULL:
-            raise MemoryError("Rates: no memory for the counters")
+            raise MemoryError("PacketCounters: no memory for the counters")
         self.table.chip_of = <uint32_t *>calloc(KEYS, sizeof(uint32_t))
         if self.table.chip_of == NULL:
-            raise MemoryError("Rates: no memory for the table of chips")
+            raise MemoryError("PacketCounters: no memory for the table of chips")
 
     def __dealloc__(self):
         if self.table != NULL:
@@ -454,7 +454,7 @@ cdef class Rates:
 
     cdef int _idle(self) except -1:
         if self.busy:
-            raise RuntimeError("Rates: another thread is counting")
+            raise RuntimeError("PacketCounters: another thread is counting")
         return 0
 
     def reset(self):

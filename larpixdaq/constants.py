@@ -38,7 +38,7 @@ ABORTED: Final = "ABORTED"
 #: From best to worst.
 CONDITIONS: Final = (COMPLETE, SUSPECT, INCOMPLETE, INTERRUPTED, ABORTED)
 #: Actions of components that only look; all others need control.
-LOOKING: Final = frozenset(
+QUERIES: Final = frozenset(
     {
         *("list_routines", "packet_rate", "packets", "messages", "adc_histogram", "run_info"),
         *("board_status", "get_boards", "ping", "retrieve_configuration", "retrieve_pixel_layout"),
@@ -102,7 +102,7 @@ COUNTS: Final = (
 ROW_COUNTS: Final = ("word_rows", "time_rows", "info_rows", "sent_rows")
 #: Bytes of a board without any use; fewer than these may be noise on a line.
 LEAST_UNUSABLE: Final = 256
-#: What only tells what is known, or asks a board how it is. (constants.LOOKING has them too: they need no control.)
+#: What only tells what is known, or asks a board how it is. (constants.QUERIES has them too: they need no control.)
 HARDWARE_QUERIES: Final = ("board_status", "get_boards", "ping", "retrieve_configuration", "retrieve_pixel_layout")
 #: What changes something, or sends words to chips.
 HARDWARE_CHANGES: Final = (

@@ -19,13 +19,14 @@ from larpixdaq import config
 from larpixdaq.constants import LOG, LOST, PRODUCER
 from larpixdaq.control.catalogue import Catalogue
 from larpixdaq.control.log_shipping import RecordHandler, push_socket
-from larpixdaq.control.registry import Component, Control, NameTaken, OperatorPeer, Peer, Peers, TooMany
+from larpixdaq.control.registry import Component, Control, NameTaken, OperatorPeer, Peer, Registry, TooMany
 from larpixdaq.control.request_router import Desk, Forwarding
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError
 from larpixdaq.protocol.control import (
     MAX_ANSWER,
     MAX_REQUEST,
+    ActionRequest,
     Answer,
     Bye,
     FromClient,
@@ -33,7 +34,6 @@ from larpixdaq.protocol.control import (
     Heartbeat,
     Open,
     Register,
-    Request,
     Update,
     Welcome,
     pack,
@@ -80,7 +80,7 @@ class Core:
             if isinstance(error, LarpixDaqError):
                 raise
             raise ConfigError(f"core: cannot listen at {address}: {error} (is another core running?)") from None
-        self._peers = Peers()
+        self._peers = Registry()
         self._control = Control(self._peers)
         self._runs = RunControl(self._peers, self._catalogue, self)
         self._desk = Desk(self._peers, self._control, self._runs, self._catalogue, insecure=insecure)
@@ -220,7 +220,7 @@ class Core:
         elif isinstance(message, Answer) and isinstance(peer, Component):
             if not self._forwarding.answered(peer, message) and not self._runs.answered(peer, message, now):
                 _log.info("%s answered what nobody waits for", peer.name)
-        elif isinstance(message, Request) and isinstance(peer, OperatorPeer):
+        elif isinstance(message, ActionRequest) and isinstance(peer, OperatorPeer):
             self._forwarding.requested(peer, message, now)
         else:
             raise ProtocolError(f"message from {peer.name}: {type(message).__name__} is not for it to send")
@@ -270,7 +270,7 @@ class Core:
         if component is None:
             return False
         self._tell()  # so that nobody is asked for the next step before it knows of the last one
-        return self.send_to(component, Request(request=request, action=action, params=params))
+        return self.send_to(component, ActionRequest(request=request, action=action, params=params))
 
     def send_to(self, peer: Peer, message: FromCore) -> bool:
         message.session = peer.session

@@ -22,7 +22,7 @@ import zmq
 
 from larpixdaq import config
 from larpixdaq.constants import LOG
-from larpixdaq.control.log_shipping import Record, unpack_record
+from larpixdaq.control.log_shipping import LogRecord, unpack_record
 from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, ProtocolError
 from larpixdaq.runtime.timing import Throttle
@@ -46,7 +46,7 @@ _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(1
 }
 
 
-def line(record: Record) -> str:
+def line(record: LogRecord) -> str:
     """A record as one line: UTC time, level, component, text; control characters stand as escapes."""
     try:
         when = datetime.fromtimestamp(record.time, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
@@ -105,7 +105,8 @@ class LogFile:
         self._tell_at = time.monotonic() + _TELL
         now = time.time()
         return [
-            line(Record(now, logging.WARNING, "log", text)).encode("utf-8", "replace") for text in self._throttle.told()
+            line(LogRecord(now, logging.WARNING, "log", text)).encode("utf-8", "replace")
+            for text in self._throttle.told()
         ]
 
     def _append(self, lines: list[bytes]) -> None:

@@ -23,7 +23,7 @@ from larpixdaq.storage.directory_lock import Lock, await_turn
 from larpixdaq.storage.limits import Limits, parse_limit
 from larpixdaq.storage.service import Storing
 from larpixdaq.stream import Consumer
-from larpixdaq.stream.subscriber import Standing
+from larpixdaq.stream.subscriber import SessionCheck
 
 _log = logging.getLogger("larpixdaq.offline_storage")
 
@@ -68,7 +68,7 @@ class Storage:
             on_name_taken=self._name_taken,
         )
         self.consumer: Consumer | None = None
-        self._standing = Standing(self.node)
+        self._standing = SessionCheck(self.node)
         self._stands = True
         self._frames = 0
         self._changes = -1

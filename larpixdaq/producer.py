@@ -23,16 +23,16 @@ import zmq
 from numpy.typing import NDArray
 
 from larpixdaq import config, constants
-from larpixdaq.buffer.block_builder import Recorder
+from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.crash_recovery import totals
 from larpixdaq.constants import HARDWARE_ACTIONS, unusable
 from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import ConfigError, RequestError, RingError, StateError
 from larpixdaq.hardware.supervisor import Child
 from larpixdaq.protocol import hardware
-from larpixdaq.protocol.stream import VERDICTS, Configurations, ConnectedBoard, UnknownWord, Verdict
-from larpixdaq.readout.command_queue import Commands
-from larpixdaq.readout.configuration_tracker import Witness
+from larpixdaq.protocol.stream import VERDICTS, Configurations, ConnectedBoard, LossVerdict, UnknownWord
+from larpixdaq.readout.command_queue import CommandQueue
+from larpixdaq.readout.configuration_tracker import ConfigurationTracker
 from larpixdaq.readout.delivery import Delivery
 from larpixdaq.readout.delivery import add_arguments as add_delivery_arguments
 from larpixdaq.readout.readout import FULL_AGAIN, Readout
@@ -86,15 +86,15 @@ class Producer:
         socket = stream_router(self._context)
         self.address = bind_stream(socket, options.address, options.core, insecure=options.insecure)
         io_groups = [group for source in boards for group in source.io_groups]
-        self.recorder = Recorder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
+        self.recorder = BlockBuilder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
         self.readout = Readout(
             boards, self.recorder, delivery.ring, wait=boards[0].waits, record_sent=options.record_sent
         )
         self.publisher = delivery.serve(socket)
         asic = source_options.asic_of(options)
         channels = [channel for source in boards for channel in source.channels]
-        self.witness = Witness(options.asic)
-        self.commands = Commands(channels, asic, self.layout, self._put)
+        self.witness = ConfigurationTracker(options.asic)
+        self.commands = CommandQueue(channels, asic, self.layout, self._put)
         self._channels = channels
         self._asked: set[int] = set()  # io_groups whose firmware was asked for
         self._firmware: dict[str, str] = {}  # by io_group, as the boards last said
@@ -103,7 +103,7 @@ class Producer:
         for source in boards:
             for group in source.io_groups:
                 kind, revision = by_group.get(group, ("", 0))
-                told.append(hardware.Board(group, kind, source.name, revision))
+                told.append(hardware.BoardInfo(group, kind, source.name, revision))
         setup = hardware.Setup(told, options.asic, int(asic), self.layout.code)
         self.child = Child(options.routines, commands=self.commands, setup=setup, witness=self.witness)
         self.child.settled = self._tell_news
@@ -342,7 +342,7 @@ class Producer:
         verdicts = self._verdicts()
         now = self._told_to_end or time.time_ns()
         clocks = {
-            board.io_group: Verdict(board.io_group, VERDICTS[0], str(board.clock), 0, self.recorder.began_ns, now)
+            board.io_group: LossVerdict(board.io_group, VERDICTS[0], str(board.clock), 0, self.recorder.began_ns, now)
             for board in self._boards()
             if board.clock is not None
         }
@@ -355,7 +355,7 @@ class Producer:
         self.state = "STOP"
         return {**totals(end), "warning": None, "inherited": self.delivery.inherited(end.run)}
 
-    def _verdicts(self) -> list[Verdict]:
+    def _verdicts(self) -> list[LossVerdict]:
         """What became of each io_group before it reached us; new findings are told in the log."""
         now = self._told_to_end or time.time_ns()
         own = self.delivery.own
@@ -367,14 +367,14 @@ class Producer:
         self._tell(self._watch, found)
         return found
 
-    def _unusable(self, now: int) -> list[Verdict]:
+    def _unusable(self, now: int) -> list[LossVerdict]:
         """A line for each io_group of which most of the data of the run could not become rows."""
         found = []
         for io_group, *counts in self.recorder.counts():
             named = dict(zip(constants.COUNTS, counts, strict=True))
             if why := unusable(named):
                 refused = named["unknown_words"] + named["rejected_words"]
-                found.append(Verdict(io_group, VERDICTS[-1], why, refused, self.recorder.began_ns, now))
+                found.append(LossVerdict(io_group, VERDICTS[-1], why, refused, self.recorder.began_ns, now))
         return found
 
     def _look(self) -> None:
@@ -396,7 +396,7 @@ class Producer:
         """Boards whose clocks are off the host's by more than --clock-limit."""
         return [one for one in self._boards() if one.clock is not None and one.clock.beyond(self._clock_limit)]
 
-    def _tell(self, watch: Watch, found: list[Verdict]) -> None:
+    def _tell(self, watch: Watch, found: list[LossVerdict]) -> None:
         for line in watch.look(found, time.monotonic()):
             log.warning("%s", line)
         self._look_at = time.monotonic() + LOOK

@@ -126,7 +126,7 @@ PACKETS_3_0: Final = _with(
 )
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """How the rows of a run look. `code` stands in block headers, `version` in the file's header."""
 
     code: int
@@ -136,16 +136,16 @@ class Layout(NamedTuple):
 
 
 LAYOUTS: Final = (
-    Layout(1, LAYOUT_NAMES[1], "1.0", PACKETS_1_0),
-    Layout(2, LAYOUT_NAMES[2], "2.4", PACKETS_2_4),
-    Layout(3, LAYOUT_NAMES[3], "2.4", PACKETS_2_4_CLOCK64),
-    Layout(4, LAYOUT_NAMES[4], "3.0", PACKETS_3_0),
+    RowLayout(1, LAYOUT_NAMES[1], "1.0", PACKETS_1_0),
+    RowLayout(2, LAYOUT_NAMES[2], "2.4", PACKETS_2_4),
+    RowLayout(3, LAYOUT_NAMES[3], "2.4", PACKETS_2_4_CLOCK64),
+    RowLayout(4, LAYOUT_NAMES[4], "3.0", PACKETS_3_0),
 )
 
 _BY_CODE: Final = {layout.code: layout for layout in LAYOUTS}
 
 
-def layout(code: int) -> Layout:
+def layout(code: int) -> RowLayout:
     """The layout with this code; ValueError names the code when there is none."""
     try:
         return _BY_CODE[code]
@@ -166,7 +166,7 @@ class Asic(IntEnum):
 ASICS: Final = {"1": Asic.V1, "2": Asic.V2, "2b": Asic.V2, "lightpix-1": Asic.V2, "3": Asic.V3}
 
 
-def layout_of(asic: Asic, *, clock64: bool = False) -> Layout:
+def layout_of(asic: Asic, *, clock64: bool = False) -> RowLayout:
     """The layout that rows of this chip generation have (`clock64`: boards with a 64-bit clock)."""
     if asic == Asic.V1:
         return LAYOUTS[0]

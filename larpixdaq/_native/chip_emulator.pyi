@@ -23,7 +23,7 @@ class Stop(IntEnum):
     CHANGED = 2
 
 @final
-class Chips:
+class RegisterBank:
     """The registers of a board's chips, and the words that come to them.
 
     `registers`, `keep` and `force`: shape (chips, 256), u1; a write stores (value & keep) | force. `watched`: (256,)

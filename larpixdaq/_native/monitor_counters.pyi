@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 CHIPS: np.dtype[Any]
 
 @final
-class Rates:
+class PacketCounters:
     """Counters over all rows since the last reset(). For one thread at a time: RuntimeError otherwise.
 
     "Packets" are rows of types 0 to 3 with direction 1. FIFO flags are those of data packets (v1 has one FIFO, counted
@@ -17,7 +17,7 @@ class Rates:
     2^32 - 1.
     """
 
-    def __new__(cls, histogram_bytes: int = 536870912) -> Rates:
+    def __new__(cls, histogram_bytes: int = 536870912) -> PacketCounters:
         """Channels get a histogram of their own (v2: 1 KiB, v1 and v3: 4 KiB, at the first data packet) up to this
         limit; those that come later share one per chip."""
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from larpixdaq import constants, schema
 from larpixdaq._native.ring_buffer import END, INFO, Ring
 from larpixdaq.constants import COUNTS
-from larpixdaq.protocol.stream import Block, Configs, End, Gap, Totals, UnknownWord, Verdict, pack, text_pieces
+from larpixdaq.protocol.stream import Block, Configs, End, Gap, LossVerdict, Totals, UnknownWord, pack, text_pieces
 from larpixdaq.runtime.checksum import crc32
 from larpixdaq.schema import PacketType
 
@@ -30,7 +30,7 @@ _PACKETS, _BAD, _UNKNOWN, _REJECTED, _DROPPED, _INFO = (
 _rows = itemgetter(*(COUNTS.index(name) for name in constants.ROW_COUNTS))
 
 
-def info_rows(text: str, layout: schema.Layout, seconds: int) -> NDArray[Any]:
+def info_rows(text: str, layout: schema.RowLayout, seconds: int) -> NDArray[Any]:
     """The rows of type 5 that stand for an INFO message: one for each piece of its text as /messages has them,
     `counter` 0 until the writer knows their place there."""
     rows = np.zeros(len(text_pieces(text, TEXT_BYTES)), layout.dtype)
@@ -39,7 +39,7 @@ def info_rows(text: str, layout: schema.Layout, seconds: int) -> NDArray[Any]:
     return rows
 
 
-class Recorder:
+class BlockBuilder:
     """Between a producer's decoders and its ring. `counts` are the ledger's counters of the run, in the ring.
 
     io_groups: those that the producer's sources have; io_group 0 (INFO messages) comes by itself.
@@ -50,7 +50,7 @@ class Recorder:
         ring: Ring,
         producer: str,
         epoch: int,
-        layout: schema.Layout,
+        layout: schema.RowLayout,
         io_groups: Sequence[int],
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -142,7 +142,7 @@ class Recorder:
         return False
 
     def end(
-        self, how: str, unknown: list[UnknownWord], outside: list[list[int]], verdicts: Sequence[Verdict] = ()
+        self, how: str, unknown: list[UnknownWord], outside: list[list[int]], verdicts: Sequence[LossVerdict] = ()
     ) -> End:
         """Close the run with its end record; returns it."""
         if self.run is None:

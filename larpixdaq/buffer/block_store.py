@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from larpixdaq._native.ring_buffer import END, INFO, Ring
-from larpixdaq.buffer.ring_file import Arena
+from larpixdaq.buffer.ring_file import RingFile
 from larpixdaq.buffer.spool import BATCH_BLOCKS, BATCH_BYTES, LOST, Spool, SpoolHeader, SpoolRecord
 
 #: A ring that may move to the spool is read in place as long as it is not fuller than that.
@@ -42,7 +42,7 @@ class Segment:
         return max(map(self.wants, self.required))
 
 
-class Found(NamedTuple):
+class StoredBlock(NamedTuple):
     """A block to send. `pinned`: its rows lie in the ring."""
 
     header: bytes
@@ -50,13 +50,15 @@ class Found(NamedTuple):
     pinned: bool
 
 
-class Store:
+class BlockStore:
     """The blocks of one epoch. `tail`: all below have what they need; `pins`: rows in the ring that libzmq still holds.
 
     `arena` is that of a predecessor, unlinked when nothing is owed any more.
     """
 
-    def __init__(self, producer: str, epoch: int, ring: Ring | None, spool: Spool | None, arena: Arena | None = None):
+    def __init__(
+        self, producer: str, epoch: int, ring: Ring | None, spool: Spool | None, arena: RingFile | None = None
+    ):
         self.producer = producer
         self.epoch = epoch
         self.ring = ring
@@ -67,7 +69,7 @@ class Store:
         self.tail = ring.tail if ring is not None else 0
 
     @classmethod
-    def inherited(cls, producer: str, epoch: int, arena: Arena | None, spool: Spool | None) -> Store:
+    def inherited(cls, producer: str, epoch: int, arena: RingFile | None, spool: Spool | None) -> BlockStore:
         """What a predecessor left: a ring that has its end record already, files of the spool, or both."""
         ring = arena.ring if arena is not None else None
         store = cls(producer, epoch, ring, spool, arena)
@@ -130,12 +132,12 @@ class Store:
                     ):  # the ring has no entry of a run whose blocks have all left it
                         self.ring.acknowledge(run, segment.required.index(name), index)
 
-    def get(self, index: int) -> Found | None:
+    def get(self, index: int) -> StoredBlock | None:
         """A block, with an empty header when the spool has lost it; None: it is being read from the disk."""
         if self.ring is not None and index >= self.ring.tail:
-            return Found(self.ring.packed_header(index), self.ring.payload(index), True)
+            return StoredBlock(self.ring.packed_header(index), self.ring.payload(index), True)
         record = self.spool.get(index) if self.spool is not None else LOST
-        return None if record is None else Found(record.header, record.payload, False)
+        return None if record is None else StoredBlock(record.header, record.payload, False)
 
     def lends(self) -> bool:
         """Whether consumers may read rows where they are. What they are reading when it has to move to the spool is

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from larpixdaq import constants, schema
 from larpixdaq._native.ring_buffer import END
-from larpixdaq.buffer.block_builder import Recorder
-from larpixdaq.buffer.ring_file import Arena, arenas, kept_aside
-from larpixdaq.buffer.spool import Directory, SpoolFile
+from larpixdaq.buffer.block_builder import BlockBuilder
+from larpixdaq.buffer.ring_file import RingFile, arenas, kept_aside
+from larpixdaq.buffer.spool import SpoolDirectory, SpoolFile
 from larpixdaq.errors import FileError, ProtocolError, RingError
-from larpixdaq.protocol.stream import Block, End, Verdict, unpack_producer
+from larpixdaq.protocol.stream import Block, End, LossVerdict, unpack_producer
 from larpixdaq.runtime.checksum import crc32
 from larpixdaq.runtime.file_access import keep_aside
 
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 DIED = "its producer died: data that the boards sent until its successor had connected are lost"
 
 
-class Left(NamedTuple):
+class LeftBlocks(NamedTuple):
     """What one predecessor has left, locked: its ring, its files of the spool, and its end records (run -> END)."""
 
     epoch: int
-    arena: Arena | None
+    arena: RingFile | None
     files: list[SpoolFile]
     ends: dict[int, End]
 
@@ -38,7 +38,9 @@ class Left(NamedTuple):
 class Predecessors:
     """Looks for arenas and spool files of `producer` that nobody holds."""
 
-    def __init__(self, producer: str, state_dir: Path, ring_dir: Path, spool: Directory, listening_ns: int) -> None:
+    def __init__(
+        self, producer: str, state_dir: Path, ring_dir: Path, spool: SpoolDirectory, listening_ns: int
+    ) -> None:
         """`listening_ns`: unix ns when this producer began to listen to its boards."""
         self._producer = producer
         self._state_dir = state_dir
@@ -49,7 +51,7 @@ class Predecessors:
         self.aside: list[Path] = []
         self._refused: dict[Path, str] = {}
 
-    def look(self, known: Collection[int]) -> list[Left]:
+    def look(self, known: Collection[int]) -> list[LeftBlocks]:
         """Take over what there is of other epochs than these, and lock it. May hang with the spool's disk."""
         # Beside the spool stands the ring of a producer that found no room for it in its own directory at its end.
         rings = arenas(self._spool.path, self._state_dir, self._producer)
@@ -64,11 +66,11 @@ class Predecessors:
         self.aside = [path for directory in directories for path in kept_aside(directory, self._spool.prefix)]
         return found
 
-    def _take(self, epoch: int, ring: Path | None, paths: list[Path]) -> Left | None:
+    def _take(self, epoch: int, ring: Path | None, paths: list[Path]) -> LeftBlocks | None:
         arena = None
         if ring is not None:
             try:
-                arena = Arena.adopt(ring, self._producer, epoch)
+                arena = RingFile.adopt(ring, self._producer, epoch)
                 if arena is None:
                     return None  # it lives
                 self._check(arena)
@@ -104,7 +106,7 @@ class Predecessors:
                 # What was being written to the spool when the producer died is in its ring still, unless that is gone.
                 file.damaged |= file.torn and (arena is None or arena.ring.tail > file.next)
                 files.append(file)
-        return Left(epoch, arena, files, ends) if arena is not None or files else None
+        return LeftBlocks(epoch, arena, files, ends) if arena is not None or files else None
 
     def _refuse(self, path: Path, error: OSError) -> None:
         """A file that cannot be opened now, or is another user's, is left alone: it is looked at again. Logged once."""
@@ -113,7 +115,7 @@ class Predecessors:
             self._refused[path] = text
             log.error("not taken over: %s", text)
 
-    def _check(self, arena: Arena) -> None:
+    def _check(self, arena: RingFile) -> None:
         """RingError when a header does not fit its descriptor; rows that are not those that were sent are damage."""
         ring = arena.ring
         for run, _, code, size, *_ in ring.runs():
@@ -131,21 +133,21 @@ class Predecessors:
                 log.error("%s: block %d is damaged", arena.path, index)
                 arena.damaged = True
 
-    def _finish(self, arena: Arena) -> None:
+    def _finish(self, arena: RingFile) -> None:
         """Close what its producer had not closed. Killed in the middle of it: the next one goes on."""
         ring = arena.ring
         if not ring.run_open:
             return
         run, _, code, _, began_ns, io_groups, *_ = ring.runs()[-1]
         died = ring.alive_ns
-        recorder = Recorder(ring, self._producer, ring.epoch, schema.layout(code), io_groups, wall=lambda: died)
+        recorder = BlockBuilder(ring, self._producer, ring.epoch, schema.layout(code), io_groups, wall=lambda: died)
         recorder.resume(run, began_ns)
         until = max(died, self._listening_ns)
-        verdicts = [Verdict(group, "suspect", DIED, 0, died, until) for group in io_groups if group]
+        verdicts = [LossVerdict(group, "suspect", DIED, 0, died, until) for group in io_groups if group]
         recorder.end("recovered", [], recorder.counts(ring.outside), verdicts)
 
 
-def _ends(arena: Arena) -> dict[int, End]:
+def _ends(arena: RingFile) -> dict[int, End]:
     ring = arena.ring
     found = {}
     for index in range(ring.tail, ring.head):

@@ -124,7 +124,7 @@ def _mapped(file: int, size: int) -> mmap.mmap:
     return memory
 
 
-class Arena:
+class RingFile:
     """A ring in a file of its own, locked by us for as long as we live. Made by make() or, a dead producer's, adopt().
 
     `close()` unlinks it, `leave()` does not: whoever comes next under this name delivers what is in it. `damaged`: not
@@ -145,7 +145,7 @@ class Arena:
         self._memory = memory
 
     @classmethod
-    def make(cls, directory: Path, state_dir: Path, producer: str, epoch: int, size: int) -> Arena:
+    def make(cls, directory: Path, state_dir: Path, producer: str, epoch: int, size: int) -> RingFile:
         """RingError when it cannot be made.
 
         Its pages are reserved: a memory-mapped file on a full file system would kill the process with SIGBUS at the
@@ -177,7 +177,7 @@ class Arena:
         return cls(path, file, memory, ring, grows=True)
 
     @classmethod
-    def adopt(cls, path: Path, producer: str, epoch: int) -> Arena | None:
+    def adopt(cls, path: Path, producer: str, epoch: int) -> RingFile | None:
         """The arena that a dead producer left; None while somebody holds it, or has only begun to make it.
 
         RingError, in one line, when what it holds cannot be used; FileError when it cannot be opened, or is not ours.
@@ -206,7 +206,7 @@ class Arena:
             raise RingError(str(error)) from None
         return cls(path, file, memory, ring, grows=False)
 
-    def __enter__(self) -> Arena:
+    def __enter__(self) -> RingFile:
         return self
 
     def __exit__(self, *exc: object) -> None:

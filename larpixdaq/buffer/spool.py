@@ -47,7 +47,7 @@ _RECORD: Final = struct.Struct("<4sIIIQ")  # magic, lengths of header and payloa
 _CHECKED: Final = struct.Struct("<IIQ")
 
 
-class Directory:
+class SpoolDirectory:
     """The spool of a producer and its predecessors: `limit` bytes at most in files that begin with `prefix`."""
 
     def __init__(self, path: Path, prefix: str, limit: int, worker: Worker) -> None:
@@ -108,7 +108,7 @@ class Directory:
 class Spool:
     """The spooled blocks of one epoch: from `tail` to `head`, with those that are lost."""
 
-    def __init__(self, directory: Directory, files: Sequence[SpoolFile] = ()) -> None:
+    def __init__(self, directory: SpoolDirectory, files: Sequence[SpoolFile] = ()) -> None:
         self.directory = directory
         self.files = deque(files)
         self.head = self.files[-1].next if self.files else 0

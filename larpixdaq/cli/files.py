@@ -80,12 +80,12 @@ def _show(console: Console, line: str) -> None:
     console.print(escape(printable(line)))
 
 
-def _file_facts(outcome: verification.Outcome) -> dict[str, Any]:
+def _file_facts(outcome: verification.FileOutcome) -> dict[str, Any]:
     names = ("ok", "rows", "findings", "notes")
     return {str(report.path): {name: getattr(report, name) for name in names} for report in outcome.files}
 
 
-def _run_facts(outcome: verification.Outcome) -> list[dict[str, Any]]:
+def _run_facts(outcome: verification.FileOutcome) -> list[dict[str, Any]]:
     return [
         {
             "run": run.run,

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from larpixdaq import errors
 from larpixdaq.constants import HEARTBEAT, NO_CORE
-from larpixdaq.control.connection import Link
+from larpixdaq.control.connection import CoreConnection
 from larpixdaq.control.display import readable, show
 from larpixdaq.errors import ControlHeld, LarpixDaqError, NoCore, RequestTimeout
 from larpixdaq.protocol import control
@@ -241,7 +241,7 @@ class Request(Generator[Response, None, Any]):
 
 @dataclass
 class _Sent:
-    message: control.Request
+    message: control.ActionRequest
     request: weakref.ref[Request]
     outcome: _Outcome
     next: float
@@ -261,7 +261,7 @@ class Connection:
         self._opened = threading.Event()
         self._refusal = ""
         self._closed = False
-        self.link = Link(
+        self.link = CoreConnection(
             core,
             name=name,
             hello=self._hello,
@@ -295,7 +295,9 @@ class Connection:
         with self._guard:
             self._next_id += 1
             number = f"{self._instance[:16]}-{self._next_id}"
-            message = control.Request(request=number, action=action, params=params, component=component, kind=kind)
+            message = control.ActionRequest(
+                request=number, action=action, params=params, component=component, kind=kind
+            )
             control.pack(message)  # what cannot travel is the caller's mistake, and is told at once
             self._sent[number] = _Sent(message, weakref.ref(request), request.outcome, time.monotonic() + _AGAIN)
         self.link.send(message)

@@ -84,7 +84,7 @@ class Waker:
             os.close(writing)
 
 
-class Link:
+class CoreConnection:
     """`hello` makes the registration, `beat` the heartbeat; `received` gets every message of the core but refusals.
 
     `refused` gets the core's answer to a registration that it did not accept; it is tried again every 250 ms.
@@ -283,7 +283,7 @@ class Link:
         self._received(message)
 
 
-class Recent:
+class RecentRequests:
     """The last request ids and their final answers; one that is not finished is never forgotten."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ MAX_TEXT: Final = 32 << 10
 _MAX_RECORD: Final = 256 << 10
 
 
-class Record(msgspec.Struct, array_like=True, frozen=True):
+class LogRecord(msgspec.Struct, array_like=True, frozen=True):
     """One log record on the wire; `time` in unix seconds, `level` as in logging."""
 
     time: float
@@ -31,10 +31,10 @@ class Record(msgspec.Struct, array_like=True, frozen=True):
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_decoder: Final = msgspec.msgpack.Decoder(Record)
+_decoder: Final = msgspec.msgpack.Decoder(LogRecord)
 
 
-def unpack_record(data: Any) -> Record:
+def unpack_record(data: Any) -> LogRecord:
     """ProtocolError, in one line, when it is none."""
     if len(data) > _MAX_RECORD:
         raise ProtocolError(f"log record: {len(data)} bytes, the limit is {_MAX_RECORD}")
@@ -58,7 +58,7 @@ class RecordHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = self.format(record)[:MAX_TEXT].encode("utf-8", "replace").decode()
-            data = _encoder.encode(Record(record.created, record.levelno, self._component, text))
+            data = _encoder.encode(LogRecord(record.created, record.levelno, self._component, text))
         except Exception:
             self.handleError(record)
             return
@@ -81,7 +81,7 @@ class RecordHandler(logging.Handler):
                 while socket is not None and (self._records or self._lost):
                     if self._lost:
                         text = f"{self._lost} log records were lost while the log was disconnected"
-                        note = Record(time.time(), logging.WARNING, self._component, text)
+                        note = LogRecord(time.time(), logging.WARNING, self._component, text)
                         socket.send(_encoder.encode(note), zmq.NOBLOCK)
                         self._lost = 0
                         continue

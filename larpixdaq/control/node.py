@@ -21,10 +21,20 @@ import zmq
 
 from larpixdaq.config import CORE_PORT, address, process_identity
 from larpixdaq.constants import HEARTBEAT, PATIENCE, STOP
-from larpixdaq.control.connection import Link, Recent, Waker
+from larpixdaq.control.connection import CoreConnection, RecentRequests, Waker
 from larpixdaq.control.log_shipping import RecordHandler, push_socket
 from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction, misuse
-from larpixdaq.protocol.control import Answer, FromCore, Heartbeat, Kind, Register, Request, Update, Welcome, packed
+from larpixdaq.protocol.control import (
+    ActionRequest,
+    Answer,
+    FromCore,
+    Heartbeat,
+    Kind,
+    Register,
+    Update,
+    Welcome,
+    packed,
+)
 from larpixdaq.runtime.event_loop import Signals, Stopped
 from larpixdaq.runtime.timing import Load, next_beat, wait_ms
 
@@ -81,7 +91,7 @@ class Node:
         self._beaten = 0.0
         self._inbox: deque[FromCore] = deque()
         self._told: tuple[str, str, int | None, dict[str, str]] | None = None
-        self._recent = Recent()
+        self._recent = RecentRequests()
         self._ready = Waker()
         self._refused_since = 0.0
         self._refusal: Answer | None = None
@@ -91,7 +101,7 @@ class Node:
         self._log_address = ""
         self._closed = False
         try:
-            self._link = Link(
+            self._link = CoreConnection(
                 address(core, CORE_PORT),
                 name=name,
                 hello=self._hello,
@@ -196,7 +206,7 @@ class Node:
             self._take_in(self._inbox.popleft())
 
     def _take_in(self, message: FromCore) -> None:
-        if isinstance(message, Request):
+        if isinstance(message, ActionRequest):
             self._act(message)
         elif isinstance(message, Update):
             self._update(message)
@@ -211,7 +221,7 @@ class Node:
         if self._on_change is not None:
             self._on_change()
 
-    def _act(self, request: Request) -> None:
+    def _act(self, request: ActionRequest) -> None:
         call = Call(request, self._answer)
         try:
             try:
@@ -284,7 +294,7 @@ class Node:
         )
 
     def _waiting(self) -> int:
-        return sum(isinstance(message, Request) for message in list(self._inbox))
+        return sum(isinstance(message, ActionRequest) for message in list(self._inbox))
 
     def _receive(self, message: FromCore) -> None:
         if isinstance(message, Welcome):
@@ -296,13 +306,13 @@ class Node:
             if told == self._told:
                 return
             self._told = told
-        elif isinstance(message, Request) and self._recent.seen(message.request):
+        elif isinstance(message, ActionRequest) and self._recent.seen(message.request):
             # The core asks again: its request or our answer may have been lost with a connection.
             answer = self._recent.answer(message.request)
             if answer is not None:
                 self._link.send(answer)
             return
-        elif isinstance(message, Request) and self._waiting() >= _MAX_WAITING:
+        elif isinstance(message, ActionRequest) and self._waiting() >= _MAX_WAITING:
             text = f"{self.name} is busy: {_MAX_WAITING} requests wait already"
             self._link.send(Answer(request=message.request, kind="error", text=text, error="failed"))
             return
@@ -339,7 +349,7 @@ class Call:
     action: str
     params: dict[str, Any]
 
-    def __init__(self, request: Request, answer: Callable[[Call, Answer], None]) -> None:
+    def __init__(self, request: ActionRequest, answer: Callable[[Call, Answer], None]) -> None:
         self.action = request.action
         self.params = request.params
         self.request = request.request

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from larpixdaq.constants import CONTROL_FREE, HEARTBEAT, LOST, STUCK
-from larpixdaq.control.connection import Recent
+from larpixdaq.control.connection import RecentRequests
 from larpixdaq.errors import ControlHeld, ProtocolError
 from larpixdaq.protocol.control import Heartbeat, Open, Register
 
@@ -62,7 +62,7 @@ class Component(Peer):
 
 @dataclass
 class OperatorPeer(Peer):
-    recent: Recent = field(default_factory=Recent)
+    recent: RecentRequests = field(default_factory=RecentRequests)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Change:
     peer: Peer
 
 
-class Peers:
+class Registry:
     """All that are known. `now` is time.monotonic() throughout."""
 
     def __init__(self) -> None:
@@ -216,7 +216,7 @@ class Peers:
 class Control:
     """Who may change things: one Operator at a time."""
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, peers: Registry) -> None:
         self._peers = peers
         self._holder: OperatorPeer | None = None
         self._since = 0.0  # unix seconds

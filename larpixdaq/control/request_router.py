@@ -14,13 +14,13 @@ import msgspec
 from msgspec import Meta
 
 from larpixdaq import config
-from larpixdaq.constants import LOOKING, PRODUCER, RUN_ACTIONS, RUN_DATA
+from larpixdaq.constants import PRODUCER, QUERIES, RUN_ACTIONS, RUN_DATA
 from larpixdaq.control.catalogue import Catalogue, Run
-from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Peers
+from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Registry
 from larpixdaq.control.run_control import RunControl
-from larpixdaq.control.scatter_gather import Reply
+from larpixdaq.control.scatter_gather import ReplyRoute
 from larpixdaq.errors import ComponentError, ControlHeld, LarpixDaqError, RequestError, UnknownAction
-from larpixdaq.protocol.control import Answer, FromCore, Request, packed
+from larpixdaq.protocol.control import ActionRequest, Answer, FromCore, packed
 from larpixdaq.protocol.stream import RunNumber
 from larpixdaq.runtime.timing import Load
 from larpixdaq.version import VERSION
@@ -55,7 +55,7 @@ class Desk:
     """handle() answers through `reply`, at once or later, or raises a LarpixDaqError. Changing actions need control."""
 
     def __init__(
-        self, peers: Peers, control: Control, runs: RunControl, catalogue: Catalogue, *, insecure: bool
+        self, peers: Registry, control: Control, runs: RunControl, catalogue: Catalogue, *, insecure: bool
     ) -> None:
         self._peers, self._control, self._runs, self._catalogue = peers, control, runs, catalogue
         self._insecure = insecure
@@ -79,7 +79,9 @@ class Desk:
             "comment": (_Comment, self._comment, True),
         }
 
-    def handle(self, operator: OperatorPeer, action: str, params: dict[str, Any], reply: Reply, now: float) -> None:
+    def handle(
+        self, operator: OperatorPeer, action: str, params: dict[str, Any], reply: ReplyRoute, now: float
+    ) -> None:
         if action not in self._actions:
             raise RequestError(f"the core has no action {action!r}; it has {', '.join(sorted(self._actions))}")
         kind, method, changing = self._actions[action]
@@ -96,13 +98,15 @@ class Desk:
 
     # Looking.
 
-    def _state(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> str:
+    def _state(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> str:
         return self._runs.state
 
-    def _components(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> list[dict[str, Any]]:
+    def _components(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> list[dict[str, Any]]:
         return self._peers.describe(now)
 
-    def _list_actions(self, operator: OperatorPeer, given: _Actions, reply: Reply, now: float) -> dict[str, list[str]]:
+    def _list_actions(
+        self, operator: OperatorPeer, given: _Actions, reply: ReplyRoute, now: float
+    ) -> dict[str, list[str]]:
         there = {"core": sorted(self._actions)}
         there |= {one.name: one.actions for one in self._peers.components.values()}
         if given.component is None:
@@ -111,7 +115,7 @@ class Desk:
             raise RequestError(f"no component is named {given.component!r}; there are {', '.join(there)}")
         return {given.component: there[given.component]}
 
-    def _status(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> dict[str, Any]:
+    def _status(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> dict[str, Any]:
         run = self._runs.run
         last = self._catalogue.find()
         if last is not None and run is not None and last.run == run.run:
@@ -133,7 +137,7 @@ class Desk:
             "state_dir": str(self._catalogue.path.parent),
         }
 
-    def _run_info(self, operator: OperatorPeer, given: _RunInfo, reply: Reply, now: float) -> dict[str, Any]:
+    def _run_info(self, operator: OperatorPeer, given: _RunInfo, reply: ReplyRoute, now: float) -> dict[str, Any]:
         current = self._runs.run
         run = current if given.run is None or (current and current.run == given.run) else None
         if run is None:
@@ -177,31 +181,31 @@ class Desk:
 
     # Control.
 
-    def _take_control(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> dict[str, Any]:
+    def _take_control(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> dict[str, Any]:
         before = self._control.take(operator)
         if before:
             _log.warning("%s has taken control from %s", operator.name, before)
         return self._control.describe(now) or {}
 
-    def _release_control(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> dict[str, Any]:
+    def _release_control(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> dict[str, Any]:
         self._control.release(operator)
         return self._control.describe(now) or {}
 
     # Changing.
 
-    def _prepare(self, operator: OperatorPeer, given: _Prepare, reply: Reply, now: float) -> None:
+    def _prepare(self, operator: OperatorPeer, given: _Prepare, reply: ReplyRoute, now: float) -> None:
         self._runs.prepare(given.comment, given.kind, operator.name, reply, now)
 
-    def _begin(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> None:
+    def _begin(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> None:
         self._runs.begin(reply, now)
 
-    def _end(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> None:
+    def _end(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> None:
         self._runs.end(reply, now)
 
-    def _abort(self, operator: OperatorPeer, given: _None, reply: Reply, now: float) -> None:
+    def _abort(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> None:
         self._runs.abort(operator.name, reply, now)
 
-    def _comment(self, operator: OperatorPeer, given: _Comment, reply: Reply, now: float) -> dict[str, Any]:
+    def _comment(self, operator: OperatorPeer, given: _Comment, reply: ReplyRoute, now: float) -> dict[str, Any]:
         return {"run": self._runs.comment(operator.name, given.text)}
 
 
@@ -247,11 +251,11 @@ class _OperatorReply:
 class Forwarding:
     """Every request gets an ack at once and exactly one result or error; one that comes twice is done once."""
 
-    def __init__(self, peers: Peers, control: Control, desk: Desk, post: Post) -> None:
+    def __init__(self, peers: Registry, control: Control, desk: Desk, post: Post) -> None:
         self._peers, self._control, self._desk, self._post = peers, control, desk, post
         self._routed: dict[str, _Routed] = {}
 
-    def requested(self, operator: OperatorPeer, message: Request, now: float) -> None:
+    def requested(self, operator: OperatorPeer, message: ActionRequest, now: float) -> None:
         if message.again and not operator.recent.knows(message.request):
             text = f"the outcome of {message.action} is no longer known"
             self._post.send_to(operator, Answer(request=message.request, kind="error", text=text, error="failed"))
@@ -271,14 +275,14 @@ class Forwarding:
         except LarpixDaqError as error:
             reply.error(error)
 
-    def _route(self, operator: OperatorPeer, message: Request, now: float) -> None:
+    def _route(self, operator: OperatorPeer, message: ActionRequest, now: float) -> None:
         component = self._find(message)
         if message.action in RUN_ACTIONS:
             raise RequestError(f"{message.action} of a component is the core's to ask for")
         if message.action not in component.actions:
             there = ", ".join(component.actions) or "none"
             raise UnknownAction(f"{component.name} has no action {message.action!r}; it has {there}")
-        if message.action not in LOOKING:
+        if message.action not in QUERIES:
             self._control.claim(operator, now)
             _log.info("%s: %s of %s", operator.name, message.action, component.name)
         request = self._post.new_id()
@@ -287,7 +291,7 @@ class Forwarding:
             del self._routed[request]
             raise ComponentError(f"{component.name} does not take {message.action}: its queue is full or it is gone")
 
-    def _find(self, message: Request) -> Component:
+    def _find(self, message: ActionRequest) -> Component:
         living = self._peers.components
         if message.component:
             if message.component not in living:

@@ -32,7 +32,7 @@ from larpixdaq.constants import (
 )
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.disk_watch import SpaceWatch
-from larpixdaq.control.registry import MOST_COMPONENTS, Component, Peers
+from larpixdaq.control.registry import MOST_COMPONENTS, Component, Registry
 from larpixdaq.control.run_transitions import (
     RunProcedures,
     check_team,
@@ -42,7 +42,7 @@ from larpixdaq.control.run_transitions import (
     team_layout,
     team_versions,
 )
-from larpixdaq.control.scatter_gather import Late, LogReply, Outcome, Procedure, Reply, Steps, Team
+from larpixdaq.control.scatter_gather import ComponentAnswer, Late, LogReply, Procedure, ReplyRoute, Steps, Team
 from larpixdaq.errors import FileError, StateError
 from larpixdaq.protocol.control import Answer, Heartbeat, content
 from larpixdaq.protocol.reports import FinishedFile
@@ -56,7 +56,7 @@ _RETURN: Final = 2.0
 class RunControl(RunProcedures):
     """What Operators ask for and what happens to components, and the procedures that follow from it."""
 
-    def __init__(self, peers: Peers, catalogue: Catalogue, team: Team) -> None:
+    def __init__(self, peers: Registry, catalogue: Catalogue, team: Team) -> None:
         super().__init__(peers, catalogue)
         self.main: Procedure | None = None
         self._team = team
@@ -78,7 +78,7 @@ class RunControl(RunProcedures):
 
     # What Operators ask for. These raise what is not allowed; `reply` gets the rest.
 
-    def prepare(self, comment: str, kind: str, operator: str, reply: Reply, now: float) -> None:
+    def prepare(self, comment: str, kind: str, operator: str, reply: ReplyRoute, now: float) -> None:
         """STOP -> READY. `kind`: empty for what follows from the producers' sources."""
         self._idle("prepare_run")
         if self.state != STOP:
@@ -100,7 +100,7 @@ class RunControl(RunProcedures):
         self.run = run
         self._start("prepare_run", self._prepare(run, [one.name for one in producers], warnings), reply, now)
 
-    def begin(self, reply: Reply, now: float) -> None:
+    def begin(self, reply: ReplyRoute, now: float) -> None:
         """READY -> RUN."""
         self._idle("begin_run")
         if self.state != READY or self.run is None:
@@ -115,14 +115,14 @@ class RunControl(RunProcedures):
             raise
         self._start("begin_run", self._begin(self.run), reply, now)
 
-    def end(self, reply: Reply, now: float) -> None:
+    def end(self, reply: ReplyRoute, now: float) -> None:
         """READY or RUN -> STOP."""
         self._idle("end_run")
         if self.state == STOP or self.run is None:
             raise StateError("end_run is not allowed in STOP: no run is prepared or going on")
         self._start("end_run", self._end(self.run), reply, now)
 
-    def abort(self, by: str, reply: Reply, now: float) -> None:
+    def abort(self, by: str, reply: ReplyRoute, now: float) -> None:
         """From any state to STOP."""
         if self.main is not None:
             self._keep_late(self.main)
@@ -252,7 +252,7 @@ class RunControl(RunProcedures):
     def _instances(self) -> dict[str, str]:
         return {one.name: one.instance for one in self._peers.components.values()}
 
-    def _start(self, what: str, steps: Steps, reply: Reply, now: float) -> None:
+    def _start(self, what: str, steps: Steps, reply: ReplyRoute, now: float) -> None:
         self._now = now
         self.main = Procedure(what, steps, self._team, reply)
         self.main.start(self._instances(), now)
@@ -286,7 +286,7 @@ class RunControl(RunProcedures):
 
     def _take_late(self, component: Component, action: str, number: int, answer: Answer) -> None:
         if action in ("end_run", "abort_run", "report_run"):
-            self._amend(number, component, Outcome(True, content(answer)))
+            self._amend(number, component, ComponentAnswer(True, content(answer)))
         elif action in ("prepare_run", "begin_run") and (self.run is None or self.run.run != number):
             self._finish_stray(component, number, self._now)
 

@@ -32,9 +32,9 @@ from larpixdaq.constants import (
 )
 from larpixdaq.control import disk_watch
 from larpixdaq.control.catalogue import Catalogue, Run
-from larpixdaq.control.registry import Component, Peers
-from larpixdaq.control.run_verdict import Verdict, judge, take_end, take_report
-from larpixdaq.control.scatter_gather import Ask, Item, Outcome, Steps
+from larpixdaq.control.registry import Component, Registry
+from larpixdaq.control.run_verdict import RunVerdict, judge, take_end, take_report
+from larpixdaq.control.scatter_gather import ComponentAnswer, ComponentRequest, Item, Steps
 from larpixdaq.errors import ComponentError, FileError, LarpixDaqError, StateError
 from larpixdaq.protocol.reports import ProducerReady, StorageReady, checked
 from larpixdaq.protocol.stream import KINDS_WITHOUT_DETECTOR, ConnectedBoard
@@ -57,7 +57,7 @@ MOST_AHEAD: Final = 1_000_000
 class RunProcedures:
     """`state` is STOP, READY or RUN; `run` is the run from the moment its number is drawn until it is over."""
 
-    def __init__(self, peers: Peers, catalogue: Catalogue) -> None:
+    def __init__(self, peers: Registry, catalogue: Catalogue) -> None:
         self.state: str = STOP
         self.run: Run | None = None
         #: Grows whenever state or run, as told to others, change.
@@ -72,11 +72,11 @@ class RunProcedures:
             # Storages first: what producers tell of the chips finds the file open.
             monitors = self._monitor_items({"run": run.run, "kind": run.kind, "comment": run.comment})
             stores = {name: Item(storage_params(run, producers), PREPARE_LIMIT) for name in run.storages}
-            outcomes = yield Ask("prepare_run", {**stores, **monitors})
+            outcomes = yield ComponentRequest("prepare_run", {**stores, **monitors})
             warnings += [outcomes[name].text for name in monitors if not outcomes[name].ok]
             files = [self._take_file(name, outcomes[name]) for name in run.storages]
             asked = {name: Item(producer_params(run), PREPARE_LIMIT) for name in producers}
-            outcomes = yield Ask("prepare_run", asked)
+            outcomes = yield ComponentRequest("prepare_run", asked)
             warnings += [text for name in producers if (text := self._take_ready(run, name, outcomes[name]))]
             run.phase = READY
             self._catalogue.save(run)
@@ -92,12 +92,12 @@ class RunProcedures:
         monitors = self._monitor_items(params)
         begin = begin_params(run)
         stores = {name: Item(begin, BEGIN_LIMIT) for name in run.storages if not self._has_begun(name)}
-        outcomes = yield Ask("begin_run", {**stores, **monitors})
+        outcomes = yield ComponentRequest("begin_run", {**stores, **monitors})
         warnings = [outcomes[name].text for name in monitors if not outcomes[name].ok]
         failures = [outcomes[name].text for name in stores if not outcomes[name].ok]
         if not failures:
             asked = {name: Item(params, BEGIN_LIMIT) for name in run.producers if not self._has_begun(name)}
-            outcomes = yield Ask("begin_run", asked)
+            outcomes = yield ComponentRequest("begin_run", asked)
             failures = [outcome.text for outcome in outcomes.values() if not outcome.ok]
         if failures:
             # Data may have come since READY, and they are the run's: it is aborted and kept, not thrown away.
@@ -126,7 +126,7 @@ class RunProcedures:
             for name, epochs in run.producers.items()
             if (name, epochs[-1]) not in known
         }
-        outcomes = yield Ask("abort_run" if aborted else "end_run", asked)
+        outcomes = yield ComponentRequest("abort_run" if aborted else "end_run", asked)
         silent = {name: why for name in asked if (why := take_end(run, name, outcomes[name]))}
         self._save(run, failures)
         left = max(MONITOR_LIMIT, END_LIMIT - (self._now - started))
@@ -134,13 +134,13 @@ class RunProcedures:
         waiting = [name for name in run.storages if name not in run.reports]
         stores = {name: Item(end_params(run), left, min(wait, self._patience(name))) for name in waiting}
         monitors = self._monitor_items({"run": run.run})
-        outcomes = yield Ask("end_run", {**stores, **monitors})
+        outcomes = yield ComponentRequest("end_run", {**stores, **monitors})
         self._warn("end_run", [outcomes[name].text for name in monitors if not outcomes[name].ok])
         failed = {name: why for name in stores if (why := take_report(run, name, outcomes[name]))}
         # One that was restarted, or whose answer was lost with the core before, has no open file: it can still tell.
         left = END_LIMIT - (self._now - started)
         able = [name for name in failed if left > 0 and self._can_report(name)]
-        outcomes = yield Ask("report_run", {name: Item({"run": run.run}, left) for name in able})
+        outcomes = yield ComponentRequest("report_run", {name: Item({"run": run.run}, left) for name in able})
         for name in able:
             if not take_report(run, name, outcomes[name]):
                 del failed[name]
@@ -161,8 +161,10 @@ class RunProcedures:
         """Back to STOP from a run that never was READY."""
         params = {"run": run.run}
         names = dict.fromkeys([*producers, *run.storages])
-        yield Ask("cancel_run", {name: Item(params, MONITOR_LIMIT) for name in names if name in self._peers.components})
-        yield Ask("end_run", self._monitor_items(params))
+        yield ComponentRequest(
+            "cancel_run", {name: Item(params, MONITOR_LIMIT) for name in names if name in self._peers.components}
+        )
+        yield ComponentRequest("end_run", self._monitor_items(params))
         run.phase, run.condition, run.ended_ns, run.reasons = CANCELLED, CANCELLED, time.time_ns(), [reason]
         self._save(run)
         self.run = None
@@ -174,25 +176,27 @@ class RunProcedures:
         name = component.name
         if component.run is None:
             if component.kind == PRODUCER:
-                outcomes = yield Ask("prepare_run", {name: Item(producer_params(run), PREPARE_LIMIT)})
+                outcomes = yield ComponentRequest("prepare_run", {name: Item(producer_params(run), PREPARE_LIMIT)})
                 if warning := self._take_ready(run, name, outcomes[name]):
                     self._warn("prepare_run", [warning])
             elif component.kind == STORAGE:
-                outcomes = yield Ask("prepare_run", {name: Item(storage_params(run, run.producers), PREPARE_LIMIT)})
+                outcomes = yield ComponentRequest(
+                    "prepare_run", {name: Item(storage_params(run, run.producers), PREPARE_LIMIT)}
+                )
                 self._take_file(name, outcomes[name])
             else:
                 params: dict[str, Any] = {"run": run.run, "kind": run.kind, "comment": run.comment}
-                yield Ask("prepare_run", {name: Item(params, PREPARE_LIMIT)})
+                yield ComponentRequest("prepare_run", {name: Item(params, PREPARE_LIMIT)})
             self._save(run)
         if self.state == RUN and self.run is run and run.phase != ENDING:
             begin = begin_params(run) if component.kind == STORAGE else {"run": run.run}
-            outcomes = yield Ask("begin_run", {name: Item(begin, BEGIN_LIMIT)})
+            outcomes = yield ComponentRequest("begin_run", {name: Item(begin, BEGIN_LIMIT)})
             if not outcomes[name].ok:
                 raise ComponentError(outcomes[name].text)
 
     def _review(self, run: Run, component: Component) -> Steps:
         """Ask a storage what it has, by now, of a run that is over, and judge it anew."""
-        outcomes = yield Ask("report_run", {component.name: Item({"run": run.run}, END_LIMIT)})
+        outcomes = yield ComponentRequest("report_run", {component.name: Item({"run": run.run}, END_LIMIT)})
         outcome = outcomes[component.name]
         if not outcome.ok:
             raise ComponentError(outcome.text)
@@ -208,7 +212,7 @@ class RunProcedures:
             params = end_params(run)
         elif run.condition == ABORTED and component.kind == PRODUCER:
             action = "abort_run"
-        outcomes = yield Ask(action, {component.name: Item(params, END_LIMIT)})
+        outcomes = yield ComponentRequest(action, {component.name: Item(params, END_LIMIT)})
         outcome = outcomes[component.name]
         if not outcome.ok:
             raise ComponentError(outcome.text)
@@ -223,17 +227,17 @@ class RunProcedures:
             for one in strays
             if one.kind != RUN_DATA and (run := self._catalogue.find(one.run)) is not None and run.phase == CANCELLED
         }
-        yield Ask("cancel_run", cancelled)
+        yield ComponentRequest("cancel_run", cancelled)
         strays = [one for one in strays if one.name not in cancelled]
         producers = {one.name: Item({"run": one.run}, PRODUCER_END_LIMIT) for one in strays if one.kind == PRODUCER}
-        yield Ask("abort_run", producers)
+        yield ComponentRequest("abort_run", producers)
         others: dict[str, Item] = {}
         for one in strays:
             if one.kind == STORAGE:
                 others[one.name] = Item({"run": one.run, "how": "aborted", "producers": []}, END_LIMIT)
             elif one.kind == RUN_DATA:
                 others[one.name] = Item({"run": one.run}, MONITOR_LIMIT)
-        yield Ask("end_run", others)
+        yield ComponentRequest("end_run", others)
         return {"run": None, "condition": "", "rows": 0, "stored": 0, "files": [], "reasons": []}
 
     # What they are made of.
@@ -241,7 +245,7 @@ class RunProcedures:
     def _monitor_items(self, params: dict[str, Any]) -> dict[str, Item]:
         return {one.name: Item(params, MONITOR_LIMIT) for one in self._peers.of_kind(RUN_DATA)}
 
-    def _take_ready(self, run: Run, name: str, outcome: Outcome) -> str | None:
+    def _take_ready(self, run: Run, name: str, outcome: ComponentAnswer) -> str | None:
         if not outcome.ok:
             raise ComponentError(outcome.text)
         ready = checked(outcome.value, ProducerReady, name, "prepare_run")
@@ -266,14 +270,14 @@ class RunProcedures:
             there[one.producer, one.io_group] = now | {"firmware": one.firmware or before.get("firmware", "")}
         run.connected = list(there.values())
 
-    def _take_file(self, name: str, outcome: Outcome) -> str:
+    def _take_file(self, name: str, outcome: ComponentAnswer) -> str:
         if not outcome.ok:
             raise ComponentError(outcome.text)
         ready = checked(outcome.value, StorageReady, name, "prepare_run")
         check_free(name, ready.file, ready.free_bytes)
         return ready.file
 
-    def _amend(self, number: int, component: Component, outcome: Outcome) -> None:
+    def _amend(self, number: int, component: Component, outcome: ComponentAnswer) -> None:
         """A producer's or storage's last word on a run that was closed without it: judge again."""
         # Looked up only now: others may have had their last word since the question was asked.
         run = self.run if self.run is not None and self.run.run == number else self._catalogue.find(number)
@@ -302,7 +306,7 @@ class RunProcedures:
         component = self._peers.components.get(name)
         return component is not None and "report_run" in component.actions
 
-    def _settle_verdict(self, run: Run, verdict: Verdict) -> None:
+    def _settle_verdict(self, run: Run, verdict: RunVerdict) -> None:
         run.condition, run.rows, run.stored = verdict.condition, verdict.rows, verdict.stored
         run.files, run.reasons = verdict.files, verdict.reasons
 

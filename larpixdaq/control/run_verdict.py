@@ -10,7 +10,7 @@ import msgspec
 
 from larpixdaq.constants import ABORTED, COMPLETE, COUNTS, INCOMPLETE, INTERRUPTED, ROW_COUNTS, SUSPECT, best, worst
 from larpixdaq.control.catalogue import Run
-from larpixdaq.control.scatter_gather import Outcome
+from larpixdaq.control.scatter_gather import ComponentAnswer
 from larpixdaq.errors import ComponentError
 from larpixdaq.protocol.reports import EpochEnd, ProducerEnd, StorageEnd, checked
 
@@ -20,7 +20,7 @@ _DROPPED: Final = 1 + COUNTS.index("dropped")
 _Source = tuple[str, int]
 
 
-def take_end(run: Run, name: str, outcome: Outcome) -> str:
+def take_end(run: Run, name: str, outcome: ComponentAnswer) -> str:
     """Note a producer's totals, and those of dead predecessors that it has taken over; why there are none, or ""."""
     if not outcome.ok:
         return outcome.text
@@ -39,7 +39,7 @@ def take_end(run: Run, name: str, outcome: Outcome) -> str:
     return ""
 
 
-def take_report(run: Run, name: str, outcome: Outcome) -> str:
+def take_report(run: Run, name: str, outcome: ComponentAnswer) -> str:
     """Note what a storage has; why that is not known, or ""."""
     if not outcome.ok:
         return outcome.text
@@ -59,7 +59,7 @@ def _lines(end: ProducerEnd) -> list[list[int]]:
     return [line for line in end.counts if len(line) == 1 + len(COUNTS)]
 
 
-class Verdict(NamedTuple):
+class RunVerdict(NamedTuple):
     condition: str
     rows: int | None  # that the producers made; None: the totals of one are unknown
     stored: int | None  # in the storage that has most; None: no storage has said
@@ -67,7 +67,7 @@ class Verdict(NamedTuple):
     reasons: list[str]
 
 
-def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None) -> Verdict:
+def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None) -> RunVerdict:
     """Compare what the producers made with what the storages have.
 
     `failures` are reasons in any case; `silent` says, by producer, why its totals were not to be had from it: a reason
@@ -118,7 +118,7 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
         condition = ABORTED
     rows = sum(end.rows for end in ends.values())
     rows += sum(line[4] for source, line in recorded.items() if source not in ends)
-    return Verdict(condition, None if unknown else rows, stored, files, list(dict.fromkeys(reasons)))
+    return RunVerdict(condition, None if unknown else rows, stored, files, list(dict.fromkeys(reasons)))
 
 
 def _missing(ends: Mapping[_Source, ProducerEnd], recorded: Mapping[_Source, int], report: StorageEnd) -> list[str]:

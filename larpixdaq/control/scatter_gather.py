@@ -18,7 +18,7 @@ from larpixdaq.protocol.control import Answer, content
 _log = logging.getLogger("larpixdaq.core")
 
 
-class Outcome(NamedTuple):
+class ComponentAnswer(NamedTuple):
     """`value` of a result (ok), or why there is none."""
 
     ok: bool
@@ -36,12 +36,12 @@ class Item:
 
 
 @dataclass
-class Ask:
+class ComponentRequest:
     action: str
     items: dict[str, Item]  # by component
 
 
-Steps = Generator[Ask, dict[str, Outcome], Any]
+Steps = Generator[ComponentRequest, dict[str, ComponentAnswer], Any]
 
 
 class Team(Protocol):
@@ -53,7 +53,7 @@ class Team(Protocol):
         """False when no such component is alive."""
 
 
-class Reply(Protocol):
+class ReplyRoute(Protocol):
     """The way back to whoever wants to know."""
 
     def progress(self, component: str, text: str, done: int = 0, total: int = 0) -> None: ...
@@ -99,20 +99,20 @@ class Late:
 class Procedure:
     """One run of a generator. `late` holds the requests that it has not waited for any longer."""
 
-    def __init__(self, what: str, steps: Steps, team: Team, reply: Reply) -> None:
+    def __init__(self, what: str, steps: Steps, team: Team, reply: ReplyRoute) -> None:
         self.what = what
         self.done = False
         self.late: dict[str, Late] = {}
         self._steps, self._team, self._reply = steps, team, reply
-        self._ask = Ask("", {})
+        self._ask = ComponentRequest("", {})
         self._pending: dict[str, _Pending] = {}
-        self._outcomes: dict[str, Outcome] = {}
+        self._outcomes: dict[str, ComponentAnswer] = {}
 
     def start(self, instances: dict[str, str], now: float) -> None:
         """`instances` says, by name, which process of each component is the one that is known."""
         self._advance(None, instances, now)
 
-    def _advance(self, outcomes: dict[str, Outcome] | None, instances: dict[str, str], now: float) -> None:
+    def _advance(self, outcomes: dict[str, ComponentAnswer] | None, instances: dict[str, str], now: float) -> None:
         while not self.done:
             try:
                 self._ask = next(self._steps) if outcomes is None else self._steps.send(outcomes)
@@ -144,14 +144,14 @@ class Procedure:
         """Give up on those that took too long; True while somebody is still awaited."""
         for pending in list(self._pending.values()):
             if pending.lost is not None and now - pending.lost >= pending.item.patience:
-                self._close(pending, Outcome(False, None, f"{pending.name} is lost"))
+                self._close(pending, ComponentAnswer(False, None, f"{pending.name} is lost"))
             elif now >= pending.deadline:
                 text = f"{pending.name} has not answered {self._ask.action} within {pending.item.limit:g} s"
-                self._close(pending, Outcome(False, None, text))
+                self._close(pending, ComponentAnswer(False, None, text))
                 self.late[pending.request] = Late(pending.name, self._ask.action, pending.item.params)
         return bool(self._pending)
 
-    def _close(self, pending: _Pending, outcome: Outcome) -> None:
+    def _close(self, pending: _Pending, outcome: ComponentAnswer) -> None:
         self._outcomes[pending.name] = outcome
         del self._pending[pending.request]
 
@@ -168,12 +168,12 @@ class Procedure:
             self._reply.progress(component.name, answer.text, answer.done, answer.total)
             return None
         if answer.kind == "error":
-            self._close(pending, Outcome(False, None, f"{component.name}: {answer.text}"))
+            self._close(pending, ComponentAnswer(False, None, f"{component.name}: {answer.text}"))
             return None
         try:
-            outcome = Outcome(True, content(answer), answer.text)
+            outcome = ComponentAnswer(True, content(answer), answer.text)
         except LarpixDaqError as error:
-            outcome = Outcome(False, None, f"{component.name}: {error}")
+            outcome = ComponentAnswer(False, None, f"{component.name}: {error}")
         self._close(pending, outcome)
         if outcome.ok:
             done = len(self._outcomes)
@@ -197,7 +197,9 @@ class Procedure:
             if pending.name != component.name:
                 continue
             if pending.instance not in ("", component.instance):
-                self._close(pending, Outcome(False, None, f"{component.name} was restarted during {self._ask.action}"))
+                self._close(
+                    pending, ComponentAnswer(False, None, f"{component.name} was restarted during {self._ask.action}")
+                )
             elif self._team.send(component.name, pending.request, self._ask.action, pending.item.params):
                 pending.lost = None
 

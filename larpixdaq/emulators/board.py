@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from larpixdaq._native import board_emulator, zmq_batch
 from larpixdaq._native.decoders import split_log
 from larpixdaq.emulators.board_registers import BoardRegisters, ServerCrashError
-from larpixdaq.emulators.command_server import Commands
+from larpixdaq.emulators.command_server import CommandServer
 from larpixdaq.errors import ConfigError, FileError
 from larpixdaq.runtime.timing import Pace
 
@@ -49,7 +49,7 @@ RETRY = 0.001
 LIE: Final = 5
 
 
-class Words(Protocol):
+class MessageSource(Protocol):
     """Where the messages come from: emulate.PacmanBoard or Recording."""
 
     @property
@@ -67,13 +67,13 @@ class Words(Protocol):
     def restart(self) -> None: ...
 
 
-class Board:
+class EmulatedBoard:
     """`turn()` sends what is due. `sent` counts words by type and messages, after they were handed to ZeroMQ."""
 
     def __init__(
         self,
         io_group: int,
-        words: Words,
+        words: MessageSource,
         registers: BoardRegisters,
         *,
         rate: float | None,
@@ -89,7 +89,7 @@ class Board:
         self.sent = {"words": 0, "D": 0, "S": 0, "T": 0, "messages": 0}
         self.finished = False
         registers.clock = lambda: self._words.receipt
-        self.commands = Commands(registers, transmit)
+        self.commands = CommandServer(registers, transmit)
         self.crashed = False  # its command server
         self._reply = b""
         self._reply_at = float("inf")
@@ -305,7 +305,7 @@ class Board:
                 time.sleep(BURST_PAUSE)
 
 
-class Wrongs(NamedTuple):
+class FaultCounts(NamedTuple):
     """Fractions of messages that are not sent, sent twice, or whose headers count words that do not follow; times are
     seconds since the board's first turn: at the first the board is away for the second; its clock is set by the second;
     it starts again."""
@@ -319,14 +319,14 @@ class Wrongs(NamedTuple):
 
     @property
     def any(self) -> bool:
-        return self != Wrongs()
+        return self != FaultCounts()
 
 
 class Faults:
     """`count` has what was done: words and messages skipped (also while the board is away), words and messages that
     were sent a second time, messages with a wrong header and the words that it claims too many."""
 
-    def __init__(self, wrongs: Wrongs, seed: int) -> None:
+    def __init__(self, wrongs: FaultCounts, seed: int) -> None:
         self.wrongs = wrongs
         self.count = dict.fromkeys(
             ("skipped", "skipped_messages", "doubled", "doubled_messages", "lied", "lied_messages"), 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from larpixdaq.emulators.revisions import VDDA, VDDD, Rail, Revision
+from larpixdaq.emulators.revisions import VDDA, VDDD, EmulatedRevision, Rail
 
 TILE_ENABLE: Final = 0x10
 ANALOG_POWER: Final = 0x14
@@ -50,7 +50,7 @@ class ServerCrashError(Exception):
     """A request that the real command server does not survive."""
 
 
-class Line(NamedTuple):
+class UartLine(NamedTuple):
     """What an io_channel's UART passes on. `ticks_per_bit`: ticks of the chips' clock, 0 for no whole number."""
 
     to_chips: bool
@@ -65,7 +65,7 @@ class BoardRegisters:
 
     def __init__(
         self,
-        revision: Revision,
+        revision: EmulatedRevision,
         *,
         chips: list[int] | None = None,
         inverted: bool = False,
@@ -147,19 +147,19 @@ class BoardRegisters:
             return 0.0
         return self._dacs[rail] / self.revision.dac_per_volt
 
-    def line(self, io_channel: int) -> Line:
+    def line(self, io_channel: int) -> UartLine:
         """What the UART of an io_channel passes on, by its own registers and those of the board."""
         revision = self.revision
         clocked = not revision.tile_clocks or bool(self[TILE_ENABLE] & revision.tile_clocks)
         if not clocked or not 1 <= io_channel <= revision.uarts:
-            return Line(False, False, 0)
+            return UartLine(False, False, 0)
         receives = True
         if revision.receivers is not None and io_channel <= 32:
             receives = self[revision.receivers] >> io_channel - 1 & 1 == revision.receiver_on
         wrong = self._inverted
         if revision.inversion:
             wrong ^= self[UARTS + BANK * io_channel + INVERSION] & 0b11
-        return Line(not wrong & 1, receives and not wrong & 2, self._ticks_per_bit(io_channel))
+        return UartLine(not wrong & 1, receives and not wrong & 2, self._ticks_per_bit(io_channel))
 
     def _ticks_per_bit(self, io_channel: int) -> int:
         divider = self[CLOCK_DIVIDER] & 0xFF if self.revision.divider else _UNDIVIDED

@@ -54,7 +54,7 @@ RESETS: Final = {
 MOST_TILES: Final = 32
 
 
-class Chips:
+class EmulatedChips:
     """`registers`: shape (chips, 256). `changed`: of which chips any has changed, until somebody resets it.
 
     `dead` chips hear and say nothing. `stuck`: (chip, address, bit, value) for bits that never change.
@@ -96,7 +96,7 @@ class Chips:
         watched = np.zeros(256, np.uint8)
         self._watched = [*self.network.watched, self._pulse]
         watched[self._watched] = 1
-        self._native = native.Chips(
+        self._native = native.RegisterBank(
             self.registers,
             self._keep,
             self._force,

@@ -29,7 +29,7 @@ def _error(text: str) -> bytes:
     return _ERROR.pack(b"E", _BAD_MESSAGE, text.encode("ascii")[:14])
 
 
-class Commands:
+class CommandServer:
     """The answers of one board. `transmit` takes words for its chips, shape (N, 16), in order.
 
     `seconds`: how long the server takes for the request that it was given last.

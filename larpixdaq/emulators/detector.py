@@ -16,10 +16,10 @@ import numpy as np
 
 from larpixdaq.emulators import network
 from larpixdaq.emulators.board_registers import BoardRegisters
-from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT, Chips
+from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT, EmulatedChips
 from larpixdaq.emulators.network import Wiring, register_map
 from larpixdaq.emulators.noise import DAC_STEP, HOT, VCM, Channels, Noise
-from larpixdaq.emulators.revisions import Revision
+from larpixdaq.emulators.revisions import EmulatedRevision
 from larpixdaq.emulators.tile import Losses
 from larpixdaq.errors import ConfigError, FileError
 from larpixdaq.schema import ASICS
@@ -44,7 +44,7 @@ _LINK: Final = re.compile(rf"{_CHIP}/{_CHIP}")
 _STUCK: Final = re.compile(rf"{_CHIP}:(\d+)\.([0-7])=([01])")
 
 
-class Detector(NamedTuple):
+class EmulatedDetector(NamedTuple):
     """`boards`: the chips of each io_group, none without --chips."""
 
     boards: dict[int, Wiring]
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = network.
     )
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Detector:
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> EmulatedDetector:
     """What --chips and the options about them ask for; `args.asic` says which kind. Ends with status 2 for options
     that do not go together."""
     if args.chips is None:
@@ -97,7 +97,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             if getattr(args, name.replace("-", "_")):
                 parser.error(f"--{name} goes with --chips")
         args.asic = args.asic or DEFAULT_ASIC
-        return Detector({}, Planted())
+        return EmulatedDetector({}, Planted())
     for name, _ in LOSSES:
         if not 0 <= getattr(args, name.replace("-", "_")) <= 1:
             parser.error(f"--{name}: expected a fraction, 0 to 1, found {getattr(args, name.replace('-', '_'))}")
@@ -107,7 +107,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     wrong = _plant(args, boards)
     for (io_group, a), (_, b) in wrong.broken_links:
         boards[io_group].cut(a, b)
-    return Detector(boards, wrong)
+    return EmulatedDetector(boards, wrong)
 
 
 def _boards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[int, Wiring]:
@@ -148,10 +148,10 @@ def _plant(args: argparse.Namespace, boards: dict[int, Wiring]) -> Planted:
     return wrong
 
 
-def make(args: argparse.Namespace, detector: Detector, io_group: int) -> Noise:
+def make(args: argparse.Namespace, detector: EmulatedDetector, io_group: int) -> Noise:
     """The chips of one board, as they are in the beginning, and what their channels see."""
     board, wrong = detector.boards[io_group], detector.planted
-    chips = Chips(
+    chips = EmulatedChips(
         board,
         args.asic,
         dead=[chip for group, chip in wrong.dead_chips if group == io_group],
@@ -168,7 +168,7 @@ def make(args: argparse.Namespace, detector: Detector, io_group: int) -> Noise:
     return Noise(chips, channels, [args.seed, 3, io_group])
 
 
-def registers(args: argparse.Namespace, revision: Revision, chips: Chips) -> BoardRegisters:
+def registers(args: argparse.Namespace, revision: EmulatedRevision, chips: EmulatedChips) -> BoardRegisters:
     """The registers of a PACMAN with these chips."""
     made = BoardRegisters(revision, chips=chips.on_tiles(), inverted=args.inverted, slow_read=args.slow_read)
     if args.power_on:
@@ -182,18 +182,18 @@ def losses(args: argparse.Namespace, io_group: int) -> Losses:
     )
 
 
-def told(detector: Detector) -> dict[str, list[Any]]:
+def told(detector: EmulatedDetector) -> dict[str, list[Any]]:
     """What is wrong, in the form of the options."""
     return planted_told(detector.planted, detector.boards)
 
 
-def ready(detector: Detector, boards: dict[str, Any]) -> str:
+def ready(detector: EmulatedDetector, boards: dict[str, Any]) -> str:
     """The line that an emulator says when `boards`, and what they are reached by, are there."""
     wrong = told(detector)
     return json.dumps({"ready": boards} | ({"planted": wrong} if wrong else {}))
 
 
-def write_truth(path: Path, detector: Detector, noises: dict[int, Noise]) -> None:
+def write_truth(path: Path, detector: EmulatedDetector, noises: dict[int, Noise]) -> None:
     """`channels`: by chip, lists over its channels. Pedestal and noise in ADC counts, with the references of power-up;
     `threshold` in counts of threshold_global with trim 0, where the discriminator meets the pedestal; `noise_dac` in
     the same; leakage in mV/s. FileError if that cannot be."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.emulators.chips import Chips
+from larpixdaq.emulators.chips import EmulatedChips
 
 SUPPLY: Final = 1800.0
 DAC_STEP: Final = SUPPLY / 256
@@ -46,7 +46,7 @@ class Noise:
     """`rates`: self triggers/s of each channel, with the registers that the chips have; see `update()`. `share`: which
     part of its self triggers finds a way, of each chip; see `carry()`."""
 
-    def __init__(self, chips: Chips, channels: Channels, seed: list[int]) -> None:
+    def __init__(self, chips: EmulatedChips, channels: Channels, seed: list[int]) -> None:
         self.chips = chips
         self.channels = channels
         shape = channels.pedestal.shape

@@ -15,10 +15,10 @@ import zmq
 
 from larpixdaq._native import board_emulator
 from larpixdaq.emulators import detector, revisions
-from larpixdaq.emulators.board import BATCH, QUEUE, Board, Faults, Recording, Words, Wrongs
+from larpixdaq.emulators.board import BATCH, QUEUE, EmulatedBoard, FaultCounts, Faults, MessageSource, Recording
 from larpixdaq.emulators.board_registers import BoardRegisters
 from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT
-from larpixdaq.emulators.tile import Tile, TileBoard
+from larpixdaq.emulators.tile import EmulatedTile, TileBoard
 from larpixdaq.errors import ConfigError
 from larpixdaq.runtime.event_loop import catch
 from larpixdaq.schema import ASICS
@@ -216,7 +216,7 @@ def _ports(ports: list[int], n: int) -> list[int]:
     return [ports[0] + PORT_STEP * k if ports[0] else 0 for k in range(n)]
 
 
-def _words(args: argparse.Namespace, io_group: int) -> Words:
+def _words(args: argparse.Namespace, io_group: int) -> MessageSource:
     if args.replay:
         return Recording(args.replay)
     return board_emulator.PacmanBoard(
@@ -234,8 +234,8 @@ def _words(args: argparse.Namespace, io_group: int) -> Words:
     )
 
 
-def _board(args: argparse.Namespace, io_group: int) -> Board:
-    wrongs = Wrongs(args.skip, args.double, args.lie, args.away, args.jump, args.restart)
+def _board(args: argparse.Namespace, io_group: int) -> EmulatedBoard:
+    wrongs = FaultCounts(args.skip, args.double, args.lie, args.away, args.jump, args.restart)
     options: dict[str, Any] = {
         "per_message": args.words_per_message,
         "lossless": args.lossless,
@@ -249,10 +249,10 @@ def _board(args: argparse.Namespace, io_group: int) -> Board:
         chips = [4 * args.chips_per_io_channel] * -(-args.io_channels // 4)
         registers = BoardRegisters(revision, chips=chips, slow_read=args.slow_read)
         registers.switch_on((1 << revision.tiles) - 1, SUPPLIES[args.asic].usual, TICKS_PER_BIT[args.asic])
-        return Board(io_group, _words(args, io_group), registers, rate=args.rate, **options)
+        return EmulatedBoard(io_group, _words(args, io_group), registers, rate=args.rate, **options)
     noise = detector.make(args, args.detector, io_group)
     registers = detector.registers(args, revision, noise.chips)
-    tile = Tile(
+    tile = EmulatedTile(
         noise,
         seconds=int(time.time() - CLOCK_START / 1e7),
         tick=CLOCK_START,
@@ -266,7 +266,9 @@ def _board(args: argparse.Namespace, io_group: int) -> Board:
 class Emulator:
     """All boards in one thread. `stop` may be set at any time, also by a signal handler."""
 
-    def __init__(self, boards: list[Board], *, wait_for_subscriber: bool, wait_for_go: bool, stay: bool) -> None:
+    def __init__(
+        self, boards: list[EmulatedBoard], *, wait_for_subscriber: bool, wait_for_go: bool, stay: bool
+    ) -> None:
         self.stop = False
         self.seconds = 0.0
         self._boards = boards
@@ -283,7 +285,7 @@ class Emulator:
             self._ready[0] = self._read_go
         for socket in self._ready:
             self._poller.register(socket, zmq.POLLIN)
-        self._data: dict[Board, zmq.Socket[bytes]] = {}
+        self._data: dict[EmulatedBoard, zmq.Socket[bytes]] = {}
         self._watch()
 
     def _watch(self) -> None:
@@ -348,7 +350,7 @@ class Emulator:
 def run(args: argparse.Namespace) -> None:
     """Emulate what the command line asks for. ConfigError or FileError, in one line, when that cannot work."""
     context: zmq.Context[Any] = zmq.Context()
-    boards: list[Board] = []
+    boards: list[EmulatedBoard] = []
     try:
         data = _ports(args.data_port, len(args.groups))
         command = _ports(args.command_port, len(args.groups))

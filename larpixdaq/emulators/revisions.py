@@ -23,7 +23,7 @@ class Rail(NamedTuple):
     name: int
 
 
-class Monitor(NamedTuple):
+class EmulatedMonitor(NamedTuple):
     """A register with a measurement of a rail. Before it answers a `slow` one the server sleeps."""
 
     rail: Rail
@@ -32,7 +32,7 @@ class Monitor(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Revision:
+class EmulatedRevision:
     """`dacs`, `readbacks` (in bits 31 to 16), `monitors`, `constants`, `scratch`: registers on the I2C bus. All others
     there read 0.
 
@@ -46,7 +46,7 @@ class Revision:
     uarts: int
     dac_per_volt: float
     dacs: dict[int, list[Rail]]
-    monitors: dict[int, Monitor]
+    monitors: dict[int, EmulatedMonitor]
     #: The clock that UARTs divide, in Hz, and the ratio at power-up.
     uart_clock: int = 10_000_000
     uart_ratio: int = 2
@@ -100,13 +100,13 @@ def _four_times(mv: float, ma: float) -> int:
     return round(4 * ma)
 
 
-def _rev2() -> Revision:
+def _rev2() -> EmulatedRevision:
     vdda, vddd = Rail(0, VDDA), Rail(0, VDDD)
     monitors = {}
     for base, rail in ((0x24040, vdda), (0x24030, vddd)):
         for at, encode in enumerate((_upper_current(5.0), _upper_mv, _upper_mw), base + 1):
-            monitors[at] = Monitor(rail, encode)
-    return Revision(
+            monitors[at] = EmulatedMonitor(rail, encode)
+    return EmulatedRevision(
         tiles=1,
         uarts=4,
         dac_per_volt=54_691 / 1.8,
@@ -119,15 +119,15 @@ def _rev2() -> Revision:
     )
 
 
-def _rev3() -> Revision:
+def _rev3() -> EmulatedRevision:
     rails = [Rail(n // 2, n % 2) for n in range(16)]
     monitors = {}
     for rail in rails:
         base = 0x24000 + 0x20 * rail.tile + 0x10 * rail.name
         for at, encode in enumerate((_upper_current(0.5), _upper_mv, _upper_mw), base + 1):
-            monitors[at] = Monitor(rail, encode)
+            monitors[at] = EmulatedMonitor(rail, encode)
     dacs = {base + n: [rail] for base in (0x24100, 0x24130) for n, rail in enumerate(rails)}
-    return Revision(
+    return EmulatedRevision(
         tiles=8,
         uarts=32,
         dac_per_volt=25_700.0,
@@ -138,17 +138,17 @@ def _rev3() -> Revision:
     )
 
 
-def _in_rows(tiles: int, vdda_current: Encoder, vddd_current: Encoder) -> Revision:
+def _in_rows(tiles: int, vdda_current: Encoder, vddd_current: Encoder) -> EmulatedRevision:
     """DACs and monitors of revisions 4 and 5: a row of registers for each quantity, a register for each tile."""
     dacs, monitors = {}, {}
     for tile in range(tiles):
         vdda, vddd = Rail(tile, VDDA), Rail(tile, VDDD)
         dacs[0x24010 + tile], dacs[0x24020 + tile] = [vdda], [vddd]
-        monitors[0x24030 + tile] = Monitor(vdda, _plain_mv)
-        monitors[0x24040 + tile] = Monitor(vddd, _plain_mv, slow=True)
-        monitors[0x24050 + tile] = Monitor(vdda, vdda_current)
-        monitors[0x24060 + tile] = Monitor(vddd, vddd_current, slow=True)
-    return Revision(
+        monitors[0x24030 + tile] = EmulatedMonitor(vdda, _plain_mv)
+        monitors[0x24040 + tile] = EmulatedMonitor(vddd, _plain_mv, slow=True)
+        monitors[0x24050 + tile] = EmulatedMonitor(vdda, vdda_current)
+        monitors[0x24060 + tile] = EmulatedMonitor(vddd, vddd_current, slow=True)
+    return EmulatedRevision(
         tiles=tiles,
         uarts=4 * tiles,
         dac_per_volt=25_700.0,
@@ -158,12 +158,12 @@ def _in_rows(tiles: int, vdda_current: Encoder, vddd_current: Encoder) -> Revisi
     )
 
 
-def _rev4() -> Revision:
+def _rev4() -> EmulatedRevision:
     rows = _in_rows(8, _shunt, _coulomb_counter)
     return replace(rows, uart_clock=50_000_000, uart_ratio=10, crashes_at=0x25000, slow_read=1.0)
 
 
-def _rev4_module2() -> Revision:
+def _rev4_module2() -> EmulatedRevision:
     return replace(
         _rev4(),
         fpga_constants=dict.fromkeys(range(0, 0x10, 4), 894),
@@ -173,7 +173,7 @@ def _rev4_module2() -> Revision:
     )
 
 
-def _rev5() -> Revision:
+def _rev5() -> EmulatedRevision:
     return replace(
         _in_rows(10, _four_times, _four_times),
         constants={0x24220: 5, 0x24221: 2},

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native.decoders import encode_serial
 from larpixdaq.emulators import detector
-from larpixdaq.emulators.tile import Tile
+from larpixdaq.emulators.tile import EmulatedTile
 from larpixdaq.errors import ConfigError
 from larpixdaq.runtime.event_loop import catch
 
@@ -92,7 +92,7 @@ class Frames:
         self._rest = data[at:]
 
 
-class Line:
+class SerialLine:
     """The pseudo-terminal and what waits for it. `sent` counts frames that were handed to it, whole ones.
 
     While nobody has it open all that is sent is lost, as on a line.
@@ -175,7 +175,7 @@ class Line:
 class SerialBoard:
     """Chips at a line: frames to them, commands to the board, what they say."""
 
-    def __init__(self, tile: Tile, line: Line) -> None:
+    def __init__(self, tile: EmulatedTile, line: SerialLine) -> None:
         self.tile = tile
         self.line = line
         self.commands = 0
@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> None:
     noise = detector.make(args, args.detector, io_group)
     # no heartbeats here: a serial line carries packets alone
     carries = int(args.baud / BITS / FRAME * NOISE_SHARE) or 1
-    tile = Tile(noise, seconds=0, tick=0, heartbeat=0, carries=carries, losses=detector.losses(args, io_group))
+    tile = EmulatedTile(noise, seconds=0, tick=0, heartbeat=0, carries=carries, losses=detector.losses(args, io_group))
     if args.truth:
         detector.write_truth(args.truth, args.detector, {io_group: noise})
     stopped = False
@@ -231,7 +231,7 @@ def run(args: argparse.Namespace) -> None:
         nonlocal stopped
         stopped = True
 
-    line = Line(args.baud)
+    line = SerialLine(args.baud)
     try:
         catch(stop)
         board = SerialBoard(tile, line)

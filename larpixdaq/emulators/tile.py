@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq._native.word_codec import parity
-from larpixdaq.emulators.board import BATCH, SERVICE_TICKS, Board
+from larpixdaq.emulators.board import BATCH, SERVICE_TICKS, EmulatedBoard
 from larpixdaq.emulators.board_registers import (
     ANALOG_POWER,
     BANK,
@@ -178,7 +178,7 @@ class Losses:
         return np.repeat(words, np.where(lost, 0, 1 + twice))
 
 
-class Tile:
+class EmulatedTile:
     """What is behind a board's sockets, in the manner of emulate.PacmanBoard (`Words`).
 
     `tick`: where the clock of 10 MHz begins; the time is that of time.monotonic(). `heartbeat`: ticks between
@@ -434,10 +434,10 @@ class Tile:
         return len(self.spans)
 
 
-class TileBoard(Board):
+class TileBoard(EmulatedBoard):
     """A board whose chips and registers decide what is to be sent, and when."""
 
-    def __init__(self, io_group: int, tile: Tile, registers: BoardRegisters, **options: Any) -> None:
+    def __init__(self, io_group: int, tile: EmulatedTile, registers: BoardRegisters, **options: Any) -> None:
         super().__init__(io_group, tile, registers, rate=None, transmit=tile.transmit, **options)
         self.tile = tile
 

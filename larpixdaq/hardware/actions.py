@@ -22,7 +22,7 @@ from larpixdaq.constants import HARDWARE_ACTIONS
 from larpixdaq.errors import RequestError, misuse
 from larpixdaq.hardware import network_bringup, pixel_layout
 from larpixdaq.hardware.board_commands import BoardOrders
-from larpixdaq.hardware.chip_state import Detector
+from larpixdaq.hardware.chip_state import ChipState
 from larpixdaq.hardware.pacman_registers import (
     CLOCK,
     CLOCK_CONTROL,
@@ -33,15 +33,15 @@ from larpixdaq.hardware.pacman_registers import (
     PING,
     POWER,
     TILES,
-    Revision,
+    PacmanRevision,
     read,
     tile_mask,
     values_in,
 )
-from larpixdaq.hardware.pixel_layout import Layout
+from larpixdaq.hardware.pixel_layout import PixelLayout
 from larpixdaq.hardware.power import Progress
-from larpixdaq.hardware.producer_link import BoardError, Link
-from larpixdaq.hardware.register_io import Exchange, Found
+from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
+from larpixdaq.hardware.register_io import RegisterAnswers, RegisterExchange
 from larpixdaq.protocol import hardware
 
 #: Registers that board_status asks every PACMAN for, in one request.
@@ -116,7 +116,7 @@ class BoardCare:
                 asked[one] = b"PING_HB"
         answers = self.orders.ask_all(asked)
         found = {}
-        revisions: dict[int, Revision] = {}
+        revisions: dict[int, PacmanRevision] = {}
         for one in groups:
             found[one] = self._described(one, answers.get(one), revisions)
         if supplies:
@@ -124,7 +124,7 @@ class BoardCare:
         return list(found.values())
 
     def _described(
-        self, io_group: int, answer: bytes | BoardError | None, revisions: dict[int, Revision]
+        self, io_group: int, answer: bytes | BoardError | None, revisions: dict[int, PacmanRevision]
     ) -> dict[str, Any]:
         """What a board has answered; its revision, if that is known, is added to `revisions`."""
         kind = self.orders.kinds[io_group]
@@ -164,7 +164,7 @@ class BoardCare:
             "doubts": [*doubts, *(revision.doubts if revision is not None and tiles else ())],
         }
 
-    def _measure(self, found: dict[int, dict[str, Any]], revisions: dict[int, Revision]) -> None:
+    def _measure(self, found: dict[int, dict[str, Any]], revisions: dict[int, PacmanRevision]) -> None:
         """Add what boards measure: of the tiles that are on, tile by tile, since a board may take 2 s for each."""
         inputs = {
             one: b"".join(read(m.place.first) for m in r.board.values()) for one, r in revisions.items() if r.board
@@ -273,9 +273,9 @@ class LayoutCare:
     def __init__(self, name: str) -> None:
         """`name`: what was loaded last; "" for nothing."""
         self.layout_name = name
-        self._layout: Layout | None = None
+        self._layout: PixelLayout | None = None
 
-    def layout(self) -> Layout:
+    def layout(self) -> PixelLayout:
         """The layout that was loaded last; RequestError when there is none."""
         if self._layout is None:
             if not self.layout_name:
@@ -306,7 +306,7 @@ class LayoutCare:
 class Actions(BoardCare, LayoutCare):
     """One for the life of the child."""
 
-    def __init__(self, link: Link, detector: Detector) -> None:
+    def __init__(self, link: ProducerPipe, detector: ChipState) -> None:
         BoardCare.__init__(self, link)
         LayoutCare.__init__(self, link.setup.pixel_layout)
         self.detector = detector
@@ -491,10 +491,10 @@ class Actions(BoardCare, LayoutCare):
         some = which.any(axis=1)
         return places[some], which[some]
 
-    def _exchange(self, places: NDArray[np.intp]) -> Exchange:
+    def _exchange(self, places: NDArray[np.intp]) -> RegisterExchange:
         parts = self.detector.parts[places]
         self.groups(np.unique(parts[:, 0]).tolist())
-        return Exchange(self._link, self.detector.registers, parts)
+        return RegisterExchange(self._link, self.detector.registers, parts)
 
     def _write(self, places: NDArray[np.intp], which: NDArray[np.bool_]) -> dict[str, Any]:
         exchange = self._exchange(places)
@@ -508,31 +508,31 @@ class Actions(BoardCare, LayoutCare):
             raise BoardError("; ".join(errors))
         return {"chips": n, "registers": int(which.sum())}
 
-    def _read(self, places: NDArray[np.intp], which: NDArray[np.bool_]) -> Found:
+    def _read(self, places: NDArray[np.intp], which: NDArray[np.bool_]) -> RegisterAnswers:
         exchange = self._exchange(places)
         found = exchange.read(which, lambda done, total: self._info(f"read: {done} of {total} chips", done, total))
         self.detector.confirm(places, found.values, (found.answers > 0) & ~found.conflicts)
         return found
 
-    def _deaf(self, found: Found, which: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _deaf(self, found: RegisterAnswers, which: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Chips that answered nothing of what was asked."""
         deaf: NDArray[np.bool_] = ((found.answers == 0) | ~which).all(axis=1)
         return deaf
 
-    def _wrong(self, places: NDArray[np.intp], found: Found, which: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _wrong(self, places: NDArray[np.intp], found: RegisterAnswers, which: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Registers that are not known to hold what they ought to, of chips that answered anything."""
         other = (found.answers == 0) | (found.values != self.detector.wanted[places])
         wrong: NDArray[np.bool_] = which & other & ~self._deaf(found, which)[:, None]
         return wrong
 
-    def _silent(self, places: NDArray[np.intp], found: Found, which: NDArray[np.bool_]) -> list[str]:
+    def _silent(self, places: NDArray[np.intp], found: RegisterAnswers, which: NDArray[np.bool_]) -> list[str]:
         return [self.detector.key(place) for place in places[self._deaf(found, which)].tolist()]
 
     def _chips(self, keys: list[str]) -> str:
         shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
         return f"chip {shown}" if len(keys) == 1 else f"{len(keys)} chips ({shown})"
 
-    def _verdict(self, places: NDArray[np.intp], which: NDArray[np.bool_], found: Found) -> dict[str, Any]:
+    def _verdict(self, places: NDArray[np.intp], which: NDArray[np.bool_], found: RegisterAnswers) -> dict[str, Any]:
         at = np.argwhere(self._wrong(places, found, which))
         registers = self.detector.registers
         differences = [
@@ -554,7 +554,7 @@ class Actions(BoardCare, LayoutCare):
             **self._trouble(places, found, which),
         }
 
-    def _trouble(self, places: NDArray[np.intp], found: Found, which: NDArray[np.bool_]) -> dict[str, Any]:
+    def _trouble(self, places: NDArray[np.intp], found: RegisterAnswers, which: NDArray[np.bool_]) -> dict[str, Any]:
         """What did not go as it should: chips without any answer, registers that answered more than once, and so on."""
         registers = self.detector.registers
         missing = which & (found.answers == 0) & ~self._deaf(found, which)[:, None]

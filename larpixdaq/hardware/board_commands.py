@@ -23,14 +23,14 @@ from larpixdaq.hardware.pacman_registers import (
     RESET_CYCLES,
     REVISIONS,
     TILES,
-    Revision,
+    PacmanRevision,
     read,
     uart,
     values_in,
     write,
 )
 from larpixdaq.hardware.power import SETTLE, Progress, TilePower, unheard
-from larpixdaq.hardware.producer_link import BoardError, Link
+from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.schema import Asic
 
 #: Ticks a bit of a UART at first: 5 Mb/s.
@@ -53,7 +53,7 @@ _KEEP: Final = {Asic.V2: (0, 24, 256), Asic.V2_DIAGNOSTICS: (0, 24, 256), Asic.V
 class BoardOrders:
     """What boards do beside passing words on. BoardError names the board, and why it did not."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: ProducerPipe) -> None:
         self._link = link
         self.kinds = {board.io_group: board.kind for board in link.setup.boards if board.kind}
         self.names = {board.io_group: board.name for board in link.setup.boards}
@@ -100,14 +100,14 @@ class BoardOrders:
 
     # The revision of a PACMAN: where its server has power and DACs.
 
-    def revision(self, io_group: int) -> Revision | None:
+    def revision(self, io_group: int) -> PacmanRevision | None:
         """The register map of a board, as configured or as the board says; None when nobody has said it.
 
         BoardError when the board says something else than its configuration."""
         (said,) = self.values(io_group, [read(MAP_VERSION)])
         return self.revision_of(io_group, said)
 
-    def revision_of(self, io_group: int, said: int) -> Revision | None:
+    def revision_of(self, io_group: int, said: int) -> PacmanRevision | None:
         """The same, with what the register MAP_VERSION of the board said."""
         number = self._revisions[io_group]
         if number and said != (number if number == 5 else 0):
@@ -117,7 +117,7 @@ class BoardOrders:
             )
         return REVISIONS.get(number or said)
 
-    def known_revision(self, io_group: int) -> Revision:
+    def known_revision(self, io_group: int) -> PacmanRevision:
         """The register map of a board; RequestError when it is not known."""
         revision = self.revision(io_group)
         if revision is None:

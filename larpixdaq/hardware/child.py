@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from larpixdaq.errors import LarpixDaqError, ProtocolError, RequestError
-from larpixdaq.hardware.producer_link import Link
+from larpixdaq.hardware.producer_link import ProducerPipe
 from larpixdaq.hardware.routine_arguments import checked, parameters, usage
 from larpixdaq.protocol import hardware
 from larpixdaq.routines import Routine, load
@@ -35,10 +35,10 @@ _BURST: Final = 100
 _PER_SECOND: Final = 20.0
 
 
-class Worker:
+class RequestWorker:
     """Carries out one request after the other; what is known of the chips lives from one to the next."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: ProducerPipe) -> None:
         self._link = link
         self._actions: Any = None
         self._told = hardware.Remember("", b"", b"", b"")
@@ -63,17 +63,17 @@ class Worker:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, request.time_limit)
         try:
-            answer: hardware.Result | hardware.Failed
+            answer: hardware.Result | hardware.ActionFailed
             answer = self._act(request, reports) if isinstance(request, hardware.Act) else self._call(request, reports)
         except LarpixDaqError as error:
             code = error.code if isinstance(error, RequestError) else "failed"
             text = str(error)
             text = text if text.startswith(f"{name}: ") else f"{name}: {text}"
-            answer = hardware.Failed(request.request, _line(text), code=code)
+            answer = hardware.ActionFailed(request.request, _line(text), code=code)
         except BaseException as error:  # whatever a routine raises
             text = f"{name}: {''.join(traceback.format_exception_only(error))}"
             trace = _sendable(traceback.format_exc(limit=-50))[-20_000:]
-            answer = hardware.Failed(request.request, _line(text), traceback=trace)
+            answer = hardware.ActionFailed(request.request, _line(text), traceback=trace)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._link.forget()
@@ -81,17 +81,17 @@ class Worker:
         try:
             self.send(answer)
         except ProtocolError as error:
-            self.send(hardware.Failed(request.request, f"{name}: its result: {_line(str(error))}"))
+            self.send(hardware.ActionFailed(request.request, f"{name}: its result: {_line(str(error))}"))
 
     def _known(self) -> Any:
         """What is known of the chips: at the first need, since larpix-control takes a second to import."""
         if self._actions is None:
             from larpixdaq.hardware.actions import Actions
-            from larpixdaq.hardware.chip_state import Detector
-            from larpixdaq.hardware.register_map import Registers
+            from larpixdaq.hardware.chip_state import ChipState
+            from larpixdaq.hardware.register_map import ChipRegisters
 
             setup = self._link.setup
-            detector = Detector(Registers(setup.asic), [board.io_group for board in setup.boards if board.kind])
+            detector = ChipState(ChipRegisters(setup.asic), [board.io_group for board in setup.boards if board.kind])
             try:
                 detector.restore(setup)
             except LarpixDaqError as error:  # the file may be gone by now
@@ -111,18 +111,18 @@ class Worker:
         value = self._known().do(request.action, request.params, reports.send_info)
         return hardware.Result(request.request, value, reports.left_out())
 
-    def _call(self, request: hardware.RunRoutine, reports: "_Reports") -> hardware.Result | hardware.Failed:
+    def _call(self, request: hardware.RunRoutine, reports: "_Reports") -> hardware.Result | hardware.ActionFailed:
         routines, broken = load(map(Path, request.folders))
         routine = routines.get(request.name)
         if routine is None:
             text = f"no routine {request.name!r:.100}; there are {', '.join(sorted(routines)) or 'none'}"
             if broken:
                 text += f" (not loaded: {'; '.join(broken)})"
-            return hardware.Failed(request.request, _line(text), code="unknown")
+            return hardware.ActionFailed(request.request, _line(text), code="unknown")
         try:
             args, kwargs = checked(routine, request.args, request.kwargs)
         except TypeError as error:
-            return hardware.Failed(request.request, _line(f"routine {usage(routine)}: {error}"))
+            return hardware.ActionFailed(request.request, _line(f"routine {usage(routine)}: {error}"))
         known = self._known()
         detector = known.detector
         controller = detector.controller(self._link)
@@ -139,7 +139,7 @@ class Worker:
             if isinstance(answer, tuple):
                 found = f"({', '.join(type(one).__name__ for one in answer)})"
             text = f"routine {request.name}: expected (controller, result) from it, found {found}"
-            return hardware.Failed(request.request, _line(text))
+            return hardware.ActionFailed(request.request, _line(text))
         controller, value = answer
         detector.take_over(controller)
         return hardware.Result(request.request, value, reports.left_out())
@@ -148,7 +148,7 @@ class Worker:
 class _Reports:
     """`send_info` and `send_data` of one run of a routine, held to a rate that the producer bears beside its data."""
 
-    def __init__(self, worker: Worker, request: int) -> None:
+    def __init__(self, worker: RequestWorker, request: int) -> None:
         self._worker = worker
         self._request = request
         self._allowed = float(_BURST)
@@ -189,13 +189,13 @@ def _sendable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _listen(sock: socket.socket, link: Link, requests: "queue.SimpleQueue[Any]") -> None:
+def _listen(sock: socket.socket, link: ProducerPipe, requests: "queue.SimpleQueue[Any]") -> None:
     """The socket's thread. Its end means that the producer is gone: nobody waits for anything then."""
     inbox = hardware.Inbox(requests=True)
     try:
         while data := sock.recv(1 << 16):
             for message in inbox.take(data):
-                if isinstance(message, hardware.Rows | hardware.Answered):
+                if isinstance(message, hardware.ListenedRows | hardware.Answered):
                     link.put(message)
                 else:
                     requests.put(message)
@@ -213,9 +213,9 @@ def main() -> None:
     sock = socket.socket(fileno=int(fd))
     sock.set_inheritable(False)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    link = Link(sock)
+    link = ProducerPipe(sock)
     threading.Thread(target=_listen, args=(sock, link, requests), daemon=True).start()
-    worker = Worker(link)
+    worker = RequestWorker(link)
     while True:
         worker.handle(requests.get())
 

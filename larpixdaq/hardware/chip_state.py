@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware import network_bringup
-from larpixdaq.hardware.register_map import Registers
+from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.protocol import hardware
 from larpixdaq.protocol.stream import READ, REGISTERS
 from larpixdaq.schema import key_of, parse_key
@@ -32,10 +32,10 @@ def _parts(chip: Any) -> tuple[int, int, int]:
     return chip.io_group, chip.io_channel, chip.chip_id
 
 
-class Detector:
+class ChipState:
     """Chips in the order of the board file; arrays have one row for each. `io_groups` are those that can be reached."""
 
-    def __init__(self, registers: Registers, io_groups: list[int]) -> None:
+    def __init__(self, registers: ChipRegisters, io_groups: list[int]) -> None:
         self.registers = registers
         self.io_groups = io_groups
         self.board_file = ""

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from larpixdaq._native import word_codec
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.board_commands import BoardOrders
-from larpixdaq.hardware.pixel_layout import Layout
-from larpixdaq.hardware.producer_link import BoardError, Link
-from larpixdaq.hardware.register_io import BATCH, Exchange, spread
-from larpixdaq.hardware.register_map import READ, WRITE, Registers
+from larpixdaq.hardware.pixel_layout import PixelLayout
+from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
+from larpixdaq.hardware.register_io import BATCH, RegisterExchange, spread
+from larpixdaq.hardware.register_map import READ, WRITE, ChipRegisters
 from larpixdaq.hardware.register_map import words as make_words
 from larpixdaq.protocol import hardware
 from larpixdaq.schema import Asic, PacketType, types_of
@@ -35,9 +35,9 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
     """larpix-control's IO over the producer, with the board methods of its PACMAN_IO."""
 
     #: The pixel layout that was loaded last, or RequestError; set by whoever hands this to a routine.
-    layout: Callable[[], Layout]
+    layout: Callable[[], PixelLayout]
 
-    def __init__(self, link: Link, registers: Registers) -> None:
+    def __init__(self, link: ProducerPipe, registers: ChipRegisters) -> None:
         IO.__init__(self)
         BoardOrders.__init__(self, link)
         self._io_group_table = bidict.bidict(self.names)
@@ -81,7 +81,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         missing is asked for again. BoardError when a board did not take what was sent; not while it listens."""
         if self.is_listening:
             raise RuntimeError("Already listening")
-        exchange = Exchange(self._link, self.registers, _parts(keys).astype(np.uint8))
+        exchange = RegisterExchange(self._link, self.registers, _parts(keys).astype(np.uint8))
         found = exchange.read(which, lambda done, total: None)
         if found.errors:
             raise BoardError(found.errors[0])

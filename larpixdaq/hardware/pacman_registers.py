@@ -47,7 +47,7 @@ class Place(NamedTuple):
         return self.first + self.step * tile
 
 
-class Monitor(NamedTuple):
+class MonitorRegister(NamedTuple):
     """One measured quantity of every tile. `seconds`: the server sleeps so long in each read."""
 
     place: Place
@@ -61,11 +61,11 @@ class Supply(NamedTuple):
     dac: Place
     readback: Place | None
     #: By the quantity's name in the status: "mv", and "ma" or "shunt_uv" (microvolts across the current's shunt).
-    monitors: dict[str, Monitor]
+    monitors: dict[str, MonitorRegister]
 
 
 @dataclass(frozen=True)
-class Revision:
+class PacmanRevision:
     number: int
     tiles: int
     #: io_channels whose UART has registers of its own. (Those of 34 to 40 of rev5 would lie in the I2C window.)
@@ -78,7 +78,7 @@ class Revision:
     analog_power: bool
     supplies: dict[str, Supply]
     #: VPLUS, which is the board's.
-    board: dict[str, Monitor]
+    board: dict[str, MonitorRegister]
     #: DAC counts for one volt, and by how much a voltage may differ from what they say: a fraction.
     counts_a_volt: float
     uncertainty: float
@@ -92,7 +92,7 @@ class Revision:
         mv = 1000 * dac / self.counts_a_volt
         return mv, self.uncertainty * mv + 100
 
-    def monitors(self) -> dict[str, Monitor]:
+    def monitors(self) -> dict[str, MonitorRegister]:
         """All that is measured of a tile, by name: vdda_mv, vddd_mv, and so on."""
         return {
             f"{supply}_{quantity}": monitor
@@ -142,17 +142,20 @@ def _quarter(x: int) -> float:
 
 
 def _supply(
-    dac: tuple[int, int], mv: Monitor, current: tuple[str, Monitor], readback: tuple[int, int] | None = None
+    dac: tuple[int, int],
+    mv: MonitorRegister,
+    current: tuple[str, MonitorRegister],
+    readback: tuple[int, int] | None = None,
 ) -> Supply:
     name, monitor = current
     return Supply(Place(*dac), Place(*readback) if readback else None, {"mv": mv, name: monitor})
 
 
-def _at(first: int, step: int, convert: Callable[[int], float], seconds: float = 0.0) -> Monitor:
-    return Monitor(Place(first, step), convert, seconds)
+def _at(first: int, step: int, convert: Callable[[int], float], seconds: float = 0.0) -> MonitorRegister:
+    return MonitorRegister(Place(first, step), convert, seconds)
 
 
-_REV2: Final = Revision(
+_REV2: Final = PacmanRevision(
     number=2,
     tiles=1,
     uarts=4,
@@ -168,7 +171,7 @@ _REV2: Final = Revision(
     uncertainty=0.15,
     uart_clock=10e6,
 )
-_REV3: Final = Revision(
+_REV3: Final = PacmanRevision(
     number=3,
     tiles=8,
     uarts=32,
@@ -191,7 +194,7 @@ _REV3: Final = Revision(
         "public programs differ by a factor of 10 (5 or 0.5 mA a count)",
     ),
 )
-_REV4: Final = Revision(
+_REV4: Final = PacmanRevision(
     number=4,
     tiles=8,
     uarts=32,
@@ -211,7 +214,7 @@ _REV4: Final = Revision(
         "vddd_mv: the newest server has a factor that differs by 2.4 %",
     ),
 )
-_REV5: Final = Revision(
+_REV5: Final = PacmanRevision(
     number=5,
     tiles=10,
     uarts=33,
@@ -237,7 +240,7 @@ REVISIONS: Final = {one.number: one for one in (_REV2, _REV3, _REV4, _REV5)}
 READABLE: Final = min(one.end for one in REVISIONS.values())
 
 
-def tile_mask(revision: Revision | None, firmware: int) -> int:
+def tile_mask(revision: PacmanRevision | None, firmware: int) -> int:
     """Bits of TILES that are tiles. `firmware`: what FIRMWARE reads. Without a revision: those that may be."""
     if revision is not None:
         return (1 << revision.tiles) - 1

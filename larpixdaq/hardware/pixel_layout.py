@@ -30,14 +30,14 @@ _CHANNELS: Final = 256
 _VERSION: Final = re.compile(r"\d+\.\d+\.\d+")
 
 
-class Tile(NamedTuple):
+class TilePlacement(NamedTuple):
     """Where its middle is (x, y, and z along the drift, mm), and by what x and y as seen on it are multiplied."""
 
     position: tuple[float, ...] = (0.0, 0.0, 0.0)
     turned: tuple[float, ...] = (1.0, 1.0)
 
 
-class Layout(NamedTuple):
+class PixelLayout(NamedTuple):
     """`places`: by chip_id on a tile, or by chip of a board, x and y in mm, shape (channels, 2), NaN without a pixel.
     `chips`: by key, or by chip_id where the file says no more, the tile of a chip and its name in `places`."""
 
@@ -46,7 +46,7 @@ class Layout(NamedTuple):
     version: str | None
     pitch: float | None  # mm
     places: dict[str, NDArray[np.float64]]
-    tiles: dict[int | None, Tile]
+    tiles: dict[int | None, TilePlacement]
     chips: dict[str, tuple[int | None, str]]
 
     def summary(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Layout(NamedTuple):
         return {"x": x, "y": y, "z": self.tiles[tile].position[2], "tile": tile}
 
 
-def read(name: str) -> Layout:
+def read(name: str) -> PixelLayout:
     """The layout in a file, a path or the name of one that larpix-geometry brings; RequestError when there is none."""
     path = _find(name)
     try:
@@ -106,7 +106,7 @@ def read(name: str) -> Layout:
         raise RequestError(f"pixel layout {path}: {error}") from None
 
 
-def parse(content: Any, name: str, file: str) -> Layout:
+def parse(content: Any, name: str, file: str) -> PixelLayout:
     """The layout that the content of a YAML file describes; FormatError in one line when it is none."""
     if not isinstance(content, dict):
         raise FormatError(f"expected a mapping, found {_shown(content)}")
@@ -157,7 +157,7 @@ def _content(path: Path) -> Any:
         raise FormatError(f"not YAML: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
 
 
-def _board(content: dict[Any, Any], name: str, file: str) -> Layout:
+def _board(content: dict[Any, Any], name: str, file: str) -> PixelLayout:
     pixels: dict[Any, tuple[float, float]] = {}
     for entry in _items(content, "pixels", list):
         match entry:
@@ -182,12 +182,12 @@ def _board(content: dict[Any, Any], name: str, file: str) -> Layout:
                 at[channel] = pixels[pixel]
     version = _VERSION.search(Path(name).name)
     chips: dict[str, tuple[int | None, str]] = {chip: (None, chip) for chip in places}
-    return Layout(name, file, version and version[0], None, places, {None: Tile()}, chips)
+    return PixelLayout(name, file, version and version[0], None, places, {None: TilePlacement()}, chips)
 
 
-def _tiles(content: dict[Any, Any], name: str, file: str) -> Layout:
+def _tiles(content: dict[Any, Any], name: str, file: str) -> PixelLayout:
     (pitch,) = _numbers([content.get("pixel_pitch")], 1, "pixel_pitch")
-    tiles: dict[int | None, Tile] = {}
+    tiles: dict[int | None, TilePlacement] = {}
     chips: dict[str, tuple[int | None, str]] = {}
     places = _places(content, pitch)
     for tile, there in _items(content, "tile_chip_to_io", dict):
@@ -204,7 +204,7 @@ def _tiles(content: dict[Any, Any], name: str, file: str) -> Layout:
             if place in places:
                 chips[key] = tile, place
     version = content.get("multitile_layout_version")
-    return Layout(name, file, None if version is None else str(version)[:100], pitch, places, tiles, chips)
+    return PixelLayout(name, file, None if version is None else str(version)[:100], pitch, places, tiles, chips)
 
 
 def _places(content: dict[Any, Any], pitch: float) -> dict[str, NDArray[np.float64]]:
@@ -223,7 +223,7 @@ def _places(content: dict[Any, Any], pitch: float) -> dict[str, NDArray[np.float
     return places
 
 
-def _tile(content: dict[Any, Any], tile: int) -> Tile:
+def _tile(content: dict[Any, Any], tile: int) -> TilePlacement:
     at = _of(content, "tile_positions", tile)
     turned = _of(content, "tile_orientations", tile)
     if turned is None and isinstance(at, list) and len(at) == 2:  # both in one, as in the first of these files
@@ -235,10 +235,10 @@ def _tile(content: dict[Any, Any], tile: int) -> Tile:
     centre = _of(content, "tpc_centers", anode) if isinstance(anode, int) else None
     if centre is not None:
         x, y, z = (sum(both) for both in zip((x, y, z), _numbers(centre, 3, f"tpc_centers {anode}"), strict=True))
-    return Tile((x, y, z), (turned_x, turned_y))
+    return TilePlacement((x, y, z), (turned_x, turned_y))
 
 
-def _on(tile: Tile, places: NDArray[np.float64]) -> NDArray[np.float64]:
+def _on(tile: TilePlacement, places: NDArray[np.float64]) -> NDArray[np.float64]:
     return places * tile.turned + tile.position[:2]
 
 

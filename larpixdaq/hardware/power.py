@@ -18,7 +18,7 @@ from larpixdaq.hardware.pacman_registers import (
     MODULE_2_CLOCKS,
     POWER,
     TILES,
-    Revision,
+    PacmanRevision,
     read,
     tile_mask,
     write,
@@ -45,7 +45,7 @@ def unheard(text: str, done: int, total: int) -> None:
     """Progress that nobody wants to know of."""
 
 
-class Registers(Protocol):
+class RegisterAccess(Protocol):
     """What is needed of `board_commands.BoardOrders`."""
 
     def values(self, io_group: int, orders: Iterable[bytes], seconds: float = 0.0) -> list[int]: ...
@@ -56,10 +56,10 @@ class TilePower:
 
     def __init__(
         self,
-        registers: Registers,
+        registers: RegisterAccess,
         io_group: int,
         name: str,
-        revision: Revision | None,
+        revision: PacmanRevision | None,
         progress: Progress = unheard,
     ) -> None:
         self._registers = registers
@@ -70,7 +70,7 @@ class TilePower:
         self.tiles = _TILES if revision is None else revision.tiles
 
     @property
-    def known(self) -> Revision:
+    def known(self) -> PacmanRevision:
         assert self._revision is not None
         return self._revision
 

@@ -25,7 +25,7 @@ class BoardError(RequestError):
     code = "component"
 
 
-class Link:
+class ProducerPipe:
     """One for the life of the child. put() is called by the thread that reads the socket, all else by the worker."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -45,7 +45,7 @@ class Link:
         self.setup = hardware.Setup([], "2", schema.Asic.V2, 2)
 
     @property
-    def layout(self) -> schema.Layout:
+    def layout(self) -> schema.RowLayout:
         return schema.layout(self.setup.layout)
 
     def send(self, message: hardware.FromChild) -> None:
@@ -65,7 +65,7 @@ class Link:
         """Send words to chips; returns the command's number, for finished()."""
         number = self._number()
         channels = np.asarray(io_channels, np.uint8).tobytes()
-        self.send(hardware.Words(number, io_group, channels, np.asarray(words, "<u8").tobytes()))
+        self.send(hardware.SendWords(number, io_group, channels, np.asarray(words, "<u8").tobytes()))
         return number
 
     def ask(self, io_group: int, body: bytes, seconds: float = 0.0) -> bytes:
@@ -77,7 +77,7 @@ class Link:
     def post(self, io_group: int, body: bytes, seconds: float = 0.0) -> int:
         """Send an order to a board without waiting for its answer, which finished() has then."""
         number = self._number()
-        self.send(hardware.Ask(number, io_group, body, seconds))
+        self.send(hardware.BoardOrder(number, io_group, body, seconds))
         return number
 
     def finished(self, number: int) -> bytes:
@@ -113,7 +113,7 @@ class Link:
             if not self._rows and not self._answered:
                 self._changed.wait(max(0.0, until - time.monotonic()))
 
-    def put(self, message: hardware.Rows | hardware.Answered) -> None:
+    def put(self, message: hardware.ListenedRows | hardware.Answered) -> None:
         with self._changed:
             if isinstance(message, hardware.Answered):
                 if message.command in self._awaited:

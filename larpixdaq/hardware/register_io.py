@@ -14,8 +14,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.hardware.producer_link import BoardError, Link
-from larpixdaq.hardware.register_map import READ, WRITE, Registers, words
+from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
+from larpixdaq.hardware.register_map import READ, WRITE, ChipRegisters, words
 from larpixdaq.protocol import hardware
 from larpixdaq.schema import Places, chips_of, registers_of
 
@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass
-class Found:
+class RegisterAnswers:
     """What chips answered. Arrays of shape (chips, registers)."""
 
     values: NDArray[np.uint8]
@@ -71,10 +71,10 @@ def spread(io_channels: NDArray[Any]) -> NDArray[np.intp]:
     return np.lexsort((io_channels, place))
 
 
-class Exchange:
+class RegisterExchange:
     """`parts`, shape (chips, 3), dtype u1: io_group, io_channel, chip_id of each chip."""
 
-    def __init__(self, link: Link, registers: Registers, parts: NDArray[np.uint8]) -> None:
+    def __init__(self, link: ProducerPipe, registers: ChipRegisters, parts: NDArray[np.uint8]) -> None:
         self._link = link
         self._asic = registers.generation
         self._parts = parts
@@ -104,10 +104,10 @@ class Exchange:
         report(total, last=True)
         return [queue.error for queue in queues.values() if queue.error]
 
-    def read(self, which: NDArray[np.bool_], progress: Progress) -> Found:
+    def read(self, which: NDArray[np.bool_], progress: Progress) -> RegisterAnswers:
         """Read the registers that `which` marks, (chips, registers)."""
         shape = which.shape
-        found = Found(np.zeros(shape, np.uint8), np.zeros(shape, np.uint16), np.zeros(shape, bool))
+        found = RegisterAnswers(np.zeros(shape, np.uint8), np.zeros(shape, np.uint16), np.zeros(shape, bool))
         left = which.sum(axis=1)
         report = _Reports(progress, int((left > 0).sum()))
         # Chips that answer nothing are found out by one register each: to wait for all of theirs would take minutes.
@@ -128,7 +128,7 @@ class Exchange:
         self,
         part: NDArray[np.bool_],
         which: NDArray[np.bool_],
-        found: Found,
+        found: RegisterAnswers,
         report: _Reports,
         broken: set[int],
     ) -> set[int]:
@@ -148,7 +148,9 @@ class Exchange:
                     found.errors.append(queue.error)
         return broken
 
-    def _round(self, queues: dict[int, _Queue], which: NDArray[np.bool_], found: Found, report: _Reports) -> None:
+    def _round(
+        self, queues: dict[int, _Queue], which: NDArray[np.bool_], found: RegisterAnswers, report: _Reports
+    ) -> None:
         now = time.monotonic()
         for queue in queues.values():
             queue.heard = now
@@ -199,7 +201,7 @@ class Exchange:
             queue.commands = []
         return len(queue.commands) != before
 
-    def _take(self, rows: NDArray[Any], which: NDArray[np.bool_], found: Found) -> dict[int, int]:
+    def _take(self, rows: NDArray[Any], which: NDArray[np.bool_], found: RegisterAnswers) -> dict[int, int]:
         """Sort answers in; how many registers of each io_group have their first one now."""
         chips, addresses, values, good = self._where(rows)
         found.bad_parity += int((~good).sum())

@@ -31,7 +31,7 @@ def words(asic: Asic, kind: int, chip_ids: Any, addresses: Any, values: Any = 0)
     return word_codec.parity(np.ascontiguousarray(made.ravel(), np.uint64), asic=asic)
 
 
-class Registers:
+class ChipRegisters:
     """The registers of one generation of chips, `asic` as --asic has it."""
 
     def __init__(self, asic: str) -> None:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from larpixdaq.errors import ConfigError, ProtocolError, cause
 from larpixdaq.protocol import hardware
-from larpixdaq.readout.command_queue import Commands
-from larpixdaq.readout.configuration_tracker import Witness
-from larpixdaq.runtime.child_process import Spawned
+from larpixdaq.readout.command_queue import CommandQueue
+from larpixdaq.readout.configuration_tracker import ConfigurationTracker
+from larpixdaq.runtime.child_process import ChildProcess
 
 #: Seconds that a routine may take unless the request says otherwise.
 TIME_LIMIT: Final = 3600.0
@@ -28,7 +28,7 @@ _MOST_UNSENT: Final = 32 << 20
 _log: Final = logging.getLogger(__name__)
 
 
-class Call(Protocol):
+class CallProtocol(Protocol):
     """What is needed of `node.Call`."""
 
     def ack(self, text: str = "") -> None: ...
@@ -57,9 +57,9 @@ class Child:
         folders: Sequence[Path] = (),
         *,
         time_limit: float = TIME_LIMIT,
-        commands: Commands | None = None,
+        commands: CommandQueue | None = None,
         setup: hardware.Setup | None = None,
-        witness: Witness | None = None,
+        witness: ConfigurationTracker | None = None,
     ) -> None:
         """`commands` is the way to the boards, which `setup` describes; without them routines have no io. `witness` is
         shown the rows that the child listens for."""
@@ -68,7 +68,7 @@ class Child:
         self._time_limit = time_limit
         self._commands = commands
         self._setup = setup
-        self._witness = witness or Witness("")
+        self._witness = witness or ConfigurationTracker("")
         self._left_out = 0
         #: Called when a routine, or something that was done with chips, has come to its end.
         self.settled: Callable[[], None] = lambda: None
@@ -76,10 +76,10 @@ class Child:
         self.listening = hardware.NOTHING
         if commands is not None:
             commands.done = self._commanded
-        self._process = Spawned(
+        self._process = ChildProcess(
             Path(__file__).with_name("child.py"), lambda: hardware.Inbox(requests=False).take, self._take, self._died
         )
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, CallProtocol] = {}
         self._request = 0
         self._running: _Running | None = None
         self._known: list[dict[str, Any]] | None = None
@@ -96,7 +96,7 @@ class Child:
         """Name of the routine, or of the action, that goes on now."""
         return self._running.name if self._running is not None else None
 
-    def list_routines(self, call: Call) -> None:
+    def list_routines(self, call: CallProtocol) -> None:
         """The call's result: a list of {"name", "params", "help"}, `params` of {"name", "type", "required", "default"}.
         While a routine runs: as listed last."""
         if self._running is not None and self._known is not None:
@@ -104,7 +104,7 @@ class Child:
             return
         self._send(call, hardware.ListRoutines(self._next(), self._folders))
 
-    def load_routines(self, call: Call, directory: str) -> None:
+    def load_routines(self, call: CallProtocol, directory: str) -> None:
         """Use the routine files of a directory from now on, absolute or as seen from one of `folders`; the call's
         result is list_routines()'s. Refused (code "failed") when it lies below none of them: what is in it is run."""
         if not isinstance(directory, str) or not directory.isprintable():
@@ -130,7 +130,7 @@ class Child:
 
     def run_routine(
         self,
-        call: Call,
+        call: CallProtocol,
         name: str,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
@@ -156,7 +156,7 @@ class Child:
             if self._send(call, request):
                 call.ack(running.what)
 
-    def abort_routine(self, call: Call) -> None:
+    def abort_routine(self, call: CallProtocol) -> None:
         """Stop the routine or action that goes on, whatever it does, and with it the process: its call fails, and this
         one's result is its name. Refused (code "state") when none runs."""
         running = self._running
@@ -166,7 +166,7 @@ class Child:
             self.end("aborted by the operator")
             call.result(running.name, f"{running.what} is aborted")
 
-    def act(self, call: Call, action: str, params: dict[str, Any]) -> None:
+    def act(self, call: CallProtocol, action: str, params: dict[str, Any]) -> None:
         """Do something with chips or boards (`actions.Actions`), with progress. As routines, one at a time."""
         if self._refuse(call):
             return
@@ -187,7 +187,7 @@ class Child:
             rows = kept
         if not len(rows):
             return
-        self._tell(hardware.Rows(rows.tobytes(), self._left_out))
+        self._tell(hardware.ListenedRows(rows.tobytes(), self._left_out))
         self._left_out = 0
 
     def dispatch(self) -> None:
@@ -203,7 +203,7 @@ class Child:
         self.end("the producer is closing")
         self._process.close()
 
-    def _refuse(self, call: Call) -> bool:
+    def _refuse(self, call: CallProtocol) -> bool:
         if self._running is None:
             return False
         call.fail(f"{self._running.what} is running, and only one can", code="state")
@@ -219,7 +219,7 @@ class Child:
         self._request += 1
         return self._request
 
-    def _send(self, call: Call, request: hardware.Request) -> bool:
+    def _send(self, call: CallProtocol, request: hardware.Request) -> bool:
         self._calls[request.request] = call
         try:
             data = hardware.pack(request)
@@ -245,11 +245,11 @@ class Child:
             self._remember(message)
         elif isinstance(message, hardware.Doubt):
             self._witness.doubt(message.io_groups)
-        elif not isinstance(message, hardware.Words | hardware.Ask):
+        elif not isinstance(message, hardware.SendWords | hardware.BoardOrder):
             self._answer(message)
         elif self._commands is None:
             self._commanded(message.command, b"", "there is no board")
-        elif isinstance(message, hardware.Words):
+        elif isinstance(message, hardware.SendWords):
             self._commands.words(message.command, message.io_group, message.io_channels, message.words)
         else:
             self._commands.ask(message.command, message.io_group, message.body, message.seconds)
@@ -290,7 +290,7 @@ class Child:
                 _log.error(text)
             call.fail(text, code=answer.code)
 
-    def _end_call(self, request: int) -> Call:
+    def _end_call(self, request: int) -> CallProtocol:
         if self._running is not None and self._running.request == request:
             self._process.output.end(self._running.what)
             self._running = None

@@ -159,7 +159,7 @@ class Batch:
         return self._now[at * schema.CHUNK_ROWS : (at + 1) * schema.CHUNK_ROWS].reshape(-1)
 
 
-class Behind:
+class WriteBack:
     """Has the kernel write what a file has grown by, and forget what lies far behind.
 
     By itself it writes when gigabytes have gathered, which whoever syncs the file then waits for, and lets a run of

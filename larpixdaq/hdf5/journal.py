@@ -33,13 +33,13 @@ _PIECES: Final = 1000
 _LARGEST: Final = 1 << 30
 
 
-class Record(NamedTuple):
+class JournalRecord(NamedTuple):
     frame: stream.Block | stream.End
     rows: bytes  # of a block, as they are to be stored; empty for an end
 
 
 class Contents(NamedTuple):
-    records: list[Record]  # the whole ones, in order
+    records: list[JournalRecord]  # the whole ones, in order
     damaged: list[tuple[int, int]]  # stretches of bytes (first, behind the last) that are no whole record
 
 
@@ -152,7 +152,7 @@ def _locked(path: Path, recovery: bool) -> tuple[int, FileLock]:
         os.close(fd)  # the process that had the lock has removed it, or given it another name
 
 
-def records(path: Path) -> list[Record]:
+def records(path: Path) -> list[JournalRecord]:
     """The whole records of a journal. FileError when the file cannot be read."""
     return read(path).records
 
@@ -176,7 +176,7 @@ def read(path: Path) -> Contents:
     return contents
 
 
-def _record(data: bytes, at: int) -> tuple[Record | None, int]:
+def _record(data: bytes, at: int) -> tuple[JournalRecord | None, int]:
     """The whole record that begins at a byte, or None; and the byte behind it."""
     if len(data) - at < _HEAD.size:
         return None, at
@@ -193,7 +193,7 @@ def _record(data: bytes, at: int) -> tuple[Record | None, int]:
     lengths = _LENGTHS.pack(header_length, payload_length)
     if checksum.crc32(payload, checksum.crc32(header, checksum.crc32(lengths))) != crc:
         return None, at
-    return Record(frame, payload), end
+    return JournalRecord(frame, payload), end
 
 
 def _next_record(data: bytes, at: int) -> int:

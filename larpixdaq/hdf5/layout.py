@@ -215,7 +215,7 @@ def open_file(path: Path, mode: str, **options: Any) -> h5py.File:
         return h5py.File(path, mode, locking=False, **options)
 
 
-def create(path: Path, layout: schema.Layout, asic_version: str) -> h5py.File:
+def create(path: Path, layout: schema.RowLayout, asic_version: str) -> h5py.File:
     """A new file with everything in it that a run needs, ready to be filled and read at the same time.
 
     FileError when it exists already or cannot be made.
@@ -262,7 +262,7 @@ def reopen(path: Path) -> h5py.File:
         raise FileError(f"cannot open {path}: {cause(error)}") from None
 
 
-def _fill(file: h5py.File, layout: schema.Layout, asic_version: str) -> None:
+def _fill(file: h5py.File, layout: schema.RowLayout, asic_version: str) -> None:
     now = time.time()
     header = file.create_group("_header")
     header.attrs["version"] = layout.version

@@ -13,7 +13,7 @@ from larpixdaq._native import hdf5_chunks
 from larpixdaq.errors import ChecksumError, ProtocolError
 from larpixdaq.hdf5 import layout
 from larpixdaq.protocol import stream
-from larpixdaq.protocol.stream import Source, unpack_configurations
+from larpixdaq.protocol.stream import BlockOrigin, unpack_configurations
 from larpixdaq.runtime import checksum
 
 #: `how` of a source whose end never came.
@@ -89,7 +89,7 @@ def check_block(block: stream.Block, layout_code: int) -> None:
     _check_gaps(block)
 
 
-def check_rows(block: stream.Block, rows: NDArray[Any], one: schema.Layout) -> None:
+def check_rows(block: stream.Block, rows: NDArray[Any], one: schema.RowLayout) -> None:
     """ProtocolError when these cannot be the rows that the header speaks of."""
     if rows.dtype != one.dtype or rows.shape != (block.rows,):
         raise ProtocolError(
@@ -100,7 +100,7 @@ def check_rows(block: stream.Block, rows: NDArray[Any], one: schema.Layout) -> N
         raise ProtocolError(f"{describe(block)}: its rows are not contiguous")
 
 
-def check_content(block: stream.Block, pieces: Sequence[NDArray[np.uint8]], one: schema.Layout) -> None:
+def check_content(block: stream.Block, pieces: Sequence[NDArray[np.uint8]], one: schema.RowLayout) -> None:
     """The same for their bytes, in pieces of whole rows; ChecksumError when they are others."""
     crc = 0
     for piece in pieces:
@@ -160,7 +160,7 @@ def describe(frame: stream.Block | stream.End) -> str:
 class Account:
     """What this file knows of one source: `expected` is the sequence that comes next, over all parts of the run."""
 
-    def __init__(self, source: stream.Source, index: int, expected: int = 0) -> None:
+    def __init__(self, source: stream.BlockOrigin, index: int, expected: int = 0) -> None:
         self.source = source
         self.index = index
         self.expected = expected
@@ -306,12 +306,12 @@ class Account:
 
 def verdict(
     accounts: Sequence[Account],
-    owed: Mapping[Source, int],
+    owed: Mapping[BlockOrigin, int],
     required: Sequence[str],
     *,
     aborted: bool,
     continued: bool = False,
-    before: Collection[Source] = (),
+    before: Collection[BlockOrigin] = (),
     damaged: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
     """The condition of a run as this part of it says, and in one line each why it is not COMPLETE.

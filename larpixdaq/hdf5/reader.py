@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq.errors import FileError, cause
 from larpixdaq.hdf5 import layout, names, repair
-from larpixdaq.protocol.stream import ConnectedBoard, Source
+from larpixdaq.protocol.stream import BlockOrigin, ConnectedBoard
 from larpixdaq.runtime.file_access import check_place, open_regular
 from larpixdaq.schema import PacketType, io_groups_of, types_of
 
@@ -233,12 +233,12 @@ class DataFile:
     def producers(self) -> list[str]:
         return [text(row["name"]) for row in self.table("run/producers")]
 
-    def source(self, row: Any, producers: list[str], run: int) -> Source:
+    def source(self, row: Any, producers: list[str], run: int) -> BlockOrigin:
         """Whose row of a table this is; FileError when it names a producer that is not there."""
         index = int(row["producer"])
         if index >= len(producers):
             raise FileError(f"{self.path}: names producer {index} of {len(producers)}")
-        return Source(run, producers[index], int(row["epoch"]))
+        return BlockOrigin(run, producers[index], int(row["epoch"]))
 
     def run_info(self) -> dict[str, Any]:
         """The row of /run/info as plain Python; 0 in columns that older files do not have."""

@@ -32,7 +32,7 @@ from larpixdaq.constants import IO_GROUPS
 from larpixdaq.errors import ConfigError, FileError, cause
 from larpixdaq.hdf5 import layout, names, reader, repair
 from larpixdaq.hdf5.reader import LeftPart, may_be_written
-from larpixdaq.schema import ASICS, LAYOUTS, SPAN, Asic, Layout, PacketType
+from larpixdaq.schema import ASICS, LAYOUTS, SPAN, Asic, PacketType, RowLayout
 
 #: Bytes of messages that a piece aims at, and messages of a piece at most: nothing tells the lengths beforehand, so a
 #: piece of the longest messages (1 MB) behind short ones takes 512 MB for a moment.
@@ -199,7 +199,7 @@ class PacketFile:
         self._wide = "receipt_timestamp" in names and packets.dtype["receipt_timestamp"].itemsize > 4
         self._directions = self._has_directions()
 
-    def check(self, asic: Asic, layout: Layout) -> None:
+    def check(self, asic: Asic, layout: RowLayout) -> None:
         """ConfigError, naming the option, when the file's packets are of other chips than these, or of a wider
         clock."""
         if self.asic != (Asic.V2 if asic == Asic.V2_DIAGNOSTICS else asic):
@@ -231,7 +231,7 @@ class PacketFile:
             groups = rows["io_group"] if "io_group" in (rows.dtype.names or ()) else np.empty(0, np.uint8)
         return tuple(np.unique(groups).tolist()) or (default,)
 
-    def pieces(self, layout: Layout, asic: Asic, default: int) -> Iterator[Piece]:
+    def pieces(self, layout: RowLayout, asic: Asic, default: int) -> Iterator[Piece]:
         """Rows of this layout, but none of type 5; their io_groups; how many rows were left out because no word can
         look like them; and the INFO texts, each with the number of those rows that come before it and its time (unix
         seconds).
@@ -239,7 +239,7 @@ class PacketFile:
         `default` is the io_group of rows that name none (layout 1.0). Rows of types 0 to 3 have direction 0 when they
         were sent; of files that do not record directions all count as received.
         """
-        texts = Texts(self._file, self.version)
+        texts = MessageTexts(self._file, self.version)
         first = 0
         for given in self._given():
             rows, fits = self._normalise(given, layout, asic)
@@ -302,7 +302,7 @@ class PacketFile:
                 return bool(rows["direction"][received].any())
         return True
 
-    def _normalise(self, given: NDArray[Any], layout: Layout, asic: Asic) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def _normalise(self, given: NDArray[Any], layout: RowLayout, asic: Asic) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         rows = np.zeros(len(given), layout.dtype)
         fits = copy_columns(given, rows)
         kind = rows[self._type]
@@ -381,7 +381,7 @@ def _key_groups(keys: NDArray[np.bytes_], default: int) -> NDArray[np.uint8]:
     return groups[which.reshape(-1)]
 
 
-class Texts:
+class MessageTexts:
     """Of one file, whose rows are to be passed in order.
 
     In files of our own each message is a block, whose rows are the lines of its text in /messages. (Those written

@@ -36,15 +36,15 @@ from larpixdaq._native import hdf5_chunks
 from larpixdaq.constants import MIN_FREE
 from larpixdaq.errors import FileError, ProtocolError, cause
 from larpixdaq.hdf5 import journal, layout, ledger, names, repair, tables, verify, writer
-from larpixdaq.hdf5.journal import Contents, Journal, Record
+from larpixdaq.hdf5.journal import Contents, Journal, JournalRecord
 from larpixdaq.hdf5.ledger import Account
 from larpixdaq.hdf5.reader import DataFile, text
 from larpixdaq.hdf5.run_report import positions_of_file
 from larpixdaq.hdf5.tables import RunInfo, Tables
 from larpixdaq.hdf5.verify import block_groups
-from larpixdaq.hdf5.writer import RunFile, State
+from larpixdaq.hdf5.writer import RunFile, UnfinishedPart
 from larpixdaq.protocol import stream
-from larpixdaq.protocol.stream import Block, End, Source
+from larpixdaq.protocol.stream import Block, BlockOrigin, End
 from larpixdaq.runtime import checksum
 from larpixdaq.runtime.file_access import DAMAGED, aside, check_regular
 
@@ -262,7 +262,7 @@ def _begin(taken: _Taken) -> None:
         raise FileError(f"cannot write {part}: {cause(error)}") from None
 
 
-def _finish(taken: _Taken, state: State) -> Recovered:
+def _finish(taken: _Taken, state: UnfinishedPart) -> Recovered:
     part = taken.part
     file = RunFile.resume(part, taken.journal, tables.told_of_run(state.info, state.texts), state)
     try:
@@ -279,7 +279,7 @@ def _finish(taken: _Taken, state: State) -> Recovered:
     return Recovered(part, *done, added, cut, state.damaged)
 
 
-def _add(file: RunFile, kept: Iterable[Record]) -> int:
+def _add(file: RunFile, kept: Iterable[JournalRecord]) -> int:
     """Add the records whose identity is not there yet; how many."""
     added = 0
     for record in kept:
@@ -298,7 +298,7 @@ def _following(frame: Block | End) -> int:
     return (frame.sequence if isinstance(frame, Block) else frame.next) + 1
 
 
-def read_unfinished_part(path: Path, give_up: Callable[[], bool] = lambda: False) -> State | None:
+def read_unfinished_part(path: Path, give_up: Callable[[], bool] = lambda: False) -> UnfinishedPart | None:
     """None when it had not come so far that it could take a block. FileError when it cannot be read, or when `give_up`,
     which is asked while its rows are, says so."""
     with DataFile(path) as file:
@@ -321,7 +321,7 @@ class _Reading:
         self._run = int(info["run"])
         self._producers = file.producers()
         self._known = {self._whose(row): int(row["first"]) for row in file.table("run/positions")}
-        self._accounts: dict[Source, Account] = {}
+        self._accounts: dict[BlockOrigin, Account] = {}
         self._missing: list[tuple[int, ...]] = []
         self._damaged: list[str] = []
         self._lost: list[str] = []
@@ -330,7 +330,7 @@ class _Reading:
         self._blocks = 0  # good ones, and what lies between them
         self._messages = 0
 
-    def state(self, give_up: Callable[[], bool]) -> State:
+    def state(self, give_up: Callable[[], bool]) -> UnfinishedPart:
         for group in block_groups(self._file):
             if give_up():
                 raise FileError(f"{self._file.path}: not recovered to its end: that begins anew at the next start")
@@ -356,7 +356,7 @@ class _Reading:
         lengths["run/texts"] = texts.index(True) if True in texts else len(texts)
         findings = verify.Findings()
         verify.check_seal(self._file, self._info, findings)
-        return State(
+        return UnfinishedPart(
             info=self._info,
             texts=self._file.texts(),
             sealed=not findings.lines() and self._info["condition"] != layout.RUNNING,
@@ -373,7 +373,7 @@ class _Reading:
             lost=self._lost,
         )
 
-    def _whose(self, row: Any) -> Source:
+    def _whose(self, row: Any) -> BlockOrigin:
         return self._file.source(row, self._producers, self._run)
 
     def _account(self, row: Any) -> Account:
@@ -487,9 +487,9 @@ class _Reading:
         self._lost.append(f"the last {rows - kept} rows of /run/ends do not fit the blocks")
         return kept
 
-    def _verdicts(self, end: Any) -> list[stream.Verdict]:
+    def _verdicts(self, end: Any) -> list[stream.LossVerdict]:
         return [
-            stream.Verdict(
+            stream.LossVerdict(
                 int(row["io_group"]),
                 text(row["verdict"]),
                 text(row["why"]),
@@ -499,10 +499,10 @@ class _Reading:
             if (row["producer"], row["epoch"]) == (end["producer"], end["epoch"])
         ]
 
-    def _counts(self) -> tuple[int, dict[Source, int]]:
+    def _counts(self) -> tuple[int, dict[BlockOrigin, int]]:
         """Give the ends their totals: how many rows of /ledger/counts that takes, and what is owed still."""
         rows = self._leading("ledger/counts", lambda row: text(row["how"]) != ledger.OPEN and self._ended(row))
-        owed: dict[Source, int] = {}
+        owed: dict[BlockOrigin, int] = {}
         for row in rows:
             account = self._account(row)
             assert account.end is not None

@@ -31,7 +31,7 @@ from larpixdaq.constants import unusable
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import journal, layout, ledger, names, tables
 from larpixdaq.hdf5.reader import DataFile, plain, text
-from larpixdaq.protocol.stream import READ, SENT, Block, Position, Source
+from larpixdaq.protocol.stream import READ, SENT, Block, BlockOrigin, Position
 
 #: The name of the text that a part gets whose storage lost its name to another one (superseded.py).
 SUPERSEDED: Final = "superseded from"
@@ -94,8 +94,8 @@ class _Judgement:
         self._ends = {source: (part, *end) for part in parts for source, end in part.ends.items()}
         self._sources = dict.fromkeys(source for part in parts for source in part.positions)
         self._open = [source for source in self._sources if source not in self._ends]
-        self._stored: defaultdict[tuple[Source, int], int] = defaultdict(int)
-        self._dropped: defaultdict[tuple[Source, int], int] = defaultdict(int)
+        self._stored: defaultdict[tuple[BlockOrigin, int], int] = defaultdict(int)
+        self._dropped: defaultdict[tuple[BlockOrigin, int], int] = defaultdict(int)
         for part in parts:
             for key, counts in part.counts.items():
                 self._stored[key] += counts["stored"]
@@ -152,11 +152,11 @@ class _Judgement:
         lacking = [f"producer {name!r}: no data came, totals unknown" for name in required if name not in came]
         (self._notes if goes_on else self._waiting).extend(lacking)
 
-    def _early(self, source: Source) -> bool:
+    def _early(self, source: BlockOrigin) -> bool:
         """Whether it began in a part that is not among these."""
         return self._parts[0].number > 0 and self._parts[0].positions.get(source, (0, 0))[0] > 0
 
-    def _span(self, source: Source) -> list[tuple[int, int]]:
+    def _span(self, source: BlockOrigin) -> list[tuple[int, int]]:
         """Which sequences of blocks are stored: stretches (first, behind the last), sorted."""
         found = []
         for part in self._parts:
@@ -170,7 +170,7 @@ class _Judgement:
             found.append((at, stop))
         return sorted((first, stop) for first, stop in found if first < stop)
 
-    def _blocks(self, source: Source) -> None:
+    def _blocks(self, source: BlockOrigin) -> None:
         """Each block must be in exactly one part."""
         spans = self._span(source)
         at = self._parts[0].positions[source][0] if self._early(source) else 0
@@ -201,7 +201,7 @@ class _Judgement:
             if line := unusable(counts):
                 self._missing.append(f"{where}: {line}")
 
-    def _made(self, source: Source, part: Part) -> int:
+    def _made(self, source: BlockOrigin, part: Part) -> int:
         return sum(ledger.made(counts) for (whose, _), counts in part.counts.items() if whose == source)
 
 
@@ -215,10 +215,10 @@ class Part(NamedTuple):
     condition: str
     rows: int
     required: list[str]
-    positions: dict[Source, tuple[int, int]]  # first, next
-    ends: dict[Source, tuple[int, str]]  # next, how
-    counts: dict[tuple[Source, int], dict[str, Any]]
-    missing: list[tuple[Source, int, int]]
+    positions: dict[BlockOrigin, tuple[int, int]]  # first, next
+    ends: dict[BlockOrigin, tuple[int, str]]  # next, how
+    counts: dict[tuple[BlockOrigin, int], dict[str, Any]]
+    missing: list[tuple[BlockOrigin, int, int]]
     doubts: list[str]
     damaged: list[str]
 
@@ -231,7 +231,7 @@ def read_part(path: Path) -> Part:
         info, texts, producers = file.run_info(), file.texts(), file.producers()
         run = int(info["run"])
 
-        def rows(name: str) -> Iterable[tuple[Source, dict[str, Any]]]:
+        def rows(name: str) -> Iterable[tuple[BlockOrigin, dict[str, Any]]]:
             return ((file.source(row, producers, run), plain(row)) for row in file.table(name))
 
         return Part(
@@ -255,7 +255,7 @@ def read_part(path: Path) -> Part:
         )
 
 
-def describe_part(source: Source) -> str:
+def describe_part(source: BlockOrigin) -> str:
     return f"producer {source.producer!r}, epoch {source.epoch:x}"
 
 
@@ -288,7 +288,7 @@ def positions(
     A source whose end is there stands one behind the sequence that its end names. Files that cannot be read are left
     out, and a line about each goes to `warnings`. FileError when the directory itself cannot be read.
     """
-    next_of: dict[Source, int] = {}
+    next_of: dict[BlockOrigin, int] = {}
     for number, ending, path in _files(directory, storage, run):
         try:
             found = _journal(path) if ending == names.JOURNAL else positions_of_file(path, number)
@@ -302,8 +302,8 @@ def positions(
     return [Position(source.run, source.producer, source.epoch, value) for source, value in next_of.items()]
 
 
-def _journal(path: Path) -> dict[Source, int]:
-    found: dict[Source, int] = {}
+def _journal(path: Path) -> dict[BlockOrigin, int]:
+    found: dict[BlockOrigin, int] = {}
     contents = journal.read(path)
     for record in contents.records:
         frame = record.frame
@@ -314,9 +314,9 @@ def _journal(path: Path) -> dict[Source, int]:
     return found
 
 
-def positions_of_file(path: Path, number: int) -> dict[Source, int]:
+def positions_of_file(path: Path, number: int) -> dict[BlockOrigin, int]:
     """The same of one file, which holds this run."""
-    found: dict[Source, int] = {}
+    found: dict[BlockOrigin, int] = {}
     with DataFile(path) as file:
         if not file.own:
             raise FileError(f"{path}: has no /run, so it is none of ours")
@@ -350,7 +350,7 @@ def join_superseded(parts: Sequence[Part]) -> list[Part]:
 
 def _without_copies(parts: list[Part], left: set[Path]) -> list[Part]:
     """Blocks of parts in these directories that later parts have too are taken out, as if they had never come."""
-    there: set[tuple[Source, int]] = set()
+    there: set[tuple[BlockOrigin, int]] = set()
     found: list[Part] = []
     for part in reversed(parts):
         with DataFile(part.path) as file:
@@ -363,13 +363,13 @@ def _without_copies(parts: list[Part], left: set[Path]) -> list[Part]:
     return sorted(found, key=lambda part: part.number)
 
 
-def _blocks(file: DataFile) -> Iterator[tuple[tuple[Source, int], Any]]:
+def _blocks(file: DataFile) -> Iterator[tuple[tuple[BlockOrigin, int], Any]]:
     producers, run = file.producers(), int(file.run_info()["run"])
     for row in file.table("run/blocks"):
         yield (file.source(row, producers, run), int(row["sequence"])), row
 
 
-def _without(part: Part, file: DataFile, copies: list[tuple[tuple[Source, int], Any]]) -> Part:
+def _without(part: Part, file: DataFile, copies: list[tuple[tuple[BlockOrigin, int], Any]]) -> Part:
     counts = {key: dict(line) for key, line in part.counts.items()}
     rows = 0
     for (source, _), block in copies:
@@ -386,7 +386,7 @@ def _without(part: Part, file: DataFile, copies: list[tuple[tuple[Source, int], 
     return part._replace(rows=part.rows - rows, counts=counts, missing=missing)
 
 
-def _stretches(keys: list[tuple[Source, int]]) -> Iterator[tuple[Source, int, int]]:
+def _stretches(keys: list[tuple[BlockOrigin, int]]) -> Iterator[tuple[BlockOrigin, int, int]]:
     """(source, first, behind the last) of sorted blocks."""
     first = keys[0]
     for before, after in pairwise([*keys, (keys[-1][0], -1)]):

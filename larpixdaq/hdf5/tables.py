@@ -23,7 +23,7 @@ from larpixdaq.hdf5.journal import records
 from larpixdaq.hdf5.ledger import Account
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.protocol import stream
-from larpixdaq.protocol.stream import SENT, Block, ConnectedBoard, Source, unpack_configurations
+from larpixdaq.protocol.stream import SENT, Block, BlockOrigin, ConnectedBoard, unpack_configurations
 
 NAME_BYTES: Final = layout.TEXTS["name"].itemsize
 #: Registers of a chip, of those generations of which larpix-control has configurations in files.
@@ -35,7 +35,7 @@ _VERSION: Final = "version "
 VERSIONS: Final = {"h5py": h5py.version.version, "HDF5": h5py.version.hdf5_version}
 
 
-class Message(NamedTuple):
+class InfoMessage(NamedTuple):
     """Where an INFO text goes: its first row in /messages, and its time, unix seconds."""
 
     first: int
@@ -49,7 +49,7 @@ class Held(NamedTuple):
     account: Account
     start: int
     stop: int
-    message: Message | None = None
+    message: InfoMessage | None = None
 
 
 def storable(producer: str) -> bool:
@@ -203,7 +203,7 @@ class CarriedConfigurations(NamedTuple):
     rows: NDArray[Any]
     producers: list[str]
 
-    def of(self, sources: Iterable[Source]) -> CarriedConfigurations:
+    def of(self, sources: Iterable[BlockOrigin]) -> CarriedConfigurations:
         """Those that these sources have told."""
         known = [(source.producer, source.epoch) for source in sources]
         told = [(self.producers[index], epoch) in known for index, epoch in self.rows[["producer", "epoch"]].tolist()]
@@ -278,7 +278,7 @@ class RunInfo(NamedTuple):
     comment: str
     operator: str
     started_ns: int  # unix ns
-    layout: schema.Layout
+    layout: schema.RowLayout
     asic_version: str
     storage: str = ""  # the storage's name, empty for the first or only one
     versions: Mapping[str, str] = {}
@@ -292,7 +292,7 @@ def describe_run(
     tables: Tables,
     info: RunInfo,
     part: int,
-    known: Mapping[Source, int],
+    known: Mapping[BlockOrigin, int],
     configurations: CarriedConfigurations = NO_CONFIGURATIONS,
 ) -> None:
     """Fill in what a new file knows; `known` is where the run's sources stand after the parts before, `configurations`

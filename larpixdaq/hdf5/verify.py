@@ -26,7 +26,7 @@ from larpixdaq.hdf5.reader import DataFile, plain
 from larpixdaq.hdf5.recordings import copy_columns, generation
 from larpixdaq.hdf5.run_report import RunReport, describe_part
 from larpixdaq.protocol import stream
-from larpixdaq.protocol.stream import Source
+from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime import checksum
 
 #: More findings than these are counted, not listed.
@@ -53,7 +53,7 @@ _TIMESTAMP_BITS: Final = 32
 _GOOD = (constants.COMPLETE, constants.SUSPECT, constants.ABORTED, layout.CONTINUED)
 
 
-class Report(NamedTuple):
+class VerifyReport(NamedTuple):
     """`findings`: what is wrong, each one line; `notes`: what a reader should know though it is not wrong."""
 
     path: Path
@@ -101,7 +101,7 @@ class Findings:
         return [f"and {self._more} more"] if self._more else []
 
 
-def verify(path: Path | str) -> Report:
+def verify(path: Path | str) -> VerifyReport:
     """Check a file. What is wrong is in the report, also when the file cannot be read at all; nothing is raised."""
     path = Path(path)
     findings = Findings()
@@ -119,7 +119,7 @@ def verify(path: Path | str) -> Report:
     except FileError as error:
         findings.add(str(error))
     lines = findings.lines()
-    return Report(path, not lines, condition, rows, packets, lines, notes, findings.open(), run)
+    return VerifyReport(path, not lines, condition, rows, packets, lines, notes, findings.open(), run)
 
 
 def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int]:
@@ -140,7 +140,7 @@ def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int
         elif condition != layout.COMPLETE:
             findings.add(f"unknown condition {condition!r}")
     parity = ParityCheck(file)
-    books = Books(file, info)
+    books = LedgerCheck(file, info)
     walk_blocks(file, info, books, parity, findings.add)
     books.close(findings.add, findings.add_open, continued=condition == layout.CONTINUED)
     _doubts(file, info, findings, notes)
@@ -227,7 +227,7 @@ def _foreign(file: DataFile, findings: Findings, notes: list[str]) -> int:
 
 
 def walk_blocks(
-    file: DataFile, info: dict[str, Any], books: Books, parity: ParityCheck, finding: Callable[[str], None]
+    file: DataFile, info: dict[str, Any], books: LedgerCheck, parity: ParityCheck, finding: Callable[[str], None]
 ) -> None:
     """Read everything once. Stops where /run/blocks stops making sense: what follows could not be told apart."""
     row = 0
@@ -266,7 +266,7 @@ def _block(
     block: Any,
     data: NDArray[np.uint8] | None,
     first: int,
-    books: Books,
+    books: LedgerCheck,
     known: bool,
     finding: Callable[[str], None],
 ) -> None:
@@ -312,7 +312,7 @@ class _Source:
         self.tally = ledger.new_tally()
 
 
-class Books:
+class LedgerCheck:
     """What the blocks of each source add up to."""
 
     def __init__(self, file: DataFile, info: dict[str, Any]) -> None:
@@ -322,15 +322,15 @@ class Books:
         self._layout = file.layout.code if file.layout else 0
         self.producers = file.producers()
         self._places = {self._whose(row): (int(row["first"]), int(row["next"])) for row in file.table("run/positions")}
-        self._sources: dict[Source, _Source] = {}
-        self._missing: dict[tuple[Source, int, int], int] = {}
+        self._sources: dict[BlockOrigin, _Source] = {}
+        self._missing: dict[tuple[BlockOrigin, int, int], int] = {}
         for row in file.table("run/missing"):
             self._missing[self._whose(row), int(row["first"]), int(row["next"])] = int(row["rows"])
 
-    def _whose(self, row: Any) -> Source:
+    def _whose(self, row: Any) -> BlockOrigin:
         return self._file.source(row, self.producers, self._run)
 
-    def _source(self, whose: Source) -> _Source:
+    def _source(self, whose: BlockOrigin) -> _Source:
         if whose not in self._sources:
             self._sources[whose] = _Source(self._places.get(whose, (0, 0))[0])
         return self._sources[whose]
@@ -349,7 +349,7 @@ class Books:
         if rows is not None:
             hdf5_chunks.tally(rows, self._layout, source.tally)
 
-    def _reach(self, whose: Source, source: _Source, sequence: int, finding: Callable[[str], None]) -> None:
+    def _reach(self, whose: BlockOrigin, source: _Source, sequence: int, finding: Callable[[str], None]) -> None:
         first, source.expected = source.expected, sequence
         if sequence != first:
             source.lost = True
@@ -513,8 +513,8 @@ def _holds(given: np.dtype[Any], wanted: np.dtype[Any], name: str) -> bool:
     return name in (given.names or ()) and 8 * given[name].itemsize >= bits
 
 
-class Outcome(NamedTuple):
-    files: list[Report]
+class FileOutcome(NamedTuple):
+    files: list[VerifyReport]
     runs: list[RunReport]
 
     @property
@@ -528,18 +528,18 @@ def is_good(run: RunReport) -> bool:
     return run.condition in _GOOD
 
 
-def verify_all(paths: Iterable[Path]) -> Outcome:
+def verify_all(paths: Iterable[Path]) -> FileOutcome:
     """Check files, and all files of runs in directories. Of a run in a directory no part may be missing; of files, it
     is judged as far as they go. Directories are judged together: a storage may have lost its name to another one, which
     went on elsewhere. FileError when a directory cannot be read."""
-    reports: dict[Path, Report] = {}
+    reports: dict[Path, VerifyReport] = {}
     given: dict[Path, bool] = {}  # whether it was found in a directory
     for path in map(Path, paths):
         if path.is_dir():
             found = [one for _, ending, one in names.run_files(path) if ending != names.JOURNAL]
             if not found:
                 nothing = f"{path} is not a file, and holds no file of a run"
-                reports[path] = Report(path, False, "", 0, 0, [nothing], [], [], None)
+                reports[path] = VerifyReport(path, False, "", 0, 0, [nothing], [], [], None)
             given |= {one: True for one in found if one not in given}
         else:
             given[path] = False
@@ -557,7 +557,7 @@ def verify_all(paths: Iterable[Path]) -> Outcome:
         judged.append(run_report.judge_run(run, members, whole=whole))
         for path in members:
             reports[path] = _without_open(reports[path])
-    return Outcome(list(reports.values()), judged)
+    return FileOutcome(list(reports.values()), judged)
 
 
 def _by_name(path: Path) -> tuple[int, str] | None:
@@ -566,12 +566,12 @@ def _by_name(path: Path) -> tuple[int, str] | None:
     return None if name is None else (name.run, name.storage)
 
 
-def _without_open(report: Report) -> Report:
+def _without_open(report: VerifyReport) -> VerifyReport:
     findings = [line for line in report.findings if line not in report.open]
     return report._replace(findings=findings, ok=not findings)
 
 
-def _alone(run: int, report: Report) -> RunReport:
+def _alone(run: int, report: VerifyReport) -> RunReport:
     try:
         with DataFile(report.path) as file:
             reasons = file.texts().get("reason", [])

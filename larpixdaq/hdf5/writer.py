@@ -30,12 +30,12 @@ from larpixdaq import schema
 from larpixdaq._native import hdf5_chunks
 from larpixdaq.errors import FileError, ProtocolError, cause
 from larpixdaq.hdf5 import layout, ledger, names, tables
-from larpixdaq.hdf5.chunk_writer import Batch, Behind
+from larpixdaq.hdf5.chunk_writer import Batch, WriteBack
 from larpixdaq.hdf5.journal import Journal
 from larpixdaq.hdf5.ledger import Account, check_block, check_content, check_end, check_rows, describe
-from larpixdaq.hdf5.tables import CarriedConfigurations, Held, Message, RunInfo, Tables, storable
+from larpixdaq.hdf5.tables import CarriedConfigurations, Held, InfoMessage, RunInfo, Tables, storable
 from larpixdaq.protocol import stream
-from larpixdaq.protocol.stream import Source
+from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime import checksum
 from larpixdaq.runtime.file_access import copy_content, in_place, open_regular
 
@@ -47,7 +47,7 @@ SHOW_INTERVAL: Final = 4.0
 _LAG_NS = 2 * 10**9
 
 
-class Report(NamedTuple):
+class CloseReport(NamedTuple):
     """What close() has to say. `reasons`: why the condition is not COMPLETE."""
 
     path: Path
@@ -78,7 +78,7 @@ class RunFile:
         `fsync`: what is durable survives a power cut too, at the cost of waiting for the disk.
         """
         stem = names.stem(info.run, info.started_ns, part, info.storage)
-        known = {Source(p.run, p.producer, p.epoch): p.next for p in positions if p.run == info.run}
+        known = {BlockOrigin(p.run, p.producer, p.epoch): p.next for p in positions if p.run == info.run}
         self._set_up(info, part, Path(directory) / (stem + names.PART), known)
         if self._final.exists():
             raise FileError(f"cannot create {self.path}: {self._final} exists")
@@ -104,7 +104,7 @@ class RunFile:
             sync_path(self.path.parent)
 
     @classmethod
-    def resume(cls, path: Path, journal: Journal, info: RunInfo, state: State) -> RunFile:
+    def resume(cls, path: Path, journal: Journal, info: RunInfo, state: UnfinishedPart) -> RunFile:
         """Go on with the part of a dead writer, whose superblock has been repaired: for recovery, which has the
         journal's lock, adds what only the journal holds, and closes it. What does not belong in it is cut.
 
@@ -135,18 +135,18 @@ class RunFile:
         self.duplicate_blocks = state.info["duplicate_blocks"]
         return self
 
-    def _set_up(self, info: RunInfo, part: int, path: Path, known: dict[Source, int]) -> None:
+    def _set_up(self, info: RunInfo, part: int, path: Path, known: dict[BlockOrigin, int]) -> None:
         self.info = info
         self.part = part
         self.path = path
         self.duplicate_blocks = 0
         #: Next sequence per source: all below is durable. An end counts as the sequence it names.
-        self.durable: dict[Source, int] = {}
-        self.ended: dict[Source, stream.End] = {}
-        self._behind = Behind(path)
+        self.durable: dict[BlockOrigin, int] = {}
+        self.ended: dict[BlockOrigin, stream.End] = {}
+        self._behind = WriteBack(path)
         self._final = path.with_name(path.name.removesuffix(names.PART) + names.FINISHED)
         self._known = known
-        self._accounts: dict[Source, Account] = {}
+        self._accounts: dict[BlockOrigin, Account] = {}
         self._held: deque[Held] = deque()
         #: When a rotation opened this part, unix ns; 0: none did.
         self.from_ns = 0
@@ -228,7 +228,7 @@ class RunFile:
         message = None
         if block.text is not None:
             rows = np.concatenate(pieces).view(rows.dtype)
-            message = Message(self._messages, int(rows["timestamp"][0]))
+            message = InfoMessage(self._messages, int(rows["timestamp"][0]))
             self._messages += len(stream.text_pieces(block.text, schema.MESSAGE_BYTES))
             rows["counter"] = np.arange(message.first, message.first + len(rows))
             pieces = self._batch.stage(rows.view(np.uint8))
@@ -267,7 +267,7 @@ class RunFile:
         if frame.run != self.info.run:
             raise ProtocolError(f"{describe(frame)}: this file holds run {self.info.run}")
 
-    def _account(self, source: Source) -> Account:
+    def _account(self, source: BlockOrigin) -> Account:
         account = self._accounts.get(source)
         if account is None:
             if not storable(source.producer):
@@ -278,12 +278,12 @@ class RunFile:
             self._accounts[source] = account
         return account
 
-    def next(self, source: Source) -> int:
+    def next(self, source: BlockOrigin) -> int:
         """The sequence that comes next, durable or not; an end counts as the one it names."""
         account = self._accounts.get(source)
         return self._known.get(source, 0) if account is None else account.next
 
-    def _expected(self, source: Source) -> int:
+    def _expected(self, source: BlockOrigin) -> int:
         account = self._accounts.get(source)
         return self._known.get(source, 0) if account is None else account.expected
 
@@ -403,10 +403,10 @@ class RunFile:
         *,
         aborted: bool = False,
         continued: bool = False,
-        owed: Mapping[Source, int] | None = None,
+        owed: Mapping[BlockOrigin, int] | None = None,
         texts: Mapping[str, str] | None = None,
         ended_ns: int = 0,
-    ) -> Report:
+    ) -> CloseReport:
         """seal() and publish() in one: for whoever has the time."""
         report = self.seal(aborted=aborted, continued=continued, owed=owed, texts=texts, ended_ns=ended_ns)
         return report._replace(path=self.publish())
@@ -416,11 +416,11 @@ class RunFile:
         *,
         aborted: bool = False,
         continued: bool = False,
-        owed: Mapping[Source, int] | None = None,
+        owed: Mapping[BlockOrigin, int] | None = None,
         texts: Mapping[str, str] | None = None,
         ended_ns: int = 0,
         until_ns: int = 0,
-    ) -> Report:
+    ) -> CloseReport:
         """Write what is left, the totals and the condition: the file is whole then, and waits for publish().
 
         aborted: the run was; continued: the run goes on in another part; owed: rows that producers are known to keep
@@ -467,7 +467,7 @@ class RunFile:
         self._try(finish)
         self._failed = "is closed"
         stored = ledger.stored_rows(accounts)
-        return Report(self.path, self.rows, self.bytes, condition, reasons, stored, missing, self.duplicate_blocks)
+        return CloseReport(self.path, self.rows, self.bytes, condition, reasons, stored, missing, self.duplicate_blocks)
 
     def publish(self) -> Path:
         """Sync the sealed file, give it its final name, and remove the journal; may be called in another thread.
@@ -638,18 +638,18 @@ def publish_file(part: Path, final: Path) -> None:
         raise FileError(f"cannot rename {part} to {final.name}: {error.strerror}") from None
 
 
-class State(NamedTuple):
+class UnfinishedPart(NamedTuple):
     info: dict[str, Any]  # the row of /run/info
     texts: dict[str, list[str]]
     sealed: bool  # it was closed, and lacks its final name only
-    known: dict[Source, int]  # where sources stood when it was opened
-    accounts: dict[Source, Account]
+    known: dict[BlockOrigin, int]  # where sources stood when it was opened
+    accounts: dict[BlockOrigin, Account]
     producers: list[str]
     rows: int  # of /packets that belong to blocks
     cut: int  # further ones
     messages: int  # rows of /messages
     lengths: dict[str, int]  # of each table, the rows that belong to it
     missing: list[tuple[int, ...]]  # rows that /run/missing lacks
-    owed: dict[Source, int]
+    owed: dict[BlockOrigin, int]
     damaged: list[str]  # rows that are not what was written and stay where they are, in one line each
     lost: list[str]  # what is cut although its writer had come to its end with it, in one line each

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import schema
-from larpixdaq._native.monitor_counters import Rates
+from larpixdaq._native.monitor_counters import PacketCounters
 from larpixdaq.errors import FormatError, RequestError
 from larpixdaq.monitor.packet_text import text as as_text
 from larpixdaq.monitor.packet_text import utc
@@ -50,14 +50,14 @@ class Monitor:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._rates = Rates()
+        self._rates = PacketCounters()
         self.run: int | None = None
         self._forget()
 
     def _forget(self) -> None:
         self._rates.reset()
         self.kind = self.comment = ""
-        self.layout: schema.Layout | None = None
+        self.layout: schema.RowLayout | None = None
         self.late_blocks = 0
         self._tracks: dict[tuple[str, int], Track] = {}
         self._rows: deque[NDArray[Any]] = deque()

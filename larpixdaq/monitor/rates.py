@@ -183,7 +183,7 @@ CHANNEL_RATES: Final = _table(4, "rate", "mean_rate", "seen_packets")
 
 
 def io_groups(tracks: Collection[Track], now: float) -> tuple[NDArray[Any], float]:
-    """Rates and totals of all producers and epochs, dtype IO_GROUPS, and the seconds that they cover.
+    """Rates and totals of all producers and epochs, dtype IO_GROUP_RATES, and the seconds that they cover.
 
     The columns of what was seen are left 0; `now` is the monitor's monotonic clock.
     """
@@ -213,8 +213,8 @@ def rate_tables(
 ) -> dict[str, NDArray[Any]]:
     """The tables `io_groups`, `io_channels`, `chips` and, if wanted, `channels`, each sorted by its key.
 
-    groups: dtype IO_GROUPS, rates, totals and seen_packets filled in; seen: what Rates.chips() gave; packets and
-    recent: packets by [chip, channel], since the start and lately.
+    groups: dtype IO_GROUP_RATES, rates, totals and seen_packets filled in; seen: what PacketCounters.chips() gave;
+    packets and recent: packets by [chip, channel], since the start and lately.
     """
     rate, mean_rate = np.zeros((2, N_IO_GROUPS))
     rate[groups["io_group"]] = groups["rate"]

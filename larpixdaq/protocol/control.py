@@ -146,7 +146,7 @@ class Heartbeat(Message, tag="heartbeat"):
     status: dict[str, Any] | None = None
 
 
-class Request(Message, tag="request"):
+class ActionRequest(Message, tag="request"):
     """Do `action`. From an Operator: to a component by name, to the first of a kind, or (neither) to the core.
 
     `again` marks a request that was acknowledged before: its answer is wanted, it is not to be done a second time.
@@ -198,9 +198,9 @@ class Bye(Message, tag="bye"):
     pass
 
 
-FromClient = Register | Open | Heartbeat | Request | Answer | Bye
+FromClient = Register | Open | Heartbeat | ActionRequest | Answer | Bye
 
-FromCore = Welcome | Update | Request | Answer
+FromCore = Welcome | Update | ActionRequest | Answer
 
 
 class _Probe(msgspec.Struct):
@@ -311,7 +311,7 @@ def probe(data: Any) -> tuple[int, str]:
 def probe_request(data: Any) -> str:
     """The id of a request that is malformed otherwise; empty when the message is no request."""
     found = _probe(data)
-    return found.request if found.type == Request.__struct_config__.tag else ""
+    return found.request if found.type == ActionRequest.__struct_config__.tag else ""
 
 
 def _probe(data: Any) -> _Probe:

@@ -44,7 +44,7 @@ class RunRoutine(msgspec.Struct, array_like=True, tag=2, frozen=True):
     time_limit: float  # seconds
 
 
-class Board(msgspec.Struct, frozen=True):
+class BoardInfo(msgspec.Struct, frozen=True):
     """What the child has to know of a board."""
 
     io_group: int
@@ -56,12 +56,12 @@ class Board(msgspec.Struct, frozen=True):
 class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
     """The first message: what there is to configure, and what was known of it when another child ended."""
 
-    boards: list[Board]
+    boards: list[BoardInfo]
     asic: str  # as --asic has it
     generation: int  # schema.Asic
     layout: int  # of the rows in `Rows`
     board_file: str = ""
-    chips: bytes = b""  # these five as `Remember` and `configuration_tracker.Witness` have them
+    chips: bytes = b""  # these five as `Remember` and `configuration_tracker.ConfigurationTracker` have them
     wanted: bytes = b""
     given: bytes = b""
     read: bytes = b""
@@ -78,7 +78,7 @@ class Act(msgspec.Struct, array_like=True, tag=4, frozen=True):
     time_limit: float  # seconds
 
 
-class Rows(msgspec.Struct, array_like=True, tag=5, frozen=True):
+class ListenedRows(msgspec.Struct, array_like=True, tag=5, frozen=True):
     """What the child listens for: rows of the producer's layout, as they are recorded."""
 
     rows: bytes
@@ -119,14 +119,14 @@ class Result(msgspec.Struct, array_like=True, tag=13, frozen=True):
     text: str = ""
 
 
-class Failed(msgspec.Struct, array_like=True, tag=14, frozen=True):
+class ActionFailed(msgspec.Struct, array_like=True, tag=14, frozen=True):
     request: int
     text: str  # one line
     code: str = "failed"  # as in errors.RequestError
     traceback: str = ""
 
 
-class Words(msgspec.Struct, array_like=True, tag=15, frozen=True):
+class SendWords(msgspec.Struct, array_like=True, tag=15, frozen=True):
     """Send words to chips of one board: their io_channels, a byte each, and the words, 8 bytes each, little-endian."""
 
     command: int
@@ -135,7 +135,7 @@ class Words(msgspec.Struct, array_like=True, tag=15, frozen=True):
     words: bytes
 
 
-class Ask(msgspec.Struct, array_like=True, tag=16, frozen=True):
+class BoardOrder(msgspec.Struct, array_like=True, tag=16, frozen=True):
     """Send an order to the board itself, in the form that boards of its kind understand."""
 
     command: int
@@ -173,11 +173,11 @@ def answers_in(rows: NDArray[Any]) -> NDArray[Any]:
 
 Request = ListRoutines | RunRoutine | Act
 
-FromParent = ListRoutines | RunRoutine | Act | Setup | Rows | Answered
+FromParent = ListRoutines | RunRoutine | Act | Setup | ListenedRows | Answered
 
-Answer = Known | Progress | Result | Failed
+Answer = Known | Progress | Result | ActionFailed
 
-FromChild = Known | Progress | Result | Failed | Words | Ask | Listen | Remember | Doubt
+FromChild = Known | Progress | Result | ActionFailed | SendWords | BoardOrder | Listen | Remember | Doubt
 
 
 def _plain(value: Any) -> Any:

@@ -68,7 +68,7 @@ _NAMED: Final = 5
 _PIECE: Final = 256
 
 
-class Source(NamedTuple):
+class BlockOrigin(NamedTuple):
     """Whose blocks they are: sequences count from 0 per (run, producer, epoch)."""
 
     run: int
@@ -191,8 +191,8 @@ class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
     configs: Configs | None = None  # what the text is about
 
     @property
-    def source(self) -> Source:
-        return Source(self.run, self.producer, self.epoch)
+    def source(self) -> BlockOrigin:
+        return BlockOrigin(self.run, self.producer, self.epoch)
 
 
 class UnknownWord(msgspec.Struct, array_like=True, frozen=True):
@@ -202,7 +202,7 @@ class UnknownWord(msgspec.Struct, array_like=True, frozen=True):
     raw: Annotated[bytes, Meta(max_length=UNKNOWN_BYTES)]
 
 
-class Verdict(msgspec.Struct, array_like=True, frozen=True):
+class LossVerdict(msgspec.Struct, array_like=True, frozen=True):
     """What became of an io_group's data before they reached us, as far as a producer can tell.
 
     Boards do not number what they send, so this is inferred. Several lines about one io_group are several findings.
@@ -230,11 +230,11 @@ class End(msgspec.Struct, array_like=True, tag=13, frozen=True):
     gaps: Gaps
     unknown: list[UnknownWord]
     outside: Counters = []  # counts of run 0 since the end before, in the same form
-    verdicts: list[Verdict] = []  # of each io_group at least one line
+    verdicts: list[LossVerdict] = []  # of each io_group at least one line
 
     @property
-    def source(self) -> Source:
-        return Source(self.run, self.producer, self.epoch)
+    def source(self) -> BlockOrigin:
+        return BlockOrigin(self.run, self.producer, self.epoch)
 
 
 class Refused(msgspec.Struct, array_like=True, tag=14, frozen=True):

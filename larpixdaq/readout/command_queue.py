@@ -16,7 +16,7 @@ import zmq
 from numpy.typing import NDArray
 
 from larpixdaq._native import word_codec
-from larpixdaq.schema import Asic, Layout
+from larpixdaq.schema import Asic, RowLayout
 from larpixdaq.sources.command_channel import Channel
 from larpixdaq.sources.source import keep_polled
 
@@ -30,7 +30,7 @@ Done = Callable[[int, bytes, str], None]
 
 
 def sent_rows(
-    words: NDArray[np.uint64], io_channels: NDArray[np.uint8], io_group: int, asic: Asic, layout: Layout
+    words: NDArray[np.uint64], io_channels: NDArray[np.uint8], io_group: int, asic: Asic, layout: RowLayout
 ) -> NDArray[Any]:
     """The rows of words on their way to the chips, direction 0, in the same order."""
     rows = np.zeros(len(words), layout.dtype)
@@ -61,10 +61,10 @@ class _Command:
     at: int = 0  # words handed over so far
 
 
-class Commands:
+class CommandQueue:
     """`done` is set by whoever sends commands; `asic` and `layout` are those of the producer's rows."""
 
-    def __init__(self, channels: Iterable[Channel], asic: Asic, layout: Layout, record: Record) -> None:
+    def __init__(self, channels: Iterable[Channel], asic: Asic, layout: RowLayout, record: Record) -> None:
         self.done: Done = lambda number, body, error: None
         self._channels = {channel.io_group: channel for channel in channels}
         self._asic, self._layout, self._record = asic, layout, record

@@ -15,7 +15,7 @@ from larpixdaq.schema import PacketType, Places, chips_of, registers_of, types_o
 _BROADCAST: Final = 255
 
 
-class Witness:
+class ConfigurationTracker:
     """One for the life of the producer, of chips of one generation (`asic`, as --asic has it)."""
 
     def __init__(self, asic: str) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import zmq
 
-from larpixdaq.buffer.block_store import Store
-from larpixdaq.buffer.crash_recovery import Left, Predecessors, totals
-from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, Arena, Reserved, key, parse_duration, parse_size
-from larpixdaq.buffer.spool import AGAIN, Directory, Spool
+from larpixdaq.buffer.block_store import BlockStore
+from larpixdaq.buffer.crash_recovery import LeftBlocks, Predecessors, totals
+from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, Reserved, RingFile, key, parse_duration, parse_size
+from larpixdaq.buffer.spool import AGAIN, Spool, SpoolDirectory
 from larpixdaq.errors import FileError
 from larpixdaq.protocol.stream import End
 from larpixdaq.runtime.event_loop import Worker
@@ -51,7 +51,7 @@ class Delivery:
         path = options.spool_dir or state_dir / "spool"
         if options.spool_limit:
             _usable(path)
-        self.spool = Directory(path, key(state_dir, self.name), options.spool_limit, self.worker)
+        self.spool = SpoolDirectory(path, key(state_dir, self.name), options.spool_limit, self.worker)
         self._predecessors = Predecessors(self.name, state_dir, options.ring_dir, self.spool, listening_ns)
         self._known = {epoch}
         self._ends: dict[int, dict[int, End]] = {}  # run -> epoch -> END of a predecessor
@@ -62,14 +62,14 @@ class Delivery:
         #: Why something that is owed could not be kept by close(); empty when all was.
         self.failure = ""
         self._closed = False
-        self._inherited: list[Store] = []
+        self._inherited: list[BlockStore] = []
         self._news: list[str] = []
         self.publisher: Publisher | None = None
         self._take(self._predecessors.look(self._known))  # before the own ring, which may need the room
-        self.arena = Arena.make(options.ring_dir, state_dir, self.name, epoch, options.ring)
+        self.arena = RingFile.make(options.ring_dir, state_dir, self.name, epoch, options.ring)
         self.ring = self.arena.ring
         spools = spill and options.spool_limit
-        self.own = Store(self.name, epoch, self.ring, Spool(self.spool) if spools else None)
+        self.own = BlockStore(self.name, epoch, self.ring, Spool(self.spool) if spools else None)
         self._forget_after: float = options.forget_after
 
     def serve(self, socket: zmq.Socket[bytes]) -> Publisher:
@@ -99,18 +99,18 @@ class Delivery:
             self._looking = True
             self.worker.submit(lambda: self._predecessors.look(self._known), self._found)
 
-    def _found(self, left: list[Left] | OSError) -> None:
+    def _found(self, left: list[LeftBlocks] | OSError) -> None:
         self._looking = False
         self._look_at = time.monotonic() + LOOK
         if not isinstance(left, OSError):
             self._take(left)
 
     @property
-    def _stores(self) -> list[Store]:
+    def _stores(self) -> list[BlockStore]:
         return [*self._inherited, self.own]
 
     @property
-    def _arenas(self) -> list[Arena]:
+    def _arenas(self) -> list[RingFile]:
         arenas = [*(store.arena for store in self._inherited if store.arena is not None), self.arena]
         return [arena for arena in arenas if arena.held]
 
@@ -125,7 +125,7 @@ class Delivery:
             if store.spool is not None:
                 store.spool.keep_names()
 
-    def _move(self, arena: Arena, new: Reserved | OSError) -> None:
+    def _move(self, arena: RingFile, new: Reserved | OSError) -> None:
         """The new file of a ring is there, or could not be made."""
         arena.moving = False
         try:
@@ -176,10 +176,10 @@ class Delivery:
             if store.spool is not None and store.spool.nameless:
                 self.failure = f"a file of the spool was removed, and could not be written anew: {store.spool.nameless}"
 
-    def _take(self, left: list[Left]) -> None:
+    def _take(self, left: list[LeftBlocks]) -> None:
         for epoch, arena, files, ends in left:
             self._known.add(epoch)
-            store = Store.inherited(self.name, epoch, arena, Spool(self.spool, files) if files else None)
+            store = BlockStore.inherited(self.name, epoch, arena, Spool(self.spool, files) if files else None)
             if owed := store.owed():
                 self._news.append(f"{self.name}: taking over {owed} pending blocks of a predecessor (epoch {epoch:x})")
                 self._inherited.append(store)

@@ -12,7 +12,7 @@ import zmq
 from numpy.typing import NDArray
 
 from larpixdaq._native.ring_buffer import Ring
-from larpixdaq.buffer.block_builder import Recorder
+from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.constants import COUNTS
 from larpixdaq.sources.source import Source, keep_polled
 
@@ -42,7 +42,7 @@ class Readout:
     def __init__(
         self,
         sources: list[Source],
-        recorder: Recorder,
+        recorder: BlockBuilder,
         ring: Ring,
         *,
         wait: bool,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from larpixdaq.errors import ConfigError
 from larpixdaq.routines import Routine
 from larpixdaq.routines.kit import report
-from larpixdaq.routines.kit.measurement import Lines
+from larpixdaq.routines.kit.measurement import LineLoads
 from larpixdaq.routines.kit.threshold_search import FINE, NEAR, Thresholds
 
 
@@ -123,7 +123,7 @@ def _must_fit(work: Thresholds, low: float) -> None:
     keys = work.chips.keys
     if not hasattr(work.controller.io, "carries"):  # an IO that is not the DAQ's
         return
-    lines = Lines(work.controller.io, keys)
+    lines = LineLoads(work.controller.io, keys)
     for name, carries in zip(lines.names, lines.carries.tolist(), strict=True):
         n = int((~work.off)[[key.rpartition("-")[0] == name for key in keys]].sum())
         if low * n > carries:

@@ -29,7 +29,7 @@ _LINE: Final = 500
 _log: Final = logging.getLogger(__name__)
 
 
-class Spawned:
+class ChildProcess:
     """One child at a time, which runs `script`; after it has died start() makes another. None of the methods blocks.
 
     `splitter` makes, for each child, the function that puts the pieces of its socket together to messages.

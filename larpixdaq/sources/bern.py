@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native.decoders import BernDecoder
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.command_channel import HostLookup, Reply, RequestChannel
+from larpixdaq.sources.command_channel import BoardReply, HostLookup, RequestChannel
 from larpixdaq.sources.zmq_board import BoardSource
 
 #: Its time comes each second, or a heartbeat after a second without data.
@@ -35,11 +35,11 @@ class BernChannel(RequestChannel):
         self._said = text
         self._request(text.encode(), seconds)
 
-    def _understand(self, message: bytes) -> Reply:
+    def _understand(self, message: bytes) -> BoardReply:
         text = message.rstrip(b"\0 \n").decode("ascii", "replace")
         if text.startswith("ERR"):
-            return Reply(b"", f"{self.name}: {self._said}: the board answers {text!r}")
-        return Reply(text.encode())
+            return BoardReply(b"", f"{self.name}: {self._said}: the board answers {text!r}")
+        return BoardReply(text.encode())
 
 
 class BernSource(BoardSource):

@@ -33,7 +33,7 @@ AGAIN: Final = 2.0
 _AT_ONCE: Final = 0.2
 
 
-class Reply(NamedTuple):
+class BoardReply(NamedTuple):
     """What came of a request: what the board said, or, in one line, why that is not known."""
 
     body: bytes
@@ -62,7 +62,7 @@ class Channel(Protocol):
         """Send an order to the board itself, in the form that boards of this kind understand. The board needs so many
         seconds for it beyond the usual limit."""
 
-    def take(self) -> Reply | None:
+    def take(self) -> BoardReply | None:
         """What came of the request in flight; None while that is open."""
 
     def due(self) -> float | None:
@@ -98,10 +98,10 @@ class RequestChannel:
         self._limit = LIMIT
         self._deadline = 0.0
 
-    def take(self) -> Reply | None:
+    def take(self) -> BoardReply | None:
         if self._unknown:
             self.busy = self._unknown = False
-            return Reply(b"", f"{self.name}: {self._host.problem or 'the host is being looked for'}")
+            return BoardReply(b"", f"{self.name}: {self._host.problem or 'the host is being looked for'}")
         assert self._socket is not None
         try:
             parts = self._socket.recv_multipart(zmq.DONTWAIT)
@@ -110,13 +110,13 @@ class RequestChannel:
                 return None
             # What is still under way would otherwise reach the board later, and its answer the next request.
             self.close()
-            return Reply(b"", f"{self.name}: no answer within {self._limit:g} s")
+            return BoardReply(b"", f"{self.name}: no answer within {self._limit:g} s")
         except zmq.ZMQError as error:
             self.close()
-            return Reply(b"", f"{self.name}: {error}")
+            return BoardReply(b"", f"{self.name}: {error}")
         self.busy = False
         if len(parts) != 2 or parts[0]:
-            return Reply(b"", f"{self.name}: expected an answer of one part, found {len(parts) - 1}")
+            return BoardReply(b"", f"{self.name}: expected an answer of one part, found {len(parts) - 1}")
         return self._understand(parts[1])
 
     def due(self) -> float | None:
@@ -141,7 +141,7 @@ class RequestChannel:
     def firmware(self, answer: bytes) -> str:
         return ""
 
-    def _understand(self, message: bytes) -> Reply:
+    def _understand(self, message: bytes) -> BoardReply:
         """What the board's answer means."""
         raise NotImplementedError
 

@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.protocol.stream import VERDICTS, Verdict
+from larpixdaq.protocol.stream import VERDICTS, LossVerdict
 from larpixdaq.schema import NOTICES
 
 COMPLETE, SUSPECT, LOST = VERDICTS
@@ -121,7 +121,7 @@ assert sorted(FINDINGS) == sorted(NOTICES)
 _SETUP: Final = np.array([FINDINGS[name].setup for name in NOTICES])
 
 
-def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[Verdict] = ()) -> list[Verdict]:
+def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[LossVerdict] = ()) -> list[LossVerdict]:
     """The lines about one io_group: `others` (of its connection), then what its decoder noticed (dtype schema.NOTICE,
     one for each of NOTICES). One line "complete" when there is nothing to say."""
     found = list(others)
@@ -131,7 +131,7 @@ def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[Verdict] = (
             numbers = {"events": int(notice["events"]), "amount": int(notice["amount"])}
             seconds = numbers["amount"] / 1e6  # of those that count microseconds
             found.append(
-                Verdict(
+                LossVerdict(
                     io_group,
                     finding.verdict,
                     finding.text.format(**numbers, seconds=seconds),
@@ -140,10 +140,10 @@ def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[Verdict] = (
                     int(notice["last_ns"]),
                 )
             )
-    return found or [Verdict(io_group, COMPLETE, "", 0, 0, 0)]
+    return found or [LossVerdict(io_group, COMPLETE, "", 0, 0, 0)]
 
 
-def setup_findings(io_group: int, noticed: NDArray[Any]) -> list[Verdict]:
+def setup_findings(io_group: int, noticed: NDArray[Any]) -> list[LossVerdict]:
     """Those lines of verdicts() that contradict the producer's options, [] when there are none."""
     if not noticed["events"][_SETUP].any():
         return []
@@ -170,7 +170,7 @@ def added(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
     return total
 
 
-class State(Enum):
+class ConnectionState(Enum):
     ABSENT = 0  # no connection since the run began
     THERE = 1
     LOST = 2  # the connection is gone
@@ -189,7 +189,7 @@ class Presence:
 
     def __init__(self, silence: int = 0) -> None:
         self._silence = silence
-        self._state = State.ABSENT
+        self._state = ConnectionState.ABSENT
         self._since = 0  # the run began
         self._heard = 0  # the last message; 0: none in this run
         self._away = 0  # from when on, unless it is THERE
@@ -206,7 +206,11 @@ class Presence:
 
     def start(self, now: int) -> None:
         """A run begins; whether the board is connected stays as it is."""
-        self._state = State.THERE if self._state in (State.THERE, State.BACK) else State.ABSENT
+        self._state = (
+            ConnectionState.THERE
+            if self._state in (ConnectionState.THERE, ConnectionState.BACK)
+            else ConnectionState.ABSENT
+        )
         self._since = self._away = now
         self._heard = self._number = 0
         self._backlog = 0, -1, 0
@@ -214,28 +218,28 @@ class Presence:
 
     def connected(self, now: int) -> None:
         self.away_ns = 0
-        if self._state is State.ABSENT:
+        if self._state is ConnectionState.ABSENT:
             self._there(now)
-        elif self._state is State.LOST:
-            self._state = State.BACK
+        elif self._state is ConnectionState.LOST:
+            self._state = ConnectionState.BACK
 
     def heard(self, now: int) -> None:
         self._heard = now
-        if self._state is State.ABSENT:
+        if self._state is ConnectionState.ABSENT:
             self.away_ns = 0
-        if self._state is State.LOST:  # it was on its way when the connection was lost
+        if self._state is ConnectionState.LOST:  # it was on its way when the connection was lost
             self._away = now
-        elif self._state is not State.THERE:
+        elif self._state is not ConnectionState.THERE:
             self._there(now)
 
     def lost(self, now: int, since: int = 0) -> None:
         """The connection is gone. `since`: messages went on coming, so this is noticed late; it was there then."""
         self._lost = now
         self.away_ns = self.away_ns or now
-        if self._state is State.THERE:
+        if self._state is ConnectionState.THERE:
             self._away = since or self._heard or self._since
-        if self._state is not State.ABSENT:
-            self._state = State.LOST
+        if self._state is not ConnectionState.ABSENT:
+            self._state = ConnectionState.LOST
 
     def delivered(self, made: int, stored: int, now: int) -> None:
         """Of all boards' blocks so many were made by now, and so many are stored."""
@@ -257,35 +261,35 @@ class Presence:
         return last
 
     def _there(self, now: int) -> None:
-        if self._state is State.BACK or now - self._since > GRACE_NS:
+        if self._state is ConnectionState.BACK or now - self._since > GRACE_NS:
             self._number += 1
             if len(self._gaps) == MOST_GAPS:
                 self._gaps[-1] = self._gaps[-1][0], now
             else:
                 self._gaps.append((self._away, now))
-        self._state = State.THERE
+        self._state = ConnectionState.THERE
 
-    def findings(self, io_group: int, now: int) -> list[Verdict]:
+    def findings(self, io_group: int, now: int) -> list[LossVerdict]:
         """One line for each time that the board was away since start(). `now`: or when the run was told to end."""
-        found: list[Verdict] = []
+        found: list[LossVerdict] = []
         for first, last in self._gaps:
             more = self._number - MOST_GAPS if len(found) == MOST_GAPS - 1 else 0
             found.append(
                 _gap(io_group, f"board disconnected{f', and {more} times more' if more > 0 else ''}", first, last)
             )
-        if self._state is State.BACK:
+        if self._state is ConnectionState.BACK:
             found.append(_gap(io_group, "board disconnected, silent since it reconnected", self._away, now))
-        elif self._state is State.LOST and now - self._done(now) > END_GRACE_NS:
+        elif self._state is ConnectionState.LOST and now - self._done(now) > END_GRACE_NS:
             found.append(_gap(io_group, "board disconnected, did not reconnect", self._away, now))
-        elif self._state is State.ABSENT:
+        elif self._state is ConnectionState.ABSENT:
             found.append(_gap(io_group, "board never connected", self._away, now))
         elif not self._heard and self._silence and now - self._since > self._silence:
             found.append(_gap(io_group, "board connected but silent, without any heartbeat", self._since, now))
         return found
 
 
-def _gap(io_group: int, text: str, first: int, last: int) -> Verdict:
-    return Verdict(io_group, SUSPECT, f"{text}: {(last - first) / 1e9:.1f} s", 0, first, last)
+def _gap(io_group: int, text: str, first: int, last: int) -> LossVerdict:
+    return LossVerdict(io_group, SUSPECT, f"{text}: {(last - first) / 1e9:.1f} s", 0, first, last)
 
 
 class Watch:
@@ -294,13 +298,13 @@ class Watch:
     def __init__(self, again: float = WARN_AGAIN) -> None:
         self.worst: dict[int, str] = {}
         self._again = again
-        self._told: dict[tuple[int, str], tuple[float, set[Verdict]]] = {}
+        self._told: dict[tuple[int, str], tuple[float, set[LossVerdict]]] = {}
 
     def start(self) -> None:
         self.worst.clear()
         self._told.clear()
 
-    def look(self, found: Iterable[Verdict], now: float) -> list[str]:
+    def look(self, found: Iterable[LossVerdict], now: float) -> list[str]:
         """Warnings, each one line: a finding of a kind that is new in its io_group, or has grown and was last told
         `again` seconds ago. `now`: monotonic seconds."""
         lines = []
@@ -317,7 +321,7 @@ class Watch:
         return lines
 
 
-def _kind(one: Verdict) -> str:
+def _kind(one: LossVerdict) -> str:
     """Sentences that differ in their numbers only are of one kind."""
     return "".join(letter for letter in one.why if not letter.isdigit())
 

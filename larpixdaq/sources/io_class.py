@@ -31,11 +31,11 @@ from larpixdaq._native.decoders import split_log
 from larpixdaq.constants import IO_GROUPS
 from larpixdaq.errors import ConfigError
 from larpixdaq.protocol.io_class import LARGEST, Data, Failed, FromChild, Hello, Idle, Order, Send, Sent, answers, pack
-from larpixdaq.protocol.stream import Verdict
+from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.command_channel import Channel, Reply
+from larpixdaq.sources.command_channel import BoardReply, Channel
 from larpixdaq.sources.data_quality import Presence, verdicts
-from larpixdaq.sources.replay_batches import Decoders, Messages, PieceSource
+from larpixdaq.sources.replay_batches import Decoders, PieceSource, RecordedMessages
 from larpixdaq.sources.source import BoardStatus
 
 #: Seconds that a class has to be there.
@@ -140,7 +140,7 @@ class IoClassSource(PieceSource):
     def texts(self) -> list[tuple[str, int]]:
         return []
 
-    def evidence(self, now: int) -> list[Verdict]:
+    def evidence(self, now: int) -> list[LossVerdict]:
         return [
             line
             for io_group in self.io_groups
@@ -186,7 +186,7 @@ class IoClassSource(PieceSource):
         data = np.frombuffer(b"".join(one.log for one in found), np.uint8)
         spans, _ = split_log(data)
         groups = np.frombuffer(b"".join(one.io_groups for one in found), np.uint8)
-        self._piece = Messages(self._decoders, data, spans, groups, None)
+        self._piece = RecordedMessages(self._decoders, data, spans, groups, None)
         return self._piece.release(0.0)
 
     def _hear(self, message: FromChild, now: float) -> str:
@@ -311,7 +311,7 @@ class IoClassChannel:
         self.busy = False
         self._post = post
         self._number = 0
-        self._reply: Reply | None = None
+        self._reply: BoardReply | None = None
         self._limit = SEND_LIMIT
         self._deadline = 0.0
 
@@ -329,7 +329,7 @@ class IoClassChannel:
         self._reply = None if self._post(pack(request)) else self._failed("its process takes nothing")
         self.busy = True
 
-    def take(self) -> Reply | None:
+    def take(self) -> BoardReply | None:
         if self._reply is None and time.monotonic() >= self._deadline:
             self._reply = self._failed(f"not sent within {self._limit:g} s")
         self.busy = self._reply is None
@@ -349,12 +349,12 @@ class IoClassChannel:
     def done(self, said: Sent) -> None:
         """The process says what became of a request."""
         if said.number == self._number and self._reply is None:
-            self._reply = self._failed(said.error) if said.error else Reply(said.body)
+            self._reply = self._failed(said.error) if said.error else BoardReply(said.body)
 
     def lost(self, reason: str) -> None:
         """The process is gone."""
         if self.busy and self._reply is None:
             self._reply = self._failed(reason)
 
-    def _failed(self, error: str) -> Reply:
-        return Reply(b"", f"{self.name}: {error}")
+    def _failed(self, error: str) -> BoardReply:
+        return BoardReply(b"", f"{self.name}: {error}")

@@ -59,7 +59,7 @@ _MAX_DEPTH: Final = 8
 _MAX_BYTES: Final = 1 << 20
 
 
-class Board(NamedTuple):
+class BoardAddress(NamedTuple):
     io_group: int
     host: str
     data_port: int
@@ -213,9 +213,9 @@ def _from_io_config(io_class: str, *arguments: str) -> tuple[str, Any]:
     return kind, [f"{io_group}={address}" for io_group, address in boards]
 
 
-def boards(addresses: list[str]) -> list[Board]:
+def boards(addresses: list[str]) -> list[BoardAddress]:
     """`[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]` of several boards; ConfigError for nonsense and for duplicates."""
-    found: list[Board] = []
+    found: list[BoardAddress] = []
     for place, text in enumerate(addresses, start=1):
         match = _BOARD.fullmatch(text)
         if match is None:
@@ -230,7 +230,7 @@ def boards(addresses: list[str]) -> list[Board]:
                 raise ConfigError(f"board address {text!r}: data port 1 leaves no command port; give one")
         if command == data:
             raise ConfigError(f"board address {text!r}: data port and command port are both {data}")
-        board = Board(io_group, match["host"], data, command)
+        board = BoardAddress(io_group, match["host"], data, command)
         for other in found:
             if other.io_group == board.io_group:
                 raise ConfigError(f"board address {text!r}: io_group {io_group} is that of {other.host} already")

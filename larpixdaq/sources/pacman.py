@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native.decoders import PacmanDecoder
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.command_channel import HostLookup, Reply, RequestChannel
+from larpixdaq.sources.command_channel import BoardReply, HostLookup, RequestChannel
 from larpixdaq.sources.source import BoardStatus
 from larpixdaq.sources.zmq_board import BoardSource
 
@@ -71,10 +71,10 @@ class PacmanChannel(RequestChannel):
         self._sent = len(body) // _WORD_BYTES
         self._request(_HEADER.pack(b"?", int(time.time()) & 0xFFFFFFFF, self._sent) + body, seconds)
 
-    def take(self) -> Reply | None:
+    def take(self) -> BoardReply | None:
         if self._refused:
             self.busy = False
-            return Reply(b"", f"{self.name}: {self._refused}")
+            return BoardReply(b"", f"{self.name}: {self._refused}")
         return super().take()
 
     def due(self) -> float | None:
@@ -90,10 +90,10 @@ class PacmanChannel(RequestChannel):
     def firmware(self, answer: bytes) -> str:
         return " ".join(f"{value:#x}" for _, _, value in _REGISTER.iter_unpack(answer))
 
-    def _understand(self, message: bytes) -> Reply:
+    def _understand(self, message: bytes) -> BoardReply:
         body = message[_HEADER.size :]
         if message[:1] != b"!" or len(body) != self._sent * _WORD_BYTES:
-            return Reply(
+            return BoardReply(
                 b"",
                 f"{self.name}: expected an answer of {self._sent} words, found {len(message)} bytes "
                 f"that begin with {message[:8].hex(' ')}",
@@ -101,8 +101,8 @@ class PacmanChannel(RequestChannel):
         errors = [body[at : at + _WORD_BYTES] for at in range(0, len(body), _WORD_BYTES) if body[at] == 0x45]
         if errors:
             text = errors[0][2:].rstrip(b"\0").decode("ascii", "replace")
-            return Reply(b"", f"{self.name}: the board refuses {len(errors)} of {self._sent} words: {text!r}")
-        return Reply(body)
+            return BoardReply(b"", f"{self.name}: the board refuses {len(errors)} of {self._sent} words: {text!r}")
+        return BoardReply(body)
 
 
 class PacmanSource(BoardSource):

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import names
 from larpixdaq.hdf5.recordings import MessageLog, PacketFile, RawFile, open_recording
-from larpixdaq.protocol.stream import Verdict
+from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.data_quality import verdicts
-from larpixdaq.sources.replay_batches import Decoders, Messages, PieceSource, Rows, row_times
+from larpixdaq.sources.replay_batches import Decoders, PieceSource, RecordedMessages, RecordedRows, row_times
 
 #: Seconds between two batches at recorded speed; less would only cost turns of the producer's loop.
 _TURN: Final = 0.002
@@ -84,7 +84,7 @@ class ReplaySource(PieceSource):
         self._at_once = math.isinf(speed)
         self._format = format
         self._clock64 = clock64
-        self._pieces: Iterator[Messages | Rows] = iter(())
+        self._pieces: Iterator[RecordedMessages | RecordedRows] = iter(())
         self._recordings: list[Recording] = []
         self._began: tuple[float, float] | None = None  # monotonic clock, and recorded time, of the first read()
         self._next_turn = 0.0
@@ -148,7 +148,7 @@ class ReplaySource(PieceSource):
         texts, self._texts = self._texts, []
         return texts
 
-    def evidence(self, now: int) -> list[Verdict]:
+    def evidence(self, now: int) -> list[LossVerdict]:
         """What the recorded bytes themselves say: nobody knows when they came, or whether a board was away."""
         return [line for io_group in self.io_groups for line in verdicts(io_group, self._decoders.noticed(io_group))]
 
@@ -180,7 +180,7 @@ class ReplaySource(PieceSource):
         self.io_groups = tuple(sorted(found))
         self._pieces = self._play()
 
-    def _play(self) -> Iterator[Messages | Rows]:
+    def _play(self) -> Iterator[RecordedMessages | RecordedRows]:
         for (io_group, _), recording in zip(self._files, self._recordings, strict=True):
             self._decoders.forget()
             try:
@@ -192,11 +192,11 @@ class ReplaySource(PieceSource):
                 self._problems.append(f"{error}; the rest of this file is left out")
             recording.close()
 
-    def _play_messages(self, recording: RawFile | MessageLog, io_group: int) -> Iterator[Messages]:
+    def _play_messages(self, recording: RawFile | MessageLog, io_group: int) -> Iterator[RecordedMessages]:
         pieces = recording.pieces(io_group) if isinstance(recording, RawFile) else self._log(recording, io_group)
         for data, spans, groups in pieces:
             times = None if self._at_once else self._clock.times(groups, *message_times(data, spans))
-            yield Messages(self._decoders, data, spans, groups, times)
+            yield RecordedMessages(self._decoders, data, spans, groups, times)
 
     def _log(self, log: MessageLog, io_group: int) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
         for data, spans, lost, problem in log.pieces():
@@ -206,7 +206,7 @@ class ReplaySource(PieceSource):
                 self._decoders.reject(io_group, lost)
             yield data, spans, np.full(len(spans), io_group, np.uint8)
 
-    def _play_rows(self, recording: PacketFile, io_group: int) -> Iterator[Rows]:
+    def _play_rows(self, recording: PacketFile, io_group: int) -> Iterator[RecordedRows]:
         left_out = 0
         for rows, groups, unfit, texts in recording.pieces(self.layout, self._asic, io_group):
             left_out += unfit
@@ -216,7 +216,7 @@ class ReplaySource(PieceSource):
             for end, following in [*((at, (line, seconds)) for at, line, seconds in texts), (len(rows), None)]:
                 if text is not None or end > start:
                     own = None if times is None else times[start:end]
-                    yield Rows(self._decoders, rows[start:end], groups[start:end], own, text)
+                    yield RecordedRows(self._decoders, rows[start:end], groups[start:end], own, text)
                 start, text = end, following
         if left_out:
             self._problems.append(f"{recording.path}: {left_out} rows left out: no packet can look like them")

@@ -122,7 +122,7 @@ class _Piece:
         return self._end > self._at
 
 
-class Messages(_Piece):
+class RecordedMessages(_Piece):
     """Board messages: bytes, spans (dtype schema.SPAN) and the io_group of each."""
 
     def __init__(
@@ -199,7 +199,7 @@ class Messages(_Piece):
         return decoder.decode(rows)
 
 
-class Rows(_Piece):
+class RecordedRows(_Piece):
     """Rows of a packet file, normalised (files.packets), without INFO rows, and the io_group of each. As many come out
     as go in."""
 
@@ -277,7 +277,7 @@ class PieceSource:
     _decoders: Decoders
 
     def __init__(self) -> None:
-        self._piece: Messages | Rows | None = None
+        self._piece: RecordedMessages | RecordedRows | None = None
         self._problems: list[str] = []
 
     def decode(self, rows: NDArray[Any]) -> int:

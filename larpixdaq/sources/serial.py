@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from larpixdaq._native.decoders import SerialDecoder, encode_serial
 from larpixdaq.errors import ConfigError
-from larpixdaq.protocol.stream import Verdict
+from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.command_channel import LIMIT, Reply
+from larpixdaq.sources.command_channel import LIMIT, BoardReply
 from larpixdaq.sources.data_quality import Presence, verdicts
 from larpixdaq.sources.source import BoardStatus, LiveSource
 
@@ -89,7 +89,7 @@ class SerialChannel:
         self._again = 0.0
         self.busy = True
 
-    def take(self) -> Reply | None:
+    def take(self) -> BoardReply | None:
         now = time.monotonic()
         try:
             if self.fd is None:
@@ -114,9 +114,9 @@ class SerialChannel:
     def firmware(self, answer: bytes) -> str:
         return ""
 
-    def _done(self, error: str) -> Reply:
+    def _done(self, error: str) -> BoardReply:
         self.busy = False
-        return Reply(b"", f"{self.name}: {error}" if error else "")
+        return BoardReply(b"", f"{self.name}: {error}" if error else "")
 
 
 class SerialSource(LiveSource):
@@ -158,7 +158,7 @@ class SerialSource(LiveSource):
         super().start(counts)
         self._presence.start(time.time_ns())
 
-    def evidence(self, now: int) -> list[Verdict]:
+    def evidence(self, now: int) -> list[LossVerdict]:
         (io_group,) = self.io_groups
         return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
 

@@ -21,8 +21,8 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from larpixdaq.protocol.stream import Verdict
-from larpixdaq.schema import Layout
+from larpixdaq.protocol.stream import LossVerdict
+from larpixdaq.schema import RowLayout
 from larpixdaq.sources.command_channel import Channel
 from larpixdaq.sources.data_quality import ClockReading, setup_findings, verdicts
 
@@ -34,7 +34,7 @@ class BoardStatus(NamedTuple):
     name: str
     away_ns: int = 0  # unix ns since when it has not been connected; 0: it is
     problem: str = ""  # why it is not connected, as far as that is known
-    setup: tuple[Verdict, ...] = ()  # what contradicts the producer's options
+    setup: tuple[LossVerdict, ...] = ()  # what contradicts the producer's options
     refusal: str = ""  # why no run can be prepared with it, in one line
     clock: ClockReading | None = None  # beside the host's
 
@@ -45,7 +45,7 @@ class Source(Protocol):
     #: What it is, and where: stream.ConnectedBoard says how.
     kind: str
     address: str
-    layout: Layout
+    layout: RowLayout
     io_groups: tuple[int, ...]
     #: True for sources that can be made to wait (replay, fake, serial); boards that publish regardless spill instead.
     waits: bool
@@ -89,7 +89,7 @@ class Source(Protocol):
         """Warnings since the last call, each one line (board silent, board back, device gone); the producer logs
         them."""
 
-    def evidence(self, now: int) -> list[Verdict]:
+    def evidence(self, now: int) -> list[LossVerdict]:
         """What became of each io_group's data since start() before they reached us: at least one line for each.
 
         `now`: unix ns, or when the run was told to end."""
@@ -134,7 +134,7 @@ class LiveSource:
 
     _decoder: Decoder
 
-    def __init__(self, name: str, layout: Layout, io_group: int, decoder: Decoder) -> None:
+    def __init__(self, name: str, layout: RowLayout, io_group: int, decoder: Decoder) -> None:
         self.name = name
         self.layout = layout
         self.io_groups: tuple[int, ...] = (io_group,)
@@ -158,7 +158,7 @@ class LiveSource:
         problems, self._problems = self._problems, []
         return problems
 
-    def evidence(self, now: int) -> list[Verdict]:
+    def evidence(self, now: int) -> list[LossVerdict]:
         return verdicts(self.io_groups[0], self._decoder.noticed())
 
     def delivered(self, made: int, stored: int, now: int) -> None:

@@ -16,8 +16,8 @@ from zmq.utils.monitor import recv_monitor_message
 from larpixdaq._native.zmq_batch import Receiver
 from larpixdaq.constants import COUNTS
 from larpixdaq.errors import ConfigError
-from larpixdaq.protocol.stream import Verdict
-from larpixdaq.schema import NOTICES, Layout
+from larpixdaq.protocol.stream import LossVerdict
+from larpixdaq.schema import NOTICES, RowLayout
 from larpixdaq.sources.command_channel import HostLookup, endpoint
 from larpixdaq.sources.data_quality import BoardClock, Presence, verdicts
 from larpixdaq.sources.source import BoardStatus, Decoder, LiveSource
@@ -80,7 +80,7 @@ class BoardSource(LiveSource):
         data_port: int,
         *,
         decoder: MessageDecoder,
-        layout: Layout,
+        layout: RowLayout,
         silence: float,
     ) -> None:
         self.kind = kind
@@ -146,7 +146,7 @@ class BoardSource(LiveSource):
         self._decoder.start(self._counts)
         self._presence.start(time.time_ns())
 
-    def evidence(self, now: int) -> list[Verdict]:
+    def evidence(self, now: int) -> list[LossVerdict]:
         (io_group,) = self.io_groups
         return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
 

@@ -30,7 +30,7 @@ from larpixdaq.hdf5 import names
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recovery import prepare, recover
 from larpixdaq.hdf5.run_report import unfinished
-from larpixdaq.hdf5.writer import Report, RunFile, sync_path
+from larpixdaq.hdf5.writer import CloseReport, RunFile, sync_path
 from larpixdaq.runtime.file_access import aside, open_regular, read_regular
 from larpixdaq.storage import open_run
 
@@ -159,7 +159,7 @@ class Finisher:
 
     # Final names
 
-    def publish(self, file: RunFile, report: Report) -> None:
+    def publish(self, file: RunFile, report: CloseReport) -> None:
         """Give a sealed part its final name; what follows, follows."""
 
         def job() -> None:

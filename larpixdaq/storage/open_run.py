@@ -12,8 +12,8 @@ from larpixdaq.control.node import Call
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import names, tables
 from larpixdaq.hdf5.tables import CarriedConfigurations, RunInfo
-from larpixdaq.hdf5.writer import Report, RunFile
-from larpixdaq.protocol.stream import Block, ConnectedBoard, Position, Source
+from larpixdaq.hdf5.writer import CloseReport, RunFile
+from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, Position
 from larpixdaq.storage.limits import Limits
 
 #: What the disk did not take is tried again after so long (seconds): it may have room, or be well, by then.
@@ -24,7 +24,7 @@ class Ending(NamedTuple):
     """end_run waits for these ends (source, the sequence behind its last block), at most until `limit` (monotonic)."""
 
     call: Call
-    awaited: list[tuple[Source, int]]
+    awaited: list[tuple[BlockOrigin, int]]
     aborted: bool
     limit: float
 
@@ -40,7 +40,7 @@ class OpenRun:
         self.failure = ""
         self.again_at = 0.0  # monotonic: not before that is a further part tried
         self.names_at = 0.0  # monotonic: when the names of part and journal are looked at
-        self.acknowledged: dict[Source, int] = {}
+        self.acknowledged: dict[BlockOrigin, int] = {}
         self.unacknowledged = 0  # bytes of rows since the last acknowledgement
         self.ending: Ending | None = None
         self.ended_ns = 0  # when RUN ended, unix ns; 0: not yet
@@ -100,7 +100,7 @@ class OpenRun:
         if self.file is not None:
             self.file.set_sources(self.info.connected)
 
-    def expects(self, source: Source) -> int:
+    def expects(self, source: BlockOrigin) -> int:
         """The sequence of a source that comes next; an end counts as one."""
         return self.file.next(source) if self.file is not None else 0
 
@@ -125,7 +125,7 @@ class OpenRun:
         rotates = None if limit is None or not self.file.rows else max(self._opened + limit, self.again_at)
         return min((one for one in (self.file.due(), rotates) if one is not None), default=None)
 
-    def rotate(self) -> tuple[RunFile, Report]:
+    def rotate(self) -> tuple[RunFile, CloseReport]:
         """Go on in the next part: the one before, sealed, and its report.
 
         The next is there before this one is closed. FileError when it cannot be made: then nothing has changed but
@@ -150,13 +150,13 @@ class OpenRun:
         self._count(report)
         return old, report
 
-    def _count(self, report: Report) -> None:
+    def _count(self, report: CloseReport) -> None:
         rows, size = self._before
         self._before = rows + report.rows, size + report.bytes
 
     # The end of a part
 
-    def seal(self, **how: Any) -> tuple[RunFile, Report] | None:
+    def seal(self, **how: Any) -> tuple[RunFile, CloseReport] | None:
         """Close the part, if one is open; FileError when the disk fails."""
         file = self.file
         if file is None:

@@ -23,7 +23,7 @@ from larpixdaq.errors import ChecksumError, FileError, LarpixDaqError, RequestEr
 from larpixdaq.hdf5 import names, tables
 from larpixdaq.hdf5.run_report import SUPERSEDED, RunReport, positions, survey_run
 from larpixdaq.hdf5.tables import RunInfo
-from larpixdaq.protocol.stream import Block, ConnectedBoard, End, FromProducer, Position, Source
+from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, End, FromProducer, Position
 from larpixdaq.storage import open_run
 from larpixdaq.storage.finisher import Finisher, adopt_unfinished_parts
 from larpixdaq.storage.limits import RESERVE, Limits, Space
@@ -49,7 +49,7 @@ RECOVERY_LIMIT = 15.0
 class Stream(Protocol):
     """What is needed of stream.Consumer."""
 
-    def acknowledge(self, source: Source, following: int) -> None: ...
+    def acknowledge(self, source: BlockOrigin, following: int) -> None: ...
     def again(self, *, sent: bool = False) -> None: ...
 
 
@@ -85,8 +85,8 @@ class Writing:
         self._cancelled: set[int] = set()
         self._written = 0  # bytes of the files of runs that were closed
         self._lock = threading.Lock()  # over _positions, which the stream's thread reads
-        self._positions: dict[Source, int] = {}
-        self._doubted: set[tuple[Source, int]] = set()  # blocks of open runs whose rows were asked for again
+        self._positions: dict[BlockOrigin, int] = {}
+        self._doubted: set[tuple[BlockOrigin, int]] = set()  # blocks of open runs whose rows were asked for again
         self._known: set[int] = set()  # runs whose files of before are in there
         self._turned_away = False  # blocks of further runs that the core has not announced
 
@@ -255,7 +255,7 @@ class Writing:
         elif not run.announced and run.last_end is not None and time.monotonic() - run.last_end > UNANNOUNCED_CLOSE:
             self._close(run, aborted=False)
 
-    def _reached(self, run: OpenRun, source: Source) -> int:
+    def _reached(self, run: OpenRun, source: BlockOrigin) -> int:
         """The sequence that comes next; an end counts as one."""
         return max(run.expects(source), self._positions.get(source, 0))
 
@@ -309,14 +309,14 @@ class Writing:
         if run.file is not None:
             self._acknowledge_all(run, run.file.durable)
 
-    def _acknowledge_all(self, run: OpenRun, durable: dict[Source, int]) -> None:
+    def _acknowledge_all(self, run: OpenRun, durable: dict[BlockOrigin, int]) -> None:
         for source, following in durable.items():
             if run.acknowledged.get(source) != following:
                 run.acknowledged[source] = following
                 run.unacknowledged = 0
                 self._acknowledge(source, following)
 
-    def _acknowledge(self, source: Source, following: int) -> None:
+    def _acknowledge(self, source: BlockOrigin, following: int) -> None:
         with self._lock:
             following = self._positions[source] = max(following, self._positions.get(source, 0))
         if self.stream is not None:
@@ -339,7 +339,7 @@ class Writing:
             return
         unreadable: list[str] = []
         for found in positions(self.directory, run, unreadable, self.label):
-            self._acknowledge(Source(found.run, found.producer, found.epoch), found.next)
+            self._acknowledge(BlockOrigin(found.run, found.producer, found.epoch), found.next)
         for line in unreadable:
             log.warning("the content of this file is unknown: %s", line)
         self._known.add(run)
@@ -486,7 +486,7 @@ class Storing(Writing):
         except FileError as error:
             self._fail(opened, error)
         # An epoch whose totals nobody knows (its producer died) has no END to wait for.
-        awaited = [(Source(run, p["name"], p["epoch"]), p["next"]) for p in producers if p["next"] is not None]
+        awaited = [(BlockOrigin(run, p["name"], p["epoch"]), p["next"]) for p in producers if p["next"] is not None]
         opened.ending = Ending(call, awaited, how == "aborted", time.monotonic() + END_LIMIT)
 
     def report_run(self, call: Call, run: int) -> Any:

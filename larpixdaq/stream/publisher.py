@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from larpixdaq import config
-from larpixdaq.buffer.block_store import Found, Segment, Store
+from larpixdaq.buffer.block_store import BlockStore, Segment, StoredBlock
 from larpixdaq.errors import ConfigError, ProtocolError
 from larpixdaq.protocol.stream import (
     MAX_FROM_CONSUMER,
@@ -80,7 +80,7 @@ class Publisher:
 
     def __init__(
         self,
-        own: Store,
+        own: BlockStore,
         socket: zmq.Socket[bytes],
         clock: Callable[[], float] = time.monotonic,
         *,
@@ -123,7 +123,7 @@ class Publisher:
         """The run needs no storage any more."""
         self.own.release(run)
 
-    def adopt(self, store: Store) -> None:
+    def adopt(self, store: BlockStore) -> None:
         """Deliver what a predecessor has left too."""
         self.stores = [*sorted([*self.stores[:-1], store], key=lambda one: one.made_ns), self.own]
         for subscriber in self.subscribers.values():
@@ -240,7 +240,7 @@ class Publisher:
         """The storages that some run requires."""
         return {name for store in self.stores for segment in store.segments for name in segment.required}
 
-    def _know(self, subscriber: Subscriber, store: Store) -> None:
+    def _know(self, subscriber: Subscriber, store: BlockStore) -> None:
         """Where a subscriber stands: at what it says, or at what it has acknowledged; a monitor at the end."""
         if subscriber.mode != "all":
             subscriber.cursors[store.epoch] = store.head
@@ -269,7 +269,7 @@ class Publisher:
                 if subscriber.name in segment.required and not self._serve(subscriber, store, segment):
                     return
 
-    def _serve(self, subscriber: Subscriber, store: Store, segment: Segment) -> bool:
+    def _serve(self, subscriber: Subscriber, store: BlockStore, segment: Segment) -> bool:
         """Send what the window lets go of a run; True when that is all of it so far."""
         behind = store.behind(segment)
         cursor = subscriber.cursors.get(store.epoch, 0)
@@ -305,7 +305,7 @@ class Publisher:
             cursor += 1
         subscriber.cursors[store.epoch] = cursor
 
-    def _send_block(self, subscriber: Subscriber, store: Store, index: int, found: Found) -> bool:
+    def _send_block(self, subscriber: Subscriber, store: BlockStore, index: int, found: StoredBlock) -> bool:
         payload = found.payload
         try:
             if not len(payload):

@@ -35,6 +35,7 @@ from larpixdaq.protocol.stream import (
     STREAM_VERSION,
     Ack,
     Block,
+    BlockOrigin,
     Bye,
     Credit,
     End,
@@ -44,7 +45,6 @@ from larpixdaq.protocol.stream import (
     Maps,
     Position,
     Refused,
-    Source,
     Welcome,
     pack,
     unpack_producer,
@@ -85,7 +85,7 @@ class Consumer:
         mode: str,
         *,
         positions: Callable[[], list[Position]] = list,
-        core: Heard | None = None,
+        core: CoreContact | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
@@ -94,9 +94,9 @@ class Consumer:
         self._positions = positions
         self._clock = clock
         self._core = core
-        self._standing = None if core is None else Standing(core, clock)
+        self._standing = None if core is None else SessionCheck(core, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, ProducerConnection] = {}
         self._queue: deque[Received] = deque()
         self._lock = threading.Lock()
         self._wanted: dict[str, str] | None = None
@@ -154,7 +154,7 @@ class Consumer:
             self._done[producer] = self._done.get(producer, 0) + blocks
         os.eventfd_write(self._wake, 1)
 
-    def acknowledge(self, source: Source, following: int) -> None:
+    def acknowledge(self, source: BlockOrigin, following: int) -> None:
         """Mode "all": everything of `source` below sequence `following` is durable."""
         with self._lock:
             self._acks.setdefault(source.producer, {})[source.run, source.epoch] = following
@@ -239,22 +239,22 @@ class Consumer:
                 self._links[name].acks.update(entries)
                 self._links[name].repeat_at = 0.0
 
-    def _open(self, name: str, address: str) -> Link | None:
+    def _open(self, name: str, address: str) -> ProducerConnection | None:
         try:
-            link = Link(self._context, name, address, keeps=self.mode == "all")
+            link = ProducerConnection(self._context, name, address, keeps=self.mode == "all")
         except zmq.ZMQError as error:  # this thread serves the other producers too
             log.error("%s: cannot subscribe at %r: %s", name, address, error.strerror)
             return None
         self._poller.register(link.socket, zmq.POLLIN)
         return link
 
-    def _drop(self, link: Link) -> None:
+    def _drop(self, link: ProducerConnection) -> None:
         del self._links[link.name]
         self._poller.unregister(link.socket)
         link.send(Bye())
         link.socket.close(linger=100)
 
-    def _receive(self, link: Link) -> None:
+    def _receive(self, link: ProducerConnection) -> None:
         arrived = False
         while not link.socket.closed:
             try:
@@ -267,7 +267,7 @@ class Consumer:
         if arrived:
             os.eventfd_write(self._arrived, 1)
 
-    def _frame(self, link: Link, frame: FromProducer, payload: memoryview | None) -> bool:
+    def _frame(self, link: ProducerConnection, frame: FromProducer, payload: memoryview | None) -> bool:
         if isinstance(frame, Welcome):
             if frame.producer != link.name:  # another producer listens where ours has been
                 self._drop(link)
@@ -294,7 +294,7 @@ class Consumer:
         self._queue.append((link.name, frame, payload))
         return True
 
-    def _missed(self, link: Link, block: Block) -> None:
+    def _missed(self, link: ProducerConnection, block: Block) -> None:
         """A block came without rows: the producer has given it up for us in its ring, or it sends nonsense."""
         self._warn(link, f"block {block.sequence} of run {block.run} from {link.name} has no rows (any more)")
         if self.mode == "latest":
@@ -304,7 +304,7 @@ class Consumer:
             link.part()
             link.hello_at, link.sent = self._clock() + HELLO_AGAIN, True
 
-    def _keep_up(self, link: Link) -> None:
+    def _keep_up(self, link: ProducerConnection) -> None:
         if not self._good():
             return
         now = self._clock()
@@ -339,19 +339,19 @@ class Consumer:
         """Whether our name is still ours, as far as we know."""
         return self._standing is None or self._standing.good()
 
-    def _superseded(self, link: Link) -> bool:
+    def _superseded(self, link: ProducerConnection) -> bool:
         """Whether another has our name: until we are registered anew, or the core confirms that it is ours."""
         if link.superseded is None or link.superseded[0] != self.session:
             return False
         return self._core is None or self._core.confirmed <= link.superseded[1]
 
-    def _warn(self, link: Link, text: str) -> None:
+    def _warn(self, link: ProducerConnection, text: str) -> None:
         if text != link.warned:
             link.warned = text
             log.warning(text)
 
 
-class Link:
+class ProducerConnection:
     """Used by the stream's thread alone. zmq.ZMQError where nothing can be connected to the address."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], name: str, address: str, *, keeps: bool) -> None:
@@ -440,7 +440,7 @@ class Link:
         return None if rows is None else memoryview(rows)
 
 
-class Heard(Protocol):
+class CoreContact(Protocol):
     """What is needed of a Node: times (monotonic) of the last message from the core, and of the newest heartbeat of
     ours that it has answered."""
 
@@ -450,10 +450,10 @@ class Heard(Protocol):
     def confirmed(self) -> float: ...
 
 
-class Standing:
+class SessionCheck:
     """Notices when a loop has stood still, and says when it may act again. To be asked before each act, and often."""
 
-    def __init__(self, core: Heard, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, core: CoreContact, clock: Callable[[], float] = time.monotonic) -> None:
         self._core = core
         self._clock = clock
         #: For how long we stood still the last time, in seconds.

@@ -21,12 +21,12 @@ from stream_harness import LAYOUT, STORAGE, Line, Reader, until
 from larpixdaq import constants
 from larpixdaq._native.ring_buffer import SMALLEST
 from larpixdaq.buffer import spool
-from larpixdaq.buffer.block_builder import Recorder
-from larpixdaq.buffer.block_store import Store
+from larpixdaq.buffer.block_builder import BlockBuilder
+from larpixdaq.buffer.block_store import BlockStore
 from larpixdaq.buffer.crash_recovery import Predecessors
-from larpixdaq.buffer.ring_file import Arena
-from larpixdaq.buffer.spool import Directory, Spool
-from larpixdaq.protocol.stream import Ack, Block, End, Hello, Position, Source, Welcome, pack, unpack_producer
+from larpixdaq.buffer.ring_file import RingFile
+from larpixdaq.buffer.spool import Spool, SpoolDirectory
+from larpixdaq.protocol.stream import Ack, Block, BlockOrigin, End, Hello, Position, Welcome, pack, unpack_producer
 from larpixdaq.stream import Consumer
 
 BLOCK = constants.BLOCK_ROWS * LAYOUT.dtype.itemsize
@@ -242,8 +242,8 @@ def test_a_storage_that_stands_still_does_not_hold_the_ring(line: Line, consumer
 
 def predecessor(folder: Path, epoch: int, run: int, sizes: list[int], name: str = "board") -> None:
     """A producer that has died with these blocks in its ring, the last one open."""
-    arena = Arena.make(folder, folder, name, epoch, SMALLEST)
-    recorder = Recorder(arena.ring, name, epoch, LAYOUT, [1])
+    arena = RingFile.make(folder, folder, name, epoch, SMALLEST)
+    recorder = BlockBuilder(arena.ring, name, epoch, LAYOUT, [1])
     recorder.begin(run, [STORAGE])
     stamp = 0
     for last, n in zip([False] * (len(sizes) - 1) + [True], sizes, strict=True):
@@ -260,12 +260,12 @@ def predecessor(folder: Path, epoch: int, run: int, sizes: list[int], name: str 
     arena.leave()
 
 
-def adopt(line: Line, folder: Path) -> list[Store]:
-    directory = Directory(folder / "spool", "larpixdaq", 0, line.worker)
+def adopt(line: Line, folder: Path) -> list[BlockStore]:
+    directory = SpoolDirectory(folder / "spool", "larpixdaq", 0, line.worker)
     found = []
     for left in Predecessors("board", folder, folder, directory, 0).look(()):
         files = Spool(directory, left.files) if left.files else None
-        found.append(Store.inherited("board", left.epoch, left.arena, files))
+        found.append(BlockStore.inherited("board", left.epoch, left.arena, files))
         line.publisher.adopt(found[-1])
     return found
 
@@ -334,14 +334,14 @@ def test_a_successor_goes_on_where_ring_and_spool_meet(
     """The first has half of its blocks in the spool when it dies; a part of them was stored."""
     (tmp_path / "spool").mkdir()
     first = make(tmp_path / "spool", extra=0)
-    arena = Arena.make(tmp_path, tmp_path, "board", 5, SMALLEST)
-    first.ring, first.recorder = arena.ring, Recorder(arena.ring, "board", 5, LAYOUT, [1])
+    arena = RingFile.make(tmp_path, tmp_path, "board", 5, SMALLEST)
+    first.ring, first.recorder = arena.ring, BlockBuilder(arena.ring, "board", 5, LAYOUT, [1])
     first.publisher.own.ring = arena.ring
     first.begin()
     flood(first, 30)
     reader = subscribe(first, consumers, acknowledge=False)
     until(first, reader.has(lambda r: len(r.blocks) >= 5), "five blocks")
-    consumers[0].acknowledge(Source(1, "board", 5), 5)
+    consumers[0].acknowledge(BlockOrigin(1, "board", 5), 5)
     until(first, lambda: first.publisher.own.tail == 5, "five to be stored")
     rows = first.recorder.rows()
     assert rows is not None
@@ -351,9 +351,9 @@ def test_a_successor_goes_on_where_ring_and_spool_meet(
     first.publisher.own.leave()
     arena.leave()
     second = make()
-    directory = Directory(tmp_path / "spool", "larpixdaq", 0, second.worker)
+    directory = SpoolDirectory(tmp_path / "spool", "larpixdaq", 0, second.worker)
     (left,) = Predecessors("board", tmp_path, tmp_path, directory, 0).look(())
-    store = Store.inherited("board", left.epoch, left.arena, Spool(directory, left.files))
+    store = BlockStore.inherited("board", left.epoch, left.arena, Spool(directory, left.files))
     second.publisher.adopt(store)
     assert store.owed() == 30 - 5 + 2  # the open block and the end
     again = Consumer(STORAGE, "t", "all", positions=lambda: [Position(1, "board", 5, 5)])
@@ -382,7 +382,7 @@ def test_one_that_stays_away_holds_only_what_no_other_has(
         line.write(10)
     reader = subscribe(line, consumers, acknowledge=False)
     until(line, reader.has(lambda r: len(r.blocks) == 5), "all blocks")
-    consumers[0].acknowledge(Source(1, "board", 5), 3)
+    consumers[0].acknowledge(BlockOrigin(1, "board", 5), 3)
     until(line, lambda: line.publisher.own.segments[0].wants(STORAGE) == 3, "the acknowledgement")
     line.work()
     assert line.ring.tail == 0

@@ -21,8 +21,8 @@ from system import System, rows_of, system
 
 from larpixdaq._native.ring_buffer import BLOCK, END, OVERHEAD, SMALLEST, Ring
 from larpixdaq.buffer.crash_recovery import Predecessors
-from larpixdaq.buffer.ring_file import TORN, Arena, arena_name, key
-from larpixdaq.buffer.spool import Directory, SpoolFile, SpoolHeader, SpoolRecord
+from larpixdaq.buffer.ring_file import TORN, RingFile, arena_name, key
+from larpixdaq.buffer.spool import SpoolDirectory, SpoolFile, SpoolHeader, SpoolRecord
 from larpixdaq.errors import RingError
 from larpixdaq.hdf5.run_report import survey_run
 from larpixdaq.hdf5.verify import verify
@@ -42,7 +42,7 @@ def line(tmp_path: Path) -> Iterator[System]:
 @pytest.fixture
 def predecessors(tmp_path: Path) -> Iterator[Predecessors]:
     worker = Worker("spool")
-    yield Predecessors(NAME, tmp_path, tmp_path, Directory(tmp_path / "spool", "larpixdaq", 0, worker), 0)
+    yield Predecessors(NAME, tmp_path, tmp_path, SpoolDirectory(tmp_path / "spool", "larpixdaq", 0, worker), 0)
     assert worker.close(LIMIT)
 
 
@@ -56,7 +56,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 def leave(folder: Path, epoch: int, *, closed: bool = False) -> Path:
     """The ring of a producer that has died in run 1, with three rows in a block that is open, or closed."""
-    arena = Arena.make(folder, folder, NAME, epoch, SMALLEST)
+    arena = RingFile.make(folder, folder, NAME, epoch, SMALLEST)
     recorder = kill_ring_writer.Recorder(arena.ring, NAME, epoch, kill_ring_writer.LAYOUT, [1])
     recorder.begin(1, ["storage"])
     rows = recorder.rows()
@@ -70,7 +70,7 @@ def leave(folder: Path, epoch: int, *, closed: bool = False) -> Path:
 
 
 def test_a_ring_that_is_held_is_left_alone(tmp_path: Path, predecessors: Predecessors) -> None:
-    arena = Arena.make(tmp_path, tmp_path, NAME, 1, SMALLEST)
+    arena = RingFile.make(tmp_path, tmp_path, NAME, 1, SMALLEST)
     assert predecessors.look(()) == []
     assert predecessors.look({1}) == []
     arena.leave()
@@ -101,8 +101,8 @@ def test_a_ring_that_was_taken_over_takes_no_more_memory_than_it_needs(
 
 
 def test_others_rings_are_not_ours(tmp_path: Path, predecessors: Predecessors) -> None:
-    Arena.make(tmp_path, tmp_path, "another board", 1, SMALLEST).leave()
-    Arena.make(tmp_path, tmp_path / "other state", NAME, 1, SMALLEST).leave()
+    RingFile.make(tmp_path, tmp_path, "another board", 1, SMALLEST).leave()
+    RingFile.make(tmp_path, tmp_path / "other state", NAME, 1, SMALLEST).leave()
     assert predecessors.look(()) == []
 
 
@@ -199,7 +199,7 @@ def test_what_another_user_can_have_made_is_not_taken_over(
 def test_a_ring_that_cannot_be_removed_is_a_line_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    arena = Arena.make(tmp_path, tmp_path, NAME, 1, SMALLEST)
+    arena = RingFile.make(tmp_path, tmp_path, NAME, 1, SMALLEST)
 
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -247,7 +247,7 @@ def test_a_cut_file_is_no_ring(tmp_path: Path) -> None:
     path = leave(tmp_path, 9)
     os.truncate(path, SMALLEST - 4096)
     with pytest.raises(RingError, match="at least"):
-        Arena.adopt(path, NAME, 9)
+        RingFile.adopt(path, NAME, 9)
 
 
 def test_no_flipped_bytes_of_the_header_do_harm(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_nothing_of_an_epoch_is_taken_while_one_of_its_files_cannot_be_opened(tm
     """A known epoch is not looked at again, and later blocks would make a storage take the earlier ones for known."""
     ring = leave(tmp_path, 5)
     worker = Worker("spool")
-    spool = Directory(tmp_path / "spool", key(tmp_path, NAME), 1 << 30, worker)
+    spool = SpoolDirectory(tmp_path / "spool", key(tmp_path, NAME), 1 << 30, worker)
     file = SpoolFile(spool.file(5, 0), SpoolHeader(NAME, 5, 1, 0, 0, 2, 1, ["s"]))
     file.append([SpoolRecord(b"h", b"p")])
     file.leave()

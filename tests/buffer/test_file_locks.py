@@ -15,7 +15,7 @@ from processes import LIMIT, Process, until
 from system import System, system
 
 from larpixdaq._native.ring_buffer import SMALLEST
-from larpixdaq.buffer.ring_file import Arena
+from larpixdaq.buffer.ring_file import RingFile
 from larpixdaq.control.catalogue import Catalogue
 from larpixdaq.errors import FileError, FileLocked, RingError
 from larpixdaq.hdf5.journal import Journal
@@ -164,7 +164,7 @@ def test_others_name_the_option_of_their_directory(
     with pytest.raises(FileError, match=words + "--state-dir"):
         Catalogue(tmp_path)
     with pytest.raises(RingError, match=words + "--ring-dir"):
-        Arena.make(tmp_path, tmp_path, "p", 1, SMALLEST)
+        RingFile.make(tmp_path, tmp_path, "p", 1, SMALLEST)
     with pytest.raises(FileError, match=words + "--spool-dir"):
         delivery._usable(tmp_path)
     assert list(tmp_path.glob("*.ring")) == []

@@ -18,8 +18,8 @@ from stream_harness import until as turn_until
 from system import System, rows_of, system
 
 from larpixdaq._native.ring_buffer import SMALLEST, place
-from larpixdaq.buffer.block_builder import Recorder
-from larpixdaq.buffer.ring_file import Arena
+from larpixdaq.buffer.block_builder import BlockBuilder
+from larpixdaq.buffer.ring_file import RingFile
 from larpixdaq.control.display import status_lines
 from larpixdaq.readout.delivery import Delivery
 from larpixdaq.stream import Consumer
@@ -46,7 +46,7 @@ class Held:
         socket = stream_router(self._context)
         socket.bind("tcp://127.0.0.1:0")
         self.delivery.serve(socket)
-        self.recorder = Recorder(self.delivery.ring, NAME, epoch, LAYOUT, [1])
+        self.recorder = BlockBuilder(self.delivery.ring, NAME, epoch, LAYOUT, [1])
         self.path = self.delivery.arena.path
 
     def write(self, blocks: int, rows: int = 100) -> None:
@@ -150,8 +150,8 @@ def test_a_consumer_reads_on_in_the_ring_s_new_file(tmp_path: Path) -> None:
 
 def test_the_ring_s_new_file_holds_all_of_it(tmp_path: Path) -> None:
     """Blocks before and behind the arena's end, and the open one, are found by a successor."""
-    arena = Arena.make(tmp_path, tmp_path, NAME, 9, SMALLEST)
-    recorder = Recorder(arena.ring, NAME, 9, LAYOUT, [1])
+    arena = RingFile.make(tmp_path, tmp_path, NAME, 9, SMALLEST)
+    recorder = BlockBuilder(arena.ring, NAME, 9, LAYOUT, [1])
     recorder.begin(1, ["storage"])
     stamp = 0
 
@@ -183,7 +183,7 @@ def test_the_ring_s_new_file_holds_all_of_it(tmp_path: Path) -> None:
     assert [bytes(arena.ring.payload(index)) for index in range(arena.ring.tail, arena.ring.head)] == before
     write(7)
     arena.leave()
-    again = Arena.adopt(arena.path, NAME, 9)
+    again = RingFile.adopt(arena.path, NAME, 9)
     assert again is not None
     assert [bytes(again.ring.payload(index)) for index in range(again.ring.tail, again.ring.head)] == before
     rows = np.frombuffer(again.ring.open_payload(), LAYOUT.dtype)

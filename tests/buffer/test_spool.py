@@ -16,7 +16,7 @@ from processes import LIMIT
 
 from larpixdaq.buffer import spool as module
 from larpixdaq.buffer.crash_recovery import Predecessors
-from larpixdaq.buffer.spool import LOST, Directory, Spool, SpoolFile, SpoolHeader, SpoolRecord
+from larpixdaq.buffer.spool import LOST, Spool, SpoolDirectory, SpoolFile, SpoolHeader, SpoolRecord
 from larpixdaq.errors import FileError
 from larpixdaq.readout import delivery
 from larpixdaq.runtime.event_loop import Worker
@@ -154,7 +154,7 @@ def test_what_is_no_spool_file_is_refused(tmp_path: Path, data: bytes) -> None:
 def test_only_a_file_that_was_read_whole_is_removed(tmp_path: Path, worker: Worker, damage: str) -> None:
     folder = tmp_path / "spool"
     folder.mkdir()
-    directory = Directory(folder, "x", 1 << 30, worker)
+    directory = SpoolDirectory(folder, "x", 1 << 30, worker)
     path = directory.file(5, 0)
     file = written(path, [1000, 1000, 1000])
     size, middle = file.size, file.offsets[1]
@@ -206,7 +206,7 @@ def test_blocks_come_in_order_and_files_go_when_all_of_theirs_are_free(
     folder = tmp_path / os.urandom(8).hex()
     folder.mkdir()
     worker = Worker("spool")
-    directory = Directory(folder, "x", 16 << 20, worker)
+    directory = SpoolDirectory(folder, "x", 16 << 20, worker)
     spool = Spool(directory)
     sizes: list[int] = []
     freed = 0
@@ -227,7 +227,7 @@ def test_blocks_come_in_order_and_files_go_when_all_of_theirs_are_free(
 
 
 def test_each_run_has_files_of_its_own(tmp_path: Path, worker: Worker) -> None:
-    spool = Spool(Directory(tmp_path, "x", 1 << 30, worker))
+    spool = Spool(SpoolDirectory(tmp_path, "x", 1 << 30, worker))
     fill(spool, 0, [10, 10])
     fill(spool, 2, [10])
     fill(spool, 3, [10], run=2, first=3)
@@ -237,7 +237,7 @@ def test_each_run_has_files_of_its_own(tmp_path: Path, worker: Worker) -> None:
 def test_a_block_that_cannot_be_read_is_lost_and_told_once(
     tmp_path: Path, worker: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spool = Spool(Directory(tmp_path, "x", 1 << 30, worker))
+    spool = Spool(SpoolDirectory(tmp_path, "x", 1 << 30, worker))
     fill(spool, 0, [1000, 1000, 1000])
     with open(spool.files[0].path, "r+b") as file:
         file.seek(spool.files[0].offsets[1] + 500)
@@ -252,7 +252,7 @@ def test_a_full_disk_is_told_once_and_tried_again(
     tmp_path: Path, worker: Worker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.WARNING)
-    spool = Spool(Directory(tmp_path, "x", 1 << 30, worker))
+    spool = Spool(SpoolDirectory(tmp_path, "x", 1 << 30, worker))
     fill(spool, 0, [1000])
     size = spool.files[0].path.stat().st_size
     real = os.pwritev
@@ -282,13 +282,13 @@ def test_a_full_disk_is_told_once_and_tried_again(
 
 def test_a_disk_that_takes_no_file_leaves_none(tmp_path: Path, worker: Worker) -> None:
     (tmp_path / "nowhere").touch()  # a directory that is missing would be made
-    spool = Spool(Directory(tmp_path / "nowhere", "x", 1 << 30, worker))
+    spool = Spool(SpoolDirectory(tmp_path / "nowhere", "x", 1 << 30, worker))
     fill(spool, 0, [1000])
     assert (spool.head, spool.bytes, len(spool.files)) == (0, 0, 0)
 
 
 def test_the_limit_holds_and_is_told_once(tmp_path: Path, worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
-    directory = Directory(tmp_path, "x", 3_000_000, worker)
+    directory = SpoolDirectory(tmp_path, "x", 3_000_000, worker)
     spool = Spool(directory)
     index = 0
     while directory.takes(400_000):

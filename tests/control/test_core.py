@@ -28,11 +28,11 @@ from larpixdaq.errors import (
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import (
     MAX_REQUEST,
+    ActionRequest,
     Bye,
     Heartbeat,
     Open,
     Register,
-    Request,
     Update,
     pack,
     packed,
@@ -83,7 +83,7 @@ def test_components_and_operators_have_a_limit_and_one_that_goes_makes_room(runn
 
 
 def test_lost_components_are_forgotten_after_hours():
-    known = registry.Peers()
+    known = registry.Registry()
     known.register(Register(name="a", kind="log", instance="i"), b"", 100.0)
     assert [change.what for change in known.check(102.0)] == ["lost"]
     known.check(43_000.0)
@@ -261,7 +261,7 @@ def test_control_is_free_after_its_holder_has_vanished(running, operator, dealer
     monkeypatch.setattr("larpixdaq.control.registry.CONTROL_FREE", 1.5)  # 5 s else
     dealer.send(pack(Open(name="ghost", instance="g")))
     session = unpack_core(dealer.recv()).session
-    dealer.send(pack(Request(request="1", session=session, action="abort_run")))
+    dealer.send(pack(ActionRequest(request="1", session=session, action="abort_run")))
     until(lambda: operator.status().result(LIMIT)["control"], "control for the ghost")
     started = time.monotonic()
     with pytest.raises(ControlHeld, match="ghost"):
@@ -277,15 +277,15 @@ def test_a_request_that_comes_twice_is_done_once(running, dealer):
         session = unpack_core(dealer.recv()).session
         ends = []
         for _ in range(3):
-            dealer.send(pack(Request(request="7", session=session, action="prepare_run")))
+            dealer.send(pack(ActionRequest(request="7", session=session, action="prepare_run")))
         while len(ends) < 2:
             message = unpack_core(dealer.recv())
             if getattr(message, "kind", "") == "result":
                 ends.append(msgspec.msgpack.decode(message.value)["run"])
-                dealer.send(pack(Request(request="7", session=session, action="prepare_run", again=True)))
+                dealer.send(pack(ActionRequest(request="7", session=session, action="prepare_run", again=True)))
         assert ends == [1, 1]
         assert board.did() == ["prepare_run"]
-        dealer.send(pack(Request(request="8", session=session, action="prepare_run", again=True)))
+        dealer.send(pack(ActionRequest(request="8", session=session, action="prepare_run", again=True)))
         while getattr(message, "kind", "") != "error":
             message = unpack_core(dealer.recv())
         assert "no longer known" in message.text
@@ -313,7 +313,7 @@ def test_malformed_messages_get_a_clear_answer_and_harm_nobody(running, operator
     assert unpack_core(dealer.recv()).error == "unknown_session"
     dealer.send(pack(Register(name="x", kind="log", instance="i")))
     session = unpack_core(dealer.recv()).session
-    dealer.send(pack(Request(session=session, action="abort_run")))
+    dealer.send(pack(ActionRequest(session=session, action="abort_run")))
     assert "not for it to send" in refusal().text
     assert operator.status().result(LIMIT)["refused_messages"] == 6
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import LIMIT, Process, free_port, until
 
-from larpixdaq.control.log_shipping import Record, RecordHandler, push_socket, unpack_record
+from larpixdaq.control.log_shipping import LogRecord, RecordHandler, push_socket, unpack_record
 from larpixdaq.errors import FileError, ProtocolError
 from larpixdaq.log import LogFile, line, listen, main
 from larpixdaq.operator import Operator
@@ -39,12 +39,14 @@ def pull():
 
 
 def test_a_line():
-    assert line(Record(0.5, 30, "LArPix board", "a\nb\tc\x1b")) == (
+    assert line(LogRecord(0.5, 30, "LArPix board", "a\nb\tc\x1b")) == (
         "1970-01-01T00:00:00.500000Z WARNING LArPix board: a\\nb\\tc\\x1b\n"
     )
 
 
-@given(st.builds(Record, time=st.floats(), level=st.integers(-(2**63), 2**63 - 1), component=st.text(), text=st.text()))
+@given(
+    st.builds(LogRecord, time=st.floats(), level=st.integers(-(2**63), 2**63 - 1), component=st.text(), text=st.text())
+)
 def test_every_record_is_one_line(record):
     assert len(line(record).splitlines()) == 1
 
@@ -119,7 +121,7 @@ class Sender:
 
 
 def from_(component, n):
-    return [Record(0.0, logging.INFO, component, f"line {i}") for i in range(n)]
+    return [LogRecord(0.0, logging.INFO, component, f"line {i}") for i in range(n)]
 
 
 def test_of_a_flood_a_part_is_written_and_the_rest_counted(tmp_path, monkeypatch):
@@ -145,7 +147,7 @@ def test_the_file_has_a_limit_and_some_older_ones_are_kept(tmp_path, monkeypatch
     path.write_text("x" * 900 + "\n")
     file = LogFile(path)
     for i in range(150):
-        file.take(Sender(Record(0.0, logging.INFO, "board", f"line {i:03}")))
+        file.take(Sender(LogRecord(0.0, logging.INFO, "board", f"line {i:03}")))
     file.close()
     found = sorted(one.name for one in tmp_path.iterdir())
     assert found == ["log.txt", "log.txt.1", "log.txt.2", "log.txt.3", "log.txt.4"]

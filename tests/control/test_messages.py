@@ -21,11 +21,11 @@ from larpixdaq.protocol.control import (
     MAX_REQUEST,
     MAX_TEXT,
     PROTOCOL,
+    ActionRequest,
     Answer,
     Heartbeat,
     Open,
     Register,
-    Request,
     Update,
     Welcome,
     content,
@@ -86,7 +86,7 @@ def test_arrays_that_are_not_contiguous_and_numpy_scalars():
 
 
 def test_arrays_travel_in_requests_too_and_the_core_passes_them_on_as_they_came():
-    sent = Request(action="run_routine", params={"args": [np.arange(3)]})
+    sent = ActionRequest(action="run_routine", params={"args": [np.arange(3)]})
     at_core = unpack_client(pack(sent), "a test")
     assert isinstance(at_core.params["args"][0], Ext)
     assert unpack_core(pack(at_core)).params["args"][0].tolist() == [0, 1, 2]
@@ -172,8 +172,8 @@ def nested(depth):
 
 
 def test_depth_is_limited():
-    assert unpack_client(pack(Request(action="a", params=nested(MAX_DEPTH))), "a test")
-    for sent in (Request(action="a", params=nested(MAX_DEPTH + 2)), Heartbeat(status=nested(300))):
+    assert unpack_client(pack(ActionRequest(action="a", params=nested(MAX_DEPTH))), "a test")
+    for sent in (ActionRequest(action="a", params=nested(MAX_DEPTH + 2)), Heartbeat(status=nested(300))):
         with pytest.raises(ProtocolError, match=f"{MAX_DEPTH} containers"):
             unpack_client(pack(sent), "a test")
     deep = msgspec.Raw(b"\x91" * 100_000 + b"\xc0")
@@ -210,10 +210,10 @@ def test_every_socket_that_receives_has_a_limit():
 
 def test_size_is_limited():
     with pytest.raises(ProtocolError, match=str(MAX_REQUEST)):
-        pack(Request(action="a", params={"x": b"1" * MAX_REQUEST}))
+        pack(ActionRequest(action="a", params={"x": b"1" * MAX_REQUEST}))
     with pytest.raises(ProtocolError, match="limit"):
         packed(b"1" * MAX_ANSWER)
-    large = msgspec.msgpack.encode(Request(action="a", params={"x": b"1" * MAX_REQUEST}))
+    large = msgspec.msgpack.encode(ActionRequest(action="a", params={"x": b"1" * MAX_REQUEST}))
     with pytest.raises(ProtocolError, match=str(MAX_REQUEST)):
         unpack_client(large, "a test")
     with pytest.raises(ProtocolError, match=str(MAX_ANSWER)):
@@ -255,7 +255,7 @@ SAMPLES = [
     pack(Register(name="n", kind="storage", instance="i", actions=["a"], info={"x": [1]}, run=3)),
     pack(Heartbeat(progress=1, queued=2, status={"a": np.arange(3)})),
     pack(Answer(kind="result", value=packed({"a": np.zeros(2, schema.PACKETS_2_4)}))),
-    pack(Request(action="a", params={"x": 1.5})),
+    pack(ActionRequest(action="a", params={"x": 1.5})),
     pack(Update(state="RUN", run=4, producers={"a": "tcp://b"})),
 ]
 

@@ -15,7 +15,7 @@ from fake_core import Actor, Stopper, core, producer
 from processes import LIMIT, Process, free_port, until
 
 from larpixdaq import config
-from larpixdaq.control.connection import Recent
+from larpixdaq.control.connection import RecentRequests
 from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, NoCore, RequestError
 from larpixdaq.operator import Operator
@@ -316,7 +316,7 @@ def result(request, value=0):
 
 
 def test_recent_forgets_only_what_is_finished():
-    recent = Recent()
+    recent = RecentRequests()
     assert not recent.seen("unfinished")
     for i in range(5000):
         assert not recent.seen(str(i))
@@ -327,7 +327,7 @@ def test_recent_forgets_only_what_is_finished():
 
 
 def test_large_results_are_not_kept_by_the_thousand():
-    recent = Recent()
+    recent = RecentRequests()
     for i in range(500):
         recent.seen(str(i))
         recent.keep(str(i), result(str(i), bytes(100_000)))

@@ -34,7 +34,7 @@ from larpixdaq._native import chip_emulator as native
 from larpixdaq._native import word_codec
 from larpixdaq.emulators import network as chip_network
 from larpixdaq.emulators import pacman
-from larpixdaq.emulators.chips import Chips
+from larpixdaq.emulators.chips import EmulatedChips
 from larpixdaq.emulators.network import VERSIONS, register_map
 
 ID, UP, DOWN, IN = 122, 124, 125, 126
@@ -123,7 +123,7 @@ def test_default_tiles_have_the_root_chips_of_their_generation(asic, roots, tmp_
 def test_files_of_larpix_control_load(file):
     asic, boards = chip_network.read_network(file)
     assert list(boards) == [1]
-    chips = Chips(boards[1], asic, powered=True)
+    chips = EmulatedChips(boards[1], asic, powered=True)
     assert len(chips.keys) == len(set(chips.keys)) >= 1
 
 
@@ -155,7 +155,7 @@ def test_a_file_with_includes(tmp_path, monkeypatch):
 def pair():
     """v2_example: ext - 2, with 3 and 4 behind it, 5 behind 4; powered."""
     asic, boards = chip_network.read_network("controller/v2_example.json")
-    return Chips(boards[1], asic, powered=True)
+    return EmulatedChips(boards[1], asic, powered=True)
 
 
 def test_a_chip_answers_when_both_ways_are_open(pair):
@@ -201,7 +201,7 @@ def test_power_and_reset(pair):
 )
 def test_a_reset_does_what_its_length_says(asic, clock, registers):
     """A short one begins the chips' time stamps anew and keeps the registers; tiles out of its reach keep both."""
-    chips = Chips(chip_network.tile_wiring(200), asic, powered=True)
+    chips = EmulatedChips(chip_network.tile_wiring(200), asic, powered=True)
     for length in (clock - 1, clock, 24, registers - 1):
         chips.registers[:, 64] = 9
         chips.began[:] = 0
@@ -219,7 +219,7 @@ def test_io_channels_of_any_number_have_power(tmp_path):
     names = {"_config_type": "controller", "name": "x", "asic_version": 1, "chip_list": ["1-0-2", "1-255-3"]}
     (tmp_path / "v1.json").write_text(json.dumps(names))
     asic, boards = chip_network.read_network(str(tmp_path / "v1.json"))
-    chips = Chips(boards[1], asic, powered=True)
+    chips = EmulatedChips(boards[1], asic, powered=True)
     assert chips.alive.all()
     read = [3 | chip_id << 2 | 32 << 10 for chip_id in (2, 3)]
     answers = sent(chips, (0, read[0]), (255, read[1]), (1, read[0]))
@@ -229,7 +229,7 @@ def test_io_channels_of_any_number_have_power(tmp_path):
 
 def test_what_chips_do_not_take():
     _, boards = chip_network.read_network("controller/v2_example.json")
-    v3, v2 = (Chips(boards[1], asic, powered=True) for asic in ("3", "2"))
+    v3, v2 = (EmulatedChips(boards[1], asic, powered=True) for asic in ("3", "2"))
     plain = word(WRITE, 1, 64, 5)
     magic = plain & (1 << 26) - 1 | 0x89504E47 << 26
     magic |= (magic.bit_count() & 1 ^ 1) << 63
@@ -306,7 +306,7 @@ commands = st.lists(
 def test_any_words_however_they_are_cut(commands, cuts):
     """Against the model: the same answers, one after the other, and the same registers."""
     board = EXAMPLE[1]
-    chips, model = Chips(board, "2", powered=True), Model(board)
+    chips, model = EmulatedChips(board, "2", powered=True), Model(board)
     words, expected = [], []
     for kind, chip_id, address, value in commands:
         data = value
@@ -574,11 +574,11 @@ def arrays(chips=2, **changes):
 )
 def test_arrays_that_do_not_fit(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
-        native.Chips(**arrays(**wrong))
+        native.RegisterBank(**arrays(**wrong))
 
 
 def test_calls_that_do_not_fit():
-    chips = native.Chips(**arrays())
+    chips = native.RegisterBank(**arrays())
     words, channels, answers, on = (np.zeros(4, kind) for kind in ("u8", "u1", "u8", "u1"))
     for start, made, many in ((5, 0, 4), (0, 5, 4), (0, 0, 3)):
         with pytest.raises(ValueError, match="serve: 4 words"):
@@ -593,7 +593,7 @@ def test_answers_wait_for_room():
     """With no room left serve() stops at the word; nothing is answered twice or not at all."""
     given_ = arrays()
     given_["hears"][1, 1], given_["leaves"][0] = 0, 1
-    chips = native.Chips(**given_)
+    chips = native.RegisterBank(**given_)
     words = np.array([word(READ, 1, address) for address in range(5)], np.uint64)
     answers, on = np.zeros(2, np.uint64), np.zeros(2, np.uint8)
     at, got = 0, []
@@ -607,7 +607,7 @@ def test_answers_wait_for_room():
 def test_another_way_round_a_dead_chip():
     """3 x 3 on one io_channel; the chip between the root (14) and the corner at the lower right (19) is dead."""
     tile = chip_network.tile_wiring(9, channels=1, asic="2b")
-    chips = Chips(tile, "2b", dead=[4], powered=True)
+    chips = EmulatedChips(tile, "2b", dead=[4], powered=True)
     uart = {(a, b): u for a, u, b, _ in tile.wires}
     way = [3, 6, 7, 8]
     assert tile.entries[0][1] == way[0]

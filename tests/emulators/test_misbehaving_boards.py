@@ -14,7 +14,7 @@ from processes import LIMIT, until
 from system import System, rows_of, system
 
 from larpixdaq.hdf5.verify import verify
-from larpixdaq.protocol.stream import Verdict
+from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.sources.data_quality import FINDINGS
 from larpixdaq.sources.pacman import PacmanSource
 
@@ -22,7 +22,7 @@ RATE = 20_000
 WORDS = 40_000
 
 
-def read(board: Emulator) -> tuple[dict[str, int], Driver, list[Verdict]]:
+def read(board: Emulator) -> tuple[dict[str, int], Driver, list[LossVerdict]]:
     """What the board says it did, the source that read all of it, and the verdicts."""
     source = PacmanSource(1, "127.0.0.1", board.ready["1"]["data"])
     source.open()
@@ -42,13 +42,13 @@ def board(*options: str) -> Any:
     )
 
 
-def of(kind: str, found: list[Verdict]) -> Verdict:
+def of(kind: str, found: list[LossVerdict]) -> LossVerdict:
     pattern = re.escape(FINDINGS[kind].text).replace(r"\{events\}", r"\d+").replace(r"\{amount\}", r"\d+")
     (one,) = [line for line in found if re.fullmatch(pattern, line.why)]
     return one
 
 
-def numbers(one: Verdict) -> list[int]:
+def numbers(one: LossVerdict) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", one.why)]
 
 
@@ -57,7 +57,7 @@ def test_an_ordinary_board_is_complete(options: tuple[str, ...]) -> None:
     with board(*options) as made:
         counts, _, found = read(made)
     assert counts["words"] == WORDS
-    assert found == [Verdict(1, "complete", "", 0, 0, 0)]
+    assert found == [LossVerdict(1, "complete", "", 0, 0, 0)]
 
 
 def test_lies_and_doubles_are_counted_exactly() -> None:

@@ -15,10 +15,10 @@ from larpixdaq._native import word_codec as native_packets
 from larpixdaq._native.decoders import PacmanDecoder
 from larpixdaq.emulators import network
 from larpixdaq.emulators.board_registers import BoardRegisters
-from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT, Chips
+from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT, EmulatedChips
 from larpixdaq.emulators.noise import CROSS, EXTERNAL, HOT, MOST_RATE, NATURAL, PERIODIC, Channels, Noise
 from larpixdaq.emulators.revisions import REVISIONS
-from larpixdaq.emulators.tile import WORD, Tile, make_messages, make_packets
+from larpixdaq.emulators.tile import WORD, EmulatedTile, make_messages, make_packets
 
 SECOND = 10_000_000
 
@@ -27,7 +27,7 @@ class Bench:
     """Some powered chips with noise; `set()` writes registers of all of them."""
 
     def __init__(self, n=10, asic="2b"):
-        self.chips = Chips(network.tile_wiring(n), asic, powered=True)
+        self.chips = EmulatedChips(network.tile_wiring(n), asic, powered=True)
         self.map = self.chips.map
         self.seen = Channels(n, self.map.channels, [7])
         self.noise = Noise(self.chips, self.seen, [8])
@@ -247,11 +247,11 @@ def test_messages(pauses, per_message):
 @pytest.mark.parametrize("pps", [False, True])
 def test_words_of_a_board(asic, pps):
     """Noise, heartbeats and triggers, decoded: sorted by the board's clock, from chips that have a way out."""
-    chips = Chips(network.tile_wiring(4), asic, powered=True)
+    chips = EmulatedChips(network.tile_wiring(4), asic, powered=True)
     noise = Noise(chips, Channels(4, 64, [1]), [2])
     registers = BoardRegisters(REVISIONS["5"])
     registers.switch_on(1, SUPPLIES[asic].usual, TICKS_PER_BIT[asic])
-    tile = Tile(noise, seconds=1_700_000_000, tick=7 * SECOND, pps=pps, registers=registers)
+    tile = EmulatedTile(noise, seconds=1_700_000_000, tick=7 * SECOND, pps=pps, registers=registers)
     field = chips.map.fields
     chips.registers[:, chips.map.address("chip_id")] = [11, 12, 13, 14]
     chips.registers[:2, chips.map.address("enable_piso_downstream")] = 15
@@ -304,10 +304,10 @@ def test_words_of_a_board(asic, pps):
 
 
 def test_an_io_channel_carries_what_the_clock_of_its_uart_says():
-    chips = Chips(network.tile_wiring(4), "2b", powered=True)
+    chips = EmulatedChips(network.tile_wiring(4), "2b", powered=True)
     registers = BoardRegisters(REVISIONS["5"])
     registers.switch_on(1, SUPPLIES["2b"].usual, TICKS_PER_BIT["2b"])
-    tile = Tile(Noise(chips, Channels(4, 64, [1]), [2]), seconds=0, tick=0, heartbeat=0, registers=registers)
+    tile = EmulatedTile(Noise(chips, Channels(4, 64, [1]), [2]), seconds=0, tick=0, heartbeat=0, registers=registers)
     field, field_clock = (chips.map.fields[name] for name in ("channel_mask", "clk_ctrl"))
     chips.registers[:, chips.map.address("enable_piso_downstream")] = 15
     chips.registers[:, field.low // 8 : field.high // 8] = 0

@@ -19,7 +19,7 @@ from recorded_data import shared_data
 from larpixdaq import emulators, schema
 from larpixdaq._native import board_emulator, word_codec
 from larpixdaq.emulators.board_registers import BoardRegisters, ServerCrashError
-from larpixdaq.emulators.command_server import Commands
+from larpixdaq.emulators.command_server import CommandServer
 from larpixdaq.emulators.revisions import REVISIONS
 from larpixdaq.runtime.timing import Pace
 
@@ -400,7 +400,7 @@ def register(kind, address, value=0):
 def commands_of(revision="5", **options):
     made = BoardRegisters(REVISIONS[revision], **options)
     made.clock = lambda: 12345
-    return Commands(made)
+    return CommandServer(made)
 
 
 def test_the_reply_to_each_word():

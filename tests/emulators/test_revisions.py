@@ -26,10 +26,10 @@ from emulated_board import (
 from larpixdaq import emulators
 from larpixdaq.emulators import network
 from larpixdaq.emulators.board_registers import BoardRegisters, ServerCrashError
-from larpixdaq.emulators.chips import TICKS_PER_BIT, Chips
+from larpixdaq.emulators.chips import TICKS_PER_BIT, EmulatedChips
 from larpixdaq.emulators.noise import Channels, Noise
 from larpixdaq.emulators.revisions import REVISIONS
-from larpixdaq.emulators.tile import Tile
+from larpixdaq.emulators.tile import EmulatedTile
 
 ID, UP, DOWN = 122, 124, 125
 
@@ -187,8 +187,8 @@ def test_slow_reads_take_their_time_and_others_wait():
 def made(revision, asic="2b", chips=4):
     """A board that has just been switched on: its registers and chips."""
     board = registers(revision)
-    there = Chips(network.tile_wiring(chips), asic)
-    tile = Tile(Noise(there, Channels(chips, there.map.channels, [1]), [2]), seconds=0, tick=0, registers=board)
+    there = EmulatedChips(network.tile_wiring(chips), asic)
+    tile = EmulatedTile(Noise(there, Channels(chips, there.map.channels, [1]), [2]), seconds=0, tick=0, registers=board)
     return board, there, tile
 
 
@@ -242,8 +242,10 @@ def test_time_stamps_count_from_power_up_or_the_last_reset(pps):
     """Until then they are behind the board's clock by a constant, but for boards that reset both each second."""
     board = registers("5")
     board.switch_on(1, (1.8, 1.2), 2)
-    chips = Chips(network.tile_wiring(4), "2b")
-    tile = Tile(Noise(chips, Channels(4, 64, [1]), [2]), seconds=0, tick=1_000_000_000, pps=pps, registers=board)
+    chips = EmulatedChips(network.tile_wiring(4), "2b")
+    tile = EmulatedTile(
+        Noise(chips, Channels(4, 64, [1]), [2]), seconds=0, tick=1_000_000_000, pps=pps, registers=board
+    )
     chips.registers[:, chips.map.address("enable_piso_downstream")] = 15
     chips.registers[:, chips.map.address("external_trigger_mask") :][:, :8] = 0
     chips.changed[:] = 1
@@ -309,8 +311,8 @@ def test_chips_that_no_board_of_the_revision_has_room_for(capsys):
 def test_boards_that_begin_with_power(revision):
     board, _, _ = made(revision)
     board.switch_on(1, (1.8, 1.2), 2)
-    there = Chips(network.tile_wiring(4), "2b")
-    Tile(Noise(there, Channels(4, 64, [1]), [2]), seconds=0, tick=0, registers=board)
+    there = EmulatedChips(network.tile_wiring(4), "2b")
+    EmulatedTile(Noise(there, Channels(4, 64, [1]), [2]), seconds=0, tick=0, registers=board)
     assert there.alive.all()
 
 
@@ -321,8 +323,8 @@ def up(revision, asic="2", chips=2, **options):
     """A powered board whose first chip, 11 on io_channel 1, answers; what `heard(board, chips)` makes of it."""
     board = registers(revision, **options)
     board.switch_on(1, (1.8, 1.8), TICKS_PER_BIT[asic])
-    there = Chips(network.tile_wiring(chips), asic, powered=True)
-    tile = Tile(Noise(there, Channels(chips, there.map.channels, [1]), [2]), seconds=0, tick=0, registers=board)
+    there = EmulatedChips(network.tile_wiring(chips), asic, powered=True)
+    tile = EmulatedTile(Noise(there, Channels(chips, there.map.channels, [1]), [2]), seconds=0, tick=0, registers=board)
     told(tile, (WRITE, 1, ID, 11), (WRITE, 11, DOWN, 15), (WRITE, 11, UP, 15))
     return board, there, tile
 

@@ -15,10 +15,10 @@ from larpix.io import SerialPort, serialport
 
 from larpixdaq import emulators
 from larpixdaq.emulators import network as chip_network
-from larpixdaq.emulators.chips import Chips
+from larpixdaq.emulators.chips import EmulatedChips
 from larpixdaq.emulators.noise import Channels, Noise
 from larpixdaq.emulators.serial_board import Frames, SerialBoard
-from larpixdaq.emulators.tile import Tile
+from larpixdaq.emulators.tile import EmulatedTile
 from larpixdaq.schema import Asic
 from larpixdaq.sources.serial import SerialSource
 
@@ -147,8 +147,10 @@ def test_frames_however_they_are_cut(garbage, cuts, words):
 def test_clock_ratio_and_length_of_resets(asic):
     """128 ticks at first, which leave v2 chips their registers; chips hear nothing of another speed."""
     wiring_ = chip_network.tile_wiring(1, channels=1) if asic == "2" else chip_network.Wiring([(1, 1)])
-    chips = Chips(wiring_, asic, powered=True)
-    tile = Tile(Noise(chips, Channels(1, chips.map.channels, [1]), [2]), seconds=0, tick=0, heartbeat=0, carries=1000)
+    chips = EmulatedChips(wiring_, asic, powered=True)
+    tile = EmulatedTile(
+        Noise(chips, Channels(1, chips.map.channels, [1]), [2]), seconds=0, tick=0, heartbeat=0, carries=1000
+    )
     board = SerialBoard(tile, None)
     address = {"1": 32, "2": 64}[asic]
 

@@ -49,7 +49,7 @@ from larpixdaq.hdf5.run_report import positions, survey_run
 from larpixdaq.hdf5.verify import verify_all
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.protocol import stream
-from larpixdaq.protocol.stream import Source
+from larpixdaq.protocol.stream import BlockOrigin
 
 POOL = random_rows(np.random.default_rng(9), 40_000)
 PRODUCERS = (("LArPix board", 7), ("second", 1 << 63))
@@ -89,7 +89,7 @@ class Plan(NamedTuple):
 # What is written: everything follows from seed, run, producer and sequence
 
 
-def content(seed: int, source: Source, sequence: int) -> tuple[Any, str | None]:
+def content(seed: int, source: BlockOrigin, sequence: int) -> tuple[Any, str | None]:
     """Rows, shape (N,), and the text of an INFO message."""
     rng = random.Random(f"{seed} {source} {sequence}")
     kind = rng.random()
@@ -112,11 +112,11 @@ def next_block(feed: Feed, seed: int) -> tuple[stream.Block, Any]:
 
 
 class Writer:
-    def __init__(self, directory: Path, seed: int, tell: Callable[[Source, int], None]) -> None:
+    def __init__(self, directory: Path, seed: int, tell: Callable[[BlockOrigin, int], None]) -> None:
         self._directory = directory
         self._seed = seed
         self._tell = tell
-        self._told: dict[Source, int] = {}
+        self._told: dict[BlockOrigin, int] = {}
         self._rng = random.Random(seed)
 
     def write(self) -> None:
@@ -282,23 +282,23 @@ def _ended(pid: int, plan: Plan) -> str:
     return f"{plan.operation} {when}"
 
 
-def killed_writer(directory: Path, seed: int, plan: Plan) -> tuple[str, dict[Source, int]]:
+def killed_writer(directory: Path, seed: int, plan: Plan) -> tuple[str, dict[BlockOrigin, int]]:
     """How the writer died, empty when it came to its end, and what it had acknowledged: next sequences."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
         os.close(reading)
 
-        def tell(source: Source, following: int) -> None:
+        def tell(source: BlockOrigin, following: int) -> None:
             os.write(writing, json.dumps([*source, following]).encode() + b"\n")
 
         _child(plan, Writer(directory, seed, tell).write)
     os.close(writing)
-    told: dict[Source, int] = {}
+    told: dict[BlockOrigin, int] = {}
     with open(reading, "rb", buffering=0) as pipe:
         for count, line in enumerate(iter(pipe.readline, b""), 1):
             *source, following = json.loads(line)
-            told[Source(*source)] = following
+            told[BlockOrigin(*source)] = following
             if plan.mode == "acknowledged" and count == plan.number:
                 limit = time.perf_counter() + plan.seconds
                 while time.perf_counter() < limit:
@@ -310,7 +310,7 @@ def killed_writer(directory: Path, seed: int, plan: Plan) -> tuple[str, dict[Sou
 # What must be there
 
 
-def rows_in_file(path: Path) -> Iterator[tuple[Source, int, Any]]:
+def rows_in_file(path: Path) -> Iterator[tuple[BlockOrigin, int, Any]]:
     """(source, sequence, rows) of each block."""
     with DataFile(path) as file:
         producers, run = file.producers(), file.run_info()["run"]
@@ -319,14 +319,14 @@ def rows_in_file(path: Path) -> Iterator[tuple[Source, int, Any]]:
             yield file.source(row, producers, run), int(row["sequence"]), file.packets(first, first + int(row["rows"]))
 
 
-def rows_in_journal(path: Path) -> Iterator[tuple[Source, int, Any]]:
+def rows_in_journal(path: Path) -> Iterator[tuple[BlockOrigin, int, Any]]:
     for record in records(path):
         if isinstance(record.frame, stream.Block):
             rows = np.frombuffer(record.rows, schema.layout(record.frame.layout).dtype)
             yield record.frame.source, record.frame.sequence, rows
 
 
-def check_rows(seed: int, source: Source, sequence: int, rows: Any) -> None:
+def check_rows(seed: int, source: BlockOrigin, sequence: int, rows: Any) -> None:
     given, text = content(seed, source, sequence)
     if text is not None:
         given = Feed(*source).info(text)[1]
@@ -334,9 +334,9 @@ def check_rows(seed: int, source: Source, sequence: int, rows: Any) -> None:
     assert np.array_equal(rows, given), f"{source}, block {sequence}: other rows than were written"
 
 
-def check_before(directory: Path, seed: int, told: dict[Source, int]) -> None:
+def check_before(directory: Path, seed: int, told: dict[BlockOrigin, int]) -> None:
     """All parts can be read as they are, and nothing is only in a dead process."""
-    found: dict[Source, set[int]] = {}
+    found: dict[BlockOrigin, set[int]] = {}
     for _, ending, path in names.run_files(directory):
         if ending == names.JOURNAL:
             blocks_of = rows_in_journal(path)
@@ -350,7 +350,7 @@ def check_before(directory: Path, seed: int, told: dict[Source, int]) -> None:
             if sequence < told.get(source, 0):
                 check_rows(seed, source, sequence, rows)
             found.setdefault(source, set()).add(sequence)
-    stands = {Source(p.run, p.producer, p.epoch): p.next for p in positions(directory)}
+    stands = {BlockOrigin(p.run, p.producer, p.epoch): p.next for p in positions(directory)}
     for source, following in told.items():
         lost = set(range(following)) - found.get(source, set())
         # The last that counts may be the end; positions know it.
@@ -370,9 +370,9 @@ class Held(NamedTuple):
     doubled: int
 
 
-def check_after(directory: Path, seed: int, told: dict[Source, int]) -> Held:
+def check_after(directory: Path, seed: int, told: dict[BlockOrigin, int]) -> Held:
     """Finished files only, which open plainly; each acknowledged block once, as it was written."""
-    count: Counter[tuple[Source, int]] = Counter()
+    count: Counter[tuple[BlockOrigin, int]] = Counter()
     kept = 0
     for _, ending, path in names.run_files(directory):
         assert ending == names.FINISHED, f"{path.name} is left"
@@ -383,7 +383,7 @@ def check_after(directory: Path, seed: int, told: dict[Source, int]) -> Held:
             count[source, sequence] += 1
             kept += len(rows)
     ends = {
-        Source(run, *end[:2]): end[2]
+        BlockOrigin(run, *end[:2]): end[2]
         for run in {source.run for source in told}
         for end in survey_run(directory, run).ends
     }

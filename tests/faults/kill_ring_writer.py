@@ -21,10 +21,10 @@ import numpy as np
 
 from larpixdaq import constants, schema
 from larpixdaq._native.ring_buffer import END, SMALLEST
-from larpixdaq.buffer.block_builder import Recorder
+from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.crash_recovery import Predecessors
-from larpixdaq.buffer.ring_file import Arena
-from larpixdaq.buffer.spool import Directory
+from larpixdaq.buffer.ring_file import RingFile
+from larpixdaq.buffer.spool import SpoolDirectory
 from larpixdaq.protocol.stream import Block, End, unpack_producer
 from larpixdaq.runtime.checksum import crc32
 from larpixdaq.runtime.event_loop import Worker
@@ -42,11 +42,11 @@ class Writer:
     `told` are three numbers that outlive it: the run, rows published in it, 1 when its end record is in.
     """
 
-    def __init__(self, arena: Arena, rng: random.Random, told: Any) -> None:
+    def __init__(self, arena: RingFile, rng: random.Random, told: Any) -> None:
         self.ring = arena.ring
         self.rng = rng
         self.told = told
-        self.recorder = Recorder(self.ring, NAME, self.ring.epoch, LAYOUT, [1, 200])
+        self.recorder = BlockBuilder(self.ring, NAME, self.ring.epoch, LAYOUT, [1, 200])
         self.recorder.begin(1, ["storage"])
         told[:] = (1, 0, 0)
 
@@ -98,7 +98,7 @@ class Writer:
 def check(folder: Path, epoch: int, told: tuple[int, int, int]) -> None:
     """Take over what the dead writer left in the folder, and compare it with what it had told."""
     worker = Worker("spool")
-    spool = Directory(folder / "spool", "larpixdaq", 0, worker)
+    spool = SpoolDirectory(folder / "spool", "larpixdaq", 0, worker)
     for _ in range(2):  # the second time as if the first successor had been killed right afterwards
         (left,) = Predecessors(NAME, folder, folder, spool, time.time_ns()).look(())
         assert left.epoch == epoch
@@ -146,7 +146,7 @@ def check(folder: Path, epoch: int, told: tuple[int, int, int]) -> None:
 def kill(folder: Path, seed: int) -> None:
     """One trial."""
     rng = random.Random(seed)
-    arena = Arena.make(folder, folder, NAME, seed, SMALLEST + (8 << 20))
+    arena = RingFile.make(folder, folder, NAME, seed, SMALLEST + (8 << 20))
     shared = mmap.mmap(-1, 4096)
     told = np.frombuffer(shared, np.int64, 3)
     child = os.fork()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from larpixdaq import schema
 from larpixdaq.errors import RequestError
 from larpixdaq.routines.kit import collect, measurement, rates
-from larpixdaq.routines.kit.measurement import Lines, Window
+from larpixdaq.routines.kit.measurement import LineLoads, Window
 
 DATA, READ = 0, 3
 
@@ -186,7 +186,7 @@ def test_io_channels_that_carry_all_they_can_are_named(v1):
     io = types.SimpleNamespace(carries=lambda lines: [100.0, 20.0, 100.0][: len(lines)])
 
     def saturated(*rows, seconds=1.0):
-        lines = Lines(io, ["1-1-11", "1-1-12", "2-1-11", "3-1-11"])
+        lines = LineLoads(io, ["1-1-11", "1-1-12", "2-1-11", "3-1-11"])
         for part in rows:
             lines.look(part)
         return lines.saturated(seconds)

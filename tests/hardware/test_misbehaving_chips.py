@@ -19,8 +19,8 @@ from processes import LIMIT
 from system import rows_of, system
 
 from larpixdaq.errors import RequestError
-from larpixdaq.hardware.chip_state import Detector
-from larpixdaq.hardware.register_map import Registers
+from larpixdaq.hardware.chip_state import ChipState
+from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.protocol.hardware import Setup
 from larpixdaq.protocol.stream import REGISTERS
 
@@ -77,7 +77,7 @@ def test_bad_answers_are_told_by_chip_and_register(here):
         result = operator.validate_configuration().result(SLOW)
         assert not result["ok"]
         assert result["silent"] == ["1-1-3"]
-        names = Registers("2")
+        names = ChipRegisters("2")
         assert result["answered_twice"] == ["1-1-4 threshold_global", f"1-1-5 {names.name(65)}"]
         assert result["contradicting"] == [f"1-1-5 {names.name(65)}"]
         assert result["unanswered"] == [f"1-1-7 {names.name(67)}"]
@@ -294,7 +294,7 @@ def test_v3_chips_go_by_address(here):
         with system(here / "system") as made:
             operator = made.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--asic", "3")
             # a chip that has the id of power-up, and shall speak on all of its lines
-            speak = Registers("2b").addresses["enable_piso_downstream"][0]
+            speak = ChipRegisters("2b").addresses["enable_piso_downstream"][0]
             operator.send_configuration({"1-1-1": {speak: 15, 64: 77}}).result(LIMIT)
             read = operator.read_configuration("1-1-1", [64]).result(LIMIT)["chips"]
             assert read == {"1-1-1": {"register 64": 77}}
@@ -323,7 +323,7 @@ def test_v3_chips_go_by_address(here):
 
 
 def test_another_child_writes_no_register_of_a_v3_chip_that_nobody_has_set():
-    one, other = (Detector(Registers("3"), [1]) for _ in range(2))
+    one, other = (ChipState(ChipRegisters("3"), [1]) for _ in range(2))
     place = one.find("1-1-1")
     one.wanted[place, 125], one.given[place, 125] = 15, True
     stranger = Controller()  # larpix-control would call its chips v2b

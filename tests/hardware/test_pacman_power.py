@@ -21,7 +21,9 @@ class Boards:
 
     def __init__(self, models, configured, generation=Asic.V2):
         self.models = models
-        boards = [hardware.Board(group, "pacman", f"PACMAN io_group {group}", configured[group]) for group in models]
+        boards = [
+            hardware.BoardInfo(group, "pacman", f"PACMAN io_group {group}", configured[group]) for group in models
+        ]
         self.setup = hardware.Setup(boards, "2", int(generation), 2)
         self.doubted = []
         self.requests = []

@@ -10,7 +10,7 @@ from processes import LIMIT
 from system import rows_of, system
 
 from larpixdaq.errors import ProtocolError, RequestError
-from larpixdaq.hardware.register_map import Registers
+from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.hdf5 import repair
 from larpixdaq.hdf5.layout import INFO_BEFORE
 from larpixdaq.hdf5.recovery import recover
@@ -37,7 +37,7 @@ registration = {"lost": Routine("lost", _lost, [])}
 
 def configured(*chips, asic="2", threshold=30, known=SENT | READ):
     """Of chips of io_channel 1: all registers told and read, one of them differently."""
-    registers = Registers(asic)
+    registers = ChipRegisters(asic)
     arrays = np.zeros((3, len(chips), REGISTERS), np.uint8)
     arrays[:2, :, : registers.count] = registers.defaults
     arrays[:2, :, 64] = threshold

@@ -8,11 +8,11 @@ from larpix import Packet_v1, Packet_v2
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.register_io import spread
-from larpixdaq.hardware.register_map import READ, WRITE, Registers, words
+from larpixdaq.hardware.register_map import READ, WRITE, ChipRegisters, words
 from larpixdaq.schema import Asic
 
 byte = st.integers(0, 255)
-known = {asic: Registers(asic) for asic in ("1", "2", "2b", "lightpix-1", "3")}
+known = {asic: ChipRegisters(asic) for asic in ("1", "2", "2b", "lightpix-1", "3")}
 
 
 @pytest.mark.parametrize(("asic", "packet"), [(Asic.V1, Packet_v1), (Asic.V2, Packet_v2)])

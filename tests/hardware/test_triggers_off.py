@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from larpix import Controller
 
-from larpixdaq.hardware.register_map import Registers
+from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.routines.kit import Chips
 
 TRIGGERS = ("external_trigger_mask", "enable_cross_trigger", "cross_trigger_mode", "enable_periodic_trigger")
@@ -18,7 +18,7 @@ class FakeIO:
     """Two chips that hold what is written to them."""
 
     def __init__(self, asic):
-        self.registers = Registers(asic)
+        self.registers = ChipRegisters(asic)
         self.held = np.tile(self.registers.defaults, (2, 1))
 
     def write_registers(self, keys, values, which):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from larpixdaq.routines.kit.threshold_search import NEAR, STEP, Choice, Search
+from larpixdaq.routines.kit.threshold_search import NEAR, STEP, CoarseSearch, FineSearch
 
 TOP = 31
 #: Of each channel the trim at which its rate is 1 Hz, and by how much a step divides it.
@@ -20,7 +20,7 @@ def rate(channels, trim):
 
 @given(CHANNELS)
 def test_coarse_finds_the_lowest_quiet_trim_without_ever_going_far_below_it(channels):
-    search = Search((1, len(channels)), TOP)
+    search = CoarseSearch((1, len(channels)), TOP)
     middle = np.array(channels)[:, 0]
     for _ in range(20):
         if search.settled.all():
@@ -36,7 +36,7 @@ def test_coarse_finds_the_lowest_quiet_trim_without_ever_going_far_below_it(chan
 @given(CHANNELS, st.integers(-2, 2))
 def test_fine_ends_at_the_noisiest_trim_within_limits(channels, off):
     begin = np.clip(np.ceil(np.array(channels)[None, :, 0]).astype(int) + off, 0, TOP)
-    choice = Choice(begin, TOP, 0.1, 1.0)
+    choice = FineSearch(begin, TOP, 0.1, 1.0)
     for _ in range(40):
         if choice.done.all():
             break
@@ -57,7 +57,7 @@ def test_fine_ends_at_the_noisiest_trim_within_limits(channels, off):
 
 
 def test_what_is_measured_again_counts_with_what_was():
-    choice, known = Choice(np.array([[5]]), TOP, 0.1, 1.0), np.array([[True]])
+    choice, known = FineSearch(np.array([[5]]), TOP, 0.1, 1.0), np.array([[True]])
     choice.take(np.array([[30]]), 20.0, known)
     assert choice.trim.item() == 6
     choice.take(np.array([[2]]), 20.0, known)

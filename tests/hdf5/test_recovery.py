@@ -387,7 +387,7 @@ def test_rows_of_tables_whose_block_did_not_come(tmp_path, monkeypatch):
             unknown=[stream.UnknownWord(1, 5, 1, b"1234")],
             outside=[[1] + [0] * 22],
             gaps=gap,
-            verdicts=[stream.Verdict(1, "suspect", "why", 0, 1, 2)],
+            verdicts=[stream.LossVerdict(1, "suspect", "why", 0, 1, 2)],
         )
     )
     append = file._tables.append
@@ -420,7 +420,7 @@ def feed_of_two(feed):
 
 def test_verdicts_and_what_is_owed_survive(tmp_path):
     file, feed = fill(tmp_path, [16_384] * 4)
-    file.end(feed.end(verdicts=[stream.Verdict(1, "suspect", "board disconnected", 0, 1, 2)]))
+    file.end(feed.end(verdicts=[stream.LossVerdict(1, "suspect", "board disconnected", 0, 1, 2)]))
     file._write_batch()
     found = recover(killed(file))
     assert found.condition == "COMPLETE, suspect"

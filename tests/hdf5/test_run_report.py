@@ -241,8 +241,8 @@ def test_rows_that_were_dropped(tmp_path, run):
 def test_doubts_and_aborts(tmp_path, run):
     run.add(100)
     run.rotate()
-    doubt = stream.Verdict(2, "suspect", "board disconnected", 0, 1, 2)
-    run.end(verdicts=[doubt, stream.Verdict(1, "complete", "", 0, 0, 0)])
+    doubt = stream.LossVerdict(2, "suspect", "board disconnected", 0, 1, 2)
+    run.end(verdicts=[doubt, stream.LossVerdict(1, "complete", "", 0, 0, 0)])
     found = survey_run(tmp_path, 42)
     assert found.condition == "COMPLETE, suspect"
     assert found.reasons == ["producer 'LArPix board', epoch 7, io_group 2: suspect: board disconnected"]

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from larpixdaq.hdf5.chunk_writer import KEPT, WINDOW, Behind
+from larpixdaq.hdf5.chunk_writer import KEPT, WINDOW, WriteBack
 
 
 class Kernel:
@@ -41,7 +41,7 @@ def told(growing):
 
 
 def test_all_is_written_once_and_forgotten_once(kernel, file):
-    growing = Behind(file)
+    growing = WriteBack(file)
     steps = 2 * KEPT // WINDOW
     for step in range(1, steps + 1):
         growing.grown(step * WINDOW)
@@ -56,7 +56,7 @@ def test_all_is_written_once_and_forgotten_once(kernel, file):
 
 
 def test_a_disk_that_stands_still_holds_up_nobody(kernel, file):
-    growing = Behind(file)
+    growing = WriteBack(file)
     kernel.goes.clear()
     for step in range(1, 6):
         growing.grown(step * WINDOW)
@@ -68,7 +68,7 @@ def test_a_disk_that_stands_still_holds_up_nobody(kernel, file):
 
 
 def test_a_file_that_is_gone_is_no_error(kernel, tmp_path):
-    growing = Behind(tmp_path / "gone")
+    growing = WriteBack(tmp_path / "gone")
     growing.grown(WINDOW)
     told(growing)
     assert kernel.told == []

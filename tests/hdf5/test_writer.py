@@ -422,9 +422,9 @@ def test_what_does_not_belong_together_is_refused_whole(tmp_path):
         (replace(end, counts=[[1, 2]]), "expected an io_group and 22 counters"),
         (replace(end, counts=[end.counts[0], end.counts[0]]), "counted twice"),
         (replace(end, unknown=[stream.UnknownWord(1, 2, 3, b"x" * 25)]), "impossible values"),
-        (replace(end, verdicts=[stream.Verdict(1, "fine", "", 0, 0, 0)]), "a verdict with impossible values"),
-        (replace(end, verdicts=[stream.Verdict(256, "lost", "", 0, 0, 0)]), "a verdict with impossible values"),
-        (replace(end, verdicts=[stream.Verdict(1, "lost", "", -1, 0, 0)]), "a verdict with impossible values"),
+        (replace(end, verdicts=[stream.LossVerdict(1, "fine", "", 0, 0, 0)]), "a verdict with impossible values"),
+        (replace(end, verdicts=[stream.LossVerdict(256, "lost", "", 0, 0, 0)]), "a verdict with impossible values"),
+        (replace(end, verdicts=[stream.LossVerdict(1, "lost", "", -1, 0, 0)]), "a verdict with impossible values"),
         (replace(end, next=-1), "out of range"),
     ]:
         with pytest.raises(ProtocolError, match=re.escape(line)):
@@ -489,9 +489,9 @@ def test_conditions(tmp_path, case, condition, reason):
     if case == "dropped":
         counts["dropped"] = 5
     verdicts = {
-        "suspect": [stream.Verdict(1, "suspect", "board disconnected", 0, NS, NS + 1)],
-        "lost before us": [stream.Verdict(1, "lost", "7 words did not come", 7, NS, NS + 1)],
-    }.get(case, [stream.Verdict(1, "complete", "", 0, 0, 0)])
+        "suspect": [stream.LossVerdict(1, "suspect", "board disconnected", 0, NS, NS + 1)],
+        "lost before us": [stream.LossVerdict(1, "lost", "7 words did not come", 7, NS, NS + 1)],
+    }.get(case, [stream.LossVerdict(1, "complete", "", 0, 0, 0)])
     if case != "no end":
         how = "aborted" if case == "aborted there" else "closed"
         file.end(feed.end(how, counts={1: counts}, verdicts=verdicts))
@@ -516,7 +516,7 @@ def test_a_long_reason_of_a_verdict_is_cut(tmp_path):
     feed = Feed()
     file = RunFile(tmp_path, run_info())
     file.add(*feed.block(random_rows(np.random.default_rng(1), 60)))
-    file.end(feed.end(verdicts=[stream.Verdict(2, "suspect", "ä" * 1000, 0, 1, 2)]))
+    file.end(feed.end(verdicts=[stream.LossVerdict(2, "suspect", "ä" * 1000, 0, 1, 2)]))
     report = file.close()
     assert report.condition == "COMPLETE, suspect"
     with DataFile(report.path) as read:
@@ -528,7 +528,7 @@ def test_a_condition_that_keeps_quiet_about_a_verdict_is_found(tmp_path):
     feed = Feed()
     file = RunFile(tmp_path, run_info())
     file.add(*feed.block(random_rows(np.random.default_rng(1), 60)))
-    file.end(feed.end(verdicts=[stream.Verdict(1, "suspect", "board disconnected", 0, 1, 2)]))
+    file.end(feed.end(verdicts=[stream.LossVerdict(1, "suspect", "board disconnected", 0, 1, 2)]))
     report = file.close()
     with h5py.File(report.path, "r+") as changed:
         line = changed["run/info"][:]

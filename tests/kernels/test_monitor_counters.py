@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from larpixdaq import schema
-from larpixdaq._native.monitor_counters import CHIPS, Rates
+from larpixdaq._native.monitor_counters import CHIPS, PacketCounters
 
 LAYOUTS = {layout.name: layout for layout in schema.LAYOUTS}
 
 
-def random_rows(layout: schema.Layout, n: int, seed: int, impossible: bool = True) -> NDArray[Any]:
+def random_rows(layout: schema.RowLayout, n: int, seed: int, impossible: bool = True) -> NDArray[Any]:
     """Rows of few chips and every type, with impossible types, directions, channels, values and keys among them."""
     rng = np.random.default_rng(seed)
     rows = np.zeros(n, layout.dtype)
@@ -50,7 +50,7 @@ def random_rows(layout: schema.Layout, n: int, seed: int, impossible: bool = Tru
     return rows
 
 
-def key_of(row: Any, layout: schema.Layout) -> tuple[int, int] | None:
+def key_of(row: Any, layout: schema.RowLayout) -> tuple[int, int] | None:
     """(io_group, io_channel), None where a v1 chip_key has none."""
     if layout.name != "1.0":
         return int(row["io_group"]), int(row["io_channel"])
@@ -63,7 +63,7 @@ def key_of(row: Any, layout: schema.Layout) -> tuple[int, int] | None:
 class Reference:
     """The same counts, slowly."""
 
-    def __init__(self, layout: schema.Layout, rows: NDArray[Any]) -> None:
+    def __init__(self, layout: schema.RowLayout, rows: NDArray[Any]) -> None:
         self.types: Counter[Any] = Counter()
         self.channels: Counter[Any] = Counter()
         self.chips: Counter[Any] = Counter()
@@ -105,7 +105,7 @@ class Reference:
         return counts
 
 
-def check(rates: Rates, layout: schema.Layout, rows: NDArray[Any]) -> None:
+def check(rates: PacketCounters, layout: schema.RowLayout, rows: NDArray[Any]) -> None:
     reference = Reference(layout, rows)
     assert rates.rows == len(rows)
     assert rates.unplaced == reference.unplaced
@@ -133,7 +133,7 @@ def check(rates: Rates, layout: schema.Layout, rows: NDArray[Any]) -> None:
 def test_counts_are_those_of_a_plain_count(name: str, seed: int, sizes: list[int], again: bool) -> None:
     layout = LAYOUTS[name]
     rows = random_rows(layout, sum(sizes), seed)
-    rates = Rates()
+    rates = PacketCounters()
     for attempt in range(1 + again):
         if attempt:
             rates.reset()
@@ -153,7 +153,7 @@ def test_any_chip_and_channel_of_a_detector_has_its_own_count() -> None:
         for part in np.meshgrid([0, 1, 8, 255], np.arange(1, 41), np.arange(11, 111), [0, 1, 62, 63], indexing="ij")
     )
     rows["direction"] = rows["valid_parity"] = 1
-    rates = Rates()
+    rates = PacketCounters()
     for _ in range(3):
         rates.count(np.random.default_rng(1).permutation(rows))
     chips, channels = rates.chips(), rates.channels()
@@ -169,7 +169,7 @@ def test_any_chip_and_channel_of_a_detector_has_its_own_count() -> None:
 def test_channels_beyond_the_memory_limit_share_a_histogram(name: str) -> None:
     layout = LAYOUTS[name]
     rows = random_rows(layout, 500, 3, impossible=False)
-    limited, free = Rates(8192), Rates()
+    limited, free = PacketCounters(8192), PacketCounters()
     limited.count(rows)
     free.count(rows)
     own = 8192 // (4 * free.bins)
@@ -184,7 +184,7 @@ def test_channels_beyond_the_memory_limit_share_a_histogram(name: str) -> None:
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
-    rates = Rates()
+    rates = PacketCounters()
     with pytest.raises(ValueError, match="rows of 8 bytes: no layout has them"):
         rates.count(np.zeros(3, np.uint64))
     with pytest.raises(ValueError, match="Buffer dtype mismatch"):
@@ -202,18 +202,18 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     rates.count(np.zeros(3, schema.PACKETS_3_0))
     assert rates.bins == 1024
     with pytest.raises(ValueError, match="histogram_bytes"):
-        Rates(-1)
+        PacketCounters(-1)
 
 
 def test_rows_may_be_read_only() -> None:
     rows = np.frombuffer(random_rows(LAYOUTS["2.4"], 100, 0).tobytes(), schema.PACKETS_2_4)
-    rates = Rates()
+    rates = PacketCounters()
     rates.count(rows)
     check(rates, LAYOUTS["2.4"], rows)
 
 
 def test_another_thread_is_refused_while_one_counts() -> None:
-    rates = Rates()
+    rates = PacketCounters()
     rows = np.zeros(2_000_000, schema.PACKETS_2_4)
     rates.count(rows[:1])
     stop = threading.Event()

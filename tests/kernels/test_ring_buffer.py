@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from larpixdaq import constants, schema
 from larpixdaq._native.ring_buffer import BLOCK, END, INFO, SMALLEST, Ring
-from larpixdaq.buffer.ring_file import Arena, arena_name, parse_size
+from larpixdaq.buffer.ring_file import RingFile, arena_name, parse_size
 from larpixdaq.errors import RingError
 
 ROW = schema.PACKETS_2_4
@@ -161,7 +161,7 @@ def test_too_small() -> None:
 
 
 def test_arena_is_locked_private_and_gone_after_close(tmp_path) -> None:
-    arena = Arena.make(tmp_path, tmp_path / "state", "LArPix board", 5, SMALLEST)
+    arena = RingFile.make(tmp_path, tmp_path / "state", "LArPix board", 5, SMALLEST)
     assert arena.path.name == arena_name(tmp_path / "state", "LArPix board", 5)
     assert arena.path.stat().st_mode & 0o777 == 0o600
     assert arena.path.stat().st_blocks * 512 >= SMALLEST  # reserved, not sparse
@@ -178,18 +178,18 @@ def test_arena_whose_making_is_interrupted_leaves_no_file(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "posix_fallocate", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        Arena.make(tmp_path, tmp_path, "p", 1, SMALLEST)
+        RingFile.make(tmp_path, tmp_path, "p", 1, SMALLEST)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_arena_that_does_not_fit_names_the_options(tmp_path) -> None:
     with pytest.raises(RingError, match=r"--ring .*--ring-dir"):
-        Arena.make(tmp_path, tmp_path, "p", 1, 1 << 60)
+        RingFile.make(tmp_path, tmp_path, "p", 1, 1 << 60)
     assert not list(tmp_path.glob("*.ring"))
     with pytest.raises(RingError, match="--ring: expected at least"):
-        Arena.make(tmp_path, tmp_path, "p", 1, 1000)
+        RingFile.make(tmp_path, tmp_path, "p", 1, 1000)
     with pytest.raises(RingError, match="--ring-dir"):
-        Arena.make(tmp_path / "nowhere", tmp_path, "p", 1, SMALLEST)
+        RingFile.make(tmp_path / "nowhere", tmp_path, "p", 1, SMALLEST)
 
 
 @pytest.mark.parametrize(("text", "size"), [("512MiB", 512 << 20), ("1GB", 10**9), ("4096", 4096), (" 2 KiB ", 2048)])

@@ -18,7 +18,7 @@ from larpixdaq.protocol.stream import Block, End, Gap, Totals
 START_NS = 1_700_000_000_000_000_000
 
 
-def data_rows(n: int, seed: int = 0, layout: schema.Layout = schema.LAYOUTS[1], groups: int = 2) -> NDArray[Any]:
+def data_rows(n: int, seed: int = 0, layout: schema.RowLayout = schema.LAYOUTS[1], groups: int = 2) -> NDArray[Any]:
     """Received data packets of few chips, `groups` io_groups, some with bad parity or FIFO flags."""
     rng = np.random.default_rng(seed)
     rows = np.zeros(n, layout.dtype)
@@ -44,7 +44,7 @@ class Producer:
     """Makes headers with right running totals around rows."""
 
     def __init__(
-        self, run: int = 7, name: str = "LArPix board", epoch: int = 1, layout: schema.Layout = schema.LAYOUTS[1]
+        self, run: int = 7, name: str = "LArPix board", epoch: int = 1, layout: schema.RowLayout = schema.LAYOUTS[1]
     ) -> None:
         self.run, self.name, self.epoch, self.layout = run, name, epoch, layout
         self.sequence = self.rows = 0

@@ -92,7 +92,7 @@ def test_v1_packets() -> None:
 @pytest.mark.parametrize("layout", schema.LAYOUTS, ids=lambda layout: layout.name)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_any_bytes_make_one_printable_line_a_row(layout: schema.Layout, data: st.DataObject) -> None:
+def test_any_bytes_make_one_printable_line_a_row(layout: schema.RowLayout, data: st.DataObject) -> None:
     size = layout.dtype.itemsize
     raw = data.draw(st.binary(max_size=5 * size))
     rows = np.frombuffer(raw[: len(raw) // size * size], layout.dtype)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from larpixdaq.hardware.register_map import READ, words
-from larpixdaq.readout.command_queue import Commands, sent_rows
+from larpixdaq.readout.command_queue import CommandQueue, sent_rows
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.command_channel import Reply
+from larpixdaq.sources.command_channel import BoardReply
 
 V2 = layout_of(Asic.V2)
 
@@ -58,7 +58,7 @@ class Orders(RuleBasedStateMachine):
         self.done = []
         self.given = {1: deque(), 2: deque()}  # what is still to go out or be answered, per board
         self.number = 0
-        self.commands = Commands(self.lines.values(), Asic.V2, V2, self.record)
+        self.commands = CommandQueue(self.lines.values(), Asic.V2, V2, self.record)
         self.commands.done = lambda *what: self.done.append(what)
 
     def record(self, rows, io_group):
@@ -98,7 +98,7 @@ class Orders(RuleBasedStateMachine):
         if not line.busy or line.reply is not None:
             return
         orphan, line.orphan = line.orphan, False
-        line.reply = Reply(b"", "no answer") if fails else Reply(b"said")
+        line.reply = BoardReply(b"", "no answer") if fails else BoardReply(b"said")
         if fails and not orphan:  # the command ends there, and what of it went out stays out
             number, parts = self.given[io_group][0]
             self.given[io_group][0] = (number, [part for part in parts if part in line.log])

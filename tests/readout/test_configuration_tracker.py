@@ -12,7 +12,7 @@ from larpixdaq.hardware.register_map import READ as ASK
 from larpixdaq.hardware.register_map import WRITE, words
 from larpixdaq.protocol.stream import READ, REGISTERS, SENT, Configs, Configurations, unpack_configurations
 from larpixdaq.readout.command_queue import sent_rows
-from larpixdaq.readout.configuration_tracker import Witness
+from larpixdaq.readout.configuration_tracker import ConfigurationTracker
 
 CHIPS = [(1, 1, 2), (1, 1, 3), (1, 2, 2), (2, 1, 2), (2, 1, 254)]
 REGISTER = st.integers(0, 3).map(lambda n: n * 20)
@@ -47,7 +47,7 @@ def rows_of(kind, layout, steps, direction):
 @settings(max_examples=150)
 @given(st.sampled_from([V1, V2, CLOCK64, V3]), st.lists(STEP | DOUBT | BROADCAST, max_size=12), st.data())
 def test_it_knows_what_was_told_and_said_last(layout, steps, data):
-    witness = Witness("2")
+    witness = ConfigurationTracker("2")
     witness.know(np.array(CHIPS, np.uint8))
     sent, read, settled = {}, {}, {}
     for what, about in steps:
@@ -105,7 +105,7 @@ def seen(sent, read, chip):
 
 
 def test_an_id_that_is_nobodys_is_not_among_the_chips():
-    witness = Witness("2")
+    witness = ConfigurationTracker("2")
     witness.sent(rows_of(WRITE, V2, [((1, 1, 1), 122, 11), ((1, 1, 11), 64, 30)], 0))
     assert not len(witness.everything().chips)
     witness.know(np.array([(1, 1, 11)], np.uint8))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from larpixdaq import constants, schema
 from larpixdaq._native.ring_buffer import BLOCK, END, INFO, SMALLEST, Ring
-from larpixdaq.buffer.block_builder import BLOCK_AGE, Recorder, info_rows
+from larpixdaq.buffer.block_builder import BLOCK_AGE, BlockBuilder, info_rows
 from larpixdaq.protocol.stream import Block, End, UnknownWord, unpack_producer
 from larpixdaq.readout.readout import Readout
 from larpixdaq.runtime.checksum import crc32
@@ -73,9 +73,9 @@ class Batches:
         return []
 
 
-def line(sources: list[Batches], *, wait: bool) -> tuple[Ring, Recorder, Readout]:
+def line(sources: list[Batches], *, wait: bool) -> tuple[Ring, BlockBuilder, Readout]:
     ring = Ring(bytearray(SMALLEST), producer="p", epoch=1)
-    recorder = Recorder(ring, "p", 1, LAYOUT, [g for source in sources for g in source.io_groups])
+    recorder = BlockBuilder(ring, "p", 1, LAYOUT, [g for source in sources for g in source.io_groups])
     readout = Readout(sources, recorder, ring, wait=wait)
     return ring, recorder, readout
 
@@ -149,7 +149,7 @@ def test_every_row_is_in_a_block_or_counted_as_dropped(first: list[int], second:
 def test_a_block_closes_after_its_age() -> None:
     now = [100.0]
     ring = Ring(bytearray(SMALLEST), producer="p", epoch=1)
-    recorder = Recorder(ring, "p", 1, LAYOUT, [1], clock=lambda: now[0], wall=lambda: int(now[0] * 1e9))
+    recorder = BlockBuilder(ring, "p", 1, LAYOUT, [1], clock=lambda: now[0], wall=lambda: int(now[0] * 1e9))
     recorder.begin(3, [])
     assert recorder.due() is None
     rows = recorder.rows()
@@ -173,7 +173,7 @@ def test_a_stepped_clock_does_not_show_within_a_run() -> None:
     now, stepped = [100.0], [0.0]
     ring = Ring(bytearray(SMALLEST), producer="p", epoch=1)
     wall = lambda: int((now[0] + stepped[0]) * 1e9)  # noqa: E731
-    recorder = Recorder(ring, "p", 1, LAYOUT, [1], clock=lambda: now[0], wall=wall)
+    recorder = BlockBuilder(ring, "p", 1, LAYOUT, [1], clock=lambda: now[0], wall=wall)
     for run, step in ((1, 3600.0), (2, -7200.0)):
         recorder.begin(run, [])
         began = wall()
@@ -219,7 +219,7 @@ def test_the_rest_of_a_batch_that_an_abort_cut_is_of_no_run(caplog: pytest.LogCa
 
 def test_the_end_record_always_has_room() -> None:
     ring = Ring(bytearray(SMALLEST), producer="p", epoch=1)
-    recorder = Recorder(ring, "p", 1, LAYOUT, [1])
+    recorder = BlockBuilder(ring, "p", 1, LAYOUT, [1])
     recorder.begin(1, ["s"])
     while (rows := recorder.rows()) is not None:
         recorder.publish(len(rows))
@@ -232,7 +232,7 @@ def test_the_end_record_always_has_room() -> None:
 
 
 @pytest.mark.parametrize("layout", schema.LAYOUTS, ids=lambda layout: layout.name)
-def test_info_rows_have_a_row_for_each_64_bytes(layout: schema.Layout) -> None:
+def test_info_rows_have_a_row_for_each_64_bytes(layout: schema.RowLayout) -> None:
     for text, n in (("", 1), ("x" * 64, 1), ("x" * 65, 2), ("ü" * 40, 2)):
         rows = info_rows(text, layout, 1_700_000_000)
         assert len(rows) == n

@@ -19,7 +19,7 @@ from source_driver import Driver
 from larpixdaq import schema
 from larpixdaq._native import board_emulator, decoders
 from larpixdaq.hdf5.writer import RunFile
-from larpixdaq.protocol.stream import Verdict
+from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.schema import Asic
 from larpixdaq.sources.data_quality import GRACE_NS, MOST_GAPS, Presence, Watch, added, setup_findings, verdicts
 from larpixdaq.sources.replay import ReplaySource
@@ -85,7 +85,7 @@ def test_words_that_the_header_counts_and_that_are_not_there() -> None:
     cut = legacy([WORD] * 3)[:-20]  # one word and a half
     assert board.hear([(1, legacy([WORD], count=4)), (2, cut)], [1]) == {"short": (2, 5), "trailing": (1, 12)}
     lost, more = verdicts(1, board.decoder.noticed())
-    assert lost == Verdict(1, "lost", "5 words missing in 2 board messages, by their headers", 5, S, 2 * S)
+    assert lost == LossVerdict(1, "lost", "5 words missing in 2 board messages, by their headers", 5, S, 2 * S)
     assert (more.verdict, more.lost) == ("suspect", 0)
     new = Board(decoders.PacmanDecoder(1, Asic.V2, format="1.0"))
     assert new.hear([(3, newer([newer_data(HIT)] * 2, n_bytes=72))]) == {"short": (1, 1)}
@@ -384,10 +384,10 @@ def test_recorded_messages_are_complete() -> None:
     decoder.start(new_counts())
     decoder.feed(data, spans)
     drain(decoder, schema.PACKETS_2_4)
-    assert verdicts(1, decoder.noticed()) == [Verdict(1, "complete", "", 0, 0, 0)]
+    assert verdicts(1, decoder.noticed()) == [LossVerdict(1, "complete", "", 0, 0, 0)]
 
 
-def replayed(*files: Path) -> list[Verdict]:
+def replayed(*files: Path) -> list[LossVerdict]:
     driven = Driver(ReplaySource([(1, file) for file in files], asic=Asic.V2, speed=math.inf))
     driven.to_the_end()
     return driven.source.evidence(S)
@@ -402,7 +402,7 @@ def test_recorded_files_one_after_another(tmp_path: Path) -> None:
         return path
 
     one = log("one", [message for _, message in hits(3, 2000) + hits(3, 9000)])
-    assert replayed(one, one) == [Verdict(1, "complete", "", 0, 0, 0)]
+    assert replayed(one, one) == [LossVerdict(1, "complete", "", 0, 0, 0)]
     two = log("two", [legacy([WORD], 2000), legacy([WORD], 2000), legacy([data_word(HIT)], 1000)])
     with two.open("ab") as file:
         file.write(b"\xff\xff\xff\xff and no message any more")
@@ -466,7 +466,7 @@ def test_notices_from_elsewhere() -> None:
     decoder.heard(5)
     decoder.note(schema.NOTICES.index("oversized"), 3, 70)
     assert verdicts(4, decoder.noticed()) == [
-        Verdict(4, "lost", "3 board messages dropped as too large (70 bytes in all)", 3, 5, 5)
+        LossVerdict(4, "lost", "3 board messages dropped as too large (70 bytes in all)", 3, 5, 5)
     ]
     with pytest.raises(ValueError, match="expected 0 to"):
         decoder.note(len(schema.NOTICES), 1, 1)
@@ -589,11 +589,11 @@ def test_a_board_that_comes_and_goes_all_the_time() -> None:
 
 def test_warnings_come_once_and_again_when_it_got_worse() -> None:
     watch = Watch()
-    fine = Verdict(2, "complete", "", 0, 0, 0)
+    fine = LossVerdict(2, "complete", "", 0, 0, 0)
 
     def look(words: int, now: float) -> list[str]:
         return watch.look(
-            [Verdict(1, "lost", f"{words} words", words, 1, 2), Verdict(1, "suspect", "x", 0, 1, 2), fine], now
+            [LossVerdict(1, "lost", f"{words} words", words, 1, 2), LossVerdict(1, "suspect", "x", 0, 1, 2), fine], now
         )
 
     assert look(1, 0) == ["io_group 1 is lost: 1 words", "io_group 1 is suspect: x"]

@@ -9,7 +9,7 @@ import pytest
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources import options
-from larpixdaq.sources.options import Board
+from larpixdaq.sources.options import BoardAddress
 
 
 class Recorder:
@@ -241,7 +241,7 @@ def test_the_help_can_be_shown_and_names_every_source():
 
 
 def test_addresses_by_themselves():
-    assert options.boards(["a", "9=b:1000"]) == [Board(1, "a", 5556, 5555), Board(9, "b", 1000, 999)]
+    assert options.boards(["a", "9=b:1000"]) == [BoardAddress(1, "a", 5556, 5555), BoardAddress(9, "b", 1000, 999)]
 
 
 def test_real_sources_have_one_layout():

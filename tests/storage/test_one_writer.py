@@ -20,7 +20,7 @@ from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.operator import Operator
 from larpixdaq.storage.directory_lock import Lock
-from larpixdaq.stream.subscriber import NO_CORE, STOOD_STILL, Standing
+from larpixdaq.stream.subscriber import NO_CORE, STOOD_STILL, SessionCheck
 
 #: Rows that storage must have taken for the run to be going on (again).
 MORE = 20_000
@@ -243,7 +243,7 @@ class Core:
 
 def test_who_stood_still_waits_for_the_core() -> None:
     core, now = Core(), [100.0]
-    standing = Standing(core, lambda: now[0])
+    standing = SessionCheck(core, lambda: now[0])
     for _ in range(3):
         assert standing.good()
         now[0] += STOOD_STILL

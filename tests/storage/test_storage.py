@@ -20,7 +20,7 @@ from larpixdaq.errors import FileError, StateError
 from larpixdaq.hdf5.recovery import recover
 from larpixdaq.hdf5.run_report import file_info
 from larpixdaq.hdf5.verify import verify
-from larpixdaq.protocol.stream import Source
+from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime import file_access
 from larpixdaq.storage import finisher, open_run
 from larpixdaq.storage.limits import Space, parse_limit
@@ -49,10 +49,10 @@ class Acknowledgements:
     queued = 0
 
     def __init__(self) -> None:
-        self.next: dict[Source, int] = {}
-        self.again_at: list[dict[Source, int]] = []
+        self.next: dict[BlockOrigin, int] = {}
+        self.again_at: list[dict[BlockOrigin, int]] = []
 
-    def acknowledge(self, source: Source, following: int) -> None:
+    def acknowledge(self, source: BlockOrigin, following: int) -> None:
         self.next[source] = following
 
     def again(self, *, sent: bool = False) -> None:

@@ -13,7 +13,7 @@ from larpixdaq import constants, schema
 from larpixdaq.errors import LarpixDaqError
 from larpixdaq.monitor.monitor import Monitor, rows_of
 from larpixdaq.protocol import stream
-from larpixdaq.protocol.stream import VERDICTS, Block, Configs, End, Gap, Totals, UnknownWord, Verdict
+from larpixdaq.protocol.stream import VERDICTS, Block, Configs, End, Gap, LossVerdict, Totals, UnknownWord
 from larpixdaq.runtime import checksum
 from larpixdaq.storage.service import Storing
 
@@ -47,10 +47,10 @@ class Strange:
     def unknown(self) -> UnknownWord:
         return UnknownWord(self.number(255), self.number(ANY), self.number(255), bytes(self.random.randrange(25)))
 
-    def verdict(self) -> Verdict:
+    def verdict(self) -> LossVerdict:
         why = self.random.choice(["", "\0", "é" * 500])
         numbers = (self.number(ANY) for _ in range(3))
-        return Verdict(self.number(255), self.random.choice(VERDICTS), why, *numbers)
+        return LossVerdict(self.number(255), self.random.choice(VERDICTS), why, *numbers)
 
     def end(self) -> End:
         return End(

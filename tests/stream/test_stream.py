@@ -25,18 +25,18 @@ from larpixdaq.protocol.stream import (
     MAX_POSITIONS,
     Ack,
     Block,
+    BlockOrigin,
     Bye,
     Configurations,
     Credit,
     End,
     Gap,
     Hello,
+    LossVerdict,
     Position,
     Refused,
-    Source,
     Totals,
     UnknownWord,
-    Verdict,
     Welcome,
     pack,
     unpack_consumer,
@@ -187,7 +187,7 @@ def test_window_bounds_what_is_on_its_way(line: Line, consumers: list[Consumer])
     reader.take()
     assert len(reader.blocks) == most
     reader.acknowledge = True
-    consumers[0].acknowledge(Source(1, "board", 5), most)
+    consumers[0].acknowledge(BlockOrigin(1, "board", 5), most)
     until(line, reader.has(lambda r: len(r.blocks) == 40), "the rest")
     assert reader.stamps == list(range(line.written))
 
@@ -388,7 +388,7 @@ WRONG: list[tuple[Block | End, dict[str, Any]]] = [
     (END, {"outside": [[-1] * 23]}),
     (END, {"how": "closed\n"}),
     (END, {"unknown": [UnknownWord(1, 1, 1, bytes(25))]}),
-    (END, {"verdicts": [Verdict(1, "fine", "", 0, 0, 0)]}),
+    (END, {"verdicts": [LossVerdict(1, "fine", "", 0, 0, 0)]}),
 ]
 
 
@@ -574,7 +574,7 @@ def test_a_storage_can_ask_again_for_what_it_did_not_acknowledge(line: Line, con
     line.write(10)
     line.write(20)
     until(line, reader.has(lambda r: len(r.blocks) == 2), "two blocks")
-    consumers[0].acknowledge(Source(1, "board", 5), 1)
+    consumers[0].acknowledge(BlockOrigin(1, "board", 5), 1)
     until(line, lambda: line.ring.tail == 1, "the first to be free")
     consumers[0].again()
     until(line, reader.has(lambda r: len(r.blocks) == 3), "the second again")
@@ -588,7 +588,7 @@ def test_what_was_acknowledged_before_the_close_is_told(line: Line) -> None:
     line.begin()
     line.write(10)
     until(line, reader.has(lambda r: r.blocks), "a block")
-    consumer.acknowledge(Source(1, "board", 5), 1)
+    consumer.acknowledge(BlockOrigin(1, "board", 5), 1)
     consumer.close()
     until(line, lambda: line.ring.tail == 1, "the block to be free")
 

@@ -23,22 +23,22 @@ from stream_harness import LAYOUT
 from larpixdaq import constants
 from larpixdaq._native.ring_buffer import SMALLEST, Reader
 from larpixdaq.buffer import ring_file as arenas
-from larpixdaq.buffer.block_builder import Recorder
-from larpixdaq.buffer.block_store import Segment, Store
+from larpixdaq.buffer.block_builder import BlockBuilder
+from larpixdaq.buffer.block_store import BlockStore, Segment
 from larpixdaq.buffer.crash_recovery import Predecessors
-from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, Arena, key
-from larpixdaq.buffer.spool import Directory, Spool, SpoolFile
+from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, RingFile, key
+from larpixdaq.buffer.spool import Spool, SpoolDirectory, SpoolFile
 from larpixdaq.protocol.stream import (
     STREAM_VERSION,
     Ack,
     Block,
+    BlockOrigin,
     End,
     FromConsumer,
     Hello,
     Maps,
     Position,
     Refused,
-    Source,
     Welcome,
     pack,
     unpack_producer,
@@ -121,15 +121,15 @@ class Storage:
     def __init__(self, name: str) -> None:
         self.name = name
         self.number = 0
-        self.durable: dict[Source, tuple[int, int, int, End | None]] = {}  # rows, INFO blocks, next, end
-        self.volatile: dict[Source, tuple[int, int, int, End | None]] = {}
+        self.durable: dict[BlockOrigin, tuple[int, int, int, End | None]] = {}  # rows, INFO blocks, next, end
+        self.volatile: dict[BlockOrigin, tuple[int, int, int, End | None]] = {}
         self.route: bytes | None = None
         self.welcome = False
         self.maps = False  # it is on the producer's host
         self.ring: Reader | None = None
         self.up: deque[bytes] = deque()
 
-    def where(self, source: Source) -> tuple[int, int, int, End | None]:
+    def where(self, source: BlockOrigin) -> tuple[int, int, int, End | None]:
         return self.volatile.get(source) or self.durable.get(source) or (0, 0, 0, None)
 
     def connect(self, wire: Wire) -> None:
@@ -204,9 +204,9 @@ class Stream(RuleBasedStateMachine):
         (self.folder / "spool").mkdir()
         self.now = 100.0
         self.storages = {name: Storage(name) for name in STORAGES}
-        self.made: dict[Source, list[int]] = {}
-        self.required: dict[Source, tuple[str, ...]] = {}
-        self.kept: dict[Source, tuple[Store, Segment]] = {}
+        self.made: dict[BlockOrigin, list[int]] = {}
+        self.required: dict[BlockOrigin, tuple[str, ...]] = {}
+        self.kept: dict[BlockOrigin, tuple[BlockStore, Segment]] = {}
         self.run = 0
         self.epoch = 0
 
@@ -219,22 +219,22 @@ class Stream(RuleBasedStateMachine):
         """A producer process begins, and takes over what those before it left."""
         self.epoch += 1
         self.wire, self.disk = Wire(), Disk()
-        spool = Directory(self.folder / "spool", key(self.folder, NAME), 3 << 20, self.disk)  # type: ignore[arg-type]
-        self.arena = Arena.make(self.folder, self.folder, NAME, self.epoch, SMALLEST)
-        self.recorder = Recorder(self.arena.ring, NAME, self.epoch, LAYOUT, [1])
-        own = Store(NAME, self.epoch, self.arena.ring, Spool(spool))
+        spool = SpoolDirectory(self.folder / "spool", key(self.folder, NAME), 3 << 20, self.disk)  # type: ignore[arg-type]
+        self.arena = RingFile.make(self.folder, self.folder, NAME, self.epoch, SMALLEST)
+        self.recorder = BlockBuilder(self.arena.ring, NAME, self.epoch, LAYOUT, [1])
+        own = BlockStore(NAME, self.epoch, self.arena.ring, Spool(spool))
         ring = str(self.arena.path)
         self.publisher = Publisher(own, self.wire, lambda: self.now, ring=ring)  # type: ignore[arg-type]
         for left in Predecessors(NAME, self.folder, self.folder, spool, 0).look({self.epoch}):
             files = Spool(spool, left.files) if left.files else None
-            store = Store.inherited(NAME, left.epoch, left.arena, files)
+            store = BlockStore.inherited(NAME, left.epoch, left.arena, files)
             self.publisher.adopt(store)
             for segment in store.segments:
-                self.kept[Source(segment.run, NAME, store.epoch)] = store, segment
+                self.kept[BlockOrigin(segment.run, NAME, store.epoch)] = store, segment
 
     @property
-    def source(self) -> Source:
-        return Source(self.run, NAME, self.epoch)
+    def source(self) -> BlockOrigin:
+        return BlockOrigin(self.run, NAME, self.epoch)
 
     # the producer
 

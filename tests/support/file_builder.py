@@ -23,7 +23,9 @@ ASIC = {V1: schema.Asic.V1, V2: schema.Asic.V2, CLOCK64: schema.Asic.V2, V3: sch
 NS = 1_795_331_571_000_000_000
 
 
-def words_to_rows(words: NDArray[np.uint64], layout: schema.Layout, io_group: int, direction: int = 1) -> NDArray[Any]:
+def words_to_rows(
+    words: NDArray[np.uint64], layout: schema.RowLayout, io_group: int, direction: int = 1
+) -> NDArray[Any]:
     rows = np.zeros(len(words), layout.dtype)
     made = word_codec.decode(
         words, rows, asic=ASIC[layout], io_group=io_group, io_channel=17, receipt=12345, direction=direction
@@ -31,7 +33,7 @@ def words_to_rows(words: NDArray[np.uint64], layout: schema.Layout, io_group: in
     return rows[:made]
 
 
-def random_rows(rng: np.random.Generator, n: int, layout: schema.Layout = V2) -> NDArray[Any]:
+def random_rows(rng: np.random.Generator, n: int, layout: schema.RowLayout = V2) -> NDArray[Any]:
     """Rows of all types but messages, of io_groups 1 and 2, received and sent, with right and wrong parity."""
     words = rng.integers(0, 1 << 63, n, dtype=np.uint64) * np.uint64(2) + rng.integers(0, 2, n, dtype=np.uint64)
     if layout is V3:
@@ -90,8 +92,8 @@ def count(rows: NDArray[Any]) -> dict[int, dict[str, int]]:
 class Feed:
     """A producer's blocks of one run and epoch, and the end with the right totals."""
 
-    def __init__(self, run: int = 42, producer: str = "LArPix board", epoch: int = 7, layout: schema.Layout = V2):
-        self.source = stream.Source(run, producer, epoch)
+    def __init__(self, run: int = 42, producer: str = "LArPix board", epoch: int = 7, layout: schema.RowLayout = V2):
+        self.source = stream.BlockOrigin(run, producer, epoch)
         self.layout = layout
         self.sequence = 0
         self.first_packet = 0
@@ -149,7 +151,7 @@ class Feed:
         )
 
 
-def run_info(layout: schema.Layout = V2, run: int = 42, **changes: Any) -> RunInfo:
+def run_info(layout: schema.RowLayout = V2, run: int = 42, **changes: Any) -> RunInfo:
     asic = {V1: "1", V3: "3"}.get(layout, "2")
     info = RunInfo(run, "test", "cosmics", "somebody", NS, layout, asic, versions={"larpixdaq": "0.3.0"})
     return info._replace(**changes)

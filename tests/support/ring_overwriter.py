@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from larpixdaq._native.ring_buffer import SMALLEST
-from larpixdaq.buffer.ring_file import Arena
+from larpixdaq.buffer.ring_file import RingFile
 from larpixdaq.schema import PACKETS_2_4
 
 NAME = "LArPix board"
@@ -17,7 +17,7 @@ EPOCH = 5
 ROWS = 3000
 
 
-def publish(arena: Arena, index: int) -> None:
+def publish(arena: RingFile, index: int) -> None:
     """Block `index`, whose rows say so, once there is room."""
     ring = arena.ring
     while (room := ring.rows(0, ROWS)) is None:
@@ -30,7 +30,7 @@ def publish(arena: Arena, index: int) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    with Arena.make(folder, folder, NAME, EPOCH, SMALLEST) as arena:
+    with RingFile.make(folder, folder, NAME, EPOCH, SMALLEST) as arena:
         arena.ring.begin(1, 2, PACKETS_2_4.itemsize, [])
         publish(arena, 0)
         print(arena.path, flush=True)

@@ -4,7 +4,7 @@ from fake_core import counts
 
 from larpixdaq.constants import COMPLETE, INTERRUPTED
 from larpixdaq.control.catalogue import Catalogue
-from larpixdaq.control.registry import Peers
+from larpixdaq.control.registry import Registry
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.errors import LarpixDaqError
 from larpixdaq.protocol.control import Answer, Heartbeat, Register, packed
@@ -30,7 +30,7 @@ class Team:
 
     def __init__(self, directory):
         self.catalogue = open_catalogue(directory)
-        self.peers = Peers()
+        self.peers = Registry()
         self.runs = RunControl(self.peers, self.catalogue, self)
         self.waiting = []  # (name, request, action, params)
         self.sent = []  # (name, action)

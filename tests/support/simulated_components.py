@@ -10,7 +10,7 @@ from fake_core import counts
 from run_control_harness import KINDS, Team, finished, open_catalogue
 
 from larpixdaq.constants import COMPLETE, ENDED, INCOMPLETE, INTERRUPTED, SUSPECT
-from larpixdaq.control.registry import Peers
+from larpixdaq.control.registry import Registry
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.protocol.control import Answer, packed
 
@@ -61,7 +61,7 @@ class World(Team):
         """Another core on the same catalogue. What was asked by the one before is still on its way."""
         self.catalogue.close()
         self.catalogue = open_catalogue(self.directory)
-        self.peers = Peers()
+        self.peers = Registry()
         self.runs = RunControl(self.peers, self.catalogue, self)
 
     def come(self, name):

@@ -13,10 +13,10 @@ from processes import LIMIT
 
 from larpixdaq import constants, schema
 from larpixdaq._native.ring_buffer import SMALLEST, Ring
-from larpixdaq.buffer.block_builder import Recorder
-from larpixdaq.buffer.block_store import Store
-from larpixdaq.buffer.ring_file import Arena
-from larpixdaq.buffer.spool import Directory, Spool
+from larpixdaq.buffer.block_builder import BlockBuilder
+from larpixdaq.buffer.block_store import BlockStore
+from larpixdaq.buffer.ring_file import RingFile
+from larpixdaq.buffer.spool import Spool, SpoolDirectory
 from larpixdaq.protocol.stream import Block, End
 from larpixdaq.runtime.checksum import crc32
 from larpixdaq.runtime.event_loop import Worker
@@ -44,16 +44,16 @@ class Line:
         socket = stream_router(self.context)
         socket.bind("tcp://127.0.0.1:0")
         self.address = socket.get(zmq.LAST_ENDPOINT).decode()
-        self.arena = None if folder is None else Arena.make(folder, folder, "board", 5, SMALLEST + extra)
+        self.arena = None if folder is None else RingFile.make(folder, folder, "board", 5, SMALLEST + extra)
         if self.arena is not None:
             options["ring"] = str(self.arena.path)
             self.ring = self.arena.ring
         else:
             self.ring = Ring(bytearray(SMALLEST + extra), producer="board", epoch=5)
-        self.recorder = Recorder(self.ring, "board", 5, LAYOUT, [1, 2])
+        self.recorder = BlockBuilder(self.ring, "board", 5, LAYOUT, [1, 2])
         self.worker = Worker("spool")
-        self.spool = None if spool is None else Spool(Directory(spool, "larpixdaq", limit, self.worker))
-        self.publisher = Publisher(Store("board", 5, self.ring, self.spool), socket, **options)
+        self.spool = None if spool is None else Spool(SpoolDirectory(spool, "larpixdaq", limit, self.worker))
+        self.publisher = Publisher(BlockStore("board", 5, self.ring, self.spool), socket, **options)
         self.written = 0
         self.peers: list[zmq.Socket[bytes]] = []
 

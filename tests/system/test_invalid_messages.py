@@ -15,7 +15,7 @@ from system import System, rows_of, system
 from larpixdaq.errors import RequestError
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.operator import Operator
-from larpixdaq.protocol.control import Answer, Open, Request, Welcome, pack, unpack_core
+from larpixdaq.protocol.control import ActionRequest, Answer, Open, Welcome, pack, unpack_core
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -145,7 +145,9 @@ class Raw:
                 return message
 
     def request(self, **fields: Any) -> bytes:
-        made: dict[str, Any] = msgspec.to_builtins(Request(action="state", request=self.id(), session=self.session))
+        made: dict[str, Any] = msgspec.to_builtins(
+            ActionRequest(action="state", request=self.id(), session=self.session)
+        )
         return bytes(msgspec.msgpack.encode(made | fields))
 
 

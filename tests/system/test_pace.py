@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from larpixdaq.control.registry import Peers
+from larpixdaq.control.registry import Registry
 from larpixdaq.protocol.control import Heartbeat, Register
 from larpixdaq.runtime.timing import next_beat, wait_ms
 
@@ -38,7 +38,7 @@ def test_what_was_due_is_not_waited_for() -> None:
 
 @given(st.floats(0, 3), st.integers(0, 2), st.floats(0, 0.9))
 def test_who_is_lost_or_stuck_is_found_when_that_is_due(silent: float, queued: int, idle: float) -> None:
-    peers = Peers()
+    peers = Registry()
     assert peers.due() == float("inf")
     component = peers.register(Register(name="a", kind="storage", instance="i"), b"", 100.0)
     peers.hear(component.session, b"", 101.0)

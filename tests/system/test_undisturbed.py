@@ -11,7 +11,7 @@ from emulated_board import emulator
 from processes import LIMIT
 from system import rows_of, system
 
-from larpixdaq.constants import LOOKING, RUN_ACTIONS
+from larpixdaq.constants import QUERIES, RUN_ACTIONS
 from larpixdaq.errors import ControlHeld, ProtocolError, RequestError
 from larpixdaq.hardware.actions import Actions
 from larpixdaq.hardware.supervisor import Child
@@ -146,7 +146,7 @@ def test_nonsense(tmp_path):
         with pytest.raises(ProtocolError, match="the limit is"):
             operator.load_board("x" * 10_000_000)
         with Operator(operator._connection.link.core) as other:
-            for action in set(actions) - LOOKING:
+            for action in set(actions) - QUERIES:
                 with pytest.raises(ControlHeld):
                     other.call("LArPix board", action).result(LIMIT)
             assert other.ping().result(LIMIT) == {"1": True, "2": True}

@@ -130,7 +130,7 @@ def _measure(
         if not hasattr(io, "take_rows"):
             begin()
             return _by_the_clock(io, seconds, lambda packets: take(_of_packets(packets, places)), act)
-        lines = Lines(io, chips)
+        lines = LineLoads(io, chips)
         for patience in _PATIENCE:
             begin()
             lines.clear()
@@ -336,7 +336,7 @@ def _number(chip: str) -> int:
     return io_group << 16 | io_channel << 8 | chip_id
 
 
-class Lines:
+class LineLoads:
     """`names`: "io_group-io_channel" of these chips."""
 
     def __init__(self, io: Any, chips: Sequence[str]) -> None:

@@ -115,9 +115,9 @@ class Thresholds:
             tried |= vain
         self._set()
 
-    def fine(self, rounds: int) -> Choice:
+    def fine(self, rounds: int) -> FineSearch:
         """Up and down, until the rates lie between the limits."""
-        choice = Choice(self.trim, TOP, self.low, self.high)
+        choice = FineSearch(self.trim, TOP, self.low, self.high)
         for number in range(1, rounds + 1):
             self.trim = choice.trim
             self._set()
@@ -145,7 +145,7 @@ class Thresholds:
         self.chips.set(threshold=self.threshold)
         return found
 
-    def check(self, choice: Choice) -> tuple[NDArray[np.float64], Flags]:
+    def check(self, choice: FineSearch) -> tuple[NDArray[np.float64], Flags]:
         """Hz of each channel with what was found, counted twice as long as in a round, and where that may be too few;
         it counts with what was counted before."""
         self._set()
@@ -158,7 +158,7 @@ class Thresholds:
 
     def _search(self, which: Flags) -> None:
         """The trims of these channels, from the highest down; those that are too noisy even there are hot."""
-        search = Search(which.shape, TOP)
+        search = CoarseSearch(which.shape, TOP)
         rest = self.trim
         while True:
             self.trim = np.where(which, search.trim, rest)
@@ -186,7 +186,7 @@ class Thresholds:
         return found
 
 
-class Search:
+class CoarseSearch:
     """Coarse: from the highest trim down, then halving. `trim`: what to measure next, shape (chips, channels)."""
 
     def __init__(self, shape: tuple[int, int], top: int) -> None:
@@ -217,7 +217,7 @@ class Search:
         self.trim = np.minimum(np.where(self.settled, self._quiet, found), self.top)
 
 
-class Choice:
+class FineSearch:
     """Fine: from the trims that the coarse search found, one up or down until the rate lies within limits. What is
     measured again counts with what was.
 
