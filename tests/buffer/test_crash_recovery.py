@@ -57,7 +57,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 def leave(folder: Path, epoch: int, *, closed: bool = False) -> Path:
     """The ring of a producer that has died in run 1, with three rows in a block that is open, or closed."""
     arena = RingFile.make(folder, folder, NAME, epoch, SMALLEST)
-    recorder = kill_ring_writer.Recorder(arena.ring, NAME, epoch, kill_ring_writer.LAYOUT, [1])
+    recorder = kill_ring_writer.BlockBuilder(arena.ring, NAME, epoch, kill_ring_writer.LAYOUT, [1])
     recorder.begin(1, ["storage"])
     rows = recorder.rows()
     assert rows is not None
