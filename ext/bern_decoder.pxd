@@ -16,10 +16,10 @@ cdef struct Bern:
 
 
 cdef inline bint open_message(Bern* board) noexcept nogil:
-    """Take the next message; True: it is a time, to be made a row.
+    """Read the header of the next message; True when it is a time, which becomes a row.
 
-    A T message has its 8 bytes of time counted with the header. The server sends just these, larpix-control's encoder
-    one zero byte more.
+    The 8 bytes of time of a T message count as header. The server sends just these; larpix-control's encoder appends one
+    zero byte.
     """
     cdef Messages* input = &board.messages
     cdef const uint8_t* at = input.data + input.spans[input.i].start
@@ -100,7 +100,7 @@ cdef inline Py_ssize_t bern_rows(Bern* board, Row* rows, Py_ssize_t n) noexcept 
 
 
 cdef inline void inspect_last(Bern* board) noexcept nogil:
-    """Look at the first word of the last message of an input that is used up, for what contradicts `asic`."""
+    """Inspect the first word of the last message of a used-up input for contradictions to `asic`."""
     cdef Messages* input = &board.messages
     cdef const uint8_t* at
     if input.n and input.spans[input.n - 1].length >= 16:

@@ -1,4 +1,4 @@
-# What the decoders of all boards share: where rows' numbers and words that make no row go.
+# State that the decoders of all boards share: counters, words that made no row, and the input of whole messages.
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -13,11 +13,11 @@ cdef enum:
     KEPT = 1000                      # schema.UNKNOWN_KEPT
 
 cdef struct Sink:
-    uint64_t* counts                 # of one io_group, in the order of wire.Count
+    uint64_t* counts                 # of one io_group, in the order of row_structs.pxd
     UnknownWord* kept
     Py_ssize_t n_kept                # since the last take_unknown
-    Py_ssize_t room                  # how many may still be kept before the next start
-    uint64_t seconds                 # of the header that the words at hand came under
+    Py_ssize_t room                  # words that may still be kept before the next start()
+    uint64_t seconds                 # of the header of the words being decoded
     int asic
     uint8_t io_group
     Evidence evidence
@@ -26,18 +26,18 @@ cdef struct Messages:                # input of decoders that get whole messages
     const uint8_t* data
     const Span* spans
     Py_ssize_t n
-    Py_ssize_t i                     # the next message; the open one is already behind
+    Py_ssize_t i                     # index of the next message, after the open one
     const uint8_t* word              # the open message's next word
-    Py_ssize_t words                 # how many words the open message still has
+    Py_ssize_t words                 # words left in the open message
 
-cdef struct Tally:                   # of one stretch of words, added to the counters in one go
+cdef struct Tally:                   # of consecutive words, added to the counters at once
     Py_ssize_t rows
     Py_ssize_t packets
     Py_ssize_t bad_parity
 
 
 cdef inline const uint8_t* previous(const Messages* input) noexcept nogil:
-    """The message before the one that was opened last; NULL: that is the first."""
+    """Return the message before the open one; NULL when that is the first."""
     return input.data + input.spans[input.i - 2].start if input.i > 1 else NULL
 
 
@@ -71,9 +71,9 @@ cdef inline void reject_message(Sink* sink, Py_ssize_t length) noexcept nogil:
 
 
 cdef inline void accept_message(Sink* sink, Py_ssize_t header, Py_ssize_t trailing) noexcept nogil:
-    """A message is opened: what lies around its words is counted now, the words as they are decoded.
+    """Count the bytes around the words of a message that is opened; the words are counted as they are decoded.
 
-    So bytes in = header + words + trailing holds also while a message is decoded in several calls.
+    So bytes in = header + words + trailing also holds while a message is decoded in several calls.
     """
     sink.counts[MESSAGES] += 1
     sink.counts[BYTES_IN] += header + trailing

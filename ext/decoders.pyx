@@ -1,4 +1,7 @@
-"""Bytes of every board to rows, and rows to messages: see frames.pyi; the formats are in pacman_decoder.pxd, bern_decoder.pxd, serial_decoder.pxd."""
+"""Decode the bytes of all boards into rows, and encode rows as board messages.
+
+The interface is documented in decoders.pyi; the formats are in pacman_decoder.pxd, bern_decoder.pxd and serial_decoder.pxd.
+"""
 
 cimport cython
 from libc.math cimport INFINITY
@@ -28,7 +31,7 @@ _UNKNOWN_WORD = np.dtype([("seconds", "<u8"), ("io_group", "u1"), ("reason", "u1
 
 
 cdef class _Decoder:
-    """What all decoders share: the counters, the words that made no row, and what speaks for a loss."""
+    """Base of all decoders: the counters, the words that made no row, and the evidence of losses."""
 
     cdef readonly int io_group
     cdef Sink* sink                  # in the state of the subclass
@@ -102,7 +105,7 @@ cdef class _Decoder:
 
 
 cdef class _MessageDecoder(_Decoder):
-    """Decoders whose input is whole messages, which are read where they lie."""
+    """Base of decoders whose input is whole board messages, which are read in place."""
 
     cdef Messages* messages          # in the state of the subclass
     cdef const uint8_t[::1] data
@@ -127,7 +130,7 @@ cdef class _MessageDecoder(_Decoder):
         input.i = 0
 
     cdef void _release(self):
-        """The input is used up: whoever made it may change it again."""
+        """Release the input, so that its owner may change it again."""
         cdef Messages* input = self.messages
         if input.n:
             keep_message(
@@ -210,7 +213,7 @@ cdef class BernDecoder(_MessageDecoder):
 @cython.final
 cdef class SerialDecoder(_Decoder):
     cdef Serial line
-    cdef uint8_t* buffer             # what is in no frame yet, and what was fed last
+    cdef uint8_t* buffer             # bytes without a frame so far, and the bytes fed last
     cdef Py_ssize_t capacity
     cdef bint timed                  # a time row was made since start()
     cdef bint used_up

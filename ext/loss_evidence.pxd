@@ -1,5 +1,5 @@
-# What speaks for a loss before data reached us. Boards do not number what they send, so it is gathered here, in the
-# decoders, from what their messages say; larpixdaq/sources/data_quality.py says what follows from it.
+# Evidence of losses before the data reached this computer. Boards do not number their messages, so the decoders gather the
+# evidence from the messages themselves; larpixdaq/sources/data_quality.py draws the conclusions.
 from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
@@ -32,12 +32,12 @@ cdef enum:                           # schema.NOTICES, in its order
     N_NOTICES
 
 cdef enum:
-    LONGEST_STALL = 1000             # seconds; the kernel gives a connection up before: then a clock was set
-    QUEUE = 100                      # messages that a board keeps for a subscriber who does not take them; then it drops
-    MARKS = 128                      # a power of two above that
+    LONGEST_STALL = 1000             # seconds; the kernel closes a connection earlier, so a longer jump is a clock that was set
+    QUEUE = 100                      # messages that a board queues for a slow subscriber before it drops
+    MARKS = 128                      # power of two above QUEUE
     SHORTEST_HOLE = 100_000          # ticks: 10 ms
     LONGEST_HOLE = 100               # seconds; a clock of 32 bits goes round in 429
-    SAMPLES = 64                     # words from which the chips' generation is judged
+    SAMPLES = 64                     # words that decide about the chips' generation
 
 cdef packed struct Notice:           # schema.NOTICE
     uint64_t events
@@ -46,56 +46,56 @@ cdef packed struct Notice:           # schema.NOTICE
     uint64_t last_ns
 
 cdef struct Mark:
-    uint64_t first                   # the board's clock, of its first and its last word
+    uint64_t first                   # board's clock at the first and at the last word
     uint64_t last
-    double since                     # it reached us after that
+    double since                     # the message arrived after this time
 
 cdef struct Evidence:
     Notice* notices
-    # when the batch at hand reached the host: unix ns, and bounds by the monotonic clock
+    # arrival of the current batch: unix ns, and bounds by the monotonic clock
     uint64_t now_ns
     double since
     double until
-    # the same of the batch before
+    # arrival of the previous batch
     uint64_t before_ns
     double before
-    bint spoken                      # there was a header before
-    double spoken_since              # `since` of the batch in which its time was first seen
-    # the board's clock less the host's, ns: bounds from the headers since clock_bounds() was last asked for
-    uint64_t header_ns               # the last header's time; 0: none in this batch
+    bint spoken                      # a header has been decoded
+    double spoken_since              # `since` of the batch in which the header's time first came
+    # board's clock minus the host's, ns: bounds from the headers since the last clock_bounds()
+    uint64_t header_ns               # time of the last header; 0: no header in this batch
     double lowest
     double highest
-    # the message before
-    uint64_t head                    # eight bytes of its first word, which hardly ever agree
-    uint8_t* copy                    # of the last one of the input before
+    # the previous message
+    uint64_t head                    # eight bytes of its first word, which rarely repeat
+    uint8_t* copy                    # last message of the previous input
     Py_ssize_t copied
     Py_ssize_t room
     # heartbeats, in ticks of the board's clock
     bint beating
     uint64_t beat
     uint64_t beat_ns
-    uint64_t reset_ticks             # that resets of the clock have taken away since
-    uint64_t period                  # 0: not known yet
-    uint64_t odd                     # the last interval, if it was no multiple of the period
+    uint64_t reset_ticks             # lost by resets of the clock since the last heartbeat
+    uint64_t period                  # 0: unknown
+    uint64_t odd                     # the last interval if it is no multiple of the period
     # resets of the board's clock
     bint was_reset
     uint64_t reset_seconds           # by the header
     double reset_until
     uint64_t reset_ns
-    double tick                      # seconds; 0: not known yet
-    # words of the last batches, one of each, at most SAMPLES
+    double tick                      # seconds; 0: unknown
+    # one word of each of the last batches, at most SAMPLES
     uint32_t samples
     uint32_t types[4]
     uint32_t bad_parity
-    uint64_t bits                    # that are set in any of them
-    uint64_t sampled_ns              # the first of them came after that
+    uint64_t bits                    # bits set in any sample
+    uint64_t sampled_ns              # time before the first sample
     # the last messages
-    uint64_t n_marks                 # how many there were
+    uint64_t n_marks                 # number of all messages so far
     Mark marks[MARKS]
 
 
 cdef inline void note(Evidence* evidence, int what, uint64_t amount, uint64_t first_ns) noexcept nogil:
-    """Something was noticed that began at `first_ns` and shows in the batch at hand."""
+    """Count an observation that began at `first_ns` and shows in the current batch."""
     cdef Notice* notice = evidence.notices + what
     if notice.events == 0:
         notice.first_ns = first_ns
@@ -105,7 +105,7 @@ cdef inline void note(Evidence* evidence, int what, uint64_t amount, uint64_t fi
 
 
 cdef inline void forget_context(Evidence* evidence) noexcept nogil:
-    """What comes next has nothing to do with what came before; what was noticed stays."""
+    """Forget all context, because the next data are unrelated to the previous ones. The notices stay."""
     evidence.since = evidence.before = evidence.spoken_since = -INFINITY
     evidence.until = evidence.highest = INFINITY
     evidence.lowest = -INFINITY
@@ -128,18 +128,18 @@ cdef inline void next_batch(Evidence* evidence, uint64_t now_ns, double since, d
     evidence.until = until
 
 
-# The board's clock beside the host's
+# Offset of the board's clock
 
 cdef inline void fold_clock(Evidence* evidence) noexcept nogil:
-    """Narrow the bounds of the clock's offset by the last header of the batch, which is decoded.
+    """Narrow the bounds of the clock's offset by the last header of the batch.
 
-    It was written before the batch had come, so the clock is ahead by no less than their difference. It came after the
-    last read that left nothing behind, so the clock is ahead by no more than that one, if nothing held the message up.
+    The header was written before the batch arrived, which gives the lower bound. It arrived after the last read that
+    emptied the connection, which gives the upper bound if nothing delayed the message.
     """
     cdef double offset, step
     if evidence.header_ns == 0:
         return
-    step = 1e9 if evidence.header_ns % <uint64_t>1_000_000_000 == 0 else 1  # whole seconds, if it is written in these
+    step = 1e9 if evidence.header_ns % <uint64_t>1_000_000_000 == 0 else 1  # of a header in whole seconds
     offset = <double><int64_t>(evidence.header_ns - evidence.now_ns)
     evidence.lowest = max(evidence.lowest, offset)
     evidence.highest = min(evidence.highest, offset + step + (evidence.until - evidence.since) * 1e9)
@@ -149,18 +149,21 @@ cdef inline void fold_clock(Evidence* evidence) noexcept nogil:
 # Header seconds
 
 cdef inline uint64_t _left_out(Evidence* evidence, uint64_t seconds) noexcept nogil:
-    """When a jump ahead began by our clock (ns). What comes after a connection stalled comes all at once: the header
-    before may have reached us only just now, though what is missing was sent in all these seconds."""
+    """Return when a jump ahead began by the host's clock (ns).
+
+    Data behind a stalled connection arrive all at once: the previous header may have arrived just now, although the
+    missing data were sent during all these seconds.
+    """
     if seconds > LONGEST_STALL:
         return evidence.before_ns
     return min(evidence.before_ns, evidence.now_ns - seconds * <uint64_t>1_000_000_000)
 
 
 cdef inline void note_seconds(Evidence* evidence, uint64_t before, uint64_t seconds) noexcept nogil:
-    """For headers whose seconds differ from those `before`.
+    """Judge a header whose seconds differ from those `before`.
 
-    They are whole seconds of clocks that are set right by a step now and then: so a second either way says nothing. The
-    header before came in this batch, or the one before; not earlier than the batch in which its time was first seen.
+    Headers have whole seconds, and clocks are corrected in steps, so one second either way means nothing. The previous
+    header came in this batch or the previous one, but not before the batch in which its time first came.
     """
     cdef double pause = evidence.until - max(evidence.before, evidence.spoken_since)
     if evidence.spoken:
@@ -174,12 +177,12 @@ cdef inline void note_seconds(Evidence* evidence, uint64_t before, uint64_t seco
     evidence.spoken_since = evidence.since
 
 
-# Messages that come twice
+# Repeated messages
 
 cdef inline bint repeated(
     Evidence* evidence, const uint8_t* at, Py_ssize_t length, const uint8_t* before, Py_ssize_t before_length
 ) noexcept nogil:
-    """Whether a message is the one before it, byte for byte; `before` NULL: that one came with the input before."""
+    """Whether a message repeats the previous one byte for byte. `before` is NULL when that came with the previous input."""
     if before == NULL:
         before = evidence.copy
         before_length = evidence.copied
@@ -189,9 +192,9 @@ cdef inline bint repeated(
 cdef inline void note_doubled(
     Evidence* evidence, const uint8_t* packet, Py_ssize_t words, Py_ssize_t size, const uint8_t* kind
 ) noexcept nogil:
-    """Note a message that came twice, if one of its packets could not just have happened twice.
+    """Note a repeated message if one of its packets cannot occur twice.
 
-    Packets of types 0 and 1 have the chip's time or counter. Answers to the same configuration read are alike, and so
+    Packets of types 0 and 1 have the chip's time or counter. Answers to the same configuration read are equal, and so
     are SYNC words of a clock that is reset each second. `packet`, `kind` (NULL: all are packets): of the first word.
     """
     cdef Py_ssize_t i
@@ -202,7 +205,7 @@ cdef inline void note_doubled(
 
 
 cdef inline void keep_message(Evidence* evidence, const uint8_t* at, Py_ssize_t length) noexcept nogil:
-    """The input is about to go: keep its last message, which the next one is compared with."""
+    """Copy the last message of an input that is released, to compare the next message with it."""
     cdef uint8_t* grown
     if length > evidence.room:
         evidence.copied = 0
@@ -218,12 +221,12 @@ cdef inline void keep_message(Evidence* evidence, const uint8_t* at, Py_ssize_t 
 # FIFO flags
 
 cdef inline uint64_t full_mask(int asic) noexcept nogil:
-    """The bits of a data packet that say that a FIFO is full."""
+    """Return the bits of a data packet that report a full FIFO."""
     return <uint64_t>1 << 52 if asic == V1 else <uint64_t>1 << 59 | <uint64_t>1 << 61
 
 
 cdef inline void note_full(Evidence* evidence, uint64_t word, int asic) noexcept nogil:
-    """Only data packets have these flags, and only with right parity they can be believed."""
+    """Note a full FIFO. Only data packets have these flags, and only with correct parity they are reliable."""
     if word & full_mask(asic) and word & 3 == (1 if asic == V3 else 0) and odd_parity(word & word_mask(asic)):
         note(evidence, FULL, 1, evidence.now_ns)
 
@@ -241,7 +244,7 @@ cdef inline void _sample_anew(Evidence* evidence) noexcept nogil:
 
 
 cdef inline void sample_word(Evidence* evidence, uint64_t word, int asic) noexcept nogil:
-    """Sample a packet word, one of a batch, for the generation of its chip."""
+    """Take one packet word of a batch as a sample for the generation of the chips."""
     evidence.types[word & 3] += 1
     evidence.bits |= word
     evidence.bad_parity += 1 - odd_parity(word & word_mask(asic))
@@ -274,9 +277,9 @@ cdef inline void _judge_generation(Evidence* evidence, int asic) noexcept nogil:
 # SYNC words
 
 cdef inline void note_heartbeat(Evidence* evidence, uint64_t timestamp, bint wide) noexcept nogil:
-    """Heartbeats come at equal intervals of the board's clock; the first two, or two later ones that agree, say which.
+    """Compare a heartbeat with the period of heartbeats, which the first two, or two later equal intervals, define.
 
-    An interval that is no multiple of it is the clock's new beginning. `wide`: a clock of 64 bits, else it wraps at 32.
+    An interval that is no multiple of the period means that the clock was reset. `wide`: a clock of 64 bits, else of 32.
     """
     cdef uint64_t ticks, multiple, rest
     if evidence.beating:
@@ -305,10 +308,10 @@ cdef inline void note_heartbeat(Evidence* evidence, uint64_t timestamp, bint wid
 
 
 cdef inline void note_reset(Evidence* evidence, uint64_t timestamp, uint64_t seconds) noexcept nogil:
-    """A reset of the board's clock tells how long ago the one before was; that one should be the last that we heard of.
+    """Compare a reset of the board's clock with the previous reset that arrived, whose age the clock gives.
 
-    By the headers more time than that may seem to have passed, by up to a second; beyond that, or with the host's clock
-    to confirm it, words between the two did not come. How long a tick is the first two resets say (by default 100 ns).
+    The headers may show up to one second more. If they show more than that, or the host's clock confirms it, words between
+    the two resets are missing. The first two resets define the length of a tick (100 ns by default).
     """
     cdef double passed, told
     evidence.reset_ticks += timestamp
@@ -328,14 +331,14 @@ cdef inline void note_reset(Evidence* evidence, uint64_t timestamp, uint64_t sec
     evidence.reset_ns = evidence.now_ns
 
 
-# Holes in data that were held up
+# Holes in delayed data
 
 cdef inline void mark_message(Evidence* evidence, uint64_t first, uint64_t last, bint wide) noexcept nogil:
-    """A message whose words were taken from `first` to `last` of the board's clock (`wide`: of 64 bits).
+    """Look for a hole before a message whose words are from `first` to `last` of the board's clock (`wide`: of 64 bits).
 
-    A board drops when its queue is full, and then so many messages have been held up: they reach us together with what was
-    sent long after them. A jump of the clock between the two that is longer than all the queue took is then a hole; a
-    pause in which there was nothing to send would have let them through.
+    A board drops messages when its queue is full. A full queue of delayed messages then arrives together with messages that
+    were sent long after it. A jump of the clock between the two that is longer than the whole queue is a hole, because a
+    pause without data would have emptied the queue.
     """
     cdef uint64_t n = evidence.n_marks, bits = ~<uint64_t>0 if wide else <uint64_t>0xffffffff, jump
     cdef Mark* before = &evidence.marks[(n - 1) % MARKS]
@@ -352,8 +355,8 @@ cdef inline void mark_message(Evidence* evidence, uint64_t first, uint64_t last,
 
 
 cdef inline void _note_hole(Evidence* evidence, uint64_t jump, uint64_t queued, double since) noexcept nogil:
-    """A jump behind so many messages: is it a hole? The first of them reached us after `since`."""
+    """Note a jump behind a full queue if it is a hole. The queue's first message arrived after `since`."""
     cdef double seconds = jump * (evidence.tick if evidence.tick else 1e-7)
-    # more than LONGEST_HOLE is a clock that was set, or that went back: told otherwise
+    # a longer jump is a clock that was set or went back, which other notices report
     if jump > queued and evidence.until - since < seconds < LONGEST_HOLE:
         note(evidence, HOLES, <uint64_t>(seconds * 1e6), min(evidence.before_ns, evidence.now_ns - <uint64_t>(seconds * 1e9)))

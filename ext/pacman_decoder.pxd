@@ -22,8 +22,8 @@ cdef enum Format:
 cdef struct Pacman:
     Sink sink
     Messages messages
-    Format fixed                     # NO_FORMAT: told from each message
-    Format seen                      # of the last message that left no doubt
+    Format fixed                     # NO_FORMAT: recognised from each message
+    Format seen                      # of the last unambiguous message
     Format open                      # of the message whose words come next
     bint clock64
 
@@ -35,11 +35,11 @@ cdef inline uint16_t load16(const uint8_t* at) noexcept nogil:
 
 
 cdef inline Format message_format(Pacman* board, const uint8_t* at, Py_ssize_t length) noexcept nogil:
-    """NO_FORMAT: the message is to be rejected.
+    """Recognise the format of a message; NO_FORMAT when the message must be rejected.
 
-    A message whose length contradicts its header is taken to be of the format that the board has spoken before; from a
-    board that has not spoken yet it is rejected. (None can fit both formats: the legacy count is the upper half of the
-    other's number of bytes, which makes the latter too large.)
+    A message whose length contradicts its header is decoded in the format of the board's earlier messages, and rejected
+    when there are none. (No message fits both formats: the legacy count is the upper half of the byte count of format 1.0,
+    which makes that count too large.)
     """
     cdef bint legacy, newer, marked
     if length < 8 or at[0] != c'D':
@@ -57,14 +57,14 @@ cdef inline Format message_format(Pacman* board, const uint8_t* at, Py_ssize_t l
 
 
 cdef inline uint64_t legacy_ticks(const uint8_t* at, bint clock64) noexcept nogil:
-    """The board's clock in a legacy word; of a data word of 64-bit firmware bits 63..16 only."""
+    """Return the board's clock in a legacy word; a data word of 64-bit firmware has bits 63..16 only."""
     if clock64:
         return (load64(at) if at[0] == c'D' else load64(at + 8)) & ~<uint64_t>0xffff
     return load32(at + 2) if at[0] == c'D' else load32(at + 4)
 
 
 cdef inline bint open_message(Pacman* board) noexcept nogil:
-    """Take the next message's header; False: the message is rejected whole."""
+    """Read the header of the next message; False when the whole message is rejected."""
     cdef Messages* input = &board.messages
     cdef const uint8_t* at = input.data + input.spans[input.i].start
     cdef Py_ssize_t length = input.spans[input.i].length, present, counted, header, size
@@ -119,7 +119,7 @@ cdef inline bint open_message(Pacman* board) noexcept nogil:
 
 
 cdef inline void find_full(Pacman* board, Py_ssize_t words, Py_ssize_t size) noexcept nogil:
-    """Among the next `words` words there are some with a FIFO flag. (To ask each of all words costs the decoder 9 %.)"""
+    """Find the words with a FIFO flag among the next `words` words. (Testing every word as it is decoded costs 9 %.)"""
     cdef const uint8_t* at = board.messages.word
     cdef Py_ssize_t i
     for i in range(words):
@@ -129,7 +129,7 @@ cdef inline void find_full(Pacman* board, Py_ssize_t words, Py_ssize_t size) noe
 
 
 cdef inline void find_cut(Pacman* board, Py_ssize_t words) noexcept nogil:
-    """Among the next `words` words of format 1.0 there are some whose times do not fit into 32 bits."""
+    """Find the words of format 1.0 whose times do not fit 32 bits among the next `words` words."""
     cdef const uint8_t* at = board.messages.word
     cdef Py_ssize_t i
     for i in range(words):
@@ -139,7 +139,7 @@ cdef inline void find_cut(Pacman* board, Py_ssize_t words) noexcept nogil:
 
 
 cdef inline Py_ssize_t legacy_words(Pacman* board, Row* rows, Py_ssize_t words) noexcept nogil:
-    """Decode the next `words` words; return how many rows they made.
+    """Decode the next `words` words; return the number of rows.
 
     Firmware with a 64-bit clock sends in D words its bits 63..16, in the six bytes from byte 2: they are stored as ticks of
     that clock, the lower 16 bits zero. Its S and T words have the whole clock in their last eight bytes.
@@ -196,8 +196,10 @@ cdef inline Py_ssize_t legacy_words(Pacman* board, Row* rows, Py_ssize_t words) 
 
 
 cdef inline Py_ssize_t words_1_0(Pacman* board, Row* rows, Py_ssize_t words) noexcept nogil:
-    """The same for format 1.0, where each word has its timestamp in 64 bits at byte 8. Of data words a column of 32 bits
-    gets the lower half, which is what a clock of 32 bits would say, and that is noted."""
+    """Decode words of format 1.0, whose timestamps have 64 bits at byte 8; return the number of rows.
+
+    A column of 32 bits gets the lower half of a data word's time, as a 32-bit clock would have it, and this is noted.
+    """
     cdef Sink* sink = &board.sink
     cdef const uint8_t* at = board.messages.word
     cdef const uint8_t* end = at + 24 * words
@@ -270,8 +272,10 @@ cdef inline Py_ssize_t pacman_rows(Pacman* board, Row* rows, Py_ssize_t n) noexc
 
 
 cdef inline void inspect_last(Pacman* board) noexcept nogil:
-    """Look at the last message of an input that is used up: its time, and whether its first word is what `asic` and
-    `clock64` say. (To look at each message costs the decoder 7 % of messages of one word.)"""
+    """Inspect the last message of a used-up input: its time, and whether its first word fits `asic` and `clock64`.
+
+    (Inspecting every message costs the decoder 7 % with messages of one word.)
+    """
     cdef Messages* input = &board.messages
     cdef Evidence* evidence = &board.sink.evidence
     cdef const uint8_t* at

@@ -1,11 +1,11 @@
-# Rows back to PACMAN messages, legacy or format 1.0: what a board would have sent for the decoder to make these rows.
+# Encode rows as PACMAN messages, legacy or format 1.0: the messages from which the decoder makes these rows.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, UINT32_MAX, UINT64_MAX
 from libc.string cimport memcpy, memset
 
 from row_codec cimport Row, SYNC, TIMESTAMP, TRIGGER, key_channel, row_type, row_word
 from row_structs cimport Row10, Span
 
-cdef enum Misfit:                    # why a row cannot be written without loss
+cdef enum Misfit:                    # reason why a row cannot be encoded without loss
     FITS
     HEADER_TIME
     RECEIPT_TIME
@@ -13,17 +13,17 @@ cdef enum Misfit:                    # why a row cannot be written without loss
     BOARD_DETAIL
 
 cdef enum:
-    MOST_WORDS = 65535               # a legacy header counts in 16 bits
+    MOST_WORDS = 65535               # a legacy header counts words in 16 bits
 
 cdef struct Writer:
     uint8_t* begin
     uint8_t* at
-    uint8_t* message                 # the open one's header; NULL: none
-    Py_ssize_t words                 # of the open one
+    uint8_t* message                 # header of the open message; NULL: none
+    Py_ssize_t words                 # of the open message
     Span* spans
     Py_ssize_t n_spans
     uint64_t seconds                 # of the next header
-    Py_ssize_t row                   # where it stopped, when a row does not fit
+    Py_ssize_t row                   # index of the row that does not fit
     int asic
     bint legacy
     bint clock64

@@ -1,5 +1,5 @@
-# Words to rows and back, inline, for every layout: one function, specialised by the type of the row.
-# Bit positions are those of the chips' data sheets: bit 0 is the first on the line, the lowest of byte 0.
+# Decode words into rows and encode rows as words, for every layout: one function, specialised by the type of the row.
+# Bit positions are those of the chips' data sheets: bit 0 comes first on the line and is the lowest bit of byte 0.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, UINT32_MAX
 from libc.string cimport memcpy, memset
 
@@ -73,7 +73,7 @@ cdef inline void put_key(char* key, uint8_t io_group, uint8_t io_channel, uint8_
 
 
 cdef inline uint8_t key_channel(const char* key) noexcept nogil:
-    """The io_channel of a chip key; 0 where the key is not of the form above (other programs leave it empty)."""
+    """Return the io_channel of a chip key; 0 when the key has another form (other programs leave it empty)."""
     cdef int i = 0, number = 0
     while i < 32 and key[i] != c'-':
         i += 1
@@ -87,11 +87,11 @@ cdef inline uint8_t key_channel(const char* key) noexcept nogil:
 cdef inline int word_row(
     Row* row, uint64_t word, int asic, uint8_t io_group, uint8_t io_channel, uint64_t receipt, uint8_t direction
 ) noexcept nogil:
-    """Fill every column from the bits of the word, whatever its type. 0: parity right, 1: parity wrong, -Reason: no row.
+    """Fill every column from the bits of the word, whatever its type. 0: correct parity, 1: wrong parity, -Reason: no row.
 
-    Columns beside the obvious: v2 diagnostics: bit 46, which no column describes, is the lowest of `counter`; v3: bit 43
-    is the highest of the 28-bit `timestamp` and, again, `first_packet` (a chip may use it as either), the four bits
-    61..58 (fifo flags or tally) are `local_fifo` and `shared_fifo`. Layout 1.0 has no column for the receipt timestamp.
+    Special columns: v2 diagnostics: bit 46, which has no column, is the lowest of `counter`; v3: bit 43 is the highest of
+    the 28-bit `timestamp` and also `first_packet` (a chip uses it as either), the four bits 61..58 (FIFO flags or tally)
+    are `local_fifo` and `shared_fifo`. Layout 1.0 has no column for the receipt timestamp.
     """
     cdef int odd
     if Row is Row10:
@@ -169,9 +169,9 @@ cdef inline int row_type(const Row* row) noexcept nogil:
 
 
 cdef inline uint64_t row_word(const Row* row, int asic) noexcept nogil:
-    """The word of a row of types 0 to 3, the inverse of word_row; every column is cut to the width of its field.
+    """Encode a row of types 0 to 3 as its word, the inverse of word_row; every column is cut to the width of its field.
 
-    Columns that share bits are joined with OR: larpix-control's older files fill only those that the type uses.
+    Columns that share bits are joined with OR, because older files of larpix-control fill only those of the type.
     """
     cdef uint64_t word
     if Row is Row10:
@@ -214,7 +214,7 @@ cdef inline uint64_t row_word(const Row* row, int asic) noexcept nogil:
 
 
 cdef inline void time_row(Row* row, uint8_t io_group, uint64_t seconds) noexcept nogil:
-    """A row of type 4: unix seconds of a board's header, or of the host. Layout 1.0 keeps the io_group in the key."""
+    """Fill a row of type 4: unix seconds of a board's header, or of the host. Layout 1.0 has the io_group in the key."""
     memset(row, 0, sizeof(Row))
     row.timestamp = seconds
     if Row is Row10:
@@ -228,7 +228,7 @@ cdef inline void time_row(Row* row, uint8_t io_group, uint64_t seconds) noexcept
 cdef inline void board_row(
     Row* row, uint8_t kind, uint8_t io_group, uint8_t detail, uint8_t source, uint32_t status, uint64_t timestamp
 ) noexcept nogil:
-    """A row of type SYNC or TRIGGER. Layout 1.0 has `register` and `value` for trigger_type and dataword."""
+    """Fill a row of type SYNC or TRIGGER. Layout 1.0 has `register` and `value` for trigger_type and dataword."""
     memset(row, 0, sizeof(Row))
     row.timestamp = timestamp
     row.counter = status

@@ -1,5 +1,5 @@
-# Layouts as packed structs and the ledger's counters, shared by every kernel; pure C, no Python objects.
-# The structs are those of larpixdaq/schema.py, whose dtypes a memoryview `Row24[::1]` checks at every call.
+# Layouts of rows as packed structs, the ledger's counters, and the check of Python arrays against them: shared by all kernels.
+# The structs are those of larpixdaq/schema.py; a memoryview such as `Row24[::1]` checks their dtypes at every call.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef packed struct Row10:            # layout 1.0, v1 chips, 56 bytes
@@ -134,8 +134,7 @@ cdef enum Asic:                      # schema.Asic
     V2_DIAGNOSTICS = 3
     V3 = 4
 
-# Python arrays to pointers: the one place where the dtype of rows is checked against the structs.
-
+# Rows of a Python array: the only place where their dtype is checked against the structs.
 
 cdef enum Kind:
     KIND10
@@ -162,7 +161,7 @@ cdef inline uint8_t checked_byte(str name, object value) except? 0:
 
 
 cdef inline Rows open_rows(object rows, int asic, bint writable) except *:
-    """Where the rows are. They stay there for as long as the caller holds `rows`."""
+    """Return a pointer to the rows, which is valid as long as the caller holds `rows`."""
     cdef Rows out
     cdef const Row10[::1] rows10
     cdef const Row24[::1] rows24

@@ -11,21 +11,21 @@ from row_structs cimport (
 
 cdef enum:
     FRAME = 10
-    IO_CHANNEL = 1                   # a serial board has one, and does not say so
+    IO_CHANNEL = 1                   # a serial board has one, and does not send its number
 
 cdef struct Serial:
     Sink sink
-    const uint8_t* at                # bytes that are in no frame yet
+    const uint8_t* at                # bytes without a frame so far
     const uint8_t* end
     bint strict
-    bint silent                      # flush(): nothing will follow soon
+    bint silent                      # flush(): no more bytes follow soon
     bint new_second                  # a time row is due
 
 
-# Pending bytes are added and taken off, never set: counters may be left and taken up again (those of run 0 are).
+# Pending bytes are added and subtracted, never set, because counters may be continued later (those of run 0 are).
 
 cdef inline void inherit_bytes(uint64_t* counts, Py_ssize_t pending) noexcept nogil:
-    """These counters begin with bytes that came before."""
+    """Begin these counters with the bytes that wait already."""
     counts[PENDING_BEFORE] += pending
     counts[PENDING_AFTER] += pending
 
@@ -57,16 +57,20 @@ cdef inline void count_frame(uint64_t* counts, int code) noexcept nogil:
 
 
 cdef inline bint next_framed(Serial* line) noexcept nogil:
-    """Whether a frame follows the one at hand, as far as can be seen: of bytes that have not come nothing is known.
+    """Whether a frame follows the current one, as far as its bytes have arrived.
 
-    In a running stream this is asked only when all of them have come.
+    In a running stream this is called only when all of them have arrived.
     """
     cdef Py_ssize_t there = line.end - line.at
     return (there <= FRAME or line.at[FRAME] == c's') and (there < 2 * FRAME or line.at[2 * FRAME - 1] == c'q')
 
 
 cdef inline Py_ssize_t serial_rows(Serial* line, Row* rows, Py_ssize_t n) noexcept nogil:
-    """Bytes that begin no frame are dropped as soon as that is certain, so that nothing depends on how the stream was cut."""
+    """Decode frames into rows and return their number.
+
+    Bytes that begin no frame are skipped as soon as that is certain, so the result does not depend on how the
+    stream was cut.
+    """
     cdef Sink* sink = &line.sink
     cdef uint64_t* counts = sink.counts
     cdef uint64_t mask = word_mask(sink.asic), full = full_mask(sink.asic), word

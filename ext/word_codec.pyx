@@ -1,4 +1,6 @@
-"""Words of every chip generation to rows and back: see packets.pyi; the bits are in row_codec.pxd."""
+"""Decode words of every chip generation into rows and back. The interface is documented in word_codec.pyi, the bits are in
+row_codec.pxd.
+"""
 
 from libc.stdint cimport uint8_t, uint64_t, UINT32_MAX
 
