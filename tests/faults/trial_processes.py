@@ -19,11 +19,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import process_faults
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import environment_faults
+import process_faults
 from network import unavailable
 from table import ROWS, late, run_trial
 from trial import Outcome, Setup, as_dict, keep
