@@ -10,9 +10,7 @@ Requests and answers may be lost when a connection breaks; whoever waits asks ag
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict, deque
@@ -39,6 +37,7 @@ from larpixdaq.protocol.control import (
     probe_request,
     unpack_core,
 )
+from larpixdaq.runtime.event_loop import Waker
 from larpixdaq.runtime.timing import next_beat, wait_ms
 
 _log = logging.getLogger("larpixdaq.control.connection")
@@ -52,36 +51,6 @@ _KEPT: Final = 1024
 #: Answers larger than _LARGE are kept up to _ROOM bytes in all: a thousand results with arrays would be gigabytes.
 _LARGE: Final = 4096
 _ROOM: Final = 8 << 20
-
-
-class Waker:
-    """A descriptor that polls readable from wake() to clear(); safe to wake from any thread."""
-
-    def __init__(self) -> None:
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._read, False)
-        os.set_blocking(self._write, False)
-        # Reentrant: the garbage collector may close a link in the middle of a wake().
-        self._lock = threading.RLock()
-
-    def fileno(self) -> int:
-        return self._read
-
-    def wake(self) -> None:
-        with self._lock, contextlib.suppress(BlockingIOError):  # full: it is readable already
-            if self._write >= 0:
-                os.write(self._write, b"\0")
-
-    def clear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._read, 4096):
-                pass
-
-    def close(self) -> None:
-        with self._lock:
-            writing, self._write = self._write, -1  # so that a late wake() does not write into what is opened next
-            os.close(self._read)
-            os.close(writing)
 
 
 class CoreConnection:

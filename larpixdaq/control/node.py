@@ -21,7 +21,7 @@ import zmq
 
 from larpixdaq.config import CORE_PORT, address, process_identity
 from larpixdaq.constants import HEARTBEAT, PATIENCE, STOP
-from larpixdaq.control.connection import CoreConnection, RecentRequests, Waker
+from larpixdaq.control.connection import CoreConnection, RecentRequests
 from larpixdaq.control.log_shipping import RecordHandler, push_socket
 from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction, misuse
 from larpixdaq.protocol.control import (
@@ -35,7 +35,7 @@ from larpixdaq.protocol.control import (
     Welcome,
     packed,
 )
-from larpixdaq.runtime.event_loop import Signals, Stopped
+from larpixdaq.runtime.event_loop import Signals, Stopped, Waker
 from larpixdaq.runtime.timing import Load, next_beat, wait_ms
 
 _log = logging.getLogger("larpixdaq.control.node")

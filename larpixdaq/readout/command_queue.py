@@ -16,9 +16,9 @@ import zmq
 from numpy.typing import NDArray
 
 from larpixdaq._native import word_codec
+from larpixdaq.runtime.event_loop import keep_polled
 from larpixdaq.schema import Asic, RowLayout
 from larpixdaq.sources.command_channel import Channel
-from larpixdaq.sources.source import keep_polled
 
 #: Commands that may wait for one board; a child that sends more has lost its way.
 _MOST_WAITING: Final = 1000

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from larpixdaq._native.ring_buffer import Ring
 from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.constants import COUNTS
-from larpixdaq.sources.source import Source, keep_polled
+from larpixdaq.runtime.event_loop import keep_polled
+from larpixdaq.sources.source import Source
 
 log = logging.getLogger(__name__)
 

@@ -1,10 +1,11 @@
-"""How a process ends: its exit status, and what SIGINT, SIGTERM, SIGHUP and SIGQUIT do.
+"""The loop of a process: its wake-ups, its worker threads, and its end (exit status; SIGINT, SIGTERM, SIGHUP, SIGQUIT).
 
-One thread for what may hang with a disk.
+Threads only post results: the loop polls a descriptor, and takes the results over itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import logging
@@ -18,10 +19,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from larpixdaq.errors import LarpixDaqError, printable
 from larpixdaq.runtime.timing import Throttle
+
+if TYPE_CHECKING:
+    import zmq
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 #: A closed terminal, and Ctrl-\\. They end a process as SIGTERM does, unless it was started to ignore them (nohup).
@@ -36,6 +40,48 @@ _STDERR_RATE: Final = 4 << 10
 _came: Final[list[float]] = []
 log = logging.getLogger(__name__)
 Job = tuple[Callable[[], Any], Callable[[Any], None]]
+
+
+class Waker:
+    """A descriptor that polls readable from wake() to clear(). Any thread may call wake()."""
+
+    def __init__(self) -> None:
+        # A pipe, because signal.set_wakeup_fd() writes single bytes, which an eventfd does not take.
+        self._read, self.write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Reentrant, because the garbage collector may call close() in the middle of wake().
+        self._lock = threading.RLock()
+
+    def fileno(self) -> int:
+        return self._read
+
+    def wake(self) -> None:
+        """Make the descriptor readable; without effect after close()."""
+        with self._lock, contextlib.suppress(BlockingIOError):  # full: it is readable already
+            if self.write_end >= 0:
+                os.write(self.write_end, b"\0")
+
+    def clear(self) -> None:
+        """Consume all wake-ups so far. Call it before the look at what they announce, so that none is missed."""
+        with contextlib.suppress(BlockingIOError):
+            while len(os.read(self._read, 4096)) == 4096:
+                pass
+
+    def close(self) -> None:
+        with self._lock:
+            os.close(self._read)
+            os.close(self.write_end)
+            self.write_end = -1  # so that a late wake() does not write into another file
+
+
+def keep_polled(poller: zmq.Poller, known: dict[Any, tuple[Any, ...]], key: Any, wanted: tuple[Any, ...]) -> None:
+    """Register exactly the sockets `wanted` for `key` in the poller; `known` maps each key to its registered ones."""
+    had = known.get(key, ())
+    if wanted != had:
+        for socket in had:
+            poller.unregister(socket)
+        for socket in wanted:
+            poller.register(socket, select.POLLIN)
+        known[key] = wanted
 
 
 def _first() -> bool:
@@ -79,14 +125,12 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop = False
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}  # those outside of this context
         self._wakeup = -1
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._read, False)
-        os.set_blocking(self._write, False)
+        self._waker = Waker()
 
     def fileno(self) -> int:
-        return self._read
+        return self._waker.fileno()
 
     def _came(self, number: int, frame: FrameType | None) -> None:
         _first()
@@ -94,16 +138,15 @@ class Signals:
 
     def __enter__(self) -> Signals:
         # The C-level handler writes a byte at once: a signal between the test of `stop` and the poll is not slept over.
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._before = catch(self._came)
+        self._wakeup = signal.set_wakeup_fd(self._waker.write_end, warn_on_full_buffer=False)
+        self._handlers = catch(self._came)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
-        os.close(self._read)
-        os.close(self._write)
+        self._waker.close()
 
 
 class _OutputError(Exception):
@@ -218,46 +261,48 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
 
 
 class Worker:
-    """Does what it is given, in order, in a thread; turn() tells what came of it, in the loop of whoever gave it."""
+    """A thread that does jobs in order; turn() hands over their results in the loop that submitted them.
 
-    def __init__(self, name: str) -> None:
+    Several workers of one loop may share a `waker`: then turn() of each is due when it polls readable, and the loop
+    closes it.
+    """
+
+    def __init__(self, name: str, waker: Waker | None = None) -> None:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._done: deque[tuple[Callable[[Any], None], Any]] = deque()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._open = 0
+        self._results: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._shared = waker is not None
+        self._waker = waker or Waker()
+        self._pending = 0  # jobs whose results were not handed over yet
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, do: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Do this in the thread; `then` gets what it returned, or the OSError that it raised."""
-        self._open += 1
+        """Call `do` in the thread; turn() calls `then` with its result, or with the OSError that it raised."""
+        self._pending += 1
         self._jobs.put((do, then))
 
     def fileno(self) -> int:
         """Polls readable while turn() has something to do."""
-        return self._wake
+        return self._waker.fileno()
 
     def turn(self) -> None:
-        """Tell what is done."""
-        try:
-            os.eventfd_read(self._wake)
-        except BlockingIOError:
-            return
-        while self._done:
-            then, found = self._done.popleft()
-            self._open -= 1
-            then(found)
+        """Hand over the results that are there."""
+        self._waker.clear()
+        while self._results:
+            then, result = self._results.popleft()
+            self._pending -= 1
+            then(result)
 
     def settle(self, limit: float) -> bool:
-        """Wait until all that was given is done and told, at most `limit` seconds."""
+        """Wait at most `limit` seconds until the results of all jobs are handed over; whether they are."""
         deadline = time.monotonic() + limit
-        while self._open and (left := deadline - time.monotonic()) > 0:
-            select.select([self._wake], [], [], left)
+        while self._pending and (left := deadline - time.monotonic()) > 0:
+            select.select([self._waker], [], [], left)
             self.turn()
-        return not self._open
+        return not self._pending
 
     def close(self, limit: float) -> bool:
-        """Finish what was given, in at most `limit` seconds; False: it hangs, and ends with the process."""
+        """Finish the jobs in at most `limit` seconds; False when the thread hangs, which then ends with the process."""
         if not self._thread.is_alive():
             return True
         self._jobs.put(None)
@@ -265,19 +310,20 @@ class Worker:
         if self._thread.is_alive():
             return False
         self.turn()
-        os.close(self._wake)
+        if not self._shared:
+            self._waker.close()
         return True
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             do, then = job
-            found: Any
+            result: Any
             try:
-                found = do()
+                result = do()
             except OSError as error:
-                found = error
-            except Exception as error:  # a mistake of ours: nothing may wait for ever for what it would have told
+                result = error
+            except Exception as error:  # a mistake of ours: the loop must not wait for its result for ever
                 log.exception("%s", self._thread.name)
-                found = OSError(str(error))
-            self._done.append((then, found))
-            os.eventfd_write(self._wake, 1)
+                result = OSError(str(error))
+            self._results.append((then, result))
+            self._waker.wake()

@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import zmq
 from numpy.typing import NDArray
 
 from larpixdaq.protocol.stream import LossVerdict
@@ -110,17 +109,6 @@ class Decoder(Protocol):
     def heard(self, now_ns: int, since: float = ..., until: float = ...) -> None: ...
     def noticed(self) -> NDArray[Any]: ...
     def note(self, what: int, events: int, amount: int) -> None: ...
-
-
-def keep_polled(poller: zmq.Poller, known: dict[Any, tuple[Any, ...]], key: Any, wanted: tuple[Any, ...]) -> None:
-    """Keep the poller to these sockets of somebody's; `known` says whose it has."""
-    had = known.get(key, ())
-    if wanted != had:
-        for socket in had:
-            poller.unregister(socket)
-        for socket in wanted:
-            poller.register(socket, zmq.POLLIN)
-        known[key] = wanted
 
 
 class LiveSource:

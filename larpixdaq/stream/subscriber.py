@@ -15,7 +15,6 @@ import contextlib
 import heapq
 import logging
 import math
-import os
 import threading
 import time
 from collections import deque
@@ -49,6 +48,7 @@ from larpixdaq.protocol.stream import (
     pack,
     unpack_producer,
 )
+from larpixdaq.runtime.event_loop import Waker
 from larpixdaq.runtime.timing import next_beat, wait_ms
 
 #: The last ACK or CREDIT is said again in this rhythm (seconds), which is that of all consumers of a host: a producer
@@ -103,8 +103,8 @@ class Consumer:
         self._acks: dict[str, dict[tuple[int, int], int]] = {}
         self._done: dict[str, int] = {}
         self._again = self._sent = False
-        self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._arrived = Waker()  # wakes the process
+        self._waker = Waker()  # wakes the thread
         self._closing = False
         self._poller = zmq.Poller()
         self._thread = threading.Thread(target=self._run, name=f"stream of {name}", daemon=True)
@@ -120,11 +120,11 @@ class Consumer:
         """
         with self._lock:
             self._wanted = dict(producers)
-        os.eventfd_write(self._wake, 1)
+        self._waker.wake()
 
     def fileno(self) -> int:
         """Polls readable while next() has something."""
-        return self._arrived
+        return self._arrived.fileno()
 
     @property
     def queued(self) -> int:
@@ -137,28 +137,21 @@ class Consumer:
         or when we have been given up, so that whoever takes them has to copy them before they are checked."""
         if self._again:
             return None
-        try:
-            return self._queue.popleft()
-        except IndexError:
-            pass
-        try:
-            os.eventfd_read(self._arrived)
-        except BlockingIOError:
-            return None
-        # A frame may have come between the two: its signal has just been taken, so look once more.
+        if not self._queue:
+            self._arrived.clear()  # before another look, because a frame may have come meanwhile
         return self._queue.popleft() if self._queue else None
 
     def done(self, producer: str, blocks: int = 1) -> None:
         """Mode "latest": so many blocks have been dealt with, others may come in their place."""
         with self._lock:
             self._done[producer] = self._done.get(producer, 0) + blocks
-        os.eventfd_write(self._wake, 1)
+        self._waker.wake()
 
     def acknowledge(self, source: BlockOrigin, following: int) -> None:
         """Mode "all": everything of `source` below sequence `following` is durable."""
         with self._lock:
             self._acks.setdefault(source.producer, {})[source.run, source.epoch] = following
-        os.eventfd_write(self._wake, 1)
+        self._waker.wake()
 
     def again(self, *, sent: bool = False) -> None:
         """Subscribe anew to every producer: what was sent and not acknowledged comes again; with `sent` the rows are
@@ -169,28 +162,27 @@ class Consumer:
         """
         with self._lock:
             self._again, self._sent = True, self._sent or sent
-        os.eventfd_write(self._wake, 1)
+        self._waker.wake()
 
     def close(self) -> None:
         """Send the last acknowledgements, say BYE and stop."""
         self._closing = True
-        os.eventfd_write(self._wake, 1)
+        self._waker.wake()
         self._thread.join(timeout=5)
         self._queue.clear()
-        os.close(self._arrived)
-        os.close(self._wake)
+        self._arrived.close()
+        self._waker.close()
 
     # the thread's side
 
     def _run(self) -> None:
-        self._poller.register(self._wake, zmq.POLLIN)
+        self._poller.register(self._waker.fileno(), zmq.POLLIN)
         closing = False
         try:
             while not closing:
                 closing = self._closing  # one turn more then: what was acknowledged before close() has to go out
-                for descriptor, _ in self._poller.poll(self._timeout()):
-                    if descriptor == self._wake:
-                        os.eventfd_read(self._wake)
+                if self._waker.fileno() in dict(self._poller.poll(self._timeout())):
+                    self._waker.clear()
                 self._good()
                 self._apply()
                 for link in list(self._links.values()):
@@ -265,7 +257,7 @@ class Consumer:
             except ProtocolError as error:
                 self._warn(link, str(error))
         if arrived:
-            os.eventfd_write(self._arrived, 1)
+            self._arrived.wake()
 
     def _frame(self, link: ProducerConnection, frame: FromProducer, payload: memoryview | None) -> bool:
         if isinstance(frame, Welcome):

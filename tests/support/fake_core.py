@@ -9,9 +9,9 @@ import zmq
 from processes import in_thread
 
 from larpixdaq.constants import COUNTS
-from larpixdaq.control.connection import Waker
 from larpixdaq.control.node import Call, Node
 from larpixdaq.core import Core
+from larpixdaq.runtime.event_loop import Waker
 
 
 class Stopper(Waker):
