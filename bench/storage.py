@@ -22,7 +22,7 @@ from larpixdaq import constants, schema
 from larpixdaq._native import board_emulator, word_codec
 from larpixdaq.hdf5 import writer
 from larpixdaq.protocol.stream import Block, BlockOrigin
-from larpixdaq.runtime import checksum
+from larpixdaq.runtime.record_file import crc32
 from larpixdaq.storage.limits import Limits, parse_limit
 from larpixdaq.storage.service import Storing
 
@@ -44,7 +44,7 @@ def hits(rows: int) -> Any:
 
 def blocks(rows: int) -> Any:
     data = hits(rows)
-    crc = checksum.crc32(data.view(np.uint8))
+    crc = crc32(data.view(np.uint8))
     view = memoryview(data.view(np.uint8))
     for sequence in itertools.count():
         yield Block(1, "board", 7, sequence, sequence * rows, rows, 2, 0, 0, 0, crc, [], []), view

@@ -15,7 +15,7 @@ from larpixdaq._native import board_emulator, decoders, hdf5_chunks, monitor_cou
 from larpixdaq.hdf5.tables import RunInfo
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.protocol.stream import Block
-from larpixdaq.runtime.checksum import crc32
+from larpixdaq.runtime.record_file import crc32
 from larpixdaq.schema import Asic
 
 WORDS = 200_000

@@ -16,7 +16,7 @@ from larpixdaq import constants, schema
 from larpixdaq._native.ring_buffer import END, INFO, Ring
 from larpixdaq.constants import COUNTS
 from larpixdaq.protocol.stream import Block, Configs, End, Gap, LossVerdict, Totals, UnknownWord, pack, text_pieces
-from larpixdaq.runtime.checksum import crc32
+from larpixdaq.runtime.record_file import crc32
 from larpixdaq.schema import PacketType
 
 #: A block is closed so long after its first row, in seconds.

@@ -18,8 +18,8 @@ from larpixdaq.buffer.ring_file import RingFile, arenas, kept_aside
 from larpixdaq.buffer.spool import SpoolDirectory, SpoolFile
 from larpixdaq.errors import FileError, ProtocolError, RingError
 from larpixdaq.protocol.stream import Block, End, LossVerdict, unpack_producer
-from larpixdaq.runtime.checksum import crc32
 from larpixdaq.runtime.file_access import keep_aside
+from larpixdaq.runtime.record_file import crc32
 
 log = logging.getLogger(__name__)
 

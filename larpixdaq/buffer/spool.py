@@ -5,9 +5,8 @@ page cache outlives the process, and against a power cut the ring in memory woul
 
 All that may hang with a disk, opening, writing, reading and removing, is done by one thread: boards are read on.
 
-A file of the spool: a header that says whose blocks it holds, and records, each a block as it stands in the stream.
-
-Whole records are good whatever happened to others: each has its index and a CRC-32 of all of it.
+A file of the spool: a header that says whose blocks it holds, and records (runtime/record_file.py) with their index,
+each a block as it stands in the stream.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from larpixdaq.buffer.ring_file import take
-from larpixdaq.runtime.checksum import crc32
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import copy_content, in_place, keep_aside, open_private, remove, try_lock
+from larpixdaq.runtime.record_file import RecordFormat, crc32, write_at
 
 log = logging.getLogger(__name__)
-#: Bytes and blocks that the thread writes, or reads ahead, at a time (the kernel takes 1024 pieces a call).
+#: Bytes and blocks that the thread writes, or reads ahead, at a time.
 BATCH_BYTES: Final = 8 << 20
 BATCH_BLOCKS: Final = 300
 #: Bytes of rows that are kept when they have been read: one storage reads on while another one, further on, does too.
@@ -42,9 +41,7 @@ AGAIN: Final = 5.0
 TRIES: Final = 3
 _MAGIC: Final = b"LPXSPOL\x01"
 _START: Final = struct.Struct("<8sII")  # magic, length and CRC-32 of the header
-_RECORD_MAGIC: Final = b"LDS1"
-_RECORD: Final = struct.Struct("<4sIIIQ")  # magic, lengths of header and payload, CRC-32 of all the rest, index
-_CHECKED: Final = struct.Struct("<IIQ")
+_FORMAT: Final = RecordFormat(b"LDS1", indexed=True)
 
 
 class SpoolDirectory:
@@ -315,13 +312,12 @@ class SpoolFile:
             end = len(pieces[0])
         offsets = []
         for index, (header, payload) in enumerate(records, self.next):
-            lengths = (len(header), len(payload))
-            crc = crc32(payload, crc32(header, crc32(_CHECKED.pack(*lengths, index))))
-            pieces += [_RECORD.pack(_RECORD_MAGIC, *lengths, crc, index), header, payload]
+            record = _FORMAT.pack(header, [payload], index)
+            pieces += record
             offsets.append(end)
-            end += _RECORD.size + sum(lengths)
+            end += sum(len(piece) for piece in record)
         try:
-            self._write(pieces)
+            write_at(self._fd, pieces, self.size)
         except OSError:
             if self.size:
                 os.ftruncate(self._fd, self.size)
@@ -329,17 +325,6 @@ class SpoolFile:
                 self.remove()
             raise
         return offsets, end
-
-    def _write(self, pieces: list[Any]) -> None:
-        at = self.size
-        views = [memoryview(piece) for piece in pieces if len(piece)]
-        while views:
-            n = os.pwritev(self._fd, views, at)
-            at += n
-            while views and n >= len(views[0]):
-                n -= len(views.pop(0))
-            if n:
-                views[0] = views[0][n:]
 
     def read(self, first: int, stop: int, most: int) -> list[SpoolRecord]:
         """Blocks from index `first` on, at most to `stop` and `most` bytes, but one at least."""
@@ -354,14 +339,9 @@ class SpoolFile:
         return found
 
     def _record(self, index: int, offset: int) -> SpoolRecord:
-        head = os.pread(self._fd, _RECORD.size, offset)
-        if len(head) == _RECORD.size:
-            magic, header, payload, crc, found = _RECORD.unpack(head)
-            if magic == _RECORD_MAGIC and found == index and offset + header + payload <= self.size:
-                data = memoryview(os.pread(self._fd, header + payload, offset + _RECORD.size))
-                if crc32(data, crc32(_CHECKED.pack(header, payload, index))) == crc:
-                    return SpoolRecord(bytes(data[:header]), data[header:])
-        return LOST
+        size = _FORMAT.size(os.pread(self._fd, _FORMAT.head.size, offset))
+        record = _FORMAT.read(os.pread(self._fd, size, offset)) if offset + size <= self.size else None
+        return LOST if record is None or record.number != index else SpoolRecord(record.header, record.payload)
 
     def keep_name(self) -> bool:
         """Write the file anew when somebody has removed its name; whether that was so. OSError when it cannot be."""
@@ -416,29 +396,22 @@ class SpoolFile:
         return file
 
     def _index(self, data: bytes) -> None:
-        """Find the whole records; a damaged one ends where the next whole one begins, whatever its lengths say."""
-        at = behind = _START.size + _START.unpack_from(data)[1]
+        """Find the whole records, and whether the file is damaged or torn."""
         self.size = len(data)
-        while (at := data.find(_RECORD_MAGIC, at)) >= 0 and at + _RECORD.size <= len(data):
-            _, header, payload, _, index = _RECORD.unpack_from(data, at)
-            end = at + _RECORD.size + header + payload
-            if not self.next <= index < self.next + (1 << 20) or self._record(index, at) is LOST:
-                at += 1
+        end = _START.size + _START.unpack_from(data)[1]
+        for record in _FORMAT.scan(data, end):
+            if not self.next <= record.number < self.next + (1 << 20):
                 continue
-            self.damaged |= at != behind
-            self.offsets.extend([0] * (index - self.next))
-            self.offsets.append(at)
-            at = behind = end
-        if behind != len(data):
-            self.torn = self._is_torn(data[behind : behind + _RECORD.size], len(data) - behind)
+            self.damaged |= record.start != end
+            self.offsets.extend([0] * (record.number - self.next))
+            self.offsets.append(record.start)
+            end = record.end
+        if end != len(data):
+            rest = data[end:]
+            self.torn = _FORMAT.is_torn(rest) and (
+                len(rest) < _FORMAT.head.size or _FORMAT.head.unpack_from(rest)[-1] == self.next
+            )
             self.damaged |= not self.torn
-
-    def _is_torn(self, head: bytes, size: int) -> bool:
-        """Whether these `size` bytes at the file's end can be the beginning of the next record."""
-        if len(head) < _RECORD.size:
-            return _RECORD_MAGIC.startswith(head[:4])
-        magic, header, payload, _, index = _RECORD.unpack(head)
-        return (magic, index) == (_RECORD_MAGIC, self.next) and size < _RECORD.size + header + payload
 
 
 def _new(path: Path) -> int:

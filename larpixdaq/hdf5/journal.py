@@ -1,7 +1,7 @@
 """NAME.h5.journal: blocks (and ends) that were acknowledged before their chunk of the file was full.
 
-A record is `magic, header length, payload length, CRC-32` (16 bytes, little-endian), the frame as it stands in the
-stream (stream.pack), and the rows as they are stored. The CRC covers the two lengths, header and payload.
+A record (runtime/record_file.py) has the frame as it stands in the stream (stream.pack) for its header, and the rows as
+they are stored for its payload.
 
 A writer that is killed leaves the beginning of a record at the end: it was never acknowledged. Everything else that is
 no whole record is damage. Reading goes on at the next whole record, and a damaged journal is kept, not removed.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,14 +20,10 @@ from typing import Any, Final, NamedTuple
 from larpixdaq import schema
 from larpixdaq.errors import FileError, FileLocked, ProtocolError
 from larpixdaq.protocol import stream
-from larpixdaq.runtime import checksum
 from larpixdaq.runtime.file_access import FileLock, in_place, lock_directory, open_regular, read_regular
+from larpixdaq.runtime.record_file import RecordFormat, write_at
 
-MAGIC: Final = b"LDJ1"
-_HEAD: Final = struct.Struct("<4sIII")
-_LENGTHS: Final = struct.Struct("<II")
-#: The kernel takes this many pieces a call (IOV_MAX is 1024 on Linux).
-_PIECES: Final = 1000
+_FORMAT: Final = RecordFormat(b"LDJ1")
 #: Maximum bytes of a journal that is read. A writer's holds a batch of rows (some 6 MB) and the ends of its producers.
 _LARGEST: Final = 1 << 30
 
@@ -66,37 +61,15 @@ class Journal:
         """
         if self._recovery:
             raise FileError(f"cannot write {self.path}: it is being recovered")
-        parts: list[Any] = []
-        for header, payload in records:
-            lengths = _LENGTHS.pack(len(header), sum(len(piece) for piece in payload))
-            crc = checksum.crc32(header, checksum.crc32(lengths))
-            for piece in payload:
-                crc = checksum.crc32(piece, crc)
-            parts += [_HEAD.pack(MAGIC, *_LENGTHS.unpack(lengths), crc), header]
-            parts += [piece for piece in payload if len(piece)]
-        end = self.size
+        pieces = [piece for header, payload in records for piece in _FORMAT.pack(header, payload)]
         try:
-            for first in range(0, len(parts), _PIECES):
-                end += self._write(parts[first : first + _PIECES], end)
+            end = write_at(self._fd, pieces, self.size)
             if self._fsync:
                 os.fdatasync(self._fd)
         except OSError as error:
             os.ftruncate(self._fd, self.size)
             raise FileError(f"cannot write {self.path}: {error.strerror}") from None
         self.size = end
-
-    def _write(self, parts: list[Any], offset: int) -> int:
-        views = [memoryview(part).cast("B") for part in parts]
-        total = sum(len(view) for view in views)
-        done = 0
-        while done < total:
-            n = os.pwritev(self._fd, views, offset + done)
-            done += n
-            while views and n >= len(views[0]):
-                n -= len(views.pop(0))
-            if views:
-                views[0] = views[0][n:]
-        return total
 
     def clear(self) -> None:
         """Forget all records: their blocks stand in the file now."""
@@ -161,78 +134,41 @@ def read(path: Path) -> Contents:
     """Read a journal: its whole records, and where it is damaged. FileError when the file cannot be read."""
     data = read_regular(path, _LARGEST)
     contents = Contents([], [])
-    at = 0
-    while at < len(data):
-        record, end = _record(data, at)
-        if record is not None:
-            contents.records.append(record)
-            at = end
+    end = 0
+    for record in _FORMAT.scan(data):
+        frame = _frame(record.header, len(record.payload))
+        if frame is None:
             continue
-        following = _next_record(data, at)
-        if following == len(data) and _is_torn(data[at:]):
-            break
-        contents.damaged.append((at, following))
-        at = following
+        if record.start > end:
+            contents.damaged.append((end, record.start))
+        contents.records.append(JournalRecord(frame, bytes(record.payload)))
+        end = record.end
+    if end < len(data) and not _is_torn(data[end:]):
+        contents.damaged.append((end, len(data)))
     return contents
-
-
-def _record(data: bytes, at: int) -> tuple[JournalRecord | None, int]:
-    """The whole record that begins at a byte, or None; and the byte behind it."""
-    if len(data) - at < _HEAD.size:
-        return None, at
-    magic, header_length, payload_length, crc = _HEAD.unpack_from(data, at)
-    header_end = at + _HEAD.size + header_length
-    end = header_end + payload_length
-    if magic != MAGIC or end > len(data):
-        return None, at
-    header = data[at + _HEAD.size : header_end]
-    frame = _frame(header)
-    if frame is None or _payload_length(frame) != payload_length:
-        return None, at
-    payload = data[header_end:end]
-    lengths = _LENGTHS.pack(header_length, payload_length)
-    if checksum.crc32(payload, checksum.crc32(header, checksum.crc32(lengths))) != crc:
-        return None, at
-    return JournalRecord(frame, payload), end
-
-
-def _next_record(data: bytes, at: int) -> int:
-    """Where the next whole record behind a byte begins; the end of the data when there is none."""
-    while (at := data.find(MAGIC, at + 1)) >= 0:
-        if _record(data, at)[0] is not None:
-            return at
-    return len(data)
 
 
 def _is_torn(rest: bytes) -> bool:
     """Whether the last bytes of a journal are the beginning of a longer record, which was never whole here."""
-    if len(rest) < _HEAD.size:
-        return rest[: len(MAGIC)] == MAGIC[: len(rest)]
-    magic, header_length, payload_length, crc = _HEAD.unpack_from(rest)
-    rest = rest[_HEAD.size :]
-    if magic != MAGIC or header_length > stream.MAX_HEADER or header_length + payload_length <= len(rest):
+    if not _FORMAT.is_torn(rest):
         return False
-    if header_length <= len(rest):
-        frame = _frame(rest[:header_length])
-        return frame is not None and _payload_length(frame) == payload_length
-    # Not even the header is whole, or its length is damaged: then all bytes may be here, and fit the CRC.
-    lengths = _LENGTHS.pack(max(0, len(rest) - payload_length), payload_length)
-    return checksum.crc32(rest, checksum.crc32(lengths)) != int(crc)
+    head = _FORMAT.head
+    if len(rest) < head.size:
+        return True
+    _, header_length, payload_length, _ = head.unpack_from(rest)
+    header = rest[head.size : head.size + header_length]
+    if len(header) < header_length:
+        return bool(header_length <= stream.MAX_HEADER)
+    return _frame(header, payload_length) is not None
 
 
-def _frame(header: bytes) -> stream.Block | stream.End | None:
+def _frame(header: bytes, payload_length: int) -> stream.Block | stream.End | None:
+    """The frame in a record's header; None when it is none of a journal, or has rows of another length."""
     try:
         frame = stream.unpack_producer(header, "the journal")
-    except ProtocolError:
+        if isinstance(frame, stream.Block):
+            expected = frame.rows * schema.layout(frame.layout).dtype.itemsize
+            return frame if payload_length == expected else None
+    except (ProtocolError, ValueError):  # ValueError: an unknown layout
         return None
-    return frame if isinstance(frame, stream.Block | stream.End) else None
-
-
-def _payload_length(frame: stream.Block | stream.End) -> int:
-    """Bytes of rows behind a header; -1 when no header of ours says so."""
-    if isinstance(frame, stream.End):
-        return 0
-    try:
-        return frame.rows * schema.layout(frame.layout).dtype.itemsize
-    except ValueError:
-        return -1
+    return frame if isinstance(frame, stream.End) and not payload_length else None

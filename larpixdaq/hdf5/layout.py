@@ -44,8 +44,8 @@ from larpixdaq.constants import UNKNOWN_BYTES
 from larpixdaq.errors import FileError, cause
 from larpixdaq.hdf5 import columns
 from larpixdaq.protocol.stream import REGISTERS
-from larpixdaq.runtime import checksum
 from larpixdaq.runtime.file_access import can_lock
+from larpixdaq.runtime.record_file import crc32
 from larpixdaq.schema import MESSAGE_BYTES, TEXT_BYTES
 from larpixdaq.version import VERSION
 
@@ -299,5 +299,5 @@ def table_crc32(table: Any) -> int:
     """The CRC-32 of all bytes of a dataset, read in pieces."""
     value = 0
     for first in range(0, table.shape[0], 8192):
-        value = checksum.crc32(np.ascontiguousarray(table[first : first + 8192]).view(np.uint8), value)
+        value = crc32(np.ascontiguousarray(table[first : first + 8192]).view(np.uint8), value)
     return value

@@ -14,7 +14,7 @@ from larpixdaq.errors import ChecksumError, ProtocolError
 from larpixdaq.hdf5 import layout
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import BlockOrigin, unpack_configurations
-from larpixdaq.runtime import checksum
+from larpixdaq.runtime.record_file import crc32
 
 #: `how` of a source whose end never came.
 OPEN: Final = "open"
@@ -104,7 +104,7 @@ def check_content(block: stream.Block, pieces: Sequence[NDArray[np.uint8]], one:
     """The same for their bytes, in pieces of whole rows; ChecksumError when they are others."""
     crc = 0
     for piece in pieces:
-        crc = checksum.crc32(piece, crc)
+        crc = crc32(piece, crc)
     if crc != block.crc32:
         raise ChecksumError(f"{describe(block)}: expected CRC-32 {block.crc32:08x}, found {crc:08x}")
     if block.text is not None:

@@ -45,8 +45,8 @@ from larpixdaq.hdf5.verify import block_groups
 from larpixdaq.hdf5.writer import RunFile, UnfinishedPart
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import Block, BlockOrigin, End
-from larpixdaq.runtime import checksum
 from larpixdaq.runtime.file_access import DAMAGED, aside, check_regular
+from larpixdaq.runtime.record_file import crc32
 
 #: Maximum stretches of a damaged journal that are named one by one.
 _STRETCHES: Final = 20
@@ -401,7 +401,7 @@ class _Reading:
             start = int(block["first_row"])
             end = start + int(block["rows"])
             rows = self._rows(start, end) if data is None else data[start - first : end - first]
-            if rows is None or len(rows) != block["rows"] or checksum.crc32(rows.view(np.uint8)) != block["crc32"]:
+            if rows is None or len(rows) != block["rows"] or crc32(rows.view(np.uint8)) != block["crc32"]:
                 self._doubtful.append(block)
             else:
                 self._settle()

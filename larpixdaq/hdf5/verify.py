@@ -27,7 +27,7 @@ from larpixdaq.hdf5.recordings import copy_columns, generation
 from larpixdaq.hdf5.run_report import RunReport, describe_part
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import BlockOrigin
-from larpixdaq.runtime import checksum
+from larpixdaq.runtime.record_file import crc32
 
 #: More findings than these are counted, not listed.
 MOST_FINDINGS: Final = 100
@@ -274,7 +274,7 @@ def _block(
     if data is not None:
         start = int(block["first_row"]) - first
         mine = data[start : start + int(block["rows"])].reshape(-1)
-        crc = checksum.crc32(mine)
+        crc = crc32(mine)
         if crc != block["crc32"]:
             finding(
                 f"/packets, rows {block['first_row']} to {block['first_row'] + block['rows']}: expected CRC-32"

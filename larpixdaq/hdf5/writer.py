@@ -36,8 +36,8 @@ from larpixdaq.hdf5.ledger import Account, check_block, check_content, check_end
 from larpixdaq.hdf5.tables import CarriedConfigurations, Held, InfoMessage, RunInfo, Tables, storable
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import BlockOrigin
-from larpixdaq.runtime import checksum
 from larpixdaq.runtime.file_access import copy_content, in_place, open_regular
+from larpixdaq.runtime.record_file import crc32
 
 #: A block waits at most this long, in seconds, for its batch to fill up.
 WAIT: Final = 0.020
@@ -232,7 +232,7 @@ class RunFile:
             self._messages += len(stream.text_pieces(block.text, schema.MESSAGE_BYTES))
             rows["counter"] = np.arange(message.first, message.first + len(rows))
             pieces = self._batch.stage(rows.view(np.uint8))
-            block = msgspec.structs.replace(block, crc32=checksum.crc32(rows.view(np.uint8)))
+            block = msgspec.structs.replace(block, crc32=crc32(rows.view(np.uint8)))
         if missing := account.skip(block.sequence, block.first_packet):
             self._missing.append(missing)
         account.take(block.sequence, block.first_packet + block.rows)

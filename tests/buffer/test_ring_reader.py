@@ -32,7 +32,7 @@ from larpixdaq.protocol.stream import (
     unpack_consumer,
     unpack_producer,
 )
-from larpixdaq.runtime.checksum import crc32
+from larpixdaq.runtime.record_file import crc32
 from larpixdaq.schema import PACKETS_2_4
 from larpixdaq.stream import Consumer
 from larpixdaq.stream.subscriber import CREDIT

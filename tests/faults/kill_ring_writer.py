@@ -26,8 +26,8 @@ from larpixdaq.buffer.crash_recovery import Predecessors
 from larpixdaq.buffer.ring_file import RingFile
 from larpixdaq.buffer.spool import SpoolDirectory
 from larpixdaq.protocol.stream import Block, End, unpack_producer
-from larpixdaq.runtime.checksum import crc32
 from larpixdaq.runtime.event_loop import Worker
+from larpixdaq.runtime.record_file import crc32
 
 NAME = "LArPix board"
 LAYOUT = schema.layout(2)

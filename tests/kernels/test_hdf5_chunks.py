@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from larpixdaq import constants, schema
 from larpixdaq._native import board_emulator, decoders, hdf5_chunks
-from larpixdaq.runtime import checksum
+from larpixdaq.runtime import record_file
 
 KINDS = ["constant", "slow", "rare", "skewed", "few", "late", "random"]
 
@@ -143,10 +143,10 @@ def test_a_chunk_of_every_layout_fits_into_the_cache_of_old_hdf5():
 
 @pytest.mark.parametrize("library", ["isal", "zlib"])
 def test_checksums_are_zlibs_with_either_library(library, monkeypatch):
-    module = checksum
+    module = record_file
     if library == "zlib":
         monkeypatch.setitem(sys.modules, "isal", None)
-        spec = importlib.util.find_spec("larpixdaq.runtime.checksum")
+        spec = importlib.util.find_spec("larpixdaq.runtime.record_file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:

@@ -15,7 +15,7 @@ from larpixdaq._native.ring_buffer import BLOCK, END, INFO, SMALLEST, Ring
 from larpixdaq.buffer.block_builder import BLOCK_AGE, BlockBuilder, info_rows
 from larpixdaq.protocol.stream import Block, End, UnknownWord, unpack_producer
 from larpixdaq.readout.readout import Readout
-from larpixdaq.runtime.checksum import crc32
+from larpixdaq.runtime.record_file import crc32
 from larpixdaq.schema import io_groups_of
 
 LAYOUT = schema.layout(2)

@@ -14,7 +14,7 @@ from larpixdaq.errors import LarpixDaqError
 from larpixdaq.monitor.monitor import Monitor, rows_of
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import VERDICTS, Block, Configs, End, Gap, LossVerdict, Totals, UnknownWord
-from larpixdaq.runtime import checksum
+from larpixdaq.runtime.record_file import crc32
 from larpixdaq.storage.service import Storing
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of sums of nonsense
@@ -75,7 +75,7 @@ class Strange:
         ]
         block = Block(
             *self.source(), self.number(SEQUENCE), self.number(COUNT), self.random.choice([n, n, 16_384]), layout.code,
-            self.number(2**32 - 1), self.number(TIME), self.number(TIME), checksum.crc32(payload), totals,
+            self.number(2**32 - 1), self.number(TIME), self.number(TIME), crc32(payload), totals,
             self.some(self.gap), text, configs,
         )  # fmt: skip
         return block, memoryview(payload)

@@ -43,7 +43,7 @@ from larpixdaq.protocol.stream import (
     pack,
     unpack_producer,
 )
-from larpixdaq.runtime.checksum import crc32
+from larpixdaq.runtime.record_file import crc32
 from larpixdaq.stream import Publisher
 
 NAME = "board"

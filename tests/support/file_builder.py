@@ -16,7 +16,7 @@ from larpixdaq.buffer.block_builder import info_rows
 from larpixdaq.hdf5.tables import RunInfo
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.protocol import stream
-from larpixdaq.runtime import checksum
+from larpixdaq.runtime.record_file import crc32
 
 V1, V2, CLOCK64, V3 = schema.LAYOUTS
 ASIC = {V1: schema.Asic.V1, V2: schema.Asic.V2, CLOCK64: schema.Asic.V2, V3: schema.Asic.V3}
@@ -111,7 +111,7 @@ class Feed:
             flags=0,
             first_ns=NS + self.sequence,
             last_ns=NS + self.sequence + 1,
-            crc32=checksum.crc32(rows.view(np.uint8)),
+            crc32=crc32(rows.view(np.uint8)),
             totals=[],
             gaps=changes.pop("gaps", []),
             text=text,

@@ -18,8 +18,8 @@ from larpixdaq.buffer.block_store import BlockStore
 from larpixdaq.buffer.ring_file import RingFile
 from larpixdaq.buffer.spool import Spool, SpoolDirectory
 from larpixdaq.protocol.stream import Block, End
-from larpixdaq.runtime.checksum import crc32
 from larpixdaq.runtime.event_loop import Worker
+from larpixdaq.runtime.record_file import crc32
 from larpixdaq.stream import Consumer, Publisher
 from larpixdaq.stream.publisher import stream_router
 
