@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import logging
 import time
-from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +25,7 @@ from larpixdaq.control.log_shipping import LogRecord, unpack_record
 from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, ProtocolError
 from larpixdaq.runtime.timing import Throttle
+from larpixdaq.runtime.units import utc_datetime
 
 _log = logging.getLogger("larpixdaq.log")
 #: Records taken before anything else is looked after.
@@ -49,8 +49,8 @@ _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(1
 def line(record: LogRecord) -> str:
     """A record as one line: UTC time, level, component, text; control characters stand as escapes."""
     try:
-        when = datetime.fromtimestamp(record.time, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    except (ValueError, OverflowError, OSError):
+        when = utc_datetime(record.time).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    except ValueError:
         when = "(impossible time)"
     text = f"{when} {logging.getLevelName(record.level)} {record.component}: {record.text}"
     return text.translate(_CONTROL) + "\n"

@@ -6,7 +6,6 @@ producer: a file whose name was removed cannot get a name again (linkat() fails 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import fcntl
@@ -314,22 +313,3 @@ def _new(path: Path) -> int:
             raise no_locks(path.parent, error, "--ring-dir") from None
         raise
     return file
-
-
-_UNITS = {"b": 1, "kb": 1000, "kib": 1 << 10, "mb": 10**6, "mib": 1 << 20, "gb": 10**9, "gib": 1 << 30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes in "512MiB", "8GiB", "64MB" or "1048576"; ArgumentTypeError, a usage error, when it is none of that."""
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmg]?i?b)?\s*", text.lower())
-    if match is None or (match[2] or "b") not in _UNITS:
-        raise argparse.ArgumentTypeError(f"size {text!r}: expected a number and one of B, kB, KiB, MB, MiB, GB, GiB")
-    return int(float(match[1]) * _UNITS[match[2] or "b"])
-
-
-def parse_duration(text: str) -> float:
-    """Seconds in "60s", "5min", "2h" or "90"; ArgumentTypeError, a usage error, when it is none of that."""
-    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(s|min|h)?\s*", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"time {text!r}: expected a number and one of s, min, h")
-    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2] or "s"]

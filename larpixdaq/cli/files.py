@@ -12,14 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from larpixdaq import config
-from larpixdaq.control.disk_watch import size
-from larpixdaq.control.display import utc
 from larpixdaq.errors import FileLocked, LarpixDaqError, printable
 from larpixdaq.hdf5 import names
 from larpixdaq.hdf5 import recovery as file_recover
 from larpixdaq.hdf5 import run_report as file_info
 from larpixdaq.hdf5 import verify as verification
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
+from larpixdaq.runtime.units import size, utc
 
 
 def add_commands(commands: Any) -> None:

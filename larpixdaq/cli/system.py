@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from larpixdaq import config
 from larpixdaq.constants import STOP
-from larpixdaq.control.display import needs_attention, status_lines, utc
+from larpixdaq.control.display import needs_attention, status_lines
 from larpixdaq.errors import ComponentError, ConfigError, FileError, LarpixDaqError, NoCore, printable
 from larpixdaq.offline_storage import add_own_arguments as add_storage_arguments
 from larpixdaq.offline_storage import own_options
@@ -38,6 +38,7 @@ from larpixdaq.runtime.launcher import (
     running_file,
     write_running,
 )
+from larpixdaq.runtime.units import utc
 from larpixdaq.sources import options as source_options
 
 #: Maximum seconds until every process that `up` starts has registered.

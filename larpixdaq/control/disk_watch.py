@@ -6,30 +6,12 @@ import logging
 from typing import Any, Final
 
 from larpixdaq.control.registry import MOST_COMPONENTS, Component
+from larpixdaq.runtime.units import duration, size
 
 _log = logging.getLogger("larpixdaq.core")
 
 #: A disk that is full sooner than this (s), at the rate at which it fills, is worth a warning; then again at each.
 SOON: Final = (3600, 600, 60)
-
-
-def size(count: float) -> str:
-    """Bytes as people read them: 512 B, 1.5 MB, 77 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3 h 20 min, 5 days."""
-    minutes = round(seconds) // 60
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes // 1440} days"
 
 
 def time_to_full(status: dict[str, Any]) -> str:

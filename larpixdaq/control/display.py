@@ -6,15 +6,15 @@ Answers as text for people: what IPython shows of a Request, and its `readable()
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import PurePath
 from typing import Any, Final
 
 import numpy as np
 
-from larpixdaq.control.disk_watch import SOON, size, time_to_full
+from larpixdaq.control.disk_watch import SOON, time_to_full
 from larpixdaq.errors import printable
 from larpixdaq.runtime.timing import load_words
+from larpixdaq.runtime.units import size, utc
 
 Facts = dict[str, Any]
 #: Of a longer table the first and the last rows are shown, so many in all; of a longer array numpy's summary.
@@ -64,10 +64,6 @@ def _words(component: Facts) -> str:
 
 def _liveness(component: Facts) -> str:
     return "stuck" if component["stuck"] else "alive" if component["alive"] else "LOST"
-
-
-def utc(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _run(run: Facts) -> str:
@@ -246,7 +242,7 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     if isinstance(value, float | np.floating):
-        return _utc(float(value)) if name in _TIMES and value > 1e8 else _number(float(value))
+        return utc(float(value)) if name in _TIMES and value > 1e8 else _number(float(value))
     if isinstance(value, np.ndarray):
         return np.array2string(value, threshold=SHOWN, max_line_width=10_000)
     return "\n".join(map(printable, str(value).split("\n")))
@@ -255,13 +251,6 @@ def _cell(name: str, value: Any) -> str:
 def _number(value: float) -> str:
     """Five digits, and all before the point: 0.98765, 12.345, 10006, 2420000."""
     return f"{value:.0f}" if abs(value) >= 1e5 else f"{value:.5g}"
-
-
-def _utc(seconds: float) -> str:
-    try:
-        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except (ValueError, OverflowError, OSError):
-        return f"{seconds:g} s"
 
 
 def _is_table(value: Any) -> bool:

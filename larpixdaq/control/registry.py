@@ -11,6 +11,7 @@ from larpixdaq.constants import CONTROL_FREE, HEARTBEAT, LOST, STUCK
 from larpixdaq.control.connection import RecentRequests
 from larpixdaq.errors import ControlHeld, ProtocolError
 from larpixdaq.protocol.control import Heartbeat, Open, Register
+from larpixdaq.runtime.units import utc
 
 #: An Operator's session is kept this long (s) after it was last heard, so that a busy program finds its answers.
 _FORGET_OPERATOR: Final = 60.0
@@ -233,8 +234,7 @@ class Control:
         if holder is None:
             self.take(operator)
         elif holder is not operator:
-            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._since))
-            text = f"control is held by {holder.name} since {since}; take_control() takes it"
+            text = f"control is held by {holder.name} since {utc(self._since)}; take_control() takes it"
             raise ControlHeld(text, by=holder.name, since=self._since)
 
     def take(self, operator: OperatorPeer) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from larpixdaq.constants import RUN_DIGITS
 from larpixdaq.errors import FileError
+from larpixdaq.runtime.units import parse_utc_name, utc_name
 
 PART: Final = ".h5.part"  # being written
 JOURNAL: Final = ".h5.journal"  # blocks that wait for their chunk
@@ -18,14 +18,12 @@ SIDECAR: Final = ".json"  # beside a finished file: its size and checksum
 
 _RUN: Final = rf"run(\d{{{RUN_DIGITS}}})"
 _WHOLE: Final = re.compile(_RUN + r"_(\d{8}T\d{6}Z)_(?:([A-Za-z0-9.-]+)_)?(\d{1,9})(\.h5|\.h5\.part|\.h5\.journal)")
-_TIME: Final = "%Y%m%dT%H%M%SZ"
 _NAME: Final = re.compile(_RUN + r"_.*(\.h5|\.h5\.part|\.h5\.journal)")
 
 
 def stem(run: int, started_ns: int, part: int, storage: str = "") -> str:
     """The name without its ending. `started_ns`: unix ns; `storage`: empty for the first or only one."""
-    time = datetime.fromtimestamp(started_ns // 1_000_000_000, timezone.utc).strftime(_TIME)
-    return f"run{run:0{RUN_DIGITS}d}_{time}_{_owner(storage)}{part:03d}"
+    return f"run{run:0{RUN_DIGITS}d}_{utc_name(started_ns // 1_000_000_000)}_{_owner(storage)}{part:03d}"
 
 
 def _owner(storage: str) -> str:
@@ -48,10 +46,10 @@ def parse(name: str) -> Name | None:
     if match is None:
         return None
     try:
-        started = datetime.strptime(match[2], _TIME).replace(tzinfo=timezone.utc)
+        started = parse_utc_name(match[2])
     except ValueError:
         return None
-    return Name(int(match[1]), int(started.timestamp()) * 1_000_000_000, match[3] or "", int(match[4]), match[5])
+    return Name(int(match[1]), started * 1_000_000_000, match[3] or "", int(match[4]), match[5])
 
 
 def label(storage: str) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -32,6 +31,7 @@ from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import journal, layout, ledger, names, tables
 from larpixdaq.hdf5.reader import DataFile, plain, text
 from larpixdaq.protocol.stream import READ, SENT, Block, BlockOrigin, Position
+from larpixdaq.runtime.units import utc_datetime
 
 #: The name of the text that a part gets whose storage lost its name to another one (superseded.py).
 SUPERSEDED: Final = "superseded from"
@@ -472,6 +472,6 @@ def _run(file: DataFile) -> dict[str, Any]:
 
 def _time(seconds: float) -> str:
     try:
-        return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
-    except (OverflowError, ValueError, OSError):
-        raise FileError(f"not a time: {seconds} s since 1970") from None
+        return utc_datetime(seconds).isoformat(timespec="seconds")
+    except ValueError as error:
+        raise FileError(str(error)) from None

@@ -18,9 +18,9 @@ from larpixdaq import schema
 from larpixdaq._native.monitor_counters import PacketCounters
 from larpixdaq.errors import FormatError, RequestError
 from larpixdaq.monitor.packet_text import text as as_text
-from larpixdaq.monitor.packet_text import utc
 from larpixdaq.monitor.rates import Track, io_groups, rate_tables
 from larpixdaq.protocol.stream import Block, End
+from larpixdaq.runtime.units import utc_iso
 
 #: Rows kept for packets(), and messages kept for messages().
 KEPT_ROWS: Final = 16_384
@@ -127,7 +127,7 @@ class Monitor:
         if len(rows) and int(rows["timestamp"][0]) != int(seconds):
             seconds = float(rows["timestamp"][0])  # of a replayed file
         self._messages.append(
-            {"time": seconds, "utc": utc(seconds), "producer": header.producer, "run": header.run, "text": words}
+            {"time": seconds, "utc": utc_iso(seconds), "producer": header.producer, "run": header.run, "text": words}
         )
 
     def _keep(self, rows: NDArray[Any]) -> None:

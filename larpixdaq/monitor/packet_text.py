@@ -7,11 +7,11 @@ came in.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from typing import Any, Final
 
 from numpy.typing import NDArray
 
+from larpixdaq.runtime.units import utc_iso
 from larpixdaq.schema import PacketType
 
 HEADER: Final = "group channel chip way  what                  ticks        receipt  content"
@@ -36,14 +36,6 @@ _NAMES_1_0: Final = {
     "register": "register_address",
     "value": "register_data",
 }
-
-
-def utc(seconds: float) -> str:
-    """Unix seconds as `2023-03-15T02:48:43Z`; what no calendar holds stays a number."""
-    try:
-        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):
-        return f"{seconds:g} s"
 
 
 def text(rows: NDArray[Any]) -> str:
@@ -93,7 +85,7 @@ def _content(row: Mapping[str, Any], what: str) -> str:
     if what == "data":
         return _data(row)
     if what == "timestamp":
-        return utc(row["timestamp"])
+        return utc_iso(row["timestamp"])
     if what == "message":
         return f"number {row['counter']}"
     if what in ("sync", "trigger"):

@@ -16,12 +16,13 @@ import zmq
 
 from larpixdaq.buffer.block_store import BlockStore
 from larpixdaq.buffer.crash_recovery import LeftBlocks, Predecessors, totals
-from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, Reserved, RingFile, key, parse_duration, parse_size
+from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, Reserved, RingFile, key
 from larpixdaq.buffer.spool import AGAIN, Spool, SpoolDirectory
 from larpixdaq.errors import FileError
 from larpixdaq.protocol.stream import End
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import has_no_locks, no_locks, remove, try_lock
+from larpixdaq.runtime.units import parse_duration, parse_size
 from larpixdaq.stream import Publisher
 
 log = logging.getLogger(__name__)

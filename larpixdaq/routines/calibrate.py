@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from larpixdaq.routines import Routine
 from larpixdaq.routines.kit import report
 from larpixdaq.routines.kit.measurement import LineLoads
 from larpixdaq.routines.kit.threshold_search import FINE, NEAR, Thresholds
+from larpixdaq.runtime.units import utc_name
 
 
 def _calibrate(
@@ -104,7 +104,7 @@ def _calibrate(
         "rates_before_hz": dict(zip(mine.keys, before.round(3).tolist(), strict=True)),
         "rates_after_hz": dict(zip(mine.keys, after.round(3).tolist(), strict=True)),
     }
-    name = f"calibration_{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+    name = f"calibration_{utc_name(time.time())}"
     title = f"{result['within']:,} of {result['live']:,} live channels between {low:g} and {high:g} Hz"
     if flooded:
         title += f"; more than is shown on io_channels {', '.join(flooded)}, which are saturated"

@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from larpixdaq.constants import MIN_FREE
+from larpixdaq.runtime.units import BYTES, ROWS, SECONDS
 
 _LIMIT: Final = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)")
-_SECONDS: Final = {"s": 1, "min": 60, "h": 3600, "d": 86400}
-_ROWS: Final = {"rows": 1, "krows": 10**3, "Mrows": 10**6, "Grows": 10**9}
-_DECIMAL: Final = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_BYTES: Final = _DECIMAL | {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 #: Nothing is written that would leave less than this, bytes: what was begun needs room to be ended, and what is
 #: looked at every LOOK seconds may shrink by what a fast disk takes meanwhile.
 RESERVE: Final = MIN_FREE
@@ -60,13 +57,13 @@ def parse_limit(text: str) -> Limits:
     value = float(match[1]) if match else 0.0
     unit = match[2] if match else ""
     if value > 0:
-        if unit in _SECONDS:
-            return Limits(seconds=value * _SECONDS[unit])
-        if unit in _ROWS:
-            return Limits(rows=max(1, round(value * _ROWS[unit])))
-        if unit in _BYTES:
-            return Limits(bytes=max(1, round(value * _BYTES[unit])))
-    units = ", ".join((*_SECONDS, *_BYTES, *_ROWS))
+        if unit in SECONDS:
+            return Limits(seconds=value * SECONDS[unit])
+        if unit in ROWS:
+            return Limits(rows=max(1, round(value * ROWS[unit])))
+        if unit in BYTES:
+            return Limits(bytes=max(1, round(value * BYTES[unit])))
+    units = ", ".join((*SECONDS, *BYTES, *ROWS))
     raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0 and one of {units}")
 
 

@@ -9,6 +9,7 @@ from larpixdaq.cli import demo, main
 from larpixdaq.control import disk_watch, display
 from larpixdaq.control.client import Request, Response
 from larpixdaq.control.display import SHOWN, readable
+from larpixdaq.runtime import units
 
 CHIPS = np.dtype([("io_group", "u1"), ("chip_id", "u1"), ("rate", "<f8"), ("seen_bad_parity", "<u8")])
 
@@ -239,7 +240,7 @@ def test_what_nobody_may_overlook_in_the_status():
 
 
 def test_durations():
-    assert [disk_watch.duration(seconds) for seconds in (0, 59.4, 60, 719, 5999, 6000, 12_000, 200_000)] == [
+    assert [units.duration(seconds) for seconds in (0, 59.4, 60, 719, 5999, 6000, 12_000, 200_000)] == [
         "0 s",
         "59 s",
         "1 min",
@@ -261,7 +262,7 @@ def test_status_of_a_component_that_speaks_otherwise():
 
 
 def test_sizes():
-    assert [disk_watch.size(count) for count in (0, 512, 25139, 77.3e9, 5e15)] == [
+    assert [units.size(count) for count in (0, 512, 25139, 77.3e9, 5e15)] == [
         "0 B",
         "512 B",
         "25.1 kB",

@@ -13,8 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from larpixdaq import constants, schema
 from larpixdaq._native.ring_buffer import BLOCK, END, INFO, SMALLEST, Ring
-from larpixdaq.buffer.ring_file import RingFile, arena_name, parse_size
+from larpixdaq.buffer.ring_file import RingFile, arena_name
 from larpixdaq.errors import RingError
+from larpixdaq.runtime.units import parse_size
 
 ROW = schema.PACKETS_2_4
 

@@ -1,0 +1,87 @@
+"""Times, durations and sizes as text, and back."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from datetime import datetime, timezone
+from typing import Final
+
+#: Units of options, in seconds, bytes and rows.
+SECONDS: Final = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+BYTES: Final = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40
+}  # fmt: skip
+ROWS: Final = {"rows": 1, "krows": 10**3, "Mrows": 10**6, "Grows": 10**9}
+_NAME_FORM: Final = "%Y%m%dT%H%M%SZ"
+
+
+def utc_datetime(seconds: float) -> datetime:
+    """Unix seconds as a time of the calendar; ValueError for a time that no calendar holds."""
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        raise ValueError(f"not a time: {seconds} s since 1970") from None
+
+
+def _utc(seconds: float, form: str) -> str:
+    try:
+        return utc_datetime(seconds).strftime(form)
+    except ValueError:
+        return f"{seconds:g} s"
+
+
+def utc(seconds: float) -> str:
+    """Unix seconds for people: `2023-03-15 02:48:43 UTC`; a time that no calendar holds stays a number."""
+    return _utc(seconds, "%Y-%m-%d %H:%M:%S UTC")
+
+
+def utc_iso(seconds: float) -> str:
+    """Unix seconds for people and programs: `2023-03-15T02:48:43Z`; a time that no calendar holds stays a number."""
+    return _utc(seconds, "%Y-%m-%dT%H:%M:%SZ")
+
+
+def utc_name(seconds: float) -> str:
+    """Unix seconds for the names of files: `20230315T024843Z`."""
+    return utc_datetime(seconds).strftime(_NAME_FORM)
+
+
+def parse_utc_name(text: str) -> int:
+    """Unix seconds of what utc_name() made; ValueError for anything else."""
+    return int(datetime.strptime(text, _NAME_FORM).replace(tzinfo=timezone.utc).timestamp())
+
+
+def size(count: float) -> str:
+    """Bytes for people: 512 B, 1.5 MB, 77 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45 s, 12 min, 3 h 20 min, 5 days."""
+    minutes = round(seconds) // 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes // 1440} days"
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "512MiB", "8GiB", "64MB" or "1048576"; ArgumentTypeError, a usage error, when it is none of that."""
+    units = {unit.lower(): number for unit, number in BYTES.items() if not unit.startswith("T")} | {"": 1}
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in units:
+        raise argparse.ArgumentTypeError(f"size {text!r}: expected a number and one of B, kB, KiB, MB, MiB, GB, GiB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in "60s", "5min", "2h" or "90"; ArgumentTypeError, a usage error, when it is none of that."""
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(s|min|h)?\s*", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"time {text!r}: expected a number and one of s, min, h")
+    return float(match[1]) * SECONDS[match[2] or "s"]
