@@ -25,6 +25,7 @@ from larpixdaq.runtime.file_access import (
     has_no_locks,
     in_place,
     keep_aside,
+    make_locked,
     no_locks,
     open_private,
     remove,
@@ -303,13 +304,9 @@ class Reserved(NamedTuple):
 
 def _new(path: Path) -> int:
     """A new file, locked. OSError when it cannot be made; FileError where there are no locks."""
-    file = open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        try_lock(file, wait=True)  # a predecessor that looks for arenas holds it for a moment at most
+        return make_locked(path)
     except OSError as error:
-        remove(file, path)
-        os.close(file)
         if has_no_locks(error):
             raise no_locks(path.parent, error, "--ring-dir") from None
         raise
-    return file

@@ -27,7 +27,7 @@ import msgspec
 
 from larpixdaq.buffer.ring_file import take
 from larpixdaq.runtime.event_loop import Worker
-from larpixdaq.runtime.file_access import copy_content, in_place, keep_aside, open_private, remove, try_lock
+from larpixdaq.runtime.file_access import copy_content, in_place, keep_aside, make_locked, open_private, remove
 from larpixdaq.runtime.record_file import RecordFormat, crc32, write_at
 
 log = logging.getLogger(__name__)
@@ -417,14 +417,7 @@ class SpoolFile:
 def _new(path: Path) -> int:
     """A new file, locked; its directory is made anew if need be. OSError when there can be none."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    try:
-        try_lock(file, wait=True)
-    except OSError:
-        remove(file, path)
-        os.close(file)
-        raise
-    return file
+    return make_locked(path)
 
 
 def _header(data: bytes, producer: str, epoch: int) -> SpoolHeader:

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from larpixdaq.constants import CANCELLED, ENDED, PREPARING, RUNNING
 from larpixdaq.errors import FileError
-from larpixdaq.runtime.file_access import aside, check_regular, has_no_locks, in_place, no_locks, open_private, try_lock
+from larpixdaq.runtime.file_access import LockedFile, aside, check_regular, has_no_locks, no_locks, open_locked
 
 _SCHEMA: Final = 2
 _TABLES: Final = """
@@ -111,7 +111,7 @@ class Catalogue:
             self._db = self._open_or_replace()
             self._file = os.stat(self.path)
         except BaseException:
-            os.close(self._lock)
+            self._lock.close()
             raise
 
     def _open_or_replace(self) -> sqlite3.Connection:
@@ -197,24 +197,18 @@ class Catalogue:
         except OSError as error:
             raise FileError(f"cannot write {self._highest_path}: {error.strerror}") from None
 
-    def _locked(self) -> int:
+    def _locked(self) -> LockedFile:
         try:
-            file = open_private(self._lock_path, os.O_RDWR | os.O_CREAT)
+            file = open_locked(self._lock_path)
         except FileError:
             raise
         except OSError as error:
-            raise FileError(f"{self._lock_path}: {error.strerror}") from None
-        try:
-            if try_lock(file):
-                return file
-            raise FileError(f"{self.path}: another core uses it (give this one a --state-dir of its own)")
-        except OSError as error:
-            os.close(file)
-            if isinstance(error, FileError):
-                raise
             if has_no_locks(error):  # SQLite could not do without them either
                 raise no_locks(self.path.parent, error, "--state-dir") from None
             raise FileError(f"cannot lock {self._lock_path}: {error.strerror}") from None
+        if file is None:
+            raise FileError(f"{self.path}: another core uses it (give this one a --state-dir of its own)")
+        return file
 
     def keep(self) -> bool:
         """Write catalogue and lock anew when somebody has removed them, so that the next core finds the runs; whether
@@ -223,15 +217,15 @@ class Catalogue:
             there = os.path.samestat(self._file, os.lstat(self.path))
         except OSError:
             there = False
-        if there and in_place(self._lock, self._lock_path) and self._highest_path.exists():
+        if there and self._lock.in_place() and self._highest_path.exists():
             return False
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise FileError(f"{self.path.parent}: {error.strerror}") from None
-        if not in_place(self._lock, self._lock_path):
+        if not self._lock.in_place():
             lock = self._locked()
-            os.close(self._lock)
+            self._lock.close()
             self._lock = lock
         if not there:
             if os.path.lexists(self.path):
@@ -278,9 +272,7 @@ class Catalogue:
     def close(self) -> None:
         """Also a second time."""
         self._db.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.close()
 
     def highest(self) -> int:
         """The highest run number ever drawn, 0 when there is none."""

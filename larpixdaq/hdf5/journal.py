@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 from larpixdaq import schema
 from larpixdaq.errors import FileError, FileLocked, ProtocolError
 from larpixdaq.protocol import stream
-from larpixdaq.runtime.file_access import FileLock, in_place, lock_directory, open_regular, read_regular
+from larpixdaq.runtime.file_access import LockedFile, lock_directory, open_regular, read_regular
 from larpixdaq.runtime.record_file import RecordFormat, write_at
 
 _FORMAT: Final = RecordFormat(b"LDJ1")
@@ -52,7 +52,7 @@ class Journal:
         self.aside: Path | None = None
         self._fsync = fsync
         self._recovery = recovery
-        self._fd, self._lock = _locked(path, recovery)
+        self._file = _locked(path, recovery)
 
     def append(self, records: Sequence[tuple[bytes, Sequence[Any]]]) -> None:
         """Write records, each a header and the pieces of its payload (contiguous buffers of bytes), behind the others.
@@ -63,11 +63,11 @@ class Journal:
             raise FileError(f"cannot write {self.path}: it is being recovered")
         pieces = [piece for header, payload in records for piece in _FORMAT.pack(header, payload)]
         try:
-            end = write_at(self._fd, pieces, self.size)
+            end = write_at(self._file.file, pieces, self.size)
             if self._fsync:
-                os.fdatasync(self._fd)
+                os.fdatasync(self._file.file)
         except OSError as error:
-            os.ftruncate(self._fd, self.size)
+            os.ftruncate(self._file.file, self.size)
             raise FileError(f"cannot write {self.path}: {error.strerror}") from None
         self.size = end
 
@@ -75,54 +75,38 @@ class Journal:
         """Forget all records: their blocks stand in the file now."""
         if self.size:
             try:
-                os.ftruncate(self._fd, 0)
+                os.ftruncate(self._file.file, 0)
             except OSError as error:
                 raise FileError(f"cannot write {self.path}: {error.strerror}") from None
             self.size = 0
 
     def in_place(self) -> bool:
         """Whether a recovery would find it under its name."""
-        return in_place(self._fd, self.path)
+        return self._file.in_place()
 
     def close(self, *, remove: bool = False) -> None:
         """Give the lock back; harmless when repeated."""
-        if self._fd >= 0:
-            if remove:
-                with contextlib.suppress(OSError):  # a disk that fails: there is nothing in it that is not elsewhere
-                    if self.aside is None:
-                        os.unlink(self.path)
-                    else:
-                        os.rename(self.path, self.aside)
-            self._lock.release()
-            os.close(self._fd)
-            self._fd = -1
+        if remove and self._file.file >= 0:
+            with contextlib.suppress(OSError):  # a disk that fails: there is nothing in it that is not elsewhere
+                if self.aside is None:
+                    os.unlink(self.path)
+                else:
+                    os.rename(self.path, self.aside)
+        self._file.close()
 
 
-def _locked(path: Path, recovery: bool) -> tuple[int, FileLock]:
-    flags = os.O_RDWR | os.O_CREAT | (0 if recovery else os.O_EXCL)
+def _locked(path: Path, recovery: bool) -> LockedFile:
     # Between a writer's open and its lock a recovery may get in. It finds an empty journal, and removes that at once.
-    while True:
-        try:
-            fd = open_regular(path, flags)
-        except FileError:
-            raise
-        except OSError as error:
-            raise FileError(f"cannot {'open' if recovery else 'create'} {path}: {error.strerror}") from None
-        try:
-            lock = lock_directory.lock(fd, path, wait=not recovery)
-        except FileError:
-            os.close(fd)
-            if not recovery:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-            raise
-        if lock is None:
-            os.close(fd)
-            raise FileLocked(f"{path} is locked: another process writes or recovers this part")
-        if in_place(fd, path):
-            return fd, lock
-        lock.release()
-        os.close(fd)  # the process that had the lock has removed it, or given it another name
+    flags = os.O_RDWR | os.O_CREAT | (0 if recovery else os.O_EXCL)
+    try:
+        file = lock_directory.open(path, flags, opener=open_regular, wait=not recovery)
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"cannot {'open' if recovery else 'create'} {path}: {error.strerror}") from None
+    if file is None:
+        raise FileLocked(f"{path} is locked: another process writes or recovers this part")
+    return file
 
 
 def records(path: Path) -> list[JournalRecord]:

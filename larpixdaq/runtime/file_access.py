@@ -1,15 +1,11 @@
-"""Files of this user alone, in directories where others may write: opened and checked, kept aside, removed.
+"""Files in directories where others may write: opened and checked, locked, kept aside, removed.
 
-Nothing that another user can have made or changed is opened, and no symbolic link is followed. A file that could not
-be read whole is renamed, never removed.
+Only regular files are opened, never a link, a pipe or a device; of private files only those that no other user can have
+made or changed. A file that could not be read whole is renamed, never removed.
 
-Opens files that others may have put in place: never a link, a pipe or a device.
-
-Locks on files (flock), each held by one process at a time.
-
-Some file systems have no locks: NFS without lockd, Lustre mounted without flock, some FUSE. There a file in a lock
-directory is locked in place of the file itself. Its name is a hash of the path, so that processes of one host that
-share the lock directory exclude each other.
+A lock (flock) is held by one process at a time. Some file systems have no locks: NFS without lockd, Lustre mounted
+without flock, some FUSE. There a file in a lock directory is locked in place of the file itself. Its name is a hash of
+the path, so that processes of one host that share the lock directory exclude each other.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ import hashlib
 import logging
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -177,6 +174,72 @@ def try_lock(file: int, *, wait: bool = False) -> bool:
     return True
 
 
+class LockedFile:
+    """An open file whose lock this process holds; `file` is its descriptor, -1 after close()."""
+
+    def __init__(self, file: int, path: Path) -> None:
+        self.file = file
+        self.path = path
+        #: The file in a lock directory that is locked too, and removed with the lock.
+        self.substitute: LockedFile | None = None
+
+    def in_place(self) -> bool:
+        """Whether the file still has its name."""
+        return in_place(self.file, self.path)
+
+    def release_substitute(self) -> None:
+        """Give back the lock in the lock directory; the file itself stays locked. Harmless when repeated."""
+        if self.substitute is not None:
+            self.substitute.close(remove_name=True)
+
+    def close(self, *, remove_name: bool = False) -> None:
+        """Give the lock back and close the file. Harmless when repeated."""
+        if self.file >= 0:
+            if remove_name:
+                remove(self.file, self.path)
+            self.release_substitute()
+            os.close(self.file)
+            self.file = -1
+
+
+def _locked(file: int, path: Path, acquire: Callable[[LockedFile], bool]) -> LockedFile | None:
+    """Lock an open file by `acquire`; the file is closed, and this returns None, when another process has the lock."""
+    locked = LockedFile(file, path)
+    try:
+        if acquire(locked):
+            return locked
+    except BaseException:
+        locked.close()
+        raise
+    locked.close()
+    return None
+
+
+def _until_in_place(attempt: Callable[[], LockedFile | None]) -> LockedFile | None:
+    """Repeat the attempt while the last holder has removed the file after it was opened here."""
+    while (found := attempt()) is not None and not found.in_place():
+        found.close()
+    return found
+
+
+def open_locked(path: Path, *, wait: bool = False) -> LockedFile | None:
+    """Open or make a private file and lock it; None when another process holds the lock. OSError when it cannot be."""
+    flags = os.O_RDWR | os.O_CREAT
+    return _until_in_place(lambda: _locked(open_private(path, flags), path, lambda one: try_lock(one.file, wait=wait)))
+
+
+def make_locked(path: Path) -> int:
+    """Make a private file and lock it; its descriptor. OSError when it cannot be made or locked: then there is none."""
+    file = open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        try_lock(file, wait=True)  # a successor that looks for files holds the lock for a moment at most
+    except OSError:
+        remove(file, path)
+        os.close(file)
+        raise
+    return file
+
+
 def can_lock(path: Path) -> bool:
     """Whether the file system of this file has locks; True when that cannot be known."""
     try:
@@ -210,72 +273,54 @@ class LockDirectory:
             raise FileError(f"--lock-dir {lock_dir}: not a directory that can be written to")
         self._named, self._state_dir, self._warned = lock_dir, state_dir, False
 
-    def lock(self, file: int, path: Path, *, wait: bool = False) -> FileLock | None:
-        """Lock the open file `path`; None when another process holds the lock. FileError where there are no locks."""
+    def open(
+        self, path: Path, flags: int, *, opener: Callable[[Path, int], int] = open_private, wait: bool = False
+    ) -> LockedFile | None:
+        """Open a file and lock it; None when another process holds the lock.
+
+        OSError as `opener` raises it; FileError where there are no locks, and a new file (O_EXCL) is removed then.
+        """
+        try:
+            return _until_in_place(lambda: self.lock(opener(path, flags), path, wait=wait))
+        except FileError:
+            if flags & os.O_EXCL:
+                path.unlink(missing_ok=True)
+            raise
+
+    def lock(self, file: int, path: Path, *, wait: bool = False) -> LockedFile | None:
+        """Lock an open file; it is closed when there are no locks (FileError), or another process has it (None)."""
+        return _locked(file, path, lambda one: self._acquire(one, wait))
+
+    def _acquire(self, one: LockedFile, wait: bool) -> bool:
         missing: OSError | None = None
         try:
-            if not try_lock(file, wait=wait):
-                return None
+            if not try_lock(one.file, wait=wait):
+                return False
         except OSError as error:
             if not has_no_locks(error):
-                raise FileError(f"cannot lock {path}: {error.strerror}") from None
+                raise FileError(f"cannot lock {one.path}: {error.strerror}") from None
             missing = error
         if missing is None and self._named is None:
-            return FileLock()
+            return True
         directory = self._named or config.state_dir(self._state_dir)
+        whole = one.path.parent.resolve() / one.path.name
+        place = directory / f"larpixdaq-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:16]}.lock"
         try:
-            found = _lock_in_place_of(path, directory, wait=wait)
+            one.substitute = open_locked(place, wait=wait)
         except OSError as error:
             raise FileError(
-                f"cannot lock {path} ({missing.strerror if missing else 'as --lock-dir asks'}), nor a file in "
+                f"cannot lock {one.path} ({missing.strerror if missing else 'as --lock-dir asks'}), nor a file in "
                 f"{directory} in its place ({error.strerror or error}): name a directory on a local disk with "
                 "--lock-dir"
             ) from None
-        if found is not None and self._named is None and not self._warned:
+        if one.substitute is not None and self._named is None and not self._warned:
             self._warned = True
             log.warning(
                 "%s: its file system cannot lock files (%s): its locks are in %s, which processes of other machines, "
                 "and those with another state directory, do not see; --lock-dir names another place",
-                path.parent, missing.strerror if missing else "", directory,
+                one.path.parent, missing.strerror if missing else "", directory,
             )  # fmt: skip
-        return found
-
-
-class FileLock:
-    """A lock that is held. The file itself stays locked until it is closed; release() gives back what stands for it."""
-
-    def __init__(self, file: int = -1, path: Path | None = None) -> None:
-        self._file = file
-        self._path = path
-
-    def release(self) -> None:
-        """Harmless when repeated."""
-        if self._file >= 0 and self._path is not None:
-            if in_place(self._file, self._path):
-                try:
-                    self._path.unlink()
-                except OSError as error:
-                    log.error("%s: cannot be removed: %s", self._path, error.strerror)
-            os.close(self._file)
-            self._file = -1
-
-
-def _lock_in_place_of(path: Path, directory: Path, *, wait: bool) -> FileLock | None:
-    whole = path.parent.resolve() / path.name
-    place = directory / f"larpixdaq-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:16]}.lock"
-    while True:
-        file = open_private(place, os.O_RDWR | os.O_CREAT)
-        try:
-            locked = try_lock(file, wait=wait)
-        except BaseException:
-            os.close(file)
-            raise
-        # Its last holder may have removed it after it had been opened here.
-        if locked and in_place(file, place):
-            return FileLock(file, place)
-        os.close(file)
-        if not locked:
-            return None
+        return one.substitute is not None
 
 
 #: Of this process; main() sets it.

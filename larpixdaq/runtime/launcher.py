@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import pwd
 import random
@@ -25,6 +24,7 @@ from typing import Final
 import msgspec
 
 from larpixdaq.errors import ComponentError, ConfigError, FileError
+from larpixdaq.runtime.file_access import open_private, try_lock
 
 #: A process that has been told to end gets so long (seconds), then it is killed.
 END_LIMIT = 15.0
@@ -194,19 +194,12 @@ def read_running(state_dir: Path) -> Running | None:
 @contextlib.contextmanager
 def only_up(state_dir: Path) -> Iterator[None]:
     """ConfigError while another `larpixdaq up` is starting processes with this state directory."""
-    with open(state_dir / "up.lock", "ab", opener=_private) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another `larpixdaq up` is starting a system with state directory {state_dir}") from None
-        except OSError:
-            # A file system without locks: of two cores that start at once, only one gets the port.
-            pass
+    with open(open_private(state_dir / "up.lock", os.O_RDWR | os.O_CREAT), "rb") as file:
+        # A file system without locks: of two cores that start at once, only one gets the port.
+        with contextlib.suppress(OSError):
+            if not try_lock(file.fileno()):
+                raise ConfigError(f"another `larpixdaq up` is starting a system with state directory {state_dir}")
         yield
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def write_running(state_dir: Path, running: Running) -> None:

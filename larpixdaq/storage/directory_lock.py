@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import names
-from larpixdaq.runtime.file_access import FileLock, in_place, lock_directory, open_private, open_regular, remove
+from larpixdaq.runtime.file_access import LockedFile, lock_directory, open_regular
 
 _log = logging.getLogger(__name__)
 
@@ -29,54 +29,42 @@ class Lock:
     def __init__(self, directory: Path, storage: str) -> None:
         self._directory, self._storage = directory, storage
         self.path = directory / names.lock(storage)
-        self._fd = -1
-        self._lock: FileLock | None = None
+        self._file: LockedFile | None = None
         self._look_at = 0.0
         self._trouble = ""
 
     def take(self) -> Path | None:
         """Take it; or the file that is locked by somebody else. FileError when files cannot be locked here."""
-        if self._fd < 0:
+        if self._file is None:
             self._open()
-        return self.path if self._fd < 0 else self._busy_journal()
+        return self.path if self._file is None else self._busy_journal()
 
     def _open(self) -> None:
         try:
-            fd = open_private(self.path, os.O_RDWR | os.O_CREAT)
+            file = lock_directory.open(self.path, os.O_RDWR | os.O_CREAT)
         except FileError:
             raise
         except OSError as error:
             raise FileError(f"cannot lock {self.path}: {error.strerror}") from None
-        try:
-            lock = lock_directory.lock(fd, self.path)
-            # The last holder may have removed the file after it had been opened here.
-            if lock is not None and in_place(fd, self.path):
-                self._fd, self._lock = fd, lock
-                return
-            if lock is not None:
-                lock.release()
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
+        if file is not None:
+            self._file = file
 
     def keep(self) -> None:
         """Take it anew when somebody has removed its file: another storage would get in. To be called now and then."""
-        if self._fd < 0 or time.monotonic() < self._look_at:
+        old = self._file
+        if old is None or time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + _LOOK
-        if in_place(self._fd, self.path):
+        if old.in_place():
             return
-        old, lock = self._fd, self._lock
-        if lock is not None:
-            lock.release()
+        old.release_substitute()
         try:
             self._open()
-            text = "another storage has it now" if self._fd == old else ""
+            text = "another storage has it now" if self._file is old else ""
         except FileError as error:
             text = str(error)
-        if self._fd != old:
-            os.close(old)
+        if self._file is not old:
+            old.close()
             _log.warning("%s: somebody has removed this lock: it was made anew", self.path)
         elif text != self._trouble:
             _log.error("%s: somebody has removed this lock: %s", self.path, text)
@@ -89,12 +77,9 @@ class Lock:
         return None
 
     def release(self) -> None:
-        if self._fd >= 0:
-            remove(self._fd, self.path)
-            if self._lock is not None:
-                self._lock.release()
-            os.close(self._fd)
-            self._fd = -1
+        if self._file is not None:
+            self._file.close(remove_name=True)
+            self._file = None
 
 
 def is_locked(path: Path) -> bool:
@@ -105,13 +90,10 @@ def is_locked(path: Path) -> bool:
         return False
     except OSError as error:
         raise FileError(f"cannot open {path}: {error.strerror}") from None
-    try:
-        lock = lock_directory.lock(fd, path)
-        if lock is not None:
-            lock.release()
-    finally:
-        os.close(fd)
-    return lock is None
+    file = lock_directory.lock(fd, path)
+    if file is not None:
+        file.close()
+    return file is None
 
 
 class Stoppable(Protocol):
