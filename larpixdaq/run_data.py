@@ -17,7 +17,7 @@ import zmq
 from larpixdaq import config
 from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import LarpixDaqError
-from larpixdaq.monitor.monitor import Monitor, rows_of
+from larpixdaq.monitor.monitor import Monitor
 from larpixdaq.protocol.stream import Block, End, FromProducer
 from larpixdaq.stream import Consumer
 
@@ -66,7 +66,7 @@ class RunData:
     def _receive(self, producer: str, frame: FromProducer, payload: memoryview | None) -> None:
         try:
             if isinstance(frame, Block):
-                self.monitor.block(frame, rows_of(frame, payload))
+                self.monitor.block(frame, payload)
             elif isinstance(frame, End):
                 self.monitor.end(frame)
         except LarpixDaqError as error:

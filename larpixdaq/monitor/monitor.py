@@ -30,21 +30,6 @@ _SNAPSHOT: Final = 0.5
 _SHARE: Final = 1.5
 
 
-def rows_of(block: Block, payload: Any) -> NDArray[Any]:
-    """The rows of a block, a view of its payload; FormatError when it is not what the header says."""
-    try:
-        dtype = schema.layout(block.layout).dtype
-    except ValueError as error:
-        raise FormatError(f"block {block.sequence} of run {block.run} from {block.producer}: {error}") from None
-    size = memoryview(payload).nbytes
-    if size != block.rows * dtype.itemsize:
-        raise FormatError(
-            f"block {block.sequence} of run {block.run} from {block.producer}: {block.rows} rows of {dtype.itemsize} "
-            f"bytes announced, {size} bytes found"
-        )
-    return np.frombuffer(payload, dtype)
-
-
 class Monitor:
     """Counts the blocks of one run; a block of a later run starts afresh, those of earlier runs are let pass."""
 
@@ -76,19 +61,27 @@ class Monitor:
 
     # what arrives
 
-    def block(self, header: Block, rows: NDArray[Any]) -> None:
-        """Count a block; `rows` must not change afterwards, since the last ones are kept.
+    def block(self, header: Block, payload: Any) -> None:
+        """Count a block. `payload`: its rows as a contiguous buffer, which must not change afterwards, because the last
+        ones are kept.
 
         FormatError, ProtocolError: the block is not counted.
         """
+        block = f"block {header.sequence} of run {header.run} from {header.producer}"
+        try:
+            layout = schema.layout(header.layout)
+        except ValueError as error:
+            raise FormatError(f"{block}: {error}") from None
+        size, row = memoryview(payload).nbytes, layout.dtype.itemsize
+        if size != header.rows * row:
+            raise FormatError(f"{block}: {header.rows} rows of {row} bytes announced, {size} bytes found")
         if not self._concerns(header.run):
             return
-        layout = schema.layout(header.layout)
-        if rows.dtype != layout.dtype or len(rows) != header.rows or layout != (self.layout or layout):
+        if self.layout not in (None, layout):
             raise FormatError(
-                f"block {header.sequence} of run {header.run} from {header.producer}: {len(rows)} rows of layout "
-                f"{layout.name}, expected {header.rows} of {(self.layout or layout).name}"
+                f"{block}: {header.rows} rows of layout {layout.name}, expected {header.rows} of {self.layout.name}"
             )
+        rows = np.frombuffer(payload, layout.dtype)
         now = self._clock()
         track = self._track(header)
         if not track.add(header, now):

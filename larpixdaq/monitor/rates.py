@@ -17,7 +17,6 @@ from msgspec.structs import astuple
 from numpy.typing import NDArray
 
 from larpixdaq.constants import COUNTS, IO_GROUPS, ROW_COUNTS
-from larpixdaq.constants import IO_GROUPS as N_IO_GROUPS
 from larpixdaq.errors import ProtocolError
 from larpixdaq.protocol.stream import Block, End, Totals
 
@@ -216,12 +215,12 @@ def rate_tables(
     groups: dtype IO_GROUP_RATES, rates, totals and seen_packets filled in; seen: what PacketCounters.chips() gave;
     packets and recent: packets by [chip, channel], since the start and lately.
     """
-    rate, mean_rate = np.zeros((2, N_IO_GROUPS))
+    rate, mean_rate = np.zeros((2, IO_GROUPS))
     rate[groups["io_group"]] = groups["rate"]
     mean_rate[groups["io_group"]] = groups["mean_rate"]
     group = seen["io_group"]
-    per_recent = _ratio(rate, np.bincount(group, recent.sum(axis=1), N_IO_GROUPS))[group]
-    per_packet = _ratio(mean_rate, np.bincount(group, seen["packets"], N_IO_GROUPS))[group]
+    per_recent = _ratio(rate, np.bincount(group, recent.sum(axis=1), IO_GROUPS))[group]
+    per_packet = _ratio(mean_rate, np.bincount(group, seen["packets"], IO_GROUPS))[group]
 
     chips = np.zeros(len(seen), CHIP_RATES)
     for name in _KEY[:3]:
@@ -232,7 +231,7 @@ def rate_tables(
     chips["mean_rate"] = seen["packets"] * per_packet
     groups["seen"] = np.where(groups["packets"], _ratio(groups["seen_packets"], groups["packets"]), 1.0)
     for name in _COUNTED[1:]:
-        groups[f"seen_{name}"] = np.bincount(group, seen[name], N_IO_GROUPS)[groups["io_group"]]
+        groups[f"seen_{name}"] = np.bincount(group, seen[name], IO_GROUPS)[groups["io_group"]]
     tables = {"io_groups": groups, "io_channels": _io_channels(chips), "chips": _sorted(chips, 3)}
     if channels:
         chip, channel = np.nonzero(packets)

@@ -67,7 +67,6 @@ class Subscriber:
     #: "all": (run, epoch) -> (sequence, bytes) of the blocks that it has not acknowledged yet.
     in_flight: dict[tuple[int, int], deque[tuple[int, int]]] = field(default_factory=dict)
     flight_bytes: int = 0
-    skipped: int = 0
     maps: bool = False  # it reads our ring itself
 
 
@@ -300,8 +299,6 @@ class Publisher:
                 if not self._send_block(subscriber, store, cursor, found):
                     return
                 subscriber.sent += not told
-            else:
-                subscriber.skipped += 1
             cursor += 1
         subscriber.cursors[store.epoch] = cursor
 

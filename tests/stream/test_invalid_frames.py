@@ -11,7 +11,7 @@ import pytest
 
 from larpixdaq import constants, schema
 from larpixdaq.errors import LarpixDaqError
-from larpixdaq.monitor.monitor import Monitor, rows_of
+from larpixdaq.monitor.monitor import Monitor
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import VERDICTS, Block, Configs, End, Gap, LossVerdict, Totals, UnknownWord
 from larpixdaq.runtime.record_file import crc32
@@ -93,7 +93,7 @@ def test_any_frame_that_fits_its_struct_harms_neither_storage_nor_monitor(tmp_pa
         storing.work()
         try:
             if isinstance(arrived, Block):
-                monitor.block(arrived, rows_of(arrived, payload))
+                monitor.block(arrived, payload)
             else:
                 monitor.end(arrived)
         except LarpixDaqError:
