@@ -153,6 +153,31 @@ def close_dead_connections(socket: zmq.Socket[Any], after: int) -> None:
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
 
 
+def dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, largest: int, queue: int = 1000) -> zmq.Socket[bytes]:
+    """A DEALER that is connected, or will be when its peer is there. zmq.ZMQError when the address cannot be used.
+
+    It takes no message while it is not connected, so that a peer that comes back does not find minutes of old ones.
+    `largest`: maximum bytes of a message part from the peer; `queue`: messages from it that wait (0: no limit).
+    """
+    import zmq  # here: programs without sockets start faster
+
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IMMEDIATE, 1)
+    socket.setsockopt(zmq.RCVHWM, queue)
+    socket.setsockopt(zmq.MAXMSGSIZE, largest)
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # the system's own takes ever longer while a network is away
+    close_dead_connections(socket, DEAD_CONNECTION)  # of a host that vanished
+    try:
+        socket.ipv6 = is_ipv6(address)
+        socket.connect(address)
+    except zmq.ZMQError:
+        socket.close(linger=0)
+        raise
+    return socket
+
+
 def state_dir(text: str | None = None) -> Path:
     """The state directory (default $XDG_STATE_HOME/larpixdaq), made if need be; FileError when that cannot be."""
     base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")

@@ -89,23 +89,13 @@ class CoreConnection:
         self._thread = threading.Thread(target=self._run, name=f"link of {name}", daemon=True)
 
     def _connect(self) -> zmq.Socket[bytes]:
-        socket = self.context.socket(zmq.DEALER)
-        # Only while connected: a core that comes back must not find minutes of old heartbeats.
-        socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.setsockopt(zmq.LINGER, 200)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER)
-        socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # the system's own takes ever longer while a network is away
-        config.close_dead_connections(socket, config.DEAD_CONNECTION)  # of a host that vanished
         try:
-            socket.ipv6 = config.is_ipv6(self.core)
-            socket.connect(self.core)
+            socket = config.dealer(self.context, self.core, MAX_ANSWER)
         except zmq.ZMQError as error:
-            socket.close(0)
             self.context.term()
             self._waker.close()
             raise ConfigError(f"core address {self.core}: {error}") from None
+        socket.setsockopt(zmq.LINGER, 200)
         return socket
 
     def start(self) -> None:

@@ -363,20 +363,7 @@ class ProducerConnection:
         self._keeps = keeps
         self._ring: Reader | None = None  # the producer's, when it is on our host
         self.sent = False  # the next subscription is to bring the rows themselves
-        self.socket = context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.RCVHWM, 0)  # the producer's window is the bound
-        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_HEADER)
-        self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        self.socket.setsockopt(zmq.IMMEDIATE, 1)  # what is said to a producer that is away must not pile up
-        self.socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # the system's own grows while a network is away
-        config.close_dead_connections(self.socket, config.DEAD_CONNECTION)
-        try:
-            self.socket.ipv6 = config.is_ipv6(address)
-            self.socket.connect(address)
-        except zmq.ZMQError:
-            self.socket.close(linger=0)
-            raise
+        self.socket = config.dealer(context, address, MAX_HEADER, queue=0)  # the producer's window is the bound
 
     def send(self, frame: FromConsumer) -> bool:
         try:
