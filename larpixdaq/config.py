@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from larpixdaq.errors import ConfigError, FileError
-from larpixdaq.runtime.event_loop import Signals, is_text, run_main
+from larpixdaq.runtime.event_loop import is_text
 
 if TYPE_CHECKING:
     import zmq
-
-__all__ = ["Signals", "run_main"]
 
 CORE_PORT: Final = 5551
 LOG_PORT: Final = 5678

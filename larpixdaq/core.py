@@ -40,6 +40,7 @@ from larpixdaq.protocol.control import (
     probe,
     unpack_client,
 )
+from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.timing import wait_ms
 
 _log = logging.getLogger("larpixdaq.core")
@@ -111,7 +112,7 @@ class Core:
         self._context.destroy()
         self._catalogue.close()
 
-    def serve(self, signals: config.Signals) -> None:
+    def serve(self, signals: Signals) -> None:
         """Until a signal comes."""
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
@@ -341,12 +342,12 @@ def main(argv: list[str] | None = None) -> int:
         log_address = config.address(args.log_address, config.LOG_PORT)
         core = Core(address, log_address, config.state_dir(args.state_dir), insecure=args.insecure)
         try:
-            with config.Signals() as signals:
+            with Signals() as signals:
                 core.serve(signals)
         finally:
             core.close()
 
-    return config.run_main(run)
+    return run_main(run)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from larpixdaq.constants import LOG
 from larpixdaq.control.log_shipping import LogRecord, unpack_record
 from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, ProtocolError
+from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.timing import Throttle
 from larpixdaq.runtime.units import utc_datetime
 
@@ -172,7 +173,7 @@ def serve(core: str, name: str, address: str, path: Path) -> None:
     file: LogFile | None = None
     node: Node | None = None
     try:
-        with config.Signals() as signals:
+        with Signals() as signals:
             socket, endpoint = listen(context, address)
             file = LogFile(path)
             info = {"log": config.reachable(endpoint, core), "file": str(path)}
@@ -214,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         path = Path(args.output) if args.output else config.state_dir(args.state_dir) / "log.txt"
         serve(config.address(args.core, config.CORE_PORT), args.name, address, path.absolute())
 
-    return config.run_main(run)
+    return run_main(run)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from larpixdaq import config
 from larpixdaq.control.node import Node
 from larpixdaq.errors import FileError, RequestError
 from larpixdaq.hdf5.names import highest_run
+from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
 from larpixdaq.storage.directory_lock import Lock, await_turn
 from larpixdaq.storage.limits import Limits, parse_limit
@@ -73,7 +74,7 @@ class Storage:
         self._frames = 0
         self._changes = -1
 
-    def run(self, signals: config.Signals) -> None:
+    def run(self, signals: Signals) -> None:
         """Store and acknowledge until a signal comes."""
         if not await_turn(self._lock, signals):
             return
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         storage = Storage(options)
         try:
-            with config.Signals() as signals:
+            with Signals() as signals:
                 storage.run(signals)
         finally:
             storage.close()
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"removed, and not written anew: {', '.join(part.name for part in lost)}; its rows are lost"
             )
 
-    return config.run_main(work)
+    return run_main(work)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from larpixdaq.readout.configuration_tracker import ConfigurationTracker
 from larpixdaq.readout.delivery import Delivery
 from larpixdaq.readout.delivery import add_arguments as add_delivery_arguments
 from larpixdaq.readout.readout import FULL_AGAIN, Readout
+from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.sources import options as source_options
 from larpixdaq.sources.command_channel import Channel
 from larpixdaq.sources.data_quality import Watch
@@ -145,7 +146,7 @@ class Producer:
 
     # the loop
 
-    def run(self, signals: config.Signals) -> None:
+    def run(self, signals: Signals) -> None:
         """Read, record and serve until a signal comes."""
         self.node.connect(signals=signals)
         poller, resting = zmq.Poller(), zmq.Poller()
@@ -509,11 +510,11 @@ def main(argv: list[str] | None = None) -> int:
             stack.callback(delivery.close)
             producer = Producer(options, boards, delivery)
             stack.callback(producer.close)
-            producer.run(stack.enter_context(config.Signals()))
+            producer.run(stack.enter_context(Signals()))
         if delivery.failure:
             raise RingError(delivery.failure)
 
-    return config.run_main(work)
+    return run_main(work)
 
 
 if __name__ == "__main__":

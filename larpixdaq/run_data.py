@@ -19,6 +19,7 @@ from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import LarpixDaqError
 from larpixdaq.monitor.monitor import Monitor
 from larpixdaq.protocol.stream import Block, End, FromProducer
+from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.stream import Consumer
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class RunData:
             self._frames += 1
         self.node.report(self._frames, self.consumer.queued)
 
-    def run(self, signals: config.Signals) -> None:
+    def run(self, signals: Signals) -> None:
         """Turn until a signal comes."""
         poller = zmq.Poller()
         for descriptor in (signals.fileno(), self.node.fileno(), self.consumer.fileno()):
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         monitor = Monitor()
         node = Node(options.name, "run_data", options.core, actions(monitor), info={}, status=monitor.status)
         try:
-            with config.Signals() as signals:
+            with Signals() as signals:
                 node.connect(signals=signals)
                 consumer = Consumer(options.name, node.session, "latest", core=node)
                 try:
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             node.close()
 
-    return config.run_main(work)
+    return run_main(work)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from larpixdaq.cli import demo, files, system
-from larpixdaq.config import run_main
+from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.version import VERSION
 
 

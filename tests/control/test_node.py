@@ -251,7 +251,7 @@ def test_a_core_that_comes_back_finds_the_component_again(tmp_path):
 STAND_IN = """
 import sys, zmq
 import larpixdaq.control.node
-from larpixdaq import config
+from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.control.node import Node
 
 larpixdaq.control.node.PATIENCE = 1.5
@@ -272,7 +272,7 @@ def main():
     finally:
         node.close()
 
-sys.exit(config.run_main(main))
+sys.exit(run_main(main))
 """
 
 

@@ -163,7 +163,7 @@ def test_a_core_that_stands_still_condemns_nobody(plant: Plant) -> None:
 
 STAND_IN = """
 import sys, zmq
-from larpixdaq import config
+from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.control.node import Node
 
 def main():
@@ -179,7 +179,7 @@ def main():
     finally:
         node.close()
 
-sys.exit(config.run_main(main))
+sys.exit(run_main(main))
 """
 
 
