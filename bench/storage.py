@@ -24,7 +24,7 @@ from larpixdaq.hdf5 import writer
 from larpixdaq.protocol.stream import Block, BlockOrigin
 from larpixdaq.runtime.record_file import crc32
 from larpixdaq.storage.limits import Limits, parse_limit
-from larpixdaq.storage.service import Storing
+from larpixdaq.storage.service import StorageService
 
 
 class Nobody:
@@ -52,23 +52,23 @@ def blocks(rows: int) -> Any:
 
 def stored(directory: Path, rows: int, seconds: float, limits: Limits, *, fsync: bool) -> tuple[float, list[float]]:
     """Rows/s, and seconds of each rotation, with blocks of so many rows."""
-    storing = Storing(directory, "Offline storage", "", fsync=fsync, limits=limits)
-    storing.stream = Nobody()
-    storing.prepare_run(None, 1, "bench", "", "", time.time_ns(), 2, "2", [], {})  # type: ignore[arg-type]
+    service = StorageService(directory, "Offline storage", "", fsync=fsync, limits=limits)
+    service.stream = Nobody()
+    service.prepare_run(None, 1, "bench", "", "", time.time_ns(), 2, "2", [], {})  # type: ignore[arg-type]
     rotations = []
     taken = 0
     began = time.monotonic()
     for block, view in blocks(rows):
-        file, before = storing._runs[1].file, time.monotonic()
-        storing.receive("board", block, view)
-        if storing._runs[1].file is not file:
+        file, before = service._runs[1].file, time.monotonic()
+        service.receive("board", block, view)
+        if service._runs[1].file is not file:
             rotations.append(time.monotonic() - before)
-        storing.work()
+        service.work()
         taken += rows
         if time.monotonic() - began > seconds:
             break
     rate = taken / (time.monotonic() - began)
-    storing.close()
+    service.close()
     return rate, rotations
 
 

@@ -22,7 +22,7 @@ from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
 from larpixdaq.storage.directory_lock import Lock, await_turn
 from larpixdaq.storage.limits import Limits, parse_limit
-from larpixdaq.storage.service import Storing
+from larpixdaq.storage.service import StorageService
 from larpixdaq.stream import Consumer
 from larpixdaq.stream.subscriber import SessionCheck
 
@@ -36,7 +36,7 @@ DOUBT = 10
 
 
 class Storage:
-    """The process around Storing: node, stream, loop."""
+    """The process: a StorageService between a node, the stream and the disk."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.directory = _usable(options.output_dir)
@@ -44,7 +44,7 @@ class Storage:
         name: str = options.name
         label = "" if name == DEFAULT_NAME else name
         self._lock = Lock(self.directory, label)
-        self.storing = Storing(
+        self.service = StorageService(
             self.directory,
             name,
             label,
@@ -58,14 +58,14 @@ class Storage:
             "storage",
             options.core,
             {
-                "prepare_run": self.storing.prepare_run,
-                "begin_run": self.storing.begin_run,
-                "end_run": self.storing.end_run,
-                "report_run": self.storing.report_run,
-                "cancel_run": self.storing.cancel_run,
+                "prepare_run": self.service.prepare_run,
+                "begin_run": self.service.begin_run,
+                "end_run": self.service.end_run,
+                "report_run": self.service.report_run,
+                "cancel_run": self.service.cancel_run,
             },
             info=self._info,
-            status=self.storing.status,
+            status=self.service.status,
             on_name_taken=self._name_taken,
         )
         self.consumer: Consumer | None = None
@@ -78,21 +78,21 @@ class Storage:
         """Store and acknowledge until a signal comes."""
         if not await_turn(self._lock, signals):
             return
-        self._info |= {"highest_run": highest_run(self.directory), "free_bytes": self.storing.space.free()}
+        self._info |= {"highest_run": highest_run(self.directory), "free_bytes": self.service.space.free()}
         self.node.connect(signals=signals)
-        self.storing.resume()  # after connect(), so that what is wrong with a file reaches the log
+        self.service.resume()  # after connect(), so that what is wrong with a file reaches the log
         consumer = self.consumer = Consumer(
-            self.node.name, self.node.session, "all", positions=self.storing.where, core=self.node
+            self.node.name, self.node.session, "all", positions=self.service.where, core=self.node
         )
-        self.storing.stream = consumer
+        self.service.stream = consumer
         poller, deaf = zmq.Poller(), zmq.Poller()
-        for descriptor in (signals, self.node, consumer, self.storing.finisher):
+        for descriptor in (signals, self.node, consumer, self.service.finisher):
             poller.register(descriptor.fileno(), zmq.POLLIN)
         for descriptor in (signals, self.node):
             deaf.register(descriptor.fileno(), zmq.POLLIN)
         while not signals.stop:
             if self._stands:
-                poller.poll(0 if consumer.queued else self.node.wait_ms(self.storing.due()))
+                poller.poll(0 if consumer.queued else self.node.wait_ms(self.service.due()))
             else:  # the core's word is awaited; what the producers say is left where it is
                 deaf.poll(DOUBT)
             self._turn(consumer)
@@ -109,9 +109,9 @@ class Storage:
             if received is None:
                 break
             self._frames += 1
-            self.storing.receive(*received)
+            self.service.receive(*received)
         if self._good(consumer):
-            self.storing.work()
+            self.service.work()
         self.node.report(self._frames, consumer.queued)
 
     def _good(self, consumer: Consumer) -> bool:
@@ -124,11 +124,11 @@ class Storage:
         return self._stands
 
     def _name_taken(self) -> None:
-        self.storing.supersede()
+        self.service.supersede()
         raise RequestError(f"{self.node.name}: another storage has taken this name and continues the run")
 
     def close(self) -> None:
-        self.storing.close()
+        self.service.close()
         if self.consumer is not None:
             self.consumer.close()
         self.node.close()
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
                 storage.run(signals)
         finally:
             storage.close()
-        if lost := storage.storing.finisher.lost:
+        if lost := storage.service.finisher.lost:
             raise FileError(
                 f"removed, and not written anew: {', '.join(part.name for part in lost)}; its rows are lost"
             )

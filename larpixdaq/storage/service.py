@@ -1,6 +1,6 @@
-"""What the core asks of a storage: to begin a run, to end it, and what became of it.
+"""A storage: the files that it writes, the blocks that it acknowledges, and the actions that the core calls.
 
-The runs that a storage writes: which part a block goes into, what is acknowledged, what is tried again.
+It has no sockets and no loop of its own: offline_storage.py has these.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ class Stream(Protocol):
     def again(self, *, sent: bool = False) -> None: ...
 
 
-class Writing:
-    """The runs that a storage writes, in `directory`; a block is acknowledged when file or journal hold it.
+class StorageService:
+    """Writes runs into files in `directory`, and acknowledges each block when its part or the journal holds it.
 
-    Used from the process's loop alone, but for where(). `stream` takes the acknowledgements, as soon as there is one.
+    The methods that take a Call are the storage's actions. Everything but where() belongs to the process's loop.
+    `stream` takes the acknowledgements, as soon as there is one.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Writing:
         self._doubted: set[tuple[BlockOrigin, int]] = set()  # blocks of open runs whose rows were asked for again
         self._known: set[int] = set()  # runs whose files of before are in there
         self._turned_away = False  # blocks of further runs that the core has not announced
+        self._asked: list[tuple[int, Call, float]] = []  # run, who wants its verdict, until when that may wait
 
     # the loop
 
@@ -373,25 +375,12 @@ class Writing:
             self._turned_away = False
             self.stream.again()  # what was not taken may find a disk that is well, or an open part
         if ending is not None:
-            self._ended(number, ending.call)
+            self._report(number, ending.call)
 
-    def _ended(self, run: int, call: Call) -> None:
-        """The run that this call has ended is closed here; its parts may not have their names yet."""
-        raise NotImplementedError
+    # what the core asks
 
-    def _answer(self, *, at_once: bool = False) -> None:
-        """Answer the calls that _ended() has taken."""
-        raise NotImplementedError
-
-
-class Storing(Writing):
-    """Its methods that take a Call are the storage's actions."""
-
-    def __init__(self, *where: Any, **how: Any) -> None:
-        super().__init__(*where, **how)
-        self._asked: list[tuple[int, Call, float]] = []  # run, who wants its verdict, until when that may wait
-
-    def _ended(self, run: int, call: Call) -> None:
+    def _report(self, run: int, call: Call) -> None:
+        """Answer the call with the verdict on a run that is closed here, when its parts have their names."""
         self._asked.append((run, call, time.monotonic() + RECOVERY_LIMIT))
 
     def _answer(self, *, at_once: bool = False) -> None:
@@ -493,7 +482,7 @@ class Storing(Writing):
         """What the files of a run are worth, as the answer to end_run says it."""
         if run not in self._runs and not names.parts_of(self.directory, self.label, run):
             raise StateError(f"{self.name}: has no files of run {run}")
-        self._ended(run, call)
+        self._report(run, call)
 
     def cancel_run(self, call: Call, run: int) -> Any:
         """The run was given up before it began: its file goes, its blocks are let pass."""

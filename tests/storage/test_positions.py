@@ -12,7 +12,7 @@ from larpixdaq.hdf5.names import run_files
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.run_report import positions, unfinished
 from larpixdaq.hdf5.writer import RunFile
-from larpixdaq.storage.service import Storing
+from larpixdaq.storage.service import StorageService
 
 
 def test_runs_that_may_go_on(tmp_path):
@@ -29,7 +29,7 @@ def test_runs_that_may_go_on(tmp_path):
 
 @pytest.fixture
 def storage(tmp_path):
-    with contextlib.closing(Storing(tmp_path, "Offline storage", "")) as storage:
+    with contextlib.closing(StorageService(tmp_path, "Offline storage", "")) as storage:
         yield storage
 
 

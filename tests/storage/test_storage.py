@@ -24,7 +24,7 @@ from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime import file_access
 from larpixdaq.storage import finisher, open_run
 from larpixdaq.storage.limits import Space, parse_limit
-from larpixdaq.storage.service import Storing
+from larpixdaq.storage.service import StorageService
 
 RUN = 42
 
@@ -63,7 +63,7 @@ class Acknowledgements:
 
 class Rig:
     def __init__(self, directory: Path, **options: Any) -> None:
-        self.storage = Storing(directory, "Offline storage", "", **options)
+        self.storage = StorageService(directory, "Offline storage", "", **options)
         self.storage.resume()
         self.stream = self.storage.stream = Acknowledgements()
 

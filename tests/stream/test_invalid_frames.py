@@ -15,7 +15,7 @@ from larpixdaq.monitor.monitor import Monitor
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import VERDICTS, Block, Configs, End, Gap, LossVerdict, Totals, UnknownWord
 from larpixdaq.runtime.record_file import crc32
-from larpixdaq.storage.service import Storing
+from larpixdaq.storage.service import StorageService
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of sums of nonsense
 
@@ -84,13 +84,13 @@ class Strange:
 @pytest.mark.parametrize("seed", range(3))
 def test_any_frame_that_fits_its_struct_harms_neither_storage_nor_monitor(tmp_path: Path, seed: int) -> None:
     strange = Strange(seed)
-    storing, monitor = Storing(tmp_path, "Offline storage", ""), Monitor()
+    storage, monitor = StorageService(tmp_path, "Offline storage", ""), Monitor()
     refused = 0
     for turn in range(100):
         frame, payload = (strange.end(), None) if turn % 4 == 0 else strange.block()
         arrived = stream.unpack_producer(stream.pack(frame), "a producer")
-        storing.receive("a producer", arrived, payload)
-        storing.work()
+        storage.receive("a producer", arrived, payload)
+        storage.work()
         try:
             if isinstance(arrived, Block):
                 monitor.block(arrived, payload)
@@ -101,6 +101,6 @@ def test_any_frame_that_fits_its_struct_harms_neither_storage_nor_monitor(tmp_pa
         monitor.status()
         monitor.packet_rate()
     assert 0 < refused < 100
-    assert storing.status()["rows"]
-    storing.close()
+    assert storage.status()["rows"]
+    storage.close()
     assert list(tmp_path.glob("run0000001_*.h5"))
