@@ -1,20 +1,17 @@
-"""A part after its last row: its final name, its checksum, and the command that somebody wants to run on it; and parts
-that have to be recovered first.
+"""Parts after their last row: recovery where that is needed, final name, checksum, and the command to run on the file.
 
-Each of the four has a thread of its own, since each may take long in its own way: the disk that has to sync, gigabytes
-to be read again, a command that hangs, hundreds of millions of rows. None of them holds up the stream.
-
-What a storage before this one has left in its directory.
+Each of the four has a thread of its own, because each may take long: hundreds of millions of rows are read, a disk
+syncs, gigabytes are summed, a command hangs. None of them holds up the stream. The threads keep no state: the loop
+gets their results.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import queue
+import select
 import signal
 import subprocess
 import tempfile
@@ -22,22 +19,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final, NamedTuple
 
-from larpixdaq.errors import FileError, FileLocked, LarpixDaqError
+from larpixdaq.errors import FileError, FileLocked
 from larpixdaq.hdf5 import names
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recovery import prepare, recover
 from larpixdaq.hdf5.run_report import unfinished
 from larpixdaq.hdf5.writer import CloseReport, RunFile, sync_path
+from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import aside, open_regular, read_regular
 from larpixdaq.storage import open_run
 
 log = logging.getLogger(__name__)
 #: Closed files that `status` names.
 SHOWN: Final = 16
-#: A command has so long (seconds) for one file.
+#: Maximum seconds of a command for one file.
 COMMAND_LIMIT: Final = 600.0
 #: Seconds at the end of the process for commands, all together, and before that for checksums.
 LAST_COMMANDS: Final = 10.0
@@ -47,35 +46,14 @@ _PIECE: Final = 1 << 20
 _SIDECAR_BYTES: Final = 1 << 16
 
 
-class _Worker:
-    """A thread that does one job after the other."""
-
-    def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Callable[[], None]) -> None:
-        self._jobs.put(job)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except LarpixDaqError as error:
-                log.error("%s", error)
-            except Exception:  # the jobs behind it must not wait for ever
-                log.exception("%s", self._thread.name)
-
-    def end(self, limit: float | None = None) -> bool:
-        """Wait until all that was submitted is done, at most `limit` seconds; whether it is."""
-        self._jobs.put(None)
-        self._thread.join(limit)
-        return not self._thread.is_alive()
+class _FinishedFile(NamedTuple):
+    path: Path
+    line: dict[str, Any]  # of `status`; the checksum is added when it is known
+    content: dict[str, Any]  # of the sidecar, without name, size and checksum
 
 
 class Finisher:
-    """Submit from the process's loop alone; work() in the loop calls back what the threads have to tell it.
+    """Belongs to the process's loop: all methods are called there, and the threads' results are taken in by work().
 
     `command`: what to run on each finished file, whose path is appended; empty for nothing.
     """
@@ -88,64 +66,60 @@ class Finisher:
         self.trouble = ""
         #: Commands that have failed since the start, for `status`.
         self.failures = 0
-        self._told: deque[Callable[[], None]] = deque()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._publishing, self._summing, self._commands, self._recovering = (
-            _Worker(f"storage: {what}") for what in ("final names", "checksums", "commands", "recovery")
-        )
-        self._broken: dict[Path, str] = {}  # parts that are not recovered yet, and why not
-        self._removed: dict[Path, RunFile] = {}  # those of them whose names somebody has removed
         #: Parts that were removed and could not be written anew until the end of the process.
         self.lost: list[Path] = []
-        self._trying = False  # to recover them
-        self._try_at = 0.0  # monotonic: not before that again
-        self._ending = False
-        self._left: list[Path] = []  # files whose command has not ended yet
-        self._running: subprocess.Popen[bytes] | None = None
-        self._no_more = False  # commands: we end
+        self._publishing, self._summing, self._commands, self._recovering = workers = [
+            Worker(f"storage: {what}") for what in ("final names", "checksums", "commands", "recovery")
+        ]
+        self._workers = {worker.fileno(): worker for worker in workers}
+        self._ready = select.epoll()
+        for descriptor in self._workers:
+            self._ready.register(descriptor, select.EPOLLIN)
+        self._broken: dict[Path, str] = {}  # parts that are not recovered yet, and why not
+        self._removed: dict[Path, RunFile] = {}  # those of them whose names somebody has removed
+        self._trying = 0  # recoveries that are not over
+        self._try_at = 0.0  # monotonic time before which no part is tried again
+        self._left: deque[Path] = deque()  # files whose command has not ended yet
+        self._running: subprocess.Popen[bytes] | None = None  # the command of the first of them
+        self._ending = False  # the threads read it
 
     def fileno(self) -> int:
-        """Polls readable while work() has something to call back."""
-        return self._wake
+        """Polls readable while work() has something to do."""
+        return self._ready.fileno()
 
     @property
     def broken(self) -> list[str]:
         """The names of the parts that are being recovered, or wait for retry()."""
-        return [part.name for part in list(self._broken)]
+        return [part.name for part in self._broken]
 
     @property
     def failed(self) -> dict[str, str]:
         """Those of them that could not be recovered so far, and why; they are tried again."""
-        return {part.name: why for part, why in list(self._broken.items()) if why}
+        return {part.name: why for part, why in self._broken.items() if why}
 
     def work(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # nothing was told, or it was and the wake-up is on its way
-            os.eventfd_read(self._wake)
-        while self._told:
-            self._told.popleft()()
-
-    def _tell(self, what: Callable[[], None]) -> None:
-        self._told.append(what)
-        os.eventfd_write(self._wake, 1)
+        """Take in what the threads have done."""
+        for descriptor, _ in self._ready.poll(0):
+            self._workers[descriptor].turn()
 
     def close(self) -> None:
         """Wait for all names. Checksums have five seconds, then those of the newest run are left to the next storage;
         commands have ten seconds, then they are left to themselves. What is being recovered is left to the next
         storage. Harmless when repeated."""
-        if self._wake < 0:
+        if self._ending:
             return
         self._ending = True
-        self._recovering.end()
-        self._publishing.end()
-        for part, file in list(self._removed.items()):
-            self._recover(part, self._broken[part])
-            if part in self._removed:
-                file.abandon()
-                self.lost.append(part)
-        if not self._summing.end(LAST_SUMS):
+        self._recovering.settle(threading.TIMEOUT_MAX)
+        self._publishing.settle(threading.TIMEOUT_MAX)
+        for part in self._removed:
+            self._recover(part)
+        self._recovering.settle(threading.TIMEOUT_MAX)
+        for part, file in self._removed.items():
+            file.abandon()
+            self.lost.append(part)
+        if not self._summing.settle(LAST_SUMS):
             log.error("checksums are not ready after %g s: the next start makes those of the newest run", LAST_SUMS)
-        self._commands.end(LAST_COMMANDS)
-        self._no_more = True
+        self._commands.settle(LAST_COMMANDS)
         running = self._running
         for path in self._left:
             if running is not None:
@@ -153,165 +127,196 @@ class Finisher:
                 running = None
             else:
                 log.error("%s was not run for %s", self.command[0], path.name)
-        self.work()
-        os.close(self._wake)
-        self._wake = -1
+        self._ready.close()
+        for worker in self._workers.values():
+            worker.close(0.1)  # seconds; only a thread that hangs takes them
 
     # Final names
 
     def publish(self, file: RunFile, report: CloseReport) -> None:
-        """Give a sealed part its final name; what follows, follows."""
+        """Give a sealed part its final name; checksum and command follow by themselves."""
+        part = file.path
 
-        def job() -> None:
-            part = file.path
-            try:
-                path = file.publish()
-            except FileError as error:
-                log.error("%s", error)
+        def done(found: _FinishedFile | OSError) -> None:
+            if isinstance(found, OSError):
+                log.error("%s", found)
                 if file.nameless:
                     self._removed[part] = file
-                self._broken[part] = str(error)
-                return
-            log.info("%s: %d rows, %s", path.name, report.rows, report.condition)
-            self._finish(path)
+                self._broken[part] = str(found)
+            else:
+                log.info("%s: %d rows, %s", found.path.name, report.rows, report.condition)
+                self._finish(found)
 
-        self._publishing.submit(job)
+        self._publishing.submit(lambda: _finished(file.publish()), done)
 
     def after(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Do `job` when all parts that were submitted before have their names, as far as the disk lets us, and call
-        back with what it gave: a value, or the LarpixDaqError that it raised."""
-
-        def run() -> None:
-            value: Any
-            try:
-                value = job()
-            except LarpixDaqError as error:
-                value = error
-            self._tell(lambda: then(value))
-
-        self._publishing.submit(run)
+        """Do `job` in a thread when all parts that were submitted before have their names, as far as the disk lets us.
+        `then` gets its value, or the OSError that it raised."""
+        self._publishing.submit(job, then)
 
     # Recovery
 
+    def adopt_unfinished_parts(self, directory: Path, storage: str) -> list[int]:
+        """Queue the storage's unfinished parts for recovery, and write missing sidecars of runs that may go on.
+
+        Returns the numbers of these runs. Sidecars of older runs are not looked at: there may be thousands. From here
+        on parts say where their sources stand; retry() begins the recovery itself, which reads every row. FileError
+        when the directory cannot be read; what is wrong with a file goes to the log.
+        """
+        runs = unfinished(directory, storage)
+        for path in names.parts(directory, storage):
+            try:
+                found = prepare(path)
+            except FileLocked as error:  # a recovery by hand, or a reader that looks whether the part is being written
+                log.warning("%s", error)
+                self.mend(path, str(error))
+            except FileError as error:
+                log.error("%s", error)
+                self.mend(path, str(error))
+            else:
+                if found is None:
+                    self.mend(path)
+                else:
+                    log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
+        for run in runs:
+            for _, _, ending, path in names.parts_of(directory, storage, run):
+                if ending == names.FINISHED and not _has_sidecar(path):
+                    self._publishing.submit(partial(_finished, path), self._finish)
+        return runs
+
     def mend(self, part: Path, why: str = "") -> None:
-        """A part that was not written to its end: it is recovered when retry() is called. `why`: what stood in the way
-        before, and was told."""
+        """Queue a part that was not written to its end for recovery by retry(). `why`: the reason why it failed before,
+        which is in the log."""
         self._broken.setdefault(part, why)
 
     def retry(self) -> None:
-        """Recover the parts that are broken, as far as the disk lets us; one attempt at a time, and not too often."""
+        """Begin to recover the parts that are broken, unless that goes on, or has failed a short time ago."""
         if self._broken and not self._trying and time.monotonic() >= self._try_at:
-            self._trying = True
-            self._recovering.submit(self._recover_all)
+            for part in self._broken:
+                self._recover(part)
 
-    def _recover_all(self) -> None:
-        for part, before in list(self._broken.items()):
-            try:
-                self._recover(part, before)
-            except (LarpixDaqError, OSError) as error:  # the others have their turn
-                log.error("%s: %s", part.name, error)
-            except Exception:  # a mistake of ours: likewise
-                log.exception("%s", part.name)
-        self._try_at = time.monotonic() + open_run.AGAIN
-        self._trying = False
+    def _recover(self, part: Path) -> None:
+        self._trying += 1
+        file = self._removed.get(part)
 
-    def _recover(self, part: Path, before: str) -> None:
-        if part in self._removed:
+        def job() -> _FinishedFile | None:
+            if file is not None:
+                return _finished(file.publish())
             try:
-                path = self._removed[part].publish()
-            except FileError as error:
-                if str(error) != before:
-                    log.error("%s", error)
-                    self._broken[part] = str(error)
-                return
-            del self._removed[part], self._broken[part]
-            self._finish(path)
-            return
-        try:
-            found = recover(part, lambda: self._ending)
-        except FileLocked:
-            return
-        except FileError as error:
-            if not part.exists():  # somebody has recovered it by hand, or taken it away
+                found = recover(part, lambda: self._ending)
+            except FileError:
+                if part.exists():
+                    raise
+                return None  # somebody has recovered it by hand, or taken it away
+            log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
+            return None if found.path is None else _finished(found.path)
+
+        def done(found: _FinishedFile | OSError | None) -> None:
+            self._trying -= 1
+            self._try_at = time.monotonic() + open_run.AGAIN
+            if not isinstance(found, OSError):
                 del self._broken[part]
-            elif str(error) != before:
-                log.log(logging.WARNING if self._ending else logging.ERROR, "%s", error)
-                self._broken[part] = str(error)
-            return
-        log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
-        if found.path is not None:
-            self._finish(found.path)
-        del self._broken[part]
+                self._removed.pop(part, None)
+                if found is not None:
+                    self._finish(found)
+            elif not isinstance(found, FileLocked) and str(found) != self._broken[part]:
+                log.log(logging.WARNING if self._ending and file is None else logging.ERROR, "%s", found)
+                self._broken[part] = str(found)
+
+        self._recovering.submit(job, done)
 
     # Checksums
 
-    def _finish(self, path: Path) -> None:
-        line = {"run": 0, "file": str(path), "bytes": 0, "sha256": "", "condition": ""}
-        with DataFile(path) as file:
-            info = file.run_info()
-        line |= {"run": info["run"], "bytes": path.stat().st_size, "condition": info["condition"]}
-        self._tell(lambda: self.finished.append(line))
-        about = {"run": info["run"], "part": info["part"], "rows": info["rows"], "condition": info["condition"]}
-        self._summing.submit(lambda: self._sum(path, line, about))
+    def _finish(self, file: _FinishedFile | OSError) -> None:
+        """Make the checksum of a file that has its final name, then run the command on it."""
+        if isinstance(file, OSError):
+            log.error("%s", file)
+            return
+        path, line, content = file
+        self.finished.append(line)
 
-    def adopt(self, path: Path) -> None:
-        """A finished file that this process has not written; it may lack its sidecar, or have a damaged one."""
-        if not _has_sidecar(path):
-            self._publishing.submit(lambda: self._finish(path))
+        def done(found: str | OSError) -> None:
+            if isinstance(found, OSError):
+                log.error("no checksum of %s: %s", path, found.strerror or found)
+                return
+            line["sha256"] = found
+            if self.command:
+                self._left.append(path)
+                if len(self._left) == 1:
+                    self._run()
 
-    def _sum(self, path: Path, line: dict[str, Any], about: dict[str, Any]) -> None:
-        try:
-            digest, size = sha256(path)
-            write_sidecar(path, {"file": path.name, "bytes": size, "sha256": digest, **about})
-        except OSError as error:
-            raise FileError(f"no checksum of {path}: {error.strerror or error}") from None
-        self._tell(lambda: line.update(sha256=digest))
-        if self.command:
-            self._left.append(path)
-            self._commands.submit(lambda: self._run(path))
+        self._summing.submit(lambda: _sum(path, content), done)
 
     # Commands
 
-    def _run(self, path: Path) -> None:
-        if self._no_more:
-            return  # it has been said that it was not run
-        trouble = self._execute(path)
-        self._left.remove(path)
-        self.trouble = trouble
-        if trouble:
+    def _run(self) -> None:
+        """Run the command on the first file that is left."""
+        command = [*self.command, str(self._left[0])]
+        self._commands.submit(lambda: _start(command), self._started)
+
+    def _started(self, found: tuple[subprocess.Popen[bytes], IO[bytes]] | OSError) -> None:
+        if isinstance(found, OSError):
+            self._ended(found)
+        else:
+            self._running = found[0]
+            self._commands.submit(lambda: _await_end(*found), self._ended)
+
+    def _ended(self, found: str | OSError) -> None:
+        path, self._running = self._left.popleft(), None
+        self.trouble = f"--on-close: {self.command[0]} {path.name}: {found}" if found else ""
+        if found:
             self.failures += 1
-            log.error("%s", trouble)
+            log.error("%s", self.trouble)
         else:
             log.info("%s: %s has ended well", path.name, self.command[0])
+        if self._left:
+            self._run()
 
-    def _execute(self, path: Path) -> str:
-        """What went wrong, in one line; empty when nothing did."""
-        what = f"--on-close: {self.command[0]} {path.name}"
-        # Into a file, not a pipe: should it outlive us, its output must still have a place to go.
-        with tempfile.TemporaryFile() as output:
-            try:
-                self._running = subprocess.Popen(
-                    [*self.command, str(path)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
-            except (OSError, ValueError) as error:
-                return f"{what}: {error}"
-            try:
-                status = self._running.wait(COMMAND_LIMIT)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._running.pid, signal.SIGKILL)
-                self._running.wait()
-                return f"{what}: did not end within {COMMAND_LIMIT:g} s and was killed"
-            finally:
-                self._running = None
-            if status:
-                output.seek(max(0, output.seek(0, os.SEEK_END) - 1000))
-                said = output.read().decode("utf-8", "replace").strip().splitlines()
-                return f"{what}: ended with status {status}: {said[-1][:300] if said else 'it wrote nothing'}"
-        return ""
+
+def _start(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    """Start a command; the process, and the file that takes its output."""
+    # Not a pipe, because a command that outlives this process must still have a place for its output.
+    output = tempfile.TemporaryFile()  # noqa: SIM115  _await_end() closes it
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    except OSError:
+        output.close()
+        raise
+    return process, output
+
+
+def _await_end(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
+    """Wait for the end of a command; what went wrong, in one line, empty when nothing did."""
+    with output:
+        try:
+            status = process.wait(COMMAND_LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"did not end within {COMMAND_LIMIT:g} s and was killed"
+        if not status:
+            return ""
+        output.seek(max(0, output.seek(0, os.SEEK_END) - 1000))
+        said = output.read().decode("utf-8", "replace").strip().splitlines()
+        return f"ended with status {status}: {said[-1][:300] if said else 'it wrote nothing'}"
+
+
+def _finished(path: Path) -> _FinishedFile:
+    """Read what status and sidecar say of a file that has its final name. FileError when it cannot be read."""
+    with DataFile(path) as file:
+        info = file.run_info()
+    size, condition = path.stat().st_size, info["condition"]
+    line = {"run": info["run"], "file": str(path), "bytes": size, "sha256": "", "condition": condition}
+    return _FinishedFile(path, line, {name: info[name] for name in ("run", "part", "rows", "condition")})
+
+
+def _sum(path: Path, content: dict[str, Any]) -> str:
+    """Write a file's sidecar; its checksum, in hexadecimal digits."""
+    digest, size = sha256(path)
+    write_sidecar(path, {"file": path.name, "bytes": size, "sha256": digest, **content})
+    return digest
 
 
 def sha256(path: Path) -> tuple[str, int]:
@@ -355,32 +360,3 @@ def _has_sidecar(path: Path) -> bool:
         log.error("cannot rename %s: %s", sidecar, error.strerror)
         return True
     return False
-
-
-def adopt_unfinished_parts(directory: Path, storage: str, finisher: Finisher) -> list[int]:
-    """Have the parts recovered that were being written, and see to it that finished files of runs that may go on have
-    their sidecars; the numbers of these runs. Older files are left alone: there may be thousands.
-
-    Parts say from now on where their sources stand; the recovery itself, which reads every row, is the finisher's.
-    FileError when the directory cannot be read; what is wrong with a file goes to the log.
-    """
-    going_on = unfinished(directory, storage)
-    for path in names.parts(directory, storage):
-        try:
-            found = prepare(path)
-        except FileLocked as error:  # a recovery by hand, or a reader that looks whether the part is being written
-            log.warning("%s", error)
-            finisher.mend(path, str(error))
-        except FileError as error:
-            log.error("%s", error)
-            finisher.mend(path, str(error))
-        else:
-            if found is None:
-                finisher.mend(path)
-            else:
-                log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
-    for run in going_on:
-        for _, _, ending, path in names.parts_of(directory, storage, run):
-            if ending == names.FINISHED:
-                finisher.adopt(path)
-    return going_on

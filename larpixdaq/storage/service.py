@@ -25,7 +25,7 @@ from larpixdaq.hdf5.run_report import SUPERSEDED, RunReport, positions, survey_r
 from larpixdaq.hdf5.tables import RunInfo
 from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, End, FromProducer, Position
 from larpixdaq.storage import open_run
-from larpixdaq.storage.finisher import Finisher, adopt_unfinished_parts
+from larpixdaq.storage.finisher import Finisher
 from larpixdaq.storage.limits import RESERVE, Limits, Space
 from larpixdaq.storage.open_run import Ending, OpenRun
 from larpixdaq.stream.publisher import WINDOW
@@ -332,7 +332,7 @@ class StorageService:
 
         What is wrong with their files goes to the log, so after the core has told where that is.
         """
-        for run in adopt_unfinished_parts(self.directory, self.label, self.finisher):
+        for run in self.finisher.adopt_unfinished_parts(self.directory, self.label):
             self._look_up(run)
 
     def _look_up(self, run: int) -> None:
@@ -398,8 +398,8 @@ class StorageService:
     def _judge(self, run: int, call: Call) -> None:
         """By all its parts, when those that are closed have their names."""
 
-        def answer(found: RunReport | LarpixDaqError) -> None:
-            if isinstance(found, LarpixDaqError):
+        def answer(found: RunReport | OSError) -> None:
+            if isinstance(found, OSError):
                 call.fail(str(found))
                 return
             log.info("run %d: %d rows in %d files, %s", run, found.rows, len(found.files), found.condition)
