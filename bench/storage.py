@@ -53,7 +53,7 @@ def blocks(rows: int) -> Any:
 def stored(directory: Path, rows: int, seconds: float, limits: Limits, *, fsync: bool) -> tuple[float, list[float]]:
     """Rows/s, and seconds of each rotation, with blocks of so many rows."""
     service = StorageService(directory, "Offline storage", "", fsync=fsync, limits=limits)
-    service.stream = Nobody()
+    stream = Nobody()
     service.prepare_run(None, 1, "bench", "", "", time.time_ns(), 2, "2", [], {})  # type: ignore[arg-type]
     rotations = []
     taken = 0
@@ -63,7 +63,9 @@ def stored(directory: Path, rows: int, seconds: float, limits: Limits, *, fsync:
         service.receive("board", block, view)
         if service._runs[1].file is not file:
             rotations.append(time.monotonic() - before)
+        service.report_to(stream)
         service.work()
+        service.report_to(stream)
         taken += rows
         if time.monotonic() - began > seconds:
             break

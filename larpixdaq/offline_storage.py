@@ -31,7 +31,7 @@ _log = logging.getLogger("larpixdaq.offline_storage")
 DEFAULT_NAME = "Offline storage"
 #: Frames taken in one turn of the loop.
 TURN = 64
-#: So often (ms) it looks whether the core has answered, when it has stood still.
+#: Milliseconds between two checks whether the core has answered, after the process stood still.
 DOUBT = 10
 
 
@@ -68,9 +68,9 @@ class Storage:
             status=self.service.status,
             on_name_taken=self._name_taken,
         )
-        self.consumer: Consumer | None = None
-        self._standing = SessionCheck(self.node)
-        self._stands = True
+        self.consumer = Consumer(name, self.node.session, "all", positions=self.service.where, core=self.node)
+        self._session_check = SessionCheck(self.node)
+        self._may_write = True  # as _good() has found last
         self._frames = 0
         self._changes = -1
 
@@ -81,47 +81,45 @@ class Storage:
         self._info |= {"highest_run": highest_run(self.directory), "free_bytes": self.service.space.free()}
         self.node.connect(signals=signals)
         self.service.resume()  # after connect(), so that what is wrong with a file reaches the log
-        consumer = self.consumer = Consumer(
-            self.node.name, self.node.session, "all", positions=self.service.where, core=self.node
-        )
-        self.service.stream = consumer
-        poller, deaf = zmq.Poller(), zmq.Poller()
-        for descriptor in (signals, self.node, consumer, self.service.finisher):
+        poller, without_stream = zmq.Poller(), zmq.Poller()
+        for descriptor in (signals, self.node, self.consumer, self.service.finisher):
             poller.register(descriptor.fileno(), zmq.POLLIN)
         for descriptor in (signals, self.node):
-            deaf.register(descriptor.fileno(), zmq.POLLIN)
+            without_stream.register(descriptor.fileno(), zmq.POLLIN)
         while not signals.stop:
-            if self._stands:
-                poller.poll(0 if consumer.queued else self.node.wait_ms(self.service.due()))
-            else:  # the core's word is awaited; what the producers say is left where it is
-                deaf.poll(DOUBT)
-            self._turn(consumer)
+            if self._may_write:
+                poller.poll(0 if self.consumer.queued else self.node.wait_ms(self.service.due()))
+            else:
+                without_stream.poll(DOUBT)
+            self._turn()
 
-    def _turn(self, consumer: Consumer) -> None:
+    def _turn(self) -> None:
         self.node.dispatch()
         self._lock.keep()
         if self.node.changes != self._changes:
             self._changes = self.node.changes
-            consumer.session = self.node.session
-            consumer.connect(self.node.producers)
+            self.consumer.session = self.node.session
+            self.consumer.connect(self.node.producers)
         for _ in range(TURN):
-            received = consumer.next() if self._good(consumer) else None
+            received = self.consumer.next() if self._good() else None
             if received is None:
                 break
             self._frames += 1
             self.service.receive(*received)
-        if self._good(consumer):
+            self.service.report_to(self.consumer)
+        if self._good():
             self.service.work()
-        self.node.report(self._frames, consumer.queued)
+            self.service.report_to(self.consumer)
+        self.node.report(self._frames, self.consumer.queued)
 
-    def _good(self, consumer: Consumer) -> bool:
-        """Whether we may write and acknowledge: not after we have stood still, before the core has answered."""
-        before, self._stands = self._stands, self._standing.good()
-        if before and not self._stands:
-            _log.warning("stalled for %.1f s; waiting for the core to confirm", self._standing.stood)
-        if self._stands and not before:
-            consumer.again()
-        return self._stands
+    def _good(self) -> bool:
+        """Check that this process may write and acknowledge: not after it stood still, until the core has answered."""
+        before, self._may_write = self._may_write, self._session_check.good()
+        if before and not self._may_write:
+            _log.warning("stalled for %.1f s; waiting for the core to confirm", self._session_check.stood)
+        if self._may_write and not before:
+            self.consumer.again()
+        return self._may_write
 
     def _name_taken(self) -> None:
         self.service.supersede()
@@ -129,8 +127,8 @@ class Storage:
 
     def close(self) -> None:
         self.service.close()
-        if self.consumer is not None:
-            self.consumer.close()
+        self.service.report_to(self.consumer)
+        self.consumer.close()
         self.node.close()
         self._lock.release()
 

@@ -47,7 +47,7 @@ RECOVERY_LIMIT = 15.0
 
 
 class Stream(Protocol):
-    """What is needed of stream.Consumer."""
+    """The part of stream.Consumer that report_to() needs."""
 
     def acknowledge(self, source: BlockOrigin, following: int) -> None: ...
     def again(self, *, sent: bool = False) -> None: ...
@@ -57,7 +57,6 @@ class StorageService:
     """Writes runs into files in `directory`, and acknowledges each block when its part or the journal holds it.
 
     The methods that take a Call are the storage's actions. Everything but where() belongs to the process's loop.
-    `stream` takes the acknowledgements, as soon as there is one.
     """
 
     def __init__(
@@ -77,7 +76,6 @@ class StorageService:
         self.label = label
         self.duplicates = 0
         self.paused = ""  # why nothing is written
-        self.stream: Stream | None = None
         self.space = Space(directory)
         self.finisher = Finisher(on_close)
         self._limits, self._fsync = limits, fsync
@@ -87,6 +85,8 @@ class StorageService:
         self._written = 0  # bytes of the files of runs that were closed
         self._lock = threading.Lock()  # over _positions, which the stream's thread reads
         self._positions: dict[BlockOrigin, int] = {}
+        self._unreported: dict[BlockOrigin, int] = {}  # positions that report_to() has not handed on
+        self._again = self._sent = False  # for report_to(): blocks must come again; with their rows, not in a ring
         self._doubted: set[tuple[BlockOrigin, int]] = set()  # blocks of open runs whose rows were asked for again
         self._known: set[int] = set()  # runs whose files of before are in there
         self._turned_away = False  # blocks of further runs that the core has not announced
@@ -133,6 +133,18 @@ class StorageService:
 
     # the stream
 
+    def report_to(self, stream: Stream) -> None:
+        """Hand on what has become durable, and the wish that blocks come again.
+
+        To be called after each receive() too, because no block may follow one that was not taken.
+        """
+        for source, following in self._unreported.items():
+            stream.acknowledge(source, following)
+        self._unreported.clear()
+        if self._again:
+            stream.again(sent=self._sent)
+            self._again = self._sent = False
+
     def receive(self, producer: str, frame: FromProducer, payload: memoryview | None) -> None:
         """Take what a producer sends. What is not taken, because the disk refuses, is asked for again later."""
         if not isinstance(frame, Block | End):
@@ -173,8 +185,8 @@ class StorageService:
         again = (block.source, block.sequence) not in self._doubted
         self._doubted.add((block.source, block.sequence))
         log.log(logging.WARNING if again else logging.ERROR, "%s%s", error, ": asked for again" if again else "")
-        if again and self.stream is not None:
-            self.stream.again(sent=True)
+        if again:
+            self._again = self._sent = True
 
     def _unannounced(self, frame: Block | End) -> OpenRun | None:
         """Blocks of a run that has no open part here: they go into a further one."""
@@ -229,8 +241,7 @@ class StorageService:
         if self.paused:
             self.paused = ""
             log.warning("%s has space again: writing resumes", self.directory)
-            if self.stream is not None:
-                self.stream.again()
+            self._again = True
         else:
             free = f"has {self.space.free() / 2**20:.0f} MiB left, {RESERVE >> 20} are reserved"
             self.paused = f"{self.directory}: {self.space.trouble or free}"
@@ -277,8 +288,7 @@ class StorageService:
             return
         assert run.file is not None
         log.warning("run %d continues in %s", run.info.run, run.file.path.name)
-        if self.stream is not None:
-            self.stream.again()
+        self._again = True
 
     def _has_lost_its_name(self, run: OpenRun) -> bool:
         """Whether somebody has removed the open part or its journal: what is acknowledged would die with this process.
@@ -321,8 +331,7 @@ class StorageService:
     def _acknowledge(self, source: BlockOrigin, following: int) -> None:
         with self._lock:
             following = self._positions[source] = max(following, self._positions.get(source, 0))
-        if self.stream is not None:
-            self.stream.acknowledge(source, following)
+        self._unreported[source] = following
 
     # what was there before
 
@@ -371,9 +380,9 @@ class StorageService:
         del self._runs[number]
         self._doubted = {one for one in self._doubted if one[0].run != number}
         self._written += run.bytes
-        if (run.failure or self._turned_away) and self.stream is not None:
+        if run.failure or self._turned_away:
             self._turned_away = False
-            self.stream.again()  # what was not taken may find a disk that is well, or an open part
+            self._again = True  # what was not taken may find a disk that is well, or an open part
         if ending is not None:
             self._report(number, ending.call)
 

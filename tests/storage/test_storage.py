@@ -65,7 +65,7 @@ class Rig:
     def __init__(self, directory: Path, **options: Any) -> None:
         self.storage = StorageService(directory, "Offline storage", "", **options)
         self.storage.resume()
-        self.stream = self.storage.stream = Acknowledgements()
+        self.stream = Acknowledgements()
 
     def prepare(self, comment: str = "cosmics") -> Any:
         producers = ["LArPix board"]
@@ -75,9 +75,11 @@ class Rig:
         for frame in frames:
             header, rows = frame if isinstance(frame, tuple) else (frame, None)
             self.storage.receive("LArPix board", header, None if rows is None else memoryview(rows.view(np.uint8)))
+            self.storage.report_to(self.stream)
 
     def work(self) -> None:
         self.storage.work()
+        self.storage.report_to(self.stream)
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
         def turn() -> Any:
