@@ -32,7 +32,7 @@ from larpixdaq.errors import FileError, ProtocolError, cause
 from larpixdaq.hdf5 import layout, ledger, names, tables
 from larpixdaq.hdf5.chunk_writer import Batch, WriteBack
 from larpixdaq.hdf5.journal import Journal
-from larpixdaq.hdf5.ledger import Account, check_block, check_content, check_end, check_rows, describe
+from larpixdaq.hdf5.ledger import Account, check_block, check_content, check_end, describe
 from larpixdaq.hdf5.tables import CarriedConfigurations, Held, InfoMessage, RunInfo, Tables, storable
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import BlockOrigin
@@ -214,8 +214,7 @@ class RunFile:
         """
         self._usable()
         self._check_run(block)
-        check_block(block, self.info.layout.code)
-        check_rows(block, rows, self.info.layout)
+        check_block(block, rows, self.info.layout)
         if block.sequence < self._expected(block.source):
             self.duplicate_blocks += 1
             return
