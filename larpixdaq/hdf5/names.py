@@ -103,12 +103,6 @@ def parts_of(directory: Path, storage: str = "", run: int | None = None) -> list
     return sorted(found, key=lambda one: one[:2])
 
 
-def next_part(directory: Path, run: int, storage: str = "") -> int:
-    """The number of this storage's next part of the run, 0 for the first. FileError when the directory cannot be
-    read."""
-    return 1 + max((part for _, part, _, _ in parts_of(directory, storage, run)), default=-1)
-
-
 def highest_run(directory: Path) -> int:
     """The highest run number that a file in the directory is named by, finished or not; 0 when there is none."""
     return max((run for run, _, _ in run_files(directory)), default=0)

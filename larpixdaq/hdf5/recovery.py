@@ -219,7 +219,7 @@ def _clean_up(taken: _Taken) -> Recovered:
     """The file has its final name: the part's name and the journal go, if the file has all that is in there."""
     there = positions_of_file(taken.final, taken.name.run)
     for record in taken.contents.records:
-        if _following(record.frame) > there.get(record.frame.source, 0):
+        if record.frame.following > there.get(record.frame.source, 0):
             raise FileError(f"cannot recover {taken.journal.path}: it holds blocks that {taken.final.name} does not")
     with contextlib.suppress(FileNotFoundError):
         taken.part.unlink()
@@ -284,7 +284,7 @@ def _add(file: RunFile, kept: Iterable[JournalRecord]) -> int:
     added = 0
     for record in kept:
         frame = record.frame
-        if _following(frame) <= file.next(frame.source):
+        if frame.following <= file.next(frame.source):
             continue
         if isinstance(frame, End):
             file.end(frame)
@@ -292,10 +292,6 @@ def _add(file: RunFile, kept: Iterable[JournalRecord]) -> int:
             file.add(frame, np.frombuffer(record.rows, file.info.layout.dtype))
         added += 1
     return added
-
-
-def _following(frame: Block | End) -> int:
-    return (frame.sequence if isinstance(frame, Block) else frame.next) + 1
 
 
 def read_unfinished_part(path: Path, give_up: Callable[[], bool] = lambda: False) -> UnfinishedPart | None:

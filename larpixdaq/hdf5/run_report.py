@@ -30,7 +30,7 @@ from larpixdaq.constants import unusable
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import journal, layout, ledger, names, tables
 from larpixdaq.hdf5.reader import DataFile, plain, text
-from larpixdaq.protocol.stream import READ, SENT, Block, BlockOrigin, Position
+from larpixdaq.protocol.stream import READ, SENT, BlockOrigin, Position
 from larpixdaq.runtime.units import utc_datetime
 
 #: The name of the text that a part gets whose storage lost its name to another one (superseded.py).
@@ -51,12 +51,7 @@ class RunReport(NamedTuple):
 def survey_run(directory: Path, run: int, label: str = "") -> RunReport:
     """The run as it is in a directory, of the storage with this label. Nothing is raised but FileError, when the
     directory cannot be read; what is wrong with files is among the reasons."""
-    paths = []
-    for _, _, path in names.run_files(directory, run):
-        name = names.parse(path.name)
-        if name is not None and name.storage == names.label(label):
-            paths.append(path)
-    return judge_run(run, paths, whole=True)
+    return judge_run(run, [path for *_, path in names.parts_of(directory, label, run)], whole=True)
 
 
 def judge_run(run: int, paths: Iterable[Path], *, whole: bool) -> RunReport:
@@ -306,9 +301,8 @@ def _journal(path: Path) -> dict[BlockOrigin, int]:
     found: dict[BlockOrigin, int] = {}
     contents = journal.read(path)
     for record in contents.records:
-        frame = record.frame
-        value = frame.sequence + 1 if isinstance(frame, Block) else frame.next + 1
-        found[frame.source] = max(value, found.get(frame.source, 0))
+        source = record.frame.source
+        found[source] = max(record.frame.following, found.get(source, 0))
     if not found and contents.damaged:
         raise FileError(f"{path}: holds no whole record")
     return found

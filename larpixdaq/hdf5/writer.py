@@ -80,8 +80,8 @@ class RunFile:
         stem = names.stem(info.run, info.started_ns, part, info.storage)
         known = {BlockOrigin(p.run, p.producer, p.epoch): p.next for p in positions if p.run == info.run}
         self._set_up(info, part, Path(directory) / (stem + names.PART), known)
-        if self._final.exists():
-            raise FileError(f"cannot create {self.path}: {self._final} exists")
+        if self.final.exists():
+            raise FileError(f"cannot create {self.path}: {self.final} exists")
         self._fsync = fsync
         self._journal = Journal(self.path.with_name(stem + names.JOURNAL), fsync=fsync)
         try:
@@ -144,7 +144,8 @@ class RunFile:
         self.durable: dict[BlockOrigin, int] = {}
         self.ended: dict[BlockOrigin, stream.End] = {}
         self._behind = WriteBack(path)
-        self._final = path.with_name(path.name.removesuffix(names.PART) + names.FINISHED)
+        #: The name that publish() gives it.
+        self.final = path.with_name(path.name.removesuffix(names.PART) + names.FINISHED)
         self._known = known
         self._accounts: dict[BlockOrigin, Account] = {}
         self._held: deque[Held] = deque()
@@ -158,7 +159,8 @@ class RunFile:
         self._missing: list[tuple[int, ...]] = []
         self._messages = 0
         self._damaged: list[str] = []  # of a resumed file: what is not as it was written
-        self._failed = ""
+        #: Why nothing can be written any more; empty while something can.
+        self.failed = ""
         self._fsync = False
         self._nameless = -1  # the sealed file, when somebody has removed its name
 
@@ -175,16 +177,6 @@ class RunFile:
         ]
         table = np.concatenate([self._file["run/configs"][:], *waiting])
         return CarriedConfigurations(tables.newest_configurations(table), list(self._tables.producers))
-
-    @property
-    def final(self) -> Path:
-        """The name that it gets when it is closed."""
-        return self._final
-
-    @property
-    def failed(self) -> str:
-        """Why nothing can be written any more; empty as long as something can."""
-        return self._failed
 
     @property
     def rows(self) -> int:
@@ -249,7 +241,7 @@ class RunFile:
         self._check_run(end)
         check_end(end)
         expected = self._expected(end.source)
-        if end.source in self.ended or end.next + 1 == self._known.get(end.source):  # here, or in a part before
+        if end.source in self.ended or end.following == self._known.get(end.source):  # here, or in a part before
             self.duplicate_blocks += 1
             return
         if end.next < expected:
@@ -332,8 +324,7 @@ class RunFile:
 
     def _acknowledge(self, done: Iterable[Held]) -> None:
         for held in done:
-            frame = held.frame
-            self.durable[frame.source] = frame.sequence + 1 if isinstance(frame, stream.Block) else frame.next + 1
+            self.durable[held.frame.source] = held.frame.following
 
     def _write_batch(self) -> None:
         stop = self._batch.write()
@@ -393,9 +384,6 @@ class RunFile:
         self._usable()
         self._try(lambda: self._tables.text(name, text))
         self._try(self._flush)
-
-    def set_comment(self, comment: str) -> None:
-        self.set_text("comment", comment)
 
     def close(
         self,
@@ -464,7 +452,7 @@ class RunFile:
             seal_file(self._file)
 
         self._try(finish)
-        self._failed = "is closed"
+        self.failed = "is closed"
         stored = ledger.stored_rows(accounts)
         return CloseReport(self.path, self.rows, self.bytes, condition, reasons, stored, missing, self.duplicate_blocks)
 
@@ -477,12 +465,12 @@ class RunFile:
             if self._nameless >= 0:
                 write_anew(self._nameless, self.path)
                 self._forget_nameless()
-            publish_file(self.path, self._final)
+            publish_file(self.path, self.final)
         except FileError:
             if not self.nameless:
                 self.abandon()
             raise
-        self.path = self._final
+        self.path = self.final
         self._journal.close(remove=True)
         return self.path
 
@@ -498,12 +486,10 @@ class RunFile:
 
     def _positions(self) -> list[tuple[int, ...]]:
         """The rows of /run/positions: first those of which the file has known since it was opened, in their order."""
-        rows: list[tuple[int, ...]] = []
-        for source in dict.fromkeys((*self._known, *self._accounts)):
-            account, first = self._accounts.get(source), self._known.get(source, 0)
-            following = first if account is None else account.next
-            rows.append((self._tables.producers[source.producer], source.epoch, first, following))
-        return rows
+        return [
+            (self._tables.producers[source.producer], source.epoch, self._known.get(source, 0), self.next(source))
+            for source in self._known | self._accounts
+        ]
 
     def discard(self) -> None:
         """Remove the file of a run that was cancelled before any row came; FileError when one has."""
@@ -513,14 +499,14 @@ class RunFile:
         self._file.close()
         self.path.unlink()
         self._journal.close(remove=True)
-        self._failed = "is removed"
+        self.failed = "is removed"
 
     def abandon(self) -> None:
         """Let go of the file as it is: part and journal stay for recovery, the lock is given back.
 
         Harmless when repeated, or when the disk failed before: what was acknowledged is in file and journal.
         """
-        self._failed = self._failed or "is closed"
+        self.failed = self.failed or "is closed"
         self._forget_nameless()
         # The HDF5 library writes what its cache holds when it closes a file, if need be when this process ends: into a
         # file that has been recovered meanwhile. From here on it writes into memory.
@@ -543,16 +529,16 @@ class RunFile:
                     path.unlink(missing_ok=True)
 
     def _usable(self) -> None:
-        if self._failed:
-            raise FileError(f"{self.path} {self._failed}")
+        if self.failed:
+            raise FileError(f"{self.path} {self.failed}")
 
     def _try(self, do: Callable[[], None]) -> None:
         """Run what writes. After a failure nothing more is written: what is on the disk then is for recovery."""
         try:
             do()
         except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
-            self._failed = f"cannot be written any more: {cause(error)}"
-            raise FileError(f"{self.path} {self._failed}") from error
+            self.failed = f"cannot be written any more: {cause(error)}"
+            raise FileError(f"{self.path} {self.failed}") from error
 
 
 def live_ns(file: Any, info: Any, *, from_ns: int, until_ns: int) -> int:

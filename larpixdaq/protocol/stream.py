@@ -194,6 +194,11 @@ class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
     def source(self) -> BlockOrigin:
         return BlockOrigin(self.run, self.producer, self.epoch)
 
+    @property
+    def following(self) -> int:
+        """The sequence that comes next."""
+        return self.sequence + 1
+
 
 class UnknownWord(msgspec.Struct, array_like=True, frozen=True):
     io_group: IoGroup
@@ -235,6 +240,11 @@ class End(msgspec.Struct, array_like=True, tag=13, frozen=True):
     @property
     def source(self) -> BlockOrigin:
         return BlockOrigin(self.run, self.producer, self.epoch)
+
+    @property
+    def following(self) -> int:
+        """The sequence that comes next: an end counts as the sequence that it names."""
+        return self.next + 1
 
 
 class Refused(msgspec.Struct, array_like=True, tag=14, frozen=True):

@@ -150,7 +150,7 @@ class StorageService:
         if not isinstance(frame, Block | End):
             return
         if frame.run in self._cancelled:
-            self._acknowledge(frame.source, (frame.sequence if isinstance(frame, Block) else frame.next) + 1)
+            self._acknowledge(frame.source, frame.following)
             return
         # A pause ends in work(): what comes here until then has a gap before it.
         if self.paused or not self._look_for_space():
@@ -191,7 +191,7 @@ class StorageService:
     def _unannounced(self, frame: Block | End) -> OpenRun | None:
         """Blocks of a run that has no open part here: they go into a further one."""
         self._look_up(frame.run)
-        if self._positions.get(frame.source, 0) > (frame.sequence if isinstance(frame, Block) else frame.next):
+        if self._positions.get(frame.source, 0) >= frame.following:
             self.duplicates += 1
             self._acknowledge(frame.source, self._positions[frame.source])
             return None

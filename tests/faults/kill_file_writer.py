@@ -408,7 +408,7 @@ def check_going_on(directory: Path, seed: int) -> None:
         before = survey_run(directory, run)
         ended = {(producer, epoch) for producer, epoch, *_ in before.ends}
         stands = positions(directory, run)
-        part = names.next_part(directory, run)
+        part = 1 + max(number for _, number, *_ in names.parts_of(directory, "", run))
         file = None
         for place in stands:
             if (place.producer, place.epoch) in ended:

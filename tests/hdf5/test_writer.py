@@ -725,7 +725,7 @@ def test_the_live_times_of_parts_of_a_rotation_add_up(tmp_path):
 def test_texts_of_any_length(tmp_path):
     long = "żółw " * 300
     file = RunFile(tmp_path, run_info(comment=long))
-    file.set_comment("short")
+    file.set_text("comment", "short")
     file.set_text("chip configuration", '{"1-1-11": [0, 1]}\0' * 100)
     with DataFile(file.path) as read:
         assert read.texts()["comment"] == [long, "short"]

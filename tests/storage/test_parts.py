@@ -127,5 +127,3 @@ def test_parts_are_told_from_those_of_other_storages(tmp_path: Path) -> None:
         (1, 0, ".h5"), (1, 1, ".h5.journal"), (1, 1, ".h5.part"), (2, 0, ".h5")
     ]  # fmt: skip
     assert [one[:3] for one in names.parts_of(tmp_path, "copy", 1)] == [(1, 0, ".h5")]
-    assert names.next_part(tmp_path, 1) == 2
-    assert names.next_part(tmp_path, 1, "copy") == 1
