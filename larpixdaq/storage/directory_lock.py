@@ -1,4 +1,4 @@
-"""Who may write files of a name in a directory: one process at a time; others wait for their turn."""
+"""The lock on a storage's files in a directory: one process at a time writes them, and others wait for their turn."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import os
 import select
 import time
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import names
+from larpixdaq.runtime.event_loop import Signals
 from larpixdaq.runtime.file_access import LockedFile, lock_directory, open_regular
 
 _log = logging.getLogger(__name__)
 
-#: Whoever waits for his turn looks so often (seconds).
+#: Seconds between two looks at a lock.
 _LOOK: Final = 0.25
 
 
@@ -34,7 +35,8 @@ class Lock:
         self._trouble = ""
 
     def take(self) -> Path | None:
-        """Take it; or the file that is locked by somebody else. FileError when files cannot be locked here."""
+        """Take the lock; returns the file that another process has locked, None when there is none. FileError when
+        files cannot be locked here."""
         if self._file is None:
             self._open()
         return self.path if self._file is None else self._busy_journal()
@@ -96,16 +98,8 @@ def is_locked(path: Path) -> bool:
     return file is None
 
 
-class Stoppable(Protocol):
-    """What is needed of Signals."""
-
-    stop: bool
-
-    def fileno(self) -> int: ...
-
-
-def await_turn(lock: Lock, signals: Stoppable) -> bool:
-    """Wait until nobody else writes this storage's files in this directory; False when a signal has come before."""
+def await_turn(lock: Lock, signals: Signals) -> bool:
+    """Wait until no other process writes this storage's files in this directory; False when a signal has come first."""
     warned: Path | None = None
     while not signals.stop:
         busy = lock.take()

@@ -245,7 +245,7 @@ class Finisher:
                 if len(self._left) == 1:
                     self._run()
 
-        self._summing.submit(lambda: _sum(path, content), done)
+        self._summing.submit(lambda: _write_sidecar(path, content), done)
 
     # Commands
 
@@ -312,13 +312,6 @@ def _finished(path: Path) -> _FinishedFile:
     return _FinishedFile(path, line, {name: info[name] for name in ("run", "part", "rows", "condition")})
 
 
-def _sum(path: Path, content: dict[str, Any]) -> str:
-    """Write a file's sidecar; its checksum, in hexadecimal digits."""
-    digest, size = sha256(path)
-    write_sidecar(path, {"file": path.name, "bytes": size, "sha256": digest, **content})
-    return digest
-
-
 def sha256(path: Path) -> tuple[str, int]:
     """The checksum of a file, in hexadecimal digits, and its size."""
     digest = hashlib.sha256()
@@ -331,13 +324,15 @@ def sha256(path: Path) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def write_sidecar(path: Path, content: dict[str, Any]) -> None:
-    """NAME.json beside a finished file: there is all of it or none."""
+def _write_sidecar(path: Path, content: dict[str, Any]) -> str:
+    """Write NAME.json beside a finished file, all of it or nothing; returns the checksum, in hexadecimal digits."""
+    digest, size = sha256(path)
     new = path.with_suffix(names.SIDECAR + ".new")
     with open(open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "w") as file:
-        file.write(json.dumps(content) + "\n")
+        file.write(json.dumps({"file": path.name, "bytes": size, "sha256": digest, **content}) + "\n")
     sync_path(new)
     new.replace(path.with_suffix(names.SIDECAR))
+    return digest
 
 
 def _has_sidecar(path: Path) -> bool:

@@ -504,7 +504,7 @@ class StorageService:
                 self._seal(opened, aborted=True)
             else:
                 opened.discard()
-        except (FileError, OSError) as error:
+        except OSError as error:
             opened.fail(error)
             raise FileError(f"{_name_of(opened)} of cancelled run {run}: {error}") from None
         return {}
