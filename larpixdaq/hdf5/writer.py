@@ -143,7 +143,7 @@ class RunFile:
         #: Next sequence per source: all below is durable. An end counts as the sequence it names.
         self.durable: dict[BlockOrigin, int] = {}
         self.ended: dict[BlockOrigin, stream.End] = {}
-        self._behind = WriteBack(path)
+        self._write_back = WriteBack(path)
         #: The name that publish() gives it.
         self.final = path.with_name(path.name.removesuffix(names.PART) + names.FINISHED)
         self._known = known
@@ -332,7 +332,7 @@ class RunFile:
         while self._held and self._held[0].stop <= stop:
             done.append(self._held.popleft())
         self._tables.write(done, self._missing)  # flushes the rows before it names a block
-        self._behind.grown(self.bytes)
+        self._write_back.advance(self.bytes)
         self._missing.clear()
         self._pending_messages = [held for held in self._held if held.message is not None]
         # What is left is at most one block that straddles the batch's end. It has only just come, so it is not in the

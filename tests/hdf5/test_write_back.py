@@ -44,7 +44,7 @@ def test_all_is_written_once_and_forgotten_once(kernel, file):
     growing = WriteBack(file)
     steps = 2 * KEPT // WINDOW
     for step in range(1, steps + 1):
-        growing.grown(step * WINDOW)
+        growing.advance(step * WINDOW)
         told(growing)
     windows = [(n * WINDOW, (n + 1) * WINDOW) for n in range(steps)]
     expected = []
@@ -59,16 +59,16 @@ def test_a_disk_that_stands_still_holds_up_nobody(kernel, file):
     growing = WriteBack(file)
     kernel.goes.clear()
     for step in range(1, 6):
-        growing.grown(step * WINDOW)
+        growing.advance(step * WINDOW)
     kernel.goes.set()
     told(growing)
-    growing.grown(6 * WINDOW)
+    growing.advance(6 * WINDOW)
     told(growing)
     assert kernel.told == [(0, WINDOW), (WINDOW, 6 * WINDOW)]
 
 
 def test_a_file_that_is_gone_is_no_error(kernel, tmp_path):
     growing = WriteBack(tmp_path / "gone")
-    growing.grown(WINDOW)
+    growing.advance(WINDOW)
     told(growing)
     assert kernel.told == []
