@@ -7,13 +7,13 @@ What a producer can be asked to do with its chips and boards: names only, for pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from enum import Enum
 from typing import Final
 
 STOP: Final = "STOP"
 READY: Final = "READY"
 RUN: Final = "RUN"
-STATES: Final = (STOP, READY, RUN)
 #: Kinds of components.
 PRODUCER: Final = "producer"
 RUN_DATA: Final = "run_data"
@@ -27,16 +27,34 @@ ENDING: Final = "ENDING"
 #: Also READY and RUN; these two are over.
 ENDED: Final = "ENDED"
 CANCELLED: Final = "CANCELLED"
-# The condition of a run. RUNNING until it has ended.
-RUNNING: Final = "RUNNING"
-COMPLETE: Final = "COMPLETE"
-#: Everything that reached us is stored, but at the board's side there was a gap.
-SUSPECT: Final = "COMPLETE, suspect"
-INCOMPLETE: Final = "INCOMPLETE"
-INTERRUPTED: Final = "INTERRUPTED"
-ABORTED: Final = "ABORTED"
-#: From best to worst.
-CONDITIONS: Final = (COMPLETE, SUSPECT, INCOMPLETE, INTERRUPTED, ABORTED)
+
+
+class RunCondition(str, Enum):
+    """The condition of a run, or of one part of it, as files, messages and the catalogue spell it.
+
+    COMPLETE to ABORTED are in order, from best to worst.
+    """
+
+    #: The run, or the writing of the part, has not ended.
+    RUNNING = "RUNNING"
+    COMPLETE = "COMPLETE"
+    #: All data that reached the host are stored, but data may have been lost before.
+    SUSPECT = "COMPLETE, suspect"
+    #: Of a part: all data of the part are stored, and the run continues in the next part.
+    CONTINUED = "CONTINUED"
+    INCOMPLETE = "INCOMPLETE"
+    INTERRUPTED = "INTERRUPTED"
+    ABORTED = "ABORTED"
+    #: The run has never been READY.
+    CANCELLED = "CANCELLED"
+
+    __str__ = str.__str__
+
+
+#: The conditions of a run or part that has ended, from best to worst.
+_ENDED: Final[list[RunCondition]] = [
+    one for one in RunCondition if one not in (RunCondition.RUNNING, RunCondition.CANCELLED)
+]
 #: Actions of components that only look; all others need control.
 QUERIES: Final = frozenset(
     {
@@ -121,16 +139,18 @@ HARDWARE_CHANGES: Final = (
 HARDWARE_ACTIONS: Final = HARDWARE_QUERIES + HARDWARE_CHANGES
 
 
-def worst(*conditions: str) -> str:
-    """The worst of these conditions; one that nobody knows counts as INTERRUPTED."""
-    known = [one if one in CONDITIONS else INTERRUPTED for one in conditions]
-    return max(known, key=CONDITIONS.index)
+def worst(found: Mapping[RunCondition, object], reported: str = RunCondition.COMPLETE) -> RunCondition:
+    """Return the worst of the conditions with something true in `found`, and of the reported one; else COMPLETE.
+
+    A reported text that is no condition of an end counts as INTERRUPTED.
+    """
+    known = RunCondition(reported) if reported in _ENDED else RunCondition.INTERRUPTED
+    return max([known, *(condition for condition, true in found.items() if true)], key=_ENDED.index)
 
 
-def best(*conditions: str) -> str:
-    """The best of these conditions (several storages are several copies)."""
-    known = [one if one in CONDITIONS else INTERRUPTED for one in conditions]
-    return min(known, key=CONDITIONS.index)
+def best(conditions: Iterable[RunCondition]) -> RunCondition:
+    """Return the best of these conditions: the one of a run of which several storages have copies."""
+    return min(conditions, key=_ENDED.index, default=RunCondition.INTERRUPTED)
 
 
 def unusable(counts: Mapping[str, int]) -> str | None:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from larpixdaq.constants import CANCELLED, ENDED, PREPARING, RUNNING
+from larpixdaq.constants import CANCELLED, ENDED, PREPARING, RunCondition
 from larpixdaq.errors import FileError
 from larpixdaq.runtime.file_access import LockedFile, aside, check_regular, has_no_locks, no_locks, open_locked
 
@@ -68,7 +68,7 @@ class Run:
     operator: str
     prepared_ns: int
     phase: str = PREPARING
-    condition: str = RUNNING
+    condition: str = RunCondition.RUNNING
     begun_ns: int | None = None
     ended_ns: int | None = None
     layout: int = 0

@@ -15,13 +15,10 @@ from typing import Any, Final
 import msgspec
 
 from larpixdaq.constants import (
-    ABORTED,
     BEGINNING,
     CANCELLED,
     ENDED,
     ENDING,
-    INCOMPLETE,
-    INTERRUPTED,
     PREPARING,
     PRODUCER,
     READY,
@@ -29,6 +26,7 @@ from larpixdaq.constants import (
     RUN_DATA,
     STOP,
     STORAGE,
+    RunCondition,
 )
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.disk_watch import SpaceWatch
@@ -134,7 +132,7 @@ class RunControl(RunProcedures):
             names = [*self.run.producers, *(one.name for one in self._peers.of_kind(PRODUCER))]
             self._start("abort_run", self._cancel(self.run, names, f"aborted by {by}"), reply, now)
         else:
-            self.run.condition = ABORTED
+            self.run.condition = RunCondition.ABORTED
             self._start("abort_run", self._end(self.run), reply, now)
 
     def comment(self, operator: str, text: str) -> int:
@@ -332,7 +330,8 @@ class RunControl(RunProcedures):
 
     def _abandon(self, run: Run) -> None:
         prepared = run.phase != PREPARING
-        run.phase, run.condition = (ENDED, INTERRUPTED) if prepared else (CANCELLED, CANCELLED)
+        over = (ENDED, RunCondition.INTERRUPTED) if prepared else (CANCELLED, RunCondition.CANCELLED)
+        run.phase, run.condition = over
         run.reasons = [
             "the core was restarted and no component was in this run any more"
             if prepared
@@ -388,5 +387,5 @@ class Deliveries:
 
 def may_say_more(run: Run, storage: str) -> bool:
     """Whether a run that is over may turn out better once this storage is asked, or it never had its say."""
-    open_question = run.condition in (INTERRUPTED, INCOMPLETE) or storage not in run.reports
+    open_question = run.condition in (RunCondition.INTERRUPTED, RunCondition.INCOMPLETE) or storage not in run.reports
     return run.phase == ENDED and storage in run.storages and open_question

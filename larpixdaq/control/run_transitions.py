@@ -14,7 +14,6 @@ from typing import Any, Final
 import msgspec
 
 from larpixdaq.constants import (
-    ABORTED,
     CANCELLED,
     ENDED,
     ENDING,
@@ -29,6 +28,7 @@ from larpixdaq.constants import (
     RUN_DIGITS,
     STOP,
     STORAGE,
+    RunCondition,
 )
 from larpixdaq.control import disk_watch
 from larpixdaq.control.catalogue import Catalogue, Run
@@ -101,7 +101,7 @@ class RunProcedures:
             failures = [outcome.text for outcome in outcomes.values() if not outcome.ok]
         if failures:
             # Data may have come since READY, and they are the run's: it is aborted and kept, not thrown away.
-            run.condition = ABORTED
+            run.condition = RunCondition.ABORTED
             run.reasons = failures
             yield from self._end(run)
             raise ComponentError(f"run {run.run} was aborted, since it could not begin: {'; '.join(failures)}")
@@ -118,7 +118,7 @@ class RunProcedures:
         self._note_connected(run)
         failures = list(run.reasons)
         self._save(run, failures)
-        aborted = run.condition == ABORTED
+        aborted = run.condition == RunCondition.ABORTED
         patience = 0.0 if aborted else LOST_PATIENCE
         known = {(one["name"], one["epoch"]) for one in run.ends}
         asked = {
@@ -165,7 +165,8 @@ class RunProcedures:
             "cancel_run", {name: Item(params, MONITOR_LIMIT) for name in names if name in self._peers.components}
         )
         yield ComponentRequest("end_run", self._monitor_items(params))
-        run.phase, run.condition, run.ended_ns, run.reasons = CANCELLED, CANCELLED, time.time_ns(), [reason]
+        run.phase, run.condition = CANCELLED, RunCondition.CANCELLED
+        run.ended_ns, run.reasons = time.time_ns(), [reason]
         self._save(run)
         self.run = None
         self._go(STOP)
@@ -210,7 +211,7 @@ class RunProcedures:
             action = "cancel_run"
         elif component.kind == STORAGE:
             params = end_params(run)
-        elif run.condition == ABORTED and component.kind == PRODUCER:
+        elif run.condition == RunCondition.ABORTED and component.kind == PRODUCER:
             action = "abort_run"
         outcomes = yield ComponentRequest(action, {component.name: Item(params, END_LIMIT)})
         outcome = outcomes[component.name]
@@ -478,7 +479,7 @@ def end_params(run: Run) -> dict[str, Any]:
     ]
     return {
         "run": run.run,
-        "how": "aborted" if run.condition == ABORTED else "closed",
+        "how": "aborted" if run.condition == RunCondition.ABORTED else "closed",
         "producers": producers,
         "connected": run.connected,
         "stopped_ns": run.stopped_ns or 0,

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from larpixdaq.constants import ABORTED, COMPLETE, COUNTS, INCOMPLETE, INTERRUPTED, ROW_COUNTS, SUSPECT, best, worst
+from larpixdaq.constants import COUNTS, ROW_COUNTS, RunCondition, best, worst
 from larpixdaq.control.catalogue import Run
 from larpixdaq.control.scatter_gather import ComponentAnswer
 from larpixdaq.errors import ComponentError
@@ -60,7 +60,7 @@ def _lines(end: ProducerEnd) -> list[list[int]]:
 
 
 class RunVerdict(NamedTuple):
-    condition: str
+    condition: RunCondition
     rows: int | None  # that the producers made; None: the totals of one are unknown
     stored: int | None  # in the storage that has most; None: no storage has said
     files: list[str]
@@ -86,7 +86,8 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
     away += [line[0] for line in recorded.values() if line[3] == "recovered"]
     for name in dict.fromkeys(away):
         reasons.append(f"{name} was down for part of the run: data that its boards sent then are lost")
-    if run.condition != ABORTED:
+    aborted = run.condition == RunCondition.ABORTED
+    if not aborted:
         cut = [line[0] for line in recorded.values() if line[3] == "aborted"]
         reasons += [f"{name} ended in the middle of the run" for name in dict.fromkeys(cut)]
     for (name, _), end in ends.items():
@@ -95,12 +96,12 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
         if sum(made(end).values()) != end.rows:
             reasons.append(f"{name}: counts {end.rows} rows, its io_groups {sum(made(end).values())} rows")
 
-    verdicts: list[str] = []
+    verdicts: list[RunCondition] = []
     files: list[str] = []
     stored: int | None = None
     for name in run.storages:
         if name not in reports:
-            verdicts.append(INTERRUPTED)
+            verdicts.append(RunCondition.INTERRUPTED)
             reasons.append(f"{name}: has not reported")
             continue
         report = reports[name]
@@ -108,14 +109,11 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
         stored = max(stored or 0, sum(line[3] for line in report.stored))
         missing = _missing(ends, {source: line[4] for source, line in recorded.items()}, report)
         reasons += [f"{name}: {one}" for one in missing + report.reasons]
-        verdicts.append(
-            worst(report.condition, INCOMPLETE if missing else COMPLETE, INTERRUPTED if unknown else COMPLETE)
-        )
-    condition = best(*verdicts) if verdicts else INTERRUPTED
-    if condition == COMPLETE and (away or SUSPECT in verdicts):
-        condition = SUSPECT  # a copy heals what a storage lacks, not what never reached us
-    if run.condition == ABORTED:
-        condition = ABORTED
+        not_closed = report.condition == RunCondition.CONTINUED  # its next part
+        found = {RunCondition.INTERRUPTED: unknown or not_closed, RunCondition.INCOMPLETE: missing}
+        verdicts.append(worst(found, report.condition))
+    suspect = away or RunCondition.SUSPECT in verdicts  # a copy replaces rows that a storage lacks, no others
+    condition = worst({RunCondition.ABORTED: aborted, RunCondition.SUSPECT: suspect}, best(verdicts))
     rows = sum(end.rows for end in ends.values())
     rows += sum(line[4] for source, line in recorded.items() if source not in ends)
     return RunVerdict(condition, None if unknown else rows, stored, files, list(dict.fromkeys(reasons)))

@@ -51,14 +51,6 @@ from larpixdaq.version import VERSION
 
 #: Newer formats cannot be read by HDF5 1.14 and by Debian's h5dump; older ones know no SWMR.
 LIBVER: Final = ("v110", "v110")
-RUNNING: Final = "RUNNING"
-#: All of it is here, and the run goes on in the next part: the verdict stands in the last one.
-CONTINUED: Final = "CONTINUED"
-COMPLETE: Final = "COMPLETE"
-SUSPECT: Final = "COMPLETE, suspect"
-INCOMPLETE: Final = "INCOMPLETE"
-INTERRUPTED: Final = "INTERRUPTED"
-ABORTED: Final = "ABORTED"
 _SOURCE: Final = [("producer", "<u2"), ("epoch", "<u8")]
 _COUNTS: Final = [("io_group", "u1"), ("how", "S16"), ("owed", "<u8")] + [(name, "<u8") for name in constants.COUNTS]
 MESSAGES: Final = np.dtype([("message", f"S{MESSAGE_BYTES}"), ("timestamp", "<u8"), ("index", "<u4")])

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from larpixdaq import constants, schema
 from larpixdaq._native import hdf5_chunks
+from larpixdaq.constants import RunCondition, worst
 from larpixdaq.errors import ChecksumError, ProtocolError
 from larpixdaq.hdf5 import layout
 from larpixdaq.protocol import stream
@@ -269,14 +270,14 @@ def verdict(
     continued: bool = False,
     before: Collection[BlockOrigin] = (),
     damaged: Sequence[str] = (),
-) -> tuple[str, list[str]]:
-    """The condition of a run as this part of it says, and in one line each why it is not COMPLETE.
+) -> tuple[RunCondition, list[str]]:
+    """Return the condition of a run by this part of it, and the reasons why it is not COMPLETE, one line each.
 
-    What producers suspect to be lost before it reached them is told in any case, but alone it makes a run no worse than
-    `COMPLETE, suspect`.
+    A loss that producers suspect before the host is always among the reasons, and makes a run no worse than `COMPLETE,
+    suspect`.
 
-    continued: the run goes on in another part, where those may end that have not; before: sources of earlier parts;
-    damaged: what recovery found, in lines.
+    continued: the run continues in another part, in which the sources without an end may end; before: sources of
+    earlier parts; damaged: lines about damage that recovery found.
     """
     waiting: list[str] = []
     missing, doubts = list(damaged), list[str]()
@@ -296,15 +297,14 @@ def verdict(
     if continued:
         waiting = []
     reasons = waiting + missing + doubts
-    if aborted or any(account.how == "aborted" for account in accounts):
-        return layout.ABORTED, reasons
-    if waiting:
-        return layout.INTERRUPTED, reasons
-    if missing:
-        return layout.INCOMPLETE, reasons
-    if continued:
-        return layout.CONTINUED, reasons
-    return (layout.SUSPECT if doubts else layout.COMPLETE), reasons
+    found = {
+        RunCondition.ABORTED: aborted or any(account.how == "aborted" for account in accounts),
+        RunCondition.INTERRUPTED: waiting,
+        RunCondition.INCOMPLETE: missing,
+        RunCondition.CONTINUED: continued,
+        RunCondition.SUSPECT: doubts,
+    }
+    return worst(found), reasons
 
 
 def stored_rows(accounts: Sequence[Account]) -> list[tuple[str, int, int, int]]:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from larpixdaq import constants, schema
 from larpixdaq._native import hdf5_chunks
-from larpixdaq.constants import MIN_FREE
+from larpixdaq.constants import MIN_FREE, RunCondition
 from larpixdaq.errors import FileError, ProtocolError, cause
 from larpixdaq.hdf5 import journal, layout, ledger, names, repair, tables, verify, writer
 from larpixdaq.hdf5.journal import Contents, Journal, JournalRecord
@@ -355,7 +355,7 @@ class _Reading:
         return UnfinishedPart(
             info=self._info,
             texts=self._file.texts(),
-            sealed=not findings.lines() and self._info["condition"] != layout.RUNNING,
+            sealed=not findings.lines() and self._info["condition"] != RunCondition.RUNNING,
             known=self._known,
             accounts={source: account for source, account in self._accounts.items() if account.next > account.begun_at},
             producers=self._producers,

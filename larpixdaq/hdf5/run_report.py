@@ -26,9 +26,9 @@ import numpy as np
 
 from larpixdaq import constants
 from larpixdaq._native import hdf5_chunks
-from larpixdaq.constants import unusable
+from larpixdaq.constants import RunCondition, unusable, worst
 from larpixdaq.errors import FileError
-from larpixdaq.hdf5 import journal, layout, ledger, names, tables
+from larpixdaq.hdf5 import journal, ledger, names, tables
 from larpixdaq.hdf5.reader import DataFile, plain, text
 from larpixdaq.protocol.stream import READ, SENT, BlockOrigin, Position
 from larpixdaq.runtime.units import utc_datetime
@@ -117,17 +117,16 @@ class _Judgement:
             self._notes,
         )
 
-    def _condition(self, doubts: list[str]) -> str:
-        if any(part.condition == layout.ABORTED for part in self._parts):
-            return layout.ABORTED
-        if self._waiting:
-            return layout.INTERRUPTED
-        if self._missing:
-            return layout.INCOMPLETE
-        if self._notes and self._parts[-1].condition == layout.CONTINUED:
-            return layout.CONTINUED
-        suspect = doubts or any(part.condition == layout.SUSPECT for part in self._parts)
-        return layout.SUSPECT if suspect else layout.COMPLETE
+    def _condition(self, doubts: list[str]) -> RunCondition:
+        conditions = [part.condition for part in self._parts]
+        found = {
+            RunCondition.ABORTED: RunCondition.ABORTED in conditions,
+            RunCondition.INTERRUPTED: self._waiting,
+            RunCondition.INCOMPLETE: self._missing,
+            RunCondition.CONTINUED: self._notes and conditions[-1] == RunCondition.CONTINUED,
+            RunCondition.SUSPECT: doubts or RunCondition.SUSPECT in conditions,
+        }
+        return worst(found)
 
     def _which_parts(self) -> None:
         """Are parts missing, and has everybody ended who should?"""
@@ -136,7 +135,7 @@ class _Judgement:
         if absent or not (numbers or self._waiting):
             self._missing.append(f"part {', '.join(map(str, absent or [0]))} of run {self._run} is not there")
         self._missing += [f"there are two parts {n} of it" for n in sorted(set(numbers)) if numbers.count(n) > 1]
-        goes_on = bool(self._parts) and self._parts[-1].condition == layout.CONTINUED and not self._whole
+        goes_on = bool(self._parts) and self._parts[-1].condition == RunCondition.CONTINUED and not self._whole
         for source in self._open:
             if goes_on:
                 self._notes.append(f"{describe_part(source)}: continues in the next file")

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import schema
+from larpixdaq.constants import RunCondition
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import layout, names
 from larpixdaq.hdf5.journal import records
@@ -311,7 +312,7 @@ def describe_run(
     tables.set_positions(places)
     row = np.zeros(1, layout.INFO)
     row["run"], row["part"], row["layout"] = info.run, part, info.layout.code
-    row["condition"] = layout.RUNNING
+    row["condition"] = RunCondition.RUNNING
     row["started_ns"], row["begun_ns"], row["opened_ns"] = info.started_ns, info.begun_ns, time.time_ns()
     file.flush()
     file["run/info"][:] = row

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from larpixdaq import constants, schema
 from larpixdaq._native import hdf5_chunks, word_codec
+from larpixdaq.constants import RunCondition
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import layout, ledger, names, run_report
 from larpixdaq.hdf5.reader import DataFile, plain
@@ -50,7 +51,7 @@ _NOT_NEEDED: Final = frozenset(
 )
 #: Bits of a timestamp in a word; any other column needs the room that our layouts give it.
 _TIMESTAMP_BITS: Final = 32
-_GOOD = (constants.COMPLETE, constants.SUSPECT, constants.ABORTED, layout.CONTINUED)
+_GOOD = (RunCondition.COMPLETE, RunCondition.SUSPECT, RunCondition.ABORTED, RunCondition.CONTINUED)
 
 
 class VerifyReport(NamedTuple):
@@ -126,23 +127,23 @@ def _own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int
     info = file.run_info()
     condition = str(info["condition"])
     _structure(file, info, findings)
-    if condition == layout.RUNNING:
+    if condition == RunCondition.RUNNING:
         findings.add("condition RUNNING: the file is still being written, or its writer died")
     else:
         check_seal(file, info, findings)
         texts = file.texts()
-        if condition in (layout.INCOMPLETE, layout.INTERRUPTED):
+        if condition in (RunCondition.INCOMPLETE, RunCondition.INTERRUPTED):
             findings.add_open(f"condition {condition}: {'; '.join(texts.get('reason', [])) or 'no reason is given'}")
-        elif condition == layout.CONTINUED:
+        elif condition == RunCondition.CONTINUED:
             notes.append(f"condition {condition}: the run continues in {texts.get('next part', ['the next file'])[-1]}")
-        elif condition in (layout.ABORTED, layout.SUSPECT):
+        elif condition in (RunCondition.ABORTED, RunCondition.SUSPECT):
             notes.append(f"condition {condition}")
-        elif condition != layout.COMPLETE:
+        elif condition != RunCondition.COMPLETE:
             findings.add(f"unknown condition {condition!r}")
     parity = ParityCheck(file)
     books = LedgerCheck(file, info)
     walk_blocks(file, info, books, parity, findings.add)
-    books.close(findings.add, findings.add_open, continued=condition == layout.CONTINUED)
+    books.close(findings.add, findings.add_open, continued=condition == RunCondition.CONTINUED)
     _doubts(file, info, findings, notes)
     if parity.unchecked_reason:
         notes.append(f"parity was not checked: {parity.unchecked_reason}")
@@ -159,7 +160,7 @@ def _doubts(file: DataFile, info: dict[str, Any], findings: Findings, notes: lis
         if one["verdict"] != stream.VERDICTS[0]:
             name = file.source(row, producers, int(info["run"])).producer
             doubts.append(f"{name}, io_group {one['io_group']}: {one['verdict']}: {one['why']}")
-    if doubts and info["condition"] == layout.COMPLETE:
+    if doubts and info["condition"] == RunCondition.COMPLETE:
         findings.add(f"condition COMPLETE, although /ledger/verdicts says: {doubts[0]}")
     notes += doubts[:MOST_FINDINGS]
 
@@ -318,7 +319,7 @@ class LedgerCheck:
     def __init__(self, file: DataFile, info: dict[str, Any]) -> None:
         self._file = file
         self._run = int(info["run"])
-        self._closed = info["condition"] != layout.RUNNING
+        self._closed = info["condition"] != RunCondition.RUNNING
         self._layout = file.layout.code if file.layout else 0
         self.producers = file.producers()
         self._places = {self._whose(row): (int(row["first"]), int(row["next"])) for row in file.table("run/positions")}
@@ -577,5 +578,5 @@ def _alone(run: int, report: VerifyReport) -> RunReport:
             reasons = file.texts().get("reason", [])
     except FileError as error:
         reasons = [str(error)]
-    condition = report.condition or layout.INTERRUPTED
+    condition = report.condition or RunCondition.INTERRUPTED
     return RunReport(run, [report.path], condition, report.rows, [], reasons, [], [])

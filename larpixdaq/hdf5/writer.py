@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from larpixdaq import schema
 from larpixdaq._native import hdf5_chunks
+from larpixdaq.constants import RunCondition
 from larpixdaq.errors import FileError, ProtocolError, cause
 from larpixdaq.hdf5 import layout, ledger, names, tables
 from larpixdaq.hdf5.chunk_writer import Batch, WriteBack
@@ -53,7 +54,7 @@ class CloseReport(NamedTuple):
     path: Path
     rows: int
     bytes: int
-    condition: str
+    condition: RunCondition
     reasons: list[str]
     stored: list[tuple[str, int, int, int]]  # producer, epoch, io_group, rows
     missing_blocks: int

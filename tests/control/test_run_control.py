@@ -1,13 +1,16 @@
 """The run states without sockets: what is asked of whom, what follows from the answers, and what a run is worth."""
 
+import json
 import os
 import sqlite3
 
+import msgspec
+import numpy as np
 import pytest
 from fake_core import counts
 from run_control_harness import EPOCHS, KINDS, Team, ask, do, finished, restart
 
-from larpixdaq.constants import ABORTED, COMPLETE, COUNTS, ENDED, INCOMPLETE, INTERRUPTED, SUSPECT
+from larpixdaq.constants import COUNTS, ENDED, RunCondition, best, worst
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.errors import ComponentError, FileError, StateError
 
@@ -29,7 +32,7 @@ def test_a_run_from_beginning_to_end(team):
     result = do(team, "end")
     assert result == {
         "run": 1,
-        "condition": COMPLETE,
+        "condition": RunCondition.COMPLETE,
         "rows": 20,
         "stored": 20,
         "files": ["disk 1", "disk 2"],
@@ -37,7 +40,7 @@ def test_a_run_from_beginning_to_end(team):
     }
     assert (team.runs.state, team.runs.number, team.runs.run) == ("STOP", None, None)
     found = team.catalogue.find(1)
-    assert (found.condition, found.phase, found.operator, found.comment) == (COMPLETE, ENDED, "me", "c")
+    assert (found.condition, found.phase, found.operator, found.comment) == (RunCondition.COMPLETE, ENDED, "me", "c")
     assert found.prepared_ns < found.begun_ns < found.ended_ns
     order = [name for name, action in team.sent if action == "begin_run"]
     assert order.index("disk 1") < order.index("board 1")
@@ -54,7 +57,7 @@ def test_io_groups_that_two_producers_have_are_a_warning(team):
 
 def test_ready_may_end_without_having_begun(team):
     do(team, "prepare")
-    assert do(team, "end")["condition"] == COMPLETE
+    assert do(team, "end")["condition"] == RunCondition.COMPLETE
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,7 @@ def test_when_begin_fails_nothing_taken_is_thrown_away(team):
     with pytest.raises(ComponentError, match="board 2: it broke"):
         reply.value()
     assert team.runs.state == "STOP"
-    assert team.catalogue.find(1).condition == ABORTED
+    assert team.catalogue.find(1).condition == RunCondition.ABORTED
     assert ("disk 1", "end_run") in team.sent
 
 
@@ -185,7 +188,7 @@ def test_a_silent_monitor_is_only_a_warning(team):
     warning = "monitor has not answered prepare_run within 1 s"
     assert without_monitor("prepare") == {"run": 1, "files": ["/d/disk 1", "/d/disk 2"], "warnings": [warning]}
     assert without_monitor("begin")["warnings"]
-    assert without_monitor("end")["condition"] == COMPLETE
+    assert without_monitor("end")["condition"] == RunCondition.COMPLETE
 
 
 def test_rows_that_are_missing_are_named(team):
@@ -195,7 +198,7 @@ def test_rows_that_are_missing_are_named(team):
         name = team.waiting[0][0]
         stored = {"stored": [["board 1", 1, 1, 10], ["board 2", 2, 1, 7]]} if name.startswith("disk") else {}
         team.answer(**stored)
-    assert reply.value()["condition"] == INCOMPLETE
+    assert reply.value()["condition"] == RunCondition.INCOMPLETE
     assert "disk 1: 3 of 10 rows are missing of board 2 io_group 1 (epoch 2)" in reply.value()["reasons"]
     assert (reply.value()["rows"], reply.value()["stored"]) == (20, 17)
 
@@ -203,11 +206,13 @@ def test_rows_that_are_missing_are_named(team):
 @pytest.mark.parametrize(
     ("first", "second", "run"),
     [
-        (COMPLETE, INCOMPLETE, COMPLETE),
-        (COMPLETE, SUSPECT, SUSPECT),
-        (SUSPECT, INTERRUPTED, SUSPECT),
-        (INTERRUPTED, INCOMPLETE, INCOMPLETE),
-        ("nonsense", "nonsense", INTERRUPTED),
+        (RunCondition.COMPLETE, RunCondition.INCOMPLETE, RunCondition.COMPLETE),
+        (RunCondition.COMPLETE, RunCondition.SUSPECT, RunCondition.SUSPECT),
+        (RunCondition.SUSPECT, RunCondition.INTERRUPTED, RunCondition.SUSPECT),
+        (RunCondition.INTERRUPTED, RunCondition.INCOMPLETE, RunCondition.INCOMPLETE),
+        ("nonsense", "nonsense", RunCondition.INTERRUPTED),
+        (RunCondition.CONTINUED, RunCondition.CONTINUED, RunCondition.INTERRUPTED),
+        (RunCondition.CONTINUED, RunCondition.INCOMPLETE, RunCondition.INCOMPLETE),
     ],
 )
 def test_the_better_copy_counts(team, first, second, run):
@@ -219,12 +224,23 @@ def test_the_better_copy_counts(team, first, second, run):
     assert reply.value()["condition"] == run
 
 
+def test_conditions_have_one_order_and_are_sent_and_stored_as_their_texts():
+    ladder = []
+    for text in ("ABORTED", "INTERRUPTED", "INCOMPLETE", "CONTINUED", "COMPLETE, suspect"):
+        found = {one: one not in ("RUNNING", "CANCELLED", *ladder) for one in RunCondition}
+        ladder.append(worst(found))
+        assert (str(ladder[-1]), f"{ladder[-1]}", json.dumps(ladder[-1])) == (text, text, f'"{text}"')
+        assert msgspec.msgpack.encode(ladder[-1]) == msgspec.msgpack.encode(text)
+        assert np.array([ladder[-1]], "S32")[0].decode() == text
+    assert (worst({}), worst({}, "no condition"), best([])) == ("COMPLETE", "INTERRUPTED", "INTERRUPTED")
+
+
 def test_warnings_of_producers_are_reasons(team):
     do(team, "prepare")
     reply = ask(team, "end")
     while not reply.ends:
         team.answer(**({"warning": "still reading after 5 s"} if team.waiting[0][0] == "board 1" else {}))
-    assert reply.value()["condition"] == COMPLETE
+    assert reply.value()["condition"] == RunCondition.COMPLETE
     assert reply.value()["reasons"] == ["board 1: still reading after 5 s"]
 
 
@@ -238,7 +254,7 @@ def test_end_does_not_wait_for_a_lost_producer_longer_than_5_s(team):
     assert not reply.ends
     team.advance(0.2)
     team.answer_all()
-    assert reply.value()["condition"] == INTERRUPTED
+    assert reply.value()["condition"] == RunCondition.INTERRUPTED
     assert "board 2 is lost" in reply.value()["reasons"]
     # It was only away: back in its run, it is told that this is over, and the run is judged anew.
     team.register("board 2", run=1)
@@ -256,10 +272,10 @@ def test_end_reaches_stop_within_30_s_whatever_the_storages_do(team):
     team.advance(29.0)
     assert not reply.ends
     team.advance(1.1)
-    assert reply.value()["condition"] == INTERRUPTED
+    assert reply.value()["condition"] == RunCondition.INTERRUPTED
     assert team.runs.state == "STOP"
     team.answer_all()  # they were only slow: delivery makes the run complete
-    assert team.catalogue.find(1).condition == COMPLETE
+    assert team.catalogue.find(1).condition == RunCondition.COMPLETE
     assert team.catalogue.find(1).files == ["disk 1", "disk 2"]
 
 
@@ -287,7 +303,7 @@ def test_a_restarted_producer_joins_the_run_under_a_new_epoch(team, monkeypatch)
     assert team.runs.run.producers == {"board 1": [1], "board 2": [2, 99]}
     assert [action for name, action in team.sent if name == "board 2"] == ["prepare_run", "begin_run"] * 2
     result = do(team, "end")
-    assert result["condition"] == INTERRUPTED
+    assert result["condition"] == RunCondition.INTERRUPTED
     assert result["rows"] is None
     assert "board 2: the totals of epoch 2 are unknown" in result["reasons"]
 
@@ -318,7 +334,7 @@ def test_totals_that_a_successor_found_in_the_ring_count(team, monkeypatch):
             assert told == [("board 1", 1, 4), ("board 2", 2, 4), ("board 2", 99, 4)]
         team.answer()
     result = reply.value()
-    assert (result["condition"], result["rows"], result["stored"]) == (SUSPECT, 30, 30)
+    assert (result["condition"], result["rows"], result["stored"]) == (RunCondition.SUSPECT, 30, 30)
     assert result["reasons"] == [AWAY]
 
 
@@ -327,7 +343,7 @@ def test_a_predecessor_that_the_core_had_not_heard_of_is_awaited_too(team):
     team.inherited["board 1"] = [55]
     result = do(team, "end")
     assert team.catalogue.find(1).producers["board 1"] == [55, 1]
-    assert (result["condition"], result["rows"]) == (SUSPECT, 30)
+    assert (result["condition"], result["rows"]) == (RunCondition.SUSPECT, 30)
 
 
 def test_totals_that_only_an_end_record_in_a_file_knows(team, monkeypatch):
@@ -337,13 +353,13 @@ def test_totals_that_only_an_end_record_in_a_file_knows(team, monkeypatch):
     while not reply.ends:
         if team.waiting[0][0] == "disk 1":
             # It has the record, and two rows less than that says; the other one has all.
-            team.answer(condition=COMPLETE, stored=stored, ends=[["board 2", before, 4, "recovered", 10]])
+            team.answer(condition=RunCondition.COMPLETE, stored=stored, ends=[["board 2", before, 4, "recovered", 10]])
         elif team.waiting[0][0] == "disk 2":
-            team.answer(condition=COMPLETE, stored=[*stored[:1], ["board 2", 2, 1, 10], stored[2]])
+            team.answer(condition=RunCondition.COMPLETE, stored=[*stored[:1], ["board 2", 2, 1, 10], stored[2]])
         else:
             team.answer()
     result = reply.value()
-    assert (result["condition"], result["rows"], result["stored"]) == (SUSPECT, 30, 30)
+    assert (result["condition"], result["rows"], result["stored"]) == (RunCondition.SUSPECT, 30, 30)
     assert result["reasons"] == [AWAY, "disk 1: 8 rows of board 2 (epoch 2) are stored, 10 were made"]
 
 
@@ -358,10 +374,10 @@ def test_rows_that_found_no_room_are_not_missing_in_a_file(team):
             team.answer(counts=[line])
         elif name.startswith("disk"):
             stored = [["board 1", 1, 1, 7], ["board 2", 2, 1, 10]]
-            team.answer(stored=stored, condition=INCOMPLETE, reasons=["3 rows found no room"])
+            team.answer(stored=stored, condition=RunCondition.INCOMPLETE, reasons=["3 rows found no room"])
         else:
             team.answer()
-    assert reply.value()["condition"] == INCOMPLETE
+    assert reply.value()["condition"] == RunCondition.INCOMPLETE
     assert reply.value()["reasons"] == ["disk 1: 3 rows found no room", "disk 2: 3 rows found no room"]
 
 
@@ -374,7 +390,7 @@ def interrupted(team):
     team.answer_all()
     team.advance(5.1)
     team.answer_all()
-    assert reply.value()["condition"] == INTERRUPTED
+    assert reply.value()["condition"] == RunCondition.INTERRUPTED
     assert "board 2 is lost" in reply.value()["reasons"]
 
 
@@ -382,27 +398,27 @@ def whole(name="disk 1", *more):
     """All of run 1, with the end that board 2's successor has brought."""
     stored = [["board 1", 1, 1, 10], ["board 2", 2, 1, 10]]
     ends = [["board 1", 1, 4, "closed", 10], ["board 2", 2, 4, "recovered", 10]]
-    return {"files": [name, *more], "condition": SUSPECT, "rows": 20, "stored": stored, "ends": ends}
+    return {"files": [name, *more], "condition": RunCondition.SUSPECT, "rows": 20, "stored": stored, "ends": ends}
 
 
 def test_what_is_delivered_after_the_end_completes_the_run(team):
     interrupted(team)
-    team.beat("disk 1", finished=[finished(1, "disk 1", INTERRUPTED)])
+    team.beat("disk 1", finished=[finished(1, "disk 1", RunCondition.INTERRUPTED)])
     team.answer_all()
-    assert team.catalogue.find(1).condition == INTERRUPTED
+    assert team.catalogue.find(1).condition == RunCondition.INTERRUPTED
     team.has["disk 1", 1] = whole("disk 1", "further")
-    told = [finished(1, "disk 1", INTERRUPTED), finished(1, "/d/further", SUSPECT)]
+    told = [finished(1, "disk 1", RunCondition.INTERRUPTED), finished(1, "/d/further", RunCondition.SUSPECT)]
     team.beat("disk 1", finished=told)
     assert [one[:3:2] for one in team.waiting] == [("disk 1", "report_run")]
     team.answer_all()
     found = team.catalogue.find(1)
-    assert (found.condition, found.rows, found.stored) == (SUSPECT, 20, 20)
+    assert (found.condition, found.rows, found.stored) == (RunCondition.SUSPECT, 20, 20)
     assert found.files == ["disk 1", "further", "disk 2"]
     assert found.reasons[0] == AWAY
     details = team.catalogue.files(1)
     assert [(one["storage"], one["path"], one["condition"]) for one in details] == [
-        ("disk 1", "/d/disk 1", INTERRUPTED),
-        ("disk 1", "/d/further", SUSPECT),
+        ("disk 1", "/d/disk 1", RunCondition.INTERRUPTED),
+        ("disk 1", "/d/further", RunCondition.SUSPECT),
     ]
     assert (details[0]["bytes"], details[0]["sha256"]) == (1234, "ab" * 32)
     # Nothing new, nothing to ask: also by a core that has not heard it yet.
@@ -434,17 +450,17 @@ def test_a_storage_that_comes_back_is_asked_about_the_newest_run(team):
     team.answer_all()
     team.advance(5.1)
     team.answer_all()
-    assert reply.value()["condition"] == INTERRUPTED
-    team.has["disk 2", 1] = whole("disk 2") | {"condition": COMPLETE, "ends": []}
+    assert reply.value()["condition"] == RunCondition.INTERRUPTED
+    team.has["disk 2", 1] = whole("disk 2") | {"condition": RunCondition.COMPLETE, "ends": []}
     team.register("disk 2", instance="restarted")
     assert [one[:3:2] for one in team.waiting] == [("disk 2", "report_run")]
     team.answer_all()
     found = team.catalogue.find(1)
-    assert (found.condition, found.files) == (COMPLETE, ["disk 2"])
+    assert (found.condition, found.files) == (RunCondition.COMPLETE, ["disk 2"])
     assert found.reasons == ["disk 1: has not reported"]
     team.register("disk 1", instance="restarted")  # it cannot make it better, but has not had its say
     team.answer_all()
-    assert team.catalogue.find(1).condition == COMPLETE
+    assert team.catalogue.find(1).condition == RunCondition.COMPLETE
     team.lose("disk 1")
     team.register("disk 1")
     assert not team.waiting
@@ -457,7 +473,7 @@ def test_an_aborted_run_stays_aborted_whatever_is_delivered_later(team):
     team.beat("disk 1", finished=[finished(1, "further")])
     team.answer_all()
     found = team.catalogue.find(1)
-    assert (found.condition, found.files) == (ABORTED, ["disk 1", "further", "disk 2"])
+    assert (found.condition, found.files) == (RunCondition.ABORTED, ["disk 1", "further", "disk 2"])
 
 
 @pytest.mark.parametrize("told", ["x", [1], [{"run": 1}], [finished(2**63, "a")], [finished(0, "a")], {"a": 1}])
@@ -477,7 +493,7 @@ def test_a_run_is_not_held_up_by_who_was_lost_long_ago(team):
     team.peers.lost["disk 2"] = (team.now, component)
     team.advance(30)
     result = do(team, "end")
-    assert (result["condition"], result["files"]) == (COMPLETE, ["disk 1"])
+    assert (result["condition"], result["files"]) == (RunCondition.COMPLETE, ["disk 1"])
     assert result["reasons"] == ["disk 2 is lost", "disk 2: has not reported"]
     assert team.catalogue.find(1).storages == ["disk 1", "disk 2"]
 
@@ -491,7 +507,7 @@ def test_a_storage_whose_answer_was_lost_with_the_core_is_asked_for_a_report(tea
     run.phase, run.reports, run.ends = "ENDING", {}, []
     team.catalogue.save(run)
     second = restart(team)
-    second.has = {(name, 1): whole(name) | {"condition": COMPLETE} for name in ("disk 1", "disk 2")}
+    second.has = {(name, 1): whole(name) | {"condition": RunCondition.COMPLETE} for name in ("disk 1", "disk 2")}
     for one in second.has.values():
         one["ends"] = [["board 1", 1, 4, "closed", 10], ["board 2", 2, 4, "closed", 10]]
     second.register("monitor", run=1)  # it alone has not heard of the end
@@ -502,7 +518,7 @@ def test_a_storage_whose_answer_was_lost_with_the_core_is_asked_for_a_report(tea
     while second.waiting:
         second.answer(failing=second.waiting[0][2] == "end_run" and second.waiting[0][0] != "monitor")
     found = second.catalogue.find(1)
-    assert (found.condition, found.rows, found.stored, found.reasons) == (COMPLETE, 20, 20, [])
+    assert (found.condition, found.rows, found.stored, found.reasons) == (RunCondition.COMPLETE, 20, 20, [])
     second.close()
 
 
@@ -523,7 +539,7 @@ def test_abort_keeps_what_was_taken(team, steps):
     for step in steps:
         do(team, step)
     result = do(team, "abort")
-    assert (result["condition"], result["stored"], team.runs.state) == (ABORTED, 20, "STOP")
+    assert (result["condition"], result["stored"], team.runs.state) == (RunCondition.ABORTED, 20, "STOP")
     assert ("board 1", "abort_run") in team.sent
 
 
@@ -535,7 +551,7 @@ def test_abort_interrupts_what_is_going_on(team):
     with pytest.raises(StateError, match="end_run was aborted by me"):
         ending.value()
     team.answer_all()
-    assert aborting.value()["condition"] == ABORTED
+    assert aborting.value()["condition"] == RunCondition.ABORTED
     assert aborting.value()["rows"] == 20
 
 
@@ -563,7 +579,7 @@ def test_a_restarted_core_picks_the_run_up(team, steps, state):
     assert (second.runs.state, second.runs.number) == (state, 1)
     if state == "READY":
         do(second, "begin")
-    assert do(second, "end")["condition"] == COMPLETE
+    assert do(second, "end")["condition"] == RunCondition.COMPLETE
     second.close()
 
 
@@ -591,7 +607,7 @@ def test_a_restarted_core_with_fresh_components_starts_anew(team):
         second.register(name, instance="fresh")
     assert second.runs.state == "STOP"
     run = second.catalogue.find(1)
-    assert (run.phase, run.condition, run.stored) == (ENDED, INTERRUPTED, None)
+    assert (run.phase, run.condition, run.stored) == (ENDED, RunCondition.INTERRUPTED, None)
     assert {one[:3:2] for one in second.waiting} == {("disk 1", "report_run"), ("disk 2", "report_run")}
     second.answer_all()
     assert second.catalogue.find(1).stored is not None  # they have said it
@@ -632,7 +648,7 @@ def test_what_was_answered_to_a_core_that_has_died_is_told_by_heartbeats(team):
     assert not third.peers.components["disk 1"].begun
     third.answer_all()
     assert third.peers.components["disk 1"].begun
-    assert do(third, "end")["condition"] == COMPLETE
+    assert do(third, "end")["condition"] == RunCondition.COMPLETE
     third.close()
 
 
@@ -795,11 +811,12 @@ def test_a_catalogue_of_the_schema_before(tmp_path):
     db.close()
     catalogue = Catalogue(tmp_path)
     assert (catalogue.highest(), catalogue.find(7).files, catalogue.files(7)) == (7, ["a.h5"], [])
-    assert catalogue.add_file("disk", "/d/a.h5", 7, 10, "", COMPLETE)
-    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "00", COMPLETE)  # the same file, its checksum is known now
-    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "", COMPLETE)  # told by another process, not known again
+    assert catalogue.add_file("disk", "/d/a.h5", 7, 10, "", RunCondition.COMPLETE)
+    # The same file: its checksum is known now. Another process reports it, without the checksum.
+    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "00", RunCondition.COMPLETE)
+    assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "", RunCondition.COMPLETE)
     assert catalogue.files(7)[0]["sha256"] == "00"
-    assert catalogue.add_file("disk", "/d/a.h5", 7, 20, "11", COMPLETE)
+    assert catalogue.add_file("disk", "/d/a.h5", 7, 20, "11", RunCondition.COMPLETE)
     catalogue.close()
     catalogue = Catalogue(tmp_path)
     assert [(one["path"], one["bytes"]) for one in catalogue.files(7)] == [("/d/a.h5", 20)]

@@ -10,7 +10,7 @@ from run_control_harness import KINDS, ask
 from simulated_components import World
 
 from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY
-from larpixdaq.constants import ABORTED, CANCELLED, COMPLETE, SUSPECT
+from larpixdaq.constants import RunCondition
 from larpixdaq.errors import ComponentError, LarpixDaqError, StateError
 
 NAMES = st.sampled_from(list(KINDS))
@@ -259,8 +259,9 @@ class Model(RuleBasedStateMachine):
                 continue  # nobody has come back that was in it: the next prepare_run will give it up
             assert run.over
             self.world.check(run)
-            if run.condition not in (ABORTED, CANCELLED) and self.world.deliverable(run) and run.producers:
-                assert run.condition in (COMPLETE, SUSPECT), (run.condition, run.reasons)
+            cut = run.condition in (RunCondition.ABORTED, RunCondition.CANCELLED)
+            if not cut and self.world.deliverable(run) and run.producers:
+                assert run.condition in (RunCondition.COMPLETE, RunCondition.SUSPECT), (run.condition, run.reasons)
             for name in run.storages:
                 known = {file["path"] for file in self.world.catalogue.files(number) if file["storage"] == name}
                 assert set(self.world.parts.get((name, number), [])[-1:]) <= known

@@ -2,7 +2,7 @@
 
 from fake_core import counts
 
-from larpixdaq.constants import COMPLETE, INTERRUPTED
+from larpixdaq.constants import RunCondition
 from larpixdaq.control.catalogue import Catalogue
 from larpixdaq.control.registry import Registry
 from larpixdaq.control.run_control import RunControl
@@ -91,12 +91,12 @@ class Team:
             if action == "end_run":
                 stored = [[one["name"], one["epoch"], 1, 10] for one in params["producers"] if one["next"] is not None]
                 whole = all(one["next"] is not None for one in params["producers"])
-                condition = COMPLETE if whole else INTERRUPTED
+                condition = RunCondition.COMPLETE if whole else RunCondition.INTERRUPTED
                 found = {"files": [name], "condition": condition, "rows": 10 * len(stored), "stored": stored}
                 self.has[name, params["run"]] = found
                 return found
             if action == "report_run":
-                nothing = {"files": [], "condition": INTERRUPTED, "rows": 0, "stored": []}
+                nothing = {"files": [], "condition": RunCondition.INTERRUPTED, "rows": 0, "stored": []}
                 return self.has.get((name, params["run"]), nothing)
         return {}
 
@@ -127,7 +127,7 @@ def epoch_end(epoch):
     return {"epoch": epoch, "next": 4, "rows": 10, "counts": [counts(1, 10)]}
 
 
-def finished(run, file, condition=COMPLETE):
+def finished(run, file, condition=RunCondition.COMPLETE):
     """An entry of a storage's list of closed files."""
     return {"run": run, "file": file, "bytes": 1234, "sha256": "ab" * 32, "condition": condition}
 

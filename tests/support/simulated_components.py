@@ -9,7 +9,7 @@ from pathlib import Path
 from fake_core import counts
 from run_control_harness import KINDS, Team, finished, open_catalogue
 
-from larpixdaq.constants import COMPLETE, ENDED, INCOMPLETE, INTERRUPTED, SUSPECT
+from larpixdaq.constants import ENDED, RunCondition
 from larpixdaq.control.registry import Registry
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.protocol.control import Answer, packed
@@ -180,14 +180,14 @@ class World(Team):
 
     def report(self, name, run):
         held, records = self.files.get((name, run), {}), self.records.get((name, run), set())
-        condition = COMPLETE
+        condition = RunCondition.COMPLETE
         if name != "disk 2":  # which believes that all is well, whatever it has: it is the core that compares
             if any(self.sources[source] == "recovered" for source in records):
-                condition = SUSPECT
+                condition = RunCondition.SUSPECT
             if any(held[source] != ROWS for source in held):
-                condition = INCOMPLETE
+                condition = RunCondition.INCOMPLETE
             if any(source not in records for source in held):
-                condition = INTERRUPTED
+                condition = RunCondition.INTERRUPTED
         return {
             "files": list(self.parts.get((name, run), [])),
             "condition": condition,
@@ -200,7 +200,7 @@ class World(Team):
 
     def check(self, run):
         """What the catalogue says of a run that is over is not better than what is in the files."""
-        if run.phase != ENDED or run.condition not in (COMPLETE, SUSPECT):
+        if run.phase != ENDED or run.condition not in (RunCondition.COMPLETE, RunCondition.SUSPECT):
             return
         sources = [(run.run, name, epoch) for name, epochs in run.producers.items() for epoch in epochs]
         for source in sources:
@@ -211,7 +211,7 @@ class World(Team):
             if all(self.files.get((name, run.run), {}).get(source) == ROWS for source in sources)
         ]
         assert whole, f"run {run.run} is {run.condition}, and no storage has all of it"
-        if run.condition == COMPLETE:
+        if run.condition == RunCondition.COMPLETE:
             assert all(len(epochs) == 1 for epochs in run.producers.values())
             assert not any(self.sources[source] == "recovered" for source in sources)
 
