@@ -18,7 +18,7 @@ import zmq
 from larpixdaq import config
 from larpixdaq.constants import LOG, LOST, PRODUCER
 from larpixdaq.control.catalogue import Catalogue
-from larpixdaq.control.log_shipping import RecordHandler, push_socket
+from larpixdaq.control.log_shipping import LogShipper
 from larpixdaq.control.registry import Component, Control, NameTaken, OperatorPeer, Peer, Registry, TooMany
 from larpixdaq.control.request_router import Desk, Forwarding
 from larpixdaq.control.run_control import RunControl
@@ -94,12 +94,8 @@ class Core:
         self._turned = self._drained = time.monotonic()
         self._refusals = 0
         self._refusal_logged = 0.0
-        self._records = RecordHandler("core")
-        self._push: zmq.Socket[bytes] | None = None
-        self._push_address = ""
-        logger = logging.getLogger("larpixdaq")
-        logger.addHandler(self._records)
-        logger.setLevel(logging.INFO)
+        self._shipper = LogShipper("core", self._context)
+        self._shipper.attach()
         _log.info("core listens at %s, state directory %s", self.address, directory)
         for line in self._catalogue.warnings:
             _log.error("%s", line)
@@ -107,8 +103,8 @@ class Core:
             _log.warning("--insecure: everybody who reaches %s may control the detector", self.address)
 
     def close(self) -> None:
-        self._ship()
-        logging.getLogger("larpixdaq").removeHandler(self._records)
+        self._shipper.ship(self._current()["log"])
+        self._shipper.close()
         self._context.destroy()
         self._catalogue.close()
 
@@ -146,7 +142,7 @@ class Core:
         self._runs.tick(now)
         self._keep_catalogue(now)
         self._tell()
-        self._ship()
+        self._shipper.ship(self._current()["log"])
         self._desk.load.shares()
 
     def _keep_catalogue(self, now: float) -> None:
@@ -309,21 +305,6 @@ class Core:
         everybody: list[Peer] = [*self._peers.components.values(), *self._peers.operators.values()]
         for peer in everybody:
             self.send_to(peer, Update(**current))
-
-    def _ship(self) -> None:
-        """The core's own log records."""
-        address = str(self._current()["log"])
-        if address != self._push_address:
-            self._push_address = address
-            if self._push is not None:
-                self._push.close(0)
-                self._push = None
-            if address:
-                try:
-                    self._push = push_socket(self._context, address)
-                except zmq.ZMQError as error:
-                    _log.error("log address %s: %s", address, error)
-        self._records.ship(self._push)
 
 
 def main(argv: list[str] | None = None) -> int:

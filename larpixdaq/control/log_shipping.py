@@ -14,6 +14,7 @@ import zmq
 from larpixdaq import config
 from larpixdaq.errors import ProtocolError
 
+_log = logging.getLogger("larpixdaq.control.log_shipping")
 #: Records of level warning and above that are kept while the log is away.
 KEPT: Final = 1000
 #: Longer texts (tracebacks) are cut.
@@ -44,16 +45,33 @@ def unpack_record(data: Any) -> LogRecord:
         raise ProtocolError(f"log record: {error}") from None
 
 
-class RecordHandler(logging.Handler):
-    """Collects records in any thread; ship() sends them, in the thread that owns the socket. Neither ever blocks."""
+class LogShipper(logging.Handler):
+    """Collects the log records of this process, in any thread, and sends them to the log. No method ever blocks.
 
-    def __init__(self, component: str) -> None:
+    ship() is for the thread that closes the sockets of `context`.
+    """
+
+    def __init__(self, component: str, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         super().__init__()
-        self._component = component
+        self._component, self._context = component, context
+        self._address = ""
+        self._socket: zmq.Socket[bytes] | None = None
         self._records: deque[tuple[int, bytes]] = deque()
         self._guard = threading.Lock()
         self._lost = 0
         self.setFormatter(logging.Formatter("%(message)s"))
+
+    def attach(self) -> None:
+        """Collect the package's records from now on, those of level INFO and above unless another level is set."""
+        logger = logging.getLogger("larpixdaq")
+        logger.addHandler(self)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
+
+    def close(self) -> None:
+        """Collect no more records."""
+        logging.getLogger("larpixdaq").removeHandler(self)
+        super().close()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -74,11 +92,17 @@ class RecordHandler(logging.Handler):
         self._records = deque(warnings[-KEPT:])
         self._lost += before - len(self._records)
 
-    def ship(self, socket: zmq.Socket[bytes] | None) -> bool:
-        """Send what is there as far as it goes (None: the log is nowhere); True when nothing is left."""
+    def ship(self, address: str) -> bool:
+        """Send the collected records to the log at this address ("": there is no log). True when no record is left that
+        could be sent."""
+        if address != self._address:
+            self._connect(address)
+        socket = self._socket
+        if socket is None:
+            return True
         with self._guard:
             try:
-                while socket is not None and (self._records or self._lost):
+                while self._records or self._lost:
                     if self._lost:
                         text = f"{self._lost} log records were lost while the log was disconnected"
                         note = LogRecord(time.time(), logging.WARNING, self._component, text)
@@ -91,16 +115,24 @@ class RecordHandler(logging.Handler):
                 pass
             return not self._records
 
-
-def push_socket(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
-    """A socket for ship(). It takes records only while the log is connected, so that none is queued for nobody."""
-    socket = context.socket(zmq.PUSH)
-    socket.setsockopt(zmq.IMMEDIATE, 1)
-    socket.setsockopt(zmq.LINGER, 1000)
-    socket.setsockopt(zmq.RECONNECT_IVL, 100)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-    socket.ipv6 = config.is_ipv6(address)
-    # Records for a host that vanished would be lost; a log whose disk hangs takes none for a while, and is not dead.
-    config.close_dead_connections(socket, 10 * config.DEAD_CONNECTION)
-    socket.connect(address)
-    return socket
+    def _connect(self, address: str) -> None:
+        if self._socket is not None:
+            self._socket.close(0)
+        self._address, self._socket = address, None
+        if not address:
+            return
+        try:
+            socket = self._context.socket(zmq.PUSH)
+            # Takes records only while the log is connected, so that they are not queued for a log that is away.
+            socket.setsockopt(zmq.IMMEDIATE, 1)
+            socket.setsockopt(zmq.LINGER, 1000)
+            socket.setsockopt(zmq.RECONNECT_IVL, 100)
+            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            socket.ipv6 = config.is_ipv6(address)
+            # Records for a host that vanished would be lost; a log whose disk hangs takes none for a while, and is not
+            # dead.
+            config.close_dead_connections(socket, 10 * config.DEAD_CONNECTION)
+            socket.connect(address)
+            self._socket = socket
+        except zmq.ZMQError as error:
+            _log.error("log address %s: %s", address, error)

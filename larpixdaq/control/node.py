@@ -21,8 +21,8 @@ import zmq
 
 from larpixdaq.config import CORE_PORT, address, process_identity
 from larpixdaq.constants import HEARTBEAT, PATIENCE, STOP
-from larpixdaq.control.connection import CoreConnection, RecentRequests
-from larpixdaq.control.log_shipping import RecordHandler, push_socket
+from larpixdaq.control.connection import CoreConnection, RecentRequests, Waker
+from larpixdaq.control.log_shipping import LogShipper
 from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction, misuse
 from larpixdaq.protocol.control import (
     ActionRequest,
@@ -96,8 +96,6 @@ class Node:
         self._refused_since = 0.0
         self._refusal: Answer | None = None
         self._taken = self._gave_up = False
-        self._records = RecordHandler(name)
-        self._push: zmq.Socket[bytes] | None = None
         self._log_address = ""
         self._closed = False
         try:
@@ -113,6 +111,7 @@ class Node:
         except LarpixDaqError:
             self._ready.close()
             raise
+        self._shipper = LogShipper(name, self._link.context)
 
     # Called by the main loop.
 
@@ -122,10 +121,7 @@ class Node:
         NoCore after `timeout` (5) seconds in which no core was heard; RequestError when the core refuses, for 5 s when
         that is because the name is in use; Stopped when `signals` has caught a signal.
         """
-        logger = logging.getLogger("larpixdaq")
-        logger.addHandler(self._records)
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.INFO)
+        self._shipper.attach()
         limit = PATIENCE if timeout is None else timeout
         self._link.start()
         started = time.monotonic()
@@ -198,7 +194,7 @@ class Node:
             return
         self._closed = True
         self._link.close()
-        logging.getLogger("larpixdaq").removeHandler(self._records)
+        self._shipper.close()
         self._ready.close()
 
     def _follow(self) -> None:
@@ -300,8 +296,7 @@ class Node:
         if isinstance(message, Welcome):
             self._refusal, self._gave_up = None, False
         if isinstance(message, Update):
-            if message.log != self._log_address:
-                self._log_to(message.log)
+            self._log_address = message.log
             told = (message.session, message.state, message.run, message.producers)
             if told == self._told:
                 return
@@ -328,19 +323,8 @@ class Node:
         self._refusal = answer
         self._ready.wake()
 
-    def _log_to(self, address: str) -> None:
-        self._log_address = address
-        if self._push is not None:
-            self._push.close(0)
-            self._push = None
-        if address:
-            try:
-                self._push = push_socket(self._link.context, address)
-            except zmq.ZMQError as error:
-                _log.error("log address %s: %s", address, error)
-
     def _ship(self) -> bool:
-        return self._records.ship(self._push) or self._push is None
+        return self._shipper.ship(self._log_address)
 
 
 class Call:

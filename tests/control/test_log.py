@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import LIMIT, Process, free_port, until
 
-from larpixdaq.control.log_shipping import LogRecord, RecordHandler, push_socket, unpack_record
+from larpixdaq.control.log_shipping import LogRecord, LogShipper, unpack_record
 from larpixdaq.errors import FileError, ProtocolError
 from larpixdaq.log import LogFile, line, listen, main
 from larpixdaq.operator import Operator
@@ -59,17 +59,16 @@ def test_random_bytes_are_no_records(data):
 
 def test_records_kept_while_the_log_is_away(pull):
     context, socket, address = pull
-    handler = RecordHandler("it")
+    shipper = LogShipper("it", context)
     for i in range(3000):
-        handler.emit(record(logging.INFO if i % 2 else logging.WARNING, str(i)))
-    assert not handler.ship(None)
-    push = push_socket(context, address)
-    until(lambda: handler.ship(push), "shipping")
+        shipper.emit(record(logging.INFO if i % 2 else logging.WARNING, str(i)))
+    assert shipper.ship("")  # nothing that could be sent
+    until(lambda: shipper.ship(address), "shipping")
     got = []
     while not got or got[-1].text != "2999":
         assert socket.poll(LIMIT * 1000), "a record"
         got.append(unpack_record(socket.recv()))
-    push.close()
+    shipper.ship("")
     warnings = [one.text for one in got if one.level == logging.WARNING and one.text.isdigit()]
     assert warnings[-1000:] == [str(i) for i in range(1000, 3000, 2)]
     assert any("log records were lost" in one.text for one in got)
@@ -77,32 +76,33 @@ def test_records_kept_while_the_log_is_away(pull):
 
 def test_shipping_to_a_log_that_is_not_there_never_waits():
     context = zmq.Context()
-    push = push_socket(context, f"tcp://127.0.0.1:{free_port()}")
-    handler = RecordHandler("it")
-    handler.emit(record(logging.ERROR, "x" * 100_000))
-    assert not handler.ship(push)
+    shipper = LogShipper("it", context)
+    shipper.emit(record(logging.ERROR, "x" * 100_000))
+    assert not shipper.ship(f"tcp://127.0.0.1:{free_port()}")
     context.destroy(0)
 
 
 def test_garbage_and_a_full_disk(tmp_path, pull, caplog):
     context, socket, address = pull
-    push = push_socket(context, address)
+    push = context.socket(zmq.PUSH)
+    push.connect(address)
     file = LogFile(tmp_path / "log.txt")
     until(lambda: push.poll(10, zmq.POLLOUT), "connection")
     push.send(b"garbage")
     push.send(b"x" * (300 << 10))
-    handler = RecordHandler("it")
-    handler.emit(record(logging.ERROR, "real"))
-    assert handler.ship(push)
-    until(lambda: file.take(socket) and file.written, "the record")
+    push.close()
+    shipper = LogShipper("it", context)
+    shipper.emit(record(logging.ERROR, "real"))
+    until(lambda: shipper.ship(address), "shipping")
+    until(lambda: file.take(socket) and file.written and file.refused == 2, "the record")
     assert (file.written, file.refused, file.lost) == (1, 2, 0)
     assert LINE.fullmatch((tmp_path / "log.txt").read_text()).groups() == ("ERROR", "it", "real")
     file.close()
     file._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
-    handler.emit(record(logging.ERROR, "lost"))
-    handler.ship(push)
-    push.close()
+    shipper.emit(record(logging.ERROR, "lost"))
+    assert shipper.ship(address)
     until(lambda: file.take(socket) and file.lost, "the loss")
+    shipper.ship("")
     assert "No space left on device; records are lost" in caplog.text
     assert file.status()["lost"] == 1
     file.close()

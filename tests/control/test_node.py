@@ -416,5 +416,5 @@ def test_log_records_never_wait(caplog):
             node.connect(0.1)
         for i in range(20_000):
             logging.getLogger("larpixdaq.test").critical("%d", i)
-        assert len(node._records._records) <= 2000
+        assert len(node._shipper._records) <= 2000
         node.close()
