@@ -55,12 +55,26 @@ class RunCondition(str, Enum):
 _ENDED: Final[list[RunCondition]] = [
     one for one in RunCondition if one not in (RunCondition.RUNNING, RunCondition.CANCELLED)
 ]
-#: Actions of components that only look; all others need control.
+#: Actions of a producer that report the state of chips and boards, and send no words to chips.
+HARDWARE_QUERIES: Final = ("board_status", "get_boards", "ping", "retrieve_configuration", "retrieve_pixel_layout")
+#: Actions of a producer that change chips or boards, or send words to chips.
+HARDWARE_CHANGES: Final = (
+    "configure_network",
+    "enforce_configuration",
+    "load_board",
+    "load_pixel_layout",
+    "power",
+    "read_configuration",
+    "reset",
+    "send_configuration",
+    "set_uart_clock",
+    "validate_configuration",
+    "write_configuration",
+)
+HARDWARE_ACTIONS: Final = HARDWARE_QUERIES + HARDWARE_CHANGES
+#: Actions of components that change nothing, and need no control. All other actions need it.
 QUERIES: Final = frozenset(
-    {
-        *("list_routines", "packet_rate", "packets", "messages", "adc_histogram", "run_info"),
-        *("board_status", "get_boards", "ping", "retrieve_configuration", "retrieve_pixel_layout"),
-    }
+    {"list_routines", "packet_rate", "packets", "messages", "adc_histogram", "run_info", *HARDWARE_QUERIES}
 )
 #: Actions of components that only the core itself may ask for.
 RUN_ACTIONS: Final = frozenset({"prepare_run", "begin_run", "end_run", "abort_run", "cancel_run", "report_run"})
@@ -74,7 +88,7 @@ STUCK: Final = 1.0
 CONTROL_FREE: Final = 5.0
 #: A name that still counts as living, or a core that does not answer, is tried again for this long.
 PATIENCE: Final = 5.0
-#: A core unheard for this long is no core, for an Operator.
+#: A core unheard for this long is not there: requests of Operators fail, and nobody can register under a used name.
 NO_CORE: Final = 2.0
 #: Storages must have at least this much room on their disk when a run is prepared, bytes.
 MIN_FREE: Final = 64 << 20
@@ -120,23 +134,6 @@ COUNTS: Final = (
 ROW_COUNTS: Final = ("word_rows", "time_rows", "info_rows", "sent_rows")
 #: Bytes of a board without any use; fewer than these may be noise on a line.
 LEAST_UNUSABLE: Final = 256
-#: What only tells what is known, or asks a board how it is. (constants.QUERIES has them too: they need no control.)
-HARDWARE_QUERIES: Final = ("board_status", "get_boards", "ping", "retrieve_configuration", "retrieve_pixel_layout")
-#: What changes something, or sends words to chips.
-HARDWARE_CHANGES: Final = (
-    "configure_network",
-    "enforce_configuration",
-    "load_board",
-    "load_pixel_layout",
-    "power",
-    "read_configuration",
-    "reset",
-    "send_configuration",
-    "set_uart_clock",
-    "validate_configuration",
-    "write_configuration",
-)
-HARDWARE_ACTIONS: Final = HARDWARE_QUERIES + HARDWARE_CHANGES
 
 
 def worst(found: Mapping[RunCondition, object], reported: str = RunCondition.COMPLETE) -> RunCondition:

@@ -27,6 +27,7 @@ import zmq
 from larpixdaq import config
 from larpixdaq._native.ring_buffer import Reader
 from larpixdaq.buffer import ring_file
+from larpixdaq.constants import NO_CORE
 from larpixdaq.errors import ProtocolError, RingError
 from larpixdaq.protocol.stream import (
     MAX_HEADER,
@@ -65,8 +66,6 @@ CREDIT = 2
 #: More than this between two turns of a loop, in seconds, and we may have been taken for dead: the core says `lost`
 #: after 1 s without a heartbeat.
 STOOD_STILL: Final = 0.8
-#: A core that is unheard for so long (seconds) is not there, and nobody can register with it in our name.
-NO_CORE: Final = 2.0
 
 
 class Consumer:

@@ -16,11 +16,12 @@ from injector import Faults
 from processes import LIMIT, until
 from system import System, system
 
+from larpixdaq.constants import NO_CORE
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.operator import Operator
 from larpixdaq.storage.directory_lock import Lock
-from larpixdaq.stream.subscriber import NO_CORE, STOOD_STILL, SessionCheck
+from larpixdaq.stream.subscriber import STOOD_STILL, SessionCheck
 
 #: Rows that storage must have taken for the run to be going on (again).
 MORE = 20_000
