@@ -159,7 +159,7 @@ class CoreConnection:
 
     def _beat_now(self) -> Heartbeat:
         beat = self._beat()
-        beat.request = str(time.monotonic_ns())
+        beat.stamp()
         return beat
 
     def _last_words(self) -> None:
@@ -237,8 +237,7 @@ class CoreConnection:
         elif isinstance(message, Update):
             if message.session != self.session:
                 return
-            if message.request.isdecimal():
-                self.confirmed = max(self.confirmed, int(message.request) / 1e9)
+            self.confirmed = max(self.confirmed, message.heartbeat_sent)
         self._received(message)
 
 

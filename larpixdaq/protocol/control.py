@@ -9,6 +9,7 @@ Numpy arrays in the messages of the control plane: msgpack extension 1, with des
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any, Final, Literal, NoReturn
 
 import msgspec
@@ -136,6 +137,9 @@ class Heartbeat(Message, tag="heartbeat"):
 
     `idle`: seconds since the main loop, which does the work, last said so; it turns several times a second. `run` and
     `begun` as in Register: what was answered to a core that has died is news to the one after it.
+
+    The request id is the time of sending. The core's Update carries it back, and the sender learns from it which of its
+    heartbeats have reached the core.
     """
 
     progress: Count = 0
@@ -144,6 +148,10 @@ class Heartbeat(Message, tag="heartbeat"):
     run: RunNumber | None = None
     begun: bool = False
     status: dict[str, Any] | None = None
+
+    def stamp(self) -> None:
+        """Set the request id to the sender's monotonic time, in ns."""
+        self.request = str(time.monotonic_ns())
 
 
 class ActionRequest(Message, tag="request"):
@@ -181,13 +189,18 @@ class Answer(Message, tag="answer"):
 
 
 class Update(Message, tag="update"):
-    """What the core tells everybody: as the answer to each heartbeat, and whenever it changes."""
+    """State of the core: the answer to each heartbeat, and a message to everybody after each change."""
 
     state: Literal["STOP", "READY", "RUN"] = "STOP"
     run: Count | None = None
     producers: dict[str, str] = {}
     log: str = ""
     insecure: bool = False
+
+    @property
+    def heartbeat_sent(self) -> float:
+        """When the heartbeat was sent that this answers, by time.monotonic() of its sender; 0 if it answers none."""
+        return int(self.request) / 1e9 if self.request.isdecimal() else 0.0
 
 
 class Welcome(Update, tag="welcome"):
