@@ -122,7 +122,7 @@ class Desk:
             last = self._catalogue.find(run.run - 1)
         return {
             "state": self._runs.state,
-            "busy": self._runs.main.what if self._runs.main is not None else None,
+            "busy": self._runs.busy,
             "run": self._describe(run) if run is not None else None,
             "last_run": self._describe(last) if last is not None else None,
             "components": self._peers.describe(now),

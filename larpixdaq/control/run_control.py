@@ -1,8 +1,6 @@
-"""The run states: STOP, READY, RUN, what leads from one to the next, and who has to take part in it.
+"""The run states STOP, READY and RUN, and the transitions between them.
 
-Knows no sockets: core.py tells it what happens and carries what it asks for.
-
-What storages say of the files that they have closed: it goes into the catalogue, and may say more about old runs.
+RunControl has no sockets: core.py reports events to it, and sends its requests.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from larpixdaq.constants import (
     CANCELLED,
     ENDED,
     ENDING,
+    LOST,
     PREPARING,
     PRODUCER,
     READY,
@@ -28,53 +27,87 @@ from larpixdaq.constants import (
     STORAGE,
     RunCondition,
 )
+from larpixdaq.control import disk_watch
 from larpixdaq.control.catalogue import Catalogue, Run
-from larpixdaq.control.disk_watch import SpaceWatch
 from larpixdaq.control.registry import MOST_COMPONENTS, Component, Registry
-from larpixdaq.control.run_transitions import (
-    RunProcedures,
+from larpixdaq.control.run_instructions import (
+    begin_params,
     check_team,
     connected,
+    end_params,
     highest_run,
     kind_of_run,
+    monitor_params,
+    note_connected,
+    producer_params,
+    shared_io_groups,
+    storage_params,
+    take_file,
+    take_ready,
     team_layout,
     team_versions,
 )
-from larpixdaq.control.scatter_gather import ComponentAnswer, Late, LogReply, Procedure, ReplyRoute, Steps, Team
-from larpixdaq.errors import FileError, StateError
+from larpixdaq.control.run_verdict import judge, take_end, take_report
+from larpixdaq.control.scatter_gather import (
+    ComponentAnswer,
+    ComponentRequest,
+    Item,
+    LogReply,
+    Procedures,
+    ReplyRoute,
+    Steps,
+    Team,
+)
+from larpixdaq.errors import ComponentError, FileError, LarpixDaqError, StateError
 from larpixdaq.protocol.control import Answer, Heartbeat, content
 from larpixdaq.protocol.reports import FinishedFile
 
 _log = logging.getLogger("larpixdaq.core")
-_LATE_KEPT: Final = 1000
+# Time limits of components for the steps of a run, seconds.
+PREPARE_LIMIT: Final = 10.0
+BEGIN_LIMIT: Final = 10.0
+PRODUCER_END_LIMIT: Final = 10.0
+END_LIMIT: Final = 30.0
+#: The same for online monitors: the run goes on without their answers.
+MONITOR_LIMIT: Final = 1.0
+#: Seconds that end_run waits for a required component that is lost.
+LOST_PATIENCE: Final = 5.0
 #: Seconds that components have to come back before an interrupted end_run goes on.
 _RETURN: Final = 2.0
 
 
-class RunControl(RunProcedures):
-    """What Operators ask for and what happens to components, and the procedures that follow from it."""
+class RunControl:
+    """Starts the procedures that follow from requests of Operators and from events of components.
+
+    `state` is STOP, READY or RUN; `run` is the run from the moment when its number is drawn until it is over.
+    """
 
     def __init__(self, peers: Registry, catalogue: Catalogue, team: Team) -> None:
-        super().__init__(peers, catalogue)
-        self.main: Procedure | None = None
-        self._team = team
-        self._side: list[Procedure] = []
-        self._late: dict[str, Late] = {}
-        #: A run that the catalogue says was going on when the core ended; a component that is in it brings it back.
+        self.state = STOP
+        self.run: Run | None = None
+        self._peers, self._catalogue = peers, catalogue
+        self._procedures = Procedures(peers, team)
+        #: The run that was going on when the core ended, by the catalogue. A component that is in it continues it.
         last = catalogue.find()
         self._candidate = last if last is not None and not last.over else None
-        if last is not None and last.phase == PREPARING:  # nobody has data of it, and whoever asked for it is gone
+        if last is not None and last.phase == PREPARING:  # there are no data of it, and its Operator is gone
             self._give_up_candidate()
+        #: When an end_run that the core's end has interrupted goes on.
         self._end_at: float | None = None
         self._deliveries = Deliveries(catalogue)
-        self._space = SpaceWatch()
+        self._space = disk_watch.SpaceWatch()
 
     @property
     def number(self) -> int | None:
-        """The run's number as others are told: None in STOP."""
+        """The run's number for others: None in STOP."""
         return self.run.run if self.run is not None and self.state != STOP else None
 
-    # What Operators ask for. These raise what is not allowed; `reply` gets the rest.
+    @property
+    def busy(self) -> str | None:
+        """The action that is going on; None when the next one may begin."""
+        return self._procedures.main.what if self._procedures.main is not None else None
+
+    # Requests of Operators. They raise StateError and ComponentError at once; `reply` gets the result and later errors.
 
     def prepare(self, comment: str, kind: str, operator: str, reply: ReplyRoute, now: float) -> None:
         """STOP -> READY. `kind`: empty for what follows from the producers' sources."""
@@ -122,10 +155,7 @@ class RunControl(RunProcedures):
 
     def abort(self, by: str, reply: ReplyRoute, now: float) -> None:
         """From any state to STOP."""
-        if self.main is not None:
-            self._keep_late(self.main)
-            self.main.cancel(StateError(f"{self.main.what} was aborted by {by}"))
-            self.main = None
+        self._procedures.cancel(StateError(f"{self.busy} was aborted by {by}"))
         if self.run is None:
             self._start("abort_run", self._abort_strays(), reply, now)
         elif self.run.phase == PREPARING:
@@ -142,12 +172,11 @@ class RunControl(RunProcedures):
         self._catalogue.add_comment(self.run.run, operator, text)
         return self.run.run
 
-    # What happens.
+    # Events.
 
     def registered(self, component: Component, now: float) -> None:
         """A component has come, come back, or found the core back."""
-        for procedure in self._procedures():
-            procedure.back(component)
+        self._procedures.back(component)
         self._place(component, now)
         self._end_abandoned(now)
         last = self._catalogue.find() if self.run is None and component.run is None else None
@@ -155,22 +184,24 @@ class RunControl(RunProcedures):
             self._look_again(last, component, now)
 
     def _place(self, component: Component, now: float) -> None:
-        """Bring a component's run and the core's together, where they differ."""
+        """Bring a component into the core's run, or out of another one, unless its answer to a request is awaited."""
         if self._candidate is not None and component.run == self._candidate.run:
             self._adopt(self._candidate, now)
         run = self.run
         if component.run is not None and (run is None or component.run != run.run):
             self._finish_stray(component, component.run, now)
-        elif run is not None and self.state != STOP and run.phase != ENDING and not self._asked(component.name):
+        elif (
+            run is not None and self.state != STOP and run.phase != ENDING and not self._procedures.asks(component.name)
+        ):
             required = component.name in run.storages or component.name in run.producers
             behind = component.run is None or (self.state == RUN and not component.begun)
             if behind and (component.kind == RUN_DATA or required):
-                self._aside(f"{component.name} joins run {run.run}", self._join(run, component), now)
+                self._procedures.start_aside(f"{component.name} joins run {run.run}", self._join(run, component), now)
 
     def heard(self, component: Component, beat: Heartbeat, now: float) -> None:
-        """A heartbeat. A storage's disk may run out, and what it has finished may complete a run that is over."""
-        if (beat.run, beat.begun) != (component.run, component.begun) and not self._asked(component.name):
-            # It has answered a core that was not there any more.
+        """A heartbeat: it may tell of a run, of a disk that runs out, and of files that complete an earlier run."""
+        if (beat.run, beat.begun) != (component.run, component.begun) and not self._procedures.asks(component.name):
+            # Its answer went to a core that has died.
             component.run, component.begun = beat.run, beat.begun
             self._place(component, now)
         if component.kind != STORAGE:
@@ -181,100 +212,60 @@ class RunControl(RunProcedures):
 
     def _look_again(self, run: Run, component: Component, now: float) -> None:
         if "report_run" in component.actions:
-            self._aside(f"{component.name} is asked anew about run {run.run}", self._review(run, component), now)
+            self._procedures.start_aside(
+                f"{component.name} is asked anew about run {run.run}", self._review(run, component), now
+            )
 
     def reconnected(self, component: Component) -> None:
         """Same session, new connection."""
-        for procedure in self._procedures():
-            procedure.back(component)
+        self._procedures.back(component)
 
     def lost(self, name: str, now: float) -> None:
-        for procedure in self._procedures():
-            procedure.lost(name, now)
+        self._procedures.lost(name, now)
         if self.run is not None and (name in self.run.producers or name in self.run.storages):
             _log.error("run %d continues without %s, which is lost", self.run.run, name)
 
     def answered(self, component: Component, answer: Answer, now: float) -> bool:
-        """Take a component's answer in; False when it is about none of our questions."""
-        for procedure in self._procedures():
-            if procedure.awaits(answer.request):
-                done = procedure.answered(component, answer)
-                if done is not None:
-                    self._mark(component, *done)
-                self.tick(now)
-                return True
-        late = self._late.get(answer.request)
-        if late is None or late.name != component.name:
+        """Take in a component's answer. False when run control has not asked for it."""
+        found = self._procedures.answered(component, answer)
+        if found is None:
             return False
-        if answer.kind in ("result", "error"):
-            del self._late[answer.request]
-        if answer.kind == "result":
-            self._mark(component, late.action, late.params)
-            self._take_late(component, late.action, late.params["run"], answer)
+        if found.done:
+            self._mark(component, found.action, found.params)
+            if found.late:
+                self._take_late(component, found.action, found.params["run"], answer, now)
+        self.tick(now)
         return True
 
     def tick(self, now: float) -> None:
-        """To be called often: time limits, and the next steps."""
-        self._now = now
-        if self._end_at is not None and now >= self._end_at and self.main is None and self.run is not None:
+        """Check the time limits, and continue the procedures. To be called at least every 50 ms while `waits`."""
+        if self._end_at is not None and now >= self._end_at and self.busy is None and self.run is not None:
             self._end_at = None
             what = f"end_run of run {self.run.run}, which the core had begun before it was restarted"
             self._start("end_run", self._end(self.run), LogReply(what), now)
-        for procedure in self._procedures():
-            procedure.tick(self._instances(), now)
-            if procedure.done:
-                self._keep_late(procedure)
-        self._side = [one for one in self._side if not one.done]
-        if self.main is not None and self.main.done:
-            self.main = None
+        self._procedures.tick(now)
 
     @property
     def waits(self) -> bool:
         """Something goes on that has time limits."""
-        return self.main is not None or bool(self._side) or self._end_at is not None
+        return self._procedures.busy or self._end_at is not None
 
     def excuse(self, seconds: float) -> None:
         """The core itself stood still for so long."""
-        for procedure in self._procedures():
-            procedure.excuse(seconds)
+        self._procedures.excuse(seconds)
 
-    # What they need.
+    # Consequences of events.
 
     def _idle(self, what: str) -> None:
-        if self.main is not None:
-            raise StateError(f"{what} is not allowed now: {self.main.what} is still going on")
-
-    def _procedures(self) -> list[Procedure]:
-        return [*self._side, *([self.main] if self.main is not None else [])]
-
-    def _instances(self) -> dict[str, str]:
-        return {one.name: one.instance for one in self._peers.components.values()}
+        if self.busy is not None:
+            raise StateError(f"{what} is not allowed now: {self.busy} is still going on")
 
     def _start(self, what: str, steps: Steps, reply: ReplyRoute, now: float) -> None:
-        self._now = now
-        self.main = Procedure(what, steps, self._team, reply)
-        self.main.start(self._instances(), now)
+        self._procedures.start(what, steps, reply, now)
         self.tick(now)
 
-    def _aside(self, what: str, steps: Steps, now: float) -> None:
-        """Start what nobody has asked for; several may go on at once."""
-        _log.warning("%s", what)
-        self._now = now
-        procedure = Procedure(what, steps, self._team, LogReply(what))
-        self._side.append(procedure)
-        procedure.start(self._instances(), now)
-
-    def _asked(self, name: str) -> bool:
-        """Whether a question to this component is open: then its answer decides, not what it says at registration."""
-        return any(procedure.asks(name) for procedure in self._procedures())
-
-    def _keep_late(self, procedure: Procedure) -> None:
-        self._late.update(procedure.late)
-        while len(self._late) > _LATE_KEPT:
-            del self._late[next(iter(self._late))]
-
     def _mark(self, component: Component, action: str, params: dict[str, Any]) -> None:
-        """What a component has done says which run it is in."""
+        """Note which run a component is in after it has done `action`."""
         if action == "prepare_run":
             component.run, component.begun = params["run"], False
         elif action == "begin_run":
@@ -282,11 +273,11 @@ class RunControl(RunProcedures):
         elif action != "report_run" and component.run == params["run"]:
             component.run, component.begun = None, False
 
-    def _take_late(self, component: Component, action: str, number: int, answer: Answer) -> None:
+    def _take_late(self, component: Component, action: str, number: int, answer: Answer, now: float) -> None:
         if action in ("end_run", "abort_run", "report_run"):
-            self._amend(number, component, ComponentAnswer(True, content(answer)))
+            self._amend(number, component, content(answer))
         elif action in ("prepare_run", "begin_run") and (self.run is None or self.run.run != number):
-            self._finish_stray(component, number, self._now)
+            self._finish_stray(component, number, now)
 
     def _finish_stray(self, component: Component, number: int, now: float) -> None:
         run = self._catalogue.find(number)
@@ -297,20 +288,22 @@ class RunControl(RunProcedures):
             return
         if not run.over:  # it was the run before the last restart, and nobody was in it
             self._abandon(run)
-        self._aside(f"{component.name} ends run {number}, which is over", self._finish(run, component), now)
+        self._procedures.start_aside(
+            f"{component.name} ends run {number}, which is over", self._finish(run, component), now
+        )
 
     def _adopt(self, run: Run, now: float) -> None:
-        """Go on with the run that was going on when the core ended. What it was about to do then, it does now."""
+        """Continue the run that was going on when the core ended, with the step that the core was about to take."""
         self._candidate = None
         _log.warning("run %d is picked up again, it was in %s", run.run, run.phase)
         self.run = run
         if run.phase == ENDING:
-            # Those that take part have a moment to come back.
+            # The other components of the run have this time to come back.
             self._end_at = now + _RETURN
         elif run.phase == BEGINNING:
             run.phase = RUN
             self._save(run)
-        self._go(READY if run.phase == READY else RUN)
+        self.state = READY if run.phase == READY else RUN
 
     def _give_up_candidate(self) -> None:
         if self._candidate is not None:
@@ -318,8 +311,8 @@ class RunControl(RunProcedures):
             self._candidate = None
 
     def _end_abandoned(self, now: float) -> None:
-        """Give up the run that was going on when the core ended as soon as all who took part are here and none is in it
-        any more: they were restarted too. Its storages say what they have of it."""
+        """Give up the run that was going on when the core ended, once all its components are here and none is in it
+        any more, because they were restarted too. Its storages are asked for a report."""
         run = self._candidate
         if run is None or not {*run.producers, *run.storages} <= self._peers.components.keys():
             return
@@ -329,29 +322,245 @@ class RunControl(RunProcedures):
                 self._look_again(run, self._peers.components[name], now)
 
     def _abandon(self, run: Run) -> None:
-        prepared = run.phase != PREPARING
-        over = (ENDED, RunCondition.INTERRUPTED) if prepared else (CANCELLED, RunCondition.CANCELLED)
-        run.phase, run.condition = over
-        run.reasons = [
-            "the core was restarted and no component was in this run any more"
-            if prepared
-            else "the core was restarted while the run was being prepared"
-        ]
+        if run.phase == PREPARING:
+            run.phase, run.condition = CANCELLED, RunCondition.CANCELLED
+            run.reasons = ["the core was restarted while the run was being prepared"]
+        else:
+            run.phase, run.condition = ENDED, RunCondition.INTERRUPTED
+            run.reasons = ["the core was restarted and no component was in this run any more"]
+            run.rows = run.stored = None  # until producers and a storage report them
         run.ended_ns = time.time_ns()
-        if prepared:
-            run.rows = run.stored = None  # until producers and a storage say it
         self._save(run)
+
+    # Procedures.
+
+    def _prepare(self, run: Run, producers: list[str], warnings: list[str]) -> Steps:
+        warnings += shared_io_groups([self._peers.components[name] for name in producers])
+        warnings += disk_watch.warnings([self._peers.components[name] for name in run.storages])
+        try:
+            # Storages first, so that the file is open for what producers report of the chips.
+            monitors = self._monitor_items(monitor_params(run))
+            stores = {name: Item(storage_params(run, producers), PREPARE_LIMIT) for name in run.storages}
+            outcomes = yield ComponentRequest("prepare_run", {**stores, **monitors})
+            warnings += [outcomes[name].text for name in monitors if not outcomes[name].ok]
+            files = [take_file(name, outcomes[name]) for name in run.storages]
+            asked = {name: Item(producer_params(run), PREPARE_LIMIT) for name in producers}
+            outcomes = yield ComponentRequest("prepare_run", asked)
+            warnings += [text for name in producers if (text := take_ready(run, name, outcomes[name]))]
+            run.phase = READY
+            self._catalogue.save(run)
+        except LarpixDaqError as error:
+            yield from self._cancel(run, producers, str(error))
+            raise
+        self.state = READY
+        self._warn("prepare_run", warnings)
+        return {"run": run.run, "files": files, "warnings": warnings}
+
+    def _begin(self, run: Run) -> Steps:
+        params = {"run": run.run}
+        monitors = self._monitor_items(params)
+        begin = begin_params(run)
+        stores = {name: Item(begin, BEGIN_LIMIT) for name in run.storages if not self._has_begun(name)}
+        outcomes = yield ComponentRequest("begin_run", {**stores, **monitors})
+        warnings = [outcomes[name].text for name in monitors if not outcomes[name].ok]
+        failures = [outcomes[name].text for name in stores if not outcomes[name].ok]
+        if not failures:
+            asked = {name: Item(params, BEGIN_LIMIT) for name in run.producers if not self._has_begun(name)}
+            outcomes = yield ComponentRequest("begin_run", asked)
+            failures = [outcome.text for outcome in outcomes.values() if not outcome.ok]
+        if failures:
+            # Data that have come since READY are the run's: it is aborted and kept.
+            run.condition = RunCondition.ABORTED
+            run.reasons = failures
+            yield from self._end(run)
+            raise ComponentError(f"run {run.run} was aborted, since it could not begin: {'; '.join(failures)}")
+        run.phase = RUN
+        self._save(run)
+        self.state = RUN
+        self._warn("begin_run", warnings)
+        return {"run": run.run, "warnings": warnings}
+
+    def _end(self, run: Run) -> Steps:
+        started = self._procedures.now
+        run.phase = ENDING
+        run.stopped_ns = run.stopped_ns or time.time_ns()
+        note_connected(run, self._peers.components)
+        failures = list(run.reasons)
+        self._save(run, failures)
+        aborted = run.condition == RunCondition.ABORTED
+        patience = 0.0 if aborted else LOST_PATIENCE
+        known = {(one["name"], one["epoch"]) for one in run.ends}
+        asked = {
+            name: Item({"run": run.run}, PRODUCER_END_LIMIT, min(patience, self._patience(name)))
+            for name, epochs in run.producers.items()
+            if (name, epochs[-1]) not in known
+        }
+        outcomes = yield ComponentRequest("abort_run" if aborted else "end_run", asked)
+        silent = {name: why for name in asked if (why := take_end(run, name, outcomes[name]))}
+        self._save(run, failures)
+        left = max(MONITOR_LIMIT, END_LIMIT - (self._procedures.now - started))
+        wait = min(patience, left)
+        waiting = [name for name in run.storages if name not in run.reports]
+        stores = {name: Item(end_params(run), left, min(wait, self._patience(name))) for name in waiting}
+        monitors = self._monitor_items({"run": run.run})
+        outcomes = yield ComponentRequest("end_run", {**stores, **monitors})
+        self._warn("end_run", [outcomes[name].text for name in monitors if not outcomes[name].ok])
+        failed = {name: why for name in stores if (why := take_report(run, name, outcomes[name]))}
+        # A storage that was restarted, or whose answer went to an earlier core, has no open file, but can report.
+        left = END_LIMIT - (self._procedures.now - started)
+        able = [name for name in failed if left > 0 and self._can_report(name)]
+        outcomes = yield ComponentRequest("report_run", {name: Item({"run": run.run}, left) for name in able})
+        for name in able:
+            if not take_report(run, name, outcomes[name]):
+                del failed[name]
+        failures += failed.values()
+        run.ended_ns = time.time_ns()
+        return self._close(run, failures, silent)
+
+    def _close(self, run: Run, failures: list[str], silent: dict[str, str]) -> dict[str, Any]:
+        verdict = judge(run, failures, silent)
+        run.phase = ENDED
+        run.condition, run.rows, run.stored, run.files, run.reasons = verdict
+        self._save(run, run.reasons)
+        self.run = None
+        self.state = STOP
+        return {"run": run.run, **verdict._asdict()}
+
+    def _cancel(self, run: Run, producers: list[str], reason: str) -> Steps:
+        """Back to STOP from a run that never was READY."""
+        params = {"run": run.run}
+        names = dict.fromkeys([*producers, *run.storages])
+        yield ComponentRequest(
+            "cancel_run", {name: Item(params, MONITOR_LIMIT) for name in names if name in self._peers.components}
+        )
+        yield ComponentRequest("end_run", self._monitor_items(params))
+        run.phase, run.condition = CANCELLED, RunCondition.CANCELLED
+        run.ended_ns, run.reasons = time.time_ns(), [reason]
+        self._save(run)
+        self.run = None
+        self.state = STOP
+        return {"run": run.run, "condition": run.condition, "rows": 0, "stored": 0, "files": [], "reasons": [reason]}
+
+    def _join(self, run: Run, component: Component) -> Steps:
+        """Bring a component that has registered during the run into the run."""
+        name = component.name
+        if component.run is None:
+            params = {PRODUCER: producer_params(run), STORAGE: storage_params(run, run.producers)}
+            item = Item(params.get(component.kind, monitor_params(run)), PREPARE_LIMIT)
+            outcomes = yield ComponentRequest("prepare_run", {name: item})
+            if component.kind == PRODUCER and (warning := take_ready(run, name, outcomes[name])):
+                self._warn("prepare_run", [warning])
+            elif component.kind == STORAGE:
+                take_file(name, outcomes[name])
+            self._save(run)
+        if self.state == RUN and self.run is run and run.phase != ENDING:
+            begin = begin_params(run) if component.kind == STORAGE else {"run": run.run}
+            outcomes = yield ComponentRequest("begin_run", {name: Item(begin, BEGIN_LIMIT)})
+            outcomes[name].result()
+
+    def _review(self, run: Run, component: Component) -> Steps:
+        """Ask a storage for a report on a run that is over, and judge the run again."""
+        outcomes = yield ComponentRequest("report_run", {component.name: Item({"run": run.run}, END_LIMIT)})
+        self._amend(run.run, component, outcomes[component.name].result())
+
+    def _finish(self, run: Run, component: Component) -> Steps:
+        """End a run for a component that was away when the run ended."""
+        action = "end_run"
+        params: dict[str, Any] = {"run": run.run}
+        if run.phase == CANCELLED and component.kind != RUN_DATA:
+            action = "cancel_run"
+        elif component.kind == STORAGE:
+            params = end_params(run)
+        elif run.condition == RunCondition.ABORTED and component.kind == PRODUCER:
+            action = "abort_run"
+        outcomes = yield ComponentRequest(action, {component.name: Item(params, END_LIMIT)})
+        value = outcomes[component.name].result()
+        if action != "cancel_run":
+            self._amend(run.run, component, value)
+
+    def _abort_strays(self) -> Steps:
+        """End, in STOP, the runs that components are still in."""
+        strays = [one for one in self._peers.components.values() if one.run is not None]
+        cancelled = {
+            one.name: Item({"run": one.run}, MONITOR_LIMIT)
+            for one in strays
+            if one.kind != RUN_DATA and (run := self._catalogue.find(one.run)) is not None and run.phase == CANCELLED
+        }
+        yield ComponentRequest("cancel_run", cancelled)
+        strays = [one for one in strays if one.name not in cancelled]
+        producers = {one.name: Item({"run": one.run}, PRODUCER_END_LIMIT) for one in strays if one.kind == PRODUCER}
+        yield ComponentRequest("abort_run", producers)
+        others: dict[str, Item] = {}
+        for one in strays:
+            if one.kind == STORAGE:
+                others[one.name] = Item({"run": one.run, "how": "aborted", "producers": []}, END_LIMIT)
+            elif one.kind == RUN_DATA:
+                others[one.name] = Item({"run": one.run}, MONITOR_LIMIT)
+        yield ComponentRequest("end_run", others)
+        return {"run": None, "condition": "", "rows": 0, "stored": 0, "files": [], "reasons": []}
+
+    # Steps of procedures.
+
+    def _monitor_items(self, params: dict[str, Any]) -> dict[str, Item]:
+        return {one.name: Item(params, MONITOR_LIMIT) for one in self._peers.of_kind(RUN_DATA)}
+
+    def _amend(self, number: int, component: Component, value: Any) -> None:
+        """Judge a run again, with what a producer or storage answers after the run was closed without its answer."""
+        outcome = ComponentAnswer(True, value)
+        # Looked up only now, because other answers may have changed the run since this one was asked for.
+        run = self.run if self.run is not None and self.run.run == number else self._catalogue.find(number)
+        if run is None or component.kind == RUN_DATA:
+            return
+        silent: dict[str, str] = {}
+        failures: list[str] = []
+        if component.kind == PRODUCER:
+            silent[component.name] = take_end(run, component.name, outcome)
+        elif why := take_report(run, component.name, outcome):
+            failures.append(why)
+        if run.phase != ENDED:
+            return
+        before, verdict = run.condition, judge(run, failures, silent)
+        level = logging.INFO if verdict.condition == before else logging.WARNING
+        _log.log(level, "run %d: %s after the last word of %s", number, verdict.condition, component.name)
+        run.condition, run.rows, run.stored, run.files, run.reasons = verdict
+        self._save(run)
+
+    def _patience(self, name: str) -> float:
+        """Seconds end_run still waits for a component if it is lost, counted from the loss."""
+        lost = self._peers.lost.get(name)
+        return LOST_PATIENCE if lost is None else max(0.0, LOST_PATIENCE + LOST - (self._procedures.now - lost[0]))
+
+    def _can_report(self, name: str) -> bool:
+        component = self._peers.components.get(name)
+        return component is not None and "report_run" in component.actions
+
+    def _has_begun(self, name: str) -> bool:
+        component = self._peers.components.get(name)
+        return component is not None and component.begun
+
+    def _save(self, run: Run, failures: list[str] | None = None) -> None:
+        """Write a run to the catalogue. An error does not stop the run: it is logged, and noted in `failures`."""
+        try:
+            self._catalogue.save(run)
+        except FileError as error:
+            _log.error("run %d: %s", run.run, error)
+            if failures is not None and str(error) not in failures:
+                failures.append(str(error))
+
+    def _warn(self, what: str, warnings: list[str]) -> None:
+        for one in warnings:
+            _log.warning("%s: %s", what, one)
 
 
 class Deliveries:
-    """`take()` is for every heartbeat: it looks only at what is new in it."""
+    """Files that storages have closed, by their heartbeats. The catalogue gets them all."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._seen: dict[str, Any] = {}  # by storage, as it came
 
     def take(self, component: Component) -> list[Run]:
-        """The runs that are over, and of which this storage now has more than it reported."""
+        """Take in a storage's heartbeat. Returns the runs that are over and of which it now has more than it reported."""
         told = component.status.get("finished")
         before = self._seen.get(component.name)
         if not told or told == before:
@@ -386,6 +595,6 @@ class Deliveries:
 
 
 def may_say_more(run: Run, storage: str) -> bool:
-    """Whether a run that is over may turn out better once this storage is asked, or it never had its say."""
+    """Whether another report of this storage may improve the condition of a run that is over."""
     open_question = run.condition in (RunCondition.INTERRUPTED, RunCondition.INCOMPLETE) or storage not in run.reports
     return run.phase == ENDED and storage in run.storages and open_question

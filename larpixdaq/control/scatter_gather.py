@@ -1,29 +1,38 @@
-"""Asking several components to do something, and going on when all have answered, failed, or taken too long.
+"""Requests to several components at once, which end when all have answered, failed, or taken too long.
 
-A procedure is a generator that yields an Ask and gets back what came of it. It knows no sockets, and no clock but the
-times that it is told, so that every order of events can be tried.
+A procedure is a generator that yields ComponentRequests and gets the answers. It has no sockets and no clock, so that
+tests can try every order of events: `now` is time.monotonic() of the caller.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, Protocol
 
-from larpixdaq.control.registry import Component
-from larpixdaq.errors import LarpixDaqError, RequestError
+from larpixdaq.control.registry import Component, Registry
+from larpixdaq.errors import ComponentError, LarpixDaqError, RequestError
 from larpixdaq.protocol.control import Answer, content
 
 _log = logging.getLogger("larpixdaq.core")
+#: Maximum number of requests whose late answers are still expected.
+_LATE_KEPT: Final = 1000
 
 
 class ComponentAnswer(NamedTuple):
-    """`value` of a result (ok), or why there is none."""
+    """`value` of a result (ok), or the reason in `text` why there is none."""
 
     ok: bool
     value: Any
     text: str = ""
+
+    def result(self) -> Any:
+        """Return the value; ComponentError when there is none."""
+        if not self.ok:
+            raise ComponentError(self.text)
+        return self.value
 
 
 @dataclass
@@ -87,32 +96,30 @@ class _Pending:
     instance: str = ""
 
 
-@dataclass
-class Late:
-    """An answer that may still come after the procedure has gone on without it."""
+class Instruction(NamedTuple):
+    """An action that a component was asked for."""
 
-    name: str
+    name: str  # of the component
     action: str
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any]
 
 
 class Procedure:
-    """One run of a generator. `late` holds the requests that it has not waited for any longer."""
+    """One run of a generator. `late` holds the requests whose answers it no longer waits for."""
 
-    def __init__(self, what: str, steps: Steps, team: Team, reply: ReplyRoute) -> None:
+    def __init__(self, what: str, steps: Steps, peers: Registry, team: Team, reply: ReplyRoute) -> None:
         self.what = what
         self.done = False
-        self.late: dict[str, Late] = {}
-        self._steps, self._team, self._reply = steps, team, reply
+        self.late: dict[str, Instruction] = {}
+        self._steps, self._peers, self._team, self._reply = steps, peers, team, reply
         self._ask = ComponentRequest("", {})
         self._pending: dict[str, _Pending] = {}
         self._outcomes: dict[str, ComponentAnswer] = {}
 
-    def start(self, instances: dict[str, str], now: float) -> None:
-        """`instances` says, by name, which process of each component is the one that is known."""
-        self._advance(None, instances, now)
+    def start(self, now: float) -> None:
+        self._advance(None, now)
 
-    def _advance(self, outcomes: dict[str, ComponentAnswer] | None, instances: dict[str, str], now: float) -> None:
+    def _advance(self, outcomes: dict[str, ComponentAnswer] | None, now: float) -> None:
         while not self.done:
             try:
                 self._ask = next(self._steps) if outcomes is None else self._steps.send(outcomes)
@@ -132,7 +139,9 @@ class Procedure:
                 return
             self._outcomes = {}
             for name, item in self._ask.items.items():
-                pending = _Pending(name, item, self._team.new_id(), now + item.limit, instance=instances.get(name, ""))
+                component = self._peers.components.get(name)
+                instance = component.instance if component is not None else ""
+                pending = _Pending(name, item, self._team.new_id(), now + item.limit, instance=instance)
                 self._pending[pending.request] = pending
                 if not self._team.send(name, pending.request, self._ask.action, item.params):
                     pending.lost = now
@@ -148,40 +157,41 @@ class Procedure:
             elif now >= pending.deadline:
                 text = f"{pending.name} has not answered {self._ask.action} within {pending.item.limit:g} s"
                 self._close(pending, ComponentAnswer(False, None, text))
-                self.late[pending.request] = Late(pending.name, self._ask.action, pending.item.params)
+                self.late[pending.request] = Instruction(pending.name, self._ask.action, pending.item.params)
         return bool(self._pending)
 
     def _close(self, pending: _Pending, outcome: ComponentAnswer) -> None:
         self._outcomes[pending.name] = outcome
         del self._pending[pending.request]
 
-    def tick(self, instances: dict[str, str], now: float) -> None:
+    def tick(self, now: float) -> None:
         if not self.done and not self._settle(now):
-            self._advance(self._outcomes, instances, now)
+            self._advance(self._outcomes, now)
 
-    def answered(self, component: Component, answer: Answer) -> tuple[str, dict[str, Any]] | None:
-        """Take an answer in; action and params of what was done when it is a result. tick() goes on from there."""
-        pending = self._pending.get(answer.request)
-        if pending is None or pending.name != component.name:
-            return None
+    def instruction(self, request: str) -> Instruction | None:
+        """The instruction with this request id, if its answer is awaited."""
+        pending = self._pending.get(request)
+        return None if pending is None else Instruction(pending.name, self._ask.action, pending.item.params)
+
+    def answered(self, answer: Answer) -> bool:
+        """Take in the answer to a request that is awaited. True when the component has done as asked. tick() continues
+        the procedure."""
+        pending = self._pending[answer.request]
         if answer.kind not in ("result", "error"):
-            self._reply.progress(component.name, answer.text, answer.done, answer.total)
-            return None
+            self._reply.progress(pending.name, answer.text, answer.done, answer.total)
+            return False
         if answer.kind == "error":
-            self._close(pending, ComponentAnswer(False, None, f"{component.name}: {answer.text}"))
-            return None
+            self._close(pending, ComponentAnswer(False, None, f"{pending.name}: {answer.text}"))
+            return False
         try:
             outcome = ComponentAnswer(True, content(answer), answer.text)
         except LarpixDaqError as error:
-            outcome = ComponentAnswer(False, None, f"{component.name}: {error}")
+            outcome = ComponentAnswer(False, None, f"{pending.name}: {error}")
         self._close(pending, outcome)
         if outcome.ok:
             done = len(self._outcomes)
-            self._reply.progress(component.name, f"{self._ask.action} done", done, done + len(self._pending))
-        return (self._ask.action, pending.item.params) if outcome.ok else None
-
-    def awaits(self, request: str) -> bool:
-        return request in self._pending
+            self._reply.progress(pending.name, f"{self._ask.action} done", done, done + len(self._pending))
+        return outcome.ok
 
     def asks(self, name: str) -> bool:
         return any(pending.name == name for pending in self._pending.values())
@@ -215,6 +225,102 @@ class Procedure:
         self.done = True
         self._steps.close()
         for request, pending in self._pending.items():
-            self.late[request] = Late(pending.name, self._ask.action, pending.item.params)
+            self.late[request] = Instruction(pending.name, self._ask.action, pending.item.params)
         self._pending.clear()
         self._reply.error(error)
+
+
+class Answered(NamedTuple):
+    """What an answer of a component says."""
+
+    action: str
+    params: dict[str, Any]
+    done: bool  # the component has done as asked
+    late: bool  # no procedure waits for the answer any longer
+
+
+class Procedures:
+    """All procedures that are going on: the main one, and others beside it that no Operator has asked for."""
+
+    def __init__(self, peers: Registry, team: Team) -> None:
+        #: The procedure that an Operator waits for, or that the core continues after a restart.
+        self.main: Procedure | None = None
+        #: time.monotonic() of the call that the procedures work in.
+        self.now = time.monotonic()
+        self._peers, self._team = peers, team
+        self._others: list[Procedure] = []
+        self._late: dict[str, Instruction] = {}
+
+    @property
+    def busy(self) -> bool:
+        return self.main is not None or bool(self._others)
+
+    def start(self, what: str, steps: Steps, reply: ReplyRoute, now: float) -> None:
+        """Start the main procedure. tick() must follow."""
+        self.now = now
+        self.main = Procedure(what, steps, self._peers, self._team, reply)
+        self.main.start(now)
+
+    def start_aside(self, what: str, steps: Steps, now: float) -> None:
+        _log.warning("%s", what)
+        self.now = now
+        procedure = Procedure(what, steps, self._peers, self._team, LogReply(what))
+        self._others.append(procedure)
+        procedure.start(now)
+
+    def cancel(self, error: LarpixDaqError) -> None:
+        """Cancel the main procedure, which fails with `error`."""
+        if self.main is not None:
+            self._keep_late(self.main)
+            self.main.cancel(error)
+            self.main = None
+
+    def tick(self, now: float) -> None:
+        """Check the time limits, and continue the procedures."""
+        self.now = now
+        for procedure in self._all():
+            procedure.tick(now)
+            if procedure.done:
+                self._keep_late(procedure)
+        self._others = [one for one in self._others if not one.done]
+        if self.main is not None and self.main.done:
+            self.main = None
+
+    def answered(self, component: Component, answer: Answer) -> Answered | None:
+        """Take in a component's answer. None when it answers no request of these procedures. tick() must follow."""
+        for procedure in self._all():
+            asked = procedure.instruction(answer.request)
+            if asked is not None and asked.name == component.name:
+                return Answered(asked.action, asked.params, procedure.answered(answer), late=False)
+        asked = self._late.get(answer.request)
+        if asked is None or asked.name != component.name:
+            return None
+        if answer.kind in ("result", "error"):
+            del self._late[answer.request]
+        return Answered(asked.action, asked.params, answer.kind == "result", late=True)
+
+    def asks(self, name: str) -> bool:
+        """Whether an answer of this component is awaited."""
+        return any(procedure.asks(name) for procedure in self._all())
+
+    def back(self, component: Component) -> None:
+        """Ask a component again that has registered, or has a new connection."""
+        for procedure in self._all():
+            procedure.back(component)
+
+    def lost(self, name: str, now: float) -> None:
+        for procedure in self._all():
+            procedure.lost(name, now)
+
+    def excuse(self, seconds: float) -> None:
+        """Extend all time limits, because the core itself stood still for this long."""
+        for procedure in self._all():
+            procedure.excuse(seconds)
+
+    def _all(self) -> list[Procedure]:
+        return [*self._others, *([self.main] if self.main is not None else [])]
+
+    def _keep_late(self, procedure: Procedure) -> None:
+        self._late.update(procedure.late)
+        while len(self._late) > _LATE_KEPT:
+            del self._late[next(iter(self._late))]

@@ -157,7 +157,7 @@ class Model(RuleBasedStateMachine):
     @rule(name=NAMES)
     def beat(self, name):
         if name in self.world.peers.components:
-            asked = self.world.runs._asked(name)
+            asked = self.world.runs._procedures.asks(name)
             self.world.beat(name)
             if not asked:
                 self.placed(name)
