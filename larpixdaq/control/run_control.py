@@ -231,9 +231,9 @@ class RunControl:
         if found is None:
             return False
         if found.done:
-            self._mark(component, found.action, found.params)
+            self._mark(component, found.action, found.item.params)
             if found.late:
-                self._take_late(component, found.action, found.params["run"], answer, now)
+                self._take_late(component, found.action, found.item.params["run"], answer, now)
         self.tick(now)
         return True
 
@@ -560,7 +560,7 @@ class Deliveries:
         self._seen: dict[str, Any] = {}  # by storage, as it came
 
     def take(self, component: Component) -> list[Run]:
-        """Take in a storage's heartbeat. Returns the runs that are over and of which it now has more than it reported."""
+        """Take in a storage's heartbeat. Returns the runs that are over and of which it has more than it reported."""
         told = component.status.get("finished")
         before = self._seen.get(component.name)
         if not told or told == before:

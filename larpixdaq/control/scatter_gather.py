@@ -87,33 +87,30 @@ class LogReply:
 
 
 @dataclass
-class _Pending:
-    name: str
-    item: Item
-    request: str
-    deadline: float
-    lost: float | None = None
-    instance: str = ""
-
-
-class Instruction(NamedTuple):
-    """An action that a component was asked for."""
+class Instruction:
+    """One action that one component was asked for. Times are time.monotonic()."""
 
     name: str  # of the component
     action: str
-    params: dict[str, Any]
+    item: Item
+    request: str
+    deadline: float
+    instance: str  # of the component's process; "" when it was not registered
+    lost: float | None = None
+    done: bool = False  # as the component says
+    late: bool = False  # no procedure waits for the answer any longer
 
 
 class Procedure:
-    """One run of a generator. `late` holds the requests whose answers it no longer waits for."""
+    """One run of a generator. Instructions whose answers it no longer waits for go to `late`, by request id."""
 
-    def __init__(self, what: str, steps: Steps, peers: Registry, team: Team, reply: ReplyRoute) -> None:
+    def __init__(
+        self, what: str, steps: Steps, peers: Registry, team: Team, reply: ReplyRoute, late: dict[str, Instruction]
+    ) -> None:
         self.what = what
         self.done = False
-        self.late: dict[str, Instruction] = {}
-        self._steps, self._peers, self._team, self._reply = steps, peers, team, reply
-        self._ask = ComponentRequest("", {})
-        self._pending: dict[str, _Pending] = {}
+        self._steps, self._peers, self._team, self._reply, self._late = steps, peers, team, reply, late
+        self._pending: dict[str, Instruction] = {}
         self._outcomes: dict[str, ComponentAnswer] = {}
 
     def start(self, now: float) -> None:
@@ -122,7 +119,7 @@ class Procedure:
     def _advance(self, outcomes: dict[str, ComponentAnswer] | None, now: float) -> None:
         while not self.done:
             try:
-                self._ask = next(self._steps) if outcomes is None else self._steps.send(outcomes)
+                asked = next(self._steps) if outcomes is None else self._steps.send(outcomes)
             except StopIteration as end:
                 self.done = True
                 self._reply.result(end.value)
@@ -138,12 +135,12 @@ class Procedure:
                 self._reply.error(RequestError(f"{self.what}: internal error: {type(error).__name__}: {error}"))
                 return
             self._outcomes = {}
-            for name, item in self._ask.items.items():
+            for name, item in asked.items.items():
                 component = self._peers.components.get(name)
                 instance = component.instance if component is not None else ""
-                pending = _Pending(name, item, self._team.new_id(), now + item.limit, instance=instance)
+                pending = Instruction(name, asked.action, item, self._team.new_id(), now + item.limit, instance)
                 self._pending[pending.request] = pending
-                if not self._team.send(name, pending.request, self._ask.action, item.params):
+                if not self._send(pending):
                     pending.lost = now
             if self._settle(now):
                 return
@@ -155,43 +152,48 @@ class Procedure:
             if pending.lost is not None and now - pending.lost >= pending.item.patience:
                 self._close(pending, ComponentAnswer(False, None, f"{pending.name} is lost"))
             elif now >= pending.deadline:
-                text = f"{pending.name} has not answered {self._ask.action} within {pending.item.limit:g} s"
+                text = f"{pending.name} has not answered {pending.action} within {pending.item.limit:g} s"
                 self._close(pending, ComponentAnswer(False, None, text))
-                self.late[pending.request] = Instruction(pending.name, self._ask.action, pending.item.params)
+                self._release(pending)
         return bool(self._pending)
 
-    def _close(self, pending: _Pending, outcome: ComponentAnswer) -> None:
+    def _send(self, pending: Instruction) -> bool:
+        return self._team.send(pending.name, pending.request, pending.action, pending.item.params)
+
+    def _close(self, pending: Instruction, outcome: ComponentAnswer) -> None:
         self._outcomes[pending.name] = outcome
         del self._pending[pending.request]
+
+    def _release(self, pending: Instruction) -> None:
+        pending.late = True
+        self._late[pending.request] = pending
 
     def tick(self, now: float) -> None:
         if not self.done and not self._settle(now):
             self._advance(self._outcomes, now)
 
-    def instruction(self, request: str) -> Instruction | None:
-        """The instruction with this request id, if its answer is awaited."""
-        pending = self._pending.get(request)
-        return None if pending is None else Instruction(pending.name, self._ask.action, pending.item.params)
-
-    def answered(self, answer: Answer) -> bool:
-        """Take in the answer to a request that is awaited. True when the component has done as asked. tick() continues
-        the procedure."""
-        pending = self._pending[answer.request]
+    def answered(self, component: Component, answer: Answer) -> Instruction | None:
+        """Take in an answer, and return its instruction; None when this procedure does not wait for the answer. tick()
+        continues the procedure."""
+        pending = self._pending.get(answer.request)
+        if pending is None or pending.name != component.name:
+            return None
         if answer.kind not in ("result", "error"):
             self._reply.progress(pending.name, answer.text, answer.done, answer.total)
-            return False
+            return pending
         if answer.kind == "error":
             self._close(pending, ComponentAnswer(False, None, f"{pending.name}: {answer.text}"))
-            return False
+            return pending
         try:
             outcome = ComponentAnswer(True, content(answer), answer.text)
         except LarpixDaqError as error:
             outcome = ComponentAnswer(False, None, f"{pending.name}: {error}")
         self._close(pending, outcome)
+        pending.done = outcome.ok
         if outcome.ok:
             done = len(self._outcomes)
-            self._reply.progress(pending.name, f"{self._ask.action} done", done, done + len(self._pending))
-        return outcome.ok
+            self._reply.progress(pending.name, f"{pending.action} done", done, done + len(self._pending))
+        return pending
 
     def asks(self, name: str) -> bool:
         return any(pending.name == name for pending in self._pending.values())
@@ -208,9 +210,9 @@ class Procedure:
                 continue
             if pending.instance not in ("", component.instance):
                 self._close(
-                    pending, ComponentAnswer(False, None, f"{component.name} was restarted during {self._ask.action}")
+                    pending, ComponentAnswer(False, None, f"{component.name} was restarted during {pending.action}")
                 )
-            elif self._team.send(component.name, pending.request, self._ask.action, pending.item.params):
+            elif self._send(pending):
                 pending.lost = None
 
     def excuse(self, seconds: float) -> None:
@@ -221,22 +223,13 @@ class Procedure:
                 pending.lost += seconds
 
     def cancel(self, error: LarpixDaqError) -> None:
-        """Stop here; what was asked already is awaited by nobody."""
+        """Stop here. Answers to the open instructions are late ones."""
         self.done = True
         self._steps.close()
-        for request, pending in self._pending.items():
-            self.late[request] = Instruction(pending.name, self._ask.action, pending.item.params)
+        for pending in self._pending.values():
+            self._release(pending)
         self._pending.clear()
         self._reply.error(error)
-
-
-class Answered(NamedTuple):
-    """What an answer of a component says."""
-
-    action: str
-    params: dict[str, Any]
-    done: bool  # the component has done as asked
-    late: bool  # no procedure waits for the answer any longer
 
 
 class Procedures:
@@ -258,20 +251,19 @@ class Procedures:
     def start(self, what: str, steps: Steps, reply: ReplyRoute, now: float) -> None:
         """Start the main procedure. tick() must follow."""
         self.now = now
-        self.main = Procedure(what, steps, self._peers, self._team, reply)
+        self.main = Procedure(what, steps, self._peers, self._team, reply, self._late)
         self.main.start(now)
 
     def start_aside(self, what: str, steps: Steps, now: float) -> None:
         _log.warning("%s", what)
         self.now = now
-        procedure = Procedure(what, steps, self._peers, self._team, LogReply(what))
+        procedure = Procedure(what, steps, self._peers, self._team, LogReply(what), self._late)
         self._others.append(procedure)
         procedure.start(now)
 
     def cancel(self, error: LarpixDaqError) -> None:
         """Cancel the main procedure, which fails with `error`."""
         if self.main is not None:
-            self._keep_late(self.main)
             self.main.cancel(error)
             self.main = None
 
@@ -280,24 +272,24 @@ class Procedures:
         self.now = now
         for procedure in self._all():
             procedure.tick(now)
-            if procedure.done:
-                self._keep_late(procedure)
+        while len(self._late) > _LATE_KEPT:
+            del self._late[next(iter(self._late))]
         self._others = [one for one in self._others if not one.done]
         if self.main is not None and self.main.done:
             self.main = None
 
-    def answered(self, component: Component, answer: Answer) -> Answered | None:
-        """Take in a component's answer. None when it answers no request of these procedures. tick() must follow."""
+    def answered(self, component: Component, answer: Answer) -> Instruction | None:
+        """Take in a component's answer, and return its instruction; None when there is none. tick() must follow."""
         for procedure in self._all():
-            asked = procedure.instruction(answer.request)
-            if asked is not None and asked.name == component.name:
-                return Answered(asked.action, asked.params, procedure.answered(answer), late=False)
-        asked = self._late.get(answer.request)
-        if asked is None or asked.name != component.name:
+            if (found := procedure.answered(component, answer)) is not None:
+                return found
+        late = self._late.get(answer.request)
+        if late is None or late.name != component.name:
             return None
         if answer.kind in ("result", "error"):
             del self._late[answer.request]
-        return Answered(asked.action, asked.params, answer.kind == "result", late=True)
+        late.done = answer.kind == "result"
+        return late
 
     def asks(self, name: str) -> bool:
         """Whether an answer of this component is awaited."""
@@ -319,8 +311,3 @@ class Procedures:
 
     def _all(self) -> list[Procedure]:
         return [*self._others, *([self.main] if self.main is not None else [])]
-
-    def _keep_late(self, procedure: Procedure) -> None:
-        self._late.update(procedure.late)
-        while len(self._late) > _LATE_KEPT:
-            del self._late[next(iter(self._late))]

@@ -555,6 +555,22 @@ def test_abort_interrupts_what_is_going_on(team):
     assert aborting.value()["rows"] == 20
 
 
+def test_late_answers_to_an_aborted_step_count(team):
+    do(team, "prepare")
+    ask(team, "end")
+    aborting = ask(team, "abort")
+    for name in ("board 1", "board 2"):
+        assert team.waiting[0][::2] == (name, "end_run")
+        team.answer()
+    for name in ("board 1", "board 2"):
+        assert team.waiting[0][::2] == (name, "abort_run")
+        team.answer(failing=True)
+    assert [one.run for one in team.peers.of_kind("producer")] == [None, None]
+    team.answer_all()
+    result = aborting.value()
+    assert (result["condition"], result["rows"], result["reasons"]) == (RunCondition.ABORTED, 20, [])
+
+
 def test_abort_of_prepare_and_in_stop(team):
     preparing = ask(team, "prepare")
     team.answer()
