@@ -20,7 +20,7 @@ from larpixdaq.constants import LOG, LOST, PRODUCER
 from larpixdaq.control.catalogue import Catalogue
 from larpixdaq.control.log_shipping import LogShipper
 from larpixdaq.control.registry import Component, Control, NameTaken, OperatorPeer, Peer, Registry, TooMany
-from larpixdaq.control.request_router import Desk, Forwarding
+from larpixdaq.control.request_router import CoreActions, RequestRouter
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError
 from larpixdaq.protocol.control import (
@@ -84,8 +84,8 @@ class Core:
         self._peers = Registry()
         self._control = Control(self._peers)
         self._runs = RunControl(self._peers, self._catalogue, self)
-        self._desk = Desk(self._peers, self._control, self._runs, self._catalogue, insecure=insecure)
-        self._forwarding = Forwarding(self._peers, self._control, self._desk, self)
+        self._actions = CoreActions(self._peers, self._control, self._runs, self._catalogue, insecure=insecure)
+        self._requests = RequestRouter(self._peers, self._control, self._actions, self)
         self._ids = secrets.token_hex(8)
         self._next_id = 0
         self._told: dict[str, Any] = {}
@@ -143,7 +143,7 @@ class Core:
         self._keep_catalogue(now)
         self._tell()
         self._shipper.ship(self._current()["log"])
-        self._desk.load.shares()
+        self._actions.load.shares()
 
     def _keep_catalogue(self, now: float) -> None:
         if now < self._keep_at:
@@ -183,7 +183,7 @@ class Core:
         return False
 
     def _refuse(self, route: bytes, data: bytes, error: ProtocolError, now: float) -> None:
-        self._desk.refused += 1
+        self._actions.refused += 1
         self._refusals += 1
         if now - self._refusal_logged >= 1.0:  # at most one line a second, however much garbage comes
             _log.warning("%s (%d messages refused)", error, self._refusals)
@@ -215,10 +215,10 @@ class Core:
                 self._runs.heard(peer, message, now)
             self._send(peer.route, Update(request=message.request, session=peer.session, **self._current()))
         elif isinstance(message, Answer) and isinstance(peer, Component):
-            if not self._forwarding.answered(peer, message) and not self._runs.answered(peer, message, now):
+            if not self._requests.answered(peer, message) and not self._runs.answered(peer, message, now):
                 _log.info("%s answered what nobody waits for", peer.name)
         elif isinstance(message, ActionRequest) and isinstance(peer, OperatorPeer):
-            self._forwarding.requested(peer, message, now)
+            self._requests.requested(peer, message, now)
         else:
             raise ProtocolError(f"message from {peer.name}: {type(message).__name__} is not for it to send")
 
@@ -246,14 +246,14 @@ class Core:
 
     def _changed(self, what: str, peer: Peer, now: float) -> None:
         if isinstance(peer, OperatorPeer):
-            self._forwarding.gone(peer, what)
+            self._requests.gone(peer, what)
             return
         if what == "moving":
             _log.info("%s moves again", peer.name)
             return
         _log.log(logging.INFO if what == "closed" else logging.WARNING, "%s is %s", peer.name, what)
         if what in ("lost", "closed"):
-            self._forwarding.gone(peer, what)
+            self._requests.gone(peer, what)
             self._runs.lost(peer.name, now)
 
     # The way to others.

@@ -1,7 +1,4 @@
-"""What the core itself answers to Operators: the run's instructions, control, and everything that it can tell.
-
-Operators' requests on their way to the core's desk or to a component, and the answers on their way back.
-"""
+"""Requests of Operators: the actions of the core itself, and the way of all others to a component and back."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from larpixdaq.constants import PRODUCER, QUERIES, RUN_ACTIONS, RUN_DATA
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Registry
 from larpixdaq.control.run_control import RunControl
-from larpixdaq.control.scatter_gather import ReplyRoute
+from larpixdaq.control.scatter_gather import ReplyRoute, Team
 from larpixdaq.errors import ComponentError, ControlHeld, LarpixDaqError, RequestError, UnknownAction
 from larpixdaq.protocol.control import ActionRequest, Answer, FromCore, packed
 from larpixdaq.protocol.stream import RunNumber
@@ -51,8 +48,17 @@ class _RunInfo(msgspec.Struct, forbid_unknown_fields=True):
     run: RunNumber | None = None
 
 
-class Desk:
-    """handle() answers through `reply`, at once or later, or raises a LarpixDaqError. Changing actions need control."""
+class _CoreRequest(NamedTuple):
+    """A request to the core itself; `params` is one of the structs above."""
+
+    operator: OperatorPeer
+    params: Any
+    reply: ReplyRoute
+    now: float
+
+
+class CoreActions:
+    """The actions of the core itself. Actions that change something need control."""
 
     def __init__(
         self, peers: Registry, control: Control, runs: RunControl, catalogue: Catalogue, *, insecure: bool
@@ -64,27 +70,33 @@ class Desk:
         self.refused = 0
         #: Of the core's own process.
         self.load = Load()
-        self._actions: Final[dict[str, tuple[type[Any], Callable[..., Any], bool]]] = {
-            "state": (_None, self._state, False),
-            "components": (_None, self._components, False),
+        #: Parameters, handler, and whether the action needs control. A handler that returns None answers by `reply`.
+        self._actions: Final[dict[str, tuple[type[Any], Callable[[_CoreRequest], Any], bool]]] = {
+            "state": (_None, lambda request: runs.state, False),
+            "components": (_None, lambda request: peers.describe(request.now), False),
             "actions": (_Actions, self._list_actions, False),
             "status": (_None, self._status, False),
             "run_info": (_RunInfo, self._run_info, False),
             "take_control": (_None, self._take_control, False),
             "release_control": (_None, self._release_control, False),
             "prepare_run": (_Prepare, self._prepare, True),
-            "begin_run": (_None, self._begin, True),
-            "end_run": (_None, self._end, True),
-            "abort_run": (_None, self._abort, True),
-            "comment": (_Comment, self._comment, True),
+            "begin_run": (_None, lambda request: runs.begin(request.reply, request.now), True),
+            "end_run": (_None, lambda request: runs.end(request.reply, request.now), True),
+            "abort_run": (_None, lambda request: runs.abort(request.operator.name, request.reply, request.now), True),
+            "comment": (
+                _Comment,
+                lambda request: {"run": runs.comment(request.operator.name, request.params.text)},
+                True,
+            ),
         }
 
     def handle(
         self, operator: OperatorPeer, action: str, params: dict[str, Any], reply: ReplyRoute, now: float
     ) -> None:
+        """Answer through `reply`, at once or later, or raise a LarpixDaqError."""
         if action not in self._actions:
             raise RequestError(f"the core has no action {action!r}; it has {', '.join(sorted(self._actions))}")
-        kind, method, changing = self._actions[action]
+        kind, handler, changing = self._actions[action]
         try:
             given = msgspec.convert(params, kind)
         except msgspec.ValidationError as error:
@@ -92,30 +104,21 @@ class Desk:
         if changing:
             self._control.claim(operator, now)
             _log.info("%s: %s %s", operator.name, action, params or "")
-        value = method(operator, given, reply, now)
+        value = handler(_CoreRequest(operator, given, reply, now))
         if value is not None:
             reply.result(value)
 
-    # Looking.
-
-    def _state(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> str:
-        return self._runs.state
-
-    def _components(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> list[dict[str, Any]]:
-        return self._peers.describe(now)
-
-    def _list_actions(
-        self, operator: OperatorPeer, given: _Actions, reply: ReplyRoute, now: float
-    ) -> dict[str, list[str]]:
+    def _list_actions(self, request: _CoreRequest) -> dict[str, list[str]]:
+        component = request.params.component
         there = {"core": sorted(self._actions)}
         there |= {one.name: one.actions for one in self._peers.components.values()}
-        if given.component is None:
+        if component is None:
             return there
-        if given.component not in there:
-            raise RequestError(f"no component is named {given.component!r}; there are {', '.join(there)}")
-        return {given.component: there[given.component]}
+        if component not in there:
+            raise RequestError(f"no component is named {component!r}; there are {', '.join(there)}")
+        return {component: there[component]}
 
-    def _status(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> dict[str, Any]:
+    def _status(self, request: _CoreRequest) -> dict[str, Any]:
         run = self._runs.run
         last = self._catalogue.find()
         if last is not None and run is not None and last.run == run.run:
@@ -125,9 +128,9 @@ class Desk:
             "busy": self._runs.busy,
             "run": self._describe(run) if run is not None else None,
             "last_run": self._describe(last) if last is not None else None,
-            "components": self._peers.describe(now),
+            "components": self._peers.describe(request.now),
             "operators": sorted(one.name for one in self._peers.operators.values()),
-            "control": self._control.describe(now),
+            "control": self._control.describe(request.now),
             "insecure": self._insecure,
             "load": self.load.shares(),
             "refused_messages": self.refused,
@@ -137,13 +140,13 @@ class Desk:
             "state_dir": str(self._catalogue.path.parent),
         }
 
-    def _run_info(self, operator: OperatorPeer, given: _RunInfo, reply: ReplyRoute, now: float) -> dict[str, Any]:
-        current = self._runs.run
-        run = current if given.run is None or (current and current.run == given.run) else None
+    def _run_info(self, request: _CoreRequest) -> dict[str, Any]:
+        number, current = request.params.run, self._runs.run
+        run = current if number is None or (current and current.run == number) else None
         if run is None:
-            run = self._catalogue.find(given.run)
+            run = self._catalogue.find(number)
         if run is None:
-            which = "no run yet" if given.run is None else f"no run {given.run}"
+            which = "no run yet" if number is None else f"no run {number}"
             raise RequestError(f"run_info: there is {which} in the catalogue")
         info = self._describe(run)
         info["begun_ns"], info["stopped_ns"] = run.begun_ns, run.stopped_ns
@@ -179,41 +182,25 @@ class Desk:
             "reasons": run.reasons,
         }
 
-    # Control.
-
-    def _take_control(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> dict[str, Any]:
-        before = self._control.take(operator)
+    def _take_control(self, request: _CoreRequest) -> dict[str, Any]:
+        before = self._control.take(request.operator)
         if before:
-            _log.warning("%s has taken control from %s", operator.name, before)
-        return self._control.describe(now) or {}
+            _log.warning("%s has taken control from %s", request.operator.name, before)
+        return self._control.describe(request.now) or {}
 
-    def _release_control(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> dict[str, Any]:
-        self._control.release(operator)
-        return self._control.describe(now) or {}
+    def _release_control(self, request: _CoreRequest) -> dict[str, Any]:
+        self._control.release(request.operator)
+        return self._control.describe(request.now) or {}
 
-    # Changing.
-
-    def _prepare(self, operator: OperatorPeer, given: _Prepare, reply: ReplyRoute, now: float) -> None:
-        self._runs.prepare(given.comment, given.kind, operator.name, reply, now)
-
-    def _begin(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> None:
-        self._runs.begin(reply, now)
-
-    def _end(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> None:
-        self._runs.end(reply, now)
-
-    def _abort(self, operator: OperatorPeer, given: _None, reply: ReplyRoute, now: float) -> None:
-        self._runs.abort(operator.name, reply, now)
-
-    def _comment(self, operator: OperatorPeer, given: _Comment, reply: ReplyRoute, now: float) -> dict[str, Any]:
-        return {"run": self._runs.comment(operator.name, given.text)}
+    def _prepare(self, request: _CoreRequest) -> None:
+        self._runs.prepare(
+            request.params.comment, request.params.kind, request.operator.name, request.reply, request.now
+        )
 
 
-class Post(Protocol):
-    """The core's socket."""
+class Post(Team, Protocol):
+    """The way to components and Operators: the core's socket."""
 
-    def new_id(self) -> str: ...
-    def send(self, name: str, request: str, action: str, params: dict[str, Any]) -> bool: ...
     def send_to(self, peer: Peer, message: FromCore) -> bool: ...
 
 
@@ -227,32 +214,35 @@ class _Routed(NamedTuple):
 
 
 class _OperatorReply:
-    """The way back to the Operator who asked."""
+    """The way back to the Operator of a request."""
 
-    def __init__(self, forwarding: Forwarding, operator: OperatorPeer, request: str) -> None:
-        self._forwarding, self._operator, self._request = forwarding, operator, request
+    def __init__(self, router: RequestRouter, operator: OperatorPeer, request: str) -> None:
+        self._router, self._operator, self._request = router, operator, request
 
     def progress(self, component: str, text: str, done: int = 0, total: int = 0) -> None:
         answer = Answer(request=self._request, kind="progress", component=component, text=text, done=done, total=total)
-        self._forwarding.answer(self._operator, answer)
+        self._router.answer(self._operator, answer)
 
     def result(self, value: Any) -> None:
         answer = Answer(request=self._request, kind="result", component="core", value=packed(value))
-        self._forwarding.answer(self._operator, answer)
+        self._router.answer(self._operator, answer)
 
     def error(self, error: LarpixDaqError) -> None:
         code = error.code if isinstance(error, RequestError) else "failed"
         answer = Answer(request=self._request, kind="error", component="core", text=str(error), error=code)
         if isinstance(error, ControlHeld):
             answer.by, answer.since = error.by, error.since
-        self._forwarding.answer(self._operator, answer)
+        self._router.answer(self._operator, answer)
 
 
-class Forwarding:
-    """Every request gets an ack at once and exactly one result or error; one that comes twice is done once."""
+class RequestRouter:
+    """Passes requests of Operators to the core's own actions or to components, and the answers back.
 
-    def __init__(self, peers: Registry, control: Control, desk: Desk, post: Post) -> None:
-        self._peers, self._control, self._desk, self._post = peers, control, desk, post
+    Every request gets an ack at once and exactly one result or error. A request that comes twice is done once.
+    """
+
+    def __init__(self, peers: Registry, control: Control, actions: CoreActions, post: Post) -> None:
+        self._peers, self._control, self._actions, self._post = peers, control, actions, post
         self._routed: dict[str, _Routed] = {}
 
     def requested(self, operator: OperatorPeer, message: ActionRequest, now: float) -> None:
@@ -269,7 +259,7 @@ class Forwarding:
         reply = _OperatorReply(self, operator, message.request)
         try:
             if message.component in ("", "core") and not message.kind:
-                self._desk.handle(operator, message.action, message.params, reply, now)
+                self._actions.handle(operator, message.action, message.params, reply, now)
             else:
                 self._route(operator, message, now)
         except LarpixDaqError as error:
@@ -306,7 +296,7 @@ class Forwarding:
         return found[0]
 
     def answered(self, component: Component, answer: Answer) -> bool:
-        """Pass a component's answer on; False when no Operator has asked."""
+        """Pass a component's answer on; False when no Operator has asked for it."""
         routed = self._routed.get(answer.request)
         if routed is None or routed.component != component.name:
             return False

@@ -119,9 +119,9 @@ def test_messages_take_a_bounded_time_of_a_turn(tmp_path, monkeypatch):
             until(lambda: core._router.poll(10), "messages")
             monkeypatch.setattr("larpixdaq.core._TAKE_LIMIT", 0.0)
             assert not core._take(time.monotonic())
-            assert core._desk.refused <= 1
+            assert core._actions.refused <= 1
             monkeypatch.undo()
-            until(lambda: core._take(time.monotonic()) and core._desk.refused == 3, "the rest")
+            until(lambda: core._take(time.monotonic()) and core._actions.refused == 3, "the rest")
     finally:
         core.close()
 
