@@ -15,7 +15,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import zmq
 
@@ -66,21 +66,25 @@ class Node:
         info: Mapping[str, Any],
         status: Callable[[], dict[str, Any]] | None = None,
         on_name_taken: Callable[[], None] | None = None,
-        on_change: Callable[[], None] | None = None,
     ) -> None:
         """`core` is its address, with or without port; `info` goes out with each registration (a producer: stream
         address, epoch, layout, io_groups; a storage: directory, highest_run), with the process's id, host and user
-        added. `status` is called in the main loop,
-        by report(), for the heartbeat. dispatch() calls `on_change` after session, state, run or producers have
-        changed, and `on_name_taken` when this component was lost and for 5 s could not register again, since
-        another has taken its name (without it, dispatch() raises)."""
+        added.
+
+        dispatch() calls the handlers in `actions` as `handler(call, **call.params)`. An exception of a handler becomes
+        the call's error, and is logged. A value other than None ends the call as its result; after None the handler
+        ends it itself, at once or later.
+
+        report() calls `status` for the heartbeat. dispatch() calls `on_name_taken` when this component was lost and for
+        5 s could not register again, because another component has its name; without `on_name_taken` it raises.
+        """
         self.name, self.kind = name, kind
         self.session, self.state, self.run = "", STOP, None
         self.producers = {}
         self.changes = 0
         self._actions = {action: (handler, inspect.signature(handler)) for action, handler in actions.items()}
         self._info, self._status = info, status
-        self._on_name_taken, self._on_change = on_name_taken, on_change
+        self._on_name_taken = on_name_taken
         self._instance = secrets.token_hex(16)
         self._engaged: int | None = None  # the run that prepare_run brought us into; no end_run yet
         self._begun = False
@@ -153,7 +157,8 @@ class Node:
     def dispatch(self) -> None:
         """Run the actions that wait, in this thread, and take over what the core told."""
         self._ready.clear()
-        self._follow()
+        while self._inbox:
+            self._take_in(self._inbox.popleft())
         if self._taken:
             self._taken = False
             if self._on_name_taken is None:
@@ -197,25 +202,13 @@ class Node:
         self._shipper.close()
         self._ready.close()
 
-    def _follow(self) -> None:
-        while self._inbox:
-            self._take_in(self._inbox.popleft())
-
     def _take_in(self, message: FromCore) -> None:
         if isinstance(message, ActionRequest):
             self._act(message)
-        elif isinstance(message, Update):
-            self._update(message)
-
-    def _update(self, message: Update) -> None:
-        before = (self.session, self.state, self.run, self.producers)
-        now = (message.session, message.state, message.run, message.producers)
-        if now == before:
-            return
-        self.session, self.state, self.run, self.producers = now
-        self.changes += 1
-        if self._on_change is not None:
-            self._on_change()
+        elif isinstance(message, Update):  # which _receive() lets pass only when it brings a change
+            self.session, self.state = message.session, message.state
+            self.run, self.producers = message.run, message.producers
+            self.changes += 1
 
     def _act(self, request: ActionRequest) -> None:
         call = Call(request, self._answer)
@@ -301,16 +294,17 @@ class Node:
             if told == self._told:
                 return
             self._told = told
-        elif isinstance(message, ActionRequest) and self._recent.seen(message.request):
-            # The core asks again: its request or our answer may have been lost with a connection.
-            answer = self._recent.answer(message.request)
-            if answer is not None:
-                self._link.send(answer)
-            return
-        elif isinstance(message, ActionRequest) and self._waiting() >= _MAX_WAITING:
-            text = f"{self.name} is busy: {_MAX_WAITING} requests wait already"
-            self._link.send(Answer(request=message.request, kind="error", text=text, error="failed"))
-            return
+        elif isinstance(message, ActionRequest):
+            if self._recent.seen(message.request):
+                # The core asks again: its request or our answer may have been lost with a connection.
+                answer = self._recent.answer(message.request)
+                if answer is not None:
+                    self._link.send(answer)
+                return
+            if self._waiting() >= _MAX_WAITING:
+                text = f"{self.name} is busy: {_MAX_WAITING} requests wait already"
+                self._link.send(Answer(request=message.request, kind="error", text=text, error="failed"))
+                return
         self._inbox.append(message)
         self._ready.wake()
 
@@ -360,12 +354,3 @@ class Call:
             raise RuntimeError(f"{self.action} has been answered already")
         self.ended = True
         self._answer(self, answer)
-
-
-class Handler(Protocol):
-    """`handler(call, **call.params)`; what it raises (LarpixDaqError or not) becomes the call's error, and is logged.
-
-    A value other than None ends the call as its result; None means that the handler ends it itself, now or later.
-    """
-
-    def __call__(self, call: Call, /, **params: Any) -> Any: ...
