@@ -21,7 +21,7 @@ import zmq
 
 from larpixdaq.config import CORE_PORT, address, process_identity
 from larpixdaq.constants import HEARTBEAT, PATIENCE, STOP
-from larpixdaq.control.connection import CoreConnection, RecentRequests, Waker
+from larpixdaq.control.connection import CoreConnection, RecentRequests
 from larpixdaq.control.log_shipping import LogShipper
 from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction, misuse
 from larpixdaq.protocol.control import (
