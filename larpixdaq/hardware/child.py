@@ -11,7 +11,6 @@ if __spec__ is None:
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     del sys.path[0]
 
-import ctypes
 import inspect
 import io
 import queue
@@ -28,8 +27,8 @@ from larpixdaq.hardware.producer_link import ProducerPipe
 from larpixdaq.hardware.routine_arguments import checked, parameters, usage
 from larpixdaq.protocol import hardware
 from larpixdaq.routines import Routine, load
+from larpixdaq.runtime.child_process import parent_socket
 
-_PR_SET_PDEATHSIG: Final = 1
 #: Progress messages that may go at once, and how many a second after that: the rest is left out, and counted.
 _BURST: Final = 100
 _PER_SECOND: Final = 20.0
@@ -206,12 +205,10 @@ def _listen(sock: socket.socket, link: ProducerPipe, requests: "queue.SimpleQueu
 
 def main() -> None:
     (fd,) = sys.argv[1:]
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    sock = socket.socket(fileno=int(fd))
-    sock.set_inheritable(False)
+    sock = parent_socket(fd)
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     link = ProducerPipe(sock)
     threading.Thread(target=_listen, args=(sock, link, requests), daemon=True).start()

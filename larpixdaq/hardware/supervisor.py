@@ -16,7 +16,7 @@ from larpixdaq.errors import ConfigError, ProtocolError, cause
 from larpixdaq.protocol import hardware
 from larpixdaq.readout.command_queue import CommandQueue
 from larpixdaq.readout.configuration_tracker import ConfigurationTracker
-from larpixdaq.runtime.child_process import ChildProcess
+from larpixdaq.runtime.child_process import ChildProcess, signal_name
 
 #: Seconds that a routine may take unless the request says otherwise.
 TIME_LIMIT: Final = 3600.0
@@ -24,6 +24,11 @@ TIME_LIMIT: Final = 3600.0
 _LONGEST: Final = 1e6
 #: Bytes that may wait for a child that listens but does not take them; what comes then is left out.
 _MOST_UNSENT: Final = 32 << 20
+
+#: Lines that a child prints into the log, at most; further ones are counted.
+_LOGGED: Final = 100
+#: Bytes of such a line, at most.
+_LINE: Final = 500
 
 _log: Final = logging.getLogger(__name__)
 
@@ -76,9 +81,9 @@ class Child:
         self.listening = hardware.NOTHING
         if commands is not None:
             commands.done = self._commanded
-        self._process = ChildProcess(
-            Path(__file__).with_name("child.py"), lambda: hardware.Inbox(requests=False).take, self._take, self._died
-        )
+        self._process = ChildProcess(Path(__file__).with_name("child.py"), capture=True)
+        self._inbox = hardware.Inbox(requests=False)
+        self._output = RoutineOutput()
         self._calls: dict[int, CallProtocol] = {}
         self._request = 0
         self._running: _Running | None = None
@@ -86,10 +91,6 @@ class Child:
 
     def fileno(self) -> int:
         return self._process.fileno()
-
-    @property
-    def closed(self) -> bool:
-        return self._process.closed
 
     @property
     def running(self) -> str | None:
@@ -191,12 +192,30 @@ class Child:
         self._left_out = 0
 
     def dispatch(self) -> None:
-        """Take what the child has sent, a bounded piece of it, and pass it on."""
-        self._process.dispatch()
+        """Handle what the child has printed and sent: at most PIECE bytes of each, so that the loop is not held up."""
+        if not self._process.ready():
+            return
+        self._output.take(self._process.printed())
+        data = self._process.receive()
+        if data is None:
+            return
+        if not data:
+            self.end("")
+            return
+        try:
+            for message in self._inbox.take(data):
+                self._take(message)
+                if not self._process.alive:  # the message has ended it, and the rest is void
+                    return
+        except ProtocolError as error:
+            self.end(str(error))
 
-    def end(self, reason: str = "ended") -> None:
-        """Stop the child, and with it the routine that runs, whatever it does; the call fails with the reason."""
-        self._process.end(reason)
+    def end(self, reason: str) -> None:
+        """Kill the child, and with it the routine that runs: its call fails with the reason, "" if it has died."""
+        self._output.take(self._process.printed())
+        status = self._process.end()
+        if status is not None:
+            self._died(status, reason)
 
     def close(self) -> None:
         """Stop the child; fileno() is no longer valid."""
@@ -210,7 +229,7 @@ class Child:
         return True
 
     def _tell(self, message: hardware.FromParent) -> None:
-        self._process.send(hardware.pack(message))
+        self._process.write(hardware.pack(message))
 
     def _commanded(self, number: int, body: bytes, error: str) -> None:
         self._tell(hardware.Answered(number, body, error))
@@ -228,11 +247,16 @@ class Child:
         except (ProtocolError, ConfigError) as error:
             self._end_call(request.request).fail(str(error))
             return False
-        self._process.send(data)
+        self._process.write(data)
         return request.request in self._calls
 
     def _start(self) -> None:
-        self._process.start()
+        try:
+            self._process.start()
+        except OSError as error:
+            raise ConfigError(f"the process for routines cannot be started: {error}") from None
+        self._inbox = hardware.Inbox(requests=False)
+        self._output = RoutineOutput()
         if self._setup is not None:
             seen = self._witness.everything()
             setup = msgspec.structs.replace(self._setup, read=seen.read.tobytes(), known=seen.known.tobytes())
@@ -292,7 +316,7 @@ class Child:
 
     def _end_call(self, request: int) -> CallProtocol:
         if self._running is not None and self._running.request == request:
-            self._process.output.end(self._running.what)
+            self._output.end(self._running.what)
             self._running = None
             self.settled()
         return self._calls.pop(request)
@@ -300,25 +324,54 @@ class Child:
     def _died(self, status: int, reason: str) -> None:
         """Fail what the child leaves behind."""
         running = self._running
-        self._process.output.end(running.what if running is not None else "the process for routines")
+        self._output.end(running.what if running is not None else "the process for routines")
         self.listening = hardware.NOTHING
         self._left_out = 0
         if self._commands is not None:
             self._commands.forget()
         why = reason or _status(status, running.time_limit if running is not None else None)
         if not reason:
-            _log.error(
-                "process for routines: %s; the end of its output: %s", why, self._process.output.tail() or "none"
-            )
+            _log.error("process for routines: %s; the end of its output: %s", why, self._output.tail() or "none")
         for request in list(self._calls):
             what = running.what if running is not None and running.request == request else "list of routines"
             self._end_call(request).fail(f"{what}: {why}")
+
+
+class RoutineOutput:
+    """Output of one child: the first lines go into the log, and the last ones are kept for the case that it dies."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._lines = 0
+        self._tail = b""
+
+    def take(self, data: bytes) -> None:
+        self._tail = (self._tail + data)[-4096:]
+        if self._lines >= _LOGGED:
+            self._lines += data.count(b"\n")
+            return
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self._rest = self._rest[:_LINE]
+        for line in lines[: _LOGGED - self._lines]:
+            _log.info("routine says: %s", line[:_LINE].decode(errors="replace"))
+        self._lines += len(lines)
+
+    def end(self, name: str) -> None:
+        """Log the last line, and how many lines were left out, at the end of the routine or process `name`."""
+        if self._rest:
+            _log.info("routine says: %s", self._rest.decode(errors="replace"))
+        if self._lines > _LOGGED:
+            _log.info("%s: %d further lines of output left out", name, self._lines - _LOGGED)
+        self._rest, self._lines = b"", 0
+
+    def tail(self) -> str:
+        """The last 4096 bytes as text."""
+        return self._tail.decode(errors="replace").strip()
 
 
 def _status(status: int, time_limit: float | None) -> str:
     if status == -signal.SIGALRM and time_limit is not None:
         return f"stopped at its time limit of {time_limit:g} s"
     if status < 0:
-        names = {int(one): one.name for one in signal.Signals}  # none of most real-time signals
-        return f"its process was ended by signal {names.get(-status, -status)}"
+        return f"its process was ended by signal {signal_name(-status)}"
     return f"its process ended with status {status}"

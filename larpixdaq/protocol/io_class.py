@@ -7,8 +7,10 @@ from typing import Final
 
 import msgspec
 
-#: No message of either side is longer: it fits into the socket's buffer whole.
-LARGEST: Final = 1 << 16
+from larpixdaq.runtime.child_process import PIECE
+
+#: Maximum bytes of a message, so that one receive() gets it whole. It also fits into the socket's buffer.
+LARGEST: Final = PIECE
 
 
 class Send(msgspec.Struct, array_like=True, tag=1, frozen=True):

@@ -1,23 +1,16 @@
-"""Boards that only an IO class can speak to, larpix-control's or anybody's: in a process of its own, at Python's speed.
+"""Boards that are read and written through an IO class, of larpix-control or of a user, in a process of its own.
 
-The process (io_class_child.py) asks the class for packets and hands them over as messages of a PACMAN, which are
-decoded
-and counted like any board's; words to chips go through it too. One that dies is started again after 1 s, then 2 s, 4 s
-and so on up to a minute, until it has lived for a minute.
-
-Words and orders to boards that an IO class speaks to.
+The process (io_class_child.py) asks the class for packets and passes them on as messages of a PACMAN, which are decoded
+and counted like any board's. Words to the chips and orders to the board go through it too. It runs at Python's speed. A
+process that dies is started again after 1 s, then after 2 s, 4 s and so on up to a minute; after it has lived for a
+minute, the delay is 1 s again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import select
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,38 +23,38 @@ from numpy.typing import NDArray
 from larpixdaq._native.decoders import split_log
 from larpixdaq.constants import IO_GROUPS
 from larpixdaq.errors import ConfigError
-from larpixdaq.protocol.io_class import LARGEST, Data, Failed, FromChild, Hello, Idle, Order, Send, Sent, answers, pack
+from larpixdaq.protocol.io_class import Data, Failed, FromChild, Hello, Idle, Order, Send, Sent, answers, pack
 from larpixdaq.protocol.stream import LossVerdict
+from larpixdaq.runtime.child_process import ChildProcess, signal_name
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.command_channel import BoardReply, Channel
 from larpixdaq.sources.data_quality import Presence, verdicts
 from larpixdaq.sources.replay_batches import Decoders, PieceSource, RecordedMessages
 from larpixdaq.sources.source import BoardStatus
 
-#: Seconds that a class has to be there.
+#: Seconds within which the class has to be ready.
 START_LIMIT: Final = 30.0
-#: Seconds until a process that died is started again, at first and at most; and for which it has to live to be trusted.
+#: Seconds until a process that died is started again: at first, and at most. One that has lived for the maximum is
+#: trusted, and the next delay is the first again.
 AGAIN, MOST_AGAIN = 1.0, 60.0
-#: Seconds that a process has to end by itself: when it is told to, and when it seems to have done so.
+#: Seconds that a process has to end by itself: after its socket was closed, and after it seems to have ended.
 _END_LIMIT: Final = 1.0
 _ENDED_LIMIT: Final = 0.2
-#: Seconds after which a killed process counts as gone.
-_KILLED_LIMIT: Final = 1.0
 _ENDED: Final = "its process ended"
-#: Messages of one read.
+#: Maximum messages of one read.
 _BATCH: Final = 64
-#: Seconds that a class has to send a request.
+#: Seconds that the class has for a request.
 SEND_LIMIT: Final = 10.0
-#: Words of one request.
+#: Maximum words of one request.
 _WORDS: Final = 256
 
 
 class IoClassSource(PieceSource):
-    """One object of an IO class; implements `sources.base.Source`. `io_groups` are known when it is open.
+    """The boards of one object of an IO class; implements `sources.source.Source`. `io_groups` are known after open().
 
-    `io_class` is the name of a class in larpix.io, package.module:Class or package.module.Class, `arguments` what it is
-    made with. `clock64`: its boards' clocks have 64 bits. `revisions`: register maps of PACMAN boards by io_group, 0
-    for those that are not named.
+    `io_class` is the name of a class in larpix.io, package.module:Class or package.module.Class, and `arguments` are
+    the arguments of its constructor. `clock64`: the clocks of its boards have 64 bits. `revisions`: register maps of
+    PACMAN boards by io_group; key 0 is for all others.
     """
 
     waits = False
@@ -84,32 +77,32 @@ class IoClassSource(PieceSource):
         self.layout = layout_of(asic, clock64=clock64)
         self.io_groups: tuple[int, ...] = ()
         self.channels: tuple[Channel, ...] = ()
-        self.sockets: tuple[Any, ...] = ()
         self.drained = True
-        form = "wide" if clock64 else "narrow"
-        self._command = [str(Path(__file__).with_name("io_class_child.py")), str(int(asic)), form, io_class, *arguments]
+        self._process = ChildProcess(
+            Path(__file__).with_name("io_class_child.py"),
+            [str(int(asic)), "wide" if clock64 else "narrow", io_class, *arguments],
+            kind=socket.SOCK_SEQPACKET,
+        )
+        self.sockets: tuple[Any, ...] = (self._process.fileno(),)
         self._channels: dict[int, IoClassChannel] = {}
         self._revisions = dict(revisions or {})
         self._decoders = Decoders(asic, format="auto", clock64=clock64)
         self._presence = Presence()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._sock: socket.socket | None = None
-        self._pidfd = -1
-        self._there = False  # it has said Hello
-        self._more = False  # the class may have more than it has handed over
+        self._there = False  # the process has said Hello
+        self._more = False  # the class may have more packets than it has passed on
         self._again_at: float | None = None
         self._again = AGAIN
         self._trusted_at = math.inf
         self._gone_since = 0.0
-        self._gone = ""  # why the process is not there
+        self._gone = ""  # why there is no process
 
     def open(self) -> None:
-        """Start the process and wait until the class is there; ConfigError says why it is not."""
+        """Start the process and wait until the class is ready; ConfigError says why it is not."""
         self._start()
         deadline = time.monotonic() + START_LIMIT
         while not self._there:
             left = deadline - time.monotonic()
-            if self._process is None or left <= 0:
+            if not self._process.alive or left <= 0:
                 self.close()
                 raise ConfigError(
                     self._problems[-1] if self._problems else f"{self.name}: not there in {START_LIMIT:g} s"
@@ -119,7 +112,9 @@ class IoClassSource(PieceSource):
 
     def close(self) -> None:
         self._again_at = None
+        self.sockets = ()
         self._end(_END_LIMIT)
+        self._process.close()
 
     def start(self, counts: NDArray[np.uint64]) -> None:
         self._decoders.start(counts)
@@ -155,22 +150,19 @@ class IoClassSource(PieceSource):
         return [board._replace(away_ns=away, problem=why) for board in super().boards()]
 
     def _take(self, now: float) -> bool:
-        """What the process has handed over by now; False when that is nothing."""
+        """Take what the process has sent; whether there are messages of boards among it."""
         found: list[Data] = []
         reason = ""
-        if self._sock is not None:
-            # asked first: what it said before is in the socket still
-            ended = bool(select.select([self._pidfd], [], [], 0)[0])
-            there = self._there
-            while not reason and len(found) < _BATCH and self._there == there:
-                try:
-                    message = answers.decode(self._sock.recv(LARGEST))
-                except BlockingIOError:
-                    reason = _ENDED if ended else ""
-                    break
-                except (OSError, msgspec.MsgspecError):  # it has closed its end
-                    reason = _ENDED
-                    break
+        there = self._there
+        while self._process.alive and not reason and len(found) < _BATCH and self._there == there:
+            data = self._process.receive()
+            if data is None:
+                break
+            try:
+                message = answers.decode(data)
+            except msgspec.MsgspecError:  # it has ended, or closed its socket
+                reason = _ENDED
+            else:
                 if isinstance(message, Data):
                     found.append(message)
                     self._more = True
@@ -190,7 +182,7 @@ class IoClassSource(PieceSource):
         return self._piece.release(0.0)
 
     def _hear(self, message: FromChild, now: float) -> str:
-        """Why the process is of no use any more, or nothing."""
+        """Handle a message; returns why the process is useless, or "" if it is not."""
         if isinstance(message, Idle):
             self._more = False
         elif isinstance(message, Sent):
@@ -229,37 +221,18 @@ class IoClassSource(PieceSource):
         return ""
 
     def _post(self, message: bytes) -> bool:
-        try:
-            return self._sock is not None and self._there and bool(self._sock.send(message))
-        except OSError:
-            return False
+        return self._there and self._process.send(message)
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        script, *arguments = self._command
         try:
-            # As the process for routines (hardware/supervisor.py): no fork of our memory, a session of its own.
-            self._process = subprocess.Popen(
-                [sys.executable, script, str(theirs.fileno()), *arguments],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+            self._process.start()
         except OSError as error:
-            ours.close()
             self._lose(time.monotonic(), f"its process cannot be started: {error.strerror}")
-            return
-        finally:
-            theirs.close()
-        self._sock = ours
-        self._pidfd = os.pidfd_open(self._process.pid)  # what the class may have forked keeps the socket open
-        self.sockets = (ours.fileno(), self._pidfd)
 
     def _lose(self, now: float, reason: str) -> None:
         status = self._end(_ENDED_LIMIT)
         if status is not None and reason == _ENDED:
-            reason += f" by signal {signal.Signals(-status).name}" if status < 0 else f" with status {status}"
+            reason += f" by signal {signal_name(-status)}" if status < 0 else f" with status {status}"
         self._again_at = now + self._again
         self._problems.append(
             f"{self.name}: {reason}" + (f"; starts again in {self._again:g} s" if self.io_groups else "")
@@ -272,24 +245,10 @@ class IoClassSource(PieceSource):
             channel.lost(reason)
 
     def _end(self, limit: float) -> int | None:
-        """End the process, which has so many seconds to do so by itself; its status, None when there was none."""
-        self.sockets = ()
+        """End the process, which has `limit` seconds to end by itself; its exit status, None when there was none."""
         self._there = self._more = False
         self._trusted_at = math.inf
-        if self._process is None or self._sock is None:
-            return None
-        process, self._process = self._process, None
-        self._sock.close()
-        self._sock = None
-        select.select([self._pidfd], [], [], limit)
-        os.close(self._pidfd)
-        # With whatever it has started. Nobody has waited for it yet, so the number is still its own.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        try:
-            return process.wait(_KILLED_LIMIT)
-        except subprocess.TimeoutExpired:  # it waits for a device or a disk that does not answer, and dies after that
-            return -signal.SIGKILL
+        return self._process.end(limit)
 
 
 class IoClassChannel:

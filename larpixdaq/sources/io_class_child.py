@@ -14,10 +14,8 @@ if __spec__ is None:
     del sys.path[0]
 
 import contextlib
-import ctypes
 import importlib
 import select
-import signal
 import socket
 import struct
 import time
@@ -29,9 +27,9 @@ from larpix.packet import Packet_v1, Packet_v2, SyncPacket, TimestampPacket, Tri
 
 from larpixdaq.errors import ConfigError
 from larpixdaq.protocol.io_class import LARGEST, Data, Failed, FromChild, Hello, Idle, Order, Send, Sent, pack, requests
+from larpixdaq.runtime.child_process import parent_socket
 from larpixdaq.schema import Asic
 
-_PR_SET_PDEATHSIG: Final = 1
 #: When nothing comes, the class is asked again after so long (seconds).
 _IDLE: Final = 0.005
 #: Bytes that are handed over at once, and words of one message: both stay below io_class.LARGEST.
@@ -232,9 +230,7 @@ def _serve(sock: socket.socket, io: Any, encoder: Encoder, asic: Asic) -> None:
 
 def main() -> None:
     fd, asic, wide, name, *arguments = sys.argv[1:]
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    sock = socket.socket(fileno=int(fd))
-    sock.set_inheritable(False)
+    sock = parent_socket(fd)
     try:
         io = make(name, arguments)
         io.start_listening()

@@ -174,8 +174,7 @@ def folder(tmp_path):
 def child(folder):
     child = Child([folder])
     yield child
-    if not child.closed:
-        child.close()
+    child.close()
 
 
 def test_hello_world_greets_and_reports_progress(child):
