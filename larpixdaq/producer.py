@@ -106,8 +106,7 @@ class Producer:
                 kind, revision = by_group.get(group, ("", 0))
                 told.append(hardware.BoardInfo(group, kind, source.name, revision))
         setup = hardware.Setup(told, options.asic, int(asic), self.layout.code)
-        self.child = Child(options.routines, commands=self.commands, setup=setup, witness=self.witness)
-        self.child.settled = self._tell_news
+        self.child = Child(options.routines, self.commands, setup, self.witness, self._tell_news)
         self.readout.listener = self.child
         self.node = Node(
             self.name,

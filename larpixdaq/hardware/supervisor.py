@@ -1,4 +1,4 @@
-"""What a producer asks of its child process: routines and actions, one at a time, and the rows that it listens for."""
+"""The producer's side of its child process: requests, one at a time, commands to boards, rows for the child."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from larpixdaq.readout.command_queue import CommandQueue
 from larpixdaq.readout.configuration_tracker import ConfigurationTracker
 from larpixdaq.runtime.child_process import ChildProcess, signal_name
 
-#: Seconds that a routine may take unless the request says otherwise.
+#: Seconds that a routine or action may take, unless the request of a routine says otherwise.
 TIME_LIMIT: Final = 3600.0
-#: and at most: the kernel's timers do not go on for ever.
+#: Maximum time limit of a request, in seconds: the kernel's timers have a largest value.
 _LONGEST: Final = 1e6
-#: Bytes that may wait for a child that listens but does not take them; what comes then is left out.
+#: Maximum bytes that wait for a child that listens but does not read; further rows are left out.
 _MOST_UNSENT: Final = 32 << 20
-
-#: Lines that a child prints into the log, at most; further ones are counted.
+#: Maximum lines of a child's output in the log; further ones are counted.
 _LOGGED: Final = 100
-#: Bytes of such a line, at most.
+#: Maximum bytes of such a line.
 _LINE: Final = 500
 
 _log: Final = logging.getLogger(__name__)
 
 
 class CallProtocol(Protocol):
-    """What is needed of `node.Call`."""
+    """The part of `control.node.Call` that is used here."""
 
     def ack(self, text: str = "") -> None: ...
     def progress(self, done: int, total: int, text: str = "", value: Any = None) -> None: ...
@@ -45,42 +44,37 @@ class CallProtocol(Protocol):
 class _Running(NamedTuple):
     request: int
     name: str
-    what: str  # the same in words
+    what: str  # the name for messages: "routine NAME", or the action's name
     time_limit: float  # seconds
 
 
 class Child:
-    """Routines of the producer, run in a process of their own; none of the methods blocks.
+    """Runs routines and actions in a child process, for the actions of a producer; none of the methods blocks.
 
-    The process is started at the first need, and anew after it died. `folders` hold routine files beside those that
-    ship, and load_routines() may add what lies below them. `fileno()` polls readable when dispatch() has something to
-    do. To be used from one thread, which has to live as long as the child.
+    The process is started when the first request comes, and again after it has died. `fileno()` polls readable when
+    dispatch() has something to do. All methods belong to one thread, which must live as long as the child.
     """
 
     def __init__(
         self,
-        folders: Sequence[Path] = (),
-        *,
-        time_limit: float = TIME_LIMIT,
-        commands: CommandQueue | None = None,
-        setup: hardware.Setup | None = None,
-        witness: ConfigurationTracker | None = None,
+        folders: Sequence[Path],
+        commands: CommandQueue,
+        setup: hardware.Setup,
+        witness: ConfigurationTracker,
+        settled: Callable[[], None],
     ) -> None:
-        """`commands` is the way to the boards, which `setup` describes; without them routines have no io. `witness` is
-        shown the rows that the child listens for."""
+        """`folders`: directories of routine files beside the shipped ones; load_routines() adds directories below them.
+        `commands` is the way to the boards that `setup` describes. `witness` gets the rows that the child listens for.
+        `settled` is called after the end of each routine and action."""
         self._roots = [folder.resolve() for folder in folders]
         self._folders = [str(folder) for folder in self._roots]
-        self._time_limit = time_limit
         self._commands = commands
         self._setup = setup
-        self._witness = witness or ConfigurationTracker("")
+        self._witness = witness
+        self._settled = settled
         self._left_out = 0
-        #: Called when a routine, or something that was done with chips, has come to its end.
-        self.settled: Callable[[], None] = lambda: None
-        #: Rows that the child wants to have: hardware.NOTHING, ANSWERS or EVERYTHING.
+        #: Rows that the child listens for: hardware.NOTHING, ANSWERS or EVERYTHING.
         self.listening = hardware.NOTHING
-        if commands is not None:
-            commands.done = self._commanded
         self._process = ChildProcess(Path(__file__).with_name("child.py"), capture=True)
         self._inbox = hardware.Inbox(requests=False)
         self._output = RoutineOutput()
@@ -94,20 +88,24 @@ class Child:
 
     @property
     def running(self) -> str | None:
-        """Name of the routine, or of the action, that goes on now."""
+        """The name of the running routine or action."""
         return self._running.name if self._running is not None else None
 
     def list_routines(self, call: CallProtocol) -> None:
-        """The call's result: a list of {"name", "params", "help"}, `params` of {"name", "type", "required", "default"}.
-        While a routine runs: as listed last."""
+        """List routines: a list of {"name", "params", "help"}, `params` of {"name", "type", "required", "default"}.
+
+        While a routine or action runs, the result is that of the last time.
+        """
         if self._running is not None and self._known is not None:
             call.result(self._known, f"as before {self._running.what}, which is running")
             return
         self._send(call, hardware.ListRoutines(self._next(), self._folders))
 
     def load_routines(self, call: CallProtocol, directory: str) -> None:
-        """Use the routine files of a directory from now on, absolute or as seen from one of `folders`; the call's
-        result is list_routines()'s. Refused (code "failed") when it lies below none of them: what is in it is run."""
+        """Add a directory of routine files, absolute or relative to one of `folders`. Result: as list_routines().
+
+        Fails when it lies below none of `folders`, because its files will be executed.
+        """
         if not isinstance(directory, str) or not directory.isprintable():
             call.fail(f"load_routines: expected the name of a directory, found {directory!r:.100}")
             return
@@ -115,7 +113,7 @@ class Child:
         try:
             found = [path for root in self._roots if (path := (root / directory).resolve()).is_relative_to(root)]
             folder = next((path for path in found if path.is_dir()), None)
-        except OSError as error:  # it is too long
+        except OSError as error:  # the name is too long
             call.fail(f"load_routines: {directory!r:.100}: {cause(error)}")
             return
         if folder is not None:
@@ -137,9 +135,8 @@ class Child:
         kwargs: Mapping[str, Any] | None = None,
         time_limit: float | None = None,
     ) -> None:
-        """Run one, with progress; the call's result is the routine's. One at a time: another is refused (code
-        "state")."""
-        limit = self._time_limit if time_limit is None else time_limit
+        """Run a routine; the call gets its progress and its result. Refused (code "state") while another one runs."""
+        limit = TIME_LIMIT if time_limit is None else time_limit
         if self._refuse(call):
             return
         by_name = {} if kwargs is None else kwargs
@@ -158,8 +155,10 @@ class Child:
                 call.ack(running.what)
 
     def abort_routine(self, call: CallProtocol) -> None:
-        """Stop the routine or action that goes on, whatever it does, and with it the process: its call fails, and this
-        one's result is its name. Refused (code "state") when none runs."""
+        """Kill the process with the running routine or action, whose call fails. Result: its name.
+
+        Refused (code "state") when none runs.
+        """
         running = self._running
         if running is None:
             call.fail("no routine is running", code="state")
@@ -168,21 +167,20 @@ class Child:
             call.result(running.name, f"{running.what} is aborted")
 
     def act(self, call: CallProtocol, action: str, params: dict[str, Any]) -> None:
-        """Do something with chips or boards (`actions.Actions`), with progress. As routines, one at a time."""
+        """Do an action on chips or boards (hardware/actions.py); otherwise as run_routine()."""
         if self._refuse(call):
             return
-        self._running = _Running(self._next(), action, action, self._time_limit)
-        if self._send(call, hardware.Act(self._running.request, action, params, self._time_limit)):
+        self._running = _Running(self._next(), action, action, TIME_LIMIT)
+        if self._send(call, hardware.Act(self._running.request, action, params, TIME_LIMIT)):
             call.ack(action)
 
     def take_rows(self, rows: NDArray[Any]) -> None:
-        """Rows as they were decoded; those that the child listens for are sent to it. To be called only while it
-        listens (`listening`)."""
+        """Send those of the decoded rows to the child that it listens for. Call it only while `listening`."""
         if self.listening == hardware.ANSWERS:
             rows = hardware.answers_in(rows)
         self._witness.answers(rows)
         if self._process.unsent > _MOST_UNSENT:
-            # Answers go on for a while: measurements begin and end with them, and they are few.
+            # Answers are still sent for a while, because measurements begin and end with them, and they are few.
             kept = hardware.answers_in(rows) if self._process.unsent <= 2 * _MOST_UNSENT else rows[:0]
             self._left_out += len(rows) - len(kept)
             rows = kept
@@ -218,7 +216,7 @@ class Child:
             self._died(status, reason)
 
     def close(self) -> None:
-        """Stop the child; fileno() is no longer valid."""
+        """Kill the child. fileno() is no longer valid."""
         self.end("the producer is closing")
         self._process.close()
 
@@ -248,7 +246,7 @@ class Child:
             self._end_call(request.request).fail(str(error))
             return False
         self._process.write(data)
-        return request.request in self._calls
+        return True
 
     def _start(self) -> None:
         try:
@@ -257,10 +255,8 @@ class Child:
             raise ConfigError(f"the process for routines cannot be started: {error}") from None
         self._inbox = hardware.Inbox(requests=False)
         self._output = RoutineOutput()
-        if self._setup is not None:
-            seen = self._witness.everything()
-            setup = msgspec.structs.replace(self._setup, read=seen.read.tobytes(), known=seen.known.tobytes())
-            self._tell(setup)
+        seen = self._witness.everything()
+        self._tell(msgspec.structs.replace(self._setup, read=seen.read.tobytes(), known=seen.known.tobytes()))
 
     def _take(self, message: hardware.FromChild) -> None:
         if isinstance(message, hardware.Listen):
@@ -269,28 +265,18 @@ class Child:
             self._remember(message)
         elif isinstance(message, hardware.Doubt):
             self._witness.doubt(message.io_groups)
-        elif not isinstance(message, hardware.SendWords | hardware.BoardOrder):
-            self._answer(message)
-        elif self._commands is None:
-            self._commanded(message.command, b"", "there is no board")
         elif isinstance(message, hardware.SendWords):
-            self._commands.words(message.command, message.io_group, message.io_channels, message.words)
+            self._commands.words(message.command, message.io_group, message.io_channels, message.words, self._commanded)
+        elif isinstance(message, hardware.BoardOrder):
+            self._commands.ask(message.command, message.io_group, message.body, self._commanded, message.seconds)
         else:
-            self._commands.ask(message.command, message.io_group, message.body, message.seconds)
+            self._answer(message)
 
     def _remember(self, found: hardware.Remember) -> None:
         if len(found.chips) % 3:
             raise ProtocolError(f"Remember: expected chips of 3 bytes, found {len(found.chips)} bytes")
-        if self._setup is not None:
-            self._setup = msgspec.structs.replace(
-                self._setup,
-                board_file=found.board_file,
-                chips=found.chips,
-                wanted=found.wanted,
-                given=found.given,
-                pixel_layout=found.pixel_layout,
-            )
-            self._witness.know(np.frombuffer(found.chips, np.uint8).reshape(-1, 3))
+        self._setup = msgspec.structs.replace(self._setup, **msgspec.structs.asdict(found))
+        self._witness.know(np.frombuffer(found.chips, np.uint8).reshape(-1, 3))
 
     def _answer(self, answer: hardware.Answer) -> None:
         call = self._calls.get(answer.request)
@@ -318,17 +304,16 @@ class Child:
         if self._running is not None and self._running.request == request:
             self._output.end(self._running.what)
             self._running = None
-            self.settled()
+            self._settled()
         return self._calls.pop(request)
 
     def _died(self, status: int, reason: str) -> None:
-        """Fail what the child leaves behind."""
+        """Fail the calls that the child leaves behind."""
         running = self._running
         self._output.end(running.what if running is not None else "the process for routines")
         self.listening = hardware.NOTHING
         self._left_out = 0
-        if self._commands is not None:
-            self._commands.forget()
+        self._commands.forget()
         why = reason or _status(status, running.time_limit if running is not None else None)
         if not reason:
             _log.error("process for routines: %s; the end of its output: %s", why, self._output.tail() or "none")

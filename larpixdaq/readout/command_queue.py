@@ -25,7 +25,7 @@ _MOST_WAITING: Final = 1000
 
 #: Takes rows of words about to be sent; returns how many found their place (0: none has room, they have to wait).
 Record = Callable[[NDArray[Any], int], int]
-#: What came of a command: its number, the board's answer, an error.
+#: Called at the end of a command with its number, the board's answer, and an error.
 Done = Callable[[int, bytes, str], None]
 
 
@@ -55,17 +55,16 @@ class _Command:
     number: int
     io_channels: NDArray[np.uint8]
     words: NDArray[np.uint64]
+    done: Done
     body: bytes | None = None
     seconds: float = 0.0  # that the board needs beyond the usual limit
-    done: Done | None = None  # instead of whoever sends commands
     at: int = 0  # words handed over so far
 
 
 class CommandQueue:
-    """`done` is set by whoever sends commands; `asic` and `layout` are those of the producer's rows."""
+    """Commands to the boards of these channels; `asic` and `layout` are those of the producer's rows."""
 
     def __init__(self, channels: Iterable[Channel], asic: Asic, layout: RowLayout, record: Record) -> None:
-        self.done: Done = lambda number, body, error: None
         self._channels = {channel.io_group: channel for channel in channels}
         self._asic, self._layout, self._record = asic, layout, record
         self._waiting: dict[int, deque[_Command]] = {io_group: deque() for io_group in self._channels}
@@ -75,18 +74,18 @@ class CommandQueue:
         #: Anything waits or is in flight.
         self.busy = False
 
-    def words(self, number: int, io_group: int, io_channels: bytes, words: bytes) -> None:
+    def words(self, number: int, io_group: int, io_channels: bytes, words: bytes, done: Done) -> None:
+        """Send words to chips: their io_channels, a byte each, and the words, 8 bytes each, little-endian."""
         if len(words) != 8 * len(io_channels):
-            self.done(number, b"", f"expected 8 bytes a word, found {len(words)} for {len(io_channels)} io_channels")
+            done(number, b"", f"expected 8 bytes a word, found {len(words)} for {len(io_channels)} io_channels")
             return
         channels = np.frombuffer(io_channels, np.uint8)
-        self._add(io_group, _Command(number, channels, np.frombuffer(words, "<u8").astype(np.uint64)))
+        self._add(io_group, _Command(number, channels, np.frombuffer(words, "<u8").astype(np.uint64), done))
 
-    def ask(self, number: int, io_group: int, body: bytes, seconds: float = 0.0, done: Done | None = None) -> None:
-        """Send an order to the board itself, which needs so many seconds for it beyond the usual limit. `done` is
-        called with the answer in place of the function that answers commands."""
+    def ask(self, number: int, io_group: int, body: bytes, done: Done, seconds: float = 0.0) -> None:
+        """Send an order to the board itself, which needs `seconds` for it beyond the usual limit."""
         nothing = np.zeros(0, np.uint64)
-        self._add(io_group, _Command(number, nothing.astype(np.uint8), nothing, body, seconds, done))
+        self._add(io_group, _Command(number, nothing.astype(np.uint8), nothing, done, body, seconds))
 
     def forget(self) -> None:
         """Whoever sent commands is gone: those that wait are dropped, what is in flight comes to its end."""
@@ -107,7 +106,7 @@ class CommandQueue:
                 command = self._flying.pop(io_group, None) if reply is not None else None
                 if reply is not None and command is not None and (reply.error or command.at >= len(command.words)):
                     waiting.popleft()
-                    (command.done or self.done)(command.number, reply.body, reply.error)
+                    command.done(command.number, reply.body, reply.error)
             if not channel.busy and waiting:
                 self._send(channel, waiting)
             self.busy |= channel.busy or bool(waiting)
@@ -130,12 +129,11 @@ class CommandQueue:
         return bool(self._blocked)
 
     def _add(self, io_group: int, command: _Command) -> None:
-        done = command.done or self.done
         if io_group not in self._channels:
             there = ", ".join(map(str, self._channels)) or "none"
-            done(command.number, b"", f"io_group {io_group} takes no commands; those that do: {there}")
+            command.done(command.number, b"", f"io_group {io_group} takes no commands; those that do: {there}")
         elif len(self._waiting[io_group]) >= _MOST_WAITING:
-            done(command.number, b"", f"io_group {io_group}: {_MOST_WAITING} commands wait already")
+            command.done(command.number, b"", f"io_group {io_group}: {_MOST_WAITING} commands wait already")
         else:
             self._waiting[io_group].append(command)
             self.busy = True
@@ -149,13 +147,15 @@ class CommandQueue:
         words = command.words[command.at : command.at + channel.batch]
         if not len(words):
             waiting.popleft()
-            self.done(command.number, b"", "")
+            command.done(command.number, b"", "")
             return
         io_channels = command.io_channels[command.at : command.at + channel.batch]
         rows = sent_rows(words, io_channels, channel.io_group, self._asic, self._layout)
         if len(rows) != len(words):
             waiting.popleft()
-            self.done(command.number, b"", f"{channel.name}: {len(words) - len(rows)} words are none for these chips")
+            command.done(
+                command.number, b"", f"{channel.name}: {len(words) - len(rows)} words are none for these chips"
+            )
             return
         n = self._record(rows, channel.io_group)
         if n == 0:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from larpixdaq import routines
+from larpixdaq import routines, schema
 from larpixdaq.errors import ProtocolError
 from larpixdaq.hardware.supervisor import Child
 from larpixdaq.protocol import hardware
 from larpixdaq.protocol.hardware import Parameter
+from larpixdaq.readout.command_queue import CommandQueue
+from larpixdaq.readout.configuration_tracker import ConfigurationTracker
 from larpixdaq.routines import Routine, load
 
 ROUTINES = '''
@@ -170,9 +172,16 @@ def folder(tmp_path):
     return folder
 
 
+def without_boards(folder):
+    commands = CommandQueue([], schema.Asic.V2, schema.layout(2), lambda rows, io_group: 0)
+    return Child(
+        [folder], commands, hardware.Setup([], "2", schema.Asic.V2, 2), ConfigurationTracker("2"), lambda: None
+    )
+
+
 @pytest.fixture
 def child(folder):
-    child = Child([folder])
+    child = without_boards(folder)
     yield child
     child.close()
 
@@ -467,13 +476,14 @@ def test_the_child_ends_with_its_parent(folder):
     program = f"""
 import os, sys, select
 from pathlib import Path
-from larpixdaq.hardware.supervisor import Child
+sys.path.append({str(Path(__file__).parent)!r})
+from test_routines import without_boards
 class Call:
     def ack(self, text=""): pass
     def progress(self, *args):
         print(child._process.pid, flush=True)
         os._exit(0)
-child = Child([Path({str(folder)!r})])
+child = without_boards(Path({str(folder)!r}))
 child.run_routine(Call(), "waits")
 while True:
     select.select([child.fileno()], [], [], 20)

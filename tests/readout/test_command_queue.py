@@ -59,7 +59,9 @@ class Orders(RuleBasedStateMachine):
         self.given = {1: deque(), 2: deque()}  # what is still to go out or be answered, per board
         self.number = 0
         self.commands = CommandQueue(self.lines.values(), Asic.V2, V2, self.record)
-        self.commands.done = lambda *what: self.done.append(what)
+
+    def take(self, *answer):
+        self.done.append(answer)
 
     def record(self, rows, io_group):
         n = min(self.room, len(rows))
@@ -72,7 +74,7 @@ class Orders(RuleBasedStateMachine):
         self.number += 1
         made = words(Asic.V2, READ, 5, addresses)
         channels = np.arange(len(made), dtype=np.uint8)
-        self.commands.words(self.number, io_group, channels.tobytes(), made.tobytes())
+        self.commands.words(self.number, io_group, channels.tobytes(), made.tobytes(), self.take)
         if io_group == 3:
             assert self.done.pop() == (self.number, b"", "io_group 3 takes no commands; those that do: 1, 2")
         else:
@@ -81,7 +83,7 @@ class Orders(RuleBasedStateMachine):
     @rule(io_group=st.integers(1, 2))
     def ask(self, io_group):
         self.number += 1
-        self.commands.ask(self.number, io_group, b"%d" % self.number)
+        self.commands.ask(self.number, io_group, b"%d" % self.number, self.take)
         self.given[io_group].append((self.number, [b"%d" % self.number]))
 
     @rule()
