@@ -1,11 +1,7 @@
-"""What an Operator can ask of chips and boards, as the child does it: arguments checked, results of plain values.
+"""The actions on chips, boards and pixel layouts, as the child does them for an Operator.
 
-Every method is an action of the same name; what it returns is the request's result. RequestError, in one line, names
-the chip, register or board that it is about.
-
-What an Operator can ask of the boards themselves: whether they answer, how they are, power, reset, clocks.
-
-What an Operator can ask of pixel layouts: load one, and tell where the channels of chips are.
+Each is a method of the same name, which checks its arguments and returns the request's result, made of plain values. A
+RequestError, in one line, names the chip, register or board that it is about.
 """
 
 from __future__ import annotations
@@ -15,14 +11,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from larpixdaq.constants import HARDWARE_ACTIONS
 from larpixdaq.errors import RequestError, misuse
-from larpixdaq.hardware import network_bringup, pixel_layout
+from larpixdaq.hardware import network_bringup
 from larpixdaq.hardware.board_commands import BoardOrders
-from larpixdaq.hardware.chip_state import ChipState
+from larpixdaq.hardware.chip_state import ChipState, short_list
 from larpixdaq.hardware.pacman_registers import (
     CLOCK,
     CLOCK_CONTROL,
@@ -30,7 +25,6 @@ from larpixdaq.hardware.pacman_registers import (
     FIRMWARE,
     HEARTBEAT_CYCLES,
     MAP_VERSION,
-    PING,
     POWER,
     TILES,
     PacmanRevision,
@@ -38,36 +32,47 @@ from larpixdaq.hardware.pacman_registers import (
     tile_mask,
     values_in,
 )
-from larpixdaq.hardware.pixel_layout import PixelLayout
+from larpixdaq.hardware.pixel_layout import LoadedLayout
 from larpixdaq.hardware.power import Progress
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.register_io import RegisterAnswers, RegisterExchange
-from larpixdaq.protocol import hardware
 
-#: Registers that board_status asks every PACMAN for, in one request.
+#: Registers of a PACMAN that board_status reads, in one request.
 _STATUS: Final = (
     CLOCK_STATUS, CLOCK, CLOCK_CONTROL, HEARTBEAT_CYCLES, TILES, POWER, FIRMWARE, MAP_VERSION,
 )  # fmt: skip
 _LONGEST_RESET: Final = (1 << 32) - 1
-#: Tiles and io_channels of the largest board, at most.
+#: Maximum tiles and io_channels of a board.
 _MOST_TILES, _MOST_CHANNELS = 10, 40
-#: What becomes of the chips' configuration in a reset.
+#: The chips' configuration after a reset, by BoardOrders.kept().
 _KEPT: Final = {True: "kept", False: "lost", None: "not known"}
 _UNKNOWN: Final = (
     "its revision is not known, and with it where its supplies are: start the producer with --pacman-revision"
 )
-#: Channels of one answer, at most. It goes through the producer's loop: that many take it some 0.1 s.
+#: Maximum channels of one answer. So many take about 0.1 s of the producer's loop.
 _MOST_LAYOUT_CHANNELS: Final = 500_000
-#: Differing registers that a result lists; all are counted.
+#: Maximum differing registers that a result lists; all are counted.
 _LISTED: Final = 10_000
-#: Times that what differs is written again.
+#: Maximum times that enforce_configuration writes registers that differ.
 _TRIES: Final = 3
-#: send_info of a routine: text, done, total.
-Info = Callable[..., None]
+
+
+def act(chips: ChipState, action: str, params: dict[str, Any], progress: Progress) -> Any:
+    """Do an action of HARDWARE_ACTIONS with these arguments, by name; returns its result."""
+    if action not in HARDWARE_ACTIONS:
+        raise RequestError(f"no action {action!r} of chips or boards; there are {', '.join(HARDWARE_ACTIONS)}")
+    groups = ChipActions(chips, progress), BoardActions(chips.link, chips.doubt, progress), LayoutActions(chips.layout)
+    method = next(getattr(actions, action) for actions in groups if hasattr(actions, action))
+    signature = inspect.signature(method)
+    try:
+        bound = signature.bind(**params)
+    except TypeError as error:
+        raise misuse(action, error, signature) from None
+    return method(*bound.args, **bound.kwargs)
 
 
 def whole(what: str, value: Any, low: int, high: int) -> int:
-    """A whole number that somebody gave, or RequestError."""
+    """Check that an argument is a whole number within limits; RequestError if not."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         expected = f"a whole number from {low} to {high}" if low < high else f"{low}"
         raise RequestError(f"{what}: expected {expected}, found {value!r:.100}")
@@ -75,32 +80,25 @@ def whole(what: str, value: Any, low: int, high: int) -> int:
 
 
 def several(what: str, asked: Any, low: int, high: int) -> list[int]:
-    """One whole number, or a list of them, each once, or RequestError."""
+    """Check that an argument is such a number or a list of them; returns each once. RequestError if not."""
     numbers = asked if isinstance(asked, list) else [asked]
     if not numbers:
         raise RequestError(f"{what}: expected one or more whole numbers, found none")
     return list(dict.fromkeys(whole(what, one, low, high) for one in numbers))
 
 
-class BoardCare:
-    """Mixed into `actions.Actions`. Boards are named by their io_group; None: all."""
+class BoardActions:
+    """The actions on boards, which are named by their io_group; None: all."""
 
-    #: send_info of a routine: text, done, total.
-    _info: Progress
-
-    def __init__(self, link: Any) -> None:
-        self._link = link
-        self.orders = BoardOrders(link)
-
-    def groups(self, asked: Any = None) -> list[int]:
-        return self.orders.groups(asked)
+    def __init__(self, link: ProducerPipe, doubt: Callable[[list[int]], None], progress: Progress) -> None:
+        """`doubt` as in BoardOrders."""
+        self._link, self._doubt, self._progress = link, doubt, progress
+        self.orders = BoardOrders(link, doubt)
 
     def ping(self, io_group: Any = None) -> dict[str, Any]:
-        groups = self.orders.only("ping", "pacman", "bern", asked=io_group)
-        bodies = {one: PING if self.orders.kinds[one] == "pacman" else b"PING_HB" for one in groups}
-        answers = self.orders.ask_all(bodies)
+        answers = self.orders.ask_pings(io_group)
         wrong = [str(answer) for answer in answers.values() if isinstance(answer, BoardError)]
-        if len(wrong) == len(groups):
+        if len(wrong) == len(answers):
             raise BoardError("; ".join(wrong))
         return {str(one): not isinstance(answer, BoardError) for one, answer in answers.items()}
 
@@ -126,7 +124,7 @@ class BoardCare:
     def _described(
         self, io_group: int, answer: bytes | BoardError | None, revisions: dict[int, PacmanRevision]
     ) -> dict[str, Any]:
-        """What a board has answered; its revision, if that is known, is added to `revisions`."""
+        """The status in a board's answer. Its revision, if known, is added to `revisions`."""
         kind = self.orders.kinds[io_group]
         facts: dict[str, Any] = {"io_group": io_group, "kind": kind, "name": self.orders.names[io_group]}
         if answer is None:
@@ -165,7 +163,7 @@ class BoardCare:
         }
 
     def _measure(self, found: dict[int, dict[str, Any]], revisions: dict[int, PacmanRevision]) -> None:
-        """Add what boards measure: of the tiles that are on, tile by tile, since a board may take 2 s for each."""
+        """Add what the boards measure of the tiles that are on, tile by tile, because each may take 2 s."""
         inputs = {
             one: b"".join(read(m.place.first) for m in r.board.values()) for one, r in revisions.items() if r.board
         }
@@ -178,7 +176,7 @@ class BoardCare:
         most = max((len(found[one]["tiles"]) for one in revisions), default=0)
         for place in range(most):
             asked = {one: r for one, r in revisions.items() if place < len(found[one]["tiles"])}
-            self._info(f"supplies: {place} of {most} tiles were read", place, most)
+            self._progress(f"supplies: {place} of {most} tiles were read", place, most)
             bodies, seconds = {}, 0.0
             for one, revision in asked.items():
                 monitors = revision.monitors().values()
@@ -214,12 +212,12 @@ class BoardCare:
         if dacs and not on:
             raise RequestError(f"power: {' and '.join(f'{name}_dac' for name in dacs)}: for switching on only")
         boards = []
-        for one in groups:  # of all boards, before anything is done with any
-            board = self.orders.tile_power(one, off=not on, supplies=bool(dacs), progress=self._info)
+        for one in groups:  # all boards are checked before the first is changed
+            board = self.orders.tile_power(one, off=not on, supplies=bool(dacs), progress=self._progress)
             board.chosen(chosen)
             boards.append(board)
         for one, board in zip(groups, boards, strict=True):
-            self._link.doubt([one])
+            self._doubt([one])
             if on:
                 board.switch_on(chosen, dacs, ramp=ramp)
             else:
@@ -229,7 +227,7 @@ class BoardCare:
     def reset(self, length: Any = 256, io_group: Any = None) -> dict[str, Any]:
         groups = self.orders.only("reset", "pacman", "bern", "serial", asked=io_group)
         kinds = self.orders.kinds
-        for one in groups:  # of all boards, before anything is done with any
+        for one in groups:  # all boards are checked before the first is changed
             if kinds[one] == "pacman":
                 self.orders.kept(whole("reset: length", length, 1, _LONGEST_RESET))
             elif kinds[one] == "serial":
@@ -241,10 +239,10 @@ class BoardCare:
                 kept[str(one)] = self.orders.kept(length)
                 self.orders.reset(one, length)
             elif kinds[one] == "bern":
-                self._link.doubt([one])
+                self._doubt([one])
                 self._link.ask(one, b"SYRESET")
             else:
-                self._link.doubt([one])
+                self._doubt([one])
                 self._link.ask(one, b"c\x01" + bytes([length - 1]) + bytes(6) + b"q")
                 self._link.ask(one, b"c\x02" + bytes(7) + b"q")
         return {"io_groups": groups, "length": length, "configuration": {one: _KEPT[how] for one, how in kept.items()}}
@@ -267,31 +265,19 @@ class BoardCare:
         return {"ratio": ratio, "io_groups": found}
 
 
-class LayoutCare:
-    """Mixed into `actions.Actions`. A layout is read again when it is first needed after the child before has ended."""
+class LayoutActions:
+    """The actions on pixel layouts."""
 
-    def __init__(self, name: str) -> None:
-        """`name`: what was loaded last; "" for nothing."""
-        self.layout_name = name
-        self._layout: PixelLayout | None = None
-
-    def layout(self) -> PixelLayout:
-        """The layout that was loaded last; RequestError when there is none."""
-        if self._layout is None:
-            if not self.layout_name:
-                raise RequestError("no pixel layout is known yet: load_pixel_layout(name) loads one")
-            self._layout = pixel_layout.read(self.layout_name)
-        return self._layout
+    def __init__(self, layout: LoadedLayout) -> None:
+        self._layout = layout
 
     def load_pixel_layout(self, name: Any) -> dict[str, Any]:
         if not isinstance(name, str) or not name:
             raise RequestError(f"load_pixel_layout: expected the name of a layout file, found {name!r:.100}")
-        self._layout = pixel_layout.read(name)
-        self.layout_name = name
-        return self._layout.summary()
+        return self._layout.load(name).summary()
 
     def retrieve_pixel_layout(self, chip: Any = None) -> dict[str, Any]:
-        layout = self.layout()
+        layout = self._layout.get()
         asked = chip if isinstance(chip, list) and not (chip and isinstance(chip[0], int)) else [chip]
         chips = list(layout.chips) if chip is None else list(dict.fromkeys(map(layout.find, asked)))
         channels = sum(map(layout.channels, chips))
@@ -303,28 +289,11 @@ class LayoutCare:
         return layout.summary() | {"channels": {one: layout.described(one) for one in chips}}
 
 
-class Actions(BoardCare, LayoutCare):
-    """One for the life of the child."""
+class ChipActions:
+    """The actions on chips: their registers, boards of chips, networks."""
 
-    def __init__(self, link: ProducerPipe, detector: ChipState) -> None:
-        BoardCare.__init__(self, link)
-        LayoutCare.__init__(self, link.setup.pixel_layout)
-        self.detector = detector
-        self._info: Info = lambda text="", done=0, total=0: None
-
-    def do(self, action: str, params: dict[str, Any], info: Info) -> Any:
-        if action not in HARDWARE_ACTIONS:
-            raise RequestError(f"no action {action!r} of chips or boards; there are {', '.join(HARDWARE_ACTIONS)}")
-        method = getattr(self, action)
-        signature = inspect.signature(method)
-        try:
-            bound = signature.bind(**params)
-        except TypeError as error:
-            raise misuse(action, error, signature) from None
-        self._info = info
-        return method(*bound.args, **bound.kwargs)
-
-    # Chips.
+    def __init__(self, chips: ChipState, progress: Progress) -> None:
+        self._chips, self._progress = chips, progress
 
     def write_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
         return self._write(*self._given(chip, registers))
@@ -332,38 +301,39 @@ class Actions(BoardCare, LayoutCare):
     def send_configuration(self, updates: Any) -> dict[str, Any]:
         if not isinstance(updates, dict) or not updates:
             raise RequestError('send_configuration: expected {chip: {register: value}}, "all" for every chip')
-        wanted = self.detector.wanted.copy()
+        wanted = self._chips.wanted.copy()
         which = np.zeros(wanted.shape, bool)
         for chip, values in updates.items():
             if not isinstance(values, dict) or not values:
                 raise RequestError(
                     f"send_configuration: chip {chip}: expected {{register: value}}, found {values!r:.100}"
                 )
-            places = self.detector.find(None if chip == "all" else chip)
-            grown = len(self.detector.parts) - len(wanted)
+            places = self._chips.find(None if chip == "all" else chip)
+            grown = len(self._chips.parts) - len(wanted)
             if grown:  # a chip that is named for the first time
-                wanted = np.concatenate([wanted, self.detector.wanted[-grown:]])
+                wanted = np.concatenate([wanted, self._chips.wanted[-grown:]])
                 which = np.concatenate([which, np.zeros((grown, which.shape[1]), bool)])
             changed = wanted[places]
-            addresses = self.detector.registers.change(changed, values, f"chip {chip}: ")
+            addresses = self._chips.registers.change(changed, values, f"chip {chip}: ")
             wanted[places] = changed
             which[np.ix_(places, addresses)] = True
-        self.detector.wanted = wanted
-        self.detector.given |= which
+        self._chips.wanted = wanted
+        self._chips.given |= which
         places = np.flatnonzero(which.any(axis=1))
         return self._write(places, which[places])
 
     def read_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
-        places = self.detector.find(chip)
-        addresses = self.detector.registers.select(registers)
+        places = self._chips.find(chip)
+        addresses = self._chips.registers.select(registers)
         which = self._marked(len(places), addresses)
         found = self._read(places, which)
         silent = self._silent(places, found, which)
         if len(silent) == len(places):
-            raise BoardError("; ".join(found.errors) or f"{self._chips(silent)}: no answer")
+            chips = f"chip {silent[0]}" if len(silent) == 1 else f"{len(silent)} chips ({short_list(silent)})"
+            raise BoardError("; ".join(found.errors) or f"{chips}: no answer")
         answered = found.answers > 0
         values = {
-            self.detector.key(place): self._readable(found.values[i], answered[i], addresses)
+            self._chips.key(place): self._readable(found.values[i], answered[i], addresses)
             for i, place in enumerate(places.tolist())
             if answered[i].any()
         }
@@ -382,7 +352,7 @@ class Actions(BoardCare, LayoutCare):
             wrong = self._wrong(places, found, which)
             if not wrong.any():
                 break
-            self._info(f"{int(wrong.sum())} registers are written again", 0, 0)
+            self._progress(f"{int(wrong.sum())} registers are written again", 0, 0)
             written += int(wrong.sum())
             self._write(places, wrong)
             again = self._read(places, wrong)
@@ -393,13 +363,13 @@ class Actions(BoardCare, LayoutCare):
         return self._verdict(places, which, found) | {"written": written}
 
     def retrieve_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
-        places = self.detector.find(chip)
-        addresses = self.detector.registers.select(registers)
-        detector = self.detector
+        places = self._chips.find(chip)
+        addresses = self._chips.registers.select(registers)
+        chips = self._chips
         return {
-            detector.key(place): {
-                "wanted": self._readable(detector.wanted[place], detector.given[place], addresses),
-                "confirmed": self._readable(detector.confirmed[place], detector.known[place], addresses),
+            chips.key(place): {
+                "wanted": self._readable(chips.wanted[place], chips.given[place], addresses),
+                "confirmed": self._readable(chips.confirmed[place], chips.known[place], addresses),
             }
             for place in places.tolist()
         }
@@ -407,29 +377,29 @@ class Actions(BoardCare, LayoutCare):
     def load_board(self, file: Any) -> dict[str, Any]:
         if not isinstance(file, str) or not file:
             raise RequestError(f"load_board: expected the name of a board file, found {file!r:.100}")
-        if self.detector.registers.version is None:
-            raise RequestError(f"load_board: larpix-control knows no {self.detector.registers.chips}")
-        self.detector.load_board(file)
+        if self._chips.registers.version is None:
+            raise RequestError(f"load_board: larpix-control knows no {self._chips.registers.chips}")
+        self._chips.load_board(file)
         return self._board()
 
     def configure_network(self, tries: Any = 3) -> dict[str, Any]:
         whole("configure_network: tries", tries, 1, 100)
-        detector = self.detector
-        if not detector.board_file:
+        chips = self._chips
+        if not chips.board_file:
             raise RequestError("configure_network: load_board(file) first, which says how the chips are wired")
-        names = [name for name in network_bringup.NETWORK if name in detector.registers.addresses]
-        if detector.registers.version == 1:  # nothing to bring up: the chips are there as soon as they have power
+        names = [name for name in network_bringup.NETWORK if name in chips.registers.addresses]
+        if chips.registers.version == 1:  # nothing to bring up: the chips are there as soon as they have power
             return self.enforce_configuration()
-        controller = detector.controller(self._link)
+        controller = chips.controller()
         wrong: set[str] | None = None
         for attempt in range(tries):
             words = f"try {attempt + 1}: " if attempt else ""
 
             def told(done: int, total: int, words: str = words) -> None:
-                self._info(f"{words}{done} of {total} chips are told their place", done, total)
+                self._progress(f"{words}{done} of {total} chips are told their place", done, total)
 
             network_bringup.bring_up(controller, wrong, told)
-            detector.take_over(controller)
+            chips.take_over(controller)
             result = self.validate_configuration(None, names)
             wrong = {*result["silent"], *(one["chip"] for one in result["differences"])}
             if not wrong:
@@ -444,103 +414,93 @@ class Actions(BoardCare, LayoutCare):
                 "name": one.name,
                 "revision": one.revision or None,
             }
-            for one in self._link.setup.boards
+            for one in self._chips.link.setup.boards
         ]
         return {"boards": boards, **self._board()}
 
     def _board(self) -> dict[str, Any]:
-        detector = self.detector
-        groups = np.unique(detector.parts[:, :2], axis=0, return_counts=True)
+        chips = self._chips
+        groups = np.unique(chips.parts[:, :2], axis=0, return_counts=True)
         channels = [
             {"io_group": a, "io_channel": b, "chips": n}
             for (a, b), n in zip(groups[0].tolist(), groups[1].tolist(), strict=True)
         ]
-        name, file = detector.board_name, detector.board_file
         return {
-            "board": name,
-            "file": file,
-            "asic": detector.registers.asic,
-            "chips": len(detector.parts),
+            "board": chips.board_name,
+            "file": chips.board_file,
+            "asic": chips.registers.asic,
+            "chips": len(chips.parts),
             "networks": channels,
         }
 
-    def state(self) -> hardware.Remember:
-        """What another child should know, should this one end."""
-        return replace(self.detector.state(), pixel_layout=self.layout_name)
-
-    # What they share.
+    # Shared by several actions.
 
     def _marked(self, chips: int, addresses: NDArray[np.intp]) -> NDArray[np.bool_]:
-        which = np.zeros((chips, self.detector.registers.count), bool)
+        which = np.zeros((chips, self._chips.registers.count), bool)
         which[:, addresses] = True
         return which
 
     def _given(self, chip: Any, registers: Any) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-        """Chips, and which of their registers, of those asked for: of all, those that ought to hold something known;
-        RequestError for others that are named, and when there are none."""
-        detector = self.detector
-        places = detector.find(chip)
-        asked = self._marked(len(places), detector.registers.select(registers))
-        which = asked & detector.given[places]
+        """Places of chips, and which of their registers, (chips, registers), were asked for and have a wanted value.
+
+        RequestError when there are none, or when a register that was asked for by name has no wanted value.
+        """
+        chips = self._chips
+        places = chips.find(chip)
+        asked = self._marked(len(places), chips.registers.select(registers))
+        which = asked & chips.given[places]
         missing = np.argwhere(asked & ~which)
         if len(missing) and (registers is not None or not which.any()):
             place, address = missing[0].tolist()
-            what = "any register" if registers is None else detector.registers.name(address)
-            unknown = f"what {detector.registers.chips} hold at power-up is not known"
-            raise RequestError(f"chip {detector.key(places[place])}: nobody has set {what}, and {unknown}")
+            what = "any register" if registers is None else chips.registers.name(address)
+            unknown = f"what {chips.registers.chips} hold at power-up is not known"
+            raise RequestError(f"chip {chips.key(places[place])}: nobody has set {what}, and {unknown}")
         some = which.any(axis=1)
         return places[some], which[some]
 
     def _exchange(self, places: NDArray[np.intp]) -> RegisterExchange:
-        parts = self.detector.parts[places]
-        self.groups(np.unique(parts[:, 0]).tolist())
-        return RegisterExchange(self._link, self.detector.registers, parts)
+        return RegisterExchange(self._chips.link, self._chips.registers, self._chips.parts[places])
 
     def _write(self, places: NDArray[np.intp], which: NDArray[np.bool_]) -> dict[str, Any]:
-        exchange = self._exchange(places)
-        n = len(places)
-        errors = exchange.write(
-            self.detector.wanted[places],
+        errors = self._exchange(places).write(
+            self._chips.wanted[places],
             which,
-            lambda done, total: self._info(f"written: {done} of {total} chips", done, total),
+            lambda done, total: self._progress(f"written: {done} of {total} chips", done, total),
         )
         if errors:
             raise BoardError("; ".join(errors))
-        return {"chips": n, "registers": int(which.sum())}
+        return {"chips": len(places), "registers": int(which.sum())}
 
     def _read(self, places: NDArray[np.intp], which: NDArray[np.bool_]) -> RegisterAnswers:
-        exchange = self._exchange(places)
-        found = exchange.read(which, lambda done, total: self._info(f"read: {done} of {total} chips", done, total))
-        self.detector.confirm(places, found.values, (found.answers > 0) & ~found.conflicts)
+        found = self._exchange(places).read(
+            which, lambda done, total: self._progress(f"read: {done} of {total} chips", done, total)
+        )
+        self._chips.confirm(places, found.values, (found.answers > 0) & ~found.conflicts)
         return found
 
     def _deaf(self, found: RegisterAnswers, which: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Chips that answered nothing of what was asked."""
+        """Which chips have not answered at all."""
         deaf: NDArray[np.bool_] = ((found.answers == 0) | ~which).all(axis=1)
         return deaf
 
     def _wrong(self, places: NDArray[np.intp], found: RegisterAnswers, which: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Registers that are not known to hold what they ought to, of chips that answered anything."""
-        other = (found.answers == 0) | (found.values != self.detector.wanted[places])
+        """Registers without an answer, or with another value than wanted, of chips that have answered."""
+        other = (found.answers == 0) | (found.values != self._chips.wanted[places])
         wrong: NDArray[np.bool_] = which & other & ~self._deaf(found, which)[:, None]
         return wrong
 
     def _silent(self, places: NDArray[np.intp], found: RegisterAnswers, which: NDArray[np.bool_]) -> list[str]:
-        return [self.detector.key(place) for place in places[self._deaf(found, which)].tolist()]
-
-    def _chips(self, keys: list[str]) -> str:
-        shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
-        return f"chip {shown}" if len(keys) == 1 else f"{len(keys)} chips ({shown})"
+        return [self._chips.key(place) for place in places[self._deaf(found, which)].tolist()]
 
     def _verdict(self, places: NDArray[np.intp], which: NDArray[np.bool_], found: RegisterAnswers) -> dict[str, Any]:
         at = np.argwhere(self._wrong(places, found, which))
-        registers = self.detector.registers
+        registers = self._chips.registers
         differences = [
             {
-                "chip": self.detector.key(places[chip]),
+                "chip": self._chips.key(places[chip]),
                 "register": registers.name(address),
                 "address": address,
-                "expected": int(self.detector.wanted[places[chip], address]),
+                "expected": int(self._chips.wanted[places[chip], address]),
                 "found": int(found.values[chip, address]) if found.answers[chip, address] else None,
             }
             for chip, address in at[:_LISTED].tolist()
@@ -555,13 +515,13 @@ class Actions(BoardCare, LayoutCare):
         }
 
     def _trouble(self, places: NDArray[np.intp], found: RegisterAnswers, which: NDArray[np.bool_]) -> dict[str, Any]:
-        """What did not go as it should: chips without any answer, registers that answered more than once, and so on."""
-        registers = self.detector.registers
+        """The irregularities of a reading: silent chips, registers without or with several answers, board errors."""
+        registers = self._chips.registers
         missing = which & (found.answers == 0) & ~self._deaf(found, which)[:, None]
 
         def named(marked: NDArray[np.bool_]) -> list[str]:
             at = np.argwhere(marked)[:100].tolist()
-            return [f"{self.detector.key(places[chip])} {registers.name(address)}" for chip, address in at]
+            return [f"{self._chips.key(places[chip])} {registers.name(address)}" for chip, address in at]
 
         return {
             "silent": self._silent(places, found, which),
@@ -577,8 +537,8 @@ class Actions(BoardCare, LayoutCare):
     def _readable(
         self, values: NDArray[np.uint8], have: NDArray[np.bool_], addresses: NDArray[np.intp]
     ) -> dict[str, Any]:
-        """Values by name, of registers all of whose addresses were asked for and are there; others by address."""
-        registers = self.detector.registers
+        """Values by register name, if all addresses of the register were asked for and are known; else by address."""
+        registers = self._chips.registers
         wanted = set(addresses[have[addresses]].tolist())
         names = [name for name, at in registers.addresses.items() if wanted.issuperset(at)]
         covered = {address for name in names for address in registers.addresses[name]}

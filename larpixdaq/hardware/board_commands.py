@@ -53,8 +53,10 @@ _KEEP: Final = {Asic.V2: (0, 24, 256), Asic.V2_DIAGNOSTICS: (0, 24, 256), Asic.V
 class BoardOrders:
     """What boards do beside passing words on. BoardError names the board, and why it did not."""
 
-    def __init__(self, link: ProducerPipe) -> None:
+    def __init__(self, link: ProducerPipe, doubt: Callable[[list[int]], None]) -> None:
+        """`doubt` is called with io_groups whose chips are going to be reset, or to get or lose their power."""
         self._link = link
+        self._doubt = doubt
         self.kinds = {board.io_group: board.kind for board in link.setup.boards if board.kind}
         self.names = {board.io_group: board.name for board in link.setup.boards}
         self._revisions = {board.io_group: board.revision for board in link.setup.boards}
@@ -162,7 +164,7 @@ class BoardOrders:
             end = self.known_revision(io_group).end
             self._within(io_group, register, end)
         if register >= I2C or register in (TILES, POWER) or (register == CLOCK_CONTROL and value & RESET_BIT):
-            self._link.doubt([io_group])
+            self._doubt([io_group])
         self.values(io_group, [write(register, value)])
 
     def get_reg(self, reg: int, io_group: int | None = None) -> Any:
@@ -186,12 +188,12 @@ class BoardOrders:
 
     def ping(self, io_group: int | None = None) -> Any:
         """Whether the board answers."""
-        return self._each(io_group, lambda one: self.pings([one])[one])
+        return self._each(io_group, lambda one: not isinstance(self.ask_pings(one)[one], BoardError))
 
-    def pings(self, groups: list[int]) -> dict[int, bool]:
-        bodies = {"pacman": PING, "bern": b"PING_HB"}
-        answers = self.ask_all({one: bodies[self.kinds[one]] for one in groups})
-        return {one: not isinstance(answer, BoardError) for one, answer in answers.items()}
+    def ask_pings(self, asked: Any) -> dict[int, bytes | BoardError]:
+        """The answers of these boards (None: of all) to the order that only asks for one; RequestError as only()."""
+        groups = self.only("ping", "pacman", "bern", asked=asked)
+        return self.ask_all({one: PING if self.kinds[one] == "pacman" else b"PING_HB" for one in groups})
 
     def get_vddd(self, io_group: int | None = None, tile: int = 0) -> Any:
         """Digital supply of a tile (from 0): (mV, mA); None for mA where the board's unit is not established."""
@@ -236,7 +238,7 @@ class BoardOrders:
             dac = _REV2_DAC
         if dac is None:
             raise RequestError(f"set_{name}: revision {power.known.number} has no usual DAC setting: name it")
-        self._link.doubt([io_group])
+        self._doubt([io_group])
         power.set_dac(name, tile, dac)
         time.sleep(settling or 0)
         found = power.measured(tile, name)
@@ -263,7 +265,7 @@ class BoardOrders:
     def _tiles(self, io_group: int, indices: Any, *, on: bool) -> int:
         power = self.tile_power(io_group, off=not on)
         chosen = None if indices is None else [indices] if isinstance(indices, int) else list(indices)
-        self._link.doubt([io_group])
+        self._doubt([io_group])
         return power.enable(chosen) if on else power.disable(chosen)
 
     def set_uart_clock_ratio(self, channel: int, ratio: int, io_group: int | None = None) -> Any:
@@ -303,7 +305,7 @@ class BoardOrders:
     def reset(self, io_group: int, length: int) -> int:
         """Reset the chips of a PACMAN, and wait until the reset is over; the value of its clock control register."""
         if self.kept(length) is not True:
-            self._link.doubt([io_group])
+            self._doubt([io_group])
         cycles, control = self.values(io_group, [write(RESET_CYCLES, length), read(RESET_CYCLES), read(CLOCK_CONTROL)])[
             1:
         ]

@@ -1,13 +1,15 @@
-"""The child process itself: started by `supervisor.Child` with the descriptor of its socket, it ends with its parent.
+"""The program of the child process, which `supervisor.Child` starts with the number of its socket.
 
-It is run by path, so that neither the working directory nor this folder can hide a module of the library.
+It is run by its path, so that neither the working directory nor this folder can hide a module of the library.
 """
+
+from __future__ import annotations
 
 import os
 import sys
 
 if __spec__ is None:
-    # The last place, so that only a package that is not installed is found by it.
+    # Last, so that it counts only if the package is not installed.
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     del sys.path[0]
 
@@ -19,33 +21,35 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from larpixdaq.errors import LarpixDaqError, ProtocolError, RequestError
 from larpixdaq.hardware.producer_link import ProducerPipe
 from larpixdaq.hardware.routine_arguments import checked, parameters, usage
 from larpixdaq.protocol import hardware
 from larpixdaq.routines import Routine, load
-from larpixdaq.runtime.child_process import parent_socket
+from larpixdaq.runtime.child_process import PIECE, parent_socket
 
-#: Progress messages that may go at once, and how many a second after that: the rest is left out, and counted.
+if TYPE_CHECKING:
+    from larpixdaq.hardware.chip_state import ChipState
+
+#: Progress messages that are sent at once, and per second after that: further ones are left out and counted.
 _BURST: Final = 100
 _PER_SECOND: Final = 20.0
 
 
 class RequestWorker:
-    """Carries out one request after the other; what is known of the chips lives from one to the next."""
+    """Carries out one request after the other; the state of the chips is kept in between."""
 
     def __init__(self, link: ProducerPipe) -> None:
         self._link = link
-        self._actions: Any = None
-        self._told = hardware.Remember("", b"", b"", b"")
+        self._chips: ChipState | None = None
+        self._remembered = hardware.Remember("", b"", b"", b"")  # the last one sent
 
-    def handle(self, request: hardware.Request | hardware.Setup) -> None:
-        if isinstance(request, hardware.Setup):
-            self._link.setup = request
-        elif isinstance(request, hardware.ListRoutines):
+    def handle(self, request: hardware.Request) -> None:
+        if isinstance(request, hardware.ListRoutines):
             routines, broken = load(map(Path, request.folders))
             self.send(hardware.Known(request.request, [_describe(*item) for item in sorted(routines.items())], broken))
         else:
@@ -82,35 +86,32 @@ class RequestWorker:
         except ProtocolError as error:
             self.send(hardware.ActionFailed(request.request, f"{name}: its result: {_line(str(error))}"))
 
-    def _known(self) -> Any:
-        """What is known of the chips: at the first need, since larpix-control takes a second to import."""
-        if self._actions is None:
-            from larpixdaq.hardware.actions import Actions
+    def _state(self) -> ChipState:
+        """The state of the chips, made at the first call, because larpix-control takes a second to import."""
+        if self._chips is None:
             from larpixdaq.hardware.chip_state import ChipState
             from larpixdaq.hardware.register_map import ChipRegisters
 
-            setup = self._link.setup
-            detector = ChipState(ChipRegisters(setup.asic), [board.io_group for board in setup.boards if board.kind])
+            self._chips = ChipState(ChipRegisters(self._link.setup.asic), self._link)
             try:
-                detector.restore(setup)
-            except LarpixDaqError as error:  # the file may be gone by now
+                self._chips.restore()
+            except LarpixDaqError as error:  # the board file may be gone
                 print(f"what was known of the chips is forgotten: {error}", flush=True)
-            self._link.doubted = detector.doubt
-            self._actions = Actions(self._link, detector)
-        return self._actions
+        return self._chips
 
     def _remember(self) -> None:
-        """Tell the producer what another child should know, should this one end."""
-        state = self._told if self._actions is None else self._actions.state()
-        if state != self._told:
-            self._told = state
+        """Send the producer the state for the next child, if it has changed."""
+        if self._chips is not None and (state := self._chips.state()) != self._remembered:
+            self._remembered = state
             self._link.send(state)
 
-    def _act(self, request: hardware.Act, reports: "_Reports") -> hardware.Result:
-        value = self._known().do(request.action, request.params, reports.send_info)
+    def _act(self, request: hardware.Act, reports: _Reports) -> hardware.Result:
+        from larpixdaq.hardware.actions import act
+
+        value = act(self._state(), request.action, request.params, reports.send_info)
         return hardware.Result(request.request, value, reports.left_out())
 
-    def _call(self, request: hardware.RunRoutine, reports: "_Reports") -> hardware.Result | hardware.ActionFailed:
+    def _call(self, request: hardware.RunRoutine, reports: _Reports) -> hardware.Result | hardware.ActionFailed:
         routines, broken = load(map(Path, request.folders))
         routine = routines.get(request.name)
         if routine is None:
@@ -122,11 +123,8 @@ class RequestWorker:
             args, kwargs = checked(routine, request.args, request.kwargs)
         except TypeError as error:
             return hardware.ActionFailed(request.request, _line(f"routine {usage(routine)}: {error}"))
-        known = self._known()
-        detector = known.detector
-        controller = detector.controller(self._link)
-        if controller.io is not None:
-            controller.io.layout = known.layout
+        chips = self._state()
+        controller = chips.controller()
         try:
             answer = routine.func(controller, reports.send_data, reports.send_info, *args, **kwargs)
         except IndexError as error:
@@ -140,7 +138,7 @@ class RequestWorker:
             text = f"routine {request.name}: expected (controller, result) from it, found {found}"
             return hardware.ActionFailed(request.request, _line(text))
         controller, value = answer
-        detector.take_over(controller)
+        chips.take_over(controller)
         return hardware.Result(request.request, value, reports.left_out())
 
 
@@ -188,19 +186,24 @@ def _sendable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _listen(sock: socket.socket, link: ProducerPipe, requests: "queue.SimpleQueue[Any]") -> None:
-    """The socket's thread. Its end means that the producer is gone: nobody waits for anything then."""
+def _messages(sock: socket.socket) -> Iterator[Any]:
+    """The producer's messages. The socket's end means that the producer is gone: this process ends then."""
     inbox = hardware.Inbox(requests=True)
     try:
-        while data := sock.recv(1 << 16):
-            for message in inbox.take(data):
-                if isinstance(message, hardware.ListenedRows | hardware.Answered):
-                    link.put(message)
-                else:
-                    requests.put(message)
+        while data := sock.recv(PIECE):
+            yield from inbox.take(data)
     except (OSError, ProtocolError) as error:
         print(f"child process: {error}", file=sys.stderr, flush=True)
     os._exit(0)
+
+
+def _listen(messages: Iterator[Any], link: ProducerPipe, requests: queue.SimpleQueue[Any]) -> None:
+    """The socket's thread."""
+    for message in messages:
+        if isinstance(message, hardware.ListenedRows | hardware.Answered):
+            link.put(message)
+        else:
+            requests.put(message)
 
 
 def main() -> None:
@@ -209,9 +212,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     sock = parent_socket(fd)
+    messages = _messages(sock)
+    link = ProducerPipe(sock, next(messages))
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    link = ProducerPipe(sock)
-    threading.Thread(target=_listen, args=(sock, link, requests), daemon=True).start()
+    threading.Thread(target=_listen, args=(messages, link, requests), daemon=True).start()
     worker = RequestWorker(link)
     while True:
         worker.handle(requests.get())

@@ -1,7 +1,7 @@
-"""What is known of the chips: which there are, what their registers ought to hold, what they were last read to hold.
+"""The known state of the chips: their keys, wanted and confirmed register values, and the pixel layout.
 
-A Controller of larpix-control, with its objects for every chip, is made of this when a routine needs one, and what the
-routine leaves in it is taken over. Another child goes on from state(), and from what the producer has seen meanwhile.
+A routine gets it as a Controller of larpix-control, and what it leaves in the Controller is taken over. After the end
+of the child, the next child continues with state(), and with the registers that the producer has seen meanwhile.
 """
 
 from __future__ import annotations
@@ -15,13 +15,20 @@ from numpy.typing import NDArray
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware import network_bringup
+from larpixdaq.hardware.pixel_layout import LoadedLayout
+from larpixdaq.hardware.producer_link import ProducerPipe
 from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.protocol import hardware
 from larpixdaq.protocol.stream import READ, REGISTERS
 from larpixdaq.schema import key_of, parse_key
 
-#: Of chips that are named in an error, so many are.
+#: Maximum chips that a message names.
 _NAMED: Final = 5
+
+
+def short_list(keys: list[str]) -> str:
+    """Chip keys for a message, which names only the first few."""
+    return ", ".join(keys[:_NAMED]) + (", ..." if len(keys) > _NAMED else "")
 
 
 def _unfit(file: str, why: str) -> RequestError:
@@ -33,19 +40,27 @@ def _parts(chip: Any) -> tuple[int, int, int]:
 
 
 class ChipState:
-    """Chips in the order of the board file; arrays have one row for each. `io_groups` are those that can be reached."""
+    """Chips in the order of the board file; arrays have one row for each chip. One for the life of the child."""
 
-    def __init__(self, registers: ChipRegisters, io_groups: list[int]) -> None:
+    def __init__(self, registers: ChipRegisters, link: ProducerPipe) -> None:
         self.registers = registers
-        self.io_groups = io_groups
+        self.link = link
+        #: Of the boards that take commands.
+        self.io_groups = [board.io_group for board in link.setup.boards if board.kind]
+        self.layout = LoadedLayout(link.setup.pixel_layout)
+        self._forget_chips()
+
+    def _forget_chips(self) -> None:
+        registers = self.registers
         self.board_file = ""
         self.board_name = ""
         self.parts: NDArray[np.uint8] = np.zeros((0, 3), np.uint8)
         self.wanted: NDArray[np.uint8] = np.zeros((0, registers.count), np.uint8)
-        #: wanted holds something: a value of power-up, or one that somebody set. What it does not is never written.
+        #: Where `wanted` is a value, of power-up or set by somebody. Other registers are never written.
         self.given: NDArray[np.bool_] = np.zeros((0, registers.count), bool)
         self.confirmed: NDArray[np.uint8] = self.wanted.copy()
-        self.known: NDArray[np.bool_] = np.zeros((0, registers.count), bool)  # confirmed holds something
+        #: Where `confirmed` is a value that was read.
+        self.known: NDArray[np.bool_] = np.zeros((0, registers.count), bool)
         self._index: dict[tuple[int, int, int], int] = {}
         self._controller: Any = None
 
@@ -63,8 +78,9 @@ class ChipState:
             self._add([key for key in dict.fromkeys(keys) if key not in self._index])
         strangers = [key_of(key) for key in keys if key not in self._index]
         if strangers:
-            named = ", ".join(strangers[:_NAMED]) + (", ..." if len(strangers) > _NAMED else "")
-            raise RequestError(f"chip {named}: not among the {len(self.parts)} chips of board {self.board_name}")
+            raise RequestError(
+                f"chip {short_list(strangers)}: not among the {len(self.parts)} chips of board {self.board_name}"
+            )
         return np.array([self._index[key] for key in dict.fromkeys(keys)], np.intp)
 
     @staticmethod
@@ -103,21 +119,18 @@ class ChipState:
     # Boards.
 
     def load_board(self, file: str) -> None:
-        """The chips of a controller configuration file of larpix-control, with the values that they begin with."""
+        """Load chips and their first wanted values from a controller configuration file of larpix-control."""
         controller = self._load(file)
         keys = [_parts(chip) for chip in controller.chips.values()]
         strangers = sorted({key[0] for key in keys} - set(self.io_groups))
         if strangers:
             there = ", ".join(map(str, self.io_groups)) or "none"
             raise _unfit(file, f"no board of io_group {strangers[0]} takes commands here ({there})")
-        self._clear()
+        self._forget_chips()
         self._add(keys)
         self.board_file = file
         self.board_name = controller.board_name
         self.take_over(controller)
-
-    def _clear(self) -> None:
-        self.__init__(self.registers, self.io_groups)  # type: ignore[misc]
 
     def _load(self, file: str) -> Any:
         from larpix import Controller, configs  # here, because it takes a second
@@ -150,18 +163,18 @@ class ChipState:
         controller.board_name = name
         return controller
 
-    # What routines get, and leave.
+    # The Controller of routines.
 
-    def controller(self, link: Any) -> Any:
-        """larpix-control's Controller, its chips as they ought to be, its io ours.
+    def controller(self) -> Any:
+        """A Controller of larpix-control with the wanted values of all chips, and a StreamIO if there are boards.
 
-        It is given away: what does not come back by take_over(), because a routine has failed, is made anew.
+        The caller gives it back to take_over(). If it does not, because a routine has failed, the next one is new.
         """
         controller, self._controller = self._controller or self._load(self.board_file), None
-        if controller.io is None and link.setup.boards:
+        if controller.io is None and self.link.setup.boards:
             from larpixdaq.hardware.controller_io import StreamIO
 
-            controller.io = StreamIO(link, self.registers)
+            controller.io = StreamIO(self.link, self.registers, self.doubt, self.layout)
         if self.registers.version is None:
             return controller
         for key in self._index:
@@ -183,7 +196,7 @@ class ChipState:
         return [place for place, _ in found], [config for _, config in found]
 
     def take_over(self, controller: Any) -> None:
-        """What a routine left in its Controller is how the chips ought to be from now on."""
+        """Take the register values that a routine left in its Controller as the wanted values."""
         keys = [_parts(chip) for chip in controller.chips.values()]
         self._add([key for key in keys if key not in self._index and key[0] in self.io_groups])
         places, configs = self._configurations(controller)
@@ -192,17 +205,24 @@ class ChipState:
         self._controller = controller
 
     def doubt(self, io_groups: list[int]) -> None:
-        """What the chips of these boards were last read to hold may not be so any more."""
+        """Forget the confirmed values of these boards' chips, here and in the producer.
+
+        Call it before these chips are reset, or get or lose their power.
+        """
+        self.link.send(hardware.Doubt(io_groups))
         self.known[np.isin(self.parts[:, 0], io_groups)] = False
 
-    # Over the end of the child.
+    # The state that outlives the child.
 
     def state(self) -> hardware.Remember:
-        return hardware.Remember(self.board_file, self.parts.tobytes(), self.wanted.tobytes(), self.given.tobytes())
+        """The state for the next child."""
+        return hardware.Remember(
+            self.board_file, self.parts.tobytes(), self.wanted.tobytes(), self.given.tobytes(), self.layout.name
+        )
 
-    def restore(self, setup: hardware.Setup) -> None:
-        """Go on where the child before ended: with its board file, how it left the chips to be, and what they have said
-        to the producer."""
+    def restore(self) -> None:
+        """Take over the state that the previous child left, and the registers that the producer has seen."""
+        setup = self.link.setup
         if setup.board_file:
             self.load_board(setup.board_file)
         parts = np.frombuffer(setup.chips, np.uint8).reshape(-1, 3)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from larpixdaq._native import word_codec
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.board_commands import BoardOrders
-from larpixdaq.hardware.pixel_layout import PixelLayout
+from larpixdaq.hardware.pixel_layout import LoadedLayout
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.register_io import BATCH, RegisterExchange, spread
 from larpixdaq.hardware.register_map import READ, WRITE, ChipRegisters
@@ -34,12 +34,16 @@ _LISTEN_TO: Final = {None: hardware.EVERYTHING, "all": hardware.EVERYTHING, "ans
 class StreamIO(BoardOrders, IO):  # type: ignore[misc]
     """larpix-control's IO over the producer, with the board methods of its PACMAN_IO."""
 
-    #: The pixel layout that was loaded last, or RequestError; set by whoever hands this to a routine.
-    layout: Callable[[], PixelLayout]
-
-    def __init__(self, link: ProducerPipe, registers: ChipRegisters) -> None:
+    def __init__(
+        self,
+        link: ProducerPipe,
+        registers: ChipRegisters,
+        doubt: Callable[[list[int]], None],
+        layout: LoadedLayout,
+    ) -> None:
         IO.__init__(self)
-        BoardOrders.__init__(self, link)
+        BoardOrders.__init__(self, link, doubt)
+        self._layout = layout
         self._io_group_table = bidict.bidict(self.names)
         self.registers = registers
         self._asic = registers.generation
@@ -145,9 +149,11 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         return self._link.rows()
 
     def positions(self, chip: Any) -> NDArray[np.float64]:
-        """x and y of a chip's channels in mm, shape (channels, 2), NaN without a pixel, in the pixel layout that was
-        loaded; RequestError when none was, or when it has not this chip."""
-        return self.layout().positions(chip)
+        """x and y of a chip's channels in the loaded pixel layout, in mm, shape (channels, 2), NaN without a pixel.
+
+        RequestError when no layout was loaded, or when this chip is not in it.
+        """
+        return self._layout.get().positions(chip)
 
     def cleanup(self) -> None:
         """There is nothing to clean up: the connections are the producer's."""

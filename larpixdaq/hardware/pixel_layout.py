@@ -97,6 +97,29 @@ class PixelLayout(NamedTuple):
         return {"x": x, "y": y, "z": self.tiles[tile].position[2], "tile": tile}
 
 
+class LoadedLayout:
+    """The pixel layout that was loaded last. A new child reads its file again when the layout is needed first."""
+
+    def __init__(self, name: str) -> None:
+        """`name`: path or name of its file; "" before the first was loaded."""
+        self.name = name
+        self._layout: PixelLayout | None = None
+
+    def get(self) -> PixelLayout:
+        """The layout; RequestError when none was loaded."""
+        if self._layout is None:
+            if not self.name:
+                raise RequestError("no pixel layout is known yet: load_pixel_layout(name) loads one")
+            self._layout = read(self.name)
+        return self._layout
+
+    def load(self, name: str) -> PixelLayout:
+        """Read a layout and keep it; RequestError, and the one before is kept, when there is none."""
+        self._layout = read(name)
+        self.name = name
+        return self._layout
+
+
 def read(name: str) -> PixelLayout:
     """The layout in a file, a path or the name of one that larpix-geometry brings; RequestError when there is none."""
     path = _find(name)

@@ -1,11 +1,10 @@
-"""The child's way to its producer: what it sends, and what came back until somebody takes it."""
+"""The child's side of the connection to its producer: commands to boards out, answers and rows back."""
 
 from __future__ import annotations
 
 import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -15,20 +14,23 @@ from larpixdaq import schema
 from larpixdaq.errors import RequestError
 from larpixdaq.protocol import hardware
 
-#: Rows that wait for a routine which listens and does not take them (bytes); what comes then is left out.
+#: Maximum bytes of rows that wait for a routine that listens but does not take them; further rows are left out.
 _MOST_ROWS: Final = 64 << 20
 
 
 class BoardError(RequestError):
-    """A board did not take what was sent to it, or did not answer; the text says which and why."""
+    """A board did not accept a command, or did not answer; the text says which board, and why."""
 
     code = "component"
 
 
 class ProducerPipe:
-    """One for the life of the child. put() is called by the thread that reads the socket, all else by the worker."""
+    """One for the life of the child. The thread that reads the socket calls put(); all else belongs to the worker."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, setup: hardware.Setup) -> None:
+        """`setup` is the producer's first message."""
+        self.setup = setup
+        self._dtype = schema.layout(setup.layout).dtype
         self._sock = sock
         self._sending = threading.Lock()
         self._changed = threading.Condition()
@@ -38,15 +40,8 @@ class ProducerPipe:
         self._awaited: set[int] = set()
         self._command = 0
         self._listening = hardware.NOTHING
-        #: Rows that found no room since listen().
+        #: Rows that were left out since listen().
         self.left_out = 0
-        #: Told of io_groups whose chips lose what they hold.
-        self.doubted: Callable[[list[int]], None] = lambda io_groups: None
-        self.setup = hardware.Setup([], "2", schema.Asic.V2, 2)
-
-    @property
-    def layout(self) -> schema.RowLayout:
-        return schema.layout(self.setup.layout)
 
     def send(self, message: hardware.FromChild) -> None:
         data = hardware.pack(message)
@@ -95,11 +90,6 @@ class ProducerPipe:
             self._result(number)
             return True
 
-    def doubt(self, io_groups: list[int]) -> None:
-        """The chips of these boards are about to be reset, or to get or lose their power."""
-        self.send(hardware.Doubt(io_groups))
-        self.doubted(io_groups)
-
     def rows(self) -> list[NDArray[Any]]:
         """The rows that came since listen() or the last call."""
         with self._changed:
@@ -120,7 +110,7 @@ class ProducerPipe:
                     self._answered[message.command] = message
             elif self._listening != hardware.NOTHING:
                 self.left_out += message.left_out
-                rows = np.frombuffer(message.rows, self.layout.dtype)
+                rows = np.frombuffer(message.rows, self._dtype)
                 if self._bytes + rows.nbytes > _MOST_ROWS:  # but for answers, for a while: as the producer has it
                     kept = hardware.answers_in(rows) if self._bytes <= 2 * _MOST_ROWS else rows[:0]
                     self.left_out += len(rows) - len(kept)

@@ -70,7 +70,7 @@ class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
 
 
 class Act(msgspec.Struct, array_like=True, tag=4, frozen=True):
-    """Do something with chips or boards; the actions are those of `actions.Actions`."""
+    """Do an action on chips, boards or pixel layouts (hardware/actions.py)."""
 
     request: int
     action: str

@@ -15,13 +15,15 @@ from emulated_board import Emulator
 from larpix import Controller
 from larpix.io import PACMAN_IO
 from misbehaving_board import answering
+from msgspec import structs
 from processes import LIMIT
 from system import rows_of, system
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.chip_state import ChipState
+from larpixdaq.hardware.producer_link import ProducerPipe
 from larpixdaq.hardware.register_map import ChipRegisters
-from larpixdaq.protocol.hardware import Setup
+from larpixdaq.protocol.hardware import BoardInfo, Setup
 from larpixdaq.protocol.stream import REGISTERS
 
 SLOW = 60.0
@@ -322,18 +324,22 @@ def test_v3_chips_go_by_address(here):
         board.close()
 
 
+def chip_state(setup):
+    return ChipState(ChipRegisters("3"), ProducerPipe(None, setup))
+
+
 def test_another_child_writes_no_register_of_a_v3_chip_that_nobody_has_set():
-    one, other = (ChipState(ChipRegisters("3"), [1]) for _ in range(2))
+    setup = Setup([BoardInfo(1, "pacman", "board")], "3", 3, 2)
+    one = chip_state(setup)
     place = one.find("1-1-1")
     one.wanted[place, 125], one.given[place, 125] = 15, True
     stranger = Controller()  # larpix-control would call its chips v2b
     stranger.add_chip("1-1-1", version="2b")
     one.take_over(stranger)
     left = one.state()
-    nothing = bytes(REGISTERS)
-    other.restore(
-        Setup([], "3", 3, 2, chips=left.chips, wanted=left.wanted, given=left.given, read=nothing, known=nothing)
-    )
+    seen = {"read": bytes(REGISTERS), "known": bytes(REGISTERS)}
+    other = chip_state(structs.replace(setup, **structs.asdict(left), **seen))
+    other.restore()
     assert np.argwhere(other.given).tolist() == [[0, 125]]
     assert other.wanted[0, 125] == 15
 

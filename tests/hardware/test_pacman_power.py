@@ -5,7 +5,7 @@ from pacman_server_models import MODELS, Crash
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware import power as power_module
-from larpixdaq.hardware.actions import BoardCare
+from larpixdaq.hardware.actions import BoardActions
 from larpixdaq.hardware.pacman_registers import REVISIONS
 from larpixdaq.hardware.producer_link import BoardError
 from larpixdaq.protocol import hardware
@@ -17,7 +17,7 @@ DACS = {2: (54_691, 54_691), 3: (46_020, 40_605), 4: (46_500, 28_500), 5: (48_09
 
 
 class Boards:
-    """Stands in for the child's Link: one model a board. `requests`: io_group, words, seconds that were allowed."""
+    """Stands in for the child's ProducerPipe: one model a board. `requests`: io_group, words, seconds allowed."""
 
     def __init__(self, models, configured, generation=Asic.V2):
         self.models = models
@@ -46,11 +46,6 @@ class Boards:
         self.doubted += io_groups
 
 
-class Care(BoardCare):
-    def _info(self, text="", done=0, total=0):
-        pass
-
-
 @pytest.fixture
 def pauses(monkeypatch):
     """Pauses between steps are not made, but kept."""
@@ -62,7 +57,7 @@ def pauses(monkeypatch):
 def board(revision, configured=None, *, firmware=0, generation=Asic.V2):
     model = MODELS[revision](firmware)
     link = Boards({1: model}, {1: revision if configured is None else configured}, generation)
-    return model, Care(link), link
+    return model, BoardActions(link, link.doubt, power_module.unheard), link
 
 
 def test_options_and_tables_name_the_same_revisions():
@@ -194,7 +189,7 @@ def test_the_limit_of_a_request_is_what_the_board_sleeps_in_it(pauses):
     """rev4 sleeps 1 s in each read of VDDD or IDDD (Boards.ask compares). Tiles are read one by one."""
     models = {1: MODELS[4](), 2: MODELS[4]()}
     link = Boards(models, {1: 4, 2: 4})
-    care = Care(link)
+    care = BoardActions(link, link.doubt, power_module.unheard)
     care.power(True)
     assert models[1].slept == models[2].slept == 16
     assert max(seconds for _, _, seconds in link.requests) == 2

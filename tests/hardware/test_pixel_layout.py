@@ -13,7 +13,8 @@ from system import system
 
 from larpixdaq.errors import FormatError, RequestError
 from larpixdaq.hardware import actions, pixel_layout
-from larpixdaq.hardware.actions import LayoutCare
+from larpixdaq.hardware.actions import LayoutActions
+from larpixdaq.hardware.pixel_layout import LoadedLayout
 
 BOARD = {
     "pixels": [[0, 1.5, 2.5, [], []], [7, 4.5, 2.5, [[1, 2]]], ["a", -1, 0]],
@@ -171,13 +172,14 @@ def test_names_are_paths_or_files_of_larpix_geometry(tmp_path, monkeypatch):
         pixel_layout.read("large.yaml")
 
 
-def test_an_answer_has_a_limit(monkeypatch):
+def test_an_answer_has_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(actions, "_MOST_LAYOUT_CHANNELS", 4)
-    care = LayoutCare("")
-    care._layout = parsed(TILES)
-    assert list(care.retrieve_pixel_layout(["1-2-12"])["channels"]) == ["1-2-12"]
+    file = tmp_path / "tiles.yaml"
+    file.write_text(yaml.safe_dump(TILES))
+    layouts = LayoutActions(LoadedLayout(str(file)))
+    assert list(layouts.retrieve_pixel_layout(["1-2-12"])["channels"]) == ["1-2-12"]
     with pytest.raises(RequestError, match="8 channels of 3 chips; one answer has 4 at most: name fewer chips"):
-        care.retrieve_pixel_layout()
+        layouts.retrieve_pixel_layout()
 
 
 ROUTINES = """

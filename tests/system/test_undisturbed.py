@@ -13,7 +13,7 @@ from system import rows_of, system
 
 from larpixdaq.constants import QUERIES, RUN_ACTIONS
 from larpixdaq.errors import ControlHeld, ProtocolError, RequestError
-from larpixdaq.hardware.actions import Actions
+from larpixdaq.hardware.actions import BoardActions, ChipActions, LayoutActions
 from larpixdaq.hardware.supervisor import Child
 from larpixdaq.operator import Operator
 
@@ -115,7 +115,8 @@ NEEDED = {"power": {"on": True}, "set_uart_clock": {"ratio": 2}, "run_routine": 
 
 
 def parameters(action):
-    method = getattr(Actions, action, None) or getattr(Child, action)
+    kinds = BoardActions, ChipActions, LayoutActions, Child
+    method = next(getattr(kind, action) for kind in kinds if hasattr(kind, action))
     return [name for name in inspect.signature(method).parameters if name not in ("self", "call")]
 
 
