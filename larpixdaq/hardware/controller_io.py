@@ -23,7 +23,7 @@ from larpixdaq.hardware.board_commands import BoardOrders
 from larpixdaq.hardware.pixel_layout import LoadedLayout
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.register_io import BATCH, RegisterExchange, spread
-from larpixdaq.hardware.register_map import READ, WRITE, ChipRegisters
+from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.hardware.register_map import words as make_words
 from larpixdaq.protocol import hardware
 from larpixdaq.schema import Asic, PacketType, types_of
@@ -64,7 +64,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         words = np.array([int.from_bytes(packet.bytes(), "little") for packet in packets], np.uint64)
         groups = np.array([packet.io_group or 0 for packet in packets], np.int64)
         channels = np.array([packet.io_channel or 0 for packet in packets], np.uint8)
-        reads = bool((words & np.uint64(3) == READ).any())
+        reads = bool((words & np.uint64(3) == PacketType.CONFIG_READ).any())
         if self.is_listening and reads and self._everything and self.listen_to != "all":
             self._link.listen(hardware.ANSWERS)
             self._everything = False
@@ -75,7 +75,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         when a board did not take them. Packets of larpix-control for as many take hundreds of times as long."""
         parts = _parts(keys)
         chips, addresses = np.nonzero(which)
-        made = make_words(self._asic, WRITE, parts[chips, 2], addresses, values[chips, addresses])
+        made = make_words(self._asic, PacketType.CONFIG_WRITE, parts[chips, 2], addresses, values[chips, addresses])
         self._send(parts[chips, 0], parts[chips, 1].astype(np.uint8), made)
 
     def read_registers(
@@ -95,7 +95,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         """Ask each of these chips for these registers; the answers come as rows. BoardError when a board did not take
         the words."""
         parts = np.repeat(_parts(keys), len(registers), axis=0)
-        made = make_words(self._asic, READ, parts[:, 2], np.tile(registers, len(keys)))
+        made = make_words(self._asic, PacketType.CONFIG_READ, parts[:, 2], np.tile(registers, len(keys)))
         self._send(parts[:, 0], parts[:, 1].astype(np.uint8), made)
 
     def _send(self, groups: NDArray[np.int64], channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:

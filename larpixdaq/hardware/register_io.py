@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
-from larpixdaq.hardware.register_map import READ, WRITE, ChipRegisters, words
+from larpixdaq.hardware.register_map import ChipRegisters, words
 from larpixdaq.protocol import hardware
-from larpixdaq.schema import Places, chips_of, registers_of
+from larpixdaq.schema import PacketType, Places, chips_of, registers_of
 
 #: Words of one message to a board; so many more may be unanswered when the next goes out.
 BATCH: Final = 2_048
@@ -94,7 +94,7 @@ class RegisterExchange:
                 while not queue.error and queue.sent < len(queue.chips) and len(queue.commands) < 2:
                     part = slice(queue.sent, queue.sent + BATCH)
                     chips, addresses = queue.chips[part], queue.addresses[part]
-                    self._send(io_group, queue, chips, addresses, WRITE, values[chips, addresses])
+                    self._send(io_group, queue, chips, addresses, PacketType.CONFIG_WRITE, values[chips, addresses])
                     queue.answered = queue.sent
             self._link.wait(time.monotonic() + SILENCE)
             for queue in queues.values():
@@ -158,7 +158,7 @@ class RegisterExchange:
             for io_group, queue in queues.items():
                 while not queue.error and queue.sent < len(queue.chips) and queue.sent - queue.answered <= BATCH:
                     part = slice(queue.sent, queue.sent + BATCH)
-                    self._send(io_group, queue, queue.chips[part], queue.addresses[part], READ, 0)
+                    self._send(io_group, queue, queue.chips[part], queue.addresses[part], PacketType.CONFIG_READ, 0)
             self._link.wait(min(queue.heard for queue in queues.values() if not queue.done) + SILENCE)
             now = time.monotonic()
             for queue in queues.values():
@@ -186,7 +186,7 @@ class RegisterExchange:
             queues[io_group] = _Queue(chips[at], addresses[at])
         return queues
 
-    def _send(self, io_group: int, queue: _Queue, chips: Any, addresses: Any, kind: int, values: Any) -> None:
+    def _send(self, io_group: int, queue: _Queue, chips: Any, addresses: Any, kind: PacketType, values: Any) -> None:
         made = words(self._asic, kind, self._parts[chips, 2], addresses, values)
         queue.commands.append(self._link.words(io_group, self._parts[chips, 1], made))
         queue.sent += len(chips)

@@ -14,16 +14,14 @@ from numpy.typing import NDArray
 
 from larpixdaq._native import word_codec
 from larpixdaq.errors import RequestError
-from larpixdaq.schema import ASICS, Asic
+from larpixdaq.schema import ASICS, Asic, PacketType
 
-WRITE: Final = 2
-READ: Final = 3
 #: Bits 57..26 of every configuration word of a v3 chip, which drops words without it.
 _MAGIC: Final = 0x89504E47
 
 
-def words(asic: Asic, kind: int, chip_ids: Any, addresses: Any, values: Any = 0) -> NDArray[np.uint64]:
-    """Configuration words, `kind` WRITE or READ, with the right parity; the arguments are broadcast."""
+def words(asic: Asic, kind: PacketType, chip_ids: Any, addresses: Any, values: Any = 0) -> NDArray[np.uint64]:
+    """Words of type CONFIG_WRITE or CONFIG_READ, with the right parity; the arguments are broadcast."""
     chip_id, address, value = (np.asarray(part, np.uint64) for part in (chip_ids, addresses, values))
     made = np.uint64(kind) | chip_id << np.uint64(2) | address << np.uint64(10) | value << np.uint64(18)
     if asic == Asic.V3:

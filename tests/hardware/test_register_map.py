@@ -8,15 +8,15 @@ from larpix import Packet_v1, Packet_v2
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.register_io import spread
-from larpixdaq.hardware.register_map import READ, WRITE, ChipRegisters, words
-from larpixdaq.schema import Asic
+from larpixdaq.hardware.register_map import ChipRegisters, words
+from larpixdaq.schema import Asic, PacketType
 
 byte = st.integers(0, 255)
 known = {asic: ChipRegisters(asic) for asic in ("1", "2", "2b", "lightpix-1", "3")}
 
 
 @pytest.mark.parametrize(("asic", "packet"), [(Asic.V1, Packet_v1), (Asic.V2, Packet_v2)])
-@given(kind=st.sampled_from([WRITE, READ]), chip=byte, address=byte, value=byte)
+@given(kind=st.sampled_from([PacketType.CONFIG_WRITE, PacketType.CONFIG_READ]), chip=byte, address=byte, value=byte)
 def test_words_are_those_of_larpix_control(asic, packet, kind, chip, address, value):
     made = packet()
     made.packet_type, made.chip_id = kind, chip
@@ -27,7 +27,7 @@ def test_words_are_those_of_larpix_control(asic, packet, kind, chip, address, va
 
 
 def test_v3_words_have_the_magic_and_the_parity_of_others():
-    assert words(Asic.V3, WRITE, [11], [125], [1]).tolist() == [0x822541391C05F42E]
+    assert words(Asic.V3, PacketType.CONFIG_WRITE, [11], [125], [1]).tolist() == [0x822541391C05F42E]
 
 
 @given(st.lists(byte, max_size=50))

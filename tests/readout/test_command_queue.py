@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from larpixdaq.hardware.register_map import READ, words
+from larpixdaq.hardware.register_map import words
 from larpixdaq.readout.command_queue import CommandQueue, sent_rows
-from larpixdaq.schema import Asic, layout_of
+from larpixdaq.schema import Asic, PacketType, layout_of
 from larpixdaq.sources.command_channel import BoardReply
 
 V2 = layout_of(Asic.V2)
@@ -72,7 +72,7 @@ class Orders(RuleBasedStateMachine):
     @rule(io_group=st.integers(1, 3), addresses=st.lists(st.integers(0, 255), max_size=8))
     def words(self, io_group, addresses):
         self.number += 1
-        made = words(Asic.V2, READ, 5, addresses)
+        made = words(Asic.V2, PacketType.CONFIG_READ, 5, addresses)
         channels = np.arange(len(made), dtype=np.uint8)
         self.commands.words(self.number, io_group, channels.tobytes(), made.tobytes(), self.take)
         if io_group == 3:
@@ -138,7 +138,7 @@ TestOrders = Orders.TestCase
 )
 def test_rows_of_sent_words_are_those_of_the_words(asic, sent):
     channels = np.array([one[0] for one in sent], np.uint8)
-    made = words(asic, READ, [one[1] for one in sent], [one[2] for one in sent])
+    made = words(asic, PacketType.CONFIG_READ, [one[1] for one in sent], [one[2] for one in sent])
     rows = sent_rows(made, channels, 7, asic, layout_of(asic))
     v1 = asic == Asic.V1
     assert rows["register" if v1 else "register_address"].tolist() == [one[2] for one in sent]

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from larpixdaq._native import word_codec
 from larpixdaq.errors import ProtocolError
-from larpixdaq.hardware.register_map import READ as ASK
-from larpixdaq.hardware.register_map import WRITE, words
+from larpixdaq.hardware.register_map import words
 from larpixdaq.protocol.stream import READ, REGISTERS, SENT, Configs, Configurations, unpack_configurations
 from larpixdaq.readout.command_queue import sent_rows
 from larpixdaq.readout.configuration_tracker import ConfigurationTracker
+from larpixdaq.schema import PacketType
 
 CHIPS = [(1, 1, 2), (1, 1, 3), (1, 2, 2), (2, 1, 2), (2, 1, 254)]
 REGISTER = st.integers(0, 3).map(lambda n: n * 20)
@@ -59,19 +59,19 @@ def test_it_knows_what_was_told_and_said_last(layout, steps, data):
             line, register, value = about
             if layout is V1:
                 continue
-            witness.sent(rows_of(WRITE, layout, [((*line, 255), register, value)], 0))
+            witness.sent(rows_of(PacketType.CONFIG_WRITE, layout, [((*line, 255), register, value)], 0))
             for chip in CHIPS:
                 if chip[:2] == line:
                     tell(sent, read, chip, register, value)
         elif what == "sent":
             about = [one for n, one in enumerate(about) if one[:2] not in [other[:2] for other in about[:n]]]
-            witness.sent(rows_of(WRITE, layout, about, 0))
+            witness.sent(rows_of(PacketType.CONFIG_WRITE, layout, about, 0))
             for chip, register, value in about:
                 tell(sent, read, chip, register, value)
         elif what == "asked":
-            witness.sent(rows_of(ASK, layout, about, 0))
+            witness.sent(rows_of(PacketType.CONFIG_READ, layout, about, 0))
         else:
-            rows = rows_of(ASK, layout, about, 1)
+            rows = rows_of(PacketType.CONFIG_READ, layout, about, 1)
             if what == "wrong parity":
                 rows["valid_parity"] = 0
             else:
@@ -106,7 +106,7 @@ def seen(sent, read, chip):
 
 def test_an_id_that_is_nobodys_is_not_among_the_chips():
     witness = ConfigurationTracker("2")
-    witness.sent(rows_of(WRITE, V2, [((1, 1, 1), 122, 11), ((1, 1, 11), 64, 30)], 0))
+    witness.sent(rows_of(PacketType.CONFIG_WRITE, V2, [((1, 1, 1), 122, 11), ((1, 1, 11), 64, 30)], 0))
     assert not len(witness.everything().chips)
     witness.know(np.array([(1, 1, 11)], np.uint8))
     assert witness.everything().chips.tolist() == [[1, 1, 11]]
