@@ -13,7 +13,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq.constants import HARDWARE_ACTIONS
 from larpixdaq.errors import RequestError, misuse
 from larpixdaq.hardware import network_bringup
 from larpixdaq.hardware.board_commands import BoardOrders
@@ -58,9 +57,7 @@ _TRIES: Final = 3
 
 
 def act(chips: ChipState, action: str, params: dict[str, Any], progress: Progress) -> Any:
-    """Do an action of HARDWARE_ACTIONS with these arguments, by name; returns its result."""
-    if action not in HARDWARE_ACTIONS:
-        raise RequestError(f"no action {action!r} of chips or boards; there are {', '.join(HARDWARE_ACTIONS)}")
+    """Do an action, one of constants.HARDWARE_ACTIONS, with these arguments by name; returns its result."""
     groups = ChipActions(chips, progress), BoardActions(chips.link, chips.doubt, progress), LayoutActions(chips.layout)
     method = next(getattr(actions, action) for actions in groups if hasattr(actions, action))
     signature = inspect.signature(method)

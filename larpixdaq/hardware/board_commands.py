@@ -204,8 +204,7 @@ class BoardOrders:
         return self._each(io_group, lambda one: self._supply("vdda", one, tile))
 
     def _supply(self, name: str, io_group: int, tile: int) -> tuple[float, float | None]:
-        found = self.tile_power(io_group, supplies=True).measured(tile, name)
-        return found[f"{name}_mv"], found.get(f"{name}_ma")
+        return self.tile_power(io_group, supplies=True).measured(tile, name)
 
     def get_vplus(self, io_group: int | None = None) -> Any:
         """Input supply: (mV, mA); rev2 alone can measure it."""
@@ -241,8 +240,7 @@ class BoardOrders:
         self._doubt([io_group])
         power.set_dac(name, tile, dac)
         time.sleep(settling or 0)
-        found = power.measured(tile, name)
-        return found[f"{name}_mv"], found.get(f"{name}_ma")
+        return power.measured(tile, name)
 
     def tile_power(
         self, io_group: int, *, off: bool = False, supplies: bool = False, progress: Progress = unheard

@@ -51,16 +51,15 @@ class RequestWorker:
     def handle(self, request: hardware.Request) -> None:
         if isinstance(request, hardware.ListRoutines):
             routines, broken = load(map(Path, request.folders))
-            self.send(hardware.Known(request.request, [_describe(*item) for item in sorted(routines.items())], broken))
+            self._link.send(
+                hardware.Known(request.request, [_describe(*item) for item in sorted(routines.items())], broken)
+            )
         else:
             self._run(request)
 
-    def send(self, answer: hardware.Answer) -> None:
-        self._link.send(answer)
-
     def _run(self, request: hardware.RunRoutine | hardware.Act) -> None:
         name = request.action if isinstance(request, hardware.Act) else f"routine {request.name}"
-        reports = _Reports(self, request.request)
+        reports = _Reports(self._link, request.request)
         # The kernel ends this process at the limit, whatever the routine is doing and whoever holds the interpreter's
         # lock.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -82,9 +81,9 @@ class RequestWorker:
             self._link.forget()
         self._remember()
         try:
-            self.send(answer)
+            self._link.send(answer)
         except ProtocolError as error:
-            self.send(hardware.ActionFailed(request.request, f"{name}: its result: {_line(str(error))}"))
+            self._link.send(hardware.ActionFailed(request.request, f"{name}: its result: {_line(str(error))}"))
 
     def _state(self) -> ChipState:
         """The state of the chips, made at the first call, because larpix-control takes a second to import."""
@@ -143,10 +142,10 @@ class RequestWorker:
 
 
 class _Reports:
-    """`send_info` and `send_data` of one run of a routine, held to a rate that the producer bears beside its data."""
+    """`send_info` and `send_data` of one request, limited to a rate that the producer can handle beside its data."""
 
-    def __init__(self, worker: RequestWorker, request: int) -> None:
-        self._worker = worker
+    def __init__(self, link: ProducerPipe, request: int) -> None:
+        self._link = link
         self._request = request
         self._allowed = float(_BURST)
         self._last = time.monotonic()
@@ -162,7 +161,7 @@ class _Reports:
             return
         self._allowed -= 1
         text, value = (info, None) if isinstance(info, str) else ("", info)
-        self._worker.send(hardware.Progress(self._request, max(0, int(done)), max(0, int(total)), text, value))
+        self._link.send(hardware.Progress(self._request, max(0, int(done)), max(0, int(total)), text, value))
 
     def send_data(self, data: Any = b"", metadata: Any = None) -> None:
         """Report that there were data: the packets are in the recorded stream already."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from larpixdaq.errors import RequestError
+from larpixdaq.schema import key_of
 
 #: Registers that make a network, as far as the generation has them.
 NETWORK: Final = (
@@ -51,7 +52,7 @@ def nodes(controller: Any) -> Iterator[tuple[int, int, Any]]:
 
 def bring_up(controller: Any, keys: set[str] | None, progress: Callable[[int, int], None]) -> int:
     """Send the steps for these chips (None: for all), in the order of the network; how many chips."""
-    chosen = [node for node in nodes(controller) if keys is None or _key(*node) in keys]
+    chosen = [node for node in nodes(controller) if keys is None or key_of(node) in keys]
     chips = sum(isinstance(chip_id, int) for _, _, chip_id in chosen)
     if not chips:
         raise RequestError("configure_network: no chips in the network of this board")
@@ -82,7 +83,3 @@ def _close(controller: Any, chosen: list[tuple[int, int, Any]]) -> None:
             for name in NETWORK[1:]:
                 if name in config.register_names and name not in _UPSTREAM:
                     setattr(config, name, list(getattr(fresh, name)))
-
-
-def _key(io_group: int, io_channel: int, chip_id: Any) -> str:
-    return f"{io_group}-{io_channel}-{chip_id}"

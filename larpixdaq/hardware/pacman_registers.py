@@ -22,6 +22,8 @@ PING: Final = b"P" + bytes(15)
 TILES, POWER = 0x10, 0x14
 CLOCK_STATUS, CLOCK, CLOCK_CONTROL, RESET_CYCLES, HEARTBEAT_CYCLES = 0x1000, 0x1004, 0x1010, 0x1014, 0x1018
 RESET_BIT: Final = 4
+#: All bits of TILES that may switch a tile or its clock.
+TILE_BITS: Final = 0x3FF
 #: Register that reads 894 with module-2 firmware, a build for rev4 in which tiles have no clock, and the board hears no
 #: io_channel, until these are switched on.
 FIRMWARE: Final = 0x0000
@@ -175,7 +177,7 @@ _REV3: Final = PacmanRevision(
     number=3,
     tiles=8,
     uarts=32,
-    tile_bits=0x3FF,
+    tile_bits=TILE_BITS,
     end=0x26000,
     analog_power=True,
     supplies={
@@ -198,7 +200,7 @@ _REV4: Final = PacmanRevision(
     number=4,
     tiles=8,
     uarts=32,
-    tile_bits=0x3FF,
+    tile_bits=TILE_BITS,
     end=0x25000,
     analog_power=True,
     supplies={
@@ -218,7 +220,7 @@ _REV5: Final = PacmanRevision(
     number=5,
     tiles=10,
     uarts=33,
-    tile_bits=0x3FF,
+    tile_bits=TILE_BITS,
     end=0x25000,
     analog_power=True,
     supplies={
@@ -244,7 +246,7 @@ def tile_mask(revision: PacmanRevision | None, firmware: int) -> int:
     """Bits of TILES that are tiles. `firmware`: what FIRMWARE reads. Without a revision: those that may be."""
     if revision is not None:
         return (1 << revision.tiles) - 1
-    return 0x3FF & ~MODULE_2_CLOCKS if firmware == MODULE_2 else 0x3FF
+    return TILE_BITS & ~MODULE_2_CLOCKS if firmware == MODULE_2 else TILE_BITS
 
 
 def uart(io_channel: int, register: int = 0x10) -> int:

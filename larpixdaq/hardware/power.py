@@ -17,6 +17,7 @@ from larpixdaq.hardware.pacman_registers import (
     MODULE_2_CHANNELS,
     MODULE_2_CLOCKS,
     POWER,
+    TILE_BITS,
     TILES,
     PacmanRevision,
     read,
@@ -35,8 +36,6 @@ _AT_ONCE: Final = ("vddd", "vdda")
 _RAMPED: Final = ("vdda", "vddd")
 #: Tiles of a board whose revision is not known: those that all but rev2 have.
 _TILES: Final = 8
-#: All bits of the tile enable register that may switch a tile or its clock.
-_ALL_TILES: Final = 0x3FF
 
 Progress = Callable[[str, int, int], None]
 
@@ -90,8 +89,8 @@ class TilePower:
         while the tile is on. A tile whose voltages are not what was asked for is switched off again: BoardError."""
         chosen = self.chosen(tiles)
         on, _ = self._look()
-        if ramp and any(on >> tile & 1 for tile in chosen):
-            raise RequestError(f"{self._name}: ramp: tile {self._first(on, chosen)} is on already: switch it off first")
+        if ramp and (already := [tile for tile in chosen if on >> tile & 1]):
+            raise RequestError(f"{self._name}: ramp: tile {already[0]} is on already: switch it off first")
         self._switch_analog(on=True)
         for done, tile in enumerate(chosen):
             if on >> tile & 1 and not dacs:
@@ -148,11 +147,11 @@ class TilePower:
         if found and dac not in (found[0] >> 16, found[0] & 0xFFFF):
             raise BoardError(f"{self._name}: tile {tile}: {supply} DAC: set to {dac}, reads back 0x{found[0]:08x}")
 
-    def measured(self, tile: int, supply: str) -> dict[str, float]:
-        """What is measured of one supply of a tile, by name."""
+    def measured(self, tile: int, supply: str) -> tuple[float, float | None]:
+        """Voltage (mV) and current (mA) of one supply of a tile; None where the current's unit is not established."""
         names = list(self.known.supplies[supply].monitors)
-        values = self._measure(tile, supply, names)
-        return {f"{supply}_{name}": value for name, value in zip(names, values, strict=True)}
+        found = dict(zip(names, self._measure(tile, supply, names), strict=True))
+        return found["mv"], found.get("ma")
 
     def _measure(self, tile: int, supply: str, names: list[str]) -> list[float]:
         self.chosen([tile])
@@ -179,7 +178,7 @@ class TilePower:
         counted = tile_mask(self._revision, firmware)
         mask = counted if tiles is None else _mask(self.chosen(tiles))
         if not before & ~mask & counted:
-            mask |= _ALL_TILES if self._revision is None else self._revision.tile_bits
+            mask |= TILE_BITS if self._revision is None else self._revision.tile_bits
         return self._write_tiles(before & ~mask, mask) & counted
 
     def _look(self) -> tuple[int, int]:
@@ -199,10 +198,6 @@ class TilePower:
         _, found = self._registers.values(self._io_group, [write(POWER, int(on)), read(POWER)])
         if found & 1 != on and self._revision is not None:  # rev2 has no such register
             raise BoardError(f"{self._name}: analog power (register 0x{POWER:x}): set to {on:d}, reads back {found}")
-
-    @staticmethod
-    def _first(on: int, tiles: list[int]) -> int:
-        return next(tile for tile in tiles if on >> tile & 1)
 
 
 def _mask(tiles: Iterable[int]) -> int:

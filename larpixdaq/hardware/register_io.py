@@ -203,13 +203,15 @@ class RegisterExchange:
 
     def _take(self, rows: NDArray[Any], which: NDArray[np.bool_], found: RegisterAnswers) -> dict[int, int]:
         """Sort answers in; how many registers of each io_group have their first one now."""
-        chips, addresses, values, good = self._where(rows)
+        good: NDArray[np.bool_] = rows["valid_parity"] == 1
+        chips = self._places.find(chips_of(rows))
+        addresses, values = registers_of(rows)
         found.bad_parity += int((~good).sum())
         known = good & (chips >= 0) & (addresses < which.shape[1])
         known[known] = which[chips[known], addresses[known]]
         found.strange += int((good & ~known).sum())
         chips, addresses, values = chips[known], addresses[known], values[known]
-        flat = chips.astype(np.intp) * which.shape[1] + addresses
+        flat = chips.astype(np.intp) * which.shape[1] + addresses.astype(np.intp)
         _, first = np.unique(flat, return_index=True)
         new = np.zeros(len(flat), bool)
         new[first] = found.answers.ravel()[flat[first]] == 0
@@ -219,13 +221,6 @@ class RegisterExchange:
         np.add.at(found.answers.ravel(), flat, 1)
         groups = np.bincount(self._parts[chips[new], 0], minlength=1)
         return {io_group: n for io_group, n in enumerate(groups.tolist()) if n}
-
-    def _where(self, rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
-        """Of each row: place of its chip (-1: none of ours), address, value, whether its parity is right."""
-        good = rows["valid_parity"] == 1
-        chips = self._places.find(chips_of(rows))
-        addresses, values = registers_of(rows)
-        return chips, addresses.astype(np.intp), values, good
 
 
 class _Reports:

@@ -6,12 +6,13 @@ import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq.control.node import Call
 from larpixdaq.errors import ConfigError, ProtocolError, cause
 from larpixdaq.protocol import hardware
 from larpixdaq.readout.command_queue import CommandQueue
@@ -30,15 +31,6 @@ _LOGGED: Final = 100
 _LINE: Final = 500
 
 _log: Final = logging.getLogger(__name__)
-
-
-class CallProtocol(Protocol):
-    """The part of `control.node.Call` that is used here."""
-
-    def ack(self, text: str = "") -> None: ...
-    def progress(self, done: int, total: int, text: str = "", value: Any = None) -> None: ...
-    def result(self, value: Any = None, text: str = "") -> None: ...
-    def fail(self, text: str, code: str = "failed") -> None: ...
 
 
 class _Running(NamedTuple):
@@ -78,7 +70,7 @@ class Child:
         self._process = ChildProcess(Path(__file__).with_name("child.py"), capture=True)
         self._inbox = hardware.Inbox(requests=False)
         self._output = RoutineOutput()
-        self._calls: dict[int, CallProtocol] = {}
+        self._calls: dict[int, Call] = {}
         self._request = 0
         self._running: _Running | None = None
         self._known: list[dict[str, Any]] | None = None
@@ -91,7 +83,7 @@ class Child:
         """The name of the running routine or action."""
         return self._running.name if self._running is not None else None
 
-    def list_routines(self, call: CallProtocol) -> None:
+    def list_routines(self, call: Call) -> None:
         """List routines: a list of {"name", "params", "help"}, `params` of {"name", "type", "required", "default"}.
 
         While a routine or action runs, the result is that of the last time.
@@ -101,7 +93,7 @@ class Child:
             return
         self._send(call, hardware.ListRoutines(self._next(), self._folders))
 
-    def load_routines(self, call: CallProtocol, directory: str) -> None:
+    def load_routines(self, call: Call, directory: str) -> None:
         """Add a directory of routine files, absolute or relative to one of `folders`. Result: as list_routines().
 
         Fails when it lies below none of `folders`, because its files will be executed.
@@ -129,7 +121,7 @@ class Child:
 
     def run_routine(
         self,
-        call: CallProtocol,
+        call: Call,
         name: str,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
@@ -154,7 +146,7 @@ class Child:
             if self._send(call, request):
                 call.ack(running.what)
 
-    def abort_routine(self, call: CallProtocol) -> None:
+    def abort_routine(self, call: Call) -> None:
         """Kill the process with the running routine or action, whose call fails. Result: its name.
 
         Refused (code "state") when none runs.
@@ -166,7 +158,7 @@ class Child:
             self.end("aborted by the operator")
             call.result(running.name, f"{running.what} is aborted")
 
-    def act(self, call: CallProtocol, action: str, params: dict[str, Any]) -> None:
+    def act(self, call: Call, action: str, params: dict[str, Any]) -> None:
         """Do an action on chips or boards (hardware/actions.py); otherwise as run_routine()."""
         if self._refuse(call):
             return
@@ -220,7 +212,7 @@ class Child:
         self.end("the producer is closing")
         self._process.close()
 
-    def _refuse(self, call: CallProtocol) -> bool:
+    def _refuse(self, call: Call) -> bool:
         if self._running is None:
             return False
         call.fail(f"{self._running.what} is running, and only one can", code="state")
@@ -236,7 +228,7 @@ class Child:
         self._request += 1
         return self._request
 
-    def _send(self, call: CallProtocol, request: hardware.Request) -> bool:
+    def _send(self, call: Call, request: hardware.Request) -> bool:
         self._calls[request.request] = call
         try:
             data = hardware.pack(request)
@@ -300,7 +292,7 @@ class Child:
                 _log.error(text)
             call.fail(text, code=answer.code)
 
-    def _end_call(self, request: int) -> CallProtocol:
+    def _end_call(self, request: int) -> Call:
         if self._running is not None and self._running.request == request:
             self._output.end(self._running.what)
             self._running = None

@@ -30,8 +30,6 @@ from larpixdaq.schema import PacketType, chips_of, registers_of, types_of
 #: Seconds for which what was on its way before is not counted, through an IO that is not the DAQ's: its packets are
 #: not those of one stream, in which answers could mark the moment.
 SETTLE: Final = 0.05
-#: Seconds between two looks at what has come.
-_PACKET_LOOK: Final = 0.02
 #: Seconds that each attempt at a measurement waits for the answers that mark it.
 _PATIENCE: Final = (0.25, 0.5, 1.0, 2.0, 4.0)
 #: A data packet with the right parity; `chip` is a place in the list of chips asked for. `trigger` is what made it:
@@ -157,7 +155,7 @@ def _by_the_clock(
         act()
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
-        time.sleep(min(_PACKET_LOOK, left))
+        time.sleep(min(_LOOK, left))
         take(io.empty_queue()[0])
     return _Measured(seconds, 0, [])
 
