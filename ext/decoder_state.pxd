@@ -13,7 +13,7 @@ cdef enum:
     KEPT = 1000                      # schema.UNKNOWN_KEPT
 
 cdef struct Sink:
-    uint64_t* counts                 # of one io_group, in the order of row_structs.pxd
+    uint64_t* counts                 # of one io_group, in the order of constants.Count
     UnknownWord* kept
     Py_ssize_t n_kept                # since the last take_unknown
     Py_ssize_t room                  # words that may still be kept before the next start()

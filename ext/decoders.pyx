@@ -68,7 +68,7 @@ cdef class _Decoder:
 
     def start(self, uint64_t[::1] counts not None):
         if counts.shape[0] != N_COUNTS:
-            raise ValueError(f"counts: expected {N_COUNTS} (schema.COUNTS), found {counts.shape[0]}")
+            raise ValueError(f"counts: expected {N_COUNTS} (constants.Count), found {counts.shape[0]}")
         self.counts = counts
         self.sink.counts = &counts[0]
         self.sink.n_kept = 0

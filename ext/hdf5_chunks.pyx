@@ -9,7 +9,7 @@ cimport cython
 from deflate cimport deflate, deflated_most, tokens_room
 from row_structs cimport Row10, Row24, Row24Clock64, Row30
 
-#: Columns of the counts that tally() adds to; the first six are the ledger's own (larpixdaq.schema.COUNTS).
+#: Columns of the counts that tally() adds to; the first six are the ledger's own (larpixdaq.constants.Count).
 TALLY = ("word_rows", "packets", "bad_parity", "time_rows", "info_rows", "sent_rows", "other_rows")
 
 cdef enum:

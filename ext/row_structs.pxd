@@ -103,7 +103,7 @@ cdef packed struct UnknownWord:      # schema.UNKNOWN_WORD
     uint8_t size
     uint8_t raw[24]
 
-cdef enum:                           # schema.COUNTS, in its order; without a name: Cython takes no named enum as index in +=
+cdef enum:                           # constants.Count, in its order; without a name: Cython takes no named enum as index in +=
     MESSAGES
     BYTES_IN
     HEADER_BYTES

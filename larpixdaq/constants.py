@@ -8,7 +8,8 @@ What a producer can be asked to do with its chips and boards: names only, for pr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from enum import Enum
+from enum import Enum, IntEnum
+from operator import itemgetter
 from typing import Final
 
 STOP: Final = "STOP"
@@ -95,7 +96,7 @@ MIN_FREE: Final = 64 << 20
 #: Run numbers are 1 to LAST_RUN, and have RUN_DIGITS digits in the names of files.
 RUN_DIGITS: Final = 7
 LAST_RUN: Final = 10**RUN_DIGITS - 1
-#: One more than the highest io_group: counters of a producer are an array of shape (IO_GROUPS, len(COUNTS)), dtype u8.
+#: One more than the highest io_group: counters of a producer are an array of shape (IO_GROUPS, len(Count)), dtype u8.
 IO_GROUPS: Final = 256
 #: Maximum number of rows of a block.
 BLOCK_ROWS: Final = 16_384
@@ -103,37 +104,51 @@ BLOCK_ROWS: Final = 16_384
 UNKNOWN_BYTES: Final = 24
 #: Layouts of rows by their code.
 LAYOUT_NAMES: Final = {1: "1.0", 2: "2.4", 3: "2.4-clock64", 4: "3.0"}
-#: Counters of one io_group in one run (or of run 0: what came outside a run), in the order of ``enum Count`` in
-#: ext/row_structs.pxd. The compiled decoders add to them in place; `info_rows` to `stored` belong to producer and
-#: storage.
-COUNTS: Final = (
-    "messages",  # board messages that were taken apart (frames, on a serial line)
-    "bytes_in",
-    "header_bytes",
-    "trailing_bytes",  # behind the last whole word, or behind the words that the header counts
-    "rejected_bytes",  # messages thrown away whole: no header, unknown type or format
-    "resync_bytes",  # serial: bytes that belong to no frame
-    "pending_before",  # serial: bytes of an unfinished frame when the run began
-    "pending_after",  # serial: bytes of an unfinished frame now
-    "words_in",
-    "word_bytes",  # words_in x size of a word (serial: 10 x frames)
-    "word_rows",  # rows of types 0 to 3 with direction 1, 6 and 7
-    "unknown_words",  # unknown type; kept raw
-    "rejected_words",  # known type, impossible content; kept raw
-    "packets",  # rows of types 0 to 3 with direction 1
-    "bad_parity",  # packets among them whose parity is wrong; stored all the same
-    "time_rows",  # rows of type 4
-    "rejected_messages",
-    "wrong_counts",  # messages whose header counts other words than they hold
-    "info_rows",
-    "sent_rows",  # rows of types 0 to 3 with direction 0
-    "dropped",  # rows that found no room
-    "stored",
-)
-#: Rows that these counters add up to: equation (c) of the ledger.
-ROW_COUNTS: Final = ("word_rows", "time_rows", "info_rows", "sent_rows")
 #: Bytes of a board without any use; fewer than these may be noise on a line.
 LEAST_UNUSABLE: Final = 256
+
+
+class Count(IntEnum):
+    """The counters of one io_group in one run, or in run 0, which counts the data outside of runs.
+
+    The order is that of the enum in ext/row_structs.pxd, because the compiled decoders add to the counters in place.
+    Producer and storage count the members from INFO_ROWS on.
+    """
+
+    MESSAGES = 0  # board messages that were taken apart (frames, on a serial line)
+    BYTES_IN = 1
+    HEADER_BYTES = 2
+    TRAILING_BYTES = 3  # behind the last whole word, or behind the words that the header counts
+    REJECTED_BYTES = 4  # messages thrown away whole: no header, unknown type or format
+    RESYNC_BYTES = 5  # serial: bytes that belong to no frame
+    PENDING_BEFORE = 6  # serial: bytes of an unfinished frame when the run began
+    PENDING_AFTER = 7  # serial: bytes of an unfinished frame now
+    WORDS_IN = 8
+    WORD_BYTES = 9  # words_in x size of a word (serial: 10 x frames)
+    WORD_ROWS = 10  # rows of types 0 to 3 with direction 1, 6 and 7
+    UNKNOWN_WORDS = 11  # unknown type; kept raw
+    REJECTED_WORDS = 12  # known type, impossible content; kept raw
+    PACKETS = 13  # rows of types 0 to 3 with direction 1
+    BAD_PARITY = 14  # packets among them whose parity is wrong; stored all the same
+    TIME_ROWS = 15  # rows of type 4
+    REJECTED_MESSAGES = 16
+    WRONG_COUNTS = 17  # messages whose header counts other words than they hold
+    INFO_ROWS = 18
+    SENT_ROWS = 19  # rows of types 0 to 3 with direction 0
+    DROPPED = 20  # rows that found no room
+    STORED = 21
+
+
+#: Names of the counters in files and messages, in the order of Count.
+COUNTS: Final = tuple(count.name.lower() for count in Count)
+
+
+_rows: Final = itemgetter(Count.WORD_ROWS, Count.TIME_ROWS, Count.INFO_ROWS, Count.SENT_ROWS)
+
+
+def rows_made(counts: list[int]) -> int:
+    """Return the number of rows that these counters, in the order of Count, add up to: equation (c) of the ledger."""
+    return sum(_rows(counts))
 
 
 def worst(found: Mapping[RunCondition, object], reported: str = RunCondition.COMPLETE) -> RunCondition:

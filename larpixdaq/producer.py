@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from larpixdaq import config, constants
 from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.crash_recovery import totals
-from larpixdaq.constants import HARDWARE_ACTIONS, unusable
+from larpixdaq.constants import HARDWARE_ACTIONS, Count, unusable
 from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import ConfigError, RequestError, RingError, StateError
 from larpixdaq.hardware.supervisor import Child
@@ -414,7 +414,7 @@ class Producer:
             "dropped": total["dropped"],
             "unknown": total["unknown_words"] + total["rejected_words"],
             "bad_parity": total["bad_parity"],
-            "outside_run": int(self.delivery.ring.outside[:, constants.COUNTS.index("packets")].sum()),
+            "outside_run": int(self.delivery.ring.outside[:, Count.PACKETS].sum()),
             "boards": [_board_status(board) for board in self._boards()],
             "verdicts": {str(io_group): verdict for io_group, verdict in sorted(self._watch.worst.items())},
             "finished": all(source.finished for source in self.boards),

@@ -1,6 +1,6 @@
 """Bytes of every board to rows: serial frames, PACMAN messages, Bern messages; and rows back to messages.
 
-All decoders work alike. `start(counts)` names the counters to add to (one row of a (IO_GROUPS, len(COUNTS)) u8 array);
+All decoders work alike. `start(counts)` names the counters to add to (one row of a (IO_GROUPS, len(Count)) u8 array);
 `feed` hands over input, which must stay unchanged until it is used up; `decode(rows)` fills rows and returns how many.
 Fewer than len(rows) means that the input is used up; as many means: call again with fresh rows. The counters always
 describe exactly the rows returned so far, and equations (a) to (c) of the ledger hold between any two calls.

@@ -11,11 +11,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from larpixdaq import constants, schema
+from larpixdaq import schema
 from larpixdaq._native.ring_buffer import END
 from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.ring_file import RingFile, arenas, kept_aside
 from larpixdaq.buffer.spool import SpoolDirectory, SpoolFile
+from larpixdaq.constants import rows_made
 from larpixdaq.errors import FileError, ProtocolError, RingError
 from larpixdaq.protocol.stream import Block, End, LossVerdict, unpack_producer
 from larpixdaq.runtime.file_access import keep_aside
@@ -160,5 +161,5 @@ def _ends(arena: RingFile) -> dict[int, End]:
 
 def totals(end: End) -> dict[str, Any]:
     """An end as the core gets it: reports.EpochEnd."""
-    rows = sum(sum(counts[1 + constants.COUNTS.index(name)] for name in constants.ROW_COUNTS) for counts in end.counts)
+    rows = sum(rows_made(counts) for _, *counts in end.counts)
     return {"epoch": end.epoch, "next": end.next, "rows": rows, "counts": end.counts}

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
-from larpixdaq.constants import COUNTS, ROW_COUNTS, RunCondition, best, worst
+from larpixdaq.constants import Count, RunCondition, best, rows_made, worst
 from larpixdaq.control.catalogue import Run
 from larpixdaq.control.scatter_gather import ComponentAnswer
 from larpixdaq.errors import ComponentError
 from larpixdaq.protocol.reports import EpochEnd, ProducerEnd, StorageEnd, checked
 
-_ROWS: Final = [1 + COUNTS.index(name) for name in ROW_COUNTS]
-_DROPPED: Final = 1 + COUNTS.index("dropped")
 #: (producer, epoch)
 _Source = tuple[str, int]
 
@@ -52,11 +50,11 @@ def take_report(run: Run, name: str, outcome: ComponentAnswer) -> str:
 
 def made(end: ProducerEnd) -> dict[int, int]:
     """Rows that the producer made, per io_group: equation (c) of the ledger."""
-    return {line[0]: sum(line[i] for i in _ROWS) for line in _lines(end)}
+    return {line[0]: rows_made(line[1:]) for line in _lines(end)}
 
 
 def _lines(end: ProducerEnd) -> list[list[int]]:
-    return [line for line in end.counts if len(line) == 1 + len(COUNTS)]
+    return [line for line in end.counts if len(line) == 1 + len(Count)]
 
 
 class RunVerdict(NamedTuple):
@@ -131,7 +129,7 @@ def _missing(ends: Mapping[_Source, ProducerEnd], recorded: Mapping[_Source, int
     found = []
     for key, end in ends.items():
         has, should = stored[key], made(end)
-        dropped = {line[0]: line[_DROPPED] for line in _lines(end)}
+        dropped = {line[0]: line[1 + Count.DROPPED] for line in _lines(end)}
         for io_group in sorted(has.keys() | should.keys()):
             lacking = should.get(io_group, 0) - dropped.get(io_group, 0) - has.get(io_group, 0)
             where = f"{key[0]} io_group {io_group} (epoch {key[1]:x})"

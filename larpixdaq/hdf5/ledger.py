@@ -37,7 +37,7 @@ def stored(tally: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def made(counts: Mapping[str, int]) -> int:
     """Rows that a producer made: equation (c)."""
-    return sum(counts[name] for name in constants.ROW_COUNTS)
+    return constants.rows_made([counts[name] for name in constants.COUNTS])
 
 
 def unbalanced(counts: Mapping[str, int]) -> list[str]:

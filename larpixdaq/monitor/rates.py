@@ -16,7 +16,7 @@ import numpy as np
 from msgspec.structs import astuple
 from numpy.typing import NDArray
 
-from larpixdaq.constants import COUNTS, IO_GROUPS, ROW_COUNTS
+from larpixdaq.constants import IO_GROUPS, Count
 from larpixdaq.errors import ProtocolError
 from larpixdaq.protocol.stream import Block, End, Totals
 
@@ -81,14 +81,9 @@ class Track:
         """Take over the final counts of the run and epoch."""
         totals = []
         for io_group, *counts in end.counts:
-            if len(counts) != len(COUNTS):
-                raise ProtocolError(
-                    f"end of run {end.run} from {end.producer}: {len(counts)} counts, not {len(COUNTS)}"
-                )
-            count = dict(zip(COUNTS, counts, strict=True))
-            rows = sum(count[name] for name in ROW_COUNTS)
-            unknown = count["unknown_words"] + count["rejected_words"]
-            totals.append(Totals(io_group, count["packets"], rows, count["bad_parity"], unknown, count["dropped"]))
+            if len(counts) != len(Count):
+                raise ProtocolError(f"end of run {end.run} from {end.producer}: {len(counts)} counts, not {len(Count)}")
+            totals.append(Totals.of(io_group, counts))
         _check(totals, end)
         if not self._knots:
             self._knot(end.first_ns, {})

@@ -35,7 +35,7 @@ MAX_TEXT: Final = 1 << 16
 #: Containers in containers, at most.
 MAX_DEPTH: Final = 32
 Id = Annotated[str, Meta(max_length=64)]
-Count = Annotated[int, Meta(ge=0)]
+_Amount = Annotated[int, Meta(ge=0)]
 Kind = Literal["producer", "run_data", "storage", "log"]
 
 
@@ -142,8 +142,8 @@ class Heartbeat(Message, tag="heartbeat"):
     heartbeats have reached the core.
     """
 
-    progress: Count = 0
-    queued: Count = 0
+    progress: _Amount = 0
+    queued: _Amount = 0
     idle: Annotated[float, Meta(ge=0)] = 0.0
     run: RunNumber | None = None
     begun: bool = False
@@ -177,8 +177,8 @@ class Answer(Message, tag="answer"):
     component: Annotated[str, Meta(max_length=64)] = ""
     text: Annotated[str, Meta(max_length=MAX_TEXT)] = ""
     value: msgspec.Raw = msgspec.Raw(b"\xc0")
-    done: Count = 0
-    total: Count = 0
+    done: _Amount = 0
+    total: _Amount = 0
     error: Id = ""
     by: Annotated[str, Meta(max_length=256)] = ""
     since: float = 0.0
@@ -192,7 +192,7 @@ class Update(Message, tag="update"):
     """State of the core: the answer to each heartbeat, and a message to everybody after each change."""
 
     state: Literal["STOP", "READY", "RUN"] = "STOP"
-    run: Count | None = None
+    run: _Amount | None = None
     producers: dict[str, str] = {}
     log: str = ""
     insecure: bool = False

@@ -31,7 +31,7 @@ class EpochEnd(msgspec.Struct):
 
 
 class ProducerEnd(msgspec.Struct):
-    """Answer of a producer to end_run and abort_run; `counts` has [io_group, *schema.COUNTS] each."""
+    """Answer of a producer to end_run and abort_run; `counts`: as in stream.End."""
 
     epoch: int
     next: int

@@ -13,12 +13,21 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
-from larpixdaq.constants import BLOCK_ROWS, COUNTS, IO_GROUPS, LAST_RUN, LAYOUT_NAMES, UNKNOWN_BYTES
+from larpixdaq.constants import (
+    BLOCK_ROWS,
+    IO_GROUPS,
+    LAST_RUN,
+    LAYOUT_NAMES,
+    UNKNOWN_BYTES,
+    Count,
+    rows_made,
+)
 from larpixdaq.errors import ProtocolError
 
 if TYPE_CHECKING:  # the core needs no numpy
@@ -42,7 +51,7 @@ _64Bits = Annotated[int, Meta(ge=0)]
 #: Unix ns by a host's clock.
 Time = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 #: Rows, packets, bytes: those of all 256 io_groups add up to less than 2^64.
-Count = Annotated[int, Meta(ge=0, lt=2**56)]
+_56Bits = Annotated[int, Meta(ge=0, lt=2**56)]
 #: Numbers of blocks: those of 65,536 sources add up to less than 2^64.
 Sequence = Annotated[int, Meta(ge=0, lt=2**48)]
 IoGroup = Annotated[int, Meta(ge=0, lt=IO_GROUPS)]
@@ -50,14 +59,15 @@ LayoutCode = Annotated[int, Meta(ge=1, le=len(LAYOUT_NAMES))]
 _32Bits = Annotated[int, Meta(ge=0, lt=2**32)]
 #: Kinds of sources whose data come from no detector now.
 KINDS_WITHOUT_DETECTOR: Final = ("fake", "replay")
-#: One list per io_group: the io_group, then schema.COUNTS in order.
+#: One list per io_group: the io_group, then its counters in the order of constants.Count.
 Counters = Annotated[
-    list[Annotated[list[Count], Meta(min_length=1 + len(COUNTS), max_length=1 + len(COUNTS))]],
+    list[Annotated[list[_56Bits], Meta(min_length=1 + len(Count), max_length=1 + len(Count))]],
     Meta(max_length=IO_GROUPS),
 ]
 #: From best to worst: nothing speaks against it, something may be missing, something is missing.
 VERDICTS: Final = ("complete", "suspect", "lost")
 _encoder: Final = msgspec.msgpack.Encoder()
+_totals: Final = itemgetter(Count.PACKETS, Count.BAD_PARITY, Count.UNKNOWN_WORDS, Count.REJECTED_WORDS, Count.DROPPED)
 #: Registers of a chip here; those that it does not have are 0 and not KNOWN.
 REGISTERS: Final = 256
 #: Bits of `known`: the register was told a value; it said one, and was not told another since.
@@ -77,21 +87,27 @@ class BlockOrigin(NamedTuple):
 
 
 class Totals(msgspec.Struct, array_like=True, frozen=True):
-    """What one io_group has delivered since the run began, at the end of the block that carries this."""
+    """The rows of one io_group from the beginning of the run to the end of the block that carries this."""
 
     io_group: IoGroup
-    packets: Count  # rows of types 0 to 3 with direction 1
-    rows: Count  # all rows
-    bad_parity: Count
-    unknown: Count  # unknown and rejected words
-    dropped: Count  # rows that found no room
+    packets: _56Bits  # rows of types 0 to 3 with direction 1
+    rows: _56Bits  # all rows
+    bad_parity: _56Bits
+    unknown: _56Bits  # unknown and rejected words
+    dropped: _56Bits  # rows that found no room
+
+    @classmethod
+    def of(cls, io_group: int, counts: list[int]) -> Totals:
+        """Sum up the counters of one io_group, in the order of constants.Count."""
+        packets, bad_parity, unknown, rejected, dropped = _totals(counts)
+        return cls(io_group, packets, rows_made(counts), bad_parity, unknown + rejected, dropped)
 
 
 class Gap(msgspec.Struct, array_like=True, frozen=True):
     """Rows of one io_group that were decoded and counted, but found no room, before the block that carries this."""
 
     io_group: IoGroup
-    rows: Count
+    rows: _56Bits
     first_ns: Time  # host clock, unix ns
     last_ns: Time
 
@@ -178,7 +194,7 @@ class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
     producer: Name
     epoch: Epoch
     sequence: Sequence
-    first_packet: Count  # index, in this run and epoch, of the first row
+    first_packet: _56Bits  # index, in this run and epoch, of the first row
     rows: Annotated[int, Meta(ge=0, le=BLOCK_ROWS)]
     layout: LayoutCode
     flags: _32Bits

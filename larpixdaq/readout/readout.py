@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native.ring_buffer import Ring
 from larpixdaq.buffer.block_builder import BlockBuilder
-from larpixdaq.constants import COUNTS
+from larpixdaq.constants import Count
 from larpixdaq.runtime.event_loop import keep_polled
 from larpixdaq.sources.source import Source
 
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 #: While the ring is full and the sources wait, it is looked at again so often (seconds).
 FULL_AGAIN = 0.002
-_SENT = COUNTS.index("sent_rows")
 
 
 class Listener(Protocol):
@@ -140,19 +139,19 @@ class Readout:
         if not self._record_sent:
             return len(rows)
         if not self._recording:
-            self._ring.outside[io_group, _SENT] += np.uint64(len(rows))
+            self._ring.outside[io_group, Count.SENT_ROWS] += np.uint64(len(rows))
             return len(rows)
         room = self._recorder.rows()
         if room is None:
             if self._wait:
                 return 0
-            self._ring.counts[io_group, _SENT] += np.uint64(len(rows))
+            self._ring.counts[io_group, Count.SENT_ROWS] += np.uint64(len(rows))
             self._recorder.drop(rows)
             self._dropping(len(rows))
             return len(rows)
         n = min(len(rows), len(room))
         room[:n] = rows[:n]
-        self._ring.counts[io_group, _SENT] += np.uint64(n)
+        self._ring.counts[io_group, Count.SENT_ROWS] += np.uint64(n)
         self._recorder.publish(n)
         return n
 

@@ -14,18 +14,17 @@ from numpy.typing import NDArray
 
 from larpixdaq._native import word_codec
 from larpixdaq._native.decoders import PacmanDecoder, encode_pacman
-from larpixdaq.constants import BLOCK_ROWS, COUNTS
+from larpixdaq.constants import BLOCK_ROWS, Count
 from larpixdaq.schema import NOTICE, NOTICES, UNKNOWN_WORD, Asic, PacketType, types_of
 from larpixdaq.sources.data_quality import added, setup_findings
 from larpixdaq.sources.source import BoardStatus
 
 #: Bytes of a header or word of PACMAN format 1.0.
 _UNIT: Final = 24
-_AT: Final = {name: place for place, name in enumerate(COUNTS)}
 #: What decoders notice of messages, and not of their words.
 _OF_MESSAGES: Final = [NOTICES.index(name) for name in ("doubled", "back", "ahead")]
-#: What a header adds to the counters.
-_HEADER: Final = {"messages": 1, "bytes_in": _UNIT, "header_bytes": _UNIT, "time_rows": 1}
+#: The counters of a message's header and the amounts that it adds to them.
+_HEADER: Final = {Count.MESSAGES: 1, Count.BYTES_IN: _UNIT, Count.HEADER_BYTES: _UNIT, Count.TIME_ROWS: 1}
 
 
 def _blank(rows: NDArray[Any]) -> NDArray[Any]:
@@ -53,7 +52,7 @@ class Decoders:
         self.asic = asic
         self._options: dict[str, Any] = {"format": format, "clock64": clock64}
         self._decoders: dict[tuple[int, bool], PacmanDecoder] = {}
-        self.counts = np.zeros((0, len(COUNTS)), np.uint64)
+        self.counts = np.zeros((0, len(Count)), np.uint64)
 
     def start(self, counts: NDArray[np.uint64]) -> None:
         self.counts = counts
@@ -71,8 +70,8 @@ class Decoders:
 
     def reject(self, io_group: int, size: int) -> None:
         """Count bytes that are in no message."""
-        for name, value in {"bytes_in": size, "rejected_bytes": size, "rejected_messages": 1}.items():
-            self.counts[io_group, _AT[name]] += np.uint64(value)
+        for count, value in ((Count.BYTES_IN, size), (Count.REJECTED_BYTES, size), (Count.REJECTED_MESSAGES, 1)):
+            self.counts[io_group, count] += np.uint64(value)
         self.of(io_group).note(NOTICES.index("rejected"), 1, size)
 
     def noticed(self, io_group: int) -> NDArray[Any]:
@@ -233,7 +232,7 @@ class RecordedRows(_Piece):
         sent = (kinds < PacketType.TIMESTAMP) & (given["direction"] == 0)
         if sent.any():
             rows[sent] = self._sent_rows(given[sent])
-            counts[:, _AT["sent_rows"]] += np.bincount(groups[sent], minlength=len(counts)).astype(np.uint64)
+            counts[:, Count.SENT_ROWS] += np.bincount(groups[sent], minlength=len(counts)).astype(np.uint64)
         others = ~sent
         for group in np.unique(groups[others]):
             which = np.flatnonzero(others & (groups == group))
@@ -253,8 +252,8 @@ class RecordedRows(_Piece):
         decoder.feed(data, spans)
         made = decoder.decode(rows)
         if continued:
-            for name, value in _HEADER.items():
-                self._decoders.counts[group, _AT[name]] -= np.uint64(value)
+            for count, value in _HEADER.items():
+                self._decoders.counts[group, count] -= np.uint64(value)
         return rows[int(continued) : made]
 
     def _sent_rows(self, given: NDArray[Any]) -> NDArray[Any]:

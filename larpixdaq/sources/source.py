@@ -65,7 +65,7 @@ class Source(Protocol):
     def close(self) -> None: ...
 
     def start(self, counts: NDArray[np.uint64]) -> None:
-        """Add from now on to these counters, shape (IO_GROUPS, len(COUNTS)), dtype u8; forget kept unknown words."""
+        """Add from now on to these counters, shape (IO_GROUPS, len(Count)), dtype u8; forget kept unknown words."""
 
     def due(self) -> float | None:
         """When read() wants to be called although no socket is readable: time.monotonic() seconds; None: never."""

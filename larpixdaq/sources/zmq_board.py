@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from zmq.utils.monitor import recv_monitor_message
 
 from larpixdaq._native.zmq_batch import Receiver
-from larpixdaq.constants import COUNTS
+from larpixdaq.constants import Count
 from larpixdaq.errors import ConfigError
 from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.schema import NOTICES, RowLayout
@@ -58,7 +58,6 @@ _OVERSIZED = NOTICES.index("oversized")
 CLOCK = 1.0
 #: While messages come, what became of the connection is asked for so often (seconds).
 EVENTS = 0.25
-_MESSAGES, _BYTES, _BYTES_IN = (COUNTS.index(name) for name in ("rejected_messages", "rejected_bytes", "bytes_in"))
 
 
 class MessageDecoder(Decoder, Protocol):
@@ -90,7 +89,7 @@ class BoardSource(LiveSource):
         self._port = data_port
         self._endpoint = ""  # that we connect to
         self._silence = silence
-        self._counts: NDArray[np.uint64] = np.zeros(len(COUNTS), np.uint64)
+        self._counts: NDArray[np.uint64] = np.zeros(len(Count), np.uint64)
         self._context: zmq.Context[Any] | None = None
         self._heard = 0.0
         self._emptied = -math.inf  # when the last read began that left nothing behind (monotonic)
@@ -201,9 +200,9 @@ class BoardSource(LiveSource):
     def _too_large(self, messages: int, size: int) -> None:
         self._decoder.heard(time.time_ns())
         self._decoder.note(_OVERSIZED, messages, size)
-        self._counts[_MESSAGES] += np.uint64(messages)
-        self._counts[_BYTES] += np.uint64(size)
-        self._counts[_BYTES_IN] += np.uint64(size)
+        self._counts[Count.REJECTED_MESSAGES] += np.uint64(messages)
+        self._counts[Count.REJECTED_BYTES] += np.uint64(size)
+        self._counts[Count.BYTES_IN] += np.uint64(size)
         self._problem(
             f"dropped {messages} board messages ({size} bytes in all), larger than {len(self._receiver.buffer)} bytes"
         )

@@ -252,7 +252,7 @@ def predecessor(folder: Path, epoch: int, run: int, sizes: list[int], name: str 
         rows[:n] = np.zeros(n, LAYOUT.dtype)
         rows["timestamp"][:n] = np.arange(stamp, stamp + n)
         rows["io_group"][:n] = 1
-        arena.ring.counts[1, constants.COUNTS.index("word_rows")] += np.uint64(n)
+        arena.ring.counts[1, constants.Count.WORD_ROWS] += np.uint64(n)
         recorder.publish(n)
         stamp += n
         if not last:

@@ -10,7 +10,7 @@ import pytest
 from fake_core import counts
 from run_control_harness import EPOCHS, KINDS, Team, ask, do, finished, restart
 
-from larpixdaq.constants import COUNTS, ENDED, RunCondition, best, worst
+from larpixdaq.constants import ENDED, Count, RunCondition, best, worst
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.errors import ComponentError, FileError, StateError
 
@@ -367,7 +367,7 @@ def test_rows_that_found_no_room_are_not_missing_in_a_file(team):
     do(team, "prepare")
     reply = ask(team, "end")
     line = counts(1, 10)
-    line[1 + COUNTS.index("dropped")] = 3
+    line[1 + Count.DROPPED] = 3
     while not reply.ends:
         name = team.waiting[0][0]
         if name == "board 1":

@@ -19,21 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from larpixdaq import constants, schema
+from larpixdaq import schema
 from larpixdaq._native.ring_buffer import END, SMALLEST
 from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.crash_recovery import Predecessors
 from larpixdaq.buffer.ring_file import RingFile
 from larpixdaq.buffer.spool import SpoolDirectory
+from larpixdaq.constants import Count
 from larpixdaq.protocol.stream import Block, End, unpack_producer
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.record_file import crc32
 
 NAME = "LArPix board"
 LAYOUT = schema.layout(2)
-WORD_ROWS, PACKETS, INFO_ROWS, DROPPED, BYTES = (
-    constants.COUNTS.index(name) for name in ("word_rows", "packets", "info_rows", "dropped", "bytes_in")
-)
 
 
 class Writer:
@@ -52,7 +50,7 @@ class Writer:
 
     def _count(self, rows: int) -> None:
         # One after the other, as a decoder does it: the counters agree only in between batches.
-        for name in (WORD_ROWS, PACKETS, BYTES):
+        for name in (Count.WORD_ROWS, Count.PACKETS, Count.BYTES_IN):
             self.ring.counts[1, name] += np.uint64(rows)
 
     def write(self) -> None:
@@ -128,13 +126,14 @@ def check(folder: Path, epoch: int, told: tuple[int, int, int]) -> None:
             assert isinstance(frame, End)
             assert ring.kind(index) == END
             counts = {line[0]: line[1:] for line in frame.counts}
-            words, infos = counts.get(1, [0] * len(constants.COUNTS)), counts.get(0, [0] * len(constants.COUNTS))
+            words, infos = counts.get(1, [0] * len(Count)), counts.get(0, [0] * len(Count))
             assert frame.next == sequence
             assert rows == list(range(len(rows))), "rows are missing or double"
-            assert len({words[WORD_ROWS], words[PACKETS], words[BYTES]}) == 1, "counters of a batch that was cut"
-            assert words[WORD_ROWS] - words[DROPPED] == len(rows), "equation (d)"
-            assert infos[INFO_ROWS] - infos[DROPPED] == texts
-            assert gaps == words[DROPPED] + infos[DROPPED]
+            batch = (Count.WORD_ROWS, Count.PACKETS, Count.BYTES_IN)
+            assert len({words[count] for count in batch}) == 1, "counters of a batch that was cut"
+            assert words[Count.WORD_ROWS] - words[Count.DROPPED] == len(rows), "equation (d)"
+            assert infos[Count.INFO_ROWS] - infos[Count.DROPPED] == texts
+            assert gaps == words[Count.DROPPED] + infos[Count.DROPPED]
     if run == told[0]:
         assert told[1] <= len(rows) <= told[1] + 2000, f"{told[1]} rows were published, {len(rows)} are there"
         if frame.how == "recovered":

@@ -228,7 +228,7 @@ def test_rows_that_were_dropped(tmp_path, run):
     run.add(100, gaps=[stream.Gap(1, 5, 1, 2)])
     assert run.rotate().condition == "INCOMPLETE"
     run.add(50)
-    words = run.feed.end().counts[0][1 + constants.COUNTS.index("word_rows")]
+    words = run.feed.end().counts[0][1 + constants.Count.WORD_ROWS]
     counts = {1: {"word_rows": words + 5, "words_in": words + 5, "word_bytes": 0, "bytes_in": 0, "dropped": 5}}
     run.end(counts=counts)
     found = survey_run(tmp_path, 42)
@@ -258,7 +258,7 @@ def test_doubts_and_aborts(tmp_path, run):
 
 def test_what_a_producer_still_owes(tmp_path, run):
     run.add(100)
-    words = run.feed.end().counts[0][1 + constants.COUNTS.index("word_rows")]
+    words = run.feed.end().counts[0][1 + constants.Count.WORD_ROWS]
     run.file.end(run.feed.end(counts={1: {"word_rows": words + 7, "words_in": words + 7}}))
     run.file.close(owed={run.feed.source: 7})
     found = survey_run(tmp_path, 42)

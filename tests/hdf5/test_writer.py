@@ -496,7 +496,7 @@ def test_conditions(tmp_path, case, condition, reason):
     rows["io_group"] = 1
     file = RunFile(tmp_path, run_info(required_producers=("Other",) if case == "silent" else ()))
     file.add(*feed.block(rows))
-    words = feed.end().counts[0][1 + constants.COUNTS.index("word_rows")]
+    words = feed.end().counts[0][1 + constants.Count.WORD_ROWS]
     counts = {"word_rows": words + 5, "words_in": words + 5} if case in ("dropped", "lost", "owed") else {}
     if case == "dropped":
         counts["dropped"] = 5

@@ -122,7 +122,7 @@ def test_any_grouping_gives_the_same(
     assert (rows == again).all()
     assert (counts == counts_again).all()
     assert (once.take_unknown() == cut.take_unknown()).all()
-    assert counts[constants.COUNTS.index("bytes_in")] == sum(map(len, messages))
+    assert counts[constants.Count.BYTES_IN] == sum(map(len, messages))
 
 
 def test_misuse_is_refused() -> None:

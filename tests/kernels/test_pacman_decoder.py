@@ -239,7 +239,7 @@ def test_any_grouping_gives_the_same(
     assert (rows == again).all()
     assert (counts == counts_again).all()
     assert (once.take_unknown() == cut.take_unknown()).all()
-    assert counts[constants.COUNTS.index("bytes_in")] == sum(map(len, given_messages))
+    assert counts[constants.Count.BYTES_IN] == sum(map(len, given_messages))
 
 
 def test_larpix_controls_messages_decode_to_its_own_packets() -> None:

@@ -104,7 +104,7 @@ def test_strict_rule(stream: bytes) -> None:
     rows, counts, _ = run([(stream, 5, False)])
     words, skipped = strict_rule(stream)
     assert words_of(rows) == words
-    assert counts[constants.COUNTS.index("resync_bytes")] == skipped
+    assert counts[constants.Count.RESYNC_BYTES] == skipped
 
 
 @given(streams, sizes)

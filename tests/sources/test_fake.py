@@ -56,15 +56,15 @@ def test_as_many_rows_as_are_due(clock, asic):
     assert not source.finished
     assert source.layout == schema.layout_of(asic)
     rows = np.zeros(5000, source.layout.dtype)
-    words = counts[4, constants.COUNTS.index("words_in") :]
+    words = counts[4, constants.Count.WORDS_IN :]
     for _ in range(100):
         clock.now += 0.01
         assert source.due() <= clock.now
         take(source, rows)
         assert source.due() > clock.now
     assert abs(int(words[0]) - 1_000_000) < 20
-    assert counts[4, constants.COUNTS.index("bad_parity")] == 0
-    assert counts[4, constants.COUNTS.index("unknown_words")] == 0
+    assert counts[4, constants.Count.BAD_PARITY] == 0
+    assert counts[4, constants.Count.UNKNOWN_WORDS] == 0
     assert len(source.take_unknown()) == 0
     assert source.problems() == []
     source.close()

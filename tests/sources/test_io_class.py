@@ -257,7 +257,7 @@ def test_packets_make_as_many_words_in_their_order(given_, wide):
     for io_group in (2, 7):
         mine = [(i, *one[1:]) for i, one in enumerate(given_) if one is not None and one[0] == io_group]
         assert found[io_group] == [one for one in mine if one[1] < 256]
-        assert counts[io_group, constants.COUNTS.index("rejected_words")] == sum(one[1] > 255 for one in mine)
+        assert counts[io_group, constants.Count.REJECTED_WORDS] == sum(one[1] > 255 for one in mine)
         assert balanced(counts[io_group])
 
 

@@ -267,7 +267,7 @@ class Stream(RuleBasedStateMachine):
         rows["packet_type"][:n] = 0
         rows["io_group"][:n] = 1
         rows["timestamp"][:n] = np.arange(made[0], made[0] + n)
-        self.arena.ring.counts[1, constants.COUNTS.index("word_rows")] += np.uint64(n)
+        self.arena.ring.counts[1, constants.Count.WORD_ROWS] += np.uint64(n)
         self.recorder.publish(n)
         made[0] += n
         if close:

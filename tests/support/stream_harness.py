@@ -69,8 +69,8 @@ class Line:
         rows[:n] = np.zeros(n, LAYOUT.dtype)
         rows["timestamp"][:n] = np.arange(self.written, self.written + n)
         rows["io_group"][:n] = 1
-        self.ring.counts[1, constants.COUNTS.index("packets")] += np.uint64(n)
-        self.ring.counts[1, constants.COUNTS.index("word_rows")] += np.uint64(n)
+        self.ring.counts[1, constants.Count.PACKETS] += np.uint64(n)
+        self.ring.counts[1, constants.Count.WORD_ROWS] += np.uint64(n)
         self.recorder.publish(n)
         self.recorder.close_block()
         self.written += n
