@@ -64,13 +64,14 @@ LOOK = 1.0
 class Producer:
     """Sources, recorder and stream of one producer process, and the actions by which the core drives them."""
 
-    def __init__(self, options: argparse.Namespace, boards: list[Source], delivery: Delivery) -> None:
-        """`boards` are open, and all of them wait when the ring is full, or none does."""
+    def __init__(self, options: argparse.Namespace, boards: list[Source], delivery: Delivery, address: str) -> None:
+        """`boards` are open, and all of them wait when the ring is full, or none does. `address`: of the stream."""
         self.layout = boards[0].layout
         self.name: str = options.name
         self.epoch = delivery.epoch
         self.boards = boards
         self.delivery = delivery
+        self.publisher = delivery.publisher
         self.taken = False  # another has our name: all that we hold is its
         self.state = "STOP"
         self.ending: tuple[Call, float] | None = None
@@ -83,31 +84,30 @@ class Producer:
         self._look_at = 0.0
         self._told_to_end = 0  # unix ns
         self._counted: int | None = None  # the run whose counters the ring has, also after its end
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        socket = stream_router(self._context)
-        self.address = bind_stream(socket, options.address, options.core, insecure=options.insecure)
         io_groups = [group for source in boards for group in source.io_groups]
         self.recorder = BlockBuilder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
-        self.readout = Readout(
-            boards, self.recorder, delivery.ring, wait=boards[0].waits, record_sent=options.record_sent
-        )
-        self.publisher = delivery.serve(socket)
         asic = source_options.asic_of(options)
-        channels = [channel for source in boards for channel in source.channels]
+        channels = self._channels = [channel for source in boards for channel in source.channels]
         self.witness = ConfigurationTracker(options.asic)
         self.commands = CommandQueue(channels, asic, self.layout, self._put)
-        self._channels = channels
         self._asked: set[int] = set()  # io_groups whose firmware was asked for
         self._firmware: dict[str, str] = {}  # by io_group, as the boards last said
         by_group = {channel.io_group: (channel.kind, channel.revision) for channel in channels}
-        told = []
+        infos = []
         for source in boards:
             for group in source.io_groups:
                 kind, revision = by_group.get(group, ("", 0))
-                told.append(hardware.BoardInfo(group, kind, source.name, revision))
-        setup = hardware.Setup(told, options.asic, int(asic), self.layout.code)
+                infos.append(hardware.BoardInfo(group, kind, source.name, revision))
+        setup = hardware.Setup(infos, options.asic, int(asic), self.layout.code)
         self.child = Child(options.routines, self.commands, setup, self.witness, self._tell_news)
-        self.readout.listener = self.child
+        self.readout = Readout(
+            boards,
+            self.recorder,
+            delivery.ring,
+            wait=boards[0].waits,
+            listener=self.child,
+            record_sent=options.record_sent,
+        )
         self.node = Node(
             self.name,
             "producer",
@@ -125,7 +125,7 @@ class Producer:
                 **{action: self._action(action) for action in HARDWARE_ACTIONS},
             },
             info={
-                "stream": self.address,
+                "stream": address,
                 "epoch": self.epoch,
                 "layout": self.layout.code,
                 "asic": options.asic,
@@ -196,7 +196,6 @@ class Producer:
         self.delivery.close(leave=self.taken)
         self.child.close()
         self.node.close()
-        self._context.destroy(linger=200)
 
     def name_taken(self) -> None:
         """We stood still, and another took our name. It delivers what our ring holds as soon as we have gone."""
@@ -283,9 +282,9 @@ class Producer:
         for channel in self._channels:
             if channel.io_group not in self._asked and channel.identify:
                 self._asked.add(channel.io_group)
-                self.commands.ask(0, channel.io_group, channel.identify, done=partial(self._take_firmware, channel))
+                self.commands.ask(channel.io_group, channel.identify, partial(self._take_firmware, channel))
 
-    def _take_firmware(self, channel: Channel, number: int, answer: bytes, error: str) -> None:
+    def _take_firmware(self, channel: Channel, answer: bytes, error: str) -> None:
         if not error:
             self._firmware[str(channel.io_group)] = channel.firmware(answer)
 
@@ -505,9 +504,14 @@ def main(argv: list[str] | None = None) -> int:
                 source.open()
             listening_ns = time.time_ns()
             state = config.state_dir(options.state_dir)
-            delivery = Delivery(options, state, secrets.randbits(64), spill=not waits, listening_ns=listening_ns)
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            stack.callback(context.destroy, linger=200)
+            socket = stream_router(context)
+            address = bind_stream(socket, options.address, options.core, insecure=options.insecure)
+            epoch = secrets.randbits(64)
+            delivery = Delivery(options, state, epoch, socket, spill=not waits, listening_ns=listening_ns)
             stack.callback(delivery.close)
-            producer = Producer(options, boards, delivery)
+            producer = Producer(options, boards, delivery, address)
             stack.callback(producer.close)
             producer.run(stack.enter_context(Signals()))
         if delivery.failure:

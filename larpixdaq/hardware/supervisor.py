@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -258,9 +259,12 @@ class Child:
         elif isinstance(message, hardware.Doubt):
             self._witness.doubt(message.io_groups)
         elif isinstance(message, hardware.SendWords):
-            self._commands.words(message.command, message.io_group, message.io_channels, message.words, self._commanded)
+            done = partial(self._commanded, message.command)
+            self._commands.words(message.io_group, message.io_channels, message.words, done)
         elif isinstance(message, hardware.BoardOrder):
-            self._commands.ask(message.command, message.io_group, message.body, self._commanded, message.seconds)
+            self._commands.ask(
+                message.io_group, message.body, partial(self._commanded, message.command), message.seconds
+            )
         else:
             self._answer(message)
 

@@ -1,7 +1,7 @@
-"""What the child process sends to boards, in the producer's loop: queued per board, one request of each in flight.
+"""The commands to the boards, in the producer's loop: a queue for each board, with one request in flight.
 
-Nothing here waits. A request goes out when its board has answered the one before, and its words have found their place
-in the stream: the row of a word that was sent precedes whatever the chip answers.
+Nothing here waits. A request goes out when its board has answered the previous one and the rows of its words are in the
+stream, so that the row of a sent word precedes the chip's answer.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from larpixdaq.runtime.event_loop import keep_polled
 from larpixdaq.schema import Asic, RowLayout
 from larpixdaq.sources.command_channel import Channel
 
-#: Commands that may wait for one board; a child that sends more has lost its way.
+#: Maximum number of commands that wait for one board; a child process that sends more is faulty.
 _MOST_WAITING: Final = 1000
 
-#: Takes rows of words about to be sent; returns how many found their place (0: none has room, they have to wait).
+#: Records rows of words about to be sent to an io_group; returns the number of rows that had room (0: try again).
 Record = Callable[[NDArray[Any], int], int]
-#: Called at the end of a command with its number, the board's answer, and an error.
-Done = Callable[[int, bytes, str], None]
+#: Takes the outcome of a command: the board's answer, and the error or "".
+Done = Callable[[bytes, str], None]
 
 
 def sent_rows(
@@ -52,43 +52,43 @@ def sent_rows(
 
 @dataclass
 class _Command:
-    number: int
+    done: Done
     io_channels: NDArray[np.uint8]
     words: NDArray[np.uint64]
-    done: Done
     body: bytes | None = None
     seconds: float = 0.0  # that the board needs beyond the usual limit
-    at: int = 0  # words handed over so far
+    at: int = 0  # number of words sent so far
 
 
 class CommandQueue:
-    """Commands to the boards of these channels; `asic` and `layout` are those of the producer's rows."""
+    """`asic` and `layout` are those of the producer's rows. Each command ends with exactly one call of its `done`,
+    unless forget() drops it."""
 
     def __init__(self, channels: Iterable[Channel], asic: Asic, layout: RowLayout, record: Record) -> None:
         self._channels = {channel.io_group: channel for channel in channels}
         self._asic, self._layout, self._record = asic, layout, record
         self._waiting: dict[int, deque[_Command]] = {io_group: deque() for io_group in self._channels}
-        self._flying: dict[int, _Command] = {}  # whose request is in flight, and who wants to know
-        self._blocked: set[int] = set()  # no room for their rows in the last turn
+        self._flying: dict[int, _Command] = {}  # by io_group, the command whose request is in flight
+        self._blocked: set[int] = set()  # io_groups whose rows had no room in the last turn
         self._watched: dict[int, tuple[Any, ...]] = {}
         #: Anything waits or is in flight.
         self.busy = False
 
-    def words(self, number: int, io_group: int, io_channels: bytes, words: bytes, done: Done) -> None:
-        """Send words to chips: their io_channels, a byte each, and the words, 8 bytes each, little-endian."""
+    def words(self, io_group: int, io_channels: bytes, words: bytes, done: Done) -> None:
+        """Send words of 8 bytes, one for each io_channel."""
         if len(words) != 8 * len(io_channels):
-            done(number, b"", f"expected 8 bytes a word, found {len(words)} for {len(io_channels)} io_channels")
+            done(b"", f"expected 8 bytes a word, found {len(words)} for {len(io_channels)} io_channels")
             return
         channels = np.frombuffer(io_channels, np.uint8)
-        self._add(io_group, _Command(number, channels, np.frombuffer(words, "<u8").astype(np.uint64), done))
+        self._add(io_group, _Command(done, channels, np.frombuffer(words, "<u8").astype(np.uint64)))
 
-    def ask(self, number: int, io_group: int, body: bytes, done: Done, seconds: float = 0.0) -> None:
+    def ask(self, io_group: int, body: bytes, done: Done, seconds: float = 0.0) -> None:
         """Send an order to the board itself, which needs `seconds` for it beyond the usual limit."""
         nothing = np.zeros(0, np.uint64)
-        self._add(io_group, _Command(number, nothing.astype(np.uint8), nothing, done, body, seconds))
+        self._add(io_group, _Command(done, nothing.astype(np.uint8), nothing, body, seconds))
 
     def forget(self) -> None:
-        """Whoever sent commands is gone: those that wait are dropped, what is in flight comes to its end."""
+        """Drop all commands, because their sender has died; the board's answer to a request in flight is ignored."""
         for waiting in self._waiting.values():
             waiting.clear()
         self._flying.clear()
@@ -106,7 +106,7 @@ class CommandQueue:
                 command = self._flying.pop(io_group, None) if reply is not None else None
                 if reply is not None and command is not None and (reply.error or command.at >= len(command.words)):
                     waiting.popleft()
-                    command.done(command.number, reply.body, reply.error)
+                    command.done(reply.body, reply.error)
             if not channel.busy and waiting:
                 self._send(channel, waiting)
             self.busy |= channel.busy or bool(waiting)
@@ -131,9 +131,9 @@ class CommandQueue:
     def _add(self, io_group: int, command: _Command) -> None:
         if io_group not in self._channels:
             there = ", ".join(map(str, self._channels)) or "none"
-            command.done(command.number, b"", f"io_group {io_group} takes no commands; those that do: {there}")
+            command.done(b"", f"io_group {io_group} takes no commands; those that do: {there}")
         elif len(self._waiting[io_group]) >= _MOST_WAITING:
-            command.done(command.number, b"", f"io_group {io_group}: {_MOST_WAITING} commands wait already")
+            command.done(b"", f"io_group {io_group}: {_MOST_WAITING} commands wait already")
         else:
             self._waiting[io_group].append(command)
             self.busy = True
@@ -147,15 +147,13 @@ class CommandQueue:
         words = command.words[command.at : command.at + channel.batch]
         if not len(words):
             waiting.popleft()
-            command.done(command.number, b"", "")
+            command.done(b"", "")
             return
         io_channels = command.io_channels[command.at : command.at + channel.batch]
         rows = sent_rows(words, io_channels, channel.io_group, self._asic, self._layout)
         if len(rows) != len(words):
             waiting.popleft()
-            command.done(
-                command.number, b"", f"{channel.name}: {len(words) - len(rows)} words are none for these chips"
-            )
+            command.done(b"", f"{channel.name}: {len(words) - len(rows)} words are none for these chips")
             return
         n = self._record(rows, channel.io_group)
         if n == 0:

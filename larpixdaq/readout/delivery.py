@@ -1,4 +1,4 @@
-"""What a producer holds until it is stored, and what becomes of it: ring, spool, what predecessors left, the stream."""
+"""The blocks of a producer until they are stored: ring, spool, blocks of predecessors, and the stream to storages."""
 
 from __future__ import annotations
 
@@ -40,12 +40,23 @@ RUNS_KEPT = 64
 
 
 class Delivery:
-    """`ring` is where this producer's blocks go; work() delivers, spills, and takes over what predecessors left."""
+    """`ring` takes this producer's blocks; work() delivers them, spills them, and takes over blocks of predecessors."""
 
     def __init__(
-        self, options: argparse.Namespace, state_dir: Path, epoch: int, *, spill: bool, listening_ns: int
+        self,
+        options: argparse.Namespace,
+        state_dir: Path,
+        epoch: int,
+        socket: zmq.Socket[bytes],
+        *,
+        spill: bool,
+        listening_ns: int,
     ) -> None:
-        """RingError or FileError when there can be no ring or no spool."""
+        """`socket`: the bound ROUTER of the stream; `spill`: blocks go to the spool when the ring is full;
+        `listening_ns`: unix ns when this producer began to listen to its boards.
+
+        Raises RingError or FileError when the ring or the spool cannot be made.
+        """
         self.name: str = options.name
         self.epoch = epoch
         self.worker = Worker(f"spool of {self.name}")
@@ -63,31 +74,22 @@ class Delivery:
         #: Why something that is owed could not be kept by close(); empty when all was.
         self.failure = ""
         self._closed = False
-        self._inherited: list[BlockStore] = []
         self._news: list[str] = []
-        self.publisher: Publisher | None = None
-        self._take(self._predecessors.look(self._known))  # before the own ring, which may need the room
+        inherited = self._adopt(self._predecessors.look(self._known))  # before the own ring, which may need the room
         self.arena = RingFile.make(options.ring_dir, state_dir, self.name, epoch, options.ring)
         self.ring = self.arena.ring
         spools = spill and options.spool_limit
         self.own = BlockStore(self.name, epoch, self.ring, Spool(self.spool) if spools else None)
-        self._forget_after: float = options.forget_after
-
-    def serve(self, socket: zmq.Socket[bytes]) -> Publisher:
-        """Deliver at this ROUTER, which is bound."""
-        self.publisher = Publisher(
-            self.own, socket, forget_after=self._forget_after, ring=str(self.arena.path.absolute())
-        )
-        for store in self._inherited:
+        ring = str(self.arena.path.absolute())
+        self.publisher = Publisher(self.own, socket, forget_after=options.forget_after, ring=ring)
+        for store in inherited:
             self.publisher.adopt(store)
-        return self.publisher
 
     def fileno(self) -> int:
         """Polls readable while work() has something from the spool."""
         return self.worker.fileno()
 
     def work(self) -> None:
-        assert self.publisher is not None
         while self._news:  # not before the log is there
             log.warning(self._news.pop())
         self.worker.turn()
@@ -104,15 +106,12 @@ class Delivery:
         self._looking = False
         self._look_at = time.monotonic() + LOOK
         if not isinstance(left, OSError):
-            self._take(left)
-
-    @property
-    def _stores(self) -> list[BlockStore]:
-        return [*self._inherited, self.own]
+            for store in self._adopt(left):
+                self.publisher.adopt(store)
 
     @property
     def _arenas(self) -> list[RingFile]:
-        arenas = [*(store.arena for store in self._inherited if store.arena is not None), self.arena]
+        arenas = [*(store.arena for store in self.publisher.stores if store.arena is not None), self.arena]
         return [arena for arena in arenas if arena.held]
 
     def _keep_names(self) -> None:
@@ -122,7 +121,7 @@ class Delivery:
             if not arena.in_place() and not arena.moving and time.monotonic() >= arena.again_at:
                 arena.moving = True
                 self.worker.submit(arena.reserve, partial(self._move, arena))
-        for store in self._stores:
+        for store in self.publisher.stores:
             if store.spool is not None:
                 store.spool.keep_names()
 
@@ -149,7 +148,7 @@ class Delivery:
         self.worker.submit(lambda: os.close(old), lambda _: None)
         arena.nameless = ""
         self._made_anew += 1
-        if arena is self.arena and self.publisher is not None:
+        if arena is self.arena:
             self.publisher.ring_moved()
         log.warning("%s: somebody has removed the ring's file: it was made anew, nothing is lost", arena.path)
 
@@ -158,7 +157,7 @@ class Delivery:
         self.arena.grows = False
         for arena in self._arenas:
             arena.again_at = 0.0
-        for store in self._stores:
+        for store in self.publisher.stores:
             if store.spool is not None:
                 store.spool.try_names_again()
         self._keep_names()
@@ -173,25 +172,26 @@ class Delivery:
                 except OSError as error:
                     text = error.strerror or str(error)
                     self.failure = f"{arena.path} was removed, and what it holds could not be kept in {path}: {text}"
-        for store in self._stores:
+        for store in self.publisher.stores:
             if store.spool is not None and store.spool.nameless:
                 self.failure = f"a file of the spool was removed, and could not be written anew: {store.spool.nameless}"
 
-    def _take(self, left: list[LeftBlocks]) -> None:
+    def _adopt(self, left: list[LeftBlocks]) -> list[BlockStore]:
+        """Note the end records of predecessors; returns their blocks that are not stored yet."""
+        found = []
         for epoch, arena, files, ends in left:
             self._known.add(epoch)
             store = BlockStore.inherited(self.name, epoch, arena, Spool(self.spool, files) if files else None)
             if owed := store.owed():
                 self._news.append(f"{self.name}: taking over {owed} pending blocks of a predecessor (epoch {epoch:x})")
-                self._inherited.append(store)
-                if self.publisher is not None:
-                    self.publisher.adopt(store)
+                found.append(store)
             else:
                 store.close()
             for run, end in ends.items():
                 self._ends.setdefault(run, {})[epoch] = end
         while len(self._ends) > RUNS_KEPT:
             del self._ends[min(self._ends)]
+        return found
 
     def inherited(self, run: int) -> list[dict[str, Any]]:
         """Totals of the epochs of a run that predecessors have not delivered."""
@@ -206,14 +206,14 @@ class Delivery:
             return
         self._closed = True
         publisher = self.publisher
-        deadline = time.monotonic() + (0 if leave or publisher is None else DELIVER_LIMIT)
+        deadline = time.monotonic() + (0 if leave else DELIVER_LIMIT)
         # A storage that is not subscribed now may be on its way back.
-        while publisher is not None and publisher.owed() and time.monotonic() < deadline:
+        while publisher.owed() and time.monotonic() < deadline:
             publisher.socket.poll(20)
             self.worker.turn()
             publisher.work()
         self.worker.settle(SPOOL_LIMIT)
-        owed = publisher.owed() if publisher is not None else 0
+        owed = publisher.owed()
         if owed or leave:
             self._save_names()
         if owed and not leave and not self.failure:
@@ -228,12 +228,12 @@ class Delivery:
             self.arena.close()
         # A thread that hangs with its disk may still close these files by itself: then they go with the process.
         if self.worker.close(SPOOL_LIMIT):
-            for store in self._stores:
+            for store in self.publisher.stores:
                 store.leave()
 
     def status(self) -> dict[str, Any]:
-        assert self.publisher is not None
-        stores = [store for store in self.publisher.stores if store.spool is not None]
+        stores = self.publisher.stores
+        spools = [store.spool for store in stores if store.spool is not None]
         return {
             "ring": round(self.ring.fill, 4),
             "owed_blocks": self.publisher.owed(),
@@ -241,7 +241,7 @@ class Delivery:
             "spooled_blocks": sum(store.spooled() for store in stores),
             "spooled_bytes": self.spool.bytes,
             "nameless": [f"{arena.path}: {arena.nameless}" for arena in self._arenas if arena.nameless]
-            + [store.spool.nameless for store in self._stores if store.spool is not None and store.spool.nameless],
+            + [spool.nameless for spool in spools if spool.nameless],
             "made_anew": self._made_anew,
             "kept_aside": [str(path) for path in self._predecessors.aside],
             "forgotten": sorted(self.publisher.forgotten),

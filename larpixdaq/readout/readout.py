@@ -24,7 +24,7 @@ FULL_AGAIN = 0.002
 
 
 class Listener(Protocol):
-    """Who may want to see rows as they are decoded: `listening` is 0 unless it does."""
+    """A receiver of decoded rows: take_rows() is called only while `listening` is not 0."""
 
     listening: int
 
@@ -46,15 +46,16 @@ class Readout:
         ring: Ring,
         *,
         wait: bool,
-        listener: Listener | None = None,
+        listener: Listener,
         record_sent: bool = True,
     ) -> None:
-        """`record_sent`: words sent to chips become rows of the run."""
+        """`listener` gets the decoded rows, also outside of runs; `record_sent`: words sent to chips become rows of
+        the run."""
         self._sources = sources
         self._recorder = recorder
         self._ring = ring
         self._wait = wait
-        self.listener = listener
+        self._listener = listener
         self._record_sent = record_sent
         self._recording = False
         self._playing = False
@@ -170,8 +171,8 @@ class Readout:
             if rows is not None:
                 n = source.decode(rows)
                 self.rows += n
-                if self.listener is not None and self.listener.listening:
-                    self.listener.take_rows(rows[:n])
+                if self._listener.listening:
+                    self._listener.take_rows(rows[:n])
                 self._recorder.publish(n)
                 more = n == len(rows)
                 self._dropping(0)
@@ -183,8 +184,8 @@ class Readout:
                 scratch = self._recorder.scratch()
                 n = source.decode(scratch)
                 more = n == len(scratch)
-                if self.listener is not None and self.listener.listening:
-                    self.listener.take_rows(scratch[:n])
+                if self._listener.listening:
+                    self._listener.take_rows(scratch[:n])
                 if self._recording:
                     self._recorder.drop(scratch[:n])
                     self._dropping(n)

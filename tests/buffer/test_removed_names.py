@@ -41,18 +41,17 @@ class Held:
         options = {"name": NAME, "spool_dir": folder / "spool", "spool_limit": 1 << 30, "ring": SMALLEST + (32 << 20)}
         options |= {"ring_dir": folder / "rings", "forget_after": 60.0}
         options["ring_dir"].mkdir(exist_ok=True)
-        self.delivery = Delivery(argparse.Namespace(**options | changed), folder, epoch, spill=True, listening_ns=0)
         self._context = zmq.Context()
         socket = stream_router(self._context)
         socket.bind("tcp://127.0.0.1:0")
-        self.delivery.serve(socket)
+        options |= changed
+        self.delivery = Delivery(argparse.Namespace(**options), folder, epoch, socket, spill=True, listening_ns=0)
         self.recorder = BlockBuilder(self.delivery.ring, NAME, epoch, LAYOUT, [1])
         self.path = self.delivery.arena.path
 
     def write(self, blocks: int, rows: int = 100) -> None:
         if self.recorder.run is None:
             self.recorder.begin(1, ["storage"])
-            assert self.delivery.publisher is not None
             self.delivery.publisher.begin(1, LAYOUT.code, ["storage"])
         for _ in range(blocks):
             room = self.recorder.rows()

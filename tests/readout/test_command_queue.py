@@ -60,8 +60,8 @@ class Orders(RuleBasedStateMachine):
         self.number = 0
         self.commands = CommandQueue(self.lines.values(), Asic.V2, V2, self.record)
 
-    def take(self, *answer):
-        self.done.append(answer)
+    def done_of(self, number):
+        return lambda *outcome: self.done.append((number, *outcome))
 
     def record(self, rows, io_group):
         n = min(self.room, len(rows))
@@ -74,7 +74,7 @@ class Orders(RuleBasedStateMachine):
         self.number += 1
         made = words(Asic.V2, PacketType.CONFIG_READ, 5, addresses)
         channels = np.arange(len(made), dtype=np.uint8)
-        self.commands.words(self.number, io_group, channels.tobytes(), made.tobytes(), self.take)
+        self.commands.words(io_group, channels.tobytes(), made.tobytes(), self.done_of(self.number))
         if io_group == 3:
             assert self.done.pop() == (self.number, b"", "io_group 3 takes no commands; those that do: 1, 2")
         else:
@@ -83,7 +83,7 @@ class Orders(RuleBasedStateMachine):
     @rule(io_group=st.integers(1, 2))
     def ask(self, io_group):
         self.number += 1
-        self.commands.ask(self.number, io_group, b"%d" % self.number, self.take)
+        self.commands.ask(io_group, b"%d" % self.number, self.done_of(self.number))
         self.given[io_group].append((self.number, [b"%d" % self.number]))
 
     @rule()
