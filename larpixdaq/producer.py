@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from larpixdaq import config, constants
 from larpixdaq.buffer.block_builder import BlockBuilder
-from larpixdaq.buffer.crash_recovery import totals
 from larpixdaq.constants import HARDWARE_ACTIONS, Count, unusable
 from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import ConfigError, RequestError, RingError, StateError
 from larpixdaq.hardware.supervisor import Child
 from larpixdaq.protocol import hardware
+from larpixdaq.protocol.reports import ProducerEnd, ProducerReady
 from larpixdaq.protocol.stream import VERDICTS, Configurations, ConnectedBoard, LossVerdict, UnknownWord
 from larpixdaq.readout.command_queue import CommandQueue
 from larpixdaq.readout.configuration_tracker import ConfigurationTracker
@@ -234,11 +234,7 @@ class Producer:
         self.state = "READY"
         warnings = [*_warnings(boards, self._clock_limit), known.differences()]
         warning = "; ".join(line for line in warnings if line)
-        return {
-            "epoch": self.epoch,
-            "layout": self.layout.code,
-            "warning": f"{self.name}: {warning}" if warning else None,
-        }
+        return ProducerReady(self.epoch, self.layout.code, f"{self.name}: {warning}" if warning else None)
 
     def begin_run(self, call: Call, run: int) -> Any:
         self._expect("READY", run)
@@ -326,11 +322,12 @@ class Producer:
             warning = f"{self.name}: boards still sent {END_LIMIT:g} s after end_run; later data are not in this run"
         off = [f"{board.name}: {board.clock}" for board in self._off_clocks()]
         warnings = [*([warning] if warning else []), *off]
-        call.result(self._finish("closed") | {"warning": "; ".join(warnings) or None})
+        end = self._finish("closed")
+        end.warning = "; ".join(warnings) or None
+        call.result(end)
 
-    def _finish(self, how: str, *, told: bool = True) -> dict[str, Any]:
-        """End the run. What came outside of runs is counted in its end record, if that is told to anybody; else in the
-        next."""
+    def _finish(self, how: str, *, told: bool = True) -> ProducerEnd:
+        """End the run. `told`: its end record is delivered; else the next one counts what came outside of runs."""
         if how == "closed":
             self.recorder.info("Ending run")
         unknown = [
@@ -352,7 +349,9 @@ class Producer:
         self.publisher.end()
         self.readout.record(False)
         self.state = "STOP"
-        return {**totals(end), "warning": None, "inherited": self.delivery.inherited(end.run)}
+        answer = ProducerEnd.of(end)
+        answer.inherited = self.delivery.inherited(end.run)
+        return answer
 
     def _verdicts(self) -> list[LossVerdict]:
         """What became of each io_group before it reached us; new findings are told in the log."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from larpixdaq import schema
 from larpixdaq._native.ring_buffer import END
 from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.ring_file import RingFile, arenas, kept_aside
 from larpixdaq.buffer.spool import SpoolDirectory, SpoolFile
-from larpixdaq.constants import rows_made
 from larpixdaq.errors import FileError, ProtocolError, RingError
 from larpixdaq.protocol.stream import Block, End, LossVerdict, unpack_producer
 from larpixdaq.runtime.file_access import keep_aside
@@ -157,9 +156,3 @@ def _ends(arena: RingFile) -> dict[int, End]:
             assert isinstance(end, End)
             found[end.run] = end
     return found
-
-
-def totals(end: End) -> dict[str, Any]:
-    """An end as the core gets it: reports.EpochEnd."""
-    rows = sum(rows_made(counts) for _, *counts in end.counts)
-    return {"epoch": end.epoch, "next": end.next, "rows": rows, "counts": end.counts}

@@ -15,12 +15,15 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from larpixdaq.constants import CANCELLED, ENDED, PREPARING, RunCondition
 from larpixdaq.errors import FileError
+from larpixdaq.protocol.reports import RunEnd, StorageEnd
+from larpixdaq.protocol.stream import ConnectedBoard
 from larpixdaq.runtime.file_access import LockedFile, aside, check_regular, has_no_locks, no_locks, open_locked
 
 _SCHEMA: Final = 2
@@ -58,8 +61,7 @@ _COPIED: Final = {
 }
 
 
-@dataclass
-class Run:
+class Run(msgspec.Struct, forbid_unknown_fields=True):
     """One run. Times are unix ns; `phase` and `condition` are those of constants.py."""
 
     run: int
@@ -75,20 +77,20 @@ class Run:
     asic: str = ""
     #: When RUN ended: end_run or abort_run was asked for. `ended_ns` is when all was stored.
     stopped_ns: int | None = None
-    #: What the producers read, as stream.ConnectedBoard has it.
-    connected: list[dict[str, Any]] = field(default_factory=list)
+    #: The boards that the producers read.
+    connected: list[ConnectedBoard] = []
     #: Of the producers' software.
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = {}
     #: Names of the storages, and producers with every epoch that they announced: those the run cannot do without.
-    storages: list[str] = field(default_factory=list)
-    producers: dict[str, list[int]] = field(default_factory=dict)
-    #: Totals of producers that have ended, and what the storages reported, as reports.py has them.
-    ends: list[dict[str, Any]] = field(default_factory=list)
-    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    storages: list[str] = []
+    producers: dict[str, list[int]] = {}
+    #: Totals of producers that have ended, and the reports of storages by name.
+    ends: list[RunEnd] = []
+    reports: dict[str, StorageEnd] = {}
     rows: int | None = 0  # None: the totals of a producer are unknown
     stored: int | None = 0  # None: no storage has said
-    files: list[str] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
+    files: list[str] = []
+    reasons: list[str] = []
 
     @property
     def over(self) -> bool:
@@ -282,7 +284,7 @@ class Catalogue:
 
     def save(self, run: Run, *, new: bool = False) -> None:
         """Write what is known of a run; `new`: FileError when its number is there already."""
-        details = asdict(run)
+        details = msgspec.to_builtins(run)
         values = [details.pop(column) for column in _COLUMNS]
         values.append(json.dumps(details, separators=(",", ":")))
         if new and run.run > self._highest:
@@ -350,8 +352,11 @@ class Catalogue:
 
 
 def _run(row: tuple[Any, ...]) -> Run:
-    """A run from its row; TypeError or ValueError when that cannot be one."""
-    return Run(**dict(zip(_COLUMNS, row, strict=False)), **json.loads(row[-1]))
+    """Make a run of its row; raises TypeError or ValueError when the row is damaged."""
+    try:
+        return msgspec.convert(dict(zip(_COLUMNS, row, strict=False)) | json.loads(row[-1]), Run)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
 
 
 def _read_only(path: Path) -> sqlite3.Connection:

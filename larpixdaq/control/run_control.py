@@ -123,7 +123,7 @@ class RunControl:
         highest, warnings = highest_run(self._catalogue.highest(), storages)
         boards = connected(producers)
         run = Run(highest + 1, kind or kind_of_run(boards), comment, operator, time.time_ns())
-        run.connected = [msgspec.to_builtins(one) for one in boards]
+        run.connected = boards
         run.storages = [one.name for one in storages]
         run.asic = ", ".join(dict.fromkeys(str(one.info.get("asic", "")) for one in producers))
         run.layout, run.versions = layout, team_versions(producers)
@@ -389,7 +389,7 @@ class RunControl:
         self._save(run, failures)
         aborted = run.condition == RunCondition.ABORTED
         patience = 0.0 if aborted else LOST_PATIENCE
-        known = {(one["name"], one["epoch"]) for one in run.ends}
+        known = {(end.name, end.epoch) for end in run.ends}
         asked = {
             name: Item({"run": run.run}, PRODUCER_END_LIMIT, min(patience, self._patience(name)))
             for name, epochs in run.producers.items()
@@ -590,7 +590,8 @@ class Deliveries:
             return None
         if run is None or run.phase != ENDED or component.name not in run.storages:
             return None
-        reported = {Path(one).name for one in run.reports.get(component.name, {}).get("files", [])}
+        report = run.reports.get(component.name)
+        reported = {Path(one).name for one in report.files} if report is not None else set()
         return run if may_say_more(run, component.name) or Path(path).name not in reported else None
 
 

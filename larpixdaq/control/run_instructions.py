@@ -105,11 +105,10 @@ def connected(producers: Iterable[Component]) -> list[ConnectedBoard]:
 
 def note_connected(run: Run, components: Mapping[str, Component]) -> None:
     """Note in the run the boards of its producers: some producers came later, and boards tell their firmware later."""
-    there = {(one["producer"], one["io_group"]): one for one in run.connected}
+    there = {(one.producer, one.io_group): one for one in run.connected}
     for one in connected(components[name] for name in run.producers if name in components):
-        before = there.get((one.producer, one.io_group), {})
-        now = msgspec.to_builtins(one)
-        there[one.producer, one.io_group] = now | {"firmware": one.firmware or before.get("firmware", "")}
+        before = there.get((one.producer, one.io_group), one)
+        there[one.producer, one.io_group] = msgspec.structs.replace(one, firmware=one.firmware or before.firmware)
     run.connected = list(there.values())
 
 
@@ -197,7 +196,7 @@ def begin_params(run: Run) -> dict[str, Any]:
 def end_params(run: Run) -> dict[str, Any]:
     """`next` is None for an epoch whose totals are not known; `stopped_ns` is when RUN ended, unix ns by the core's
     clock."""
-    ends = {(one["name"], one["epoch"]): one["next"] for one in run.ends}
+    ends = {(end.name, end.epoch): end.next for end in run.ends}
     producers = [
         {"name": name, "epoch": epoch, "next": ends.get((name, epoch))}
         for name, epochs in run.producers.items()

@@ -1,4 +1,4 @@
-"""What producers and storages answer to the run's instructions, and the condition that follows from it."""
+"""The verdict on a run: its condition, from the answers of producers and storages."""
 
 from __future__ import annotations
 
@@ -6,55 +6,47 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import msgspec
-
 from larpixdaq.constants import Count, RunCondition, best, rows_made, worst
 from larpixdaq.control.catalogue import Run
 from larpixdaq.control.scatter_gather import ComponentAnswer
 from larpixdaq.errors import ComponentError
-from larpixdaq.protocol.reports import EpochEnd, ProducerEnd, StorageEnd, checked
+from larpixdaq.protocol.reports import EpochEnd, ProducerEnd, RunEnd, StorageEnd, checked
 
 #: (producer, epoch)
 _Source = tuple[str, int]
 
 
 def take_end(run: Run, name: str, outcome: ComponentAnswer) -> str:
-    """Note a producer's totals, and those of dead predecessors that it has taken over; why there are none, or ""."""
+    """Note a producer's totals, and those of its dead predecessors. Returns why there are none, or ""."""
     if not outcome.ok:
         return outcome.text
     try:
         end = checked(outcome.value, ProducerEnd, name, "end_run")
     except ComponentError as error:
         return str(error)
-    inherited, end.inherited = end.inherited, []
+    ends = [RunEnd(one.epoch, one.next, one.rows, one.counts, name) for one in end.inherited]
+    ends.append(RunEnd(end.epoch, end.next, end.rows, end.counts, name, end.warning))
+    new = [one.epoch for one in ends]
     epochs = run.producers.setdefault(name, [])
-    # The one that lives stays last.
-    epochs[:] = dict.fromkeys([*(one.epoch for one in inherited), *epochs, end.epoch])
-    told: list[EpochEnd | ProducerEnd] = [*inherited, end]
-    for one in told:
-        run.ends = [old for old in run.ends if (old["name"], old["epoch"]) != (name, one.epoch)]
-        run.ends.append({"name": name, **msgspec.to_builtins(one)})
+    epochs[:] = dict.fromkeys([*new[:-1], *epochs, end.epoch])  # the epoch of the living producer stays last
+    run.ends = [old for old in run.ends if old.name != name or old.epoch not in new] + ends
     return ""
 
 
 def take_report(run: Run, name: str, outcome: ComponentAnswer) -> str:
-    """Note what a storage has; why that is not known, or ""."""
+    """Note a storage's answer. Returns why there is none, or ""."""
     if not outcome.ok:
         return outcome.text
     try:
-        run.reports[name] = msgspec.to_builtins(checked(outcome.value, StorageEnd, name, "end_run"))
+        run.reports[name] = checked(outcome.value, StorageEnd, name, "end_run")
     except ComponentError as error:
         return str(error)
     return ""
 
 
-def made(end: ProducerEnd) -> dict[int, int]:
-    """Rows that the producer made, per io_group: equation (c) of the ledger."""
-    return {line[0]: rows_made(line[1:]) for line in _lines(end)}
-
-
-def _lines(end: ProducerEnd) -> list[list[int]]:
-    return [line for line in end.counts if len(line) == 1 + len(Count)]
+def _counts(end: EpochEnd) -> dict[int, list[int]]:
+    """Return the counters of each io_group, in the order of Count."""
+    return {io_group: counts for io_group, *counts in end.counts if len(counts) == len(Count)}
 
 
 class RunVerdict(NamedTuple):
@@ -71,9 +63,9 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
     `failures` are reasons in any case; `silent` says, by producer, why its totals were not to be had from it: a reason
     only if no end record in a storage names them either.
     """
-    ends = {(one["name"], one["epoch"]): msgspec.convert(one, ProducerEnd) for one in run.ends}
-    reports = {name: msgspec.convert(run.reports[name], StorageEnd) for name in run.storages if name in run.reports}
-    recorded = {(line[0], line[1]): line for report in reports.values() for line in report.ends}
+    ends = {(end.name, end.epoch): end for end in run.ends}
+    reports = {name: run.reports[name] for name in run.storages if name in run.reports}
+    recorded = {(end.producer, end.epoch): end for report in reports.values() for end in report.ends}
     announced = [(name, epoch) for name, epochs in run.producers.items() for epoch in epochs]
     unknown = [source for source in announced if source not in ends and source not in recorded]
 
@@ -81,18 +73,19 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
     reasons += [why for name, why in (silent or {}).items() if why and any(source[0] == name for source in unknown)]
     reasons += [f"{name}: the totals of epoch {epoch:x} are unknown" for name, epoch in unknown]
     away = [name for name, epochs in run.producers.items() if len(epochs) > 1]
-    away += [line[0] for line in recorded.values() if line[3] == "recovered"]
+    away += [end.producer for end in recorded.values() if end.how == "recovered"]
     for name in dict.fromkeys(away):
         reasons.append(f"{name} was down for part of the run: data that its boards sent then are lost")
     aborted = run.condition == RunCondition.ABORTED
     if not aborted:
-        cut = [line[0] for line in recorded.values() if line[3] == "aborted"]
+        cut = [end.producer for end in recorded.values() if end.how == "aborted"]
         reasons += [f"{name} ended in the middle of the run" for name in dict.fromkeys(cut)]
-    for (name, _), end in ends.items():
-        if end.warning:
-            reasons.append(f"{name}: {end.warning}")
-        if sum(made(end).values()) != end.rows:
-            reasons.append(f"{name}: counts {end.rows} rows, its io_groups {sum(made(end).values())} rows")
+    for run_end in ends.values():
+        if run_end.warning:
+            reasons.append(f"{run_end.name}: {run_end.warning}")
+        made = sum(map(rows_made, _counts(run_end).values()))
+        if made != run_end.rows:
+            reasons.append(f"{run_end.name}: counts {run_end.rows} rows, its io_groups {made} rows")
 
     verdicts: list[RunCondition] = []
     files: list[str] = []
@@ -104,8 +97,8 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
             continue
         report = reports[name]
         files += report.files
-        stored = max(stored or 0, sum(line[3] for line in report.stored))
-        missing = _missing(ends, {source: line[4] for source, line in recorded.items()}, report)
+        stored = max(stored or 0, sum(one.rows for one in report.stored))
+        missing = _missing(ends, {source: end.rows for source, end in recorded.items()}, report)
         reasons += [f"{name}: {one}" for one in missing + report.reasons]
         not_closed = report.condition == RunCondition.CONTINUED  # its next part
         found = {RunCondition.INTERRUPTED: unknown or not_closed, RunCondition.INCOMPLETE: missing}
@@ -113,11 +106,11 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
     suspect = away or RunCondition.SUSPECT in verdicts  # a copy replaces rows that a storage lacks, no others
     condition = worst({RunCondition.ABORTED: aborted, RunCondition.SUSPECT: suspect}, best(verdicts))
     rows = sum(end.rows for end in ends.values())
-    rows += sum(line[4] for source, line in recorded.items() if source not in ends)
+    rows += sum(end.rows for source, end in recorded.items() if source not in ends)
     return RunVerdict(condition, None if unknown else rows, stored, files, list(dict.fromkeys(reasons)))
 
 
-def _missing(ends: Mapping[_Source, ProducerEnd], recorded: Mapping[_Source, int], report: StorageEnd) -> list[str]:
+def _missing(ends: Mapping[_Source, EpochEnd], recorded: Mapping[_Source, int], report: StorageEnd) -> list[str]:
     """Sentences about rows that the producers made and this storage does not have, or has too many of.
 
     By io_group where a producer has told its counts, else by the total in an end record. Rows that found no room at
@@ -128,13 +121,13 @@ def _missing(ends: Mapping[_Source, ProducerEnd], recorded: Mapping[_Source, int
         stored[producer, epoch][io_group] = stored[producer, epoch].get(io_group, 0) + rows
     found = []
     for key, end in ends.items():
-        has, should = stored[key], made(end)
-        dropped = {line[0]: line[1 + Count.DROPPED] for line in _lines(end)}
-        for io_group in sorted(has.keys() | should.keys()):
-            lacking = should.get(io_group, 0) - dropped.get(io_group, 0) - has.get(io_group, 0)
+        has, counts = stored[key], _counts(end)
+        for io_group in sorted(has.keys() | counts.keys()):
+            own = counts.get(io_group, [0] * len(Count))
+            lacking = rows_made(own) - own[Count.DROPPED] - has.get(io_group, 0)
             where = f"{key[0]} io_group {io_group} (epoch {key[1]:x})"
             if lacking > 0:
-                found.append(f"{lacking} of {should[io_group]} rows are missing of {where}")
+                found.append(f"{lacking} of {rows_made(own)} rows are missing of {where}")
             elif lacking:
                 found.append(f"{-lacking} rows too many of {where}")
     for key, rows in recorded.items():

@@ -30,6 +30,7 @@ from larpixdaq.constants import RunCondition, unusable, worst
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import journal, ledger, names, tables
 from larpixdaq.hdf5.reader import DataFile, plain, text
+from larpixdaq.protocol.reports import StoredEnd, StoredRows
 from larpixdaq.protocol.stream import READ, SENT, BlockOrigin, Position
 from larpixdaq.runtime.units import utc_datetime
 
@@ -42,9 +43,9 @@ class RunReport(NamedTuple):
     files: list[Path]  # those that are closed, in the order of the parts
     condition: str
     rows: int
-    stored: list[tuple[str, int, int, int]]  # producer, epoch, io_group, rows
+    stored: list[StoredRows]
     reasons: list[str]  # why the condition is not COMPLETE, in one line each
-    ends: list[tuple[str, int, int, str, int]]  # producer, epoch, next, how, rows made
+    ends: list[StoredEnd]
     notes: list[str]  # what a reader should know though nothing is wrong
 
 
@@ -108,10 +109,10 @@ class _Judgement:
             [part.path for part in self._parts],
             self._condition(doubts),
             sum(part.rows for part in self._parts),
-            [(source.producer, source.epoch, group, rows) for (source, group), rows in self._stored.items() if rows],
+            [StoredRows(*source[1:], group, rows) for (source, group), rows in self._stored.items() if rows],
             self._waiting + self._missing + doubts,
             [
-                (source.producer, source.epoch, following, how, self._made(source, part))
+                StoredEnd(source.producer, source.epoch, following, how, self._made(source, part))
                 for source, (part, following, how) in self._ends.items()
             ],
             self._notes,

@@ -15,10 +15,11 @@ from typing import Any
 import zmq
 
 from larpixdaq.buffer.block_store import BlockStore
-from larpixdaq.buffer.crash_recovery import LeftBlocks, Predecessors, totals
+from larpixdaq.buffer.crash_recovery import LeftBlocks, Predecessors
 from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, Reserved, RingFile, key
 from larpixdaq.buffer.spool import AGAIN, Spool, SpoolDirectory
 from larpixdaq.errors import FileError
+from larpixdaq.protocol.reports import EpochEnd
 from larpixdaq.protocol.stream import End
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import has_no_locks, no_locks, remove, try_lock
@@ -193,9 +194,9 @@ class Delivery:
             del self._ends[min(self._ends)]
         return found
 
-    def inherited(self, run: int) -> list[dict[str, Any]]:
-        """Totals of the epochs of a run that predecessors have not delivered."""
-        return [totals(end) for end in self._ends.get(run, {}).values()]
+    def inherited(self, run: int) -> list[EpochEnd]:
+        """Return the totals of predecessors in a run, from the end records that were in their rings."""
+        return [EpochEnd.of(end) for end in self._ends.get(run, {}).values()]
 
     def close(self, *, leave: bool = False) -> None:
         """Deliver what is owed, for DELIVER_LIMIT at most; what is left then is kept for the next of this name.

@@ -23,6 +23,7 @@ from larpixdaq.errors import ChecksumError, FileError, LarpixDaqError, RequestEr
 from larpixdaq.hdf5 import names, tables
 from larpixdaq.hdf5.run_report import SUPERSEDED, RunReport, positions, survey_run
 from larpixdaq.hdf5.tables import RunInfo
+from larpixdaq.protocol.reports import StorageEnd, StorageReady
 from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, End, FromProducer, Position
 from larpixdaq.storage import open_run
 from larpixdaq.storage.finisher import Finisher
@@ -412,16 +413,8 @@ class StorageService:
                 call.fail(str(found))
                 return
             log.info("run %d: %d rows in %d files, %s", run, found.rows, len(found.files), found.condition)
-            call.result(
-                {
-                    "files": [str(path) for path in found.files],
-                    "condition": found.condition,
-                    "rows": found.rows,
-                    "stored": found.stored,
-                    "reasons": found.reasons,
-                    "ends": found.ends,
-                }
-            )
+            files = [str(path) for path in found.files]
+            call.result(StorageEnd(files, found.condition, found.rows, found.stored, found.reasons, found.ends))
 
         self.finisher.after(lambda: survey_run(self.directory, run, self.label), answer)
 
@@ -455,7 +448,7 @@ class StorageService:
             opened.announce(info)
             self._infos[run] = info
         opened.ended_ns = stopped_ns
-        return {"file": _name_of(opened), "free_bytes": self.space.free()}
+        return StorageReady(_name_of(opened), self.space.free())
 
     def begin_run(self, call: Call, run: int, begun_ns: int = 0) -> Any:
         opened = self._runs.get(run)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from file_builder import NS, Feed, random_rows
@@ -37,7 +38,7 @@ class Answered:
         self.error = ""
 
     def result(self, value: Any) -> None:
-        self.value = value
+        self.value = msgspec.to_builtins(value)
 
     def fail(self, error: str, code: str = "") -> None:
         self.error = error
@@ -183,7 +184,7 @@ def test_a_storage_that_comes_back_goes_on_in_a_further_part(rigs: Callable[...,
     first, path = ended["files"]
     assert first.endswith("_000.h5")
     assert path.endswith("_001.h5")
-    assert answer["file"] == path + ".part"
+    assert answer.file == path + ".part"
     assert verify(Path(path)).ok
     about = file_info(path)
     assert (about["part"], about["rows"]) == (1, 90)
