@@ -15,7 +15,7 @@ import logging
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import zmq
 
@@ -24,6 +24,7 @@ from larpixdaq.constants import LOG
 from larpixdaq.control.log_shipping import LogRecord, unpack_record
 from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, ProtocolError
+from larpixdaq.protocol.reports import LogStatus
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.timing import Throttle
 from larpixdaq.runtime.units import utc_datetime
@@ -140,14 +141,8 @@ class LogFile:
         self._file.close()
         self._file = file
 
-    def status(self) -> dict[str, Any]:
-        return {
-            "file": str(self.path),
-            "written": self.written,
-            "held_back": self._throttle.held,
-            "lost": self.lost,
-            "refused": self.refused,
-        }
+    def status(self) -> LogStatus:
+        return LogStatus(str(self.path), self.written, self._throttle.held, self.lost, self.refused)
 
     def close(self) -> None:
         self._file.close()

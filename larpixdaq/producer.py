@@ -29,7 +29,7 @@ from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import ConfigError, RequestError, RingError, StateError
 from larpixdaq.hardware.supervisor import Child
 from larpixdaq.protocol import hardware
-from larpixdaq.protocol.reports import ProducerEnd, ProducerReady
+from larpixdaq.protocol.reports import BoardReport, ClockReport, ProducerEnd, ProducerReady, ProducerStatus
 from larpixdaq.protocol.stream import VERDICTS, Configurations, ConnectedBoard, LossVerdict, UnknownWord
 from larpixdaq.readout.command_queue import CommandQueue
 from larpixdaq.readout.configuration_tracker import ConfigurationTracker
@@ -399,25 +399,23 @@ class Producer:
             log.warning("%s", line)
         self._look_at = time.monotonic() + LOOK
 
-    def status(self) -> dict[str, Any]:
-        """For the heartbeat: what is held and owed, the counts of this run or the last (`counted_run`), what came
-        outside of runs since."""
-        total = dict(zip(constants.COUNTS, self.delivery.ring.counts.sum(axis=0).tolist(), strict=True))
-        return {
-            "run": self.recorder.run,
-            "state": self.state,
-            **self.delivery.status(),
-            "counted_run": self._counted,
-            "packets": total["packets"],
-            "dropped": total["dropped"],
-            "unknown": total["unknown_words"] + total["rejected_words"],
-            "bad_parity": total["bad_parity"],
-            "outside_run": int(self.delivery.ring.outside[:, Count.PACKETS].sum()),
-            "boards": [_board_status(board) for board in self._boards()],
-            "verdicts": {str(io_group): verdict for io_group, verdict in sorted(self._watch.worst.items())},
-            "finished": all(source.finished for source in self.boards),
-            "firmware": dict(self._firmware),
-        }
+    def status(self) -> ProducerStatus:
+        total = self.delivery.ring.counts.sum(axis=0).tolist()
+        return ProducerStatus(
+            **msgspec.structs.asdict(self.delivery.status()),
+            run=self.recorder.run,
+            state=self.state,
+            counted_run=self._counted,
+            packets=total[Count.PACKETS],
+            dropped=total[Count.DROPPED],
+            unknown=total[Count.UNKNOWN_WORDS] + total[Count.REJECTED_WORDS],
+            bad_parity=total[Count.BAD_PARITY],
+            outside_run=int(self.delivery.ring.outside[:, Count.PACKETS].sum()),
+            boards=[_report(board) for board in self._boards()],
+            verdicts={str(io_group): verdict for io_group, verdict in sorted(self._watch.worst.items())},
+            finished=all(source.finished for source in self.boards),
+            firmware=dict(self._firmware),
+        )
 
 
 def _warnings(boards: list[BoardStatus], limit: float) -> list[str]:
@@ -433,16 +431,15 @@ def _warnings(boards: list[BoardStatus], limit: float) -> list[str]:
     return found
 
 
-def _board_status(board: BoardStatus) -> dict[str, Any]:
-    """For the heartbeat."""
-    return {
-        "io_group": board.io_group,
-        "name": board.name,
-        "away_since": board.away_ns / 1e9 if board.away_ns else None,
-        "problem": board.problem,
-        "clock": None if board.clock is None else board.clock._asdict() | {"text": str(board.clock)},
-        "setup": [*(line.why for line in board.setup), *([board.refusal] if board.refusal else [])],
-    }
+def _report(board: BoardStatus) -> BoardReport:
+    return BoardReport(
+        board.io_group,
+        board.name,
+        board.away_ns / 1e9 if board.away_ns else None,
+        board.problem,
+        None if board.clock is None else ClockReport(*board.clock, str(board.clock)),
+        [*(line.why for line in board.setup), *([board.refusal] if board.refusal else [])],
+    )
 
 
 def _waits(when_full: str | None, boards: list[Source]) -> bool:

@@ -18,6 +18,7 @@ from larpixdaq import config
 from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import LarpixDaqError
 from larpixdaq.monitor.monitor import Monitor
+from larpixdaq.protocol.reports import MonitorStatus
 from larpixdaq.protocol.stream import Block, End, FromProducer
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.stream import Consumer
@@ -94,11 +95,13 @@ def actions(monitor: Monitor) -> dict[str, Callable[..., Any]]:
             monitor.start(run)
         return {}
 
-    def end_run(call: Call, run: int) -> dict[str, Any]:
+    def end_run(call: Call, run: int) -> MonitorStatus:
         """The run is over; its numbers stay until the next is prepared, and what is still on its way counts."""
         return monitor.status()
 
-    handlers = {handler.__name__: handler for handler in (prepare_run, begin_run, end_run)}
+    handlers: dict[str, Callable[..., Any]] = {
+        handler.__name__: handler for handler in (prepare_run, begin_run, end_run)
+    }
     for method in (monitor.packet_rate, monitor.packets, monitor.messages, monitor.adc_histogram, monitor.run_info):
         handlers[method.__name__] = _handler(method)
     return handlers

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Final
+from typing import Final
 
 from larpixdaq.control.registry import MOST_COMPONENTS, Component
+from larpixdaq.protocol.reports import StorageStatus
 from larpixdaq.runtime.units import duration, size
 
 _log = logging.getLogger("larpixdaq.core")
@@ -14,27 +15,27 @@ _log = logging.getLogger("larpixdaq.core")
 SOON: Final = (3600, 600, 60)
 
 
-def time_to_full(status: dict[str, Any]) -> str:
-    """`disk full in 12 min at 18 MB/s`, from a storage's status; "" when it fills at no rate."""
-    left, rate = status.get("seconds_left"), status.get("bytes_per_second")
-    if not isinstance(left, int | float) or left < 0:
+def time_to_full(status: StorageStatus) -> str:
+    """Return `disk full in 12 min at 18 MB/s`, or "" when the disk does not fill."""
+    if status.seconds_left is None:
         return ""
-    return f"disk full in {duration(left)}" + (f" at {size(rate)}/s" if isinstance(rate, int | float) else "")
+    return f"disk full in {duration(status.seconds_left)} at {size(status.bytes_per_second)}/s"
 
 
-def _level(status: dict[str, Any]) -> int:
-    """How many of SOON it has come to."""
-    left = status.get("seconds_left")
-    return sum(left < limit for limit in SOON) if isinstance(left, int | float) else 0
+def _level(status: StorageStatus) -> int:
+    """Return the number of limits in SOON that the time to full is below."""
+    left = status.seconds_left
+    return 0 if left is None else sum(left < limit for limit in SOON)
 
 
 def warnings(storages: list[Component]) -> list[str]:
-    """A sentence for each storage whose disk will not last for an hour, that cannot write now, or whose command for
-    finished files has failed."""
-    found = [f"{one.name}: {time_to_full(one.status)}" for one in storages if _level(one.status)]
-    found += [f"{one.name}: {one.status['on_close']}" for one in storages if one.status.get("on_close")]
-    return found + [
-        f"{one.name} is not writing: {one.status['paused']}" for one in storages if one.status.get("paused")
+    """Return a sentence for each storage whose disk will be full within an hour, that cannot write now, or whose
+    command for finished files has failed."""
+    found = [(one.name, status) for one in storages if (status := one.read_status(StorageStatus)) is not None]
+    return [
+        *(f"{name}: {time_to_full(status)}" for name, status in found if _level(status)),
+        *(f"{name}: {status.on_close}" for name, status in found if status.on_close),
+        *(f"{name} is not writing: {status.paused}" for name, status in found if status.paused),
     ]
 
 
@@ -44,18 +45,18 @@ class SpaceWatch:
     def __init__(self) -> None:
         self._told: dict[str, tuple[str, int]] = {}  # by storage: why it is paused, how near its disk is to full
 
-    def take(self, component: Component) -> None:
-        """A storage's heartbeat."""
-        paused, level = str(component.status.get("paused") or ""), _level(component.status)
-        before_paused, before_level = self._told.get(component.name, ("", 0))
+    def take(self, name: str, status: StorageStatus) -> None:
+        """Take the status in a storage's heartbeat."""
+        paused, level = status.paused, _level(status)
+        before_paused, before_level = self._told.get(name, ("", 0))
         if paused != before_paused:
             if paused:
-                _log.error("%s is not writing: %s", component.name, paused)
+                _log.error("%s is not writing: %s", name, paused)
             else:
-                _log.warning("%s is writing again", component.name)
+                _log.warning("%s is writing again", name)
         if level > before_level:
-            _log.warning("%s: %s", component.name, time_to_full(component.status))
+            _log.warning("%s: %s", name, time_to_full(status))
         # Up to the next limit and back again is no news.
         while len(self._told) > MOST_COMPONENTS:
             del self._told[next(iter(self._told))]
-        self._told[component.name] = (paused, level if not level else max(level, before_level))
+        self._told[name] = (paused, level if not level else max(level, before_level))

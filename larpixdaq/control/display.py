@@ -5,14 +5,25 @@ Answers as text for people: what IPython shows of a Request, and its `readable()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
+from larpixdaq.constants import RUN_DATA
 from larpixdaq.control.disk_watch import SOON, time_to_full
 from larpixdaq.errors import printable
+from larpixdaq.protocol.reports import (
+    STATUS,
+    BoardReport,
+    LogStatus,
+    MonitorStatus,
+    ProducerStatus,
+    Status,
+    StorageStatus,
+)
 from larpixdaq.runtime.timing import load_words
 from larpixdaq.runtime.units import size, utc
 
@@ -47,19 +58,38 @@ def status_lines(found: Facts) -> list[str]:
 
 def needs_attention(found: Facts) -> bool:
     """Whether a component is LOST or PAUSED, or MISSING in the run."""
-    parts = found["components"]
     return bool((found.get("run") or {}).get("missing")) or any(
-        not component["alive"] or component["status"].get("paused") for component in parts
+        not component["alive"] or (isinstance(status := _status(component), StorageStatus) and status.paused)
+        for component in found["components"]
     )
 
 
-def _words(component: Facts) -> str:
-    facts = component["status"]
+def _status(component: Facts) -> Status | None:
+    """Return the status of a component; None before the first one, and when it is of another version."""
     try:
-        said = _WORDS[component["kind"]](component["info"], facts)
-        return f"{said}; {load_words(facts['load'])}" if "load" in facts else said
-    except (AttributeError, LookupError, OverflowError, TypeError, ValueError):  # of another version than we are
+        return msgspec.convert(component["status"], STATUS[component["kind"]])
+    except (KeyError, msgspec.ValidationError, TypeError, ValueError):
+        return None
+
+
+def _words(component: Facts) -> str:
+    facts, status = component["status"], _status(component)
+    if facts and status is None:
         return ", ".join(f"{name} {value}" for name, value in facts.items())
+    parts = [str(component["info"][name]) for name in ("source", "directory", "file") if name in component["info"]]
+    if isinstance(status, ProducerStatus):
+        parts += _producer(status)
+    elif isinstance(status, StorageStatus):
+        parts += _storage(status)
+    elif isinstance(status, MonitorStatus) and status.run is not None:
+        parts += _monitor(status)
+    elif component["kind"] == RUN_DATA:
+        parts.append("no run yet")
+    elif isinstance(status, LogStatus) and status.lost:
+        parts.append(f"{status.lost} records lost")
+    if status is not None and status.load is not None:
+        parts.append(load_words(msgspec.structs.asdict(status.load)))
+    return "; ".join(parts)
 
 
 def _liveness(component: Facts) -> str:
@@ -80,117 +110,87 @@ def _last_run(last: Facts) -> str:
 
 
 def _alarms(component: Facts) -> list[str]:
-    """What nobody may overlook."""
-    facts, found = component["status"], []
-    if facts.get("paused"):
-        found.append(f"PAUSED: {component['name']} is not writing: {facts['paused']}")
-    for text in _list(facts, "nameless"):
-        found.append(f"FILE REMOVED: {component['name']}: {text}; lost if the process is killed")
-    for path in _list(facts, "kept_aside"):
-        found.append(f"DAMAGED FILE KEPT: {component['name']}: {path} could not be read whole; move it away")
-    for text in _list(facts, "not_recovered"):
-        found.append(f"NOT RECOVERED: {component['name']}: {text}")
-    for board in _list(facts, "boards"):
-        since = board.get("away_since") if isinstance(board, dict) else None
-        if isinstance(since, int | float) and 0 < since < 1e11:
-            found.append(f"{board.get('name')}: {_away(board)}")
-    left = facts.get("seconds_left")
-    if isinstance(left, int | float) and left < SOON[0]:
-        found.append(f"DISK NEARLY FULL: {component['name']}: {time_to_full(facts)}")
-    if facts.get("on_close"):
-        found.append(f"COMMAND FAILED: {component['name']}: {facts['on_close']}")
+    """Return a line for each problem that nobody may overlook."""
+    name, status = component["name"], _status(component)
+    found = []
+    if isinstance(status, StorageStatus):
+        if status.paused:
+            found.append(f"PAUSED: {name} is not writing: {status.paused}")
+        found += [f"NOT RECOVERED: {name}: {text}" for text in status.not_recovered]
+        if status.seconds_left is not None and status.seconds_left < SOON[0]:
+            found.append(f"DISK NEARLY FULL: {name}: {time_to_full(status)}")
+        if status.on_close:
+            found.append(f"COMMAND FAILED: {name}: {status.on_close}")
+    elif isinstance(status, ProducerStatus):
+        found += [f"FILE REMOVED: {name}: {text}; lost if the process is killed" for text in status.nameless]
+        found += [
+            f"DAMAGED FILE KEPT: {name}: {path} could not be read whole; move it away" for path in status.kept_aside
+        ]
+        found += [f"{board.name}: {away}" for board in status.boards if (away := _away(board))]
     return found
 
 
-def _list(facts: Facts, name: str) -> list[Any]:
-    found = facts.get(name)
-    return found if isinstance(found, list) else []
+def _away(board: BoardReport) -> str:
+    if board.away_since is None:
+        return ""
+    return f"NOT CONNECTED since {utc(board.away_since)}" + (f" ({board.problem})" if board.problem else "")
 
 
-def _away(board: Facts) -> str:
-    problem = f" ({board['problem']})" if board.get("problem") else ""
-    return f"NOT CONNECTED since {utc(board['away_since'])}{problem}"
+def _producer(status: ProducerStatus) -> list[str]:
+    parts = []
+    if status.run is not None:
+        parts.append(f"{status.packets} packets of the run")
+    elif status.counted_run is not None:
+        parts.append(f"{status.packets} packets of run {status.counted_run}")
+    losses = {"rows dropped": status.dropped, "unknown words": status.unknown, "with bad parity": status.bad_parity}
+    parts += [f"{number} {words}" for words, number in losses.items() if number]
+    if status.run is None:
+        parts.append(f"{status.outside_run} packets outside of runs")
+    verdicts = status.verdicts.items()
+    parts += [f"io_group {io_group} is {verdict}" for io_group, verdict in verdicts if verdict != "complete"]
+    for board in status.boards:
+        lines = [_away(board), *board.setup, board.clock.text if board.clock is not None else ""]
+        parts += [f"io_group {board.io_group}: {line}" for line in lines if line]
+    if status.owed_blocks:
+        parts.append(f"{status.owed_blocks} blocks pending (ring {status.ring:.0%} full)")
+    if status.spooled_blocks:
+        parts.append(f"{status.spooled_blocks} of them in the spool ({size(status.spooled_bytes)})")
+    if status.inherited:
+        parts.append(f"{status.inherited} blocks of its predecessor pending")
+    if status.made_anew:
+        parts.append(f"the ring's file was removed and made anew, {status.made_anew} times")
+    if status.finished:
+        parts.append("source finished")
+    return parts
 
 
-# A component that has just registered has said nothing yet: its facts are empty.
+def _storage(status: StorageStatus) -> list[str]:
+    parts = [f"{size(status.free_bytes)} free"]
+    if status.paused:
+        parts.append("PAUSED")
+    if left := time_to_full(status):
+        parts.append(left)
+    if status.files:
+        parts.append(f"writing {', '.join(status.files)}: {status.rows} rows, {size(status.bytes)}")
+    if status.recovering:
+        parts.append(f"recovering {', '.join(status.recovering)}")
+    if status.finished:
+        last = status.finished[-1]
+        parts.append(f"last closed: {PurePath(last.file).name}, {size(last.bytes)}, {last.condition}")
+    if status.duplicates:
+        parts.append(f"{status.duplicates} duplicate blocks removed")
+    if status.on_close_failed:
+        parts.append(f"--on-close failed for {status.on_close_failed} files")
+    return parts
 
 
-def _producer(info: Facts, facts: Facts) -> str:
-    parts = [str(info.get("source", ""))]
-    if facts:
-        if facts["run"] is not None:
-            parts.append(f"{facts['packets']} packets of the run")
-        elif facts["counted_run"] is not None:
-            parts.append(f"{facts['packets']} packets of run {facts['counted_run']}")
-        losses = (("dropped", "rows dropped"), ("unknown", "unknown words"), ("bad_parity", "with bad parity"))
-        parts += [f"{facts[name]} {words}" for name, words in losses if facts[name]]
-        if facts["run"] is None:
-            parts.append(f"{facts['outside_run']} packets outside of runs")
-        doubts = facts.get("verdicts", {}).items()
-        parts += [f"io_group {io_group} is {verdict}" for io_group, verdict in doubts if verdict != "complete"]
-        for board in facts.get("boards", []):
-            if board["away_since"] is not None:
-                parts.append(f"io_group {board['io_group']}: {_away(board)}")
-            parts += [f"io_group {board['io_group']}: {line}" for line in board["setup"]]
-            if board["clock"] is not None:
-                parts.append(f"io_group {board['io_group']}: {board['clock']['text']}")
-        if facts["owed_blocks"]:
-            parts.append(f"{facts['owed_blocks']} blocks pending (ring {facts['ring']:.0%} full)")
-        if facts.get("spooled_blocks"):
-            parts.append(f"{facts['spooled_blocks']} of them in the spool ({size(facts['spooled_bytes'])})")
-        if facts.get("inherited"):
-            parts.append(f"{facts['inherited']} blocks of its predecessor pending")
-        if made_anew := facts.get("made_anew"):
-            parts.append(f"the ring's file was removed and made anew, {made_anew} times")
-        if facts["finished"]:
-            parts.append("source finished")
-    return "; ".join(parts)
-
-
-def _storage(info: Facts, facts: Facts) -> str:
-    parts = [f"{info.get('directory', '')}"]
-    if facts:
-        parts.append(f"{size(facts['free_bytes'])} free")
-        if facts.get("paused"):
-            parts.append("PAUSED")
-        if left := time_to_full(facts):
-            parts.append(left)
-        if facts["files"]:
-            parts.append(f"writing {', '.join(facts['files'])}: {facts['rows']} rows, {size(facts['bytes'])}")
-        if recovering := facts.get("recovering"):
-            parts.append(f"recovering {', '.join(recovering)}")
-        if finished := facts.get("finished"):
-            last = finished[-1]
-            parts.append(f"last closed: {PurePath(last['file']).name}, {size(last['bytes'])}, {last['condition']}")
-        if facts["duplicates"]:
-            parts.append(f"{facts['duplicates']} duplicate blocks removed")
-        if facts.get("on_close_failed"):
-            parts.append(f"--on-close failed for {facts['on_close_failed']} files")
-    return "; ".join(parts)
-
-
-def _monitor(info: Facts, facts: Facts) -> str:
-    if not facts or facts["run"] is None:
-        return "no run yet"
-    parts = [f"run {facts['run']}: {facts['rate']:.5g} packets/s, {facts['packets']} packets"]
-    if facts["bad_parity"]:
-        parts.append(f"{facts['bad_parity']} with bad parity")
-    if facts["seen"] < 1:
-        parts.append(f"{facts['seen']:.1%} of the rows sampled")
-    return "; ".join(parts)
-
-
-def _records(info: Facts, facts: Facts) -> str:
-    lost = f"; {facts['lost']} records lost" if facts.get("lost") else ""
-    return f"{info.get('file', '')}{lost}"
-
-
-_WORDS: Final[dict[str, Callable[[Facts, Facts], str]]] = {
-    "producer": _producer,
-    "storage": _storage,
-    "run_data": _monitor,
-    "log": _records,
-}
+def _monitor(status: MonitorStatus) -> list[str]:
+    parts = [f"run {status.run}: {status.rate:.5g} packets/s, {status.packets} packets"]
+    if status.bad_parity:
+        parts.append(f"{status.bad_parity} with bad parity")
+    if status.seen < 1:
+        parts.append(f"{status.seen:.1%} of the rows sampled")
+    return parts
 
 
 def readable(value: Any) -> str:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import msgspec
 import zmq
 
 from larpixdaq.config import CORE_PORT, address, process_identity
@@ -35,6 +36,7 @@ from larpixdaq.protocol.control import (
     Welcome,
     packed,
 )
+from larpixdaq.protocol.reports import Status
 from larpixdaq.runtime.event_loop import Signals, Stopped, Waker
 from larpixdaq.runtime.timing import Load, next_beat, wait_ms
 
@@ -64,7 +66,7 @@ class Node:
         actions: Mapping[str, Callable[..., Any]],
         *,
         info: Mapping[str, Any],
-        status: Callable[[], dict[str, Any]] | None = None,
+        status: Callable[[], Status] | None = None,
         on_name_taken: Callable[[], None] | None = None,
     ) -> None:
         """`core` is its address, with or without port; `info` goes out with each registration (a producer: stream
@@ -180,7 +182,7 @@ class Node:
         status = None
         if self._status is not None and now >= self._status_due:
             self._status_due = next_beat(now, HEARTBEAT)
-            status = self._status() | {"load": self._load.shares()}
+            status = msgspec.structs.asdict(self._status()) | {"load": self._load.shares()}
         self._beat = Heartbeat(progress=progress, queued=queued, status=status or self._beat.status)
 
     @property

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+import msgspec
 
 from larpixdaq.constants import CONTROL_FREE, HEARTBEAT, LOST, STUCK
 from larpixdaq.control.connection import RecentRequests
@@ -13,6 +16,8 @@ from larpixdaq.errors import ControlHeld, ProtocolError
 from larpixdaq.protocol.control import Heartbeat, Open, Register
 from larpixdaq.runtime.units import utc
 
+_log = logging.getLogger("larpixdaq.core")
+_T = TypeVar("_T")
 #: An Operator's session is kept this long (s) after it was last heard, so that a busy program finds its answers.
 _FORGET_OPERATOR: Final = 60.0
 #: Maximum number of components, and of Operators, at once.
@@ -59,6 +64,21 @@ class Component(Peer):
     moved: float = 0.0  # when progress last moved, or nothing was queued
     busy: bool = False  # work is queued, or its main loop does not turn
     stuck: bool = False
+    _understood: bool = True
+
+    def read_status(self, kind: type[_T]) -> _T | None:
+        """Return the status as a struct. None before the first one, and when it does not fit, which is logged."""
+        if not self.status:
+            return None
+        try:
+            status = msgspec.convert(self.status, kind)
+        except (msgspec.ValidationError, TypeError, ValueError) as error:
+            if self._understood:  # said once: it comes again with each heartbeat
+                _log.error("%s: its status is not understood: %s", self.name, error)
+            self._understood = False
+            return None
+        self._understood = True
+        return status
 
 
 @dataclass

@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from larpixdaq.constants import (
     BEGINNING,
     CANCELLED,
@@ -60,7 +58,7 @@ from larpixdaq.control.scatter_gather import (
 )
 from larpixdaq.errors import ComponentError, FileError, LarpixDaqError, StateError
 from larpixdaq.protocol.control import Answer, Heartbeat, content
-from larpixdaq.protocol.reports import FinishedFile
+from larpixdaq.protocol.reports import FinishedFile, StorageStatus
 
 _log = logging.getLogger("larpixdaq.core")
 # Time limits of components for the steps of a run, seconds.
@@ -204,10 +202,11 @@ class RunControl:
             # Its answer went to a core that has died.
             component.run, component.begun = beat.run, beat.begun
             self._place(component, now)
-        if component.kind != STORAGE:
+        status = component.read_status(StorageStatus) if component.kind == STORAGE else None
+        if status is None:
             return
-        self._space.take(component)
-        for run in self._deliveries.take(component):
+        self._space.take(component.name, status)
+        for run in self._deliveries.take(component, status.finished):
             self._look_again(run, component, now)
 
     def _look_again(self, run: Run, component: Component, now: float) -> None:
@@ -557,23 +556,16 @@ class Deliveries:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
-        self._seen: dict[str, Any] = {}  # by storage, as it came
+        self._seen: dict[str, list[FinishedFile]] = {}  # by storage
 
-    def take(self, component: Component) -> list[Run]:
-        """Take in a storage's heartbeat. Returns the runs that are over and of which it has more than it reported."""
-        told = component.status.get("finished")
-        before = self._seen.get(component.name)
-        if not told or told == before:
+    def take(self, component: Component, files: list[FinishedFile]) -> list[Run]:
+        """Return the runs that are over, and of which this storage has closed more files than it reported."""
+        known = self._seen.get(component.name, [])
+        if not files or files == known:
             return []
         while len(self._seen) > MOST_COMPONENTS:
             del self._seen[next(iter(self._seen))]
-        self._seen[component.name] = told
-        try:
-            files = msgspec.convert(told, list[FinishedFile])
-            known = msgspec.convert(before or [], list[FinishedFile])
-        except (msgspec.ValidationError, TypeError, ValueError) as error:
-            _log.error("%s: what it says of finished files is not understood: %s", component.name, error)
-            return []
+        self._seen[component.name] = files
         runs: dict[int, Run] = {}
         for one in files:
             if one not in known and (run := self._new(component, one)) is not None:

@@ -14,7 +14,7 @@ from larpixdaq.control.catalogue import Run
 from larpixdaq.control.registry import Component
 from larpixdaq.control.scatter_gather import ComponentAnswer
 from larpixdaq.errors import ComponentError, StateError
-from larpixdaq.protocol.reports import ProducerReady, StorageReady, checked
+from larpixdaq.protocol.reports import ProducerReady, ProducerStatus, StorageReady, StorageStatus, checked
 from larpixdaq.protocol.stream import KINDS_WITHOUT_DETECTOR, ConnectedBoard
 from larpixdaq.version import VERSION
 
@@ -38,7 +38,8 @@ def check_team(producers: list[Component], storages: list[Component]) -> None:
         which = "; ".join(f"{layout_name(code)}: {', '.join(names)}" for code, names in layouts.items())
         raise ComponentError(f"prepare_run: the producers' rows have different layouts, a run has one: {which}")
     for one in storages:
-        free = one.status.get("free_bytes", one.info.get("free_bytes"))
+        status = one.read_status(StorageStatus)
+        free = one.info.get("free_bytes") if status is None else status.free_bytes
         check_free(one.name, str(one.info.get("directory", "?")), free)
 
 
@@ -48,17 +49,16 @@ def highest_run(known: int, storages: list[Component]) -> tuple[int, list[str]]:
     warnings = []
     highest = known
     for one in storages:
-        for told in (one.info, one.status):
-            number = told.get("highest_run", 0)
-            if not isinstance(number, int):
-                continue
-            if number > min(known + MOST_AHEAD, LAST_RUN):
-                warnings.append(
-                    f"{one.name}: the highest run in {one.info.get('directory', '?')} is {number}, more than "
-                    f"{MOST_AHEAD} above the catalogue's {known}: not counted"
-                )
-            else:
-                highest = max(highest, number)
+        number = one.info.get("highest_run", 0)
+        if not isinstance(number, int):
+            continue
+        if number > min(known + MOST_AHEAD, LAST_RUN):
+            warnings.append(
+                f"{one.name}: the highest run in {one.info.get('directory', '?')} is {number}, more than "
+                f"{MOST_AHEAD} above the catalogue's {known}: not counted"
+            )
+        else:
+            highest = max(highest, number)
     if highest >= LAST_RUN:
         raise StateError(f"prepare_run: run {highest} was the last one, numbers have {RUN_DIGITS} digits")
     return highest, warnings
@@ -92,8 +92,8 @@ def connected(producers: Iterable[Component]) -> list[ConnectedBoard]:
     be such a list is left out."""
     found: list[ConnectedBoard] = []
     for one in producers:
-        firmware = one.status.get("firmware")
-        firmware = firmware if isinstance(firmware, dict) else {}
+        status = one.read_status(ProducerStatus)
+        firmware = {} if status is None else status.firmware
         try:
             for given in msgspec.convert(one.info.get("connected", []), list[ConnectedBoard]):
                 told = {"producer": one.name, "firmware": firmware.get(str(given.io_group), "")}

@@ -19,6 +19,7 @@ from larpixdaq._native.monitor_counters import PacketCounters
 from larpixdaq.errors import FormatError, RequestError
 from larpixdaq.monitor.packet_text import text as as_text
 from larpixdaq.monitor.rates import Track, io_groups, rate_tables
+from larpixdaq.protocol.reports import MonitorStatus
 from larpixdaq.protocol.stream import Block, End
 from larpixdaq.runtime.units import utc_iso
 
@@ -259,17 +260,17 @@ class Monitor:
             ],
         }
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> MonitorStatus:
         """A few numbers, cheap enough for every heartbeat."""
         groups, _ = io_groups(self._tracks.values(), self._clock())
-        return {
-            "run": self.run,
-            "rate": float(groups["rate"].sum()),
-            "packets": int(groups["packets"].sum()),
-            "bad_parity": int(groups["bad_parity"].sum()),
-            "skipped_rows": self.skipped_rows,
-            "seen": self.seen,
-        }
+        return MonitorStatus(
+            run=self.run,
+            rate=float(groups["rate"].sum()),
+            packets=int(groups["packets"].sum()),
+            bad_parity=int(groups["bad_parity"].sum()),
+            skipped_rows=self.skipped_rows,
+            seen=self.seen,
+        )
 
     @property
     def skipped_rows(self) -> int:

@@ -1,13 +1,16 @@
-"""The answers of producers and storages to the run's instructions: structs for both ends."""
+"""Structs for both ends: the answers of producers and storages to the run's instructions, and the components' status.
+
+A heartbeat carries the status. The core shows it as it came, so that a status of another version can be read too.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, Final, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from larpixdaq.constants import rows_made
+from larpixdaq.constants import LOG, PRODUCER, RUN_DATA, STORAGE, rows_made
 from larpixdaq.errors import ComponentError
 from larpixdaq.protocol.stream import End, RunNumber
 
@@ -95,6 +98,111 @@ class StorageEnd(msgspec.Struct):
     stored: list[StoredRows]
     reasons: list[str] = []
     ends: list[StoredEnd] = []
+
+
+class LoadShares(msgspec.Struct):
+    """The load of a process in the last seconds, in cores: of its main loop, and of all its threads together."""
+
+    loop: Annotated[float, Meta(ge=0)]
+    process: Annotated[float, Meta(ge=0)]
+
+
+class ClockReport(msgspec.Struct):
+    """A board's clock beside the host's: offset in seconds and drift in ppm, None when it is not known yet."""
+
+    offset: float
+    offset_uncertainty: float
+    drift: float | None
+    drift_uncertainty: float
+    text: str
+
+
+class BoardReport(msgspec.Struct):
+    """One io_group of a producer; `away_since` in unix seconds, None while the board is connected."""
+
+    io_group: int
+    name: str
+    away_since: Annotated[float, Meta(gt=0, lt=1e11)] | None
+    problem: str  # why it is not connected
+    clock: ClockReport | None
+    setup: list[str]  # contradictions between its data and the producer's options
+
+
+class DeliveryStatus(msgspec.Struct):
+    """The part of a producer's status that is about ring, spool and stream."""
+
+    ring: float  # fraction of the ring in use
+    owed_blocks: int  # blocks that some required storage has not acknowledged
+    inherited: int  # those of predecessors among them
+    spooled_blocks: int
+    spooled_bytes: int
+    nameless: list[str]  # removed files that have no new name
+    made_anew: int  # removed ring files that were made anew
+    kept_aside: list[str]  # damaged files
+    forgotten: list[str]  # storages that are waited for no longer
+    subscribers: list[str]
+
+
+class ProducerStatus(DeliveryStatus):
+    run: int | None
+    state: str
+    counted_run: int | None  # the run of the counts: this one, or else the last
+    packets: int
+    dropped: int
+    unknown: int
+    bad_parity: int
+    outside_run: int  # packets outside of runs
+    boards: list[BoardReport]
+    verdicts: dict[str, str]  # by io_group
+    finished: bool  # all sources are at their end
+    firmware: dict[str, str]  # by io_group
+    load: LoadShares | None = None
+
+
+class StorageStatus(msgspec.Struct):
+    files: list[str]
+    rows: int
+    bytes: int
+    free_bytes: int
+    bytes_per_second: int
+    seconds_left: Annotated[int, Meta(ge=0)] | None  # until the disk is full, at this rate
+    paused: str  # why nothing is written
+    recovering: list[str]
+    not_recovered: list[str]
+    duplicates: int
+    finished: list[FinishedFile]  # the last ones
+    on_close: str  # why the last command for a finished file has failed
+    on_close_failed: int
+    load: LoadShares | None = None
+
+
+class MonitorStatus(msgspec.Struct):
+    run: int | None
+    rate: float  # packets per second
+    packets: int
+    bad_parity: int
+    skipped_rows: int
+    seen: float  # fraction of the run's rows that were counted
+    load: LoadShares | None = None
+
+
+class LogStatus(msgspec.Struct):
+    file: str
+    written: int
+    held_back: int
+    lost: int
+    refused: int
+    load: LoadShares | None = None
+
+
+Status = ProducerStatus | StorageStatus | MonitorStatus | LogStatus
+#: The type of a component's status, by its kind.
+STATUS: Final[dict[str, type[Status]]] = {
+    PRODUCER: ProducerStatus,
+    STORAGE: StorageStatus,
+    RUN_DATA: MonitorStatus,
+    LOG: LogStatus,
+}
 
 
 def checked(value: Any, kind: type[_T], who: str, action: str) -> _T:

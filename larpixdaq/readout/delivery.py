@@ -10,7 +10,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import zmq
 
@@ -19,7 +18,7 @@ from larpixdaq.buffer.crash_recovery import LeftBlocks, Predecessors
 from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, Reserved, RingFile, key
 from larpixdaq.buffer.spool import AGAIN, Spool, SpoolDirectory
 from larpixdaq.errors import FileError
-from larpixdaq.protocol.reports import EpochEnd
+from larpixdaq.protocol.reports import DeliveryStatus, EpochEnd
 from larpixdaq.protocol.stream import End
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import has_no_locks, no_locks, remove, try_lock
@@ -232,22 +231,22 @@ class Delivery:
             for store in self.publisher.stores:
                 store.leave()
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> DeliveryStatus:
         stores = self.publisher.stores
         spools = [store.spool for store in stores if store.spool is not None]
-        return {
-            "ring": round(self.ring.fill, 4),
-            "owed_blocks": self.publisher.owed(),
-            "inherited": self.publisher.inherited(),
-            "spooled_blocks": sum(store.spooled() for store in stores),
-            "spooled_bytes": self.spool.bytes,
-            "nameless": [f"{arena.path}: {arena.nameless}" for arena in self._arenas if arena.nameless]
+        return DeliveryStatus(
+            ring=round(self.ring.fill, 4),
+            owed_blocks=self.publisher.owed(),
+            inherited=self.publisher.inherited(),
+            spooled_blocks=sum(store.spooled() for store in stores),
+            spooled_bytes=self.spool.bytes,
+            nameless=[f"{arena.path}: {arena.nameless}" for arena in self._arenas if arena.nameless]
             + [spool.nameless for spool in spools if spool.nameless],
-            "made_anew": self._made_anew,
-            "kept_aside": [str(path) for path in self._predecessors.aside],
-            "forgotten": sorted(self.publisher.forgotten),
-            "subscribers": sorted(s.name for s in self.publisher.subscribers.values()),
-        }
+            made_anew=self._made_anew,
+            kept_aside=[str(path) for path in self._predecessors.aside],
+            forgotten=sorted(self.publisher.forgotten),
+            subscribers=sorted(s.name for s in self.publisher.subscribers.values()),
+        )
 
 
 def _usable(path: Path) -> None:

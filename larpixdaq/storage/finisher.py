@@ -29,6 +29,7 @@ from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recovery import prepare, recover
 from larpixdaq.hdf5.run_report import unfinished
 from larpixdaq.hdf5.writer import CloseReport, RunFile, sync_path
+from larpixdaq.protocol.reports import FinishedFile
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import aside, open_regular, read_regular
 from larpixdaq.storage import open_run
@@ -46,9 +47,9 @@ _PIECE: Final = 1 << 20
 _SIDECAR_BYTES: Final = 1 << 16
 
 
-class _FinishedFile(NamedTuple):
+class _Published(NamedTuple):
     path: Path
-    line: dict[str, Any]  # of `status`; the checksum is added when it is known
+    finished: FinishedFile  # for `status`; the checksum is added when it is known
     content: dict[str, Any]  # of the sidecar, without name, size and checksum
 
 
@@ -61,7 +62,7 @@ class Finisher:
     def __init__(self, command: Sequence[str] = ()) -> None:
         self.command = tuple(command)
         #: The last closed files, for `status`; newest last.
-        self.finished: deque[dict[str, Any]] = deque(maxlen=SHOWN)
+        self.finished: deque[FinishedFile] = deque(maxlen=SHOWN)
         #: What the last command did wrong, for `status`; empty when all was well.
         self.trouble = ""
         #: Commands that have failed since the start, for `status`.
@@ -137,7 +138,7 @@ class Finisher:
         """Give a sealed part its final name; checksum and command follow by themselves."""
         part = file.path
 
-        def done(found: _FinishedFile | OSError) -> None:
+        def done(found: _Published | OSError) -> None:
             if isinstance(found, OSError):
                 log.error("%s", found)
                 if file.nameless:
@@ -199,7 +200,7 @@ class Finisher:
         self._trying += 1
         file = self._removed.get(part)
 
-        def job() -> _FinishedFile | None:
+        def job() -> _Published | None:
             if file is not None:
                 return _finished(file.publish())
             try:
@@ -211,7 +212,7 @@ class Finisher:
             log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
             return None if found.path is None else _finished(found.path)
 
-        def done(found: _FinishedFile | OSError | None) -> None:
+        def done(found: _Published | OSError | None) -> None:
             self._trying -= 1
             self._try_at = time.monotonic() + open_run.AGAIN
             if not isinstance(found, OSError):
@@ -227,19 +228,19 @@ class Finisher:
 
     # Checksums
 
-    def _finish(self, file: _FinishedFile | OSError) -> None:
+    def _finish(self, file: _Published | OSError) -> None:
         """Make the checksum of a file that has its final name, then run the command on it."""
         if isinstance(file, OSError):
             log.error("%s", file)
             return
-        path, line, content = file
-        self.finished.append(line)
+        path, finished, content = file
+        self.finished.append(finished)
 
         def done(found: str | OSError) -> None:
             if isinstance(found, OSError):
                 log.error("no checksum of %s: %s", path, found.strerror or found)
                 return
-            line["sha256"] = found
+            finished.sha256 = found
             if self.command:
                 self._left.append(path)
                 if len(self._left) == 1:
@@ -303,13 +304,13 @@ def _await_end(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
         return f"ended with status {status}: {said[-1][:300] if said else 'it wrote nothing'}"
 
 
-def _finished(path: Path) -> _FinishedFile:
+def _finished(path: Path) -> _Published:
     """Read what status and sidecar say of a file that has its final name. FileError when it cannot be read."""
     with DataFile(path) as file:
         info = file.run_info()
     size, condition = path.stat().st_size, info["condition"]
-    line = {"run": info["run"], "file": str(path), "bytes": size, "sha256": "", "condition": condition}
-    return _FinishedFile(path, line, {name: info[name] for name in ("run", "part", "rows", "condition")})
+    finished = FinishedFile(info["run"], str(path), size, "", condition)
+    return _Published(path, finished, {name: info[name] for name in ("run", "part", "rows", "condition")})
 
 
 def sha256(path: Path) -> tuple[str, int]:

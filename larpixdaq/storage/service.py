@@ -23,7 +23,7 @@ from larpixdaq.errors import ChecksumError, FileError, LarpixDaqError, RequestEr
 from larpixdaq.hdf5 import names, tables
 from larpixdaq.hdf5.run_report import SUPERSEDED, RunReport, positions, survey_run
 from larpixdaq.hdf5.tables import RunInfo
-from larpixdaq.protocol.reports import StorageEnd, StorageReady
+from larpixdaq.protocol.reports import StorageEnd, StorageReady, StorageStatus
 from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, End, FromProducer, Position
 from larpixdaq.storage import open_run
 from larpixdaq.storage.finisher import Finisher
@@ -502,25 +502,25 @@ class StorageService:
             raise FileError(f"{_name_of(opened)} of cancelled run {run}: {error}") from None
         return {}
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> StorageStatus:
         opened = list(self._runs.values())
         free, failed = self.space.free(), self.finisher.failed
         self.space.grown(self._written + sum(run.bytes for run in opened))
-        return {
-            "files": [run.file.path.name for run in opened if run.file is not None],
-            "rows": sum(run.rows for run in opened),
-            "bytes": sum(run.bytes for run in opened),
-            "free_bytes": free,
-            "bytes_per_second": self.space.bytes_per_second(),
-            "seconds_left": self.space.seconds_left(),
-            "paused": self.paused or "; ".join(run.failure for run in opened if run.file is None),
-            "recovering": [part for part in self.finisher.broken if part not in failed],
-            "not_recovered": list(failed.values()),
-            "duplicates": self.duplicates,
-            "finished": list(self.finisher.finished),
-            "on_close": self.finisher.trouble,
-            "on_close_failed": self.finisher.failures,
-        }
+        return StorageStatus(
+            files=[run.file.path.name for run in opened if run.file is not None],
+            rows=sum(run.rows for run in opened),
+            bytes=sum(run.bytes for run in opened),
+            free_bytes=free,
+            bytes_per_second=self.space.bytes_per_second(),
+            seconds_left=self.space.seconds_left(),
+            paused=self.paused or "; ".join(run.failure for run in opened if run.file is None),
+            recovering=[part for part in self.finisher.broken if part not in failed],
+            not_recovered=list(failed.values()),
+            duplicates=self.duplicates,
+            finished=list(self.finisher.finished),
+            on_close=self.finisher.trouble,
+            on_close_failed=self.finisher.failures,
+        )
 
 
 def _boards(connected: Sequence[dict[str, Any]]) -> tuple[ConnectedBoard, ...]:

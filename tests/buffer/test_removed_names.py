@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
+from fake_core import producer_status
 from processes import LIMIT, until
 from stream_harness import LAYOUT, Line, Reader
 from stream_harness import until as turn_until
@@ -68,7 +70,7 @@ class Held:
         until(done, "the delivery")
 
     def status(self) -> dict[str, Any]:
-        return self.delivery.status()
+        return msgspec.structs.asdict(self.delivery.status())
 
     def close(self) -> None:
         self.delivery.close()
@@ -263,7 +265,9 @@ def test_removed_files_of_spool_and_predecessors_are_written_anew(tmp_path: Path
 
 
 def test_status_tells_of_removed_and_of_damaged_files() -> None:
-    facts = {"nameless": ["/dev/shm/a.ring: No space left on device"], "kept_aside": ["/spool/b.spool.damaged"]}
+    facts = producer_status(
+        nameless=["/dev/shm/a.ring: No space left on device"], kept_aside=["/spool/b.spool.damaged"]
+    )
     component = {"name": "board", "kind": "producer", "alive": True, "stuck": False, "info": {}, "status": facts}
     found = status_lines({"state": "RUN", "components": [component]})
     assert found[1].startswith("FILE REMOVED: board: /dev/shm/a.ring: No space left on device; ")

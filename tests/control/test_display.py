@@ -1,14 +1,16 @@
 """Answers as people read them: tables, times, and the words of `larpixdaq status`."""
 
+import msgspec
 import numpy as np
 import pytest
-from fake_core import storage
+from fake_core import producer_status, storage, storage_status
 from processes import until
 
 from larpixdaq.cli import demo, main
 from larpixdaq.control import disk_watch, display
 from larpixdaq.control.client import Request, Response
 from larpixdaq.control.display import SHOWN, readable
+from larpixdaq.protocol.reports import MonitorStatus, StorageStatus
 from larpixdaq.runtime import units
 
 CHIPS = np.dtype([("io_group", "u1"), ("chip_id", "u1"), ("rate", "<f8"), ("seen_bad_parity", "<u8")])
@@ -105,10 +107,8 @@ def component(name, kind, info, facts, alive=True):
     return {"name": name, "kind": kind, "alive": alive, "stuck": False, "info": info, "status": facts}
 
 
-BOARD = {
-    "run": 4, "packets": 120, "dropped": 0, "unknown": 3, "bad_parity": 0, "ring": 0.25, "owed_blocks": 2,
-    "finished": True,
-}  # fmt: skip
+BOARD = producer_status(run=4, packets=120, unknown=3, ring=0.25, owed_blocks=2, finished=True)
+IDLE = msgspec.to_builtins(MonitorStatus(run=None, rate=0.0, packets=0, bad_parity=0, skipped_rows=0, seen=1.0))
 RUN = {"run": 4, "kind": "physics", "begun": 1795355408.0, "comment": "cosmics", "missing": ["Offline storage"]}
 
 
@@ -123,7 +123,7 @@ def test_status_in_words():
         "components": [
             component("LArPix board", "producer", {"source": "PACMAN io_group 1"}, BOARD),
             component("Offline storage", "storage", {"directory": "/data"}, {}, alive=False),
-            component("Online monitor", "run_data", {}, {"run": None}),
+            component("Online monitor", "run_data", {}, IDLE),
         ],
     }
     assert display.status_lines(found) == [
@@ -176,11 +176,11 @@ def test_the_demo_shows_texts_as_they_are(capsys):
     assert f"report: /data [1]/a.json\n{missing}\n" in capsys.readouterr().out
 
 
-FULL = {
-    "files": ["run0000004_x_001.h5.part"], "rows": 5, "bytes": 1500, "free_bytes": 13e9, "duplicates": 0,
-    "paused": "no space left on /data", "seconds_left": 720, "bytes_per_second": 18e6,
-    "finished": [{"run": 4, "file": "/d/run0000004_x_000.h5", "bytes": 2500, "sha256": "", "condition": "CONTINUED"}],
-}  # fmt: skip
+FULL = storage_status(
+    files=["run0000004_x_001.h5.part"], rows=5, bytes=1500, free_bytes=13_000_000_000,
+    paused="no space left on /data", seconds_left=720, bytes_per_second=18_000_000,
+    finished=[{"run": 4, "file": "/d/run0000004_x_000.h5", "bytes": 2500, "sha256": "", "condition": "CONTINUED"}],
+)  # fmt: skip
 
 
 FAILING = {"on_close": "--on-close: copy a.h5: ended with status 1: no such host", "on_close_failed": 2}
@@ -190,10 +190,10 @@ FAILING = {"on_close": "--on-close: copy a.h5: ended with status 1: no such host
     ("run", "change", "wrong"),
     [
         (None, {}, False),
-        ({"missing": []}, {"status": {"paused": ""}}, False),
+        ({"missing": []}, {"status": storage_status()}, False),
         ({"missing": ["Offline storage"]}, {}, True),
         (None, {"alive": False}, True),
-        (None, {"status": {"paused": "no space left on /data"}}, True),
+        (None, {"status": storage_status(paused="no space left on /data")}, True),
     ],
     ids=["no run", "well", "missing", "lost", "paused"],
 )
@@ -206,7 +206,7 @@ def test_status_exits_with_1_when_something_needs_attention(running, capsys):
     status = ["status", "--core", running.address]
     with storage(running.address).running() as store:
         assert (main(status), main([*status, "--json"])) == (0, 0)
-        store.status = {"paused": "no space left on /data"}
+        store.status = storage_status(paused="no space left on /data")
         until(lambda: main(status) == 1, "the pause to be seen")
         assert "PAUSED: Offline storage" in capsys.readouterr().out
         assert main([*status, "--json"]) == 1
@@ -250,7 +250,7 @@ def test_durations():
         "3 h 20 min",
         "2 days",
     ]
-    assert disk_watch.time_to_full({}) == disk_watch.time_to_full({"seconds_left": None, "bytes_per_second": 0}) == ""
+    assert disk_watch.time_to_full(msgspec.convert(storage_status(), StorageStatus)) == ""
 
 
 def test_status_of_a_component_that_speaks_otherwise():

@@ -104,7 +104,7 @@ def test_garbage_and_a_full_disk(tmp_path, pull, caplog):
     until(lambda: file.take(socket) and file.lost, "the loss")
     shipper.ship("")
     assert "No space left on device; records are lost" in caplog.text
-    assert file.status()["lost"] == 1
+    assert file.status().lost == 1
     file.close()
 
 
@@ -134,7 +134,7 @@ def test_of_a_flood_a_part_is_written_and_the_rest_counted(tmp_path, monkeypatch
     assert 10 < written < 30
     assert text.count("board: line") == 3
     assert f"WARNING log: {500 - written} lines of flood were not written" in text
-    assert file.status()["held_back"] == 500 - written
+    assert file.status().held_back == 500 - written
     monkeypatch.setattr(file, "_tell_at", 0.0)
     assert file.take(Sender())  # said once
     assert (tmp_path / "log.txt").read_text() == text

@@ -7,7 +7,7 @@ import sqlite3
 import msgspec
 import numpy as np
 import pytest
-from fake_core import counts
+from fake_core import counts, storage_status
 from run_control_harness import EPOCHS, KINDS, Team, ask, do, finished, restart
 
 from larpixdaq.constants import ENDED, Count, RunCondition, best, worst
@@ -113,7 +113,10 @@ def test_run_numbers_end_in_words(team):
         (lambda team: team.peers.components["board 2"].info.update(layout=4), "2.4: board 1; 3.0: board 2"),
         (lambda team: team.peers.components["board 2"].info.update(layout="?"), "unknown layout '[?]': board 2"),
         (lambda team: team.peers.components["disk 2"].info.update(free_bytes=5 << 20), "disk 2 has 5.0 MiB .* /d,"),
-        (lambda team: team.peers.components["disk 2"].status.update(free_bytes=0), "disk 2 has 0.0 MiB"),
+        (
+            lambda team: team.peers.components["disk 2"].status.update(storage_status(free_bytes=0)),
+            "disk 2 has 0.0 MiB",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_prepared(team, change, why):
@@ -482,7 +485,7 @@ def test_nonsense_about_finished_files_harms_nobody(team, told, caplog):
     team.beat("disk 1", finished=told)
     team.beat("disk 1", finished=told)
     assert not team.waiting
-    assert caplog.text.count("disk 1: what it says of finished files is not understood") == 1
+    assert caplog.text.count("disk 1: its status is not understood") == 1
 
 
 def test_a_run_is_not_held_up_by_who_was_lost_long_ago(team):
@@ -669,7 +672,7 @@ def test_what_was_answered_to_a_core_that_has_died_is_told_by_heartbeats(team):
 
 
 def test_a_disk_that_will_soon_be_full_is_a_warning(team, caplog):
-    full = {"seconds_left": 700, "bytes_per_second": 18e6}
+    full = {"seconds_left": 700, "bytes_per_second": 18_000_000}
     for _ in range(3):
         team.beat("disk 1", **full, paused="")
         team.beat("disk 2", seconds_left=None, bytes_per_second=0, paused="no space left")
@@ -678,10 +681,10 @@ def test_a_disk_that_will_soon_be_full_is_a_warning(team, caplog):
         "disk 1: disk full in 11 min at 18 MB/s",
         "disk 2 is not writing: no space left",
     ]
-    team.beat("disk 1", seconds_left=650, bytes_per_second=18e6)
-    team.beat("disk 1", seconds_left=550, bytes_per_second=18e6)
-    team.beat("disk 1", seconds_left=800, bytes_per_second=18e6)
-    team.beat("disk 1", seconds_left=590, bytes_per_second=18e6)
+    team.beat("disk 1", seconds_left=650, bytes_per_second=18_000_000)
+    team.beat("disk 1", seconds_left=550, bytes_per_second=18_000_000)
+    team.beat("disk 1", seconds_left=800, bytes_per_second=18_000_000)
+    team.beat("disk 1", seconds_left=590, bytes_per_second=18_000_000)
     team.beat("disk 2", paused="")
     told = [record.message for record in caplog.records if record.message.startswith("disk")]
     assert told == [

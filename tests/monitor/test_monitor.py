@@ -421,7 +421,7 @@ def test_the_end_tells_what_was_never_seen(clock: Clock) -> None:
     assert (answer["packets"], answer["seen"]) == (1000, 0)
     assert answer["mean_rate"] == pytest.approx(100)
     assert monitor.run_info()["producers"][0]["ended"] == "aborted"
-    assert monitor.status()["skipped_rows"] == 1000
+    assert monitor.status().skipped_rows == 1000
 
 
 def test_what_does_not_fit_is_refused_and_not_counted(clock: Clock) -> None:

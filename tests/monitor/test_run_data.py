@@ -171,7 +171,7 @@ def test_handlers_take_the_parameters_of_the_answers() -> None:
     assert handlers["begin_run"](call, run=5) == {}
     assert handlers["run_info"](call)["comment"] == "first light"
     assert handlers["begin_run"](call, run=6) == {}
-    assert handlers["end_run"](call, run=6)["run"] == 6
+    assert handlers["end_run"](call, run=6).run == 6
     assert "first light" not in str(handlers["run_info"](call))
     assert handlers["messages"](call, count=3) == []
 

@@ -101,6 +101,6 @@ def test_any_frame_that_fits_its_struct_harms_neither_storage_nor_monitor(tmp_pa
         monitor.status()
         monitor.packet_rate()
     assert 0 < refused < 100
-    assert storage.status()["rows"]
+    assert storage.status().rows
     storage.close()
     assert list(tmp_path.glob("run0000001_*.h5"))

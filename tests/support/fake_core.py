@@ -5,12 +5,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 from processes import in_thread
 
 from larpixdaq.constants import COUNTS
 from larpixdaq.control.node import Call, Node
 from larpixdaq.core import Core
+from larpixdaq.protocol.reports import ProducerStatus, StorageStatus
 from larpixdaq.runtime.event_loop import Waker
 
 
@@ -54,13 +56,16 @@ class Actor:
             core,
             {action: self._handler(action) for action in replies},
             info=info,
-            status=lambda: self.status,
+            status=self._status,
             on_name_taken=self._taken,
         )
         self._stopper = Stopper()
 
     def _taken(self) -> None:
         self.name_taken = True
+
+    def _status(self) -> Any:
+        return msgspec.defstruct("Status", list(self.status))(**self.status)
 
     def _handler(self, action: str) -> Any:
         def handle(call: Call, **params: Any) -> Any:
@@ -105,6 +110,25 @@ class Actor:
 def counts(io_group: int, rows: int) -> list[int]:
     """A line of a producer's counts with this many rows made."""
     return [io_group, *(rows if name == "word_rows" else 0 for name in COUNTS)]
+
+
+def storage_status(**changed: Any) -> dict[str, Any]:
+    """The status of a storage that writes nothing."""
+    status = StorageStatus(
+        files=[], rows=0, bytes=0, free_bytes=1 << 40, bytes_per_second=0, seconds_left=None, paused="",
+        recovering=[], not_recovered=[], duplicates=0, finished=[], on_close="", on_close_failed=0,
+    )  # fmt: skip
+    return msgspec.to_builtins(status) | changed
+
+
+def producer_status(**changed: Any) -> dict[str, Any]:
+    """The status of a producer that has been in no run."""
+    status = ProducerStatus(
+        ring=0.0, owed_blocks=0, inherited=0, spooled_blocks=0, spooled_bytes=0, nameless=[], made_anew=0,
+        kept_aside=[], forgotten=[], subscribers=[], run=None, state="STOP", counted_run=None, packets=0, dropped=0,
+        unknown=0, bad_parity=0, outside_run=0, boards=[], verdicts={}, finished=False, firmware={},
+    )  # fmt: skip
+    return msgspec.to_builtins(status) | changed
 
 
 def producer(core: str, name: str = "LArPix board", *, epoch: int = 7, rows: int = 100, layout: int = 2) -> Actor:

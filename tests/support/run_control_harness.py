@@ -1,6 +1,6 @@
 """Run control without sockets: components that answer what they are told to, when they are told to."""
 
-from fake_core import counts
+from fake_core import counts, storage_status
 
 from larpixdaq.constants import RunCondition
 from larpixdaq.control.catalogue import Catalogue
@@ -69,7 +69,7 @@ class Team:
     def beat(self, name, *inside, **status):
         """A heartbeat with this status; `inside`: the run it is in and whether that has begun, should it differ."""
         component = self.peers.components[name]
-        component.status = status
+        component.status = storage_status(**status) if component.kind == "storage" else status
         run, begun = inside or (component.run, component.begun)
         self.runs.heard(component, Heartbeat(run=run, begun=begun), self.now)
 
