@@ -105,7 +105,7 @@ def _boards(text: str) -> int:
 
 
 def _words_per_message(text: str) -> str:
-    pacman.per_message(text)
+    pacman.words_per_message(text)
     return text
 
 

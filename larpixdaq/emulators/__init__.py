@@ -1,4 +1,4 @@
-"""Emulated boards: `larpixdaq-emulator` sends what boards would send, over real sockets and pseudo-terminals."""
+"""Emulated boards: command `larpixdaq-emulator`, which sends the data of boards over sockets and pseudo-terminals."""
 
 from __future__ import annotations
 

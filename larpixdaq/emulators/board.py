@@ -1,8 +1,6 @@
-"""One emulated board: its sockets, its pace, and the count of what was really sent.
+"""Emulated PACMAN board: its sockets, its rate, its faults on request, and exact counts of the sent words.
 
-What an emulated board does wrong on request, and its own exact count of it.
-
-Recorded board messages, to be sent again byte for byte.
+The messages come from a generator, from emulated chips, or from a recording.
 """
 
 from __future__ import annotations
@@ -24,33 +22,37 @@ from larpixdaq.emulators.command_server import CommandServer
 from larpixdaq.errors import ConfigError, FileError
 from larpixdaq.runtime.timing import Pace
 
-#: A turn makes at most this many words, so that other boards, commands and signals get theirs.
+#: Maximum words of a turn, so that other boards, commands and signals get their turns.
 BATCH = 16_384
-#: What a data server needs per message (20 us), in ticks of 10 MHz: what comes meanwhile is in its next message.
+#: Ticks of 10 MHz that a data server needs for a message (20 us); its next message has the words of this time.
 SERVICE_TICKS = 200
-#: Without --lossless: messages that wait for a subscriber, as many as on a board, and messages sent at once, before the
-#: I/O thread gets a moment.
+#: Without --lossless: maximum messages in the queue of a subscriber, as on a board.
 QUEUE = 100
+#: Without --lossless: maximum messages sent without a pause, and seconds of the pause, in which the I/O thread sends.
 BURST = 64
 BURST_PAUSE = 50e-6
-#: With --lossless: what may wait in a board's queue, about.
+#: With --lossless: bytes in a board's queue, approximately.
 QUEUE_BYTES = 4 << 20
-#: Seconds that a board may be late before it makes its messages longer.
+#: Maximum seconds that a board is late before its messages become longer.
 LATE = 0.01
-#: Seconds between two turns of a board that keeps up: busy enough, and the machine has other work.
+#: Seconds between two turns of a board that keeps its rate.
 TURN = 0.001
-#: Milliseconds that a board that goes away gives what it has sent to arrive.
-GOODBYE = 5000
+#: Milliseconds for which a board that closes its data port still sends queued messages.
+LINGER = 5000
 #: Maximum bytes of a request: the largest PACMAN message has 1 MiB.
-LARGEST_REQUEST = 2 << 20
-#: Seconds until a full queue is tried again: XPUB does not say when it has room.
+MAX_REQUEST = 2 << 20
+#: Seconds until a full queue is tried again, because XPUB does not tell when it is free.
 RETRY = 0.001
-#: Words that a header claims too many, at most.
+#: Maximum number of missing words that a wrong header counts.
 LIE: Final = 5
 
 
 class MessageSource(Protocol):
-    """Where the messages come from: emulate.PacmanBoard or Recording."""
+    """Source of a board's messages: `board_emulator.PacmanBoard`, `EmulatedTile` or `Recording`.
+
+    `fill()` makes the next messages, in `buffer` at `spans`, and returns their number. `receipt`: the board's clock in
+    ticks. `full`: packets so far with the flag of a full FIFO. `left`: whether there are more messages.
+    """
 
     @property
     def buffer(self) -> NDArray[np.uint8]: ...
@@ -62,55 +64,59 @@ class MessageSource(Protocol):
     def full(self) -> int: ...
     @property
     def left(self) -> bool: ...
-    def fill(self, words: int, per_message: int = 0, window: int = 0) -> int: ...
+    def fill(self, words: int, per_message: int, window: int) -> int: ...
     def jump(self, seconds: int) -> None: ...
     def restart(self) -> None: ...
 
 
 class EmulatedBoard:
-    """`turn()` sends what is due. `sent` counts words by type and messages, after they were handed to ZeroMQ."""
+    """Board with a data and a command socket. `sent`: words by type, and messages, that ZeroMQ has taken."""
 
     def __init__(
         self,
         io_group: int,
-        words: MessageSource,
+        source: MessageSource,
         registers: BoardRegisters,
         *,
         rate: float | None,
         per_message: int,
         lossless: bool,
         limit: int | None,
-        faults: Faults | None = None,
-        queue: int = QUEUE,
+        faults: Faults | None,
+        queue: int,
         transmit: Callable[[NDArray[np.uint8]], None] | None = None,
     ) -> None:
-        """`limit`: words to send, None: until told to stop. `per_message` 0: as the real data server does."""
+        """`rate`: words/s, None for the maximum. `per_message`: words in a message, 0 as the real data server does.
+
+        `limit`: words to send, None without limit. `queue`: maximum messages in the queue of a subscriber.
+        `transmit` sends command words to the chips.
+        """
         self.io_group = io_group
         self.sent = {"words": 0, "D": 0, "S": 0, "T": 0, "messages": 0}
         self.finished = False
-        registers.clock = lambda: self._words.receipt
+        registers.clock = lambda: self._source.receipt
         self.commands = CommandServer(registers, transmit)
-        self.crashed = False  # its command server
+        self.crashed = False  # the command server
         self._reply = b""
-        self._reply_at = float("inf")
-        self._words = words
+        self._reply_due = float("inf")
+        self._source = source
         self._pace = Pace(rate, 1.0 + per_message / rate) if rate else None
         self._per_message = per_message
         self._lossless = lossless
         self._queue = queue
-        self._left = limit
-        self._behind = False
-        self._spans: NDArray[Any] = words.spans[:0]
+        self._remaining = limit  # words to make
+        self._overdue = False  # more words are due than the last turn has made
+        self._spans: NDArray[Any] = source.spans[:0]
         self._faults = faults
-        self._began: float | None = None
-        #: Seconds that the clock for the headers, which begins with a whole second, is behind.
-        self._late = (time.time() - words.receipt / 1e7) % 1.0
-        self._stopped_at: float | None = time.monotonic()  # nothing is made since then, and its clock stands still
-        self._back_at: float | None = None  # when it is away
+        self._first_turn: float | None = None
+        #: Seconds that the clock for the headers, which starts with a whole second, is late.
+        self._clock_lag = (time.time() - source.receipt / 1e7) % 1.0
+        self._paused_at: float | None = time.monotonic()  # since then no words are made, and their clock stops
+        self._reopen_at: float | None = None  # while the data port is closed
         self._topics: set[bytes] = set()
 
     def open(self, context: zmq.Context[Any], host: str, data_port: int, command_port: int) -> tuple[int, int]:
-        """Bind both sockets (port 0: any free one) and return their ports. ConfigError names a port that is busy."""
+        """Bind both sockets (port 0: any free port) and return their ports. Raises ConfigError for a busy port."""
         self._context = context
         self.command = context.socket(zmq.REP)
         self._open_data()
@@ -128,35 +134,35 @@ class EmulatedBoard:
             self.data.setsockopt(zmq.SNDHWM, self._queue)
         self._sender = zmq_batch.Sender(self.data)
 
-    def _bind(self, socket: zmq.Socket[bytes], what: str, address: str) -> int:
-        socket.setsockopt(zmq.MAXMSGSIZE, LARGEST_REQUEST)
+    def _bind(self, socket: zmq.Socket[bytes], channel: str, address: str) -> int:
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST)
         try:
             socket.bind(address)
         except zmq.ZMQError as error:
             text = zmq.strerror(error.errno or 0)
-            raise ConfigError(f"io_group {self.io_group}: cannot bind its {what} port {address}: {text}") from None
+            raise ConfigError(f"io_group {self.io_group}: cannot bind its {channel} port {address}: {text}") from None
         endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         return int(endpoint.rstrip(b"\0").rpartition(b":")[2])
 
     def counts(self) -> dict[str, int]:
-        """What was sent, and what was done wrong on request."""
-        full = {"full": self._words.full} if self._words.full else {}
+        """Return the counts of sent words and messages, and of faults."""
+        full = {"full": self._source.full} if self._source.full else {}
         crashed = {"server_crashes": 1} if self.crashed else {}
-        return self.sent | full | crashed | (self._faults.count if self._faults else {})
+        return self.sent | full | crashed | (self._faults.counts if self._faults else {})
 
     def close(self, linger: int) -> None:
-        """Close both sockets; data that are queued stay for `linger` ms, answers have nobody to wait for them."""
+        """Close both sockets. Queued data are sent for `linger` ms, replies are discarded."""
         self.data.close(linger=linger)
         self.command.close(linger=0)
 
     @property
     def subscribed(self) -> bool:
-        """At least one subscription is in force that data messages match."""
+        """Whether a subscription matches data messages."""
         return bool(self._topics & {b"", b"D"})
 
-    def subscriptions(self) -> None:
-        """Take note of who came and went."""
+    def read_subscriptions(self) -> None:
+        """Read new subscriptions and cancellations."""
         while True:
             try:
                 frame = self.data.recv(zmq.DONTWAIT)
@@ -167,8 +173,8 @@ class EmulatedBoard:
             elif frame[:1] == b"\0":
                 self._topics.discard(frame[1:])
 
-    def answer(self) -> None:
-        """Answer one request on the command channel; `reply()` sends what the server sleeps over."""
+    def serve_request(self) -> None:
+        """Serve one request on the command channel. If the server sleeps before its reply, `reply()` sends it later."""
         parts = self.command.recv_multipart()
         try:
             self._reply = self.commands.answer(b"".join(parts))
@@ -177,68 +183,73 @@ class EmulatedBoard:
             self.crashed = True
             self.command.close(linger=0)
             return
-        self._reply_at = time.monotonic() + self.commands.seconds
+        self._reply_due = time.monotonic() + self.commands.seconds
         self.reply()
 
     def reply(self) -> float:
-        """Send the reply that is due; return the seconds until it is (infinite without one)."""
-        wait = self._reply_at - time.monotonic()
+        """Send the reply if it is due. Returns the seconds until it is due, infinity without a reply."""
+        wait = self._reply_due - time.monotonic()
         if wait > 0:
             return wait
-        self._reply_at = float("inf")
+        self._reply_due = float("inf")
         self.command.send(self._reply)
-        return self._reply_at
+        return self._reply_due
 
     def turn(self, now: float) -> float:
-        """Send what is due; return the seconds until the next turn makes sense (infinite once finished)."""
+        """Send the words that are due. Returns the seconds until the next turn, infinity after the last word."""
         if self.finished:
             return float("inf")
-        if self._faults and (wait := self._misbehave(now, self._faults)):
+        if self._faults and (wait := self._apply_faults(now, self._faults)):
             return wait
         if self._lossless and not self.subscribed:
             if self._pace:
                 self._pace.pause(now)
-            self._stopped_at = self._stopped_at or now
+            self._paused_at = self._paused_at or now
             return float("inf")
-        if self._stopped_at is not None and isinstance(self._words, board_emulator.PacmanBoard):
-            # its clock follows its words, a board's goes on without them; only whole seconds can be made up for
-            late = self._late + now - self._stopped_at
-            self._words.jump(round(late))
-            self._late = late - round(late)
-        self._stopped_at = None
-        if not len(self._spans):
-            wait = self._make(now)
-            if wait:
-                return wait
+        if self._paused_at is not None and isinstance(self._source, board_emulator.PacmanBoard):
+            # A board's clock runs on without words, that of PacmanBoard does not; it can jump by whole seconds.
+            lag = self._clock_lag + now - self._paused_at
+            self._source.jump(round(lag))
+            self._clock_lag = lag - round(lag)
+        self._paused_at = None
+        if not len(self._spans) and (wait := self._make(now)):
+            return wait
         self._send()
         if len(self._spans):
             return RETRY
-        self.finished = self._left == 0 or not self._words.left
-        return 0.0 if self._behind else TURN
+        self.finished = self._remaining == 0 or not self._source.left
+        return 0.0 if self._overdue else TURN
 
-    def _misbehave(self, now: float, faults: Faults) -> float:
-        """Do what is due of that; return how long to wait while the board is away, 0 when it is there."""
-        wrongs = faults.wrongs
-        if self._began is None:
-            self._began = now
-        age = now - self._began
-        if wrongs.jump and age >= wrongs.jump[0]:
-            self._words.jump(int(wrongs.jump[1]))
-            faults.wrongs = wrongs = wrongs._replace(jump=None)
-        if wrongs.restart is not None and age >= wrongs.restart:
-            faults.wrongs = wrongs = wrongs._replace(restart=None)
-            self._words.restart()
-        if wrongs.away and age >= wrongs.away[0]:
-            self._back_at = now + wrongs.away[1]
-            faults.wrongs = wrongs._replace(away=None)
+    def _apply_faults(self, now: float, faults: Faults) -> float:
+        """Apply the faults that are due. Returns the seconds to wait while the data port is closed, else 0."""
+        plan = faults.plan
+        if self._first_turn is None:
+            self._first_turn = now
+        age = now - self._first_turn
+        if plan.jump and age >= plan.jump[0]:
+            self._source.jump(int(plan.jump[1]))
+            faults.plan = plan = plan._replace(jump=None)
+        if plan.restart is not None and age >= plan.restart:
+            faults.plan = plan = plan._replace(restart=None)
+            self._source.restart()
+        if plan.disconnect and age >= plan.disconnect[0]:
+            self._reopen_at = now + plan.disconnect[1]
+            faults.plan = plan._replace(disconnect=None)
             faults.skip(self._spans)
             self._spans = self._spans[:0]
-            self.data.close(linger=GOODBYE)
-        return 0.0 if self._back_at is None or self._come_back(now) else self._be_away(now, faults)
+            self.data.close(linger=LINGER)
+        if self._reopen_at is None:
+            return 0.0
+        if now >= self._reopen_at and self._reopen_data():
+            self._reopen_at = None
+            return 0.0
+        if self._pace and not self._make(now):  # the chips send on, to nobody
+            faults.skip(self._spans)
+            self._spans = self._spans[:0]
+            self.finished = self._remaining == 0
+        return TURN
 
-    def _come_back(self, now: float) -> bool:
-        if self._back_at is None or now < self._back_at:
-            return False
+    def _reopen_data(self) -> bool:
         self._topics.clear()
         self._open_data()
         try:
@@ -246,56 +257,47 @@ class EmulatedBoard:
         except zmq.ZMQError:  # the port is not free yet: the next turn tries again
             self.data.close(linger=0)
             return False
-        self._back_at = None
         return True
 
-    def _be_away(self, now: float, faults: Faults) -> float:
-        """The chips go on, and nobody gets what they say."""
-        if self._pace and not self._make(now):
-            faults.skip(self._spans)
-            self._spans = self._spans[:0]
-            self.finished = self._left == 0
-        return TURN
-
     def _make(self, now: float) -> float:
-        """Make the words that are due; return how long to wait instead if there are none yet."""
+        """Make messages of the words that are due. Returns 0, or the seconds until words are due if there are none."""
         whole = self._per_message or 1
-        most = max(BATCH - BATCH % whole, whole)
+        limit = max(BATCH - BATCH % whole, whole)
         window = SERVICE_TICKS
-        due = most
+        due = limit
         if self._pace:
             due = self._pace.due(now)
             late = due / self._pace.rate
             if late > LATE:
-                # one that is behind finds more words complete, as the server's busy loop would
+                # a late server finds more complete words for its next message
                 window = int(late * 10_000_000)
-        words = min(due - due % whole, most)
-        if self._left is not None and due >= self._left:
-            words = min(self._left, most)
+        words = min(due - due % whole, limit)
+        if self._remaining is not None and due >= self._remaining:
+            words = min(self._remaining, limit)
         if words < 1:
             assert self._pace
-            return max(self._pace.when(min(whole, self._left or whole)) - now, RETRY)
-        self._behind = self._pace is None or due - words >= whole
+            return max(self._pace.when(min(whole, self._remaining or whole)) - now, RETRY)
+        self._overdue = self._pace is None or due - words >= whole
         self._take(words, window)
         return 0.0
 
     def _take(self, words: int, window: int) -> None:
-        """Make `words` words the next to be sent."""
-        messages = self._words.fill(words, self._per_message, window)
-        self._spans = self._words.spans[:messages]
-        made = words_in(self._spans)
+        """Take the next messages, of `words` words in all, from the source."""
+        messages = self._source.fill(words, self._per_message, window)
+        self._spans = self._source.spans[:messages]
+        made = int(words_of(self._spans).sum())
         if self._faults:
-            self._spans = self._faults.spoil(self._words.buffer, self._spans)
+            self._spans = self._faults.change(self._source.buffer, self._spans)
         if self._pace:
             self._pace.made(made)
-        if self._left is not None:
-            self._left -= made
+        if self._remaining is not None:
+            self._remaining -= made
 
     def _send(self) -> None:
         step = len(self._spans) if self._lossless else BURST
         while len(self._spans):
-            sent = self._sender.send(self._words.buffer, self._spans[:step])
-            d, s, t, others = board_emulator.count_words(self._words.buffer, self._spans[:sent])
+            sent = self._sender.send(self._source.buffer, self._spans[:step])
+            d, s, t, others = board_emulator.count_words(self._source.buffer, self._spans[:sent])
             for name, number in zip(self.sent, (d + s + t + others, d, s, t, sent), strict=True):
                 self.sent[name] += number
             self._spans = self._spans[sent:]
@@ -305,71 +307,64 @@ class EmulatedBoard:
                 time.sleep(BURST_PAUSE)
 
 
-class FaultCounts(NamedTuple):
-    """Fractions of messages that are not sent, sent twice, or whose headers count words that do not follow; times are
-    seconds since the board's first turn: at the first the board is away for the second; its clock is set by the second;
-    it starts again."""
+class FaultPlan(NamedTuple):
+    """Faults of a board: fractions of messages, and events at seconds after the board's first turn."""
 
+    #: Fractions of messages that are not sent, that are sent twice, and whose headers count missing words.
     skip: float = 0.0
     double: float = 0.0
     lie: float = 0.0
-    away: tuple[float, float] | None = None
+    #: Close the data port at the first time, for the second number of seconds.
+    disconnect: tuple[float, float] | None = None
+    #: Move the clock for the headers at the first time, by the second number of seconds.
     jump: tuple[float, float] | None = None
+    #: Restart both clocks.
     restart: float | None = None
-
-    @property
-    def any(self) -> bool:
-        return self != FaultCounts()
 
 
 class Faults:
-    """`count` has what was done: words and messages skipped (also while the board is away), words and messages that
-    were sent a second time, messages with a wrong header and the words that it claims too many."""
+    """Applies a plan to messages, and counts its effects.
 
-    def __init__(self, wrongs: FaultCounts, seed: int) -> None:
-        self.wrongs = wrongs
-        self.count = dict.fromkeys(
+    `counts`: words and messages skipped (also while the data port is closed), words and messages sent a second time,
+    and missing words and messages of wrong headers.
+    """
+
+    def __init__(self, plan: FaultPlan, seed: int) -> None:
+        self.plan = plan
+        self.counts = dict.fromkeys(
             ("skipped", "skipped_messages", "doubled", "doubled_messages", "lied", "lied_messages"), 0
         )
         self._random = np.random.default_rng(seed)
 
-    def spoil(self, buffer: NDArray[np.uint8], spans: NDArray[Any]) -> NDArray[Any]:
-        """The spans to send of these, in order; headers are changed in place. No message suffers twice."""
-        wrongs = self.wrongs
-        if not (wrongs.skip or wrongs.double or wrongs.lie):
+    def change(self, buffer: NDArray[np.uint8], spans: NDArray[Any]) -> NDArray[Any]:
+        """Return the spans to send, in order, and change headers in place. A message has at most one fault."""
+        plan = self.plan
+        if not (plan.skip or plan.double or plan.lie):
             return spans
         fate = self._random.random(len(spans))
-        skip = fate < wrongs.skip
-        double = ~skip & (fate < wrongs.skip + wrongs.double)
-        lie = ~skip & ~double & (fate < wrongs.skip + wrongs.double + wrongs.lie)
+        skip = fate < plan.skip
+        double = ~skip & (fate < plan.skip + plan.double)
+        lie = ~skip & ~double & (fate < plan.skip + plan.double + plan.lie)
         self.skip(spans[skip])
-        self.count["doubled"] += words_in(spans[double])
-        self.count["doubled_messages"] += int(double.sum())
+        self.counts["doubled"] += int(words_of(spans[double]).sum())
+        self.counts["doubled_messages"] += int(double.sum())
         for span in spans[lie]:
-            place = int(span["start"]) + 6
-            counted = buffer[place : place + 2].view("<u2")
-            more = min(int(self._random.integers(1, LIE + 1)), 65_535 - int(counted[0]))
-            counted += np.uint16(more)
-            self.count["lied"] += more
-            self.count["lied_messages"] += 1
+            position = int(span["start"]) + 6
+            counted = buffer[position : position + 2].view("<u2")
+            excess = min(int(self._random.integers(1, LIE + 1)), 65_535 - int(counted[0]))
+            counted += np.uint16(excess)
+            self.counts["lied"] += excess
+            self.counts["lied_messages"] += 1
         return np.repeat(spans, np.where(skip, 0, 1 + double))
 
     def skip(self, spans: NDArray[Any]) -> None:
-        """These are made, and nobody gets them."""
-        self.count["skipped"] += words_in(spans)
-        self.count["skipped_messages"] += len(spans)
-
-
-def words_in(spans: NDArray[Any]) -> int:
-    """Words of board messages, by their lengths."""
-    return int((np.maximum(spans["length"].astype(np.int64) - 8, 0) // 16).sum())
+        """Count messages that are not sent."""
+        self.counts["skipped"] += int(words_of(spans).sum())
+        self.counts["skipped_messages"] += len(spans)
 
 
 class Recording:
-    """The messages of a log (each preceded by its length, u32 little-endian), in the manner of emulate.PacmanBoard.
-
-    `fill()` makes the next messages the ones at `spans` of `buffer`; `left` is False once all have been handed out.
-    """
+    """Messages of a log, each preceded by its length (u32 little-endian); a `MessageSource`. Raises FileError."""
 
     receipt = 0
     full = 0
@@ -379,9 +374,13 @@ class Recording:
             self.buffer: NDArray[np.uint8] = np.fromfile(path, np.uint8)
         except OSError as error:
             raise FileError(f"cannot read {path}: {error.strerror}") from None
-        self._all = _split(self.buffer, path)
-        words = np.maximum(self._all["length"].astype(np.int64) - 8, 0) // 16
-        self._before = np.concatenate(([0], np.cumsum(words)))
+        self._all, used = split_log(self.buffer)
+        if used < len(self.buffer) or not len(self._all):
+            raise FileError(
+                f"{path}: expected a message log (u32 length + message, at most 4 GiB), "
+                f"found {len(self._all)} messages in the first {used} of {len(self.buffer)} bytes"
+            )
+        self._cumulative_words = np.concatenate(([0], np.cumsum(words_of(self._all))))
         self._next = 0
         self.spans: NDArray[Any] = self._all[:0]
 
@@ -389,9 +388,10 @@ class Recording:
     def left(self) -> bool:
         return self._next < len(self._all)
 
-    def fill(self, words: int, per_message: int = 0, window: int = 0) -> int:
-        """Hand out messages of at most `words` words in all, but at least one; return how many."""
-        end = int(np.searchsorted(self._before, self._before[self._next] + words, side="right")) - 1
+    def fill(self, words: int, per_message: int, window: int) -> int:
+        """Set `spans` to the next messages, at least one, of at most `words` words in all. Returns their number."""
+        total = self._cumulative_words[self._next] + words
+        end = int(np.searchsorted(self._cumulative_words, total, side="right")) - 1
         end = min(max(end, self._next + 1), len(self._all))
         self.spans = self._all[self._next : end]
         self._next = end
@@ -404,11 +404,7 @@ class Recording:
         raise FileError("recorded messages keep their times")
 
 
-def _split(buffer: NDArray[np.uint8], path: Path) -> NDArray[Any]:
-    spans, used = split_log(buffer)
-    if used < len(buffer) or not len(spans):
-        raise FileError(
-            f"{path}: expected a message log (u32 length + message, at most 4 GiB), "
-            f"found {len(spans)} messages in the first {used} of {len(buffer)} bytes"
-        )
-    return spans
+def words_of(spans: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the number of words of each board message, from the messages' lengths."""
+    words: NDArray[np.int64] = np.maximum(spans["length"].astype(np.int64) - 8, 0) // 16
+    return words

@@ -1,4 +1,4 @@
-"""The chips of one board: power, registers, and the answers to the words that are sent to them."""
+"""Emulated chips of one board: their power, resets and registers, and their answers to words."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from larpixdaq._native import chip_emulator as native
 from larpixdaq._native.chip_emulator import Heard, Stop
 from larpixdaq.emulators.network import TILE_CHANNELS, Chain, Network, RegisterMap, Wiring, register_map
 
-_CHIP_ID: Final = 2  # its lowest bit in a word
-
 
 class Supplies(NamedTuple):
-    """Volts of VDDA and VDDD: as laboratories set them, and the least with which chips work."""
+    """Volts of VDDA and VDDD: the usual ones, and the minimum at which chips work."""
 
     usual: tuple[float, float]
-    least: tuple[float, float]
+    minimum: tuple[float, float]
+
+
+class Reset(NamedTuple):
+    """Minimum lengths of a reset, in ticks of the chips' clock: to restart time stamps, and to restore registers."""
+
+    clock: int
+    registers: int
 
 
 #: By chip generation.
@@ -30,18 +35,8 @@ SUPPLIES: Final = {
     "2b": Supplies((1.8, 1.2), (1.5, 1.0)),
     "3": Supplies((1.8, 0.9), (1.5, 0.8)),
 }
-#: Ticks of the chips' clock for each bit on their lines, at power-up. v3 chips cannot change it, and have only
-#: v2b's registers here.
+#: Ticks of the chips' clock for each bit on their lines at power-up, by chip generation. v3 chips cannot change it.
 TICKS_PER_BIT: Final = {"1": 2, "2": 2, "2b": 2, "lightpix-1": 2, "3": 1}
-
-
-class Reset(NamedTuple):
-    """Least ticks of the chips' clock for a reset that begins time stamps anew, and for one that restores registers."""
-
-    clock: int
-    registers: int
-
-
 #: By chip generation. From 24 ticks on v2 chips also reset their state machines, which are not emulated.
 RESETS: Final = {
     "1": Reset(1, 1),
@@ -50,14 +45,17 @@ RESETS: Final = {
     "2b": Reset(10, 256),
     "3": Reset(15, 31),
 }
-#: The tile enable register has 32 bits.
-MOST_TILES: Final = 32
+#: Maximum number of tiles of a board: the tile enable register has 32 bits.
+_MAX_TILES: Final = 32
+#: Lowest bit of the chip_id in a word.
+_CHIP_ID: Final = 2
 
 
 class EmulatedChips:
-    """`registers`: shape (chips, 256). `changed`: of which chips any has changed, until somebody resets it.
+    """Chips of one board, numbered as in `wiring.keys`. Tiles are masks, bit 0 for tile 0 with io_channels 1 to 4.
 
-    `dead` chips hear and say nothing. `stuck`: (chip, address, bit, value) for bits that never change.
+    `registers`: shape (chips, 256). `changed`: set for a chip when its registers or power change; the reader clears it.
+    `dead`: chips that neither receive nor send. `stuck`: (chip, address, bit, value) of bits that never change.
     """
 
     def __init__(
@@ -75,11 +73,11 @@ class EmulatedChips:
         self.map: RegisterMap = register_map(asic)
         self.registers = np.zeros((n, 256), np.uint8)
         self.changed = np.ones(n, np.uint8)
-        #: What a falling step of the test pulse DAC does: chip, DAC counts.
+        #: Called with chip and DAC counts at a falling step of the test pulse DAC.
         self.on_pulse: Callable[[int, int], None] = lambda chip, step: None
         self.alive = np.zeros(n, np.bool_)
         tiles = [(io_channel - 1) // TILE_CHANNELS for io_channel, _ in wiring.keys]
-        self._tile = np.clip(tiles, 0, MOST_TILES - 1)
+        self._tile = np.clip(tiles, 0, _MAX_TILES - 1)
         self._working = np.ones(n, np.bool_)
         self._working[list(dead)] = False
         self._keep = np.full((n, 256), 0xFF, np.uint8)
@@ -90,8 +88,8 @@ class EmulatedChips:
         if asic == "1":
             self.network = Chain(wiring, self.alive, TICKS_PER_BIT[asic])
         else:
-            ticks, slower = TICKS_PER_BIT[asic], asic != "3"
-            self.network = Network(wiring, self.alive, ticks, self.registers, self.map, slower=slower)
+            ticks, clk_ctrl = TICKS_PER_BIT[asic], asic != "3"
+            self.network = Network(wiring, self.alive, ticks, self.registers, self.map, clk_ctrl=clk_ctrl)
         self._pulse = self.map.address("csa_testpulse_dac")
         watched = np.zeros(256, np.uint8)
         self._watched = [*self.network.watched, self._pulse]
@@ -108,113 +106,114 @@ class EmulatedChips:
             v1=asic == "1",
             magic=asic == "3",
         )
-        #: The board's tick at which the clock of each chip was 0.
-        self.began = np.zeros(n, np.int64)
-        #: The tiles that have power, a bit each.
-        self.tiles = 0
-        #: The tiles that have chips, a bit each.
-        self.tiles_there = sum(1 << tile for tile in set(self._tile.tolist()))
+        #: Tick of the board's clock at which the clock of each chip was 0.
+        self.clock_start = np.zeros(n, np.int64)
+        self.powered_tiles = 0
+        #: Tiles that have chips.
+        self.equipped_tiles = sum(1 << tile for tile in set(self._tile.tolist()))
         if powered:
-            self.power(self.tiles_there)
+            self.power(self.equipped_tiles)
 
-    def on_tiles(self) -> list[int]:
-        """How many chips each tile has."""
+    def chips_per_tile(self) -> list[int]:
+        """Return the number of chips on each tile."""
         counts: list[int] = np.bincount(self._tile).tolist()
         return counts
 
-    def count(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
+        """Return the numbers of words that no chip heard, and that the chip did not take."""
         return {"unheard": self._native.unheard, "refused": self._native.refused}
 
     def power(self, tiles: int, tick: int = 0) -> None:
-        """Bit k: tile k, whose io_channels are 4k+1 to 4k+4, has power. Chips that get it at this tick start anew."""
+        """Power these tiles and no others. Chips that get power restart at this tick of the board's clock."""
         on = (tiles >> self._tile & 1).astype(np.bool_) & self._working
-        self.tiles = tiles
-        fresh = on & ~self.alive
-        self._restart(fresh)
-        self.began[fresh] = tick
+        self.powered_tiles = tiles
+        started = on & ~self.alive
+        self._restore_registers(started)
+        self.clock_start[started] = tick
         self.changed[on != self.alive] = 1
         self.alive[:] = on
-        self.network.changed_all()
+        self.network.invalidate()
 
-    def reset(self, length: int, tick: int = 0, tiles: int = -1) -> None:
-        """A reset of so many ticks of the chips' clock comes to these tiles, a bit each, and ends at this tick."""
+    def reset(self, length: int, tick: int, tiles: int = -1) -> None:
+        """Reset the chips on these tiles for `length` ticks of their clock, up to `tick` of the board's clock."""
         reached = (tiles >> self._tile & 1).astype(np.bool_) & self.alive
-        thresholds = RESETS[self.asic]
-        if length >= thresholds.clock:
-            self.began[reached] = tick
-        if length >= thresholds.registers:
-            self._restart(reached)
-            self.network.changed_all()
+        minimum = RESETS[self.asic]
+        if length >= minimum.clock:
+            self.clock_start[reached] = tick
+        if length >= minimum.registers:
+            self._restore_registers(reached)
+            self.network.invalidate()
 
-    def _restart(self, which: NDArray[np.bool_]) -> None:
-        self.registers[which] = (self.map.defaults & self._keep[which]) | self._force[which]
-        self.changed[which] = 1
+    def _restore_registers(self, chips: NDArray[np.bool_]) -> None:
+        self.registers[chips] = (self.map.defaults & self._keep[chips]) | self._force[chips]
+        self.changed[chips] = 1
 
     def send(self, words: NDArray[np.uint64], channels: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Words (u8) on io_channels (u1) to the chips; their answers and the io_channels on which these come."""
-        answers, on = np.zeros(len(words), np.uint64), np.zeros(len(words), np.uint8)
+        """Send words (u8) on io_channels (u1) to the chips. Returns their answers and the answers' io_channels."""
+        answers, answer_channels = np.zeros(len(words), np.uint64), np.zeros(len(words), np.uint8)
         parts = []
-        at = made = 0
+        position = made = 0
         while True:
-            at, made, why = self._native.serve(words, channels, at, answers, on, made)
-            if why == Stop.CHANGED:
-                self._has_changed(self._native.chip, self._native.address, self._native.before)
-            elif why == Stop.ASK:
-                word, io_channel = int(words[at]), int(channels[at])
-                several = self._ask(word, io_channel)
-                if several is not None:
-                    parts.append((answers[:made].copy(), on[:made].copy()))
+            position, made, stop = self._native.serve(words, channels, position, answers, answer_channels, made)
+            if stop == Stop.CHANGED:
+                self._register_changed(self._native.chip, self._native.address, self._native.before)
+            elif stop == Stop.ASK:
+                word = int(words[position])
+                chips = self._find_paths(word, int(channels[position]))
+                if chips:
+                    parts.append((answers[:made].copy(), answer_channels[:made].copy()))
                     made = 0
-                    parts.append(self._several(word, several))
-                    at += 1
-            elif at == len(words):
-                parts.append((answers[:made], on[:made]))
+                    parts.append(self._send_to_each(word, chips))
+                    position += 1
+            elif position == len(words):
+                parts.append((answers[:made], answer_channels[:made]))
                 return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
-    def ids(self) -> NDArray[np.uint8]:
-        """The chip_id that each has now."""
+    def chip_ids(self) -> NDArray[np.uint8]:
+        """Return the present chip_id of each chip."""
         if self.asic == "1":
             return np.array([chip_id for _, chip_id in self.keys], np.uint8)
         return self.registers[:, self.map.address("chip_id")]
 
-    def channels_of(self, chips: NDArray[Any]) -> NDArray[Any]:
-        """The io_channels on which packets of these chips leave (the first, where there are several), -1: nowhere."""
+    def exit_channels(self, chips: NDArray[Any]) -> NDArray[Any]:
+        """Return the io_channel on which packets of each chip reach the board: the first of several, or -1."""
         leaves = self.network.leaves
         first = {}
         for chip in np.unique(chips[leaves[chips] < Heard.NOBODY]).tolist():
-            ways = self.network.ways_out(chip)
-            if len(ways) > 1:
-                first[chip] = ways[0]
-        found: NDArray[Any] = leaves[chips]
-        for chip, way in first.items():
-            found[chips == chip] = way
-        return found
+            exits = self.network.exits(chip)
+            if len(exits) > 1:
+                first[chip] = exits[0]
+        io_channels: NDArray[Any] = leaves[chips]
+        for chip, io_channel in first.items():
+            io_channels[chips == chip] = io_channel
+        return io_channels
 
-    def _ask(self, word: int, io_channel: int) -> list[int] | None:
-        """Work out who hears the word; those chips, when the loop in C cannot serve them."""
-        chip_id = word >> _CHIP_ID & 0xFF
-        chips = self.network.listeners(io_channel, chip_id)
-        if len(chips) > 1:
-            return chips
-        ways = self.network.ways_out(chips[0]) if chips else []
-        return chips if len(ways) > 1 else None
+    def _find_paths(self, word: int, io_channel: int) -> list[int]:
+        """Find the listeners of a word and their exits for the kernel. Returns the chips that it cannot serve itself.
 
-    def _several(self, word: int, chips: list[int]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """What the chips say that all hear this word (or the one whose answer leaves on several ways)."""
-        said = []
-        before = self.registers[np.ix_(chips, self._watched)]
+        These are several listeners, or a listener whose answer has several exits.
+        """
+        chips = self.network.listeners(io_channel, word >> _CHIP_ID & 0xFF)
+        if len(chips) == 1 and len(self.network.exits(chips[0])) < 2:
+            return []
+        return chips
+
+    def _send_to_each(self, word: int, chips: list[int]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Send a word to each of these chips. Returns their answers on all exits, and the answers' io_channels."""
+        answers = []
+        old = self.registers[np.ix_(chips, self._watched)]
         for chip in chips:
             answer = self._native.one(chip, word)
             if answer:
-                said += [(answer, io_channel) for io_channel in self.network.ways_out(chip)]
-        for at, place in np.argwhere(before != self.registers[np.ix_(chips, self._watched)]).tolist():
-            self._has_changed(chips[at], self._watched[place], int(before[at, place]))
-        return np.array([s[0] for s in said], np.uint64), np.array([s[1] for s in said], np.uint8)
+                answers += [(answer, io_channel) for io_channel in self.network.exits(chip)]
+        for row, column in np.argwhere(old != self.registers[np.ix_(chips, self._watched)]).tolist():
+            self._register_changed(chips[row], self._watched[column], int(old[row, column]))
+        return np.array([a[0] for a in answers], np.uint64), np.array([a[1] for a in answers], np.uint8)
 
-    def _has_changed(self, chip: int, address: int, before: int) -> None:
+    def _register_changed(self, chip: int, address: int, old: int) -> None:
         if address == self._pulse:
-            step = before - int(self.registers[chip, address])
+            step = old - int(self.registers[chip, address])
             if step > 0:
                 self.on_pulse(chip, step)
         else:
-            self.network.changed(chip)
+            self.network.invalidate_chip(chip)

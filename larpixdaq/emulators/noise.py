@@ -1,8 +1,8 @@
-"""What the channels of emulated chips see: pedestals, noise and leakage, and how often that makes packets.
+"""Signals of emulated channels: pedestals, noise and leakage, and the triggers that they cause.
 
-All in mV, in a model that is as simple as the routines allow: a channel sits at its pedestal, with normal noise. Its
-discriminator fires at MOST_RATE where the threshold is at or below the pedestal, and above it as exp(-z²/2), z being
-the distance in sigmas. Leakage moves it up from the pedestal, until it reaches the threshold or is reset.
+The model, in mV, is as simple as the routines allow. A channel is at its pedestal, with normal noise. Its discriminator
+fires at MAX_RATE if the threshold is at or below the pedestal, and at MAX_RATE exp(-z²/2) if it is z sigmas above.
+Leakage moves the channel up from the pedestal until it reaches the threshold or is reset.
 """
 
 from __future__ import annotations
@@ -14,23 +14,30 @@ from numpy.typing import NDArray
 
 from larpixdaq.emulators.chips import EmulatedChips
 
-SUPPLY: Final = 1800.0
-DAC_STEP: Final = SUPPLY / 256
+#: Steps of the DACs, in mV per count.
+DAC_STEP: Final = 1800.0 / 256
 TRIM_STEP: Final = 1.45
-#: What a count of a falling step of the test pulse DAC adds: about one count of an 8-bit ADC, as it is at power-up.
+#: Signal in mV per count of a falling step of the test pulse DAC: about one count of an 8-bit ADC at power-up.
 PULSE_STEP: Final = 3.9
-#: References of the ADC of v1 chips, which have no registers for them; the power-up values of later ones.
+#: References of the ADC in mV: power-up values, and those of v1 chips, which have no registers for them.
 VCM, VREF = 77 * DAC_STEP, 219 * DAC_STEP
-MOST_RATE: Final = 10_000.0  # self triggers/s of a channel
-HOT: Final = 10.0  # times the noise of others
+#: Maximum self triggers/s of a channel.
+MAX_RATE: Final = 10_000.0
+#: Noise of a hot channel, in multiples of that of others.
+HOT: Final = 10.0
+#: Ticks of the board's clock per second.
 TICKS: Final = 10_000_000
-
+#: Trigger types of v2 chips and later ones.
 NATURAL, EXTERNAL, CROSS, PERIODIC = range(4)
+#: One sample of a channel. `chip`: its number on the board. `tick`: of the board's clock.
+HIT: Final = np.dtype([("chip", "<i4"), ("channel", "<i4"), ("tick", "<i8"), ("adc", "<i8"), ("trigger", "<i8")])
 
 
 class Channels:
-    """What the seed gives each channel; shape (chips, channels). `pedestal`, `noise` mV, `offset` of the threshold mV,
-    `leakage` mV/s; `working` is False for dead ones."""
+    """Properties that the seed gives to each channel, of shape (chips, channels).
+
+    `pedestal`, `noise` and `offset` (of the threshold) in mV, `leakage` in mV/s; `working` is False for dead channels.
+    """
 
     def __init__(self, chips: int, channels: int, seed: list[int]) -> None:
         random = np.random.default_rng(seed)
@@ -43,163 +50,167 @@ class Channels:
 
 
 class Noise:
-    """`rates`: self triggers/s of each channel, with the registers that the chips have; see `update()`. `share`: which
-    part of its self triggers finds a way, of each chip; see `carry()`."""
+    """Generates the hits of a board's chips.
+
+    `rates`: self triggers/s, shape (chips, channels), as of the last `update()`. `share`: fraction of its self triggers
+    that the io_channel of each chip carries.
+    """
 
     def __init__(self, chips: EmulatedChips, channels: Channels, seed: list[int]) -> None:
         self.chips = chips
         self.channels = channels
         shape = channels.pedestal.shape
-        self._channels_each = chips.map.channels
+        self._channels_per_chip = chips.map.channels
         self.rates = np.zeros(shape)
-        self._leaking = np.zeros(shape)  # the part of it that leakage makes
+        self._leakage_rates = np.zeros(shape)  # the part of `rates` caused by leakage
         self._threshold = np.zeros(shape)
         self._scale = np.zeros((shape[0], 2))  # ADC: mV at 0, counts per mV
         self._periods = np.zeros(shape[0], np.int64)  # ticks between periodic triggers, 0: none
         self._masks = {name: np.ones(shape, np.bool_) for name in ("periodic", "external", "cross", "pulse")}
         self.share = np.ones(shape[0])
-        self._sums = np.zeros(1)
-        self._crowded = 0.0  # self triggers/s that find none, of chips that have one
-        self._top = 256 if chips.asic not in ("1", "3") else 1024
+        self._cumulative_rates = np.zeros(1)
+        self._lost_rate = 0.0  # self triggers/s that io_channels do not carry, without chips that have no io_channel
+        self._adc_counts = 256 if chips.asic not in ("1", "3") else 1024
         self._random = np.random.default_rng(seed)
 
     def update(self) -> bool:
-        """Look at the registers that have changed; whether there were any."""
-        (which,) = np.nonzero(self.chips.changed)
-        if not len(which):
+        """Update rates and masks of the chips whose registers have changed. Returns whether there were any."""
+        (changed,) = np.nonzero(self.chips.changed)
+        if not len(changed):
             return False
-        self.chips.changed[which] = 0
-        registers, fields = self.chips.registers[which], self.chips.map.fields
+        self.chips.changed[changed] = 0
+        registers, fields = self.chips.registers[changed], self.chips.map.fields
 
-        def value(name: str, missing: int = 0) -> NDArray[np.int64]:
+        def value(name: str, default: int = 0) -> NDArray[np.int64]:
             field = fields.get(name)
-            return np.full(len(which), missing) if field is None else field.values(registers)
+            return np.full(len(changed), default) if field is None else field.values(registers)
 
-        def channels(name: str, missing: int) -> NDArray[np.bool_]:
+        def flags(name: str, default: int) -> NDArray[np.bool_]:
             field = fields.get(name)
-            shape = len(which), self._channels_each
-            return (np.full(shape, missing) if field is None else field.values(registers)).astype(np.bool_)
+            shape = len(changed), self._channels_per_chip
+            return (np.full(shape, default) if field is None else field.values(registers)).astype(np.bool_)
 
-        seen = self.channels
-        on = self.chips.alive[which, None] & channels("csa_enable", 1) & seen.working[which]
+        channels = self.channels
+        on = self.chips.alive[changed, None] & flags("csa_enable", 1) & channels.working[changed]
         threshold = (
             value("threshold_global")[:, None] * DAC_STEP + fields["pixel_trim_dac"].values(registers) * TRIM_STEP
         )
-        threshold = threshold + seen.offset[which]
-        above = threshold - seen.pedestal[which]
-        rates = MOST_RATE * np.exp(-(np.maximum(above / seen.noise[which], 0.0) ** 2) / 2)
-        reset_after = value("periodic_reset_cycles")[:, None] / TICKS
-        never = value("enable_periodic_reset").astype(np.bool_)[:, None] & (seen.leakage[which] * reset_after < above)
-        leaking = np.where(never, 0.0, seen.leakage[which] / np.maximum(above, 1.0))
-        open_ = on & ~channels("channel_mask", 0)
-        self._leaking[which] = np.where(open_ & (above > 0), leaking, 0.0)
-        self.rates[which] = np.where(open_, np.minimum(rates + leaking, MOST_RATE), 0.0)
-        self._threshold[which] = threshold
+        threshold = threshold + channels.offset[changed]
+        distance = threshold - channels.pedestal[changed]
+        noise_rates = MAX_RATE * np.exp(-(np.maximum(distance / channels.noise[changed], 0.0) ** 2) / 2)
+        leakage = channels.leakage[changed]
+        reset_period = value("periodic_reset_cycles")[:, None] / TICKS
+        reset_in_time = value("enable_periodic_reset").astype(np.bool_)[:, None] & (leakage * reset_period < distance)
+        leakage_rates = np.where(reset_in_time, 0.0, leakage / np.maximum(distance, 1.0))
+        triggering = on & ~flags("channel_mask", 0)
+        self._leakage_rates[changed] = np.where(triggering & (distance > 0), leakage_rates, 0.0)
+        self.rates[changed] = np.where(triggering, np.minimum(noise_rates + leakage_rates, MAX_RATE), 0.0)
+        self._threshold[changed] = threshold
         low, high = (value(name, default) * DAC_STEP for name, default in (("vcm_dac", 77), ("vref_dac", 219)))
-        self._scale[which, 0] = low
-        self._scale[which, 1] = self._top / np.maximum(high - low, 1.0)
+        self._scale[changed, 0] = low
+        self._scale[changed, 1] = self._adc_counts / np.maximum(high - low, 1.0)
         cycles = value("periodic_trigger_cycles")
-        self._periods[which] = np.where(value("enable_periodic_trigger") > 0, cycles, 0)
-        self._masks["periodic"][which] = channels("periodic_trigger_mask", 1) | ~on
-        self._masks["external"][which] = channels("external_trigger_mask", 1) | ~on
-        crossing = value("enable_cross_trigger").astype(np.bool_)[:, None]
-        self._masks["cross"][which] = channels("cross_trigger_mask", 0) | ~crossing | ~on
-        self._masks["pulse"][which] = channels("csa_testpulse_enable", 1) | channels("channel_mask", 0) | ~on
-        self.carry(self.share)
+        self._periods[changed] = np.where(value("enable_periodic_trigger") > 0, cycles, 0)
+        self._masks["periodic"][changed] = flags("periodic_trigger_mask", 1) | ~on
+        self._masks["external"][changed] = flags("external_trigger_mask", 1) | ~on
+        cross_trigger = value("enable_cross_trigger").astype(np.bool_)[:, None]
+        self._masks["cross"][changed] = flags("cross_trigger_mask", 0) | ~cross_trigger | ~on
+        self._masks["pulse"][changed] = flags("csa_testpulse_enable", 1) | flags("channel_mask", 0) | ~on
+        self.set_share(self.share)
         return True
 
-    def carry(self, share: NDArray[np.float64]) -> None:
-        """From now on this part of the self triggers of each chip finds a way, and the others are lost."""
+    def set_share(self, share: NDArray[np.float64]) -> None:
+        """Set the fraction of each chip's self triggers that its io_channel carries; the others are lost."""
         self.share = share
-        self._sums = np.cumsum(self.rates * share[:, None])
-        self._crowded = float((self.rates.sum(1) * (1 - share))[share > 0].sum())
+        self._cumulative_rates = np.cumsum(self.rates * share[:, None])
+        self._lost_rate = float((self.rates.sum(1) * (1 - share))[share > 0].sum())
 
     @property
     def busy(self) -> bool:
-        """Whether anything may come by itself."""
-        return bool(self._sums[-1] > 0 or self._periods.any())
+        """Whether self triggers or periodic triggers are possible."""
+        return bool(self._cumulative_rates[-1] > 0 or self._periods.any())
 
-    def hits(self, since: int, now: int, most: int) -> tuple[NDArray[Any], int, int]:
-        """Packets of ticks `since` to `now`: dtype HIT, sorted, at most `most`; how many found no way, and how many
-        more than that there would be."""
-        parts = [self._natural(since, now, most)]
-        lost = int(self._random.poisson(self._crowded * (now - since) / TICKS))
+    def hits(self, start: int, end: int, limit: int) -> tuple[NDArray[Any], int, int]:
+        """Generate at most `limit` hits of ticks `start` to `end`, of dtype HIT, sorted by tick.
+
+        Returns them, the number of hits that the io_channels did not carry, and the number of those beyond the limit.
+        """
+        natural, excess = self._natural(start, end, limit)
+        lost = int(self._random.poisson(self._lost_rate * (end - start) / TICKS))
+        parts = [natural]
         if self._periods.any():
-            parts.append(self._periodic(since, now, most))
-        elif not len(parts[0][0]):
-            return parts[0][0], lost, parts[0][1]
-        natural = parts[0][0]
+            periodic, excess_periodic = self._periodic(start, end, limit)
+            parts.append(periodic)
+            excess += excess_periodic
+        elif not len(natural):
+            return natural, lost, excess
         if not self._masks["cross"].all():
-            parts.append((self._cross(natural), 0))
-        found = np.concatenate([part[0] for part in parts])
-        found = found[np.argsort(found["tick"], kind="stable")]
-        return found[:most], lost, sum(part[1] for part in parts) + max(0, len(found) - most)
+            parts.append(self._cross(natural))
+        hits = np.concatenate(parts)
+        hits = hits[np.argsort(hits["tick"], kind="stable")]
+        return hits[:limit], lost, excess + max(0, len(hits) - limit)
 
     def external(self, tick: int) -> NDArray[Any]:
-        """An external trigger comes to all chips."""
+        """Return the hits of an external trigger to all chips."""
         chip, channel = np.nonzero(~self._masks["external"])
-        return self._sampled(chip, channel, tick, EXTERNAL)
+        return self._sample(chip, channel, tick, EXTERNAL)
 
     def pulse(self, chip: int, step: int, tick: int) -> NDArray[Any]:
-        """The test pulse DAC of a chip falls by `step` counts."""
+        """Return the hits of a falling step of a chip's test pulse DAC, in counts."""
         (channel,) = np.nonzero(~self._masks["pulse"][chip])
         height = self.channels.pedestal[chip, channel] + step * PULSE_STEP
         height += self._random.normal(0.0, self.channels.noise[chip, channel])
         fires = height > self._threshold[chip, channel]
-        return self._made(np.full(int(fires.sum()), chip), channel[fires], tick, NATURAL, height[fires])
+        return self._digitize(np.full(int(fires.sum()), chip), channel[fires], tick, NATURAL, height[fires])
 
-    def _natural(self, since: int, now: int, most: int) -> tuple[NDArray[Any], int]:
-        total = float(self._sums[-1])
-        n = int(self._random.poisson(total * (now - since) / TICKS)) if total > 0 else 0
+    def _natural(self, start: int, end: int, limit: int) -> tuple[NDArray[Any], int]:
+        total = float(self._cumulative_rates[-1])
+        n = int(self._random.poisson(total * (end - start) / TICKS)) if total > 0 else 0
         if not n:
             return np.zeros(0, HIT), 0
-        lost = max(0, n - most)
-        places = np.searchsorted(self._sums, self._random.random(n - lost) * total, side="right")
-        chip, channel = np.divmod(np.minimum(places, self.rates.size - 1), self._channels_each)
-        ticks = np.sort(self._random.integers(since, now, n - lost))
+        excess = max(0, n - limit)
+        positions = np.searchsorted(self._cumulative_rates, self._random.random(n - excess) * total, side="right")
+        chip, channel = np.divmod(np.minimum(positions, self.rates.size - 1), self._channels_per_chip)
+        ticks = np.sort(self._random.integers(start, end, n - excess))
         height = self._random.normal(self.channels.pedestal[chip, channel], self.channels.noise[chip, channel])
-        leaked = self._random.random(n - lost) * self.rates[chip, channel] < self._leaking[chip, channel]
+        leaked = self._random.random(n - excess) * self.rates[chip, channel] < self._leakage_rates[chip, channel]
         height = np.where(leaked, self._threshold[chip, channel], height)
-        return self._made(chip, channel, ticks, NATURAL, height), lost
+        return self._digitize(chip, channel, ticks, NATURAL, height), excess
 
-    def _periodic(self, since: int, now: int, most: int) -> tuple[NDArray[Any], int]:
+    def _periodic(self, start: int, end: int, limit: int) -> tuple[NDArray[Any], int]:
         (chips,) = np.nonzero(self._periods)
         periods = self._periods[chips]
-        times = now // periods - since // periods
-        each = times * (~self._masks["periodic"][chips]).sum(1)
-        fit = np.cumsum(each) <= most
-        lost = int(each[~fit].sum())
-        chips, periods, times = chips[fit], periods[fit], times[fit]
-        chip = np.repeat(chips, times)
-        nth = np.arange(len(chip)) - np.repeat(np.cumsum(times) - times, times)
-        ticks = (np.repeat(since // periods, times) + 1 + nth) * np.repeat(periods, times)
+        triggers = end // periods - start // periods
+        hits = triggers * (~self._masks["periodic"][chips]).sum(1)
+        fit = np.cumsum(hits) <= limit
+        excess = int(hits[~fit].sum())
+        chips, periods, triggers = chips[fit], periods[fit], triggers[fit]
+        chip = np.repeat(chips, triggers)
+        nth = np.arange(len(chip)) - np.repeat(np.cumsum(triggers) - triggers, triggers)
+        ticks = (np.repeat(start // periods, triggers) + 1 + nth) * np.repeat(periods, triggers)
         event, channel = np.nonzero(~self._masks["periodic"][chip])
-        return self._sampled(chip[event], channel, ticks[event], PERIODIC), lost
+        return self._sample(chip[event], channel, ticks[event], PERIODIC), excess
 
     def _cross(self, natural: NDArray[Any]) -> NDArray[Any]:
-        """All channels of a chip that has hit are sampled with it."""
+        """Sample the other channels of each chip with a hit."""
         event, channel = np.nonzero(~self._masks["cross"][natural["chip"]])
         other = channel != natural["channel"][event]
         event, channel = event[other], channel[other]
-        return self._sampled(natural["chip"][event], channel, natural["tick"][event], CROSS)
+        return self._sample(natural["chip"][event], channel, natural["tick"][event], CROSS)
 
-    def _sampled(self, chip: NDArray[Any], channel: NDArray[Any], ticks: Any, trigger: int) -> NDArray[Any]:
+    def _sample(self, chip: NDArray[Any], channel: NDArray[Any], ticks: Any, trigger: int) -> NDArray[Any]:
         height = self._random.normal(self.channels.pedestal[chip, channel], self.channels.noise[chip, channel])
-        return self._made(chip, channel, ticks, trigger, height)
+        return self._digitize(chip, channel, ticks, trigger, height)
 
-    def _made(
+    def _digitize(
         self, chip: NDArray[Any], channel: NDArray[Any], ticks: Any, trigger: int, height: NDArray[Any]
     ) -> NDArray[Any]:
         hits = np.empty(len(chip), HIT)
         hits["chip"], hits["channel"], hits["tick"], hits["trigger"] = chip, channel, ticks, trigger
         low, scale = self._scale[chip].T
-        hits["adc"] = np.clip((height - low) * scale, 0, self._top - 1)
+        hits["adc"] = np.clip((height - low) * scale, 0, self._adc_counts - 1)
         return hits
 
     def counts_per_mv(self) -> float:
-        """Of the ADC with the references that it has at power-up."""
-        return self._top / (VREF - VCM)
-
-
-#: What a channel has seen; `chip` is its number on the board, `tick` of the board's clock.
-HIT: Final = np.dtype([("chip", "<i4"), ("channel", "<i4"), ("tick", "<i8"), ("adc", "<i8"), ("trigger", "<i8")])
+        """Return the ADC counts per mV with the references of power-up."""
+        return self._adc_counts / (VREF - VCM)

@@ -1,4 +1,4 @@
-"""`larpixdaq-emulator pacman`: the command line, and the loop that drives the boards."""
+"""Command `larpixdaq-emulator pacman`: its options, and the loop that drives the emulated boards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import zmq
 
 from larpixdaq._native import board_emulator
 from larpixdaq.emulators import detector, revisions
-from larpixdaq.emulators.board import BATCH, QUEUE, EmulatedBoard, FaultCounts, Faults, MessageSource, Recording
+from larpixdaq.emulators.board import BATCH, QUEUE, EmulatedBoard, FaultPlan, Faults, MessageSource, Recording
 from larpixdaq.emulators.board_registers import BoardRegisters
 from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT
 from larpixdaq.emulators.tile import EmulatedTile, TileBoard
@@ -28,19 +28,17 @@ Sends what PACMAN boards send (legacy format: 8-byte headers, 16-byte words), on
 prints one JSON line with the ports, {"ready": {"1": {"data": 5556, "command": 5555}}}; at the end one with the words
 that were sent, {"sent": {"1": {"words": 10, "D": 9, "S": 0, "T": 1, "messages": 10}}, "seconds": 0.1}. SIGINT and
 SIGTERM end it cleanly. What it does wrong on request, from --fifo-full to --restart, is counted there too, exactly."""
-#: Ports of the io_groups after the first, where only that one's is given.
+#: Difference between the ports of consecutive io_groups if only one port is given.
 PORT_STEP = 10
-#: Seconds that unsent messages are kept for at the end.
+#: Seconds for which unsent messages are kept at the end.
 LINGER = 10
-#: The board's clock begins 2 s before the chips' 31-bit timestamps roll over: everything behind sees that in every run.
+#: Start of the board's clock in ticks: 2 s before the chips' 31-bit timestamps roll over, so that each run has this.
 CLOCK_START = 2**31 - 20_000_000
-#: The board's clock when there is no pace: a PACMAN with 32 busy channels.
-SATURATED = 2_420_000.0
-
-
-#: Seconds, of --slow-read at most.
-MOST_SLOW: Final = 60.0
-#: Words/s of one board.
+#: Words/s on the board's clock with --rate max: a PACMAN with 32 busy io_channels.
+SATURATED_RATE = 2_420_000.0
+#: Maximum seconds of --slow-read.
+MAX_SLOW_READ: Final = 60.0
+#: Range of the words/s of a board.
 LOWEST_RATE: Final = 10.0
 HIGHEST_RATE: Final = 1e9
 
@@ -54,7 +52,8 @@ def _rate(text: str) -> float | None:
     return rate
 
 
-def per_message(text: str) -> int:
+def words_per_message(text: str) -> int:
+    """Parse --words-per-message; 0 for auto."""
     words = 0 if text == "auto" else int(text)
     if not 0 <= words <= 65_535 or text == "0":
         raise argparse.ArgumentTypeError(f"expected 1 to 65535 words or auto, found {text}")
@@ -68,7 +67,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def _at(text: str) -> tuple[float, float]:
+def _time_and_seconds(text: str) -> tuple[float, float]:
     at, colon, seconds = text.partition(":")
     if not colon or float(at) < 0:
         raise argparse.ArgumentTypeError(f"expected AT:SECONDS, found {text}")
@@ -101,8 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slow-read",
         type=float,
         metavar="SECONDS",
-        help="that a board sleeps before it answers a read of VDDD or its current (default 1 of revision 4, 0.01 of 5, "
-        "0 of others)",
+        help="time that a board sleeps before it answers a read of VDDD or its current (default 1 of revision 4, "
+        "0.01 of 5, 0 of others)",
     )
     add(
         "--rate",
@@ -113,10 +112,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--words-per-message",
-        type=per_message,
+        type=words_per_message,
         default=0,
         metavar="W",
-        help="words in a message, or auto: whatever is complete when the board sends, as real ones do (default auto)",
+        help="words in a message, or auto: all that are complete when the board sends, as real ones do (default auto)",
     )
     add(
         "--replay",
@@ -124,25 +123,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="send the messages of this log (u32 length + message), byte for byte",
     )
-    add("--seed", type=int, default=0, metavar="S", help="another number, other data (default 0)")
+    fraction: dict[str, Any] = {"type": float, "default": 0.0, "metavar": "F"}
+    add("--seed", type=int, default=0, metavar="S", help="seed of the random numbers (default 0)")
     add("--io-channels", type=_positive, default=8, metavar="N", help="without --chips, at most 255 (default 8)")
     add("--chips-per-io-channel", type=_positive, default=16, metavar="N", help="the same, at most 240 (default 16)")
-    add("--odd", type=float, default=0.0, metavar="F", help="fraction of odd packets, such as bad parity (default 0)")
-    add("--fifo-full", type=float, default=0.0, metavar="F", help="fraction of packets that say: FIFO full (default 0)")
-    for name, what in (
-        ("skip", "are not sent"),
-        ("double", "are sent twice"),
-        ("lie", "count more words than they hold"),
-    ):
-        add(f"--{name}", type=float, default=0.0, metavar="F", help=f"fraction of messages that {what} (default 0)")
-    add("--away", type=_at, metavar="AT:SECONDS", help="after AT seconds close the data port for so long")
-    add("--jump", type=_at, metavar="AT:SECONDS", help="after AT seconds set the clock for the headers by so much")
-    add("--restart", type=float, metavar="AT", help="after AT seconds begin both clocks anew, as after a reset")
+    add("--odd", **fraction, help="fraction of odd packets, such as bad parity (default 0)")
+    add("--fifo-full", **fraction, help="fraction of packets with the flag of a full FIFO (default 0)")
+    add("--skip", **fraction, help="fraction of messages that are not sent (default 0)")
+    add("--double", **fraction, help="fraction of messages that are sent twice (default 0)")
+    add("--lie", **fraction, help="fraction of messages that count more words than they hold (default 0)")
+    event: dict[str, Any] = {"type": _time_and_seconds, "metavar": "AT:SECONDS"}
+    add("--away", **event, help="after AT seconds close the data port for SECONDS")
+    add("--jump", **event, help="after AT seconds move the clock for the headers by SECONDS")
+    add("--restart", type=float, metavar="AT", help="after AT seconds restart both clocks, as after a reset")
     add("--pps", action="store_true", help="reset the board's clock each second, as with an external sync")
     add(
         "--lossless",
         action="store_true",
-        help="wait for subscribers and for room instead of dropping the messages that find none, as a board does",
+        help="wait for subscribers and for room in their queues, instead of dropping messages as a board does",
     )
     add(
         "--queue",
@@ -151,10 +149,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="without --lossless: messages that may wait for a subscriber (default %(default)d, as on a board)",
     )
-    add("--count", type=_positive, metavar="N", help="end by itself after N words of each board")
+    add("--count", type=_positive, metavar="N", help="end after N words of each board")
     add("--wait-for-subscriber", action="store_true", help="begin when each board has a subscriber")
-    add("--wait-for-go", action="store_true", help="begin when a line 'go' comes on standard input; its end ends this")
-    add("--stay", action="store_true", help="after the last word stay connected until told to end")
+    add("--wait-for-go", action="store_true", help="begin at a line 'go' on standard input, end at its end")
+    add("--stay", action="store_true", help="after the last word stay connected until SIGINT or SIGTERM")
     add("--address", default="127.0.0.1", metavar="IP", help="address to bind (default 127.0.0.1)")
     for name, default in (("data", 5556), ("command", 5555)):
         add(
@@ -163,15 +161,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             nargs="+",
             default=[default],
             metavar="P",
-            help=f"{name} ports, one per io_group, or the first one's, the others {PORT_STEP} apart; "
-            f"0: any free one (default {default})",
+            help=f"{name} ports, one per io_group, or that of the first io_group, with the others {PORT_STEP} apart; "
+            f"0: any free port (default {default})",
         )
     detector.add_arguments(parser)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with status 2 for options that do not go together. `args.detector` has the chips then, and
-    `args.groups` the io_groups."""
+    """Check the options, and set `args.detector` (the chips) and `args.groups` (the io_groups).
+
+    Exits with status 2 if options exclude each other. Raises ConfigError and FileError for the file of --chips.
+    """
     if args.io_groups > 255:
         parser.error(f"--io-groups: at most 255, found {args.io_groups}")
     if args.io_channels > 255 or args.chips_per_io_channel > 240:
@@ -179,17 +179,17 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--io-channels, --chips-per-io-channel: at most 255 and 240, found {found}")
     if args.chips is not None and (args.replay or args.odd or args.fifo_full):
         parser.error("--chips says what is sent: no --replay, no --odd, no --fifo-full")
-    if args.slow_read is not None and not 0 <= args.slow_read <= MOST_SLOW:
-        parser.error(f"--slow-read: expected 0 to {MOST_SLOW:g} seconds, found {args.slow_read}")
+    if args.slow_read is not None and not 0 <= args.slow_read <= MAX_SLOW_READ:
+        parser.error(f"--slow-read: expected 0 to {MAX_SLOW_READ:g} seconds, found {args.slow_read}")
     args.detector = detector.check_arguments(parser, args)
     revision = revisions.REVISIONS[args.revision]
     if args.inverted and not (args.chips and revision.inversion):
         parser.error("--inverted goes with --chips, and with boards that can invert, which those of revision 2 cannot")
     for io_group, board in args.detector.boards.items():
-        wrong = {io_channel for io_channel, _ in board.keys if not 1 <= io_channel <= revision.uarts}
-        if wrong:
+        unknown = {io_channel for io_channel, _ in board.keys if not 1 <= io_channel <= revision.uarts}
+        if unknown:
             raise ConfigError(
-                f"{args.chips}: io_group {io_group} has chips on io_channel {min(wrong)}, a board of revision "
+                f"{args.chips}: io_group {io_group} has chips on io_channel {min(unknown)}, a board of revision "
                 f"{args.revision} has io_channels 1 to {revision.uarts}"
             )
     args.groups = list(args.detector.boards) or list(range(1, args.io_groups + 1))
@@ -216,12 +216,12 @@ def _ports(ports: list[int], n: int) -> list[int]:
     return [ports[0] + PORT_STEP * k if ports[0] else 0 for k in range(n)]
 
 
-def _words(args: argparse.Namespace, io_group: int) -> MessageSource:
+def _message_source(args: argparse.Namespace, io_group: int) -> MessageSource:
     if args.replay:
         return Recording(args.replay)
     return board_emulator.PacmanBoard(
         ASICS[args.asic],
-        rate=args.rate or SATURATED,
+        rate=args.rate or SATURATED_RATE,
         seed=args.seed * 256 + io_group,
         seconds=int(time.time() - CLOCK_START / 1e7),
         tick=CLOCK_START,
@@ -235,36 +235,36 @@ def _words(args: argparse.Namespace, io_group: int) -> MessageSource:
 
 
 def _board(args: argparse.Namespace, io_group: int) -> EmulatedBoard:
-    wrongs = FaultCounts(args.skip, args.double, args.lie, args.away, args.jump, args.restart)
+    plan = FaultPlan(args.skip, args.double, args.lie, args.away, args.jump, args.restart)
     options: dict[str, Any] = {
         "per_message": args.words_per_message,
         "lossless": args.lossless,
         "queue": args.queue,
         "limit": args.count,
-        "faults": Faults(wrongs, args.seed * 256 + io_group) if wrongs.any else None,
+        "faults": Faults(plan, args.seed * 256 + io_group) if plan != FaultPlan() else None,
     }
     revision = revisions.REVISIONS[args.revision]
     if not args.detector.boards:
-        # what sends has power
+        # boards that send have power
         chips = [4 * args.chips_per_io_channel] * -(-args.io_channels // 4)
         registers = BoardRegisters(revision, chips=chips, slow_read=args.slow_read)
         registers.switch_on((1 << revision.tiles) - 1, SUPPLIES[args.asic].usual, TICKS_PER_BIT[args.asic])
-        return EmulatedBoard(io_group, _words(args, io_group), registers, rate=args.rate, **options)
-    noise = detector.make(args, args.detector, io_group)
-    registers = detector.registers(args, revision, noise.chips)
+        return EmulatedBoard(io_group, _message_source(args, io_group), registers, rate=args.rate, **options)
+    noise = detector.make_noise(args, args.detector, io_group)
+    registers = detector.make_registers(args, revision, noise.chips)
     tile = EmulatedTile(
         noise,
         seconds=int(time.time() - CLOCK_START / 1e7),
         tick=CLOCK_START,
         pps=args.pps,
-        losses=detector.losses(args, io_group),
+        losses=detector.make_losses(args, io_group),
         registers=registers,
     )
     return TileBoard(io_group, tile, registers, **options)
 
 
 class Emulator:
-    """All boards in one thread. `stop` may be set at any time, also by a signal handler."""
+    """Runs all boards in one thread. A signal handler may set `stop`. `seconds`: time of the last sent word."""
 
     def __init__(
         self, boards: list[EmulatedBoard], *, wait_for_subscriber: bool, wait_for_go: bool, stay: bool
@@ -275,53 +275,56 @@ class Emulator:
         self._wait_for_subscriber = wait_for_subscriber
         self._wait_for_go = wait_for_go
         self._stay = stay
-        self._line = b""
+        self._input = b""
         self._poller = zmq.Poller()
-        self._ready: dict[Any, Any] = {}
+        self._handlers: dict[Any, Callable[[], None]] = {}
         self._servers = {board: board.command for board in boards}
         for board in boards:
-            self._ready[board.command] = board.answer
+            self._handle(board.command, board.serve_request)
         if wait_for_go:
-            self._ready[0] = self._read_go
-        for socket in self._ready:
-            self._poller.register(socket, zmq.POLLIN)
+            self._handle(0, self._read_go)
         self._data: dict[EmulatedBoard, zmq.Socket[bytes]] = {}
-        self._watch()
+        self._update_sockets()
 
-    def _watch(self) -> None:
-        """Boards that go away come back with another data socket; command servers that crash stay away."""
+    def _handle(self, socket: Any, handler: Callable[[], None]) -> None:
+        self._handlers[socket] = handler
+        self._poller.register(socket, zmq.POLLIN)
+
+    def _remove(self, socket: Any) -> None:
+        self._poller.unregister(socket)
+        del self._handlers[socket]
+
+    def _update_sockets(self) -> None:
+        """Poll the sockets that boards have now: a data port may be closed and opened again, a server may crash."""
         for board, command in [*self._servers.items()]:
             if board.crashed:
-                self._poller.unregister(command)
-                del self._ready[command], self._servers[board]
+                self._remove(command)
+                del self._servers[board]
         for board in self._boards:
-            known = self._data.get(board)
-            if known is not None and (known.closed or known is not board.data):
-                self._poller.unregister(known)
-                del self._ready[known], self._data[board]
-                known = None
-            if known is None and not board.data.closed:
+            data = self._data.get(board)
+            if data is not None and (data.closed or data is not board.data):
+                self._remove(data)
+                del self._data[board]
+            if board not in self._data and not board.data.closed:
                 self._data[board] = board.data
-                self._ready[board.data] = board.subscriptions
-                self._poller.register(board.data, zmq.POLLIN)
+                self._handle(board.data, board.read_subscriptions)
 
     def _read_go(self) -> None:
-        text = os.read(0, 4096)
-        self._line += text
-        if not text:
-            # whoever should have said go is gone
+        data = os.read(0, 4096)
+        self._input += data
+        if not data:
             self.stop = True
-        elif b"go" in self._line.split(b"\n")[:-1]:
+        elif b"go" in self._input.split(b"\n")[:-1]:
             self._wait_for_go = False
-            self._poller.unregister(0)
+            self._remove(0)
         else:
-            self._line = self._line.rpartition(b"\n")[2][-4096:]
+            self._input = self._input.rpartition(b"\n")[2][-4096:]
 
     def _subscribed(self) -> bool:
         return not self._wait_for_subscriber or all(board.subscribed for board in self._boards)
 
     def run(self, report: Callable[[], None]) -> None:
-        """Until all is sent, or told to stop; `report()` is called once, when the last word has been handed over."""
+        """Run until the last word or `stop`. `report()` is called once, when ZeroMQ has taken the last word."""
         started: float | None = None
         reported = False
         while not self.stop:
@@ -339,16 +342,16 @@ class Emulator:
                         if not self._stay:
                             return
             wait = min(wait, *(board.reply() for board in self._boards))
-            self._watch()
-            # a signal that came just before is seen after 100 ms at the latest
+            self._update_sockets()
+            # at most 100 ms, because a signal just before poll() does not wake it
             for socket, _ in self._poller.poll(0 if wait <= 0 else max(1, int(min(wait, 0.1) * 1000))):
-                self._ready[socket]()
+                self._handlers[socket]()
         if not reported:
             report()
 
 
 def run(args: argparse.Namespace) -> None:
-    """Emulate what the command line asks for. ConfigError or FileError, in one line, when that cannot work."""
+    """Emulate the boards of the command line until the last word, SIGINT or SIGTERM. Raises ConfigError, FileError."""
     context: zmq.Context[Any] = zmq.Context()
     boards: list[EmulatedBoard] = []
     try:
@@ -362,7 +365,7 @@ def run(args: argparse.Namespace) -> None:
             ready[str(io_group)] = dict(zip(("data", "command"), bound, strict=True))
         if args.truth:
             noises = {board.io_group: board.tile.noise for board in boards if isinstance(board, TileBoard)}
-            detector.write_truth(args.truth, args.detector, noises)
+            args.detector.write_truth(args.truth, noises)
         emulator = Emulator(
             boards, wait_for_subscriber=args.wait_for_subscriber, wait_for_go=args.wait_for_go, stay=args.stay
         )
@@ -375,7 +378,7 @@ def run(args: argparse.Namespace) -> None:
             print(json.dumps({"sent": sent, "seconds": round(emulator.seconds, 6)}), flush=True)
 
         catch(stop)
-        print(detector.ready(args.detector, ready), flush=True)
+        print(args.detector.ready_line(ready), flush=True)
         emulator.run(report)
     finally:
         for board in boards:

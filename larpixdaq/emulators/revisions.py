@@ -1,7 +1,7 @@
-"""PACMAN boards by hardware revision: tiles, UARTs, clocks, and the registers of their power supplies.
+"""Hardware revisions of PACMAN boards: tiles, UARTs, clocks, and the registers of their power supplies.
 
-Tiles count from 0 here and io_channels from 1: tile k has io_channels 4k+1 to 4k+4. docs/rehearsal.md says which of
-these properties are choices, because nobody has published what real boards do.
+Tiles count from 0 and io_channels from 1: tile k has io_channels 4k+1 to 4k+4. Some of these properties are choices,
+because the behaviour of real boards is not published; docs/rehearsal.md lists them.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Final, NamedTuple
 
 VDDA, VDDD = 0, 1
 
-#: Makes the value of a register from millivolts and milliamperes.
+#: Computes the value of a register from millivolts and milliamperes.
 Encoder = Callable[[float, float], int]
 
 
 class Rail(NamedTuple):
-    """A supply of a tile; `name` is VDDA or VDDD."""
+    """Supply of a tile; `name` is VDDA or VDDD."""
 
     tile: int
     name: int
 
 
 class EmulatedMonitor(NamedTuple):
-    """A register with a measurement of a rail. Before it answers a `slow` one the server sleeps."""
+    """Register with a measurement of a rail. The server sleeps before it answers a read of a `slow` one."""
 
     rail: Rail
     encode: Encoder
@@ -33,42 +33,44 @@ class EmulatedMonitor(NamedTuple):
 
 @dataclass(frozen=True)
 class EmulatedRevision:
-    """`dacs`, `readbacks` (in bits 31 to 16), `monitors`, `constants`, `scratch`: registers on the I2C bus. All others
-    there read 0.
-
-    `masked`: only the lowest 12 bits of an I2C address count. `crashes_at`: first address at which the server crashes.
-    `fpga_constants`: registers of the FPGA that nobody can write and that are not 0. `tile_clocks`: bits of register
-    0x10; with none of them set no chip has a clock. `receivers`: the register with a bit for each io_channel's
-    receiver, which is on when its bit is `receiver_on`.
-    """
+    """Properties of the boards of one revision."""
 
     tiles: int
     uarts: int
+    #: DAC counts per volt of a supply.
     dac_per_volt: float
+    #: Registers on the I2C bus, by address; all others on it read 0. A readback is in bits 31 to 16.
     dacs: dict[int, list[Rail]]
     monitors: dict[int, EmulatedMonitor]
-    #: The clock that UARTs divide, in Hz, and the ratio at power-up.
-    uart_clock: int = 10_000_000
-    uart_ratio: int = 2
     readbacks: dict[int, Rail] = field(default_factory=dict)
     constants: dict[int, int] = field(default_factory=dict)
     scratch: range = range(0)
+    #: Only the lowest 12 bits of an I2C address count.
     masked: bool = False
+    #: First address at which the command server crashes.
     crashes_at: int | None = None
-    #: Seconds that the server sleeps before it answers a slow monitor.
+    #: Seconds that the server sleeps before it answers a read of a slow monitor.
     slow_read: float = 0.0
+    #: Frequency that the UARTs divide, in Hz, and the ratio at power-up.
+    uart_clock: int = 10_000_000
+    uart_ratio: int = 2
+    #: Read-only registers of the FPGA that are not 0.
     fpga_constants: dict[int, int] = field(default_factory=dict)
-    #: Register 0x14 switches the supplies; 0x101C divides the chips' clock; it masks resets by tile; UARTs can invert.
+    #: Register 0x14 switches the supplies.
     analog_switch: bool = True
+    #: Register 0x101C divides the chips' clock, and masks resets by tile.
     divider: bool = True
     reset_mask: bool = False
+    #: UARTs can invert their lines.
     inversion: bool = True
+    #: Bits of register 0x10 that enable the chips' clocks; without any of them no chip has a clock. 0: always enabled.
     tile_clocks: int = 0
+    #: Register with a bit for the receiver of each io_channel, which is on when its bit is `receiver_on`.
     receivers: int | None = None
     receiver_on: int = 1
 
 
-# Encodings of what boards measure
+# Encodings of measurements
 
 
 def _upper_mv(mv: float, ma: float) -> int:
@@ -96,7 +98,7 @@ def _coulomb_counter(mv: float, ma: float) -> int:
 
 
 def _four_times(mv: float, ma: float) -> int:
-    """The server takes a full scale of 20 A for granted, and it is 5 A."""
+    """Four times the current, because the server assumes a full scale of 20 A and it is 5 A."""
     return round(4 * ma)
 
 
@@ -131,15 +133,15 @@ def _rev3() -> EmulatedRevision:
         tiles=8,
         uarts=32,
         dac_per_volt=25_700.0,
-        dacs=dacs | {0x241B0: rails},  # the last one: all at once
+        dacs=dacs | {0x241B0: rails},  # the last register sets all supplies at once
         monitors=monitors,
         readbacks={0x24190 + n: rail for n, rail in enumerate(rails)},
         crashes_at=0x26000,
     )
 
 
-def _in_rows(tiles: int, vdda_current: Encoder, vddd_current: Encoder) -> EmulatedRevision:
-    """DACs and monitors of revisions 4 and 5: a row of registers for each quantity, a register for each tile."""
+def _revision_with_rows(tiles: int, vdda_current: Encoder, vddd_current: Encoder) -> EmulatedRevision:
+    """DACs and monitors of revisions 4 and 5: a row of registers for each quantity, with one register per tile."""
     dacs, monitors = {}, {}
     for tile in range(tiles):
         vdda, vddd = Rail(tile, VDDA), Rail(tile, VDDD)
@@ -159,8 +161,8 @@ def _in_rows(tiles: int, vdda_current: Encoder, vddd_current: Encoder) -> Emulat
 
 
 def _rev4() -> EmulatedRevision:
-    rows = _in_rows(8, _shunt, _coulomb_counter)
-    return replace(rows, uart_clock=50_000_000, uart_ratio=10, crashes_at=0x25000, slow_read=1.0)
+    revision = _revision_with_rows(8, _shunt, _coulomb_counter)
+    return replace(revision, uart_clock=50_000_000, uart_ratio=10, crashes_at=0x25000, slow_read=1.0)
 
 
 def _rev4_module2() -> EmulatedRevision:
@@ -175,7 +177,7 @@ def _rev4_module2() -> EmulatedRevision:
 
 def _rev5() -> EmulatedRevision:
     return replace(
-        _in_rows(10, _four_times, _four_times),
+        _revision_with_rows(10, _four_times, _four_times),
         constants={0x24220: 5, 0x24221: 2},
         masked=True,
         slow_read=0.01,
@@ -185,6 +187,6 @@ def _rev5() -> EmulatedRevision:
     )
 
 
-#: By what --revision calls them.
+#: Revisions by their names in --revision.
 REVISIONS: Final = {"2": _rev2(), "3": _rev3(), "4": _rev4(), "4m2": _rev4_module2(), "5": _rev5()}
 DEFAULT: Final = "5"

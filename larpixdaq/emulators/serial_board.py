@@ -1,4 +1,4 @@
-"""An emulated serial board: chips behind a pseudo-terminal, frames `s` + packet + `q`, and the commands `c...q`."""
+"""Emulated serial board: chips at a pseudo-terminal, with frames `s` + packet + `q` and commands `c...q`."""
 
 from __future__ import annotations
 
@@ -22,168 +22,69 @@ from larpixdaq.errors import ConfigError
 from larpixdaq.runtime.event_loop import catch
 
 DESCRIPTION = """\
-A board on a serial line, as a pseudo-terminal, with v1 chips unless --chips or --asic say otherwise. At the start it
+A board on a serial line, as a pseudo-terminal, with v1 chips unless --chips or --asic ask for others. At the start it
 prints one JSON line with its path, {"ready": {"1": {"device": "/dev/pts/3"}}}; at the end one with the frames that were
 sent, {"sent": {"1": {"words": 10, "D": 10}}, "seconds": 0.1}. SIGINT and SIGTERM end it cleanly."""
 
+#: Bytes of a frame.
 FRAME: Final = 10
-_START, _STOP, _COMMAND = b"scq"[0], b"scq"[2], b"scq"[1]
-#: Commands by address: ticks for each bit, the length of a reset, in ticks less one, and those that reset the chips.
+_START, _COMMAND, _STOP = b"scq"
+#: Commands by address: ticks for each bit, length of a reset in ticks less one, and resets of the chips.
 _CLOCK_RATIO: Final = 0
 _RESET_LENGTH: Final = 1
 _RESETS: Final = (2, 6)
-#: Ticks.
-_USUAL_RESET: Final = 128
-#: 1,000,000 baud carry so many frames a second.
+#: Ticks of a reset without a command for its length.
+_DEFAULT_RESET: Final = 128
+#: Speed of the line, and bits of a byte on it: 10,000 frames/s.
 BAUD: Final = 1_000_000
-BITS: Final = 10  # of a byte on the line
+BITS: Final = 10
+#: Maximum bytes of a read.
 _READ: Final = 65_536
-#: Bytes that may wait for the line; chips that say more lose it.
+#: Maximum bytes that wait for the line; further frames are lost.
 _QUEUE: Final = 1_000_000
-#: Seconds that whoever opens the terminal gets to set it up; until then it would send back what it is sent.
+#: Seconds after the opening of the terminal in which the host sets it up; until then it echoes what it receives.
 _SETTLE: Final = 0.01
-#: Seconds between two looks at what is to be sent.
+#: Seconds between two turns.
 _TURN: Final = 0.002
 _IO_CHANNEL: Final = 1
-#: Of the line that noise may fill, so that answers get through: chips keep both in one queue.
+#: Maximum share of the line for noise, so that answers are sent too: chips keep both in one queue.
 NOISE_SHARE: Final = 0.9
+#: Default chips: a configuration in larpix-control's package.
 V1_CHIPS: Final = "controller/pcb-1_chip_info.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(io_groups=1)
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another number, other data (default 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random numbers (default 0)")
     parser.add_argument("--baud", type=int, default=BAUD, metavar="B", help="speed of the line (default %(default)d)")
     detector.add_arguments(parser, tile_channels=1)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with status 2 for options that do not go together."""
+    """Check the options, and set `args.detector`. Exits with status 2, or raises ConfigError or FileError."""
     if args.baud < 1:
         parser.error(f"--baud: expected a positive number, found {args.baud}")
     if args.chips is None:
         args.chips = V1_CHIPS if args.asic in (None, "1") else "1"
-    args.power_on = True  # there is nothing to switch
+    args.power_on = True  # a serial board has no supplies to switch
     args.detector = detector.check_arguments(parser, args)
     if len(args.detector.boards) != 1:
-        found = sorted(args.detector.boards)
-        raise ConfigError(f"{args.chips}: a serial line has one io_group, found {found}")
-
-
-class Frames:
-    """Cuts what the host writes into frames of ten bytes, as the board does: it slides over the bytes and takes ten
-    that begin with `s` or `c` and end with `q`."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-        #: Bytes that belonged to no frame.
-        self.skipped = 0
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        data = self._rest + data
-        at = 0
-        while at + FRAME <= len(data):
-            if data[at] in (_START, _COMMAND) and data[at + FRAME - 1] == _STOP:
-                yield data[at : at + FRAME]
-                at += FRAME
-            else:
-                self.skipped += 1
-                at += 1
-        self._rest = data[at:]
-
-
-class SerialLine:
-    """The pseudo-terminal and what waits for it. `sent` counts frames that were handed to it, whole ones.
-
-    While nobody has it open all that is sent is lost, as on a line.
-    """
-
-    def __init__(self, baud: int) -> None:
-        self.master, host = os.openpty()
-        os.set_blocking(self.master, False)
-        self.device = os.ttyname(host)
-        os.close(host)
-        self._poll = select.poll()
-        self._poll.register(self.master, select.POLLIN)
-        self._from: float | None = None  # when somebody listens, since someone has opened it
-        self.sent = 0
-        #: Frames that nobody took, or that found no room.
-        self.lost = 0
-        self._bytes_per_second = baud / BITS
-        self._budget = 0.0
-        self._at = time.monotonic()
-        self._waiting = b""
-        self._written = 0
-
-    def put(self, packets: NDArray[np.uint64]) -> None:
-        room = max(0, _QUEUE - len(self._waiting)) // FRAME
-        self.lost += max(0, len(packets) - room)
-        self._waiting += encode_serial(packets[:room])
-
-    def write(self) -> None:
-        """As much as the line carries by now, and whoever reads takes."""
-        now = time.monotonic()
-        if self._from is None:
-            self.lost += -(-len(self._waiting) // FRAME)
-            self._waiting = b""
-            self._written -= self._written % FRAME  # the rest of that frame is gone
-            self._budget = 0.0
-            return
-        if now < self._from:
-            self._at = now
-            return
-        self._budget = min(self._budget + (now - self._at) * self._bytes_per_second, self._bytes_per_second / 20)
-        self._at = now
-        rest = -self._written % FRAME  # of a frame whose beginning was written
-        part = self._waiting[: max(0, rest + (int(self._budget) - rest) // FRAME * FRAME)]
-        if not part:
-            return
-        try:
-            n = os.write(self.master, part)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EIO):
-                raise
-            n = 0
-        # nobody makes a line wait: whole frames that were not taken are lost
-        self._written += n
-        rest = -self._written % FRAME
-        self.lost += (len(part) - n - rest) // FRAME
-        self._waiting = part[n : n + rest] + self._waiting[len(part) :]
-        self._budget -= len(part)
-        self.sent = self._written // FRAME
-
-    def read(self) -> bytes:
-        """What has come; waits for it, but not long."""
-        events = dict(self._poll.poll(_TURN * 1000)).get(self.master, 0)
-        if events & select.POLLHUP:
-            self._from = None
-            if not events & select.POLLIN:
-                time.sleep(_TURN)  # poll() does not wait for somebody to open it
-        elif self._from is None:
-            self._from = time.monotonic() + _SETTLE
-        try:
-            return os.read(self.master, _READ) if events & select.POLLIN else b""
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EIO):
-                return b""
-            raise
-
-    def close(self) -> None:
-        os.close(self.master)
+        io_groups = sorted(args.detector.boards)
+        raise ConfigError(f"{args.chips}: a serial line has one io_group, found {io_groups}")
 
 
 class SerialBoard:
-    """Chips at a line: frames to them, commands to the board, what they say."""
+    """Chips at a serial line: passes frames on to the chips, executes commands, and sends the chips' packets."""
 
     def __init__(self, tile: EmulatedTile, line: SerialLine) -> None:
         self.tile = tile
         self.line = line
         self.commands = 0
-        self._reset_length = _USUAL_RESET
+        self._reset_length = _DEFAULT_RESET
         self._frames = Frames()
 
-    def heard(self, data: bytes) -> None:
-        """Bytes from the host; words in a row go to the chips together."""
+    def receive(self, data: bytes) -> None:
+        """Process bytes from the host. Consecutive words go to the chips together."""
         words: list[bytes] = []
         for frame in self._frames.feed(data):
             if frame[0] == _START:
@@ -208,7 +109,8 @@ class SerialBoard:
             self.tile.transmit(board_words)
 
     def turn(self) -> None:
-        self.line.put(self.tile.take())
+        """Send the chips' packets."""
+        self.line.enqueue(self.tile.take_packets())
         self.line.write()
 
     def counts(self) -> dict[str, int]:
@@ -216,15 +118,119 @@ class SerialBoard:
         return {"words": self.line.sent, "D": self.line.sent} | own | self.tile.counts()
 
 
+class Frames:
+    """Cuts bytes of the host into frames of ten bytes, from `s` or `c` to `q`. Other bytes are skipped."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        #: Number of bytes outside of frames.
+        self.skipped = 0
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield the complete frames."""
+        data = self._rest + data
+        start = 0
+        while start + FRAME <= len(data):
+            if data[start] in (_START, _COMMAND) and data[start + FRAME - 1] == _STOP:
+                yield data[start : start + FRAME]
+                start += FRAME
+            else:
+                self.skipped += 1
+                start += 1
+        self._rest = data[start:]
+
+
+class SerialLine:
+    """Pseudo-terminal with the speed of a serial line, and the queue of bytes to send.
+
+    While no host has it open, all frames are lost, as on a real line. `sent`: whole frames written. `lost`: frames
+    that the host did not read in time, or that the queue could not take.
+    """
+
+    def __init__(self, baud: int) -> None:
+        self.master, host = os.openpty()
+        os.set_blocking(self.master, False)
+        self.device = os.ttyname(host)
+        os.close(host)
+        self._poll = select.poll()
+        self._poll.register(self.master, select.POLLIN)
+        self._open_since: float | None = None  # time at which the host has set it up
+        self.sent = 0
+        self.lost = 0
+        self._bytes_per_second = baud / BITS
+        self._budget = 0.0  # bytes that the line carries now
+        self._updated = time.monotonic()
+        self._queue = b""
+        self._written = 0
+
+    def enqueue(self, packets: NDArray[np.uint64]) -> None:
+        """Enqueue one frame per packet."""
+        free = max(0, _QUEUE - len(self._queue)) // FRAME
+        self.lost += max(0, len(packets) - free)
+        self._queue += encode_serial(packets[:free])
+
+    def write(self) -> None:
+        """Write the queued bytes that the line carries now and the host takes."""
+        now = time.monotonic()
+        if self._open_since is None:
+            self.lost += -(-len(self._queue) // FRAME)
+            self._queue = b""
+            self._written -= self._written % FRAME  # the rest of that frame is lost
+            self._budget = 0.0
+            return
+        if now < self._open_since:
+            self._updated = now
+            return
+        self._budget = min(self._budget + (now - self._updated) * self._bytes_per_second, self._bytes_per_second / 20)
+        self._updated = now
+        rest = -self._written % FRAME  # of a frame whose first bytes were written
+        part = self._queue[: max(0, rest + (int(self._budget) - rest) // FRAME * FRAME)]
+        if not part:
+            return
+        try:
+            n = os.write(self.master, part)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EIO):
+                raise
+            n = 0
+        # whole frames that the host did not take are lost, because a line does not wait
+        self._written += n
+        rest = -self._written % FRAME
+        self.lost += (len(part) - n - rest) // FRAME
+        self._queue = part[n : n + rest] + self._queue[len(part) :]
+        self._budget -= len(part)
+        self.sent = self._written // FRAME
+
+    def read(self) -> bytes:
+        """Read bytes of the host, and wait for them at most _TURN seconds."""
+        events = dict(self._poll.poll(_TURN * 1000)).get(self.master, 0)
+        if events & select.POLLHUP:
+            self._open_since = None
+            if not events & select.POLLIN:
+                time.sleep(_TURN)  # poll() does not wait while no host has the terminal open
+        elif self._open_since is None:
+            self._open_since = time.monotonic() + _SETTLE
+        try:
+            return os.read(self.master, _READ) if events & select.POLLIN else b""
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EIO):
+                return b""
+            raise
+
+    def close(self) -> None:
+        os.close(self.master)
+
+
 def run(args: argparse.Namespace) -> None:
-    """Emulate what the command line asks for, until SIGINT or SIGTERM."""
-    ((io_group, _),) = args.detector.boards.items()
-    noise = detector.make(args, args.detector, io_group)
-    # no heartbeats here: a serial line carries packets alone
+    """Emulate the board of the command line until SIGINT or SIGTERM."""
+    (io_group,) = args.detector.boards
+    noise = detector.make_noise(args, args.detector, io_group)
     carries = int(args.baud / BITS / FRAME * NOISE_SHARE) or 1
-    tile = EmulatedTile(noise, seconds=0, tick=0, heartbeat=0, carries=carries, losses=detector.losses(args, io_group))
+    losses = detector.make_losses(args, io_group)
+    # no heartbeats, because a serial line carries packets alone
+    tile = EmulatedTile(noise, seconds=0, tick=0, heartbeat=0, carries=carries, losses=losses)
     if args.truth:
-        detector.write_truth(args.truth, args.detector, {io_group: noise})
+        args.detector.write_truth(args.truth, {io_group: noise})
     stopped = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -235,12 +241,12 @@ def run(args: argparse.Namespace) -> None:
     try:
         catch(stop)
         board = SerialBoard(tile, line)
-        print(detector.ready(args.detector, {str(io_group): {"device": line.device}}), flush=True)
-        began = time.monotonic()
+        print(args.detector.ready_line({str(io_group): {"device": line.device}}), flush=True)
+        start = time.monotonic()
         while not stopped:
             board.turn()
-            board.heard(line.read())
-        said = {str(io_group): board.counts()}
-        print(json.dumps({"sent": said, "seconds": round(time.monotonic() - began, 6)}), flush=True)
+            board.receive(line.read())
+        sent = {str(io_group): board.counts()}
+        print(json.dumps({"sent": sent, "seconds": round(time.monotonic() - start, 6)}), flush=True)
     finally:
         line.close()

@@ -1,6 +1,6 @@
-"""A board with chips: its clock, what is sent to them, and the words that they and the board send.
+"""Emulated board with chips: its clock, words to the chips, and the words and data messages of chips and board.
 
-Packets and PACMAN data messages (legacy format) from arrays.
+Messages have the legacy format of PACMAN boards.
 """
 
 from __future__ import annotations
@@ -29,162 +29,51 @@ from larpixdaq.emulators.board_registers import (
     BoardRegisters,
 )
 from larpixdaq.emulators.chips import SUPPLIES
-from larpixdaq.emulators.noise import Noise
+from larpixdaq.emulators.noise import TICKS, Noise
 from larpixdaq.emulators.revisions import VDDA, VDDD, Rail
 from larpixdaq.schema import ASICS, SPAN
 
-#: The words of a board: bytes 0 to 7, the packet (bytes 8 to 15), and when it came, in ticks.
+#: A word of a board: its bytes 0 to 7, its packet (bytes 8 to 15), and the tick at which the board received it.
 WORD: Final = np.dtype([("head", "<u8"), ("packet", "<u8"), ("tick", "<i8")])
-MOST_WORDS: Final = 65_535
-TICKS: Final = 10_000_000  # a second
-_HEARTBEAT_ON: Final = 0b010
-_RESET: Final = 0b100
-#: What a board keeps until it can send it, as the memory of a PACMAN does (words).
+#: Maximum words of a message.
+MAX_WORDS: Final = 65_535
+#: Words that a board keeps until it can send them: the memory of a PACMAN.
 MEMORY: Final = 1_966_080
 #: Ticks from the chip to the board; recorded runs have a median of 293.
 LATENCY: Final = 290
 #: Bits of a word on an io_channel: 64, start and stop.
 UART_BITS: Final = 66
-#: The io_channel that stands for all of them, towards the chips.
-EVERY_CHANNEL: Final = 255
-#: Words that a chip keeps until the line carries them: all of its channels may say something at once.
+#: The io_channel of words that the board sends to the chips of all io_channels.
+ALL_CHANNELS: Final = 255
+#: Words that a chip keeps until its line carries them.
 FIFO: Final = 2_048
-#: Where the registers of a bank are that decide about lines: of UARTs, the tiles' clocks, its divider, and receivers.
-_LINE_REGISTERS: Final = (CLOCK_RATIO, INVERSION)
-#: What a board takes in one look, for what all its io_channels can carry on average.
+#: Maximum hits that a board takes, in multiples of what all its io_channels carry on average.
 _SLACK: Final = 1.2
-#: Ticks between two looks at the chips' noise.
-LOOK: Final = 50_000
-#: Hits that one look takes, at most: what is made must also be sent, by the same processor.
-MOST_AT_ONCE: Final = 65_536
-#: Seconds until the next turn when nothing comes by itself but heartbeats.
+#: Minimum ticks between two generations of hits.
+GENERATION_TICKS: Final = 50_000
+#: Maximum hits of a generation, because the same processor must also send them.
+MAX_HITS: Final = 65_536
+#: Seconds until the next turn when only heartbeats are due.
 IDLE: Final = 0.1
-#: Ticks between two heartbeats or triggers of the board, at least, whatever its registers say.
-LEAST_PERIOD: Final = 1_000
-#: Board registers count ticks of 100 MHz.
+#: Minimum ticks between two heartbeats or triggers of the board, whatever its registers ask for.
+MIN_PERIOD: Final = 1_000
+_DEFAULT_HEARTBEAT: Final = 10 * TICKS
+#: Ticks of the board registers' 100 MHz clock in a tick of 10 MHz.
 _FAST: Final = 10
-
-
-def make_packets(
-    asic: str,
-    chip_ids: NDArray[Any],
-    channels: NDArray[Any],
-    ticks: NDArray[Any],
-    adc: NDArray[Any],
-    triggers: NDArray[Any],
-    full: NDArray[np.bool_] | bool = False,
-) -> NDArray[np.uint64]:
-    """Data packets (u8) of chips of this generation; `full`: they say that a FIFO is full."""
-    flag = np.asarray(full, np.uint64)
-    chip, channel, tick, dataword, trigger = (
-        part.astype(np.uint64) for part in (chip_ids, channels, ticks, adc, triggers)
-    )
-
-    def at(part: NDArray[np.uint64], bit: int, bits: int) -> NDArray[np.uint64]:
-        shifted: NDArray[np.uint64] = (part & np.uint64((1 << bits) - 1)) << np.uint64(bit)
-        return shifted
-
-    words = at(chip, 2, 8) | at(channel, 10, 7 if asic == "1" else 6)
-    if asic == "1":
-        words |= at(tick >> np.uint64(1), 17, 24) | at(dataword, 41, 10) | flag << np.uint64(52)
-    elif asic == "3":
-        words |= np.uint64(1) | at(tick, 16, 28) | at(dataword, 46, 10)
-    else:
-        words |= at(tick, 16, 31) | np.uint64(1 << 47) | at(dataword, 48, 8)  # each is the first of its burst
-    if asic != "1":
-        words |= at(trigger, 56, 2) | flag << np.uint64(59) | np.uint64(1 << 62)
-    return parity(words, asic=ASICS[asic])
-
-
-def data_words(io_channels: NDArray[Any], packets: NDArray[Any], ticks: Any, period: int) -> NDArray[Any]:
-    """D words of these packets; the board's clock begins anew after `period` ticks."""
-    words = np.empty(len(packets), WORD)
-    words["tick"] = ticks
-    words["packet"] = packets
-    receipt = (words["tick"] % period).astype(np.uint64)
-    words["head"] = np.uint64(ord("D")) | io_channels.astype(np.uint64) << np.uint64(8) | receipt << np.uint64(16)
-    return words
-
-
-def event_word(kind: bytes, what: int, tick: int, stamp: int) -> NDArray[Any]:
-    """An S or T word of sync type or trigger bits `what`."""
-    return np.array([(kind[0] | what << 8 | stamp << 32, 0, tick)], WORD)
-
-
-def make_messages(
-    words: NDArray[Any], per_message: int, window: int, seconds: int
-) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-    """These words in messages: buffer and spans. `seconds`: unix seconds at tick 0.
-
-    Each holds `per_message` words; with 0 a message ends where `window` ticks pass without a word.
-    """
-    n = len(words)
-    place = np.arange(n)
-    if per_message:
-        first = place[::per_message]
-    else:
-        pauses = np.diff(words["tick"]) > window
-        first = np.flatnonzero(np.concatenate(([True], pauses | (place[1:] % MOST_WORDS == 0))))
-    counts = np.diff(first, append=n)
-    message = np.repeat(np.arange(len(first)), counts)
-    buffer = np.empty(2 * n + len(first), np.uint64)
-    starts = 2 * first + np.arange(len(first))
-    sent_at = (seconds + words["tick"][first] // TICKS).astype(np.uint64) & np.uint64(0xFFFFFFFF)
-    buffer[starts] = np.uint64(ord("D")) | sent_at << np.uint64(8) | counts.astype(np.uint64) << np.uint64(48)
-    at = 2 * place + message + 1
-    buffer[at] = words["head"]
-    buffer[at + 1] = words["packet"]
-    spans = np.empty(len(first), SPAN)
-    spans["start"] = 8 * starts
-    spans["length"] = 8 + 16 * counts
-    return buffer.view(np.uint8), spans
-
-
-def _multiples(period: int, since: int, now: int) -> range:
-    """Those after tick `since` up to `now`; none of 0."""
-    return range(since // period * period + period, now + 1, period) if period else range(0)
-
-
-class Losses:
-    """What becomes of configuration words on their way: each 512th to the chips lost with `bug_512`; of the answers the
-    fraction `lose` lost, `double` sent twice. `count` says how many."""
-
-    def __init__(self, *, bug_512: bool = False, lose: float = 0.0, double: float = 0.0, seed: int = 0) -> None:
-        self.count = {"words_lost": 0, "answers_lost": 0, "answers_doubled": 0}
-        self._bug_512 = bug_512
-        self._lose = lose
-        self._double = double
-        self._sent = 0
-        self._random = np.random.default_rng([seed, 5])
-
-    def sent(self, words: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        nth = self._sent + 1 + np.arange(len(words))
-        self._sent += len(words)
-        if not self._bug_512:
-            return words
-        there = nth % 512 != 0
-        self.count["words_lost"] += int((~there).sum())
-        arrived: NDArray[np.uint8] = words[there]
-        return arrived
-
-    def answered(self, words: NDArray[Any]) -> NDArray[Any]:
-        if not self._lose and not self._double:
-            return words
-        fate = self._random.random(len(words))
-        lost = fate < self._lose
-        twice = ~lost & (fate < self._lose + self._double)
-        self.count["answers_lost"] += int(lost.sum())
-        self.count["answers_doubled"] += int(twice.sum())
-        return np.repeat(words, np.where(lost, 0, 1 + twice))
+#: Bits of the clock control register.
+_HEARTBEAT_ON: Final = 0b010
+_RESET: Final = 0b100
+#: Registers of a UART that change its line.
+_LINE_REGISTERS: Final = (CLOCK_RATIO, INVERSION)
 
 
 class EmulatedTile:
-    """What is behind a board's sockets, in the manner of emulate.PacmanBoard (`Words`).
+    """Chips and clock of a board; a `MessageSource` of the words that they send.
 
-    `tick`: where the clock of 10 MHz begins; the time is that of time.monotonic(). `heartbeat`: ticks between
-    two of its sync words, 0 for none. `registers`: those of a PACMAN, which decide about power, resets, lines and
-    triggers; without them chips are as they were made, and an io_channel takes `carries` hits each second. `losses`:
-    what becomes of configuration words on their way.
+    `seconds`: unix time at tick 0. `tick`: start of the 10 MHz clock, which follows time.monotonic(). `pps`: the clock
+    restarts each second. `heartbeat`: ticks between heartbeats, 0 for none. `registers`: those of a PACMAN, which set
+    power, resets, lines and triggers; without them the chips keep their power, and an io_channel carries `carries`
+    hits/s.
     """
 
     def __init__(
@@ -194,7 +83,7 @@ class EmulatedTile:
         seconds: int,
         tick: int,
         pps: bool = False,
-        heartbeat: int = 10 * TICKS,
+        heartbeat: int = _DEFAULT_HEARTBEAT,
         carries: int = 0,
         losses: Losses | None = None,
         registers: BoardRegisters | None = None,
@@ -207,29 +96,29 @@ class EmulatedTile:
         self.spans: NDArray[Any] = np.zeros(0, SPAN)
         self.full = 0
         self.left = True
-        #: Words that came when the board's memory was full, and hits that found no room on the chips' io_channels.
+        #: Words lost because the board's memory was full, and hits lost because the io_channels carry no more.
         self.overflowed = 0
         self.crowded = 0
         self._seconds = seconds
         self._zero = time.monotonic() - tick / TICKS
         self._period = TICKS if pps else 1 << 32
         self._heartbeat = heartbeat
-        self._trigger = 0  # ticks between two, 0: none
-        self._trigger_every = TICKS // 10
-        self._looked = tick
-        self._most_room = FIFO * len(self.chips.keys)
-        self._room = float(self._most_room)  # words that would find a way out now, or room in a chip
+        self._trigger = 0  # ticks between two triggers, 0 while they are off
+        self._trigger_period = TICKS // 10
+        self._generated = tick  # tick up to which hits and events were generated
+        self._max_capacity = FIFO * len(self.chips.keys)
+        self._capacity = float(self._max_capacity)  # words that chips and io_channels can take now
         self._carries = np.zeros(256, np.int64)  # by io_channel
         self._io_channels = sorted({io_channel for io_channel, _ in self.chips.keys})
         self._carries[self._io_channels] = carries
-        self._waiting: deque[NDArray[Any]] = deque()
-        self._n_waiting = 0
-        self._new_lines = False
+        self._queue: deque[NDArray[Any]] = deque()
+        self._n_queued = 0
+        self._lines_changed = False
         self._registers = registers
         if registers:
-            registers.changed = self._changed
-            self.chips.power(self._powered(registers), tick)
-            self._lines(registers)
+            registers.on_change = self._register_changed
+            self.chips.power(self._tiles_with_power(registers), tick)
+            self._set_lines(registers)
 
     @property
     def tick(self) -> int:
@@ -244,198 +133,198 @@ class EmulatedTile:
 
     def restart(self) -> None:
         self._zero = time.monotonic()
-        self._looked = 0
+        self._generated = 0
         self._seconds = 0
-        self.chips.began.fill(0)
+        self.chips.clock_start.fill(0)
 
     def set_ticks_per_bit(self, io_channel: int, ticks: int) -> None:
-        """Of the UART of a board that has no registers for it."""
+        """Set the speed of a line of a board without registers, in ticks of the chips' clock for each bit."""
         self.chips.network.ticks_per_bit[io_channel] = ticks
-        self.chips.network.changed_all()
-        self._new_lines = True
+        self.chips.network.invalidate()
+        self._lines_changed = True
 
     def transmit(self, words: NDArray[np.uint8]) -> None:
-        """Words to the chips, shape (N, 16), in order."""
-        words = self._spread(self.losses.sent(words))
-        sent = np.ascontiguousarray(words[:, 8:]).view(np.uint64)[:, 0]
-        answers, channels = self.chips.send(sent, np.ascontiguousarray(words[:, 1]))
-        said = data_words(channels, answers, self.tick, self._period)
-        self._keep(self.losses.answered(said))
+        """Send words, shape (N, 16), to the chips, in order."""
+        words = self._expand_broadcasts(self.losses.lose_words(words))
+        packets = np.ascontiguousarray(words[:, 8:]).view(np.uint64)[:, 0]
+        answers, channels = self.chips.send(packets, np.ascontiguousarray(words[:, 1]))
+        self._enqueue(self.losses.change_answers(data_words(channels, answers, self.tick, self._period)))
 
-    def _spread(self, words: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """These words, with one for each io_channel in place of those that go to all of them."""
-        to_all = words[:, 1] == EVERY_CHANNEL
+    def _expand_broadcasts(self, words: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Replace each word to all io_channels by one word for each io_channel."""
+        to_all = words[:, 1] == ALL_CHANNELS
         if not to_all.any():
             return words
         copies = np.where(to_all, len(self._io_channels), 1)
-        spread = np.repeat(words, copies, axis=0)
-        spread[np.repeat(to_all, copies), 1] = np.tile(self._io_channels, np.count_nonzero(to_all))
-        return spread
+        expanded = np.repeat(words, copies, axis=0)
+        expanded[np.repeat(to_all, copies), 1] = np.tile(self._io_channels, np.count_nonzero(to_all))
+        return expanded
 
-    def _changed(self, register: int, before: int, value: int) -> None:
-        """A register of the board was written."""
+    def _register_changed(self, register: int, old: int, value: int) -> None:
+        """Apply a write to a register of the board."""
         assert self._registers
         if register in (TILE_ENABLE, ANALOG_POWER) or register >= I2C:
-            self._power(self._powered(self._registers))
+            self._power(self._tiles_with_power(self._registers))
         elif register == CLOCK_CONTROL:
-            if value & ~before & _RESET:
+            if value & ~old & _RESET:
                 self.reset(self._registers[RESET_CYCLES], self._registers.reset_tiles())
-            self._heartbeat = (self._heartbeat or 10 * TICKS) if value & _HEARTBEAT_ON else 0
+            self._heartbeat = (self._heartbeat or _DEFAULT_HEARTBEAT) if value & _HEARTBEAT_ON else 0
         elif register == HEARTBEAT_CYCLES and self._heartbeat:
-            self._heartbeat = max(LEAST_PERIOD, value // _FAST)
+            self._heartbeat = max(MIN_PERIOD, value // _FAST)
         elif register == TRIGGER_CONTROL:
-            self._trigger = self._trigger_every if value & 1 else 0
+            self._trigger = self._trigger_period if value & 1 else 0
         elif register == TRIGGER_CYCLES:
-            self._trigger_every = max(LEAST_PERIOD, value // _FAST)
-            self._trigger = self._trigger and self._trigger_every
+            self._trigger_period = max(MIN_PERIOD, value // _FAST)
+            self._trigger = self._trigger and self._trigger_period
         receivers = self._registers.revision.receivers
         if register == receivers or (register < I2C and register % BANK in _LINE_REGISTERS):
-            self._lines(self._registers)
+            self._set_lines(self._registers)
 
-    def _powered(self, registers: BoardRegisters) -> int:
-        """The tiles whose supplies are high enough for their chips, a bit each."""
-        least = SUPPLIES[self.chips.asic].least
+    def _tiles_with_power(self, registers: BoardRegisters) -> int:
+        """Mask of the tiles whose supplies are high enough for their chips."""
+        minimum = SUPPLIES[self.chips.asic].minimum
         tiles = 0
         for tile in range(registers.revision.tiles):
             volts = (registers.volts(Rail(tile, VDDA)), registers.volts(Rail(tile, VDDD)))
-            tiles |= (volts[0] >= least[0] and volts[1] >= least[1]) << tile
+            tiles |= (volts[0] >= minimum[0] and volts[1] >= minimum[1]) << tile
         return tiles
 
     def _power(self, tiles: int) -> None:
-        if tiles != self.chips.tiles:
-            self._catch_up(now := self.tick)
+        if tiles != self.chips.powered_tiles:
+            self._generate_until(now := self.tick)
             self.chips.power(tiles, now)
 
     def reset(self, length: int, tiles: int = -1) -> None:
-        """A reset of so many ticks comes to the chips of these tiles, a bit each."""
-        self._catch_up(now := self.tick)
+        """Reset the chips on these tiles (mask) for `length` ticks of their clock."""
+        self._generate_until(now := self.tick)
         self.chips.reset(length, now, tiles)
 
-    def _lines(self, registers: BoardRegisters) -> None:
+    def _set_lines(self, registers: BoardRegisters) -> None:
         network = self.chips.network
         for io_channel in self._io_channels:
-            ratio = max(1, registers.ratio(io_channel))
+            ratio = max(1, registers.clock_ratio(io_channel))
             self._carries[io_channel] = registers.revision.uart_clock // (ratio * UART_BITS)
-            line = registers.line(io_channel)
+            line = registers.uart_line(io_channel)
             network.to_chips[io_channel], network.from_chips[io_channel], network.ticks_per_bit[io_channel] = line
-        network.changed_all()
-        self._new_lines = True
+        network.invalidate()
+        self._lines_changed = True
 
-    def waiting(self) -> int:
-        """Words that could be sent now."""
+    def queued_words(self) -> int:
+        """Generate what is due, and return the number of words that could be sent now."""
         now = self.tick
-        if now - self._looked >= LOOK and self._n_waiting < MOST_AT_ONCE:
-            self._catch_up(now)
-        return self._n_waiting
+        if now - self._generated >= GENERATION_TICKS and self._n_queued < MAX_HITS:
+            self._generate_until(now)
+        return self._n_queued
 
-    def _catch_up(self, now: int) -> None:
-        self._update()
-        # one that was kept from looking for long does not make up for all of it
-        self._look(max(self._looked, now - TICKS), now)
-        self._looked = now
+    def _generate_until(self, now: int) -> None:
+        self._update_shares()
+        # at most the last second: after a longer pause the rest is not made up for
+        self._generate(max(self._generated, now - TICKS), now)
+        self._generated = now
 
     @property
     def busy(self) -> bool:
-        """Whether words may come by themselves at any moment."""
+        """Whether hits or triggers may come at any moment."""
         return self.noise.busy or self._trigger > 0
 
-    def _look(self, since: int, now: int) -> None:
-        """What came by itself, after tick `since` up to `now`."""
-        found = []
-        for tick in _multiples(self._period, since, now):
-            found.append(event_word(b"S", ord("S"), tick, min(self._period, 0xFFFFFFFF)))
-        for tick in _multiples(self._heartbeat, since, now):
-            found.append(event_word(b"S", ord("H"), tick, tick % self._period))
-        for tick in _multiples(self._trigger, since, now):
-            found += [event_word(b"T", 1, tick, tick % self._period), self._words(self.noise.external(tick))]
-        carried = _SLACK * self._carries.sum() * (now - since) / TICKS
-        self._room = min(self._room + carried, max(carried, self._most_room))
+    def _generate(self, start: int, end: int) -> None:
+        """Enqueue syncs, heartbeats, triggers and hits after tick `start`, up to `end`."""
+        parts = []
+        for tick in _multiples(self._period, start, end):
+            parts.append(event_word(b"S", ord("S"), tick, min(self._period, 0xFFFFFFFF)))
+        for tick in _multiples(self._heartbeat, start, end):
+            parts.append(event_word(b"S", ord("H"), tick, tick % self._period))
+        for tick in _multiples(self._trigger, start, end):
+            parts += [event_word(b"T", 1, tick, tick % self._period), self._hit_words(self.noise.external(tick))]
+        carried = _SLACK * self._carries.sum() * (end - start) / TICKS
+        self._capacity = min(self._capacity + carried, max(carried, self._max_capacity))
         if self.noise.busy:
-            hits, lost, more = self.noise.hits(since, now, min(int(self._room), MOST_AT_ONCE))
-            self._room -= len(hits)
-            self.crowded += lost + more
+            hits, lost, excess = self.noise.hits(start, end, min(int(self._capacity), MAX_HITS))
+            self._capacity -= len(hits)
+            self.crowded += lost + excess
             if len(hits):
-                found.append(self._words(hits, crowded=more > 0))
-        if found:
-            words = np.concatenate(found)
-            self._keep(words[np.argsort(words["tick"], kind="stable")])
+                parts.append(self._hit_words(hits, full=excess > 0))
+        if parts:
+            words = np.concatenate(parts)
+            self._enqueue(words[np.argsort(words["tick"], kind="stable")])
 
-    def _words(self, hits: NDArray[Any], *, crowded: bool = False) -> NDArray[Any]:
-        """D words of those hits that have a way out; those that others found no room beside say so."""
-        io_channels = self.chips.channels_of(hits["chip"])
-        out = io_channels >= 0
-        hits, io_channels = hits[out], io_channels[out]
-        full = (self.noise.share[hits["chip"]] < 1) | crowded
-        ids, asic = self.chips.ids()[hits["chip"]], self.chips.asic
-        stamps = self._stamps(hits["tick"] - LATENCY, self.chips.began[hits["chip"]])
-        made = make_packets(asic, ids, hits["channel"], stamps, hits["adc"], hits["trigger"], full)
-        self.full += int(full.sum())
-        return data_words(io_channels, made, hits["tick"], self._period)
+    def _hit_words(self, hits: NDArray[Any], *, full: bool = False) -> NDArray[Any]:
+        """Return the D words of those hits that reach the board.
 
-    def _stamps(self, ticks: NDArray[Any], began: NDArray[Any]) -> NDArray[Any]:
-        """The chips' clocks at these ticks of the board. A board that resets its own each second resets them too."""
+        Their FIFO-full flag is set if `full`, and for chips that lose hits because their io_channel carries no more.
+        """
+        io_channels = self.chips.exit_channels(hits["chip"])
+        connected = io_channels >= 0
+        hits, io_channels = hits[connected], io_channels[connected]
+        flags = (self.noise.share[hits["chip"]] < 1) | full
+        ids, asic = self.chips.chip_ids()[hits["chip"]], self.chips.asic
+        stamps = self._timestamps(hits["tick"] - LATENCY, self.chips.clock_start[hits["chip"]])
+        packets = make_packets(asic, ids, hits["channel"], stamps, hits["adc"], hits["trigger"], flags)
+        self.full += int(flags.sum())
+        return data_words(io_channels, packets, hits["tick"], self._period)
+
+    def _timestamps(self, ticks: NDArray[Any], clock_start: NDArray[Any]) -> NDArray[Any]:
+        """Return the chips' clocks at ticks of the board. A board whose clock restarts each second restarts theirs."""
         if self._period == TICKS:
-            began = np.maximum(began, ticks // TICKS * TICKS)
-        stamps: NDArray[Any] = np.maximum(ticks - began, 0)
+            clock_start = np.maximum(clock_start, ticks // TICKS * TICKS)
+        stamps: NDArray[Any] = np.maximum(ticks - clock_start, 0)
         return stamps
 
-    def _update(self) -> None:
-        if self.noise.update() or self._new_lines:
-            self._new_lines = False
-            self._crowd()
-
-    def _crowd(self) -> None:
-        """Each io_channel carries the same part of what each of its chips sends by itself."""
-        ways = self.chips.channels_of(np.arange(len(self.chips.keys)))
-        out = ways >= 0
-        load = np.bincount(ways[out], self.noise.rates.sum(1)[out], len(self._carries))
+    def _update_shares(self) -> None:
+        """Update the fraction of hits that io_channels carry: the same for all chips of an io_channel."""
+        if not self.noise.update() and not self._lines_changed:
+            return
+        self._lines_changed = False
+        io_channels = self.chips.exit_channels(np.arange(len(self.chips.keys)))
+        connected = io_channels >= 0
+        load = np.bincount(io_channels[connected], self.noise.rates.sum(1)[connected], len(self._carries))
         share = np.minimum(1.0, self._carries / np.maximum(load, 1.0))
-        self.noise.carry(np.where(out, share[ways], 0.0))
+        self.noise.set_share(np.where(connected, share[io_channels], 0.0))
 
     def _pulse(self, chip: int, step: int) -> None:
-        self._update()
-        self._keep(self._words(self.noise.pulse(chip, step, self.tick)))
+        self._update_shares()
+        self._enqueue(self._hit_words(self.noise.pulse(chip, step, self.tick)))
 
-    def _keep(self, words: NDArray[Any]) -> None:
-        room = MEMORY - self._n_waiting
-        if len(words) > room:
-            self.overflowed += len(words) - room
-            words = words[:room]
+    def _enqueue(self, words: NDArray[Any]) -> None:
+        free = MEMORY - self._n_queued
+        if len(words) > free:
+            self.overflowed += len(words) - free
+            words = words[:free]
         if len(words):
-            self._waiting.append(words)
-            self._n_waiting += len(words)
+            self._queue.append(words)
+            self._n_queued += len(words)
 
-    def take(self) -> NDArray[np.uint64]:
-        """The packets of all words that could be sent now, for boards that send packets alone."""
-        if not self.waiting():
+    def take_packets(self) -> NDArray[np.uint64]:
+        """Remove all queued words and return their packets, for boards that send packets alone."""
+        if not self.queued_words():
             return np.zeros(0, np.uint64)
-        waiting, self._waiting, self._n_waiting = self._waiting, deque(), 0
-        return np.concatenate([words["packet"][words["head"] & np.uint64(0xFF) == ord("D")] for words in waiting])
+        queue, self._queue, self._n_queued = self._queue, deque(), 0
+        return np.concatenate([words["packet"][words["head"] & np.uint64(0xFF) == ord("D")] for words in queue])
 
     def counts(self) -> dict[str, int]:
-        """What did not come through, and why."""
+        """Return the numbers of words that were lost or doubled, by cause."""
         own = {"overflowed": self.overflowed, "crowded": self.crowded}
-        return own | self.chips.count() | self.losses.count
+        return own | self.chips.counts() | self.losses.counts
 
     def fill(self, words: int, per_message: int = 0, window: int = SERVICE_TICKS) -> int:
-        """Make the next messages, of at most `words` waiting words, the ones at `spans` of `buffer`; how many."""
+        """Move at most `words` queued words into messages, in `buffer` at `spans`. Returns the number of messages."""
         parts = []
-        while words and self._waiting:
-            first = self._waiting.popleft()
+        while words and self._queue:
+            first = self._queue.popleft()
             if len(first) > words:
-                self._waiting.appendleft(first[words:])
+                self._queue.appendleft(first[words:])
             parts.append(first[:words])
             words -= len(parts[-1])
         if not parts:
             return 0
-        made = np.concatenate(parts)
-        self._n_waiting -= len(made)
-        self.buffer, self.spans = make_messages(made, per_message, window, self._seconds)
+        content = np.concatenate(parts)
+        self._n_queued -= len(content)
+        self.buffer, self.spans = make_messages(content, per_message, window, self._seconds)
         return len(self.spans)
 
 
 class TileBoard(EmulatedBoard):
-    """A board whose chips and registers decide what is to be sent, and when."""
+    """Emulated board that sends the words of its chips, at their rates."""
 
     def __init__(self, io_group: int, tile: EmulatedTile, registers: BoardRegisters, **options: Any) -> None:
         super().__init__(io_group, tile, registers, rate=None, transmit=tile.transmit, **options)
@@ -445,11 +334,129 @@ class TileBoard(EmulatedBoard):
         return super().counts() | self.tile.counts()
 
     def _make(self, now: float) -> float:
-        words = self.tile.waiting()
-        if not words:
-            return LOOK / TICKS if self.tile.busy else IDLE
-        most = max(BATCH, self._per_message)
-        words = min(words, most) if self._left is None else min(words, most, self._left)
-        self._behind = self.tile.waiting() > words
+        queued = self.tile.queued_words()
+        if not queued:
+            return GENERATION_TICKS / TICKS if self.tile.busy else IDLE
+        limit = max(BATCH, self._per_message)
+        words = min(queued, limit) if self._remaining is None else min(queued, limit, self._remaining)
+        self._overdue = queued > words
         self._take(words, SERVICE_TICKS)
         return 0.0
+
+
+class Losses:
+    """Losses of configuration words: each 512th to the chips with `bug_512`, and fractions of the answers.
+
+    `lose`: fraction of answers lost. `double`: fraction of answers sent twice. `counts`: words that were affected.
+    """
+
+    def __init__(self, *, bug_512: bool = False, lose: float = 0.0, double: float = 0.0, seed: int = 0) -> None:
+        self.counts = {"words_lost": 0, "answers_lost": 0, "answers_doubled": 0}
+        self._bug_512 = bug_512
+        self._lose = lose
+        self._double = double
+        self._words = 0
+        self._random = np.random.default_rng([seed, 5])
+
+    def lose_words(self, words: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return those of the next words to the chips that arrive."""
+        nth = self._words + 1 + np.arange(len(words))
+        self._words += len(words)
+        if not self._bug_512:
+            return words
+        arrives = nth % 512 != 0
+        self.counts["words_lost"] += int((~arrives).sum())
+        arrived: NDArray[np.uint8] = words[arrives]
+        return arrived
+
+    def change_answers(self, words: NDArray[Any]) -> NDArray[Any]:
+        """Return the answers without the lost ones, and with doubled ones twice."""
+        if not self._lose and not self._double:
+            return words
+        fate = self._random.random(len(words))
+        lost = fate < self._lose
+        doubled = ~lost & (fate < self._lose + self._double)
+        self.counts["answers_lost"] += int(lost.sum())
+        self.counts["answers_doubled"] += int(doubled.sum())
+        return np.repeat(words, np.where(lost, 0, 1 + doubled))
+
+
+def make_packets(
+    asic: str,
+    chip_ids: NDArray[Any],
+    channels: NDArray[Any],
+    ticks: NDArray[Any],
+    adc: NDArray[Any],
+    triggers: NDArray[Any],
+    full: NDArray[np.bool_] | bool,
+) -> NDArray[np.uint64]:
+    """Return data packets (u8) of chips of this generation; `full`: their flag that a FIFO is full."""
+    flag = np.asarray(full, np.uint64)
+    chip, channel, tick, dataword, trigger = (
+        part.astype(np.uint64) for part in (chip_ids, channels, ticks, adc, triggers)
+    )
+
+    def bits(values: NDArray[np.uint64], low: int, width: int) -> NDArray[np.uint64]:
+        shifted: NDArray[np.uint64] = (values & np.uint64((1 << width) - 1)) << np.uint64(low)
+        return shifted
+
+    words = bits(chip, 2, 8) | bits(channel, 10, 7 if asic == "1" else 6)
+    if asic == "1":
+        words |= bits(tick >> np.uint64(1), 17, 24) | bits(dataword, 41, 10) | flag << np.uint64(52)
+    elif asic == "3":
+        words |= np.uint64(1) | bits(tick, 16, 28) | bits(dataword, 46, 10)
+    else:
+        words |= bits(tick, 16, 31) | np.uint64(1 << 47) | bits(dataword, 48, 8)  # each is the first of its burst
+    if asic != "1":
+        words |= bits(trigger, 56, 2) | flag << np.uint64(59) | np.uint64(1 << 62)
+    return parity(words, asic=ASICS[asic])
+
+
+def data_words(io_channels: NDArray[Any], packets: NDArray[Any], ticks: Any, period: int) -> NDArray[Any]:
+    """Return D words with these packets, of dtype WORD. The board's clock restarts after `period` ticks."""
+    words = np.empty(len(packets), WORD)
+    words["tick"] = ticks
+    words["packet"] = packets
+    receipt = (words["tick"] % period).astype(np.uint64)
+    words["head"] = np.uint64(ord("D")) | io_channels.astype(np.uint64) << np.uint64(8) | receipt << np.uint64(16)
+    return words
+
+
+def event_word(kind: bytes, subtype: int, tick: int, timestamp: int) -> NDArray[Any]:
+    """Return an S or T word, of dtype WORD. `subtype`: the sync type or the trigger bits."""
+    return np.array([(kind[0] | subtype << 8 | timestamp << 32, 0, tick)], WORD)
+
+
+def make_messages(
+    words: NDArray[Any], per_message: int, window: int, seconds: int
+) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    """Return a buffer with messages of these words, and the spans of the messages.
+
+    `per_message`: words in a message; with 0 a message ends where `window` ticks pass without a word.
+    `seconds`: unix time at tick 0.
+    """
+    n = len(words)
+    numbers = np.arange(n)
+    if per_message:
+        first = numbers[::per_message]
+    else:
+        pauses = np.diff(words["tick"]) > window
+        first = np.flatnonzero(np.concatenate(([True], pauses | (numbers[1:] % MAX_WORDS == 0))))
+    counts = np.diff(first, append=n)
+    message = np.repeat(np.arange(len(first)), counts)
+    buffer = np.empty(2 * n + len(first), np.uint64)
+    starts = 2 * first + np.arange(len(first))
+    sent_at = (seconds + words["tick"][first] // TICKS).astype(np.uint64) & np.uint64(0xFFFFFFFF)
+    buffer[starts] = np.uint64(ord("D")) | sent_at << np.uint64(8) | counts.astype(np.uint64) << np.uint64(48)
+    positions = 2 * numbers + message + 1
+    buffer[positions] = words["head"]
+    buffer[positions + 1] = words["packet"]
+    spans = np.empty(len(first), SPAN)
+    spans["start"] = 8 * starts
+    spans["length"] = 8 + 16 * counts
+    return buffer.view(np.uint8), spans
+
+
+def _multiples(period: int, start: int, end: int) -> range:
+    """Multiples of `period` after `start`, up to `end`; none if the period is 0."""
+    return range(start // period * period + period, end + 1, period) if period else range(0)

@@ -16,7 +16,7 @@ from larpixdaq._native.decoders import PacmanDecoder
 from larpixdaq.emulators import network
 from larpixdaq.emulators.board_registers import BoardRegisters
 from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT, EmulatedChips
-from larpixdaq.emulators.noise import CROSS, EXTERNAL, HOT, MOST_RATE, NATURAL, PERIODIC, Channels, Noise
+from larpixdaq.emulators.noise import CROSS, EXTERNAL, HOT, MAX_RATE, NATURAL, PERIODIC, Channels, Noise
 from larpixdaq.emulators.revisions import REVISIONS
 from larpixdaq.emulators.tile import WORD, EmulatedTile, make_messages, make_packets
 
@@ -73,14 +73,14 @@ def test_rates_fall_with_the_threshold(bench):
         rates.append(bench.noise.rates.copy())
     rates = np.array(rates)
     assert (np.diff(rates, axis=0) >= 0).all()
-    assert rates.max() == MOST_RATE
+    assert rates.max() == MAX_RATE
     bench.set("threshold_global", 92)
     expected = bench.noise.rates.sum()
     assert bench.hits(5.0).size == pytest.approx(5 * expected, abs=5 * (5 * expected) ** 0.5)
     # the same from the truth: 2.5 sigmas above the pedestal, each channel by its trim
     met = (bench.seen.pedestal - bench.seen.offset) / (1800 / 256)
     above = (92 - met) * 1800 / 256 + 16 * 1.45
-    assert np.allclose(bench.noise.rates, MOST_RATE * np.exp(-(np.maximum(above / bench.seen.noise, 0) ** 2) / 2))
+    assert np.allclose(bench.noise.rates, MAX_RATE * np.exp(-(np.maximum(above / bench.seen.noise, 0) ** 2) / 2))
 
 
 def test_trims_masks_and_disabled_channels(bench):
@@ -110,7 +110,7 @@ def test_values_are_pedestal_and_noise(bench):
     assert (np.diff(hits["tick"]) >= 0).all()
     scale = 256 / (142 * 1800 / 256)
     one = hits["adc"][(hits["chip"] == 3) & (hits["channel"] == 5)]
-    assert len(one) == pytest.approx(0.2 * MOST_RATE, rel=0.1)
+    assert len(one) == pytest.approx(0.2 * MAX_RATE, rel=0.1)
     assert one.mean() + 0.5 == pytest.approx((bench.seen.pedestal[3, 5] - 77 * 1800 / 256) * scale, abs=0.1)
     assert one.std() == pytest.approx(np.hypot(bench.seen.noise[3, 5] * scale, 0.29), rel=0.1)
     # other references, other counts
@@ -185,7 +185,7 @@ def test_no_more_than_the_lines_carry(bench):
     bench.set("threshold_global", 0)
     hits, _, lost = bench.noise.hits(0, SECOND, 1000)
     assert len(hits) == 1000
-    assert lost == pytest.approx(640 * MOST_RATE, rel=0.01)
+    assert lost == pytest.approx(640 * MAX_RATE, rel=0.01)
 
 
 # --- packets and messages
@@ -276,7 +276,7 @@ def test_words_of_a_board(asic, pps):
         return messages
 
     def turn():
-        if tile.waiting():
+        if tile.queued_words():
             take()
         return sum(map(len, found)) > 100_000 and found[-1]["receipt_timestamp"].any()
 
@@ -313,9 +313,9 @@ def test_an_io_channel_carries_what_the_clock_of_its_uart_says():
     chips.registers[:, field.low // 8 : field.high // 8] = 0
     chips.registers[:, chips.map.address("threshold_global")] = 60
     # io_channel 2 and its chips: 16 ticks for each bit in place of 2
-    chips.registers[chips.channels_of(np.arange(4)) == 2, field_clock.low // 8] |= 0b11 << field_clock.low % 8
+    chips.registers[chips.exit_channels(np.arange(4)) == 2, field_clock.low // 8] |= 0b11 << field_clock.low % 8
     registers.write(0x4010, 16)
-    wait_until(lambda: tile.waiting() > 20_000, "hits")
+    wait_until(lambda: tile.queued_words() > 20_000, "hits")
     tile.fill(1_000_000)
     words = tile.buffer[8:].reshape(-1, 16) if len(tile.spans) == 1 else np.zeros((0, 16), np.uint8)
     counts = np.bincount(words[words[:, 0] == ord("D"), 1], minlength=3)

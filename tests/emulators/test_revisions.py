@@ -180,7 +180,9 @@ def test_slow_reads_take_their_time_and_others_wait():
         assert time.monotonic() - began >= 0.2
         assert first.poll(LIMIT * 1000)
     assert REVISIONS["4"].slow_read == 1.0
-    slow = {revision: [registers(revision).seconds(at) for at in (0x24030, 0x24040, 0x24060)] for revision in REVISIONS}
+    slow = {
+        revision: [registers(revision).read_seconds(at) for at in (0x24030, 0x24040, 0x24060)] for revision in REVISIONS
+    }
     assert slow == {"2": [0] * 3, "3": [0] * 3, "4": [0, 1, 1], "4m2": [0, 1, 1], "5": [0, 0.01, 0.01]}
 
 
@@ -254,19 +256,19 @@ def test_time_stamps_count_from_power_up_or_the_last_reset(pps):
         """Of the chips' time stamps behind the board's."""
         board.write(0x2018, 10_000)  # triggers of the board each 0.1 ms
         board.write(0x2010, 1)
-        wait_until(tile.waiting, "hits")
-        words = tile.take()
+        wait_until(tile.queued_words, "hits")
+        words = tile.take_packets()
         board.write(0x2010, 0)
         assert len(words)
         return tile.receipt - int(words[-1] >> np.uint64(16) & np.uint64(0x7FFFFFFF))
 
-    up = int(chips.began[0])
+    up = int(chips.clock_start[0])
     assert up >= 1_000_000_000
     before = lag()
     board.write(0x1014, 10)
     board.write(0x1010, 6)
     board.write(0x1010, 2)
-    again = int(chips.began[0])
+    again = int(chips.clock_start[0])
     after = lag()
     if pps:
         assert max(abs(before), abs(after)) <= 10_000_000
@@ -335,7 +337,7 @@ def told(tile, *words, io_channel=1):
     sent[:, 0], sent[:, 1] = ord("D"), io_channel
     sent[:, 8:] = np.array([word(*each) for each in words], "<u8").view(np.uint8).reshape(-1, 8)
     tile.transmit(sent)
-    return [int(packet) >> 18 & 0xFF for packet in tile.take() if int(packet) & 3 == READ]
+    return [int(packet) >> 18 & 0xFF for packet in tile.take_packets() if int(packet) & 3 == READ]
 
 
 def heard(tile):
@@ -413,7 +415,7 @@ def test_chips_of_another_speed_do_not_hear_each_other():
 def test_v3_chips_take_ten_megabits_a_second():
     board = registers("5")
     board.switch_on(1, (1.8, 0.9), TICKS_PER_BIT["3"])
-    assert [board.read(0x3010), board.line(1).ticks_per_bit] == [1, 1]
+    assert [board.read(0x3010), board.uart_line(1).ticks_per_bit] == [1, 1]
 
 
 def test_words_on_io_channel_255_go_to_all_of_them():
@@ -421,7 +423,7 @@ def test_words_on_io_channel_255_go_to_all_of_them():
     roots = [chip for _, chip, _ in network.tile_wiring(100).entries]
     told(tile, (WRITE, 11, UP, 0))
     told(tile, (WRITE, 1, ID, 99), (WRITE, 99, DOWN, 15), io_channel=255)
-    assert chips.ids()[roots].tolist() == [11, 99, 99, 99]
-    before = tile.chips.count()["unheard"]
+    assert chips.chip_ids()[roots].tolist() == [11, 99, 99, 99]
+    before = tile.chips.counts()["unheard"]
     assert told(tile, (READ, 99, 64), (READ, 11, ID), io_channel=255) == [255, 255, 255, 11]
-    assert tile.chips.count()["unheard"] == before + 4
+    assert tile.chips.counts()["unheard"] == before + 4

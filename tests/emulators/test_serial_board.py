@@ -156,11 +156,11 @@ def test_clock_ratio_and_length_of_resets(asic):
 
     def write(value):
         bare = 2 | 1 << 2 | address << 10 | value << 18
-        board.heard(b"s" + bare.to_bytes(8, "little") + b"q")
+        board.receive(b"s" + bare.to_bytes(8, "little") + b"q")
         return int(chips.registers[0, address])
 
     def command(number, value=0):
-        board.heard(b"c" + bytes([number, value, *bytes(6)]) + b"q")
+        board.receive(b"c" + bytes([number, value, *bytes(6)]) + b"q")
 
     usual = int(chips.map.defaults[address])
     assert write(9) == 9

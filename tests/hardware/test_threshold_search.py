@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from larpixdaq.emulators.noise import DAC_STEP, MOST_RATE, TRIM_STEP, Channels
+from larpixdaq.emulators.noise import DAC_STEP, MAX_RATE, TRIM_STEP, Channels
 from larpixdaq.routines import calibrate
 from larpixdaq.routines.kit import report, threshold_search
 from larpixdaq.routines.kit.measurement import Rates
@@ -39,7 +39,7 @@ class World:
 
     def true(self, trim, threshold):
         above = threshold[:, None] * DAC_STEP + trim * TRIM_STEP + self.seen.offset - self.seen.pedestal
-        return MOST_RATE * np.exp(-(np.maximum(above / self.seen.noise, 0) ** 2) / 2) * ~self.dead
+        return MAX_RATE * np.exp(-(np.maximum(above / self.seen.noise, 0) ** 2) / 2) * ~self.dead
 
     def rates(self, controller, keys, channels, seconds):
         hz = self.true(self.now["trim"], self.now["threshold"]) * (1 - self.now["mask"])
