@@ -129,7 +129,7 @@ def _parts(paths: list[Path]) -> dict[Path, bool]:
     found: dict[Path, bool] = {}
     for path in paths:
         if path.is_dir():
-            found = dict.fromkeys(names.parts(path), True) | found
+            found = dict.fromkeys(names.unfinished_parts(path), True) | found
         else:
             found[path] = False
     return found

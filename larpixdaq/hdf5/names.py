@@ -1,4 +1,7 @@
-"""Names of files: run0000042_20261122T071251Z_000.h5, or with the name of a second storage before the part's number."""
+"""File names of runs: run0000042_20261122T071251Z_000.h5 is part 0 of run 42, prepared at that UTC time.
+
+A storage with a label has it before the part number: run0000042_20261122T071251Z_copy_000.h5.
+"""
 
 from __future__ import annotations
 
@@ -17,66 +20,51 @@ FINISHED: Final = ".h5"
 SIDECAR: Final = ".json"  # beside a finished file: its size and checksum
 
 _RUN: Final = rf"run(\d{{{RUN_DIGITS}}})"
-_WHOLE: Final = re.compile(_RUN + r"_(\d{8}T\d{6}Z)_(?:([A-Za-z0-9.-]+)_)?(\d{1,9})(\.h5|\.h5\.part|\.h5\.journal)")
-_NAME: Final = re.compile(_RUN + r"_.*(\.h5|\.h5\.part|\.h5\.journal)")
+_FILE_NAME: Final = re.compile(_RUN + r"_(\d{8}T\d{6}Z)_(?:([A-Za-z0-9.-]+)_)?(\d{1,9})(\.h5|\.h5\.part|\.h5\.journal)")
+#: Names of any form that claim a run number.
+_RUN_FILE: Final = re.compile(_RUN + r"_.*(\.h5|\.h5\.part|\.h5\.journal)")
 
 
-def stem(run: int, started_ns: int, part: int, storage: str = "") -> str:
-    """The name without its ending. `started_ns`: unix ns; `storage`: empty for the first or only one."""
-    return f"run{run:0{RUN_DIGITS}d}_{utc_name(started_ns // 1_000_000_000)}_{_owner(storage)}{part:03d}"
-
-
-def _owner(storage: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", storage) + "_" if storage else ""
-
-
-class Name(NamedTuple):
-    """What the name of a file says. `storage` is as label() makes it."""
+class FileName(NamedTuple):
+    """Fields of a file name. `storage` is the label that label() makes of the storage's name."""
 
     run: int
-    started_ns: int
+    started_ns: int  # unix ns, whole seconds
     storage: str
     part: int
     ending: str
 
 
-def parse(name: str) -> Name | None:
-    """None when it is not the name of a file of ours."""
-    match = _WHOLE.fullmatch(name)
+def parse(name: str) -> FileName | None:
+    """Split a file name into its fields; None when it has another form."""
+    match = _FILE_NAME.fullmatch(name)
     if match is None:
         return None
     try:
         started = parse_utc_name(match[2])
     except ValueError:
         return None
-    return Name(int(match[1]), started * 1_000_000_000, match[3] or "", int(match[4]), match[5])
+    return FileName(int(match[1]), started * 1_000_000_000, match[3] or "", int(match[4]), match[5])
+
+
+def stem(run: int, started_ns: int, part: int, storage: str = "") -> str:
+    """Make the file name without its ending. `started_ns`: unix ns; `storage`: empty for the first or only storage."""
+    time = utc_name(started_ns // 1_000_000_000)
+    return f"run{run:0{RUN_DIGITS}d}_{time}_{label(storage)}{'_' if storage else ''}{part:03d}"
 
 
 def label(storage: str) -> str:
-    """A storage's name as it stands in the names of its files."""
-    return _owner(storage)[:-1]
+    """Make the form of a storage's name that its file names contain."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", storage)
 
 
-def parts(directory: Path, storage: str | None = None, run: int | None = None) -> list[Path]:
-    """NAME.h5.part of everything that is not closed, a part or a journal being there; of one storage, or of all.
-
-    FileError when the directory cannot be read.
-    """
-    found = {}
-    for _, ending, path in run_files(directory, run):
-        name = parse(path.name)
-        if name and ending != FINISHED and (storage is None or name.storage == label(storage)):
-            found[path.name.removesuffix(ending)] = path.with_name(path.name.removesuffix(ending) + PART)
-    return list(found.values())
-
-
-def lock(storage: str = "") -> str:
-    """The name of the file that a storage keeps locked in its directory."""
+def lock_name(storage: str = "") -> str:
+    """Make the name of the file that a storage keeps locked in its directory."""
     return f".larpixdaq{'-' if storage else ''}{label(storage)}.lock"
 
 
 def run_files(directory: Path, run: int | None = None) -> list[tuple[int, str, Path]]:
-    """(run, ending, path) of everything in the directory that is named like a file of ours, sorted by name.
+    """List (run, ending, path) of all files in the directory that are named by a run, or by this run, sorted by name.
 
     FileError when the directory cannot be read.
     """
@@ -84,25 +72,40 @@ def run_files(directory: Path, run: int | None = None) -> list[tuple[int, str, P
         names = sorted(os.listdir(directory))
     except OSError as error:
         raise FileError(f"cannot read the directory {directory}: {error.strerror}") from None
-    found = []
+    files = []
     for name in names:
-        match = _NAME.fullmatch(name)
+        match = _RUN_FILE.fullmatch(name)
         if match and (run is None or int(match[1]) == run):
-            found.append((int(match[1]), match[2], directory / name))
-    return found
+            files.append((int(match[1]), match[2], directory / name))
+    return files
 
 
-def parts_of(directory: Path, storage: str = "", run: int | None = None) -> list[tuple[int, int, str, Path]]:
-    """(run, part, ending, path) of this storage's files alone, in the order of runs and parts. FileError when the
-    directory cannot be read."""
-    found = [
+def files_of_storage(directory: Path, storage: str = "", run: int | None = None) -> list[tuple[int, int, str, Path]]:
+    """List (run, part, ending, path) of the files of one storage, in the order of runs and parts.
+
+    FileError when the directory cannot be read.
+    """
+    files = [
         (name.run, name.part, name.ending, path)
         for _, _, path in run_files(directory, run)
         if (name := parse(path.name)) is not None and name.storage == label(storage)
     ]
-    return sorted(found, key=lambda one: one[:2])
+    return sorted(files, key=lambda file: file[:2])
+
+
+def unfinished_parts(directory: Path, storage: str | None = None) -> list[Path]:
+    """List NAME.h5.part for every part or journal in the directory, of one storage or of all (None).
+
+    The part itself may be absent where only its journal exists. FileError when the directory cannot be read.
+    """
+    parts = dict.fromkeys(
+        path.with_name(path.name.removesuffix(ending) + PART)
+        for _, ending, path in run_files(directory)
+        if (name := parse(path.name)) and ending != FINISHED and (storage is None or name.storage == label(storage))
+    )
+    return list(parts)
 
 
 def highest_run(directory: Path) -> int:
-    """The highest run number that a file in the directory is named by, finished or not; 0 when there is none."""
+    """Return the highest run number among the file names in the directory; 0 when there is none."""
     return max((run for run, _, _ in run_files(directory)), default=0)

@@ -114,7 +114,7 @@ class _Taken(NamedTuple):
 
     part: Path
     final: Path
-    name: names.Name
+    name: names.FileName
     journal: Journal
     contents: Contents  # of the journal
     no_journal: bool  # somebody has removed it: a writer makes it before the part

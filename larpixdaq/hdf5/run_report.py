@@ -52,7 +52,7 @@ class RunReport(NamedTuple):
 def survey_run(directory: Path, run: int, label: str = "") -> RunReport:
     """The run as it is in a directory, of the storage with this label. Nothing is raised but FileError, when the
     directory cannot be read; what is wrong with files is among the reasons."""
-    return judge_run(run, [path for *_, path in names.parts_of(directory, label, run)], whole=True)
+    return judge_run(run, [path for *_, path in names.files_of_storage(directory, label, run)], whole=True)
 
 
 def judge_run(run: int, paths: Iterable[Path], *, whole: bool) -> RunReport:
@@ -270,7 +270,7 @@ def unfinished(directory: Path, storage: str | None = None) -> list[int]:
 def _files(directory: Path, storage: str | None, run: int | None = None) -> list[tuple[int, str, Path]]:
     if storage is None:
         return names.run_files(directory, run)
-    return [(number, ending, path) for number, _, ending, path in names.parts_of(directory, storage, run)]
+    return [(number, ending, path) for number, _, ending, path in names.files_of_storage(directory, storage, run)]
 
 
 def positions(

@@ -29,7 +29,7 @@ class Lock:
 
     def __init__(self, directory: Path, storage: str) -> None:
         self._directory, self._storage = directory, storage
-        self.path = directory / names.lock(storage)
+        self.path = directory / names.lock_name(storage)
         self._file: LockedFile | None = None
         self._look_at = 0.0
         self._trouble = ""
@@ -73,7 +73,7 @@ class Lock:
         self._trouble = text
 
     def _busy_journal(self) -> Path | None:
-        for _, _, ending, path in names.parts_of(self._directory, self._storage):
+        for _, _, ending, path in names.files_of_storage(self._directory, self._storage):
             if ending == names.JOURNAL and is_locked(path):
                 return path
         return None

@@ -165,7 +165,7 @@ class Finisher:
         when the directory cannot be read; what is wrong with a file goes to the log.
         """
         runs = unfinished(directory, storage)
-        for path in names.parts(directory, storage):
+        for path in names.unfinished_parts(directory, storage):
             try:
                 found = prepare(path)
             except FileLocked as error:  # a recovery by hand, or a reader that looks whether the part is being written
@@ -180,7 +180,7 @@ class Finisher:
                 else:
                     log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
         for run in runs:
-            for _, _, ending, path in names.parts_of(directory, storage, run):
+            for _, _, ending, path in names.files_of_storage(directory, storage, run):
                 if ending == names.FINISHED and not _has_sidecar(path):
                     self._publishing.submit(partial(_finished, path), self._finish)
         return runs

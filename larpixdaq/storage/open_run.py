@@ -61,7 +61,7 @@ class OpenRun:
 
     def open(self, positions: Iterable[Position]) -> None:
         """The next part, which goes on where the sources stand. FileError when there can be none."""
-        parts = names.parts_of(self.directory, self.info.storage, self.info.run)
+        parts = names.files_of_storage(self.directory, self.info.storage, self.info.run)
         number = parts[-1][1] + 1 if parts else 0
         self.file = self._create(number, positions, self._configurations(parts))
         self.failure = ""

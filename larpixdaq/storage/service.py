@@ -222,7 +222,7 @@ class StorageService:
 
     def _info_before(self, run: int) -> RunInfo | None:
         """What the newest part of before says of the run."""
-        for *_, path in reversed(names.parts_of(self.directory, self.label, run)):
+        for *_, path in reversed(names.files_of_storage(self.directory, self.label, run)):
             with contextlib.suppress(FileError):
                 return tables.info_of(path)
         return None
@@ -482,7 +482,7 @@ class StorageService:
 
     def report_run(self, call: Call, run: int) -> Any:
         """What the files of a run are worth, as the answer to end_run says it."""
-        if run not in self._runs and not names.parts_of(self.directory, self.label, run):
+        if run not in self._runs and not names.files_of_storage(self.directory, self.label, run):
             raise StateError(f"{self.name}: has no files of run {run}")
         self._report(run, call)
 

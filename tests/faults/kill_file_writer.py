@@ -408,7 +408,7 @@ def check_going_on(directory: Path, seed: int) -> None:
         before = survey_run(directory, run)
         ended = {(producer, epoch) for producer, epoch, *_ in before.ends}
         stands = positions(directory, run)
-        part = 1 + max(number for _, number, *_ in names.parts_of(directory, "", run))
+        part = names.files_of_storage(directory, "", run)[-1][1] + 1
         file = None
         for place in stands:
             if (place.producer, place.epoch) in ended:
@@ -473,16 +473,16 @@ def trial(directory: Path, seed: int, tally: Tally) -> bool:
         return False
     tally.kills[died] += 1
     check_before(directory, seed, told)
-    while (parts := names.parts(directory)) and rng.random() < 0.4:
+    while (parts := names.unfinished_parts(directory)) and rng.random() < 0.4:
         again = plan_for(rng, RECOVERY, 0.05)
         if died := run_and_die(again, lambda parts=parts: [recover(part) for part in parts]):
             tally.recoveries[died] += 1
         check_before(directory, seed, told)
     # A storage goes on from where the parts say that their sources will stand, and recovers them meanwhile.
-    for part in names.parts(directory):
+    for part in names.unfinished_parts(directory):
         prepare(part)
     stands = set(positions(directory))
-    for part in names.parts(directory):
+    for part in names.unfinished_parts(directory):
         assert not (damaged := recover(part).damaged), f"a killed writer damages nothing, found {damaged}"
     assert not (kept := list(directory.glob("*.damaged*"))), f"kept as damaged: {kept}"
     assert (after := set(positions(directory))) == stands, f"stood at {stands - after}, stands at {after - stands}"

@@ -672,7 +672,7 @@ def test_recover_by_hand(tmp_path, capsys):
     assert not found["ok"]
     assert found["parts"][str(dead)]["text"] == f"{dead}: there is no such file"
     assert found["parts"][str(living.path)]["condition"] == "INTERRUPTED"
-    assert not names.parts(tmp_path)
+    assert not names.unfinished_parts(tmp_path)
 
 
 def test_a_damaged_part_is_named(tmp_path, capsys):

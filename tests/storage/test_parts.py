@@ -123,7 +123,7 @@ def test_parts_are_told_from_those_of_other_storages(tmp_path: Path) -> None:
                  "run0000001_20261122T071251Z_001.h5.journal", "run0000001_20261122T071251Z_copy_000.h5",
                  "run0000001_20261122T071251Z_000.h5", "run0000001_20261122T071251Z_000.json"):  # fmt: skip
         (tmp_path / name).touch()
-    assert [one[:3] for one in names.parts_of(tmp_path)] == [
+    assert [one[:3] for one in names.files_of_storage(tmp_path)] == [
         (1, 0, ".h5"), (1, 1, ".h5.journal"), (1, 1, ".h5.part"), (2, 0, ".h5")
     ]  # fmt: skip
-    assert [one[:3] for one in names.parts_of(tmp_path, "copy", 1)] == [(1, 0, ".h5")]
+    assert [one[:3] for one in names.files_of_storage(tmp_path, "copy", 1)] == [(1, 0, ".h5")]
