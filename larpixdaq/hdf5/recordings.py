@@ -30,8 +30,7 @@ from larpixdaq._native import word_codec as words_of
 from larpixdaq._native.decoders import split_log
 from larpixdaq.constants import IO_GROUPS
 from larpixdaq.errors import ConfigError, FileError, cause
-from larpixdaq.hdf5 import layout, names, reader, repair
-from larpixdaq.hdf5.reader import LeftPart, may_be_written
+from larpixdaq.hdf5 import reader, repair
 from larpixdaq.schema import ASICS, LAYOUTS, SPAN, Asic, PacketType, RowLayout
 
 #: Bytes of messages that a piece aims at, and messages of a piece at most: nothing tells the lengths beforehand, so a
@@ -84,14 +83,7 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
         if not h5py.is_hdf5(path):
             return None
         repair.check_heaps(path)
-        # One whose writer lives, or died, as readers of growing files do.
-        growing = repair.is_growing(path)
-        if growing and path.name.endswith(names.PART) and not may_be_written(path):
-            first = repair.read_superblock(path)
-            assert first is not None
-            file = h5py.File(LeftPart(path, first), "r")  # as DataFile does it, and for its reason
-        else:
-            file = layout.open_file(path, "r", swmr=growing)
+        file = reader.open_hdf5(path)
     except FileError:
         raise
     except OSError as error:

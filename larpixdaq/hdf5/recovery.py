@@ -370,7 +370,7 @@ class _Reading:
         )
 
     def _whose(self, row: Any) -> BlockOrigin:
-        return self._file.source(row, self._producers, self._run)
+        return self._file.origin(row, self._producers, self._run)
 
     def _account(self, row: Any) -> Account:
         source = self._whose(row)

@@ -1,17 +1,16 @@
-"""The first 48 bytes of an HDF5 file, versions 2 and 3: what a killed writer left in them, put right.
+"""Superblock and global heaps of an HDF5 file: checked before the HDF5 library reads them, and repaired.
 
-signature 8 bytes, version u8, size of offsets u8, size of lengths u8, consistency flags u8, base address u64, address
-of the extension u64, end-of-file address u64, address of the root group u64, checksum u32 (lookup3 of all before it).
+The superblock is the first 48 bytes of a file (versions 2 and 3): signature 8 bytes, version u8, size of offsets u8,
+size of lengths u8, consistency flags u8, base address u64, address of the extension u64, end-of-file address u64,
+address of the root group u64, checksum u32 (lookup3 of all bytes before it). A writer sets the flags while it has the
+file open, and a killed writer leaves them set. Its end-of-file address is still that of the moment when it began: with
+the flags alone cleared the file opens, but everything written since is out of reach.
 
-A writer sets the flags while it has the file open, and a dead one leaves them; its end-of-file address is that of the
-moment when it began. With the flags alone cleared the file opens, and what was written since cannot be reached.
-
-Global heaps, where HDF5 keeps the texts of variable-length attributes: looked at before the library reads them.
-
-Alone of what makes up a file of ours, they have no checksum, and a damaged length in one sends the library (2.0 too)
-round a loop without end, in which it holds the interpreter: no thread and no signal helps. A collection is "GCOL",
-version 1, 3 bytes, its length u64 (with these 16 bytes), and objects: number u16, references u16, 4 bytes, length u64,
-then the object, filled up to 8 bytes. Number 0 is free space, whose length has its header in it.
+Global heaps hold the texts of variable-length attributes. They are the only part of our files without a checksum, and
+a damaged length in one sends the HDF5 library (also 2.0) into an endless loop that holds the interpreter, so that no
+thread and no signal helps. A collection is "GCOL", version 1, 3 bytes, its length u64 (with these 16 bytes), and
+objects: number u16, references u16, 4 bytes, length u64, then the object, filled up to 8 bytes. Number 0 is free
+space, whose length includes its header.
 """
 
 from __future__ import annotations
@@ -24,24 +23,26 @@ from typing import Final, NamedTuple
 from larpixdaq.errors import FileError
 
 SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
-#: Consistency flags: some writer has the file open, and it writes in the order that readers rely on (SWMR).
+#: Consistency flags: a writer has the file open, and it writes in the order that readers rely on (SWMR).
 WRITING: Final = 0x01
 SWMR: Final = 0x04
 SIZE: Final = 48
 _FIELDS: Final = struct.Struct("<8sBBBBQQQQI")
-_NOWHERE: Final = (1 << 64) - 1
+_NO_ADDRESS: Final = (1 << 64) - 1
 _MASK: Final = 0xFFFFFFFF
-#: Collections are looked for in so many first bytes: the attributes are made with the file (in ours, and in those of
-#: larpix-control, the only collection lies at 2048).
-REACH: Final = 1 << 16
-#: What is shorter, or reaches beyond the file's end, the library refuses by itself.
-SHORTEST: Final = 4096
-_SIGNATURE: Final = b"GCOL\x01"
-_LENGTH: Final = struct.Struct("<8xQ")
-_OBJECT: Final = struct.Struct("<H6xQ")
+#: Collections are searched in this many first bytes, because the attributes are made with the file: in our files and
+#: in those of larpix-control the only collection is at byte 2048.
+_HEAP_REACH: Final = 1 << 16
+#: Minimum length of a collection. The HDF5 library itself refuses shorter ones, and those that exceed the file.
+_MIN_HEAP_BYTES: Final = 4096
+_HEAP_SIGNATURE: Final = b"GCOL\x01"
+_HEAP_LENGTH: Final = struct.Struct("<8xQ")
+_HEAP_OBJECT: Final = struct.Struct("<H6xQ")
 
 
 class Superblock(NamedTuple):
+    """Fields of a superblock, in the order of the file."""
+
     signature: bytes
     version: int
     offset_bytes: int
@@ -55,63 +56,64 @@ class Superblock(NamedTuple):
 
 
 def read_superblock(path: Path) -> Superblock | None:
-    """None when the file does not begin as HDF5 files do, or ends there; FileError when it does and the rest is not
-    what it should be, or when it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(SIZE)
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
+    """Read and check the superblock; None when the file is shorter, or does not begin as HDF5 files do.
+
+    FileError for another version, other sizes or a wrong checksum, and when the file cannot be read.
+    """
+    data = _read_start(path, SIZE)
     if not data.startswith(SIGNATURE) or len(data) < SIZE:
         return None
     name = f"{path}: superblock"
-    found = Superblock(*_FIELDS.unpack(data))
-    if found.version not in (2, 3) or (found.offset_bytes, found.length_bytes) != (8, 8):
+    superblock = Superblock(*_FIELDS.unpack(data))
+    if superblock.version not in (2, 3) or (superblock.offset_bytes, superblock.length_bytes) != (8, 8):
         raise FileError(
-            f"{name}: expected version 2 or 3 with offsets and lengths of 8 bytes, found version {found.version} with"
-            f" {found.offset_bytes} and {found.length_bytes}"
+            f"{name}: expected version 2 or 3 with offsets and lengths of 8 bytes, found version {superblock.version}"
+            f" with {superblock.offset_bytes} and {superblock.length_bytes}"
         )
-    if found.checksum != (expected := lookup3(data[:-4])):
-        raise FileError(f"{name}: expected checksum {expected:08x}, found {found.checksum:08x}")
-    return found
+    if superblock.checksum != (expected := lookup3(data[:-4])):
+        raise FileError(f"{name}: expected checksum {expected:08x}, found {superblock.checksum:08x}")
+    return superblock
 
 
-def is_growing(path: Path) -> bool:
-    """Whether somebody writes the file, or died while writing it: it can be read as a growing file (SWMR) only.
-    FileError as of read(); of older versions, which know no SWMR, the HDF5 library is the judge."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(SIGNATURE) + 1)
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
-    if start[:-1] != SIGNATURE or start[-1] not in (2, 3):
-        return False
-    found = read_superblock(path)
-    return found is not None and found.flags != 0
+def growing_superblock(path: Path) -> Superblock | None:
+    """Read the superblock of a file that a process writes, or died while writing; None for a closed file.
+
+    Such a file can only be read as a growing one (SWMR). None also for the versions before 2, which have no SWMR and
+    which the HDF5 library checks itself. FileError as of read_superblock().
+    """
+    if _read_start(path, len(SIGNATURE) + 1)[len(SIGNATURE) :] not in (b"\x02", b"\x03"):
+        return None
+    superblock = read_superblock(path)
+    return superblock if superblock is not None and superblock.flags else None
 
 
-def closed(found: Superblock, size: int) -> bytes:
-    """The superblock of the same file, closed with so many bytes."""
-    data = _FIELDS.pack(*found._replace(flags=0, end=size, checksum=0))[:-4]
+def closed_superblock(superblock: Superblock, size: int) -> bytes:
+    """Pack the superblock of the same file as if it had been closed with `size` bytes."""
+    data = _FIELDS.pack(*superblock._replace(flags=0, end=size, checksum=0))[:-4]
     return data + struct.pack("<I", lookup3(data))
 
 
 def repair_superblock(path: Path) -> None:
-    """Make it that of a closed file: flags 0, the end where the file ends. Synced; FileError as of read(), and when
-    it is no HDF5 file."""
-    found = read_superblock(path)
-    if found is None:
+    """Write the superblock of a closed file (flags 0, end-of-file address = file size), and sync.
+
+    FileError as of read_superblock(), when it is no HDF5 file, and when the disk fails.
+    """
+    superblock = read_superblock(path)
+    if superblock is None:
         raise FileError(f"{path}: it is not an HDF5 file")
-    if found.base:
-        raise FileError(f"{path}: superblock: expected base address 0, found {found.base}")
+    if superblock.base:
+        raise FileError(f"{path}: superblock: expected base address 0, found {superblock.base}")
+    addresses = [("root group", superblock.root)]
+    if superblock.extension != _NO_ADDRESS:
+        addresses.append(("extension", superblock.extension))
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             size = os.fstat(fd).st_size
-            for what, address in (("root group", found.root), ("extension", found.extension)):
-                if not SIZE <= address < size and (what, address) != ("extension", _NOWHERE):
-                    raise FileError(f"{path}: superblock: its {what} is at {address}, the file has {size} bytes")
-            os.pwrite(fd, closed(found, size), 0)
+            for name, address in addresses:
+                if not SIZE <= address < size:
+                    raise FileError(f"{path}: superblock: its {name} is at {address}, the file has {size} bytes")
+            os.pwrite(fd, closed_superblock(superblock, size), 0)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -121,12 +123,49 @@ def repair_superblock(path: Path) -> None:
         raise FileError(f"cannot repair {path}: {error.strerror}") from None
 
 
-def _rotated(value: int, bits: int) -> int:
-    return (value << bits | value >> 32 - bits) & _MASK
+def check_heaps(path: Path) -> None:
+    """FileError when a global heap could send the HDF5 library into an endless loop, or the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            end = os.fstat(file.fileno()).st_size
+            start = file.read(_HEAP_REACH + _HEAP_LENGTH.size)
+            place = -1
+            while (place := start.find(_HEAP_SIGNATURE, place + 1, _HEAP_REACH)) >= 0:
+                if place + _HEAP_LENGTH.size > len(start):
+                    break
+                (length,) = _HEAP_LENGTH.unpack_from(start, place)
+                if _MIN_HEAP_BYTES <= length <= end - place:
+                    file.seek(place)
+                    _check_heap(f"{path}: global heap at byte {place}", file.read(length))
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _check_heap(name: str, heap: bytes) -> None:
+    """FileError when the lengths of the objects do not lead to the end of the collection."""
+    at = _HEAP_LENGTH.size
+    while (left := len(heap) - at) >= _HEAP_OBJECT.size:
+        number, size = _HEAP_OBJECT.unpack_from(heap, at)
+        taken = _HEAP_OBJECT.size + (size + 7) // 8 * 8 if number else size
+        if not _HEAP_OBJECT.size <= taken <= left:
+            raise FileError(
+                f"{name}: damaged: object {number} takes {taken} bytes, expected {_HEAP_OBJECT.size} to {left}"
+            )
+        at += taken
+
+
+def _read_start(path: Path, size: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from None
 
 
 def lookup3(data: bytes) -> int:
-    """Bob Jenkins' lookup3 (hashlittle, initial value 0), which HDF5 puts behind its metadata."""
+    """Compute Bob Jenkins' lookup3 (hashlittle, initial value 0), the checksum of HDF5 metadata."""
     a = b = c = (0xDEADBEEF + len(data)) & _MASK
     if not data:
         return c
@@ -135,51 +174,27 @@ def lookup3(data: bytes) -> int:
         a, b, c = (a + words[at]) & _MASK, (b + words[at + 1]) & _MASK, (c + words[at + 2]) & _MASK
         if at + 3 == len(words):
             break
-        a = (a - c) & _MASK ^ _rotated(c, 4)
+        a = (a - c) & _MASK ^ _rotate(c, 4)
         c = (c + b) & _MASK
-        b = (b - a) & _MASK ^ _rotated(a, 6)
+        b = (b - a) & _MASK ^ _rotate(a, 6)
         a = (a + c) & _MASK
-        c = (c - b) & _MASK ^ _rotated(b, 8)
+        c = (c - b) & _MASK ^ _rotate(b, 8)
         b = (b + a) & _MASK
-        a = (a - c) & _MASK ^ _rotated(c, 16)
+        a = (a - c) & _MASK ^ _rotate(c, 16)
         c = (c + b) & _MASK
-        b = (b - a) & _MASK ^ _rotated(a, 19)
+        b = (b - a) & _MASK ^ _rotate(a, 19)
         a = (a + c) & _MASK
-        c = (c - b) & _MASK ^ _rotated(b, 4)
+        c = (c - b) & _MASK ^ _rotate(b, 4)
         b = (b + a) & _MASK
-    c = ((c ^ b) - _rotated(b, 14)) & _MASK
-    a = ((a ^ c) - _rotated(c, 11)) & _MASK
-    b = ((b ^ a) - _rotated(a, 25)) & _MASK
-    c = ((c ^ b) - _rotated(b, 16)) & _MASK
-    a = ((a ^ c) - _rotated(c, 4)) & _MASK
-    b = ((b ^ a) - _rotated(a, 14)) & _MASK
-    return ((c ^ b) - _rotated(b, 24)) & _MASK
+    c = ((c ^ b) - _rotate(b, 14)) & _MASK
+    a = ((a ^ c) - _rotate(c, 11)) & _MASK
+    b = ((b ^ a) - _rotate(a, 25)) & _MASK
+    c = ((c ^ b) - _rotate(b, 16)) & _MASK
+    a = ((a ^ c) - _rotate(c, 4)) & _MASK
+    b = ((b ^ a) - _rotate(a, 14)) & _MASK
+    return ((c ^ b) - _rotate(b, 24)) & _MASK
 
 
-def check_heaps(path: Path) -> None:
-    """FileError when the file cannot be read, or holds a global heap that the HDF5 library might not come back from."""
-    try:
-        with open(path, "rb") as file:
-            end = os.fstat(file.fileno()).st_size
-            start = file.read(REACH + _LENGTH.size)
-            place = -1
-            while (place := start.find(_SIGNATURE, place + 1, REACH)) >= 0 and place + _LENGTH.size <= len(start):
-                (length,) = _LENGTH.unpack_from(start, place)
-                if SHORTEST <= length <= end - place:
-                    file.seek(place)
-                    _walk(f"{path}: global heap at byte {place}", file.read(length))
-    except FileError:
-        raise
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _walk(name: str, heap: bytes) -> None:
-    """The objects of a collection, one after the other; FileError when they do not lead to its end."""
-    at = _LENGTH.size
-    while (left := len(heap) - at) >= _OBJECT.size:
-        number, size = _OBJECT.unpack_from(heap, at)
-        taken = _OBJECT.size + (size + 7) // 8 * 8 if number else size
-        if not _OBJECT.size <= taken <= left:
-            raise FileError(f"{name}: damaged: object {number} takes {taken} bytes, expected {_OBJECT.size} to {left}")
-        at += taken
+def _rotate(value: int, bits: int) -> int:
+    """Rotate 32 bits to the left."""
+    return (value << bits | value >> 32 - bits) & _MASK

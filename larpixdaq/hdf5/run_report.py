@@ -29,7 +29,7 @@ from larpixdaq._native import hdf5_chunks
 from larpixdaq.constants import RunCondition, unusable, worst
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import journal, ledger, names, tables
-from larpixdaq.hdf5.reader import DataFile, plain, text
+from larpixdaq.hdf5.reader import DataFile, row_dict, text
 from larpixdaq.protocol.reports import StoredEnd, StoredRows
 from larpixdaq.protocol.stream import READ, SENT, BlockOrigin, Position
 from larpixdaq.runtime.units import utc_datetime
@@ -227,7 +227,7 @@ def read_part(path: Path) -> Part:
         run = int(info["run"])
 
         def rows(name: str) -> Iterable[tuple[BlockOrigin, dict[str, Any]]]:
-            return ((file.source(row, producers, run), plain(row)) for row in file.table(name))
+            return ((file.origin(row, producers, run), row_dict(row)) for row in file.table(name))
 
         return Part(
             path=path,
@@ -320,7 +320,7 @@ def positions_of_file(path: Path, number: int) -> dict[BlockOrigin, int]:
                 rows = file.table(name, start, start + 65_536)
                 for row in np.unique(rows[["producer", "epoch"]]):
                     mine = (rows["producer"] == row["producer"]) & (rows["epoch"] == row["epoch"])
-                    source = file.source(row, producers, number)
+                    source = file.origin(row, producers, number)
                     found[source] = max(int(rows[column][mine].max()) + 1, found.get(source, 0))
     return found
 
@@ -360,7 +360,7 @@ def _without_copies(parts: list[Part], left: set[Path]) -> list[Part]:
 def _blocks(file: DataFile) -> Iterator[tuple[tuple[BlockOrigin, int], Any]]:
     producers, run = file.producers(), int(file.run_info()["run"])
     for row in file.table("run/blocks"):
-        yield (file.source(row, producers, run), int(row["sequence"])), row
+        yield (file.origin(row, producers, run), int(row["sequence"])), row
 
 
 def _without(part: Part, file: DataFile, copies: list[tuple[tuple[BlockOrigin, int], Any]]) -> Part:
@@ -419,10 +419,10 @@ def _run(file: DataFile) -> dict[str, Any]:
     producers = file.producers()
     counts = []
     for line in file.table("ledger/counts"):
-        counts.append(plain(line) | {"producer": file.source(line, producers, number).producer})
+        counts.append(row_dict(line) | {"producer": file.origin(line, producers, number).producer})
     total = {name: sum(int(line[name]) for line in counts) for name in (*constants.COUNTS, "owed")}
     verdicts = [
-        plain(line) | {"producer": file.source(line, producers, number).producer}
+        row_dict(line) | {"producer": file.origin(line, producers, number).producer}
         for line in file.table("ledger/verdicts")
     ]
     gaps = file.table("ledger/gaps")

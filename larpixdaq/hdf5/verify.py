@@ -23,7 +23,7 @@ from larpixdaq._native import hdf5_chunks, word_codec
 from larpixdaq.constants import RunCondition
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import layout, ledger, names, run_report
-from larpixdaq.hdf5.reader import DataFile, plain
+from larpixdaq.hdf5.reader import DataFile, row_dict
 from larpixdaq.hdf5.recordings import copy_columns, generation
 from larpixdaq.hdf5.run_report import RunReport, describe_part
 from larpixdaq.protocol import stream
@@ -156,9 +156,9 @@ def _doubts(file: DataFile, info: dict[str, Any], findings: Findings, notes: lis
     producers = file.producers()
     doubts = []
     for row in file.table("ledger/verdicts"):
-        one = plain(row)
+        one = row_dict(row)
         if one["verdict"] != stream.VERDICTS[0]:
-            name = file.source(row, producers, int(info["run"])).producer
+            name = file.origin(row, producers, int(info["run"])).producer
             doubts.append(f"{name}, io_group {one['io_group']}: {one['verdict']}: {one['why']}")
     if doubts and info["condition"] == RunCondition.COMPLETE:
         findings.add(f"condition COMPLETE, although /ledger/verdicts says: {doubts[0]}")
@@ -329,7 +329,7 @@ class LedgerCheck:
             self._missing[self._whose(row), int(row["first"]), int(row["next"])] = int(row["rows"])
 
     def _whose(self, row: Any) -> BlockOrigin:
-        return self._file.source(row, self.producers, self._run)
+        return self._file.origin(row, self.producers, self._run)
 
     def _source(self, whose: BlockOrigin) -> _Source:
         if whose not in self._sources:
@@ -388,13 +388,13 @@ class LedgerCheck:
             if (whose, group) in seen:
                 finding(f"{where}: listed twice in the ledger")
             seen.add((whose, group))
-            self._line(where, self._source(whose), group, plain(row), finding, lacking)
+            self._line(where, self._source(whose), group, row_dict(row), finding, lacking)
         for whose, source in self._sources.items():
             for index in np.flatnonzero(ledger.stored(source.tally)):
                 if (whose, int(index)) not in seen:
                     finding(f"{describe_part(whose)}, io_group {index}: has rows, but no line in the ledger")
         for row in self._file.table("ledger/outside"):
-            for line in ledger.unbalanced(plain(row)):
+            for line in ledger.unbalanced(row_dict(row)):
                 finding(f"{describe_part(self._whose(row))}, io_group {row['io_group']}, outside of runs: {line}")
 
     def _line(

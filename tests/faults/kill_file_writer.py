@@ -316,7 +316,7 @@ def rows_in_file(path: Path) -> Iterator[tuple[BlockOrigin, int, Any]]:
         producers, run = file.producers(), file.run_info()["run"]
         for row in file.table("run/blocks"):
             first = int(row["first_row"])
-            yield file.source(row, producers, run), int(row["sequence"]), file.packets(first, first + int(row["rows"]))
+            yield file.origin(row, producers, run), int(row["sequence"]), file.packets(first, first + int(row["rows"]))
 
 
 def rows_in_journal(path: Path) -> Iterator[tuple[BlockOrigin, int, Any]]:
