@@ -1,17 +1,13 @@
-"""Recorded HDF5 files of either kind, told by what is in them.
+"""Read recorded files: raw files and packet files (HDF5), and logs of board messages.
 
-Raw files of larpix-control (`rawhdf5format` 0.0): board messages byte for byte, each with its io_group.
+A raw file of larpix-control (`rawhdf5format` 0.0) has board messages byte for byte, each with its io_group: `/msgs` is
+one variable-length u1 array a message, `/msg_headers` one compound {io_groups u1}.
 
-`/msgs` has one variable-length u1 array a message, `/msg_headers` one compound {io_groups u1}.
+A packet file (LArPix+HDF5 0.0 to 3.0) has rows. Its version label does not determine its columns, so they are taken by
+name from the file's own dtype, and converted to the columns of our layouts. Absent columns are 0; columns that share
+bits of the word become consistent when the words are decoded again.
 
-Rows of packet files of any age (LArPix+HDF5 0.0 to 3.0) as rows of our layouts.
-
-The version label of a file does not determine its columns, so they are taken by name from the file's own dtype.
-Whatever is absent is 0; columns that share bits of the word are made to agree when the words are decoded again.
-
-The INFO texts of packet files: which of /messages a row of type 5 stands for.
-
-Message logs: board messages one after another, each behind its length (u32 little-endian).
+A message log has board messages one after another, each behind its length (u32 little-endian).
 """
 
 from __future__ import annotations
@@ -26,23 +22,25 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq._native import word_codec as words_of
+from larpixdaq._native import word_codec
 from larpixdaq._native.decoders import split_log
 from larpixdaq.constants import IO_GROUPS
 from larpixdaq.errors import ConfigError, FileError, cause
 from larpixdaq.hdf5 import reader, repair
 from larpixdaq.schema import ASICS, LAYOUTS, SPAN, Asic, PacketType, RowLayout
 
-#: Bytes of messages that a piece aims at, and messages of a piece at most: nothing tells the lengths beforehand, so a
-#: piece of the longest messages (1 MB) behind short ones takes 512 MB for a moment.
+#: Bytes of messages that a piece of a raw file aims at, and maximum messages of a piece. Lengths are not known before
+#: a piece is read: one of the longest messages (1 MB) after short ones takes 512 MB for a moment.
 _PIECE_BYTES: Final = 8 << 20
 _PIECE_MESSAGES: Final = 512
-#: Rows of a piece: a few megabytes.
-_PIECE: Final = 65_536
-#: Rows that are looked through for words that a board sent, which tell whether directions were recorded.
-_LOOK: Final = 1 << 20
-#: The largest value that a word's field can hold, of columns that could hold more.
-_WIDTHS: Final = {
+#: Rows of a piece of a packet file: a few megabytes.
+_PIECE_ROWS: Final = 65_536
+#: Bytes of a log that are read at once.
+_READ_BYTES: Final = 1 << 20
+#: Rows that are searched for received words, which show whether directions were recorded.
+_DIRECTION_ROWS: Final = 1 << 20
+#: Maximum value of a word's field, where its column could hold more.
+_MAX_VALUES: Final = {
     "downstream_marker": 1,
     "parity": 1,
     "channel_id": 63,
@@ -61,23 +59,25 @@ _WIDTHS: Final = {
     "fifo_full": 1,
 }
 _TIMESTAMP_BITS: Final = {Asic.V1: 24, Asic.V2: 32, Asic.V2_DIAGNOSTICS: 16, Asic.V3: 28}
-#: Seconds of a type-4 row beyond which no board message can carry them (64 bits of nanoseconds).
+#: Maximum seconds of a type-4 row that a board message can carry (64 bits of nanoseconds).
 _LAST_SECOND: Final = (2**64 - 1) // 10**9
-Piece = tuple[NDArray[Any], NDArray[np.uint8], int, list[tuple[int, str, int]]]
 #: larpix-control writes counter 0 into all message rows of these versions, and appends their texts in order.
 _WITHOUT_COUNTER: Final = ("2.3", "2.4")
-#: No board sends a longer message: 65,535 words of 24 bytes and a header.
+#: Maximum bytes of a board message: 65,535 words of 24 bytes and a header.
 MAX_MESSAGE: Final = 24 + 24 * 65_535
-_READ: Final = 1 << 20
 #: First bytes of PACMAN messages: data, request, reply, text.
 _TYPES: Final = b"D?!S"
-_NOTHING: Final = np.empty(0, np.uint8)
+_NO_BYTES: Final = np.empty(0, np.uint8)
 _NO_SPANS: Final = np.empty(0, SPAN)
+PacketPiece = tuple[NDArray[Any], NDArray[np.uint8], int, list[tuple[int, str, int]]]
 
 
 def open_recording(path: Path) -> RawFile | PacketFile | None:
-    """None when it is not HDF5; FileError in one line when it is, but damaged or of no known kind."""
-    if path.exists() and not path.is_file() and not path.is_dir():  # HDF5 would wait for a pipe's other end
+    """Open a recording of either kind; None for a file that is not HDF5.
+
+    FileError in one line for an HDF5 file that is damaged or of another kind.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():  # HDF5 would wait for the writer of a pipe
         raise FileError(f"{path}: is not a file")
     try:
         if not h5py.is_hdf5(path):
@@ -105,20 +105,19 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
 
 
 class RawFile:
-    """Open for reading until close(). FileError in one line for a file that is none, or is damaged."""
+    """Raw file, open for reading until close(). FileError in one line when it is damaged or has other columns."""
 
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
         self._file = file
-        messages = file.get("msgs")
-        kind = h5py.check_vlen_dtype(messages.dtype) if isinstance(messages, h5py.Dataset) else None
-        if kind != np.uint8 or messages.ndim != 1:
+        messages = file["msgs"]
+        if h5py.check_vlen_dtype(messages.dtype) != np.uint8:
             raise FileError(f"{path}: raw file without /msgs of bytes")
         self._messages = messages
         headers = file.get("msg_headers")
-        self._headers = headers if isinstance(headers, h5py.Dataset) and headers.dtype.names == ("io_groups",) else None
+        self._headers = headers if headers is not None and headers.dtype.names == ("io_groups",) else None
         self.messages = len(messages)
-        #: Messages at the end whose io_group is not there: of a file whose writer was killed between the two.
+        #: Messages at the end without an io_group, because the writer was killed between the two writes.
         self.left_out = 0
         if self._headers is not None and len(self._headers) < self.messages:
             if not file.swmr_mode:
@@ -127,28 +126,28 @@ class RawFile:
             self.messages -= self.left_out
 
     def io_groups(self, default: int) -> tuple[int, ...]:
-        """The io_groups of the messages; `default` is that of a file that does not say."""
-        found: set[int] = set()
+        """Return the io_groups of the messages; `default` is that of a file without io_groups."""
+        groups: set[int] = set()
         for start in range(0, self.messages, 1 << 20):
-            found.update(np.unique(self._groups(start, min(start + (1 << 20), self.messages), default)).tolist())
-        return tuple(sorted(found)) or (default,)
+            groups.update(np.unique(self._groups(start, min(start + (1 << 20), self.messages), default)).tolist())
+        return tuple(sorted(groups)) or (default,)
 
     def pieces(self, default: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8]]]:
-        """Bytes, spans (dtype schema.SPAN) and io_groups of some messages after the other."""
-        at, count = 0, 64
-        while at < self.messages:
-            end = min(at + count, self.messages)
+        """Read all messages in pieces, each the bytes, spans (dtype schema.SPAN) and io_groups of some messages."""
+        start, count = 0, 64
+        while start < self.messages:
+            end = min(start + count, self.messages)
             try:
-                messages = self._messages[at:end]
+                messages = self._messages[start:end]
             except (OSError, RuntimeError, ValueError) as error:
-                raise FileError(f"{self.path}: messages {at} to {end} cannot be read: {cause(error)}") from None
-            lengths = np.fromiter(map(len, messages), np.uint32, end - at)
-            spans = np.empty(end - at, SPAN)
+                raise FileError(f"{self.path}: messages {start} to {end} cannot be read: {cause(error)}") from None
+            lengths = np.fromiter(map(len, messages), np.uint32, end - start)
+            spans = np.empty(end - start, SPAN)
             spans["length"] = lengths
             spans["start"] = np.cumsum(lengths) - lengths
-            buffer = np.concatenate([*messages, np.empty(0, np.uint8)], dtype=np.uint8)
-            yield buffer, spans, self._groups(at, end, default)
-            at = end
+            buffer = np.concatenate([*messages, _NO_BYTES], dtype=np.uint8)
+            yield buffer, spans, self._groups(start, end, default)
+            start = end
             count = int(np.clip(count * _PIECE_BYTES // max(len(buffer), 1), 1, _PIECE_MESSAGES))
 
     def _groups(self, start: int, end: int, default: int) -> NDArray[np.uint8]:
@@ -165,16 +164,15 @@ class RawFile:
 
 
 class PacketFile:
-    """Open for reading until close(). FileError in one line for a file that is none, or is damaged."""
+    """Packet file, open for reading until close(). FileError in one line when it is damaged or has other columns."""
 
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path = path
         self._file = file
-        packets = file.get("packets", file.get("raw_packet"))  # version 0.0 has the latter
-        table = isinstance(packets, h5py.Dataset) and packets.ndim == 1
-        names = set(packets.dtype.names or () if table else ())
+        packets = file["packets" if "packets" in file else "raw_packet"]  # version 0.0 has the latter
+        names = set(packets.dtype.names or ())
         self._type = "type" if "chip_key" in names else "packet_type"
-        known = {name for one in LAYOUTS for name in one.dtype.names or ()} & names
+        known = {name for layout in LAYOUTS for name in layout.dtype.names or ()} & names
         if (
             not {self._type, "timestamp", "parity"} <= known
             or packets.dtype[self._type].kind not in "iu"
@@ -182,18 +180,17 @@ class PacketFile:
         ):
             raise FileError(f"{path}: packet file without /packets of known columns")
         self._packets = packets
-        #: INFO rows, of those that pieces() has passed, whose text is not in /messages.
+        #: INFO rows without a text in /messages, among the rows that pieces() has read.
         self.textless = 0
         self.rows = len(packets)
         header = file.get("_header")
         self.version = str(header.attrs.get("version", "")) if header is not None else ""
-        self.asic = generation(names, self.version)
+        self.asic = chip_generation(names, self.version)
         self._wide = "receipt_timestamp" in names and packets.dtype["receipt_timestamp"].itemsize > 4
         self._directions = self._has_directions()
 
     def check(self, asic: Asic, layout: RowLayout) -> None:
-        """ConfigError, naming the option, when the file's packets are of other chips than these, or of a wider
-        clock."""
+        """ConfigError, naming the missing option, when the packets are of other chips or of a wider clock."""
         if self.asic != (Asic.V2 if asic == Asic.V2_DIAGNOSTICS else asic):
             option = next(name for name, code in ASICS.items() if code == self.asic)
             raise ConfigError(
@@ -202,9 +199,9 @@ class PacketFile:
         if self._wide and asic != Asic.V1 and layout.dtype["receipt_timestamp"].itemsize == 4:
             raise ConfigError(f"{self.path}: receipt timestamps of 64 bits: give --clock64")
         if "fifo_diagnostics_enabled" in self._packets.dtype.names:
-            rows = self._read(0, min(_PIECE, self.rows))
+            rows = self._read(0, min(_PIECE_ROWS, self.rows))
             diagnostics = rows["fifo_diagnostics_enabled"][rows["packet_type"] < PacketType.TIMESTAMP]
-            # Most of them: a damaged row must not decide.
+            # The majority decides, so that a damaged row does not.
             if len(diagnostics) and (diagnostics.mean() > 0.5) != (asic == Asic.V2_DIAGNOSTICS):
                 advice = (
                     "packets not in fifo diagnostics mode: leave out"
@@ -214,8 +211,8 @@ class PacketFile:
                 raise ConfigError(f"{self.path}: {advice} --fifo-diagnostics")
 
     def io_groups(self, default: int) -> tuple[int, ...]:
-        """The io_groups among the first rows; `default` is that of rows that name none."""
-        rows = self._read(0, min(_PIECE, self.rows))
+        """Return the io_groups of the first rows; `default` is that of rows without an io_group."""
+        rows = self._read(0, min(_PIECE_ROWS, self.rows))
         rows = rows[rows[self._type] != PacketType.MESSAGE]
         if self.asic == Asic.V1:
             groups = _key_groups(rows["chip_key"], default)
@@ -223,40 +220,40 @@ class PacketFile:
             groups = rows["io_group"] if "io_group" in (rows.dtype.names or ()) else np.empty(0, np.uint8)
         return tuple(np.unique(groups).tolist()) or (default,)
 
-    def pieces(self, layout: RowLayout, asic: Asic, default: int) -> Iterator[Piece]:
-        """Rows of this layout, but none of type 5; their io_groups; how many rows were left out because no word can
-        look like them; and the INFO texts, each with the number of those rows that come before it and its time (unix
-        seconds).
+    def pieces(self, layout: RowLayout, asic: Asic, default: int) -> Iterator[PacketPiece]:
+        """Read all rows in pieces of this layout, with the rows of type 5 replaced by their texts.
 
-        `default` is the io_group of rows that name none (layout 1.0). Rows of types 0 to 3 have direction 0 when they
-        were sent; of files that do not record directions all count as received.
+        A piece is the rows; their io_groups; the number of rows left out because no word can look like them; and the
+        INFO texts, each (number of rows of the piece before it, text, unix seconds). `default` is the io_group of rows
+        without one (layout 1.0). Rows of types 0 to 3 have direction 0 when they were sent; in files without directions
+        all count as received.
         """
-        texts = MessageTexts(self._file, self.version)
+        lines = MessageTexts(self._file, self.version)
         first = 0
-        for given in self._given():
+        for given in self._read_pieces():
             rows, fits = self._normalise(given, layout, asic)
             info = rows[self._type] == PacketType.MESSAGE
             unfit = len(rows) - int((fits | info).sum())
             fits &= ~info
-            told: list[tuple[int, str, int]] = []
+            texts: list[tuple[int, str, int]] = []
             if info.any():
-                before, seconds = np.cumsum(fits)[info], rows["timestamp"][info]
-                found = texts.of(rows["counter"][info], first + np.flatnonzero(info))
-                told = [(int(before[i]), text, int(seconds[i])) for i, text in found]
-                self.textless = texts.missing
+                positions, seconds = np.cumsum(fits)[info], rows["timestamp"][info]
+                found = lines.lookup(rows["counter"][info], first + np.flatnonzero(info))
+                texts = [(int(positions[i]), text, int(seconds[i])) for i, text in found]
+                self.textless = lines.missing
             first += len(given)
             groups = _key_groups(rows["chip_key"], default) if asic == Asic.V1 else rows["io_group"]
             if fits.all():
-                yield rows, np.ascontiguousarray(groups), 0, told
+                yield rows, np.ascontiguousarray(groups), 0, texts
             else:
-                yield rows[fits], groups[fits], unfit, told
+                yield rows[fits], groups[fits], unfit, texts
 
-    def _given(self) -> Iterator[NDArray[Any]]:
-        """All rows as they are, in pieces in which the rows of one INFO text stay together."""
+    def _read_pieces(self) -> Iterator[NDArray[Any]]:
+        """Read all rows unchanged, in pieces that keep the rows of one INFO text together."""
         carried = self._read(0, 0)
-        for start in range(0, self.rows, _PIECE):  # where chunks begin: a damaged one then costs no rows of others
+        for start in range(0, self.rows, _PIECE_ROWS):  # whole chunks, so that a damaged one costs no other rows
             try:
-                given = self._read(start, min(start + _PIECE, self.rows))
+                given = self._read(start, min(start + _PIECE_ROWS, self.rows))
             except FileError:
                 yield carried
                 raise
@@ -278,15 +275,14 @@ class PacketFile:
         return rows
 
     def _has_directions(self) -> bool:
-        """larpix-control's conversions leave direction 0 everywhere, also in data words and in what a board has
-        received."""
+        """Whether the column `direction` is filled: larpix-control's conversions leave it 0 for all rows."""
         if "direction" not in self._packets.dtype.names:
             return False
         if "run" in self._file:
             return True
         data = PacketType.TEST if self.asic == Asic.V3 else PacketType.DATA
-        for start in range(0, min(self.rows, _LOOK), _PIECE):
-            rows = self._read(start, min(start + _PIECE, self.rows))
+        for start in range(0, min(self.rows, _DIRECTION_ROWS), _PIECE_ROWS):
+            rows = self._read(start, min(start + _PIECE_ROWS, self.rows))
             received = rows[self._type] == data
             if "receipt_timestamp" in self._packets.dtype.names:
                 received |= (rows[self._type] < PacketType.TIMESTAMP) & (rows["receipt_timestamp"] > 0)
@@ -295,6 +291,7 @@ class PacketFile:
         return True
 
     def _normalise(self, given: NDArray[Any], layout: RowLayout, asic: Asic) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Convert rows to a layout. Returns the rows, and which of them a word can look like, shape (N,)."""
         rows = np.zeros(len(given), layout.dtype)
         fits = copy_columns(given, rows)
         kind = rows[self._type]
@@ -302,8 +299,8 @@ class PacketFile:
         if asic == Asic.V2 and "first_packet" not in (given.dtype.names or ()):
             self._find_first_packet(rows, words, given)
         fits &= ~(words & (rows["timestamp"] >= np.uint64(1 << _TIMESTAMP_BITS[asic])))
-        for name in set(_WIDTHS) & set(layout.dtype.names or ()):
-            fits &= ~(words & (rows[name] > _WIDTHS[name]))
+        for name in set(_MAX_VALUES) & set(layout.dtype.names or ()):
+            fits &= ~(words & (rows[name] > _MAX_VALUES[name]))
         if asic == Asic.V3:
             fits &= kind != PacketType.DATA
         fits &= (kind != PacketType.TIMESTAMP) | (rows["timestamp"] <= _LAST_SECOND)
@@ -319,108 +316,22 @@ class PacketFile:
 
     @staticmethod
     def _find_first_packet(rows: NDArray[Any], words: NDArray[np.bool_], given: NDArray[Any]) -> None:
-        """Fill a column that files before 2.1 do not have.
+        """Fill the column `first_packet`, which files before 2.1 do not have.
 
-        larpix-control 3.0 has it as the timestamp's highest bit, 3.1 left it out: there it is the one bit of a data
-        word that is not known, and what was recorded of the parity says which it was.
+        larpix-control 3.0 has it as the highest bit of the timestamp. 3.1 left it out: there it is the only unknown bit
+        of a data word, so that the recorded parity determines it.
         """
         rows["first_packet"][words] = (rows["timestamp"][words] >> np.uint64(31)) & np.uint64(1)
         rows["timestamp"][words] &= np.uint64(2**31 - 1)
         if "valid_parity" in (given.dtype.names or ()):
             data = np.flatnonzero(words & (rows["packet_type"] == PacketType.DATA) & (rows["first_packet"] == 0))
-            found = words_of.encode(rows[data], asic=Asic.V2)
-            valid = words_of.parity(found, asic=Asic.V2) == found
+            encoded = word_codec.encode(rows[data], asic=Asic.V2)
+            valid = word_codec.parity(encoded, asic=Asic.V2) == encoded
             rows["first_packet"][data] = valid != (rows["valid_parity"][data] == 1)
 
 
-def generation(names: Collection[str], version: str) -> Asic:
-    """Which chips the rows with these columns are of, in a file of this version."""
-    if "chip_key" in names:
-        return Asic.V1
-    return Asic.V3 if "reset_sample_flag" in names or version.startswith("3") else Asic.V2
-
-
-def copy_columns(given: NDArray[Any], rows: NDArray[Any]) -> NDArray[np.bool_]:
-    """Fill the columns of `rows` that the given rows have too, whatever their types; False, shape (N,), for each row
-    with a value that does not fit (it is 0 then)."""
-    fits = np.ones(len(given), np.bool_)
-    for name in rows.dtype.names or ():
-        if name in (given.dtype.names or ()):
-            fits &= _copy(given[name], rows[name])
-    return fits
-
-
-def _copy(given: NDArray[Any], column: NDArray[Any]) -> NDArray[np.bool_]:
-    """Into a column of another type; False where the value does not fit (it is 0 then)."""
-    if column.dtype.kind == "S":
-        column[:] = given.astype(column.dtype)
-        return np.ones(len(given), np.bool_)
-    if given.dtype.kind not in "uif":
-        return np.zeros(len(given), np.bool_)
-    fits = (given >= 0) & (given <= np.iinfo(column.dtype).max)  # not a number is neither
-    column[:] = np.where(fits, given, 0)
-    return np.asarray(fits)
-
-
-def _key_groups(keys: NDArray[np.bytes_], default: int) -> NDArray[np.uint8]:
-    """The io_groups of chip keys "io_group-io_channel-chip_id"."""
-    names, which = np.unique(keys, return_inverse=True)
-    groups = np.full(len(names), default, np.uint8)
-    for i, name in enumerate(names.tolist()):
-        group = name.split(b"-")[0]
-        if name.count(b"-") == 2 and group.isdigit() and len(group) < 4 and int(group) < IO_GROUPS:
-            groups[i] = int(group)
-    return groups[which.reshape(-1)]
-
-
-class MessageTexts:
-    """Of one file, whose rows are to be passed in order.
-
-    In files of our own each message is a block, whose rows are the lines of its text in /messages. (Those written
-    before 2026-11-29 have the number of the first line in all of them.) In other files each row is a message.
-    """
-
-    def __init__(self, file: h5py.File, version: str) -> None:
-        self.missing = 0
-        self._in_order = "run" not in file and version in _WITHOUT_COUNTER
-        self._passed = 0
-        self._lines: list[bytes] = []
-        self._begins: NDArray[np.int64] | None = None  # rows at which blocks begin
-        self._end = 0  # row behind the last block; a file that grows may have rows of further blocks from there on
-        # Without /messages, or with others than these, every text is missing, and that is counted.
-        with contextlib.suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):
-            self._lines = [bytes(line) for line in file["messages"]["message"]]
-        with contextlib.suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):
-            blocks = file["run/blocks"][:]
-            self._begins = blocks["first_row"].astype(np.int64)
-            self._end = int(blocks["first_row"][-1:].sum() + blocks["rows"][-1:].sum())
-
-    def of(self, counters: NDArray[Any], places: NDArray[np.intp]) -> list[tuple[int, str]]:
-        """The texts of these rows of type 5, given by their column `counter` and their place in the file: index among
-        these rows, and text.
-
-        A message whose text is not there is counted in `missing`, row by row, and stands as an empty text.
-        """
-        numbers = counters.astype(np.int64)
-        if self._in_order:
-            numbers = np.arange(self._passed, self._passed + len(counters))
-        self._passed += len(counters)
-        first = np.ones(len(numbers), np.bool_)
-        if self._begins is not None:
-            first = np.isin(places, self._begins) | (places >= self._end) & (np.diff(numbers, prepend=-1) != 0)
-            first[:1] = True
-        starts = np.flatnonzero(first)
-        lengths = np.diff(starts, append=len(numbers))
-        return [(int(at), self._text(int(numbers[at]), int(rows))) for at, rows in zip(starts, lengths, strict=True)]
-
-    def _text(self, number: int, rows: int) -> str:
-        lines = self._lines[number : number + rows]
-        self.missing += rows - len(lines)
-        return b"".join(lines).decode("utf-8", "replace")
-
-
 class MessageLog:
-    """Open for reading until close(); FileError when the beginning does not look like a log."""
+    """Log of board messages, open for reading until close(). FileError when it does not begin like a log."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -433,15 +344,14 @@ class MessageLog:
             raise FileError(f"{path}: neither a raw file, nor a packet file, nor a log of board messages")
 
     def pieces(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any], int, str]]:
-        """Bytes, spans (dtype schema.SPAN) of the messages in them, how many bytes are in no message, and what is wrong
-        then.
+        """Read all messages in pieces: bytes, spans (dtype schema.SPAN), number of bytes in no message, and the reason.
 
-        A message that the file's end cuts off is given as far as it goes. After a length that no message has there is
-        no telling where the next one begins: all that follows is in no message.
+        The reason is empty when all bytes are in messages. A message that the end of the file cuts off is returned as
+        far as it goes. After an impossible length the next message cannot be found, so that the rest is in no message.
         """
         pending = b""
         place = self._file.seek(0)  # of `pending` in the file
-        while data := self._file.read(_READ):
+        while data := self._file.read(_READ_BYTES):
             pending += data
             spans, used = split_log(pending)
             if len(spans):
@@ -451,7 +361,7 @@ class MessageLog:
             length = int.from_bytes(pending[:4], "little")
             if len(pending) >= 4 and length > MAX_MESSAGE:
                 text = f"{self.path}: at byte {place}: a message of {length} bytes; what follows is left out"
-                yield _NOTHING, _NO_SPANS, self._file.seek(0, os.SEEK_END) - place, text
+                yield _NO_BYTES, _NO_SPANS, self._file.seek(0, os.SEEK_END) - place, text
                 return
         if pending:
             spans = np.array([(4, len(pending) - 4)], SPAN) if len(pending) > 4 else _NO_SPANS
@@ -460,3 +370,92 @@ class MessageLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class MessageTexts:
+    """Texts of the INFO messages of one packet file, whose rows must be looked up in order.
+
+    In files of larpix-daq each message is a block, whose rows are the lines of its text in /messages. (In files of
+    before 2026-11-29 all rows of a message have the number of its first line.) In other files each row is a message.
+    """
+
+    def __init__(self, file: h5py.File, version: str) -> None:
+        self.missing = 0
+        self._in_order = "run" not in file and version in _WITHOUT_COUNTER
+        self._looked_up = 0  # rows of type 5
+        self._lines: list[bytes] = []
+        self._block_starts: NDArray[np.int64] | None = None  # first rows of the blocks
+        self._end = 0  # row after the last block; a growing file may have rows of further blocks from here on
+        # Where /messages is absent or damaged, every text is counted as missing.
+        with contextlib.suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):
+            self._lines = [bytes(line) for line in file["messages"]["message"]]
+        with contextlib.suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):
+            blocks = file["run/blocks"][:]
+            self._block_starts = blocks["first_row"].astype(np.int64)
+            self._end = int(blocks["first_row"][-1:].sum() + blocks["rows"][-1:].sum())
+
+    def lookup(self, counters: NDArray[Any], positions: NDArray[np.intp]) -> list[tuple[int, str]]:
+        """Return the texts of some rows of type 5, each with the index of its first row among these rows.
+
+        `counters`: their column `counter`; `positions`: their row numbers in the file. The text of a message that
+        /messages does not have is empty, and its rows are counted in `missing`.
+        """
+        numbers = counters.astype(np.int64)
+        if self._in_order:
+            numbers = np.arange(self._looked_up, self._looked_up + len(counters))
+        self._looked_up += len(counters)
+        first = np.ones(len(numbers), np.bool_)
+        if self._block_starts is not None:
+            first = np.isin(positions, self._block_starts) | (positions >= self._end) & (
+                np.diff(numbers, prepend=-1) != 0
+            )
+            first[:1] = True
+        starts = np.flatnonzero(first)
+        lengths = np.diff(starts, append=len(numbers))
+        return [(int(i), self._text(int(numbers[i]), int(rows))) for i, rows in zip(starts, lengths, strict=True)]
+
+    def _text(self, number: int, rows: int) -> str:
+        lines = self._lines[number : number + rows]
+        self.missing += rows - len(lines)
+        return b"".join(lines).decode("utf-8", "replace")
+
+
+def chip_generation(names: Collection[str], version: str) -> Asic:
+    """Determine the chips from the column names and the version of a file."""
+    if "chip_key" in names:
+        return Asic.V1
+    return Asic.V3 if "reset_sample_flag" in names or version.startswith("3") else Asic.V2
+
+
+def copy_columns(given: NDArray[Any], rows: NDArray[Any]) -> NDArray[np.bool_]:
+    """Copy the columns that both tables have, whatever their types, into `rows`.
+
+    Returns False, shape (N,), for each row with a value that does not fit; the value becomes 0.
+    """
+    fits = np.ones(len(given), np.bool_)
+    for name in rows.dtype.names or ():
+        if name in (given.dtype.names or ()):
+            fits &= _copy(given[name], rows[name])
+    return fits
+
+
+def _copy(given: NDArray[Any], column: NDArray[Any]) -> NDArray[np.bool_]:
+    if column.dtype.kind == "S":
+        column[:] = given.astype(column.dtype)
+        return np.ones(len(given), np.bool_)
+    if given.dtype.kind not in "uif":
+        return np.zeros(len(given), np.bool_)
+    fits = (given >= 0) & (given <= np.iinfo(column.dtype).max)  # False for NaN
+    column[:] = np.where(fits, given, 0)
+    return np.asarray(fits)
+
+
+def _key_groups(keys: NDArray[np.bytes_], default: int) -> NDArray[np.uint8]:
+    """Extract the io_groups of chip keys "io_group-io_channel-chip_id"; `default` for other texts."""
+    names, which = np.unique(keys, return_inverse=True)
+    groups = np.full(len(names), default, np.uint8)
+    for i, name in enumerate(names.tolist()):
+        group = name.split(b"-")[0]
+        if name.count(b"-") == 2 and group.isdigit() and len(group) < 4 and int(group) < IO_GROUPS:
+            groups[i] = int(group)
+    return groups[which.reshape(-1)]

@@ -24,7 +24,7 @@ from larpixdaq.constants import RunCondition
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import layout, ledger, names, run_report
 from larpixdaq.hdf5.reader import DataFile, row_dict
-from larpixdaq.hdf5.recordings import copy_columns, generation
+from larpixdaq.hdf5.recordings import chip_generation, copy_columns
 from larpixdaq.hdf5.run_report import RunReport, describe_part
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import BlockOrigin
@@ -436,7 +436,7 @@ class ParityCheck:
     """Checks the rows of a file, which come in order. `unchecked_reason` is empty when its columns allow that."""
 
     def __init__(self, file: DataFile) -> None:
-        self._asic = generation(file.dtype.names or (), file.version)
+        self._asic = chip_generation(file.dtype.names or (), file.version)
         self._dtype = file.layout.dtype if file.layout else _LAYOUTS[self._asic]
         self._own_layout = file.layout is not None
         #: Writers before 2.3 filled only the columns that the packet type uses: of data packets these are the word.

@@ -43,7 +43,7 @@ def own_file(folder: Path) -> tuple[Path, np.ndarray, list[tuple[int, str]]]:
 def test_texts_of_our_own_file_come_in_order(tmp_path, monkeypatch, piece):
     """However the file is read in pieces."""
     path, rows, told = own_file(tmp_path)
-    monkeypatch.setattr(recordings, "_PIECE", piece)
+    monkeypatch.setattr(recordings, "_PIECE_ROWS", piece)
     driven = Driver(ReplaySource([(1, path)], asic=Asic.V2, speed=math.inf))
     same(driven.to_the_end(), rows)
     assert driven.texts == told
