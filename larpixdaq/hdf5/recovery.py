@@ -257,14 +257,14 @@ def _begin(taken: _Taken) -> None:
     file = layout.create(part, one, "")
     try:
         with file:
-            tables.describe_run(file, Tables(file, file.flush), info, name.part, {})
+            tables.describe_run(file, Tables(file, file.flush), info, name.part, {}, tables.NO_CONFIGURATIONS)
     except (OSError, RuntimeError, ValueError) as error:
         raise FileError(f"cannot write {part}: {cause(error)}") from None
 
 
 def _finish(taken: _Taken, state: UnfinishedPart) -> Recovered:
     part = taken.part
-    file = RunFile.resume(part, taken.journal, tables.told_of_run(state.info, state.texts), state)
+    file = RunFile.resume(part, taken.journal, tables.make_run_info(state.info, state.texts), state)
     try:
         added = _add(file, taken.contents.records)
         # Rows that were shown to readers before their batch was full are the journal's.

@@ -358,7 +358,7 @@ class RunFile:
                 f" in layout {info.layout.name}"
             )
         self.info = info
-        self._try(lambda: tables.tell_run(self._tables, info))
+        self._try(lambda: tables.write_run_texts(self._tables, info))
         self.begin(info.begun_ns)
 
     def begin(self, begun_ns: int) -> None:

@@ -224,7 +224,7 @@ class StorageService:
         """What the newest part of before says of the run."""
         for *_, path in reversed(names.files_of_storage(self.directory, self.label, run)):
             with contextlib.suppress(FileError):
-                return tables.info_of(path)
+                return tables.read_run_info(path)
         return None
 
     def _new(self, info: RunInfo, *, announced: bool) -> OpenRun:

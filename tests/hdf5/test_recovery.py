@@ -26,7 +26,7 @@ from larpixdaq.hdf5.journal import Journal
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recovery import recover
 from larpixdaq.hdf5.run_report import positions
-from larpixdaq.hdf5.tables import info_of
+from larpixdaq.hdf5.tables import read_run_info
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.protocol import stream
@@ -744,4 +744,4 @@ def test_numbers_out_of_range_in_a_part_are_damage(tmp_path):
             table[column] = 9
             damaged[name][:] = table
         with pytest.raises(FileError):
-            info_of(path)
+            read_run_info(path)
