@@ -1,16 +1,9 @@
-"""A whole run of one storage, judged over all its parts: from their small tables alone. No row is read but those of
-blocks that stand in two directories.
+"""Judge a whole run of one storage over all its parts, find its positions in a directory, and summarise a file.
 
-One closed part of a run, by its small tables alone: no row is read.
-
-Where a storage stands: what it has of each source, over all parts and journals in its directory.
-
-A run whose storage lost its name to another one, which went on in another directory.
-
-The part of the first one says `superseded from`: what it holds, its successor may hold too, since it cannot know which
-of its last acknowledgements counted. What both have counts once, in the successor's part.
-
-What a file holds, in short, without reading its rows.
+All of this reads the small tables of closed parts, and no rows, with one exception: a storage that lost its name to
+another one left a part with the text `superseded from`. Its successor in another directory may have the same blocks,
+because the first storage cannot know which of its last acknowledgements arrived. Blocks that both have count once, in
+the successor's part, so that their rows are subtracted from the first one's.
 """
 
 from __future__ import annotations
@@ -34,33 +27,37 @@ from larpixdaq.protocol.reports import StoredEnd, StoredRows
 from larpixdaq.protocol.stream import READ, SENT, BlockOrigin, Position
 from larpixdaq.runtime.units import utc_datetime
 
-#: The name of the text that a part gets whose storage lost its name to another one (superseded.py).
+#: Name of the text in a part whose storage lost its name to another one.
 SUPERSEDED: Final = "superseded from"
 
 
 class RunReport(NamedTuple):
+    """Judgement of a run over its parts."""
+
     run: int
-    files: list[Path]  # those that are closed, in the order of the parts
+    files: list[Path]  # closed parts, in order
     condition: str
     rows: int
     stored: list[StoredRows]
     reasons: list[str]  # why the condition is not COMPLETE, in one line each
     ends: list[StoredEnd]
-    notes: list[str]  # what a reader should know though nothing is wrong
+    notes: list[str]  # facts that are no fault
 
 
 def survey_run(directory: Path, run: int, label: str = "") -> RunReport:
-    """The run as it is in a directory, of the storage with this label. Nothing is raised but FileError, when the
-    directory cannot be read; what is wrong with files is among the reasons."""
+    """Judge a run by all files in a directory of the storage with this label.
+
+    Faults of files are among the reasons. FileError only when the directory cannot be read.
+    """
     return judge_run(run, [path for *_, path in names.files_of_storage(directory, label, run)], whole=True)
 
 
 def judge_run(run: int, paths: Iterable[Path], *, whole: bool) -> RunReport:
-    """Some parts of a run; `whole`: there are no others. Otherwise parts before and behind these are not missed."""
+    """Judge a run by some of its files. `whole`: there are no others; otherwise earlier and later parts may exist."""
     parts, waiting = [], []
     for path in paths:
         if not path.name.endswith(names.FINISHED):
-            if path.name.endswith(names.PART) or not path.with_name(_stem(path) + names.PART).exists():
+            if path.name.endswith(names.PART) or not _part_of(path).exists():
                 waiting.append(f"{path.name} is not closed")
             continue
         try:
@@ -75,11 +72,13 @@ def judge_run(run: int, paths: Iterable[Path], *, whole: bool) -> RunReport:
     return _Judgement(run, parts, waiting, whole).report()
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(names.JOURNAL)
+def _part_of(journal: Path) -> Path:
+    return journal.with_name(journal.name.removesuffix(names.JOURNAL) + names.PART)
 
 
 class _Judgement:
+    """Checks the tables of all parts against each other."""
+
     def __init__(self, run: int, parts: Sequence[Part], waiting: list[str], whole: bool) -> None:
         self._run = run
         self._parts = parts
@@ -98,10 +97,10 @@ class _Judgement:
                 self._dropped[key] += counts["dropped"] if counts["how"] == ledger.OPEN else 0
 
     def report(self) -> RunReport:
-        self._which_parts()
+        self._check_parts()
         for source in self._sources:
-            self._blocks(source)
-        self._totals()
+            self._check_blocks(source)
+        self._check_totals()
         self._missing += [line for part in self._parts for line in part.damaged]
         doubts = list(dict.fromkeys(line for part in self._parts for line in part.doubts))
         return RunReport(
@@ -112,7 +111,7 @@ class _Judgement:
             [StoredRows(*source[1:], group, rows) for (source, group), rows in self._stored.items() if rows],
             self._waiting + self._missing + doubts,
             [
-                StoredEnd(source.producer, source.epoch, following, how, self._made(source, part))
+                StoredEnd(source.producer, source.epoch, following, how, self._made_rows(source, part))
                 for source, (part, following, how) in self._ends.items()
             ],
             self._notes,
@@ -129,60 +128,61 @@ class _Judgement:
         }
         return worst(found)
 
-    def _which_parts(self) -> None:
-        """Are parts missing, and has everybody ended who should?"""
+    def _check_parts(self) -> None:
+        """Check that all parts are there, and that all origins have ended."""
         numbers = [part.number for part in self._parts]
         absent = sorted(set(range(0 if self._whole else min(numbers, default=0), max(numbers, default=0))) - {*numbers})
         if absent or not (numbers or self._waiting):
             self._missing.append(f"part {', '.join(map(str, absent or [0]))} of run {self._run} is not there")
         self._missing += [f"there are two parts {n} of it" for n in sorted(set(numbers)) if numbers.count(n) > 1]
-        goes_on = bool(self._parts) and self._parts[-1].condition == RunCondition.CONTINUED and not self._whole
+        continued = bool(self._parts) and self._parts[-1].condition == RunCondition.CONTINUED and not self._whole
         for source in self._open:
-            if goes_on:
-                self._notes.append(f"{describe_part(source)}: continues in the next file")
-            elif not self._early(source) or self._span(source):
-                self._waiting.append(f"{describe_part(source)}: no end record, totals unknown")
-        came = {source.producer for source in self._sources}
+            if continued:
+                self._notes.append(f"{describe_origin(source)}: continues in the next file")
+            elif not self._began_earlier(source) or self._stretches(source):
+                self._waiting.append(f"{describe_origin(source)}: no end record, totals unknown")
+        producers = {source.producer for source in self._sources}
         required = dict.fromkeys(name for part in self._parts for name in part.required)
-        lacking = [f"producer {name!r}: no data came, totals unknown" for name in required if name not in came]
-        (self._notes if goes_on else self._waiting).extend(lacking)
+        absent_producers = [name for name in required if name not in producers]
+        lines = [f"producer {name!r}: no data came, totals unknown" for name in absent_producers]
+        (self._notes if continued else self._waiting).extend(lines)
 
-    def _early(self, source: BlockOrigin) -> bool:
-        """Whether it began in a part that is not among these."""
+    def _began_earlier(self, source: BlockOrigin) -> bool:
+        """Whether an origin began in an earlier part that is not among these."""
         return self._parts[0].number > 0 and self._parts[0].positions.get(source, (0, 0))[0] > 0
 
-    def _span(self, source: BlockOrigin) -> list[tuple[int, int]]:
-        """Which sequences of blocks are stored: stretches (first, behind the last), sorted."""
-        found = []
+    def _stretches(self, source: BlockOrigin) -> list[tuple[int, int]]:
+        """Return the stored stretches (first sequence, sequence after the last) of an origin, sorted."""
+        stretches = []
         for part in self._parts:
-            at, stop = part.positions.get(source, (0, 0))
+            start, stop = part.positions.get(source, (0, 0))
             if source in part.ends:
                 stop = part.ends[source][0]
-            for whose, first, following in sorted(part.missing):
-                if whose == source:
-                    found.append((at, first))
-                    at = following
-            found.append((at, stop))
-        return sorted((first, stop) for first, stop in found if first < stop)
+            for origin, first, following in sorted(part.missing):
+                if origin == source:
+                    stretches.append((start, first))
+                    start = following
+            stretches.append((start, stop))
+        return sorted((first, stop) for first, stop in stretches if first < stop)
 
-    def _blocks(self, source: BlockOrigin) -> None:
-        """Each block must be in exactly one part."""
-        spans = self._span(source)
-        at = self._parts[0].positions[source][0] if self._early(source) else 0
-        end = self._ends[source][1] if source in self._ends else at
-        for first, stop in [*spans, (max(end, *(stop for _, stop in spans), at), 0)]:
-            if first > at:
-                self._missing.append(f"{describe_part(source)}: blocks {at} to {first - 1} are in no part")
-            elif stop and first < at:
-                twice = min(at, stop)
-                self._missing.append(f"{describe_part(source)}: blocks {first} to {twice - 1} are in two parts")
-            at = max(at, stop)
+    def _check_blocks(self, source: BlockOrigin) -> None:
+        """Check that each block of an origin is in exactly one part."""
+        stretches = self._stretches(source)
+        expected = self._parts[0].positions[source][0] if self._began_earlier(source) else 0
+        end = self._ends[source][1] if source in self._ends else expected
+        for first, stop in [*stretches, (max(end, *(stop for _, stop in stretches), expected), 0)]:
+            if first > expected:
+                self._missing.append(f"{describe_origin(source)}: blocks {expected} to {first - 1} are in no part")
+            elif stop and first < expected:
+                last = min(expected, stop) - 1
+                self._missing.append(f"{describe_origin(source)}: blocks {first} to {last} are in two parts")
+            expected = max(expected, stop)
 
-    def _totals(self) -> None:
-        """Equation (d), of each io_group over all parts."""
+    def _check_totals(self) -> None:
+        """Check equation (d) of the ledger for each io_group, over all parts."""
         for key in dict.fromkeys((*self._stored, *self._dropped)):
             source, group = key
-            where = f"{describe_part(source)}, io_group {group}"
+            where = f"{describe_origin(source)}, io_group {group}"
             counts = dict.fromkeys(constants.COUNTS, 0) | {"dropped": self._dropped[key], "owed": 0}
             if source in self._ends:
                 counts = self._ends[source][0].counts.get(key, counts)
@@ -191,25 +191,25 @@ class _Judgement:
             if counts["dropped"]:
                 self._missing.append(f"{where}: {counts['dropped']} rows dropped, because ring and spool were full")
             line = ledger.owing(counts, self._stored[key], counts["owed"])
-            if line and source in self._ends and not self._early(source):
+            if line and source in self._ends and not self._began_earlier(source):
                 self._missing.append(f"{where}: {line}")
             if line := unusable(counts):
                 self._missing.append(f"{where}: {line}")
 
-    def _made(self, source: BlockOrigin, part: Part) -> int:
-        return sum(ledger.made(counts) for (whose, _), counts in part.counts.items() if whose == source)
+    def _made_rows(self, source: BlockOrigin, part: Part) -> int:
+        return sum(ledger.made(counts) for (origin, _), counts in part.counts.items() if origin == source)
 
 
 class Part(NamedTuple):
-    """What the tables of one part say."""
+    """Content of the small tables of one closed part."""
 
     path: Path
     number: int
     opened_ns: int  # unix ns
-    superseded: bool  # another storage of its name went on, in another directory
+    superseded: bool  # another storage took over its name, in another directory
     condition: str
     rows: int
-    required: list[str]
+    required: list[str]  # producers
     positions: dict[BlockOrigin, tuple[int, int]]  # first, next
     ends: dict[BlockOrigin, tuple[int, str]]  # next, how
     counts: dict[tuple[BlockOrigin, int], dict[str, Any]]
@@ -219,7 +219,7 @@ class Part(NamedTuple):
 
 
 def read_part(path: Path) -> Part:
-    """FileError when it cannot be read, or is none of ours."""
+    """Read the small tables of a part. FileError when it cannot be read, or larpix-daq did not write it."""
     with DataFile(path) as file:
         if not file.own:
             raise FileError(f"{path}: has no /run, so it is none of ours")
@@ -242,7 +242,7 @@ def read_part(path: Path) -> Part:
             counts={(source, row["io_group"]): row for source, row in rows("ledger/counts")},
             missing=[(source, row["first"], row["next"]) for source, row in rows("run/missing")],
             doubts=[
-                f"{describe_part(source)}, io_group {row['io_group']}: {row['verdict']}: {row['why']}"
+                f"{describe_origin(source)}, io_group {row['io_group']}: {row['verdict']}: {row['why']}"
                 for source, row in rows("ledger/verdicts")
                 if row["verdict"] != "complete"
             ],
@@ -250,21 +250,89 @@ def read_part(path: Path) -> Part:
         )
 
 
-def describe_part(source: BlockOrigin) -> str:
+def describe_origin(source: BlockOrigin) -> str:
+    """Name an origin in messages."""
     return f"producer {source.producer!r}, epoch {source.epoch:x}"
 
 
-def unfinished(directory: Path, storage: str | None = None) -> list[int]:
-    """The runs that may go on: those with a part or a journal, and the newest. FileError as of positions().
+def join_superseded(parts: Sequence[Part]) -> list[Part]:
+    """Renumber the parts of a superseded storage and its successors as if one storage had written them all.
 
-    storage: only the files of this one count; None: those of all.
+    Parts are unchanged when none was superseded, or when all are in one directory. FileError when a part is unreadable.
+    """
+    superseded = {part.path.parent for part in parts if part.superseded}
+    directories: dict[Path, list[Part]] = {}
+    for part in sorted(parts, key=lambda part: part.number):
+        directories.setdefault(part.path.parent, []).append(part)
+    if not superseded or len(directories) == 1:
+        return list(parts)
+    joined: list[Part] = []
+    for directory in sorted(directories, key=lambda path: (path not in superseded, directories[path][0].opened_ns)):
+        first = joined[-1].number + 1 if joined else 0
+        joined += [part._replace(number=first + part.number) for part in directories[directory]]
+    return _without_copies(joined, superseded)
 
-    The others are closed: to open them all at every start would take a minute for 10,000 files. What a producer still
-    holds of one of them has to be looked up when it comes.
+
+def _without_copies(parts: list[Part], superseded: set[Path]) -> list[Part]:
+    """Subtract from the parts in superseded directories all blocks that later parts have too."""
+    known: set[tuple[BlockOrigin, int]] = set()
+    reduced: list[Part] = []
+    for part in reversed(parts):
+        with DataFile(part.path) as file:
+            blocks = list(_blocks(file))
+            if part.path.parent in superseded:
+                copies = [(key, row) for key, row in blocks if key in known]
+                part = _without_blocks(part, file, copies) if copies else part
+        known |= {key for key, _ in blocks}
+        reduced.append(part)
+    return reduced[::-1]
+
+
+def _blocks(file: DataFile) -> Iterator[tuple[tuple[BlockOrigin, int], Any]]:
+    """Read /run/blocks: (origin, sequence) and row of each block."""
+    producers, run = file.producers(), int(file.run_info()["run"])
+    for row in file.table("run/blocks"):
+        yield (file.origin(row, producers, run), int(row["sequence"])), row
+
+
+def _without_blocks(part: Part, file: DataFile, blocks: list[tuple[tuple[BlockOrigin, int], Any]]) -> Part:
+    """Subtract blocks, with the counts of their rows, from a part; they become missing there."""
+    counts = {key: dict(line) for key, line in part.counts.items()}
+    rows = 0
+    for (source, _), block in blocks:
+        first, n = int(block["first_row"]), int(block["rows"])
+        tally = ledger.new_tally()
+        if file.layout is not None:
+            hdf5_chunks.tally(file.packets(first, first + n).view(np.uint8), file.layout.code, tally)
+        stored = ledger.stored(tally)
+        for group in np.flatnonzero(stored).tolist():
+            if (source, group) in counts:
+                counts[source, group]["stored"] -= int(stored[group])
+        rows += n
+    missing = [*part.missing, *_missing_stretches(sorted(key for key, _ in blocks))]
+    return part._replace(rows=part.rows - rows, counts=counts, missing=missing)
+
+
+def _missing_stretches(keys: list[tuple[BlockOrigin, int]]) -> Iterator[tuple[BlockOrigin, int, int]]:
+    """Join sorted blocks to stretches (origin, first sequence, sequence after the last)."""
+    first = keys[0]
+    for key, following in pairwise([*keys, (keys[-1][0], -1)]):
+        if following != (key[0], key[1] + 1):
+            yield first[0], first[1], key[1] + 1
+            first = following
+
+
+def continuable_runs(directory: Path, storage: str | None = None) -> list[int]:
+    """List the runs that may continue: those with a part or a journal, and the newest run.
+
+    Only files of `storage` count; None: files of all storages. FileError when the directory cannot be read.
+
+    The other runs are closed. Their files are not opened, because that takes a minute for 10,000 files at every start;
+    their positions are read when a producer sends blocks of them.
     """
     files = _files(directory, storage)
-    going = {run for run, ending, _ in files if ending != names.FINISHED}
-    return sorted(going | {max((run for run, _, _ in files), default=0)} - {0})
+    runs = {run for run, ending, _ in files if ending != names.FINISHED}
+    return sorted(runs | {max((run for run, _, _ in files), default=0)} - {0})
 
 
 def _files(directory: Path, storage: str | None, run: int | None = None) -> list[tuple[int, str, Path]]:
@@ -276,19 +344,18 @@ def _files(directory: Path, storage: str | None, run: int | None = None) -> list
 def positions(
     directory: Path, run: int | None = None, warnings: list[str] | None = None, storage: str | None = None
 ) -> list[Position]:
-    """The next sequence of each source, of one run or of all, that no file in the directory holds.
+    """Return the next expected sequence of each origin, of one run or of all, over all files in the directory.
 
-    storage: only the files of this one count, since those of others are copies; None: those of all.
-
-    A source whose end is there stands one behind the sequence that its end names. Files that cannot be read are left
-    out, and a line about each goes to `warnings`. FileError when the directory itself cannot be read.
+    Only files of `storage` count, because those of other storages are copies; None: files of all. An origin with an end
+    record is one sequence behind the end. Files that cannot be read are left out, with a line for each in `warnings`.
+    FileError when the directory cannot be read.
     """
     next_of: dict[BlockOrigin, int] = {}
     for number, ending, path in _files(directory, storage, run):
         try:
-            found = _journal(path) if ending == names.JOURNAL else positions_of_file(path, number)
+            found = _positions_of_journal(path) if ending == names.JOURNAL else positions_of_file(path, number)
         except FileError as error:
-            # What vanishes meanwhile are journal and part of a run that was just closed: the finished file has it all.
+            # Journal and part vanish when a run is closed meanwhile: the finished file has all of their content.
             if path.exists() and warnings is not None:
                 warnings.append(str(error))
             continue
@@ -297,19 +364,8 @@ def positions(
     return [Position(source.run, source.producer, source.epoch, value) for source, value in next_of.items()]
 
 
-def _journal(path: Path) -> dict[BlockOrigin, int]:
-    found: dict[BlockOrigin, int] = {}
-    contents = journal.read(path)
-    for record in contents.records:
-        source = record.frame.source
-        found[source] = max(record.frame.following, found.get(source, 0))
-    if not found and contents.damaged:
-        raise FileError(f"{path}: holds no whole record")
-    return found
-
-
-def positions_of_file(path: Path, number: int) -> dict[BlockOrigin, int]:
-    """The same of one file, which holds this run."""
+def positions_of_file(path: Path, run: int) -> dict[BlockOrigin, int]:
+    """Return the next expected sequence of each origin in one file of this run. FileError as of read_part()."""
     found: dict[BlockOrigin, int] = {}
     with DataFile(path) as file:
         if not file.own:
@@ -319,83 +375,30 @@ def positions_of_file(path: Path, number: int) -> dict[BlockOrigin, int]:
             for start in range(0, file.length(name), 65_536):
                 rows = file.table(name, start, start + 65_536)
                 for row in np.unique(rows[["producer", "epoch"]]):
-                    mine = (rows["producer"] == row["producer"]) & (rows["epoch"] == row["epoch"])
-                    source = file.origin(row, producers, number)
-                    found[source] = max(int(rows[column][mine].max()) + 1, found.get(source, 0))
+                    selected = (rows["producer"] == row["producer"]) & (rows["epoch"] == row["epoch"])
+                    origin = file.origin(row, producers, run)
+                    found[origin] = max(int(rows[column][selected].max()) + 1, found.get(origin, 0))
     return found
 
 
-def join_superseded(parts: Sequence[Part]) -> list[Part]:
-    """The parts of a run as if one storage had written them all, one behind the other; as they are when none was
-    superseded, or when they stand in one directory. FileError when a part cannot be read."""
-    left = {part.path.parent for part in parts if part.superseded}
-    homes: dict[Path, list[Part]] = {}
-    for part in sorted(parts, key=lambda part: part.number):
-        homes.setdefault(part.path.parent, []).append(part)
-    if not left or len(homes) == 1:
-        return list(parts)
-    order = sorted(homes, key=lambda home: (home not in left, homes[home][0].opened_ns))
-    found: list[Part] = []
-    for home in order:
-        first = found[-1].number + 1 if found else 0
-        found += [part._replace(number=first + part.number) for part in homes[home]]
-    return _without_copies(found, left)
-
-
-def _without_copies(parts: list[Part], left: set[Path]) -> list[Part]:
-    """Blocks of parts in these directories that later parts have too are taken out, as if they had never come."""
-    there: set[tuple[BlockOrigin, int]] = set()
-    found: list[Part] = []
-    for part in reversed(parts):
-        with DataFile(part.path) as file:
-            blocks = list(_blocks(file))
-            if part.path.parent in left:
-                copies = [(key, row) for key, row in blocks if key in there]
-                part = _without(part, file, copies) if copies else part
-        there |= {key for key, _ in blocks}
-        found.append(part)
-    return sorted(found, key=lambda part: part.number)
-
-
-def _blocks(file: DataFile) -> Iterator[tuple[tuple[BlockOrigin, int], Any]]:
-    producers, run = file.producers(), int(file.run_info()["run"])
-    for row in file.table("run/blocks"):
-        yield (file.origin(row, producers, run), int(row["sequence"])), row
-
-
-def _without(part: Part, file: DataFile, copies: list[tuple[tuple[BlockOrigin, int], Any]]) -> Part:
-    counts = {key: dict(line) for key, line in part.counts.items()}
-    rows = 0
-    for (source, _), block in copies:
-        first, n = int(block["first_row"]), int(block["rows"])
-        tally = ledger.new_tally()
-        if file.layout is not None:
-            hdf5_chunks.tally(file.packets(first, first + n).view(np.uint8), file.layout.code, tally)
-        stored = ledger.stored(tally)
-        for group in np.flatnonzero(stored).tolist():
-            if (source, group) in counts:
-                counts[source, group]["stored"] -= int(stored[group])
-        rows += n
-    missing = [*part.missing, *_stretches(sorted(key for key, _ in copies))]
-    return part._replace(rows=part.rows - rows, counts=counts, missing=missing)
-
-
-def _stretches(keys: list[tuple[BlockOrigin, int]]) -> Iterator[tuple[BlockOrigin, int, int]]:
-    """(source, first, behind the last) of sorted blocks."""
-    first = keys[0]
-    for before, after in pairwise([*keys, (keys[-1][0], -1)]):
-        if after != (before[0], before[1] + 1):
-            yield first[0], first[1], before[1] + 1
-            first = after
+def _positions_of_journal(path: Path) -> dict[BlockOrigin, int]:
+    found: dict[BlockOrigin, int] = {}
+    contents = journal.read(path)
+    for record in contents.records:
+        origin = record.frame.source
+        found[origin] = max(record.frame.following, found.get(origin, 0))
+    if not found and contents.damaged:
+        raise FileError(f"{path}: holds no whole record")
+    return found
 
 
 def file_info(path: Path | str) -> dict[str, Any]:
-    """A summary that json can write; times are UTC in ISO 8601, with `_ns` in unix ns.
+    """Summarise a file without reading its rows, for JSON. Times are UTC in ISO 8601, those named `_ns` unix ns.
 
     FileError when the file cannot be read.
     """
     with DataFile(path) as file:
-        found: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "path": str(file.path),
             "bytes": file.path.stat().st_size,
             "version": file.version,
@@ -403,28 +406,29 @@ def file_info(path: Path | str) -> dict[str, Any]:
             "rows": file.rows,
             "row_bytes": file.dtype.itemsize,
             "stored_bytes": file.stored_bytes,
-            "created": _time(float(file.attribute("_header", "created"))),
-            "modified": _time(float(file.attribute("_header", "modified"))),
+            "created": _utc(float(file.attribute("_header", "created"))),
+            "modified": _utc(float(file.attribute("_header", "modified"))),
             "own": file.own,
         }
         if file.own:
-            found |= _run(file)
-        return found
+            facts |= _run_facts(file)
+        return facts
 
 
-def _run(file: DataFile) -> dict[str, Any]:
+def _run_facts(file: DataFile) -> dict[str, Any]:
     row = file.run_info()
     texts = file.texts()
     number = int(row["run"])
     producers = file.producers()
-    counts = []
-    for line in file.table("ledger/counts"):
-        counts.append(row_dict(line) | {"producer": file.origin(line, producers, number).producer})
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        """Rows of a table with the name of the producer in place of its index."""
+        return [
+            row_dict(line) | {"producer": file.origin(line, producers, number).producer} for line in file.table(name)
+        ]
+
+    counts = lines("ledger/counts")
     total = {name: sum(int(line[name]) for line in counts) for name in (*constants.COUNTS, "owed")}
-    verdicts = [
-        row_dict(line) | {"producer": file.origin(line, producers, number).producer}
-        for line in file.table("ledger/verdicts")
-    ]
     gaps = file.table("ledger/gaps")
     chips = tables.newest_configurations(file.table("run/configs"))
     return {
@@ -433,17 +437,17 @@ def _run(file: DataFile) -> dict[str, Any]:
         "condition": row["condition"],
         "reasons": texts.pop("reason", []),
         "required_producers": list(dict.fromkeys(texts.pop("required producer", []))),
-        "started": _time(row["started_ns"] / 1e9),
-        "opened": _time(row["opened_ns"] / 1e9),
-        "closed": _time(row["closed_ns"] / 1e9) if row["closed_ns"] else None,
+        "started": _utc(row["started_ns"] / 1e9),
+        "opened": _utc(row["opened_ns"] / 1e9),
+        "closed": _utc(row["closed_ns"] / 1e9) if row["closed_ns"] else None,
         "started_ns": row["started_ns"],
         "closed_ns": row["closed_ns"],
-        "begun": _time(row["begun_ns"] / 1e9) if row["begun_ns"] else None,
+        "begun": _utc(row["begun_ns"] / 1e9) if row["begun_ns"] else None,
         "begun_ns": row["begun_ns"],
-        "ended": _time(row["ended_ns"] / 1e9) if row["ended_ns"] else None,
+        "ended": _utc(row["ended_ns"] / 1e9) if row["ended_ns"] else None,
         "ended_ns": row["ended_ns"],
         "live_s": row["live_ns"] / 1e9,
-        "connected": [msgspec.to_builtins(one) for one in file.connected()],
+        "connected": [msgspec.to_builtins(board) for board in file.connected()],
         "duplicate_blocks": row["duplicate_blocks"],
         "missing_blocks": row["missing_blocks"],
         "blocks": file.length("run/blocks"),
@@ -452,7 +456,7 @@ def _run(file: DataFile) -> dict[str, Any]:
         "messages": [text(line["message"]) for line in file.table("messages", 0, 100)],
         "ledger": counts,
         "totals": total | {"made": ledger.made(total)},
-        "verdicts": verdicts,
+        "verdicts": lines("ledger/verdicts"),
         "gaps": {"rows": int(gaps["rows"].sum()), "number": len(gaps)},
         "chips": {
             "number": len(chips),
@@ -464,7 +468,7 @@ def _run(file: DataFile) -> dict[str, Any]:
     }
 
 
-def _time(seconds: float) -> str:
+def _utc(seconds: float) -> str:
     try:
         return utc_datetime(seconds).isoformat(timespec="seconds")
     except ValueError as error:

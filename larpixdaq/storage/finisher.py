@@ -27,7 +27,7 @@ from larpixdaq.errors import FileError, FileLocked
 from larpixdaq.hdf5 import names
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recovery import prepare, recover
-from larpixdaq.hdf5.run_report import unfinished
+from larpixdaq.hdf5.run_report import continuable_runs
 from larpixdaq.hdf5.writer import CloseReport, RunFile, sync_path
 from larpixdaq.protocol.reports import FinishedFile
 from larpixdaq.runtime.event_loop import Worker
@@ -164,7 +164,7 @@ class Finisher:
         on parts say where their sources stand; retry() begins the recovery itself, which reads every row. FileError
         when the directory cannot be read; what is wrong with a file goes to the log.
         """
-        runs = unfinished(directory, storage)
+        runs = continuable_runs(directory, storage)
         for path in names.unfinished_parts(directory, storage):
             try:
                 found = prepare(path)

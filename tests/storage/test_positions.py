@@ -10,21 +10,21 @@ from file_builder import Feed, random_rows, run_info, write
 from larpixdaq.hdf5 import run_report as module
 from larpixdaq.hdf5.names import run_files
 from larpixdaq.hdf5.reader import DataFile
-from larpixdaq.hdf5.run_report import positions, unfinished
+from larpixdaq.hdf5.run_report import continuable_runs, positions
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.storage.service import StorageService
 
 
 def test_runs_that_may_go_on(tmp_path):
-    assert unfinished(tmp_path) == []
+    assert continuable_runs(tmp_path) == []
     for run in (1, 3, 5):
         write(tmp_path, Feed(run), [10])
-    assert unfinished(tmp_path) == [5]
+    assert continuable_runs(tmp_path) == [5]
     (tmp_path / "run0000002_x_000.h5.journal").touch()
     (tmp_path / "run0000003_x_001.h5.part").touch()
-    assert unfinished(tmp_path) == [2, 3, 5]
+    assert continuable_runs(tmp_path) == [2, 3, 5]
     (tmp_path / "run0000007_x_000.h5.part").touch()
-    assert unfinished(tmp_path) == [2, 3, 7]
+    assert continuable_runs(tmp_path) == [2, 3, 7]
 
 
 @pytest.fixture
