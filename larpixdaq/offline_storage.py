@@ -68,7 +68,7 @@ class Storage:
             status=self.service.status,
             on_name_taken=self._name_taken,
         )
-        self.consumer = Consumer(name, self.node.session, "all", positions=self.service.where, core=self.node)
+        self.consumer = Consumer(name, self.node.session, "all", positions=self.service.positions, core=self.node)
         self._session_check = SessionCheck(self.node)
         self._may_write = True  # as _good() has found last
         self._frames = 0

@@ -1,4 +1,4 @@
-"""One run that a storage writes: it outlives its files."""
+"""One run that a storage writes, through all its parts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from larpixdaq.hdf5.writer import CloseReport, RunFile
 from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, Position
 from larpixdaq.storage.limits import Limits
 
-#: What the disk did not take is tried again after so long (seconds): it may have room, or be well, by then.
+#: Seconds before a failed write, rotation or recovery is tried again.
 AGAIN = 5.0
 
 
 class Ending(NamedTuple):
-    """end_run waits for these ends (source, the sequence behind its last block), at most until `limit` (monotonic)."""
+    """An end_run that waits for END records, at most until `limit` (monotonic).
+
+    `awaited`: each source, and the sequence after its last block.
+    """
 
     call: Call
     awaited: list[tuple[BlockOrigin, int]]
@@ -30,7 +33,7 @@ class Ending(NamedTuple):
 
 
 class OpenRun:
-    """`file`: the open part; None after the disk has refused, until a further part can be opened."""
+    """`file`: the open part; None after the disk has refused, until the next part can be opened."""
 
     def __init__(self, directory: Path, info: RunInfo, *, announced: bool, limits: Limits, fsync: bool) -> None:
         self.directory = directory
@@ -38,8 +41,8 @@ class OpenRun:
         self.announced = announced
         self.file: RunFile | None = None
         self.failure = ""
-        self.again_at = 0.0  # monotonic: not before that is a further part tried
-        self.names_at = 0.0  # monotonic: when the names of part and journal are looked at
+        self.again_at = 0.0  # monotonic time before which no further part is tried
+        self.names_at = 0.0  # monotonic time at which the names of part and journal are checked
         self.acknowledged: dict[BlockOrigin, int] = {}
         self.unacknowledged = 0  # bytes of rows since the last acknowledgement
         self.ending: Ending | None = None
@@ -60,7 +63,7 @@ class OpenRun:
         return self._before[1] + (self.file.bytes if self.file is not None else 0)
 
     def open(self, positions: Iterable[Position]) -> None:
-        """The next part, which goes on where the sources stand. FileError when there can be none."""
+        """Open the next part, which begins at these positions. FileError when the disk refuses."""
         parts = names.files_of_storage(self.directory, self.info.storage, self.info.run)
         number = parts[-1][1] + 1 if parts else 0
         self.file = self._create(number, positions, self._configurations(parts))
@@ -82,32 +85,32 @@ class OpenRun:
         return tables.NO_CONFIGURATIONS
 
     def announce(self, info: RunInfo) -> None:
-        """What the core tells of a run whose blocks were here before."""
+        """Take over the core's metadata of a run whose blocks came first. FileError when the disk fails."""
         if self.file is not None:
             self.file.announce(info)
         self.info = info
         self.announced = True
 
     def begin(self, begun_ns: int) -> None:
-        """RUN begins, unix ns. FileError when the disk fails."""
+        """Note when RUN began, unix ns. FileError when the disk fails."""
         self.info = self.info._replace(begun_ns=begun_ns)
         if self.file is not None:
             self.file.begin(begun_ns)
 
     def connect(self, connected: Iterable[ConnectedBoard]) -> None:
-        """What the producers are known to read now. FileError when the disk fails."""
+        """Note the boards that the producers read. FileError when the disk fails."""
         self.info = self.info._replace(connected=tuple(connected))
         if self.file is not None:
             self.file.set_sources(self.info.connected)
 
     def expects(self, source: BlockOrigin) -> int:
-        """The sequence of a source that comes next; an end counts as one."""
+        """The next sequence of a source in the open part; an end counts as one."""
         return self.file.next(source) if self.file is not None else 0
 
     # Rotation
 
     def is_full(self, block: Block | None = None) -> bool:
-        """Whether the part has reached a limit, `block` to be the next in it."""
+        """Whether the part has reached a limit, or would exceed it with `block`."""
         file, limits = self.file, self._limits
         if file is None or not file.rows or time.monotonic() < self.again_at:
             return False
@@ -118,7 +121,7 @@ class OpenRun:
         return limits.seconds is not None and time.monotonic() - self._opened >= limits.seconds
 
     def due(self) -> float | None:
-        """When (monotonic) this run has something to do, though nothing comes."""
+        """The monotonic time at which this run has something to do although no frame comes; None: never."""
         if self.file is None:
             return self.again_at
         limit = self._limits.seconds
@@ -126,10 +129,10 @@ class OpenRun:
         return min((one for one in (self.file.due(), rotates) if one is not None), default=None)
 
     def rotate(self) -> tuple[RunFile, CloseReport]:
-        """Go on in the next part: the one before, sealed, and its report.
+        """Continue in the next part; returns the previous one, sealed, and its report.
 
-        The next is there before this one is closed. FileError when it cannot be made: then nothing has changed but
-        `again_at`; or when this one cannot be closed: then `file` is what failed still.
+        The next part is made before this one is sealed. FileError when it cannot be made: then nothing has changed but
+        `again_at`; or when this part cannot be sealed: then `file` is still the part that failed.
         """
         old = self.file
         assert old is not None
@@ -167,8 +170,8 @@ class OpenRun:
         return file, report
 
     def fail(self, error: Exception) -> Path | None:
-        """The disk refuses: nothing more is written to this part. Its path, when something was acknowledged that is to
-        be recovered from it."""
+        """Give up the open part after an error of the disk; returns its path when it holds acknowledged blocks, which
+        must be recovered."""
         file, self.file = self.file, None
         self.failure = str(error)
         self.again_at = time.monotonic() + AGAIN
@@ -179,7 +182,7 @@ class OpenRun:
         return file.path if file.durable else None
 
     def discard(self) -> None:
-        """Remove the part of a run in which nothing came."""
+        """Remove the open part, which holds no rows."""
         file, self.file = self.file, None
         if file is not None:
             with contextlib.suppress(FileNotFoundError):

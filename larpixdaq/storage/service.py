@@ -32,18 +32,18 @@ from larpixdaq.storage.open_run import Ending, OpenRun
 from larpixdaq.stream.publisher import WINDOW
 
 log = logging.getLogger(__name__)
-#: A part of a run that the core has not announced is closed so long after its last END (seconds).
+#: Seconds between the last END of a run that the core has not announced and the close of its part.
 UNANNOUNCED_CLOSE = 1.0
-#: Seconds between two looks whether part and journal still have their names.
+#: Seconds between two checks that part and journal still have their names.
 _NAMES: Final = 0.5
 #: Maximum number of open parts of runs that the core has not announced; a producer's ring holds blocks of 63 runs.
 MOST_UNANNOUNCED: Final = 64
-#: Runs whose metadata are kept for blocks that come after they were closed.
+#: Maximum number of runs whose metadata are kept for blocks that come after the close.
 _REMEMBERED: Final = 16
-#: end_run waits so long for the producers' END records; the core's own limit is 30 s.
+#: Maximum seconds that end_run waits for the producers' END records; the core's own limit is 30 s.
 END_LIMIT = 25.0
-#: So long (seconds) the verdict on a run waits for parts of it that are being recovered. Then it is that of the others,
-#: and the core asks again when these are there.
+#: Maximum seconds that the verdict on a run waits for the recovery of its parts. After that it is the verdict on the
+#: other parts, and the core asks again when all are there.
 RECOVERY_LIMIT = 15.0
 
 
@@ -57,7 +57,7 @@ class Stream(Protocol):
 class StorageService:
     """Writes runs into files in `directory`, and acknowledges each block when its part or the journal holds it.
 
-    The methods that take a Call are the storage's actions. Everything but where() belongs to the process's loop.
+    The methods that take a Call are the storage's actions. Everything but positions() belongs to the process's loop.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class StorageService:
         on_close: Sequence[str] = (),
         fsync: bool = False,
     ) -> None:
-        """`label` goes into the names of the files; empty for the first or only storage. `limits`: when a run goes on
-        in a further part; `on_close`: the command to run on each finished file; `fsync`: as in RunFile."""
+        """`label`: the storage's name in its files' names, empty for the first or only storage; `limits`: when a run
+        continues in the next part; `on_close`: the command to run on each finished file; `fsync`: as in RunFile."""
         self.directory = directory
         self.name = name
         self.label = label
         self.duplicates = 0
-        self.paused = ""  # why nothing is written
+        self.paused = ""  # the reason why nothing is written; empty: blocks are written
         self.space = Space(directory)
         self.finisher = Finisher(on_close)
         self._limits, self._fsync = limits, fsync
@@ -89,20 +89,20 @@ class StorageService:
         self._unreported: dict[BlockOrigin, int] = {}  # positions that report_to() has not handed on
         self._again = self._sent = False  # for report_to(): blocks must come again; with their rows, not in a ring
         self._doubted: set[tuple[BlockOrigin, int]] = set()  # blocks of open runs whose rows were asked for again
-        self._known: set[int] = set()  # runs whose files of before are in there
-        self._turned_away = False  # blocks of further runs that the core has not announced
-        self._asked: list[tuple[int, Call, float]] = []  # run, who wants its verdict, until when that may wait
+        self._known: set[int] = set()  # runs whose earlier files _positions counts
+        self._turned_away = False  # whether blocks were refused because too many runs were not announced
+        self._asked: list[tuple[int, Call, float]] = []  # run, the call that awaits its verdict, limit (monotonic)
 
     # the loop
 
     def due(self) -> float | None:
-        """When work() has something to do (monotonic seconds); None: not before something comes."""
+        """The monotonic time at which work() must be called; None: not before a frame or a call comes."""
         if self.paused:
             return None
         return min((due for run in self._runs.values() if (due := run.due()) is not None), default=None)
 
     def work(self) -> None:
-        """Write what has waited long enough, acknowledge, close what is complete, try again what was refused."""
+        """Write and acknowledge blocks that have waited, close complete parts, and repeat what a disk refused."""
         self._look_for_space()
         for run in list(self._runs.values()):
             self._work(run)
@@ -111,14 +111,14 @@ class StorageService:
         self.finisher.work()
 
     def close(self) -> None:
-        """Close what is open, and wait for its final names; the verdict in the file says what it is worth."""
+        """Close all open parts, and wait until they have their final names."""
         for run in list(self._runs.values()):
             self._close(run, aborted=False)
         self._answer(at_once=True)
         self.finisher.close()
 
     def supersede(self) -> None:
-        """Another storage has our name, and goes on with our runs: from here on they stand in its files."""
+        """Close all parts as superseded, because another storage has this name and continues the runs in its files."""
         for run in self._runs.values():
             if run.file is None:
                 continue
@@ -135,9 +135,9 @@ class StorageService:
     # the stream
 
     def report_to(self, stream: Stream) -> None:
-        """Hand on what has become durable, and the wish that blocks come again.
+        """Send new acknowledgements, and the request for blocks to be sent again.
 
-        To be called after each receive() too, because no block may follow one that was not taken.
+        Call it after each receive() too, because no block may follow one that was not taken.
         """
         for source, following in self._unreported.items():
             stream.acknowledge(source, following)
@@ -147,13 +147,13 @@ class StorageService:
             self._again = self._sent = False
 
     def receive(self, producer: str, frame: FromProducer, payload: memoryview | None) -> None:
-        """Take what a producer sends. What is not taken, because the disk refuses, is asked for again later."""
+        """Write a producer's block or end. What the disk refuses is requested again later."""
         if not isinstance(frame, Block | End):
             return
         if frame.run in self._cancelled:
             self._acknowledge(frame.source, frame.following)
             return
-        # A pause ends in work(): what comes here until then has a gap before it.
+        # Only work() ends a pause, because frames that come before that follow a gap.
         if self.paused or not self._look_for_space():
             return
         run = self._runs.get(frame.run) or self._unannounced(frame)
@@ -181,8 +181,10 @@ class StorageService:
             log.error("run %d, %s: %s", frame.run, producer, error)
 
     def _doubt(self, block: Block, error: ChecksumError) -> None:
-        """Rows that are not those that were sent, or that left the producer's ring while we read them: once more, sent
-        this time, then they are taken for missing."""
+        """Request a block again whose rows are not those that its header speaks of; the second time it is missing.
+
+        The rows may have been overwritten in the producer's ring, so the request is for rows that are sent.
+        """
         again = (block.source, block.sequence) not in self._doubted
         self._doubted.add((block.source, block.sequence))
         log.log(logging.WARNING if again else logging.ERROR, "%s%s", error, ": asked for again" if again else "")
@@ -190,7 +192,7 @@ class StorageService:
             self._again = self._sent = True
 
     def _unannounced(self, frame: Block | End) -> OpenRun | None:
-        """Blocks of a run that has no open part here: they go into a further one."""
+        """Open a part for a run that has none; None when the frame is stored already, or too many parts are open."""
         self._look_up(frame.run)
         if self._positions.get(frame.source, 0) >= frame.following:
             self.duplicates += 1
@@ -214,7 +216,7 @@ class StorageService:
         log.warning("run %d has no open file here: its blocks go into a new one", frame.run)
         run = self._new(info, announced=False)
         try:
-            run.open(self.where())
+            run.open(self.positions())
         except FileError as error:
             self._fail(run, error)
         self._runs[frame.run] = run
@@ -236,7 +238,7 @@ class StorageService:
     # what the disk takes
 
     def _look_for_space(self) -> bool:
-        """Whether there is room to write. There is none for as long as `paused` says so."""
+        """Begin or end the pause, as the free space asks for; returns whether blocks are written."""
         if self.space.enough(again=bool(self.paused)) == (not self.paused):
             return not self.paused
         if self.paused:
@@ -250,7 +252,7 @@ class StorageService:
         return not self.paused
 
     def _work(self, run: OpenRun) -> None:
-        """Make durable what has to be, acknowledge it, and close the part when all is there."""
+        """Write and acknowledge a run's blocks that have waited, and close its part when it is complete."""
         if not self.paused:
             if run.file is None and time.monotonic() >= run.again_at:
                 self._reopen(run)
@@ -270,11 +272,11 @@ class StorageService:
             self._close(run, aborted=False)
 
     def _reached(self, run: OpenRun, source: BlockOrigin) -> int:
-        """The sequence that comes next; an end counts as one."""
+        """The next sequence of a source, over all parts; an end counts as one."""
         return max(run.expects(source), self._positions.get(source, 0))
 
     def _fail(self, run: OpenRun, error: FileError) -> None:
-        """The disk refuses; what was acknowledged is in the part and its journal, and what was not comes again."""
+        """Give up the open part, because the disk refuses. Acknowledged blocks are recovered; others are sent again."""
         self._acknowledge_durable(run)
         broken = run.fail(error)
         if broken is not None:
@@ -283,18 +285,18 @@ class StorageService:
 
     def _reopen(self, run: OpenRun) -> None:
         try:
-            run.open(self.where())
+            run.open(self.positions())
         except FileError as error:
-            run.fail(error)  # said before: once is enough
+            run.fail(error)  # without a log line: _fail() wrote one
             return
         assert run.file is not None
         log.warning("run %d continues in %s", run.info.run, run.file.path.name)
         self._again = True
 
     def _has_lost_its_name(self, run: OpenRun) -> bool:
-        """Whether somebody has removed the open part or its journal: what is acknowledged would die with this process.
+        """Whether the open part or its journal was removed: acknowledged blocks would be lost with this process.
 
-        Then the run goes on in the next part, and the one before is written anew when it is closed.
+        The run then continues in the next part, and the removed part is written again when it is closed.
         """
         now = time.monotonic()
         if run.file is None or now < max(run.names_at, run.again_at):
@@ -334,19 +336,19 @@ class StorageService:
             following = self._positions[source] = max(following, self._positions.get(source, 0))
         self._unreported[source] = following
 
-    # what was there before
+    # files of earlier processes
 
     def resume(self) -> None:
-        """Find out where the runs stand that may go on. What a storage before us has left is recovered by work(): not
-        before that is known, since parts get other names then.
+        """Read the positions of the runs that may continue, and queue unfinished parts for recovery by work().
 
-        What is wrong with their files goes to the log, so after the core has told where that is.
+        Positions come first, because a recovered part gets another name. Call it after the core has named the log,
+        because problems with files are logged.
         """
         for run in self.finisher.adopt_unfinished_parts(self.directory, self.label):
             self._look_up(run)
 
     def _look_up(self, run: int) -> None:
-        """Take over where the files of a run stand, once: it may have been closed here long ago."""
+        """Add the positions of a run's files, the first time that it is asked for: it may be a run of long ago."""
         if run in self._known:
             return
         unreadable: list[str] = []
@@ -356,7 +358,8 @@ class StorageService:
             log.warning("the content of this file is unknown: %s", line)
         self._known.add(run)
 
-    def where(self) -> list[Position]:
+    def positions(self) -> list[Position]:
+        """The next sequence of each source that is not durable here. May be called in any thread."""
         with self._lock:
             return [Position(*source, following) for source, following in self._positions.items()]
 
@@ -374,7 +377,7 @@ class StorageService:
             self.finisher.publish(*sealed)
 
     def _close(self, run: OpenRun, *, aborted: bool) -> None:
-        """Close the part; whoever waits for the end gets his answer when all parts have their names."""
+        """Close the run's part and forget the run. Its end_run is answered when all parts have their names."""
         ending, run.ending = run.ending, None
         self._seal(run, aborted=aborted)
         number = run.info.run
@@ -390,13 +393,13 @@ class StorageService:
     # what the core asks
 
     def _report(self, run: int, call: Call) -> None:
-        """Answer the call with the verdict on a run that is closed here, when its parts have their names."""
+        """Queue the answer to a call, the verdict on a closed run, until its parts have their names."""
         self._asked.append((run, call, time.monotonic() + RECOVERY_LIMIT))
 
     def _answer(self, *, at_once: bool = False) -> None:
-        """Judge runs whose parts are recovered; when that takes too long, as they are now."""
+        """Judge the runs whose parts are recovered, and those that have waited to the limit as they are now."""
         if not self._asked:
-            return  # this is looked at in each turn of the loop
+            return  # each turn of the loop comes here
         recovering = {name.run for part in self.finisher.broken if (name := names.parse(part)) is not None}
         asked, self._asked = self._asked, []
         for run, call, limit in asked:
@@ -406,7 +409,7 @@ class StorageService:
                 self._judge(run, call)
 
     def _judge(self, run: int, call: Call) -> None:
-        """By all its parts, when those that are closed have their names."""
+        """Answer with the verdict on all parts of a run, when the closed ones have their names."""
 
         def answer(found: RunReport | OSError) -> None:
             if isinstance(found, OSError):
@@ -437,14 +440,14 @@ class StorageService:
             came_back = any(source.run == run for source in self._positions)
             opened = self._new(info, announced=True)
             try:
-                opened.open(self.where())
+                opened.open(self.positions())
             except FileError as error:
                 if not came_back:
                     opened.fail(error)
                     raise
                 self._fail(opened, error)
             self._runs[run] = opened
-        else:  # its blocks were here before the news of it: we have come back in the middle of it
+        else:  # its blocks came first, because this process started during the run
             opened.announce(info)
             self._infos[run] = info
         opened.ended_ns = stopped_ns
@@ -469,31 +472,31 @@ class StorageService:
         if opened is None:
             self.report_run(call, run)
             return
-        if opened.ending is not None:  # an abort overtakes an end that still drains
+        if opened.ending is not None:  # an abort replaces an end that still waits
             opened.ending.call.fail(f"run {run} is ended anew ({how})", "state")
         opened.ended_ns = stopped_ns
         try:
             opened.connect(_boards(connected) or opened.info.connected)
         except FileError as error:
             self._fail(opened, error)
-        # An epoch whose totals nobody knows (its producer died) has no END to wait for.
+        # An epoch whose totals are unknown, because its producer died, has no END to wait for.
         awaited = [(BlockOrigin(run, p["name"], p["epoch"]), p["next"]) for p in producers if p["next"] is not None]
         opened.ending = Ending(call, awaited, how == "aborted", time.monotonic() + END_LIMIT)
 
     def report_run(self, call: Call, run: int) -> Any:
-        """What the files of a run are worth, as the answer to end_run says it."""
+        """Answer with the verdict on the files of a run, as end_run does."""
         if run not in self._runs and not names.files_of_storage(self.directory, self.label, run):
             raise StateError(f"{self.name}: has no files of run {run}")
         self._report(run, call)
 
     def cancel_run(self, call: Call, run: int) -> Any:
-        """The run was given up before it began: its file goes, its blocks are let pass."""
+        """Remove the file of a run that was cancelled before it began, and ignore its blocks from now on."""
         self._cancelled.add(run)
         opened = self._runs.pop(run, None)
         if opened is None:
             return {}
         try:
-            if opened.rows:  # data came in READY: they are kept, as those of an aborted run
+            if opened.rows:  # rows that came in READY are kept, as those of an aborted run
                 self._seal(opened, aborted=True)
             else:
                 opened.discard()
@@ -531,5 +534,5 @@ def _boards(connected: Sequence[dict[str, Any]]) -> tuple[ConnectedBoard, ...]:
 
 
 def _name_of(run: OpenRun) -> str:
-    """The path of its open part; empty when there is none now."""
+    """The path of the run's open part; empty when there is none."""
     return str(run.file.path) if run.file is not None else ""

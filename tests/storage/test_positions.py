@@ -45,7 +45,7 @@ def test_blocks_of_a_closed_run_are_not_stored_twice(tmp_path, storage):
         storage.receive("LArPix board", block, memoryview(rows.view(np.uint8)))
     assert storage.duplicates == 3
     assert len(run_files(tmp_path)) == 2
-    assert [(place.run, place.next) for place in storage.where()] == [(41, 3)]
+    assert [(place.run, place.next) for place in storage.positions()] == [(41, 3)]
     # Its other blocks are stored still.
     block, rows = old.block(random_rows(np.random.default_rng(1), 10))
     storage.receive("LArPix board", block, memoryview(rows.view(np.uint8)))

@@ -170,7 +170,7 @@ def test_a_storage_that_comes_back_goes_on_in_a_further_part(rigs: Callable[...,
     rig.until(lambda: rig.stream.next == {feed.source: 3}, "three blocks in the journal")
     kill(rig)
     again = rigs()
-    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.where()} == {(*feed.source, 3)}
+    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.positions()} == {(*feed.source, 3)}
     further = [feed.block(rows(n)) for n in (40, 50)]
     if early:
         again.take(further[0])
@@ -228,7 +228,7 @@ def test_a_part_that_is_locked_at_the_start_is_recovered_afterwards(rigs: Callab
     with open(journal) as held:
         fcntl.flock(held, fcntl.LOCK_SH)
         again = rigs()
-    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.where()} == {(*feed.source, 1)}
+    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.positions()} == {(*feed.source, 1)}
     again.until(lambda: list(tmp_path.glob("*_000.h5")), "the recovered part")
 
 
@@ -268,7 +268,7 @@ def test_a_run_goes_on_while_the_part_before_is_recovered(
 
     monkeypatch.setattr(finisher, "recover", slow)
     again = rigs()
-    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.where()} == {(*feed.source, 3)}
+    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.positions()} == {(*feed.source, 3)}
     again.prepare()
     again.take(feed.block(rows(40)))
     again.until(lambda: again.stream.next == {feed.source: 4}, "a block in the next part")
