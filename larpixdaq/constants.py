@@ -1,8 +1,7 @@
-"""Run states, conditions and the times of the control plane: names that several processes must mean the same by.
+"""Names and limits that several processes share: run states and conditions, times of the control plane, actions, run
+numbers, layouts, and the counters of the ledger.
 
-Run numbers, limits, layouts and the ledger's counters, for programs that start without numpy (schema.py).
-
-What a producer can be asked to do with its chips and boards: names only, for processes that do none of it.
+Without numpy (see schema.py), so that the programs that need none start fast.
 """
 
 from __future__ import annotations

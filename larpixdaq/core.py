@@ -191,11 +191,8 @@ class Core:
         self._send(route, Answer(request=probe(data)[1], kind="error", text=str(error), error="malformed"))
 
     def _sort(self, message: FromClient, route: bytes, now: float) -> None:
-        if isinstance(message, Register):
+        if isinstance(message, Register | Open):
             self._register(message, route, now)
-            return
-        if isinstance(message, Open):
-            self._open(message, route, now)
             return
         peer, moved = self._peers.hear(message.session, route, now)
         if peer is None:
@@ -222,27 +219,23 @@ class Core:
         else:
             raise ProtocolError(f"message from {peer.name}: {type(message).__name__} is not for it to send")
 
-    def _register(self, message: Register, route: bytes, now: float) -> None:
+    def _register(self, message: Register | Open, route: bytes, now: float) -> None:
+        """Take in a component or an Operator."""
         again = message.name in self._peers.components
+        peer: Peer
         try:
-            component = self._peers.register(message, route, now)
+            if isinstance(message, Register):
+                peer = self._peers.register(message, route, now)
+            else:
+                peer = self._peers.open(message, route, now)
         except (NameTaken, TooMany) as error:
-            code = "name_taken" if isinstance(error, NameTaken) else "failed"
-            self._send(route, Answer(request=message.request, kind="error", text=str(error), error=code))
+            self._send(route, Answer(request=message.request, kind="error", text=str(error), error=error.code))
             return
-        if not again:
-            _log.info("%s (%s) has registered", component.name, component.kind)
-        self._welcome(component)
-        self._runs.registered(component, now)
-
-    def _open(self, message: Open, route: bytes, now: float) -> None:
-        try:
-            self._welcome(self._peers.open(message, route, now))
-        except TooMany as error:
-            self._send(route, Answer(request=message.request, kind="error", text=str(error), error="failed"))
-
-    def _welcome(self, peer: Peer) -> None:
-        self._send(peer.route, Welcome(session=peer.session, **self._current()))
+        if isinstance(peer, Component) and not again:
+            _log.info("%s (%s) has registered", peer.name, peer.kind)
+        self._send(route, Welcome(session=peer.session, **self._current()))
+        if isinstance(peer, Component):
+            self._runs.registered(peer, now)
 
     def _changed(self, what: str, peer: Peer, now: float) -> None:
         if isinstance(peer, OperatorPeer):

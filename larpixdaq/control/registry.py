@@ -35,9 +35,13 @@ def _process(info: dict[str, Any]) -> str:
 class NameTaken(ProtocolError):
     """Another living component has this name."""
 
+    code = "name_taken"
+
 
 class TooMany(ProtocolError):
-    """The core serves as many as it can."""
+    """The core serves its maximum number of components or Operators."""
+
+    code = "failed"
 
 
 @dataclass
