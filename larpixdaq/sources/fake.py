@@ -44,6 +44,7 @@ class FakeSource(LiveSource):
 
     def open(self) -> None:
         self._pace.due(time.monotonic())
+        self._presence.connected(time.time_ns())
 
     def close(self) -> None:
         self._pace.pause(time.monotonic())

@@ -20,10 +20,8 @@ from numpy.typing import NDArray
 
 from larpixdaq._native.decoders import SerialDecoder, encode_serial
 from larpixdaq.errors import ConfigError
-from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.command_channel import LIMIT, BoardReply
-from larpixdaq.sources.data_quality import Presence, verdicts
 from larpixdaq.sources.source import BoardStatus, LiveSource
 
 BAUD: Final = 1_000_000
@@ -144,7 +142,6 @@ class SerialSource(LiveSource):
         self._retry_at: float | None = None
         self._gone_since = 0.0
         self._gone = ""  # why the device is not there
-        self._presence = Presence()
 
     def open(self) -> None:
         """ConfigError names the device and why it cannot be used."""
@@ -154,20 +151,9 @@ class SerialSource(LiveSource):
         self._disconnect()
         self._retry_at = None
 
-    def start(self, counts: NDArray[np.uint64]) -> None:
-        super().start(counts)
-        self._presence.start(time.time_ns())
-
-    def evidence(self, now: int) -> list[LossVerdict]:
-        (io_group,) = self.io_groups
-        return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
-
-    def delivered(self, made: int, stored: int, now: int) -> None:
-        self._presence.delivered(made, stored, now)
-
     def boards(self) -> list[BoardStatus]:
         (board,) = super().boards()
-        return [board._replace(away_ns=self._presence.away_ns, problem=self._gone)]
+        return [board._replace(problem=self._gone)]
 
     def due(self) -> float | None:
         times = [moment for moment in (self._flush_at, self._retry_at) if moment is not None]

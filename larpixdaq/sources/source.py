@@ -15,6 +15,7 @@ makes rows only in the memory that it is given::
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.schema import RowLayout
 from larpixdaq.sources.command_channel import Channel
-from larpixdaq.sources.data_quality import ClockReading, setup_findings, verdicts
+from larpixdaq.sources.data_quality import ClockReading, Presence, setup_findings, verdicts
 
 
 class BoardStatus(NamedTuple):
@@ -112,7 +113,7 @@ class Decoder(Protocol):
 
 
 class LiveSource:
-    """What sources of one live board have in common: all behind the decoder. They add open, close, due, read."""
+    """Base of the sources of one live board: decoder and presence. Subclasses add open, close, due and read."""
 
     waits = True
     recorded = False
@@ -122,16 +123,19 @@ class LiveSource:
 
     _decoder: Decoder
 
-    def __init__(self, name: str, layout: RowLayout, io_group: int, decoder: Decoder) -> None:
+    def __init__(self, name: str, layout: RowLayout, io_group: int, decoder: Decoder, silence: float = 0.0) -> None:
+        """`silence`: seconds that the board is never silent for; 0: it may be silent."""
         self.name = name
         self.layout = layout
         self.io_groups: tuple[int, ...] = (io_group,)
         self.sockets: tuple[Any, ...] = ()
         self._decoder = decoder
+        self._presence = Presence(int(silence * 1e9))
         self._problems: list[str] = []
 
     def start(self, counts: NDArray[np.uint64]) -> None:
         self._decoder.start(counts[self.io_groups[0]])
+        self._presence.start(time.time_ns())
 
     def texts(self) -> list[tuple[str, int]]:
         return []
@@ -147,11 +151,13 @@ class LiveSource:
         return problems
 
     def evidence(self, now: int) -> list[LossVerdict]:
-        return verdicts(self.io_groups[0], self._decoder.noticed())
+        (io_group,) = self.io_groups
+        return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
 
     def delivered(self, made: int, stored: int, now: int) -> None:
-        pass
+        self._presence.delivered(made, stored, now)
 
     def boards(self) -> list[BoardStatus]:
         (io_group,) = self.io_groups
-        return [BoardStatus(io_group, self.name, setup=tuple(setup_findings(io_group, self._decoder.noticed())))]
+        setup = tuple(setup_findings(io_group, self._decoder.noticed()))
+        return [BoardStatus(io_group, self.name, self._presence.away_ns, setup=setup)]

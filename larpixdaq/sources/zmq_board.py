@@ -16,10 +16,9 @@ from zmq.utils.monitor import recv_monitor_message
 from larpixdaq._native.zmq_batch import Receiver
 from larpixdaq.constants import Count
 from larpixdaq.errors import ConfigError
-from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.schema import NOTICES, RowLayout
 from larpixdaq.sources.command_channel import HostLookup, endpoint
-from larpixdaq.sources.data_quality import BoardClock, Presence, verdicts
+from larpixdaq.sources.data_quality import BoardClock
 from larpixdaq.sources.source import BoardStatus, Decoder, LiveSource
 
 #: Messages that may wait for us. One-word messages take 64 bytes each here; a saturated board (39 MB/s) sends far
@@ -84,7 +83,7 @@ class BoardSource(LiveSource):
     ) -> None:
         self.kind = kind
         self.address = endpoint(host.host, data_port)
-        super().__init__(f"{kind} io_group {io_group} at {self.address}", layout, io_group, decoder)
+        super().__init__(f"{kind} io_group {io_group} at {self.address}", layout, io_group, decoder, silence)
         self._host = host
         self._port = data_port
         self._endpoint = ""  # that we connect to
@@ -94,7 +93,6 @@ class BoardSource(LiveSource):
         self._heard = 0.0
         self._emptied = -math.inf  # when the last read began that left nothing behind (monotonic)
         self._events_at = 0.0
-        self._presence = Presence(int(silence * 1e9))
         self._silent = False
         self._connected: bool | None = None
         self._strange = False
@@ -141,21 +139,12 @@ class BoardSource(LiveSource):
             self._context = None
 
     def start(self, counts: NDArray[np.uint64]) -> None:
+        super().start(counts)
         self._counts = counts[self.io_groups[0]]
-        self._decoder.start(self._counts)
-        self._presence.start(time.time_ns())
-
-    def evidence(self, now: int) -> list[LossVerdict]:
-        (io_group,) = self.io_groups
-        return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
-
-    def delivered(self, made: int, stored: int, now: int) -> None:
-        self._presence.delivered(made, stored, now)
 
     def boards(self) -> list[BoardStatus]:
         (board,) = super().boards()
-        clock = self._clock.reading()
-        return [board._replace(away_ns=self._presence.away_ns, problem=self._host.problem, clock=clock)]
+        return [board._replace(problem=self._host.problem, clock=self._clock.reading())]
 
     def due(self) -> float | None:
         if self._context is None:
