@@ -206,12 +206,6 @@ class RingFile:
             raise RingError(str(error)) from None
         return cls(path, file, memory, ring, grows=False)
 
-    def __enter__(self) -> RingFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def shrink(self) -> None:
         """Give back the memory that holds no block, where the file system can; no block may be made any more."""
         for start, size in self.ring.unused():

@@ -65,7 +65,7 @@ def test_nothing_is_read_that_was_written_over(tmp_path: Path) -> None:
 
 
 def test_a_freed_block_is_there_until_it_is_written_over(tmp_path: Path) -> None:
-    with RingFile.make(tmp_path, tmp_path, NAME, 5, SMALLEST) as arena:
+    with contextlib.closing(RingFile.make(tmp_path, tmp_path, NAME, 5, SMALLEST)) as arena:
         arena.ring.begin(1, 2, PACKETS_2_4.itemsize, [])
         publish(arena, 0)
         ring = reader(arena.path, NAME, 5)
@@ -105,7 +105,7 @@ def test_what_a_successor_has_taken_over_is_not_read_where_it_gives_memory_back(
     "what", ["nothing", "fifo", "link", "folder", "garbage", "short", "epoch", "name", "user", "mode", "nul"]
 )
 def test_what_is_no_ring_of_ours_is_refused(tmp_path: Path, what: str) -> None:
-    with RingFile.make(tmp_path, tmp_path, NAME, 5, SMALLEST) as arena:
+    with contextlib.closing(RingFile.make(tmp_path, tmp_path, NAME, 5, SMALLEST)) as arena:
         path, name, epoch = tmp_path / "other", NAME, 5
         if what == "fifo":
             os.mkfifo(path)
@@ -216,7 +216,7 @@ def test_a_block_that_has_left_the_ring_is_asked_for_again_or_let_pass(tmp_path:
 
     try:
         consumer.connect({NAME: producer.get(zmq.LAST_ENDPOINT).decode()})
-        with RingFile.make(tmp_path, tmp_path, NAME, 5, SMALLEST) as arena:
+        with contextlib.closing(RingFile.make(tmp_path, tmp_path, NAME, 5, SMALLEST)) as arena:
             arena.ring.begin(1, 2, PACKETS_2_4.itemsize, [])
             publish(arena, 0)
             route, hello = hear()

@@ -3,6 +3,7 @@
 Stdout: the arena's path, then the number of each block; after 64 of them it waits for a line on stdin.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def publish(arena: RingFile, index: int) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    with RingFile.make(folder, folder, NAME, EPOCH, SMALLEST) as arena:
+    with contextlib.closing(RingFile.make(folder, folder, NAME, EPOCH, SMALLEST)) as arena:
         arena.ring.begin(1, 2, PACKETS_2_4.itemsize, [])
         publish(arena, 0)
         print(arena.path, flush=True)
