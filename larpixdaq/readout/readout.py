@@ -160,35 +160,30 @@ class Readout:
         return source in self._unfinished or (not source.finished and (self._playing or not source.recorded))
 
     def _take(self, source: Source) -> None:
-        """The texts and rows of the batch that the source has read, as far as there is room (`wait`) or to its end."""
+        """Take texts and rows of the source's batch, to its end or, with `wait`, until the ring is full."""
         self._unfinished.discard(source)
         for text, seconds in source.texts():
             if self._recording:
                 self._recorder.info(text, seconds=seconds)
         more = True
         while more:
-            rows = self._recorder.rows() if self._recording else None
-            if rows is not None:
-                n = source.decode(rows)
-                self.rows += n
-                if self._listener.listening:
-                    self._listener.take_rows(rows[:n])
-                self._recorder.publish(n)
-                more = n == len(rows)
-                self._dropping(0)
-            elif self._recording and self._wait:
+            room = self._recorder.rows() if self._recording else None
+            if room is None and self._recording and self._wait:
                 self._unfinished.add(source)
                 self._full = True
                 return
-            else:
-                scratch = self._recorder.scratch()
-                n = source.decode(scratch)
-                more = n == len(scratch)
-                if self._listener.listening:
-                    self._listener.take_rows(scratch[:n])
-                if self._recording:
-                    self._recorder.drop(scratch[:n])
-                    self._dropping(n)
+            rows = self._recorder.scratch() if room is None else room
+            n = source.decode(rows)
+            more = n == len(rows)
+            if self._listener.listening:
+                self._listener.take_rows(rows[:n])
+            if room is not None:
+                self.rows += n
+                self._recorder.publish(n)
+                self._dropping(0)
+            elif self._recording:
+                self._recorder.drop(rows[:n])
+                self._dropping(n)
 
     def _dropping(self, rows: int) -> None:
         """An alarm when rows begin to be dropped, and one, with their number, when there is room again."""
