@@ -149,11 +149,9 @@ class Producer:
         """Read, record and serve until a signal comes."""
         self.node.connect(signals=signals)
         poller, resting = zmq.Poller(), zmq.Poller()
-        for descriptor in (signals, self.node, self.child):
-            poller.register(descriptor.fileno(), zmq.POLLIN)
-            resting.register(descriptor.fileno(), zmq.POLLIN)
-        for one in (poller, resting):
-            one.register(self.publisher.socket, zmq.POLLIN)
+        for always in (signals.fileno(), self.node.fileno(), self.child.fileno(), self.publisher.socket):
+            poller.register(always, zmq.POLLIN)
+            resting.register(always, zmq.POLLIN)
         poller.register(self.delivery.fileno(), zmq.POLLIN)
         self.readout.watch(poller)
         while not signals.stop:

@@ -69,10 +69,11 @@ class CommandQueue:
         self._asic, self._layout, self._record = asic, layout, record
         self._waiting: dict[int, deque[_Command]] = {io_group: deque() for io_group in self._channels}
         self._flying: dict[int, _Command] = {}  # by io_group, the command whose request is in flight
-        self._blocked: set[int] = set()  # io_groups whose rows had no room in the last turn
         self._watched: dict[int, tuple[Any, ...]] = {}
         #: Anything waits or is in flight.
         self.busy = False
+        #: Words could not be sent in the last turn, because their rows had no room.
+        self.blocked = False
 
     def words(self, io_group: int, io_channels: bytes, words: bytes, done: Done) -> None:
         """Send words of 8 bytes, one for each io_channel."""
@@ -98,7 +99,7 @@ class CommandQueue:
         if not self.busy:
             return
         self.busy = False
-        self._blocked.clear()
+        self.blocked = False
         for io_group, channel in self._channels.items():
             waiting = self._waiting[io_group]
             if channel.busy:
@@ -122,11 +123,6 @@ class CommandQueue:
             return []
         times = [channel.due() for channel in self._channels.values() if channel.busy]
         return [moment for moment in times if moment is not None]
-
-    @property
-    def blocked(self) -> bool:
-        """Something could be sent but for the room that its rows need."""
-        return bool(self._blocked)
 
     def _add(self, io_group: int, command: _Command) -> None:
         if io_group not in self._channels:
@@ -157,7 +153,7 @@ class CommandQueue:
             return
         n = self._record(rows, channel.io_group)
         if n == 0:
-            self._blocked.add(channel.io_group)
+            self.blocked = True
             return
         command.at += n
         self._flying[channel.io_group] = command

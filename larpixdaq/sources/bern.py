@@ -19,7 +19,6 @@ class BernChannel(RequestChannel):
     io_channels from 1."""
 
     kind = "bern"
-    batch = 1
 
     def __init__(self, io_group: int, host: HostLookup, port: int) -> None:
         super().__init__("Bern board", io_group, host, port)
