@@ -22,6 +22,7 @@ from larpixdaq.emulators.tile import EmulatedTile, TileBoard
 from larpixdaq.errors import ConfigError
 from larpixdaq.runtime.event_loop import catch
 from larpixdaq.schema import ASICS
+from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT
 
 DESCRIPTION = """\
 Sends what PACMAN boards send (legacy format: 8-byte headers, 16-byte words), one board per io_group. At the start it
@@ -154,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--wait-for-go", action="store_true", help="begin at a line 'go' on standard input, end at its end")
     add("--stay", action="store_true", help="after the last word stay connected until SIGINT or SIGTERM")
     add("--address", default="127.0.0.1", metavar="IP", help="address to bind (default 127.0.0.1)")
-    for name, default in (("data", 5556), ("command", 5555)):
+    for name, default in (("data", DATA_PORT), ("command", COMMAND_PORT)):
         add(
             f"--{name}-port",
             type=_port,

@@ -123,7 +123,7 @@ class Position(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Configs(msgspec.Struct, array_like=True, frozen=True):
-    """Configurations of chips: what their registers were last told, and what they last said (configurations.py)."""
+    """Configurations of chips: what their registers were last told, and what they last said."""
 
     asic: Annotated[str, Meta(max_length=16)]  # as --asic has it
     chips: Annotated[bytes, Meta(max_length=1 << 10)]  # io_group, io_channel, chip_id of each

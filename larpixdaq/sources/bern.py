@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native.decoders import BernDecoder
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.command_channel import BoardReply, HostLookup, RequestChannel
+from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT, BoardReply, HostLookup, RequestChannel
 from larpixdaq.sources.zmq_board import BoardSource
 
 #: Its time comes each second, or a heartbeat after a second without data.
@@ -43,7 +43,13 @@ class BernChannel(RequestChannel):
 
 class BernSource(BoardSource):
     def __init__(
-        self, io_group: int, host: str, data_port: int = 5556, command_port: int = 5555, *, asic: Asic = Asic.V2
+        self,
+        io_group: int,
+        host: str,
+        data_port: int = DATA_PORT,
+        command_port: int = COMMAND_PORT,
+        *,
+        asic: Asic = Asic.V2,
     ) -> None:
         lookup = HostLookup(host)
         self.channels = (BernChannel(io_group, lookup, command_port),)

@@ -1,7 +1,7 @@
 """Command channels: how words and orders reach a board. One request at a time, a limit on each, and nothing waits.
 
 A channel belongs to one board. It connects when the first request is sent, so that a command port where nobody answers
-is no error before. `commands.Commands` of `chips` drives it::
+is no error before. readout.command_queue drives it::
 
     channel.send_words(io_channels, words)      # or send_raw(body); only when it is not `busy`
     ...  when `sockets` are readable, or `due()` has come:
@@ -21,6 +21,9 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+#: TCP ports of a board's data and command servers, unless others are given.
+DATA_PORT: Final = 5556
+COMMAND_PORT: Final = 5555
 #: Seconds for the answer to a request, unless it says that the board needs more.
 LIMIT: Final = 2.0
 #: Register maps of PACMAN boards.

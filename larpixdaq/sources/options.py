@@ -24,11 +24,9 @@ from typing import Any, Final, NamedTuple
 from larpixdaq.constants import IO_GROUPS
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import ASICS, Asic
-from larpixdaq.sources.command_channel import REVISIONS
+from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT, REVISIONS
 from larpixdaq.sources.source import Source
 
-DATA_PORT: Final = 5556
-COMMAND_PORT: Final = 5555
 #: In revisions of boards by io_group: all that are not named.
 ALL: Final = 0
 #: Packets per second of `--fake` without a rate.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from larpixdaq._native.decoders import PacmanDecoder
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.command_channel import BoardReply, HostLookup, RequestChannel
+from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT, BoardReply, HostLookup, RequestChannel
 from larpixdaq.sources.source import BoardStatus
 from larpixdaq.sources.zmq_board import BoardSource
 
@@ -115,8 +115,8 @@ class PacmanSource(BoardSource):
         self,
         io_group: int,
         host: str,
-        data_port: int = 5556,
-        command_port: int = 5555,
+        data_port: int = DATA_PORT,
+        command_port: int = COMMAND_PORT,
         *,
         asic: Asic = Asic.V2,
         format: str = "auto",

@@ -49,7 +49,7 @@ def _has_wide_clock(recording: Recording) -> bool:
 
 
 class ReplaySource(PieceSource):
-    """Files one after another; implements `sources.base.Source`.
+    """Files one after another; implements `sources.source.Source`.
 
     `files` are (io_group, path); the io_group is for files that do not say it. `speed` 1 is as recorded, math.inf as
     fast as rows are taken; time runs from the first read() after start(), so what is not asked for waits. What is

@@ -199,8 +199,8 @@ class RecordedMessages(_Piece):
 
 
 class RecordedRows(_Piece):
-    """Rows of a packet file, normalised (files.packets), without INFO rows, and the io_group of each. As many come out
-    as go in."""
+    """Rows of a packet file as hdf5.recordings gives them, without INFO rows, and the io_group of each. Each row of
+    the file gives one row."""
 
     def __init__(
         self,

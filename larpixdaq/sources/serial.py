@@ -118,7 +118,7 @@ class SerialChannel:
 
 
 class SerialSource(LiveSource):
-    """One serial device; implements `sources.base.Source`.
+    """One serial device; implements `sources.source.Source`.
 
     `device` is a path such as /dev/ttyUSB0, `baud` in bits per second, `rule` how frames are found again after lost
     bytes: "strict" or "larpix-control".

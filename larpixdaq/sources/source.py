@@ -102,7 +102,7 @@ class Source(Protocol):
 
 
 class Decoder(Protocol):
-    """What is needed of the decoders of _native.frames."""
+    """The part of the decoders in _native.decoders that sources need."""
 
     def start(self, counts: NDArray[np.uint64]) -> None: ...
     def decode(self, rows: NDArray[Any]) -> int: ...

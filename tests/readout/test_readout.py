@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from larpixdaq import constants, schema
 from larpixdaq._native.ring_buffer import BLOCK, END, INFO, SMALLEST, Ring
 from larpixdaq.buffer.block_builder import BLOCK_AGE, BlockBuilder, info_rows
+from larpixdaq.constants import Count
 from larpixdaq.protocol.stream import Block, End, UnknownWord, unpack_producer
 from larpixdaq.readout.readout import Readout
 from larpixdaq.runtime.record_file import crc32
 from larpixdaq.schema import io_groups_of
 
 LAYOUT = schema.layout(2)
-COUNT = {name: i for i, name in enumerate(constants.COUNTS)}
 
 
 class Deaf:
@@ -43,7 +43,7 @@ class Batches:
         self._batches = list(batches)
         self._left = 0
         self._next = 0
-        self._counts = np.zeros((constants.IO_GROUPS, len(constants.COUNTS)), np.uint64)
+        self._counts = np.zeros((constants.IO_GROUPS, len(Count)), np.uint64)
 
     def open(self) -> None: ...
     def close(self) -> None: ...
@@ -71,8 +71,8 @@ class Batches:
         rows["timestamp"][:n] = np.arange(self._next, self._next + n)
         self._next += n
         self._left -= n
-        for name in ("word_rows", "packets"):
-            self._counts[self.io_groups[0], COUNT[name]] += np.uint64(n)
+        for count in (Count.WORD_ROWS, Count.PACKETS):
+            self._counts[self.io_groups[0], count] += np.uint64(n)
         return n
 
     def take_unknown(self) -> Any:
@@ -204,7 +204,7 @@ def test_outside_of_a_run_rows_are_counted_and_not_kept() -> None:
     while readout.turn(zmq.Poller()):
         pass
     assert ring.head == 0
-    assert ring.outside[1, COUNT["word_rows"]] == 30_100
+    assert ring.outside[1, Count.WORD_ROWS] == 30_100
     recorder.begin(1, [])
     assert ring.counts.sum() == 0
     assert recorder.counts(ring.outside)[0][0] == 1
@@ -217,13 +217,13 @@ def test_the_rest_of_a_batch_that_an_abort_cut_is_of_no_run(caplog: pytest.LogCa
     readout.record(True)
     poller = zmq.Poller()
     assert readout.turn(poller)
-    in_run = int(ring.counts[1, COUNT["word_rows"]])
+    in_run = int(ring.counts[1, Count.WORD_ROWS])
     assert 0 < in_run < 400_000
     recorder.end("aborted", [], [])
     readout.record(False)
     while readout.turn(poller):
         pass
-    assert in_run + int(ring.outside[1, COUNT["word_rows"]]) == 400_000
+    assert in_run + int(ring.outside[1, Count.WORD_ROWS]) == 400_000
 
 
 def test_the_end_record_always_has_room() -> None:
@@ -259,7 +259,7 @@ def test_one_alarm_when_rows_begin_to_be_dropped_and_one_with_their_number(caplo
     readout.turn(poller)
     ring.free_to(ring.head)
     readout.turn(poller)
-    dropped = int(ring.counts[1, COUNT["dropped"]])
+    dropped = int(ring.counts[1, Count.DROPPED])
     assert [record.message for record in caplog.records] == [
         "the ring is full: rows are decoded and counted, but dropped, until storages have acknowledged",
         f"the ring has space again; {dropped} rows were dropped",
@@ -277,14 +277,14 @@ def test_gaps_are_told_although_a_message_found_no_room(caplog: pytest.LogCaptur
     while recorder.info("x" * 100_000):
         turns += 1
         assert turns < 1000
-    dropped = int(ring.counts[1, COUNT["dropped"]])
+    dropped = int(ring.counts[1, Count.DROPPED])
     readout.turn(poller)
-    assert int(ring.counts[1, COUNT["dropped"]]) == dropped + 1000
+    assert int(ring.counts[1, Count.DROPPED]) == dropped + 1000
     assert not recorder.info("x" * 100_000)
     told = sum(gap.rows for header, _ in blocks(ring) for gap in header.gaps)
     ring.free_to(ring.head)
     told += sum(gap.rows for gap in recorder.end("closed", [], []).gaps)
-    assert told == int(ring.counts[:, COUNT["dropped"]].sum()) > dropped
+    assert told == int(ring.counts[:, Count.DROPPED].sum()) > dropped
 
 
 def test_a_source_that_always_has_something_is_quiet_once_it_was_read_empty() -> None:
