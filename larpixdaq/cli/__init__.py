@@ -1,4 +1,4 @@
-"""The `larpixdaq` command: one subcommand per module of this package. Only here, and in main(), is anything printed."""
+"""Command `larpixdaq`: each module of this package defines some of its subcommands."""
 
 import argparse
 import sys

@@ -1,6 +1,6 @@
-"""`larpixdaq demo`: the whole line on this machine, with an emulated board, and the proof that nothing was lost.
+"""Command `larpixdaq demo`: a run of a complete system with emulated boards, and a check that no word was lost.
 
-`larpixdaq demo --calibrate`: an emulated tile of chips brought up, calibrated and read out, all in one run.
+With --calibrate the run brings up, calibrates and reads an emulated tile of chips.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +30,28 @@ from larpixdaq.operator import Operator
 from larpixdaq.producer import DEFAULT_NAME as PRODUCER
 from larpixdaq.runtime.launcher import Group, components, free_port
 
-#: Every process must be there, and every step done, within so long (seconds).
+#: Maximum seconds until every process runs, and of every step of a run.
 STEP_LIMIT = 30.0
-Commands = Any  # argparse gives the object of add_subparsers() no public name
+#: Maximum seconds of the bring-up of a tile, and of its calibration.
+CALIBRATION_LIMIT = 300.0
+#: The tile of --calibrate: its chips, and the DAC counts of their supplies, 1.8 V and 1.2 V.
 ASIC = "2b"
 CHIPS = 100
-#: What v2b chips need: 1.8 V and 1.2 V.
 VDDA_DAC, VDDD_DAC = 46_000, 31_000
-#: Channels that are planted: so many with ten times the noise of others, and so many that see nothing.
+#: Number of hot channels, and of dead channels.
 PLANTED = 8
-#: Rates that are wanted of each channel (Hz): higher than a detector's, so that seconds are enough to count them, and
-#: low enough for what four io_channels carry.
+#: Rates to which each channel is calibrated (Hz): higher than a detector's, so that they can be counted in seconds, and
+#: low enough for four io_channels.
 LOW, HIGH = 2.0, 20.0
-#: Bring-up of a tile, and its calibration, are done within so long (seconds).
-LIMIT = 300.0
-#: The emulator's next line of JSON within a time limit (seconds); what is awaited is said in an error.
-Line = Callable[[subprocess.Popen[bytes], float, str], dict[str, Any]]
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
-        help="take a run of an emulated PACMAN on this machine and prove that nothing was lost",
-        description="Starts every process on free ports with an emulated PACMAN (real wire bytes over a real socket), "
-        "takes a run through the Operator, stops everything, verifies the file and compares it with the emulator's own "
-        "count.",
+        help="take a run of emulated PACMANs on this machine and prove that nothing was lost",
+        description="Starts every process on free ports with emulated PACMANs (real wire bytes over real sockets), "
+        "takes a run with an Operator, stops everything, verifies the file and compares it with the emulator's own "
+        "counts.",
     )
     parser.add_argument(
         "--seconds", type=_positive, default=10.0, metavar="S", help="length of the run (default %(default)g)"
@@ -82,9 +79,9 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help=f"with an emulated tile of {CHIPS} chips instead: bring it up, calibrate it, read it "
-        "out, in one run, and leave in DIR the calibration's report, a picture with it if matplotlib is installed, "
-        "and what the channels really are (no --rate, --io-groups, --words-per-message)",
+        help=f"take a run of an emulated tile of {CHIPS} chips instead, which brings it up, calibrates it and reads it "
+        "out; writes into DIR the calibration's report, with a picture if matplotlib is installed, and the true "
+        "properties of the channels (no --rate, --io-groups, --words-per-message)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=run, wrong_usage=parser.error)
@@ -110,9 +107,9 @@ def _words_per_message(text: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    each = options.rate / options.io_groups
-    if not pacman.LOWEST_RATE <= each <= pacman.HIGHEST_RATE:
-        options.wrong_usage(f"--rate: expected 10 to 1e9 packets/s for each board, found {each:g}")
+    board_rate = options.rate / options.io_groups
+    if not pacman.LOWEST_RATE <= board_rate <= pacman.HIGHEST_RATE:
+        options.wrong_usage(f"--rate: expected 10 to 1e9 packets/s for each board, found {board_rate:g}")
     if not options.output_dir.is_dir():
         raise FileError(f"--output-dir {options.output_dir}: no such directory")
     console = _console(quiet=options.json)
@@ -121,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             with contextlib.closing(Group(state / "out")) as group:
                 outcome = _take_run(options, group, state, console)
-        finally:  # a producer that had to be killed leaves its ring to a successor, which will never come
+        finally:  # a killed producer leaves its ring for a takeover, which never comes
             for ring in arenas(DEFAULT_DIRECTORY, state, PRODUCER).values():
                 ring.unlink(missing_ok=True)
     if options.json:
@@ -132,10 +129,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _take_run(options: argparse.Namespace, group: Group, state: Path, console: Console) -> dict[str, Any]:
-    tile = Rehearsal(options, state) if options.calibrate else None
-    emulator = tile.start(group) if tile else _emulator(options, group)
-    ready = _line(emulator, STEP_LIMIT, "the emulated board")
-    boards = [f"{group_}=127.0.0.1:{port['data']}:{port['command']}" for group_, port in ready["ready"].items()]
+    tile = TileDemo(options, state) if options.calibrate else None
+    emulator = tile.start(group) if tile else _start_emulator(options, group)
+    ready = _read_line(emulator, STEP_LIMIT, "the emulated board")
+    boards = [f"{io_group}=127.0.0.1:{port['data']}:{port['command']}" for io_group, port in ready["ready"].items()]
     core, log = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
     source = ["--asic", ASIC] if tile else []
     for module, arguments in components(core, log, options.output_dir, state, [*source, "--pacman", *boards]):
@@ -149,28 +146,28 @@ def _take_run(options: argparse.Namespace, group: Group, state: Path, console: C
         operator.begin_run().result(timeout=STEP_LIMIT)
         started = time.monotonic()
         assert emulator.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died: that is said where its line is awaited
+        with contextlib.suppress(BrokenPipeError):  # if it is dead, _read_line() reports it
             emulator.stdin.write(b"go\n")
             emulator.stdin.flush()
-        told = None
+        calibration = None
         if tile:
-            sent, told = tile.take(operator, emulator, _line, console, ready["planted"])
+            sent, calibration = tile.take(operator, emulator, console, ready["planted"])
         else:
             limit = options.seconds * 3 + STEP_LIMIT
-            sent = _line(emulator, limit, "the end of the emulated board", group)["sent"]
-        emulator.wait(STEP_LIMIT)  # all of it has left the board
+            sent = _read_line(emulator, limit, "the end of the emulated board", group)["sent"]
+        emulator.wait(STEP_LIMIT)  # it ends when it has sent all words
         seconds = time.monotonic() - started
         ended = operator.end_run().result(timeout=2 * STEP_LIMIT)
     group.close()
     outcome = _judge(sent, ended, seconds)
-    if told is not None:
-        # Chips that were told to be noisy say that their FIFOs were full: suspect, and no fault of ours.
-        well = ended["condition"].startswith("COMPLETE") and outcome["verified"] and told["registers_ok"]
-        outcome |= {"ok": well and not outcome["lost"], "calibration": told}
+    if calibration is not None:
+        # Noisy chips report full FIFOs, so that the run may be suspect without a fault of the system.
+        ok = ended["condition"].startswith("COMPLETE") and outcome["verified"] and calibration["registers_ok"]
+        outcome |= {"ok": ok and not outcome["lost"], "calibration": calibration}
     return outcome
 
 
-def _emulator(options: argparse.Namespace, group: Group) -> subprocess.Popen[bytes]:
+def _start_emulator(options: argparse.Namespace, group: Group) -> subprocess.Popen[bytes]:
     words = max(1, round(options.rate * options.seconds / options.io_groups))
     return group.start(
         "emulators", "pacman", "--io-groups", str(options.io_groups), "--rate", str(options.rate / options.io_groups),
@@ -180,17 +177,13 @@ def _emulator(options: argparse.Namespace, group: Group) -> subprocess.Popen[byt
 
 
 def _judge(sent: dict[str, Any], ended: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Equality of the emulator's own count with the file's rows, per io_group; the producer has no say in it."""
-    stored: dict[int, int] = {}
+    """Compare the emulator's own counts with the words in the files, per io_group, without counts of the producer."""
+    stored: Counter[int] = Counter()
     reasons: list[str] = []
     for path in ended["files"]:
-        report = verify.verify(Path(path))
-        reasons += report.findings
-        for group, count in count_words(Path(path)).items():
-            stored[group] = stored.get(group, 0) + count
-    groups = {
-        int(group): {"sent": counts["words"], "stored": stored.get(int(group), 0)} for group, counts in sent.items()
-    }
+        reasons += verify.verify(Path(path)).findings
+        stored.update(count_words(Path(path)))
+    groups = {int(group): {"sent": counts["words"], "stored": stored[int(group)]} for group, counts in sent.items()}
     lost = sum(abs(count["sent"] - count["stored"]) for count in groups.values())
     total = sum(count["stored"] for count in groups.values())
     return {
@@ -210,7 +203,7 @@ def _judge(sent: dict[str, Any], ended: dict[str, Any], seconds: float) -> dict[
 
 
 def _console(*, quiet: bool) -> Console:
-    """For texts as they are: paths may hold brackets."""
+    """A console that prints texts unchanged, because paths may have brackets."""
     return Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -222,31 +215,53 @@ def _show(outcome: dict[str, Any], console: Console) -> None:
         f"run {outcome['run']} {outcome['condition']}, {'verified' if outcome['verified'] else 'NOT verified'}"
     )
     if "calibration" in outcome:
-        show(outcome["calibration"], console)
+        _show_calibration(outcome["calibration"], console)
     for reason in outcome["reasons"]:
         console.print(f"  {reason}")
     for path in outcome["files"]:
         console.print(f"file: {path}")
 
 
-def _line(child: subprocess.Popen[bytes], limit: float, what: str, group: Group | None = None) -> dict[str, Any]:
-    """The next line of JSON that the child prints."""
+def _show_calibration(facts: dict[str, Any], console: Console) -> None:
+    console.print(
+        f"calibrated in {facts['seconds']:.0f} s: {facts['within']} of {facts['live']} live channels between "
+        f"{facts['low_hz']:g} and {facts['high_hz']:g} Hz; {facts['registers']} registers read back, "
+        f"{'all as they were sent' if facts['registers_ok'] else 'NOT all as they were sent'}"
+    )
+    console.print(
+        f"channels that were planted and found: {facts['hot_found']} of {facts['hot_planted']} hot, "
+        f"{facts['dead_found']} of {facts['dead_planted']} dead; {facts['disabled']} are masked as too noisy"
+    )
+    if facts["saturated_after"]:
+        console.print(f"io_channels that carry all they can: {', '.join(facts['saturated_after'])}")
+    for path in facts["report"]:
+        console.print(f"report: {path}")
+    if facts["no_picture"]:
+        console.print(facts["no_picture"])
+    console.print(f"true properties of the emulated channels: {facts['truth']}")
+
+
+def _read_line(child: subprocess.Popen[bytes], limit: float, event: str, group: Group | None = None) -> dict[str, Any]:
+    """Read the child's next line, which is JSON. Raises ComponentError after `limit` seconds, with the awaited event.
+
+    Also raises ComponentError when a process of the group has ended with an error.
+    """
     assert child.stdout is not None
     deadline = time.monotonic() + limit
     while not select.select([child.stdout], [], [], 0.2)[0]:
         if group is not None:
             group.check()
         if time.monotonic() > deadline:
-            raise ComponentError(f"waited {limit:g} s for {what}")
+            raise ComponentError(f"waited {limit:g} s for {event}")
     line = child.stdout.readline()
     if not line:
-        raise ComponentError(f"{what}: it ended with status {child.wait(5)} and said nothing")
+        raise ComponentError(f"{event}: it ended with status {child.wait(5)} and said nothing")
     answer: dict[str, Any] = json.loads(line)
     return answer
 
 
-class Rehearsal:
-    """`start()` before the system, `take()` in its run."""
+class TileDemo:
+    """Emulated tile of chips: `start()` before the system, `take()` during its run."""
 
     def __init__(self, options: argparse.Namespace, state: Path) -> None:
         self._seconds: float = options.seconds
@@ -263,61 +278,45 @@ class Rehearsal:
         )  # fmt: skip
 
     def take(
-        self, operator: Operator, emulator: subprocess.Popen[bytes], line: Line, console: Console, planted: Any
+        self, operator: Operator, emulator: subprocess.Popen[bytes], console: Console, planted: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """In a run, with the boards told to go: what the emulator sent, and what there is to tell of the chips."""
-        operator.power(True, tiles=0, vdda_dac=VDDA_DAC, vddd_dac=VDDD_DAC).result(LIMIT)
-        chips = operator.load_board(str(self._network)).result(LIMIT)["chips"]
-        network = operator.configure_network().result(LIMIT)
+        """Bring up, calibrate and read the tile. Returns the emulator's counts and the facts about the calibration."""
+        limit = CALIBRATION_LIMIT
+        operator.power(True, tiles=0, vdda_dac=VDDA_DAC, vddd_dac=VDDD_DAC).result(limit)
+        chips = operator.load_board(str(self._network)).result(limit)["chips"]
+        network = operator.configure_network().result(limit)
         console.print(f"{chips} chips, {'all' if network['ok'] else 'NOT all'} of them in their networks")
         calibration = operator.run_routine("calibrate", LOW, HIGH, apply=True, directory=str(self._directory))
-        last = ""
+        step = ""
         for response in calibration:
-            if response.kind == "progress" and response.text and response.text.split(":")[0] != last:
-                last = response.text.split(":")[0]
-                console.print(f"  calibrating: {last}")
-        found = calibration.result(LIMIT)
-        checked = operator.validate_configuration().result(LIMIT)
+            if response.kind == "progress" and response.text and response.text.split(":")[0] != step:
+                step = response.text.split(":")[0]
+                console.print(f"  calibrating: {step}")
+        result = calibration.result(limit)
+        validation = operator.validate_configuration().result(limit)
         time.sleep(self._seconds)
         with contextlib.suppress(ProcessLookupError):
             emulator.send_signal(signal.SIGTERM)
-        sent = line(emulator, LIMIT, "the end of the emulated board")
-        return sent["sent"], self._told(found, checked, planted)
+        sent = _read_line(emulator, limit, "the end of the emulated board")
+        return sent["sent"], self._facts(result, validation, planted)
 
-    def _told(self, found: dict[str, Any], checked: dict[str, Any], planted: dict[str, list[str]]) -> dict[str, Any]:
-        def listed(by_chip: dict[str, list[int]]) -> set[str]:
+    def _facts(
+        self, result: dict[str, Any], validation: dict[str, Any], planted: dict[str, list[str]]
+    ) -> dict[str, Any]:
+        def keys(by_chip: dict[str, list[int]]) -> set[str]:
             return {f"{chip}-{channel}" for chip, channels in by_chip.items() for channel in channels}
 
-        hot, dead = listed(found["disable"]), listed(found["dead"])
+        hot, dead = keys(result["disable"]), keys(result["dead"])
         return {
-            **{name: found[name] for name in ("low_hz", "high_hz", "live", "within", "seconds", "saturated_after")},
-            "registers_ok": checked["ok"],
-            "registers": checked["registers"],
+            **{name: result[name] for name in ("low_hz", "high_hz", "live", "within", "seconds", "saturated_after")},
+            "registers_ok": validation["ok"],
+            "registers": validation["registers"],
             "disabled": len(hot),
             "hot_planted": len(planted["hot_channels"]),
             "hot_found": len(hot.intersection(planted["hot_channels"])),
             "dead_planted": len(planted["dead_channels"]),
             "dead_found": len(dead.intersection(planted["dead_channels"])),
-            "report": found["files"],
-            "no_picture": found.get("no_picture", ""),
+            "report": result["files"],
+            "no_picture": result.get("no_picture", ""),
             "truth": str(self._truth),
         }
-
-
-def show(told: dict[str, Any], console: Console) -> None:
-    console.print(
-        f"calibrated in {told['seconds']:.0f} s: {told['within']} of {told['live']} live channels between "
-        f"{told['low_hz']:g} and {told['high_hz']:g} Hz; {told['registers']} registers read back, "
-        f"{'all as they were sent' if told['registers_ok'] else 'NOT all as they were sent'}"
-    )
-    console.print(
-        f"channels that were planted and found: {told['hot_found']} of {told['hot_planted']} hot, "
-        f"{told['dead_found']} of {told['dead_planted']} dead; {told['disabled']} are masked as too noisy"
-    )
-    if told["saturated_after"]:
-        console.print(f"io_channels that carry all they can: {', '.join(told['saturated_after'])}")
-    for path in told["report"]:
-        console.print(f"report: {path}")
-    if told["no_picture"]:
-        console.print(told["no_picture"])
-    console.print(f"what the emulated channels are: {told['truth']}")

@@ -1,4 +1,4 @@
-"""`larpixdaq verify`, `recover` and `info`: what files are worth, how to finish them, and what is in them."""
+"""Commands `larpixdaq verify`, `recover` and `info`: check files, finish unfinished parts, and show the contents."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from rich.markup import escape
 
 from larpixdaq import config
 from larpixdaq.errors import FileLocked, LarpixDaqError, printable
-from larpixdaq.hdf5 import names
-from larpixdaq.hdf5 import recovery as file_recover
-from larpixdaq.hdf5 import run_report as file_info
+from larpixdaq.hdf5 import names, recovery, run_report
 from larpixdaq.hdf5 import verify as verification
 from larpixdaq.runtime.file_access import add_lock_dir_argument, lock_directory
 from larpixdaq.runtime.units import size, utc
@@ -25,9 +23,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="check files and runs: structure, ledger, sequence, parity, checksums",
-        description="Checks each file: structure, ledger equations, sequence of the blocks, parity, checksums. And "
-        "each run: over all its parts in a directory, or those that are given. Exit status 1, with the reasons, when "
-        "anything is wrong.",
+        description="Checks each file: structure, ledger equations, sequence of the blocks, parity, checksums. Checks "
+        "each run, too, over all its parts in a directory, or over the given parts. Exit status 1, with the reasons, "
+        "when anything is wrong.",
     )
     parser.add_argument("paths", nargs="+", type=_path, metavar="PATH", help="a file, or a directory of runs")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -35,9 +33,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "recover",
         help="finish files whose storage died",
-        description="Finishes each part (….h5.part) whose storage died: everything that it had acknowledged is in a "
-        "finished file then. Parts that are being written are left alone. What cannot be read whole is kept beside the "
-        "file, as NAME.damaged. Exit status 1 when anything could not be recovered. "
+        description="Makes a finished file of each part (….h5.part) whose storage died, with everything that the "
+        "storage had acknowledged. Parts that are being written are left alone. Data that cannot be read whole are "
+        "kept beside the file, as NAME.damaged. Exit status 1 when anything could not be recovered. "
         "A storage does the same for its own parts when it starts.",
     )
     parser.add_argument("paths", nargs="+", type=_path, metavar="PATH", help="a part, its journal, or a directory")
@@ -75,13 +73,13 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _show(console: Console, line: str) -> None:
-    """Print one line, which may hold texts of files."""
+    """Print one line, which may have texts of files, without markup or control characters."""
     console.print(escape(printable(line)))
 
 
 def _file_facts(outcome: verification.FileOutcome) -> dict[str, Any]:
-    names = ("ok", "rows", "findings", "notes")
-    return {str(report.path): {name: getattr(report, name) for name in names} for report in outcome.files}
+    keys = ("ok", "rows", "findings", "notes")
+    return {str(report.path): {key: getattr(report, key) for key in keys} for report in outcome.files}
 
 
 def _run_facts(outcome: verification.FileOutcome) -> list[dict[str, Any]]:
@@ -102,16 +100,16 @@ def recover(options: argparse.Namespace) -> int:
     lock_directory.use(options.lock_dir, options.state_dir)
     ok = True
     outcomes: dict[str, Any] = {}
-    for path, searched in _parts(options.paths).items():
+    for path, in_directory in _parts(options.paths).items():
         facts: dict[str, Any] = {"ok": True, "file": None, "rows": 0, "condition": "", "reasons": [], "damaged": []}
         try:
-            found = file_recover.recover(path)
-            facts |= {"file": found.path and str(found.path), "rows": found.rows}
-            facts |= {"condition": found.condition, "reasons": found.reasons}
-            facts |= {"ok": not found.damaged, "damaged": found.damaged}
-            text = found.text
-        except FileLocked as error:  # in a directory, that is a storage at work
-            facts["ok"], text = searched, f"skipped: {error}"
+            result = recovery.recover(path)
+            facts |= {"file": result.path and str(result.path), "rows": result.rows}
+            facts |= {"condition": result.condition, "reasons": result.reasons}
+            facts |= {"ok": not result.damaged, "damaged": result.damaged}
+            text = result.text
+        except FileLocked as error:  # no failure in a directory, where a storage may be writing a part
+            facts["ok"], text = in_directory, f"skipped: {error}"
         except LarpixDaqError as error:
             facts["ok"], text = False, str(error)
         ok = ok and facts["ok"]
@@ -125,29 +123,29 @@ def recover(options: argparse.Namespace) -> int:
 
 
 def _parts(paths: list[Path]) -> dict[Path, bool]:
-    """The parts to recover; the value tells those that were found in a directory."""
-    found: dict[Path, bool] = {}
+    """Return the parts to recover, and whether each is from a directory instead of the command line."""
+    parts: dict[Path, bool] = {}
     for path in paths:
         if path.is_dir():
-            found = dict.fromkeys(names.unfinished_parts(path), True) | found
+            parts = dict.fromkeys(names.unfinished_parts(path), True) | parts
         else:
-            found[path] = False
-    return found
+            parts[path] = False
+    return parts
 
 
 def info(options: argparse.Namespace) -> int:
-    facts = file_info.file_info(options.file)
+    facts = run_report.file_info(options.file)
     if options.json:
         print(json.dumps(facts))
         return 0
     console = Console(highlight=False, soft_wrap=True)
-    for name, text in _in_words(facts):
+    for name, text in _info_lines(facts):
         _show(console, f"{name:<16} {text}".rstrip())
     return 0
 
 
-def _in_words(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What info() found, for people: (name, text), further lines of one name under an empty name."""
+def _info_lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the facts as name and text; further lines of a name have an empty name."""
     rows, stored = facts["rows"], facts["stored_bytes"]
     yield "file", f"{facts['path']}, {size(facts['bytes'])}"
     yield "layout", f"LArPix+HDF5 {facts['version']}"
@@ -169,21 +167,20 @@ def _in_words(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "begun", facts["begun"]
         yield "ended", facts["ended"] or "not in this part"
         yield "live", f"{facts['live_s']:.1f} s in this part"
-    yield from _listed("connected", [_board(one) for one in facts["connected"]])
+    yield from _listed("connected", [_board_text(board) for board in facts["connected"]])
     for name in ("comment", "operator"):
         if value := texts.pop(name, ""):
             yield name, value
-    if totals := _without_zeros(facts["totals"]):
+    if totals := _counts_text(facts["totals"]):
         yield "totals", totals
-    yield from _listed("ledger", [_without_zeros(line) for line in facts["ledger"]])
-    yield from _listed("data quality", [_verdict(line) for line in facts["verdicts"]])
+    yield from _listed("ledger", [_counts_text(line) for line in facts["ledger"]])
+    yield from _listed("data quality", [_verdict_text(line) for line in facts["verdicts"]])
     gaps = facts["gaps"]
     if gaps["number"]:
         yield "gaps", f"{gaps['rows']} rows dropped in {gaps['number']} gaps"
     if (chips := facts["chips"])["number"]:
         yield "chips", "{number}, registers: {sent} sent, {read} read back, {different} different".format(**chips)
-    missing, twice = facts["missing_blocks"], facts["duplicate_blocks"]
-    yield "blocks", f"{facts['blocks']}, {missing} missing, {twice} duplicates"
+    yield "blocks", f"{facts['blocks']}, {facts['missing_blocks']} missing, {facts['duplicate_blocks']} duplicates"
     if facts["unknown_words_kept"]:
         yield "unknown words", f"{facts['unknown_words_kept']} kept in /ledger/unknown"
     yield from _listed("producers", facts["producers"])
@@ -191,19 +188,20 @@ def _in_words(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from ((name, value) for name, value in texts.items() if value and name != "layout")
 
 
-def _board(one: dict[str, Any]) -> str:
-    address = f" {one['address']}" if one["address"] else ""
-    firmware = f", firmware {one['firmware']}" if one["firmware"] else ""
-    return f"{one['producer']}, io_group {one['io_group']}: {one['kind']}{address}, read on {one['host']}{firmware}"
+def _board_text(board: dict[str, Any]) -> str:
+    address = f" {board['address']}" if board["address"] else ""
+    firmware = f", firmware {board['firmware']}" if board["firmware"] else ""
+    where = f"{board['producer']}, io_group {board['io_group']}"
+    return f"{where}: {board['kind']}{address}, read on {board['host']}{firmware}"
 
 
-def _listed(name: str, entries: list[str]) -> Iterator[tuple[str, str]]:
-    for place, entry in enumerate(entries):
-        yield "" if place else name, entry
+def _listed(name: str, texts: list[str]) -> Iterator[tuple[str, str]]:
+    for index, text in enumerate(texts):
+        yield "" if index else name, text
 
 
-def _verdict(line: dict[str, Any]) -> str:
-    """What became of an io_group's data on their way to us."""
+def _verdict_text(line: dict[str, Any]) -> str:
+    """Text of the verdict on the data of one io_group before they reached the producer."""
     text = f"{line['producer']}, io_group {line['io_group']}: {line['verdict']}"
     if not line["why"]:
         return text
@@ -211,8 +209,8 @@ def _verdict(line: dict[str, Any]) -> str:
     return f"{text}: {line['why']} ({utc(line['first_ns'] / 1e9)} to {utc(line['last_ns'] / 1e9)}{lost})"
 
 
-def _without_zeros(counts: dict[str, Any]) -> str:
-    """Counts in words: where, then what is not zero."""
+def _counts_text(counts: dict[str, Any]) -> str:
+    """Text of counts: producer and io_group, then all counts that are not 0."""
     where = ""
     if "io_group" in counts:
         where = f"{counts['producer']}, io_group {counts['io_group']}, {counts['how']}: "

@@ -1,7 +1,4 @@
-"""`larpixdaq up` and `down`: a complete system on this machine.
-
-`larpixdaq status`: the run, who steers it, and what every component says of itself, in words.
-"""
+"""Commands `larpixdaq up`, `down` and `status`: start and end a complete system on this machine, and show its state."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ from larpixdaq.sources import options as source_options
 
 #: Maximum seconds until every process that `up` starts has registered.
 UP_LIMIT = 20.0
-#: Maximum seconds that `down` waits for the end of a run in progress.
+#: Maximum seconds until `down` has aborted a run in progress.
 ABORT_LIMIT = 40.0
 
 
@@ -68,11 +65,19 @@ def add_commands(commands: Any) -> None:
     )
     config.add_state_dir_argument(parser)
     parser.set_defaults(function=down)
-    add_status_command(commands)
+    parser = commands.add_parser(
+        "status",
+        help="the run, and every component",
+        description="Shows the run state, who has control, the last run, and what every component says of itself. "
+        "Exits with 1 when a component is LOST or PAUSED, or MISSING in the run.",
+    )
+    config.add_core_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(function=status)
 
 
 def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `up` itself; all others are the storage's or the producer's, and handed to them as they are."""
+    """Add the arguments of `up` itself. All others belong to the storage or the producer, which get them unchanged."""
     config.add_address_argument(parser)
     config.add_log_address_argument(parser)
     config.add_state_dir_argument(parser)
@@ -93,7 +98,7 @@ def up(options: argparse.Namespace) -> int:
             "`loginctl enable-linger` prevents it",
             file=sys.stderr,
         )
-    source_options.create(options)  # an error in the options is reported here, not in a file
+    source_options.create(options)  # here, so that an error in the options is reported to the user, not in a file
     others = argparse.ArgumentParser(allow_abbrev=False)
     _add_own_arguments(others)
     add_storage_arguments(others)
@@ -103,63 +108,66 @@ def up(options: argparse.Namespace) -> int:
     core = config.reachable(listens, config.LOOPBACK)  # from this machine, whatever interfaces it listens at
     log = config.address(options.log_address, config.LOG_PORT)
     insecure = ["--insecure"] if options.insecure else []
-    wanted = {
+    commands = {
         module: [*arguments, *insecure]
         for module, arguments in components(core, log, options.output_dir, state, source, listens, storage)
     }
     with only_up(state):
-        living = _living(state, core, wanted)
-        missing = [module for module in wanted if module not in living]
+        running = _running_processes(state, commands)
+        missing = [module for module in commands if module not in running]
         group = Group(state / "out")
         try:
             for module in missing:
-                group.start(module, *wanted[module], detach=True)
-            running = living | {entry.module: entry for entry in group.entries()}
-            entries = [running[module] for module in wanted]
+                group.start(module, *commands[module], detach=True)
+            by_module = running | {entry.module: entry for entry in group.entries()}
+            entries = [by_module[module] for module in commands]
             write_running(state, Running(core, entries, os.getcwd()))
             with connect(core, group, entries) as operator:
                 wait_for(operator, {"producer", "storage", "run_data", "log"}, group, entries)
         except BaseException:
             group.close()
-            if living:
-                write_running(state, Running(core, list(living.values()), os.getcwd()))
+            if running:
+                write_running(state, Running(core, list(running.values()), os.getcwd()))
             else:
                 running_file(state).unlink(missing_ok=True)
             raise
-    if not living:
+    if not running:
         print(f"up at {core}; the output of the processes is in {group.log_dir}")
     elif missing:
-        print(f"up at {core}: started {', '.join(missing)} again, {len(living)} others were running")
+        print(f"up at {core}: started {', '.join(missing)} again, {len(running)} others were running")
     else:
-        print(f"up already at {core}: all {len(living)} processes are running")
+        print(f"up already at {core}: all {len(running)} processes are running")
     return 0
 
 
-def _living(state: Path, core: str, wanted: dict[str, list[str]]) -> dict[str, Entry]:
-    """The processes of an earlier `up` that still run, by module. ConfigError unless this `up` asks for the same
-    system, from the same directory."""
-    before = read_running(state)
-    living = {} if before is None else {entry.module: entry for entry in before.processes if alive(entry)}
-    if before is None or not living:
+def _running_processes(state: Path, commands: dict[str, list[str]]) -> dict[str, Entry]:
+    """Return the processes of an earlier `up` that still run, by module.
+
+    Raises ConfigError if that `up` had other options or another working directory.
+    """
+    earlier = read_running(state)
+    running = {} if earlier is None else {entry.module: entry for entry in earlier.processes if alive(entry)}
+    if earlier is None or not running:
         return {}
-    up_at = f"a system is up already at {before.core} ({running_file(state)})"
-    end = "repeat its options to start what has ended, or end it with `larpixdaq down`"
-    if before.directory != os.getcwd():
-        raise ConfigError(f"{up_at}, started in {before.directory}, not in {os.getcwd()}: {end}")
-    for module, entry in living.items():
-        if entry.arguments != wanted[module]:
-            has, asked = " ".join(entry.arguments), " ".join(wanted[module])
-            raise ConfigError(f"{up_at}; {module} runs with {has!r}, asked for is {asked!r}: {end}")
-    return living
+    up_at = f"a system is up already at {earlier.core} ({running_file(state)})"
+    advice = "repeat its options to start what has ended, or end it with `larpixdaq down`"
+    if earlier.directory != os.getcwd():
+        raise ConfigError(f"{up_at}, started in {earlier.directory}, not in {os.getcwd()}: {advice}")
+    for module, entry in running.items():
+        if entry.arguments != commands[module]:
+            has, asked = " ".join(entry.arguments), " ".join(commands[module])
+            raise ConfigError(f"{up_at}; {module} runs with {has!r}, asked for is {asked!r}: {advice}")
+    return running
 
 
 def connect(core: str, group: Group, processes: Sequence[Entry]) -> Operator:
-    """An Operator of the core that is one of `processes`.
+    """Return an Operator connected to the core, which must be one of `processes`.
 
-    ComponentError as soon as a process of the group has ended, or when the core that answers is another one.
+    Raises NoCore after UP_LIMIT seconds, and ComponentError if a process of the group has ended with an error or
+    another core answers.
     """
     deadline = time.monotonic() + UP_LIMIT
-    own = next(entry.pid for entry in processes if entry.module == "core")
+    own_pid = next(entry.pid for entry in processes if entry.module == "core")
     while True:
         try:
             operator = Operator(core, timeout=0.5)
@@ -169,33 +177,35 @@ def connect(core: str, group: Group, processes: Sequence[Entry]) -> Operator:
                 raise
             continue
         try:
-            found = operator.status().result(timeout=UP_LIMIT)
+            answer = operator.status().result(timeout=UP_LIMIT)
         except NoCore:
             operator.close()
             continue
-        process = found.get("process", {})
-        if (process.get("host"), process.get("pid")) == (config.process_identity()["host"], own):
+        process = answer.get("process", {})
+        if (process.get("host"), process.get("pid")) == (config.process_identity()["host"], own_pid):
             return operator
         operator.close()
         raise ComponentError(
             f"another core answers at {core}: process {process.get('pid', '?')} of {process.get('user', '?')} on "
-            f"{process.get('host', '?')}, started {utc(found['started'])}, state directory "
-            f"{found.get('state_dir', 'unknown')}; end it, or choose another --address and --log-address"
+            f"{process.get('host', '?')}, started {utc(answer['started'])}, state directory "
+            f"{answer.get('state_dir', 'unknown')}; end it, or choose another --address and --log-address"
         )
 
 
 def wait_for(operator: Operator, kinds: set[str], group: Group, processes: Sequence[Entry]) -> None:
-    """Wait until a component of each kind is alive in one of `processes`; ComponentError when that takes too long or
-    a process of the group has ended."""
+    """Wait until each of these kinds has a living component in one of `processes`.
+
+    Raises ComponentError after UP_LIMIT seconds, or if a process of the group has ended with an error.
+    """
     deadline = time.monotonic() + UP_LIMIT
     host = config.process_identity()["host"]
     own = {(host, entry.pid) for entry in processes}
     while True:
         group.check()
         try:
-            found = operator.components().result(timeout=UP_LIMIT)
-            there = [c for c in found if c["alive"] and (c["info"].get("host"), c["info"].get("pid")) in own]
-            missing = kinds - {c["kind"] for c in there}
+            registered = operator.components().result(timeout=UP_LIMIT)
+            own_alive = [c for c in registered if c["alive"] and (c["info"].get("host"), c["info"].get("pid")) in own]
+            missing = kinds - {c["kind"] for c in own_alive}
         except NoCore:
             missing = {"core"}
         if not missing:
@@ -206,7 +216,7 @@ def wait_for(operator: Operator, kinds: set[str], group: Group, processes: Seque
 
 
 def _abort_run(core: str) -> None:
-    """Abort the run in progress, if there is one, so that the catalogue says how it ended and where its files are."""
+    """Abort the run in progress, if any, so that the catalogue has its condition and files."""
     try:
         with Operator(core, timeout=1.0) as operator:
             if operator.state().result(timeout=UP_LIMIT) != STOP:
@@ -230,25 +240,13 @@ def down(options: argparse.Namespace) -> int:
     return 0
 
 
-def add_status_command(commands: Any) -> None:
-    parser = commands.add_parser(
-        "status",
-        help="the run, and every component",
-        description="Shows the run state, who has control, the last run, and what every component says of itself. "
-        "Exits with 1 when a component is LOST or PAUSED, or MISSING in the run.",
-    )
-    config.add_core_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.set_defaults(function=status)
-
-
 def status(options: argparse.Namespace) -> int:
     with Operator(options.core) as operator:
-        found = operator.status().result(timeout=5)
+        answer = operator.status().result(timeout=5)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(answer))
     else:
         console = Console(highlight=False, soft_wrap=True)
-        for line in status_lines(found):
+        for line in status_lines(answer):
             console.print(escape(printable(line)))
-    return 1 if needs_attention(found) else 0
+    return 1 if needs_attention(answer) else 0
