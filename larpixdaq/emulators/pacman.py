@@ -279,36 +279,20 @@ class Emulator:
         self._input = b""
         self._poller = zmq.Poller()
         self._handlers: dict[Any, Callable[[], None]] = {}
-        self._servers = {board: board.command for board in boards}
-        for board in boards:
-            self._handle(board.command, board.serve_request)
-        if wait_for_go:
-            self._handle(0, self._read_go)
-        self._data: dict[EmulatedBoard, zmq.Socket[bytes]] = {}
-        self._update_sockets()
-
-    def _handle(self, socket: Any, handler: Callable[[], None]) -> None:
-        self._handlers[socket] = handler
-        self._poller.register(socket, zmq.POLLIN)
-
-    def _remove(self, socket: Any) -> None:
-        self._poller.unregister(socket)
-        del self._handlers[socket]
 
     def _update_sockets(self) -> None:
-        """Poll the sockets that boards have now: a data port may be closed and opened again, a server may crash."""
-        for board, command in [*self._servers.items()]:
-            if board.crashed:
-                self._remove(command)
-                del self._servers[board]
+        """Poll the open sockets: a data port may be closed and opened again, and a command server may crash."""
+        handlers: dict[Any, Callable[[], None]] = {0: self._read_go} if self._wait_for_go else {}
         for board in self._boards:
-            data = self._data.get(board)
-            if data is not None and (data.closed or data is not board.data):
-                self._remove(data)
-                del self._data[board]
-            if board not in self._data and not board.data.closed:
-                self._data[board] = board.data
-                self._handle(board.data, board.read_subscriptions)
+            if not board.command.closed:
+                handlers[board.command] = board.serve_request
+            if not board.data.closed:
+                handlers[board.data] = board.read_subscriptions
+        for socket in self._handlers.keys() - handlers.keys():
+            self._poller.unregister(socket)
+        for socket in handlers.keys() - self._handlers.keys():
+            self._poller.register(socket, zmq.POLLIN)
+        self._handlers = handlers
 
     def _read_go(self) -> None:
         data = os.read(0, 4096)
@@ -317,7 +301,6 @@ class Emulator:
             self.stop = True
         elif b"go" in self._input.split(b"\n")[:-1]:
             self._wait_for_go = False
-            self._remove(0)
         else:
             self._input = self._input.rpartition(b"\n")[2][-4096:]
 
