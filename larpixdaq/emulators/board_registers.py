@@ -75,7 +75,7 @@ class BoardRegisters:
         self._uart_banks = range(UARTS + BANK, min(UARTS + BANK * (revision.uarts + 1), I2C), BANK)
         self._fpga = {bank + offset: 0 for bank in (0, BANK, UARTS, *self._uart_banks) for offset in _WRITABLE}
         self._fpga |= _DEFAULTS | {bank + CLOCK_RATIO: revision.uart_ratio for bank in self._uart_banks}
-        self._constants = {CLOCK_STATUS: _CLOCK_GOOD} | revision.fpga_constants | revision.constants
+        self._constants = {CLOCK_STATUS: _CLOCK_GOOD} | revision.constants
         self._dacs = {rail: 0 for rails in revision.dacs.values() for rail in rails}
         self._scratch = dict.fromkeys(revision.scratch, 0)
 

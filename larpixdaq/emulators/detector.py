@@ -178,6 +178,14 @@ class Planter:
             raise ConfigError(f"no chip {key!r}; the first is {next(iter(self._by_key))}") from None
 
 
+def fraction(text: str) -> float:
+    """Parse a fraction, 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction, 0 to 1, found {text}")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = network.TILE_CHANNELS) -> None:
     """Add the options for chips. `tile_channels`: maximum number of io_channels of a default tile."""
     parser.set_defaults(tile_channels=tile_channels)
@@ -205,7 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = network.
     for name, form, description in PLANTED_OPTIONS:
         add(f"--{name}", metavar="N|LIST", help=f"{description}: a number, or {form},... with CHIP as in 1-2-34")
     for name, description in LOSS_OPTIONS:
-        add(f"--{name}", type=float, default=0.0, metavar="F", help=f"{description} (default 0)")
+        add(f"--{name}", type=fraction, default=0.0, metavar="F", help=f"{description} (default 0)")
     add("--bug-512", action="store_true", help="each 512th word to the chips of a board gets lost")
     add(
         "--truth",
@@ -228,10 +236,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
                 parser.error(f"--{name} goes with --chips")
         args.asic = args.asic or DEFAULT_ASIC
         return EmulatedDetector({}, Planted())
-    for name, _ in LOSS_OPTIONS:
-        fraction = getattr(args, name.replace("-", "_"))
-        if not 0 <= fraction <= 1:
-            parser.error(f"--{name}: expected a fraction, 0 to 1, found {fraction}")
     if args.lose_answers + args.double_answers > 1:
         parser.error("--lose-answers, --double-answers: an answer suffers one of them, so they add up to at most 1")
     boards = _boards(parser, args)

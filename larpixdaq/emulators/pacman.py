@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="send the messages of this log (u32 length + message), byte for byte",
     )
-    fraction: dict[str, Any] = {"type": float, "default": 0.0, "metavar": "F"}
+    fraction: dict[str, Any] = {"type": detector.fraction, "default": 0.0, "metavar": "F"}
     add("--seed", type=int, default=0, metavar="S", help="seed of the random numbers (default 0)")
     add("--io-channels", type=_positive, default=8, metavar="N", help="without --chips, at most 255 (default 8)")
     add("--chips-per-io-channel", type=_positive, default=16, metavar="N", help="the same, at most 240 (default 16)")
@@ -197,9 +197,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     n = len(args.groups)
     if args.replay and (args.count or args.words_per_message):
         parser.error("--replay sends the recorded messages as they are: no --count, no --words-per-message")
-    for name in ("odd", "fifo_full", "skip", "double", "lie"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name.replace('_', '-')}: expected a fraction, 0 to 1, found {getattr(args, name)}")
     if args.skip + args.double + args.lie > 1:
         parser.error("--skip, --double, --lie: one message suffers one of them, so they add up to at most 1")
     if args.replay and (args.jump or args.restart is not None):

@@ -43,8 +43,9 @@ class EmulatedRevision:
     dacs: dict[int, list[Rail]]
     monitors: dict[int, EmulatedMonitor]
     readbacks: dict[int, Rail] = field(default_factory=dict)
-    constants: dict[int, int] = field(default_factory=dict)
     scratch: range = range(0)
+    #: Read-only registers that are not 0, of the I2C bus and the FPGA.
+    constants: dict[int, int] = field(default_factory=dict)
     #: Only the lowest 12 bits of an I2C address count.
     masked: bool = False
     #: First address at which the command server crashes.
@@ -54,8 +55,6 @@ class EmulatedRevision:
     #: Frequency that the UARTs divide, in Hz, and the ratio at power-up.
     uart_clock: int = 10_000_000
     uart_ratio: int = 2
-    #: Read-only registers of the FPGA that are not 0.
-    fpga_constants: dict[int, int] = field(default_factory=dict)
     #: Register 0x14 switches the supplies.
     analog_switch: bool = True
     #: Register 0x101C divides the chips' clock, and masks resets by tile.
@@ -168,7 +167,7 @@ def _rev4() -> EmulatedRevision:
 def _rev4_module2() -> EmulatedRevision:
     return replace(
         _rev4(),
-        fpga_constants=dict.fromkeys(range(0, 0x10, 4), 894),
+        constants=dict.fromkeys(range(0, 0x10, 4), 894),
         tile_clocks=0b11 << 8,
         receivers=0x18,
         reset_mask=True,
