@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, arenas
-from larpixdaq.cli.system import connect, wait_for
+from larpixdaq.cli.system import connect, plain_console, wait_for
 from larpixdaq.emulators import pacman
 from larpixdaq.errors import ComponentError, FileError
 from larpixdaq.hdf5 import verify
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
         options.wrong_usage(f"--rate: expected 10 to 1e9 packets/s for each board, found {board_rate:g}")
     if not options.output_dir.is_dir():
         raise FileError(f"--output-dir {options.output_dir}: no such directory")
-    console = _console(quiet=options.json)
+    console = plain_console(quiet=options.json)
     with tempfile.TemporaryDirectory(prefix="larpixdaq-demo-") as folder:
         state = Path(folder)
         try:
@@ -200,11 +200,6 @@ def _judge(sent: dict[str, Any], ended: dict[str, Any], seconds: float) -> dict[
         "verified": not reasons,
         "reasons": reasons + ended["reasons"],
     }
-
-
-def _console(*, quiet: bool) -> Console:
-    """A console that prints texts unchanged, because paths may have brackets."""
-    return Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False)
 
 
 def _show(outcome: dict[str, Any], console: Console) -> None:

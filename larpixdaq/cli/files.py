@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from larpixdaq import config
+from larpixdaq.cli.system import plain_console
+from larpixdaq.control.disk_watch import size
+from larpixdaq.control.display import utc
 from larpixdaq.errors import FileLocked, LarpixDaqError, printable
 from larpixdaq.hdf5 import names, recovery, run_report
 from larpixdaq.hdf5 import verify as verification
@@ -56,7 +58,7 @@ def _path(text: str) -> Path:
 
 
 def verify(options: argparse.Namespace) -> int:
-    console = Console(quiet=options.json, highlight=False, soft_wrap=True)
+    console = plain_console(quiet=options.json)
     outcome = verification.verify_all(options.paths)
     for report in outcome.files:
         _show(console, f"{report.path}: {'good' if report.ok else 'BAD'}, {report.rows} rows")
@@ -73,8 +75,8 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _show(console: Console, line: str) -> None:
-    """Print one line, which may have texts of files, without markup or control characters."""
-    console.print(escape(printable(line)))
+    """Print one line, which may have texts of files, without control characters."""
+    console.print(printable(line))
 
 
 def _file_facts(outcome: verification.FileOutcome) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def _run_facts(outcome: verification.FileOutcome) -> list[dict[str, Any]]:
 
 
 def recover(options: argparse.Namespace) -> int:
-    console = Console(quiet=options.json, highlight=False, soft_wrap=True)
+    console = plain_console(quiet=options.json)
     lock_directory.use(options.lock_dir, options.state_dir)
     ok = True
     outcomes: dict[str, Any] = {}
@@ -138,7 +140,7 @@ def info(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(facts))
         return 0
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     for name, text in _info_lines(facts):
         _show(console, f"{name:<16} {text}".rstrip())
     return 0

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from larpixdaq import config
 from larpixdaq.constants import STOP
@@ -246,7 +245,12 @@ def status(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(answer))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = plain_console()
         for line in status_lines(answer):
-            console.print(escape(printable(line)))
+            console.print(printable(line))
     return 1 if needs_attention(answer) else 0
+
+
+def plain_console(*, quiet: bool = False) -> Console:
+    """Return a console that prints texts unchanged: brackets are no markup, and colons no emoji."""
+    return Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)

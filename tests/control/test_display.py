@@ -6,7 +6,7 @@ import pytest
 from fake_core import producer_status, storage, storage_status
 from processes import until
 
-from larpixdaq.cli import demo, main
+from larpixdaq.cli import demo, main, system
 from larpixdaq.control import disk_watch, display
 from larpixdaq.control.client import Request, Response
 from larpixdaq.control.display import SHOWN, readable
@@ -163,16 +163,16 @@ def test_the_demo_shows_texts_as_they_are(capsys):
     missing = 'no picture of the rates: it needs pip install "larpix-daq[plot]"'
     outcome = {
         "io_groups": {1: {"sent": 5, "stored": 5}}, "packets_per_second": 5, "seconds": 1.0, "lost": 0, "run": 1,
-        "condition": "COMPLETE", "verified": True, "reasons": [], "files": ["/data [1]/a.h5"],
+        "condition": "COMPLETE", "verified": True, "reasons": [], "files": ["/data [1]/12:on:30.h5"],
     }  # fmt: skip
-    demo._show(outcome, demo._console(quiet=False))
-    assert capsys.readouterr().out.endswith("file: /data [1]/a.h5\n")
+    demo._show(outcome, system.plain_console())
+    assert capsys.readouterr().out.endswith("file: /data [1]/12:on:30.h5\n")
     told = {
         "seconds": 9.0, "within": 5, "live": 6, "low_hz": 2.0, "high_hz": 20.0, "registers": 256, "registers_ok": True,
         "hot_found": 1, "hot_planted": 1, "dead_found": 1, "dead_planted": 1, "disabled": 1, "saturated_after": [],
         "report": ["/data [1]/a.json"], "no_picture": missing, "truth": "/data [1]/truth.json",
     }  # fmt: skip
-    demo._show(outcome | {"calibration": told}, demo._console(quiet=False))
+    demo._show(outcome | {"calibration": told}, system.plain_console())
     assert f"report: /data [1]/a.json\n{missing}\n" in capsys.readouterr().out
 
 
