@@ -45,6 +45,68 @@ PLANTED = 8
 LOW, HIGH = 2.0, 20.0
 
 
+class TileDemo:
+    """Emulated tile of chips: `start()` before the system, `take()` during its run."""
+
+    def __init__(self, options: argparse.Namespace, state: Path) -> None:
+        self._seconds: float = options.seconds
+        self._directory = options.output_dir.absolute()
+        self._network = state / "tile.json"
+        self._truth = self._directory / "tile_truth.json"
+
+    def start(self, group: Group) -> subprocess.Popen[bytes]:
+        return group.start(
+            "emulators", "pacman", "--chips", str(CHIPS), "--asic", ASIC,
+            "--write-network", str(self._network), "--hot-channels", str(PLANTED), "--dead-channels", str(PLANTED),
+            "--truth", str(self._truth), "--lossless", "--wait-for-go", "--data-port", "0", "--command-port", "0",
+            pipes=True,
+        )  # fmt: skip
+
+    def take(
+        self, operator: Operator, emulator: subprocess.Popen[bytes], console: Console, planted: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Bring up, calibrate and read the tile. Returns the emulator's counts and the facts about the calibration."""
+        limit = CALIBRATION_LIMIT
+        operator.power(True, tiles=0, vdda_dac=VDDA_DAC, vddd_dac=VDDD_DAC).result(limit)
+        chips = operator.load_board(str(self._network)).result(limit)["chips"]
+        network = operator.configure_network().result(limit)
+        console.print(f"{chips} chips, {'all' if network['ok'] else 'NOT all'} of them in their networks")
+        calibration = operator.run_routine("calibrate", LOW, HIGH, apply=True, directory=str(self._directory))
+        step = ""
+        for response in calibration:
+            if response.kind == "progress" and response.text and response.text.split(":")[0] != step:
+                step = response.text.split(":")[0]
+                console.print(f"  calibrating: {step}")
+        result = calibration.result(limit)
+        validation = operator.validate_configuration().result(limit)
+        time.sleep(self._seconds)
+        with contextlib.suppress(ProcessLookupError):
+            emulator.send_signal(signal.SIGTERM)
+        sent = _read_line(emulator, limit, "the end of the emulated board")
+        return sent["sent"], self._facts(result, validation, planted)
+
+    def _facts(
+        self, result: dict[str, Any], validation: dict[str, Any], planted: dict[str, list[str]]
+    ) -> dict[str, Any]:
+        def keys(by_chip: dict[str, list[int]]) -> set[str]:
+            return {f"{chip}-{channel}" for chip, channels in by_chip.items() for channel in channels}
+
+        hot, dead = keys(result["disable"]), keys(result["dead"])
+        return {
+            **{name: result[name] for name in ("low_hz", "high_hz", "live", "within", "seconds", "saturated_after")},
+            "registers_ok": validation["ok"],
+            "registers": validation["registers"],
+            "disabled": len(hot),
+            "hot_planted": len(planted["hot_channels"]),
+            "hot_found": len(hot.intersection(planted["hot_channels"])),
+            "dead_planted": len(planted["dead_channels"]),
+            "dead_found": len(dead.intersection(planted["dead_channels"])),
+            "report": result["files"],
+            "no_picture": result.get("no_picture", ""),
+            "truth": str(self._truth),
+        }
+
+
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
@@ -253,65 +315,3 @@ def _read_line(child: subprocess.Popen[bytes], limit: float, event: str, group: 
         raise ComponentError(f"{event}: it ended with status {child.wait(5)} and said nothing")
     answer: dict[str, Any] = json.loads(line)
     return answer
-
-
-class TileDemo:
-    """Emulated tile of chips: `start()` before the system, `take()` during its run."""
-
-    def __init__(self, options: argparse.Namespace, state: Path) -> None:
-        self._seconds: float = options.seconds
-        self._directory = options.output_dir.absolute()
-        self._network = state / "tile.json"
-        self._truth = self._directory / "tile_truth.json"
-
-    def start(self, group: Group) -> subprocess.Popen[bytes]:
-        return group.start(
-            "emulators", "pacman", "--chips", str(CHIPS), "--asic", ASIC,
-            "--write-network", str(self._network), "--hot-channels", str(PLANTED), "--dead-channels", str(PLANTED),
-            "--truth", str(self._truth), "--lossless", "--wait-for-go", "--data-port", "0", "--command-port", "0",
-            pipes=True,
-        )  # fmt: skip
-
-    def take(
-        self, operator: Operator, emulator: subprocess.Popen[bytes], console: Console, planted: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Bring up, calibrate and read the tile. Returns the emulator's counts and the facts about the calibration."""
-        limit = CALIBRATION_LIMIT
-        operator.power(True, tiles=0, vdda_dac=VDDA_DAC, vddd_dac=VDDD_DAC).result(limit)
-        chips = operator.load_board(str(self._network)).result(limit)["chips"]
-        network = operator.configure_network().result(limit)
-        console.print(f"{chips} chips, {'all' if network['ok'] else 'NOT all'} of them in their networks")
-        calibration = operator.run_routine("calibrate", LOW, HIGH, apply=True, directory=str(self._directory))
-        step = ""
-        for response in calibration:
-            if response.kind == "progress" and response.text and response.text.split(":")[0] != step:
-                step = response.text.split(":")[0]
-                console.print(f"  calibrating: {step}")
-        result = calibration.result(limit)
-        validation = operator.validate_configuration().result(limit)
-        time.sleep(self._seconds)
-        with contextlib.suppress(ProcessLookupError):
-            emulator.send_signal(signal.SIGTERM)
-        sent = _read_line(emulator, limit, "the end of the emulated board")
-        return sent["sent"], self._facts(result, validation, planted)
-
-    def _facts(
-        self, result: dict[str, Any], validation: dict[str, Any], planted: dict[str, list[str]]
-    ) -> dict[str, Any]:
-        def keys(by_chip: dict[str, list[int]]) -> set[str]:
-            return {f"{chip}-{channel}" for chip, channels in by_chip.items() for channel in channels}
-
-        hot, dead = keys(result["disable"]), keys(result["dead"])
-        return {
-            **{name: result[name] for name in ("low_hz", "high_hz", "live", "within", "seconds", "saturated_after")},
-            "registers_ok": validation["ok"],
-            "registers": validation["registers"],
-            "disabled": len(hot),
-            "hot_planted": len(planted["hot_channels"]),
-            "hot_found": len(hot.intersection(planted["hot_channels"])),
-            "dead_planted": len(planted["dead_channels"]),
-            "dead_found": len(dead.intersection(planted["dead_channels"])),
-            "report": result["files"],
-            "no_picture": result.get("no_picture", ""),
-            "truth": str(self._truth),
-        }

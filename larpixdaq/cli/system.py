@@ -93,7 +93,7 @@ def up(options: argparse.Namespace) -> int:
     if logind_removes_files(options.ring_dir, os.getuid()):
         print(
             f"larpixdaq: WARNING: when you log out, systemd-logind removes the ring's file from {options.ring_dir} "
-            "(RemoveIPC): the producer makes it anew within a second, but if it is killed before that, data are lost; "
+            "(RemoveIPC): the producer makes it again within a second, but if it is killed before, data are lost; "
             "`loginctl enable-linger` prevents it",
             file=sys.stderr,
         )

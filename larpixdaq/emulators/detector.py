@@ -237,7 +237,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         args.asic = args.asic or DEFAULT_ASIC
         return EmulatedDetector({}, Planted())
     if args.lose_answers + args.double_answers > 1:
-        parser.error("--lose-answers, --double-answers: an answer suffers one of them, so they add up to at most 1")
+        parser.error("--lose-answers, --double-answers: an answer is lost or doubled, so they add up to at most 1")
     boards = _boards(parser, args)
     planted = _plant(args, boards)
     for (io_group, a), (_, b) in planted.broken_links:

@@ -28,7 +28,8 @@ DESCRIPTION = """\
 Sends what PACMAN boards send (legacy format: 8-byte headers, 16-byte words), one board per io_group. At the start it
 prints one JSON line with the ports, {"ready": {"1": {"data": 5556, "command": 5555}}}; at the end one with the words
 that were sent, {"sent": {"1": {"words": 10, "D": 9, "S": 0, "T": 1, "messages": 10}}, "seconds": 0.1}. SIGINT and
-SIGTERM end it cleanly. What it does wrong on request, from --fifo-full to --restart, is counted there too, exactly."""
+SIGTERM end it cleanly. Faults on request, from --fifo-full to --restart, are counted exactly in that line, too."""
+
 #: Difference between the ports of consecutive io_groups if only one port is given.
 PORT_STEP = 10
 #: Seconds for which unsent messages are kept at the end.
@@ -42,6 +43,76 @@ MAX_SLOW_READ: Final = 60.0
 #: Range of the words/s of a board.
 LOWEST_RATE: Final = 10.0
 HIGHEST_RATE: Final = 1e9
+
+
+class Emulator:
+    """Runs all boards in one thread. A signal handler may set `stop`. `seconds`: time of the last sent word."""
+
+    def __init__(
+        self, boards: list[EmulatedBoard], *, wait_for_subscriber: bool, wait_for_go: bool, stay: bool
+    ) -> None:
+        self.stop = False
+        self.seconds = 0.0
+        self._boards = boards
+        self._wait_for_subscriber = wait_for_subscriber
+        self._wait_for_go = wait_for_go
+        self._stay = stay
+        self._input = b""
+        self._poller = zmq.Poller()
+        self._handlers: dict[Any, Callable[[], None]] = {}
+
+    def _update_sockets(self) -> None:
+        """Poll the open sockets: a data port may be closed and opened again, and a command server may crash."""
+        handlers: dict[Any, Callable[[], None]] = {0: self._read_go} if self._wait_for_go else {}
+        for board in self._boards:
+            if not board.command.closed:
+                handlers[board.command] = board.serve_request
+            if not board.data.closed:
+                handlers[board.data] = board.read_subscriptions
+        for socket in self._handlers.keys() - handlers.keys():
+            self._poller.unregister(socket)
+        for socket in handlers.keys() - self._handlers.keys():
+            self._poller.register(socket, zmq.POLLIN)
+        self._handlers = handlers
+
+    def _read_go(self) -> None:
+        data = os.read(0, 4096)
+        self._input += data
+        if not data:
+            self.stop = True
+        elif b"go" in self._input.split(b"\n")[:-1]:
+            self._wait_for_go = False
+        else:
+            self._input = self._input.rpartition(b"\n")[2][-4096:]
+
+    def _subscribed(self) -> bool:
+        return not self._wait_for_subscriber or all(board.subscribed for board in self._boards)
+
+    def run(self, report: Callable[[], None]) -> None:
+        """Run until the last word or `stop`. `report()` is called once, when ZeroMQ has taken the last word."""
+        started: float | None = None
+        reported = False
+        while not self.stop:
+            now = time.monotonic()
+            wait = float("inf")
+            if started is None and not self._wait_for_go and self._subscribed():
+                started = now
+            if started is not None:
+                wait = min(board.turn(now) for board in self._boards)
+                if not reported:
+                    self.seconds = time.monotonic() - started
+                    if all(board.finished for board in self._boards):
+                        reported = True
+                        report()
+                        if not self._stay:
+                            return
+            wait = min(wait, *(board.reply() for board in self._boards))
+            self._update_sockets()
+            # at most 100 ms, because a signal just before poll() does not wake it
+            for socket, _ in self._poller.poll(0 if wait <= 0 else max(1, int(min(wait, 0.1) * 1000))):
+                self._handlers[socket]()
+        if not reported:
+            report()
 
 
 def _rate(text: str) -> float | None:
@@ -198,7 +269,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.replay and (args.count or args.words_per_message):
         parser.error("--replay sends the recorded messages as they are: no --count, no --words-per-message")
     if args.skip + args.double + args.lie > 1:
-        parser.error("--skip, --double, --lie: one message suffers one of them, so they add up to at most 1")
+        parser.error("--skip, --double, --lie: a message has at most one of these faults, so they add up to at most 1")
     if args.replay and (args.jump or args.restart is not None):
         parser.error("--replay sends the recorded messages with their times: no --jump, no --restart")
     for name, ports in (("--data-port", args.data_port), ("--command-port", args.command_port)):
@@ -259,76 +330,6 @@ def _board(args: argparse.Namespace, io_group: int) -> EmulatedBoard:
         registers=registers,
     )
     return TileBoard(io_group, tile, registers, **options)
-
-
-class Emulator:
-    """Runs all boards in one thread. A signal handler may set `stop`. `seconds`: time of the last sent word."""
-
-    def __init__(
-        self, boards: list[EmulatedBoard], *, wait_for_subscriber: bool, wait_for_go: bool, stay: bool
-    ) -> None:
-        self.stop = False
-        self.seconds = 0.0
-        self._boards = boards
-        self._wait_for_subscriber = wait_for_subscriber
-        self._wait_for_go = wait_for_go
-        self._stay = stay
-        self._input = b""
-        self._poller = zmq.Poller()
-        self._handlers: dict[Any, Callable[[], None]] = {}
-
-    def _update_sockets(self) -> None:
-        """Poll the open sockets: a data port may be closed and opened again, and a command server may crash."""
-        handlers: dict[Any, Callable[[], None]] = {0: self._read_go} if self._wait_for_go else {}
-        for board in self._boards:
-            if not board.command.closed:
-                handlers[board.command] = board.serve_request
-            if not board.data.closed:
-                handlers[board.data] = board.read_subscriptions
-        for socket in self._handlers.keys() - handlers.keys():
-            self._poller.unregister(socket)
-        for socket in handlers.keys() - self._handlers.keys():
-            self._poller.register(socket, zmq.POLLIN)
-        self._handlers = handlers
-
-    def _read_go(self) -> None:
-        data = os.read(0, 4096)
-        self._input += data
-        if not data:
-            self.stop = True
-        elif b"go" in self._input.split(b"\n")[:-1]:
-            self._wait_for_go = False
-        else:
-            self._input = self._input.rpartition(b"\n")[2][-4096:]
-
-    def _subscribed(self) -> bool:
-        return not self._wait_for_subscriber or all(board.subscribed for board in self._boards)
-
-    def run(self, report: Callable[[], None]) -> None:
-        """Run until the last word or `stop`. `report()` is called once, when ZeroMQ has taken the last word."""
-        started: float | None = None
-        reported = False
-        while not self.stop:
-            now = time.monotonic()
-            wait = float("inf")
-            if started is None and not self._wait_for_go and self._subscribed():
-                started = now
-            if started is not None:
-                wait = min(board.turn(now) for board in self._boards)
-                if not reported:
-                    self.seconds = time.monotonic() - started
-                    if all(board.finished for board in self._boards):
-                        reported = True
-                        report()
-                        if not self._stay:
-                            return
-            wait = min(wait, *(board.reply() for board in self._boards))
-            self._update_sockets()
-            # at most 100 ms, because a signal just before poll() does not wake it
-            for socket, _ in self._poller.poll(0 if wait <= 0 else max(1, int(min(wait, 0.1) * 1000))):
-                self._handlers[socket]()
-        if not reported:
-            report()
 
 
 def run(args: argparse.Namespace) -> None:
