@@ -12,8 +12,6 @@ from rich.console import Console
 
 from larpixdaq import config
 from larpixdaq.cli.system import plain_console
-from larpixdaq.control.disk_watch import size
-from larpixdaq.control.display import utc
 from larpixdaq.errors import FileLocked, LarpixDaqError, printable
 from larpixdaq.hdf5 import names, recovery, run_report
 from larpixdaq.hdf5 import verify as verification
