@@ -111,7 +111,11 @@ def check_end(end: stream.End) -> None:
 def describe(frame: stream.Block | stream.End) -> str:
     """Whose block or end it is, for messages to people."""
     what = f"block {frame.sequence}" if isinstance(frame, stream.Block) else f"end at {frame.next}"
-    return f"{what} of run {frame.run}, producer {frame.producer!r}, epoch {frame.epoch:x}"
+    return f"{what} of run {frame.run}, {describe_source(frame.source)}"
+
+
+def describe_source(source: BlockOrigin) -> str:
+    return f"producer {source.producer!r}, epoch {source.epoch:x}"
 
 
 class Account:
@@ -180,10 +184,6 @@ class Account:
         return rows
 
     @property
-    def _name(self) -> str:
-        return f"producer {self.source.producer!r}, epoch {self.source.epoch:x}"
-
-    @property
     def how(self) -> str:
         return OPEN if self.end is None else self.end.how
 
@@ -220,7 +220,7 @@ class Account:
     def doubts(self) -> list[str]:
         """What may have been lost before it reached us, one line for each verdict that is not "complete"."""
         return [
-            f"{self._name}, io_group {one.io_group}: {one.verdict}: {one.why}"
+            f"{describe_source(self.source)}, io_group {one.io_group}: {one.verdict}: {one.why}"
             for one in (self.end.verdicts if self.end else [])
             if one.verdict != stream.VERDICTS[0]
         ]
@@ -240,7 +240,7 @@ class Account:
 
     def complaints(self, owed: int) -> tuple[list[str], list[str]]:
         """Why this source's data are not whole: (totals unknown or rows owed, rows or blocks missing)."""
-        name = self._name
+        name = describe_source(self.source)
         waiting = [f"{name}: no end record, totals unknown"] if self.end is None else []
         waiting += [f"{name}: {owed} rows pending"] if owed and self.end is not None else []
         missing = [f"{name}: {self.missing_blocks} blocks are missing"] if self.missing_blocks else []

@@ -77,10 +77,7 @@ class DataFile:
         if not self.path.is_file():
             reason = "is not a file" if self.path.exists() else "there is no such file"
             raise FileError(f"cannot open {self.path}: {reason}")
-        repair.check_heaps(self.path)
         try:
-            if not h5py.is_hdf5(self.path):
-                raise FileError(f"cannot open {self.path}: it is not an HDF5 file")
             return open_hdf5(self.path)
         except FileError:
             raise
@@ -216,8 +213,12 @@ def open_hdf5(path: Path) -> h5py.File:
     """Open an HDF5 file for reading: as a growing file (SWMR) only while its writer may live.
 
     In SWMR mode HDF5 reads damaged metadata 100 times before it gives up, which takes two minutes for each. So all
-    other files are opened plainly, and the part of a dead writer with the superblock of a closed file.
+    other files are opened plainly, and the part of a dead writer with the superblock of a closed file. FileError or an
+    exception of h5py when it cannot be opened.
     """
+    repair.check_heaps(path)
+    if not h5py.is_hdf5(path):
+        raise FileError(f"cannot open {path}: it is not an HDF5 file")
     superblock = repair.growing_superblock(path)
     if superblock is None or not path.name.endswith(names.PART) or may_be_written(path):
         return layout.open_file(path, "r", swmr=superblock is not None)

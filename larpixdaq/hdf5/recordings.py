@@ -26,7 +26,7 @@ from larpixdaq._native import word_codec
 from larpixdaq._native.decoders import split_log
 from larpixdaq.constants import IO_GROUPS
 from larpixdaq.errors import ConfigError, FileError, cause
-from larpixdaq.hdf5 import reader, repair
+from larpixdaq.hdf5 import reader
 from larpixdaq.schema import ASICS, LAYOUTS, SPAN, Asic, PacketType, RowLayout
 
 #: Bytes of messages that a piece of a raw file aims at, and maximum messages of a piece. Lengths are not known before
@@ -82,7 +82,6 @@ def open_recording(path: Path) -> RawFile | PacketFile | None:
     try:
         if not h5py.is_hdf5(path):
             return None
-        repair.check_heaps(path)
         file = reader.open_hdf5(path)
     except FileError:
         raise

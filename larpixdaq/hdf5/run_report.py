@@ -22,6 +22,7 @@ from larpixdaq._native import hdf5_chunks
 from larpixdaq.constants import RunCondition, unusable, worst
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import journal, ledger, names, tables
+from larpixdaq.hdf5.ledger import describe_source
 from larpixdaq.hdf5.reader import DataFile, row_dict, text
 from larpixdaq.protocol.reports import StoredEnd, StoredRows
 from larpixdaq.protocol.stream import READ, SENT, BlockOrigin, Position
@@ -138,9 +139,9 @@ class _Judgement:
         continued = bool(self._parts) and self._parts[-1].condition == RunCondition.CONTINUED and not self._whole
         for source in self._open:
             if continued:
-                self._notes.append(f"{describe_origin(source)}: continues in the next file")
+                self._notes.append(f"{describe_source(source)}: continues in the next file")
             elif not self._began_earlier(source) or self._stretches(source):
-                self._waiting.append(f"{describe_origin(source)}: no end record, totals unknown")
+                self._waiting.append(f"{describe_source(source)}: no end record, totals unknown")
         producers = {source.producer for source in self._sources}
         required = dict.fromkeys(name for part in self._parts for name in part.required)
         absent_producers = [name for name in required if name not in producers]
@@ -172,17 +173,17 @@ class _Judgement:
         end = self._ends[source][1] if source in self._ends else expected
         for first, stop in [*stretches, (max(end, *(stop for _, stop in stretches), expected), 0)]:
             if first > expected:
-                self._missing.append(f"{describe_origin(source)}: blocks {expected} to {first - 1} are in no part")
+                self._missing.append(f"{describe_source(source)}: blocks {expected} to {first - 1} are in no part")
             elif stop and first < expected:
                 last = min(expected, stop) - 1
-                self._missing.append(f"{describe_origin(source)}: blocks {first} to {last} are in two parts")
+                self._missing.append(f"{describe_source(source)}: blocks {first} to {last} are in two parts")
             expected = max(expected, stop)
 
     def _check_totals(self) -> None:
         """Check equation (d) of the ledger for each io_group, over all parts."""
         for key in dict.fromkeys((*self._stored, *self._dropped)):
             source, group = key
-            where = f"{describe_origin(source)}, io_group {group}"
+            where = f"{describe_source(source)}, io_group {group}"
             counts = dict.fromkeys(constants.COUNTS, 0) | {"dropped": self._dropped[key], "owed": 0}
             if source in self._ends:
                 counts = self._ends[source][0].counts.get(key, counts)
@@ -242,17 +243,12 @@ def read_part(path: Path) -> Part:
             counts={(source, row["io_group"]): row for source, row in rows("ledger/counts")},
             missing=[(source, row["first"], row["next"]) for source, row in rows("run/missing")],
             doubts=[
-                f"{describe_origin(source)}, io_group {row['io_group']}: {row['verdict']}: {row['why']}"
+                f"{describe_source(source)}, io_group {row['io_group']}: {row['verdict']}: {row['why']}"
                 for source, row in rows("ledger/verdicts")
                 if row["verdict"] != "complete"
             ],
             damaged=[f"{path.name}: {line}" for line in texts.get("damaged", [])],
         )
-
-
-def describe_origin(source: BlockOrigin) -> str:
-    """Name an origin in messages."""
-    return f"producer {source.producer!r}, epoch {source.epoch:x}"
 
 
 def join_superseded(parts: Sequence[Part]) -> list[Part]:

@@ -23,9 +23,10 @@ from larpixdaq._native import hdf5_chunks, word_codec
 from larpixdaq.constants import RunCondition
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import layout, ledger, names, run_report
+from larpixdaq.hdf5.ledger import describe_source
 from larpixdaq.hdf5.reader import DataFile, row_dict
 from larpixdaq.hdf5.recordings import chip_generation, copy_columns
-from larpixdaq.hdf5.run_report import RunReport, describe_origin
+from larpixdaq.hdf5.run_report import RunReport
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime.record_file import crc32
@@ -355,27 +356,27 @@ class LedgerCheck:
         if sequence != first:
             source.lost = True
             if (whose, first, sequence) not in self._missing:
-                finding(f"{describe_origin(whose)}: sequence {sequence} follows where {first} should")
+                finding(f"{describe_source(whose)}: sequence {sequence} follows where {first} should")
 
     def close(self, finding: Callable[[str], None], lacking: Callable[[str], None], *, continued: bool) -> None:
         """`lacking` gets the lines about what is not here and may be in other parts; continued: the run goes on in one,
         where those end that have not."""
         for (whose, first, stop), rows in self._missing.items():
-            lacking(f"{describe_origin(whose)}: blocks {first} to {stop - 1} missing ({rows} rows, by the next header)")
+            lacking(f"{describe_source(whose)}: blocks {first} to {stop - 1} missing ({rows} rows, by the next header)")
         for row in self._file.table("run/ends"):
             whose = self._whose(row)
             source = self._source(whose)
             if source.ended:
-                finding(f"{describe_origin(whose)}: ends twice")
+                finding(f"{describe_source(whose)}: ends twice")
             source.ended = True
             self._reach(whose, source, int(row["next"]), finding)
         for whose, source in self._sources.items():
             if not (source.ended or continued):
-                lacking(f"{describe_origin(whose)}: no end record, totals unknown")
+                lacking(f"{describe_source(whose)}: no end record, totals unknown")
             place = self._places.get(whose, (0, 0))[1]
             if self._closed and place != source.expected + source.ended:
                 finding(
-                    f"{describe_origin(whose)}: /run/positions says that {place} comes next, by its blocks that is"
+                    f"{describe_source(whose)}: /run/positions says that {place} comes next, by its blocks that is"
                     f" {source.expected + source.ended}"
                 )
         self._ledger(finding, lacking)
@@ -384,7 +385,7 @@ class LedgerCheck:
         seen = set()
         for row in self._file.table("ledger/counts"):
             whose, group = self._whose(row), int(row["io_group"])
-            where = f"{describe_origin(whose)}, io_group {group}"
+            where = f"{describe_source(whose)}, io_group {group}"
             if (whose, group) in seen:
                 finding(f"{where}: listed twice in the ledger")
             seen.add((whose, group))
@@ -392,10 +393,10 @@ class LedgerCheck:
         for whose, source in self._sources.items():
             for index in np.flatnonzero(ledger.stored(source.tally)):
                 if (whose, int(index)) not in seen:
-                    finding(f"{describe_origin(whose)}, io_group {index}: has rows, but no line in the ledger")
+                    finding(f"{describe_source(whose)}, io_group {index}: has rows, but no line in the ledger")
         for row in self._file.table("ledger/outside"):
             for line in ledger.unbalanced(row_dict(row)):
-                finding(f"{describe_origin(self._whose(row))}, io_group {row['io_group']}, outside of runs: {line}")
+                finding(f"{describe_source(self._whose(row))}, io_group {row['io_group']}, outside of runs: {line}")
 
     def _line(
         self,
