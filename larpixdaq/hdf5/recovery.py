@@ -1,21 +1,18 @@
-"""Recovery of a part whose writer died: everything that was acknowledged, in a finished file.
+"""Recover a part whose writer died: all acknowledged blocks come into a finished file.
 
-The superblock is put right, rows beyond the last block of /run/blocks are cut, what only the journal holds is added,
-and the file is closed like any other. Until it has its final name the journal stays, and what is written is written in
-the order in which writers write: whoever is killed in a recovery leaves what a killed writer leaves, and it can be
-repeated.
+The superblock is repaired, rows after the last block of /run/blocks are cut, blocks that only the journal has are
+added, and the file is closed like any other. The journal stays until the file has its final name, and everything is
+written in the order of a writer, so that a recovery that is killed can be repeated.
 
-What cannot be read whole is never removed: a damaged journal keeps its bytes under the name NAME.h5.journal.damaged, a
-part that has to be cut at a damaged place is copied to NAME.h5.part.damaged before anything is changed, and the
-finished file says so in the text `damaged`.
+/run/blocks and /run/ends are written last, so they define the content of the part. Rows of other tables that belong to
+neither were being written when the writer died.
 
-It reads every row once, which takes a while when there are hundreds of millions. Where the sources will stand then is
-known before (run_report.py): prepare() does what is quick, so that a storage goes on at once and recovers meanwhile.
+Data that cannot be read whole are never removed. A damaged journal is kept as NAME.h5.journal.damaged; a part that must
+be cut at a damaged place is copied to NAME.h5.part.damaged before it is changed; and the finished file says so in the
+text `damaged`.
 
-What a part holds that its writer did not close: read in the order in which it was written, up to where it ends.
-
-/run/blocks and /run/ends say what is there, since they are written last. Rows that other tables have beyond what these
-two speak of were being written when the writer died.
+A recovery reads every row once, which takes minutes for hundreds of millions. The positions of the origins are known
+before (run_report.py). So prepare() does only the quick steps, and a storage continues while recover() does the rest.
 """
 
 from __future__ import annotations
@@ -48,32 +45,32 @@ from larpixdaq.protocol.stream import Block, BlockOrigin, End
 from larpixdaq.runtime.file_access import DAMAGED, aside, check_regular
 from larpixdaq.runtime.record_file import crc32
 
-#: Maximum stretches of a damaged journal that are named one by one.
+#: Maximum damaged stretches of a journal that are listed one by one.
 _STRETCHES: Final = 20
-#: Texts that a close writes, and that are written anew when it did not come to its end.
-CLOSING: Final = ("reason", "recovered", "damaged")
+#: Texts that a close writes, and that recovery writes again after an incomplete close.
+_CLOSING_TEXTS: Final = ("reason", "recovered", "damaged")
 
 
-class Recovered(NamedTuple):
-    """`path` is the finished file, None when nothing had been acknowledged: part and journal are gone then."""
+class RecoveryReport(NamedTuple):
+    """Result of a recovery."""
 
     part: Path
-    path: Path | None
+    path: Path | None  # finished file; None when nothing had been acknowledged, so that part and journal were removed
     run: int
     rows: int
     condition: str
     reasons: list[str]
     from_journal: int  # blocks and ends that only the journal had
     cut: int  # rows of no block
-    damaged: list[str]  # what could not be read whole, and where it is kept, in one line each
-    closed_before: bool = False  # it only lacked its final name
+    damaged: list[str]  # unreadable data, and where they are kept, in one line each
+    was_closed: bool = False  # its writer had closed it, and only the final name was missing
 
     @property
     def text(self) -> str:
-        """What was done, in one line."""
+        """Summary in one line."""
         if self.path is None:
             return f"{self.part.name}: nothing had been stored in it, so it was removed"
-        if self.closed_before:
+        if self.was_closed:
             done = f"{self.path.name}: its writer had closed it, {self.rows} rows, {self.condition}"
         else:
             cut = f", {self.cut} rows cut that belong to no block" if self.cut else ""
@@ -85,31 +82,31 @@ class Recovered(NamedTuple):
         return f"{done}; DAMAGED: {self.damaged[0]}{more}" if self.damaged else done
 
 
-def recover(part: Path, give_up: Callable[[], bool] = lambda: False) -> Recovered:
-    """Finish NAME.h5.part; `part` may also be its journal, and either may be missing. `give_up` is asked now and then
-    while the rows are read: FileError when it says so.
+def recover(part: Path, is_cancelled: Callable[[], bool] = lambda: False) -> RecoveryReport:
+    """Finish NAME.h5.part. `part` may also be its journal, and either file may be absent.
 
-    FileLocked, with nothing touched, when another process writes or recovers it. FileError in one line when it cannot
-    be done; all that was there is there then, at most the superblock has been put right.
+    `is_cancelled` is called repeatedly while the rows are read; FileError when it returns True. FileLocked, with
+    nothing changed, when another process writes or recovers the part. FileError in one line when the recovery fails:
+    then nothing is lost, and at most the superblock has been repaired.
     """
-    with _taken(Path(part)) as taken:
-        return _recover(taken, give_up)
+    with _lock_part(Path(part)) as locked:
+        return _recover(locked, is_cancelled)
 
 
-def prepare(part: Path) -> Recovered | None:
-    """Make it readable, so that it says with its journal where the sources stand; None: recover() has the rest to do.
+def prepare(part: Path) -> RecoveryReport | None:
+    """Make a part readable, so that it and its journal show the positions; None: recover() must do the rest.
 
-    A part for which little is to be done is recovered here: the next part's number must not leave a gap where one was
-    in which nothing had been stored. Errors as of recover().
+    A part without blocks, or with its final name, is recovered here: if it is removed, the next part takes its number.
+    Errors as of recover().
     """
-    with _taken(Path(part)) as taken:
-        ready = not taken.final.exists() and _repair(taken.part)
-        if ready and (taken.contents.records or positions_of_file(taken.part, taken.name.run)):
+    with _lock_part(Path(part)) as locked:
+        ready = not locked.final.exists() and _repair(locked.part)
+        if ready and (locked.contents.records or positions_of_file(locked.part, locked.name.run)):
             return None
-        return _recover(taken, lambda: False)
+        return _recover(locked, lambda: False)
 
 
-class _Taken(NamedTuple):
+class _LockedPart(NamedTuple):
     """A part that is locked for its recovery."""
 
     part: Path
@@ -117,11 +114,11 @@ class _Taken(NamedTuple):
     name: names.FileName
     journal: Journal
     contents: Contents  # of the journal
-    no_journal: bool  # somebody has removed it: a writer makes it before the part
+    no_journal: bool  # it was removed by hand, since a writer makes it before the part
 
     @property
     def damage(self) -> list[str]:
-        """Where the journal is damaged, and what earlier attempts have kept aside, in one line each."""
+        """Damaged stretches of the journal, and kept copies of journal and part, in one line each."""
         damaged, kept = self.contents.damaged, self.journal.aside
         lines = [f"the journal has no whole block in its bytes {first} to {stop}" for first, stop in damaged]
         if len(lines) > _STRETCHES:
@@ -134,8 +131,8 @@ class _Taken(NamedTuple):
 
 
 @contextlib.contextmanager
-def _taken(part: Path) -> Iterator[_Taken]:
-    """The part, its final name, and its journal, which is locked meanwhile."""
+def _lock_part(part: Path) -> Iterator[_LockedPart]:
+    """Lock the journal of a part, and read it. `part` may also be the journal."""
     name = names.parse(part.name)
     if name is None or name.ending == names.FINISHED:
         raise FileError(f"{part}: not the name of a part (….h5.part) or of its journal")
@@ -145,52 +142,53 @@ def _taken(part: Path) -> Iterator[_Taken]:
         raise FileError(f"{part}: there is no such file")
     check_regular(part)
     no_journal = not os.path.lexists(beside)
-    locked = Journal(beside, recovery=True)
+    locked_journal = Journal(beside, recovery=True)
     try:
         contents = journal.read(beside)
         if contents.damaged:
-            locked.aside = aside(beside)
-        yield _Taken(part, part.with_name(stem + names.FINISHED), name, locked, contents, no_journal)
+            locked_journal.aside = aside(beside)
+        yield _LockedPart(part, part.with_name(stem + names.FINISHED), name, locked_journal, contents, no_journal)
     finally:
-        locked.close()
+        locked_journal.close()
 
 
-def _recover(taken: _Taken, give_up: Callable[[], bool]) -> Recovered:
-    part, final, name = taken.part, taken.final, taken.name
+def _recover(locked: _LockedPart, is_cancelled: Callable[[], bool]) -> RecoveryReport:
+    part, final, name = locked.part, locked.final, locked.name
     if final.exists():
-        if not part.exists() or part.samefile(final):  # killed behind the link, or behind the rename
-            return _clean_up(taken)
+        if not part.exists() or part.samefile(final):  # killed after the link, or after the rename
+            return _clean_up(locked)
         if final.stat().st_size or not final.is_file():
             raise FileError(f"cannot recover {part}: {final.name} exists")
-        final.unlink()  # where there are no hard links, the name was taken, and the rename did not come
+        final.unlink()  # without hard links the name is taken by an empty file before the rename, which did not follow
     if part.exists() and part.stat().st_size and repair.read_superblock(part) is None:
-        part.rename(aside(part))  # no HDF5 file, and none that its writer had only begun
-    state = read_unfinished_part(part, give_up) if _repair(part) else None
-    damage = taken.damage
+        part.rename(aside(part))  # neither an HDF5 file nor the beginning of one
+    state = read_unfinished_part(part, is_cancelled) if _repair(part) else None
+    if (
+        state is not None
+        and not state.sealed
+        # Rows of no block are in the journal. Where that is damaged or absent, these rows may be all that is left.
+        and (state.lost or (state.cut > 0 and (locked.no_journal or locked.contents.damaged)))
+        and not _copy_of(part).exists()
+    ):
+        _keep_copy(part)
+    damage = locked.damage
     if state is not None:
         damage += state.lost + state.damaged
-    # Rows of no block are the journal's. Where it cannot say what they are, they may be all that is left.
-    unknown = (
-        state is not None and not state.sealed and state.cut > 0 and (taken.no_journal or bool(taken.contents.damaged))
-    )
-    if state is not None and (state.lost or unknown) and not state.sealed and not _copy_of(part).exists():
-        _keep_copy(part)
-        damage = taken.damage + state.lost + state.damaged
-    if not taken.contents.records and not damage and (state is None or not state.accounts):
+    if not locked.contents.records and not damage and (state is None or not state.accounts):
         with contextlib.suppress(FileNotFoundError):
             part.unlink()
-        taken.journal.close(remove=True)
-        return Recovered(part, None, name.run, 0, "", [], 0, 0, [])
+        locked.journal.close(remove=True)
+        return RecoveryReport(part, None, name.run, 0, "", [], 0, 0, [])
     if state is None:
-        _begin(taken)
+        _create_part(locked)
         state = read_unfinished_part(part)
         assert state is not None
     if state.info["run"] != name.run:
         raise FileError(f"cannot recover {part}: it holds run {state.info['run']}")
     if state.sealed:
         writer.publish_file(part, final)
-        return _closed(taken, damage)
-    return _finish(taken, state._replace(damaged=damage))
+        return _report_closed(locked, damage)
+    return _finish(locked, state._replace(damaged=damage))
 
 
 def _copy_of(part: Path) -> Path:
@@ -198,63 +196,63 @@ def _copy_of(part: Path) -> Path:
 
 
 def _keep_copy(part: Path) -> None:
-    """Copy a part, whole or not at all, to the name that says that it is damaged."""
-    unfinished = part.with_name(part.name + ".copy")
+    """Copy a part to NAME.h5.part.damaged, completely or not at all."""
+    copy = part.with_name(part.name + ".copy")
     try:
         if (free := shutil.disk_usage(part.parent).free) < (size := part.stat().st_size) + MIN_FREE:
             raise FileError(
                 f"{part}: is damaged, and left as it is: a copy to be kept takes {size} bytes, {free} are free"
             )
-        unfinished.unlink(missing_ok=True)
-        shutil.copyfile(part, unfinished)
-        writer.sync_path(unfinished)
-        unfinished.rename(_copy_of(part))
+        copy.unlink(missing_ok=True)
+        shutil.copyfile(part, copy)
+        writer.sync_path(copy)
+        copy.rename(_copy_of(part))
     except FileError:
         raise
     except OSError as error:
         raise FileError(f"{part}: is damaged, and left as it is: it cannot be copied: {error.strerror}") from None
 
 
-def _clean_up(taken: _Taken) -> Recovered:
-    """The file has its final name: the part's name and the journal go, if the file has all that is in there."""
-    there = positions_of_file(taken.final, taken.name.run)
-    for record in taken.contents.records:
-        if record.frame.following > there.get(record.frame.source, 0):
-            raise FileError(f"cannot recover {taken.journal.path}: it holds blocks that {taken.final.name} does not")
+def _clean_up(locked: _LockedPart) -> RecoveryReport:
+    """Remove part and journal after the file got its final name. FileError when the journal has other blocks."""
+    positions = positions_of_file(locked.final, locked.name.run)
+    for record in locked.contents.records:
+        if record.frame.following > positions.get(record.frame.source, 0):
+            raise FileError(f"cannot recover {locked.journal.path}: it holds blocks that {locked.final.name} does not")
     with contextlib.suppress(FileNotFoundError):
-        taken.part.unlink()
-    return _closed(taken, taken.damage)
+        locked.part.unlink()
+    return _report_closed(locked, locked.damage)
 
 
-def _closed(taken: _Taken, damage: list[str]) -> Recovered:
-    taken.journal.close(remove=True)
-    with DataFile(taken.final) as file:
+def _report_closed(locked: _LockedPart, damage: list[str]) -> RecoveryReport:
+    """Remove the journal, and report a file that its writer had closed."""
+    locked.journal.close(remove=True)
+    with DataFile(locked.final) as file:
         info, texts = file.run_info(), file.texts()
     damage = list(dict.fromkeys(texts.get("damaged", []) + damage))
     reasons = texts.get("reason", [])
-    where = taken.part, taken.final, taken.name.run
-    return Recovered(*where, info["rows"], info["condition"], reasons, 0, 0, damage, closed_before=True)
+    paths_and_run = locked.part, locked.final, locked.name.run
+    return RecoveryReport(*paths_and_run, info["rows"], info["condition"], reasons, 0, 0, damage, was_closed=True)
 
 
 def _repair(part: Path) -> bool:
-    """Put the superblock right. False when there is no file, or its writer died while it made it: nothing can have been
-    stored in it."""
-    first = repair.read_superblock(part) if part.exists() else None
-    if first is None or first.flags == repair.WRITING:
+    """Repair the superblock. False when there is no file, or its writer died while it made the file: it has no rows."""
+    superblock = repair.read_superblock(part) if part.exists() else None
+    if superblock is None or superblock.flags == repair.WRITING:
         return False
     repair.repair_superblock(part)
     return True
 
 
-def _begin(taken: _Taken) -> None:
-    """A fresh part for what is in the journal; what else is known of the run died with its writer."""
-    part, name = taken.part, taken.name
-    code = next((record.frame.layout for record in taken.contents.records if isinstance(record.frame, Block)), 2)
-    one = schema.layout(code)
-    info = RunInfo(name.run, "", "", "", name.started_ns, one, "", name.storage)
+def _create_part(locked: _LockedPart) -> None:
+    """Create a part for the blocks of the journal. The texts of the run are lost with its writer."""
+    part, name = locked.part, locked.name
+    code = next((record.frame.layout for record in locked.contents.records if isinstance(record.frame, Block)), 2)
+    row_layout = schema.layout(code)
+    info = RunInfo(name.run, "", "", "", name.started_ns, row_layout, "", name.storage)
     with contextlib.suppress(FileNotFoundError):
         part.unlink()
-    file = layout.create(part, one, "")
+    file = layout.create(part, row_layout, "")
     try:
         with file:
             tables.describe_run(file, Tables(file, file.flush), info, name.part, {}, tables.NO_CONFIGURATIONS)
@@ -262,27 +260,27 @@ def _begin(taken: _Taken) -> None:
         raise FileError(f"cannot write {part}: {cause(error)}") from None
 
 
-def _finish(taken: _Taken, state: UnfinishedPart) -> Recovered:
-    part = taken.part
-    file = RunFile.resume(part, taken.journal, tables.make_run_info(state.info, state.texts), state)
+def _finish(locked: _LockedPart, state: UnfinishedPart) -> RecoveryReport:
+    part = locked.part
+    file = RunFile.resume(part, locked.journal, tables.make_run_info(state.info, state.texts), state)
     try:
-        added = _add(file, taken.contents.records)
-        # Rows that were shown to readers before their batch was full are the journal's.
+        added = _add_records(file, locked.contents.records)
+        # Rows that readers could see before their batch was full came again from the journal.
         cut = max(0, state.cut - (file.rows - state.rows))
-        told = f"{int(time.time())}: its writer died; {added} blocks from the journal, {cut} rows of no block cut"
-        report = file.close(owed=state.owed, texts={"recovered": told})
+        summary = f"{int(time.time())}: its writer died; {added} blocks from the journal, {cut} rows of no block cut"
+        report = file.close(owed=state.owed, texts={"recovered": summary})
     except (ProtocolError, ValueError) as error:
         raise FileError(f"cannot recover {part}: {error}") from None
     finally:
         file.abandon()
-    done = report.path, file.info.run, report.rows, report.condition, report.reasons
-    return Recovered(part, *done, added, cut, state.damaged)
+    closed = report.path, file.info.run, report.rows, report.condition, report.reasons
+    return RecoveryReport(part, *closed, added, cut, state.damaged)
 
 
-def _add(file: RunFile, kept: Iterable[JournalRecord]) -> int:
-    """Add the records whose identity is not there yet; how many."""
+def _add_records(file: RunFile, records: Iterable[JournalRecord]) -> int:
+    """Add the blocks and ends that the file does not have, and return their number."""
     added = 0
-    for record in kept:
+    for record in records:
         frame = record.frame
         if frame.following <= file.next(frame.source):
             continue
@@ -294,61 +292,64 @@ def _add(file: RunFile, kept: Iterable[JournalRecord]) -> int:
     return added
 
 
-def read_unfinished_part(path: Path, give_up: Callable[[], bool] = lambda: False) -> UnfinishedPart | None:
-    """None when it had not come so far that it could take a block. FileError when it cannot be read, or when `give_up`,
-    which is asked while its rows are, says so."""
+def read_unfinished_part(path: Path, is_cancelled: Callable[[], bool] = lambda: False) -> UnfinishedPart | None:
+    """Read a part whose writer did not close it; None when it was not complete enough to take a block.
+
+    FileError when it cannot be read, or when `is_cancelled` returns True while its rows are read.
+    """
     with DataFile(path) as file:
         if not file.own:
             raise FileError(f"{path}: has no /run, so it is none of ours")
         info = file.run_info()
         if not info["opened_ns"]:
-            if found := file.rows or file.length("run/blocks"):
-                raise FileError(f"{path}: /run/info is empty, expected what run its {found} rows belong to")
+            if rows := file.rows or file.length("run/blocks"):
+                raise FileError(f"{path}: /run/info is empty, expected what run its {rows} rows belong to")
             return None
         if file.layout is None or file.layout.code != info["layout"]:
             raise FileError(f"{path}: /run/info says layout {info['layout']}, the columns are {file.dtype}")
-        return _Reading(file, info).state(give_up)
+        return _PartReader(file, info).read(is_cancelled)
 
 
-class _Reading:
+class _PartReader:
+    """Reads the blocks of a part in order, checks their rows, and finds the rows of all tables that belong to them."""
+
     def __init__(self, file: DataFile, info: dict[str, Any]) -> None:
         self._file = file
         self._info = info
         self._run = int(info["run"])
         self._producers = file.producers()
-        self._known = {self._whose(row): int(row["first"]) for row in file.table("run/positions")}
+        self._known = {self._origin(row): int(row["first"]) for row in file.table("run/positions")}
         self._accounts: dict[BlockOrigin, Account] = {}
         self._missing: list[tuple[int, ...]] = []
         self._damaged: list[str] = []
         self._lost: list[str] = []
-        self._doubtful: list[Any] = []  # blocks at the end whose rows are not what was written
-        self._row = 0  # behind the last good block
-        self._blocks = 0  # good ones, and what lies between them
-        self._messages = 0
+        self._doubtful: list[Any] = []  # blocks after the last good one, whose rows differ from their CRC-32
+        self._row = 0  # row after the last good block
+        self._blocks = 0  # up to the last good one
+        self._messages = 0  # rows of /messages
 
-    def state(self, give_up: Callable[[], bool]) -> UnfinishedPart:
+    def read(self, is_cancelled: Callable[[], bool]) -> UnfinishedPart:
         for group in block_groups(self._file):
-            if give_up():
+            if is_cancelled():
                 raise FileError(f"{self._file.path}: not recovered to its end: that begins anew at the next start")
-            if not self._group(group):
+            if not self._read_group(group):
                 break
-        self._cut_blocks()
-        lengths = {"run/blocks": self._blocks, "run/ends": self._ends(), "messages": self._messages}
-        lengths["ledger/counts"], owed = self._counts()
+        self._report_cut_blocks()
+        lengths = {"run/blocks": self._blocks, "run/ends": self._read_ends(), "messages": self._messages}
+        lengths["ledger/counts"], owed = self._read_counts()
         for name in ("ledger/outside", "ledger/unknown", "ledger/verdicts"):
             lengths[name] = len(self._leading(name, self._ended))
         gaps = self._leading("ledger/gaps", lambda row: int(row["sequence"]) < self._account(row).next)
         for row in gaps:
             self._account(row).drop([(int(row["io_group"]), int(row["rows"]))])
-        told = self._leading("run/configs", lambda row: int(row["sequence"]) < self._account(row).next)
-        lengths["run/configs"] = len(told)
-        lengths["configs"] = int(
-            tables.fitting_configurations(told, self._file.attribute("_header", "asic_version")).sum()
-        )
+        configs = self._leading("run/configs", lambda row: int(row["sequence"]) < self._account(row).next)
+        asic = self._file.attribute("_header", "asic_version")
+        lengths["run/configs"] = len(configs)
+        lengths["configs"] = int(tables.fitting_configurations(configs, asic).sum())
         jumps = self._leading("run/missing", lambda row: int(row["next"]) < self._account(row).next)
         lengths["ledger/gaps"], lengths["run/missing"] = len(gaps), len(jumps)
-        there = {tuple(row.tolist()[:4]) for row in jumps}
-        texts = [text(row["name"]) in CLOSING for row in self._file.table("run/texts")]
+        recorded = {tuple(row.tolist()[:4]) for row in jumps}
+        texts = [text(row["name"]) in _CLOSING_TEXTS for row in self._file.table("run/texts")]
         lengths["run/texts"] = texts.index(True) if True in texts else len(texts)
         findings = verify.Findings()
         verify.check_seal(self._file, self._info, findings)
@@ -363,25 +364,25 @@ class _Reading:
             cut=self._file.rows - self._row,
             messages=self._messages,
             lengths=lengths,
-            missing=[row for row in self._missing if row[:4] not in there],
+            missing=[row for row in self._missing if row[:4] not in recorded],
             owed=owed,
             damaged=self._damaged,
             lost=self._lost,
         )
 
-    def _whose(self, row: Any) -> BlockOrigin:
+    def _origin(self, row: Any) -> BlockOrigin:
         return self._file.origin(row, self._producers, self._run)
 
     def _account(self, row: Any) -> Account:
-        source = self._whose(row)
+        source = self._origin(row)
         if source not in self._accounts:
             self._accounts[source] = Account(source, int(row["producer"]), self._known.get(source, 0))
         return self._accounts[source]
 
     # Blocks
 
-    def _group(self, group: NDArray[Any]) -> bool:
-        """Some blocks with their rows; False when what follows makes no sense."""
+    def _read_group(self, group: NDArray[Any]) -> bool:
+        """Read some blocks with their rows; False when a line of /run/blocks is impossible, so that reading ends."""
         first = stop = self._row + sum(int(block["rows"]) for block in self._doubtful)
         sensible = []
         for block in group:
@@ -400,8 +401,8 @@ class _Reading:
             if rows is None or len(rows) != block["rows"] or crc32(rows.view(np.uint8)) != block["crc32"]:
                 self._doubtful.append(block)
             else:
-                self._settle()
-                self._good(block, rows)
+                self._keep_damaged()
+                self._add_block(block, rows)
         return len(sensible) == len(group)
 
     def _rows(self, start: int, stop: int) -> NDArray[Any] | None:
@@ -410,23 +411,23 @@ class _Reading:
         except FileError:
             return None
 
-    def _good(self, block: Any, rows: NDArray[Any]) -> None:
-        account = self._take(block)
+    def _add_block(self, block: Any, rows: NDArray[Any]) -> None:
+        account = self._count_block(block)
         hdf5_chunks.tally(rows.view(np.uint8), int(self._info["layout"]), account.tally)
         messages = rows["counter"][schema.types_of(rows) == schema.PacketType.MESSAGE]
         if len(messages):  # files of before 2026-11-29 have one number in all rows of a message
             self._messages = int(messages[-1]) + int(np.count_nonzero(messages == messages[-1]))
 
-    def _settle(self) -> None:
-        """A good block follows: those before it that are not are kept where they are, and named."""
+    def _keep_damaged(self) -> None:
+        """Keep the doubtful blocks where they are, because a good block follows, and report them as damaged."""
         for block in self._doubtful:
-            self._take(block)
+            self._count_block(block)
             last = int(block["first_row"]) + int(block["rows"])
             self._damaged.append(f"rows {block['first_row']} to {last} are not what block {block['sequence']} held")
         self._doubtful = []
 
-    def _cut_blocks(self) -> None:
-        """Name the blocks at the end that do not become part of the file. A writer that is killed leaves none."""
+    def _report_cut_blocks(self) -> None:
+        """Report the blocks that are cut at the end. A writer that is killed leaves none."""
         for block in self._doubtful:
             last = int(block["first_row"]) + int(block["rows"])
             self._lost.append(
@@ -436,7 +437,7 @@ class _Reading:
         if rest:
             self._lost.append(f"the last {rest} rows of /run/blocks make no sense")
 
-    def _take(self, block: Any) -> Account:
+    def _count_block(self, block: Any) -> Account:
         account = self._account(block)
         sequence = int(block["sequence"])
         if missing := account.skip(sequence, int(block["first_packet"])):
@@ -446,10 +447,10 @@ class _Reading:
         self._blocks += 1
         return account
 
-    # What belongs to them
+    # Tables that refer to blocks
 
-    def _ends(self) -> int:
-        """Take the ends; how many belong to it. One that came before blocks that are lost now does not."""
+    def _read_ends(self) -> int:
+        """Add the end records to the accounts, and return their number. An end after blocks that are cut is cut too."""
         rows = self._file.table("run/ends")
         jumps = {row[:4] for row in self._file.table("run/missing").tolist()}
         for number, row in enumerate(rows):
@@ -495,8 +496,8 @@ class _Reading:
             if (row["producer"], row["epoch"]) == (end["producer"], end["epoch"])
         ]
 
-    def _counts(self) -> tuple[int, dict[BlockOrigin, int]]:
-        """Give the ends their totals: how many rows of /ledger/counts that takes, and what is owed still."""
+    def _read_counts(self) -> tuple[int, dict[BlockOrigin, int]]:
+        """Add the totals to the end records. Returns the number of rows of /ledger/counts, and the pending rows."""
         rows = self._leading("ledger/counts", lambda row: text(row["how"]) != ledger.OPEN and self._ended(row))
         owed: dict[BlockOrigin, int] = {}
         for row in rows:
@@ -511,7 +512,7 @@ class _Reading:
         return self._account(row).end is not None
 
     def _leading(self, name: str, belongs: Callable[[Any], bool]) -> NDArray[Any]:
-        """The rows of a table that belong to blocks and ends that are there: its first ones."""
+        """Return the first rows of a table, up to one that belongs to no known block or end."""
         rows = self._file.table(name)
         for number, row in enumerate(rows):
             if int(row["producer"]) >= len(self._producers) or not belongs(row):

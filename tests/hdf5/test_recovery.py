@@ -271,7 +271,7 @@ def test_a_part_that_only_lacks_its_name_gets_it(tmp_path, sealed):
     file, feed = sealed
     part = killed(file)
     found = recover(part)
-    assert found.closed_before
+    assert found.was_closed
     assert (found.condition, found.rows) == ("ABORTED", feed.first_packet)
     assert list(tmp_path.iterdir()) == [found.path]
     assert verify(found.path).ok
@@ -329,7 +329,7 @@ def test_killed_between_link_and_unlink(tmp_path, sealed):
     killed(file)
     before = final.stat().st_mtime_ns
     found = recover(file.path)
-    assert (found.path, found.closed_before, found.condition) == (final, True, "ABORTED")
+    assert (found.path, found.was_closed, found.condition) == (final, True, "ABORTED")
     assert list(tmp_path.iterdir()) == [final]
     assert final.stat().st_mtime_ns == before
 
