@@ -93,7 +93,7 @@ class Tables:
             self.append("run/producers", [(name.encode("utf-8", "replace"),)])
             self.producers[name] = len(self.producers)
 
-    def sources(self, boards: Iterable[stream.ConnectedBoard]) -> None:
+    def add_sources(self, boards: Iterable[stream.ConnectedBoard]) -> None:
         """Add boards to /run/sources, unless they are there."""
         for board in boards:
             if board not in self._boards and storable(board.producer):
@@ -106,7 +106,7 @@ class Tables:
                 )
                 self.append("run/sources", [(self.producers[board.producer], board.io_group, *texts)])
 
-    def text(self, name: str, text: str) -> None:
+    def add_text(self, name: str, text: str) -> None:
         """Add a text to /run/texts."""
         now = time.time_ns()
         label = stream.text_pieces(name, _NAME_BYTES)[0]
@@ -129,9 +129,9 @@ class Tables:
                 self._write_end(frame, account)
                 continue
             self.append("ledger/gaps", account.gaps(frame))
-            self.message(held)
+            self.add_message(held)
             if frame.configs is not None:
-                self.configs(configuration_rows(frame, account.index))
+                self.add_configs(configuration_rows(frame, account.index))
             position = (frame.sequence, held.start, frame.rows, frame.crc32)
             times = (frame.first_ns, frame.last_ns)
             rows.append((account.index, frame.epoch, *position, *times, frame.first_packet, frame.flags))
@@ -166,15 +166,15 @@ class Tables:
         """Add configurations of earlier parts, whose producers this file has."""
         rows = known.rows.copy()
         rows["producer"] = [self.producers[known.producers[index]] for index in rows["producer"].tolist()]
-        self.configs(rows)
+        self.add_configs(rows)
 
-    def configs(self, rows: NDArray[Any]) -> None:
+    def add_configs(self, rows: NDArray[Any]) -> None:
         """Add rows to /run/configs, and those that fit also to /configs, in the form of larpix-control."""
         self.append("run/configs", rows)
         fitting = rows[fitting_configurations(rows, self._asic)]
         self.append("configs", _larpix_control_rows(fitting, self._dtypes["configs"]))
 
-    def message(self, held: Held) -> None:
+    def add_message(self, held: Held) -> None:
         """Add the text of an INFO message to /messages, unless it is there."""
         if held.message is None or held.message.first < self._tables["messages"].shape[0]:
             return
@@ -228,7 +228,7 @@ def describe_run(
     for origin, following in known.items():
         tables.add_producer(origin.producer)
         positions.append((tables.producers[origin.producer], origin.epoch, following, following))
-    tables.text("layout", info.layout.name)
+    tables.add_text("layout", info.layout.name)
     write_run_texts(tables, info)
     tables.carry(configurations.select(known))
     file.flush()
@@ -245,12 +245,12 @@ def describe_run(
 def write_run_texts(tables: Tables, info: RunInfo) -> None:
     """Write the texts of a run (comment, operator, versions, …) into /run/texts, and its boards into /run/sources."""
     for name in ("kind", "comment", "operator", "storage", "asic_version"):
-        tables.text(name, getattr(info, name))
+        tables.add_text(name, getattr(info, name))
     for name, version in info.versions.items():
-        tables.text(_VERSION + name, version)
+        tables.add_text(_VERSION + name, version)
     for name in info.required_producers:
-        tables.text("required producer", name)
-    tables.sources(info.connected)
+        tables.add_text("required producer", name)
+    tables.add_sources(info.connected)
 
 
 def read_run_info(path: Path) -> RunInfo:

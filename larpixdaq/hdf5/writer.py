@@ -316,7 +316,7 @@ class RunFile:
 
     def _show(self) -> None:
         for held in self._pending_messages:
-            self._tables.message(held)
+            self._tables.add_message(held)
         self._pending_messages.clear()
         self._flush()  # a row of a message is not seen before its text
         self._batch.show()
@@ -377,13 +377,13 @@ class RunFile:
     def set_sources(self, connected: Iterable[stream.ConnectedBoard]) -> None:
         """Add to /run/sources what became known while the file is open."""
         self._usable()
-        self._try(lambda: self._tables.sources(connected))
+        self._try(lambda: self._tables.add_sources(connected))
         self._try(self._flush)
 
     def set_text(self, name: str, text: str) -> None:
         """Add a text to /run/texts; the newest of a name counts. For what becomes known while the file is open."""
         self._usable()
-        self._try(lambda: self._tables.text(name, text))
+        self._try(lambda: self._tables.add_text(name, text))
         self._try(self._flush)
 
     def close(
@@ -433,10 +433,10 @@ class RunFile:
         def finish() -> None:
             self._write_batch()
             for name, text in (texts or {}).items():
-                self._tables.text(name, text)
+                self._tables.add_text(name, text)
             for name, lines in (("damaged", self._damaged), ("reason", reasons)):
                 for line in lines:
-                    self._tables.text(name, line)
+                    self._tables.add_text(name, line)
             for account in accounts:
                 self._tables.set_owed(account, owed.get(account.source, 0))
             self._tables.set_positions(self._positions())
