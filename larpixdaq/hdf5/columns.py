@@ -201,10 +201,10 @@ TABLES: Final[dict[str, dict[str, Entry]]] = {
 
 
 def attribute(dataset: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The attribute `columns` of a dataset: `column`, `unit` and `meaning` of each, as texts that are no longer than
-    need be."""
+    """Make the attribute `columns` of a dataset: name, unit and meaning of each column, as texts of minimal length."""
     entries = PACKETS if dataset == "packets" else TABLES[dataset]
     lines = [(name, *entries[name]) for name in dtype.names or ()]
-    sizes = [max(1, *(len(line[place]) for line in lines)) for place in range(3)]
-    kinds = [(name, f"S{size}") for name, size in zip(("column", "unit", "meaning"), sizes, strict=True)]
-    return np.array(lines, kinds)
+    sizes = [max(1, *map(len, texts)) for texts in zip(*lines, strict=True)]
+    return np.array(
+        lines, [(name, f"S{size}") for name, size in zip(("column", "unit", "meaning"), sizes, strict=True)]
+    )

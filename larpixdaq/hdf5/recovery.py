@@ -137,16 +137,16 @@ def _lock_part(part: Path) -> Iterator[_LockedPart]:
     if name is None or name.ending == names.FINISHED:
         raise FileError(f"{part}: not the name of a part (….h5.part) or of its journal")
     stem = part.name.removesuffix(name.ending)
-    part, beside = part.with_name(stem + names.PART), part.with_name(stem + names.JOURNAL)
-    if not os.path.lexists(part) and not os.path.lexists(beside):
+    part, journal_path = part.with_name(stem + names.PART), part.with_name(stem + names.JOURNAL)
+    if not os.path.lexists(part) and not os.path.lexists(journal_path):
         raise FileError(f"{part}: there is no such file")
     check_regular(part)
-    no_journal = not os.path.lexists(beside)
-    locked_journal = Journal(beside, recovery=True)
+    no_journal = not os.path.lexists(journal_path)
+    locked_journal = Journal(journal_path, recovery=True)
     try:
-        contents = journal.read(beside)
+        contents = journal.read(journal_path)
         if contents.damaged:
-            locked_journal.aside = aside(beside)
+            locked_journal.aside = aside(journal_path)
         yield _LockedPart(part, part.with_name(stem + names.FINISHED), name, locked_journal, contents, no_journal)
     finally:
         locked_journal.close()
@@ -159,7 +159,7 @@ def _recover(locked: _LockedPart, is_cancelled: Callable[[], bool]) -> RecoveryR
             return _clean_up(locked)
         if final.stat().st_size or not final.is_file():
             raise FileError(f"cannot recover {part}: {final.name} exists")
-        final.unlink()  # without hard links the name is taken by an empty file before the rename, which did not follow
+        final.unlink()  # a writer without hard links takes the name with an empty file; it died before the rename
     if part.exists() and part.stat().st_size and repair.read_superblock(part) is None:
         part.rename(aside(part))  # neither an HDF5 file nor the beginning of one
     state = read_unfinished_part(part, is_cancelled) if _repair(part) else None

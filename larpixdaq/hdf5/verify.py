@@ -56,7 +56,6 @@ class VerifyReport(NamedTuple):
     ok: bool  # no findings
     condition: str  # empty without a ledger
     rows: int
-    packets: int  # rows of types 0 to 3 with direction 1
     findings: list[str]  # faults, one line each
     notes: list[str]  # facts that are no fault
     open: list[str]  # findings that other parts may answer: ends or blocks that did not come
@@ -79,20 +78,19 @@ def verify(path: Path | str) -> VerifyReport:
     path = Path(path)
     findings = Findings()
     notes: list[str] = []
-    condition, rows, packets = "", 0, 0
-    run = None
+    condition, rows, run = "", 0, None
     try:
         with DataFile(path) as file:
             rows = file.rows
             if file.own:
                 run = int(file.run_info()["run"]), (file.texts().get("storage") or [""])[-1]
-                condition, packets = _verify_own(file, findings, notes)
+                condition = _verify_own(file, findings, notes)
             else:
-                packets = _verify_foreign(file, findings, notes)
+                _verify_foreign(file, findings, notes)
     except FileError as error:
         findings.add(str(error))
     lines = findings.lines()
-    return VerifyReport(path, not lines, condition, rows, packets, lines, notes, findings.open(), run)
+    return VerifyReport(path, not lines, condition, rows, lines, notes, findings.open(), run)
 
 
 def is_good(run: RunReport) -> bool:
@@ -117,7 +115,7 @@ def verify_all(paths: Iterable[Path]) -> FileOutcome:
             files = [file for _, ending, file in names.run_files(path) if ending != names.JOURNAL]
             if not files:
                 finding = f"{path} is not a file, and holds no file of a run"
-                reports[path] = VerifyReport(path, False, "", 0, 0, [finding], [], [], None)
+                reports[path] = VerifyReport(path, False, "", 0, [finding], [], [], None)
             listed |= {file: True for file in files if file not in listed}
         else:
             listed[path] = False
@@ -194,7 +192,8 @@ class Findings:
         return [f"and {self._more} more"] if self._more else []
 
 
-def _verify_own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[str, int]:
+def _verify_own(file: DataFile, findings: Findings, notes: list[str]) -> str:
+    """Verify a file of larpix-daq, and return its condition."""
     info = file.run_info()
     condition = str(info["condition"])
     _check_structure(file, info, findings)
@@ -219,7 +218,7 @@ def _verify_own(file: DataFile, findings: Findings, notes: list[str]) -> tuple[s
     if parity.unchecked_reason:
         notes.append(f"parity was not checked: {parity.unchecked_reason}")
     parity.close(findings.add, notes.append)
-    return condition, ledger_check.packets
+    return condition
 
 
 def _check_verdicts(file: DataFile, info: dict[str, Any], findings: Findings, notes: list[str]) -> None:
@@ -279,29 +278,30 @@ def check_seal(file: DataFile, info: dict[str, Any], findings: Findings) -> None
         findings.add("/messages: the column index is not the index of the row")
 
 
-def _verify_foreign(file: DataFile, findings: Findings, notes: list[str]) -> int:
+def _verify_foreign(file: DataFile, findings: Findings, notes: list[str]) -> None:
+    """Verify what a file of another program allows: packet types and parity."""
     parity = ParityCheck(file)
     checked = "structure and parity were checked"
     if parity.unchecked_reason:
         checked = f"structure was checked, parity was not: {parity.unchecked_reason}"
     notes.append(f"no ledger: the file was not written by larpix-daq; only {checked}")
-    first = packets = 0
+    first = 0
     column = schema.type_column(file.dtype)
     for rows in file.pieces():
-        packets += int(np.count_nonzero(rows[column] <= schema.PacketType.CONFIG_READ))
         if odd := int(np.count_nonzero(rows[column] > schema.PacketType.TRIGGER)):
             findings.add(f"/packets, rows from {first}: {odd} with an unknown packet type")
         parity.add(rows, first)
         first += len(rows)
     parity.close(findings.add, notes.append)
-    return packets
 
 
 def _check_blocks(
     file: DataFile, ledger_check: LedgerCheck, parity: ParityCheck, finding: Callable[[str], None]
 ) -> None:
-    """Read all rows once, block by block. Stops at the first impossible line of /run/blocks, because it cannot tell to
-    which block later rows belong."""
+    """Read all rows once, block by block.
+
+    Stops at the first impossible line of /run/blocks, because the blocks of all later rows are unknown.
+    """
     row = 0
     counter = -1
     messages = file.length("messages")
@@ -405,12 +405,6 @@ class LedgerCheck:
         if origin not in self._checks:
             self._checks[origin] = _OriginCheck(self._positions.get(origin, (0, 0))[0])
         return self._checks[origin]
-
-    @property
-    def packets(self) -> int:
-        """Received packets in all blocks so far."""
-        column = hdf5_chunks.TALLY.index("packets")
-        return sum(int(check.tally[:, column].sum()) for check in self._checks.values())
 
     def block(self, row: Any, data: NDArray[np.uint8] | None) -> None:
         """Count a block: its row of /run/blocks, and the bytes of its rows; None when they cannot be read."""
@@ -543,17 +537,17 @@ class ParityCheck:
             start = end
 
     def _check(self, rows: NDArray[Any], asic: schema.Asic, first: int) -> None:
-        places = np.flatnonzero(schema.types_of(rows) <= schema.PacketType.CONFIG_READ)
+        indices = np.flatnonzero(schema.types_of(rows) <= schema.PacketType.CONFIG_READ)
         words = word_codec.encode(rows, asic=asic)
         if asic == schema.Asic.V2_DIAGNOSTICS and not self._whole_events:
-            self._unchecked += len(places)
+            self._unchecked += len(indices)
             return
         if self._data_only:
-            data = schema.types_of(rows)[places] == schema.PacketType.DATA
+            data = schema.types_of(rows)[indices] == schema.PacketType.DATA
             self._unchecked += int(np.count_nonzero(~data))
-            places, words = places[data], words[data]
+            indices, words = indices[data], words[data]
         valid = word_codec.parity(words, asic=asic) == words
-        wrong = places[valid != (rows["valid_parity"][places] == 1)]
+        wrong = indices[valid != (rows["valid_parity"][indices] == 1)]
         if len(wrong):
             self._first = first + int(wrong[0]) if self._first < 0 else self._first
             self._wrong += len(wrong)
