@@ -10,8 +10,9 @@ import pytest
 from emulated_board import Emulator, SerialEmulator
 from system import system
 
+from larpixdaq.constants import HARDWARE_ACTIONS
 from larpixdaq.errors import RequestError
-from larpixdaq.operator import Hardware, Operator
+from larpixdaq.operator import Operator
 
 DOCS = Path(__file__).parents[2] / "docs"
 #: Of a detector with two of the tile's chips.
@@ -26,8 +27,7 @@ LAYOUT = {
     "tpc_centers": {1: [0, 0, 0]},
 }
 #: What an Operator does with chips, boards and routines: each has to have an example.
-METHODS = {name for name in vars(Hardware) if name[0] != "_"}
-METHODS |= {name for name in vars(Operator) if name.endswith(("routine", "routines"))}
+METHODS = set(HARDWARE_ACTIONS) | {name for name in vars(Operator) if name.endswith(("routine", "routines"))}
 
 
 def blocks(chapter):
