@@ -347,7 +347,6 @@ BOARD = (
 )
 
 
-@pytest.mark.once
 def test_what_a_stopped_storage_does_not_take_waits_on_disk(line: System) -> None:
     # A quarter of the ring is left for what comes while the disk stands still, as it does when other tests sync: 2 s.
     with emulator(*BOARD, "200000", "--count", "2500000") as board:
@@ -366,7 +365,6 @@ def test_what_a_stopped_storage_does_not_take_waits_on_disk(line: System) -> Non
     assert list((line.folder / "state" / "spool").iterdir()) == []
 
 
-@pytest.mark.once
 def test_what_is_owed_at_the_end_is_delivered_by_the_next_start(line: System) -> None:
     ring_dir = line.folder / "rings"
     ring_dir.mkdir()

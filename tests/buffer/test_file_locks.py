@@ -51,7 +51,6 @@ def unlockable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     lock_directory.use(None)
 
 
-@pytest.mark.once
 def test_a_storage_takes_a_run_in_a_directory_without_locks(line: System) -> None:
     """Still only one storage writes, and recover leaves it alone; a second one goes on when it is dead."""
     home = line.folder / "home"

@@ -91,7 +91,6 @@ def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
         one.close()
 
 
-@pytest.mark.once
 def test_a_ring_whose_file_is_removed_in_a_run_survives_its_producer(line: System) -> None:
     """As logind removes it at the last log-out. The producer is killed afterwards."""
     ring_dir = line.folder / "rings"

@@ -346,7 +346,6 @@ ok, differences = controller.verify_network()
 """
 
 
-@pytest.mark.once
 def test_larpix_control_brings_up_a_hundred_chips(tmp_path):
     """Network, every register of every chip, before and after a write; answers are counted exactly."""
     script = (

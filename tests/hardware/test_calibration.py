@@ -89,7 +89,6 @@ def bring_up(operator, network):
     assert operator.configure_network().result(SLOW)["ok"]
 
 
-@pytest.mark.once
 @pytest.mark.timeout(300)
 def test_the_demo_brings_up_calibrates_and_reads_out(tmp_path):
     """A tile of 100 chips, in a run that loses nothing: planted hot and dead channels are found, and the others have
@@ -180,7 +179,6 @@ def test_routines_measure_what_is_there(small):
     assert scan["thresholds"][: len(sums)] == list(range(110, 110 - 2 * len(sums), -2))
 
 
-@pytest.mark.once
 def test_leaking_and_hot_channels_are_found(small):
     """Whatever triggers another routine has left on: they are no hits of the channels' own, and are on again after."""
     operator, *_ = small

@@ -113,7 +113,6 @@ def test_what_a_command_server_must_not_say_is_told(here, reply, says):
         assert f"command port tcp://127.0.0.1:{board.command_port}" in str(told.value)
 
 
-@pytest.mark.once
 def test_no_data_are_lost_while_commands_storm(here):
     """40,000 words/s come while the same board, which has no chips, is asked and written to without pause."""
     board = Emulator("--rate", "40000", "--count", "400000", "--wait-for-go", "--lossless", "--stay")

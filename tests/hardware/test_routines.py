@@ -390,7 +390,6 @@ def test_a_dead_child_fails_the_call_and_a_new_one_comes(child, name, how, caplo
     assert run(child, "add", 1).last == ("result", 3, "")
 
 
-@pytest.mark.once
 def test_a_million_lines_hold_up_nobody(child, caplog):
     caplog.set_level("INFO")
     call = Call()

@@ -688,7 +688,6 @@ def test_a_damaged_part_is_named(tmp_path, capsys):
 # Killed at random
 
 
-@pytest.mark.once
 @pytest.mark.timeout(300)
 def test_writers_and_recoveries_that_are_killed(tmp_path):
     """A short form of `python tests/faults/kill_file_writer.py --kills 500`, in a process that has no threads."""

@@ -57,7 +57,6 @@ def test_any_flipped_byte_is_found_or_does_not_matter(flipper, data):
     found(flipper, place, data.draw(st.integers(1, 255)))
 
 
-@pytest.mark.once
 def test_flipped_bytes_of_the_structure_are_found_or_do_not_matter(flipper):
     """The superblock and the first groups, and a sample of all."""
     places = [*range(0, 600, 4), *random.Random(1).sample(range(flipper.size), 100)]

@@ -76,7 +76,6 @@ for line in sys.stdin:  # one look a line
 """
 
 
-@pytest.mark.once
 def test_a_growing_file_is_read_with_plain_h5py(line: System) -> None:
     """Another process follows the run, without a line of ours: what it reads stays, and the writer does not mind."""
     operator = line.start("--fake", "300000")

@@ -26,7 +26,6 @@ def line(tmp_path: Path) -> Iterator[System]:
         yield made
 
 
-@pytest.mark.once
 def test_rotation_at_full_speed(line: System, tmp_path: Path) -> None:
     """Several parts a second, on each of which a command runs: the boards' own counts equal the rows of all parts."""
     moved = tmp_path / "moved"

@@ -122,7 +122,6 @@ def test_storage_in_a_run(line: System, how: signal.Signals) -> None:
     line.await_status(operator, "producer", "owed_blocks", 0)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_demo_that_is_interrupted_says_so(tmp_path: Path, how: signal.Signals) -> None:
     arguments = ("demo", "--seconds", "60", "-o", tmp_path)

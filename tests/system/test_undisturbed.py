@@ -17,7 +17,6 @@ from larpixdaq.hardware.actions import BoardActions, ChipActions, LayoutActions
 from larpixdaq.hardware.supervisor import Child
 from larpixdaq.operator import Operator
 
-pytestmark = pytest.mark.once
 SLOW = 60.0
 ROUTINES = """
 import os

@@ -35,7 +35,6 @@ def host() -> str:
     return "[::1]"
 
 
-@pytest.mark.once
 def test_up_takes_a_run_and_down_leaves_nothing(tmp_path):
     core, log = (f"tcp://{host()}:{free_port()}" for _ in range(2))
     state, data, ring = tmp_path / "state", tmp_path / "data", tmp_path / "ring"
@@ -86,7 +85,6 @@ def test_up_takes_a_run_and_down_leaves_nothing(tmp_path):
     assert read_running(state) is None
 
 
-@pytest.mark.once
 def test_up_that_others_can_reach_must_be_asked_for(tmp_path):
     state, port = tmp_path / "state", free_port()
     where = ("--address", f"tcp://0.0.0.0:{port}", "--log-address", f"tcp://127.0.0.1:{free_port()}")
@@ -128,7 +126,6 @@ class Up:
         return {} if running is None else {entry.module: entry.pid for entry in running.processes}
 
 
-@pytest.mark.once
 def test_up_starts_again_what_has_ended_and_takes_no_other_system_for_its_own(tmp_path):
     up = Up(tmp_path)
     # Two at once, with the same options: one starts the system, the other one says so or finds it complete.
