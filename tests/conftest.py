@@ -10,9 +10,10 @@ from hypothesis import settings
 
 from larpixdaq.operator import Operator
 
-# A busy computer takes its time for an example; how fast the code is, bench/ measures.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+# CI asks for the large profile. A busy computer takes its time for an example; how fast the code is, bench/ measures.
+settings.register_profile("small", deadline=None, max_examples=25)
+settings.register_profile("large", deadline=None, max_examples=100)
+settings.load_profile(os.environ.get("LARPIXDAQ_HYPOTHESIS", "small"))
 
 # Processes inherit what is ignored, as under nohup and behind a script's "&": the tests' ones would not hear it either.
 for _ignored in (signal.SIGHUP, signal.SIGQUIT):

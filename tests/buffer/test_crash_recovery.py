@@ -16,6 +16,7 @@ import kill_ring_writer
 import numpy as np
 import pytest
 from emulated_board import emulator
+from example_counts import examples
 from processes import LIMIT, until
 from system import System, rows_of, system
 
@@ -49,7 +50,7 @@ def predecessors(tmp_path: Path) -> Iterator[Predecessors]:
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """What had been published is there, once; counters and rows agree to the last one."""
     seed = int.from_bytes(os.urandom(4), "little")
-    command = [sys.executable, kill_ring_writer.__file__, str(tmp_path), str(seed), "150"]
+    command = [sys.executable, kill_ring_writer.__file__, str(tmp_path), str(seed), str(examples(150))]
     done = subprocess.run(command, capture_output=True, timeout=100, check=False, text=True)
     assert done.returncode == 0, done.stderr
 

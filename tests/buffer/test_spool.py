@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from example_counts import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import LIMIT
@@ -63,7 +64,7 @@ def fetch(spool: Spool, index: int) -> SpoolRecord:
 
 
 @given(sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=30), start=st.integers(0, 2**40))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_was_written_is_read_by_a_successor(tmp_path: Path, sizes: list[int], start: int) -> None:
     path = tmp_path / f"{os.urandom(8).hex()}.spool"
     file = written(path, sizes, start)
@@ -85,7 +86,7 @@ def test_what_was_written_is_read_by_a_successor(tmp_path: Path, sizes: list[int
     cut=st.floats(0, 1),
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=4),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_of_a_damaged_file_all_whole_records_come(
     tmp_path: Path, sizes: list[int], cut: float, flips: list[tuple[float, int]]
 ) -> None:
@@ -199,7 +200,7 @@ def fill(spool: Spool, start: int, sizes: list[int], run: int = 1, first: int = 
     batches=st.lists(st.lists(st.integers(0, 400_000), min_size=1, max_size=6), min_size=1, max_size=12),
     frees=st.lists(st.floats(0, 1), max_size=12),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_blocks_come_in_order_and_files_go_when_all_of_theirs_are_free(
     tmp_path: Path, batches: list[list[int]], frees: list[float]
 ) -> None:

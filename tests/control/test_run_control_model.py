@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 
+from example_counts import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -267,5 +268,5 @@ class Model(RuleBasedStateMachine):
                 assert set(self.world.parts.get((name, number), [])[-1:]) <= known
 
 
-Model.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+Model.TestCase.settings = settings(max_examples=examples(80), stateful_step_count=50)
 TestModel = Model.TestCase

@@ -26,6 +26,7 @@ from emulated_board import (
     wait_until,
     word,
 )
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,7 +302,7 @@ commands = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(commands=commands, cuts=st.lists(st.integers(0, 40)))
 def test_any_words_however_they_are_cut(commands, cuts):
     """Against the model: the same answers, one after the other, and the same registers."""

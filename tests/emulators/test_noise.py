@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from emulated_board import emulator, wait_until
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -215,7 +216,7 @@ def test_packets_decode_to_what_they_were_made_of(asic):
         assert rows["downstream_marker"].all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(
     pauses=st.lists(st.sampled_from([0, 1, 200, 201, 50_000]), min_size=1, max_size=50),
     per_message=st.sampled_from([0, 1, 7]),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import zmq
 from emulated_board import LIMIT, context, emulator, subscriber, wait_until
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_data import shared_data
@@ -95,7 +96,7 @@ def test_chip_times_roll_over(asic, bits):
     assert rows["timestamp"][at[0] + 1] < 10_000
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(
     pieces=st.lists(st.tuples(st.integers(0, 300), st.sampled_from([0, 1, 7, 65_535])), max_size=8),
     seed=st.integers(0, 2**64),
@@ -445,7 +446,7 @@ def test_errors_are_answered(message, text):
     assert commands_of().answer(message)[8:] == struct.pack("<cB14s", b"E", 1, text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(
     st.sampled_from(sorted(REVISIONS)),
     st.one_of(st.binary(max_size=60), st.lists(st.binary(min_size=16, max_size=16)).map(lambda w: request(*w))),

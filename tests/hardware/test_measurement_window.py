@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,7 +95,7 @@ def quick():
         yield
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(
     groups=st.integers(1, 3),
     first_is_silent=st.booleans(),
@@ -117,7 +118,7 @@ def test_exactly_what_stands_between_the_answers(groups, first_is_silent, late, 
     assert made.seconds >= 0.005
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(lost=st.floats(0, 0.9), seed=st.integers(0, 2**32), late=st.integers(0, 40))
 def test_a_measurement_without_its_marks_is_made_again_or_fails(lost, seed, late):
     """However many answers are lost, or come when nobody waits for them any more: what is returned stands between two

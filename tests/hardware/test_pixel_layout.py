@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import yaml
+from example_counts import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from processes import LIMIT
@@ -108,7 +109,7 @@ _LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 _JUNK = st.recursive(_LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.integers(), inner))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(base=st.sampled_from([BOARD, TILES]), name=st.sampled_from([*BOARD, *TILES]), junk=_JUNK)
 def test_junk_in_a_layout_makes_one_line_or_a_layout(base, name, junk):
     told = ""
@@ -131,7 +132,7 @@ _MERGES = "a: &a {x: 1}\n" + "".join(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(100), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=100) | st.text("{}[]:&*!<- \n\"'ab1", max_size=60).map(str.encode))
 @example(b"")
 @example(b"!!python/object/apply:os.system [id]")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from larpix import Packet_v1, Packet_v2
@@ -50,7 +51,7 @@ def test_what_a_new_chip_holds_reads_by_name_as_in_larpix_control(asic):
 
 
 @pytest.mark.parametrize("asic", ["1", "2", "2b", "lightpix-1"])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(data=st.data())
 def test_a_register_set_for_many_chips_is_set_as_larpix_control_does(asic, data):
     """Whatever stood in the register before, also beside it in the same byte."""

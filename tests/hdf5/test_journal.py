@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from example_counts import examples
 from file_builder import Feed, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,7 +45,7 @@ def test_records_come_back(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(data=st.data())
 def test_a_torn_end_costs_only_its_own_record(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("journal") / "a"
@@ -79,7 +80,7 @@ def test_a_torn_end_is_no_damage(tmp_path):
         assert (len(found.records), found.damaged) == (sum(end <= cut for end in ends), [])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(data=st.data())
 def test_a_flipped_byte_costs_only_its_own_record(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("journal") / "a"

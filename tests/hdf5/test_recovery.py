@@ -12,6 +12,7 @@ import h5py
 import msgspec
 import numpy as np
 import pytest
+from example_counts import examples
 from file_builder import NS, Feed, random_rows, run_info, wait_for_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,7 +101,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(steps=steps, data=st.data())
 def test_any_writer_at_any_moment(tmp_path_factory, steps, data):
     """Also with the journal torn: what was in a whole record of it is there."""
@@ -692,8 +693,9 @@ def test_a_damaged_part_is_named(tmp_path, capsys):
 def test_writers_and_recoveries_that_are_killed(tmp_path):
     """A short form of `python tests/faults/kill_file_writer.py --kills 500`, in a process that has no threads."""
     script = Path(__file__).parents[1] / "faults" / "kill_file_writer.py"
+    kills = examples(25)
     process = subprocess.Popen(
-        [sys.executable, script, "--kills", "25", "--seed", "7"],
+        [sys.executable, script, "--kills", str(kills), "--seed", "7"],
         stdout=subprocess.PIPE,
         bufsize=0,
         env=os.environ | {"TMPDIR": str(tmp_path)},
@@ -701,9 +703,9 @@ def test_writers_and_recoveries_that_are_killed(tmp_path):
     with process:
         found = json.loads(wait_for_line(process, 280))
     assert (found["failures"], found["blocks_lost"], found["blocks_doubled"]) == ([], 0, 0)
-    assert found["kills"] == 25
+    assert found["kills"] == kills
     assert found["rows_stored"] >= found["rows_acknowledged"] > 0
-    assert len(found["kills_by"]) > 5
+    assert len(found["kills_by"]) > kills // 5
 
 
 @pytest.mark.parametrize("journal", ["removed", "damaged"])

@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 from byte_flipper import Flipper
+from example_counts import examples
 from file_builder import V1, V2, V3, Feed, random_rows, run_info, words_to_rows, write
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -50,7 +51,7 @@ def found(flipper, place, change):
 
 
 # A place is not shrunk: one byte is as good as another, and each that hangs costs the limit.
-@settings(max_examples=100, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=examples(100), phases=[Phase.explicit, Phase.generate])
 @given(data=st.data())
 def test_any_flipped_byte_is_found_or_does_not_matter(flipper, data):
     place = data.draw(st.integers(0, flipper.size - 1))

@@ -17,6 +17,7 @@ import h5py
 import msgspec
 import numpy as np
 import pytest
+from example_counts import examples
 from file_builder import CLOCK64, NS, V1, V2, V3, Feed, random_rows, run_info, wait_for_line, words_to_rows, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,7 +50,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20))
 @given(steps=steps, code=st.sampled_from([1, 2, 2, 3, 4]))
 def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, steps, code):
     directory = tmp_path_factory.mktemp("run")

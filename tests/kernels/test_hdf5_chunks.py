@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from example_counts import examples
 from file_builder import count
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,7 +40,7 @@ def planes(kinds: list[str], rows: int, seed: int) -> np.ndarray:
     return out
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=60),
     rows=st.one_of(st.integers(1, 300), st.sampled_from([schema.CHUNK_ROWS, 70_000])),
@@ -101,7 +102,7 @@ def test_a_packer_refuses_what_does_not_fit():
 
 
 @pytest.mark.parametrize("layout", schema.LAYOUTS, ids=lambda layout: layout.name)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(rows=st.integers(0, 200), seed=st.integers(0, 2**32))
 def test_tally_counts_as_numpy_does(layout, rows, seed):
     rng = np.random.default_rng(seed)

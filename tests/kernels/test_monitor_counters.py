@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -128,7 +129,7 @@ def check(rates: PacketCounters, layout: schema.RowLayout, rows: NDArray[Any]) -
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(seed=st.integers(0, 2**32 - 1), sizes=st.lists(st.integers(0, 300), max_size=4), again=st.booleans())
 def test_counts_are_those_of_a_plain_count(name: str, seed: int, sizes: list[int], again: bool) -> None:
     layout = LAYOUTS[name]

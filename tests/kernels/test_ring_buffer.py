@@ -8,6 +8,7 @@ from collections import deque
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
@@ -88,12 +89,12 @@ class RingMachine(RuleBasedStateMachine):
             assert self.ring.payload(index) == payload
 
 
-RingMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+RingMachine.TestCase.settings = settings(max_examples=examples(30), stateful_step_count=40)
 test_ring_against_model = RingMachine.TestCase
 
 
 @given(sizes=st.lists(st.integers(1, constants.BLOCK_ROWS), min_size=60, max_size=120))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10))
 def test_goes_round_many_times(sizes: list[int]) -> None:
     ring = make_ring()
     ring.begin(1, 2, ROW.itemsize, [])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import zmq
 from emulated_board import context, wait_until
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,7 @@ def test_the_native_way_is_the_one_in_use():
         assert Receiver(into).spans.dtype == schema.SPAN
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     messages=st.lists(st.lists(st.integers(0, 90), min_size=1, max_size=3), max_size=30),
     most=st.integers(1, 10),

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -269,7 +270,7 @@ def test_several_producers_and_a_restarted_one_add_up(clock: Clock) -> None:
     ]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 60), st.booleans()), max_size=20),
     code=st.sampled_from([known.code for known in schema.LAYOUTS]),

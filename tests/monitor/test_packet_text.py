@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,7 +91,7 @@ def test_v1_packets() -> None:
 
 
 @pytest.mark.parametrize("layout", schema.LAYOUTS, ids=lambda layout: layout.name)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(data=st.data())
 def test_any_bytes_make_one_printable_line_a_row(layout: schema.RowLayout, data: st.DataObject) -> None:
     size = layout.dtype.itemsize

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from example_counts import examples
 from file_builder import ASIC, CLOCK64, V1, V2, V3
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,7 +45,7 @@ def rows_of(kind, layout, steps, direction):
     return np.concatenate(found)
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.sampled_from([V1, V2, CLOCK64, V3]), st.lists(STEP | DOUBT | BROADCAST, max_size=12), st.data())
 def test_it_knows_what_was_told_and_said_last(layout, steps, data):
     witness = ConfigurationTracker("2")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,7 +103,7 @@ def blocks(ring: Ring) -> list[tuple[Any, np.ndarray]]:
     second=st.lists(st.integers(1, 70_000), max_size=20),
     wait=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_every_row_is_in_a_block_or_counted_as_dropped(first: list[int], second: list[int], wait: bool) -> None:
     logging.disable(logging.WARNING)
     sources = [Batches(first, 1), Batches(second, 2)]

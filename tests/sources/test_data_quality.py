@@ -11,7 +11,7 @@ import pytest
 from decoder_harness import data_word, drain, legacy, new_counts, newer, newer_data, odd, spans_of
 from decoder_harness import messages as any_messages
 from file_builder import Feed, run_info
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from recorded_data import shared_data
 from source_driver import Driver
@@ -433,7 +433,6 @@ def test_a_recorded_packet_file(tmp_path: Path) -> None:
     ]
 
 
-@settings(deadline=None)
 @given(any_messages(), st.lists(st.integers(0, 9)), st.data())
 def test_however_it_was_cut(messages: list[bytes], again: list[int], data: st.DataObject) -> None:
     """Messages of every kind, some of them twice, all of one moment: the same is noticed of any batches.

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from emulated_board import LIMIT, Driver, own_address, wait_until, word
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from io_class_examples import BEGAN, COUNT, data_packet
@@ -229,7 +230,7 @@ def test_the_process_ends_with_its_producer():
 _CLOCKS = st.integers(0, 2**32 + 5) | st.integers(0, 2**64 - 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     st.lists(st.none() | st.tuples(st.sampled_from([2, 7]), st.integers(0, 300), _CLOCKS), max_size=30),
     st.booleans(),

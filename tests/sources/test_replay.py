@@ -9,6 +9,7 @@ import larpix
 import numpy as np
 import pytest
 from decoder_harness import newer, newer_data
+from example_counts import examples
 from file_builder import Feed, run_info
 from file_builder import random_rows as own_rows
 from hypothesis import given, settings
@@ -191,7 +192,7 @@ def mixed(tmp_path_factory):
     return path, messages, groups
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10))
 @given(step=st.integers(1, 300))
 def test_rows_and_counts_of_messages_do_not_depend_on_the_room_given(mixed, step):
     path, messages, groups = mixed
@@ -347,7 +348,7 @@ def test_packet_files_of_v1_chips_of_larpix_control(tmp_path):
         (Asic.V3, layout_of(Asic.V3), False),
     ],
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(8))
 @given(data=st.data())
 def test_files_of_our_own_come_out_identical_however_they_are_cut(tmp_path_factory, asic, layout, clock64, data):
     rows = random_rows(data.draw(st.integers(0, 1000)), 300, asic, (1, 2, 200), layout)
@@ -604,7 +605,7 @@ def test_boards_whose_clocks_differ_are_played_side_by_side():
     np.testing.assert_allclose(times, [0, 0, 1, 1, 2, 2, 3, 4])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 2**62), st.integers(-1, 2**62)), min_size=1, max_size=30))
 def test_times_of_any_headers_never_decrease(values):
     groups, seconds, ticks = (np.array(column, np.int64) for column in zip(*values, strict=True))

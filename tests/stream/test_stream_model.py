@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import zmq
+from example_counts import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -449,5 +450,5 @@ class Stream(RuleBasedStateMachine):
         assert list((self.folder / "spool").iterdir()) == []
 
 
-Stream.TestCase.settings = settings(max_examples=300, stateful_step_count=80, deadline=None)
+Stream.TestCase.settings = settings(max_examples=examples(300), stateful_step_count=80)
 test_stream_against_model = Stream.TestCase
