@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from fake_core import core
 from hypothesis import settings
+from system import System, system
 
 from larpixdaq.operator import Operator
 
@@ -28,6 +29,13 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """A system for all tests of a file that kill nothing: each of them starts its own producer."""
+    with system(tmp_path_factory.mktemp("system")) as made:
+        yield made
 
 
 @pytest.fixture

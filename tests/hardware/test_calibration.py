@@ -64,21 +64,19 @@ def tile(tmp_path, chips, *more):
 
 
 @pytest.fixture
-def small(tmp_path, request):
+def small(line, tmp_path, request):
     """An Operator of four chips, or as many as a test says, that are configured, in a run."""
     board, network, truth = tile(tmp_path, getattr(request, "param", 4))
-    (tmp_path / "system").mkdir()
     (tmp_path / "routines").mkdir()
     (tmp_path / "routines" / "rates.py").write_text(EARLIER_V2)
     ports = board.ready["1"]
     try:
-        with system(tmp_path / "system") as made:
-            where = f"127.0.0.1:{ports['data']}:{ports['command']}"
-            operator = made.start("--asic", "2b", "--routines", str(tmp_path / "routines"), "--pacman", where)
-            bring_up(operator, network)
-            operator.prepare_run().result(LIMIT)
-            operator.begin_run().result(LIMIT)
-            yield operator, json.loads(truth.read_text()), board, made
+        where = f"127.0.0.1:{ports['data']}:{ports['command']}"
+        operator = line.start("--asic", "2b", "--routines", str(tmp_path / "routines"), "--pacman", where)
+        bring_up(operator, network)
+        operator.prepare_run().result(LIMIT)
+        operator.begin_run().result(LIMIT)
+        yield operator, json.loads(truth.read_text())
     finally:
         board.close()
 
@@ -141,7 +139,7 @@ def true_rates(known, result):
 
 @pytest.mark.parametrize("small", [100], indirect=True)
 def test_routines_measure_what_is_there(small):
-    operator, known, _, _ = small
+    operator, known = small
     asked = operator.run_routine("quickstart", seconds=0.2).result(SLOW)
     assert (asked["ok"], asked["chips"], asked["different"]) == (True, 100, {})
     operator.send_configuration({"1-1-11": {"threshold_global": 100}}).result(LIMIT)
@@ -181,7 +179,7 @@ def test_routines_measure_what_is_there(small):
 
 def test_leaking_and_hot_channels_are_found(small):
     """Whatever triggers another routine has left on: they are no hits of the channels' own, and are on again after."""
-    operator, *_ = small
+    operator, _ = small
     left_on = {
         "enable_periodic_trigger": 1,
         "periodic_trigger_cycles": 200_000,  # 50 Hz
@@ -230,8 +228,8 @@ def test_leaking_and_hot_channels_are_found(small):
     assert operator.validate_configuration().result(SLOW)["ok"]
 
 
-def test_routines_of_earlier_versions_run_unchanged(small):
-    operator, _, _, made = small
+def test_routines_of_earlier_versions_run_unchanged(line, small):
+    operator, _ = small
     ok, packets = operator.run_routine("rates", "1-1-11", 0.5).result(SLOW)
     assert ok
     assert packets > 100
@@ -239,7 +237,7 @@ def test_routines_of_earlier_versions_run_unchanged(small):
         RequestError, match=r"tuple index out of range \(given 1 of the arguments of rates\(chip, run_time\)\)"
     ):
         operator.run_routine("rates", "1-1-11").result(SLOW)
-    assert made.status_of(operator, "producer")["state"] == "RUN", "the readout goes on"
+    assert line.status_of(operator, "producer")["state"] == "RUN", "the readout goes on"
 
 
 def test_chips_of_every_generation_are_brought_up(tmp_path):

@@ -25,16 +25,9 @@ def chips(tmp_path):
 
 
 @pytest.fixture
-def setup(tmp_path, chips):
+def setup(line, chips):
     ports = chips.ready["1"]
-    with system(tmp_path / "system") as made:
-        operator = made.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}")
-        yield made, operator
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path):
-    (tmp_path / "system").mkdir()
+    return line, line.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}")
 
 
 def bring_up(operator, network):
@@ -135,27 +128,26 @@ registration = {"thresholds": Routine("thresholds", _thresholds, ["value"]), "wa
 """
 
 
-def test_a_routines_controller_reads_and_writes_and_its_values_stay(tmp_path, chips):
+def test_a_routines_controller_reads_and_writes_and_its_values_stay(tmp_path, line, chips):
     routines = tmp_path / "routines"
     routines.mkdir()
     (routines / "mine.py").write_text(ROUTINE)
     ports = chips.ready["1"]
-    with system(tmp_path / "system") as made:
-        pacman = ("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--pacman-revision", "2")
-        operator = made.start(*pacman, "--routines", str(routines))
-        bring_up(operator, chips.network)
-        key, ok, diff, ping, vddd = operator.run_routine("thresholds", 55).result(SLOW)
-        assert (ok, diff, ping, vddd) == (True, "{}", {1: True}, [1800, 50.0])
-        found = operator.read_configuration(key, "threshold_global").result(LIMIT)["chips"]
-        assert found == {key: {"threshold_global": 55}}
+    pacman = ("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--pacman-revision", "2")
+    operator = line.start(*pacman, "--routines", str(routines))
+    bring_up(operator, chips.network)
+    key, ok, diff, ping, vddd = operator.run_routine("thresholds", 55).result(SLOW)
+    assert (ok, diff, ping, vddd) == (True, "{}", {1: True}, [1800, 50.0])
+    found = operator.read_configuration(key, "threshold_global").result(LIMIT)["chips"]
+    assert found == {key: {"threshold_global": 55}}
 
-        # The child is ended by its time limit; the next one knows board and values again.
-        request = operator.call("LArPix board", "run_routine", name="waits", args=[], kwargs={}, time_limit=0.5)
-        with pytest.raises(RequestError, match="stopped at its time limit"):
-            request.result(SLOW)
-        known = operator.retrieve_configuration(key, "threshold_global").result(LIMIT)
-        assert known == {key: {"wanted": {"threshold_global": 55}, "confirmed": {"threshold_global": 55}}}
-        assert operator.validate_configuration().result(SLOW)["ok"]
+    # The child is ended by its time limit; the next one knows board and values again.
+    request = operator.call("LArPix board", "run_routine", name="waits", args=[], kwargs={}, time_limit=0.5)
+    with pytest.raises(RequestError, match="stopped at its time limit"):
+        request.result(SLOW)
+    known = operator.retrieve_configuration(key, "threshold_global").result(LIMIT)
+    assert known == {key: {"wanted": {"threshold_global": 55}, "confirmed": {"threshold_global": 55}}}
+    assert operator.validate_configuration().result(SLOW)["ok"]
 
 
 def test_boards_tell_how_they_are(setup):
@@ -185,7 +177,7 @@ def test_boards_of_all_revisions_are_powered_side_by_side(tmp_path):
         addresses = [
             f"{revision}={one.addresses[0].partition('=')[2]}" for revision, one in zip(dacs, boards, strict=True)
         ]
-        with system(tmp_path / "system") as made:
+        with system(tmp_path) as made:
             made.launch_core()
             made.launch_producer("--pacman", *addresses, "--pacman-revision", "2=2", "3=3", "4=4")
             operator = made.operator()
@@ -285,29 +277,26 @@ def test_only_the_operator_in_control_changes_chips(one_board):
         assert other.ping().result(LIMIT) == {"1": True}
 
 
-def test_a_silent_command_port_is_told_and_data_go_on(tmp_path):
+def test_a_silent_command_port_is_told_and_data_go_on(line):
     """The board's data port sends; nobody answers at the command port."""
-    board = Emulator("--rate", "5000")
+    board = Emulator("--rate", "500")
     try:
         ports = board.ready["1"]
-        with system(tmp_path / "system") as made:
-            silent = free_port()
-            operator = made.start("--pacman", f"127.0.0.1:{ports['data']}:{silent}")
-            operator.prepare_run().result(LIMIT)
-            operator.begin_run().result(LIMIT)
-            for _ in range(2):
-                with pytest.raises(RequestError) as told:
-                    operator.ping().result(LIMIT)
-                assert f"PACMAN io_group 1, command port tcp://127.0.0.1:{silent}: no answer within 2 s" in str(
-                    told.value
-                )
-            before = made.status_of(operator, "producer")["packets"]
-            until(lambda: made.status_of(operator, "producer")["packets"] > before, "data that go on")
-            board.stop()
-            board.finish()
-            ended = operator.end_run().result(SLOW)
-            assert ended["condition"].startswith("COMPLETE")
-            rows = rows_of(ended["files"][0])
-            assert np.count_nonzero(rows["packet_type"] == 0) > before
+        silent = free_port()
+        operator = line.start("--pacman", f"127.0.0.1:{ports['data']}:{silent}")
+        operator.prepare_run().result(LIMIT)
+        operator.begin_run().result(LIMIT)
+        for _ in range(2):
+            with pytest.raises(RequestError) as told:
+                operator.ping().result(LIMIT)
+            assert f"PACMAN io_group 1, command port tcp://127.0.0.1:{silent}: no answer within 2 s" in str(told.value)
+        before = line.status_of(operator, "producer")["packets"]
+        until(lambda: line.status_of(operator, "producer")["packets"] > before, "data that go on")
+        board.stop()
+        board.finish()
+        ended = operator.end_run().result(SLOW)
+        assert ended["condition"].startswith("COMPLETE")
+        rows = rows_of(ended["files"][0])
+        assert np.count_nonzero(rows["packet_type"] == 0) > before
     finally:
         board.close()

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import zmq
 from emulated_board import Emulator
+from example_counts import examples
 from larpix import Controller
 from larpix.io import PACMAN_IO
 from misbehaving_board import answering
 from msgspec import structs
 from processes import LIMIT
-from system import rows_of, system
+from system import rows_of
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.chip_state import ChipState
@@ -46,13 +47,7 @@ def board_file(folder, keys, asic=2):
     return str(path)
 
 
-@pytest.fixture
-def here(tmp_path):
-    (tmp_path / "system").mkdir()
-    return tmp_path
-
-
-def test_bad_answers_are_told_by_chip_and_register(here):
+def test_bad_answers_are_told_by_chip_and_register(tmp_path, line):
     """Chip 2 is in order; 3 says nothing; 4 answers one twice, 5 differently; 6 forgets; 7 has wrong parity."""
     asked = {}
 
@@ -70,9 +65,9 @@ def test_bad_answers_are_told_by_chip_and_register(here):
             return [value + 256]
         return [value]
 
-    with answering(answers) as board, system(here / "system") as made:
-        operator = made.start("--pacman", f"127.0.0.1:{board.data_port}:{board.command_port}")
-        operator.load_board(board_file(here, [2, 3, 4, 5, 6, 7])).result(LIMIT)
+    with answering(answers) as board:
+        operator = line.start("--pacman", f"127.0.0.1:{board.data_port}:{board.command_port}")
+        operator.load_board(board_file(tmp_path, [2, 3, 4, 5, 6, 7])).result(LIMIT)
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
         operator.write_configuration().result(LIMIT)
@@ -104,61 +99,59 @@ def test_bad_answers_are_told_by_chip_and_register(here):
         (lambda reply: b"", "expected an answer of 1 words, found 0 bytes"),
     ],
 )
-def test_what_a_command_server_must_not_say_is_told(here, reply, says):
-    with answering(lambda *_: [], reply) as board, system(here / "system") as made:
-        operator = made.start("--pacman", f"127.0.0.1:{board.data_port}:{board.command_port}")
+def test_what_a_command_server_must_not_say_is_told(line, reply, says):
+    with answering(lambda *_: [], reply) as board:
+        operator = line.start("--pacman", f"127.0.0.1:{board.data_port}:{board.command_port}")
         with pytest.raises(RequestError) as told:
             operator.ping().result(LIMIT)
         assert says in str(told.value)
         assert f"command port tcp://127.0.0.1:{board.command_port}" in str(told.value)
 
 
-def test_no_data_are_lost_while_commands_storm(here):
+def test_no_data_are_lost_while_commands_storm(tmp_path, line):
     """40,000 words/s come while the same board, which has no chips, is asked and written to without pause."""
-    board = Emulator("--rate", "40000", "--count", "400000", "--wait-for-go", "--lossless", "--stay")
+    count = examples(100) * 4_000
+    board = Emulator("--rate", "40000", "--count", str(count), "--wait-for-go", "--lossless", "--stay")
     try:
         ports = board.ready["1"]
-        with system(here / "system") as made:
-            operator = made.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}")
-            operator.load_board(board_file(here, list(range(2, 42)))).result(LIMIT)
-            operator.prepare_run().result(LIMIT)
-            operator.begin_run().result(LIMIT)
-            board.go()
-            words = 0
-            while not board.ended():
-                words += operator.write_configuration().result(SLOW)["registers"]
-                assert operator.ping().result(LIMIT) == {"1": True}
-            assert words >= 10 * 40 * 237
-            ended = operator.end_run().result(SLOW)
+        operator = line.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}")
+        operator.load_board(board_file(tmp_path, list(range(2, 42)))).result(LIMIT)
+        operator.prepare_run().result(LIMIT)
+        operator.begin_run().result(LIMIT)
+        board.go()
+        words = 0
+        while not board.ended():
+            words += operator.write_configuration().result(SLOW)["registers"]
+            assert operator.ping().result(LIMIT) == {"1": True}
+        assert words >= count // 40_000 * 40 * 237
+        ended = operator.end_run().result(SLOW)
         assert ended["condition"] == "COMPLETE", ended
         rows = rows_of(ended["files"][0])
         assert np.count_nonzero((rows["direction"] == 0) & (rows["packet_type"] < 4)) == words
         received = ((rows["direction"] == 1) & (rows["packet_type"] < 4)) | (rows["packet_type"] > 5)
-        assert np.count_nonzero(received) == board.said["sent"]["1"]["words"] == 400_000
+        assert np.count_nonzero(received) == board.said["sent"]["1"]["words"] == count
     finally:
         board.close()
 
 
-def test_larpix_controls_own_io_leaves_the_same_registers(here, monkeypatch):
+def test_larpix_controls_own_io_leaves_the_same_registers(tmp_path, line, monkeypatch):
     """The same steps with PACMAN_IO and with ours, each on a board of its own; then all registers are compared."""
-    network = here / "network.json"
+    network = tmp_path / "network.json"
     found = []
     for ours in (False, True):
         board = Emulator("--chips", "4", "--power-on", "--write-network", str(network))
         try:
             ports = board.ready["1"]
             if not ours:
-                with_their_own(here, monkeypatch, str(network), ports)
-            (here / f"system{ours}").mkdir()
-            with system(here / f"system{ours}") as made:
-                operator = made.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}")
-                operator.load_board(str(network)).result(LIMIT)
-                if ours:
-                    operator.configure_network().result(SLOW)
-                    operator.send_configuration({"all": {"pixel_trim_dac": list(range(32)) * 2}}).result(LIMIT)
-                read = operator.read_configuration().result(SLOW)
-                assert not read["silent"]
-                found.append(read["chips"])
+                with_their_own(tmp_path, monkeypatch, str(network), ports)
+            operator = line.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}")
+            operator.load_board(str(network)).result(LIMIT)
+            if ours:
+                operator.configure_network().result(SLOW)
+                operator.send_configuration({"all": {"pixel_trim_dac": list(range(32)) * 2}}).result(LIMIT)
+            read = operator.read_configuration().result(SLOW)
+            assert not read["silent"]
+            found.append(read["chips"])
         finally:
             board.close()
     assert found[0] == found[1]
@@ -184,7 +177,7 @@ def with_their_own(folder, monkeypatch, network, ports):
         controller.io.cleanup()
 
 
-def test_a_bern_board_gets_words_as_text(here):
+def test_a_bern_board_gets_words_as_text(line):
     context = zmq.Context()
     command, data = context.socket(zmq.REP), context.socket(zmq.PUB)
     ports = data.bind_to_random_port("tcp://127.0.0.1"), command.bind_to_random_port("tcp://127.0.0.1")
@@ -199,15 +192,14 @@ def test_a_bern_board_gets_words_as_text(here):
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        with system(here / "system") as made:
-            operator = made.start("--bern", f"127.0.0.1:{ports[0]}:{ports[1]}")
-            assert operator.ping().result(LIMIT) == {"1": True}
-            assert operator.send_configuration({"1-3-2": {64: 25}}).result(LIMIT) == {"chips": 1, "registers": 1}
-            operator.reset().result(LIMIT)
-            with pytest.raises(RequestError, match=r"SNDWORD 0x\w{16} 6: the board answers 'ERR'"):
-                operator.send_configuration({"1-7-2": {64: 25}}).result(LIMIT)
-            with pytest.raises(RequestError, match=r"power: Bern board io_group 1 .* cannot do that"):
-                operator.power(True).result(LIMIT)
+        operator = line.start("--bern", f"127.0.0.1:{ports[0]}:{ports[1]}")
+        assert operator.ping().result(LIMIT) == {"1": True}
+        assert operator.send_configuration({"1-3-2": {64: 25}}).result(LIMIT) == {"chips": 1, "registers": 1}
+        operator.reset().result(LIMIT)
+        with pytest.raises(RequestError, match=r"SNDWORD 0x\w{16} 6: the board answers 'ERR'"):
+            operator.send_configuration({"1-7-2": {64: 25}}).result(LIMIT)
+        with pytest.raises(RequestError, match=r"power: Bern board io_group 1 .* cannot do that"):
+            operator.power(True).result(LIMIT)
         assert said[:3] == ["PING_HB", "SNDWORD 0x800000000065000a 2", "SYRESET"]
     finally:
         stop.set()
@@ -215,17 +207,16 @@ def test_a_bern_board_gets_words_as_text(here):
         context.destroy(linger=0)
 
 
-def test_a_serial_board_gets_frames(here):
+def test_a_serial_board_gets_frames(line):
     ours, theirs = pty.openpty()
     tty.setraw(ours)
     tty.setraw(theirs)
     try:
-        with system(here / "system") as made:
-            operator = made.start("--serial", os.ttyname(theirs))
-            assert operator.send_configuration({"1-1-2": {64: 25}}).result(LIMIT) == {"chips": 1, "registers": 1}
-            operator.set_uart_clock(4).result(LIMIT)
-            (status,) = operator.board_status().result(LIMIT)
-            assert not status["answers"]
+        operator = line.start("--serial", os.ttyname(theirs))
+        assert operator.send_configuration({"1-1-2": {64: 25}}).result(LIMIT) == {"chips": 1, "registers": 1}
+        operator.set_uart_clock(4).result(LIMIT)
+        (status,) = operator.board_status().result(LIMIT)
+        assert not status["answers"]
         found = b""
         while len(found) < 20:
             assert select.select([ours], [], [], LIMIT)[0], found
@@ -250,37 +241,35 @@ registration = {"data": Routine("data", _data, [])}
 """
 
 
-def test_a_routine_that_listens_gets_the_data(here):
-    (here / "mine.py").write_text(DATA)
+def test_a_routine_that_listens_gets_the_data(tmp_path, line):
+    (tmp_path / "mine.py").write_text(DATA)
     board = Emulator("--rate", "3000", "--pps")
     try:
         ports = board.ready["1"]
-        with system(here / "system") as made:
-            operator = made.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--routines", str(here))
-            n, kinds, key, left_out, listening = operator.run_routine("data").result(SLOW)
-            assert n > 100
-            assert {"Packet_v2", "TimestampPacket"} <= set(kinds)
-            assert key.startswith("1-")
-            assert (left_out, listening) == (0, False)
+        operator = line.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--routines", str(tmp_path))
+        n, kinds, key, left_out, listening = operator.run_routine("data").result(SLOW)
+        assert n > 100
+        assert {"Packet_v2", "TimestampPacket"} <= set(kinds)
+        assert key.startswith("1-")
+        assert (left_out, listening) == (0, False)
     finally:
         board.close()
 
 
-def test_v1_chips_go_by_larpix_controls_names(here):
+def test_v1_chips_go_by_larpix_controls_names(line):
     board = Emulator("--chips", "controller/pcb-1_chip_info.json", "--power-on")
     try:
         ports = board.ready["1"]
-        with system(here / "system") as made:
-            operator = made.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--asic", "1")
-            operator.prepare_run().result(LIMIT)
-            operator.begin_run().result(LIMIT)
-            operator.load_board("controller/pcb-1_chip_info.json").result(LIMIT)
-            assert operator.configure_network().result(SLOW)["ok"]
-            operator.send_configuration({"1-1-246": {"global_threshold": 33, "csa_gain": 0}}).result(LIMIT)
-            read = operator.read_configuration("1-1-246", ["global_threshold", "csa_gain"]).result(LIMIT)["chips"]
-            assert read["1-1-246"] == {"global_threshold": 33, "csa_gain": 0, "csa_bypass": 0, "internal_bypass": 0}
-            assert operator.validate_configuration().result(LIMIT)["registers"] == 4 * 63
-            ended = operator.end_run().result(SLOW)
+        operator = line.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--asic", "1")
+        operator.prepare_run().result(LIMIT)
+        operator.begin_run().result(LIMIT)
+        operator.load_board("controller/pcb-1_chip_info.json").result(LIMIT)
+        assert operator.configure_network().result(SLOW)["ok"]
+        operator.send_configuration({"1-1-246": {"global_threshold": 33, "csa_gain": 0}}).result(LIMIT)
+        read = operator.read_configuration("1-1-246", ["global_threshold", "csa_gain"]).result(LIMIT)["chips"]
+        assert read["1-1-246"] == {"global_threshold": 33, "csa_gain": 0, "csa_bypass": 0, "internal_bypass": 0}
+        assert operator.validate_configuration().result(LIMIT)["registers"] == 4 * 63
+        ended = operator.end_run().result(SLOW)
         assert ended["condition"].startswith("COMPLETE")  # noisy chips say that their FIFOs were full
         rows = rows_of(ended["files"][0])
         assert (b"1-1-246", 32, 33, 0) in rows[["chip_key", "register", "value", "direction"]].tolist()
@@ -288,37 +277,36 @@ def test_v1_chips_go_by_larpix_controls_names(here):
         board.close()
 
 
-def test_v3_chips_go_by_address(here):
+def test_v3_chips_go_by_address(line):
     board = Emulator("--chips", "4", "--asic", "3", "--power-on")
     try:
         ports = board.ready["1"]
-        with system(here / "system") as made:
-            operator = made.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--asic", "3")
-            # a chip that has the id of power-up, and shall speak on all of its lines
-            speak = ChipRegisters("2b").addresses["enable_piso_downstream"][0]
-            operator.send_configuration({"1-1-1": {speak: 15, 64: 77}}).result(LIMIT)
-            read = operator.read_configuration("1-1-1", [64]).result(LIMIT)["chips"]
-            assert read == {"1-1-1": {"register 64": 77}}
-            with pytest.raises(RequestError, match="load_board: larpix-control knows no v3 chips"):
-                operator.load_board("x.json").result(LIMIT)
+        operator = line.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--asic", "3")
+        # a chip that has the id of power-up, and shall speak on all of its lines
+        speak = ChipRegisters("2b").addresses["enable_piso_downstream"][0]
+        operator.send_configuration({"1-1-1": {speak: 15, 64: 77}}).result(LIMIT)
+        read = operator.read_configuration("1-1-1", [64]).result(LIMIT)["chips"]
+        assert read == {"1-1-1": {"register 64": 77}}
+        with pytest.raises(RequestError, match="load_board: larpix-control knows no v3 chips"):
+            operator.load_board("x.json").result(LIMIT)
 
-            # all registers are those two: nothing is written that nobody has set
-            before = operator.read_configuration("1-1-1").result(SLOW)["chips"]
-            assert operator.write_configuration().result(LIMIT) == {"chips": 1, "registers": 2}
-            enforced = operator.enforce_configuration().result(SLOW)
-            assert (enforced["ok"], enforced["registers"], enforced["written"]) == (True, 2, 0), enforced
-            for chip, registers, what in (("1-1-2", None, "any register"), ("1-1-1", [64, 122], "register 122")):
-                for action in ("write_configuration", "validate_configuration", "enforce_configuration"):
-                    with pytest.raises(RequestError, match=f"{action}: chip {chip}: nobody has set {what}, and"):
-                        getattr(operator, action)(chip, registers).result(SLOW)
-            assert operator.reset(31).result(LIMIT)["configuration"] == {"1": "lost"}
-            operator.write_configuration().result(LIMIT)
-            # chip 1-1-2 has been named by now, and none of its registers
-            validated = operator.validate_configuration().result(SLOW)
-            assert (validated["ok"], validated["chips"], validated["registers"]) == (True, 1, 2), validated
-            assert operator.read_configuration("1-1-1").result(SLOW)["chips"] == before
-            wanted = operator.retrieve_configuration().result(LIMIT)["1-1-1"]["wanted"]
-            assert wanted == {f"register {speak}": 15, "register 64": 77}
+        # all registers are those two: nothing is written that nobody has set
+        before = operator.read_configuration("1-1-1").result(SLOW)["chips"]
+        assert operator.write_configuration().result(LIMIT) == {"chips": 1, "registers": 2}
+        enforced = operator.enforce_configuration().result(SLOW)
+        assert (enforced["ok"], enforced["registers"], enforced["written"]) == (True, 2, 0), enforced
+        for chip, registers, what in (("1-1-2", None, "any register"), ("1-1-1", [64, 122], "register 122")):
+            for action in ("write_configuration", "validate_configuration", "enforce_configuration"):
+                with pytest.raises(RequestError, match=f"{action}: chip {chip}: nobody has set {what}, and"):
+                    getattr(operator, action)(chip, registers).result(SLOW)
+        assert operator.reset(31).result(LIMIT)["configuration"] == {"1": "lost"}
+        operator.write_configuration().result(LIMIT)
+        # chip 1-1-2 has been named by now, and none of its registers
+        validated = operator.validate_configuration().result(SLOW)
+        assert (validated["ok"], validated["chips"], validated["registers"]) == (True, 1, 2), validated
+        assert operator.read_configuration("1-1-1").result(SLOW)["chips"] == before
+        wanted = operator.retrieve_configuration().result(LIMIT)["1-1-1"]["wanted"]
+        assert wanted == {f"register {speak}": 15, "register 64": 77}
     finally:
         board.close()
 
@@ -343,10 +331,9 @@ def test_another_child_writes_no_register_of_a_v3_chip_that_nobody_has_set():
     assert other.wanted[0, 125] == 15
 
 
-def test_a_made_up_board_takes_no_commands(here):
-    with system(here / "system") as made:
-        operator = made.start("--fake", "100")
-        with pytest.raises(RequestError, match="no board here takes commands"):
-            operator.board_status().result(LIMIT)
-        with pytest.raises(RequestError, match="chip 1-1-2: no board of io_group 1 takes commands here"):
-            operator.read_configuration("1-1-2").result(LIMIT)
+def test_a_made_up_board_takes_no_commands(line):
+    operator = line.start("--fake", "100")
+    with pytest.raises(RequestError, match="no board here takes commands"):
+        operator.board_status().result(LIMIT)
+    with pytest.raises(RequestError, match="chip 1-1-2: no board of io_group 1 takes commands here"):
+        operator.read_configuration("1-1-2").result(LIMIT)

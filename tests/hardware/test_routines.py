@@ -4,9 +4,11 @@ import select
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from example_counts import examples
 
 from larpixdaq import routines, schema
 from larpixdaq.errors import ProtocolError
@@ -69,8 +71,8 @@ def _large(controller, send_data, send_info):
 def _big(controller, send_data, send_info):
     return controller, "x" * (8 << 20)
 
-def _prints(controller, send_data, send_info):
-    for i in range(1_000_000):
+def _prints(controller, send_data, send_info, lines):
+    for i in range(lines):
         print("line", i)
     os.system("echo from a shell; yes | head -c 1000000")
     return controller, "printed"
@@ -109,8 +111,8 @@ registration = {
     f.__name__[1:]: Routine(f.__name__[1:], f, p) for f, p in [
         (_add, ["a", "b"]), (_state, None), (_numpy, []), (_raises, []), (_exits, []), (_nothing, []), (_large, []),
         (_other, []), (_unsaid, []), (_no_text, []), (_spoils, []),
-        (_big, []), (_prints, []), (_reports, []), (_waits, []), (_spins, []), (_dies, []), (_kills, []), (_leaves, []),
-        (_old, ["chip", "seconds"]), (_typed, ["chip", "seconds", "channels"]),
+        (_big, []), (_prints, ["lines"]), (_reports, []), (_waits, []), (_spins, []), (_dies, []), (_kills, []),
+        (_leaves, []), (_old, ["chip", "seconds"]), (_typed, ["chip", "seconds", "channels"]),
     ]
 }
 '''
@@ -164,6 +166,14 @@ def run(child, name, *args, limit=30.0, time_limit=None, **kwargs):
     return call
 
 
+@contextmanager
+def child_of(folder):
+    child = without_boards(folder)
+    yield child
+    if not child.closed:
+        child.close()
+
+
 @pytest.fixture
 def folder(tmp_path):
     folder = tmp_path / "routines"
@@ -181,23 +191,31 @@ def without_boards(folder):
 
 @pytest.fixture
 def child(folder):
-    child = without_boards(folder)
-    yield child
-    child.close()
+    with child_of(folder) as child:
+        yield child
 
 
-def test_hello_world_greets_and_reports_progress(child):
-    call = run(child, "hello_world", "LArPix")
+@pytest.fixture(scope="module")
+def same_child(tmp_path_factory):
+    """For tests that neither end it nor change its Controller."""
+    folder = tmp_path_factory.mktemp("routines")
+    (folder / "mine.py").write_text(ROUTINES)
+    with child_of(folder) as child:
+        yield child
+
+
+def test_hello_world_greets_and_reports_progress(same_child):
+    call = run(same_child, "hello_world", "LArPix")
     assert call.events[0] == ("ack", "routine hello_world")
     assert [event[1:3] for event in call.events[1:-1]] == [(0, 2), (1, 2), (2, 2)]
     assert call.last == ("result", "Hello, LArPix!", "")
-    assert run(child, "hello_world").last[1] == "Hello, world!"
+    assert run(same_child, "hello_world").last[1] == "Hello, world!"
 
 
-def test_routines_are_listed_with_their_parameters(child):
+def test_routines_are_listed_with_their_parameters(same_child):
     call = Call()
-    child.list_routines(call)
-    until(child, lambda: call.ended, "the list")
+    same_child.list_routines(call)
+    until(same_child, lambda: call.ended, "the list")
     listed = {routine["name"]: routine for routine in call.last[1]}
     assert listed["add"] == {
         "name": "add",
@@ -245,34 +263,37 @@ def test_arguments_results_and_the_controller_pass(child):
         ("large", (), "failed", "routine large: its result: Result: expected at most 66977792 bytes"),
     ],
 )
-def test_what_fails_is_told_and_harms_nothing(child, name, args, code, words):
-    event, text, found = run(child, name, *args).last
+def test_what_fails_is_told_and_harms_nothing(same_child, name, args, code, words):
+    event, text, found = run(same_child, name, *args).last
     assert (event, found) == ("fail", code)
     first, *traceback = text.split("\n")
     assert words in first
     raises = name in ("raises", "exits", "unsaid", "no_text", "spoils") or args == (1, "2")
     assert ("Traceback (most recent call last):" in traceback) == raises
-    process = child._process.pid
-    assert run(child, "add", 1).last == ("result", 3, "")
-    assert child._process.pid == process
+    process = same_child._process.pid
+    assert run(same_child, "add", 1).last == ("result", 3, "")
+    assert same_child._process.pid == process
 
 
-def test_a_traceback_goes_to_the_operator_and_to_the_log(child, caplog):
-    for said in (run(child, "raises").last[1], caplog.text):
+def test_a_traceback_goes_to_the_operator_and_to_the_log(same_child, caplog):
+    for said in (run(same_child, "raises").last[1], caplog.text):
         assert "mine.py" in said
         assert 'raise KeyError("no such chip")' in said
 
 
-def test_arguments_by_name_and_by_place(child):
-    assert run(child, "typed", "1-1-2", channels=[3]).last[1] == ["1-1-2", 1.0, [3]]
-    assert run(child, "typed", seconds=2, chip="1-1-2").last[1] == ["1-1-2", 2.0, None]
+def test_arguments_by_name_and_by_place(same_child):
+    assert run(same_child, "typed", "1-1-2", channels=[3]).last[1] == ["1-1-2", 1.0, [3]]
+    assert run(same_child, "typed", seconds=2, chip="1-1-2").last[1] == ["1-1-2", 2.0, None]
     # as it was written for earlier versions
-    assert run(child, "old", "1-1-2", 3).last[1] == ["1-1-2", 3.0]
-    assert run(child, "old", seconds=3, chip="1-1-2").last[1] == ["1-1-2", 3.0]
-    assert "tuple index out of range (given 1 of the arguments of old(chip, seconds))" in run(child, "old", "x").last[1]
-    assert "missing a required argument: 'chip'" in run(child, "old", seconds=3).last[1]
-    assert "multiple values for argument 'chip'" in run(child, "old", "x", chip="y").last[1]
-    assert "unexpected keyword argument 'chips'" in run(child, "old", chips="y").last[1]
+    assert run(same_child, "old", "1-1-2", 3).last[1] == ["1-1-2", 3.0]
+    assert run(same_child, "old", seconds=3, chip="1-1-2").last[1] == ["1-1-2", 3.0]
+    assert (
+        "tuple index out of range (given 1 of the arguments of old(chip, seconds))"
+        in run(same_child, "old", "x").last[1]
+    )
+    assert "missing a required argument: 'chip'" in run(same_child, "old", seconds=3).last[1]
+    assert "multiple values for argument 'chip'" in run(same_child, "old", "x", chip="y").last[1]
+    assert "unexpected keyword argument 'chips'" in run(same_child, "old", chips="y").last[1]
 
 
 def test_further_directories_below_those_allowed(child, folder, tmp_path):
@@ -320,7 +341,7 @@ def test_without_a_daq(tmp_path, monkeypatch):
     assert routines.test_routine("old", None, args=("1-1-2", 3)) == (None, ["1-1-2", 3.0])
 
 
-def test_wrong_requests_are_refused_at_once(child):
+def test_wrong_requests_are_refused_at_once(same_child):
     for bad in [
         (3, [], {}, None),
         ("add", "1", {}, None),
@@ -333,14 +354,14 @@ def test_wrong_requests_are_refused_at_once(child):
         ("add", [1], "x" * 1_000_000, None),
     ]:
         call = Call()
-        child.run_routine(call, *bad)
+        same_child.run_routine(call, *bad)
         assert call.last[0] == "fail"
         assert "expected" in call.last[1]
         assert len(call.last[1]) < 200
     call = Call()
-    child.run_routine(call, "add", [1 << 70])
+    same_child.run_routine(call, "add", [1 << 70])
     assert "cannot be sent" in call.last[1]
-    assert run(child, "add", 1).last == ("result", 3, "")
+    assert run(same_child, "add", 1).last == ("result", 3, "")
 
 
 def test_only_one_routine_runs_and_the_list_can_still_be_had(child):
@@ -393,7 +414,7 @@ def test_a_dead_child_fails_the_call_and_a_new_one_comes(child, name, how, caplo
 def test_a_million_lines_hold_up_nobody(child, caplog):
     caplog.set_level("INFO")
     call = Call()
-    child.run_routine(call, "prints")
+    child.run_routine(call, "prints", [examples(100) * 10_000])
     slowest = 0.0
     end = time.monotonic() + 60
     poll = select.poll()
@@ -410,8 +431,8 @@ def test_a_million_lines_hold_up_nobody(child, caplog):
     assert len(caplog.records) < 110
 
 
-def test_progress_is_held_to_a_bearable_rate(child):
-    call = run(child, "reports")
+def test_progress_is_held_to_a_bearable_rate(same_child):
+    call = run(same_child, "reports")
     assert 100 <= len(call.events) < 2000
     assert call.last[:2] == ("result", "reported")
     assert "progress reports were left out" in call.last[2]

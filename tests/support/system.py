@@ -19,7 +19,8 @@ from larpixdaq.operator import Operator
 
 
 class System:
-    """`start(source options)` brings it up; the processes are in `processes` by key, files in `data`.
+    """`start(source options)` brings it up, and called again gives it another source, for the next test of a file; the
+    processes are in `processes` by key, files in `data`.
 
     The key is the module unless another was named. `prefix` and `env`, by key, are what is put before the command and
     into the environment of processes that are launched from then on. `host` is where core and log listen.
@@ -37,6 +38,7 @@ class System:
         self.env: dict[str, dict[str, str]] = {}
         self._insecure = () if host == "127.0.0.1" else ("--insecure",)
         self._commands: dict[str, tuple[str, tuple[object, ...]]] = {}
+        self._operator: Operator | None = None
         self._stack = stack
         # A producer that is killed leaves its ring for a successor; what tests leave goes with its folder.
         shared = DEFAULT_DIRECTORY if DEFAULT_DIRECTORY.is_dir() else folder
@@ -80,15 +82,30 @@ class System:
         ring = ("--ring", "64MiB", "--ring-dir", self._rings)
         return self.launch("producer", "--core", self.core, "--state-dir", self.folder / "state", *ring, *source)
 
-    def start(self, *source: object, kinds: tuple[str, ...] = ("storage", "run_data", "producer")) -> Operator:
-        """Bring everything up with this source; the Operator is closed with the system."""
-        self.launch_core()
-        self.launch_storage()
-        self.launch_monitor()
+    def start(self, *source: object) -> Operator:
+        """Bring up a core, a storage, a monitor, and a producer with this source. What runs already goes on, but the
+        producer: it is ended, with its run. Returns the Operator, which is closed with the system."""
+        if self._operator is not None:
+            self._end_producer(self._operator)
+        launches = {"core": self.launch_core, "offline_storage": self.launch_storage, "run_data": self.launch_monitor}
+        for module, launch in launches.items():
+            if module not in self.processes:
+                launch()
         self.launch_producer(*source)
-        operator = self.operator()
-        self.await_kinds(operator, *kinds)
-        return operator
+        if self._operator is None:
+            self._operator = self.operator()
+        self.await_kinds(self._operator, "storage", "run_data", "producer")
+        return self._operator
+
+    def _end_producer(self, operator: Operator) -> None:
+        if operator.state().result(LIMIT) != "STOP":
+            operator.abort_run().result(LIMIT)
+        self.processes.pop("producer").stop()
+
+        def gone() -> bool:
+            return not any(c["alive"] for c in operator.components().result(LIMIT) if c["kind"] == "producer")
+
+        until(gone, "the producer before to be gone")
 
     def operator(self) -> Operator:
         """Closed with the system."""

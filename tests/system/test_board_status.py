@@ -8,7 +8,6 @@ import zmq
 from decoder_harness import legacy, newer, newer_data, odd
 from emulated_board import context, emulator
 from processes import LIMIT, free_port, until
-from system import system
 
 from larpixdaq.control.display import status_lines
 from larpixdaq.errors import RequestError
@@ -34,13 +33,13 @@ def status(operator, words):
     return found
 
 
-def test_boards_that_are_away_and_firmware_of_another_clock(tmp_path):
+def test_boards_that_are_away_and_firmware_of_another_clock(line):
     """Neither a board that is off nor a name that nobody knows keeps the others from being read."""
     wide = b"D\x05" + (0x1234_5678_9ABC_DEF0).to_bytes(8, "little")[2:] + HIT.to_bytes(8, "little")
-    with context() as ctx, system(tmp_path) as made:
+    with context() as ctx:
         out, port = publish(ctx)
         off = f"2=127.0.0.1:{free_port()}"
-        operator = made.start("--pacman", f"1=127.0.0.1:{port}", off, "3=no.such.host.invalid:5556")
+        operator = line.start("--pacman", f"1=127.0.0.1:{port}", off, "3=no.such.host.invalid:5556")
         assert out.poll(LIMIT * 1000)
         assert out.recv() == b"\1"
         status(operator, "no.such.host.invalid")
@@ -54,16 +53,16 @@ def test_boards_that_are_away_and_firmware_of_another_clock(tmp_path):
         assert "--clock64" in warning
         operator.begin_run().result(LIMIT)
         out.send(legacy([wide]))
-        until(lambda: made.status_of(operator, "producer")["packets"] == 1, "the packet")
+        until(lambda: line.status_of(operator, "producer")["packets"] == 1, "the packet")
         ended = operator.end_run().result(LIMIT)
         assert ended["condition"] == "COMPLETE, suspect"
         assert any("--clock64" in reason for reason in ended["reasons"])
 
 
-def test_a_clock_that_is_off(tmp_path):
+def test_a_clock_that_is_off(line):
     """Seven hours, as of a board whose time zone is wrong: the data are complete, and nobody can overlook it."""
-    with emulator("--rate", "500", "--jump", "0:-25200", "--stay") as board, system(tmp_path) as made:
-        operator = made.start("--pacman", *board.addresses)
+    with emulator("--rate", "500", "--jump", "0:-25200", "--stay") as board:
+        operator = line.start("--pacman", *board.addresses)
         status(operator, "clock -25")
         (warning,) = operator.prepare_run().result(LIMIT)["warnings"]
         off = r"PACMAN io_group 1 at \S+: clock -2(5200|5199|5201)[.\d]* ± [.\d]+ s from the host's"
@@ -80,10 +79,10 @@ def test_a_clock_that_is_off(tmp_path):
         assert verify(path).ok
 
 
-def test_format_1_0_is_asked_for_before_a_run(tmp_path):
-    with context() as ctx, system(tmp_path) as made:
+def test_format_1_0_is_asked_for_before_a_run(line):
+    with context() as ctx:
         out, port = publish(ctx)
-        operator = made.start("--pacman", f"127.0.0.1:{port}")
+        operator = line.start("--pacman", f"127.0.0.1:{port}")
         assert out.poll(LIMIT * 1000)
         assert out.recv() == b"\1"
         out.send(newer([newer_data(HIT, receipt=2**33)]))

@@ -16,19 +16,13 @@ import pytest
 import zmq
 from decoder_harness import data_word, legacy
 from processes import LIMIT, free_port, in_thread, until
-from system import System, rows_of, system
+from system import System, rows_of
 
 from larpixdaq._native import board_emulator, word_codec
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.schema import Asic
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture
-def line(tmp_path: Path) -> Iterator[System]:
-    with system(tmp_path) as made:
-        yield made
 
 
 class Board:

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,24 @@ def started(tmp_path: Path) -> Iterator[Started]:
         yield made
 
 
+Fails = Callable[..., None]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """As Started.fails, in this process."""
+
+    def fail(module: str, *arguments: object, words: str) -> None:
+        main = importlib.import_module(MAIN.get(module, f"larpixdaq.{module}")).main
+        assert main([*map(str, arguments)]) == 1, (module, arguments)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert len(err.splitlines()) == 1, err
+        assert words in err
+
+    return fail
+
+
 @pytest.fixture(autouse=True)
 def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
@@ -102,9 +120,7 @@ def good_bytes(folder: Path) -> bytes:
         ("part", "not an HDF5 file"),
     ],
 )
-def test_files_that_are_none(
-    tmp_path: Path, kind: str, words: str, started: Started, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_are_none(tmp_path: Path, kind: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / ("bad.h5.part" if kind == "part" else "bad.h5")
     if kind in ("text", "part"):
         path.write_text("this is not HDF5\n" * 100)
@@ -129,14 +145,17 @@ def test_files_that_are_none(
         assert producer.main(["--replay", str(path)]) == 1
         (reason,) = capsys.readouterr().err.splitlines()
         assert str(path) in reason
-    text, machine = (started.run("larpixdaq", "verify", path, *more) for more in ([], ["--json"]))
-    for process in (text, machine):
-        assert (process.wait(), process.stderr) == (1, "")
-    title, reason = text.stdout.splitlines()
+    assert cli.main(["verify", str(path)]) == 1
+    text, err = capsys.readouterr()
+    assert err == ""
+    title, reason = text.splitlines()
     assert title == f"{path}: BAD, 0 rows"
     assert words in reason
     assert str(path) in reason
-    (found,) = json.loads(machine.stdout)["files"].values()
+    assert cli.main(["verify", str(path), "--json"]) == 1
+    machine, err = capsys.readouterr()
+    assert err == ""
+    (found,) = json.loads(machine)["files"].values()
     (finding,) = found["findings"]
     assert not found["ok"]
     assert words in finding
@@ -239,20 +258,20 @@ def test_busy_ports(busy: str, tmp_path: Path, started: Started) -> None:
 
 
 @pytest.mark.parametrize("place", ["/proc/nothing", "file", "file/under", "missing"])
-def test_directories_that_cannot_be_used(place: str, tmp_path: Path, started: Started) -> None:
+def test_directories_that_cannot_be_used(place: str, tmp_path: Path, fails: Fails) -> None:
     where = tmp_path / place
     core = ["--core", f"tcp://127.0.0.1:{free_port()}"]
-    started.fails("offline_storage", *core, "-o", where, words=f"--output-dir {where}: no such directory")
-    started.fails("larpixdaq", "demo", "-o", where, words=f"--output-dir {where}: no such directory")
-    started.fails("larpixdaq", "up", "--fake", "-o", where, words=f"--output-dir {where}: no such directory")
-    started.fails("producer", "--fake", *core, "--ring-dir", where, words=f"--ring-dir {where}: ")
-    started.fails("producer", "--fake", *core, "--routines", where, words=f"--routines {where}: no such directory")
+    fails("offline_storage", *core, "-o", where, words=f"--output-dir {where}: no such directory")
+    fails("larpixdaq", "demo", "-o", where, words=f"--output-dir {where}: no such directory")
+    fails("larpixdaq", "up", "--fake", "-o", where, words=f"--output-dir {where}: no such directory")
+    fails("producer", "--fake", *core, "--ring-dir", where, words=f"--ring-dir {where}: ")
+    fails("producer", "--fake", *core, "--routines", where, words=f"--routines {where}: no such directory")
     if place != "missing":  # that one is made
         address = ["--address", f"tcp://127.0.0.1:{free_port()}"]
-        started.fails("core", *address, "--state-dir", where, words=f"state directory {where}: ")
-        started.fails("log", *core, *address, "--state-dir", where, words=f"state directory {where}: ")
-        started.fails("producer", "--fake", *core, "--state-dir", where, words=f"state directory {where}: ")
-        started.fails("log", *core, *address, "-o", where / "log.txt", words=f"log file {where}/log.txt: ")
+        fails("core", *address, "--state-dir", where, words=f"state directory {where}: ")
+        fails("log", *core, *address, "--state-dir", where, words=f"state directory {where}: ")
+        fails("producer", "--fake", *core, "--state-dir", where, words=f"state directory {where}: ")
+        fails("log", *core, *address, "-o", where / "log.txt", words=f"log file {where}/log.txt: ")
 
 
 def test_bytes_in_paths_that_are_no_text(tmp_path: Path, started: Started) -> None:
@@ -273,13 +292,13 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
-def test_directories_without_the_right_to_write(tmp_path: Path, started: Started) -> None:
+def test_directories_without_the_right_to_write(tmp_path: Path, fails: Fails) -> None:
     where = tmp_path / "closed"
     where.mkdir(mode=0o500)
     core = ["--core", f"tcp://127.0.0.1:{free_port()}"]
-    started.fails("offline_storage", *core, "-o", where, words=f"--output-dir {where}: not writable")
-    started.fails("producer", "--fake", *core, "--ring-dir", where, words=f"--ring-dir {where}: ")
-    started.fails("core", "--address", "tcp://127.0.0.1:0", "--state-dir", where, words=f"state directory {where}: ")
+    fails("offline_storage", *core, "-o", where, words=f"--output-dir {where}: not writable")
+    fails("producer", "--fake", *core, "--ring-dir", where, words=f"--ring-dir {where}: ")
+    fails("core", "--address", "tcp://127.0.0.1:0", "--state-dir", where, words=f"state directory {where}: ")
 
 
 def test_a_ring_that_does_not_fit(started: Started) -> None:

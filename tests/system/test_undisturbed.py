@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from emulated_board import emulator
 from processes import LIMIT
-from system import rows_of, system
+from system import rows_of
 
 from larpixdaq.constants import QUERIES, RUN_ACTIONS
 from larpixdaq.errors import ControlHeld, ProtocolError, RequestError
@@ -49,7 +49,7 @@ registration = {f.__name__[1:]: Routine(f.__name__[1:], f, []) for f in (_spins,
 
 
 @contextmanager
-def undisturbed(folder, rate, *wrong):
+def undisturbed(line, folder, rate, *wrong):
     """An Operator in a run, with four chips of io_group 1 that have not been brought up, and a board of io_group 2 that
     sends `rate` one-word messages/s and publishes regardless.
 
@@ -57,15 +57,13 @@ def undisturbed(folder, rate, *wrong):
     """
     (folder / "routines").mkdir()
     (folder / "routines" / "mine.py").write_text(ROUTINES)
-    (folder / "system").mkdir()
     network = folder / "network.json"
     with (
         emulator("--rate", str(rate), "--queue", str(rate // 2), "--wait-for-go", "--stay") as board,
         emulator("--chips", "4", "--power-on", *wrong, "--write-network", str(network)) as tile,
-        system(folder / "system") as made,
     ):
         where = [board.addresses[0].replace("1=", "2="), tile.addresses[0]]
-        operator = made.start("--routines", folder / "routines", "--pacman", *where)
+        operator = line.start("--routines", folder / "routines", "--pacman", *where)
         operator.load_board(str(network)).result(LIMIT)
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
@@ -80,15 +78,15 @@ def undisturbed(folder, rate, *wrong):
         assert np.count_nonzero(words & (rows["direction"] == 1) & (rows["io_group"] == 2)) == sent > rate
 
 
-def test_routines_that_take_all_they_can(tmp_path):
-    with undisturbed(tmp_path, 200_000) as operator:
+def test_routines_that_take_all_they_can(line, tmp_path):
+    with undisturbed(line, tmp_path, 200_000) as operator:
         for routine in ("spins", "holds", "listens"):
             with pytest.raises(RequestError, match=r"stopped at its time limit of 0\.7 s"):
                 operator.run_routine(routine, time_limit=0.7).result(LIMIT)
 
 
-def test_networks_and_routines_that_go_wrong(tmp_path):
-    with undisturbed(tmp_path, 20_000, "--broken-links", "1-1-11/1-1-12") as operator:
+def test_networks_and_routines_that_go_wrong(line, tmp_path):
+    with undisturbed(line, tmp_path, 20_000, "--broken-links", "1-1-11/1-1-12") as operator:
         result = operator.configure_network(tries=1).result(SLOW)
         assert (result["ok"], result["silent"], result["different"]) == (False, ["1-1-12"], 0)
         request = operator.run_routine("holds")
@@ -119,9 +117,9 @@ def parameters(action):
     return [name for name in inspect.signature(method).parameters if name not in ("self", "call")]
 
 
-def test_nonsense(tmp_path):
+def test_nonsense(line, tmp_path):
     """Every action with every odd value for each of its parameters: one line that speaks of what was asked."""
-    with undisturbed(tmp_path, 20_000) as operator:
+    with undisturbed(line, tmp_path, 20_000) as operator:
         assert operator.configure_network().result(SLOW)["ok"]
         actions = [one for one in operator.actions().result(LIMIT)["LArPix board"] if one not in RUN_ACTIONS]
         asked = [(action, {"nonsense": 1}) for action in actions]
