@@ -170,8 +170,7 @@ def run(child, name, *args, limit=30.0, time_limit=None, **kwargs):
 def child_of(folder):
     child = without_boards(folder)
     yield child
-    if not child.closed:
-        child.close()
+    child.close()
 
 
 @pytest.fixture
@@ -496,7 +495,7 @@ def test_the_child_ends_with_its_parent(folder):
     program = f"""
 import os, sys, select
 from pathlib import Path
-sys.path.append({str(Path(__file__).parent)!r})
+sys.path += {[str(Path(__file__).parent), str(Path(__file__).parents[1] / 'support')]!r}
 from test_routines import without_boards
 class Call:
     def ack(self, text=""): pass
