@@ -126,9 +126,12 @@ class Storage:
         raise RequestError(f"{self.node.name}: another storage has taken this name and continues the run")
 
     def close(self) -> None:
-        self.service.close()
-        self.service.report_to(self.consumer)
-        self.consumer.close()
+        self.service.close_parts()
+        self.service.report_to(self.consumer)  # now, because checksums and commands may take 15 s
+        try:
+            self.service.close()
+        finally:
+            self.consumer.close()
         self.node.close()
         self._lock.release()
 

@@ -261,17 +261,12 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
 
 
 class Worker:
-    """A thread that does jobs in order; turn() hands over their results in the loop that submitted them.
+    """A thread that does jobs in order; turn() hands over their results in the loop that submitted them."""
 
-    Several workers of one loop may share a `waker`: then turn() of each is due when it polls readable, and the loop
-    closes it.
-    """
-
-    def __init__(self, name: str, waker: Waker | None = None) -> None:
+    def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._results: deque[tuple[Callable[[Any], None], Any]] = deque()
-        self._shared = waker is not None
-        self._waker = waker or Waker()
+        self._waker = Waker()
         self._pending = 0  # jobs whose results were not handed over yet
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -310,8 +305,7 @@ class Worker:
         if self._thread.is_alive():
             return False
         self.turn()
-        if not self._shared:
-            self._waker.close()
+        self._waker.close()
         return True
 
     def _run(self) -> None:

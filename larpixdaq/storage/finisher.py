@@ -83,6 +83,7 @@ class Finisher:
         self._left: deque[Path] = deque()  # files whose command has not ended yet
         self._running: subprocess.Popen[bytes] | None = None  # the command of the first of them
         self._ending = False  # the threads read it
+        self._over = False  # no command is started any more
 
     def fileno(self) -> int:
         """Polls readable while work() has something to do."""
@@ -121,6 +122,7 @@ class Finisher:
         if not self._summing.settle(LAST_SUMS):
             log.error("checksums are not ready after %g s: the next start makes those of the newest run", LAST_SUMS)
         self._commands.settle(LAST_COMMANDS)
+        self._over = True
         running = self._running
         for path in self._left:
             if running is not None:
@@ -241,7 +243,9 @@ class Finisher:
                 log.error("no checksum of %s: %s", path, found.strerror or found)
                 return
             finished.sha256 = found
-            if self.command:
+            if self.command and self._over:
+                log.error("%s was not run for %s", self.command[0], path.name)
+            elif self.command:
                 self._left.append(path)
                 if len(self._left) == 1:
                     self._run()

@@ -110,11 +110,15 @@ class StorageService:
         self._answer()
         self.finisher.work()
 
-    def close(self) -> None:
-        """Close all open parts, and wait until they have their final names."""
+    def close_parts(self) -> None:
+        """Close all open parts, and answer all calls. report_to() has the last acknowledgements then."""
         for run in list(self._runs.values()):
             self._close(run, aborted=False)
         self._answer(at_once=True)
+
+    def close(self) -> None:
+        """Close all open parts, and wait until they have their final names."""
+        self.close_parts()
         self.finisher.close()
 
     def supersede(self) -> None:

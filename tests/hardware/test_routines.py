@@ -495,7 +495,7 @@ def test_the_child_ends_with_its_parent(folder):
     program = f"""
 import os, sys, select
 from pathlib import Path
-sys.path += {[str(Path(__file__).parent), str(Path(__file__).parents[1] / 'support')]!r}
+sys.path += {[str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]!r}
 from test_routines import without_boards
 class Call:
     def ack(self, text=""): pass

@@ -781,6 +781,34 @@ def test_a_storage_that_ends_does_not_wait_for_a_long_checksum_and_the_next_make
     rigs().until(lambda: list(tmp_path.glob("*.json")), "the checksum")
 
 
+def test_a_command_whose_checksum_is_late_is_named(
+    rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    goes_on = threading.Event()
+
+    def late(path: Path) -> Any:
+        assert goes_on.wait(LIMIT)
+        return sha256(path)
+
+    sha256 = finisher.sha256
+    monkeypatch.setattr(finisher, "LAST_SUMS", 0.0)
+    monkeypatch.setattr(finisher, "sha256", late)
+    rig, feed = rigs(on_close=(sys.executable, "-c", "")), Feed(RUN)
+    rig.prepare()
+    rig.take(feed.block(rows(10)), feed.end())
+    assert rig.end(1).value["condition"] == "COMPLETE"
+    closing = rig.storage.finisher
+
+    def wait(limit: float) -> bool:
+        goes_on.set()
+        until(lambda: closing._summing._results, "the checksum")
+        return True
+
+    monkeypatch.setattr(closing._commands, "settle", wait)
+    rig.storage.close()
+    assert "was not run for run0000042_20261122T071251Z_000.h5" in caplog.text
+
+
 def test_runs_that_the_core_has_not_announced_have_a_limit(
     rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
