@@ -17,7 +17,7 @@ SOON: Final = (3600, 600, 60)
 
 def time_to_full(status: StorageStatus) -> str:
     """Return `disk full in 12 min at 18 MB/s`, or "" when the disk does not fill."""
-    if status.seconds_left is None:
+    if status.seconds_left is None or status.seconds_left < 0:
         return ""
     return f"disk full in {duration(status.seconds_left)} at {size(status.bytes_per_second)}/s"
 
@@ -25,7 +25,7 @@ def time_to_full(status: StorageStatus) -> str:
 def _level(status: StorageStatus) -> int:
     """Return the number of limits in SOON that the time to full is below."""
     left = status.seconds_left
-    return 0 if left is None else sum(left < limit for limit in SOON)
+    return 0 if left is None or left < 0 else sum(left < limit for limit in SOON)
 
 
 def warnings(storages: list[Component]) -> list[str]:

@@ -59,9 +59,15 @@ def status_lines(found: Facts) -> list[str]:
 def needs_attention(found: Facts) -> bool:
     """Whether a component is LOST or PAUSED, or MISSING in the run."""
     return bool((found.get("run") or {}).get("missing")) or any(
-        not component["alive"] or (isinstance(status := _status(component), StorageStatus) and status.paused)
-        for component in found["components"]
+        not component["alive"] or _is_alarming(component) for component in found["components"]
     )
+
+
+def _is_alarming(component: Facts) -> bool:
+    status = _status(component)
+    if status is None:  # it may say PAUSED in a way that is not understood here
+        return component["kind"] in STATUS and bool(component["status"])
+    return isinstance(status, StorageStatus) and bool(status.paused)
 
 
 def _status(component: Facts) -> Status | None:
@@ -165,7 +171,7 @@ def _producer(status: ProducerStatus) -> list[str]:
 
 
 def _storage(status: StorageStatus) -> list[str]:
-    parts = [f"{size(status.free_bytes)} free"]
+    parts = [] if status.free_bytes is None else [f"{size(status.free_bytes)} free"]
     if status.paused:
         parts.append("PAUSED")
     if left := time_to_full(status):

@@ -479,22 +479,23 @@ class RunControl:
 
     def _abort_strays(self) -> Steps:
         """End, in STOP, the runs that components are still in."""
-        strays = [one for one in self._peers.components.values() if one.run is not None]
+        strays = [(one, one.run) for one in self._peers.components.values() if one.run is not None]
         cancelled = {
-            one.name: Item({"run": one.run}, MONITOR_LIMIT)
-            for one in strays
-            if one.kind != RUN_DATA and (run := self._catalogue.find(one.run)) is not None and run.phase == CANCELLED
+            one.name: Item({"run": number}, MONITOR_LIMIT)
+            for one, number in strays
+            if one.kind != RUN_DATA and (run := self._catalogue.find(number)) is not None and run.phase == CANCELLED
         }
+
+        def left(kind: str) -> list[Component]:
+            """Those that are still in their run: others may have left it since."""
+            return [one for one, run in strays if one.kind == kind and one.run == run and one.name not in cancelled]
+
         yield ComponentRequest("cancel_run", cancelled)
-        strays = [one for one in strays if one.name not in cancelled]
-        producers = {one.name: Item({"run": one.run}, PRODUCER_END_LIMIT) for one in strays if one.kind == PRODUCER}
+        producers = {one.name: Item({"run": one.run}, PRODUCER_END_LIMIT) for one in left(PRODUCER)}
         yield ComponentRequest("abort_run", producers)
-        others: dict[str, Item] = {}
-        for one in strays:
-            if one.kind == STORAGE:
-                others[one.name] = Item({"run": one.run, "how": "aborted", "producers": []}, END_LIMIT)
-            elif one.kind == RUN_DATA:
-                others[one.name] = Item({"run": one.run}, MONITOR_LIMIT)
+        aborted = {"how": "aborted", "producers": []}
+        others = {one.name: Item({"run": one.run} | aborted, END_LIMIT) for one in left(STORAGE)}
+        others |= {one.name: Item({"run": one.run}, MONITOR_LIMIT) for one in left(RUN_DATA)}
         yield ComponentRequest("end_run", others)
         return {"run": None, "condition": "", "rows": 0, "stored": 0, "files": [], "reasons": []}
 

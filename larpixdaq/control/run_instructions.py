@@ -39,7 +39,8 @@ def check_team(producers: list[Component], storages: list[Component]) -> None:
         raise ComponentError(f"prepare_run: the producers' rows have different layouts, a run has one: {which}")
     for one in storages:
         status = one.read_status(StorageStatus)
-        free = one.info.get("free_bytes") if status is None else status.free_bytes
+        free = None if status is None else status.free_bytes
+        free = one.info.get("free_bytes") if free is None else free
         check_free(one.name, str(one.info.get("directory", "?")), free)
 
 

@@ -46,7 +46,7 @@ def take_report(run: Run, name: str, outcome: ComponentAnswer) -> str:
 
 def _counts(end: EpochEnd) -> dict[int, list[int]]:
     """Return the counters of each io_group, in the order of Count."""
-    return {io_group: counts for io_group, *counts in end.counts if len(counts) == len(Count)}
+    return {line[0]: line[1:] for line in end.counts if len(line) == 1 + len(Count)}
 
 
 class RunVerdict(NamedTuple):

@@ -91,11 +91,12 @@ class RequestWorker:
             from larpixdaq.hardware.chip_state import ChipState
             from larpixdaq.hardware.register_map import ChipRegisters
 
-            self._chips = ChipState(ChipRegisters(self._link.setup.asic), self._link)
+            chips = ChipState(ChipRegisters(self._link.setup.asic), self._link)
             try:
-                self._chips.restore()
+                chips.restore()
             except LarpixDaqError as error:  # the board file may be gone
                 print(f"what was known of the chips is forgotten: {error}", flush=True)
+            self._chips = chips
         return self._chips
 
     def _remember(self) -> None:

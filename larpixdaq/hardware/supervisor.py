@@ -242,14 +242,16 @@ class Child:
         return True
 
     def _start(self) -> None:
+        seen = self._witness.everything()
+        setup = msgspec.structs.replace(self._setup, read=seen.read.tobytes(), known=seen.known.tobytes())
+        data = hardware.pack(setup)  # before the start: a child without it takes a request for it
         try:
             self._process.start()
         except OSError as error:
             raise ConfigError(f"the process for routines cannot be started: {error}") from None
         self._inbox = hardware.Inbox(requests=False)
         self._output = RoutineOutput()
-        seen = self._witness.everything()
-        self._tell(msgspec.structs.replace(self._setup, read=seen.read.tobytes(), known=seen.known.tobytes()))
+        self._process.write(data)
 
     def _take(self, message: hardware.FromChild) -> None:
         if isinstance(message, hardware.Listen):

@@ -103,8 +103,8 @@ class StorageEnd(msgspec.Struct):
 class LoadShares(msgspec.Struct):
     """The load of a process in the last seconds, in cores: of its main loop, and of all its threads together."""
 
-    loop: Annotated[float, Meta(ge=0)]
-    process: Annotated[float, Meta(ge=0)]
+    loop: float
+    process: float
 
 
 class ClockReport(msgspec.Struct):
@@ -122,76 +122,79 @@ class BoardReport(msgspec.Struct):
 
     io_group: int
     name: str
-    away_since: Annotated[float, Meta(gt=0, lt=1e11)] | None
-    problem: str  # why it is not connected
-    clock: ClockReport | None
-    setup: list[str]  # contradictions between its data and the producer's options
+    away_since: float | None = None
+    problem: str = ""  # why it is not connected
+    clock: ClockReport | None = None
+    setup: list[str] = []  # contradictions between its data and the producer's options
 
 
 class DeliveryStatus(msgspec.Struct):
-    """The part of a producer's status that is about ring, spool and stream."""
+    """The part of a producer's status that is about ring, spool and stream.
 
-    ring: float  # fraction of the ring in use
-    owed_blocks: int  # blocks that some required storage has not acknowledged
-    inherited: int  # those of predecessors among them
-    spooled_blocks: int
-    spooled_bytes: int
-    nameless: list[str]  # removed files that have no new name
-    made_anew: int  # removed ring files that were made anew
-    kept_aside: list[str]  # damaged files
-    forgotten: list[str]  # storages that are waited for no longer
-    subscribers: list[str]
+    Each field of a status has a default, so that one that lacks a field still raises its other alarms.
+    """
+
+    ring: float = 0.0  # fraction of the ring in use
+    owed_blocks: int = 0  # blocks that some required storage has not acknowledged
+    inherited: int = 0  # those of predecessors among them
+    spooled_blocks: int = 0
+    spooled_bytes: int = 0
+    nameless: list[str] = []  # removed files that have no new name
+    made_anew: int = 0  # removed ring files that were made anew
+    kept_aside: list[str] = []  # damaged files
+    forgotten: list[str] = []  # storages that are waited for no longer
+    subscribers: list[str] = []
 
 
 class ProducerStatus(DeliveryStatus):
-    run: int | None
-    state: str
-    counted_run: int | None  # the run of the counts: this one, or else the last
-    packets: int
-    dropped: int
-    unknown: int
-    bad_parity: int
-    outside_run: int  # packets outside of runs
-    boards: list[BoardReport]
-    verdicts: dict[str, str]  # by io_group
-    finished: bool  # all sources are at their end
-    firmware: dict[str, str]  # by io_group
+    run: int | None = None
+    state: str = ""
+    counted_run: int | None = None  # the run of the counts: this one, or else the last
+    packets: int = 0
+    dropped: int = 0
+    unknown: int = 0
+    bad_parity: int = 0
+    outside_run: int = 0  # packets outside of runs
+    boards: list[BoardReport] = []
+    verdicts: dict[str, str] = {}  # by io_group
+    finished: bool = False  # all sources are at their end
+    firmware: dict[str, str] = {}  # by io_group
     load: LoadShares | None = None
 
 
 class StorageStatus(msgspec.Struct):
-    files: list[str]
-    rows: int
-    bytes: int
-    free_bytes: int
-    bytes_per_second: int
-    seconds_left: Annotated[int, Meta(ge=0)] | None  # until the disk is full, at this rate
-    paused: str  # why nothing is written
-    recovering: list[str]
-    not_recovered: list[str]
-    duplicates: int
-    finished: list[FinishedFile]  # the last ones
-    on_close: str  # why the last command for a finished file has failed
-    on_close_failed: int
+    files: list[str] = []
+    rows: int = 0
+    bytes: int = 0
+    free_bytes: int | None = None
+    bytes_per_second: int = 0
+    seconds_left: int | None = None  # until the disk is full, at this rate
+    paused: str = ""  # why nothing is written
+    recovering: list[str] = []
+    not_recovered: list[str] = []
+    duplicates: int = 0
+    finished: list[FinishedFile] = []  # the last ones
+    on_close: str = ""  # why the last command for a finished file has failed
+    on_close_failed: int = 0
     load: LoadShares | None = None
 
 
 class MonitorStatus(msgspec.Struct):
-    run: int | None
-    rate: float  # packets per second
-    packets: int
-    bad_parity: int
-    skipped_rows: int
-    seen: float  # fraction of the run's rows that were counted
+    run: int | None = None
+    rate: float = 0.0  # packets per second
+    packets: int = 0
+    bad_parity: int = 0
+    skipped_rows: int = 0
+    seen: float = 0.0  # fraction of the run's rows that were counted
     load: LoadShares | None = None
 
 
 class LogStatus(msgspec.Struct):
-    file: str
-    written: int
-    held_back: int
-    lost: int
-    refused: int
+    file: str = ""
+    written: int = 0
+    held_back: int = 0
+    lost: int = 0
+    refused: int = 0
     load: LoadShares | None = None
 
 

@@ -194,8 +194,9 @@ FAILING = {"on_close": "--on-close: copy a.h5: ended with status 1: no such host
         ({"missing": ["Offline storage"]}, {}, True),
         (None, {"alive": False}, True),
         (None, {"status": storage_status(paused="no space left on /data")}, True),
+        (None, {"status": storage_status(rows="nonsense")}, True),
     ],
-    ids=["no run", "well", "missing", "lost", "paused"],
+    ids=["no run", "well", "missing", "lost", "paused", "not understood"],
 )
 def test_what_needs_attention(run, change, wrong):
     components = [component("Log", "log", {}, {}), component("Offline storage", "storage", {}, {}) | change]
@@ -254,11 +255,19 @@ def test_durations():
 
 
 def test_status_of_a_component_that_speaks_otherwise():
-    stranger = component("other", "producer", {}, {"packets": 5})
+    stranger = component("other", "producer", {}, {"packets": "five"})
     assert display.status_lines({"state": "STOP", "run": None, "components": [stranger]}) == [
         "state STOP",
-        "other  alive  packets 5",
+        "other  alive  packets five",
     ]
+
+
+def test_a_status_without_some_fields_raises_its_alarms():
+    """Of a component of another version."""
+    older = {"paused": "no space left on /data", "a later field": 1}
+    facts = {"state": "STOP", "run": None, "components": [component("disk", "storage", {}, older)]}
+    assert display.needs_attention(facts)
+    assert "PAUSED" in display.status_lines(facts)[1]
 
 
 def test_sizes():

@@ -127,6 +127,21 @@ def test_a_run_that_cannot_be_prepared(team, change, why):
     assert team.catalogue.highest() == 0
 
 
+@pytest.mark.parametrize("line", [[], [1], [1, 2, 3]])
+def test_totals_without_all_counters_do_not_stop_the_run_states(team, line, monkeypatch):
+    do(team, "prepare")
+    do(team, "begin")
+    whole = team.value
+
+    def value(name, action, params):
+        wrong = {"counts": [line]} if action == "end_run" and KINDS[name] == "producer" else {}
+        return whole(name, action, params) | wrong
+
+    monkeypatch.setattr(team, "value", value)
+    assert do(team, "end")["condition"] != RunCondition.COMPLETE
+    assert team.runs.state == "STOP"
+
+
 @pytest.mark.parametrize("broken", ["board 2", "disk 1"])
 @pytest.mark.parametrize("how", ["fails", "is silent", "is lost", "talks nonsense"])
 def test_when_a_required_component_fails_prepare_all_go_back(team, broken, how):

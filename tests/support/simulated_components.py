@@ -78,7 +78,8 @@ class World(Team):
 
     def beat(self, name):
         """A heartbeat of a component that is registered."""
-        super().beat(name, self.inside.get(name), self.begun.get(name, False), finished=self.closed.get(name, [])[-16:])
+        status = {"finished": self.closed.get(name, [])[-16:]} if KINDS[name] == "storage" else {}
+        super().beat(name, self.inside.get(name), self.begun.get(name, False), **status)
 
     # the components' side
 
