@@ -184,12 +184,3 @@ def test_help() -> None:
         assert "Launch the data consumer providing the online data monitor" in text
         assert "The address of the DAQ Core, not including port number" in text
         assert "Online monitor" in text
-
-
-def test_without_a_core_it_says_so_in_one_line() -> None:
-    command = [sys.executable, "-m", "larpixdaq.run_data", "--core", "tcp://127.0.0.1:1"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1
-    assert ended.stdout == ""
-    assert ended.stderr.count("\n") == 1
-    assert "no core answers at tcp://127.0.0.1:1" in ended.stderr

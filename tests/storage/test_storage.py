@@ -510,6 +510,7 @@ def test_a_part_that_was_removed_with_its_directory_is_lost_in_words(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("larpixdaq.hdf5.writer.copy_content", full)
+    monkeypatch.setattr("larpixdaq.storage.service.RECOVERY_LIMIT", 0.1)
     rig.end(1)
     assert f"{path} was removed, and cannot be written anew: No space left on device" in caplog.text
     assert not path.exists()
