@@ -215,9 +215,7 @@ class Producer:
         boards = self._boards()
         self._late = self.node.state != "STOP"  # the run goes on already: we have died in it, or come late
         refusals = [board.refusal for board in boards if board.refusal]
-        if (
-            refusals and not self._late
-        ):  # a run that goes on has its layout, and data with half a time are better than none
+        if refusals and not self._late:  # a run that goes on has its layout: better data with half a time than none
             raise StateError("; ".join(refusals))
         self.recorder.begin(run, required)
         self._counted = run

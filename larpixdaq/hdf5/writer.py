@@ -386,17 +386,9 @@ class RunFile:
         self._try(lambda: self._tables.add_text(name, text))
         self._try(self._flush)
 
-    def close(
-        self,
-        *,
-        aborted: bool = False,
-        continued: bool = False,
-        owed: Mapping[BlockOrigin, int] | None = None,
-        texts: Mapping[str, str] | None = None,
-        ended_ns: int = 0,
-    ) -> CloseReport:
-        """seal() and publish() in one: for whoever has the time."""
-        report = self.seal(aborted=aborted, continued=continued, owed=owed, texts=texts, ended_ns=ended_ns)
+    def close(self, **how: Any) -> CloseReport:
+        """Seal and publish, which waits for the disk. `how`: as of seal()."""
+        report = self.seal(**how)
         return report._replace(path=self.publish())
 
     def seal(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from larpixdaq.control.node import Call
 from larpixdaq.errors import FileError
@@ -16,6 +16,7 @@ from larpixdaq.hdf5.writer import CloseReport, RunFile
 from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, Position
 from larpixdaq.storage.limits import Limits
 
+_T = TypeVar("_T")
 #: Seconds before a failed write, rotation or recovery is tried again.
 AGAIN = 5.0
 
@@ -30,6 +31,14 @@ class Ending(NamedTuple):
     awaited: list[tuple[BlockOrigin, int]]
     aborted: bool
     limit: float
+
+
+def newest_part(parts: Sequence[tuple[int, int, str, Path]], read: Callable[[Path], _T]) -> _T | None:
+    """Read the newest of some parts, as names.files_of_storage() lists them, that can be read; None when none can."""
+    for *_, path in reversed(parts):
+        with contextlib.suppress(FileError):
+            return read(path)
+    return None
 
 
 class OpenRun:
@@ -66,7 +75,8 @@ class OpenRun:
         """Open the next part, which begins at these positions. FileError when the disk refuses."""
         parts = names.files_of_storage(self.directory, self.info.storage, self.info.run)
         number = parts[-1][1] + 1 if parts else 0
-        self.file = self._create(number, positions, self._configurations(parts))
+        configurations = newest_part(parts, tables.configurations_of_part) or tables.NO_CONFIGURATIONS
+        self.file = self._create(number, positions, configurations)
         self.failure = ""
         if parts:
             before = parts[-1][3].name.removesuffix(parts[-1][2]) + names.FINISHED
@@ -75,14 +85,6 @@ class OpenRun:
     def _create(self, number: int, positions: Iterable[Position], configurations: CarriedConfigurations) -> RunFile:
         self._opened = time.monotonic()
         return RunFile(self.directory, self.info, number, positions, fsync=self._fsync, configurations=configurations)
-
-    @staticmethod
-    def _configurations(parts: Sequence[Any]) -> CarriedConfigurations:
-        """What the newest part that can be read says of the chips."""
-        for *_, path in reversed(parts):
-            with contextlib.suppress(FileError):
-                return tables.configurations_of_part(path)
-        return tables.NO_CONFIGURATIONS
 
     def announce(self, info: RunInfo) -> None:
         """Take over the core's metadata of a run whose blocks came first. FileError when the disk fails."""

@@ -5,7 +5,6 @@ It has no sockets and no loop of its own: offline_storage.py has these.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import threading
@@ -28,7 +27,7 @@ from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, End, F
 from larpixdaq.storage import open_run
 from larpixdaq.storage.finisher import Finisher
 from larpixdaq.storage.limits import RESERVE, Limits, Space
-from larpixdaq.storage.open_run import Ending, OpenRun
+from larpixdaq.storage.open_run import Ending, OpenRun, newest_part
 from larpixdaq.stream.publisher import WINDOW
 
 log = logging.getLogger(__name__)
@@ -210,7 +209,10 @@ class StorageService:
                 )  # fmt: skip
             self._turned_away = True
             return None
-        info = self._infos.get(frame.run) or self._info_before(frame.run)
+        info = self._infos.get(frame.run)
+        if info is None:
+            parts = names.files_of_storage(self.directory, self.label, frame.run)
+            info = newest_part(parts, tables.read_run_info)
         if info is None:
             code = frame.layout if isinstance(frame, Block) else 2
             info = RunInfo(
@@ -225,13 +227,6 @@ class StorageService:
             self._fail(run, error)
         self._runs[frame.run] = run
         return run
-
-    def _info_before(self, run: int) -> RunInfo | None:
-        """What the newest part of before says of the run."""
-        for *_, path in reversed(names.files_of_storage(self.directory, self.label, run)):
-            with contextlib.suppress(FileError):
-                return tables.read_run_info(path)
-        return None
 
     def _new(self, info: RunInfo, *, announced: bool) -> OpenRun:
         self._infos[info.run] = info
