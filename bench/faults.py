@@ -24,7 +24,6 @@ from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
 from marks import machine, update

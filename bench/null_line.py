@@ -23,7 +23,6 @@ import numpy as np
 import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
 from emulated_board import Emulator
 

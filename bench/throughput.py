@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
 
 from marks import machine
 from saturated import take
