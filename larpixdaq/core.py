@@ -50,11 +50,11 @@ _TAKE_LIMIT: Final = 0.05
 _QUEUE: Final = 100
 #: The loop turns at least this often (s): while something goes on that has time limits, and otherwise. When it has not
 #: for far longer, the core itself stood still.
-_TURN: Final = 0.05
-_IDLE: Final = 0.3
-_STOOD_STILL: Final = 0.5
+_BUSY_TURN: Final = 0.05
+_IDLE_TURN: Final = 0.3
+_MAX_TURN: Final = 0.5
 #: Seconds between two looks whether the run catalogue still has its name.
-_KEEP: Final = 1.0
+_CATALOGUE_INTERVAL: Final = 1.0
 
 
 class Core:
@@ -88,10 +88,10 @@ class Core:
         self._requests = RequestRouter(self._peers, self._control, self._actions, self)
         self._ids = secrets.token_hex(8)
         self._next_id = 0
-        self._told: dict[str, Any] = {}
-        self._keep_at = 0.0
-        self._trouble = ""
-        self._turned = self._drained = time.monotonic()
+        self._last_update: dict[str, Any] = {}
+        self._catalogue_due = 0.0
+        self._catalogue_error = ""
+        self._last_turn = self._drained = time.monotonic()
         self._refusals = 0
         self._refusal_logged = 0.0
         self._shipper = LogShipper("core", self._context)
@@ -103,7 +103,7 @@ class Core:
             _log.warning("--insecure: everybody who reaches %s may control the detector", self.address)
 
     def close(self) -> None:
-        self._shipper.ship(self._current()["log"])
+        self._shipper.ship(self._current_state()["log"])
         self._shipper.close()
         self._context.destroy()
         self._catalogue.close()
@@ -120,42 +120,42 @@ class Core:
     def _timeout(self, now: float) -> int:
         """Milliseconds until something is to be done although no message comes."""
         if self._runs.waits:
-            return round(_TURN * 1000)
-        return wait_ms(min(now + _IDLE, self._peers.due()), now)
+            return round(_BUSY_TURN * 1000)
+        return wait_ms(min(now + _IDLE_TURN, self._peers.due()), now)
 
     def turn(self) -> None:
         """Take in what has come, then look who is lost and what is due."""
         now = time.monotonic()
-        stood = now - self._turned
-        if stood > _STOOD_STILL:
-            self._peers.excuse(stood)
-            self._runs.excuse(stood)
+        stood = now - self._last_turn
+        if stood > _MAX_TURN:
+            self._peers.extend_limits(stood)
+            self._runs.extend_limits(stood)
             self._drained += stood
-        self._turned = now
+        self._last_turn = now
         drained = self._take(now)
         if drained:
             self._drained = now
         # In a flood the socket is never empty, but ZeroMQ takes from all peers in turn: the living ones were heard.
         if drained or now - self._drained > LOST:
             for change in self._peers.check(now):
-                self._changed(change.what, change.peer, now)
+                self._peer_changed(change.what, change.peer, now)
         self._runs.tick(now)
-        self._keep_catalogue(now)
-        self._tell()
-        self._shipper.ship(self._current()["log"])
+        self._check_catalogue(now)
+        self._send_updates()
+        self._shipper.ship(self._current_state()["log"])
         self._actions.load.shares()
 
-    def _keep_catalogue(self, now: float) -> None:
-        if now < self._keep_at:
+    def _check_catalogue(self, now: float) -> None:
+        if now < self._catalogue_due:
             return
-        self._keep_at = now + _KEEP
+        self._catalogue_due = now + _CATALOGUE_INTERVAL
         try:
             if self._catalogue.keep():
                 _log.error("%s: somebody has removed the run catalogue or its lock: made anew", self._catalogue.path)
-            self._trouble = ""
+            self._catalogue_error = ""
         except FileError as error:
-            if self._trouble != str(error):
-                self._trouble = str(error)
+            if self._catalogue_error != str(error):
+                self._catalogue_error = str(error)
                 _log.error("somebody has removed the run catalogue, and it cannot be made anew: %s", error)
 
     def _take(self, now: float) -> bool:
@@ -173,7 +173,7 @@ class Core:
                 known = len(data) <= MAX_REQUEST or any(one.route == route for one in self._peers.components.values())
                 if not known:
                     raise ProtocolError(f"message from {route.hex()}: {len(data)} bytes, the limit is {MAX_REQUEST}")
-                self._sort(unpack_client(data, route.hex()), route, now)
+                self._handle(unpack_client(data, route.hex()), route, now)
             except ProtocolError as error:
                 self._refuse(route, data if len(data) <= MAX_REQUEST else b"", error, now)
             except Exception as error:  # a mistake of ours: whoever asked hears of it, everybody else goes on
@@ -190,11 +190,11 @@ class Core:
             self._refusals, self._refusal_logged = 0, now
         self._send(route, Answer(request=probe(data)[1], kind="error", text=str(error), error="malformed"))
 
-    def _sort(self, message: FromClient, route: bytes, now: float) -> None:
+    def _handle(self, message: FromClient, route: bytes, now: float) -> None:
         if isinstance(message, Register | Open):
             self._register(message, route, now)
             return
-        peer, moved = self._peers.hear(message.session, route, now)
+        peer, moved = self._peers.identify(message.session, route, now)
         if peer is None:
             text = "this session is not known: register again"
             answer = Answer(request=message.request, session=message.session, kind="error", text=text)
@@ -204,13 +204,13 @@ class Core:
         if moved and isinstance(peer, Component):
             self._runs.reconnected(peer)
         if isinstance(message, Bye):
-            self._peers.goodbye(peer)
-            self._changed("closed", peer, now)
+            self._peers.remove(peer)
+            self._peer_changed("closed", peer, now)
         elif isinstance(message, Heartbeat):
             if isinstance(peer, Component):
-                self._peers.beat(peer, message, now)
+                self._peers.take_heartbeat(peer, message, now)
                 self._runs.heard(peer, message, now)
-            self._send(peer.route, Update(request=message.request, session=peer.session, **self._current()))
+            self._send(peer.route, Update(request=message.request, session=peer.session, **self._current_state()))
         elif isinstance(message, Answer) and isinstance(peer, Component):
             if not self._requests.answered(peer, message) and not self._runs.answered(peer, message, now):
                 _log.info("%s answered what nobody waits for", peer.name)
@@ -233,20 +233,20 @@ class Core:
             return
         if isinstance(peer, Component) and not again:
             _log.info("%s (%s) has registered", peer.name, peer.kind)
-        self._send(route, Welcome(session=peer.session, **self._current()))
+        self._send(route, Welcome(session=peer.session, **self._current_state()))
         if isinstance(peer, Component):
             self._runs.registered(peer, now)
 
-    def _changed(self, what: str, peer: Peer, now: float) -> None:
+    def _peer_changed(self, what: str, peer: Peer, now: float) -> None:
         if isinstance(peer, OperatorPeer):
-            self._requests.gone(peer, what)
+            self._requests.peer_removed(peer, what)
             return
         if what == "moving":
             _log.info("%s moves again", peer.name)
             return
         _log.log(logging.INFO if what == "closed" else logging.WARNING, "%s is %s", peer.name, what)
         if what in ("lost", "closed"):
-            self._requests.gone(peer, what)
+            self._requests.peer_removed(peer, what)
             self._runs.lost(peer.name, now)
 
     # The way to others.
@@ -259,7 +259,7 @@ class Core:
         component = self._peers.components.get(name)
         if component is None:
             return False
-        self._tell()  # so that nobody is asked for the next step before it knows of the last one
+        self._send_updates()  # so that nobody is asked for the next step before it knows of the last one
         return self.send_to(component, ActionRequest(request=request, action=action, params=params))
 
     def send_to(self, peer: Peer, message: FromCore) -> bool:
@@ -277,7 +277,7 @@ class Core:
             return False
         return True
 
-    def _current(self) -> dict[str, Any]:
+    def _current_state(self) -> dict[str, Any]:
         """What an Update says to everybody alike."""
         streams = {one.name: one.info.get("stream") for one in self._peers.of_kind(PRODUCER)}
         logs = [one.info.get("log") for one in self._peers.of_kind(LOG)]
@@ -289,12 +289,12 @@ class Core:
             "insecure": self._insecure,
         }
 
-    def _tell(self) -> None:
+    def _send_updates(self) -> None:
         """Tell everybody when something has changed. Each heartbeat is answered with the same, should this get lost."""
-        current = self._current()
-        if current == self._told:
+        current = self._current_state()
+        if current == self._last_update:
             return
-        self._told = current
+        self._last_update = current
         everybody: list[Peer] = [*self._peers.components.values(), *self._peers.operators.values()]
         for peer in everybody:
             self.send_to(peer, Update(**current))

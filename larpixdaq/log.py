@@ -33,14 +33,14 @@ _log = logging.getLogger("larpixdaq.log")
 #: Records taken before anything else is looked after.
 _BATCH: Final = 1000
 #: Maximum bytes of a file, and older files that are kept.
-MOST_BYTES: Final = 64 << 20
-OLDER: Final = 4
+MAX_BYTES: Final = 64 << 20
+OLDER_FILES: Final = 4
 #: Bytes that each component may write at once, and in a second after that; all together 16 times as much.
 BURST: Final = 1 << 20
 RATE: Final = 64 << 10
 _SHARES: Final = 16
 #: Seconds between two lines about what was held back.
-_TELL: Final = 1.0
+_REPORT_INTERVAL: Final = 1.0
 _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160), 0x2028, 0x2029)} | {
     ord("\n"): "\\n",
     ord("\r"): "\\r",
@@ -68,7 +68,7 @@ class LogFile:
         self.lost = 0
         self.refused = 0
         self._throttle = Throttle(RATE, BURST, shares=_SHARES)
-        self._tell_at = 0.0
+        self._report_at = 0.0
         try:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
             self._size = path.stat().st_size
@@ -102,9 +102,9 @@ class LogFile:
 
     def _held_back(self) -> list[bytes]:
         """Lines about the lines that were not written."""
-        if time.monotonic() < self._tell_at:
+        if time.monotonic() < self._report_at:
             return []
-        self._tell_at = time.monotonic() + _TELL
+        self._report_at = time.monotonic() + _REPORT_INTERVAL
         now = time.time()
         return [
             line(LogRecord(now, logging.WARNING, "log", text)).encode("utf-8", "replace")
@@ -114,7 +114,7 @@ class LogFile:
     def _append(self, lines: list[bytes]) -> None:
         try:
             data = b"".join(lines)
-            if self._rotates and self._size + len(data) > MOST_BYTES:
+            if self._rotates and self._size + len(data) > MAX_BYTES:
                 self._rotate()
                 self._size = 0
             self._size += len(data)
@@ -129,7 +129,7 @@ class LogFile:
     def _rotate(self) -> None:
         """Begin a new file, and rename the older ones. A file that cannot be renamed grows on."""
         new = self.path.with_name(f"{self.path.name}.new")
-        older = [self.path.with_name(f"{self.path.name}.{n}") for n in range(OLDER, 0, -1)]
+        older = [self.path.with_name(f"{self.path.name}.{n}") for n in range(OLDER_FILES, 0, -1)]
         try:
             file = open(new, "wb", buffering=0)  # noqa: SIM115
             for renamed, path in pairwise([*older, self.path, new]):

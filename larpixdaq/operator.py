@@ -66,13 +66,13 @@ class Operator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._connection.excuse()  # the exception is enough
+            self._connection.ignore_open_requests()  # the exception is enough
         self.close()
 
     def __repr__(self) -> str:
-        told = self._connection.told
-        run = f", run {told.run}" if told.run is not None else ""
-        return f"<Operator {self._connection.name} at {self._connection.link.core}: {told.state}{run}>"
+        update = self._connection.last_update
+        run = f", run {update.run}" if update.run is not None else ""
+        return f"<Operator {self._connection.name} at {self._connection.link.core}: {update.state}{run}>"
 
     # Run control.
 

@@ -41,7 +41,7 @@ CREATE INDEX IF NOT EXISTS files_of_run ON files (run);
 _NAME: Final = "catalogue.sqlite"
 _HIGHEST: Final = "highest_run"
 #: Older schemas become this one by the tables that they lack: 1 had no `files`.
-_OLDER: Final = (0, 1)
+_OLD_SCHEMAS: Final = (0, 1)
 _COLUMNS: Final = (
     "run",
     "phase",
@@ -93,7 +93,7 @@ class Run(msgspec.Struct, forbid_unknown_fields=True):
     reasons: list[str] = []
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         return self.phase in (ENDED, CANCELLED)
 
 
@@ -107,7 +107,7 @@ class Catalogue:
         #: What was wrong with the catalogue when it was opened, in one line each.
         self.warnings: list[str] = []
         self._lock_path = directory / "catalogue.lock"
-        self._lock = self._locked()
+        self._lock = self._take_lock()
         try:
             check_regular(self.path)
             self._db = self._open_or_replace()
@@ -118,14 +118,14 @@ class Catalogue:
 
     def _open_or_replace(self) -> sqlite3.Connection:
         """Open the catalogue; when it is damaged, a new one with all that can be read of it."""
-        drawn = self._drawn()
-        damage = self._damage()
+        drawn = self._read_highest()
+        damage = self._find_damage()
         if damage and drawn is None:
             raise FileError(
                 f"{self.path}: is damaged ({damage}), and the highest run number is not known: write it into"
                 f" {self._highest_path}, and start again"
             )
-        kept = self._keep_aside() if damage else None
+        kept = self._rename_damaged() if damage else None
         db = self._open()
         try:
             if kept is not None:
@@ -138,14 +138,14 @@ class Catalogue:
             if found < (drawn or 0):
                 self.warnings.append(f"{self.path} ends with run {found}, {drawn} were drawn: numbers continue there")
             elif found != drawn:
-                self._write_drawn(found)
+                self._write_highest(found)
             self._highest = max(found, drawn or 0)
         except BaseException:
             db.close()
             raise
         return db
 
-    def _damage(self) -> str:
+    def _find_damage(self) -> str:
         """What is wrong with the database file, which is only read; empty when all is well, or nothing is there."""
         if not self.path.exists():
             return ""
@@ -164,7 +164,7 @@ class Catalogue:
             return str(error)
         return ""
 
-    def _keep_aside(self) -> Path:
+    def _rename_damaged(self) -> Path:
         """Rename the damaged database and the files that SQLite keeps beside it; its new name."""
         kept = aside(self.path)
         for more in ("-wal", "-shm", ""):
@@ -173,7 +173,7 @@ class Catalogue:
                 beside.rename(kept.with_name(kept.name + more))
         return kept
 
-    def _drawn(self) -> int | None:
+    def _read_highest(self) -> int | None:
         """The highest number ever drawn, by the file of its own; None when nobody has written it, or it is damaged."""
         try:
             text = self._highest_path.read_text("ascii")
@@ -187,7 +187,7 @@ class Catalogue:
             return None
         return int(text)
 
-    def _write_drawn(self, number: int) -> None:
+    def _write_highest(self, number: int) -> None:
         new = self._highest_path.with_name(_HIGHEST + ".new")
         try:
             new.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have removed it
@@ -199,7 +199,7 @@ class Catalogue:
         except OSError as error:
             raise FileError(f"cannot write {self._highest_path}: {error.strerror}") from None
 
-    def _locked(self) -> LockedFile:
+    def _take_lock(self) -> LockedFile:
         try:
             file = open_locked(self._lock_path)
         except FileError:
@@ -226,7 +226,7 @@ class Catalogue:
         except OSError as error:
             raise FileError(f"{self.path.parent}: {error.strerror}") from None
         if not self._lock.in_place():
-            lock = self._locked()
+            lock = self._take_lock()
             self._lock.close()
             self._lock = lock
         if not there:
@@ -245,7 +245,7 @@ class Catalogue:
             self._db.close()
             self._db, self._file = new, os.stat(self.path)
         if not self._highest_path.exists():
-            self._write_drawn(self._highest)
+            self._write_highest(self._highest)
         return True
 
     def _open(self) -> sqlite3.Connection:
@@ -255,7 +255,7 @@ class Catalogue:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.execute("PRAGMA synchronous=FULL")
                 (version,) = db.execute("PRAGMA user_version").fetchone()
-                if version not in (*_OLDER, _SCHEMA):
+                if version not in (*_OLD_SCHEMAS, _SCHEMA):
                     raise FileError(f"{self.path}: made by another larpix-daq (schema {version}, here {_SCHEMA})")
                 db.executescript(_TABLES)
                 db.execute(f"PRAGMA user_version={_SCHEMA}")
@@ -288,7 +288,7 @@ class Catalogue:
         values = [details.pop(column) for column in _COLUMNS]
         values.append(json.dumps(details, separators=(",", ":")))
         if new and run.run > self._highest:
-            self._write_drawn(run.run)
+            self._write_highest(run.run)
             self._highest = run.run
         with self._errors():
             self._db.execute(

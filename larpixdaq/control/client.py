@@ -25,10 +25,10 @@ from larpixdaq.protocol.control import Answer, FromCore, Heartbeat, Open, Update
 #: Responses that nobody has taken yet; of more than that the oldest are forgotten.
 _KEPT: Final = 10_000
 #: What was not acknowledged is sent again after a second; what was, asks for its answer every two.
-_AGAIN: Final = 1.0
-_ASK: Final = 2.0
+_RESEND: Final = 1.0
+_ASK_FOR_ANSWER: Final = 2.0
 #: Seconds that close() waits for answers to requests that nobody has waited for.
-LAST_ANSWERS: Final = 1.0
+CLOSE_WAIT: Final = 1.0
 #: Seconds that IPython waits for a result before it shows what there is.
 _SHOW: Final = 5.0
 
@@ -70,17 +70,17 @@ class _Outcome:
 
     def fail(self, error: LarpixDaqError) -> None:
         self._error = error
-        self._tell()
+        self._report()
 
-    def see(self) -> None:
+    def mark_seen(self) -> None:
         self._unseen.clear()
 
-    def drop(self) -> None:
+    def release(self) -> None:
         """Nobody can look at it any more."""
         self._dropped = True
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._error is None or not self._dropped:
             return
         with contextlib.suppress(Exception):  # it was seen; or there is no stderr any more
@@ -103,18 +103,18 @@ class Request(Generator[Response, None, Any]):
     stderr when the Request is dropped, or at exit.
     """
 
-    def __init__(self, action: str, unheard: Callable[[], float], words: Callable[[Any], str] | None = None) -> None:
+    def __init__(self, action: str, silence: Callable[[], float], words: Callable[[Any], str] | None = None) -> None:
         """`words` says a result in words, where readable() would not do."""
         self.action = action
         self._words = words
-        self._unheard = unheard
+        self._silence = silence
         self._changed = threading.Condition()
         self._waiting: deque[Response] = deque(maxlen=_KEPT)
         self._latest: Response | None = None
         self._final: Response | None = None
         self._closed = False
         self.outcome = _Outcome(action)
-        weakref.finalize(self, self.outcome.drop)
+        weakref.finalize(self, self.outcome.release)
 
     @property
     def done(self) -> bool:
@@ -124,7 +124,7 @@ class Request(Generator[Response, None, Any]):
     @property
     def latest(self) -> Response | None:
         """The last Response that came, None before the first."""
-        return self._look(self._latest)
+        return self._mark_seen(self._latest)
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the result and return its value. Raises what the request failed with; RequestTimeout after `timeout`
@@ -135,7 +135,7 @@ class Request(Generator[Response, None, Any]):
             while self._final is None:
                 self._wait(limit, timeout)
             final = self._final
-        self._look(final)
+        self._mark_seen(final)
         if final.error is not None:
             raise final.error
         return final.value
@@ -154,11 +154,11 @@ class Request(Generator[Response, None, Any]):
                 raise StopIteration
             if self._waiting:
                 response = self._waiting.popleft()
-                self._look(response)
+                self._mark_seen(response)
                 return response
             self._closed = True
             final = self._final
-        self._look(final)
+        self._mark_seen(final)
         if final is not None and final.error is not None:
             raise final.error
         raise StopIteration(final.value if final is not None else None)
@@ -177,10 +177,10 @@ class Request(Generator[Response, None, Any]):
         left = 0.25 if limit is None else min(0.25, limit - time.monotonic())
         if left <= 0:
             raise RequestTimeout(f"{self.action}: no result within {timeout:g} s")
-        silent = self._unheard() > NO_CORE
+        silent = self._silence() > NO_CORE
         came = self._changed.wait(left)
         # Had this process stood still, what the core said meanwhile is heard now.
-        if silent and not came and self._unheard() > NO_CORE:
+        if silent and not came and self._silence() > NO_CORE:
             raise NoCore(f"{self.action}: the core was not heard for {NO_CORE:g} s; it may still do what was asked")
 
     def take(self, response: Response) -> None:
@@ -196,10 +196,10 @@ class Request(Generator[Response, None, Any]):
         if response.error is not None:
             self.outcome.fail(response.error)
 
-    def _look(self, response: Response | None) -> Response | None:
+    def _mark_seen(self, response: Response | None) -> Response | None:
         """Somebody sees this one."""
         if response is not None and response.error is not None:
-            self.outcome.see()
+            self.outcome.mark_seen()
         return response
 
     def __repr__(self) -> str:
@@ -253,7 +253,7 @@ class Connection:
 
     def __init__(self, core: str, name: str) -> None:
         self.name = name
-        self.told = Update()
+        self.last_update = Update()
         self._instance = secrets.token_hex(16)
         self._guard = threading.Lock()
         self._sent: dict[str, _Sent] = {}
@@ -268,7 +268,7 @@ class Connection:
             beat=Heartbeat,
             received=self._receive,
             refused=self._refuse,
-            each_turn=self._turn,
+            each_turn=self._resend,
         )
         self.link.start()
 
@@ -286,8 +286,8 @@ class Connection:
         words: Callable[[Any], str] | None = None,
     ) -> Request:
         """Send a request. A core that is not there gets nothing later either: the Request has failed with NoCore."""
-        request = Request(action, self.link.unheard, words)
-        if self._closed or self.link.unheard() > NO_CORE:
+        request = Request(action, self.link.silence, words)
+        if self._closed or self.link.silence() > NO_CORE:
             why = "this Operator is closed" if self._closed else f"no core is heard at {self.link.core}"
             error = NoCore(f"{action}: {why}")
             request.take(Response("error", "", str(error), error=error))
@@ -299,35 +299,35 @@ class Connection:
                 request=number, action=action, params=params, component=component, kind=kind
             )
             control.pack(message)  # what cannot travel is the caller's mistake, and is told at once
-            self._sent[number] = _Sent(message, weakref.ref(request), request.outcome, time.monotonic() + _AGAIN)
+            self._sent[number] = _Sent(message, weakref.ref(request), request.outcome, time.monotonic() + _RESEND)
         self.link.send(message)
         return request
 
-    def _unheard_of(self) -> bool:
+    def _has_unawaited(self) -> bool:
         """Whether a request is open that nobody has waited for."""
         return any(not sent.outcome.awaited for sent in list(self._sent.values()))
 
-    def excuse(self) -> None:
+    def ignore_open_requests(self) -> None:
         """Do not tell of the requests that are open, whatever becomes of them."""
         for sent in list(self._sent.values()):
             sent.outcome.awaited = True
-            sent.outcome.see()
+            sent.outcome.mark_seen()
 
     def close(self) -> None:
-        """Disconnect. Answers to requests that nobody has waited for are awaited for LAST_ANSWERS seconds: they may be
+        """Disconnect. Answers to requests that nobody has waited for are awaited for CLOSE_WAIT seconds: they may be
         refusals."""
         self._closed = True
-        limit = time.monotonic() + LAST_ANSWERS
-        while self._unheard_of() and time.monotonic() < limit and self.link.unheard() <= NO_CORE:
+        limit = time.monotonic() + CLOSE_WAIT
+        while self._has_unawaited() and time.monotonic() < limit and self.link.silence() <= NO_CORE:
             time.sleep(0.01)
         self.link.close()
         for number, sent in list(self._sent.items()):
             if sent.outcome.awaited:
-                sent.outcome.see()
+                sent.outcome.mark_seen()
             error = NoCore(
                 f"{sent.message.action}: this Operator was closed before the result came; it may have been done"
             )
-            self._give(number, Response("error", "", str(error), error=error))
+            self._deliver(number, Response("error", "", str(error), error=error))
 
     # In the link's thread.
 
@@ -339,7 +339,7 @@ class Connection:
 
     def _receive(self, message: FromCore) -> None:
         if isinstance(message, Update):
-            self.told = message
+            self.last_update = message
             if isinstance(message, Welcome):
                 self._reopened()
         elif isinstance(message, Answer):
@@ -348,12 +348,12 @@ class Connection:
     def _reopened(self) -> None:
         """A new session: the core has forgotten what was asked in the one before."""
         if self._opened.is_set():
-            self.link.withdraw()
+            self.link.take_unsent()
             for number, sent in list(self._sent.items()):
                 error = errors.ComponentError(
                     f"{sent.message.action}: the core was restarted and does not know this request"
                 )
-                self._give(number, Response("error", "core", str(error), error=error))
+                self._deliver(number, Response("error", "core", str(error), error=error))
         self._opened.set()
 
     def _answered(self, answer: Answer) -> None:
@@ -362,18 +362,18 @@ class Connection:
             return
         sent.acknowledged = True
         if answer.kind == "error":
-            self._give(answer.request, _failure(answer))
+            self._deliver(answer.request, _failure(answer))
             return
         try:
             value = control.content(answer)
         except LarpixDaqError as error:
-            self._give(answer.request, Response("error", answer.component, str(error), error=error))
+            self._deliver(answer.request, Response("error", answer.component, str(error), error=error))
             return
-        self._give(
+        self._deliver(
             answer.request, Response(answer.kind, answer.component, answer.text, value, answer.done, answer.total)
         )
 
-    def _give(self, number: str, response: Response) -> None:
+    def _deliver(self, number: str, response: Response) -> None:
         with self._guard:
             sent = self._sent.get(number)
             if sent is not None and response.kind in ("result", "error"):
@@ -384,19 +384,19 @@ class Connection:
         elif sent is not None and response.error is not None:
             sent.outcome.fail(response.error)
 
-    def _turn(self) -> bool:
+    def _resend(self) -> bool:
         """Answers and requests may be lost with a connection: ask again, also for dropped Requests, which may fail."""
-        if self.link.unheard() > NO_CORE:
-            for message in self.link.withdraw():
+        if self.link.silence() > NO_CORE:
+            for message in self.link.take_unsent():
                 sent = self._sent.get(message.request)
                 if sent is not None and not sent.acknowledged:
                     error = NoCore(f"{sent.message.action}: the core at {self.link.core} has not acknowledged it")
-                    self._give(message.request, Response("error", "", str(error), error=error))
+                    self._deliver(message.request, Response("error", "", str(error), error=error))
             return True
         now = time.monotonic()
         for sent in list(self._sent.values()):
-            if now >= sent.next and self.link.unheard() < 2 * HEARTBEAT:
-                sent.next = now + (_ASK if sent.acknowledged else _AGAIN)
+            if now >= sent.next and self.link.silence() < 2 * HEARTBEAT:
+                sent.next = now + (_ASK_FOR_ANSWER if sent.acknowledged else _RESEND)
                 sent.message.again = sent.acknowledged
                 self.link.send(sent.message)
         return True

@@ -44,13 +44,13 @@ _log = logging.getLogger("larpixdaq.control.connection")
 #: Messages that wait while the core is away; the oldest go first.
 _OUTBOX: Final = 10_000
 #: What the socket did not take is tried again after this (s).
-_SOON: Final = 0.02
+_RETRY: Final = 0.02
 #: At closing, what is still to be sent has so long (s): less than it takes to count as lost.
 _LINGER: Final = 0.5
-_KEPT: Final = 1024
-#: Answers larger than _LARGE are kept up to _ROOM bytes in all: a thousand results with arrays would be gigabytes.
+_MAX_KEPT: Final = 1024
+#: Answers larger than _LARGE are kept up to _MAX_BYTES bytes in all: a thousand results with arrays would be gigabytes.
 _LARGE: Final = 4096
-_ROOM: Final = 8 << 20
+_MAX_BYTES: Final = 8 << 20
 
 
 class CoreConnection:
@@ -83,7 +83,7 @@ class CoreConnection:
         self._outbox: deque[FromClient] = deque(maxlen=_OUTBOX)
         self._waker = Waker()
         self._closing = False
-        self._due = 0.0  # when the next heartbeat is
+        self._beat_due = 0.0  # when the next heartbeat is
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._connect()
         self._thread = threading.Thread(target=self._run, name=f"link of {name}", daemon=True)
@@ -106,13 +106,13 @@ class CoreConnection:
         self._outbox.append(message)
         self._waker.wake()
 
-    def withdraw(self) -> list[FromClient]:
+    def take_unsent(self) -> list[FromClient]:
         """Take back what was not sent yet; only from within the thread."""
         unsent = list(self._outbox)
         self._outbox.clear()
         return unsent
 
-    def unheard(self) -> float:
+    def silence(self) -> float:
         """Seconds since the core was heard; infinite before the first time."""
         return time.monotonic() - self.heard if self.heard else float("inf")
 
@@ -132,53 +132,53 @@ class CoreConnection:
         try:
             while not self._closing:
                 # Something waits that the socket did not take: soon again, not at the next heartbeat only.
-                limit = _SOON if self._outbox and self.session else HEARTBEAT
+                limit = _RETRY if self._outbox and self.session else HEARTBEAT
                 now = time.monotonic()
-                ready = dict(poller.poll(wait_ms(min(now + limit, self._due), now)))
+                ready = dict(poller.poll(wait_ms(min(now + limit, self._beat_due), now)))
                 if self._waker.fileno() in ready:
                     self._waker.clear()
                 try:
                     self._turn()
                 except Exception:  # a mistake of ours must not cost the component its core
                     _log.exception("a turn of the link to the core at %s has failed", self.core)
-                    self._due = time.monotonic() + HEARTBEAT
-            self._last_words()
+                    self._beat_due = time.monotonic() + HEARTBEAT
+            self._send_rest()
         except Exception:
             _log.exception("the link to the core at %s has failed", self.core)
         finally:
             self._finish()
 
     def _turn(self) -> None:
-        self._take()
+        self._receive_all()
         now = time.monotonic()
-        if now >= self._due:
-            said = self._say(self._beat_now() if self.session else self._hello())
-            self._due = next_beat(now, HEARTBEAT) if said else now + _SOON  # not connected yet: try again soon
+        if now >= self._beat_due:
+            said = self._transmit(self._stamped_beat() if self.session else self._hello())
+            self._beat_due = next_beat(now, HEARTBEAT) if said else now + _RETRY  # not connected yet: try again soon
         self._flush()
         self._each_turn()
 
-    def _beat_now(self) -> Heartbeat:
+    def _stamped_beat(self) -> Heartbeat:
         beat = self._beat()
         beat.stamp()
         return beat
 
-    def _last_words(self) -> None:
+    def _send_rest(self) -> None:
         limit = time.monotonic() + _LINGER
         while time.monotonic() < limit:
             self._flush()
             if self._each_turn() and not (self._outbox and self.session):
                 break
             self._socket.poll(10)
-            self._take()
+            self._receive_all()
         if self.session:
-            self._say(Bye())
+            self._transmit(Bye())
 
     def _finish(self) -> None:
         self._socket.close()
         self.context.destroy()
         self._waker.close()
 
-    def _say(self, message: FromClient) -> bool:
+    def _transmit(self, message: FromClient) -> bool:
         message.session = self.session
         try:
             data = pack(message)
@@ -186,7 +186,7 @@ class CoreConnection:
             _log.error("%s", error)
             if isinstance(message, Heartbeat):
                 message.status = None
-                return self._say(message)
+                return self._transmit(message)
             if isinstance(message, Register | Open):  # it will not get smaller
                 self._refused(Answer(kind="error", error="malformed", text=str(error)))
             return True
@@ -199,11 +199,11 @@ class CoreConnection:
     def _flush(self) -> None:
         while self.session and self._outbox:
             message = self._outbox.popleft()  # first, so that one that cannot go does not hold up the others
-            if not self._say(message):
+            if not self._transmit(message):
                 self._outbox.appendleft(message)
                 break
 
-    def _take(self) -> None:
+    def _receive_all(self) -> None:
         for _ in range(1000):
             try:
                 data: Any = self._socket.recv(zmq.NOBLOCK)
@@ -219,9 +219,9 @@ class CoreConnection:
                     self.send(Answer(request=request, kind="error", error="malformed", text=str(error)))
                 continue
             self.heard = time.monotonic()
-            self._sort(message)
+            self._handle(message)
 
-    def _sort(self, message: FromCore) -> None:
+    def _handle(self, message: FromCore) -> None:
         if isinstance(message, Welcome):
             if message.session == self.session:
                 return  # the answer to a second registration, sent because the first answer took long
@@ -229,7 +229,7 @@ class CoreConnection:
         elif isinstance(message, Answer) and message.error == "unknown_session":
             if message.session == self.session:  # otherwise it speaks of one that we have left behind
                 self.session = ""
-                self._say(self._hello())
+                self._transmit(self._hello())
             return
         elif isinstance(message, Answer) and message.error and not self.session:
             self._refused(message)
@@ -249,12 +249,12 @@ class RecentRequests:
         self._large: deque[tuple[str, int]] = deque()
         self._bytes = 0
 
-    def seen(self, request: str) -> bool:
+    def is_repeat(self, request: str) -> bool:
         """Whether this id came before; from now on it has."""
         if request in self._answers:
             return True
         self._answers[request] = None
-        if len(self._answers) > _KEPT:
+        if len(self._answers) > _MAX_KEPT:
             finished = next((key for key, answer in self._answers.items() if answer is not None), None)
             if finished is not None:
                 del self._answers[finished]
@@ -276,7 +276,7 @@ class RecentRequests:
             return
         self._large.append((request, size))
         self._bytes += size
-        while self._bytes > _ROOM:
+        while self._bytes > _MAX_BYTES:
             oldest, size = self._large.popleft()
             self._bytes -= size
             if oldest in self._answers:  # that it was done is not forgotten

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from larpixdaq.control.registry import MOST_COMPONENTS, Component
+from larpixdaq.control.registry import MAX_COMPONENTS, Component
 from larpixdaq.protocol.reports import StorageStatus
 from larpixdaq.runtime.units import duration, size
 
 _log = logging.getLogger("larpixdaq.core")
 
 #: A disk that is full sooner than this (s), at the rate at which it fills, is worth a warning; then again at each.
-SOON: Final = (3600, 600, 60)
+WARNING_LIMITS: Final = (3600, 600, 60)
 
 
 def time_to_full(status: StorageStatus) -> str:
@@ -23,9 +23,9 @@ def time_to_full(status: StorageStatus) -> str:
 
 
 def _level(status: StorageStatus) -> int:
-    """Return the number of limits in SOON that the time to full is below."""
+    """Return the number of limits in WARNING_LIMITS that the time to full is below."""
     left = status.seconds_left
-    return 0 if left is None or left < 0 else sum(left < limit for limit in SOON)
+    return 0 if left is None or left < 0 else sum(left < limit for limit in WARNING_LIMITS)
 
 
 def warnings(storages: list[Component]) -> list[str]:
@@ -39,16 +39,16 @@ def warnings(storages: list[Component]) -> list[str]:
     ]
 
 
-class SpaceWatch:
+class DiskWatch:
     """Tells the log when a disk begins to run out, as often as it gets worse, not at each heartbeat."""
 
     def __init__(self) -> None:
-        self._told: dict[str, tuple[str, int]] = {}  # by storage: why it is paused, how near its disk is to full
+        self._logged: dict[str, tuple[str, int]] = {}  # by storage: why it is paused, how near its disk is to full
 
     def take(self, name: str, status: StorageStatus) -> None:
         """Take the status in a storage's heartbeat."""
         paused, level = status.paused, _level(status)
-        before_paused, before_level = self._told.get(name, ("", 0))
+        before_paused, before_level = self._logged.get(name, ("", 0))
         if paused != before_paused:
             if paused:
                 _log.error("%s is not writing: %s", name, paused)
@@ -57,6 +57,6 @@ class SpaceWatch:
         if level > before_level:
             _log.warning("%s: %s", name, time_to_full(status))
         # Up to the next limit and back again is no news.
-        while len(self._told) > MOST_COMPONENTS:
-            del self._told[next(iter(self._told))]
-        self._told[name] = (paused, level if not level else max(level, before_level))
+        while len(self._logged) > MAX_COMPONENTS:
+            del self._logged[next(iter(self._logged))]
+        self._logged[name] = (paused, level if not level else max(level, before_level))

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from larpixdaq.constants import RUN_DATA
-from larpixdaq.control.disk_watch import SOON, time_to_full
+from larpixdaq.control.disk_watch import WARNING_LIMITS, time_to_full
 from larpixdaq.errors import printable
 from larpixdaq.protocol.reports import (
     STATUS,
@@ -29,7 +29,7 @@ from larpixdaq.runtime.units import size, utc
 
 Facts = dict[str, Any]
 #: Of a longer table the first and the last rows are shown, so many in all; of a longer array numpy's summary.
-SHOWN: Final = 20
+MAX_SHOWN: Final = 20
 #: What our answers call a time (unix s).
 _TIMES: Final = frozenset({"time", "since", "prepared", "begun", "ended", "started", "start", "last"})
 
@@ -52,7 +52,7 @@ def status_lines(found: Facts) -> list[str]:
     if "load" in found:
         shown.append(f"{'core':<{width}}  alive  {load_words(found['load'])}")
     for component in found["components"]:
-        shown.append(f"{component['name']:<{width}}  {_liveness(component):<5}  {_words(component)}".rstrip())
+        shown.append(f"{component['name']:<{width}}  {_liveness(component):<5}  {_details(component)}".rstrip())
     return shown
 
 
@@ -78,7 +78,7 @@ def _status(component: Facts) -> Status | None:
         return None
 
 
-def _words(component: Facts) -> str:
+def _details(component: Facts) -> str:
     facts, status = component["status"], _status(component)
     if facts and status is None:
         return ", ".join(f"{name} {value}" for name, value in facts.items())
@@ -123,7 +123,7 @@ def _alarms(component: Facts) -> list[str]:
         if status.paused:
             found.append(f"PAUSED: {name} is not writing: {status.paused}")
         found += [f"NOT RECOVERED: {name}: {text}" for text in status.not_recovered]
-        if status.seconds_left is not None and status.seconds_left < SOON[0]:
+        if status.seconds_left is not None and status.seconds_left < WARNING_LIMITS[0]:
             found.append(f"DISK NEARLY FULL: {name}: {time_to_full(status)}")
         if status.on_close:
             found.append(f"COMMAND FAILED: {name}: {status.on_close}")
@@ -132,11 +132,11 @@ def _alarms(component: Facts) -> list[str]:
         found += [
             f"DAMAGED FILE KEPT: {name}: {path} could not be read whole; move it away" for path in status.kept_aside
         ]
-        found += [f"{board.name}: {away}" for board in status.boards if (away := _away(board))]
+        found += [f"{board.name}: {away}" for board in status.boards if (away := _disconnection(board))]
     return found
 
 
-def _away(board: BoardReport) -> str:
+def _disconnection(board: BoardReport) -> str:
     if board.away_since is None:
         return ""
     return f"NOT CONNECTED since {utc(board.away_since)}" + (f" ({board.problem})" if board.problem else "")
@@ -155,7 +155,7 @@ def _producer(status: ProducerStatus) -> list[str]:
     verdicts = status.verdicts.items()
     parts += [f"io_group {io_group} is {verdict}" for io_group, verdict in verdicts if verdict != "complete"]
     for board in status.boards:
-        lines = [_away(board), *board.setup, board.clock.text if board.clock is not None else ""]
+        lines = [_disconnection(board), *board.setup, board.clock.text if board.clock is not None else ""]
         parts += [f"io_group {board.io_group}: {line}" for line in lines if line]
     if status.owed_blocks:
         parts.append(f"{status.owed_blocks} blocks pending (ring {status.ring:.0%} full)")
@@ -250,7 +250,7 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, float | np.floating):
         return utc(float(value)) if name in _TIMES and value > 1e8 else _number(float(value))
     if isinstance(value, np.ndarray):
-        return np.array2string(value, threshold=SHOWN, max_line_width=10_000)
+        return np.array2string(value, threshold=MAX_SHOWN, max_line_width=10_000)
     return "\n".join(map(printable, str(value).split("\n")))
 
 
@@ -277,8 +277,8 @@ def _table(rows: Any) -> str:
     count = len(rows)
     if not count:
         return f"no rows of {', '.join(names)}"
-    left_out = max(0, count - SHOWN)
-    shown = [*rows[: count - left_out - SHOWN // 2], *rows[-(SHOWN // 2) :]] if left_out else list(rows)
+    left_out = max(0, count - MAX_SHOWN)
+    shown = [*rows[: count - left_out - MAX_SHOWN // 2], *rows[-(MAX_SHOWN // 2) :]] if left_out else list(rows)
 
     def used(name: str) -> bool:
         # Looked at in all rows, not only in those shown: where somebody looks must not change the columns.
@@ -302,5 +302,5 @@ def _aligned(columns: Sequence[str], rows: Sequence[Any], left_out: int) -> list
 
     lines = [line(columns), *map(line, cells)]
     if left_out:
-        lines.insert(1 + SHOWN // 2, f"... {left_out} more ...")
+        lines.insert(1 + MAX_SHOWN // 2, f"... {left_out} more ...")
     return lines

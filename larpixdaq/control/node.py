@@ -88,20 +88,20 @@ class Node:
         self._info, self._status = info, status
         self._on_name_taken = on_name_taken
         self._instance = secrets.token_hex(16)
-        self._engaged: int | None = None  # the run that prepare_run brought us into; no end_run yet
+        self._joined_run: int | None = None  # the run that prepare_run brought us into; no end_run yet
         self._begun = False
         self._beat = Heartbeat()
         self._load = Load()
         self._status_due = 0.0
-        self._turned: float | None = None  # when the main loop last called report()
-        self._beaten = 0.0
+        self._loop_turned: float | None = None  # when the main loop last called report()
+        self._last_beat = 0.0
         self._inbox: deque[FromCore] = deque()
-        self._told: tuple[str, str, int | None, dict[str, str]] | None = None
+        self._known_state: tuple[str, str, int | None, dict[str, str]] | None = None
         self._recent = RecentRequests()
         self._ready = Waker()
         self._refused_since = 0.0
         self._refusal: Answer | None = None
-        self._taken = self._gave_up = False
+        self._name_taken = self._name_loss_reported = False
         self._log_address = ""
         self._closed = False
         try:
@@ -141,13 +141,13 @@ class Node:
             if signals is not None and signals.stop:
                 raise Stopped(signal.SIGTERM)
             refusal = self._refusal
-            if refusal is not None and (refusal.error != "name_taken" or self._taken):
+            if refusal is not None and (refusal.error != "name_taken" or self._name_taken):
                 raise RequestError(f"{self.name}: {refusal.text}")
             # Also a core that has refused the name may die meanwhile.
             if not self._inbox and time.monotonic() - max(started, self._link.heard) > limit:
                 raise NoCore(f"no core answers at {self._link.core} (waited {limit:g} s)")
             while self._inbox and not self.session:
-                self._take_in(self._inbox.popleft())
+                self._apply(self._inbox.popleft())
         if self._inbox:  # what the core asks has to wait for dispatch(), when all is ready for it
             self._ready.wake()
         _log.info("%s is registered with the core at %s", self.name, self._link.core)
@@ -160,9 +160,9 @@ class Node:
         """Run the actions that wait, in this thread, and take over what the core told."""
         self._ready.clear()
         while self._inbox:
-            self._take_in(self._inbox.popleft())
-        if self._taken:
-            self._taken = False
+            self._apply(self._inbox.popleft())
+        if self._name_taken:
+            self._name_taken = False
             if self._on_name_taken is None:
                 raise RequestError(f"{self.name}: another component has taken this name")
             self._on_name_taken()
@@ -178,7 +178,7 @@ class Node:
 
         Work without progress for 1 s reads `stuck`, and so does a loop that turns no more.
         """
-        self._turned = now = time.monotonic()
+        self._loop_turned = now = time.monotonic()
         status = None
         if self._status is not None and now >= self._status_due:
             self._status_due = next_beat(now, HEARTBEAT)
@@ -204,15 +204,15 @@ class Node:
         self._shipper.close()
         self._ready.close()
 
-    def _take_in(self, message: FromCore) -> None:
+    def _apply(self, message: FromCore) -> None:
         if isinstance(message, ActionRequest):
-            self._act(message)
+            self._run_action(message)
         elif isinstance(message, Update):  # which _receive() lets pass only when it brings a change
             self.session, self.state = message.session, message.state
             self.run, self.producers = message.run, message.producers
             self.changes += 1
 
-    def _act(self, request: ActionRequest) -> None:
+    def _run_action(self, request: ActionRequest) -> None:
         call = Call(request, self._answer)
         try:
             try:
@@ -242,19 +242,19 @@ class Node:
 
     def _answer(self, call: Call, answer: Answer) -> None:
         if answer.kind == "result":
-            self._engage(call)
+            self._note_run(call)
         if answer.kind in ("result", "error"):
             self._recent.keep(call.request, answer)
         self._link.send(answer)
 
-    def _engage(self, call: Call) -> None:
+    def _note_run(self, call: Call) -> None:
         """Remember which run we are in, for a core that asks at registration."""
         if call.action == "prepare_run":
-            self._engaged, self._begun = call.params.get("run"), False
+            self._joined_run, self._begun = call.params.get("run"), False
         elif call.action == "begin_run":
             self._begun = True
-        elif call.action in ("end_run", "abort_run", "cancel_run") and call.params.get("run") == self._engaged:
-            self._engaged, self._begun = None, False
+        elif call.action in ("end_run", "abort_run", "cancel_run") and call.params.get("run") == self._joined_run:
+            self._joined_run, self._begun = None, False
 
     # Called in the link's thread.
 
@@ -265,45 +265,47 @@ class Node:
             instance=self._instance,
             actions=sorted(self._actions),
             info={**self._info, **process_identity()},
-            run=self._engaged,
+            run=self._joined_run,
             begun=self._begun,
         )
 
     def _heartbeat(self) -> Heartbeat:
         now, beat = time.monotonic(), self._beat
-        if self._turned is not None and now - self._beaten > 2 * HEARTBEAT:
-            self._turned = now  # this thread stood still too: so did the whole process, and its loop is not to blame
-        self._beaten = now
-        idle = 0.0 if self._turned is None else max(0.0, now - self._turned)
+        if self._loop_turned is not None and now - self._last_beat > 2 * HEARTBEAT:
+            self._loop_turned = (
+                now  # this thread stood still too: so did the whole process, and its loop is not to blame
+            )
+        self._last_beat = now
+        idle = 0.0 if self._loop_turned is None else max(0.0, now - self._loop_turned)
         return Heartbeat(
             progress=beat.progress,
-            queued=beat.queued + self._waiting(),
+            queued=beat.queued + self._waiting_requests(),
             idle=round(idle, 3),
-            run=self._engaged,
+            run=self._joined_run,
             begun=self._begun,
             status=beat.status,
         )
 
-    def _waiting(self) -> int:
+    def _waiting_requests(self) -> int:
         return sum(isinstance(message, ActionRequest) for message in list(self._inbox))
 
     def _receive(self, message: FromCore) -> None:
         if isinstance(message, Welcome):
-            self._refusal, self._gave_up = None, False
+            self._refusal, self._name_loss_reported = None, False
         if isinstance(message, Update):
             self._log_address = message.log
             told = (message.session, message.state, message.run, message.producers)
-            if told == self._told:
+            if told == self._known_state:
                 return
-            self._told = told
+            self._known_state = told
         elif isinstance(message, ActionRequest):
-            if self._recent.seen(message.request):
+            if self._recent.is_repeat(message.request):
                 # The core asks again: its request or our answer may have been lost with a connection.
                 answer = self._recent.answer(message.request)
                 if answer is not None:
                     self._link.send(answer)
                 return
-            if self._waiting() >= _MAX_WAITING:
+            if self._waiting_requests() >= _MAX_WAITING:
                 text = f"{self.name} is busy: {_MAX_WAITING} requests wait already"
                 self._link.send(Answer(request=message.request, kind="error", text=text, error="failed"))
                 return
@@ -314,8 +316,8 @@ class Node:
         now = time.monotonic()
         if self._refusal is None or self._refusal.error != answer.error:
             self._refused_since = now
-        if answer.error == "name_taken" and now - self._refused_since > PATIENCE and not self._gave_up:
-            self._taken = self._gave_up = True
+        if answer.error == "name_taken" and now - self._refused_since > PATIENCE and not self._name_loss_reported:
+            self._name_taken = self._name_loss_reported = True
         self._refusal = answer
         self._ready.wake()
 

@@ -21,10 +21,10 @@ _T = TypeVar("_T")
 #: An Operator's session is kept this long (s) after it was last heard, so that a busy program finds its answers.
 _FORGET_OPERATOR: Final = 60.0
 #: Maximum number of components, and of Operators, at once.
-MOST_COMPONENTS: Final = 100
-MOST_OPERATORS: Final = 256
+MAX_COMPONENTS: Final = 100
+MAX_OPERATORS: Final = 256
 #: Lost components that `status` still shows, and for how long (s).
-_LOST_SHOWN: Final = 20
+_MAX_LOST: Final = 20
 _LOST_KEPT: Final = 12 * 3600.0
 
 
@@ -65,7 +65,7 @@ class Component(Peer):
     progress: int = 0
     queued: int = 0
     status: dict[str, Any] = field(default_factory=dict)
-    moved: float = 0.0  # when progress last moved, or nothing was queued
+    progressed: float = 0.0  # when progress last moved, or nothing was queued
     busy: bool = False  # work is queued, or its main loop does not turn
     stuck: bool = False
     _understood: bool = True
@@ -109,10 +109,10 @@ class Registry:
 
     def register(self, message: Register, route: bytes, now: float) -> Component:
         """Take a component in; NameTaken while another process of this name counts as living, TooMany when there are
-        MOST_COMPONENTS already."""
+        MAX_COMPONENTS already."""
         there = self.components.get(message.name)
-        if there is None and len(self.components) >= MOST_COMPONENTS:
-            raise TooMany(f"{message.name!r} cannot be registered: there are {MOST_COMPONENTS} components already")
+        if there is None and len(self.components) >= MAX_COMPONENTS:
+            raise TooMany(f"{message.name!r} cannot be registered: there are {MAX_COMPONENTS} components already")
         if there is not None and there.instance != message.instance:
             raise NameTaken(
                 f"the name {message.name!r} is in use by a {there.kind} ({_process(there.info)}) last heard "
@@ -130,7 +130,7 @@ class Registry:
             info=message.info,
             run=message.run,
             begun=message.begun,
-            moved=now,
+            progressed=now,
         )
         self.components[component.name] = component
         self._sessions[component.session] = component
@@ -138,19 +138,19 @@ class Registry:
 
     def open(self, message: Open, route: bytes, now: float) -> OperatorPeer:
         """Take an Operator in; one whose first answer was slow gets the same session again. TooMany when there are
-        MOST_OPERATORS already."""
+        MAX_OPERATORS already."""
         for peer in self.operators.values():
             if peer.instance == message.instance:
                 peer.route, peer.heard = route, now
                 return peer
-        if len(self.operators) >= MOST_OPERATORS:
-            raise TooMany(f"{message.name!r} cannot be served: there are {MOST_OPERATORS} Operators already")
+        if len(self.operators) >= MAX_OPERATORS:
+            raise TooMany(f"{message.name!r} cannot be served: there are {MAX_OPERATORS} Operators already")
         peer = OperatorPeer(secrets.token_hex(16), route, message.name, message.instance, now)
         self.operators[peer.session] = peer
         self._sessions[peer.session] = peer
         return peer
 
-    def hear(self, session: str, route: bytes, now: float) -> tuple[Peer | None, bool]:
+    def identify(self, session: str, route: bytes, now: float) -> tuple[Peer | None, bool]:
         """The peer of this session (None: unknown or void), and whether its connection is a new one."""
         peer = self._sessions.get(session)
         if peer is None:
@@ -159,15 +159,15 @@ class Registry:
         peer.route, peer.heard = route, now
         return peer, moved
 
-    def beat(self, component: Component, message: Heartbeat, now: float) -> None:
+    def take_heartbeat(self, component: Component, message: Heartbeat, now: float) -> None:
         if message.progress != component.progress or not message.queued:
-            component.moved = now - message.idle  # that was when its main loop said so
+            component.progressed = now - message.idle  # that was when its main loop said so
         component.busy = message.queued > 0 or message.idle > 2 * HEARTBEAT
         component.progress, component.queued = message.progress, message.queued
         if message.status is not None:
             component.status = message.status
 
-    def goodbye(self, peer: Peer) -> None:
+    def remove(self, peer: Peer) -> None:
         self._sessions.pop(peer.session, None)
         self.operators.pop(peer.session, None)
         if isinstance(peer, Component):
@@ -178,13 +178,13 @@ class Registry:
         found: list[Change] = []
         for component in list(self.components.values()):
             if now - component.heard > LOST:
-                self.goodbye(component)
+                self.remove(component)
                 self.lost[component.name] = (component.heard, component)
-                while len(self.lost) > _LOST_SHOWN:
+                while len(self.lost) > _MAX_LOST:
                     del self.lost[next(iter(self.lost))]
                 found.append(Change("lost", component))
                 continue
-            stuck = component.busy and now - component.moved > STUCK
+            stuck = component.busy and now - component.progressed > STUCK
             if stuck != component.stuck:
                 component.stuck = stuck
                 found.append(Change("stuck" if stuck else "moving", component))
@@ -192,7 +192,7 @@ class Registry:
             del self.lost[name]
         for peer in list(self.operators.values()):
             if now - peer.heard > _FORGET_OPERATOR:
-                self.goodbye(peer)
+                self.remove(peer)
                 found.append(Change("gone", peer))
         return found
 
@@ -202,15 +202,15 @@ class Registry:
         for component in self.components.values():
             due = min(due, component.heard + LOST)
             if component.busy and not component.stuck:
-                due = min(due, component.moved + STUCK)
+                due = min(due, component.progressed + STUCK)
         return due
 
-    def excuse(self, seconds: float) -> None:
+    def extend_limits(self, seconds: float) -> None:
         """The core itself stood still for so long: what others sent meanwhile may not have reached it yet."""
         for peer in self._sessions.values():
             peer.heard += seconds
             if isinstance(peer, Component):
-                peer.moved += seconds
+                peer.progressed += seconds
 
     def of_kind(self, kind: str) -> list[Component]:
         """The living components of a kind, the one first registered first."""

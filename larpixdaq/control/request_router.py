@@ -24,10 +24,10 @@ from larpixdaq.version import VERSION
 
 _log = logging.getLogger("larpixdaq.core")
 #: What an Operator may ask for without naming it.
-_IN_WORDS: Final = {PRODUCER: "producer", RUN_DATA: "online monitor"}
+_KIND_NAMES: Final = {PRODUCER: "producer", RUN_DATA: "online monitor"}
 
 
-class _None(msgspec.Struct, forbid_unknown_fields=True):
+class _NoParams(msgspec.Struct, forbid_unknown_fields=True):
     pass
 
 
@@ -72,17 +72,21 @@ class CoreActions:
         self.load = Load()
         #: Parameters, handler, and whether the action needs control. A handler that returns None answers by `reply`.
         self._actions: Final[dict[str, tuple[type[Any], Callable[[_CoreRequest], Any], bool]]] = {
-            "state": (_None, lambda request: runs.state, False),
-            "components": (_None, lambda request: peers.describe(request.now), False),
+            "state": (_NoParams, lambda request: runs.state, False),
+            "components": (_NoParams, lambda request: peers.describe(request.now), False),
             "actions": (_Actions, self._list_actions, False),
-            "status": (_None, self._status, False),
+            "status": (_NoParams, self._status, False),
             "run_info": (_RunInfo, self._run_info, False),
-            "take_control": (_None, self._take_control, False),
-            "release_control": (_None, self._release_control, False),
+            "take_control": (_NoParams, self._take_control, False),
+            "release_control": (_NoParams, self._release_control, False),
             "prepare_run": (_Prepare, self._prepare, True),
-            "begin_run": (_None, lambda request: runs.begin(request.reply, request.now), True),
-            "end_run": (_None, lambda request: runs.end(request.reply, request.now), True),
-            "abort_run": (_None, lambda request: runs.abort(request.operator.name, request.reply, request.now), True),
+            "begin_run": (_NoParams, lambda request: runs.begin(request.reply, request.now), True),
+            "end_run": (_NoParams, lambda request: runs.end(request.reply, request.now), True),
+            "abort_run": (
+                _NoParams,
+                lambda request: runs.abort(request.operator.name, request.reply, request.now),
+                True,
+            ),
             "comment": (
                 _Comment,
                 lambda request: {"run": runs.comment(request.operator.name, request.params.text)},
@@ -198,7 +202,7 @@ class CoreActions:
         )
 
 
-class Post(Team, Protocol):
+class Transport(Team, Protocol):
     """The way to components and Operators: the core's socket."""
 
     def send_to(self, peer: Peer, message: FromCore) -> bool: ...
@@ -241,19 +245,19 @@ class RequestRouter:
     Every request gets an ack at once and exactly one result or error. A request that comes twice is done once.
     """
 
-    def __init__(self, peers: Registry, control: Control, actions: CoreActions, post: Post) -> None:
-        self._peers, self._control, self._actions, self._post = peers, control, actions, post
+    def __init__(self, peers: Registry, control: Control, actions: CoreActions, transport: Transport) -> None:
+        self._peers, self._control, self._actions, self._transport = peers, control, actions, transport
         self._routed: dict[str, _Routed] = {}
 
     def requested(self, operator: OperatorPeer, message: ActionRequest, now: float) -> None:
         if message.again and not operator.recent.knows(message.request):
             text = f"the outcome of {message.action} is no longer known"
-            self._post.send_to(operator, Answer(request=message.request, kind="error", text=text, error="failed"))
+            self._transport.send_to(operator, Answer(request=message.request, kind="error", text=text, error="failed"))
             return
-        if operator.recent.seen(message.request):
+        if operator.recent.is_repeat(message.request):
             answer = operator.recent.answer(message.request)
             if answer is not None:
-                self._post.send_to(operator, answer)
+                self._transport.send_to(operator, answer)
             return
         self.answer(operator, Answer(request=message.request, kind="ack", component="core"))
         reply = _OperatorReply(self, operator, message.request)
@@ -266,7 +270,7 @@ class RequestRouter:
             reply.error(error)
 
     def _route(self, operator: OperatorPeer, message: ActionRequest, now: float) -> None:
-        component = self._find(message)
+        component = self._find_component(message)
         if message.action in RUN_ACTIONS:
             raise RequestError(f"{message.action} of a component is the core's to ask for")
         if message.action not in component.actions:
@@ -275,13 +279,13 @@ class RequestRouter:
         if message.action not in QUERIES:
             self._control.claim(operator, now)
             _log.info("%s: %s of %s", operator.name, message.action, component.name)
-        request = self._post.new_id()
+        request = self._transport.new_id()
         self._routed[request] = _Routed(component.name, message.action, operator.session, message.request)
-        if not self._post.send(component.name, request, message.action, message.params):
+        if not self._transport.send(component.name, request, message.action, message.params):
             del self._routed[request]
             raise ComponentError(f"{component.name} does not take {message.action}: its queue is full or it is gone")
 
-    def _find(self, message: ActionRequest) -> Component:
+    def _find_component(self, message: ActionRequest) -> Component:
         living = self._peers.components
         if message.component:
             if message.component not in living:
@@ -290,7 +294,7 @@ class RequestRouter:
             return living[message.component]
         found = self._peers.of_kind(message.kind)
         if not found:
-            what = _IN_WORDS.get(message.kind, f"component of kind {message.kind!r}")
+            what = _KIND_NAMES.get(message.kind, f"component of kind {message.kind!r}")
             there = ", ".join(living) or "nobody"
             raise ComponentError(f"{message.action}: no {what} is there (registered and alive: {there})")
         return found[0]
@@ -300,10 +304,10 @@ class RequestRouter:
         routed = self._routed.get(answer.request)
         if routed is None or routed.component != component.name:
             return False
-        self._pass_on(answer, component.name)
+        self._forward(answer, component.name)
         return True
 
-    def _pass_on(self, answer: Answer, name: str) -> None:
+    def _forward(self, answer: Answer, name: str) -> None:
         routed = self._routed[answer.request]
         if answer.kind in ("result", "error"):
             del self._routed[answer.request]
@@ -315,9 +319,9 @@ class RequestRouter:
     def answer(self, operator: OperatorPeer, answer: Answer) -> None:
         if answer.kind in ("result", "error"):
             operator.recent.keep(answer.request, answer)
-        self._post.send_to(operator, answer)
+        self._transport.send_to(operator, answer)
 
-    def gone(self, peer: Peer, what: str) -> None:
+    def peer_removed(self, peer: Peer, what: str) -> None:
         """Nothing more comes from this peer: its requests fail, its answers are wanted by nobody."""
         if isinstance(peer, OperatorPeer):
             self._routed = {key: one for key, one in self._routed.items() if one.operator != peer.session}
@@ -325,4 +329,4 @@ class RequestRouter:
         for request, routed in list(self._routed.items()):
             if routed.component == peer.name:
                 text = f"{peer.name} was {what} while it worked on {routed.action}"
-                self._pass_on(Answer(request=request, kind="error", text=text, error=ComponentError.code), peer.name)
+                self._forward(Answer(request=request, kind="error", text=text, error=ComponentError.code), peer.name)

@@ -27,7 +27,7 @@ from larpixdaq.constants import (
 )
 from larpixdaq.control import disk_watch
 from larpixdaq.control.catalogue import Catalogue, Run
-from larpixdaq.control.registry import MOST_COMPONENTS, Component, Registry
+from larpixdaq.control.registry import MAX_COMPONENTS, Component, Registry
 from larpixdaq.control.run_instructions import (
     begin_params,
     check_team,
@@ -87,13 +87,13 @@ class RunControl:
         self._procedures = Procedures(peers, team)
         #: The run that was going on when the core ended, by the catalogue. A component that is in it continues it.
         last = catalogue.find()
-        self._candidate = last if last is not None and not last.over else None
+        self._candidate = last if last is not None and not last.is_over else None
         if last is not None and last.phase == PREPARING:  # there are no data of it, and its Operator is gone
             self._give_up_candidate()
         #: When an end_run that the core's end has interrupted goes on.
         self._end_at: float | None = None
         self._deliveries = Deliveries(catalogue)
-        self._space = disk_watch.SpaceWatch()
+        self._disks = disk_watch.DiskWatch()
 
     @property
     def number(self) -> int | None:
@@ -109,7 +109,7 @@ class RunControl:
 
     def prepare(self, comment: str, kind: str, operator: str, reply: ReplyRoute, now: float) -> None:
         """STOP -> READY. `kind`: empty for what follows from the producers' sources."""
-        self._idle("prepare_run")
+        self._check_idle("prepare_run")
         if self.state != STOP:
             raise StateError(
                 f"prepare_run is not allowed in {self.state} (run {self.number}): it leads from STOP to READY"
@@ -131,7 +131,7 @@ class RunControl:
 
     def begin(self, reply: ReplyRoute, now: float) -> None:
         """READY -> RUN."""
-        self._idle("begin_run")
+        self._check_idle("begin_run")
         if self.state != READY or self.run is None:
             raise StateError(
                 f"begin_run is not allowed in {self.state}: it leads from READY to RUN (prepare_run first)"
@@ -146,7 +146,7 @@ class RunControl:
 
     def end(self, reply: ReplyRoute, now: float) -> None:
         """READY or RUN -> STOP."""
-        self._idle("end_run")
+        self._check_idle("end_run")
         if self.state == STOP or self.run is None:
             raise StateError("end_run is not allowed in STOP: no run is prepared or going on")
         self._start("end_run", self._end(self.run), reply, now)
@@ -174,12 +174,12 @@ class RunControl:
 
     def registered(self, component: Component, now: float) -> None:
         """A component has come, come back, or found the core back."""
-        self._procedures.back(component)
+        self._procedures.send_again(component)
         self._place(component, now)
         self._end_abandoned(now)
         last = self._catalogue.find() if self.run is None and component.run is None else None
-        if last is not None and may_say_more(last, component.name):
-            self._look_again(last, component, now)
+        if last is not None and may_improve(last, component.name):
+            self._request_report(last, component, now)
 
     def _place(self, component: Component, now: float) -> None:
         """Bring a component into the core's run, or out of another one, unless its answer to a request is awaited."""
@@ -189,7 +189,10 @@ class RunControl:
         if component.run is not None and (run is None or component.run != run.run):
             self._finish_stray(component, component.run, now)
         elif (
-            run is not None and self.state != STOP and run.phase != ENDING and not self._procedures.asks(component.name)
+            run is not None
+            and self.state != STOP
+            and run.phase != ENDING
+            and not self._procedures.awaits(component.name)
         ):
             required = component.name in run.storages or component.name in run.producers
             behind = component.run is None or (self.state == RUN and not component.begun)
@@ -198,18 +201,18 @@ class RunControl:
 
     def heard(self, component: Component, beat: Heartbeat, now: float) -> None:
         """A heartbeat: it may tell of a run, of a disk that runs out, and of files that complete an earlier run."""
-        if (beat.run, beat.begun) != (component.run, component.begun) and not self._procedures.asks(component.name):
+        if (beat.run, beat.begun) != (component.run, component.begun) and not self._procedures.awaits(component.name):
             # Its answer went to a core that has died.
             component.run, component.begun = beat.run, beat.begun
             self._place(component, now)
         status = component.read_status(StorageStatus) if component.kind == STORAGE else None
         if status is None:
             return
-        self._space.take(component.name, status)
+        self._disks.take(component.name, status)
         for run in self._deliveries.take(component, status.finished):
-            self._look_again(run, component, now)
+            self._request_report(run, component, now)
 
-    def _look_again(self, run: Run, component: Component, now: float) -> None:
+    def _request_report(self, run: Run, component: Component, now: float) -> None:
         if "report_run" in component.actions:
             self._procedures.start_aside(
                 f"{component.name} is asked anew about run {run.run}", self._review(run, component), now
@@ -217,7 +220,7 @@ class RunControl:
 
     def reconnected(self, component: Component) -> None:
         """Same session, new connection."""
-        self._procedures.back(component)
+        self._procedures.send_again(component)
 
     def lost(self, name: str, now: float) -> None:
         self._procedures.lost(name, now)
@@ -230,7 +233,7 @@ class RunControl:
         if found is None:
             return False
         if found.done:
-            self._mark(component, found.action, found.item.params)
+            self._note_step(component, found.action, found.item.params)
             if found.late:
                 self._take_late(component, found.action, found.item.params["run"], answer, now)
         self.tick(now)
@@ -249,13 +252,13 @@ class RunControl:
         """Something goes on that has time limits."""
         return self._procedures.busy or self._end_at is not None
 
-    def excuse(self, seconds: float) -> None:
+    def extend_limits(self, seconds: float) -> None:
         """The core itself stood still for so long."""
-        self._procedures.excuse(seconds)
+        self._procedures.extend_limits(seconds)
 
     # Consequences of events.
 
-    def _idle(self, what: str) -> None:
+    def _check_idle(self, what: str) -> None:
         if self.busy is not None:
             raise StateError(f"{what} is not allowed now: {self.busy} is still going on")
 
@@ -263,7 +266,7 @@ class RunControl:
         self._procedures.start(what, steps, reply, now)
         self.tick(now)
 
-    def _mark(self, component: Component, action: str, params: dict[str, Any]) -> None:
+    def _note_step(self, component: Component, action: str, params: dict[str, Any]) -> None:
         """Note which run a component is in after it has done `action`."""
         if action == "prepare_run":
             component.run, component.begun = params["run"], False
@@ -285,7 +288,7 @@ class RunControl:
                 "%s is in run %d, of which the catalogue knows nothing (abort_run ends it)", component.name, number
             )
             return
-        if not run.over:  # it was the run before the last restart, and nobody was in it
+        if not run.is_over:  # it was the run before the last restart, and nobody was in it
             self._abandon(run)
         self._procedures.start_aside(
             f"{component.name} ends run {number}, which is over", self._finish(run, component), now
@@ -317,8 +320,8 @@ class RunControl:
             return
         self._give_up_candidate()
         for name in run.storages:
-            if may_say_more(run, name):
-                self._look_again(run, self._peers.components[name], now)
+            if may_improve(run, name):
+                self._request_report(run, self._peers.components[name], now)
 
     def _abandon(self, run: Run) -> None:
         if run.phase == PREPARING:
@@ -564,7 +567,7 @@ class Deliveries:
         known = self._seen.get(component.name, [])
         if not files or files == known:
             return []
-        while len(self._seen) > MOST_COMPONENTS:
+        while len(self._seen) > MAX_COMPONENTS:
             del self._seen[next(iter(self._seen))]
         self._seen[component.name] = files
         runs: dict[int, Run] = {}
@@ -585,10 +588,10 @@ class Deliveries:
             return None
         report = run.reports.get(component.name)
         reported = {Path(one).name for one in report.files} if report is not None else set()
-        return run if may_say_more(run, component.name) or Path(path).name not in reported else None
+        return run if may_improve(run, component.name) or Path(path).name not in reported else None
 
 
-def may_say_more(run: Run, storage: str) -> bool:
+def may_improve(run: Run, storage: str) -> bool:
     """Whether another report of this storage may improve the condition of a run that is over."""
     open_question = run.condition in (RunCondition.INTERRUPTED, RunCondition.INCOMPLETE) or storage not in run.reports
     return run.phase == ENDED and storage in run.storages and open_question

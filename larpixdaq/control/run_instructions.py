@@ -20,7 +20,7 @@ from larpixdaq.version import VERSION
 
 _log = logging.getLogger("larpixdaq.core")
 #: Run numbers of storages count up to this much above the catalogue's.
-MOST_AHEAD: Final = 1_000_000
+MAX_AHEAD: Final = 1_000_000
 
 
 def check_team(producers: list[Component], storages: list[Component]) -> None:
@@ -53,10 +53,10 @@ def highest_run(known: int, storages: list[Component]) -> tuple[int, list[str]]:
         number = one.info.get("highest_run", 0)
         if not isinstance(number, int):
             continue
-        if number > min(known + MOST_AHEAD, LAST_RUN):
+        if number > min(known + MAX_AHEAD, LAST_RUN):
             warnings.append(
                 f"{one.name}: the highest run in {one.info.get('directory', '?')} is {number}, more than "
-                f"{MOST_AHEAD} above the catalogue's {known}: not counted"
+                f"{MAX_AHEAD} above the catalogue's {known}: not counted"
             )
         else:
             highest = max(highest, number)

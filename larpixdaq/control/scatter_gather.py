@@ -142,11 +142,11 @@ class Procedure:
                 self._pending[pending.request] = pending
                 if not self._send(pending):
                     pending.lost = now
-            if self._settle(now):
+            if self._expire(now):
                 return
             outcomes = self._outcomes
 
-    def _settle(self, now: float) -> bool:
+    def _expire(self, now: float) -> bool:
         """Give up on those that took too long; True while somebody is still awaited."""
         for pending in list(self._pending.values()):
             if pending.lost is not None and now - pending.lost >= pending.item.patience:
@@ -169,7 +169,7 @@ class Procedure:
         self._late[pending.request] = pending
 
     def tick(self, now: float) -> None:
-        if not self.done and not self._settle(now):
+        if not self.done and not self._expire(now):
             self._advance(self._outcomes, now)
 
     def answered(self, component: Component, answer: Answer) -> Instruction | None:
@@ -195,7 +195,7 @@ class Procedure:
             self._reply.progress(pending.name, f"{pending.action} done", done, done + len(self._pending))
         return pending
 
-    def asks(self, name: str) -> bool:
+    def awaits(self, name: str) -> bool:
         return any(pending.name == name for pending in self._pending.values())
 
     def lost(self, name: str, now: float) -> None:
@@ -203,7 +203,7 @@ class Procedure:
             if pending.name == name and pending.lost is None:
                 pending.lost = now
 
-    def back(self, component: Component) -> None:
+    def send_again(self, component: Component) -> None:
         """It is there again, or its connection is a new one: ask again, the request or the answer may be lost."""
         for pending in list(self._pending.values()):
             if pending.name != component.name:
@@ -215,7 +215,7 @@ class Procedure:
             elif self._send(pending):
                 pending.lost = None
 
-    def excuse(self, seconds: float) -> None:
+    def extend_limits(self, seconds: float) -> None:
         """The core itself stood still for so long."""
         for pending in self._pending.values():
             pending.deadline += seconds
@@ -291,23 +291,23 @@ class Procedures:
         late.done = answer.kind == "result"
         return late
 
-    def asks(self, name: str) -> bool:
+    def awaits(self, name: str) -> bool:
         """Whether an answer of this component is awaited."""
-        return any(procedure.asks(name) for procedure in self._all())
+        return any(procedure.awaits(name) for procedure in self._all())
 
-    def back(self, component: Component) -> None:
+    def send_again(self, component: Component) -> None:
         """Ask a component again that has registered, or has a new connection."""
         for procedure in self._all():
-            procedure.back(component)
+            procedure.send_again(component)
 
     def lost(self, name: str, now: float) -> None:
         for procedure in self._all():
             procedure.lost(name, now)
 
-    def excuse(self, seconds: float) -> None:
+    def extend_limits(self, seconds: float) -> None:
         """Extend all time limits, because the core itself stood still for this long."""
         for procedure in self._all():
-            procedure.excuse(seconds)
+            procedure.extend_limits(seconds)
 
     def _all(self) -> list[Procedure]:
         return [*self._others, *([self.main] if self.main is not None else [])]

@@ -52,13 +52,13 @@ class RequestWorker:
         if isinstance(request, hardware.ListRoutines):
             routines, broken = load(map(Path, request.folders))
             self._link.send(
-                hardware.Known(request.request, [_describe(*item) for item in sorted(routines.items())], broken)
+                hardware.RoutineList(request.request, [_describe(*item) for item in sorted(routines.items())], broken)
             )
         else:
             self._run(request)
 
-    def _run(self, request: hardware.RunRoutine | hardware.Act) -> None:
-        name = request.action if isinstance(request, hardware.Act) else f"routine {request.name}"
+    def _run(self, request: hardware.RunRoutine | hardware.RunAction) -> None:
+        name = request.action if isinstance(request, hardware.RunAction) else f"routine {request.name}"
         reports = _Reports(self._link, request.request)
         # The kernel ends this process at the limit, whatever the routine is doing and whoever holds the interpreter's
         # lock.
@@ -66,7 +66,9 @@ class RequestWorker:
         signal.setitimer(signal.ITIMER_REAL, request.time_limit)
         try:
             answer: hardware.Result | hardware.ActionFailed
-            answer = self._act(request, reports) if isinstance(request, hardware.Act) else self._call(request, reports)
+            answer = (
+                self._act(request, reports) if isinstance(request, hardware.RunAction) else self._call(request, reports)
+            )
         except LarpixDaqError as error:
             code = error.code if isinstance(error, RequestError) else "failed"
             text = str(error)
@@ -105,7 +107,7 @@ class RequestWorker:
             self._remembered = state
             self._link.send(state)
 
-    def _act(self, request: hardware.Act, reports: _Reports) -> hardware.Result:
+    def _act(self, request: hardware.RunAction, reports: _Reports) -> hardware.Result:
         from larpixdaq.hardware.actions import act
 
         value = act(self._state(), request.action, request.params, reports.send_info)
@@ -200,7 +202,7 @@ def _messages(sock: socket.socket) -> Iterator[Any]:
 def _listen(messages: Iterator[Any], link: ProducerPipe, requests: queue.SimpleQueue[Any]) -> None:
     """The socket's thread."""
     for message in messages:
-        if isinstance(message, hardware.ListenedRows | hardware.Answered):
+        if isinstance(message, hardware.ListenedRows | hardware.CommandDone):
             link.put(message)
         else:
             requests.put(message)

@@ -209,7 +209,7 @@ class ChipState:
 
         Call it before these chips are reset, or get or lose their power.
         """
-        self.link.send(hardware.Doubt(io_groups))
+        self.link.send(hardware.Invalidate(io_groups))
         self.known[np.isin(self.parts[:, 0], io_groups)] = False
 
     # The state that outlives the child.

@@ -28,7 +28,7 @@ from larpixdaq.hardware.register_map import words as make_words
 from larpixdaq.protocol import hardware
 from larpixdaq.schema import Asic, PacketType, types_of
 
-_LISTEN_TO: Final = {None: hardware.EVERYTHING, "all": hardware.EVERYTHING, "answers": hardware.ANSWERS}
+_LISTEN_TO: Final = {None: hardware.ALL_ROWS, "all": hardware.ALL_ROWS, "answers": hardware.CONFIG_ANSWERS}
 
 
 class StreamIO(BoardOrders, IO):  # type: ignore[misc]
@@ -66,7 +66,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         channels = np.array([packet.io_channel or 0 for packet in packets], np.uint8)
         reads = bool((words & np.uint64(3) == PacketType.CONFIG_READ).any())
         if self.is_listening and reads and self._everything and self.listen_to != "all":
-            self._link.listen(hardware.ANSWERS)
+            self._link.listen(hardware.CONFIG_ANSWERS)
             self._everything = False
         self._send(groups, channels, words)
 
@@ -119,7 +119,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         if self.listen_to not in _LISTEN_TO:
             raise RequestError(f"listen_to: expected None, 'all' or 'answers', found {self.listen_to!r}")
         super().start_listening()
-        self._everything = _LISTEN_TO[self.listen_to] == hardware.EVERYTHING
+        self._everything = _LISTEN_TO[self.listen_to] == hardware.ALL_ROWS
         self._link.listen(_LISTEN_TO[self.listen_to])
 
     def stop_listening(self) -> None:
@@ -127,7 +127,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         if not self.is_listening:
             raise RuntimeError("Already not listening")
         super().stop_listening()
-        self._link.listen(hardware.NOTHING)
+        self._link.listen(hardware.NO_ROWS)
 
     @property
     def left_out(self) -> int:

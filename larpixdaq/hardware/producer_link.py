@@ -36,10 +36,10 @@ class ProducerPipe:
         self._changed = threading.Condition()
         self._rows: list[NDArray[Any]] = []
         self._bytes = 0
-        self._answered: dict[int, hardware.Answered] = {}
+        self._answered: dict[int, hardware.CommandDone] = {}
         self._awaited: set[int] = set()
         self._command = 0
-        self._listening = hardware.NOTHING
+        self._listening = hardware.NO_ROWS
         #: Rows that were left out since listen().
         self.left_out = 0
 
@@ -49,7 +49,7 @@ class ProducerPipe:
             self._sock.sendall(data)
 
     def listen(self, what: int) -> None:
-        """From now on these rows (hardware.NOTHING, ANSWERS, EVERYTHING); what waits of others is forgotten."""
+        """From now on these rows (hardware.NO_ROWS, CONFIG_ANSWERS, ALL_ROWS); what waits of others is forgotten."""
         with self._changed:
             self._listening = what
             self._rows.clear()
@@ -103,16 +103,16 @@ class ProducerPipe:
             if not self._rows and not self._answered:
                 self._changed.wait(max(0.0, until - time.monotonic()))
 
-    def put(self, message: hardware.ListenedRows | hardware.Answered) -> None:
+    def put(self, message: hardware.ListenedRows | hardware.CommandDone) -> None:
         with self._changed:
-            if isinstance(message, hardware.Answered):
+            if isinstance(message, hardware.CommandDone):
                 if message.command in self._awaited:
                     self._answered[message.command] = message
-            elif self._listening != hardware.NOTHING:
+            elif self._listening != hardware.NO_ROWS:
                 self.left_out += message.left_out
                 rows = np.frombuffer(message.rows, self._dtype)
                 if self._bytes + rows.nbytes > _MOST_ROWS:  # but for answers, for a while: as the producer has it
-                    kept = hardware.answers_in(rows) if self._bytes <= 2 * _MOST_ROWS else rows[:0]
+                    kept = hardware.config_answers(rows) if self._bytes <= 2 * _MOST_ROWS else rows[:0]
                     self.left_out += len(rows) - len(kept)
                     rows = kept
                 if len(rows):
@@ -125,8 +125,8 @@ class ProducerPipe:
         with self._changed:
             self._answered.clear()
             self._awaited.clear()
-        if self._listening != hardware.NOTHING:
-            self.listen(hardware.NOTHING)
+        if self._listening != hardware.NO_ROWS:
+            self.listen(hardware.NO_ROWS)
 
     def _number(self) -> int:
         with self._changed:

@@ -113,13 +113,13 @@ class RegisterExchange:
         # Chips that answer nothing are found out by one register each: to wait for all of theirs would take minutes.
         first = np.zeros(shape, bool)
         first[np.arange(shape[0]), which.argmax(axis=1)] = True
-        self._link.listen(hardware.ANSWERS)
+        self._link.listen(hardware.CONFIG_ANSWERS)
         try:
             broken = self._rounds(first & which, which, found, report, set())
             heard = np.any(found.answers, axis=1)
             self._rounds(np.logical_and(which, heard[:, None]), which, found, report, broken)
         finally:
-            self._link.listen(hardware.NOTHING)
+            self._link.listen(hardware.NO_ROWS)
         whole = np.all((found.answers > 0) | ~which, axis=1)
         report(int(np.count_nonzero(whole & (left > 0))), last=True)
         return found

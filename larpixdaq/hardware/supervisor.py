@@ -66,8 +66,8 @@ class Child:
         self._witness = witness
         self._settled = settled
         self._left_out = 0
-        #: Rows that the child listens for: hardware.NOTHING, ANSWERS or EVERYTHING.
-        self.listening = hardware.NOTHING
+        #: Rows that the child listens for: hardware.NO_ROWS, CONFIG_ANSWERS or ALL_ROWS.
+        self.listening = hardware.NO_ROWS
         self._process = ChildProcess(Path(__file__).with_name("child.py"), capture=True)
         self._inbox = hardware.Inbox(requests=False)
         self._output = RoutineOutput()
@@ -164,17 +164,17 @@ class Child:
         if self._refuse(call):
             return
         self._running = _Running(self._next(), action, action, TIME_LIMIT)
-        if self._send(call, hardware.Act(self._running.request, action, params, TIME_LIMIT)):
+        if self._send(call, hardware.RunAction(self._running.request, action, params, TIME_LIMIT)):
             call.ack(action)
 
     def take_rows(self, rows: NDArray[Any]) -> None:
         """Send those of the decoded rows to the child that it listens for. Call it only while `listening`."""
-        if self.listening == hardware.ANSWERS:
-            rows = hardware.answers_in(rows)
+        if self.listening == hardware.CONFIG_ANSWERS:
+            rows = hardware.config_answers(rows)
         self._witness.answers(rows)
         if self._process.unsent > _MOST_UNSENT:
             # Answers are still sent for a while, because measurements begin and end with them, and they are few.
-            kept = hardware.answers_in(rows) if self._process.unsent <= 2 * _MOST_UNSENT else rows[:0]
+            kept = hardware.config_answers(rows) if self._process.unsent <= 2 * _MOST_UNSENT else rows[:0]
             self._left_out += len(rows) - len(kept)
             rows = kept
         if not len(rows):
@@ -223,7 +223,7 @@ class Child:
         self._process.write(hardware.pack(message))
 
     def _commanded(self, number: int, body: bytes, error: str) -> None:
-        self._tell(hardware.Answered(number, body, error))
+        self._tell(hardware.CommandDone(number, body, error))
 
     def _next(self) -> int:
         self._request += 1
@@ -258,7 +258,7 @@ class Child:
             self.listening = message.what
         elif isinstance(message, hardware.Remember):
             self._remember(message)
-        elif isinstance(message, hardware.Doubt):
+        elif isinstance(message, hardware.Invalidate):
             self._witness.doubt(message.io_groups)
         elif isinstance(message, hardware.SendWords):
             done = partial(self._commanded, message.command)
@@ -284,7 +284,7 @@ class Child:
             call.progress(answer.done, answer.total, answer.text, answer.value)
             return
         call = self._end_call(answer.request)
-        if isinstance(answer, hardware.Known):
+        if isinstance(answer, hardware.RoutineList):
             for line in answer.broken:
                 _log.warning("routine file not loaded: %s", line)
             self._known = msgspec.to_builtins(answer.routines)
@@ -309,7 +309,7 @@ class Child:
         """Fail the calls that the child leaves behind."""
         running = self._running
         self._output.end(running.what if running is not None else "the process for routines")
-        self.listening = hardware.NOTHING
+        self.listening = hardware.NO_ROWS
         self._left_out = 0
         self._commands.forget()
         why = reason or _status(status, running.time_limit if running is not None else None)

@@ -39,7 +39,7 @@ _Amount = Annotated[int, Meta(ge=0)]
 Kind = Literal["producer", "run_data", "storage", "log"]
 
 
-def pack_other(value: Any) -> Any:
+def encode_numpy(value: Any) -> Any:
     """A numpy array or scalar for the wire; ProtocolError for anything else, and for arrays of objects."""
     import numpy as np  # here: the core and the log need no numpy
     from numpy.lib import format as npy
@@ -77,7 +77,7 @@ def _descr(entry: Any) -> Any:
     return tuple(_descr(part) for part in entry) if isinstance(entry, list) else entry
 
 
-def unpack_extension(code: int, data: memoryview) -> Any:
+def decode_array(code: int, data: memoryview) -> Any:
     """The array that stands in a message; ProtocolError for what is none."""
     import numpy as np
     from numpy.lib import format as npy
@@ -224,13 +224,13 @@ class _Probe(msgspec.Struct):
     type: str = ""
 
 
-_encoder: Final = msgspec.msgpack.Encoder(enc_hook=pack_other)
+_encoder: Final = msgspec.msgpack.Encoder(enc_hook=encode_numpy)
 
 _client_decoder: Final = msgspec.msgpack.Decoder(FromClient)
 
-_core_decoder: Final = msgspec.msgpack.Decoder(FromCore, ext_hook=unpack_extension)
+_core_decoder: Final = msgspec.msgpack.Decoder(FromCore, ext_hook=decode_array)
 
-_value_decoder: Final = msgspec.msgpack.Decoder(ext_hook=unpack_extension)
+_value_decoder: Final = msgspec.msgpack.Decoder(ext_hook=decode_array)
 
 _probe_decoder: Final = msgspec.msgpack.Decoder(_Probe)
 
@@ -242,7 +242,7 @@ def _encode(value: Any, what: str) -> bytes:
         raise ProtocolError(f"{what} cannot be sent: {error}") from None
 
 
-def _limit(message: Message) -> int:
+def _max_bytes(message: Message) -> int:
     """Maximum bytes of a message of this kind."""
     if isinstance(message, Answer):
         return MAX_ANSWER
@@ -253,7 +253,7 @@ def pack(message: FromClient | FromCore) -> bytes:
     """ProtocolError when something in it cannot travel or it is too large."""
     what = str(message.__struct_config__.tag)
     data = _encode(message, what)
-    limit = _limit(message)
+    limit = _max_bytes(message)
     if len(data) > limit:
         raise ProtocolError(f"{what} of {len(data)} bytes cannot be sent: the limit is {limit}")
     return data
@@ -299,7 +299,7 @@ def _unpack(data: Any, decoder: msgspec.msgpack.Decoder[Any], sender: str) -> An
         _refuse(data, sender, str(error))
     if message.version != PROTOCOL:
         _refuse(data, sender, "")
-    limit = _limit(message)
+    limit = _max_bytes(message)
     if len(data) > limit:
         raise ProtocolError(f"message from {sender}: {len(data)} bytes, the limit is {limit}")
     for field in ("params", "info", "status"):

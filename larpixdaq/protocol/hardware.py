@@ -16,11 +16,11 @@ from larpixdaq.schema import PacketType, types_of
 
 #: No message of either side is longer: what a routine returns has to fit into an answer to the Operator.
 MAX_MESSAGE: Final = (64 << 20) - (1 << 17)
-NOTHING: Final = 0
+NO_ROWS: Final = 0
 #: Configuration answers of chips (rows of packet type 3, received).
-ANSWERS: Final = 1
+CONFIG_ANSWERS: Final = 1
 #: All rows, as long as the child takes them.
-EVERYTHING: Final = 2
+ALL_ROWS: Final = 2
 
 
 class Parameter(msgspec.Struct, frozen=True):
@@ -69,7 +69,7 @@ class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
     pixel_layout: str = ""
 
 
-class Act(msgspec.Struct, array_like=True, tag=4, frozen=True):
+class RunAction(msgspec.Struct, array_like=True, tag=4, frozen=True):
     """Do an action on chips, boards or pixel layouts (hardware/actions.py)."""
 
     request: int
@@ -85,7 +85,7 @@ class ListenedRows(msgspec.Struct, array_like=True, tag=5, frozen=True):
     left_out: int = 0  # rows before these that found no room, because the child did not take them
 
 
-class Answered(msgspec.Struct, array_like=True, tag=6, frozen=True):
+class CommandDone(msgspec.Struct, array_like=True, tag=6, frozen=True):
     """All of a command has been handed over and answered (by the board; the chips' answers are rows), or it failed."""
 
     command: int
@@ -99,7 +99,7 @@ class RoutineInfo(msgspec.Struct, frozen=True):
     help: str  # the function's docstring
 
 
-class Known(msgspec.Struct, array_like=True, tag=11, frozen=True):
+class RoutineList(msgspec.Struct, array_like=True, tag=11, frozen=True):
     request: int
     routines: list[RoutineInfo]
     broken: list[str]  # files that could not be loaded, and why
@@ -145,7 +145,7 @@ class BoardOrder(msgspec.Struct, array_like=True, tag=16, frozen=True):
 
 
 class Listen(msgspec.Struct, array_like=True, tag=17, frozen=True):
-    what: int  # NOTHING, ANSWERS or EVERYTHING
+    what: int  # NO_ROWS, CONFIG_ANSWERS or ALL_ROWS
 
 
 class Remember(msgspec.Struct, array_like=True, tag=18, frozen=True):
@@ -158,26 +158,26 @@ class Remember(msgspec.Struct, array_like=True, tag=18, frozen=True):
     pixel_layout: str = ""
 
 
-class Doubt(msgspec.Struct, array_like=True, tag=19, frozen=True):
+class Invalidate(msgspec.Struct, array_like=True, tag=19, frozen=True):
     """The chips of these boards will be reset, or get or lose their power."""
 
     io_groups: list[int]
 
 
-def answers_in(rows: NDArray[Any]) -> NDArray[Any]:
+def config_answers(rows: NDArray[Any]) -> NDArray[Any]:
     """Configuration answers of chips among rows (schema.py)."""
     found = rows[types_of(rows) == PacketType.CONFIG_READ]
     answers: NDArray[Any] = found[found["direction"] == 1]
     return answers
 
 
-Request = ListRoutines | RunRoutine | Act
+Request = ListRoutines | RunRoutine | RunAction
 
-FromParent = ListRoutines | RunRoutine | Act | Setup | ListenedRows | Answered
+FromParent = ListRoutines | RunRoutine | RunAction | Setup | ListenedRows | CommandDone
 
-Answer = Known | Progress | Result | ActionFailed
+Answer = RoutineList | Progress | Result | ActionFailed
 
-FromChild = Known | Progress | Result | ActionFailed | SendWords | BoardOrder | Listen | Remember | Doubt
+FromChild = RoutineList | Progress | Result | ActionFailed | SendWords | BoardOrder | Listen | Remember | Invalidate
 
 
 def _plain(value: Any) -> Any:

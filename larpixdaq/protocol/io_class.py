@@ -10,7 +10,7 @@ import msgspec
 from larpixdaq.runtime.child_process import PIECE
 
 #: Maximum bytes of a message, so that one receive() gets it whole. It also fits into the socket's buffer.
-LARGEST: Final = PIECE
+MAX_MESSAGE: Final = PIECE
 
 
 class Send(msgspec.Struct, array_like=True, tag=1, frozen=True):

@@ -73,9 +73,9 @@ REGISTERS: Final = 256
 #: Bits of `known`: the register was told a value; it said one, and was not told another since.
 SENT, READ = 1, 2
 #: Of registers that differ, so many are named.
-_NAMED: Final = 5
+_MAX_NAMED: Final = 5
 #: Chips of one block: some 200 kB before they are packed.
-_PIECE: Final = 256
+_PIECE_CHIPS: Final = 256
 
 
 class BlockOrigin(NamedTuple):
@@ -341,8 +341,8 @@ class Configurations(NamedTuple):
 
     def pieces(self) -> Iterator[Configurations]:
         """As many of them as fit a block."""
-        for first in range(0, len(self.chips), _PIECE):
-            part = slice(first, first + _PIECE)
+        for first in range(0, len(self.chips), _PIECE_CHIPS):
+            part = slice(first, first + _PIECE_CHIPS)
             yield Configurations(self.asic, *(array[part] for array in self[1:]))
 
     def text(self) -> str:
@@ -363,9 +363,9 @@ class Configurations(NamedTuple):
         named = [
             f"{'-'.join(map(str, self.chips[chip].tolist()))} register {register} was told {self.sent[chip, register]}"
             f" and says {self.read[chip, register]}"
-            for chip, register in at[:_NAMED].tolist()
+            for chip, register in at[:_MAX_NAMED].tolist()
         ]
-        more = f", and {len(at) - _NAMED} more" if len(at) > _NAMED else ""
+        more = f", and {len(at) - _MAX_NAMED} more" if len(at) > _MAX_NAMED else ""
         return f"chip {', '.join(named)}{more}" if named else ""
 
     def pack(self) -> Configs:
@@ -381,8 +381,10 @@ def unpack_configurations(found: Configs) -> Configurations:
 
     n, rest = divmod(len(found.chips), 3)
     size = 3 * n * REGISTERS
-    if rest or not 0 < n <= _PIECE:
-        raise ProtocolError(f"configurations: expected 1 to {_PIECE} chips of 3 bytes, found {len(found.chips)} bytes")
+    if rest or not 0 < n <= _PIECE_CHIPS:
+        raise ProtocolError(
+            f"configurations: expected 1 to {_PIECE_CHIPS} chips of 3 bytes, found {len(found.chips)} bytes"
+        )
     decoder = zlib.decompressobj()
     try:
         data = decoder.decompress(found.registers, size)

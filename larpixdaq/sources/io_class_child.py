@@ -26,13 +26,25 @@ from typing import Any, Final
 from larpix.packet import Packet_v1, Packet_v2, SyncPacket, TimestampPacket, TriggerPacket
 
 from larpixdaq.errors import ConfigError
-from larpixdaq.protocol.io_class import LARGEST, Data, Failed, FromChild, Hello, Idle, Order, Send, Sent, pack, requests
+from larpixdaq.protocol.io_class import (
+    MAX_MESSAGE,
+    Data,
+    Failed,
+    FromChild,
+    Hello,
+    Idle,
+    Order,
+    Send,
+    Sent,
+    pack,
+    requests,
+)
 from larpixdaq.runtime.child_process import parent_socket
 from larpixdaq.schema import Asic
 
 #: When nothing comes, the class is asked again after so long (seconds).
 _IDLE: Final = 0.005
-#: Bytes that are handed over at once, and words of one message: both stay below io_class.LARGEST.
+#: Bytes that are handed over at once, and words of one message: both stay below io_class.MAX_MESSAGE.
 _MOST_BYTES: Final = 60_000
 _MOST_WORDS: Final = 1_000
 
@@ -206,7 +218,7 @@ def _serve(sock: socket.socket, io: Any, encoder: Encoder, asic: Asic) -> None:
     busy = False
     while True:
         if select.select([sock], [], [], 0 if busy else _IDLE)[0]:
-            data = sock.recv(LARGEST)
+            data = sock.recv(MAX_MESSAGE)
             if not data:
                 raise _ParentGone
             request = requests.decode(data)

@@ -63,8 +63,8 @@ def test_a_run_that_cannot_be_is_refused_in_words(operator):
 
 
 def test_components_and_operators_have_a_limit_and_one_that_goes_makes_room(running, dealer, monkeypatch):
-    monkeypatch.setattr(registry, "MOST_COMPONENTS", 1)
-    monkeypatch.setattr(registry, "MOST_OPERATORS", 1)
+    monkeypatch.setattr(registry, "MAX_COMPONENTS", 1)
+    monkeypatch.setattr(registry, "MAX_OPERATORS", 1)
 
     def ask(message):
         dealer.send(pack(message))
@@ -425,7 +425,7 @@ def test_requests_of_before_are_not_carried_out_later(tmp_path):
         open_request = operator.run_routine("forever")
         until(lambda: board.open, "the routine")
         first.kill()
-        until(lambda: operator._connection.link.unheard() > 2, "the Operator to notice")
+        until(lambda: operator._connection.link.silence() > 2, "the Operator to notice")
         late = operator.run_routine("late")
         with pytest.raises(NoCore):
             late.result(LIMIT)

@@ -9,7 +9,7 @@ from processes import until
 from larpixdaq.cli import demo, main, system
 from larpixdaq.control import disk_watch, display
 from larpixdaq.control.client import Request, Response
-from larpixdaq.control.display import SHOWN, readable
+from larpixdaq.control.display import MAX_SHOWN, readable
 from larpixdaq.protocol.reports import MonitorStatus, StorageStatus
 from larpixdaq.runtime import units
 
@@ -32,8 +32,8 @@ def test_a_long_table_shows_its_ends():
     rows = np.zeros(1000, CHIPS)
     rows["rate"] = np.arange(1000)
     lines = readable(rows).splitlines()
-    assert len(lines) == 1 + SHOWN + 1
-    assert lines[1 + SHOWN // 2] == f"... {1000 - SHOWN} more ..."
+    assert len(lines) == 1 + MAX_SHOWN + 1
+    assert lines[1 + MAX_SHOWN // 2] == f"... {1000 - MAX_SHOWN} more ..."
     assert lines[-1].split() == ["0", "999"]
 
 

@@ -135,14 +135,14 @@ def test_of_a_flood_a_part_is_written_and_the_rest_counted(tmp_path, monkeypatch
     assert text.count("board: line") == 3
     assert f"WARNING log: {500 - written} lines of flood were not written" in text
     assert file.status().held_back == 500 - written
-    monkeypatch.setattr(file, "_tell_at", 0.0)
+    monkeypatch.setattr(file, "_report_at", 0.0)
     assert file.take(Sender())  # said once
     assert (tmp_path / "log.txt").read_text() == text
     file.close()
 
 
 def test_the_file_has_a_limit_and_some_older_ones_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("larpixdaq.log.MOST_BYTES", 1000)
+    monkeypatch.setattr("larpixdaq.log.MAX_BYTES", 1000)
     path = tmp_path / "log.txt"
     path.write_text("x" * 900 + "\n")
     file = LogFile(path)
@@ -157,7 +157,7 @@ def test_the_file_has_a_limit_and_some_older_ones_are_kept(tmp_path, monkeypatch
 
 
 def test_a_file_that_cannot_be_renamed_grows_on(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("larpixdaq.log.MOST_BYTES", 1000)
+    monkeypatch.setattr("larpixdaq.log.MAX_BYTES", 1000)
     (tmp_path / "log.txt.new").mkdir()
     file = LogFile(tmp_path / "log.txt")
     file.take(Sender(*from_("board", 1)))

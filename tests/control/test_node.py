@@ -185,7 +185,7 @@ def test_requests_wait_until_the_loop_turns_and_heartbeats_are_confirmed(running
         node.connect()
         session = node.session
         request = operator.call("Offline storage", "look")
-        until(lambda: node._waiting(), "the request to arrive")
+        until(lambda: node._waiting_requests(), "the request to arrive")
         assert not asked
         assert select.select([node.fileno()], [], [], LIMIT)[0]
         now = time.monotonic()
@@ -238,7 +238,7 @@ def test_a_core_that_comes_back_finds_the_component_again(tmp_path):
     with core(tmp_path / "state", address):
         it.node.connect()
         first = it.node.session
-    until(lambda: it.node._link.unheard() > 1, "silence")
+    until(lambda: it.node._link.silence() > 1, "silence")
     with core(tmp_path / "state", address), Operator(address, timeout=LIMIT) as operator:
         until(lambda: it.node.dispatch() or it.node.session != first, "a new session")
         request = operator.call("it", "a")
@@ -316,19 +316,19 @@ def result(request, value=0):
 
 def test_recent_forgets_only_what_is_finished():
     recent = RecentRequests()
-    assert not recent.seen("unfinished")
+    assert not recent.is_repeat("unfinished")
     for i in range(5000):
-        assert not recent.seen(str(i))
+        assert not recent.is_repeat(str(i))
         recent.keep(str(i), result(str(i), i))
-    assert recent.seen("unfinished")
+    assert recent.is_repeat("unfinished")
     assert content(recent.answer("4999")) == 4999
-    assert not recent.seen("0")
+    assert not recent.is_repeat("0")
 
 
 def test_large_results_are_not_kept_by_the_thousand():
     recent = RecentRequests()
     for i in range(500):
-        recent.seen(str(i))
+        recent.is_repeat(str(i))
         recent.keep(str(i), result(str(i), bytes(100_000)))
     assert len(content(recent.answer("499"))) == 100_000
     assert sum(len(bytes(recent.answer(str(i)).value)) for i in range(500)) < 10_000_000

@@ -158,7 +158,7 @@ class Model(RuleBasedStateMachine):
     @rule(name=NAMES)
     def beat(self, name):
         if name in self.world.peers.components:
-            asked = self.world.runs._procedures.asks(name)
+            asked = self.world.runs._procedures.awaits(name)
             self.world.beat(name)
             if not asked:
                 self.placed(name)
@@ -179,7 +179,7 @@ class Model(RuleBasedStateMachine):
         self.going_on = self.ends_by_itself = None
         self.state = "STOP"
         last = self.world.catalogue.find()
-        self.candidate = None if last is None or last.over else (last.run, last.phase)
+        self.candidate = None if last is None or last.is_over else (last.run, last.phase)
 
     @rule()
     def components_find_the_core(self):
@@ -258,7 +258,7 @@ class Model(RuleBasedStateMachine):
             run = self.world.catalogue.find(number)
             if self.candidate is not None and number == self.candidate[0]:
                 continue  # nobody has come back that was in it: the next prepare_run will give it up
-            assert run.over
+            assert run.is_over
             self.world.check(run)
             cut = run.condition in (RunCondition.ABORTED, RunCondition.CANCELLED)
             if not cut and self.world.deliverable(run) and run.producers:

@@ -513,7 +513,7 @@ while True:
 
 
 def test_messages_in_any_pieces_and_garbage():
-    known = hardware.Known(1, [hardware.RoutineInfo("a", [Parameter("b")], "c")], ["d"])
+    known = hardware.RoutineList(1, [hardware.RoutineInfo("a", [Parameter("b")], "c")], ["d"])
     data = hardware.pack(known) + hardware.pack(hardware.Result(2, {"x": [1]}))
     inbox = hardware.Inbox(requests=False)
     found = [message for i in range(len(data)) for message in inbox.take(data[i : i + 1])]

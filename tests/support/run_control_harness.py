@@ -74,7 +74,7 @@ class Team:
         self.runs.heard(component, Heartbeat(run=run, begun=begun), self.now)
 
     def lose(self, name):
-        self.peers.goodbye(self.peers.components[name])
+        self.peers.remove(self.peers.components[name])
         self.runs.lost(name, self.now)
 
     def value(self, name, action, params):

@@ -152,7 +152,7 @@ def test_a_core_that_stands_still_condemns_nobody(plant: Plant) -> None:
         with Operator(plant.address, name="other", timeout=LIMIT) as other:
             with pytest.raises(ControlHeld):  # the first one was here all the time
                 other.end_run().result(LIMIT)
-            until(lambda: operator._connection.link.unheard() < 1, "the core to be heard again")
+            until(lambda: operator._connection.link.silence() < 1, "the core to be heard again")
             seen = other.components().result(LIMIT)
             assert [one["alive"] for one in seen] == [True] * 4
         assert operator.end_run().result(LIMIT)["condition"] == "COMPLETE"
@@ -263,7 +263,7 @@ def test_copies_one_of_which_is_gone_for_good(plant: Plant) -> None:
     with plant.core(), all_running(*actors), Operator(plant.address, timeout=LIMIT) as operator:
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
-        actors[2].node._link._say = lambda message: True  # says nothing any more, as one that was killed
+        actors[2].node._link._transmit = lambda message: True  # says nothing any more, as one that was killed
         until(lambda: operator.status().result(LIMIT)["run"]["missing"] == ["second"], "the loss to be seen")
         ended = operator.end_run().result(LIMIT)
         assert (ended["condition"], ended["files"]) == ("COMPLETE", ["/data/first.h5"])

@@ -41,8 +41,8 @@ def test_who_is_lost_or_stuck_is_found_when_that_is_due(silent: float, queued: i
     peers = Registry()
     assert peers.due() == float("inf")
     component = peers.register(Register(name="a", kind="storage", instance="i"), b"", 100.0)
-    peers.hear(component.session, b"", 101.0)
-    peers.beat(component, Heartbeat(queued=queued, idle=idle), 101.0)
+    peers.identify(component.session, b"", 101.0)
+    peers.take_heartbeat(component, Heartbeat(queued=queued, idle=idle), 101.0)
     now, due = 101.0 + silent, peers.due()
     if peers.check(now):
         assert now >= due - 1e-9
