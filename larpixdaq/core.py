@@ -1,4 +1,4 @@
-"""The core: knows the components, owns run state and run number, and passes Operators' requests on."""
+"""The core: knows the components, owns run state and run number, and passes on the requests of Operators."""
 
 import sys
 
@@ -44,21 +44,24 @@ from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.timing import wait_ms
 
 _log = logging.getLogger("larpixdaq.core")
-#: Seconds that messages are taken before anything else is looked after.
+#: Maximum seconds of one turn of the loop for received messages.
 _TAKE_LIMIT: Final = 0.05
-#: Messages of each peer that wait, and may be large; ZeroMQ keeps the rest at the peer.
+#: Maximum number of received messages of each peer that wait, because they may be large. More wait at the peer.
 _QUEUE: Final = 100
-#: The loop turns at least this often (s): while something goes on that has time limits, and otherwise. When it has not
-#: for far longer, the core itself stood still.
+#: Maximum seconds between two turns of the loop: while a procedure with time limits runs, and otherwise. If more than
+#: _MAX_TURN seconds have passed, the core itself has paused.
 _BUSY_TURN: Final = 0.05
 _IDLE_TURN: Final = 0.3
 _MAX_TURN: Final = 0.5
-#: Seconds between two looks whether the run catalogue still has its name.
+#: Seconds between two checks that the run catalogue was not removed.
 _CATALOGUE_INTERVAL: Final = 1.0
 
 
 class Core:
-    """`address` and `log_address` with ports (0: a free one; "": no log). LarpixDaqError when it cannot start."""
+    """The core, with its ROUTER at `address`; LarpixDaqError if it cannot start.
+
+    `address` has a port (0: any free port). `log_address` is used while no log is registered; "": no log.
+    """
 
     def __init__(self, address: str, log_address: str, directory: Path, *, insecure: bool = False) -> None:
         self._insecure = insecure
@@ -73,7 +76,7 @@ class Core:
         try:
             self._router.ipv6 = config.is_ipv6(address)
             self._router.bind(address)
-            #: Where the core listens, with the port that it got.
+            #: The address of the core, with its actual port.
             self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
             self._catalogue = Catalogue(directory)
         except (zmq.ZMQError, LarpixDaqError) as error:
@@ -109,7 +112,7 @@ class Core:
         self._catalogue.close()
 
     def serve(self, signals: Signals) -> None:
-        """Until a signal comes."""
+        """Run the loop until a signal comes."""
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(signals.fileno(), zmq.POLLIN)
@@ -118,13 +121,13 @@ class Core:
             self.turn()
 
     def _timeout(self, now: float) -> int:
-        """Milliseconds until something is to be done although no message comes."""
+        """Return the milliseconds until turn() is due without a message."""
         if self._runs.waits:
             return round(_BUSY_TURN * 1000)
         return wait_ms(min(now + _IDLE_TURN, self._peers.due()), now)
 
     def turn(self) -> None:
-        """Take in what has come, then look who is lost and what is due."""
+        """Handle the received messages, then find lost peers, and continue procedures."""
         now = time.monotonic()
         stood = now - self._last_turn
         if stood > _MAX_TURN:
@@ -135,7 +138,8 @@ class Core:
         drained = self._take(now)
         if drained:
             self._drained = now
-        # In a flood the socket is never empty, but ZeroMQ takes from all peers in turn: the living ones were heard.
+        # In a flood the socket is never empty. But ZeroMQ takes messages from all peers in turn, so that each living
+        # peer was heard within LOST.
         if drained or now - self._drained > LOST:
             for change in self._peers.check(now):
                 self._peer_changed(change.what, change.peer, now)
@@ -151,15 +155,15 @@ class Core:
         self._catalogue_due = now + _CATALOGUE_INTERVAL
         try:
             if self._catalogue.keep():
-                _log.error("%s: somebody has removed the run catalogue or its lock: made anew", self._catalogue.path)
+                _log.error("%s: the run catalogue or its lock was removed; written again", self._catalogue.path)
             self._catalogue_error = ""
         except FileError as error:
             if self._catalogue_error != str(error):
                 self._catalogue_error = str(error)
-                _log.error("somebody has removed the run catalogue, and it cannot be made anew: %s", error)
+                _log.error("the run catalogue was removed and cannot be written again: %s", error)
 
     def _take(self, now: float) -> bool:
-        """True when nothing is left in the socket."""
+        """Handle received messages, for at most _TAKE_LIMIT seconds. Returns True when none is left."""
         until = now + _TAKE_LIMIT
         while time.monotonic() < until:
             try:
@@ -170,13 +174,15 @@ class Core:
             try:
                 if len(frames) != 2:
                     raise ProtocolError(f"message from {route.hex()}: {len(frames) - 1} parts, expected 1")
-                known = len(data) <= MAX_REQUEST or any(one.route == route for one in self._peers.components.values())
+                known = len(data) <= MAX_REQUEST or any(
+                    component.route == route for component in self._peers.components.values()
+                )
                 if not known:
                     raise ProtocolError(f"message from {route.hex()}: {len(data)} bytes, the limit is {MAX_REQUEST}")
                 self._handle(unpack_client(data, route.hex()), route, now)
             except ProtocolError as error:
                 self._refuse(route, data if len(data) <= MAX_REQUEST else b"", error, now)
-            except Exception as error:  # a mistake of ours: whoever asked hears of it, everybody else goes on
+            except Exception as error:  # an error in larpixdaq: its sender gets an answer, and the core continues
                 _log.exception("message from %s", route.hex())
                 text = f"internal error of the core: {type(error).__name__}: {error}"
                 self._send(route, Answer(request=probe(data)[1], kind="error", text=text, error="failed"))
@@ -185,7 +191,7 @@ class Core:
     def _refuse(self, route: bytes, data: bytes, error: ProtocolError, now: float) -> None:
         self._actions.refused += 1
         self._refusals += 1
-        if now - self._refusal_logged >= 1.0:  # at most one line a second, however much garbage comes
+        if now - self._refusal_logged >= 1.0:  # at most one line a second, also in a flood
             _log.warning("%s (%d messages refused)", error, self._refusals)
             self._refusals, self._refusal_logged = 0, now
         self._send(route, Answer(request=probe(data)[1], kind="error", text=str(error), error="malformed"))
@@ -213,15 +219,15 @@ class Core:
             self._send(peer.route, Update(request=message.request, session=peer.session, **self._current_state()))
         elif isinstance(message, Answer) and isinstance(peer, Component):
             if not self._requests.answered(peer, message) and not self._runs.answered(peer, message, now):
-                _log.info("%s answered what nobody waits for", peer.name)
+                _log.info("%s has answered a request that is not open", peer.name)
         elif isinstance(message, ActionRequest) and isinstance(peer, OperatorPeer):
             self._requests.requested(peer, message, now)
         else:
-            raise ProtocolError(f"message from {peer.name}: {type(message).__name__} is not for it to send")
+            raise ProtocolError(f"message from {peer.name}: it may not send {type(message).__name__}")
 
     def _register(self, message: Register | Open, route: bytes, now: float) -> None:
-        """Take in a component or an Operator."""
-        again = message.name in self._peers.components
+        """Register a component or an Operator, or refuse it."""
+        registered = message.name in self._peers.components
         peer: Peer
         try:
             if isinstance(message, Register):
@@ -231,7 +237,7 @@ class Core:
         except (NameTaken, TooMany) as error:
             self._send(route, Answer(request=message.request, kind="error", text=str(error), error=error.code))
             return
-        if isinstance(peer, Component) and not again:
+        if isinstance(peer, Component) and not registered:
             _log.info("%s (%s) has registered", peer.name, peer.kind)
         self._send(route, Welcome(session=peer.session, **self._current_state()))
         if isinstance(peer, Component):
@@ -242,14 +248,14 @@ class Core:
             self._requests.peer_removed(peer, what)
             return
         if what == "moving":
-            _log.info("%s moves again", peer.name)
+            _log.info("%s is no longer stuck", peer.name)
             return
         _log.log(logging.INFO if what == "closed" else logging.WARNING, "%s is %s", peer.name, what)
         if what in ("lost", "closed"):
             self._requests.peer_removed(peer, what)
             self._runs.lost(peer.name, now)
 
-    # The way to others.
+    # Messages to components and Operators.
 
     def new_id(self) -> str:
         self._next_id += 1
@@ -259,7 +265,7 @@ class Core:
         component = self._peers.components.get(name)
         if component is None:
             return False
-        self._send_updates()  # so that nobody is asked for the next step before it knows of the last one
+        self._send_updates()  # the component must know the present state before the next step
         return self.send_to(component, ActionRequest(request=request, action=action, params=params))
 
     def send_to(self, peer: Peer, message: FromCore) -> bool:
@@ -267,7 +273,7 @@ class Core:
         return self._send(peer.route, message)
 
     def _send(self, route: bytes, message: FromCore) -> bool:
-        """Never waits: False when the peer has gone or does not take anything in any more."""
+        """Send without waiting. Returns False if the peer has gone or its queue is full."""
         try:
             self._router.send_multipart([route, pack(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
@@ -278,19 +284,20 @@ class Core:
         return True
 
     def _current_state(self) -> dict[str, Any]:
-        """What an Update says to everybody alike."""
-        streams = {one.name: one.info.get("stream") for one in self._peers.of_kind(PRODUCER)}
-        logs = [one.info.get("log") for one in self._peers.of_kind(LOG)]
+        """Return the fields of an Update, which are the same for all peers."""
+        streams = {component.name: component.info.get("stream") for component in self._peers.of_kind(PRODUCER)}
+        logs = [component.info.get("log") for component in self._peers.of_kind(LOG)]
         return {
             "state": self._runs.state,
             "run": self._runs.number,
             "producers": {name: stream for name, stream in streams.items() if isinstance(stream, str)},
-            "log": next((one for one in logs if isinstance(one, str)), self._log_address),
+            "log": next((address for address in logs if isinstance(address, str)), self._log_address),
             "insecure": self._insecure,
         }
 
     def _send_updates(self) -> None:
-        """Tell everybody when something has changed. Each heartbeat is answered with the same, should this get lost."""
+        """Send an Update to all peers if the state has changed. A lost Update is replaced by the answer to the next
+        heartbeat."""
         current = self._current_state()
         if current == self._last_update:
             return
@@ -303,7 +310,7 @@ class Core:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="larpixdaq-core",
-        description="The core of larpix-daq: it knows all components, owns the run state, and serves the Operators.",
+        description="The core of larpix-daq: knows all components, owns the run state, and serves the Operators.",
     )
     config.add_address_argument(parser, more=f"; the port is {config.CORE_PORT} unless given")
     config.add_log_address_argument(parser)

@@ -1,6 +1,6 @@
-"""The log: takes everybody's log records and appends them to one file, one line each.
+"""The log: collects the log records of all components in one file, a line each.
 
-A full file is renamed to log.txt.1, and the older ones to log.txt.2, ... log.txt.4; the oldest is removed.
+A full file is renamed to log.txt.1, and the older files to log.txt.2, ... log.txt.4; the oldest is removed.
 """
 
 import sys
@@ -30,16 +30,16 @@ from larpixdaq.runtime.timing import Throttle
 from larpixdaq.runtime.units import utc_datetime
 
 _log = logging.getLogger("larpixdaq.log")
-#: Records taken before anything else is looked after.
+#: Maximum number of records of one turn of the loop.
 _BATCH: Final = 1000
-#: Maximum bytes of a file, and older files that are kept.
+#: Maximum bytes of a file, and number of older files that are kept.
 MAX_BYTES: Final = 64 << 20
 OLDER_FILES: Final = 4
-#: Bytes that each component may write at once, and in a second after that; all together 16 times as much.
+#: Bytes that each component may write at once, and bytes per second after that; all together _SHARES times as much.
 BURST: Final = 1 << 20
 RATE: Final = 64 << 10
 _SHARES: Final = 16
-#: Seconds between two lines about what was held back.
+#: Seconds between two reports of lines that were held back.
 _REPORT_INTERVAL: Final = 1.0
 _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160), 0x2028, 0x2029)} | {
     ord("\n"): "\\n",
@@ -49,7 +49,7 @@ _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(1
 
 
 def line(record: LogRecord) -> str:
-    """A record as one line: UTC time, level, component, text; control characters stand as escapes."""
+    """Convert a record to one line: UTC time, level, component, text, with escapes for control characters."""
     try:
         when = utc_datetime(record.time).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     except ValueError:
@@ -59,8 +59,11 @@ def line(record: LogRecord) -> str:
 
 
 class LogFile:
-    """Appends records to a file. A full disk loses records, says so once on stderr, and stops nobody; of a flood from
-    one component only a part is written, and the rest counted."""
+    """Appends records to a file.
+
+    On a full disk records are lost, which is reported once on stderr; the log continues. Of a flood of records from one
+    component, a part is written and the rest is counted.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,7 +80,7 @@ class LogFile:
             raise FileError(f"log file {path}: {error.strerror}") from None
 
     def take(self, socket: zmq.Socket[bytes]) -> bool:
-        """Write what has come; False when there is more."""
+        """Write the received records, at most _BATCH. Returns False if more wait."""
         lines: list[bytes] = []
         empty = False
         for _ in range(_BATCH):
@@ -101,7 +104,7 @@ class LogFile:
         return empty
 
     def _held_back(self) -> list[bytes]:
-        """Lines about the lines that were not written."""
+        """Return lines that report the number of lines held back, at most once in _REPORT_INTERVAL."""
         if time.monotonic() < self._report_at:
             return []
         self._report_at = time.monotonic() + _REPORT_INTERVAL
@@ -127,7 +130,7 @@ class LogFile:
             self.lost += len(lines)
 
     def _rotate(self) -> None:
-        """Begin a new file, and rename the older ones. A file that cannot be renamed grows on."""
+        """Begin a new file, and rename the older ones. If that fails, the present file continues to grow."""
         new = self.path.with_name(f"{self.path.name}.new")
         older = [self.path.with_name(f"{self.path.name}.{n}") for n in range(OLDER_FILES, 0, -1)]
         try:
@@ -149,7 +152,7 @@ class LogFile:
 
 
 def listen(context: zmq.Context[zmq.Socket[bytes]], address: str) -> tuple[zmq.Socket[bytes], str]:
-    """The socket that takes records, and where it listens; ConfigError when it cannot."""
+    """Open the socket for records. Returns the socket and its actual address; ConfigError if it cannot listen."""
     socket = context.socket(zmq.PULL)
     socket.setsockopt(zmq.MAXMSGSIZE, 1 << 20)
     socket.setsockopt(zmq.LINGER, 0)
@@ -163,7 +166,7 @@ def listen(context: zmq.Context[zmq.Socket[bytes]], address: str) -> tuple[zmq.S
 
 
 def serve(core: str, name: str, address: str, path: Path) -> None:
-    """Until a signal comes. NoCore, FileError or ConfigError when it cannot start."""
+    """Collect records until a signal comes. NoCore, FileError or ConfigError if the log cannot start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     file: LogFile | None = None
     node: Node | None = None

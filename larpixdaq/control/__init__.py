@@ -1,9 +1,9 @@
-"""The control plane behind core, nodes and Operator: one ROUTER at the core, typed messages, answered requests.
+"""The control plane between core, components and Operators: typed messages, and requests that are always answered.
 
-connection, node, log_shipping    the side of a component: connection, requests to it, log records
-client                            the side of an Operator: what its methods return
-registry, request_router          the core's view of who is there, who asks for what, and whom it is passed on to
+connection, node, log_shipping    in a component: connection to the core, requests from it, log records
+client                            in an Operator: the Requests that its methods return
+registry, request_router          in the core: components, Operators and control; the way of requests and answers
 run_control, run_instructions, scatter_gather, run_verdict     the run states and the transitions between them
-catalogue                         what is kept on disk of every run
-disk_watch, display               how long a disk will last; what `status` says in words
+catalogue                         the database of all runs
+disk_watch, display               warnings about full disks; `status` and results as text
 """

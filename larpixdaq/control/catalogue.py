@@ -1,10 +1,10 @@
-"""The run catalogue: every run number ever drawn, what was about to be done about it, and how it ended.
+"""The run catalogue: an SQLite database of every run number, with the phase of the run and its end.
 
-SQLite, written by the core alone; it says what is about to happen before anybody is told.
+Only the core writes it, and writes each step of a run before it sends the step to the components.
 
-The highest run number is also in a file of its own, `highest_run`, because a number that is given twice confuses files
-of two runs. A damaged catalogue is kept aside, what can be read of it goes into a new one, and run numbers go on behind
-the highest one all the same.
+The highest run number is also in its own file, `highest_run`, because files of two runs with the same number would be
+confused. A damaged catalogue is renamed, its readable rows are copied to a new catalogue, and run numbers continue
+after the highest one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CREATE INDEX IF NOT EXISTS files_of_run ON files (run);
 """
 _NAME: Final = "catalogue.sqlite"
 _HIGHEST: Final = "highest_run"
-#: Older schemas become this one by the tables that they lack: 1 had no `files`.
+#: Older schemas only lack tables, which are created: schema 1 has no `files`.
 _OLD_SCHEMAS: Final = (0, 1)
 _COLUMNS: Final = (
     "run",
@@ -53,7 +53,7 @@ _COLUMNS: Final = (
     "ended_ns",
     "condition",
 )
-#: What is copied of each table when the catalogue is damaged.
+#: Columns of each table that are copied from a damaged catalogue.
 _COPIED: Final = {
     "runs": ",".join((*_COLUMNS, "details")),
     "comments": "rowid,run,time_ns,operator,text",
@@ -62,7 +62,7 @@ _COPIED: Final = {
 
 
 class Run(msgspec.Struct, forbid_unknown_fields=True):
-    """One run. Times are unix ns; `phase` and `condition` are those of constants.py."""
+    """One run. Times in unix ns; `phase` and `condition` as in constants.py."""
 
     run: int
     kind: str
@@ -75,20 +75,20 @@ class Run(msgspec.Struct, forbid_unknown_fields=True):
     ended_ns: int | None = None
     layout: int = 0
     asic: str = ""
-    #: When RUN ended: end_run or abort_run was asked for. `ended_ns` is when all was stored.
+    #: Time of the request end_run or abort_run, when RUN ended. `ended_ns`: when all data were stored.
     stopped_ns: int | None = None
     #: The boards that the producers read.
     connected: list[ConnectedBoard] = []
-    #: Of the producers' software.
+    #: Versions of the producers' software, by name.
     versions: dict[str, str] = {}
-    #: Names of the storages, and producers with every epoch that they announced: those the run cannot do without.
+    #: Required components: names of storages, and of producers with every epoch that they announced.
     storages: list[str] = []
     producers: dict[str, list[int]] = {}
-    #: Totals of producers that have ended, and the reports of storages by name.
+    #: Totals of ended producers, and reports of storages by name.
     ends: list[RunEnd] = []
     reports: dict[str, StorageEnd] = {}
-    rows: int | None = 0  # None: the totals of a producer are unknown
-    stored: int | None = 0  # None: no storage has said
+    rows: int | None = 0  # that producers made; None: the totals of a producer are unknown
+    stored: int | None = 0  # in the storage that has most; None: no storage has reported
     files: list[str] = []
     reasons: list[str] = []
 
@@ -98,13 +98,13 @@ class Run(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Catalogue:
-    """FileError, in one line, from every method when the file cannot be used."""
+    """The open catalogue, locked for this core. All methods raise FileError if the file cannot be used."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / _NAME
         self._highest_path = directory / _HIGHEST
         self._highest = 0
-        #: What was wrong with the catalogue when it was opened, in one line each.
+        #: Problems of the catalogue at its opening, one line each.
         self.warnings: list[str] = []
         self._lock_path = directory / "catalogue.lock"
         self._lock = self._take_lock()
@@ -117,7 +117,7 @@ class Catalogue:
             raise
 
     def _open_or_replace(self) -> sqlite3.Connection:
-        """Open the catalogue; when it is damaged, a new one with all that can be read of it."""
+        """Open the catalogue. Replaces a damaged catalogue by a new one with all its readable rows."""
         drawn = self._read_highest()
         damage = self._find_damage()
         if damage and drawn is None:
@@ -136,7 +136,9 @@ class Catalogue:
                 )
             (found,) = db.execute("SELECT coalesce(max(run), 0) FROM runs").fetchone()
             if found < (drawn or 0):
-                self.warnings.append(f"{self.path} ends with run {found}, {drawn} were drawn: numbers continue there")
+                self.warnings.append(
+                    f"{self.path} ends with run {found}, but run {drawn} was drawn: numbers continue after it"
+                )
             elif found != drawn:
                 self._write_highest(found)
             self._highest = max(found, drawn or 0)
@@ -146,7 +148,7 @@ class Catalogue:
         return db
 
     def _find_damage(self) -> str:
-        """What is wrong with the database file, which is only read; empty when all is well, or nothing is there."""
+        """Return the damage of the database file, which is only read; "" if it is sound or does not exist."""
         if not self.path.exists():
             return ""
         try:
@@ -158,14 +160,14 @@ class Catalogue:
                     row = db.execute(f"SELECT {_COPIED['runs']} FROM runs ORDER BY run DESC LIMIT 1").fetchone()
                     if row is not None:
                         _run(row)
-        except sqlite3.OperationalError as error:  # not of the file's content: no permission, a disk that fails
+        except sqlite3.OperationalError as error:  # not the file's content: no permission, a failing disk
             raise FileError(f"{self.path}: {error}") from None
         except (sqlite3.Error, TypeError, ValueError) as error:
             return str(error)
         return ""
 
     def _rename_damaged(self) -> Path:
-        """Rename the damaged database and the files that SQLite keeps beside it; its new name."""
+        """Rename the damaged database with SQLite's files beside it. Returns the new name of the database."""
         kept = aside(self.path)
         for more in ("-wal", "-shm", ""):
             beside = self.path.with_name(self.path.name + more)
@@ -174,7 +176,7 @@ class Catalogue:
         return kept
 
     def _read_highest(self) -> int | None:
-        """The highest number ever drawn, by the file of its own; None when nobody has written it, or it is damaged."""
+        """Return the number in the file highest_run; None if the file does not exist or is damaged."""
         try:
             text = self._highest_path.read_text("ascii")
         except FileNotFoundError:
@@ -190,7 +192,7 @@ class Catalogue:
     def _write_highest(self, number: int) -> None:
         new = self._highest_path.with_name(_HIGHEST + ".new")
         try:
-            new.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have removed it
+            new.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the directory may have been removed
             with open(new, "w") as file:
                 file.write(f"{number}\n")
                 file.flush()
@@ -205,7 +207,7 @@ class Catalogue:
         except FileError:
             raise
         except OSError as error:
-            if has_no_locks(error):  # SQLite could not do without them either
+            if has_no_locks(error):  # SQLite needs locks too
                 raise no_locks(self.path.parent, error, "--state-dir") from None
             raise FileError(f"cannot lock {self._lock_path}: {error.strerror}") from None
         if file is None:
@@ -213,13 +215,15 @@ class Catalogue:
         return file
 
     def keep(self) -> bool:
-        """Write catalogue and lock anew when somebody has removed them, so that the next core finds the runs; whether
-        that was so."""
+        """Write catalogue, lock and highest_run again if they were removed, so that the next core finds the runs.
+
+        Returns whether a file had been removed.
+        """
         try:
-            there = os.path.samestat(self._file, os.lstat(self.path))
+            exists = os.path.samestat(self._file, os.lstat(self.path))
         except OSError:
-            there = False
-        if there and self._lock.in_place() and self._highest_path.exists():
+            exists = False
+        if exists and self._lock.in_place() and self._highest_path.exists():
             return False
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -229,10 +233,10 @@ class Catalogue:
             lock = self._take_lock()
             self._lock.close()
             self._lock = lock
-        if not there:
+        if not exists:
             if os.path.lexists(self.path):
                 raise FileError(f"{self.path}: somebody has put another file in its place")
-            for ending in ("-wal", "-shm"):  # of the file that was removed
+            for ending in ("-wal", "-shm"):  # of the removed file
                 self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
             new = self._open()
             try:
@@ -272,18 +276,18 @@ class Catalogue:
             raise FileError(f"{self.path}: {error}") from None
 
     def close(self) -> None:
-        """Also a second time."""
+        """Close database and lock; a second call has no effect."""
         self._db.close()
         self._lock.close()
 
     def highest(self) -> int:
-        """The highest run number ever drawn, 0 when there is none."""
+        """Return the highest run number ever drawn, 0 before the first."""
         with self._errors():
             (highest,) = self._db.execute("SELECT coalesce(max(run), 0) FROM runs").fetchone()
         return max(int(highest), self._highest)
 
     def save(self, run: Run, *, new: bool = False) -> None:
-        """Write what is known of a run; `new`: FileError when its number is there already."""
+        """Write a run. With `new`, FileError if its number exists already."""
         details = msgspec.to_builtins(run)
         values = [details.pop(column) for column in _COLUMNS]
         values.append(json.dumps(details, separators=(",", ":")))
@@ -298,7 +302,7 @@ class Catalogue:
             )
 
     def find(self, number: int | None = None) -> Run | None:
-        """The run of this number, or the last one; None when there is none."""
+        """Return the run of this number, by default the last run; None if there is none."""
         what = "ORDER BY run DESC LIMIT 1" if number is None else "WHERE run = ?"
         with self._errors():
             query = f"SELECT {','.join(_COLUMNS)},details FROM runs {what}"
@@ -311,9 +315,9 @@ class Catalogue:
             raise FileError(f"{self.path}: run {row[0]}: {error}") from None
 
     def add_file(self, storage: str, path: str, run: int, size: int, sha256: str, condition: str) -> bool:
-        """Write down a file that a storage has closed; whether there is more to know of the run by it.
+        """Record a file that a storage has closed. Returns whether the file or its contents are new.
 
-        Its checksum may follow later, and may be lacking when a storage tells us again of what it has found.
+        The checksum may come later. It may be missing in a second report, after a restart of the storage.
         """
         with self._errors():
             query = "SELECT run, bytes, condition, sha256 FROM files WHERE storage = ? AND path = ?"
@@ -329,7 +333,7 @@ class Catalogue:
         return not same
 
     def files(self, run: int) -> list[dict[str, Any]]:
-        """The files of a run that storages have closed: {"storage", "path", "bytes", "sha256", "condition", "time"}."""
+        """List the closed files of a run: {"storage", "path", "bytes", "sha256", "condition", "time" (unix s)}."""
         with self._errors():
             query = (
                 "SELECT storage, path, bytes, sha256, condition, time_ns FROM files WHERE run = ? "
@@ -344,7 +348,7 @@ class Catalogue:
             self._db.execute("INSERT INTO comments VALUES (?, ?, ?, ?)", (run, time.time_ns(), operator, text))
 
     def comments(self, run: int) -> list[dict[str, Any]]:
-        """Comments made about a run, in order: {"time": unix s, "operator", "text"}."""
+        """List the comments on a run, oldest first: {"time" (unix s), "operator", "text"}."""
         with self._errors():
             query = "SELECT time_ns, operator, text FROM comments WHERE run = ? ORDER BY rowid"
             rows = self._db.execute(query, (run,)).fetchall()
@@ -352,7 +356,7 @@ class Catalogue:
 
 
 def _run(row: tuple[Any, ...]) -> Run:
-    """Make a run of its row; raises TypeError or ValueError when the row is damaged."""
+    """Convert a row to a Run; TypeError or ValueError if the row is damaged."""
     try:
         return msgspec.convert(dict(zip(_COLUMNS, row, strict=False)) | json.loads(row[-1]), Run)
     except msgspec.ValidationError as error:
@@ -366,7 +370,7 @@ def _read_only(path: Path) -> sqlite3.Connection:
 
 
 def _copy(damaged: Path, db: sqlite3.Connection) -> int:
-    """Copy every row that can be read, from both ends of each table; how many runs."""
+    """Copy all readable rows, from both ends of each table. Returns the number of runs."""
     db.execute("BEGIN")
     with closing(_read_only(damaged)) as old:
         for table, columns in _COPIED.items():

@@ -1,4 +1,4 @@
-"""An Operator's requests: what comes back, waiting for it, and the connection that carries it."""
+"""The Requests of an Operator: their responses, the waiting for them, and the connection that carries them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from larpixdaq.errors import ControlHeld, LarpixDaqError, NoCore, RequestTimeout
 from larpixdaq.protocol import control
 from larpixdaq.protocol.control import Answer, FromCore, Heartbeat, Open, Update, Welcome
 
-#: Responses that nobody has taken yet; of more than that the oldest are forgotten.
+#: Maximum number of responses that wait to be read; the oldest are dropped.
 _KEPT: Final = 10_000
-#: What was not acknowledged is sent again after a second; what was, asks for its answer every two.
+#: Seconds after which a request without acknowledgement is sent again, and between questions for the answer of an
+#: acknowledged request.
 _RESEND: Final = 1.0
 _ASK_FOR_ANSWER: Final = 2.0
-#: Seconds that close() waits for answers to requests that nobody has waited for.
+#: Maximum seconds that close() waits for answers to requests whose result was not awaited.
 CLOSE_WAIT: Final = 1.0
-#: Seconds that IPython waits for a result before it shows what there is.
+#: Seconds that IPython waits for a result before it shows the latest response.
 _SHOW: Final = 5.0
 
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """One thing that came back. `kind` is "ack", "progress", "result" or "error"; an error has its exception in
-    `error`."""
+    """One response to a request. `kind` is "ack", "progress", "result" or "error"; `error` is the exception of an
+    error."""
 
     kind: str
     component: str = ""
@@ -58,15 +59,17 @@ class Response:
 
 
 class _Outcome:
-    """The error of one request. Says so on stderr when the Request is gone, or Python ends, and nobody has seen it."""
+    """The error of one request. Prints the error to stderr if it is still unseen when the Request is dropped, or at
+    exit."""
 
     def __init__(self, action: str) -> None:
         self._action = action
         self._error: LarpixDaqError | None = None
         self._dropped = False
-        #: Somebody has waited for the result, and knows that it did not come.
+        #: The program has waited for the result, so that it knows of a missing one.
         self.awaited = False
-        self._unseen = [True]  # whoever takes it out tells; threads and the garbage collector may come together
+        # Emptied by one pop(), also when threads and the garbage collector come together: the error is printed once.
+        self._unseen = [True]
 
     def fail(self, error: LarpixDaqError) -> None:
         self._error = error
@@ -76,18 +79,18 @@ class _Outcome:
         self._unseen.clear()
 
     def release(self) -> None:
-        """Nobody can look at it any more."""
+        """The Request was dropped: nobody can read its error any more."""
         self._dropped = True
         self._report()
 
     def _report(self) -> None:
         if self._error is None or not self._dropped:
             return
-        with contextlib.suppress(Exception):  # it was seen; or there is no stderr any more
+        with contextlib.suppress(Exception):  # the error was seen, or stderr is closed
             self._unseen.pop()
-            said = (str(self._error).splitlines() or [""])[0]
+            line = (str(self._error).splitlines() or [""])[0]
             print(
-                f"larpixdaq: {self._action} failed and nobody looked at it: {type(self._error).__name__}: {said} "
+                f"larpixdaq: {self._action} failed and nobody looked at it: {type(self._error).__name__}: {line} "
                 "(.result() waits and raises)",
                 file=sys.stderr,
                 flush=True,
@@ -95,16 +98,17 @@ class _Outcome:
 
 
 class Request(Generator[Response, None, Any]):
-    """What came of a request so far, and what is still to come.
+    """A request and its responses, those that have come and those still to come.
 
-    Iterating gives each Response as it comes and ends with the result (the last one; StopIteration carries its value).
-    A request that fails gives its error last and then raises it. `result()` waits for the end and returns the value, as
-    often as wanted. Dropping a Request stops listening; it never cancels. An error that nobody has seen is written to
-    stderr when the Request is dropped, or at exit.
+    Iterating gives each Response as it comes; the last one is the result, and StopIteration carries its value. A failed
+    request gives its error last and then raises it. `result()` waits for the end and returns the value; it can be
+    called many times. Dropping a Request stops listening and never cancels. An unseen error is written to stderr when
+    the Request is dropped, or at exit.
     """
 
     def __init__(self, action: str, silence: Callable[[], float], words: Callable[[Any], str] | None = None) -> None:
-        """`words` says a result in words, where readable() would not do."""
+        """`silence` returns the seconds since the core was heard. `words` converts the result to text, in place of
+        readable()."""
         self.action = action
         self._words = words
         self._silence = silence
@@ -118,17 +122,20 @@ class Request(Generator[Response, None, Any]):
 
     @property
     def done(self) -> bool:
-        """Whether the result, or the error, is there."""
+        """Whether the result or the error has come."""
         return self._final is not None
 
     @property
     def latest(self) -> Response | None:
-        """The last Response that came, None before the first."""
+        """The latest Response, None before the first."""
         return self._mark_seen(self._latest)
 
     def result(self, timeout: float | None = None) -> Any:
-        """Wait for the result and return its value. Raises what the request failed with; RequestTimeout after `timeout`
-        seconds, NoCore when the core was not heard for 2 s: it can be called again after both."""
+        """Wait for the result and return its value.
+
+        Raises the error of a failed request, RequestTimeout after `timeout` seconds, and NoCore when the core was not
+        heard for 2 s. It can be called again after the last two.
+        """
         limit = None if timeout is None else time.monotonic() + timeout
         self.outcome.awaited = True
         with self._changed:
@@ -141,11 +148,11 @@ class Request(Generator[Response, None, Any]):
         return final.value
 
     def readable(self, timeout: float | None = None) -> str:
-        """The result as text for the eye: tables aligned, times as UTC. Waits and raises as result() does."""
+        """Return the result as text, with aligned tables and times in UTC. Waits and raises as result() does."""
         return (self._words or readable)(self.result(timeout))
 
     def send(self, value: None = None) -> Response:
-        """The next Response, when it has come."""
+        """Wait for the next Response and return it."""
         self.outcome.awaited = True
         with self._changed:
             while not self._waiting and self._final is None and not self._closed:
@@ -164,13 +171,13 @@ class Request(Generator[Response, None, Any]):
         raise StopIteration(final.value if final is not None else None)
 
     def throw(self, typ: Any, val: BaseException | object = None, tb: TracebackType | None = None, /) -> Response:
-        """As generators have it: the exception ends the iteration."""
+        """End the iteration with this exception, as in any generator."""
         self.close()
         error = typ if isinstance(typ, BaseException) else val if isinstance(val, BaseException) else typ()
         raise error.with_traceback(tb) if tb is not None else error
 
     def close(self) -> None:
-        """Stop iterating; result() goes on to work."""
+        """End the iteration; result() still works."""
         self._closed = True
 
     def _wait(self, limit: float | None, timeout: float | None) -> None:
@@ -178,13 +185,13 @@ class Request(Generator[Response, None, Any]):
         if left <= 0:
             raise RequestTimeout(f"{self.action}: no result within {timeout:g} s")
         silent = self._silence() > NO_CORE
-        came = self._changed.wait(left)
-        # Had this process stood still, what the core said meanwhile is heard now.
-        if silent and not came and self._silence() > NO_CORE:
+        notified = self._changed.wait(left)
+        # After a pause of this process, messages of the core have waited and are received now: look twice.
+        if silent and not notified and self._silence() > NO_CORE:
             raise NoCore(f"{self.action}: the core was not heard for {NO_CORE:g} s; it may still do what was asked")
 
     def take(self, response: Response) -> None:
-        """Called by the connection: this came."""
+        """Add a response. Called by the connection, in its thread."""
         with self._changed:
             if self._final is not None:
                 return
@@ -197,7 +204,6 @@ class Request(Generator[Response, None, Any]):
             self.outcome.fail(response.error)
 
     def _mark_seen(self, response: Response | None) -> Response | None:
-        """Somebody sees this one."""
         if response is not None and response.error is not None:
             self.outcome.mark_seen()
         return response
@@ -206,7 +212,7 @@ class Request(Generator[Response, None, Any]):
         latest = self.latest
         return f"<Request {self.action}: {latest if latest is not None else 'no answer yet'}>"
 
-    # What would be asked of the result, and not of the Request, says how to get it.
+    # Operations on the result, not on the Request: their error says how to get the result.
 
     def __getitem__(self, key: object) -> Any:
         raise self._no_result(f"[{key!r:.40}]")
@@ -225,7 +231,7 @@ class Request(Generator[Response, None, Any]):
         return TypeError(f"{self.action}: a Request is not its result yet; wait for it: .result(){use}")
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What IPython shows: the result if it comes within 5 s, else what came last. Nothing is consumed."""
+        """Show the result in IPython if it comes within 5 s, else the latest response. Consumes no response."""
         try:
             value = self.result(_SHOW)
         except RequestTimeout:
@@ -249,7 +255,7 @@ class _Sent:
 
 
 class Connection:
-    """All requests of one Operator. Requests that nobody holds any more are only told of on stderr, if they fail."""
+    """All open requests of one Operator. The failure of a dropped Request is printed to stderr."""
 
     def __init__(self, core: str, name: str) -> None:
         self.name = name
@@ -273,7 +279,7 @@ class Connection:
         self.link.start()
 
     def wait(self, timeout: float) -> None:
-        """Until the core has answered; NoCore when it has not."""
+        """Wait until the core has answered; NoCore after `timeout` seconds."""
         if not self._opened.wait(timeout):
             raise NoCore(self._refusal or f"no core answers at {self.link.core} (waited {timeout:g} s)")
 
@@ -285,7 +291,7 @@ class Connection:
         kind: str,
         words: Callable[[Any], str] | None = None,
     ) -> Request:
-        """Send a request. A core that is not there gets nothing later either: the Request has failed with NoCore."""
+        """Send a request. Without a core the Request fails with NoCore at once, and is never sent later."""
         request = Request(action, self.link.silence, words)
         if self._closed or self.link.silence() > NO_CORE:
             why = "this Operator is closed" if self._closed else f"no core is heard at {self.link.core}"
@@ -298,23 +304,23 @@ class Connection:
             message = control.ActionRequest(
                 request=number, action=action, params=params, component=component, kind=kind
             )
-            control.pack(message)  # what cannot travel is the caller's mistake, and is told at once
+            control.pack(message)  # raises at once if a parameter cannot be sent: the caller's mistake
             self._sent[number] = _Sent(message, weakref.ref(request), request.outcome, time.monotonic() + _RESEND)
         self.link.send(message)
         return request
 
     def _has_unawaited(self) -> bool:
-        """Whether a request is open that nobody has waited for."""
+        """Whether a request is open whose result was not awaited."""
         return any(not sent.outcome.awaited for sent in list(self._sent.values()))
 
     def ignore_open_requests(self) -> None:
-        """Do not tell of the requests that are open, whatever becomes of them."""
+        """Print no errors of the requests that are open now."""
         for sent in list(self._sent.values()):
             sent.outcome.awaited = True
             sent.outcome.mark_seen()
 
     def close(self) -> None:
-        """Disconnect. Answers to requests that nobody has waited for are awaited for CLOSE_WAIT seconds: they may be
+        """Disconnect. Waits up to CLOSE_WAIT seconds for answers to requests that were not awaited, which may be
         refusals."""
         self._closed = True
         limit = time.monotonic() + CLOSE_WAIT
@@ -329,7 +335,7 @@ class Connection:
             )
             self._deliver(number, Response("error", "", str(error), error=error))
 
-    # In the link's thread.
+    # Called in the thread of the connection to the core.
 
     def _hello(self) -> Open:
         return Open(name=self.name, instance=self._instance)
@@ -346,7 +352,7 @@ class Connection:
             self._answered(message)
 
     def _reopened(self) -> None:
-        """A new session: the core has forgotten what was asked in the one before."""
+        """Fail all open requests, because the core has a new session and does not know them."""
         if self._opened.is_set():
             self.link.take_unsent()
             for number, sent in list(self._sent.items()):
@@ -385,7 +391,10 @@ class Connection:
             sent.outcome.fail(response.error)
 
     def _resend(self) -> bool:
-        """Answers and requests may be lost with a connection: ask again, also for dropped Requests, which may fail."""
+        """Send open requests again, because a broken connection may have lost them or their answers.
+
+        Also those of dropped Requests, because their errors are printed.
+        """
         if self.link.silence() > NO_CORE:
             for message in self.link.take_unsent():
                 sent = self._sent.get(message.request)

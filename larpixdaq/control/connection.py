@@ -1,11 +1,10 @@
-"""The connection of a component or an Operator to the core: a socket in a thread of its own.
+"""The connection of a component or an Operator to the core: a socket in its own thread.
 
-The thread registers, sends heartbeats, registers anew when the core has forgotten it (or is another one), and hands
-over what arrives. It goes on while the rest of the process waits for a disk.
+The thread registers, sends heartbeats, registers again after a restart of the core, and passes on the messages that
+arrive. It continues while the rest of the process waits for a disk.
 
-What was done about recent requests, so that one that comes twice is done once.
-
-Requests and answers may be lost when a connection breaks; whoever waits asks again with the same id.
+RecentRequests keeps the answers of recent requests. A broken connection may lose a request or its answer, and the
+sender then repeats the request with the same id; it must be done only once.
 """
 
 from __future__ import annotations
@@ -41,23 +40,25 @@ from larpixdaq.runtime.event_loop import Waker
 from larpixdaq.runtime.timing import next_beat, wait_ms
 
 _log = logging.getLogger("larpixdaq.control.connection")
-#: Messages that wait while the core is away; the oldest go first.
+#: Maximum number of messages that wait while the core is disconnected; the oldest are dropped.
 _OUTBOX: Final = 10_000
-#: What the socket did not take is tried again after this (s).
+#: Seconds until a message that the socket did not take is tried again.
 _RETRY: Final = 0.02
-#: At closing, what is still to be sent has so long (s): less than it takes to count as lost.
+#: Maximum seconds for sending the waiting messages at close(): less than the time until a component counts as lost.
 _LINGER: Final = 0.5
+#: Maximum number of requests that are remembered after their answer.
 _MAX_KEPT: Final = 1024
-#: Answers larger than _LARGE are kept up to _MAX_BYTES bytes in all: a thousand results with arrays would be gigabytes.
+#: Answers of more than _LARGE bytes are kept up to _MAX_BYTES in all, because 1,000 results with arrays would be GB.
 _LARGE: Final = 4096
 _MAX_BYTES: Final = 8 << 20
 
 
 class CoreConnection:
-    """`hello` makes the registration, `beat` the heartbeat; `received` gets every message of the core but refusals.
+    """Connection to the core at the address `core`; start() starts its thread, which calls all callbacks.
 
-    `refused` gets the core's answer to a registration that it did not accept; it is tried again every 250 ms.
-    `each_turn` runs at least every 250 ms and says whether it has nothing left to do. All of them run in the thread.
+    `hello` makes the registration, `beat` the heartbeat. `received` gets every message of the core except refusals.
+    `refused` gets the core's refusal of a registration, which is repeated every 250 ms. `each_turn` runs at least
+    every 250 ms and returns True when it has nothing left to send.
     """
 
     def __init__(
@@ -75,15 +76,15 @@ class CoreConnection:
         self.session = ""
         #: time.monotonic() of the last message from the core; 0 before the first.
         self.heard = 0.0
-        #: time.monotonic() at which the newest heartbeat was sent that the core has answered under our session; 0
-        #: before the first. What was heard may have waited in the socket; this has not.
+        #: time.monotonic() at the sending of the newest heartbeat that the core has answered in this session; 0 before
+        #: the first. Unlike `heard`, it cannot be too late: a received message may have waited in the socket.
         self.confirmed = 0.0
         self._hello, self._beat, self._received, self._refused = hello, beat, received, refused
         self._each_turn = each_turn
         self._outbox: deque[FromClient] = deque(maxlen=_OUTBOX)
         self._waker = Waker()
         self._closing = False
-        self._beat_due = 0.0  # when the next heartbeat is
+        self._beat_due = 0.0  # time.monotonic() of the next heartbeat
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._connect()
         self._thread = threading.Thread(target=self._run, name=f"link of {name}", daemon=True)
@@ -102,27 +103,27 @@ class CoreConnection:
         self._thread.start()
 
     def send(self, message: FromClient) -> None:
-        """From any thread; the session is filled in when it goes out."""
+        """Queue a message, from any thread. It gets the session when it is sent."""
         self._outbox.append(message)
         self._waker.wake()
 
     def take_unsent(self) -> list[FromClient]:
-        """Take back what was not sent yet; only from within the thread."""
+        """Return and remove the messages that were not sent yet. Only in the connection's thread."""
         unsent = list(self._outbox)
         self._outbox.clear()
         return unsent
 
     def silence(self) -> float:
-        """Seconds since the core was heard; infinite before the first time."""
+        """Return the seconds since the last message of the core; infinite before the first."""
         return time.monotonic() - self.heard if self.heard else float("inf")
 
     def close(self) -> None:
-        """Send what waits (at most 1 s) and a goodbye, and end the thread."""
+        """Send the waiting messages (at most 1 s) and Bye, and end the thread."""
         self._closing = True
         self._waker.wake()
         if self._thread.ident is None:
             self._finish()
-        elif self._thread is not threading.current_thread():  # where the garbage collector may have called this
+        elif self._thread is not threading.current_thread():  # in which the garbage collector may call close()
             self._thread.join()
 
     def _run(self) -> None:
@@ -131,7 +132,7 @@ class CoreConnection:
         poller.register(self._waker.fileno(), zmq.POLLIN)
         try:
             while not self._closing:
-                # Something waits that the socket did not take: soon again, not at the next heartbeat only.
+                # Messages that the socket did not take are tried again before the next heartbeat.
                 limit = _RETRY if self._outbox and self.session else HEARTBEAT
                 now = time.monotonic()
                 ready = dict(poller.poll(wait_ms(min(now + limit, self._beat_due), now)))
@@ -139,12 +140,12 @@ class CoreConnection:
                     self._waker.clear()
                 try:
                     self._turn()
-                except Exception:  # a mistake of ours must not cost the component its core
-                    _log.exception("a turn of the link to the core at %s has failed", self.core)
+                except Exception:  # an error in larpixdaq must not disconnect the component
+                    _log.exception("a turn of the connection to the core at %s has failed", self.core)
                     self._beat_due = time.monotonic() + HEARTBEAT
             self._send_rest()
         except Exception:
-            _log.exception("the link to the core at %s has failed", self.core)
+            _log.exception("the connection to the core at %s has failed", self.core)
         finally:
             self._finish()
 
@@ -152,8 +153,8 @@ class CoreConnection:
         self._receive_all()
         now = time.monotonic()
         if now >= self._beat_due:
-            said = self._transmit(self._stamped_beat() if self.session else self._hello())
-            self._beat_due = next_beat(now, HEARTBEAT) if said else now + _RETRY  # not connected yet: try again soon
+            sent = self._transmit(self._stamped_beat() if self.session else self._hello())
+            self._beat_due = next_beat(now, HEARTBEAT) if sent else now + _RETRY  # not connected yet
         self._flush()
         self._each_turn()
 
@@ -187,7 +188,7 @@ class CoreConnection:
             if isinstance(message, Heartbeat):
                 message.status = None
                 return self._transmit(message)
-            if isinstance(message, Register | Open):  # it will not get smaller
+            if isinstance(message, Register | Open):  # it would be too large every time
                 self._refused(Answer(kind="error", error="malformed", text=str(error)))
             return True
         try:
@@ -198,7 +199,9 @@ class CoreConnection:
 
     def _flush(self) -> None:
         while self.session and self._outbox:
-            message = self._outbox.popleft()  # first, so that one that cannot go does not hold up the others
+            message = (
+                self._outbox.popleft()
+            )  # removed first, so that a message that cannot be packed does not block the others
             if not self._transmit(message):
                 self._outbox.appendleft(message)
                 break
@@ -213,9 +216,9 @@ class CoreConnection:
                 message = unpack_core(data)
             except ProtocolError as error:
                 _log.warning("%s", error)
-                if not self.session:  # a core of another version, most likely
+                if not self.session:  # probably a core of another version
                     self._refused(Answer(kind="error", error="version", text=str(error)))
-                elif request := probe_request(data):  # whoever asks must not wait for ever
+                elif request := probe_request(data):  # the sender of the request waits for an answer
                     self.send(Answer(request=request, kind="error", error="malformed", text=str(error)))
                 continue
             self.heard = time.monotonic()
@@ -224,10 +227,10 @@ class CoreConnection:
     def _handle(self, message: FromCore) -> None:
         if isinstance(message, Welcome):
             if message.session == self.session:
-                return  # the answer to a second registration, sent because the first answer took long
+                return  # answer to a second registration, sent because the first answer was slow
             self.session = message.session
         elif isinstance(message, Answer) and message.error == "unknown_session":
-            if message.session == self.session:  # otherwise it speaks of one that we have left behind
+            if message.session == self.session:  # else it is about an earlier session
                 self.session = ""
                 self._transmit(self._hello())
             return
@@ -242,7 +245,7 @@ class CoreConnection:
 
 
 class RecentRequests:
-    """The last request ids and their final answers; one that is not finished is never forgotten."""
+    """The ids of recent requests with their final answers. A request without final answer is never forgotten."""
 
     def __init__(self) -> None:
         self._answers: OrderedDict[str, Answer | None] = OrderedDict()
@@ -250,7 +253,7 @@ class RecentRequests:
         self._bytes = 0
 
     def is_repeat(self, request: str) -> bool:
-        """Whether this id came before; from now on it has."""
+        """Return whether this id came before, and remember it."""
         if request in self._answers:
             return True
         self._answers[request] = None
@@ -264,7 +267,7 @@ class RecentRequests:
         return request in self._answers
 
     def answer(self, request: str) -> Answer | None:
-        """The final answer given to it, if there is one yet."""
+        """Return the final answer to this request; None if there is none yet."""
         return self._answers.get(request)
 
     def keep(self, request: str, answer: Answer) -> None:
@@ -279,6 +282,6 @@ class RecentRequests:
         while self._bytes > _MAX_BYTES:
             oldest, size = self._large.popleft()
             self._bytes -= size
-            if oldest in self._answers:  # that it was done is not forgotten
+            if oldest in self._answers:  # the id stays, so that the request is not done again
                 text = "the result was lost on its way, and it was too large to be kept: ask again"
                 self._answers[oldest] = Answer(request=oldest, kind="error", text=text, error="failed")

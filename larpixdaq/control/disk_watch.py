@@ -1,4 +1,4 @@
-"""How long a storage's disk will last, and who is told when it will not."""
+"""Warnings about disks of storages that will soon be full, and about storages that do not write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from larpixdaq.runtime.units import duration, size
 
 _log = logging.getLogger("larpixdaq.core")
 
-#: A disk that is full sooner than this (s), at the rate at which it fills, is worth a warning; then again at each.
+#: Times until the disk is full (s), at the present rate, below which the core warns, once at each.
 WARNING_LIMITS: Final = (3600, 600, 60)
 
 
@@ -23,40 +23,42 @@ def time_to_full(status: StorageStatus) -> str:
 
 
 def _level(status: StorageStatus) -> int:
-    """Return the number of limits in WARNING_LIMITS that the time to full is below."""
+    """Return the number of WARNING_LIMITS above the time until the disk is full."""
     left = status.seconds_left
     return 0 if left is None or left < 0 else sum(left < limit for limit in WARNING_LIMITS)
 
 
 def warnings(storages: list[Component]) -> list[str]:
-    """Return a sentence for each storage whose disk will be full within an hour, that cannot write now, or whose
-    command for finished files has failed."""
-    found = [(one.name, status) for one in storages if (status := one.read_status(StorageStatus)) is not None]
+    """Return a sentence for each storage whose disk will be full within an hour, whose command for finished files has
+    failed, or that cannot write now."""
+    reported = [
+        (storage.name, status) for storage in storages if (status := storage.read_status(StorageStatus)) is not None
+    ]
     return [
-        *(f"{name}: {time_to_full(status)}" for name, status in found if _level(status)),
-        *(f"{name}: {status.on_close}" for name, status in found if status.on_close),
-        *(f"{name} is not writing: {status.paused}" for name, status in found if status.paused),
+        *(f"{name}: {time_to_full(status)}" for name, status in reported if _level(status)),
+        *(f"{name}: {status.on_close}" for name, status in reported if status.on_close),
+        *(f"{name} is not writing: {status.paused}" for name, status in reported if status.paused),
     ]
 
 
 class DiskWatch:
-    """Tells the log when a disk begins to run out, as often as it gets worse, not at each heartbeat."""
+    """Logs each limit of WARNING_LIMITS that a disk falls below, and when a storage stops or starts to write."""
 
     def __init__(self) -> None:
-        self._logged: dict[str, tuple[str, int]] = {}  # by storage: why it is paused, how near its disk is to full
+        self._logged: dict[str, tuple[str, int]] = {}  # by storage: why it is paused, and its _level()
 
     def take(self, name: str, status: StorageStatus) -> None:
         """Take the status in a storage's heartbeat."""
         paused, level = status.paused, _level(status)
-        before_paused, before_level = self._logged.get(name, ("", 0))
-        if paused != before_paused:
+        known_paused, known_level = self._logged.get(name, ("", 0))
+        if paused != known_paused:
             if paused:
                 _log.error("%s is not writing: %s", name, paused)
             else:
                 _log.warning("%s is writing again", name)
-        if level > before_level:
+        if level > known_level:
             _log.warning("%s: %s", name, time_to_full(status))
-        # Up to the next limit and back again is no news.
         while len(self._logged) > MAX_COMPONENTS:
             del self._logged[next(iter(self._logged))]
-        self._logged[name] = (paused, level if not level else max(level, before_level))
+        # The level only rises until it is 0 again, so that a time around a limit is logged once.
+        self._logged[name] = (paused, level if not level else max(level, known_level))

@@ -1,7 +1,4 @@
-"""What the core's `status` says, in words: for `larpixdaq status`, and for Operators who look at theirs.
-
-Answers as text for people: what IPython shows of a Request, and its `readable()`.
-"""
+"""Results as text for people: the core's status for `larpixdaq status`, and any result for IPython and `readable()`."""
 
 from __future__ import annotations
 
@@ -28,44 +25,44 @@ from larpixdaq.runtime.timing import load_words
 from larpixdaq.runtime.units import size, utc
 
 Facts = dict[str, Any]
-#: Of a longer table the first and the last rows are shown, so many in all; of a longer array numpy's summary.
+#: Maximum number of rows of a table, half of them from its end, and of elements of an array.
 MAX_SHOWN: Final = 20
-#: What our answers call a time (unix s).
+#: Keys of results whose values are times (unix s).
 _TIMES: Final = frozenset({"time", "since", "prepared", "begun", "ended", "started", "start", "last"})
 
 
-def status_lines(found: Facts) -> list[str]:
-    """The core's status in words, a line each."""
-    run = found.get("run")
-    busy = f" ({found['busy']} in progress)" if found.get("busy") else ""
-    shown = [f"state {found['state']}{f', run {_run(run)}' if run else ''}{busy}"]
+def status_lines(status: Facts) -> list[str]:
+    """Convert the core's status to lines of text."""
+    run = status.get("run")
+    busy = f" ({status['busy']} in progress)" if status.get("busy") else ""
+    lines = [f"state {status['state']}{f', run {_run(run)}' if run else ''}{busy}"]
     if run and run["missing"]:
-        shown.append(f"MISSING in this run: {', '.join(run['missing'])}")
-    shown += [line for component in found["components"] if component["alive"] for line in _alarms(component)]
-    if control := found.get("control"):
-        shown.append(f"control: {control['by']}, since {utc(control['since'])}")
-    if last := found.get("last_run"):
-        shown.append(_last_run(last))
-    if found.get("insecure"):
-        shown.append("INSECURE: no keys are in use: anybody who can connect to the core can control the detector")
-    width = max((len(component["name"]) for component in found["components"]), default=0)
-    if "load" in found:
-        shown.append(f"{'core':<{width}}  alive  {load_words(found['load'])}")
-    for component in found["components"]:
-        shown.append(f"{component['name']:<{width}}  {_liveness(component):<5}  {_details(component)}".rstrip())
-    return shown
+        lines.append(f"MISSING in this run: {', '.join(run['missing'])}")
+    lines += [alarm for component in status["components"] if component["alive"] for alarm in _alarms(component)]
+    if control := status.get("control"):
+        lines.append(f"control: {control['by']}, since {utc(control['since'])}")
+    if last := status.get("last_run"):
+        lines.append(_last_run(last))
+    if status.get("insecure"):
+        lines.append("INSECURE: no keys are in use: anybody who can connect to the core can control the detector")
+    width = max((len(component["name"]) for component in status["components"]), default=0)
+    if "load" in status:
+        lines.append(f"{'core':<{width}}  alive  {load_words(status['load'])}")
+    for component in status["components"]:
+        lines.append(f"{component['name']:<{width}}  {_liveness(component):<5}  {_details(component)}".rstrip())
+    return lines
 
 
-def needs_attention(found: Facts) -> bool:
+def needs_attention(status: Facts) -> bool:
     """Whether a component is LOST or PAUSED, or MISSING in the run."""
-    return bool((found.get("run") or {}).get("missing")) or any(
-        not component["alive"] or _is_alarming(component) for component in found["components"]
+    return bool((status.get("run") or {}).get("missing")) or any(
+        not component["alive"] or _is_alarming(component) for component in status["components"]
     )
 
 
 def _is_alarming(component: Facts) -> bool:
     status = _status(component)
-    if status is None:  # it may say PAUSED in a way that is not understood here
+    if status is None:  # of another version; it may say that the storage is paused
         return component["kind"] in STATUS and bool(component["status"])
     return isinstance(status, StorageStatus) and bool(status.paused)
 
@@ -116,24 +113,24 @@ def _last_run(last: Facts) -> str:
 
 
 def _alarms(component: Facts) -> list[str]:
-    """Return a line for each problem that nobody may overlook."""
+    """Return a line for each problem of a component that needs attention."""
     name, status = component["name"], _status(component)
-    found = []
+    alarms = []
     if isinstance(status, StorageStatus):
         if status.paused:
-            found.append(f"PAUSED: {name} is not writing: {status.paused}")
-        found += [f"NOT RECOVERED: {name}: {text}" for text in status.not_recovered]
+            alarms.append(f"PAUSED: {name} is not writing: {status.paused}")
+        alarms += [f"NOT RECOVERED: {name}: {text}" for text in status.not_recovered]
         if status.seconds_left is not None and status.seconds_left < WARNING_LIMITS[0]:
-            found.append(f"DISK NEARLY FULL: {name}: {time_to_full(status)}")
+            alarms.append(f"DISK NEARLY FULL: {name}: {time_to_full(status)}")
         if status.on_close:
-            found.append(f"COMMAND FAILED: {name}: {status.on_close}")
+            alarms.append(f"COMMAND FAILED: {name}: {status.on_close}")
     elif isinstance(status, ProducerStatus):
-        found += [f"FILE REMOVED: {name}: {text}; lost if the process is killed" for text in status.nameless]
-        found += [
+        alarms += [f"FILE REMOVED: {name}: {text}; lost if the process is killed" for text in status.nameless]
+        alarms += [
             f"DAMAGED FILE KEPT: {name}: {path} could not be read whole; move it away" for path in status.kept_aside
         ]
-        found += [f"{board.name}: {away}" for board in status.boards if (away := _disconnection(board))]
-    return found
+        alarms += [f"{board.name}: {text}" for board in status.boards if (text := _disconnection(board))]
+    return alarms
 
 
 def _disconnection(board: BoardReport) -> str:
@@ -164,7 +161,7 @@ def _producer(status: ProducerStatus) -> list[str]:
     if status.inherited:
         parts.append(f"{status.inherited} blocks of its predecessor pending")
     if status.made_anew:
-        parts.append(f"the ring's file was removed and made anew, {status.made_anew} times")
+        parts.append(f"the ring's file was removed and replaced, {status.made_anew} times")
     if status.finished:
         parts.append("source finished")
     return parts
@@ -200,9 +197,9 @@ def _monitor(status: MonitorStatus) -> list[str]:
 
 
 def readable(value: Any) -> str:
-    """A dict as one line per entry, rows (a structured array, or a list of flat dicts) as an aligned table.
+    """Convert a result to text: a dict to a line per entry, a structured array or list of flat dicts to a table.
 
-    Columns that are 0 or empty throughout are left out of a table. Anything else as str() has it.
+    A table leaves out columns that are 0 or empty in all rows, except the first. Other values as str() gives them.
     """
     if isinstance(value, dict) and value:
         width = max(len(str(name)) for name in value)
@@ -215,7 +212,7 @@ def readable(value: Any) -> str:
 
 
 def show(value: Any, printer: Any) -> None:
-    """Give the value to IPython's pretty printer: readable, where that is more than what repr() makes of it."""
+    """Print a result with IPython's pretty printer: dicts, tables and long texts as readable(), others as repr()."""
     if isinstance(value, dict) or _is_table(value) or (isinstance(value, str) and "\n" in value):
         printer.text(readable(value))
     else:
@@ -238,7 +235,7 @@ def _entry(label: str, name: str, part: Any) -> str:
 
 
 def _cell(name: str, value: Any) -> str:
-    """One value on one line; `name` is what it is called where it stands."""
+    """Return a value as text; `name` is its key or column."""
     if value is None or (isinstance(value, dict | list | tuple) and not value):
         return "-"
     if isinstance(value, dict):
@@ -255,7 +252,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    """Five digits, and all before the point: 0.98765, 12.345, 10006, 2420000."""
+    """Return five significant digits, and all digits before the point: 0.98765, 12.345, 10006, 2420000."""
     return f"{value:.0f}" if abs(value) >= 1e5 else f"{value:.5g}"
 
 
@@ -271,7 +268,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _table(rows: Any) -> str:
-    """Aligned columns under their names; numbers to the right."""
+    """Return the rows as aligned columns under their names, numbers to the right."""
     array = isinstance(rows, np.ndarray)
     names = list(rows.dtype.names if array else rows[0])
     count = len(rows)
@@ -281,7 +278,7 @@ def _table(rows: Any) -> str:
     shown = [*rows[: count - left_out - MAX_SHOWN // 2], *rows[-(MAX_SHOWN // 2) :]] if left_out else list(rows)
 
     def used(name: str) -> bool:
-        # Looked at in all rows, not only in those shown: where somebody looks must not change the columns.
+        # In all rows, not only in those shown, so that the columns do not depend on the rows shown.
         return bool(np.any(rows[name] != np.zeros((), rows[name].dtype))) if array else any(row[name] for row in rows)
 
     columns = [name for place, name in enumerate(names) if not place or used(name)]

@@ -1,4 +1,4 @@
-"""Log records on their way to the log process: made by the standard library's logging, kept while the log is away."""
+"""Log records on their way from a process to the log process. They wait while the log is disconnected."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from larpixdaq import config
 from larpixdaq.errors import ProtocolError
 
 _log = logging.getLogger("larpixdaq.control.log_shipping")
-#: Records of level warning and above that are kept while the log is away.
+#: Maximum number of records of level WARNING and above that wait while the log is disconnected.
 KEPT: Final = 1000
-#: Longer texts (tracebacks) are cut.
+#: Maximum number of characters of a text; longer ones (tracebacks) are cut.
 MAX_TEXT: Final = 32 << 10
 _MAX_RECORD: Final = 256 << 10
 
 
 class LogRecord(msgspec.Struct, array_like=True, frozen=True):
-    """One log record on the wire; `time` in unix seconds, `level` as in logging."""
+    """One log record as it is sent; `time` in unix seconds, `level` as in logging."""
 
     time: float
     level: int
@@ -36,7 +36,7 @@ _decoder: Final = msgspec.msgpack.Decoder(LogRecord)
 
 
 def unpack_record(data: Any) -> LogRecord:
-    """ProtocolError, in one line, when it is none."""
+    """Unpack a log record; ProtocolError if the bytes are no record."""
     if len(data) > _MAX_RECORD:
         raise ProtocolError(f"log record: {len(data)} bytes, the limit is {_MAX_RECORD}")
     try:
@@ -46,9 +46,9 @@ def unpack_record(data: Any) -> LogRecord:
 
 
 class LogShipper(logging.Handler):
-    """Collects the log records of this process, in any thread, and sends them to the log. No method ever blocks.
+    """Collects the log records of this process, in any thread, and sends them to the log. No method waits.
 
-    ship() is for the thread that closes the sockets of `context`.
+    Only the thread that closes the sockets of `context` may call ship().
     """
 
     def __init__(self, component: str, context: zmq.Context[zmq.Socket[bytes]]) -> None:
@@ -62,14 +62,14 @@ class LogShipper(logging.Handler):
         self.setFormatter(logging.Formatter("%(message)s"))
 
     def attach(self) -> None:
-        """Collect the package's records from now on, those of level INFO and above unless another level is set."""
+        """Start to collect the package's records, from level INFO on unless another level is set."""
         logger = logging.getLogger("larpixdaq")
         logger.addHandler(self)
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
 
     def close(self) -> None:
-        """Collect no more records."""
+        """Stop collecting records."""
         logging.getLogger("larpixdaq").removeHandler(self)
         super().close()
 
@@ -82,19 +82,21 @@ class LogShipper(logging.Handler):
             return
         with self._guard:
             self._records.append((record.levelno, data))
-            if len(self._records) > 2 * KEPT:  # twice, so that thinning is rare
+            if len(self._records) > 2 * KEPT:  # not at KEPT, so that _thin() is rare
                 self._thin()
 
     def _thin(self) -> None:
-        """Keep the warnings, of them the newest; the rest is counted."""
-        before = len(self._records)
-        warnings = [one for one in self._records if one[0] >= logging.WARNING]
+        """Keep the newest warnings; count the other records as lost."""
+        count = len(self._records)
+        warnings = [record for record in self._records if record[0] >= logging.WARNING]
         self._records = deque(warnings[-KEPT:])
-        self._lost += before - len(self._records)
+        self._lost += count - len(self._records)
 
     def ship(self, address: str) -> bool:
-        """Send the collected records to the log at this address ("": there is no log). True when no record is left that
-        could be sent."""
+        """Send the collected records to the log at this address ("": no log).
+
+        Returns False while records wait for a log that does not take them.
+        """
         if address != self._address:
             self._connect(address)
         socket = self._socket
@@ -123,14 +125,13 @@ class LogShipper(logging.Handler):
             return
         try:
             socket = self._context.socket(zmq.PUSH)
-            # Takes records only while the log is connected, so that they are not queued for a log that is away.
+            # The socket takes records only while the log is connected, so that none wait in its queue.
             socket.setsockopt(zmq.IMMEDIATE, 1)
             socket.setsockopt(zmq.LINGER, 1000)
             socket.setsockopt(zmq.RECONNECT_IVL, 100)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
             socket.ipv6 = config.is_ipv6(address)
-            # Records for a host that vanished would be lost; a log whose disk hangs takes none for a while, and is not
-            # dead.
+            # Records sent to a dead host would be lost. The limit is long, because a log whose disk hangs is not dead.
             config.close_dead_connections(socket, 10 * config.DEAD_CONNECTION)
             socket.connect(address)
             self._socket = socket

@@ -1,9 +1,8 @@
-"""A process of larpix-daq as the others see it: registration with the core, heartbeats, actions, logging.
+"""A component's side of the control plane: registration with the core, heartbeats, actions and logging.
 
-The sockets to core and log live in a background thread, so that heartbeats go on while the process waits for a disk.
-Actions run in the process's own loop: `fileno()` becomes readable when one waits, and `dispatch()` runs it there.
-
-One request for an action of a component, as the component's handler sees it.
+The sockets to core and log are in a background thread, so that heartbeats continue while the process waits for a disk.
+Actions run in the main loop of the process: `fileno()` becomes readable when a request waits, and `dispatch()` runs its
+action.
 """
 
 from __future__ import annotations
@@ -41,21 +40,21 @@ from larpixdaq.runtime.event_loop import Signals, Stopped, Waker
 from larpixdaq.runtime.timing import Load, next_beat, wait_ms
 
 _log = logging.getLogger("larpixdaq.control.node")
-#: Requests that wait for dispatch(); more are refused.
+#: Maximum number of requests that wait for dispatch(); more are refused.
 _MAX_WAITING: Final = 1000
 
 
 class Node:
-    """One component: `kind` is "producer", "run_data", "storage" or "log"."""
+    """A component: its connection to the core, and the handlers of its actions."""
 
-    #: The session that the core gave at registration; a new one after having been lost.
+    #: The session that the core gave at registration; a new one after each registration.
     session: str
-    #: The run state as the core last told it ("STOP", "READY", "RUN") and the run's number, None outside a run.
+    #: The run state ("STOP", "READY", "RUN") and the run's number (None outside a run), by the core's last Update.
     state: str
     run: int | None
-    #: Producers that the core knows: name -> stream address. Replaced as a whole when it changes.
+    #: Stream addresses of the living producers, by name. A new dict at each change.
     producers: dict[str, str]
-    #: Grows whenever dispatch() has changed one of the four above.
+    #: Number of times that dispatch() has changed the four attributes above.
     changes: int
 
     def __init__(
@@ -69,16 +68,17 @@ class Node:
         status: Callable[[], Status] | None = None,
         on_name_taken: Callable[[], None] | None = None,
     ) -> None:
-        """`core` is its address, with or without port; `info` goes out with each registration (a producer: stream
-        address, epoch, layout, io_groups; a storage: directory, highest_run), with the process's id, host and user
-        added.
+        """`core` is the core's address, with or without port. `info` is sent with each registration (of a producer:
+        stream address, epoch, layout, io_groups; of a storage: directory, highest_run), together with the process's id,
+        host and user.
 
         dispatch() calls the handlers in `actions` as `handler(call, **call.params)`. An exception of a handler becomes
-        the call's error, and is logged. A value other than None ends the call as its result; after None the handler
-        ends it itself, at once or later.
+        the error of the call, and is logged. A returned value other than None becomes the result of the call; after
+        None the handler must end the call itself, at once or later.
 
-        report() calls `status` for the heartbeat. dispatch() calls `on_name_taken` when this component was lost and for
-        5 s could not register again, because another component has its name; without `on_name_taken` it raises.
+        report() calls `status` for the heartbeat. dispatch() calls `on_name_taken` when this component was lost and
+        could not register again for 5 s, because another component has its name; without `on_name_taken` it raises
+        RequestError.
         """
         self.name, self.kind = name, kind
         self.session, self.state, self.run = "", STOP, None
@@ -88,12 +88,12 @@ class Node:
         self._info, self._status = info, status
         self._on_name_taken = on_name_taken
         self._instance = secrets.token_hex(16)
-        self._joined_run: int | None = None  # the run that prepare_run brought us into; no end_run yet
+        self._joined_run: int | None = None  # the run of this component, from prepare_run to end_run
         self._begun = False
         self._beat = Heartbeat()
         self._load = Load()
         self._status_due = 0.0
-        self._loop_turned: float | None = None  # when the main loop last called report()
+        self._loop_turned: float | None = None  # time.monotonic() of the last report()
         self._last_beat = 0.0
         self._inbox: deque[FromCore] = deque()
         self._known_state: tuple[str, str, int | None, dict[str, str]] | None = None
@@ -122,10 +122,10 @@ class Node:
     # Called by the main loop.
 
     def connect(self, timeout: float | None = None, *, signals: Signals | None = None) -> None:
-        """Start the thread and register.
+        """Start the thread and register with the core.
 
-        NoCore after `timeout` (5) seconds in which no core was heard; RequestError when the core refuses, for 5 s when
-        that is because the name is in use; Stopped when `signals` has caught a signal.
+        Raises NoCore after `timeout` (default 5) seconds without a message from a core, RequestError when the core
+        refuses (after 5 s if the name is in use), and Stopped when `signals` has caught a signal.
         """
         self._shipper.attach()
         limit = PATIENCE if timeout is None else timeout
@@ -143,21 +143,21 @@ class Node:
             refusal = self._refusal
             if refusal is not None and (refusal.error != "name_taken" or self._name_taken):
                 raise RequestError(f"{self.name}: {refusal.text}")
-            # Also a core that has refused the name may die meanwhile.
+            # A core that has refused the name may die while this component waits.
             if not self._inbox and time.monotonic() - max(started, self._link.heard) > limit:
                 raise NoCore(f"no core answers at {self._link.core} (waited {limit:g} s)")
             while self._inbox and not self.session:
                 self._apply(self._inbox.popleft())
-        if self._inbox:  # what the core asks has to wait for dispatch(), when all is ready for it
+        if self._inbox:  # requests of the core, which wait for dispatch()
             self._ready.wake()
         _log.info("%s is registered with the core at %s", self.name, self._link.core)
 
     def fileno(self) -> int:
-        """A descriptor that polls readable while dispatch() has something to do."""
+        """Return a file descriptor that is readable while dispatch() has work."""
         return self._ready.fileno()
 
     def dispatch(self) -> None:
-        """Run the actions that wait, in this thread, and take over what the core told."""
+        """Run the waiting actions, in this thread, and apply the updates of the core."""
         self._ready.clear()
         while self._inbox:
             self._apply(self._inbox.popleft())
@@ -168,15 +168,16 @@ class Node:
             self._on_name_taken()
 
     def wait_ms(self, due: float | None = None) -> int:
-        """For the main loop's poll(): milliseconds until the next report() is due, at most until `due` (monotonic)."""
+        """Return the milliseconds until report() is due, at most until `due` (time.monotonic()), for poll()."""
         now = time.monotonic()
         beat = next_beat(now, HEARTBEAT)
         return wait_ms(beat if due is None else min(beat, due), now)
 
     def report(self, progress: int, queued: int) -> None:
-        """The main loop's turn, at least every 250 ms: work done so far and work waiting.
+        """Report the work done so far and the waiting work. The main loop must call it at least every 250 ms.
 
-        Work without progress for 1 s reads `stuck`, and so does a loop that turns no more.
+        The component counts as stuck after 1 s in which work waits and none is done, or in which report() is not
+        called.
         """
         self._loop_turned = now = time.monotonic()
         status = None
@@ -192,11 +193,11 @@ class Node:
 
     @property
     def confirmed(self) -> float:
-        """time.monotonic() at which the newest heartbeat was sent that the core has answered under our session."""
+        """time.monotonic() at the sending of the newest heartbeat that the core has answered in this session."""
         return self._link.confirmed
 
     def close(self) -> None:
-        """Say goodbye to the core, send what the log has not got yet (at most 1 s), stop the thread."""
+        """Send Bye to the core and the remaining records to the log (at most 1 s), and stop the thread."""
         if self._closed:
             return
         self._closed = True
@@ -207,7 +208,7 @@ class Node:
     def _apply(self, message: FromCore) -> None:
         if isinstance(message, ActionRequest):
             self._run_action(message)
-        elif isinstance(message, Update):  # which _receive() lets pass only when it brings a change
+        elif isinstance(message, Update):  # _receive() passes on only changes
             self.session, self.state = message.session, message.state
             self.run, self.producers = message.run, message.producers
             self.changes += 1
@@ -218,8 +219,8 @@ class Node:
             try:
                 handler, signature = self._actions[call.action]
             except KeyError:
-                there = ", ".join(sorted(self._actions)) or "none"
-                raise UnknownAction(f"{self.name} has no action {call.action!r}; it has {there}") from None
+                known = ", ".join(sorted(self._actions)) or "none"
+                raise UnknownAction(f"{self.name} has no action {call.action!r}; it has {known}") from None
             try:
                 signature.bind(call, **call.params)
             except TypeError as error:
@@ -234,7 +235,7 @@ class Node:
     def _failed(self, call: Call, error: Exception) -> None:
         expected = isinstance(error, LarpixDaqError)
         line = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {' '.join(str(error).split())}"
-        # Who asked is told in any case; a wrong question is no trouble of ours.
+        # The sender gets the error in any case. A wrong request is no error of this component.
         level = logging.INFO if isinstance(error, RequestError) else logging.ERROR
         _log.log(level, "%s: action %s failed: %s", self.name, call.action, line, exc_info=not expected)
         if not call.ended:
@@ -248,7 +249,7 @@ class Node:
         self._link.send(answer)
 
     def _note_run(self, call: Call) -> None:
-        """Remember which run we are in, for a core that asks at registration."""
+        """Remember the run of this component, which registrations and heartbeats report to the core."""
         if call.action == "prepare_run":
             self._joined_run, self._begun = call.params.get("run"), False
         elif call.action == "begin_run":
@@ -256,7 +257,7 @@ class Node:
         elif call.action in ("end_run", "abort_run", "cancel_run") and call.params.get("run") == self._joined_run:
             self._joined_run, self._begun = None, False
 
-    # Called in the link's thread.
+    # Called in the connection's thread.
 
     def _hello(self) -> Register:
         return Register(
@@ -272,9 +273,7 @@ class Node:
     def _heartbeat(self) -> Heartbeat:
         now, beat = time.monotonic(), self._beat
         if self._loop_turned is not None and now - self._last_beat > 2 * HEARTBEAT:
-            self._loop_turned = (
-                now  # this thread stood still too: so did the whole process, and its loop is not to blame
-            )
+            self._loop_turned = now  # this thread has paused too: the whole process has, not the main loop alone
         self._last_beat = now
         idle = 0.0 if self._loop_turned is None else max(0.0, now - self._loop_turned)
         return Heartbeat(
@@ -294,13 +293,13 @@ class Node:
             self._refusal, self._name_loss_reported = None, False
         if isinstance(message, Update):
             self._log_address = message.log
-            told = (message.session, message.state, message.run, message.producers)
-            if told == self._known_state:
+            state = (message.session, message.state, message.run, message.producers)
+            if state == self._known_state:
                 return
-            self._known_state = told
+            self._known_state = state
         elif isinstance(message, ActionRequest):
             if self._recent.is_repeat(message.request):
-                # The core asks again: its request or our answer may have been lost with a connection.
+                # A repeated request: a broken connection may have lost the request or its answer.
                 answer = self._recent.answer(message.request)
                 if answer is not None:
                     self._link.send(answer)
@@ -326,7 +325,8 @@ class Node:
 
 
 class Call:
-    """One request for an action. Exactly one of result() and fail() ends it, at once or later, from the main loop."""
+    """A request for an action, as its handler gets it. Exactly one call of result() or fail() must end it, at once or
+    later, in the main loop."""
 
     action: str
     params: dict[str, Any]

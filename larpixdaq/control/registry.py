@@ -1,4 +1,4 @@
-"""Who is connected to the core: components and Operators, who is alive, lost or stuck, and who has control."""
+"""The components and Operators that the core knows: which are alive, lost or stuck, and which Operator has control."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from larpixdaq.runtime.units import utc
 
 _log = logging.getLogger("larpixdaq.core")
 _T = TypeVar("_T")
-#: An Operator's session is kept this long (s) after it was last heard, so that a busy program finds its answers.
+#: Seconds that a silent Operator's session is kept, so that a busy program still gets its answers.
 _FORGET_OPERATOR: Final = 60.0
-#: Maximum number of components, and of Operators, at once.
+#: Maximum number of components, and of Operators, at the same time.
 MAX_COMPONENTS: Final = 100
 MAX_OPERATORS: Final = 256
-#: Lost components that `status` still shows, and for how long (s).
+#: Maximum number of lost components that `status` shows, and seconds for which it shows them.
 _MAX_LOST: Final = 20
 _LOST_KEPT: Final = 12 * 3600.0
 
@@ -46,7 +46,7 @@ class TooMany(ProtocolError):
 
 @dataclass
 class Peer:
-    """Times are time.monotonic(); `route` is the ROUTER's name for the connection, and changes with it."""
+    """A component or an Operator. Times are time.monotonic(); `route` is the ROUTER's identity of the connection."""
 
     session: str
     route: bytes
@@ -65,19 +65,19 @@ class Component(Peer):
     progress: int = 0
     queued: int = 0
     status: dict[str, Any] = field(default_factory=dict)
-    progressed: float = 0.0  # when progress last moved, or nothing was queued
-    busy: bool = False  # work is queued, or its main loop does not turn
+    progressed: float = 0.0  # when progress last grew, or no work was queued
+    busy: bool = False  # work is queued, or the main loop does not turn
     stuck: bool = False
     _understood: bool = True
 
     def read_status(self, kind: type[_T]) -> _T | None:
-        """Return the status as a struct. None before the first one, and when it does not fit, which is logged."""
+        """Return the status as a struct. None before the first status, and if it does not fit, which is logged."""
         if not self.status:
             return None
         try:
             status = msgspec.convert(self.status, kind)
         except (msgspec.ValidationError, TypeError, ValueError) as error:
-            if self._understood:  # said once: it comes again with each heartbeat
+            if self._understood:  # logged once, because it comes again with each heartbeat
                 _log.error("%s: its status is not understood: %s", self.name, error)
             self._understood = False
             return None
@@ -92,35 +92,37 @@ class OperatorPeer(Peer):
 
 @dataclass
 class Change:
-    """What check() has found: "lost", "stuck", "moving" (no longer stuck) or "gone" (an Operator)."""
+    """A change that check() has found: "lost", "stuck", "moving" (no longer stuck) or "gone" (an Operator)."""
 
     what: str
     peer: Peer
 
 
 class Registry:
-    """All that are known. `now` is time.monotonic() throughout."""
+    """All known components and Operators. `now` is always time.monotonic()."""
 
     def __init__(self) -> None:
-        self.components: dict[str, Component] = {}  # by name; the living ones
+        self.components: dict[str, Component] = {}  # the living components, by name
         self.operators: dict[str, OperatorPeer] = {}  # by session
-        self.lost: dict[str, tuple[float, Component]] = {}  # by name, when last heard
+        self.lost: dict[str, tuple[float, Component]] = {}  # by name: when last heard, and the component
         self._sessions: dict[str, Peer] = {}
 
     def register(self, message: Register, route: bytes, now: float) -> Component:
-        """Take a component in; NameTaken while another process of this name counts as living, TooMany when there are
-        MAX_COMPONENTS already."""
-        there = self.components.get(message.name)
-        if there is None and len(self.components) >= MAX_COMPONENTS:
+        """Add a component, or replace its earlier registration.
+
+        Raises NameTaken while another process of this name counts as alive, and TooMany above MAX_COMPONENTS.
+        """
+        known = self.components.get(message.name)
+        if known is None and len(self.components) >= MAX_COMPONENTS:
             raise TooMany(f"{message.name!r} cannot be registered: there are {MAX_COMPONENTS} components already")
-        if there is not None and there.instance != message.instance:
+        if known is not None and known.instance != message.instance:
             raise NameTaken(
-                f"the name {message.name!r} is in use by a {there.kind} ({_process(there.info)}) last heard "
-                f"{now - there.heard:.1f} s ago"
+                f"the name {message.name!r} is in use by a {known.kind} ({_process(known.info)}) last heard "
+                f"{now - known.heard:.1f} s ago"
             )
         self.lost.pop(message.name, None)
         component = Component(
-            session=there.session if there is not None else secrets.token_hex(16),
+            session=known.session if known is not None else secrets.token_hex(16),
             route=route,
             name=message.name,
             instance=message.instance,
@@ -137,8 +139,7 @@ class Registry:
         return component
 
     def open(self, message: Open, route: bytes, now: float) -> OperatorPeer:
-        """Take an Operator in; one whose first answer was slow gets the same session again. TooMany when there are
-        MAX_OPERATORS already."""
+        """Add an Operator; a repeated registration gets the same session. TooMany above MAX_OPERATORS."""
         for peer in self.operators.values():
             if peer.instance == message.instance:
                 peer.route, peer.heard = route, now
@@ -151,7 +152,8 @@ class Registry:
         return peer
 
     def identify(self, session: str, route: bytes, now: float) -> tuple[Peer | None, bool]:
-        """The peer of this session (None: unknown or void), and whether its connection is a new one."""
+        """Note that the peer of this session was heard. Returns the peer (None: unknown session), and whether its
+        connection is new."""
         peer = self._sessions.get(session)
         if peer is None:
             return None, False
@@ -161,7 +163,7 @@ class Registry:
 
     def take_heartbeat(self, component: Component, message: Heartbeat, now: float) -> None:
         if message.progress != component.progress or not message.queued:
-            component.progressed = now - message.idle  # that was when its main loop said so
+            component.progressed = now - message.idle  # the time of its report()
         component.busy = message.queued > 0 or message.idle > 2 * HEARTBEAT
         component.progress, component.queued = message.progress, message.queued
         if message.status is not None:
@@ -174,30 +176,30 @@ class Registry:
             self.components.pop(peer.name, None)
 
     def check(self, now: float) -> list[Change]:
-        """Who was lost or got stuck since the last time; only to be called when all that came has been taken in."""
-        found: list[Change] = []
+        """Return the changes since the last call. All received messages must have been handled before."""
+        changes: list[Change] = []
         for component in list(self.components.values()):
             if now - component.heard > LOST:
                 self.remove(component)
                 self.lost[component.name] = (component.heard, component)
                 while len(self.lost) > _MAX_LOST:
                     del self.lost[next(iter(self.lost))]
-                found.append(Change("lost", component))
+                changes.append(Change("lost", component))
                 continue
             stuck = component.busy and now - component.progressed > STUCK
             if stuck != component.stuck:
                 component.stuck = stuck
-                found.append(Change("stuck" if stuck else "moving", component))
+                changes.append(Change("stuck" if stuck else "moving", component))
         for name in [name for name, (heard, _) in self.lost.items() if now - heard > _LOST_KEPT]:
             del self.lost[name]
         for peer in list(self.operators.values()):
             if now - peer.heard > _FORGET_OPERATOR:
                 self.remove(peer)
-                found.append(Change("gone", peer))
-        return found
+                changes.append(Change("gone", peer))
+        return changes
 
     def due(self) -> float:
-        """When check() will find a component lost or stuck, if nothing comes from it until then; infinite: never."""
+        """Return when check() will next find a silent component lost or stuck; infinite without components."""
         due = float("inf")
         for component in self.components.values():
             due = min(due, component.heard + LOST)
@@ -206,40 +208,40 @@ class Registry:
         return due
 
     def extend_limits(self, seconds: float) -> None:
-        """The core itself stood still for so long: what others sent meanwhile may not have reached it yet."""
+        """Extend all time limits by a pause of the core, because messages sent in the pause may not be received yet."""
         for peer in self._sessions.values():
             peer.heard += seconds
             if isinstance(peer, Component):
                 peer.progressed += seconds
 
     def of_kind(self, kind: str) -> list[Component]:
-        """The living components of a kind, the one first registered first."""
+        """Return the living components of a kind, in the order of their registration."""
         return [component for component in self.components.values() if component.kind == kind]
 
     def describe(self, now: float) -> list[dict[str, Any]]:
-        """All components for people: those lost are there too, with `alive` False."""
+        """List all components for people. The lost ones follow, with `alive` False."""
         living = [(component.heard, component, True) for component in self.components.values()]
         lost = [(heard, component, False) for heard, component in self.lost.values()]
         return [
             {
-                "name": one.name,
-                "kind": one.kind,
+                "name": component.name,
+                "kind": component.kind,
                 "alive": alive,
-                "stuck": alive and one.stuck,
+                "stuck": alive and component.stuck,
                 "heard_s": round(now - heard, 3),
-                "progress": one.progress,
-                "queued": one.queued,
-                "run": one.run,
-                "actions": one.actions,
-                "info": one.info,
-                "status": one.status,
+                "progress": component.progress,
+                "queued": component.queued,
+                "run": component.run,
+                "actions": component.actions,
+                "info": component.info,
+                "status": component.status,
             }
-            for heard, one, alive in living + lost
+            for heard, component, alive in living + lost
         ]
 
 
 class Control:
-    """Who may change things: one Operator at a time."""
+    """The control: the right of one Operator at a time to change something."""
 
     def __init__(self, peers: Registry) -> None:
         self._peers = peers
@@ -253,7 +255,7 @@ class Control:
         return holder
 
     def claim(self, operator: OperatorPeer, now: float) -> None:
-        """Make sure that this Operator has control; ControlHeld when another has it."""
+        """Give control to this Operator if it is free; ControlHeld if another Operator has it."""
         holder = self._current(now)
         if holder is None:
             self.take(operator)
@@ -262,11 +264,11 @@ class Control:
             raise ControlHeld(text, by=holder.name, since=self._since)
 
     def take(self, operator: OperatorPeer) -> str:
-        """Give it to this Operator; the name of the one who had it before, or ""."""
-        before = self._holder
-        if before is not operator:
+        """Give control to this Operator. Returns the name of the Operator that has lost it, or ""."""
+        previous = self._holder
+        if previous is not operator:
             self._holder, self._since = operator, time.time()
-        return before.name if before is not None and before is not operator else ""
+        return previous.name if previous is not None and previous is not operator else ""
 
     def release(self, operator: OperatorPeer) -> None:
         if self._holder is operator:

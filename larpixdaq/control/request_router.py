@@ -1,4 +1,4 @@
-"""Requests of Operators: the actions of the core itself, and the way of all others to a component and back."""
+"""Requests of Operators: the actions of the core itself, and the way of other requests to a component and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from larpixdaq.runtime.timing import Load
 from larpixdaq.version import VERSION
 
 _log = logging.getLogger("larpixdaq.core")
-#: What an Operator may ask for without naming it.
+#: Names of the kinds of components in errors.
 _KIND_NAMES: Final = {PRODUCER: "producer", RUN_DATA: "online monitor"}
 
 
@@ -66,11 +66,10 @@ class CoreActions:
         self._peers, self._control, self._runs, self._catalogue = peers, control, runs, catalogue
         self._insecure = insecure
         self._started = time.time()
-        #: Messages that were refused since the start.
+        #: Number of messages refused since the start.
         self.refused = 0
-        #: Of the core's own process.
         self.load = Load()
-        #: Parameters, handler, and whether the action needs control. A handler that returns None answers by `reply`.
+        #: Parameters, handler, and whether the action needs control. A handler that returns None uses `reply`.
         self._actions: Final[dict[str, tuple[type[Any], Callable[[_CoreRequest], Any], bool]]] = {
             "state": (_NoParams, lambda request: runs.state, False),
             "components": (_NoParams, lambda request: peers.describe(request.now), False),
@@ -97,30 +96,30 @@ class CoreActions:
     def handle(
         self, operator: OperatorPeer, action: str, params: dict[str, Any], reply: ReplyRoute, now: float
     ) -> None:
-        """Answer through `reply`, at once or later, or raise a LarpixDaqError."""
+        """Do an action of the core and answer through `reply`, at once or later. Raises a LarpixDaqError if refused."""
         if action not in self._actions:
             raise RequestError(f"the core has no action {action!r}; it has {', '.join(sorted(self._actions))}")
         kind, handler, changing = self._actions[action]
         try:
-            given = msgspec.convert(params, kind)
+            request_params = msgspec.convert(params, kind)
         except msgspec.ValidationError as error:
             raise RequestError(f"{action}: {error}") from None
         if changing:
             self._control.claim(operator, now)
             _log.info("%s: %s %s", operator.name, action, params or "")
-        value = handler(_CoreRequest(operator, given, reply, now))
+        value = handler(_CoreRequest(operator, request_params, reply, now))
         if value is not None:
             reply.result(value)
 
     def _list_actions(self, request: _CoreRequest) -> dict[str, list[str]]:
         component = request.params.component
-        there = {"core": sorted(self._actions)}
-        there |= {one.name: one.actions for one in self._peers.components.values()}
+        actions = {"core": sorted(self._actions)}
+        actions |= {peer.name: peer.actions for peer in self._peers.components.values()}
         if component is None:
-            return there
-        if component not in there:
-            raise RequestError(f"no component is named {component!r}; there are {', '.join(there)}")
-        return {component: there[component]}
+            return actions
+        if component not in actions:
+            raise RequestError(f"no component is named {component!r}; there are {', '.join(actions)}")
+        return {component: actions[component]}
 
     def _status(self, request: _CoreRequest) -> dict[str, Any]:
         run = self._runs.run
@@ -133,7 +132,7 @@ class CoreActions:
             "run": self._describe(run) if run is not None else None,
             "last_run": self._describe(last) if last is not None else None,
             "components": self._peers.describe(request.now),
-            "operators": sorted(one.name for one in self._peers.operators.values()),
+            "operators": sorted(peer.name for peer in self._peers.operators.values()),
             "control": self._control.describe(request.now),
             "insecure": self._insecure,
             "load": self.load.shares(),
@@ -158,11 +157,11 @@ class CoreActions:
         info["comments"] = self._catalogue.comments(run.run)
         info["file_details"] = self._catalogue.files(run.run)
         if run is current:
-            info["live"] = {one.name: one.status for one in self._peers.components.values()}
+            info["live"] = {peer.name: peer.status for peer in self._peers.components.values()}
         return info
 
     def _describe(self, run: Run) -> dict[str, Any]:
-        """A run for people and programs; times in unix seconds, None when it has not come to that."""
+        """Describe a run for people and programs; times in unix seconds, None before they are known."""
         return {
             "run": run.run,
             "kind": run.kind,
@@ -187,9 +186,9 @@ class CoreActions:
         }
 
     def _take_control(self, request: _CoreRequest) -> dict[str, Any]:
-        before = self._control.take(request.operator)
-        if before:
-            _log.warning("%s has taken control from %s", request.operator.name, before)
+        previous = self._control.take(request.operator)
+        if previous:
+            _log.warning("%s has taken control from %s", request.operator.name, previous)
         return self._control.describe(request.now) or {}
 
     def _release_control(self, request: _CoreRequest) -> dict[str, Any]:
@@ -218,7 +217,7 @@ class _Routed(NamedTuple):
 
 
 class _OperatorReply:
-    """The way back to the Operator of a request."""
+    """Sends the answers to one request to its Operator."""
 
     def __init__(self, router: RequestRouter, operator: OperatorPeer, request: str) -> None:
         self._router, self._operator, self._request = router, operator, request
@@ -242,7 +241,7 @@ class _OperatorReply:
 class RequestRouter:
     """Passes requests of Operators to the core's own actions or to components, and the answers back.
 
-    Every request gets an ack at once and exactly one result or error. A request that comes twice is done once.
+    Every request gets an ack at once and exactly one result or error. A repeated request is done once.
     """
 
     def __init__(self, peers: Registry, control: Control, actions: CoreActions, transport: Transport) -> None:
@@ -272,10 +271,10 @@ class RequestRouter:
     def _route(self, operator: OperatorPeer, message: ActionRequest, now: float) -> None:
         component = self._find_component(message)
         if message.action in RUN_ACTIONS:
-            raise RequestError(f"{message.action} of a component is the core's to ask for")
+            raise RequestError(f"only the core may request {message.action} of a component")
         if message.action not in component.actions:
-            there = ", ".join(component.actions) or "none"
-            raise UnknownAction(f"{component.name} has no action {message.action!r}; it has {there}")
+            known = ", ".join(component.actions) or "none"
+            raise UnknownAction(f"{component.name} has no action {message.action!r}; it has {known}")
         if message.action not in QUERIES:
             self._control.claim(operator, now)
             _log.info("%s: %s of %s", operator.name, message.action, component.name)
@@ -283,24 +282,24 @@ class RequestRouter:
         self._routed[request] = _Routed(component.name, message.action, operator.session, message.request)
         if not self._transport.send(component.name, request, message.action, message.params):
             del self._routed[request]
-            raise ComponentError(f"{component.name} does not take {message.action}: its queue is full or it is gone")
+            raise ComponentError(f"{component.name} does not take {message.action}: its queue is full or it has ended")
 
     def _find_component(self, message: ActionRequest) -> Component:
         living = self._peers.components
         if message.component:
             if message.component not in living:
-                there = ", ".join(living) or "none"
-                raise ComponentError(f"no component is named {message.component!r}; there are {there}")
+                known = ", ".join(living) or "none"
+                raise ComponentError(f"no component is named {message.component!r}; there are {known}")
             return living[message.component]
-        found = self._peers.of_kind(message.kind)
-        if not found:
+        components = self._peers.of_kind(message.kind)
+        if not components:
             what = _KIND_NAMES.get(message.kind, f"component of kind {message.kind!r}")
-            there = ", ".join(living) or "nobody"
-            raise ComponentError(f"{message.action}: no {what} is there (registered and alive: {there})")
-        return found[0]
+            known = ", ".join(living) or "nobody"
+            raise ComponentError(f"{message.action}: no {what} is there (registered and alive: {known})")
+        return components[0]
 
     def answered(self, component: Component, answer: Answer) -> bool:
-        """Pass a component's answer on; False when no Operator has asked for it."""
+        """Pass a component's answer on to the Operator. Returns False if no Operator has made the request."""
         routed = self._routed.get(answer.request)
         if routed is None or routed.component != component.name:
             return False
@@ -322,9 +321,9 @@ class RequestRouter:
         self._transport.send_to(operator, answer)
 
     def peer_removed(self, peer: Peer, what: str) -> None:
-        """Nothing more comes from this peer: its requests fail, its answers are wanted by nobody."""
+        """Drop the requests of a removed Operator, and fail those to a removed component. `what` is the reason."""
         if isinstance(peer, OperatorPeer):
-            self._routed = {key: one for key, one in self._routed.items() if one.operator != peer.session}
+            self._routed = {key: request for key, request in self._routed.items() if request.operator != peer.session}
             return
         for request, routed in list(self._routed.items()):
             if routed.component == peer.name:

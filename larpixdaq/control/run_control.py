@@ -70,14 +70,14 @@ END_LIMIT: Final = 30.0
 MONITOR_LIMIT: Final = 1.0
 #: Seconds that end_run waits for a required component that is lost.
 LOST_PATIENCE: Final = 5.0
-#: Seconds that components have to come back before an interrupted end_run goes on.
+#: Seconds for components to come back before the core continues an interrupted end_run.
 _RETURN: Final = 2.0
 
 
 class RunControl:
     """Starts the procedures that follow from requests of Operators and from events of components.
 
-    `state` is STOP, READY or RUN; `run` is the run from the moment when its number is drawn until it is over.
+    `state` is STOP, READY or RUN; `run` is the present run, from the drawing of its number to its end.
     """
 
     def __init__(self, peers: Registry, catalogue: Catalogue, team: Team) -> None:
@@ -85,12 +85,12 @@ class RunControl:
         self.run: Run | None = None
         self._peers, self._catalogue = peers, catalogue
         self._procedures = Procedures(peers, team)
-        #: The run that was going on when the core ended, by the catalogue. A component that is in it continues it.
+        #: The unfinished run of the catalogue after a restart of the core. It continues if a component is still in it.
         last = catalogue.find()
         self._candidate = last if last is not None and not last.is_over else None
-        if last is not None and last.phase == PREPARING:  # there are no data of it, and its Operator is gone
+        if last is not None and last.phase == PREPARING:  # it has no data, and its Operator is gone
             self._give_up_candidate()
-        #: When an end_run that the core's end has interrupted goes on.
+        #: When the core continues an end_run that its own end has interrupted.
         self._end_at: float | None = None
         self._deliveries = Deliveries(catalogue)
         self._disks = disk_watch.DiskWatch()
@@ -102,13 +102,13 @@ class RunControl:
 
     @property
     def busy(self) -> str | None:
-        """The action that is going on; None when the next one may begin."""
+        """The running action; None if the next action may begin."""
         return self._procedures.main.what if self._procedures.main is not None else None
 
     # Requests of Operators. They raise StateError and ComponentError at once; `reply` gets the result and later errors.
 
     def prepare(self, comment: str, kind: str, operator: str, reply: ReplyRoute, now: float) -> None:
-        """STOP -> READY. `kind`: empty for what follows from the producers' sources."""
+        """STOP -> READY. `kind`: "" for the default, which depends on the producers' sources."""
         self._check_idle("prepare_run")
         if self.state != STOP:
             raise StateError(
@@ -122,12 +122,14 @@ class RunControl:
         boards = connected(producers)
         run = Run(highest + 1, kind or kind_of_run(boards), comment, operator, time.time_ns())
         run.connected = boards
-        run.storages = [one.name for one in storages]
-        run.asic = ", ".join(dict.fromkeys(str(one.info.get("asic", "")) for one in producers))
+        run.storages = [component.name for component in storages]
+        run.asic = ", ".join(dict.fromkeys(str(producer.info.get("asic", "")) for producer in producers))
         run.layout, run.versions = layout, team_versions(producers)
         self._catalogue.save(run, new=True)
         self.run = run
-        self._start("prepare_run", self._prepare(run, [one.name for one in producers], warnings), reply, now)
+        self._start(
+            "prepare_run", self._prepare(run, [component.name for component in producers], warnings), reply, now
+        )
 
     def begin(self, reply: ReplyRoute, now: float) -> None:
         """READY -> RUN."""
@@ -157,14 +159,14 @@ class RunControl:
         if self.run is None:
             self._start("abort_run", self._abort_strays(), reply, now)
         elif self.run.phase == PREPARING:
-            names = [*self.run.producers, *(one.name for one in self._peers.of_kind(PRODUCER))]
+            names = [*self.run.producers, *(component.name for component in self._peers.of_kind(PRODUCER))]
             self._start("abort_run", self._cancel(self.run, names, f"aborted by {by}"), reply, now)
         else:
             self.run.condition = RunCondition.ABORTED
             self._start("abort_run", self._end(self.run), reply, now)
 
     def comment(self, operator: str, text: str) -> int:
-        """Write a comment on the run that is going on; its number."""
+        """Write a comment on the present run. Returns the number of the run."""
         if self.run is None or self.state == STOP:
             raise StateError("comment is not allowed in STOP: no run is prepared or going on")
         self._catalogue.add_comment(self.run.run, operator, text)
@@ -173,7 +175,7 @@ class RunControl:
     # Events.
 
     def registered(self, component: Component, now: float) -> None:
-        """A component has come, come back, or found the core back."""
+        """A component has registered, for the first time, after a loss, or after a restart of the core."""
         self._procedures.send_again(component)
         self._place(component, now)
         self._end_abandoned(now)
@@ -182,7 +184,7 @@ class RunControl:
             self._request_report(last, component, now)
 
     def _place(self, component: Component, now: float) -> None:
-        """Bring a component into the core's run, or out of another one, unless its answer to a request is awaited."""
+        """Bring a component into the present run, or out of another run, unless its answer to a request is awaited."""
         if self._candidate is not None and component.run == self._candidate.run:
             self._adopt(self._candidate, now)
         run = self.run
@@ -195,14 +197,14 @@ class RunControl:
             and not self._procedures.awaits(component.name)
         ):
             required = component.name in run.storages or component.name in run.producers
-            behind = component.run is None or (self.state == RUN and not component.begun)
-            if behind and (component.kind == RUN_DATA or required):
+            late = component.run is None or (self.state == RUN and not component.begun)
+            if late and (component.kind == RUN_DATA or required):
                 self._procedures.start_aside(f"{component.name} joins run {run.run}", self._join(run, component), now)
 
     def heard(self, component: Component, beat: Heartbeat, now: float) -> None:
-        """A heartbeat: it may tell of a run, of a disk that runs out, and of files that complete an earlier run."""
+        """A heartbeat has come: with the component's run, a nearly full disk, or files that complete an earlier run."""
         if (beat.run, beat.begun) != (component.run, component.begun) and not self._procedures.awaits(component.name):
-            # Its answer went to a core that has died.
+            # The component has answered to a core that has died since.
             component.run, component.begun = beat.run, beat.begun
             self._place(component, now)
         status = component.read_status(StorageStatus) if component.kind == STORAGE else None
@@ -215,11 +217,11 @@ class RunControl:
     def _request_report(self, run: Run, component: Component, now: float) -> None:
         if "report_run" in component.actions:
             self._procedures.start_aside(
-                f"{component.name} is asked anew about run {run.run}", self._review(run, component), now
+                f"{component.name} is asked again about run {run.run}", self._review(run, component), now
             )
 
     def reconnected(self, component: Component) -> None:
-        """Same session, new connection."""
+        """A component has a new connection with the same session."""
         self._procedures.send_again(component)
 
     def lost(self, name: str, now: float) -> None:
@@ -228,19 +230,19 @@ class RunControl:
             _log.error("run %d continues without %s, which is lost", self.run.run, name)
 
     def answered(self, component: Component, answer: Answer, now: float) -> bool:
-        """Take in a component's answer. False when run control has not asked for it."""
-        found = self._procedures.answered(component, answer)
-        if found is None:
+        """Handle a component's answer. Returns False if run control has not requested it."""
+        instruction = self._procedures.answered(component, answer)
+        if instruction is None:
             return False
-        if found.done:
-            self._note_step(component, found.action, found.item.params)
-            if found.late:
-                self._take_late(component, found.action, found.item.params["run"], answer, now)
+        if instruction.done:
+            self._note_step(component, instruction.action, instruction.item.params)
+            if instruction.late:
+                self._take_late(component, instruction.action, instruction.item.params["run"], answer, now)
         self.tick(now)
         return True
 
     def tick(self, now: float) -> None:
-        """Check the time limits, and continue the procedures. To be called at least every 50 ms while `waits`."""
+        """Check the time limits, and continue the procedures. Must be called at least every 50 ms while `waits`."""
         if self._end_at is not None and now >= self._end_at and self.busy is None and self.run is not None:
             self._end_at = None
             what = f"end_run of run {self.run.run}, which the core had begun before it was restarted"
@@ -249,11 +251,11 @@ class RunControl:
 
     @property
     def waits(self) -> bool:
-        """Something goes on that has time limits."""
+        """Whether a procedure with time limits is running."""
         return self._procedures.busy or self._end_at is not None
 
     def extend_limits(self, seconds: float) -> None:
-        """The core itself stood still for so long."""
+        """Extend all time limits by a pause of the core."""
         self._procedures.extend_limits(seconds)
 
     # Consequences of events.
@@ -288,16 +290,16 @@ class RunControl:
                 "%s is in run %d, of which the catalogue knows nothing (abort_run ends it)", component.name, number
             )
             return
-        if not run.is_over:  # it was the run before the last restart, and nobody was in it
+        if not run.is_over:  # the run before the last restart, which no component was in
             self._abandon(run)
         self._procedures.start_aside(
             f"{component.name} ends run {number}, which is over", self._finish(run, component), now
         )
 
     def _adopt(self, run: Run, now: float) -> None:
-        """Continue the run that was going on when the core ended, with the step that the core was about to take."""
+        """Continue the unfinished run of the catalogue, with the step that the core had begun before its end."""
         self._candidate = None
-        _log.warning("run %d is picked up again, it was in %s", run.run, run.phase)
+        _log.warning("run %d continues after a restart of the core, it was in %s", run.run, run.phase)
         self.run = run
         if run.phase == ENDING:
             # The other components of the run have this time to come back.
@@ -313,8 +315,10 @@ class RunControl:
             self._candidate = None
 
     def _end_abandoned(self, now: float) -> None:
-        """Give up the run that was going on when the core ended, once all its components are here and none is in it
-        any more, because they were restarted too. Its storages are asked for a report."""
+        """Give up the unfinished run of the catalogue when all its components have registered outside of it.
+
+        They were restarted too. The storages are asked for reports on the run.
+        """
         run = self._candidate
         if run is None or not {*run.producers, *run.storages} <= self._peers.components.keys():
             return
@@ -346,8 +350,8 @@ class RunControl:
             outcomes = yield ComponentRequest("prepare_run", {**stores, **monitors})
             warnings += [outcomes[name].text for name in monitors if not outcomes[name].ok]
             files = [take_file(name, outcomes[name]) for name in run.storages]
-            asked = {name: Item(producer_params(run), PREPARE_LIMIT) for name in producers}
-            outcomes = yield ComponentRequest("prepare_run", asked)
+            items = {name: Item(producer_params(run), PREPARE_LIMIT) for name in producers}
+            outcomes = yield ComponentRequest("prepare_run", items)
             warnings += [text for name in producers if (text := take_ready(run, name, outcomes[name]))]
             run.phase = READY
             self._catalogue.save(run)
@@ -367,8 +371,8 @@ class RunControl:
         warnings = [outcomes[name].text for name in monitors if not outcomes[name].ok]
         failures = [outcomes[name].text for name in stores if not outcomes[name].ok]
         if not failures:
-            asked = {name: Item(params, BEGIN_LIMIT) for name in run.producers if not self._has_begun(name)}
-            outcomes = yield ComponentRequest("begin_run", asked)
+            items = {name: Item(params, BEGIN_LIMIT) for name in run.producers if not self._has_begun(name)}
+            outcomes = yield ComponentRequest("begin_run", items)
             failures = [outcome.text for outcome in outcomes.values() if not outcome.ok]
         if failures:
             # Data that have come since READY are the run's: it is aborted and kept.
@@ -392,13 +396,13 @@ class RunControl:
         aborted = run.condition == RunCondition.ABORTED
         patience = 0.0 if aborted else LOST_PATIENCE
         known = {(end.name, end.epoch) for end in run.ends}
-        asked = {
+        items = {
             name: Item({"run": run.run}, PRODUCER_END_LIMIT, min(patience, self._patience(name)))
             for name, epochs in run.producers.items()
             if (name, epochs[-1]) not in known
         }
-        outcomes = yield ComponentRequest("abort_run" if aborted else "end_run", asked)
-        silent = {name: why for name in asked if (why := take_end(run, name, outcomes[name]))}
+        outcomes = yield ComponentRequest("abort_run" if aborted else "end_run", items)
+        silent = {name: why for name in items if (why := take_end(run, name, outcomes[name]))}
         self._save(run, failures)
         left = max(MONITOR_LIMIT, END_LIMIT - (self._procedures.now - started))
         wait = min(patience, left)
@@ -429,7 +433,7 @@ class RunControl:
         return {"run": run.run, **verdict._asdict()}
 
     def _cancel(self, run: Run, producers: list[str], reason: str) -> Steps:
-        """Back to STOP from a run that never was READY."""
+        """Go back to STOP from a run that was never READY."""
         params = {"run": run.run}
         names = dict.fromkeys([*producers, *run.storages])
         yield ComponentRequest(
@@ -481,36 +485,44 @@ class RunControl:
             self._amend(run.run, component, value)
 
     def _abort_strays(self) -> Steps:
-        """End, in STOP, the runs that components are still in."""
-        strays = [(one, one.run) for one in self._peers.components.values() if one.run is not None]
+        """In STOP, end the runs that components are still in."""
+        strays = [
+            (component, component.run) for component in self._peers.components.values() if component.run is not None
+        ]
         cancelled = {
-            one.name: Item({"run": number}, MONITOR_LIMIT)
-            for one, number in strays
-            if one.kind != RUN_DATA and (run := self._catalogue.find(number)) is not None and run.phase == CANCELLED
+            component.name: Item({"run": number}, MONITOR_LIMIT)
+            for component, number in strays
+            if component.kind != RUN_DATA
+            and (run := self._catalogue.find(number)) is not None
+            and run.phase == CANCELLED
         }
 
         def left(kind: str) -> list[Component]:
-            """Those that are still in their run: others may have left it since."""
-            return [one for one, run in strays if one.kind == kind and one.run == run and one.name not in cancelled]
+            """Return the components that are still in their run: others may have left it since."""
+            return [
+                component
+                for component, run in strays
+                if component.kind == kind and component.run == run and component.name not in cancelled
+            ]
 
         yield ComponentRequest("cancel_run", cancelled)
-        producers = {one.name: Item({"run": one.run}, PRODUCER_END_LIMIT) for one in left(PRODUCER)}
+        producers = {component.name: Item({"run": component.run}, PRODUCER_END_LIMIT) for component in left(PRODUCER)}
         yield ComponentRequest("abort_run", producers)
         aborted = {"how": "aborted", "producers": []}
-        others = {one.name: Item({"run": one.run} | aborted, END_LIMIT) for one in left(STORAGE)}
-        others |= {one.name: Item({"run": one.run}, MONITOR_LIMIT) for one in left(RUN_DATA)}
+        others = {component.name: Item({"run": component.run} | aborted, END_LIMIT) for component in left(STORAGE)}
+        others |= {component.name: Item({"run": component.run}, MONITOR_LIMIT) for component in left(RUN_DATA)}
         yield ComponentRequest("end_run", others)
         return {"run": None, "condition": "", "rows": 0, "stored": 0, "files": [], "reasons": []}
 
     # Steps of procedures.
 
     def _monitor_items(self, params: dict[str, Any]) -> dict[str, Item]:
-        return {one.name: Item(params, MONITOR_LIMIT) for one in self._peers.of_kind(RUN_DATA)}
+        return {component.name: Item(params, MONITOR_LIMIT) for component in self._peers.of_kind(RUN_DATA)}
 
     def _amend(self, number: int, component: Component, value: Any) -> None:
         """Judge a run again, with what a producer or storage answers after the run was closed without its answer."""
         outcome = ComponentAnswer(True, value)
-        # Looked up only now, because other answers may have changed the run since this one was asked for.
+        # Read again, because other answers may have changed the run since the request.
         run = self.run if self.run is not None and self.run.run == number else self._catalogue.find(number)
         if run is None or component.kind == RUN_DATA:
             return
@@ -522,9 +534,9 @@ class RunControl:
             failures.append(why)
         if run.phase != ENDED:
             return
-        before, verdict = run.condition, judge(run, failures, silent)
-        level = logging.INFO if verdict.condition == before else logging.WARNING
-        _log.log(level, "run %d: %s after the last word of %s", number, verdict.condition, component.name)
+        previous, verdict = run.condition, judge(run, failures, silent)
+        level = logging.INFO if verdict.condition == previous else logging.WARNING
+        _log.log(level, "run %d: %s after the report of %s", number, verdict.condition, component.name)
         run.condition, run.rows, run.stored, run.files, run.reasons = verdict
         self._save(run)
 
@@ -551,8 +563,8 @@ class RunControl:
                 failures.append(str(error))
 
     def _warn(self, what: str, warnings: list[str]) -> None:
-        for one in warnings:
-            _log.warning("%s: %s", what, one)
+        for warning in warnings:
+            _log.warning("%s: %s", what, warning)
 
 
 class Deliveries:
@@ -571,8 +583,8 @@ class Deliveries:
             del self._seen[next(iter(self._seen))]
         self._seen[component.name] = files
         runs: dict[int, Run] = {}
-        for one in files:
-            if one not in known and (run := self._new(component, one)) is not None:
+        for file in files:
+            if file not in known and (run := self._new(component, file)) is not None:
                 runs[run.run] = run
         return list(runs.values())
 
@@ -587,7 +599,7 @@ class Deliveries:
         if run is None or run.phase != ENDED or component.name not in run.storages:
             return None
         report = run.reports.get(component.name)
-        reported = {Path(one).name for one in report.files} if report is not None else set()
+        reported = {Path(name).name for name in report.files} if report is not None else set()
         return run if may_improve(run, component.name) or Path(path).name not in reported else None
 
 

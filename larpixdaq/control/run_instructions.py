@@ -1,4 +1,4 @@
-"""Instructions to the components of a run: the checks before the first one, their parameters, and the answers to it."""
+"""Instructions to the components of a run: the checks before prepare_run, the parameters, and the answers to it."""
 
 from __future__ import annotations
 
@@ -19,43 +19,46 @@ from larpixdaq.protocol.stream import KINDS_WITHOUT_DETECTOR, ConnectedBoard
 from larpixdaq.version import VERSION
 
 _log = logging.getLogger("larpixdaq.core")
-#: Run numbers of storages count up to this much above the catalogue's.
+#: A storage's highest run number is ignored if it is more than this above the catalogue's.
 MAX_AHEAD: Final = 1_000_000
 
 
 def check_team(producers: list[Component], storages: list[Component]) -> None:
-    """ComponentError, in one line, when no run can be prepared with these."""
+    """Check that a run can be prepared with these components; ComponentError, in one line, if not."""
     if not producers or not storages:
         missing = "producer" if not producers else "offline storage"
         raise ComponentError(f"prepare_run: no {missing} is registered")
-    for one in [*producers, *storages]:
-        if one.run is not None:
-            raise ComponentError(f"prepare_run: {one.name} is still in run {one.run} (abort_run ends it)")
+    for component in [*producers, *storages]:
+        if component.run is not None:
+            raise ComponentError(f"prepare_run: {component.name} is still in run {component.run} (abort_run ends it)")
     layouts: defaultdict[Any, list[str]] = defaultdict(list)
-    for one in producers:
-        layouts[one.info.get("layout")].append(one.name)
+    for component in producers:
+        layouts[component.info.get("layout")].append(component.name)
     if len(layouts) > 1:
         which = "; ".join(f"{layout_name(code)}: {', '.join(names)}" for code, names in layouts.items())
         raise ComponentError(f"prepare_run: the producers' rows have different layouts, a run has one: {which}")
-    for one in storages:
-        status = one.read_status(StorageStatus)
+    for component in storages:
+        status = component.read_status(StorageStatus)
         free = None if status is None else status.free_bytes
-        free = one.info.get("free_bytes") if free is None else free
-        check_free(one.name, str(one.info.get("directory", "?")), free)
+        free = component.info.get("free_bytes") if free is None else free
+        check_free(component.name, str(component.info.get("directory", "?")), free)
 
 
 def highest_run(known: int, storages: list[Component]) -> tuple[int, list[str]]:
-    """The highest run number so far, by the catalogue (`known`) and the storages, and a sentence for each number that
-    is not counted because it cannot be one: a file of a wrong name would move all numbers for ever."""
+    """Return the highest run number of the catalogue (`known`) and the storages, and warnings.
+
+    There is a warning for each number that is ignored because it is much too high: a file with a wrong name would move
+    all numbers for ever. StateError after the last possible number.
+    """
     warnings = []
     highest = known
-    for one in storages:
-        number = one.info.get("highest_run", 0)
+    for storage in storages:
+        number = storage.info.get("highest_run", 0)
         if not isinstance(number, int):
             continue
         if number > min(known + MAX_AHEAD, LAST_RUN):
             warnings.append(
-                f"{one.name}: the highest run in {one.info.get('directory', '?')} is {number}, more than "
+                f"{storage.name}: the highest run in {storage.info.get('directory', '?')} is {number}, more than "
                 f"{MAX_AHEAD} above the catalogue's {known}: not counted"
             )
         else:
@@ -66,7 +69,7 @@ def highest_run(known: int, storages: list[Component]) -> tuple[int, list[str]]:
 
 
 def team_layout(producers: list[Component]) -> int:
-    """The layout of the run's rows; ComponentError when a producer names none that there is."""
+    """Return the layout of the run's rows; ComponentError if the producers' layout does not exist."""
     code = producers[0].info.get("layout")
     if not isinstance(code, int) or code not in LAYOUT_NAMES:
         raise ComponentError(f"prepare_run: {producers[0].name}: its rows have {layout_name(code)}")
@@ -74,57 +77,60 @@ def team_layout(producers: list[Component]) -> int:
 
 
 def team_versions(producers: list[Component]) -> dict[str, str]:
-    """What software the producers run, by name; where they differ, who runs which."""
-    found: defaultdict[str, dict[str, list[str]]] = defaultdict(dict)
-    for one in producers:
-        versions = one.info.get("versions")
+    """Return the versions of the producers' software by name; with the producers' names if they differ."""
+    owners_of: defaultdict[str, dict[str, list[str]]] = defaultdict(dict)
+    for producer in producers:
+        versions = producer.info.get("versions")
         for name, version in versions.items() if isinstance(versions, dict) else ():
-            found[str(name)].setdefault(str(version), []).append(one.name)
+            owners_of[str(name)].setdefault(str(version), []).append(producer.name)
     return {
         name: ", ".join(
             version if len(owners) == 1 else f"{version} ({' and '.join(names)})" for version, names in owners.items()
         )
-        for name, owners in found.items()
+        for name, owners in owners_of.items()
     }
 
 
 def connected(producers: Iterable[Component]) -> list[ConnectedBoard]:
-    """What these producers read, with the firmware that the boards have told by now. What a producer says that cannot
-    be such a list is left out."""
-    found: list[ConnectedBoard] = []
-    for one in producers:
-        status = one.read_status(ProducerStatus)
+    """Return the boards of these producers, with the firmware as far as it is known. A malformed list is logged and
+    left out."""
+    boards: list[ConnectedBoard] = []
+    for producer in producers:
+        status = producer.read_status(ProducerStatus)
         firmware = {} if status is None else status.firmware
         try:
-            for given in msgspec.convert(one.info.get("connected", []), list[ConnectedBoard]):
-                told = {"producer": one.name, "firmware": firmware.get(str(given.io_group), "")}
-                found.append(msgspec.convert(msgspec.to_builtins(given) | told, ConnectedBoard))
+            for board in msgspec.convert(producer.info.get("connected", []), list[ConnectedBoard]):
+                added = {"producer": producer.name, "firmware": firmware.get(str(board.io_group), "")}
+                boards.append(msgspec.convert(msgspec.to_builtins(board) | added, ConnectedBoard))
         except (msgspec.ValidationError, TypeError, ValueError) as error:
-            _log.error("%s: what it says of its boards is not understood: %s", one.name, error)
-    return found
+            _log.error("%s: its list of boards is malformed: %s", producer.name, error)
+    return boards
 
 
 def note_connected(run: Run, components: Mapping[str, Component]) -> None:
-    """Note in the run the boards of its producers: some producers came later, and boards tell their firmware later."""
-    there = {(one.producer, one.io_group): one for one in run.connected}
-    for one in connected(components[name] for name in run.producers if name in components):
-        before = there.get((one.producer, one.io_group), one)
-        there[one.producer, one.io_group] = msgspec.structs.replace(one, firmware=one.firmware or before.firmware)
-    run.connected = list(there.values())
+    """Update the boards of the run: producers may have joined, and boards may have told their firmware, since
+    prepare_run."""
+    boards = {(board.producer, board.io_group): board for board in run.connected}
+    for board in connected(components[name] for name in run.producers if name in components):
+        known = boards.get((board.producer, board.io_group), board)
+        boards[board.producer, board.io_group] = msgspec.structs.replace(
+            board, firmware=board.firmware or known.firmware
+        )
+    run.connected = list(boards.values())
 
 
 def kind_of_run(boards: Iterable[ConnectedBoard]) -> str:
-    """What a run is for, when nobody says it: a test when its data come from no detector now."""
-    return "test" if any(one.kind in KINDS_WITHOUT_DETECTOR for one in boards) else "physics"
+    """Return the default kind of a run: "test" if a source is no detector, else "physics"."""
+    return "test" if any(board.kind in KINDS_WITHOUT_DETECTOR for board in boards) else "physics"
 
 
 def shared_io_groups(producers: list[Component]) -> list[str]:
-    """A sentence for each io_group that several producers have: their rows cannot be told apart in the file."""
+    """Return a warning for each io_group of several producers, because the file cannot distinguish their rows."""
     owners: defaultdict[Any, list[str]] = defaultdict(list)
-    for one in producers:
-        io_groups = one.info.get("io_groups")
+    for producer in producers:
+        io_groups = producer.info.get("io_groups")
         for io_group in io_groups if isinstance(io_groups, list) else []:
-            owners[str(io_group)].append(one.name)
+            owners[str(io_group)].append(producer.name)
     return [f"io_group {key} belongs to {' and '.join(names)}" for key, names in owners.items() if len(names) > 1]
 
 
@@ -137,7 +143,7 @@ def check_free(name: str, where: str, free: Any) -> None:
 
 
 def take_ready(run: Run, name: str, outcome: ComponentAnswer) -> str | None:
-    """Note a producer's answer to prepare_run in the run. Returns its warning; ComponentError when it has failed."""
+    """Note a producer's answer to prepare_run in the run. Returns its warning; ComponentError if it has failed."""
     ready = checked(outcome.result(), ProducerReady, name, "prepare_run")
     if run.layout and run.layout != ready.layout:
         raise ComponentError(
@@ -152,7 +158,7 @@ def take_ready(run: Run, name: str, outcome: ComponentAnswer) -> str | None:
 
 
 def take_file(name: str, outcome: ComponentAnswer) -> str:
-    """Return the file that a storage has opened, by its answer to prepare_run; ComponentError when it has failed."""
+    """Return the file that a storage has opened, from its answer to prepare_run; ComponentError if it has failed."""
     ready = checked(outcome.result(), StorageReady, name, "prepare_run")
     check_free(name, ready.file, ready.free_bytes)
     return ready.file
@@ -190,13 +196,13 @@ def monitor_params(run: Run) -> dict[str, Any]:
 
 
 def begin_params(run: Run) -> dict[str, Any]:
-    """For storages: `begun_ns` is when RUN begins, unix ns by the core's clock."""
+    """Parameters of begin_run for storages: `begun_ns` is the begin of RUN, unix ns by the core's clock."""
     return {"run": run.run, "begun_ns": run.begun_ns or 0}
 
 
 def end_params(run: Run) -> dict[str, Any]:
-    """`next` is None for an epoch whose totals are not known; `stopped_ns` is when RUN ended, unix ns by the core's
-    clock."""
+    """Parameters of end_run for storages. `next` is None for an epoch with unknown totals; `stopped_ns` is the end of
+    RUN, unix ns by the core's clock."""
     ends = {(end.name, end.epoch): end.next for end in run.ends}
     producers = [
         {"name": name, "epoch": epoch, "next": ends.get((name, epoch))}

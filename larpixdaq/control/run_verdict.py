@@ -17,16 +17,19 @@ _Source = tuple[str, int]
 
 
 def take_end(run: Run, name: str, outcome: ComponentAnswer) -> str:
-    """Note a producer's totals, and those of its dead predecessors. Returns why there are none, or ""."""
+    """Note the totals of a producer and of its dead predecessors in the run. Returns the error if there are none, or
+    ""."""
     if not outcome.ok:
         return outcome.text
     try:
         end = checked(outcome.value, ProducerEnd, name, "end_run")
     except ComponentError as error:
         return str(error)
-    ends = [RunEnd(one.epoch, one.next, one.rows, one.counts, name) for one in end.inherited]
+    ends = [
+        RunEnd(epoch_end.epoch, epoch_end.next, epoch_end.rows, epoch_end.counts, name) for epoch_end in end.inherited
+    ]
     ends.append(RunEnd(end.epoch, end.next, end.rows, end.counts, name, end.warning))
-    new = [one.epoch for one in ends]
+    new = [epoch_end.epoch for epoch_end in ends]
     epochs = run.producers.setdefault(name, [])
     epochs[:] = dict.fromkeys([*new[:-1], *epochs, end.epoch])  # the epoch of the living producer stays last
     run.ends = [old for old in run.ends if old.name != name or old.epoch not in new] + ends
@@ -34,7 +37,7 @@ def take_end(run: Run, name: str, outcome: ComponentAnswer) -> str:
 
 
 def take_report(run: Run, name: str, outcome: ComponentAnswer) -> str:
-    """Note a storage's answer. Returns why there is none, or ""."""
+    """Note a storage's report in the run. Returns the error if there is none, or ""."""
     if not outcome.ok:
         return outcome.text
     try:
@@ -51,17 +54,17 @@ def _counts(end: EpochEnd) -> dict[int, list[int]]:
 
 class RunVerdict(NamedTuple):
     condition: RunCondition
-    rows: int | None  # that the producers made; None: the totals of one are unknown
-    stored: int | None  # in the storage that has most; None: no storage has said
+    rows: int | None  # made by the producers; None: the totals of a producer are unknown
+    stored: int | None  # in the storage that has most; None: no storage has reported
     files: list[str]
     reasons: list[str]
 
 
 def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None) -> RunVerdict:
-    """Compare what the producers made with what the storages have.
+    """Compare the rows that the producers made with those that the storages have.
 
-    `failures` are reasons in any case; `silent` says, by producer, why its totals were not to be had from it: a reason
-    only if no end record in a storage names them either.
+    `failures` are always reasons. `silent` says why a producer has sent no totals, by its name: a reason only if no end
+    record of a storage has the totals.
     """
     ends = {(end.name, end.epoch): end for end in run.ends}
     reports = {name: run.reports[name] for name in run.storages if name in run.reports}
@@ -97,13 +100,15 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
             continue
         report = reports[name]
         files += report.files
-        stored = max(stored or 0, sum(one.rows for one in report.stored))
+        stored = max(stored or 0, sum(stored_rows.rows for stored_rows in report.stored))
         missing = _missing(ends, {source: end.rows for source, end in recorded.items()}, report)
-        reasons += [f"{name}: {one}" for one in missing + report.reasons]
+        reasons += [f"{name}: {reason}" for reason in missing + report.reasons]
         not_closed = report.condition == RunCondition.CONTINUED  # its next part
-        found = {RunCondition.INTERRUPTED: unknown or not_closed, RunCondition.INCOMPLETE: missing}
-        verdicts.append(worst(found, report.condition))
-    suspect = away or RunCondition.SUSPECT in verdicts  # a copy replaces rows that a storage lacks, no others
+        conditions = {RunCondition.INTERRUPTED: unknown or not_closed, RunCondition.INCOMPLETE: missing}
+        verdicts.append(worst(conditions, report.condition))
+    suspect = (
+        away or RunCondition.SUSPECT in verdicts
+    )  # another copy cannot replace rows that were lost before the storages
     condition = worst({RunCondition.ABORTED: aborted, RunCondition.SUSPECT: suspect}, best(verdicts))
     rows = sum(end.rows for end in ends.values())
     rows += sum(end.rows for source, end in recorded.items() if source not in ends)
@@ -111,15 +116,15 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
 
 
 def _missing(ends: Mapping[_Source, EpochEnd], recorded: Mapping[_Source, int], report: StorageEnd) -> list[str]:
-    """Sentences about rows that the producers made and this storage does not have, or has too many of.
+    """Return a sentence for each io_group or epoch of which a storage has too few or too many rows.
 
-    By io_group where a producer has told its counts, else by the total in an end record. Rows that found no room at
-    the producer are no storage's fault: the end record counts them, and the storage's own reasons name them.
+    By io_group where the producer has sent its counts, else by the total in an end record. Rows that found no room at
+    the producer do not count here: the end record counts them, and the storage's own reasons name them.
     """
     stored: defaultdict[_Source, dict[int, int]] = defaultdict(dict)
     for producer, epoch, io_group, rows in report.stored:
         stored[producer, epoch][io_group] = stored[producer, epoch].get(io_group, 0) + rows
-    found = []
+    sentences = []
     for key, end in ends.items():
         has, counts = stored[key], _counts(end)
         for io_group in sorted(has.keys() | counts.keys()):
@@ -127,11 +132,11 @@ def _missing(ends: Mapping[_Source, EpochEnd], recorded: Mapping[_Source, int], 
             lacking = rows_made(own) - own[Count.DROPPED] - has.get(io_group, 0)
             where = f"{key[0]} io_group {io_group} (epoch {key[1]:x})"
             if lacking > 0:
-                found.append(f"{lacking} of {rows_made(own)} rows are missing of {where}")
+                sentences.append(f"{lacking} of {rows_made(own)} rows are missing of {where}")
             elif lacking:
-                found.append(f"{-lacking} rows too many of {where}")
+                sentences.append(f"{-lacking} rows too many of {where}")
     for key, rows in recorded.items():
         has_all = sum(stored[key].values())
         if key not in ends and has_all != rows:
-            found.append(f"{has_all} rows of {key[0]} (epoch {key[1]:x}) are stored, {rows} were made")
-    return found
+            sentences.append(f"{has_all} rows of {key[0]} (epoch {key[1]:x}) are stored, {rows} were made")
+    return sentences

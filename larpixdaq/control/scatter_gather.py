@@ -1,4 +1,4 @@
-"""Requests to several components at once, which end when all have answered, failed, or taken too long.
+"""Requests to several components at once, which end when all have answered, failed, or exceeded their time limit.
 
 A procedure is a generator that yields ComponentRequests and gets the answers. It has no sockets and no clock, so that
 tests can try every order of events: `now` is time.monotonic() of the caller.
@@ -22,7 +22,7 @@ _LATE_KEPT: Final = 1000
 
 
 class ComponentAnswer(NamedTuple):
-    """`value` of a result (ok), or the reason in `text` why there is none."""
+    """A component's answer: `value` of a result (ok), or the error in `text`."""
 
     ok: bool
     value: Any
@@ -37,7 +37,7 @@ class ComponentAnswer(NamedTuple):
 
 @dataclass
 class Item:
-    """What one component is asked; `limit` and `patience` (how long it may be lost meanwhile) in seconds."""
+    """A request to one component. Seconds: `limit` for the answer, `patience` for which it may be lost meanwhile."""
 
     params: dict[str, Any]
     limit: float
@@ -46,6 +46,8 @@ class Item:
 
 @dataclass
 class ComponentRequest:
+    """One action of several components."""
+
     action: str
     items: dict[str, Item]  # by component
 
@@ -59,11 +61,11 @@ class Team(Protocol):
     def new_id(self) -> str: ...
 
     def send(self, name: str, request: str, action: str, params: dict[str, Any]) -> bool:
-        """False when no such component is alive."""
+        """Send a request; False if no component of this name is alive or takes it."""
 
 
 class ReplyRoute(Protocol):
-    """The way back to whoever wants to know."""
+    """The way of answers back to the Operator."""
 
     def progress(self, component: str, text: str, done: int = 0, total: int = 0) -> None: ...
     def result(self, value: Any) -> None: ...
@@ -71,7 +73,7 @@ class ReplyRoute(Protocol):
 
 
 class LogReply:
-    """For what nobody has asked for."""
+    """Logs the end of a procedure that no Operator has requested."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -88,7 +90,7 @@ class LogReply:
 
 @dataclass
 class Instruction:
-    """One action that one component was asked for. Times are time.monotonic()."""
+    """The request of one action from one component. Times are time.monotonic()."""
 
     name: str  # of the component
     action: str
@@ -97,8 +99,8 @@ class Instruction:
     deadline: float
     instance: str  # of the component's process; "" when it was not registered
     lost: float | None = None
-    done: bool = False  # as the component says
-    late: bool = False  # no procedure waits for the answer any longer
+    done: bool = False  # by the component's answer
+    late: bool = False  # no procedure waits for the answer any more
 
 
 class Procedure:
@@ -119,7 +121,7 @@ class Procedure:
     def _advance(self, outcomes: dict[str, ComponentAnswer] | None, now: float) -> None:
         while not self.done:
             try:
-                asked = next(self._steps) if outcomes is None else self._steps.send(outcomes)
+                request = next(self._steps) if outcomes is None else self._steps.send(outcomes)
             except StopIteration as end:
                 self.done = True
                 self._reply.result(end.value)
@@ -129,16 +131,16 @@ class Procedure:
                 self._reply.error(error)
                 return
             except Exception as error:
-                # A mistake of ours must not take the core down in the middle of a run; abort_run still leads to STOP.
+                # An error in larpixdaq must not stop the core during a run; abort_run still leads to STOP.
                 _log.exception("%s has failed", self.what)
                 self.done = True
                 self._reply.error(RequestError(f"{self.what}: internal error: {type(error).__name__}: {error}"))
                 return
             self._outcomes = {}
-            for name, item in asked.items.items():
+            for name, item in request.items.items():
                 component = self._peers.components.get(name)
                 instance = component.instance if component is not None else ""
-                pending = Instruction(name, asked.action, item, self._team.new_id(), now + item.limit, instance)
+                pending = Instruction(name, request.action, item, self._team.new_id(), now + item.limit, instance)
                 self._pending[pending.request] = pending
                 if not self._send(pending):
                     pending.lost = now
@@ -147,7 +149,7 @@ class Procedure:
             outcomes = self._outcomes
 
     def _expire(self, now: float) -> bool:
-        """Give up on those that took too long; True while somebody is still awaited."""
+        """Close the requests whose time limit is over. Returns True while other requests are open."""
         for pending in list(self._pending.values()):
             if pending.lost is not None and now - pending.lost >= pending.item.patience:
                 self._close(pending, ComponentAnswer(False, None, f"{pending.name} is lost"))
@@ -204,7 +206,7 @@ class Procedure:
                 pending.lost = now
 
     def send_again(self, component: Component) -> None:
-        """It is there again, or its connection is a new one: ask again, the request or the answer may be lost."""
+        """Repeat the open requests of a component that has come back, because requests or answers may be lost."""
         for pending in list(self._pending.values()):
             if pending.name != component.name:
                 continue
@@ -216,14 +218,14 @@ class Procedure:
                 pending.lost = None
 
     def extend_limits(self, seconds: float) -> None:
-        """The core itself stood still for so long."""
+        """Extend all time limits by a pause of the core."""
         for pending in self._pending.values():
             pending.deadline += seconds
             if pending.lost is not None:
                 pending.lost += seconds
 
     def cancel(self, error: LarpixDaqError) -> None:
-        """Stop here. Answers to the open instructions are late ones."""
+        """End the procedure with an error. Answers to its open instructions will be late ones."""
         self.done = True
         self._steps.close()
         for pending in self._pending.values():
@@ -233,7 +235,7 @@ class Procedure:
 
 
 class Procedures:
-    """All procedures that are going on: the main one, and others beside it that no Operator has asked for."""
+    """All running procedures: the main one, and others at the same time that no Operator has requested."""
 
     def __init__(self, peers: Registry, team: Team) -> None:
         #: The procedure that an Operator waits for, or that the core continues after a restart.
@@ -274,7 +276,7 @@ class Procedures:
             procedure.tick(now)
         while len(self._late) > _LATE_KEPT:
             del self._late[next(iter(self._late))]
-        self._others = [one for one in self._others if not one.done]
+        self._others = [procedure for procedure in self._others if not procedure.done]
         if self.main is not None and self.main.done:
             self.main = None
 
@@ -296,7 +298,7 @@ class Procedures:
         return any(procedure.awaits(name) for procedure in self._all())
 
     def send_again(self, component: Component) -> None:
-        """Ask a component again that has registered, or has a new connection."""
+        """Repeat the open requests of a component that has registered, or has a new connection."""
         for procedure in self._all():
             procedure.send_again(component)
 
@@ -305,7 +307,7 @@ class Procedures:
             procedure.lost(name, now)
 
     def extend_limits(self, seconds: float) -> None:
-        """Extend all time limits, because the core itself stood still for this long."""
+        """Extend all time limits by a pause of the core."""
         for procedure in self._all():
             procedure.extend_limits(seconds)
 

@@ -1,10 +1,8 @@
-"""The messages of the control plane: typed, versioned, validated on arrival, limited in size and depth.
+"""The messages of the control plane: typed, versioned, checked on arrival, limited in size and depth.
 
-One message is one ZeroMQ frame: a msgpack map with the field `type`. Numpy arrays (no object dtypes) may stand
-anywhere in `value`, `params`, `info` and `status`; they travel as msgpack extension 1, and the core passes them on as
-they came. Nothing is ever unpickled or evaluated.
-
-Numpy arrays in the messages of the control plane: msgpack extension 1, with description, shape and bytes.
+A message is one ZeroMQ frame: a msgpack map with the field `type`. `value`, `params`, `info` and `status` may contain
+numpy arrays without objects, as msgpack extension 1 with description, shape and bytes; the core passes them on without
+unpacking. Nothing is ever unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -23,16 +21,16 @@ _ARRAY: Final = 1
 MAX_DESCRIPTION: Final = 8 << 10
 _descr_decoder: Final = msgspec.msgpack.Decoder(str | list[Any])
 PROTOCOL: Final = 1
-#: No request is larger (bytes).
+#: Maximum bytes of a request.
 MAX_REQUEST: Final = 1 << 20
-#: No registration or heartbeat is larger (bytes), 1 kB for each of 255 boards: the core keeps the last of every
-#: component, and tells them all in one answer.
+#: Maximum bytes of a registration or heartbeat: 1 kB for each of 255 boards. The core keeps the last ones of every
+#: component, and sends them all in one answer.
 MAX_KEPT: Final = 256 << 10
-#: No answer is larger (bytes): results may hold arrays.
+#: Maximum bytes of an answer, whose result may contain arrays.
 MAX_ANSWER: Final = 64 << 20
-#: No text of an answer is longer (characters).
+#: Maximum characters of an answer's text.
 MAX_TEXT: Final = 1 << 16
-#: Containers in containers, at most.
+#: Maximum depth of containers in containers.
 MAX_DEPTH: Final = 32
 Id = Annotated[str, Meta(max_length=64)]
 _Amount = Annotated[int, Meta(ge=0)]
@@ -40,7 +38,7 @@ Kind = Literal["producer", "run_data", "storage", "log"]
 
 
 def encode_numpy(value: Any) -> Any:
-    """A numpy array or scalar for the wire; ProtocolError for anything else, and for arrays of objects."""
+    """Convert a numpy array or scalar to msgpack; ProtocolError for other values, and for arrays of objects."""
     import numpy as np  # here: the core and the log need no numpy
     from numpy.lib import format as npy
 
@@ -49,16 +47,16 @@ def encode_numpy(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.void):
         array = np.asarray(value)
         if array.dtype.hasobject:
-            raise ProtocolError(f"an array of dtype {array.dtype} cannot travel: it holds Python objects")
+            raise ProtocolError(f"an array of dtype {array.dtype} cannot be sent: it holds Python objects")
         descr = msgspec.Raw(msgspec.msgpack.encode(npy.dtype_to_descr(array.dtype)))
         if len(bytes(descr)) > MAX_DESCRIPTION:
             raise ProtocolError(
-                f"an array cannot travel: the description of its {len(array.dtype.names or ())} fields has "
+                f"an array cannot be sent: the description of its {len(array.dtype.names or ())} fields has "
                 f"{len(bytes(descr))} bytes, the limit is {MAX_DESCRIPTION}"
             )
         head = [descr, list(array.shape), array.tobytes()]
         return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode(head))
-    raise ProtocolError(f"a value of type {type(value).__name__} cannot travel")
+    raise ProtocolError(f"a value of type {type(value).__name__} cannot be sent")
 
 
 class _Array(msgspec.Struct, array_like=True):
@@ -71,14 +69,14 @@ _array_decoder: Final = msgspec.msgpack.Decoder(_Array)
 
 
 def _descr(entry: Any) -> Any:
-    """msgpack has lists only; numpy wants tuples around fields and shapes."""
+    """Convert lists to the tuples that numpy expects around fields and shapes, because msgpack has lists only."""
     if isinstance(entry, list) and entry and all(isinstance(field, list) for field in entry):
         return [(_descr(field[0]), _descr(field[1]), *map(tuple, field[2:])) for field in entry]
     return tuple(_descr(part) for part in entry) if isinstance(entry, list) else entry
 
 
 def decode_array(code: int, data: memoryview) -> Any:
-    """The array that stands in a message; ProtocolError for what is none."""
+    """Unpack an array; ProtocolError if the extension is no array."""
     import numpy as np
     from numpy.lib import format as npy
 
@@ -105,7 +103,7 @@ def decode_array(code: int, data: memoryview) -> Any:
 
 
 class Message(msgspec.Struct, tag_field="type", kw_only=True):
-    """What all have. `principal` is who asks, as the core knows it from the keys in use, whatever a peer says there."""
+    """The fields of all messages. `principal` is reserved for the sender by its key; it is not used yet."""
 
     version: int = PROTOCOL
     request: Id = ""
@@ -114,7 +112,7 @@ class Message(msgspec.Struct, tag_field="type", kw_only=True):
 
 
 class Register(Message, tag="register"):
-    """A component says who it is; `instance` is drawn when its process starts, `run` is the run it is in, if any."""
+    """Registration of a component. `instance` is a random id of its process; `run` is the run that it is in, if any."""
 
     name: Name
     kind: Kind
@@ -126,19 +124,19 @@ class Register(Message, tag="register"):
 
 
 class Open(Message, tag="open"):
-    """An Operator says who it is."""
+    """Registration of an Operator; `instance` is a random id of the Operator."""
 
     name: Name
     instance: Id
 
 
 class Heartbeat(Message, tag="heartbeat"):
-    """`progress`: work done so far; `queued`: work waiting; `status`: None when it has not changed.
+    """`progress`: work done so far; `queued`: waiting work; `status`: None if it has not changed.
 
-    `idle`: seconds since the main loop, which does the work, last said so; it turns several times a second. `run` and
-    `begun` as in Register: what was answered to a core that has died is news to the one after it.
+    `idle`: seconds since the main loop last reported its work, which it does several times a second. `run` and `begun`
+    are as in Register, because the answer about a step may have gone to a core that has died since.
 
-    The request id is the time of sending. The core's Update carries it back, and the sender learns from it which of its
+    The request id is the time of sending. The core's Update carries it back, so that the sender knows which of its
     heartbeats have reached the core.
     """
 
@@ -157,7 +155,7 @@ class Heartbeat(Message, tag="heartbeat"):
 class ActionRequest(Message, tag="request"):
     """Do `action`. From an Operator: to a component by name, to the first of a kind, or (neither) to the core.
 
-    `again` marks a request that was acknowledged before: its answer is wanted, it is not to be done a second time.
+    `again` marks a repeated request that was acknowledged before: only its answer is wanted.
     """
 
     action: Name
@@ -168,9 +166,9 @@ class ActionRequest(Message, tag="request"):
 
 
 class Answer(Message, tag="answer"):
-    """To the request with that id; `result` and `error` are the last. `value` stays packed until content() opens it.
+    """An answer to the request with this id; `result` or `error` is the last. content() unpacks `value`.
 
-    A text that is too long is cut, since a refused answer would leave whoever asked waiting for ever.
+    A long text is cut, not refused, because without answer the sender of the request would wait for ever.
     """
 
     kind: Literal["ack", "progress", "result", "error"]
@@ -189,7 +187,7 @@ class Answer(Message, tag="answer"):
 
 
 class Update(Message, tag="update"):
-    """State of the core: the answer to each heartbeat, and a message to everybody after each change."""
+    """State of the core: the answer to each heartbeat, and a message to all peers after each change."""
 
     state: Literal["STOP", "READY", "RUN"] = "STOP"
     run: _Amount | None = None
@@ -199,7 +197,7 @@ class Update(Message, tag="update"):
 
     @property
     def heartbeat_sent(self) -> float:
-        """When the heartbeat was sent that this answers, by time.monotonic() of its sender; 0 if it answers none."""
+        """Sending time of the answered heartbeat, by time.monotonic() of its sender; 0 if there is none."""
         return int(self.request) / 1e9 if self.request.isdecimal() else 0.0
 
 
@@ -217,7 +215,7 @@ FromCore = Welcome | Update | ActionRequest | Answer
 
 
 class _Probe(msgspec.Struct):
-    """What an answer to a malformed message needs to know."""
+    """The fields of a malformed message that an answer to it needs."""
 
     version: int = PROTOCOL
     request: Id = ""
@@ -250,7 +248,7 @@ def _max_bytes(message: Message) -> int:
 
 
 def pack(message: FromClient | FromCore) -> bytes:
-    """ProtocolError when something in it cannot travel or it is too large."""
+    """Pack a message; ProtocolError if it contains an unsupported value or is too large."""
     what = str(message.__struct_config__.tag)
     data = _encode(message, what)
     limit = _max_bytes(message)
@@ -260,7 +258,7 @@ def pack(message: FromClient | FromCore) -> bytes:
 
 
 def packed(value: Any) -> msgspec.Raw:
-    """A value as an Answer carries it; ProtocolError when it cannot travel or is too large."""
+    """Pack the value of an Answer; ProtocolError if its type is unsupported or it is too large."""
     data = _encode(value, "value")
     if len(data) > MAX_ANSWER - (1 << 17):
         raise ProtocolError(f"value of {len(data)} bytes cannot be sent: the limit is {MAX_ANSWER - (1 << 17)}")
@@ -268,7 +266,7 @@ def packed(value: Any) -> msgspec.Raw:
 
 
 def content(answer: Answer) -> Any:
-    """The value of an answer; ProtocolError when it is malformed."""
+    """Unpack the value of an answer; ProtocolError if it is malformed."""
     try:
         value = _value_decoder.decode(answer.value)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
@@ -281,11 +279,11 @@ def _check_depth(value: Any, what: str) -> None:
     layer = [value]
     for _ in range(MAX_DEPTH + 1):
         inner: list[Any] = []
-        for one in layer:
-            if isinstance(one, dict):
-                inner.extend(part for part in one.values() if isinstance(part, dict | list))
-            elif isinstance(one, list):
-                inner.extend(part for part in one if isinstance(part, dict | list))
+        for container in layer:
+            if isinstance(container, dict):
+                inner.extend(part for part in container.values() if isinstance(part, dict | list))
+            elif isinstance(container, list):
+                inner.extend(part for part in container if isinstance(part, dict | list))
         if not inner:
             return
         layer = inner
@@ -308,7 +306,7 @@ def _unpack(data: Any, decoder: msgspec.msgpack.Decoder[Any], sender: str) -> An
 
 
 def _refuse(data: Any, sender: str, reason: str) -> NoReturn:
-    """Say what is wrong; a peer that speaks another version hears that, whatever else does not fit."""
+    """Raise the ProtocolError of a malformed message. A wrong version comes before other reasons."""
     version, _ = probe(data)
     if version != PROTOCOL:
         reason = f"protocol version {version}, here it is {PROTOCOL}: install the same larpix-daq on both sides"
@@ -316,13 +314,13 @@ def _refuse(data: Any, sender: str, reason: str) -> NoReturn:
 
 
 def probe(data: Any) -> tuple[int, str]:
-    """Version and request id of a message, as far as they can be made out: (PROTOCOL, "") when they cannot."""
+    """Return version and request id of a malformed message; (PROTOCOL, "") if they are not readable."""
     found = _probe(data)
     return found.version, found.request
 
 
 def probe_request(data: Any) -> str:
-    """The id of a request that is malformed otherwise; empty when the message is no request."""
+    """Return the id of a malformed request; "" if the message is no request."""
     found = _probe(data)
     return found.request if found.type == ActionRequest.__struct_config__.tag else ""
 
@@ -335,7 +333,7 @@ def _probe(data: Any) -> _Probe:
 
 
 def unpack_client(data: Any, sender: str) -> FromClient:
-    """What a component or an Operator sent to the core; ProtocolError in one line when it is malformed."""
+    """Unpack a message of a component or an Operator to the core; ProtocolError if it is malformed."""
     if len(data) > MAX_ANSWER:
         raise ProtocolError(f"message from {sender}: {len(data)} bytes, the limit is {MAX_ANSWER}")
     message: FromClient = _unpack(data, _client_decoder, sender)
@@ -343,6 +341,6 @@ def unpack_client(data: Any, sender: str) -> FromClient:
 
 
 def unpack_core(data: Any) -> FromCore:
-    """What the core sent; ProtocolError in one line when it is malformed."""
+    """Unpack a message of the core; ProtocolError if it is malformed."""
     message: FromCore = _unpack(data, _core_decoder, "core")
     return message

@@ -1,6 +1,4 @@
-"""What the producer and its child process say to each other over their socket: u32 little-endian length, msgpack
-array.
-"""
+"""The messages between a producer and its child process: u32 little-endian length, then a msgpack array."""
 
 from __future__ import annotations
 
@@ -14,25 +12,26 @@ from numpy.typing import NDArray
 from larpixdaq.errors import ProtocolError
 from larpixdaq.schema import PacketType, types_of
 
-#: No message of either side is longer: what a routine returns has to fit into an answer to the Operator.
+#: Maximum bytes of a message: the result of a routine must fit into an answer to the Operator.
 MAX_MESSAGE: Final = (64 << 20) - (1 << 17)
+# Rows for which the child listens.
 NO_ROWS: Final = 0
-#: Configuration answers of chips (rows of packet type 3, received).
+#: Configuration answers of chips: received rows of packet type 3.
 CONFIG_ANSWERS: Final = 1
-#: All rows, as long as the child takes them.
+#: All rows, while the child takes them.
 ALL_ROWS: Final = 2
 
 
 class Parameter(msgspec.Struct, frozen=True):
     name: str
-    type: str = ""  # as the function's annotation says it
+    type: str = ""  # from the function's annotation
     required: bool = True
     default: Any = None
 
 
 class ListRoutines(msgspec.Struct, array_like=True, tag=1, frozen=True):
     request: int
-    folders: list[str]  # of routine files, beside those that ship
+    folders: list[str]  # of routine files, in addition to those of larpixdaq
 
 
 class RunRoutine(msgspec.Struct, array_like=True, tag=2, frozen=True):
@@ -45,23 +44,23 @@ class RunRoutine(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 
 class BoardInfo(msgspec.Struct, frozen=True):
-    """What the child has to know of a board."""
+    """A board, as the child needs it."""
 
     io_group: int
-    kind: str  # as in sources.channel; "" when nothing can be sent there
+    kind: str  # as in sources.command_channel; "" if the board takes no commands
     name: str
     revision: int = 0  # of a PACMAN's registers, 2 to 5; 0: not known
 
 
 class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
-    """The first message: what there is to configure, and what was known of it when another child ended."""
+    """The first message: the boards, and the state of chips that the previous child has left."""
 
     boards: list[BoardInfo]
-    asic: str  # as --asic has it
+    asic: str  # as in --asic
     generation: int  # schema.Asic
-    layout: int  # of the rows in `Rows`
+    layout: int  # of the rows in ListenedRows
     board_file: str = ""
-    chips: bytes = b""  # these five as `Remember` and `configuration_tracker.ConfigurationTracker` have them
+    chips: bytes = b""  # these five as in Remember and readout/configuration_tracker.py
     wanted: bytes = b""
     given: bytes = b""
     read: bytes = b""
@@ -79,14 +78,14 @@ class RunAction(msgspec.Struct, array_like=True, tag=4, frozen=True):
 
 
 class ListenedRows(msgspec.Struct, array_like=True, tag=5, frozen=True):
-    """What the child listens for: rows of the producer's layout, as they are recorded."""
+    """Recorded rows for which the child listens, in the producer's layout."""
 
     rows: bytes
-    left_out: int = 0  # rows before these that found no room, because the child did not take them
+    left_out: int = 0  # rows before these that were dropped, because the child did not take them in time
 
 
 class CommandDone(msgspec.Struct, array_like=True, tag=6, frozen=True):
-    """All of a command has been handed over and answered (by the board; the chips' answers are rows), or it failed."""
+    """A command was sent whole and answered by the board, or has failed. The answers of chips come as rows."""
 
     command: int
     reply: bytes = b""
@@ -102,7 +101,7 @@ class RoutineInfo(msgspec.Struct, frozen=True):
 class RoutineList(msgspec.Struct, array_like=True, tag=11, frozen=True):
     request: int
     routines: list[RoutineInfo]
-    broken: list[str]  # files that could not be loaded, and why
+    broken: list[str]  # a line for each file that could not be loaded, with the reason
 
 
 class Progress(msgspec.Struct, array_like=True, tag=12, frozen=True):
@@ -127,7 +126,7 @@ class ActionFailed(msgspec.Struct, array_like=True, tag=14, frozen=True):
 
 
 class SendWords(msgspec.Struct, array_like=True, tag=15, frozen=True):
-    """Send words to chips of one board: their io_channels, a byte each, and the words, 8 bytes each, little-endian."""
+    """Send words to chips of one board. `io_channels` has a byte for each word, `words` 8 bytes, little-endian."""
 
     command: int
     io_group: int
@@ -141,7 +140,7 @@ class BoardOrder(msgspec.Struct, array_like=True, tag=16, frozen=True):
     command: int
     io_group: int
     body: bytes
-    seconds: float = 0.0  # that the board needs for it beyond the usual limit
+    seconds: float = 0.0  # that the board needs in addition to the usual limit
 
 
 class Listen(msgspec.Struct, array_like=True, tag=17, frozen=True):
@@ -149,12 +148,12 @@ class Listen(msgspec.Struct, array_like=True, tag=17, frozen=True):
 
 
 class Remember(msgspec.Struct, array_like=True, tag=18, frozen=True):
-    """What the next child begins with, should this one end: of N chips, in bytes."""
+    """State of N chips that the producer keeps for the next child, if this child ends."""
 
     board_file: str
     chips: bytes  # (N, 3): io_group, io_channel, chip_id
-    wanted: bytes  # (N, registers of a chip): how they ought to be
-    given: bytes  # the same shape, 1 where that is known
+    wanted: bytes  # (N, registers of a chip): the wanted values
+    given: bytes  # the same shape: 1 where a value is wanted
     pixel_layout: str = ""
 
 
@@ -165,7 +164,7 @@ class Invalidate(msgspec.Struct, array_like=True, tag=19, frozen=True):
 
 
 def config_answers(rows: NDArray[Any]) -> NDArray[Any]:
-    """Configuration answers of chips among rows (schema.py)."""
+    """Return the configuration answers of chips among these rows."""
     found = rows[types_of(rows) == PacketType.CONFIG_READ]
     answers: NDArray[Any] = found[found["direction"] == 1]
     return answers
@@ -181,7 +180,7 @@ FromChild = RoutineList | Progress | Result | ActionFailed | SendWords | BoardOr
 
 
 def _plain(value: Any) -> Any:
-    """What msgpack does not know: numpy becomes lists and numbers, anything else its text."""
+    """Convert a value that msgpack does not support: numpy to lists and numbers, other values to their repr()."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return repr(value)
@@ -195,10 +194,10 @@ _answers: Final = msgspec.msgpack.Decoder(FromChild)
 
 
 def pack(message: FromParent | FromChild) -> bytes:
-    """ProtocolError when a value in it cannot travel (too large, too deep, a number beyond 64 bits)."""
+    """Pack a message; ProtocolError for an unsupported value: too large, too deep, a number above 64 bits."""
     try:
         body = _encoder.encode(message)
-    except Exception as error:  # of a value whose repr() fails, anything
+    except Exception as error:  # a value's repr() may raise any exception
         raise ProtocolError(f"{type(message).__name__}: a value that cannot be sent: {error}") from None
     if len(body) > MAX_MESSAGE:
         raise ProtocolError(f"{type(message).__name__}: expected at most {MAX_MESSAGE} bytes, found {len(body)}")
@@ -206,14 +205,14 @@ def pack(message: FromParent | FromChild) -> bytes:
 
 
 class Inbox:
-    """Puts the pieces that a socket gives together to messages."""
+    """Assembles messages from the pieces that a socket receives."""
 
     def __init__(self, *, requests: bool) -> None:
         self._decoder: msgspec.msgpack.Decoder[Any] = _requests if requests else _answers
         self._pending = bytearray()
 
     def take(self, data: bytes) -> Iterator[Any]:
-        """The messages that `data` completes; ProtocolError when they are none."""
+        """Give the messages that `data` completes; ProtocolError if a message is malformed."""
         self._pending += data
         while len(self._pending) >= 4:
             length = int.from_bytes(self._pending[:4], "little")

@@ -1,5 +1,4 @@
-"""What a producer and the process of an IO class say to each other: msgpack arrays, each one message of a SEQPACKET
-socket."""
+"""The messages between a producer and the process of an IO class: a msgpack array each, over a SEQPACKET socket."""
 
 from __future__ import annotations
 
@@ -9,12 +8,12 @@ import msgspec
 
 from larpixdaq.runtime.child_process import PIECE
 
-#: Maximum bytes of a message, so that one receive() gets it whole. It also fits into the socket's buffer.
+#: Maximum bytes of a message: it fits into the socket's buffer, and one recv() gets it whole.
 MAX_MESSAGE: Final = PIECE
 
 
 class Send(msgspec.Struct, array_like=True, tag=1, frozen=True):
-    """Send words to chips: their io_channels, a byte each, and the words, 8 bytes each, little-endian."""
+    """Send words to chips. `io_channels` has a byte for each word, `words` 8 bytes, little-endian."""
 
     number: int
     io_group: int
@@ -23,7 +22,7 @@ class Send(msgspec.Struct, array_like=True, tag=1, frozen=True):
 
 
 class Order(msgspec.Struct, array_like=True, tag=2, frozen=True):
-    """An order to the board itself: words of 16 bytes, as a PACMAN takes them."""
+    """An order to the board itself: words of 16 bytes, as for a PACMAN."""
 
     number: int
     io_group: int
@@ -31,25 +30,25 @@ class Order(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 
 class Hello(msgspec.Struct, array_like=True, tag=11, frozen=True):
-    """The class is there, and listens. `registers`: it takes orders."""
+    """The first message: the IO class is loaded and listens. `registers`: it takes orders."""
 
     io_groups: list[int]
     registers: bool
 
 
 class Data(msgspec.Struct, array_like=True, tag=12, frozen=True):
-    """What came, as messages of a PACMAN, each behind its length (u32); the io_group of each, a byte."""
+    """Received data. `log`: messages of a PACMAN, a u32 length before each; `io_groups`: a byte for each message."""
 
     io_groups: bytes
     log: bytes
 
 
 class Idle(msgspec.Struct, array_like=True, tag=15, frozen=True):
-    """After Data: the class was asked again, and had nothing more."""
+    """The IO class has no more data. Comes after Data."""
 
 
 class Sent(msgspec.Struct, array_like=True, tag=13, frozen=True):
-    """What became of a Send or an Order: the board's answer to it, or, in one line, why there is none."""
+    """The board's answer to a Send or an Order, or the error in one line."""
 
     number: int
     io_group: int
@@ -58,7 +57,7 @@ class Sent(msgspec.Struct, array_like=True, tag=13, frozen=True):
 
 
 class Failed(msgspec.Struct, array_like=True, tag=14, frozen=True):
-    """The last message: why the process ends, in one line."""
+    """The last message: the reason why the process ends, in one line."""
 
     text: str
 

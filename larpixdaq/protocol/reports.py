@@ -1,6 +1,6 @@
-"""Structs for both ends: the answers of producers and storages to the run's instructions, and the components' status.
+"""The answers of producers and storages to run instructions, and the status of components in heartbeats.
 
-A heartbeat carries the status. The core shows it as it came, so that a status of another version can be read too.
+The core passes a status on as it came, so that `larpixdaq status` shows a status of another version too.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class ProducerEnd(EpochEnd):
     """Answer of a producer to end_run and abort_run."""
 
     warning: str | None = None
-    inherited: list[EpochEnd] = []  # the epochs of its predecessors that died in this run, as it found them in the ring
+    inherited: list[EpochEnd] = []  # epochs of dead predecessors in this run, from the ring
 
 
 class RunEnd(EpochEnd):
-    """Totals of one epoch as the run catalogue has them; `name` is that of the producer."""
+    """Totals of one epoch in the run catalogue; `name` is the producer's."""
 
     name: str
     warning: str | None = None
 
 
 class FinishedFile(msgspec.Struct):
-    """A file that a storage has closed, as its heartbeat names it."""
+    """A file that a storage has closed, in the storage's heartbeat."""
 
     run: RunNumber
     file: Annotated[str, Meta(min_length=1, max_length=4096)]
@@ -71,7 +71,7 @@ class StorageReady(msgspec.Struct):
 
 
 class StoredRows(NamedTuple):
-    """Rows of one io_group that a storage has."""
+    """Number of rows of one io_group that a storage has."""
 
     producer: str
     epoch: int
@@ -80,7 +80,8 @@ class StoredRows(NamedTuple):
 
 
 class StoredEnd(NamedTuple):
-    """An end record that a storage has; `rows` were made by the producer in this epoch, `how` as in stream.End."""
+    """An end record that a storage has. `rows` is the number made by the producer in this epoch; `how` as in
+    stream.End."""
 
     producer: str
     epoch: int
@@ -90,7 +91,7 @@ class StoredEnd(NamedTuple):
 
 
 class StorageEnd(msgspec.Struct):
-    """Answer of a storage to end_run and report_run, over all parts of the run that it has."""
+    """Answer of a storage to end_run and report_run, over all its parts of the run."""
 
     files: list[str]
     condition: str
@@ -101,14 +102,14 @@ class StorageEnd(msgspec.Struct):
 
 
 class LoadShares(msgspec.Struct):
-    """The load of a process in the last seconds, in cores: of its main loop, and of all its threads together."""
+    """Load of a process in the last seconds, in cores: of its main loop, and of all its threads."""
 
     loop: float
     process: float
 
 
 class ClockReport(msgspec.Struct):
-    """A board's clock beside the host's: offset in seconds and drift in ppm, None when it is not known yet."""
+    """A board's clock against the host's: offset in seconds, drift in ppm (None before it is known)."""
 
     offset: float
     offset_uncertainty: float
@@ -129,27 +130,27 @@ class BoardReport(msgspec.Struct):
 
 
 class DeliveryStatus(msgspec.Struct):
-    """The part of a producer's status that is about ring, spool and stream.
+    """The part of a producer's status about ring, spool and stream.
 
-    Each field of a status has a default, so that one that lacks a field still raises its other alarms.
+    All fields of a status have defaults, so that a status of another version without some of them still raises alarms.
     """
 
     ring: float = 0.0  # fraction of the ring in use
-    owed_blocks: int = 0  # blocks that some required storage has not acknowledged
-    inherited: int = 0  # those of predecessors among them
+    owed_blocks: int = 0  # blocks that a required storage has not acknowledged
+    inherited: int = 0  # pending blocks of predecessors
     spooled_blocks: int = 0
     spooled_bytes: int = 0
-    nameless: list[str] = []  # removed files that have no new name
-    made_anew: int = 0  # removed ring files that were made anew
-    kept_aside: list[str] = []  # damaged files
-    forgotten: list[str] = []  # storages that are waited for no longer
+    nameless: list[str] = []  # open files that were removed and could not get a name again
+    made_anew: int = 0  # number of removed ring files that were replaced
+    kept_aside: list[str] = []  # paths of damaged files
+    forgotten: list[str] = []  # storages that are no longer required
     subscribers: list[str] = []
 
 
 class ProducerStatus(DeliveryStatus):
     run: int | None = None
     state: str = ""
-    counted_run: int | None = None  # the run of the counts: this one, or else the last
+    counted_run: int | None = None  # the run of the counts: this run, or the last one
     packets: int = 0
     dropped: int = 0
     unknown: int = 0
@@ -157,7 +158,7 @@ class ProducerStatus(DeliveryStatus):
     outside_run: int = 0  # packets outside of runs
     boards: list[BoardReport] = []
     verdicts: dict[str, str] = {}  # by io_group
-    finished: bool = False  # all sources are at their end
+    finished: bool = False  # all sources have ended
     firmware: dict[str, str] = {}  # by io_group
     load: LoadShares | None = None
 
@@ -169,12 +170,12 @@ class StorageStatus(msgspec.Struct):
     free_bytes: int | None = None
     bytes_per_second: int = 0
     seconds_left: int | None = None  # until the disk is full, at this rate
-    paused: str = ""  # why nothing is written
+    paused: str = ""  # the reason why nothing is written
     recovering: list[str] = []
     not_recovered: list[str] = []
     duplicates: int = 0
-    finished: list[FinishedFile] = []  # the last ones
-    on_close: str = ""  # why the last command for a finished file has failed
+    finished: list[FinishedFile] = []  # the last files
+    on_close: str = ""  # error of the last failed command for a closed file
     on_close_failed: int = 0
     load: LoadShares | None = None
 
@@ -209,9 +210,9 @@ STATUS: Final[dict[str, type[Status]]] = {
 
 
 def checked(value: Any, kind: type[_T], who: str, action: str) -> _T:
-    """Convert a component's answer to its struct; raises ComponentError, which names the component, if it does not
+    """Convert a component's answer to its struct; ComponentError, with the name of the component, if it does not
     fit."""
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, TypeError, ValueError) as error:
-        raise ComponentError(f"{who} answered {action} with something else than expected: {error}") from None
+        raise ComponentError(f"{who}: unexpected answer to {action}: {error}") from None

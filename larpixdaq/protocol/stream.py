@@ -1,12 +1,11 @@
 """The frames of the stream between a producer and its consumers: kinds, headers, packing.
 
-A frame is one byte of kind, a msgpack array (the header), and, for BLOCK, a second ZeroMQ part with the rows. To a
-consumer on the same host, which reads the producer's ring itself (MAPS), the second part is empty and a third one has
-the number of the block in the ring, 8 bytes, little-endian.
-Everything that arrives is validated against these structs, sizes and ranges included; what does not fit raises
-ProtocolError and harms nobody.
+A frame is one byte of kind, a msgpack array (the header), and, for BLOCK, a second ZeroMQ part with the rows. A
+consumer on the same host may read the rows out of the producer's ring (MAPS): then the second part is empty, and a
+third part has the number of the block in the ring, 8 bytes, little-endian. Every received frame is checked against
+these structs, with sizes and ranges; ProtocolError if it does not fit.
 
-Configurations of chips on their way from a producer into the file: arrays, and what carries them in a block.
+Configurations are the registers of chips as arrays, which a block carries packed (Configs) on their way to the file.
 """
 
 from __future__ import annotations
@@ -41,45 +40,44 @@ MAX_HEADER: Final = 16 << 20
 MAX_FROM_CONSUMER: Final = 128 << 10
 #: Maximum number of positions in a HELLO; consumers send those of the newest runs.
 MAX_POSITIONS: Final = 256
-#: Names of components and actions: no control characters, so that they can stand in a line of text.
+#: Names of components and actions, without control characters, because they are written into lines of text.
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
-#: A run's number.
 RunNumber = Annotated[int, Meta(ge=1, le=LAST_RUN)]
-#: 64 bits; msgpack has no larger numbers.
+#: 64 bits: msgpack has no larger numbers.
 Epoch = Annotated[int, Meta(ge=0)]
 _64Bits = Annotated[int, Meta(ge=0)]
 #: Unix ns by a host's clock.
 Time = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-#: Rows, packets, bytes: those of all 256 io_groups add up to less than 2^64.
+#: Counts of rows, packets or bytes; the sum over all 256 io_groups is below 2^64.
 _56Bits = Annotated[int, Meta(ge=0, lt=2**56)]
-#: Numbers of blocks: those of 65,536 sources add up to less than 2^64.
+#: Numbers of blocks; the sum over 65,536 origins is below 2^64.
 Sequence = Annotated[int, Meta(ge=0, lt=2**48)]
 IoGroup = Annotated[int, Meta(ge=0, lt=IO_GROUPS)]
 LayoutCode = Annotated[int, Meta(ge=1, le=len(LAYOUT_NAMES))]
 _32Bits = Annotated[int, Meta(ge=0, lt=2**32)]
-#: Kinds of sources whose data come from no detector now.
+#: Kinds of sources whose data do not come from a detector now.
 KINDS_WITHOUT_DETECTOR: Final = ("fake", "replay")
-#: One list per io_group: the io_group, then its counters in the order of constants.Count.
+#: A list for each io_group: the io_group, then its counters in the order of constants.Count.
 Counters = Annotated[
     list[Annotated[list[_56Bits], Meta(min_length=1 + len(Count), max_length=1 + len(Count))]],
     Meta(max_length=IO_GROUPS),
 ]
-#: From best to worst: nothing speaks against it, something may be missing, something is missing.
+#: Verdicts on the data of an io_group, from best to worst: no sign of a loss, data may be lost, data are lost.
 VERDICTS: Final = ("complete", "suspect", "lost")
 _encoder: Final = msgspec.msgpack.Encoder()
 _totals: Final = itemgetter(Count.PACKETS, Count.BAD_PARITY, Count.UNKNOWN_WORDS, Count.REJECTED_WORDS, Count.DROPPED)
-#: Registers of a chip here; those that it does not have are 0 and not KNOWN.
+#: Registers of a chip in these arrays; registers that the chip does not have are 0 in all arrays.
 REGISTERS: Final = 256
-#: Bits of `known`: the register was told a value; it said one, and was not told another since.
+#: Bits of `known`: a value was sent to the register; a value was read from the register, and none was sent since.
 SENT, READ = 1, 2
-#: Of registers that differ, so many are named.
+#: Maximum number of differing registers that a text names.
 _MAX_NAMED: Final = 5
-#: Chips of one block: some 200 kB before they are packed.
+#: Maximum number of chips of a block: about 200 kB before packing.
 _PIECE_CHIPS: Final = 256
 
 
 class BlockOrigin(NamedTuple):
-    """Whose blocks they are: sequences count from 0 per (run, producer, epoch)."""
+    """The origin of blocks: their sequences count from 0 per (run, producer, epoch)."""
 
     run: int
     producer: str
@@ -87,7 +85,7 @@ class BlockOrigin(NamedTuple):
 
 
 class Totals(msgspec.Struct, array_like=True, frozen=True):
-    """The rows of one io_group from the beginning of the run to the end of the block that carries this."""
+    """Rows of one io_group from the beginning of the run to the end of the block that carries this struct."""
 
     io_group: IoGroup
     packets: _56Bits  # rows of types 0 to 3 with direction 1
@@ -104,7 +102,7 @@ class Totals(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Gap(msgspec.Struct, array_like=True, frozen=True):
-    """Rows of one io_group that were decoded and counted, but found no room, before the block that carries this."""
+    """Rows of one io_group that were counted but found no room, before the block that carries this struct."""
 
     io_group: IoGroup
     rows: _56Bits
@@ -123,22 +121,22 @@ class Position(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Configs(msgspec.Struct, array_like=True, frozen=True):
-    """Configurations of chips: what their registers were last told, and what they last said."""
+    """Packed Configurations: the values last sent to the registers of chips, and last read from them."""
 
     asic: Annotated[str, Meta(max_length=16)]  # as --asic has it
-    chips: Annotated[bytes, Meta(max_length=1 << 10)]  # io_group, io_channel, chip_id of each
-    registers: Annotated[bytes, Meta(max_length=1 << 20)]  # packed
+    chips: Annotated[bytes, Meta(max_length=1 << 10)]  # io_group, io_channel, chip_id of each chip
+    registers: Annotated[bytes, Meta(max_length=1 << 20)]  # sent, read and known, compressed by zlib
 
 
 class ConnectedBoard(msgspec.Struct, frozen=True):
-    """One io_group of a board, or of what stands for one, as a producer reads it in a run."""
+    """One io_group of a producer in a run, with the board, device or recording behind it."""
 
     producer: Annotated[str, Meta(min_length=1, max_length=256)]
     io_group: Annotated[int, Meta(ge=0, le=255)]
     kind: Annotated[str, Meta(max_length=16)]  # "PACMAN", "Bern board", "serial", "IO class", "fake" or "replay"
     address: Annotated[str, Meta(max_length=256)]  # network address, device, class with arguments, or files
     host: Annotated[str, Meta(max_length=256)]  # the computer on which the producer runs
-    firmware: Annotated[str, Meta(max_length=256)] = ""  # as the board says it; empty: not known
+    firmware: Annotated[str, Meta(max_length=256)] = ""  # by the board itself; "": not known
 
 
 # Consumer to producer
@@ -153,7 +151,7 @@ class Hello(msgspec.Struct, array_like=True, tag=1, frozen=True):
 
 
 class Ack(msgspec.Struct, array_like=True, tag=2, frozen=True):
-    """All of (run, epoch) below `next` is durable. An END counts as the sequence it names: its ACK is END.next + 1."""
+    """All of (run, epoch) below `next` is durable. An END counts as one sequence: its ACK is END.next + 1."""
 
     run: RunNumber
     epoch: Epoch
@@ -161,7 +159,7 @@ class Ack(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 
 class Credit(msgspec.Struct, array_like=True, tag=3, frozen=True):
-    """Room for this many blocks in all since the HELLO: a running total, so repeating it is harmless."""
+    """Room for this number of blocks in all since the HELLO: a running total, so that it may be repeated."""
 
     blocks: Sequence
 
@@ -171,7 +169,7 @@ class Bye(msgspec.Struct, array_like=True, tag=4, frozen=True):
 
 
 class Maps(msgspec.Struct, array_like=True, tag=5, frozen=True):
-    """The consumer reads the ring of this epoch itself: rows need not be sent."""
+    """The consumer reads the rows out of the ring of this epoch: they need not be sent."""
 
     epoch: Epoch
 
@@ -188,23 +186,23 @@ class Welcome(msgspec.Struct, array_like=True, tag=11, frozen=True):
 
 
 class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
-    """Header of a block: what the payload, `rows` rows of `layout`, is and where it belongs."""
+    """Header of a block; the payload is `rows` rows of `layout`."""
 
     run: RunNumber
     producer: Name
     epoch: Epoch
     sequence: Sequence
-    first_packet: _56Bits  # index, in this run and epoch, of the first row
+    first_packet: _56Bits  # index of the first row in this run and epoch
     rows: Annotated[int, Meta(ge=0, le=BLOCK_ROWS)]
     layout: LayoutCode
     flags: _32Bits
-    first_ns: Time  # host clock, unix ns, when the first row came
+    first_ns: Time  # arrival of the first row: host clock, unix ns
     last_ns: Time
     crc32: _32Bits
     totals: Annotated[list[Totals], Meta(max_length=IO_GROUPS)]
     gaps: Gaps
     text: Annotated[str, Meta(max_length=1 << 20)] | None = None  # an INFO message: the rows are of type 5
-    configs: Configs | None = None  # what the text is about
+    configs: Configs | None = None  # the configurations of which the text tells
 
     @property
     def source(self) -> BlockOrigin:
@@ -212,33 +210,33 @@ class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
 
     @property
     def following(self) -> int:
-        """The sequence that comes next."""
+        """The next sequence of the origin."""
         return self.sequence + 1
 
 
 class UnknownWord(msgspec.Struct, array_like=True, frozen=True):
     io_group: IoGroup
-    seconds: _64Bits  # unix, as the board says it
+    seconds: _64Bits  # unix seconds, by the board
     reason: Annotated[int, Meta(ge=0, lt=256)]  # schema.REASONS
     raw: Annotated[bytes, Meta(max_length=UNKNOWN_BYTES)]
 
 
 class LossVerdict(msgspec.Struct, array_like=True, frozen=True):
-    """What became of an io_group's data before they reached us, as far as a producer can tell.
+    """A finding of a producer on the data of one io_group before they reached the host.
 
-    Boards do not number what they send, so this is inferred. Several lines about one io_group are several findings.
+    It is inferred, because boards do not number their messages. An io_group may have several findings.
     """
 
     io_group: IoGroup
     verdict: Annotated[str, Meta(pattern=r"^(complete|suspect|lost)\Z")]  # VERDICTS
-    why: str  # one sentence; for "complete": empty, or what else is known of the board, such as its clock
-    lost: _64Bits  # packets at least; 0: nobody knows
-    first_ns: _64Bits  # unix ns: the time that the finding is about; both 0 for an empty "complete"
-    last_ns: _64Bits
+    why: str  # one sentence; for "complete": "", or another fact about the board, such as its clock
+    lost: _64Bits  # at least this number of packets; 0: unknown
+    first_ns: _64Bits  # start of the time that the finding is about, unix ns; 0 for an empty "complete"
+    last_ns: _64Bits  # its end
 
 
 class End(msgspec.Struct, array_like=True, tag=13, frozen=True):
-    """The last of a run and epoch."""
+    """The end record: the last record of an origin, with its exact totals."""
 
     run: RunNumber
     producer: Name
@@ -250,8 +248,8 @@ class End(msgspec.Struct, array_like=True, tag=13, frozen=True):
     counts: Counters
     gaps: Gaps
     unknown: list[UnknownWord]
-    outside: Counters = []  # counts of run 0 since the end before, in the same form
-    verdicts: list[LossVerdict] = []  # of each io_group at least one line
+    outside: Counters = []  # counts of run 0 since the previous end record, in the same form
+    verdicts: list[LossVerdict] = []  # at least one for each io_group
 
     @property
     def source(self) -> BlockOrigin:
@@ -259,7 +257,7 @@ class End(msgspec.Struct, array_like=True, tag=13, frozen=True):
 
     @property
     def following(self) -> int:
-        """The sequence that comes next: an end counts as the sequence that it names."""
+        """The next sequence of the origin: an end record counts as the sequence `next`."""
         return self.next + 1
 
 
@@ -277,7 +275,7 @@ _from_producer: Final = msgspec.msgpack.Decoder(FromProducer)
 
 
 def pack(frame: FromConsumer | FromProducer) -> bytes:
-    """One kind byte and the header. The kind stands in the array's tag too, which is what is checked."""
+    """Pack the kind byte and the header. The header has the kind again, as its tag, which is checked."""
     tag = frame.__struct_config__.tag
     return bytes((tag,)) + _encoder.encode(frame)  # type: ignore[arg-type]
 
@@ -291,41 +289,44 @@ def _unpack(data: Any, decoder: msgspec.msgpack.Decoder[Any], sender: str, most:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"stream frame of kind {view[0]} from {sender}: {error}") from None
     if frame.__struct_config__.tag != view[0]:
-        raise ProtocolError(f"stream frame from {sender}: kind {view[0]} around a header of another kind")
+        raise ProtocolError(f"stream frame from {sender}: kind {view[0]}, its header is of another kind")
     return frame
 
 
 def unpack_consumer(data: Any, sender: str) -> FromConsumer:
-    """What a consumer sent to a producer."""
+    """Unpack a frame of a consumer; ProtocolError if it is malformed."""
     frame: FromConsumer = _unpack(data, _from_consumer, sender, MAX_FROM_CONSUMER)
     return frame
 
 
 def unpack_producer(data: Any, sender: str) -> FromProducer:
-    """What a producer sent to a consumer."""
+    """Unpack a frame of a producer; ProtocolError if it is malformed."""
     frame: FromProducer = _unpack(data, _from_producer, sender, MAX_HEADER)
     return frame
 
 
 def text_pieces(text: str, size: int) -> list[bytes]:
-    """The text in UTF-8 in pieces of at most `size` bytes, none of which ends within a character; at least one piece.
+    """Split a text into pieces of at most `size` bytes of UTF-8, between characters. Returns at least one piece.
 
-    A NUL would be lost at a piece's end; it becomes U+FFFD.
+    NUL becomes U+FFFD, because a NUL at the end of a piece would be lost in the file.
     """
     data = text.replace("\0", "\ufffd").encode("utf-8", "replace")
-    found = []
+    pieces = []
     while len(data) > size:
         end = size
         while data[end] & 0xC0 == 0x80:
             end -= 1
-        found.append(data[:end])
+        pieces.append(data[:end])
         data = data[end:]
-    return [*found, data]
+    return [*pieces, data]
 
 
 class Configurations(NamedTuple):
-    """Of N chips of one generation (`asic`, as --asic has it). Bytes, of shape (N, 3): io_group, io_channel, chip_id;
-    and three of shape (N, REGISTERS)."""
+    """Configurations of N chips of one generation (`asic`, as in --asic).
+
+    `chips`, shape (N, 3): io_group, io_channel, chip_id. `sent`, `read` and `known`, shape (N, REGISTERS): the values
+    last sent and last read, and the bits SENT and READ.
+    """
 
     asic: str
     chips: NDArray[np.uint8]
@@ -335,28 +336,28 @@ class Configurations(NamedTuple):
 
     @property
     def different(self) -> NDArray[np.bool_]:
-        """Registers that said something else than they had been told, shape (N, REGISTERS)."""
+        """Whether a register's value read differs from the value sent, shape (N, REGISTERS)."""
         differ: NDArray[np.bool_] = (self.known == SENT | READ) & (self.sent != self.read)
         return differ
 
     def pieces(self) -> Iterator[Configurations]:
-        """As many of them as fit a block."""
+        """Split into pieces that fit into a block each."""
         for first in range(0, len(self.chips), _PIECE_CHIPS):
             part = slice(first, first + _PIECE_CHIPS)
             yield Configurations(self.asic, *(array[part] for array in self[1:]))
 
     def text(self) -> str:
-        """What there is, in a line."""
+        """Return the text of the INFO message: the chips and the numbers of registers."""
         import numpy as np
 
         keys = ["-".join(map(str, chip)) for chip in self.chips[[0, -1]].tolist()]
         which = f"chip {keys[0]}" if len(self.chips) == 1 else f"{len(self.chips)} chips, {keys[0]} to {keys[1]}"
-        told, said = (int(np.count_nonzero(self.known & bit)) for bit in (SENT, READ))
+        sent, read = (int(np.count_nonzero(self.known & bit)) for bit in (SENT, READ))
         differ = int(np.count_nonzero(self.different))
-        return f"Configuration of {which}: {told} registers sent, {said} read back, {differ} different"
+        return f"Configuration of {which}: {sent} registers sent, {read} read back, {differ} different"
 
     def differences(self) -> str:
-        """Which registers said something else than they had been told, in a line; empty when none did."""
+        """Name the registers whose value read differs from the value sent, in one line; "" if there are none."""
         import numpy as np
 
         at = np.argwhere(self.different)
@@ -376,7 +377,7 @@ class Configurations(NamedTuple):
 
 
 def unpack_configurations(found: Configs) -> Configurations:
-    """ProtocolError when that is none."""
+    """Unpack Configs; ProtocolError if they are malformed."""
     import numpy as np
 
     n, rest = divmod(len(found.chips), 3)

@@ -198,7 +198,7 @@ def test_actions_of_components(running, operator):
             operator.adc_histogram().result(LIMIT)
         with pytest.raises(ComponentError, match="no component is named 'nobody'; there are LArPix board"):
             operator.packet_rate(component="nobody").result(LIMIT)
-        with pytest.raises(RequestError, match="core's to ask for"):
+        with pytest.raises(RequestError, match="only the core may request"):
             operator.call("LArPix board", "begin_run", run=1).result(LIMIT)
         request = operator.run_routine("hello_world", 1, gain=2)
         (call,) = until(lambda: board.open, "the routine")
@@ -314,7 +314,7 @@ def test_malformed_messages_get_a_clear_answer_and_harm_nobody(running, operator
     dealer.send(pack(Register(name="x", kind="log", instance="i")))
     session = unpack_core(dealer.recv()).session
     dealer.send(pack(ActionRequest(session=session, action="abort_run")))
-    assert "not for it to send" in refusal().text
+    assert "may not send" in refusal().text
     assert operator.status().result(LIMIT)["refused_messages"] == 6
 
 
@@ -333,7 +333,7 @@ def test_what_cannot_travel_back_is_an_error(running, operator):
     online = monitor(running.address)
     online.replies["packet_rate"] = {"now": object()}
     with online.running():
-        with pytest.raises(RequestError, match="object cannot travel"):
+        with pytest.raises(RequestError, match="object cannot be sent"):
             operator.packet_rate().result(LIMIT)
         online.replies["packet_rate"] = lambda call: call.result(b"1" * (9 << 20))
         assert len(operator.packet_rate().result(LIMIT)) == 9 << 20

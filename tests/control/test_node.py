@@ -228,7 +228,7 @@ def test_a_callback_that_fails_does_not_end_the_link(running, operator, caplog):
 def test_a_status_that_cannot_travel_does_not_stop_the_heartbeats(running, operator, caplog):
     with actor(running.address, {}).running() as it:
         it.status = {"x": object()}
-        until(lambda: "cannot travel" in caplog.text, "the complaint")
+        until(lambda: "cannot be sent" in caplog.text, "the complaint")
         assert operator.components().result(LIMIT)[0]["alive"]
 
 

@@ -291,7 +291,7 @@ def test_an_operator_that_nobody_holds_is_closed(running):
 
 
 def test_what_cannot_travel_is_told_at_once(operator):
-    with pytest.raises(ProtocolError, match="cannot travel"):
+    with pytest.raises(ProtocolError, match="cannot be sent"):
         operator.run_routine("x", object())
 
 

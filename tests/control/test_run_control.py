@@ -752,9 +752,9 @@ def test_a_damaged_catalogue_never_gives_a_number_twice(tmp_path):
         path.write_bytes(content)
         catalogue = Catalogue(tmp_path)
         assert catalogue.highest() == 40, what
-        assert ("was damaged (" if what != "nothing" else "ends with run 0, 40 were drawn") in catalogue.warnings[0], (
-            what
-        )
+        assert (
+            "was damaged (" if what != "nothing" else "ends with run 0, but run 40 was drawn"
+        ) in catalogue.warnings[0], what
         assert all("\n" not in line for line in catalogue.warnings)
         kept = tmp_path / "catalogue.sqlite.damaged"
         assert kept.exists() == (what != "nothing")

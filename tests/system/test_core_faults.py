@@ -207,7 +207,7 @@ def test_who_is_stopped_is_lost_and_who_does_not_move_is_stuck(plant: Plant, tmp
             (stuck,) = until(lambda: plant.logged("LArPix board is stuck"), "stuck")
             assert 0.7 < stuck - queued < LIMIT
             board.progress += 1
-            until(lambda: plant.logged("LArPix board moves again"), "moving")
+            until(lambda: plant.logged("LArPix board is no longer stuck"), "moving")
             until(lambda: len(plant.logged("LArPix board is stuck")) == 2, "stuck once more")
 
 
