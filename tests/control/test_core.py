@@ -42,7 +42,7 @@ from larpixdaq.protocol.control import (
 
 @pytest.fixture
 def dealer(running):
-    """A socket that says what it likes to the core; raw.ask(bytes) gives the answer."""
+    """A socket that can send any bytes to the core."""
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
@@ -53,22 +53,22 @@ def dealer(running):
 
 
 def component_of(operator, name):
-    """How the core describes a component, None when it does not know it."""
+    """The core's description of a component; None if the core does not know it."""
     return next((one for one in operator.components().result(LIMIT) if one["name"] == name), None)
 
 
-def test_a_run_that_cannot_be_is_refused_in_words(operator):
+def test_an_impossible_run_number_is_refused(operator):
     with pytest.raises(RequestError, match=r"run_info: Expected `int` <= 9999999 - at `\$.run`"):
         operator.run_info(2**63).result(LIMIT)
 
 
-def test_components_and_operators_have_a_limit_and_one_that_goes_makes_room(running, dealer, monkeypatch):
+def test_the_numbers_of_components_and_operators_are_limited(running, dealer, monkeypatch):
     monkeypatch.setattr(registry, "MAX_COMPONENTS", 1)
     monkeypatch.setattr(registry, "MAX_OPERATORS", 1)
 
     def ask(message):
         dealer.send(pack(message))
-        while type(answer := unpack_core(dealer.recv())) is Update:  # the news of others
+        while type(answer := unpack_core(dealer.recv())) is Update:  # after changes
             pass
         return answer
 
@@ -82,7 +82,7 @@ def test_components_and_operators_have_a_limit_and_one_that_goes_makes_room(runn
     assert "there are 1 Operators already" in ask(Open(name="p", instance="2")).text
 
 
-def test_lost_components_are_forgotten_after_hours():
+def test_lost_components_are_shown_for_12_hours():
     known = registry.Registry()
     known.register(Register(name="a", kind="log", instance="i"), b"", 100.0)
     assert [change.what for change in known.check(102.0)] == ["lost"]
@@ -92,8 +92,8 @@ def test_lost_components_are_forgotten_after_hours():
     assert known.describe(43_400.0) == []
 
 
-def test_a_flood_hides_no_loss(tmp_path, monkeypatch):
-    """The socket is never empty then, and nobody is judged before what came was taken, but for a second at most."""
+def test_a_flood_of_messages_hides_no_lost_component(tmp_path, monkeypatch):
+    """Components are checked when the socket is empty, and in a flood after a second."""
     core = Core("tcp://127.0.0.1:0", "", tmp_path)
     try:
         now = time.monotonic()
@@ -172,7 +172,7 @@ def test_a_run_through_the_operator(running, operator):
         assert info["prepared"] < info["begun_ns"] / 1e9 < info["stopped_ns"] / 1e9 < info["ended"]
 
 
-def test_what_is_not_allowed_says_why(operator):
+def test_refused_requests_name_the_reason(operator):
     with pytest.raises(StateError, match="STOP"):
         operator.begin_run().result(LIMIT)
     with pytest.raises(ComponentError, match="no producer is registered"):
@@ -223,7 +223,7 @@ def test_a_request_to_a_component_that_ends_or_is_lost_fails(running, operator):
         request.result(LIMIT)
 
 
-def test_names_are_unique_among_the_living(running, operator, monkeypatch):
+def test_names_of_living_components_are_unique(running, operator, monkeypatch):
     monkeypatch.setattr("larpixdaq.control.node.PATIENCE", 1.5)
     with producer(running.address).running():
         second = producer(running.address)
@@ -271,7 +271,7 @@ def test_control_is_free_after_its_holder_has_vanished(running, operator, dealer
     operator.abort_run().result(LIMIT)
 
 
-def test_a_request_that_comes_twice_is_done_once(running, dealer):
+def test_a_repeated_request_is_done_once(running, dealer):
     with all_running(producer(running.address), storage(running.address)) as (board, _):
         dealer.send(pack(Open(name="o", instance="i")))
         session = unpack_core(dealer.recv()).session
@@ -291,7 +291,7 @@ def test_a_request_that_comes_twice_is_done_once(running, dealer):
         assert "no longer known" in message.text
 
 
-def test_malformed_messages_get_a_clear_answer_and_harm_nobody(running, operator, dealer):
+def test_malformed_messages_get_a_clear_answer(running, operator, dealer):
     def refusal():
         message = unpack_core(dealer.recv())
         assert message.error == "malformed"
@@ -329,7 +329,7 @@ def test_a_flood_of_random_bytes(running, operator, dealer):
         assert board.node.changes == 1  # it never had to register again
 
 
-def test_what_cannot_travel_back_is_an_error(running, operator):
+def test_a_result_that_cannot_be_sent_is_an_error(running, operator):
     online = monitor(running.address)
     online.replies["packet_rate"] = {"now": object()}
     with online.running():
@@ -355,7 +355,7 @@ def test_stuck_and_lost(running, operator, dealer):
     assert message.session == session
 
 
-def test_a_stall_of_the_core_condemns_nobody(tmp_path):
+def test_a_pause_of_the_core_loses_no_component(tmp_path):
     core = Core("tcp://127.0.0.1:0", "", tmp_path)
     board = producer(core.address)
     try:
@@ -374,7 +374,7 @@ def test_a_stall_of_the_core_condemns_nobody(tmp_path):
         board.close()
 
 
-def test_a_busy_port_and_another_core_in_the_same_place(tmp_path, running):
+def test_a_used_port_and_a_used_state_directory(tmp_path, running):
     with pytest.raises(ConfigError, match=r"cannot listen at .*another core"):
         Core(running.address, "", tmp_path)
     with pytest.raises(FileError, match=r"catalogue.sqlite: another core"):
@@ -390,11 +390,11 @@ def start_core(tmp_path, port, *more):
 def all_back(operator: Operator, components: int) -> bool:
     try:
         return len(operator.components().result(LIMIT)) == components
-    except (ComponentError, NoCore):  # asked in the very moment in which the core comes back
+    except (ComponentError, NoCore):  # the request was sent at the moment of the restart
         return False
 
 
-def test_the_core_killed_in_the_middle_of_a_run(tmp_path):
+def test_a_core_killed_during_a_run(tmp_path):
     port = free_port()
     address = f"tcp://127.0.0.1:{port}"
     first = start_core(tmp_path, port)
@@ -417,7 +417,7 @@ def test_the_core_killed_in_the_middle_of_a_run(tmp_path):
         assert [actor.did() for actor in (board, disk, online)] == [["prepare_run", "begin_run", "end_run"]] * 3
 
 
-def test_requests_of_before_are_not_carried_out_later(tmp_path):
+def test_requests_are_not_done_after_a_restart_of_the_core(tmp_path):
     port = free_port()
     address = f"tcp://127.0.0.1:{port}"
     first = start_core(tmp_path, port)
@@ -430,7 +430,7 @@ def test_requests_of_before_are_not_carried_out_later(tmp_path):
         with pytest.raises(NoCore):
             late.result(LIMIT)
         with start_core(tmp_path, port):
-            until(lambda: open_request.done, "the verdict on what was going on")
+            until(lambda: open_request.done, "the error of the open request")
             with pytest.raises(ComponentError, match="the core was restarted"):
                 open_request.result(LIMIT)
             until(lambda: all_back(operator, 1), "the board to be back")
@@ -443,7 +443,7 @@ def test_signals_end_the_core_cleanly(tmp_path, how):
     with start_core(tmp_path, port) as process:
         Operator(f"tcp://127.0.0.1:{port}", timeout=LIMIT).close()
         process.popen.send_signal(how)
-        assert process.stop(how) == 0  # the second one, as from a terminal and from `down` at once, changes nothing
+        assert process.stop(how) == 0  # a second signal, as from a terminal and from `down` together, changes nothing
         assert process.stderr == ""
 
 
@@ -463,7 +463,7 @@ def test_wrong_options(tmp_path, args, status, text):
         assert status == 2 or process.stderr.count("\n") == 1
 
 
-def test_insecure_is_said_at_every_start_and_in_status(tmp_path):
+def test_insecure_is_logged_at_start_and_shown_in_status(tmp_path):
     port = free_port()
     address = f"tcp://0.0.0.0:{port}"
     args = ("--address", address, "--insecure", "--state-dir", tmp_path / "state")
@@ -495,8 +495,8 @@ def test_packed_values_are_what_they_were():
 
 
 @pytest.mark.parametrize("module", ["core", "log"])
-def test_nothing_heavy_is_imported_where_no_rows_come(module):
-    """A core starts in a moment, beside the boards it may be the only one on a small machine."""
+def test_core_and_log_import_no_large_modules(module):
+    """So that they start fast, also on a small computer."""
     code = f"import larpixdaq.{module}, sys; print([m for m in ('numpy', 'h5py', 'larpix') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Answers as people read them: tables, times, and the words of `larpixdaq status`."""
+"""Results as text for people: tables, times, and the lines of `larpixdaq status`."""
 
 import msgspec
 import numpy as np
@@ -37,7 +37,7 @@ def test_a_long_table_shows_its_ends():
     assert lines[-1].split() == ["0", "999"]
 
 
-def test_an_answer_is_a_line_per_entry():
+def test_a_dict_is_a_line_per_entry():
     answer = {
         "run": 3,
         "rate": 2_420_000.4,
@@ -91,13 +91,13 @@ def test_tables_in_a_list_of_dicts_stay_tables():
     ]
 
 
-def test_what_has_no_shape_stays_as_it_is():
+def test_plain_values_stay_unchanged():
     assert readable("STOP") == "STOP"
     assert readable(None) == "-"
     assert readable([]) == "-"
 
 
-def test_a_request_has_its_result_readable():
+def test_a_request_gives_its_result_as_text():
     request = Request("state", lambda: 0.0)
     request.take(Response("result", value={"by": "me@daq", "since": 1795355408.0}))
     assert request.readable(1) == "by     me@daq\nsince  2026-11-22 13:50:08 UTC"
@@ -112,7 +112,7 @@ IDLE = msgspec.to_builtins(MonitorStatus(run=None, rate=0.0, packets=0, bad_pari
 RUN = {"run": 4, "kind": "physics", "begun": 1795355408.0, "comment": "cosmics", "missing": ["Offline storage"]}
 
 
-def test_status_in_words():
+def test_status_as_text():
     found = {
         "state": "RUN",
         "run": RUN,
@@ -139,7 +139,7 @@ def test_status_in_words():
     ]
 
 
-def test_packets_of_a_run_that_has_ended_are_still_the_run_s():
+def test_packets_after_a_run_are_shown_with_its_number():
     after = BOARD | {"run": None, "counted_run": 4, "outside_run": 7, "unknown": 0, "owed_blocks": 0, "finished": False}
     before = after | {"counted_run": None, "packets": 0}
     found = {
@@ -152,7 +152,7 @@ def test_packets_of_a_run_that_has_ended_are_still_the_run_s():
     ]
 
 
-def test_what_no_storage_has_said_is_not_called_none():
+def test_an_unknown_number_of_stored_rows_is_called_unknown():
     last = {"run": 3, "condition": "INTERRUPTED", "stored": None, "files": [], "reasons": ["disk: has not reported"]}
     assert display.status_lines({"state": "STOP", "last_run": last, "components": []})[1] == (
         "last run: 3 INTERRUPTED, number of rows stored unknown; disk: has not reported"
@@ -167,12 +167,12 @@ def test_the_demo_shows_texts_as_they_are(capsys):
     }  # fmt: skip
     demo._show(outcome, system.plain_console())
     assert capsys.readouterr().out.endswith("file: /data [1]/12:on:30.h5\n")
-    told = {
+    calibration = {
         "seconds": 9.0, "within": 5, "live": 6, "low_hz": 2.0, "high_hz": 20.0, "registers": 256, "registers_ok": True,
         "hot_found": 1, "hot_planted": 1, "dead_found": 1, "dead_planted": 1, "disabled": 1, "saturated_after": [],
         "report": ["/data [1]/a.json"], "no_picture": missing, "truth": "/data [1]/truth.json",
     }  # fmt: skip
-    demo._show(outcome | {"calibration": told}, system.plain_console())
+    demo._show(outcome | {"calibration": calibration}, system.plain_console())
     assert f"report: /data [1]/a.json\n{missing}\n" in capsys.readouterr().out
 
 
@@ -198,7 +198,7 @@ FAILING = {"on_close": "--on-close: copy a.h5: ended with status 1: no such host
     ],
     ids=["no run", "well", "missing", "lost", "paused", "not understood"],
 )
-def test_what_needs_attention(run, change, wrong):
+def test_components_that_need_attention(run, change, wrong):
     components = [component("Log", "log", {}, {}), component("Offline storage", "storage", {}, {}) | change]
     assert display.needs_attention({"run": run, "components": components}) is wrong
 
@@ -213,7 +213,7 @@ def test_status_exits_with_1_when_something_needs_attention(running, capsys):
         assert main([*status, "--json"]) == 1
 
 
-def test_what_nobody_may_overlook_in_the_status():
+def test_alarms_in_the_status():
     spooling = BOARD | {"spooled_blocks": 7, "spooled_bytes": 3_400_000, "inherited": 5, "finished": False}
     found = {
         "state": "STOP",
@@ -254,7 +254,7 @@ def test_durations():
     assert disk_watch.time_to_full(msgspec.convert(storage_status(), StorageStatus)) == ""
 
 
-def test_status_of_a_component_that_speaks_otherwise():
+def test_a_status_of_another_form():
     stranger = component("other", "producer", {}, {"packets": "five"})
     assert display.status_lines({"state": "STOP", "run": None, "components": [stranger]}) == [
         "state STOP",

@@ -1,4 +1,4 @@
-"""The log: one line a record, whatever is in it, and a log that comes and goes."""
+"""The log: a line for each record, with any content, and a log that is restarted."""
 
 import logging
 import re
@@ -31,14 +31,14 @@ def record(level, text):
 
 @pytest.fixture
 def pull():
-    """A socket that takes records, its address, and the context."""
+    """The context, a socket that receives records, and its address."""
     context = zmq.Context()
     socket, address = listen(context, "tcp://127.0.0.1:0")
     yield context, socket, address
     context.destroy(0)
 
 
-def test_a_line():
+def test_a_record_as_a_line():
     assert line(LogRecord(0.5, 30, "LArPix board", "a\nb\tc\x1b")) == (
         "1970-01-01T00:00:00.500000Z WARNING LArPix board: a\\nb\\tc\\x1b\n"
     )
@@ -57,7 +57,7 @@ def test_random_bytes_are_no_records(data):
         unpack_record(data)
 
 
-def test_records_kept_while_the_log_is_away(pull):
+def test_records_kept_while_the_log_is_disconnected(pull):
     context, socket, address = pull
     shipper = LogShipper("it", context)
     for i in range(3000):
@@ -74,7 +74,7 @@ def test_records_kept_while_the_log_is_away(pull):
     assert any("log records were lost" in one.text for one in got)
 
 
-def test_shipping_to_a_log_that_is_not_there_never_waits():
+def test_shipping_without_a_log_does_not_wait():
     context = zmq.Context()
     shipper = LogShipper("it", context)
     shipper.emit(record(logging.ERROR, "x" * 100_000))
@@ -109,7 +109,7 @@ def test_garbage_and_a_full_disk(tmp_path, pull, caplog):
 
 
 class Sender:
-    """Has these records to be taken."""
+    """A socket with these records, as LogFile.take() reads it."""
 
     def __init__(self, *records):
         self._frames = deque([msgspec.msgpack.encode(one)] for one in records)
@@ -124,7 +124,7 @@ def from_(component, n):
     return [LogRecord(0.0, logging.INFO, component, f"line {i}") for i in range(n)]
 
 
-def test_of_a_flood_a_part_is_written_and_the_rest_counted(tmp_path, monkeypatch):
+def test_a_flood_is_written_in_part_and_the_rest_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("larpixdaq.log.BURST", 1000)
     monkeypatch.setattr("larpixdaq.log.RATE", 0)
     file = LogFile(tmp_path / "log.txt")
@@ -141,7 +141,7 @@ def test_of_a_flood_a_part_is_written_and_the_rest_counted(tmp_path, monkeypatch
     file.close()
 
 
-def test_the_file_has_a_limit_and_some_older_ones_are_kept(tmp_path, monkeypatch):
+def test_a_full_file_is_renamed_and_older_files_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("larpixdaq.log.MAX_BYTES", 1000)
     path = tmp_path / "log.txt"
     path.write_text("x" * 900 + "\n")
@@ -156,7 +156,7 @@ def test_the_file_has_a_limit_and_some_older_ones_are_kept(tmp_path, monkeypatch
     assert [one[-3:] for one in text.splitlines()] == [f"{i:03}" for i in range(150 - text.count("\n"), 150)]
 
 
-def test_a_file_that_cannot_be_renamed_grows_on(tmp_path, monkeypatch, caplog):
+def test_a_file_that_cannot_be_renamed_continues_to_grow(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("larpixdaq.log.MAX_BYTES", 1000)
     (tmp_path / "log.txt.new").mkdir()
     file = LogFile(tmp_path / "log.txt")
@@ -187,7 +187,7 @@ def test_a_flood_on_stderr_is_cut(monkeypatch, capsys):
     assert text.endswith(f"WARNING: {500 - written} lines were not written: too many\n")
 
 
-def test_many_names_share_what_all_may_write():
+def test_many_components_share_one_limit():
     throttle = Throttle(10, 100, shares=3, clock=lambda: 0.0)
     assert sum(throttle.passes(f"name {i}", 100) for i in range(10_000)) == 3
     assert len(throttle.told()) <= 257
@@ -195,7 +195,7 @@ def test_many_names_share_what_all_may_write():
     assert throttle.held == 9997
 
 
-def test_an_allowance_grows_again():
+def test_the_limit_of_a_component_recovers():
     now = [0.0]
     throttle = Throttle(10, 100, shares=2, clock=lambda: now[0])
     assert [throttle.passes("a", 60) for _ in range(2)] == [True, False]
@@ -214,7 +214,7 @@ def start_log(tmp_path, core_address, port):
     return Process("larpixdaq.log", *args, directory=tmp_path)
 
 
-def test_the_log_process_comes_and_goes(tmp_path):
+def test_a_log_process_that_is_restarted(tmp_path):
     logger = logging.getLogger("larpixdaq.test")
     port = free_port()
 

@@ -1,4 +1,4 @@
-"""Control messages: what travels, what is refused, and that no bytes do harm."""
+"""Messages of the control plane: values that arrive, messages that are refused, and random bytes."""
 
 import re
 from contextlib import suppress
@@ -55,21 +55,21 @@ dtypes = st.one_of(
 )
 
 
-def travel(value):
-    """A value on its way from a component over the core to an Operator."""
+def transfer(value):
+    """Send a value from a component over the core to an Operator."""
     at_core = unpack_client(pack(Answer(kind="result", value=packed(value))), "a test")
     return content(unpack_core(pack(at_core)))
 
 
 @given(plain)
-def test_values_arrive_as_they_were(value):
-    assert travel(value) == value
+def test_values_arrive_unchanged(value):
+    assert transfer(value) == value
 
 
 @settings(max_examples=examples(60))
 @given(hnp.arrays(dtypes, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)))
-def test_arrays_arrive_as_they_were(array):
-    arrived = travel({"array": array, "inside": [array]})["array"]
+def test_arrays_arrive_unchanged(array):
+    arrived = transfer({"array": array, "inside": [array]})["array"]
     assert arrived.dtype == array.dtype
     assert arrived.shape == array.shape
     assert arrived.tobytes() == array.tobytes()
@@ -78,22 +78,22 @@ def test_arrays_arrive_as_they_were(array):
 
 def test_arrays_that_are_not_contiguous_and_numpy_scalars():
     array = np.arange(12).reshape(3, 4).T[::2]
-    value = travel({"array": array, "int": np.int64(3), "float": np.float32(0.5), "bool": np.bool_(True)})
+    value = transfer({"array": array, "int": np.int64(3), "float": np.float32(0.5), "bool": np.bool_(True)})
     assert np.array_equal(value.pop("array"), array)
     assert value == {"int": 3, "float": 0.5, "bool": True}
     row = np.zeros(2, schema.PACKETS_2_4)
     row["timestamp"] = 5
-    assert travel(row[1]) == row[1]
+    assert transfer(row[1]) == row[1]
 
 
-def test_arrays_travel_in_requests_too_and_the_core_passes_them_on_as_they_came():
+def test_the_core_passes_on_arrays_in_requests():
     sent = ActionRequest(action="run_routine", params={"args": [np.arange(3)]})
     at_core = unpack_client(pack(sent), "a test")
     assert isinstance(at_core.params["args"][0], Ext)
     assert unpack_core(pack(at_core)).params["args"][0].tolist() == [0, 1, 2]
 
 
-def test_no_array_of_a_stranger_is_opened_by_the_core():
+def test_the_core_unpacks_no_arrays():
     """Numpy takes minutes for a description of 300,000 fields, and all other peers wait."""
     head = msgspec.msgpack.encode(["u1," * 300_000, [0], b""])
     sent = {"type": "request", "action": "a", "params": {"x": Ext(1, head)}}
@@ -108,7 +108,7 @@ def test_descriptions_of_arrays_have_a_limit():
         packed(wide)
     with pytest.raises(ProtocolError, match=r"its description has .* the limit is 8192"):
         content(array_of("u1," * 3000, [0], b""))
-    assert travel(np.zeros(1, [(f"f{i}", "u1") for i in range(500)])).dtype.names[-1] == "f499"
+    assert transfer(np.zeros(1, [(f"f{i}", "u1") for i in range(500)])).dtype.names[-1] == "f499"
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,13 @@ def test_descriptions_of_arrays_have_a_limit():
         type("T", (), {}),
     ],
 )
-def test_what_cannot_travel_is_told_to_the_sender(value):
+def test_unsupported_values_raise_an_error_at_the_sender(value):
     with pytest.raises(ProtocolError, match="cannot"):
         packed(value)
 
 
 def array_of(descr, shape, data):
-    """An answer with an array that is described as told."""
+    """An answer with an array of this description, shape and bytes."""
     inner = msgspec.msgpack.encode([descr, shape, data])
     return Answer(kind="result", value=msgspec.Raw(msgspec.msgpack.encode(Ext(1, inner))))
 
@@ -184,7 +184,7 @@ def test_depth_is_limited():
         unpack_client(pack(Heartbeat())[:-1] + b"\x91" * 100_000 + b"\xc0", "a test")
 
 
-def test_what_the_core_keeps_of_everybody_is_small():
+def test_sizes_of_registrations_and_heartbeats_are_limited():
     groups = {str(group): "suspect" for group in range(256)}
     boards = [
         {"io_group": group, "name": "n" * 100, "problem": "p" * 200, "setup": ["s" * 500]} for group in range(255)
@@ -202,7 +202,7 @@ def test_what_the_core_keeps_of_everybody_is_small():
 
 
 def test_every_socket_that_receives_has_a_limit():
-    """libzmq takes memory for a message of any size otherwise."""
+    """Without a limit, libzmq allocates memory for a message of any size."""
     for path in Path(larpixdaq.__file__).parent.rglob("*.py"):
         text = path.read_text()
         kinds = set(re.findall(r"\.socket\(zmq\.(\w+)\)", text)) - {"PUSH"}
@@ -234,7 +234,7 @@ def test_a_text_that_is_too_long_is_cut_and_not_refused():
     assert found.text == "x" * (MAX_TEXT - 4) + " ..."
 
 
-def test_another_version_is_told_first():
+def test_another_version_is_reported_before_other_errors():
     data = msgspec.msgpack.encode({"type": "from the future", "version": 9, "request": "r7"})
     with pytest.raises(ProtocolError, match="protocol version 9, here it is 1"):
         unpack_client(data, "a test")
@@ -245,7 +245,7 @@ def test_another_version_is_told_first():
         unpack_client(data, "a test")
 
 
-def test_directions_are_kept_apart():
+def test_messages_in_the_wrong_direction_are_refused():
     with pytest.raises(ProtocolError, match="welcome"):
         unpack_client(pack(Welcome()), "a test")
     with pytest.raises(ProtocolError, match="heartbeat"):

@@ -1,4 +1,4 @@
-"""A component's side: registration, heartbeats, actions, names, and a core that comes and goes."""
+"""A component: registration, heartbeats, actions, names, and a core that is restarted."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ def test_no_core():
 
 @pytest.fixture
 def second(tmp_path):
-    """A component whose name is in use, waiting for it in a thread: (node, the future of connect(), stopper, core)."""
+    """A component that waits in a thread for its name, which is in use: (future of connect(), stopper, core)."""
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor())
         stopper = stack.enter_context(closing(Stopper()))
@@ -52,7 +52,7 @@ def second(tmp_path):
         yield waiting, stopper, cores
 
 
-def test_a_component_that_waits_for_its_name_hears_signals(second):
+def test_a_component_that_waits_for_its_name_ends_at_a_signal(second):
     waiting, stopper, _ = second
     stopper.halt()
     with pytest.raises(Stopped):
@@ -66,27 +66,27 @@ def test_a_core_that_dies_while_a_component_waits_for_its_name_is_no_core(second
         waiting.result(LIMIT)
 
 
-def test_a_registration_that_is_too_large_is_told(running):
+def test_a_registration_that_is_too_large_is_refused(running):
     node = Node("it", "run_data", running.address, {}, info={"boards": "x" * (1 << 18)})
     with closing(node), pytest.raises(RequestError, match=r"it: register of 262\d+ bytes .* the limit is 262144"):
         node.connect()
 
 
-def test_an_address_that_is_none():
+def test_invalid_addresses_of_the_core():
     with pytest.raises(ConfigError, match="address 'tcp://'"):
         Node("n", "log", "tcp://", {}, info={})
     with pytest.raises(ConfigError, match="core address ipc://"):
         Node("n", "log", "ipc://", {}, info={})
 
 
-def test_the_connection_to_the_core_does_without_heartbeats_of_libzmq():
-    """They abort the process when the core dies behind a full queue."""
+def test_the_connection_to_the_core_uses_no_heartbeats_of_libzmq():
+    """These heartbeats abort the process if the core dies while the queue is full."""
     node = Node("n", "log", f"tcp://127.0.0.1:{free_port()}", {}, info={})
     assert node._link._socket.get(zmq.HEARTBEAT_IVL) == 0
     node.close()
 
 
-def test_what_handlers_raise_becomes_the_error(running, operator, caplog):
+def test_exceptions_of_handlers_become_errors(running, operator, caplog):
     def raises(call):
         return {}["missing"]
 
@@ -104,10 +104,10 @@ def test_what_handlers_raise_becomes_the_error(running, operator, caplog):
         assert operator.call("it", "twice").result(LIMIT) == 1
         it.node._actions["strict"] = it.node._actions["none"]
         with pytest.raises(RequestError, match="has no action 'strict'; it has none, ours"):
-            operator.call("it", "strict").result(LIMIT)  # not among those it registered with
+            operator.call("it", "strict").result(LIMIT)  # it has not registered this action
 
 
-def test_wrong_parameters_are_told(running, operator):
+def test_wrong_parameters_are_named(running, operator):
     node = Node("it", "run_data", running.address, {"packets": lambda call, count=100, text=False: count}, info={})
     try:
         node.connect()
@@ -125,8 +125,8 @@ def test_wrong_parameters_are_told(running, operator):
         node.close()
 
 
-def test_a_request_that_cannot_be_opened_is_answered(running, operator):
-    """Arrays are opened by the component alone: the core passes them on."""
+def test_a_request_with_a_malformed_array_is_answered(running, operator):
+    """Only the component unpacks arrays: the core passes them on."""
     with actor(running.address, {"a": 1}).running() as it:
         request = operator.call("it", "a", x=msgspec.msgpack.Ext(1, b"nonsense"))
         with pytest.raises(RequestError, match="impossible description"):
@@ -156,7 +156,7 @@ def test_changes_wake_the_main_loop(running, operator):
         node.close()
 
 
-def test_heartbeats_go_on_while_the_main_loop_does_not(running, operator):
+def test_heartbeats_continue_while_the_main_loop_is_blocked(running, operator):
     node = Node("it", "storage", running.address, {"wait": lambda call: 1}, info={})
     try:
         node.connect()
@@ -167,7 +167,7 @@ def test_heartbeats_go_on_while_the_main_loop_does_not(running, operator):
             (one,) = operator.components().result(LIMIT)
             return one
 
-        # Its main loop never runs: it lives, but a request waits in vain, and that reads stuck.
+        # The main loop does not run: the component is alive, but stuck, because a request waits.
         until(lambda: described()["stuck"], "stuck")
         assert described()["alive"]
         assert described()["queued"] == 1
@@ -177,8 +177,8 @@ def test_heartbeats_go_on_while_the_main_loop_does_not(running, operator):
         node.close()
 
 
-def test_requests_wait_until_the_loop_turns_and_heartbeats_are_confirmed(running, operator):
-    """Whatever connect() has to wait for, nothing is asked of a component that is not ready yet."""
+def test_requests_wait_for_the_main_loop_and_heartbeats_are_confirmed(running, operator):
+    """connect() leaves requests to dispatch(), because the component is not ready before."""
     asked = []
     node = Node("Offline storage", "storage", running.address, {"look": lambda call: asked.append(1) or 1}, info={})
     try:
@@ -198,7 +198,7 @@ def test_requests_wait_until_the_loop_turns_and_heartbeats_are_confirmed(running
         node.close()
 
 
-def test_a_main_loop_that_turns_no_more_reads_stuck(running, operator):
+def test_a_component_with_a_blocked_main_loop_is_stuck(running, operator):
     node = Node("it", "storage", running.address, {}, info={})
 
     def described():
@@ -208,7 +208,7 @@ def test_a_main_loop_that_turns_no_more_reads_stuck(running, operator):
     try:
         node.connect()
         until(lambda: described()["heard_s"] < 0.2 and not described()["stuck"], "heartbeats before the loop begins")
-        node.report(5, 0)  # the last time: nothing was queued then
+        node.report(5, 0)  # the last report, without queued work
         until(lambda: described()["stuck"], "stuck")
         assert (described()["alive"], described()["queued"]) == (True, 0)
         until(lambda: node.report(5, 0) or not described()["stuck"], "moving again")
@@ -216,7 +216,7 @@ def test_a_main_loop_that_turns_no_more_reads_stuck(running, operator):
         node.close()
 
 
-def test_a_callback_that_fails_does_not_end_the_link(running, operator, caplog):
+def test_a_callback_that_fails_does_not_end_the_connection(running, operator, caplog):
     with actor(running.address, {"a": 1}).running() as it:
         hello, it.node._link._beat = it.node._link._beat, lambda: 1 / 0
         until(lambda: "has failed" in caplog.text, "the complaint")
@@ -225,14 +225,14 @@ def test_a_callback_that_fails_does_not_end_the_link(running, operator, caplog):
         assert operator.call("it", "a").result(LIMIT) == 1
 
 
-def test_a_status_that_cannot_travel_does_not_stop_the_heartbeats(running, operator, caplog):
+def test_a_status_that_cannot_be_sent_does_not_stop_the_heartbeats(running, operator, caplog):
     with actor(running.address, {}).running() as it:
         it.status = {"x": object()}
         until(lambda: "cannot be sent" in caplog.text, "the complaint")
         assert operator.components().result(LIMIT)[0]["alive"]
 
 
-def test_a_core_that_comes_back_finds_the_component_again(tmp_path):
+def test_a_component_registers_with_a_restarted_core(tmp_path):
     address = f"tcp://127.0.0.1:{free_port()}"
     it = actor(address, {"a": 1})
     with core(tmp_path / "state", address):
@@ -275,7 +275,7 @@ sys.exit(run_main(main))
 """
 
 
-def test_lost_while_its_name_is_taken(tmp_path, running, operator):
+def test_a_lost_component_whose_name_was_taken(tmp_path, running, operator):
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
 
@@ -292,7 +292,7 @@ def test_lost_while_its_name_is_taken(tmp_path, running, operator):
             assert second.node.session
 
 
-def test_lost_and_back_without_having_been_replaced(tmp_path, running, operator):
+def test_a_lost_component_that_comes_back(tmp_path, running, operator):
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
 
@@ -314,7 +314,7 @@ def result(request, value=0):
     return Answer(request=request, kind="result", value=packed(value))
 
 
-def test_recent_forgets_only_what_is_finished():
+def test_only_finished_requests_are_forgotten():
     recent = RecentRequests()
     assert not recent.is_repeat("unfinished")
     for i in range(5000):
@@ -325,14 +325,14 @@ def test_recent_forgets_only_what_is_finished():
     assert not recent.is_repeat("0")
 
 
-def test_large_results_are_not_kept_by_the_thousand():
+def test_large_results_are_kept_up_to_a_limit():
     recent = RecentRequests()
     for i in range(500):
         recent.is_repeat(str(i))
         recent.keep(str(i), result(str(i), bytes(100_000)))
     assert len(content(recent.answer("499"))) == 100_000
     assert sum(len(bytes(recent.answer(str(i)).value)) for i in range(500)) < 10_000_000
-    forgotten = recent.answer("0")  # but that it was done is known
+    forgotten = recent.answer("0")  # the request is still known as done
     assert (forgotten.kind, forgotten.request) == ("error", "0")
     assert "ask again" in forgotten.text
 
@@ -357,25 +357,25 @@ def test_addresses(text, expected):
 @pytest.mark.parametrize(
     "text", ["", "tcp://", "a b", "tcp://a:b", "tcp://a:99999", "udp://a", "a:1:2", "tcp://a/b:", "::1", "[::zz]"]
 )
-def test_what_is_no_address(text):
+def test_invalid_addresses(text):
     with pytest.raises(ConfigError, match="address"):
         config.listen_address(text, 5551, insecure=True, what="it")
 
 
 @pytest.mark.parametrize("text", ["tcp://127.0.0.1", "localhost", "127.3.2.1", "tcp://[::1]:5", "ipc://x"])
-def test_loopback_needs_nothing(text):
+def test_loopback_addresses_need_no_option(text):
     assert config.is_loopback(text)
     config.listen_address(text, 5551, insecure=False, what="it")
 
 
 @pytest.mark.parametrize("text", ["tcp://*", "0.0.0.0", "192.0.2.1:5", "[::]"])
-def test_off_loopback_is_refused_naming_both_ways(text):
+def test_other_addresses_are_refused_and_both_remedies_named(text):
     with pytest.raises(ConfigError, match=r"^it: other machines can reach .*keys, or say --insecure"):
         config.listen_address(text, 5551, insecure=False, what="it")
     assert config.listen_address(text, 5551, insecure=True, what="it").startswith("tcp://")
 
 
-def test_where_others_reach_us():
+def test_addresses_that_others_can_reach():
     assert config.listen_address("localhost:7", 1, insecure=False, what="it") == "tcp://127.0.0.1:7"
     assert config.interface_towards("tcp://127.0.0.1:5551") == "127.0.0.1"
     assert config.reachable("tcp://0.0.0.0:9", "tcp://127.0.0.1:5551") == "tcp://127.0.0.1:9"
@@ -384,8 +384,8 @@ def test_where_others_reach_us():
         config.listen_address("no-such-host.invalid", 1, insecure=True, what="it")
 
 
-def test_a_process_that_was_started_to_ignore_hangups_goes_on():
-    """As nohup does it."""
+def test_a_process_that_was_started_to_ignore_hangups_continues():
+    """As with nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Signals() as signals:

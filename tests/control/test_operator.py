@@ -1,4 +1,4 @@
-"""The Operator: requests as generators, waiting, IPython, Ctrl-C, and cores that are not there."""
+"""The Operator: requests as generators, waiting, IPython, Ctrl-C, and missing cores."""
 
 import contextlib
 import gc
@@ -18,7 +18,7 @@ from larpixdaq.operator import Operator
 
 
 class Printer:
-    """What IPython gives to _repr_pretty_."""
+    """The printer that IPython gives to _repr_pretty_."""
 
     def __init__(self):
         self.shown = ""
@@ -68,7 +68,7 @@ def test_iterating_ends_with_the_result():
     assert values == [5]
 
 
-def test_a_failed_request_cannot_be_passed_over():
+def test_iterating_over_a_failed_request_raises():
     request = fed(*ENDED_ILL)
     kinds = []
     with pytest.raises(RequestError, match="it broke"):
@@ -81,34 +81,34 @@ def test_a_failed_request_cannot_be_passed_over():
             request.result()
 
 
-NOBODY = "larpixdaq: test failed and nobody looked at it: RequestError: it broke (.result() waits and raises)\n"
+UNSEEN = "larpixdaq: test failed and nobody looked at it: RequestError: it broke (.result() waits and raises)\n"
 
 
-def test_an_error_that_nobody_looks_at_is_told_when_the_request_is_dropped(capsys):
+def test_an_unseen_error_is_printed_when_the_request_is_dropped(capsys):
     fed(*ENDED_WELL)
     assert capsys.readouterr().err == ""
     request = fed(Response("ack"), Response("error", text="it broke", error=RequestError("it broke\nand how")))
     assert (request.done, next(request).kind) == (True, "ack")
     assert capsys.readouterr().err == ""
     del request
-    assert capsys.readouterr().err == NOBODY
+    assert capsys.readouterr().err == UNSEEN
 
 
 @pytest.mark.parametrize("look", [list, repr, Request.result, Request.readable, lambda it: it.latest, shown])
-def test_an_error_that_was_seen_is_not_told_again(look, capsys):
+def test_a_seen_error_is_not_printed(look, capsys):
     with contextlib.suppress(RequestError):
         look(fed(*ENDED_ILL))
     assert capsys.readouterr().err == ""
 
 
-def test_an_error_that_comes_when_nobody_holds_the_request_is_told(running, operator, capsys):
+def test_an_error_of_a_dropped_request_is_printed(running, operator, capsys):
     operator.begin_run()
     said = []
     until(lambda: said.append(capsys.readouterr().err) or "".join(said), "the error of begin_run")
     assert re.fullmatch(r"larpixdaq: begin_run failed and nobody looked at it: StateError: .+\n", "".join(said))
 
 
-def test_at_exit_errors_that_nobody_looked_at_are_told(tmp_path, running):
+def test_unseen_errors_are_printed_at_exit(tmp_path, running):
     script = tmp_path / "hasty.py"
     script.write_text(
         f"from larpixdaq.operator import Operator\no = Operator({running.address!r})\n"
@@ -129,7 +129,7 @@ def test_at_exit_errors_that_nobody_looked_at_are_told(tmp_path, running):
         lambda it: it != {},
     ],
 )
-def test_what_is_asked_of_the_result_says_how_to_get_it(misuse):
+def test_a_request_used_as_its_result_says_how_to_get_the_result(misuse):
     request = fed(*ENDED_WELL)
     with pytest.raises(TypeError, match=r"^test: .*\.result\(\)"):
         misuse(request)
@@ -138,7 +138,7 @@ def test_what_is_asked_of_the_result_says_how_to_get_it(misuse):
     assert len(list(request)) == 3
 
 
-def test_it_is_a_generator():
+def test_a_request_is_a_generator():
     request = fed(*ENDED_WELL)
     assert next(request).kind == "ack"
     with pytest.raises(ZeroDivisionError):
@@ -150,7 +150,7 @@ def test_it_is_a_generator():
     assert list(request) == []
 
 
-def test_a_timeout_leaves_it_usable():
+def test_a_timeout_leaves_the_request_usable():
     request = fed(Response("ack"))
     with pytest.raises(RequestTimeout, match=r"test: no result within 0.05 s"):
         request.result(0.05)
@@ -162,7 +162,7 @@ def test_a_timeout_leaves_it_usable():
     assert [one.kind for one in request] == ["ack", "result"]
 
 
-def test_an_unheard_core_raises_no_core_and_leaves_it_usable():
+def test_a_silent_core_raises_no_core_and_leaves_the_request_usable():
     silence = [3.0]
     request = Request("test", lambda: silence[0])
     with pytest.raises(NoCore, match="not heard for 2 s"):
@@ -174,13 +174,13 @@ def test_an_unheard_core_raises_no_core_and_leaves_it_usable():
     assert next(request).value == 1
 
 
-def test_responses_read_well():
+def test_responses_as_text():
     assert str(Response("progress", "LArPix board", "half", None, 1, 2)) == "LArPix board: progress 1/2 half"
     assert str(Response("result", value=[1])) == "result [1]"
     assert repr(fed()) == "<Request test: no answer yet>"
 
 
-def test_showing_waits_and_never_consumes(monkeypatch):
+def test_showing_a_request_waits_and_consumes_nothing(monkeypatch):
     request = fed(*ENDED_WELL)
     assert shown(request) == shown(request) == "5"
     assert len(list(request)) == 3
@@ -217,14 +217,14 @@ def test_without_ipython(tmp_path, running):
 
 @pytest.fixture
 def ctrl_c_interrupts():
-    """As at a terminal: what a script starts in the background has SIGINT ignored."""
+    """As at a terminal: a process that a script starts in the background ignores SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("ctrl_c_interrupts")
-def test_ctrl_c_while_waiting_leaves_it_usable(running, operator):
+def test_ctrl_c_while_waiting_leaves_the_request_usable(running, operator):
     with producer(running.address).running() as board:
         request = operator.run_routine("long")
         (call,) = until(lambda: board.open, "the routine")
@@ -237,7 +237,7 @@ def test_ctrl_c_while_waiting_leaves_it_usable(running, operator):
         assert request.result(LIMIT) == "late"
 
 
-def test_dropping_stops_listening_but_does_not_cancel(running, operator):
+def test_dropping_a_request_does_not_cancel_it(running, operator):
     with producer(running.address).running() as board:
         operator.run_routine("long")
         (call,) = until(lambda: board.open, "the routine")
@@ -270,7 +270,7 @@ def test_a_core_that_vanishes_raises_no_core_after_2_s(tmp_path):
     board.close()
 
 
-def test_closing_fails_what_is_open(running):
+def test_closing_an_operator_fails_its_open_requests(running):
     with producer(running.address).running():
         operator = Operator(running.address)
         request = operator.run_routine("long")
@@ -282,7 +282,7 @@ def test_closing_fails_what_is_open(running):
             operator.state().result(LIMIT)
 
 
-def test_an_operator_that_nobody_holds_is_closed(running):
+def test_a_dropped_operator_is_closed(running):
     operator = Operator(running.address)
     operator.state().result(LIMIT)
     del operator
@@ -290,7 +290,7 @@ def test_an_operator_that_nobody_holds_is_closed(running):
     until(lambda: not running._peers.operators, "goodbye")
 
 
-def test_what_cannot_travel_is_told_at_once(operator):
+def test_a_parameter_that_cannot_be_sent_raises_at_once(operator):
     with pytest.raises(ProtocolError, match="cannot be sent"):
         operator.run_routine("x", object())
 

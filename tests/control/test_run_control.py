@@ -1,4 +1,4 @@
-"""The run states without sockets: what is asked of whom, what follows from the answers, and what a run is worth."""
+"""The run states without sockets: the requests to components, the steps after their answers, and a run's condition."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_ready_may_end_without_having_begun(team):
         (("prepare", "begin"), "begin", "not allowed in RUN"),
     ],
 )
-def test_what_is_not_allowed_says_why(team, steps, refused, why):
+def test_refused_requests_name_the_reason(team, steps, refused, why):
     for step in steps:
         do(team, step)
     with pytest.raises(StateError, match=why):
@@ -84,14 +84,14 @@ def test_one_step_at_a_time(team):
             ask(team, action)
 
 
-def test_the_run_number_is_above_all_that_anybody_has_seen(team):
+def test_the_run_number_is_above_those_of_all_storages(team):
     team.peers.components["disk 2"].info["highest_run"] = 41
     assert do(team, "prepare")["run"] == 42
 
 
 @pytest.mark.parametrize("number", [2**63 - 2, 10**18 - 1, 9_999_999, 1_000_001])
-def test_a_run_number_that_cannot_be_one_is_not_counted(team, number):
-    """Numbers would be above it for ever."""
+def test_an_impossible_run_number_of_a_storage_is_ignored(team, number):
+    """All later numbers would be above it."""
     team.peers.components["disk 1"].info["highest_run"] = 7
     team.peers.components["disk 2"].info["highest_run"] = number
     prepared = do(team, "prepare")
@@ -99,7 +99,7 @@ def test_a_run_number_that_cannot_be_one_is_not_counted(team, number):
     assert f"disk 2: the highest run in /d is {number}, more than 1000000 above" in prepared["warnings"][0]
 
 
-def test_run_numbers_end_in_words(team):
+def test_no_run_follows_the_last_number(team):
     team.catalogue.save(Run(9_999_999, "", "", "", 0, phase="ENDED"), new=True)
     with pytest.raises(StateError, match="run 9999999 was the last one, numbers have 7 digits"):
         ask(team, "prepare")
@@ -144,7 +144,7 @@ def test_totals_without_all_counters_do_not_stop_the_run_states(team, line, monk
 
 @pytest.mark.parametrize("broken", ["board 2", "disk 1"])
 @pytest.mark.parametrize("how", ["fails", "is silent", "is lost", "talks nonsense"])
-def test_when_a_required_component_fails_prepare_all_go_back(team, broken, how):
+def test_when_prepare_fails_all_components_cancel_the_run(team, broken, how):
     reply = ask(team, "prepare")
     while not reply.ends:
         names = [one[0] for one in team.waiting]
@@ -178,7 +178,7 @@ def test_when_a_required_component_fails_prepare_all_go_back(team, broken, how):
     assert do(team, "prepare")["run"] == 2
 
 
-def test_when_begin_fails_nothing_taken_is_thrown_away(team):
+def test_when_begin_fails_the_data_are_kept(team):
     do(team, "prepare")
     reply = ask(team, "begin")
     while any(name != "board 2" for name, *_ in team.waiting):
@@ -274,7 +274,7 @@ def test_end_does_not_wait_for_a_lost_producer_longer_than_5_s(team):
     team.answer_all()
     assert reply.value()["condition"] == RunCondition.INTERRUPTED
     assert "board 2 is lost" in reply.value()["reasons"]
-    # It was only away: back in its run, it is told that this is over, and the run is judged anew.
+    # It comes back and is still in the run: it gets end_run, and the run is judged again.
     team.register("board 2", run=1)
     assert team.waiting == [("board 2", team.waiting[0][1], "end_run", {"run": 1})]
     team.answer_all()
@@ -282,7 +282,7 @@ def test_end_does_not_wait_for_a_lost_producer_longer_than_5_s(team):
     assert team.runs.state == "STOP"
 
 
-def test_end_reaches_stop_within_30_s_whatever_the_storages_do(team):
+def test_end_reaches_stop_within_30_s_without_answers_of_storages(team):
     do(team, "prepare")
     reply = ask(team, "end")
     team.answer()
@@ -292,12 +292,12 @@ def test_end_reaches_stop_within_30_s_whatever_the_storages_do(team):
     team.advance(1.1)
     assert reply.value()["condition"] == RunCondition.INTERRUPTED
     assert team.runs.state == "STOP"
-    team.answer_all()  # they were only slow: delivery makes the run complete
+    team.answer_all()  # late answers make the run complete
     assert team.catalogue.find(1).condition == RunCondition.COMPLETE
     assert team.catalogue.find(1).files == ["disk 1", "disk 2"]
 
 
-def test_a_question_is_asked_again_when_a_component_comes_back(team):
+def test_a_request_is_repeated_when_a_component_comes_back(team):
     do(team, "prepare")
     reply = ask(team, "end")
     team.waiting.clear()  # lost on the way
@@ -326,8 +326,8 @@ def test_a_restarted_producer_joins_the_run_under_a_new_epoch(team, monkeypatch)
     assert "board 2: the totals of epoch 2 are unknown" in result["reasons"]
 
 
-def died(team, monkeypatch, name="board 2", epoch=99):
-    """A producer in RUN dies and goes on under another epoch."""
+def restart_board_2(team, monkeypatch, name="board 2", epoch=99):
+    """A producer dies in RUN and comes back with another epoch. Returns its first epoch."""
     do(team, "prepare")
     do(team, "begin")
     before = EPOCHS[name]
@@ -342,21 +342,21 @@ AWAY = "board 2 was down for part of the run: data that its boards sent then are
 
 
 def test_totals_that_a_successor_found_in_the_ring_count(team, monkeypatch):
-    before = died(team, monkeypatch)
+    before = restart_board_2(team, monkeypatch)
     team.inherited["board 2"] = [before]
     reply = ask(team, "end")
     while not reply.ends:
         name, _, action, params = team.waiting[0]
         if name == "disk 1" and action == "end_run":
-            told = [(one["name"], one["epoch"], one["next"]) for one in params["producers"]]
-            assert told == [("board 1", 1, 4), ("board 2", 2, 4), ("board 2", 99, 4)]
+            reported = [(one["name"], one["epoch"], one["next"]) for one in params["producers"]]
+            assert reported == [("board 1", 1, 4), ("board 2", 2, 4), ("board 2", 99, 4)]
         team.answer()
     result = reply.value()
     assert (result["condition"], result["rows"], result["stored"]) == (RunCondition.SUSPECT, 30, 30)
     assert result["reasons"] == [AWAY]
 
 
-def test_a_predecessor_that_the_core_had_not_heard_of_is_awaited_too(team):
+def test_a_predecessor_unknown_to_the_core_counts_too(team):
     do(team, "prepare")
     team.inherited["board 1"] = [55]
     result = do(team, "end")
@@ -364,13 +364,13 @@ def test_a_predecessor_that_the_core_had_not_heard_of_is_awaited_too(team):
     assert (result["condition"], result["rows"]) == (RunCondition.SUSPECT, 30)
 
 
-def test_totals_that_only_an_end_record_in_a_file_knows(team, monkeypatch):
-    before = died(team, monkeypatch)
+def test_totals_from_an_end_record_in_a_file(team, monkeypatch):
+    before = restart_board_2(team, monkeypatch)
     reply = ask(team, "end")
     stored = [["board 1", 1, 1, 10], ["board 2", 2, 1, 8], ["board 2", 99, 1, 10]]
     while not reply.ends:
         if team.waiting[0][0] == "disk 1":
-            # It has the record, and two rows less than that says; the other one has all.
+            # It has the end record, and two rows fewer than the record says; disk 2 has all rows.
             team.answer(condition=RunCondition.COMPLETE, stored=stored, ends=[["board 2", before, 4, "recovered", 10]])
         elif team.waiting[0][0] == "disk 2":
             team.answer(condition=RunCondition.COMPLETE, stored=[*stored[:1], ["board 2", 2, 1, 10], stored[2]])
@@ -399,8 +399,8 @@ def test_rows_that_found_no_room_are_not_missing_in_a_file(team):
     assert reply.value()["reasons"] == ["disk 1: 3 rows found no room", "disk 2: 3 rows found no room"]
 
 
-def interrupted(team):
-    """Run 1, over without board 2, which has died; disk 1 has only what came from board 1."""
+def end_without_board_2(team):
+    """Run 1 has ended without the lost board 2."""
     do(team, "prepare")
     do(team, "begin")
     team.lose("board 2")
@@ -412,21 +412,21 @@ def interrupted(team):
     assert "board 2 is lost" in reply.value()["reasons"]
 
 
-def whole(name="disk 1", *more):
-    """All of run 1, with the end that board 2's successor has brought."""
+def full_report(name="disk 1", *more):
+    """A storage's report of all rows of run 1, with the end record of board 2 from its successor."""
     stored = [["board 1", 1, 1, 10], ["board 2", 2, 1, 10]]
     ends = [["board 1", 1, 4, "closed", 10], ["board 2", 2, 4, "recovered", 10]]
     return {"files": [name, *more], "condition": RunCondition.SUSPECT, "rows": 20, "stored": stored, "ends": ends}
 
 
-def test_what_is_delivered_after_the_end_completes_the_run(team):
-    interrupted(team)
+def test_blocks_delivered_after_the_end_complete_the_run(team):
+    end_without_board_2(team)
     team.beat("disk 1", finished=[finished(1, "disk 1", RunCondition.INTERRUPTED)])
     team.answer_all()
     assert team.catalogue.find(1).condition == RunCondition.INTERRUPTED
-    team.has["disk 1", 1] = whole("disk 1", "further")
-    told = [finished(1, "disk 1", RunCondition.INTERRUPTED), finished(1, "/d/further", RunCondition.SUSPECT)]
-    team.beat("disk 1", finished=told)
+    team.has["disk 1", 1] = full_report("disk 1", "further")
+    reported = [finished(1, "disk 1", RunCondition.INTERRUPTED), finished(1, "/d/further", RunCondition.SUSPECT)]
+    team.beat("disk 1", finished=reported)
     assert [one[:3:2] for one in team.waiting] == [("disk 1", "report_run")]
     team.answer_all()
     found = team.catalogue.find(1)
@@ -439,21 +439,21 @@ def test_what_is_delivered_after_the_end_completes_the_run(team):
         ("disk 1", "/d/further", RunCondition.SUSPECT),
     ]
     assert (details[0]["bytes"], details[0]["sha256"]) == (1234, "ab" * 32)
-    # Nothing new, nothing to ask: also by a core that has not heard it yet.
-    team.beat("disk 1", finished=told)
+    # No new files, no request: also from a restarted core.
+    team.beat("disk 1", finished=reported)
     assert not team.waiting
     second = restart(team)
     for name in KINDS:
         second.register(name)
-    second.beat("disk 1", finished=told)
+    second.beat("disk 1", finished=reported)
     assert not second.waiting
     second.close()
 
 
 def test_copies_that_are_delivered_later_at_the_same_time(team):
-    interrupted(team)
+    end_without_board_2(team)
     for name in ("disk 1", "disk 2"):
-        team.has[name, 1] = whole(name, f"{name} later")
+        team.has[name, 1] = full_report(name, f"{name} later")
         team.beat(name, finished=[finished(1, f"{name} later")])
     team.answer_all()
     assert team.catalogue.find(1).files == ["disk 1", "disk 1 later", "disk 2", "disk 2 later"]
@@ -469,14 +469,14 @@ def test_a_storage_that_comes_back_is_asked_about_the_newest_run(team):
     team.advance(5.1)
     team.answer_all()
     assert reply.value()["condition"] == RunCondition.INTERRUPTED
-    team.has["disk 2", 1] = whole("disk 2") | {"condition": RunCondition.COMPLETE, "ends": []}
+    team.has["disk 2", 1] = full_report("disk 2") | {"condition": RunCondition.COMPLETE, "ends": []}
     team.register("disk 2", instance="restarted")
     assert [one[:3:2] for one in team.waiting] == [("disk 2", "report_run")]
     team.answer_all()
     found = team.catalogue.find(1)
     assert (found.condition, found.files) == (RunCondition.COMPLETE, ["disk 2"])
     assert found.reasons == ["disk 1: has not reported"]
-    team.register("disk 1", instance="restarted")  # it cannot make it better, but has not had its say
+    team.register("disk 1", instance="restarted")  # it cannot improve the run, but has not reported yet
     team.answer_all()
     assert team.catalogue.find(1).condition == RunCondition.COMPLETE
     team.lose("disk 1")
@@ -484,26 +484,26 @@ def test_a_storage_that_comes_back_is_asked_about_the_newest_run(team):
     assert not team.waiting
 
 
-def test_an_aborted_run_stays_aborted_whatever_is_delivered_later(team):
+def test_an_aborted_run_stays_aborted_after_later_deliveries(team):
     do(team, "prepare")
     do(team, "abort")
-    team.has["disk 1", 1] = whole("disk 1", "further")
+    team.has["disk 1", 1] = full_report("disk 1", "further")
     team.beat("disk 1", finished=[finished(1, "further")])
     team.answer_all()
     found = team.catalogue.find(1)
     assert (found.condition, found.files) == (RunCondition.ABORTED, ["disk 1", "further", "disk 2"])
 
 
-@pytest.mark.parametrize("told", ["x", [1], [{"run": 1}], [finished(2**63, "a")], [finished(0, "a")], {"a": 1}])
-def test_nonsense_about_finished_files_harms_nobody(team, told, caplog):
-    interrupted(team)
-    team.beat("disk 1", finished=told)
-    team.beat("disk 1", finished=told)
+@pytest.mark.parametrize("reported", ["x", [1], [{"run": 1}], [finished(2**63, "a")], [finished(0, "a")], {"a": 1}])
+def test_a_malformed_list_of_finished_files_is_ignored(team, reported, caplog):
+    end_without_board_2(team)
+    team.beat("disk 1", finished=reported)
+    team.beat("disk 1", finished=reported)
     assert not team.waiting
     assert caplog.text.count("disk 1: its status is not understood") == 1
 
 
-def test_a_run_is_not_held_up_by_who_was_lost_long_ago(team):
+def test_end_does_not_wait_for_a_component_lost_long_ago(team):
     do(team, "prepare")
     do(team, "begin")
     component = team.peers.components["disk 2"]
@@ -520,15 +520,15 @@ def test_a_storage_whose_answer_was_lost_with_the_core_is_asked_for_a_report(tea
     do(team, "prepare")
     do(team, "begin")
     ask(team, "end")
-    team.answer_all()  # the catalogue's last word is that the run is being ended
+    team.answer_all()  # the catalogue is set back to ENDING below
     run = team.catalogue.find(1)
     run.phase, run.reports, run.ends = "ENDING", {}, []
     team.catalogue.save(run)
     second = restart(team)
-    second.has = {(name, 1): whole(name) | {"condition": RunCondition.COMPLETE} for name in ("disk 1", "disk 2")}
+    second.has = {(name, 1): full_report(name) | {"condition": RunCondition.COMPLETE} for name in ("disk 1", "disk 2")}
     for one in second.has.values():
         one["ends"] = [["board 1", 1, 4, "closed", 10], ["board 2", 2, 4, "closed", 10]]
-    second.register("monitor", run=1)  # it alone has not heard of the end
+    second.register("monitor", run=1)  # it alone has not got end_run
     for name in KINDS:
         if name != "monitor":
             second.register(name)
@@ -540,7 +540,7 @@ def test_a_storage_whose_answer_was_lost_with_the_core_is_asked_for_a_report(tea
     second.close()
 
 
-def test_a_name_that_was_not_there_stays_out_but_a_monitor_joins(team):
+def test_a_new_producer_stays_out_of_the_run_but_a_monitor_joins(team):
     team.lose("board 2")
     team.lose("monitor")
     do(team, "prepare")
@@ -553,7 +553,7 @@ def test_a_name_that_was_not_there_stays_out_but_a_monitor_joins(team):
 
 
 @pytest.mark.parametrize("steps", [("prepare",), ("prepare", "begin")])
-def test_abort_keeps_what_was_taken(team, steps):
+def test_abort_keeps_the_data(team, steps):
     for step in steps:
         do(team, step)
     result = do(team, "abort")
@@ -561,7 +561,7 @@ def test_abort_keeps_what_was_taken(team, steps):
     assert ("board 1", "abort_run") in team.sent
 
 
-def test_abort_interrupts_what_is_going_on(team):
+def test_abort_interrupts_the_running_step(team):
     do(team, "prepare")
     ending = ask(team, "end")
     team.answer()
@@ -602,7 +602,7 @@ def test_abort_of_prepare_and_in_stop(team):
 
 
 @pytest.mark.parametrize(("steps", "state"), [(("prepare",), "READY"), (("prepare", "begin"), "RUN")])
-def test_a_restarted_core_picks_the_run_up(team, steps, state):
+def test_a_restarted_core_continues_the_run(team, steps, state):
     for step in steps:
         do(team, step)
     second = restart(team)
@@ -617,7 +617,7 @@ def test_a_restarted_core_picks_the_run_up(team, steps, state):
     second.close()
 
 
-def test_a_restarted_core_finishes_what_it_had_begun(team):
+def test_a_restarted_core_continues_an_interrupted_end(team):
     do(team, "prepare")
     do(team, "begin")
     ask(team, "end")
@@ -634,7 +634,7 @@ def test_a_restarted_core_finishes_what_it_had_begun(team):
     second.close()
 
 
-def test_a_restarted_core_with_fresh_components_starts_anew(team):
+def test_a_restarted_core_gives_up_a_run_without_components(team):
     do(team, "prepare")
     second = restart(team)
     for name in KINDS:
@@ -644,12 +644,12 @@ def test_a_restarted_core_with_fresh_components_starts_anew(team):
     assert (run.phase, run.condition, run.stored) == (ENDED, RunCondition.INTERRUPTED, None)
     assert {one[:3:2] for one in second.waiting} == {("disk 1", "report_run"), ("disk 2", "report_run")}
     second.answer_all()
-    assert second.catalogue.find(1).stored is not None  # they have said it
+    assert second.catalogue.find(1).stored is not None  # both have reported
     assert do(second, "prepare")["run"] == 2
     second.close()
 
 
-def test_a_core_that_died_in_prepare_cancels(team):
+def test_a_core_that_died_in_prepare_cancels_the_run(team):
     ask(team, "prepare")
     second = restart(team)
     assert second.catalogue.find(1).condition == "CANCELLED"
@@ -662,11 +662,11 @@ def test_a_core_that_died_in_prepare_cancels(team):
     second.close()
 
 
-def test_what_was_answered_to_a_core_that_has_died_is_told_by_heartbeats(team):
+def test_heartbeats_report_steps_answered_to_a_dead_core(team):
     ask(team, "prepare")
     second = restart(team)
     for name in KINDS:
-        second.register(name)  # all still at work on it: none is in the run yet
+        second.register(name)  # prepare_run is still running in all: none is in the run yet
     second.beat("board 1", 1, False)
     second.beat("board 1", 1, False)
     assert [one[:3:2] for one in second.waiting] == [("board 1", "cancel_run")]
@@ -678,7 +678,7 @@ def test_what_was_answered_to_a_core_that_has_died_is_told_by_heartbeats(team):
     for name in KINDS:
         third.register(name, run=2, begun=name != "disk 1")
     assert [one[:3:2] for one in third.waiting] == [("disk 1", "begin_run")]
-    third.beat("disk 1", 2, True)  # while it is asked its answer counts, not this
+    third.beat("disk 1", 2, True)  # while a request is open, its answer counts, not the heartbeat
     assert not third.peers.components["disk 1"].begun
     third.answer_all()
     assert third.peers.components["disk 1"].begun
@@ -701,8 +701,8 @@ def test_a_disk_that_will_soon_be_full_is_a_warning(team, caplog):
     team.beat("disk 1", seconds_left=800, bytes_per_second=18_000_000)
     team.beat("disk 1", seconds_left=590, bytes_per_second=18_000_000)
     team.beat("disk 2", paused="")
-    told = [record.message for record in caplog.records if record.message.startswith("disk")]
-    assert told == [
+    reported = [record.message for record in caplog.records if record.message.startswith("disk")]
+    assert reported == [
         "disk 1: disk full in 11 min at 18 MB/s",
         "disk 2 is not writing: no space left",
         "disk 1: disk full in 9 min at 18 MB/s",
@@ -736,7 +736,7 @@ def filled_catalogue(directory, runs=40):
 
 
 def test_a_damaged_catalogue_never_gives_a_number_twice(tmp_path):
-    """It is kept, what can be read of it is taken over, and what is wrong is said in one line."""
+    """It is kept, its readable rows are copied, and the damage is reported in one line."""
     whole = filled_catalogue(tmp_path)
     path = tmp_path / "catalogue.sqlite"
     page = whole.index(b"c" * 300) // 4096 * 4096  # some of the runs
@@ -774,7 +774,7 @@ def test_a_damaged_catalogue_never_gives_a_number_twice(tmp_path):
 
 
 def test_a_damaged_catalogue_without_the_highest_number_stops_the_core(tmp_path):
-    """Until somebody says which number was the last. An older catalogue has no such file: it gets one."""
+    """Until the number is written into highest_run. An older catalogue without this file gets one."""
     filled_catalogue(tmp_path, 3)
     (tmp_path / "highest_run").unlink()
     Catalogue(tmp_path).close()
@@ -801,7 +801,7 @@ def test_a_damaged_catalogue_without_the_highest_number_stops_the_core(tmp_path)
 
 
 @pytest.mark.parametrize("removed", ["everything", "the directory", "the lock", "the catalogue alone"])
-def test_a_catalogue_that_somebody_removes_is_made_anew(tmp_path, removed):
+def test_a_removed_catalogue_is_written_again(tmp_path, removed):
     directory = tmp_path / "state"
     directory.mkdir()
     catalogue = Catalogue(directory)
@@ -824,13 +824,13 @@ def test_a_catalogue_that_somebody_removes_is_made_anew(tmp_path, removed):
     with pytest.raises(FileError, match="another core"):
         Catalogue(directory)
     catalogue.close()
-    again = Catalogue(directory)
-    assert [again.find(number).comment for number in (7, 8, 9)] == ["cosmics"] * 3
-    assert again.comments(7)[0]["text"] == "beam is on"
-    again.close()
+    reopened = Catalogue(directory)
+    assert [reopened.find(number).comment for number in (7, 8, 9)] == ["cosmics"] * 3
+    assert reopened.comments(7)[0]["text"] == "beam is on"
+    reopened.close()
 
 
-def test_a_catalogue_of_the_schema_before(tmp_path):
+def test_a_catalogue_of_schema_1(tmp_path):
     db = sqlite3.connect(tmp_path / "catalogue.sqlite")
     db.executescript("""
         CREATE TABLE runs (

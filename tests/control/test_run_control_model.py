@@ -1,4 +1,4 @@
-"""The run states in any order of requests, answers, losses, restarts and delays, against a simple model of them."""
+"""The run states in any order of requests, answers, losses, restarts and delays, against a simple model."""
 
 import shutil
 import tempfile
@@ -17,36 +17,36 @@ from larpixdaq.errors import ComponentError, LarpixDaqError, StateError
 NAMES = st.sampled_from(list(KINDS))
 STORAGES = st.sampled_from([name for name, kind in KINDS.items() if kind == "storage"])
 ALLOWED = {"prepare": ("STOP",), "begin": ("READY",), "end": ("READY", "RUN")}
-#: end_run and abort_run reach STOP within so many seconds; twice the longest step of time comes on top.
+#: Seconds within which end_run and abort_run reach STOP; twice the longest step of time is added.
 LIMITS = {"end": 30, "abort": 41}
-LONGEST = 5.5
+LONGEST_STEP = 5.5
 
 
 class Model(RuleBasedStateMachine):
-    """`state` is what the core must say; `going_on` the step that is not done yet: (action, reply, since when)."""
+    """`state`: the expected state of the core; `open_step`: the unfinished step as (action, reply, begin)."""
 
     def __init__(self):
         super().__init__()
-        # In memory where that is possible: the catalogue waits for its disk at each of thousands of steps.
+        # In memory if possible, because the catalogue waits for its disk at each of thousands of steps.
         self.directory = tempfile.mkdtemp(dir=DEFAULT_DIRECTORY if DEFAULT_DIRECTORY.is_dir() else None)
         self.world = World(self.directory)
         for name in KINDS:
             self.world.come(name)
         self.state = "STOP"
-        self.going_on = None
+        self.open_step = None
         self.numbers = []
         self.alive = set(KINDS)
-        self.candidate = None  # (run, phase) that a core which died left behind
-        self.ends_by_itself = None  # since when an adopted run is on its way to STOP
+        self.candidate = None  # (run, phase) of the unfinished run of a dead core
+        self.resumed_end_since = None  # when a restarted core continued end_run
 
     # What the model knows.
 
-    def look(self):
-        """Follow what has ended."""
-        if self.going_on is not None and self.going_on[1].ends:
-            action, reply, _ = self.going_on
+    def follow_endings(self):
+        """Update the expected state by the steps that have ended."""
+        if self.open_step is not None and self.open_step[1].ends:
+            action, reply, _ = self.open_step
             (value,) = reply.ends
-            self.going_on = None
+            self.open_step = None
             failed = isinstance(value, Exception)
             if action == "prepare":
                 self.state = "STOP" if failed else "READY"
@@ -55,18 +55,18 @@ class Model(RuleBasedStateMachine):
             else:
                 assert not failed, f"{action} did not reach STOP: {value}"
                 self.state = "STOP"
-                self.ends_by_itself = None
-        if self.ends_by_itself is not None and self.world.runs.state == "STOP":
-            self.ends_by_itself, self.state = None, "STOP"
+                self.resumed_end_since = None
+        if self.resumed_end_since is not None and self.world.runs.state == "STOP":
+            self.resumed_end_since, self.state = None, "STOP"
 
     def placed(self, name):
-        """A component has said which run it is in: it may bring back the one that the last core left."""
+        """A component has reported its run, which may bring back the unfinished run of the catalogue."""
         if self.candidate is not None and self.world.inside.get(name) == self.candidate[0]:
             phase = self.candidate[1]
             self.candidate = None
             self.state = "READY" if phase == "READY" else "RUN"
             if phase == "ENDING":
-                self.ends_by_itself = self.world.now
+                self.resumed_end_since = self.world.now
 
     @initialize(steps=st.sampled_from([2, 2, 1, 0]))
     def begin(self, steps):
@@ -77,8 +77,8 @@ class Model(RuleBasedStateMachine):
 
     @rule(action=st.sampled_from(["prepare", "begin", "end", "abort"]))
     def ask(self, action):
-        self.look()
-        before = self.going_on
+        self.follow_endings()
+        before = self.open_step
         refusal = None
         try:
             reply = ask(self.world, action)
@@ -86,7 +86,7 @@ class Model(RuleBasedStateMachine):
             refusal = error
         if refusal is not None:
             assert action != "abort"
-            busy = before is not None or self.ends_by_itself is not None
+            busy = before is not None or self.resumed_end_since is not None
             if self.state in ALLOWED[action] and not busy:
                 assert action == "prepare"
                 assert isinstance(refusal, ComponentError)
@@ -102,14 +102,14 @@ class Model(RuleBasedStateMachine):
             self.numbers.append(number)
             self.candidate = None
         if action in ("end", "abort"):
-            self.ends_by_itself = None
-        self.going_on = (action, reply, self.world.now)
+            self.resumed_end_since = None
+        self.open_step = (action, reply, self.world.now)
 
     @rule(how=st.sampled_from(["well", "well", "failing", "nonsense", "partly"]))
     def go_on(self, how="well"):
-        """The next step of a run, and all answer at once: else runs would hardly ever come to their end."""
-        self.look()
-        if self.going_on is None and self.ends_by_itself is None:
+        """The next step of a run, with all answers at once: random requests would rarely bring a run to its end."""
+        self.follow_endings()
+        if self.open_step is None and self.resumed_end_since is None:
             self.ask({"STOP": "prepare", "READY": "begin", "RUN": "end"}[self.state])
         self.all_answer(how)
 
@@ -137,7 +137,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def lose(self, name):
-        """Nothing is heard of it for a second; it goes on with what it does."""
+        """A component is silent for a second, but continues its work."""
         if name in self.alive:
             self.alive.discard(name)
             if name in self.world.peers.components:
@@ -165,7 +165,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(name=STORAGES, data=st.data(), whole=st.booleans())
     def deliver(self, name, data, whole):
-        """Blocks reach a storage whose run may be over long since."""
+        """Blocks reach a storage, perhaps long after the end of their run."""
         runs = sorted({run for storage, run in self.world.files if storage == name})
         if runs:
             self.world.write(name, data.draw(st.sampled_from(runs)), whole=whole)
@@ -174,9 +174,9 @@ class Model(RuleBasedStateMachine):
 
     @rule()
     def the_core_dies(self):
-        self.look()
+        self.follow_endings()
         self.world.restart_core()
-        self.going_on = self.ends_by_itself = None
+        self.open_step = self.resumed_end_since = None
         self.state = "STOP"
         last = self.world.catalogue.find()
         self.candidate = None if last is None or last.is_over else (last.run, last.phase)
@@ -188,7 +188,7 @@ class Model(RuleBasedStateMachine):
                 self.world.come(name)
                 self.placed(name)
 
-    @rule(seconds=st.sampled_from([0.1, 1.1, LONGEST]))
+    @rule(seconds=st.sampled_from([0.1, 1.1, LONGEST_STEP]))
     def wait(self, seconds):
         self.world.advance(seconds)
 
@@ -196,17 +196,17 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def the_state_is_that_of_the_model(self):
-        self.look()
-        if self.going_on is None and self.ends_by_itself is None:
+        self.follow_endings()
+        if self.open_step is None and self.resumed_end_since is None:
             assert self.world.runs.state == self.state
             assert (self.world.runs.number is None) == (self.state == "STOP")
 
     @invariant()
     def stop_is_reached_in_time(self):
-        if self.going_on is not None and self.going_on[0] in LIMITS:
-            assert self.world.now - self.going_on[2] <= LIMITS[self.going_on[0]] + 2 * LONGEST
-        if self.ends_by_itself is not None:
-            assert self.world.now - self.ends_by_itself <= 2 + LIMITS["end"] + 2 * LONGEST
+        if self.open_step is not None and self.open_step[0] in LIMITS:
+            assert self.world.now - self.open_step[2] <= LIMITS[self.open_step[0]] + 2 * LONGEST_STEP
+        if self.resumed_end_since is not None:
+            assert self.world.now - self.resumed_end_since <= 2 + LIMITS["end"] + 2 * LONGEST_STEP
 
     @invariant()
     def no_run_is_called_better_than_it_is(self):
@@ -214,26 +214,26 @@ class Model(RuleBasedStateMachine):
             self.world.check(self.world.catalogue.find(number))
 
     def teardown(self):
-        """Whatever has happened: all come back, deliver what they have, and the next run can be taken."""
+        """In the end all components come back and deliver all blocks, and the next run can be prepared."""
         try:
             for name in sorted(set(KINDS) - self.alive):
                 self.come_back(name, "same")
             self.components_find_the_core()
             for _ in range(12):
-                self.settle()
-            if self.world.runs.state != "STOP" and self.ends_by_itself is None:
+                self.let_all_answer()
+            if self.world.runs.state != "STOP" and self.resumed_end_since is None:
                 self.ask("end")
             for _ in range(12):
-                self.settle()
+                self.let_all_answer()
             assert self.world.runs.state == "STOP"
-            assert self.going_on is None
-            # Who has refused to end is still in its run. The core must know it: abort_run, below, ends it then.
+            assert self.open_step is None
+            # A component that has refused to end is still in its run, and the core must know it for abort_run below.
             known = {name: one.run for name, one in self.world.peers.components.items()}
             assert known == {name: self.world.inside.get(name) for name in KINDS}
             for name in (name for name, kind in KINDS.items() if kind == "storage"):
                 for run in sorted({run for storage, run in self.world.files if storage == name}):
                     self.world.write(name, run, whole=True)
-                    self.settle()
+                    self.let_all_answer()
             self.deliveries_have_counted()
             reply = ask(self.world, "abort")
             self.world.answer_all()
@@ -245,19 +245,19 @@ class Model(RuleBasedStateMachine):
             self.world.close()
             shutil.rmtree(self.directory)
 
-    def settle(self):
+    def let_all_answer(self):
         self.world.answer_all()
-        self.world.advance(LONGEST)
+        self.world.advance(LONGEST_STEP)
         for name in sorted(self.world.peers.components):
             self.beat(name)
         self.world.answer_all()
-        self.look()
+        self.follow_endings()
 
     def deliveries_have_counted(self):
         for number in self.numbers:
             run = self.world.catalogue.find(number)
             if self.candidate is not None and number == self.candidate[0]:
-                continue  # nobody has come back that was in it: the next prepare_run will give it up
+                continue  # no component of the run has come back: the next prepare_run gives it up
             assert run.is_over
             self.world.check(run)
             cut = run.condition in (RunCondition.ABORTED, RunCondition.CANCELLED)
