@@ -112,16 +112,16 @@ class Procedure:
         self.what = what
         self.done = False
         self._steps, self._peers, self._team, self._reply, self._late = steps, peers, team, reply, late
-        self._pending: dict[str, Instruction] = {}
+        #: Open instructions by request id.
+        self.pending: dict[str, Instruction] = {}
         self._outcomes: dict[str, ComponentAnswer] = {}
+        self._started = False
 
-    def start(self, now: float) -> None:
-        self._advance(None, now)
-
-    def _advance(self, outcomes: dict[str, ComponentAnswer] | None, now: float) -> None:
-        while not self.done:
+    def tick(self, now: float) -> None:
+        """Check the time limits, and continue with the next steps until an answer is awaited."""
+        while not self.done and not self._expire(now):
             try:
-                request = next(self._steps) if outcomes is None else self._steps.send(outcomes)
+                request = self._steps.send(self._outcomes) if self._started else next(self._steps)
             except StopIteration as end:
                 self.done = True
                 self._reply.result(end.value)
@@ -136,48 +136,41 @@ class Procedure:
                 self.done = True
                 self._reply.error(RequestError(f"{self.what}: internal error: {type(error).__name__}: {error}"))
                 return
-            self._outcomes = {}
+            self._started, self._outcomes = True, {}
             for name, item in request.items.items():
                 component = self._peers.components.get(name)
                 instance = component.instance if component is not None else ""
                 pending = Instruction(name, request.action, item, self._team.new_id(), now + item.limit, instance)
-                self._pending[pending.request] = pending
+                self.pending[pending.request] = pending
                 if not self._send(pending):
                     pending.lost = now
-            if self._expire(now):
-                return
-            outcomes = self._outcomes
 
     def _expire(self, now: float) -> bool:
         """Close the requests whose time limit is over. Returns True while other requests are open."""
-        for pending in list(self._pending.values()):
+        for pending in list(self.pending.values()):
             if pending.lost is not None and now - pending.lost >= pending.item.patience:
                 self._close(pending, ComponentAnswer(False, None, f"{pending.name} is lost"))
             elif now >= pending.deadline:
                 text = f"{pending.name} has not answered {pending.action} within {pending.item.limit:g} s"
                 self._close(pending, ComponentAnswer(False, None, text))
                 self._release(pending)
-        return bool(self._pending)
+        return bool(self.pending)
 
     def _send(self, pending: Instruction) -> bool:
         return self._team.send(pending.name, pending.request, pending.action, pending.item.params)
 
     def _close(self, pending: Instruction, outcome: ComponentAnswer) -> None:
         self._outcomes[pending.name] = outcome
-        del self._pending[pending.request]
+        del self.pending[pending.request]
 
     def _release(self, pending: Instruction) -> None:
         pending.late = True
         self._late[pending.request] = pending
 
-    def tick(self, now: float) -> None:
-        if not self.done and not self._expire(now):
-            self._advance(self._outcomes, now)
-
     def answered(self, component: Component, answer: Answer) -> Instruction | None:
         """Take in an answer, and return its instruction; None when this procedure does not wait for the answer. tick()
         continues the procedure."""
-        pending = self._pending.get(answer.request)
+        pending = self.pending.get(answer.request)
         if pending is None or pending.name != component.name:
             return None
         if answer.kind not in ("result", "error"):
@@ -194,43 +187,23 @@ class Procedure:
         pending.done = outcome.ok
         if outcome.ok:
             done = len(self._outcomes)
-            self._reply.progress(pending.name, f"{pending.action} done", done, done + len(self._pending))
+            self._reply.progress(pending.name, f"{pending.action} done", done, done + len(self.pending))
         return pending
 
-    def awaits(self, name: str) -> bool:
-        return any(pending.name == name for pending in self._pending.values())
-
-    def lost(self, name: str, now: float) -> None:
-        for pending in self._pending.values():
-            if pending.name == name and pending.lost is None:
-                pending.lost = now
-
-    def send_again(self, component: Component) -> None:
-        """Repeat the open requests of a component that has come back, because requests or answers may be lost."""
-        for pending in list(self._pending.values()):
-            if pending.name != component.name:
-                continue
-            if pending.instance not in ("", component.instance):
-                self._close(
-                    pending, ComponentAnswer(False, None, f"{component.name} was restarted during {pending.action}")
-                )
-            elif self._send(pending):
-                pending.lost = None
-
-    def extend_limits(self, seconds: float) -> None:
-        """Extend all time limits by a pause of the core."""
-        for pending in self._pending.values():
-            pending.deadline += seconds
-            if pending.lost is not None:
-                pending.lost += seconds
+    def send_again(self, pending: Instruction, instance: str) -> None:
+        """Repeat an instruction for this process of its component; it fails if the process is another one."""
+        if pending.instance not in ("", instance):
+            self._close(pending, ComponentAnswer(False, None, f"{pending.name} was restarted during {pending.action}"))
+        elif self._send(pending):
+            pending.lost = None
 
     def cancel(self, error: LarpixDaqError) -> None:
         """End the procedure with an error. Answers to its open instructions will be late ones."""
         self.done = True
         self._steps.close()
-        for pending in self._pending.values():
+        for pending in self.pending.values():
             self._release(pending)
-        self._pending.clear()
+        self.pending.clear()
         self._reply.error(error)
 
 
@@ -254,14 +227,13 @@ class Procedures:
         """Start the main procedure. tick() must follow."""
         self.now = now
         self.main = Procedure(what, steps, self._peers, self._team, reply, self._late)
-        self.main.start(now)
 
     def start_aside(self, what: str, steps: Steps, now: float) -> None:
         _log.warning("%s", what)
         self.now = now
         procedure = Procedure(what, steps, self._peers, self._team, LogReply(what), self._late)
         self._others.append(procedure)
-        procedure.start(now)
+        procedure.tick(now)
 
     def cancel(self, error: LarpixDaqError) -> None:
         """Cancel the main procedure, which fails with `error`."""
@@ -295,21 +267,28 @@ class Procedures:
 
     def awaits(self, name: str) -> bool:
         """Whether an answer of this component is awaited."""
-        return any(procedure.awaits(name) for procedure in self._all())
+        return any(pending.name == name for _, pending in self._open())
 
     def send_again(self, component: Component) -> None:
-        """Repeat the open requests of a component that has registered, or has a new connection."""
-        for procedure in self._all():
-            procedure.send_again(component)
+        """Repeat the open requests of a component that has come back, because requests or answers may be lost."""
+        for procedure, pending in self._open():
+            if pending.name == component.name:
+                procedure.send_again(pending, component.instance)
 
     def lost(self, name: str, now: float) -> None:
-        for procedure in self._all():
-            procedure.lost(name, now)
+        for _, pending in self._open():
+            if pending.name == name and pending.lost is None:
+                pending.lost = now
 
     def extend_limits(self, seconds: float) -> None:
         """Extend all time limits by a pause of the core."""
-        for procedure in self._all():
-            procedure.extend_limits(seconds)
+        for _, pending in self._open():
+            pending.deadline += seconds
+            if pending.lost is not None:
+                pending.lost += seconds
+
+    def _open(self) -> list[tuple[Procedure, Instruction]]:
+        return [(procedure, pending) for procedure in self._all() for pending in procedure.pending.values()]
 
     def _all(self) -> list[Procedure]:
         return [*self._others, *([self.main] if self.main is not None else [])]
