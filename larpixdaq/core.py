@@ -185,7 +185,7 @@ class Core:
             except Exception as error:  # an error in larpixdaq: its sender gets an answer, and the core continues
                 _log.exception("message from %s", route.hex())
                 text = f"internal error of the core: {type(error).__name__}: {error}"
-                self._send(route, Answer(request=probe(data)[1], kind="error", text=text, error="failed"))
+                self._send(route, Answer(request=probe(data).request, kind="error", text=text, error="failed"))
         return False
 
     def _refuse(self, route: bytes, data: bytes, error: ProtocolError, now: float) -> None:
@@ -194,7 +194,7 @@ class Core:
         if now - self._refusal_logged >= 1.0:  # at most one line a second, also in a flood
             _log.warning("%s (%d messages refused)", error, self._refusals)
             self._refusals, self._refusal_logged = 0, now
-        self._send(route, Answer(request=probe(data)[1], kind="error", text=str(error), error="malformed"))
+        self._send(route, Answer(request=probe(data).request, kind="error", text=str(error), error="malformed"))
 
     def _handle(self, message: FromClient, route: bytes, now: float) -> None:
         if isinstance(message, Register | Open):

@@ -33,7 +33,7 @@ from larpixdaq.protocol.control import (
     Update,
     Welcome,
     pack,
-    probe_request,
+    probe,
     unpack_core,
 )
 from larpixdaq.runtime.event_loop import Waker
@@ -218,8 +218,8 @@ class CoreConnection:
                 _log.warning("%s", error)
                 if not self.session:  # probably a core of another version
                     self._refused(Answer(kind="error", error="version", text=str(error)))
-                elif request := probe_request(data):  # the sender of the request waits for an answer
-                    self.send(Answer(request=request, kind="error", error="malformed", text=str(error)))
+                elif (found := probe(data)).type == "request":  # its sender waits for an answer
+                    self.send(Answer(request=found.request, kind="error", error="malformed", text=str(error)))
                 continue
             self.heard = time.monotonic()
             self._handle(message)

@@ -214,7 +214,7 @@ FromClient = Register | Open | Heartbeat | ActionRequest | Answer | Bye
 FromCore = Welcome | Update | ActionRequest | Answer
 
 
-class _Probe(msgspec.Struct):
+class Probe(msgspec.Struct):
     """The fields of a malformed message that an answer to it needs."""
 
     version: int = PROTOCOL
@@ -230,7 +230,7 @@ _core_decoder: Final = msgspec.msgpack.Decoder(FromCore, ext_hook=decode_array)
 
 _value_decoder: Final = msgspec.msgpack.Decoder(ext_hook=decode_array)
 
-_probe_decoder: Final = msgspec.msgpack.Decoder(_Probe)
+_probe_decoder: Final = msgspec.msgpack.Decoder(Probe)
 
 
 def _encode(value: Any, what: str) -> bytes:
@@ -307,29 +307,18 @@ def _unpack(data: Any, decoder: msgspec.msgpack.Decoder[Any], sender: str) -> An
 
 def _refuse(data: Any, sender: str, reason: str) -> NoReturn:
     """Raise the ProtocolError of a malformed message. A wrong version comes before other reasons."""
-    version, _ = probe(data)
+    version = probe(data).version
     if version != PROTOCOL:
         reason = f"protocol version {version}, here it is {PROTOCOL}: install the same larpix-daq on both sides"
     raise ProtocolError(f"message from {sender}: {reason}")
 
 
-def probe(data: Any) -> tuple[int, str]:
-    """Return version and request id of a malformed message; (PROTOCOL, "") if they are not readable."""
-    found = _probe(data)
-    return found.version, found.request
-
-
-def probe_request(data: Any) -> str:
-    """Return the id of a malformed request; "" if the message is no request."""
-    found = _probe(data)
-    return found.request if found.type == ActionRequest.__struct_config__.tag else ""
-
-
-def _probe(data: Any) -> _Probe:
+def probe(data: Any) -> Probe:
+    """Return the readable fields of a malformed message; the defaults if nothing is readable."""
     try:
         return _probe_decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
-        return _Probe()
+        return Probe()
 
 
 def unpack_client(data: Any, sender: str) -> FromClient:

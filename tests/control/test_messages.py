@@ -26,6 +26,7 @@ from larpixdaq.protocol.control import (
     Answer,
     Heartbeat,
     Open,
+    Probe,
     Register,
     Update,
     Welcome,
@@ -238,8 +239,8 @@ def test_another_version_is_reported_before_other_errors():
     data = msgspec.msgpack.encode({"type": "from the future", "version": 9, "request": "r7"})
     with pytest.raises(ProtocolError, match="protocol version 9, here it is 1"):
         unpack_client(data, "a test")
-    assert probe(data) == (9, "r7")
-    assert probe(b"\xc1") == (PROTOCOL, "")
+    assert probe(data) == Probe(9, "r7", "from the future")
+    assert probe(b"\xc1") == Probe(PROTOCOL)
     data = pack(Open(name="o", instance="i", version=2))
     with pytest.raises(ProtocolError, match="protocol version 2"):
         unpack_client(data, "a test")
