@@ -1,4 +1,4 @@
-"""The producer: boards in, blocks out. `larpixdaq-producer --pacman pacman.local`."""
+"""The producer process: reads boards and sends blocks. `larpixdaq-producer --pacman pacman.local`."""
 
 import sys
 
@@ -47,51 +47,51 @@ from larpixdaq.version import VERSION
 log = logging.getLogger(__name__)
 
 DEFAULT_NAME = "LArPix board"
-#: After `end_run` the boards are read for so long, then until their sockets are empty, at most END_LIMIT in all
-#: (seconds). Empty means: for QUIET every read took all that was there. A single one may have been faster than the
-#: thread of libzmq that brings the next from the kernel.
+#: Seconds for which the boards are read after `end_run`: at least END_READ_ON, then until their sockets are empty, at
+#: most END_LIMIT. A socket is empty when each read() of QUIET seconds took all messages: a single one may be faster
+#: than the thread of libzmq that brings the next message from the kernel.
 END_READ_ON = 0.2
 QUIET = 0.05
 END_LIMIT = 5.0
-#: When all boards have been read to their end, and gave few rows, they are left alone for so long (ms): at 5,000
-#: one-word messages a second each of them would be a turn of the loop, and cost a fifth of a core. At high rates that
-#: would hold up acknowledgements, and the storages.
+#: Milliseconds without reading after a turn that emptied all boards and made fewer than FEW_ROWS rows. Otherwise each
+#: of 5,000 one-word messages a second would take a turn of the loop, together a fifth of a core. At high rates the rest
+#: would delay acknowledgements and the storages.
 REST, FEW_ROWS = 4, 4_000
-#: What speaks for a loss before data reach us is looked at so often (seconds).
-LOOK = 1.0
+#: Seconds between two looks at the boards for losses, wrong options and clocks.
+CHECK_INTERVAL = 1.0
 
 
 class Producer:
     """Sources, recorder and stream of one producer process, and the actions by which the core drives them."""
 
     def __init__(self, options: argparse.Namespace, boards: list[Source], delivery: Delivery, address: str) -> None:
-        """`boards` are open, and all of them wait when the ring is full, or none does. `address`: of the stream."""
+        """`boards` are open, and either all of them wait when the ring is full, or none. `address`: of the stream."""
         self.layout = boards[0].layout
         self.name: str = options.name
         self.epoch = delivery.epoch
         self.boards = boards
         self.delivery = delivery
         self.publisher = delivery.publisher
-        self.taken = False  # another has our name: all that we hold is its
+        self.replaced = False  # another producer has taken the name, and with it the ring
         self.state = "STOP"
         self.ending: tuple[Call, float] | None = None
-        self._busy_at = 0.0  # when a read last left something behind
+        self._busy_at = 0.0  # last time at which a read() left data behind
         self._late = False
         self._watch = Watch()
         self._idle_watch = Watch(math.inf)  # between runs
         self._clock_limit: float = options.clock_limit
-        self._clocks_told: set[str] = set()  # boards whose clocks were told to be off
-        self._look_at = 0.0
-        self._told_to_end = 0  # unix ns
+        self._clock_warnings: set[str] = set()  # boards with a warning about their clock
+        self._check_at = 0.0
+        self._end_requested_ns = 0  # unix ns
         self._counted: int | None = None  # the run whose counters the ring has, also after its end
         io_groups = [group for source in boards for group in source.io_groups]
         self.recorder = BlockBuilder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
         asic = source_options.asic_of(options)
         channels = self._channels = [channel for source in boards for channel in source.channels]
-        self.witness = ConfigurationTracker(options.asic)
+        self.tracker = ConfigurationTracker(options.asic)
         self.commands = CommandQueue(channels, asic, self.layout, self._put)
-        self._asked: set[int] = set()  # io_groups whose firmware was asked for
-        self._firmware: dict[str, str] = {}  # by io_group, as the boards last said
+        self._firmware_requested: set[int] = set()  # io_groups, before this run
+        self._firmware: dict[str, str] = {}  # by io_group, the last answers of the boards
         by_group = {channel.io_group: (channel.kind, channel.revision) for channel in channels}
         infos = []
         for source in boards:
@@ -99,7 +99,7 @@ class Producer:
                 kind, revision = by_group.get(group, ("", 0))
                 infos.append(hardware.BoardInfo(group, kind, source.name, revision))
         setup = hardware.Setup(infos, options.asic, int(asic), self.layout.code)
-        self.child = Child(options.routines, self.commands, setup, self.witness, self._tell_news)
+        self.child = Child(options.routines, self.commands, setup, self.tracker, self._record_changes)
         self.readout = Readout(
             boards,
             self.recorder,
@@ -158,7 +158,7 @@ class Producer:
             poller.poll(self.node.wait_ms(self._due()))
             self.node.dispatch()
             self.child.dispatch()
-            if self.commands.busy:  # before the boards are read: an answer cannot come before the word
+            if self.commands.busy:  # before the boards are read, so that a word precedes its answer
                 self.commands.work()
                 self.commands.watch(poller)
             busy = self.readout.turn(poller)
@@ -167,15 +167,15 @@ class Producer:
             self.recorder.work()
             if self.ending is not None:
                 self._end_when_quiet()
-            self.delivery.work()  # behind what ends a run: its end record does not wait for the next turn
-            if time.monotonic() >= self._look_at:
-                self._look()
+            self.delivery.work()  # after the end of a run, so that its end record does not wait for the next turn
+            if time.monotonic() >= self._check_at:
+                self._check_boards()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
             if busy and self.readout.quiet and self.readout.rows < FEW_ROWS and not self.commands.busy:
                 resting.poll(REST)
 
     def _due(self) -> float | None:
-        """When something is to be done that no descriptor tells of (monotonic seconds)."""
+        """Return the time of the next work without a readable descriptor (monotonic seconds)."""
         now = time.monotonic()
         limits = [now + seconds for seconds in self.readout.due()]
         limits += self.commands.due()
@@ -189,21 +189,21 @@ class Producer:
         return min(limits, default=None)
 
     def close(self) -> None:
-        if self.recorder.run is not None and not self.taken:
+        if self.recorder.run is not None and not self.replaced:
             self._finish("aborted")
-        self.delivery.close(leave=self.taken)
+        self.delivery.close(leave=self.replaced)
         self.child.close()
         self.node.close()
 
     def name_taken(self) -> None:
-        """We stood still, and another took our name. It delivers what our ring holds as soon as we have gone."""
-        self.taken = True
+        """End this producer, because it stood still and another one took its name, which will deliver its blocks."""
+        self.replaced = True
         raise RequestError(f"{self.name}: another component has taken this name and delivers the pending blocks")
 
     # actions
 
     def _action(self, action: str) -> Callable[..., None]:
-        """What is done with chips and boards is the child's to check and to do."""
+        """Return the handler of an action on chips or boards, which the child process checks and executes."""
 
         def act(call: Call, /, **params: Any) -> None:
             self.child.act(call, action, params)
@@ -213,19 +213,19 @@ class Producer:
     def prepare_run(self, call: Call, run: int, kind: str, comment: str, operator: str, required: list[str]) -> Any:
         self._expect("STOP")
         boards = self._boards()
-        self._late = self.node.state != "STOP"  # the run goes on already: we have died in it, or come late
+        self._late = self.node.state != "STOP"  # this producer joins a run that has begun
         refusals = [board.refusal for board in boards if board.refusal]
-        if refusals and not self._late:  # a run that goes on has its layout: better data with half a time than none
+        if refusals and not self._late:  # in a run that has begun, data with half of their time are better than none
             raise StateError("; ".join(refusals))
         self.recorder.begin(run, required)
         self._counted = run
         self.publisher.begin(run, self.layout.code, required)
         self.readout.record(True)
         self._watch.start()
-        self._asked.clear()
+        self._firmware_requested.clear()
         self._idle_watch.start()
-        self._told_to_end = 0
-        known = self.witness.everything()
+        self._end_requested_ns = 0
+        known = self.tracker.everything()
         self._put_configurations(known)
         self.state = "READY"
         warnings = [*_warnings(boards, self._clock_limit), known.differences()]
@@ -244,7 +244,7 @@ class Producer:
         if self.ending is not None:
             raise StateError(f"run {run} is being ended already")
         self.ending = (call, time.monotonic())
-        self._told_to_end = time.time_ns()
+        self._end_requested_ns = time.time_ns()
 
     def abort_run(self, call: Call, run: int) -> Any:
         self._expect("READY RUN", run)
@@ -254,14 +254,14 @@ class Producer:
         return self._finish("aborted")
 
     def cancel_run(self, call: Call, run: int) -> Any:
-        """Another component could not prepare or begin: the run is given up, nobody has to store it."""
+        """Give up the run, because another component could not prepare or begin it. Its blocks are not stored."""
         if self.recorder.run != run:
             return {}
         self.publisher.release(run)
-        return self._finish("aborted", told=False)
+        return self._finish("aborted", delivered=False)
 
     def _connected(self) -> list[dict[str, Any]]:
-        """What is read here, for the run's files; firmware is in the status, since boards say it later."""
+        """Return the connected boards for the run's files. Their firmware is in the status, because it comes later."""
         host = platform.node()
         return [
             msgspec.to_builtins(ConnectedBoard(self.name, io_group, source.kind[:16], source.address[:256], host[:256]))
@@ -270,10 +270,10 @@ class Producer:
         ]
 
     def _identify(self) -> None:
-        """Ask boards for their firmware, once before each run, as soon as they are known to understand the question."""
+        """Ask boards for their firmware once before each run, when they are known to understand the request."""
         for channel in self._channels:
-            if channel.io_group not in self._asked and channel.identify:
-                self._asked.add(channel.io_group)
+            if channel.io_group not in self._firmware_requested and channel.identify:
+                self._firmware_requested.add(channel.io_group)
                 self.commands.ask(channel.io_group, channel.identify, partial(self._take_firmware, channel))
 
     def _take_firmware(self, channel: Channel, answer: bytes, error: str) -> None:
@@ -281,19 +281,19 @@ class Producer:
             self._firmware[str(channel.io_group)] = channel.firmware(answer)
 
     def _put(self, rows: NDArray[Any], io_group: int) -> int:
-        """The rows of words that are about to be sent, as far as they find their place."""
+        """Record rows of words about to be sent. Returns the number of rows that had room."""
         n = self.readout.put(rows, io_group)
-        self.witness.sent(rows[:n])
+        self.tracker.sent(rows[:n])
         return n
 
-    def _tell_news(self) -> None:
-        """Of chips that were told or have said something new in a run."""
+    def _record_changes(self) -> None:
+        """Record the configurations of chips with new writes or answers, in a run."""
         if self.recorder.run is not None:
-            self._put_configurations(self.witness.news())
+            self._put_configurations(self.tracker.news())
 
     def _put_configurations(self, found: Configurations) -> None:
-        """Into the run; there are no news then."""
-        self.witness.settle()
+        """Record configurations in the run, and mark all changes as reported."""
+        self.tracker.settle()
         for piece in found.pieces():
             if not self.recorder.info(piece.text(), piece.pack()):
                 log.warning("the ring is full: not in the file: %s", piece.text())
@@ -322,8 +322,8 @@ class Producer:
         end.warning = "; ".join(warnings) or None
         call.result(end)
 
-    def _finish(self, how: str, *, told: bool = True) -> ProducerEnd:
-        """End the run. `told`: its end record is delivered; else the next one counts what came outside of runs."""
+    def _finish(self, how: str, *, delivered: bool = True) -> ProducerEnd:
+        """End the run. `delivered`: its end record is; if not, the next one also counts the data outside of runs."""
         if how == "closed":
             self.recorder.info("Ending run")
         unknown = [
@@ -332,7 +332,7 @@ class Producer:
         ]
         outside = self.delivery.ring.outside
         verdicts = self._verdicts()
-        now = self._told_to_end or time.time_ns()
+        now = self._end_requested_ns or time.time_ns()
         clocks = {
             board.io_group: LossVerdict(board.io_group, VERDICTS[0], str(board.clock), 0, self.recorder.began_ns, now)
             for board in self._boards()
@@ -340,7 +340,7 @@ class Producer:
         }
         verdicts = [line for line in verdicts if line.why or line.io_group not in clocks] + list(clocks.values())
         end = self.recorder.end(how, unknown, self.recorder.counts(outside), verdicts)
-        if told:
+        if delivered:
             outside[:] = 0
         self.publisher.end()
         self.readout.record(False)
@@ -350,19 +350,19 @@ class Producer:
         return answer
 
     def _verdicts(self) -> list[LossVerdict]:
-        """What became of each io_group before it reached us; new findings are told in the log."""
-        now = self._told_to_end or time.time_ns()
+        """Return the verdicts on the data of each io_group, and log new findings."""
+        now = self._end_requested_ns or time.time_ns()
         own = self.delivery.own
         made, stored, wall = own.head, own.acknowledged(), time.time_ns()
         for source in self.boards:
             source.delivered(made, stored, wall)
         found = [line for source in self.boards for line in source.evidence(now)]
         found += self._unusable(now)
-        self._tell(self._watch, found)
+        self._warn(self._watch, found)
         return found
 
     def _unusable(self, now: int) -> list[LossVerdict]:
-        """A line for each io_group of which most of the data of the run could not become rows."""
+        """Return a line for each io_group with mostly unknown or rejected words in this run."""
         found = []
         for io_group, *counts in self.recorder.counts():
             named = dict(zip(constants.COUNTS, counts, strict=True))
@@ -371,29 +371,29 @@ class Producer:
                 found.append(LossVerdict(io_group, VERDICTS[-1], why, refused, self.recorder.began_ns, now))
         return found
 
-    def _look(self) -> None:
-        """Tell what speaks against a board: of a run that is under way, or, between runs, against its next one."""
+    def _check_boards(self) -> None:
+        """Ask for firmware, and log new findings about the boards: in this run or, between runs, for the next one."""
         self._identify()
         for board in self._off_clocks():
-            if board.name not in self._clocks_told:
-                self._clocks_told.add(board.name)
+            if board.name not in self._clock_warnings:
+                self._clock_warnings.add(board.name)
                 log.warning("%s: %s", board.name, board.clock)
         if self.recorder.run is not None:
             self._verdicts()
         else:
-            self._tell(self._idle_watch, [line for board in self._boards() for line in board.setup])
+            self._warn(self._idle_watch, [line for board in self._boards() for line in board.setup])
 
     def _boards(self) -> list[BoardStatus]:
         return [board for source in self.boards for board in source.boards()]
 
     def _off_clocks(self) -> list[BoardStatus]:
-        """Boards whose clocks are off the host's by more than --clock-limit."""
-        return [one for one in self._boards() if one.clock is not None and one.clock.beyond(self._clock_limit)]
+        """Return the boards whose clocks differ from the host's by more than --clock-limit."""
+        return [board for board in self._boards() if board.clock and board.clock.exceeds(self._clock_limit)]
 
-    def _tell(self, watch: Watch, found: list[LossVerdict]) -> None:
-        for line in watch.look(found, time.monotonic()):
+    def _warn(self, watch: Watch, found: list[LossVerdict]) -> None:
+        for line in watch.update(found, time.monotonic()):
             log.warning("%s", line)
-        self._look_at = time.monotonic() + LOOK
+        self._check_at = time.monotonic() + CHECK_INTERVAL
 
     def status(self) -> ProducerStatus:
         total = self.delivery.ring.counts.sum(axis=0).tolist()
@@ -415,13 +415,13 @@ class Producer:
 
 
 def _warnings(boards: list[BoardStatus], limit: float) -> list[str]:
-    """What whoever prepares a run should know of these boards; `limit`: of their clocks' offsets, in seconds."""
+    """Return the warnings about boards for prepare_run. `limit`: maximum offset of their clocks, in seconds."""
     found = []
     for board in boards:
         if board.away_ns:
             problem = f" ({board.problem})" if board.problem else ""
             found.append(f"{board.name} is not connected{problem}")
-        if board.clock is not None and board.clock.beyond(limit):
+        if board.clock is not None and board.clock.exceeds(limit):
             found.append(f"{board.name}: {board.clock}")
         found += [f"io_group {board.io_group}: {line.why}" for line in board.setup]
     return found
@@ -451,20 +451,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only a producer takes, beside its sources."""
+    """Add the options of a producer beside those of its sources."""
     add_delivery_arguments(parser)
     parser.add_argument(
         "--routines", action="append", default=[], type=Path, metavar="DIR",
-        help="a further directory of routine files, below which operators may load more; they are programs and run "
-        "with your rights",
+        help="another directory of routine files, from which operators may also load routines; they are programs and "
+        "run with your rights",
     )  # fmt: skip
     parser.add_argument(
         "--clock-limit", type=_seconds, default=1.0, metavar="SECONDS",
-        help="warn when a board's clock is off the host's by more than this (default: %(default)g)",
+        help="warn when a board's clock differs from the host's by more than this (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
         "--no-record-sent", action="store_false", dest="record_sent",
-        help="keep words that are sent to the chips out of the file (default: rows with direction 0)",
+        help="do not record words that are sent to the chips (default: rows with direction 0)",
     )  # fmt: skip
 
 
@@ -477,7 +477,7 @@ def _seconds(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="larpixdaq-producer", description="Launch a producer: takes packets from boards and passes them on"
+        prog="larpixdaq-producer", description="Launch a producer: reads packets from boards and sends them on"
     )
     add_arguments(parser)
     options = parser.parse_args(argv)
@@ -491,7 +491,7 @@ def main(argv: list[str] | None = None) -> int:
             waits = _waits(options.when_full, boards)
             for source in boards:
                 source.waits = waits
-            for source in boards:  # before anything else, since a wrong device or file is best told at once
+            for source in boards:  # first, so that a wrong device or file is reported at once
                 stack.callback(source.close)
                 source.open()
             listening_ns = time.time_ns()

@@ -1,1 +1,1 @@
-"""Where packets come from: PACMAN, Bern and serial boards, IO classes, recorded files."""
+"""Sources of packets: PACMAN, Bern and serial boards, IO classes, recorded files."""

@@ -1,4 +1,4 @@
-"""A Bern board: data messages of its DAQ server (8-byte header, 8-byte words)."""
+"""Bern board: data messages (8-byte header, 8-byte words) and commands of its DAQ server."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT, BoardReply, HostLookup, RequestChannel
 from larpixdaq.sources.zmq_board import BoardSource
 
-#: Its time comes each second, or a heartbeat after a second without data.
+#: Seconds without a message until a warning. The board sends its time each second, or a heartbeat.
 SILENCE = 5.0
 
 
 class BernChannel(RequestChannel):
-    """The command server of a Bern board: lines of ASCII. A request carries one word; chains count from 0 there,
-    io_channels from 1."""
+    """Command server of a Bern board, which takes lines of ASCII.
+
+    A request has one word. The board counts its chains from 0, io_channels count from 1."""
 
     kind = "bern"
 
     def __init__(self, io_group: int, host: HostLookup, port: int) -> None:
         super().__init__("Bern board", io_group, host, port)
-        self._said = ""
+        self._sent = ""
 
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
-        self._say(f"SNDWORD 0x{int(words[0]):016x} {int(io_channels[0]) - 1}")
+        self._send(f"SNDWORD 0x{int(words[0]):016x} {int(io_channels[0]) - 1}")
 
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
-        self._say(body.decode("ascii", "replace"), seconds)
+        self._send(body.decode("ascii", "replace"), seconds)
 
-    def _say(self, text: str, seconds: float = 0.0) -> None:
-        self._said = text
+    def _send(self, text: str, seconds: float = 0.0) -> None:
+        self._sent = text
         self._request(text.encode(), seconds)
 
     def _understand(self, message: bytes) -> BoardReply:
         text = message.rstrip(b"\0 \n").decode("ascii", "replace")
         if text.startswith("ERR"):
-            return BoardReply(b"", f"{self.name}: {self._said}: the board answers {text!r}")
+            return BoardReply(b"", f"{self.name}: {self._sent}: the board answers {text!r}")
         return BoardReply(text.encode())
 
 

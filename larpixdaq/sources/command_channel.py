@@ -1,13 +1,13 @@
-"""Command channels: how words and orders reach a board. One request at a time, a limit on each, and nothing waits.
+"""Command channels: they send words to the chips and orders to the board, one request at a time, without waiting.
 
-A channel belongs to one board. It connects when the first request is sent, so that a command port where nobody answers
-is no error before. readout.command_queue drives it::
+A channel belongs to one board. It connects at the first request, so that a command port without a server is no error
+before. Each request has a time limit. readout.command_queue drives a channel::
 
-    channel.send_words(io_channels, words)      # or send_raw(body); only when it is not `busy`
-    ...  when `sockets` are readable, or `due()` has come:
-    reply = channel.take()                      # None: not yet
+    channel.send_words(io_channels, words)      # or send_raw(body); only while it is not `busy`
+    ...  when `sockets` are readable, or the time of `due()` has come:
+    reply = channel.take()                      # None: no answer yet
 
-The addresses of boards' hosts. A resolver may take half a minute for a name, so a thread waits for it.
+HostLookup finds the addresses of boards' hosts. A thread waits for the resolver, which may take half a minute.
 """
 
 from __future__ import annotations
@@ -21,68 +21,67 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-#: TCP ports of a board's data and command servers, unless others are given.
+#: Default TCP ports of a board's data and command servers.
 DATA_PORT: Final = 5556
 COMMAND_PORT: Final = 5555
-#: Seconds for the answer to a request, unless it says that the board needs more.
+#: Seconds for the answer to a request, beyond the time that the board needs for it.
 LIMIT: Final = 2.0
 #: Register maps of PACMAN boards.
 REVISIONS: Final = (2, 3, 4, 5)
-#: No answer of a board is larger (bytes): a PACMAN repeats every word of the request.
+#: Maximum bytes of an answer: a PACMAN repeats every word of the request.
 _LARGEST_REPLY: Final = 2 << 20
-#: Seconds between two attempts to find a host.
-AGAIN: Final = 2.0
-#: Seconds that the first attempt may hold up its caller: names in /etc/hosts and in a resolver's cache take less.
-_AT_ONCE: Final = 0.2
+#: Seconds between two lookups of a host.
+LOOKUP_INTERVAL: Final = 2.0
+#: Maximum seconds that the first lookup holds up its caller: names in /etc/hosts or in a resolver's cache take less.
+_FIRST_LOOKUP: Final = 0.2
 
 
 class BoardReply(NamedTuple):
-    """What came of a request: what the board said, or, in one line, why that is not known."""
+    """Outcome of a request: the board's answer, or the reason why there is none, in one line."""
 
     body: bytes
     error: str = ""
 
 
 class Channel(Protocol):
-    #: For messages to people: board, host:port.
+    #: Name in errors: board and host:port.
     name: str
-    #: "pacman", "bern", "serial" or "class" (none): which orders it understands.
+    #: Kind of orders that it takes: "pacman", "bern", "serial" or "class" (no orders).
     kind: str
     io_group: int
     #: Register map of a PACMAN, one of REVISIONS; 0: not known.
     revision: int
-    #: Words of one request, at most.
+    #: Maximum words of a request.
     batch: int
     #: Sockets to poll for reading while it is busy.
     sockets: tuple[Any, ...]
-    #: A request was sent, and take() has not said yet what came of it.
+    #: A request is in flight: it was sent, and take() has not returned its outcome yet.
     busy: bool
 
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
-        """Send these words to the chips, at most `batch`."""
+        """Send at most `batch` words to the chips."""
 
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
-        """Send an order to the board itself, in the form that boards of this kind understand. The board needs so many
-        seconds for it beyond the usual limit."""
+        """Send an order to the board itself, in the format of its kind, which needs `seconds` beyond the limit."""
 
     def take(self) -> BoardReply | None:
-        """What came of the request in flight; None while that is open."""
+        """Return the outcome of the request in flight; None while it is open."""
 
     def due(self) -> float | None:
-        """When take() wants to be called although no socket is readable (monotonic seconds)."""
+        """Time of the next take() without a readable socket, in seconds of time.monotonic(); None: no such time."""
 
     def close(self) -> None: ...
 
     @property
     def identify(self) -> bytes:
-        """The order that asks the board for its firmware, whose answer firmware() understands; empty: it cannot say."""
+        """The order that asks the board for its firmware; empty: the board cannot be asked."""
 
     def firmware(self, answer: bytes) -> str:
-        """The board's firmware in words, by its answer to `identify`."""
+        """Return the board's firmware as text, from its answer to `identify`."""
 
 
 class RequestChannel:
-    """A board's command server, which speaks REQ/REP over ZeroMQ: a DEALER here, so that nothing ever blocks."""
+    """Channel to a command server, a REP socket of ZeroMQ. Our side is a DEALER, so that nothing blocks."""
 
     kind = ""
     revision = 0
@@ -95,15 +94,15 @@ class RequestChannel:
         self.busy = False
         self._host = host
         self._port = port
-        self._unknown = False  # the request in flight was not sent, since the host is not known
+        self._unsent = False  # the request in flight was not sent, because the host's address is not known
         self._socket: zmq.Socket[bytes] | None = None
         self._context: zmq.Context[Any] | None = None
         self._limit = LIMIT
         self._deadline = 0.0
 
     def take(self) -> BoardReply | None:
-        if self._unknown:
-            self.busy = self._unknown = False
+        if self._unsent:
+            self.busy = self._unsent = False
             return BoardReply(b"", f"{self.name}: {self._host.problem or 'the host is being looked for'}")
         assert self._socket is not None
         try:
@@ -111,7 +110,7 @@ class RequestChannel:
         except zmq.Again:
             if time.monotonic() < self._deadline:
                 return None
-            # What is still under way would otherwise reach the board later, and its answer the next request.
+            # Otherwise the request could still reach the board later, and its answer would be taken for the next one's.
             self.close()
             return BoardReply(b"", f"{self.name}: no answer within {self._limit:g} s")
         except zmq.ZMQError as error:
@@ -123,12 +122,12 @@ class RequestChannel:
         return self._understand(parts[1])
 
     def due(self) -> float | None:
-        if self._unknown:
+        if self._unsent:
             return 0.0
         return self._deadline if self.busy else None
 
     def close(self) -> None:
-        self.busy = self._unknown = False
+        self.busy = self._unsent = False
         self.sockets = ()
         if self._socket is not None:
             self._socket.close(linger=0)
@@ -145,15 +144,15 @@ class RequestChannel:
         return ""
 
     def _understand(self, message: bytes) -> BoardReply:
-        """What the board's answer means."""
+        """Check the board's answer."""
         raise NotImplementedError
 
     def _request(self, message: bytes, seconds: float = 0.0) -> None:
-        """Send it; the board needs so many seconds for it beyond the usual limit."""
+        """Send a request; the board needs `seconds` for it beyond the limit."""
         self.busy = True
         host = self._host.find()
         if not host:
-            self._unknown = True
+            self._unsent = True
             return
         if self._socket is None:
             self._context = zmq.Context()
@@ -171,15 +170,15 @@ class RequestChannel:
 
 
 class HostLookup:
-    """One host. `address` is its numeric address; empty while that is not known, and `problem` says why then."""
+    """Lookup of one host's numeric `address`: empty while it is not known, for the reason in `problem`."""
 
     def __init__(self, host: str) -> None:
         self.host = host
         self.problem = ""
         self._family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._thread: threading.Thread | None = None
-        self._found: tuple[str, str] | None = None  # address and problem, from the thread
-        self._again_at = 0.0
+        self._result: tuple[str, str] | None = None  # address and problem, from the thread
+        self._retry_at = 0.0
         try:
             socket.getaddrinfo(host, None, self._family, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
             self.address = host
@@ -187,31 +186,31 @@ class HostLookup:
             self.address = ""
 
     def find(self) -> str:
-        """The address, as far as it is known; else looks for it, again every 2 s."""
-        if not self.address and self._thread is None and time.monotonic() >= self._again_at:
-            self._thread = threading.Thread(target=self._look, name=f"host {self.host}", daemon=True)
+        """Return the address; while it is not known, "", and look it up every 2 s."""
+        if not self.address and self._thread is None and time.monotonic() >= self._retry_at:
+            self._thread = threading.Thread(target=self._resolve, name=f"host {self.host}", daemon=True)
             self._thread.start()
             if not self.problem:
-                self._thread.join(_AT_ONCE)
-        if self._found is not None:
-            (self.address, self.problem), self._found = self._found, None
+                self._thread.join(_FIRST_LOOKUP)
+        if self._result is not None:
+            (self.address, self.problem), self._result = self._result, None
             self._thread = None
-            self._again_at = time.monotonic() + AGAIN
+            self._retry_at = time.monotonic() + LOOKUP_INTERVAL
         return self.address
 
     def forget(self) -> None:
-        """Look for the host anew: it may have another address now. One that was given as a number has not."""
+        """Look up the host's name again, because it may have a new address. A numeric address stays."""
         if self.address != self.host:
             self.address = ""
 
-    def _look(self) -> None:
+    def _resolve(self) -> None:
         try:
             found = socket.getaddrinfo(self.host, None, self._family, socket.SOCK_STREAM)
-            self._found = str(found[0][4][0]), ""
+            self._result = str(found[0][4][0]), ""
         except (OSError, UnicodeError) as error:
-            self._found = "", f"cannot find host {self.host!r}: {error}"
+            self._result = "", f"cannot find host {self.host!r}: {error}"
 
 
 def endpoint(host: str, port: int) -> str:
-    """The ZeroMQ address of a port of a host."""
+    """Return the ZeroMQ address of a host's port."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

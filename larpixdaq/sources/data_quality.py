@@ -1,14 +1,13 @@
-"""What became of data before they reached us: verdicts per io_group, from what boards and connections give away.
+"""Quality of the data before they reach the producer: verdicts on losses per io_group, and the boards' clocks.
 
-Boards do not number what they send. What they or the network dropped shows only in other things: a connection that was
-away, a header that counts more words than came, a clock that jumps, a FIFO that says that it is full. The decoders
-gather these (schema.NOTICES, ext/loss_evidence.pxd), Presence watches the connection; FINDINGS says what follows.
+Boards do not number their messages. Losses in a board or in the network show only by their traces: a lost connection, a
+header that counts more words than its message has, a clock that jumps, the flag of a full FIFO. The decoders collect
+such traces (schema.NOTICES, ext/loss_evidence.pxd), Presence follows the connection, and FINDINGS gives the verdicts.
 
-The offset of a board's clock from the host's, and its drift, from the times in the headers of its messages.
-
-A header was written before its message had reached us, so the clock is ahead of ours by at least their difference, and
-by no more than the difference from our last look at an empty socket, plus a second where whole seconds are written.
-The second bound does not know of messages that the network held up.
+BoardClock measures the offset of a board's clock from the host's, and its drift, by the times in message headers. The
+board writes a header before the host receives it, so the offset is at least (header - receipt). It is at most (header -
+last look at the empty socket), plus 1 s for headers with whole seconds. The upper bound is wrong for messages that the
+network has delayed.
 """
 
 from __future__ import annotations
@@ -26,68 +25,70 @@ from larpixdaq.protocol.stream import VERDICTS, LossVerdict
 from larpixdaq.schema import NOTICES
 
 COMPLETE, SUSPECT, LOST = VERDICTS
-#: Seconds between two warnings about the same finding in the same io_group.
-WARN_AGAIN: Final = 10.0
-#: A board that is found within so many ns of the run's beginning was there.
+#: Minimum seconds between two warnings about the same finding in the same io_group.
+WARNING_INTERVAL: Final = 10.0
+#: A board that connects at most so many ns after the beginning of a run counts as connected from the beginning.
 GRACE_NS: Final = 10**9
-#: And one that is lost for good so many ns before the run is told to end, or whose last messages come then: people
-#: switch boards off and end runs in either order, and what a board has sent may wait in queues for long.
+#: A board that is lost at most so many ns before the request of end_run has lost no data, because people switch boards
+#: off and end runs in either order. Messages may wait in queues for long.
 END_GRACE_NS: Final = 2 * 10**9
-#: That time begins when all that the board has sent is stored, or so many ns after its last message: runs are ended
-#: when the storages have caught up.
+#: The time of END_GRACE_NS begins when all messages of the board are stored, at most so many ns after its last message,
+#: because people end a run when the storages have caught up.
 BACKLOG_NS: Final = 30 * 10**9
-#: Times that a board was away which are told one by one; the last of them goes on to the end of all that follow.
+#: Maximum number of disconnections with a line each; the last line lasts to the end of all later ones.
 MOST_GAPS: Final = 20
-#: Readings of the last minute say what the offset is now.
-_KEPT: Final = 60
-#: Seconds between two minutes from which a drift is worked out, at least.
-_APART: Final = 120.0
-#: A reading that misses the ones before by so much (seconds) is that of a clock that was set.
-_SET: Final = 0.5
-#: Readings one after the other that are so much too late before the clock is taken to be set: messages may be held up.
-_LATE: Final = 20
+#: Number of readings, one a second, that give the present offset.
+_READINGS: Final = 60
+#: Minimum seconds between the two offsets that give a drift.
+_DRIFT_SPAN: Final = 120.0
+#: Seconds by which a reading must miss the previous ones to show that the clock was set.
+_CLOCK_STEP: Final = 0.5
+#: Number of consecutive readings too late by _CLOCK_STEP that show that the clock was set back. Fewer of them may come
+#: from delayed messages.
+_STEP_READINGS: Final = 20
 
 
 class Finding(NamedTuple):
     verdict: str
-    text: str  # of {events} and {amount}, see schema.NOTICES
-    lost: str = ""  # which of them says how many packets are lost at least
-    setup: bool = False  # the producer's options contradict what the boards send: worth knowing before a run
+    text: str  # with {events}, {amount} and {seconds} of schema.NOTICES
+    lost: str = ""  # "events" or "amount": the minimum number of lost packets
+    setup: bool = False  # the data contradict the producer's options, which is worth a warning before a run
 
 
-#: What each of schema.NOTICES means. "lost": it is certain that something was sent and is not here.
+#: The meaning of each of schema.NOTICES. LOST: data were certainly sent and have not arrived.
 FINDINGS: Final = {
-    # The header is written when the words are complete: those that do not follow it were cut off on the way.
+    # The board writes the header when the words are complete, so the missing words were cut off on the way.
     "short": Finding(LOST, "{amount} words missing in {events} board messages, by their headers", "amount"),
-    # No board sends a message that large. It was dropped before it was looked at: at least one packet for each.
+    # No board sends a message of this size. It was dropped unread, with at least one packet.
     "oversized": Finding(LOST, "{events} board messages dropped as too large ({amount} bytes in all)", "events"),
-    # Bytes came that make no sense: words may have been among them. The ledger has the numbers, and the unknown words.
+    # The invalid bytes may have been words. The ledger has their numbers, and the unknown words.
     "trailing": Finding(SUSPECT, "{amount} bytes behind the last word of {events} board messages"),
     "rejected": Finding(SUSPECT, "{events} invalid board messages ({amount} bytes in all)"),
     "unknown": Finding(SUSPECT, "{amount} words could not be decoded"),
     "resync": Finding(SUSPECT, "{amount} bytes outside of frames"),
-    # A full FIFO drops what comes next, and does not say how much. v3 chips with enable_tally count in the same bits.
+    # A full FIFO drops the next packets without counting them. v3 chips with enable_tally count in the same bits.
     "full": Finding(SUSPECT, "{amount} packets with the flag that a FIFO of their chip was full"),
-    # Sent twice by the board, or an older one in place of a newer: both are stored, and something may be missing.
+    # The board has sent a message twice, or an old one in place of a new one, which is then missing. Both are stored.
     "doubled": Finding(SUSPECT, "{events} board messages ({amount} words) appear to be duplicates"),
-    # A clock that goes back is that of a board that has started again: what it had not sent is gone.
+    # The clock goes back when the board restarts, and the data that it had not sent are lost.
     "back": Finding(SUSPECT, "the board's time went back {events} times, by {amount} s in all: has it restarted?"),
-    # Messages that followed each other here were sent seconds apart, and no silence lay between them: others did.
+    # Two messages arrived without a silence between them, but were sent seconds apart: messages between them are lost.
     "ahead": Finding(SUSPECT, "the board's time jumped ahead {events} times, by {amount} s in all"),
-    # Heartbeats come at equal ticks of the board's clock; where some are not here, other words may be missing too.
+    # Heartbeats come at equal ticks of the board's clock. Where some are missing, other words may be missing too.
     "heartbeats": Finding(SUSPECT, "{amount} heartbeats missing in {events} gaps"),
-    # Each reset of the clock tells how long ago the one before was; that one has not come.
+    # The SYNC word of a clock reset has the time since the previous reset, whose own SYNC word has not arrived.
     "resets": Finding(SUSPECT, "SYNC words of clock resets missing in {events} gaps"),
-    # More than a board's queue holds had been held up, and behind it time is missing: it may have dropped the rest.
+    # More messages were delayed than a board's queue holds, and board time is missing after them: the board may have
+    # dropped messages.
     "holes": Finding(SUSPECT, "{seconds:.2f} s of board time missing in {events} gaps, after delayed delivery"),
-    # The lower half is stored, as a clock of 32 bits would say it: the turns of 429 s are not in the rows.
+    # Only the lower half of the clock is stored, which rolls over every 429 s.
     "cut": Finding(
         SUSPECT,
         "the receipt timestamps of {amount} packets have more than 32 bits, and only the lower 32 are stored: start "
         "the producer with --pacman-format 1.0 (an IO class: with --clock64)",
         setup=True,
     ),
-    # Stored with the wrong bits of the clock, and sync and trigger words with none.
+    # Packets are stored with the wrong bits of the clock, sync and trigger words with none of them.
     "clock64": Finding(
         SUSPECT,
         "at least {amount} words come from firmware with a 64-bit clock, and times are stored wrongly: start the "
@@ -100,7 +101,7 @@ FINDINGS: Final = {
         "start the producer without --clock64",
         setup=True,
     ),
-    # Their columns are filled from other bits than the chips meant.
+    # The columns of the rows come from the wrong bits.
     "as_v1": Finding(SUSPECT, "the packets look like those of v1 chips: start the producer with --asic 1", setup=True),
     "as_v2": Finding(
         SUSPECT, "the packets are of type 0, data of v2 or v1 chips: start the producer with --asic 2 or 1", setup=True
@@ -122,14 +123,15 @@ _SETUP: Final = np.array([FINDINGS[name].setup for name in NOTICES])
 
 
 def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[LossVerdict] = ()) -> list[LossVerdict]:
-    """The lines about one io_group: `others` (of its connection), then what its decoder noticed (dtype schema.NOTICE,
-    one for each of NOTICES). One line "complete" when there is nothing to say."""
+    """Return the verdicts on one io_group: `others` (about its connection), then the findings of its decoder.
+
+    `noticed`: dtype schema.NOTICE, one for each of NOTICES. Without any finding there is one line "complete"."""
     found = list(others)
     for name, notice in zip(NOTICES, noticed, strict=True):
         if notice["events"]:
             finding = FINDINGS[name]
             numbers = {"events": int(notice["events"]), "amount": int(notice["amount"])}
-            seconds = numbers["amount"] / 1e6  # of those that count microseconds
+            seconds = numbers["amount"] / 1e6  # of notices that count microseconds
             found.append(
                 LossVerdict(
                     io_group,
@@ -144,7 +146,7 @@ def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[LossVerdict]
 
 
 def setup_findings(io_group: int, noticed: NDArray[Any]) -> list[LossVerdict]:
-    """Those lines of verdicts() that contradict the producer's options, [] when there are none."""
+    """Return the lines of verdicts() that contradict the producer's options."""
     if not noticed["events"][_SETUP].any():
         return []
     wrong = noticed.copy()
@@ -152,8 +154,8 @@ def setup_findings(io_group: int, noticed: NDArray[Any]) -> list[LossVerdict]:
     return [line for line in verdicts(io_group, wrong) if line.verdict != COMPLETE]
 
 
-def added(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
-    """What several decoders noticed about one io_group, as if it had been one."""
+def sum_notices(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    """Add up the notices of several decoders of one io_group."""
     total: NDArray[Any] | None = None
     for part in parts:
         if total is None:
@@ -171,120 +173,120 @@ def added(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
 
 
 class ConnectionState(Enum):
-    ABSENT = 0  # no connection since the run began
-    THERE = 1
-    LOST = 2  # the connection is gone
-    BACK = 3  # there is one again, no message yet
+    ABSENT = 0  # no connection since the beginning of the run
+    CONNECTED = 1
+    LOST = 2
+    RECONNECTED = 3  # without any message yet
 
 
 class Presence:
-    """Whether a board was there. Times are unix ns.
+    """Connection of a board in a run: the times in which its messages were lost. Times are unix ns.
 
-    It was away from the last message before its connection was lost to the first one after, or to now: a board that
-    publishes keeps nothing for those who are away, so that all that it sent meanwhile is gone. One that is connected
-    and silent has nothing against it: no message is no sign. Only when it says nothing in a whole run that is longer
-    than it ever is silent (`silence`, ns: boards send heartbeats, which can be switched off; 0: it may be silent) is
-    that told. Beginning and end of a run are not sharper than GRACE_NS and END_GRACE_NS.
+    A gap lasts from the last message before the loss of the connection to the first message after it, or to now. All
+    messages of this time are lost, because a board that publishes keeps none. A silent board with a connection loses
+    nothing, but a whole run without a message is reported when it is longer than `silence`: the time (ns) within which
+    the board sends at least a heartbeat; 0: it may be silent, because heartbeats can be switched off. The beginning and
+    the end of a run are known to GRACE_NS and END_GRACE_NS.
     """
 
     def __init__(self, silence: int = 0) -> None:
         self._silence = silence
         self._state = ConnectionState.ABSENT
-        self._since = 0  # the run began
-        self._heard = 0  # the last message; 0: none in this run
-        self._away = 0  # from when on, unless it is THERE
-        self._lost = 0  # when that was noticed
+        self._run_began = 0
+        self._last_message = 0  # 0: none in this run
+        self._gap_began = 0  # unless it is CONNECTED
+        self._loss_noticed = 0
         self._gaps: list[tuple[int, int]] = []
-        self._number = 0
-        self._backlog = 0, -1, 0  # last message, blocks that were made by then (-1: unknown), when they were stored
-        #: Since when there has been no connection, whatever runs begin and end; 0: there is one.
+        self._gap_count = 0
+        self._backlog = 0, -1, 0  # last message, number of blocks made until then (-1: unknown), time of their storage
+        #: Time of the loss of the connection, whatever runs begin and end; 0: connected.
         self.away_ns = 0
 
     def expect(self, now: int) -> None:
-        """From now on there ought to be a connection."""
+        """Count the board as disconnected from now on, until it connects."""
         self.away_ns = now
 
     def start(self, now: int) -> None:
-        """A run begins; whether the board is connected stays as it is."""
+        """Begin a run. The state of the connection stays as it is."""
         self._state = (
-            ConnectionState.THERE
-            if self._state in (ConnectionState.THERE, ConnectionState.BACK)
+            ConnectionState.CONNECTED
+            if self._state in (ConnectionState.CONNECTED, ConnectionState.RECONNECTED)
             else ConnectionState.ABSENT
         )
-        self._since = self._away = now
-        self._heard = self._number = 0
+        self._run_began = self._gap_began = now
+        self._last_message = self._gap_count = 0
         self._backlog = 0, -1, 0
         self._gaps.clear()
 
     def connected(self, now: int) -> None:
         self.away_ns = 0
         if self._state is ConnectionState.ABSENT:
-            self._there(now)
+            self._set_connected(now)
         elif self._state is ConnectionState.LOST:
-            self._state = ConnectionState.BACK
+            self._state = ConnectionState.RECONNECTED
 
     def heard(self, now: int) -> None:
-        self._heard = now
+        self._last_message = now
         if self._state is ConnectionState.ABSENT:
             self.away_ns = 0
-        if self._state is ConnectionState.LOST:  # it was on its way when the connection was lost
-            self._away = now
-        elif self._state is not ConnectionState.THERE:
-            self._there(now)
+        if self._state is ConnectionState.LOST:  # the message was on its way when the connection was lost
+            self._gap_began = now
+        elif self._state is not ConnectionState.CONNECTED:
+            self._set_connected(now)
 
     def lost(self, now: int, since: int = 0) -> None:
-        """The connection is gone. `since`: messages went on coming, so this is noticed late; it was there then."""
-        self._lost = now
+        """Note the loss of the connection. `since`: the last time at which it existed, if the loss is noticed late."""
+        self._loss_noticed = now
         self.away_ns = self.away_ns or now
-        if self._state is ConnectionState.THERE:
-            self._away = since or self._heard or self._since
+        if self._state is ConnectionState.CONNECTED:
+            self._gap_began = since or self._last_message or self._run_began
         if self._state is not ConnectionState.ABSENT:
             self._state = ConnectionState.LOST
 
     def delivered(self, made: int, stored: int, now: int) -> None:
-        """Of all boards' blocks so many were made by now, and so many are stored."""
-        heard, behind, done = self._backlog
-        if self._heard > heard:
-            heard, behind, done = self._heard, -1, 0
-        elif behind < 0:
-            behind = made  # the block that was open when the message came is closed by now
-        if not done and 0 <= behind <= stored:
-            done = now
-        self._backlog = heard, behind, done
+        """Note the number of blocks made, and of blocks stored, from all boards until now."""
+        message, blocks, stored_at = self._backlog
+        if self._last_message > message:
+            message, blocks, stored_at = self._last_message, -1, 0
+        elif blocks < 0:
+            blocks = made  # the block that was open when the message came is closed now
+        if not stored_at and 0 <= blocks <= stored:
+            stored_at = now
+        self._backlog = message, blocks, stored_at
 
-    def _done(self, now: int) -> int:
-        """Since when nothing of a board that is lost has been under way."""
-        last = max(self._lost, self._heard)
-        heard, _, done = self._backlog
-        if heard == self._heard and heard:
-            last = max(last, done or min(now, heard + BACKLOG_NS))
+    def _all_stored(self, now: int) -> int:
+        """Return the time from which no message of a lost board has been on its way."""
+        last = max(self._loss_noticed, self._last_message)
+        message, _, stored_at = self._backlog
+        if message == self._last_message and message:
+            last = max(last, stored_at or min(now, message + BACKLOG_NS))
         return last
 
-    def _there(self, now: int) -> None:
-        if self._state is ConnectionState.BACK or now - self._since > GRACE_NS:
-            self._number += 1
+    def _set_connected(self, now: int) -> None:
+        if self._state is ConnectionState.RECONNECTED or now - self._run_began > GRACE_NS:
+            self._gap_count += 1
             if len(self._gaps) == MOST_GAPS:
                 self._gaps[-1] = self._gaps[-1][0], now
             else:
-                self._gaps.append((self._away, now))
-        self._state = ConnectionState.THERE
+                self._gaps.append((self._gap_began, now))
+        self._state = ConnectionState.CONNECTED
 
     def findings(self, io_group: int, now: int) -> list[LossVerdict]:
-        """One line for each time that the board was away since start(). `now`: or when the run was told to end."""
+        """Return a line for each gap since start(). `now`: or the time at which end_run was requested."""
         found: list[LossVerdict] = []
         for first, last in self._gaps:
-            more = self._number - MOST_GAPS if len(found) == MOST_GAPS - 1 else 0
+            more = self._gap_count - MOST_GAPS if len(found) == MOST_GAPS - 1 else 0
             found.append(
                 _gap(io_group, f"board disconnected{f', and {more} times more' if more > 0 else ''}", first, last)
             )
-        if self._state is ConnectionState.BACK:
-            found.append(_gap(io_group, "board disconnected, silent since it reconnected", self._away, now))
-        elif self._state is ConnectionState.LOST and now - self._done(now) > END_GRACE_NS:
-            found.append(_gap(io_group, "board disconnected, did not reconnect", self._away, now))
+        if self._state is ConnectionState.RECONNECTED:
+            found.append(_gap(io_group, "board disconnected, silent since it reconnected", self._gap_began, now))
+        elif self._state is ConnectionState.LOST and now - self._all_stored(now) > END_GRACE_NS:
+            found.append(_gap(io_group, "board disconnected, did not reconnect", self._gap_began, now))
         elif self._state is ConnectionState.ABSENT:
-            found.append(_gap(io_group, "board never connected", self._away, now))
-        elif not self._heard and self._silence and now - self._since > self._silence:
-            found.append(_gap(io_group, "board connected but silent, without any heartbeat", self._since, now))
+            found.append(_gap(io_group, "board never connected", self._gap_began, now))
+        elif not self._last_message and self._silence and now - self._run_began > self._silence:
+            found.append(_gap(io_group, "board connected but silent, without any heartbeat", self._run_began, now))
         return found
 
 
@@ -293,42 +295,45 @@ def _gap(io_group: int, text: str, first: int, last: int) -> LossVerdict:
 
 
 class Watch:
-    """The worst verdict of each io_group of a run so far, and warnings when something new speaks against one."""
+    """The worst verdict on each io_group in a run so far, and warnings about new findings."""
 
-    def __init__(self, again: float = WARN_AGAIN) -> None:
+    def __init__(self, interval: float = WARNING_INTERVAL) -> None:
+        """`interval`: minimum seconds between two warnings about the same kind of finding in an io_group."""
         self.worst: dict[int, str] = {}
-        self._again = again
-        self._told: dict[tuple[int, str], tuple[float, set[LossVerdict]]] = {}
+        self._interval = interval
+        self._warned: dict[tuple[int, str], tuple[float, set[LossVerdict]]] = {}
 
     def start(self) -> None:
         self.worst.clear()
-        self._told.clear()
+        self._warned.clear()
 
-    def look(self, found: Iterable[LossVerdict], now: float) -> list[str]:
-        """Warnings, each one line: a finding of a kind that is new in its io_group, or has grown and was last told
-        `again` seconds ago. `now`: monotonic seconds."""
+    def update(self, found: Iterable[LossVerdict], now: float) -> list[str]:
+        """Take the present verdicts and return the warnings, one line each. `now`: monotonic seconds.
+
+        A warning is a finding of a kind that is new in its io_group, or has changed since the last warning."""
         lines = []
         worst: dict[int, str] = {}
-        for one in found:
-            worst[one.io_group] = max(worst.get(one.io_group, COMPLETE), one.verdict, key=VERDICTS.index)
-            kind = one.io_group, _kind(one)
-            at, told = self._told.get(kind, (-math.inf, set()))
-            if one.verdict == COMPLETE or one in told or now < at + self._again:
+        for line in found:
+            worst[line.io_group] = max(worst.get(line.io_group, COMPLETE), line.verdict, key=VERDICTS.index)
+            kind = line.io_group, _kind(line)
+            at, warned = self._warned.get(kind, (-math.inf, set()))
+            if line.verdict == COMPLETE or line in warned or now < at + self._interval:
                 continue
-            self._told[kind] = now, told | {one}
-            lines.append(f"io_group {one.io_group} is {one.verdict}: {one.why}")
+            self._warned[kind] = now, warned | {line}
+            lines.append(f"io_group {line.io_group} is {line.verdict}: {line.why}")
         self.worst = worst
         return lines
 
 
-def _kind(one: LossVerdict) -> str:
-    """Sentences that differ in their numbers only are of one kind."""
-    return "".join(letter for letter in one.why if not letter.isdigit())
+def _kind(line: LossVerdict) -> str:
+    """Return the text without its numbers: findings that differ only in them are of one kind."""
+    return "".join(letter for letter in line.why if not letter.isdigit())
 
 
 class ClockReading(NamedTuple):
-    """Seconds that the board's clock is ahead of the host's, and parts per million by which it runs faster, each with
-    half of the interval in which it lies; `drift` None: not known yet."""
+    """Offset of the board's clock from the host's, in seconds, and its drift in ppm; positive: ahead, faster.
+
+    Uncertainties are half of the interval in which the value lies. `drift` None: not known yet."""
 
     offset: float
     offset_uncertainty: float
@@ -342,41 +347,41 @@ class ClockReading(NamedTuple):
             return text
         return f"{text}, drift {self.drift:+.1f} ± {self.drift_uncertainty:.2g} ppm"
 
-    def beyond(self, limit: float) -> bool:
-        """Whether the offset is larger than so many seconds for certain."""
+    def exceeds(self, limit: float) -> bool:
+        """Return whether the offset is certainly larger than `limit` seconds."""
         return abs(self.offset) - self.offset_uncertainty > limit
 
 
 class BoardClock:
-    """One board's clock; times are monotonic seconds."""
+    """Clock of one board; times are monotonic seconds."""
 
     def __init__(self) -> None:
-        self._readings: deque[tuple[float, float, float]] = deque(maxlen=_KEPT)  # time, bounds of the offset (seconds)
-        self._first: tuple[float, float, float] | None = None  # the same of the first minute
-        self._late = 0  # readings one after the other that say that the clock was set back
+        self._readings: deque[tuple[float, float, float]] = deque(maxlen=_READINGS)  # time, bounds of the offset
+        self._first: tuple[float, float, float] | None = None  # the same from the readings of the first minute
+        self._late = 0  # number of consecutive readings that show a clock set back
 
     def take(self, now: float, bounds: tuple[float, float] | None) -> None:
-        """Take what a decoder's clock_bounds() says, once a second."""
+        """Take the clock_bounds() of the board's decoder, once a second."""
         if bounds is None:
             return
         low, high = bounds[0] / 1e9, bounds[1] / 1e9
         known = self._bounds()
-        self._late = self._late + 1 if known is not None and high < known[0] - _SET else 0
-        if known is not None and (low > known[1] + _SET or self._late >= _LATE):
+        self._late = self._late + 1 if known is not None and high < known[0] - _CLOCK_STEP else 0
+        if known is not None and (low > known[1] + _CLOCK_STEP or self._late >= _STEP_READINGS):
             self._readings.clear()
             self._first, self._late = None, 0
         self._readings.append((now, low, high))
-        if self._first is None and now - self._readings[0][0] >= _KEPT / 2:
+        if self._first is None and now - self._readings[0][0] >= _READINGS / 2:
             self._first = (now, *self._interval())
 
     def reading(self) -> ClockReading | None:
-        """What is known by now; None before the first header."""
+        """Return the present offset and drift; None before the first header."""
         if not self._readings:
             return None
         low, high = self._interval()
         offset, uncertainty = (low + high) / 2, (high - low) / 2
         now = self._readings[-1][0]
-        if self._first is None or now - self._first[0] < _APART:
+        if self._first is None or now - self._first[0] < _DRIFT_SPAN:
             return ClockReading(offset, uncertainty)
         then, first_low, first_high = self._first
         passed = (now - then) / 1e6
@@ -387,10 +392,10 @@ class BoardClock:
         return self._interval() if self._readings else None
 
     def _interval(self) -> tuple[float, float]:
-        """In which the offset lies, by the last minute. An upper bound below a lower one is that of a message that was
-        held up."""
-        low = max(one[1] for one in self._readings)
-        highs = [one[2] for one in self._readings]
-        # All of them held up: by about as much as the bounds miss each other.
-        high = min((one for one in highs if one >= low), default=min(2 * low - max(highs), low + 1.0))
+        """Return the bounds of the offset from the last minute. An upper bound below a lower one comes from a delayed
+        message."""
+        low = max(reading[1] for reading in self._readings)
+        highs = [reading[2] for reading in self._readings]
+        # If all messages were delayed, then by about the distance of the bounds.
+        high = min((high for high in highs if high >= low), default=min(2 * low - max(highs), low + 1.0))
         return (low, high) if high < math.inf else (low, low + 1.0)

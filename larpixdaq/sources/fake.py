@@ -1,4 +1,4 @@
-"""A board that is not there: plausible PACMAN messages at a given rate, for trying everything else out."""
+"""Fake board: plausible PACMAN messages at a given rate, to try the system without hardware."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from larpixdaq.runtime.timing import Pace
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.source import LiveSource
 
-#: Words of one read() at most, and seconds between two: far above any rate that can be decoded.
+#: Maximum words of a read(), and seconds between two read(): together far above any rate that can be decoded.
 BATCH = 65_536
 TURN = 0.001
-#: The board's clock begins 2 s before the chips' 31-bit timestamps roll over: whoever tries things out sees that too.
+#: Ticks of the board's clock at the start: 2 s before the chips' 31-bit timestamps roll over, so that users see it.
 CLOCK_START = 2**31 - 20_000_000
 
 
 class FakeSource(LiveSource):
-    """io_group `io_group` with `rate` words/s; the same seed, the same packets."""
+    """Fake board with `rate` words/s. The same seed gives the same packets."""
 
     kind = "fake"
     address = ""

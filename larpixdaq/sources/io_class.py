@@ -1,9 +1,9 @@
-"""Boards that are read and written through an IO class, of larpix-control or of a user, in a process of its own.
+"""Boards behind an IO class of larpix-control or of a user, which runs in a process of its own, at Python's speed.
 
 The process (io_class_child.py) asks the class for packets and passes them on as messages of a PACMAN, which are decoded
-and counted like any board's. Words to the chips and orders to the board go through it too. It runs at Python's speed. A
-process that dies is started again after 1 s, then after 2 s, 4 s and so on up to a minute; after it has lived for a
-minute, the delay is 1 s again.
+and counted like those of any board. Words to the chips and orders to the board go through it too. A dead process is
+started again after 1 s, then after 2 s, 4 s and so on up to 60 s. When a process has lived for 60 s, the delay is 1 s
+again.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from larpixdaq.sources.source import BoardStatus
 
 #: Seconds within which the class has to be ready.
 START_LIMIT: Final = 30.0
-#: Seconds until a process that died is started again: at first, and at most. One that has lived for the maximum is
-#: trusted, and the next delay is the first again.
-AGAIN, MOST_AGAIN = 1.0, 60.0
-#: Seconds that a process has to end by itself: after its socket was closed, and after it seems to have ended.
+#: First and maximum seconds until a dead process is started again. After a process has lived for the maximum, the next
+#: delay is the first one.
+RESTART_DELAY, MAX_RESTART_DELAY = 1.0, 60.0
+#: Seconds for a process to end by itself: after its socket was closed, and after it seems to have ended.
 _END_LIMIT: Final = 1.0
 _ENDED_LIMIT: Final = 0.2
 _ENDED: Final = "its process ended"
-#: Maximum messages of one read.
+#: Maximum messages of a read().
 _BATCH: Final = 64
-#: Seconds that the class has for a request.
+#: Seconds for the class to execute a request.
 SEND_LIMIT: Final = 10.0
 #: Maximum words of one request.
 _WORDS: Final = 256
 
 
 class IoClassSource(PieceSource):
-    """The boards of one object of an IO class; implements `sources.source.Source`. `io_groups` are known after open().
+    """Boards of one object of an IO class. `io_groups` are known after open().
 
     `io_class` is the name of a class in larpix.io, package.module:Class or package.module.Class, and `arguments` are
     the arguments of its constructor. `clock64`: the clocks of its boards have 64 bits. `revisions`: register maps of
@@ -88,19 +88,19 @@ class IoClassSource(PieceSource):
         self._revisions = dict(revisions or {})
         self._decoders = Decoders(asic, format="auto", clock64=clock64)
         self._presence = Presence()
-        self._there = False  # the process has said Hello
+        self._ready = False  # the process has sent Hello
         self._more = False  # the class may have more packets than it has passed on
-        self._again_at: float | None = None
-        self._again = AGAIN
-        self._trusted_at = math.inf
-        self._gone_since = 0.0
-        self._gone = ""  # why there is no process
+        self._restart_at: float | None = None
+        self._restart_delay = RESTART_DELAY
+        self._stable_at = math.inf
+        self._lost_at = 0.0
+        self._reason = ""  # of the disconnection
 
     def open(self) -> None:
         """Start the process and wait until the class is ready; ConfigError says why it is not."""
         self._start()
         deadline = time.monotonic() + START_LIMIT
-        while not self._there:
+        while not self._ready:
             left = deadline - time.monotonic()
             if not self._process.alive or left <= 0:
                 self.close()
@@ -108,10 +108,10 @@ class IoClassSource(PieceSource):
                     self._problems[-1] if self._problems else f"{self.name}: not there in {START_LIMIT:g} s"
                 )
             select.select(self.sockets, [], [], left)
-            self._take(time.monotonic())
+            self._receive(time.monotonic())
 
     def close(self) -> None:
-        self._again_at = None
+        self._restart_at = None
         self.sockets = ()
         self._end(_END_LIMIT)
         self._process.close()
@@ -121,16 +121,16 @@ class IoClassSource(PieceSource):
         self._presence.start(time.time_ns())
 
     def due(self) -> float | None:
-        return self._again_at
+        return self._restart_at
 
     def read(self) -> bool:
         now = time.monotonic()
-        if self._again_at is not None and now >= self._again_at:
-            self._again_at = None
+        if self._restart_at is not None and now >= self._restart_at:
+            self._restart_at = None
             self._start()
-        if now >= self._trusted_at:
-            self._trusted_at, self._again = math.inf, AGAIN
-        return self._take(now) or self._more
+        if now >= self._stable_at:
+            self._stable_at, self._restart_delay = math.inf, RESTART_DELAY
+        return self._receive(now) or self._more
 
     def texts(self) -> list[tuple[str, int]]:
         return []
@@ -146,34 +146,34 @@ class IoClassSource(PieceSource):
         self._presence.delivered(made, stored, now)
 
     def boards(self) -> list[BoardStatus]:
-        away, why = self._presence.away_ns, self._gone
+        away, why = self._presence.away_ns, self._reason
         return [board._replace(away_ns=away, problem=why) for board in super().boards()]
 
-    def _take(self, now: float) -> bool:
-        """Take what the process has sent; whether there are messages of boards among it."""
+    def _receive(self, now: float) -> bool:
+        """Take the messages of the process. Returns whether there are board messages among them."""
         found: list[Data] = []
         reason = ""
-        there = self._there
-        while self._process.alive and not reason and len(found) < _BATCH and self._there == there:
+        ready = self._ready
+        while self._process.alive and not reason and len(found) < _BATCH and self._ready == ready:
             data = self._process.receive()
             if data is None:
                 break
             try:
                 message = answers.decode(data)
-            except msgspec.MsgspecError:  # it has ended, or closed its socket
+            except msgspec.MsgspecError:  # nothing: the process has ended, or closed its socket
                 reason = _ENDED
             else:
                 if isinstance(message, Data):
                     found.append(message)
                     self._more = True
                 else:
-                    reason = self._hear(message, now)
+                    reason = self._handle(message, now)
         if reason:
             self._lose(now, reason)
         self.drained = not self._more
-        return bool(found) and self._release(found)
+        return bool(found) and self._release_messages(found)
 
-    def _release(self, found: list[Data]) -> bool:
+    def _release_messages(self, found: list[Data]) -> bool:
         self._presence.heard(time.time_ns())
         data = np.frombuffer(b"".join(one.log for one in found), np.uint8)
         spans, _ = split_log(data)
@@ -181,22 +181,22 @@ class IoClassSource(PieceSource):
         self._piece = RecordedMessages(self._decoders, data, spans, groups, None)
         return self._piece.release(0.0)
 
-    def _hear(self, message: FromChild, now: float) -> str:
-        """Handle a message; returns why the process is useless, or "" if it is not."""
+    def _handle(self, message: FromChild, now: float) -> str:
+        """Handle a message. Returns the reason why the process is useless, or ""."""
         if isinstance(message, Idle):
             self._more = False
         elif isinstance(message, Sent):
             if message.io_group in self._channels:
-                self._channels[message.io_group].done(message)
+                self._channels[message.io_group].finish(message)
         elif isinstance(message, Failed):
             return message.text
         elif isinstance(message, Hello):
             io_groups = tuple(message.io_groups)
             if not io_groups or not all(0 < group < IO_GROUPS for group in io_groups):
                 return f"its io_groups: expected some from 1 to {IO_GROUPS - 1}, found {list(io_groups)}"
-            strangers = self._revisions.keys() - {0, *io_groups}
-            if strangers:
-                return f"--pacman-revision: no board has io_group {min(strangers)}, its io_groups: {list(io_groups)}"
+            unknown = self._revisions.keys() - {0, *io_groups}
+            if unknown:
+                return f"--pacman-revision: no board has io_group {min(unknown)}, its io_groups: {list(io_groups)}"
             if not self.io_groups:
                 self.io_groups = io_groups
                 self._channels = {
@@ -212,16 +212,16 @@ class IoClassSource(PieceSource):
                 self.channels = tuple(self._channels.values())
             elif self.io_groups != io_groups:
                 return f"its io_groups were {list(self.io_groups)} and are {list(io_groups)} now"
-            elif self._gone_since:
-                self._problems.append(f"{self.name}: connected again after {now - self._gone_since:.1f} s")
-            self._there = True
-            self._gone = ""
-            self._trusted_at = now + MOST_AGAIN
+            elif self._lost_at:
+                self._problems.append(f"{self.name}: connected again after {now - self._lost_at:.1f} s")
+            self._ready = True
+            self._reason = ""
+            self._stable_at = now + MAX_RESTART_DELAY
             self._presence.connected(time.time_ns())
         return ""
 
     def _post(self, message: bytes) -> bool:
-        return self._there and self._process.send(message)
+        return self._ready and self._process.send(message)
 
     def _start(self) -> None:
         try:
@@ -233,31 +233,32 @@ class IoClassSource(PieceSource):
         status = self._end(_ENDED_LIMIT)
         if status is not None and reason == _ENDED:
             reason += f" by signal {signal_name(-status)}" if status < 0 else f" with status {status}"
-        self._again_at = now + self._again
+        self._restart_at = now + self._restart_delay
         self._problems.append(
-            f"{self.name}: {reason}" + (f"; starts again in {self._again:g} s" if self.io_groups else "")
+            f"{self.name}: {reason}" + (f"; starts again in {self._restart_delay:g} s" if self.io_groups else "")
         )
-        self._again = min(2 * self._again, MOST_AGAIN)
-        self._gone_since = now
-        self._gone = reason
+        self._restart_delay = min(2 * self._restart_delay, MAX_RESTART_DELAY)
+        self._lost_at = now
+        self._reason = reason
         self._presence.lost(time.time_ns())
         for channel in self._channels.values():
-            channel.lost(reason)
+            channel.fail(reason)
 
     def _end(self, limit: float) -> int | None:
-        """End the process, which has `limit` seconds to end by itself; its exit status, None when there was none."""
-        self._there = self._more = False
-        self._trusted_at = math.inf
+        """End the process, which has `limit` seconds to end by itself. Returns its exit status; None: no process."""
+        self._ready = self._more = False
+        self._stable_at = math.inf
         return self._process.end(limit)
 
 
 class IoClassChannel:
-    """Words to the chips of one io_group, through the class's `send`; done when that has returned. With the methods of
-    PACMAN_IO for registers the class also takes orders to the board, as those of a PACMAN."""
+    """Words to the chips of one io_group by the class's `send`; a request ends when `send` has returned.
+
+    A class with the methods of PACMAN_IO for registers also takes orders to the board, in the format of a PACMAN."""
 
     batch = _WORDS
     identify = b""
-    sockets: tuple[Any, ...] = ()  # answers come among the data
+    sockets: tuple[Any, ...] = ()  # the source receives the answers
 
     def __init__(
         self, name: str, io_group: int, post: Callable[[bytes], bool], *, registers: bool, revision: int = 0
@@ -276,13 +277,13 @@ class IoClassChannel:
 
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         self._number += 1
-        self._ask(Send(self._number, self.io_group, io_channels.tobytes(), words.astype("<u8").tobytes()))
+        self._post_request(Send(self._number, self.io_group, io_channels.tobytes(), words.astype("<u8").tobytes()))
 
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
         self._number += 1
-        self._ask(Order(self._number, self.io_group, body), seconds)
+        self._post_request(Order(self._number, self.io_group, body), seconds)
 
-    def _ask(self, request: Send | Order, seconds: float = 0.0) -> None:
+    def _post_request(self, request: Send | Order, seconds: float = 0.0) -> None:
         self._limit = SEND_LIMIT + seconds
         self._deadline = time.monotonic() + self._limit
         self._reply = None if self._post(pack(request)) else self._failed("its process takes nothing")
@@ -305,13 +306,13 @@ class IoClassChannel:
     def firmware(self, answer: bytes) -> str:
         return ""
 
-    def done(self, said: Sent) -> None:
-        """The process says what became of a request."""
-        if said.number == self._number and self._reply is None:
-            self._reply = self._failed(said.error) if said.error else BoardReply(said.body)
+    def finish(self, sent: Sent) -> None:
+        """Take the outcome of a request."""
+        if sent.number == self._number and self._reply is None:
+            self._reply = self._failed(sent.error) if sent.error else BoardReply(sent.body)
 
-    def lost(self, reason: str) -> None:
-        """The process is gone."""
+    def fail(self, reason: str) -> None:
+        """Fail the request in flight, because the process has ended."""
         if self.busy and self._reply is None:
             self._reply = self._failed(reason)
 

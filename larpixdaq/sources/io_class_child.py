@@ -1,15 +1,15 @@
-"""The process of an IO class, larpix-control's or anybody's: it alone has the class, and hands over what that gets.
+"""Process of an IO class of larpix-control or of a user: it passes the packets of the class on to its parent.
 
-Started by `io_class.IoClassSource` with the descriptor of its socket, it ends with its parent. It is run by path, so
-that neither the working directory nor this folder can hide a module of the library. Modules of the working directory
-can be named too, but hide nothing either.
+`io_class.IoClassSource` starts it with the descriptor of its socket, and it ends with its parent. It is run by its
+path, so that neither the working directory nor this folder hides a module of the library. The class may be in a module
+of the working directory.
 """
 
 import os
 import sys
 
 if __spec__ is None:
-    # The last places, so that only a package that is not installed is found by them.
+    # At the end, so that Python finds only packages there that are not installed.
     sys.path += [os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), os.getcwd()]
     del sys.path[0]
 
@@ -42,14 +42,15 @@ from larpixdaq.protocol.io_class import (
 from larpixdaq.runtime.child_process import parent_socket
 from larpixdaq.schema import Asic
 
-#: When nothing comes, the class is asked again after so long (seconds).
+#: Seconds between two calls of the class while it has no packets.
 _IDLE: Final = 0.005
 #: Bytes that are handed over at once, and words of one message: both stay below io_class.MAX_MESSAGE.
+#: Maximum bytes of Data, and words of a board message: both stay below io_class.LARGEST.
 _MOST_BYTES: Final = 60_000
 _MOST_WORDS: Final = 1_000
 
-#: Words of PACMAN messages, legacy and 1.0: chips' words, the board's own, and any other.
-_CHIPS, _BOARDS, _OTHER = range(3)
+#: Kinds of words in PACMAN messages, and their formats, legacy and 1.0: words of chips, of the board, and others.
+_CHIP, _BOARD, _OTHER = range(3)
 _LEGACY: Final = [struct.Struct(form) for form in ("<cBIxxQ", "<cBBxI8x", "<c15s")]
 _1_0: Final = [struct.Struct(form) for form in ("<cxH4xQQ", "<cxBB4xQ8x", "<c23s")]
 _HEADER_LEGACY: Final = struct.Struct("<cIxH")
@@ -57,13 +58,14 @@ _HEADER_1_0: Final = struct.Struct("<cxBxIQ8x")
 
 _ORDER: Final = struct.Struct("<c3xI4xI")
 
-#: Which of these a word is, and what is in it.
+#: The kind of a word, and the values of its format.
 Word = tuple[Any, ...]
 
 
 def make(name: str, arguments: Sequence[str]) -> Any:
-    """An object of the class NAME: of larpix.io, or package.module:Class, or package.module.Class. Arguments that look
-    like numbers are numbers. ConfigError, in one line, when there is no such class."""
+    """Make an object of a class of larpix.io, or of package.module:Class or package.module.Class.
+
+    Arguments that look like numbers become numbers. ConfigError, in one line, when there is no such class."""
     module, _, attribute = name.replace(":", ".").rpartition(".")
     try:
         found = getattr(importlib.import_module(module or "larpix.io"), attribute, None)
@@ -83,26 +85,26 @@ def _value(text: str) -> int | float | str:
 
 
 class Encoder:
-    """Packets as messages of a PACMAN. A TimestampPacket begins one, and its time is that of all until the next; before
-    the first the host's time stands in.
+    """Encodes packets as messages of a PACMAN.
 
-    `io_groups`: those that the class has; packets without one are of the first, and those of others become words that
-    nobody can understand. `wide`: all messages are of format 1.0, whose clocks have 64 bits; else those that need it.
+    A TimestampPacket begins a message and gives the time of all messages up to the next one. Before the first one it is
+    the host's time. `io_groups`: of the class; packets without an io_group count as the first, packets of another one
+    become unknown words. `wide`: all messages have format 1.0 with its clock of 64 bits, otherwise those that need it.
     """
 
     def __init__(self, io_groups: Sequence[int], *, wide: bool) -> None:
         self._io_groups = io_groups
         self._wide = wide
-        self._seconds: dict[int, int] = {}  # of the last TimestampPacket
+        self._seconds: dict[int, int] = {}  # of the last TimestampPacket, by io_group
 
     def messages(self, packets: Iterable[Any]) -> Iterator[tuple[int, bytes]]:
-        """(io_group, message). Messages of an io_group have their order, those of several are side by side."""
+        """Yield (io_group, message), in the order of the packets within each io_group."""
         opened: dict[int, tuple[int, list[Word]]] = {}
         for packet in packets:
             word = _word(packet)
             io_group = getattr(packet, "io_group", None) or self._io_groups[0]
             if io_group not in self._io_groups:
-                io_group, word = self._io_groups[0], _other(f"io_group {io_group}")
+                io_group, word = self._io_groups[0], _unknown_word(f"io_group {io_group}")
             if io_group in opened and (word is None or len(opened[io_group][1]) == _MOST_WORDS):
                 yield io_group, self._message(*opened.pop(io_group))
             if word is None:
@@ -115,7 +117,7 @@ class Encoder:
             yield io_group, self._message(seconds, words)
 
     def batches(self, packets: Iterable[Any]) -> Iterator[Data]:
-        """The same, as they are handed over."""
+        """Yield the messages of the packets in batches for the parent."""
         groups, log = bytearray(), bytearray()
         for io_group, message in self.messages(packets):
             if len(log) + len(message) > _MOST_BYTES:
@@ -134,30 +136,30 @@ class Encoder:
         try:
             body = _body(_1_0, words)
         except struct.error:  # no clock or io_channel is that large
-            body = b"".join(_fit(_1_0, word) for word in words)
+            body = b"".join(_pack_fitting(_1_0, word) for word in words)
         return _HEADER_1_0.pack(b"D", 1, len(body), seconds * 10**9 & (1 << 64) - 1) + body
 
 
 def _word(packet: Any) -> Word | None:
-    """What is in a packet; None for one that begins a message."""
+    """Return the word of a packet; None for a packet that begins a message."""
     if isinstance(packet, TimestampPacket):
         return None
     if isinstance(packet, SyncPacket):
-        return _BOARDS, b"S", _byte(packet.sync_type), packet.clk_source or 0, packet.timestamp or 0
+        return _BOARD, b"S", _byte(packet.sync_type), packet.clk_source or 0, packet.timestamp or 0
     if isinstance(packet, TriggerPacket):
-        return _BOARDS, b"T", _byte(packet.trigger_type), 0, packet.timestamp or 0
+        return _BOARD, b"T", _byte(packet.trigger_type), 0, packet.timestamp or 0
     try:
         bits = int.from_bytes(packet.bytes(), "little")
-        return _CHIPS, b"D", packet.io_channel or 0, getattr(packet, "receipt_timestamp", None) or 0, bits
+        return _CHIP, b"D", packet.io_channel or 0, getattr(packet, "receipt_timestamp", None) or 0, bits
     except (AttributeError, TypeError):
-        return _other(type(packet).__name__)
+        return _unknown_word(type(packet).__name__)
 
 
 def _byte(value: Any) -> int:
     return value[0] if isinstance(value, bytes) and value else int(value or 0)
 
 
-def _other(text: str) -> Word:
+def _unknown_word(text: str) -> Word:
     return _OTHER, b"?", text.encode("ascii", "replace")
 
 
@@ -165,15 +167,15 @@ def _body(forms: Sequence[struct.Struct], words: Iterable[Word]) -> bytes:
     return b"".join([forms[which].pack(*content) for which, *content in words])
 
 
-def _fit(forms: Sequence[struct.Struct], word: Word) -> bytes:
+def _pack_fitting(forms: Sequence[struct.Struct], word: Word) -> bytes:
     try:
         return forms[word[0]].pack(*word[1:])
     except struct.error:
-        return forms[_OTHER].pack(*_other(str(word[1:]))[1:])
+        return forms[_OTHER].pack(*_unknown_word(str(word[1:]))[1:])
 
 
 def packets_of(request: Send, asic: Asic) -> list[Any]:
-    """What the class is to send."""
+    """Return the packets for the words of a request."""
     made = []
     for at, io_channel in enumerate(request.io_channels):
         bits = request.words[8 * at : 8 * at + 8]
@@ -183,8 +185,8 @@ def packets_of(request: Send, asic: Asic) -> list[Any]:
     return made
 
 
-def ordered(io: Any, request: Order) -> bytes:
-    """What the board says to each word of an order: by the methods that larpix-control's PACMAN_IO has for them."""
+def execute(io: Any, request: Order) -> bytes:
+    """Execute each word of an order by the methods of larpix-control's PACMAN_IO. Returns the board's answers."""
     answer = b""
     for kind, register, value in _ORDER.iter_unpack(request.body):
         if kind == b"R":
@@ -197,7 +199,7 @@ def ordered(io: Any, request: Order) -> bytes:
     return answer
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
     return " ".join(f"{kind}{error}".split())[:500]
 
@@ -206,7 +208,7 @@ class _ParentGone(Exception):
     pass
 
 
-def _say(sock: socket.socket, message: FromChild) -> None:
+def _send(sock: socket.socket, message: FromChild) -> None:
     try:
         sock.send(pack(message))
     except OSError:
@@ -214,7 +216,7 @@ def _say(sock: socket.socket, message: FromChild) -> None:
 
 
 def _serve(sock: socket.socket, io: Any, encoder: Encoder, asic: Asic) -> None:
-    """Until the parent closes its end."""
+    """Pass packets and requests on until the parent closes its socket."""
     busy = False
     while True:
         if select.select([sock], [], [], 0 if busy else _IDLE)[0]:
@@ -225,19 +227,19 @@ def _serve(sock: socket.socket, io: Any, encoder: Encoder, asic: Asic) -> None:
             body, error = b"", ""
             try:
                 if isinstance(request, Order):
-                    body = ordered(io, request)
+                    body = execute(io, request)
                 else:
                     io.send(packets_of(request, asic))
-            except Exception as told:
+            except Exception as failure:
                 traceback.print_exc()
-                error = _line(told)
-            _say(sock, Sent(request.number, request.io_group, body, error))
+                error = _one_line(failure)
+            _send(sock, Sent(request.number, request.io_group, body, error))
         packets, _ = io.empty_queue()
         if busy and not packets:
-            _say(sock, Idle())
+            _send(sock, Idle())
         busy = bool(packets)
         for batch in encoder.batches(packets):
-            _say(sock, batch)
+            _send(sock, batch)
 
 
 def main() -> None:
@@ -248,7 +250,7 @@ def main() -> None:
         io.start_listening()
         io_groups = sorted(map(int, getattr(io, "_io_group_table", None) or [1]))
         registers = all(callable(getattr(io, method, None)) for method in ("ping", "get_reg", "set_reg"))
-        _say(sock, Hello(io_groups, registers))
+        _send(sock, Hello(io_groups, registers))
         try:
             _serve(sock, io, Encoder(io_groups, wide=wide == "wide"), Asic(int(asic)))
         except _ParentGone:
@@ -256,13 +258,13 @@ def main() -> None:
                 io.stop_listening()
         status = 0
     except BaseException as error:
-        if not isinstance(error, ConfigError | OSError):  # a mistake in the class; the others say what they are about
+        if not isinstance(error, ConfigError | OSError):  # a mistake in the class; the other errors explain themselves
             traceback.print_exc()
         with contextlib.suppress(_ParentGone):
-            _say(sock, Failed(_line(error)))
+            _send(sock, Failed(_one_line(error)))
         status = 1
     sys.stdout.flush()
-    os._exit(status)  # without waiting for what the class may have started
+    os._exit(status)  # without waiting for threads that the class may have started
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Where packets come from: the producer's options for it, and the sources that they ask for.
+"""The producer's options for sources, and the sources that they make.
 
-larpix-control's io configuration files (JSON): which address has which io_group.
+`--io-config` reads io configuration files of larpix-control (JSON), which give the address of each io_group:
 
     {"_config_type": "io", "io_class": "PACMAN_IO", "io_group": [[1, "pacman.local"], [2, "pacman2.local"]]}
 
-PACMAN_IO's may also say the boards' revisions (`--pacman-revision`), of all or of each io_group, which larpix-control
-does not look at: "pacman_revision": 4, or {"1": 4, "2": 5}.
+A file of PACMAN_IO may also have the boards' revisions (`--pacman-revision`), for all or for each io_group, which
+larpix-control ignores: "pacman_revision": 4, or {"1": 4, "2": 5}.
 
-A name is looked up in the working directory first and then among the files that larpix-control brings; `_include` lists
-files whose fields are taken where the file itself has none.
+A file is looked up in the working directory, and then among the files of larpix-control. `_include` lists files whose
+fields count where the file itself does not have them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from larpixdaq.schema import ASICS, Asic
 from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT, REVISIONS
 from larpixdaq.sources.source import Source
 
-#: In revisions of boards by io_group: all that are not named.
+#: The key for all other boards in revisions by io_group.
 ALL: Final = 0
 #: Packets per second of `--fake` without a rate.
 FAKE_RATE: Final = 10_000.0
@@ -36,9 +36,9 @@ _BOARD: Final = re.compile(
 )
 _FORM: Final = "[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]"
 _CLASS: Final = re.compile(r"([A-Za-z_]\w*\.)*([A-Za-z_]\w*:)?[A-Za-z_]\w*", re.ASCII)
-#: The io class of larpix-control -> the source that does the same.
+#: The source for each IO class of larpix-control.
 _IO_CLASSES: Final = {"PACMAN_IO": "pacman", "SerialPort": "serial", "ZMQ_IO": "bern", "MultiZMQ_IO": "bern"}
-#: Options that only some sources understand; given with another source they are refused, since they would do nothing.
+#: Options of some sources only. With another source they are an error, because they would have no effect.
 _ONLY_FOR: Final = {
     "pacman_format": ("pacman", "replay"),
     "clock64": ("pacman", "replay", "io-config"),
@@ -48,7 +48,7 @@ _ONLY_FOR: Final = {
     "speed": ("replay",),
     "io_groups": ("fake",),
 }
-#: What each class reads when no file is named.
+#: The file of each IO class if no file is given.
 DEFAULTS: Final = {"PACMAN_IO": "io/pacman.json", "ZMQ_IO": "io/loopback.json", "MultiZMQ_IO": "io/default.json"}
 #: ZMQ_IO also reads the files of MultiZMQ_IO.
 _ACCEPTS: Final = {"ZMQ_IO": ("ZMQ_IO", "MultiZMQ_IO")}
@@ -65,84 +65,87 @@ class BoardAddress(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The producer's options that say where packets come from; create() makes the sources of the result."""
-    where = parser.add_argument_group("source", "where the packets come from: exactly one of these")
-    one = where.add_mutually_exclusive_group(required=True)
-    one.add_argument("--serial", metavar="DEVICE", help="a board on a serial line, such as /dev/ttyUSB0 (io_group 1)")
-    one.add_argument(
+    """Add the producer's options for sources; create() makes the sources of the parsed options."""
+    group = parser.add_argument_group("source", "where the packets come from: exactly one of these")
+    kind = group.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--serial", metavar="DEVICE", help="a board on a serial line, such as /dev/ttyUSB0 (io_group 1)")
+    kind.add_argument(
         "--pacman",
         nargs="+",
         metavar="BOARD",  # argparse before 3.13 cannot wrap a usage line with brackets in it
         help=f"PACMAN boards, each as {_FORM}; io_groups count from 1 in the order given unless named; ports default "
         f"to {DATA_PORT} (data) and {COMMAND_PORT} (command), a command port beside a given data port to that less 1",
     )
-    one.add_argument("--bern", nargs="+", metavar="BOARD", help="boards of the Bern type; addresses as for --pacman")
-    one.add_argument(
+    kind.add_argument("--bern", nargs="+", metavar="BOARD", help="boards of the Bern type; addresses as for --pacman")
+    kind.add_argument(
         "--replay",
         nargs="+",
         metavar="FILE",
         help="recorded files, one after another: raw HDF5, LArPix+HDF5 packet files, or logs of PACMAN messages "
-        "(u32 length + message), which do not say their io_group: IO_GROUP=FILE does (default: 1)",
+        "(u32 length + message); logs have no io_group, IO_GROUP=FILE gives it (default: 1)",
     )
-    one.add_argument(
+    kind.add_argument(
         "--fake",
         nargs="?",
         const=FAKE_RATE,
         type=_rate,
         metavar="RATE",
-        help=f"made-up packets, RATE a second in all (default {FAKE_RATE:g}), to try things without a board",
+        help=f"made-up packets, RATE a second in all (default {FAKE_RATE:g}), to try the system without a board",
     )
-    one.add_argument(
+    kind.add_argument(
         "--io-config",
         nargs="+",
         metavar=("CLASS", "ARG"),
-        help="boards as larpix-control's IO class would have them: PACMAN_IO, ZMQ_IO or MultiZMQ_IO [FILE], or "
-        "SerialPort FILE or DEVICE [BAUD]; FILE is larpix-control's io configuration (JSON). Any other CLASS, one of "
-        "larpix.io or package.module:Class, is made with the ARGs (numbers where they look so) in a process of its own "
-        "and asked for packets there, at Python's speed: it is a program that runs with your rights",
+        help="boards of a larpix-control IO class: PACMAN_IO, ZMQ_IO or MultiZMQ_IO [FILE], or SerialPort FILE or "
+        "DEVICE [BAUD]; FILE is an io configuration (JSON) of larpix-control. Any other CLASS, of larpix.io or "
+        "package.module:Class, is called with the ARGs (as numbers where they look like numbers) in a process of its "
+        "own, which reads its packets at Python's speed: it is a program that runs with your rights",
     )
 
-    what = parser.add_argument_group("board", "what the boards and chips are")
-    what.add_argument("--asic", choices=list(ASICS), default="2", help="generation of the chips (default: 2)")
-    what.add_argument(
+    board = parser.add_argument_group("board", "kind of the boards and chips")
+    board.add_argument("--asic", choices=list(ASICS), default="2", help="generation of the chips (default: 2)")
+    board.add_argument(
         "--fifo-diagnostics",
         action="store_true",
-        help="the chips' fifo diagnostics mode is on (v2 chips; no packet says so)",
+        help="the fifo diagnostics mode of the chips is on (v2 chips; the packets do not show it)",
     )
-    what.add_argument(
+    board.add_argument(
         "--pacman-format",
         choices=["auto", "legacy", "1.0"],
-        help="format of PACMAN messages (default: auto, which looks at each message)",
+        help="format of PACMAN messages (default: auto, found for each message)",
     )
-    what.add_argument(
+    board.add_argument(
         "--clock64", action="store_const", const=True, help="PACMAN firmware with 64-bit timestamps (DUNE timing)"
     )
-    what.add_argument(
+    board.add_argument(
         "--pacman-revision",
         nargs="+",
         metavar="REVISION",
         help="register maps of the PACMAN boards' command servers, each as [IO_GROUP=]N, without IO_GROUP for all: 2 "
-        "(server v1.2), 3 (v1.3, also that of uci_* and r/oldtimestamp_rev4 firmware), 4 (v1.4) or 5 (pacman-server 2, "
-        "which says so itself); without it no DAC is set and no voltage shown",
+        "(server v1.2), 3 (v1.3, also of uci_* and r/oldtimestamp_rev4 firmware), 4 (v1.4) or 5 (pacman-server 2, "
+        "which reports it itself); without it no DAC is set and no voltage is shown",
     )
-    what.add_argument("--baud", type=_whole, metavar="BITS_PER_SECOND", help="of the serial line (default: 1000000)")
-    what.add_argument(
+    board.add_argument(
+        "--baud", type=_whole, metavar="BITS_PER_SECOND", help="speed of the serial line (default: 1000000)"
+    )
+    board.add_argument(
         "--serial-rule",
         choices=["strict", "larpix-control"],
-        help="how frames are found after lost bytes: strict asks for odd parity or a frame that follows (default), "
-        "larpix-control takes every start and stop byte at the right distance",
+        help="how frames are found after lost bytes: strict requires odd parity or a next frame (default), "
+        "larpix-control accepts every start and stop byte at the right distance",
     )
-    what.add_argument(
+    board.add_argument(
         "--speed",
         type=_speed,
         metavar="X|max",
-        help="replay X times as fast as recorded (default: 1) or as fast as possible; pauses over a minute are skipped",
+        help="replay X times as fast as recorded (default: 1), or as fast as possible; pauses longer than 60 s are "
+        "skipped",
     )
-    what.add_argument("--io-groups", type=_whole, metavar="N", help="made-up boards of --fake (default: 1)")
+    board.add_argument("--io-groups", type=_whole, metavar="N", help="number of boards of --fake (default: 1)")
 
 
 def create(args: argparse.Namespace) -> list[Source]:
-    """The sources that the options ask for, not yet opened. ConfigError, one line, for what makes no sense."""
+    """Make the sources of the options, without opening them. ConfigError, in one line, for impossible options."""
     kind, given = _kind(args)
     for option, kinds in _ONLY_FOR.items():
         if getattr(args, option) is not None and kind not in kinds:
@@ -163,7 +166,7 @@ def create(args: argparse.Namespace) -> list[Source]:
 
 
 def asic_of(args: argparse.Namespace) -> Asic:
-    """The chips' generation as decoders know it; ConfigError for options that do not go together."""
+    """Return the chips' generation for the decoders. ConfigError for options that contradict each other."""
     asic = ASICS[args.asic]
     if args.fifo_diagnostics:
         if asic != Asic.V2:
@@ -173,7 +176,7 @@ def asic_of(args: argparse.Namespace) -> Asic:
 
 
 def _kind(args: argparse.Namespace) -> tuple[str, Any]:
-    """Which source, and what was given for it: (io_group, device, baud), addresses, files, a rate or (class, args)."""
+    """Return the kind of source and its values: (io_group, device, baud), addresses, files, rate or (class, args)."""
     if args.io_config is not None:
         return _from_io_config(*args.io_config)
     if args.serial is not None:
@@ -212,7 +215,7 @@ def _from_io_config(io_class: str, *arguments: str) -> tuple[str, Any]:
 
 
 def boards(addresses: list[str]) -> list[BoardAddress]:
-    """`[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]` of several boards; ConfigError for nonsense and for duplicates."""
+    """Parse addresses `[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]`. ConfigError for wrong and for duplicate ones."""
     found: list[BoardAddress] = []
     for place, text in enumerate(addresses, start=1):
         match = _BOARD.fullmatch(text)
@@ -265,7 +268,7 @@ def _boards(args: argparse.Namespace, asic: Asic, kind: str, addresses: list[str
 
 
 def _revisions(args: argparse.Namespace, kind: str) -> dict[int, int]:
-    """Register maps of PACMAN boards by io_group, ALL for those that are not named."""
+    """Return the register maps of PACMAN boards by io_group, and ALL for the others."""
     found: dict[int, int] = {}
     if args.io_config is not None and kind == "pacman":
         found = configured_revisions(*args.io_config)
@@ -338,7 +341,7 @@ def _rate(text: str) -> float:
 
 
 def _speed(text: str) -> float:
-    """math.inf stands for "as fast as possible"."""
+    """Parse --speed; math.inf for max."""
     value = math.inf if text == "max" else float(text)
     if math.isnan(value) or value <= 0:
         raise argparse.ArgumentTypeError(f"expected a factor above 0 or max, found {text}")
@@ -346,8 +349,7 @@ def _speed(text: str) -> float:
 
 
 def read_io_config(io_class: str, name: str) -> list[tuple[int, str]]:
-    """(io_group, address) of each board in the file's order; ConfigError in one line when the file is not of that
-    class."""
+    """Read (io_group, address) of each board, in the file's order. ConfigError when it is no file of this class."""
     config = _of_class(io_class, name)
     table = config.get("io_group")
     boards = []
@@ -363,7 +365,7 @@ def read_io_config(io_class: str, name: str) -> list[tuple[int, str]]:
 
 
 def configured_revisions(io_class: str, name: str = DEFAULTS["PACMAN_IO"]) -> dict[int, int]:
-    """Revision by io_group as the file has them, 0 standing for all boards that are not named; {} when it has none."""
+    """Read the revisions by io_group, and ALL for the others; {} when the file has none."""
     found = _of_class(io_class, name).get("pacman_revision")
     if found is None:
         return {}
@@ -412,7 +414,7 @@ def _find(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    # find_spec does not import the package, which would take a second.
+    # find_spec does not import the package, because that would take 1 s.
     spec = find_spec("larpix")
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         shipped = Path(folder) / "configs" / name

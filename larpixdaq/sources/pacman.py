@@ -1,4 +1,4 @@
-"""A PACMAN board: data messages of its data server, legacy (8-byte header, 16-byte words) or format 1.0 (24 and 24)."""
+"""PACMAN board: data messages, legacy (8-byte header, 16-byte words) or format 1.0 (24 and 24), and commands."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT, BoardRepl
 from larpixdaq.sources.source import BoardStatus
 from larpixdaq.sources.zmq_board import BoardSource
 
-#: A heartbeat comes every 10 s.
+#: Seconds without a message until a warning. The board sends a heartbeat every 10 s.
 SILENCE = 15.0
-#: Words of one request: a board passes them on at the speed of its UARTs, 4,096 on one of them in 54 ms.
+#: Maximum words of a request. The board passes them on at the speed of its UARTs: 4,096 on one of them take 54 ms.
 WORDS: Final = 4_096
 
 _HEADER: Final = struct.Struct("<cIxH")
@@ -30,7 +30,7 @@ _VERSION: Final = (0x0, 0x4, 0x8, 0xC)
 
 
 class PacmanChannel(RequestChannel):
-    """The command server of a PACMAN (legacy format). Orders are whole words of 16 bytes, and so are the answers."""
+    """Command server of a PACMAN (legacy format). Orders and answers are words of 16 bytes."""
 
     kind = "pacman"
     batch = WORDS
@@ -43,14 +43,14 @@ class PacmanChannel(RequestChannel):
         *,
         format: str = "auto",
         revision: int = 0,
-        seen: Callable[[], str | None] = lambda: None,
+        detected_format: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """`seen`: the format of the board's data, "legacy" or "1.0"; None while that is not known."""
+        """`detected_format` returns the format of the board's data, "legacy" or "1.0"; None while it is not known."""
         super().__init__("PACMAN", io_group, host, port)
         self.revision = revision
-        self._format: Callable[[], str | None] = seen if format == "auto" else lambda: format
+        self._format: Callable[[], str | None] = detected_format if format == "auto" else lambda: format
         self._sent = 0
-        self._refused = ""
+        self._refusal = ""
 
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         message = np.zeros(len(words), _WORD)
@@ -60,29 +60,29 @@ class PacmanChannel(RequestChannel):
         self.send_raw(message.tobytes())
 
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
-        self._refused = ""
-        if self._format() == "1.0":  # a legacy request would end its command server
-            self._refused = "commands are known for the legacy format only, and the board sends format 1.0"
+        self._refusal = ""
+        if self._format() == "1.0":  # a legacy request would crash the command server of such a board
+            self._refusal = "commands are known for the legacy format only, and the board sends format 1.0"
         elif not body or len(body) % _WORD_BYTES or len(body) > 65_535 * _WORD_BYTES:
-            self._refused = f"expected 1 to 65535 words of {_WORD_BYTES} bytes, found {len(body)} bytes"
-        if self._refused:
+            self._refusal = f"expected 1 to 65535 words of {_WORD_BYTES} bytes, found {len(body)} bytes"
+        if self._refusal:
             self.busy = True
             return
         self._sent = len(body) // _WORD_BYTES
         self._request(_HEADER.pack(b"?", int(time.time()) & 0xFFFFFFFF, self._sent) + body, seconds)
 
     def take(self) -> BoardReply | None:
-        if self._refused:
+        if self._refusal:
             self.busy = False
-            return BoardReply(b"", f"{self.name}: {self._refused}")
+            return BoardReply(b"", f"{self.name}: {self._refusal}")
         return super().take()
 
     def due(self) -> float | None:
-        return 0.0 if self._refused and self.busy else super().due()
+        return 0.0 if self._refusal and self.busy else super().due()
 
     @property
     def identify(self) -> bytes:
-        """Empty while the board's format is not known to be legacy: what a server does not understand may end it."""
+        """Empty until the board's format is known to be legacy, because an unknown request may crash the server."""
         if self._format() != "legacy":
             return b""
         return b"".join(_REGISTER.pack(b"R", register, 0) for register in _VERSION)
@@ -106,8 +106,10 @@ class PacmanChannel(RequestChannel):
 
 
 class PacmanSource(BoardSource):
-    """One PACMAN. `format`: auto, legacy or 1.0; `clock64`: firmware with a 64-bit clock; `revision`: register map of
-    its command server, 0 when that is not known."""
+    """PACMAN board.
+
+    `format`: auto, legacy or 1.0; `clock64`: its firmware has a 64-bit clock; `revision`: register map of its command
+    server, 0 for an unknown one."""
 
     _decoder: PacmanDecoder
 
@@ -128,7 +130,12 @@ class PacmanSource(BoardSource):
         decoder = PacmanDecoder(io_group, asic, format=format, clock64=clock64)
         self.channels = (
             PacmanChannel(
-                io_group, lookup, command_port, format=format, revision=revision, seen=lambda: decoder.format
+                io_group,
+                lookup,
+                command_port,
+                format=format,
+                revision=revision,
+                detected_format=lambda: decoder.format,
             ),
         )
         super().__init__(
@@ -137,19 +144,18 @@ class PacmanSource(BoardSource):
             lookup,
             data_port,
             decoder=decoder,
-            # format 1.0 has 64-bit timestamps
-            layout=layout_of(asic, clock64=clock64 or format == "1.0"),
+            layout=layout_of(asic, clock64=clock64 or format == "1.0"),  # format 1.0 has 64-bit timestamps
             silence=SILENCE,
         )
 
     def boards(self) -> list[BoardStatus]:
-        found = super().boards()
-        said = self._decoder.format  # by one message: its length agrees with its header
-        text = f"{self.name} sends PACMAN format {said}"
-        if said is not None and self._format not in ("auto", said):
-            text += f", not {self._format}: start the producer with --pacman-format {said}"
-        elif self.layout == layout_of(Asic.V2) and said == "1.0":
+        (board,) = super().boards()
+        detected = self._decoder.format
+        text = f"{self.name} sends PACMAN format {detected}"
+        if detected is not None and self._format not in ("auto", detected):
+            text += f", not {self._format}: start the producer with --pacman-format {detected}"
+        elif self.layout == layout_of(Asic.V2) and detected == "1.0":
             text += ", whose clock has 64 bits: start the producer with --pacman-format 1.0"
         else:
-            return found
-        return [one._replace(refusal=text) for one in found]
+            return [board]
+        return [board._replace(refusal=text)]

@@ -1,10 +1,10 @@
-"""Recorded files, played again as if the boards were there: through the same decoder, at the recorded speed or another.
+"""Replay of recorded files through the decoder of live boards, at the recorded speed, at another, or at full speed.
 
-Messages (raw files, logs) go through the decoder as they are. Rows of packet files become messages again first, of
-PACMAN format 1.0, which has room for every column. Words that had been sent pass by the decoder. INFO rows are left
-out: their texts travel, and become rows again. Either way the order of the file is kept, also between io_groups.
+Board messages (raw files, logs) go through the decoder as they are. Rows of packet files first become messages of
+PACMAN format 1.0, which has room for every column. Rows of sent words do not go through the decoder. INFO rows are left
+out, because the recorder makes them again from their texts. The order of the file is kept, also between io_groups.
 
-When recorded messages came: from the seconds of their headers and the ticks of their receipt timestamps.
+Clock gives the times of recorded messages, from the seconds of their headers and the ticks of their receipt timestamps.
 """
 
 from __future__ import annotations
@@ -27,33 +27,32 @@ from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.data_quality import verdicts
 from larpixdaq.sources.replay_batches import Decoders, PieceSource, RecordedMessages, RecordedRows, row_times
 
-#: Seconds between two batches at recorded speed; less would only cost turns of the producer's loop.
+#: Minimum seconds between two batches at recorded speed; less would only cost turns of the producer's loop.
 _TURN: Final = 0.002
 Recording = RawFile | PacketFile | MessageLog
 #: Seconds per tick of a board's 10 MHz master clock.
 TICK: Final = 1e-7
-#: A longer pause (or a step back) of a board's clock is taken as none: a file may hold several runs, or a broken
-#: header.
+#: Maximum seconds of a pause between two messages. A longer pause, or a step back of the clock, is skipped, because a
+#: file may hold several runs or a broken header.
 LONGEST_PAUSE: Final = 60
 
 
 def _has_wide_clock(recording: Recording) -> bool:
-    """Whether the first messages of a recording are of PACMAN format 1.0, whose clock has 64 bits."""
+    """Return whether the first messages of a recording have PACMAN format 1.0, whose clock has 64 bits."""
     if isinstance(recording, PacketFile):
         return False
     pieces: Iterator[tuple[Any, ...]] = recording.pieces(1) if isinstance(recording, RawFile) else recording.pieces()
     try:
-        return any(bool(newer_format(data, spans).any()) for data, spans, *_ in itertools.islice(pieces, 1))
-    except (FileError, OSError):  # which will be told when it is played
+        return any(bool(is_format_1_0(data, spans).any()) for data, spans, *_ in itertools.islice(pieces, 1))
+    except (FileError, OSError):  # reported when the file is played
         return False
 
 
 class ReplaySource(PieceSource):
-    """Files one after another; implements `sources.source.Source`.
+    """Replay of files one after another.
 
-    `files` are (io_group, path); the io_group is for files that do not say it. `speed` 1 is as recorded, math.inf as
-    fast as rows are taken; time runs from the first read() after start(), so what is not asked for waits. What is
-    damaged in a file is reported and left out; the rest is played.
+    `files` are (io_group, path); the io_group is for files without io_groups. `speed` 1 is the recorded speed, math.inf
+    full speed. The time runs from the first read() after start(). Damaged parts of a file are reported and left out.
     """
 
     kind = "replay"
@@ -86,14 +85,14 @@ class ReplaySource(PieceSource):
         self._clock64 = clock64
         self._pieces: Iterator[RecordedMessages | RecordedRows] = iter(())
         self._recordings: list[Recording] = []
-        self._began: tuple[float, float] | None = None  # monotonic clock, and recorded time, of the first read()
+        self._began: tuple[float, float] | None = None  # first read(): monotonic seconds, and recorded time
         self._next_turn = 0.0
         self._clock = Clock()
         self._texts: list[tuple[str, int]] = []
-        self._opened = False  # from then on the layout stays as it is
+        self._opened = False  # True: the layout stays as it is
 
     def open(self) -> None:
-        """Opens every file, so that a wrong one is named before anything is played. Again: plays from the beginning."""
+        """Open all files, so that a wrong file is reported first. After close(): play from the beginning."""
         self._decoders = Decoders(self._asic, format=self._format, clock64=self._clock64)
         self._recordings, self._piece, self._texts, self.finished = [], None, [], False
         try:
@@ -127,7 +126,7 @@ class ReplaySource(PieceSource):
                 self.finished = True
                 return False
             if self._piece.text is not None:
-                # A batch of its own: the reader looks for room in between, however many texts follow one another.
+                # A batch of its own, so that the reader checks for room between any two texts.
                 self._texts.append(self._piece.text)
                 return True
         if self._at_once:
@@ -149,7 +148,7 @@ class ReplaySource(PieceSource):
         return texts
 
     def evidence(self, now: int) -> list[LossVerdict]:
-        """What the recorded bytes themselves say: nobody knows when they came, or whether a board was away."""
+        """Return the findings in the bytes alone: their times of arrival, and lost connections, are not known."""
         return [line for io_group in self.io_groups for line in verdicts(io_group, self._decoders.noticed(io_group))]
 
     def _open(self) -> None:
@@ -225,7 +224,7 @@ class ReplaySource(PieceSource):
 
 
 def _journaled(part: Path) -> bool:
-    """Whether something stands in the journal beside a part that nobody has closed."""
+    """Return whether the journal of an unfinished part has blocks."""
     journal = part.with_name(part.name.removesuffix(names.PART) + names.JOURNAL)
     try:
         return journal.stat().st_size > 0
@@ -234,21 +233,21 @@ def _journaled(part: Path) -> bool:
 
 
 class Clock:
-    """Times since the beginning, which never decrease. Every io_group has a clock of its own: boards' clocks differ."""
+    """Times of messages since the beginning of a replay, which never decrease. Each io_group has a clock of its own."""
 
     def __init__(self) -> None:
         self._now = 0.0
-        self._boards: dict[int, _Board] = {}
+        self._boards: dict[int, _BoardClock] = {}
 
     def times(self, groups: NDArray[Any], seconds: NDArray[Any], ticks: NDArray[Any]) -> NDArray[np.float64]:
-        """Times in seconds, shape (N,), of messages with these io_groups, unix seconds and ticks (-1: not known)."""
+        """Return times in s, shape (N,), of messages with these io_groups, unix seconds and ticks (-1: unknown)."""
         times = np.full(len(groups), self._now)
         _, first = np.unique(groups, return_index=True)
         for place in np.sort(first):
             group = int(groups[place])
             board = self._boards.get(group)
             if board is None:
-                board = self._boards[group] = _Board(float(times[:place].max(initial=self._now)))
+                board = self._boards[group] = _BoardClock(float(times[:place].max(initial=self._now)))
             which = np.flatnonzero(groups == group)
             times[which] = board.times(seconds[which], ticks[which])
         np.maximum.accumulate(np.maximum(times, self._now), out=times)
@@ -257,25 +256,25 @@ class Clock:
         return times
 
 
-class _Board:
-    """The clock of one io_group: whole seconds from the headers, within a second the ticks since its first message."""
+class _BoardClock:
+    """Clock of one io_group: whole seconds from the headers, and ticks since the first message of each second."""
 
     def __init__(self, base: float) -> None:
         self._base = base  # time at which the current second began
         self._second = -1
-        self._tick = -1  # the last one known, and in which second it was
-        self._tick_second = -1
+        self._tick = -1  # the last known one
+        self._tick_second = -1  # and its second
         self._ticks = 0  # since the first known tick of the current second
 
     def times(self, seconds: NDArray[Any], ticks: NDArray[Any]) -> NDArray[np.float64]:
-        second = _filled(np.concatenate(([self._second], seconds)))
+        second = _fill_forward(np.concatenate(([self._second], seconds)))
         step = np.diff(second)
         step[(step < 0) | (step > LONGEST_PAUSE) | (second[:-1] < 0)] = 0
         base = self._base + np.cumsum(step)
-        tick = _filled(np.concatenate(([self._tick], ticks)))
-        tick_second = _filled(np.concatenate(([self._tick_second], np.where(ticks >= 0, second[1:], -1))))
+        tick = _fill_forward(np.concatenate(([self._tick], ticks)))
+        tick_second = _fill_forward(np.concatenate(([self._tick_second], np.where(ticks >= 0, second[1:], -1))))
         passed = np.diff(tick)
-        # A counter that was reset, or has rolled over, says nothing about the time that passed.
+        # The ticks that have passed are unknown where the counter was reset or has rolled over.
         passed[(passed < 0) | (passed > 1 / TICK) | (tick[:-1] < 0) | (np.diff(tick_second) != 0)] = 0
         since = self._ticks + np.cumsum(passed)
         begins = np.flatnonzero(np.diff(second))
@@ -283,40 +282,39 @@ class _Board:
         since -= np.concatenate(([0], since[begins]))[which]
         self._base, self._second = float(base[-1]), int(second[-1])
         self._tick, self._tick_second, self._ticks = int(tick[-1]), int(tick_second[-1]), int(since[-1])
-        # A second ends when the headers say so; without headers the ticks alone tell the time.
+        # The next second begins with its header. Without headers the time comes from the ticks alone.
         times: NDArray[np.float64] = base + np.minimum(since * TICK, np.where(second[1:] < 0, np.inf, 0.999))
         return times
 
 
-def _filled(values: NDArray[Any]) -> NDArray[np.int64]:
-    """Each negative value replaced by the last one that is not."""
+def _fill_forward(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Replace each negative value by the last one that is not negative."""
     values = values.astype(np.int64)
     last = np.maximum.accumulate(np.where(values >= 0, np.arange(len(values)), 0))
     return values[last]
 
 
-def newer_format(data: NDArray[np.uint8], spans: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which messages are PACMAN messages of format 1.0, shape (N,)."""
+def is_format_1_0(data: NDArray[np.uint8], spans: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which messages have PACMAN format 1.0, shape (N,)."""
     start, length = spans["start"].astype(np.int64), spans["length"].astype(np.int64)
-    sized = length == 24 + _number(data, start + 4, 4)
-    return np.asarray((length >= 24) & (_number(data, start + 2, 2) == 1) & sized, np.bool_)
+    sized = length == 24 + _numbers(data, start + 4, 4)
+    return np.asarray((length >= 24) & (_numbers(data, start + 2, 2) == 1) & sized, np.bool_)
 
 
 def message_times(data: NDArray[np.uint8], spans: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Seconds of the headers of PACMAN messages of either format and ticks of their first words; -1 where there are
-    none."""
+    """Return the seconds of the headers of PACMAN messages, and the ticks of their first words; -1 where missing."""
     start, length = spans["start"].astype(np.int64), spans["length"].astype(np.int64)
-    newer = newer_format(data, spans)
-    seconds = np.where(newer, _number(data, start + 8, 8) // 10**9, _number(data, start + 1, 4))
+    newer = is_format_1_0(data, spans)
+    seconds = np.where(newer, _numbers(data, start + 8, 8) // 10**9, _numbers(data, start + 1, 4))
     seconds[length < 8] = -1
     word = start + np.where(newer, 24, 8)
-    ticks = np.where(newer, _number(data, word + 8, 7), _number(data, word + 2, 4))
-    ticks[(word + np.where(newer, 24, 16) > start + length) | (_number(data, word, 1) != ord("D"))] = -1
+    ticks = np.where(newer, _numbers(data, word + 8, 7), _numbers(data, word + 2, 4))
+    ticks[(word + np.where(newer, 24, 16) > start + length) | (_numbers(data, word, 1) != ord("D"))] = -1
     return seconds, ticks
 
 
-def _number(data: NDArray[np.uint8], at: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """The little-endian numbers of `size` bytes at these places; what would lie behind the end counts as 0."""
+def _numbers(data: NDArray[np.uint8], at: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Return little-endian numbers of `size` bytes at these positions; bytes after the end count as 0."""
     padded = np.concatenate((data, np.zeros(1, np.uint8)))
     total = np.zeros(len(at), np.uint64)
     for i in range(size):

@@ -1,7 +1,6 @@
-"""Pieces of recorded files on their way through the decoders: messages as they were, and rows that become messages
-again.
+"""Pieces of recorded files on their way through the decoders: board messages, and rows that become messages again.
 
-A piece hands out rows bit by bit, as there is room, and the counters say at each moment what was handed out.
+A piece fills as many rows as there is room for, and the counters count these rows only.
 """
 
 from __future__ import annotations
@@ -16,25 +15,24 @@ from larpixdaq._native import word_codec
 from larpixdaq._native.decoders import PacmanDecoder, encode_pacman
 from larpixdaq.constants import BLOCK_ROWS, Count
 from larpixdaq.schema import NOTICE, NOTICES, UNKNOWN_WORD, Asic, PacketType, types_of
-from larpixdaq.sources.data_quality import added, setup_findings
+from larpixdaq.sources.data_quality import setup_findings, sum_notices
 from larpixdaq.sources.source import BoardStatus
 
 #: Bytes of a header or word of PACMAN format 1.0.
 _UNIT: Final = 24
-#: What decoders notice of messages, and not of their words.
-_OF_MESSAGES: Final = [NOTICES.index(name) for name in ("doubled", "back", "ahead")]
+#: Notices about messages, and not about their words.
+_MESSAGE_NOTICES: Final = [NOTICES.index(name) for name in ("doubled", "back", "ahead")]
 #: The counters of a message's header and the amounts that it adds to them.
 _HEADER: Final = {Count.MESSAGES: 1, Count.BYTES_IN: _UNIT, Count.HEADER_BYTES: _UNIT, Count.TIME_ROWS: 1}
 
 
-def _blank(rows: NDArray[Any]) -> NDArray[Any]:
-    """The same rows without their columns: numpy copies such rows whole, and not column by column."""
+def _as_void(rows: NDArray[Any]) -> NDArray[Any]:
+    """View rows without their columns, because numpy copies such rows whole and not column by column."""
     return rows.view(np.dtype((np.void, rows.dtype.itemsize)))
 
 
 def row_times(rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Seconds and ticks as replay.Clock takes them: seconds of rows of type 4, ticks of received words; -1
-    elsewhere."""
+    """Return seconds and ticks for replay.Clock: seconds of rows of type 4, ticks of received words; -1 elsewhere."""
     kinds = types_of(rows)
     seconds = np.where(kinds == PacketType.TIMESTAMP, rows["timestamp"].astype(np.int64), -1)
     ticks = np.full(len(rows), -1, np.int64)
@@ -45,8 +43,7 @@ def row_times(rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 class Decoders:
-    """One decoder for each io_group, made when its first message comes, and one for each whose rows are encoded
-    again."""
+    """Decoders by io_group, made at its first message: one for messages as recorded, one for rows encoded again."""
 
     def __init__(self, asic: Asic, *, format: str, clock64: bool) -> None:
         self.asic = asic
@@ -59,7 +56,7 @@ class Decoders:
         for (io_group, _), decoder in self._decoders.items():
             decoder.start(counts[io_group])
 
-    def of(self, io_group: int, *, encoded: bool = False) -> PacmanDecoder:
+    def decoder(self, io_group: int, *, encoded: bool = False) -> PacmanDecoder:
         decoder = self._decoders.get((io_group, encoded))
         if decoder is None:
             options = {"format": "1.0"} if encoded else self._options
@@ -69,24 +66,24 @@ class Decoders:
         return decoder
 
     def reject(self, io_group: int, size: int) -> None:
-        """Count bytes that are in no message."""
+        """Count bytes outside of messages."""
         for count, value in ((Count.BYTES_IN, size), (Count.REJECTED_BYTES, size), (Count.REJECTED_MESSAGES, 1)):
             self.counts[io_group, count] += np.uint64(value)
-        self.of(io_group).note(NOTICES.index("rejected"), 1, size)
+        self.decoder(io_group).note(NOTICES.index("rejected"), 1, size)
 
     def noticed(self, io_group: int) -> NDArray[Any]:
-        """What speaks for a loss before these bytes were recorded, dtype schema.NOTICE."""
+        """Return the traces of losses before the recording, dtype schema.NOTICE."""
         found = [np.zeros(len(NOTICES), NOTICE)]
         for (group, encoded), decoder in self._decoders.items():
             if group == io_group:
                 notices = decoder.noticed()
-                if encoded:  # the messages are of our own making
-                    notices[_OF_MESSAGES] = 0
+                if encoded:  # the messages were made here, so only their words count
+                    notices[_MESSAGE_NOTICES] = 0
                 found.append(notices)
-        return added(found)
+        return sum_notices(found)
 
     def forget(self) -> None:
-        """Another recording begins: its messages do not go on from those of the one before."""
+        """Begin another recording, whose messages do not follow those of the previous one."""
         for decoder in self._decoders.values():
             decoder.forget()
 
@@ -95,9 +92,9 @@ class Decoders:
 
 
 class _Piece:
-    """`times`, shape (N,): when its messages or rows came (None: that does not matter).
+    """`times`, shape (N,): recorded times of its messages or rows; None: they do not matter.
 
-    What is before `_end` may be handed out, what is before `_at` was. `text` is an INFO text that belongs before it,
+    Messages or rows before `_end` may be decoded, those before `_at` have been. `text`: an INFO text before the piece,
     with its time (unix seconds).
     """
 
@@ -112,11 +109,11 @@ class _Piece:
         return self._at == len(self._times)
 
     def next_time(self) -> float:
-        """Recorded time of what comes next; of a piece that is used up: at once."""
+        """Return the recorded time of the next message or row; 0 if the piece is used up."""
         return 0.0 if self.used_up else float(self._times[self._at])
 
     def release(self, until: float) -> bool:
-        """Let what came until this recorded time be decoded; False when that is nothing."""
+        """Release the messages or rows until this recorded time for decode(). Returns False when there are none."""
         self._end = int(np.searchsorted(self._times, until, side="right"))
         return self._end > self._at
 
@@ -137,9 +134,10 @@ class RecordedMessages(_Piece):
         self._data = data
         self._spans = spans
         self._groups = groups
-        # A message makes a row of its own and one for each word, of which none is shorter than 16 bytes.
-        self._most = np.concatenate(([0], np.cumsum(1 + np.maximum(spans["length"].astype(np.int64) - 8, 0) // 16)))
-        self._open: PacmanDecoder | None = None  # in the middle of a message that did not fit into the rows given
+        # Maximum rows of all messages before each one: a message makes a row of its own, and one for each word of at
+        # least 16 bytes.
+        self._max_rows = np.concatenate(([0], np.cumsum(1 + np.maximum(spans["length"].astype(np.int64) - 8, 0) // 16)))
+        self._open: PacmanDecoder | None = None  # the decoder of a message with more rows than there was room for
 
     def decode(self, rows: NDArray[Any]) -> int:
         made = 0
@@ -151,20 +149,20 @@ class RecordedMessages(_Piece):
                 self._open = None
             if self._at >= self._end:
                 break
-            # A decoder that fills less than its rows is done with its input: so one row more than is needed.
-            room = self._most[self._at] + len(rows) - made - 1
-            fit = min(int(np.searchsorted(self._most, room, side="right")) - 1, self._end)
+            # One row more than needed, because a decoder has used up its input only when it leaves a row free.
+            room = self._max_rows[self._at] + len(rows) - made - 1
+            fit = min(int(np.searchsorted(self._max_rows, room, side="right")) - 1, self._end)
             if fit <= self._at:
-                self._open = self._decoders.of(int(self._groups[self._at]))
+                self._open = self._decoders.decoder(int(self._groups[self._at]))
                 self._open.feed(self._data, self._spans[self._at : self._at + 1])
                 self._at += 1
             else:
-                made += self._whole(slice(self._at, fit), rows[made:])
+                made += self._decode_messages(slice(self._at, fit), rows[made:])
                 self._at = fit
         return made
 
-    def _whole(self, part: slice, rows: NDArray[Any]) -> int:
-        """Decode these messages, which all fit into the rows."""
+    def _decode_messages(self, part: slice, rows: NDArray[Any]) -> int:
+        """Decode messages whose rows all fit into `rows`."""
         groups, spans = self._groups[part], self._spans[part]
         if (groups == groups[0]).all():
             return self._decode(int(groups[0]), spans, rows)
@@ -173,7 +171,7 @@ class RecordedMessages(_Piece):
         ordered = True
         for group in np.unique(groups):
             which = np.flatnonzero(groups == group)
-            most = int((self._most[part.start + which + 1] - self._most[part.start + which]).sum())
+            most = int((self._max_rows[part.start + which + 1] - self._max_rows[part.start + which]).sum())
             own = np.empty(most + 1, rows.dtype)
             own = own[: self._decode(int(group), spans[which], own)]
             first = np.flatnonzero(types_of(own) == PacketType.TIMESTAMP)
@@ -182,25 +180,23 @@ class RecordedMessages(_Piece):
             if ordered:
                 lengths[which] = np.diff(first, append=len(own))
         if not ordered:
-            # A message that was rejected as a whole has no row that would show its place: one io_group after the other
-            # then.
+            # A message that was rejected as a whole has no row to show its place, so the io_groups follow each other.
             made = np.concatenate([own for _, own, _ in parts])
-            _blank(rows)[: len(made)] = _blank(made)
+            _as_void(rows)[: len(made)] = _as_void(made)
             return len(made)
         place = np.cumsum(lengths) - lengths
         for which, own, first in parts:
-            _blank(rows)[np.repeat(place[which] - first, lengths[which]) + np.arange(len(own))] = _blank(own)
+            _as_void(rows)[np.repeat(place[which] - first, lengths[which]) + np.arange(len(own))] = _as_void(own)
         return int(lengths.sum())
 
     def _decode(self, group: int, spans: NDArray[Any], rows: NDArray[Any]) -> int:
-        decoder = self._decoders.of(group)
+        decoder = self._decoders.decoder(group)
         decoder.feed(self._data, spans)
         return decoder.decode(rows)
 
 
 class RecordedRows(_Piece):
-    """Rows of a packet file as hdf5.recordings gives them, without INFO rows, and the io_group of each. Each row of
-    the file gives one row."""
+    """Rows of a packet file from hdf5.recordings, without INFO rows, and the io_group of each. Each makes one row."""
 
     def __init__(
         self,
@@ -221,12 +217,12 @@ class RecordedRows(_Piece):
         while made < len(rows) and self._at < self._end:
             count = min(len(rows) - made, self._end - self._at, BLOCK_ROWS)
             part = slice(self._at, self._at + count)
-            self._some(self._rows[part], self._groups[part], rows[made : made + count])
+            self._decode_rows(self._rows[part], self._groups[part], rows[made : made + count])
             self._at += count
             made += count
         return made
 
-    def _some(self, given: NDArray[Any], groups: NDArray[np.uint8], rows: NDArray[Any]) -> None:
+    def _decode_rows(self, given: NDArray[Any], groups: NDArray[np.uint8], rows: NDArray[Any]) -> None:
         kinds = types_of(given)
         counts = self._decoders.counts
         sent = (kinds < PacketType.TIMESTAMP) & (given["direction"] == 0)
@@ -236,17 +232,17 @@ class RecordedRows(_Piece):
         others = ~sent
         for group in np.unique(groups[others]):
             which = np.flatnonzero(others & (groups == group))
-            own = _blank(given)[which].view(given.dtype)
-            own = self._again(int(group), own, continued=kinds[which[0]] != PacketType.TIMESTAMP)
-            _blank(rows)[which] = _blank(own)
+            own = _as_void(given)[which].view(given.dtype)
+            own = self._reencode(int(group), own, continued=kinds[which[0]] != PacketType.TIMESTAMP)
+            _as_void(rows)[which] = _as_void(own)
 
-    def _again(self, group: int, given: NDArray[Any], *, continued: bool) -> NDArray[Any]:
-        """Received rows of one io_group through messages and decoder.
+    def _reencode(self, group: int, given: NDArray[Any], *, continued: bool) -> NDArray[Any]:
+        """Encode received rows of one io_group as messages, and decode these.
 
-        Where the first of them belong to a message whose header has gone before (or that never had any), the header
-        that they get is taken out of the rows and counters again: else both would depend on how the rows were cut.
+        `continued`: the first rows belong to a message whose header came in an earlier part, or is missing. The header
+        that they get here is taken out of rows and counters, because both would otherwise depend on the cut.
         """
-        decoder = self._decoders.of(group, encoded=True)
+        decoder = self._decoders.decoder(group, encoded=True)
         data, spans = encode_pacman(given, asic=int(self._decoders.asic), format="1.0")
         rows = np.empty(len(given) + continued + 1, given.dtype)
         decoder.feed(data, spans)
@@ -257,8 +253,7 @@ class RecordedRows(_Piece):
         return rows[int(continued) : made]
 
     def _sent_rows(self, given: NDArray[Any]) -> NDArray[Any]:
-        """Words that had been sent: every column from the bits, as for received ones, beside what is not in the
-        word."""
+        """Return rows of sent words: every column from the bits of the word, the others as recorded."""
         rows = np.empty_like(given)
         asic = int(self._decoders.asic)
         word_codec.decode(word_codec.encode(given, asic=asic), rows, asic=asic, direction=0)
@@ -268,8 +263,7 @@ class RecordedRows(_Piece):
 
 
 class PieceSource:
-    """What sources that play pieces one after the other have in common. They make `_decoders`, and set `_piece` to what
-    is played now."""
+    """Base of sources that play pieces one after another. They set `_decoders`, and `_piece` to the present one."""
 
     name: str
     io_groups: tuple[int, ...]

@@ -1,8 +1,8 @@
-"""Boards on a serial line (FTDI or Raspberry Pi UART with an FPGA): 10-byte frames without any time in them.
+"""Board on a serial line (FTDI or Raspberry Pi UART with an FPGA): 10-byte frames without a time.
 
-The host's clock gives the seconds of the time rows. A frame of even parity may wait for what follows it; after 20 ms
-without a byte the decoder decides with what is there. A device that goes away (an unplugged cable) is looked for once a
-second.
+The seconds of the time rows come from the host's clock. The decoder checks a frame of even parity by the bytes that
+follow it; after 20 ms without a byte it decides with the bytes that it has. The source tries to open a disconnected
+device (an unplugged cable) once a second.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from larpixdaq.sources.source import BoardStatus, LiveSource
 BAUD: Final = 1_000_000
 #: Seconds without a byte after which the decoder no longer waits for the next frame.
 SILENCE: Final = 0.02
-#: Seconds between two attempts to open a device that went away.
+#: Seconds between two attempts to open a disconnected device.
 RETRY: Final = 1.0
-#: Bytes of one read: more than the kernel's tty buffer ever holds.
+#: Maximum bytes of a read(): more than the kernel's tty buffer holds.
 _READ: Final = 65_536
 
 _REASONS: Final = {
@@ -45,21 +45,21 @@ _REASONS: Final = {
 
 
 def _reason(error: BaseException) -> str:
-    """In plain words; pyserial wraps some of the system's errors into texts that no longer have the number."""
+    """Return the reason of an error in plain words. Some errors of pyserial have its number only in their cause."""
     for cause in (error, error.__context__):
         if cause is not None and cause.args and cause.args[0] in _REASONS:
             return _REASONS[cause.args[0]]
     return str(error)
 
 
-#: Frames of one request: 250 bytes, as much as the board's parser is known to bear at once.
+#: Maximum frames of a request: 250 bytes, which the board's parser is known to take at once.
 _FRAMES: Final = 25
-#: When the line takes no more it is tried again after so long (seconds): 100 bytes at 1 Mbaud.
-_AGAIN: Final = 0.001
+#: Seconds until a full line is tried again: the time of 100 bytes at 1 Mbaud.
+_WRITE_RETRY: Final = 0.001
 
 
 class SerialChannel:
-    """Frames to the board on its serial line. The board answers nothing: what the line has taken is done."""
+    """Frames to the board on its serial line. The board does not answer; a request ends when the line has taken it."""
 
     kind = "serial"
     revision = 0
@@ -74,8 +74,8 @@ class SerialChannel:
         self._rest = b""
         self._limit = LIMIT
         self._deadline = 0.0
-        self._again = 0.0
-        self.fd: int | None = None  # the source's, while the device is there
+        self._write_at = 0.0
+        self.fd: int | None = None  # file descriptor of the source's device; None: disconnected
 
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         self.send_raw(encode_serial(words))
@@ -84,7 +84,7 @@ class SerialChannel:
         self._rest = body
         self._limit = LIMIT + seconds
         self._deadline = time.monotonic() + self._limit
-        self._again = 0.0
+        self._write_at = 0.0
         self.busy = True
 
     def take(self) -> BoardReply | None:
@@ -97,14 +97,14 @@ class SerialChannel:
         except BlockingIOError:
             if now >= self._deadline:
                 return self._done(f"the line has not taken {len(self._rest)} bytes within {self._limit:g} s")
-            self._again = now + _AGAIN
+            self._write_at = now + _WRITE_RETRY
             return None
         except OSError as error:
             return self._done(f"cannot send: {os.strerror(error.errno or errno.EIO)}")
         return self._done("")
 
     def due(self) -> float | None:
-        return self._again if self.busy else None
+        return self._write_at if self.busy else None
 
     def close(self) -> None:
         self.busy = False
@@ -118,10 +118,10 @@ class SerialChannel:
 
 
 class SerialSource(LiveSource):
-    """One serial device; implements `sources.source.Source`.
+    """Board on one serial device.
 
-    `device` is a path such as /dev/ttyUSB0, `baud` in bits per second, `rule` how frames are found again after lost
-    bytes: "strict" or "larpix-control".
+    `device` is a path such as /dev/ttyUSB0, `baud` the speed in bits per second. `rule`, "strict" or "larpix-control",
+    says how the decoder finds frames after lost bytes.
     """
 
     kind = "serial"
@@ -140,11 +140,11 @@ class SerialSource(LiveSource):
         self._poll = select.poll()
         self._flush_at: float | None = None
         self._retry_at: float | None = None
-        self._gone_since = 0.0
-        self._gone = ""  # why the device is not there
+        self._lost_at = 0.0
+        self._reason = ""  # of the disconnection
 
     def open(self) -> None:
-        """ConfigError names the device and why it cannot be used."""
+        """Open the device; ConfigError says why it cannot be used."""
         self._connect()
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class SerialSource(LiveSource):
 
     def boards(self) -> list[BoardStatus]:
         (board,) = super().boards()
-        return [board._replace(problem=self._gone)]
+        return [board._replace(problem=self._reason)]
 
     def due(self) -> float | None:
         times = [moment for moment in (self._flush_at, self._retry_at) if moment is not None]
@@ -162,7 +162,7 @@ class SerialSource(LiveSource):
     def read(self) -> bool:
         now = time.monotonic()
         if self._retry_at is not None and now >= self._retry_at:
-            self._look_again(now)
+            self._reconnect(now)
         if self._take(now):
             return True
         if self._flush_at is not None and now >= self._flush_at:
@@ -172,7 +172,7 @@ class SerialSource(LiveSource):
         return False
 
     def _take(self, now: float) -> bool:
-        """Feed what lies in the kernel's buffer. A readable device without a byte has hung up."""
+        """Feed the bytes in the kernel's buffer to the decoder. A readable device without a byte has hung up."""
         self.drained = True
         if self._port is None or not self._poll.poll(0):
             return False
@@ -196,7 +196,7 @@ class SerialSource(LiveSource):
 
     def _connect(self) -> None:
         try:
-            # The lock keeps a second reader away, which would take bytes out of the middle of frames.
+            # The lock keeps out a second reader, which would take bytes out of the middle of frames.
             self._port = serial.Serial(self._device, self._baud, timeout=0, exclusive=True)
         except (OSError, ValueError, OverflowError, termios.error) as error:
             raise ConfigError(f"serial device {self._device}: {_reason(error)}") from None
@@ -205,7 +205,7 @@ class SerialSource(LiveSource):
         self._line.fd = self._port.fileno()
         self._presence.connected(time.time_ns())
         self._retry_at = None
-        self._gone = ""
+        self._reason = ""
 
     def _disconnect(self) -> None:
         self.sockets = ()
@@ -214,7 +214,7 @@ class SerialSource(LiveSource):
             return
         self._poll.unregister(self._port.fileno())
         port, self._port = self._port, None
-        # What was a device may refuse every request by now; the descriptor is given back all the same.
+        # A device that is gone may refuse every request; close() frees the descriptor nevertheless.
         try:
             port.close()
         except OSError as error:
@@ -222,16 +222,16 @@ class SerialSource(LiveSource):
 
     def _lose(self, now: float, reason: str) -> None:
         self._disconnect()
-        self._gone_since = now
-        self._gone = reason
+        self._lost_at = now
+        self._reason = reason
         self._presence.lost(time.time_ns())
         self._retry_at = now + RETRY
         self._problems.append(f"{self.name}: disconnected ({reason}); trying again every {RETRY:g} s")
 
-    def _look_again(self, now: float) -> None:
+    def _reconnect(self, now: float) -> None:
         try:
             self._connect()
         except ConfigError:
             self._retry_at = now + RETRY
         else:
-            self._problems.append(f"{self.name}: connected again after {now - self._gone_since:.1f} s")
+            self._problems.append(f"{self.name}: connected again after {now - self._lost_at:.1f} s")

@@ -1,14 +1,14 @@
-"""What a source of packets is: the protocol that the producer drives. A new kind of board is one file beside this one.
+"""Sources of packets: the protocol by which the producer reads boards and recorded files. Each kind is one file here.
 
-A source owns the connection to one board (or one file) and the decoder of its bytes. It never blocks, never sleeps, and
-makes rows only in the memory that it is given::
+A source owns the connection to one board (or recorded files) and the decoder of its bytes. It never blocks, never
+sleeps, and writes rows only into the memory of its caller::
 
     source.open()
-    source.start(counts)                  # the ledger's counters: of a run, or of what comes outside of runs
-    ...  when `sockets` are readable, or `due()` has come:
+    source.start(counts)                  # the ledger's counters: of a run, or of data outside of runs
+    ...  when `sockets` are readable, or the time of `due()` has come:
     while source.read():                  # one batch from the board into the decoder
-        for text, seconds in source.texts(): ...   # what belongs before its rows
-        while (n := source.decode(rows)) == len(rows):   # full: hand over fresh rows
+        for text, seconds in source.texts(): ...   # INFO texts before the batch's rows
+        while (n := source.decode(rows)) == len(rows):   # full: pass free rows
             rows = ...
     source.close()
 """
@@ -28,77 +28,77 @@ from larpixdaq.sources.data_quality import ClockReading, Presence, setup_finding
 
 
 class BoardStatus(NamedTuple):
-    """One board of a source, between runs and in them."""
+    """State of one board of a source, also between runs."""
 
     io_group: int
     name: str
-    away_ns: int = 0  # unix ns since when it has not been connected; 0: it is
-    problem: str = ""  # why it is not connected, as far as that is known
-    setup: tuple[LossVerdict, ...] = ()  # what contradicts the producer's options
-    refusal: str = ""  # why no run can be prepared with it, in one line
-    clock: ClockReading | None = None  # beside the host's
+    away_ns: int = 0  # unix ns of the loss of the connection; 0: connected
+    problem: str = ""  # reason why it is not connected, if known
+    setup: tuple[LossVerdict, ...] = ()  # findings that contradict the producer's options
+    refusal: str = ""  # reason why no run can be prepared with this board, in one line
+    clock: ClockReading | None = None
 
 
 class Source(Protocol):
-    #: One line for messages to people, such as "PACMAN io_group 1 at tcp://127.0.0.1:5556".
+    #: Name in log lines and errors, such as "PACMAN io_group 1 at tcp://127.0.0.1:5556".
     name: str
-    #: What it is, and where: stream.ConnectedBoard says how.
+    #: `kind` and `address` as in stream.ConnectedBoard.
     kind: str
     address: str
     layout: RowLayout
     io_groups: tuple[int, ...]
-    #: True for sources that can be made to wait (replay, fake, serial); boards that publish regardless spill instead.
+    #: Sources that can wait for room in the ring (replay, fake, serial). Boards publish without waiting.
     waits: bool
-    #: True for files: read only in the state RUN, and from their beginning in each run.
+    #: Recorded files: read only in the state RUN, and from their beginning in each run.
     recorded: bool
-    #: True once nothing more will ever come (the end of a replay).
+    #: No more data will come (the end of a replay).
     finished: bool
-    #: True when the last read() took all that was there by then; False: more of it waits.
+    #: The last read() took all data that had arrived; False: more data wait.
     drained: bool
-    #: The ways to the boards and their chips; (): nothing can be sent there.
+    #: Command channels to the boards and their chips; (): the source takes no commands.
     channels: tuple[Channel, ...]
-    #: Sockets or file descriptors to poll for reading; may change after read() (a board that was lost and came back).
+    #: Sockets or file descriptors to poll for reading. They may change after read(), because a board was lost or found.
     sockets: tuple[Any, ...]
 
     def open(self) -> None:
-        """Connect. ConfigError or FileError, in one line, when that cannot work; a board that is away is no error."""
+        """Connect. ConfigError or FileError, in one line, when that is impossible; a disconnected board is no error."""
 
     def close(self) -> None: ...
 
     def start(self, counts: NDArray[np.uint64]) -> None:
-        """Add from now on to these counters, shape (IO_GROUPS, len(Count)), dtype u8; forget kept unknown words."""
+        """Count in `counts` from now on, shape (IO_GROUPS, len(Count)), dtype u8, and forget kept unknown words."""
 
     def due(self) -> float | None:
-        """When read() wants to be called although no socket is readable: time.monotonic() seconds; None: never."""
+        """Time of the next read() without a readable socket, in seconds of time.monotonic(); None: no such time."""
 
     def read(self) -> bool:
-        """Take one batch of what is there, without waiting; False when there was nothing."""
+        """Take one batch of data without waiting. Returns False when there were none."""
 
     def texts(self) -> list[tuple[str, int]]:
-        """INFO texts of a recorded file, each with its time (unix seconds), that belong before the rows of the batch
-        just read, in order, once; [] for boards. Their rows (type 5) are the recorder's to make and to count, since the
-        texts travel with them."""
+        """Return the INFO texts before the rows of the last batch, in order, each with its time (unix seconds).
+
+        Only recorded files have texts, and each text is returned once. The recorder makes and counts their rows
+        (type 5), because it sends the texts together with the rows."""
 
     def decode(self, rows: NDArray[Any]) -> int:
-        """Fill rows, dtype `layout.dtype`; return how many. Fewer than len(rows): the batch is used up."""
+        """Fill `rows`, dtype `layout.dtype`. Returns the number of rows; fewer than len(rows): the batch is empty."""
 
     def take_unknown(self) -> NDArray[Any]:
-        """The unknown and rejected words kept since start(), dtype schema.UNKNOWN_WORD; they are then forgotten."""
+        """Return and forget the unknown and rejected words kept since start(), dtype schema.UNKNOWN_WORD."""
 
     def problems(self) -> list[str]:
-        """Warnings since the last call, each one line (board silent, board back, device gone); the producer logs
-        them."""
+        """Return warnings since the last call, one line each (board silent, device disconnected), for the log."""
 
     def evidence(self, now: int) -> list[LossVerdict]:
-        """What became of each io_group's data since start() before they reached us: at least one line for each.
+        """Return verdicts on the data of each io_group since start(), at least one line for each.
 
-        `now`: unix ns, or when the run was told to end."""
+        `now`: unix ns, or the time at which end_run was requested."""
 
     def boards(self) -> list[BoardStatus]:
-        """How its boards are, one for each io_group."""
+        """Return the state of the boards, one for each io_group."""
 
     def delivered(self, made: int, stored: int, now: int) -> None:
-        """Blocks of the producer that were made and stored by now (unix ns); to be called about once a second."""
+        """Note how many blocks of the producer were made and stored until now (unix ns). Called about once a second."""
 
 
 class Decoder(Protocol):
@@ -113,7 +113,9 @@ class Decoder(Protocol):
 
 
 class LiveSource:
-    """Base of the sources of one live board: decoder and presence. Subclasses add open, close, due and read."""
+    """Base of the sources of one live board, with its decoder and the state of its connection.
+
+    Subclasses add open, close, due and read."""
 
     waits = True
     recorded = False
@@ -124,7 +126,7 @@ class LiveSource:
     _decoder: Decoder
 
     def __init__(self, name: str, layout: RowLayout, io_group: int, decoder: Decoder, silence: float = 0.0) -> None:
-        """`silence`: seconds that the board is never silent for; 0: it may be silent."""
+        """`silence`: seconds within which the board sends at least one message; 0: it may be silent."""
         self.name = name
         self.layout = layout
         self.io_groups: tuple[int, ...] = (io_group,)

@@ -1,4 +1,4 @@
-"""What boards that publish over ZeroMQ have in common: the subscription, its watch, and one batch at a time."""
+"""Boards that publish over ZeroMQ: subscription, state of the connection, and batches of board messages."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ from larpixdaq.sources.command_channel import HostLookup, endpoint
 from larpixdaq.sources.data_quality import BoardClock
 from larpixdaq.sources.source import BoardStatus, Decoder, LiveSource
 
-#: Messages that may wait for us. One-word messages take 64 bytes each here; a saturated board (39 MB/s) sends far
-#: fewer, larger ones. When it is full libzmq stops reading, the kernel's buffer fills, and then the board drops. (To
-#: change it while messages come is no way to bound the bytes: libzmq's two ends can then wait for each other.)
+#: Maximum board messages in the queue of the subscription. A one-word message takes 64 bytes; a saturated board
+#: (39 MB/s) sends far fewer and larger ones. When the queue is full, libzmq stops reading, the kernel's buffer fills,
+#: and the board drops messages. The limit stays as it is while messages arrive, because libzmq's two ends could
+#: otherwise wait for each other.
 RECEIVE_QUEUE = 100_000
-#: The same for boards that wait: nothing is lost, and little has to be read when the run ends.
+#: The same for boards that wait: no message is lost, and little is left to read when the run ends.
 WAITING_QUEUE = 1_024
-#: Messages that are taken in one read, at most. When half of them were there, there are taken to be more: a queue that
-#: is empty then has only not been filled again yet.
+#: Maximum messages of a read(). After a read() with half of them more messages wait: the queue was empty only because
+#: libzmq had not filled it again yet.
 BATCH, WAITING_BATCH = 4_096, 256
-#: A message above this ends the connection, before memory is taken for it (the largest PACMAN message has 1 MiB).
+#: Maximum bytes of a message. A larger one ends the connection before memory is taken for it. The largest message of a
+#: PACMAN has 1 MiB.
 LARGEST_MESSAGE = 64 << 20
-#: A board that lost its power says nothing: the kernel asks after 5 s of silence and gives up after 3 x 2 s.
+#: Detects a board without power: the kernel sends a probe after 5 s of silence and gives up after 3 probes of 2 s.
 KEEPALIVE = {
     zmq.TCP_KEEPALIVE: 1,
     zmq.TCP_KEEPALIVE_IDLE: 5,
     zmq.TCP_KEEPALIVE_INTVL: 2,
     zmq.TCP_KEEPALIVE_CNT: 3,
 }
-#: libzmq connects again by itself, within a second, unless the other end broke the rules of ZeroMQ (a message above the
-#: limit, what is no board): then it gives up for good. So we connect anew when it has not for so long (seconds).
-CONNECT_ANEW = 2.0
-#: Warnings kept until somebody asks for them.
+#: Seconds without a connection until the source connects again. libzmq does so by itself within a second, but gives up
+#: for good after an error of the protocol (a message above the limit, or a program that is no board).
+RECONNECT_AFTER = 2.0
+#: Maximum number of warnings kept until problems() returns them.
 MOST_PROBLEMS = 100
 
 _WATCHED = (
@@ -53,10 +55,10 @@ _WATCHED = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 _OVERSIZED = NOTICES.index("oversized")
-#: The board's clock is looked at so often (seconds).
-CLOCK = 1.0
-#: While messages come, what became of the connection is asked for so often (seconds).
-EVENTS = 0.25
+#: Seconds between two readings of the board's clock.
+CLOCK_INTERVAL = 1.0
+#: Seconds between two looks at the events of the connection while messages arrive.
+EVENTS_INTERVAL = 0.25
 
 
 class MessageDecoder(Decoder, Protocol):
@@ -65,7 +67,7 @@ class MessageDecoder(Decoder, Protocol):
 
 
 class BoardSource(LiveSource):
-    """A board at tcp://host:data_port. `silence`: seconds without any message after which that is a problem."""
+    """Board at tcp://host:data_port. `silence`: seconds without any message until a warning."""
 
     waits = False
     _decoder: MessageDecoder
@@ -86,28 +88,29 @@ class BoardSource(LiveSource):
         super().__init__(f"{kind} io_group {io_group} at {self.address}", layout, io_group, decoder, silence)
         self._host = host
         self._port = data_port
-        self._endpoint = ""  # that we connect to
+        self._endpoint = ""  # numeric address of the connection; empty: not known yet
         self._silence = silence
         self._counts: NDArray[np.uint64] = np.zeros(len(Count), np.uint64)
         self._context: zmq.Context[Any] | None = None
-        self._heard = 0.0
-        self._emptied = -math.inf  # when the last read began that left nothing behind (monotonic)
+        self._last_message = 0.0  # or the time of open(); monotonic
+        self._drained_at = -math.inf  # beginning of the last read() that left no message behind (monotonic)
         self._events_at = 0.0
         self._silent = False
         self._connected: bool | None = None
-        self._strange = False
-        self._connect_at: float | None = None
+        self._not_zeromq = False
+        self._reconnect_at: float | None = None
         self._clock = BoardClock()
         self._clock_at = 0.0
-        self._unknown = ""  # the problem with the host that was told last
+        self._host_problem = ""  # the last one in a warning
 
     def open(self) -> None:
-        """Connect; while the board is away, or its host's name is not found, that is tried again and again. ConfigError
-        for a port that cannot be."""
+        """Connect, and try again while the board is disconnected or its host's name is not found.
+
+        ConfigError for an impossible port."""
         if not 1 <= self._port <= 65_535:
             raise ConfigError(f"{self.name}: expected a port from 1 to 65535")
         self._presence.expect(time.time_ns())
-        # a context of its own: its thread reads this board alone
+        # A context of its own, because its I/O thread then reads this board alone.
         self._context = zmq.Context()
         self._data: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
         self._data.linger = 0
@@ -125,7 +128,7 @@ class BoardSource(LiveSource):
         self._endpoint = ""
         self._find_host()
         self.sockets = (self._data, self._monitor)
-        self._heard = time.monotonic()
+        self._last_message = time.monotonic()
 
     def close(self) -> None:
         for channel in self.channels:
@@ -149,33 +152,33 @@ class BoardSource(LiveSource):
     def due(self) -> float | None:
         if self._context is None:
             return None
-        silent = [] if self._silent else [self._heard + self._silence]
-        return min([*silent, *([] if self._connect_at is None else [self._connect_at])], default=None)
+        silent = [] if self._silent else [self._last_message + self._silence]
+        return min([*silent, *([] if self._reconnect_at is None else [self._reconnect_at])], default=None)
 
     def read(self) -> bool:
         receiver = self._receiver
-        dropped, dropped_bytes = receiver.oversized, receiver.oversized_bytes
+        oversized, oversized_bytes = receiver.oversized, receiver.oversized_bytes
         began = time.monotonic()
         n = receiver.receive()
         self.drained = receiver.emptied and n < self._batch // 2
         now = time.monotonic()
-        since = self._emptied
+        since = self._drained_at
         if self.drained:
-            self._emptied = began
-        if n and (self._connected is False or now >= self._events_at + EVENTS):
+            self._drained_at = began
+        if n and (self._connected is False or now >= self._events_at + EVENTS_INTERVAL):
             self._take_events(now, self._events_at)
-        if receiver.oversized_bytes != dropped_bytes:
-            self._too_large(receiver.oversized - dropped, receiver.oversized_bytes - dropped_bytes)
+        if receiver.oversized_bytes != oversized_bytes:
+            self._reject_oversized(receiver.oversized - oversized, receiver.oversized_bytes - oversized_bytes)
         elif n == 0:
             self._watch(now)
             return False
         if now >= self._clock_at:
-            self._clock_at = now + CLOCK
+            self._clock_at = now + CLOCK_INTERVAL
             self._clock.take(now, self._decoder.clock_bounds())
         if self._silent:
-            self._problem(f"sends again after {now - self._heard:.0f} s of silence")
+            self._problem(f"sends again after {now - self._last_message:.0f} s of silence")
             self._silent = False
-        self._heard = now
+        self._last_message = now
         wall = time.time_ns()
         self._presence.heard(wall)
         self._decoder.heard(wall, since, now)
@@ -186,7 +189,7 @@ class BoardSource(LiveSource):
         if len(self._problems) < MOST_PROBLEMS:
             self._problems.append(f"{self.name}: {text}")
 
-    def _too_large(self, messages: int, size: int) -> None:
+    def _reject_oversized(self, messages: int, size: int) -> None:
         self._decoder.heard(time.time_ns())
         self._decoder.note(_OVERSIZED, messages, size)
         self._counts[Count.REJECTED_MESSAGES] += np.uint64(messages)
@@ -197,15 +200,15 @@ class BoardSource(LiveSource):
         )
 
     def _watch(self, now: float) -> None:
-        """Nothing came: note how the connection is."""
+        """Check the connection while no messages arrive."""
         self._take_events(now)
-        if self._connect_at is not None and now >= self._connect_at:
-            self._connect_at = None
+        if self._reconnect_at is not None and now >= self._reconnect_at:
+            self._reconnect_at = None
             self._host.forget()
             self._disconnect()
         if not self._endpoint:
             self._find_host()
-        if not self._silent and now >= self._heard + self._silence:
+        if not self._silent and now >= self._last_message + self._silence:
             self._problem(f"silent for {self._silence:g} s" + ("" if self._connected else ", not connected"))
             self._silent = True
 
@@ -215,18 +218,18 @@ class BoardSource(LiveSource):
         if host:
             self._endpoint = endpoint(host, self._port)
             self._data.connect(self._endpoint)
-        elif self._host.problem and self._host.problem != self._unknown:
+        elif self._host.problem and self._host.problem != self._host_problem:
             self._problem(f"{self._host.problem}; trying again")
-        self._unknown = self._host.problem
+        self._host_problem = self._host.problem
 
     def _disconnect(self) -> None:
         if self._endpoint:
-            with contextlib.suppress(zmq.ZMQError):  # it has given up: nothing to disconnect
+            with contextlib.suppress(zmq.ZMQError):  # libzmq has given up: there is no connection
                 self._data.disconnect(self._endpoint)
         self._endpoint = ""
 
     def _take_events(self, now: float, since: float | None = None) -> None:
-        """What became of the connection; `since`: messages come, so that it was in order then (monotonic)."""
+        """Handle events of the connection. `since`: it was in order then, because messages arrive (monotonic)."""
         self._events_at = now
         for event in self._events():
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -234,19 +237,19 @@ class BoardSource(LiveSource):
                     self._problem("connected again")
                 self._connected = True
                 self._presence.connected(time.time_ns())
-                self._strange = False
-                self._connect_at = None
+                self._not_zeromq = False
+                self._reconnect_at = None
                 continue
-            self._connect_at = now + CONNECT_ANEW
+            self._reconnect_at = now + RECONNECT_AFTER
             if event == zmq.EVENT_DISCONNECTED:
                 if self._connected:
                     self._problem("connection lost; trying to reconnect")
                     self._connected = False
                     wall = time.time_ns()
                     self._presence.lost(wall, 0 if since is None else wall - int((now - since) * 1e9))
-            elif not self._strange:
+            elif not self._not_zeromq:
                 self._problem("the program at this address does not speak ZeroMQ as a board does")
-                self._strange = True
+                self._not_zeromq = True
 
     def _events(self) -> Iterator[int]:
         while True:

@@ -1,4 +1,4 @@
-"""The Bern source: the literal messages of the board's documentation, over a real socket."""
+"""Bern source: the messages of the board's documentation, over a real socket."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from larpixdaq.sources import bern
 from larpixdaq.sources.bern import BernSource
 
 
-def test_messages_of_all_kinds(monkeypatch):
+def test_messages_of_all_types_become_rows(monkeypatch):
     monkeypatch.setattr(bern, "SILENCE", 0.3)
     with context() as ctx:
         out = ctx.socket(zmq.XPUB)

@@ -1,4 +1,4 @@
-"""How far a board's clock is from the host's: what headers prove, and what a network that holds them up does to it."""
+"""Offset and drift of a board's clock from message headers, also from delayed ones."""
 
 import math
 import struct
@@ -38,8 +38,9 @@ KINDS = {
 def hear(
     kind: str, offset: float, *, seconds: float, period: float, drift: float = 0.0, delays=lambda i: 0.0
 ) -> BoardClock:
-    """A clock that is `offset` s ahead and `drift` ppm fast, with a message each `period` s; the host looks each
-    10 ms, and asks what is known once a second."""
+    """Measure a clock that is `offset` s ahead and `drift` ppm fast, with a message each `period` s.
+
+    The host reads the board each 10 ms, and the clock once a second."""
     make, message = KINDS[kind]
     decoder = make(1, Asic.V2)
     decoder.start(new_counts())
@@ -60,24 +61,23 @@ def hear(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("offset", [0.0, 0.4, -7 * 3600.0, 1.7, -1_795_000_000.0])
 def test_offset_and_its_uncertainty(kind: str, offset: float) -> None:
-    """Whole seconds are enough, once one of them has changed while messages came."""
+    """Whole seconds are enough when messages arrive while the second changes."""
     found = hear(kind, offset, seconds=4, period=0.05).reading()
     assert found is not None
     assert abs(found.offset - offset) <= found.offset_uncertainty + 0.001
     assert found.offset_uncertainty < (0.01 if kind == "1.0" else 0.04)
-    assert found.beyond(1.0) == (abs(offset) > 1)
+    assert found.exceeds(1.0) == (abs(offset) > 1)
 
 
-def test_one_header_says_it_to_a_second() -> None:
+def test_one_header_gives_the_offset_to_a_second() -> None:
     found = hear("legacy", 0.0, seconds=0.05, period=0.05).reading()
     assert found is not None
     assert abs(found.offset) <= found.offset_uncertainty <= 0.51
-    assert not found.beyond(0.1)
+    assert not found.exceeds(0.1)
     assert BoardClock().reading() is None
 
 
-def test_messages_that_were_held_up() -> None:
-    """A network that stands still does not make a clock look slow."""
+def test_delayed_messages_do_not_change_the_offset() -> None:
     found = hear("legacy", 0.4, seconds=10, period=0.05, delays=lambda i: 2.0 if i % 40 > 30 else 0.0).reading()
     assert found is not None
     assert found.offset == pytest.approx(0.4, abs=0.05)
@@ -91,14 +91,14 @@ def test_drift() -> None:
     assert hear("1.0", 0.2, seconds=100, period=0.5).reading().drift is None
 
 
-def test_in_words() -> None:
+def test_readings_as_text() -> None:
     assert str(ClockReading(-25200.0123, 0.018)) == "clock -25200.012 ± 0.018 s from the host's"
     assert str(ClockReading(0.4, 0.5, 3.21, 1.5)) == "clock +0.40 ± 0.5 s from the host's, drift +3.2 ± 1.5 ppm"
     assert str(ClockReading(0.0, 0.0)) == "clock +0.000000 ± 0 s from the host's"
 
 
-def test_a_clock_that_is_set() -> None:
-    """What was known of it before is forgotten."""
+def test_a_clock_that_was_set() -> None:
+    """Earlier readings are forgotten."""
     clock = BoardClock()
     for second in range(50):
         clock.take(second, (-0.1 * S, 0.1 * S))
@@ -118,8 +118,8 @@ def test_recorded_messages_have_no_host_time() -> None:
     assert math.isinf(high)
 
 
-def test_messages_that_are_all_held_up_widen_the_bounds() -> None:
-    """Each upper bound lies below a lower one: the offset is known no better than they miss each other."""
+def test_delayed_messages_alone_widen_the_bounds() -> None:
+    """Each upper bound lies below a lower one, and the uncertainty is at least their distance."""
     clock = BoardClock()
     for now in range(5):
         clock.take(now, (-0.0002 * S, -0.0008 * S))
@@ -129,17 +129,17 @@ def test_messages_that_are_all_held_up_widen_the_bounds() -> None:
     assert 0.0 < reading.offset_uncertainty < 0.001
 
 
-def test_data_that_are_late_for_some_seconds_are_no_clock_that_was_set() -> None:
+def test_messages_delayed_for_some_seconds_do_not_look_like_a_clock_that_was_set() -> None:
     clock = BoardClock()
     for now in range(10):
         clock.take(now, (-0.001 * S, 0.01 * S))
-    for now in range(10, 14):  # what the network had held up for two seconds
+    for now in range(10, 14):  # messages that the network has delayed for 2 s
         clock.take(now, (-2.0 * S, -1.98 * S))
         reading = clock.reading()
         assert reading is not None
-        assert not reading.beyond(1.0)
-    for now in range(14, 40):  # but one that stays behind was set
+        assert not reading.exceeds(1.0)
+    for now in range(14, 40):  # a clock that stays late was set
         clock.take(now, (-2.0 * S, -1.98 * S))
     reading = clock.reading()
     assert reading is not None
-    assert reading.beyond(1.0)
+    assert reading.exceeds(1.0)

@@ -1,4 +1,4 @@
-"""What decoders notice, and what follows from it: each finding, no false alarm, and the same however it was cut."""
+"""Notices of decoders and the findings from them: each finding, no false alarms, and independence of the batches."""
 
 import math
 import struct
@@ -21,7 +21,7 @@ from larpixdaq._native import board_emulator, decoders
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.schema import Asic
-from larpixdaq.sources.data_quality import GRACE_NS, MOST_GAPS, Presence, Watch, added, setup_findings, verdicts
+from larpixdaq.sources.data_quality import GRACE_NS, MOST_GAPS, Presence, Watch, setup_findings, sum_notices, verdicts
 from larpixdaq.sources.replay import ReplaySource
 
 S = 10**9
@@ -30,7 +30,7 @@ WORD = data_word(HIT, receipt=77)
 
 
 class Board:
-    """A decoder that is told when its messages came: `heard` has (time, message), times in seconds."""
+    """Decoder with the times of arrival of its messages: `heard` has (seconds, message)."""
 
     def __init__(self, decoder: decoders.PacmanDecoder | decoders.BernDecoder | None = None) -> None:
         self.decoder = decoder or decoders.PacmanDecoder(1, Asic.V2)
@@ -38,7 +38,7 @@ class Board:
         self._read = 0.0
 
     def hear(self, heard: Sequence[tuple[float, bytes]], cuts: Sequence[int] = ()) -> dict[str, tuple[int, int]]:
-        """Feed in batches that end at `cuts`; each is read when its last message has come."""
+        """Feed batches that end at `cuts`, each read when its last message has arrived. Returns noticed()."""
         for start, stop in pairwise([0, *sorted(cuts), len(heard)]):
             if start < stop:
                 now = heard[stop - 1][0]
@@ -57,7 +57,7 @@ class Board:
 
 
 def events(decoder: decoders.PacmanDecoder | decoders.BernDecoder) -> dict[str, tuple[int, int]]:
-    """What was noticed: events and amount by name."""
+    """Return events and amount of the decoder's notices by name."""
     return {
         name: (int(notice["events"]), int(notice["amount"]))
         for name, notice in zip(schema.NOTICES, decoder.noticed(), strict=True)
@@ -70,18 +70,18 @@ def sync(kind: str, ticks: int) -> bytes:
 
 
 def hits(n: int, seconds: int = 1_600_000_000, start: float = 0.0) -> list[tuple[float, bytes]]:
-    """Messages with one hit each, of which no two are alike, in one second."""
+    """Different messages with one hit each, in one second."""
     return [(start + i / 1e4, legacy([data_word(odd(HIT ^ i << 48), receipt=i)], seconds)) for i in range(n)]
 
 
-def test_ordinary_messages_say_nothing() -> None:
+def test_ordinary_messages_give_no_notice() -> None:
     heard = hits(50) + hits(50, 1_600_000_001, 1.0) + [(2.0, legacy([])), (2.0, legacy([]))]
     assert Board().hear(heard) == {}
 
 
-def test_words_that_the_header_counts_and_that_are_not_there() -> None:
+def test_words_missing_by_the_header() -> None:
     board = Board()
-    assert board.hear([(1, legacy([]))]) == {}  # so that the format is known
+    assert board.hear([(1, legacy([]))]) == {}  # shows the format
     cut = legacy([WORD] * 3)[:-20]  # one word and a half
     assert board.hear([(1, legacy([WORD], count=4)), (2, cut)], [1]) == {"short": (2, 5), "trailing": (1, 12)}
     lost, more = verdicts(1, board.decoder.noticed())
@@ -91,7 +91,7 @@ def test_words_that_the_header_counts_and_that_are_not_there() -> None:
     assert new.hear([(3, newer([newer_data(HIT)] * 2, n_bytes=72))]) == {"short": (1, 1)}
 
 
-def test_bytes_that_nobody_understands() -> None:
+def test_invalid_bytes_and_words() -> None:
     board = Board()
     found = board.hear(
         [(1, legacy([])), (1, b"Z" * 30), (1, legacy([b"X" + bytes(15), WORD])), (1, legacy([WORD]) + b"abc")]
@@ -110,19 +110,19 @@ def test_a_clock_that_goes_back() -> None:
 @pytest.mark.parametrize(
     ("pause", "jump", "suspect"), [(0.1, 2, 0), (0.1, 4, 1), (60, 60, 0), (60, 62, 0), (60, 70, 1)]
 )
-def test_a_clock_that_goes_on_while_nothing_came(pause: float, jump: int, suspect: int) -> None:
-    """A silence that the host knows of explains a later time; without one, messages between are gone."""
+def test_a_clock_that_jumps_ahead(pause: float, jump: int, suspect: int) -> None:
+    """A silence explains a later time; without a silence, messages are lost in between."""
     heard = hits(3, 1000) + hits(3, 1000 + jump, pause)
     board = Board()
-    # the reader looks every tenth of a second, also while nothing comes
+    # the board is read every 0.1 s, also during a silence
     board.hear(heard[:3])
     board._read = max(board._read, pause - 0.1)
     assert board.hear(heard[3:]) == ({"ahead": (1, jump)} if suspect else {})
 
 
 @pytest.mark.parametrize(("jump", "width"), [(50, 50.0), (5000, 0.1)])
-def test_what_a_jump_left_out_may_have_been_sent_long_before_it_shows(jump: int, width: float) -> None:
-    """After a stall what was sent before and after it comes at once; more than a stall is a clock that was set."""
+def test_the_time_of_messages_lost_in_a_jump(jump: int, width: float) -> None:
+    """After a stall, messages from before and after it arrive together; a longer jump shows a clock that was set."""
     board = Board()
     board._read = 99.9
     board.hear(hits(3, 1000, 100.0))
@@ -131,7 +131,7 @@ def test_what_a_jump_left_out_may_have_been_sent_long_before_it_shows(jump: int,
     assert (last_ns - first_ns) / S == pytest.approx(width, abs=0.001)
 
 
-def test_unknown_times_of_arrival_prove_nothing() -> None:
+def test_messages_without_times_of_arrival_show_no_jump() -> None:
     board = Board()
     board.decoder.heard(S)
     board.decoder.feed(*spans_of([m for _, m in hits(3, 1000) + hits(3, 2000)]))
@@ -140,7 +140,7 @@ def test_unknown_times_of_arrival_prove_nothing() -> None:
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [2], [1, 2, 3]])
-def test_messages_that_come_twice(cuts: list[int]) -> None:
+def test_duplicate_messages(cuts: list[int]) -> None:
     one, two, three = (message for _, message in hits(3))
     long = legacy([data_word(odd(HIT ^ i << 40), receipt=i) for i in range(40)])
     board = Board()
@@ -150,7 +150,7 @@ def test_messages_that_come_twice(cuts: list[int]) -> None:
 
 
 def stream(n: int, at: float, ticks: int, width: float) -> list[tuple[float, bytes]]:
-    """Hits at 40,000/s by the board's clock from `ticks` on, which reach us from `at` on, within `width` seconds."""
+    """Hits at 40,000/s, from `ticks` of the board's clock, which arrive from `at` on within `width` seconds."""
     return [
         (at + width * i / n, legacy([data_word(odd(HIT ^ i << 48), receipt=(ticks + 250 * i) & 0xFFFFFFFF)]))
         for i in range(n)
@@ -165,14 +165,14 @@ def stream(n: int, at: float, ticks: int, width: float) -> list[tuple[float, byt
         (300, 40.0, 0.004, True),
         (90, 0.03, 0.004, False),  # the queue was not full
         (300, 0.009, 0.004, False),  # too short to tell
-        (300, 0.03, 0.2, False),  # it took longer than that for them to come: they were sent so late
+        (300, 0.03, 0.2, False),  # they took longer than the hole to arrive: they were sent late
         (300, 300.0, 0.004, False),  # the clock was set
     ],
 )
-def test_a_hole_in_data_that_were_held_up(ticks: int, held: int, hole: float, width: float, found: bool) -> None:
+def test_a_hole_in_delayed_data(ticks: int, held: int, hole: float, width: float, found: bool) -> None:
     board = Board()
     assert board.hear(stream(120, 1.0, ticks, 120 * 25e-6), range(10, 120, 10)) == {}
-    # The connection stands still for 0.2 s. Then all comes that waited, the first message ahead of the others.
+    # The connection stalls for 0.2 s. Then all waiting messages arrive, the first one before the others.
     rest = stream(held, 1.2, ticks + 250 * 120, width)
     later = stream(200, 1.2 + width, ticks + 250 * (120 + held) + int(hole * 1e7), width)
     cuts = [1, *range(20, held + 200, 20)]
@@ -181,14 +181,14 @@ def test_a_hole_in_data_that_were_held_up(ticks: int, held: int, hole: float, wi
 
 
 def test_a_pause_of_the_board_is_no_hole() -> None:
-    """Nothing to send for a second, while the connection stands still or not: what comes after begins at once."""
+    """The board has no data for 1 s, and the next messages arrive without a delay."""
     board = Board()
     heard = stream(300, 1.0, 0, 300 * 25e-6) + stream(300, 2.0, 10_000_000, 0.001)
     assert board.hear(heard, [*range(10, 300, 10), 301, *range(310, 600, 10)]) == {}
 
 
 def test_long_messages_are_no_holes() -> None:
-    """A board that is late puts much into one message: its words, not the messages, follow each other."""
+    """A late board sends long messages, in which the words follow each other without a hole."""
     board = Board()
     heard = stream(300, 1.0, 0, 300 * 25e-6)
     words = [data_word(odd(HIT ^ i << 48), receipt=250 * (300 + i)) for i in range(2000)]  # 50 ms
@@ -206,8 +206,8 @@ LEGACY_WORDS = [WORD, sync("H", 500), b"T\x02\0\0" + (500).to_bytes(12, "little"
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_firmware_with_another_clock_than_was_asked_for(place: int) -> None:
-    """One word of any kind is enough, of any kind; a legacy data word could be one of a young 64-bit clock."""
+def test_firmware_with_another_clock_than_the_option(place: int) -> None:
+    """One word of any kind is enough, but a legacy data word may also come from a young 64-bit clock."""
 
     def noticed(word: bytes, *, clock64: bool) -> set[str]:
         decoder = decoders.PacmanDecoder(1, Asic.V2, clock64=clock64)
@@ -233,7 +233,7 @@ def test_times_of_format_1_0_above_32_bits_in_a_layout_of_32() -> None:
 
 
 def chip_words(generation: Asic, n: int) -> list[int]:
-    """Data of chips of this generation, no two alike, of right parity."""
+    """Different data words of chips of this generation, with right parity."""
     random = np.random.default_rng(3)
     low = random.integers(0, 2**62, n, dtype=np.uint64).tolist()
     if generation == Asic.V1:
@@ -244,7 +244,7 @@ def chip_words(generation: Asic, n: int) -> list[int]:
 @pytest.mark.parametrize("asic", [Asic.V1, Asic.V2, Asic.V3])
 @pytest.mark.parametrize("chips", [Asic.V1, Asic.V2, Asic.V3])
 def test_chips_of_another_generation(asic: Asic, chips: Asic) -> None:
-    """Whatever the board: within 64 batches, and never when --asic is right."""
+    """Found in 64 batches from any board, and never when --asic is right."""
     words = chip_words(chips, 64)
     dtype = schema.layout_of(asic).dtype
     found: list[decoders.PacmanDecoder | decoders.BernDecoder | decoders.SerialDecoder] = []
@@ -273,13 +273,13 @@ def test_chips_of_another_generation(asic: Asic, chips: Asic) -> None:
         (Asic.V3, Asic.V1): "--asic 2 or 1",
         (Asic.V3, Asic.V2): "--asic 2 or 1",
     }
-    for one in found:
-        told = " ".join(finding.why for finding in setup_findings(1, one.noticed()))
-        assert wanted[asic, chips] in told if asic != chips else not told, (one, told)
+    for decoder in found:
+        texts = " ".join(finding.why for finding in setup_findings(1, decoder.noticed()))
+        assert wanted[asic, chips] in texts if asic != chips else not texts, (decoder, texts)
 
 
-def test_messages_that_may_be_alike() -> None:
-    """Answers to the same configuration read, SYNC words of a clock that is reset each second, heads alone."""
+def test_messages_that_may_be_equal_are_no_duplicates() -> None:
+    """Answers to the same configuration read, SYNC words of a clock that is reset each second, headers alone."""
     answer = legacy([data_word(odd(3 | 11 << 2), receipt=5)])
     pps = legacy([sync("S", 10_000_000)])
     other = legacy([data_word(odd(HIT ^ 1 << 40), receipt=77)])
@@ -323,7 +323,7 @@ def test_full_fifos(asic: Asic, word: int, full: bool) -> None:
 
 @pytest.mark.parametrize("period", [100_000_000, 7_654_321])
 def test_heartbeats(period: int) -> None:
-    """At equal intervals, through the clock's roll-over; where some are missing they are counted."""
+    """Heartbeats have equal intervals, also at the clock's roll-over; missing ones are counted."""
     beats = [i for i in range(120) if i not in (40, 41, 42, 90)]
     heard = [(float(i), legacy([sync("H", i * period)], 1000 + i)) for i in beats]
     board = Board()
@@ -331,7 +331,7 @@ def test_heartbeats(period: int) -> None:
     assert board.times("heartbeats") == (39 * S, 91 * S)
 
 
-def test_heartbeats_of_a_clock_that_begins_again_or_gets_another_period() -> None:
+def test_heartbeats_of_a_clock_that_restarts_or_gets_another_period() -> None:
     ticks = [1, 2, 3, 0.5, 1.5, 2.5, 2.8, 3.1, 3.4, 3.7]
     assert Board().hear([(float(i), legacy([sync("H", int(t * 1e8))], 1000 + i)) for i, t in enumerate(ticks)]) == {}
 
@@ -349,12 +349,12 @@ def pulses(missing: Sequence[int], phase: float, n: int = 60) -> list[tuple[floa
 
 @pytest.mark.parametrize("phase", [0.0, 0.3, 0.999])
 def test_clocks_that_are_reset_each_second(phase: float) -> None:
-    """No alarm although the headers' seconds may stand still for two of them, and one that is missing is noticed."""
+    """No alarm although the second of the headers may stay the same for two resets; a missing reset is noticed."""
 
     def hear(heard: list[tuple[float, bytes]]) -> dict[str, tuple[int, int]]:
         board = Board()
         for at, message in heard:
-            board._read = max(board._read, at - 0.2)  # the reader looks often
+            board._read = max(board._read, at - 0.2)  # the board is read often
             board.hear([(at, message)])
         return board.noticed()
 
@@ -364,7 +364,7 @@ def test_clocks_that_are_reset_each_second(phase: float) -> None:
 
 
 @pytest.mark.parametrize("pps", [False, True])
-def test_an_emulated_board_is_complete_and_what_it_skips_is_found(pps: bool) -> None:
+def test_an_emulated_board_is_complete_and_skipped_heartbeats_are_found(pps: bool) -> None:
     board = board_emulator.PacmanBoard(Asic.V2, rate=200, seed=3, seconds=1000, tick=2**31, pps=pps, words=100_000)
     count = board.fill(100_000)  # 500 s: two roll-overs, 50 heartbeats
     whole = [bytes(board.buffer[s["start"] : s["start"] + s["length"]]) for s in board.spans[:count]]
@@ -377,7 +377,7 @@ def test_an_emulated_board_is_complete_and_what_it_skips_is_found(pps: bool) -> 
 
 
 def test_recorded_messages_are_complete() -> None:
-    """Nearly all hold one word, 133 s pass between two of them; when each was heard is not known."""
+    """Nearly all have one word, with up to 133 s between two of them; their times of arrival are not known."""
     data = shared_data("pacman_2020_messages.bin").read_bytes()
     spans, _ = decoders.split_log(data)
     decoder = decoders.PacmanDecoder(1, Asic.V2)
@@ -394,7 +394,7 @@ def replayed(*files: Path) -> list[LossVerdict]:
 
 
 def test_recorded_files_one_after_another(tmp_path: Path) -> None:
-    """The second begins where it begins: that says nothing; what the bytes of one file say is found."""
+    """A jump between two files is no loss; losses within a file are found."""
 
     def log(name: str, messages: list[bytes]) -> Path:
         path = tmp_path / name
@@ -415,7 +415,7 @@ def test_recorded_files_one_after_another(tmp_path: Path) -> None:
 
 
 def test_a_recorded_packet_file(tmp_path: Path) -> None:
-    """Its messages are made anew, cut as it is read, so that only the words count: heartbeats, and full FIFOs."""
+    """Its messages are encoded again as it is read, so that only notices about words count."""
     beats = [sync("H", i * 100_000_000) for i in (1, 2, 3, 5)]
     full = data_word(odd(HIT | 1 << 59))
     decoder = decoders.PacmanDecoder(1, Asic.V2)
@@ -434,10 +434,10 @@ def test_a_recorded_packet_file(tmp_path: Path) -> None:
 
 
 @given(any_messages(), st.lists(st.integers(0, 9)), st.data())
-def test_however_it_was_cut(messages: list[bytes], again: list[int], data: st.DataObject) -> None:
-    """Messages of every kind, some of them twice, all of one moment: the same is noticed of any batches.
+def test_notices_do_not_depend_on_the_batches(messages: list[bytes], again: list[int], data: st.DataObject) -> None:
+    """Messages of every kind, some of them twice, at one time: all batches give the same notices.
 
-    But for what is looked for in one word of each."""
+    Exceptions are the notices from one word of each batch."""
     sampled = {"clock64", "as_v1", "as_v2", "as_v3", "parity"}
     sent = [m for i, m in enumerate(messages) for _ in range(2 if i in again else 1)]
     heard = [(1.0, message) for message in sent]
@@ -450,7 +450,7 @@ def test_however_it_was_cut(messages: list[bytes], again: list[int], data: st.Da
     }
 
 
-def test_start_forgets_what_was_noticed_but_not_what_came_before() -> None:
+def test_start_forgets_notices_but_not_the_last_messages() -> None:
     board = Board()
     board.hear([(1, legacy([WORD], 1000)), (1, b"nonsense")])
     board.decoder.start(new_counts())
@@ -460,7 +460,7 @@ def test_start_forgets_what_was_noticed_but_not_what_came_before() -> None:
     assert board.hear([(2, legacy([WORD], 800))]) == {"back": (1, 100)}
 
 
-def test_notices_from_elsewhere() -> None:
+def test_notices_of_a_source() -> None:
     decoder = decoders.PacmanDecoder(1, Asic.V2)
     decoder.heard(5)
     decoder.note(schema.NOTICES.index("oversized"), 3, 70)
@@ -469,14 +469,14 @@ def test_notices_from_elsewhere() -> None:
     ]
     with pytest.raises(ValueError, match="expected 0 to"):
         decoder.note(len(schema.NOTICES), 1, 1)
-    twice = added([decoder.noticed(), np.zeros(len(schema.NOTICES), schema.NOTICE), decoder.noticed()])
+    twice = sum_notices([decoder.noticed(), np.zeros(len(schema.NOTICES), schema.NOTICE), decoder.noticed()])
     assert twice[schema.NOTICES.index("oversized")].tolist() == (6, 140, 5, 5)
 
 
 # Presence
 
 
-def told(presence: Presence, now: float) -> list[tuple[str, float, float]]:
+def gaps(presence: Presence, now: float) -> list[tuple[str, float, float]]:
     return [
         (one.why.partition(":")[0], one.first_ns / S, one.last_ns / S) for one in presence.findings(1, int(now * S))
     ]
@@ -491,69 +491,69 @@ def present(silence: float = 0) -> Presence:
     return presence
 
 
-def test_a_board_that_is_there() -> None:
+def test_a_connected_board() -> None:
     presence = present()
-    assert told(presence, 1000) == []
+    assert gaps(presence, 1000) == []
     presence.heard(20 * S)
-    assert told(presence, 1000) == []
+    assert gaps(presence, 1000) == []
 
 
-def test_a_board_that_goes_and_comes_back() -> None:
+def test_a_board_that_is_lost_and_connected_again() -> None:
     presence = present()
     presence.heard(20 * S)
     presence.lost(22 * S)
-    assert told(presence, 24) == []  # it may have been switched off because the run is over
-    assert told(presence, 25) == [("board disconnected, did not reconnect", 20, 25)]
-    presence.heard(21 * S)  # had been on its way
+    assert gaps(presence, 24) == []  # it may have been switched off because the run is over
+    assert gaps(presence, 25) == [("board disconnected, did not reconnect", 20, 25)]
+    presence.heard(21 * S)  # a message that was on its way
     presence.connected(26 * S)
-    assert told(presence, 27) == [("board disconnected, silent since it reconnected", 21, 27)]
+    assert gaps(presence, 27) == [("board disconnected, silent since it reconnected", 21, 27)]
     presence.lost(27 * S)
     presence.connected(27 * S)
     presence.heard(28 * S)
     presence.heard(29 * S)
-    assert told(presence, 1000) == [("board disconnected", 21, 28)]
+    assert gaps(presence, 1000) == [("board disconnected", 21, 28)]
     presence.start(2000 * S)
-    assert told(presence, 3000) == []
+    assert gaps(presence, 3000) == []
 
 
-def test_a_board_that_was_gone_before_anybody_looked() -> None:
+def test_a_loss_that_is_noticed_late() -> None:
     presence = present()
     presence.heard(20 * S)
     presence.lost(23 * S, 22 * S)
     presence.connected(23 * S)
     presence.heard(23 * S)
-    assert told(presence, 1000) == [("board disconnected", 22, 23)]
+    assert gaps(presence, 1000) == [("board disconnected", 22, 23)]
 
 
-def test_a_board_that_is_not_there() -> None:
+def test_a_board_that_never_connects() -> None:
     presence = Presence()
     presence.start(10 * S)
-    assert told(presence, 11) == [("board never connected", 10, 11)]
+    assert gaps(presence, 11) == [("board never connected", 10, 11)]
     presence.connected(10 * S + GRACE_NS)
-    assert told(presence, 100) == []
+    assert gaps(presence, 100) == []
     late = Presence()
     late.start(10 * S)
     late.connected(15 * S)
-    assert told(late, 100) == [("board disconnected", 10, 15)]
+    assert gaps(late, 100) == [("board disconnected", 10, 15)]
 
 
-def test_what_a_board_has_sent_may_wait_in_queues_when_it_ends() -> None:
-    """Its connection is lost long before its last message is read; the run ends soon after that."""
+def test_messages_of_a_lost_board_may_wait_in_queues() -> None:
+    """The connection is lost long before the last message is read; the run ends soon after."""
     presence = present()
     presence.heard(20 * S)
     presence.lost(21 * S)
     for second in range(22, 40):
         presence.heard(second * S)
-    assert told(presence, 40) == []
-    assert told(presence, 42) == [("board disconnected, did not reconnect", 39, 42)]
-    # blocks 0 to 7 have something of it, and wait for a storage
+    assert gaps(presence, 40) == []
+    assert gaps(presence, 42) == [("board disconnected, did not reconnect", 39, 42)]
+    # blocks 0 to 7 have rows of the board, and wait for a storage
     presence.delivered(7, 2, 40 * S)
     presence.delivered(8, 2, 41 * S)
-    assert told(presence, 44) == []
+    assert gaps(presence, 44) == []
     presence.delivered(9, 7, 45 * S)
     presence.delivered(9, 8, 46 * S)
-    assert told(presence, 47) == []
-    assert told(presence, 49) == [("board disconnected, did not reconnect", 39, 49)]
+    assert gaps(presence, 47) == []
+    assert gaps(presence, 49) == [("board disconnected, did not reconnect", 39, 49)]
 
 
 def test_a_backlog_excuses_a_board_for_a_while() -> None:
@@ -561,24 +561,24 @@ def test_a_backlog_excuses_a_board_for_a_while() -> None:
     presence.heard(20 * S)
     presence.lost(21 * S)
     presence.delivered(7, 2, 22 * S)
-    assert told(presence, 50) == []
-    assert told(presence, 60) == [("board disconnected, did not reconnect", 20, 60)]
+    assert gaps(presence, 50) == []
+    assert gaps(presence, 60) == [("board disconnected, did not reconnect", 20, 60)]
 
 
-def test_a_board_that_should_have_spoken() -> None:
+def test_a_board_that_is_silent_for_too_long() -> None:
     presence = present(silence=15)
-    assert told(presence, 24) == []
-    assert told(presence, 26) == [("board connected but silent, without any heartbeat", 10, 26)]
+    assert gaps(presence, 24) == []
+    assert gaps(presence, 26) == [("board connected but silent, without any heartbeat", 10, 26)]
 
 
-def test_a_board_that_comes_and_goes_all_the_time() -> None:
+def test_a_board_that_is_lost_again_and_again() -> None:
     presence = present()
     for i in range(3 * MOST_GAPS):
         presence.heard((20 + 2 * i) * S)
         presence.lost((21 + 2 * i) * S)
         presence.connected((21 + 2 * i) * S)
     presence.heard(1000 * S)
-    found = told(presence, 2000)
+    found = gaps(presence, 2000)
     assert len(found) == MOST_GAPS
     assert found[-1] == (f"board disconnected, and {2 * MOST_GAPS} times more", 20 + 2 * (MOST_GAPS - 1), 1000)
 
@@ -586,12 +586,12 @@ def test_a_board_that_comes_and_goes_all_the_time() -> None:
 # Warnings
 
 
-def test_warnings_come_once_and_again_when_it_got_worse() -> None:
+def test_warnings_come_once_and_again_when_a_finding_has_grown() -> None:
     watch = Watch()
     fine = LossVerdict(2, "complete", "", 0, 0, 0)
 
     def look(words: int, now: float) -> list[str]:
-        return watch.look(
+        return watch.update(
             [LossVerdict(1, "lost", f"{words} words", words, 1, 2), LossVerdict(1, "suspect", "x", 0, 1, 2), fine], now
         )
 
@@ -605,7 +605,7 @@ def test_warnings_come_once_and_again_when_it_got_worse() -> None:
     assert look(2, 101) == ["io_group 1 is lost: 2 words", "io_group 1 is suspect: x"]
 
 
-def test_infinite_times_are_the_default() -> None:
+def test_infinite_times_of_arrival_are_allowed() -> None:
     decoder = decoders.BernDecoder(1, Asic.V2)
     decoder.heard(1, -math.inf, math.inf)
     assert not decoder.noticed()["events"].any()

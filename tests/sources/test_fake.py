@@ -1,4 +1,4 @@
-"""The fake source: rows at the rate asked for, the same for the same seed."""
+"""Fake source: rows at the given rate, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from larpixdaq.sources.fake import FakeSource
 
 
 class Clock:
-    """time.monotonic() that stands still until it is told to go on; time.time() is a fixed date."""
+    """Stands in for the module time: monotonic() returns `now`, time() a fixed date."""
 
     def __init__(self):
         self.now = 1000.0
@@ -98,7 +98,7 @@ def test_the_same_seed_the_same_rows(clock):
     assert first["timestamp"][first["packet_type"] == 0].max() < 1 << 31
 
 
-def test_by_the_real_clock():
+def test_rows_at_the_real_clock():
     source = FakeSource(1, 20_000)
     driver = Driver(source)
     source.open()
@@ -106,6 +106,6 @@ def test_by_the_real_clock():
     source.close()
 
 
-def test_impossible_rates():
+def test_impossible_rates_are_refused():
     with pytest.raises(ConfigError, match=r"fake board io_group 1: .*rate must be 10 to 1e9 words/s, found 1"):
         FakeSource(1, 1)

@@ -1,4 +1,4 @@
-"""IO classes in processes of their own: what they hand over and send, and what is told when they end."""
+"""IO classes in processes of their own: packets, words to the chips, and warnings when the process ends."""
 
 import json
 import select
@@ -32,7 +32,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Makes a source of a class in io_class_examples.py, which is closed in the end."""
+    """Opens sources of classes in io_class_examples.py, which are closed in the end."""
     monkeypatch.chdir(SUPPORT)
     made = []
 
@@ -55,7 +55,7 @@ def balanced(counts):
 
 
 def sent(driver, channel, io_channel, *words):
-    """Send words and wait for what the channel says."""
+    """Send words and wait for the reply."""
     channel.send_words(np.full(len(words), io_channel, np.uint8), np.array(words, np.uint64))
     replies = []
 
@@ -69,7 +69,7 @@ def sent(driver, channel, io_channel, *words):
     return replies[-1]
 
 
-def test_what_a_class_hands_over_becomes_rows(opened):
+def test_packets_of_a_class_become_rows(opened):
     source = opened("io_class_examples:Echo")
     assert source.io_groups == (2, 7)
     driver = Driver(source)
@@ -96,7 +96,7 @@ def test_what_a_class_hands_over_becomes_rows(opened):
 def test_words_go_to_the_class_and_come_back(opened):
     source = opened("io_class_examples.Echo", "", "0")
     driver = Driver(source)
-    driver.until(lambda: driver.n >= 4, "what comes first")
+    driver.until(lambda: driver.n >= 4, "the first rows")
     here, there = source.channels
     words = [word(3, chip, 65, chip) for chip in (11, 12)]
     assert sent(driver, there, 5, *words) == (b"", "")
@@ -110,7 +110,7 @@ def test_words_go_to_the_class_and_come_back(opened):
     assert reply.error == "IO class io_class_examples.Echo, io_group 2: RuntimeError: no such chip here"
     here.send_raw(bytes(16))  # it has no registers
     driver.until(lambda: here.take() is not None, "a reply")
-    # A clock that does not fit into the layout: its lower half is stored, and the run is told so.
+    # A clock that does not fit into the layout: its lower half is stored, with a warning.
     assert sent(driver, here, 1, word(2, 98, 0)) == (b"", "")
     driver.until(lambda: driver.n == 9, "the word")
     assert driver.rows["receipt_timestamp"][-1] == 0
@@ -132,37 +132,37 @@ def test_v1_chips(opened):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "error"),
     [
         ("absent.module:Class", "module absent.module cannot be imported: No module named 'absent'"),
         ("Absent_IO", "no class Absent_IO with send, start_listening, empty_queue in larpix.io"),
         ("os.path:join", "no class join with send, start_listening, empty_queue in os.path"),
     ],
 )
-def test_what_is_no_class_is_told_in_one_line(name, says):
-    with pytest.raises(ConfigError) as told:
+def test_a_wrong_class_is_an_error_in_one_line(name, error):
+    with pytest.raises(ConfigError) as caught:
         make(name, ())
-    assert says in str(told.value)
-    assert "\n" not in str(told.value)
+    assert error in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_arguments_are_numbers_where_they_look_so():
+def test_arguments_that_look_like_numbers_are_numbers():
     made = make("io_class_examples:Plain", ("config.json", "3", "-1.5", "1e3"))
     assert made.arguments == ("config.json", 3, -1.5, 1000.0)
 
 
-def test_a_class_that_cannot_be_used_is_told_in_one_line(opened):
-    with pytest.raises(ConfigError) as told:
+def test_a_class_that_cannot_be_used_is_an_error_in_one_line(opened):
+    with pytest.raises(ConfigError) as caught:
         opened("io_class_examples:Broken")
-    assert str(told.value) == "IO class io_class_examples:Broken: OSError: [Errno 19] no such board: 'here'"
+    assert str(caught.value) == "IO class io_class_examples:Broken: OSError: [Errno 19] no such board: 'here'"
 
 
-def test_a_class_that_dies_is_told_started_again_and_given_more_time(opened, monkeypatch, tmp_path):
-    monkeypatch.setattr(io_class, "AGAIN", 0.05)
+def test_a_class_that_dies_is_reported_and_started_again_after_longer_delays(opened, monkeypatch, tmp_path):
+    monkeypatch.setattr(io_class, "RESTART_DELAY", 0.05)
     last = tmp_path / "last"
     source = opened("io_class_examples:Echo", str(last), "0")
     driver = Driver(source)
-    driver.until(lambda: driver.n >= 4, "what comes first")
+    driver.until(lambda: driver.n >= 4, "the first rows")
     last.touch()
     driver.until(lambda: len(driver.problems) >= 3, "three attempts")
     last.unlink()
@@ -171,12 +171,12 @@ def test_a_class_that_dies_is_told_started_again_and_given_more_time(opened, mon
     assert driver.problems[:3:2] == [f"{ended} 0.05 s", f"{ended} 0.1 s"]
     assert sent(driver, source.channels[0], 1, word(3, 1, 0)).error.startswith(f"{name}, io_group 2: its process ")
     before = driver.n
-    driver.until(lambda: driver.n >= before + 4, "what comes first again")
+    driver.until(lambda: driver.n >= before + 4, "the first rows again")
     assert driver.problems[-1].startswith(f"{name}: connected again after ")
     assert [line.why.partition(":")[0] for line in source.evidence(0)].count("board disconnected") >= 2
 
 
-def test_a_run_is_not_quiet_while_a_class_has_more(opened):
+def test_a_source_is_not_drained_while_a_class_has_more_packets(opened):
     source = opened("io_class_examples:Slow")
     driver = Driver(source)
     rows = np.zeros(100, source.layout.dtype)
@@ -196,7 +196,7 @@ def test_a_run_is_not_quiet_while_a_class_has_more(opened):
     assert driver.count("packets") == 3
 
 
-def test_a_class_that_hangs_fails_what_is_sent(opened, monkeypatch):
+def test_a_class_that_hangs_fails_its_requests(opened, monkeypatch):
     monkeypatch.setattr(io_class, "SEND_LIMIT", 0.1)
     monkeypatch.setattr(io_class, "_END_LIMIT", 0.1)
     source = opened("io_class_examples:Plain")
@@ -263,7 +263,7 @@ def test_packets_make_as_many_words_in_their_order(given_, wide):
 
 
 def test_larpix_controls_own_class_reads_and_configures_a_board(tmp_path):
-    """PACMAN_IO, as it is, in front of emulated chips: all that a run, an operator and the ledger want."""
+    """PACMAN_IO, unchanged, with emulated chips: a run, commands, and an exact ledger."""
     network = tmp_path / "network.json"
     with own_address("--chips", "4", "--power-on", "--lossless", "--write-network", str(network)) as board:
         config = tmp_path / "io.json"

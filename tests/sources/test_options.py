@@ -1,4 +1,4 @@
-"""The producer's options for sources: what they make, and what they refuse."""
+"""The producer's options for sources: the sources that they make, and the errors."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from larpixdaq.sources.options import BoardAddress
 
 
 class Recorder:
-    """Stands in for a source and keeps what it was made with."""
+    """Stands in for a source and keeps its arguments."""
 
     def __init__(self, *args, **kwargs):
         self.args, self.kwargs = args, kwargs
@@ -150,7 +150,7 @@ def test_options_make_sources(recorded, words, expected):
         ("--io-config ZMQ_IO io/default.json", "ZMQ_IO has one address, found 7"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(recorded, words, message):
+def test_wrong_options_are_refused_in_one_line(recorded, words, message):
     with pytest.raises(ConfigError) as caught:
         create(*words.split())
     assert message in str(caught.value)
@@ -240,7 +240,7 @@ def test_the_help_can_be_shown_and_names_every_source():
         assert word in text
 
 
-def test_addresses_by_themselves():
+def test_addresses_of_boards():
     assert options.boards(["a", "9=b:1000"]) == [BoardAddress(1, "a", 5556, 5555), BoardAddress(9, "b", 1000, 999)]
 
 

@@ -1,4 +1,4 @@
-"""The PACMAN source on real sockets: what reaches it becomes a row or is counted, whatever the board does."""
+"""PACMAN source on real sockets: all bytes that reach it become rows or are counted, whatever the board does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from larpixdaq.sources.zmq_board import WAITING_BATCH, WAITING_QUEUE
 
 @pytest.fixture
 def source_at():
-    """Makes opened sources, which are closed at the end."""
+    """Opens sources, which are closed in the end."""
     sources = []
 
     def make(port, io_group=1, host="127.0.0.1", waits=False, **kwargs):
@@ -60,7 +60,7 @@ def balanced(counts, io_group=1):
     return c
 
 
-def test_little_waits_while_nobody_reads_a_board_that_waits(source_at):
+def test_the_queue_of_a_board_that_waits_is_bounded(source_at):
     message = b"D" + struct.pack("<IxH", 1_700_000_000, 1000) + (b"T\2" + bytes(14)) * 1000
     with context() as ctx:
         out, port = publisher(ctx)
@@ -72,14 +72,14 @@ def test_little_waits_while_nobody_reads_a_board_that_waits(source_at):
             while sent < 10 * WAITING_QUEUE:
                 out.send(message)
                 sent += 1
-        # What fills the kernel's buffers and the board's own queue comes on top.
+        # The kernel's buffers and the board's own queue hold messages besides.
         assert WAITING_QUEUE <= sent < 4 * WAITING_QUEUE
         driver = Driver(source)
         driver.until(lambda: driver.count("messages") == sent, "all that was sent")
 
 
-def test_a_board_that_waits_is_not_drained_while_much_of_it_waits(source_at):
-    """Its queue is bounded: a read may find it empty although the board has far more."""
+def test_a_board_that_waits_is_not_drained_while_many_messages_wait(source_at):
+    """Its queue is bounded, so a read may empty it although the board has far more messages."""
     message = b"D" + struct.pack("<IxH", 1_700_000_000, 1) + b"T\2" + bytes(14)
     with context() as ctx:
         out, port = publisher(ctx)
@@ -92,7 +92,7 @@ def test_a_board_that_waits_is_not_drained_while_much_of_it_waits(source_at):
         found = [0]
         while found[-1] < 19_700:
             assert source.sockets[0].poll(20_000)
-            threading.Event().wait(0.02)  # libzmq fills its queue again, as far as it gets to
+            threading.Event().wait(0.02)  # in which libzmq fills its queue again
             assert source.read()
             rows = np.zeros(20_000, source.layout.dtype)
             while source.decode(rows) == len(rows):
@@ -122,7 +122,7 @@ def test_every_word_of_an_emulated_board_becomes_a_row(source_at, per_message):
     balanced(driver.counts)
 
 
-def test_counters_follow_start(source_at):
+def test_messages_are_counted_in_the_counters_of_start(source_at):
     with context() as ctx:
         out, port = publisher(ctx)
         source = source_at(port, io_group=7)
@@ -141,8 +141,8 @@ def test_counters_follow_start(source_at):
         assert second.rows["io_group"].tolist() == [7, 7]
 
 
-def test_bad_messages_are_counted_and_harm_nobody(source_at):
-    """Truncated, over-long, empty, of other types, larger than anything: the words in between all arrive."""
+def test_bad_messages_are_counted_and_do_not_harm_good_ones(source_at):
+    """Truncated, too long, empty, of other types, oversized: all words between them arrive."""
     good = board_emulator.PacmanBoard(schema.Asic.V2, rate=1000)
     good.fill(10, 10)
     message = bytes(good.buffer[:168])
@@ -165,7 +165,7 @@ def test_bad_messages_are_counted_and_harm_nobody(source_at):
         assert sum("larger than 8388608 bytes" in line for line in driver.problems) in (1, 2)
 
 
-def test_a_board_that_comes_back(source_at, monkeypatch):
+def test_a_board_that_is_silent_lost_and_connected_again(source_at, monkeypatch):
     monkeypatch.setattr(pacman, "SILENCE", 0.3)
     with context() as ctx:
         out, port = publisher(ctx)
@@ -193,7 +193,7 @@ def test_a_board_that_comes_back(source_at, monkeypatch):
         assert driver.source.due() is not None
 
 
-def test_a_board_that_is_away_is_no_error(source_at, monkeypatch):
+def test_a_disconnected_board_is_no_error(source_at, monkeypatch):
     monkeypatch.setattr(pacman, "SILENCE", 0.2)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: nobody answers
@@ -202,7 +202,7 @@ def test_a_board_that_is_away_is_no_error(source_at, monkeypatch):
         assert "silent for 0.2 s, not connected" in driver.problems[0]
 
 
-def test_one_that_speaks_no_zeromq(source_at):
+def test_a_program_that_does_not_speak_zeromq(source_at):
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def babble():
@@ -228,7 +228,7 @@ def test_one_that_speaks_no_zeromq(source_at):
 
 
 @pytest.mark.parametrize("name", ["no such host", "", "x" * 300, "a..b"])
-def test_a_host_that_is_not_found_is_one_that_is_away(source_at, name):
+def test_a_board_whose_host_is_not_found_counts_as_disconnected(source_at, name):
     driver = Driver(source_at(5556, host=name))
     driver.until(lambda: driver.problems, "the problem")
     (problem,) = driver.problems
@@ -236,15 +236,15 @@ def test_a_host_that_is_not_found_is_one_that_is_away(source_at, name):
     (board,) = driver.source.boards()
     assert board.away_ns
     assert board.problem in problem
-    # neither does an order wait for the name
+    # An order does not wait for the name.
     (channel,) = driver.source.channels
     channel.send_raw(bytes(16))
     driver.until(lambda: (reply := channel.take()) and "cannot find host" in reply.error, "the refusal")
     assert not channel.busy
 
 
-def test_a_resolver_that_takes_its_time(source_at, monkeypatch):
-    """Nobody waits for it, neither at the start nor at the end; the board is there when the name is found."""
+def test_a_slow_resolver_holds_up_nothing(source_at, monkeypatch):
+    """Neither open() nor close() waits for it, and the board is connected when the name is found."""
     asked, go_on = threading.Event(), threading.Event()
     real = socket.getaddrinfo
 
@@ -273,7 +273,7 @@ def test_a_resolver_that_takes_its_time(source_at, monkeypatch):
         assert driver.problems == []
 
 
-def test_since_when_a_board_is_away(source_at):
+def test_the_time_of_a_disconnection(source_at):
     with context() as ctx:
         out, port = publisher(ctx)
         driver = Driver(source_at(port))
@@ -288,7 +288,7 @@ def test_since_when_a_board_is_away(source_at):
 
 
 @pytest.mark.parametrize(("format", "other"), [("legacy", "1.0"), ("1.0", "legacy")])
-def test_another_format_than_was_asked_for(source_at, format, other):
+def test_a_board_that_sends_another_format_is_refused(source_at, format, other):
     messages = {"legacy": legacy([data_word(1)]), "1.0": newer([newer_data(1)])}
     with context() as ctx:
         out, port = publisher(ctx)
@@ -304,7 +304,7 @@ def test_another_format_than_was_asked_for(source_at, format, other):
 
 
 def test_format_1_0_needs_a_wide_layout(source_at):
-    """The first message says it, so that no run is prepared in which the board's times do not fit."""
+    """The first message shows the format, so that no run is prepared whose layout cannot hold the board's times."""
     for options, refused in (({}, True), ({"format": "1.0"}, False), ({"asic": schema.Asic.V3}, False)):
         with context() as ctx:
             out, port = publisher(ctx)
@@ -319,7 +319,7 @@ def test_format_1_0_needs_a_wide_layout(source_at):
 
 
 @pytest.mark.parametrize("port", [0, 65_536])
-def test_impossible_ports(port):
+def test_impossible_ports_are_refused(port):
     with pytest.raises(ConfigError, match=f"at tcp://127.0.0.1:{port}: expected a port from 1 to 65535"):
         PacmanSource(3, "127.0.0.1", port).open()
 
@@ -357,7 +357,7 @@ def test_a_64_bit_clock(source_at):
 
 
 def test_a_board_that_sends_format_1_0_gets_no_legacy_request(source_at):
-    """It would end the board's command server."""
+    """It would crash the board's command server."""
     with context() as ctx:
         out, port = publisher(ctx)
         driver = Driver(source_at(port))
@@ -369,7 +369,7 @@ def test_a_board_that_sends_format_1_0_gets_no_legacy_request(source_at):
         reply = channel.take()
         assert reply is not None
         assert reply.error.endswith("legacy format only, and the board sends format 1.0")
-        out.send(legacy([], 1_700_000_000))  # it was updated
+        out.send(legacy([], 1_700_000_000))  # its firmware was updated
         driver.until(lambda: driver.count("messages") == 2, "the other message")
         channel.send_raw(b"P" + bytes(15))
         assert channel.take() is None

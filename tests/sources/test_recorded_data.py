@@ -1,4 +1,4 @@
-"""Recorded data of real boards, which stay outside of the repository (tests/support/recorded_data.py)."""
+"""Recorded data of real boards, which are not in the repository (tests/support/recorded_data.py)."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def vectors(key: str) -> Any:
 
 
 def test_pacman_messages_of_2020(tmp_path: Path) -> None:
-    """Every column as larpix-control makes it, direction aside; and the messages come back byte for byte."""
+    """All columns but direction are those of larpix-control, and encoding gives the same bytes again."""
     log = shared_data("pacman_2020_messages.bin").read_bytes()
     spans, used = decoders.split_log(log)
     assert (used, len(spans)) == (len(log), 1200)
@@ -67,7 +67,7 @@ def test_configuration_words_of_2020(tmp_path: Path) -> None:
 
 
 def test_hits_of_v1_chips() -> None:
-    """Decoded values only: words are made from them, with bit positions of the data sheet."""
+    """The data are decoded values, which become words by the bit positions of the data sheet."""
     hits = json.loads(shared_data("v1_hits_2018.json").read_text())
     channel, chip, adc, ticks = (np.array([hit[i] for hit in hits], np.uint64) for i in (0, 1, 5, 6))
     low = chip << np.uint64(2) | channel << np.uint64(10) | ticks << np.uint64(17) | adc << np.uint64(41)
@@ -83,7 +83,7 @@ def test_hits_of_v1_chips() -> None:
 
 
 def test_module_run_of_2023() -> None:
-    """20 messages of two io_groups, with the rows that others published for them."""
+    """20 messages of two io_groups, and their published rows."""
     recorded = vectors("tpc12_2023_03_15")
     rows = []
     for group, message in zip(recorded["io_groups"], recorded["msgs"], strict=True):
@@ -127,7 +127,7 @@ def test_v3_configuration_words() -> None:
 
 
 def test_frames_of_the_v1_test_bench() -> None:
-    """3 frames to the chips; 6 commands to the board, which are no frames."""
+    """3 frames to the chips, and 6 commands to the board, which are no frames."""
     stream = bytes.fromhex(vectors("vhdl_v1_tb")["bytes"])
     for asic in (Asic.V1, Asic.V2):
         decoder = decoders.SerialDecoder(GROUP, asic, rule="larpix-control")

@@ -60,7 +60,7 @@ def data_word(io_channel, receipt, word=0x0000_0000_0000_0001):
 
 
 def decoded(messages, groups, asic=Asic.V2):
-    """The rows of messages, one after the other, each by a decoder that is given nothing else."""
+    """Decode messages one at a time, with a decoder for each io_group."""
     decoders = {group: PacmanDecoder(int(group), int(asic)) for group in set(groups)}
     for decoder in decoders.values():
         decoder.start(np.zeros(len(COUNTS), np.uint64))
@@ -93,7 +93,7 @@ def write_packets(path, rows, version="2.4", texts=()):
 
 
 def random_rows(seed, count, asic=Asic.V2, groups=(1, 2), layout=None):
-    """Plausible rows in any order of types and io_groups: what our own files hold."""
+    """Plausible rows of all types and io_groups in any order, as in our own files."""
     random = np.random.default_rng(seed)
     dtype = (layout or layout_of(asic)).dtype
     words = random.integers(0, 2**64, count, np.uint64, endpoint=False)
@@ -140,7 +140,7 @@ def random_rows(seed, count, asic=Asic.V2, groups=(1, 2), layout=None):
 # Message logs and raw files
 
 
-def test_recorded_messages_come_out_as_larpix_control_writes_them(tmp_path):
+def test_recorded_messages_make_the_rows_of_larpix_control(tmp_path):
     messages = recorded_messages()
     parsed = [packet for raw in messages for packet in pacman_msg_format.parse(raw, io_group=1)]
     hdf5format.to_file(tmp_path / "theirs.h5", parsed, workers=1)
@@ -232,7 +232,7 @@ def test_unknown_words_of_all_boards_are_kept(tmp_path):
     assert driven.source.io_groups == (3, 9)
 
 
-def test_the_end_of_a_log_may_be_missing(tmp_path):
+def test_a_log_that_was_cut(tmp_path):
     whole = log(tmp_path / "whole.bin", [message(1, data_word(1, 1)), message(2, data_word(2, 2), data_word(3, 3))])
     data = whole.read_bytes()
     cut = tmp_path / "cut.bin"
@@ -246,7 +246,7 @@ def test_the_end_of_a_log_may_be_missing(tmp_path):
         assert driven.count("bytes_in") == first + (size - 28 if size <= 32 else size - 32) * (size > 28)
 
 
-def test_nonsense_inside_a_log_is_counted_and_told(tmp_path):
+def test_garbage_in_a_log_is_counted_and_reported(tmp_path):
     path = log(tmp_path / "log.bin", [message(1, data_word(1, 1))])
     with path.open("ab") as file:
         file.write(b"\xff\xff\xff\x7f" + bytes(5_000_000))
@@ -271,7 +271,7 @@ def their_packets(seed, version):
         else:
             packet = Packet_v2(random.bytes(8))
             if packet.packet_type != Packet_v2.DATA_PACKET and version < "2.3":
-                bare = Packet_v2()  # nothing but what such a word has: older files keep no other bits
+                bare = Packet_v2()  # only the fields of its type, because older files keep no other bits
                 names = ["packet_type", "chip_id", "downstream_marker"]
                 if packet.packet_type != Packet_v2.TEST_PACKET:
                     names += ["register_address", "register_data"]
@@ -424,7 +424,7 @@ def test_files_that_record_no_directions_hold_received_words(tmp_path):
     assert driven.count("sent_rows") == 0
 
 
-def test_rows_that_no_word_can_have_made_are_left_out_and_told(tmp_path):
+def test_impossible_rows_are_left_out_and_reported(tmp_path):
     rows = random_rows(4, 100)
     rows = rows[(rows["packet_type"] < 4) & (rows["direction"] == 1)][:50]
     bad = rows.copy()
@@ -440,7 +440,7 @@ def test_rows_that_no_word_can_have_made_are_left_out_and_told(tmp_path):
     assert driven.source.problems() == [f"{path}: 6 rows left out: no packet can look like them"]
 
 
-def test_a_first_packet_bit_that_was_not_recorded_is_what_the_parity_says(tmp_path):
+def test_a_first_packet_bit_that_was_not_recorded_follows_from_the_parity(tmp_path):
     """Version 2.0 as larpix-control 3.1.1 wrote it has 31 bits of timestamp, and no column first_packet."""
     rows = random_rows(9, 500)
     rows = rows[rows["packet_type"] == 0]
@@ -466,7 +466,7 @@ def test_version_0_0(tmp_path):
         driver(tmp_path / "old.h5")
 
 
-# Files whose writer was killed: as they are while somebody writes them
+# Files whose writer was killed
 
 
 def test_a_raw_file_whose_writer_was_killed(tmp_path):
@@ -507,7 +507,7 @@ def test_a_part_whose_writer_was_killed(tmp_path):
     file.abandon()
 
 
-# What cannot be played
+# Files that cannot be played
 
 
 @pytest.mark.parametrize(
@@ -538,7 +538,7 @@ def test_a_part_whose_writer_was_killed(tmp_path):
         ),
     ],
 )
-def test_a_file_that_cannot_be_played_is_named_in_one_line(tmp_path, make, options, kind, words):
+def test_a_file_that_cannot_be_played_is_an_error_in_one_line(tmp_path, make, options, kind, words):
     path = tmp_path / "file"
     make(path)
     with pytest.raises(kind) as caught:
@@ -548,7 +548,7 @@ def test_a_file_that_cannot_be_played_is_named_in_one_line(tmp_path, make, optio
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_file_is_played_as_far_as_it_goes_and_the_next_follows(tmp_path):
+def test_a_damaged_file_is_played_up_to_the_damage(tmp_path):
     rows = random_rows(8, 2000).repeat(100)
     path = tmp_path / "damaged.h5"
     with h5py.File(path, "w") as file:
@@ -616,7 +616,7 @@ def test_times_of_any_headers_never_decrease(values):
 
 
 class Now:
-    """Stands in for the module time: a clock that the test turns."""
+    """Stands in for the module time: monotonic() returns `now`."""
 
     def __init__(self):
         self.now = 1000.0
@@ -652,7 +652,7 @@ def test_a_replay_keeps_the_recorded_times(tmp_path, monkeypatch, speed, kind):
     np.testing.assert_allclose(came, expected, atol=0.0021)
 
 
-def test_a_new_run_goes_on_where_the_last_one_ended(tmp_path, monkeypatch):
+def test_a_new_run_continues_at_the_end_of_the_last_one(tmp_path, monkeypatch):
     clock = Now()
     monkeypatch.setattr(replay, "time", clock)
     driven = driver(log(tmp_path / "log.bin", [message(100 + i) for i in range(5)]), speed=1.0)
@@ -667,7 +667,7 @@ def test_a_new_run_goes_on_where_the_last_one_ended(tmp_path, monkeypatch):
 
 
 def test_a_log_of_format_1_0_gets_the_wide_layout(tmp_path):
-    """Its clock has 64 bits, which the files say themselves; one that is read as legacy messages stays as it is."""
+    """Its clock has 64 bits, as its messages show; a log that is read as legacy messages keeps the narrow layout."""
     path = tmp_path / "log"
     messages = [newer([newer_data(0x51, receipt=1 << 40)])]
     log(path, messages)

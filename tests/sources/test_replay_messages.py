@@ -1,4 +1,4 @@
-"""INFO texts of recorded files: replayed where they stood, and rows again only in the new file."""
+"""INFO texts of recorded files: replayed at their places between the rows."""
 
 import math
 from pathlib import Path
@@ -17,58 +17,58 @@ from larpixdaq.sources.replay import ReplaySource
 
 __all__ = ["closing"]  # a fixture
 
-#: Of one piece, of several, with characters that do not end where a piece would, empty, and twice the same.
+#: Texts of one piece and of several, with characters across two pieces, an empty one, and the same one twice.
 TEXTS = ["Beginning run", "long " * 40, "\u00e9" * 100, "", "same", "same", "Ending run"]
 
 
 def own_file(folder: Path) -> tuple[Path, np.ndarray, list[tuple[int, str]]]:
-    """A file of ours with TEXTS; its rows without theirs, and each with the number of those before it."""
+    """Write a file with TEXTS. Returns its path, its rows without INFO rows, and (number of rows before it, text)."""
     rng = np.random.default_rng(5)
     feed = Feed()
     file = RunFile(folder, run_info())
-    parts, told = [], []
+    parts, placed = [], []
     for text in TEXTS:
         rows = np.zeros(len(text_pieces(text, 64)), feed.layout.dtype)
         rows["packet_type"], rows["timestamp"] = 5, 1_795_331_571
         file.add(*feed.block(rows, text))
-        told.append((sum(map(len, parts)), text))
+        placed.append((sum(map(len, parts)), text))
         if text != "same":
             parts.append(random_rows(rng, 50))
             file.add(*feed.block(parts[-1]))
     file.end(feed.end())
-    return file.close().path, np.concatenate(parts), told
+    return file.close().path, np.concatenate(parts), placed
 
 
 @pytest.mark.parametrize("piece", [7, 64, 65_536])
-def test_texts_of_our_own_file_come_in_order(tmp_path, monkeypatch, piece):
-    """However the file is read in pieces."""
-    path, rows, told = own_file(tmp_path)
+def test_texts_are_replayed_in_order(tmp_path, monkeypatch, piece):
+    """The result does not depend on the pieces in which the file is read."""
+    path, rows, placed = own_file(tmp_path)
     monkeypatch.setattr(recordings, "_PIECE_ROWS", piece)
     driven = Driver(ReplaySource([(1, path)], asic=Asic.V2, speed=math.inf))
     same(driven.to_the_end(), rows)
-    assert driven.texts == told
+    assert driven.texts == placed
     assert set(driven.text_times) == {1_795_331_571}
     assert driven.source.problems() == []
 
 
-def test_texts_come_again_at_recorded_speed(tmp_path):
-    path, rows, told = own_file(tmp_path)
+def test_texts_at_recorded_speed(tmp_path):
+    path, rows, placed = own_file(tmp_path)
     driven = Driver(ReplaySource([(1, path)], asic=Asic.V2, speed=1e12))
     driven.until(lambda: driven.source.finished, "the end of the file")
     same(driven.rows, rows)
-    assert driven.texts == told
+    assert driven.texts == placed
 
 
-def test_texts_that_are_not_there_are_counted(tmp_path):
-    path, rows, told = own_file(tmp_path)
+def test_missing_texts_are_counted(tmp_path):
+    path, rows, placed = own_file(tmp_path)
     with h5py.File(path, "r+") as file:
         lines = file["messages"][:5]
         del file["messages"]
         file["messages"] = lines
     driven = Driver(ReplaySource([(1, path)], asic=Asic.V2, speed=math.inf))
     same(driven.to_the_end(), rows)
-    assert [at for at, _ in driven.texts] == [at for at, _ in told]
-    assert driven.texts[:2] == told[:2]
+    assert [at for at, _ in driven.texts] == [at for at, _ in placed]
+    assert driven.texts[:2] == placed[:2]
     (problem,) = driven.source.problems()
     assert problem.startswith(f"{path}: ")
     assert problem.endswith("INFO rows without a text in /messages")

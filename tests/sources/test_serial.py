@@ -1,4 +1,4 @@
-"""Serial boards over real pseudo-terminals: garbage in between, silence, devices that are busy, gone and back."""
+"""Serial boards on real pseudo-terminals: garbage between frames, silence, and busy or disconnected devices."""
 
 import os
 import time
@@ -21,7 +21,7 @@ __all__ = ["closing"]  # a fixture
 
 
 class Line:
-    """A pseudo-terminal behind a path of its own, so that it can go away and come back like a plugged device."""
+    """Pseudo-terminal with a path of its own, which can be unplugged and plugged like a device."""
 
     def __init__(self, path):
         self.path = path
@@ -65,7 +65,7 @@ def expected(made, io_group=1):
     return rows
 
 
-def test_frames_with_garbage_in_between(line):
+def test_frames_between_garbage(line):
     driven = drive(line, io_group=9)
     made = words(1, 3000)
     random = np.random.default_rng(2)
@@ -89,7 +89,7 @@ def test_frames_with_garbage_in_between(line):
     assert driven.source.io_groups == (9,)
 
 
-def test_what_larpix_control_writes_to_the_line_is_read(line):
+def test_frames_of_larpix_control_are_read(line):
     sent = []
     for i in range(40):
         packet = Packet_v2()
@@ -111,10 +111,10 @@ def test_a_last_word_of_even_parity_comes_after_the_silence(line):
     driven.until(lambda: driven.count("words_in") == 1, "the last word")
     assert time.monotonic() - started >= module.SILENCE * 0.9
     assert driven.count("bad_parity") == 1
-    assert driven.source.due() is None, "nothing to wait for"
+    assert driven.source.due() is None
 
 
-def test_an_unfinished_frame_is_taken_over_by_the_next_run(line):
+def test_an_unfinished_frame_continues_in_the_next_run(line):
     driven = drive(line)
     frame = encode_serial(words(4, 1))
     line.send(frame[:4])
@@ -128,7 +128,7 @@ def test_an_unfinished_frame_is_taken_over_by_the_next_run(line):
     same(driven.rows[driven.rows["packet_type"] < 4], expected(words(4, 1)))
 
 
-def test_a_device_goes_away_and_comes_back(line, monkeypatch):
+def test_a_device_that_is_unplugged_and_plugged_again(line, monkeypatch):
     monkeypatch.setattr(module, "RETRY", 0.1)
     driven = drive(line)
     first, second = words(5, 20), words(6, 20)
@@ -136,13 +136,13 @@ def test_a_device_goes_away_and_comes_back(line, monkeypatch):
     driven.until(lambda: driven.count("words_in") == 20, "the first frames")
     line.unplug()
     found = []
-    driven.until(lambda: found.extend(driven.source.problems()) or found, "word that it is gone")
+    driven.until(lambda: found.extend(driven.source.problems()) or found, "the warning")
     assert found[0].startswith(f"serial device {line.path}, io_group 1: disconnected (")
     assert driven.source.sockets == ()
     before = driven.source.due()
     assert before is not None
     driven.until(lambda: driven.source.due() > before, "another attempt")
-    assert driven.source.problems() == [], "said once"
+    assert driven.source.problems() == [], "one warning only"
     line.plug()
     driven.until(lambda: driven.source.sockets != (), "the device")
     line.send(encode_serial(second))
@@ -156,11 +156,13 @@ def test_bytes_sent_just_before_the_end_are_not_lost(line):
     driven = drive(line)
     line.send(encode_serial(words(7, 10)))
     line.unplug()
-    driven.until(lambda: driven.source.sockets == (), "its end")
-    assert driven.count("words_in") in (0, 10), "the kernel may drop the line's bytes with it, but none of what it gave"
+    driven.until(lambda: driven.source.sockets == (), "the disconnection")
+    assert driven.count("words_in") in (0, 10), (
+        "the kernel may drop all bytes of the line, but the source none that it got"
+    )
 
 
-def test_devices_that_cannot_be_used_are_named(line, tmp_path):
+def test_devices_that_cannot_be_used_are_named_in_errors(line, tmp_path):
     first = drive(line)
     with pytest.raises(ConfigError, match=f"serial device {line.path}: in use by another program"):
         drive(line)
@@ -179,7 +181,7 @@ def test_devices_that_cannot_be_used_are_named(line, tmp_path):
         SerialSource("/", asic=Asic.V2).open()
 
 
-def test_a_device_without_permission_is_named(line, monkeypatch):
+def test_a_device_without_permission_is_named_in_the_error(line, monkeypatch):
     def forbidden(*args, **kwargs):
         raise module.serial.SerialException(13, "could not open port: Permission denied")
 
