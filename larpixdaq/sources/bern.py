@@ -22,7 +22,7 @@ class BernChannel(RequestChannel):
     kind = "bern"
 
     def __init__(self, io_group: int, host: HostLookup, port: int) -> None:
-        super().__init__("Bern board", io_group, host, port)
+        super().__init__("Bern board", io_group, host, port, self._check)
         self._sent = ""
 
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
@@ -35,10 +35,10 @@ class BernChannel(RequestChannel):
         self._sent = text
         self._request(text.encode(), seconds)
 
-    def _understand(self, message: bytes) -> BoardReply:
-        text = message.rstrip(b"\0 \n").decode("ascii", "replace")
+    def _check(self, answer: bytes) -> BoardReply:
+        text = answer.rstrip(b"\0 \n").decode("ascii", "replace")
         if text.startswith("ERR"):
-            return BoardReply(b"", f"{self.name}: {self._sent}: the board answers {text!r}")
+            return self._failure(f"{self._sent}: the board answers {text!r}")
         return BoardReply(text.encode())
 
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from typing import Any, Final, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import zmq
@@ -43,91 +45,93 @@ class BoardReply(NamedTuple):
     error: str = ""
 
 
-class Channel(Protocol):
-    #: Name in errors: board and host:port.
-    name: str
-    #: Kind of orders that it takes: "pacman", "bern", "serial" or "class" (no orders).
-    kind: str
-    io_group: int
-    #: Register map of a PACMAN, one of REVISIONS; 0: not known.
-    revision: int
-    #: Maximum words of a request.
-    batch: int
-    #: Sockets to poll for reading while it is busy.
-    sockets: tuple[Any, ...]
-    #: A request is in flight: it was sent, and take() has not returned its outcome yet.
-    busy: bool
+class Channel(ABC):
+    """Command channel to one board. A request is in flight while it is `busy`; then no other one may be sent."""
 
+    #: Kind of orders that it takes: "pacman", "bern", "serial" or "class" (no orders).
+    kind = ""
+    #: Register map of a PACMAN, one of REVISIONS; 0: not known.
+    revision = 0
+    #: Maximum words of a request.
+    batch = 1
+    #: Sockets to poll for reading while it is busy.
+    sockets: tuple[Any, ...] = ()
+
+    def __init__(self, name: str, io_group: int, limit: float = LIMIT) -> None:
+        """`name`: board and address, for errors; `limit`: seconds for a request, beyond those that the board needs."""
+        self.name = name
+        self.io_group = io_group
+        self.busy = False
+        self._usual_limit = limit
+        self._limit = limit
+        self._deadline = 0.0
+        self._reply: BoardReply | None = None  # outcome of the request, once it is known
+
+    @abstractmethod
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         """Send at most `batch` words to the chips."""
 
+    @abstractmethod
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
         """Send an order to the board itself, in the format of its kind, which needs `seconds` beyond the limit."""
 
     def take(self) -> BoardReply | None:
         """Return the outcome of the request in flight; None while it is open."""
+        self.busy = self._reply is None
+        return self._reply
 
     def due(self) -> float | None:
         """Time of the next take() without a readable socket, in seconds of time.monotonic(); None: no such time."""
-
-    def close(self) -> None: ...
+        if not self.busy:
+            return None
+        return self._deadline if self._reply is None else 0.0
 
     @property
     def identify(self) -> bytes:
         """The order that asks the board for its firmware; empty: the board cannot be asked."""
+        return b""
 
     def firmware(self, answer: bytes) -> str:
         """Return the board's firmware as text, from its answer to `identify`."""
+        return ""
+
+    def _begin(self, seconds: float = 0.0) -> None:
+        """Begin a request, for which the board needs `seconds` beyond the usual limit."""
+        self.busy = True
+        self._reply = None
+        self._limit = self._usual_limit + seconds
+        self._deadline = time.monotonic() + self._limit
+
+    def _refuse(self, error: str) -> None:
+        """End a request before it is sent."""
+        self._begin()
+        self._reply = self._failure(error)
+
+    def _failure(self, error: str) -> BoardReply:
+        return BoardReply(b"", f"{self.name}: {error}")
 
 
-class RequestChannel:
+class RequestChannel(Channel):
     """Channel to a command server, a REP socket of ZeroMQ. Our side is a DEALER, so that nothing blocks."""
 
-    kind = ""
-    revision = 0
-    batch = 1
-
-    def __init__(self, board: str, io_group: int, host: HostLookup, port: int) -> None:
-        self.io_group = io_group
-        self.name = f"{board} io_group {io_group}, command port {endpoint(host.host, port)}"
-        self.sockets: tuple[Any, ...] = ()
-        self.busy = False
+    def __init__(
+        self, board: str, io_group: int, host: HostLookup, port: int, parse: Callable[[bytes], BoardReply]
+    ) -> None:
+        """`parse` checks an answer of the board."""
+        super().__init__(f"{board} io_group {io_group}, command port {endpoint(host.host, port)}", io_group)
         self._host = host
         self._port = port
-        self._unsent = False  # the request in flight was not sent, because the host's address is not known
+        self._parse = parse
         self._socket: zmq.Socket[bytes] | None = None
         self._context: zmq.Context[Any] | None = None
-        self._limit = LIMIT
-        self._deadline = 0.0
 
     def take(self) -> BoardReply | None:
-        if self._unsent:
-            self.busy = self._unsent = False
-            return BoardReply(b"", f"{self.name}: {self._host.problem or 'the host is being looked for'}")
-        assert self._socket is not None
-        try:
-            parts = self._socket.recv_multipart(zmq.DONTWAIT)
-        except zmq.Again:
-            if time.monotonic() < self._deadline:
-                return None
-            # Otherwise the request could still reach the board later, and its answer would be taken for the next one's.
-            self.close()
-            return BoardReply(b"", f"{self.name}: no answer within {self._limit:g} s")
-        except zmq.ZMQError as error:
-            self.close()
-            return BoardReply(b"", f"{self.name}: {error}")
-        self.busy = False
-        if len(parts) != 2 or parts[0]:
-            return BoardReply(b"", f"{self.name}: expected an answer of one part, found {len(parts) - 1}")
-        return self._understand(parts[1])
-
-    def due(self) -> float | None:
-        if self._unsent:
-            return 0.0
-        return self._deadline if self.busy else None
+        if self._reply is None:
+            self._reply = self._receive()
+        return super().take()
 
     def close(self) -> None:
-        self.busy = self._unsent = False
+        self.busy = False
         self.sockets = ()
         if self._socket is not None:
             self._socket.close(linger=0)
@@ -136,24 +140,30 @@ class RequestChannel:
             self._context.term()
             self._context = None
 
-    @property
-    def identify(self) -> bytes:
-        return b""
-
-    def firmware(self, answer: bytes) -> str:
-        return ""
-
-    def _understand(self, message: bytes) -> BoardReply:
-        """Check the board's answer."""
-        raise NotImplementedError
+    def _receive(self) -> BoardReply | None:
+        assert self._socket is not None
+        try:
+            parts = self._socket.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            if time.monotonic() < self._deadline:
+                return None
+            # Otherwise the request could still reach the board later, and its answer would be taken for the next one's.
+            self.close()
+            return self._failure(f"no answer within {self._limit:g} s")
+        except zmq.ZMQError as error:
+            self.close()
+            return self._failure(str(error))
+        if len(parts) != 2 or parts[0]:
+            return self._failure(f"expected an answer of one part, found {len(parts) - 1}")
+        return self._parse(parts[1])
 
     def _request(self, message: bytes, seconds: float = 0.0) -> None:
         """Send a request; the board needs `seconds` for it beyond the limit."""
-        self.busy = True
         host = self._host.find()
         if not host:
-            self._unsent = True
+            self._refuse(self._host.problem or "the host is being looked for")
             return
+        self._begin(seconds)
         if self._socket is None:
             self._context = zmq.Context()
             self._socket = self._context.socket(zmq.DEALER)
@@ -165,8 +175,6 @@ class RequestChannel:
             self._socket.connect(endpoint(host, self._port))
             self.sockets = (self._socket,)
         self._socket.send_multipart([b"", message], zmq.DONTWAIT)
-        self._limit = LIMIT + seconds
-        self._deadline = time.monotonic() + self._limit
 
 
 class HostLookup:

@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -24,13 +24,10 @@ from larpixdaq._native.decoders import split_log
 from larpixdaq.constants import IO_GROUPS
 from larpixdaq.errors import ConfigError
 from larpixdaq.protocol.io_class import Data, Failed, FromChild, Hello, Idle, Order, Send, Sent, answers, pack
-from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.runtime.child_process import ChildProcess, signal_name
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.command_channel import BoardReply, Channel
-from larpixdaq.sources.data_quality import Presence, verdicts
 from larpixdaq.sources.replay_batches import Decoders, PieceSource, RecordedMessages
-from larpixdaq.sources.source import BoardStatus
 
 #: Seconds within which the class has to be ready.
 START_LIMIT: Final = 30.0
@@ -58,9 +55,8 @@ class IoClassSource(PieceSource):
     """
 
     waits = False
-    recorded = False
-    finished = False
     kind = "IO class"
+    channels: tuple[IoClassChannel, ...] = ()
 
     def __init__(
         self,
@@ -71,30 +67,22 @@ class IoClassSource(PieceSource):
         clock64: bool = False,
         revisions: Mapping[int, int] | None = None,
     ) -> None:
-        super().__init__()
-        self.name = f"IO class {io_class}"
+        super().__init__(f"IO class {io_class}", layout_of(asic, clock64=clock64), ())
         self.address = " ".join((io_class, *arguments))
-        self.layout = layout_of(asic, clock64=clock64)
-        self.io_groups: tuple[int, ...] = ()
-        self.channels: tuple[Channel, ...] = ()
-        self.drained = True
         self._process = ChildProcess(
             Path(__file__).with_name("io_class_child.py"),
             [str(int(asic)), "wide" if clock64 else "narrow", io_class, *arguments],
             kind=socket.SOCK_SEQPACKET,
         )
-        self.sockets: tuple[Any, ...] = (self._process.fileno(),)
-        self._channels: dict[int, IoClassChannel] = {}
+        self.sockets = (self._process.fileno(),)
         self._revisions = dict(revisions or {})
         self._decoders = Decoders(asic, format="auto", clock64=clock64)
-        self._presence = Presence()
         self._ready = False  # the process has sent Hello
         self._more = False  # the class may have more packets than it has passed on
         self._restart_at: float | None = None
         self._restart_delay = RESTART_DELAY
         self._stable_at = math.inf
         self._lost_at = 0.0
-        self._reason = ""  # of the disconnection
 
     def open(self) -> None:
         """Start the process and wait until the class is ready; ConfigError says why it is not."""
@@ -116,10 +104,6 @@ class IoClassSource(PieceSource):
         self._end(_END_LIMIT)
         self._process.close()
 
-    def start(self, counts: NDArray[np.uint64]) -> None:
-        self._decoders.start(counts)
-        self._presence.start(time.time_ns())
-
     def due(self) -> float | None:
         return self._restart_at
 
@@ -131,23 +115,6 @@ class IoClassSource(PieceSource):
         if now >= self._stable_at:
             self._stable_at, self._restart_delay = math.inf, RESTART_DELAY
         return self._receive(now) or self._more
-
-    def texts(self) -> list[tuple[str, int]]:
-        return []
-
-    def evidence(self, now: int) -> list[LossVerdict]:
-        return [
-            line
-            for io_group in self.io_groups
-            for line in verdicts(io_group, self._decoders.noticed(io_group), self._presence.findings(io_group, now))
-        ]
-
-    def delivered(self, made: int, stored: int, now: int) -> None:
-        self._presence.delivered(made, stored, now)
-
-    def boards(self) -> list[BoardStatus]:
-        away, why = self._presence.away_ns, self._reason
-        return [board._replace(away_ns=away, problem=why) for board in super().boards()]
 
     def _receive(self, now: float) -> bool:
         """Take the messages of the process. Returns whether there are board messages among them."""
@@ -186,8 +153,9 @@ class IoClassSource(PieceSource):
         if isinstance(message, Idle):
             self._more = False
         elif isinstance(message, Sent):
-            if message.io_group in self._channels:
-                self._channels[message.io_group].finish(message)
+            for channel in self.channels:
+                if channel.io_group == message.io_group:
+                    channel.finish(message)
         elif isinstance(message, Failed):
             return message.text
         elif isinstance(message, Hello):
@@ -199,8 +167,8 @@ class IoClassSource(PieceSource):
                 return f"--pacman-revision: no board has io_group {min(unknown)}, its io_groups: {list(io_groups)}"
             if not self.io_groups:
                 self.io_groups = io_groups
-                self._channels = {
-                    group: IoClassChannel(
+                self.channels = tuple(
+                    IoClassChannel(
                         self.name,
                         group,
                         self._post,
@@ -208,14 +176,13 @@ class IoClassSource(PieceSource):
                         revision=self._revisions.get(group, self._revisions.get(0, 0)),
                     )
                     for group in io_groups
-                }
-                self.channels = tuple(self._channels.values())
+                )
             elif self.io_groups != io_groups:
                 return f"its io_groups were {list(self.io_groups)} and are {list(io_groups)} now"
             elif self._lost_at:
                 self._problems.append(f"{self.name}: connected again after {now - self._lost_at:.1f} s")
             self._ready = True
-            self._reason = ""
+            self._disconnection = ""
             self._stable_at = now + MAX_RESTART_DELAY
             self._presence.connected(time.time_ns())
         return ""
@@ -239,9 +206,9 @@ class IoClassSource(PieceSource):
         )
         self._restart_delay = min(2 * self._restart_delay, MAX_RESTART_DELAY)
         self._lost_at = now
-        self._reason = reason
+        self._disconnection = reason
         self._presence.lost(time.time_ns())
-        for channel in self._channels.values():
+        for channel in self.channels:
             channel.fail(reason)
 
     def _end(self, limit: float) -> int | None:
@@ -251,70 +218,48 @@ class IoClassSource(PieceSource):
         return self._process.end(limit)
 
 
-class IoClassChannel:
+class IoClassChannel(Channel):
     """Words to the chips of one io_group by the class's `send`; a request ends when `send` has returned.
 
+    The source receives the outcome among the data.
     A class with the methods of PACMAN_IO for registers also takes orders to the board, in the format of a PACMAN."""
 
     batch = _WORDS
-    identify = b""
-    sockets: tuple[Any, ...] = ()  # the source receives the answers
 
     def __init__(
-        self, name: str, io_group: int, post: Callable[[bytes], bool], *, registers: bool, revision: int = 0
+        self, name: str, io_group: int, post: Callable[[bytes], bool], *, registers: bool, revision: int
     ) -> None:
         """`post` sends a message to the process, or returns False."""
+        super().__init__(f"{name}, io_group {io_group}", io_group, SEND_LIMIT)
         self.kind = "pacman" if registers else "class"
         self.revision = revision
-        self.io_group = io_group
-        self.name = f"{name}, io_group {io_group}"
-        self.busy = False
         self._post = post
         self._number = 0
-        self._reply: BoardReply | None = None
-        self._limit = SEND_LIMIT
-        self._deadline = 0.0
 
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         self._number += 1
-        self._post_request(Send(self._number, self.io_group, io_channels.tobytes(), words.astype("<u8").tobytes()))
+        self._request(Send(self._number, self.io_group, io_channels.tobytes(), words.astype("<u8").tobytes()))
 
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
         self._number += 1
-        self._post_request(Order(self._number, self.io_group, body), seconds)
+        self._request(Order(self._number, self.io_group, body), seconds)
 
-    def _post_request(self, request: Send | Order, seconds: float = 0.0) -> None:
-        self._limit = SEND_LIMIT + seconds
-        self._deadline = time.monotonic() + self._limit
-        self._reply = None if self._post(pack(request)) else self._failed("its process takes nothing")
-        self.busy = True
+    def _request(self, request: Send | Order, seconds: float = 0.0) -> None:
+        self._begin(seconds)
+        if not self._post(pack(request)):
+            self._refuse("its process takes nothing")
 
     def take(self) -> BoardReply | None:
         if self._reply is None and time.monotonic() >= self._deadline:
-            self._reply = self._failed(f"not sent within {self._limit:g} s")
-        self.busy = self._reply is None
-        return self._reply
-
-    def due(self) -> float | None:
-        if not self.busy:
-            return None
-        return self._deadline if self._reply is None else 0.0
-
-    def close(self) -> None:
-        self.busy = False
-
-    def firmware(self, answer: bytes) -> str:
-        return ""
+            self._reply = self._failure(f"not sent within {self._limit:g} s")
+        return super().take()
 
     def finish(self, sent: Sent) -> None:
         """Take the outcome of a request."""
         if sent.number == self._number and self._reply is None:
-            self._reply = self._failed(sent.error) if sent.error else BoardReply(sent.body)
+            self._reply = self._failure(sent.error) if sent.error else BoardReply(sent.body)
 
     def fail(self, reason: str) -> None:
         """Fail the request in flight, because the process has ended."""
         if self.busy and self._reply is None:
-            self._reply = self._failed(reason)
-
-    def _failed(self, error: str) -> BoardReply:
-        return BoardReply(b"", f"{self.name}: {error}")
+            self._reply = self._failure(reason)

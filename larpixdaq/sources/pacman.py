@@ -46,11 +46,10 @@ class PacmanChannel(RequestChannel):
         detected_format: Callable[[], str | None] = lambda: None,
     ) -> None:
         """`detected_format` returns the format of the board's data, "legacy" or "1.0"; None while it is not known."""
-        super().__init__("PACMAN", io_group, host, port)
+        super().__init__("PACMAN", io_group, host, port, self._check)
         self.revision = revision
         self._format: Callable[[], str | None] = detected_format if format == "auto" else lambda: format
         self._sent = 0
-        self._refusal = ""
 
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         message = np.zeros(len(words), _WORD)
@@ -60,25 +59,13 @@ class PacmanChannel(RequestChannel):
         self.send_raw(message.tobytes())
 
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
-        self._refusal = ""
         if self._format() == "1.0":  # a legacy request would crash the command server of such a board
-            self._refusal = "commands are known for the legacy format only, and the board sends format 1.0"
+            self._refuse("commands are known for the legacy format only, and the board sends format 1.0")
         elif not body or len(body) % _WORD_BYTES or len(body) > 65_535 * _WORD_BYTES:
-            self._refusal = f"expected 1 to 65535 words of {_WORD_BYTES} bytes, found {len(body)} bytes"
-        if self._refusal:
-            self.busy = True
-            return
-        self._sent = len(body) // _WORD_BYTES
-        self._request(_HEADER.pack(b"?", int(time.time()) & 0xFFFFFFFF, self._sent) + body, seconds)
-
-    def take(self) -> BoardReply | None:
-        if self._refusal:
-            self.busy = False
-            return BoardReply(b"", f"{self.name}: {self._refusal}")
-        return super().take()
-
-    def due(self) -> float | None:
-        return 0.0 if self._refusal and self.busy else super().due()
+            self._refuse(f"expected 1 to 65535 words of {_WORD_BYTES} bytes, found {len(body)} bytes")
+        else:
+            self._sent = len(body) // _WORD_BYTES
+            self._request(_HEADER.pack(b"?", int(time.time()) & 0xFFFFFFFF, self._sent) + body, seconds)
 
     @property
     def identify(self) -> bytes:
@@ -90,18 +77,17 @@ class PacmanChannel(RequestChannel):
     def firmware(self, answer: bytes) -> str:
         return " ".join(f"{value:#x}" for _, _, value in _REGISTER.iter_unpack(answer))
 
-    def _understand(self, message: bytes) -> BoardReply:
-        body = message[_HEADER.size :]
-        if message[:1] != b"!" or len(body) != self._sent * _WORD_BYTES:
-            return BoardReply(
-                b"",
-                f"{self.name}: expected an answer of {self._sent} words, found {len(message)} bytes "
-                f"that begin with {message[:8].hex(' ')}",
+    def _check(self, answer: bytes) -> BoardReply:
+        body = answer[_HEADER.size :]
+        if answer[:1] != b"!" or len(body) != self._sent * _WORD_BYTES:
+            return self._failure(
+                f"expected an answer of {self._sent} words, found {len(answer)} bytes "
+                f"that begin with {answer[:8].hex(' ')}"
             )
         errors = [body[at : at + _WORD_BYTES] for at in range(0, len(body), _WORD_BYTES) if body[at] == 0x45]
         if errors:
             text = errors[0][2:].rstrip(b"\0").decode("ascii", "replace")
-            return BoardReply(b"", f"{self.name}: the board refuses {len(errors)} of {self._sent} words: {text!r}")
+            return self._failure(f"the board refuses {len(errors)} of {self._sent} words: {text!r}")
         return BoardReply(body)
 
 

@@ -22,9 +22,7 @@ from numpy.typing import NDArray
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import names
 from larpixdaq.hdf5.recordings import MessageLog, PacketFile, RawFile, open_recording
-from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.data_quality import verdicts
 from larpixdaq.sources.replay_batches import Decoders, PieceSource, RecordedMessages, RecordedRows, row_times
 
 #: Minimum seconds between two batches at recorded speed; less would only cost turns of the producer's loop.
@@ -56,11 +54,8 @@ class ReplaySource(PieceSource):
     """
 
     kind = "replay"
-    waits = True
     recorded = True
-    channels: tuple[Any, ...] = ()
     drained = False  # a file has more until it is finished
-    sockets: tuple[Any, ...] = ()
 
     def __init__(
         self,
@@ -71,13 +66,11 @@ class ReplaySource(PieceSource):
         clock64: bool = False,
         speed: float = 1.0,
     ) -> None:
-        super().__init__()
         self._files = [(io_group, Path(path)) for io_group, path in files]
         self.address = ", ".join(str(path) for _, path in self._files)
-        self.name = f"replay of {self.address}"
-        self.layout = layout_of(asic, clock64=clock64 or format == "1.0")
-        self.io_groups: tuple[int, ...] = tuple(sorted({io_group for io_group, _ in files}))
-        self.finished = False
+        layout = layout_of(asic, clock64=clock64 or format == "1.0")
+        super().__init__(f"replay of {self.address}", layout, tuple(sorted({io_group for io_group, _ in files})))
+        self._presence.connected(0)  # whether boards were connected during the recording is not known
         self._asic = asic
         self._speed = speed
         self._at_once = math.isinf(speed)
@@ -105,8 +98,8 @@ class ReplaySource(PieceSource):
         for recording in self._recordings:
             recording.close()
 
-    def start(self, counts: NDArray[Any]) -> None:
-        self._decoders.start(counts)
+    def start(self, counts: NDArray[np.uint64]) -> None:
+        super().start(counts)
         self._began = None
 
     def due(self) -> float | None:
@@ -146,10 +139,6 @@ class ReplaySource(PieceSource):
     def texts(self) -> list[tuple[str, int]]:
         texts, self._texts = self._texts, []
         return texts
-
-    def evidence(self, now: int) -> list[LossVerdict]:
-        """Return the findings in the bytes alone: their times of arrival, and lost connections, are not known."""
-        return [line for io_group in self.io_groups for line in verdicts(io_group, self._decoders.noticed(io_group))]
 
     def _open(self) -> None:
         found: set[int] = set()

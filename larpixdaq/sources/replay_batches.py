@@ -15,8 +15,8 @@ from larpixdaq._native import word_codec
 from larpixdaq._native.decoders import PacmanDecoder, encode_pacman
 from larpixdaq.constants import BLOCK_ROWS, Count
 from larpixdaq.schema import NOTICE, NOTICES, UNKNOWN_WORD, Asic, PacketType, types_of
-from larpixdaq.sources.data_quality import setup_findings, sum_notices
-from larpixdaq.sources.source import BoardStatus
+from larpixdaq.sources.data_quality import sum_notices
+from larpixdaq.sources.source import Source
 
 #: Bytes of a header or word of PACMAN format 1.0.
 _UNIT: Final = 24
@@ -262,16 +262,15 @@ class RecordedRows(_Piece):
         return rows
 
 
-class PieceSource:
+class PieceSource(Source):
     """Base of sources that play pieces one after another. They set `_decoders`, and `_piece` to the present one."""
 
-    name: str
-    io_groups: tuple[int, ...]
     _decoders: Decoders
+    _piece: RecordedMessages | RecordedRows | None = None
 
-    def __init__(self) -> None:
-        self._piece: RecordedMessages | RecordedRows | None = None
-        self._problems: list[str] = []
+    def start(self, counts: NDArray[np.uint64]) -> None:
+        super().start(counts)
+        self._decoders.start(counts)
 
     def decode(self, rows: NDArray[Any]) -> int:
         return self._piece.decode(rows) if self._piece is not None else 0
@@ -279,15 +278,5 @@ class PieceSource:
     def take_unknown(self) -> NDArray[Any]:
         return self._decoders.take_unknown()
 
-    def delivered(self, made: int, stored: int, now: int) -> None:
-        pass
-
-    def boards(self) -> list[BoardStatus]:
-        return [
-            BoardStatus(group, self.name, setup=tuple(setup_findings(group, self._decoders.noticed(group))))
-            for group in self.io_groups
-        ]
-
-    def problems(self) -> list[str]:
-        problems, self._problems = self._problems, []
-        return problems
+    def _noticed(self, io_group: int) -> NDArray[Any]:
+        return self._decoders.noticed(io_group)

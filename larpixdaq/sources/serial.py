@@ -12,7 +12,7 @@ import os
 import select
 import termios
 import time
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import serial
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from larpixdaq._native.decoders import SerialDecoder, encode_serial
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import Asic, layout_of
-from larpixdaq.sources.command_channel import LIMIT, BoardReply
-from larpixdaq.sources.source import BoardStatus, LiveSource
+from larpixdaq.sources.command_channel import BoardReply, Channel
+from larpixdaq.sources.source import LiveSource
 
 BAUD: Final = 1_000_000
 #: Seconds without a byte after which the decoder no longer waits for the next frame.
@@ -58,22 +58,15 @@ _FRAMES: Final = 25
 _WRITE_RETRY: Final = 0.001
 
 
-class SerialChannel:
+class SerialChannel(Channel):
     """Frames to the board on its serial line. The board does not answer; a request ends when the line has taken it."""
 
     kind = "serial"
-    revision = 0
-    identify = b""
     batch = _FRAMES
-    sockets: tuple[Any, ...] = ()
 
     def __init__(self, device: str, io_group: int) -> None:
-        self.io_group = io_group
-        self.name = f"serial device {device}, io_group {io_group}"
-        self.busy = False
+        super().__init__(f"serial device {device}, io_group {io_group}", io_group)
         self._rest = b""
-        self._limit = LIMIT
-        self._deadline = 0.0
         self._write_at = 0.0
         self.fd: int | None = None  # file descriptor of the source's device; None: disconnected
 
@@ -81,40 +74,32 @@ class SerialChannel:
         self.send_raw(encode_serial(words))
 
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
+        self._begin(seconds)
         self._rest = body
-        self._limit = LIMIT + seconds
-        self._deadline = time.monotonic() + self._limit
         self._write_at = 0.0
-        self.busy = True
 
     def take(self) -> BoardReply | None:
-        now = time.monotonic()
-        try:
-            if self.fd is None:
-                return self._done("device disconnected")
-            while self._rest:
-                self._rest = self._rest[os.write(self.fd, self._rest) :]
-        except BlockingIOError:
-            if now >= self._deadline:
-                return self._done(f"the line has not taken {len(self._rest)} bytes within {self._limit:g} s")
-            self._write_at = now + _WRITE_RETRY
-            return None
-        except OSError as error:
-            return self._done(f"cannot send: {os.strerror(error.errno or errno.EIO)}")
-        return self._done("")
+        self._reply = self._write()
+        return super().take()
 
     def due(self) -> float | None:
         return self._write_at if self.busy else None
 
-    def close(self) -> None:
-        self.busy = False
-
-    def firmware(self, answer: bytes) -> str:
-        return ""
-
-    def _done(self, error: str) -> BoardReply:
-        self.busy = False
-        return BoardReply(b"", f"{self.name}: {error}" if error else "")
+    def _write(self) -> BoardReply | None:
+        now = time.monotonic()
+        if self.fd is None:
+            return self._failure("device disconnected")
+        try:
+            while self._rest:
+                self._rest = self._rest[os.write(self.fd, self._rest) :]
+        except BlockingIOError:
+            if now >= self._deadline:
+                return self._failure(f"the line has not taken {len(self._rest)} bytes within {self._limit:g} s")
+            self._write_at = now + _WRITE_RETRY
+            return None
+        except OSError as error:
+            return self._failure(f"cannot send: {os.strerror(error.errno or errno.EIO)}")
+        return BoardReply(b"")
 
 
 class SerialSource(LiveSource):
@@ -133,7 +118,6 @@ class SerialSource(LiveSource):
         self.address = device
         self._line = SerialChannel(device, io_group)
         self.channels = (self._line,)
-        self._device = device
         self._baud = baud
         self._buffer = bytearray(_READ)
         self._port: serial.Serial | None = None
@@ -141,19 +125,10 @@ class SerialSource(LiveSource):
         self._flush_at: float | None = None
         self._retry_at: float | None = None
         self._lost_at = 0.0
-        self._reason = ""  # of the disconnection
-
-    def open(self) -> None:
-        """Open the device; ConfigError says why it cannot be used."""
-        self._connect()
 
     def close(self) -> None:
         self._disconnect()
         self._retry_at = None
-
-    def boards(self) -> list[BoardStatus]:
-        (board,) = super().boards()
-        return [board._replace(problem=self._reason)]
 
     def due(self) -> float | None:
         times = [moment for moment in (self._flush_at, self._retry_at) if moment is not None]
@@ -194,18 +169,18 @@ class SerialSource(LiveSource):
         self._flush_at = now + SILENCE
         return True
 
-    def _connect(self) -> None:
+    def open(self) -> None:
         try:
             # The lock keeps out a second reader, which would take bytes out of the middle of frames.
-            self._port = serial.Serial(self._device, self._baud, timeout=0, exclusive=True)
+            self._port = serial.Serial(self.address, self._baud, timeout=0, exclusive=True)
         except (OSError, ValueError, OverflowError, termios.error) as error:
-            raise ConfigError(f"serial device {self._device}: {_reason(error)}") from None
+            raise ConfigError(f"serial device {self.address}: {_reason(error)}") from None
         self._poll.register(self._port.fileno(), select.POLLIN)
         self.sockets = (self._port.fileno(),)
         self._line.fd = self._port.fileno()
         self._presence.connected(time.time_ns())
         self._retry_at = None
-        self._reason = ""
+        self._disconnection = ""
 
     def _disconnect(self) -> None:
         self.sockets = ()
@@ -223,14 +198,14 @@ class SerialSource(LiveSource):
     def _lose(self, now: float, reason: str) -> None:
         self._disconnect()
         self._lost_at = now
-        self._reason = reason
+        self._disconnection = reason
         self._presence.lost(time.time_ns())
         self._retry_at = now + RETRY
         self._problems.append(f"{self.name}: disconnected ({reason}); trying again every {RETRY:g} s")
 
     def _reconnect(self, now: float) -> None:
         try:
-            self._connect()
+            self.open()
         except ConfigError:
             self._retry_at = now + RETRY
         else:

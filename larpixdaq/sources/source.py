@@ -1,4 +1,4 @@
-"""Sources of packets: the protocol by which the producer reads boards and recorded files. Each kind is one file here.
+"""Sources of packets: the base class by which the producer reads boards and recorded files. Each kind has a file here.
 
 A source owns the connection to one board (or recorded files) and the decoder of its bytes. It never blocks, never
 sleeps, and writes rows only into the memory of its caller::
@@ -16,15 +16,19 @@ sleeps, and writes rows only into the memory of its caller::
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from larpixdaq._native.decoders import BernDecoder, PacmanDecoder, SerialDecoder
 from larpixdaq.protocol.stream import LossVerdict
 from larpixdaq.schema import RowLayout
 from larpixdaq.sources.command_channel import Channel
 from larpixdaq.sources.data_quality import ClockReading, Presence, setup_findings, verdicts
+
+Decoder = PacmanDecoder | BernDecoder | SerialDecoder
 
 
 class BoardStatus(NamedTuple):
@@ -39,38 +43,49 @@ class BoardStatus(NamedTuple):
     clock: ClockReading | None = None
 
 
-class Source(Protocol):
-    #: Name in log lines and errors, such as "PACMAN io_group 1 at tcp://127.0.0.1:5556".
-    name: str
+class Source(ABC):
     #: `kind` and `address` as in stream.ConnectedBoard.
     kind: str
     address: str
-    layout: RowLayout
-    io_groups: tuple[int, ...]
     #: Sources that can wait for room in the ring (replay, fake, serial). Boards publish without waiting.
-    waits: bool
+    waits = True
     #: Recorded files: read only in the state RUN, and from their beginning in each run.
-    recorded: bool
+    recorded = False
     #: No more data will come (the end of a replay).
-    finished: bool
+    finished = False
     #: The last read() took all data that had arrived; False: more data wait.
-    drained: bool
+    drained = True
     #: Command channels to the boards and their chips; (): the source takes no commands.
-    channels: tuple[Channel, ...]
+    channels: tuple[Channel, ...] = ()
     #: Sockets or file descriptors to poll for reading. They may change after read(), because a board was lost or found.
-    sockets: tuple[Any, ...]
+    sockets: tuple[Any, ...] = ()
 
+    def __init__(self, name: str, layout: RowLayout, io_groups: tuple[int, ...], silence: float = 0.0) -> None:
+        """`name`: for log lines and errors, such as "PACMAN io_group 1 at tcp://127.0.0.1:5556". `silence`: seconds
+        within which a board sends at least one message; 0: it may be silent."""
+        self.name = name
+        self.layout = layout
+        self.io_groups = io_groups
+        self._presence = Presence(int(silence * 1e9))
+        self._disconnection = ""  # its reason
+        self._problems: list[str] = []
+
+    @abstractmethod
     def open(self) -> None:
         """Connect. ConfigError or FileError, in one line, when that is impossible; a disconnected board is no error."""
 
+    @abstractmethod
     def close(self) -> None: ...
 
     def start(self, counts: NDArray[np.uint64]) -> None:
         """Count in `counts` from now on, shape (IO_GROUPS, len(Count)), dtype u8, and forget kept unknown words."""
+        self._presence.start(time.time_ns())
 
+    @abstractmethod
     def due(self) -> float | None:
         """Time of the next read() without a readable socket, in seconds of time.monotonic(); None: no such time."""
 
+    @abstractmethod
     def read(self) -> bool:
         """Take one batch of data without waiting. Returns False when there were none."""
 
@@ -79,68 +94,60 @@ class Source(Protocol):
 
         Only recorded files have texts, and each text is returned once. The recorder makes and counts their rows
         (type 5), because it sends the texts together with the rows."""
+        return []
 
+    @abstractmethod
     def decode(self, rows: NDArray[Any]) -> int:
         """Fill `rows`, dtype `layout.dtype`. Returns the number of rows; fewer than len(rows): the batch is empty."""
 
+    @abstractmethod
     def take_unknown(self) -> NDArray[Any]:
         """Return and forget the unknown and rejected words kept since start(), dtype schema.UNKNOWN_WORD."""
 
     def problems(self) -> list[str]:
         """Return warnings since the last call, one line each (board silent, device disconnected), for the log."""
+        problems, self._problems = self._problems, []
+        return problems
 
     def evidence(self, now: int) -> list[LossVerdict]:
         """Return verdicts on the data of each io_group since start(), at least one line for each.
 
         `now`: unix ns, or the time at which end_run was requested."""
+        return [
+            line
+            for io_group in self.io_groups
+            for line in verdicts(io_group, self._noticed(io_group), self._presence.findings(io_group, now))
+        ]
 
     def boards(self) -> list[BoardStatus]:
         """Return the state of the boards, one for each io_group."""
+        away_ns, problem = self._presence.away_ns, self._disconnection
+        return [
+            BoardStatus(group, self.name, away_ns, problem, tuple(setup_findings(group, self._noticed(group))))
+            for group in self.io_groups
+        ]
 
     def delivered(self, made: int, stored: int, now: int) -> None:
         """Note how many blocks of the producer were made and stored until now (unix ns). Called about once a second."""
+        self._presence.delivered(made, stored, now)
+
+    @abstractmethod
+    def _noticed(self, io_group: int) -> NDArray[Any]:
+        """Return the notices of an io_group's decoder since start(), dtype schema.NOTICE."""
 
 
-class Decoder(Protocol):
-    """The part of the decoders in _native.decoders that sources need."""
-
-    def start(self, counts: NDArray[np.uint64]) -> None: ...
-    def decode(self, rows: NDArray[Any]) -> int: ...
-    def take_unknown(self) -> NDArray[Any]: ...
-    def heard(self, now_ns: int, since: float = ..., until: float = ...) -> None: ...
-    def noticed(self) -> NDArray[Any]: ...
-    def note(self, what: int, events: int, amount: int) -> None: ...
-
-
-class LiveSource:
-    """Base of the sources of one live board, with its decoder and the state of its connection.
-
-    Subclasses add open, close, due and read."""
-
-    waits = True
-    recorded = False
-    finished = False
-    drained = True
-    channels: tuple[Channel, ...] = ()
+class LiveSource(Source):
+    """Base of the sources of one live board, with its decoder. Subclasses add open, close, due and read."""
 
     _decoder: Decoder
 
     def __init__(self, name: str, layout: RowLayout, io_group: int, decoder: Decoder, silence: float = 0.0) -> None:
-        """`silence`: seconds within which the board sends at least one message; 0: it may be silent."""
-        self.name = name
-        self.layout = layout
-        self.io_groups: tuple[int, ...] = (io_group,)
-        self.sockets: tuple[Any, ...] = ()
+        super().__init__(name, layout, (io_group,), silence)
         self._decoder = decoder
-        self._presence = Presence(int(silence * 1e9))
-        self._problems: list[str] = []
 
     def start(self, counts: NDArray[np.uint64]) -> None:
+        super().start(counts)
         self._decoder.start(counts[self.io_groups[0]])
-        self._presence.start(time.time_ns())
-
-    def texts(self) -> list[tuple[str, int]]:
-        return []
 
     def decode(self, rows: NDArray[Any]) -> int:
         return self._decoder.decode(rows)
@@ -148,18 +155,5 @@ class LiveSource:
     def take_unknown(self) -> NDArray[Any]:
         return self._decoder.take_unknown()
 
-    def problems(self) -> list[str]:
-        problems, self._problems = self._problems, []
-        return problems
-
-    def evidence(self, now: int) -> list[LossVerdict]:
-        (io_group,) = self.io_groups
-        return verdicts(io_group, self._decoder.noticed(), self._presence.findings(io_group, now))
-
-    def delivered(self, made: int, stored: int, now: int) -> None:
-        self._presence.delivered(made, stored, now)
-
-    def boards(self) -> list[BoardStatus]:
-        (io_group,) = self.io_groups
-        setup = tuple(setup_findings(io_group, self._decoder.noticed()))
-        return [BoardStatus(io_group, self.name, self._presence.away_ns, setup=setup)]
+    def _noticed(self, io_group: int) -> NDArray[Any]:
+        return self._decoder.noticed()

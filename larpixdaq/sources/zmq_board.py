@@ -6,20 +6,21 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import zmq
 from numpy.typing import NDArray
 from zmq.utils.monitor import recv_monitor_message
 
+from larpixdaq._native.decoders import BernDecoder, PacmanDecoder
 from larpixdaq._native.zmq_batch import Receiver
 from larpixdaq.constants import Count
 from larpixdaq.errors import ConfigError
 from larpixdaq.schema import NOTICES, RowLayout
-from larpixdaq.sources.command_channel import HostLookup, endpoint
+from larpixdaq.sources.command_channel import HostLookup, RequestChannel, endpoint
 from larpixdaq.sources.data_quality import BoardClock
-from larpixdaq.sources.source import BoardStatus, Decoder, LiveSource
+from larpixdaq.sources.source import BoardStatus, LiveSource
 
 #: Maximum board messages in the queue of the subscription. A one-word message takes 64 bytes; a saturated board
 #: (39 MB/s) sends far fewer and larger ones. When the queue is full, libzmq stops reading, the kernel's buffer fills,
@@ -61,16 +62,12 @@ CLOCK_INTERVAL = 1.0
 EVENTS_INTERVAL = 0.25
 
 
-class MessageDecoder(Decoder, Protocol):
-    def feed(self, buffer: Any, spans: NDArray[Any]) -> None: ...
-    def clock_bounds(self) -> tuple[float, float] | None: ...
-
-
 class BoardSource(LiveSource):
     """Board at tcp://host:data_port. `silence`: seconds without any message until a warning."""
 
     waits = False
-    _decoder: MessageDecoder
+    channels: tuple[RequestChannel, ...]
+    _decoder: PacmanDecoder | BernDecoder
 
     def __init__(
         self,
@@ -79,7 +76,7 @@ class BoardSource(LiveSource):
         host: HostLookup,
         data_port: int,
         *,
-        decoder: MessageDecoder,
+        decoder: PacmanDecoder | BernDecoder,
         layout: RowLayout,
         silence: float,
     ) -> None:
