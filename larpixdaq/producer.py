@@ -225,7 +225,7 @@ class Producer:
         self._firmware_requested.clear()
         self._idle_watch.start()
         self._end_requested_ns = 0
-        known = self.tracker.everything()
+        known = self.tracker.configurations()
         self._put_configurations(known)
         self.state = "READY"
         warnings = [*_warnings(boards, self._clock_limit), known.differences()]
@@ -274,7 +274,7 @@ class Producer:
         for channel in self._channels:
             if channel.io_group not in self._firmware_requested and channel.identify:
                 self._firmware_requested.add(channel.io_group)
-                self.commands.ask(channel.io_group, channel.identify, partial(self._take_firmware, channel))
+                self.commands.send_order(channel.io_group, channel.identify, partial(self._take_firmware, channel))
 
     def _take_firmware(self, channel: Channel, answer: bytes, error: str) -> None:
         if not error:
@@ -283,17 +283,17 @@ class Producer:
     def _put(self, rows: NDArray[Any], io_group: int) -> int:
         """Record rows of words about to be sent. Returns the number of rows that had room."""
         n = self.readout.put(rows, io_group)
-        self.tracker.sent(rows[:n])
+        self.tracker.record_sent(rows[:n])
         return n
 
     def _record_changes(self) -> None:
         """Record the configurations of chips with new writes or answers, in a run."""
         if self.recorder.run is not None:
-            self._put_configurations(self.tracker.news())
+            self._put_configurations(self.tracker.changes())
 
     def _put_configurations(self, found: Configurations) -> None:
         """Record configurations in the run, and mark all changes as reported."""
-        self.tracker.settle()
+        self.tracker.mark_reported()
         for piece in found.pieces():
             if not self.recorder.info(piece.text(), piece.pack()):
                 log.warning("the ring is full: not in the file: %s", piece.text())

@@ -1,5 +1,5 @@
-"""Rows into blocks: slices of the ring, closed when full or 20 ms old, numbered, with the running totals in their
-header."""
+"""Makes blocks of rows: slices of the ring, closed when full or 20 ms old, numbered, with the run's totals so far in
+their headers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from larpixdaq.protocol.stream import Block, Configs, End, Gap, LossVerdict, Tot
 from larpixdaq.runtime.record_file import crc32
 from larpixdaq.schema import PacketType
 
-#: A block is closed so long after its first row, in seconds.
+#: Seconds from a block's first row until it is closed.
 BLOCK_AGE = 0.020
 
 
 def info_rows(text: str, layout: schema.RowLayout, seconds: int) -> NDArray[Any]:
-    """The rows of type 5 that stand for an INFO message: one for each piece of its text as /messages has them,
-    `counter` 0 until the writer knows their place there."""
+    """Make the rows of type 5 of an INFO message, one for each piece of its text in /messages.
+
+    `counter` is 0 until the writer sets it to the piece's row there. `seconds`: unix time.
+    """
     rows = np.zeros(len(text_pieces(text, schema.MESSAGE_BYTES)), layout.dtype)
     rows[schema.type_column(rows.dtype)] = PacketType.MESSAGE
     rows["timestamp"] = seconds
@@ -32,9 +34,9 @@ def info_rows(text: str, layout: schema.RowLayout, seconds: int) -> NDArray[Any]
 
 
 class BlockBuilder:
-    """Between a producer's decoders and its ring. `counts` are the ledger's counters of the run, in the ring.
+    """Makes the blocks of one producer in its ring, from rows that decoders write there.
 
-    io_groups: those that the producer's sources have; io_group 0 (INFO messages) comes by itself.
+    `io_groups`: those of the producer's sources; io_group 0 (INFO messages) is added.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class BlockBuilder:
         self._scratch = np.zeros(constants.BLOCK_ROWS, layout.dtype)
 
     def begin(self, run: int, required: Sequence[str]) -> None:
-        """Everything from here on belongs to `run`, until end()."""
+        """Begin `run`, to which all rows belong until end(). `required`: names of its storages."""
         self._base, self._base_ns = self._clock(), self._host_ns()
         self.began_ns = self._base_ns
         size = self.layout.dtype.itemsize
@@ -70,17 +72,17 @@ class BlockBuilder:
         self.run = run
 
     def resume(self, run: int, began_ns: int) -> None:
-        """Go on with the run that a dead producer has left in the ring, to close it."""
+        """Continue the run that a dead producer has left in the ring, so that end() can close it."""
         self.run = run
         self.began_ns = began_ns
 
     def rows(self) -> NDArray[Any] | None:
-        """Free rows of the open block, to be written and then publish()ed; None when the ring is full."""
+        """Return the free rows of the open block, for a decoder and publish(); None when the ring is full."""
         room = self._ring.rows(self._wall(), constants.BLOCK_ROWS)
         return None if room is None else np.frombuffer(room, self.layout.dtype)
 
     def publish(self, n: int) -> None:
-        """The first n of rows() are written, and the counters are up to date with them: both survive this process."""
+        """Add the first n of rows() to the block, with the counters as they are now. Both survive a killed process."""
         if not n:
             self._ring.checkpoint()
         elif self._ring.publish(n):
@@ -89,11 +91,11 @@ class BlockBuilder:
             self._close_at = self._clock() + BLOCK_AGE
 
     def scratch(self) -> NDArray[Any]:
-        """Rows to decode into what will not be kept: outside a run, or when the ring is full."""
+        """Rows for a decoder that are not kept: outside of runs, or when the ring is full."""
         return self._scratch
 
     def drop(self, rows: NDArray[Any]) -> None:
-        """These rows were decoded and counted, but found no room."""
+        """Count rows as dropped, which were decoded and counted but found no room."""
         if not len(rows):
             return
         now = self._wall()
@@ -105,7 +107,7 @@ class BlockBuilder:
         self._ring.checkpoint()
 
     def due(self) -> float | None:
-        """When the open block has to be closed (monotonic seconds); None: no block is open."""
+        """The time (monotonic seconds) at which the open block must be closed; None: no block is open."""
         return self._close_at
 
     def work(self) -> None:
@@ -120,8 +122,11 @@ class BlockBuilder:
             self._ring.close_block(self._header(self._ring.open_rows, self._ring.open_first_ns, payload))
 
     def info(self, text: str, configs: Configs | None = None, *, seconds: int | None = None) -> bool:
-        """Put an INFO message into the flow, with the configurations that it is about. It counts in io_group 0; there
-        is always room kept for it. `seconds`: its own time (unix), where that is not now."""
+        """Append an INFO message, in a block of its own, with the configurations that it is about.
+
+        It counts in io_group 0. The ring keeps room for such messages; False when that is used up too. `seconds`: the
+        message's time (unix), by default now.
+        """
         self.close_block()
         rows = info_rows(text, self.layout, self._wall() // 10**9 if seconds is None else seconds)
         self._ring.counts[0, Count.INFO_ROWS] += np.uint64(len(rows))
@@ -129,14 +134,17 @@ class BlockBuilder:
         gaps = self._ring.gaps.copy()
         if self._ring.append(INFO, payload, len(rows), self._header(len(rows), self._wall(), payload, text, configs)):
             return True
-        self._ring.gaps[:] = gaps  # the header that told them has gone nowhere
+        self._ring.gaps[:] = gaps  # because the header with them was not appended
         self.drop(rows)
         return False
 
     def end(
         self, how: str, unknown: list[UnknownWord], outside: list[list[int]], verdicts: Sequence[LossVerdict] = ()
     ) -> End:
-        """Close the run with its end record; returns it."""
+        """Close the run with its end record, and return that.
+
+        `outside`: counters of rows outside of runs, as counts() returns them.
+        """
         if self.run is None:
             raise ValueError("end of a run without a run")
         self.close_block()
@@ -156,20 +164,20 @@ class BlockBuilder:
         )
         while not self._ring.append(END, b"", 0, pack(end)):
             if not end.unknown:
-                raise RuntimeError(f"run {self.run}: no room for the end record")  # the room kept for it is far larger
+                raise RuntimeError(f"run {self.run}: no room for the end record")  # far more room is kept for it
             end = msgspec.structs.replace(end, unknown=end.unknown[: len(end.unknown) // 2])
         self.run = None
         return end
 
     def counts(self, counts: NDArray[np.uint64] | None = None) -> list[list[int]]:
-        """Return the counters of all io_groups that have any, as stream.End carries them."""
+        """Return the counters of all io_groups with counts, in the form of stream.End."""
         table = self._ring.counts if counts is None else counts
         return [[g, *table[g].tolist()] for g in np.flatnonzero(table.any(axis=1)).tolist()]
 
     def _wall(self) -> int:
-        """Unix ns by the host's clock when the run began, and evenly on from there.
+        """Unix ns: the host's clock at the begin of the run, continued by the monotonic clock.
 
-        A host's clock may be stepped in the middle of a run; rates and gaps would then be nonsense.
+        Otherwise a step of the host's clock in the run would make its rates and gaps wrong.
         """
         return self._base_ns + int((self._clock() - self._base) * 1e9)
 
@@ -197,13 +205,13 @@ class BlockBuilder:
         return pack(block)
 
     def totals(self) -> list[Totals]:
-        """The totals of each io_group in this run so far."""
-        # Lists instead of numpy: for ten io_groups, sums by numpy take twice the time.
+        """Return the totals of each io_group in this run so far."""
+        # Lists, because for ten io_groups sums in numpy take twice the time.
         return list(map(Totals.of, self.io_groups, self._ring.counts[self.io_groups].tolist()))
 
     def _take_gaps(self) -> list[Gap]:
         gaps = self._ring.gaps
-        found = [Gap(g, *gaps[g].tolist()) for g in np.flatnonzero(gaps[:, 0]).tolist()]
-        if found:
+        taken_gaps = [Gap(g, *gaps[g].tolist()) for g in np.flatnonzero(gaps[:, 0]).tolist()]
+        if taken_gaps:
             gaps[:] = 0
-        return found
+        return taken_gaps

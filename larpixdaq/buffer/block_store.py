@@ -1,6 +1,7 @@
-"""What a producer holds of one epoch, its own or a predecessor's: the spool (oldest), and behind it the ring.
+"""The blocks of one epoch, the producer's own or a predecessor's: the oldest in the spool, the others in the ring.
 
-Both have one row of indices: a block keeps the number of its descriptor in the ring when it moves to the spool.
+Spool and ring share one numbering: a block that moves to the spool keeps its index, the number of its descriptor in the
+ring.
 """
 
 from __future__ import annotations
@@ -16,34 +17,37 @@ from larpixdaq._native.ring_buffer import END, INFO, Ring
 from larpixdaq.buffer.ring_file import RingFile
 from larpixdaq.buffer.spool import BATCH_BLOCKS, BATCH_BYTES, LOST, Spool, SpoolHeader, SpoolRecord
 
-#: A ring that may move to the spool is read in place as long as it is not fuller than that.
-LENDS = 0.5
+#: Maximum fill of a ring (0 to 1) at which consumers read its rows in place, if blocks may move to the spool.
+LENDING_LIMIT = 0.5
 
 
 @dataclass
 class Segment:
-    """The blocks of one run: those from index `first` on, the end record at `last` once it is there."""
+    """The blocks of one run, from index `first` to `last`, which is the end record; None while the run goes on."""
 
     run: int
     first: int
     layout: int
     required: tuple[str, ...]
     last: int | None = None
-    durable: dict[str, int] = field(default_factory=dict)  # storage -> blocks of this run below are durable there
+    positions: dict[str, int] = field(default_factory=dict)  # storage -> index below which it has all blocks of the run
 
-    def wants(self, name: str) -> int:
-        """The first block of the run that a storage does not have yet."""
-        return self.durable.get(name, self.first)
+    def position(self, name: str) -> int:
+        """The index of the first block of the run that this storage does not have yet."""
+        return self.positions.get(name, self.first)
 
-    def needed(self, name: str, forgotten: frozenset[str]) -> int:
-        """The first block that has to be kept for a required storage; a forgotten one needs what no other has."""
+    def first_needed(self, name: str, forgotten: frozenset[str]) -> int:
+        """The index of the first block that must be kept for a required storage.
+
+        For a forgotten storage only the blocks are kept that no other required storage has.
+        """
         if name not in forgotten:
-            return self.wants(name)
-        return max(map(self.wants, self.required))
+            return self.position(name)
+        return max(map(self.position, self.required))
 
 
 class StoredBlock(NamedTuple):
-    """A block to send. `pinned`: its rows lie in the ring."""
+    """A block to send. `pinned`: its rows are in the ring, which must not free them meanwhile."""
 
     header: bytes
     payload: Any
@@ -51,28 +55,29 @@ class StoredBlock(NamedTuple):
 
 
 class BlockStore:
-    """The blocks of one epoch. `tail`: all below have what they need; `pins`: rows in the ring that libzmq still holds.
+    """The blocks of one epoch, from index `tail` to `head`; no storage needs those below `tail` any more.
 
-    `arena` is that of a predecessor, unlinked when nothing is owed any more.
+    `pins`: index and message tracker of blocks whose rows in the ring libzmq is still sending. `ring_file`: that of a
+    predecessor, removed by close().
     """
 
     def __init__(
-        self, producer: str, epoch: int, ring: Ring | None, spool: Spool | None, arena: RingFile | None = None
+        self, producer: str, epoch: int, ring: Ring | None, spool: Spool | None, ring_file: RingFile | None = None
     ):
         self.producer = producer
         self.epoch = epoch
         self.ring = ring
         self.spool = spool
-        self.arena = arena
+        self.ring_file = ring_file
         self.segments: deque[Segment] = deque()
         self.pins: deque[tuple[int, Any]] = deque()
         self.tail = ring.tail if ring is not None else 0
 
     @classmethod
-    def inherited(cls, producer: str, epoch: int, arena: RingFile | None, spool: Spool | None) -> BlockStore:
-        """What a predecessor left: a ring that has its end record already, files of the spool, or both."""
-        ring = arena.ring if arena is not None else None
-        store = cls(producer, epoch, ring, spool, arena)
+    def inherited(cls, producer: str, epoch: int, ring_file: RingFile | None, spool: Spool | None) -> BlockStore:
+        """Make the store of a predecessor: of its ring, in which every run is ended, its spool files, or both."""
+        ring = ring_file.ring if ring_file is not None else None
+        store = cls(producer, epoch, ring, spool, ring_file)
         known: dict[int, Segment] = {}
         if spool is not None and spool.files:
             store.tail = spool.files[0].header.start
@@ -82,7 +87,7 @@ class BlockStore:
         if ring is not None:
             for run, first, layout, _, _, _, required, acknowledged in ring.runs():
                 segment = Segment(run, first, layout, tuple(required))
-                segment.durable = dict(zip(required, acknowledged, strict=True))
+                segment.positions = dict(zip(required, acknowledged, strict=True))
                 known[first] = segment
         segments = [known[first] for first in sorted(known)]
         for segment, following in pairwise(segments):
@@ -116,59 +121,58 @@ class BlockStore:
                     with contextlib.suppress(IndexError):
                         self.ring.release(run)
 
-    def behind(self, segment: Segment) -> int:
-        """The index behind the run's last block so far."""
+    def end_of(self, segment: Segment) -> int:
+        """The index after the run's last block so far."""
         return self.head if segment.last is None else segment.last + 1
 
-    def durable(self, name: str, run: int, following: int) -> None:
-        """Storage `name` has everything of `run` below sequence `following`. That says nothing of the runs before."""
+    def acknowledge(self, name: str, run: int, following: int) -> None:
+        """Note that storage `name` has all blocks of `run` below sequence `following`; other runs are not affected."""
         for segment in self.segments:
             if segment.run == run and name in segment.required:
-                index = max(segment.wants(name), min(segment.first + following, self.behind(segment)))
-                segment.durable[name] = index
+                index = max(segment.position(name), min(segment.first + following, self.end_of(segment)))
+                segment.positions[name] = index
                 if self.ring is not None:
-                    with contextlib.suppress(
-                        IndexError
-                    ):  # the ring has no entry of a run whose blocks have all left it
+                    with contextlib.suppress(IndexError):  # the blocks of this run have all left the ring
                         self.ring.acknowledge(run, segment.required.index(name), index)
 
     def get(self, index: int) -> StoredBlock | None:
-        """A block, with an empty header when the spool has lost it; None: it is being read from the disk."""
+        """Return a block, with an empty header when the spool has lost it; None while the disk reads it."""
         if self.ring is not None and index >= self.ring.tail:
             return StoredBlock(self.ring.packed_header(index), self.ring.payload(index), True)
         record = self.spool.get(index) if self.spool is not None else LOST
         return None if record is None else StoredBlock(record.header, record.payload, False)
 
-    def lends(self) -> bool:
-        """Whether consumers may read rows where they are. What they are reading when it has to move to the spool is
-        sent again, so not when that may soon be: it begins when three quarters of the ring are full."""
-        return self.spool is None or (self.ring is not None and self.ring.fill < LENDS)
+    def can_lend(self) -> bool:
+        """Whether consumers may read rows in the ring. Blocks that move to the spool meanwhile must be sent again, so
+        not when the ring is nearly full: blocks move when it is three quarters full."""
+        return self.spool is None or (self.ring is not None and self.ring.fill < LENDING_LIMIT)
 
-    def told(self, index: int) -> bool:
-        """An INFO message or an end record, which no monitor skips."""
+    def is_never_skipped(self, index: int) -> bool:
+        """Whether the block is an INFO message or an end record, which are sent to monitors without credit too."""
         return self.ring is not None and index >= self.ring.tail and self.ring.kind(index) in (INFO, END)
 
     def acknowledged(self, forgotten: frozenset[str] = frozenset()) -> int:
-        """The first block that some required storage still needs."""
+        """The index of the first block that a required storage still needs."""
         for segment in self.segments:
-            behind = self.behind(segment)
-            done = min((segment.needed(name, forgotten) for name in segment.required), default=behind)
-            if done < behind:
-                return max(done, self.tail)
+            end = self.end_of(segment)
+            needed = min((segment.first_needed(name, forgotten) for name in segment.required), default=end)
+            if needed < end:
+                return max(needed, self.tail)
         return self.head
 
-    def owed(self) -> int:
+    def pending(self) -> int:
+        """The number of blocks that a required storage still needs."""
         return self.head - self.acknowledged()
 
-    def spooled(self) -> int:
-        """Blocks that wait in the spool."""
+    def spooled_blocks(self) -> int:
+        """The number of blocks that wait in the spool."""
         return max(0, self.spool.head - self.tail) if self.spool is not None and self.spool.files else 0
 
-    # room
+    # Room in the ring
 
     def free(self, forgotten: frozenset[str] = frozenset()) -> int:
-        """Give up what nobody needs any more; how many blocks that were."""
-        before = self.tail
+        """Free the blocks that no storage needs any more; return their number."""
+        old_tail = self.tail
         self.tail = self.acknowledged(forgotten)
         if self.spool is not None:
             self.spool.free_to(self.tail)
@@ -180,47 +184,46 @@ class BlockStore:
                 self.ring.free_to(free)
         while self.segments and self.segments[0].last is not None and self.segments[0].last < self.tail:
             self.segments.popleft()
-        return self.tail - before
+        return self.tail - old_tail
 
     def spill(self) -> None:
-        """When the ring is nearly full, hand the oldest blocks that are not in flight to the spool."""
-        if self.ring is None or self.spool is None or not self.spool.ready():
+        """When the ring is nearly full, write the oldest blocks that libzmq does not hold to the spool."""
+        if self.ring is None or self.spool is None or not self.spool.can_write():
             return
         first = max(self.tail, self.ring.tail, self.spool.head)
         if not self.ring.short(first):
             return
-        segment = next((s for s in self.segments if s.first <= first < self.behind(s)), None)
+        segment = next((s for s in self.segments if s.first <= first < self.end_of(s)), None)
         if segment is None:
             return
         pinned = min((index for index, _ in self.pins), default=self.head)
         records: list[SpoolRecord] = []
         size = 0
-        for index in range(first, min(pinned, self.behind(segment), first + BATCH_BLOCKS)):
+        for index in range(first, min(pinned, self.end_of(segment), first + BATCH_BLOCKS)):
             header, payload = self.ring.packed_header(index), self.ring.payload(index)
             size += len(header) + len(payload)
-            if size > BATCH_BYTES or not self.ring.short(index) or not self.spool.directory.takes(size):
+            if size > BATCH_BYTES or not self.ring.short(index) or not self.spool.directory.has_room(size):
                 break
-            records.append(
-                SpoolRecord(header, bytes(payload))
-            )  # a copy: a disk that hangs must not hold the ring's tail
+            # A copy, because a disk that hangs must not hold the ring's tail.
+            records.append(SpoolRecord(header, bytes(payload)))
         if records:
-            whose = SpoolHeader(
+            spool_header = SpoolHeader(
                 self.producer, self.epoch, segment.run, segment.first, first, segment.layout, self.ring.made_ns,
                 list(segment.required),
             )  # fmt: skip
-            self.spool.write(whose, records)
+            self.spool.write(spool_header, records)
 
     def leave(self) -> None:
-        """Unlock what there is, for the next producer of this name."""
+        """Unlock all files, for the next producer of this name."""
         if self.spool is not None:
             for file in self.spool.files:
                 file.leave()
-        if self.arena is not None:
-            self.arena.leave()
+        if self.ring_file is not None:
+            self.ring_file.leave()
 
     def close(self) -> None:
-        """Nothing is owed any more: what a predecessor left goes."""
+        """Remove all files, because no block is pending any more."""
         if self.spool is not None:
             self.spool.free_to(self.head)
-        if self.arena is not None:
-            self.arena.close()
+        if self.ring_file is not None:
+            self.ring_file.close()

@@ -1,7 +1,7 @@
-"""What a dead producer has left, in its ring and in its spool: found by the next one of its name, closed, handed on.
+"""Takeover: the next producer of the same name finds a dead producer's ring and spool, locks them and ends its run.
 
-A run that it did not end gets an end record `recovered` from the counters of its last checkpoint, which belong to
-exactly the rows that it had published: what it had decoded since then is neither counted nor delivered.
+A run that the dead producer did not end gets an end record `recovered`. Its counters are those of the last checkpoint,
+which belong to exactly the rows that were published. Rows that were decoded later are neither counted nor delivered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from larpixdaq import schema
 from larpixdaq._native.ring_buffer import END
 from larpixdaq.buffer.block_builder import BlockBuilder
-from larpixdaq.buffer.ring_file import RingFile, arenas, kept_aside
+from larpixdaq.buffer.ring_file import RingFile, damaged_files, ring_files
 from larpixdaq.buffer.spool import SpoolDirectory, SpoolFile
 from larpixdaq.errors import FileError, ProtocolError, RingError
 from larpixdaq.protocol.stream import Block, End, LossVerdict, unpack_producer
@@ -23,101 +23,102 @@ from larpixdaq.runtime.record_file import crc32
 
 log = logging.getLogger(__name__)
 
-DIED = "its producer died: data that the boards sent until its successor had connected are lost"
+_DIED = "its producer died: data that the boards sent until its successor had connected are lost"
 
 
 class LeftBlocks(NamedTuple):
-    """What one predecessor has left, locked: its ring, its files of the spool, and its end records (run -> END)."""
+    """The locked files of one predecessor: its ring, its spool files, and the end records in the ring (run -> END)."""
 
     epoch: int
-    arena: RingFile | None
+    ring_file: RingFile | None
     files: list[SpoolFile]
     ends: dict[int, End]
 
 
 class Predecessors:
-    """Looks for arenas and spool files of `producer` that nobody holds."""
+    """Finds the ring and spool files of dead producers of the name `producer`."""
 
     def __init__(
         self, producer: str, state_dir: Path, ring_dir: Path, spool: SpoolDirectory, listening_ns: int
     ) -> None:
-        """`listening_ns`: unix ns when this producer began to listen to its boards."""
+        """`listening_ns`: unix ns when this producer began to read its boards."""
         self._producer = producer
         self._state_dir = state_dir
         self._ring_dir = ring_dir
         self._spool = spool
         self._listening_ns = listening_ns
-        #: Files that were kept aside because they could not be read whole, as of the last look.
-        self.aside: list[Path] = []
-        self._refused: dict[Path, str] = {}
+        #: Damaged files that the last call of take_over() found.
+        self.kept_aside: list[Path] = []
+        self._left_alone: dict[Path, str] = {}  # files that were not taken over, and why
 
-    def look(self, known: Collection[int]) -> list[LeftBlocks]:
-        """Take over what there is of other epochs than these, and lock it. May hang with the spool's disk."""
-        # Beside the spool stands the ring of a producer that found no room for it in its own directory at its end.
-        rings = arenas(self._spool.path, self._state_dir, self._producer)
-        rings |= arenas(self._ring_dir, self._state_dir, self._producer)
+    def take_over(self, known: Collection[int]) -> list[LeftBlocks]:
+        """Take over and lock the files of all epochs but the `known` ones. Blocks while the spool's disk hangs."""
+        # A producer whose ring directory had no room at its end has moved its ring into the spool's directory.
+        rings = ring_files(self._spool.path, self._state_dir, self._producer)
+        rings |= ring_files(self._ring_dir, self._state_dir, self._producer)
         spooled = self._spool.files()
         found = []
         for epoch in sorted((rings.keys() | spooled.keys()) - set(known)):
-            left = self._take(epoch, rings.get(epoch), spooled.get(epoch, []))
+            left = self._take_over_epoch(epoch, rings.get(epoch), spooled.get(epoch, []))
             if left is not None:
                 found.append(left)
         directories = {self._ring_dir, self._spool.path}
-        self.aside = [path for directory in directories for path in kept_aside(directory, self._spool.prefix)]
+        self.kept_aside = [path for directory in directories for path in damaged_files(directory, self._spool.prefix)]
         return found
 
-    def _take(self, epoch: int, ring: Path | None, paths: list[Path]) -> LeftBlocks | None:
-        arena = None
+    def _take_over_epoch(self, epoch: int, ring: Path | None, paths: list[Path]) -> LeftBlocks | None:
+        ring_file = None
         if ring is not None:
             try:
-                arena = RingFile.adopt(ring, self._producer, epoch)
-                if arena is None:
-                    return None  # it lives
-                self._check(arena)
+                ring_file = RingFile.adopt(ring, self._producer, epoch)
+                if ring_file is None:
+                    return None  # its producer lives, or died before the ring was made
+                self._check(ring_file)
             except FileError as error:
-                self._refuse(ring, error)
-                return None  # its spool waits with it: a known epoch is not looked at again
+                self._leave_alone(ring, error)
+                return None  # the spool waits too, because a known epoch is not taken over a second time
             except RingError as error:
-                if arena is not None:
-                    arena.leave()
-                arena = None
+                if ring_file is not None:
+                    ring_file.leave()
+                ring_file = None
                 keep_aside(ring, f"cannot be taken over: {error}")
         ends: dict[int, End] = {}
-        if arena is not None:
-            self._finish(arena)
-            arena.shrink()
-            ends = _ends(arena)
+        if ring_file is not None:
+            self._close_run(ring_file)
+            ring_file.shrink()
+            ends = _ends(ring_file)
         files: list[SpoolFile] = []
         for path in paths:
             try:
                 file = SpoolFile.adopt(path, self._producer, epoch)
             except OSError as error:
-                self._refuse(path, error)
-                # Nothing of this epoch yet: a storage that has later blocks counts those of this file as duplicates.
+                self._leave_alone(path, error)
+                # No file of this epoch then, because a storage with later blocks would take those of this file, when
+                # they come, for duplicates.
                 for taken in files:
                     taken.leave()
-                if arena is not None:
-                    arena.leave()
+                if ring_file is not None:
+                    ring_file.leave()
                 return None
             except ValueError as error:
                 keep_aside(path, f"cannot be taken over: {error}")
                 continue
             if file is not None:
-                # What was being written to the spool when the producer died is in its ring still, unless that is gone.
-                file.damaged |= file.torn and (arena is None or arena.ring.tail > file.next)
+                # The ring still has the block that was being written to the spool, unless there is no ring any more.
+                file.damaged |= file.torn and (ring_file is None or ring_file.ring.tail > file.next)
                 files.append(file)
-        return LeftBlocks(epoch, arena, files, ends) if arena is not None or files else None
+        return LeftBlocks(epoch, ring_file, files, ends) if ring_file is not None or files else None
 
-    def _refuse(self, path: Path, error: OSError) -> None:
-        """A file that cannot be opened now, or is another user's, is left alone: it is looked at again. Logged once."""
+    def _leave_alone(self, path: Path, error: OSError) -> None:
+        """Log, once, that a file cannot be opened or is another user's. The next take_over() tries it again."""
         text = str(error) if isinstance(error, FileError) else f"{path}: {error.strerror}"
-        if self._refused.get(path) != text:
-            self._refused[path] = text
+        if self._left_alone.get(path) != text:
+            self._left_alone[path] = text
             log.error("not taken over: %s", text)
 
-    def _check(self, arena: RingFile) -> None:
-        """RingError when a header does not fit its descriptor; rows that are not those that were sent are damage."""
-        ring = arena.ring
+    def _check(self, ring_file: RingFile) -> None:
+        """Check the headers of all blocks, RingError; rows whose CRC-32 is wrong make the ring `damaged`."""
+        ring = ring_file.ring
         for run, _, code, size, *_ in ring.runs():
             if code not in [known.code for known in schema.LAYOUTS] or schema.layout(code).dtype.itemsize != size:
                 raise RingError(f"run {run} has rows of {size} bytes in layout {code}")
@@ -126,29 +127,29 @@ class Predecessors:
                 frame = unpack_producer(ring.packed_header(index), "the ring")
             except ProtocolError as error:
                 raise RingError(f"block {index}: {error}") from None
-            fits = isinstance(frame, End) == (ring.kind(index) == END)
-            if not fits or not isinstance(frame, Block | End) or frame.source[1:] != (self._producer, ring.epoch):
-                raise RingError(f"block {index}: its header is another's")
+            matches = isinstance(frame, End) == (ring.kind(index) == END)
+            if not matches or not isinstance(frame, Block | End) or frame.source[1:] != (self._producer, ring.epoch):
+                raise RingError(f"block {index}: its header belongs to another block")
             if isinstance(frame, Block) and crc32(ring.payload(index)) != frame.crc32:
-                log.error("%s: block %d is damaged", arena.path, index)
-                arena.damaged = True
+                log.error("%s: block %d is damaged", ring_file.path, index)
+                ring_file.damaged = True
 
-    def _finish(self, arena: RingFile) -> None:
-        """Close what its producer had not closed. Killed in the middle of it: the next one goes on."""
-        ring = arena.ring
+    def _close_run(self, ring_file: RingFile) -> None:
+        """Close the open block and the run, if there is one. A successor continues this if we are killed meanwhile."""
+        ring = ring_file.ring
         if not ring.run_open:
             return
         run, _, code, _, began_ns, io_groups, *_ = ring.runs()[-1]
-        died = ring.alive_ns
-        recorder = BlockBuilder(ring, self._producer, ring.epoch, schema.layout(code), io_groups, wall=lambda: died)
+        died_ns = ring.alive_ns
+        recorder = BlockBuilder(ring, self._producer, ring.epoch, schema.layout(code), io_groups, wall=lambda: died_ns)
         recorder.resume(run, began_ns)
-        until = max(died, self._listening_ns)
-        verdicts = [LossVerdict(group, "suspect", DIED, 0, died, until) for group in io_groups if group]
+        until_ns = max(died_ns, self._listening_ns)
+        verdicts = [LossVerdict(group, "suspect", _DIED, 0, died_ns, until_ns) for group in io_groups if group]
         recorder.end("recovered", [], recorder.counts(ring.outside), verdicts)
 
 
-def _ends(arena: RingFile) -> dict[int, End]:
-    ring = arena.ring
+def _ends(ring_file: RingFile) -> dict[int, End]:
+    ring = ring_file.ring
     found = {}
     for index in range(ring.tail, ring.head):
         if ring.kind(index) == END:

@@ -1,7 +1,8 @@
-"""The file that a producer's ring lives in: made, reserved, locked, taken over, made anew, removed.
+"""The file of a producer's ring: made, locked, taken over, replaced when its name was removed, and removed at the end.
 
-The ring's memory is mapped over a reserved range of addresses, so that another file can take its place under a running
-producer: a file whose name was removed cannot get a name again (linkat() fails with ENOENT once no link is left).
+The ring's memory is mapped over a reserved range of addresses, so that a new file can replace the old one under a
+running producer. This is necessary because a file whose name was removed cannot get a name again (linkat() fails with
+ENOENT once no link is left).
 """
 
 from __future__ import annotations
@@ -33,29 +34,29 @@ from larpixdaq.runtime.file_access import (
 )
 
 DEFAULT_DIRECTORY = Path("/dev/shm")
-#: A file without its first bytes is being made; after so long (seconds) its maker must have died.
+#: Seconds after which a file without its first bytes is no longer being made: its producer must have died.
 TORN = 10.0
-#: Bytes at a ring's beginning that its maker fills before the first 8 of them.
-_BEGUN = 120
+#: Bytes at the beginning of a ring that its producer writes before it writes the first 8 of them.
+_BEGUN_BYTES = 120
 
 
-def key(state_dir: Path, producer: str) -> str:
-    """What the names of a producer's arenas and spool files begin with.
+def name_prefix(state_dir: Path, producer: str) -> str:
+    """Return the beginning of the names of a producer's ring and spool files.
 
-    A hash of the absolute state directory and the producer's name, so that a successor finds its predecessors' and
-    nobody else's.
+    It has a hash of the absolute state directory and the producer's name, so that a successor finds the files of its
+    predecessors and no others.
     """
     return "larpixdaq-" + hashlib.sha256(f"{state_dir.resolve()}\0{producer}".encode()).hexdigest()[:16]
 
 
-def arena_name(state_dir: Path, producer: str, epoch: int) -> str:
-    """`larpixdaq-<hash>-<epoch>.ring`."""
-    return f"{key(state_dir, producer)}-{epoch:016x}.ring"
+def ring_file_name(state_dir: Path, producer: str, epoch: int) -> str:
+    """Return `larpixdaq-<hash>-<epoch>.ring`."""
+    return f"{name_prefix(state_dir, producer)}-{epoch:016x}.ring"
 
 
-def arenas(directory: Path, state_dir: Path, producer: str) -> dict[int, Path]:
-    """Epoch -> arena of everything that this producer and its predecessors have left in the directory."""
-    pattern = re.compile(re.escape(key(state_dir, producer)) + r"-([0-9a-f]{16})\.ring")
+def ring_files(directory: Path, state_dir: Path, producer: str) -> dict[int, Path]:
+    """Return epoch -> ring file of this producer and its predecessors in the directory."""
+    pattern = re.compile(re.escape(name_prefix(state_dir, producer)) + r"-([0-9a-f]{16})\.ring")
     try:
         names = os.listdir(directory)
     except OSError:
@@ -63,8 +64,8 @@ def arenas(directory: Path, state_dir: Path, producer: str) -> dict[int, Path]:
     return {int(match[1], 16): directory / name for name in names if (match := pattern.fullmatch(name))}
 
 
-def kept_aside(directory: Path, prefix: str) -> list[Path]:
-    """Files that were kept aside there because they could not be read whole, of names that begin with `prefix`."""
+def damaged_files(directory: Path, prefix: str) -> list[Path]:
+    """List the damaged files there (`NAME.damaged`) whose names begin with `prefix`."""
     pattern = re.compile(re.escape(prefix) + r"-[0-9a-f]{16}.*" + re.escape(DAMAGED) + r"(\.\d+)?")
     try:
         return [directory / name for name in sorted(os.listdir(directory)) if pattern.fullmatch(name)]
@@ -72,25 +73,25 @@ def kept_aside(directory: Path, prefix: str) -> list[Path]:
         return []
 
 
-def take(file: int, path: Path, begun: int = 0) -> bool:
-    """Lock a file that a dead producer has left; False when it is somebody's, or gone, or not made to its end.
+def lock_abandoned(file: int, path: Path, begun: int = 0) -> bool:
+    """Lock the file of a dead producer; False when another process holds it, or it is removed or not completely made.
 
-    What was only begun holds nothing but zeros behind `begun` bytes: it is removed when it has been so for TORN
-    seconds. ValueError when it lacks its first bytes and holds something all the same.
+    A file that was not completely made has only zeros behind its first `begun` bytes. It is removed TORN seconds after
+    the last write. ValueError when its first bytes are missing and it has data all the same.
     """
     if not try_lock(file) or not in_place(file, path):
         return False
     if os.pread(file, 8, 0).strip(b"\0"):
         return True
     if time.time() - os.fstat(file).st_mtime > TORN:
-        if not _zeros(file, begun):
+        if not _is_zero(file, begun):
             raise ValueError("its first bytes are missing")
         remove(file, path)
     return False
 
 
-def _zeros(file: int, at: int) -> bool:
-    """Whether the file holds zeros alone from there on."""
+def _is_zero(file: int, at: int) -> bool:
+    """Whether the file has only zeros from byte `at` on."""
     while piece := os.pread(file, 1 << 20, at):
         if piece.strip(b"\0"):
             return False
@@ -98,14 +99,15 @@ def _zeros(file: int, at: int) -> bool:
     return True
 
 
-def reader(path: Path, producer: str, epoch: int) -> Reader:
-    """The ring of a living producer on this host and of this user, to be read; it stays readable when it is unlinked.
+def open_reader(path: Path, producer: str, epoch: int) -> Reader:
+    """Open the ring of a living producer for reading. It stays readable after its file was removed.
 
-    RingError when it is not there, or not that: a consumer elsewhere, or of another user, gets the rows sent.
+    RingError when there is no such ring on this host, or it belongs to another user: then the producer must send the
+    rows.
     """
     file = -1
     try:
-        # Another user's file might be cut short under our eyes, and reading it would then end this process.
+        # Another user may cut the file short while it is mapped: reading it would then end this process (SIGBUS).
         file = open_private(path, os.O_RDONLY)
         return Reader(mmap.mmap(file, 0, prot=mmap.PROT_READ), producer=producer, epoch=epoch)
     except FileError as error:
@@ -117,53 +119,53 @@ def reader(path: Path, producer: str, epoch: int) -> Reader:
             os.close(file)
 
 
-def _mapped(file: int, size: int) -> mmap.mmap:
-    """The file's memory, in which another file can take its place."""
+def _map_file(file: int, size: int) -> mmap.mmap:
+    """Map a file over a range of addresses over which place() can map another file later."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     place(memory, file)
     return memory
 
 
 class RingFile:
-    """A ring in a file of its own, locked by us for as long as we live. Made by make() or, a dead producer's, adopt().
+    """A ring and its file, locked by this process. make() makes a new one, adopt() takes over a dead producer's.
 
-    `close()` unlinks it, `leave()` does not: whoever comes next under this name delivers what is in it. `damaged`: not
-    all of it could be read, so that close() keeps it aside.
+    close() removes the file; leave() keeps it for the next producer of this name, which delivers its blocks. `damaged`:
+    not all of it could be read, so that close() renames it to `NAME.damaged`.
     """
 
     def __init__(self, path: Path, file: int, memory: mmap.mmap, ring: Ring, *, grows: bool) -> None:
-        """`grows`: blocks are made in it still."""
+        """`grows`: its producer is this process, which makes further blocks in it."""
         self.path = path
         self.ring = ring
         self.grows = grows
         self.damaged = False
-        #: Why the file that somebody has removed has no successor yet; empty when all is well.
-        self.nameless = ""
-        self.moving = False  # a new file is being reserved
-        self.again_at = 0.0  # monotonic: not before that again, after it could not be
+        #: Why the file, after its name was removed, could not be replaced yet; empty when all is well.
+        self.name_error = ""
+        self.moving = False  # reserve() runs in a thread
+        self.retry_at = 0.0  # monotonic time before which reserve() is not tried again
         self._file = file
         self._memory = memory
 
     @classmethod
     def make(cls, directory: Path, state_dir: Path, producer: str, epoch: int, size: int) -> RingFile:
-        """RingError when it cannot be made.
+        """Make an empty ring of `size` bytes. RingError when it cannot be made.
 
-        Its pages are reserved: a memory-mapped file on a full file system would kill the process with SIGBUS at the
-        first write to a page that is not there.
+        The memory of the file is reserved, because on a full file system the first write to a page without memory would
+        kill the process (SIGBUS).
         """
         if size < SMALLEST:
             raise RingError(f"--ring: expected at least {SMALLEST} bytes, found {size}")
-        path = directory / arena_name(state_dir, producer, epoch)
+        path = directory / ring_file_name(state_dir, producer, epoch)
         try:
-            file = _new(path)
+            file = _make_file(path)
         except FileError as error:
             raise RingError(str(error)) from None
         except OSError as error:
             raise RingError(f"--ring-dir {directory}: cannot make the ring's file: {error.strerror}") from None
         try:
             os.posix_fallocate(file, 0, size)
-            memory = _mapped(file, size)
-        except BaseException as error:  # a signal too: to reserve the file takes a while
+            memory = _map_file(file, size)
+        except BaseException as error:  # also a signal, because reserving takes up to a second
             free = os.statvfs(directory)
             remove(file, path)
             os.close(file)
@@ -178,26 +180,26 @@ class RingFile:
 
     @classmethod
     def adopt(cls, path: Path, producer: str, epoch: int) -> RingFile | None:
-        """The arena that a dead producer left; None while somebody holds it, or has only begun to make it.
+        """Take over a dead producer's ring; None when another process holds it, or it was not completely made.
 
-        RingError, in one line, when what it holds cannot be used; FileError when it cannot be opened, or is not ours.
+        RingError when its content cannot be used; FileError when it cannot be opened or belongs to another user.
         """
         try:
             file = open_private(path, os.O_RDWR)
         except FileNotFoundError:
-            return None  # its producer, or another successor, was done with it
+            return None  # its producer or another successor has delivered all blocks
         except FileError:
             raise
         except OSError as error:
             raise FileError(f"{path}: {error.strerror}") from None
         try:
-            if not take(file, path, _BEGUN):
+            if not lock_abandoned(file, path, _BEGUN_BYTES):
                 os.close(file)
                 return None
             size = os.fstat(file).st_size
             if size < SMALLEST:
                 raise ValueError(f"ring: expected at least {SMALLEST} bytes, found {size}")
-            memory = _mapped(file, size)
+            memory = _map_file(file, size)
             ring = Ring(memory, producer=producer, epoch=epoch, attach=True)
         except (OSError, ValueError) as error:
             os.close(file)
@@ -207,7 +209,7 @@ class RingFile:
         return cls(path, file, memory, ring, grows=False)
 
     def shrink(self) -> None:
-        """Give back the memory that holds no block, where the file system can; no block may be made any more."""
+        """Give memory without blocks back to the system, if the file system can. No block may be made any more."""
         for start, size in self.ring.unused():
             first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
             last = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -217,31 +219,33 @@ class RingFile:
 
     @property
     def held(self) -> bool:
-        """Neither closed nor left yet."""
+        """Whether this process has the file locked: neither close() nor leave() was called."""
         return self._file >= 0
 
-    # a file whose name somebody has removed
+    # Replacement of a file whose name was removed
 
     def in_place(self) -> bool:
-        """Whether a successor would find the file under its name."""
+        """Whether the file still has its name, so that a successor would find it."""
         return in_place(self._file, self.path)
 
     def reserve(self, path: Path | None = None) -> Reserved:
-        """A new, locked file for move_to(), by default under the name of the one that lost it, with all blocks that are
-        closed by now. OSError when it cannot be made. May be done in another thread: 512 MiB take 0.5 s."""
+        """Make a new, locked file for move_to(), and copy all closed blocks into it. OSError when it cannot be made.
+
+        `path`: by default that of the removed file. May run in another thread, because 512 MiB take 0.5 s.
+        """
         path = path or self.path
-        file = _new(path)
+        file = _make_file(path)
         try:
             os.ftruncate(file, len(self._memory))
             pieces = [(0, len(self._memory))] if self.grows else self.ring.used()
             free = os.statvfs(path.parent)
-            # Asked before: to reserve what is not there fills the file system for a moment, under the hands of others.
+            # Checked first, because a failing posix_fallocate() fills the file system for a moment, also for others.
             if sum(size for _, size in pieces) > free.f_bavail * free.f_frsize:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for start, size in pieces:
                 os.posix_fallocate(file, start, size)
             position = self.ring.position
-            self._copy(file, self.ring.used()[1:])  # not the header: it changes, and makes it a ring
+            self._copy(file, self.ring.used()[1:])  # without the header: it changes, and only with it this is a ring
         except BaseException:
             remove(file, path)
             os.close(file)
@@ -256,10 +260,11 @@ class RingFile:
                     done += os.pwrite(file, memory[start + done : start + size], start + done)
 
     def move_to(self, new: Reserved) -> int:
-        """Go on in a file from reserve(), which has all that this one has then. Nobody may write to the ring meanwhile.
+        """Copy the rest of the ring into the file from reserve() and continue in that. No other thread may write to the
+        ring meanwhile.
 
-        The descriptor of the old file, to be closed: that gives its memory back, which takes 0.2 s for 512 MiB.
-        OSError, with nothing changed, when the new file cannot be used.
+        Returns the descriptor of the old file, which the caller closes, in a thread: that gives back its memory and
+        takes 0.2 s for 512 MiB. OSError, with nothing changed, when the new file cannot be used.
         """
         try:
             self._copy(new.file, self.ring.used(new.position))
@@ -272,7 +277,7 @@ class RingFile:
         return old
 
     def close(self) -> None:
-        """Unlink and unlock. The memory itself goes when nobody reads from it any more."""
+        """Remove and unlock the file. Its memory is given back when no process reads from it any more."""
         if self._file >= 0:
             if not self.damaged:
                 remove(self._file, self.path)
@@ -281,23 +286,23 @@ class RingFile:
             self.leave()
 
     def leave(self) -> None:
-        """Unlock only."""
+        """Unlock the file and keep it for the next producer of this name."""
         if self._file >= 0:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # a process that was forked off has this descriptor too
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # explicitly, because a forked process may have the descriptor too
             os.close(self._file)
             self._file = -1
 
 
 class Reserved(NamedTuple):
-    """A file that a ring can move to. `position`: it has the ring's blocks before there."""
+    """A file that a ring can move to. It has the ring's blocks before `position`."""
 
     file: int
     path: Path
     position: int
 
 
-def _new(path: Path) -> int:
-    """A new file, locked. OSError when it cannot be made; FileError where there are no locks."""
+def _make_file(path: Path) -> int:
+    """Make a new, locked file. OSError when it cannot be made; FileError if its file system has no locks."""
     try:
         return make_locked(path)
     except OSError as error:

@@ -1,12 +1,12 @@
-"""The spool: blocks that found no more room in a producer's ring, in files on disk, oldest first.
+"""The spool: files on the producer's disk for the oldest blocks when the ring has no more room.
 
-Files are locked (flock) by their producer; what a dead one has left belongs to its successor. Nothing is synced: the
-page cache outlives the process, and against a power cut the ring in memory would not help either.
+A producer locks its files (flock); its successor takes over those that it leaves at its death. Nothing is synced,
+because the page cache survives the process, and a power cut loses the ring in any case.
 
-All that may hang with a disk, opening, writing, reading and removing, is done by one thread: boards are read on.
+Opening, writing, reading and removing may hang with a disk, so one thread does them while boards are read.
 
-A file of the spool: a header that says whose blocks it holds, and records (runtime/record_file.py) with their index,
-each a block as it stands in the stream.
+A spool file has a header, which names the origin of its blocks, and records (runtime/record_file.py) with their index.
+A record is one block: its stream header and its rows.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from larpixdaq.buffer.ring_file import take
+from larpixdaq.buffer.ring_file import lock_abandoned
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import copy_content, in_place, keep_aside, make_locked, open_private, remove
 from larpixdaq.runtime.record_file import RecordFormat, crc32, write_at
 
 log = logging.getLogger(__name__)
-#: Bytes and blocks that the thread writes, or reads ahead, at a time.
+#: Maximum bytes and blocks that the thread writes, or reads ahead, at a time.
 BATCH_BYTES: Final = 8 << 20
 BATCH_BLOCKS: Final = 300
-#: Bytes of rows that are kept when they have been read: one storage reads on while another one, further on, does too.
-READY_BYTES: Final = 4 * BATCH_BYTES
-#: A disk that has refused is asked again so often (seconds); a block that cannot be read is lost after so many times.
-AGAIN: Final = 5.0
+#: Maximum bytes of rows that stay in memory after they were read: two storages may need the same blocks one after the
+#: other.
+CACHE_BYTES: Final = 4 * BATCH_BYTES
+#: Seconds before a failed write or read is tried again.
+RETRY_INTERVAL: Final = 5.0
+#: Failed reads after which a block is lost.
 TRIES: Final = 3
 _MAGIC: Final = b"LPXSPOL\x01"
 _START: Final = struct.Struct("<8sII")  # magic, length and CRC-32 of the header
@@ -45,7 +47,7 @@ _FORMAT: Final = RecordFormat(b"LDS1", indexed=True)
 
 
 class SpoolDirectory:
-    """The spool of a producer and its predecessors: `limit` bytes at most in files that begin with `prefix`."""
+    """The spool files of a producer and its predecessors: at most `limit` bytes, in names that begin with `prefix`."""
 
     def __init__(self, path: Path, prefix: str, limit: int, worker: Worker) -> None:
         self.path = path
@@ -55,27 +57,27 @@ class SpoolDirectory:
         self.bytes = 0
         self.file_bytes = max(1 << 20, min(64 << 20, limit // 16), limit // 128)
         self._full = False
-        self._trouble = ""
-        self._again = 0.0
+        self._error = ""
+        self._retry_at = 0.0
 
     def file(self, epoch: int, number: int) -> Path:
         return self.path / f"{self.prefix}-{epoch:016x}-{number:06d}.spool"
 
     def files(self) -> dict[int, list[Path]]:
-        """Epoch -> its files, oldest first."""
+        """Return epoch -> its files, oldest first."""
         pattern = re.compile(re.escape(self.prefix) + r"-([0-9a-f]{16})-\d{6,}\.spool")
-        found: dict[int, list[Path]] = {}
+        files: dict[int, list[Path]] = {}
         try:
             names = os.listdir(self.path)
         except OSError:
             return {}
         for name in sorted(names):
             if match := pattern.fullmatch(name):
-                found.setdefault(int(match[1], 16), []).append(self.path / name)
-        return found
+                files.setdefault(int(match[1], 16), []).append(self.path / name)
+        return files
 
-    def takes(self, size: int) -> bool:
-        """Whether there is room for `size` bytes more; one alarm when the spool becomes full."""
+    def has_room(self, size: int) -> bool:
+        """Whether `size` more bytes are within the limit; logs once when the spool becomes full."""
         if self.bytes + size > self.limit:
             if not self._full:
                 log.error("the spool in %s is full (--spool-limit, %d bytes)", self.path, self.limit)
@@ -85,25 +87,26 @@ class SpoolDirectory:
             self._full = False
         return True
 
-    def rests(self) -> bool:
-        """The disk has refused a moment ago."""
-        return bool(self._trouble) and time.monotonic() < self._again
+    def is_pausing(self) -> bool:
+        """Whether the disk has failed in the last RETRY_INTERVAL seconds, so that it must not be used yet."""
+        return bool(self._error) and time.monotonic() < self._retry_at
 
-    def refused(self, error: OSError) -> None:
-        """The disk did not take or give something: an alarm, and a pause."""
-        self._again = time.monotonic() + AGAIN
-        if self._trouble != (text := error.strerror or str(error)):
-            log.error("the spool in %s: %s; it is tried again every %g s", self.path, text, AGAIN)
-        self._trouble = text
+    def report_error(self, error: OSError) -> None:
+        """Log that a write or read has failed, and begin a pause."""
+        self._retry_at = time.monotonic() + RETRY_INTERVAL
+        if self._error != (text := error.strerror or str(error)):
+            log.error("the spool in %s: %s; it is tried again every %g s", self.path, text, RETRY_INTERVAL)
+        self._error = text
 
-    def worked(self) -> None:
-        if self._trouble:
+    def report_success(self) -> None:
+        """Log that a write has worked again after an error."""
+        if self._error:
             log.warning("the spool in %s works again", self.path)
-            self._trouble = ""
+            self._error = ""
 
 
 class Spool:
-    """The spooled blocks of one epoch: from `tail` to `head`, with those that are lost."""
+    """The spooled blocks of one epoch, up to index `head`, including lost ones."""
 
     def __init__(self, directory: SpoolDirectory, files: Sequence[SpoolFile] = ()) -> None:
         self.directory = directory
@@ -111,34 +114,34 @@ class Spool:
         self.head = self.files[-1].next if self.files else 0
         self.writing = False
         self.lost: set[int] = set()
-        #: Why a file that somebody has removed could not be written anew; empty when all is well.
-        self.nameless = ""
-        self._number = 0
-        self._reading: int | None = None
-        self._tries = 0
-        self._since: float | None = None
-        self._ready: dict[int, SpoolRecord] = {}  # read ahead
-        self._ready_bytes = 0
-        self._again = 0.0
-        self._naming = False
-        self._name_at = 0.0  # monotonic: not before that again, after it could not be
+        #: Why a removed file could not be written anew; empty when all is well.
+        self.name_error = ""
+        self._number = 0  # of the next file
+        self._reading: int | None = None  # index of the first block that the thread reads now
+        self._tries = 0  # failed reads of the block that is wanted
+        self._write_began: float | None = None  # monotonic; None after the alarm of a hanging disk
+        self._cache: dict[int, SpoolRecord] = {}  # index -> block that was read, oldest read first
+        self._cache_bytes = 0
+        self._read_at = 0.0  # monotonic time before which nothing is read
+        self._renewing = False  # the thread checks and renews the names of files
+        self._renew_at = 0.0  # monotonic time before which names are not renewed again
         directory.bytes += sum(file.size for file in self.files)
 
     @property
     def bytes(self) -> int:
         return sum(file.size for file in self.files)
 
-    def ready(self) -> bool:
-        """Whether write() may be called: one batch at a time. An alarm when the disk hangs."""
+    def can_write(self) -> bool:
+        """Whether write() may be called: no batch is being written, and no pause. Logs once when the disk hangs."""
         if not self.writing:
-            return not self.directory.rests()
-        if self._since is not None and time.monotonic() > self._since + AGAIN:
-            self._since = None
-            log.error("the spool in %s: the disk has not answered for %g s", self.directory.path, AGAIN)
+            return not self.directory.is_pausing()
+        if self._write_began is not None and time.monotonic() > self._write_began + RETRY_INTERVAL:
+            self._write_began = None
+            log.error("the spool in %s: the disk has not answered for %g s", self.directory.path, RETRY_INTERVAL)
         return False
 
     def write(self, header: SpoolHeader, records: Sequence[SpoolRecord]) -> None:
-        """Hand over blocks from `header.start` on; `head` moves when they are in the file. The disk may refuse."""
+        """Have the thread write blocks from index `header.start` on. `head` moves when they are in the file."""
         file = self.files[-1] if self.files else None
         if (
             file is None
@@ -151,17 +154,17 @@ class Spool:
             self.files.append(file)
         target = file
         self.writing = True
-        self._since = time.monotonic()
+        self._write_began = time.monotonic()
 
-        def written(found: tuple[list[int], int] | OSError) -> None:
+        def written(result: tuple[list[int], int] | OSError) -> None:
             self.writing = False
-            if isinstance(found, OSError):
-                self.directory.refused(found)
+            if isinstance(result, OSError):
+                self.directory.report_error(result)
                 if not target.size:
                     self.files.remove(target)
                 return
-            self.directory.worked()
-            offsets, size = found
+            self.directory.report_success()
+            offsets, size = result
             self.directory.bytes += size - target.size
             target.offsets.extend(offsets)
             target.size = size
@@ -170,13 +173,13 @@ class Spool:
         self.directory.worker.submit(lambda: target.append(records), written)
 
     def get(self, index: int) -> SpoolRecord | None:
-        """A block; LOST; or None: it is being read, ask again when the worker has something."""
-        if index in self._ready:
-            return self._ready[index]
+        """Return a block, or LOST; None while the thread reads it: call again after the worker's next result."""
+        if index in self._cache:
+            return self._cache[index]
         file = next((file for file in self.files if file.header.start <= index < file.next), None)
         if file is None:
-            return self._lose(index, "is in none of its files")
-        if self._reading is None and time.monotonic() >= self._again:
+            return self._report_lost(index, "is in none of its files")
+        if self._reading is None and time.monotonic() >= self._read_at:
             self._read(file, index)
         return None
 
@@ -184,82 +187,82 @@ class Spool:
         stop = min(file.next, first + BATCH_BLOCKS)
         self._reading = first
 
-        def done(found: list[SpoolRecord] | OSError) -> None:
+        def done(result: list[SpoolRecord] | OSError) -> None:
             self._reading = None
-            if isinstance(found, OSError):
-                self.directory.refused(found)
-                self._again = time.monotonic() + AGAIN
+            if isinstance(result, OSError):
+                self.directory.report_error(result)
+                self._read_at = time.monotonic() + RETRY_INTERVAL
                 self._tries += 1
                 if self._tries >= TRIES:
                     file.damaged = True
-                    self._keep(first, self._lose(first, f"cannot be read: {found.strerror}"))
-                    self._again = 0.0
+                    self._add_to_cache(first, self._report_lost(first, f"cannot be read: {result.strerror}"))
+                    self._read_at = 0.0
                 return
             self._tries = 0
-            for index, record in enumerate(found, first):
+            for index, record in enumerate(result, first):
                 file.damaged |= record is LOST
-                self._keep(index, self._lose(index, "is damaged") if record is LOST else record)
+                self._add_to_cache(index, self._report_lost(index, "is damaged") if record is LOST else record)
 
         self.directory.worker.submit(lambda: file.read(first, stop, BATCH_BYTES), done)
 
-    def _keep(self, index: int, record: SpoolRecord) -> None:
-        self._forget(index)
-        self._ready[index] = record
-        self._ready_bytes += len(record.payload)
-        while self._ready_bytes > READY_BYTES and len(self._ready) > 1:
-            self._forget(next(iter(self._ready)))
+    def _add_to_cache(self, index: int, record: SpoolRecord) -> None:
+        self._evict(index)
+        self._cache[index] = record
+        self._cache_bytes += len(record.payload)
+        while self._cache_bytes > CACHE_BYTES and len(self._cache) > 1:
+            self._evict(next(iter(self._cache)))
 
-    def _forget(self, index: int) -> None:
-        record = self._ready.pop(index, None)
+    def _evict(self, index: int) -> None:
+        record = self._cache.pop(index, None)
         if record is not None:
-            self._ready_bytes -= len(record.payload)
+            self._cache_bytes -= len(record.payload)
 
-    def _lose(self, index: int, why: str) -> SpoolRecord:
+    def _report_lost(self, index: int, why: str) -> SpoolRecord:
         if index not in self.lost:
             self.lost.add(index)
-            log.error("the spool in %s: block %d %s: it is missing", self.directory.path, index, why)
+            log.error("the spool in %s: block %d %s: it is lost", self.directory.path, index, why)
         return LOST
 
-    def keep_names(self) -> None:
-        """Write the files anew whose names somebody has removed: a successor would not find them."""
-        if self.files and not self._naming and time.monotonic() >= self._name_at:
-            self._naming = True
+    def renew_names(self) -> None:
+        """Have the thread write those files anew whose names were removed, because a successor could not find them."""
+        if self.files and not self._renewing and time.monotonic() >= self._renew_at:
+            self._renewing = True
             files = tuple(self.files)
-            self.directory.worker.submit(lambda: [file.path for file in files if file.keep_name()], self._named)
+            self.directory.worker.submit(lambda: [file.path for file in files if file.renew_name()], self._renewed)
 
-    def try_names_again(self) -> None:
-        """Do not wait after a failure of keep_names(): the process ends."""
-        self._name_at = 0.0
+    def retry_names(self) -> None:
+        """Let renew_names() try again at once after a failure, because the process ends."""
+        self._renew_at = 0.0
 
-    def _named(self, found: list[Path] | OSError) -> None:
-        self._naming = False
-        if isinstance(found, OSError):
-            self._name_at = time.monotonic() + AGAIN
-            before, self.nameless = self.nameless, f"{self.directory.path}: {found.strerror or found}"
-            if self.nameless != before:
-                log.error("somebody has removed a file of the spool, and there is no new one yet: %s", self.nameless)
+    def _renewed(self, result: list[Path] | OSError) -> None:
+        self._renewing = False
+        if isinstance(result, OSError):
+            self._renew_at = time.monotonic() + RETRY_INTERVAL
+            previous, self.name_error = self.name_error, f"{self.directory.path}: {result.strerror or result}"
+            if self.name_error != previous:
+                log.error("somebody has removed a file of the spool, and there is no new one yet: %s", self.name_error)
             return
-        self.nameless = ""
-        for path in found:
+        self.name_error = ""
+        for path in result:
             log.warning("%s: somebody has removed this file of the spool: it was written anew", path)
 
     def free_to(self, index: int) -> None:
-        """No block below `index` is needed any more."""
-        for known in [known for known in self._ready if known < index]:
-            self._forget(known)
+        """Remove the files whose blocks are all below `index`, because no storage needs these blocks any more."""
+        for freed in [freed for freed in self._cache if freed < index]:
+            self._evict(freed)
         while self.files and self.files[0].next <= index and not (self.writing and len(self.files) == 1):
             file = self.files.popleft()
             self.directory.bytes -= file.size
             self.directory.worker.submit(file.remove, _removed)
 
 
-def _removed(found: OSError | None) -> None:
-    if found is not None:
-        log.error("the spool: cannot remove a file: %s", found)
+def _removed(result: OSError | None) -> None:
+    if result is not None:
+        log.error("the spool: cannot remove a file: %s", result)
 
 
 class SpoolHeader(msgspec.Struct, array_like=True, frozen=True):
-    """Whose blocks a file holds."""
+    """Origin and indices of the blocks in a spool file."""
 
     producer: str
     epoch: int
@@ -272,7 +275,7 @@ class SpoolHeader(msgspec.Struct, array_like=True, frozen=True):
 
 
 class SpoolRecord(NamedTuple):
-    """A block: its packed header and its rows. LOST: it was in the spool and cannot be read."""
+    """A block: its packed stream header and its rows. LOST: it was in the spool and cannot be read."""
 
     header: bytes
     payload: Any
@@ -282,10 +285,11 @@ LOST: Final = SpoolRecord(b"", b"")
 
 
 class SpoolFile:
-    """One file of the spool. `offsets` of its records; 0: one that is damaged. Used by the thread but for these.
+    """One file of the spool. Only the spool's thread calls its methods that use the disk.
 
-    `damaged`: not all of it could be read, so that remove() keeps it aside. `torn`: its last record is cut short, as
-    when its writer was killed; the ring has that block still.
+    `offsets`: where its records begin, in bytes; 0 for a damaged record. `size`: its bytes. `damaged`: not all of it
+    could be read, so that remove() renames it to `NAME.damaged`. `torn`: its last record is incomplete, because its
+    producer was killed while writing it; the ring still has that block.
     """
 
     def __init__(self, path: Path, header: SpoolHeader, fd: int = -1) -> None:
@@ -298,15 +302,15 @@ class SpoolFile:
 
     @property
     def next(self) -> int:
-        """The index behind the last block."""
+        """The index after the last block."""
         return self.header.start + len(self.offsets)
 
     def append(self, records: Sequence[SpoolRecord]) -> tuple[list[int], int]:
-        """Write blocks behind the others; where they begin, and the file's size then. OSError: it is as it was."""
+        """Append blocks; return their offsets and the new size. After an OSError the file is as it was before."""
         pieces: list[Any] = []
         end = self.size
         if self._fd < 0:
-            self._fd = _new(self.path)
+            self._fd = _make_file(self.path)
             packed = msgspec.msgpack.encode(self.header)
             pieces = [_START.pack(_MAGIC, len(packed), crc32(packed)) + packed]
             end = len(pieces[0])
@@ -327,27 +331,27 @@ class SpoolFile:
         return offsets, end
 
     def read(self, first: int, stop: int, most: int) -> list[SpoolRecord]:
-        """Blocks from index `first` on, at most to `stop` and `most` bytes, but one at least."""
-        found: list[SpoolRecord] = []
+        """Read blocks from index `first` to below `stop`: at least one, and no more after `most` bytes."""
+        records: list[SpoolRecord] = []
         size = 0
         for index in range(first, stop):
             offset = self.offsets[index - self.header.start]
-            found.append(self._record(index, offset) if offset else LOST)
-            size += len(found[-1].payload)
+            records.append(self._record(index, offset) if offset else LOST)
+            size += len(records[-1].payload)
             if size >= most:
                 break
-        return found
+        return records
 
     def _record(self, index: int, offset: int) -> SpoolRecord:
         size = _FORMAT.size(os.pread(self._fd, _FORMAT.head.size, offset))
         record = _FORMAT.read(os.pread(self._fd, size, offset)) if offset + size <= self.size else None
         return LOST if record is None or record.number != index else SpoolRecord(record.header, record.payload)
 
-    def keep_name(self) -> bool:
-        """Write the file anew when somebody has removed its name; whether that was so. OSError when it cannot be."""
+    def renew_name(self) -> bool:
+        """Write the file anew if its name was removed; return whether it was. OSError when that fails."""
         if self._fd < 0 or in_place(self._fd, self.path):
             return False
-        file = _new(self.path)
+        file = _make_file(self.path)
         try:
             copy_content(self._fd, file)
         except OSError:
@@ -367,23 +371,24 @@ class SpoolFile:
             self.leave()
 
     def leave(self) -> None:
-        """Unlock: whoever comes next under this name delivers what is in it."""
+        """Unlock the file and keep it for the next producer of this name."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     @classmethod
     def adopt(cls, path: Path, producer: str, epoch: int) -> SpoolFile | None:
-        """What a dead producer left; None when it is somebody's or holds nothing.
+        """Take over a dead producer's file; None when another process holds it, or it was not completely made.
 
-        ValueError when it holds nothing of this producer; FileError when it cannot be opened, or is another user's.
+        ValueError when it has no blocks of this producer and epoch; FileError when it belongs to another user; other
+        OSErrors when it cannot be opened.
         """
         try:
             fd = open_private(path, os.O_RDWR)
         except FileNotFoundError:
             return None
         try:
-            if not take(fd, path):
+            if not lock_abandoned(fd, path):
                 os.close(fd)
                 return None
             with open(fd, "rb", closefd=False) as stream:
@@ -396,7 +401,7 @@ class SpoolFile:
         return file
 
     def _index(self, data: bytes) -> None:
-        """Find the whole records, and whether the file is damaged or torn."""
+        """Find the complete records, and whether the file is damaged or torn."""
         self.size = len(data)
         end = _START.size + _START.unpack_from(data)[1]
         for record in _FORMAT.scan(data, end):
@@ -414,8 +419,8 @@ class SpoolFile:
             self.damaged |= not self.torn
 
 
-def _new(path: Path) -> int:
-    """A new file, locked; its directory is made anew if need be. OSError when there can be none."""
+def _make_file(path: Path) -> int:
+    """Make a new, locked file, and its directory if that is missing. OSError when that fails."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return make_locked(path)
 
@@ -429,4 +434,4 @@ def _header(data: bytes, producer: str, epoch: int) -> SpoolHeader:
                 header = msgspec.msgpack.decode(packed, type=SpoolHeader)
                 if (header.producer, header.epoch) == (producer, epoch) and 0 <= header.first <= header.start < 1 << 62:
                     return header
-    raise ValueError("its header is damaged, or not one of this producer's")
+    raise ValueError("its header is damaged, or that of another producer")

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, arenas
+from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, ring_files
 from larpixdaq.cli.system import connect, plain_console, wait_for
 from larpixdaq.emulators import pacman
 from larpixdaq.errors import ComponentError, FileError
@@ -181,7 +181,7 @@ def run(options: argparse.Namespace) -> int:
             with contextlib.closing(Group(state / "out")) as group:
                 outcome = _take_run(options, group, state, console)
         finally:  # a killed producer leaves its ring for a takeover, which never comes
-            for ring in arenas(DEFAULT_DIRECTORY, state, PRODUCER).values():
+            for ring in ring_files(DEFAULT_DIRECTORY, state, PRODUCER).values():
                 ring.unlink(missing_ok=True)
     if options.json:
         print(json.dumps(outcome))

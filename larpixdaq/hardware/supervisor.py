@@ -53,17 +53,17 @@ class Child:
         folders: Sequence[Path],
         commands: CommandQueue,
         setup: hardware.Setup,
-        witness: ConfigurationTracker,
+        tracker: ConfigurationTracker,
         settled: Callable[[], None],
     ) -> None:
         """`folders`: directories of routine files beside the shipped ones; load_routines() adds directories below them.
-        `commands` is the way to the boards that `setup` describes. `witness` gets the rows that the child listens for.
+        `commands` is the way to the boards that `setup` describes. `tracker` gets the rows that the child listens for.
         `settled` is called after the end of each routine and action."""
         self._roots = [folder.resolve() for folder in folders]
         self._folders = [str(folder) for folder in self._roots]
         self._commands = commands
         self._setup = setup
-        self._witness = witness
+        self._tracker = tracker
         self._settled = settled
         self._left_out = 0
         #: Rows that the child listens for: hardware.NO_ROWS, CONFIG_ANSWERS or ALL_ROWS.
@@ -171,7 +171,7 @@ class Child:
         """Send those of the decoded rows to the child that it listens for. Call it only while `listening`."""
         if self.listening == hardware.CONFIG_ANSWERS:
             rows = hardware.config_answers(rows)
-        self._witness.answers(rows)
+        self._tracker.record_answers(rows)
         if self._process.unsent > _MOST_UNSENT:
             # Answers are still sent for a while, because measurements begin and end with them, and they are few.
             kept = hardware.config_answers(rows) if self._process.unsent <= 2 * _MOST_UNSENT else rows[:0]
@@ -242,7 +242,7 @@ class Child:
         return True
 
     def _start(self) -> None:
-        seen = self._witness.everything()
+        seen = self._tracker.configurations()
         setup = msgspec.structs.replace(self._setup, read=seen.read.tobytes(), known=seen.known.tobytes())
         data = hardware.pack(setup)  # before the start: a child without it takes a request for it
         try:
@@ -259,12 +259,12 @@ class Child:
         elif isinstance(message, hardware.Remember):
             self._remember(message)
         elif isinstance(message, hardware.Invalidate):
-            self._witness.doubt(message.io_groups)
+            self._tracker.invalidate(message.io_groups)
         elif isinstance(message, hardware.SendWords):
             done = partial(self._commanded, message.command)
-            self._commands.words(message.io_group, message.io_channels, message.words, done)
+            self._commands.send_words(message.io_group, message.io_channels, message.words, done)
         elif isinstance(message, hardware.BoardOrder):
-            self._commands.ask(
+            self._commands.send_order(
                 message.io_group, message.body, partial(self._commanded, message.command), message.seconds
             )
         else:
@@ -274,7 +274,7 @@ class Child:
         if len(found.chips) % 3:
             raise ProtocolError(f"Remember: expected chips of 3 bytes, found {len(found.chips)} bytes")
         self._setup = msgspec.structs.replace(self._setup, **msgspec.structs.asdict(found))
-        self._witness.know(np.frombuffer(found.chips, np.uint8).reshape(-1, 3))
+        self._tracker.set_chips(np.frombuffer(found.chips, np.uint8).reshape(-1, 3))
 
     def _answer(self, answer: hardware.Answer) -> None:
         call = self._calls.get(answer.request)
@@ -311,7 +311,7 @@ class Child:
         self._output.end(running.what if running is not None else "the process for routines")
         self.listening = hardware.NO_ROWS
         self._left_out = 0
-        self._commands.forget()
+        self._commands.clear()
         why = reason or _status(status, running.time_limit if running is not None else None)
         if not reason:
             _log.error("process for routines: %s; the end of its output: %s", why, self._output.tail() or "none")

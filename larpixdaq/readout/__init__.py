@@ -1,1 +1,1 @@
-"""The producer's way from its sources to the stream: rows into the ring, blocks out, commands to the boards."""
+"""The producer between its sources and the stream: rows into the ring, blocks to the stream, commands to the boards."""

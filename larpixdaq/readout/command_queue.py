@@ -1,7 +1,7 @@
-"""The commands to the boards, in the producer's loop: a queue for each board, with one request in flight.
+"""Commands to the boards, in the producer's loop: a queue for each board, with one request in flight.
 
-Nothing here waits. A request goes out when its board has answered the previous one and the rows of its words are in the
-stream, so that the row of a sent word precedes the chip's answer.
+Nothing here waits. A request is sent when its board has answered the previous request and the rows of its words are in
+the ring, so that the row of a sent word precedes the chip's answer.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from larpixdaq.runtime.event_loop import keep_polled
 from larpixdaq.schema import Asic, RowLayout
 from larpixdaq.sources.command_channel import Channel
 
-#: Maximum number of commands that wait for one board; a child process that sends more is faulty.
-_MOST_WAITING: Final = 1000
+#: Maximum number of commands that wait for one board. A child process that sends more is faulty.
+_MAX_WAITING: Final = 1000
 
-#: Records rows of words about to be sent to an io_group; returns the number of rows that had room (0: try again).
+#: Record rows of words about to be sent to an io_group; return how many of them had room (0: try again later).
 Record = Callable[[NDArray[Any], int], int]
-#: Takes the outcome of a command: the board's answer, and the error or "".
+#: Take the result of a command: the board's answer, and the error or "".
 Done = Callable[[bytes, str], None]
 
 
 def sent_rows(
     words: NDArray[np.uint64], io_channels: NDArray[np.uint8], io_group: int, asic: Asic, layout: RowLayout
 ) -> NDArray[Any]:
-    """The rows of words on their way to the chips, direction 0, in the same order."""
+    """Make the rows of words that go to the chips, direction 0, in the same order. Invalid words have no row."""
     rows = np.zeros(len(words), layout.dtype)
     if "io_channel" in (layout.dtype.names or ()):
-        made = word_codec.decode(words, rows, asic=asic, io_group=io_group, direction=0)
-        if made == len(words):
+        decoded = word_codec.decode(words, rows, asic=asic, io_group=io_group, direction=0)
+        if decoded == len(words):
             rows["io_channel"] = io_channels
             return rows
-    kept = np.zeros(len(words), bool)
-    for io_channel in np.unique(io_channels).tolist():  # layout 1.0 has it in a text; v3 has impossible words
-        for at in np.flatnonzero(io_channels == io_channel).tolist():
-            one = rows[at : at + 1]
-            made = word_codec.decode(
-                words[at : at + 1], one, asic=asic, io_group=io_group, io_channel=io_channel, direction=0
+    valid = np.zeros(len(words), bool)
+    for io_channel in np.unique(io_channels).tolist():  # layout 1.0 has it in a text; v3 has invalid words
+        for index in np.flatnonzero(io_channels == io_channel).tolist():
+            row = rows[index : index + 1]
+            decoded = word_codec.decode(
+                words[index : index + 1], row, asic=asic, io_group=io_group, io_channel=io_channel, direction=0
             )
-            kept[at] = made == 1
-    return rows[kept]
+            valid[index] = decoded == 1
+    return rows[valid]
 
 
 @dataclass
@@ -57,45 +57,47 @@ class _Command:
     words: NDArray[np.uint64]
     body: bytes | None = None
     seconds: float = 0.0  # that the board needs beyond the usual limit
-    at: int = 0  # number of words sent so far
+    sent: int = 0  # number of words sent so far
 
 
 class CommandQueue:
-    """`asic` and `layout` are those of the producer's rows. Each command ends with exactly one call of its `done`,
-    unless forget() drops it."""
+    """Queues of commands, by io_group. Each command ends with exactly one call of its `done`, unless clear() drops it.
+
+    `asic` and `layout` are those of the producer's rows.
+    """
 
     def __init__(self, channels: Iterable[Channel], asic: Asic, layout: RowLayout, record: Record) -> None:
         self._channels = {channel.io_group: channel for channel in channels}
         self._asic, self._layout, self._record = asic, layout, record
         self._waiting: dict[int, deque[_Command]] = {io_group: deque() for io_group in self._channels}
-        self._flying: dict[int, _Command] = {}  # by io_group, the command whose request is in flight
-        self._watched: dict[int, tuple[Any, ...]] = {}
-        #: Anything waits or is in flight.
+        self._in_flight: dict[int, _Command] = {}  # by io_group
+        self._polled: dict[int, tuple[Any, ...]] = {}
+        #: A command waits or is in flight.
         self.busy = False
-        #: Words could not be sent in the last turn, because their rows had no room.
+        #: In the last turn words were not sent, because their rows had no room.
         self.blocked = False
 
-    def words(self, io_group: int, io_channels: bytes, words: bytes, done: Done) -> None:
-        """Send words of 8 bytes, one for each io_channel."""
+    def send_words(self, io_group: int, io_channels: bytes, words: bytes, done: Done) -> None:
+        """Send words to chips: 8 bytes a word, and one io_channel (1 byte) for each word."""
         if len(words) != 8 * len(io_channels):
             done(b"", f"expected 8 bytes a word, found {len(words)} for {len(io_channels)} io_channels")
             return
         channels = np.frombuffer(io_channels, np.uint8)
         self._add(io_group, _Command(done, channels, np.frombuffer(words, "<u8").astype(np.uint64)))
 
-    def ask(self, io_group: int, body: bytes, done: Done, seconds: float = 0.0) -> None:
-        """Send an order to the board itself, which needs `seconds` for it beyond the usual limit."""
-        nothing = np.zeros(0, np.uint64)
-        self._add(io_group, _Command(done, nothing.astype(np.uint8), nothing, body, seconds))
+    def send_order(self, io_group: int, body: bytes, done: Done, seconds: float = 0.0) -> None:
+        """Send an order to the board itself. The board needs `seconds` for it beyond the usual limit."""
+        no_words = np.zeros(0, np.uint64)
+        self._add(io_group, _Command(done, no_words.astype(np.uint8), no_words, body, seconds))
 
-    def forget(self) -> None:
-        """Drop all commands, because their sender has died; the board's answer to a request in flight is ignored."""
+    def clear(self) -> None:
+        """Drop all commands, because their sender has died. The answer to a request in flight will be ignored."""
         for waiting in self._waiting.values():
             waiting.clear()
-        self._flying.clear()
+        self._in_flight.clear()
 
     def work(self) -> None:
-        """The loop's turn: take answers, send what may be sent."""
+        """Take the boards' answers and send the next requests; called once in each turn of the loop."""
         if not self.busy:
             return
         self.busy = False
@@ -104,8 +106,8 @@ class CommandQueue:
             waiting = self._waiting[io_group]
             if channel.busy:
                 reply = channel.take()
-                command = self._flying.pop(io_group, None) if reply is not None else None
-                if reply is not None and command is not None and (reply.error or command.at >= len(command.words)):
+                command = self._in_flight.pop(io_group, None) if reply is not None else None
+                if reply is not None and command is not None and (reply.error or command.sent >= len(command.words)):
                     waiting.popleft()
                     command.done(reply.body, reply.error)
             if not channel.busy and waiting:
@@ -113,12 +115,12 @@ class CommandQueue:
             self.busy |= channel.busy or bool(waiting)
 
     def watch(self, poller: zmq.Poller) -> None:
-        """Keep the poller to the sockets on which answers may come."""
+        """Have the poller poll exactly the sockets on which answers may come."""
         for io_group, channel in self._channels.items():
-            keep_polled(poller, self._watched, io_group, channel.sockets if channel.busy else ())
+            keep_polled(poller, self._polled, io_group, channel.sockets if channel.busy else ())
 
     def due(self) -> list[float]:
-        """When work() wants to be called although no socket is readable (monotonic seconds)."""
+        """Times (monotonic seconds) at which work() must be called even if no socket is readable."""
         if not self.busy:
             return []
         times = [channel.due() for channel in self._channels.values() if channel.busy]
@@ -126,10 +128,10 @@ class CommandQueue:
 
     def _add(self, io_group: int, command: _Command) -> None:
         if io_group not in self._channels:
-            there = ", ".join(map(str, self._channels)) or "none"
-            command.done(b"", f"io_group {io_group} takes no commands; those that do: {there}")
-        elif len(self._waiting[io_group]) >= _MOST_WAITING:
-            command.done(b"", f"io_group {io_group}: {_MOST_WAITING} commands wait already")
+            others = ", ".join(map(str, self._channels)) or "none"
+            command.done(b"", f"io_group {io_group} takes no commands; those that do: {others}")
+        elif len(self._waiting[io_group]) >= _MAX_WAITING:
+            command.done(b"", f"io_group {io_group}: {_MAX_WAITING} commands wait already")
         else:
             self._waiting[io_group].append(command)
             self.busy = True
@@ -137,24 +139,24 @@ class CommandQueue:
     def _send(self, channel: Channel, waiting: deque[_Command]) -> None:
         command = waiting[0]
         if command.body is not None:
-            self._flying[channel.io_group] = command
+            self._in_flight[channel.io_group] = command
             channel.send_raw(command.body, command.seconds)
             return
-        words = command.words[command.at : command.at + channel.batch]
+        words = command.words[command.sent : command.sent + channel.batch]
         if not len(words):
             waiting.popleft()
             command.done(b"", "")
             return
-        io_channels = command.io_channels[command.at : command.at + channel.batch]
+        io_channels = command.io_channels[command.sent : command.sent + channel.batch]
         rows = sent_rows(words, io_channels, channel.io_group, self._asic, self._layout)
         if len(rows) != len(words):
             waiting.popleft()
-            command.done(b"", f"{channel.name}: {len(words) - len(rows)} words are none for these chips")
+            command.done(b"", f"{channel.name}: {len(words) - len(rows)} words are not valid for these chips")
             return
         n = self._record(rows, channel.io_group)
         if n == 0:
             self.blocked = True
             return
-        command.at += n
-        self._flying[channel.io_group] = command
+        command.sent += n
+        self._in_flight[channel.io_group] = command
         channel.send_words(io_channels[:n], words[:n])

@@ -1,4 +1,4 @@
-"""The blocks of a producer until they are stored: ring, spool, blocks of predecessors, and the stream to storages."""
+"""Delivers a producer's blocks: owns ring, spool, the blocks of predecessors, and the stream to the consumers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import zmq
 
 from larpixdaq.buffer.block_store import BlockStore
 from larpixdaq.buffer.crash_recovery import LeftBlocks, Predecessors
-from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, Reserved, RingFile, key
-from larpixdaq.buffer.spool import AGAIN, Spool, SpoolDirectory
+from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, Reserved, RingFile, name_prefix
+from larpixdaq.buffer.spool import RETRY_INTERVAL, Spool, SpoolDirectory
 from larpixdaq.errors import FileError
 from larpixdaq.protocol.reports import DeliveryStatus, EpochEnd
 from larpixdaq.protocol.stream import End
@@ -27,20 +27,23 @@ from larpixdaq.stream import Publisher
 
 log = logging.getLogger(__name__)
 
-#: What others of this name have left is looked for so often (seconds).
-LOOK = 5.0
-#: Seconds between two looks whether the files of ring and spool still have their names.
-NAMES = 0.5
-#: A producer that is told to end goes on delivering for so long (seconds).
+#: Seconds between two searches for files of dead producers of this name.
+LOOK_INTERVAL = 5.0
+#: Seconds between two checks whether the files of ring and spool still have their names.
+NAMES_INTERVAL = 0.5
+#: Maximum seconds for which an ending producer still delivers pending blocks.
 DELIVER_LIMIT = 2.0
-#: The spool's disk gets so long to do what it was given (seconds).
+#: Maximum seconds that an ending producer waits for the spool's disk.
 SPOOL_LIMIT = 2.0
-#: Runs whose inherited totals are kept.
+#: Maximum number of runs whose end records of predecessors are kept.
 RUNS_KEPT = 64
 
 
 class Delivery:
-    """`ring` takes this producer's blocks; work() delivers them, spills them, and takes over blocks of predecessors."""
+    """Delivers the blocks of `ring`, and those of predecessors, and moves them to the spool when the ring is full.
+
+    All is done by work(), in the producer's loop; a thread uses the spool's disk.
+    """
 
     def __init__(
         self,
@@ -52,181 +55,188 @@ class Delivery:
         spill: bool,
         listening_ns: int,
     ) -> None:
-        """`socket`: the bound ROUTER of the stream; `spill`: blocks go to the spool when the ring is full;
-        `listening_ns`: unix ns when this producer began to listen to its boards.
+        """`socket`: the bound ROUTER of the stream; `spill`: blocks move to the spool when the ring is nearly full;
+        `listening_ns`: unix ns when this producer began to read its boards.
 
-        Raises RingError or FileError when the ring or the spool cannot be made.
+        RingError or FileError when the ring or the spool cannot be made.
         """
         self.name: str = options.name
         self.epoch = epoch
         self.worker = Worker(f"spool of {self.name}")
         path = options.spool_dir or state_dir / "spool"
         if options.spool_limit:
-            _usable(path)
-        self.spool = SpoolDirectory(path, key(state_dir, self.name), options.spool_limit, self.worker)
+            _check_spool_directory(path)
+        self.spool = SpoolDirectory(path, name_prefix(state_dir, self.name), options.spool_limit, self.worker)
         self._predecessors = Predecessors(self.name, state_dir, options.ring_dir, self.spool, listening_ns)
-        self._known = {epoch}
+        self._known_epochs = {epoch}
         self._ends: dict[int, dict[int, End]] = {}  # run -> epoch -> END of a predecessor
         self._looking = False
-        self._look_at = time.monotonic() + LOOK
-        self._names_at = 0.0
-        self._made_anew = 0  # rings whose file somebody had removed
-        #: Why something that is owed could not be kept by close(); empty when all was.
+        self._look_at = time.monotonic() + LOOK_INTERVAL
+        self._check_names_at = 0.0
+        self._ring_replacements = 0  # rings whose file somebody had removed
+        #: Why close() could not keep pending blocks; empty when it kept all.
         self.failure = ""
         self._closed = False
-        self._news: list[str] = []
-        inherited = self._adopt(self._predecessors.look(self._known))  # before the own ring, which may need the room
-        self.arena = RingFile.make(options.ring_dir, state_dir, self.name, epoch, options.ring)
-        self.ring = self.arena.ring
+        self._messages: list[str] = []
+        # Before the own ring is made, because that may need the memory which this gives back.
+        inherited = self._adopt(self._predecessors.take_over(self._known_epochs))
+        self.ring_file = RingFile.make(options.ring_dir, state_dir, self.name, epoch, options.ring)
+        self.ring = self.ring_file.ring
         spools = spill and options.spool_limit
         self.own = BlockStore(self.name, epoch, self.ring, Spool(self.spool) if spools else None)
-        ring = str(self.arena.path.absolute())
+        ring = str(self.ring_file.path.absolute())
         self.publisher = Publisher(self.own, socket, forget_after=options.forget_after, ring=ring)
         for store in inherited:
             self.publisher.adopt(store)
 
     def fileno(self) -> int:
-        """Polls readable while work() has something from the spool."""
+        """Polls readable while work() has results of the spool's thread to take."""
         return self.worker.fileno()
 
     def work(self) -> None:
-        while self._news:  # not before the log is there
-            log.warning(self._news.pop())
+        """Take one turn: deliver blocks, note acknowledgements, check file names, look for predecessors."""
+        while self._messages:  # now, because the constructor runs before the log's connection is open
+            log.warning(self._messages.pop())
         self.worker.turn()
         self.publisher.work()
         self.ring.alive(time.time_ns())
-        if time.monotonic() >= self._names_at:
-            self._names_at = time.monotonic() + NAMES
-            self._keep_names()
+        if time.monotonic() >= self._check_names_at:
+            self._check_names_at = time.monotonic() + NAMES_INTERVAL
+            self._renew_names()
         if not self._looking and time.monotonic() >= self._look_at:
             self._looking = True
-            self.worker.submit(lambda: self._predecessors.look(self._known), self._found)
+            self.worker.submit(lambda: self._predecessors.take_over(self._known_epochs), self._take_over)
 
-    def _found(self, left: list[LeftBlocks] | OSError) -> None:
+    def _take_over(self, left: list[LeftBlocks] | OSError) -> None:
         self._looking = False
-        self._look_at = time.monotonic() + LOOK
+        self._look_at = time.monotonic() + LOOK_INTERVAL
         if not isinstance(left, OSError):
             for store in self._adopt(left):
                 self.publisher.adopt(store)
 
     @property
-    def _arenas(self) -> list[RingFile]:
-        arenas = [*(store.arena for store in self.publisher.stores if store.arena is not None), self.arena]
-        return [arena for arena in arenas if arena.held]
+    def _ring_files(self) -> list[RingFile]:
+        inherited = (store.ring_file for store in self.publisher.stores if store.ring_file is not None)
+        return [ring_file for ring_file in (*inherited, self.ring_file) if ring_file.held]
 
-    def _keep_names(self) -> None:
-        """Rings and spool files whose names somebody has removed get new files, because a successor could not find what
-        they hold. `rm` removes names, and logind when the user's last session ends (RemoveIPC)."""
-        for arena in self._arenas:
-            if not arena.in_place() and not arena.moving and time.monotonic() >= arena.again_at:
-                arena.moving = True
-                self.worker.submit(arena.reserve, partial(self._move, arena))
+    def _renew_names(self) -> None:
+        """Give new files to rings and spool files whose names were removed, because a successor could not find them.
+
+        Names are removed by `rm`, and by logind when the user's last session ends (RemoveIPC).
+        """
+        for ring_file in self._ring_files:
+            if not ring_file.in_place() and not ring_file.moving and time.monotonic() >= ring_file.retry_at:
+                ring_file.moving = True
+                self.worker.submit(ring_file.reserve, partial(self._move_ring, ring_file))
         for store in self.publisher.stores:
             if store.spool is not None:
-                store.spool.keep_names()
+                store.spool.renew_names()
 
-    def _move(self, arena: RingFile, new: Reserved | OSError) -> None:
-        """The new file of a ring is there, or could not be made."""
-        arena.moving = False
+    def _move_ring(self, ring_file: RingFile, new: Reserved | OSError) -> None:
+        """Move a ring to its new file, unless that could not be made."""
+        ring_file.moving = False
         try:
             if isinstance(new, OSError):
                 raise new
-            if not arena.held:  # its last block was stored meanwhile
+            if not ring_file.held:  # its last block was stored meanwhile
                 remove(new.file, new.path)
                 os.close(new.file)
                 return
-            old = arena.move_to(new)
+            old = ring_file.move_to(new)
         except OSError as error:
-            arena.again_at = time.monotonic() + AGAIN
-            if arena.nameless != (text := error.strerror or str(error)):
-                arena.nameless = text
+            ring_file.retry_at = time.monotonic() + RETRY_INTERVAL
+            if ring_file.name_error != (text := error.strerror or str(error)):
+                ring_file.name_error = text
                 log.error(
                     "%s: somebody has removed the ring's file, and there is no new one yet: %s; what the ring holds "
-                    "would be lost if this process were killed; tried again every %g s", arena.path, text, AGAIN,
+                    "would be lost if this process were killed; tried again every %g s",
+                    ring_file.path, text, RETRY_INTERVAL,
                 )  # fmt: skip
             return
         self.worker.submit(lambda: os.close(old), lambda _: None)
-        arena.nameless = ""
-        self._made_anew += 1
-        if arena is self.arena:
+        ring_file.name_error = ""
+        self._ring_replacements += 1
+        if ring_file is self.ring_file:
             self.publisher.ring_moved()
-        log.warning("%s: somebody has removed the ring's file: it was made anew, nothing is lost", arena.path)
+        log.warning("%s: somebody has removed the ring's file: it was made anew, nothing is lost", ring_file.path)
 
     def _save_names(self) -> None:
-        """The last chance for what has no name: the ring's own directory, then that of the spool."""
-        self.arena.grows = False
-        for arena in self._arenas:
-            arena.again_at = 0.0
+        """Give names, before the process ends, to files without: in the ring's own directory, else in the spool's."""
+        self.ring_file.grows = False
+        for ring_file in self._ring_files:
+            ring_file.retry_at = 0.0
         for store in self.publisher.stores:
             if store.spool is not None:
-                store.spool.try_names_again()
-        self._keep_names()
+                store.spool.retry_names()
+        self._renew_names()
         self.worker.settle(SPOOL_LIMIT)
-        for arena in self._arenas:
-            if not arena.in_place():
-                path = self.spool.path / arena.path.name
+        for ring_file in self._ring_files:
+            if not ring_file.in_place():
+                path = self.spool.path / ring_file.path.name
                 try:
                     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    os.close(arena.move_to(arena.reserve(path)))
+                    os.close(ring_file.move_to(ring_file.reserve(path)))
                     log.warning("the ring's file was removed: what it holds is kept in %s", path)
                 except OSError as error:
                     text = error.strerror or str(error)
-                    self.failure = f"{arena.path} was removed, and what it holds could not be kept in {path}: {text}"
+                    old = ring_file.path
+                    self.failure = f"{old} was removed, and what it holds could not be kept in {path}: {text}"
         for store in self.publisher.stores:
-            if store.spool is not None and store.spool.nameless:
-                self.failure = f"a file of the spool was removed, and could not be written anew: {store.spool.nameless}"
+            if store.spool is not None and (reason := store.spool.name_error):
+                self.failure = f"a file of the spool was removed, and could not be written anew: {reason}"
 
     def _adopt(self, left: list[LeftBlocks]) -> list[BlockStore]:
-        """Note the end records of predecessors; returns their blocks that are not stored yet."""
-        found = []
-        for epoch, arena, files, ends in left:
-            self._known.add(epoch)
-            store = BlockStore.inherited(self.name, epoch, arena, Spool(self.spool, files) if files else None)
-            if owed := store.owed():
-                self._news.append(f"{self.name}: taking over {owed} pending blocks of a predecessor (epoch {epoch:x})")
-                found.append(store)
+        """Note the end records of predecessors; return the stores of those with pending blocks."""
+        stores = []
+        for epoch, ring_file, files, ends in left:
+            self._known_epochs.add(epoch)
+            store = BlockStore.inherited(self.name, epoch, ring_file, Spool(self.spool, files) if files else None)
+            if pending := store.pending():
+                text = f"{self.name}: taking over {pending} pending blocks of a predecessor (epoch {epoch:x})"
+                self._messages.append(text)
+                stores.append(store)
             else:
                 store.close()
             for run, end in ends.items():
                 self._ends.setdefault(run, {})[epoch] = end
         while len(self._ends) > RUNS_KEPT:
             del self._ends[min(self._ends)]
-        return found
+        return stores
 
     def inherited(self, run: int) -> list[EpochEnd]:
-        """Return the totals of predecessors in a run, from the end records that were in their rings."""
+        """Return the totals of predecessors in a run, from the end records in their rings."""
         return [EpochEnd.of(end) for end in self._ends.get(run, {}).values()]
 
     def close(self, *, leave: bool = False) -> None:
-        """Deliver what is owed, for DELIVER_LIMIT at most; what is left then is kept for the next of this name.
+        """Deliver pending blocks for DELIVER_LIMIT seconds, and keep the rest for the next producer of this name.
 
-        leave: nothing is delivered any more, all is kept.
+        `leave`: deliver nothing, keep all. Harmless when repeated.
         """
         if self._closed:
             return
         self._closed = True
         publisher = self.publisher
         deadline = time.monotonic() + (0 if leave else DELIVER_LIMIT)
-        # A storage that is not subscribed now may be on its way back.
-        while publisher.owed() and time.monotonic() < deadline:
+        # Also without a subscribed storage, because one may be connecting again.
+        while publisher.pending() and time.monotonic() < deadline:
             publisher.socket.poll(20)
             self.worker.turn()
             publisher.work()
         self.worker.settle(SPOOL_LIMIT)
-        owed = publisher.owed()
-        if owed or leave:
+        pending = publisher.pending()
+        if pending or leave:
             self._save_names()
-        if owed and not leave and not self.failure:
+        if pending and not leave and not self.failure:
             log.error(
                 "%s ends; %d blocks are not stored yet: they are kept, the next start under this name delivers them",
-                self.name, owed,
+                self.name, pending,
             )  # fmt: skip
-        if leave or self.own.owed():
-            self.arena.leave()
+        if leave or self.own.pending():
+            self.ring_file.leave()
         else:
             self.own.close()
-            self.arena.close()
-        # A thread that hangs with its disk may still close these files by itself: then they go with the process.
+            self.ring_file.close()
+        # Not while the thread hangs with its disk, because it may close these files itself later.
         if self.worker.close(SPOOL_LIMIT):
             for store in self.publisher.stores:
                 store.leave()
@@ -236,20 +246,22 @@ class Delivery:
         spools = [store.spool for store in stores if store.spool is not None]
         return DeliveryStatus(
             ring=round(self.ring.fill, 4),
-            owed_blocks=self.publisher.owed(),
+            owed_blocks=self.publisher.pending(),
             inherited=self.publisher.inherited(),
-            spooled_blocks=sum(store.spooled() for store in stores),
+            spooled_blocks=sum(store.spooled_blocks() for store in stores),
             spooled_bytes=self.spool.bytes,
-            nameless=[f"{arena.path}: {arena.nameless}" for arena in self._arenas if arena.nameless]
-            + [spool.nameless for spool in spools if spool.nameless],
-            made_anew=self._made_anew,
-            kept_aside=[str(path) for path in self._predecessors.aside],
+            nameless=[
+                f"{ring_file.path}: {ring_file.name_error}" for ring_file in self._ring_files if ring_file.name_error
+            ]
+            + [spool.name_error for spool in spools if spool.name_error],
+            made_anew=self._ring_replacements,
+            kept_aside=[str(path) for path in self._predecessors.kept_aside],
             forgotten=sorted(self.publisher.forgotten),
             subscribers=sorted(s.name for s in self.publisher.subscribers.values()),
         )
 
 
-def _usable(path: Path) -> None:
+def _check_spool_directory(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -269,7 +281,7 @@ def _usable(path: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of ring, spool and stream."""
+    """Add the options of ring, spool and stream."""
     parser.add_argument(
         "--ring", type=parse_size, default="512MiB", metavar="SIZE",
         help="memory for rows that storages have not acknowledged yet (default: %(default)s)",

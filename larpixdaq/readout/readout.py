@@ -1,4 +1,4 @@
-"""The producer's reading side: sources polled, their rows put where they belong."""
+"""Reads a producer's sources in turn, and puts their rows into blocks, or counts them without a run or room."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from larpixdaq.sources.source import Source
 
 log = logging.getLogger(__name__)
 
-#: While the ring is full and the sources wait, it is looked at again so often (seconds).
+#: Seconds between two checks for room in a full ring while the sources wait.
 FULL_AGAIN = 0.002
 
 
@@ -32,11 +32,10 @@ class Listener(Protocol):
 
 
 class Readout:
-    """Reads `sources`, which are open, in turn, one batch each, so that none keeps the others, or the consumers,
-    waiting.
+    """Reads open sources in turn, one batch each, so that no source keeps the others or the consumers waiting.
 
-    In a run the rows go into the recorder's blocks; outside of runs they are decoded, counted and forgotten. When the
-    ring is full, either nothing is read (`wait`), or what is read is counted as dropped.
+    In a run the rows go into the recorder's blocks. Outside of runs they are decoded and counted, but not kept. When
+    the ring is full, either nothing is read (`wait`), or the rows are counted as dropped.
     """
 
     def __init__(
@@ -49,8 +48,8 @@ class Readout:
         listener: Listener,
         record_sent: bool = True,
     ) -> None:
-        """`listener` gets the decoded rows, also outside of runs; `record_sent`: words sent to chips become rows of
-        the run."""
+        """`listener` gets the decoded rows, also outside of runs. `record_sent`: words sent to chips become rows of the
+        run."""
         self._sources = sources
         self._recorder = recorder
         self._ring = ring
@@ -61,18 +60,18 @@ class Readout:
         self._playing = False
         self._full = False
         self._dropped = 0
-        self._unfinished: set[Source] = set()  # their batch has rows that found no room yet
+        self._unfinished: set[Source] = set()  # sources with rows in their batch that had no room yet
         self._sockets: dict[Source, tuple[Any, ...]] = {}
         self.batches = 0
-        #: In the last turn each source gave all that it had by then, and all of it found its place.
+        #: In the last turn every source was read to its end, and all rows had room.
         self.quiet = True
-        #: Rows of the last turn.
+        #: Rows that went into blocks in the last turn.
         self.rows = 0
         for source in sources:
             source.start(ring.outside)
 
     def record(self, recording: bool) -> None:
-        """From now on rows are the run's (True) or of no run. Kept unknown words are forgotten."""
+        """Begin (True) or stop putting rows into the run's blocks. Unknown words that were kept are dropped."""
         self._recording = recording
         self._playing = False
         self._full = False
@@ -81,7 +80,7 @@ class Readout:
             source.start(self._ring.counts if recording else self._ring.outside)
 
     def play(self) -> None:
-        """The run begins: recorded files are read from their beginning."""
+        """Begin to read recorded files, from their beginning, because the run begins."""
         for source in self._sources:
             if source.recorded:
                 source.close()
@@ -90,11 +89,12 @@ class Readout:
         self._playing = True
 
     def take_unknown(self) -> Iterator[NDArray[Any]]:
+        """Yield the unknown words that the sources have kept, dtype schema.UNKNOWN_WORD, and drop them there."""
         for source in self._sources:
             yield from source.take_unknown()
 
     def due(self) -> Iterator[float]:
-        """Seconds until each source wants to be read although no socket says so."""
+        """Seconds until each source must be read even if no socket is readable."""
         now = time.monotonic()
         if self._full:
             yield FULL_AGAIN
@@ -105,13 +105,13 @@ class Readout:
                 yield due - now
 
     def watch(self, poller: zmq.Poller) -> None:
-        """Keep the poller to the sockets that are to be read now."""
+        """Have the poller poll exactly the sockets that may be read now."""
         for source in self._sources:
             wanted = source.sockets if self._active(source) and not self._full else ()
             keep_polled(poller, self._sockets, source, wanted)
 
     def turn(self, poller: zmq.Poller) -> bool:
-        """One batch of each source that has one; True when any had, or has rows left that found no room yet."""
+        """Take one batch of each source that has one. True if there was one, or rows still wait for room."""
         busy = False
         self.quiet = True
         self.rows = 0
@@ -124,19 +124,19 @@ class Readout:
                     self._full = True
                     continue
                 if not source.read():
-                    self._report(source)
+                    self._log_problems(source)
                     continue
                 self.batches += 1
             self.quiet &= source.drained
             busy = True
-            self._take(source)
-            self._report(source)
+            self._decode(source)
+            self._log_problems(source)
         self.watch(poller)
         self.quiet &= not self._full
         return busy or self._full
 
     def put(self, rows: NDArray[Any], io_group: int) -> int:
-        """Rows of words about to be sent, direction 0: how many have found their place (0: the words have to wait)."""
+        """Put rows of words about to be sent (direction 0) into a block; return how many had room (0: try again)."""
         if not self._record_sent:
             return len(rows)
         if not self._recording:
@@ -148,7 +148,7 @@ class Readout:
                 return 0
             self._ring.counts[io_group, Count.SENT_ROWS] += np.uint64(len(rows))
             self._recorder.drop(rows)
-            self._dropping(len(rows))
+            self._report_dropped(len(rows))
             return len(rows)
         n = min(len(rows), len(room))
         room[:n] = rows[:n]
@@ -159,8 +159,8 @@ class Readout:
     def _active(self, source: Source) -> bool:
         return source in self._unfinished or (not source.finished and (self._playing or not source.recorded))
 
-    def _take(self, source: Source) -> None:
-        """Take texts and rows of the source's batch, to its end or, with `wait`, until the ring is full."""
+    def _decode(self, source: Source) -> None:
+        """Decode texts and rows of the source's batch, to its end or, with `wait`, until the ring is full."""
         self._unfinished.discard(source)
         for text, seconds in source.texts():
             if self._recording:
@@ -180,13 +180,13 @@ class Readout:
             if room is not None:
                 self.rows += n
                 self._recorder.publish(n)
-                self._dropping(0)
+                self._report_dropped(0)
             elif self._recording:
                 self._recorder.drop(rows[:n])
-                self._dropping(n)
+                self._report_dropped(n)
 
-    def _dropping(self, rows: int) -> None:
-        """An alarm when rows begin to be dropped, and one, with their number, when there is room again."""
+    def _report_dropped(self, rows: int) -> None:
+        """Log when rows begin to be dropped, and their number when there is room again."""
         if rows and not self._dropped:
             log.warning("the ring is full: rows are decoded and counted, but dropped, until storages have acknowledged")
         elif not rows and self._dropped:
@@ -195,6 +195,6 @@ class Readout:
         self._dropped += rows
 
     @staticmethod
-    def _report(source: Source) -> None:
+    def _log_problems(source: Source) -> None:
         for problem in source.problems():
             log.warning(problem)

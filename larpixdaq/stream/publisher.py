@@ -134,13 +134,13 @@ class Publisher:
             self._drop(subscriber)
             self._refuse(subscriber.route, "hello")
 
-    def owed(self) -> int:
+    def pending(self) -> int:
         """Blocks that some required storage has not acknowledged yet, of predecessors too."""
-        return sum(store.owed() for store in self.stores)
+        return sum(store.pending() for store in self.stores)
 
     def inherited(self) -> int:
         """Those of predecessors alone."""
-        return sum(store.owed() for store in self.stores[:-1])
+        return sum(store.pending() for store in self.stores[:-1])
 
     # the loop
 
@@ -246,14 +246,14 @@ class Publisher:
             return
         for position in subscriber.positions:
             if (position.producer, position.epoch) == (store.producer, store.epoch):
-                store.durable(subscriber.name, position.run, position.next)
+                store.acknowledge(subscriber.name, position.run, position.next)
 
     def _ack(self, subscriber: Subscriber, ack: Ack) -> None:
         store = next((store for store in self.stores if store.epoch == ack.epoch), None)
         if subscriber.mode != "all":
             return
         if store is not None:
-            store.durable(subscriber.name, ack.run, ack.next)
+            store.acknowledge(subscriber.name, ack.run, ack.next)
         flying = subscriber.in_flight.get((ack.run, ack.epoch))
         while flying and flying[0][0] < ack.next:
             subscriber.flight_bytes -= flying.popleft()[1]
@@ -270,13 +270,13 @@ class Publisher:
 
     def _serve(self, subscriber: Subscriber, store: BlockStore, segment: Segment) -> bool:
         """Send what the window lets go of a run; True when that is all of it so far."""
-        behind = store.behind(segment)
+        end = store.end_of(segment)
         cursor = subscriber.cursors.get(store.epoch, 0)
-        if cursor >= behind:
+        if cursor >= end:
             return True
-        cursor = max(cursor, segment.wants(subscriber.name), store.tail)
+        cursor = max(cursor, segment.position(subscriber.name), store.tail)
         flying = subscriber.in_flight.setdefault((segment.run, store.epoch), deque())
-        while cursor < behind and subscriber.flight_bytes < WINDOW:
+        while cursor < end and subscriber.flight_bytes < WINDOW:
             found = store.get(cursor)
             if found is None or (found.header and not self._send_block(subscriber, store, cursor, found)):
                 break
@@ -285,14 +285,14 @@ class Publisher:
                 subscriber.flight_bytes += len(found.payload)
             cursor += 1
         subscriber.cursors[store.epoch] = cursor
-        return cursor >= behind
+        return cursor >= end
 
     def _serve_latest(self, subscriber: Subscriber) -> None:
         store = self.own
         assert store.ring is not None
         cursor = max(subscriber.cursors[store.epoch], store.ring.tail)
         while cursor < store.head:
-            told = store.told(cursor)  # small and rare: never skipped
+            told = store.is_never_skipped(cursor)  # small and rare: never skipped
             if told or subscriber.sent < subscriber.credit:
                 found = store.get(cursor)
                 assert found is not None
@@ -307,7 +307,7 @@ class Publisher:
         try:
             if not len(payload):
                 self.socket.send_multipart([subscriber.route, found.header], zmq.NOBLOCK)
-            elif subscriber.maps and found.pinned and store is self.own and store.lends():
+            elif subscriber.maps and found.pinned and store is self.own and store.can_lend():
                 self.socket.send_multipart(
                     [subscriber.route, found.header, b"", index.to_bytes(8, "little")], zmq.NOBLOCK
                 )

@@ -404,7 +404,7 @@ class ProducerConnection:
         sent, self.sent = self.sent, False
         if welcome.ring and not sent:
             with contextlib.suppress(RingError):
-                self._ring = ring_file.reader(Path(welcome.ring), welcome.producer, welcome.epoch)
+                self._ring = ring_file.open_reader(Path(welcome.ring), welcome.producer, welcome.epoch)
                 self.send(Maps(welcome.epoch))
 
     def _fetch(self, place: bytes) -> memoryview | None:

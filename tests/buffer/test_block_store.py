@@ -1,4 +1,4 @@
-"""The stream out of ring, spool and what predecessors left: in order, once, and nothing given up that is needed."""
+"""The stream from ring, spool and predecessors: in order, once, and no block is freed that a storage needs."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ def subscribe(line: Line, consumers: list[Consumer], *, acknowledge: bool = True
 
 
 def flood(line: Line, blocks: int) -> None:
-    """Full blocks, far more than the ring can hold."""
+    """Write full blocks, far more than the ring can hold."""
     for _ in range(blocks):
         until(line, lambda: line.recorder.rows() is not None, "room in the ring")
         line.write(constants.BLOCK_ROWS)
 
 
-# the spool
+# The spool
 
 
-def test_what_finds_no_room_in_the_ring_comes_out_of_the_spool_in_order(line: Line, consumers: list[Consumer]) -> None:
+def test_blocks_without_room_in_the_ring_come_from_the_spool_in_order(line: Line, consumers: list[Consumer]) -> None:
     line.begin()
     line.recorder.info("Beginning run")
     flood(line, 40)
     assert line.spool is not None
     assert line.spool.head > 25
-    assert line.publisher.own.spooled() > 25
+    assert line.publisher.own.spooled_blocks() > 25
     assert line.ring.tail > 0
     end = line.end()
     reader = subscribe(line, consumers)
@@ -89,12 +89,12 @@ def test_what_finds_no_room_in_the_ring_comes_out_of_the_spool_in_order(line: Li
     assert reader.ends == [end]
     assert [block.sequence for block in reader.blocks] == list(range(41))
     assert reader.stamps == list(range(line.written))
-    until(line, lambda: line.publisher.owed() == 0, "nothing to be owed")
+    until(line, lambda: line.publisher.pending() == 0, "all to be stored")
     until(line, lambda: not list(line.spool.directory.path.iterdir()), "the files to go")
     assert line.ring.tail == line.ring.head
 
 
-def test_runs_in_the_spool_stay_apart(line: Line, consumers: list[Consumer]) -> None:
+def test_runs_in_the_spool_stay_separate(line: Line, consumers: list[Consumer]) -> None:
     for run in (1, 2, 3):
         line.begin(run)
         flood(line, 12)
@@ -102,28 +102,28 @@ def test_runs_in_the_spool_stay_apart(line: Line, consumers: list[Consumer]) -> 
     reader = subscribe(line, consumers)
     until(line, reader.has(lambda r: len(r.ends) == 3), "three end records", LIMIT)
     assert [(b.run, b.sequence) for b in reader.blocks] == [(run, i) for run in (1, 2, 3) for i in range(12)]
-    until(line, lambda: line.publisher.owed() == 0, "nothing to be owed")
+    until(line, lambda: line.publisher.pending() == 0, "all to be stored")
     assert not line.publisher.own.segments
 
 
-def test_a_slow_storage_while_a_fast_one_has_all(
+def test_a_slow_storage_gets_all_after_a_fast_one(
     make: Callable[..., Line], tmp_path: Path, consumers: list[Consumer]
 ) -> None:
     line = make(tmp_path, extra=8 << 20)
     line.begin(1, (STORAGE, "second"))
     fast = subscribe(line, consumers, name="second")
     flood(line, 40)
-    until(line, fast.has(lambda r: len(r.blocks) == 40), "all at the fast one", LIMIT)
+    until(line, fast.has(lambda r: len(r.blocks) == 40), "all at the fast storage", LIMIT)
     slow = subscribe(line, consumers)
-    until(line, slow.has(lambda r: len(r.blocks) == 40), "all at the slow one", LIMIT)
+    until(line, slow.has(lambda r: len(r.blocks) == 40), "all at the slow storage", LIMIT)
     assert slow.stamps == fast.stamps == list(range(line.written))
     line.end()
     until(line, slow.has(lambda r: r.ends), "the end")
     until(line, fast.has(lambda r: r.ends), "the end")
-    until(line, lambda: line.publisher.owed() == 0, "nothing to be owed")
+    until(line, lambda: line.publisher.pending() == 0, "all to be stored")
 
 
-def test_a_full_spool_is_a_full_ring_and_goes_on_when_there_is_room(
+def test_a_full_spool_fills_the_ring_until_there_is_room(
     make: Callable[..., Line], tmp_path: Path, consumers: list[Consumer]
 ) -> None:
     line = make(tmp_path, limit=6 << 20, extra=0)
@@ -147,7 +147,7 @@ def test_a_full_spool_is_a_full_ring_and_goes_on_when_there_is_room(
     assert reader.stamps == list(range(line.written))
 
 
-def test_a_lost_block_of_the_spool_is_left_out_and_all_others_come(line: Line, consumers: list[Consumer]) -> None:
+def test_all_blocks_but_the_lost_one_of_the_spool_are_sent(line: Line, consumers: list[Consumer]) -> None:
     line.begin()
     flood(line, 30)
     assert line.spool is not None
@@ -160,10 +160,10 @@ def test_a_lost_block_of_the_spool_is_left_out_and_all_others_come(line: Line, c
     line.end()
     until(line, reader.has(lambda r: r.ends), "the end", LIMIT)
     assert [block.sequence for block in reader.blocks] == [i for i in range(30) if i != 3]
-    until(line, lambda: line.publisher.owed() == 0, "nothing to be owed")
+    until(line, lambda: line.publisher.pending() == 0, "all to be stored")
 
 
-def test_a_disk_that_hangs_holds_nothing_but_the_spool(
+def test_a_hanging_disk_holds_up_only_the_spool(
     line: Line, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     let_go = threading.Event()
@@ -174,7 +174,7 @@ def test_a_disk_that_hangs_holds_nothing_but_the_spool(
         return real(*arguments)
 
     monkeypatch.setattr(os, "pwritev", hanging)
-    monkeypatch.setattr(spool, "AGAIN", 0.0)
+    monkeypatch.setattr(spool, "RETRY_INTERVAL", 0.0)
     line.begin()
     while line.recorder.rows() is not None:
         line.write(constants.BLOCK_ROWS)
@@ -213,8 +213,8 @@ while True:
 """
 
 
-def test_a_storage_that_stands_still_does_not_hold_the_ring(line: Line, consumers: list[Consumer]) -> None:
-    """Its process is stopped with blocks in libzmq's queues, which lie in the ring: the connection is given up."""
+def test_a_stopped_storage_does_not_hold_the_ring(line: Line, consumers: list[Consumer]) -> None:
+    """Its process is stopped while libzmq has blocks for it in its queues, in the ring: the connection is closed."""
     line.begin()
     child = subprocess.Popen([sys.executable, "-c", SUBSCRIBER, line.address], stdout=subprocess.PIPE, bufsize=0)
     try:
@@ -237,13 +237,13 @@ def test_a_storage_that_stands_still_does_not_hold_the_ring(line: Line, consumer
     assert reader.stamps == list(range(line.written))
 
 
-# what predecessors left
+# Blocks of predecessors
 
 
 def predecessor(folder: Path, epoch: int, run: int, sizes: list[int], name: str = "board") -> None:
-    """A producer that has died with these blocks in its ring, the last one open."""
-    arena = RingFile.make(folder, folder, name, epoch, SMALLEST)
-    recorder = BlockBuilder(arena.ring, name, epoch, LAYOUT, [1])
+    """Leave the ring of a dead producer with blocks of these numbers of rows, the last one open."""
+    ring_file = RingFile.make(folder, folder, name, epoch, SMALLEST)
+    recorder = BlockBuilder(ring_file.ring, name, epoch, LAYOUT, [1])
     recorder.begin(run, [STORAGE])
     stamp = 0
     for last, n in zip([False] * (len(sizes) - 1) + [True], sizes, strict=True):
@@ -252,20 +252,20 @@ def predecessor(folder: Path, epoch: int, run: int, sizes: list[int], name: str 
         rows[:n] = np.zeros(n, LAYOUT.dtype)
         rows["timestamp"][:n] = np.arange(stamp, stamp + n)
         rows["io_group"][:n] = 1
-        arena.ring.counts[1, constants.Count.WORD_ROWS] += np.uint64(n)
+        ring_file.ring.counts[1, constants.Count.WORD_ROWS] += np.uint64(n)
         recorder.publish(n)
         stamp += n
         if not last:
             recorder.close_block()
-    arena.leave()
+    ring_file.leave()
 
 
 def adopt(line: Line, folder: Path) -> list[BlockStore]:
     directory = SpoolDirectory(folder / "spool", "larpixdaq", 0, line.worker)
     found = []
-    for left in Predecessors("board", folder, folder, directory, 0).look(()):
+    for left in Predecessors("board", folder, folder, directory, 0).take_over(()):
         files = Spool(directory, left.files) if left.files else None
-        found.append(BlockStore.inherited("board", left.epoch, left.arena, files))
+        found.append(BlockStore.inherited("board", left.epoch, left.ring_file, files))
         line.publisher.adopt(found[-1])
     return found
 
@@ -289,14 +289,14 @@ def test_predecessors_blocks_come_first_under_their_epochs(
         (60, "recovered", 1),
         (5, "closed", 1),
     ]
-    until(line, lambda: line.publisher.owed() == 0, "nothing to be owed")
+    until(line, lambda: line.publisher.pending() == 0, "all to be stored")
     assert not list(tmp_path.glob("*.ring"))
     assert line.publisher.stores == [line.publisher.own]
     assert line.ring.tail == line.ring.head
 
 
-def test_what_a_storage_has_already_is_not_sent_again(line: Line, tmp_path: Path, consumers: list[Consumer]) -> None:
-    """Also when it subscribed before its predecessor's ring was found."""
+def test_blocks_that_a_storage_has_are_not_sent_again(line: Line, tmp_path: Path, consumers: list[Consumer]) -> None:
+    """Also when it subscribed before the predecessor's ring was found."""
     consumers.append(Consumer(STORAGE, "s", "all", positions=lambda: [Position(1, "board", 70, 2)]))
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0])
@@ -305,7 +305,7 @@ def test_what_a_storage_has_already_is_not_sent_again(line: Line, tmp_path: Path
     adopt(line, tmp_path)
     until(line, reader.has(lambda r: r.ends), "the end")
     assert [(b.epoch, b.sequence) for b in reader.blocks] == [(70, 2)]
-    until(line, lambda: line.publisher.owed() == 0, "nothing to be owed")
+    until(line, lambda: line.publisher.pending() == 0, "all to be stored")
 
 
 def test_acknowledgements_of_several_epochs(line: Line, tmp_path: Path) -> None:
@@ -320,23 +320,23 @@ def test_acknowledgements_of_several_epochs(line: Line, tmp_path: Path) -> None:
     assert isinstance(unpack_producer(peer.recv(), "p"), Welcome)
     until(line, lambda: [s.flight_bytes for s in line.publisher.subscribers.values()] == [17 * 36], "two blocks")
     peer.send(pack(Ack(1, 5, 1)))
-    until(line, lambda: line.ring.tail == 1, "the own block to be free")
-    assert (store.owed(), [s.flight_bytes for s in line.publisher.subscribers.values()]) == (2, [10 * 36])
-    peer.send(pack(Ack(1, 4, 9)))  # of no epoch that is here
+    until(line, lambda: line.ring.tail == 1, "the own block to be freed")
+    assert (store.pending(), [s.flight_bytes for s in line.publisher.subscribers.values()]) == (2, [10 * 36])
+    peer.send(pack(Ack(1, 4, 9)))  # of an epoch that is not here
     peer.send(pack(Ack(1, 70, 2)))
-    until(line, lambda: store.owed() == 0, "the other's")
+    until(line, lambda: store.pending() == 0, "the block of the predecessor")
     peer.close(linger=0)
 
 
-def test_a_successor_goes_on_where_ring_and_spool_meet(
+def test_a_successor_delivers_spool_and_ring_in_order(
     make: Callable[..., Line], tmp_path: Path, consumers: list[Consumer]
 ) -> None:
-    """The first has half of its blocks in the spool when it dies; a part of them was stored."""
+    """Half of the blocks are in the spool when the first producer dies; some of them were stored."""
     (tmp_path / "spool").mkdir()
     first = make(tmp_path / "spool", extra=0)
-    arena = RingFile.make(tmp_path, tmp_path, "board", 5, SMALLEST)
-    first.ring, first.recorder = arena.ring, BlockBuilder(arena.ring, "board", 5, LAYOUT, [1])
-    first.publisher.own.ring = arena.ring
+    ring_file = RingFile.make(tmp_path, tmp_path, "board", 5, SMALLEST)
+    first.ring, first.recorder = ring_file.ring, BlockBuilder(ring_file.ring, "board", 5, LAYOUT, [1])
+    first.publisher.own.ring = ring_file.ring
     first.begin()
     flood(first, 30)
     reader = subscribe(first, consumers, acknowledge=False)
@@ -349,13 +349,13 @@ def test_a_successor_goes_on_where_ring_and_spool_meet(
     first.recorder.publish(3)
     assert first.worker.settle(LIMIT)
     first.publisher.own.leave()
-    arena.leave()
+    ring_file.leave()
     second = make()
     directory = SpoolDirectory(tmp_path / "spool", "larpixdaq", 0, second.worker)
-    (left,) = Predecessors("board", tmp_path, tmp_path, directory, 0).look(())
-    store = BlockStore.inherited("board", left.epoch, left.arena, Spool(directory, left.files))
+    (left,) = Predecessors("board", tmp_path, tmp_path, directory, 0).take_over(())
+    store = BlockStore.inherited("board", left.epoch, left.ring_file, Spool(directory, left.files))
     second.publisher.adopt(store)
-    assert store.owed() == 30 - 5 + 2  # the open block and the end
+    assert store.pending() == 30 - 5 + 2  # the open block and the end
     again = Consumer(STORAGE, "t", "all", positions=lambda: [Position(1, "board", 5, 5)])
     consumers.append(again)
     again.connect({"board": second.address})
@@ -363,15 +363,15 @@ def test_a_successor_goes_on_where_ring_and_spool_meet(
     until(second, new.has(lambda r: r.ends), "the end", LIMIT)
     assert [block.sequence for block in new.blocks] == list(range(5, 31))
     assert new.ends[0].next == 31
-    until(second, lambda: second.publisher.owed() == 0, "nothing to be owed")
+    until(second, lambda: second.publisher.pending() == 0, "all to be stored")
     until(second, lambda: not list((tmp_path / "spool").iterdir()), "the files to go")
     assert not list(tmp_path.glob("*.ring"))
 
 
-# storages that stay away
+# Storages that stay disconnected
 
 
-def test_one_that_stays_away_holds_only_what_no_other_has(
+def test_a_forgotten_storage_holds_only_blocks_that_no_other_has(
     make: Callable[..., Line], consumers: list[Consumer], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -383,7 +383,7 @@ def test_one_that_stays_away_holds_only_what_no_other_has(
     reader = subscribe(line, consumers, acknowledge=False)
     until(line, reader.has(lambda r: len(r.blocks) == 5), "all blocks")
     consumers[0].acknowledge(BlockOrigin(1, "board", 5), 3)
-    until(line, lambda: line.publisher.own.segments[0].wants(STORAGE) == 3, "the acknowledgement")
+    until(line, lambda: line.publisher.own.segments[0].position(STORAGE) == 3, "the acknowledgement")
     line.work()
     assert line.ring.tail == 0
     for subscriber in line.publisher.subscribers.values():
@@ -397,16 +397,16 @@ def test_one_that_stays_away_holds_only_what_no_other_has(
         subscriber.heard = now[0]
     line.work()
     late = subscribe(line, consumers, name="second")
-    until(line, late.has(lambda r: len(r.blocks) == 2), "what is still there")
+    until(line, late.has(lambda r: len(r.blocks) == 2), "the blocks that are left")
     assert [block.sequence for block in late.blocks] == [3, 4]
     assert line.ring.tail == 3
-    told = [one.message for one in caplog.records]
-    assert len(told) == 2
-    assert told[0].startswith("second has been disconnected for 60 s")
-    assert told[1].startswith("second is connected again")
+    messages = [one.message for one in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith("second has been disconnected for 60 s")
+    assert messages[1].startswith("second is connected again")
 
 
-def test_a_single_storage_is_never_given_up(make: Callable[..., Line]) -> None:
+def test_the_blocks_of_a_single_storage_are_never_freed(make: Callable[..., Line]) -> None:
     now = [1000.0]
     line = make(clock=lambda: now[0], forget_after=1.0)
     line.begin()
@@ -414,11 +414,11 @@ def test_a_single_storage_is_never_given_up(make: Callable[..., Line]) -> None:
     line.work()
     now[0] += 1000
     line.work()
-    assert (line.ring.tail, line.publisher.owed()) == (0, 1)
+    assert (line.ring.tail, line.publisher.pending()) == (0, 1)
 
 
-def test_all_kinds_of_frames_are_in_the_spool(line: Line, consumers: list[Consumer]) -> None:
-    """INFO messages and end records keep their form there."""
+def test_all_kinds_of_frames_go_through_the_spool(line: Line, consumers: list[Consumer]) -> None:
+    """INFO messages and end records are unchanged."""
     line.begin()
     line.recorder.info("Beginning run")
     line.write(3)

@@ -1,4 +1,4 @@
-"""What a dead producer leaves is delivered by the next one of its name: all of it, once, with totals that balance."""
+"""Takeover: the next producer of a name delivers a dead producer's blocks, all, once, with totals that balance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from system import System, rows_of, system
 
 from larpixdaq._native.ring_buffer import BLOCK, END, OVERHEAD, SMALLEST, Ring
 from larpixdaq.buffer.crash_recovery import Predecessors
-from larpixdaq.buffer.ring_file import TORN, RingFile, arena_name, key
+from larpixdaq.buffer.ring_file import TORN, RingFile, name_prefix, ring_file_name
 from larpixdaq.buffer.spool import SpoolDirectory, SpoolFile, SpoolHeader, SpoolRecord
 from larpixdaq.errors import RingError
 from larpixdaq.hdf5.run_report import survey_run
@@ -48,7 +48,7 @@ def predecessors(tmp_path: Path) -> Iterator[Predecessors]:
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """What had been published is there, once; counters and rows agree to the last one."""
+    """All published rows are there, once; counters and rows agree exactly."""
     seed = int.from_bytes(os.urandom(4), "little")
     command = [sys.executable, kill_ring_writer.__file__, str(tmp_path), str(seed), str(examples(150))]
     done = subprocess.run(command, capture_output=True, timeout=100, check=False, text=True)
@@ -56,9 +56,9 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 
 def leave(folder: Path, epoch: int, *, closed: bool = False) -> Path:
-    """The ring of a producer that has died in run 1, with three rows in a block that is open, or closed."""
-    arena = RingFile.make(folder, folder, NAME, epoch, SMALLEST)
-    recorder = kill_ring_writer.BlockBuilder(arena.ring, NAME, epoch, kill_ring_writer.LAYOUT, [1])
+    """Leave the ring of a producer that died in run 1, with three rows in an open or closed block."""
+    ring_file = RingFile.make(folder, folder, NAME, epoch, SMALLEST)
+    recorder = kill_ring_writer.BlockBuilder(ring_file.ring, NAME, epoch, kill_ring_writer.LAYOUT, [1])
     recorder.begin(1, ["storage"])
     rows = recorder.rows()
     assert rows is not None
@@ -66,72 +66,76 @@ def leave(folder: Path, epoch: int, *, closed: bool = False) -> Path:
     recorder.publish(3)
     if closed:
         recorder.close_block()
-    arena.leave()
-    return arena.path
+    ring_file.leave()
+    return ring_file.path
 
 
-def test_a_ring_that_is_held_is_left_alone(tmp_path: Path, predecessors: Predecessors) -> None:
-    arena = RingFile.make(tmp_path, tmp_path, NAME, 1, SMALLEST)
-    assert predecessors.look(()) == []
-    assert predecessors.look({1}) == []
-    arena.leave()
-    (left,) = predecessors.look(())
+def test_a_ring_of_a_living_producer_is_left_alone(tmp_path: Path, predecessors: Predecessors) -> None:
+    ring_file = RingFile.make(tmp_path, tmp_path, NAME, 1, SMALLEST)
+    assert predecessors.take_over(()) == []
+    assert predecessors.take_over({1}) == []
+    ring_file.leave()
+    (left,) = predecessors.take_over(())
     assert left.epoch == 1
-    assert predecessors.look(()) == []  # we hold it now
-    assert left.arena is not None
-    left.arena.close()
+    assert predecessors.take_over(()) == []  # we hold it now
+    assert left.ring_file is not None
+    left.ring_file.close()
 
 
-def test_a_ring_that_was_taken_over_takes_no_more_memory_than_it_needs(
+def test_a_taken_over_ring_gives_back_the_memory_that_it_does_not_need(
     tmp_path: Path, predecessors: Predecessors
 ) -> None:
     path = leave(tmp_path, 9)
     before = path.stat().st_blocks
-    (left,) = predecessors.look(())
-    assert left.arena is not None
+    (left,) = predecessors.take_over(())
+    assert left.ring_file is not None
     assert (before - path.stat().st_blocks) * 512 > 7 << 20
-    ring = left.arena.ring
+    ring = left.ring_file.ring
     assert [ring.kind(index) for index in range(ring.tail, ring.head)] == [BLOCK, END]
     assert len(ring.payload(0)) == 3 * 36
     assert unpack_producer(ring.packed_header(1), "ring") == left.ends[1]
-    left.arena.leave()
-    (again,) = predecessors.look(())
+    left.ring_file.leave()
+    (again,) = predecessors.take_over(())
     assert again.ends == left.ends
-    assert again.arena is not None
-    again.arena.close()
+    assert again.ring_file is not None
+    again.ring_file.close()
 
 
-def test_others_rings_are_not_ours(tmp_path: Path, predecessors: Predecessors) -> None:
+def test_rings_of_other_producers_and_state_directories_are_left_alone(
+    tmp_path: Path, predecessors: Predecessors
+) -> None:
     RingFile.make(tmp_path, tmp_path, "another board", 1, SMALLEST).leave()
     RingFile.make(tmp_path, tmp_path / "other state", NAME, 1, SMALLEST).leave()
-    assert predecessors.look(()) == []
+    assert predecessors.take_over(()) == []
 
 
-def test_one_that_was_only_begun_goes_when_it_is_old(tmp_path: Path, predecessors: Predecessors) -> None:
-    path = tmp_path / arena_name(tmp_path, NAME, 3)
+def test_a_ring_that_was_not_completely_made_is_removed_when_it_is_old(
+    tmp_path: Path, predecessors: Predecessors
+) -> None:
+    path = tmp_path / ring_file_name(tmp_path, NAME, 3)
     path.write_bytes(bytes(SMALLEST))
-    assert predecessors.look(()) == []
-    assert path.exists()  # it may be in the making
+    assert predecessors.take_over(()) == []
+    assert path.exists()  # a producer may be making it
     then = path.stat().st_mtime - 2 * TORN
     os.utime(path, (then, then))
-    assert predecessors.look(()) == []
+    assert predecessors.take_over(()) == []
     assert not path.exists()
 
 
 def test_a_ring_without_its_first_bytes_is_kept(tmp_path: Path, predecessors: Predecessors) -> None:
-    """What was only begun is all zeros: this is not."""
+    """A ring that was not completely made is all zeros; this ring is not."""
     path = leave(tmp_path, 3)
     with open(path, "r+b") as file:
         file.write(bytes(8))
     before = path.read_bytes()
-    assert predecessors.look(()) == []  # it might be in the making
+    assert predecessors.take_over(()) == []  # a producer may be making it
     assert path.exists()
     os.utime(path, (0, 0))
-    assert predecessors.look(()) == []
+    assert predecessors.take_over(()) == []
     (kept,) = tmp_path.glob("*.ring*")
     assert kept == path.with_name(path.name + ".damaged")
     assert kept.read_bytes() == before
-    assert predecessors.aside == [kept]
+    assert predecessors.kept_aside == [kept]
 
 
 def test_a_ring_with_damaged_rows_is_delivered_and_kept(
@@ -142,10 +146,10 @@ def test_a_ring_with_damaged_rows_is_delivered_and_kept(
     with open(path, "r+b") as file:
         file.seek(OVERHEAD + 40)
         file.write(b"damage")
-    (left,) = predecessors.look(())
-    assert left.arena is not None
-    assert left.arena.ring.head == 2
-    left.arena.close()
+    (left,) = predecessors.take_over(())
+    assert left.ring_file is not None
+    assert left.ring_file.ring.head == 2
+    left.ring_file.close()
     assert not path.exists()
     assert b"damage" in path.with_name(path.name + ".damaged.2").read_bytes()
     assert path.with_name(path.name + ".damaged").read_bytes() == b"kept before"
@@ -156,7 +160,7 @@ def test_a_ring_with_damaged_rows_is_delivered_and_kept(
 
 
 @pytest.mark.parametrize(
-    ("what", "found"),
+    ("what", "message"),
     [
         ("owner", "expected a file of user {other}, found one of user {me}"),
         ("mode", "expected mode 600, found 666: others may write to it"),
@@ -165,14 +169,14 @@ def test_a_ring_with_damaged_rows_is_delivered_and_kept(
     ],
 )
 @pytest.mark.parametrize("kind", ["ring", "spool"])
-def test_what_another_user_can_have_made_is_not_taken_over(
+def test_files_that_another_user_may_have_made_are_not_taken_over(
     tmp_path: Path,
     predecessors: Predecessors,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
     what: str,
-    found: str,
+    message: str,
 ) -> None:
     path = leave(tmp_path, 3)
     if kind == "spool":
@@ -191,27 +195,27 @@ def test_what_another_user_can_have_made_is_not_taken_over(
         path.rename(tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere") if what == "link" else os.mkfifo(path)
     for _ in range(2):
-        assert predecessors.look(()) == []
-    found = found.format(me=path.lstat().st_uid, other=os.geteuid())
-    assert [one.message for one in caplog.records] == [f"not taken over: {path}: {found}"]
+        assert predecessors.take_over(()) == []
+    message = message.format(me=path.lstat().st_uid, other=os.geteuid())
+    assert [one.message for one in caplog.records] == [f"not taken over: {path}: {message}"]
     assert os.path.lexists(path)
 
 
 def test_a_ring_that_cannot_be_removed_is_a_line_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    arena = RingFile.make(tmp_path, tmp_path, NAME, 1, SMALLEST)
+    ring_file = RingFile.make(tmp_path, tmp_path, NAME, 1, SMALLEST)
 
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    arena.close()
-    assert [one.message for one in caplog.records] == [f"{arena.path}: cannot be removed: Operation not permitted"]
-    arena.path.rename(tmp_path / "elsewhere")
-    arena.path.write_bytes(b"another's")
-    arena.close()
-    assert arena.path.read_bytes() == b"another's"
+    ring_file.close()
+    assert [one.message for one in caplog.records] == [f"{ring_file.path}: cannot be removed: Operation not permitted"]
+    ring_file.path.rename(tmp_path / "elsewhere")
+    ring_file.path.write_bytes(b"another's")
+    ring_file.close()
+    assert ring_file.path.read_bytes() == b"another's"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,7 @@ def test_a_ring_that_cannot_be_removed_is_a_line_in_the_log(
         (104 + 24, b"\x07"),  # tail above the head
     ],
 )
-def test_what_cannot_be_a_ring_is_set_aside(
+def test_a_file_that_cannot_be_a_ring_is_kept_as_damaged(
     tmp_path: Path, predecessors: Predecessors, caplog: pytest.LogCaptureFixture, offset: int, data: bytes
 ) -> None:
     path = leave(tmp_path, 9)
@@ -235,12 +239,12 @@ def test_what_cannot_be_a_ring_is_set_aside(
         file.seek(offset)
         file.write(data)
     before = path.read_bytes()
-    assert predecessors.look(()) == []
+    assert predecessors.take_over(()) == []
     assert len(caplog.records) == 1
     assert path.name in caplog.records[0].message
     assert not path.exists()
     assert path.with_name(path.name + ".damaged").read_bytes() == before
-    assert predecessors.look(()) == []
+    assert predecessors.take_over(()) == []
     assert len(caplog.records) == 1
 
 
@@ -251,8 +255,8 @@ def test_a_cut_file_is_no_ring(tmp_path: Path) -> None:
         RingFile.adopt(path, NAME, 9)
 
 
-def test_no_flipped_bytes_of_the_header_do_harm(tmp_path: Path) -> None:
-    """Whatever stands in the tables: refused in one line, or used without leaving the memory's bounds."""
+def test_flipped_bytes_of_the_header_do_no_harm(tmp_path: Path) -> None:
+    """With any values in its tables a ring is refused in one line, or read within its memory."""
     path = leave(tmp_path, 9)
     good = bytearray(path.read_bytes())
     rng = np.random.default_rng(1)
@@ -272,7 +276,7 @@ def test_no_flipped_bytes_of_the_header_do_harm(tmp_path: Path) -> None:
             assert len(ring.open_payload()) == ring.open_rows * 36
 
 
-def test_a_producer_killed_in_a_run_loses_nothing_that_it_had(line: System) -> None:
+def test_a_producer_killed_in_a_run_loses_no_published_row(line: System) -> None:
     rate = ("--rate", "100000", "--words-per-message", "100", "--wait-for-subscriber")
     ring_dir = line.folder / "rings"
     ring_dir.mkdir()
@@ -290,7 +294,7 @@ def test_a_producer_killed_in_a_run_loses_nothing_that_it_had(line: System) -> N
         until(lambda: producer(operator).get("state") == "RUN", "it to be in the run")
         until(lambda: producer(operator)["packets"] > 20_000, "packets")
         until(lambda: not left.exists(), "the old epoch to be delivered")
-        until(lambda: producer(operator)["inherited"] == 0, "the producer to say so")  # its next heartbeat does
+        until(lambda: producer(operator)["inherited"] == 0, "the producer to report it")  # in its next heartbeat
         ended = operator.end_run().result(2 * LIMIT)
         board.stop()
         board.finish()
@@ -310,26 +314,26 @@ def test_a_producer_killed_in_a_run_loses_nothing_that_it_had(line: System) -> N
 
 
 def check(ended: dict[str, Any], condition: str) -> int:
-    """All parts of the run are good and hold what was made; the number of words from the board in them."""
+    """Check that all parts of the run are good and complete; return the number of rows received from the board."""
     assert ended["condition"] == condition, ended
     assert ended["rows"] == ended["stored"]
     paths = [Path(path) for path in ended["files"]]
     assert survey_run(paths[0].parent, ended["run"]).condition == condition
     for path in paths:
         report = verify(path)
-        assert report.ok or report.condition == "INTERRUPTED", report.findings  # a part that goes on in the next
+        assert report.ok or report.condition == "INTERRUPTED", report.findings  # the run continues in the next part
     rows = [rows_of(path) for path in paths]
     assert sum(map(len, rows)) == ended["rows"]
     return sum(int(np.count_nonzero(part["direction"] == 1)) for part in rows)
 
 
 def producer(operator: Operator) -> dict[str, Any]:
-    """What the producer says of itself, with its epoch; nothing while there is none."""
+    """The producer's status, with its epoch; empty while there is no producer."""
     found = [one for one in operator.components().result(LIMIT) if one["kind"] == "producer"]
     return {"epoch": found[0]["info"]["epoch"], **found[0]["status"]} if found else {}
 
 
-def take(line: System, *source: object) -> Operator:
+def take_run(line: System, *source: object) -> Operator:
     operator = line.start(*source, "--ring", "64MiB")
     operator.prepare_run().result(LIMIT)
     operator.begin_run().result(LIMIT)
@@ -348,10 +352,10 @@ BOARD = (
 )
 
 
-def test_what_a_stopped_storage_does_not_take_waits_on_disk(line: System) -> None:
-    # A quarter of the ring is left for what comes while the disk stands still, as it does when other tests sync: 2 s.
+def test_blocks_for_a_stopped_storage_wait_on_disk(line: System) -> None:
+    # A quarter of the ring is left for blocks that come while the disk hangs: 2 s, when other tests sync.
     with emulator(*BOARD, "200000", "--count", "2500000") as board:
-        operator = take(line, "--pacman", f"1=127.0.0.1:{board.ready['1']['data']}")
+        operator = take_run(line, "--pacman", f"1=127.0.0.1:{board.ready['1']['data']}")
         board.go()
         until(lambda: line.status_of(operator, "storage").get("rows", 0) > 20_000, "rows in the storage")
         storage = line.processes["offline_storage"].popen
@@ -366,12 +370,12 @@ def test_what_a_stopped_storage_does_not_take_waits_on_disk(line: System) -> Non
     assert list((line.folder / "state" / "spool").iterdir()) == []
 
 
-def test_what_is_owed_at_the_end_is_delivered_by_the_next_start(line: System) -> None:
+def test_blocks_that_are_pending_at_the_end_are_delivered_by_the_next_producer(line: System) -> None:
     ring_dir = line.folder / "rings"
     ring_dir.mkdir()
     with emulator(*BOARD, "300000") as board:
         source = ("--pacman", f"1=127.0.0.1:{board.ready['1']['data']}", "--ring-dir", ring_dir)
-        operator = take(line, *source)
+        operator = take_run(line, *source)
         board.go()
         until(lambda: line.status_of(operator, "storage").get("rows", 0) > 20_000, "rows in the storage")
         line.processes["offline_storage"].kill()
@@ -393,11 +397,11 @@ def test_what_is_owed_at_the_end_is_delivered_by_the_next_start(line: System) ->
 
 
 def test_a_stopped_producer_whose_name_is_taken_leaves_its_ring(line: System) -> None:
-    """The new one is in the run already; what the old one had comes when it has gone."""
+    """The new producer is in the run already; the old producer's blocks come after the old one has ended."""
     ring_dir = line.folder / "rings"
     ring_dir.mkdir()
     source = ("--fake", "20000", "--ring-dir", ring_dir)
-    operator = take(line, *source)
+    operator = take_run(line, *source)
     until(lambda: line.status_of(operator, "storage").get("rows", 0) > 5000, "rows in the storage")
     old = line.processes.pop("producer")
     old.popen.send_signal(signal.SIGSTOP)
@@ -407,7 +411,7 @@ def test_a_stopped_producer_whose_name_is_taken_leaves_its_ring(line: System) ->
     until(lambda: len(list(ring_dir.iterdir())) == 2, "the second ring")
     until(lambda: producer(operator)["epoch"] != epoch, "the new one to be registered")
     until(lambda: producer(operator).get("state") == "RUN", "it to be in the run")
-    assert before.exists()  # it is held
+    assert before.exists()  # its producer still has it locked
     old.popen.send_signal(signal.SIGCONT)
     assert old.wait() == 1
     assert "another component has taken this name" in old.stderr
@@ -416,21 +420,21 @@ def test_a_stopped_producer_whose_name_is_taken_leaves_its_ring(line: System) ->
     check(ended, "COMPLETE, suspect")
 
 
-def test_nothing_of_an_epoch_is_taken_while_one_of_its_files_cannot_be_opened(tmp_path):
-    """A known epoch is not looked at again, and later blocks would make a storage take the earlier ones for known."""
+def test_an_epoch_is_not_taken_over_while_one_of_its_files_cannot_be_opened(tmp_path):
+    """A known epoch is not taken over a second time, and a storage with its later blocks drops the earlier ones."""
     ring = leave(tmp_path, 5)
     worker = Worker("spool")
-    spool = SpoolDirectory(tmp_path / "spool", key(tmp_path, NAME), 1 << 30, worker)
+    spool = SpoolDirectory(tmp_path / "spool", name_prefix(tmp_path, NAME), 1 << 30, worker)
     file = SpoolFile(spool.file(5, 0), SpoolHeader(NAME, 5, 1, 0, 0, 2, 1, ["s"]))
     file.append([SpoolRecord(b"h", b"p")])
     file.leave()
     predecessors = Predecessors(NAME, tmp_path, tmp_path, spool, 0)
     for path in (ring, file.path):
         path.chmod(0o666)
-        assert predecessors.look(set()) == []
+        assert predecessors.take_over(set()) == []
         path.chmod(0o600)
-    (left,) = predecessors.look(set())
-    assert (left.epoch, left.arena is not None, len(left.files)) == (5, True, 1)
-    left.arena.leave()
+    (left,) = predecessors.take_over(set())
+    assert (left.epoch, left.ring_file is not None, len(left.files)) == (5, True, 1)
+    left.ring_file.leave()
     left.files[0].leave()
     worker.close(1)

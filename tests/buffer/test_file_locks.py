@@ -1,4 +1,4 @@
-"""Directories whose file system has no locks: another place for them, or a line that names the option."""
+"""Directories whose file system has no locks: locks in another directory, or an error that names the option."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def line(tmp_path: Path) -> Iterator[System]:
 
 @pytest.fixture
 def unlockable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path, int], None]]:
-    """Takes the locks from the files in a directory."""
+    """Lets flock() fail with an error number for the files in a directory."""
     real = fcntl.flock
     refused: dict[Path, int] = {}
 
@@ -52,7 +52,7 @@ def unlockable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 
 
 def test_a_storage_takes_a_run_in_a_directory_without_locks(line: System) -> None:
-    """Still only one storage writes, and recover leaves it alone; a second one goes on when it is dead."""
+    """Only one storage writes, and recover leaves its part alone; a second storage continues when the first is dead."""
     home = line.folder / "home"
     with disk(line.folder, line.data) as faulty:
         faulty.without_locks(524)
@@ -66,7 +66,7 @@ def test_a_storage_takes_a_run_in_a_directory_without_locks(line: System) -> Non
         operator.begin_run().result(LIMIT)
         until(lambda: line.status_of(operator, "storage").get("rows", 0) > 1000, "rows in the storage")
         second = line.launch_storage()
-        until(lambda: "is locked" in second.stderr, "the second one to wait")
+        until(lambda: "is locked" in second.stderr, "the second storage to wait")
         recover = ("recover", line.data, "--state-dir", home / "larpixdaq")
         with Process("larpixdaq.cli", *recover, directory=line.folder / "said", env=faulty.env) as process:
             assert process.wait() == 0, process.stderr
@@ -81,7 +81,7 @@ def test_a_storage_takes_a_run_in_a_directory_without_locks(line: System) -> Non
 
 
 @pytest.mark.parametrize("number", ERRORS)
-def test_locks_are_in_the_state_directory_where_there_are_no_others(
+def test_without_file_locks_the_state_directory_has_the_locks(
     tmp_path: Path, unlockable: Callable[[Path, int], None], number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -101,11 +101,11 @@ def test_locks_are_in_the_state_directory_where_there_are_no_others(
     assert second.take() is None
     second.release()
     assert len([one for one in caplog.records if "--lock-dir names another place" in one.message]) == 1
-    assert len(list(state.iterdir())) == 1  # of the copy, which still has it
+    assert len(list(state.iterdir())) == 1  # that of the copy, which is still locked
 
 
-def test_a_lock_directory_that_is_named_is_used(tmp_path: Path, unlockable: Callable[[Path, int], None]) -> None:
-    """And those who lock the files themselves are kept out too, where that is possible."""
+def test_the_option_names_the_lock_directory(tmp_path: Path, unlockable: Callable[[Path, int], None]) -> None:
+    """The files themselves are locked too, where that is possible, which excludes processes without the option."""
     (tmp_path / "data").mkdir()
     (tmp_path / "locks").mkdir()
     named = Lock(tmp_path / "data", "")
@@ -123,7 +123,7 @@ def test_a_lock_directory_that_is_named_is_used(tmp_path: Path, unlockable: Call
 
 
 @pytest.mark.parametrize("number", [0, errno.EOPNOTSUPP])
-def test_a_lock_that_somebody_removes_is_made_anew(
+def test_a_removed_lock_is_made_anew(
     tmp_path: Path, unlockable: Callable[[Path, int], None], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr("larpixdaq.storage.directory_lock._LOOK", 0.0)
@@ -139,12 +139,12 @@ def test_a_lock_that_somebody_removes_is_made_anew(
     assert second.take() is None
     second.path.unlink()
     assert first.take() is (first.path if number else None)
-    second.keep()  # another has it: that is told
+    second.keep()  # logs that another storage has it
     second.release()
     first.release()
 
 
-def test_without_any_locks_the_option_is_named(tmp_path: Path, unlockable: Callable[[Path, int], None]) -> None:
+def test_without_any_locks_the_error_names_the_option(tmp_path: Path, unlockable: Callable[[Path, int], None]) -> None:
     unlockable(tmp_path, errno.ENOLCK)
     unlockable(tmp_path / "home" / "larpixdaq", errno.ENOLCK)
     path = tmp_path / "run0000001_20261122T071251Z_000.h5.journal"
@@ -155,7 +155,7 @@ def test_without_any_locks_the_option_is_named(tmp_path: Path, unlockable: Calla
 
 
 @pytest.mark.parametrize("number", ERRORS)
-def test_others_name_the_option_of_their_directory(
+def test_core_ring_and_spool_name_the_option_of_their_directory(
     tmp_path: Path, unlockable: Callable[[Path, int], None], number: int
 ) -> None:
     unlockable(tmp_path, number)
@@ -165,5 +165,5 @@ def test_others_name_the_option_of_their_directory(
     with pytest.raises(RingError, match=words + "--ring-dir"):
         RingFile.make(tmp_path, tmp_path, "p", 1, SMALLEST)
     with pytest.raises(FileError, match=words + "--spool-dir"):
-        delivery._usable(tmp_path)
+        delivery._check_spool_directory(tmp_path)
     assert list(tmp_path.glob("*.ring")) == []

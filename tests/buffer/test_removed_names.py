@@ -1,4 +1,4 @@
-"""Files whose names somebody removes under a live producer: what they hold gets a name again, or an alarm."""
+"""Files whose names are removed while their producer lives: their content gets a new file, or there is an alarm."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def line(tmp_path: Path) -> Iterator[System]:
         yield made
 
 
-class Held:
-    """A Delivery with blocks that no storage takes."""
+class PendingProducer:
+    """A Delivery whose blocks no storage takes."""
 
     def __init__(self, folder: Path, epoch: int, **changed: Any) -> None:
         options = {"name": NAME, "spool_dir": folder / "spool", "spool_limit": 1 << 30, "ring": SMALLEST + (32 << 20)}
@@ -49,7 +49,7 @@ class Held:
         options |= changed
         self.delivery = Delivery(argparse.Namespace(**options), folder, epoch, socket, spill=True, listening_ns=0)
         self.recorder = BlockBuilder(self.delivery.ring, NAME, epoch, LAYOUT, [1])
-        self.path = self.delivery.arena.path
+        self.path = self.delivery.ring_file.path
 
     def write(self, blocks: int, rows: int = 100) -> None:
         if self.recorder.run is None:
@@ -78,12 +78,12 @@ class Held:
 
 
 @pytest.fixture
-def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Held]]:
+def make_pending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., PendingProducer]]:
     monkeypatch.setattr("larpixdaq.readout.delivery.DELIVER_LIMIT", 0.0)
-    made: list[Held] = []
+    made: list[PendingProducer] = []
 
-    def make(epoch: int, **changed: Any) -> Held:
-        made.append(Held(tmp_path, epoch, **changed))
+    def make(epoch: int, **changed: Any) -> PendingProducer:
+        made.append(PendingProducer(tmp_path, epoch, **changed))
         return made[-1]
 
     yield make
@@ -92,7 +92,7 @@ def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
 
 
 def test_a_ring_whose_file_is_removed_in_a_run_survives_its_producer(line: System) -> None:
-    """As logind removes it at the last log-out. The producer is killed afterwards."""
+    """logind removes it at the last log-out. The producer is killed afterwards."""
     ring_dir = line.folder / "rings"
     ring_dir.mkdir()
     operator = line.start("--fake", "20000", "--ring-dir", ring_dir, "--ring", "16MiB")
@@ -104,7 +104,7 @@ def test_a_ring_whose_file_is_removed_in_a_run_survives_its_producer(line: Syste
     ring.unlink()
     until(ring.exists, "the ring's new file", 2.0)
     line.await_status(operator, "producer", "made_anew", 1)
-    until(lambda: line.status_of(operator, "producer")["owed_blocks"] > 5, "blocks that are owed")
+    until(lambda: line.status_of(operator, "producer")["owed_blocks"] > 5, "pending blocks")
     line.processes["producer"].kill()
     line.launch_storage()
     line.restart("producer")
@@ -115,7 +115,7 @@ def test_a_ring_whose_file_is_removed_in_a_run_survives_its_producer(line: Syste
     assert ended["rows"] == ended["stored"] == sum(len(rows_of(path)) for path in ended["files"])
 
 
-def test_a_consumer_reads_on_in_the_ring_s_new_file(tmp_path: Path) -> None:
+def test_a_consumer_continues_in_the_ring_s_new_file(tmp_path: Path) -> None:
     line = Line(folder=tmp_path)
     consumer = Consumer("Offline storage", "s", "all")
 
@@ -129,29 +129,29 @@ def test_a_consumer_reads_on_in_the_ring_s_new_file(tmp_path: Path) -> None:
         line.write(100)
         turn_until(line, reader.has(lambda r: len(r.blocks) == 1), "the first block")
         turn_until(line, maps, "the consumer to read the ring itself")
-        assert line.arena is not None
-        line.arena.path.unlink()
+        assert line.ring_file is not None
+        line.ring_file.path.unlink()
         for _ in range(3):
             line.write(100)
-        new = line.arena.reserve()
+        new = line.ring_file.reserve()
         line.write(100)
-        os.close(line.arena.move_to(new))
+        os.close(line.ring_file.move_to(new))
         line.publisher.ring_moved()
         for _ in range(3):
             line.write(100)
-        # A block whose acknowledgement was on its way may come twice.
+        # A block that was being acknowledged may come twice.
         turn_until(line, reader.has(lambda r: sorted(set(r.stamps)) == list(range(800))), "all blocks")
         turn_until(line, maps, "the consumer to read the new file")
-        assert line.arena.in_place()
+        assert line.ring_file.in_place()
     finally:
         consumer.close()
         line.close()
 
 
 def test_the_ring_s_new_file_holds_all_of_it(tmp_path: Path) -> None:
-    """Blocks before and behind the arena's end, and the open one, are found by a successor."""
-    arena = RingFile.make(tmp_path, tmp_path, NAME, 9, SMALLEST)
-    recorder = BlockBuilder(arena.ring, NAME, 9, LAYOUT, [1])
+    """A successor finds blocks before and after the wrap of the ring, and the open block."""
+    ring_file = RingFile.make(tmp_path, tmp_path, NAME, 9, SMALLEST)
+    recorder = BlockBuilder(ring_file.ring, NAME, 9, LAYOUT, [1])
     recorder.begin(1, ["storage"])
     stamp = 0
 
@@ -165,25 +165,25 @@ def test_the_ring_s_new_file_holds_all_of_it(tmp_path: Path) -> None:
         recorder.publish(n)
         stamp += n
 
-    for index in range(17):  # the last ones begin anew at the arena's beginning
+    for index in range(17):  # the last ones wrap to the beginning of the ring
         write(16_000)
         recorder.close_block()
         if index > 3:
-            arena.ring.free_to(arena.ring.tail + 1)
+            ring_file.ring.free_to(ring_file.ring.tail + 1)
     write(5)
-    arena.path.unlink()
-    new = arena.reserve()
+    ring_file.path.unlink()
+    new = ring_file.reserve()
     write(16_000)
     recorder.close_block()
     write(5)
-    before = [bytes(arena.ring.payload(index)) for index in range(arena.ring.tail, arena.ring.head)]
-    assert len(arena.ring.used()) == 3
-    assert sum(size for _, size in (*arena.ring.used(), *arena.ring.unused())) == SMALLEST
-    os.close(arena.move_to(new))
-    assert [bytes(arena.ring.payload(index)) for index in range(arena.ring.tail, arena.ring.head)] == before
+    before = [bytes(ring_file.ring.payload(index)) for index in range(ring_file.ring.tail, ring_file.ring.head)]
+    assert len(ring_file.ring.used()) == 3
+    assert sum(size for _, size in (*ring_file.ring.used(), *ring_file.ring.unused())) == SMALLEST
+    os.close(ring_file.move_to(new))
+    assert [bytes(ring_file.ring.payload(index)) for index in range(ring_file.ring.tail, ring_file.ring.head)] == before
     write(7)
-    arena.leave()
-    again = RingFile.adopt(arena.path, NAME, 9)
+    ring_file.leave()
+    again = RingFile.adopt(ring_file.path, NAME, 9)
     assert again is not None
     assert [bytes(again.ring.payload(index)) for index in range(again.ring.tail, again.ring.head)] == before
     rows = np.frombuffer(again.ring.open_payload(), LAYOUT.dtype)
@@ -196,28 +196,28 @@ def test_only_mapped_memory_is_replaced(tmp_path: Path) -> None:
         place(bytearray(SMALLEST), file.fileno())
 
 
-def test_a_ring_that_gets_no_new_file_is_told_and_kept_beside_the_spool_at_the_end(
-    tmp_path: Path, hold: Callable[..., Held], caplog: pytest.LogCaptureFixture
+def test_a_ring_without_a_new_file_is_reported_and_kept_in_the_spool_directory_at_the_end(
+    tmp_path: Path, make_pending: Callable[..., PendingProducer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = hold(1)
+    first = make_pending(1)
     first.write(20)
     shutil.rmtree(tmp_path / "rings")
     first.turn(lambda: first.status()["nameless"])
     assert first.status()["nameless"] == [f"{first.path}: No such file or directory"]
-    first.turn(lambda: not first.delivery.arena.moving)
+    first.turn(lambda: not first.delivery.ring_file.moving)
     assert len([one for one in caplog.records if "somebody has removed the ring's file" in one.message]) == 1
     first.close()
     assert first.delivery.failure == ""
     assert [path.name for path in (tmp_path / "spool").iterdir()] == [first.path.name]
-    second = hold(2)
+    second = make_pending(2)
     assert second.status()["inherited"] == 21  # with its end record
 
 
-def test_a_ring_for_which_there_is_no_room_twice_is_told(
-    hold: Callable[..., Held], monkeypatch: pytest.MonkeyPatch
+def test_a_ring_without_room_for_a_second_file_is_reported(
+    make_pending: Callable[..., PendingProducer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file system is not filled to find that out; at the end what is owed alone is kept, under the same name."""
-    first = hold(1)
+    """The attempt does not fill the file system. At the end the pending blocks alone are kept, under the same name."""
+    first = make_pending(1)
     first.write(20)
     first.path.unlink()
     statvfs = os.statvfs(first.path.parent)
@@ -229,11 +229,13 @@ def test_a_ring_for_which_there_is_no_room_twice_is_told(
         assert not first.path.exists()
         first.close()
     assert first.delivery.failure == ""
-    assert hold(2).status()["inherited"] == 21
+    assert make_pending(2).status()["inherited"] == 21
 
 
-def test_what_can_be_kept_nowhere_is_an_error(tmp_path: Path, hold: Callable[..., Held]) -> None:
-    first = hold(1, spool_dir=tmp_path / "disk" / "spool")
+def test_blocks_that_can_be_kept_nowhere_are_an_error(
+    tmp_path: Path, make_pending: Callable[..., PendingProducer]
+) -> None:
+    first = make_pending(1, spool_dir=tmp_path / "disk" / "spool")
     first.write(20)
     shutil.rmtree(tmp_path / "rings")
     shutil.rmtree(tmp_path / "disk")
@@ -242,28 +244,30 @@ def test_what_can_be_kept_nowhere_is_an_error(tmp_path: Path, hold: Callable[...
     assert f"{first.path} was removed, and what it holds could not be kept in" in first.delivery.failure
 
 
-def test_removed_files_of_spool_and_predecessors_are_written_anew(tmp_path: Path, hold: Callable[..., Held]) -> None:
-    first = hold(1, ring=SMALLEST)
+def test_removed_files_of_spool_and_predecessors_are_written_anew(
+    tmp_path: Path, make_pending: Callable[..., PendingProducer]
+) -> None:
+    first = make_pending(1, ring=SMALLEST)
     first.write(11, 16_000)
     first.turn(lambda: first.status()["spooled_blocks"])
-    owed = first.status()["owed_blocks"]
+    pending = first.status()["owed_blocks"]
     (spooled,) = (tmp_path / "spool").iterdir()
     spooled.unlink()
     first.turn(spooled.exists)
     first.close()
-    second = hold(2)
-    assert second.status()["inherited"] == owed + 1
+    second = make_pending(2)
+    assert second.status()["inherited"] == pending + 1
     first.path.unlink()
     spooled.unlink()
     second.turn(lambda: first.path.exists() and spooled.exists())
-    assert first.path.stat().st_blocks * 512 < SMALLEST  # what holds no block takes no memory
+    assert first.path.stat().st_blocks * 512 < SMALLEST  # pages without blocks take no memory
     shutil.rmtree(tmp_path / "spool")
     second.close()
-    third = hold(3)
-    assert third.status()["inherited"] == owed + 1
+    third = make_pending(3)
+    assert third.status()["inherited"] == pending + 1
 
 
-def test_status_tells_of_removed_and_of_damaged_files() -> None:
+def test_status_names_removed_and_damaged_files() -> None:
     facts = producer_status(
         nameless=["/dev/shm/a.ring: No space left on device"], kept_aside=["/spool/b.spool.damaged"]
     )

@@ -1,4 +1,4 @@
-"""The spool: what is written comes back in order, whatever became of the file; and behind a ring nothing is lost."""
+"""The spool: blocks come back in order, and of a damaged file every complete record."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def record(index: int, size: int = 100) -> SpoolRecord:
     return SpoolRecord(b"header of %d" % index, bytes([index % 251]) * size)
 
 
-def written(path: Path, sizes: list[int], start: int = 0) -> SpoolFile:
+def write_file(path: Path, sizes: list[int], start: int = 0) -> SpoolFile:
     file = SpoolFile(path, header(start))
     offsets, file.size = file.append([record(start + i, size) for i, size in enumerate(sizes)])
     file.offsets.extend(offsets)
     return file
 
 
-def contents(file: SpoolFile) -> list[SpoolRecord]:
+def read_file(file: SpoolFile) -> list[SpoolRecord]:
     found: list[SpoolRecord] = []
     while len(found) < len(file.offsets):
         found += file.read(file.header.start + len(found), file.next, 1000)
@@ -60,23 +60,23 @@ def fetch(spool: Spool, index: int) -> SpoolRecord:
     return found
 
 
-# files
+# Files
 
 
 @given(sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=30), start=st.integers(0, 2**40))
 @settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_was_written_is_read_by_a_successor(tmp_path: Path, sizes: list[int], start: int) -> None:
+def test_a_successor_reads_the_blocks_of_a_file(tmp_path: Path, sizes: list[int], start: int) -> None:
     path = tmp_path / f"{os.urandom(8).hex()}.spool"
-    file = written(path, sizes, start)
+    file = write_file(path, sizes, start)
     assert path.stat().st_mode & 0o777 == 0o600
     expected = [record(start + i, size) for i, size in enumerate(sizes)]
-    assert contents(file) == expected
-    assert SpoolFile.adopt(path, NAME, 5) is None  # it is held
+    assert read_file(file) == expected
+    assert SpoolFile.adopt(path, NAME, 5) is None  # it is locked
     file.leave()
     again = SpoolFile.adopt(path, NAME, 5)
     assert again is not None
     assert (again.header, again.size, list(again.offsets)) == (file.header, file.size, list(file.offsets))
-    assert contents(again) == expected
+    assert read_file(again) == expected
     again.remove()
     assert not path.exists()
 
@@ -87,12 +87,12 @@ def test_what_was_written_is_read_by_a_successor(tmp_path: Path, sizes: list[int
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=4),
 )
 @settings(max_examples=examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_of_a_damaged_file_all_whole_records_come(
+def test_all_complete_records_of_a_damaged_file_are_read(
     tmp_path: Path, sizes: list[int], cut: float, flips: list[tuple[float, int]]
 ) -> None:
-    """Cut and flipped anywhere behind its header: what is whole is there, what is not is told, nothing is wrong."""
+    """A file is cut and bytes are flipped behind its header: complete records are read, others are LOST."""
     path = tmp_path / f"{os.urandom(8).hex()}.spool"
-    file = written(path, sizes)
+    file = write_file(path, sizes)
     begin, offsets, size = file.offsets[0], [*file.offsets, file.size], file.size
     file.leave()
     data = bytearray(path.read_bytes())
@@ -102,13 +102,13 @@ def test_of_a_damaged_file_all_whole_records_come(
         at = begin + int((size - begin) * where)
         data[at] ^= value
         touched.add(at)
-    # Two flips of one place may undo each other: what is equal again is whole.
+    # Two flips of the same byte may cancel, and then its record is complete.
     path.write_bytes(data[:end])
     again = SpoolFile.adopt(path, NAME, 5)
     assert again is not None
-    found = contents(again)
+    found = read_file(again)
     expected = [record(i, n) for i, n in enumerate(sizes)]
-    original = written(path.with_suffix(".other"), sizes)
+    original = write_file(path.with_suffix(".other"), sizes)
     whole = [
         offsets[i + 1] <= end and data[offsets[i] : offsets[i + 1]] == original_bytes(original, offsets, i)
         for i in range(len(sizes))
@@ -120,16 +120,16 @@ def test_of_a_damaged_file_all_whole_records_come(
     again.remove()
 
 
-def test_a_damaged_length_costs_no_other_record(tmp_path: Path) -> None:
-    """Also when it ends in the midst of a later one."""
-    file = written(tmp_path / "a", [1000] * 5)
+def test_a_damaged_length_loses_no_other_record(tmp_path: Path) -> None:
+    """Also when by its length it ends in a later record."""
+    file = write_file(tmp_path / "a", [1000] * 5)
     file.leave()
     data = bytearray(file.path.read_bytes())
     data[file.offsets[1] + 9] ^= 6  # its payload is 1,536 bytes longer
     file.path.write_bytes(data)
     again = SpoolFile.adopt(file.path, NAME, 5)
     assert again is not None
-    assert contents(again) == [LOST if i == 1 else record(i, 1000) for i in range(5)]
+    assert read_file(again) == [LOST if i == 1 else record(i, 1000) for i in range(5)]
     again.remove()
 
 
@@ -138,12 +138,12 @@ def original_bytes(file: SpoolFile, offsets: list[int], index: int) -> bytes:
 
 
 @pytest.mark.parametrize("data", [b"x" * 100, *(b"LPXSPOL\x01" + more for more in (b"", bytes(50), b"\xff" * 50))])
-def test_what_is_no_spool_file_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "foreign"
     path.write_bytes(data)
     with pytest.raises(ValueError, match="header"):
         SpoolFile.adopt(path, NAME, 5)
-    file = written(tmp_path / "another's", [1])
+    file = write_file(tmp_path / "another's", [1])
     file.leave()
     with pytest.raises(ValueError, match="header"):
         SpoolFile.adopt(file.path, "another board", 5)
@@ -152,12 +152,12 @@ def test_what_is_no_spool_file_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("damage", ["a record", "the last record's end", "its beginning", "nothing"])
-def test_only_a_file_that_was_read_whole_is_removed(tmp_path: Path, worker: Worker, damage: str) -> None:
+def test_only_a_completely_read_file_is_removed(tmp_path: Path, worker: Worker, damage: str) -> None:
     folder = tmp_path / "spool"
     folder.mkdir()
     directory = SpoolDirectory(folder, "x", 1 << 30, worker)
     path = directory.file(5, 0)
-    file = written(path, [1000, 1000, 1000])
+    file = write_file(path, [1000, 1000, 1000])
     size, middle = file.size, file.offsets[1]
     file.leave()
     data = bytearray(path.read_bytes())
@@ -170,7 +170,7 @@ def test_only_a_file_that_was_read_whole_is_removed(tmp_path: Path, worker: Work
     path.write_bytes(data)
     if damage == "its beginning":
         os.utime(path, (0, 0))
-    found = [file for left in Predecessors(NAME, tmp_path, tmp_path, directory, 0).look(()) for file in left.files]
+    found = [file for left in Predecessors(NAME, tmp_path, tmp_path, directory, 0).take_over(()) for file in left.files]
     spool = Spool(directory, found)
     for index in range(spool.head):
         fetch(spool, index)
@@ -181,14 +181,14 @@ def test_only_a_file_that_was_read_whole_is_removed(tmp_path: Path, worker: Work
     assert all(one.read_bytes() == data for one in kept)
 
 
-def test_a_directory_where_everybody_may_remove_files_is_refused(tmp_path: Path) -> None:
+def test_a_directory_where_every_user_may_remove_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "spool").mkdir()
     (tmp_path / "spool").chmod(0o777)
     with pytest.raises(FileError, match=r"--spool-dir .*: every user may remove files there \(mode 777\)"):
-        delivery._usable(tmp_path / "spool")
+        delivery._check_spool_directory(tmp_path / "spool")
 
 
-# the spool of one epoch
+# The spool of one epoch
 
 
 def fill(spool: Spool, start: int, sizes: list[int], run: int = 1, first: int = 0) -> None:
@@ -201,7 +201,7 @@ def fill(spool: Spool, start: int, sizes: list[int], run: int = 1, first: int = 
     frees=st.lists(st.floats(0, 1), max_size=12),
 )
 @settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_blocks_come_in_order_and_files_go_when_all_of_theirs_are_free(
+def test_blocks_come_in_order_and_files_are_removed_when_their_blocks_are_free(
     tmp_path: Path, batches: list[list[int]], frees: list[float]
 ) -> None:
     folder = tmp_path / os.urandom(8).hex()
@@ -235,7 +235,7 @@ def test_each_run_has_files_of_its_own(tmp_path: Path, worker: Worker) -> None:
     assert [(file.header.run, file.header.start, file.next) for file in spool.files] == [(1, 0, 3), (2, 3, 4)]
 
 
-def test_a_block_that_cannot_be_read_is_lost_and_told_once(
+def test_an_unreadable_block_is_lost_and_logged_once(
     tmp_path: Path, worker: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
     spool = Spool(SpoolDirectory(tmp_path, "x", 1 << 30, worker))
@@ -249,7 +249,7 @@ def test_a_block_that_cannot_be_read_is_lost_and_told_once(
     assert len([one for one in caplog.records if "block 1 is damaged" in one.message]) == 1
 
 
-def test_a_full_disk_is_told_once_and_tried_again(
+def test_a_full_disk_is_logged_once_and_tried_again(
     tmp_path: Path, worker: Worker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -267,43 +267,43 @@ def test_a_full_disk_is_told_once_and_tried_again(
     for _ in range(2):
         fill(spool, 1, [1000, 1000])
         assert (spool.head, spool.files[0].path.stat().st_size, spool.directory.bytes) == (1, size, size)
-    assert not spool.ready()
+    assert not spool.can_write()
     monkeypatch.setattr(os, "pwritev", real)
-    monkeypatch.setattr(module, "AGAIN", 0.0)
-    spool.directory._again = 0.0
-    assert spool.ready()
+    monkeypatch.setattr(module, "RETRY_INTERVAL", 0.0)
+    spool.directory._retry_at = 0.0
+    assert spool.can_write()
     fill(spool, 1, [1000, 1000])
     assert spool.head == 3
     assert [fetch(spool, index) for index in range(3)] == [record(index, 1000) for index in range(3)]
-    told = [one.message for one in caplog.records]
-    assert len(told) == 2, told
-    assert "No space left" in told[0]
-    assert "works again" in told[1]
+    messages = [one.message for one in caplog.records]
+    assert len(messages) == 2, messages
+    assert "No space left" in messages[0]
+    assert "works again" in messages[1]
 
 
-def test_a_disk_that_takes_no_file_leaves_none(tmp_path: Path, worker: Worker) -> None:
-    (tmp_path / "nowhere").touch()  # a directory that is missing would be made
+def test_after_a_failed_write_there_is_no_file(tmp_path: Path, worker: Worker) -> None:
+    (tmp_path / "nowhere").touch()  # a file, because a missing directory would be made
     spool = Spool(SpoolDirectory(tmp_path / "nowhere", "x", 1 << 30, worker))
     fill(spool, 0, [1000])
     assert (spool.head, spool.bytes, len(spool.files)) == (0, 0, 0)
 
 
-def test_the_limit_holds_and_is_told_once(tmp_path: Path, worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_limit_holds_and_is_logged_once(tmp_path: Path, worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
     directory = SpoolDirectory(tmp_path, "x", 3_000_000, worker)
     spool = Spool(directory)
     index = 0
-    while directory.takes(400_000):
+    while directory.has_room(400_000):
         fill(spool, index, [400_000])
         index += 1
-    assert not directory.takes(400_000)
+    assert not directory.has_room(400_000)
     assert 2_500_000 < directory.bytes <= 3_000_000 + 1000
-    told = [one.message for one in caplog.records]
-    assert told == [f"the spool in {tmp_path} is full (--spool-limit, 3000000 bytes)"]
+    messages = [one.message for one in caplog.records]
+    assert messages == [f"the spool in {tmp_path} is full (--spool-limit, 3000000 bytes)"]
     spool.free_to(index)
-    assert directory.takes(400_000)
+    assert directory.has_room(400_000)
 
 
-def test_a_mistake_in_the_thread_ends_nothing(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_worker_continues_after_an_exception(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
     found: list[Any] = []
 
     def wrong() -> None:

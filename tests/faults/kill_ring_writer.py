@@ -40,8 +40,8 @@ class Writer:
     `told` are three numbers that outlive it: the run, rows published in it, 1 when its end record is in.
     """
 
-    def __init__(self, arena: RingFile, rng: random.Random, told: Any) -> None:
-        self.ring = arena.ring
+    def __init__(self, ring_file: RingFile, rng: random.Random, told: Any) -> None:
+        self.ring = ring_file.ring
         self.rng = rng
         self.told = told
         self.recorder = BlockBuilder(self.ring, NAME, self.ring.epoch, LAYOUT, [1, 200])
@@ -98,12 +98,12 @@ def check(folder: Path, epoch: int, told: tuple[int, int, int]) -> None:
     worker = Worker("spool")
     spool = SpoolDirectory(folder / "spool", "larpixdaq", 0, worker)
     for _ in range(2):  # the second time as if the first successor had been killed right afterwards
-        (left,) = Predecessors(NAME, folder, folder, spool, time.time_ns()).look(())
+        (left,) = Predecessors(NAME, folder, folder, spool, time.time_ns()).take_over(())
         assert left.epoch == epoch
-        assert left.arena is not None
-        left.arena.leave()
+        assert left.ring_file is not None
+        left.ring_file.leave()
     worker.close(5)
-    ring = left.arena.ring
+    ring = left.ring_file.ring
     assert not ring.run_open
     rows: list[int] = []
     texts = gaps = sequence = 0
@@ -145,12 +145,12 @@ def check(folder: Path, epoch: int, told: tuple[int, int, int]) -> None:
 def kill(folder: Path, seed: int) -> None:
     """One trial."""
     rng = random.Random(seed)
-    arena = RingFile.make(folder, folder, NAME, seed, SMALLEST + (8 << 20))
+    ring_file = RingFile.make(folder, folder, NAME, seed, SMALLEST + (8 << 20))
     shared = mmap.mmap(-1, 4096)
     told = np.frombuffer(shared, np.int64, 3)
     child = os.fork()
     if not child:
-        Writer(arena, rng, told).work()
+        Writer(ring_file, rng, told).work()
         os._exit(0)
     while not told[0]:
         os.sched_yield()
@@ -159,9 +159,9 @@ def kill(folder: Path, seed: int) -> None:
         pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    arena.leave()
+    ring_file.leave()
     check(folder, seed, (int(told[0]), int(told[1]), int(told[2])))
-    arena.path.unlink()
+    ring_file.path.unlink()
 
 
 def main(folder: str, seed: str, trials: str) -> int:

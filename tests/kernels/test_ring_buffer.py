@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from larpixdaq import constants, schema
 from larpixdaq._native.ring_buffer import BLOCK, END, INFO, SMALLEST, Ring
-from larpixdaq.buffer.ring_file import RingFile, arena_name
+from larpixdaq.buffer.ring_file import RingFile, ring_file_name
 from larpixdaq.errors import RingError
 from larpixdaq.runtime.units import parse_size
 
@@ -162,19 +162,23 @@ def test_too_small() -> None:
         Ring(bytearray(4096), producer="p", epoch=1)
 
 
-def test_arena_is_locked_private_and_gone_after_close(tmp_path) -> None:
-    arena = RingFile.make(tmp_path, tmp_path / "state", "LArPix board", 5, SMALLEST)
-    assert arena.path.name == arena_name(tmp_path / "state", "LArPix board", 5)
-    assert arena.path.stat().st_mode & 0o777 == 0o600
-    assert arena.path.stat().st_blocks * 512 >= SMALLEST  # reserved, not sparse
-    view = np.frombuffer(arena.ring.rows(0, 10) or b"", np.uint8) if arena.ring.begin(1, 2, 36, []) is None else None
-    arena.close()
-    assert not arena.path.exists()
+def test_ring_file_is_locked_private_and_gone_after_close(tmp_path) -> None:
+    ring_file = RingFile.make(tmp_path, tmp_path / "state", "LArPix board", 5, SMALLEST)
+    assert ring_file.path.name == ring_file_name(tmp_path / "state", "LArPix board", 5)
+    assert ring_file.path.stat().st_mode & 0o777 == 0o600
+    assert ring_file.path.stat().st_blocks * 512 >= SMALLEST  # reserved, not sparse
+    view = (
+        np.frombuffer(ring_file.ring.rows(0, 10) or b"", np.uint8)
+        if ring_file.ring.begin(1, 2, 36, []) is None
+        else None
+    )
+    ring_file.close()
+    assert not ring_file.path.exists()
     assert view is not None
     assert view.sum() == 0  # still readable: memory lives as long as its readers
 
 
-def test_arena_whose_making_is_interrupted_leaves_no_file(tmp_path, monkeypatch) -> None:
+def test_interrupted_making_leaves_no_ring_file(tmp_path, monkeypatch) -> None:
     def interrupt(*args: int) -> None:
         raise KeyboardInterrupt
 
@@ -184,7 +188,7 @@ def test_arena_whose_making_is_interrupted_leaves_no_file(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_arena_that_does_not_fit_names_the_options(tmp_path) -> None:
+def test_error_of_ring_that_does_not_fit_names_the_options(tmp_path) -> None:
     with pytest.raises(RingError, match=r"--ring .*--ring-dir"):
         RingFile.make(tmp_path, tmp_path, "p", 1, 1 << 60)
     assert not list(tmp_path.glob("*.ring"))

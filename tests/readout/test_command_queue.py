@@ -1,4 +1,4 @@
-"""The producer's side of commands, in any order of requests, answers, failures and full rings."""
+"""The queue of commands to boards, in any order of requests, answers, failures and full rings."""
 
 from collections import deque
 
@@ -15,8 +15,8 @@ from larpixdaq.sources.command_channel import BoardReply
 V2 = layout_of(Asic.V2)
 
 
-class Line:
-    """A channel whose answers come when the test says so."""
+class BoardChannel:
+    """A command channel that answers when the test calls for it."""
 
     sockets = ()
     batch = 3
@@ -25,8 +25,8 @@ class Line:
         self.io_group, self.name, self.kind = io_group, f"board {io_group}", "pacman"
         self.busy = False
         self.reply = None
-        self.orphan = False  # whoever sent what is in flight is dead
-        self.log = []  # of everything that went out
+        self.abandoned = False  # the sender of the request in flight has died
+        self.log = []  # everything that was sent
 
     def send_words(self, io_channels, sent):
         assert not self.busy
@@ -49,16 +49,16 @@ class Line:
         return 1.0 if self.busy else None
 
 
-class Orders(RuleBasedStateMachine):
+class Commands(RuleBasedStateMachine):
     @initialize()
     def start(self):
-        self.lines = {1: Line(1), 2: Line(2)}
+        self.boards = {1: BoardChannel(1), 2: BoardChannel(2)}
         self.room = 100
         self.rows = []
         self.done = []
-        self.given = {1: deque(), 2: deque()}  # what is still to go out or be answered, per board
+        self.expected = {1: deque(), 2: deque()}  # not yet sent or answered, per board
         self.number = 0
-        self.commands = CommandQueue(self.lines.values(), Asic.V2, V2, self.record)
+        self.commands = CommandQueue(self.boards.values(), Asic.V2, V2, self.record)
 
     def done_of(self, number):
         return lambda *outcome: self.done.append((number, *outcome))
@@ -74,17 +74,17 @@ class Orders(RuleBasedStateMachine):
         self.number += 1
         made = words(Asic.V2, PacketType.CONFIG_READ, 5, addresses)
         channels = np.arange(len(made), dtype=np.uint8)
-        self.commands.words(io_group, channels.tobytes(), made.tobytes(), self.done_of(self.number))
+        self.commands.send_words(io_group, channels.tobytes(), made.tobytes(), self.done_of(self.number))
         if io_group == 3:
             assert self.done.pop() == (self.number, b"", "io_group 3 takes no commands; those that do: 1, 2")
         else:
-            self.given[io_group].append((self.number, list(zip(channels.tolist(), made.tolist(), strict=True))))
+            self.expected[io_group].append((self.number, list(zip(channels.tolist(), made.tolist(), strict=True))))
 
     @rule(io_group=st.integers(1, 2))
-    def ask(self, io_group):
+    def order(self, io_group):
         self.number += 1
-        self.commands.ask(io_group, b"%d" % self.number, self.done_of(self.number))
-        self.given[io_group].append((self.number, [b"%d" % self.number]))
+        self.commands.send_order(io_group, b"%d" % self.number, self.done_of(self.number))
+        self.expected[io_group].append((self.number, [b"%d" % self.number]))
 
     @rule()
     def work(self):
@@ -94,58 +94,58 @@ class Orders(RuleBasedStateMachine):
     def free(self, room):
         self.room += room
 
-    @rule(io_group=st.integers(1, 2), fails=st.booleans())
-    def answer(self, io_group, fails):
-        line = self.lines[io_group]
-        if not line.busy or line.reply is not None:
+    @rule(io_group=st.integers(1, 2), fail=st.booleans())
+    def answer(self, io_group, fail):
+        board = self.boards[io_group]
+        if not board.busy or board.reply is not None:
             return
-        orphan, line.orphan = line.orphan, False
-        line.reply = BoardReply(b"", "no answer") if fails else BoardReply(b"said")
-        if fails and not orphan:  # the command ends there, and what of it went out stays out
-            number, parts = self.given[io_group][0]
-            self.given[io_group][0] = (number, [part for part in parts if part in line.log])
+        abandoned, board.abandoned = board.abandoned, False
+        board.reply = BoardReply(b"", "no answer") if fail else BoardReply(b"said")
+        if fail and not abandoned:  # the command ends, and its words that were sent stay sent
+            number, parts = self.expected[io_group][0]
+            self.expected[io_group][0] = (number, [part for part in parts if part in board.log])
 
     @rule()
     def child_dies(self):
-        self.commands.forget()
-        for line in self.lines.values():
-            line.log.clear()
-            line.orphan = line.busy and line.reply is None
+        self.commands.clear()
+        for board in self.boards.values():
+            board.log.clear()
+            board.abandoned = board.busy and board.reply is None
         self.rows.clear()
         self.done.clear()
-        self.given = {1: deque(), 2: deque()}
+        self.expected = {1: deque(), 2: deque()}
 
     @invariant()
-    def each_is_done_once_in_order(self):
+    def each_command_is_done_once_in_order(self):
         for number, _, _ in self.done:
-            io_group = next(g for g, waiting in self.given.items() if waiting and waiting[0][0] == number)
-            self.given[io_group].popleft()
+            io_group = next(g for g, waiting in self.expected.items() if waiting and waiting[0][0] == number)
+            self.expected[io_group].popleft()
         self.done.clear()
 
     @invariant()
-    def every_word_that_went_out_has_its_row(self):
-        went = [part for line in self.lines.values() for part in line.log if isinstance(part, tuple)]
-        assert sorted((channel, word >> 10 & 255) for channel, word in went) == sorted(row[1:3] for row in self.rows)
+    def every_sent_word_has_its_row(self):
+        sent = [part for board in self.boards.values() for part in board.log if isinstance(part, tuple)]
+        assert sorted((channel, word >> 10 & 255) for channel, word in sent) == sorted(row[1:3] for row in self.rows)
         assert all(row[3] == 0 for row in self.rows)
 
 
-TestOrders = Orders.TestCase
+TestCommands = Commands.TestCase
 
 
 @given(
     asic=st.sampled_from([Asic.V1, Asic.V2, Asic.V2_DIAGNOSTICS, Asic.V3]),
     sent=st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255)), max_size=20),
 )
-def test_rows_of_sent_words_are_those_of_the_words(asic, sent):
-    channels = np.array([one[0] for one in sent], np.uint8)
-    made = words(asic, PacketType.CONFIG_READ, [one[1] for one in sent], [one[2] for one in sent])
+def test_rows_of_sent_words_have_their_addresses_and_registers(asic, sent):
+    channels = np.array([io_channel for io_channel, _, _ in sent], np.uint8)
+    made = words(asic, PacketType.CONFIG_READ, [chip_id for _, chip_id, _ in sent], [address for _, _, address in sent])
     rows = sent_rows(made, channels, 7, asic, layout_of(asic))
     v1 = asic == Asic.V1
-    assert rows["register" if v1 else "register_address"].tolist() == [one[2] for one in sent]
+    assert rows["register" if v1 else "register_address"].tolist() == [address for _, _, address in sent]
     assert (rows["direction"] == 0).all()
     assert (rows["valid_parity"] == 1).all()
     if v1:
-        assert rows["chip_key"].tolist() == [b"7-%d-%d" % (one[0], one[1]) for one in sent]
+        assert rows["chip_key"].tolist() == [b"7-%d-%d" % (io_channel, chip_id) for io_channel, chip_id, _ in sent]
     else:
         assert rows["io_channel"].tolist() == channels.tolist()
         assert (rows["io_group"] == 7).all()

@@ -1,5 +1,5 @@
-"""Recorder and readout without processes around them: where rows go when there is room, when there is none, outside
-of runs."""
+"""BlockBuilder and Readout without processes: where rows go when there is room, when there is none, and outside of
+runs."""
 
 import logging
 from typing import Any
@@ -23,7 +23,7 @@ from larpixdaq.schema import io_groups_of
 LAYOUT = schema.layout(2)
 
 
-class Deaf:
+class NoListener:
     """A listener that wants no rows."""
 
     listening = 0
@@ -33,7 +33,7 @@ class Deaf:
 
 
 class Batches:
-    """A source that has these batches of rows to give, numbered in their timestamps."""
+    """A source with batches of these numbers of rows, whose timestamps count on."""
 
     name, layout, waits, recorded, finished = "batches", LAYOUT, True, False, False
     drained = True
@@ -56,7 +56,7 @@ class Batches:
         return 0.0 if self._batches else None
 
     def read(self) -> bool:
-        assert not self._left, "a batch was given up before its end"
+        assert not self._left, "a batch was abandoned before its end"
         if not self._batches:
             return False
         self._left = self._batches.pop(0)
@@ -83,10 +83,10 @@ class Batches:
         return []
 
 
-def line(sources: list[Batches], *, wait: bool) -> tuple[Ring, BlockBuilder, Readout]:
+def make_readout(sources: list[Batches], *, wait: bool) -> tuple[Ring, BlockBuilder, Readout]:
     ring = Ring(bytearray(SMALLEST), producer="p", epoch=1)
     recorder = BlockBuilder(ring, "p", 1, LAYOUT, [g for source in sources for g in source.io_groups])
-    readout = Readout(sources, recorder, ring, wait=wait, listener=Deaf())
+    readout = Readout(sources, recorder, ring, wait=wait, listener=NoListener())
     return ring, recorder, readout
 
 
@@ -107,7 +107,7 @@ def blocks(ring: Ring) -> list[tuple[Any, np.ndarray]]:
 def test_every_row_is_in_a_block_or_counted_as_dropped(first: list[int], second: list[int], wait: bool) -> None:
     logging.disable(logging.WARNING)
     sources = [Batches(first, 1), Batches(second, 2)]
-    ring, recorder, readout = line(sources, wait=wait)
+    ring, recorder, readout = make_readout(sources, wait=wait)
     recorder.begin(1, ["s"])
     readout.record(True)
     recorder.info("Beginning run")
@@ -179,7 +179,7 @@ def test_a_block_closes_after_its_age() -> None:
     assert (block[0].rows, block[0].first_ns, block[0].run) == (10, int(100e9), 3)
 
 
-def test_a_stepped_clock_does_not_show_within_a_run() -> None:
+def test_a_step_of_the_clock_does_not_show_within_a_run() -> None:
     now, stepped = [100.0], [0.0]
     ring = Ring(bytearray(SMALLEST), producer="p", epoch=1)
     wall = lambda: int((now[0] + stepped[0]) * 1e9)  # noqa: E731
@@ -199,9 +199,9 @@ def test_a_stepped_clock_does_not_show_within_a_run() -> None:
         assert times[:3] == [(i * 250_000_000, (i + 1) * 250_000_000) for i in range(3)]
 
 
-def test_outside_of_a_run_rows_are_counted_and_not_kept() -> None:
+def test_rows_outside_of_a_run_are_counted_and_not_kept() -> None:
     source = Batches([100, 30_000])
-    ring, recorder, readout = line([source], wait=False)
+    ring, recorder, readout = make_readout([source], wait=False)
     while readout.turn(zmq.Poller()):
         pass
     assert ring.head == 0
@@ -211,9 +211,9 @@ def test_outside_of_a_run_rows_are_counted_and_not_kept() -> None:
     assert recorder.counts(ring.outside)[0][0] == 1
 
 
-def test_the_rest_of_a_batch_that_an_abort_cut_is_of_no_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_of_a_batch_after_an_abort_belong_to_no_run(caplog: pytest.LogCaptureFixture) -> None:
     source = Batches([400_000])
-    ring, recorder, readout = line([source], wait=True)
+    ring, recorder, readout = make_readout([source], wait=True)
     recorder.begin(1, ["s"])
     readout.record(True)
     poller = zmq.Poller()
@@ -238,7 +238,7 @@ def test_the_end_record_always_has_room() -> None:
     end = recorder.end("closed", unknown, [])
     kinds = [ring.kind(index) for index in range(ring.tail, ring.head)]
     assert kinds == [BLOCK] * (len(kinds) - 2) + [INFO, END]
-    assert 1000 < len(end.unknown) < 100_000  # cut to what there is room for; their number stands in the counts
+    assert 1000 < len(end.unknown) < 100_000  # cut to the room; their number is in the counts
 
 
 @pytest.mark.parametrize("layout", schema.LAYOUTS, ids=lambda layout: layout.name)
@@ -250,9 +250,11 @@ def test_info_rows_have_a_row_for_each_64_bytes(layout: schema.RowLayout) -> Non
         assert (io_groups_of(rows) == 0).all()
 
 
-def test_one_alarm_when_rows_begin_to_be_dropped_and_one_with_their_number(caplog: pytest.LogCaptureFixture) -> None:
+def test_dropped_rows_are_logged_when_it_begins_and_with_their_number_at_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     source = Batches([300_000, 100_000, 10])
-    ring, recorder, readout = line([source], wait=False)
+    ring, recorder, readout = make_readout([source], wait=False)
     recorder.begin(1, ["s"])
     readout.record(True)
     poller = zmq.Poller()
@@ -267,9 +269,9 @@ def test_one_alarm_when_rows_begin_to_be_dropped_and_one_with_their_number(caplo
     ]
 
 
-def test_gaps_are_told_although_a_message_found_no_room(caplog: pytest.LogCaptureFixture) -> None:
+def test_gaps_are_reported_even_if_a_message_had_no_room(caplog: pytest.LogCaptureFixture) -> None:
     source = Batches([400_000, 1000])
-    ring, recorder, readout = line([source], wait=False)
+    ring, recorder, readout = make_readout([source], wait=False)
     recorder.begin(1, ["s"])
     readout.record(True)
     poller = zmq.Poller()
@@ -282,15 +284,15 @@ def test_gaps_are_told_although_a_message_found_no_room(caplog: pytest.LogCaptur
     readout.turn(poller)
     assert int(ring.counts[1, Count.DROPPED]) == dropped + 1000
     assert not recorder.info("x" * 100_000)
-    told = sum(gap.rows for header, _ in blocks(ring) for gap in header.gaps)
+    reported = sum(gap.rows for header, _ in blocks(ring) for gap in header.gaps)
     ring.free_to(ring.head)
-    told += sum(gap.rows for gap in recorder.end("closed", [], []).gaps)
-    assert told == int(ring.counts[:, Count.DROPPED].sum()) > dropped
+    reported += sum(gap.rows for gap in recorder.end("closed", [], []).gaps)
+    assert reported == int(ring.counts[:, Count.DROPPED].sum()) > dropped
 
 
-def test_a_source_that_always_has_something_is_quiet_once_it_was_read_empty() -> None:
+def test_readout_is_quiet_when_a_source_was_read_to_its_end() -> None:
     source = Batches([10] * 5)
-    _, recorder, readout = line([source], wait=True)
+    _, recorder, readout = make_readout([source], wait=True)
     recorder.begin(1, ["s"])
     readout.record(True)
     poller = zmq.Poller()

@@ -154,7 +154,7 @@ def test_a_consumer_that_stood_still_does_not_insist_on_its_name(line: Line, con
     line.begin()
     line.write(10)
     until(line, reader.has(lambda r: len(r.blocks) == 1), "a block")
-    until(line, lambda: not line.publisher.owed(), "its acknowledgement")
+    until(line, lambda: not line.publisher.pending(), "its acknowledgement")
     other = Consumer(STORAGE, "s2", "all")
     core.heard = time.monotonic() + 1000  # it goes on to say things
     ahead[0] = 10.0
@@ -535,7 +535,7 @@ def test_a_new_run_frees_nothing_of_the_one_before(line: Line, consumers: list[C
     line.begin(2)
     line.write(10)
     line.publisher.work()
-    assert (line.ring.tail, line.publisher.owed()) == (0, 5)
+    assert (line.ring.tail, line.publisher.pending()) == (0, 5)
     # It has some of run 2 already, from a subscription before.
     positions = [Position(1, "board", 5, 1), Position(2, "board", 5, 1)]
     consumers.append(Consumer(STORAGE, "s", "all", positions=lambda: positions))

@@ -23,11 +23,10 @@ from stream_harness import LAYOUT
 
 from larpixdaq import constants
 from larpixdaq._native.ring_buffer import SMALLEST, Reader
-from larpixdaq.buffer import ring_file as arenas
 from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.block_store import BlockStore, Segment
 from larpixdaq.buffer.crash_recovery import Predecessors
-from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, RingFile, key
+from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, RingFile, name_prefix, open_reader
 from larpixdaq.buffer.spool import Spool, SpoolDirectory, SpoolFile
 from larpixdaq.protocol.stream import (
     STREAM_VERSION,
@@ -154,7 +153,7 @@ class Storage:
         if isinstance(frame, Welcome):
             self.welcome = True
             if self.maps:
-                self.ring = arenas.reader(Path(frame.ring), NAME, frame.epoch)
+                self.ring = open_reader(Path(frame.ring), NAME, frame.epoch)
                 self.say(Maps(frame.epoch))
         elif isinstance(frame, Refused):
             self.welcome = False
@@ -220,15 +219,15 @@ class Stream(RuleBasedStateMachine):
         """A producer process begins, and takes over what those before it left."""
         self.epoch += 1
         self.wire, self.disk = Wire(), Disk()
-        spool = SpoolDirectory(self.folder / "spool", key(self.folder, NAME), 3 << 20, self.disk)  # type: ignore[arg-type]
-        self.arena = RingFile.make(self.folder, self.folder, NAME, self.epoch, SMALLEST)
-        self.recorder = BlockBuilder(self.arena.ring, NAME, self.epoch, LAYOUT, [1])
-        own = BlockStore(NAME, self.epoch, self.arena.ring, Spool(spool))
-        ring = str(self.arena.path)
+        spool = SpoolDirectory(self.folder / "spool", name_prefix(self.folder, NAME), 3 << 20, self.disk)  # type: ignore[arg-type]
+        self.ring_file = RingFile.make(self.folder, self.folder, NAME, self.epoch, SMALLEST)
+        self.recorder = BlockBuilder(self.ring_file.ring, NAME, self.epoch, LAYOUT, [1])
+        own = BlockStore(NAME, self.epoch, self.ring_file.ring, Spool(spool))
+        ring = str(self.ring_file.path)
         self.publisher = Publisher(own, self.wire, lambda: self.now, ring=ring)  # type: ignore[arg-type]
-        for left in Predecessors(NAME, self.folder, self.folder, spool, 0).look({self.epoch}):
+        for left in Predecessors(NAME, self.folder, self.folder, spool, 0).take_over({self.epoch}):
             files = Spool(spool, left.files) if left.files else None
-            store = BlockStore.inherited(NAME, left.epoch, left.arena, files)
+            store = BlockStore.inherited(NAME, left.epoch, left.ring_file, files)
             self.publisher.adopt(store)
             for segment in store.segments:
                 self.kept[BlockOrigin(segment.run, NAME, store.epoch)] = store, segment
@@ -268,7 +267,7 @@ class Stream(RuleBasedStateMachine):
         rows["packet_type"][:n] = 0
         rows["io_group"][:n] = 1
         rows["timestamp"][:n] = np.arange(made[0], made[0] + n)
-        self.arena.ring.counts[1, constants.Count.WORD_ROWS] += np.uint64(n)
+        self.ring_file.ring.counts[1, constants.Count.WORD_ROWS] += np.uint64(n)
         self.recorder.publish(n)
         made[0] += n
         if close:
@@ -319,7 +318,7 @@ class Stream(RuleBasedStateMachine):
         for do, _ in self.disk.jobs:
             if isinstance(file := getattr(do, "__self__", None), SpoolFile):  # it was to be removed
                 file.leave()
-        self.arena.leave()
+        self.ring_file.leave()
         for storage in self.storages.values():
             storage.route, storage.welcome = None, False
         self.start()
@@ -400,7 +399,7 @@ class Stream(RuleBasedStateMachine):
     @invariant()
     def nothing_is_given_up_that_somebody_needs(self) -> None:
         for source, (store, segment) in self.kept.items():
-            freed = min(store.tail, store.behind(segment)) - segment.first
+            freed = min(store.tail, store.end_of(segment)) - segment.first
             for name in self.required[source]:
                 has = self.storages[name].durable.get(source, (0, 0, 0, None))[2]
                 assert freed <= has, f"{freed} blocks of {source} are given up, {name} has {has}"
@@ -413,7 +412,7 @@ class Stream(RuleBasedStateMachine):
         try:
             self._settle()
         finally:
-            self.arena.close()
+            self.ring_file.close()
             shutil.rmtree(self.folder)
 
     def _settle(self) -> None:
@@ -431,9 +430,9 @@ class Stream(RuleBasedStateMachine):
                 self.down(name, 1000)
                 self.keep(name, say=True)
             self.nothing_is_given_up_that_somebody_needs()
-            if turn > 3 and not self.publisher.owed():
+            if turn > 3 and not self.publisher.pending():
                 break
-        assert self.publisher.owed() == 0, "not all is delivered"
+        assert self.publisher.pending() == 0, "not all is delivered"
         for route in list(self.wire.down):
             self.wire.cut(route)
         self.work()
@@ -446,7 +445,7 @@ class Stream(RuleBasedStateMachine):
                 )
                 assert has[3] is not None, f"{name} has no end of {source}"
         assert self.publisher.stores == [self.publisher.own]
-        assert list(self.folder.glob("*.ring")) == [self.arena.path]
+        assert list(self.folder.glob("*.ring")) == [self.ring_file.path]
         assert list((self.folder / "spool").iterdir()) == []
 
 

@@ -1,6 +1,6 @@
 """A producer for test_ring_reader.py, as a program: it writes a small ring over and over and waits for nobody.
 
-Stdout: the arena's path, then the number of each block; after 64 of them it waits for a line on stdin.
+Stdout: the ring_file's path, then the number of each block; after 64 of them it waits for a line on stdin.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ EPOCH = 5
 ROWS = 3000
 
 
-def publish(arena: RingFile, index: int) -> None:
+def publish(ring_file: RingFile, index: int) -> None:
     """Block `index`, whose rows say so, once there is room."""
-    ring = arena.ring
+    ring = ring_file.ring
     while (room := ring.rows(0, ROWS)) is None:
         ring.free_to(ring.tail + 1)
     rows = np.frombuffer(room, PACKETS_2_4)
@@ -31,14 +31,14 @@ def publish(arena: RingFile, index: int) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    with contextlib.closing(RingFile.make(folder, folder, NAME, EPOCH, SMALLEST)) as arena:
-        arena.ring.begin(1, 2, PACKETS_2_4.itemsize, [])
-        publish(arena, 0)
-        print(arena.path, flush=True)
+    with contextlib.closing(RingFile.make(folder, folder, NAME, EPOCH, SMALLEST)) as ring_file:
+        ring_file.ring.begin(1, 2, PACKETS_2_4.itemsize, [])
+        publish(ring_file, 0)
+        print(ring_file.path, flush=True)
         index = 0
         while True:
             index += 1
-            publish(arena, index)
+            publish(ring_file, index)
             print(index, flush=True)
             if index % 64 == 0 and not sys.stdin.readline():
                 return

@@ -44,10 +44,10 @@ class Line:
         socket = stream_router(self.context)
         socket.bind("tcp://127.0.0.1:0")
         self.address = socket.get(zmq.LAST_ENDPOINT).decode()
-        self.arena = None if folder is None else RingFile.make(folder, folder, "board", 5, SMALLEST + extra)
-        if self.arena is not None:
-            options["ring"] = str(self.arena.path)
-            self.ring = self.arena.ring
+        self.ring_file = None if folder is None else RingFile.make(folder, folder, "board", 5, SMALLEST + extra)
+        if self.ring_file is not None:
+            options["ring"] = str(self.ring_file.path)
+            self.ring = self.ring_file.ring
         else:
             self.ring = Ring(bytearray(SMALLEST + extra), producer="board", epoch=5)
         self.recorder = BlockBuilder(self.ring, "board", 5, LAYOUT, [1, 2])
@@ -89,8 +89,8 @@ class Line:
         for peer in self.peers:
             peer.close(linger=0)
         self.context.destroy(linger=0)
-        if self.arena is not None:
-            self.arena.close()
+        if self.ring_file is not None:
+            self.ring_file.close()
 
 
 def until(line: Line, condition: Any, what: str, limit: float = LIMIT) -> None:
