@@ -114,11 +114,11 @@ class Storage:
 
     def _good(self) -> bool:
         """Check that this process may write and acknowledge: not after it stood still, until the core has answered."""
-        before, self._may_write = self._may_write, self._session_check.good()
+        before, self._may_write = self._may_write, self._session_check.may_act()
         if before and not self._may_write:
-            _log.warning("stalled for %.1f s; waiting for the core to confirm", self._session_check.stood)
+            _log.warning("stalled for %.1f s; waiting for the core to confirm", self._session_check.stall)
         if self._may_write and not before:
-            self.consumer.again()
+            self.consumer.resubscribe()
         return self._may_write
 
     def _name_taken(self) -> None:

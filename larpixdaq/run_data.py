@@ -78,7 +78,7 @@ class RunData:
                 log.warning("not counted: %s", error)
         # INFO messages come beside the credit.
         if isinstance(frame, Block) and frame.text is None:
-            self.consumer.done(producer)
+            self.consumer.add_credit(producer)
 
 
 def actions(monitor: Monitor) -> dict[str, Callable[..., Any]]:

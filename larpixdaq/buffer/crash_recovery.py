@@ -57,14 +57,14 @@ class Predecessors:
         rings = ring_files(self._spool.path, self._state_dir, self._producer)
         rings |= ring_files(self._ring_dir, self._state_dir, self._producer)
         spooled = self._spool.files()
-        found = []
+        taken = []
         for epoch in sorted((rings.keys() | spooled.keys()) - set(known)):
             left = self._take_over_epoch(epoch, rings.get(epoch), spooled.get(epoch, []))
             if left is not None:
-                found.append(left)
+                taken.append(left)
         directories = {self._ring_dir, self._spool.path}
         self.kept_aside = [path for directory in directories for path in damaged_files(directory, self._spool.prefix)]
-        return found
+        return taken
 
     def _take_over_epoch(self, epoch: int, ring: Path | None, paths: list[Path]) -> LeftBlocks | None:
         ring_file = None

@@ -50,7 +50,7 @@ class Stream(Protocol):
     """The part of stream.Consumer that report_to() needs."""
 
     def acknowledge(self, source: BlockOrigin, following: int) -> None: ...
-    def again(self, *, sent: bool = False) -> None: ...
+    def resubscribe(self, *, send_rows: bool = False) -> None: ...
 
 
 class StorageService:
@@ -146,7 +146,7 @@ class StorageService:
             stream.acknowledge(source, following)
         self._unreported.clear()
         if self._again:
-            stream.again(sent=self._sent)
+            stream.resubscribe(send_rows=self._sent)
             self._again = self._sent = False
 
     def receive(self, producer: str, frame: FromProducer, payload: memoryview | None) -> None:

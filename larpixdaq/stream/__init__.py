@@ -1,7 +1,7 @@
-"""The stream of blocks from a producer to its consumers: numbered, acknowledged, replayed from the ring after a break.
+"""The stream of blocks from a producer to its consumers: numbered, acknowledged, sent again after a lost connection.
 
-Publisher   the producer's side: a ROUTER that serves blocks out of the ring
-Consumer    the other side: a thread with a DEALER to each producer
+Publisher   the producer's side: a ROUTER that sends blocks from ring and spool
+Consumer    the consumers' side: a thread with a DEALER to each producer
 """
 
 from larpixdaq.stream.publisher import Publisher

@@ -1,7 +1,6 @@
-"""The producer's side of the stream: who subscribes, what each has got, and how far the blocks may be given up.
+"""The producer's side of the stream: the subscribers, the blocks sent to each, and their acknowledgements.
 
-The socket of a producer's stream, and where it listens: at the interface that reaches the core, at a free port,
-unless told otherwise.
+Also makes and binds the stream's socket: by default at the interface that reaches the core, at a free port.
 """
 
 from __future__ import annotations
@@ -35,21 +34,21 @@ from larpixdaq.protocol.stream import (
 )
 
 log = logging.getLogger(__name__)
-#: Bytes of rows on their way to a storage and not yet acknowledged.
+#: Maximum bytes of rows on their way to a storage without acknowledgement.
 WINDOW = 16 << 20
-#: A subscriber unheard for so long, after the socket has been drained, is dropped and must say HELLO again.
-SILENT = 1.0
-#: Seconds that frames from consumers are taken in one turn: nobody can keep the producer from its boards by talking.
+#: Seconds without a frame after which a subscriber is dropped and must say HELLO again, if all frames were taken.
+SILENT_AFTER = 1.0
+#: Maximum seconds for which one turn takes frames, so that no consumer keeps the producer from reading its boards.
 RECEIVE_LIMIT = 0.005
-#: Maximum number of blocks that a monitor may have credit for beyond those that were sent to it.
-MOST_CREDIT = 64
-#: Maximum number of subscribers; storages that a run requires are subscribed in any case.
-MOST_SUBSCRIBERS = 100
-#: A required storage without a subscription for so long (seconds) no longer holds what another one has.
+#: Maximum number of blocks that a monitor may have credit for beyond those sent to it.
+MAX_CREDIT = 64
+#: Maximum number of subscribers. Required storages are subscribed even above it.
+MAX_SUBSCRIBERS = 100
+#: Seconds without a subscription after which blocks that another storage has are no longer kept for a required storage.
 FORGET_AFTER = 60.0
-#: Milliseconds after which the connection of a consumer that takes no data is closed: its process is stopped, or the
-#: network has cut it off. That gives back the ring's memory that libzmq holds for it. A busy consumer is not affected,
-#: since its libzmq thread always takes what comes.
+#: Milliseconds after which the connection of a consumer that takes no data is closed, because its process is stopped or
+#: the network has cut it off. This frees the ring's memory that libzmq holds for it. A busy consumer is not affected,
+#: because its libzmq thread always takes data.
 DEAD_CONSUMER = 1000
 
 
@@ -58,23 +57,23 @@ class Subscriber:
     route: bytes
     name: str
     mode: str
-    heard: float
+    heard_at: float  # monotonic: the time of its last frame
     positions: list[Position]
-    #: epoch -> the next index to send; without an entry: from where the store begins.
+    #: epoch -> the next index to send; without an entry: the beginning of the store.
     cursors: dict[int, int] = field(default_factory=dict)
     sent: int = 0  # "latest": blocks sent since HELLO
     credit: int = 0
-    #: "all": (run, epoch) -> (sequence, bytes) of the blocks that it has not acknowledged yet.
+    #: "all": (run, epoch) -> (sequence, bytes) of the blocks that were sent and not acknowledged yet.
     in_flight: dict[tuple[int, int], deque[tuple[int, int]]] = field(default_factory=dict)
     flight_bytes: int = 0
-    maps: bool = False  # it reads our ring itself
+    maps: bool = False  # it reads this producer's ring itself
 
 
 class Publisher:
-    """Serves blocks on `socket`, a router() that is bound. Everything happens in the producer's own loop.
+    """Sends blocks through `socket`, a bound stream_router(). All methods belong to the producer's loop.
 
-    `own` is where this producer's blocks are; adopt() adds what predecessors have left, which is delivered before. A
-    block is kept until every storage that its run requires has acknowledged it.
+    `own` is the store of this producer's blocks. adopt() adds the stores of predecessors, whose blocks are sent first.
+    A block is kept until every required storage of its run has acknowledged it.
     """
 
     def __init__(
@@ -86,10 +85,10 @@ class Publisher:
         forget_after: float = FORGET_AFTER,
         ring: str = "",
     ) -> None:
-        """`ring`: the file of our own ring; empty: it is in none."""
+        """`ring`: the path of this producer's ring file; empty: consumers cannot read the ring."""
         self.own = own
         self._ring = ring
-        #: Predecessors' first, the oldest of them first.
+        #: Predecessors' stores, the oldest first, and then `own`.
         self.stores = [own]
         self.socket = socket
         self._clock = clock
@@ -99,60 +98,64 @@ class Publisher:
         self.subscribers: dict[bytes, Subscriber] = {}
         self.refused = 0
         self.freed = 0  # blocks
-        #: Required storages that have been away for too long.
+        #: Required storages that have been disconnected for longer than `forget_after`.
         self.forgotten: frozenset[str] = frozenset()
-        self._away: dict[str, float] = {}  # required storage without a subscription -> since when
-        self._drained = clock()
-        self._flooded: float | None = None  # since when the socket has not been empty
+        self._disconnected: dict[
+            str, float
+        ] = {}  # required storage without a subscription -> monotonic time of its loss
+        self._emptied_at = clock()  # when all waiting frames were last taken
+        self._flooded_since: float | None = None  # since when frames have always been waiting
 
-    # what there is to deliver
+    # Blocks to deliver
 
     def begin(self, run: int, layout: int, required: Sequence[str]) -> None:
-        """From here on the ring's blocks are those of `run`; `required` storages must have each of them. (They are the
-        ring's own, in the same order.)"""
+        """Begin a run, to which the ring's next blocks belong.
+
+        `required`: the storages that must have each block, in the same order as in the ring.
+        """
         self.run, self.layout = run, layout
         self.own.begin(run, layout, required)
 
     def end(self) -> None:
-        """The end record has been put into the ring."""
+        """End the run, whose end record has been put into the ring."""
         self.own.end()
         self.run = None
 
     def release(self, run: int) -> None:
-        """The run needs no storage any more."""
+        """Free the blocks of a cancelled run, which no storage needs."""
         self.own.release(run)
 
     def adopt(self, store: BlockStore) -> None:
-        """Deliver what a predecessor has left too."""
-        self.stores = [*sorted([*self.stores[:-1], store], key=lambda one: one.made_ns), self.own]
+        """Deliver the blocks of a predecessor too."""
+        self.stores = [*sorted([*self.stores[:-1], store], key=lambda other: other.made_ns), self.own]
         for subscriber in self.subscribers.values():
-            self._know(subscriber, store)
+            self._note_positions(subscriber, store)
 
     def ring_moved(self) -> None:
-        """Our own ring is in another file: who reads it has to map that one, and what was on its way comes again."""
-        for subscriber in [one for one in self.subscribers.values() if one.maps]:
+        """Let consumers that read the ring subscribe again, because it is in another file now, which they must map."""
+        for subscriber in [reader for reader in self.subscribers.values() if reader.maps]:
             self._drop(subscriber)
             self._refuse(subscriber.route, "hello")
 
     def pending(self) -> int:
-        """Blocks that some required storage has not acknowledged yet, of predecessors too."""
+        """The number of blocks without acknowledgement of every required storage, with those of predecessors."""
         return sum(store.pending() for store in self.stores)
 
     def inherited(self) -> int:
-        """Those of predecessors alone."""
+        """The number of pending blocks of predecessors."""
         return sum(store.pending() for store in self.stores[:-1])
 
-    # the loop
+    # The loop
 
     def receive(self) -> None:
-        """Take the frames that have come from consumers, for RECEIVE_LIMIT at most."""
+        """Take frames from consumers, for at most RECEIVE_LIMIT seconds."""
         until = self._clock() + RECEIVE_LIMIT
         while self._clock() < until:
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                self._drained = self._clock()
-                self._flooded = None
+                self._emptied_at = self._clock()
+                self._flooded_since = None
                 return
             route = parts[0]
             try:
@@ -161,27 +164,30 @@ class Publisher:
                 self._handle(route, unpack_consumer(parts[1], route.hex()))
             except ProtocolError as error:
                 self._refuse(route, str(error))
-        if self._flooded is None:
-            self._flooded = self._clock()
+        if self._flooded_since is None:
+            self._flooded_since = self._clock()
 
-    def _judged(self) -> float:
-        """The time up to which all that was said has been taken. In a flood the socket is never empty, but ZeroMQ takes
-        from all peers in turn: after SILENT the living ones were heard."""
+    def _heard_until(self) -> float:
+        """The monotonic time up to which all frames have been taken.
+
+        In a flood frames are always waiting. But ZeroMQ takes them from all peers in turn, so that after SILENT_AFTER
+        seconds a frame of every living subscriber was taken.
+        """
         now = self._clock()
-        return now if self._flooded is not None and now - self._flooded > SILENT else self._drained
+        return now if self._flooded_since is not None and now - self._flooded_since > SILENT_AFTER else self._emptied_at
 
     def work(self) -> None:
-        """One turn: hear the consumers, send what may be sent, drop who has fallen silent, free what nobody needs."""
+        """Take one turn: take frames, drop silent subscribers, send blocks, and free those that no storage needs."""
         self.receive()
-        judged = self._judged()
+        heard_until = self._heard_until()
         for subscriber in list(self.subscribers.values()):
-            if judged - subscriber.heard > SILENT:
+            if heard_until - subscriber.heard_at > SILENT_AFTER:
                 self._drop(subscriber)
             elif subscriber.mode == "all":
                 self._serve_all(subscriber)
             else:
                 self._serve_latest(subscriber)
-        self._forget()
+        self._note_disconnected()
         for store in self.stores:
             self.freed += store.free(self.forgotten)
             if store is not self.own and store.tail == store.head:
@@ -189,24 +195,24 @@ class Publisher:
         self.stores = [store for store in self.stores if store is self.own or store.tail < store.head]
         self.own.spill()
 
-    # frames from consumers
+    # Frames from consumers
 
     def _handle(self, route: bytes, frame: FromConsumer) -> None:
         if isinstance(frame, Hello):
-            self._hello(route, frame)
+            self._subscribe(route, frame)
             return
         subscriber = self.subscribers.get(route)
         if subscriber is None:
             if not isinstance(frame, Bye):
                 self._refuse(route, "hello")
             return
-        subscriber.heard = self._clock()
+        subscriber.heard_at = self._clock()
         if isinstance(frame, Ack):
-            self._ack(subscriber, frame)
+            self._acknowledge(subscriber, frame)
         elif isinstance(frame, Credit):
-            if frame.blocks > subscriber.sent + MOST_CREDIT:
+            if frame.blocks > subscriber.sent + MAX_CREDIT:
                 raise ProtocolError(
-                    f"credit of {subscriber.name}: expected at most {MOST_CREDIT} blocks more than the "
+                    f"credit of {subscriber.name}: expected at most {MAX_CREDIT} blocks more than the "
                     f"{subscriber.sent} that were sent, found {frame.blocks}"
                 )
             subscriber.credit = max(subscriber.credit, frame.blocks)
@@ -215,7 +221,7 @@ class Publisher:
         elif isinstance(frame, Bye):
             self._drop(subscriber)
 
-    def _hello(self, route: bytes, hello: Hello) -> None:
+    def _subscribe(self, route: bytes, hello: Hello) -> None:
         if hello.version != STREAM_VERSION:
             self._refuse(route, f"version: expected {STREAM_VERSION}, found {hello.version}")
             return
@@ -226,21 +232,21 @@ class Publisher:
             self._drop(other)
             if other.route != route:
                 self._refuse(other.route, "superseded")
-        if len(self.subscribers) >= MOST_SUBSCRIBERS and hello.name not in self._required():
+        if len(self.subscribers) >= MAX_SUBSCRIBERS and hello.name not in self._required():
             self._refuse(route, f"{len(self.subscribers)} consumers have subscribed, more are not served")
             return
         subscriber = Subscriber(route, hello.name, hello.mode, self._clock(), hello.positions)
         for store in self.stores:
-            self._know(subscriber, store)
+            self._note_positions(subscriber, store)
         if self._send(subscriber, Welcome(self.own.producer, self.own.epoch, self.run, self.layout, self._ring)):
             self.subscribers[route] = subscriber
 
     def _required(self) -> set[str]:
-        """The storages that some run requires."""
+        """The names of all required storages."""
         return {name for store in self.stores for segment in store.segments for name in segment.required}
 
-    def _know(self, subscriber: Subscriber, store: BlockStore) -> None:
-        """Where a subscriber stands: at what it says, or at what it has acknowledged; a monitor at the end."""
+    def _note_positions(self, subscriber: Subscriber, store: BlockStore) -> None:
+        """Take over a storage's positions in a store from its HELLO. A monitor begins at the newest block."""
         if subscriber.mode != "all":
             subscriber.cursors[store.epoch] = store.head
             return
@@ -248,19 +254,19 @@ class Publisher:
             if (position.producer, position.epoch) == (store.producer, store.epoch):
                 store.acknowledge(subscriber.name, position.run, position.next)
 
-    def _ack(self, subscriber: Subscriber, ack: Ack) -> None:
+    def _acknowledge(self, subscriber: Subscriber, ack: Ack) -> None:
         store = next((store for store in self.stores if store.epoch == ack.epoch), None)
         if subscriber.mode != "all":
             return
         if store is not None:
             store.acknowledge(subscriber.name, ack.run, ack.next)
-        flying = subscriber.in_flight.get((ack.run, ack.epoch))
-        while flying and flying[0][0] < ack.next:
-            subscriber.flight_bytes -= flying.popleft()[1]
-        if flying is not None and not flying:
+        in_flight = subscriber.in_flight.get((ack.run, ack.epoch))
+        while in_flight and in_flight[0][0] < ack.next:
+            subscriber.flight_bytes -= in_flight.popleft()[1]
+        if in_flight is not None and not in_flight:
             del subscriber.in_flight[ack.run, ack.epoch]
 
-    # sending
+    # Sending
 
     def _serve_all(self, subscriber: Subscriber) -> None:
         for store in self.stores:
@@ -269,20 +275,20 @@ class Publisher:
                     return
 
     def _serve(self, subscriber: Subscriber, store: BlockStore, segment: Segment) -> bool:
-        """Send what the window lets go of a run; True when that is all of it so far."""
+        """Send blocks of a run as the window allows; True when there are no further ones so far."""
         end = store.end_of(segment)
         cursor = subscriber.cursors.get(store.epoch, 0)
         if cursor >= end:
             return True
         cursor = max(cursor, segment.position(subscriber.name), store.tail)
-        flying = subscriber.in_flight.setdefault((segment.run, store.epoch), deque())
+        in_flight = subscriber.in_flight.setdefault((segment.run, store.epoch), deque())
         while cursor < end and subscriber.flight_bytes < WINDOW:
-            found = store.get(cursor)
-            if found is None or (found.header and not self._send_block(subscriber, store, cursor, found)):
+            block = store.get(cursor)
+            if block is None or (block.header and not self._send_block(subscriber, store, cursor, block)):
                 break
-            if found.header:
-                flying.append((cursor - segment.first, len(found.payload)))
-                subscriber.flight_bytes += len(found.payload)
+            if block.header:
+                in_flight.append((cursor - segment.first, len(block.payload)))
+                subscriber.flight_bytes += len(block.payload)
             cursor += 1
         subscriber.cursors[store.epoch] = cursor
         return cursor >= end
@@ -292,31 +298,31 @@ class Publisher:
         assert store.ring is not None
         cursor = max(subscriber.cursors[store.epoch], store.ring.tail)
         while cursor < store.head:
-            told = store.is_never_skipped(cursor)  # small and rare: never skipped
-            if told or subscriber.sent < subscriber.credit:
-                found = store.get(cursor)
-                assert found is not None
-                if not self._send_block(subscriber, store, cursor, found):
+            never_skipped = store.is_never_skipped(cursor)
+            if never_skipped or subscriber.sent < subscriber.credit:
+                block = store.get(cursor)
+                assert block is not None
+                if not self._send_block(subscriber, store, cursor, block):
                     return
-                subscriber.sent += not told
+                subscriber.sent += not never_skipped
             cursor += 1
         subscriber.cursors[store.epoch] = cursor
 
-    def _send_block(self, subscriber: Subscriber, store: BlockStore, index: int, found: StoredBlock) -> bool:
-        payload = found.payload
+    def _send_block(self, subscriber: Subscriber, store: BlockStore, index: int, block: StoredBlock) -> bool:
+        payload = block.payload
         try:
             if not len(payload):
-                self.socket.send_multipart([subscriber.route, found.header], zmq.NOBLOCK)
-            elif subscriber.maps and found.pinned and store is self.own and store.can_lend():
+                self.socket.send_multipart([subscriber.route, block.header], zmq.NOBLOCK)
+            elif subscriber.maps and block.pinned and store is self.own and store.can_lend():
                 self.socket.send_multipart(
-                    [subscriber.route, found.header, b"", index.to_bytes(8, "little")], zmq.NOBLOCK
+                    [subscriber.route, block.header, b"", index.to_bytes(8, "little")], zmq.NOBLOCK
                 )
-            elif subscriber.mode != "all":  # a monitor pins nothing
-                self.socket.send_multipart([subscriber.route, found.header, payload], zmq.NOBLOCK)
+            elif subscriber.mode != "all":  # a copy, because a monitor must not hold rows in the ring
+                self.socket.send_multipart([subscriber.route, block.header, payload], zmq.NOBLOCK)
             else:
-                self.socket.send_multipart([subscriber.route, found.header], zmq.NOBLOCK | zmq.SNDMORE)
+                self.socket.send_multipart([subscriber.route, block.header], zmq.NOBLOCK | zmq.SNDMORE)
                 tracker = self.socket.send(payload, zmq.NOBLOCK, copy=False, track=True)
-                if found.pinned and tracker is not None and not tracker.done:
+                if block.pinned and tracker is not None and not tracker.done:
                     store.pins.append((index, tracker))
         except zmq.ZMQError:
             self._drop(subscriber)
@@ -336,31 +342,31 @@ class Publisher:
         try:
             self.socket.send_multipart([route, pack(Refused(reason))], zmq.NOBLOCK)
         except zmq.ZMQError:
-            return  # it has gone already
+            return  # it has disconnected already
 
     def _drop(self, subscriber: Subscriber) -> None:
         self.subscribers.pop(subscriber.route, None)
 
-    # freeing
+    # Storages that stay disconnected
 
-    def _forget(self) -> None:
-        """Note which required storages are away, and for how long."""
-        there = {subscriber.name for subscriber in self.subscribers.values() if subscriber.mode == "all"}
+    def _note_disconnected(self) -> None:
+        """Note which required storages are disconnected, and log those that are forgotten or connected again."""
+        connected = {subscriber.name for subscriber in self.subscribers.values() if subscriber.mode == "all"}
         now = self._clock()
-        self._away = {name: self._away.get(name, now) for name in self._required() - there}
-        forgotten = frozenset(name for name, since in self._away.items() if now - since > self._forget_after)
+        self._disconnected = {name: self._disconnected.get(name, now) for name in self._required() - connected}
+        forgotten = frozenset(name for name, since in self._disconnected.items() if now - since > self._forget_after)
         for name in forgotten - self.forgotten:
             log.error(
                 "%s has been disconnected for %g s: blocks that another storage has are no longer kept for it",
                 name, self._forget_after,
             )  # fmt: skip
-        for name in self.forgotten & there:
+        for name in self.forgotten & connected:
             log.warning("%s is connected again; blocks that were not kept for it are missing there", name)
         self.forgotten = forgotten
 
 
 def stream_router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    """The socket for a Publisher, still to be bound: what it is set to counts from the bind on."""
+    """Make the socket for a Publisher, not bound yet, because its options count from the bind on."""
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.SNDHWM, 0)

@@ -1,12 +1,10 @@
-"""The consumers' side of the stream: one thread with a DEALER to each producer.
+"""The consumers' side of the stream: a thread with a DEALER to each producer.
 
-The thread receives, keeps up the subscription and repeats the last ACK or CREDIT, whatever the process around it is
-busy with. What it has received waits in a queue that the producers' windows bound.
+The thread receives, renews subscriptions and repeats the last ACK or CREDIT, even while the process's own loop is busy.
+The received frames wait in a queue, whose size the producers' windows limit.
 
-The connection of a consumer to one producer: what is said over it, and how rows come to be here.
-
-Whether a process is still who it was: one that has stood still may have been taken for dead, and another of its name
-started.
+A process that has stalled may have been taken for dead, and another one started under its name. So it sends nothing to
+producers until the core has confirmed that the name is still its own.
 """
 
 from __future__ import annotations
@@ -52,29 +50,28 @@ from larpixdaq.protocol.stream import (
 from larpixdaq.runtime.event_loop import Waker
 from larpixdaq.runtime.timing import next_beat, wait_ms
 
-#: The last ACK or CREDIT is said again in this rhythm (seconds), which is that of all consumers of a host: a producer
-#: wakes for all of them at once.
-REPEAT = 0.25
-#: Without a WELCOME the HELLO is said again so often.
-HELLO_AGAIN = 0.5
-#: Producers that neither the core names nor anything comes from are kept up to this number.
-MOST_GONE = 16
+#: Seconds between two repetitions of the last ACK or CREDIT. All consumers of a host send at the same moments, so that
+#: a producer wakes once for all of them.
+REPEAT_INTERVAL = 0.25
+#: Seconds between two HELLOs without a WELCOME.
+HELLO_INTERVAL = 0.5
+#: Maximum number of connections to producers that the core does not name and that send nothing.
+MAX_DISCONNECTED = 16
 log = logging.getLogger(__name__)
 Received = tuple[str, FromProducer, memoryview | None]
-#: Blocks that a monitor lets come before it has dealt with the first of them.
+#: Blocks that a monitor has credit for at the beginning.
 CREDIT = 2
-#: More than this between two turns of a loop, in seconds, and we may have been taken for dead: the core says `lost`
+#: Seconds between two turns of a loop after which the process may have been taken for dead: for the core it is lost
 #: after 1 s without a heartbeat.
-STOOD_STILL: Final = 0.8
+STALL_LIMIT: Final = 0.8
 
 
 class Consumer:
-    """Subscribes to producers as `name`; `mode` is "all" (each block, acknowledged) or "latest" (what there is credit
-    for).
+    """Subscribes to producers as `name`; `mode` is "all" (each block, acknowledged) or "latest" (as credit allows).
 
-    `positions()` tells, at each HELLO, where this consumer stands; it is called in the thread. `core` (a Node) is asked
-    whether our name is still ours when the thread has stood still: before that nothing is said to any producer, since
-    the newest HELLO of a name wins.
+    `positions()` returns this consumer's positions for each HELLO; it is called in the thread. `core` (a Node) confirms
+    after a stall that this process still has its name. Before that nothing is sent to producers, because the newest
+    HELLO of a name wins. All methods but those of the thread belong to the process's loop.
     """
 
     def __init__(
@@ -93,32 +90,33 @@ class Consumer:
         self._positions = positions
         self._clock = clock
         self._core = core
-        self._standing = None if core is None else SessionCheck(core, clock)
+        self._session_check = None if core is None else SessionCheck(core, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._links: dict[str, ProducerConnection] = {}
+        self._connections: dict[str, ProducerConnection] = {}
         self._queue: deque[Received] = deque()
         self._lock = threading.Lock()
-        self._wanted: dict[str, str] | None = None
+        self._addresses: dict[str, str] | None = None
         self._acks: dict[str, dict[tuple[int, int], int]] = {}
-        self._done: dict[str, int] = {}
-        self._again = self._sent = False
-        self._arrived = Waker()  # wakes the process
+        self._credit: dict[str, int] = {}
+        self._resubscribe = self._send_rows = False
+        self._arrived = Waker()  # wakes the process's loop
         self._waker = Waker()  # wakes the thread
         self._closing = False
         self._poller = zmq.Poller()
         self._thread = threading.Thread(target=self._run, name=f"stream of {name}", daemon=True)
         self._thread.start()
 
-    # the process's side
+    # Called by the process's loop
 
     def connect(self, producers: Mapping[str, str]) -> None:
         """Subscribe to these producers (name -> address) too.
 
-        One that is not named any more stays subscribed: a core that has just come back does not know everybody yet, and
-        data must not wait for it. It goes when its name appears at another address, or when too many others have gone.
+        A producer that is no longer named stays subscribed, because a restarted core does not know all components yet,
+        and data must not wait for it. It is dropped when its name has another address, or when too many producers have
+        gone.
         """
         with self._lock:
-            self._wanted = dict(producers)
+            self._addresses = dict(producers)
         self._waker.wake()
 
     def fileno(self) -> int:
@@ -127,40 +125,41 @@ class Consumer:
 
     @property
     def queued(self) -> int:
-        """Frames that wait for next()."""
+        """The number of frames that wait for next()."""
         return len(self._queue)
 
     def next(self) -> Received | None:
-        """The oldest frame that waits: (producer, Welcome | Block | End | Refused, rows of a Block); None when none
-        does. In mode "all" the rows may lie in the producer's ring: they may change as soon as they are acknowledged,
-        or when we have been given up, so that whoever takes them has to copy them before they are checked."""
-        if self._again:
+        """Return the oldest waiting frame: (producer, Welcome | Block | End | Refused, rows of a Block), or None.
+
+        In mode "all" the rows may be in the producer's ring. There they may change after their acknowledgement, or when
+        the producer has dropped this consumer, so the caller must copy them before it checks them.
+        """
+        if self._resubscribe:
             return None
         if not self._queue:
-            self._arrived.clear()  # before another look, because a frame may have come meanwhile
+            self._arrived.clear()  # before the second look at the queue, because a frame may have come meanwhile
         return self._queue.popleft() if self._queue else None
 
-    def done(self, producer: str, blocks: int = 1) -> None:
-        """Mode "latest": so many blocks have been dealt with, others may come in their place."""
+    def add_credit(self, producer: str, blocks: int = 1) -> None:
+        """Mode "latest": let the producer send so many further blocks, because as many have been processed."""
         with self._lock:
-            self._done[producer] = self._done.get(producer, 0) + blocks
+            self._credit[producer] = self._credit.get(producer, 0) + blocks
         self._waker.wake()
 
     def acknowledge(self, source: BlockOrigin, following: int) -> None:
-        """Mode "all": everything of `source` below sequence `following` is durable."""
+        """Mode "all": acknowledge all blocks of `source` below sequence `following`, which are durable."""
         with self._lock:
             self._acks.setdefault(source.producer, {})[source.run, source.epoch] = following
         self._waker.wake()
 
-    def again(self, *, sent: bool = False) -> None:
-        """Subscribe anew to every producer: what was sent and not acknowledged comes again; with `sent` the rows are
-        not read out of rings then.
+    def resubscribe(self, *, send_rows: bool = False) -> None:
+        """Subscribe anew to every producer, so that all blocks without acknowledgement come again.
 
-        Nothing of the subscription before is handed over any more: who calls this has let some of it pass, and what
-        came after that would seem to follow a gap.
+        Discards all queued frames of the previous subscription, because the caller has skipped some of them and later
+        ones would look like a gap. `send_rows`: the producers send the rows, which are not read in their rings.
         """
         with self._lock:
-            self._again, self._sent = True, self._sent or sent
+            self._resubscribe, self._send_rows = True, self._send_rows or send_rows
         self._waker.wake()
 
     def close(self) -> None:
@@ -172,222 +171,234 @@ class Consumer:
         self._arrived.close()
         self._waker.close()
 
-    # the thread's side
+    # Called by the thread
 
     def _run(self) -> None:
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
         closing = False
         try:
             while not closing:
-                closing = self._closing  # one turn more then: what was acknowledged before close() has to go out
+                closing = self._closing  # then one more turn, which sends the acknowledgements from before close()
                 if self._waker.fileno() in dict(self._poller.poll(self._timeout())):
                     self._waker.clear()
-                self._good()
+                self._may_act()
                 self._apply()
-                for link in list(self._links.values()):
-                    self._receive(link)
-                    if not link.socket.closed:
-                        self._keep_up(link)
+                for connection in list(self._connections.values()):
+                    self._receive(connection)
+                    if not connection.socket.closed:
+                        self._maintain(connection)
         finally:
-            for link in self._links.values():
-                link.send(Bye())
-                link.socket.close(linger=100)
+            for connection in self._connections.values():
+                connection.send(Bye())
+                connection.socket.close(linger=100)
             self._context.term()
 
     def _timeout(self) -> int:
-        """Milliseconds until something is to be said although nothing has come."""
+        """Milliseconds until a frame must be sent even if none has come."""
         now = self._clock()
-        parted = any(not link.welcome for link in self._links.values())
-        return wait_ms(min(next_beat(now, REPEAT), now + HELLO_AGAIN / 4 if parted else math.inf), now)
+        unsubscribed = any(not connection.subscribed for connection in self._connections.values())
+        return wait_ms(
+            min(next_beat(now, REPEAT_INTERVAL), now + HELLO_INTERVAL / 4 if unsubscribed else math.inf), now
+        )
 
     def _apply(self) -> None:
-        """Take over what the process asked for."""
+        """Do what the process's loop has asked for."""
         with self._lock:
-            wanted, self._wanted = self._wanted, None
+            addresses, self._addresses = self._addresses, None
             acks, self._acks = self._acks, {}
-            done, self._done = self._done, {}
-            if self._again:
-                for link in self._links.values():
-                    link.part()
-                    link.hello_at, link.sent = 0.0, self._sent
+            credit, self._credit = self._credit, {}
+            if self._resubscribe:
+                for connection in self._connections.values():
+                    connection.end_subscription()
+                    connection.hello_at, connection.send_rows = 0.0, self._send_rows
                 self._queue.clear()
-                self._again = self._sent = False
-        if wanted is not None:
-            for link in [one for one in self._links.values() if wanted.get(one.name, one.address) != one.address]:
-                self._drop(link)
-            gone = [link for link in self._links.values() if link.name not in wanted and not link.welcome]
-            for link in gone[:-MOST_GONE]:
-                self._drop(link)
-            for name, address in wanted.items():
-                if name not in self._links and (opened := self._open(name, address)) is not None:
-                    self._links[name] = opened
-        for name, blocks in done.items():
-            if name in self._links:
-                self._links[name].credit += blocks
-                self._links[name].repeat_at = 0.0
+                self._resubscribe = self._send_rows = False
+        if addresses is not None:
+            for connection in list(self._connections.values()):
+                if addresses.get(connection.name, connection.address) != connection.address:
+                    self._drop(connection)
+            gone = [c for c in self._connections.values() if c.name not in addresses and not c.subscribed]
+            for connection in gone[:-MAX_DISCONNECTED]:
+                self._drop(connection)
+            for name, address in addresses.items():
+                if name not in self._connections and (opened := self._open(name, address)) is not None:
+                    self._connections[name] = opened
+        for name, blocks in credit.items():
+            if name in self._connections:
+                self._connections[name].credit += blocks
+                self._connections[name].repeat_at = 0.0
         for name, entries in acks.items():
-            if name in self._links:
-                self._links[name].acks.update(entries)
-                self._links[name].repeat_at = 0.0
+            if name in self._connections:
+                self._connections[name].acks.update(entries)
+                self._connections[name].repeat_at = 0.0
 
     def _open(self, name: str, address: str) -> ProducerConnection | None:
         try:
-            link = ProducerConnection(self._context, name, address, keeps=self.mode == "all")
+            connection = ProducerConnection(self._context, name, address, keeps=self.mode == "all")
         except zmq.ZMQError as error:  # this thread serves the other producers too
             log.error("%s: cannot subscribe at %r: %s", name, address, error.strerror)
             return None
-        self._poller.register(link.socket, zmq.POLLIN)
-        return link
+        self._poller.register(connection.socket, zmq.POLLIN)
+        return connection
 
-    def _drop(self, link: ProducerConnection) -> None:
-        del self._links[link.name]
-        self._poller.unregister(link.socket)
-        link.send(Bye())
-        link.socket.close(linger=100)
+    def _drop(self, connection: ProducerConnection) -> None:
+        del self._connections[connection.name]
+        self._poller.unregister(connection.socket)
+        connection.send(Bye())
+        connection.socket.close(linger=100)
 
-    def _receive(self, link: ProducerConnection) -> None:
+    def _receive(self, connection: ProducerConnection) -> None:
         arrived = False
-        while not link.socket.closed:
+        while not connection.socket.closed:
             try:
-                received = link.receive()
+                received = connection.receive()
                 if received is None:
                     break
-                arrived |= self._frame(link, *received)
+                arrived |= self._frame(connection, *received)
             except ProtocolError as error:
-                self._warn(link, str(error))
+                self._warn(connection, str(error))
         if arrived:
             self._arrived.wake()
 
-    def _frame(self, link: ProducerConnection, frame: FromProducer, payload: memoryview | None) -> bool:
+    def _frame(self, connection: ProducerConnection, frame: FromProducer, payload: memoryview | None) -> bool:
         if isinstance(frame, Welcome):
-            if frame.producer != link.name:  # another producer listens where ours has been
-                self._drop(link)
+            if frame.producer != connection.name:  # another producer listens at this address now
+                self._drop(connection)
                 return False
-            link.welcome, link.epoch = True, frame.epoch
-            link.warned = ""
-            link.map(frame)
+            connection.subscribed, connection.epoch = True, frame.epoch
+            connection.last_warning = ""
+            connection.map_ring(frame)
         elif isinstance(frame, Refused):
-            link.part()
+            connection.end_subscription()
             if frame.reason == "hello":
-                link.hello_at = 0.0  # the producer does not know us (any more): say HELLO at once
+                connection.hello_at = 0.0  # the producer does not know this consumer: say HELLO at once
                 return False
-            link.hello_at = self._clock() + HELLO_AGAIN
+            connection.hello_at = self._clock() + HELLO_INTERVAL
             if frame.reason == "superseded":
-                # Whoever has our name now is right until the core says that it is ours; to insist would be a war.
-                link.superseded = self.session, self._clock()
-            self._warn(link, f"{link.name} refuses the stream to {self.name}: {frame.reason}")
+                # The other process keeps the name until the core says that it is ours: insisting would never end.
+                connection.superseded = self.session, self._clock()
+            self._warn(connection, f"{connection.name} refuses the stream to {self.name}: {frame.reason}")
         elif isinstance(frame, Block | End):
-            if not link.welcome:
-                return False  # left over from a subscription before this one; it will be sent again
+            if not connection.subscribed:
+                return False  # from a previous subscription; the block will be sent again
             if isinstance(frame, Block) and payload is None:
-                self._missed(link, frame)
+                self._report_missing_rows(connection, frame)
                 return False
-        self._queue.append((link.name, frame, payload))
+        self._queue.append((connection.name, frame, payload))
         return True
 
-    def _missed(self, link: ProducerConnection, block: Block) -> None:
-        """A block came without rows: the producer has given it up for us in its ring, or it sends nonsense."""
-        self._warn(link, f"block {block.sequence} of run {block.run} from {link.name} has no rows (any more)")
+    def _report_missing_rows(self, connection: ProducerConnection, block: Block) -> None:
+        """Handle a block whose rows are not in the ring any more, or that came without rows."""
+        self._warn(
+            connection, f"block {block.sequence} of run {block.run} from {connection.name} has no rows (any more)"
+        )
         if self.mode == "latest":
-            link.credit += block.text is None
-            link.repeat_at = 0.0
-        else:  # what comes behind it would seem to follow a gap
-            link.part()
-            link.hello_at, link.sent = self._clock() + HELLO_AGAIN, True
+            connection.credit += block.text is None
+            connection.repeat_at = 0.0
+        else:  # later blocks would look like a gap
+            connection.end_subscription()
+            connection.hello_at, connection.send_rows = self._clock() + HELLO_INTERVAL, True
 
-    def _keep_up(self, link: ProducerConnection) -> None:
-        if not self._good():
+    def _maintain(self, connection: ProducerConnection) -> None:
+        if not self._may_act():
             return
         now = self._clock()
-        if not link.welcome:
-            # Before the connection stands nothing can be said; then at once, not after HELLO_AGAIN.
-            if now >= link.hello_at and not self._superseded(link) and link.socket.poll(0, zmq.POLLOUT):
-                link.credit = CREDIT
-                link.acks.clear()
-                hello = Hello(STREAM_VERSION, self.name, self.session, self.mode, self._positions_at(link.name))
-                if link.send(hello) and self.mode == "latest":
-                    link.send(Credit(link.credit))
-                link.hello_at = now + HELLO_AGAIN
-                link.repeat_at = next_beat(now, REPEAT)
+        if not connection.subscribed:
+            # Not before the socket is connected, and then at once, not after HELLO_INTERVAL.
+            can_send = now >= connection.hello_at and not self._superseded(connection)
+            if can_send and connection.socket.poll(0, zmq.POLLOUT):
+                connection.credit = CREDIT
+                connection.acks.clear()
+                hello = Hello(STREAM_VERSION, self.name, self.session, self.mode, self._positions_at(connection.name))
+                if connection.send(hello) and self.mode == "latest":
+                    connection.send(Credit(connection.credit))
+                connection.hello_at = now + HELLO_INTERVAL
+                connection.repeat_at = next_beat(now, REPEAT_INTERVAL)
             return
-        if self.mode == "all" and link.acks:
-            for (run, epoch), following in link.acks.items():
-                link.last_ack = Ack(run, epoch, following)
-                link.send(link.last_ack)
-            link.acks.clear()
-            link.repeat_at = next_beat(now, REPEAT)
-        elif now >= link.repeat_at:
-            link.send(link.last_ack or Credit(link.credit) if self.mode == "all" else Credit(link.credit))
-            link.repeat_at = next_beat(now, REPEAT)
+        if self.mode == "all" and connection.acks:
+            for (run, epoch), following in connection.acks.items():
+                connection.last_ack = Ack(run, epoch, following)
+                connection.send(connection.last_ack)
+            connection.acks.clear()
+            connection.repeat_at = next_beat(now, REPEAT_INTERVAL)
+        elif now >= connection.repeat_at:
+            ack = connection.last_ack if self.mode == "all" else None
+            connection.send(ack or Credit(connection.credit))
+            connection.repeat_at = next_beat(now, REPEAT_INTERVAL)
 
     def _positions_at(self, producer: str) -> list[Position]:
-        """The positions in this producer's blocks, of the newest runs. For older ones the producer goes by what was
-        acknowledged, and a block that comes again is known by its identity."""
+        """Return the positions in this producer's blocks, of the newest runs.
+
+        For older runs the producer uses the acknowledgements, and a block that comes twice is known by its identity.
+        """
         found = [position for position in self._positions() if position.producer == producer]
         return heapq.nlargest(MAX_POSITIONS, found, key=lambda position: position.run)
 
-    def _good(self) -> bool:
-        """Whether our name is still ours, as far as we know."""
-        return self._standing is None or self._standing.good()
+    def _may_act(self) -> bool:
+        """Whether this process still has its name, as far as it knows."""
+        return self._session_check is None or self._session_check.may_act()
 
-    def _superseded(self, link: ProducerConnection) -> bool:
-        """Whether another has our name: until we are registered anew, or the core confirms that it is ours."""
-        if link.superseded is None or link.superseded[0] != self.session:
+    def _superseded(self, connection: ProducerConnection) -> bool:
+        """Whether another process has our name, until this one registers anew or the core confirms that it has it."""
+        if connection.superseded is None or connection.superseded[0] != self.session:
             return False
-        return self._core is None or self._core.confirmed <= link.superseded[1]
+        return self._core is None or self._core.confirmed <= connection.superseded[1]
 
-    def _warn(self, link: ProducerConnection, text: str) -> None:
-        if text != link.warned:
-            link.warned = text
+    def _warn(self, connection: ProducerConnection, text: str) -> None:
+        if text != connection.last_warning:
+            connection.last_warning = text
             log.warning(text)
 
 
 class ProducerConnection:
-    """Used by the stream's thread alone. zmq.ZMQError where nothing can be connected to the address."""
+    """A consumer's connection to one producer. Used by the stream's thread alone.
+
+    zmq.ZMQError when the address is not valid.
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], name: str, address: str, *, keeps: bool) -> None:
-        """`keeps`: the producer keeps each block until we have acknowledged it."""
+        """`keeps`: the producer keeps each block until this consumer has acknowledged it."""
         self.name = name
         self.address = address
-        self.welcome = False
+        self.subscribed = False
         self.epoch = 0
-        self.hello_at = 0.0  # not before that do we ask to be subscribed
-        self.repeat_at = 0.0  # when something is said again, whether or not there is news
-        self.credit = CREDIT
-        self.acks: dict[tuple[int, int], int] = {}  # (run, epoch) -> next, still to be sent
+        self.hello_at = 0.0  # monotonic time before which no HELLO is sent
+        self.repeat_at = 0.0  # monotonic time of the next repetition of ACK or CREDIT
+        self.credit = CREDIT  # blocks in all since the HELLO
+        self.acks: dict[tuple[int, int], int] = {}  # (run, epoch) -> next, not sent yet
         self.last_ack: Ack | None = None
-        self.warned = ""
-        #: Our session, and when (monotonic) the producer said that a newer HELLO of our name had come.
+        self.last_warning = ""
+        #: The session, and the monotonic time, when the producer refused this consumer for a newer HELLO of its name.
         self.superseded: tuple[str, float] | None = None
         self._keeps = keeps
-        self._ring: Reader | None = None  # the producer's, when it is on our host
-        self.sent = False  # the next subscription is to bring the rows themselves
-        self.socket = config.dealer(context, address, MAX_HEADER, queue=0)  # the producer's window is the bound
+        self._ring: Reader | None = None  # the producer's, if it is on this host
+        self.send_rows = False  # in the next subscription the producer must send the rows
+        self.socket = config.dealer(context, address, MAX_HEADER, queue=0)  # the producer's window is the limit
 
     def send(self, frame: FromConsumer) -> bool:
         try:
             self.socket.send(pack(frame), zmq.NOBLOCK)
         except zmq.Again:
-            self.part()  # not connected: a new connection begins with HELLO
+            self.end_subscription()  # not connected: a new connection begins with HELLO
             return False
         return True
 
-    def part(self) -> None:
-        """We are not subscribed any more. The ring goes too: the memory of a producer that has ended is free then."""
-        self.welcome = False
+    def end_subscription(self) -> None:
+        """Note that there is no subscription. Unmap the ring, so that an ended producer's memory is given back."""
+        self.subscribed = False
         self._ring = None
 
     def receive(self) -> tuple[FromProducer, memoryview | None] | None:
-        """The next frame, with the rows of a block as far as they are there; None when nothing has come.
+        """Return the next frame, and the rows of a block or None if they are not available; None without a frame.
 
-        ProtocolError for what is no frame; it is gone then.
+        ProtocolError for an invalid frame, which is discarded.
         """
         try:
             header = self.socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
         payload, place = None, b""
-        if self.socket.get(zmq.RCVMORE):  # the parts of one message arrive together
+        if self.socket.get(zmq.RCVMORE):  # all parts of a message arrive together
             payload = self.socket.recv(copy=False).buffer
         if self.socket.get(zmq.RCVMORE):
             place = self.socket.recv()
@@ -395,20 +406,20 @@ class ProducerConnection:
             self.socket.recv()
         frame = unpack_producer(header, self.name)
         if place and isinstance(frame, Block):
-            payload = self._fetch(place) if self.welcome and frame.epoch == self.epoch else None
+            payload = self._read_ring(place) if self.subscribed and frame.epoch == self.epoch else None
         return frame, payload
 
-    def map(self, welcome: Welcome) -> None:
-        """Read the rows out of the producer's ring from now on, if that is on our host; else they are sent."""
+    def map_ring(self, welcome: Welcome) -> None:
+        """Read rows in the producer's ring from now on, if that is on this host; otherwise the producer sends them."""
         self._ring = None
-        sent, self.sent = self.sent, False
-        if welcome.ring and not sent:
+        send_rows, self.send_rows = self.send_rows, False
+        if welcome.ring and not send_rows:
             with contextlib.suppress(RingError):
                 self._ring = ring_file.open_reader(Path(welcome.ring), welcome.producer, welcome.epoch)
                 self.send(Maps(welcome.epoch))
 
-    def _fetch(self, place: bytes) -> memoryview | None:
-        """A block's rows in the ring, or, where they may be written over, a copy; None when they are not there."""
+    def _read_ring(self, place: bytes) -> memoryview | None:
+        """Return a block's rows in the ring, or a copy if they may be overwritten; None when they are not there."""
         if self._ring is None:
             return None
         index = int.from_bytes(place[:8], "little")
@@ -419,8 +430,8 @@ class ProducerConnection:
 
 
 class CoreContact(Protocol):
-    """What is needed of a Node: times (monotonic) of the last message from the core, and of the newest heartbeat of
-    ours that it has answered."""
+    """The part of a Node that is needed here. `heard`: monotonic time of the core's last message; `confirmed`: of the
+    newest heartbeat of this process that the core has answered."""
 
     @property
     def heard(self) -> float: ...
@@ -429,25 +440,28 @@ class CoreContact(Protocol):
 
 
 class SessionCheck:
-    """Notices when a loop has stood still, and says when it may act again. To be asked before each act, and often."""
+    """Notices that a loop has stalled, and says when it may act again. Call may_act() often, and before each action."""
 
     def __init__(self, core: CoreContact, clock: Callable[[], float] = time.monotonic) -> None:
         self._core = core
         self._clock = clock
-        #: For how long we stood still the last time, in seconds.
-        self.stood = 0.0
-        self._last: float | None = None
-        self._since: float | None = None  # when we were back from standing still; None: all is well
+        #: Seconds of the last stall.
+        self.stall = 0.0
+        self._last_call: float | None = None
+        self._resumed_at: float | None = None  # monotonic time of the end of a stall that is not confirmed yet
 
-    def good(self) -> bool:
-        """Whether we may act: yes, until we stand still, and then when the core has answered what we sent after it."""
+    def may_act(self) -> bool:
+        """Whether the process may act: after a stall not until the core has answered a heartbeat from after the stall.
+
+        Also when the core has been silent for NO_CORE seconds, because then no other process can have registered.
+        """
         now = self._clock()
-        stood, self._last = now - (now if self._last is None else self._last), now
-        if stood > STOOD_STILL:
-            self._since = now
-            self.stood = stood
-        if self._since is None:
+        stalled, self._last_call = now - (now if self._last_call is None else self._last_call), now
+        if stalled > STALL_LIMIT:
+            self._resumed_at = now
+            self.stall = stalled
+        if self._resumed_at is None:
             return True
-        if self._core.confirmed > self._since or now - max(self._since, self._core.heard) > NO_CORE:
-            self._since = None
-        return self._since is None
+        if self._core.confirmed > self._resumed_at or now - max(self._resumed_at, self._core.heard) > NO_CORE:
+            self._resumed_at = None
+        return self._resumed_at is None

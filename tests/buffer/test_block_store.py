@@ -387,14 +387,14 @@ def test_a_forgotten_storage_holds_only_blocks_that_no_other_has(
     line.work()
     assert line.ring.tail == 0
     for subscriber in line.publisher.subscribers.values():
-        subscriber.heard = now[0] + 61
+        subscriber.heard_at = now[0] + 61
     now[0] += 61
     line.work()
     assert line.ring.tail == 3, "never the last copy"
     assert line.publisher.forgotten == {"second"}
     now[0] += 61
     for subscriber in line.publisher.subscribers.values():
-        subscriber.heard = now[0]
+        subscriber.heard_at = now[0]
     line.work()
     late = subscribe(line, consumers, name="second")
     until(line, late.has(lambda r: len(r.blocks) == 2), "the blocks that are left")

@@ -21,7 +21,7 @@ from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.operator import Operator
 from larpixdaq.storage.directory_lock import Lock
-from larpixdaq.stream.subscriber import STOOD_STILL, SessionCheck
+from larpixdaq.stream.subscriber import STALL_LIMIT, SessionCheck
 
 #: Rows that storage must have taken for the run to be going on (again).
 MORE = 20_000
@@ -242,30 +242,30 @@ class Core:
         self.heard = self.confirmed = 0.0
 
 
-def test_who_stood_still_waits_for_the_core() -> None:
+def test_a_stalled_process_waits_for_the_core() -> None:
     core, now = Core(), [100.0]
-    standing = SessionCheck(core, lambda: now[0])
+    check = SessionCheck(core, lambda: now[0])
     for _ in range(3):
-        assert standing.good()
-        now[0] += STOOD_STILL
+        assert check.may_act()
+        now[0] += STALL_LIMIT
     now[0] += 0.1
-    assert not standing.good()
+    assert not check.may_act()
     core.heard = now[0] + 0.2  # something that was sent before
     core.confirmed = now[0] - 1
     now[0] += 0.3
-    assert not standing.good()
+    assert not check.may_act()
     core.confirmed = now[0]
     now[0] += 0.1
-    assert standing.good()
-    now[0] += STOOD_STILL + 0.1
+    assert check.may_act()
+    now[0] += STALL_LIMIT + 0.1
     for _ in range(3):
-        assert not standing.good()  # a core that says other things is there
+        assert not check.may_act()  # a core that says other things is there
         now[0] += NO_CORE / 3
         core.heard = now[0]
     for _ in range(3):
-        assert not standing.good()
+        assert not check.may_act()
         now[0] += NO_CORE / 3 + 0.01
-    assert standing.good()  # it has fallen silent: nobody can have registered with it
+    assert check.may_act()  # it has fallen silent: nobody can have registered with it
 
 
 def test_the_lock_of_a_name(tmp_path: Path) -> None:

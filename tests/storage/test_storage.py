@@ -51,13 +51,13 @@ class Acknowledgements:
 
     def __init__(self) -> None:
         self.next: dict[BlockOrigin, int] = {}
-        self.again_at: list[dict[BlockOrigin, int]] = []
+        self.resubscribed_at: list[dict[BlockOrigin, int]] = []
 
     def acknowledge(self, source: BlockOrigin, following: int) -> None:
         self.next[source] = following
 
-    def again(self, *, sent: bool = False) -> None:
-        self.again_at.append(dict(self.next))
+    def resubscribe(self, *, send_rows: bool = False) -> None:
+        self.resubscribed_at.append(dict(self.next))
 
     def close(self) -> None: ...
 
@@ -146,11 +146,11 @@ def test_rows_that_are_not_those_that_were_sent_are_asked_for_once_more(rigs: Ca
         bad = {1: 0, 2: 1}
         for at, (header, right) in enumerate(frames[1:], start=1):
             wrong = at in bad and (times == 2 or time <= bad[at])
-            before = len(rig.stream.again_at)
+            before = len(rig.stream.resubscribed_at)
             rig.take((header, right[::-1].copy() if wrong else right))
-            if len(rig.stream.again_at) > before:
+            if len(rig.stream.resubscribed_at) > before:
                 break
-    assert len(rig.stream.again_at) == 2
+    assert len(rig.stream.resubscribed_at) == 2
     rig.take(feed.end())
     ended = rig.end(4).value
     assert ended["condition"] == ("COMPLETE" if times == 1 else "INCOMPLETE")
@@ -337,7 +337,7 @@ def test_a_disk_that_fails_kills_nobody_and_its_blocks_are_asked_for_again(
         broken.setattr(open_run, "RunFile", full)
         rig.take(first, second)
         assert rig.stream.next == {}
-    rig.until(lambda: rig.stream.again_at, "the next try")
+    rig.until(lambda: rig.stream.resubscribed_at, "the next try")
     rig.take(first, second, feed.end())
     rig.until(lambda: rig.stream.next == {feed.source: 3}, "all of it to be durable")
     rig.until(lambda: not rig.storage._runs, "the part to be closed 1 s after the end")
@@ -369,8 +369,8 @@ def test_a_run_outlives_a_file_that_fails(
         assert "No space left" in rig.storage.status().paused
         rig.take(blocks[2])  # as good as never sent
         rig.until(lambda: len(tries) > 3, "further tries")
-        assert rig.stream.again_at == []
-    rig.until(lambda: rig.stream.again_at == [{feed.source: 1}], "the further part")
+        assert rig.stream.resubscribed_at == []
+    rig.until(lambda: rig.stream.resubscribed_at == [{feed.source: 1}], "the further part")
     assert rig.storage.status().paused == ""
     rig.take(*blocks[1:], feed.end())
     ended = rig.end(3).value
@@ -552,7 +552,7 @@ def test_a_rotation_in_which_the_old_part_fails_goes_on_from_what_is_durable(
         broken.setattr("larpixdaq.hdf5.writer.seal_file", bad)
         rig.take(blocks[1], blocks[2])
         assert rig.storage._runs[RUN].file is None
-    rig.until(lambda: rig.stream.again_at, "a further part")
+    rig.until(lambda: rig.stream.resubscribed_at, "a further part")
     assert set(rig.stream.next.items()) <= {(feed.source, 1), (feed.source, 2)}
     rig.take(*blocks[rig.stream.next[feed.source] :], feed.end())
     ended = rig.end(3).value
@@ -597,11 +597,11 @@ def test_a_full_disk_is_left_alone_until_it_has_space_again(
     disk.f_bavail = 70  # not yet enough
     rig.take(blocks[2])
     rig.work()
-    assert rig.stream.again_at == []
+    assert rig.stream.resubscribed_at == []
     disk.f_bavail = 80
     rig.take(blocks[2])  # has come before the pause was over: the one before it is not here
     rig.work()
-    assert rig.stream.again_at == [{feed.source: 1}]
+    assert rig.stream.resubscribed_at == [{feed.source: 1}]
     assert rig.storage.status().paused == ""
     rig.take(*blocks[1:], feed.end())
     assert rig.end(3).value["condition"] == "COMPLETE"
@@ -620,7 +620,7 @@ def test_what_comes_when_there_is_space_again_does_not_follow_what_was_let_pass(
     disk.f_bavail = 80
     rig.take(blocks[2])
     rig.work()
-    assert len(rig.stream.again_at) == 1
+    assert len(rig.stream.resubscribed_at) == 1
     rig.take(*blocks[1:], feed.end())
     assert rig.end(3).value["condition"] == "COMPLETE"
 
@@ -642,7 +642,7 @@ def test_a_run_that_ends_on_a_full_disk_is_closed_and_what_is_owed_comes_later(
     assert not rig.storage._runs
     disk.f_bavail = 100
     rig.work()
-    assert rig.stream.again_at == [{feed.source: 1}]
+    assert rig.stream.resubscribed_at == [{feed.source: 1}]
     rig.take(blocks[1], feed.end())
     rig.until(lambda: not rig.storage._runs, "the further part to be closed")
     call = Answered()
@@ -824,10 +824,10 @@ def test_runs_that_the_core_has_not_announced_have_a_limit(
     rig.prepare()  # of the run that is announced
     rig.take(Feed(RUN).block(rows(10)))
     assert sorted(rig.storage._runs) == [1, 2, RUN]
-    asked = len(rig.stream.again_at)
+    asked = len(rig.stream.resubscribed_at)
     rig.take(feeds[0].end())
     rig.until(lambda: 1 not in rig.storage._runs, "the first to be closed")
-    assert len(rig.stream.again_at) == asked + 1  # for those that were turned away
+    assert len(rig.stream.resubscribed_at) == asked + 1  # for those that were turned away
     again = Feed(3)
     rig.take(again.block(rows(10)))
     assert 3 in rig.storage._runs

@@ -1,4 +1,4 @@
-"""Frames that fit their structs and mean nothing: neither a storage nor a monitor may end for them."""
+"""Frames that fit their structs but make no sense: they must end neither a storage nor a monitor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from larpixdaq.protocol.stream import VERDICTS, Block, Configs, End, Gap, LossVe
 from larpixdaq.runtime.record_file import crc32
 from larpixdaq.storage.service import StorageService
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of sums of nonsense
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of sums of invalid counts
 
 SEQUENCE, COUNT, TIME, ANY = 2**48 - 1, 2**56 - 1, 2**63 - 1, 2**64 - 1
 
 
-class Strange:
-    """Makes frames of a few sources, with values from everywhere in their ranges."""
+class FrameMaker:
+    """Makes frames of a few origins, with values from all over their ranges."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -82,12 +82,12 @@ class Strange:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_frame_that_fits_its_struct_harms_neither_storage_nor_monitor(tmp_path: Path, seed: int) -> None:
-    strange = Strange(seed)
+def test_no_frame_that_fits_its_struct_harms_storage_or_monitor(tmp_path: Path, seed: int) -> None:
+    maker = FrameMaker(seed)
     storage, monitor = StorageService(tmp_path, "Offline storage", ""), Monitor()
     refused = 0
     for turn in range(100):
-        frame, payload = (strange.end(), None) if turn % 4 == 0 else strange.block()
+        frame, payload = (maker.end(), None) if turn % 4 == 0 else maker.block()
         arrived = stream.unpack_producer(stream.pack(frame), "a producer")
         storage.receive("a producer", arrived, payload)
         storage.work()

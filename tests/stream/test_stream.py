@@ -1,4 +1,4 @@
-"""The stream over real sockets: a producer's ring on one side, consumers on the other."""
+"""The stream over real sockets, from a producer's ring to consumers."""
 
 import contextlib
 import select
@@ -43,7 +43,7 @@ from larpixdaq.protocol.stream import (
     unpack_producer,
 )
 from larpixdaq.stream import Consumer, publisher
-from larpixdaq.stream.subscriber import MOST_GONE
+from larpixdaq.stream.subscriber import MAX_DISCONNECTED
 
 
 @pytest.fixture(params=["sent", "read out of the ring"])
@@ -85,13 +85,13 @@ def test_every_block_in_order_and_freed_when_acknowledged(line: Line, consumers:
     assert reader.blocks[3].first_packet == 1 + 1 + 5
     assert reader.ends == [end]
     assert end.next == 8
-    until(line, lambda: line.ring.tail == line.ring.head == 9, "the ring to be free")
+    until(line, lambda: line.ring.tail == line.ring.head == 9, "the ring to be freed")
     totals = {t.io_group: t for t in reader.blocks[-1].totals}
     assert totals[1].packets == line.written
     assert not line.publisher.own.segments
 
 
-def test_nothing_is_freed_without_acknowledgement_and_a_new_subscription_gets_it_again(
+def test_blocks_without_acknowledgement_are_kept_and_sent_again_to_a_new_subscription(
     line: Line, consumers: list[Consumer]
 ) -> None:
     first = Consumer(STORAGE, "s1", "all")
@@ -109,14 +109,12 @@ def test_nothing_is_freed_without_acknowledgement_and_a_new_subscription_gets_it
     again = Reader(second)
     until(line, again.has(lambda r: len(r.blocks) == 2), "the two blocks that it does not have")
     assert [b.sequence for b in again.blocks] == [2, 3]
-    until(line, lambda: line.ring.tail == 4, "the ring to be free")
-    until(line, reader.has(lambda r: r.other), "the first to be told")
+    until(line, lambda: line.ring.tail == 4, "the ring to be freed")
+    until(line, reader.has(lambda r: r.other), "the first consumer to be refused")
 
 
-def test_what_was_sent_before_a_new_subscription_is_not_handed_over_after_it(
-    line: Line, consumers: list[Consumer]
-) -> None:
-    """Who has let blocks pass and asks for them again must not see one that came behind them first."""
+def test_frames_of_a_previous_subscription_are_discarded(line: Line, consumers: list[Consumer]) -> None:
+    """A consumer that skipped blocks and subscribes again must not get a later block before them."""
     consumers.append(Consumer(STORAGE, "s", "all"))
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0], acknowledge=False)
@@ -126,15 +124,15 @@ def test_what_was_sent_before_a_new_subscription_is_not_handed_over_after_it(
     until(line, reader.has(lambda r: len(r.blocks) == 3), "3 blocks")
     for _ in range(3):
         line.write(10)
-    until(line, lambda: consumers[0].queued == 3, "3 more that wait")
-    consumers[0].again()
+    until(line, lambda: consumers[0].queued == 3, "3 more to wait")
+    consumers[0].resubscribe()
     assert consumers[0].next() is None
     until(line, reader.has(lambda r: len(r.blocks) == 9), "all of them anew")
     assert [block.sequence for block in reader.blocks] == [0, 1, 2, 0, 1, 2, 3, 4, 5]
 
 
 class Core:
-    """What a consumer knows of the core: times of the last word from it, and of what it has answered last."""
+    """The times that a consumer knows of the core: of its last message, and of the last heartbeat that it answered."""
 
     def __init__(self) -> None:
         self.heard = self.confirmed = 0.0
@@ -144,8 +142,8 @@ def refused(reader: Reader) -> bool:
     return any(isinstance(frame, Refused) for frame in reader.other)
 
 
-def test_a_consumer_that_stood_still_does_not_insist_on_its_name(line: Line, consumers: list[Consumer]) -> None:
-    """Another of its name may be there by now, and the newest HELLO of a name wins: the core has to answer first."""
+def test_a_stalled_consumer_does_not_insist_on_its_name(line: Line, consumers: list[Consumer]) -> None:
+    """Another consumer may have its name now, and the newest HELLO of a name wins: the core must answer first."""
     core, ahead = Core(), [0.0]
     stopped = Consumer(STORAGE, "s1", "all", core=core, clock=lambda: time.monotonic() + ahead[0])
     consumers.append(stopped)
@@ -156,22 +154,22 @@ def test_a_consumer_that_stood_still_does_not_insist_on_its_name(line: Line, con
     until(line, reader.has(lambda r: len(r.blocks) == 1), "a block")
     until(line, lambda: not line.publisher.pending(), "its acknowledgement")
     other = Consumer(STORAGE, "s2", "all")
-    core.heard = time.monotonic() + 1000  # it goes on to say things
+    core.heard = time.monotonic() + 1000  # it still sends messages
     ahead[0] = 10.0
     consumers.append(other)
     other.connect({"board": line.address})
     new = Reader(other)
-    until(line, reader.has(refused), "the first one to be told that it has been superseded")
+    until(line, reader.has(refused), "the first consumer to be superseded")
     stopped.session = "s1 anew"
     for _ in range(5):
         line.write(10)
-        until(line, new.has(lambda r: len(r.blocks) == line.written // 10 - 1), "blocks at the newer one")
+        until(line, new.has(lambda r: len(r.blocks) == line.written // 10 - 1), "blocks at the newer consumer")
     assert not refused(new)
     core.confirmed = time.monotonic() + ahead[0] + 1
-    until(line, new.has(refused), "the first one to be back, since the core says so")
+    until(line, new.has(refused), "the first consumer to be back, because the core has confirmed it")
 
 
-def test_window_bounds_what_is_on_its_way(line: Line, consumers: list[Consumer]) -> None:
+def test_the_window_limits_the_bytes_on_their_way(line: Line, consumers: list[Consumer]) -> None:
     consumers.append(Consumer(STORAGE, "s", "all"))
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0], acknowledge=False)
@@ -192,7 +190,7 @@ def test_window_bounds_what_is_on_its_way(line: Line, consumers: list[Consumer])
     assert reader.stamps == list(range(line.written))
 
 
-def test_a_storage_that_the_run_does_not_require_stays_out(line: Line, consumers: list[Consumer]) -> None:
+def test_a_storage_that_is_not_required_gets_no_blocks_of_the_run(line: Line, consumers: list[Consumer]) -> None:
     consumers.append(Consumer("second storage", "s", "all"))
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0])
@@ -221,10 +219,10 @@ def test_a_monitor_without_credit_skips_blocks_but_never_messages(line: Line, co
     assert [b.sequence for b in reader.blocks] == [0, 1, 10]
     assert reader.blocks[-1].text == "Ending run"
     assert {t.io_group: t.packets for t in reader.blocks[-1].totals}[1] == 100  # exact although blocks were skipped
-    assert line.ring.tail == line.ring.head  # it pinned nothing
+    assert line.ring.tail == line.ring.head  # it held no rows in the ring
 
 
-def test_a_silent_subscriber_is_dropped_and_comes_back_by_itself(line: Line, consumers: list[Consumer]) -> None:
+def test_a_silent_subscriber_is_dropped_and_subscribes_again(line: Line, consumers: list[Consumer]) -> None:
     now = [0.0]
     line.publisher._clock = lambda: now[0]
     consumers.append(Consumer(STORAGE, "s", "all"))
@@ -232,15 +230,15 @@ def test_a_silent_subscriber_is_dropped_and_comes_back_by_itself(line: Line, con
     reader = Reader(consumers[0])
     until(line, lambda: line.publisher.subscribers, "the subscription")
     now[0] += 1000.0
-    line.publisher._drained = now[0]  # as if the socket had been found empty after a long silence
+    line.publisher._emptied_at = now[0]  # as if the socket had been found empty after a long silence
     for subscriber in list(line.publisher.subscribers.values()):
-        subscriber.heard = now[0] - 2
+        subscriber.heard_at = now[0] - 2
     line.begin()
     line.write(10)
     until(line, reader.has(lambda r: len(r.blocks) >= 1), "the block after a new HELLO")
 
 
-def test_a_stalled_producer_condemns_nobody(line: Line, consumers: list[Consumer]) -> None:
+def test_a_stalled_producer_drops_no_subscriber(line: Line, consumers: list[Consumer]) -> None:
     now = [0.0]
     line.publisher._clock = lambda: now[0]
     consumers.append(Consumer(STORAGE, "s", "all"))
@@ -248,7 +246,7 @@ def test_a_stalled_producer_condemns_nobody(line: Line, consumers: list[Consumer
     until(line, lambda: line.publisher.subscribers, "the subscription")
     (subscriber,) = line.publisher.subscribers.values()
     assert line.publisher.socket.poll(3000), "a repeated frame"
-    now[0] += 5.0  # the whole process stood still; what came meanwhile waits in the socket
+    now[0] += 5.0  # the whole process stalled; the frames that came meanwhile wait in the socket
     line.publisher.work()
     assert line.publisher.subscribers == {subscriber.route: subscriber}
 
@@ -267,7 +265,7 @@ print("done", flush=True)
 """
 
 
-def test_a_peer_that_dies_behind_a_full_queue_does_not_end_the_producer() -> None:
+def test_a_peer_that_dies_with_a_full_queue_does_not_end_the_producer() -> None:
     """libzmq aborts the process in that case when its own heartbeats are in use."""
     child = subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -278,7 +276,7 @@ def test_a_peer_that_dies_behind_a_full_queue_does_not_end_the_producer() -> Non
             peer.connect(child.stdout.readline().strip())
             for _ in range(1500):
                 peer.send(b"x" * 20)
-        # The peer has gone; the producer does not read for some heartbeats of libzmq's.
+        # The peer has gone, and the producer reads nothing while libzmq sends some of its heartbeats.
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(0.8)
         assert child.communicate("\n", LIMIT)[0] == "done\n"
@@ -313,7 +311,7 @@ def answer(line: Line, peer: zmq.Socket[bytes]) -> Any:
         ([b"a", b"b", b"c"], "1 part"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(line: Line, frames: list[bytes], reason: str) -> None:
+def test_invalid_frames_are_refused_in_one_line(line: Line, frames: list[bytes], reason: str) -> None:
     peer = raw_peer(line)
     peer.send_multipart(frames)
     refused = answer(line, peer)
@@ -322,7 +320,7 @@ def test_nonsense_is_refused_in_one_line(line: Line, frames: list[bytes], reason
     assert not line.publisher.subscribers
 
 
-def test_acknowledgements_of_a_superseded_peer_count_for_nothing(line: Line) -> None:
+def test_acknowledgements_of_a_superseded_peer_are_ignored(line: Line) -> None:
     old, new = raw_peer(line), raw_peer(line)
     hello = pack(Hello(1, STORAGE, "", "all", []))
     old.send(hello)
@@ -337,18 +335,18 @@ def test_acknowledgements_of_a_superseded_peer_count_for_nothing(line: Line) -> 
     assert line.ring.tail == 0
     new.send(pack(Ack(1, 4, 1)))  # of another epoch
     new.send(pack(Ack(1, 5, 1)))
-    until(line, lambda: line.ring.tail == 1, "the block to be free")
+    until(line, lambda: line.ring.tail == 1, "the block to be freed")
     new.send(pack(Bye()))
     until(line, lambda: not line.publisher.subscribers, "BYE")
 
 
-def test_an_acknowledgement_of_what_does_not_exist_frees_nothing_more(line: Line) -> None:
+def test_an_acknowledgement_beyond_the_last_block_frees_no_later_block(line: Line) -> None:
     peer = raw_peer(line)
     peer.send(pack(Hello(1, STORAGE, "", "all", [])))
     line.begin()
     line.write(10)
     peer.send(pack(Ack(1, 5, 2**47)))
-    until(line, lambda: line.ring.tail == 1, "the block to be free")
+    until(line, lambda: line.ring.tail == 1, "the block to be freed")
     line.write(10)
     line.publisher.work()
     assert (line.ring.tail, line.ring.head) == (1, 2)
@@ -392,10 +390,10 @@ WRONG: list[tuple[Block | End, dict[str, Any]]] = [
 ]
 
 
-def test_frames_with_values_out_of_range_are_refused_and_the_next_one_is_taken(
+def test_frames_with_values_out_of_range_are_refused_and_the_next_frame_is_taken(
     sockets: zmq.Context[Any], consumers: list[Consumer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No such value may come as far as a file or a monitor. Each is one refusal, said in one line."""
+    """No such value may reach a file or a monitor. Each frame is refused, with one line in the log."""
     with sockets.socket(zmq.ROUTER) as producer:
         producer.rcvtimeo = int(LIMIT * 1000)
         producer.bind("tcp://127.0.0.1:0")
@@ -430,17 +428,17 @@ def test_the_largest_configurations_fit() -> None:
     assert unpack_producer(pack(block), "p") == block
 
 
-def test_producers_that_have_gone_for_good_are_not_kept_without_limit(line: Line, consumers: list[Consumer]) -> None:
+def test_the_number_of_connections_to_gone_producers_is_limited(line: Line, consumers: list[Consumer]) -> None:
     consumers.append(Consumer(STORAGE, "s", "all"))
-    links = consumers[0]._links
+    connections = consumers[0]._connections
     consumers[0].connect({"board": line.address} | {f"gone {n}": "tcp://127.0.0.1:1" for n in range(50)})
-    until(line, lambda: len(links) == 51 and links["board"].welcome, "the subscription")
-    consumers[0].connect({})  # as a core that has just come back
-    until(line, lambda: len(links) == 1 + MOST_GONE, "most to be given up")
-    assert "board" in links
+    until(line, lambda: len(connections) == 51 and connections["board"].subscribed, "the subscription")
+    consumers[0].connect({})  # as from a core that was just restarted
+    until(line, lambda: len(connections) == 1 + MAX_DISCONNECTED, "most to be dropped")
+    assert "board" in connections
 
 
-def test_a_consumers_frame_is_small(line: Line) -> None:
+def test_the_size_of_a_consumer_s_frame_is_limited(line: Line) -> None:
     positions = [Position(9_999_999, "p" * 64, 2**64 - 1, 2**48 - 1)] * MAX_POSITIONS
     hello = Hello(1, STORAGE, "s" * 64, "all", positions)
     assert unpack_consumer(pack(hello), "c") == hello
@@ -451,7 +449,7 @@ def test_a_consumers_frame_is_small(line: Line) -> None:
     assert line.publisher.socket.get(zmq.MAXMSGSIZE) == MAX_FROM_CONSUMER
 
 
-def test_a_storage_tells_each_producer_its_own_newest_positions(line: Line, consumers: list[Consumer]) -> None:
+def test_a_hello_has_the_newest_positions_of_its_producer(line: Line, consumers: list[Consumer]) -> None:
     known = [Position(run, name, 5, 1) for run in range(1, 1001) for name in ("board", "other")]
     consumers.append(Consumer(STORAGE, "s", "all", positions=lambda: known))
     consumers[0].connect({"board": line.address})
@@ -472,10 +470,10 @@ def test_credit_has_a_limit(line: Line) -> None:
     assert subscriber.credit == 0
 
 
-def test_consumers_have_a_limit_and_a_required_storage_comes_in_all_the_same(
+def test_the_number_of_consumers_is_limited_but_not_for_required_storages(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "MOST_SUBSCRIBERS", 1)
+    monkeypatch.setattr(publisher, "MAX_SUBSCRIBERS", 1)
     line.begin()
     monitor, other, storage = raw_peer(line), raw_peer(line), raw_peer(line)
     monitor.send(pack(Hello(1, "Online monitor", "", "latest", [])))
@@ -486,8 +484,8 @@ def test_consumers_have_a_limit_and_a_required_storage_comes_in_all_the_same(
     assert isinstance(answer(line, storage), Welcome)
 
 
-def test_frames_of_consumers_take_a_bounded_time_of_a_turn(line: Line) -> None:
-    """What waits is taken in the next turns."""
+def test_frames_of_consumers_take_a_limited_time_of_a_turn(line: Line) -> None:
+    """The other frames are taken in the next turns."""
     now = [0.0]
 
     def clock() -> float:
@@ -508,26 +506,26 @@ def test_frames_of_consumers_take_a_bounded_time_of_a_turn(line: Line) -> None:
     assert turns >= 4
 
 
-def test_a_flood_hides_no_silent_subscriber(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_subscribers_are_dropped_in_a_flood_too(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     line.publisher._clock = lambda: now[0]
-    line.publisher._drained = 0.0
+    line.publisher._emptied_at = 0.0
     peer = raw_peer(line)
     peer.send(pack(Hello(1, STORAGE, "", "all", [])))
     assert isinstance(answer(line, peer), Welcome)
-    monkeypatch.setattr(publisher, "RECEIVE_LIMIT", 0.0)  # nothing is ever taken to its end
+    monkeypatch.setattr(publisher, "RECEIVE_LIMIT", 0.0)  # never are all frames taken
     for now[0], there in ((0.5, 1), (1.4, 1), (1.6, 0)):
         line.publisher.work()
         assert len(line.publisher.subscribers) == there
 
 
-def test_frames_survive_the_wire() -> None:
+def test_a_frame_is_equal_after_packing_and_unpacking() -> None:
     assert unpack_producer(pack(END), "p") == END
     assert msgspec.structs.replace(END, next=8) != END
 
 
-def test_a_new_run_frees_nothing_of_the_one_before(line: Line, consumers: list[Consumer]) -> None:
-    """The storage was away when run 1 ended: its blocks wait, whatever is prepared or acknowledged meanwhile."""
+def test_a_new_run_frees_no_block_of_the_previous_run(line: Line, consumers: list[Consumer]) -> None:
+    """The storage was disconnected when run 1 ended: its blocks wait while run 2 is prepared and acknowledged."""
     line.begin(1)
     for _ in range(3):
         line.write(10)
@@ -536,18 +534,18 @@ def test_a_new_run_frees_nothing_of_the_one_before(line: Line, consumers: list[C
     line.write(10)
     line.publisher.work()
     assert (line.ring.tail, line.publisher.pending()) == (0, 5)
-    # It has some of run 2 already, from a subscription before.
+    # It has some blocks of run 2 already, from a previous subscription.
     positions = [Position(1, "board", 5, 1), Position(2, "board", 5, 1)]
     consumers.append(Consumer(STORAGE, "s", "all", positions=lambda: positions))
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0])
     line.write(10)
-    until(line, reader.has(lambda r: len(r.blocks) >= 3), "what it does not have")
+    until(line, reader.has(lambda r: len(r.blocks) >= 3), "the blocks that it does not have")
     assert [(b.run, b.sequence) for b in reader.blocks] == [(1, 1), (1, 2), (2, 1)]
-    until(line, lambda: line.ring.tail == line.ring.head, "the ring to be free")
+    until(line, lambda: line.ring.tail == line.ring.head, "the ring to be freed")
 
 
-def test_acknowledging_a_later_run_says_nothing_of_the_one_before(line: Line) -> None:
+def test_acknowledging_a_later_run_does_not_acknowledge_the_previous_run(line: Line) -> None:
     peer = raw_peer(line)
     peer.send(pack(Hello(1, STORAGE, "", "all", [])))
     assert isinstance(answer(line, peer), Welcome)
@@ -562,11 +560,11 @@ def test_acknowledging_a_later_run_says_nothing_of_the_one_before(line: Line) ->
     until(line, lambda: subscriber.flight_bytes == 360, "the window to open")
     assert line.ring.tail == 0
     peer.send(pack(Ack(1, 5, 2)))
-    until(line, lambda: line.ring.tail == 3, "the ring to be free")
+    until(line, lambda: line.ring.tail == 3, "the ring to be freed")
     assert not subscriber.in_flight
 
 
-def test_a_storage_can_ask_again_for_what_it_did_not_acknowledge(line: Line, consumers: list[Consumer]) -> None:
+def test_a_storage_can_get_blocks_again_that_it_did_not_acknowledge(line: Line, consumers: list[Consumer]) -> None:
     consumers.append(Consumer(STORAGE, "s", "all"))
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0], acknowledge=False)
@@ -576,12 +574,12 @@ def test_a_storage_can_ask_again_for_what_it_did_not_acknowledge(line: Line, con
     until(line, reader.has(lambda r: len(r.blocks) == 2), "two blocks")
     consumers[0].acknowledge(BlockOrigin(1, "board", 5), 1)
     until(line, lambda: line.ring.tail == 1, "the first to be free")
-    consumers[0].again()
+    consumers[0].resubscribe()
     until(line, reader.has(lambda r: len(r.blocks) == 3), "the second again")
     assert reader.blocks[2] == reader.blocks[1]
 
 
-def test_what_was_acknowledged_before_the_close_is_told(line: Line) -> None:
+def test_acknowledgements_from_before_the_close_are_sent(line: Line) -> None:
     consumer = Consumer(STORAGE, "s", "all")
     consumer.connect({"board": line.address})
     reader = Reader(consumer, acknowledge=False)
@@ -590,10 +588,10 @@ def test_what_was_acknowledged_before_the_close_is_told(line: Line) -> None:
     until(line, reader.has(lambda r: r.blocks), "a block")
     consumer.acknowledge(BlockOrigin(1, "board", 5), 1)
     consumer.close()
-    until(line, lambda: line.ring.tail == 1, "the block to be free")
+    until(line, lambda: line.ring.tail == 1, "the block to be freed")
 
 
-def test_a_producer_with_an_impossible_address_harms_no_other(
+def test_an_invalid_address_of_a_producer_affects_no_other_producer(
     line: Line, consumers: list[Consumer], caplog: pytest.LogCaptureFixture
 ) -> None:
     consumers.append(Consumer(STORAGE, "s", "all"))
@@ -601,12 +599,12 @@ def test_a_producer_with_an_impossible_address_harms_no_other(
     reader = Reader(consumers[0])
     line.begin()
     line.write(10)
-    until(line, reader.has(lambda r: r.blocks), "a block of the good one")
+    until(line, reader.has(lambda r: r.blocks), "a block of the other producer")
     assert sum("cannot subscribe at" in record.message for record in caplog.records) == 1
 
 
-def test_two_of_one_name_do_not_drive_each_other_out_in_turn(line: Line, consumers: list[Consumer]) -> None:
-    """The newest has it; the other waits until the core has told one of them to go."""
+def test_two_consumers_of_one_name_do_not_supersede_each_other_in_turn(line: Line, consumers: list[Consumer]) -> None:
+    """The newer consumer has the name. The other waits until the core has confirmed one of them."""
     core = Core()
     for session in ("old", "new"):
         consumers.append(Consumer(STORAGE, session, "all", core=core if session == "old" else None))
@@ -615,13 +613,21 @@ def test_two_of_one_name_do_not_drive_each_other_out_in_turn(line: Line, consume
         until(line, second.has(lambda r: r.other), "WELCOME")
     (subscriber,) = line.publisher.subscribers.values()
     first = Reader(consumers[0], acknowledge=False)
-    until(line, first.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)), "the old one to be told")
+    until(
+        line,
+        first.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)),
+        "the older consumer to be refused",
+    )
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:
         line.publisher.socket.poll(20)
         line.publisher.work()
     assert list(line.publisher.subscribers.values()) == [subscriber]
-    # It was the newer one that had stood still: the core knows the session of the other.
+    # The core confirms the older consumer, because it was the newer one that had stalled.
     core.confirmed = time.monotonic()
-    until(line, lambda: list(line.publisher.subscribers.values()) != [subscriber], "the right one to be back")
-    until(line, second.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)), "the other to be told")
+    until(line, lambda: list(line.publisher.subscribers.values()) != [subscriber], "the confirmed consumer to be back")
+    until(
+        line,
+        second.has(lambda r: any(isinstance(frame, Refused) for frame in r.other)),
+        "the other consumer to be refused",
+    )

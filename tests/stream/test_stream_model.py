@@ -1,7 +1,7 @@
 """The stream's protocol against a simple model of what storages have.
 
-Whatever is lost, delayed, cut off, killed or full: each storage that a run requires has every block once in the end, in
-order, and nothing was given up before it had it.
+Frames and connections are lost or delayed, processes killed, ring and spool full. In the end each required storage must
+have every block once, in order, and no block may have been freed before.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Tracker:
 
 
 class Wire:
-    """The producer's ROUTER, without a network: each peer has a queue in either direction, which may be cut."""
+    """The producer's ROUTER without a network: a queue of frames to each peer, which may be cut, and one from all."""
 
     def __init__(self) -> None:
         self.inbox: deque[list[bytes]] = deque()
@@ -73,7 +73,7 @@ class Wire:
             raise zmq.ZMQError(zmq.EHOSTUNREACH)
         if flags & zmq.SNDMORE:
             self._head = parts[0], parts[1]
-        elif len(parts) == 4:  # the rows are where they are
+        elif len(parts) == 4:  # the consumer reads the rows in the ring
             assert parts[2] == b""
             self.down[parts[0]].append((parts[1], int.from_bytes(parts[3], "little"), Tracker()))
         else:
@@ -83,24 +83,26 @@ class Wire:
         assert self._head is not None
         route, header = self._head
         tracker = Tracker()
-        self.down[route].append((header, payload, tracker))  # not a copy: it lies in the ring until it is delivered
+        self.down[route].append(
+            (header, payload, tracker)
+        )  # not a copy: the rows stay in the ring until the frame is delivered
         return tracker
 
     def cut(self, route: bytes) -> None:
         for header, payload, tracker in self.down.pop(route, ()):
-            whole(header, payload)
+            check_rows(header, payload)
             tracker.done = True
 
 
-def whole(header: bytes, payload: Any) -> None:
-    """Nothing was written over the rows of a block that is on its way."""
+def check_rows(header: bytes, payload: Any) -> None:
+    """Check that the rows of a block on its way were not overwritten."""
     frame = unpack_producer(header, NAME)
     if isinstance(frame, Block) and not isinstance(payload, int):
         assert crc32(payload) == frame.crc32, "other rows than were sent"
 
 
 class Disk:
-    """In place of event_loop.Worker: works when it is told to."""
+    """Stands for event_loop.Worker: does its jobs when work() is called."""
 
     def __init__(self) -> None:
         self.jobs: deque[tuple[Callable[[], Any], Callable[[Any], None]]] = deque()
@@ -115,8 +117,7 @@ class Disk:
 
 
 class Storage:
-    """What a storage is, as far as the protocol goes. Per source: rows, INFO blocks, the next sequence, the end; what
-    is `durable` survives it."""
+    """The model of a storage. Per origin: rows, INFO blocks, next sequence, end; `durable` values survive it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -125,11 +126,11 @@ class Storage:
         self.volatile: dict[BlockOrigin, tuple[int, int, int, End | None]] = {}
         self.route: bytes | None = None
         self.welcome = False
-        self.maps = False  # it is on the producer's host
+        self.maps = False  # it is on the producer's host and reads the ring
         self.ring: Reader | None = None
         self.up: deque[bytes] = deque()
 
-    def where(self, source: BlockOrigin) -> tuple[int, int, int, End | None]:
+    def state(self, source: BlockOrigin) -> tuple[int, int, int, End | None]:
         return self.volatile.get(source) or self.durable.get(source) or (0, 0, 0, None)
 
     def connect(self, wire: Wire) -> None:
@@ -162,15 +163,17 @@ class Storage:
                 self.hello()
         elif self.welcome:
             assert isinstance(frame, Block | End)
-            rows, infos, following, end = self.where(frame.source)
+            rows, infos, following, end = self.state(frame.source)
             sequence = frame.next if isinstance(frame, End) else frame.sequence
-            assert sequence <= following, f"{self.name}: {sequence} came where {following} should, of {frame.source}"
+            assert sequence <= following, (
+                f"{self.name}: expected sequence {following}, found {sequence}, of {frame.source}"
+            )
             if sequence < following:
                 return
             if isinstance(payload, int):
                 assert self.ring is not None
                 payload = self.ring.read(payload)
-                if payload is None:  # it has left the ring
+                if payload is None:  # it was overwritten in the ring
                     self.hello()
                     return
                 assert isinstance(frame, Block)
@@ -187,7 +190,7 @@ class Storage:
             self.volatile[frame.source] = rows, infos, sequence + 1, end
 
     def keep(self, *, say: bool) -> None:
-        """Make durable what came, and acknowledge it."""
+        """Make all received blocks durable and, with `say`, acknowledge them."""
         for source, has in self.volatile.items():
             self.durable[source] = has
             if say and self.welcome:
@@ -195,7 +198,7 @@ class Storage:
 
 
 class Stream(RuleBasedStateMachine):
-    """`made`: per source, rows and INFO blocks that were published, and who must have them."""
+    """`made`: rows and INFO blocks published per origin; `required`: the storages that must have them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +219,7 @@ class Stream(RuleBasedStateMachine):
         self.begin(required)
 
     def start(self) -> None:
-        """A producer process begins, and takes over what those before it left."""
+        """Start a producer, which takes over the blocks of its predecessors."""
         self.epoch += 1
         self.wire, self.disk = Wire(), Disk()
         spool = SpoolDirectory(self.folder / "spool", name_prefix(self.folder, NAME), 3 << 20, self.disk)  # type: ignore[arg-type]
@@ -236,7 +239,7 @@ class Stream(RuleBasedStateMachine):
     def source(self) -> BlockOrigin:
         return BlockOrigin(self.run, NAME, self.epoch)
 
-    # the producer
+    # The producer
 
     @precondition(lambda self: self.recorder.run is None)
     @rule(required=REQUIRED)
@@ -244,7 +247,7 @@ class Stream(RuleBasedStateMachine):
         self.begin(required)
 
     def begin(self, required: set[str]) -> None:
-        # The run that its predecessor was in goes on, or a new one begins.
+        # The run of its predecessor goes on, or a new run begins.
         late = self.run and self.source not in self.made
         self.run += not late
         names = tuple(sorted(required))
@@ -261,7 +264,7 @@ class Stream(RuleBasedStateMachine):
     def write(self, n: int, close: bool) -> None:
         rows = self.recorder.rows()
         if rows is None:
-            return  # full: what does not fit is dropped, which is not the protocol's
+            return  # full: dropped rows are no matter of the protocol
         n = min(n, len(rows))
         made = self.made[self.source]
         rows["packet_type"][:n] = 0
@@ -276,7 +279,7 @@ class Stream(RuleBasedStateMachine):
     @precondition(lambda self: self.recorder.run is not None)
     @rule(blocks=st.integers(3, 15), disk=st.booleans())
     def flood(self, blocks: int, disk: bool) -> None:
-        """More than the ring can hold, unless somebody takes it."""
+        """Write more than the ring can hold, unless storages take it."""
         for _ in range(blocks):
             self.write(constants.BLOCK_ROWS, False)
             self.publisher.work()
@@ -310,7 +313,7 @@ class Stream(RuleBasedStateMachine):
 
     @rule(required=REQUIRED, now=st.integers(0, 2), join=st.booleans())
     def kill(self, required: set[str], now: int, join: bool) -> None:
-        """The producer is gone, and what it had begun to write to the disk; the next one starts, and joins the run."""
+        """Kill the producer with its unfinished writes to the disk. The next producer starts and may join the run."""
         if now:
             return
         for store in self.publisher.stores:
@@ -329,7 +332,7 @@ class Stream(RuleBasedStateMachine):
     def time_goes_on(self, seconds: float) -> None:
         self.now += seconds
 
-    # storages and the wire
+    # Storages and the wire
 
     @rule(name=st.sampled_from(STORAGES))
     def is_cut_off(self, name: str) -> None:
@@ -337,12 +340,12 @@ class Stream(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(STORAGES))
     def moves(self, name: str) -> None:
-        """To the producer's host, or away from it."""
+        """Move the storage to the producer's host, or away from it."""
         self.storages[name].maps ^= True
         self.connect(name)
 
     def connect(self, name: str) -> None:
-        """Its connection is lost with all that was on its way, or it is restarted; it subscribes again."""
+        """Lose the connection with all frames on their way, or restart the storage; it subscribes again."""
         storage = self.storages[name]
         if storage.route is not None:
             self.wire.cut(storage.route)
@@ -350,7 +353,7 @@ class Stream(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(STORAGES))
     def second_connection(self, name: str) -> None:
-        """The old one is not known to be dead yet."""
+        """Subscribe again while the producer still has the old connection."""
         self.storages[name].connect(self.wire)
 
     @rule(name=st.sampled_from(STORAGES), n=st.integers(1, 20))
@@ -366,14 +369,14 @@ class Stream(RuleBasedStateMachine):
         queue = self.wire.down.get(storage.route or b"")
         while queue and n:
             header, payload, tracker = queue.popleft()
-            whole(header, payload)
+            check_rows(header, payload)
             storage.take(header, payload)
             tracker.done = True
             n -= 1
 
     @rule(name=st.sampled_from(STORAGES), n=st.integers(1, 40), keep=st.booleans())
     def exchange(self, name: str, n: int, keep: bool) -> None:
-        """What mostly happens."""
+        """Send and receive in the usual order."""
         if self.storages[name].route not in self.wire.down:
             self.connect(name)
         self.up(name, n)
@@ -394,15 +397,15 @@ class Stream(RuleBasedStateMachine):
     def keep(self, name: str, say: bool) -> None:
         self.storages[name].keep(say=say)
 
-    # what must hold
+    # Invariants
 
     @invariant()
-    def nothing_is_given_up_that_somebody_needs(self) -> None:
+    def no_block_is_freed_that_a_storage_needs(self) -> None:
         for source, (store, segment) in self.kept.items():
             freed = min(store.tail, store.end_of(segment)) - segment.first
             for name in self.required[source]:
                 has = self.storages[name].durable.get(source, (0, 0, 0, None))[2]
-                assert freed <= has, f"{freed} blocks of {source} are given up, {name} has {has}"
+                assert freed <= has, f"{freed} blocks of {source} are freed, {name} has {has}"
 
     @invariant()
     def the_spool_keeps_to_its_limit(self) -> None:
@@ -410,13 +413,13 @@ class Stream(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            self._settle()
+            self._deliver_all()
         finally:
             self.ring_file.close()
             shutil.rmtree(self.folder)
 
-    def _settle(self) -> None:
-        """Everybody comes back and nothing happens any more: all is delivered, once."""
+    def _deliver_all(self) -> None:
+        """Let all storages connect and take everything, and check that all blocks are delivered once."""
         if self.recorder.run is not None:
             self.end()
         for name in STORAGES:
@@ -429,7 +432,7 @@ class Stream(RuleBasedStateMachine):
             for name in STORAGES:
                 self.down(name, 1000)
                 self.keep(name, say=True)
-            self.nothing_is_given_up_that_somebody_needs()
+            self.no_block_is_freed_that_a_storage_needs()
             if turn > 3 and not self.publisher.pending():
                 break
         assert self.publisher.pending() == 0, "not all is delivered"

@@ -126,7 +126,7 @@ class Reader:
                 self.stamps += rows["timestamp"][rows["packet_type"] != 5].tolist()
                 if self.acknowledge:
                     self.consumer.acknowledge(frame.source, frame.sequence + 1)
-                self.consumer.done(name)
+                self.consumer.add_credit(name)
             elif isinstance(frame, End):
                 self.ends.append(frame)
                 if self.acknowledge:
