@@ -1,4 +1,4 @@
-"""Offline storage: the stream's blocks into LArPix+HDF5 files. `larpixdaq-offline-storage -o /data`."""
+"""Offline storage: writes the blocks of a run into LArPix+HDF5 files. `larpixdaq-offline-storage -o /data`."""
 
 import sys
 
@@ -10,7 +10,7 @@ import logging
 import os
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import zmq
 
@@ -29,17 +29,17 @@ from larpixdaq.stream.subscriber import SessionCheck
 _log = logging.getLogger("larpixdaq.offline_storage")
 
 DEFAULT_NAME = "Offline storage"
-#: Frames taken in one turn of the loop.
-TURN = 64
+#: Maximum frames that one turn of the loop takes from the stream.
+TURN_FRAMES: Final = 64
 #: Milliseconds between two checks whether the core has answered, after the process stood still.
-DOUBT = 10
+CHECK_MS: Final = 10
 
 
 class Storage:
-    """The process: a StorageService between a node, the stream and the disk."""
+    """The storage process: connects a StorageService with the core, the stream and the disk."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.directory = _usable(options.output_dir)
+        self.directory = _check_directory(options.output_dir)
         lock_directory.use(options.lock_dir, options.state_dir)
         name: str = options.name
         label = "" if name == DEFAULT_NAME else name
@@ -70,17 +70,17 @@ class Storage:
         )
         self.consumer = Consumer(name, self.node.session, "all", positions=self.service.positions, core=self.node)
         self._session_check = SessionCheck(self.node)
-        self._may_write = True  # as _good() has found last
+        self._may_write = True  # result of the last _check_session()
         self._frames = 0
         self._changes = -1
 
     def run(self, signals: Signals) -> None:
-        """Store and acknowledge until a signal comes."""
+        """Write and acknowledge blocks until a signal comes."""
         if not await_turn(self._lock, signals):
             return
         self._info |= {"highest_run": highest_run(self.directory), "free_bytes": self.service.space.free()}
         self.node.connect(signals=signals)
-        self.service.resume()  # after connect(), so that what is wrong with a file reaches the log
+        self.service.resume()  # after connect(), so that errors of files reach the log
         poller, without_stream = zmq.Poller(), zmq.Poller()
         for descriptor in (signals, self.node, self.consumer, self.service.finisher):
             poller.register(descriptor.fileno(), zmq.POLLIN)
@@ -90,7 +90,7 @@ class Storage:
             if self._may_write:
                 poller.poll(0 if self.consumer.queued else self.node.wait_ms(self.service.due()))
             else:
-                without_stream.poll(DOUBT)
+                without_stream.poll(CHECK_MS)
             self._turn()
 
     def _turn(self) -> None:
@@ -100,24 +100,24 @@ class Storage:
             self._changes = self.node.changes
             self.consumer.session = self.node.session
             self.consumer.connect(self.node.producers)
-        for _ in range(TURN):
-            received = self.consumer.next() if self._good() else None
+        for _ in range(TURN_FRAMES):
+            received = self.consumer.next() if self._check_session() else None
             if received is None:
                 break
             self._frames += 1
             self.service.receive(*received)
             self.service.report_to(self.consumer)
-        if self._good():
+        if self._check_session():
             self.service.work()
             self.service.report_to(self.consumer)
         self.node.report(self._frames, self.consumer.queued)
 
-    def _good(self) -> bool:
-        """Check that this process may write and acknowledge: not after it stood still, until the core has answered."""
-        before, self._may_write = self._may_write, self._session_check.may_act()
-        if before and not self._may_write:
+    def _check_session(self) -> bool:
+        """Whether this process may write and acknowledge: after a standstill not before the core has answered."""
+        previous, self._may_write = self._may_write, self._session_check.may_act()
+        if previous and not self._may_write:
             _log.warning("stalled for %.1f s; waiting for the core to confirm", self._session_check.stall)
-        if self._may_write and not before:
+        if self._may_write and not previous:
             self.consumer.resubscribe()
         return self._may_write
 
@@ -136,38 +136,39 @@ class Storage:
         self._lock.release()
 
 
-def _usable(directory: Path) -> Path:
+def _check_directory(directory: Path) -> Path:
     if not directory.is_dir():
         raise FileError(f"--output-dir {directory}: no such directory")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise FileError(f"--output-dir {directory}: not writable")
-    return directory.absolute()  # its files are named to people and programs that may stand elsewhere
+    return directory.absolute()  # because people and programs with other working directories get the paths of files
 
 
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a storage takes beside its directory, its name and the core."""
+    """Add the options of a storage except its directory, its name and the core's address."""
     parser.add_argument(
         "--rotate", type=parse_limit, action="append", default=[], metavar="LIMIT",
-        help="continue in the next file at a number of rows (500krows, 100Mrows), at a size (500MB, 4GiB) or after a "
-        "time (30s, 5min, 2h); may be given several times (default: one file a run)",
+        help="begin the next file of a run at a number of rows (500krows, 100Mrows), at a size (500MB, 4GiB) or after "
+        "a time (30s, 5min, 2h); may be given several times (default: one file per run)",
     )  # fmt: skip
     parser.add_argument(
         "--on-close", type=_command, default=(), metavar="COMMAND",
-        help="run this on every finished file, whose path is appended to it; without a shell; it has 600 s",
+        help="run this command, without a shell, on every finished file, whose path is its last argument; it is killed "
+        "after 600 s",
     )  # fmt: skip
     parser.add_argument(
         "--durability", choices=("flush", "fsync"), default="flush",
-        help="what is acknowledged survives the death of any process (flush) or a power cut too (fsync, which waits "
-        "for the disk) (default %(default)s)",
+        help="acknowledged data survive the death of any process (flush), or also a power cut (fsync, which waits for "
+        "the disk) (default %(default)s)",
     )  # fmt: skip
     add_lock_dir_argument(parser)
 
 
 def own_options(options: argparse.Namespace) -> list[str]:
-    """What add_own_arguments() has taken, for another process's command line."""
+    """Make the options of add_own_arguments() again, for the command line of another process."""
     command = [f"--on-close={shlex.join(options.on_close)}"] if options.on_close else []
     locks = [f"--lock-dir={options.lock_dir}"] if options.lock_dir else []
-    return [*(f"--rotate={one}" for one in options.rotate), *command, f"--durability={options.durability}", *locks]
+    return [*(f"--rotate={limit}" for limit in options.rotate), *command, f"--durability={options.durability}", *locks]
 
 
 def _command(text: str) -> tuple[str, ...]:
@@ -182,7 +183,7 @@ def _command(text: str) -> tuple[str, ...]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="larpixdaq-offline-storage", description="Launch the data consumer to save LArPix data to disk"
+        prog="larpixdaq-offline-storage", description="Write the data of producers into LArPix+HDF5 files."
     )
     config.add_component_arguments(parser, DEFAULT_NAME)
     parser.add_argument(

@@ -1,6 +1,6 @@
-"""The rows of a growing file: collected in batches, and written as shuffled and deflated chunks.
+"""Collect the rows of a growing file in batches, and write these as shuffled and deflated chunks.
 
-WriteBack has the kernel write the file to the disk steadily, so that memory does not keep it as a whole.
+WriteBack makes the kernel write the file to the disk steadily, so that it does not fill the memory.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq._native.hdf5_chunks import Packer
 
-#: Rows that are written at once, in chunks of schema.CHUNK_ROWS: there are two flushes a batch, not two a chunk.
+#: Rows of a batch, a few chunks of schema.CHUNK_ROWS: there are two flushes per batch instead of two per chunk.
 BATCH_ROWS: Final = 4 * schema.CHUNK_ROWS
-#: Chunks of a batch that a thread packs while the rest of the batch fills up: all but the last.
+#: Chunks of a batch that a thread packs while the batch fills up: all except the last.
 _PACKED_EARLY: Final = BATCH_ROWS // schema.CHUNK_ROWS - 1
 #: Bits of HDF5's filter mask: a chunk that is neither shuffled nor deflated.
 _NO_FILTERS: Final = 0b11
-#: Rows between two show() below which a plain chunk takes less room than one that is packed anew each time.
+#: Rows between two calls of show() below which a plain chunk takes less room than a chunk that is packed each time.
 _SLOW_ROWS: Final = schema.CHUNK_ROWS // 8
-#: Share of a plain chunk that packed ones may take before, because a short run ends before a plain one pays.
+#: Size of packed chunks, as a share of a plain chunk, from which a plain chunk is written; a short run needs none.
 _PACKED_SHARE: Final = 1 / 8
-#: Bytes between two requests to the kernel.
+#: Bytes by which the file grows between two requests to the kernel.
 WINDOW: Final = 16 << 20
 #: Bytes at the end of the file that stay in memory, for readers of the growing file.
 KEPT: Final = 256 << 20
@@ -89,8 +89,8 @@ class Batch:
         """Add the n rows that were staged last to the batch; call `full` when that fills it up."""
         room = BATCH_ROWS - (self.rows - self.base)
         self.rows += n
-        for at in range(len(self._packed), min((self.rows - self.base) // schema.CHUNK_ROWS, _PACKED_EARLY)):
-            self._packed.append(self._thread.submit(self._thread_packer.pack, self._chunk(at)))
+        for index in range(len(self._packed), min((self.rows - self.base) // schema.CHUNK_ROWS, _PACKED_EARLY)):
+            self._packed.append(self._thread.submit(self._thread_packer.pack, self._chunk(index)))
         if n >= room:
             full()
             self._previous, self._current = self._current, self._previous
@@ -145,14 +145,16 @@ class Batch:
 
     def _write_chunks(self, stop: int) -> None:
         """Write the chunks of the batch below `stop` that are not final in the file."""
-        for at in range(self._final_chunks, stop):
-            packed = self._packed[at].result() if at < len(self._packed) else self._packer.pack(self._chunk(at))
-            self._place(at, packed)
+        for index in range(self._final_chunks, stop):
+            packed = (
+                self._packed[index].result() if index < len(self._packed) else self._packer.pack(self._chunk(index))
+            )
+            self._place(index, packed)
             self._packed_bytes = 0
         self._final_chunks = max(self._final_chunks, stop)
 
-    def _place(self, at: int, packed: bytes) -> None:
-        first = self.base + at * schema.CHUNK_ROWS
+    def _place(self, index: int, packed: bytes) -> None:
+        first = self.base + index * schema.CHUNK_ROWS
         if (first, len(packed)) == self._unfinished:
             # HDF5 would write a chunk of the same size in place, and a kill meanwhile would tear acknowledged rows.
             # A chunk of another size gets a place of its own; bytes after the end of deflated data are not read.
@@ -160,17 +162,17 @@ class Batch:
         self._packets.id.write_direct_chunk((first,), packed)
         self._unfinished = first, len(packed)
 
-    def _chunk(self, at: int) -> NDArray[np.uint8]:
+    def _chunk(self, index: int) -> NDArray[np.uint8]:
         """Return the bytes of a chunk of the batch."""
-        return self._current[at * schema.CHUNK_ROWS : (at + 1) * schema.CHUNK_ROWS].reshape(-1)
+        return self._current[index * schema.CHUNK_ROWS : (index + 1) * schema.CHUNK_ROWS].reshape(-1)
 
 
 class WriteBack:
-    """Asks the kernel to write what a file has grown by, and to drop from memory what is far behind its end.
+    """Asks the kernel to write new bytes of a file, and to drop bytes far before its end from memory.
 
-    Otherwise the kernel writes when gigabytes have gathered, for which a sync then waits, and a run of hours fills the
-    memory. The requests have a thread of their own, because a slow disk holds them up. The thread is a daemon and not
-    an executor's, because the end of the process must not wait for it.
+    Otherwise the kernel writes only after gigabytes, for which a sync then waits, and a run of hours fills the memory.
+    The requests have a thread of their own, because a slow disk blocks them. The thread is a daemon and not one of an
+    executor, because the end of the process must not wait for it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -179,7 +181,7 @@ class WriteBack:
         self._thread: threading.Thread | None = None
 
     def advance(self, size: int) -> None:
-        """Note that the file has `size` bytes now. While a request is held up, those bytes wait for the next one."""
+        """Note that the file has `size` bytes now. While a request is blocked, new bytes wait for the next request."""
         if size - self._requested < WINDOW or (self._thread is not None and self._thread.is_alive()):
             return
         span = self._requested, size
@@ -188,7 +190,7 @@ class WriteBack:
         self._requested = size
 
     def _request(self, first: int, last: int) -> None:
-        with contextlib.suppress(OSError):  # the file's name may have changed, and no rows depend on the request
+        with contextlib.suppress(OSError):  # the name of the file may have changed, and no data depend on the request
             file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 # Linux begins to write the dirty pages, and drops the clean ones.

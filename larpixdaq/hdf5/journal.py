@@ -1,12 +1,12 @@
-"""NAME.h5.journal: blocks (and ends) that were acknowledged before their chunk of the file was full.
+"""NAME.h5.journal: blocks and end records that were acknowledged before their chunk of the file was full.
 
-A record (runtime/record_file.py) has the frame as it stands in the stream (stream.pack) for its header, and the rows as
-they are stored for its payload.
+In a record (runtime/record_file.py) the header is the frame as in the stream (stream.pack), and the payload is the
+block's rows as they are stored.
 
-A writer that is killed leaves the beginning of a record at the end: it was never acknowledged. Everything else that is
-no whole record is damage. Reading goes on at the next whole record, and a damaged journal is kept, not removed.
+A killed writer may leave the beginning of a record at the end, which was never acknowledged. All other bytes outside of
+whole records are damage. Reading continues at the next whole record, and a damaged journal is kept, not removed.
 
-The journal is locked (flock) for as long as its part is open, so that nobody else writes to, or recovers, that part.
+The journal is locked (flock) while its part is open, so that no other process writes or recovers that part.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from larpixdaq.runtime.file_access import LockedFile, lock_directory, open_regul
 from larpixdaq.runtime.record_file import RecordFormat, write_at
 
 _FORMAT: Final = RecordFormat(b"LDJ1")
-#: Maximum bytes of a journal that is read. A writer's holds a batch of rows (some 6 MB) and the ends of its producers.
-_LARGEST: Final = 1 << 30
+#: Maximum bytes of a journal that is read. A journal has at most a batch of rows (some 6 MB) and some end records.
+_MAX_BYTES: Final = 1 << 30
 
 
 class JournalRecord(NamedTuple):
     frame: stream.Block | stream.End
-    rows: bytes  # of a block, as they are to be stored; empty for an end
+    rows: bytes  # rows of a block as they are stored; empty for an end record
 
 
 class Contents(NamedTuple):
-    records: list[JournalRecord]  # the whole ones, in order
-    damaged: list[tuple[int, int]]  # stretches of bytes (first, behind the last) that are no whole record
+    records: list[JournalRecord]  # whole records, in order
+    damaged: list[tuple[int, int]]  # stretches of bytes (first, after the last) outside of whole records
 
 
 class Journal:
     def __init__(self, path: Path, *, fsync: bool = False, recovery: bool = False) -> None:
-        """Create and lock it. FileError when it exists already or cannot be made.
+        """Create and lock the journal. FileError when it exists already or cannot be created.
 
-        fsync: what has been appended survives a power cut.
-        recovery: take the one that a dead writer left, or make one for its lock's sake. What it holds is not cleared,
-        it goes with the file; nothing can be appended. FileLocked when another process has it.
+        fsync: appended records survive a power cut.
+        recovery: open the journal of a dead writer, or create one for its lock. Its records stay, and none can be
+        appended. FileLocked when another process has locked it.
         """
         self.path = path
         self.size = 0
         #: The name under which close(remove=True) keeps the file; None: the file is removed.
-        self.aside: Path | None = None
+        self.kept_path: Path | None = None
         self._fsync = fsync
         self._recovery = recovery
         self._file = _locked(path, recovery)
 
     def append(self, records: Sequence[tuple[bytes, Sequence[Any]]]) -> None:
-        """Write records, each a header and the pieces of its payload (contiguous buffers of bytes), behind the others.
+        """Append records, each a header and the pieces of its payload (contiguous buffers of bytes).
 
-        FileError when the disk does not take them; the journal then ends where it ended before.
+        FileError when the disk fails; the journal then has its previous records only.
         """
         if self._recovery:
             raise FileError(f"cannot write {self.path}: it is being recovered")
@@ -72,7 +72,7 @@ class Journal:
         self.size = end
 
     def clear(self) -> None:
-        """Forget all records: their blocks stand in the file now."""
+        """Remove all records, after their blocks have been written to the part."""
         if self.size:
             try:
                 os.ftruncate(self._file.file, 0)
@@ -81,22 +81,23 @@ class Journal:
             self.size = 0
 
     def in_place(self) -> bool:
-        """Whether a recovery would find it under its name."""
+        """Whether the journal still has its name, by which a recovery finds it."""
         return self._file.in_place()
 
     def close(self, *, remove: bool = False) -> None:
-        """Give the lock back; harmless when repeated."""
+        """Close the journal and release its lock. Harmless when repeated."""
         if remove and self._file.file >= 0:
-            with contextlib.suppress(OSError):  # a disk that fails: there is nothing in it that is not elsewhere
-                if self.aside is None:
+            with contextlib.suppress(OSError):  # on a failing disk it may stay, because its blocks are in the part
+                if self.kept_path is None:
                     os.unlink(self.path)
                 else:
-                    os.rename(self.path, self.aside)
+                    os.rename(self.path, self.kept_path)
         self._file.close()
 
 
 def _locked(path: Path, recovery: bool) -> LockedFile:
-    # Between a writer's open and its lock a recovery may get in. It finds an empty journal, and removes that at once.
+    # A recovery may take the lock between a writer's open and its lock; it removes the empty journal at once. So the
+    # writer waits for the lock.
     flags = os.O_RDWR | os.O_CREAT | (0 if recovery else os.O_EXCL)
     try:
         file = lock_directory.open(path, flags, opener=open_regular, wait=not recovery)
@@ -110,13 +111,13 @@ def _locked(path: Path, recovery: bool) -> LockedFile:
 
 
 def records(path: Path) -> list[JournalRecord]:
-    """The whole records of a journal. FileError when the file cannot be read."""
+    """Read the whole records of a journal. FileError when the file cannot be read."""
     return read(path).records
 
 
 def read(path: Path) -> Contents:
-    """Read a journal: its whole records, and where it is damaged. FileError when the file cannot be read."""
-    data = read_regular(path, _LARGEST)
+    """Read the whole records of a journal, and find its damaged stretches. FileError when the file cannot be read."""
+    data = read_regular(path, _MAX_BYTES)
     contents = Contents([], [])
     end = 0
     for record in _FORMAT.scan(data):
@@ -132,22 +133,22 @@ def read(path: Path) -> Contents:
     return contents
 
 
-def _is_torn(rest: bytes) -> bool:
-    """Whether the last bytes of a journal are the beginning of a longer record, which was never whole here."""
-    if not _FORMAT.is_torn(rest):
+def _is_torn(tail: bytes) -> bool:
+    """Whether the last bytes of a journal are the beginning of a longer record, which was never whole."""
+    if not _FORMAT.is_torn(tail):
         return False
     head = _FORMAT.head
-    if len(rest) < head.size:
+    if len(tail) < head.size:
         return True
-    _, header_length, payload_length, _ = head.unpack_from(rest)
-    header = rest[head.size : head.size + header_length]
+    _, header_length, payload_length, _ = head.unpack_from(tail)
+    header = tail[head.size : head.size + header_length]
     if len(header) < header_length:
         return bool(header_length <= stream.MAX_HEADER)
     return _frame(header, payload_length) is not None
 
 
 def _frame(header: bytes, payload_length: int) -> stream.Block | stream.End | None:
-    """The frame in a record's header; None when it is none of a journal, or has rows of another length."""
+    """Unpack the frame in a record's header; None unless it is an end record, or a block with rows of this length."""
     try:
         frame = stream.unpack_producer(header, "the journal")
         if isinstance(frame, stream.Block):

@@ -1,30 +1,30 @@
-"""What stands where in a file: datasets, their dtypes, and how an empty file is made.
+"""Layout of a file: its datasets, their dtypes, and the creation of an empty file.
 
-Everything exists before SWMR begins, and nothing is created later, so that the file can be read while it grows; what
-changes are rows of datasets. Texts in datasets have fixed lengths (SWMR forbids others); the attributes `version`,
-`packet_types` and `asic_version` are variable-length strings, because larpix-control reads nothing else.
+All datasets exist before SWMR begins, so that the file can be read while it grows; later only their rows change. Texts
+in datasets have fixed lengths, because SWMR forbids others. The attributes `version`, `packet_types` and `asic_version`
+are variable-length strings, because larpix-control reads no others.
 
-Each dataset has an attribute `columns`: unit and meaning of each of its columns (columns.py, docs/files.md).
+Each dataset has an attribute `columns` with unit and meaning of each of its columns (columns.py, docs/files.md).
 
-    /_header          attributes version, created, modified, asic_version, software (as larpix-control has them)
-    /packets          the rows, layout 1.0, 2.4 or 3.0; chunks shuffled and deflated
-    /messages         texts of INFO messages: a row of type 5 has the index of its first row in `counter`
-    /configs          chip configurations as larpix-control has them: what registers were told, else what they said
-    /run/info         one row: number, part, condition, totals; when RUN began and ended, for how long it was live
+    /_header          attributes version, created, modified, asic_version, software (as in files of larpix-control)
+    /packets          rows, layout 1.0, 2.4 or 3.0; chunks shuffled and deflated
+    /messages         texts of INFO messages: a row of type 5 has the index of its first row here in `counter`
+    /configs          chip configurations in the form of larpix-control: sent values of registers, else read values
+    /run/info         one row: number, part, condition, totals; when RUN began and ended, and its live time
     /run/texts        comment, operator, kind, versions, ...: the newest text of a name counts; `piece` 0 begins a text
-    /run/producers    their names; `producer` in the other tables is the index into this one
-    /run/sources      the boards, or files, that the producers read; the newest of a producer and io_group counts
-    /run/blocks       one row a block: whose it is, where its rows lie, their CRC-32 as stored
-    /run/ends         one row per producer and epoch that has ended
-    /run/configs      one row a chip whenever there were news of it: what its registers were told, and what they said
-    /run/positions    where each source stood when this part was opened (first), and when it was closed (next)
-    /run/missing      sequences that never came
+    /run/producers    names of producers; `producer` in the other tables is the index into this table
+    /run/sources      boards, or files, that the producers read; the newest row of a producer and io_group counts
+    /run/blocks       one row per block: its origin, the place of its rows, their CRC-32 as stored
+    /run/ends         one row per end record
+    /run/configs      one row per chip and change of its configuration: sent and read values of its registers
+    /run/positions    position of each origin when this part was opened (first), and when it was closed (next)
+    /run/missing      blocks that never came
     /run/checksums    rows and CRC-32 of every dataset but /packets (whose blocks have their own), written at the close
-    /ledger/counts    one row per producer, epoch and io_group; `how` is how its end came, `open` without one
-    /ledger/outside   the same of run 0: what came outside of runs
+    /ledger/counts    one row per producer, epoch and io_group; `how`: as in its end record; `open` without end record
+    /ledger/outside   the same for run 0: data that came outside of runs
     /ledger/gaps      rows that found no room at the producer, before the block `sequence`
-    /ledger/verdicts  per io_group what became of its data before they reached us: complete, suspect or lost, and why
-    /ledger/unknown   words that could not become rows, raw
+    /ledger/verdicts  verdicts on the data of each io_group before they reached the producer, with the reason
+    /ledger/unknown   words that could not become rows, unchanged
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from larpixdaq.runtime.record_file import crc32
 from larpixdaq.schema import MESSAGE_BYTES, TEXT_BYTES
 from larpixdaq.version import VERSION
 
-#: Newer formats cannot be read by HDF5 1.14 and by Debian's h5dump; older ones know no SWMR.
+#: HDF5 1.14 and Debian's h5dump cannot read newer formats, and older formats have no SWMR.
 LIBVER: Final = ("v110", "v110")
 _SOURCE: Final = [("producer", "<u2"), ("epoch", "<u8")]
 _COUNTS: Final = [("io_group", "u1"), ("how", "S16"), ("owed", "<u8")] + [(name, "<u8") for name in constants.COUNTS]
@@ -72,9 +72,9 @@ INFO: Final = np.dtype(
         ("live_ns", "<u8"),
     ]
 )
-#: Columns of /run/info that files of before 2026-11-29 do not have.
-INFO_LATER: Final = ("begun_ns", "ended_ns", "live_ns")
-INFO_BEFORE: Final = np.dtype([(name, INFO[name]) for name in INFO.names or () if name not in INFO_LATER])
+#: Columns of /run/info that files from before 2026-11-29 do not have.
+ADDED_INFO_COLUMNS: Final = ("begun_ns", "ended_ns", "live_ns")
+OLD_INFO: Final = np.dtype([(name, INFO[name]) for name in INFO.names or () if name not in ADDED_INFO_COLUMNS])
 SOURCES: Final = np.dtype(
     [
         ("producer", "<u2"),
@@ -103,7 +103,7 @@ BLOCKS: Final = np.dtype(
 ENDS: Final = np.dtype([*_SOURCE, ("next", "<u8"), ("how", "S16"), ("first_ns", "<u8"), ("last_ns", "<u8")])
 POSITIONS: Final = np.dtype([*_SOURCE, ("first", "<u8"), ("next", "<u8")])
 MISSING: Final = np.dtype([*_SOURCE, ("first", "<u8"), ("next", "<u8"), ("rows", "<u8")])
-#: `known`, `sent` and `read` as configurations.py has them; producer, epoch and sequence of the block that brought it.
+#: `known`, `sent` and `read` as in protocol/stream.py; producer, epoch and sequence of the block that brought them.
 CONFIGS: Final = np.dtype(
     [
         *_SOURCE,
@@ -145,8 +145,8 @@ UNKNOWN: Final = np.dtype(
         ("raw", "u1", (UNKNOWN_BYTES,)),
     ]
 )
-#: Dataset -> dtype and rows of a chunk. No filters: they are small, and a filtered chunk that is rewritten while it
-#: fills up leaves its old place in the file unused.
+#: Dataset -> dtype and rows of a chunk. There are no filters, because these datasets are small, and a filtered chunk
+#: that is written anew while it fills up leaves its old place in the file unused.
 TABLES: Final = {
     "messages": (MESSAGES, 64),
     "run/texts": (TEXTS, 32),
@@ -163,20 +163,20 @@ TABLES: Final = {
     "ledger/verdicts": (VERDICTS, 16),
     "ledger/unknown": (UNKNOWN, 64),
 }
-#: Tables that files of before 2026-11-29 do not have.
-LATER: Final = ("run/configs", "run/sources")
-#: What /run/checksums covers.
+#: Tables that files from before 2026-11-29 do not have.
+ADDED_TABLES: Final = ("run/configs", "run/sources")
+#: Datasets with a row in /run/checksums.
 CHECKED: Final = (*TABLES, "configs", "run/info")
 _TYPE_NAMES: Final = ("data", "test", "config write", "config read", "timestamp", "message", "sync", "trigger")
 PACKET_TYPES: Final = "\n" + "\n".join(f"{code}: '{name}'," for code, name in enumerate(_TYPE_NAMES)) + "\n"
-#: Registers of a chip in /configs; larpix-control has 239 for every version that it can write.
+#: Registers of a chip in /configs, where these are not 239 as in all files that larpix-control can write.
 _REGISTERS: Final = {"2b": 256}
-#: Names of chip generations in /configs, where larpix-control has others than --asic.
+#: Names of chip generations in larpix-control, where they differ from those of --asic.
 _NAMES: Final = {"lightpix-1": "lightpix-v1.0"}
 
 
 def configs_name(asic_version: str) -> str:
-    """The attribute asic_version of /configs for a chip generation as --asic names it."""
+    """Return the attribute asic_version of /configs for a chip generation as --asic names it."""
     return _NAMES.get(asic_version, asic_version)
 
 
@@ -194,7 +194,10 @@ def configs_dtype(asic_version: str) -> np.dtype[Any]:
 
 
 def open_file(path: Path, mode: str, **options: Any) -> h5py.File:
-    """h5py.File() with HDF5's own lock, where the file system has locks. HDF5's "best-effort" knows ENOSYS only."""
+    """Call h5py.File() with HDF5's own lock, or without it where the file system has no locks.
+
+    HDF5's "best-effort" alone is not enough, because it recognises only one of the errors (ENOSYS).
+    """
     try:
         return h5py.File(path, mode, locking="best-effort", **options)
     except FileExistsError:
@@ -203,20 +206,20 @@ def open_file(path: Path, mode: str, **options: Any) -> h5py.File:
         if can_lock(path):
             raise
         if mode == "x":
-            path.unlink(missing_ok=True)  # it was made, and could not be locked
+            path.unlink(missing_ok=True)  # HDF5 created it before the lock failed
         return h5py.File(path, mode, locking=False, **options)
 
 
 def create(path: Path, layout: schema.RowLayout, asic_version: str) -> h5py.File:
-    """A new file with everything in it that a run needs, ready to be filled and read at the same time.
+    """Create a file with all datasets, ready to be written and read at the same time.
 
-    FileError when it exists already or cannot be made.
+    FileError when the file exists already or cannot be created.
     """
-    file, ours = None, False
+    file, created = None, False
     try:
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        ours = True
+        created = True
         file = open_file(path, "x", libver=LIBVER)
         _fill(file, layout, asic_version)
     except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
@@ -224,32 +227,34 @@ def create(path: Path, layout: schema.RowLayout, asic_version: str) -> h5py.File
             if file is not None:
                 file.close()
         with contextlib.suppress(OSError):
-            if ours:  # there is one, and empty, when HDF5 could not even write the superblock
+            if created:  # there is an empty file even when HDF5 could not write the superblock
                 path.unlink(missing_ok=True)
         raise FileError(f"cannot create {path}: {cause(error)}") from None
     return file
 
 
 def reopen(path: Path) -> h5py.File:
-    """A file whose superblock has been repaired, to be written on in the same order (SWMR): who is killed meanwhile
-    leaves what the first writer left. FileError when that cannot be."""
+    """Open a file whose superblock has been repaired for writing, in the same order as its first writer (SWMR).
+
+    A recovery that is killed then leaves a file that can be recovered again. FileError when it cannot be opened.
+    """
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     access.set_file_locking(True, True)
 
-    def opened() -> h5py.File:
-        # Not mode "r+" and then swmr_mode: in between the flags would be those of a file that was never finished.
+    def open_swmr() -> h5py.File:
+        # Not mode "r+" and then swmr_mode, because a kill in between would leave the flags of an incomplete file.
         return h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDWR | h5py.h5f.ACC_SWMR_WRITE, fapl=access))
 
     try:
         try:
-            return opened()
+            return open_swmr()
         except OSError:
             if can_lock(path):
                 raise
             access.set_file_locking(False, False)
-            return opened()
+            return open_swmr()
     except (OSError, RuntimeError, ValueError) as error:
         raise FileError(f"cannot open {path}: {cause(error)}") from None
 
@@ -288,7 +293,7 @@ def _fill(file: h5py.File, layout: schema.RowLayout, asic_version: str) -> None:
 
 
 def table_crc32(table: Any) -> int:
-    """The CRC-32 of all bytes of a dataset, read in pieces."""
+    """Compute the CRC-32 of all bytes of a dataset, read in pieces."""
     value = 0
     for first in range(0, table.shape[0], 8192):
         value = crc32(np.ascontiguousarray(table[first : first + 8192]).view(np.uint8), value)

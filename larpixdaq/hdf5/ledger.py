@@ -1,4 +1,4 @@
-"""The ledger's equations, and what one file knows of one source of blocks."""
+"""Equations of the ledger, checks of blocks and end records, and the account of each origin in a part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import BlockOrigin, unpack_configurations
 from larpixdaq.runtime.record_file import crc32
 
-#: `how` of a source whose end never came.
+#: `how` of an origin whose end record never came.
 OPEN: Final = "open"
 #: Columns of a tally that add up to all rows.
 _ROWS: Final = [
@@ -26,52 +26,52 @@ _ROWS: Final = [
 
 
 def new_tally() -> NDArray[np.uint64]:
-    """Counters for chunks.tally(), one line per io_group."""
+    """Make counters of rows for hdf5_chunks.tally(), shape (IO_GROUPS, columns of TALLY), all 0."""
     return np.zeros((constants.IO_GROUPS, len(hdf5_chunks.TALLY)), np.uint64)
 
 
 def stored(tally: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """All rows of each io_group, shape (IO_GROUPS,)."""
+    """Sum up all rows of each io_group, shape (IO_GROUPS,)."""
     return np.asarray(tally[:, _ROWS].sum(axis=1), np.uint64)
 
 
 def made(counts: Mapping[str, int]) -> int:
-    """Rows that a producer made: equation (c)."""
+    """Compute the rows that a producer made, by equation (c)."""
     return constants.rows_made([counts[name] for name in constants.COUNTS])
 
 
-def unbalanced(counts: Mapping[str, int]) -> list[str]:
-    """Which of the equations (a) and (b), of the producer alone, do not hold; each one line with both sides."""
+def input_imbalances(counts: Mapping[str, int]) -> list[str]:
+    """Check equations (a) and (b), which concern the producer alone; one line with both sides for each that fails."""
     c = counts
-    found = []
-    held = c["pending_before"] + c["bytes_in"]
+    lines = []
+    bytes_in = c["pending_before"] + c["bytes_in"]
     spent = ("header_bytes", "word_bytes", "trailing_bytes", "rejected_bytes", "resync_bytes", "pending_after")
-    if held != (total := sum(c[name] for name in spent)):
-        found.append(f"ledger (a): {held} bytes came in, {total} are accounted for")
+    if bytes_in != (total := sum(c[name] for name in spent)):
+        lines.append(f"ledger (a): {bytes_in} bytes came in, {total} are accounted for")
     words = c["word_rows"] + c["unknown_words"] + c["rejected_words"]
     if c["words_in"] != words:
-        found.append(f"ledger (b): {c['words_in']} words came in, {words} are accounted for")
-    return found
+        lines.append(f"ledger (b): {c['words_in']} words came in, {words} are accounted for")
+    return lines
 
 
-def owing(counts: Mapping[str, int], stored: int, owed: int) -> str | None:
-    """Equation (d), in one line when it does not hold."""
-    there = stored + counts["dropped"] + owed
-    if there == made(counts):
+def row_imbalance(counts: Mapping[str, int], stored: int, owed: int) -> str | None:
+    """Check equation (d); one line when it fails."""
+    total = stored + counts["dropped"] + owed
+    if total == made(counts):
         return None
     return (
-        f"ledger (d): {made(counts)} rows were made, {there} are accounted for"
+        f"ledger (d): {made(counts)} rows were made, {total} are accounted for"
         f" ({stored} stored, {counts['dropped']} dropped, {owed} pending)"
     )
 
 
-def check_block(block: stream.Block, rows: NDArray[Any], one: schema.RowLayout) -> None:
-    """ProtocolError when a block is none of this layout, or its rows cannot be those that its header speaks of.
+def check_block(block: stream.Block, rows: NDArray[Any], row_layout: schema.RowLayout) -> None:
+    """ProtocolError when a block has another layout, or its rows are not as many as its header says.
 
-    Header fields alone are not checked here, because unpacking a frame has checked them.
+    Single fields of the header are not checked, because unpacking the frame has checked them.
     """
-    if block.layout != one.code:
-        raise ProtocolError(f"{describe(block)}: expected layout {one.code}, found {block.layout}")
+    if block.layout != row_layout.code:
+        raise ProtocolError(f"{describe(block)}: expected layout {row_layout.code}, found {block.layout}")
     if block.configs is not None:
         if block.text is None:
             raise ProtocolError(f"{describe(block)}: configurations belong to a text")
@@ -79,29 +79,32 @@ def check_block(block: stream.Block, rows: NDArray[Any], one: schema.RowLayout) 
             unpack_configurations(block.configs)
         except ProtocolError as error:
             raise ProtocolError(f"{describe(block)}: {error}") from None
-    if rows.dtype != one.dtype or rows.shape != (block.rows,):
+    if rows.dtype != row_layout.dtype or rows.shape != (block.rows,):
         raise ProtocolError(
-            f"{describe(block)}: expected {block.rows} rows of layout {one.name},"
+            f"{describe(block)}: expected {block.rows} rows of layout {row_layout.name},"
             f" found shape {rows.shape} of {rows.dtype.itemsize} bytes each"
         )
 
 
-def check_content(block: stream.Block, pieces: Sequence[NDArray[np.uint8]], one: schema.RowLayout) -> None:
-    """The same for the bytes of the rows, in pieces of whole rows; ChecksumError when the block's sender had others."""
+def check_content(block: stream.Block, pieces: Sequence[NDArray[np.uint8]], row_layout: schema.RowLayout) -> None:
+    """Check the bytes of a block's rows, in pieces of whole rows.
+
+    ChecksumError when they are not the rows that were sent; ProtocolError when a text has other rows than messages.
+    """
     crc = 0
     for piece in pieces:
         crc = crc32(piece, crc)
     if crc != block.crc32:
         raise ChecksumError(f"{describe(block)}: expected CRC-32 {block.crc32:08x}, found {crc:08x}")
     if block.text is not None:
-        column = schema.type_column(one.dtype)
-        kinds = np.concatenate([piece.view(one.dtype)[column] for piece in pieces])
+        column = schema.type_column(row_layout.dtype)
+        kinds = np.concatenate([piece.view(row_layout.dtype)[column] for piece in pieces])
         if not len(kinds) or np.any(kinds != schema.PacketType.MESSAGE):
             raise ProtocolError(f"{describe(block)}: has a text, but not rows of messages")
 
 
 def check_end(end: stream.End) -> None:
-    """ProtocolError when the counters of an end are not those of different io_groups."""
+    """ProtocolError when an end record has several counters of one io_group, or an impossible io_group."""
     for table in (end.counts, end.outside):
         groups = {counts[0] for counts in table}
         if len(groups) != len(table) or max(groups, default=0) >= constants.IO_GROUPS:
@@ -109,31 +112,31 @@ def check_end(end: stream.End) -> None:
 
 
 def describe(frame: stream.Block | stream.End) -> str:
-    """Whose block or end it is, for messages to people."""
-    what = f"block {frame.sequence}" if isinstance(frame, stream.Block) else f"end at {frame.next}"
-    return f"{what} of run {frame.run}, {describe_source(frame.source)}"
+    """Describe a block or an end record with its origin, for errors."""
+    subject = f"block {frame.sequence}" if isinstance(frame, stream.Block) else f"end at {frame.next}"
+    return f"{subject} of run {frame.run}, {describe_origin(frame.source)}"
 
 
-def describe_source(source: BlockOrigin) -> str:
-    return f"producer {source.producer!r}, epoch {source.epoch:x}"
+def describe_origin(origin: BlockOrigin) -> str:
+    return f"producer {origin.producer!r}, epoch {origin.epoch:x}"
 
 
 class Account:
-    """What this file knows of one source: `expected` is the sequence that comes next, over all parts of the run."""
+    """Counts of one origin in this part. `expected`: next sequence of a block, over all parts of the run."""
 
-    def __init__(self, source: stream.BlockOrigin, index: int, expected: int = 0) -> None:
-        self.source = source
+    def __init__(self, origin: stream.BlockOrigin, index: int, expected: int = 0) -> None:
+        self.origin = origin
         self.index = index
         self.expected = expected
-        self.begun_at = expected
+        self.first_sequence = expected
         self.next_packet: int | None = None if expected else 0
         self.tally = new_tally()
         self.end: stream.End | None = None
         self.missing_blocks = 0
-        self.dropped: dict[int, int] = {}  # io_group -> rows that found no room, as the gaps in this part say
+        self.dropped: dict[int, int] = {}  # io_group -> rows that found no room, by the gaps in this part
 
     def skip(self, sequence: int, first_packet: int | None) -> tuple[int, int, int, int, int] | None:
-        """Note that `sequence` comes next; a row for /run/missing when others should have come before."""
+        """Note that `sequence` comes next. Returns a row for /run/missing when blocks before it are missing."""
         first = self.expected
         if sequence == first:
             return None
@@ -142,7 +145,7 @@ class Account:
         if first_packet is not None and self.next_packet is not None:
             rows = max(0, first_packet - self.next_packet)
         self.expected = sequence
-        return self.index, self.source.epoch, first, sequence, rows
+        return self.index, self.origin.epoch, first, sequence, rows
 
     def take(self, sequence: int, next_packet: int) -> None:
         self.expected = sequence + 1
@@ -155,24 +158,24 @@ class Account:
 
     @property
     def next(self) -> int:
-        """The sequence that comes next; an end counts as the one it names."""
+        """Next sequence; an end record counts as the sequence that it names."""
         return self.expected + (self.end is not None)
 
     def counts(self, owed: int = 0) -> NDArray[Any]:
-        """The rows of /ledger/counts: by the end record, or, without one, by what came in this part."""
+        """Make the rows of /ledger/counts by the end record, or else by the rows and gaps in this part."""
         here = stored(self.tally)
         given: dict[int, dict[str, int]] = {}
         if self.end is not None:
             given = {counts[0]: dict(zip(constants.COUNTS, counts[1:], strict=True)) for counts in self.end.counts}
         else:
             for group in self.dropped.keys() | {int(group) for group in np.flatnonzero(here)}:
-                found = dict(zip(hdf5_chunks.TALLY, self.tally[group].tolist(), strict=True))
-                given[group] = {name: found[name] for name in ("packets", "bad_parity")}
+                tally = dict(zip(hdf5_chunks.TALLY, self.tally[group].tolist(), strict=True))
+                given[group] = {name: tally[name] for name in ("packets", "bad_parity")}
                 given[group]["dropped"] = self.dropped.get(group, 0)
         groups = sorted(given.keys() | {int(group) for group in np.flatnonzero(here)})
         rows = np.zeros(len(groups), layout.COUNTS)
         for row, group in zip(rows, groups, strict=True):
-            row["producer"], row["epoch"], row["io_group"] = self.index, self.source.epoch, group
+            row["producer"], row["epoch"], row["io_group"] = self.index, self.origin.epoch, group
             row["how"] = self.how.encode()
             for name, value in given.get(group, {}).items():
                 row[name] = value
@@ -188,45 +191,46 @@ class Account:
         return OPEN if self.end is None else self.end.how
 
     def outside(self) -> NDArray[Any]:
-        """The rows of /ledger/outside: run 0 of this source since its end before."""
-        found = np.zeros(len(self.end.outside) if self.end else 0, layout.COUNTS)
-        for row, counts in zip(found, self.end.outside if self.end else [], strict=True):
-            row["producer"], row["epoch"], row["io_group"] = self.index, self.source.epoch, counts[0]
+        """Make the rows of /ledger/outside: the producer's run 0 since its previous end record."""
+        rows = np.zeros(len(self.end.outside) if self.end else 0, layout.COUNTS)
+        for row, counts in zip(rows, self.end.outside if self.end else [], strict=True):
+            row["producer"], row["epoch"], row["io_group"] = self.index, self.origin.epoch, counts[0]
             row["how"] = self.how.encode()
             for name, value in zip(constants.COUNTS, counts[1:], strict=True):
                 row[name] = value
-        return found
+        return rows
 
     def gaps(self, frame: stream.Block | stream.End) -> NDArray[Any]:
-        """The rows of /ledger/gaps that a block or an end brings."""
-        before = frame.sequence if isinstance(frame, stream.Block) else frame.next
+        """Make the rows of /ledger/gaps for a block or an end record."""
+        sequence = frame.sequence if isinstance(frame, stream.Block) else frame.next
         rows = [
-            (self.index, self.source.epoch, before, gap.io_group, gap.rows, gap.first_ns, gap.last_ns)
+            (self.index, self.origin.epoch, sequence, gap.io_group, gap.rows, gap.first_ns, gap.last_ns)
             for gap in frame.gaps
         ]
         return np.array(rows, layout.GAPS)
 
     def verdicts(self) -> NDArray[Any]:
-        """The rows of /ledger/verdicts; a longer sentence is cut."""
+        """Make the rows of /ledger/verdicts, with reasons cut to TEXT_BYTES."""
         rows = [
             (
-                *(self.index, self.source.epoch, one.io_group, one.verdict.encode()),
-                *(stream.text_pieces(one.why, schema.TEXT_BYTES)[0], one.lost, one.first_ns, one.last_ns),
+                *(self.index, self.origin.epoch, verdict.io_group, verdict.verdict.encode()),
+                stream.text_pieces(verdict.why, schema.TEXT_BYTES)[0],
+                *(verdict.lost, verdict.first_ns, verdict.last_ns),
             )
-            for one in (self.end.verdicts if self.end else [])
+            for verdict in (self.end.verdicts if self.end else [])
         ]
         return np.array(rows, layout.VERDICTS)
 
-    def doubts(self) -> list[str]:
-        """What may have been lost before it reached us, one line for each verdict that is not "complete"."""
+    def verdict_lines(self) -> list[str]:
+        """Return one line for each verdict that is not "complete"."""
         return [
-            f"{describe_source(self.source)}, io_group {one.io_group}: {one.verdict}: {one.why}"
-            for one in (self.end.verdicts if self.end else [])
-            if one.verdict != stream.VERDICTS[0]
+            f"{describe_origin(self.origin)}, io_group {verdict.io_group}: {verdict.verdict}: {verdict.why}"
+            for verdict in (self.end.verdicts if self.end else [])
+            if verdict.verdict != stream.VERDICTS[0]
         ]
 
     def unknown(self) -> NDArray[Any]:
-        """The rows of /ledger/unknown: at most schema.UNKNOWN_KEPT of each io_group."""
+        """Make the rows of /ledger/unknown: at most schema.UNKNOWN_KEPT of each io_group."""
         kept: dict[int, int] = {}
         rows = []
         for word in self.end.unknown if self.end else []:
@@ -234,13 +238,16 @@ class Account:
             if kept[word.io_group] <= schema.UNKNOWN_KEPT:
                 raw = np.frombuffer(word.raw.ljust(constants.UNKNOWN_BYTES, b"\0"), np.uint8)
                 rows.append(
-                    (self.index, self.source.epoch, word.io_group, word.seconds, word.reason, len(word.raw), raw)
+                    (self.index, self.origin.epoch, word.io_group, word.seconds, word.reason, len(word.raw), raw)
                 )
         return np.array(rows, layout.UNKNOWN)
 
-    def complaints(self, owed: int) -> tuple[list[str], list[str]]:
-        """Why this source's data are not whole: (totals unknown or rows owed, rows or blocks missing)."""
-        name = describe_source(self.source)
+    def reasons(self, owed: int) -> tuple[list[str], list[str]]:
+        """Return why the data of this origin are not complete, one line each.
+
+        The first list has unknown totals and pending rows, the second one missing rows and blocks.
+        """
+        name = describe_origin(self.origin)
         waiting = [f"{name}: no end record, totals unknown"] if self.end is None else []
         waiting += [f"{name}: {owed} rows pending"] if owed and self.end is not None else []
         missing = [f"{name}: {self.missing_blocks} blocks are missing"] if self.missing_blocks else []
@@ -249,11 +256,11 @@ class Account:
             where = f"{name}, io_group {row['io_group']}"
             if counts["dropped"]:
                 missing.append(f"{where}: {counts['dropped']} rows dropped, because ring and spool were full")
-            # Rows of earlier parts are not in this file; there the unbroken sequence says that they are stored.
+            # Rows of earlier parts are not in this file; the unbroken sequence shows that they are stored there.
             if (
                 self.end is not None
-                and not self.begun_at
-                and (line := owing(counts, counts["stored"], int(row["owed"])))
+                and not self.first_sequence
+                and (line := row_imbalance(counts, counts["stored"], int(row["owed"])))
             ):
                 missing.append(f"{where}: {line}")
             if line := constants.unusable(counts):
@@ -273,44 +280,44 @@ def verdict(
 ) -> tuple[RunCondition, list[str]]:
     """Return the condition of a run by this part of it, and the reasons why it is not COMPLETE, one line each.
 
-    A loss that producers suspect before the host is always among the reasons, and makes a run no worse than `COMPLETE,
-    suspect`.
+    Verdicts of producers on losses before the host are always among the reasons, and make a run no worse than
+    `COMPLETE, suspect`.
 
-    continued: the run continues in another part, in which the sources without an end may end; before: sources of
-    earlier parts; damaged: lines about damage that recovery found.
+    continued: the run continues in another part, which may have the end records that are absent here; before: origins
+    of earlier parts; damaged: lines about damage that recovery found.
     """
     waiting: list[str] = []
-    missing, doubts = list(damaged), list[str]()
+    missing, verdict_lines = list(damaged), list[str]()
     for account in accounts:
-        some_waiting, some_missing = account.complaints(owed.get(account.source, 0))
+        some_waiting, some_missing = account.reasons(owed.get(account.origin, 0))
         waiting += some_waiting
         missing += some_missing
-        doubts += account.doubts()
-    known = {account.source for account in accounts}
-    names = {source.producer for source in (*known, *before)}
+        verdict_lines += account.verdict_lines()
+    known = {account.origin for account in accounts}
+    names = {origin.producer for origin in (*known, *before)}
     waiting += [f"producer {name!r}: no data came, totals unknown" for name in required if name not in names]
     waiting += [
-        f"producer {source.producer!r}, epoch {source.epoch:x}: no data came, {rows} rows pending"
-        for source, rows in owed.items()
-        if source not in known
+        f"producer {origin.producer!r}, epoch {origin.epoch:x}: no data came, {rows} rows pending"
+        for origin, rows in owed.items()
+        if origin not in known
     ]
     if continued:
         waiting = []
-    reasons = waiting + missing + doubts
-    found = {
+    reasons = waiting + missing + verdict_lines
+    conditions = {
         RunCondition.ABORTED: aborted or any(account.how == "aborted" for account in accounts),
         RunCondition.INTERRUPTED: waiting,
         RunCondition.INCOMPLETE: missing,
         RunCondition.CONTINUED: continued,
-        RunCondition.SUSPECT: doubts,
+        RunCondition.SUSPECT: verdict_lines,
     }
-    return worst(found), reasons
+    return worst(conditions), reasons
 
 
 def stored_rows(accounts: Sequence[Account]) -> list[tuple[str, int, int, int]]:
-    """(producer, epoch, io_group, rows) of all that this file holds."""
+    """List (producer, epoch, io_group, rows) of all rows in this part."""
     return [
-        (account.source.producer, account.source.epoch, int(group), int(rows[group]))
+        (account.origin.producer, account.origin.epoch, int(group), int(rows[group]))
         for account in accounts
         for rows in (stored(account.tally),)
         for group in np.flatnonzero(rows)

@@ -40,7 +40,7 @@ _INTERNAL_LINKS: Final = (h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT)
 _BOARD_WORDS: Final = (PacketType.SYNC, PacketType.TRIGGER)
 #: Allowed dtypes of each table.
 _DTYPES: Final = {name: (dtype,) for name, (dtype, _) in layout.TABLES.items()} | {
-    "run/info": (layout.INFO, layout.INFO_BEFORE),
+    "run/info": (layout.INFO, layout.OLD_INFO),
     "run/checksums": (layout.CHECKSUMS,),
 }
 
@@ -154,7 +154,7 @@ class DataFile:
         return self._datasets[name]
 
     def _table(self, name: str) -> Any:
-        if name in layout.LATER and name not in self._file:
+        if name in layout.ADDED_TABLES and name not in self._file:
             return np.zeros(0, layout.TABLES[name][0])
         table = self._dataset(name)
         if name in _DTYPES and table.dtype not in _DTYPES[name]:
@@ -196,7 +196,7 @@ class DataFile:
         row = self.table("run/info")
         if row.shape != (1,):
             raise FileError(f"{self.path}: /run/info: expected one row, found shape {row.shape}")
-        return dict.fromkeys(layout.INFO_LATER, 0) | row_dict(row[0])
+        return dict.fromkeys(layout.ADDED_INFO_COLUMNS, 0) | row_dict(row[0])
 
     def texts(self) -> dict[str, list[str]]:
         """Read /run/texts: name -> texts, in the order of writing."""

@@ -119,7 +119,7 @@ class _LockedPart(NamedTuple):
     @property
     def damage(self) -> list[str]:
         """Damaged stretches of the journal, and kept copies of journal and part, in one line each."""
-        damaged, kept = self.contents.damaged, self.journal.aside
+        damaged, kept = self.contents.damaged, self.journal.kept_path
         lines = [f"the journal has no whole block in its bytes {first} to {stop}" for first, stop in damaged]
         if len(lines) > _STRETCHES:
             lines[_STRETCHES:] = [f"and in {len(lines) - _STRETCHES} more places"]
@@ -146,7 +146,7 @@ def _lock_part(part: Path) -> Iterator[_LockedPart]:
     try:
         contents = journal.read(journal_path)
         if contents.damaged:
-            locked_journal.aside = aside(journal_path)
+            locked_journal.kept_path = aside(journal_path)
         yield _LockedPart(part, part.with_name(stem + names.FINISHED), name, locked_journal, contents, no_journal)
     finally:
         locked_journal.close()
@@ -318,7 +318,7 @@ class _PartReader:
         self._info = info
         self._run = int(info["run"])
         self._producers = file.producers()
-        self._known = {self._origin(row): int(row["first"]) for row in file.table("run/positions")}
+        self._start_positions = {self._origin(row): int(row["first"]) for row in file.table("run/positions")}
         self._accounts: dict[BlockOrigin, Account] = {}
         self._missing: list[tuple[int, ...]] = []
         self._damaged: list[str] = []
@@ -357,8 +357,10 @@ class _PartReader:
             info=self._info,
             texts=self._file.texts(),
             sealed=not findings.lines() and self._info["condition"] != RunCondition.RUNNING,
-            known=self._known,
-            accounts={source: account for source, account in self._accounts.items() if account.next > account.begun_at},
+            start_positions=self._start_positions,
+            accounts={
+                origin: account for origin, account in self._accounts.items() if account.next > account.first_sequence
+            },
             producers=self._producers,
             rows=self._row,
             cut=self._file.rows - self._row,
@@ -374,10 +376,10 @@ class _PartReader:
         return self._file.origin(row, self._producers, self._run)
 
     def _account(self, row: Any) -> Account:
-        source = self._origin(row)
-        if source not in self._accounts:
-            self._accounts[source] = Account(source, int(row["producer"]), self._known.get(source, 0))
-        return self._accounts[source]
+        origin = self._origin(row)
+        if origin not in self._accounts:
+            self._accounts[origin] = Account(origin, int(row["producer"]), self._start_positions.get(origin, 0))
+        return self._accounts[origin]
 
     # Blocks
 
@@ -466,9 +468,9 @@ class _PartReader:
             if missing := account.skip(following, None):
                 self._missing.append(missing)
             account.end = stream.End(
-                account.source.run,
-                account.source.producer,
-                account.source.epoch,
+                account.origin.run,
+                account.origin.producer,
+                account.origin.epoch,
                 following,
                 text(row["how"]),
                 int(row["first_ns"]),
@@ -505,7 +507,7 @@ class _PartReader:
             assert account.end is not None
             account.end.counts.append([int(row["io_group"]), *(int(row[name]) for name in constants.COUNTS)])
             if row["owed"]:
-                owed[account.source] = owed.get(account.source, 0) + int(row["owed"])
+                owed[account.origin] = owed.get(account.origin, 0) + int(row["owed"])
         return len(rows), owed
 
     def _ended(self, row: Any) -> bool:

@@ -22,7 +22,7 @@ from larpixdaq._native import hdf5_chunks
 from larpixdaq.constants import RunCondition, unusable, worst
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import journal, ledger, names, tables
-from larpixdaq.hdf5.ledger import describe_source
+from larpixdaq.hdf5.ledger import describe_origin
 from larpixdaq.hdf5.reader import DataFile, row_dict, text
 from larpixdaq.protocol.reports import StoredEnd, StoredRows
 from larpixdaq.protocol.stream import READ, SENT, BlockOrigin, Position
@@ -87,9 +87,9 @@ class _Judgement:
         self._missing: list[str] = []
         self._notes: list[str] = []
         self._whole = whole
-        self._ends = {source: (part, *end) for part in parts for source, end in part.ends.items()}
-        self._sources = dict.fromkeys(source for part in parts for source in part.positions)
-        self._open = [source for source in self._sources if source not in self._ends]
+        self._ends = {origin: (part, *end) for part in parts for origin, end in part.ends.items()}
+        self._origins = dict.fromkeys(origin for part in parts for origin in part.positions)
+        self._open = [origin for origin in self._origins if origin not in self._ends]
         self._stored: defaultdict[tuple[BlockOrigin, int], int] = defaultdict(int)
         self._dropped: defaultdict[tuple[BlockOrigin, int], int] = defaultdict(int)
         for part in parts:
@@ -99,33 +99,33 @@ class _Judgement:
 
     def report(self) -> RunReport:
         self._check_parts()
-        for source in self._sources:
-            self._check_blocks(source)
+        for origin in self._origins:
+            self._check_blocks(origin)
         self._check_totals()
         self._missing += [line for part in self._parts for line in part.damaged]
-        doubts = list(dict.fromkeys(line for part in self._parts for line in part.doubts))
+        verdict_lines = list(dict.fromkeys(line for part in self._parts for line in part.verdict_lines))
         return RunReport(
             self._run,
             [part.path for part in self._parts],
-            self._condition(doubts),
+            self._condition(verdict_lines),
             sum(part.rows for part in self._parts),
-            [StoredRows(*source[1:], group, rows) for (source, group), rows in self._stored.items() if rows],
-            self._waiting + self._missing + doubts,
+            [StoredRows(*origin[1:], group, rows) for (origin, group), rows in self._stored.items() if rows],
+            self._waiting + self._missing + verdict_lines,
             [
-                StoredEnd(source.producer, source.epoch, following, how, self._made_rows(source, part))
-                for source, (part, following, how) in self._ends.items()
+                StoredEnd(origin.producer, origin.epoch, following, how, self._made_rows(origin, part))
+                for origin, (part, following, how) in self._ends.items()
             ],
             self._notes,
         )
 
-    def _condition(self, doubts: list[str]) -> RunCondition:
+    def _condition(self, verdict_lines: list[str]) -> RunCondition:
         conditions = [part.condition for part in self._parts]
         found = {
             RunCondition.ABORTED: RunCondition.ABORTED in conditions,
             RunCondition.INTERRUPTED: self._waiting,
             RunCondition.INCOMPLETE: self._missing,
             RunCondition.CONTINUED: self._notes and conditions[-1] == RunCondition.CONTINUED,
-            RunCondition.SUSPECT: doubts or RunCondition.SUSPECT in conditions,
+            RunCondition.SUSPECT: verdict_lines or RunCondition.SUSPECT in conditions,
         }
         return worst(found)
 
@@ -137,68 +137,68 @@ class _Judgement:
             self._missing.append(f"part {', '.join(map(str, absent or [0]))} of run {self._run} is not there")
         self._missing += [f"there are two parts {n} of it" for n in sorted(set(numbers)) if numbers.count(n) > 1]
         continued = bool(self._parts) and self._parts[-1].condition == RunCondition.CONTINUED and not self._whole
-        for source in self._open:
+        for origin in self._open:
             if continued:
-                self._notes.append(f"{describe_source(source)}: continues in the next file")
-            elif not self._began_earlier(source) or self._stretches(source):
-                self._waiting.append(f"{describe_source(source)}: no end record, totals unknown")
-        producers = {source.producer for source in self._sources}
+                self._notes.append(f"{describe_origin(origin)}: continues in the next file")
+            elif not self._began_earlier(origin) or self._stretches(origin):
+                self._waiting.append(f"{describe_origin(origin)}: no end record, totals unknown")
+        producers = {origin.producer for origin in self._origins}
         required = dict.fromkeys(name for part in self._parts for name in part.required)
         absent_producers = [name for name in required if name not in producers]
         lines = [f"producer {name!r}: no data came, totals unknown" for name in absent_producers]
         (self._notes if continued else self._waiting).extend(lines)
 
-    def _began_earlier(self, source: BlockOrigin) -> bool:
+    def _began_earlier(self, origin: BlockOrigin) -> bool:
         """Whether an origin began in an earlier part that is not among these."""
-        return self._parts[0].number > 0 and self._parts[0].positions.get(source, (0, 0))[0] > 0
+        return self._parts[0].number > 0 and self._parts[0].positions.get(origin, (0, 0))[0] > 0
 
-    def _stretches(self, source: BlockOrigin) -> list[tuple[int, int]]:
+    def _stretches(self, origin: BlockOrigin) -> list[tuple[int, int]]:
         """Return the stored stretches (first sequence, sequence after the last) of an origin, sorted."""
         stretches = []
         for part in self._parts:
-            start, stop = part.positions.get(source, (0, 0))
-            if source in part.ends:
-                stop = part.ends[source][0]
-            for origin, first, following in sorted(part.missing):
-                if origin == source:
+            start, stop = part.positions.get(origin, (0, 0))
+            if origin in part.ends:
+                stop = part.ends[origin][0]
+            for missing_origin, first, following in sorted(part.missing):
+                if missing_origin == origin:
                     stretches.append((start, first))
                     start = following
             stretches.append((start, stop))
         return sorted((first, stop) for first, stop in stretches if first < stop)
 
-    def _check_blocks(self, source: BlockOrigin) -> None:
+    def _check_blocks(self, origin: BlockOrigin) -> None:
         """Check that each block of an origin is in exactly one part."""
-        stretches = self._stretches(source)
-        expected = self._parts[0].positions[source][0] if self._began_earlier(source) else 0
-        end = self._ends[source][1] if source in self._ends else expected
+        stretches = self._stretches(origin)
+        expected = self._parts[0].positions[origin][0] if self._began_earlier(origin) else 0
+        end = self._ends[origin][1] if origin in self._ends else expected
         for first, stop in [*stretches, (max(end, *(stop for _, stop in stretches), expected), 0)]:
             if first > expected:
-                self._missing.append(f"{describe_source(source)}: blocks {expected} to {first - 1} are in no part")
+                self._missing.append(f"{describe_origin(origin)}: blocks {expected} to {first - 1} are in no part")
             elif stop and first < expected:
                 last = min(expected, stop) - 1
-                self._missing.append(f"{describe_source(source)}: blocks {first} to {last} are in two parts")
+                self._missing.append(f"{describe_origin(origin)}: blocks {first} to {last} are in two parts")
             expected = max(expected, stop)
 
     def _check_totals(self) -> None:
         """Check equation (d) of the ledger for each io_group, over all parts."""
         for key in dict.fromkeys((*self._stored, *self._dropped)):
-            source, group = key
-            where = f"{describe_source(source)}, io_group {group}"
+            origin, group = key
+            where = f"{describe_origin(origin)}, io_group {group}"
             counts = dict.fromkeys(constants.COUNTS, 0) | {"dropped": self._dropped[key], "owed": 0}
-            if source in self._ends:
-                counts = self._ends[source][0].counts.get(key, counts)
+            if origin in self._ends:
+                counts = self._ends[origin][0].counts.get(key, counts)
             if counts["owed"]:
                 self._waiting.append(f"{where}: {counts['owed']} rows are still pending")
             if counts["dropped"]:
                 self._missing.append(f"{where}: {counts['dropped']} rows dropped, because ring and spool were full")
-            line = ledger.owing(counts, self._stored[key], counts["owed"])
-            if line and source in self._ends and not self._began_earlier(source):
+            line = ledger.row_imbalance(counts, self._stored[key], counts["owed"])
+            if line and origin in self._ends and not self._began_earlier(origin):
                 self._missing.append(f"{where}: {line}")
             if line := unusable(counts):
                 self._missing.append(f"{where}: {line}")
 
-    def _made_rows(self, source: BlockOrigin, part: Part) -> int:
-        return sum(ledger.made(counts) for (origin, _), counts in part.counts.items() if origin == source)
+    def _made_rows(self, origin: BlockOrigin, part: Part) -> int:
+        return sum(ledger.made(counts) for (key, _), counts in part.counts.items() if key == origin)
 
 
 class Part(NamedTuple):
@@ -215,7 +215,7 @@ class Part(NamedTuple):
     ends: dict[BlockOrigin, tuple[int, str]]  # next, how
     counts: dict[tuple[BlockOrigin, int], dict[str, Any]]
     missing: list[tuple[BlockOrigin, int, int]]
-    doubts: list[str]
+    verdict_lines: list[str]
     damaged: list[str]
 
 
@@ -238,13 +238,13 @@ def read_part(path: Path) -> Part:
             condition=info["condition"],
             rows=info["rows"],
             required=texts.get("required producer", []),
-            positions={source: (row["first"], row["next"]) for source, row in rows("run/positions")},
-            ends={source: (row["next"], row["how"]) for source, row in rows("run/ends")},
-            counts={(source, row["io_group"]): row for source, row in rows("ledger/counts")},
-            missing=[(source, row["first"], row["next"]) for source, row in rows("run/missing")],
-            doubts=[
-                f"{describe_source(source)}, io_group {row['io_group']}: {row['verdict']}: {row['why']}"
-                for source, row in rows("ledger/verdicts")
+            positions={origin: (row["first"], row["next"]) for origin, row in rows("run/positions")},
+            ends={origin: (row["next"], row["how"]) for origin, row in rows("run/ends")},
+            counts={(origin, row["io_group"]): row for origin, row in rows("ledger/counts")},
+            missing=[(origin, row["first"], row["next"]) for origin, row in rows("run/missing")],
+            verdict_lines=[
+                f"{describe_origin(origin)}, io_group {row['io_group']}: {row['verdict']}: {row['why']}"
+                for origin, row in rows("ledger/verdicts")
                 if row["verdict"] != "complete"
             ],
             damaged=[f"{path.name}: {line}" for line in texts.get("damaged", [])],
@@ -295,15 +295,15 @@ def _without_blocks(part: Part, file: DataFile, blocks: list[tuple[tuple[BlockOr
     """Subtract blocks, with the counts of their rows, from a part; they become missing there."""
     counts = {key: dict(line) for key, line in part.counts.items()}
     rows = 0
-    for (source, _), block in blocks:
+    for (origin, _), block in blocks:
         first, n = int(block["first_row"]), int(block["rows"])
         tally = ledger.new_tally()
         if file.layout is not None:
             hdf5_chunks.tally(file.packets(first, first + n).view(np.uint8), file.layout.code, tally)
         stored = ledger.stored(tally)
         for group in np.flatnonzero(stored).tolist():
-            if (source, group) in counts:
-                counts[source, group]["stored"] -= int(stored[group])
+            if (origin, group) in counts:
+                counts[origin, group]["stored"] -= int(stored[group])
         rows += n
     missing = [*part.missing, *_missing_stretches(sorted(key for key, _ in blocks))]
     return part._replace(rows=part.rows - rows, counts=counts, missing=missing)
@@ -355,9 +355,9 @@ def positions(
             if path.exists() and warnings is not None:
                 warnings.append(str(error))
             continue
-        for source, value in found.items():
-            next_of[source] = max(value, next_of.get(source, 0))
-    return [Position(source.run, source.producer, source.epoch, value) for source, value in next_of.items()]
+        for origin, value in found.items():
+            next_of[origin] = max(value, next_of.get(origin, 0))
+    return [Position(origin.run, origin.producer, origin.epoch, value) for origin, value in next_of.items()]
 
 
 def positions_of_file(path: Path, run: int) -> dict[BlockOrigin, int]:

@@ -41,7 +41,7 @@ class InfoMessage(NamedTuple):
     seconds: int  # unix seconds
 
 
-class Held(NamedTuple):
+class WaitingFrame(NamedTuple):
     """A block or an end record that is not in the tables yet; `start` to `stop` are its rows in /packets."""
 
     frame: stream.Block | stream.End
@@ -113,7 +113,7 @@ class Tables:
         parts = stream.text_pieces(text, schema.TEXT_BYTES)
         self.append("run/texts", [(label, i, part, now) for i, part in enumerate(parts)])
 
-    def write(self, done: Iterable[Held], missing: list[tuple[int, ...]]) -> None:
+    def write(self, frames: Iterable[WaitingFrame], missing: list[tuple[int, ...]]) -> None:
         """Add the blocks and end records of a batch whose rows are in /packets, and rows for /run/missing.
 
         A block or end comes after all rows that it refers to. So the rows of complete blocks and ends are the first
@@ -121,18 +121,18 @@ class Tables:
         """
         self.append("run/missing", missing)
         rows: list[tuple[int, ...]] = []
-        for held in done:
-            frame, account = held.frame, held.account
+        for entry in frames:
+            frame, account = entry.frame, entry.account
             if isinstance(frame, stream.End):
                 self._write_blocks(rows)
                 rows = []
                 self._write_end(frame, account)
                 continue
             self.append("ledger/gaps", account.gaps(frame))
-            self.add_message(held)
+            self.add_message(entry)
             if frame.configs is not None:
                 self.add_configs(configuration_rows(frame, account.index))
-            position = (frame.sequence, held.start, frame.rows, frame.crc32)
+            position = (frame.sequence, entry.start, frame.rows, frame.crc32)
             times = (frame.first_ns, frame.last_ns)
             rows.append((account.index, frame.epoch, *position, *times, frame.first_packet, frame.flags))
         self._write_blocks(rows)
@@ -162,10 +162,10 @@ class Tables:
         if rows:
             table[:] = np.array(rows, layout.POSITIONS)
 
-    def carry(self, known: CarriedConfigurations) -> None:
+    def carry(self, carried: CarriedConfigurations) -> None:
         """Add configurations of earlier parts, whose producers this file has."""
-        rows = known.rows.copy()
-        rows["producer"] = [self.producers[known.producers[index]] for index in rows["producer"].tolist()]
+        rows = carried.rows.copy()
+        rows["producer"] = [self.producers[carried.producers[index]] for index in rows["producer"].tolist()]
         self.add_configs(rows)
 
     def add_configs(self, rows: NDArray[Any]) -> None:
@@ -174,13 +174,13 @@ class Tables:
         fitting = rows[fitting_configurations(rows, self._asic)]
         self.append("configs", _larpix_control_rows(fitting, self._dtypes["configs"]))
 
-    def add_message(self, held: Held) -> None:
+    def add_message(self, entry: WaitingFrame) -> None:
         """Add the text of an INFO message to /messages, unless it is there."""
-        if held.message is None or held.message.first < self._tables["messages"].shape[0]:
+        if entry.message is None or entry.message.first < self._tables["messages"].shape[0]:
             return
-        assert isinstance(held.frame, stream.Block)
-        parts = stream.text_pieces(held.frame.text or "", schema.MESSAGE_BYTES)
-        first, seconds = held.message
+        assert isinstance(entry.frame, stream.Block)
+        parts = stream.text_pieces(entry.frame.text or "", schema.MESSAGE_BYTES)
+        first, seconds = entry.message
         self.append("messages", [(part, seconds, first + i) for i, part in enumerate(parts)])
 
     def set_owed(self, account: Account, owed: int) -> None:
@@ -190,7 +190,7 @@ class Tables:
         elif owed:
             table = self._tables["ledger/counts"]
             rows = table[:]
-            rows[(rows["producer"] == account.index) & (rows["epoch"] == account.source.epoch)] = account.counts(owed)
+            rows[(rows["producer"] == account.index) & (rows["epoch"] == account.origin.epoch)] = account.counts(owed)
             table[:] = rows
 
 
@@ -216,21 +216,21 @@ def describe_run(
     tables: Tables,
     info: RunInfo,
     part: int,
-    known: Mapping[BlockOrigin, int],
+    start_positions: Mapping[BlockOrigin, int],
     configurations: CarriedConfigurations,
 ) -> None:
     """Write the description of the run into a new file.
 
-    `known`: next sequence of each origin after the earlier parts; `configurations`: those of the earlier parts.
+    `start_positions`: positions after the earlier parts; `configurations`: those of the earlier parts.
     /run/info is written last, so that a file whose row of it is still empty has taken no block.
     """
     positions: list[tuple[int, ...]] = []
-    for origin, following in known.items():
+    for origin, following in start_positions.items():
         tables.add_producer(origin.producer)
         positions.append((tables.producers[origin.producer], origin.epoch, following, following))
     tables.add_text("layout", info.layout.name)
     write_run_texts(tables, info)
-    tables.carry(configurations.select(known))
+    tables.carry(configurations.select(start_positions))
     file.flush()
     tables.set_positions(positions)
     row = np.zeros(1, layout.INFO)

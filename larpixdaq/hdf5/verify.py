@@ -19,7 +19,7 @@ from larpixdaq._native import hdf5_chunks, word_codec
 from larpixdaq.constants import RunCondition
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import layout, ledger, names, run_report
-from larpixdaq.hdf5.ledger import describe_source
+from larpixdaq.hdf5.ledger import describe_origin
 from larpixdaq.hdf5.reader import PIECE_ROWS, DataFile, row_dict
 from larpixdaq.hdf5.recordings import chip_generation, copy_columns
 from larpixdaq.hdf5.run_report import RunReport
@@ -258,7 +258,7 @@ def check_seal(file: DataFile, info: dict[str, Any], findings: Findings) -> None
     sums = {bytes(row["name"]).decode("utf-8", "replace"): row for row in file.table("run/checksums")}
     for name in layout.CHECKED:
         row = sums.get(name)
-        if row is None and name in layout.LATER and not file.length(name):
+        if row is None and name in layout.ADDED_TABLES and not file.length(name):
             continue
         if row is None:
             findings.add(f"/run/checksums has no line for {name}")
@@ -420,7 +420,7 @@ class LedgerCheck:
         if sequence != expected:
             check.lost = True
             if (origin, expected, sequence) not in self._missing:
-                self._finding(f"{describe_source(origin)}: sequence {sequence} follows where {expected} should")
+                self._finding(f"{describe_origin(origin)}: sequence {sequence} follows where {expected} should")
 
     def close(self, *, continued: bool) -> None:
         """Check the ends, the positions and the ledger after all blocks.
@@ -429,22 +429,22 @@ class LedgerCheck:
         """
         for (origin, first, stop), rows in self._missing.items():
             self._open_finding(
-                f"{describe_source(origin)}: blocks {first} to {stop - 1} missing ({rows} rows, by the next header)"
+                f"{describe_origin(origin)}: blocks {first} to {stop - 1} missing ({rows} rows, by the next header)"
             )
         for row in self._file.table("run/ends"):
             origin = self._origin(row)
             check = self._check(origin)
             if check.ended:
-                self._finding(f"{describe_source(origin)}: ends twice")
+                self._finding(f"{describe_origin(origin)}: ends twice")
             check.ended = True
             self._advance(origin, check, int(row["next"]))
         for origin, check in self._checks.items():
             if not (check.ended or continued):
-                self._open_finding(f"{describe_source(origin)}: no end record, totals unknown")
+                self._open_finding(f"{describe_origin(origin)}: no end record, totals unknown")
             recorded, position = self._positions.get(origin, (0, 0))[1], check.expected + check.ended
             if self._closed and recorded != position:
                 self._finding(
-                    f"{describe_source(origin)}: /run/positions says that {recorded} comes next, by its blocks that is"
+                    f"{describe_origin(origin)}: /run/positions says that {recorded} comes next, by its blocks that is"
                     f" {position}"
                 )
         self._check_ledger()
@@ -453,7 +453,7 @@ class LedgerCheck:
         listed = set()
         for row in self._file.table("ledger/counts"):
             origin, group = self._origin(row), int(row["io_group"])
-            where = f"{describe_source(origin)}, io_group {group}"
+            where = f"{describe_origin(origin)}, io_group {group}"
             if (origin, group) in listed:
                 self._finding(f"{where}: listed twice in the ledger")
             listed.add((origin, group))
@@ -461,11 +461,11 @@ class LedgerCheck:
         for origin, check in self._checks.items():
             for index in np.flatnonzero(ledger.stored(check.tally)):
                 if (origin, int(index)) not in listed:
-                    self._finding(f"{describe_source(origin)}, io_group {index}: has rows, but no line in the ledger")
+                    self._finding(f"{describe_origin(origin)}, io_group {index}: has rows, but no line in the ledger")
         for row in self._file.table("ledger/outside"):
-            for line in ledger.unbalanced(row_dict(row)):
+            for line in ledger.input_imbalances(row_dict(row)):
                 self._finding(
-                    f"{describe_source(self._origin(row))}, io_group {row['io_group']}, outside of runs: {line}"
+                    f"{describe_origin(self._origin(row))}, io_group {row['io_group']}, outside of runs: {line}"
                 )
 
     def _check_line(self, where: str, check: _OriginCheck, group: int, counts: dict[str, Any]) -> None:
@@ -478,13 +478,13 @@ class LedgerCheck:
             self._finding(f"{where}: {tally['other_rows']} rows of an unknown packet type")
         if counts["how"] == ledger.OPEN:
             return
-        for line in ledger.unbalanced(counts):
+        for line in ledger.input_imbalances(counts):
             self._finding(f"{where}: {line}")
         if problem := constants.unusable(counts):
             self._finding(f"{where}: {problem}")
         if check.continued:
             return  # the rows of earlier parts are in other files
-        if problem := ledger.owing(counts, stored, counts["owed"]):
+        if problem := ledger.row_imbalance(counts, stored, counts["owed"]):
             self._open_finding(f"{where}: {problem}")
         if counts["owed"]:
             self._finding(f"{where}: {counts['owed']} rows are still pending")

@@ -1,13 +1,13 @@
-"""One file (a part of a run) being written: blocks in, LArPix+HDF5 out, durable at every moment.
+"""Write blocks into one part of a run, so that every acknowledged block survives the death of this process.
 
-Rows are collected in batches. A full batch is written to /packets; then come the rows of /run/blocks for the blocks
-that ended in it; then the journal is emptied. A block that has waited WAIT seconds for that goes to the journal, whole.
-Every SHOW_INTERVAL seconds the rows of an unfinished batch are written to /packets as well, for readers of the growing
-file. No block of /run/blocks has these rows yet, so a recovery cuts them and takes those of the journal.
-So a block below `durable` is in /run/blocks or in the journal, and survives the death of this process; a power cut it
-survives from publish() on, which syncs, or, with `fsync`, from the moment it is below `durable`.
+Rows are collected in batches. A full batch is written to /packets. Then the blocks that end in it get their rows in
+/run/blocks, and then the journal is emptied. A block that has waited for WAIT seconds goes to the journal, whole.
 
-The end of a file: what it says about itself, its seal, and its final name.
+Every SHOW_INTERVAL seconds the rows of an unfinished batch are written to /packets too, for readers of the growing
+file. No block in /run/blocks refers to these rows yet, so recovery cuts them and takes the rows from the journal.
+
+A block below the position in `durable` is therefore in /run/blocks or in the journal. It survives a power cut after
+publish(), which syncs the file; with `fsync`, as soon as it is below that position.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from larpixdaq.hdf5 import layout, ledger, names, tables
 from larpixdaq.hdf5.chunk_writer import Batch, WriteBack
 from larpixdaq.hdf5.journal import Journal
 from larpixdaq.hdf5.ledger import Account, check_block, check_content, check_end, describe
-from larpixdaq.hdf5.tables import CarriedConfigurations, Held, InfoMessage, RunInfo, Tables, storable
+from larpixdaq.hdf5.tables import CarriedConfigurations, InfoMessage, RunInfo, Tables, WaitingFrame, storable
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime.file_access import copy_content, in_place, open_regular
 from larpixdaq.runtime.record_file import crc32
 
-#: A block waits at most this long, in seconds, for its batch to fill up.
+#: Seconds that a block waits for its batch to fill up, before it goes to the journal.
 WAIT: Final = 0.020
 #: Seconds between two writes of an unfinished batch, for readers of the growing file.
 SHOW_INTERVAL: Final = 4.0
-#: A storage that rotates so long after the last row (ns) lags behind its producers.
-_LAG_NS = 2 * 10**9
+#: Nanoseconds between the last row and a rotation from which on a storage lags behind its producers.
+_LAG_NS: Final = 2 * 10**9
 
 
 class CloseReport(NamedTuple):
-    """What close() has to say. `reasons`: why the condition is not COMPLETE."""
+    """Result of the close of a part. `reasons`: why the condition is not COMPLETE."""
 
     path: Path
     rows: int
@@ -72,15 +72,15 @@ class RunFile:
         fsync: bool = False,
         configurations: CarriedConfigurations = tables.NO_CONFIGURATIONS,
     ) -> None:
-        """Create NAME.h5.part and its journal; FileError in one line when that cannot be.
+        """Create NAME.h5.part and its journal. FileError in one line when they cannot be created.
 
-        `positions`: where the run's sources stand after the parts before; other sources begin at sequence 0.
-        `configurations`: what was known of the chips there.
-        `fsync`: what is durable survives a power cut too, at the cost of waiting for the disk.
+        `positions`: those after the earlier parts; other origins begin at sequence 0.
+        `configurations`: those of the chips at the end of the previous part.
+        `fsync`: durable blocks survive a power cut too; each write then waits for the disk.
         """
         stem = names.stem(info.run, info.started_ns, part, info.storage)
-        known = {BlockOrigin(p.run, p.producer, p.epoch): p.next for p in positions if p.run == info.run}
-        self._set_up(info, part, Path(directory) / (stem + names.PART), known)
+        start_positions = {BlockOrigin(p.run, p.producer, p.epoch): p.next for p in positions if p.run == info.run}
+        self._set_up(info, part, Path(directory) / (stem + names.PART), start_positions)
         if self.final.exists():
             raise FileError(f"cannot create {self.path}: {self.final} exists")
         self._fsync = fsync
@@ -99,20 +99,20 @@ class RunFile:
             raise
 
     def _describe(self, configurations: CarriedConfigurations) -> None:
-        tables.describe_run(self._file, self._tables, self.info, self.part, self._known, configurations)
+        tables.describe_run(self._file, self._tables, self.info, self.part, self._start_positions, configurations)
         if self._fsync:
             self._flush()
             sync_path(self.path.parent)
 
     @classmethod
     def resume(cls, path: Path, journal: Journal, info: RunInfo, state: UnfinishedPart) -> RunFile:
-        """Go on with the part of a dead writer, whose superblock has been repaired: for recovery, which has the
-        journal's lock, adds what only the journal holds, and closes it. What does not belong in it is cut.
+        """Continue the part of a dead writer, after recovery has repaired its superblock and locked its journal.
 
-        FileError when the disk fails; part and journal are as good as before then.
+        Rows that belong to no block are cut. Recovery then adds the blocks that only the journal has, and closes the
+        part. FileError when the disk fails; nothing is lost then from part and journal.
         """
         self = cls.__new__(cls)
-        self._set_up(info, state.info["part"], path, state.known)
+        self._set_up(info, state.info["part"], path, state.start_positions)
         self._journal = journal
         self._file = layout.reopen(path)
 
@@ -130,88 +130,88 @@ class RunFile:
             raise
         self._damaged = state.damaged
         self._accounts = dict(state.accounts)
-        self.ended = {account.source: account.end for account in state.accounts.values() if account.end}
+        self.ended = {account.origin: account.end for account in state.accounts.values() if account.end}
         self._missing = list(state.missing)
         self._messages = state.messages
         self.duplicate_blocks = state.info["duplicate_blocks"]
         return self
 
-    def _set_up(self, info: RunInfo, part: int, path: Path, known: dict[BlockOrigin, int]) -> None:
+    def _set_up(self, info: RunInfo, part: int, path: Path, start_positions: dict[BlockOrigin, int]) -> None:
         self.info = info
         self.part = part
         self.path = path
         self.duplicate_blocks = 0
-        #: Next sequence per source: all below is durable. An end counts as the sequence it names.
+        #: Position of each origin below which all blocks are durable. An end counts as the sequence that it names.
         self.durable: dict[BlockOrigin, int] = {}
         self.ended: dict[BlockOrigin, stream.End] = {}
         self._write_back = WriteBack(path)
-        #: The name that publish() gives it.
+        #: The name that publish() gives to the file.
         self.final = path.with_name(path.name.removesuffix(names.PART) + names.FINISHED)
-        self._known = known
+        self._start_positions = start_positions
         self._accounts: dict[BlockOrigin, Account] = {}
-        self._held: deque[Held] = deque()
-        #: When a rotation opened this part, unix ns; 0: none did.
-        self.from_ns = 0
-        self._journaled = 0  # of the held ones, the first so many are in the journal
-        self._oldest = 0.0  # monotonic time at which the first of the others came
-        self._pending_messages: list[Held] = []  # INFO messages among the held ones whose texts are not in /messages
-        self._visible_rows = 0  # rows that readers of the file can see
-        self._show_time = monotonic()  # time at which these were written
+        self._waiting: deque[WaitingFrame] = deque()
+        #: When a rotation opened this part, unix ns; 0: no rotation did.
+        self.rotated_in_ns = 0
+        self._journaled = 0  # number of waiting frames, from the first, that are in the journal
+        self._oldest = 0.0  # monotonic time at which the first of the other waiting frames came
+        self._unwritten_messages: list[WaitingFrame] = []  # waiting INFO messages whose texts are not in /messages
+        self._visible_rows = 0  # rows that readers of the growing file can see
+        self._show_time = monotonic()  # monotonic time at which these rows were written
         self._missing: list[tuple[int, ...]] = []
         self._messages = 0
-        self._damaged: list[str] = []  # of a resumed file: what is not as it was written
-        #: Why nothing can be written any more; empty while something can.
+        self._damaged: list[str] = []  # damage that recovery found in this part, one line each
+        #: Why the file cannot be written any more; empty while it can.
         self.failed = ""
         self._fsync = False
-        self._nameless = -1  # the sealed file, when somebody has removed its name
+        self._unlinked = -1  # descriptor of the sealed file when its name was removed; else -1
 
     def positions(self) -> list[stream.Position]:
-        """Where each source of the run stands now, parts before counted: for the part that follows."""
-        return [stream.Position(*source, self.next(source)) for source in self._known | self._accounts]
+        """Return the position of each origin of the run over all parts so far, for the next part."""
+        return [stream.Position(*origin, self.next(origin)) for origin in self._start_positions | self._accounts]
 
     def configurations(self) -> CarriedConfigurations:
-        """What is known of the chips now: for the part that follows."""
+        """Return the newest configurations of the chips, for the next part."""
         waiting = [
-            tables.configuration_rows(held.frame, held.account.index)
-            for held in self._held
-            if isinstance(held.frame, stream.Block) and held.frame.configs is not None
+            tables.configuration_rows(entry.frame, entry.account.index)
+            for entry in self._waiting
+            if isinstance(entry.frame, stream.Block) and entry.frame.configs is not None
         ]
         table = np.concatenate([self._file["run/configs"][:], *waiting])
         return CarriedConfigurations(tables.newest_configurations(table), list(self._tables.producers))
 
     @property
     def rows(self) -> int:
-        """Rows taken, in the file or on their way to it."""
+        """Rows of all blocks that were added, in the file or still waiting."""
         return self._batch.rows
 
     @property
     def bytes(self) -> int:
-        """The size of the file now; 0 when somebody has taken it away."""
+        """Present size of the file; 0 when its name was removed."""
         try:
-            return os.fstat(self._nameless).st_size if self._nameless >= 0 else self.path.stat().st_size
+            return os.fstat(self._unlinked).st_size if self._unlinked >= 0 else self.path.stat().st_size
         except OSError:
             return 0
 
     def in_place(self) -> bool:
-        """Whether part and journal have their names still: a recovery could not find them otherwise."""
+        """Whether part and journal still have their names, by which a recovery finds them."""
         return in_place(self._descriptor(), self.path) and self._journal.in_place()
 
-    # What comes in
+    # Incoming blocks and end records
 
     def add(self, block: stream.Block, rows: NDArray[Any]) -> None:
-        """Take a block; `rows`, of the run's layout, are only borrowed.
+        """Add a block with its rows, which have the run's layout and are copied.
 
-        A block that was taken before is counted and dropped; sequences that were jumped over are counted as missing.
-        ProtocolError, with nothing taken, when header and rows do not belong together (ChecksumError when the rows are
-        others than were sent); FileError when the disk fails.
+        A block that the part has already is counted as a duplicate; blocks between are counted as missing.
+        ProtocolError, with nothing added, when header and rows do not belong together; ChecksumError when the rows are
+        not the rows that were sent; FileError when the disk fails.
         """
-        self._usable()
+        self._check_usable()
         self._check_run(block)
         check_block(block, rows, self.info.layout)
         if block.sequence < self._expected(block.source):
             self.duplicate_blocks += 1
             return
-        # What is looked at from here on is our copy: nobody can change it any more.
+        # The copy is checked, because a producer may overwrite the rows in its ring meanwhile.
         pieces = self._batch.stage(rows.view(np.uint8))
         check_content(block, pieces, self.info.layout)
         account = self._account(block.source)
@@ -231,18 +231,19 @@ class RunFile:
         account.drop((gap.io_group, gap.rows) for gap in block.gaps)
         for piece in pieces:
             hdf5_chunks.tally(piece, block.layout, account.tally)
-        self._hold(held := Held(block, account, self.rows, self.rows + block.rows, message))
+        self._enqueue(entry := WaitingFrame(block, account, self.rows, self.rows + block.rows, message))
         if message is not None:
-            self._pending_messages.append(held)
+            self._unwritten_messages.append(entry)
         self._try(lambda: self._batch.commit(block.rows, self._write_batch))
 
     def end(self, end: stream.End) -> None:
-        """Take the end of a source: its totals. One that was taken before is counted and dropped."""
-        self._usable()
+        """Add the end record of an origin. An end record that the part has already is counted as a duplicate."""
+        self._check_usable()
         self._check_run(end)
         check_end(end)
         expected = self._expected(end.source)
-        if end.source in self.ended or end.following == self._known.get(end.source):  # here, or in a part before
+        # The end record is in this part, or in an earlier one.
+        if end.source in self.ended or end.following == self._start_positions.get(end.source):
             self.duplicate_blocks += 1
             return
         if end.next < expected:
@@ -253,34 +254,34 @@ class RunFile:
         account.end = end
         account.drop((gap.io_group, gap.rows) for gap in end.gaps)
         self.ended[end.source] = end
-        self._hold(Held(end, account, self.rows, self.rows))
+        self._enqueue(WaitingFrame(end, account, self.rows, self.rows))
 
     def _check_run(self, frame: stream.Block | stream.End) -> None:
         if frame.run != self.info.run:
             raise ProtocolError(f"{describe(frame)}: this file holds run {self.info.run}")
 
-    def _account(self, source: BlockOrigin) -> Account:
-        account = self._accounts.get(source)
+    def _account(self, origin: BlockOrigin) -> Account:
+        account = self._accounts.get(origin)
         if account is None:
-            if not storable(source.producer):
-                size = len(source.producer.encode("utf-8", "replace"))
-                raise ProtocolError(f"producer {source.producer[:40]!r}: a name of {size} bytes cannot be stored")
-            self._try(lambda: self._tables.add_producer(source.producer))
-            account = Account(source, self._tables.producers[source.producer], self._known.get(source, 0))
-            self._accounts[source] = account
+            if not storable(origin.producer):
+                size = len(origin.producer.encode("utf-8", "replace"))
+                raise ProtocolError(f"producer {origin.producer[:40]!r}: a name of {size} bytes cannot be stored")
+            self._try(lambda: self._tables.add_producer(origin.producer))
+            account = Account(origin, self._tables.producers[origin.producer], self._start_positions.get(origin, 0))
+            self._accounts[origin] = account
         return account
 
-    def next(self, source: BlockOrigin) -> int:
-        """The sequence that comes next, durable or not; an end counts as the one it names."""
-        account = self._accounts.get(source)
-        return self._known.get(source, 0) if account is None else account.next
+    def next(self, origin: BlockOrigin) -> int:
+        """Return the next sequence of an origin, durable or not; an end counts as the sequence that it names."""
+        account = self._accounts.get(origin)
+        return self._start_positions.get(origin, 0) if account is None else account.next
 
-    def _expected(self, source: BlockOrigin) -> int:
-        account = self._accounts.get(source)
-        return self._known.get(source, 0) if account is None else account.expected
+    def _expected(self, origin: BlockOrigin) -> int:
+        account = self._accounts.get(origin)
+        return self._start_positions.get(origin, 0) if account is None else account.expected
 
     def _flush(self) -> None:
-        """Hand everything to the kernel, in order; with `fsync` wait until the disk has it."""
+        """Hand all data to the kernel, in order; with `fsync` wait until the disk has them."""
         self._file.flush()
         if self._fsync:
             os.fsync(self._descriptor())
@@ -288,56 +289,58 @@ class RunFile:
     def _descriptor(self) -> int:
         return int(self._file.id.get_vfd_handle())
 
-    def _hold(self, held: Held) -> None:
-        if len(self._held) == self._journaled:
+    def _enqueue(self, entry: WaitingFrame) -> None:
+        if len(self._waiting) == self._journaled:
             self._oldest = monotonic()
-        self._held.append(held)
+        self._waiting.append(entry)
 
-    # What goes out
+    # Journal and batches
 
     def due(self) -> float | None:
-        """The time.monotonic() at which work() must be called; None: not before something comes."""
-        if len(self._held) > self._journaled:
+        """Return the time.monotonic() at which work() must be called; None: not before the next frame."""
+        if len(self._waiting) > self._journaled:
             return self._oldest + WAIT
         return self._show_time + SHOW_INTERVAL if self.rows > self._visible_rows else None
 
     def work(self, *, pressed: bool = False) -> None:
-        """Journal what has waited for WAIT; with `pressed` (half the stream's window is used) all that waits. Then show
-        rows, when that is due."""
-        self._usable()
-        if len(self._held) > self._journaled and (pressed or monotonic() >= self._oldest + WAIT):
-            waiting = [self._held[i] for i in range(self._journaled, len(self._held))]
-            records = [(stream.pack(held.frame), self._batch.pieces(held.start, held.stop)) for held in waiting]
+        """Write blocks that have waited for WAIT to the journal, and rows for readers when these are due.
+
+        `pressed`: write all waiting blocks, because half of the stream's window is used.
+        """
+        self._check_usable()
+        if len(self._waiting) > self._journaled and (pressed or monotonic() >= self._oldest + WAIT):
+            waiting = [self._waiting[i] for i in range(self._journaled, len(self._waiting))]
+            records = [(stream.pack(entry.frame), self._batch.pieces(entry.start, entry.stop)) for entry in waiting]
             self._try(lambda: self._journal.append(records))
-            self._journaled = len(self._held)
+            self._journaled = len(self._waiting)
             self._acknowledge(waiting)
         if self.rows > self._visible_rows and monotonic() >= self._show_time + SHOW_INTERVAL:
             self._try(self._show)
 
     def _show(self) -> None:
-        for held in self._pending_messages:
-            self._tables.add_message(held)
-        self._pending_messages.clear()
-        self._flush()  # a row of a message is not seen before its text
+        for entry in self._unwritten_messages:
+            self._tables.add_message(entry)
+        self._unwritten_messages.clear()
+        self._flush()  # so that readers never see a row of a message without its text
         self._batch.show()
         self._flush()
         self._visible_rows, self._show_time = self.rows, monotonic()
 
-    def _acknowledge(self, done: Iterable[Held]) -> None:
-        for held in done:
-            self.durable[held.frame.source] = held.frame.following
+    def _acknowledge(self, done: Iterable[WaitingFrame]) -> None:
+        for entry in done:
+            self.durable[entry.frame.source] = entry.frame.following
 
     def _write_batch(self) -> None:
         stop = self._batch.write()
         done = []
-        while self._held and self._held[0].stop <= stop:
-            done.append(self._held.popleft())
+        while self._waiting and self._waiting[0].stop <= stop:
+            done.append(self._waiting.popleft())
         self._tables.write(done, self._missing)  # flushes the rows before it names a block
         self._write_back.advance(self.bytes)
         self._missing.clear()
-        self._pending_messages = [held for held in self._held if held.message is not None]
-        # What is left is at most one block that straddles the batch's end. It has only just come, so it is not in the
-        # journal yet, and waits for the next batch or its turn there like any other.
+        self._unwritten_messages = [entry for entry in self._waiting if entry.message is not None]
+        # At most one block still waits: the block that straddles the end of the batch. It is the newest, so it is not
+        # in the journal yet, and nothing in the journal is needed.
         self._journal.clear()
         self._journaled = 0
         self._oldest = self._show_time = monotonic()
@@ -347,11 +350,11 @@ class RunFile:
     # Metadata and the close
 
     def announce(self, info: RunInfo) -> None:
-        """Take over what became known of the run while its file was open already; its name and layout stay.
+        """Add the core's description of the run to a file that was opened without it; name and layout stay.
 
-        ProtocolError when the run has another layout, FileError when the disk fails.
+        ProtocolError when run or layout differ, FileError when the disk fails.
         """
-        self._usable()
+        self._check_usable()
         if info.run != self.info.run or info.layout != self.info.layout:
             raise ProtocolError(
                 f"{self.path} holds run {self.info.run} in layout {self.info.layout.name}, asked for is run {info.run}"
@@ -362,8 +365,8 @@ class RunFile:
         self.begin(info.begun_ns)
 
     def begin(self, begun_ns: int) -> None:
-        """RUN begins, unix ns."""
-        self._usable()
+        """Note when RUN began, unix ns. FileError when the disk fails."""
+        self._check_usable()
         self.info = self.info._replace(begun_ns=begun_ns)
 
         def write() -> None:
@@ -375,19 +378,19 @@ class RunFile:
         self._try(write)
 
     def set_sources(self, connected: Iterable[stream.ConnectedBoard]) -> None:
-        """Add to /run/sources what became known while the file is open."""
-        self._usable()
+        """Add boards to /run/sources, unless they are there. FileError when the disk fails."""
+        self._check_usable()
         self._try(lambda: self._tables.add_sources(connected))
         self._try(self._flush)
 
     def set_text(self, name: str, text: str) -> None:
-        """Add a text to /run/texts; the newest of a name counts. For what becomes known while the file is open."""
-        self._usable()
+        """Add a text to /run/texts, where the newest text of a name counts. FileError when the disk fails."""
+        self._check_usable()
         self._try(lambda: self._tables.add_text(name, text))
         self._try(self._flush)
 
     def close(self, **how: Any) -> CloseReport:
-        """Seal and publish, which waits for the disk. `how`: as of seal()."""
+        """Seal and publish the file, which waits for the disk. `how`: arguments of seal()."""
         report = self.seal(**how)
         return report._replace(path=self.publish())
 
@@ -399,16 +402,16 @@ class RunFile:
         owed: Mapping[BlockOrigin, int] | None = None,
         texts: Mapping[str, str] | None = None,
         ended_ns: int = 0,
-        until_ns: int = 0,
+        rotated_out_ns: int = 0,
     ) -> CloseReport:
-        """Write what is left, the totals and the condition: the file is whole then, and waits for publish().
+        """Write the waiting rows, the totals and the condition; the file is then complete, and needs only publish().
 
-        aborted: the run was; continued: the run goes on in another part; owed: rows that producers are known to keep
-        still; texts: more for /run/texts, such as "previous part", "next part"; ended_ns: when RUN ended, unix ns, 0
-        when it has not, or nobody knows; until_ns: when a rotation opened the next part, unix ns.
+        aborted: the run was aborted; continued: the run continues in another part; owed: pending rows of each origin;
+        texts: further texts for /run/texts, such as "next part"; ended_ns: when RUN ended, unix ns; 0: not yet, or
+        unknown; rotated_out_ns: when a rotation opened the next part, unix ns; 0: no rotation did.
         FileError when the disk fails: part and journal then stay for recovery.
         """
-        self._usable()
+        self._check_usable()
         owed = owed or {}
         accounts = list(self._accounts.values())
         condition, reasons = ledger.verdict(
@@ -417,7 +420,7 @@ class RunFile:
             self.info.required_producers,
             aborted=aborted,
             continued=continued,
-            before=self._known,
+            before=self._start_positions,
             damaged=self._damaged,
         )
         missing = sum(account.missing_blocks for account in accounts)
@@ -430,18 +433,20 @@ class RunFile:
                 for line in lines:
                     self._tables.add_text(name, line)
             for account in accounts:
-                self._tables.set_owed(account, owed.get(account.source, 0))
+                self._tables.set_owed(account, owed.get(account.origin, 0))
             self._tables.set_positions(self._positions())
             info = self._file["run/info"][:]
             info["condition"], info["closed_ns"] = condition, time.time_ns()
-            if "ended_ns" in info.dtype.names:  # not so in a part of an earlier version that is recovered
+            if "ended_ns" in info.dtype.names:  # absent in a part of an earlier version
                 info["ended_ns"] = ended_ns
-                info["live_ns"] = live_ns(self._file, info[0], from_ns=self.from_ns, until_ns=until_ns)
+                info["live_ns"] = live_ns(
+                    self._file, info[0], rotated_in_ns=self.rotated_in_ns, rotated_out_ns=rotated_out_ns
+                )
             info["rows"], info["blocks"] = self.rows, self._tables.blocks
             info["duplicate_blocks"], info["missing_blocks"] = self.duplicate_blocks, missing
             self._file["run/info"][:] = info
             if not in_place(self._descriptor(), self.path):
-                self._nameless = os.dup(self._descriptor())
+                self._unlinked = os.dup(self._descriptor())
             seal_file(self._file)
 
         self._try(finish)
@@ -450,17 +455,17 @@ class RunFile:
         return CloseReport(self.path, self.rows, self.bytes, condition, reasons, stored, missing, self.duplicate_blocks)
 
     def publish(self) -> Path:
-        """Sync the sealed file, give it its final name, and remove the journal; may be called in another thread.
+        """Sync the sealed file, give it its final name, and remove the journal. May run in another thread.
 
         FileError when the disk fails or the name is taken: part and journal then stay.
         """
         try:
-            if self._nameless >= 0:
-                write_anew(self._nameless, self.path)
-                self._forget_nameless()
+            if self._unlinked >= 0:
+                restore_name(self._unlinked, self.path)
+                self._close_unlinked()
             publish_file(self.path, self.final)
         except FileError:
-            if not self.nameless:
+            if not self.is_unlinked:
                 self.abandon()
             raise
         self.path = self.final
@@ -468,25 +473,30 @@ class RunFile:
         return self.path
 
     @property
-    def nameless(self) -> bool:
-        """Whether the sealed file has no name, and only this object has it: publish() may be tried again."""
-        return self._nameless >= 0
+    def is_unlinked(self) -> bool:
+        """Whether the sealed file has lost its name; publish() restores the name, and may be called again."""
+        return self._unlinked >= 0
 
-    def _forget_nameless(self) -> None:
-        if self._nameless >= 0:
-            os.close(self._nameless)
-            self._nameless = -1
+    def _close_unlinked(self) -> None:
+        if self._unlinked >= 0:
+            os.close(self._unlinked)
+            self._unlinked = -1
 
     def _positions(self) -> list[tuple[int, ...]]:
-        """The rows of /run/positions: first those of which the file has known since it was opened, in their order."""
+        """Make the rows of /run/positions: first the origins of earlier parts, in the order of their present rows."""
         return [
-            (self._tables.producers[source.producer], source.epoch, self._known.get(source, 0), self.next(source))
-            for source in self._known | self._accounts
+            (
+                self._tables.producers[origin.producer],
+                origin.epoch,
+                self._start_positions.get(origin, 0),
+                self.next(origin),
+            )
+            for origin in self._start_positions | self._accounts
         ]
 
     def discard(self) -> None:
-        """Remove the file of a run that was cancelled before any row came; FileError when one has."""
-        self._usable()
+        """Remove the file of a cancelled run, which must have no rows (FileError)."""
+        self._check_usable()
         if self.rows:
             raise FileError(f"{self.path} is not removed: it holds {self.rows} rows")
         self._file.close()
@@ -495,38 +505,38 @@ class RunFile:
         self.failed = "is removed"
 
     def abandon(self) -> None:
-        """Let go of the file as it is: part and journal stay for recovery, the lock is given back.
+        """Close the file without writing to it, and release the lock; part and journal stay for recovery.
 
-        Harmless when repeated, or when the disk failed before: what was acknowledged is in file and journal.
+        Harmless when repeated, or after a failure of the disk: acknowledged blocks are in part and journal.
         """
         self.failed = self.failed or "is closed"
-        self._forget_nameless()
-        # The HDF5 library writes what its cache holds when it closes a file, if need be when this process ends: into a
-        # file that has been recovered meanwhile. From here on it writes into memory.
+        self._close_unlinked()
+        # The HDF5 library writes its cache when it closes a file, at the latest when this process ends. By then the
+        # file may have been recovered. So its descriptor is replaced by one of a file in memory.
         with contextlib.suppress(OSError, RuntimeError, ValueError):
-            elsewhere = os.memfd_create("larpixdaq", os.MFD_CLOEXEC)
+            memory_file = os.memfd_create("larpixdaq", os.MFD_CLOEXEC)
             try:
-                os.dup2(elsewhere, self._descriptor(), inheritable=False)
+                os.dup2(memory_file, self._descriptor(), inheritable=False)
             finally:
-                os.close(elsewhere)
+                os.close(memory_file)
         with contextlib.suppress(OSError, RuntimeError, ValueError):
             self._file.close()
         self._journal.close()
 
     def give_up(self) -> None:
-        """abandon() after a failure. Where nothing was acknowledged there is nothing to recover: both files go."""
+        """Call abandon() after a failure, and remove part and journal when no block was acknowledged."""
         self.abandon()
         if not self.durable:
             for path in (self.path, self._journal.path):
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
 
-    def _usable(self) -> None:
+    def _check_usable(self) -> None:
         if self.failed:
             raise FileError(f"{self.path} {self.failed}")
 
     def _try(self, do: Callable[[], None]) -> None:
-        """Run what writes. After a failure nothing more is written: what is on the disk then is for recovery."""
+        """Call `do`, which writes to the disk. After a failure nothing more is written, because recovery follows."""
         try:
             do()
         except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
@@ -534,21 +544,21 @@ class RunFile:
             raise FileError(f"{self.path} {self.failed}") from error
 
 
-def live_ns(file: Any, info: Any, *, from_ns: int, until_ns: int) -> int:
-    """For how long RUN was recorded in this part, ns: without the times in which rows found no room at a producer.
+def live_ns(file: Any, info: Any, *, rotated_in_ns: int, rotated_out_ns: int) -> int:
+    """Compute for how long RUN was recorded in this part, ns, without the times in which rows were dropped.
 
-    `info`: the row of /run/info with all times. `from_ns`, `until_ns`: when a rotation opened this part, and when one
-    opened the next; 0: none did. A part that no rotation opened begins when it was opened, or with its first block when
-    that had come before; one that no rotation closed ends with RUN or with its last block.
+    `info`: the row of /run/info with all times. `rotated_in_ns`, `rotated_out_ns`: when a rotation opened this part and
+    the next part, unix ns; 0: no rotation did. A part that no rotation opened begins at its opening, or with its first
+    block if that is earlier. A part that no rotation closed ends with RUN, or else with its last block.
     """
     table = file["run/blocks"]
     if not info["begun_ns"] or not table.shape[0]:
         return 0
     first, last = int(table[0]["first_ns"]), int(table[-1]["last_ns"])
-    # A storage that lags behind its producers rotates between data of long before: their times count then.
-    start = from_ns if from_ns and from_ns - first < _LAG_NS else min(first, int(info["opened_ns"]))
+    # A storage that lags behind its producers rotates between old data, so that the times of these data count.
+    start = rotated_in_ns if rotated_in_ns and rotated_in_ns - first < _LAG_NS else min(first, int(info["opened_ns"]))
     start = max(start, int(info["begun_ns"]))
-    stop = int(info["ended_ns"]) or (until_ns if until_ns and until_ns - last < _LAG_NS else last)
+    stop = int(info["ended_ns"]) or (rotated_out_ns if rotated_out_ns and rotated_out_ns - last < _LAG_NS else last)
     gaps = np.sort(file["ledger/gaps"][:], order="first_ns")
     live, at = max(0, stop - start), start
     for begin, end in gaps[["first_ns", "last_ns"]].tolist():
@@ -572,7 +582,7 @@ def seal_file(file: Any) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Wait until the disk has a file, or a directory's entries."""
+    """Wait until the disk has the content of a file, or the entries of a directory."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -580,8 +590,8 @@ def sync_path(path: Path) -> None:
         os.close(fd)
 
 
-def write_anew(file: int, part: Path) -> None:
-    """Give an open file the name again that somebody has removed, by a copy. FileError when that cannot be."""
+def restore_name(file: int, part: Path) -> None:
+    """Copy an open file whose name was removed to that name. FileError when the copy fails."""
     try:
         new = open_regular(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -605,7 +615,7 @@ def publish_file(part: Path, final: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                 raise
-            # A file system without hard links: take the name with an empty file, which the rename then replaces.
+            # The file system has no hard links: an empty file takes the name, and the rename replaces it.
             os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
             os.rename(part, final)
         else:
@@ -617,17 +627,19 @@ def publish_file(part: Path, final: Path) -> None:
 
 
 class UnfinishedPart(NamedTuple):
+    """Content of a part whose writer died, as recovery has read it."""
+
     info: dict[str, Any]  # the row of /run/info
     texts: dict[str, list[str]]
-    sealed: bool  # it was closed, and lacks its final name only
-    known: dict[BlockOrigin, int]  # where sources stood when it was opened
+    sealed: bool  # the part was closed, and only its final name is missing
+    start_positions: dict[BlockOrigin, int]  # positions when the part was opened
     accounts: dict[BlockOrigin, Account]
     producers: list[str]
-    rows: int  # of /packets that belong to blocks
-    cut: int  # further ones
-    messages: int  # rows of /messages
-    lengths: dict[str, int]  # of each table, the rows that belong to it
+    rows: int  # rows of /packets that belong to blocks
+    cut: int  # rows of /packets that belong to no block
+    messages: int  # rows of /messages that belong to blocks
+    lengths: dict[str, int]  # table -> number of its rows that belong to blocks and ends
     missing: list[tuple[int, ...]]  # rows that /run/missing lacks
     owed: dict[BlockOrigin, int]
-    damaged: list[str]  # rows that are not what was written and stay where they are, in one line each
-    lost: list[str]  # what is cut although its writer had come to its end with it, in one line each
+    damaged: list[str]  # damaged rows that stay in the file, one line each
+    lost: list[str]  # data that are cut although they had been written completely, one line each

@@ -16,27 +16,26 @@ from larpixdaq.runtime.file_access import LockedFile, lock_directory, open_regul
 
 _log = logging.getLogger(__name__)
 
-#: Seconds between two looks at a lock.
-_LOOK: Final = 0.25
+#: Seconds between two checks of a lock.
+_INTERVAL: Final = 0.25
 
 
 class Lock:
-    """The right to write files of one storage in a directory, for as long as this process lives or until release().
+    """The right to write the files of one storage in a directory, until release() or the end of this process.
 
-    It is a lock (flock) on a hidden file, which goes with a clean end. A journal has a lock of its own, which says that
-    somebody works on that very part (`larpixdaq recover`, say): then it is not our turn either.
+    It is a lock (flock) on a hidden file, which a clean end removes. A journal has a lock of its own, by which another
+    process, such as `larpixdaq recover`, works on that part. Then a storage must wait, too.
     """
 
     def __init__(self, directory: Path, storage: str) -> None:
         self._directory, self._storage = directory, storage
         self.path = directory / names.lock_name(storage)
         self._file: LockedFile | None = None
-        self._look_at = 0.0
-        self._trouble = ""
+        self._check_time = 0.0
+        self._problem = ""
 
     def take(self) -> Path | None:
-        """Take the lock; returns the file that another process has locked, None when there is none. FileError when
-        files cannot be locked here."""
+        """Take the lock, or return the file that another process has locked. FileError when files cannot be locked."""
         if self._file is None:
             self._open()
         return self.path if self._file is None else self._busy_journal()
@@ -52,11 +51,11 @@ class Lock:
             self._file = file
 
     def keep(self) -> None:
-        """Take it anew when somebody has removed its file: another storage would get in. To be called now and then."""
+        """Take the lock again if its file was removed, because another storage could take it. Call this repeatedly."""
         old = self._file
-        if old is None or time.monotonic() < self._look_at:
+        if old is None or time.monotonic() < self._check_time:
             return
-        self._look_at = time.monotonic() + _LOOK
+        self._check_time = time.monotonic() + _INTERVAL
         if old.in_place():
             return
         old.release_substitute()
@@ -68,9 +67,9 @@ class Lock:
         if self._file is not old:
             old.close()
             _log.warning("%s: somebody has removed this lock: it was made anew", self.path)
-        elif text != self._trouble:
+        elif text != self._problem:
             _log.error("%s: somebody has removed this lock: %s", self.path, text)
-        self._trouble = text
+        self._problem = text
 
     def _busy_journal(self) -> Path | None:
         for _, _, ending, path in names.files_of_storage(self._directory, self._storage):
@@ -85,10 +84,10 @@ class Lock:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds a lock on this file now. FileError when that cannot be known."""
+    """Whether a process holds the lock of this file now. FileError when that cannot be tested."""
     try:
         fd = open_regular(path)
-    except (FileNotFoundError, FileError):  # a link or a pipe is no file of ours, whatever its name
+    except (FileNotFoundError, FileError):  # links and pipes are never files of a storage
         return False
     except OSError as error:
         raise FileError(f"cannot open {path}: {error.strerror}") from None
@@ -99,7 +98,7 @@ def is_locked(path: Path) -> bool:
 
 
 def await_turn(lock: Lock, signals: Signals) -> bool:
-    """Wait until no other process writes this storage's files in this directory; False when a signal has come first."""
+    """Wait until no other process writes this storage's files in this directory; False when a signal comes first."""
     warned: Path | None = None
     while not signals.stop:
         busy = lock.take()
@@ -110,5 +109,5 @@ def await_turn(lock: Lock, signals: Signals) -> bool:
                 "another storage of this name is at work here (%s is locked): waiting until it has ended", busy
             )
             warned = busy
-        select.select([signals.fileno()], [], [], _LOOK)
+        select.select([signals.fileno()], [], [], _INTERVAL)
     return False

@@ -1,8 +1,7 @@
-"""Parts after their last row: recovery where that is needed, final name, checksum, and the command to run on the file.
+"""Finish parts: recovery where it is needed, final name, checksum, and the command to run on each finished file.
 
-Each of the four has a thread of its own, because each may take long: hundreds of millions of rows are read, a disk
-syncs, gigabytes are summed, a command hangs. None of them holds up the stream. The threads keep no state: the loop
-gets their results.
+Each of the four has a thread of its own, so that none delays the stream: a recovery reads hundreds of millions of rows,
+a disk syncs, a checksum reads gigabytes, a command hangs. The threads keep no state; the loop gets their results.
 """
 
 from __future__ import annotations
@@ -63,8 +62,8 @@ class Finisher:
         self.command = tuple(command)
         #: The last closed files, for `status`; newest last.
         self.finished: deque[FinishedFile] = deque(maxlen=SHOWN)
-        #: What the last command did wrong, for `status`; empty when all was well.
-        self.trouble = ""
+        #: Error of the last command, for `status`; empty when it succeeded.
+        self.problem = ""
         #: Commands that have failed since the start, for `status`.
         self.failures = 0
         #: Parts that were removed and could not be written anew until the end of the process.
@@ -76,14 +75,14 @@ class Finisher:
         self._ready = select.epoll()
         for descriptor in self._workers:
             self._ready.register(descriptor, select.EPOLLIN)
-        self._broken: dict[Path, str] = {}  # parts that are not recovered yet, and why not
-        self._removed: dict[Path, RunFile] = {}  # those of them whose names somebody has removed
-        self._trying = 0  # recoveries that are not over
+        self._broken: dict[Path, str] = {}  # parts that are not recovered yet -> reason of the last failure
+        self._removed: dict[Path, RunFile] = {}  # broken parts whose names were removed
+        self._trying = 0  # recoveries that have not ended
         self._try_at = 0.0  # monotonic time before which no part is tried again
-        self._left: deque[Path] = deque()  # files whose command has not ended yet
-        self._running: subprocess.Popen[bytes] | None = None  # the command of the first of them
-        self._ending = False  # the threads read it
-        self._over = False  # no command is started any more
+        self._left: deque[Path] = deque()  # files whose command has not ended
+        self._running: subprocess.Popen[bytes] | None = None  # the command of the first of these files
+        self._ending = False  # the process ends; the threads read this
+        self._over = False  # no further command is started
 
     def fileno(self) -> int:
         """Polls readable while work() has something to do."""
@@ -96,18 +95,20 @@ class Finisher:
 
     @property
     def failed(self) -> dict[str, str]:
-        """Those of them that could not be recovered so far, and why; they are tried again."""
+        """Parts whose recovery has failed, and why; it is tried again."""
         return {part.name: why for part, why in self._broken.items() if why}
 
     def work(self) -> None:
-        """Take in what the threads have done."""
+        """Take the results of the threads."""
         for descriptor, _ in self._ready.poll(0):
             self._workers[descriptor].turn()
 
     def close(self) -> None:
-        """Wait for all names. Checksums have five seconds, then those of the newest run are left to the next storage;
-        commands have ten seconds, then they are left to themselves. What is being recovered is left to the next
-        storage. Harmless when repeated."""
+        """Wait for all final names, 5 s for checksums and 10 s for commands. Harmless when repeated.
+
+        The next storage makes missing checksums of the newest run, and ends unfinished recoveries. Commands continue
+        by themselves.
+        """
         if self._ending:
             return
         self._ending = True
@@ -143,7 +144,7 @@ class Finisher:
         def done(found: _Published | OSError) -> None:
             if isinstance(found, OSError):
                 log.error("%s", found)
-                if file.nameless:
+                if file.is_unlinked:
                     self._removed[part] = file
                 self._broken[part] = str(found)
             else:
@@ -153,8 +154,10 @@ class Finisher:
         self._publishing.submit(lambda: _finished(file.publish()), done)
 
     def after(self, job: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Do `job` in a thread when all parts that were submitted before have their names, as far as the disk lets us.
-        `then` gets its value, or the OSError that it raised."""
+        """Do `job` in a thread after all submitted parts have got their names, or failed to.
+
+        `then` gets its value, or the OSError that it raised.
+        """
         self._publishing.submit(job, then)
 
     # Recovery
@@ -162,9 +165,9 @@ class Finisher:
     def adopt_unfinished_parts(self, directory: Path, storage: str) -> list[int]:
         """Queue the storage's unfinished parts for recovery, and write missing sidecars of runs that may go on.
 
-        Returns the numbers of these runs. Sidecars of older runs are not looked at: there may be thousands. From here
-        on parts say where their sources stand; retry() begins the recovery itself, which reads every row. FileError
-        when the directory cannot be read; what is wrong with a file goes to the log.
+        Returns the numbers of these runs. Sidecars of older runs are not checked, because there may be thousands. After
+        this, positions can be read from the parts; retry() begins the recovery itself, which reads every row. FileError
+        when the directory cannot be read; errors of files go to the log.
         """
         runs = continuable_runs(directory, storage)
         for path in names.unfinished_parts(directory, storage):
@@ -172,13 +175,13 @@ class Finisher:
                 found = prepare(path)
             except FileLocked as error:  # a recovery by hand, or a reader that looks whether the part is being written
                 log.warning("%s", error)
-                self.mend(path, str(error))
+                self.queue_recovery(path, str(error))
             except FileError as error:
                 log.error("%s", error)
-                self.mend(path, str(error))
+                self.queue_recovery(path, str(error))
             else:
                 if found is None:
-                    self.mend(path)
+                    self.queue_recovery(path)
                 else:
                     log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
         for run in runs:
@@ -187,13 +190,12 @@ class Finisher:
                     self._publishing.submit(partial(_finished, path), self._finish)
         return runs
 
-    def mend(self, part: Path, why: str = "") -> None:
-        """Queue a part that was not written to its end for recovery by retry(). `why`: the reason why it failed before,
-        which is in the log."""
+    def queue_recovery(self, part: Path, why: str = "") -> None:
+        """Queue an incomplete part for recovery by retry(). `why`: reason of the last failure, which was logged."""
         self._broken.setdefault(part, why)
 
     def retry(self) -> None:
-        """Begin to recover the parts that are broken, unless that goes on, or has failed a short time ago."""
+        """Begin to recover the broken parts, unless a recovery still runs, or one ended a short time ago."""
         if self._broken and not self._trying and time.monotonic() >= self._try_at:
             for part in self._broken:
                 self._recover(part)
@@ -210,13 +212,13 @@ class Finisher:
             except FileError:
                 if part.exists():
                     raise
-                return None  # somebody has recovered it by hand, or taken it away
+                return None  # it was recovered by hand, or removed
             log.log(logging.ERROR if found.damaged else logging.WARNING, "%s", found.text)
             return None if found.path is None else _finished(found.path)
 
         def done(found: _Published | OSError | None) -> None:
             self._trying -= 1
-            self._try_at = time.monotonic() + open_run.AGAIN
+            self._try_at = time.monotonic() + open_run.RETRY_DELAY
             if not isinstance(found, OSError):
                 del self._broken[part]
                 self._removed.pop(part, None)
@@ -255,7 +257,7 @@ class Finisher:
     # Commands
 
     def _run(self) -> None:
-        """Run the command on the first file that is left."""
+        """Run the command on the first waiting file."""
         command = [*self.command, str(self._left[0])]
         self._commands.submit(lambda: _start(command), self._started)
 
@@ -268,10 +270,10 @@ class Finisher:
 
     def _ended(self, found: str | OSError) -> None:
         path, self._running = self._left.popleft(), None
-        self.trouble = f"--on-close: {self.command[0]} {path.name}: {found}" if found else ""
+        self.problem = f"--on-close: {self.command[0]} {path.name}: {found}" if found else ""
         if found:
             self.failures += 1
-            log.error("%s", self.trouble)
+            log.error("%s", self.problem)
         else:
             log.info("%s: %s has ended well", path.name, self.command[0])
         if self._left:
@@ -279,7 +281,7 @@ class Finisher:
 
 
 def _start(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    """Start a command; the process, and the file that takes its output."""
+    """Start a command; return its process, and the file for its output."""
     # Not a pipe, because a command that outlives this process must still have a place for its output.
     output = tempfile.TemporaryFile()  # noqa: SIM115  _await_end() closes it
     try:
@@ -293,7 +295,7 @@ def _start(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
 
 
 def _await_end(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
-    """Wait for the end of a command; what went wrong, in one line, empty when nothing did."""
+    """Wait for the end of a command; return its error in one line, empty when it succeeded."""
     with output:
         try:
             status = process.wait(COMMAND_LIMIT)
@@ -309,7 +311,7 @@ def _await_end(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
 
 
 def _finished(path: Path) -> _Published:
-    """Read what status and sidecar say of a file that has its final name. FileError when it cannot be read."""
+    """Read a file's facts for status and sidecar after it got its final name. FileError when it cannot be read."""
     with DataFile(path) as file:
         info = file.run_info()
     size, condition = path.stat().st_size, info["condition"]
@@ -318,7 +320,7 @@ def _finished(path: Path) -> _Published:
 
 
 def sha256(path: Path) -> tuple[str, int]:
-    """The checksum of a file, in hexadecimal digits, and its size."""
+    """Compute the SHA-256 of a file, in hexadecimal digits; return it and the file's size."""
     digest = hashlib.sha256()
     size = 0
     buffer = bytearray(_PIECE)
@@ -330,7 +332,7 @@ def sha256(path: Path) -> tuple[str, int]:
 
 
 def _write_sidecar(path: Path, content: dict[str, Any]) -> str:
-    """Write NAME.json beside a finished file, all of it or nothing; returns the checksum, in hexadecimal digits."""
+    """Write NAME.json beside a finished file, completely or not at all; return the checksum in hexadecimal digits."""
     digest, size = sha256(path)
     new = path.with_suffix(names.SIDECAR + ".new")
     with open(open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "w") as file:
@@ -341,7 +343,7 @@ def _write_sidecar(path: Path, content: dict[str, Any]) -> str:
 
 
 def _has_sidecar(path: Path) -> bool:
-    """Whether NAME.json is there and whole. A damaged one is kept under another name."""
+    """Whether NAME.json exists and is complete. A damaged file is kept under another name."""
     sidecar = path.with_suffix(names.SIDECAR)
     if not os.path.lexists(sidecar):
         return False

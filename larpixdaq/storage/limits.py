@@ -1,7 +1,4 @@
-"""When a part is full: `--rotate 5min`, `4GB`, `100Mrows`.
-
-How much room the disk has, and for how long at the rate at which the files grow.
-"""
+"""Limits of a part (`--rotate 5min`, `4GB`, `100Mrows`), and the free space of the disk."""
 
 from __future__ import annotations
 
@@ -18,22 +15,22 @@ from larpixdaq.constants import MIN_FREE
 from larpixdaq.runtime.units import BYTES, ROWS, SECONDS
 
 _LIMIT: Final = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)")
-#: Nothing is written that would leave less than this, bytes: what was begun needs room to be ended, and what is
-#: looked at every LOOK seconds may shrink by what a fast disk takes meanwhile.
+#: Bytes of free space below which writing pauses, because open parts need room for their close, and a fast disk takes
+#: some of it between two checks.
 RESERVE: Final = MIN_FREE
-#: Writing goes on when there is so much more than that: a file that is removed piece by piece must not make us
-#: stop and go.
-_MORE: Final = 16 << 20
-LOOK: Final = 0.1
-#: Seconds over which the rate is taken: files grow in steps.
+#: Bytes above RESERVE at which writing resumes, so that it does not stop and start while a file is being removed.
+_MARGIN: Final = 16 << 20
+#: Seconds between two checks of the free space.
+CHECK_INTERVAL: Final = 0.1
+#: Seconds over which the rate is averaged, because files grow in steps.
 _SPAN: Final = 10.0
 
 
 class Limits(NamedTuple):
-    """A part ends where it reaches the first of these; None: never for that reason.
+    """Limits at which a part ends; None: no such limit.
 
-    rows: not one more, unless a single block has more; bytes: of the file, which grows by a batch of rows at a time;
-    seconds: since the part was opened, however the clock is set.
+    rows: never exceeded, unless a single block has more; bytes: of the file, which grows by a batch of rows at a time;
+    seconds: since the part was opened, by the monotonic clock.
     """
 
     rows: int | None = None
@@ -41,18 +38,19 @@ class Limits(NamedTuple):
     seconds: float | None = None
 
     def __str__(self) -> str:
-        """As limit() takes it, of one that has a single limit."""
+        """Format a single limit as parse_limit() takes it."""
         units = zip(self, ("rows", "B", "s"), strict=True)
         return ", ".join(f"{value:f}".removesuffix(".000000") + unit for value, unit in units if value is not None)
 
     @classmethod
-    def of(cls, each: Iterable[Limits]) -> Limits:
-        """All of them together: the smallest of each kind."""
-        return cls(*(min((one for one in column if one), default=None) for column in zip(cls(), *each, strict=True)))
+    def of(cls, options: Iterable[Limits]) -> Limits:
+        """Combine limits: the smallest of each kind."""
+        columns = zip(cls(), *options, strict=True)
+        return cls(*(min((limit for limit in column if limit), default=None) for column in columns))
 
 
 def parse_limit(text: str) -> Limits:
-    """One limit as it stands in an option; argparse.ArgumentTypeError, which names the units, for anything else."""
+    """Parse one limit of an option; argparse.ArgumentTypeError, which names the units, for any other text."""
     match = _LIMIT.fullmatch(text.strip())
     value = float(match[1]) if match else 0.0
     unit = match[2] if match else ""
@@ -68,47 +66,49 @@ def parse_limit(text: str) -> Limits:
 
 
 class Space:
+    """Free space of a directory's disk, and the time until it is full at the present rate."""
+
     def __init__(self, directory: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.directory = directory
         self._clock = clock
         self._free = 0
-        #: Why the directory cannot be asked for its space; empty when it can.
-        self.trouble = ""
-        self._looked: float | None = None
-        self._grown: deque[tuple[float, int]] = deque()
+        #: Why the free space is unknown; empty when it is known.
+        self.problem = ""
+        self._checked: float | None = None  # monotonic time of the last check
+        self._samples: deque[tuple[float, int]] = deque()  # monotonic time, bytes of all files
 
     def free(self) -> int:
-        """Bytes that we may still write, as of now."""
-        self._looked = self._clock()
+        """Check the free space now; bytes, 0 when it is unknown."""
+        self._checked = self._clock()
         try:
             found = os.statvfs(self.directory)
-        except OSError as error:  # the disk is away: no room is what that means
-            self._free, self.trouble = 0, error.strerror or str(error)
+        except OSError as error:
+            self._free, self.problem = 0, error.strerror or str(error)
         else:
-            self._free, self.trouble = found.f_bavail * found.f_frsize, ""
+            self._free, self.problem = found.f_bavail * found.f_frsize, ""
         return self._free
 
-    def enough(self, *, again: bool = False) -> bool:
-        """Whether there is room to write, as of at most LOOK seconds ago; `again`: after there has been none."""
-        if self._looked is None or self._clock() - self._looked >= LOOK:
+    def enough(self, *, paused: bool = False) -> bool:
+        """Whether there is room to write, by a check within CHECK_INTERVAL; `paused`: room to resume writing."""
+        if self._checked is None or self._clock() - self._checked >= CHECK_INTERVAL:
             self.free()
-        return self._free >= RESERVE + (_MORE if again else 0)
+        return self._free >= RESERVE + (_MARGIN if paused else 0)
 
-    def grown(self, total: int) -> None:
-        """Our files have `total` bytes by now, in all; to be called every now and then."""
+    def add_sample(self, total: int) -> None:
+        """Note that the files have `total` bytes now. Call this repeatedly."""
         now = self._clock()
-        self._grown.append((now, total))
-        while now - self._grown[0][0] > _SPAN:
-            self._grown.popleft()
+        self._samples.append((now, total))
+        while now - self._samples[0][0] > _SPAN:
+            self._samples.popleft()
 
     def bytes_per_second(self) -> int:
-        """Over the last ten seconds."""
-        if len(self._grown) < 2:
+        """Compute the rate at which the files grew over the last ten seconds."""
+        if len(self._samples) < 2:
             return 0
-        (first, before), (last, after) = self._grown[0], self._grown[-1]
-        return max(0, round((after - before) / max(last - first, LOOK)))
+        (first, before), (last, after) = self._samples[0], self._samples[-1]
+        return max(0, round((after - before) / max(last - first, CHECK_INTERVAL)))
 
     def seconds_left(self) -> int | None:
-        """Until there is no room left at this rate; None while nothing grows."""
+        """Compute the time until there is no room left at this rate; None while the files do not grow."""
         rate = self.bytes_per_second()
         return max(0, self._free - RESERVE) // rate if rate else None

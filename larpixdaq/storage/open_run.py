@@ -18,13 +18,13 @@ from larpixdaq.storage.limits import Limits
 
 _T = TypeVar("_T")
 #: Seconds before a failed write, rotation or recovery is tried again.
-AGAIN = 5.0
+RETRY_DELAY = 5.0
 
 
 class Ending(NamedTuple):
     """An end_run that waits for END records, at most until `limit` (monotonic).
 
-    `awaited`: each source, and the sequence after its last block.
+    `awaited`: each origin, and the sequence after its last block.
     """
 
     call: Call
@@ -50,7 +50,7 @@ class OpenRun:
         self.announced = announced
         self.file: RunFile | None = None
         self.failure = ""
-        self.again_at = 0.0  # monotonic time before which no further part is tried
+        self.retry_at = 0.0  # monotonic time before which no further part is tried
         self.names_at = 0.0  # monotonic time at which the names of part and journal are checked
         self.acknowledged: dict[BlockOrigin, int] = {}
         self.unacknowledged = 0  # bytes of rows since the last acknowledgement
@@ -105,16 +105,16 @@ class OpenRun:
         if self.file is not None:
             self.file.set_sources(self.info.connected)
 
-    def expects(self, source: BlockOrigin) -> int:
-        """The next sequence of a source in the open part; an end counts as one."""
-        return self.file.next(source) if self.file is not None else 0
+    def expects(self, origin: BlockOrigin) -> int:
+        """Return the next sequence of an origin in the open part; an end counts as one."""
+        return self.file.next(origin) if self.file is not None else 0
 
     # Rotation
 
     def is_full(self, block: Block | None = None) -> bool:
         """Whether the part has reached a limit, or would exceed it with `block`."""
         file, limits = self.file, self._limits
-        if file is None or not file.rows or time.monotonic() < self.again_at:
+        if file is None or not file.rows or time.monotonic() < self.retry_at:
             return False
         if limits.rows is not None and file.rows + (block.rows if block is not None else 0) > limits.rows:
             return True
@@ -123,11 +123,11 @@ class OpenRun:
         return limits.seconds is not None and time.monotonic() - self._opened >= limits.seconds
 
     def due(self) -> float | None:
-        """The monotonic time at which this run has something to do although no frame comes; None: never."""
+        """Return the monotonic time at which this run needs work() although no frame comes; None: never."""
         if self.file is None:
-            return self.again_at
+            return self.retry_at
         limit = self._limits.seconds
-        rotates = None if limit is None or not self.file.rows else max(self._opened + limit, self.again_at)
+        rotates = None if limit is None or not self.file.rows else max(self._opened + limit, self.retry_at)
         return min((one for one in (self.file.due(), rotates) if one is not None), default=None)
 
     def rotate(self) -> tuple[RunFile, CloseReport]:
@@ -143,13 +143,13 @@ class OpenRun:
         try:
             following = self._create(old.part + 1, old.positions(), old.configurations())
             following.set_text("previous part", old.final.name)
-            following.from_ns = time.time_ns()
+            following.rotated_in_ns = time.time_ns()
             texts = {"next part": following.final.name}
-            report = old.seal(continued=True, texts=texts, until_ns=following.from_ns)
+            report = old.seal(continued=True, texts=texts, rotated_out_ns=following.rotated_in_ns)
         except FileError:
             if following is not None:
                 following.give_up()
-            self._opened, self.again_at = opened, time.monotonic() + AGAIN
+            self._opened, self.retry_at = opened, time.monotonic() + RETRY_DELAY
             raise
         self.file = following
         self._count(report)
@@ -176,7 +176,7 @@ class OpenRun:
         must be recovered."""
         file, self.file = self.file, None
         self.failure = str(error)
-        self.again_at = time.monotonic() + AGAIN
+        self.retry_at = time.monotonic() + RETRY_DELAY
         self.last_end = None
         if file is None:
             return None

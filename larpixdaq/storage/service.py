@@ -49,7 +49,7 @@ RECOVERY_LIMIT = 15.0
 class Stream(Protocol):
     """The part of stream.Consumer that report_to() needs."""
 
-    def acknowledge(self, source: BlockOrigin, following: int) -> None: ...
+    def acknowledge(self, origin: BlockOrigin, following: int) -> None: ...
     def resubscribe(self, *, send_rows: bool = False) -> None: ...
 
 
@@ -85,11 +85,11 @@ class StorageService:
         self._written = 0  # bytes of the files of runs that were closed
         self._lock = threading.Lock()  # over _positions, which the stream's thread reads
         self._positions: dict[BlockOrigin, int] = {}
-        self._unreported: dict[BlockOrigin, int] = {}  # positions that report_to() has not handed on
-        self._again = self._sent = False  # for report_to(): blocks must come again; with their rows, not in a ring
-        self._doubted: set[tuple[BlockOrigin, int]] = set()  # blocks of open runs whose rows were asked for again
-        self._known: set[int] = set()  # runs whose earlier files _positions counts
-        self._turned_away = False  # whether blocks were refused because too many runs were not announced
+        self._unreported: dict[BlockOrigin, int] = {}  # positions that report_to() has not sent yet
+        self._resend = self._resend_rows = False  # report_to() requests blocks again; with their rows, not in a ring
+        self._requested: set[tuple[BlockOrigin, int]] = set()  # blocks of open runs whose rows were requested again
+        self._runs_with_positions: set[int] = set()  # runs whose earlier files _positions counts
+        self._refused_frames = False  # whether blocks were refused because too many runs were not announced
         self._asked: list[tuple[int, Call, float]] = []  # run, the call that awaits its verdict, limit (monotonic)
 
     # the loop
@@ -126,9 +126,11 @@ class StorageService:
             if run.file is None:
                 continue
             number = run.info.run
-            stands = [(*source[1:], following) for source, following in self._positions.items() if source.run == number]
+            acknowledged = [
+                (*origin[1:], following) for origin, following in self._positions.items() if origin.run == number
+            ]
             try:
-                run.file.set_text(SUPERSEDED, json.dumps(stands))
+                run.file.set_text(SUPERSEDED, json.dumps(acknowledged))
             except FileError as error:
                 log.error("run %d: %s", number, error)
                 continue
@@ -142,12 +144,12 @@ class StorageService:
 
         Call it after each receive() too, because no block may follow one that was not taken.
         """
-        for source, following in self._unreported.items():
-            stream.acknowledge(source, following)
+        for origin, following in self._unreported.items():
+            stream.acknowledge(origin, following)
         self._unreported.clear()
-        if self._again:
-            stream.resubscribe(send_rows=self._sent)
-            self._again = self._sent = False
+        if self._resend:
+            stream.resubscribe(send_rows == self._resend_rows)
+            self._resend = self._resend_rows = False
 
     def receive(self, producer: str, frame: FromProducer, payload: memoryview | None) -> None:
         """Write a producer's block or end. What the disk refuses is requested again later."""
@@ -179,35 +181,35 @@ class StorageService:
             self._fail(run, error)
         except ChecksumError as error:
             assert isinstance(frame, Block)
-            self._doubt(frame, error)
+            self._request_again(frame, error)
         except (LarpixDaqError, ValueError) as error:
             log.error("run %d, %s: %s", frame.run, producer, error)
 
-    def _doubt(self, block: Block, error: ChecksumError) -> None:
+    def _request_again(self, block: Block, error: ChecksumError) -> None:
         """Request a block again whose rows are not those that its header speaks of; the second time it is missing.
 
         The rows may have been overwritten in the producer's ring, so the request is for rows that are sent.
         """
-        again = (block.source, block.sequence) not in self._doubted
-        self._doubted.add((block.source, block.sequence))
+        again = (block.source, block.sequence) not in self._requested
+        self._requested.add((block.source, block.sequence))
         log.log(logging.WARNING if again else logging.ERROR, "%s%s", error, ": asked for again" if again else "")
         if again:
-            self._again = self._sent = True
+            self._resend = self._resend_rows = True
 
     def _unannounced(self, frame: Block | End) -> OpenRun | None:
         """Open a part for a run that has none; None when the frame is stored already, or too many parts are open."""
-        self._look_up(frame.run)
+        self._read_positions(frame.run)
         if self._positions.get(frame.source, 0) >= frame.following:
             self.duplicates += 1
             self._acknowledge(frame.source, self._positions[frame.source])
             return None
         if sum(not run.announced for run in self._runs.values()) >= MOST_UNANNOUNCED:
-            if not self._turned_away:
+            if not self._refused_frames:
                 log.error(
                     "run %d: its blocks stay with %s: %d runs that the core has not announced are open already",
                     frame.run, frame.producer, MOST_UNANNOUNCED,
                 )  # fmt: skip
-            self._turned_away = True
+            self._refused_frames = True
             return None
         info = self._infos.get(frame.run)
         if info is None:
@@ -238,22 +240,22 @@ class StorageService:
 
     def _look_for_space(self) -> bool:
         """Begin or end the pause, as the free space asks for; returns whether blocks are written."""
-        if self.space.enough(again=bool(self.paused)) == (not self.paused):
+        if self.space.enough(paused=bool(self.paused)) == (not self.paused):
             return not self.paused
         if self.paused:
             self.paused = ""
             log.warning("%s has space again: writing resumes", self.directory)
-            self._again = True
+            self._resend = True
         else:
             free = f"has {self.space.free() / 2**20:.0f} MiB left, {RESERVE >> 20} are reserved"
-            self.paused = f"{self.directory}: {self.space.trouble or free}"
+            self.paused = f"{self.directory}: {self.space.problem or free}"
             log.error("writing is paused: %s; the producers keep the data", self.paused)
         return not self.paused
 
     def _work(self, run: OpenRun) -> None:
         """Write and acknowledge a run's blocks that have waited, and close its part when it is complete."""
         if not self.paused:
-            if run.file is None and time.monotonic() >= run.again_at:
+            if run.file is None and time.monotonic() >= run.retry_at:
                 self._reopen(run)
             if run.file is not None:
                 try:
@@ -264,23 +266,23 @@ class StorageService:
             if run.is_full() or self._has_lost_its_name(run):
                 self._rotate(run)
         if run.ending is not None:
-            ended = all(self._reached(run, source) > after for source, after in run.ending.awaited)
+            ended = all(self._reached(run, origin) > after for origin, after in run.ending.awaited)
             if ended or self.paused or time.monotonic() > run.ending.limit:
                 self._close(run, aborted=run.ending.aborted)
         elif not run.announced and run.last_end is not None and time.monotonic() - run.last_end > UNANNOUNCED_CLOSE:
             self._close(run, aborted=False)
 
-    def _reached(self, run: OpenRun, source: BlockOrigin) -> int:
-        """The next sequence of a source, over all parts; an end counts as one."""
-        return max(run.expects(source), self._positions.get(source, 0))
+    def _reached(self, run: OpenRun, origin: BlockOrigin) -> int:
+        """Return the next sequence of an origin, over all parts; an end counts as one."""
+        return max(run.expects(origin), self._positions.get(origin, 0))
 
     def _fail(self, run: OpenRun, error: FileError) -> None:
         """Give up the open part, because the disk refuses. Acknowledged blocks are recovered; others are sent again."""
         self._acknowledge_durable(run)
         broken = run.fail(error)
         if broken is not None:
-            self.finisher.mend(broken)
-        log.error("run %d: %s; trying to open the next file every %g s", run.info.run, error, open_run.AGAIN)
+            self.finisher.queue_recovery(broken)
+        log.error("run %d: %s; trying to open the next file every %g s", run.info.run, error, open_run.RETRY_DELAY)
 
     def _reopen(self, run: OpenRun) -> None:
         try:
@@ -290,7 +292,7 @@ class StorageService:
             return
         assert run.file is not None
         log.warning("run %d continues in %s", run.info.run, run.file.path.name)
-        self._again = True
+        self._resend = True
 
     def _has_lost_its_name(self, run: OpenRun) -> bool:
         """Whether the open part or its journal was removed: acknowledged blocks would be lost with this process.
@@ -298,7 +300,7 @@ class StorageService:
         The run then continues in the next part, and the removed part is written again when it is closed.
         """
         now = time.monotonic()
-        if run.file is None or now < max(run.names_at, run.again_at):
+        if run.file is None or now < max(run.names_at, run.retry_at):
             return False
         run.names_at = now + _NAMES
         if run.file.in_place():
@@ -324,16 +326,16 @@ class StorageService:
             self._acknowledge_all(run, run.file.durable)
 
     def _acknowledge_all(self, run: OpenRun, durable: dict[BlockOrigin, int]) -> None:
-        for source, following in durable.items():
-            if run.acknowledged.get(source) != following:
-                run.acknowledged[source] = following
+        for origin, following in durable.items():
+            if run.acknowledged.get(origin) != following:
+                run.acknowledged[origin] = following
                 run.unacknowledged = 0
-                self._acknowledge(source, following)
+                self._acknowledge(origin, following)
 
-    def _acknowledge(self, source: BlockOrigin, following: int) -> None:
+    def _acknowledge(self, origin: BlockOrigin, following: int) -> None:
         with self._lock:
-            following = self._positions[source] = max(following, self._positions.get(source, 0))
-        self._unreported[source] = following
+            following = self._positions[origin] = max(following, self._positions.get(origin, 0))
+        self._unreported[origin] = following
 
     # files of earlier processes
 
@@ -344,23 +346,23 @@ class StorageService:
         because problems with files are logged.
         """
         for run in self.finisher.adopt_unfinished_parts(self.directory, self.label):
-            self._look_up(run)
+            self._read_positions(run)
 
-    def _look_up(self, run: int) -> None:
+    def _read_positions(self, run: int) -> None:
         """Add the positions of a run's files, the first time that it is asked for: it may be a run of long ago."""
-        if run in self._known:
+        if run in self._runs_with_positions:
             return
         unreadable: list[str] = []
         for found in positions(self.directory, run, unreadable, self.label):
             self._acknowledge(BlockOrigin(found.run, found.producer, found.epoch), found.next)
         for line in unreadable:
             log.warning("the content of this file is unknown: %s", line)
-        self._known.add(run)
+        self._runs_with_positions.add(run)
 
     def positions(self) -> list[Position]:
-        """The next sequence of each source that is not durable here. May be called in any thread."""
+        """Return the position of each origin. May be called in any thread."""
         with self._lock:
-            return [Position(*source, following) for source, following in self._positions.items()]
+            return [Position(*origin, following) for origin, following in self._positions.items()]
 
     # the end of a run
 
@@ -381,11 +383,11 @@ class StorageService:
         self._seal(run, aborted=aborted)
         number = run.info.run
         del self._runs[number]
-        self._doubted = {one for one in self._doubted if one[0].run != number}
+        self._requested = {one for one in self._requested if one[0].run != number}
         self._written += run.bytes
-        if run.failure or self._turned_away:
-            self._turned_away = False
-            self._again = True  # what was not taken may find a disk that is well, or an open part
+        if run.failure or self._refused_frames:
+            self._refused_frames = False
+            self._resend = True  # what was not taken may find a disk that is well, or an open part
         if ending is not None:
             self._report(number, ending.call)
 
@@ -435,8 +437,8 @@ class StorageService:
             connected=_boards(connected), begun_ns=begun_ns,
         )  # fmt: skip
         if opened is None:
-            self._look_up(run)
-            came_back = any(source.run == run for source in self._positions)
+            self._read_positions(run)
+            came_back = any(origin.run == run for origin in self._positions)
             opened = self._new(info, announced=True)
             try:
                 opened.open(self.positions())
@@ -507,7 +509,7 @@ class StorageService:
     def status(self) -> StorageStatus:
         opened = list(self._runs.values())
         free, failed = self.space.free(), self.finisher.failed
-        self.space.grown(self._written + sum(run.bytes for run in opened))
+        self.space.add_sample(self._written + sum(run.bytes for run in opened))
         return StorageStatus(
             files=[run.file.path.name for run in opened if run.file is not None],
             rows=sum(run.rows for run in opened),
@@ -520,7 +522,7 @@ class StorageService:
             not_recovered=list(failed.values()),
             duplicates=self.duplicates,
             finished=list(self.finisher.finished),
-            on_close=self.finisher.trouble,
+            on_close=self.finisher.problem,
             on_close_failed=self.finisher.failures,
         )
 

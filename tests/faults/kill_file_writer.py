@@ -395,9 +395,9 @@ def check_after(directory: Path, seed: int, told: dict[BlockOrigin, int]) -> Hel
                 acknowledged += len(given if text is None else Feed(*source).info(text)[1])
                 lost += (source, sequence) not in count
     outcome = verify_all([directory]) if count else None
-    complaints = [line for run in (outcome.runs if outcome else []) for line in run.reasons]
-    complaints += [line for file in (outcome.files if outcome else []) for line in file.findings]
-    others = [line for line in complaints if "no end record" not in line and ": no data came," not in line]
+    reasons = [line for run in (outcome.runs if outcome else []) for line in run.reasons]
+    reasons += [line for file in (outcome.files if outcome else []) for line in file.findings]
+    others = [line for line in reasons if "no end record" not in line and ": no data came," not in line]
     assert not others, f"verify: {others}"
     return Held(kept, acknowledged, lost, sum(n > 1 for n in count.values()))
 

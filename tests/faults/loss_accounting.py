@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.constants import COUNTS
 from larpixdaq.hdf5 import names
-from larpixdaq.hdf5.ledger import unbalanced
+from larpixdaq.hdf5.ledger import input_imbalances
 from larpixdaq.hdf5.verify import verify
 
 Source = tuple[str, int]  # producer, epoch
@@ -191,7 +191,7 @@ def _settle(found: Tally, books: _Books) -> None:
             found.problems.append(f"the totals of {source[0]}, epoch {source[1]:x}, are unknown")
             continue
         for io_group, counts in books.ends[source].items():
-            found.problems += [f"{source[0]}, io_group {io_group}: {line}" for line in unbalanced(counts)]
+            found.problems += [f"{source[0]}, io_group {io_group}: {line}" for line in input_imbalances(counts)]
             made[io_group] += [counts[name] for name in MADE]
             dropped[io_group] += counts["dropped"]
             refused[io_group] += counts["unknown_words"] + counts["rejected_words"]

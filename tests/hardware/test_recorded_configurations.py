@@ -12,7 +12,7 @@ from system import rows_of, system
 from larpixdaq.errors import ProtocolError, RequestError
 from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.hdf5 import repair
-from larpixdaq.hdf5.layout import INFO_BEFORE
+from larpixdaq.hdf5.layout import OLD_INFO
 from larpixdaq.hdf5.recovery import recover
 from larpixdaq.hdf5.run_report import file_info
 from larpixdaq.hdf5.tables import configurations_of_part
@@ -146,7 +146,7 @@ def test_a_file_of_before_has_none_and_is_good(tmp_path):
     with h5py.File(file.path, "r+", libver="v110") as plain:
         row = plain["run/info"][:]
         del plain["run/configs"], plain["run/sources"], plain["run/info"], plain["run/checksums"]
-        plain["run/info"] = row[list(INFO_BEFORE.names)].astype(INFO_BEFORE)
+        plain["run/info"] = row[list(OLD_INFO.names)].astype(OLD_INFO)
         plain.create_dataset("run/checksums", shape=(14,), dtype=[("name", "S32"), ("rows", "<u8"), ("crc32", "<u4")])
     assert not len(configurations_of_part(file.path).rows)
     path = recover(file.path).path

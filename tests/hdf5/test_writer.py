@@ -709,8 +709,8 @@ def test_the_live_times_of_parts_of_a_rotation_add_up(tmp_path):
     first.add(*block())
     second = RunFile(tmp_path, info_of_run, 1, first.positions())
     second.add(*block())  # that was there before the rotation
-    second.from_ns = switched = time.time_ns()
-    first.seal(continued=True, until_ns=switched)
+    second.rotated_in_ns = switched = time.time_ns()
+    first.seal(continued=True, rotated_out_ns=switched)
     parts = [first.publish()]
     second.end(feed.end())
     ended = time.time_ns() + 10**9
@@ -802,12 +802,14 @@ def test_the_live_times_of_a_storage_that_lags_add_up():
     """Parts that are closed long after their data, while the spool is delivered, do not count the time between."""
     second = 10**9
 
-    def live(opened, from_ns, until_ns, blocks, ended):
+    def live(opened, rotated_in, rotated_out, blocks, ended):
         table = np.zeros(len(blocks), layout.TABLES["run/blocks"][0])
         table["first_ns"], table["last_ns"] = np.transpose(blocks) * second
         info = {"begun_ns": 100 * second, "opened_ns": opened * second, "ended_ns": ended * second}
         file = {"run/blocks": table, "ledger/gaps": np.zeros(0, layout.GAPS)}
-        return writer.live_ns(file, info, from_ns=from_ns * second, until_ns=until_ns * second) // second
+        return (
+            writer.live_ns(file, info, rotated_in_ns=rotated_in * second, rotated_out_ns=rotated_out * second) // second
+        )
 
     late = live(700, 0, 720, [(100, 110), (390, 400)], 0), live(720, 720, 0, [(400, 410), (690, 700)], 700)
     assert sum(late) == 600

@@ -74,7 +74,7 @@ def test_a_closed_run_is_not_opened_at_the_start(tmp_path, storage, monkeypatch)
 def test_what_cannot_be_read_is_logged(tmp_path, storage, caplog):
     (tmp_path / "run0000001_20261122T071251Z_000.h5").write_text("no HDF5")
     with caplog.at_level(logging.WARNING, "larpixdaq"):
-        storage._look_up(1)
+        storage._read_positions(1)
     (line,) = caplog.messages
     assert line.startswith(
         f"the content of this file is unknown: cannot open {tmp_path}/run0000001_20261122T071251Z_000.h5: "

@@ -326,7 +326,7 @@ def test_a_recovery_that_takes_long_holds_up_no_verdict_and_no_end(
 def test_a_disk_that_fails_kills_nobody_and_its_blocks_are_asked_for_again(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_run, "AGAIN", 0.05)
+    monkeypatch.setattr(open_run, "RETRY_DELAY", 0.05)
     rig, feed = rigs(), Feed(RUN)
     first, second = feed.block(rows(10)), feed.block(rows(20))
     with monkeypatch.context() as broken:
@@ -349,7 +349,7 @@ def test_a_run_outlives_a_file_that_fails(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The part is given up and recovered, a further one goes on with the same metadata; end_run answers over both."""
-    monkeypatch.setattr(open_run, "AGAIN", 0.05)
+    monkeypatch.setattr(open_run, "RETRY_DELAY", 0.05)
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     blocks = [feed.block(rows(n)) for n in (10, 20, 30)]
@@ -538,7 +538,7 @@ def test_a_rotation_that_cannot_be_stays_in_the_part(
 def test_a_rotation_in_which_the_old_part_fails_goes_on_from_what_is_durable(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_run, "AGAIN", 0.05)
+    monkeypatch.setattr(open_run, "RETRY_DELAY", 0.05)
     rig, feed = rigs(limits=parse_limit("10rows")), Feed(RUN)
     rig.prepare()
     blocks = [feed.block(rows(n)) for n in (4, 6, 10)]
@@ -575,7 +575,7 @@ class Disk:
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
     monkeypatch.setattr("larpixdaq.storage.limits.os.statvfs", disk)
-    monkeypatch.setattr("larpixdaq.storage.limits.LOOK", 0.0)
+    monkeypatch.setattr("larpixdaq.storage.limits.CHECK_INTERVAL", 0.0)
     return disk
 
 
@@ -656,7 +656,7 @@ def test_status_says_how_fast_and_how_long(rigs: Callable[..., Rig], disk: Disk)
     space = Space(rigs().storage.directory, lambda: now[0])
     assert (space.free(), space.seconds_left(), space.bytes_per_second()) == (10_000 << 20, None, 0)
     for second in range(30):
-        space.grown(second * (2 << 20))
+        space.add_sample(second * (2 << 20))
         now[0] += 1
     assert space.bytes_per_second() == 2 << 20
     assert space.seconds_left() == (10_000 - 64) // 2
