@@ -54,14 +54,14 @@ def input_imbalances(counts: Mapping[str, int]) -> list[str]:
     return lines
 
 
-def row_imbalance(counts: Mapping[str, int], stored: int, owed: int) -> str | None:
+def row_imbalance(counts: Mapping[str, int], stored: int) -> str | None:
     """Check equation (d); one line when it fails."""
-    total = stored + counts["dropped"] + owed
+    total = stored + counts["dropped"] + counts["owed"]
     if total == made(counts):
         return None
     return (
         f"ledger (d): {made(counts)} rows were made, {total} are accounted for"
-        f" ({stored} stored, {counts['dropped']} dropped, {owed} pending)"
+        f" ({stored} stored, {counts['dropped']} dropped, {counts['owed']} pending)"
     )
 
 
@@ -161,7 +161,7 @@ class Account:
         """Next sequence; an end record counts as the sequence that it names."""
         return self.expected + (self.end is not None)
 
-    def counts(self, owed: int = 0) -> NDArray[Any]:
+    def counts(self) -> NDArray[Any]:
         """Make the rows of /ledger/counts by the end record, or else by the rows and gaps in this part."""
         here = stored(self.tally)
         given: dict[int, dict[str, int]] = {}
@@ -180,10 +180,6 @@ class Account:
             for name, value in given.get(group, {}).items():
                 row[name] = value
             row["stored"] = here[group]
-            if self.end is not None and group in given:
-                rest = made(given[group]) - given[group]["dropped"] - int(here[group])
-                row["owed"] = max(0, min(rest, owed))
-                owed -= int(row["owed"])
         return rows
 
     @property
@@ -242,26 +238,21 @@ class Account:
                 )
         return np.array(rows, layout.UNKNOWN)
 
-    def reasons(self, owed: int) -> tuple[list[str], list[str]]:
+    def reasons(self) -> tuple[list[str], list[str]]:
         """Return why the data of this origin are not complete, one line each.
 
-        The first list has unknown totals and pending rows, the second one missing rows and blocks.
+        The first list says that the totals are unknown, the second one has missing rows and blocks.
         """
         name = describe_origin(self.origin)
         waiting = [f"{name}: no end record, totals unknown"] if self.end is None else []
-        waiting += [f"{name}: {owed} rows pending"] if owed and self.end is not None else []
         missing = [f"{name}: {self.missing_blocks} blocks are missing"] if self.missing_blocks else []
-        for row in self.counts(owed):
-            counts = {field: int(row[field]) for field in constants.COUNTS}
+        for row in self.counts():
+            counts = {field: int(row[field]) for field in (*constants.COUNTS, "owed")}
             where = f"{name}, io_group {row['io_group']}"
             if counts["dropped"]:
                 missing.append(f"{where}: {counts['dropped']} rows dropped, because ring and spool were full")
             # Rows of earlier parts are not in this file; the unbroken sequence shows that they are stored there.
-            if (
-                self.end is not None
-                and not self.first_sequence
-                and (line := row_imbalance(counts, counts["stored"], int(row["owed"])))
-            ):
+            if self.end is not None and not self.first_sequence and (line := row_imbalance(counts, counts["stored"])):
                 missing.append(f"{where}: {line}")
             if line := constants.unusable(counts):
                 missing.append(f"{where}: {line}")
@@ -270,7 +261,6 @@ class Account:
 
 def verdict(
     accounts: Sequence[Account],
-    owed: Mapping[BlockOrigin, int],
     required: Sequence[str],
     *,
     aborted: bool,
@@ -289,18 +279,12 @@ def verdict(
     waiting: list[str] = []
     missing, verdict_lines = list(damaged), list[str]()
     for account in accounts:
-        some_waiting, some_missing = account.reasons(owed.get(account.origin, 0))
+        some_waiting, some_missing = account.reasons()
         waiting += some_waiting
         missing += some_missing
         verdict_lines += account.verdict_lines()
-    known = {account.origin for account in accounts}
-    names = {origin.producer for origin in (*known, *before)}
+    names = {origin.producer for origin in (*(account.origin for account in accounts), *before)}
     waiting += [f"producer {name!r}: no data came, totals unknown" for name in required if name not in names]
-    waiting += [
-        f"producer {origin.producer!r}, epoch {origin.epoch:x}: no data came, {rows} rows pending"
-        for origin, rows in owed.items()
-        if origin not in known
-    ]
     if continued:
         waiting = []
     reasons = waiting + missing + verdict_lines

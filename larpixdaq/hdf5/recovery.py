@@ -268,7 +268,7 @@ def _finish(locked: _LockedPart, state: UnfinishedPart) -> RecoveryReport:
         # Rows that readers could see before their batch was full came again from the journal.
         cut = max(0, state.cut - (file.rows - state.rows))
         summary = f"{int(time.time())}: its writer died; {added} blocks from the journal, {cut} rows of no block cut"
-        report = file.close(owed=state.owed, texts={"recovered": summary})
+        report = file.close(texts={"recovered": summary})
     except (ProtocolError, ValueError) as error:
         raise FileError(f"cannot recover {part}: {error}") from None
     finally:
@@ -336,7 +336,7 @@ class _PartReader:
                 break
         self._report_cut_blocks()
         lengths = {"run/blocks": self._blocks, "run/ends": self._read_ends(), "messages": self._messages}
-        lengths["ledger/counts"], owed = self._read_counts()
+        lengths["ledger/counts"] = self._read_counts()
         for name in ("ledger/outside", "ledger/unknown", "ledger/verdicts"):
             lengths[name] = len(self._leading(name, self._ended))
         gaps = self._leading("ledger/gaps", lambda row: int(row["sequence"]) < self._account(row).next)
@@ -367,7 +367,6 @@ class _PartReader:
             messages=self._messages,
             lengths=lengths,
             missing=[row for row in self._missing if row[:4] not in recorded],
-            owed=owed,
             damaged=self._damaged,
             lost=self._lost,
         )
@@ -498,17 +497,14 @@ class _PartReader:
             if (row["producer"], row["epoch"]) == (end["producer"], end["epoch"])
         ]
 
-    def _read_counts(self) -> tuple[int, dict[BlockOrigin, int]]:
-        """Add the totals to the end records. Returns the number of rows of /ledger/counts, and the pending rows."""
+    def _read_counts(self) -> int:
+        """Add the totals to the end records, and return the number of their rows in /ledger/counts."""
         rows = self._leading("ledger/counts", lambda row: text(row["how"]) != ledger.OPEN and self._ended(row))
-        owed: dict[BlockOrigin, int] = {}
         for row in rows:
             account = self._account(row)
             assert account.end is not None
             account.end.counts.append([int(row["io_group"]), *(int(row[name]) for name in constants.COUNTS)])
-            if row["owed"]:
-                owed[account.origin] = owed.get(account.origin, 0) + int(row["owed"])
-        return len(rows), owed
+        return len(rows)
 
     def _ended(self, row: Any) -> bool:
         return self._account(row).end is not None

@@ -191,7 +191,7 @@ class _Judgement:
                 self._waiting.append(f"{where}: {counts['owed']} rows are still pending")
             if counts["dropped"]:
                 self._missing.append(f"{where}: {counts['dropped']} rows dropped, because ring and spool were full")
-            line = ledger.row_imbalance(counts, self._stored[key], counts["owed"])
+            line = ledger.row_imbalance(counts, self._stored[key])
             if line and origin in self._ends and not self._began_earlier(origin):
                 self._missing.append(f"{where}: {line}")
             if line := unusable(counts):

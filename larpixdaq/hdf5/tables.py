@@ -183,16 +183,6 @@ class Tables:
         first, seconds = entry.message
         self.append("messages", [(part, seconds, first + i) for i, part in enumerate(parts)])
 
-    def set_owed(self, account: Account, owed: int) -> None:
-        """Complete the ledger of an origin at the close, when it has no end record or rows are still pending."""
-        if account.end is None:
-            self.append("ledger/counts", account.counts(owed))
-        elif owed:
-            table = self._tables["ledger/counts"]
-            rows = table[:]
-            rows[(rows["producer"] == account.index) & (rows["epoch"] == account.origin.epoch)] = account.counts(owed)
-            table[:] = rows
-
 
 class RunInfo(NamedTuple):
     """Description of a run, as far as it is known when a file is opened."""

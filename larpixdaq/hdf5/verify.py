@@ -484,7 +484,7 @@ class LedgerCheck:
             self._finding(f"{where}: {problem}")
         if check.continued:
             return  # the rows of earlier parts are in other files
-        if problem := ledger.row_imbalance(counts, stored, counts["owed"]):
+        if problem := ledger.row_imbalance(counts, stored):
             self._open_finding(f"{where}: {problem}")
         if counts["owed"]:
             self._finding(f"{where}: {counts['owed']} rows are still pending")

@@ -399,24 +399,21 @@ class RunFile:
         *,
         aborted: bool = False,
         continued: bool = False,
-        owed: Mapping[BlockOrigin, int] | None = None,
         texts: Mapping[str, str] | None = None,
         ended_ns: int = 0,
         rotated_out_ns: int = 0,
     ) -> CloseReport:
         """Write the waiting rows, the totals and the condition; the file is then complete, and needs only publish().
 
-        aborted: the run was aborted; continued: the run continues in another part; owed: pending rows of each origin;
-        texts: further texts for /run/texts, such as "next part"; ended_ns: when RUN ended, unix ns; 0: not yet, or
-        unknown; rotated_out_ns: when a rotation opened the next part, unix ns; 0: no rotation did.
+        aborted: the run was aborted; continued: the run continues in another part; texts: further texts for /run/texts,
+        such as "next part"; ended_ns: when RUN ended, unix ns; 0: not yet, or unknown; rotated_out_ns: when a rotation
+        opened the next part, unix ns; 0: no rotation did.
         FileError when the disk fails: part and journal then stay for recovery.
         """
         self._check_usable()
-        owed = owed or {}
         accounts = list(self._accounts.values())
         condition, reasons = ledger.verdict(
             accounts,
-            owed,
             self.info.required_producers,
             aborted=aborted,
             continued=continued,
@@ -433,7 +430,8 @@ class RunFile:
                 for line in lines:
                     self._tables.add_text(name, line)
             for account in accounts:
-                self._tables.set_owed(account, owed.get(account.origin, 0))
+                if account.end is None:
+                    self._tables.append("ledger/counts", account.counts())
             self._tables.set_positions(self._positions())
             info = self._file["run/info"][:]
             info["condition"], info["closed_ns"] = condition, time.time_ns()
@@ -640,6 +638,5 @@ class UnfinishedPart(NamedTuple):
     messages: int  # rows of /messages that belong to blocks
     lengths: dict[str, int]  # table -> number of its rows that belong to blocks and ends
     missing: list[tuple[int, ...]]  # rows that /run/missing lacks
-    owed: dict[BlockOrigin, int]
     damaged: list[str]  # damaged rows that stay in the file, one line each
     lost: list[str]  # data that are cut although they had been written completely, one line each

@@ -419,7 +419,7 @@ def feed_of_two(feed):
     return jump
 
 
-def test_verdicts_and_what_is_owed_survive(tmp_path):
+def test_verdicts_survive_a_recovery(tmp_path):
     file, feed = fill(tmp_path, [16_384] * 4)
     file.end(feed.end(verdicts=[stream.LossVerdict(1, "suspect", "board disconnected", 0, 1, 2)]))
     file._write_batch()

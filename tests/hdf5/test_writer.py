@@ -485,7 +485,6 @@ def test_the_ledger_is_in_the_file(tmp_path):
         ("dropped", "INCOMPLETE", "5 rows dropped, because ring and spool were full"),
         ("lost", "INCOMPLETE", r"ledger \(d\): 65 rows were made, 60 are accounted for"),
         ("no end", "INTERRUPTED", "no end record"),
-        ("owed", "INTERRUPTED", "5 rows pending"),
         ("silent", "INTERRUPTED", "producer 'Other': no data came"),
         ("aborted", "ABORTED", None),
         ("aborted there", "ABORTED", None),
@@ -498,7 +497,7 @@ def test_conditions(tmp_path, case, condition, reason):
     file = RunFile(tmp_path, run_info(required_producers=("Other",) if case == "silent" else ()))
     file.add(*feed.block(rows))
     words = feed.end().counts[0][1 + constants.Count.WORD_ROWS]
-    counts = {"word_rows": words + 5, "words_in": words + 5} if case in ("dropped", "lost", "owed") else {}
+    counts = {"word_rows": words + 5, "words_in": words + 5} if case in ("dropped", "lost") else {}
     if case == "dropped":
         counts["dropped"] = 5
     verdicts = {
@@ -508,14 +507,13 @@ def test_conditions(tmp_path, case, condition, reason):
     if case != "no end":
         how = "aborted" if case == "aborted there" else "closed"
         file.end(feed.end(how, counts={1: counts}, verdicts=verdicts))
-    owed = {feed.source: 5} if case == "owed" else {}
-    report = file.close(aborted=case == "aborted", owed=owed)
+    report = file.close(aborted=case == "aborted")
     assert report.condition == condition
     assert re.search(reason, report.reasons[0]) if reason else not report.reasons
     with DataFile(report.path) as read:
         assert read.run_info()["condition"] == condition
         assert read.texts().get("reason", []) == report.reasons
-        assert read.table("ledger/counts")["owed"].tolist() == [5 if case == "owed" else 0]
+        assert read.table("ledger/counts")["owed"].tolist() == [0]
     checked = verify(report.path)
     assert checked.ok == (condition in ("COMPLETE", "COMPLETE, suspect", "ABORTED"))
     told = [] if case == "no end" else [(one.io_group, one.verdict, one.why, one.lost) for one in verdicts]
