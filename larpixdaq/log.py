@@ -111,7 +111,7 @@ class LogFile:
         now = time.time()
         return [
             line(LogRecord(now, logging.WARNING, "log", text)).encode("utf-8", "replace")
-            for text in self._throttle.told()
+            for text in self._throttle.summaries()
         ]
 
     def _append(self, lines: list[bytes]) -> None:
@@ -145,7 +145,7 @@ class LogFile:
         self._file = file
 
     def status(self) -> LogStatus:
-        return LogStatus(str(self.path), self.written, self._throttle.held, self.lost, self.refused)
+        return LogStatus(str(self.path), self.written, self._throttle.dropped, self.lost, self.refused)
 
     def close(self) -> None:
         self._file.close()

@@ -18,7 +18,7 @@ from larpixdaq.buffer.ring_file import RingFile, damaged_files, ring_files
 from larpixdaq.buffer.spool import SpoolDirectory, SpoolFile
 from larpixdaq.errors import FileError, ProtocolError, RingError
 from larpixdaq.protocol.stream import Block, End, LossVerdict, unpack_producer
-from larpixdaq.runtime.file_access import keep_aside
+from larpixdaq.runtime.file_access import rename_damaged
 from larpixdaq.runtime.record_file import crc32
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Predecessors:
                 if ring_file is not None:
                     ring_file.leave()
                 ring_file = None
-                keep_aside(ring, f"cannot be taken over: {error}")
+                rename_damaged(ring, f"cannot be taken over: {error}")
         ends: dict[int, End] = {}
         if ring_file is not None:
             self._close_run(ring_file)
@@ -101,7 +101,7 @@ class Predecessors:
                     ring_file.leave()
                 return None
             except ValueError as error:
-                keep_aside(path, f"cannot be taken over: {error}")
+                rename_damaged(path, f"cannot be taken over: {error}")
                 continue
             if file is not None:
                 # The ring still has the block that was being written to the spool, unless there is no ring any more.

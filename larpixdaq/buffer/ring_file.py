@@ -25,11 +25,11 @@ from larpixdaq.runtime.file_access import (
     DAMAGED,
     has_no_locks,
     in_place,
-    keep_aside,
     make_locked,
-    no_locks,
+    no_locks_error,
     open_private,
     remove,
+    rename_damaged,
     try_lock,
 )
 
@@ -282,7 +282,7 @@ class RingFile:
             if not self.damaged:
                 remove(self._file, self.path)
             elif self.in_place():
-                keep_aside(self.path, "not all of it could be read")
+                rename_damaged(self.path, "not all of it could be read")
             self.leave()
 
     def leave(self) -> None:
@@ -307,5 +307,5 @@ def _make_file(path: Path) -> int:
         return make_locked(path)
     except OSError as error:
         if has_no_locks(error):
-            raise no_locks(path.parent, error, "--ring-dir") from None
+            raise no_locks_error(path.parent, error, "--ring-dir") from None
         raise

@@ -27,7 +27,7 @@ import msgspec
 
 from larpixdaq.buffer.ring_file import lock_abandoned
 from larpixdaq.runtime.event_loop import Worker
-from larpixdaq.runtime.file_access import copy_content, in_place, keep_aside, make_locked, open_private, remove
+from larpixdaq.runtime.file_access import copy_content, in_place, make_locked, open_private, remove, rename_damaged
 from larpixdaq.runtime.record_file import RecordFormat, crc32, write_at
 
 log = logging.getLogger(__name__)
@@ -367,7 +367,7 @@ class SpoolFile:
             if not self.damaged:
                 remove(self._fd, self.path)
             elif in_place(self._fd, self.path):
-                keep_aside(self.path, "not all of it could be read")
+                rename_damaged(self.path, "not all of it could be read")
             self.leave()
 
     def leave(self) -> None:

@@ -24,12 +24,12 @@ from larpixdaq.producer import add_own_arguments as add_producer_arguments
 from larpixdaq.runtime.launcher import (
     Entry,
     Group,
-    Running,
+    RunningSystem,
     alive,
     components,
     end_running,
+    lock_up,
     logind_removes_files,
-    only_up,
     read_running,
     running_file,
     write_running,
@@ -111,7 +111,7 @@ def up(options: argparse.Namespace) -> int:
         module: [*arguments, *insecure]
         for module, arguments in components(core, log, options.output_dir, state, source, listens, storage)
     }
-    with only_up(state):
+    with lock_up(state):
         running = _running_processes(state, commands)
         missing = [module for module in commands if module not in running]
         group = Group(state / "out")
@@ -120,13 +120,13 @@ def up(options: argparse.Namespace) -> int:
                 group.start(module, *commands[module], detach=True)
             by_module = running | {entry.module: entry for entry in group.entries()}
             entries = [by_module[module] for module in commands]
-            write_running(state, Running(core, entries, os.getcwd()))
+            write_running(state, RunningSystem(core, entries, os.getcwd()))
             with connect(core, group, entries) as operator:
                 wait_for(operator, {"producer", "storage", "run_data", "log"}, group, entries)
         except BaseException:
             group.close()
             if running:
-                write_running(state, Running(core, list(running.values()), os.getcwd()))
+                write_running(state, RunningSystem(core, list(running.values()), os.getcwd()))
             else:
                 running_file(state).unlink(missing_ok=True)
             raise

@@ -24,7 +24,14 @@ from larpixdaq.constants import CANCELLED, ENDED, PREPARING, RunCondition
 from larpixdaq.errors import FileError
 from larpixdaq.protocol.reports import RunEnd, StorageEnd
 from larpixdaq.protocol.stream import ConnectedBoard
-from larpixdaq.runtime.file_access import LockedFile, aside, check_regular, has_no_locks, no_locks, open_locked
+from larpixdaq.runtime.file_access import (
+    LockedFile,
+    check_regular,
+    damaged_path,
+    has_no_locks,
+    no_locks_error,
+    open_locked,
+)
 
 _SCHEMA: Final = 2
 _TABLES: Final = """
@@ -168,7 +175,7 @@ class Catalogue:
 
     def _rename_damaged(self) -> Path:
         """Rename the damaged database with SQLite's files beside it. Returns the new name of the database."""
-        kept = aside(self.path)
+        kept = damaged_path(self.path)
         for more in ("-wal", "-shm", ""):
             beside = self.path.with_name(self.path.name + more)
             if beside.exists():
@@ -208,7 +215,7 @@ class Catalogue:
             raise
         except OSError as error:
             if has_no_locks(error):  # SQLite needs locks too
-                raise no_locks(self.path.parent, error, "--state-dir") from None
+                raise no_locks_error(self.path.parent, error, "--state-dir") from None
             raise FileError(f"cannot lock {self._lock_path}: {error.strerror}") from None
         if file is None:
             raise FileError(f"{self.path}: another core uses it (give this one a --state-dir of its own)")

@@ -21,7 +21,7 @@ from larpixdaq.protocol.reports import (
     Status,
     StorageStatus,
 )
-from larpixdaq.runtime.timing import load_words
+from larpixdaq.runtime.timing import load_text
 from larpixdaq.runtime.units import size, utc
 
 Facts = dict[str, Any]
@@ -47,7 +47,7 @@ def status_lines(status: Facts) -> list[str]:
         lines.append("INSECURE: no keys are in use: anybody who can connect to the core can control the detector")
     width = max((len(component["name"]) for component in status["components"]), default=0)
     if "load" in status:
-        lines.append(f"{'core':<{width}}  alive  {load_words(status['load'])}")
+        lines.append(f"{'core':<{width}}  alive  {load_text(status['load'])}")
     for component in status["components"]:
         lines.append(f"{component['name']:<{width}}  {_liveness(component):<5}  {_details(component)}".rstrip())
     return lines
@@ -91,7 +91,7 @@ def _details(component: Facts) -> str:
     elif isinstance(status, LogStatus) and status.lost:
         parts.append(f"{status.lost} records lost")
     if status is not None and status.load is not None:
-        parts.append(load_words(msgspec.structs.asdict(status.load)))
+        parts.append(load_text(msgspec.structs.asdict(status.load)))
     return "; ".join(parts)
 
 

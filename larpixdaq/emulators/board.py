@@ -276,7 +276,7 @@ class EmulatedBoard:
             words = min(self._remaining, limit)
         if words < 1:
             assert self._pace
-            return max(self._pace.when(min(whole, self._remaining or whole)) - now, RETRY)
+            return max(self._pace.time_of(min(whole, self._remaining or whole)) - now, RETRY)
         self._overdue = self._pace is None or due - words >= whole
         self._take(words, window)
         return 0.0
@@ -289,7 +289,7 @@ class EmulatedBoard:
         if self._faults:
             self._spans = self._faults.change(self._source.buffer, self._spans)
         if self._pace:
-            self._pace.made(made)
+            self._pace.add_made(made)
         if self._remaining is not None:
             self._remaining -= made
 

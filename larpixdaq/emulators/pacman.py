@@ -20,7 +20,7 @@ from larpixdaq.emulators.board_registers import BoardRegisters
 from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT
 from larpixdaq.emulators.tile import EmulatedTile, TileBoard
 from larpixdaq.errors import ConfigError
-from larpixdaq.runtime.event_loop import catch
+from larpixdaq.runtime.event_loop import catch_signals
 from larpixdaq.schema import ASICS
 from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT
 
@@ -359,7 +359,7 @@ def run(args: argparse.Namespace) -> None:
             sent = {str(board.io_group): board.counts() for board in boards}
             print(json.dumps({"sent": sent, "seconds": round(emulator.seconds, 6)}), flush=True)
 
-        catch(stop)
+        catch_signals(stop)
         print(args.detector.ready_line(ready), flush=True)
         emulator.run(report)
     finally:

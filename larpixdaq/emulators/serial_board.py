@@ -19,7 +19,7 @@ from larpixdaq._native.decoders import encode_serial
 from larpixdaq.emulators import detector
 from larpixdaq.emulators.tile import EmulatedTile
 from larpixdaq.errors import ConfigError
-from larpixdaq.runtime.event_loop import catch
+from larpixdaq.runtime.event_loop import catch_signals
 
 DESCRIPTION = """\
 A board on a serial line, as a pseudo-terminal, with v1 chips unless --chips or --asic ask for others. At the start it
@@ -239,7 +239,7 @@ def run(args: argparse.Namespace) -> None:
 
     line = SerialLine(args.baud)
     try:
-        catch(stop)
+        catch_signals(stop)
         board = SerialBoard(tile, line)
         print(args.detector.ready_line({str(io_group): {"device": line.device}}), flush=True)
         start = time.monotonic()

@@ -186,7 +186,7 @@ class Child:
         """Handle what the child has printed and sent: at most PIECE bytes of each, so that the loop is not held up."""
         if not self._process.ready():
             return
-        self._output.take(self._process.printed())
+        self._output.take(self._process.read_output())
         data = self._process.receive()
         if data is None:
             return
@@ -203,7 +203,7 @@ class Child:
 
     def end(self, reason: str) -> None:
         """Kill the child, and with it the routine that runs: its call fails with the reason, "" if it has died."""
-        self._output.take(self._process.printed())
+        self._output.take(self._process.read_output())
         status = self._process.end()
         if status is not None:
             self._died(status, reason)

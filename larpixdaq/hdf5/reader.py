@@ -23,7 +23,7 @@ from larpixdaq import schema
 from larpixdaq.errors import FileError, cause
 from larpixdaq.hdf5 import layout, names, repair
 from larpixdaq.protocol.stream import BlockOrigin, ConnectedBoard
-from larpixdaq.runtime.file_access import check_place, open_regular
+from larpixdaq.runtime.file_access import check_link, open_regular
 from larpixdaq.schema import PacketType, io_groups_of, types_of
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class DataFile:
         self.layout = next(layouts, None)
 
     def _open(self) -> h5py.File:
-        check_place(self.path)
+        check_link(self.path)
         if not self.path.is_file():
             reason = "is not a file" if self.path.exists() else "there is no such file"
             raise FileError(f"cannot open {self.path}: {reason}")

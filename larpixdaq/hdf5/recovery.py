@@ -42,7 +42,7 @@ from larpixdaq.hdf5.verify import block_groups
 from larpixdaq.hdf5.writer import RunFile, UnfinishedPart
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import Block, BlockOrigin, End
-from larpixdaq.runtime.file_access import DAMAGED, aside, check_regular
+from larpixdaq.runtime.file_access import DAMAGED, check_regular, damaged_path
 from larpixdaq.runtime.record_file import crc32
 
 #: Maximum damaged stretches of a journal that are listed one by one.
@@ -146,7 +146,7 @@ def _lock_part(part: Path) -> Iterator[_LockedPart]:
     try:
         contents = journal.read(journal_path)
         if contents.damaged:
-            locked_journal.kept_path = aside(journal_path)
+            locked_journal.kept_path = damaged_path(journal_path)
         yield _LockedPart(part, part.with_name(stem + names.FINISHED), name, locked_journal, contents, no_journal)
     finally:
         locked_journal.close()
@@ -161,7 +161,7 @@ def _recover(locked: _LockedPart, is_cancelled: Callable[[], bool]) -> RecoveryR
             raise FileError(f"cannot recover {part}: {final.name} exists")
         final.unlink()  # a writer without hard links takes the name with an empty file; it died before the rename
     if part.exists() and part.stat().st_size and repair.read_superblock(part) is None:
-        part.rename(aside(part))  # neither an HDF5 file nor the beginning of one
+        part.rename(damaged_path(part))  # neither an HDF5 file nor the beginning of one
     state = read_unfinished_part(part, is_cancelled) if _repair(part) else None
     if (
         state is not None

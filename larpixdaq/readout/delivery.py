@@ -21,7 +21,7 @@ from larpixdaq.errors import FileError
 from larpixdaq.protocol.reports import DeliveryStatus, EpochEnd
 from larpixdaq.protocol.stream import End
 from larpixdaq.runtime.event_loop import Worker
-from larpixdaq.runtime.file_access import has_no_locks, no_locks, remove, try_lock
+from larpixdaq.runtime.file_access import has_no_locks, no_locks_error, remove, try_lock
 from larpixdaq.runtime.units import parse_duration, parse_size
 from larpixdaq.stream import Publisher
 
@@ -169,7 +169,7 @@ class Delivery:
             if store.spool is not None:
                 store.spool.retry_names()
         self._renew_names()
-        self.worker.settle(SPOOL_LIMIT)
+        self.worker.drain(SPOOL_LIMIT)
         for ring_file in self._ring_files:
             if not ring_file.in_place():
                 path = self.spool.path / ring_file.path.name
@@ -222,7 +222,7 @@ class Delivery:
             publisher.socket.poll(20)
             self.worker.turn()
             publisher.work()
-        self.worker.settle(SPOOL_LIMIT)
+        self.worker.drain(SPOOL_LIMIT)
         pending = publisher.pending()
         if pending or leave:
             self._save_names()
@@ -276,7 +276,7 @@ def _check_spool_directory(path: Path) -> None:
             try_lock(probe.fileno())
         except OSError as error:
             if has_no_locks(error):
-                raise no_locks(path, error, "--spool-dir") from None
+                raise no_locks_error(path, error, "--spool-dir") from None
             raise FileError(f"--spool-dir {path}: {error.strerror}") from None
 
 

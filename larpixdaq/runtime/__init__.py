@@ -1,1 +1,1 @@
-"""What every process needs whatever it does: its event loop, times, children and files."""
+"""Parts that every process needs: event loop, timing, child processes, and access to files."""

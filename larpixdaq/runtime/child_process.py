@@ -1,6 +1,6 @@
-"""Child processes: a Python program of ours in a process of its own, with a socket between it and its parent.
+"""Child processes: each runs a Python program of this package, with a socket between child and parent.
 
-It runs beside the receive loop of a producer, so that Python code of others can neither slow the loop down nor end it.
+A producer runs Python code of users in a child, so that this code can neither slow down nor end the receive loop.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-#: Maximum bytes of one receive() or printed(), so that a child that sends a lot does not hold up the loop.
+#: Maximum bytes of one receive() or read_output(), so that a child that sends a lot does not delay the loop.
 PIECE: Final = 1 << 16
-#: Seconds that a killed process has to be gone before the loop continues without its exit status.
+#: Maximum seconds that end() waits for the exit status of a killed process.
 _REAP_LIMIT: Final = 0.5
 _PR_SET_PDEATHSIG: Final = 1
 
 
 class ChildProcess:
-    """One process at a time, which runs `script`; after its end start() can start another one.
+    """One process at a time, which runs `script`. After its end start() starts the next one.
 
     Only end() blocks, for a limited time. `fileno()` polls readable when the process has sent or printed something, has
-    ended, or takes more of what waits for it. All methods belong to one thread, which must live as long as the process:
-    Linux ends the process together with the thread that started it.
+    ended, or can take more bytes of write(). All methods must be called in one thread, which must live as long as the
+    process, because Linux ends the process together with the thread that started it.
     """
 
     def __init__(
@@ -40,15 +40,16 @@ class ChildProcess:
         kind: socket.SocketKind = socket.SOCK_STREAM,
         capture: bool = False,
     ) -> None:
-        """`script` is called with the number of its socket, of this `kind`, and the `arguments`; see parent_socket().
+        """The arguments of `script` are the number of its socket, of this `kind`, and `arguments`; see parent_socket().
 
-        `capture`: printed() returns what the process writes to stdout and stderr. Otherwise it shares ours.
+        `capture`: read_output() returns the text that the process writes to stdout and stderr. Otherwise the process
+        shares stdout and stderr with its parent.
         """
         self._script, self._arguments = script, arguments
         self._kind, self._capture = kind, capture
         self._epoll = select.epoll()
         self._process: subprocess.Popen[bytes] | None = None
-        self._stuck: list[subprocess.Popen[bytes]] = []  # killed, but not yet gone
+        self._unreaped: list[subprocess.Popen[bytes]] = []  # killed, but not ended yet
         self._sock: socket.socket | None = None
         self._pidfd = -1
         self._unsent = bytearray()
@@ -58,38 +59,38 @@ class ChildProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether a process was started and end() was not called since; it may have ended by itself."""
+        """Whether end() has not been called since start(). The process may have ended by itself."""
         return self._process is not None
 
     @property
     def pid(self) -> int:
-        """The id of the running process."""
+        """Id of the running process."""
         assert self._process is not None
         return self._process.pid
 
     @property
     def unsent(self) -> int:
-        """Bytes of write() that the process has not taken yet."""
+        """Number of bytes of write() that the process has not taken yet."""
         return len(self._unsent)
 
     def start(self) -> None:
-        """Start the program. OSError when the system refuses it."""
-        self._stuck = [process for process in self._stuck if process.poll() is None]
-        self._sock, theirs = socket.socketpair(socket.AF_UNIX, self._kind)
+        """Start the program. Raises OSError if the system refuses it."""
+        self._unreaped = [process for process in self._unreaped if process.poll() is None]
+        self._sock, child_end = socket.socketpair(socket.AF_UNIX, self._kind)
         self._sock.setblocking(False)
         try:
-            with theirs:
-                # Without preexec_fn subprocess uses vfork: our mapped memory is neither copied nor marked. In a session
-                # of its own the process does not get the Ctrl-C of our terminal, and end() reaches what it has started.
+            with child_end:
+                # Without preexec_fn subprocess uses vfork, which neither copies nor marks the parent's mapped memory.
+                # In its own session the process gets no Ctrl-C from the terminal, and end() kills its children too.
                 self._process = subprocess.Popen(
-                    [sys.executable, str(self._script), str(theirs.fileno()), *self._arguments],
+                    [sys.executable, str(self._script), str(child_end.fileno()), *self._arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE if self._capture else None,
                     stderr=subprocess.STDOUT if self._capture else None,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[child_end.fileno()],
                     start_new_session=True,
                 )
-            # The end of the socket does not show the end of the process, because processes forked by it keep it open.
+            # The end of the socket does not show the end of the process, because its own children keep the socket open.
             self._pidfd = os.pidfd_open(self._process.pid)
             self._epoll.register(self._pidfd, select.EPOLLIN)
             self._epoll.register(self._sock, select.EPOLLIN)
@@ -102,14 +103,14 @@ class ChildProcess:
             raise
 
     def ready(self) -> bool:
-        """Whether receive() or printed() may return something. Sends what the process takes of write()."""
+        """Send bytes of write() that the process takes. Returns whether receive() or read_output() may return data."""
         ready = bool(self._epoll.poll(0))
         if ready and self._unsent:
             self._flush()
         return ready
 
     def receive(self) -> bytes | None:
-        """The next packet, or piece of the stream; None while there is none; b"" after the last one: it has ended."""
+        """Return the next packet, or the next part of the stream. Returns None if there is none, b"" after the end."""
         assert self._sock is not None
         ended = False
         while True:
@@ -120,12 +121,12 @@ class ChildProcess:
                     return b""
                 if not self._ends_within(0):
                     return None
-                ended = True  # what it sent just before its end may have come after recv()
+                ended = True  # data sent just before its end may have arrived after recv()
             except OSError:
                 return b""
 
-    def printed(self) -> bytes:
-        """The next piece of what the process has printed; b"" while there is none."""
+    def read_output(self) -> bytes:
+        """Return the next part of the process's output, b"" if there is none."""
         if self._process is None or self._process.stdout is None or self._process.stdout.closed:
             return b""
         try:
@@ -137,22 +138,22 @@ class ChildProcess:
         return data
 
     def send(self, packet: bytes) -> bool:
-        """Send a packet; False when the process does not take it now."""
+        """Send a packet. Returns False if the process does not take it now."""
         try:
             return self._sock is not None and bool(self._sock.send(packet))
         except OSError:
             return False
 
     def write(self, data: bytes) -> None:
-        """Append to the stream. What the process does not take now is kept until it does, or until its end."""
+        """Append to the stream. Bytes that the process does not take now are sent later, until its end."""
         if self._process is not None:
             self._unsent += data
             self._flush()
 
     def end(self, limit: float = 0.0) -> int | None:
-        """Kill the process with all that it has started, and reap it; its exit status, None when there was no process.
+        """Kill the process and its children. Returns its exit status, None if there was no process.
 
-        Before that it has `limit` seconds to end by itself when it finds its socket closed.
+        With a `limit`, first close the socket and give the process this many seconds to end by itself.
         """
         process, self._process = self._process, None
         if process is None or self._sock is None:
@@ -160,14 +161,14 @@ class ChildProcess:
         if limit:
             self._sock.close()
             self._ends_within(limit)
-        # The id still belongs to this process, because it has not been reaped. If it has ended by itself, the signal
-        # does not change its status.
+        # The id still belongs to this process, because wait() has not been called. The signal does not change the
+        # status of a process that has ended by itself.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         try:
             status = process.wait(_REAP_LIMIT)
-        except subprocess.TimeoutExpired:  # it waits for a disk or a device that does not answer, and dies after that
-            self._stuck.append(process)
+        except subprocess.TimeoutExpired:  # it waits for a disk or device that does not answer, and ends after that
+            self._unreaped.append(process)
             status = -signal.SIGKILL
         # Closed descriptors leave the epoll set.
         self._sock.close()
@@ -180,7 +181,7 @@ class ChildProcess:
         return status
 
     def close(self) -> None:
-        """Kill the process, if there is one. fileno() is no longer valid."""
+        """Kill the process, if there is one. Afterwards fileno() is no longer valid."""
         self.end()
         self._epoll.close()
 
@@ -196,18 +197,18 @@ class ChildProcess:
                 del self._unsent[: self._sock.send(self._unsent)]
         except BlockingIOError:
             pass
-        except OSError:  # it has ended, as receive() will say
+        except OSError:  # it has ended, which receive() reports
             self._unsent.clear()
         self._epoll.modify(self._sock, select.EPOLLIN | (select.EPOLLOUT if self._unsent else 0))
 
 
 def signal_name(number: int) -> str:
-    """The name of a signal, or its number if it has none, as most real-time signals."""
-    return {int(one): one.name for one in signal.Signals}.get(number, str(number))
+    """Return the name of a signal, or its number if it has no name, as most real-time signals."""
+    return {int(known): known.name for known in signal.Signals}.get(number, str(number))
 
 
 def parent_socket(number: str) -> socket.socket:
-    """In the child process: the socket of this number, to the parent. From now on this process ends with its parent."""
+    """Return the child's socket to the parent, and let the kernel end the child together with the parent."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     sock = socket.socket(fileno=int(number))
     sock.set_inheritable(False)

@@ -1,6 +1,6 @@
-"""The loop of a process: its wake-ups, its worker threads, and its end (exit status; SIGINT, SIGTERM, SIGHUP, SIGQUIT).
+"""Event loop of a process: wake-ups, worker threads, signals (SIGINT, SIGTERM, SIGHUP, SIGQUIT) and exit status.
 
-Threads only post results: the loop polls a descriptor, and takes the results over itself.
+Threads only post results and wake the loop, which handles the results.
 """
 
 from __future__ import annotations
@@ -28,40 +28,41 @@ if TYPE_CHECKING:
     import zmq
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-#: A closed terminal, and Ctrl-\\. They end a process as SIGTERM does, unless it was started to ignore them (nohup).
+#: Signals of a closed terminal and of Ctrl-\\. They end a process as SIGTERM does, unless it was started with them
+#: ignored (nohup).
 _TERMINAL_SIGNALS: Final = (signal.SIGHUP, signal.SIGQUIT)
-#: After the first signal further ones are ignored for so long (s): a terminal's Ctrl-C reaches all of a process
-#: group, and the one that started them tells them again. Closing must not be interrupted by that.
+#: Seconds after the first signal in which further signals are ignored, so that they do not interrupt closing. Ctrl-C
+#: reaches the whole process group, and the parent then sends SIGTERM too.
 _GRACE: Final = 5.0
-#: Bytes of log records that a process may write to stderr at once, and in a second after that.
+#: Maximum bytes of log records on stderr at once, and per second after that.
 _STDERR_BURST: Final = 256 << 10
 _STDERR_RATE: Final = 4 << 10
-#: When the first signal came (time.monotonic()), if one has.
-_came: Final[list[float]] = []
+#: time.monotonic() of the first signal; empty before it.
+_first_signal: Final[list[float]] = []
 log = logging.getLogger(__name__)
 Job = tuple[Callable[[], Any], Callable[[Any], None]]
 
 
 class Waker:
-    """A descriptor that polls readable from wake() to clear(). Any thread may call wake()."""
+    """Descriptor that polls readable from wake() to clear(). Any thread may call wake()."""
 
     def __init__(self) -> None:
-        # A pipe, because signal.set_wakeup_fd() writes single bytes, which an eventfd does not take.
+        # a pipe, because signal.set_wakeup_fd() writes single bytes, which an eventfd does not accept
         self._read, self.write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        # Reentrant, because the garbage collector may call close() in the middle of wake().
+        # reentrant, because the garbage collector may call close() during wake()
         self._lock = threading.RLock()
 
     def fileno(self) -> int:
         return self._read
 
     def wake(self) -> None:
-        """Make the descriptor readable; without effect after close()."""
+        """Make the descriptor readable. Has no effect after close()."""
         with self._lock, contextlib.suppress(BlockingIOError):  # full: it is readable already
             if self.write_end >= 0:
                 os.write(self.write_end, b"\0")
 
     def clear(self) -> None:
-        """Consume all wake-ups so far. Call it before the look at what they announce, so that none is missed."""
+        """Discard all wake-ups so far. Call it before reading the posted results, so that no wake-up is missed."""
         with contextlib.suppress(BlockingIOError):
             while len(os.read(self._read, 4096)) == 4096:
                 pass
@@ -74,50 +75,50 @@ class Waker:
 
 
 def keep_polled(poller: zmq.Poller, known: dict[Any, tuple[Any, ...]], key: Any, wanted: tuple[Any, ...]) -> None:
-    """Register exactly the sockets `wanted` for `key` in the poller; `known` maps each key to its registered ones."""
-    had = known.get(key, ())
-    if wanted != had:
-        for socket in had:
+    """Register exactly the sockets `wanted` for `key` in the poller. `known` has the registered sockets by key."""
+    registered = known.get(key, ())
+    if wanted != registered:
+        for socket in registered:
             poller.unregister(socket)
         for socket in wanted:
             poller.register(socket, select.POLLIN)
         known[key] = wanted
 
 
-def _first() -> bool:
-    """Note that a signal has come; whether it is to be heeded."""
+def _accept_signal() -> bool:
+    """Return whether a signal that has just arrived counts, or is ignored because of an earlier signal."""
     now = time.monotonic()
-    if _came and now - _came[0] <= _GRACE:
+    if _first_signal and now - _first_signal[0] <= _GRACE:
         return False
-    _came[:] = [now]
+    _first_signal[:] = [now]
     return True
 
 
 class _Printable(logging.Formatter):
-    """Records for a terminal; a traceback keeps its lines."""
+    """Formats log records for a terminal without control characters. A traceback keeps its lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 class Stopped(KeyboardInterrupt):
-    """One of the signals came; run_main() turns it into the exit status."""
+    """A signal ends the process. run_main() turns it into the exit status."""
 
     def __init__(self, number: int = signal.SIGTERM) -> None:
         super().__init__(number)
         self.number = number
 
 
-def catch(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Handle the signals that end a process in this way; returns the handlers of before."""
-    wanted = [one for one in _TERMINAL_SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in (*_SIGNALS, *wanted)}
+def catch_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Set the handler of all signals that end a process. Returns the previous handlers."""
+    terminal = [number for number in _TERMINAL_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in (*_SIGNALS, *terminal)}
 
 
 class Signals:
-    """Within this context signals do not interrupt; they set `stop` and make `fileno()` readable.
+    """Context in which signals do not interrupt: they set `stop` and make `fileno()` readable.
 
-    For loops that must not be left in the middle of a turn::
+    It is for loops that must not end in the middle of a turn::
 
         with Signals() as signals:
             while not signals.stop: poll([..., signals.fileno()])
@@ -125,21 +126,21 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop = False
-        self._handlers: dict[int, Any] = {}  # those outside of this context
+        self._handlers: dict[int, Any] = {}  # of the signals outside of this context
         self._wakeup = -1
         self._waker = Waker()
 
     def fileno(self) -> int:
         return self._waker.fileno()
 
-    def _came(self, number: int, frame: FrameType | None) -> None:
-        _first()
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        _accept_signal()
         self.stop = True
 
     def __enter__(self) -> Signals:
-        # The C-level handler writes a byte at once: a signal between the test of `stop` and the poll is not slept over.
+        # Python's C handler writes a byte at once, so that a signal between the test of `stop` and the poll wakes it
         self._wakeup = signal.set_wakeup_fd(self._waker.write_end, warn_on_full_buffer=False)
-        self._handlers = catch(self._came)
+        self._handlers = catch_signals(self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -158,8 +159,10 @@ class _OutputError(Exception):
 
 
 class _Output(io.FileIO):
-    """Standard output whose errors are distinct from those of files. After an error it accepts and drops everything,
-    so that the interpreter's last flush does not complain again."""
+    """Standard output that raises _OutputError, which is distinct from errors of files.
+
+    After an error it discards everything, so that the interpreter's last flush does not fail again.
+    """
 
     _failed = False
 
@@ -173,23 +176,23 @@ class _Output(io.FileIO):
             raise _OutputError(error) from None
 
 
-def _watch_output() -> None:
-    """Have errors of standard output raised as _OutputError, and bytes of paths that are no text shown as \\xff."""
-    before = sys.__stdout__
-    if before is None:  # closed by the parent
+def _wrap_output() -> None:
+    """Replace sys.stdout, so that its errors raise _OutputError and bytes that are not UTF-8 print as \\xff."""
+    original = sys.__stdout__
+    if original is None:  # closed by the parent
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif sys.stdout is before:  # else a test has replaced it
-        raw = io.BufferedWriter(_Output(before.fileno(), "wb", closefd=False))
-        sys.stdout = io.TextIOWrapper(raw, before.encoding, "backslashreplace", line_buffering=before.isatty())
+    elif sys.stdout is original:  # else a test has replaced it
+        raw = io.BufferedWriter(_Output(original.fileno(), "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(raw, original.encoding, "backslashreplace", line_buffering=original.isatty())
 
 
 def is_text(argument: str) -> bool:
-    """Whether an argument or path can be sent to others: bytes that are not UTF-8 are surrogates in Python."""
+    """Return whether an argument or path is UTF-8, which messages need. Python has other bytes as surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in argument)
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # has no parameter before Python 3.11
-    """Log records on stderr, which may be a file: of a flood only a part is written, and the rest counted."""
+    """Writes log records to stderr, which may be a file. Records above the limits are only counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,12 +200,12 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # has no parame
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._throttle.passes("", len(self.format(record))):
-            self.tell()
+            self.report_dropped()
             super().emit(record)
 
-    def tell(self) -> None:
-        """Say how many records were not written."""
-        for text in self._throttle.told():
+    def report_dropped(self) -> None:
+        """Write how many records were not written."""
+        for text in self._throttle.summaries():
             print(f"{_program()}: WARNING: {text}", file=self.stream)
 
 
@@ -213,24 +216,25 @@ def _program() -> str:
 def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int:
     """Run a program's main part and return its exit status.
 
-    A signal raises Stopped, a KeyboardInterrupt, where it runs, so that its `finally` clauses close everything; see
-    Signals for the quieter way. It is the proper end of an endless program: 0. A command that is interrupted has not
-    done its work: 128 + the signal's number, with one line on stderr. 1, with one line on stderr, when it raises a
-    LarpixDaqError or its output cannot be written. Log records of level warning and above go to stderr too; on a
-    terminal also those that tell a person that all is well.
+    A signal raises Stopped, a KeyboardInterrupt, in `function`, so that its `finally` clauses close everything; a
+    function that uses Signals ends its loop instead. After a signal the status of an endless program is 0. A command
+    that was interrupted has not done its work: its status is 128 + the signal's number, with one line on stderr. After
+    a LarpixDaqError, or when the output cannot be written, the status is 1, with one line on stderr.
+
+    Log records from level WARNING on go to stderr; on a terminal also those of level INFO.
     """
     program = _program()
     if endless and (wrong := [argument for argument in sys.argv[1:] if not is_text(argument)]):
         print(f"{program}: argument {wrong[0]!r}: expected UTF-8, since other processes read it", file=sys.stderr)
         return 2
-    _came.clear()
+    _first_signal.clear()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if _first():
+        if _accept_signal():
             raise Stopped(number)
 
-    _watch_output()
-    before = catch(stop)
+    _wrap_output()
+    handlers = catch_signals(stop)
     stderr = _Stderr()
     stderr.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     stderr.setFormatter(_Printable(f"{program}: %(levelname)s: %(message)s"))
@@ -238,7 +242,7 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
     logger.addHandler(stderr)
     try:
         status = function() or 0
-        sys.stdout.flush()  # here, so that output which cannot be written is an error of ours
+        sys.stdout.flush()  # here, so that a failure becomes the exit status
         return status
     except KeyboardInterrupt as error:
         if endless:
@@ -250,46 +254,46 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
         print(printable(f"{program}: {error}"), file=sys.stderr)
         return 1
     except _OutputError as error:
-        if error.number != errno.EPIPE:  # else the reader of our output has gone: `larpixdaq status | head`
+        if error.number != errno.EPIPE:  # else the reader has closed the pipe: `larpixdaq status | head`
             print(f"{program}: {error}", file=sys.stderr)
         return 1
     finally:
         logger.removeHandler(stderr)
-        stderr.tell()
-        for number, handler in before.items():
+        stderr.report_dropped()
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 class Worker:
-    """A thread that does jobs in order; turn() hands over their results in the loop that submitted them."""
+    """Thread that does jobs in order. turn() passes their results to callbacks in the loop that submitted them."""
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._results: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._waker = Waker()
-        self._pending = 0  # jobs whose results were not handed over yet
+        self._pending = 0  # jobs whose callbacks were not called yet
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, do: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Call `do` in the thread; turn() calls `then` with its result, or with the OSError that it raised."""
+        """Call `do` in the thread. turn() then calls `then` with the result, or with the OSError that `do` raised."""
         self._pending += 1
         self._jobs.put((do, then))
 
     def fileno(self) -> int:
-        """Polls readable while turn() has something to do."""
+        """Descriptor that polls readable while turn() has results to pass on."""
         return self._waker.fileno()
 
     def turn(self) -> None:
-        """Hand over the results that are there."""
+        """Pass the results so far to their callbacks."""
         self._waker.clear()
         while self._results:
             then, result = self._results.popleft()
             self._pending -= 1
             then(result)
 
-    def settle(self, limit: float) -> bool:
-        """Wait at most `limit` seconds until the results of all jobs are handed over; whether they are."""
+    def drain(self, limit: float) -> bool:
+        """Wait at most `limit` seconds for the callbacks of all jobs. Returns whether all were called."""
         deadline = time.monotonic() + limit
         while self._pending and (left := deadline - time.monotonic()) > 0:
             select.select([self._waker], [], [], left)
@@ -297,7 +301,7 @@ class Worker:
         return not self._pending
 
     def close(self, limit: float) -> bool:
-        """Finish the jobs in at most `limit` seconds; False when the thread hangs, which then ends with the process."""
+        """Finish the jobs in at most `limit` seconds. Returns False if the thread hangs; it ends with the process."""
         if not self._thread.is_alive():
             return True
         self._jobs.put(None)
@@ -316,7 +320,7 @@ class Worker:
                 result = do()
             except OSError as error:
                 result = error
-            except Exception as error:  # a mistake of ours: the loop must not wait for its result for ever
+            except Exception as error:  # a fault of this program; the loop still gets a result
                 log.exception("%s", self._thread.name)
                 result = OSError(str(error))
             self._results.append((then, result))

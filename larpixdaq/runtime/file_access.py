@@ -1,11 +1,11 @@
-"""Files in directories where others may write: opened and checked, locked, kept aside, removed.
+"""Access to files in directories where other users may write: open, check, lock, rename, remove.
 
-Only regular files are opened, never a link, a pipe or a device; of private files only those that no other user can have
-made or changed. A file that could not be read whole is renamed, never removed.
+Only regular files are opened, never a link, a pipe or a device. Private files are opened only if no other user can have
+made or changed them. A file that could not be read whole is renamed, never removed.
 
-A lock (flock) is held by one process at a time. Some file systems have no locks: NFS without lockd, Lustre mounted
-without flock, some FUSE. There a file in a lock directory is locked in place of the file itself. Its name is a hash of
-the path, so that processes of one host that share the lock directory exclude each other.
+One process at a time holds a lock (flock). Some file systems have no locks: NFS without lockd, Lustre mounted without
+flock, some FUSE. There a file in a lock directory is locked instead of the file itself. Its name is a hash of the path,
+so that processes of one host with the same lock directory exclude each other.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from larpixdaq import config
 from larpixdaq.errors import FileError
 
 log = logging.getLogger(__name__)
-#: Ending of the name under which a damaged file is kept.
+#: Ending of the name to which a damaged file is renamed.
 DAMAGED: Final = ".damaged"
-#: What flock() fails with where there are no locks. 524 is ENOTSUPP, which some file systems of the kernel let out.
+#: Errors of flock() on file systems without locks. 524 is ENOTSUPP, which some file systems return.
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524})
 
 
 def open_private(path: Path, flags: int) -> int:
-    """Open a file, or with O_CREAT make it with mode 600.
+    """Open a private file, or make it with mode 600 if flags contain O_CREAT. Returns its descriptor.
 
-    OSError as os.open() raises it; FileError for a symbolic link, for what is no regular file, for a file of another
-    user, and for one that others may write to.
+    Raises FileError for a symbolic link, for a file that is not regular, belongs to another user or can be written by
+    other users; other OSErrors as os.open() does.
     """
     file = open_regular(path, flags, 0o600)
     try:
-        found = os.fstat(file)
-        if found.st_uid != os.geteuid():
-            raise FileError(f"{path}: expected a file of user {os.geteuid()}, found one of user {found.st_uid}")
-        if found.st_mode & 0o022:
-            mode = stat.S_IMODE(found.st_mode)
+        status = os.fstat(file)
+        if status.st_uid != os.geteuid():
+            raise FileError(f"{path}: expected a file of user {os.geteuid()}, found one of user {status.st_uid}")
+        if status.st_mode & 0o022:
+            mode = stat.S_IMODE(status.st_mode)
             raise FileError(f"{path}: expected mode 600, found {mode:o}: others may write to it")
     except BaseException:
         os.close(file)
@@ -52,7 +52,7 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def in_place(file: int, path: Path) -> bool:
-    """Whether the open file still has this name."""
+    """Return whether the path still names this open file."""
     try:
         return os.path.samestat(os.fstat(file), os.lstat(path))
     except OSError:
@@ -60,14 +60,14 @@ def in_place(file: int, path: Path) -> bool:
 
 
 def copy_content(file: int, new: int) -> None:
-    """Copy all of an open file into another one, which is empty. OSError when it does not fit."""
+    """Copy the whole content of an open file into an empty file. Raises OSError if it does not fit."""
     size, done = os.fstat(file).st_size, 0
     while done < size and (n := os.sendfile(new, file, done, size - done)):
         done += n
 
 
 def remove(file: int, path: Path) -> None:
-    """Remove the name of an open file, if it has it still. A failure is a line in the log."""
+    """Remove the path of an open file, if the path still names this file. Logs a failure."""
     if in_place(file, path):
         try:
             path.unlink()
@@ -75,8 +75,8 @@ def remove(file: int, path: Path) -> None:
             log.error("%s: cannot be removed: %s", path, error.strerror)
 
 
-def aside(path: Path) -> Path:
-    """A free name beside a damaged file under which it is kept: NAME.damaged, NAME.damaged.2, …"""
+def damaged_path(path: Path) -> Path:
+    """Return a free path to which a damaged file can be renamed: NAME.damaged, NAME.damaged.2, …"""
     kept = path.with_name(path.name + DAMAGED)
     number = 1
     while os.path.lexists(kept):
@@ -85,9 +85,9 @@ def aside(path: Path) -> Path:
     return kept
 
 
-def keep_aside(path: Path, why: str) -> None:
-    """Rename a file that could not be read whole, so that it is not used again; the log says which file, and why."""
-    kept = aside(path)
+def rename_damaged(path: Path, why: str) -> None:
+    """Rename a file that could not be read whole, so that it is not used again. Logs its name and the reason."""
+    kept = damaged_path(path)
     log.error("%s: %s; it is kept as %s", path, why, kept.name)
     try:
         os.rename(path, kept)
@@ -96,10 +96,10 @@ def keep_aside(path: Path, why: str) -> None:
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
-    """Open a regular file and return its descriptor. Does not wait for a pipe's other end and does not follow a link.
+    """Open a regular file and return its descriptor. Does not follow a link, and does not wait at a pipe.
 
-    FileError when the path is a link, or names something else than a regular file; other OSErrors as os.open() has
-    them. `mode`: permissions of a file that `flags` create.
+    Raises FileError if the path is a link or not a regular file; other OSErrors as os.open() does. `mode`: permissions
+    of a file that is made.
     """
     try:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
@@ -119,7 +119,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600) -> int
 
 
 def check_regular(path: Path) -> None:
-    """FileError when there is something else at this path than a regular file that can be read."""
+    """Raise FileError if the path exists and is not a regular file that can be read."""
     try:
         os.close(open_regular(path))
     except (FileError, FileNotFoundError):
@@ -130,7 +130,7 @@ def check_regular(path: Path) -> None:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes. FileError in one line when it cannot be read."""
+    """Return the content of a regular file of at most `limit` bytes. Raises FileError."""
     try:
         fd = open_regular(path)
         with open(fd, "rb") as file:
@@ -144,8 +144,8 @@ def read_regular(path: Path, limit: int) -> bytes:
         raise FileError(f"cannot read {path}: {error.strerror}") from None
 
 
-def check_place(path: Path) -> None:
-    """FileError when the path is a link that leads out of its directory, so that nobody reads a stranger's choice."""
+def check_link(path: Path) -> None:
+    """Raise FileError if the path is a link out of its directory, because another user may have made the link."""
     if path.is_symlink():
         target = path.resolve()
         if target.parent != path.parent.resolve():
@@ -153,12 +153,12 @@ def check_place(path: Path) -> None:
 
 
 def has_no_locks(error: OSError) -> bool:
-    """Whether flock() failed because the file system has no locks."""
+    """Return whether flock() failed because the file system has no locks."""
     return error.errno in _NO_LOCKS
 
 
-def no_locks(directory: Path, error: OSError, option: str) -> FileError:
-    """The error of a directory that must have locks; `option` names a directory in its place."""
+def no_locks_error(directory: Path, error: OSError, option: str) -> FileError:
+    """Return the error for a directory without locks. `option`: the option that names another directory."""
     return FileError(
         f"{directory}: its file system cannot lock files ({error.strerror}): name a directory on a local disk with "
         f"{option}"
@@ -166,7 +166,7 @@ def no_locks(directory: Path, error: OSError, option: str) -> FileError:
 
 
 def try_lock(file: int, *, wait: bool = False) -> bool:
-    """Lock an open file; False when another process holds the lock. OSError where files cannot be locked."""
+    """Lock an open file. Returns False if another process holds the lock. Raises OSError if it cannot be locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -175,25 +175,25 @@ def try_lock(file: int, *, wait: bool = False) -> bool:
 
 
 class LockedFile:
-    """An open file whose lock this process holds; `file` is its descriptor, -1 after close()."""
+    """Open file whose lock this process holds. `file`: its descriptor, -1 after close()."""
 
     def __init__(self, file: int, path: Path) -> None:
         self.file = file
         self.path = path
-        #: The file in a lock directory that is locked too, and removed with the lock.
+        #: File in a lock directory that is locked instead or too, and removed at the end.
         self.substitute: LockedFile | None = None
 
     def in_place(self) -> bool:
-        """Whether the file still has its name."""
+        """Return whether `path` still names this file."""
         return in_place(self.file, self.path)
 
     def release_substitute(self) -> None:
-        """Give back the lock in the lock directory; the file itself stays locked. Harmless when repeated."""
+        """Release the lock in the lock directory, not that of the file itself. May be repeated."""
         if self.substitute is not None:
             self.substitute.close(remove_name=True)
 
     def close(self, *, remove_name: bool = False) -> None:
-        """Give the lock back and close the file. Harmless when repeated."""
+        """Release the locks and close the file. May be repeated."""
         if self.file >= 0:
             if remove_name:
                 remove(self.file, self.path)
@@ -203,7 +203,7 @@ class LockedFile:
 
 
 def _locked(file: int, path: Path, acquire: Callable[[LockedFile], bool]) -> LockedFile | None:
-    """Lock an open file by `acquire`; the file is closed, and this returns None, when another process has the lock."""
+    """Lock an open file by `acquire`. Closes the file and returns None if another process holds the lock."""
     locked = LockedFile(file, path)
     try:
         if acquire(locked):
@@ -216,23 +216,23 @@ def _locked(file: int, path: Path, acquire: Callable[[LockedFile], bool]) -> Loc
 
 
 def _until_in_place(attempt: Callable[[], LockedFile | None]) -> LockedFile | None:
-    """Repeat the attempt while the last holder has removed the file after it was opened here."""
-    while (found := attempt()) is not None and not found.in_place():
-        found.close()
-    return found
+    """Repeat the attempt as long as another process has removed the file between opening and locking."""
+    while (locked := attempt()) is not None and not locked.in_place():
+        locked.close()
+    return locked
 
 
 def open_locked(path: Path, *, wait: bool = False) -> LockedFile | None:
-    """Open or make a private file and lock it; None when another process holds the lock. OSError when it cannot be."""
+    """Open or make a private file and lock it. Returns None if another process holds the lock. Raises OSError."""
     flags = os.O_RDWR | os.O_CREAT
-    return _until_in_place(lambda: _locked(open_private(path, flags), path, lambda one: try_lock(one.file, wait=wait)))
+    return _until_in_place(lambda: _locked(open_private(path, flags), path, lambda new: try_lock(new.file, wait=wait)))
 
 
 def make_locked(path: Path) -> int:
-    """Make a private file and lock it; its descriptor. OSError when it cannot be made or locked: then there is none."""
+    """Make a private file and lock it. Returns its descriptor. Raises OSError, and then leaves no file."""
     file = open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        try_lock(file, wait=True)  # a successor that looks for files holds the lock for a moment at most
+        try_lock(file, wait=True)  # a successor that looks for files may hold the lock for a moment
     except OSError:
         remove(file, path)
         os.close(file)
@@ -241,7 +241,7 @@ def make_locked(path: Path) -> int:
 
 
 def can_lock(path: Path) -> bool:
-    """Whether the file system of this file has locks; True when that cannot be known."""
+    """Return whether the file system of this file has locks; True if that cannot be found out."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -256,10 +256,10 @@ def can_lock(path: Path) -> bool:
 
 
 class LockDirectory:
-    """Where this process locks files whose own file system has no locks.
+    """Directory in which this process locks files whose own file system has no locks.
 
-    `--lock-dir`: there in any case, on the file itself too where that is possible. Without it the state directory, with
-    a warning.
+    With --lock-dir all files are locked in that directory, and also themselves where that is possible. Without it files
+    that cannot be locked themselves are locked in the state directory, with a warning.
     """
 
     def __init__(self) -> None:
@@ -268,7 +268,7 @@ class LockDirectory:
         self._warned = False
 
     def use(self, lock_dir: Path | None, state_dir: str | None = None) -> None:
-        """FileError when `lock_dir` is no directory to write in."""
+        """Set the directories. Raises FileError if `lock_dir` is no directory that can be written to."""
         if lock_dir is not None and not (lock_dir.is_dir() and os.access(lock_dir, os.W_OK | os.X_OK)):
             raise FileError(f"--lock-dir {lock_dir}: not a directory that can be written to")
         self._named, self._state_dir, self._warned = lock_dir, state_dir, False
@@ -276,9 +276,9 @@ class LockDirectory:
     def open(
         self, path: Path, flags: int, *, opener: Callable[[Path, int], int] = open_private, wait: bool = False
     ) -> LockedFile | None:
-        """Open a file and lock it; None when another process holds the lock.
+        """Open a file and lock it. Returns None if another process holds the lock.
 
-        OSError as `opener` raises it; FileError where there are no locks, and a new file (O_EXCL) is removed then.
+        Raises OSError as `opener` does, and FileError if there are no locks; then a new file (O_EXCL) is removed.
         """
         try:
             return _until_in_place(lambda: self.lock(opener(path, flags), path, wait=wait))
@@ -288,42 +288,42 @@ class LockDirectory:
             raise
 
     def lock(self, file: int, path: Path, *, wait: bool = False) -> LockedFile | None:
-        """Lock an open file; it is closed when there are no locks (FileError), or another process has it (None)."""
-        return _locked(file, path, lambda one: self._acquire(one, wait))
+        """Lock an open file. Closes it if another process holds the lock (None) or there are no locks (FileError)."""
+        return _locked(file, path, lambda new: self._acquire(new, wait))
 
-    def _acquire(self, one: LockedFile, wait: bool) -> bool:
-        missing: OSError | None = None
+    def _acquire(self, locked: LockedFile, wait: bool) -> bool:
+        no_locks: OSError | None = None
         try:
-            if not try_lock(one.file, wait=wait):
+            if not try_lock(locked.file, wait=wait):
                 return False
         except OSError as error:
             if not has_no_locks(error):
-                raise FileError(f"cannot lock {one.path}: {error.strerror}") from None
-            missing = error
-        if missing is None and self._named is None:
+                raise FileError(f"cannot lock {locked.path}: {error.strerror}") from None
+            no_locks = error
+        if no_locks is None and self._named is None:
             return True
         directory = self._named or config.state_dir(self._state_dir)
-        whole = one.path.parent.resolve() / one.path.name
-        place = directory / f"larpixdaq-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:16]}.lock"
+        real_path = locked.path.parent.resolve() / locked.path.name
+        lock_path = directory / f"larpixdaq-{hashlib.sha256(os.fsencode(real_path)).hexdigest()[:16]}.lock"
         try:
-            one.substitute = open_locked(place, wait=wait)
+            locked.substitute = open_locked(lock_path, wait=wait)
         except OSError as error:
             raise FileError(
-                f"cannot lock {one.path} ({missing.strerror if missing else 'as --lock-dir asks'}), nor a file in "
+                f"cannot lock {locked.path} ({no_locks.strerror if no_locks else 'as --lock-dir asks'}), nor a file in "
                 f"{directory} in its place ({error.strerror or error}): name a directory on a local disk with "
                 "--lock-dir"
             ) from None
-        if one.substitute is not None and self._named is None and not self._warned:
+        if locked.substitute is not None and self._named is None and not self._warned:
             self._warned = True
             log.warning(
                 "%s: its file system cannot lock files (%s): its locks are in %s, which processes of other machines, "
                 "and those with another state directory, do not see; --lock-dir names another place",
-                one.path.parent, missing.strerror if missing else "", directory,
+                locked.path.parent, no_locks.strerror if no_locks else "", directory,
             )  # fmt: skip
-        return one.substitute is not None
+        return locked.substitute is not None
 
 
-#: Of this process; main() sets it.
+#: The lock directory of this process. main() of each program sets it.
 lock_directory: Final = LockDirectory()
 
 

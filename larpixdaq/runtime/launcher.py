@@ -1,6 +1,6 @@
-"""Processes of one machine: started, watched, ended again. `larpixdaq up`, `down` and `demo` stand on this.
+"""Starts, watches and ends the processes of a system on one machine, for `larpixdaq up`, `down` and `demo`.
 
-Whether systemd-logind removes this user's files from /dev/shm when the last of the user's sessions ends.
+Finds out whether systemd-logind removes this user's files from /dev/shm at the user's last log-out.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ import msgspec
 from larpixdaq.errors import ComponentError, ConfigError, FileError
 from larpixdaq.runtime.file_access import open_private, try_lock
 
-#: A process that has been told to end gets so long (seconds), then it is killed.
+#: Maximum seconds from SIGTERM to the end of a process; then it is killed.
 END_LIMIT = 15.0
 _PR_SET_PDEATHSIG = 1
-#: Like `python -m`, but without the current folder on sys.path: a source folder there would hide the installed package.
+#: Like `python -m`, but without the current folder in sys.path, because a source folder there would hide the installed
+#: package.
 _RUN_MODULE = (
     "import sys, runpy; sys.path[:] = [p for p in sys.path if p]; module = sys.argv.pop(1); "
     "runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
 _SHARED_MEMORY: Final = Path("/dev/shm")
 _SETTING: Final = re.compile(r"[ \t]*(#?)[ \t]*RemoveIPC[ \t]*=[ \t]*(\w+)[ \t]*", re.IGNORECASE)
-_NO: Final = frozenset({"no", "n", "false", "f", "off", "0"})
-#: Where logind's configuration is, the least important directory first.
+_FALSE: Final = frozenset({"no", "n", "false", "f", "off", "0"})
+#: Directories of logind's configuration, the least important first.
 _DIRECTORIES: Final = ("usr/lib/systemd", "usr/local/lib/systemd", "run/systemd", "etc/systemd")
 _SYSTEM_UID_MAX: Final = 999
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """A running process in the list of `larpixdaq up`. `started` distinguishes it from a later process with the same
-    id."""
+    """Process in the list of `larpixdaq up`. `started` (see start_time) tells it from a later process with its id."""
 
     module: str
     pid: int
@@ -52,9 +52,11 @@ class Entry(msgspec.Struct, frozen=True):
     arguments: list[str] = []
 
 
-class Running(msgspec.Struct, frozen=True):
-    """The processes that `larpixdaq up` started, in the order of starting. `core` is the core's address, `directory`
-    the working directory of `up`, to which relative paths in the arguments refer."""
+class RunningSystem(msgspec.Struct, frozen=True):
+    """Processes that `larpixdaq up` has started, in the order of starting.
+
+    `core`: address of the core. `directory`: working directory of `up`, for relative paths in the arguments.
+    """
 
     core: str
     processes: list[Entry]
@@ -62,10 +64,9 @@ class Running(msgspec.Struct, frozen=True):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody has now.
+    """Return a free TCP port of the loopback interface, below 32768.
 
-    Not one of those that Linux gives to outgoing connections (32768 and above): one of them may be taken by the time it
-    is wanted, or by a connection that looks for whoever listened there before.
+    Linux gives the ports from 32768 on to outgoing connections, so that they may be in use when a process binds them.
     """
     while True:
         port = random.randrange(10_000, 32_768)
@@ -75,8 +76,7 @@ def free_port() -> int:
 
 
 def start_time(pid: int) -> int | None:
-    """When the process started, in clock ticks since the machine's boot; None when there is no such process (or it is
-    dead)."""
+    """Return the start time of a process in clock ticks since boot, None if there is no such living process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -86,7 +86,7 @@ def start_time(pid: int) -> int | None:
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """The command that runs `larpixdaq.<module>` in a process of its own, with this interpreter."""
+    """Return the command that runs `larpixdaq.<module>` with this interpreter."""
     return [sys.executable, "-c", _RUN_MODULE, f"larpixdaq.{module}", *arguments]
 
 
@@ -95,9 +95,9 @@ def _end_with_parent() -> None:
 
 
 class Group:
-    """Child processes, each a module of ours; `close()` ends and reaps them in the reverse order of starting.
+    """Child processes, each with one module of larpixdaq. close() ends them in the reverse order of starting.
 
-    What they write goes to files in `log_dir`, one per process.
+    Their output goes to files in `log_dir`, one per module.
     """
 
     def __init__(self, log_dir: Path) -> None:
@@ -105,8 +105,10 @@ class Group:
         self.children: list[tuple[str, list[str], subprocess.Popen[bytes]]] = []
 
     def start(self, module: str, *arguments: str, pipes: bool = False, detach: bool = False) -> subprocess.Popen[bytes]:
-        """Start the module with these arguments. With `pipes` its stdin and stdout are ours; without `detach` it is
-        told to end when this thread ends, however that comes."""
+        """Start the module. With `pipes` its stdin and stdout are pipes to this process.
+
+        Without `detach` the kernel sends it SIGTERM when this thread ends, for whatever reason.
+        """
         self.log_dir.mkdir(parents=True, exist_ok=True)
         with open(self.log_dir / f"{module}.out", "ab") as out:
             child = subprocess.Popen(
@@ -121,7 +123,7 @@ class Group:
         return child
 
     def check(self) -> None:
-        """ComponentError, with the last line that it wrote, when a child has ended with an error."""
+        """Raise ComponentError, with the last line of its output, if a child has ended with an error."""
         for module, _, child in self.children:
             if child.poll():
                 raise ComponentError(f"{module} ended with status {child.returncode}: {self.last_line(module)}")
@@ -158,17 +160,17 @@ def components(
     output_dir: Path,
     state_dir: Path,
     source: Sequence[str],
-    listens: str = "",
+    listen_address: str = "",
     storage: Sequence[str] = (),
 ) -> list[tuple[str, list[str]]]:
-    """Module and arguments of every process of a complete system, in the order of starting.
+    """Return module and arguments of every process of a complete system, in the order of starting.
 
-    `core` is its address for the others; `listens`, unless it is the same, where it listens; `storage`: further options
-    of the offline storage.
+    `core`: address at which the other processes connect to the core. `listen_address`: address at which it listens, if
+    different. `storage`: further options of the offline storage.
     """
     common = ["--core", core]
     return [
-        ("core", ["--address", listens or core, "--log-address", log, "--state-dir", str(state_dir)]),
+        ("core", ["--address", listen_address or core, "--log-address", log, "--state-dir", str(state_dir)]),
         ("log", [*common, "--address", log, "--state-dir", str(state_dir)]),
         ("offline_storage", [*common, "-o", str(output_dir), "--state-dir", str(state_dir), *storage]),
         ("run_data", common),
@@ -180,11 +182,11 @@ def running_file(state_dir: Path) -> Path:
     return state_dir / "running.json"
 
 
-def read_running(state_dir: Path) -> Running | None:
-    """What `up` left in the state directory; None when there is nothing."""
+def read_running(state_dir: Path) -> RunningSystem | None:
+    """Return the list that `up` left in the state directory, None if there is none. Raises FileError."""
     path = running_file(state_dir)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Running)
+        return msgspec.json.decode(path.read_bytes(), type=RunningSystem)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError) as error:
@@ -192,17 +194,17 @@ def read_running(state_dir: Path) -> Running | None:
 
 
 @contextlib.contextmanager
-def only_up(state_dir: Path) -> Iterator[None]:
-    """ConfigError while another `larpixdaq up` is starting processes with this state directory."""
+def lock_up(state_dir: Path) -> Iterator[None]:
+    """Keep other `larpixdaq up` with this state directory from starting processes. Raises ConfigError if one does."""
     with open(open_private(state_dir / "up.lock", os.O_RDWR | os.O_CREAT), "rb") as file:
-        # A file system without locks: of two cores that start at once, only one gets the port.
+        # on a file system without locks two cores may start at once, and only one gets the port
         with contextlib.suppress(OSError):
             if not try_lock(file.fileno()):
                 raise ConfigError(f"another `larpixdaq up` is starting a system with state directory {state_dir}")
         yield
 
 
-def write_running(state_dir: Path, running: Running) -> None:
+def write_running(state_dir: Path, running: RunningSystem) -> None:
     path = running_file(state_dir)
     new = path.with_suffix(".new")
     new.write_bytes(msgspec.json.encode(running))
@@ -210,12 +212,12 @@ def write_running(state_dir: Path, running: Running) -> None:
 
 
 def alive(entry: Entry) -> bool:
-    """Whether the very process that was started still runs."""
+    """Return whether the process still runs, not another process with the same id."""
     return start_time(entry.pid) == entry.started
 
 
-def end_running(running: Running) -> list[str]:
-    """End the processes in the reverse order of starting; return the modules of those that had to be killed."""
+def end_running(running: RunningSystem) -> list[str]:
+    """End the processes in the reverse order of starting. Returns the modules that had to be killed."""
     killed = []
     for entry in reversed(running.processes):
         if not alive(entry):
@@ -231,7 +233,7 @@ def end_running(running: Running) -> list[str]:
 
 
 def _wait_for_exit(pid: int, limit: float) -> None:
-    """Wait until a process that is not our child has ended, at most `limit` seconds."""
+    """Wait at most `limit` seconds for the end of a process that is no child of this process."""
     try:
         descriptor = os.pidfd_open(pid)
     except OSError:
@@ -243,10 +245,10 @@ def _wait_for_exit(pid: int, limit: float) -> None:
 
 
 def logind_removes_files(directory: Path, uid: int, root: Path = Path("/")) -> bool:
-    """Whether logind will remove files of this user from the directory at the user's last log-out.
+    """Return whether logind will remove this user's files from the directory at the user's last log-out.
 
-    It does with RemoveIPC (the default of most distributions), unless the user is a system user or lingers. `root`: the
-    root of the file system whose configuration counts.
+    It does with RemoveIPC (the default of most distributions), unless the user is a system user or lingers. `root`:
+    directory with the configuration.
     """
     if not directory.absolute().is_relative_to(_SHARED_MEMORY) or uid <= _system_uid_max(root):
         return False
@@ -269,23 +271,23 @@ def _lingers(uid: int, root: Path) -> bool:
 
 
 def _remove_ipc(root: Path) -> bool:
-    """The setting that counts: of the first logind.conf, then of all logind.conf.d/*.conf in the order of their names.
+    """Return the value of RemoveIPC: of the most important logind.conf, then of logind.conf.d/*.conf by name.
 
-    Distributions write the default that they have built in as a comment.
+    A comment in these files has the default that the distribution has built in.
     """
-    files = [file for one in reversed(_DIRECTORIES) if (file := root / one / "logind.conf").is_file()][:1]
-    more: dict[str, Path] = {}
-    for one in _DIRECTORIES:
-        more |= {file.name: file for file in (root / one / "logind.conf.d").glob("*.conf")}
+    main = [file for name in reversed(_DIRECTORIES) if (file := root / name / "logind.conf").is_file()][:1]
+    drop_ins: dict[str, Path] = {}
+    for directory in _DIRECTORIES:
+        drop_ins |= {file.name: file for file in (root / directory / "logind.conf.d").glob("*.conf")}
     default = value = None
-    for file in [*files, *(more[name] for name in sorted(more))]:
+    for file in [*main, *(drop_ins[name] for name in sorted(drop_ins))]:
         for line in _text(file).splitlines():
             if match := _SETTING.fullmatch(line):
                 if match[1]:
                     default = default or match[2]
                 else:
                     value = match[2]
-    return (value or default or "yes").lower() not in _NO
+    return (value or default or "yes").lower() not in _FALSE
 
 
 def _text(path: Path) -> str:

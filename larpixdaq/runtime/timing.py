@@ -1,8 +1,6 @@
-"""Absolute schedules: how much is due by now, without drift, and when what recurs is due again.
+"""Schedules without drift, the processor load of a process, and limits for the lines of a log.
 
-How busy this process is: what `status` shows of it.
-
-How much anybody may write into a log: a flood from one sender must neither fill a disk nor hide what others say.
+The limits keep a flood of lines from one sender from filling the disk, or from hiding the lines of others.
 """
 
 from __future__ import annotations
@@ -12,87 +10,93 @@ from collections.abc import Callable
 from math import ceil, floor
 from typing import Final
 
-#: Shares are those of spans of at least so long (seconds).
+#: Minimum seconds over which processor time is averaged.
 SPAN = 1.0
-#: Maximum number of names that have an allowance of their own; further ones share one.
+#: Maximum number of names with their own allowance; all further names share one.
 _NAMES: Final = 256
 
 
 def next_beat(now: float, period: float) -> float:
-    """The first multiple of `period` after `now` (time.monotonic(), seconds).
+    """Return the first multiple of `period` after `now` (time.monotonic(), seconds).
 
-    All processes of a host read the same monotonic clock, so what each of them does in this rhythm comes to whoever
-    hears them within a millisecond or two: it wakes once for all of it, and not once for each.
+    All processes of a host read the same monotonic clock, so that their messages arrive within a millisecond or two.
+    The receiver then wakes once for all messages, not once for each.
     """
     return (floor(now / period) + 1) * period
 
 
 def wait_ms(until: float, now: float) -> int:
-    """For poll(): milliseconds from `now` to `until`, rounded up, so that it does not wake before what is due."""
+    """Return the milliseconds from `now` to `until` for poll(), rounded up, so that it does not wake too early."""
     return max(0, ceil((until - now) * 1000))
 
 
 class Pace:
-    """How many words are due at `rate` words/s since the first due(). Times are of time.monotonic(), in seconds.
+    """Schedule of words at `rate` words/s from the first due() on. Times are those of time.monotonic(), in seconds.
 
-    One that is later than `most_late` seconds does not make up for the rest any more, or a stall would end in a long
-    burst.
+    Words that are late by more than `max_delay` seconds are left out, so that a long burst does not follow a stall.
     """
 
-    def __init__(self, rate: float, most_late: float = 1.0) -> None:
+    def __init__(self, rate: float, max_delay: float = 1.0) -> None:
         self.rate = rate
-        self._most_late = most_late
+        self._max_delay = max_delay
         self._made = 0
         self._start = 0.0
         self._paused: float | None = 0.0
 
     def due(self, now: float) -> int:
+        """Return the number of words that are due and not yet made."""
         if self._paused is not None:
             self._start += now - self._paused
             self._paused = None
-        late = now - self._start - self._made / self.rate - self._most_late
+        late = now - self._start - self._made / self.rate - self._max_delay
         if late > 0:
             self._start += late
         return max(0, int((now - self._start) * self.rate) - self._made)
 
-    def made(self, words: int) -> None:
+    def add_made(self, words: int) -> None:
+        """Count words that were made."""
         self._made += words
 
     def pause(self, now: float) -> None:
-        """The time from now to the next due() does not count."""
+        """Stop the schedule until the next due()."""
         if self._paused is None:
             self._paused = now
 
-    def when(self, words: int) -> float:
-        """When `words` words more will be due."""
+    def time_of(self, words: int) -> float:
+        """Return the time at which `words` words will be due."""
         return self._start + (self._made + words) / self.rate
 
 
 class Load:
-    """Processor time over time. To be asked in the main loop's thread, as often as one likes."""
+    """Processor load of this process and of its main loop. Call its methods in the thread of the main loop."""
 
     def __init__(self) -> None:
-        self._before = self._now()
+        self._last = self._read_times()
         self._shares = {"loop": 0.0, "process": 0.0}
 
     def shares(self) -> dict[str, float]:
-        """Of the last span: `loop`, the share of one core that the main loop has used, 1 when it has no time left;
-        `process`, the cores that all threads have used together."""
-        if time.monotonic() - self._before[0] < SPAN:
+        """Return processor time per second, averaged over the last SPAN seconds or more.
+
+        `loop`: of the main loop, 1 if it has no time left. `process`: of all threads together, in processor cores.
+        """
+        if time.monotonic() - self._last[0] < SPAN:
             return self._shares
-        now = self._now()
-        span, loop, process = (after - before for after, before in zip(now, self._before, strict=True))
-        self._before = now
+        now = self._read_times()
+        span, loop, process = (new - old for new, old in zip(now, self._last, strict=True))
+        self._last = now
         self._shares = {"loop": round(loop / span, 3), "process": round(process / span, 3)}
         return self._shares
 
     @staticmethod
-    def _now() -> tuple[float, float, float]:
+    def _read_times() -> tuple[float, float, float]:
         return time.monotonic(), time.thread_time(), time.process_time()
 
 
-def load_words(shares: dict[str, float]) -> str:
-    """ "CPU 8 %, can take at least 13 times this rate": as far as the main loop goes, if there are cores for it."""
+def load_text(shares: dict[str, float]) -> str:
+    """Return text such as "CPU 8%, can take at least 13 times this rate".
+
+    The factor counts the time of the main loop, and assumes that other threads find free processor cores.
+    """
     loop, process = shares["loop"], shares["process"]
     if loop < 0.05:
         return f"CPU {process:.0%}"
@@ -103,7 +107,7 @@ def load_words(shares: dict[str, float]) -> str:
 
 
 class _Allowance:
-    """`burst` bytes at once, and `rate` bytes a second after that."""
+    """Allowance of `burst` bytes at once, and `rate` bytes a second after that."""
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
         self._rate, self._burst = rate, burst
@@ -119,22 +123,22 @@ class _Allowance:
 
 
 class Throttle:
-    """Decides for each line whether it is written, and counts the lines that are not."""
+    """Decides for each line whether it is written, and counts the dropped lines."""
 
     def __init__(
         self, rate: float, burst: float, *, shares: int = 1, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Each name may write `burst` bytes at once and `rate` bytes a second; all together `shares` times as much."""
+        """Allow each name `burst` bytes at once and `rate` bytes a second, and all together `shares` times as much."""
         self._rate, self._burst, self._clock = rate, burst, clock
         self._all = _Allowance(rate * shares, burst * shares, clock())
         self._names: dict[str, _Allowance] = {}
-        #: Lines of each name that were held back and not told yet.
-        self._held: dict[str, int] = {}
-        #: Lines that were held back since the start.
-        self.held = 0
+        #: Dropped lines of each name since the last summaries().
+        self._unreported: dict[str, int] = {}
+        #: Dropped lines since the start.
+        self.dropped = 0
 
     def passes(self, name: str, size: int) -> bool:
-        """Whether `name` may write this many bytes now."""
+        """Return whether `name` may write this many bytes now."""
         now = self._clock()
         if name not in self._names and len(self._names) >= _NAMES:
             name = ""
@@ -143,13 +147,14 @@ class Throttle:
             own.take(size)
             self._all.take(size)
             return True
-        self.held += 1
-        self._held[name] = self._held.get(name, 0) + 1
+        self.dropped += 1
+        self._unreported[name] = self._unreported.get(name, 0) + 1
         return False
 
-    def told(self) -> list[str]:
-        """A sentence for each name whose lines were held back since the last call."""
-        held, self._held = self._held, {}
+    def summaries(self) -> list[str]:
+        """Return a sentence for each name with dropped lines since the last call."""
+        dropped, self._unreported = self._unreported, {}
         return [
-            f"{count} lines{f' of {name}' if name else ''} were not written: too many" for name, count in held.items()
+            f"{count} lines{f' of {name}' if name else ''} were not written: too many"
+            for name, count in dropped.items()
         ]

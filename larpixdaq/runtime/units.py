@@ -17,7 +17,7 @@ _NAME_FORM: Final = "%Y%m%dT%H%M%SZ"
 
 
 def utc_datetime(seconds: float) -> datetime:
-    """Unix seconds as a time of the calendar; ValueError for a time that no calendar holds."""
+    """Return unix seconds as a datetime. Raises ValueError if they are outside of its range."""
     try:
         return datetime.fromtimestamp(seconds, timezone.utc)
     except (ValueError, OverflowError, OSError):
@@ -32,27 +32,27 @@ def _utc(seconds: float, form: str) -> str:
 
 
 def utc(seconds: float) -> str:
-    """Unix seconds for people: `2023-03-15 02:48:43 UTC`; a time that no calendar holds stays a number."""
+    """Return unix seconds as text: `2023-03-15 02:48:43 UTC`, or the number if it is outside of datetime's range."""
     return _utc(seconds, "%Y-%m-%d %H:%M:%S UTC")
 
 
 def utc_iso(seconds: float) -> str:
-    """Unix seconds for people and programs: `2023-03-15T02:48:43Z`; a time that no calendar holds stays a number."""
+    """Return unix seconds as ISO text: `2023-03-15T02:48:43Z`, or the number if it is outside of datetime's range."""
     return _utc(seconds, "%Y-%m-%dT%H:%M:%SZ")
 
 
 def utc_name(seconds: float) -> str:
-    """Unix seconds for the names of files: `20230315T024843Z`."""
+    """Return unix seconds as text for file names: `20230315T024843Z`."""
     return utc_datetime(seconds).strftime(_NAME_FORM)
 
 
 def parse_utc_name(text: str) -> int:
-    """Unix seconds of what utc_name() made; ValueError for anything else."""
+    """Return the unix seconds of a text from utc_name(). Raises ValueError."""
     return int(datetime.strptime(text, _NAME_FORM).replace(tzinfo=timezone.utc).timestamp())
 
 
 def size(count: float) -> str:
-    """Bytes for people: 512 B, 1.5 MB, 77 GB."""
+    """Return a number of bytes as text: 512 B, 1.5 MB, 77 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -61,7 +61,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 45 s, 12 min, 3 h 20 min, 5 days."""
+    """Return seconds as text: 45 s, 12 min, 3 h 20 min, 5 days."""
     minutes = round(seconds) // 60
     if minutes < 1:
         return f"{seconds:.0f} s"
@@ -71,7 +71,7 @@ def duration(seconds: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes in "512MiB", "8GiB", "64MB" or "1048576"; ArgumentTypeError, a usage error, when it is none of that."""
+    """Return the bytes of a text such as "512MiB", "64MB" or "1048576". Raises ArgumentTypeError."""
     units = {unit.lower(): number for unit, number in BYTES.items() if not unit.startswith("T")} | {"": 1}
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in units:
@@ -80,7 +80,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds in "60s", "5min", "2h" or "90"; ArgumentTypeError, a usage error, when it is none of that."""
+    """Return the seconds of a text such as "60s", "5min", "2h" or "90". Raises ArgumentTypeError."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(s|min|h)?\s*", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"time {text!r}: expected a number and one of s, min, h")

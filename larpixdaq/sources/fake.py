@@ -58,11 +58,11 @@ class FakeSource(LiveSource):
         words = min(due, BATCH)
         self.drained = words == due
         if not words:
-            self._next = max(self._next, self._pace.when(1))
+            self._next = max(self._next, self._pace.time_of(1))
             return False
         messages = self._board.fill(words)
-        self._pace.made(words)
-        self._next = max(now + TURN, self._pace.when(1))
+        self._pace.add_made(words)
+        self._next = max(now + TURN, self._pace.time_of(1))
         self._decoder.heard(time.time_ns())
         self._decoder.feed(self._board.buffer, self._board.spans[:messages])
         return True

@@ -30,7 +30,7 @@ from larpixdaq.hdf5.run_report import continuable_runs
 from larpixdaq.hdf5.writer import CloseReport, RunFile, sync_path
 from larpixdaq.protocol.reports import FinishedFile
 from larpixdaq.runtime.event_loop import Worker
-from larpixdaq.runtime.file_access import aside, open_regular, read_regular
+from larpixdaq.runtime.file_access import damaged_path, open_regular, read_regular
 from larpixdaq.storage import open_run
 
 log = logging.getLogger(__name__)
@@ -112,17 +112,17 @@ class Finisher:
         if self._ending:
             return
         self._ending = True
-        self._recovering.settle(threading.TIMEOUT_MAX)
-        self._publishing.settle(threading.TIMEOUT_MAX)
+        self._recovering.drain(threading.TIMEOUT_MAX)
+        self._publishing.drain(threading.TIMEOUT_MAX)
         for part in self._removed:
             self._recover(part)
-        self._recovering.settle(threading.TIMEOUT_MAX)
+        self._recovering.drain(threading.TIMEOUT_MAX)
         for part, file in self._removed.items():
             file.abandon()
             self.lost.append(part)
-        if not self._summing.settle(LAST_SUMS):
+        if not self._summing.drain(LAST_SUMS):
             log.error("checksums are not ready after %g s: the next start makes those of the newest run", LAST_SUMS)
-        self._commands.settle(LAST_COMMANDS)
+        self._commands.drain(LAST_COMMANDS)
         self._over = True
         running = self._running
         for path in self._left:
@@ -354,7 +354,7 @@ def _has_sidecar(path: Path) -> bool:
         problem = "it is another file's"
     except (FileError, KeyError, TypeError, ValueError, RecursionError) as error:
         problem = str(error)
-    kept = aside(sidecar)
+    kept = damaged_path(sidecar)
     log.error("%s is damaged, and kept as %s: %s", sidecar, kept.name, problem)
     try:
         sidecar.rename(kept)

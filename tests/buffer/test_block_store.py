@@ -133,7 +133,7 @@ def test_a_full_spool_fills_the_ring_until_there_is_room(
         line.write(constants.BLOCK_ROWS)
         written += 1
         line.publisher.work()
-        assert line.worker.settle(LIMIT)
+        assert line.worker.drain(LIMIT)
         line.publisher.work()
     assert line.spool is not None
     assert line.spool.directory.bytes <= 6 << 20
@@ -151,7 +151,7 @@ def test_all_blocks_but_the_lost_one_of_the_spool_are_sent(line: Line, consumers
     line.begin()
     flood(line, 30)
     assert line.spool is not None
-    assert line.worker.settle(LIMIT)
+    assert line.worker.drain(LIMIT)
     file = line.spool.files[0]
     with open(file.path, "r+b") as stream:
         stream.seek(file.offsets[3] + 5000)
@@ -189,9 +189,9 @@ def test_a_hanging_disk_holds_up_only_the_spool(
     until(line, reader.has(lambda r: len(r.blocks) == held), "all that the ring holds")
     until(line, lambda: line.ring.tail == held, "the ring to be free")
     let_go.set()
-    assert line.worker.settle(LIMIT)
+    assert line.worker.drain(LIMIT)
     line.work()
-    assert line.worker.settle(LIMIT)
+    assert line.worker.drain(LIMIT)
     assert line.spool.bytes == 0
     line.write(7)
     line.end()
@@ -347,7 +347,7 @@ def test_a_successor_delivers_spool_and_ring_in_order(
     assert rows is not None
     rows[:3] = np.zeros(3, LAYOUT.dtype)
     first.recorder.publish(3)
-    assert first.worker.settle(LIMIT)
+    assert first.worker.drain(LIMIT)
     first.publisher.own.leave()
     ring_file.leave()
     second = make()

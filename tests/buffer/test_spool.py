@@ -56,7 +56,7 @@ def worker() -> Iterator[Worker]:
 
 def fetch(spool: Spool, index: int) -> SpoolRecord:
     while (found := spool.get(index)) is None:
-        assert spool.directory.worker.settle(LIMIT), "the worker hangs"
+        assert spool.directory.worker.drain(LIMIT), "the worker hangs"
     return found
 
 
@@ -175,7 +175,7 @@ def test_only_a_completely_read_file_is_removed(tmp_path: Path, worker: Worker, 
     for index in range(spool.head):
         fetch(spool, index)
     spool.free_to(spool.head)
-    assert worker.settle(LIMIT)
+    assert worker.drain(LIMIT)
     kept = [] if damage == "nothing" else [path.with_name(path.name + ".damaged")]
     assert list(folder.iterdir()) == kept
     assert all(one.read_bytes() == data for one in kept)
@@ -193,7 +193,7 @@ def test_a_directory_where_every_user_may_remove_files_is_refused(tmp_path: Path
 
 def fill(spool: Spool, start: int, sizes: list[int], run: int = 1, first: int = 0) -> None:
     spool.write(header(start, run, first), [record(start + i, size) for i, size in enumerate(sizes)])
-    assert spool.directory.worker.settle(LIMIT)
+    assert spool.directory.worker.drain(LIMIT)
 
 
 @given(
@@ -216,7 +216,7 @@ def test_blocks_come_in_order_and_files_are_removed_when_their_blocks_are_free(
         sizes += batch
         freed += int(share * (len(sizes) - freed))
         spool.free_to(freed)
-        assert worker.settle(LIMIT)
+        assert worker.drain(LIMIT)
         assert spool.head == len(sizes)
         assert directory.bytes == sum(path.stat().st_size for path in folder.iterdir()) == spool.bytes
         for index in range(freed, len(sizes)):
@@ -311,7 +311,7 @@ def test_the_worker_continues_after_an_exception(worker: Worker, caplog: pytest.
 
     worker.submit(wrong, found.append)
     worker.submit(lambda: 3, found.append)
-    assert worker.settle(LIMIT)
+    assert worker.drain(LIMIT)
     assert isinstance(found[0], OSError)
     assert found[1] == 3
     assert "a mistake" in caplog.text

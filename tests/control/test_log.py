@@ -190,9 +190,9 @@ def test_a_flood_on_stderr_is_cut(monkeypatch, capsys):
 def test_many_components_share_one_limit():
     throttle = Throttle(10, 100, shares=3, clock=lambda: 0.0)
     assert sum(throttle.passes(f"name {i}", 100) for i in range(10_000)) == 3
-    assert len(throttle.told()) <= 257
-    assert throttle.told() == []
-    assert throttle.held == 9997
+    assert len(throttle.summaries()) <= 257
+    assert throttle.summaries() == []
+    assert throttle.dropped == 9997
 
 
 def test_the_limit_of_a_component_recovers():

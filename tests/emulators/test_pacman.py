@@ -185,16 +185,16 @@ def test_impossible_boards(wrong):
 
 
 def test_pace():
-    pace = Pace(1000, most_late=1.0)
+    pace = Pace(1000, max_delay=1.0)
     assert pace.due(50.0) == 0
     assert pace.due(50.5) == 500
-    pace.made(400)
+    pace.add_made(400)
     assert pace.due(50.5) == 100
-    assert pace.when(200) == pytest.approx(50.6)
+    assert pace.time_of(200) == pytest.approx(50.6)
     pace.pause(50.6)
     assert pace.due(60.6) == 200
     assert pace.due(100.0) == 1000, "no burst after a stall"
-    pace.made(1000)
+    pace.add_made(1000)
     assert pace.due(100.1) == pytest.approx(100, abs=1)
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from larpixdaq.runtime import timing
-from larpixdaq.runtime.timing import Load, load_words
+from larpixdaq.runtime.timing import Load, load_text
 
 
 def test_shares_follow_the_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +22,7 @@ def test_shares_follow_the_processor_time(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_is_left_in_words() -> None:
-    assert load_words({"loop": 0.01, "process": 0.02}) == "CPU 2%"
-    assert load_words({"loop": 0.25, "process": 0.5}) == "CPU 50%, can take at least 4.0 times this rate"
-    assert load_words({"loop": 0.074, "process": 0.08}) == "CPU 8%, can take at least 13 times this rate"
-    assert load_words({"loop": 0.99, "process": 1.5}) == "CPU 150%, at its limit"
+    assert load_text({"loop": 0.01, "process": 0.02}) == "CPU 2%"
+    assert load_text({"loop": 0.25, "process": 0.5}) == "CPU 50%, can take at least 4.0 times this rate"
+    assert load_text({"loop": 0.074, "process": 0.08}) == "CPU 8%, can take at least 13 times this rate"
+    assert load_text({"loop": 0.99, "process": 1.5}) == "CPU 150%, at its limit"
