@@ -1,4 +1,4 @@
-"""Addresses, ports, directories and the arguments that the command lines share."""
+"""Addresses, ports, the state directory, and arguments that several command lines share."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CORE_PORT: Final = 5551
 LOG_PORT: Final = 5678
 LOOPBACK: Final = "tcp://127.0.0.1"
 LOG_ADDRESS: Final = f"{LOOPBACK}:{LOG_PORT}"
-#: Milliseconds without progress after which a connection is closed, but for those that hold a producer's memory.
+#: Milliseconds without progress until a connection is closed. Those of log and consumers have longer limits.
 DEAD_CONNECTION: Final = 3000
 
 _TCP: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+)(?::(?P<port>\d{1,5}|\*))?")
 
 
 def _split(text: str) -> tuple[str, str | None]:
-    """Host and port of `[tcp://]HOST[:PORT]`; ConfigError for anything else."""
+    """Return host and port of `[tcp://]HOST[:PORT]`. Raises ConfigError."""
     match = _TCP.fullmatch(text.removeprefix("tcp://"))
     if match is None:
         raise ConfigError(f"address {text!r}: expected tcp://HOST[:PORT], an IPv6 address as in tcp://[::1]:5551")
@@ -44,10 +44,7 @@ def _split(text: str) -> tuple[str, str | None]:
 
 
 def address(text: str, default_port: int) -> str:
-    """A ZeroMQ address: without a port it gets the default one, with a port it is taken as it is.
-
-    `tcp://` may be left out; ConfigError for what is no address.
-    """
+    """Return the ZeroMQ address of a text. `tcp://` and the port may be left out. Raises ConfigError."""
     if text.startswith(("ipc://", "inproc://")):
         return text
     host, port = _split(text)
@@ -55,12 +52,12 @@ def address(text: str, default_port: int) -> str:
 
 
 def is_ipv6(full: str) -> bool:
-    """Whether a ZeroMQ address has an IPv6 literal for its host; names are looked up as IPv4."""
+    """Return whether the host of a ZeroMQ address is an IPv6 literal. Host names are looked up as IPv4."""
     return full.startswith("tcp://[")
 
 
 def _ip(host: str, text: str) -> str:
-    """The IP address of a host name, as a socket that listens needs it."""
+    """Return the IP address of a host name, which a listening socket needs. `text`: the whole address, for errors."""
     if host == "*":
         return host
     bare = host.strip("[]")
@@ -76,7 +73,7 @@ def _ip(host: str, text: str) -> str:
 
 
 def is_loopback(text: str) -> bool:
-    """Whether only this machine can reach a socket that listens at this address."""
+    """Return whether only this machine can reach a socket that listens at this address."""
     if text.startswith(("ipc://", "inproc://")):
         return True
     host = _ip(_split(text)[0], text).strip("[]").partition("%")[0]
@@ -84,10 +81,10 @@ def is_loopback(text: str) -> bool:
 
 
 def listen_address(text: str, default_port: int, *, insecure: bool, what: str) -> str:
-    """The address for a socket that listens; `what` says whose, for people.
+    """Return the address for a listening socket. `what`: its process, for the error.
 
-    ConfigError when other machines could reach it and that was not asked for: everybody who reaches a socket of ours
-    can steer the detector.
+    Raises ConfigError if other machines could reach it without --insecure, because everybody who reaches a socket of
+    the core can control the detector.
     """
     full = address(text, default_port)
     if full.startswith(("ipc://", "inproc://")):
@@ -102,7 +99,7 @@ def listen_address(text: str, default_port: int, *, insecure: bool, what: str) -
 
 
 def interface_towards(core: str) -> str:
-    """The IP address of this machine's interface that reaches the core (127.0.0.1 for a core on this machine)."""
+    """Return the IP address of this machine's interface towards the core, 127.0.0.1 for a core on this machine."""
     if core.startswith(("ipc://", "inproc://")):
         return "127.0.0.1"
     host = _ip(_split(core)[0], core).strip("[]")
@@ -116,8 +113,8 @@ def interface_towards(core: str) -> str:
     return f"[{found}]" if ":" in found else found
 
 
-def reachable(endpoint: str, core: str) -> str:
-    """The address under which others reach a socket bound to `endpoint`, which may name all interfaces."""
+def reachable_address(endpoint: str, core: str) -> str:
+    """Return the address at which other processes reach a socket bound to `endpoint`, which may name all interfaces."""
     if endpoint.startswith(("ipc://", "inproc://")):
         return endpoint
     host, port = _split(endpoint)
@@ -127,7 +124,7 @@ def reachable(endpoint: str, core: str) -> str:
 
 
 def process_identity() -> dict[str, Any]:
-    """This process for people and for `larpixdaq up`: `pid`, `host` (host name), `user` (login name, or the id)."""
+    """Return a description of this process: `pid`, `host` (host name), `user` (login name, or `uid` and the id)."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # no name for this user id
@@ -136,13 +133,14 @@ def process_identity() -> dict[str, Any]:
 
 
 def close_dead_connections(socket: zmq.Socket[Any], after: int) -> None:
-    """Have the kernel close a connection whose peer takes or acknowledges no data for `after` milliseconds, and an idle
-    one whose peer does not answer for 25 s. To be called before bind() and connect().
+    """Let the kernel close connections whose peer is dead. Call it before bind() and connect().
 
-    libzmq's own heartbeats are not used: libzmq 4.3.5 aborts the process (`Assertion failed: !_io_error`) when a
-    heartbeat is due on a connection whose input queue was full when its peer died.
+    A connection is closed when the peer takes or acknowledges no data for `after` milliseconds, or when the connection
+    is idle and the peer does not answer for 25 s. The heartbeats of libzmq are not used, because libzmq 4.3.5 aborts
+    the process (`Assertion failed: !_io_error`) when a heartbeat is due on a connection whose input queue was full when
+    its peer died.
     """
-    import zmq  # here: programs without sockets start faster
+    import zmq  # late, so that programs without sockets start faster
 
     socket.setsockopt(zmq.TCP_MAXRT, after)  # TCP_USER_TIMEOUT; also for a peer whose window stays closed
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
@@ -152,12 +150,13 @@ def close_dead_connections(socket: zmq.Socket[Any], after: int) -> None:
 
 
 def dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, largest: int, queue: int = 1000) -> zmq.Socket[bytes]:
-    """A DEALER that is connected, or will be when its peer is there. zmq.ZMQError when the address cannot be used.
+    """Return a DEALER socket that connects as soon as its peer listens. Raises zmq.ZMQError for an invalid address.
 
-    It takes no message while it is not connected, so that a peer that comes back does not find minutes of old ones.
-    `largest`: maximum bytes of a message part from the peer; `queue`: messages from it that wait (0: no limit).
+    Without a connection it takes no messages, so that a peer does not get minutes of old ones after a restart.
+    `largest`: maximum bytes of a message part from the peer. `queue`: maximum messages from the peer that wait, 0
+    without limit.
     """
-    import zmq  # here: programs without sockets start faster
+    import zmq  # late, so that programs without sockets start faster
 
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IMMEDIATE, 1)
@@ -165,8 +164,8 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, largest: int, 
     socket.setsockopt(zmq.MAXMSGSIZE, largest)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-    socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # the system's own takes ever longer while a network is away
-    close_dead_connections(socket, DEAD_CONNECTION)  # of a host that vanished
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # because the kernel's own waits grow while a network is down
+    close_dead_connections(socket, DEAD_CONNECTION)
     try:
         socket.ipv6 = is_ipv6(address)
         socket.connect(address)
@@ -177,7 +176,7 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, largest: int, 
 
 
 def state_dir(text: str | None = None) -> Path:
-    """The state directory (default $XDG_STATE_HOME/larpixdaq), made if need be; FileError when that cannot be."""
+    """Return the state directory (default $XDG_STATE_HOME/larpixdaq), and make it if needed. Raises FileError."""
     base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     path = Path(text) if text else Path(base) / "larpixdaq"
     path = path.absolute()
@@ -209,7 +208,7 @@ def add_name_argument(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _name(text: str) -> str:
-    """A name that messages, files and the ring can hold."""
+    """Check a name, which must fit into messages, files and the ring."""
     if not 1 <= len(text.encode("utf-8", "replace")) <= 64 or not text.isprintable():
         raise argparse.ArgumentTypeError(f"expected a name of 1 to 64 printable characters, found {text[:80]!r}")
     return text
@@ -248,7 +247,7 @@ def add_state_dir_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_component_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """What every component takes: --core, --name, --insecure."""
+    """Add the arguments of every component: --core, --name, --insecure."""
     add_core_argument(parser)
     add_name_argument(parser, name)
     add_insecure_argument(parser)

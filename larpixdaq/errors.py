@@ -1,18 +1,18 @@
-"""Everything that larpixdaq raises on purpose.
+"""Exceptions of larpixdaq, and functions that make one line of text from an error.
 
 LarpixDaqError
 ├── ConfigError        wrong options or addresses
-├── FormatError        bytes that are not what they should be (also a ValueError)
+├── FormatError        invalid bytes, of a wrong format or content (also a ValueError)
 ├── FileError          a file or directory that cannot be used (also an OSError)
-│   └── FileLocked         another process writes or recovers it
-├── ProtocolError      a peer that says what it must not
-│   └── ChecksumError      rows that are not those that were sent
-├── RingError          the arena cannot be made or used
+│   └── FileLocked         another process writes or recovers this file
+├── ProtocolError      a peer broke the protocol
+│   └── ChecksumError      rows differ from those that were sent
+├── RingError          the ring cannot be made or used
 ├── NoCore             no core answers
 ├── RequestError       the core or a component refused or failed
 │   ├── StateError         not allowed in this run state
 │   ├── ControlHeld        another Operator has control
-│   ├── UnknownAction      no such action or routine; says which there are
+│   ├── UnknownAction      no such action or routine; the text lists the existing ones
 │   └── ComponentError     a component failed or was lost
 └── RequestTimeout     no result within the limit (also a TimeoutError)
 """
@@ -24,7 +24,7 @@ from inspect import Parameter, Signature
 
 
 class LarpixDaqError(Exception):
-    """Base of all. Its text is one line that names what, where, asked and found."""
+    """Base class. The text is one line with the quantity, its place, and the expected and found values."""
 
 
 class ConfigError(LarpixDaqError):
@@ -60,7 +60,7 @@ class NoCore(LarpixDaqError):
 
 
 class RequestError(LarpixDaqError):
-    """`code` is what stood in the answer's error field; `by_code` finds the class for it."""
+    """`code`: value of the answer's error field. `error_from_code` makes the error of a code."""
 
     code = "failed"
 
@@ -70,7 +70,7 @@ class StateError(RequestError):
 
 
 class ControlHeld(RequestError):
-    """Another Operator has control: `by` names it, `since` is when it got it (unix seconds)."""
+    """Another Operator has control. `by`: its name. `since`: unix seconds at which it got control."""
 
     code = "control_held"
 
@@ -95,23 +95,26 @@ class RequestTimeout(LarpixDaqError, TimeoutError):
 _BY_CODE = {cls.code: cls for cls in (RequestError, StateError, ControlHeld, UnknownAction, ComponentError)}
 
 
-def by_code(code: str, text: str) -> RequestError:
-    """The error that an answer with this code stands for."""
+def error_from_code(code: str, text: str) -> RequestError:
+    """Return the error of an answer with this code."""
     return _BY_CODE.get(code, RequestError)(text)
 
 
 def misuse(action: str, error: TypeError, signature: Signature) -> RequestError:
-    """What Signature.bind() found wrong with somebody's arguments, and how it is right: `reset(length=256)`."""
-    own = [one.replace(annotation=Parameter.empty) for one in signature.parameters.values()]
-    plain = signature.replace(parameters=own, return_annotation=Signature.empty)
+    """Return the error for wrong arguments of an action, with its right parameters: `reset(length=256)`.
+
+    `error`: exception of Signature.bind().
+    """
+    parameters = [parameter.replace(annotation=Parameter.empty) for parameter in signature.parameters.values()]
+    plain = signature.replace(parameters=parameters, return_annotation=Signature.empty)
     return RequestError(f"{action}: {error!s:.200}; expected {action}{plain}")
 
 
 def printable(text: str) -> str:
-    """One line for a terminal: control and other invisible characters are shown as escapes, such as \\x1b.
+    """Return a text as one line for a terminal, with escapes such as \\x1b for invisible characters.
 
-    Texts of files and of peers may move the cursor, recolour, or forge further lines. Bytes of names that are not UTF-8
-    become escapes too, which any terminal can show.
+    Control characters in texts of files and peers could move the cursor, change colours or forge lines. Bytes of names
+    that are not UTF-8 become escapes too.
     """
     if text.isprintable():
         return text
@@ -119,7 +122,7 @@ def printable(text: str) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """What went wrong, in one line: what the system says of it where it does; HDF5 tells long stories."""
+    """Return the cause of an error in one line. For errors of the system it is their short text, not that of HDF5."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return " ".join(str(error).split())[:300]

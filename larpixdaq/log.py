@@ -174,7 +174,7 @@ def serve(core: str, name: str, address: str, path: Path) -> None:
         with Signals() as signals:
             socket, endpoint = listen(context, address)
             file = LogFile(path)
-            info = {"log": config.reachable(endpoint, core), "file": str(path)}
+            info = {"log": config.reachable_address(endpoint, core), "file": str(path)}
             node = Node(name, LOG, core, {}, info=info, status=file.status)
             node.connect(signals=signals)
             poller = zmq.Poller()

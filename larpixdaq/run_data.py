@@ -1,8 +1,8 @@
-"""The online monitor: looks at the newest blocks of all producers and answers what a shifter asks."""
+"""Program of the online monitor: counts the newest blocks of all producers, and answers requests about them."""
 
 import sys
 
-if __spec__ is None:  # run by its path: its folder would shadow the standard library's `operator`
+if __spec__ is None:  # run by its path: its folder would hide the standard library's `operator`
     sys.path[0:1] = []
 
 import argparse
@@ -26,12 +26,12 @@ from larpixdaq.stream import Consumer
 log = logging.getLogger(__name__)
 
 DEFAULT_NAME: Final = "Online monitor"
-#: Frames dealt with before actions have their turn again.
+#: Maximum number of frames of a turn, so that requests are answered in time.
 TURN: Final = 64
 
 
 class RunData:
-    """Feeds the monitor from the stream, mode "latest": what it has no time for is skipped, and nobody waits for it."""
+    """Loop of the monitor. It receives in mode "latest": producers skip blocks for which it has no time."""
 
     def __init__(self, monitor: Monitor, node: Node, consumer: Consumer) -> None:
         self.monitor = monitor
@@ -39,10 +39,10 @@ class RunData:
         self.consumer = consumer
         self._producers: dict[str, str] | None = None
         self._frames = 0
-        self._complained: set[tuple[str, int | None]] = set()
+        self._reported: set[tuple[str, int | None]] = set()
 
     def turn(self) -> None:
-        """What there is to do now: actions, changes of the producers, and a bounded number of frames."""
+        """Run actions, connect to new producers, and count a limited number of frames."""
         self.node.dispatch()
         if self.node.producers is not self._producers:
             self._producers = self.node.producers
@@ -57,7 +57,6 @@ class RunData:
         self.node.report(self._frames, self.consumer.queued)
 
     def run(self, signals: Signals) -> None:
-        """Turn until a signal comes."""
         poller = zmq.Poller()
         for descriptor in (signals.fileno(), self.node.fileno(), self.consumer.fileno()):
             poller.register(descriptor, zmq.POLLIN)
@@ -72,31 +71,30 @@ class RunData:
             elif isinstance(frame, End):
                 self.monitor.end(frame)
         except LarpixDaqError as error:
-            # Once a run and producer: the same again would help nobody.
-            if (producer, self.monitor.run) not in self._complained:
-                self._complained.add((producer, self.monitor.run))
+            if (producer, self.monitor.run) not in self._reported:
+                self._reported.add((producer, self.monitor.run))
                 log.warning("not counted: %s", error)
-        # INFO messages come beside the credit.
+        # INFO messages need no credit
         if isinstance(frame, Block) and frame.text is None:
             self.consumer.add_credit(producer)
 
 
 def actions(monitor: Monitor) -> dict[str, Callable[..., Any]]:
-    """The handlers of everything that core and operators may ask of a monitor."""
+    """Return the handlers of all actions of a monitor."""
 
     def prepare_run(call: Call, run: int, kind: str, comment: str) -> dict[str, Any]:
-        """A run is being prepared: all numbers start afresh."""
+        """Prepare a run: set all numbers to 0."""
         monitor.start(run, kind, comment)
         return {}
 
     def begin_run(call: Call, run: int) -> dict[str, Any]:
-        """The run begins."""
+        """Begin the run."""
         if run != monitor.run:
             monitor.start(run)
         return {}
 
     def end_run(call: Call, run: int) -> MonitorStatus:
-        """The run is over; its numbers stay until the next is prepared, and what is still on its way counts."""
+        """End the run. Its numbers stay until the next one is prepared, and later blocks of the run still count."""
         return monitor.status()
 
     handlers: dict[str, Callable[..., Any]] = {
@@ -108,15 +106,15 @@ def actions(monitor: Monitor) -> dict[str, Callable[..., Any]]:
 
 
 def _handler(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`method` as a handler: with the call in front, and its own parameters, so that the node can check them."""
+    """Return a handler with the call and the parameters of `method`, so that the node can check the parameters."""
 
     @functools.wraps(method)
     def handler(call: Call, /, **params: Any) -> Any:
         return method(**params)
 
     signature = inspect.signature(method)
-    first = inspect.Parameter("call", inspect.Parameter.POSITIONAL_ONLY)
-    vars(handler)["__signature__"] = signature.replace(parameters=[first, *signature.parameters.values()])
+    call_parameter = inspect.Parameter("call", inspect.Parameter.POSITIONAL_ONLY)
+    vars(handler)["__signature__"] = signature.replace(parameters=[call_parameter, *signature.parameters.values()])
     return handler
 
 

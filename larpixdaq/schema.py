@@ -1,10 +1,7 @@
-"""What a row, a layout and a ledger are: dtypes and names, no behaviour beyond looking things up.
+"""Dtypes of rows in each layout, codes and names of their values, and lookups of columns and chips.
 
-A *row* is the packed LArPix+HDF5 record of one packet (or timestamp, message, sync, trigger). The compiled core fills
-rows in place; ``ext/row_structs.pxd`` holds the same structs, and the memoryview types check one against the other at
-every call.
-
-Where chips stand in arrays that have a row for each.
+A *row* is the packed LArPix+HDF5 record of one packet (or timestamp, message, sync, trigger). The compiled decoders
+write rows in place. ``ext/row_structs.pxd`` has the same structs, and the memoryview types compare them at every call.
 """
 
 from __future__ import annotations
@@ -62,72 +59,74 @@ PACKETS_1_0: Final = np.dtype(
         ("direction", "u1"),
     ]
 )
-#: Where a message lies in the buffer that holds it.
+#: Position of a message in a buffer.
 SPAN: Final = np.dtype([("start", "<u4"), ("length", "<u4")])
-#: A word that could not become a row, as a decoder hands it over: `raw[:size]` are its bytes.
+#: Word of which a decoder could not make a row. `raw[:size]`: its bytes.
 UNKNOWN_WORD: Final = np.dtype(
     [("seconds", "<u8"), ("io_group", "u1"), ("reason", "u1"), ("size", "u1"), ("raw", "u1", (24,))]
 )
-#: What a decoder notices that speaks for a loss before its bytes reached us, in the order of ext/loss_evidence.pxd.
-#: sources/data_quality.py says what follows from it.
+#: Evidence in the received bytes that data were lost before the producer, in the order of ext/loss_evidence.pxd.
+#: sources/data_quality.py has the consequences.
 NOTICES: Final = (
     "short",  # messages with fewer words than their headers count; amount: words
-    "trailing",  # messages with more than that; bytes
-    "rejected",  # messages that were thrown away whole; bytes
+    "trailing",  # messages with more bytes than their words; bytes
+    "rejected",  # messages of which no word was decoded; bytes
     "unknown",  # unknown and rejected words
-    "resync",  # serial: bytes in no frame
-    "oversized",  # messages larger than any that a board sends, dropped; bytes
-    "full",  # data packets whose FIFO flags say "full"
-    "doubled",  # messages that came twice; words
-    "back",  # headers with an earlier time than the one before; seconds
-    "ahead",  # headers with a far later time than the one before, without a pause; seconds
-    "heartbeats",  # intervals with heartbeats missing; heartbeats
-    "resets",  # intervals with SYNC words of clock resets missing
-    "holes",  # jumps of the board's clock within data that were held up; microseconds
-    "cut",  # packets of PACMAN format 1.0 whose time is above 32 bits, in a layout with 32; packets
-    "clock64",  # words with a time where only firmware with a 64-bit clock has one, which was not asked for; words
-    "clock32",  # the reverse: sync and trigger words with a time where firmware with a 64-bit clock has none; words
-    "as_v1",  # samples of 64 packets that look like those of v1 chips, which --asic does not name; packets
+    "resync",  # serial: bytes outside of frames
+    "oversized",  # messages larger than any of a board, dropped; bytes
+    "full",  # data packets with the flag of a full FIFO
+    "doubled",  # messages received twice; words
+    "back",  # headers with an earlier time than the previous header; seconds
+    "ahead",  # headers with a far later time than the previous header, without a pause; seconds
+    "heartbeats",  # intervals with missing heartbeats; heartbeats
+    "resets",  # intervals with missing SYNC words of clock resets
+    "holes",  # jumps of the board's clock in data that were delayed on their way; microseconds
+    "cut",  # packets of PACMAN format 1.0 with a time above 32 bits, in a layout with 32 bits; packets
+    "clock64",  # without --clock64: words with a time at the place of a 64-bit clock; words
+    "clock32",  # with --clock64: sync and trigger words with a time at the place of a 32-bit clock; words
+    "as_v1",  # samples of 64 packets that look like packets of v1 chips, against --asic; packets
     "as_v2",  # of v2 chips; packets
     "as_v3",  # of v3 chips; packets
-    "parity",  # samples of 64 packets of which more than a quarter have wrong parity; packets with it
+    "parity",  # samples of 64 packets, more than a quarter with wrong parity; packets with wrong parity
 )
 NOTICE: Final = np.dtype([("events", "<u8"), ("amount", "<u8"), ("first_ns", "<u8"), ("last_ns", "<u8")])
-#: `reason` in UNKNOWN_WORD.
+#: Values of `reason` in UNKNOWN_WORD.
 REASONS: Final = {
     1: "unknown word type",
     2: "io_channel above 255",
     3: "invalid packet type",
-    4: "receipt timestamp above 32 bits",  # in layout 2.4, by releases that did not keep the lower half
+    4: "receipt timestamp above 32 bits",  # in layout 2.4, in files of earlier releases
 }
-#: Unknown words that a decoder keeps, per run.
+#: Maximum number of unknown words that a decoder keeps in a run.
 UNKNOWN_KEPT: Final = 1000
-#: Rows of a chunk of the file. A chunk of every layout fits into the 1 MiB that HDF5 before 2.0 caches per dataset: to
-#: read row by row, as larpix-control's from_file does, takes 47 us a row; with 65,536 it took 12 ms (HDF5 1.14.6).
+#: Rows of a chunk of the file. A chunk of every layout fits into the cache of 1 MiB that HDF5 before 2.0 has for each
+#: dataset. larpix-control's from_file reads row by row: 47 us a row, and 12 ms with 65,536 (HDF5 1.14.6).
 CHUNK_ROWS: Final = 16_384
+#: Bytes of a row of /messages, and of a row of other texts.
 MESSAGE_BYTES: Final = 64
 TEXT_BYTES: Final = 256
 
 
-def _with(columns: dict[str, str], *more: tuple[str, str]) -> np.dtype[Any]:
+def _common_layout(columns: dict[str, str], *more: tuple[str, str]) -> np.dtype[Any]:
+    """Return a dtype with the common columns, some of them of another type, and with more columns."""
     return np.dtype([(name, columns.get(name, kind)) for name, kind in _COMMON] + list(more))
 
 
-#: v2, v2a, v2b, v2d and LightPix chips: 36 bytes. `timestamp` in ticks of the chip's clock, `receipt_timestamp` in
-#: ticks of the board's 10 MHz master clock; rows of type 4 have unix seconds in `timestamp`.
-PACKETS_2_4: Final = _with({})
+#: v2, v2a, v2b, v2d and LightPix chips: 36 bytes. `timestamp`: ticks of the chip's clock, in rows of type 4 unix
+#: seconds. `receipt_timestamp`: ticks of the board's 10 MHz master clock.
+PACKETS_2_4: Final = _common_layout({})
 
-#: The same with the board's 64-bit clock (40 bytes).
-PACKETS_2_4_CLOCK64: Final = _with({"receipt_timestamp": "<u8"})
+#: The same chips at boards with a 64-bit clock: 40 bytes.
+PACKETS_2_4_CLOCK64: Final = _common_layout({"receipt_timestamp": "<u8"})
 
 #: v3 chips: 43 bytes.
-PACKETS_3_0: Final = _with(
+PACKETS_3_0: Final = _common_layout(
     {"dataword": "<u2", "receipt_timestamp": "<u8"}, ("reset_sample_flag", "u1"), ("cds_flag", "u1")
 )
 
 
 class RowLayout(NamedTuple):
-    """How the rows of a run look. `code` stands in block headers, `version` in the file's header."""
+    """Layout of the rows of a run. `code`: its code in block headers. `version`: its version in the file's header."""
 
     code: int
     name: str
@@ -146,7 +145,7 @@ _BY_CODE: Final = {layout.code: layout for layout in LAYOUTS}
 
 
 def layout(code: int) -> RowLayout:
-    """The layout with this code; ValueError names the code when there is none."""
+    """Return the layout with this code. Raises ValueError."""
     try:
         return _BY_CODE[code]
     except KeyError:
@@ -154,7 +153,7 @@ def layout(code: int) -> RowLayout:
 
 
 class Asic(IntEnum):
-    """Chip generations that differ on the wire or in the layout. The codes are those of ``ext/row_structs.pxd``."""
+    """Chip generations that differ in words or layout. The codes are those of ``ext/row_structs.pxd``."""
 
     V1 = 1
     V2 = 2
@@ -162,12 +161,12 @@ class Asic(IntEnum):
     V3 = 4
 
 
-#: `--asic` on the command line -> the generation that decodes it. v2b and LightPix differ from v2 in registers only.
+#: Chip generation that decodes the words, by --asic. v2b and LightPix differ from v2 in registers only.
 ASICS: Final = {"1": Asic.V1, "2": Asic.V2, "2b": Asic.V2, "lightpix-1": Asic.V2, "3": Asic.V3}
 
 
 def layout_of(asic: Asic, *, clock64: bool = False) -> RowLayout:
-    """The layout that rows of this chip generation have (`clock64`: boards with a 64-bit clock)."""
+    """Return the layout of rows of this chip generation. `clock64`: the boards have a 64-bit clock."""
     if asic == Asic.V1:
         return LAYOUTS[0]
     if asic == Asic.V3:
@@ -187,73 +186,78 @@ class PacketType(IntEnum):
 
 
 def type_column(dtype: np.dtype[Any]) -> str:
-    """The column with the packet type: layouts before 2.0 call it `type`."""
+    """Return the name of the column with the packet type, which is `type` in layouts before 2.0."""
     return "packet_type" if "packet_type" in (dtype.names or ()) else "type"
 
 
 def types_of(rows: NDArray[Any]) -> NDArray[np.uint8]:
-    """The packet type of each row, shape (N,)."""
+    """Return the packet type of each row, shape (N,)."""
     types: NDArray[np.uint8] = rows[type_column(rows.dtype)]
     return types
 
 
 def registers_of(rows: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Addresses and values of rows about registers, each of shape (N,); layout 1.0 calls them otherwise."""
+    """Return the register addresses and values of rows, each of shape (N,). Layout 1.0 has other column names."""
     v1 = "register" in (rows.dtype.names or ())
     address, value = ("register", "value") if v1 else ("register_address", "register_data")
     return rows[address], rows[value]
 
 
 def io_groups_of(rows: NDArray[Any]) -> NDArray[np.intp]:
-    """The io_group of each row, shape (N,); layout 1.0 has it in its chip_key."""
+    """Return the io_group of each row, shape (N,). In layout 1.0 it is in the chip_key."""
     if "io_group" in (rows.dtype.names or ()):
         return np.asarray(rows["io_group"], np.intp)
     return np.array([int(key.split(b"-")[0] or 0) for key in rows["chip_key"]], np.intp)
 
 
 def chips_of(rows: NDArray[Any]) -> NDArray[np.intp]:
-    """io_group << 16 | io_channel << 8 | chip_id of rows that chips have sent, shape (N,); layout 1.0 has them in its
-    chip_key."""
+    """Return io_group << 16 | io_channel << 8 | chip_id of rows of chips, shape (N,).
+
+    In layout 1.0 they are in the chip_key.
+    """
     if "io_group" in (rows.dtype.names or ()):
         io_group, io_channel, chip_id = (rows[name].astype(np.intp) for name in ("io_group", "io_channel", "chip_id"))
         return np.asarray(io_group << 16 | io_channel << 8 | chip_id, np.intp)
-    keys, back = np.unique(rows["chip_key"], return_inverse=True)
+    keys, inverse = np.unique(rows["chip_key"], return_inverse=True)
     parts = np.array([key.split(b"-") for key in keys.tolist()]).astype(np.intp).reshape(-1, 3)
     chips: NDArray[np.intp] = parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]
-    return chips[back]
+    return chips[inverse]
 
 
-class Places:
+class ChipIndex:
+    """Index of each chip, in the order of add(), for arrays with a row for each chip."""
+
     def __init__(self) -> None:
-        self._tables: dict[int, NDArray[np.int32]] = {}  # io_group -> place by io_channel << 8 | chip_id
+        self._tables: dict[int, NDArray[np.int32]] = {}  # io_group -> index by io_channel << 8 | chip_id
         self._count = 0
 
     def add(self, chips: NDArray[np.uint8]) -> None:
-        """Each of them gets the next place; shape (N, 3): io_group, io_channel, chip_id."""
+        """Give the next indices to chips, shape (N, 3): io_group, io_channel, chip_id."""
         for io_group, io_channel, chip_id in chips.tolist():
             table = self._tables.setdefault(io_group, np.full(1 << 16, -1, np.int32))
             table[io_channel << 8 | chip_id] = self._count
             self._count += 1
 
     def find(self, chips: NDArray[np.intp]) -> NDArray[np.intp]:
-        """The place of each, -1 of those that have none; shape (N,), a chip in one number as schema.chips_of has it."""
-        places = np.full(len(chips), -1, np.intp)
+        """Return the index of each chip, -1 for unknown chips, shape (N,). `chips`: shape (N,), as of chips_of()."""
+        indices = np.full(len(chips), -1, np.intp)
         for io_group, table in self._tables.items():
-            at = chips >> 16 == io_group
-            places[at] = table[chips[at] & 0xFFFF]
-        return places
+            on_board = chips >> 16 == io_group
+            indices[on_board] = table[chips[on_board] & 0xFFFF]
+        return indices
 
 
 def key_of(parts: Any) -> str:
+    """Return the chip key of io_group, io_channel and chip_id."""
     return "-".join(map(str, parts))
 
 
-def parse_key(asked: Any) -> tuple[int, int, int]:
-    """io_group, io_channel, chip_id of "1-2-3" or [1, 2, 3]; RequestError for what is no chip key."""
-    parts = asked.split("-") if isinstance(asked, str) else asked
+def parse_key(key: Any) -> tuple[int, int, int]:
+    """Return io_group, io_channel and chip_id of "1-2-3" or [1, 2, 3]. Raises RequestError."""
+    parts = key.split("-") if isinstance(key, str) else key
     with contextlib.suppress(TypeError, ValueError):
         if len(parts) == 3 and not any(isinstance(part, bool | float) for part in parts):
             io_group, io_channel, chip_id = (int(part) for part in parts)
             if all(0 <= part <= 255 for part in (io_group, io_channel, chip_id)):
                 return io_group, io_channel, chip_id
-    raise RequestError(f'chip {asked!r:.100}: expected a chip key such as "1-2-3" (io_group, io_channel, chip_id)')
+    raise RequestError(f'chip {key!r:.100}: expected a chip key such as "1-2-3" (io_group, io_channel, chip_id)')

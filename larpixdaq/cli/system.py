@@ -104,7 +104,7 @@ def up(options: argparse.Namespace) -> int:
     source = others.parse_known_args(options.argv[1:])[1]
     storage = own_options(options)
     listens = config.listen_address(options.address, config.CORE_PORT, insecure=options.insecure, what="core")
-    core = config.reachable(listens, config.LOOPBACK)  # from this machine, whatever interfaces it listens at
+    core = config.reachable_address(listens, config.LOOPBACK)  # from this machine, whatever interfaces it listens at
     log = config.address(options.log_address, config.LOG_PORT)
     insecure = ["--insecure"] if options.insecure else []
     commands = {

@@ -416,5 +416,5 @@ def _failure(answer: Answer) -> Response:
     if answer.error == ControlHeld.code:
         error = ControlHeld(answer.text, by=answer.by, since=answer.since)
     else:
-        error = errors.by_code(answer.error, answer.text)
+        error = errors.error_from_code(answer.error, answer.text)
     return Response("error", answer.component, answer.text, error=error)

@@ -20,7 +20,7 @@ import msgspec
 import zmq
 
 from larpixdaq.config import CORE_PORT, address, process_identity
-from larpixdaq.constants import HEARTBEAT, PATIENCE, STOP
+from larpixdaq.constants import HEARTBEAT, REGISTER_LIMIT, STOP
 from larpixdaq.control.connection import CoreConnection, RecentRequests
 from larpixdaq.control.log_shipping import LogShipper
 from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction, misuse
@@ -128,7 +128,7 @@ class Node:
         refuses (after 5 s if the name is in use), and Stopped when `signals` has caught a signal.
         """
         self._shipper.attach()
-        limit = PATIENCE if timeout is None else timeout
+        limit = REGISTER_LIMIT if timeout is None else timeout
         self._link.start()
         started = time.monotonic()
         poller = zmq.Poller()
@@ -315,7 +315,7 @@ class Node:
         now = time.monotonic()
         if self._refusal is None or self._refusal.error != answer.error:
             self._refused_since = now
-        if answer.error == "name_taken" and now - self._refused_since > PATIENCE and not self._name_loss_reported:
+        if answer.error == "name_taken" and now - self._refused_since > REGISTER_LIMIT and not self._name_loss_reported:
             self._name_taken = self._name_loss_reported = True
         self._refusal = answer
         self._ready.wake()

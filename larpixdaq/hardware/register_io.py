@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.register_map import ChipRegisters, words
 from larpixdaq.protocol import hardware
-from larpixdaq.schema import PacketType, Places, chips_of, registers_of
+from larpixdaq.schema import ChipIndex, PacketType, chips_of, registers_of
 
 #: Words of one message to a board; so many more may be unanswered when the next goes out.
 BATCH: Final = 2_048
@@ -78,7 +78,7 @@ class RegisterExchange:
         self._link = link
         self._asic = registers.generation
         self._parts = parts
-        self._places = Places()
+        self._places = ChipIndex()
         self._places.add(parts)
 
     def write(self, values: NDArray[np.uint8], which: NDArray[np.bool_], progress: Progress) -> list[str]:

@@ -1,4 +1,4 @@
-"""The online monitor without its process: counters, rates, histograms, the last packets, and rows as readable text."""
+"""Online monitor without its process: counters, rates, histograms, the last packets, and rows as text."""
 
 from larpixdaq.monitor.monitor import Monitor
 

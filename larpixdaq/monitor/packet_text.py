@@ -1,7 +1,7 @@
-"""Rows as text for the eye: one line each, columns aligned, for every layout and packet type.
+"""Rows as text: one line a row, with aligned columns, for every layout and packet type.
 
-``ticks`` is the chip's own clock (of sync and trigger rows: the board's), ``receipt`` the board's clock when the packet
-came in.
+``ticks``: the chip's clock, in sync and trigger rows the board's clock. ``receipt``: the board's clock at the arrival
+of the packet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WHAT: Final = {
 }
 _TRIGGERS: Final = ("normal", "external", "cross", "periodic")
 _SYNCS: Final = {"S": "counter reset or rolled over", "H": "heartbeat", "C": "clock source is now"}
-#: What the columns of layout 1.0 are called in the others.
+#: Names in later layouts of the columns of layout 1.0.
 _NAMES_1_0: Final = {
     "type": "packet_type",
     "chipid": "chip_id",
@@ -39,15 +39,15 @@ _NAMES_1_0: Final = {
 
 
 def text(rows: NDArray[Any]) -> str:
-    """The rows, shape (N,), of any layout as N + 1 lines, the first naming the columns."""
+    """Return a header line, and one line for each row, shape (N,), of any layout."""
     return "\n".join((HEADER, *lines(rows)))
 
 
 def lines(rows: NDArray[Any]) -> list[str]:
-    """One line for each of the rows, shape (N,), of any layout of larpixdaq.schema."""
+    """Return one line for each row, shape (N,), of any layout."""
     names = rows.dtype.names or ()
     known = [_NAMES_1_0.get(name, name) for name in names] if "chip_key" in names else names
-    # v3 chips send their data as type 1, and have neither type 0 nor a test packet.
+    # v3 chips send data as type 1; they have no type 0 and no test packets
     v3 = "cds_flag" in names
     return [_line(dict(zip(known, row, strict=True)), v3) for row in rows.tolist()]
 
@@ -67,14 +67,14 @@ def _line(row: Mapping[str, Any], v3: bool) -> str:
     elif row.get("receipt_timestamp"):
         receipt = str(row["receipt_timestamp"])
     if what == "data" or kind in (PacketType.SYNC, PacketType.TRIGGER):
-        # Of other packets these bits mean something else.
+        # in other packets these bits have another meaning
         ticks = str(row["timestamp"])
     content = _content(row, what)
     return f"{group:>5} {channel:>7} {chip:>4} {way:<3}  {what:<12} {ticks:>14} {receipt:>14}  {content}".rstrip()
 
 
 def _address(chip_key: bytes) -> tuple[str, str]:
-    """io_group and io_channel of "io_group-io_channel-chip_id"; anything else, made printable, and nothing."""
+    """Return io_group and io_channel of a chip key. For other bytes return them, made printable, and an empty text."""
     parts = chip_key.decode("ascii", "backslashreplace").split("-")
     if len(parts) == 3 and parts[0].isdigit() and parts[1].isdigit():
         return parts[0], parts[1]

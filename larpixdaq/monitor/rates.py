@@ -1,9 +1,7 @@
-"""What a producer says it has delivered in a run, and how much of that a monitor has seen.
+"""Totals and rates of each producer in a run, and the tables of the monitor's packet_rate().
 
-Every block carries running totals, so these rates are exact although a monitor lets blocks pass that it has no time
-for.
-
-The tables of the monitor's packet_rate(): exact rates of io_groups, shared out by what was seen of their packets.
+Every block has running totals of its producer, so that rates of io_groups are exact although the monitor skips blocks.
+The rate of an io_group is divided among its chips and channels by the numbers of seen packets.
 """
 
 from __future__ import annotations
@@ -20,25 +18,25 @@ from larpixdaq.constants import IO_GROUPS, Count
 from larpixdaq.errors import ProtocolError
 from larpixdaq.protocol.stream import Block, End, Totals
 
-#: "Now" is the last second that is known.
+#: Nanoseconds over which the present rate is averaged.
 WINDOW_NS: Final = 1_000_000_000
-#: A block is on its way for no longer than this (seconds); when nothing has come for longer, nothing was sent.
-ON_THE_WAY: Final = 0.1
-#: No rate is taken over less (seconds): the first packet of a run would be infinitely fast.
-SHORTEST: Final = 0.1
-#: Exact numbers of an io_group: packets, rows, bad_parity, unknown, dropped.
+#: Maximum seconds from a row to the arrival of its block. After a longer pause the producer has had no new rows.
+MAX_DELAY: Final = 0.1
+#: Minimum seconds over which a rate is averaged, because the first packet of a run would have an infinite rate.
+MIN_SPAN: Final = 0.1
+#: Names of the exact totals of an io_group: packets, rows, bad_parity, unknown, dropped.
 TOTALS: Final = Totals.__struct_fields__[1:]
 _KEY: Final = ("io_group", "io_channel", "chip_id", "channel_id")
 _COUNTED: Final = ("packets", "data", "bad_parity", "local_half", "local_full", "shared_half", "shared_full")
 _SEEN: Final = tuple(f"seen_{name}" for name in _COUNTED)
 
 
-class Track:
-    """One producer and epoch in one run. `now` is the monitor's monotonic clock in seconds, ns are the producer's
-    host clock.
+class OriginTotals:
+    """Totals and rates of one producer and epoch in one run.
 
-    The totals are taken to grow evenly from a block's first row to its last, and across blocks that were not seen; in
-    a gap between two successive blocks they stand still.
+    `now`: the monitor's monotonic clock in seconds. Times in ns: the clock of the producer's host. The totals are
+    assumed to grow evenly from the first row of a block to its last row, and over blocks that were not seen. They are
+    constant in the pause between two successive blocks.
     """
 
     def __init__(self, producer: str, epoch: int) -> None:
@@ -49,19 +47,19 @@ class Track:
         self.skipped_rows = 0
         self.skipped_blocks = 0
         self.repeated_blocks = 0
-        self.how = ""  # of the END, once it came
+        self.how = ""  # kind of the end record, "" before it
         self.start_ns = 0
         self.last_ns = 0
-        self.baseline: dict[int, int] = {}  # packets of each io_group at start_ns: not 0 if we joined later
-        self._heard: float | None = None
-        self._began = 0.0  # start_ns by the monitor's clock
+        self.baseline: dict[int, int] = {}  # packets of each io_group at start_ns; not 0 if the monitor joined later
+        self._updated_at: float | None = None
+        self._started_at = 0.0  # start_ns on the monitor's clock
         self._next = 0  # sequence
         self._next_row = 0
-        self._shift = 0  # added to the host clock, so that it goes on although it was set back
-        self._knots: deque[tuple[int, dict[int, int]]] = deque()  # (ns, packets of each io_group by then)
+        self._shift = 0  # ns added to the host's clock, so that it continues after it was set back
+        self._points: deque[tuple[int, dict[int, int]]] = deque()  # (ns, packets of each io_group until then)
 
     def add(self, block: Block, now: float) -> bool:
-        """Take over a block's totals; False, and nothing else, for a block that is not newer than one before."""
+        """Take the totals of a block. Returns False, and ignores it, if it is not newer than an earlier block."""
         if block.sequence < self._next:
             self.repeated_blocks += 1
             return False
@@ -70,90 +68,90 @@ class Track:
         self._skip(block.sequence, block.first_packet)
         self._next, self._next_row = block.sequence + 1, block.first_packet + block.rows
         self.seen_rows += block.rows
-        if self._knots:
+        if self._points:
             self._shift = max(self._shift, self.last_ns - block.last_ns)
         if follows:
-            self._knot(block.first_ns + self._shift, self._packets())
-        self._take(block.totals, block.last_ns + self._shift, now)
+            self._add_point(block.first_ns + self._shift, self._packets())
+        self._add_totals(block.totals, block.last_ns + self._shift, now)
         return True
 
     def end(self, end: End, now: float) -> None:
-        """Take over the final counts of the run and epoch."""
+        """Take the final counts of the end record."""
         totals = []
         for io_group, *counts in end.counts:
             if len(counts) != len(Count):
                 raise ProtocolError(f"end of run {end.run} from {end.producer}: {len(counts)} counts, not {len(Count)}")
             totals.append(Totals.of(io_group, counts))
         _check(totals, end)
-        if not self._knots:
-            self._knot(end.first_ns, {})
+        if not self._points:
+            self._add_point(end.first_ns, {})
         if end.next >= self._next:
             self._skip(end.next, sum(total.rows - total.dropped for total in totals))
             self._next = end.next + 1
         self.how = end.how
-        self._take(totals, max(end.last_ns + self._shift, self.last_ns), now)
+        self._add_totals(totals, max(end.last_ns + self._shift, self.last_ns), now)
 
     def rates(self, now: float) -> dict[int, float]:
-        """Packets/s of each io_group over the last second; falls to 0 within 1.1 s when nothing comes any more."""
+        """Return the packets/s of each io_group over the last second. Without blocks they fall to 0 within 1.1 s."""
         end = self._known_until(now)
         begin = max(end - WINDOW_NS, self.start_ns)
         if end <= begin:
             return {}
-        before = self._packets_at(begin) if begin > self.start_ns else self.baseline
-        seconds = max((end - begin) / 1e9, SHORTEST)
+        earlier = self._packets_at(begin) if begin > self.start_ns else self.baseline
+        seconds = max((end - begin) / 1e9, MIN_SPAN)
         return {
-            io_group: (packets - before.get(io_group, 0)) / seconds
+            io_group: (packets - earlier.get(io_group, 0)) / seconds
             for io_group, packets in self._packets_at(end).items()
         }
 
     def span(self, now: float) -> tuple[float, float]:
-        """Since when and until when the totals are known, by the monitor's clock: the hosts' own may differ."""
+        """Return start and end of the known totals on the monitor's clock, because the clocks of hosts may differ."""
         end = self.last_ns if self.how else self._known_until(now)
-        return self._began, self._began + (end - self.start_ns) / 1e9
+        return self._started_at, self._started_at + (end - self.start_ns) / 1e9
 
     def _known_until(self, now: float) -> int:
-        age = 0.0 if self._heard is None else now - self._heard
-        return self.last_ns + max(0, int((age - ON_THE_WAY) * 1e9))
+        age = 0.0 if self._updated_at is None else now - self._updated_at
+        return self.last_ns + max(0, int((age - MAX_DELAY) * 1e9))
 
     def _skip(self, sequence: int, row: int) -> None:
         self.skipped_blocks += sequence - self._next
         self.skipped_rows += max(0, row - self._next_row)
 
-    def _take(self, totals: list[Totals], ns: int, now: float) -> None:
+    def _add_totals(self, totals: list[Totals], ns: int, now: float) -> None:
         self.totals.update((total.io_group, total) for total in totals)
-        if self._heard is None and not self._knots:
-            # We came in the middle of the run: what was before counts in the totals, not in the rates.
+        if self._updated_at is None and not self._points:
+            # the monitor has joined during the run: earlier packets count in the totals, not in the rates
             self.start_ns = ns
             self.baseline = self._packets()
-        if self._heard is None:
-            self._began = now - (ns - self.start_ns) / 1e9
-        self._heard = now
-        self._knot(ns, self._packets())
-        self.last_ns = self._knots[-1][0]
-        while len(self._knots) > 2 and self._knots[1][0] < self.last_ns - WINDOW_NS:
-            self._knots.popleft()
+        if self._updated_at is None:
+            self._started_at = now - (ns - self.start_ns) / 1e9
+        self._updated_at = now
+        self._add_point(ns, self._packets())
+        self.last_ns = self._points[-1][0]
+        while len(self._points) > 2 and self._points[1][0] < self.last_ns - WINDOW_NS:
+            self._points.popleft()
 
     def _packets(self) -> dict[int, int]:
         return {io_group: total.packets for io_group, total in self.totals.items()}
 
-    def _knot(self, ns: int, packets: dict[int, int]) -> None:
-        if not self._knots:
+    def _add_point(self, ns: int, packets: dict[int, int]) -> None:
+        if not self._points:
             self.start_ns = ns
         else:
-            ns = max(ns, self._knots[-1][0])
-        if len(self._knots) > 1 and self._knots[-2][0] == ns:
-            self._knots.pop()  # of many at the same time the first and the last say all
-        self._knots.append((ns, packets))
+            ns = max(ns, self._points[-1][0])
+        if len(self._points) > 1 and self._points[-2][0] == ns:
+            self._points.pop()  # of several points at the same time only the first and the last are needed
+        self._points.append((ns, packets))
 
     def _packets_at(self, ns: int) -> dict[int, float]:
-        """Packets of each io_group up to this time; of two values at the same time the later one."""
-        before_ns, before = self._knots[0]
-        for after_ns, after in self._knots:
-            if after_ns > ns:
-                part = max(0.0, (ns - before_ns) / (after_ns - before_ns)) if after_ns > before_ns else 0.0
-                return {g: n - (1 - part) * (n - before.get(g, 0)) for g, n in after.items()}
-            before_ns, before = after_ns, after
-        return {g: float(n) for g, n in before.items()}
+        """Return the packets of each io_group up to this time, by interpolation."""
+        last_ns, last = self._points[0]
+        for next_ns, following in self._points:
+            if next_ns > ns:
+                part = max(0.0, (ns - last_ns) / (next_ns - last_ns)) if next_ns > last_ns else 0.0
+                return {g: n - (1 - part) * (n - last.get(g, 0)) for g, n in following.items()}
+            last_ns, last = next_ns, following
+        return {g: float(n) for g, n in last.items()}
 
 
 def _check(totals: list[Totals], frame: Block | End) -> None:
@@ -176,24 +174,24 @@ CHIP_RATES: Final = _table(3, "rate", "mean_rate", *_SEEN)
 CHANNEL_RATES: Final = _table(4, "rate", "mean_rate", "seen_packets")
 
 
-def io_groups(tracks: Collection[Track], now: float) -> tuple[NDArray[Any], float]:
-    """Rates and totals of all producers and epochs, dtype IO_GROUP_RATES, and the seconds that they cover.
+def io_groups(origins: Collection[OriginTotals], now: float) -> tuple[NDArray[Any], float]:
+    """Return rates and totals of all producers and epochs, dtype IO_GROUP_RATES, and the seconds that they cover.
 
-    The columns of what was seen are left 0; `now` is the monitor's monotonic clock.
+    The columns of seen packets stay 0. `now`: the monitor's monotonic clock.
     """
-    spans = [track.span(now) for track in tracks]
+    spans = [origin.span(now) for origin in origins]
     seconds = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0.0
-    numbers = sorted({io_group for track in tracks for io_group in track.totals})
+    numbers = sorted({io_group for origin in origins for io_group in origin.totals})
     table = np.zeros(len(numbers), IO_GROUP_RATES)
     table["io_group"] = numbers
     entry = {number: table[i : i + 1] for i, number in enumerate(numbers)}
-    for track in tracks:
-        for io_group, total in track.totals.items():
+    for origin in origins:
+        for io_group, total in origin.totals.items():
             for name in TOTALS:
                 entry[io_group][name] += np.uint64(getattr(total, name))
-            since_start = total.packets - track.baseline.get(io_group, 0)
-            entry[io_group]["mean_rate"] += since_start / max(seconds, SHORTEST)
-        for io_group, rate in track.rates(now).items():
+            since_start = total.packets - origin.baseline.get(io_group, 0)
+            entry[io_group]["mean_rate"] += since_start / max(seconds, MIN_SPAN)
+        for io_group, rate in origin.rates(now).items():
             entry[io_group]["rate"] += rate
     return table, seconds
 
@@ -205,10 +203,10 @@ def rate_tables(
     recent: NDArray[np.uint64],
     channels: bool,
 ) -> dict[str, NDArray[Any]]:
-    """The tables `io_groups`, `io_channels`, `chips` and, if wanted, `channels`, each sorted by its key.
+    """Return the tables `io_groups`, `io_channels`, `chips` and, if asked for, `channels`, each sorted by its key.
 
-    groups: dtype IO_GROUP_RATES, rates, totals and seen_packets filled in; seen: what PacketCounters.chips() gave;
-    packets and recent: packets by [chip, channel], since the start and lately.
+    `groups`: dtype IO_GROUP_RATES, with rates, totals and seen_packets. `seen`: result of PacketCounters.chips().
+    `packets`, `recent`: packets by [chip, channel], since the start and of the last 1.0 to 1.5 s.
     """
     rate, mean_rate = np.zeros((2, IO_GROUPS))
     rate[groups["io_group"]] = groups["rate"]
@@ -242,7 +240,7 @@ def rate_tables(
 
 
 def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
-    """part / whole, 0 where there is no whole."""
+    """Return part / whole, 0 where whole is 0."""
     out = np.zeros(len(part))
     np.divide(part, whole, out=out, where=whole != 0)
     return out
@@ -260,7 +258,7 @@ def _sorted(table: NDArray[Any], keys: int) -> NDArray[Any]:
 
 
 def _io_channels(chips: NDArray[Any]) -> NDArray[Any]:
-    """The sums over the chips of each io_channel."""
+    """Return the sums over the chips of each io_channel."""
     _, first, index = np.unique(_packed_key(chips, 2), return_index=True, return_inverse=True)
     table = np.zeros(len(first), IO_CHANNEL_RATES)
     for name in _KEY[:2]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq.protocol.stream import READ, REGISTERS, SENT, Configurations
-from larpixdaq.schema import PacketType, Places, chips_of, registers_of, types_of
+from larpixdaq.schema import ChipIndex, PacketType, chips_of, registers_of, types_of
 
 #: Chip id in words that are for all chips of an io_channel.
 _BROADCAST: Final = 255
@@ -23,7 +23,7 @@ class ConfigurationTracker:
 
     def __init__(self, asic: str) -> None:
         self._asic = asic
-        self._table = Places()
+        self._table = ChipIndex()
         self._keys = np.zeros(0, np.intp)  # by place; each as schema.chips_of() returns it
         self._sent, self._read, self._known = (np.zeros((0, REGISTERS), np.uint8) for _ in range(3))
         self._changed = np.zeros(0, bool)

@@ -386,4 +386,4 @@ def bind_stream(listener: zmq.Socket[bytes], address: str | None, core: str, *, 
         raise ConfigError(f"--address {where}: {error.strerror}") from None
     endpoint = listener.get(zmq.LAST_ENDPOINT)
     assert isinstance(endpoint, bytes)
-    return config.reachable(endpoint.decode().rstrip("\0"), core)
+    return config.reachable_address(endpoint.decode().rstrip("\0"), core)

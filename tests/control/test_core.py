@@ -224,7 +224,7 @@ def test_a_request_to_a_component_that_ends_or_is_lost_fails(running, operator):
 
 
 def test_names_of_living_components_are_unique(running, operator, monkeypatch):
-    monkeypatch.setattr("larpixdaq.control.node.PATIENCE", 1.5)
+    monkeypatch.setattr("larpixdaq.control.node.REGISTER_LIMIT", 1.5)
     with producer(running.address).running():
         second = producer(running.address)
         with pytest.raises(RequestError, match="the name 'LArPix board' is in use by a producer"):

@@ -240,7 +240,7 @@ def test_a_log_process_that_is_restarted(tmp_path):
 
 
 def test_the_log_without_a_core(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("larpixdaq.control.node.PATIENCE", 0.2)
+    monkeypatch.setattr("larpixdaq.control.node.REGISTER_LIMIT", 0.2)
     ports = free_port(), free_port()
     args = ["--core", f"127.0.0.1:{ports[0]}", "--address", f"127.0.0.1:{ports[1]}", "-o", str(tmp_path / "log.txt")]
     assert main(args) == 1

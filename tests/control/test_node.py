@@ -253,7 +253,7 @@ import larpixdaq.control.node
 from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.control.node import Node
 
-larpixdaq.control.node.PATIENCE = 1.5
+larpixdaq.control.node.REGISTER_LIMIT = 1.5
 
 def main():
     taken = []
@@ -378,8 +378,8 @@ def test_other_addresses_are_refused_and_both_remedies_named(text):
 def test_addresses_that_others_can_reach():
     assert config.listen_address("localhost:7", 1, insecure=False, what="it") == "tcp://127.0.0.1:7"
     assert config.interface_towards("tcp://127.0.0.1:5551") == "127.0.0.1"
-    assert config.reachable("tcp://0.0.0.0:9", "tcp://127.0.0.1:5551") == "tcp://127.0.0.1:9"
-    assert config.reachable("tcp://127.0.0.1:9", "tcp://192.0.2.1:5551") == "tcp://127.0.0.1:9"
+    assert config.reachable_address("tcp://0.0.0.0:9", "tcp://127.0.0.1:5551") == "tcp://127.0.0.1:9"
+    assert config.reachable_address("tcp://127.0.0.1:9", "tcp://192.0.2.1:5551") == "tcp://127.0.0.1:9"
     with pytest.raises(ConfigError, match="not known"):
         config.listen_address("no-such-host.invalid", 1, insecure=True, what="it")
 
