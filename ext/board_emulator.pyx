@@ -1,9 +1,7 @@
-"""Words and messages as a detector would send them: plausible, seeded, and fast enough to saturate everything behind
-them.
+"""Make words and messages as a detector sends them: plausible, from a seed, and faster than the rest of the system.
 
-A board has some io_channels, each with some chips. Every channel of a chip has a pedestal of its own, with noise
-around it, and now and then a real hit above it. The board's clock has 10 MHz and goes on with each word by 1/rate.
-The same arguments give the same bytes, however they are fetched.
+A board has io_channels with chips. Each channel of a chip has a pedestal with noise, and some hits well above it. The
+board's clock has 10 MHz and advances by 1/rate with each word. The interface is documented in board_emulator.pyi.
 """
 
 import numpy as np
@@ -15,13 +13,13 @@ from libc.string cimport memcpy, memset
 from row_structs cimport Asic, Span
 
 cdef enum:
-    TICKS = 10_000_000      # of the board's clock a second
+    TICKS = 10_000_000      # per second, of the board's clock
     HEARTBEAT = 100_000_000 # ticks between two heartbeats: 10 s
-    LATENCY = 290           # ticks from the chip to the board, at least; recorded runs have a median of 293
+    LATENCY = 290           # minimum ticks from the chip to the board; recorded runs have a median of 293
     HEADER = 8
     WORD = 16
-    MOST_WORDS = 65_535     # of a message: its count is a u16
-    CHIP_BASE = 11          # the first chip_id of an io_channel, as on the tiles of a detector
+    MOST_WORDS = 65_535     # per message, because its count is a u16
+    CHIP_BASE = 11          # lowest chip_id of an io_channel, as on the tiles of a detector
 
 cdef extern from *:
     """
@@ -33,7 +31,7 @@ cdef extern from *:
 
 
 cdef inline uint64_t _random(uint64_t *state) noexcept nogil:
-    """splitmix64: one addition of state, full period, good enough in every bit."""
+    """Return the next number of splitmix64, which has a full period and needs one addition."""
     state[0] += STEP
     return _mixed(state[0])
 
@@ -45,20 +43,13 @@ cdef inline uint64_t _mixed(uint64_t z) noexcept nogil:
 
 
 cdef inline uint64_t _odd_parity(uint64_t word, int bit) noexcept nogil:
-    """The word, whose bit `bit` is 0, with that bit such that the number of ones is odd."""
+    """Set bit `bit` of the word, where it is 0, so that the number of ones is odd."""
     return word | ((ones_are_odd(word) ^ 1) << bit)
 
 
 @cython.final
 cdef class PacmanBoard:
-    """One PACMAN's data stream (legacy format): `fill()` writes messages into `buffer`, `packets()` bare packet words.
-
-    `rate`: words a second by the board's own clock. `seconds`: unix seconds at tick 0, for the headers. `tick`: where
-    the clock begins. `io_channels` from 1 on, `chips` on each with chip_id from 11 on. Beside hits there are a
-    heartbeat (S, `H`) each 10 s, a trigger word (T) each second, and a sync word (S, `S`) at each reset of the
-    board's clock: each second with `pps`, else each 2^32 ticks. `odd`: the fraction of packets that are something
-    else: bad parity, answers to configuration reads; `fifo_full`: of packets with the flag of a full FIFO. `words`: the most that one fill() makes.
-    """
+    """Data stream of one PACMAN in the legacy format."""
 
     cdef uint64_t _state
     cdef int _asic
@@ -69,7 +60,7 @@ cdef class PacmanBoard:
     cdef uint32_t _odd
     cdef uint32_t _fifo_full
     cdef uint64_t _seconds
-    # the clock, in ticks and 2^-32 of a tick; words come at random within each step, so their times are sorted
+    # clock, in ticks and 2^-32 of a tick; each step has one word at a random time, so that times are sorted
     cdef uint64_t _tick
     cdef uint64_t _part
     cdef uint64_t _step
@@ -87,10 +78,8 @@ cdef class PacmanBoard:
     cdef readonly object buffer
     cdef readonly object spans
     cdef readonly int words
-    #: Packets with the flag of a full FIFO.
     cdef readonly uint64_t full
-    #: Always: there is more to come (recorded messages end).
-    cdef readonly bint left
+    cdef readonly bint left      # always True; other sources of messages end
 
     def __cinit__(self):
         self._pedestals = NULL
@@ -108,7 +97,7 @@ cdef class PacmanBoard:
         if asic not in (Asic.V1, Asic.V2, Asic.V2_DIAGNOSTICS, Asic.V3):
             raise ValueError(f"PacmanBoard: unknown asic {asic}")
         if not 10 <= rate <= 1e9:
-            # events take a word's place, so words must come more often than events
+            # an event replaces a word, so words must come more often than events
             raise ValueError(f"PacmanBoard: rate must be 10 to 1e9 words/s, found {rate}")
         if not 1 <= io_channels <= 255 or not 1 <= chips <= 240:
             raise ValueError(f"PacmanBoard: 1 to 255 io_channels, 1 to 240 chips; found {io_channels}, {chips}")
@@ -158,30 +147,20 @@ cdef class PacmanBoard:
         self._schedule()
 
     def jump(self, seconds):
-        """The clock for the headers is set: it goes on by `seconds`, which may be negative."""
         self._seconds = (<int64_t>self._seconds + <int64_t>seconds) & 0xFFFFFFFF
 
     def restart(self):
-        """The board starts again: both its clocks count from 0."""
         self._set_clock(0, 0)
 
     @property
     def tick(self):
-        """Ticks of the board's 10 MHz clock, without its resets."""
         return self._tick
 
     @property
     def receipt(self):
-        """What the board's 32-bit clock shows."""
         return (self._tick - self._epoch) & 0xFFFFFFFF
 
     def fill(self, words, per_message=0, window=200):
-        """Write messages with `words` words in all into `buffer` and `spans`; return how many messages.
-
-        Each holds `per_message` words (the last one the rest); with 0 a message holds what came within `window` ticks
-        after its first word, as a data server does that sends whatever is complete when it is through with the
-        message before.
-        """
         if not 0 <= words <= self.words:
             raise ValueError(f"fill: asked for {words} words, the buffer holds {self.words}")
         if not 0 <= per_message <= MOST_WORDS or not 0 <= window < 1 << 40:
@@ -196,7 +175,6 @@ cdef class PacmanBoard:
         return messages
 
     def packets(self, out):
-        """Fill `out`, shape (N,), u8, with packet words alone, as `fill()` puts them into data words."""
         cdef uint64_t[::1] words = out
         cdef Py_ssize_t i
         with nogil:
@@ -207,7 +185,7 @@ cdef class PacmanBoard:
         self._next_event = min(self._next_reset, self._next_heartbeat, self._next_trigger)
 
     cdef inline uint64_t _advance(self) noexcept nogil:
-        """The tick of the next word: at random within its step."""
+        """Return the tick of the next word, at a random time within its step."""
         cdef uint64_t scale = (self._step << 16) | (self._step_part >> 16)
         cdef uint64_t at = self._tick + ((scale * (_random(&self._state) >> 48) + self._part) >> 32)
         self._part += self._step_part
@@ -245,7 +223,7 @@ cdef class PacmanBoard:
                 at = self._advance()
                 words -= 1
                 if at > first + window:
-                    waiting = True   # this word opens the next message
+                    waiting = True   # this word begins the next message
                     break
             seconds = <uint32_t>(self._seconds + at // TICKS)
             count16 = <uint16_t>count
@@ -259,7 +237,7 @@ cdef class PacmanBoard:
         return messages
 
     cdef inline void _word(self, uint8_t *data, uint64_t at) noexcept nogil:
-        """One word of 16 bytes: the event that is due, or a packet."""
+        """Write a word of 16 bytes: the event that is due, or a packet."""
         cdef uint64_t packet, head
         cdef uint8_t io_channel = 0
         cdef uint32_t receipt
@@ -276,7 +254,7 @@ cdef class PacmanBoard:
         cdef uint32_t stamp = <uint32_t>(self._next_event - self._epoch)
         memset(data, 0, WORD)
         if self._next_event == self._next_reset:
-            # the value before the reset; 2^32 itself does not fit
+            # the clock before the reset; 2^32 itself does not fit
             stamp = <uint32_t>(self._period if self._period == TICKS else self._period - 1)
             data[0] = 0x53   # S
             data[1] = 0x53
@@ -295,8 +273,8 @@ cdef class PacmanBoard:
         self._schedule()
 
     cdef inline uint64_t _packet(self, uint64_t at, uint8_t *io_channel) noexcept nogil:
-        """One packet word that reaches the board at tick `at`; its io_channel where one is asked for."""
-        # Two random numbers, but the state is written once: the next word waits for that.
+        """Return a packet word that reaches the board at tick `at`, and its io_channel unless `io_channel` is NULL."""
+        # Two random numbers, but the state is written once, because the next word waits for it.
         cdef uint64_t state = self._state + STEP
         cdef uint64_t r = _mixed(state), s = _mixed(state + STEP)
         self._state = state + STEP
@@ -308,10 +286,10 @@ cdef class PacmanBoard:
         adc += ((r >> 38) & 7) + ((r >> 41) & 7)   # triangular noise, 3.2 counts rms
         if (r >> 44) & 15 == 0:
             adc += (r >> 48) & 127                  # a hit well above threshold
-        # both times are sorted: the chip's own, and the board's with a few ticks of jitter
+        # both times are sorted: the chip's time, and the board's time with a few ticks of jitter
         sent = at - LATENCY if at >= LATENCY else 0
         self._receipt = min(max(self._receipt, at + (s & 7)), self._next_reset - 1)
-        # a packet from before the last reset of the clock carries the time of the second before
+        # a packet sent before the last reset of the clock has a time of the previous period
         ticks = sent - self._epoch if sent >= self._epoch else sent - self._epoch_before
         if io_channel != NULL:
             io_channel[0] = <uint8_t>(group + 1)
@@ -319,7 +297,7 @@ cdef class PacmanBoard:
         if self._odd and (s >> 16) & 0xFFFF < self._odd:
             return self._odd_packet(chip, channel, r, s)
         trigger = (s >> 32) & 3 if (s >> 34) & 63 == 0 else 0
-        # now and then a FIFO is half full (bits 0 and 2), and as often as was asked for one is full (bits 1 and 3)
+        # sometimes a FIFO is half full (bits 0 and 2); with probability `fifo_full` one is full (bits 1 and 3)
         fifo = (s >> 40) & 5 if (s >> 44) & 1023 == 0 else 0
         if self._fifo_full and _random(&self._state) & 0xFFFF < self._fifo_full:
             fifo |= 2
@@ -331,7 +309,7 @@ cdef class PacmanBoard:
                 | (<uint64_t>1 << 62)
             )
         elif self._asic == Asic.V1:
-            # 5 MHz, 24 bits; half and full are single bits
+            # clock of 5 MHz with 24 bits; one bit each for half full and full
             word = (
                 (chip << 2) | (channel << 10) | (((ticks >> 1) & <uint64_t>0xFFFFFF) << 17) | (adc << 41)
                 | ((fifo & 3) << 51)
@@ -350,7 +328,7 @@ cdef class PacmanBoard:
         return _odd_parity(word, 63)
 
     cdef uint64_t _odd_packet(self, uint64_t chip, uint64_t channel, uint64_t r, uint64_t s) noexcept nogil:
-        """The answer to a configuration read (register `channel`), every second one with the wrong parity."""
+        """Return an answer to a configuration read of register `channel`; every second answer has a wrong parity."""
         cdef int bit = 53 if self._asic == Asic.V1 else 63
         cdef uint64_t word = <uint64_t>3 | (chip << 2) | (channel << 10) | (((r >> 48) & 0xFF) << 18)
         if self._asic == Asic.V3:
@@ -361,10 +339,6 @@ cdef class PacmanBoard:
 
 
 def count_words(buffer, spans):
-    """How many words the legacy PACMAN messages at `spans` of `buffer` hold: (D, S, T, others).
-
-    Counted are the whole words that are there, and no more of them than the header says.
-    """
     cdef const uint8_t[::1] data = buffer
     cdef const Span[::1] parts = spans
     cdef const uint8_t *word

@@ -1,8 +1,8 @@
-"""Configuration words through emulated chips, in the order in which they came: a chip that hears a write takes it, one
-that hears a read answers.
+"""Emulated chips execute configuration words in order of arrival: writes set registers, reads are answered.
 
-Who hears whom is worked out elsewhere, and only when it is asked for: a place of `hears` or `leaves` that says UNKNOWN
-stops the loop until it has been filled in. So does a change of a watched register, which may change what is heard.
+The paths of words are found in larpixdaq/emulators/network.py, only when they are needed: an entry UNKNOWN in `hears` or
+`leaves` stops the loop, and the caller fills it in. A change of a watched register stops the loop, too, because it may change
+paths.
 """
 
 cimport cython
@@ -18,18 +18,17 @@ cdef enum:
     WRITE = 2
     READ = 3
 
-#: In `hears` and `leaves`: no chip (io_channel), several, not worked out yet.
-cpdef enum Heard:
-    NOBODY = -1
+#: Entries of `hears` and `leaves` in place of a chip or io_channel: none, several, not found yet.
+cpdef enum PathEnd:
+    NONE = -1
     SEVERAL = -2
     UNKNOWN = -3
 
-#: Why serve() returned: no more words, or no more room for answers; somebody has to say who hears this word; a watched
-#: register has changed.
+#: Reason why serve() returned: no more words or no more room for answers; unknown path of the next word; changed register.
 cpdef enum Stop:
-    THROUGH = 0
-    ASK = 1
-    CHANGED = 2
+    DONE = 0
+    PATH_UNKNOWN = 1
+    REGISTER_CHANGED = 2
 
 cdef uint64_t _MAGIC = <uint64_t>0x89504E47
 cdef uint64_t _DOWNSTREAM = <uint64_t>1 << 62
@@ -37,13 +36,7 @@ cdef uint64_t _DOWNSTREAM = <uint64_t>1 << 62
 
 @cython.final
 cdef class RegisterBank:
-    """The registers of a board's chips, and the words that come to them.
-
-    `registers`, `keep` and `force`: shape (chips, 256), u1; a write stores (value & keep) | force. `watched`: (256,)
-    u1, addresses whose change stops serve(). `changed`: (chips,) u1, set by any change. `hears`: (256, 256) i4, the chip
-    that hears a word on [io_channel, chip_id]; `leaves`: (chips,) i2, the io_channel on which its answers leave. Addresses
-    from `count` on are no registers. All are written in place by both sides.
-    """
+    """Registers of a board's chips, which execute configuration words. The interface is documented in chip_emulator.pyi."""
 
     cdef uint8_t[:, ::1] _registers
     cdef const uint8_t[:, ::1] _keep
@@ -55,13 +48,11 @@ cdef class RegisterBank:
     cdef int _count
     cdef int _parity
     cdef bint _magic
-    #: Words that nobody heard, and words that no chip takes: no configuration, downstream; v3: wrong parity or magic.
     cdef readonly uint64_t unheard
     cdef readonly uint64_t refused
-    #: Of the last CHANGED: the chip, the address, the value before.
     cdef readonly int chip
     cdef readonly int address
-    cdef readonly int before
+    cdef readonly int old_value
 
     def __init__(self, registers, keep, force, watched, changed, hears, leaves, *, count, v1=False, magic=False):
         self._registers, self._keep, self._force = registers, keep, force
@@ -81,10 +72,6 @@ cdef class RegisterBank:
         self._parity = 53 if v1 else 63
 
     def serve(self, words, channels, start, answers, answer_channels, made):
-        """Go on with word `start` of `words` (u8) on io_channels `channels` (u1); answers go to place `made` and on.
-
-        Returns (next word, answers in all, why it stopped: a Stop).
-        """
         cdef const uint64_t[::1] word = words
         cdef const uint8_t[::1] channel = channels
         cdef uint64_t[::1] out = answers
@@ -92,7 +79,7 @@ cdef class RegisterBank:
         cdef Py_ssize_t i = start, n = word.shape[0], m = made, room = out.shape[0]
         cdef int32_t chip
         cdef int16_t leaves
-        cdef int why = THROUGH
+        cdef int stop = DONE
         if channel.shape[0] != n or out_channel.shape[0] != room or not 0 <= i <= n or not 0 <= m <= room:
             raise ValueError(
                 f"serve: {n} words on {channel.shape[0]} channels from {start}; {made} of {room} answers on "
@@ -100,68 +87,67 @@ cdef class RegisterBank:
             )
         with nogil:
             while i < n:
-                if not self._taken(word[i]):
+                if not self._accepts(word[i]):
                     self.refused += 1
                     i += 1
                     continue
                 chip = self._hears[channel[i], (word[i] >> 2) & 0xFF]
-                if chip == NOBODY:
+                if chip == NONE:
                     self.unheard += 1
                     i += 1
                     continue
                 if chip < 0 or chip >= self._registers.shape[0]:
-                    why = ASK
+                    stop = PATH_UNKNOWN
                     break
                 if word[i] & 3 == WRITE:
                     i += 1
                     if self._write(chip, word[i - 1]):
-                        why = CHANGED
+                        stop = REGISTER_CHANGED
                         break
                     continue
                 leaves = self._leaves[chip]
-                if leaves < NOBODY:
-                    why = ASK
+                if leaves < NONE:
+                    stop = PATH_UNKNOWN
                     break
                 if m == room:
                     break
-                if leaves != NOBODY:
+                if leaves != NONE:
                     out[m] = self._read(chip, word[i])
                     out_channel[m] = <uint8_t>leaves
                     m += 1
                 i += 1
-        return i, m, why
+        return i, m, stop
 
-    def one(self, chip, word):
-        """The one chip has heard the word: what it answers, 0 for nothing (no answer is 0)."""
+    def deliver(self, chip, word):
         cdef int c = chip
         cdef uint64_t w = word
         if not 0 <= c < self._registers.shape[0]:
-            raise ValueError(f"one: chip {chip} of {self._registers.shape[0]}")
+            raise ValueError(f"deliver: chip {chip} of {self._registers.shape[0]}")
         if w & 3 == WRITE:
             self._write(c, w)
             return 0
         return self._read(c, w)
 
-    cdef inline bint _taken(self, uint64_t word) noexcept nogil:
+    cdef inline bint _accepts(self, uint64_t word) noexcept nogil:
         if word & 3 < WRITE or (self._parity == 63 and word & _DOWNSTREAM):
             return False
-        # Only v3 chips check the parity. larpix-control sends every other chip_id with a wrong one when it sets up a
-        # network, and v2 chips take it.
+        # Only v3 chips check the parity: v2 chips accept the wrong parity that larpix-control sends for every other chip_id
+        # when it sets up a network.
         return not self._magic or ((word >> 26) & <uint64_t>0xFFFFFFFF == _MAGIC and ones_are_odd(word))
 
     cdef inline bint _write(self, int chip, uint64_t word) noexcept nogil:
-        """Whether a watched register has changed."""
+        """Set a register. Returns whether it is watched and has changed."""
         cdef int address = (word >> 10) & 0xFF
-        cdef uint8_t before, after
+        cdef uint8_t old, new
         if address >= self._count:
             return False
-        before = self._registers[chip, address]
-        after = (<uint8_t>(word >> 18) & self._keep[chip, address]) | self._force[chip, address]
-        if after == before:
+        old = self._registers[chip, address]
+        new = (<uint8_t>(word >> 18) & self._keep[chip, address]) | self._force[chip, address]
+        if new == old:
             return False
-        self._registers[chip, address] = after
+        self._registers[chip, address] = new
         self._changed[chip] = 1
-        self.chip, self.address, self.before = chip, address, before
+        self.chip, self.address, self.old_value = chip, address, old
         return self._watched[address]
 
     cdef inline uint64_t _read(self, int chip, uint64_t word) noexcept nogil:

@@ -1,9 +1,9 @@
-# Deflate (RFC 1951) of byte planes: what HDF5's shuffle filter makes of rows, one plane after the other, each as what it is.
+# Deflate (RFC 1951) of the byte planes of HDF5's shuffle filter, each plane in the way that suits it.
 #
-# Most planes of a chunk of rows stay the same for long: runs, coded as a byte and its repetition (planes of that kind that
-# follow each other share a block). The others change from row to row: a Huffman code of their own, and where that gains
-# nothing (the lowest bytes of times) the bytes as they are. Nothing is searched for: on such rows a search for repetitions
-# costs twice the time, and with one code for several planes the result is larger by a fifth.
+# Most planes of a chunk have long runs of one byte value, coded as a byte and its repetitions; consecutive planes of this kind
+# share a block. The other planes change from row to row and get a Huffman code each, or are stored uncoded where a code gains
+# nothing (the lowest bytes of times). There is no search for repetitions, which takes twice the time on such rows, and no code
+# for several changing planes, which makes the result larger by a fifth.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -20,56 +20,55 @@ cdef extern from *:
     const uint32_t[5] gaps_of_sorting
 
 cdef enum:
-    LITERALS = 286             # bytes, the block's end, lengths
+    LITERALS = 286             # symbols: 256 bytes, the end of the block, 29 lengths of repetitions
     END_OF_BLOCK = 256
-    LONGEST = 258              # of a repetition
-    # Four codes of at most so many bits, and what is left of a byte, fit into 64 bits.
-    MOST_BITS = 14
+    LONGEST = 258              # longest repetition
+    MOST_BITS = 14             # of a code, so that four codes and the rest of a byte fit into 64 bits
     CODE_LENGTHS = 19
     CODE_LENGTH_BITS = 7
-    STORED_MOST = 65535        # of a block of bytes as they are
-    SAMPLES = 8                # places of a plane by which it is judged
-    SAMPLE = 64                # bytes of each
-    ADLER_PIECE = 5504         # bytes (a multiple of 16) after which its sums are reduced at the latest: 32 bits hold them
+    STORED_MOST = 65535        # bytes of a stored block
+    SAMPLES = 8                # number of samples that decide about a plane
+    SAMPLE = 64                # bytes of a sample
+    ADLER_PIECE = 5504         # maximum bytes (a multiple of 16) whose sums fit into 32 bits
 
 cdef struct Bits:
     uint8_t* at
-    uint64_t waiting
-    uint32_t n                 # of them, below 8 between two calls
+    uint64_t pending           # bits not written yet
+    uint32_t n                 # their number, below 8 between two calls
 
 cdef struct Code:
-    uint32_t n                 # symbols, up to the last that is used
+    uint32_t n                 # number of symbols, up to the last used symbol
     uint32_t counts[LITERALS]
     uint8_t lengths[LITERALS]
-    uint32_t entries[LITERALS] # the code's bits, the first one lowest, and above 16 bits how many
+    uint32_t entries[LITERALS] # bits of the code, the first bit lowest, and from bit 16 on their number
 
 cdef struct Repetition:
     uint32_t symbol            # of its length
-    uint32_t extra             # the bits that go with it
-    uint32_t n_extra           # how many
+    uint32_t extra             # extra bits after the symbol
+    uint32_t n_extra           # their number
 
 
 cdef inline void put(Bits* bits, uint64_t value, uint32_t n) noexcept nogil:
-    """Up to 56 bits, the lowest one first. Writes 8 bytes, most of which are written over by what follows."""
-    bits.waiting |= value << bits.n
+    """Write up to 56 bits, the lowest first. Stores 8 bytes, of which later calls overwrite the unused ones."""
+    bits.pending |= value << bits.n
     bits.n += n
-    memcpy(bits.at, &bits.waiting, 8)
+    memcpy(bits.at, &bits.pending, 8)
     bits.at += bits.n >> 3
-    bits.waiting >>= bits.n & 56
+    bits.pending >>= bits.n & 56
     bits.n &= 7
 
 
-# A code
+# Huffman codes
 
 cdef inline void lengths_of(const uint32_t* counts, uint32_t n, uint32_t most, uint8_t* lengths) noexcept nogil:
-    """The lengths of a Huffman code for n symbols that occur so often, none of more than `most` bits; 0: never occurs."""
-    cdef uint64_t[LITERALS] leaves      # how often, and which symbol below
-    cdef uint64_t[LITERALS] inner       # how often what is below an inner node occurs
+    """Find the lengths, up to `most` bits, of a Huffman code for n symbols with these counts; 0 for an unused symbol."""
+    cdef uint64_t[LITERALS] leaves      # count, and the symbol in the lowest 16 bits
+    cdef uint64_t[LITERALS] inner       # sum of the counts below an inner node
     cdef uint16_t[2 * LITERALS] parent  # of leaves, then of inner nodes
     cdef uint16_t[LITERALS] depth       # of inner nodes
     cdef uint32_t[64] of_length
     cdef uint32_t used = 0, i, j, k, gap, leaf, node, made, length
-    cdef uint64_t one, total
+    cdef uint64_t moved, total
     for i in range(n):
         lengths[i] = 0
         if counts[i]:
@@ -79,16 +78,16 @@ cdef inline void lengths_of(const uint32_t* counts, uint32_t n, uint32_t most, u
         for i in range(used):
             lengths[leaves[i] & 0xFFFF] = 1
         return
-    for k in range(5):                      # Shell's sort: cheap for some hundred, and most are nearly sorted
+    for k in range(5):                      # Shell's sort: fast for some hundred symbols, most of them nearly sorted
         gap = gaps_of_sorting[k]
         for i in range(gap, used):
-            one = leaves[i]
+            moved = leaves[i]
             j = i
-            while j >= gap and leaves[j - gap] > one:
+            while j >= gap and leaves[j - gap] > moved:
                 leaves[j] = leaves[j - gap]
                 j -= gap
-            leaves[j] = one
-    # Inner nodes are made in the order of their counts, so the two smallest are at the front of one row or the other.
+            leaves[j] = moved
+    # Inner nodes are made in the order of their counts, so the two smallest nodes are the next leaves or inner nodes.
     leaf = node = 0
     for made in range(used - 1):
         inner[made] = 0
@@ -107,8 +106,8 @@ cdef inline void lengths_of(const uint32_t* counts, uint32_t n, uint32_t most, u
         depth[i - 1] = depth[parent[LITERALS + i - 1]] + 1
     for i in range(used):
         of_length[min(<uint32_t>depth[parent[i]] + 1, most)] += 1
-    # What was cut to `most` bits takes too many codes: a shorter one becomes two that are longer by a bit, and takes one of
-    # them in, until they fit.
+    # Lengths cut to `most` bits give too many codes. Until the codes fit, a shorter code is replaced by two codes that are
+    # longer by one bit, and one code of `most` bits takes the second of them.
     total = 0
     for i in range(1, most + 1):
         total += <uint64_t>of_length[i] << (most - i)
@@ -121,14 +120,14 @@ cdef inline void lengths_of(const uint32_t* counts, uint32_t n, uint32_t most, u
         of_length[i + 1] += 2
         total -= 1
     i = 0
-    for length in range(most, 0, -1):       # the rarest get the longest
+    for length in range(most, 0, -1):       # the rarest symbols get the longest codes
         for j in range(of_length[length]):
             lengths[leaves[i] & 0xFFFF] = length
             i += 1
 
 
 cdef inline void entries_of(const uint8_t* lengths, uint32_t n, uint32_t* entries) noexcept nogil:
-    """The canonical code of these lengths (RFC 1951, 3.2.2)."""
+    """Make the canonical code of these lengths (RFC 1951, 3.2.2)."""
     cdef uint32_t[16] following
     cdef uint32_t[16] of_length
     cdef uint32_t i, j, code, reverse
@@ -151,7 +150,7 @@ cdef inline void entries_of(const uint8_t* lengths, uint32_t n, uint32_t* entrie
 
 
 cdef inline uint64_t make_code(Code* code) noexcept nogil:
-    """From the counts all else; the bits that a block coded with it takes, without the description of the code."""
+    """Make a code from its counts. Returns the bits of a block coded with it, without its header."""
     cdef uint64_t total = 0
     cdef uint32_t i
     code.counts[END_OF_BLOCK] = 1
@@ -165,8 +164,8 @@ cdef inline uint64_t make_code(Code* code) noexcept nogil:
 
 
 cdef inline void put_code(Bits* bits, Code* code) noexcept nogil:
-    """The header of a block with a code of its own; the only distance is 1."""
-    cdef uint8_t[LITERALS + 1] told
+    """Write the header of a block with its own code. The only distance of repetitions is 1."""
+    cdef uint8_t[LITERALS + 1] all_lengths
     cdef uint8_t[LITERALS + 1] symbols
     cdef uint8_t[LITERALS + 1] extra
     cdef uint32_t[CODE_LENGTHS] counts
@@ -174,24 +173,24 @@ cdef inline void put_code(Bits* bits, Code* code) noexcept nogil:
     cdef uint32_t[CODE_LENGTHS] entries
     cdef uint32_t i, n = 0, at = 0, run, some, entry
     entries_of(code.lengths, code.n, code.entries)
-    memcpy(told, code.lengths, code.n)
-    told[code.n] = 1                        # of distance 1
+    memcpy(all_lengths, code.lengths, code.n)
+    all_lengths[code.n] = 1                 # of distance 1
     memset(counts, 0, sizeof(counts))
     while at < code.n + 1:
         run = 1
-        while at + run < code.n + 1 and told[at + run] == told[at]:
+        while at + run < code.n + 1 and all_lengths[at + run] == all_lengths[at]:
             run += 1
-        if told[at] == 0 and run >= 3:
+        if all_lengths[at] == 0 and run >= 3:
             some = min(run, <uint32_t>138)
             symbols[n] = 18 if some > 10 else 17
             extra[n] = <uint8_t>(some - (11 if some > 10 else 3))
-        elif at and told[at] == told[at - 1] and run >= 3:
+        elif at and all_lengths[at] == all_lengths[at - 1] and run >= 3:
             some = min(run, <uint32_t>6)
             symbols[n] = 16
             extra[n] = <uint8_t>(some - 3)
         else:
             some = 1
-            symbols[n] = told[at]
+            symbols[n] = all_lengths[at]
         counts[symbols[n]] += 1
         n += 1
         at += some
@@ -213,17 +212,17 @@ cdef inline void put_code(Bits* bits, Code* code) noexcept nogil:
 # Blocks
 
 cdef inline Repetition repetition(uint32_t length) noexcept nogil:
-    """Of the byte before, so many times: 3 to LONGEST (RFC 1951, 3.2.5)."""
-    cdef Repetition found
+    """Code a repetition of the previous byte, `length` times: 3 to LONGEST (RFC 1951, 3.2.5)."""
+    cdef Repetition coded
     cdef uint32_t beyond = length - 3
     if length == LONGEST or beyond < 8:
-        found.symbol = LITERALS - 1 if length == LONGEST else 257 + beyond
-        found.extra = found.n_extra = 0
-        return found
-    found.n_extra = highest_bit(beyond) - 2
-    found.symbol = 257 + 4 * found.n_extra + (beyond >> found.n_extra)
-    found.extra = beyond & ((<uint32_t>1 << found.n_extra) - 1)
-    return found
+        coded.symbol = LITERALS - 1 if length == LONGEST else 257 + beyond
+        coded.extra = coded.n_extra = 0
+        return coded
+    coded.n_extra = highest_bit(beyond) - 2
+    coded.symbol = 257 + 4 * coded.n_extra + (beyond >> coded.n_extra)
+    coded.extra = beyond & ((<uint32_t>1 << coded.n_extra) - 1)
+    return coded
 
 
 cdef inline void put_stored(Bits* bits, const uint8_t* data, size_t n) noexcept nogil:
@@ -261,7 +260,7 @@ cdef inline void put_bytes(Bits* bits, const uint8_t* data, size_t n, const uint
 
 
 cdef inline void put_plane(Bits* bits, const uint8_t* data, size_t n, Code* code) noexcept nogil:
-    """A plane whose bytes change: with a code of its own, or as it is."""
+    """Write a plane whose bytes change, with its own code or stored."""
     cdef uint32_t[4][256] counts
     cdef size_t i
     cdef uint64_t word
@@ -271,7 +270,7 @@ cdef inline void put_plane(Bits* bits, const uint8_t* data, size_t n, Code* code
     memset(counts, 0, sizeof(counts))
     i = 0
     while i + 8 <= n:
-        # Four tables: a byte that comes again waits for its count to be written otherwise.
+        # Four tables, because an increment waits for the previous increment of the same count.
         memcpy(&word, data + i, 8)
         counts[0][word & 255] += 1
         counts[1][(word >> 8) & 255] += 1
@@ -297,10 +296,10 @@ cdef inline void put_plane(Bits* bits, const uint8_t* data, size_t n, Code* code
 
 
 cdef inline void put_tokens(Bits* bits, const uint16_t* tokens, size_t n, Code* code) noexcept nogil:
-    """Runs: bytes, and above 256 the lengths of their repetitions."""
+    """Write runs as a block. A token is a byte, or 256 plus the length of a repetition."""
     cdef size_t i
     cdef uint32_t entry
-    cdef Repetition one
+    cdef Repetition coded
     memset(code.counts, 0, sizeof(code.counts))
     for i in range(n):
         code.counts[tokens[i] if tokens[i] < 256 else repetition(tokens[i] - 256).symbol] += 1
@@ -310,10 +309,10 @@ cdef inline void put_tokens(Bits* bits, const uint16_t* tokens, size_t n, Code* 
         if tokens[i] < 256:
             put(bits, code.entries[tokens[i]] & 0xFFFF, code.entries[tokens[i]] >> 16)
             continue
-        one = repetition(tokens[i] - 256)
-        entry = code.entries[one.symbol]
-        # The distance's code is the one bit 0.
-        put(bits, (entry & 0xFFFF) | <uint64_t>one.extra << (entry >> 16), (entry >> 16) + one.n_extra + 1)
+        coded = repetition(tokens[i] - 256)
+        entry = code.entries[coded.symbol]
+        # The code of the distance is a single bit 0.
+        put(bits, (entry & 0xFFFF) | <uint64_t>coded.extra << (entry >> 16), (entry >> 16) + coded.n_extra + 1)
     put(bits, code.entries[END_OF_BLOCK] & 0xFFFF, code.entries[END_OF_BLOCK] >> 16)
 
 
@@ -333,18 +332,18 @@ cdef inline uint16_t* put_run(uint16_t* tokens, uint8_t value, size_t n) noexcep
 
 
 cdef inline bint is_steady(const uint8_t* data, size_t n) noexcept nogil:
-    """Whether the bytes stay the same for long, by a look at some of them."""
-    cdef size_t place, i, k, seen = 0, found = 0
-    for place in range(<size_t>SAMPLES):
-        i = 1 + (n - 1) * place // SAMPLES
+    """Whether the bytes of SAMPLES samples have long runs."""
+    cdef size_t sample, i, k, seen = 0, changes = 0
+    for sample in range(<size_t>SAMPLES):
+        i = 1 + (n - 1) * sample // SAMPLES
         for k in range(i, min(i + <size_t>SAMPLE, n)):
-            found += data[k] != data[k - 1]
+            changes += data[k] != data[k - 1]
             seen += 1
-    return 8 * found <= seen
+    return 8 * changes <= seen
 
 
 cdef inline bint is_random(const uint8_t* data, size_t n) noexcept nogil:
-    """Whether no code would gain much: two of some bytes are the same as seldom as if all values were as frequent."""
+    """Whether a code would gain little: pairs of equal bytes in a sample are nearly as rare as in random bytes."""
     cdef uint32_t[256] counts
     cdef size_t i = 0, step = (n // (16 * <size_t>SAMPLE)) | 1, seen = 0
     cdef uint64_t pairs = 0
@@ -358,7 +357,7 @@ cdef inline bint is_random(const uint8_t* data, size_t n) noexcept nogil:
 
 
 cdef inline void add_run(uint64_t* a, uint64_t* b, uint8_t value, size_t n) noexcept nogil:
-    """A run, for the checksum: 64 bits hold the sums of a plane that begins with less than 2^16 in both."""
+    """Add a run to the checksum's sums. 64 bits hold the sums of a plane that begins with less than 2^16 in both."""
     b[0] += n * a[0] + value * ((<uint64_t>n * (n + 1)) >> 1)
     a[0] += <uint64_t>value * n
 
@@ -366,7 +365,7 @@ cdef inline void add_run(uint64_t* a, uint64_t* b, uint8_t value, size_t n) noex
 cdef inline uint16_t* tokens_of(
     const uint8_t* data, size_t n, uint16_t* tokens, const uint16_t* end, uint32_t* adler
 ) noexcept nogil:
-    """The runs of a plane, and its checksum; NULL: there are too many."""
+    """Find the runs of a plane and update the checksum. Returns the end of the tokens, or NULL for too many runs."""
     cdef uint64_t a = adler[0] & 0xFFFF, b = adler[0] >> 16
     cdef size_t start = 0, i = 1, k
     cdef uint64_t every = data[0] * <uint64_t>0x0101010101010101
@@ -402,21 +401,21 @@ cdef inline uint16_t* tokens_of(
     return put_run(tokens, data[start], n - start)
 
 
-# The whole
+# All planes
 
 cdef inline size_t tokens_room(size_t planes, size_t n) noexcept nogil:
-    """Tokens that the runs of all planes take at most, as long as no plane has more than n / 2 and a little."""
+    """Return the maximum number of tokens of all planes, if no plane has much more than n / 2."""
     return planes * (n // 2 + n // LONGEST + 64)
 
 
 cdef inline size_t deflated_most(size_t planes, size_t n) noexcept nogil:
-    """Bytes that deflate() writes at most, those behind the end that it writes over included."""
-    # A plane as it is; a steady one has fewer tokens than half its bytes, of 2 bytes at most each. A code takes 300 bytes.
+    """Return the maximum number of bytes that deflate() writes, including those that put() writes after the end."""
+    # A stored plane; a steady plane has fewer tokens than half its bytes, of at most 2 bytes each. A code takes 300 bytes.
     return planes * (n + 5 * (n // STORED_MOST + 1) + n // LONGEST * 2 + 512) + 64
 
 
 cdef inline uint32_t adler32(uint32_t start, const uint8_t* data, size_t n) noexcept nogil:
-    """The checksum of the zlib format (RFC 1950, 8.2), 16 bytes at a time."""
+    """Continue the checksum of the zlib format (RFC 1950, 8.2), 16 bytes at a time."""
     cdef uint32_t a = start & 0xFFFF, b = start >> 16
     cdef uint32_t[16] sums
     cdef uint32_t[16] sums_of_sums
@@ -447,9 +446,9 @@ cdef inline uint32_t adler32(uint32_t start, const uint8_t* data, size_t n) noex
 cdef inline size_t deflate(
     const uint8_t* data, size_t planes, size_t n, size_t stride, uint16_t* tokens, uint8_t* out
 ) noexcept nogil:
-    """`planes` planes of n bytes each (1 or more), `stride` bytes apart, in the zlib format; returns its length.
+    """Deflate `planes` planes of n bytes each (1 or more), `stride` bytes apart, into the zlib format. Returns its length.
 
-    tokens: room for tokens_room() of them; out: room for deflated_most() bytes.
+    `tokens` has room for tokens_room() tokens, `out` for deflated_most() bytes.
     """
     cdef Bits bits
     cdef Code code
@@ -458,7 +457,7 @@ cdef inline size_t deflate(
     cdef uint16_t* end = tokens
     cdef uint16_t* following
     bits.at = out
-    bits.waiting = bits.n = 0
+    bits.pending = bits.n = 0
     put(&bits, 0x0178, 16)
     for plane in range(planes):
         following = tokens_of(data, n, end, end + n // 2, &adler) if is_steady(data, n) else NULL

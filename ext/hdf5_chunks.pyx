@@ -1,5 +1,4 @@
-"""What a chunk of the file needs: the byte shuffle and the deflate that HDF5's filters undo, and the count of its rows
-by kind."""
+"""Pack rows into HDF5 chunks with byte shuffle and deflate, and count rows by kind."""
 
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -9,7 +8,7 @@ cimport cython
 from deflate cimport deflate, deflated_most, tokens_room
 from row_structs cimport Row10, Row24, Row24Clock64, Row30
 
-#: Columns of the counts that tally() adds to; the first six are the ledger's own (larpixdaq.constants.Count).
+#: Columns of the counters of tally(); the first six are counters of the ledger (larpixdaq.constants.Count).
 TALLY = ("word_rows", "packets", "bad_parity", "time_rows", "info_rows", "sent_rows", "other_rows")
 
 cdef enum:
@@ -23,9 +22,9 @@ cdef enum:
     N_TALLY
 
 cdef enum:
-    # Bytes between two planes: a chunk's rows are a power of two, and planes just so far apart would share the places of the
+    # Bytes between two planes, because a chunk has 2^n rows, and planes exactly 2^n bytes apart share lines of the
     # first-level cache.
-    APART = 64
+    PLANE_GAP = 64
 
 ctypedef fused Row:
     Row24
@@ -42,8 +41,8 @@ cdef extern from *:
     #define INTERLEAVE(a, b, ...) __builtin_shuffle(a, b, (Bytes16){__VA_ARGS__})
     #endif
 
-    /* 16 bytes of 16 rows, that are `row` bytes apart, become 16 columns, `column` bytes apart. Rows i and i + 8 are
-       interleaved, four times over: each time a byte's number in the square has its bits rotated by one. */
+    /* Transpose 16 bytes of 16 rows, which are `row` bytes apart, into 16 columns, `column` bytes apart. Interleaves rows i
+       and i + 8 four times; each time rotates the bits of each byte's index in the square by one. */
     static inline void interleave16(const Bytes16* a, Bytes16* b) {
         _Pragma("GCC unroll 8")
         for (int i = 0; i < 8; i++) {
@@ -67,13 +66,13 @@ cdef extern from *:
 
 
 cdef void shuffle_rows(const uint8_t* source, uint8_t* out, size_t size, size_t rows, size_t stride) noexcept nogil:
-    """Byte i of each row goes to plane i; planes are `stride` bytes apart."""
+    """Copy byte i of each row to plane i. Planes are `stride` bytes apart."""
     cdef size_t even = rows - rows % 16 if size >= 16 else 0
     cdef size_t row, column
     for row in range(0, even, 16):
         column = 0
         while column < size:
-            column = min(column, size - 16)     # the last ones overlap: written twice, the same
+            column = min(column, size - 16)     # the last 16 columns may overlap: written twice, with equal bytes
             transpose16(source + row * size + column, size, out + column * stride + row, stride)
             column += 16
     for row in range(even, rows):
@@ -83,8 +82,7 @@ cdef void shuffle_rows(const uint8_t* source, uint8_t* out, size_t size, size_t 
 
 @cython.final
 cdef class Packer:
-    """Shuffles and deflates chunks of `rows` rows (at least 1) of `itemsize` bytes: as HDF5's two filters would, in the zlib
-    format. One thread at a time."""
+    """Shuffles and deflates chunks of `rows` rows of `itemsize` bytes. The interface is documented in hdf5_chunks.pyi."""
 
     cdef uint8_t* planes
     cdef uint8_t* packed
@@ -96,7 +94,7 @@ cdef class Packer:
         if not 1 <= rows <= 1 << 24 or not 1 <= itemsize <= 1 << 12:
             raise ValueError(f"Packer: expected 1 to 2^24 rows of 1 to 4096 bytes, found {rows} of {itemsize}")
         self.rows, self.itemsize = rows, itemsize
-        self.planes = <uint8_t*>malloc((rows + APART) * itemsize)
+        self.planes = <uint8_t*>malloc((rows + PLANE_GAP) * itemsize)
         self.packed = <uint8_t*>malloc(deflated_most(itemsize, rows))
         self.tokens = <uint16_t*>malloc(tokens_room(itemsize, rows) * sizeof(uint16_t))
         if self.planes == NULL or self.packed == NULL or self.tokens == NULL:
@@ -108,13 +106,12 @@ cdef class Packer:
         free(self.tokens)
 
     def pack(self, const uint8_t[::1] chunk) -> bytes:
-        """The bytes of the chunk's rows, shuffled and deflated. The GIL is given away meanwhile."""
         cdef size_t n
         if <size_t>chunk.shape[0] != self.rows * self.itemsize:
             raise ValueError(f"pack: expected {self.rows} rows of {self.itemsize} bytes, found {chunk.shape[0]} bytes")
         with nogil:
-            shuffle_rows(&chunk[0], self.planes, self.itemsize, self.rows, self.rows + APART)
-            n = deflate(self.planes, self.itemsize, self.rows, self.rows + APART, self.tokens, self.packed)
+            shuffle_rows(&chunk[0], self.planes, self.itemsize, self.rows, self.rows + PLANE_GAP)
+            n = deflate(self.planes, self.itemsize, self.rows, self.rows + PLANE_GAP, self.tokens, self.packed)
         return self.packed[:n]
 
 
@@ -143,7 +140,7 @@ cdef void tally_rows(const Row* rows, size_t n, uint64_t* counts) noexcept nogil
 
 
 cdef void tally_rows10(const Row10* rows, size_t n, uint64_t* counts) noexcept nogil:
-    """Layout 1.0 has the io_group in the text of chip_key only ("1-2-246"); without one the row is counted under 0."""
+    """Count rows of layout 1.0, which has the io_group only in the text of chip_key ("1-2-246"); without it under 0."""
     cdef size_t i, j
     cdef unsigned int group, digit
     for i in range(n):
@@ -157,10 +154,6 @@ cdef void tally_rows10(const Row10* rows, size_t n, uint64_t* counts) noexcept n
 
 
 def tally(const uint8_t[::1] rows, int layout, uint64_t[:, ::1] counts):
-    """Add the rows to `counts`, shape (256, len(TALLY)), dtype u8: one line per io_group.
-
-    rows: the bytes of rows of this layout (the code of larpixdaq.schema.LAYOUTS).
-    """
     cdef size_t size
     if layout == 1:
         size = sizeof(Row10)
@@ -173,7 +166,9 @@ def tally(const uint8_t[::1] rows, int layout, uint64_t[:, ::1] counts):
     else:
         raise ValueError(f"tally: unknown layout code {layout}")
     if counts.shape[0] != 256 or counts.shape[1] != N_TALLY:
-        raise ValueError(f"tally: expected counts of shape (256, {<int> N_TALLY}), found ({counts.shape[0]}, {counts.shape[1]})")
+        raise ValueError(
+            f"tally: expected counts of shape (256, {<int> N_TALLY}), found ({counts.shape[0]}, {counts.shape[1]})"
+        )
     cdef size_t total = rows.shape[0]
     if total % size:
         raise ValueError(f"tally: {total} bytes are no whole number of rows of {size} bytes")

@@ -59,8 +59,8 @@ cdef struct Evidence:
     # arrival of the previous batch
     uint64_t before_ns
     double before
-    bint spoken                      # a header has been decoded
-    double spoken_since              # `since` of the batch in which the header's time first came
+    bint header_decoded
+    double header_since              # `since` of the batch in which the header's time first came
     # board's clock minus the host's, ns: bounds from the headers since the last clock_bounds()
     uint64_t header_ns               # time of the last header; 0: no header in this batch
     double lowest
@@ -106,17 +106,17 @@ cdef inline void note(Evidence* evidence, int what, uint64_t amount, uint64_t fi
 
 cdef inline void forget_context(Evidence* evidence) noexcept nogil:
     """Forget all context, because the next data are unrelated to the previous ones. The notices stay."""
-    evidence.since = evidence.before = evidence.spoken_since = -INFINITY
+    evidence.since = evidence.before = evidence.header_since = -INFINITY
     evidence.until = evidence.highest = INFINITY
     evidence.lowest = -INFINITY
     evidence.header_ns = 0
-    evidence.spoken = evidence.beating = evidence.was_reset = False
+    evidence.header_decoded = evidence.beating = evidence.was_reset = False
     evidence.head = 0
     evidence.copied = 0
     evidence.period = evidence.odd = 0
     evidence.tick = 0
     evidence.n_marks = 0
-    _sample_anew(evidence)
+    _restart_samples(evidence)
 
 
 cdef inline void next_batch(Evidence* evidence, uint64_t now_ns, double since, double until) noexcept nogil:
@@ -148,7 +148,7 @@ cdef inline void fold_clock(Evidence* evidence) noexcept nogil:
 
 # Header seconds
 
-cdef inline uint64_t _left_out(Evidence* evidence, uint64_t seconds) noexcept nogil:
+cdef inline uint64_t _jump_began(Evidence* evidence, uint64_t seconds) noexcept nogil:
     """Return when a jump ahead began by the host's clock (ns).
 
     Data behind a stalled connection arrive all at once: the previous header may have arrived just now, although the
@@ -165,16 +165,16 @@ cdef inline void note_seconds(Evidence* evidence, uint64_t before, uint64_t seco
     Headers have whole seconds, and clocks are corrected in steps, so one second either way means nothing. The previous
     header came in this batch or the previous one, but not before the batch in which its time first came.
     """
-    cdef double pause = evidence.until - max(evidence.before, evidence.spoken_since)
-    if evidence.spoken:
+    cdef double pause = evidence.until - max(evidence.before, evidence.header_since)
+    if evidence.header_decoded:
         if before > seconds and before - seconds > 1:
             note(evidence, BACK, before - seconds, evidence.before_ns)
             evidence.was_reset = False
         elif seconds > before and <double>(seconds - before) > pause + 2:
-            note(evidence, AHEAD, seconds - before, _left_out(evidence, seconds - before))
+            note(evidence, AHEAD, seconds - before, _jump_began(evidence, seconds - before))
             evidence.was_reset = False
-    evidence.spoken = True
-    evidence.spoken_since = evidence.since
+    evidence.header_decoded = True
+    evidence.header_since = evidence.since
 
 
 # Repeated messages
@@ -226,14 +226,14 @@ cdef inline uint64_t full_mask(int asic) noexcept nogil:
 
 
 cdef inline void note_full(Evidence* evidence, uint64_t word, int asic) noexcept nogil:
-    """Note a full FIFO. Only data packets have these flags, and only with correct parity they are reliable."""
+    """Note a full FIFO. Only data packets have these flags, which are reliable only with correct parity."""
     if word & full_mask(asic) and word & 3 == (1 if asic == V3 else 0) and odd_parity(word & word_mask(asic)):
         note(evidence, FULL, 1, evidence.now_ns)
 
 
 # Generations of chips
 
-cdef inline void _sample_anew(Evidence* evidence) noexcept nogil:
+cdef inline void _restart_samples(Evidence* evidence) noexcept nogil:
     cdef int i
     for i in range(4):
         evidence.types[i] = 0
@@ -271,7 +271,7 @@ cdef inline void _judge_generation(Evidence* evidence, int asic) noexcept nogil:
         note(evidence, AS_V2, SAMPLES, began)
     if 4 * evidence.bad_parity > SAMPLES:
         note(evidence, PARITY, evidence.bad_parity, began)
-    _sample_anew(evidence)
+    _restart_samples(evidence)
 
 
 # SYNC words
@@ -290,7 +290,9 @@ cdef inline void note_heartbeat(Evidence* evidence, uint64_t timestamp, bint wid
             evidence.period = ticks
         else:
             multiple = (ticks + evidence.period // 2) // evidence.period
-            rest = ticks - multiple * evidence.period if ticks > multiple * evidence.period else multiple * evidence.period - ticks
+            rest = (
+                ticks - multiple * evidence.period if ticks > multiple * evidence.period else multiple * evidence.period - ticks
+            )
             if multiple and rest <= evidence.period // 256:
                 if multiple > 1:
                     note(evidence, HEARTBEATS, multiple - 1, evidence.beat_ns)
@@ -313,16 +315,16 @@ cdef inline void note_reset(Evidence* evidence, uint64_t timestamp, uint64_t sec
     The headers may show up to one second more. If they show more than that, or the host's clock confirms it, words between
     the two resets are missing. The first two resets define the length of a tick (100 ns by default).
     """
-    cdef double passed, told
+    cdef double by_headers, by_clock   # seconds between the two resets
     evidence.reset_ticks += timestamp
     evidence.n_marks = 0
     if evidence.was_reset and timestamp:
-        passed = <double>seconds - <double>evidence.reset_seconds
-        told = timestamp * evidence.tick
-        if evidence.tick == 0 or passed < told - 1.1:
-            evidence.tick = max(1e-7, passed / <double>timestamp)
-        elif passed > told + 1.1 or (
-            passed > told + 0.9 and evidence.since - evidence.reset_until > told + 0.5
+        by_headers = <double>seconds - <double>evidence.reset_seconds
+        by_clock = timestamp * evidence.tick
+        if evidence.tick == 0 or by_headers < by_clock - 1.1:
+            evidence.tick = max(1e-7, by_headers / <double>timestamp)
+        elif by_headers > by_clock + 1.1 or (
+            by_headers > by_clock + 0.9 and evidence.since - evidence.reset_until > by_clock + 0.5
         ):
             note(evidence, RESETS, 1, evidence.reset_ns)
     evidence.was_reset = True
@@ -357,6 +359,6 @@ cdef inline void mark_message(Evidence* evidence, uint64_t first, uint64_t last,
 cdef inline void _note_hole(Evidence* evidence, uint64_t jump, uint64_t queued, double since) noexcept nogil:
     """Note a jump behind a full queue if it is a hole. The queue's first message arrived after `since`."""
     cdef double seconds = jump * (evidence.tick if evidence.tick else 1e-7)
-    # a longer jump is a clock that was set or went back, which other notices report
+    # a longer jump means that the clock was set or went back, which other notices report
     if jump > queued and evidence.until - since < seconds < LONGEST_HOLE:
         note(evidence, HOLES, <uint64_t>(seconds * 1e6), min(evidence.before_ns, evidence.now_ns - <uint64_t>(seconds * 1e9)))

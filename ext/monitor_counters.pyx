@@ -1,8 +1,8 @@
-"""What the rows of a run are: counts per chip and channel, ADC histograms, parity and FIFO flags.
+"""Count the rows of a run per chip and channel, with ADC histograms, parity and FIFO flags.
 
-The hot path of a clean data row is three increments: rows of its type (once for all that follow each other), packets of
-its channel, its ADC bin. Everything else (per chip, per io_channel, per io_group) is a sum of these and made when somebody
-asks. Memory is taken at the first sight of a chip or channel only.
+A data row without errors costs three increments: rows of its type (once for consecutive rows of a type), packets of its
+channel, and its ADC bin. Sums per chip are made on request. Memory is allocated at the first packet of a chip or channel. The
+interface is documented in monitor_counters.pyi.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -23,14 +23,14 @@ cdef extern from *:
     void prefetch "__builtin_prefetch"(const void *at, int to_write) noexcept nogil
 
 cdef enum:
-    AHEAD = 64                    # rows whose ADC bins are asked for before the first of them is increased
+    BATCH = 64                    # rows whose ADC bins are prefetched before the first of them is incremented
     TYPES = 8                     # packet types 0 to 7
     KEYS = 1 << 24                # io_group << 16 | io_channel << 8 | chip_id
-    # 16.8 million v2 channels. A link that makes up addresses must not take the host's memory.
+    # 16.8 million v2 channels; a link that sends random addresses must not use up the host's memory
     MAX_CHIPS = 1 << 18
-    SLAB = 1 << 20                # histogram memory is taken in pieces of this many bytes
+    SLAB = 1 << 20                # bytes of histogram memory that are allocated at a time
 
-#: What `PacketCounters.chips()` returns, one entry a chip.
+#: Entry of `PacketCounters.chips()`.
 CHIPS = np.dtype([
     ("io_group", "u1"), ("io_channel", "u1"), ("chip_id", "u1"),
     ("packets", "<u8"), ("data", "<u8"), ("bad_parity", "<u8"),
@@ -51,32 +51,32 @@ cdef packed struct ChipRow:       # CHIPS
 
 cdef struct Channel:
     uint64_t packets
-    uint32_t *histogram           # its own page, or its chip's `shared` one; NULL before its first data packet
+    uint32_t *histogram           # page of the channel, or its chip's `shared` page; NULL before its first data packet
 
-cdef struct Chip:                 # what is not touched by a clean data row
+cdef struct Chip:                 # not changed by a data row without errors
     uint32_t key
-    uint64_t others               # packets that are not data
+    uint64_t others               # packets of other types than data
     uint64_t bad_parity
     uint64_t local_half
     uint64_t local_full
     uint64_t shared_half
     uint64_t shared_full
-    uint32_t *shared              # histogram of the channels that came after the limit
+    uint32_t *shared              # histogram of the channels after the limit
 
 cdef struct Table:
-    uint32_t *chip_of             # key -> 1 + index of the chip, 0: not seen. 64 MiB of address space, used where chips are
+    uint32_t *chip_of             # key -> 1 + index of the chip, 0: not seen. 64 MiB of addresses, used only near keys of chips
     Chip *chips
     Channel *channels             # n_channels of each chip
     uint32_t n_chips
-    uint32_t room                 # chips that fit
+    uint32_t room                 # for chips
     uint32_t n_channels
     uint32_t bins
-    uint8_t data_type             # v3 sends its data as type 1
+    uint8_t data_type             # 1 for v3, otherwise 0
     void **slabs
     uint32_t n_slabs
     uint32_t slab_room
     uint32_t page                 # next free page of the last slab
-    uint64_t pages                # own pages given away
+    uint64_t pages                # number of pages that belong to one channel
     uint64_t page_limit
     uint64_t unplaced
     uint64_t types[256][2][TYPES]
@@ -102,7 +102,7 @@ cdef uint32_t *new_page(Table *t) noexcept nogil:
 
 
 cdef uint32_t add_chip(Table *t, uint32_t key) noexcept nogil:
-    """1 + the index of a chip seen for the first time; 0: no room for more chips."""
+    """Add a chip. Returns 1 + its index, or 0 without room for more chips."""
     cdef uint32_t room
     cdef Chip *chips
     cdef Channel *channels
@@ -128,7 +128,7 @@ cdef uint32_t add_chip(Table *t, uint32_t key) noexcept nogil:
 
 
 cdef uint32_t *add_histogram(Table *t, Chip *chip, Channel *channel) noexcept nogil:
-    """The page for a channel that has none; NULL: no memory at all, not even for one page a chip."""
+    """Give a channel its page, or after the limit that of its chip. NULL without memory for either."""
     if t.pages < t.page_limit:
         channel.histogram = new_page(t)
         if channel.histogram != NULL:
@@ -144,7 +144,7 @@ cdef inline void place(
     Table *t, uint32_t key, uint32_t channel_id, uint32_t adc, bint data, bint in_histogram, bint valid_parity,
     uint32_t local, uint32_t shared
 ) noexcept nogil:
-    """Count one packet. `local` and `shared`: bit 0 more than half full, bit 1 full."""
+    """Count a packet. `local` and `shared`: bit 0 for more than half full, bit 1 for full."""
     cdef uint32_t number = t.chip_of[key]
     cdef Channel *channel
     cdef Chip *chip
@@ -159,7 +159,7 @@ cdef inline void place(
             return
     channel = &t.channels[<size_t>(number - 1) * t.n_channels + channel_id]
     channel.packets += 1
-    # One branch for all that is rare.
+    # One branch for all rare cases.
     if not (data and valid_parity) or (local | shared):
         chip = &t.chips[number - 1]
         if not data:
@@ -180,17 +180,19 @@ cdef inline void place(
 
 
 cdef inline void add_types(Table *t, uint64_t kind, uint64_t rows) noexcept nogil:
-    """`rows` rows of a `kind` as count_rows() makes it; never an impossible one."""
+    """Add `rows` rows of a possible `kind`, as made by count_rows()."""
     t.types[kind & 255][(kind >> 8) & 1][(kind >> 24) & (TYPES - 1)] += rows
 
 
 cdef void count_rows(Table *t, const Row2 *rows, size_t n) noexcept nogil:
-    """Rows of one (io_group, direction, packet_type) follow each other by the thousand: they are counted in a register,
-    and what depends on these three alone is looked at once for all of them. One after the other in memory, each
-    increment waits for the one before: half as many rows/s again without that. A row's ADC bin is asked for at once,
-    and increased when all AHEAD rows have been: where histograms do not fit a core's caches, the misses come in
-    parallel (128 chips: 1.2 times the rows/s at 200,000 rows a call, the same at 16,000)."""
-    cdef uint32_t *bins[AHEAD]
+    """Count rows.
+
+    Thousands of consecutive rows have the same kind: io_group, direction and packet_type. They are counted in a register, and
+    tests of the kind are made once. This gives 1.5 times the rows/s, because increments of the same memory wait for each other.
+    A row's ADC bin is prefetched, and incremented after BATCH rows, so that cache misses overlap when histograms do not fit a
+    core's caches (128 chips: 1.2 times the rows/s at 200,000 rows per call, no difference at 16,000).
+    """
+    cdef uint32_t *bins[BATCH]
     cdef size_t i, start, end
     cdef int waiting, j
     cdef const Row2 *row
@@ -198,17 +200,17 @@ cdef void count_rows(Table *t, const Row2 *rows, size_t n) noexcept nogil:
     cdef uint32_t *histogram
     cdef uint64_t head
     cdef uint64_t kind
-    cdef uint64_t last = ~<uint64_t>0  # no row's kind
+    cdef uint64_t last = ~<uint64_t>0  # kind of the previous row, first of none
     cdef uint64_t run = 0              # rows of this kind that are not in `types` yet
     cdef uint32_t key, number, channel_id
     cdef bint data = False, packet = False, possible = False, reset, valid
     start = 0
     while start < n:
-        end = start + AHEAD if n - start > AHEAD else n
+        end = start + BATCH if n - start > BATCH else n
         waiting = 0
         for i in range(start, end):
             row = &rows[i]
-            # The first eight bytes: io_group, io_channel, chip_id, packet_type, marker, parity, valid_parity, channel_id.
+            # the first eight bytes: io_group, io_channel, chip_id, packet_type, marker, parity, valid_parity, channel_id.
             memcpy(&head, row, 8)
             kind = (head & <uint64_t>0xff0000ff) | <uint64_t>row.direction << 8
             if kind != last:
@@ -255,7 +257,7 @@ cdef void count_rows(Table *t, const Row2 *rows, size_t n) noexcept nogil:
 
 
 cdef inline int number_before_dash(const char *text, int *position) noexcept nogil:
-    """The number, 0 to 255, in front of the next dash; -1: there is none."""
+    """Return the number, 0 to 255, before the next dash, and move `position` after it; -1 without such a number."""
     cdef int value = 0
     cdef int start = position[0]
     cdef int i
@@ -282,7 +284,7 @@ cdef void count_rows_1(Table *t, const Row10 *rows, size_t n) noexcept nogil:
         if row.type >= TYPES or row.direction > 1 or (row.type < 4 and io_channel < 0):
             t.unplaced += 1
             continue
-        # Messages have no chip_key; they belong to io_group 0, as in the other layouts.
+        # INFO messages have no chip_key; they belong to io_group 0, as in the other layouts.
         t.types[io_group if io_channel >= 0 else 0][row.direction][row.type] += 1
         if row.type > 3 or row.direction == 0:
             continue
@@ -316,7 +318,10 @@ cdef void sum_chips(const Table *t, ChipRow *out) noexcept nogil:
 cdef uint64_t sum_histograms(
     const Table *t, int io_group, int io_channel, int chip_id, int channel_id, uint64_t *out
 ) noexcept nogil:
-    """Add the pages of what was asked for (-1: all) to `out`; return how many channels it could not tell apart."""
+    """Add the histograms of the selected channels (-1: all) to `out`.
+
+    Returns the number of channels selected by `channel_id` that are missing, because they share a page with others.
+    """
     cdef uint64_t merged = 0
     cdef uint32_t i, j, k
     cdef const Chip *chip
@@ -437,7 +442,7 @@ cdef class PacketCounters:
         self.rows += n
 
     cdef int _begin(self, uint32_t channels, uint32_t bins, uint8_t data_type) except -1:
-        """Refuse what would mix chip generations or threads; then the table is this caller's until `busy` is taken back."""
+        """Reject another chip generation or thread. The table belongs to this caller until it resets `busy`."""
         self._idle()
         if self.table.bins == 0:
             self.table.n_channels = channels
@@ -447,7 +452,7 @@ cdef class PacketCounters:
         elif self.table.n_channels != channels or self.table.bins != bins:
             raise ValueError(
                 f"rows of chips with {channels} channels and {bins} ADC values, counted so far: "
-                f"{self.table.n_channels} and {self.table.bins}; reset() comes in between"
+                f"{self.table.n_channels} and {self.table.bins}; call reset() in between"
             )
         self.busy = True
         return 0

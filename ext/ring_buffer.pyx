@@ -1,15 +1,16 @@
-"""The ring: one arena of rows and headers, a queue of block descriptors, and the counters, all in one shared file.
+"""The ring: an arena of rows and headers, a queue of block descriptors, and the ledger's counters, in one shared file.
 
-A block is a contiguous slice of the arena: its rows, then its packed stream header. Positions count bytes since the arena was
-made and only grow; modulo the arena's size they say where a block lies, so that a block never wraps: what is left behind it at
-the arena's end is skipped. What must stay true, also when the process is killed between any two instructions:
-  - everything of a block is written before the head moves over its descriptor: that one store makes it a block;
-  - rows of the open block, the counters and the gaps not told yet become valid together, with the one store that makes a
-    checkpoint the newest (there are two, written in turn);
-  - a run begins with the one store that counts its entry;
-  - the tail moves in order only, and never over the head;
-  - `claimed` moves before anything is written up to there: a Reader knows by it which blocks have not been written over.
-All else in the header is for the living: a successor derives it from these (`_restore`).
+A block is a contiguous slice of the arena: its rows, then its packed stream header. Positions count bytes since the ring was
+made and only grow; a position modulo the arena's size is the place in the arena. A block never wraps: when it does not fit
+before the arena's end, the bytes up to the end are skipped. Invariants, also when the process is killed between any two
+instructions:
+  - A block is written completely before the head moves over its descriptor. This single store publishes the block.
+  - Rows of the open block, counters and unreported gaps become valid together, by the single store that makes a checkpoint
+    the newest. There are two checkpoints, written in turn.
+  - A run begins with the single store that counts its entry.
+  - The tail only grows, and never passes the head.
+  - `claimed` moves before bytes up to there are written, so that a Reader knows which blocks are not overwritten.
+A successor derives all other fields of the header from these (`_restore`).
 """
 cimport cython
 from cpython.exc cimport PyErr_SetFromErrno
@@ -32,19 +33,19 @@ cdef extern from *:
 cdef enum:
     IO_GROUPS = 256
     DESCRIPTORS = 65536
-    RUNS = 64                  # whose blocks can be in the ring at the same time
+    RUNS = 64                  # maximum number of runs with blocks in the ring at the same time
     MAX_REQUIRED = 16
     NAME_BYTES = 64
-    KEPT_DESCRIPTORS = 64      # for INFO messages and the end record, whatever arrives
-    HEADER_ROOM = 32768        # bytes that the packed header of an open block may take
+    RESERVED_DESCRIPTORS = 64  # for INFO messages and the end record
+    HEADER_ROOM = 32768        # maximum size of a packed header, bytes
     ALIGNMENT = 64
-    MIN_ROWS_AT_END = 1024     # less room than this at the arena's end is skipped
+    MIN_ROWS_AT_END = 1024     # the arena's end is skipped when it has room for fewer rows
     COUNTS_SIZE = 256 * N_COUNTS * 8
     GAPS_SIZE = 256 * 3 * 8
 
 cdef struct Descriptor:
     uint64_t start             # position of the rows
-    uint64_t end               # position behind rows and header
+    uint64_t end               # position after rows and header
     uint64_t run
     uint64_t sequence
     uint32_t payload           # bytes of rows
@@ -64,12 +65,12 @@ cdef struct Run:
     uint32_t row_size
     uint32_t n_required
     uint32_t spare
-    uint8_t io_groups[32]      # bits: those that its producer has
+    uint8_t io_groups[32]      # one bit for each io_group of the producer
     uint8_t required[MAX_REQUIRED * NAME_BYTES]
     uint64_t acknowledged[MAX_REQUIRED]
 
 cdef struct Checkpoint:
-    uint64_t head              # what was pushed since closed the open block, or is INFO rows or an end
+    uint64_t head              # later blocks closed the open block, or are INFO rows or the end record
     uint64_t open_start
     uint64_t open_rows
     uint64_t open_first_ns
@@ -85,23 +86,23 @@ cdef struct Header:
     uint64_t epoch
     uint8_t producer[NAME_BYTES]
     uint64_t made_ns
-    uint64_t alive_ns          # wall clock of the producer's last turn
-    uint64_t head              # descriptors published since the beginning
-    uint64_t tail              # descriptors freed since the beginning
-    uint64_t n_runs            # runs begun since the beginning
-    uint64_t n_checkpoints     # made since the beginning; the newest is at n_checkpoints % 2
-    uint64_t claimed           # position up to which the arena may be in the midst of being written
-    # Derived from the above by a successor:
+    uint64_t alive_ns          # wall clock at the last turn of the producer's loop
+    uint64_t head              # number of descriptors published so far
+    uint64_t tail              # number of descriptors freed so far
+    uint64_t n_runs            # number of runs begun so far
+    uint64_t n_checkpoints     # number of checkpoints so far; the newest is at n_checkpoints % 2
+    uint64_t claimed           # the arena may have been written up to this position
+    # derived by a successor from the fields above
     uint64_t head_position
     uint64_t tail_position
     uint64_t sequence          # of the next block
     uint64_t first_packet      # index of the open block's first row in its run
     uint64_t open_start        # position of the open block
-    uint64_t open_rows         # rows in it so far
-    uint64_t open_capacity     # rows that it can take; 0: no block is open
+    uint64_t open_rows         # its rows so far
+    uint64_t open_capacity     # its maximum number of rows; 0: no block is open
     uint64_t open_first_ns
 
-cdef struct Head:              # what stands before the arena
+cdef struct Head:              # the file before the arena
     Header header
     Run runs[RUNS]
     Checkpoint checkpoints[2]
@@ -114,7 +115,7 @@ cdef uint64_t _SMALLEST = _OVERHEAD + (8 << 20)
 cdef enum:
     VERSION = 3
 
-#: Bytes of a ring that hold no rows, and the smallest ring that can be.
+#: Bytes of a ring before the arena, and of the smallest ring.
 OVERHEAD = _OVERHEAD
 SMALLEST = _SMALLEST
 BLOCK, INFO, END = 1, 2, 3
@@ -122,13 +123,13 @@ BLOCK, INFO, END = 1, 2, 3
 assert sizeof(Descriptor) == 64
 
 
-def place(const uint8_t[::1] memory, int file):
-    """Map a file over `memory`, an mmap.mmap of the file's size: at the same address, shared, to be read and written.
+def map_file(const uint8_t[::1] memory, int file):
+    """Map a file over `memory`, an mmap.mmap of the file's size: at the same address, shared, readable and writable.
 
-    Whoever has a view of the memory sees the file's content from then on. OSError when the file cannot be mapped.
+    All views of the memory show the file's content afterwards. OSError when the file cannot be mapped.
     """
     if memory.shape[0] < 4096 or <size_t>&memory[0] % 4096:
-        raise ValueError(f"expected the memory of an mmap.mmap, found {memory.shape[0]} bytes that are none")
+        raise ValueError(f"expected the memory of an mmap.mmap, found {memory.shape[0]} other bytes")
     if mmap(<void*>&memory[0], memory.shape[0], PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == MAP_FAILED:
         PyErr_SetFromErrno(OSError)
 
@@ -138,43 +139,43 @@ cdef uint64_t _aligned(uint64_t position) noexcept nogil:
 
 
 cdef uint64_t _arena_size(uint64_t size) noexcept:
-    """Of a file of this size."""
+    """Return the arena's size in a file of `size` bytes."""
     return (size - _OVERHEAD) & ~<uint64_t>(ALIGNMENT - 1)
 
 
 cdef _check_header(const Header* header, uint64_t size, bytes name, uint64_t epoch):
-    """ValueError when a file of this size does not hold the ring of this producer and epoch."""
+    """Raise ValueError when a file of `size` bytes does not hold the ring of this producer and epoch."""
     if bytes(header.magic[:8]) != b"LPXRING\x03" or header.version != VERSION or header.n_counts != N_COUNTS:
-        raise ValueError("ring: made by no larpix-daq, or by another version of it")
+        raise ValueError("ring: not made by this version of larpix-daq")
     if header.size != size or header.arena_size != _arena_size(size):
         raise ValueError(f"ring: a file of {header.size} bytes expected, found {size}")
     if header.epoch != epoch or bytes(header.producer[:NAME_BYTES]).rstrip(b"\0") != name:
-        raise ValueError(f"ring: it is of another producer or epoch ({header.epoch:x}) than its name says")
+        raise ValueError(f"ring: its producer or epoch ({header.epoch:x}) is not that of its file name")
 
 
 @cython.final
 cdef class Ring:
-    """A ring in `memory`, a writable buffer of at least SMALLEST bytes that starts out as zeros.
+    """A ring in `memory`, a writable buffer of at least SMALLEST bytes, all zero for a new ring.
 
-    `counts` and `outside` are the ledger's counters of the run and of what comes outside of runs: views of the memory,
-    shape (IO_GROUPS, N_COUNTS), dtype u8. `gaps`, shape (IO_GROUPS, 3), dtype u8, are rows, first and last time (unix ns)
-    of what found no room and was not told yet.
+    `counts` and `outside_counts` are the ledger's counters of the run and of data outside of runs: views of the memory,
+    shape (IO_GROUPS, N_COUNTS), dtype u8. `gaps`, shape (IO_GROUPS, 3), dtype u8, are the gaps that no header has reported
+    yet: number of rows, first and last time (unix ns).
 
-    attach: the memory holds the ring of a producer that has died. ValueError when what it holds cannot be one's; else
-    nothing of it is lost that a producer had published, and the open block can be closed.
+    `attach`: the memory holds the ring of a dead producer. ValueError when it is damaged or of another producer; otherwise
+    all published blocks are still there, and the open block can be closed.
     """
 
     cdef uint8_t[::1] memory
     cdef Header* header
-    cdef Head* all
-    cdef Run* now               # the newest run's entry
+    cdef Head* file
+    cdef Run* run               # entry of the newest run
     cdef Descriptor* descriptors
     cdef uint8_t* arena
-    cdef object writable        # the arena; slices of it keep the memory alive for as long as anybody reads them
+    cdef object writable        # the arena; its slices keep the memory alive while they are in use
     cdef object readable
-    cdef uint64_t kept          # bytes kept free for INFO messages and the end record
+    cdef uint64_t reserved      # bytes for INFO messages and the end record
     cdef readonly object counts
-    cdef readonly object outside
+    cdef readonly object outside_counts
     cdef readonly object gaps
 
     def __cinit__(self, memory, *, str producer, uint64_t epoch, uint64_t made_ns=0, bint attach=False):
@@ -185,19 +186,19 @@ cdef class Ring:
         if view.shape[0] < <Py_ssize_t>_SMALLEST:
             raise ValueError(f"ring: expected at least {SMALLEST} bytes, found {view.shape[0]}")
         self.memory = view
-        self.all = <Head*>&view[0]
-        self.header = &self.all.header
-        self.descriptors = &self.all.descriptors[0]
+        self.file = <Head*>&view[0]
+        self.header = &self.file.header
+        self.descriptors = &self.file.descriptors[0]
         self.arena = &view[0] + _OVERHEAD
         self.writable = memoryview(memory).cast("B")[_OVERHEAD:]
         self.readable = self.writable.toreadonly()
-        cdef uint64_t offset = <uint8_t*>&self.all.counts[0] - &view[0]
+        cdef uint64_t offset = <uint8_t*>&self.file.counts[0] - &view[0]
         array = np.frombuffer(memory, np.uint64, 2 * IO_GROUPS * N_COUNTS, offset).reshape(2, IO_GROUPS, N_COUNTS)
-        self.counts, self.outside = array[0], array[1]
+        self.counts, self.outside_counts = array[0], array[1]
         self.gaps = np.frombuffer(memory, np.uint64, 3 * IO_GROUPS, offset + 2 * COUNTS_SIZE).reshape(IO_GROUPS, 3)
         if attach:
             self._check(name, epoch)
-            self.kept = min(<uint64_t>(4 << 20), self.header.arena_size // 8)
+            self.reserved = min(<uint64_t>(4 << 20), self.header.arena_size // 8)
             self._restore()
             return
         self.header.version = VERSION
@@ -207,14 +208,14 @@ cdef class Ring:
         self.header.epoch = epoch
         self.header.made_ns = self.header.alive_ns = made_ns
         memcpy(self.header.producer, <const char*>name, len(name))
-        self.kept = min(<uint64_t>(4 << 20), self.header.arena_size // 8)
-        self.now = &self.all.runs[0]
+        self.reserved = min(<uint64_t>(4 << 20), self.header.arena_size // 8)
+        self.run = &self.file.runs[0]
         memcpy(self.header.magic, b"LPXRING\x03", 8)
 
-    # a successor's beginning
+    # Start of a successor
 
     cdef _check(self, bytes name, uint64_t epoch):
-        """ValueError for what no producer of this name and epoch can have left."""
+        """Raise ValueError when no producer of this name and epoch can have left this content."""
         cdef Header* header = self.header
         cdef Descriptor* block
         cdef Run* run
@@ -224,7 +225,7 @@ cdef class Ring:
         if header.tail > header.head or header.head - header.tail > DESCRIPTORS:
             raise ValueError(f"ring: its blocks cannot be {header.tail} to {header.head}")
         for k in range(self._oldest_run(), header.n_runs):
-            run = &self.all.runs[k % RUNS]
+            run = &self.file.runs[k % RUNS]
             if run.n_required > <uint32_t>MAX_REQUIRED or run.first > header.head or not 1 <= run.row_size <= 4096:
                 raise ValueError(f"ring: the entry of run {run.run} is damaged")
         position = 0
@@ -236,52 +237,52 @@ cdef class Ring:
                 raise ValueError(f"ring: block {index} is damaged")
             position = block.end
         if header.head > header.tail and position - self.descriptors[header.tail % DESCRIPTORS].start > size:
-            raise ValueError("ring: its blocks lie on one another")
+            raise ValueError("ring: its blocks overlap")
 
     cdef uint64_t _oldest_run(self) noexcept:
-        # The entry before these may have been in the middle of being written.
+        # A killed producer may have half overwritten the entry before these.
         return self.header.n_runs - min(self.header.n_runs, <uint64_t>(RUNS - 1))
 
     cdef _restore(self):
-        """Derive what is not written in one store, so that this ring can be gone on with where its producer died."""
+        """Derive all fields that are not written by a single store, to continue where the producer died."""
         cdef Header* header = self.header
-        cdef Checkpoint* newest = &self.all.checkpoints[header.n_checkpoints % 2]
+        cdef Checkpoint* newest = &self.file.checkpoints[header.n_checkpoints % 2]
         cdef Descriptor* last = NULL
         cdef uint64_t index, size = header.arena_size
-        self.now = &self.all.runs[(header.n_runs - 1) % RUNS] if header.n_runs else &self.all.runs[0]
+        self.run = &self.file.runs[(header.n_runs - 1) % RUNS] if header.n_runs else &self.file.runs[0]
         header.head_position = header.sequence = header.first_packet = 0
         header.open_capacity = header.open_rows = 0
         if header.head:
             last = &self.descriptors[(header.head - 1) % DESCRIPTORS]
             header.head_position = last.end
-            if header.head > self.now.first:
+            if header.head > self.run.first:
                 header.sequence = last.sequence + 1
                 header.first_packet = last.first_packet + last.rows
         header.tail_position = header.head_position
         if header.head > header.tail:
             header.tail_position = self.descriptors[header.tail % DESCRIPTORS].start
-        self._claim(header.tail_position + size)  # what holds no block may be given back to the system
+        self._claim(header.tail_position + size)  # memory without blocks may have been given back to the system
         if newest.head > header.head:
             raise ValueError("ring: its checkpoint is newer than its blocks")
-        memcpy(&self.all.counts[0], &newest.counts[0], COUNTS_SIZE)
+        memcpy(&self.file.counts[0], &newest.counts[0], COUNTS_SIZE)
         for index in range(max(newest.head, header.tail), header.head):
             if self.descriptors[index % DESCRIPTORS].kind == INFO:
-                (<uint64_t*>&self.all.counts[0])[INFO_ROWS] += self.descriptors[index % DESCRIPTORS].rows
-        if newest.head < header.head:  # the block that was pushed since has told the gaps
-            memset(&self.all.gaps[0], 0, GAPS_SIZE)
+                (<uint64_t*>&self.file.counts[0])[INFO_ROWS] += self.descriptors[index % DESCRIPTORS].rows
+        if newest.head < header.head:  # the header of a later block has reported the gaps
+            memset(&self.file.gaps[0], 0, GAPS_SIZE)
             return
-        memcpy(&self.all.gaps[0], &newest.gaps[0], GAPS_SIZE)
+        memcpy(&self.file.gaps[0], &newest.gaps[0], GAPS_SIZE)
         if not newest.open_rows:
             return
         if (newest.open_start < header.head_position or newest.open_rows > size
-                or newest.open_start % size + newest.open_rows * self.now.row_size + HEADER_ROOM > size
-                or newest.open_start + newest.open_rows * self.now.row_size - header.tail_position > size):
+                or newest.open_start % size + newest.open_rows * self.run.row_size + HEADER_ROOM > size
+                or newest.open_start + newest.open_rows * self.run.row_size - header.tail_position > size):
             raise ValueError("ring: its open block is damaged")
         header.open_start = newest.open_start
         header.open_rows = header.open_capacity = newest.open_rows
         header.open_first_ns = newest.open_first_ns
 
-    # what a successor, and everybody, may know
+    # State
 
     @property
     def epoch(self) -> int:
@@ -295,63 +296,66 @@ cdef class Ring:
     def alive_ns(self) -> int:
         return self.header.alive_ns
 
-    def alive(self, uint64_t now_ns):
-        """The producer has taken a turn of its loop (wall clock)."""
+    def mark_alive(self, uint64_t now_ns):
+        """Note the time (wall clock) of a turn of the producer's loop."""
         self.header.alive_ns = now_ns
 
     @property
     def run_open(self) -> bool:
-        """The newest run has no end record yet."""
+        """Whether the newest run has no end record yet."""
         if not self.header.n_runs:
             return False
-        return self.header.head == self.now.first or self.descriptors[(self.header.head - 1) % DESCRIPTORS].kind != END
+        return self.header.head == self.run.first or self.descriptors[(self.header.head - 1) % DESCRIPTORS].kind != END
 
-    cdef uint64_t _behind(self) noexcept:
-        """The position behind all blocks, the open one with all its room."""
+    cdef uint64_t _end(self) noexcept:
+        """Return the position after all blocks, the open block with its whole capacity included."""
         if self.header.open_capacity:
-            return self.header.open_start + self.header.open_capacity * self.now.row_size + HEADER_ROOM
+            return self.header.open_start + self.header.open_capacity * self.run.row_size + HEADER_ROOM
         return self.header.head_position
 
     @property
     def position(self) -> int:
-        """The position behind the last block that is closed: what lies before it does not change any more."""
+        """Position after the last closed block. Bytes before it do not change any more."""
         return self.header.head_position
 
-    def used(self, uint64_t after=0):
-        """(offset in the memory, bytes) of the header and of what holds blocks, the open one too, from position `after` on."""
+    def used_ranges(self, uint64_t after=0):
+        """Return (offset in the memory, bytes) of the header and of all blocks from position `after` on, the open one too."""
         cdef uint64_t size = self.header.arena_size
         cdef uint64_t start = max(after, self.header.tail_position)
         cdef uint64_t first = start % size
-        cdef uint64_t length = min(self._behind() - min(start, self._behind()), size)
+        cdef uint64_t length = min(self._end() - min(start, self._end()), size)
         cdef uint64_t straight = min(length, size - first)
-        found = [(0, _OVERHEAD), (_OVERHEAD + first, straight), (_OVERHEAD, length - straight)]
-        return [piece for piece in found if piece[1]]
+        ranges = [(0, _OVERHEAD), (_OVERHEAD + first, straight), (_OVERHEAD, length - straight)]
+        return [piece for piece in ranges if piece[1]]
 
-    def unused(self):
-        """(offset in the memory, bytes) of what holds no block."""
+    def unused_ranges(self):
+        """Return (offset in the memory, bytes) of the parts of the arena without blocks."""
         cdef uint64_t size = self.header.arena_size
         cdef uint64_t first = self.header.tail_position % size
-        cdef uint64_t length = min(self._behind() - self.header.tail_position, size)
+        cdef uint64_t length = min(self._end() - self.header.tail_position, size)
         cdef uint64_t straight = min(length, size - first)
-        found = [(_OVERHEAD + first + straight, size - first - straight),
-                 (_OVERHEAD + length - straight, first - (length - straight))]
-        return [piece for piece in found if piece[1]]
+        ranges = [(_OVERHEAD + first + straight, size - first - straight),
+                  (_OVERHEAD + length - straight, first - (length - straight))]
+        return [piece for piece in ranges if piece[1]]
 
     def runs(self):
-        """(run, first descriptor, layout, bytes of a row, unix ns of its beginning, io_groups, required storages, first
-        descriptor that each of these has not acknowledged) of each run that may have blocks here, oldest first."""
+        """Return the runs that may have blocks in the ring, oldest first.
+
+        Each is (run, first descriptor, layout, bytes per row, unix ns of its beginning, io_groups, required storages, first
+        descriptor that each storage has not acknowledged).
+        """
         cdef uint64_t k
         cdef int i
         cdef Run* run
-        found = []
+        entries = []
         for k in range(self._oldest_run(), self.header.n_runs):
-            run = &self.all.runs[k % RUNS]
+            run = &self.file.runs[k % RUNS]
             io_groups = [i for i in range(IO_GROUPS) if run.io_groups[i // 8] >> (i % 8) & 1]
             names = [bytes(run.required[i * NAME_BYTES:(i + 1) * NAME_BYTES]).rstrip(b"\0").decode("utf-8", "replace")
                      for i in range(<int>run.n_required)]
-            found.append((run.run, run.first, run.layout, run.row_size, run.began_ns, io_groups, names,
-                          [run.acknowledged[i] for i in range(<int>run.n_required)]))
-        return found
+            entries.append((run.run, run.first, run.layout, run.row_size, run.began_ns, io_groups, names,
+                            [run.acknowledged[i] for i in range(<int>run.n_required)]))
+        return entries
 
     @property
     def head(self) -> int:
@@ -379,36 +383,36 @@ cdef class Ring:
 
     @property
     def fill(self) -> float:
-        """How full it is, 0 to 1, of bytes or of descriptors, whichever is more."""
-        cdef double room = self.header.arena_size - self.kept
+        """Used share, 0 to 1, of the bytes or of the descriptors, whichever is larger."""
+        cdef double room = self.header.arena_size - self.reserved
         return max((self.header.head_position - self.header.tail_position) / room,
-                   (self.header.head - self.header.tail) / <double>(DESCRIPTORS - KEPT_DESCRIPTORS))
+                   (self.header.head - self.header.tail) / <double>(DESCRIPTORS - RESERVED_DESCRIPTORS))
 
-    def short(self, uint64_t after) -> bool:
-        """Whether little room, less than a quarter or two blocks, would be left if all blocks below `after` were freed."""
-        cdef uint64_t room = self.header.arena_size - self.kept
+    def nearly_full(self, uint64_t after) -> bool:
+        """Whether less than a quarter, or less than two blocks, would be free without the blocks below `after`."""
+        cdef uint64_t room = self.header.arena_size - self.reserved
         cdef uint64_t tail = self.header.tail_position
         if self.header.tail < after <= self.header.head:
             tail = self.descriptors[(after - 1) % DESCRIPTORS].end
-        cdef uint64_t little = max(room // 4, 2 * (HEADER_ROOM + <uint64_t>16384 * self.now.row_size))
-        return (self.header.head_position - tail + little > room
+        cdef uint64_t margin = max(room // 4, 2 * (HEADER_ROOM + <uint64_t>16384 * self.run.row_size))
+        return (self.header.head_position - tail + margin > room
                 or self.header.head - max(after, self.header.tail) > <uint64_t>(DESCRIPTORS - DESCRIPTORS // 4))
 
-    # runs
+    # Runs
 
     def begin(self, uint64_t run, uint32_t layout, uint32_t row_size, required, io_groups=(), uint64_t now_ns=0):
-        """A new run: sequence and row index 0, counters 0. The end record of the run before is in already."""
+        """Begin a run: sequence, row index and counters are 0. The previous run must have its end record."""
         cdef Py_ssize_t i
         names = [name.encode() for name in required]
         if len(names) > MAX_REQUIRED or any(len(name) > NAME_BYTES for name in names):
             raise ValueError(f"ring: expected at most {MAX_REQUIRED} storages with names of at most {NAME_BYTES} bytes, "
                              f"found {list(required)}")
         if self.header.open_rows:
-            raise ValueError(f"ring: run {run} begins while a block of run {self.now.run} is open")
+            raise ValueError(f"ring: run {run} begins while a block of run {self.run.run} is open")
         cdef uint64_t n = self.header.n_runs
-        if n >= <uint64_t>(RUNS - 1) and self.all.runs[(n + 2) % RUNS].first > self.header.tail:
-            raise ValueError(f"ring: blocks of {RUNS - 1} runs wait for storages already")
-        cdef Run* entry = &self.all.runs[n % RUNS]
+        if n >= <uint64_t>(RUNS - 1) and self.file.runs[(n + 2) % RUNS].first > self.header.tail:
+            raise ValueError(f"ring: blocks of {RUNS - 1} runs still wait for storages")
+        cdef Run* entry = &self.file.runs[n % RUNS]
         self.header.open_capacity = 0
         self.counts[:] = 0
         self.gaps[:] = 0
@@ -428,56 +432,60 @@ cdef class Ring:
         entry.began_ns = now_ns
         self.header.sequence = 0
         self.header.first_packet = 0
-        self.now = entry
+        self.run = entry
         store_release(&self.header.n_runs, n + 1)
 
     cdef Run* _entry(self, uint64_t run) except NULL:
         cdef uint64_t k
         for k in range(self._oldest_run(), self.header.n_runs):
-            if self.all.runs[k % RUNS].run == run:
-                return &self.all.runs[k % RUNS]
+            if self.file.runs[k % RUNS].run == run:
+                return &self.file.runs[k % RUNS]
         raise IndexError(f"ring: no run {run}")
 
     def acknowledge(self, uint64_t run, Py_ssize_t storage, uint64_t position):
-        """Note for a successor how far the storage at this place in `required` has come (a descriptor number)."""
+        """Note for a successor the first descriptor that a storage (its index in `required`) has not acknowledged."""
         cdef Run* entry = self._entry(run)
         if not 0 <= storage < <Py_ssize_t>entry.n_required:
             raise IndexError(f"ring: storage {storage} of {entry.n_required}")
         store_release(&entry.acknowledged[storage], position)
 
     def release(self, uint64_t run):
-        """No storage needs the run any more."""
+        """Note that no storage needs the run any more."""
         self._entry(run).n_required = 0
 
-    # blocks
-    cdef uint64_t _room(self, uint64_t needed, bint kept) noexcept:
-        """Bytes free in one piece at the head, at least `needed`, after skipping the arena's end if that helps; or 0."""
+    # Blocks
+
+    cdef uint64_t _room(self, uint64_t needed, bint use_reserve) noexcept:
+        """Return the contiguous free bytes at the head, at least `needed`, or 0. Skips the arena's end if necessary."""
         cdef uint64_t size = self.header.arena_size
-        cdef uint64_t limit = size if kept else size - self.kept
+        cdef uint64_t limit = size if use_reserve else size - self.reserved
         cdef uint64_t used = self.header.head_position - self.header.tail_position
-        cdef uint64_t behind = size - self.header.head_position % size
-        if self.header.head - self.header.tail >= <uint64_t>(DESCRIPTORS - (1 if kept else KEPT_DESCRIPTORS)):
+        cdef uint64_t straight = size - self.header.head_position % size
+        if self.header.head - self.header.tail >= <uint64_t>(DESCRIPTORS - (1 if use_reserve else RESERVED_DESCRIPTORS)):
             return 0
-        if behind < needed:
-            if used + behind + needed > limit:
+        if straight < needed:
+            if used + straight + needed > limit:
                 return 0
-            self.header.head_position += behind
-            used += behind
-            behind = size
+            self.header.head_position += straight
+            used += straight
+            straight = size
         if used + needed > limit:
             return 0
-        return min(behind, limit - used)
+        return min(straight, limit - used)
 
     cdef void _claim(self, uint64_t position) noexcept:
-        """Let readers know, before it is, what is written over: all that lies a whole arena below."""
+        """Announce to readers that bytes up to this position will be written, over those one arena size below."""
         if position > self.header.claimed:
             store_release(&self.header.claimed, position)
             fence()
 
     def rows(self, uint64_t now_ns, uint32_t most):
-        """The free rows of the open block, as writable bytes; opens one, of up to `most` rows, when none is; None: full."""
+        """Return the free rows of the open block as writable bytes, or None when the ring is full.
+
+        Opens a block of up to `most` rows when none is open.
+        """
         cdef uint64_t room, start
-        cdef uint64_t size = self.now.row_size
+        cdef uint64_t size = self.run.row_size
         if not self.header.open_capacity:
             room = self._room(HEADER_ROOM + MIN_ROWS_AT_END * size, False)
             if not room:
@@ -492,7 +500,7 @@ cdef class Ring:
         return self.writable[start + self.header.open_rows * size:start + self.header.open_capacity * size]
 
     def publish(self, uint64_t n):
-        """n more rows of the open block are written. Returns True when it is full."""
+        """Add the next n rows, which have been written, to the open block. Returns True when it is full."""
         if n > self.header.open_capacity - self.header.open_rows:
             raise ValueError(f"ring: {n} rows published, room for {self.header.open_capacity - self.header.open_rows}")
         self.header.open_rows += n
@@ -500,41 +508,40 @@ cdef class Ring:
         return self.header.open_rows == self.header.open_capacity
 
     def checkpoint(self):
-        """Counters, gaps and the open block's rows belong together now: that is what a successor goes by."""
-        # 51 kB from cache to cache: 1 to 2 us a batch.
+        """Save counters, gaps and the open block's rows together for a successor. Copies 51 kB in the cache: 1 to 2 us."""
         cdef uint64_t n = self.header.n_checkpoints + 1
-        cdef Checkpoint* newest = &self.all.checkpoints[n % 2]
+        cdef Checkpoint* newest = &self.file.checkpoints[n % 2]
         newest.head = self.header.head
         newest.open_start = self.header.open_start
         newest.open_rows = self.header.open_rows
         newest.open_first_ns = self.header.open_first_ns
-        memcpy(&newest.gaps[0], &self.all.gaps[0], GAPS_SIZE)
-        memcpy(&newest.counts[0], &self.all.counts[0], COUNTS_SIZE)
+        memcpy(&newest.gaps[0], &self.file.gaps[0], GAPS_SIZE)
+        memcpy(&newest.counts[0], &self.file.counts[0], COUNTS_SIZE)
         store_release(&self.header.n_checkpoints, n)
 
     def open_payload(self):
-        """The rows of the open block so far, as read-only bytes."""
+        """Return the rows of the open block so far as read-only bytes."""
         cdef uint64_t start = self.header.open_start % self.header.arena_size
-        return self.readable[start:start + self.header.open_rows * self.now.row_size]
+        return self.readable[start:start + self.header.open_rows * self.run.row_size]
 
     def close_block(self, bytes header):
         """Publish the open block with its packed header."""
         cdef uint64_t rows = self.header.open_rows
         if not self.header.open_capacity or not rows or len(header) > HEADER_ROOM:
             raise ValueError(f"ring: a block of {rows} rows with a header of {len(header)} bytes cannot be closed")
-        self._push(BLOCK, self.header.open_start, rows * self.now.row_size, rows, header)
+        self._push(BLOCK, self.header.open_start, rows * self.run.row_size, rows, header)
 
     def append(self, int kind, payload, uint32_t rows, bytes header):
-        """A block made elsewhere: INFO rows, or the end record (no rows). It may use the room that is kept for that.
+        """Add INFO rows, or the end record (without rows), as a block of its own. No block may be open.
 
-        False when even that is used up. No block may be open.
+        May use the reserve for them; returns False when that is used up, too.
         """
         cdef const uint8_t[::1] view = payload
         cdef uint64_t size = <uint64_t>view.shape[0]
         if self.header.open_rows:
             raise ValueError("ring: a block is open")
-        if size != <uint64_t>rows * self.now.row_size:
-            raise ValueError(f"ring: {rows} rows of {self.now.row_size} bytes expected, found {size} bytes")
+        if size != <uint64_t>rows * self.run.row_size:
+            raise ValueError(f"ring: {rows} rows of {self.run.row_size} bytes expected, found {size} bytes")
         if not self._room(_aligned(size + len(header)), True):
             return False
         self._claim(self.header.head_position + size + len(header))
@@ -548,13 +555,13 @@ cdef class Ring:
         memcpy(self.arena + start % self.header.arena_size + size, <const char*>header, len(header))
         block.start = start
         block.end = _aligned(start + size + len(header))
-        block.run = self.now.run
+        block.run = self.run.run
         block.sequence = self.header.sequence
         block.payload = <uint32_t>size
         block.header = <uint32_t>len(header)
         block.rows = <uint32_t>rows
         block.kind = <uint8_t>kind
-        block.layout = <uint8_t>self.now.layout
+        block.layout = <uint8_t>self.run.layout
         block.first_packet = self.header.first_packet
         store_release(&self.header.head, self.header.head + 1)
         self.header.open_capacity = 0
@@ -563,27 +570,27 @@ cdef class Ring:
         self.header.sequence += 1
         self.header.first_packet += rows
 
-    cdef Descriptor* _at(self, uint64_t index) except NULL:
+    cdef Descriptor* _descriptor(self, uint64_t index) except NULL:
         if not self.header.tail <= index < self.header.head:
             raise IndexError(f"ring: block {index} of {self.header.tail} to {self.header.head}")
         return &self.descriptors[index % DESCRIPTORS]
 
     def kind(self, uint64_t index) -> int:
-        return self._at(index).kind
+        return self._descriptor(index).kind
 
     def payload(self, uint64_t index):
-        """The rows of a block, as read-only bytes; valid until the tail moves over it."""
-        cdef Descriptor* block = self._at(index)
+        """Return the rows of a block as read-only bytes, valid until the tail moves over it."""
+        cdef Descriptor* block = self._descriptor(index)
         cdef uint64_t start = block.start % self.header.arena_size
         return self.readable[start:start + block.payload]
 
     def packed_header(self, uint64_t index) -> bytes:
-        cdef Descriptor* block = self._at(index)
-        cdef uint8_t* where = self.arena + block.start % self.header.arena_size + block.payload
-        return where[:block.header]
+        cdef Descriptor* block = self._descriptor(index)
+        cdef uint8_t* header = self.arena + block.start % self.header.arena_size + block.payload
+        return header[:block.header]
 
     def free_to(self, uint64_t index):
-        """Free every block below `index`."""
+        """Free all blocks below `index`."""
         if not self.header.tail <= index <= self.header.head:
             raise IndexError(f"ring: cannot free to {index}: blocks are {self.header.tail} to {self.header.head}")
         if index == self.header.tail:
@@ -595,47 +602,46 @@ cdef class Ring:
 
 @cython.final
 cdef class Reader:
-    """Reads the blocks of another process's ring, whose memory is mapped here, while its producer goes on.
+    """Reads the blocks of a live producer's ring, which is mapped in this process.
 
-    Nothing keeps a block there for a reader. A storage's is there until it acknowledges it, unless it has been given up;
-    others may be written over at any moment.
-    ValueError when the memory does not hold the ring of this producer and epoch.
+    A block for a required storage stays until the storage acknowledges it, unless the producer has given the storage up. Other
+    blocks may be overwritten at any moment. ValueError when the memory does not hold the ring of this producer and epoch.
     """
 
     cdef const uint8_t[::1] memory
     cdef object readable        # the arena
-    cdef const Head* all
+    cdef const Head* file
     cdef uint64_t size
 
     def __cinit__(self, const uint8_t[::1] memory, *, str producer, uint64_t epoch):
         if memory.shape[0] < <Py_ssize_t>_SMALLEST:
             raise ValueError(f"ring: expected at least {SMALLEST} bytes, found {memory.shape[0]}")
         self.memory = memory
-        self.all = <const Head*>&memory[0]
+        self.file = <const Head*>&memory[0]
         self.readable = memoryview(memory)[_OVERHEAD:]
         self.size = _arena_size(<uint64_t>memory.shape[0])
-        _check_header(&self.all.header, <uint64_t>memory.shape[0], producer.encode(), epoch)
+        _check_header(&self.file.header, <uint64_t>memory.shape[0], producer.encode(), epoch)
 
-    def lend(self, uint64_t index):
-        """The rows of block `index` where they are, as read-only bytes; None: they are not there (any more)."""
-        cdef Descriptor block = self.all.descriptors[index % DESCRIPTORS]
+    def view(self, uint64_t index):
+        """Return the rows of block `index` in the ring as read-only bytes, or None when they are not there."""
+        cdef Descriptor block = self.file.descriptors[index % DESCRIPTORS]
         fence()
-        if not self._holds(index, block.start) or block.start % self.size + block.payload > self.size:
+        if not self._intact(index, block.start) or block.start % self.size + block.payload > self.size:
             return None
         return self.readable[block.start % self.size:block.start % self.size + block.payload]
 
     def read(self, uint64_t index):
-        """The same copied, as bytes: nothing was written over them before they had been."""
-        cdef uint64_t start = self.all.descriptors[index % DESCRIPTORS].start
-        lent = self.lend(index)
-        if lent is None:
+        """Return a copy of the rows of block `index`, or None when they are not there or were overwritten meanwhile."""
+        cdef uint64_t start = self.file.descriptors[index % DESCRIPTORS].start
+        rows = self.view(index)
+        if rows is None:
             return None
-        found = bytes(lent)
+        copy = bytes(rows)
         fence()
-        return found if self._holds(index, start) else None
+        return copy if self._intact(index, start) else None
 
-    cdef bint _holds(self, uint64_t index, uint64_t start) noexcept nogil:
-        """Whether block `index`, which begins at this position, was whole so far."""
-        cdef uint64_t head = load_acquire(&self.all.header.head)
-        # The slot of a descriptor is written anew before the head moves over it.
-        return index < head < index + DESCRIPTORS and load_acquire(&self.all.header.claimed) <= start + self.size
+    cdef bint _intact(self, uint64_t index, uint64_t start) noexcept nogil:
+        """Whether block `index`, which begins at this position, is published and not overwritten."""
+        cdef uint64_t head = load_acquire(&self.file.header.head)
+        # A descriptor's slot is used again before the head moves over it.
+        return index < head < index + DESCRIPTORS and load_acquire(&self.file.header.claimed) <= start + self.size

@@ -1,9 +1,9 @@
-"""Many ZeroMQ messages a call: receiving into one buffer, sending out of one, without the GIL in between.
+"""Receive many ZeroMQ messages into one buffer, or send many from one, in one call without the GIL.
 
-Boards send mostly messages of one word (24 bytes), so the cost of a message is what counts: pyzmq crosses the
-interpreter for each, this crosses it once a batch. libzmq is not linked; its functions are those that pyzmq's own
-extension module has loaded, so both work on the same sockets. Where they cannot be had, pyzmq's methods do the same
-work more slowly (`native` is False).
+Boards send mostly messages of one word (24 bytes), so the cost per message matters. pyzmq returns to the interpreter for
+each message, this module once per batch. libzmq is not linked: its functions are those that pyzmq's extension module has
+loaded, so that both work on the same sockets. Without them pyzmq's methods do the same work more slowly (`native` is False).
+The interface is documented in zmq_batch.pyi.
 """
 
 import ctypes
@@ -38,10 +38,9 @@ cdef size_t _address(library, str name) except 0:
 
 
 def _socket_class():
-    """The class of sockets that the functions below fit, or None where libzmq's functions cannot be had."""
+    """Load libzmq's functions. Returns the class of sockets that they accept, or None without these functions."""
     global msg_init, msg_close, msg_more, msg_recv, msg_size, msg_data, zmq_send
-    # A zmq_msg_t has 64 bytes since libzmq 4.1; no pyzmq that runs here brings an older one, but somebody's own build
-    # may.
+    # A zmq_msg_t has 64 bytes since libzmq 4.1. pyzmq's wheels have newer versions, but it can be built with an older one.
     if zmq.zmq_version_info() < (4, 1):
         return None
     try:
@@ -69,25 +68,19 @@ def _is_native(socket, plain):
 
 @cython.final
 cdef class Receiver:
-    """Takes what waits in a SUB, PULL or DEALER socket, up to `messages` messages and `size` bytes a call.
-
-    After `n = receive()` message i < n lies in `buffer` (shape (size,), u1) at `spans[i]` (dtype schema.SPAN), until
-    the next call. The parts of a multipart message are joined. One that does not fit the rest of the buffer waits for
-    the next call; one larger than the whole buffer is dropped here and counted: `oversized` messages,
-    `oversized_bytes` bytes. `emptied`: the last call ended because the socket had nothing more.
-    """
+    """Receives the queued messages of a SUB, PULL or DEALER socket."""
 
     cdef object _socket
-    cdef object _waiting
+    cdef object _held_part       # of the plain way: (part, whether more parts follow) without room in the buffer
     cdef void *_handle
     cdef uint64_t _message[8]
-    cdef bint _held
-    cdef bint _dropping
+    cdef bint _held              # _message is a part without room in the buffer
+    cdef bint _dropping          # the rest of this message is dropped
     cdef uint8_t[::1] _bytes
     cdef Span[::1] _spans
     cdef size_t _capacity
-    cdef size_t _start
-    cdef size_t _fill
+    cdef size_t _start           # of the message that is being received
+    cdef size_t _fill            # end of the bytes received
     cdef size_t _count
     cdef size_t _limit
     cdef readonly object buffer
@@ -117,11 +110,10 @@ cdef class Receiver:
             msg_close(self._message)
 
     def receive(self):
-        """Take what is there, without waiting; return how many messages. zmq.ZMQError when the socket is closed."""
         if self.buffer is None or self._socket.closed:
             raise zmq.ZMQError(zmq.ENOTSOCK)
         if self._fill > self._start:
-            # the first parts of a message whose next part found no room
+            # the first parts of a message whose next part had no room
             memmove(&self._bytes[0], &self._bytes[self._start], self._fill - self._start)
         self._fill -= self._start
         self._start = 0
@@ -130,14 +122,14 @@ cdef class Receiver:
         cdef int error
         if self.native:
             with nogil:
-                error = self._take()
+                error = self._receive()
         else:
-            error = self._take_plain()
+            error = self._receive_plain()
         if error and self._count == 0:
             raise zmq.ContextTerminated() if error == zmq.ETERM else zmq.ZMQError(error)
         return self._count
 
-    cdef int _take(self) noexcept nogil:
+    cdef int _receive(self) noexcept nogil:
         while self._count < self._limit:
             if not self._held:
                 msg_init(self._message)
@@ -147,7 +139,7 @@ cdef class Receiver:
                         continue
                     self.emptied = errno == EAGAIN
                     return 0 if self.emptied else errno
-            self._held = not self._place(
+            self._held = not self._append(
                 msg_data(self._message), msg_size(self._message), msg_more(self._message) != 0
             )
             if self._held:
@@ -155,10 +147,10 @@ cdef class Receiver:
             msg_close(self._message)
         return 0
 
-    def _take_plain(self):
+    def _receive_plain(self):
         cdef const uint8_t[::1] data
         while self._count < self._limit:
-            part = self._waiting
+            part = self._held_part
             if part is None:
                 try:
                     part = self._socket.recv(zmq.DONTWAIT), bool(self._socket.getsockopt(zmq.RCVMORE))
@@ -168,14 +160,14 @@ cdef class Receiver:
                 except zmq.ZMQError as error:
                     return error.errno
             data = part[0]
-            if not self._place(&data[0] if len(data) else NULL, len(data), part[1]):
-                self._waiting = part
+            if not self._append(&data[0] if len(data) else NULL, len(data), part[1]):
+                self._held_part = part
                 return 0
-            self._waiting = None
+            self._held_part = None
         return 0
 
-    cdef bint _place(self, const void *data, size_t size, bint more) noexcept nogil:
-        """Append one part; False where it has to wait for the next call."""
+    cdef bint _append(self, const void *data, size_t size, bint more) noexcept nogil:
+        """Append a part of a message. Returns False when it must wait for the next call."""
         if not self._dropping:
             if self._fill - self._start + size > self._capacity:
                 self.oversized_bytes += self._fill - self._start
@@ -202,7 +194,7 @@ cdef class Receiver:
 
 @cython.final
 cdef class Sender:
-    """Sends messages that lie in one buffer, without waiting."""
+    """Sends messages of one buffer without waiting."""
 
     cdef object _socket
     cdef void *_handle
@@ -214,11 +206,6 @@ cdef class Sender:
         self._handle = <void *><size_t>socket.underlying if self.native else NULL
 
     def send(self, buffer, spans):
-        """Send the messages at `spans` (dtype schema.SPAN) of `buffer` (u1) in order; return how many were handed over.
-
-        Fewer than len(spans): the socket's queue is full. ValueError for a span outside of the buffer (nothing is
-        sent then).
-        """
         cdef const uint8_t[::1] data = buffer
         cdef const Span[::1] parts = spans
         cdef size_t i, sent = 0, n = parts.shape[0], size = data.shape[0]
@@ -232,7 +219,7 @@ cdef class Sender:
             return self._send_plain(buffer, spans)
         with nogil:
             while sent < n:
-                # start may equal size for an empty message: address arithmetic, no indexing
+                # the start of an empty message may equal size, so this is address arithmetic, not an index
                 if zmq_send(self._handle, &data[0] + parts[sent].start, parts[sent].length, DONTWAIT) >= 0:
                     sent += 1
                 elif errno != EINTR:

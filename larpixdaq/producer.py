@@ -330,7 +330,7 @@ class Producer:
             UnknownWord(int(w["io_group"]), int(w["seconds"]), int(w["reason"]), w["raw"][: w["size"]].tobytes())
             for w in self.readout.take_unknown()
         ]
-        outside = self.delivery.ring.outside
+        outside = self.delivery.ring.outside_counts
         verdicts = self._verdicts()
         now = self._end_requested_ns or time.time_ns()
         clocks = {
@@ -406,7 +406,7 @@ class Producer:
             dropped=total[Count.DROPPED],
             unknown=total[Count.UNKNOWN_WORDS] + total[Count.REJECTED_WORDS],
             bad_parity=total[Count.BAD_PARITY],
-            outside_run=int(self.delivery.ring.outside[:, Count.PACKETS].sum()),
+            outside_run=int(self.delivery.ring.outside_counts[:, Count.PACKETS].sum()),
             boards=[_report(board) for board in self._boards()],
             verdicts={str(io_group): verdict for io_group, verdict in sorted(self._watch.worst.items())},
             finished=all(source.finished for source in self.boards),

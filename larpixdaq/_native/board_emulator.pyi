@@ -1,4 +1,4 @@
-"""Words and messages as a detector would send them: plausible, seeded, and faster than anything behind them."""
+"""Make words and messages as a detector sends them: plausible, from a seed, and faster than the rest of the system."""
 
 from typing import Any, final
 
@@ -7,15 +7,15 @@ from numpy.typing import NDArray
 
 @final
 class PacmanBoard:
-    """One PACMAN's data stream (legacy format): `fill()` writes messages into `buffer`, `packets()` bare packet words.
+    """Data stream of one PACMAN in the legacy format.
 
-    `asic`: a schema.Asic. `rate`: words a second by the board's own clock, 10 to 1e9. `seconds`: unix seconds at tick
-    0, for the headers. `tick`: where the 10 MHz clock begins. `io_channels` count from 1, the `chips` on each have
-    chip_ids from 11 on. Beside hits there are a heartbeat (S, type H) each 10 s, a trigger word (T) each second, and
-    a sync word (S, type S) at each reset of the board's clock: each second with `pps`, else each 2^32 ticks. `odd`:
-    the fraction of packets that are something else: answers to configuration reads, half of them with bad parity.
-    `fifo_full`: the fraction of packets whose flags say that the chip's FIFO is full. `words`: the most that one fill()
-    makes. The same arguments give the same words, however they are fetched.
+    `asic`: a schema.Asic. `rate`: words per second of the board's clock, 10 to 1e9. `seconds`: unix seconds at tick 0,
+    for the headers. `tick`: first value of the 10 MHz clock. `io_channels`: their number, from 1 on, each with `chips`
+    chips with chip_ids from 11 on. Hits are mixed with a heartbeat (S, type H) every 10 s, a trigger word (T) every
+    second, and a sync word (S, type S) at each reset of the board's clock, every second with `pps`, otherwise every
+    2^32 ticks. `odd`: fraction of packets that are answers to configuration reads, half of them with wrong parity.
+    `fifo_full`: fraction of packets with the flag of a full FIFO. `words`: maximum number of words per fill(). The same
+    arguments give the same words, whatever the sizes of the calls.
     """
 
     @property
@@ -26,16 +26,16 @@ class PacmanBoard:
     def words(self) -> int: ...
     @property
     def left(self) -> bool:
-        """True: there is always more to come."""
+        """True, because there are always more messages."""
     @property
     def full(self) -> int:
-        """Packets so far with the flag of a full FIFO."""
+        """Number of packets so far with the flag of a full FIFO."""
     @property
     def tick(self) -> int:
-        """Ticks of the board's 10 MHz clock, without its resets."""
+        """Ticks of the 10 MHz clock since the start, regardless of resets."""
     @property
     def receipt(self) -> int:
-        """What the board's 32-bit clock shows."""
+        """The board's 32-bit clock, in ticks."""
     def __init__(
         self,
         asic: int,
@@ -52,21 +52,20 @@ class PacmanBoard:
         words: int = 16384,
     ) -> None: ...
     def jump(self, seconds: int) -> None:
-        """The clock for the headers is set: it goes on by `seconds`, which may be negative."""
+        """Set the clock of the headers forward by `seconds`, which may be negative."""
     def restart(self) -> None:
-        """The board starts again: both its clocks count from 0."""
+        """Restart the board: both its clocks count from 0."""
     def fill(self, words: int, per_message: int = 0, window: int = 200) -> int:
-        """Write messages with `words` words in all into `buffer` and `spans`; return how many messages.
+        """Write messages with `words` words in total into `buffer` and `spans`. Returns the number of messages.
 
-        Each holds `per_message` words (the last one the rest); with 0 a message holds what came within `window` ticks
-        after its first word, as a data server does that sends whatever is complete when it is through with the
-        message before.
+        Each message has `per_message` words, the last message the rest. With 0, a message has the words of `window`
+        ticks from its first word on, as a data server sends all words that arrived while it sent the previous message.
         """
     def packets(self, out: NDArray[np.uint64]) -> None:
-        """Fill `out`, shape (N,), with packet words alone, as `fill()` puts them into data words."""
+        """Fill `out`, shape (N,), with the packets that `fill()` would put into data words."""
 
 def count_words(buffer: NDArray[np.uint8], spans: NDArray[Any]) -> tuple[int, int, int, int]:
-    """How many words the legacy PACMAN messages at `spans` of `buffer` hold: (D, S, T, others).
+    """Count the words of legacy PACMAN messages by type: D, S, T, others.
 
-    Counted are the whole words that are there, and no more of them than the header says.
+    Counts complete words, at most as many as the message's header says.
     """

@@ -1,5 +1,4 @@
-"""Configuration words through emulated chips, in the order in which they came: a chip that hears a write takes it, one
-that hears a read answers."""
+"""Emulated chips execute configuration words in order of arrival: writes set registers, reads are answered."""
 
 from enum import IntEnum
 from typing import Any, final
@@ -7,45 +6,51 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-class Heard(IntEnum):
-    """In `hears` and `leaves`: no chip (io_channel), several, not worked out yet."""
+class PathEnd(IntEnum):
+    """Entries of `hears` and `leaves` in place of a chip or io_channel: none, several, not found yet."""
 
-    NOBODY = -1
+    NONE = -1
     SEVERAL = -2
     UNKNOWN = -3
 
 class Stop(IntEnum):
-    """Why serve() returned: no more words, or no more room for answers; somebody has to say who hears this word, or
-    where its answer leaves; a watched register has changed."""
+    """Reason why serve() returned.
 
-    THROUGH = 0
-    ASK = 1
-    CHANGED = 2
+    DONE: no more words, or no more room for answers. PATH_UNKNOWN: the caller must find the chips that hear the next
+    word, or the io_channels of its answers. REGISTER_CHANGED: a watched register has changed.
+    """
+
+    DONE = 0
+    PATH_UNKNOWN = 1
+    REGISTER_CHANGED = 2
 
 @final
 class RegisterBank:
-    """The registers of a board's chips, and the words that come to them.
+    """Registers of a board's chips, which execute configuration words.
 
-    `registers`, `keep` and `force`: shape (chips, 256), u1; a write stores (value & keep) | force. `watched`: (256,)
-    u1, addresses whose change stops serve(). `changed`: (chips,) u1, set by any change. `hears`: (256, 256) i4, the
-    chip that hears a word on [io_channel, chip_id]; `leaves`: (chips,) i2, the io_channel on which its answers leave;
-    both may hold a Heard. Addresses from `count` on are no registers: they read as 0. All are written in place by
-    both sides.
+    `registers`, `keep` and `force`: shape (chips, 256), u1; a write stores (value & keep) | force. `watched`: shape
+    (256,), u1, not 0 for addresses whose change stops serve(). `changed`: shape (chips,), u1, set to 1 by any change.
+    `hears`: shape (256, 256), i4, the chip that hears a word on [io_channel, chip_id]. `leaves`: shape (chips,), i2,
+    the io_channel on which the chip's answers reach the board. `hears` and `leaves` may hold a PathEnd. Addresses from
+    `count` on are no registers and read as 0. `v1`: the parity is bit 53, not bit 63. `magic`: chips accept only words
+    with correct parity and the magic number of v3. Caller and kernel both write the arrays in place.
     """
 
     @property
     def unheard(self) -> int:
-        """Words that no chip heard."""
+        """Number of words that no chip heard."""
     @property
     def refused(self) -> int:
-        """Words that no chip takes: no configuration, downstream; v3: wrong parity or magic."""
+        """Number of words that no chip accepts: no configuration word, downstream; v3: wrong parity or magic number."""
     @property
     def chip(self) -> int:
-        """Of the last CHANGED."""
+        """Chip of the last REGISTER_CHANGED."""
     @property
-    def address(self) -> int: ...
+    def address(self) -> int:
+        """Address of the last REGISTER_CHANGED."""
     @property
-    def before(self) -> int: ...
+    def old_value(self) -> int:
+        """Value before the last REGISTER_CHANGED."""
     def __init__(
         self,
         registers: NDArray[np.uint8],
@@ -69,9 +74,9 @@ class RegisterBank:
         answer_channels: NDArray[np.uint8],
         made: int,
     ) -> tuple[int, int, int]:
-        """Go on with word `start` of `words` on io_channels `channels`; answers go to place `made` and on.
+        """Execute words from index `start` on, which came on io_channels `channels`, and append to the `made` answers.
 
-        Returns (next word, answers in all, why it stopped: a Stop).
+        Returns the index of the next word, the number of answers, and the reason for the stop, a Stop.
         """
-    def one(self, chip: int, word: Any) -> int:
-        """The one chip has heard the word: what it answers, 0 for nothing."""
+    def deliver(self, chip: int, word: Any) -> int:
+        """Execute a word in one chip. Returns its answer, or 0 when there is none (no answer is 0)."""

@@ -1,5 +1,4 @@
-"""What a chunk of the file needs: the byte shuffle and the deflate that HDF5's filters undo, and the count of its rows
-by kind."""
+"""Pack rows into HDF5 chunks with byte shuffle and deflate, and count rows by kind."""
 
 from typing import final
 
@@ -9,13 +8,19 @@ from numpy.typing import NDArray
 TALLY: tuple[str, ...]
 
 def tally(rows: NDArray[np.uint8], layout: int, counts: NDArray[np.uint64]) -> None:
-    """Add rows, given as bytes of this layout code, to `counts`, shape (256, len(TALLY)): one line per io_group."""
+    """Add rows to `counts`, shape (256, len(TALLY)): one line per io_group.
+
+    `rows`: the bytes of rows of the layout with this code (schema.LAYOUTS).
+    """
 
 @final
 class Packer:
-    """Shuffles and deflates chunks of `rows` rows (1 or more) of `itemsize` bytes: as HDF5's two filters would, in the
-    zlib format. One thread at a time."""
+    """Shuffles and deflates chunks of `rows` rows (at least 1) of `itemsize` bytes, in the format of HDF5's two
+    filters.
+
+    Not for several threads at a time.
+    """
 
     def __new__(cls, rows: int, itemsize: int) -> Packer: ...
     def pack(self, chunk: NDArray[np.uint8]) -> bytes:
-        """The bytes of the chunk's rows, shuffled and deflated. The GIL is given away meanwhile."""
+        """Return the chunk's rows shuffled and deflated (zlib format), from their bytes. Releases the GIL."""

@@ -1,4 +1,4 @@
-"""What the rows of a run are: counts per chip and channel, ADC histograms, parity and FIFO flags."""
+"""Count the rows of a run per chip and channel, with ADC histograms, parity and FIFO flags."""
 
 from typing import Any, final
 
@@ -10,53 +10,58 @@ CHIPS: np.dtype[Any]
 
 @final
 class PacketCounters:
-    """Counters over all rows since the last reset(). For one thread at a time: RuntimeError otherwise.
+    """Counters of all rows since the last reset(). RuntimeError when two threads use it at a time.
 
-    "Packets" are rows of types 0 to 3 with direction 1. FIFO flags are those of data packets (v1 has one FIFO, counted
-    as the local one). Histograms hold data packets with valid parity (v3: without the reset samples); a bin stops at
+    "Packets" are rows of types 0 to 3 with direction 1. FIFO flags are those of data packets; the single FIFO of v1
+    counts as the local FIFO. Histograms have data packets with valid parity (v3: without reset samples); a bin stops at
     2^32 - 1.
     """
 
     def __new__(cls, histogram_bytes: int = 536870912) -> PacketCounters:
-        """Channels get a histogram of their own (v2: 1 KiB, v1 and v3: 4 KiB, at the first data packet) up to this
-        limit; those that come later share one per chip."""
+        """`histogram_bytes`: limit of memory for histograms of single channels, v2 1 KiB each, v1 and v3 4 KiB each.
+
+        Channels after the limit share one histogram per chip.
+        """
 
     @property
     def rows(self) -> int:
-        """Rows counted."""
+        """Number of rows counted."""
 
     @property
     def bins(self) -> int:
-        """ADC values of the chips: 256 (v2) or 1024 (v1, v3); 0 before the first count()."""
+        """Number of ADC values of the chips: 256 (v2) or 1024 (v1, v3); 0 before the first count()."""
 
     @property
     def unplaced(self) -> int:
-        """Rows that belong to no chip: impossible type, direction, channel, ADC value or chip_key, or more than 262,144
-        chips. Those with a possible type and key are in types() all the same."""
+        """Number of rows without a place in chips() and channels().
+
+        Their type, direction, channel, ADC value or chip_key is impossible, or there are more than 262,144 chips. Rows
+        with possible type, direction and chip_key are in types() nevertheless.
+        """
 
     def count(self, rows: NDArray[Any]) -> None:
-        """Count rows, shape (N,), of any layout of larpixdaq.schema; the GIL is released.
+        """Count rows, shape (N,), of any layout of larpixdaq.schema. Releases the GIL.
 
-        ValueError: not a layout, or chips with other channels or ADC values than those counted since the last reset().
+        ValueError for another dtype, or chips with other numbers of channels or ADC values than since the last reset().
         """
 
     def reset(self) -> None:
-        """Forget everything and give the memory back."""
+        """Set all counters to 0 and free their memory."""
 
     def types(self) -> NDArray[np.uint64]:
-        """Rows by [io_group, direction, packet_type], shape (256, 2, 8)."""
+        """Return the rows by [io_group, direction, packet_type], shape (256, 2, 8)."""
 
     def chips(self) -> NDArray[Any]:
-        """The chips seen, shape (n,), dtype CHIPS, in the order of first sight (so entry i stays the same chip)."""
+        """Return the chips seen, shape (n,), dtype CHIPS, in order of their first packets: entry i stays the same."""
 
     def channels(self) -> NDArray[np.uint64]:
-        """Packets by [chip as in chips(), channel_id], shape (n, 64), v1 (n, 128)."""
+        """Return the packets by [chip as in chips(), channel_id], shape (n, 64), v1 (n, 128)."""
 
     def histogram(
         self, io_group: int = -1, io_channel: int = -1, chip_id: int = -1, channel_id: int = -1
     ) -> tuple[NDArray[np.uint64], int]:
-        """Data packets by ADC value, shape (bins,), of what is asked for; -1 means all.
+        """Return the data packets of the selected channels by ADC value, shape (bins,); -1 selects all.
 
-        The second value: channels that were asked for by channel_id but share a histogram with others, and so are not
-        in it.
+        The second value is the number of channels selected by channel_id that are missing, because they share a
+        histogram with others.
         """

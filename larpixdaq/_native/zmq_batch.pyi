@@ -1,4 +1,4 @@
-"""Many ZeroMQ messages a call: receiving into one buffer, sending out of one, without the GIL in between."""
+"""Receive many ZeroMQ messages into one buffer, or send many from one, in one call without the GIL."""
 
 from typing import Any, final
 
@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 
 @final
 class Receiver:
-    """Takes what waits in a SUB, PULL or DEALER socket, up to `messages` messages and `size` bytes a call.
+    """Receives the queued messages of a SUB, PULL or DEALER socket, up to `messages` messages and `size` bytes per
+    call.
 
-    After `n = receive()` message i < n lies in `buffer` at `spans[i]` (dtype schema.SPAN), until the next call. The
-    parts of a multipart message are joined. One that does not fit the rest of the buffer waits for the next call; one
-    larger than the whole buffer is dropped and counted. `plain` keeps to pyzmq's own methods, as where libzmq's
-    functions cannot be had. `emptied`: the last call ended because the socket had nothing more.
+    After `n = receive()` message i < n is in `buffer` (shape (size,), u1) at `spans[i]` (dtype schema.SPAN), until the
+    next call. The parts of a multipart message are joined. A message without room in the rest of the buffer waits for
+    the next call; a message larger than the whole buffer is dropped and counted. `plain`: use pyzmq's methods, as
+    without libzmq's functions.
     """
 
     @property
@@ -21,29 +22,33 @@ class Receiver:
     @property
     def spans(self) -> NDArray[Any]: ...
     @property
-    def native(self) -> bool: ...
+    def native(self) -> bool:
+        """Whether libzmq's functions are used, not pyzmq's methods."""
     @property
-    def emptied(self) -> bool: ...
+    def emptied(self) -> bool:
+        """Whether the last call ended because the socket had no more messages."""
     @property
-    def oversized(self) -> int: ...
+    def oversized(self) -> int:
+        """Number of messages dropped so far."""
     @property
-    def oversized_bytes(self) -> int: ...
+    def oversized_bytes(self) -> int:
+        """Their bytes."""
     def __init__(
         self, socket: zmq.Socket[bytes], *, messages: int = 4096, size: int = 8388608, plain: bool = False
     ) -> None: ...
     def receive(self) -> int:
-        """Take what is there, without waiting; return how many messages. zmq.ZMQError when the socket is closed."""
+        """Receive queued messages without waiting. Returns their number. zmq.ZMQError when the socket is closed."""
 
 @final
 class Sender:
-    """Sends messages that lie in one buffer, without waiting."""
+    """Sends messages of one buffer without waiting."""
 
     @property
     def native(self) -> bool: ...
     def __init__(self, socket: zmq.Socket[bytes], *, plain: bool = False) -> None: ...
     def send(self, buffer: NDArray[np.uint8], spans: NDArray[Any]) -> int:
-        """Send the messages at `spans` (dtype schema.SPAN) in order; return how many were handed over.
+        """Send the messages at `spans` (dtype schema.SPAN) of `buffer` in order. Returns the number of messages sent.
 
-        Fewer than len(spans): the socket's queue is full. ValueError for a span outside of the buffer (nothing is
-        sent then).
+        It is less than len(spans) when the socket's queue is full. ValueError, with no message sent, for a span outside
+        of the buffer.
         """

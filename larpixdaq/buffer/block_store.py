@@ -191,7 +191,7 @@ class BlockStore:
         if self.ring is None or self.spool is None or not self.spool.can_write():
             return
         first = max(self.tail, self.ring.tail, self.spool.head)
-        if not self.ring.short(first):
+        if not self.ring.nearly_full(first):
             return
         segment = next((s for s in self.segments if s.first <= first < self.end_of(s)), None)
         if segment is None:
@@ -202,7 +202,7 @@ class BlockStore:
         for index in range(first, min(pinned, self.end_of(segment), first + BATCH_BLOCKS)):
             header, payload = self.ring.packed_header(index), self.ring.payload(index)
             size += len(header) + len(payload)
-            if size > BATCH_BYTES or not self.ring.short(index) or not self.spool.directory.has_room(size):
+            if size > BATCH_BYTES or not self.ring.nearly_full(index) or not self.spool.directory.has_room(size):
                 break
             # A copy, because a disk that hangs must not hold the ring's tail.
             records.append(SpoolRecord(header, bytes(payload)))

@@ -145,7 +145,7 @@ class Predecessors:
         recorder.resume(run, began_ns)
         until_ns = max(died_ns, self._listening_ns)
         verdicts = [LossVerdict(group, "suspect", _DIED, 0, died_ns, until_ns) for group in io_groups if group]
-        recorder.end("recovered", [], recorder.counts(ring.outside), verdicts)
+        recorder.end("recovered", [], recorder.counts(ring.outside_counts), verdicts)
 
 
 def _ends(ring_file: RingFile) -> dict[int, End]:

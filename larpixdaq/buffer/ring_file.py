@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from larpixdaq._native.ring_buffer import SMALLEST, Reader, Ring, place
+from larpixdaq._native.ring_buffer import SMALLEST, Reader, Ring, map_file
 from larpixdaq.errors import FileError, RingError
 from larpixdaq.runtime.file_access import (
     DAMAGED,
@@ -122,7 +122,7 @@ def open_reader(path: Path, producer: str, epoch: int) -> Reader:
 def _map_file(file: int, size: int) -> mmap.mmap:
     """Map a file over a range of addresses over which place() can map another file later."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    place(memory, file)
+    map_file(memory, file)
     return memory
 
 
@@ -210,7 +210,7 @@ class RingFile:
 
     def shrink(self) -> None:
         """Give memory without blocks back to the system, if the file system can. No block may be made any more."""
-        for start, size in self.ring.unused():
+        for start, size in self.ring.unused_ranges():
             first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
             last = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
             if last > first:
@@ -237,7 +237,7 @@ class RingFile:
         file = _make_file(path)
         try:
             os.ftruncate(file, len(self._memory))
-            pieces = [(0, len(self._memory))] if self.grows else self.ring.used()
+            pieces = [(0, len(self._memory))] if self.grows else self.ring.used_ranges()
             free = os.statvfs(path.parent)
             # Checked first, because a failing posix_fallocate() fills the file system for a moment, also for others.
             if sum(size for _, size in pieces) > free.f_bavail * free.f_frsize:
@@ -245,7 +245,9 @@ class RingFile:
             for start, size in pieces:
                 os.posix_fallocate(file, start, size)
             position = self.ring.position
-            self._copy(file, self.ring.used()[1:])  # without the header: it changes, and only with it this is a ring
+            self._copy(
+                file, self.ring.used_ranges()[1:]
+            )  # without the header: it changes, and only with it this is a ring
         except BaseException:
             remove(file, path)
             os.close(file)
@@ -267,8 +269,8 @@ class RingFile:
         takes 0.2 s for 512 MiB. OSError, with nothing changed, when the new file cannot be used.
         """
         try:
-            self._copy(new.file, self.ring.used(new.position))
-            place(self._memory, new.file)
+            self._copy(new.file, self.ring.used_ranges(new.position))
+            map_file(self._memory, new.file)
         except BaseException:
             remove(new.file, new.path)
             os.close(new.file)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq._native import chip_emulator as native
-from larpixdaq._native.chip_emulator import Heard, Stop
+from larpixdaq._native.chip_emulator import PathEnd, Stop
 from larpixdaq.emulators.network import TILE_CHANNELS, Chain, Network, RegisterMap, Wiring, register_map
 
 
@@ -155,9 +155,9 @@ class EmulatedChips:
         position = made = 0
         while True:
             position, made, stop = self._native.serve(words, channels, position, answers, answer_channels, made)
-            if stop == Stop.CHANGED:
-                self._register_changed(self._native.chip, self._native.address, self._native.before)
-            elif stop == Stop.ASK:
+            if stop == Stop.REGISTER_CHANGED:
+                self._register_changed(self._native.chip, self._native.address, self._native.old_value)
+            elif stop == Stop.PATH_UNKNOWN:
                 word = int(words[position])
                 chips = self._find_paths(word, int(channels[position]))
                 if chips:
@@ -179,7 +179,7 @@ class EmulatedChips:
         """Return the io_channel on which packets of each chip reach the board: the first of several, or -1."""
         leaves = self.network.leaves
         first = {}
-        for chip in np.unique(chips[leaves[chips] < Heard.NOBODY]).tolist():
+        for chip in np.unique(chips[leaves[chips] < PathEnd.NONE]).tolist():
             exits = self.network.exits(chip)
             if len(exits) > 1:
                 first[chip] = exits[0]
@@ -203,7 +203,7 @@ class EmulatedChips:
         answers = []
         old = self.registers[np.ix_(chips, self._watched)]
         for chip in chips:
-            answer = self._native.one(chip, word)
+            answer = self._native.deliver(chip, word)
             if answer:
                 answers += [(answer, io_channel) for io_channel in self.network.exits(chip)]
         for row, column in np.argwhere(old != self.registers[np.ix_(chips, self._watched)]).tolist():

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from larpixdaq._native.chip_emulator import Heard
+from larpixdaq._native.chip_emulator import PathEnd
 from larpixdaq.errors import ConfigError, FileError
 
 BROADCAST: Final = 255
@@ -78,8 +78,8 @@ class Chain:
         self.from_chips = np.ones(256, np.bool_)
         self.ticks_per_bit = np.full(256, ticks_per_bit, np.int64)
         self._chip_ticks = ticks_per_bit
-        self.hears = np.full((256, 256), Heard.UNKNOWN, np.int32)
-        self.leaves = np.full(chips, Heard.UNKNOWN, np.int16)
+        self.hears = np.full((256, 256), PathEnd.UNKNOWN, np.int32)
+        self.leaves = np.full(chips, PathEnd.UNKNOWN, np.int16)
         self._keys = wiring.keys
         self._alive = alive
 
@@ -96,7 +96,7 @@ class Chain:
         """Return the io_channels on which the chip's answers reach the board, and enter them in `leaves`."""
         io_channel = self._keys[chip][0]
         connected = self._ticks_from_chips(io_channel) == self._chip_ticks
-        self.leaves[chip] = io_channel if connected else Heard.NOBODY
+        self.leaves[chip] = io_channel if connected else PathEnd.NONE
         return [io_channel] if connected else []
 
     def _ticks_to_chips(self, io_channel: int) -> int:
@@ -112,14 +112,14 @@ class Chain:
 
     def invalidate(self) -> None:
         """Discard all paths, because the power of chips or the board's UARTs have changed."""
-        self.hears.fill(Heard.UNKNOWN)
-        self.leaves.fill(Heard.UNKNOWN)
+        self.hears.fill(PathEnd.UNKNOWN)
+        self.leaves.fill(PathEnd.UNKNOWN)
 
     def _enter_listeners(self, io_channel: int, by_id: dict[int, list[int]]) -> dict[int, list[int]]:
         row = self.hears[io_channel]
-        row.fill(Heard.NOBODY)
+        row.fill(PathEnd.NONE)
         for chip_id, chips in by_id.items():
-            row[chip_id] = chips[0] if len(chips) == 1 else Heard.SEVERAL
+            row[chip_id] = chips[0] if len(chips) == 1 else PathEnd.SEVERAL
         return by_id
 
 
@@ -203,7 +203,7 @@ class Network(Chain):
                     visited.add(neighbour)
                     if self._ticks(neighbour) == ticks:
                         queue.append(neighbour)
-        self.leaves[chip] = Heard.SEVERAL if len(io_channels) > 1 else io_channels[0] if io_channels else Heard.NOBODY
+        self.leaves[chip] = PathEnd.SEVERAL if len(io_channels) > 1 else io_channels[0] if io_channels else PathEnd.NONE
         return io_channels
 
     def _receives(self, chip: int, uart: int) -> bool:
@@ -216,8 +216,8 @@ class Network(Chain):
 
     def invalidate_chip(self, chip: int) -> None:
         for io_channel in self._reached_from[chip]:
-            self.hears[io_channel].fill(Heard.UNKNOWN)
-        self.leaves.fill(Heard.UNKNOWN)
+            self.hears[io_channel].fill(PathEnd.UNKNOWN)
+        self.leaves.fill(PathEnd.UNKNOWN)
 
 
 @dataclass

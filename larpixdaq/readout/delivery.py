@@ -99,7 +99,7 @@ class Delivery:
             log.warning(self._messages.pop())
         self.worker.turn()
         self.publisher.work()
-        self.ring.alive(time.time_ns())
+        self.ring.mark_alive(time.time_ns())
         if time.monotonic() >= self._check_names_at:
             self._check_names_at = time.monotonic() + NAMES_INTERVAL
             self._renew_names()

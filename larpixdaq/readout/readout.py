@@ -68,7 +68,7 @@ class Readout:
         #: Rows that went into blocks in the last turn.
         self.rows = 0
         for source in sources:
-            source.start(ring.outside)
+            source.start(ring.outside_counts)
 
     def record(self, recording: bool) -> None:
         """Begin (True) or stop putting rows into the run's blocks. Unknown words that were kept are dropped."""
@@ -77,7 +77,7 @@ class Readout:
         self._full = False
         self._dropped = 0
         for source in self._sources:
-            source.start(self._ring.counts if recording else self._ring.outside)
+            source.start(self._ring.counts if recording else self._ring.outside_counts)
 
     def play(self) -> None:
         """Begin to read recorded files, from their beginning, because the run begins."""
@@ -140,7 +140,7 @@ class Readout:
         if not self._record_sent:
             return len(rows)
         if not self._recording:
-            self._ring.outside[io_group, Count.SENT_ROWS] += np.uint64(len(rows))
+            self._ring.outside_counts[io_group, Count.SENT_ROWS] += np.uint64(len(rows))
             return len(rows)
         room = self._recorder.rows()
         if room is None:

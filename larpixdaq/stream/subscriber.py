@@ -424,7 +424,7 @@ class ProducerConnection:
             return None
         index = int.from_bytes(place[:8], "little")
         if self._keeps:
-            return self._ring.lend(index)
+            return self._ring.view(index)
         rows = self._ring.read(index)
         return None if rows is None else memoryview(rows)
 

@@ -19,7 +19,7 @@ from stream_harness import LAYOUT, Line, Reader
 from stream_harness import until as turn_until
 from system import System, rows_of, system
 
-from larpixdaq._native.ring_buffer import SMALLEST, place
+from larpixdaq._native.ring_buffer import SMALLEST, map_file
 from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.ring_file import RingFile
 from larpixdaq.control.display import status_lines
@@ -177,8 +177,8 @@ def test_the_ring_s_new_file_holds_all_of_it(tmp_path: Path) -> None:
     recorder.close_block()
     write(5)
     before = [bytes(ring_file.ring.payload(index)) for index in range(ring_file.ring.tail, ring_file.ring.head)]
-    assert len(ring_file.ring.used()) == 3
-    assert sum(size for _, size in (*ring_file.ring.used(), *ring_file.ring.unused())) == SMALLEST
+    assert len(ring_file.ring.used_ranges()) == 3
+    assert sum(size for _, size in (*ring_file.ring.used_ranges(), *ring_file.ring.unused_ranges())) == SMALLEST
     os.close(ring_file.move_to(new))
     assert [bytes(ring_file.ring.payload(index)) for index in range(ring_file.ring.tail, ring_file.ring.head)] == before
     write(7)
@@ -193,7 +193,7 @@ def test_the_ring_s_new_file_holds_all_of_it(tmp_path: Path) -> None:
 
 def test_only_mapped_memory_is_replaced(tmp_path: Path) -> None:
     with open(tmp_path / "file", "w+b") as file, pytest.raises(ValueError, match="expected the memory of an mmap"):
-        place(bytearray(SMALLEST), file.fileno())
+        map_file(bytearray(SMALLEST), file.fileno())
 
 
 def test_a_ring_without_a_new_file_is_reported_and_kept_in_the_spool_directory_at_the_end(

@@ -583,8 +583,8 @@ def test_calls_that_do_not_fit():
     for start, made, many in ((5, 0, 4), (0, 5, 4), (0, 0, 3)):
         with pytest.raises(ValueError, match="serve: 4 words"):
             chips.serve(words, channels[:many], start, answers, on, made)
-    with pytest.raises(ValueError, match="one: chip 2 of 2"):
-        chips.one(2, 3)
+    with pytest.raises(ValueError, match="deliver: chip 2 of 2"):
+        chips.deliver(2, 3)
     chips.serve(words, channels, 0, answers, on, 0)
     assert (chips.refused, chips.unheard) == (4, 0)
 
@@ -599,7 +599,7 @@ def test_answers_wait_for_room():
     at, got = 0, []
     while at < 5:
         at, made, why = chips.serve(words, np.ones(5, np.uint8), at, answers, on, 0)
-        assert why == native.Stop.THROUGH
+        assert why == native.Stop.DONE
         got += [fields(answer)[1] for answer in answers[:made].tolist()]
     assert got == list(range(5))
 

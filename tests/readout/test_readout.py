@@ -205,10 +205,10 @@ def test_rows_outside_of_a_run_are_counted_and_not_kept() -> None:
     while readout.turn(zmq.Poller()):
         pass
     assert ring.head == 0
-    assert ring.outside[1, Count.WORD_ROWS] == 30_100
+    assert ring.outside_counts[1, Count.WORD_ROWS] == 30_100
     recorder.begin(1, [])
     assert ring.counts.sum() == 0
-    assert recorder.counts(ring.outside)[0][0] == 1
+    assert recorder.counts(ring.outside_counts)[0][0] == 1
 
 
 def test_rows_of_a_batch_after_an_abort_belong_to_no_run(caplog: pytest.LogCaptureFixture) -> None:
@@ -224,7 +224,7 @@ def test_rows_of_a_batch_after_an_abort_belong_to_no_run(caplog: pytest.LogCaptu
     readout.record(False)
     while readout.turn(poller):
         pass
-    assert in_run + int(ring.outside[1, Count.WORD_ROWS]) == 400_000
+    assert in_run + int(ring.outside_counts[1, Count.WORD_ROWS]) == 400_000
 
 
 def test_the_end_record_always_has_room() -> None:
