@@ -247,7 +247,7 @@ class RingFile:
             position = self.ring.position
             self._copy(
                 file, self.ring.used_ranges()[1:]
-            )  # without the header: it changes, and only with it this is a ring
+            )  # the header comes last: it makes this a ring
         except BaseException:
             remove(file, path)
             os.close(file)

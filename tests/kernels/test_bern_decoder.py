@@ -1,4 +1,4 @@
-"""Messages of the Bern board to rows."""
+"""The Bern decoder: literal messages, larpix-control's messages, wrong messages, any grouping."""
 
 import struct
 
@@ -16,12 +16,12 @@ from larpixdaq.schema import Asic
 LAYOUTS = [(asic, schema.layout_of(asic).dtype) for asic in Asic]
 
 
-def data(words: list[int], channel: int = 2, rest: bytes = b"") -> bytes:
-    return b"\x01\x00D" + bytes([channel, 9, 9, 9, 9]) + b"".join(struct.pack("<Q", word) for word in words) + rest
+def data(words: list[int], channel: int = 2, trailing: bytes = b"") -> bytes:
+    return b"\x01\x00D" + bytes([channel, 9, 9, 9, 9]) + b"".join(struct.pack("<Q", word) for word in words) + trailing
 
 
-def time(seconds: int, rest: bytes = b"") -> bytes:
-    return b"\x01\x00T" + bytes(5) + struct.pack("<Q", seconds) + rest
+def time(seconds: int, trailing: bytes = b"") -> bytes:
+    return b"\x01\x00T" + bytes(5) + struct.pack("<Q", seconds) + trailing
 
 
 HEARTBEAT = b"\x01\x00HHB\0\0\0"
@@ -47,30 +47,30 @@ def test_literal_messages() -> None:
 
 
 def test_v1_words_have_54_bits() -> None:
-    """Older boards set bit 63 as a mark of validity."""
+    """Older boards set bit 63 to mark valid words."""
     rows, *_ = decode([bytes.fromhex("01004401000000000400000000000080")], Asic.V1)
     assert rows["chip_key"].tolist() == [b"7-1-1"]
     assert word_codec.encode(rows, asic=Asic.V1).tolist() == [4]
     assert rows["valid_parity"].tolist() == [1]
 
 
-def test_a_time_may_have_a_byte_more() -> None:
-    """larpix-control's encoder sends 17 bytes, and its decoder reads 56 bits of time; all 64 count here."""
+def test_time_messages_may_have_17_bytes() -> None:
+    """larpix-control's encoder sends 17 bytes, and its decoder reads 56 bits of the time. Here all 64 bits count."""
     rows, counts, _ = decode([time(2**60), time(5, b"\0")])
     assert rows["timestamp"].tolist() == [2**60, 5]
     assert (counts["header_bytes"], counts["trailing_bytes"]) == (32, 1)
 
 
-def test_unknown_words_carry_the_last_time() -> None:
+def test_unknown_words_have_the_time_of_the_last_t_message() -> None:
     rows, counts, unknown = decode([data([4]), time(50), data([8, 5])], Asic.V3)
     assert rows["packet_type"].tolist() == [4, 1]
     assert counts["unknown_words"] == 2
     assert [tuple(word)[:4] for word in unknown] == [(0, GROUP, 3, 8), (50, GROUP, 3, 8)]
 
 
-def test_bytes_behind_the_last_word_trail() -> None:
-    """larpix-control drops the whole message there (FORMATS.md section 7)."""
-    rows, counts, _ = decode([data([1], rest=b"abc"), HEARTBEAT + b"xy"])
+def test_bytes_after_the_last_word_are_trailing_bytes() -> None:
+    """larpix-control drops the whole message in this case (FORMATS.md section 7)."""
+    rows, counts, _ = decode([data([1], trailing=b"abc"), HEARTBEAT + b"xy"])
     assert len(rows) == 1
     assert counts["trailing_bytes"] == 5
 
@@ -87,7 +87,7 @@ def test_other_messages_are_rejected_whole(message: bytes) -> None:
     assert counts == ({"bytes_in": len(message), "rejected_bytes": len(message)} if message else {})
 
 
-def test_larpix_control_encodes_the_same() -> None:
+def test_messages_of_larpix_control() -> None:
     words = np.random.default_rng(1).integers(0, 2**64, 200, dtype=np.uint64)
     sent = packets_v2(words)
     for i, packet in enumerate(sent):
@@ -113,19 +113,19 @@ messages_of_a_board = st.lists(
 @given(
     messages_of_a_board, st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(1, 4), min_size=1, max_size=4)
 )
-def test_any_grouping_gives_the_same(
+def test_rows_and_counts_do_not_depend_on_grouping(
     asic: Asic, dtype: np.dtype, messages: list[bytes], groups: list[int], lengths: list[int]
 ) -> None:
-    once, cut = decoders.BernDecoder(GROUP, asic), decoders.BernDecoder(GROUP, asic)
-    rows, counts = run_messages(once, messages, dtype)
-    again, counts_again = run_messages(cut, messages, dtype, groups=groups, lengths=lengths)
-    assert (rows == again).all()
-    assert (counts == counts_again).all()
-    assert (once.take_unknown() == cut.take_unknown()).all()
+    single, grouped = decoders.BernDecoder(GROUP, asic), decoders.BernDecoder(GROUP, asic)
+    rows, counts = run_messages(single, messages, dtype)
+    grouped_rows, grouped_counts = run_messages(grouped, messages, dtype, groups=groups, lengths=lengths)
+    assert (rows == grouped_rows).all()
+    assert (counts == grouped_counts).all()
+    assert (single.take_unknown() == grouped.take_unknown()).all()
     assert counts[constants.Count.BYTES_IN] == sum(map(len, messages))
 
 
-def test_misuse_is_refused() -> None:
+def test_wrong_calls_raise_value_error() -> None:
     with pytest.raises(ValueError, match="io_group: expected 0 to 255, found -1"):
         decoders.BernDecoder(-1, Asic.V2)
     decoder = decoders.BernDecoder(1, Asic.V2)

@@ -1,4 +1,4 @@
-"""Chunks packed, rows counted, checksums: against numpy and zlib."""
+"""Packing of chunks, counting of rows and checksums, compared with numpy and zlib."""
 
 import importlib
 import sys
@@ -19,7 +19,7 @@ KINDS = ["constant", "slow", "rare", "skewed", "few", "late", "random"]
 
 
 def planes(kinds: list[str], rows: int, seed: int) -> np.ndarray:
-    """Byte planes, shape (len(kinds), rows), as columns of rows make them."""
+    """Return byte planes like those of real columns, shape (len(kinds), rows)."""
     rng = np.random.default_rng(seed)
     out = np.zeros((len(kinds), rows), np.uint8)
     for plane, kind in zip(out, kinds, strict=True):
@@ -29,11 +29,11 @@ def planes(kinds: list[str], rows: int, seed: int) -> np.ndarray:
             plane[:] = np.repeat(rng.integers(0, 256, rows), rng.integers(1, 600, rows))[:rows]
         elif kind == "rare":
             plane[:] = np.where(rng.random(rows) < 0.02, rng.integers(0, 256, rows), rng.integers(256))
-        elif kind == "skewed":  # codes of many lengths, up to the longest that there may be
+        elif kind == "skewed":  # codes of many lengths, up to the maximum
             plane[:] = np.minimum(rng.geometric(0.3 + 0.6 * rng.random(), rows), 255)
         elif kind == "few":
             plane[:] = rng.integers(0, rng.integers(2, 70), rows)
-        elif kind == "late":  # steady where it is looked at first
+        elif kind == "late":  # constant in the first samples
             plane[rows // 3 :] = rng.integers(0, 256, rows - rows // 3)
         else:
             plane[:] = rng.integers(0, 256, rows)
@@ -46,8 +46,7 @@ def planes(kinds: list[str], rows: int, seed: int) -> np.ndarray:
     rows=st.one_of(st.integers(1, 300), st.sampled_from([schema.CHUNK_ROWS, 70_000])),
     seed=st.integers(0, 2**32),
 )
-def test_what_is_packed_is_what_hdf5_expects(kinds, rows, seed):
-    """Bytes by their place in the row, in the zlib format: read by another implementation."""
+def test_packed_chunks_are_shuffled_and_in_zlib_format(kinds, rows, seed):
     if rows > 10_000:
         kinds = kinds[:5]
     made = planes(kinds, rows, seed)
@@ -59,16 +58,15 @@ def test_what_is_packed_is_what_hdf5_expects(kinds, rows, seed):
     assert packer.pack(chunk) == packed
 
 
-@pytest.mark.parametrize("asked", [1, 2, 3, 257, 258, 259, 260, 261, 516, 517, 65_535, 65_536, 131_071])
-def test_runs_and_blocks_of_every_length(asked):
-    """Where lengths of repetitions, and of bytes as they are, end."""
-    random = np.random.default_rng(asked).integers(0, 256, asked, dtype=np.uint8)
-    for made in (np.full(asked, 7, np.uint8), random, np.append(random[:1], np.full(asked - 1, 9, np.uint8))):
-        assert zlib.decompress(hdf5_chunks.Packer(asked, 1).pack(made)) == made.tobytes()
+@pytest.mark.parametrize("size", [1, 2, 3, 257, 258, 259, 260, 261, 516, 517, 65_535, 65_536, 131_071])
+def test_lengths_at_the_limits_of_repetitions_and_stored_blocks(size):
+    random = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    for made in (np.full(size, 7, np.uint8), random, np.append(random[:1], np.full(size - 1, 9, np.uint8))):
+        assert zlib.decompress(hdf5_chunks.Packer(size, 1).pack(made)) == made.tobytes()
 
 
-def test_counts_that_ask_for_too_long_codes():
-    """Numbers like Fibonacci's make Huffman codes as long as can be; they are cut, and still a whole code."""
+def test_huffman_codes_longer_than_the_limit_are_shortened():
+    """Fibonacci numbers as counts make the longest codes."""
     counts = [1, 1]
     while sum(counts) < 400_000:
         counts.append(counts[-1] + counts[-2])
@@ -78,7 +76,7 @@ def test_counts_that_ask_for_too_long_codes():
     assert len(packed) < len(zlib.compress(made.tobytes(), 9)) * 1.02
 
 
-def test_realistic_rows_become_much_smaller():
+def test_realistic_rows_shrink_to_less_than_a_fifth():
     board = board_emulator.PacmanBoard(schema.Asic.V2, rate=1e6, seed=1, words=65_535)
     decoder = decoders.PacmanDecoder(1, schema.Asic.V2)
     decoder.start(np.zeros(len(constants.COUNTS), np.uint64))
@@ -90,7 +88,7 @@ def test_realistic_rows_become_much_smaller():
     assert zlib.decompress(packed) == rows.view(np.uint8).reshape(len(rows), -1).T.tobytes()
 
 
-def test_a_packer_refuses_what_does_not_fit():
+def test_packer_rejects_wrong_sizes_and_dtypes():
     for rows, size in ((0, 36), (36, 0), (1 << 25, 36), (36, 4097)):
         with pytest.raises(ValueError, match=f"expected 1 to 2\\^24 rows of 1 to 4096 bytes, found {rows} of {size}"):
             hdf5_chunks.Packer(rows, size)
@@ -104,7 +102,7 @@ def test_a_packer_refuses_what_does_not_fit():
 @pytest.mark.parametrize("layout", schema.LAYOUTS, ids=lambda layout: layout.name)
 @settings(max_examples=examples(25))
 @given(rows=st.integers(0, 200), seed=st.integers(0, 2**32))
-def test_tally_counts_as_numpy_does(layout, rows, seed):
+def test_tally_counts_like_numpy(layout, rows, seed):
     rng = np.random.default_rng(seed)
     made = rng.integers(0, 256, rows * layout.dtype.itemsize, dtype=np.uint8).view(layout.dtype)
     made["type" if layout.code == 1 else "packet_type"] = rng.integers(0, 10, rows)
@@ -121,7 +119,7 @@ def test_tally_counts_as_numpy_does(layout, rows, seed):
         assert numbers == expected.get(group, dict.fromkeys(hdf5_chunks.TALLY, 0))
 
 
-def test_tally_refuses_what_does_not_fit():
+def test_tally_rejects_wrong_layouts_and_sizes():
     counts = np.zeros((256, len(hdf5_chunks.TALLY)), np.uint64)
     with pytest.raises(ValueError, match="unknown layout code 9"):
         hdf5_chunks.tally(np.zeros(36, np.uint8), 9, counts)
@@ -133,17 +131,17 @@ def test_tally_refuses_what_does_not_fit():
         hdf5_chunks.tally(np.zeros(36, np.uint8), 2, counts[:255])
 
 
-def test_the_first_columns_of_a_tally_are_the_ledgers():
+def test_first_columns_of_a_tally_are_ledger_counters():
     assert set(hdf5_chunks.TALLY[:6]) <= set(constants.COUNTS)
 
 
-def test_a_chunk_of_every_layout_fits_into_the_cache_of_old_hdf5():
+def test_chunks_of_every_layout_fit_the_cache_of_old_hdf5_versions():
     largest = max(layout.dtype.itemsize for layout in schema.LAYOUTS)
     assert largest * schema.CHUNK_ROWS <= 1 << 20
 
 
 @pytest.mark.parametrize("library", ["isal", "zlib"])
-def test_checksums_are_zlibs_with_either_library(library, monkeypatch):
+def test_crc32_is_the_same_with_isal_and_zlib(library, monkeypatch):
     module = record_file
     if library == "zlib":
         monkeypatch.setitem(sys.modules, "isal", None)

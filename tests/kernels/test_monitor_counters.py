@@ -1,4 +1,4 @@
-"""Counters of the compiled core against a plain count of the same rows."""
+"""PacketCounters, compared with a slow count of the same rows in Python."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYOUTS = {layout.name: layout for layout in schema.LAYOUTS}
 
 
 def random_rows(layout: schema.RowLayout, n: int, seed: int, impossible: bool = True) -> NDArray[Any]:
-    """Rows of few chips and every type, with impossible types, directions, channels, values and keys among them."""
+    """Return rows of a few chips and all types, some with impossible types, directions, channels, values and keys."""
     rng = np.random.default_rng(seed)
     rows = np.zeros(n, layout.dtype)
     edge = int(impossible)
@@ -52,7 +52,7 @@ def random_rows(layout: schema.RowLayout, n: int, seed: int, impossible: bool = 
 
 
 def key_of(row: Any, layout: schema.RowLayout) -> tuple[int, int] | None:
-    """(io_group, io_channel), None where a v1 chip_key has none."""
+    """Return (io_group, io_channel) of a row; None for a wrong chip_key of v1."""
     if layout.name != "1.0":
         return int(row["io_group"]), int(row["io_channel"])
     parts = row["chip_key"].split(b"-")
@@ -62,7 +62,7 @@ def key_of(row: Any, layout: schema.RowLayout) -> tuple[int, int] | None:
 
 
 class Reference:
-    """The same counts, slowly."""
+    """Slow count of rows."""
 
     def __init__(self, layout: schema.RowLayout, rows: NDArray[Any]) -> None:
         self.types: Counter[Any] = Counter()
@@ -106,47 +106,47 @@ class Reference:
         return counts
 
 
-def check(rates: PacketCounters, layout: schema.RowLayout, rows: NDArray[Any]) -> None:
+def check(counters: PacketCounters, layout: schema.RowLayout, rows: NDArray[Any]) -> None:
     reference = Reference(layout, rows)
-    assert rates.rows == len(rows)
-    assert rates.unplaced == reference.unplaced
-    types = rates.types()
+    assert counters.rows == len(rows)
+    assert counters.unplaced == reference.unplaced
+    types = counters.types()
     assert {tuple(at): int(types[tuple(at)]) for at in np.argwhere(types).tolist()} == dict(reference.types)
-    chips, channels = rates.chips(), rates.channels()
+    chips, channels = counters.chips(), counters.channels()
     assert chips.dtype == CHIPS
     keys = [tuple(int(chip[name]) for name in ("io_group", "io_channel", "chip_id")) for chip in chips]
     assert len(set(keys)) == len(keys)
-    found = {(key, name): int(chip[name]) for key, chip in zip(keys, chips, strict=True) for name in CHIPS.names[3:]}
-    assert found == {
+    counted = {(key, name): int(chip[name]) for key, chip in zip(keys, chips, strict=True) for name in CHIPS.names[3:]}
+    assert counted == {
         (key, name): reference.chips[key, name] for key in {k for k, _ in reference.chips} for name in CHIPS.names[3:]
     }
     seen = {(*keys[i], j): int(channels[i, j]) for i, j in np.argwhere(channels).tolist()}
     assert seen == dict(reference.channels)
     for wanted in ((-1, -1, -1, -1), (1, -1, -1, -1), (1, 9, -1, -1), (-1, 9, 2, -1), (1, 9, 2, 7), (-1, -1, -1, 0)):
-        counts, merged = rates.histogram(*wanted)
+        counts, merged = counters.histogram(*wanted)
         assert merged == 0
-        np.testing.assert_array_equal(counts, reference.histogram(rates.bins, *wanted))
+        np.testing.assert_array_equal(counts, reference.histogram(counters.bins, *wanted))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @settings(max_examples=examples(25))
-@given(seed=st.integers(0, 2**32 - 1), sizes=st.lists(st.integers(0, 300), max_size=4), again=st.booleans())
-def test_counts_are_those_of_a_plain_count(name: str, seed: int, sizes: list[int], again: bool) -> None:
+@given(seed=st.integers(0, 2**32 - 1), sizes=st.lists(st.integers(0, 300), max_size=4), reset=st.booleans())
+def test_counts_equal_a_slow_count(name: str, seed: int, sizes: list[int], reset: bool) -> None:
     layout = LAYOUTS[name]
     rows = random_rows(layout, sum(sizes), seed)
-    rates = PacketCounters()
-    for attempt in range(1 + again):
+    counters = PacketCounters()
+    for attempt in range(1 + reset):
         if attempt:
-            rates.reset()
+            counters.reset()
         start = 0
         for size in sizes:
-            rates.count(rows[start : start + size])
+            counters.count(rows[start : start + size])
             start += size
-        if rates.bins:
-            check(rates, layout, rows)
+        if counters.bins:
+            check(counters, layout, rows)
 
 
-def test_any_chip_and_channel_of_a_detector_has_its_own_count() -> None:
+def test_every_chip_and_channel_of_a_detector_has_its_own_count() -> None:
     layout = schema.LAYOUTS[1]
     rows = np.zeros(4 * 40 * 100 * 4, layout.dtype)
     rows["io_group"], rows["io_channel"], rows["chip_id"], rows["channel_id"] = (
@@ -154,16 +154,16 @@ def test_any_chip_and_channel_of_a_detector_has_its_own_count() -> None:
         for part in np.meshgrid([0, 1, 8, 255], np.arange(1, 41), np.arange(11, 111), [0, 1, 62, 63], indexing="ij")
     )
     rows["direction"] = rows["valid_parity"] = 1
-    rates = PacketCounters()
+    counters = PacketCounters()
     for _ in range(3):
-        rates.count(np.random.default_rng(1).permutation(rows))
-    chips, channels = rates.chips(), rates.channels()
+        counters.count(np.random.default_rng(1).permutation(rows))
+    chips, channels = counters.chips(), counters.channels()
     assert len(chips) == 4 * 40 * 100
     assert (chips["packets"] == 12).all()
     assert channels[:, [0, 1, 62, 63]].tolist() == [[3, 3, 3, 3]] * len(chips)
     assert channels.sum() == 3 * len(rows)
-    rates.reset()
-    assert rates.rows == rates.bins == len(rates.chips()) == rates.types().sum() == 0
+    counters.reset()
+    assert counters.rows == counters.bins == len(counters.chips()) == counters.types().sum() == 0
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -174,60 +174,60 @@ def test_channels_beyond_the_memory_limit_share_a_histogram(name: str) -> None:
     limited.count(rows)
     free.count(rows)
     own = 8192 // (4 * free.bins)
-    everything, merged = limited.histogram()
-    np.testing.assert_array_equal(everything, free.histogram()[0])
+    total, merged = limited.histogram()
+    np.testing.assert_array_equal(total, free.histogram()[0])
     assert merged == 0
     reference = Reference(layout, rows)
-    one_by_one = [limited.histogram(*key) for key in {key for key, _ in reference.adc}]
-    assert sum(merged for _, merged in one_by_one) == len(one_by_one) - own
-    assert sum(counts.any() for counts, _ in one_by_one) == own
+    by_channel = [limited.histogram(*key) for key in {key for key, _ in reference.adc}]
+    assert sum(merged for _, merged in by_channel) == len(by_channel) - own
+    assert sum(counts.any() for counts, _ in by_channel) == own
     np.testing.assert_array_equal(limited.channels(), free.channels())
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
-    rates = PacketCounters()
+def test_wrong_rows_raise_an_error() -> None:
+    counters = PacketCounters()
     with pytest.raises(ValueError, match="rows of 8 bytes: no layout has them"):
-        rates.count(np.zeros(3, np.uint64))
+        counters.count(np.zeros(3, np.uint64))
     with pytest.raises(ValueError, match="Buffer dtype mismatch"):
-        rates.count(np.zeros(3, np.dtype([("a", "<u4"), *((f"b{i}", "u1") for i in range(32))])))
+        counters.count(np.zeros(3, np.dtype([("a", "<u4"), *((f"b{i}", "u1") for i in range(32))])))
     with pytest.raises(ValueError, match="ndarray is not C-contiguous"):
-        rates.count(np.zeros(6, schema.PACKETS_2_4)[::2])
+        counters.count(np.zeros(6, schema.PACKETS_2_4)[::2])
     with pytest.raises(TypeError):
-        rates.count([1, 2, 3])  # type: ignore[arg-type]
-    rates.count(np.zeros(3, schema.PACKETS_2_4))
-    rates.count(np.zeros(3, schema.PACKETS_2_4_CLOCK64))
+        counters.count([1, 2, 3])  # type: ignore[arg-type]
+    counters.count(np.zeros(3, schema.PACKETS_2_4))
+    counters.count(np.zeros(3, schema.PACKETS_2_4_CLOCK64))
     with pytest.raises(ValueError, match="128 channels and 1024 ADC values, counted so far: 64 and 256"):
-        rates.count(np.zeros(3, schema.PACKETS_1_0))
-    assert rates.rows == 6
-    rates.reset()
-    rates.count(np.zeros(3, schema.PACKETS_3_0))
-    assert rates.bins == 1024
+        counters.count(np.zeros(3, schema.PACKETS_1_0))
+    assert counters.rows == 6
+    counters.reset()
+    counters.count(np.zeros(3, schema.PACKETS_3_0))
+    assert counters.bins == 1024
     with pytest.raises(ValueError, match="histogram_bytes"):
         PacketCounters(-1)
 
 
 def test_rows_may_be_read_only() -> None:
     rows = np.frombuffer(random_rows(LAYOUTS["2.4"], 100, 0).tobytes(), schema.PACKETS_2_4)
-    rates = PacketCounters()
-    rates.count(rows)
-    check(rates, LAYOUTS["2.4"], rows)
+    counters = PacketCounters()
+    counters.count(rows)
+    check(counters, LAYOUTS["2.4"], rows)
 
 
-def test_another_thread_is_refused_while_one_counts() -> None:
-    rates = PacketCounters()
+def test_a_second_thread_is_rejected_while_the_first_counts() -> None:
+    counters = PacketCounters()
     rows = np.zeros(2_000_000, schema.PACKETS_2_4)
-    rates.count(rows[:1])
+    counters.count(rows[:1])
     stop = threading.Event()
 
     def count() -> None:
         while not stop.is_set():
-            rates.count(rows)
+            counters.count(rows)
 
     def look() -> None:
         while not stop.is_set():
-            rates.chips()
+            counters.chips()
 
-    # The counting thread lets go of the GIL for milliseconds, so the other one meets it within a few attempts.
+    # The counting thread releases the GIL for milliseconds, so this thread meets it within a few attempts.
     thread = threading.Thread(target=count)
     thread.start()
     try:

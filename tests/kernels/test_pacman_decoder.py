@@ -1,4 +1,4 @@
-"""PACMAN messages to rows: literal words, larpix-control, broken messages, any grouping, the ledger."""
+"""The PACMAN decoder: literal words, larpix-control's messages, wrong messages, any grouping, the ledger."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_literal_legacy_words() -> None:
     })  # fmt: skip
 
 
-def test_type_4_rows_have_nothing_else() -> None:
+def test_time_rows_have_only_time_and_io_group() -> None:
     for asic, dtype in LAYOUTS:
         rows, counts, _ = decode([legacy([])], dtype, asic)
         wanted = np.zeros(1, dtype)
@@ -62,7 +62,7 @@ def test_type_4_rows_have_nothing_else() -> None:
         assert counts == {"messages": 1, "bytes_in": 8, "header_bytes": 8, "time_rows": 1}
 
 
-def test_message_of_a_unit_test_of_another_program() -> None:
+def test_message_from_the_tests_of_another_program() -> None:
     rows, *_ = decode([bytes.fromhex("44b0443f610001004401d01f250200002f00400000000040")])
     assert columns(rows[0], "packet_type", "timestamp") == (4, 1631536304)
     assert columns(rows[1], "packet_type", "io_channel", "receipt_timestamp", "chip_id") == (3, 1, 35987408, 11)
@@ -77,12 +77,11 @@ def test_literal_words_of_format_1_0() -> None:
     for dtype in (V2, CLOCK64):
         rows, counts, unknown = decode([message], dtype)
         assert rows["timestamp"][0] == 0x0102030405060708 // 10**9
-        last = {"timestamp": 0x0102030405060708 // 10**9}
-        clock = 0x1234567890 if dtype is CLOCK64 else 0x34567890  # it needs 37 bits: the lower half, and evidence
+        clock = 0x1234567890 if dtype is CLOCK64 else 0x34567890  # of 37 bits; layout 2.4 gets the lower 32
         assert rows["packet_type"].tolist() == [4, 0, 6, 7]
         assert columns(rows[1], "io_channel", "receipt_timestamp", "chip_id") == (17, clock, 20)
         assert [word["reason"] for word in unknown] == [1]
-        assert (unknown["seconds"] == last["timestamp"]).all()
+        assert (unknown["seconds"] == 0x0102030405060708 // 10**9).all()
         assert "rejected_words" not in counts
         sync, trigger = rows[-2:]
         assert columns(sync, "trigger_type", "dataword", "counter", "timestamp") == (
@@ -119,7 +118,7 @@ def test_v3_words_without_a_valid_type_are_unknown() -> None:
 
 
 def test_64_bit_clock() -> None:
-    """The firmware sends bits 63..16 in D words, at bytes 2 to 7, and the whole clock in bytes 8 to 15 of S and T."""
+    """D words have bits 63..16 of the clock in bytes 2 to 7, S and T words have the whole clock in bytes 8 to 15."""
     clock = 0xFEDC_BA98_7654_3210
     data = b"D\x05" + clock.to_bytes(8, "little")[2:] + (0x50).to_bytes(8, "little")
     heartbeat = b"SH" + bytes(6) + clock.to_bytes(8, "little")
@@ -135,7 +134,7 @@ def test_64_bit_clock() -> None:
 
 
 def test_v1_chips_behind_a_pacman() -> None:
-    """No known board does this; layout 1.0 has `register` and `value` for what sync and trigger words say."""
+    """No known board has them. Layout 1.0 has the columns of sync and trigger words in `register` and `value`."""
     word = 0x0155A6E8F41FD8
     rows, *_ = decode([legacy([data_word(word | 0xFF << 56, 9), SWITCH, TRIG])], schema.PACKETS_1_0, Asic.V1)
     assert rows["type"].tolist() == [4, 0, 6, 7]
@@ -145,23 +144,23 @@ def test_v1_chips_behind_a_pacman() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "counts"),
+    "message",
     [
-        (b"", {}),
-        (b"D", {}),
-        (legacy([D])[:7], {}),
-        (b"?" + legacy([D])[1:], {}),
-        (b"S" + newer([])[1:], {}),
-        (legacy([D, D])[:-1], {}),  # neither format, from a board that was never heard
-        (legacy([D]) + b"x", {}),
-        (newer([newer_data(1)])[:-1], {}),
+        b"",
+        b"D",
+        legacy([D])[:7],
+        b"?" + legacy([D])[1:],
+        b"S" + newer([])[1:],
+        legacy([D, D])[:-1],  # fits neither format, and the board has sent no other message
+        legacy([D]) + b"x",
+        newer([newer_data(1)])[:-1],
     ],
 )
-def test_messages_of_no_known_format_are_rejected_whole(message: bytes, counts: dict[str, int]) -> None:
-    rows, found, _ = decode([message])
+def test_messages_of_no_known_format_are_rejected_whole(message: bytes) -> None:
+    rows, counts, _ = decode([message])
     assert len(rows) == 0
-    wanted = {"bytes_in": len(message), "rejected_bytes": len(message), "rejected_messages": 1}
-    assert found == {name: value for name, value in wanted.items() if value}
+    expected = {"bytes_in": len(message), "rejected_bytes": len(message), "rejected_messages": 1}
+    assert counts == {name: value for name, value in expected.items() if value}
 
 
 @pytest.mark.parametrize(
@@ -176,13 +175,13 @@ def test_messages_of_no_known_format_are_rejected_whole(message: bytes, counts: 
     ],
 )
 def test_wrong_legacy_counts(message: bytes, words: int, trailing: int) -> None:
-    """Told to be legacy, or known to be so by a good message before."""
-    found = [decode([message], format="legacy"), decode([legacy([]), message])]
-    for (rows, counts, _), before in zip(found, (0, 1), strict=True):
-        assert rows["packet_type"].tolist() == [4] * (1 + before) + [0] * words
+    """The format is fixed, or known from an earlier consistent message."""
+    decoded = [decode([message], format="legacy"), decode([legacy([]), message])]
+    for (rows, counts, _), earlier in zip(decoded, (0, 1), strict=True):
+        assert rows["packet_type"].tolist() == [4] * (1 + earlier) + [0] * words
         assert counts["wrong_counts"] == 1
         assert counts.get("trailing_bytes", 0) == trailing
-        assert counts["messages"] == 1 + before
+        assert counts["messages"] == 1 + earlier
 
 
 @pytest.mark.parametrize(
@@ -196,15 +195,15 @@ def test_wrong_legacy_counts(message: bytes, words: int, trailing: int) -> None:
     ],
 )
 def test_wrong_counts_of_format_1_0(message: bytes, words: int, trailing: int) -> None:
-    found = [decode([message], CLOCK64, format="1.0"), decode([newer([]), message], CLOCK64)]
-    for (rows, counts, _), before in zip(found, (0, 1), strict=True):
-        assert len(rows) == 1 + before + words
+    decoded = [decode([message], CLOCK64, format="1.0"), decode([newer([]), message], CLOCK64)]
+    for (rows, counts, _), earlier in zip(decoded, (0, 1), strict=True):
+        assert len(rows) == 1 + earlier + words
         assert counts["wrong_counts"] == 1
         assert counts.get("trailing_bytes", 0) == trailing
 
 
 def test_no_message_fits_both_formats() -> None:
-    """The legacy count is the upper half of the other's number of bytes."""
+    """The legacy count is the upper half of the byte count of format 1.0."""
     for count in range(65_536):
         for low in (0, 8, 65_535):
             assert 8 + 16 * count != 24 + low + 65_536 * count
@@ -216,33 +215,32 @@ def test_formats_can_change_from_message_to_message() -> None:
     assert "wrong_counts" not in counts
 
 
-def test_a_fixed_format_rejects_the_other() -> None:
+def test_fixed_format_with_messages_of_the_other_format() -> None:
     assert decode([legacy([D])], CLOCK64, format="1.0")[1]["rejected_messages"] == 1
     rows, counts, _ = decode([newer([newer_data(1)])], format="legacy")
-    assert counts["wrong_counts"] == 1  # nothing in a legacy header tells that it is none
+    assert counts["wrong_counts"] == 1  # every header of format 1.0 is a possible legacy header
     assert len(rows) == 1
 
 
 @pytest.mark.parametrize(("asic", "dtype"), [*LAYOUTS, (Asic.V2_DIAGNOSTICS, V2)])
 @given(messages(), st.sampled_from(["auto", "legacy", "1.0"]), st.booleans(), st.data())
-def test_any_grouping_gives_the_same(
+def test_rows_and_counts_do_not_depend_on_grouping(
     asic: Asic, dtype: np.dtype, given_messages: list[bytes], format: str, clock64: bool, data: st.DataObject
 ) -> None:
-    """Rows, counters and kept words; run_messages checks the ledger after every call."""
+    """The kept words do not either. run_messages() checks the ledger after every call."""
     options = {"format": format, "clock64": clock64}
-    once = decoders.PacmanDecoder(GROUP, asic, **options)
-    cut = decoders.PacmanDecoder(GROUP, asic, **options)
-    rows, counts = run_messages(once, given_messages, dtype)
+    single, grouped = (decoders.PacmanDecoder(GROUP, asic, **options) for _ in range(2))
+    rows, counts = run_messages(single, given_messages, dtype)
     groups = data.draw(st.lists(st.integers(0, 3), max_size=6))
     lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
-    again, counts_again = run_messages(cut, given_messages, dtype, groups=groups, lengths=lengths)
-    assert (rows == again).all()
-    assert (counts == counts_again).all()
-    assert (once.take_unknown() == cut.take_unknown()).all()
+    grouped_rows, grouped_counts = run_messages(grouped, given_messages, dtype, groups=groups, lengths=lengths)
+    assert (rows == grouped_rows).all()
+    assert (counts == grouped_counts).all()
+    assert (single.take_unknown() == grouped.take_unknown()).all()
     assert counts[constants.Count.BYTES_IN] == sum(map(len, given_messages))
 
 
-def test_larpix_controls_messages_decode_to_its_own_packets() -> None:
+def test_messages_of_larpix_control_decode_to_its_packets() -> None:
     packets_sent = [random_packets(seed, 1 if seed % 2 else 40) for seed in range(30)]
     messages_sent = [pacman_msg_format.format(sent, msg_type="DATA") for sent in packets_sent]
     rows, counts, _ = decode(messages_sent)
@@ -262,7 +260,7 @@ def test_larpix_controls_messages_decode_to_its_own_packets() -> None:
             assert packet.trigger_type[0] == row["trigger_type"]
 
 
-def test_only_so_many_unknown_words_are_kept() -> None:
+def test_number_of_kept_unknown_words_is_limited() -> None:
     decoder = decoders.PacmanDecoder(GROUP, Asic.V2)
     bad = legacy([b"X" + bytes(15)] * 600)
     _, counts = run_messages(decoder, [bad, bad], V2)
@@ -272,13 +270,13 @@ def test_only_so_many_unknown_words_are_kept() -> None:
     counts = new_counts()
     decoder.feed(*spans_of([bad]))
     assert decoder.decode(np.zeros(10, V2)) == 1
-    assert len(decoder.take_unknown()) == 0  # the room of this start() is used up
+    assert len(decoder.take_unknown()) == 0  # the limit since start() is reached
     run_messages(decoder, [bad], V2)
     assert len(decoder.take_unknown()) == 600
 
 
 def test_start_in_the_middle_of_a_message() -> None:
-    """The new counters get the rest of it; equation (a) holds for both."""
+    """The new counters get the rest of the message. Equation (a) holds for both."""
     decoder = decoders.PacmanDecoder(GROUP, Asic.V2)
     first, second = new_counts(), new_counts()
     decoder.start(first)
@@ -302,7 +300,7 @@ def test_bad_parity_is_counted_and_stored() -> None:
     assert counts["bad_parity"] == 1
 
 
-def test_misuse_is_refused_in_one_line() -> None:
+def test_wrong_calls_raise_value_error() -> None:
     for wrong, message in (
         ((256, 2), "io_group: expected 0 to 255, found 256"),
         ((1, 9), "asic: expected a code of schema.Asic"),
@@ -328,11 +326,11 @@ def test_misuse_is_refused_in_one_line() -> None:
         decoder.feed(*spans_of([legacy([D])]))
     with pytest.raises(ValueError, match="rows for asic 2"):
         decoder.decode(np.zeros(1, schema.PACKETS_1_0))
-    assert decoder.decode(np.zeros(0, V2)) == 0  # as many as there was room for: there may be more
+    assert decoder.decode(np.zeros(0, V2)) == 0  # the rows are full, so there may be more
     assert decoder.decode(np.zeros(3, V2)) == 2
 
 
-def test_input_is_released_when_it_is_used_up() -> None:
+def test_used_up_input_is_released() -> None:
     decoder = decoders.PacmanDecoder(1, 2)
     decoder.start(new_counts())
     buffer = bytearray(legacy([D]))

@@ -1,4 +1,4 @@
-"""Rows back to PACMAN messages, and logs of messages."""
+"""Encoding of rows as PACMAN messages, and splitting of message logs."""
 
 import struct
 
@@ -13,7 +13,7 @@ from larpixdaq._native import decoders
 from larpixdaq.schema import Asic
 
 
-def test_our_messages_are_read_by_larpix_control() -> None:
+def test_decoding_and_encoding_restores_messages_of_larpix_control() -> None:
     sent = [pacman_msg_format.format(random_packets(seed, 25), msg_type="DATA") for seed in range(8)]
     rows, *_ = decode(sent)
     buffer, spans = decoders.encode_pacman(rows, asic=Asic.V2)
@@ -22,7 +22,7 @@ def test_our_messages_are_read_by_larpix_control() -> None:
 
 
 def fits_legacy(rows: np.ndarray, clock64: bool) -> bool:
-    """Whether legacy messages have room for all that these rows tell."""
+    """Whether legacy messages can hold all columns of these rows."""
     v1 = "type" in rows.dtype.names
     kind, source = rows["type" if v1 else "packet_type"], rows["value" if v1 else "dataword"]
     board = (kind == 6) | (kind == 7)
@@ -41,7 +41,7 @@ def fits_legacy(rows: np.ndarray, clock64: bool) -> bool:
 def test_rows_encode_to_messages_that_make_the_same_rows(
     format: str, asic: Asic, dtype: np.dtype, given_messages: list[bytes], clock64: bool
 ) -> None:
-    """Format 1.0 has room for whatever was received; legacy says so when it has not."""
+    """Format 1.0 can hold all received rows. Legacy cannot, and then raises an error."""
     rows, *_ = decode(given_messages, dtype, asic, clock64=clock64)
 
     def encode() -> tuple[bytearray, np.ndarray]:
@@ -52,28 +52,28 @@ def test_rows_encode_to_messages_that_make_the_same_rows(
             encode()
         return
     buffer, spans = encode()
-    again = decoders.PacmanDecoder(GROUP, asic, format=format, clock64=clock64)
+    decoder = decoders.PacmanDecoder(GROUP, asic, format=format, clock64=clock64)
     counts = new_counts()
-    again.start(counts)
-    again.feed(buffer, spans)
-    back = np.zeros(len(rows) + 1, dtype)
-    assert again.decode(back) == len(rows)
-    assert (back[:-1] == rows).all()
+    decoder.start(counts)
+    decoder.feed(buffer, spans)
+    decoded = np.zeros(len(rows) + 1, dtype)
+    assert decoder.decode(decoded) == len(rows)
+    assert (decoded[:-1] == rows).all()
     assert "wrong_counts" not in named(counts)
 
 
-def test_encode_leaves_out_what_no_board_sent() -> None:
+def test_encode_leaves_out_sent_packets_and_info_messages() -> None:
     rows = np.zeros(6, V2)
     rows["packet_type"] = [0, 5, 4, 0, 0, 6]
     rows["direction"] = [1, 0, 0, 0, 1, 1]
     rows["timestamp"] = [1, 2, 77, 4, 5, 6]
     buffer, spans = decoders.encode_pacman(rows, asic=Asic.V2, seconds=70)
-    again, *_ = decode([bytes(buffer[start : start + length]) for start, length in spans.tolist()])
-    assert again["packet_type"].tolist() == [4, 0, 4, 0, 6]
-    assert again["timestamp"].tolist() == [70, 1, 77, 5, 6]
+    decoded, *_ = decode([bytes(buffer[start : start + length]) for start, length in spans.tolist()])
+    assert decoded["packet_type"].tolist() == [4, 0, 4, 0, 6]
+    assert decoded["timestamp"].tolist() == [70, 1, 77, 5, 6]
 
 
-def test_full_legacy_messages_go_on_in_the_next() -> None:
+def test_words_after_a_full_legacy_message_go_into_another() -> None:
     rows = np.zeros(65_537, V2)
     rows["direction"] = 1
     rows["packet_type"][0], rows["timestamp"][0] = 4, 99
@@ -97,7 +97,7 @@ def test_full_legacy_messages_go_on_in_the_next() -> None:
         ({}, {"format": "2.0"}, "format: expected legacy or 1.0, found '2.0'"),
     ],
 )
-def test_what_a_message_cannot_hold_is_an_error(change: dict, options: dict, message: str) -> None:
+def test_columns_without_room_in_a_message_are_an_error(change: dict, options: dict, message: str) -> None:
     rows = np.zeros(1, CLOCK64)
     rows["direction"] = 1
     for name, value in change.items():
@@ -106,13 +106,13 @@ def test_what_a_message_cannot_hold_is_an_error(change: dict, options: dict, mes
         decoders.encode_pacman(rows, asic=Asic.V2, **options)
 
 
-def test_nothing_encodes_to_nothing() -> None:
+def test_no_rows_make_no_messages() -> None:
     buffer, spans = decoders.encode_pacman(np.zeros(0, V2), asic=Asic.V2)
     assert (len(buffer), len(spans)) == (0, 0)
 
 
 @given(st.lists(st.binary(max_size=30), max_size=8), st.data())
-def test_split_log(given_messages: list[bytes], data: st.DataObject) -> None:
+def test_split_log_finds_the_complete_messages(given_messages: list[bytes], data: st.DataObject) -> None:
     log = b"".join(struct.pack("<I", len(message)) + message for message in given_messages)
     log = log[: data.draw(st.integers(0, len(log)))]
     spans, used = decoders.split_log(log)

@@ -1,4 +1,4 @@
-"""The ring against a simple model: what comes out is what went in, in order, and never more than fits."""
+"""The ring, compared with a simple model: blocks come out unchanged and in order."""
 
 import argparse
 import mmap
@@ -26,7 +26,7 @@ def make_ring(extra: int = 0) -> Ring:
 
 
 class RingMachine(RuleBasedStateMachine):
-    """Blocks of random sizes written, read back and freed; the model is a deque of (kind, payload, header)."""
+    """Writes, reads and frees blocks of random sizes. The model is a deque of (kind, payload, header)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class RingMachine(RuleBasedStateMachine):
     @rule(n=st.integers(0, 3))
     def info(self, n: int) -> None:
         payload, header = self._payload(n), b"i%d" % self.ring.sequence
-        assert self.ring.append(INFO, payload, n, header), "room for INFO rows is always kept"
+        assert self.ring.append(INFO, payload, n, header), "no reserve for INFO rows"
         self.model.append((INFO, payload, header))
 
     @rule(share=st.floats(0, 1))
@@ -95,7 +95,7 @@ test_ring_against_model = RingMachine.TestCase
 
 @given(sizes=st.lists(st.integers(1, constants.BLOCK_ROWS), min_size=60, max_size=120))
 @settings(max_examples=examples(10))
-def test_goes_round_many_times(sizes: list[int]) -> None:
+def test_blocks_go_round_the_arena_many_times(sizes: list[int]) -> None:
     ring = make_ring()
     ring.begin(1, 2, ROW.itemsize, [])
     for i, n in enumerate(sizes):
@@ -110,7 +110,7 @@ def test_goes_round_many_times(sizes: list[int]) -> None:
             ring.free_to(ring.tail + 1)
 
 
-def test_full_of_descriptors_keeps_room_for_the_end() -> None:
+def test_end_record_has_a_reserved_descriptor() -> None:
     ring = make_ring(64 << 20)
     ring.begin(1, 2, ROW.itemsize, [])
     blocks = 0
@@ -124,7 +124,7 @@ def test_full_of_descriptors_keeps_room_for_the_end() -> None:
     assert ring.append(END, b"", 0, b"end" * 1000)
 
 
-def test_a_run_starts_from_zero() -> None:
+def test_a_run_begins_with_zero_sequence_and_counters() -> None:
     ring = make_ring()
     ring.begin(1, 2, ROW.itemsize, ["a"])
     ring.counts[3, 0] = 5
@@ -150,14 +150,14 @@ def test_a_run_starts_from_zero() -> None:
         lambda ring: ring.release(2),
     ],
 )
-def test_misuse_is_refused(wrong) -> None:
+def test_wrong_calls_raise_an_error(wrong) -> None:
     ring = make_ring()
     ring.begin(1, 2, ROW.itemsize, ["a"])
     with pytest.raises((ValueError, IndexError), match="ring"):
         wrong(ring)
 
 
-def test_too_small() -> None:
+def test_too_small_memory_is_an_error() -> None:
     with pytest.raises(ValueError, match=f"at least {SMALLEST}"):
         Ring(bytearray(4096), producer="p", epoch=1)
 
@@ -175,7 +175,7 @@ def test_ring_file_is_locked_private_and_gone_after_close(tmp_path) -> None:
     ring_file.close()
     assert not ring_file.path.exists()
     assert view is not None
-    assert view.sum() == 0  # still readable: memory lives as long as its readers
+    assert view.sum() == 0  # the memory lives as long as its views
 
 
 def test_interrupted_making_leaves_no_ring_file(tmp_path, monkeypatch) -> None:
@@ -199,11 +199,11 @@ def test_error_of_ring_that_does_not_fit_names_the_options(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("text", "size"), [("512MiB", 512 << 20), ("1GB", 10**9), ("4096", 4096), (" 2 KiB ", 2048)])
-def test_sizes(text: str, size: int) -> None:
+def test_parse_size(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "12parsec", "1e999GB", "-", "nan"])
-def test_sizes_that_are_none(text: str) -> None:
+def test_parse_size_rejects_other_texts(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="size"):
         parse_size(text)

@@ -1,4 +1,4 @@
-"""The names in larpixdaq.schema and the C declarations in ext/ tell one thing twice; here they are held together."""
+"""Dtypes and codes of larpixdaq.schema and constants equal the C declarations in ext/ and the documentation."""
 
 import re
 from pathlib import Path
@@ -13,10 +13,10 @@ from larpixdaq.hdf5 import layout as files_layout
 EXT = Path(__file__).resolve().parents[2] / "ext"
 
 
-def enumerators(file: str, beside: str) -> dict[str, int]:
-    """Names and values of the enum in this file that has `beside` in its first line."""
+def enumerators(file: str, comment: str) -> dict[str, int]:
+    """Return names and values of the first enum in this file that has `comment` in its first line."""
     text = (EXT / file).read_text()
-    block = re.search(rf"^cdef enum[^\n]*{re.escape(beside)}[^\n]*\n((?:    [^\n]*\n)+)", text, re.MULTILINE)
+    block = re.search(rf"^cdef enum[^\n]*{re.escape(comment)}[^\n]*\n((?:    [^\n]*\n)+)", text, re.MULTILINE)
     assert block is not None
     values: dict[str, int] = {}
     for name, value in re.findall(r"^    (\w+)(?: = (\d+))?", block[1], re.MULTILINE):
@@ -29,7 +29,7 @@ def test_counts_have_the_order_of_the_compiled_enum() -> None:
     assert enumerators("row_structs.pxd", "constants.Count") == wanted
 
 
-def test_compiled_decoders_take_exactly_these_counts() -> None:
+def test_decoders_reject_another_number_of_counters() -> None:
     decoder = decoders.PacmanDecoder(1, schema.Asic.V2)
     decoder.start(np.zeros(len(constants.Count), np.uint64))
     with pytest.raises(ValueError, match=f"expected {len(constants.Count)} .* found {len(constants.Count) + 1}"):
@@ -56,7 +56,7 @@ def test_dtypes_of_the_decoders() -> None:
     assert enumerators("decoder_state.pxd", "")["KEPT"] == schema.UNKNOWN_KEPT
 
 
-def test_layouts_are_packed_and_found_by_code() -> None:
+def test_layouts_are_packed_and_have_unique_codes() -> None:
     sizes = {"1.0": 56, "2.4": 36, "2.4-clock64": 40, "3.0": 43}
     assert {layout.name: layout.dtype.itemsize for layout in schema.LAYOUTS} == sizes
     for layout in schema.LAYOUTS:
@@ -66,11 +66,11 @@ def test_layouts_are_packed_and_found_by_code() -> None:
         schema.layout(9)
 
 
-def test_every_column_of_a_file_is_described_in_it_and_in_the_documentation(tmp_path):
+def test_file_and_documentation_describe_every_column(tmp_path):
     documentation = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
     described = set()
-    for one in schema.LAYOUTS:
-        with files_layout.create(tmp_path / f"{one.code}.h5", one, "2") as file:
+    for layout in schema.LAYOUTS:
+        with files_layout.create(tmp_path / f"{layout.code}.h5", layout, "2") as file:
             for name in ("packets", "run/checksums", *files_layout.CHECKED):
                 lines = [[text.decode() for text in line] for line in file[name].attrs["columns"]]
                 assert [column for column, _, _ in lines] == list(file[name].dtype.names)

@@ -1,4 +1,4 @@
-"""The serial byte stream to rows: both rules against references, any cutting, flushing, seconds, the ledger."""
+"""The serial decoder: both rules compared with references, any pieces, flushing, seconds, the ledger."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from larpixdaq._native import decoders, word_codec
 from larpixdaq.schema import Asic
 
 V2 = schema.PACKETS_2_4
-#: (bytes, unix seconds, whether a silence follows)
+#: Bytes, unix seconds, whether a silence follows.
 Event = tuple[bytes, int, bool]
 
 
@@ -33,7 +33,7 @@ def run(
     cuts: Sequence[int] = (),
     lengths: Sequence[int] = (4096,),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, counters and unknown words. Each event's bytes are fed in pieces of these sizes; the ledger is checked."""
+    """Feed each event in pieces of sizes `cuts`, and check the ledger. Returns rows, counters and unknown words."""
     decoder = decoders.SerialDecoder(GROUP, asic, rule=rule)
     counts = new_counts()
     decoder.start(counts)
@@ -64,7 +64,7 @@ def words_of(rows: np.ndarray, asic: Asic = Asic.V2) -> list[int]:
 
 
 def strict_rule(stream: bytes) -> tuple[list[int], int]:
-    """FORMATS.md section 4, written down anew: the words in a stream that goes on, and the bytes skipped."""
+    """Return the words of an unfinished stream and the number of skipped bytes, by FORMATS.md section 4."""
     words, i, skipped = [], 0, 0
     while i < len(stream):
         if stream[i : i + 1] != b"s":
@@ -100,7 +100,7 @@ lengths = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 
 
 @given(streams)
-def test_strict_rule(stream: bytes) -> None:
+def test_strict_rule_finds_the_words_of_the_reference(stream: bytes) -> None:
     rows, counts, _ = run([(stream, 5, False)])
     words, skipped = strict_rule(stream)
     assert words_of(rows) == words
@@ -108,28 +108,28 @@ def test_strict_rule(stream: bytes) -> None:
 
 
 @given(streams, sizes)
-def test_larpix_control_rule_is_that_of_larpix_control(stream: bytes, cuts: list[int]) -> None:
-    """Its own parser, fed with the same pieces. (It carries up to 9 bytes of garbage; here they count at once.)"""
+def test_larpix_control_rule_finds_the_words_of_larpix_control(stream: bytes, cuts: list[int]) -> None:
+    """larpix-control's parser gets the same pieces. It keeps up to 9 bytes of garbage, which count at once here."""
     rows, *_ = run([(stream, 5, False)], rule="larpix-control", cuts=cuts)
     theirs, leftover, at = [], b"", 0
     for size in [*cuts, len(stream)]:
-        found, leftover = SerialPort._parse_input(stream[at : at + size], leftover)
+        packets, leftover = SerialPort._parse_input(stream[at : at + size], leftover)
         at += size
-        theirs += [int.from_bytes(packet.bytes(), "little") for packet in found]
+        theirs += [int.from_bytes(packet.bytes(), "little") for packet in packets]
     assert words_of(rows) == theirs
 
 
 @pytest.mark.parametrize("asic", Asic)
 @pytest.mark.parametrize("rule", ["strict", "larpix-control"])
 @given(st.lists(st.tuples(streams, st.integers(0, 2), st.booleans()), max_size=4), sizes, lengths)
-def test_any_cutting_gives_the_same(
+def test_rows_and_counts_do_not_depend_on_pieces(
     rule: str, asic: Asic, events: list[Event], cuts: list[int], lengths: list[int]
 ) -> None:
-    """With flush() and changes of the second at the same byte positions."""
-    once = run(events, rule=rule, asic=asic)
+    """flush() and changes of the second come at the same byte positions."""
+    whole = run(events, rule=rule, asic=asic)
     cut = run(events, rule=rule, asic=asic, cuts=cuts, lengths=lengths)
-    for mine, other in zip(once, cut, strict=True):
-        assert (mine == other).all()
+    for from_whole, from_pieces in zip(whole, cut, strict=True):
+        assert (from_whole == from_pieces).all()
 
 
 def test_literal_frame_with_start_and_stop_bytes_inside() -> None:
@@ -150,8 +150,8 @@ def test_one_lost_byte_costs_one_frame(lost: int) -> None:
     assert named(counts)["resync_bytes"] == 9
 
 
-def test_a_false_frame_that_larpix_control_takes() -> None:
-    """A frame is cut off after its start; nine bytes on stands, in the next frame, a stop byte."""
+def test_a_false_frame_that_larpix_control_accepts() -> None:
+    """A frame is cut off after its start byte, and the next frame has a stop byte nine bytes after it."""
     true = b"s" + bytes([1, 2, 3, 4, 5, 6, 6, 0x71]) + b"q"
     stream = b"s" + true + frame(GOOD) * 2
     assert stream[9] == ord("q")
@@ -174,28 +174,29 @@ def test_even_parity_waits_for_the_next_frame() -> None:
 
 
 @pytest.mark.parametrize(
-    ("behind", "taken"), [(b"", True), (b"s", True), (b"x", False), (b"s" + bytes(8), True), (b"sxxxxxxxxx", False)]
+    ("following", "accepted"),
+    [(b"", True), (b"s", True), (b"x", False), (b"s" + bytes(8), True), (b"sxxxxxxxxx", False)],
 )
-def test_flush_decides_with_what_is_there(behind: bytes, taken: bool) -> None:
-    """A frame of even parity at the end of a burst is a bad word, unless a byte behind it says otherwise."""
-    rows, counts, _ = run([(frame(BAD) + behind, 1, True)])
-    assert words_of(rows) == [BAD] * taken
-    assert named(counts).get("bad_parity", 0) == taken
+def test_flush_decides_by_the_bytes_that_have_arrived(following: bytes, accepted: bool) -> None:
+    """A frame of even parity at the end of a burst is a wrong word, unless a following byte contradicts a frame."""
+    rows, counts, _ = run([(frame(BAD) + following, 1, True)])
+    assert words_of(rows) == [BAD] * accepted
+    assert named(counts).get("bad_parity", 0) == accepted
 
 
-def test_flush_leaves_an_unfinished_frame() -> None:
+def test_flush_keeps_an_incomplete_frame() -> None:
     rows, counts, _ = run([(frame(GOOD)[:7], 1, True), (frame(GOOD)[7:], 1, False)])
     assert words_of(rows) == [GOOD]
     assert "resync_bytes" not in named(counts)
 
 
-def test_a_time_comes_before_the_first_word_of_a_second() -> None:
+def test_a_time_row_precedes_the_first_word_of_each_second() -> None:
     rows, *_ = run([(frame(GOOD), 1, False), (frame(GOOD)[:4], 1, False), (frame(GOOD)[4:], 2, False), (b"", 3, False)])
     assert rows["packet_type"].tolist() == [4, 0, 4, 0]
     assert rows["timestamp"][[0, 2]].tolist() == [1, 2]
 
 
-def test_new_counters_begin_with_what_is_pending_and_a_time() -> None:
+def test_new_counters_begin_with_pending_bytes_and_a_time_row() -> None:
     decoder = decoders.SerialDecoder(GROUP, Asic.V2)
     first, second = new_counts(), new_counts()
     rows = np.zeros(9, V2)
@@ -209,14 +210,14 @@ def test_new_counters_begin_with_what_is_pending_and_a_time() -> None:
     common = {"messages": 1, "words_in": 1, "word_bytes": 10, "word_rows": 1, "packets": 1, "time_rows": 1}
     assert named(first) == common | {"bytes_in": 13, "pending_after": 3}
     assert named(second) == common | {"bytes_in": 8, "pending_before": 3, "pending_after": 1}
-    decoder.start(first)  # run 0 is taken up again after a run
+    decoder.start(first)  # run 0 continues after a run
     decoder.feed(frame(GOOD)[1:], 7)
     assert decoder.decode(rows) == 2
     check_ledger(first, 4, serial=True)
     assert (named(first)["pending_before"], named(first)["pending_after"]) == (1, 3)
 
 
-def test_start_with_input_left() -> None:
+def test_start_before_the_input_is_used_up() -> None:
     decoder = decoders.SerialDecoder(GROUP, Asic.V2)
     first, second = new_counts(), new_counts()
     decoder.start(first)
@@ -229,7 +230,7 @@ def test_start_with_input_left() -> None:
 
 
 def test_v1_frames() -> None:
-    """Byte 8 belongs to no v1 word: whatever stands there neither changes the row nor the parity."""
+    """Byte 8 is not part of a v1 word, and changes neither row nor parity."""
     word = 0x0155A6E8F41FD8
     stream = b"s" + word.to_bytes(7, "little") + b"\x80q"
     rows, *_ = run([(stream * 2, 3, False)], asic=Asic.V1)
@@ -246,7 +247,7 @@ def test_v3_words_of_type_0_are_unknown() -> None:
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=20))
-def test_frames_encode_as_larpix_control_does(words: list[int]) -> None:
+def test_encode_serial_makes_frames(words: list[int]) -> None:
     stream = decoders.encode_serial(np.array(words, np.uint64))
     assert stream == b"".join(frame(word) for word in words)
     rows, *_ = run([(stream, 1, True)], rule="larpix-control")
@@ -260,7 +261,7 @@ def test_a_long_stream() -> None:
     assert (word_codec.encode(rows, asic=Asic.V2) == words).all()
 
 
-def test_misuse_is_refused() -> None:
+def test_wrong_calls_raise_an_error() -> None:
     with pytest.raises(ValueError, match="rule: expected strict or larpix-control, found 'none'"):
         decoders.SerialDecoder(1, 2, rule="none")
     decoder = decoders.SerialDecoder(1, 2)

@@ -1,4 +1,4 @@
-"""Words to rows and back, for every chip generation: bit by bit, against larpix-control, against literal words."""
+"""Decoding and encoding of words of every chip generation: bit by bit, by larpix-control, and literal words."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ LAYOUTS = [(asic, schema.layout_of(asic).dtype) for asic in Asic] + [
     (Asic.V2, schema.PACKETS_2_4_CLOCK64),
     (Asic.V2_DIAGNOSTICS, schema.PACKETS_2_4_CLOCK64),
 ]
-#: Column -> bits (from, width) of the word, written down from the data sheets anew. Chips' words have 64 bits, v1's 54.
+#: Columns and their bits (lowest, width) in the word, from the data sheets. Words have 64 bits, v1 words 54.
 FIELDS: dict[Asic, dict[str, tuple[int, int]]] = {
     Asic.V1: {
         "type": (0, 2), "chipid": (2, 8), "channel": (10, 7), "timestamp": (17, 24), "adc_counts": (41, 10),
@@ -46,15 +46,15 @@ FIELDS: dict[Asic, dict[str, tuple[int, int]]] = {
 words_of_any_kind = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=40)
 
 
-def decoded(words: Any, asic: Asic, dtype: np.dtype | None = None, **given_numbers: int) -> np.ndarray:
+def decoded(words: Any, asic: Asic, dtype: np.dtype | None = None, **numbers: int) -> np.ndarray:
     words = np.asarray(words, np.uint64)
     rows = np.zeros(len(words), dtype or schema.layout_of(asic).dtype)
-    rows.view("u1")[:] = 0xEE  # a column that is not filled shows
-    return rows[: word_codec.decode(words, rows, asic=asic, **given_numbers)]
+    rows.view("u1")[:] = 0xEE  # shows columns that are not filled
+    return rows[: word_codec.decode(words, rows, asic=asic, **numbers)]
 
 
 def sendable(words: np.ndarray, asic: Asic) -> np.ndarray:
-    """What of these words can be had back: v1 has 54 bits, v3 no type 0."""
+    """Return the words that encode() restores: v1 words have 54 bits, v3 has no type 0."""
     if asic == Asic.V1:
         return words & np.uint64((1 << 54) - 1)
     return words[words & np.uint64(3) != 0] if asic == Asic.V3 else words
@@ -62,7 +62,7 @@ def sendable(words: np.ndarray, asic: Asic) -> np.ndarray:
 
 @pytest.mark.parametrize(("asic", "dtype"), LAYOUTS)
 @given(words_of_any_kind)
-def test_every_column_has_its_bits_and_the_word_comes_back(asic: Asic, dtype: np.dtype, words: list[int]) -> None:
+def test_columns_have_their_bits_and_encode_to_the_same_word(asic: Asic, dtype: np.dtype, words: list[int]) -> None:
     array = np.array(words, np.uint64)
     rows = decoded(array, asic, dtype, io_group=3, io_channel=17, direction=1)
     kept = sendable(array, asic)
@@ -84,17 +84,16 @@ def test_every_column_has_its_bits_and_the_word_comes_back(asic: Asic, dtype: np
 
 
 @pytest.mark.parametrize(("asic", "dtype"), LAYOUTS)
-def test_no_column_is_left_as_it_was(asic: Asic, dtype: np.dtype) -> None:
-    """What no bit and no argument fills is 0."""
+def test_columns_without_bits_are_0(asic: Asic, dtype: np.dtype) -> None:
     (row,) = decoded([1], asic, dtype, io_group=0, direction=0)
-    told = {"type", "packet_type", "chip_key", "valid_parity", "fifo_diagnostics_enabled"}
-    assert {name: row[name] for name in dtype.names if name not in told and row[name]} == {}
+    filled = {"type", "packet_type", "chip_key", "valid_parity", "fifo_diagnostics_enabled"}
+    assert {name: row[name] for name in dtype.names if name not in filled and row[name]} == {}
 
 
 @pytest.mark.parametrize("asic", Asic)
 @given(st.data())
-def test_fields_written_into_a_row_are_in_its_word(asic: Asic, data: st.DataObject) -> None:
-    """encode then decode: every field of every packet type of every generation, at any value."""
+def test_columns_survive_encoding_and_decoding(asic: Asic, data: st.DataObject) -> None:
+    """All columns of all packet types of all generations, with any value."""
     kind_name = "type" if asic == Asic.V1 else "packet_type"
     kind = data.draw(st.integers(1 if asic == Asic.V3 else 0, 3))
     configuration = {"register", "value", "register_address", "register_data"}
@@ -110,20 +109,20 @@ def test_fields_written_into_a_row_are_in_its_word(asic: Asic, data: st.DataObje
         names = ["timestamp", "counter"]
     if asic == Asic.V3 and kind == 1:
         row["timestamp"] = row["timestamp"] & (1 << 27) - 1 | row["first_packet"].astype("u8") << np.uint64(27)
-    (back,) = decoded(word_codec.encode(row, asic=asic), asic)
-    assert {name: back[name] for name in [*names, kind_name]} == {name: row[0][name] for name in [*names, kind_name]}
+    (copy,) = decoded(word_codec.encode(row, asic=asic), asic)
+    assert {name: copy[name] for name in [*names, kind_name]} == {name: row[0][name] for name in [*names, kind_name]}
 
 
 @pytest.mark.parametrize("asic", Asic)
 @given(words_of_any_kind)
-def test_parity_makes_words_odd_and_touches_nothing_else(asic: Asic, words: list[int]) -> None:
+def test_parity_sets_only_the_parity_bit(asic: Asic, words: list[int]) -> None:
     width = 54 if asic == Asic.V1 else 64
     made = word_codec.parity(np.array(words, np.uint64), asic=asic)
     assert made.tolist() == [odd(word & (1 << width) - 1, width) for word in words]
 
 
 def test_larpix_control_writes_the_same_v2_rows(tmp_path: Path) -> None:
-    """All columns, all packet types; the direction is 0 here since it sets none on packets from a board."""
+    """All columns and packet types; direction 0, because larpix-control sets no direction on packets from a board."""
     words = np.random.default_rng(2).integers(0, 2**64, 1500, dtype=np.uint64)
     rows = decoded(words, Asic.V2, io_group=2, io_channel=5, receipt=4_000_000_000, direction=0)
     theirs = packets_v2(words)
@@ -134,7 +133,7 @@ def test_larpix_control_writes_the_same_v2_rows(tmp_path: Path) -> None:
 
 
 def test_larpix_control_writes_the_same_diagnostics_rows(tmp_path: Path) -> None:
-    """All but bit 46: larpix-control has no place for it, here it is in `counter`."""
+    """All columns but `counter`, which has bit 46 here; larpix-control drops this bit."""
     words = np.random.default_rng(3).integers(0, 2**64, 1500, dtype=np.uint64)
     rows = decoded(words, Asic.V2_DIAGNOSTICS, direction=0)
     theirs = rows_2_4(tmp_path / "theirs.h5", packets_v2(words, diagnostics=True))
@@ -144,16 +143,16 @@ def test_larpix_control_writes_the_same_diagnostics_rows(tmp_path: Path) -> None
     assert (rows == theirs).all()
 
 
-def test_larpix_control_reads_v2_rows_as_the_packets_that_were_sent(tmp_path: Path) -> None:
+def test_larpix_control_reads_v2_rows_as_the_same_packets(tmp_path: Path) -> None:
     words = np.random.default_rng(4).integers(0, 2**64, 400, dtype=np.uint64)
-    words = words[words & np.uint64(3) == 0]  # of other types it reads only the columns that belong to them
+    words = words[words & np.uint64(3) == 0]  # for other types it reads only their columns
     read = read_back(tmp_path / "ours.h5", decoded(words, Asic.V2, io_group=1, io_channel=4), "2.4")
     assert [packet.bytes() for packet in read] == [word.to_bytes(8, "little") for word in words.tolist()]
     assert all(packet.direction == 1 and packet.io_channel == 4 for packet in read)
 
 
-def test_larpix_control_sees_the_same_in_v1_packets() -> None:
-    """Its `dataword` clears the lowest ADC bit (FORMATS.md section 1); our `adc_counts` keeps it, as its bytes() do."""
+def test_larpix_control_decodes_v1_packets_to_the_same_columns() -> None:
+    """But its `dataword` clears the lowest ADC bit (FORMATS.md section 1), which `adc_counts` keeps."""
     words = np.random.default_rng(5).integers(0, 2**54, 1500, dtype=np.uint64)
     rows = decoded(words, Asic.V1, io_group=1, io_channel=2)
     columns = {"fifo_half", "fifo_full", "channel", "timestamp", "counter", "register", "value"}
@@ -168,8 +167,8 @@ def test_larpix_control_sees_the_same_in_v1_packets() -> None:
             assert theirs["adc_counts"] == row["adc_counts"] & 0x3FE
 
 
-def test_rows_that_fill_only_what_the_type_uses_give_their_words() -> None:
-    """So larpix-control wrote v1 packets, and v2 packets before LArPix+HDF5 2.3."""
+def test_rows_with_only_the_columns_of_their_type_are_encoded() -> None:
+    """larpix-control wrote such rows of v1 chips, and of v2 chips before LArPix+HDF5 2.3."""
     v1 = np.zeros(2, schema.PACKETS_1_0)
     v1["type"], v1["chipid"], v1["register"], v1["value"] = (2, 1), (3, 5), (10, 0), (20, 0)
     v1["counter"], v1["parity"] = (0, 32838), (0, 0)
@@ -214,7 +213,7 @@ LITERAL: list[tuple[Asic, str, dict[str, int]]] = [
 
 @pytest.mark.parametrize(("asic", "wire", "expected"), LITERAL)
 def test_literal_words(asic: Asic, wire: str, expected: dict[str, int]) -> None:
-    """Words that others published or recorded (FORMATS.md, sections 1 to 3)."""
+    """Published and recorded words (FORMATS.md, sections 1 to 3)."""
     word = np.frombuffer(bytes.fromhex(wire), np.uint64)
     (row,) = decoded(word, asic)
     assert {name: int(row[name]) for name in expected} == expected
@@ -244,13 +243,13 @@ def test_v1_time_rows_keep_their_io_group_and_larpix_control_reads_them(tmp_path
     assert packet.timestamp == 1_600_000_000
 
 
-def test_rows_of_other_types_have_no_word() -> None:
+def test_rows_of_other_types_are_left_out_of_encoding() -> None:
     rows = decoded([0x50, 0x51, 0x52, 0x53], Asic.V2)
     rows["packet_type"][[0, 2]] = (4, 6)
     assert word_codec.encode(rows, asic=Asic.V2).tolist() == [0x51, 0x53]
 
 
-def test_receipt_fits_or_is_an_error() -> None:
+def test_too_large_receipt_timestamps_are_an_error() -> None:
     assert decoded([0], Asic.V2, receipt=2**32 - 1)["receipt_timestamp"][0] == 2**32 - 1
     for dtype, asic in ((schema.PACKETS_2_4_CLOCK64, Asic.V2), (schema.PACKETS_3_0, Asic.V3)):
         assert decoded([1], asic, dtype, receipt=2**64 - 1)["receipt_timestamp"][0] == 2**64 - 1
@@ -273,12 +272,12 @@ def test_receipt_fits_or_is_an_error() -> None:
         (np.frombuffer(bytes(72), schema.PACKETS_2_4), "read-only"),
     ],
 )  # fmt: skip
-def test_rows_of_a_wrong_kind_are_refused(rows: np.ndarray, message: str) -> None:
+def test_wrong_rows_raise_value_error(rows: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         word_codec.decode(np.zeros(2, np.uint64), rows, asic=Asic.V2)
 
 
-def test_wrong_numbers_are_refused() -> None:
+def test_wrong_arguments_raise_value_error() -> None:
     for number, message in (
         ({"asic": 5}, "asic: expected a code of schema.Asic, 1 to 4, found 5"),
         ({"asic": 2, "io_group": 256}, "io_group: expected 0 to 255, found 256"),
@@ -291,7 +290,7 @@ def test_wrong_numbers_are_refused() -> None:
         word_codec.decode(np.zeros(1, "i4"), np.zeros(1, schema.PACKETS_2_4), asic=2)
 
 
-def test_nothing_gives_nothing() -> None:
+def test_no_words_make_no_rows() -> None:
     for asic in Asic:
         none = np.zeros(0, np.uint64)
         rows = np.zeros(0, schema.layout_of(asic).dtype)
@@ -305,7 +304,7 @@ def test_read_only_rows_can_be_encoded() -> None:
     assert word_codec.encode(rows, asic=Asic.V2).tolist() == [0x50]
 
 
-def test_a_packet_of_larpix_control_is_the_same_word() -> None:
+def test_a_packet_of_larpix_control_has_the_expected_word() -> None:
     packet = Packet_v2()
     packet.chip_id, packet.channel_id, packet.timestamp, packet.dataword = 20, 1, 5922492, 35
     packet.first_packet = packet.downstream_marker = 1

@@ -1,4 +1,4 @@
-"""Many messages a call: libzmq's own functions and pyzmq's methods take and send the same."""
+"""Receiver and Sender, with libzmq's functions and with pyzmq's methods."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def pair(ctx, kinds=(zmq.PUSH, zmq.PULL), address="inproc://here"):
     return out, into
 
 
-def taken(receiver, n):
+def messages_of(receiver, n):
     return [bytes(receiver.buffer[start : start + length]) for start, length in receiver.spans[:n].tolist()]
 
 
-def test_the_native_way_is_the_one_in_use():
+def test_native_functions_are_in_use():
     with context() as ctx:
         _, into = pair(ctx)
         assert Receiver(into).native
@@ -42,8 +42,8 @@ def test_the_native_way_is_the_one_in_use():
     most=st.integers(1, 10),
     size=st.integers(1, 120),
 )
-def test_any_messages_through_any_buffer(messages, most, size):
-    """Both ways hand over every message that fits the buffer, its parts joined, in order; the others are counted."""
+def test_messages_are_received_or_counted_with_any_buffer(messages, most, size):
+    """All messages that fit the buffer arrive in order with their parts joined. Larger messages are counted."""
     sent, number = [], 0
     for sizes in messages:
         parts = []
@@ -60,10 +60,10 @@ def test_any_messages_through_any_buffer(messages, most, size):
                 out.send_multipart(parts)
             got = []
             empty = 0
-            while empty < 2:  # once more than needed: a call may end between messages that were dropped
+            while empty < 2:  # a call may return no message after it has dropped some
                 n = receiver.receive()
                 assert n <= most
-                got += taken(receiver, n)
+                got += messages_of(receiver, n)
                 empty = 0 if n else empty + 1
             assert got == [message for message in whole if len(message) <= size]
             assert receiver.oversized == sum(len(message) > size for message in whole)
@@ -71,7 +71,7 @@ def test_any_messages_through_any_buffer(messages, most, size):
 
 
 @PLAIN
-def test_a_message_that_finds_no_room_waits(plain):
+def test_a_message_without_room_waits_for_the_next_call(plain):
     with context() as ctx:
         out, into = pair(ctx)
         receiver = Receiver(into, size=100, plain=plain)
@@ -81,7 +81,7 @@ def test_a_message_that_finds_no_room_waits(plain):
         out.send(b"x" * 60)
         out.send(b"y" * 60)
         assert receiver.receive() == 1
-        # one is held now; it must not keep the context from ending
+        # the receiver holds a message now, which must not block the end of the context
         del receiver
 
 
@@ -97,14 +97,14 @@ def test_dealer_and_sub_over_tcp(plain):
             out.send(k.to_bytes(4, "little") * 6)
         got = []
         wait_until(
-            lambda: into.poll(10) and not got.extend(taken(receiver, receiver.receive())) and len(got) == 500,
+            lambda: into.poll(10) and not got.extend(messages_of(receiver, receiver.receive())) and len(got) == 500,
             "500 messages",
         )
         assert got == [k.to_bytes(4, "little") * 6 for k in range(500)]
 
 
 @PLAIN
-def test_closed_sockets_say_so(plain):
+def test_closed_sockets_raise_zmq_error(plain):
     with context() as ctx:
         out, into = pair(ctx)
         receiver, sender = Receiver(into, plain=plain), Sender(out, plain=plain)
@@ -117,13 +117,13 @@ def test_closed_sockets_say_so(plain):
 
 
 @pytest.mark.parametrize(("messages", "size"), [(0, 10), (1, 0), (1, 1 << 32)])
-def test_impossible_buffers(messages, size):
+def test_impossible_buffer_sizes_are_an_error(messages, size):
     with context() as ctx, pytest.raises(ValueError, match="Receiver: needs"):
         Receiver(pair(ctx)[1], messages=messages, size=size)
 
 
 @PLAIN
-def test_sending_stops_where_the_queue_is_full(plain):
+def test_sending_stops_when_the_queue_is_full(plain):
     with context() as ctx:
         out, into = ctx.socket(zmq.PUSH), ctx.socket(zmq.PULL)
         out.sndhwm = into.rcvhwm = 10
@@ -132,24 +132,24 @@ def test_sending_stops_where_the_queue_is_full(plain):
         sender = Sender(out, plain=plain)
         data = np.arange(200, dtype=np.uint8)
         spans = np.array([(2 * k, k % 3) for k in range(100)], schema.SPAN)
-        first = sender.send(data, spans)
-        assert 10 <= first < 100
+        sent = sender.send(data, spans)
+        assert 10 <= sent < 100
         got = []
         receiver = Receiver(into, plain=plain)
 
         def turn():
-            nonlocal first
-            got.extend(taken(receiver, receiver.receive()))
-            first += sender.send(data, spans[first:])
-            return first == 100
+            nonlocal sent
+            got.extend(messages_of(receiver, receiver.receive()))
+            sent += sender.send(data, spans[sent:])
+            return sent == 100
 
         wait_until(turn, "room for all messages")
-        got += taken(receiver, receiver.receive())
+        got += messages_of(receiver, receiver.receive())
         assert got == [bytes(data[2 * k : 2 * k + k % 3]) for k in range(100)]
 
 
 @PLAIN
-def test_a_span_outside_of_the_buffer_sends_nothing(plain):
+def test_with_a_wrong_span_no_message_is_sent(plain):
     with context() as ctx:
         out, into = pair(ctx)
         sender = Sender(out, plain=plain)
