@@ -1,13 +1,13 @@
-"""A burst far above what is stored: what is kept, what is counted lost, and when all is as before.
+"""Measure a burst far above the storage's rate: losses, latency, and the time until normal operation.
 
     python bench/bursts.py [--rate R] [--seconds S] [--share F] [--json]
 
-The storage is given a share of its time only (it is stopped and let go on, every 50 ms), with a ring and a spool of
-64 MiB each. One board sends slowly all the time, a second one words that are timed until the monitor counts them, a
-third one the burst; none of them waits. "stored" is the rate at which rows were stored while there was a backlog: what
-can be sustained. The backlog ends when the spool is empty and the ring nearly so; "normal again" is how long after that
-a timed word still took longer than one and a half times the longest before the burst. "lost" are words for which
-neither the files nor the ledger account.
+The storage runs only a share of the time (it is stopped and continued every 50 ms). Ring and spool have 64 MiB each.
+One board sends slowly all the time, a second board sends words whose latency to the monitor is measured, and a third
+board sends the burst; none of them waits. "stored" is the rate at which rows were stored during the backlog. The
+backlog ends when the spool is empty and the ring nearly empty. "normal again" is the time after the backlog until
+latencies are below 1.5 times the longest latency before the burst. "lost" is the number of words that are neither in
+the files nor in the ledger.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from saturated import STEP
 from system import System, system
 
 BOUND = "64MiB"
-#: Messages that may wait in the board; a real one drops more of them when the machine is busy, and counts none.
+#: Maximum number of messages that wait in an emulated board. A real board drops messages uncounted on a busy machine.
 QUEUE = "10000"
-#: Packets/s of the board that sends all the time.
+#: Packets/s of the board that always sends.
 SLOW = 100_000
 #: The io_group of the board with the burst.
 BURST = 3
-#: One turn of the storage's being stopped and let go on (seconds).
+#: Seconds of one stop and one continuation of the storage.
 TURN = 0.05
-#: Filled so far the ring has no backlog: what a storage that is stopped for one turn is owed.
+#: Fill level of a ring without backlog: the blocks of one turn are pending while the storage is stopped.
 NEARLY_EMPTY = 0.1
-#: Timed words before the burst and after the backlog.
+#: Number of timed words before the burst and after the backlog.
 SAMPLES = 60
 
 
 @contextlib.contextmanager
 def slowed(process: Any, share: float) -> Iterator[None]:
-    """The process has this share of its time."""
+    """Let the process run only this share of the time."""
     done = threading.Event()
 
     def run() -> None:
@@ -73,14 +73,14 @@ def slowed(process: Any, share: float) -> Iterator[None]:
 
 
 class Words:
-    """The board whose words are timed."""
+    """Board whose words are timed."""
 
     def __init__(self, socket: zmq.Socket[bytes], operator: Any) -> None:
         self._socket, self._operator = socket, operator
         self.sent = 0
 
     def take(self) -> float:
-        """Milliseconds until one more is counted."""
+        """Send a word. Returns the milliseconds until the monitor has counted it."""
         time.sleep(PAUSE)
         sent = time.monotonic()
         self.sent += 1
@@ -115,36 +115,36 @@ def measure(line: System, rate: float, seconds: float, share: float) -> dict[str
             before = {key: use.memory[-1] for key, use in memory.uses.items()}
             burst.go()
             began = time.monotonic()
-            meanwhile = []
+            during = []
             status: dict[str, Any] = {"spooled_bytes": 0, "ring": 1.0}
             while not burst.ended() or status["spooled_bytes"] or status["ring"] > NEARLY_EMPTY:
-                meanwhile.append(words.take())
+                during.append(words.take())
                 status = line.status_of(operator, "producer")
                 if time.monotonic() - began > STEP:
                     raise SystemExit(f"still a backlog after {STEP:g} s: {status}")
             ended = time.monotonic()
             after = [(words.take(), time.monotonic() - ended) for _ in range(SAMPLES)]
         slow.stop()
-        said = slow.finish()
+        counts = slow.finish()
         burst.stop()
         burst.process.wait(LIMIT)
         verdict = operator.end_run().result(STEP)
-    found = tally(parts_of([line.data], verdict["run"]))
+    totals = tally(parts_of([line.data], verdict["run"]))
     sent = {
-        1: said["sent"]["1"]["words"], TIMED: words.sent, BURST: burst.said["sent"]["1"]["words"],
+        1: counts["sent"]["1"]["words"], TIMED: words.sent, BURST: burst.said["sent"]["1"]["words"],
     }  # fmt: skip
     late = [at for took, at in after if took > 1.5 * max(usual)]
-    stored = (found.rows - SLOW * SAMPLES * 2 * PAUSE) / (ended - began)
+    stored = (totals.rows - SLOW * SAMPLES * 2 * PAUSE) / (ended - began)
     return {
         "rate": rate,
         "stored": round(stored),
         "times": round(rate / stored, 1),
         "sent": sum(sent.values()),
-        "dropped": sum(found.counted.values()),
-        "lost": sum(found.unaccounted(sent).values()),
+        "dropped": sum(totals.counted.values()),
+        "lost": sum(totals.unaccounted(sent).values()),
         "condition": verdict["condition"],
         "latency_ms": {
-            "before": round(max(usual), 1), "meanwhile": round(max(meanwhile), 1), "after": round(max(after)[0], 1),
+            "before": round(max(usual), 1), "meanwhile": round(max(during), 1), "after": round(max(after)[0], 1),
         },
         "backlog_s": round(ended - began - seconds, 1),
         "normal_again_s": round(max(late, default=0.0), 2),
@@ -158,25 +158,31 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--rate", type=float, default=6.5e6, metavar="R", help="of the burst, packets/s (default %(default)g)")
-    add("--seconds", type=float, default=5.0, metavar="S", help="of the burst (default %(default)g)")
-    add("--share", type=float, default=0.1, metavar="F", help="of its time that the storage has (default %(default)g)")
+    add("--rate", type=float, default=6.5e6, metavar="R", help="packets/s of the burst (default %(default)g)")
+    add("--seconds", type=float, default=5.0, metavar="S", help="length of the burst, s (default %(default)g)")
+    add(
+        "--share",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="share of the time for which the storage runs (default %(default)g)",
+    )
     add("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
-        one = measure(line, options.rate, options.seconds, options.share)
+        result = measure(line, options.rate, options.seconds, options.share)
     if options.json:
-        print(json.dumps(one))
-        return 1 if one["lost"] else 0
+        print(json.dumps(result))
+        return 1 if result["lost"] else 0
     print(
-        f"burst of {one['rate'] / 1e6:g} M/s, {one['times']} times the {one['stored'] / 1e6:.2f} M/s that were stored: "
-        f"{one['sent']:,} sent, {one['dropped']:,} counted lost, {one['lost']} unaccounted, {one['condition']}\n"
-        f"longest latency, ms: {one['latency_ms']}; backlog for {one['backlog_s']} s more, normal again "
-        f"{one['normal_again_s']} s after it"
+        f"burst of {result['rate'] / 1e6:g} M/s, {result['times']} times the {result['stored'] / 1e6:.2f} M/s stored: "
+        f"{result['sent']:,} sent, {result['dropped']:,} counted lost, {result['lost']} unaccounted, "
+        f"{result['condition']}\nlongest latency, ms: {result['latency_ms']}; backlog until "
+        f"{result['backlog_s']} s after the burst, normal again {result['normal_again_s']} s later"
     )
-    for key, (before, most, last) in one["mib"].items():
-        print(f"{key}: {before} MiB before, {most} at most, {last} at the end")
-    return 1 if one["lost"] else 0
+    for key, (before, most, last) in result["mib"].items():
+        print(f"{key}: {before} MiB before, maximum {most}, {last} at the end")
+    return 1 if result["lost"] else 0
 
 
 if __name__ == "__main__":

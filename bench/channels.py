@@ -1,11 +1,11 @@
-"""What a packet costs against the number of channels that send.
+"""Measure the processor time per packet, by process, for different numbers of channels.
 
     python bench/channels.py [--rate R] [--boards N] [--seconds S] [--json]
 
-Emulated PACMANs, 1000-word messages, at an even rate that all keep up with; one round for each number of io_channels
-and of chips on each, 64 channels a chip. "ns a packet" is processor time of a process over the packets of that time,
-from the end of SETTLE on, when every channel has been seen. The monitor's resident memory grows with the channels: a
-histogram each.
+Emulated PACMANs send messages of 1000 words at an even rate that all processes can follow. Each round has another
+number of io_channels and chips, with 64 channels per chip. "ns a packet" is the processor time of a process divided by
+the packets of that time, after SETTLE seconds, when every channel has sent. The monitor's resident memory grows with
+the channels, because it has a histogram for each.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from memory_usage import Memory
 from saturated import STEP, processor_seconds
 from system import System, system
 
-#: (io_channels, chips on each): of each board.
+#: Number of io_channels per board, and of chips per io_channel.
 SIZES = ((1, 1), (4, 4), (8, 16), (32, 50))
-#: Until most channels have been seen, and their histograms made (seconds).
+#: Seconds until most channels have sent and have their histograms.
 SETTLE = 5.0
 
 
@@ -69,25 +69,25 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--rate", type=float, default=4e6, metavar="R", help="packets/s of all boards (default %(default)g)")
-    add("--boards", type=int, default=4, metavar="N", help="(default %(default)d)")
-    add("--seconds", type=float, default=10.0, metavar="S", help="of each (default %(default)g)")
+    add("--boards", type=int, default=4, metavar="N", help="number of boards (default %(default)d)")
+    add("--seconds", type=float, default=10.0, metavar="S", help="length of each round, s (default %(default)g)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     results = []
     for size in SIZES:
         with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
-            one = measure(line, options.rate, options.boards, size, options.seconds)
-        results.append(one)
+            result = measure(line, options.rate, options.boards, size, options.seconds)
+        results.append(result)
         if not options.json:
-            each = ", ".join(f"{key} {value}" for key, value in one["ns_a_packet"].items())
+            each = ", ".join(f"{key} {value}" for key, value in result["ns_a_packet"].items())
             print(
-                f"{one['channels']:>9,} channels: {one['all']} ns a packet ({each}); the monitor saw "
-                f"{one['monitor_saw']:.0%} and has {one['monitor_mib']} MiB; {one['dropped']} dropped",
+                f"{result['channels']:>9,} channels: {result['all']} ns a packet ({each}); the monitor saw "
+                f"{result['monitor_saw']:.0%} and has {result['monitor_mib']} MiB; {result['dropped']} dropped",
                 flush=True,
             )
     if options.json:
         print(json.dumps(results))
-    return 1 if any(one["dropped"] for one in results) else 0
+    return 1 if any(result["dropped"] for result in results) else 0
 
 
 if __name__ == "__main__":

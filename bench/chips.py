@@ -1,9 +1,9 @@
-"""How fast a whole emulated detector can be verified: every register of every chip, in messages of many words.
+"""Measure how fast all registers of all chips of an emulated detector are read, in messages of many words.
 
     python bench/chips.py [--boards 8] [--chips 800] [--words 16384]
 
-prints one JSON object: seconds to set up the networks and to read all registers, reads/s, and the share of a core that
-the emulator, one process for all boards, needed for the latter. Every answer is compared with what it must be.
+Prints one JSON object: seconds to configure the networks and to read all registers, reads/s, and the processor time of
+the emulator (one process for all boards) per second while reading. Every answer is compared with the expected value.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIMIT = 60_000  # ms
 
 
 def words(io_channels: Any, kind: int, chip_ids: Any, addresses: Any, data: Any) -> Any:
-    """D words for a request, shape (N, 16)."""
+    """Return D words of a request, shape (N,), 16 bytes each."""
     made = np.zeros(len(io_channels), [("type", "S1"), ("io_channel", "u1"), ("pad", "V6"), ("packet", "<u8")])
     made["type"], made["io_channel"] = b"D", io_channels
     made["packet"] = kind | np.asarray(chip_ids) << 2 | np.asarray(addresses) << 10 | np.asarray(data) << 18
@@ -37,32 +37,32 @@ def words(io_channels: Any, kind: int, chip_ids: Any, addresses: Any, data: Any)
 
 
 def setup(board: network.Wiring) -> Any:
-    """What brings up the network: chips near to the board first. The chips' ids and ways as registers."""
+    """Return the writes that configure the network, nearest chips first: io_channel, chip_id, address, value."""
     uart = {(a, b): u for a, u, b, _ in board.wires}
     up = [0] * len(board.keys)
-    found = []
+    writes = []
     for chip, u, _ in board.exits:
         channel, chip_id = board.keys[chip]
-        found += [(channel, 1, ID, chip_id), (channel, chip_id, DOWN, 1 << u)]
+        writes += [(channel, 1, ID, chip_id), (channel, chip_id, DOWN, 1 << u)]
     for parent, chip in board.tree:
         channel, chip_id = board.keys[chip]
         up[parent] |= 1 << uart[parent, chip]
-        found += [(channel, board.keys[parent][1], UP, up[parent])]
-        found += [(channel, 1, ID, chip_id), (channel, chip_id, DOWN, 1 << uart[chip, parent])]
-    return np.array(found)
+        writes += [(channel, board.keys[parent][1], UP, up[parent])]
+        writes += [(channel, 1, ID, chip_id), (channel, chip_id, DOWN, 1 << uart[chip, parent])]
+    return np.array(writes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--boards", type=int, default=8)
-    parser.add_argument("--chips", type=int, default=800, help="on each board")
-    parser.add_argument("--words", type=int, default=16_384, help="of a message, at most")
+    parser.add_argument("--boards", type=int, default=8, help="number of boards (default %(default)d)")
+    parser.add_argument("--chips", type=int, default=800, help="chips per board (default %(default)d)")
+    parser.add_argument("--words", type=int, default=16_384, help="maximum words per message (default %(default)d)")
     args = parser.parse_args()
-    known = register_map("2b")
+    registers = register_map("2b")
     board = network.tile_wiring(args.chips, asic="2b")
     keys = np.array(board.keys)
     steps = setup(board)
-    expected = np.tile(known.defaults, (args.chips, 1))
+    expected = np.tile(registers.defaults, (args.chips, 1))
     for chip, (channel, chip_id) in enumerate(keys.tolist()):
         for c, i, address, value in steps[steps[:, 0] == channel].tolist():
             if i == chip_id or (address == ID and value == chip_id and c == channel):
@@ -84,9 +84,9 @@ def main() -> None:
             data.connect(f"tcp://127.0.0.1:{at['data']}")
             boards.append((request, data))
 
-        def send_all(what: Any) -> None:
-            for start in range(0, len(what), args.words):
-                part = what[start : start + args.words]
+        def send_all(requested: Any) -> None:
+            for start in range(0, len(requested), args.words):
+                part = requested[start : start + args.words]
                 message = struct.pack("<cIxH", b"?", 0, len(part)) + part.tobytes()
                 for request, _ in boards:
                     request.send(message)
@@ -97,21 +97,21 @@ def main() -> None:
         began = time.monotonic()
         send_all(words(steps[:, 0], WRITE, steps[:, 1], steps[:, 2], steps[:, 3]))
         ready_after = time.monotonic() - began
-        every = np.repeat(keys, known.count, axis=0)
-        addresses = np.tile(np.arange(known.count), len(keys))
+        every = np.repeat(keys, registers.count, axis=0)
+        addresses = np.tile(np.arange(registers.count), len(keys))
         began, ticks = time.monotonic(), cpu(emulator.pid)
         send_all(words(every[:, 0], READ, every[:, 1], addresses, np.zeros_like(addresses)))
         for _, data in boards:
-            got = 0
+            answered = 0
             read = np.full((256, 256, 256), -1, np.int16)
-            while got < len(every):
-                assert data.poll(LIMIT), f"{got} of {len(every)} answers"
-                found = np.frombuffer(data.recv()[8:], [("head", "u1", 8), ("packet", "<u8")])
-                found = found[found["head"][:, 0] == ord("D")]
-                packet = found["packet"].astype(np.int64)
-                read[found["head"][:, 1], packet >> 2 & 255, packet >> 10 & 255] = packet >> 18 & 255
-                got += len(found)
-            assert (read[keys[:, 0], keys[:, 1]][:, : known.count] == expected).all()
+            while answered < len(every):
+                assert data.poll(LIMIT), f"{answered} of {len(every)} answers"
+                answers = np.frombuffer(data.recv()[8:], [("head", "u1", 8), ("packet", "<u8")])
+                answers = answers[answers["head"][:, 0] == ord("D")]
+                packet = answers["packet"].astype(np.int64)
+                read[answers["head"][:, 1], packet >> 2 & 255, packet >> 10 & 255] = packet >> 18 & 255
+                answered += len(answers)
+            assert (read[keys[:, 0], keys[:, 1]][:, : registers.count] == expected).all()
         seconds = time.monotonic() - began
         share = (cpu(emulator.pid) - ticks) / seconds
         reads = args.boards * len(every)
@@ -137,7 +137,7 @@ def main() -> None:
 
 
 def cpu(pid: int) -> float:
-    """Seconds of processor time that a process has used."""
+    """Return the processor time of a process so far, in seconds."""
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,11 +1,10 @@
-"""What the processes cost at ordinary rates: cores, by process, and how long the run states take.
+"""Measure the cores that each process uses at ordinary rates, and the times of prepare_run, begin_run and end_run.
 
     python bench/cores.py [--rates R,...] [--seconds S] [--json]
 
-At each rate a run with one emulated PACMAN (words a message as a board sends them); at rate 0 a board that says
-nothing, and no run. "all" is the sum of all processes but the emulated board. "states" is
-the time from prepare_run's request to its result, and the same for begin_run and, without the 200 ms for which
-producers read on, end_run.
+One emulated PACMAN sends at each rate, with message sizes of a real board; at rate 0 it is silent and there is no run.
+"all" is the sum over all processes but the emulated board. "states" are the times from request to result; for end_run
+without the 200 ms for which producers continue to read.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from system import System, system
 
 from larpixdaq.producer import END_READ_ON
 
-#: The processes settle for so long (seconds) before they are measured.
+#: Seconds before each measurement.
 SETTLE = 3.0
 
 
 def timed(request: Any, least: float = 0.0) -> float:
-    """Milliseconds until this request has its result, beyond `least` seconds."""
+    """Return the milliseconds until the request has its result, minus `least` seconds."""
     began = time.monotonic()
     request.result(STEP)
     return round((time.monotonic() - began - least) * 1000, 1)
@@ -71,8 +70,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--rates", default="0,5000,200000,1000000", metavar="R,...", help="(default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each (default %(default)g)")
+    parser.add_argument(
+        "--rates", default="0,5000,200000,1000000", metavar="R,...", help="packets/s (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, metavar="S", help="length of each measurement, s (default %(default)g)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     results = []
@@ -80,10 +83,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
             results.append(measure(line, rate, options.seconds))
         if not options.json:
-            one = results[-1]
-            each = ", ".join(f"{key} {value:.3f}" for key, value in one["cores"].items())
-            states = ", ".join(f"{key} {value:g} ms" for key, value in one["states_ms"].items())
-            print(f"{rate:>10,.0f} packets/s: {one['all']:.3f} cores ({each}) {states}", flush=True)
+            result = results[-1]
+            each = ", ".join(f"{key} {value:.3f}" for key, value in result["cores"].items())
+            states = ", ".join(f"{key} {value:g} ms" for key, value in result["states_ms"].items())
+            print(f"{rate:>10,.0f} packets/s: {result['all']:.3f} cores ({each}) {states}", flush=True)
     if options.json:
         print(json.dumps(results))
     return 0

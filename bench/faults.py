@@ -1,15 +1,14 @@
-"""The fault table: what happens in the middle of a run, hundreds of times, and what becomes of the packets.
+"""The fault table: cause faults in the middle of runs, hundreds of times, and count the packets that were lost.
 
     python bench/faults.py [--trials N] [--rows NAME,...] [--seed S] [--rate R] [--jobs J] [--report FILE.json]
                            [--update docs/reliability.md] [--findings docs/reliability.md]
 
-Each trial is a whole system of real processes with emulated PACMANs at 500,000 packets/s, if the row says nothing else;
-the fault comes at a random moment, is healed, and the run is ended. "sent" is the boards' own count of words, "stored"
-the rows of them in all parts of the run, "counted" what the ledger says was lost, "unaccounted" the rest, "doubled"
-blocks that are in the files twice. A trial fails when a row's promise is not kept; what it leaves behind is kept in
---keep, and the exit status is 1. The rows are functions in tests/faults/*_faults.py. --findings counts how often each
-kind
-of evidence for a loss at the board's side was given although nothing was lost.
+Each trial is a whole system of real processes with emulated PACMANs, at 500,000 packets/s unless the row has another
+rate. The fault comes at a random moment and is repaired, then the run is ended. "sent" is the boards' count of words,
+"stored" the number of their rows in all parts of the run, "counted" the losses in the ledger, "unaccounted" the rest,
+and "doubled" the number of blocks that are in the files twice. A trial fails when the promise of its row is broken;
+then its files stay in --keep, and the exit status is 1. The rows are functions in tests/faults/*_faults.py. --findings
+counts how often each kind of evidence for a loss before the producer was reported without any loss.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from larpixdaq.sources.data_quality import FINDINGS
 
 MARK = "fault table"
 FINDINGS_MARK = "findings"
-#: Undisturbed runs are taken so many times as often for the findings, since wrong ones are rare.
+#: Number of undisturbed trials for the findings, in units of --trials, because wrong findings are rare.
 UNDISTURBED = 10
-#: What the connection to a board says.
+#: Findings from the connection to a board.
 PRESENCE = (
     "board disconnected",
     "board never connected",
@@ -44,41 +43,45 @@ PRESENCE = (
 
 
 def span(values: Iterable[float | None]) -> str:
-    """The smallest and largest of these seconds."""
-    there = [value for value in values if value is not None]
-    if not there:
+    """Return the smallest and the largest time as text."""
+    seconds = [value for value in values if value is not None]
+    if not seconds:
         return ""
-    low, high = min(there), max(there)
-    return f"{low:.2f} s" if len(there) == 1 else f"{low:.2f} to {high:.2f} s"
+    low, high = min(seconds), max(seconds)
+    return f"{low:.2f} s" if len(seconds) == 1 else f"{low:.2f} to {high:.2f} s"
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """In Markdown, a line a row of the fault table."""
+    """Return the fault table in Markdown."""
     lines = [
         "| fault | must | trials | failed | sent | stored | counted lost | unaccounted | doubled | read | condition |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for row in ROWS.values():
-        mine = [one for one in outcomes if one.row == row.name]
-        if not mine:
+        trials_ = [outcome for outcome in outcomes if outcome.row == row.name]
+        if not trials_:
             continue
-        numbers = [sum(getattr(one, name) for one in mine) for name in ("sent", "stored", "counted", "unaccounted")]
-        lost, stuck = span(one.lost_after for one in mine), span(one.stuck_after for one in mine)
+        numbers = [
+            sum(getattr(trial, name) for trial in trials_) for name in ("sent", "stored", "counted", "unaccounted")
+        ]
+        lost, stuck = span(trial.lost_after for trial in trials_), span(trial.stuck_after for trial in trials_)
         read = [f"{what} after {seconds}" for what, seconds in (("lost", lost), ("stuck", stuck)) if seconds]
-        conditions = sorted({one.condition for one in mine if one.condition})
-        failed = sum(not one.ok for one in mine)
-        cells = [row.fault, row.must, str(len(mine)), str(failed), *(f"{n:,}" for n in numbers)]
-        cells += [str(sum(one.doubled for one in mine)), "; ".join(read), "; ".join(conditions)]
+        conditions = sorted({trial.condition for trial in trials_ if trial.condition})
+        failed = sum(not trial.ok for trial in trials_)
+        cells = [row.fault, row.must, str(len(trials_)), str(failed), *(f"{n:,}" for n in numbers)]
+        cells += [str(sum(trial.doubled for trial in trials_)), "; ".join(read), "; ".join(conditions)]
         lines.append(f"| {' | '.join(cells)} |")
-    total = [sum(getattr(one, name) for one in outcomes) for name in ("sent", "stored", "counted", "unaccounted")]
-    failed = sum(not one.ok for one in outcomes)
+    total = [
+        sum(getattr(outcome, name) for outcome in outcomes) for name in ("sent", "stored", "counted", "unaccounted")
+    ]
+    failed = sum(not outcome.ok for outcome in outcomes)
     cells = ["all", "", str(len(outcomes)), str(failed), *(f"{n:,}" for n in total)]
-    lines.append(f"| {' | '.join([*cells, str(sum(one.doubled for one in outcomes)), '', ''])} |")
+    lines.append(f"| {' | '.join([*cells, str(sum(outcome.doubled for outcome in outcomes)), '', ''])} |")
     return "\n".join(lines)
 
 
 def finding_kinds() -> dict[str, re.Pattern[str]]:
-    """The sentences in /ledger/verdicts, by what they say."""
+    """Return the patterns of the sentences in /ledger/verdicts, by their text."""
     kinds = {
         re.sub(r"\{\w+\}", "N", finding.text): re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(finding.text)))
         for finding in FINDINGS.values()
@@ -87,18 +90,18 @@ def finding_kinds() -> dict[str, re.Pattern[str]]:
 
 
 def findings_table(outcomes: Sequence[Outcome]) -> str:
-    """In Markdown, a line a kind of finding: in how many trials that lost nothing it was given."""
-    whole = [one for one in outcomes if one.condition and not one.unaccounted and not one.counted]
-    quiet = [one for one in whole if one.row == "undisturbed"]
-    faults = [one for one in whole if one.row != "undisturbed"]
+    """Return a Markdown table of the number of trials without losses in which each kind of finding was reported."""
+    whole = [outcome for outcome in outcomes if outcome.condition and not outcome.unaccounted and not outcome.counted]
+    quiet = [outcome for outcome in whole if outcome.row == "undisturbed"]
+    faults = [outcome for outcome in whole if outcome.row != "undisturbed"]
     lines = [
         f"| finding | of {len(quiet)} undisturbed runs | of {len(faults)} runs with a fault and no loss | which |",
         "| --- | ---: | ---: | --- |",
     ]
     for text, pattern in finding_kinds().items():
-        found = [sum(any(pattern.search(gap) for gap in one.gaps) for one in some) for some in (quiet, faults)]
-        rows = dict.fromkeys(ROWS[one.row].fault for one in faults if any(pattern.search(gap) for gap in one.gaps))
-        lines.append(f"| {text} | {found[0]} | {found[1]} | {'; '.join(rows)} |")
+        with_finding = [[trial for trial in part if any(map(pattern.search, trial.gaps))] for part in (quiet, faults)]
+        rows = dict.fromkeys(ROWS[trial.row].fault for trial in with_finding[1])
+        lines.append(f"| {text} | {len(with_finding[0])} | {len(with_finding[1])} | {'; '.join(rows)} |")
     return "\n".join(lines)
 
 
@@ -106,29 +109,29 @@ def run(options: argparse.Namespace, rows: Sequence[str], report: dict[str, Any]
     setup: dict[str, Any] = {"rate": options.rate, "longest": options.seconds}
     outcomes: list[Outcome] = []
     with trials(setup, options.keep, options.jobs) as made:
-        # Round after round through all rows: a run that is cut short has something of each.
+        # The rows take turns, so that an interrupted run has trials of each.
         more = {"undisturbed": (UNDISTURBED - 1) * options.trials} if options.findings else {}
-        asked = [(row, n) for n in range(options.trials) for row in rows]
-        asked += [(row, options.trials + n) for row in rows for n in range(more.get(row, 0))]
-        waiting = [made.submit(row, options.seed + n) for row, n in asked]
+        order = [(row, n) for n in range(options.trials) for row in rows]
+        order += [(row, options.trials + n) for row in rows for n in range(more.get(row, 0))]
+        waiting = [made.submit(row, options.seed + n) for row, n in order]
         for number, future in enumerate(as_completed(waiting), 1):
             outcome = future.result()
-            if options.jobs == 1 and (slow := late(outcome)):  # several at a time say nothing about times
+            if options.jobs == 1 and (slow := late(outcome)):  # parallel trials disturb each other's times
                 outcome.ok = False
                 outcome.failures += slow
             outcomes.append(outcome)
             print(f"{number}/{len(waiting)} {line(outcome)}", file=sys.stderr, flush=True)
             if options.report:
-                report["trials"] = [vars(one) for one in outcomes]
+                report["trials"] = [vars(outcome) for outcome in outcomes]
                 options.report.write_text(json.dumps(report, indent=1))
     return outcomes
 
 
-def line(one: Outcome) -> str:
-    first = f"{one.row}, seed {one.seed}, {one.seconds:.0f} s: sent {one.sent}, unaccounted {one.unaccounted}"
-    if one.ok:
-        return f"{first}: as promised"
-    return "\n    ".join([f"{first}: FAILED", *one.failures, *one.reasons, *one.events, f"kept in {one.kept}"])
+def line(trial: Outcome) -> str:
+    first = f"{trial.row}, seed {trial.seed}, {trial.seconds:.0f} s: sent {trial.sent}, unaccounted {trial.unaccounted}"
+    if trial.ok:
+        return f"{first}: passed"
+    return "\n    ".join([f"{first}: FAILED", *trial.failures, *trial.reasons, *trial.events, f"kept in {trial.kept}"])
 
 
 def main() -> int:
@@ -136,23 +139,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--trials", type=int, default=10, metavar="N", help="of each row (default %(default)d)")
+    add("--trials", type=int, default=10, metavar="N", help="trials of each row (default %(default)d)")
     add("--rows", metavar="NAME,...", help=f"only these of: {', '.join(ROWS)}")
-    add("--seed", type=int, default=1, metavar="S", help="the first trial's; each further one has the next")
+    add("--seed", type=int, default=1, metavar="S", help="of the first trial; each further trial has the next seed")
     add("--rate", type=float, default=500_000.0, metavar="R", help="packets/s (default %(default)g)")
-    add(
-        "--seconds", type=float, default=10.0, metavar="S", help="longest time that a fault lasts (default %(default)g)"
-    )
-    add("--jobs", type=int, default=1, metavar="J", help="trials at a time (default 1; times are judged only then)")
-    add("--report", type=Path, metavar="FILE", help="write everything about every trial there, as JSON")
-    add("--update", type=Path, metavar="FILE", help=f"put the table between the marks '{MARK}' in this document")
-    add("--findings", type=Path, metavar="FILE", help=f"put the table of findings between the marks '{FINDINGS_MARK}'")
+    add("--seconds", type=float, default=10.0, metavar="S", help="maximum length of a fault (default %(default)g)")
+    add("--jobs", type=int, default=1, metavar="J", help="parallel trials (default 1; times are checked only with 1)")
+    add("--report", type=Path, metavar="FILE", help="write all results to this JSON file")
+    add("--update", type=Path, metavar="FILE", help=f"write the table into this document, at the marks '{MARK}'")
+    add("--findings", type=Path, metavar="FILE", help=f"write the table of findings at the marks '{FINDINGS_MARK}'")
     add(
         "--keep",
         type=Path,
         default=Path("failed-trials"),
         metavar="DIR",
-        help="for failed trials (default %(default)s)",
+        help="directory for the files of failed trials (default %(default)s)",
     )
     options = parser.parse_args()
     rows = options.rows.split(",") if options.rows else list(ROWS)
@@ -172,10 +173,12 @@ def main() -> int:
     if options.update:
         update(options.update, MARK, text)
     if options.findings:
-        told = f"{findings_table(outcomes)}\n\n`{command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {machine()}."
-        print(told)
-        update(options.findings, FINDINGS_MARK, told)
-    return 0 if all(one.ok for one in outcomes) else 1
+        findings = (
+            f"{findings_table(outcomes)}\n\n`{command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {machine()}."
+        )
+        print(findings)
+        update(options.findings, FINDINGS_MARK, findings)
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The regression gate: each compiled kernel beside a plain copy, in one run, held against what it was.
+"""Regression gate: compare the speed of each compiled kernel with its speed in gate.json.
 
     python bench/gate.py [--json] [--update]
 
-The copy (limit.c) takes 16 bytes in and writes 36: what is compared is how many rows a kernel makes while that one
-makes one, so that the machine's speed cancels out. Kernel and copy take turns; the best of each counts. The exit status
-is 1 when a kernel reaches less than SLACK of its figure in gate.json, which has those of each processor that it was run
-on with --update; on others it must reach ELSEWHERE of the lowest.
+The figure of a kernel is its rows/s divided by the rows/s of a plain copy (limit.c), so that the speed of the machine
+cancels out. Kernel and copy are measured in turn, and the best round of each counts. The exit status is 1 when a kernel
+reaches less than SLACK of its figure for this processor. A processor gets its figures with --update; on other
+processors a kernel must reach ELSEWHERE of its lowest figure.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from larpixdaq._native import board_emulator, decoders, hdf5_chunks, monitor_cou
 from larpixdaq.schema import Asic
 
 FIGURES = Path(__file__).with_name("gate.json")
-#: A kernel has to reach so much of its figure: one that takes half as long again (0.67) falls through.
+#: Required share of a kernel's figure: a kernel that takes 1.5 times the time (0.67) fails.
 SLACK, ELSEWHERE = 0.72, 0.5
-#: Rows of one call, and calls of kernel and copy in turn.
+#: Rows of a call, and calls of kernel and copy in turn.
 ROWS = 4 * constants.BLOCK_ROWS
 ROUNDS = 25
-#: A kernel that falls through is measured again so often before it is believed: other processes come and go.
-AGAIN = 3
+#: Maximum number of repeated measurements of a slow kernel, because other processes may have disturbed it.
+REPEATS = 3
 
 Call = Callable[[], Any]
 
 
 def copy(folder: Path) -> Call:
-    """The copy of ROWS words."""
+    """Return the copy of ROWS words."""
     library = folder / "limit.so"
     source = Path(__file__).with_name("limit.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", library, source], check=True)
@@ -58,7 +58,7 @@ def copy(folder: Path) -> Call:
 
 
 def kernels() -> dict[str, Call]:
-    """Name -> what handles ROWS words or rows."""
+    """Return the calls of all kernels, with ROWS words or rows each, by name."""
     out = np.zeros(constants.BLOCK_ROWS, schema.PACKETS_2_4)
     counts = np.zeros(len(constants.COUNTS), np.uint64)
 
@@ -106,7 +106,7 @@ def kernels() -> dict[str, Call]:
 
 
 def ratio(kernel: Call, reference: Call) -> tuple[float, float]:
-    """Rows of the kernel per row of the copy, and rows/s of the kernel."""
+    """Return the rows of the kernel for each row of the copy, and the kernel's rows/s."""
     best = [float("inf"), float("inf")]
     for _ in range(ROUNDS):
         for at, call in enumerate((kernel, reference)):
@@ -117,14 +117,14 @@ def ratio(kernel: Call, reference: Call) -> tuple[float, float]:
 
 
 def processor() -> str:
-    """Its name, family and model: a name alone may stand for several generations."""
+    """Return name, family and model of the processor. A name alone may stand for several generations."""
     lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     facts = {name.strip(): value.strip() for name, _, value in lines}
     return ", ".join(facts.get(name, "?") for name in ("model name", "cpu family", "model"))
 
 
-def least(known: dict[str, dict[str, float]], model: str) -> dict[str, float]:
-    """What each kernel has to reach on this processor."""
+def minimum(known: dict[str, dict[str, float]], model: str) -> dict[str, float]:
+    """Return the minimum figure of each kernel on this processor."""
     if model in known:
         return {name: SLACK * figure for name, figure in known[model].items()}
     names = {name for figures in known.values() for name in figures}
@@ -139,33 +139,33 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help=f"write the ratios of this run into {FIGURES.name}")
     options = parser.parse_args()
     known: dict[str, dict[str, float]] = json.loads(FIGURES.read_text())
-    figures = {} if options.update else least(known, processor())
-    found: dict[str, tuple[float, float]] = {}
+    figures = {} if options.update else minimum(known, processor())
+    measured: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder:
         reference = copy(Path(folder))
         for name, kernel in kernels().items():
             if options.update:
-                found[name] = sorted(ratio(kernel, reference) for _ in range(5))[2]
+                measured[name] = sorted(ratio(kernel, reference) for _ in range(5))[2]
                 continue
-            found[name] = ratio(kernel, reference)
-            for _ in range(AGAIN):
-                if found[name][0] >= figures.get(name, 0):
+            measured[name] = ratio(kernel, reference)
+            for _ in range(REPEATS):
+                if measured[name][0] >= figures.get(name, 0):
                     break
-                found[name] = max(found[name], ratio(kernel, reference))
+                measured[name] = max(measured[name], ratio(kernel, reference))
     if options.update:
-        known[processor()] = {name: round(one, 3) for name, (one, _) in found.items()}
+        known[processor()] = {name: round(figure, 3) for name, (figure, _) in measured.items()}
         FIGURES.write_text(json.dumps(known, indent=1) + "\n")
-    slow = [name for name, (one, _) in found.items() if one < figures.get(name, 0)]
-    slow += [f"{name} (not measured)" for name in figures if name not in found]
+    slow = [name for name, (figure, _) in measured.items() if figure < figures.get(name, 0)]
+    slow += [f"{name} (not measured)" for name in figures if name not in measured]
     if options.json:
-        kernels_ = {name: {"ratio": one, "rows/s": rate} for name, (one, rate) in found.items()}
+        kernels_ = {name: {"ratio": figure, "rows/s": rate} for name, (figure, rate) in measured.items()}
         print(json.dumps({"kernels": kernels_, "least": figures, "slow": slow}))
     else:
         print(f"{'kernel':<36} {'M rows/s':>9} {'of a copy':>10} {'least':>8}")
-        for name, (one, rate) in found.items():
-            print(f"{name:<36} {rate / 1e6:>9.1f} {one:>10.3f} {figures.get(name, 0):>8.3f}")
+        for name, (figure, rate) in measured.items():
+            print(f"{name:<36} {rate / 1e6:>9.1f} {figure:>10.3f} {figures.get(name, 0):>8.3f}")
     for name in slow:
-        print(f"slower than it was: {name}", file=sys.stderr)
+        print(f"slower than before: {name}", file=sys.stderr)
     return 1 if slow else 0
 
 

@@ -1,4 +1,4 @@
-"""Writers of files killed at random moments, and their recovery, as a table.
+"""Kill writers of files at random moments, recover their files, and print a table.
 
     python bench/killing.py [--kills N] [--seed S] [--update docs/reliability.md]
 
@@ -22,34 +22,34 @@ MARK = "killed writers"
 NUMBERS = ("kills", "recoveries_killed", "rows_acknowledged", "rows_stored", "blocks_lost", "blocks_doubled")
 
 
-def text(found: dict[str, Any]) -> str:
+def text(result: dict[str, Any]) -> str:
     lines = [
         "| writers killed | recoveries killed | rows acknowledged | rows stored | blocks lost | blocks doubled |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| {' | '.join(f'{found[name]:,}' for name in NUMBERS)} |",
+        f"| {' | '.join(f'{result[name]:,}' for name in NUMBERS)} |",
         "",
-        "Killed in: " + ", ".join(f"{name} {n}" for name, n in found["kills_by"].items()) + ".",
-        *(f"- {failure}" for failure in found["failures"]),
+        "Killed in: " + ", ".join(f"{name} {n}" for name, n in result["kills_by"].items()) + ".",
+        *(f"- {failure}" for failure in result["failures"]),
     ]
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=500, metavar="N", help="(default %(default)d)")
-    parser.add_argument("--seed", type=int, default=1, metavar="S")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the files of failed trials there")
+    parser.add_argument("--kills", type=int, default=500, metavar="N", help="number of kills (default %(default)d)")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the random numbers (default %(default)d)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="directory for the files of failed trials")
     parser.add_argument(
-        "--update", type=Path, metavar="FILE", help=f"put the table between the marks '{MARK}' in this document"
+        "--update", type=Path, metavar="FILE", help=f"write the table into this document, at the marks '{MARK}'"
     )
     options = parser.parse_args()
-    found = run(options.kills, options.seed, options.keep)
+    result = run(options.kills, options.seed, options.keep)
     command = f"python bench/killing.py --kills {options.kills} --seed {options.seed}"
-    shown = f"{text(found)}\n\n`{command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {machine()}."
+    shown = f"{text(result)}\n\n`{command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {machine()}."
     print(shown)
     if options.update:
         update(options.update, MARK, shown)
-    return 0 if not (found["failures"] or found["blocks_lost"] or found["blocks_doubled"]) else 1
+    return 0 if not (result["failures"] or result["blocks_lost"] or result["blocks_doubled"]) else 1
 
 
 if __name__ == "__main__":

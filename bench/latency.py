@@ -1,10 +1,10 @@
-"""How long a word takes from a board's socket to the online monitor's counters, as an Operator sees them.
+"""Measure the latency from a board's socket to the online monitor's counters, as an Operator sees them.
 
     python bench/latency.py [--rates R,...] [--samples N] [--json]
 
-One emulated PACMAN sends at each rate (words a message as a board sends them); a second board, a PUB socket here, sends
-one word at a time, at random moments. The time from its sending until packet_rate() counts it is the latency: the
-question's way to the monitor and the answer's are in it.
+One emulated PACMAN sends at each rate, with message sizes of a real board. A second board, a socket of this program,
+sends single words at random moments. The latency is the time until packet_rate() has counted the word, including the
+request to the monitor and its answer.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from larpixdaq.schema import Asic
 
 #: The io_groups of the busy board and of the one whose words are timed.
 BUSY, TIMED = 1, 2
-#: Between two words that are timed: so long and up to as long again (seconds).
+#: Minimum seconds between two timed words; the maximum is twice as long.
 PAUSE = 0.02
-#: A word that is not counted after so long (seconds) is lost.
+#: Seconds after which a word that is not counted is lost.
 LIMIT = 10.0
 
 
 def word(tick: int) -> bytes:
-    """A message of one data word."""
+    """Return a message with one data word."""
     packet = word_codec.parity(np.array([20 << 2 | tick << 16], np.uint64), asic=Asic.V2)
     return struct.pack("<cIxHcBLxx", b"D", int(time.time()), 1, b"D", 1, tick) + packet.tobytes()
 
@@ -99,7 +99,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--rates", default="5000,1000000", metavar="R,...", help="packets/s (default %(default)s)")
-    parser.add_argument("--samples", type=int, default=300, metavar="N", help="at each rate (default %(default)d)")
+    parser.add_argument(
+        "--samples", type=int, default=300, metavar="N", help="timed words at each rate (default %(default)d)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     results = []

@@ -1,10 +1,10 @@
-"""The whole line with real processes and sockets: packets/s without loss, and what they cost.
+"""Measure the whole line with real processes and sockets: packets/s, losses, and processor time.
 
     python bench/line.py [--seconds S] [--json]
 
-Each row is one `larpixdaq demo`: emulated PACMANs, producer, storage, monitor and core in processes of their own.
-"sent" is the emulated boards' own count, "lost" its difference to the rows of the verified file, "cpu s" processor time
-of all processes, the emulated boards' and the start-up too.
+Each row is one `larpixdaq demo`: emulated PACMANs, producer, storage, monitor and core as processes. "sent" is the
+count of the emulated boards, "lost" its difference to the rows of the verified file. "cpu s" is the processor time of
+all processes, including emulated boards and start-up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from larpixdaq.runtime import launcher
 
-#: packets/s of all boards, boards, words a message
+#: Packets/s of all boards, number of boards, words per message.
 CASES = (
     (5_000, 1, "1"),
     (200_000, 2, "auto"),
@@ -61,23 +61,23 @@ def measure(rate: int, boards: int, words: str, seconds: float) -> dict[str, Any
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each run (default %(default)g)")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args()
     results = []
     if not options.json:
         print(f"{'asked/s':>10} {'boards':>6} {'words':>6} {'reached/s':>10} {'sent':>11} {'lost':>5} {'cpu s':>7}")
     for case in CASES:
-        one = measure(*case, options.seconds)
-        results.append(one)
+        result = measure(*case, options.seconds)
+        results.append(result)
         if not options.json:
             print(
-                f"{one['asked']:>10} {one['boards']:>6} {one['words']:>6} {one['reached']:>10} {one['sent']:>11} "
-                f"{one['lost']:>5} {one['cpu_s']:>7}{'' if one['ok'] else '  NOT OK'}",
+                f"{result['asked']:>10} {result['boards']:>6} {result['words']:>6} {result['reached']:>10} "
+                f"{result['sent']:>11} {result['lost']:>5} {result['cpu_s']:>7}{'' if result['ok'] else '  NOT OK'}",
                 flush=True,
             )
     if options.json:
         print(json.dumps(results))
-    return 0 if all(one["ok"] for one in results) else 1
+    return 0 if all(result["ok"] for result in results) else 1
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""A long run at an even rate: whether what a packet costs, and the memory, stay what they were.
+"""Measure in a long run whether processor time per packet and memory stay constant.
 
     python bench/long.py [--rate R] [--boards N] [--minutes M] [--json]
 
-Emulated PACMANs, 1000-word messages, at a rate that all keep up with. "ns a packet" is processor time of all
-processes but the boards over the packets of that time, from a tenth of the packets named until all of them. "memory" is
-resident memory, shared memory (the ring) apart: its median in the run's second quarter, and what it has grown by in the
-last quarter. "lost" is by the boards' count and the files' ledger. The files (some 7 bytes a packet) go to a
-temporary directory.
+Emulated PACMANs send messages of 1000 words at a rate that all processes can follow. "ns a packet" is the processor
+time of all processes but the boards divided by the packets, from a tenth of the given number of packets to that number.
+Memory is resident memory without shared memory (the ring): its median, and its growth from the second to the last
+quarter of the run. "lost" follows from the boards' count and the ledger in the files. The files (some 7 bytes per
+packet) are written to a temporary directory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from memory_usage import Memory
 from saturated import STEP, processor_seconds
 from system import System, system
 
-#: Processor time is noted so often (seconds).
+#: Seconds between two readings of processor time.
 EVERY = 0.25
 
 
@@ -44,16 +44,16 @@ def measure(line: System, rate: float, boards: int, seconds: float) -> dict[str,
         pids = {key: process.popen.pid for key, process in line.processes.items()}
         board.go()
         began = time.monotonic()
-        notes = []  # packets so far, processor seconds
+        readings = []  # packets so far, processor seconds
         with contextlib.closing(Memory(line, list(pids))) as memory:
             while (now := time.monotonic() - began) < seconds:
-                notes.append((rate * now, sum(map(processor_seconds, pids.values()))))
+                readings.append((rate * now, sum(map(processor_seconds, pids.values()))))
                 time.sleep(EVERY)
         board.stop()
-        said = board.finish()
+        counts = board.finish()
         took = time.monotonic() - began
         ended = operator.end_run().result(STEP)
-    sent = {int(group): counts["words"] for group, counts in said["sent"].items()}
+    sent = {int(group): words["words"] for group, words in counts["sent"].items()}
     dropped, made = ledger(line.data, ended["run"])
     uses = {key: use.summary() for key, use in memory.uses.items()}
     return {
@@ -62,14 +62,16 @@ def measure(line: System, rate: float, boards: int, seconds: float) -> dict[str,
         "dropped": dropped,
         "lost": sum(sent.values()) - made,
         "condition": ended["condition"],
-        "ns_a_packet": costs(notes),
+        "ns_a_packet": costs(readings),
         "mib": {key: {"median": use["mib_median"], "growth": use["mib_growth"]} for key, use in uses.items()},
     }
 
 
 def ledger(directory: Path, run: int) -> tuple[int, int]:
-    """Rows that the files of a run count as dropped, and words that became rows, dropped or not. (To read all rows, as
-    saturated.py does, takes as long as the run.)"""
+    """Return the dropped rows and all rows of words, dropped ones included, by the ledger in the run's files.
+
+    To read all rows, as saturated.py does, would take as long as the run.
+    """
     dropped = made = 0
     for part in parts_of([directory], run):
         with h5py.File(part, "r") as file:
@@ -78,15 +80,15 @@ def ledger(directory: Path, run: int) -> tuple[int, int]:
     return dropped, made
 
 
-def costs(notes: list[tuple[float, float]]) -> dict[str, float]:
-    """By the number of packets, each power of ten of them and all."""
-    found = {}
-    last = notes[-1][0]
+def costs(readings: list[tuple[float, float]]) -> dict[str, float]:
+    """Return ns per packet up to each power of ten of packets, and up to all packets."""
+    result = {}
+    last = readings[-1][0]
     for most in [*(10.0**power for power in range(7, 12) if 10.0**power < last), last]:
-        some = [note for note in notes if most / 10 <= note[0] <= most]
+        some = [reading for reading in readings if most / 10 <= reading[0] <= most]
         (first, before), (end, after) = some[0], some[-1]
-        found[f"{most:.3g}"] = round((after - before) / (end - first) * 1e9, 1)
-    return found
+        result[f"{most:.3g}"] = round((after - before) / (end - first) * 1e9, 1)
+    return result
 
 
 def main() -> int:
@@ -95,23 +97,23 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--rate", type=float, default=6e6, metavar="R", help="packets/s of all boards (default %(default)g)")
-    add("--boards", type=int, default=4, metavar="N", help="(default %(default)d)")
-    add("--minutes", type=float, default=10.0, metavar="M", help="(default %(default)g)")
+    add("--boards", type=int, default=4, metavar="N", help="number of boards (default %(default)d)")
+    add("--minutes", type=float, default=10.0, metavar="M", help="length of the run (default %(default)g)")
     add("--directory", type=Path, metavar="DIR", help="for the files (default: a temporary one)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     temporary = tempfile.TemporaryDirectory(prefix="larpixdaq-bench-", dir=options.directory)
     with temporary as folder, system(Path(folder)) as line:
-        one = measure(line, options.rate, options.boards, 60 * options.minutes)
+        result = measure(line, options.rate, options.boards, 60 * options.minutes)
     if options.json:
-        print(json.dumps(one))
+        print(json.dumps(result))
     else:
-        print(f"{one['sent']:,} sent ({one['kept_up']:.1%} of the pace), {one['dropped']:,} counted lost,")
-        print(f"{one['lost']} unaccounted; {one['condition']}")
-        print("packets so far: ns a packet   " + "   ".join(f"{n}: {ns}" for n, ns in one["ns_a_packet"].items()))
-        for key, use in one["mib"].items():
-            print(f"{key}: {use['median']:.1f} MiB, grown by {use['growth'] / use['median']:+.2%}")
-    return 1 if one["lost"] or one["dropped"] else 0
+        print(f"{result['sent']:,} sent ({result['kept_up']:.1%} of the rate), {result['dropped']:,} counted lost,")
+        print(f"{result['lost']} unaccounted; {result['condition']}")
+        print("packets so far: ns a packet   " + "   ".join(f"{n}: {ns}" for n, ns in result["ns_a_packet"].items()))
+        for key, use in result["mib"].items():
+            print(f"{key}: {use['median']:.1f} MiB, growth {use['growth'] / use['median']:+.2%}")
+    return 1 if result["lost"] or result["dropped"] else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""The null pipeline: what the line could do at most if it did nothing with the packets.
+"""The null pipeline: maximum rate of a line that does not process its packets.
 
-The same bytes over the same processes and hops as the line (emulated PACMANs → producer → storage and monitor, TCP),
-but nothing is decoded, compressed, checked or acknowledged before it is written: for each board word the producer
-sends 36 bytes that lie there already, and the storage writes them over one file of 1 GiB that is there from the
-beginning.
+The same bytes pass the same processes and connections as in the line (emulated PACMANs → producer → storage and
+monitor, over TCP), but nothing is decoded, compressed, checked, or acknowledged as durable. For each board word the
+producer sends 36 constant bytes, and the storage overwrites one existing file of 1 GiB.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ ROW = PACKETS_2_4.itemsize
 WORD, HEADER = 16, 8
 FILE = 1 << 30
 BLOCK = BLOCK_ROWS * ROW
-#: More words/s than all boards together are taken for. Boards that are late wait, and their time goes slower.
+#: Words/s of all boards together, more than can be received. The boards then wait, and their clocks are slower.
 OFFERED = 40_000_000
-#: Seconds without a message after which all is taken to have come.
+#: Seconds without a message after which all messages are assumed to have arrived.
 SILENT = 1.0
-#: What a process has to say or to do is waited for so long (seconds).
+#: Maximum seconds to wait for a process.
 LIMIT = 20.0
 
 
 def producer(ports: list[int], pipe: Connection) -> None:
-    """Counts words, and sends a block for as many of them as fill one; ends when nothing comes any more."""
+    """Count words, and send a block for each BLOCK_ROWS words, until no more words arrive."""
     context: zmq.Context[Any] = zmq.Context()
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.SNDHWM, 0)
@@ -70,33 +69,33 @@ def producer(ports: list[int], pipe: Connection) -> None:
         poller.register(socket, zmq.POLLIN)
         boards.append(Receiver(socket))
     block = np.random.default_rng(1).integers(0, 255, BLOCK, np.uint8)
-    words = rows = flying = 0
-    heard = time.monotonic()
-    while time.monotonic() - heard < SILENT or not words:
+    words = rows = unacknowledged = 0
+    last_message = time.monotonic()
+    while time.monotonic() - last_message < SILENT or not words:
         poller.poll(100)
         with contextlib.suppress(zmq.Again):
             while True:
                 route, _ = router.recv_multipart(zmq.NOBLOCK)
                 if route == storage:
-                    flying -= BLOCK
+                    unacknowledged -= BLOCK
                 else:
                     credit += 1
-        if flying >= WINDOW:
+        if unacknowledged >= WINDOW:
             continue
         for receiver in boards:
             if n := receiver.receive():
-                heard = time.monotonic()
+                last_message = time.monotonic()
                 words += (int(receiver.spans["length"][:n].sum()) - n * HEADER) // WORD
         while words - rows >= BLOCK_ROWS:
             router.send_multipart([storage, block], copy=False)
-            flying += BLOCK
+            unacknowledged += BLOCK
             rows += BLOCK_ROWS
             if credit:
                 router.send_multipart([monitor, block])
                 credit -= 1
     for route in consumers.values():
         router.send_multipart([route, b""])
-    pipe.send((words, heard))
+    pipe.send((words, last_message))
     context.destroy(linger=5000)
 
 
@@ -128,17 +127,17 @@ def _consumer(port: int, name: bytes) -> zmq.Socket[bytes]:
 
 def _answer(pipe: Connection) -> Any:
     if not pipe.poll(LIMIT):
-        raise SystemExit(f"the null pipeline's producer has said nothing for {LIMIT:g} s")
+        raise SystemExit(f"the null pipeline's producer has not answered for {LIMIT:g} s")
     return pipe.recv()
 
 
 @contextlib.contextmanager
 def _processes() -> Iterator[list[Any]]:
-    made: list[Any] = []
+    processes: list[Any] = []
     try:
-        yield made
+        yield processes
     finally:
-        for process in made:
+        for process in processes:
             process.join(LIMIT)
             if process.is_alive():
                 process.kill()
@@ -146,19 +145,19 @@ def _processes() -> Iterator[list[Any]]:
 
 
 def offer(boards: int, words: str) -> tuple[str, ...]:
-    """The emulator's options for boards that send as fast as somebody takes their words."""
+    """Return the emulator's options for boards that send as fast as their words are received."""
     rate = str(OFFERED / boards)
     always = ("--lossless", "--wait-for-go")
     return "--io-groups", str(boards), "--words-per-message", words, "--rate", rate, *always
 
 
 def measure(boards: int, words: str, seconds: float, directory: Path | None = None) -> dict[str, Any]:
-    """Let the boards send as fast as they are taken for so long: {"words", "seconds", "rate" in words/s}."""
+    """Let the boards send as fast as possible. Returns the number of words, seconds, and words/s."""
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.NamedTemporaryFile(dir=directory, prefix="larpixdaq-null-") as file,
         contextlib.closing(Emulator(*offer(boards, words))) as board,
-        _processes() as made,
+        _processes() as processes,
     ):
         piece = bytes(16 << 20)
         for at in range(0, FILE, len(piece)):
@@ -166,19 +165,20 @@ def measure(boards: int, words: str, seconds: float, directory: Path | None = No
         os.fsync(file.fileno())
         ours, theirs = spawn.Pipe()
         ports = [port["data"] for port in board.ready.values()]
-        made.append(spawn.Process(target=producer, args=(ports, theirs)))
-        made[0].start()
+        processes.append(spawn.Process(target=producer, args=(ports, theirs)))
+        processes[0].start()
         port = _answer(ours)
-        made += [spawn.Process(target=storage, args=(port, file.name)), spawn.Process(target=monitor, args=(port,))]
-        for process in made[1:]:
-            process.start()
+        consumers = [(storage, (port, file.name)), (monitor, (port,))]
+        for target, arguments in consumers:
+            processes.append(spawn.Process(target=target, args=arguments))
+            processes[-1].start()
         board.go()
         began = time.monotonic()
         time.sleep(seconds)
         board.stop()
-        said = board.finish()
-        taken, heard = _answer(ours)  # the clock is the same for all processes
-    sent = sum(counts["words"] for counts in said["sent"].values())
-    if taken != sent:
-        raise SystemExit(f"the null pipeline took {taken} of {sent} words")
-    return {"words": sent, "seconds": heard - began, "rate": sent / (heard - began)}
+        counts = board.finish()
+        received, last_message = _answer(ours)  # all processes have the same clock
+    sent = sum(words["words"] for words in counts["sent"].values())
+    if received != sent:
+        raise SystemExit(f"the null pipeline received {received} of {sent} words")
+    return {"words": sent, "seconds": last_message - began, "rate": sent / (last_message - began)}

@@ -1,11 +1,11 @@
-"""The line at its limit, beside the null pipeline: as many packets/s as are stored without loss.
+"""Measure the maximum packets/s that the line stores without loss, compared with the null pipeline.
 
     python bench/saturated.py [--boards N] [--words W] [--seconds S] [--rounds R] [--json]
 
-Emulated PACMANs send as fast as the producer takes their words (`--when-full wait`), for so many seconds; the line and
-the null pipeline (null_line.py) take turns. "sent" is the boards' own count, "lost" its difference to the rows of the
-run's files; rates are words/s from the boards' first word until the last one is stored; "cores" is processor time
-over the time of sending.
+Emulated PACMANs send as fast as the producer receives their words (`--when-full wait`). The line and the null pipeline
+(null_line.py) take turns. "sent" is the boards' count, "lost" its difference to the rows of the run's files. Rates are
+words/s from the boards' first word until the last word is stored. "cores" is processor time divided by the time of
+sending.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from loss_accounting import parts_of, tally
 from processes import until
 from system import System, system
 
-#: Steps of the run, and the rest of what the ring holds, have so long (seconds).
+#: Maximum seconds for a step of the run, and to store the rest of the ring.
 STEP = 120.0
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def processor_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
+    """Return user and system time of a process so far, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def take(line: System, boards: int, words: str, seconds: float, ring: str) -> dict[str, Any]:
+def measure(line: System, boards: int, words: str, seconds: float, ring: str) -> dict[str, Any]:
     with contextlib.closing(Emulator(*null_line.offer(boards, words))) as board:
         operator = line.start("--ring", ring, "--when-full", "wait", "--pacman", *board.addresses)
         operator.prepare_run(kind="bench").result(STEP)
@@ -54,24 +54,24 @@ def take(line: System, boards: int, words: str, seconds: float, ring: str) -> di
         used = {key: (processor_seconds(pid) - before[key]) / seconds for key, pid in pids.items()}
         seen = operator.packet_rate(channels=False).result(STEP)["seen"]
         board.stop()
-        said = board.finish()
-        data = sum(counts["D"] for counts in said["sent"].values())
+        counts = board.finish()["sent"]
+        data = sum(words["D"] for words in counts.values())
         producer = lambda: line.status_of(operator, "producer")  # noqa: E731
-        # What still waits in queues is more than end_run has time for.
-        until(lambda: producer()["packets"] >= data and not producer()["owed_blocks"], "all to be stored", STEP)
+        # Wait here, because end_run does not wait until long queues are empty.
+        until(lambda: producer()["packets"] >= data and not producer()["owed_blocks"], "all words to be stored", STEP)
         took = time.monotonic() - began
         ended = operator.end_run().result(STEP)
-    sent = {int(group): counts["words"] for group, counts in said["sent"].items()}
-    found = tally(parts_of([line.data], ended["run"]))
+    sent = {int(group): words["words"] for group, words in counts.items()}
+    totals = tally(parts_of([line.data], ended["run"]))
     return {
         "sent": sum(sent.values()),
-        "lost": sum(found.unaccounted(sent).values()),
+        "lost": sum(totals.unaccounted(sent).values()),
         "rate": sum(sent.values()) / took,
         "condition": ended["condition"],
-        "problems": found.problems,
+        "problems": totals.problems,
         "seen": round(seen, 3),
         "cores": {key: round(cores, 2) for key, cores in used.items()},
-        "bytes_a_row": round(sum(path.stat().st_size for path in parts_of([line.data], ended["run"])) / found.rows, 2),
+        "bytes_a_row": round(sum(path.stat().st_size for path in parts_of([line.data], ended["run"])) / totals.rows, 2),
     }
 
 
@@ -80,41 +80,48 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--boards", type=int, default=8, metavar="N", help="(default %(default)d)")
-    add("--words", default="1000", metavar="W", help="in a message, or auto (default %(default)s)")
-    add("--seconds", type=float, default=20.0, metavar="S", help="of sending (default %(default)g)")
-    add("--rounds", type=int, default=3, metavar="R", help="of each (default %(default)d)")
-    add("--ring", default="64MiB", metavar="SIZE", help="of the producer: boards wait (default %(default)s)")
+    add("--boards", type=int, default=8, metavar="N", help="number of boards (default %(default)d)")
+    add("--words", default="1000", metavar="W", help="words per message, or auto (default %(default)s)")
+    add("--seconds", type=float, default=20.0, metavar="S", help="time of sending, s (default %(default)g)")
+    add(
+        "--rounds",
+        type=int,
+        default=3,
+        metavar="R",
+        help="measurements of line and null pipeline (default %(default)d)",
+    )
+    add("--ring", default="64MiB", metavar="SIZE", help="ring of the producer (default %(default)s)")
     add("--directory", type=Path, metavar="DIR", help="for the files (default: a temporary one)")
     add("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     line, null = [], []
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-", dir=options.directory) as folder:
-            with system(Path(folder)) as made:
-                line.append(take(made, options.boards, options.words, options.seconds, options.ring))
+            with system(Path(folder)) as processes:
+                line.append(measure(processes, options.boards, options.words, options.seconds, options.ring))
             null.append(null_line.measure(options.boards, options.words, options.seconds, Path(folder)))
         if not options.json:
             show(line[-1], null[-1])
-    rates = [statistics.median(one["rate"] for one in each) for each in (line, null)]
+    rates = [statistics.median(result["rate"] for result in results) for results in (line, null)]
     ratio = rates[0] / rates[1]
     if options.json:
         print(json.dumps({"line": line, "null": null, "rate": rates[0], "null_rate": rates[1], "ratio": ratio}))
     else:
         print(f"median: {rates[0] / 1e6:.2f} M/s, null pipeline {rates[1] / 1e6:.2f} M/s, ratio {ratio:.2f}")
-    good = all(not one["lost"] and not one["problems"] and one["condition"] == "COMPLETE" for one in line)
+    good = all(not result["lost"] and not result["problems"] and result["condition"] == "COMPLETE" for result in line)
     return 0 if good else 1
 
 
-def show(one: dict[str, Any], null: dict[str, Any]) -> None:
-    cores = ", ".join(f"{key} {value:.2f}" for key, value in one["cores"].items())
+def show(result: dict[str, Any], null: dict[str, Any]) -> None:
+    cores = ", ".join(f"{key} {value:.2f}" for key, value in result["cores"].items())
     print(
-        f"{one['rate'] / 1e6:.2f} M/s, {one['sent']:,} sent, {one['lost']} lost, {one['condition']}, the monitor saw "
-        f"{one['seen']:.0%}, {one['bytes_a_row']} bytes a row; null pipeline {null['rate'] / 1e6:.2f} M/s\n"
+        f"{result['rate'] / 1e6:.2f} M/s, {result['sent']:,} sent, {result['lost']} lost, {result['condition']}, the "
+        f"monitor saw {result['seen']:.0%}, {result['bytes_a_row']} bytes a row; "
+        f"null pipeline {null['rate'] / 1e6:.2f} M/s\n"
         f"  cores: {cores}",
         flush=True,
     )
-    for problem in one["problems"]:
+    for problem in result["problems"]:
         print(f"  {problem}")
 
 

@@ -1,11 +1,11 @@
-"""The soak: runs one after another in one system, at half the maximum rate, with random faults all the time.
+"""The soak: consecutive runs in one system, at half the maximum rate, with random faults all the time.
 
     python bench/soak.py [--minutes M] [--rate R] [--seed S] [--report FILE.json] [--update docs/reliability.md]
 
-The faults are those rows of the fault table that lose nothing and can come again and again. Files are rotated. After
-each run its files are tallied as in a trial and removed (--keep-files keeps them); the minutes are those of runs.
-Reported: words sent, stored, counted as lost and unaccounted for (0), the faults by kind, and memory and descriptors of
-every process, which must not grow. The exit status is 1 when words were unaccounted for or a promise was not kept.
+The faults are the rows of the fault table that lose no data and can be repeated. Files are rotated. The files of each
+run are counted as in a trial and then removed, unless --keep-files is given. The report has the words sent, stored,
+counted as lost and unaccounted for (0), the faults by kind, and memory and descriptors of all processes, which must not
+grow. The exit status is 1 when words were unaccounted for or a promise was broken.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ from trial_processes import ROWS
 
 MARK = "soak"
 PROCESSES = ("core", "log", "offline_storage", "run_data", "producer")
-#: What is owed at the end of a run has so long to come (seconds): a full spool of 8 GiB, on a disk that is read and
-#: written at once.
+#: Maximum seconds to store pending blocks after a run: a full spool of 8 GiB, on a disk that is read and written.
 DELIVERY = 300.0
-#: Seconds of samples that growth is judged by, and what is no growth (MiB, descriptors): in the first minutes all grow.
+#: Minimum seconds of samples to judge growth, because all processes grow in the first minutes, and its limits.
 LONG_ENOUGH = 600
 MOST_MIB, MOST_DESCRIPTORS = 16, 3
 
@@ -54,7 +53,7 @@ class Run:
     doubled: int = 0
     parts: int = 0
     condition: str = ""
-    late: bool = False  # it was whole only after what was owed at its end had been delivered
+    late: bool = False  # blocks that were pending at the end of the run were stored later
     faults: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -68,7 +67,7 @@ class Soak:
         self.faults: Counter[str] = Counter()
 
     def run(self, number: int, seconds: float) -> Run:
-        """One run of so many seconds, and what its files say."""
+        """Take a run, and count the rows in its files."""
         made, began = self._trial, time.monotonic()
         made.sent, made.failures, made.exact_monitor = {}, [], False
         if number > 1:
@@ -85,13 +84,15 @@ class Soak:
         ended = made.end()
         run.seconds = round(time.monotonic() - began, 1)
         run.late = ended["condition"] == "INTERRUPTED"
-        if run.late:  # a storage that was far behind when the run ended: what is owed comes later
-            until(lambda: self._delivered(ended["run"]), "what was owed at the end of the run to be stored", DELIVERY)
+        if run.late:  # the storage had many pending blocks at the end of the run
+            until(
+                lambda: self._delivered(ended["run"]), "the blocks pending at the end of the run to be stored", DELIVERY
+            )
             ended |= made.operator.run_info(run=ended["run"]).result(STEP)
         run.condition = ended["condition"]
         parts = parts_of([made.line.data], ended["run"])
-        # In processes of their own: reading takes memory and the interpreter, and the system goes on.
-        self._settle(run, tally(parts, os.cpu_count() or 1))
+        # In other processes, because reading needs memory and the interpreter, while the system continues.
+        self._judge(run, tally(parts, os.cpu_count() or 1))
         if not (run.failures or self._options.keep_files):
             for path in made.line.data.glob(f"run{ended['run']:07d}_*"):
                 path.unlink()
@@ -103,38 +104,38 @@ class Soak:
             return False
         return str(made.operator.run_info(run=number).result(STEP)["condition"]) != "INTERRUPTED"
 
-    def _settle(self, run: Run, found: Tally) -> None:
+    def _judge(self, run: Run, totals: Tally) -> None:
         sent = {group: counts["words"] for group, counts in self._trial.sent.items()}
-        run.sent, run.stored, run.counted = (sum(n.values()) for n in (sent, found.stored, found.counted))
-        run.unaccounted, run.doubled = sum(found.unaccounted(sent).values()), found.doubled
-        run.parts = found.parts
-        run.failures += found.problems + self._trial.failures
-        # Emulated boards that waited lag behind, and new ones do not: from run to run their time may jump, as a real
-        # board's does not. What found no room in ring and spool is counted.
+        run.sent, run.stored, run.counted = (sum(n.values()) for n in (sent, totals.stored, totals.counted))
+        run.unaccounted, run.doubled = sum(totals.unaccounted(sent).values()), totals.doubled
+        run.parts = totals.parts
+        run.failures += totals.problems + self._trial.failures
+        # "suspect": times may jump between runs, because the clocks of boards that waited are late, and those of new
+        # boards are not. INCOMPLETE: rows without room in ring and spool were counted as lost.
         good = ("COMPLETE", "COMPLETE, suspect", *(("INCOMPLETE",) if run.counted else ()))
         if run.condition not in good:
             run.failures.append(run.condition)
-        if any(found.unaccounted(sent).values()):
-            run.failures.append(f"unaccounted for, by io_group: {found.unaccounted(sent)}")
-        if found.doubled:
-            run.failures.append(f"{found.doubled} blocks are in the files twice")
+        if any(totals.unaccounted(sent).values()):
+            run.failures.append(f"unaccounted for, by io_group: {totals.unaccounted(sent)}")
+        if totals.doubled:
+            run.failures.append(f"{totals.doubled} blocks are in the files twice")
 
 
-def grown(memory: dict[str, dict[str, float]]) -> list[str]:
-    """Processes whose memory or descriptors became more from the second quarter of the time to the last."""
-    found = []
+def growth(memory: dict[str, dict[str, float]]) -> list[str]:
+    """Return the processes whose memory or descriptors grew from the second to the last quarter of the time."""
+    failures = []
     for key, use in memory.items():
         if use["samples"] < LONG_ENOUGH:
             continue
         if use["mib_growth"] > max(MOST_MIB, 0.1 * use["mib_median"]):
-            found.append(f"{key} grew by {use['mib_growth']:.0f} MiB")
+            failures.append(f"{key} grew by {use['mib_growth']:.0f} MiB")
         if use["fds_growth"] > MOST_DESCRIPTORS:
-            found.append(f"{key} has {use['fds_growth']:.0f} descriptors more")
-    return found
+            failures.append(f"{key} has {use['fds_growth']:.0f} descriptors more")
+    return failures
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report in Markdown."""
+    """Return the report in Markdown."""
     runs: list[dict[str, Any]] = report["runs"]
     total = {name: sum(run[name] for run in runs) for name in ("sent", "stored", "counted", "unaccounted", "doubled")}
     seconds = sum(run["seconds"] for run in runs)
@@ -142,8 +143,8 @@ def text(report: dict[str, Any]) -> str:
         f"{len(runs)} runs, {seconds / 60:.1f} minutes, {sum(run['parts'] for run in runs)} parts, "
         f"{sum(report['faults'].values())} faults, {total['sent'] / max(seconds, 1):,.0f} packets/s on average.",
         "",
-        f"{sum(run.get('late', False) for run in runs)} of the runs ended while storage was so far behind that part of "
-        "them came after their end; they were read then.",
+        f"{sum(run.get('late', False) for run in runs)} of the runs ended with so many pending blocks that these were "
+        "stored after the end of the run; their files were read then.",
         "",
         "| sent | stored | counted lost | unaccounted | doubled |",
         "| ---: | ---: | ---: | ---: | ---: |",
@@ -161,8 +162,8 @@ def text(report: dict[str, Any]) -> str:
             " / ".join(f"{use[f'{name}_{what}']:.0f}" for what in ("min", "median", "max")) for name in ("mib", "fds")
         )
         lines.append(f"| {key} | {memory} | {use['mib_slope']:+.1f} | {descriptors} | {use['fds_slope']:+.1f} |")
-    failures = [f"- run {run['number']}: {one}" for run in runs for one in run["failures"]]
-    failures += [f"- {one}" for one in grown(report["memory"])]
+    failures = [f"- run {run['number']}: {failure}" for run in runs for failure in run["failures"]]
+    failures += [f"- {failure}" for failure in growth(report["memory"])]
     lines += ["", *(["Failures:", "", *failures] if failures else ["No failures."])]
     return "\n".join(lines)
 
@@ -173,18 +174,18 @@ def soak(options: argparse.Namespace, folder: Path, report: dict[str, Any]) -> N
         storage=("--rotate", options.rotate), disk=True, clock=True,
     )  # fmt: skip
     with trial(setup, options.seed, folder) as made, closing(Memory(made.line, PROCESSES)) as memory:
-        one = Soak(made, options)
+        soak_ = Soak(made, options)
         left, number = options.minutes * 60, 0
         while left > 0:
             number += 1
             try:
-                run = one.run(number, min(left, options.run))
-            except Exception as error:  # the soak is over, what was measured is not lost
+                run = soak_.run(number, min(left, options.run))
+            except Exception as error:  # the soak ends, and its results are reported
                 failure = "".join(traceback.format_exception(error, limit=-6)).strip()
                 report["runs"].append(asdict(Run(number, 0.0, failures=[failure, *made.failures])))
                 break
             finally:
-                report["faults"] = dict(one.faults)
+                report["faults"] = dict(soak_.faults)
                 report["memory"] = {key: use.summary() for key, use in memory.uses.items() if use.times}
             left -= run.seconds
             report["runs"].append(asdict(run))
@@ -196,21 +197,27 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=30.0, metavar="M", help="of runs (default %(default)g)")
-    add("--run", type=float, default=120.0, metavar="S", help="seconds of one run (default %(default)g)")
+    add("--minutes", type=float, default=30.0, metavar="M", help="total length of the runs (default %(default)g)")
+    add("--run", type=float, default=120.0, metavar="S", help="maximum seconds of a run (default %(default)g)")
     add("--rate", type=float, default=4e6, metavar="R", help="packets/s of all boards (default %(default)g)")
-    add("--boards", type=int, default=4, metavar="N", help="(default %(default)d)")
-    add("--words", default="1000", metavar="W", help="in a message, or auto (default %(default)s)")
-    add("--ring", default="1GiB", metavar="SIZE", help="of the producer (default %(default)s)")
-    add("--rotate", default="30s", metavar="LIMIT", help="as the storage's option (default %(default)s)")
-    add("--seconds", type=float, default=3.0, metavar="S", help="longest time of a fault (default %(default)g)")
+    add("--boards", type=int, default=4, metavar="N", help="number of boards (default %(default)d)")
+    add("--words", default="1000", metavar="W", help="words per message, or auto (default %(default)s)")
+    add("--ring", default="1GiB", metavar="SIZE", help="ring of the producer (default %(default)s)")
+    add("--rotate", default="30s", metavar="LIMIT", help="option of the storage (default %(default)s)")
+    add("--seconds", type=float, default=3.0, metavar="S", help="maximum length of a fault (default %(default)g)")
     add("--every", type=float, default=5.0, metavar="S", help="mean time between two faults (default %(default)g)")
-    add("--seed", type=int, default=1, metavar="S")
-    add("--report", type=Path, metavar="FILE", help="write everything there, as JSON")
-    add("--update", type=Path, metavar="FILE", help=f"put the report between the marks '{MARK}' in this document")
+    add("--seed", type=int, default=1, metavar="S", help="of the random numbers (default %(default)d)")
+    add("--report", type=Path, metavar="FILE", help="write all results to this JSON file")
+    add("--update", type=Path, metavar="FILE", help=f"write the report into this document, at the marks '{MARK}'")
     add("--directory", type=Path, metavar="DIR", help="for the files (default: a temporary one)")
-    add("--keep", type=Path, default=Path("failed-trials"), metavar="DIR", help="when it fails (default %(default)s)")
-    add("--keep-files", action="store_true", help="do not remove the files of runs that are in order")
+    add(
+        "--keep",
+        type=Path,
+        default=Path("failed-trials"),
+        metavar="DIR",
+        help="directory for the files of a failed soak (default %(default)s)",
+    )
+    add("--keep-files", action="store_true", help="do not remove the files of good runs")
     options = parser.parse_args()
     command = f"python bench/soak.py --minutes {options.minutes:g} --rate {options.rate:g} --seed {options.seed}"
     report: dict[str, Any] = {"command": command, "machine": machine(), "runs": [], "faults": {}, "memory": {}}
@@ -219,7 +226,7 @@ def main() -> int:
         folder.mkdir()
         soak(options, folder, report)
         ok = bool(report["runs"]) and not any(run["failures"] for run in report["runs"])
-        ok = ok and not grown(report["memory"])
+        ok = ok and not growth(report["memory"])
         if not ok:
             print(f"kept in {keep(folder, options.keep.absolute(), 'soak')}", file=sys.stderr)
     if options.report:

@@ -1,9 +1,9 @@
-"""How long commands take to begin: `larpixdaq-core --help`, and the demo until its first rows can be read.
+"""Measure the start-up times of `larpixdaq-core --help` and of `larpixdaq demo`.
 
     python bench/startup.py [--rounds R] [--json]
 
-"help" is the whole process; "demo" the time from the start of `larpixdaq demo` until its file, read by plain h5py, has
-rows. Medians, in seconds.
+"help" is the time of the whole process. "demo" is the time until h5py can read rows in the demo's file. Prints medians
+in seconds.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import h5py
 
 from larpixdaq.runtime.launcher import command
 
-#: The demo has so long for its first rows (seconds).
+#: Maximum seconds until the demo's first rows, and seconds between two tries to read them.
 LIMIT = 30.0
-AGAIN = 0.01
+RETRY = 0.01
 
 
 def show_help() -> float:
@@ -43,7 +43,7 @@ def demo(folder: Path) -> float:
         while not has_rows(folder):
             if time.monotonic() > began + LIMIT or process.poll() is not None:
                 raise SystemExit(f"no rows of the demo after {time.monotonic() - began:.1f} s")
-            time.sleep(AGAIN)
+            time.sleep(RETRY)
         return time.monotonic() - began
     finally:
         process.send_signal(signal.SIGINT)
@@ -56,7 +56,7 @@ def has_rows(folder: Path) -> bool:
             with h5py.File(part, "r", swmr=True, locking=False) as file:
                 return bool(file["packets"].shape[0])
         except (OSError, KeyError):
-            continue  # it is only being made
+            continue  # the file is incomplete
     return False
 
 
@@ -64,7 +64,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--rounds", type=int, default=5, metavar="R", help="of each (default %(default)d)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="R", help="measurements of each command (default %(default)d)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     helps = [show_help() for _ in range(options.rounds)]
@@ -72,8 +74,8 @@ def main() -> int:
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder:
             demos.append(demo(Path(folder)))
-    found = {"help": round(statistics.median(helps), 3), "demo": round(statistics.median(demos), 2)}
-    print(json.dumps(found) if options.json else f"help {found['help']} s, demo's first rows {found['demo']} s")
+    result = {"help": round(statistics.median(helps), 3), "demo": round(statistics.median(demos), 2)}
+    print(json.dumps(result) if options.json else f"help {result['help']} s, demo's first rows {result['demo']} s")
     return 0
 
 

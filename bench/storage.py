@@ -1,10 +1,10 @@
-"""What a storage takes alone, by durability, and how long a rotation holds it up.
+"""Measure the maximum rate of a storage without the stream, and the time of a rotation, for each durability.
 
     python bench/storage.py [--seconds S] [-o DIR]
 
-Made-up hits in full blocks go into files in DIR as fast as it takes them ("full blocks"), then in blocks of 200 rows
-that each have to be in the journal before they are acknowledged ("small blocks"). "rotation" is the time from the last
-block of a part to the first of the next, which is there already: totals, seal, close, a new file.
+"full blocks": emulated hits in full blocks are written into files in DIR. "small blocks": blocks of 200 rows, each of
+which must be in the journal before it is acknowledged. "rotation" is the time from the last block of a part until the
+first block of the next part is accepted: totals, seal, close, a new file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from larpixdaq.storage.limits import Limits, parse_limit
 from larpixdaq.storage.service import StorageService
 
 
-class Nobody:
-    """Takes the place of the stream."""
+class NullStream:
+    """Stands for the stream to the producers."""
 
     def acknowledge(self, source: BlockOrigin, following: int) -> None: ...
     def again(self, *, sent: bool = False) -> None: ...
@@ -51,33 +51,37 @@ def blocks(rows: int) -> Any:
 
 
 def stored(directory: Path, rows: int, seconds: float, limits: Limits, *, fsync: bool) -> tuple[float, list[float]]:
-    """Rows/s, and seconds of each rotation, with blocks of so many rows."""
+    """Store blocks of `rows` rows. Returns rows/s and the seconds of each rotation."""
     service = StorageService(directory, "Offline storage", "", fsync=fsync, limits=limits)
-    stream = Nobody()
+    stream = NullStream()
     service.prepare_run(None, 1, "bench", "", "", time.time_ns(), 2, "2", [], {})  # type: ignore[arg-type]
     rotations = []
-    taken = 0
+    written = 0
     began = time.monotonic()
     for block, view in blocks(rows):
-        file, before = service._runs[1].file, time.monotonic()
+        file, start = service._runs[1].file, time.monotonic()
         service.receive("board", block, view)
         if service._runs[1].file is not file:
-            rotations.append(time.monotonic() - before)
+            rotations.append(time.monotonic() - start)
         service.report_to(stream)
         service.work()
         service.report_to(stream)
-        taken += rows
+        written += rows
         if time.monotonic() - began > seconds:
             break
-    rate = taken / (time.monotonic() - began)
+    rate = written / (time.monotonic() - began)
     service.close()
     return rate, rotations
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each case (default %(default)g)")
-    parser.add_argument("-o", "--output-dir", type=Path, default=None, metavar="DIR", help="on the disk to be measured")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="length of each measurement, s (default %(default)g)"
+    )
+    parser.add_argument(
+        "-o", "--output-dir", type=Path, default=None, metavar="DIR", help="directory on the disk to measure"
+    )
     options = parser.parse_args()
 
     def measure(rows: int, wait: float, fsync: bool, limits: Limits = Limits()) -> tuple[float, list[float]]:  # noqa: B008

@@ -1,8 +1,8 @@
-"""The compiled kernels, each beside its peer in larpix-control and beside a plain copy of the same bytes.
+"""Measure the compiled kernels, the same work in larpix-control and h5py, and a plain copy of the same bytes.
 
     pytest bench --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
 
-A round handles WORDS words (or rows), unless extra_info says otherwise: words/s = words / median.
+A round has WORDS words or rows, unless extra_info gives another number: words/s = words / median.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from larpixdaq.runtime.record_file import crc32
 from larpixdaq.schema import Asic
 
 WORDS = 200_000
-PEER_WORDS = 5_000  # larpix-control makes an object of each word
+PEER_WORDS = 5_000  # larpix-control makes an object for each word
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -31,7 +31,7 @@ def messages(words: int, per_message: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows(n: int) -> np.ndarray:
-    """Realistic rows: random chip, channel and parity, sorted timestamps."""
+    """Return realistic rows: random chips and channels, sorted timestamps."""
     buffer, spans = messages(n, 1000)
     decoder = decoders.PacmanDecoder(1, Asic.V2)
     decoder.start(np.zeros(len(constants.COUNTS), np.uint64))
@@ -72,12 +72,12 @@ def test_pacman_peer_larpix_control_parse(benchmark, per_message: int) -> None:
     benchmark.extra_info["words"] = PEER_WORDS
     buffer, spans = messages(PEER_WORDS, per_message)
     raw = [buffer[s["start"] : s["start"] + s["length"]].tobytes() for s in spans]
-    found = benchmark.pedantic(lambda: [parse(message, io_group=1) for message in raw], rounds=3)
-    assert sum(map(len, found)) == PEER_WORDS + len(spans)
+    packets = benchmark.pedantic(lambda: [parse(message, io_group=1) for message in raw], rounds=3)
+    assert sum(map(len, packets)) == PEER_WORDS + len(spans)
 
 
 def test_pacman_limit_copy(benchmark) -> None:
-    """The rows merely copied, 36 bytes each, in blocks that fit the cache: what memory allows at most."""
+    """Copy rows of 36 bytes, in blocks that fit the cache: the limit by memory."""
     benchmark.group = "PACMAN, 1000 words a message"
     source = np.ones(constants.BLOCK_ROWS * 36, np.uint8)
     out = np.zeros_like(source)
@@ -111,19 +111,19 @@ def test_serial_peer_larpix_control(benchmark, garbage: float) -> None:
     benchmark.group = f"serial, {garbage:.0%} garbage"
     benchmark.extra_info["words"] = PEER_WORDS
     data = serial_bytes(PEER_WORDS, garbage)
-    found = benchmark.pedantic(lambda: SerialPort._parse_input(data), rounds=3)
-    assert len(found) == 2 or len(found) >= 0.9 * PEER_WORDS
+    packets, _ = benchmark.pedantic(lambda: SerialPort._parse_input(data), rounds=3)
+    assert len(packets) >= 0.9 * PEER_WORDS
 
 
 def serial_bytes(words: int, garbage: float) -> bytes:
     sent = word_codec.encode(rows(words), asic=Asic.V2)[:words]
-    frames_ = np.frombuffer(decoders.encode_serial(sent), np.uint8).reshape(-1, 10)
+    frames = np.frombuffer(decoders.encode_serial(sent), np.uint8).reshape(-1, 10)
     random = np.random.default_rng(1)
-    pieces = (f.tobytes() + (bytes([random.integers(256)]) if random.random() < garbage else b"") for f in frames_)
+    pieces = (f.tobytes() + (bytes([random.integers(256)]) if random.random() < garbage else b"") for f in frames)
     return b"".join(pieces)
 
 
-def test_rates(benchmark) -> None:
+def test_counting(benchmark) -> None:
     benchmark.group = "counting"
     counted = rows(WORDS)
     counter = monitor_counters.PacketCounters()
@@ -132,7 +132,7 @@ def test_rates(benchmark) -> None:
 
 
 def test_chunks_to_deflate(benchmark) -> None:
-    """Shuffle and deflate whole chunks, as the storage does."""
+    """Shuffle and deflate full chunks like the storage."""
     benchmark.group = "chunks"
     raw = rows(3 * schema.CHUNK_ROWS)[: 3 * schema.CHUNK_ROWS].view(np.uint8)
     size = schema.CHUNK_ROWS * schema.PACKETS_2_4.itemsize
@@ -169,7 +169,7 @@ def test_chunks_peer_h5py_gzip(benchmark, tmp_path) -> None:
 
 
 def parsed(words: int) -> tuple[list[bytes], list]:
-    """Messages of one word, and larpix-control's packets of them."""
+    """Return messages of one word, and larpix-control's packets for them."""
     from larpix.format.pacman_msg_format import parse
 
     buffer, spans = messages(words, 1)
@@ -181,20 +181,20 @@ def test_chunks_peer_larpix_control_to_file(benchmark, tmp_path) -> None:
     from larpix.format.hdf5format import to_file
 
     benchmark.group = "chunks"
-    _, found = parsed(PEER_WORDS)
-    benchmark.extra_info["words"] = len(found)
+    _, packets = parsed(PEER_WORDS)
+    benchmark.extra_info["words"] = len(packets)
     names = (str(tmp_path / f"{i}.h5") for i in itertools.count())
-    benchmark.pedantic(lambda: to_file(next(names), packet_list=found), rounds=3)
+    benchmark.pedantic(lambda: to_file(next(names), packet_list=packets), rounds=3)
 
 
 def test_whole_peer_larpix_control_raw_route(benchmark, tmp_path) -> None:
-    """Raw messages into a file, read again, parsed and written as packets, as larpix-control's own script does."""
+    """Write raw messages to a file, read and parse them, and write packets, like the script of larpix-control."""
     from larpix.format.hdf5format import to_file
     from larpix.format.pacman_msg_format import parse
     from larpix.format.rawhdf5format import from_rawfile, to_rawfile
 
     benchmark.group = "from messages to a file"
-    raw, found = parsed(PEER_WORDS)
+    raw, expected = parsed(PEER_WORDS)
     benchmark.extra_info["words"] = PEER_WORDS
     names = (str(tmp_path / f"{i}.h5") for i in itertools.count())
 
@@ -210,11 +210,11 @@ def test_whole_peer_larpix_control_raw_route(benchmark, tmp_path) -> None:
         to_file(next(names), packet_list=made)
         return len(made)
 
-    assert benchmark.pedantic(run, rounds=3) == len(found)
+    assert benchmark.pedantic(run, rounds=3) == len(expected)
 
 
-def test_whole_ours(benchmark, tmp_path) -> None:
-    """The same messages decoded into the rows of a file of ours: journal, ledger and checksums with it."""
+def test_whole_larpix_daq(benchmark, tmp_path) -> None:
+    """Decode the same messages into a file of larpix-daq with journal, ledger and checksums."""
     benchmark.group = "from messages to a file"
     buffer, spans = messages(WORDS, 1)
     benchmark.extra_info["words"] = WORDS

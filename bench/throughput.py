@@ -1,9 +1,9 @@
-"""The line at its limit against the size of messages and the number of boards, as a table and a picture.
+"""Measure the maximum rate of the line for different message sizes and numbers of boards, as a table and a picture.
 
     python bench/throughput.py [--boards N,...] [--words W,...] [--seconds S] [--plot FILE.png] [--json]
 
-Each message size with the largest number of boards, then each number of boards with messages of 1000 words; every point
-is a run of saturated.py, of which the files are tallied. The picture needs matplotlib.
+Measures each message size with the largest number of boards, then each number of boards with messages of 1000 words.
+Each point is a run as in saturated.py. The picture needs matplotlib.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 from marks import machine
-from saturated import take
+from saturated import measure
 from system import system
 
 WORDS = 1000
 
 
-def measure(boards: int, words: int, seconds: float) -> dict[str, Any]:
+def measure_point(boards: int, words: int, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
-        one = take(line, boards, str(words), seconds, "512MiB")
-    return {"boards": boards, "words": words, **one}
+        result = measure(line, boards, str(words), seconds, "512MiB")
+    return {"boards": boards, "words": words, **result}
 
 
 def plot(sizes: list[dict[str, Any]], numbers: list[dict[str, Any]], file: Path) -> None:
@@ -37,11 +37,13 @@ def plot(sizes: list[dict[str, Any]], numbers: list[dict[str, Any]], file: Path)
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    left.loglog([one["words"] for one in sizes], [one["rate"] / 1e6 for one in sizes], "o-", color="tab:blue")
+    left.loglog([point["words"] for point in sizes], [point["rate"] / 1e6 for point in sizes], "o-", color="tab:blue")
     left.set_xlabel("words a message")
     left.set_ylabel("million packets/s stored, 0 lost")
     left.set_title(f"{sizes[0]['boards']} boards", fontsize=10)
-    right.plot([one["boards"] for one in numbers], [one["rate"] / 1e6 for one in numbers], "s-", color="tab:orange")
+    right.plot(
+        [point["boards"] for point in numbers], [point["rate"] / 1e6 for point in numbers], "s-", color="tab:orange"
+    )
     right.set_xlabel("boards")
     right.set_title(f"{WORDS} words a message", fontsize=10)
     for axes in (left, right):
@@ -54,25 +56,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--boards", default="1,2,4,8", metavar="N,...", help="(default %(default)s)")
-    parser.add_argument("--words", default="1,10,100,1000,4000", metavar="W,...", help="(default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="of sending (default %(default)g)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
+    parser.add_argument("--boards", default="1,2,4,8", metavar="N,...", help="numbers of boards (default %(default)s)")
+    parser.add_argument(
+        "--words", default="1,10,100,1000,4000", metavar="W,...", help="words per message (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="time of sending, s (default %(default)g)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write the picture to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args()
     boards, words = (sorted(map(int, text.split(","))) for text in (options.boards, options.words))
     points = list(dict.fromkeys([(boards[-1], size) for size in words] + [(number, WORDS) for number in boards]))
-    found = {}
+    results = {}
     for number, size in points:
-        one = found[number, size] = measure(number, size, options.seconds)
+        result = results[number, size] = measure_point(number, size, options.seconds)
         if not options.json:
-            print(f"{number} boards, {size:>5} words: {one['rate'] / 1e6:6.2f} M/s, {one['lost']} lost", flush=True)
+            print(
+                f"{number} boards, {size:>5} words: {result['rate'] / 1e6:6.2f} M/s, {result['lost']} lost", flush=True
+            )
     if options.plot:
-        numbers = [one for (_, size), one in sorted(found.items()) if size == WORDS]
-        plot([found[boards[-1], size] for size in words], numbers, options.plot)
+        numbers = [result for (_, size), result in sorted(results.items()) if size == WORDS]
+        plot([results[boards[-1], size] for size in words], numbers, options.plot)
     if options.json:
-        print(json.dumps(list(found.values())))
-    return 1 if any(one["lost"] for one in found.values()) else 0
+        print(json.dumps(list(results.values())))
+    return 1 if any(result["lost"] for result in results.values()) else 0
 
 
 if __name__ == "__main__":
