@@ -7,10 +7,11 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from disk import disk
+from disk import Disk
 from processes import LIMIT, Process, until
 from system import System, system
 
@@ -54,7 +55,7 @@ def unlockable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 def test_a_storage_takes_a_run_in_a_directory_without_locks(line: System) -> None:
     """Only one storage writes, and recover leaves its part alone; a second storage continues when the first is dead."""
     home = line.folder / "home"
-    with disk(line.folder, line.data) as faulty:
+    with closing(Disk(line.folder, line.data)) as faulty:
         faulty.without_locks(524)
         env = faulty.env | {"XDG_STATE_HOME": str(home)}
         line.env["offline_storage"] = env

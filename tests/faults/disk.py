@@ -9,8 +9,6 @@ import errno
 import mmap
 import struct
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 #: The structure in faulty_disk.c, 8 bytes each.
@@ -86,12 +84,3 @@ class Disk:
 
     def _get(self, name: str) -> int:
         return int(struct.unpack_from("q", self._map, 8 * FIELDS.index(name))[0])
-
-
-@contextmanager
-def disk(folder: Path, directory: Path) -> Iterator[Disk]:
-    made = Disk(folder, directory)
-    try:
-        yield made
-    finally:
-        made.close()

@@ -118,15 +118,6 @@ class Network:
         self._wires.communicate(timeout=LIMIT)
 
 
-@contextmanager
-def network(*hosts: str, seed: int = 0) -> Iterator[Network]:
-    made = Network(*hosts, seed=seed)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
 def remove_stale() -> None:
     """Namespaces of processes that are no more, should their wires have been killed too."""
     for path in FOLDER.glob(f"{PREFIX}-*"):

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from disk import Disk, disk
-from network import FOLDER, Network, network, unavailable
+from disk import Disk
+from network import FOLDER, Network, unavailable
 from processes import until
 
 WRITER = """
@@ -63,7 +64,7 @@ class Writer:
 
 def test_the_disk_hangs_fails_is_slow_and_full(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    with disk(tmp_path, tmp_path / "data") as faulty:
+    with closing(Disk(tmp_path, tmp_path / "data")) as faulty:
         writer = Writer(tmp_path, faulty)
         try:
             assert writer.do(1000) == "1000"
@@ -94,7 +95,7 @@ def test_the_disk_hangs_fails_is_slow_and_full(tmp_path: Path) -> None:
 def test_the_disk_of_another_directory_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "elsewhere").mkdir()
-    with disk(tmp_path, tmp_path / "elsewhere") as faulty:
+    with closing(Disk(tmp_path, tmp_path / "elsewhere")) as faulty:
         faulty.fail()
         writer = Writer(tmp_path, faulty)
         try:
@@ -108,7 +109,7 @@ def test_the_disk_of_another_directory_is_left_alone(tmp_path: Path) -> None:
 def net() -> Iterator[Network]:
     if reason := unavailable():
         pytest.skip(reason)
-    with network("one", "two", "three", seed=5) as made:
+    with closing(Network("one", "two", "three", seed=5)) as made:
         yield made
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from disk import compiled
@@ -25,12 +23,3 @@ class Clock:
 
     def close(self) -> None:
         self._map.close()
-
-
-@contextmanager
-def clock(folder: Path) -> Iterator[Clock]:
-    made = Clock(folder)
-    try:
-        yield made
-    finally:
-        made.close()

@@ -7,6 +7,7 @@ import pty
 import select
 import threading
 import tty
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from emulated_board import Emulator
 from example_counts import examples
 from larpix import Controller
 from larpix.io import PACMAN_IO
-from misbehaving_board import answering
+from misbehaving_board import AnsweringBoard
 from msgspec import structs
 from processes import LIMIT
 from system import rows_of
@@ -65,7 +66,7 @@ def test_bad_answers_are_told_by_chip_and_register(tmp_path, line):
             return [value + 256]
         return [value]
 
-    with answering(answers) as board:
+    with closing(AnsweringBoard(answers)) as board:
         operator = line.start("--pacman", f"127.0.0.1:{board.data_port}:{board.command_port}")
         operator.load_board(board_file(tmp_path, [2, 3, 4, 5, 6, 7])).result(LIMIT)
         operator.prepare_run().result(LIMIT)
@@ -100,7 +101,7 @@ def test_bad_answers_are_told_by_chip_and_register(tmp_path, line):
     ],
 )
 def test_what_a_command_server_must_not_say_is_told(line, reply, says):
-    with answering(lambda *_: [], reply) as board:
+    with closing(AnsweringBoard(lambda *_: [], reply=reply)) as board:
         operator = line.start("--pacman", f"127.0.0.1:{board.data_port}:{board.command_port}")
         with pytest.raises(RequestError) as told:
             operator.ping().result(LIMIT)

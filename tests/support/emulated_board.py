@@ -13,8 +13,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,8 @@ class SerialEmulator(Emulator):
         self.device = self.line()["ready"]["1"]["device"]
 
 
-@contextmanager
-def emulator(*args: str) -> Iterator[Emulator]:
-    board = Emulator(*args)
-    try:
-        yield board
-    finally:
-        board.close()
+def emulator(*args: str) -> closing[Emulator]:
+    return closing(Emulator(*args))
 
 
 class Sockets:
@@ -126,14 +121,8 @@ class Sockets:
         self.context.term()
 
 
-@contextmanager
-def context() -> Iterator[Sockets]:
-    """Sockets for a test, closed at the end, whatever happened."""
-    sockets = Sockets()
-    try:
-        yield sockets
-    finally:
-        sockets.close()
+def context() -> closing[Sockets]:
+    return closing(Sockets())
 
 
 def subscriber(ctx: Sockets, port: int, topic: bytes = b"") -> zmq.Socket[bytes]:
@@ -209,13 +198,8 @@ class OwnAddress(Emulator):
         raise AssertionError("no loopback address with ports 5555 and 5556 free")
 
 
-@contextmanager
-def own_address(*args: str) -> Iterator[OwnAddress]:
-    board = OwnAddress(*args)
-    try:
-        yield board
-    finally:
-        board.close()
+def own_address(*args: str) -> closing[OwnAddress]:
+    return closing(OwnAddress(*args))
 
 
 def control(script: str, board: OwnAddress, folder: Path, *args: object, limit: float = 60) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import zmq
+from processes import in_thread
 
 from larpixdaq.hardware.register_map import words
 from larpixdaq.schema import Asic
@@ -35,13 +36,8 @@ def nonsense(dice: random.Random) -> Iterator[int]:
                     message = b"D" + dice.randbytes(5) + len(message).to_bytes(2, "little") + message
                 board.send(message)
 
-        thread = threading.Thread(target=send, name="nonsense")
-        thread.start()
-        try:
+        with in_thread(send, end.set):
             yield port
-        finally:
-            end.set()
-            thread.join()
 
 
 #: (io_channel, chip_id, address, value) -> the values that it answers with; a value above 255 has wrong parity.
@@ -97,12 +93,3 @@ class AnsweringBoard:
             answer = int(words(Asic.V2, 3, [chip], [address], [held & 255])[0]) ^ (1 << 63 if held > 255 else 0)
             said.append(struct.pack("<cB6xQ", b"D", io_channel, answer))
         return b"".join(said)
-
-
-@contextmanager
-def answering(answers: Answers, reply: Callable[[bytes], bytes] | None = None) -> Iterator[AnsweringBoard]:
-    board = AnsweringBoard(answers, reply=reply)
-    try:
-        yield board
-    finally:
-        board.close()
