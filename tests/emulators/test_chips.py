@@ -23,12 +23,12 @@ from emulated_board import (
     own_address,
     request,
     subscriber,
-    wait_until,
     word,
 )
 from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import until
 
 from larpixdaq import emulators, schema
 from larpixdaq._native import chip_emulator as native
@@ -468,7 +468,7 @@ def collected(socket, enough):
             got.append(socket.recv())
         return enough(data_words(got))
 
-    wait_until(turn, "the answers")
+    until(turn, "the answers")
     return data_words(got)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from emulated_board import Driver, Emulator, emulator
+from emulated_board import Emulator, emulator
 from processes import LIMIT, until
+from source_driver import Driver
 from system import System, rows_of, system
 
 from larpixdaq.hdf5.verify import verify

@@ -6,10 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from emulated_board import emulator, wait_until
+from emulated_board import emulator
 from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import until
 
 from larpixdaq import constants, schema
 from larpixdaq._native import word_codec as native_packets
@@ -281,7 +282,7 @@ def test_words_of_a_board(asic, pps):
             take()
         return sum(map(len, found)) > 100_000 and found[-1]["receipt_timestamp"].any()
 
-    wait_until(turn, "noise")
+    until(turn, "noise")
     while take():  # what was made and still waits
         pass
     rows = np.concatenate(found)
@@ -316,7 +317,7 @@ def test_an_io_channel_carries_what_the_clock_of_its_uart_says():
     # io_channel 2 and its chips: 16 ticks for each bit in place of 2
     chips.registers[chips.exit_channels(np.arange(4)) == 2, field_clock.low // 8] |= 0b11 << field_clock.low % 8
     registers.write(0x4010, 16)
-    wait_until(lambda: tile.queued_words() > 20_000, "hits")
+    until(lambda: tile.queued_words() > 20_000, "hits")
     tile.fill(1_000_000)
     words = tile.buffer[8:].reshape(-1, 16) if len(tile.spans) == 1 else np.zeros((0, 16), np.uint8)
     counts = np.bincount(words[words[:, 0] == ord("D"), 1], minlength=3)

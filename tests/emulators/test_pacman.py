@@ -11,10 +11,11 @@ import sys
 import numpy as np
 import pytest
 import zmq
-from emulated_board import LIMIT, context, emulator, subscriber, wait_until
+from emulated_board import context, emulator, subscriber
 from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import LIMIT, until
 from recorded_data import shared_data
 
 from larpixdaq import emulators, schema
@@ -211,7 +212,7 @@ def drain(socket, done):
             got.append(socket.recv())
         return done(got)
 
-    wait_until(turn, "the emulator's messages")
+    until(turn, "the emulator's messages")
     return got
 
 

@@ -9,19 +9,8 @@ import time
 import numpy as np
 import pytest
 import zmq
-from emulated_board import (
-    LIMIT,
-    READ,
-    WRITE,
-    asked,
-    board_register,
-    context,
-    emulator,
-    powered,
-    subscriber,
-    wait_until,
-    word,
-)
+from emulated_board import READ, WRITE, asked, board_register, context, emulator, powered, subscriber, word
+from processes import LIMIT, until
 
 from larpixdaq import emulators
 from larpixdaq.emulators import network
@@ -155,7 +144,7 @@ def test_a_crashed_server_is_gone_and_data_go_on():
         command.connect(f"tcp://127.0.0.1:{port}")
         asked(command, board_register(b"R", 0x24FFF))
         command.send(board_register(b"R", 0x25000))
-        wait_until(lambda: refuses(port), "the end of the server")
+        until(lambda: refuses(port), "the end of the server")
         assert subscriber(ctx, board.ready["1"]["data"]).poll(LIMIT * 1000), "no data"
         assert not command.poll(0)
         board.stop()
@@ -256,7 +245,7 @@ def test_time_stamps_count_from_power_up_or_the_last_reset(pps):
         """Of the chips' time stamps behind the board's."""
         board.write(0x2018, 10_000)  # triggers of the board each 0.1 ms
         board.write(0x2010, 1)
-        wait_until(tile.queued_words, "hits")
+        until(tile.queued_words, "hits")
         words = tile.take_packets()
         board.write(0x2010, 0)
         assert len(words)

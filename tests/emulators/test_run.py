@@ -6,8 +6,8 @@ import platform
 
 import numpy as np
 import zmq
-from emulated_board import LIMIT, READ, WRITE, asked, board_register, context, emulator, powered, request, word
-from processes import until
+from emulated_board import READ, WRITE, asked, board_register, context, emulator, powered, request, word
+from processes import LIMIT, until
 from system import rows_of, system
 
 from larpixdaq.hdf5.reader import DataFile

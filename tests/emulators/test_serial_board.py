@@ -7,12 +7,13 @@ import time
 from itertools import pairwise
 
 import pytest
-from emulated_board import Driver, SerialEmulator
+from emulated_board import SerialEmulator
 from hypothesis import given
 from hypothesis import strategies as st
 from larpix import Controller, Packet_v1
 from larpix.io import SerialPort, serialport
 from processes import until
+from source_driver import Driver
 
 from larpixdaq import emulators
 from larpixdaq.emulators import network as chip_network

@@ -10,7 +10,6 @@ import ctypes
 import fcntl
 import json
 import os
-import select
 import struct
 import subprocess
 import sys
@@ -19,11 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from processes import LIMIT, wait_for_line
+
 PREFIX = "larpixdaq"
 FOLDER = Path("/run/netns")
 #: Fewer and larger packets than those of an Ethernet: the wires are Python.
 MTU = 9000
-LIMIT = 20.0
 
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF = 0x400454CA
@@ -60,6 +60,7 @@ class Network:
                 [sys.executable, str(script), str(seed), *ends],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                bufsize=0,
                 pass_fds=devices,
                 start_new_session=True,  # it is to outlive us by as long as cleaning up takes
             )
@@ -102,12 +103,8 @@ class Network:
         between = [self.hosts.index(one), self.hosts.index(other)]
         order = {"between": between, "drop": drop, "delay": delay, "cut": cut}
         assert self._wires.stdin is not None
-        assert self._wires.stdout is not None
         self._wires.stdin.write(json.dumps(order).encode() + b"\n")
-        self._wires.stdin.flush()
-        readable, _, _ = select.select([self._wires.stdout], [], [], LIMIT)
-        assert readable, f"waited {LIMIT} s for an answer of the wires"
-        answer: dict[str, int] = json.loads(self._wires.stdout.readline())
+        answer: dict[str, int] = json.loads(wait_for_line(self._wires))
         return answer
 
     def heal(self, one: str, other: str) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The fault-injection kit does what it says: otherwise the trials that stand on it would prove nothing."""
 
 import errno
+import os
 import socket
 import subprocess
 import sys
@@ -150,10 +151,10 @@ def test_the_network_passes_loses_delays_and_cuts(net: Network) -> None:
 def test_the_network_is_removed_also_when_its_maker_is_killed() -> None:
     if reason := unavailable():
         pytest.skip(reason)
-    folder = Path(__file__).parent
-    program = f"import sys; sys.path.insert(0, {str(folder)!r}); import network, signal; n = network.Network('a', 'b')"
-    program += "; print(' '.join(n._names), flush=True); signal.pause()"
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as maker:
+    program = "import network, signal; n = network.Network('a', 'b'); print(' '.join(n._names), flush=True)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", f"{program}; signal.pause()"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as maker:
         assert maker.stdout is not None
         names = maker.stdout.readline().split()
         assert len(names) == 2

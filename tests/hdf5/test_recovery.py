@@ -13,9 +13,10 @@ import msgspec
 import numpy as np
 import pytest
 from example_counts import examples
-from file_builder import NS, Feed, random_rows, run_info, wait_for_line
+from file_builder import NS, Feed, random_rows, run_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import wait_for_line
 
 from larpixdaq import cli, constants, schema
 from larpixdaq._native import hdf5_chunks

@@ -18,9 +18,10 @@ import msgspec
 import numpy as np
 import pytest
 from example_counts import examples
-from file_builder import CLOCK64, NS, V1, V2, V3, Feed, random_rows, run_info, wait_for_line, words_to_rows, write
+from file_builder import CLOCK64, NS, V1, V2, V3, Feed, random_rows, run_info, words_to_rows, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import wait_for_line
 
 from larpixdaq import constants, schema
 from larpixdaq.errors import FileError, ProtocolError

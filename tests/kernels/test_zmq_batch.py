@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import zmq
-from emulated_board import context, wait_until
+from emulated_board import context
 from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import until
 
 from larpixdaq import schema
 from larpixdaq._native.zmq_batch import Receiver, Sender
@@ -96,7 +97,7 @@ def test_dealer_and_sub_over_tcp(plain):
         for k in range(500):
             out.send(k.to_bytes(4, "little") * 6)
         got = []
-        wait_until(
+        until(
             lambda: into.poll(10) and not got.extend(messages_of(receiver, receiver.receive())) and len(got) == 500,
             "500 messages",
         )
@@ -143,7 +144,7 @@ def test_sending_stops_when_the_queue_is_full(plain):
             sent += sender.send(data, spans[sent:])
             return sent == 100
 
-        wait_until(turn, "room for all messages")
+        until(turn, "room for all messages")
         got += messages_of(receiver, receiver.receive())
         assert got == [bytes(data[2 * k : 2 * k + k % 3]) for k in range(100)]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import zmq
-from emulated_board import Driver, context
+from emulated_board import context
+from source_driver import Driver
 
 from larpixdaq import schema
 from larpixdaq.sources import bern

@@ -3,6 +3,7 @@
 import math
 import struct
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -388,9 +389,10 @@ def test_recorded_messages_are_complete() -> None:
 
 
 def replayed(*files: Path) -> list[LossVerdict]:
-    driven = Driver(ReplaySource([(1, file) for file in files], asic=Asic.V2, speed=math.inf))
-    driven.to_the_end()
-    return driven.source.evidence(S)
+    with closing(ReplaySource([(1, file) for file in files], asic=Asic.V2, speed=math.inf)) as source:
+        source.open()
+        Driver(source).to_the_end()
+        return source.evidence(S)
 
 
 def test_recorded_files_one_after_another(tmp_path: Path) -> None:

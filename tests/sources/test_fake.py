@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from emulated_board import Driver
+from source_driver import Driver
 
 from larpixdaq import constants, schema
 from larpixdaq.errors import ConfigError

@@ -9,13 +9,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from emulated_board import LIMIT, Driver, own_address, wait_until, word
+from emulated_board import own_address, word
 from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from io_class_examples import BEGAN, COUNT, data_packet
 from larpix.packet import TimestampPacket
-from processes import until
+from processes import LIMIT, until
+from source_driver import Driver
 from system import rows_of, system
 
 from larpixdaq import constants, schema
@@ -64,7 +65,7 @@ def sent(driver, channel, io_channel, *words):
         replies.append(channel.take())
         return replies[-1] is not None
 
-    wait_until(replied, "a reply")
+    until(replied, "a reply")
     assert not channel.busy
     return replies[-1]
 
@@ -189,8 +190,8 @@ def test_a_source_is_not_drained_while_a_class_has_more_packets(opened):
         drained.append(source.drained)
         return drained[-1]
 
-    wait_until(lambda: select.select(source.sockets, [], [], 0.1)[0], "the first packet")
-    wait_until(all_there, "that there is no more")
+    until(lambda: select.select(source.sockets, [], [], 0.1)[0], "the first packet")
+    until(all_there, "that there is no more")
     assert made == 6  # a time and a packet each
     assert not any(drained[:-1])
     assert driver.count("packets") == 3

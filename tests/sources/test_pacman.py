@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import zmq
 from decoder_harness import data_word, legacy, newer, newer_data
-from emulated_board import Driver, context, emulator
+from emulated_board import context, emulator
+from source_driver import Driver
 
 from larpixdaq import constants, schema
 from larpixdaq._native import board_emulator

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from larpix.format import hdf5format, pacman_msg_format, rawhdf5format
 from larpix.packet import Packet_v1, Packet_v2, SyncPacket, TimestampPacket, TriggerPacket
 from recorded_data import shared_data
-from source_driver import Driver, closing, same
+from source_driver import closing, open_driver, same
 
 from larpixdaq._native import word_codec
 from larpixdaq._native.decoders import PacmanDecoder
@@ -43,7 +43,7 @@ __all__ = ["closing"]  # a fixture
 
 def driver(*files, asic=Asic.V2, step=1000, speed=math.inf, **options):
     named = [file if isinstance(file, tuple) else (1, file) for file in files]
-    return Driver(ReplaySource(named, asic=asic, speed=speed, **options), step)
+    return open_driver(ReplaySource(named, asic=asic, speed=speed, **options), step)
 
 
 def log(path, messages):

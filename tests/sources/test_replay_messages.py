@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 from file_builder import Feed, random_rows, run_info
-from source_driver import Driver, closing, same
+from source_driver import closing, open_driver, same
 
 from larpixdaq.hdf5 import recordings
 from larpixdaq.hdf5.writer import RunFile
@@ -44,7 +44,7 @@ def test_texts_are_replayed_in_order(tmp_path, monkeypatch, piece):
     """The result does not depend on the pieces in which the file is read."""
     path, rows, placed = own_file(tmp_path)
     monkeypatch.setattr(recordings, "_PIECE_ROWS", piece)
-    driven = Driver(ReplaySource([(1, path)], asic=Asic.V2, speed=math.inf))
+    driven = open_driver(ReplaySource([(1, path)], asic=Asic.V2, speed=math.inf))
     same(driven.to_the_end(), rows)
     assert driven.texts == placed
     assert set(driven.text_times) == {1_795_331_571}
@@ -53,7 +53,7 @@ def test_texts_are_replayed_in_order(tmp_path, monkeypatch, piece):
 
 def test_texts_at_recorded_speed(tmp_path):
     path, rows, placed = own_file(tmp_path)
-    driven = Driver(ReplaySource([(1, path)], asic=Asic.V2, speed=1e12))
+    driven = open_driver(ReplaySource([(1, path)], asic=Asic.V2, speed=1e12))
     driven.until(lambda: driven.source.finished, "the end of the file")
     same(driven.rows, rows)
     assert driven.texts == placed
@@ -65,7 +65,7 @@ def test_missing_texts_are_counted(tmp_path):
         lines = file["messages"][:5]
         del file["messages"]
         file["messages"] = lines
-    driven = Driver(ReplaySource([(1, path)], asic=Asic.V2, speed=math.inf))
+    driven = open_driver(ReplaySource([(1, path)], asic=Asic.V2, speed=math.inf))
     same(driven.to_the_end(), rows)
     assert [at for at, _ in driven.texts] == [at for at, _ in placed]
     assert driven.texts[:2] == placed[:2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from larpix.io import SerialPort
 from larpix.packet import Packet_v2
-from source_driver import Driver, closing, same
+from source_driver import closing, open_driver, same
 
 from larpixdaq._native import word_codec
 from larpixdaq._native.decoders import encode_serial
@@ -51,7 +51,7 @@ def line(tmp_path):
 
 
 def drive(line, **options):
-    return Driver(SerialSource(str(line.path), **({"asic": Asic.V2} | options)))
+    return open_driver(SerialSource(str(line.path), **({"asic": Asic.V2} | options)))
 
 
 def words(seed, count, odd=True):
@@ -85,7 +85,7 @@ def test_frames_between_garbage(line):
     assert (np.diff(times["timestamp"].astype(np.int64)) >= 1).all(), "a time row whenever the second changes"
     assert int(before) <= times["timestamp"][0] <= times["timestamp"][-1] <= time.time()
     assert driven.count("resync_bytes", 9) + driven.count("pending_after", 9) == garbage
-    assert driven.source.problems() == []
+    assert driven.problems == []
     assert driven.source.io_groups == (9,)
 
 
@@ -135,19 +135,18 @@ def test_a_device_that_is_unplugged_and_plugged_again(line, monkeypatch):
     line.send(encode_serial(first))
     driven.until(lambda: driven.count("words_in") == 20, "the first frames")
     line.unplug()
-    found = []
-    driven.until(lambda: found.extend(driven.source.problems()) or found, "the warning")
-    assert found[0].startswith(f"serial device {line.path}, io_group 1: disconnected (")
+    driven.until(lambda: driven.problems, "word that it is gone")
+    assert driven.problems[0].startswith(f"serial device {line.path}, io_group 1: disconnected (")
     assert driven.source.sockets == ()
     before = driven.source.due()
     assert before is not None
     driven.until(lambda: driven.source.due() > before, "another attempt")
-    assert driven.source.problems() == [], "one warning only"
+    assert len(driven.problems) == 1, "said once"
     line.plug()
     driven.until(lambda: driven.source.sockets != (), "the device")
     line.send(encode_serial(second))
     driven.until(lambda: driven.count("words_in") == 40, "the second frames")
-    assert "connected again after" in driven.source.problems()[0]
+    assert "connected again after" in driven.problems[1]
     rows = driven.rows
     same(rows[rows["packet_type"] < 4], expected(np.concatenate((first, second))))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from file_builder import wait_for_line
+from processes import wait_for_line
 
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import layout

@@ -12,7 +12,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -20,18 +19,9 @@ from typing import Any
 
 import numpy as np
 import zmq
+from processes import LIMIT, wait_for_line
 
-from larpixdaq import constants
 from larpixdaq.runtime.launcher import command
-
-LIMIT = 20.0
-
-
-def wait_until(condition: Any, what: str, limit: float = LIMIT) -> None:
-    """Turn `condition` over until it is true (it does its own short waiting); fail saying what was awaited."""
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, f"waited {limit} s for {what}"
 
 
 class Emulator:
@@ -54,10 +44,7 @@ class Emulator:
         return [f"{group}=127.0.0.1:{port['data']}:{port['command']}" for group, port in self.ready.items()]
 
     def line(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        readable, _, _ = select.select([self.process.stdout], [], [], LIMIT)
-        assert readable, f"waited {LIMIT} s for a line of the emulator"
-        line = self.process.stdout.readline()
+        line = wait_for_line(self.process)
         assert line, "the emulator ended without its line"
         return json.loads(line)
 
@@ -131,53 +118,6 @@ def subscriber(ctx: Sockets, port: int, topic: bytes = b"") -> zmq.Socket[bytes]
     socket.setsockopt(zmq.SUBSCRIBE, topic)
     socket.connect(f"tcp://127.0.0.1:{port}")
     return socket
-
-
-class Driver:
-    """Drives a source as the producer does; `rows` and `counts` are what came of it."""
-
-    def __init__(self, source: Any, batch: int = 1000) -> None:
-        self.source = source
-        self.counts = np.zeros((constants.IO_GROUPS, len(constants.COUNTS)), np.uint64)
-        self.pieces: list[Any] = []
-        self.problems: list[str] = []
-        self.n = 0
-        self._batch = batch
-        source.start(self.counts)
-
-    @property
-    def rows(self) -> Any:
-        return np.concatenate(self.pieces) if self.pieces else np.zeros(0, self.source.layout.dtype)
-
-    def count(self, name: str, io_group: int = 1) -> int:
-        return int(self.counts[io_group, constants.COUNTS.index(name)])
-
-    def turn(self, wait_ms: int = 20) -> None:
-        poller = zmq.Poller()
-        for socket in self.source.sockets:
-            poller.register(socket, zmq.POLLIN)
-        due = self.source.due()
-        if due is not None:
-            wait_ms = min(wait_ms, max(0, int((due - time.monotonic()) * 1000) + 1))
-        poller.poll(wait_ms)
-        while self.source.read():
-            while True:
-                rows = np.zeros(self._batch, self.source.layout.dtype)
-                n = self.source.decode(rows)
-                self.pieces.append(rows[:n])
-                self.n += n
-                if n < len(rows):
-                    break
-        self.problems += self.source.problems()
-
-    def until(self, condition: Any, what: str, limit: float = LIMIT) -> None:
-        def met() -> bool:
-            if condition():
-                return True
-            self.turn()
-            return bool(condition())
-
-        wait_until(met, what, limit)
 
 
 WRITE, READ = 2, 3

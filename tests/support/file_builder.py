@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import selectors
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +165,3 @@ def write(directory: Path, feed: Feed, sizes: list[int], seed: int = 1, **closin
     file.add(*feed.info("Ending run"))
     file.end(feed.end())
     return file.close(**closing), np.concatenate(feed.rows)
-
-
-def wait_for_line(process: subprocess.Popen[bytes], seconds: float = 20.0) -> str:
-    """The next line of a child whose output is a pipe with bufsize=0; fails when none begins within `seconds`."""
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        if not selector.select(seconds):
-            raise AssertionError(f"the child printed no line within {seconds} s")
-    return process.stdout.readline().decode().strip()

@@ -1,6 +1,7 @@
 """Real processes, free ports and waits with a limit, for tests."""
 
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 from larpixdaq.runtime.launcher import command, free_port
 
-__all__ = ["LIMIT", "Process", "free_port", "in_thread", "until"]
+__all__ = ["LIMIT", "Process", "free_port", "in_thread", "until", "wait_for_line"]
 
 #: A wait fails after this many seconds, naming what was awaited.
 LIMIT = 20.0
@@ -29,6 +30,16 @@ def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
             return found
         turn.wait(0.005)
     raise AssertionError(f"after {limit:g} s still waiting: {what}")
+
+
+def wait_for_line(process: subprocess.Popen[bytes], seconds: float = LIMIT) -> str:
+    """The next line of a child whose output is a pipe with bufsize=0; fails when none begins within `seconds`."""
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        if not selector.select(seconds):
+            raise AssertionError(f"the child printed no line within {seconds:g} s")
+    return process.stdout.readline().decode().strip()
 
 
 class Process:

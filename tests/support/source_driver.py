@@ -1,27 +1,28 @@
 """Drives sources in tests the way the producer does, and checks the ledger at every step."""
 
-import select
 import time
 
 import numpy as np
 import pytest
+import zmq
+from processes import until
 
 from larpixdaq.constants import COUNTS, IO_GROUPS
 
-#: Every source that was driven, for `closing`.
+#: Sources that open_driver() has opened.
 OPEN = []
 
 
 @pytest.fixture(autouse=True)
 def closing():
-    """Import it into a module of tests: closes what its tests drove."""
+    """Closes the sources of open_driver(), in modules that import it."""
     yield
     while OPEN:
         OPEN.pop().close()
 
 
 class Driver:
-    """One source with its counters; `step` is how many rows there is room for at a time."""
+    """Reads a source as the producer does, `step` rows at a time, and checks the ledger after each step."""
 
     def __init__(self, source, step=1000):
         self.source = source
@@ -30,13 +31,16 @@ class Driver:
         self.parts = []
         self.texts = []  # (rows before it, text)
         self.text_times = []
-        OPEN.append(source)
-        source.open()
+        self.problems = []
         source.start(self.counts)
 
     @property
     def rows(self):
         return np.concatenate([np.zeros(0, self.source.layout.dtype), *self.parts])
+
+    @property
+    def n(self):
+        return sum(map(len, self.parts))
 
     def count(self, name, io_group=None):
         column = self.counts[:, COUNTS.index(name)]
@@ -47,7 +51,7 @@ class Driver:
         if not self.source.read():
             return False
         for text, seconds in self.source.texts():
-            self.texts.append((sum(map(len, self.parts)), text))
+            self.texts.append((self.n, text))
             self.text_times.append(seconds)
         while True:
             rows = np.zeros(self.step, self.source.layout.dtype)
@@ -58,28 +62,34 @@ class Driver:
             if made < self.step:
                 return True
 
-    def to_the_end(self, limit=30.0):
-        end = time.monotonic() + limit
-        while not self.source.finished:
-            assert time.monotonic() < end, "the source does not finish"
+    def to_the_end(self):
+        def finished():
             while self.take():
                 pass
+            return self.source.finished
+
+        until(finished, "the source to finish", 30)
         return self.rows
 
-    def until(self, condition, what, limit=10.0):
-        """Poll the source's sockets and heed due(), as the producer's loop does."""
-        end = time.monotonic() + limit
-        while not condition():
-            now = time.monotonic()
-            assert now < end, f"not within {limit} s: {what}"
-            poll = select.poll()
-            for socket in self.source.sockets:
-                poll.register(socket, select.POLLIN)
-            due = self.source.due()
-            wait = end - now if due is None else max(0.0, min(due, end) - now)
-            poll.poll(wait * 1000 + 1)
-            while self.take():
-                pass
+    def turn(self):
+        """Wait for data, at most 20 ms or until the source is due, and take all."""
+        poller = zmq.Poller()
+        for socket in self.source.sockets:
+            poller.register(socket, zmq.POLLIN)
+        due = self.source.due()
+        poller.poll(20 if due is None else min(20, max(0, int((due - time.monotonic()) * 1000) + 1)))
+        while self.take():
+            pass
+        self.problems += self.source.problems()
+
+    def until(self, condition, what):
+        def met():
+            if condition():
+                return True
+            self.turn()
+            return bool(condition())
+
+        until(met, what)
 
     def check(self):
         """The ledger's equations (a), (b) and (c) hold for the rows so far."""
@@ -89,7 +99,13 @@ class Driver:
         np.testing.assert_array_equal(get["bytes_in"] + pending, taken + get["resync_bytes"])
         np.testing.assert_array_equal(get["words_in"], get["word_rows"] + get["unknown_words"] + get["rejected_words"])
         made = sum(get[name] for name in ("word_rows", "time_rows", "info_rows", "sent_rows"))
-        assert made.sum() == sum(map(len, self.parts))
+        assert made.sum() == self.n
+
+
+def open_driver(source, step=1000):
+    source.open()
+    OPEN.append(source)
+    return Driver(source, step)
 
 
 def same(found, expected, *, but=()):

@@ -11,8 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from file_builder import wait_for_line
-from processes import LIMIT, until
+from processes import LIMIT, until, wait_for_line
 from recorded_data import shared_data
 from system import System, rows_of
 
