@@ -6,8 +6,8 @@ import errno
 
 from process_faults import AGAIN, PRODUCER, STORAGE
 from processes import until
-from table import STEP, row
-from trial import Trial
+from table import row
+from trial import STEP, Trial
 
 HOSTS = {"producer": "daq", "board": "daq"}
 BOARD_APART = {"board": "board"}

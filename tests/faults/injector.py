@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 
-from processes import LIMIT, Process
+from processes import Process
 from system import System
 
 
@@ -74,6 +74,3 @@ class Faults:
         finally:
             popen.send_signal(signal.SIGCONT)
         self.note(f"{key} is fast again")
-
-    def wait_for_end(self, key: str, limit: float = LIMIT) -> int:
-        return self.line.processes[key].wait(limit)

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 from processes import until
-from table import STEP, row
-from trial import Trial
+from table import row
+from trial import STEP, Trial
 
 from larpixdaq.errors import ControlHeld
 from larpixdaq.offline_storage import DEFAULT_NAME as STORAGE
@@ -63,14 +63,14 @@ def storage_stopped(trial: Trial) -> None:
     becomes="lost",
 )
 def storage_stopped_another_started(trial: Trial) -> None:
-    stopped = _stopped_until_lost(trial)
+    _stopped_until_lost(trial)
     trial.faults.note("another storage of the name started, same directory")
     waiting = trial.line.restart("offline_storage")
     until(lambda: "waiting until it has ended" in waiting.stderr, "the second storage to wait for its turn", STEP)
     trial.faults.pause(8.0)
-    _goes_on(trial, stopped)
+    _goes_on(trial)
     trial.expect(waiting.stop() == 0, f"the storage that waited did not end cleanly: {waiting.stderr}")
-    trial.line.processes["offline_storage"] = trial.line.processes.pop(stopped)
+    trial.line.processes["offline_storage"] = trial.line.processes.pop("stopped")
 
 
 @row(
@@ -81,29 +81,27 @@ def storage_stopped_another_started(trial: Trial) -> None:
     once=True,
 )
 def storage_stopped_another_directory(trial: Trial) -> None:
-    stopped = _stopped_until_lost(trial)
+    _stopped_until_lost(trial)
     other = trial.folder / "other"
     other.mkdir()
     trial.directories[""].append(other)
     trial.faults.note("another storage of the name started, other directory")
     trial.line.launch_storage("-o", other)
     trial.faults.pause(8.0)
-    _goes_on(trial, stopped)
-    trial.expect(
-        trial.faults.wait_for_end(stopped) == 1, "the one that was stopped did not leave the name to the other"
-    )
+    _goes_on(trial)
+    status = trial.line.processes["stopped"].wait()
+    trial.expect(status == 1, "the one that was stopped did not leave the name to the other")
 
 
-def _stopped_until_lost(trial: Trial) -> str:
+def _stopped_until_lost(trial: Trial) -> None:
     trial.strikes(STORAGE)
     trial.faults.stop("offline_storage")
     until(lambda: trial.watch.first("lost", STORAGE, trial.hit_at) is not None, "the storage to be lost", STEP)
     trial.line.processes["stopped"] = trial.line.processes["offline_storage"]
-    return "stopped"
 
 
-def _goes_on(trial: Trial, key: str) -> None:
-    trial.faults.go_on(key)
+def _goes_on(trial: Trial) -> None:
+    trial.faults.go_on("stopped")
     trial.back(STORAGE)
     trial.flowing(AGAIN)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trial import STEP, Outcome, Setup, Trial, judge, trial
+from trial import Outcome, Setup, Trial, judge, trial
 
 #: `lost` and `stuck` are read at the latest so long after the fault (seconds).
 IN_TIME = 1.25
@@ -121,6 +121,3 @@ def _story(made: Trial) -> list[str]:
     lines = sorted(made.faults.notes + seen)
     since = made.hit_at or (lines[0][0] if lines else 0.0)
     return [f"{when - since:+.3f} s {text}" for when, text in lines]
-
-
-__all__ = ["IN_TIME", "ROWS", "STEP", "Row", "late", "row", "run_trial"]

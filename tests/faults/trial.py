@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +326,3 @@ def keep(folder: Path, where: Path, name: str) -> str:
     kept = where / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}"
     shutil.move(folder, kept)
     return str(kept)
-
-
-def as_dict(outcome: Outcome) -> dict[str, Any]:
-    return asdict(outcome)

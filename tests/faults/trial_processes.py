@@ -16,20 +16,20 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-import environment_faults
-import process_faults
+import environment_faults  # noqa: F401  (its functions are rows of the table)
+import process_faults  # noqa: F401
 from network import unavailable
 from table import ROWS, late, run_trial
-from trial import Outcome, Setup, as_dict, keep
+from trial import Outcome, Setup, keep
 
-__all__ = ["ROWS", "Outcome", "Trials", "impossible", "late"]
+__all__ = ["ROWS", "Outcome", "impossible", "late", "trials"]
 
-_MODULES = process_faults, environment_faults  # they fill ROWS
 #: A trial that has not ended after so long (seconds) is ended, with all that it started.
 LIMIT = 400.0
 
@@ -49,8 +49,8 @@ class Trials:
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
 
-    def submit(self, row: str, seed: int, **setup: Any) -> Future[Outcome]:
-        return self._pool.submit(self._run, row, seed, {**self._setup, **setup})
+    def submit(self, row: str, seed: int) -> Future[Outcome]:
+        return self._pool.submit(self._run, row, seed)
 
     def close(self) -> None:
         """Trials that wait are forgotten, those that go on are ended."""
@@ -60,12 +60,12 @@ class Trials:
                 _end(process)
         self._pool.shutdown()
 
-    def _run(self, row: str, seed: int, setup: dict[str, Any]) -> Outcome:
+    def _run(self, row: str, seed: int) -> Outcome:
         with tempfile.TemporaryDirectory(prefix=f"larpixdaq-trial-{row}-", ignore_cleanup_errors=True) as folder:
             place = Path(folder) / "trial"
             command = [sys.executable, str(Path(__file__)), row, str(seed), str(place), str(self._kept)]
             process = subprocess.Popen(
-                [*command, json.dumps(setup)],
+                [*command, json.dumps(self._setup)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -111,7 +111,7 @@ def main(row: str, seed: str, folder: str, kept: str, setup: str) -> None:
         outcome.kept = keep(place, Path(kept), f"{row}-{seed}")
     else:
         shutil.rmtree(place)
-    print(json.dumps(as_dict(outcome)))
+    print(json.dumps(asdict(outcome)))
 
 
 if __name__ == "__main__":

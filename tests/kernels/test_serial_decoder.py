@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from decoder_harness import GROUP, check_ledger, drain, named, new_counts, odd
+from decoder_harness import GROUP, drain, named, new_counts, odd
 from hypothesis import given
 from hypothesis import strategies as st
 from larpix_control import SerialPort
+from source_driver import check_ledger
 
 from larpixdaq import constants, schema
 from larpixdaq._native import decoders, word_codec

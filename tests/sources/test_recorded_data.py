@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decoder_harness import GROUP, check_ledger, named, new_counts, run_messages
+from decoder_harness import GROUP, named, new_counts, run_messages
 from larpix_control import packets_v2, pacman_msg_format, rows_2_4
 from recorded_data import shared_data
+from source_driver import check_ledger
 
 from larpixdaq import schema
 from larpixdaq._native import decoders, word_codec

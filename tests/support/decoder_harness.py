@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 from larpix_control import Packet_v2, SyncPacket, TriggerPacket
+from source_driver import check_ledger
 
 from larpixdaq import constants, schema
 from larpixdaq._native import decoders
 from larpixdaq.schema import Asic
 
 GROUP = 7
-PARITY_BIT = {schema.Asic.V1: 53}
 
 
 def new_counts() -> np.ndarray:
@@ -29,21 +29,6 @@ def new_counts() -> np.ndarray:
 def named(counts: np.ndarray) -> dict[str, int]:
     """The counters that are not zero."""
     return {name: value for name, value in zip(constants.COUNTS, counts.tolist(), strict=True) if value}
-
-
-def check_ledger(counts: np.ndarray, rows: int, *, serial: bool = False) -> None:
-    """Equations (a), (b), (c) of the ledger, for the `rows` rows that came out."""
-    c = dict(zip(constants.COUNTS, counts.tolist(), strict=True))
-    if serial:
-        used = 10 * c["messages"] + c["resync_bytes"] + c["pending_after"]
-        assert c["pending_before"] + c["bytes_in"] == used
-        assert c["words_in"] == c["messages"]
-        assert c["word_bytes"] == 10 * c["words_in"]
-    else:
-        assert c["bytes_in"] == c["header_bytes"] + c["word_bytes"] + c["trailing_bytes"] + c["rejected_bytes"]
-    assert c["words_in"] == c["word_rows"] + c["unknown_words"] + c["rejected_words"]
-    assert rows == constants.rows_made(counts.tolist())
-    assert c["bad_parity"] <= c["packets"] <= c["word_rows"]
 
 
 def drain(

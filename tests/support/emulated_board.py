@@ -142,7 +142,7 @@ def own_address(*args: str) -> closing[OwnAddress]:
     return closing(OwnAddress(*args))
 
 
-def control(script: str, board: OwnAddress, folder: Path, *args: object, limit: float = 60) -> Any:
+def control(script: str, board: OwnAddress, folder: Path, *args: object) -> Any:
     """Run a script with larpix-control in a process of its own (PACMAN_IO forks); what it prints last, from JSON.
 
     It finds `io`, a PACMAN_IO, `controller`, a Controller with it, and `args`.
@@ -166,7 +166,7 @@ def control(script: str, board: OwnAddress, folder: Path, *args: object, limit: 
         ],
         capture_output=True,
         text=True,
-        timeout=limit,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

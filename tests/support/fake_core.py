@@ -131,18 +131,11 @@ def producer_status(**changed: Any) -> dict[str, Any]:
     return msgspec.to_builtins(status) | changed
 
 
-def producer(core: str, name: str = "LArPix board", *, epoch: int = 7, rows: int = 100, layout: int = 2) -> Actor:
-    end = {"epoch": epoch, "next": 3, "rows": rows, "counts": [counts(1, rows)], "warning": None}
-    info = {
-        "stream": "tcp://127.0.0.1:1",
-        "epoch": epoch,
-        "layout": layout,
-        "asic": "2",
-        "io_groups": [1],
-        "source": "x",
-    }
+def producer(core: str) -> Actor:
+    end = {"epoch": 7, "next": 3, "rows": 100, "counts": [counts(1, 100)], "warning": None}
+    info = {"stream": "tcp://127.0.0.1:1", "epoch": 7, "layout": 2, "asic": "2", "io_groups": [1], "source": "x"}
     replies = {
-        "prepare_run": {"epoch": epoch, "layout": layout},
+        "prepare_run": {"epoch": 7, "layout": 2},
         "begin_run": {},
         "end_run": end,
         "abort_run": end,
@@ -150,32 +143,30 @@ def producer(core: str, name: str = "LArPix board", *, epoch: int = 7, rows: int
         "list_routines": ["hello_world"],
         "run_routine": None,
     }
-    return Actor(core, name, "producer", info, replies)
+    return Actor(core, "LArPix board", "producer", info, replies)
 
 
-def storage(
-    core: str, name: str = "Offline storage", *, rows: int = 100, epoch: int = 7, highest: int = 0, free: int = 1 << 40
-) -> Actor:
+def storage(core: str, name: str = "Offline storage", *, highest: int = 0) -> Actor:
     end = {
         "files": [f"/data/{name}.h5"],
         "condition": "COMPLETE",
-        "rows": rows,
-        "stored": [["LArPix board", epoch, 1, rows]],
+        "rows": 100,
+        "stored": [["LArPix board", 7, 1, 100]],
         "reasons": [],
     }
     replies = {
-        "prepare_run": {"file": f"/data/{name}.h5.part", "free_bytes": free},
+        "prepare_run": {"file": f"/data/{name}.h5.part", "free_bytes": 1 << 40},
         "begin_run": {},
         "end_run": end,
         "cancel_run": {},
     }
-    info = {"directory": "/data", "highest_run": highest, "free_bytes": free}
+    info = {"directory": "/data", "highest_run": highest, "free_bytes": 1 << 40}
     return Actor(core, name, "storage", info, replies)
 
 
-def monitor(core: str, name: str = "Online monitor") -> Actor:
+def monitor(core: str) -> Actor:
     replies = {"prepare_run": {}, "begin_run": {}, "end_run": {}, "packet_rate": {"now": 5.0}, "packets": None}
-    return Actor(core, name, "run_data", {}, replies)
+    return Actor(core, "Online monitor", "run_data", {}, replies)
 
 
 @contextmanager

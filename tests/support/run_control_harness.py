@@ -17,6 +17,8 @@ KINDS = {
     "monitor": "run_data",
 }
 EPOCHS = {"board 1": 1, "board 2": 2}
+#: Rows that a producer makes in each run and epoch.
+ROWS = 10
 
 
 def open_catalogue(directory):
@@ -89,10 +91,11 @@ class Team:
             if action == "prepare_run":
                 return {"file": f"/d/{name}", "free_bytes": 1 << 40}
             if action == "end_run":
-                stored = [[one["name"], one["epoch"], 1, 10] for one in params["producers"] if one["next"] is not None]
-                whole = all(one["next"] is not None for one in params["producers"])
+                known = [source for source in params["producers"] if source["next"] is not None]
+                stored = [[source["name"], source["epoch"], 1, ROWS] for source in known]
+                whole = len(known) == len(params["producers"])
                 condition = RunCondition.COMPLETE if whole else RunCondition.INTERRUPTED
-                found = {"files": [name], "condition": condition, "rows": 10 * len(stored), "stored": stored}
+                found = {"files": [name], "condition": condition, "rows": ROWS * len(stored), "stored": stored}
                 self.has[name, params["run"]] = found
                 return found
             if action == "report_run":
@@ -124,7 +127,7 @@ class Team:
 
 
 def epoch_end(epoch):
-    return {"epoch": epoch, "next": 4, "rows": 10, "counts": [counts(1, 10)]}
+    return {"epoch": epoch, "next": 4, "rows": ROWS, "counts": [counts(1, ROWS)]}
 
 
 def finished(run, file, condition=RunCondition.COMPLETE):
@@ -173,7 +176,5 @@ def do(team, action):
 
 def restart(team):
     """Another core with the same catalogue."""
-    new = object.__new__(Team)
     team.close()
-    new.__init__(team.catalogue.path.parent)
-    return new
+    return Team(team.catalogue.path.parent)

@@ -6,16 +6,13 @@ what the core says of a run can be held against the truth.
 
 from pathlib import Path
 
-from fake_core import counts
-from run_control_harness import KINDS, Team, finished, open_catalogue
+from run_control_harness import KINDS, ROWS, Team, epoch_end, finished, open_catalogue
 
 from larpixdaq.constants import ENDED, RunCondition
 from larpixdaq.control.registry import Registry
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.protocol.control import Answer, packed
 
-#: Rows that a producer makes in each run and epoch.
-ROWS = 10
 #: What the catalogue must say of a run before anybody hears of it.
 BEFORE = {
     "prepare_run": {"PREPARING", "READY", "BEGINNING", "RUN"},
@@ -223,7 +220,3 @@ class World(Team):
             for name, epochs in run.producers.items()
             for epoch in epochs
         )
-
-
-def epoch_end(epoch):
-    return {"epoch": epoch, "next": 4, "rows": ROWS, "counts": [counts(1, ROWS)]}

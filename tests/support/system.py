@@ -137,9 +137,9 @@ class System:
 
 
 @contextlib.contextmanager
-def system(folder: Path, host: str = "127.0.0.1") -> Iterator[System]:
+def system(folder: Path) -> Iterator[System]:
     with contextlib.ExitStack() as stack:
-        made = System(folder, stack, host)
+        made = System(folder, stack)
         yield made
         made.tell_to_end()
 
