@@ -131,7 +131,7 @@ def measure(line: System, rate: float, seconds: float, share: float) -> dict[str
         verdict = operator.end_run().result(STEP)
     totals = tally(parts_of([line.data], verdict["run"]))
     sent = {
-        1: counts["sent"]["1"]["words"], TIMED: words.sent, BURST: burst.said["sent"]["1"]["words"],
+        1: counts["sent"]["1"]["words"], TIMED: words.sent, BURST: burst.summary["sent"]["1"]["words"],
     }  # fmt: skip
     late = [at for took, at in after if took > 1.5 * max(usual)]
     stored = (totals.rows - SLOW * SAMPLES * 2 * PAUSE) / (ended - began)

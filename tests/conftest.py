@@ -1,4 +1,4 @@
-"""What all tests have: a folder outside of the sources, so that what they start is the installed package; a core."""
+"""Fixtures of all tests. They run in a folder outside of the sources, so that they start the installed package."""
 
 import os
 import signal
@@ -11,12 +11,12 @@ from system import System, system
 
 from larpixdaq.operator import Operator
 
-# CI asks for the large profile. A busy computer takes its time for an example; how fast the code is, bench/ measures.
+# CI uses the large profile. Examples have no deadline, because bench/ measures the speed.
 settings.register_profile("small", deadline=None, max_examples=25)
 settings.register_profile("large", deadline=None, max_examples=100)
 settings.load_profile(os.environ.get("LARPIXDAQ_HYPOTHESIS", "small"))
 
-# Processes inherit what is ignored, as under nohup and behind a script's "&": the tests' ones would not hear it either.
+# Processes inherit ignored signals, for example under nohup or after a script's "&"; those of the tests must get them.
 for _ignored in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(_ignored, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -33,14 +33,14 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """A system for all tests of a file that kill nothing: each of them starts its own producer."""
-    with system(tmp_path_factory.mktemp("system")) as made:
-        yield made
+    """A system that all tests of a file share. Each test starts its own producer and kills no other process."""
+    with system(tmp_path_factory.mktemp("system")) as line:
+        yield line
 
 
 @pytest.fixture
 def running(tmp_path):
-    """A core in a thread of this process, on a port of its own."""
+    """A core in a thread of this process, on its own port."""
     with core(tmp_path / "state") as running:
         yield running
 

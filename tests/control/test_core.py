@@ -146,7 +146,7 @@ def test_a_run_through_the_operator(running, operator):
         info = operator.run_info().result(LIMIT)
         assert (info["run"], info["comment"], info["condition"]) == (42, "cosmics", "COMPLETE")
         assert info["comments"][0]["text"] == "beam is on"
-        assert board.did() == ["prepare_run", "begin_run", "end_run"]
+        assert board.actions() == ["prepare_run", "begin_run", "end_run"]
         assert disk.calls[0][1] == {
             "run": 42,
             "kind": "physics",
@@ -284,7 +284,7 @@ def test_a_repeated_request_is_done_once(running, dealer):
                 ends.append(msgspec.msgpack.decode(message.value)["run"])
                 dealer.send(pack(ActionRequest(request="7", session=session, action="prepare_run", again=True)))
         assert ends == [1, 1]
-        assert board.did() == ["prepare_run"]
+        assert board.actions() == ["prepare_run"]
         dealer.send(pack(ActionRequest(request="8", session=session, action="prepare_run", again=True)))
         while getattr(message, "kind", "") != "error":
             message = unpack_core(dealer.recv())
@@ -414,7 +414,7 @@ def test_a_core_killed_during_a_run(tmp_path):
                 assert board.node.state == "RUN"
                 result = operator.end_run().result(LIMIT)
                 assert (result["run"], result["condition"]) == (1, "COMPLETE")
-        assert [actor.did() for actor in (board, disk, online)] == [["prepare_run", "begin_run", "end_run"]] * 3
+        assert [actor.actions() for actor in (board, disk, online)] == [["prepare_run", "begin_run", "end_run"]] * 3
 
 
 def test_requests_are_not_done_after_a_restart_of_the_core(tmp_path):

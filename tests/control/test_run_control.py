@@ -424,7 +424,7 @@ def test_blocks_delivered_after_the_end_complete_the_run(team):
     team.beat("disk 1", finished=[finished(1, "disk 1", RunCondition.INTERRUPTED)])
     team.answer_all()
     assert team.catalogue.find(1).condition == RunCondition.INTERRUPTED
-    team.has["disk 1", 1] = full_report("disk 1", "further")
+    team.reports["disk 1", 1] = full_report("disk 1", "further")
     reported = [finished(1, "disk 1", RunCondition.INTERRUPTED), finished(1, "/d/further", RunCondition.SUSPECT)]
     team.beat("disk 1", finished=reported)
     assert [one[:3:2] for one in team.waiting] == [("disk 1", "report_run")]
@@ -453,7 +453,7 @@ def test_blocks_delivered_after_the_end_complete_the_run(team):
 def test_copies_that_are_delivered_later_at_the_same_time(team):
     end_without_board_2(team)
     for name in ("disk 1", "disk 2"):
-        team.has[name, 1] = full_report(name, f"{name} later")
+        team.reports[name, 1] = full_report(name, f"{name} later")
         team.beat(name, finished=[finished(1, f"{name} later")])
     team.answer_all()
     assert team.catalogue.find(1).files == ["disk 1", "disk 1 later", "disk 2", "disk 2 later"]
@@ -469,7 +469,7 @@ def test_a_storage_that_comes_back_is_asked_about_the_newest_run(team):
     team.advance(5.1)
     team.answer_all()
     assert reply.value()["condition"] == RunCondition.INTERRUPTED
-    team.has["disk 2", 1] = full_report("disk 2") | {"condition": RunCondition.COMPLETE, "ends": []}
+    team.reports["disk 2", 1] = full_report("disk 2") | {"condition": RunCondition.COMPLETE, "ends": []}
     team.register("disk 2", instance="restarted")
     assert [one[:3:2] for one in team.waiting] == [("disk 2", "report_run")]
     team.answer_all()
@@ -487,7 +487,7 @@ def test_a_storage_that_comes_back_is_asked_about_the_newest_run(team):
 def test_an_aborted_run_stays_aborted_after_later_deliveries(team):
     do(team, "prepare")
     do(team, "abort")
-    team.has["disk 1", 1] = full_report("disk 1", "further")
+    team.reports["disk 1", 1] = full_report("disk 1", "further")
     team.beat("disk 1", finished=[finished(1, "further")])
     team.answer_all()
     found = team.catalogue.find(1)
@@ -525,8 +525,10 @@ def test_a_storage_whose_answer_was_lost_with_the_core_is_asked_for_a_report(tea
     run.phase, run.reports, run.ends = "ENDING", {}, []
     team.catalogue.save(run)
     second = restart(team)
-    second.has = {(name, 1): full_report(name) | {"condition": RunCondition.COMPLETE} for name in ("disk 1", "disk 2")}
-    for one in second.has.values():
+    second.reports == {
+        (name, 1): full_report(name) | {"condition": RunCondition.COMPLETE} for name in ("disk 1", "disk 2")
+    }
+    for one in second.reports.values():
         one["ends"] = [["board 1", 1, 4, "closed", 10], ["board 2", 2, 4, "closed", 10]]
     second.register("monitor", run=1)  # it alone has not got end_run
     for name in KINDS:

@@ -31,7 +31,7 @@ class Model(RuleBasedStateMachine):
         self.directory = tempfile.mkdtemp(dir=DEFAULT_DIRECTORY if DEFAULT_DIRECTORY.is_dir() else None)
         self.world = World(self.directory)
         for name in KINDS:
-            self.world.come(name)
+            self.world.register_component(name)
         self.state = "STOP"
         self.open_step = None
         self.numbers = []
@@ -61,7 +61,7 @@ class Model(RuleBasedStateMachine):
 
     def placed(self, name):
         """A component has reported its run, which may bring back the unfinished run of the catalogue."""
-        if self.candidate is not None and self.world.inside.get(name) == self.candidate[0]:
+        if self.candidate is not None and self.world.current_run.get(name) == self.candidate[0]:
             phase = self.candidate[1]
             self.candidate = None
             self.state = "READY" if phase == "READY" else "RUN"
@@ -150,9 +150,9 @@ class Model(RuleBasedStateMachine):
         if name in self.alive:
             return
         if process != "same":
-            self.world.begin_process(name, process == "new")
+            self.world.restart_process(name, process == "new")
         self.alive.add(name)
-        self.world.come(name)
+        self.world.register_component(name)
         self.placed(name)
 
     @rule(name=NAMES)
@@ -185,7 +185,7 @@ class Model(RuleBasedStateMachine):
     def components_find_the_core(self):
         for name in sorted(self.alive):
             if name not in self.world.peers.components:
-                self.world.come(name)
+                self.world.register_component(name)
                 self.placed(name)
 
     @rule(seconds=st.sampled_from([0.1, 1.1, LONGEST_STEP]))
@@ -229,7 +229,7 @@ class Model(RuleBasedStateMachine):
             assert self.open_step is None
             # A component that has refused to end is still in its run, and the core must know it for abort_run below.
             known = {name: one.run for name, one in self.world.peers.components.items()}
-            assert known == {name: self.world.inside.get(name) for name in KINDS}
+            assert known == {name: self.world.current_run.get(name) for name in KINDS}
             for name in (name for name, kind in KINDS.items() if kind == "storage"):
                 for run in sorted({run for storage, run in self.world.files if storage == name}):
                     self.world.write(name, run, whole=True)

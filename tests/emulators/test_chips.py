@@ -14,14 +14,14 @@ from emulated_board import (
     POWER_UP,
     READ,
     WRITE,
-    asked,
     board_register,
     context,
-    control,
     data_words,
     emulator,
     own_address,
+    reply_to,
     request,
+    run_script,
     subscriber,
     word,
 )
@@ -367,7 +367,7 @@ print(json.dumps([len(controller.chips), ok, all_ok, stale_ok, sorted(next(iter(
     )
     network = tmp_path / "net.json"
     with own_address("--chips", "100", "--asic", "2b", "--write-network", str(network)) as board:
-        assert control(script, board, tmp_path, network) == [
+        assert run_script(script, board, tmp_path, network) == [
             100,
             True,
             True,
@@ -389,7 +389,7 @@ def test_dead_chips_and_broken_links_show(tmp_path):
     network = tmp_path / "net.json"
     chips = ("--chips", "40", "--write-network", str(network), "--stuck-bits", "1-1-11:64.2=0")
     with own_address(*chips, "--dead-chips", "1", "--broken-links", "1", "--seed", "4") as board:
-        found = control(script, board, tmp_path, network)
+        found = run_script(script, board, tmp_path, network)
     wiring_ = chip_network.tile_wiring(40)
     names = [f"1-{channel}-{chip}" for channel, chip in wiring_.keys]
     (dead,), (link,) = board.planted["dead_chips"], board.planted["broken_links"]
@@ -450,14 +450,14 @@ print(json.dumps(found))
     network = tmp_path / "net.json"
     with own_address("--chips", "4", "--asic", "2b", "--write-network", str(network), "--power-on") as board:
         every = list(range(64))
-        assert control(script, board, tmp_path, network) == [0, 0, True, every[:8], True, every, True, [3], 1.0]
+        assert run_script(script, board, tmp_path, network) == [0, 0, True, every[:8], True, every, True, [3], 1.0]
 
 
 def test_powered_tiles_are_in_the_register():
     with emulator("--chips", "230", "--power-on") as board, context() as ctx:
         command = ctx.socket(zmq.REQ)
         command.connect(f"tcp://127.0.0.1:{board.ready['1']['command']}")
-        assert struct.unpack_from("<c3xI4xI", asked(command, board_register(b"R", 0x10)), 8) == (b"R", 0x10, 7)
+        assert struct.unpack_from("<c3xI4xI", reply_to(command, board_register(b"R", 0x10)), 8) == (b"R", 0x10, 7)
 
 
 def collected(socket, enough):
@@ -477,9 +477,9 @@ def test_answers_in_order_and_in_large_messages():
         command = ctx.socket(zmq.REQ)
         command.connect(f"tcp://127.0.0.1:{board.ready['1']['command']}")
         socket = subscriber(ctx, board.ready["1"]["data"])
-        asked(command, request([(1, word(WRITE, 1, ID, 11)), (1, word(WRITE, 11, DOWN, 15))]))
+        reply_to(command, request([(1, word(WRITE, 1, ID, 11)), (1, word(WRITE, 11, DOWN, 15))]))
         read = [(1, word(READ, 11, address % 256)) for address in range(65_535)]
-        reply = asked(command, request(read))
+        reply = reply_to(command, request(read))
         assert reply[8:] == request(read)[8:]
         answers = collected(socket, lambda words: len(words) >= 65_535)["packet"]
         assert len(answers) == 65_535
@@ -489,8 +489,8 @@ def test_answers_in_order_and_in_large_messages():
         assert (rows["register_address"] == np.arange(65_535) % 256).all()
         assert set(rows["packet_type"].tolist()) == {READ}
         # without power: silence
-        asked(command, board_register(b"W", 0x10, 0))
-        asked(command, request(read[:1]))
+        reply_to(command, board_register(b"W", 0x10, 0))
+        reply_to(command, request(read[:1]))
         board.stop()
         said = board.finish()["sent"]["1"]
         assert (said["D"], said["unheard"]) == (65_535, 1)
@@ -503,8 +503,8 @@ def test_words_that_get_lost_or_come_twice(option):
         command = ctx.socket(zmq.REQ)
         command.connect(f"tcp://127.0.0.1:{board.ready['1']['command']}")
         socket = subscriber(ctx, board.ready["1"]["data"])
-        asked(command, request([(1, word(WRITE, 1, ID, 11)), (1, word(WRITE, 11, DOWN, 15))]))
-        asked(command, request([(1, word(READ, 11, address % 237)) for address in range(10_000)]))
+        reply_to(command, request([(1, word(WRITE, 1, ID, 11)), (1, word(WRITE, 11, DOWN, 15))]))
+        reply_to(command, request([(1, word(READ, 11, address % 237)) for address in range(10_000)]))
         least = {"--lose-answers": 8_500, "--double-answers": 10_500, "--bug-512": 9_981}[option]
         words = collected(socket, lambda words: len(words) >= least)
         board.stop()

@@ -30,7 +30,7 @@ def read(board: Emulator) -> tuple[dict[str, int], Driver, list[LossVerdict]]:
     try:
         driver = Driver(source)
         driver.until(board.ended, "the board's last word")
-        counts = board.said["sent"]["1"]
+        counts = board.summary["sent"]["1"]
         driver.until(lambda: driver.count("words_in") == counts["words"], "all words")
         return counts, driver, source.evidence(time.time_ns())
     finally:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import zmq
-from emulated_board import READ, WRITE, asked, board_register, context, emulator, powered, subscriber, word
+from emulated_board import READ, WRITE, board_register, context, emulator, power_registers, reply_to, subscriber, word
 from processes import LIMIT, until
 
 from larpixdaq import emulators
@@ -142,7 +142,7 @@ def test_a_crashed_server_is_gone_and_data_go_on():
         port = board.ready["1"]["command"]
         command = ctx.socket(zmq.REQ)
         command.connect(f"tcp://127.0.0.1:{port}")
-        asked(command, board_register(b"R", 0x24FFF))
+        reply_to(command, board_register(b"R", 0x24FFF))
         command.send(board_register(b"R", 0x25000))
         until(lambda: refuses(port), "the end of the server")
         assert subscriber(ctx, board.ready["1"]["data"]).poll(LIMIT * 1000), "no data"
@@ -160,7 +160,7 @@ def test_slow_reads_take_their_time_and_others_wait():
         first, second = (ctx.socket(zmq.REQ) for _ in range(2))
         for command in (first, second):
             command.connect(f"tcp://127.0.0.1:{board.ready['1']['command']}")
-            asked(command, board_register(b"R", 0x24030))
+            reply_to(command, board_register(b"R", 0x24030))
         began = time.monotonic()
         first.send(request)
         assert not first.poll(20)
@@ -284,12 +284,12 @@ def test_chips_without_power_say_nothing():
         command = ctx.socket(zmq.REQ)
         command.connect(f"tcp://127.0.0.1:{board.ready['1']['command']}")
         read = struct.pack("<cIxH", b"?", 0, 1) + struct.pack("<cB6xQ", b"D", 1, word(READ, 1, 64))
-        for register, value in powered(1):
-            asked(command, read)
-            asked(command, board_register(b"W", register, value))
-        asked(command, read)
+        for register, value in power_registers(1):
+            reply_to(command, read)
+            reply_to(command, board_register(b"W", register, value))
+        reply_to(command, read)
         board.stop()
-        assert board.finish()["sent"]["1"]["unheard"] == len(powered(1))
+        assert board.finish()["sent"]["1"]["unheard"] == len(power_registers(1))
 
 
 def test_chips_that_no_board_of_the_revision_has_room_for(capsys):

@@ -6,7 +6,7 @@ import platform
 
 import numpy as np
 import zmq
-from emulated_board import READ, WRITE, asked, board_register, context, emulator, powered, request, word
+from emulated_board import READ, WRITE, board_register, context, emulator, power_registers, reply_to, request, word
 from processes import LIMIT, until
 from system import rows_of, system
 
@@ -21,21 +21,21 @@ def test_what_chips_send_is_recorded(tmp_path):
         ports = board.ready["1"]
         command = ctx.socket(zmq.REQ)
         command.connect(f"tcp://127.0.0.1:{ports['command']}")
-        asked(command, board_register(b"W", 0x1010, 0))  # no heartbeats
+        reply_to(command, board_register(b"W", 0x1010, 0))  # no heartbeats
         operator = daq.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--asic", "2b")
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
-        for register, value in powered(1):
-            asked(command, board_register(b"W", register, value))
+        for register, value in power_registers(1):
+            reply_to(command, board_register(b"W", register, value))
         setup = [word(WRITE, 1, ID, 11), word(WRITE, 11, DOWN, 15), word(WRITE, 11, THRESHOLD, 80)]
         setup += [word(WRITE, 11, MASK + byte, 0) for byte in range(8)]
         reads = [word(READ, 11, address) for address in range(256)]
-        asked(command, request([(1, packet) for packet in setup + reads]))
+        reply_to(command, request([(1, packet) for packet in setup + reads]))
 
         until(lambda: daq.status_of(operator, "producer").get("packets", 0) > 2000, "noise")
         # The board is asked as soon as its data have said that it understands the question.
         until(lambda: daq.status_of(operator, "producer").get("firmware"), "the firmware")
-        asked(command, board_register(b"W", 0x10, 0))
+        reply_to(command, board_register(b"W", 0x10, 0))
         board.stop()
         said = board.finish()["sent"]["1"]
         ended = operator.end_run().result(60)

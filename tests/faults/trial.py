@@ -125,7 +125,7 @@ class Trial:
             self.net = stack.enter_context(contextlib.closing(Network(*names, seed=seed)))
         host = self.net.address("core") if self.net else "127.0.0.1"
         self.line = System(folder, stack, host)
-        stack.callback(self.line.tell_to_end)
+        stack.callback(self.line.terminate_all)
         self.faults = Faults(self.line, seed, setup.longest)
         self.disk = stack.enter_context(contextlib.closing(Disk(folder, self.line.data))) if setup.disk else None
         self.clock = stack.enter_context(contextlib.closing(Clock(folder))) if setup.clock else None

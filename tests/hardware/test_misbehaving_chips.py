@@ -130,7 +130,7 @@ def test_no_data_are_lost_while_commands_storm(tmp_path, line):
         rows = rows_of(ended["files"][0])
         assert np.count_nonzero((rows["direction"] == 0) & (rows["packet_type"] < 4)) == words
         received = ((rows["direction"] == 1) & (rows["packet_type"] < 4)) | (rows["packet_type"] > 5)
-        assert np.count_nonzero(received) == board.said["sent"]["1"]["words"] == count
+        assert np.count_nonzero(received) == board.summary["sent"]["1"]["words"] == count
     finally:
         board.close()
 

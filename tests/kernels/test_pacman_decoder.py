@@ -11,15 +11,15 @@ from decoder_harness import (
     data_word,
     decode,
     legacy,
+    message_1_0,
     messages,
-    named,
     new_counts,
-    newer,
-    newer_data,
-    odd,
+    nonzero_counts,
+    odd_parity,
     random_packets,
     run_messages,
     spans_of,
+    word_1_0,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,13 +96,13 @@ def test_literal_words_of_format_1_0() -> None:
 
 
 def test_configuration_words_of_format_1_0_are_packets() -> None:
-    rows, *_ = decode([newer([newer_data(0x2F, 3, 9, b"C")])], CLOCK64)
+    rows, *_ = decode([message_1_0([word_1_0(0x2F, 3, 9, b"C")])], CLOCK64)
     assert columns(rows[1], "packet_type", "io_channel", "chip_id", "receipt_timestamp") == (3, 3, 11, 9)
 
 
 def test_io_channels_above_255_are_rejected_words() -> None:
-    words = [newer_data(0x50, 255), newer_data(0x50, 256), newer_data(0x50, 0xFFFF, letter=b"C")]
-    rows, counts, unknown = decode([newer(words)], CLOCK64)
+    words = [word_1_0(0x50, 255), word_1_0(0x50, 256), word_1_0(0x50, 0xFFFF, letter=b"C")]
+    rows, counts, unknown = decode([message_1_0(words)], CLOCK64)
     assert rows["io_channel"].tolist() == [0, 255]
     assert counts["rejected_words"] == 2
     assert unknown["reason"].tolist() == [2, 2]
@@ -150,10 +150,10 @@ def test_v1_chips_behind_a_pacman() -> None:
         b"D",
         legacy([D])[:7],
         b"?" + legacy([D])[1:],
-        b"S" + newer([])[1:],
+        b"S" + message_1_0([])[1:],
         legacy([D, D])[:-1],  # fits neither format, and the board has sent no other message
         legacy([D]) + b"x",
-        newer([newer_data(1)])[:-1],
+        message_1_0([word_1_0(1)])[:-1],
     ],
 )
 def test_messages_of_no_known_format_are_rejected_whole(message: bytes) -> None:
@@ -187,15 +187,15 @@ def test_wrong_legacy_counts(message: bytes, words: int, trailing: int) -> None:
 @pytest.mark.parametrize(
     ("message", "words", "trailing"),
     [
-        (newer([newer_data(1), newer_data(2)])[:-1], 1, 23),
-        (newer([newer_data(1), newer_data(2)], n_bytes=24), 1, 24),
-        (newer([newer_data(1)], n_bytes=48), 1, 0),
-        (newer([newer_data(1)], n_bytes=25) + b"x", 1, 1),
-        (newer([newer_data(1)], n_bytes=2**32 - 1), 1, 0),
+        (message_1_0([word_1_0(1), word_1_0(2)])[:-1], 1, 23),
+        (message_1_0([word_1_0(1), word_1_0(2)], n_bytes=24), 1, 24),
+        (message_1_0([word_1_0(1)], n_bytes=48), 1, 0),
+        (message_1_0([word_1_0(1)], n_bytes=25) + b"x", 1, 1),
+        (message_1_0([word_1_0(1)], n_bytes=2**32 - 1), 1, 0),
     ],
 )
 def test_wrong_counts_of_format_1_0(message: bytes, words: int, trailing: int) -> None:
-    decoded = [decode([message], CLOCK64, format="1.0"), decode([newer([]), message], CLOCK64)]
+    decoded = [decode([message], CLOCK64, format="1.0"), decode([message_1_0([]), message], CLOCK64)]
     for (rows, counts, _), earlier in zip(decoded, (0, 1), strict=True):
         assert len(rows) == 1 + earlier + words
         assert counts["wrong_counts"] == 1
@@ -210,14 +210,14 @@ def test_no_message_fits_both_formats() -> None:
 
 
 def test_formats_can_change_from_message_to_message() -> None:
-    rows, counts, _ = decode([legacy([D]), newer([newer_data(1)]), legacy([D])], CLOCK64)
+    rows, counts, _ = decode([legacy([D]), message_1_0([word_1_0(1)]), legacy([D])], CLOCK64)
     assert rows["packet_type"].tolist() == [4, 0, 4, 1, 4, 0]
     assert "wrong_counts" not in counts
 
 
 def test_fixed_format_with_messages_of_the_other_format() -> None:
     assert decode([legacy([D])], CLOCK64, format="1.0")[1]["rejected_messages"] == 1
-    rows, counts, _ = decode([newer([newer_data(1)])], format="legacy")
+    rows, counts, _ = decode([message_1_0([word_1_0(1)])], format="legacy")
     assert counts["wrong_counts"] == 1  # every header of format 1.0 is a possible legacy header
     assert len(rows) == 1
 
@@ -264,7 +264,7 @@ def test_number_of_kept_unknown_words_is_limited() -> None:
     decoder = decoders.PacmanDecoder(GROUP, Asic.V2)
     bad = legacy([b"X" + bytes(15)] * 600)
     _, counts = run_messages(decoder, [bad, bad], V2)
-    assert named(counts)["unknown_words"] == 1200
+    assert nonzero_counts(counts)["unknown_words"] == 1200
     assert len(decoder.take_unknown()) == schema.UNKNOWN_KEPT
     assert len(decoder.take_unknown()) == 0
     counts = new_counts()
@@ -284,17 +284,17 @@ def test_start_in_the_middle_of_a_message() -> None:
     assert decoder.decode(np.zeros(2, V2)) == 2
     decoder.start(second)
     assert decoder.decode(np.zeros(9, V2)) == 2
-    assert named(first) == {
+    assert nonzero_counts(first) == {
         "messages": 1, "bytes_in": 24, "header_bytes": 8, "words_in": 1, "word_bytes": 16, "word_rows": 1, "packets": 1,
         "time_rows": 1,
     }  # fmt: skip
-    assert named(second) == {
+    assert nonzero_counts(second) == {
         "bytes_in": 48, "words_in": 3, "word_bytes": 48, "word_rows": 2, "packets": 2, "unknown_words": 1,
     }  # fmt: skip
 
 
 def test_bad_parity_is_counted_and_stored() -> None:
-    good = odd(0x1234 << 2)
+    good = odd_parity(0x1234 << 2)
     rows, counts, _ = decode([legacy([data_word(good), data_word(good ^ 1 << 20)])])
     assert rows["valid_parity"].tolist() == [0, 1, 0]
     assert counts["bad_parity"] == 1

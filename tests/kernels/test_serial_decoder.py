@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from decoder_harness import GROUP, drain, named, new_counts, odd
+from decoder_harness import GROUP, drain, new_counts, nonzero_counts, odd_parity
 from hypothesis import given
 from hypothesis import strategies as st
 from larpix_control import SerialPort
@@ -23,7 +23,7 @@ def frame(word: int) -> bytes:
     return b"s" + word.to_bytes(8, "little") + b"q"
 
 
-GOOD, BAD = odd(0x1234 << 2), odd(0x1234 << 2) ^ 1 << 40
+GOOD, BAD = odd_parity(0x1234 << 2), odd_parity(0x1234 << 2) ^ 1 << 40
 
 
 def run(
@@ -89,7 +89,7 @@ def strict_rule(stream: bytes) -> tuple[list[int], int]:
 
 awkward = st.lists(st.sampled_from([0x73, 0x71, 0x00, 0x01]), max_size=25).map(bytes)
 pieces = st.one_of(
-    st.integers(0, 2**64 - 1).map(lambda word: frame(odd(word))),
+    st.integers(0, 2**64 - 1).map(lambda word: frame(odd_parity(word))),
     st.integers(0, 2**64 - 1).map(frame),
     awkward.map(lambda body: b"s" + (body + bytes(8))[:8] + b"q"),
     awkward,
@@ -148,7 +148,7 @@ def test_one_lost_byte_costs_one_frame(lost: int) -> None:
     cut = frame(GOOD)[:lost] + frame(GOOD)[lost + 1 :]
     rows, counts, _ = run([(frame(4) + cut + frame(8) + frame(GOOD), 9, True)])
     assert words_of(rows) == [4, 8, GOOD]
-    assert named(counts)["resync_bytes"] == 9
+    assert nonzero_counts(counts)["resync_bytes"] == 9
 
 
 def test_a_false_frame_that_larpix_control_accepts() -> None:
@@ -182,13 +182,13 @@ def test_flush_decides_by_the_bytes_that_have_arrived(following: bytes, accepted
     """A frame of even parity at the end of a burst is a wrong word, unless a following byte contradicts a frame."""
     rows, counts, _ = run([(frame(BAD) + following, 1, True)])
     assert words_of(rows) == [BAD] * accepted
-    assert named(counts).get("bad_parity", 0) == accepted
+    assert nonzero_counts(counts).get("bad_parity", 0) == accepted
 
 
 def test_flush_keeps_an_incomplete_frame() -> None:
     rows, counts, _ = run([(frame(GOOD)[:7], 1, True), (frame(GOOD)[7:], 1, False)])
     assert words_of(rows) == [GOOD]
-    assert "resync_bytes" not in named(counts)
+    assert "resync_bytes" not in nonzero_counts(counts)
 
 
 def test_a_time_row_precedes_the_first_word_of_each_second() -> None:
@@ -209,13 +209,13 @@ def test_new_counters_begin_with_pending_bytes_and_a_time_row() -> None:
     assert decoder.decode(rows) == 2
     assert rows["packet_type"].tolist()[:2] == [4, 0]
     common = {"messages": 1, "words_in": 1, "word_bytes": 10, "word_rows": 1, "packets": 1, "time_rows": 1}
-    assert named(first) == common | {"bytes_in": 13, "pending_after": 3}
-    assert named(second) == common | {"bytes_in": 8, "pending_before": 3, "pending_after": 1}
+    assert nonzero_counts(first) == common | {"bytes_in": 13, "pending_after": 3}
+    assert nonzero_counts(second) == common | {"bytes_in": 8, "pending_before": 3, "pending_after": 1}
     decoder.start(first)  # run 0 continues after a run
     decoder.feed(frame(GOOD)[1:], 7)
     assert decoder.decode(rows) == 2
     check_ledger(first, 4, serial=True)
-    assert (named(first)["pending_before"], named(first)["pending_after"]) == (1, 3)
+    assert (nonzero_counts(first)["pending_before"], nonzero_counts(first)["pending_after"]) == (1, 3)
 
 
 def test_start_before_the_input_is_used_up() -> None:
@@ -242,7 +242,7 @@ def test_v1_frames() -> None:
 def test_v3_words_of_type_0_are_unknown() -> None:
     rows, counts, unknown = run([(frame(4), 3, False)], asic=Asic.V3)
     assert rows["packet_type"].tolist() == [4]
-    assert named(counts)["unknown_words"] == 1
+    assert nonzero_counts(counts)["unknown_words"] == 1
     assert [tuple(word)[:4] for word in unknown] == [(3, GROUP, 3, 10)]
     assert unknown[0]["raw"].tobytes() == frame(4) + bytes(14)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decoder_harness import odd
+from decoder_harness import odd_parity
 from hypothesis import given
 from hypothesis import strategies as st
 from larpix_control import Packet_v1, Packet_v2, TimestampPacket, packets_v2, read_back, rows_2_4
@@ -80,7 +80,7 @@ def test_columns_have_their_bits_and_encode_to_the_same_word(asic: Asic, dtype: 
         else:
             assert (row["io_group"], row["io_channel"]) == (3, 17)
             assert row["fifo_diagnostics_enabled"] == (asic == Asic.V2_DIAGNOSTICS)
-        assert (odd(word, width) == word) == row["valid_parity"]
+        assert (odd_parity(word, width) == word) == row["valid_parity"]
 
 
 @pytest.mark.parametrize(("asic", "dtype"), LAYOUTS)
@@ -118,7 +118,7 @@ def test_columns_survive_encoding_and_decoding(asic: Asic, data: st.DataObject) 
 def test_parity_sets_only_the_parity_bit(asic: Asic, words: list[int]) -> None:
     width = 54 if asic == Asic.V1 else 64
     made = word_codec.parity(np.array(words, np.uint64), asic=asic)
-    assert made.tolist() == [odd(word & (1 << width) - 1, width) for word in words]
+    assert made.tolist() == [odd_parity(word & (1 << width) - 1, width) for word in words]
 
 
 def test_larpix_control_writes_the_same_v2_rows(tmp_path: Path) -> None:

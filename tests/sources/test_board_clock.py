@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from decoder_harness import drain, legacy, new_counts, newer, newer_data, spans_of
+from decoder_harness import drain, legacy, message_1_0, new_counts, spans_of, word_1_0
 
 from larpixdaq import schema
 from larpixdaq._native import decoders
@@ -21,7 +21,7 @@ def pacman(seconds: float) -> bytes:
 
 
 def pacman_1_0(seconds: float) -> bytes:
-    return newer([newer_data(1)], int(seconds * S))
+    return message_1_0([word_1_0(1)], int(seconds * S))
 
 
 def bern(seconds: float) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from decoder_harness import data_word, drain, legacy, new_counts, newer, newer_data, odd, spans_of
+from decoder_harness import data_word, drain, legacy, message_1_0, new_counts, odd_parity, spans_of, word_1_0
 from decoder_harness import messages as any_messages
 from file_builder import Feed, run_info
 from hypothesis import given
@@ -26,7 +26,7 @@ from larpixdaq.sources.data_quality import GRACE_NS, MOST_GAPS, Presence, Watch,
 from larpixdaq.sources.replay import ReplaySource
 
 S = 10**9
-HIT = odd(0x1234_5678 << 16 | 20 << 2)
+HIT = odd_parity(0x1234_5678 << 16 | 20 << 2)
 WORD = data_word(HIT, receipt=77)
 
 
@@ -72,7 +72,7 @@ def sync(kind: str, ticks: int) -> bytes:
 
 def hits(n: int, seconds: int = 1_600_000_000, start: float = 0.0) -> list[tuple[float, bytes]]:
     """Different messages with one hit each, in one second."""
-    return [(start + i / 1e4, legacy([data_word(odd(HIT ^ i << 48), receipt=i)], seconds)) for i in range(n)]
+    return [(start + i / 1e4, legacy([data_word(odd_parity(HIT ^ i << 48), receipt=i)], seconds)) for i in range(n)]
 
 
 def test_ordinary_messages_give_no_notice() -> None:
@@ -89,7 +89,7 @@ def test_words_missing_by_the_header() -> None:
     assert lost == LossVerdict(1, "lost", "5 words missing in 2 board messages, by their headers", 5, S, 2 * S)
     assert (more.verdict, more.lost) == ("suspect", 0)
     new = Board(decoders.PacmanDecoder(1, Asic.V2, format="1.0"))
-    assert new.hear([(3, newer([newer_data(HIT)] * 2, n_bytes=72))]) == {"short": (1, 1)}
+    assert new.hear([(3, message_1_0([word_1_0(HIT)] * 2, n_bytes=72))]) == {"short": (1, 1)}
 
 
 def test_invalid_bytes_and_words() -> None:
@@ -143,7 +143,7 @@ def test_messages_without_times_of_arrival_show_no_jump() -> None:
 @pytest.mark.parametrize("cuts", [[], [1], [2], [1, 2, 3]])
 def test_duplicate_messages(cuts: list[int]) -> None:
     one, two, three = (message for _, message in hits(3))
-    long = legacy([data_word(odd(HIT ^ i << 40), receipt=i) for i in range(40)])
+    long = legacy([data_word(odd_parity(HIT ^ i << 40), receipt=i) for i in range(40)])
     board = Board()
     assert board.hear([(i, m) for i, m in enumerate([one, one, two, long, long, long, three, one])], cuts) == {
         "doubled": (3, 81)
@@ -153,7 +153,7 @@ def test_duplicate_messages(cuts: list[int]) -> None:
 def stream(n: int, at: float, ticks: int, width: float) -> list[tuple[float, bytes]]:
     """Hits at 40,000/s, from `ticks` of the board's clock, which arrive from `at` on within `width` seconds."""
     return [
-        (at + width * i / n, legacy([data_word(odd(HIT ^ i << 48), receipt=(ticks + 250 * i) & 0xFFFFFFFF)]))
+        (at + width * i / n, legacy([data_word(odd_parity(HIT ^ i << 48), receipt=(ticks + 250 * i) & 0xFFFFFFFF)]))
         for i in range(n)
     ]
 
@@ -192,7 +192,7 @@ def test_long_messages_are_no_holes() -> None:
     """A late board sends long messages, in which the words follow each other without a hole."""
     board = Board()
     heard = stream(300, 1.0, 0, 300 * 25e-6)
-    words = [data_word(odd(HIT ^ i << 48), receipt=250 * (300 + i)) for i in range(2000)]  # 50 ms
+    words = [data_word(odd_parity(HIT ^ i << 48), receipt=250 * (300 + i)) for i in range(2000)]  # 50 ms
     heard += [(2.0 + i * 1e-6, legacy(words[i : i + 1000])) for i in (0, 1000)]
     assert board.hear(heard, [*range(10, 300, 10), 301]) == {}
 
@@ -225,7 +225,9 @@ def test_firmware_with_another_clock_than_the_option(place: int) -> None:
 
 def test_times_of_format_1_0_above_32_bits_in_a_layout_of_32() -> None:
     board = Board()
-    first, second = (newer([newer_data(HIT, receipt=2**32 * i + 5), newer_data(HIT, receipt=7)][::-1]) for i in (0, 1))
+    first, second = (
+        message_1_0([word_1_0(HIT, receipt=2**32 * i + 5), word_1_0(HIT, receipt=7)][::-1]) for i in (0, 1)
+    )
     assert board.hear([(1, first), (2, second)], [1]) == {"cut": (1, 1)}
     (line,) = setup_findings(1, board.decoder.noticed())
     assert line.verdict == "suspect"
@@ -238,8 +240,8 @@ def chip_words(generation: Asic, n: int) -> list[int]:
     random = np.random.default_rng(3)
     low = random.integers(0, 2**62, n, dtype=np.uint64).tolist()
     if generation == Asic.V1:
-        return [odd(word & (1 << 53) - 1 & ~3, 54) for word in low]
-    return [odd(word & ~3 | (generation == Asic.V3)) for word in low]
+        return [odd_parity(word & (1 << 53) - 1 & ~3, 54) for word in low]
+    return [odd_parity(word & ~3 | (generation == Asic.V3)) for word in low]
 
 
 @pytest.mark.parametrize("asic", [Asic.V1, Asic.V2, Asic.V3])
@@ -251,7 +253,7 @@ def test_chips_of_another_generation(asic: Asic, chips: Asic) -> None:
     found: list[decoders.PacmanDecoder | decoders.BernDecoder | decoders.SerialDecoder] = []
     for decoder, feed in (
         (decoders.PacmanDecoder(1, asic), [legacy([data_word(word)]) for word in words]),
-        (decoders.PacmanDecoder(1, asic, format="1.0"), [newer([newer_data(word)]) for word in words]),
+        (decoders.PacmanDecoder(1, asic, format="1.0"), [message_1_0([word_1_0(word)]) for word in words]),
         (decoders.BernDecoder(1, asic), [b"\1\0D\1" + bytes(4) + word.to_bytes(8, "little") for word in words]),
     ):
         decoder.start(new_counts())
@@ -281,9 +283,9 @@ def test_chips_of_another_generation(asic: Asic, chips: Asic) -> None:
 
 def test_messages_that_may_be_equal_are_no_duplicates() -> None:
     """Answers to the same configuration read, SYNC words of a clock that is reset each second, headers alone."""
-    answer = legacy([data_word(odd(3 | 11 << 2), receipt=5)])
+    answer = legacy([data_word(odd_parity(3 | 11 << 2), receipt=5)])
     pps = legacy([sync("S", 10_000_000)])
-    other = legacy([data_word(odd(HIT ^ 1 << 40), receipt=77)])
+    other = legacy([data_word(odd_parity(HIT ^ 1 << 40), receipt=77)])
     heard = [answer, answer, pps, pps, legacy([WORD]), other, legacy([]), legacy([]), legacy([WORD, WORD])]
     assert Board().hear([(i, m) for i, m in enumerate(heard)]) == {}
 
@@ -304,7 +306,7 @@ def test_messages_that_may_be_equal_are_no_duplicates() -> None:
 )
 def test_full_fifos(asic: Asic, word: int, full: bool) -> None:
     width = 54 if asic == Asic.V1 else 64
-    good, bad = odd(word, width), odd(word, width) ^ 1 << (width - 1)
+    good, bad = odd_parity(word, width), odd_parity(word, width) ^ 1 << (width - 1)
     dtype = schema.layout_of(asic).dtype
     wanted = {"full": (2, 2)} if full else {}
     pacman = Board(decoders.PacmanDecoder(1, asic))
@@ -391,7 +393,7 @@ def test_recorded_messages_are_complete() -> None:
 def replayed(*files: Path) -> list[LossVerdict]:
     with closing(ReplaySource([(1, file) for file in files], asic=Asic.V2, speed=math.inf)) as source:
         source.open()
-        Driver(source).to_the_end()
+        Driver(source).run_to_end()
         return source.evidence(S)
 
 
@@ -419,7 +421,7 @@ def test_recorded_files_one_after_another(tmp_path: Path) -> None:
 def test_a_recorded_packet_file(tmp_path: Path) -> None:
     """Its messages are encoded again as it is read, so that only notices about words count."""
     beats = [sync("H", i * 100_000_000) for i in (1, 2, 3, 5)]
-    full = data_word(odd(HIT | 1 << 59))
+    full = data_word(odd_parity(HIT | 1 << 59))
     decoder = decoders.PacmanDecoder(1, Asic.V2)
     decoder.start(new_counts())
     decoder.feed(*spans_of([legacy([word], 2000 - i) for i, word in enumerate([*beats, full, WORD, WORD])]))

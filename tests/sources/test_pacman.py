@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import zmq
-from decoder_harness import data_word, legacy, newer, newer_data
+from decoder_harness import data_word, legacy, message_1_0, word_1_0
 from emulated_board import context, emulator
 from source_driver import Driver
 
@@ -290,7 +290,7 @@ def test_the_time_of_a_disconnection(source_at):
 
 @pytest.mark.parametrize(("format", "other"), [("legacy", "1.0"), ("1.0", "legacy")])
 def test_a_board_that_sends_another_format_is_refused(source_at, format, other):
-    messages = {"legacy": legacy([data_word(1)]), "1.0": newer([newer_data(1)])}
+    messages = {"legacy": legacy([data_word(1)]), "1.0": message_1_0([word_1_0(1)])}
     with context() as ctx:
         out, port = publisher(ctx)
         driver = Driver(source_at(port, format=format))
@@ -312,7 +312,7 @@ def test_format_1_0_needs_a_wide_layout(source_at):
             driver = Driver(source_at(port, **options))
             subscribed(out)
             assert not driver.source.boards()[0].refusal
-            out.send(newer([newer_data(0x51, receipt=2**33)]))
+            out.send(message_1_0([word_1_0(0x51, receipt=2**33)]))
             driver.until(lambda: driver.n == 2, "the word")  # noqa: B023
             assert driver.rows["receipt_timestamp"][1] == (0 if refused else 2**33)
             refusal = driver.source.boards()[0].refusal
@@ -363,7 +363,7 @@ def test_a_board_that_sends_format_1_0_gets_no_legacy_request(source_at):
         out, port = publisher(ctx)
         driver = Driver(source_at(port))
         subscribed(out)
-        out.send(newer([], 1_700_000_000 * 10**9))
+        out.send(message_1_0([], 1_700_000_000 * 10**9))
         driver.until(lambda: driver.count("messages") == 1, "its message")
         (channel,) = driver.source.channels
         channel.send_raw(b"P" + bytes(15))

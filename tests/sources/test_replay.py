@@ -8,7 +8,7 @@ import h5py
 import larpix
 import numpy as np
 import pytest
-from decoder_harness import newer, newer_data
+from decoder_harness import message_1_0, word_1_0
 from example_counts import examples
 from file_builder import Feed, run_info
 from file_builder import random_rows as own_rows
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from larpix.format import hdf5format, pacman_msg_format, rawhdf5format
 from larpix.packet import Packet_v1, Packet_v2, SyncPacket, TimestampPacket, TriggerPacket
 from recorded_data import shared_data
-from source_driver import closing, open_driver, same
+from source_driver import assert_same_rows, close_sources, open_driver
 
 from larpixdaq._native import word_codec
 from larpixdaq._native.decoders import PacmanDecoder
@@ -38,7 +38,7 @@ from larpixdaq.schema import (
 from larpixdaq.sources import replay
 from larpixdaq.sources.replay import Clock, ReplaySource, message_times
 
-__all__ = ["closing"]  # a fixture
+__all__ = ["close_sources"]  # a fixture
 
 
 def driver(*files, asic=Asic.V2, step=1000, speed=math.inf, **options):
@@ -147,9 +147,9 @@ def test_recorded_messages_make_the_rows_of_larpix_control(tmp_path):
     with h5py.File(tmp_path / "theirs.h5") as file:
         expected = file["packets"][:]
     driven = driver(shared_data("pacman_2020_messages.bin"), step=97)
-    found = driven.to_the_end()
+    found = driven.run_to_end()
     # larpix-control leaves direction 0 in files that it converts
-    same(found, expected, but=("direction",))
+    assert_same_rows(found, expected, but=("direction",))
     assert driven.count("messages", 1) == len(messages) == 1200
     assert driven.count("bytes_in", 1) == sum(map(len, messages))
     assert driven.source.io_groups == (1,)
@@ -162,7 +162,7 @@ def test_published_messages_of_two_boards_in_a_raw_file(tmp_path):
     path = tmp_path / "raw.h5"
     rawhdf5format.to_rawfile(str(path), msgs=messages, msg_headers={"io_groups": recorded["io_groups"]})
     driven = driver(path)
-    same(driven.to_the_end(), decoded(messages, recorded["io_groups"]))
+    assert_same_rows(driven.run_to_end(), decoded(messages, recorded["io_groups"]))
     assert driven.source.io_groups == (1, 2)
     assert driven.count("messages", 2) == recorded["io_groups"].count(2)
 
@@ -198,13 +198,13 @@ def test_rows_and_counts_of_messages_do_not_depend_on_the_room_given(mixed, step
     path, messages, groups = mixed
     expected = decoded(messages, groups)
     driven = driver(path, step=step)
-    found = driven.to_the_end()
+    found = driven.run_to_end()
     whole = driver(path, step=20_000)
-    whole.to_the_end()
+    whole.run_to_end()
     np.testing.assert_array_equal(driven.counts, whole.counts)
     assert driven.count("bytes_in") == sum(map(len, messages))
     for group in set(groups):
-        same(found[found["io_group"] == group], expected[expected["io_group"] == group])
+        assert_same_rows(found[found["io_group"] == group], expected[expected["io_group"] == group])
     assert driven.source.io_groups == (1, 7, 255)
 
 
@@ -214,13 +214,13 @@ def test_the_order_of_messages_of_many_boards_is_kept(tmp_path):
     path = tmp_path / "raw.h5"
     rawhdf5format.to_rawfile(str(path), msgs=messages, msg_headers={"io_groups": groups})
     for step in (3, 50, 5000):
-        same(driver(path, step=step).to_the_end(), decoded(messages, groups))
+        assert_same_rows(driver(path, step=step).run_to_end(), decoded(messages, groups))
 
 
 def test_unknown_words_of_all_boards_are_kept(tmp_path):
     messages = [message(5, b"X" + bytes(15)), message(6, b"Y" + bytes(15))]
     driven = driver((3, log(tmp_path / "a.bin", messages)), (9, log(tmp_path / "b.bin", messages)))
-    driven.to_the_end()
+    driven.run_to_end()
     unknown = driven.source.take_unknown()
     assert sorted(zip(unknown["io_group"].tolist(), unknown["seconds"].tolist(), strict=True)) == [
         (3, 5),
@@ -239,7 +239,7 @@ def test_a_log_that_was_cut(tmp_path):
     for size in range(5, len(data)):
         cut.write_bytes(data[:size])
         driven = driver(cut)
-        driven.to_the_end()
+        driven.run_to_end()
         between = size == 28
         assert driven.source.problems() == ([] if between else [f"{cut}: ends inside a message, at byte {size}"])
         first = min(size - 4, 24)
@@ -251,7 +251,7 @@ def test_garbage_in_a_log_is_counted_and_reported(tmp_path):
     with path.open("ab") as file:
         file.write(b"\xff\xff\xff\x7f" + bytes(5_000_000))
     driven = driver(path, log(tmp_path / "next.bin", [message(2)]))
-    assert driven.to_the_end()["packet_type"].tolist() == [4, 1, 4]
+    assert driven.run_to_end()["packet_type"].tolist() == [4, 1, 4]
     assert driven.source.problems() == [f"{path}: at byte 28: a message of 2147483647 bytes; what follows is left out"]
     assert driven.count("rejected_bytes", 1) == 5_000_004
     assert driven.count("rejected_messages", 1) == 1
@@ -299,7 +299,7 @@ def test_packet_files_of_larpix_control(tmp_path, version):
     path = tmp_path / "packets.h5"
     hdf5format.to_file(str(path), made, version=version, workers=1)
     driven = driver(path, step=61)
-    found = driven.to_the_end()
+    found = driven.run_to_end()
     assert driven.source.problems() == []
     assert len(found) == len(made)
     words = [packet for packet in made if isinstance(packet, Packet_v2)]
@@ -313,7 +313,7 @@ def test_packet_files_of_larpix_control(tmp_path, version):
         found["timestamp"][found["packet_type"] > 3], theirs["timestamp"][theirs["packet_type"] > 3]
     )
     if version in ("2.3", "2.4"):
-        same(found, theirs, but=("direction",))
+        assert_same_rows(found, theirs, but=("direction",))
     assert driven.count("sent_rows") == sum(packet.direction == 0 for packet in words)
     assert driven.count("packets") == sum(packet.direction == 1 for packet in words)
     assert driven.source.io_groups == tuple(np.unique(theirs["io_group"]))
@@ -326,7 +326,7 @@ def test_packet_files_of_v1_chips_of_larpix_control(tmp_path):
         warnings.simplefilter("ignore")
         hdf5format.to_file(str(path), made, version="1.0", workers=1)
     driven = driver(path, asic=Asic.V1, step=61)
-    found = driven.to_the_end()
+    found = driven.run_to_end()
     assert driven.source.problems() == []
     words = word_codec.encode(found, asic=int(Asic.V1))
     expected = np.array([int.from_bytes(packet.bytes(), "little") for packet in made], np.uint64)
@@ -356,13 +356,13 @@ def test_files_of_our_own_come_out_identical_however_they_are_cut(tmp_path_facto
     path = write_packets(tmp_path_factory.mktemp("own") / "own.h5", rows, layout.version, texts)
     kinds = rows["type" if asic == Asic.V1 else "packet_type"]
     driven = driver(path, asic=asic, clock64=clock64, step=data.draw(st.integers(1, 310)))
-    same(driven.to_the_end(), rows[kinds != 5])
+    assert_same_rows(driven.run_to_end(), rows[kinds != 5])
     info = np.flatnonzero(kinds == 5)
     numbers = range(len(info)) if layout.version == "2.4" else rows["counter"][info]  # larpix-control's 2.4: all are 0
     before = info - np.arange(len(info))
     assert driven.texts == [(at, texts[number]) for at, number in zip(before, numbers, strict=True)]
     whole = driver(path, asic=asic, clock64=clock64, step=1000)
-    whole.to_the_end()
+    whole.run_to_end()
     np.testing.assert_array_equal(driven.counts, whole.counts)
     assert driven.count("time_rows") == driven.count("messages") == (kinds == 4).sum()
     assert driven.count("info_rows") == 0  # the recorder counts them
@@ -398,9 +398,9 @@ def test_older_rows_are_taken_by_their_names(tmp_path, columns, types, size):
     if "first_packet" not in columns:
         old["timestamp"][words] += rows["first_packet"][words].astype(np.uint64) << np.uint64(31)
     path = write_packets(tmp_path / "old.h5", old, "2.3")
-    found = driver(path, clock64=size == 40).to_the_end()
+    found = driver(path, clock64=size == 40).run_to_end()
     absent = {"receipt_timestamp", "direction"} - set(columns)
-    same(found, rows[rows["packet_type"] != 5], but=absent)
+    assert_same_rows(found, rows[rows["packet_type"] != 5], but=absent)
     words = found["packet_type"] < 4
     if "direction" in absent:
         assert (found["direction"][words] == 1).all()
@@ -412,14 +412,14 @@ def test_v3_files_of_other_programs(tmp_path, change):
     rows["receipt_timestamp"] &= np.uint64(2**32 - 1)
     dtype = np.dtype([(name, change.get(name, PACKETS_3_0[name])) for name in PACKETS_3_0.names])
     path = write_packets(tmp_path / "v3.h5", rows.astype(dtype), "3.0")
-    same(driver(path, asic=Asic.V3).to_the_end(), rows[rows["packet_type"] != 5])
+    assert_same_rows(driver(path, asic=Asic.V3).run_to_end(), rows[rows["packet_type"] != 5])
 
 
 def test_files_that_record_no_directions_hold_received_words(tmp_path):
     made = [packet for raw in recorded_messages()[:50] for packet in pacman_msg_format.parse(raw, io_group=1)]
     hdf5format.to_file(str(tmp_path / "converted.h5"), made, workers=1)
     driven = driver(tmp_path / "converted.h5")
-    found = driven.to_the_end()
+    found = driven.run_to_end()
     np.testing.assert_array_equal(found["direction"], found["packet_type"] != 4)
     assert driven.count("sent_rows") == 0
 
@@ -436,7 +436,7 @@ def test_impossible_rows_are_left_out_and_reported(tmp_path):
     bad[13]["fifo_diagnostics_enabled"] = 1
     path = write_packets(tmp_path / "bad.h5", np.concatenate((rows.repeat(1400), bad)))
     driven = driver(path)
-    same(driven.to_the_end()[len(rows) * 1400 :], np.delete(rows, [3, 5, 7, 9, 11, 13]))
+    assert_same_rows(driven.run_to_end()[len(rows) * 1400 :], np.delete(rows, [3, 5, 7, 9, 11, 13]))
     assert driven.source.problems() == [f"{path}: 6 rows left out: no packet can look like them"]
 
 
@@ -449,7 +449,7 @@ def test_a_first_packet_bit_that_was_not_recorded_follows_from_the_parity(tmp_pa
     columns = [*COLUMNS, "direction"]
     old = rows[columns].astype([(name, PACKETS_2_4[name]) for name in columns])
     path = write_packets(tmp_path / "old.h5", old, "2.0")
-    same(driver(path).to_the_end(), rows, but={"receipt_timestamp"})
+    assert_same_rows(driver(path).run_to_end(), rows, but={"receipt_timestamp"})
 
 
 def test_version_0_0(tmp_path):
@@ -458,7 +458,7 @@ def test_version_0_0(tmp_path):
     for packet in made:
         packet.chip_key = f"2-3-{packet.chipid}"
     hdf5format.to_file(str(tmp_path / "old.h5"), made, version="0.0", workers=1)
-    found = driver(tmp_path / "old.h5", asic=Asic.V1).to_the_end()
+    found = driver(tmp_path / "old.h5", asic=Asic.V1).run_to_end()
     np.testing.assert_array_equal(word_codec.encode(found, asic=Asic.V1), word_codec.parity(words, asic=Asic.V1))
     assert found["chip_key"].tolist() == [f"2-3-{packet.chipid}".encode() for packet in made]
     assert found["direction"].all()
@@ -483,7 +483,7 @@ def test_a_raw_file_whose_writer_was_killed(tmp_path):
         file.flush()
         (tmp_path / "killed.h5").write_bytes((tmp_path / "raw.h5").read_bytes())
     driven = driver(tmp_path / "killed.h5")
-    same(driven.to_the_end(), decoded(messages[:4], [3] * 4))
+    assert_same_rows(driven.run_to_end(), decoded(messages[:4], [3] * 4))
     assert driven.source.problems() == [
         f"{tmp_path / 'killed.h5'}: the last 1 messages have no io_group and are left out"
     ]
@@ -500,7 +500,7 @@ def test_a_part_whose_writer_was_killed(tmp_path):
         (tmp_path / "killed" / path.name).write_bytes(path.read_bytes())
     part = tmp_path / "killed" / file.path.name
     driven = driver(part)
-    same(driven.to_the_end(), np.concatenate(feed.rows)[: 4 * CHUNK_ROWS])
+    assert_same_rows(driven.run_to_end(), np.concatenate(feed.rows)[: 4 * CHUNK_ROWS])
     assert driven.source.problems() == [
         f"{part}: not finished: blocks in its journal are not played (larpixdaq recover)"
     ]
@@ -559,9 +559,9 @@ def test_a_damaged_file_is_played_up_to_the_damage(tmp_path):
         file.seek(chunk.byte_offset)
         file.write(b"\0" * 1000)
     driven = driver(path, log(tmp_path / "next.bin", [message(7)]), step=16_384)
-    found = driven.to_the_end()
+    found = driven.run_to_end()
     rows = rows[: 2 * 65_536]
-    same(found[:-1], rows[rows["packet_type"] != 5])
+    assert_same_rows(found[:-1], rows[rows["packet_type"] != 5])
     assert found[-1]["timestamp"] == 7
     (problem,) = driven.source.problems()
     assert problem.startswith(f"{path}: rows 131072 to 196608 cannot be read")
@@ -633,7 +633,7 @@ def test_a_replay_keeps_the_recorded_times(tmp_path, monkeypatch, speed, kind):
     raw = [message(100 + i // 10, data_word(1, i * 1_000_000)) for i in range(40)]  # ten a second, for four seconds
     path = log(tmp_path / "log.bin", raw)
     if kind == "packets":
-        path = write_packets(tmp_path / "rows.h5", driver(path).to_the_end())
+        path = write_packets(tmp_path / "rows.h5", driver(path).run_to_end())
     driven = driver(path, speed=speed)
     came = []
     while not driven.source.finished:
@@ -669,10 +669,10 @@ def test_a_new_run_continues_at_the_end_of_the_last_one(tmp_path, monkeypatch):
 def test_a_log_of_format_1_0_gets_the_wide_layout(tmp_path):
     """Its clock has 64 bits, as its messages show; a log that is read as legacy messages keeps the narrow layout."""
     path = tmp_path / "log"
-    messages = [newer([newer_data(0x51, receipt=1 << 40)])]
+    messages = [message_1_0([word_1_0(0x51, receipt=1 << 40)])]
     log(path, messages)
     driven = driver((1, path))
-    driven.to_the_end()
+    driven.run_to_end()
     assert driven.source.layout.name == "2.4-clock64"
     assert driven.rows["receipt_timestamp"].tolist() == [0, 1 << 40]
     wrong = driver((1, path), format="legacy")

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 from file_builder import Feed, random_rows, run_info
-from source_driver import closing, open_driver, same
+from source_driver import assert_same_rows, close_sources, open_driver
 
 from larpixdaq.hdf5 import recordings
 from larpixdaq.hdf5.writer import RunFile
@@ -15,7 +15,7 @@ from larpixdaq.protocol.stream import text_pieces
 from larpixdaq.schema import Asic
 from larpixdaq.sources.replay import ReplaySource
 
-__all__ = ["closing"]  # a fixture
+__all__ = ["close_sources"]  # a fixture
 
 #: Texts of one piece and of several, with characters across two pieces, an empty one, and the same one twice.
 TEXTS = ["Beginning run", "long " * 40, "\u00e9" * 100, "", "same", "same", "Ending run"]
@@ -45,7 +45,7 @@ def test_texts_are_replayed_in_order(tmp_path, monkeypatch, piece):
     path, rows, placed = own_file(tmp_path)
     monkeypatch.setattr(recordings, "_PIECE_ROWS", piece)
     driven = open_driver(ReplaySource([(1, path)], asic=Asic.V2, speed=math.inf))
-    same(driven.to_the_end(), rows)
+    assert_same_rows(driven.run_to_end(), rows)
     assert driven.texts == placed
     assert set(driven.text_times) == {1_795_331_571}
     assert driven.source.problems() == []
@@ -55,7 +55,7 @@ def test_texts_at_recorded_speed(tmp_path):
     path, rows, placed = own_file(tmp_path)
     driven = open_driver(ReplaySource([(1, path)], asic=Asic.V2, speed=1e12))
     driven.until(lambda: driven.source.finished, "the end of the file")
-    same(driven.rows, rows)
+    assert_same_rows(driven.rows, rows)
     assert driven.texts == placed
 
 
@@ -66,7 +66,7 @@ def test_missing_texts_are_counted(tmp_path):
         del file["messages"]
         file["messages"] = lines
     driven = open_driver(ReplaySource([(1, path)], asic=Asic.V2, speed=math.inf))
-    same(driven.to_the_end(), rows)
+    assert_same_rows(driven.run_to_end(), rows)
     assert [at for at, _ in driven.texts] == [at for at, _ in placed]
     assert driven.texts[:2] == placed[:2]
     (problem,) = driven.source.problems()

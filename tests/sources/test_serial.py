@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from larpix.io import SerialPort
 from larpix.packet import Packet_v2
-from source_driver import closing, open_driver, same
+from source_driver import assert_same_rows, close_sources, open_driver
 
 from larpixdaq._native import word_codec
 from larpixdaq._native.decoders import encode_serial
@@ -17,7 +17,7 @@ from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources import serial as module
 from larpixdaq.sources.serial import SerialSource
 
-__all__ = ["closing"]  # a fixture
+__all__ = ["close_sources"]  # a fixture
 
 
 class Line:
@@ -79,7 +79,7 @@ def test_frames_between_garbage(line):
         garbage += len(noise)
         driven.until(lambda at=at: driven.count("words_in") >= min(at, len(made)), "the frames sent")
     rows = driven.rows
-    same(rows[rows["packet_type"] < 4], expected(made, 9))
+    assert_same_rows(rows[rows["packet_type"] < 4], expected(made, 9))
     times = rows[rows["packet_type"] == 4]
     assert set(times["io_group"]) == {9}
     assert (np.diff(times["timestamp"].astype(np.int64)) >= 1).all(), "a time row whenever the second changes"
@@ -125,7 +125,7 @@ def test_an_unfinished_frame_continues_in_the_next_run(line):
     line.send(frame[4:])
     driven.until(lambda: driven.count("words_in") == 1, "the frame")
     assert driven.count("pending_before") == 4
-    same(driven.rows[driven.rows["packet_type"] < 4], expected(words(4, 1)))
+    assert_same_rows(driven.rows[driven.rows["packet_type"] < 4], expected(words(4, 1)))
 
 
 def test_a_device_that_is_unplugged_and_plugged_again(line, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_device_that_is_unplugged_and_plugged_again(line, monkeypatch):
     driven.until(lambda: driven.count("words_in") == 40, "the second frames")
     assert "connected again after" in driven.problems[1]
     rows = driven.rows
-    same(rows[rows["packet_type"] < 4], expected(np.concatenate((first, second))))
+    assert_same_rows(rows[rows["packet_type"] < 4], expected(np.concatenate((first, second))))
 
 
 def test_bytes_sent_just_before_the_end_are_not_lost(line):

@@ -1,7 +1,7 @@
-"""One byte of a file changed, and what verify says then, in a process of its own.
+"""Changes one byte of a file and verifies the result, in a separate process.
 
-The HDF5 library may loop for ever over a damaged file, or crash, and holds the interpreter meanwhile: only from outside
-can that be made a failure of one test.
+The HDF5 library may loop for ever over a damaged file, or crash, and holds the interpreter meanwhile. In a separate
+process, that is a failure of one test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from larpixdaq.hdf5.verify import verify
 
 
 def content(path: Path) -> Any:
-    """All that a reader gets out of a file."""
+    """Return everything that a reader gets out of a file."""
     with DataFile(path) as file:
         tables = [file.table(name).tobytes() for name in ("configs", "run/info", *layout.TABLES)]
         header = [file.attribute("_header", name) for name in ("version", "created", "modified", "asic_version")]
@@ -33,8 +33,10 @@ def content(path: Path) -> Any:
 
 
 class Flipper:
-    """The process, for the file at `path`, beside which it writes another. Hung or crashed, it fails its test and is
-    replaced."""
+    """Runs the process, which writes changed copies beside the file at `path`.
+
+    A process that hangs for `limit` seconds or crashes fails the test, and the next flip() starts a new one.
+    """
 
     def __init__(self, path: Path, limit: float = 20.0) -> None:
         self.whole = path.read_bytes()
@@ -52,7 +54,7 @@ class Flipper:
         self._end()
 
     def flip(self, place: int, change: int) -> dict[str, Any]:
-        """`findings`: of verify; `same`: with none, whether a reader gets what it got before."""
+        """Change the byte at `place`. Returns `findings` of verify, and `same` if the content is the original."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, self._path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
@@ -67,33 +69,33 @@ class Flipper:
         return answer
 
     def _end(self) -> int | None:
-        """Kill it; its status when it had ended by itself."""
+        """Kill the process. Returns its exit status if it had ended by itself."""
         if self._process is None:
             return None
         process, self._process = self._process, None
         status = process.poll()
         process.kill()
-        with process:  # closes the pipes and reaps it
+        with process:  # closes the pipes and reaps the process
             return status
 
 
-def judge(path: Path, before: Any) -> dict[str, Any]:
+def judge(path: Path, original: Any) -> dict[str, Any]:
     findings = verify(path).findings
-    same = not findings and content(path) == before
+    same = not findings and content(path) == original
     with contextlib.suppress(FileError):
         json.dumps(file_info(path))
     return {"findings": findings, "same": same}
 
 
 def main(good: Path) -> None:
-    whole, before = good.read_bytes(), content(good)
+    whole, original = good.read_bytes(), content(good)
     flipped = good.with_name("flipped.h5")
     for line in sys.stdin:
         place, change = map(int, line.split())
         changed = bytearray(whole)
         changed[place] ^= change
         flipped.write_bytes(changed)
-        print(json.dumps(judge(flipped, before)), flush=True)
+        print(json.dumps(judge(flipped, original)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Messages made by hand with struct, decoders run to the end, the ledger's equations: shared by the kernels' tests.
-
-PACMAN messages for the tests: larpix-control's packets, what boards send and must not send, decoded in one go.
-"""
+"""PACMAN messages made with struct, hypothesis and larpix-control, and functions that run decoders over them."""
 
 from __future__ import annotations
 
@@ -26,15 +23,15 @@ def new_counts() -> np.ndarray:
     return np.zeros(len(constants.COUNTS), np.uint64)
 
 
-def named(counts: np.ndarray) -> dict[str, int]:
-    """The counters that are not zero."""
+def nonzero_counts(counts: np.ndarray) -> dict[str, int]:
+    """Return the counters that are not zero, by name."""
     return {name: value for name, value in zip(constants.COUNTS, counts.tolist(), strict=True) if value}
 
 
 def drain(
     decoder: Any, dtype: np.dtype, lengths: Iterable[int] = (4096,), check: Any = lambda made: None
 ) -> list[np.ndarray]:
-    """Decode until the input is used up, in calls with arrays of these lengths in turn; `check` after each."""
+    """Decode the whole input, in calls with arrays of these lengths in turn, and call `check(rows made)` after each."""
     parts = []
     for length in cycle(lengths):
         rows = np.zeros(length, dtype)
@@ -47,7 +44,7 @@ def drain(
 
 
 def spans_of(messages: Sequence[bytes]) -> tuple[bytes, np.ndarray]:
-    """Messages one behind the other, with a byte in between that belongs to none."""
+    """Join messages, with an unused byte after each. Returns the bytes and the spans of the messages."""
     spans = np.zeros(len(messages), schema.SPAN)
     buffer = bytearray()
     for span, message in zip(spans, messages, strict=True):
@@ -64,15 +61,15 @@ def run_messages(
     groups: Iterable[int] = (),
     lengths: Iterable[int] = (4096,),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Feed messages in groups of these sizes (then all the rest); the ledger must hold after every call."""
+    """Feed messages in groups of these sizes, then the rest, and check the ledger after every call of the decoder."""
     counts = new_counts()
     decoder.start(counts)
     parts = [np.zeros(0, dtype)]
     made = 0
 
-    def check(more: int) -> None:
+    def check(n: int) -> None:
         nonlocal made
-        made += more
+        made += n
         check_ledger(counts, made)
 
     at = 0
@@ -92,17 +89,19 @@ def data_word(word: int, channel: int = 1, receipt: int = 0) -> bytes:
     return struct.pack("<cBI2xQ", b"D", channel, receipt, word)
 
 
-def newer(words: Sequence[bytes], nanoseconds: int = 1_600_000_000_123_456_789, n_bytes: int | None = None) -> bytes:
+def message_1_0(
+    words: Sequence[bytes], nanoseconds: int = 1_600_000_000_123_456_789, n_bytes: int | None = None
+) -> bytes:
     body = b"".join(words)
     return struct.pack("<cBBBIQ8x", b"D", 2, 1, 0, len(body) if n_bytes is None else n_bytes, nanoseconds) + body
 
 
-def newer_data(word: int, channel: int = 1, receipt: int = 0, letter: bytes = b"D") -> bytes:
+def word_1_0(word: int, channel: int = 1, receipt: int = 0, letter: bytes = b"D") -> bytes:
     return struct.pack("<cBH4xQQ", letter, 2, channel, receipt, word)
 
 
-def odd(word: int, width: int = 64) -> int:
-    """The word with the parity bit set so that the parity is odd: counted here bit by bit, as nowhere else."""
+def odd_parity(word: int, width: int = 64) -> int:
+    """Set the highest bit of a word so that its parity is odd. Independent of the kernels: it counts bits in Python."""
     low = word & ((1 << (width - 1)) - 1)
     return low | (0 if low.bit_count() % 2 else 1 << (width - 1))
 
@@ -115,7 +114,7 @@ LAYOUTS = [(Asic.V1, schema.PACKETS_1_0), (Asic.V2, V2), (Asic.V2, CLOCK64), (As
 def decode(messages: list[bytes], dtype: np.dtype = V2, asic: Asic = Asic.V2, **options: object) -> tuple:
     decoder = decoders.PacmanDecoder(GROUP, asic, **options)
     rows, counts = run_messages(decoder, messages, dtype)
-    return rows, named(counts), decoder.take_unknown()
+    return rows, nonzero_counts(counts), decoder.take_unknown()
 
 
 def columns(row: np.void, *names: str) -> tuple[int, ...]:
@@ -129,7 +128,7 @@ def random_word(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def messages(draw: st.DrawFn) -> list[bytes]:
-    """What a board sends, and what it must not send."""
+    """Draw messages as a board sends them, and invalid ones: cut, too long, or random bytes."""
     made = []
     for _ in range(draw(st.integers(0, 8))):
         kind = draw(st.sampled_from(["legacy", "legacy", "1.0", "cut", "long", "garbage"]))
@@ -141,7 +140,7 @@ def messages(draw: st.DrawFn) -> list[bytes]:
                 random_word(draw) + draw(st.sampled_from([bytes(8), b"\xff" * 8]))
                 for _ in range(draw(st.integers(0, 5)))
             ]
-            message = newer(words, draw(st.integers(0, 2**64 - 1)))
+            message = message_1_0(words, draw(st.integers(0, 2**64 - 1)))
         else:
             message = legacy(
                 [random_word(draw) for _ in range(draw(st.integers(0, 5)))], draw(st.integers(0, 2**32 - 1))
@@ -155,7 +154,7 @@ def messages(draw: st.DrawFn) -> list[bytes]:
 
 
 def random_packets(seed: int, n: int) -> list:
-    """larpix-control's packets of every kind that a PACMAN sends."""
+    """Return larpix-control packets of every kind that a PACMAN sends."""
     numbers = np.random.default_rng(seed)
     made = []
     for word, kind in zip(

@@ -1,7 +1,6 @@
-"""Helpers for tests with boards: the emulator as a process, a socket as a board, a source driven by hand.
+"""Emulated boards in separate processes, and the messages of a PACMAN's command port.
 
-Helpers for tests with emulated chips: a board on a loopback address of its own, where larpix-control finds it, and
-requests to its command port.
+Tests with larpix-control need a board on its own loopback address, because larpix-control knows only the default ports.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from larpixdaq.runtime.launcher import command
 
 
 class Emulator:
-    """A `larpixdaq-emulator pacman` process; `ready` are its ports, `finish()` returns what it says it sent."""
+    """A `larpixdaq-emulator pacman` process. `ready`: ports of each io_group; finish() returns the board's counts."""
 
     def __init__(self, *args: str, prefix: Sequence[str] = ()) -> None:
         ports = () if "--data-port" in args else ("--data-port", "0", "--command-port", "0")
@@ -36,11 +35,11 @@ class Emulator:
         first = self.line()
         self.ready: dict[str, dict[str, Any]] = first["ready"]
         self.planted: dict[str, list[str]] = first.get("planted", {})
-        self.said: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
 
     @property
     def addresses(self) -> list[str]:
-        """What --pacman takes: IO_GROUP=HOST:DATA_PORT:COMMAND_PORT of each board."""
+        """Values for --pacman: IO_GROUP=HOST:DATA_PORT:COMMAND_PORT of each board."""
         return [f"{group}=127.0.0.1:{port['data']}:{port['command']}" for group, port in self.ready.items()]
 
     def line(self) -> dict[str, Any]:
@@ -49,11 +48,11 @@ class Emulator:
         return json.loads(line)
 
     def ended(self) -> bool:
-        """Whether it has said what it sent, which is in `said` then; does not wait."""
+        """Return, without waiting, whether the board has printed its counts, which are then in `summary`."""
         assert self.process.stdout is not None
-        if not self.said and select.select([self.process.stdout], [], [], 0)[0]:
-            self.said = self.line()
-        return bool(self.said)
+        if not self.summary and select.select([self.process.stdout], [], [], 0)[0]:
+            self.summary = self.line()
+        return bool(self.summary)
 
     def go(self) -> None:
         assert self.process.stdin is not None
@@ -77,13 +76,13 @@ class Emulator:
 
 
 class SerialEmulator(Emulator):
-    """A `larpixdaq-emulator serial` process; `device` is its pseudo-terminal."""
+    """A `larpixdaq-emulator serial` process. `device` is the path of its pseudo-terminal."""
 
     def __init__(self, *args: str) -> None:
         self.process = subprocess.Popen(
             command("emulators", "serial", *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
         )
-        self.said = {}
+        self.summary = {}
         self.device = self.line()["ready"]["1"]["device"]
 
 
@@ -92,7 +91,7 @@ def emulator(*args: str) -> closing[Emulator]:
 
 
 class Sockets:
-    """Makes sockets and keeps them, so that each is closed in the end and not by the garbage collector."""
+    """Makes sockets and closes all of them, because a socket closed by the garbage collector raises a warning."""
 
     def __init__(self) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
@@ -124,14 +123,14 @@ WRITE, READ = 2, 3
 
 
 class OwnAddress(Emulator):
-    """`larpixdaq-emulator pacman` with the ports that larpix-control knows, on an address that nobody else uses."""
+    """A `larpixdaq-emulator pacman` process with the default ports, on a loopback address of its own."""
 
     def __init__(self, *args: str) -> None:
         for last in range(2, 40):
             self.address = f"127.0.79.{last}"
             try:
                 super().__init__("--data-port", "5556", "--command-port", "5555", "--address", self.address, *args)
-            except AssertionError:  # the ports are busy there
+            except AssertionError:  # the ports of this address are in use
                 self.close()
                 continue
             return
@@ -142,10 +141,10 @@ def own_address(*args: str) -> closing[OwnAddress]:
     return closing(OwnAddress(*args))
 
 
-def control(script: str, board: OwnAddress, folder: Path, *args: object) -> Any:
-    """Run a script with larpix-control in a process of its own (PACMAN_IO forks); what it prints last, from JSON.
+def run_script(script: str, board: OwnAddress, folder: Path, *args: object) -> Any:
+    """Run a larpix-control script in a separate process, because PACMAN_IO forks. Returns its last line, from JSON.
 
-    It finds `io`, a PACMAN_IO, `controller`, a Controller with it, and `args`.
+    The script uses `io` (a PACMAN_IO), `controller` (a Controller with this io) and `args`.
     """
     config = folder / "io.json"
     config.write_text(json.dumps({"_config_type": "io", "io_class": "PACMAN_IO", "io_group": [[1, board.address]]}))
@@ -172,7 +171,7 @@ def control(script: str, board: OwnAddress, folder: Path, *args: object) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-#: What larpix-control does to power the first three tiles of a board of revision 5: it has no names for its registers.
+#: Powers the first three tiles of a board of revision 5. larpix-control has no names for these registers.
 POWER_UP = """
 for tile in (0, 1, 2):
     io.set_reg(0x24010 + tile, 46000, io_group=1)
@@ -182,20 +181,20 @@ io.enable_tile([0, 1, 2], io_group=1)
 """
 
 
-def powered(tiles: int) -> list[tuple[int, int]]:
-    """The registers, and their values, that power so many tiles of a board of revision 5."""
+def power_registers(tiles: int) -> list[tuple[int, int]]:
+    """Return (register, value) pairs that power the first `tiles` tiles of a board of revision 5."""
     dacs = [(register + tile, 46_000) for tile in range(tiles) for register in (0x24010, 0x24020)]
     return [*dacs, (0x14, 1), (0x10, (1 << tiles) - 1)]
 
 
 def word(kind: int, chip_id: int, address: int, data: int = 0) -> int:
-    """A v2 configuration word with odd parity."""
+    """Return a v2 configuration word with odd parity."""
     bare = kind | chip_id << 2 | address << 10 | data << 18
     return bare | (bare.bit_count() & 1 ^ 1) << 63
 
 
 def request(words: Sequence[tuple[int, int]]) -> bytes:
-    """A message with (io_channel, word) for the chips."""
+    """Return a message with (io_channel, word) pairs for the chips."""
     body = b"".join(struct.pack("<cB6xQ", b"D", channel, packet) for channel, packet in words)
     return struct.pack("<cIxH", b"?", 0, len(words)) + body
 
@@ -204,14 +203,14 @@ def board_register(kind: bytes, address: int, value: int = 0) -> bytes:
     return struct.pack("<cIxH", b"?", 0, 1) + struct.pack("<c3xI4xI", kind, address, value)
 
 
-def asked(socket: zmq.Socket[bytes], message: bytes) -> bytes:
+def reply_to(socket: zmq.Socket[bytes], message: bytes) -> bytes:
     socket.send(message)
     assert socket.poll(LIMIT * 1000), "no reply on the command port"
     return socket.recv()
 
 
 def data_words(messages: Sequence[bytes]) -> np.ndarray:
-    """The D words of messages: dtype io_channel, receipt, packet."""
+    """Return the data words of messages. Columns: type, io_channel, receipt, packet."""
     kind = np.dtype([("type", "S1"), ("io_channel", "u1"), ("receipt", "<u4"), ("pad", "<u2"), ("packet", "<u8")])
     if not messages:
         return np.zeros(0, kind)

@@ -1,8 +1,8 @@
-"""How many examples hypothesis takes, and how often other tests try what chance decides: as the profile says."""
+"""Numbers of random examples, as per cent of the number in the hypothesis profile."""
 
 from hypothesis import settings
 
 
 def examples(percent: int) -> int:
-    """Return `percent` of the number of examples that the profile has, and at least 1."""
+    """Return `percent` of the profile's number of examples, at least 1."""
     return max(1, settings.default.max_examples * percent // 100)

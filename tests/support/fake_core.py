@@ -1,4 +1,4 @@
-"""A core in a thread, and components that do as they are told: stand-ins for the control plane's tests."""
+"""A core in a thread, and components with prepared replies, for tests of requests and runs."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +17,7 @@ from larpixdaq.runtime.event_loop import Waker
 
 
 class Stopper(Waker):
-    """What Core.serve() asks of signals, without signals."""
+    """Stands in for runtime.event_loop.Signals: halt() ends a loop in a thread."""
 
     stop = False
 
@@ -40,8 +40,11 @@ def core(directory: Path, address: str = "tcp://127.0.0.1:0", **options: Any) ->
 
 
 class Actor:
-    """A component with its own loop in a thread. `calls` has all it was asked; `replies` says, by action, what it does:
-    an exception is raised, a callable is called with the Call, None is never answered, the rest is the result."""
+    """A component whose loop runs in a thread. `calls` has all requests, as (action, parameters).
+
+    `replies` has the reply to each action: an exception is raised, a callable is called with the Call, None leaves the
+    request open, and any other value is the result.
+    """
 
     def __init__(self, core: str, name: str, kind: Any, info: dict[str, Any], replies: dict[str, Any]) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -103,17 +106,17 @@ class Actor:
         finally:
             self.close()
 
-    def did(self) -> list[str]:
+    def actions(self) -> list[str]:
         return [action for action, _ in self.calls]
 
 
 def counts(io_group: int, rows: int) -> list[int]:
-    """A line of a producer's counts with this many rows made."""
+    """Return a line of a producer's counts, with `rows` word rows."""
     return [io_group, *(rows if name == "word_rows" else 0 for name in COUNTS)]
 
 
 def storage_status(**changed: Any) -> dict[str, Any]:
-    """The status of a storage that writes nothing."""
+    """Return the status of a storage that writes nothing, with changes."""
     status = StorageStatus(
         files=[], rows=0, bytes=0, free_bytes=1 << 40, bytes_per_second=0, seconds_left=None, paused="",
         recovering=[], not_recovered=[], duplicates=0, finished=[], on_close="", on_close_failed=0,
@@ -122,7 +125,7 @@ def storage_status(**changed: Any) -> dict[str, Any]:
 
 
 def producer_status(**changed: Any) -> dict[str, Any]:
-    """The status of a producer that has been in no run."""
+    """Return the status of a producer before its first run, with changes."""
     status = ProducerStatus(
         ring=0.0, owed_blocks=0, inherited=0, spooled_blocks=0, spooled_bytes=0, nameless=[], made_anew=0,
         kept_aside=[], forgotten=[], subscribers=[], run=None, state="STOP", counted_run=None, packets=0, dropped=0,

@@ -1,4 +1,4 @@
-"""Rows, blocks and ends that belong together, for tests of files: what a producer with a correct ledger would send."""
+"""Rows, blocks and end records with a correct ledger, as a producer sends them, for tests of files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def words_to_rows(
 
 
 def random_rows(rng: np.random.Generator, n: int, layout: schema.RowLayout = V2) -> NDArray[Any]:
-    """Rows of all types but messages, of io_groups 1 and 2, received and sent, with right and wrong parity."""
+    """Return rows of all types except 5 (messages): io_groups 1 and 2, received and sent, right and wrong parity."""
     words = rng.integers(0, 1 << 63, n, dtype=np.uint64) * np.uint64(2) + rng.integers(0, 2, n, dtype=np.uint64)
     if layout is V3:
         words |= np.uint64(1)
@@ -65,7 +65,7 @@ def random_rows(rng: np.random.Generator, n: int, layout: schema.RowLayout = V2)
 
 
 def count(rows: NDArray[Any]) -> dict[int, dict[str, int]]:
-    """The ledger's counters of these rows by numpy alone: io_group -> name -> number."""
+    """Count rows as the ledger does, with numpy only: io_group -> name -> number."""
     if "chip_key" in rows.dtype.names:
         groups = np.array([int(key.split(b"-")[0] or 0) for key in rows["chip_key"]], int)
         kinds = rows["type"]
@@ -88,7 +88,7 @@ def count(rows: NDArray[Any]) -> dict[int, dict[str, int]]:
 
 
 class Feed:
-    """A producer's blocks of one run and epoch, and the end with the right totals."""
+    """Makes the blocks of one origin in order, and its end record with the right totals."""
 
     def __init__(self, run: int = 42, producer: str = "LArPix board", epoch: int = 7, layout: schema.RowLayout = V2):
         self.source = stream.BlockOrigin(run, producer, epoch)
@@ -156,7 +156,7 @@ def run_info(layout: schema.RowLayout = V2, run: int = 42, **changes: Any) -> Ru
 
 
 def write(directory: Path, feed: Feed, sizes: list[int], seed: int = 1, **closing: Any) -> tuple[Any, NDArray[Any]]:
-    """A closed file of blocks of these sizes, between two INFO messages; its report and the rows given to it."""
+    """Write and close a file with blocks of these sizes between two INFO messages. Returns its report and all rows."""
     rng = np.random.default_rng(seed)
     file = RunFile(directory, run_info(feed.layout, feed.source.run))
     file.add(*feed.info("Beginning run"))

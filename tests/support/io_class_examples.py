@@ -1,4 +1,4 @@
-"""IO classes as anybody may write them; the process of an IO class imports them by their names."""
+"""IO classes in the style of larpix-control, which the process of an IO class imports by name."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from larpix.io import IO
 from larpix.packet import MessagePacket, Packet_v2, SyncPacket, TimestampPacket, TriggerPacket
 
 BEGAN = 1_700_000_000
-COUNT = 1_500  # more than one message holds
+COUNT = 1_500  # more packets than fit into one message
 
 
 def data_packet(number, io_group, io_channel=3):
@@ -21,7 +21,7 @@ def data_packet(number, io_group, io_channel=3):
 
 
 class Echo(IO):
-    """At first a bit of everything, then what it is sent. It ends when the file `last` is there."""
+    """Returns packets of all kinds, then all packets sent to it. Its process ends when the file `last` exists."""
 
     def __init__(self, last="", count=COUNT):
         super().__init__()
@@ -36,7 +36,7 @@ class Echo(IO):
         self._packets += [
             SyncPacket(b"H", 1, 500, io_group=2),
             TriggerPacket(b"\x02", 600, io_group=7),
-            data_packet(1, 9),  # of an io_group that is none of its own
+            data_packet(1, 9),  # of an unknown io_group
             MessagePacket("none of a chip's", 0),
         ]
 
@@ -55,7 +55,7 @@ class Echo(IO):
 
 
 class Plain:
-    """What is needed, and no more."""
+    """Has only the methods that an IO class needs; send() hangs."""
 
     def __init__(self, *arguments):
         self.arguments = arguments
@@ -71,7 +71,7 @@ class Plain:
 
 
 class Slow(Plain):
-    """Three packets, each of which takes its time."""
+    """Returns three packets, one each 0.1 s."""
 
     left = 3
 

@@ -1,4 +1,4 @@
-"""larpix-control as a second implementation to compare with, and how a column of ours reads there."""
+"""larpix-control as a second implementation, to compare packets, rows and files with."""
 
 import warnings
 from pathlib import Path
@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # its docstrings have invalid escapes, which a first import compiles
+    warnings.simplefilter("ignore")  # its docstrings have invalid escape sequences, reported at the first import
     from larpix import Packet_v1, Packet_v2, SyncPacket, TimestampPacket, TriggerPacket
     from larpix.format import hdf5format, message_format, pacman_msg_format
     from larpix.io.serialport import SerialPort
@@ -39,14 +39,14 @@ def packets_v2(words: np.ndarray, *, diagnostics: bool = False) -> list[Any]:
 
 
 def rows_2_4(path: Path, packets: list[Any]) -> np.ndarray:
-    """The rows that larpix-control writes for these packets."""
+    """Return the rows that larpix-control writes for these packets."""
     hdf5format.to_file(str(path), packets, version="2.4", workers=1)
     with h5py.File(path) as file:
         return file["packets"][:]
 
 
 def read_back(path: Path, rows: np.ndarray, version: str) -> list[Any]:
-    """What larpix-control reads from a file with these rows."""
+    """Return the packets that larpix-control reads from a file with these rows."""
     with h5py.File(path, "w") as file:
         file.create_group("_header").attrs.update({"version": version, "created": 0.0, "modified": 0.0})
         file.create_dataset("packets", data=rows)

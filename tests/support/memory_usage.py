@@ -1,4 +1,4 @@
-"""How much memory and how many descriptors the processes of a System use, over time."""
+"""Memory and file descriptors of the processes of a System, sampled over time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from system import System
 
-#: Seconds between two looks.
+#: Seconds between two samples.
 EVERY = 1.0
 MIB = 1 << 20
 _ANON = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
@@ -22,29 +22,32 @@ _ANON = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
 
 @dataclass
 class Use:
-    """Of one kind of process, all that had its key one after another. The ring is shared memory and does not count."""
+    """Samples of all processes of one key, one process after another. The ring is shared memory and not included."""
 
-    times: list[float] = field(default_factory=list)  # seconds since the first look
-    memory: list[int] = field(default_factory=list)  # resident, private, bytes
+    times: list[float] = field(default_factory=list)  # seconds since the start
+    memory: list[int] = field(default_factory=list)  # private resident memory, bytes
     descriptors: list[int] = field(default_factory=list)
 
     def summary(self) -> dict[str, float]:
-        """Smallest, median, largest; `slope` by a straight line through all but the first tenth, per hour; `growth`:
-        the median of the last quarter over that of the second."""
-        found: dict[str, float] = {"samples": len(self.times)}
+        """Return minimum, median, maximum, slope and growth of memory (MiB) and descriptors.
+
+        `slope`: per hour, of a straight line through all samples except the first tenth. `growth`: median of the last
+        quarter minus median of the second quarter.
+        """
+        summary: dict[str, float] = {"samples": len(self.times)}
         for name, values in (("mib", [n / MIB for n in self.memory]), ("fds", list(map(float, self.descriptors)))):
             low, middle, high = min(values), statistics.median(values), max(values)
             quarter, settled = len(values) // 4, len(values) // 10
             second, last = values[quarter : 2 * quarter] or values, values[3 * quarter :]
             hours = np.array(self.times[settled:]) / 3600
             slope = float(np.polyfit(hours, values[settled:], 1)[0]) if len(set(hours)) > 2 else 0.0
-            found |= {f"{name}_min": low, f"{name}_median": middle, f"{name}_max": high}
-            found |= {f"{name}_slope": slope, f"{name}_growth": statistics.median(last) - statistics.median(second)}
-        return {name: round(value, 2) for name, value in found.items()}
+            summary |= {f"{name}_min": low, f"{name}_median": middle, f"{name}_max": high}
+            summary |= {f"{name}_slope": slope, f"{name}_growth": statistics.median(last) - statistics.median(second)}
+        return {name: round(value, 2) for name, value in summary.items()}
 
 
 class Memory:
-    """Looks at the processes of the system with these keys until close()."""
+    """Samples the processes of a System with these keys, in a thread, until close()."""
 
     def __init__(self, line: System, keys: Sequence[str]) -> None:
         self._keys = keys
@@ -67,7 +70,7 @@ class Memory:
                     resident = _ANON.search((place / "status").read_text())
                     descriptors = len(os.listdir(place / "fd"))
                 except OSError:
-                    continue  # it was just killed
+                    continue  # the process was just killed
                 if resident is None:
                     continue  # a zombie
                 use = self.uses.setdefault(key, Use())

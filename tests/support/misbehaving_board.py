@@ -1,7 +1,4 @@
-"""A board that sends nonsense: messages of any length and content, some of which begin as a PACMAN's would.
-
-A PACMAN in a thread whose chips answer as badly as they are told to: twice, wrongly, with wrong parity, never.
-"""
+"""Boards in threads that misbehave: random messages, and chips that answer twice, wrongly or never."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ from processes import in_thread
 from larpixdaq.hardware.register_map import words
 from larpixdaq.schema import Asic
 
-#: Seconds between two messages, about.
+#: Seconds between two random messages.
 PAUSE = 0.005
 
 
 @contextmanager
 def nonsense(dice: random.Random) -> Iterator[int]:
-    """Sends while the context lasts; gives the port."""
+    """Send random messages while the context lasts; half of them begin like those of a PACMAN. Yields the data port."""
     end = threading.Event()
     with zmq.Context() as context, context.socket(zmq.PUB) as board:
         board.linger = 0
@@ -32,7 +29,7 @@ def nonsense(dice: random.Random) -> Iterator[int]:
         def send() -> None:
             while not end.wait(PAUSE):
                 message = dice.randbytes(dice.randrange(400))
-                if dice.random() < 0.5:  # a data message's header, of now or nonsense, and words of unknown types
+                if dice.random() < 0.5:  # the header of a data message, before words of random types
                     message = b"D" + dice.randbytes(5) + len(message).to_bytes(2, "little") + message
                 board.send(message)
 
@@ -40,12 +37,12 @@ def nonsense(dice: random.Random) -> Iterator[int]:
             yield port
 
 
-#: (io_channel, chip_id, address, value) -> the values that it answers with; a value above 255 has wrong parity.
+#: (io_channel, chip_id, address, value) -> values of the answers; above 255: value - 256 with wrong parity.
 Answers = Callable[[int, int, int, int], list[int]]
 
 
 class AnsweringBoard:
-    """Any chip of any io_channel keeps what is written and answers reads. `sent` counts words that it was given."""
+    """A PACMAN on which every chip id of every io_channel can be written and read. `sent` counts words for chips."""
 
     def __init__(self, answers: Answers, *, reply: Callable[[bytes], bytes] | None = None) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -81,15 +78,15 @@ class AnsweringBoard:
         if word[:1] != b"D":
             return b""
         self.sent += 1
-        io_channel, value = word[1], int.from_bytes(word[8:], "little")
-        kind, chip, address = value & 3, value >> 2 & 255, value >> 10 & 255
+        io_channel, packet = word[1], int.from_bytes(word[8:], "little")
+        kind, chip, address = packet & 3, packet >> 2 & 255, packet >> 10 & 255
         key = (io_channel, chip, address)
         if kind == 2:
-            self.registers[key] = value >> 18 & 255
+            self.registers[key] = packet >> 18 & 255
         if kind != 3:
             return b""
-        said = []
-        for held in self._answers(io_channel, chip, address, self.registers.get(key, 0)):
-            answer = int(words(Asic.V2, 3, [chip], [address], [held & 255])[0]) ^ (1 << 63 if held > 255 else 0)
-            said.append(struct.pack("<cB6xQ", b"D", io_channel, answer))
-        return b"".join(said)
+        answers = []
+        for value in self._answers(io_channel, chip, address, self.registers.get(key, 0)):
+            answer = int(words(Asic.V2, 3, [chip], [address], [value & 255])[0]) ^ (1 << 63 if value > 255 else 0)
+            answers.append(struct.pack("<cB6xQ", b"D", io_channel, answer))
+        return b"".join(answers)

@@ -1,7 +1,7 @@
-"""The register decoding of PACMAN command servers, one class a revision, after their sources.
+"""Models of the registers of PACMAN command servers, one class a revision, written from the servers' sources.
 
-Written apart from larpixdaq.hardware.pacman_registers on purpose. A board model keeps DACs and enables, gives voltages
-that follow from them, and remembers writes and seconds slept. What would crash the real server raises Crash.
+They are independent of larpixdaq.hardware.pacman_registers on purpose. A model has DACs and enable bits, computes the
+voltages from them, and records writes and seconds slept. Requests that crash the real server raise Crash.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 
 WORD = struct.Struct("<c3xI4xI")
-#: VDDA and VDDD of one tile, mV a DAC count.
+#: Volts of VDDA and VDDD of a tile for each DAC count, by revision.
 SLOPE = {2: 1.8 / 54_691, 3: 1 / 25_700, 4: 1 / 25_700, 5: 1 / 26_500}
 
 
@@ -28,7 +28,7 @@ class Model:
         self.writes: list[tuple[int, int]] = []
         self.slept = 0.0
         self.i2c_broken = False
-        self.stuck: dict[int, int] = {}  # FPGA registers that keep their value
+        self.stuck: dict[int, int] = {}  # FPGA registers that keep this value
 
     def word(self, word: bytes) -> bytes:
         kind, register, value = WORD.unpack(word)
@@ -67,7 +67,7 @@ class Rev2(Model):
     revision, tiles = 2, 1
 
     def write(self, offset: int, value: int) -> None:
-        if offset in (0x001, 0x011):  # CODE_LOAD of either DAC; other registers of these chips are left out
+        if offset in (0x001, 0x011):  # CODE_LOAD of the two DACs; other registers of these chips are not modelled
             self.dac["D" if offset == 0x001 else "A", 0] = value
 
     def read(self, offset: int) -> int:

@@ -1,4 +1,4 @@
-"""Real processes, free ports and waits with a limit, for tests."""
+"""Child processes, threads, and waits with a limit, for tests."""
 
 import os
 import selectors
@@ -16,12 +16,12 @@ from larpixdaq.runtime.launcher import command, free_port
 
 __all__ = ["LIMIT", "Process", "free_port", "in_thread", "until", "wait_for_line"]
 
-#: A wait fails after this many seconds, naming what was awaited.
+#: Maximum seconds of a wait. A wait that fails names the awaited condition.
 LIMIT = 20.0
 
 
 def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
-    """Wait until `condition()` is true and return what it gave."""
+    """Wait until `condition()` is true. Returns its value."""
     end = time.monotonic() + limit
     turn = threading.Event()
     while time.monotonic() < end:
@@ -33,7 +33,7 @@ def until(condition: Callable[[], Any], what: str, limit: float = LIMIT) -> Any:
 
 
 def wait_for_line(process: subprocess.Popen[bytes], seconds: float = LIMIT) -> str:
-    """The next line of a child whose output is a pipe with bufsize=0; fails when none begins within `seconds`."""
+    """Return the next line of a child process. Its stdout must be a pipe with bufsize=0, so that select sees it."""
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -43,10 +43,10 @@ def wait_for_line(process: subprocess.Popen[bytes], seconds: float = LIMIT) -> s
 
 
 class Process:
-    """`python -m MODULE ...`, of the installed package wherever it is started, if it is ours. Its output goes to files;
-    it is stopped and reaped in any case when its context ends.
+    """Runs `python -m MODULE ...` with output to files, and ends it when the context ends.
 
-    `prefix` goes before the command: a program that becomes this one, in another network namespace for example.
+    Modules of larpixdaq are those of the installed package, in any working directory. `prefix` goes before the command,
+    for example to run it in another network namespace.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Process:
                 raise AssertionError(f"{self.name} did not end on SIGTERM: {self.stderr}") from None
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal and return the exit status."""
+        """Send a signal, and wait. Returns the exit status."""
         self.popen.send_signal(how)
         return self.wait()
 
@@ -111,7 +111,7 @@ class Process:
 
 @contextmanager
 def in_thread(loop: Callable[[], object], stop: Callable[[], object]) -> Iterator[None]:
-    """Run `loop()` in a thread while the context lasts; what it raises fails the test."""
+    """Run `loop()` in a thread while the context lasts. An exception in the thread is raised at the end."""
     failure: list[BaseException] = []
 
     def run() -> None:

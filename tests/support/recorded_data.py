@@ -1,4 +1,4 @@
-"""Where the recorded data are, if they are here: they belong to others and are not part of the repository."""
+"""Paths of recorded data, which belong to other groups and are not part of the repository."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ SHARED = Path(os.environ.get("LARPIXDAQ_SHARED", Path(__file__).resolve().parent
 
 
 def shared_data(name: str) -> Path:
-    """The path of a recorded file; skips the test, saying so, where the recordings are absent."""
+    """Return the path of a recorded file. Skips the test, with a message, if the file is absent."""
     path = SHARED / "data" / name
     if not path.exists():
         pytest.skip(f"recorded data are absent: {path}")

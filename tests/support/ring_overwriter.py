@@ -1,4 +1,4 @@
-"""A producer for test_ring_reader.py, as a program: it writes a small ring over and over and waits for nobody.
+"""A program for test_ring_reader.py: it overwrites a small ring again and again, without waiting for acknowledgements.
 
 Stdout: the ring_file's path, then the number of each block; after 64 of them it waits for a line on stdin.
 """

@@ -1,4 +1,4 @@
-"""Run control without sockets: components that answer what they are told to, when they are told to."""
+"""Run control without sockets: a RunControl, and components that answer when the test says so."""
 
 from fake_core import counts, storage_status
 
@@ -23,12 +23,15 @@ ROWS = 10
 
 def open_catalogue(directory):
     catalogue = Catalogue(directory)
-    catalogue._db.execute("PRAGMA synchronous=OFF")  # no power is lost here, and thousands of runs are taken
+    catalogue._db.execute("PRAGMA synchronous=OFF")  # for speed: tests need no protection from power cuts
     return catalogue
 
 
 class Team:
-    """Components that wait to be told what to answer. What is sent is checked against the catalogue."""
+    """A core with components, whose requests wait in `waiting` until answer().
+
+    Every request must be about a run that the catalogue knows already.
+    """
 
     def __init__(self, directory):
         self.catalogue = open_catalogue(directory)
@@ -39,9 +42,9 @@ class Team:
         self.ids = 0
         self.now = 1000.0
         self.instance = {}
-        self.inside = {}  # name -> run it is in
-        self.inherited = {}  # producer -> what it adds to its totals of its predecessors
-        self.has = {}  # (storage, run) -> what it answers to report_run
+        self.current_run = {}  # name -> number of the run in which a component is
+        self.inherited = {}  # producer -> epochs of predecessors that its end record includes
+        self.reports = {}  # (storage, run) -> its answer to report_run
 
     def new_id(self):
         self.ids += 1
@@ -51,9 +54,9 @@ class Team:
         if name not in self.peers.components:
             return False
         run = self.catalogue.find(params["run"])
-        assert run is not None, "somebody was told of a run before the catalogue was"
+        assert run is not None, "a request names a run that the catalogue does not have"
         self.sent.append((name, action))
-        if request not in [one[1] for one in self.waiting]:
+        if request not in [waiting[1] for waiting in self.waiting]:
             self.waiting.append((name, request, action, params))
         return True
 
@@ -68,11 +71,11 @@ class Team:
         self.runs.registered(component, self.now)
         return component
 
-    def beat(self, name, *inside, **status):
-        """A heartbeat with this status; `inside`: the run it is in and whether that has begun, should it differ."""
+    def beat(self, name, *position, **status):
+        """Deliver a heartbeat with this status. `position`: (run, begun), by default those of the registry."""
         component = self.peers.components[name]
         component.status = storage_status(**status) if component.kind == "storage" else status
-        run, begun = inside or (component.run, component.begun)
+        run, begun = position or (component.run, component.begun)
         self.runs.heard(component, Heartbeat(run=run, begun=begun), self.now)
 
     def lose(self, name):
@@ -85,7 +88,7 @@ class Team:
             if action == "prepare_run":
                 return {"epoch": epoch, "layout": 2}
             if action in ("end_run", "abort_run"):
-                inherited = [epoch_end(one) for one in self.inherited.get(name, [])]
+                inherited = [epoch_end(old) for old in self.inherited.get(name, [])]
                 return epoch_end(epoch) | {"warning": None, "inherited": inherited}
         if KINDS[name] == "storage":
             if action == "prepare_run":
@@ -95,12 +98,12 @@ class Team:
                 stored = [[source["name"], source["epoch"], 1, ROWS] for source in known]
                 whole = len(known) == len(params["producers"])
                 condition = RunCondition.COMPLETE if whole else RunCondition.INTERRUPTED
-                found = {"files": [name], "condition": condition, "rows": ROWS * len(stored), "stored": stored}
-                self.has[name, params["run"]] = found
-                return found
+                report = {"files": [name], "condition": condition, "rows": ROWS * len(stored), "stored": stored}
+                self.reports[name, params["run"]] = report
+                return report
             if action == "report_run":
                 nothing = {"files": [], "condition": RunCondition.INTERRUPTED, "rows": 0, "stored": []}
-                return self.has.get((name, params["run"]), nothing)
+                return self.reports.get((name, params["run"]), nothing)
         return {}
 
     def answer(self, index=0, failing=False, **changed):
@@ -131,11 +134,13 @@ def epoch_end(epoch):
 
 
 def finished(run, file, condition=RunCondition.COMPLETE):
-    """An entry of a storage's list of closed files."""
+    """Return an entry of a storage's list of finished files."""
     return {"run": run, "file": file, "bytes": 1234, "sha256": "ab" * 32, "condition": condition}
 
 
 class Reply:
+    """Keeps the result or error of a step of the run."""
+
     def __init__(self):
         self.ends = []
 
@@ -157,7 +162,7 @@ class Reply:
 
 
 def ask(team, action):
-    """Start a step of the run; its Reply."""
+    """Start a step of the run. Returns its Reply, which has no result yet."""
     reply = Reply()
     if action == "prepare":
         team.runs.prepare("c", "physics", "me", reply, team.now)
@@ -169,12 +174,13 @@ def ask(team, action):
 
 
 def do(team, action):
+    """Take a step of the run, in which all components answer. Returns its result."""
     reply = ask(team, action)
     team.answer_all()
     return reply.value()
 
 
 def restart(team):
-    """Another core with the same catalogue."""
+    """Return another core with the same catalogue, as after a restart."""
     team.close()
     return Team(team.catalogue.path.parent)

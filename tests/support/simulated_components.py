@@ -1,7 +1,7 @@
-"""Producers and storages that behave as real ones do, without sockets: what a model of the run states plays with.
+"""Simulated producers, storages and monitors without sockets, for the model of the run states.
 
-Each does what it is asked when it is told to, remembers which run it is in, and knows what became of its rows, so that
-what the core says of a run can be held against the truth.
+Each component answers its requests when the model says so, remembers its run, and knows whether its rows are stored. So
+the condition that the core gives a run can be compared with the truth.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ from larpixdaq.control.registry import Registry
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.protocol.control import Answer, packed
 
-#: What the catalogue must say of a run before anybody hears of it.
-BEFORE = {
+#: Phases that a run may have in the catalogue when a component gets the request.
+PHASES = {
     "prepare_run": {"PREPARING", "READY", "BEGINNING", "RUN"},
     "begin_run": {"BEGINNING", "RUN"},
     "end_run": {"ENDING", "ENDED", "CANCELLED"},
@@ -25,66 +25,68 @@ BEFORE = {
 
 
 class Refused(Exception):
-    """A component was asked for what it cannot do."""
+    """A component refuses a request."""
 
 
 class World(Team):
+    """A core with simulated components that can die, restart, and lose data."""
+
     def __init__(self, directory):
         super().__init__(Path(directory))
         self.directory = Path(directory)
-        self.whole = True
+        self.whole = True  # whether end_run of a storage stores everything
         self.asked = set()  # ids of all requests
-        self.begun = {}  # name -> whether its run has begun
+        self.begun = {}  # name -> whether its current run has begun
         self.epochs = {"board 1": 1, "board 2": 2}
-        self.processes = dict.fromkeys(KINDS, 0)  # how often each was started
+        self.processes = dict.fromkeys(KINDS, 0)  # number of restarts
         self.sources = {}  # (run, producer, epoch) -> "open", "closed", "aborted", "recovered" or "gone"
-        self.files = {}  # (storage, run) -> {source: rows}
-        self.records = {}  # (storage, run) -> sources whose end it has
+        self.files = {}  # (storage, run) -> {source: rows stored}
+        self.records = {}  # (storage, run) -> sources with an end record
         self.parts = {}  # (storage, run) -> names of files
         self.closed = {name: [] for name, kind in KINDS.items() if kind == "storage"}
 
-    # the core's side
+    # requests and reports of the core
 
     def send(self, name, request, action, params):
-        if name in self.peers.components and request not in self.asked:  # else it is only asked again
+        if name in self.peers.components and request not in self.asked:  # otherwise it is a repetition
             self.asked.add(request)
-            phases = BEFORE[action] | ({"PREPARING"} if KINDS[name] == "run_data" else set())
+            phases = PHASES[action] | ({"PREPARING"} if KINDS[name] == "run_data" else set())
             run = self.catalogue.find(params["run"])
             assert run is not None
-            assert run.phase in phases, f"{name} is told {action} while the catalogue says {run.phase}"
+            assert run.phase in phases, f"{name} gets {action} while the run is {run.phase} in the catalogue"
         return super().send(name, request, action, params)
 
     def restart_core(self):
-        """Another core on the same catalogue. What was asked by the one before is still on its way."""
+        """Start another core with the same catalogue. Requests of the previous core still wait."""
         self.catalogue.close()
         self.catalogue = open_catalogue(self.directory)
         self.peers = Registry()
         self.runs = RunControl(self.peers, self.catalogue, self)
 
-    def come(self, name):
-        """Register, as it is now."""
+    def register_component(self, name):
+        """Register a component with its present run."""
         seen = [run for storage, run in self.files if storage == name]
         self.register(
             name,
             str(self.processes[name]),
-            self.inside.get(name),
+            self.current_run.get(name),
             epoch=self.epochs.get(name, 0),
             highest_run=max(seen, default=0),
             begun=self.begun.get(name, False),
         )
 
     def beat(self, name):
-        """A heartbeat of a component that is registered."""
+        """Deliver a heartbeat of a registered component."""
         status = {"finished": self.closed.get(name, [])[-16:]} if KINDS[name] == "storage" else {}
-        super().beat(name, self.inside.get(name), self.begun.get(name, False), **status)
+        super().beat(name, self.current_run.get(name), self.begun.get(name, False), **status)
 
-    # the components' side
+    # the components
 
-    def begin_process(self, name, ring_is_there):
-        """A component's process has died and another takes its place; requests that the first had are gone with it."""
+    def restart_process(self, name, ring_is_there):
+        """Replace the process of a component; the requests of the dead process are lost."""
         self.processes[name] += 1
-        self.inside[name], self.begun[name] = None, False
-        self.waiting = [one for one in self.waiting if one[0] != name]
+        self.current_run[name], self.begun[name] = None, False
+        self.waiting = [waiting for waiting in self.waiting if waiting[0] != name]
         if KINDS[name] == "producer":
             for source, how in self.sources.items():
                 if source[1] == name and how == "open":
@@ -92,8 +94,8 @@ class World(Team):
             self.epochs[name] += 100
 
     def answer(self, index=0, how="well"):
-        """How: "well", "failing", "nonsense" (it does as asked, and its answer is none) or "partly" (a storage that has
-        not got all)."""
+        """Answer a waiting request. `how`: "well", "failing", "nonsense" (done, but the answer is invalid), or "partly"
+        (a storage does not have all rows)."""
         name, request, action, params = self.waiting.pop(index)
         self.whole = how != "partly"
         try:
@@ -107,19 +109,19 @@ class World(Team):
             self.runs.answered(self.peers.components[name], answer, self.now)
 
     def _enter(self, name, action, run):
-        """What all kinds do about the run they are in."""
+        """Enter, begin or leave a run. All kinds of components do the same."""
         if action == "prepare_run":
-            if self.inside.get(name) is not None:
-                raise Refused(f"in run {self.inside[name]}")
-            self.inside[name], self.begun[name] = run, False
-        elif self.inside.get(name) != run:
+            if self.current_run.get(name) is not None:
+                raise Refused(f"in run {self.current_run[name]}")
+            self.current_run[name], self.begun[name] = run, False
+        elif self.current_run.get(name) != run:
             raise Refused(f"not in run {run}")
         elif action == "begin_run":
             if self.begun[name]:
                 raise Refused("has begun")
             self.begun[name] = True
         else:
-            self.inside[name], self.begun[name] = None, False
+            self.current_run[name], self.begun[name] = None, False
 
     def _run_data(self, name, action, params):
         self._enter(name, action, params["run"])
@@ -127,7 +129,7 @@ class World(Team):
 
     def _producer(self, name, action, params):
         run, epoch = params["run"], self.epochs[name]
-        if action == "cancel_run" and self.inside.get(name) != run:
+        if action == "cancel_run" and self.current_run.get(name) != run:
             return {}
         self._enter(name, action, run)
         source = (run, name, epoch)
@@ -148,7 +150,7 @@ class World(Team):
         run = params["run"]
         if action == "report_run":
             return self.report(name, run)
-        if action == "cancel_run" and self.inside.get(name) != run:
+        if action == "cancel_run" and self.current_run.get(name) != run:
             return {}
         self._enter(name, action, run)
         if action == "prepare_run":
@@ -160,9 +162,9 @@ class World(Team):
         return {}
 
     def write(self, name, run, *, whole):
-        """A storage takes in what producers have of a run, all or (not `whole`) a part of it, and closes a file.
+        """Store the rows of a run, all or (not `whole`) half of them, and close a file.
 
-        Of a producer that died with its ring it has what it had.
+        Of a producer that died with its ring, the storage keeps the rows that it has.
         """
         held = self.files.setdefault((name, run), {})
         records = self.records.setdefault((name, run), set())
@@ -179,7 +181,7 @@ class World(Team):
     def report(self, name, run):
         held, records = self.files.get((name, run), {}), self.records.get((name, run), set())
         condition = RunCondition.COMPLETE
-        if name != "disk 2":  # which believes that all is well, whatever it has: it is the core that compares
+        if name != "disk 2":  # disk 2 always claims COMPLETE, because the core must compare the numbers itself
             if any(self.sources[source] == "recovered" for source in records):
                 condition = RunCondition.SUSPECT
             if any(held[source] != ROWS for source in held):
@@ -194,15 +196,15 @@ class World(Team):
             "ends": [[producer, epoch, 4, self.sources[_, producer, epoch], ROWS] for _, producer, epoch in records],
         }
 
-    # the truth
+    # the true state
 
     def check(self, run):
-        """What the catalogue says of a run that is over is not better than what is in the files."""
+        """The condition of an ended run in the catalogue is not better than its files."""
         if run.phase != ENDED or run.condition not in (RunCondition.COMPLETE, RunCondition.SUSPECT):
             return
         sources = [(run.run, name, epoch) for name, epochs in run.producers.items() for epoch in epochs]
         for source in sources:
-            assert self.sources[source] not in ("open", "gone"), f"{run.condition}, and nobody knows how {source} ended"
+            assert self.sources[source] not in ("open", "gone"), f"{run.condition}, but the end of {source} is unknown"
         whole = [
             name
             for name in run.storages
@@ -214,7 +216,7 @@ class World(Team):
             assert not any(self.sources[source] == "recovered" for source in sources)
 
     def deliverable(self, run):
-        """Whether all that this run's producers made is known and can still be had."""
+        """Return whether all rows of the run's producers are known and can still be delivered."""
         return all(
             self.sources[run.run, name, epoch] not in ("open", "gone")
             for name, epochs in run.producers.items()

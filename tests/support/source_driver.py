@@ -1,4 +1,4 @@
-"""Drives sources in tests the way the producer does, and checks the ledger at every step."""
+"""Reads sources in tests as the producer does, and checks the ledger at every step."""
 
 import time
 
@@ -9,20 +9,20 @@ from processes import until
 
 from larpixdaq.constants import COUNTS, IO_GROUPS
 
-#: Sources that open_driver() has opened.
-OPEN = []
+#: Sources that open_driver() has opened, for the fixture below.
+OPEN_SOURCES = []
 
 
 @pytest.fixture(autouse=True)
-def closing():
-    """Closes the sources of open_driver(), in modules that import it."""
+def close_sources():
+    """Closes the sources of open_driver(), in test modules that import this fixture."""
     yield
-    while OPEN:
-        OPEN.pop().close()
+    while OPEN_SOURCES:
+        OPEN_SOURCES.pop().close()
 
 
 def check_ledger(counts, rows, *, serial=False):
-    """The ledger's equations (a), (b) and (c) hold for counters, shape (COUNTS,) or (io_group, COUNTS), and `rows`."""
+    """Check the ledger's equations (a), (b), (c). counts: shape (..., counters); rows: number of all rows."""
     c = dict(zip(COUNTS, counts.T.astype(np.int64), strict=True))
     taken = c["header_bytes"] + c["word_bytes"] + c["trailing_bytes"] + c["rejected_bytes"] + c["resync_bytes"]
     np.testing.assert_array_equal(c["pending_before"] + c["bytes_in"], taken + c["pending_after"])
@@ -43,7 +43,7 @@ class Driver:
         self.step = step
         self.counts = np.zeros((IO_GROUPS, len(COUNTS)), np.uint64)
         self.parts = []
-        self.texts = []  # (rows before it, text)
+        self.texts = []  # (number of rows before the text, text)
         self.text_times = []
         self.problems = []
         source.start(self.counts)
@@ -61,7 +61,7 @@ class Driver:
         return int(column.sum() if io_group is None else column[io_group])
 
     def take(self):
-        """One read() and all of its rows; False when there was nothing."""
+        """Call read() once and decode all its rows. Returns False if there were no data."""
         if not self.source.read():
             return False
         for text, seconds in self.source.texts():
@@ -76,7 +76,7 @@ class Driver:
             if made < self.step:
                 return True
 
-    def to_the_end(self):
+    def run_to_end(self):
         def finished():
             while self.take():
                 pass
@@ -86,7 +86,7 @@ class Driver:
         return self.rows
 
     def turn(self):
-        """Wait for data, at most 20 ms or until the source is due, and take all."""
+        """Wait for data, at most 20 ms or until the source is due, and decode all of them."""
         poller = zmq.Poller()
         for socket in self.source.sockets:
             poller.register(socket, zmq.POLLIN)
@@ -108,12 +108,12 @@ class Driver:
 
 def open_driver(source, step=1000):
     source.open()
-    OPEN.append(source)
+    OPEN_SOURCES.append(source)
     return Driver(source, step)
 
 
-def same(found, expected, *, but=()):
-    """All columns of two arrays of rows are equal, beside those named."""
+def assert_same_rows(found, expected, *, but=()):
+    """Check that two arrays of rows are equal, in all columns except `but`."""
     assert len(found) == len(expected)
     for name in found.dtype.names:
         if name not in but:

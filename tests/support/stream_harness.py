@@ -1,4 +1,4 @@
-"""A producer's side of the stream without the process around it, and a reader that acknowledges as a storage does."""
+"""The parts of a producer that make and send blocks, without its process, and a reader that acknowledges them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STORAGE = "Offline storage"
 
 
 class Line:
-    """A recorder, its ring and its publisher, without the process around them."""
+    """A BlockBuilder with ring, spool and publisher, as in a producer."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Line:
         folder: Path | None = None,
         **options: Any,
     ) -> None:
-        """`spool`: a folder for one, of `limit` bytes; `extra`: bytes of the ring beside the least; `folder`: where the
-        ring is, for consumers that read it themselves (None: in memory of ours)."""
+        """`spool`: folder of a spool of `limit` bytes. `extra`: bytes of the ring above the minimum. `folder`: folder
+        of a ring that consumers can read; without it the ring is in private memory."""
         self.context = zmq.Context()
         socket = stream_router(self.context)
         socket.bind("tcp://127.0.0.1:0")
@@ -62,7 +62,7 @@ class Line:
         self.publisher.begin(run, LAYOUT.code, required)
 
     def write(self, n: int) -> None:
-        """One block of n rows, or as many as the open block can take, whose timestamps count on."""
+        """Write one block of n rows, or fewer if the open block has less room. The timestamps count all rows."""
         rows = self.recorder.rows()
         assert rows is not None
         n = min(n, len(rows))
@@ -94,7 +94,7 @@ class Line:
 
 
 def until(line: Line, condition: Any, what: str, limit: float = LIMIT) -> None:
-    """Turn the publisher's loop until the condition holds."""
+    """Run the publisher's loop until the condition is true."""
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, f"waited {limit} s for {what}"
@@ -103,7 +103,7 @@ def until(line: Line, condition: Any, what: str, limit: float = LIMIT) -> None:
 
 
 class Reader:
-    """Takes everything from a consumer, acknowledging as a storage does."""
+    """Takes all frames from a consumer and acknowledges them as a storage does."""
 
     def __init__(self, consumer: Consumer, *, acknowledge: bool = True) -> None:
         self.consumer = consumer

@@ -1,5 +1,4 @@
-"""A whole system of real processes, for tests: core, storage, monitor and producer, an Operator, and what they left
-behind."""
+"""A complete system of real processes for tests: core, storage, monitor and producer, with an Operator."""
 
 from __future__ import annotations
 
@@ -19,11 +18,11 @@ from larpixdaq.operator import Operator
 
 
 class System:
-    """`start(source options)` brings it up, and called again gives it another source, for the next test of a file; the
-    processes are in `processes` by key, files in `data`.
+    """Starts processes and ends them. start(source options) starts all; the next start() replaces only the producer.
 
-    The key is the module unless another was named. `prefix` and `env`, by key, are what is put before the command and
-    into the environment of processes that are launched from then on. `host` is where core and log listen.
+    `processes` has the processes by key, which is the module's name by default. `prefix` and `env`, by key, are put
+    before the command and into the environment of processes that are launched later. The files are in `data`. Core and
+    log listen at `host`.
     """
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack, host: str = "127.0.0.1") -> None:
@@ -33,19 +32,19 @@ class System:
         self.core = f"tcp://{host}:{free_port()}"
         self.log = f"tcp://{host}:{free_port()}"
         self.processes: dict[str, Process] = {}
-        self.started: list[Process] = []  # all that ever were
+        self.started: list[Process] = []  # all processes, also ended ones
         self.prefix: dict[str, list[str]] = {}
         self.env: dict[str, dict[str, str]] = {}
         self._insecure = () if host == "127.0.0.1" else ("--insecure",)
         self._commands: dict[str, tuple[str, tuple[object, ...]]] = {}
         self._operator: Operator | None = None
         self._stack = stack
-        # A producer that is killed leaves its ring for a successor; what tests leave goes with its folder.
+        # A killed producer leaves its ring for a successor. The rings of tests are removed with their folder.
         shared = DEFAULT_DIRECTORY if DEFAULT_DIRECTORY.is_dir() else folder
         self._rings = stack.enter_context(tempfile.TemporaryDirectory(prefix="larpixdaq-test-", dir=shared))
 
     def launch(self, module: str, *arguments: object, key: str = "") -> Process:
-        """Start a process; one of the same key that still runs goes on, under no key."""
+        """Start a process. An older process of the same key continues, without key."""
         key = key or module
         self._commands[key] = module, arguments
         process = Process(
@@ -61,7 +60,7 @@ class System:
         return process
 
     def restart(self, key: str) -> Process:
-        """Start anew what was started last under this key, with the same arguments and ports."""
+        """Start the last process of this key again, with the same arguments and ports."""
         module, arguments = self._commands[key]
         return self.launch(module, *arguments, key=key)
 
@@ -83,8 +82,10 @@ class System:
         return self.launch("producer", "--core", self.core, "--state-dir", self.folder / "state", *ring, *source)
 
     def start(self, *source: object) -> Operator:
-        """Bring up a core, a storage, a monitor, and a producer with this source. What runs already goes on, but the
-        producer: it is ended, with its run. Returns the Operator, which is closed with the system."""
+        """Start core, storage and monitor if they do not run yet, and a producer with this source.
+
+        A previous producer and its run are ended first. Returns the Operator, which is closed with the system.
+        """
         if self._operator is not None:
             self._end_producer(self._operator)
         launches = {"core": self.launch_core, "offline_storage": self.launch_storage, "run_data": self.launch_monitor}
@@ -105,10 +106,10 @@ class System:
         def gone() -> bool:
             return not any(c["alive"] for c in operator.components().result(LIMIT) if c["kind"] == "producer")
 
-        until(gone, "the producer before to be gone")
+        until(gone, "the previous producer to be gone")
 
     def operator(self) -> Operator:
-        """Closed with the system."""
+        """Return a new Operator, which is closed with the system."""
         return self._stack.enter_context(Operator(self.core, timeout=LIMIT))
 
     def await_kinds(self, operator: Operator, *kinds: str) -> None:
@@ -120,16 +121,16 @@ class System:
         until(there, f"components {kinds}")
 
     def status_of(self, operator: Operator, kind: str) -> dict[str, Any]:
-        found = [c for c in operator.components().result(LIMIT) if c["kind"] == kind]
-        assert found, f"no {kind} among the components"
-        status: dict[str, Any] = found[0]["status"]
+        components = [c for c in operator.components().result(LIMIT) if c["kind"] == kind]
+        assert components, f"no {kind} among the components"
+        status: dict[str, Any] = components[0]["status"]
         return status
 
     def await_status(self, operator: Operator, kind: str, name: str, value: Any) -> None:
         until(lambda: self.status_of(operator, kind).get(name) == value, f"{name} of {kind} to be {value}")
 
-    def tell_to_end(self) -> None:
-        """All are told at once; the context then waits for each, and complains of those that do not end."""
+    def terminate_all(self) -> None:
+        """Send SIGTERM to all processes. Their contexts then wait for them, and fail if a process does not end."""
         for process in self.started:
             if process.popen.poll() is None:
                 process.popen.send_signal(signal.SIGCONT)
@@ -139,13 +140,13 @@ class System:
 @contextlib.contextmanager
 def system(folder: Path) -> Iterator[System]:
     with contextlib.ExitStack() as stack:
-        made = System(folder, stack)
-        yield made
-        made.tell_to_end()
+        line = System(folder, stack)
+        yield line
+        line.terminate_all()
 
 
 def rows_of(path: str | Path) -> np.ndarray:
-    """All rows of a file, with plain h5py."""
+    """Return all rows of a file, read with plain h5py."""
     with h5py.File(path, "r") as file:
         rows: np.ndarray = file["packets"][:]
     return rows

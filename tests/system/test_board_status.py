@@ -5,7 +5,7 @@ import re
 import h5py
 import pytest
 import zmq
-from decoder_harness import legacy, newer, newer_data, odd
+from decoder_harness import legacy, message_1_0, odd_parity, word_1_0
 from emulated_board import context, emulator
 from processes import LIMIT, free_port, until
 
@@ -13,7 +13,7 @@ from larpixdaq.control.display import status_lines
 from larpixdaq.errors import RequestError
 from larpixdaq.hdf5.verify import verify
 
-HIT = odd(0x1234_5678 << 16 | 20 << 2)
+HIT = odd_parity(0x1234_5678 << 16 | 20 << 2)
 
 
 def publish(ctx):
@@ -85,7 +85,7 @@ def test_format_1_0_is_asked_for_before_a_run(line):
         operator = line.start("--pacman", f"127.0.0.1:{port}")
         assert out.poll(LIMIT * 1000)
         assert out.recv() == b"\1"
-        out.send(newer([newer_data(HIT, receipt=2**33)]))
+        out.send(message_1_0([word_1_0(HIT, receipt=2**33)]))
         status(operator, "--pacman-format 1.0")
         with pytest.raises(
             RequestError, match=r"sends PACMAN format 1\.0, .*: start the producer with --pacman-format"

@@ -238,7 +238,7 @@ def test_an_operator_that_is_killed_in_the_middle_of_a_request(plant: Plant, tmp
         until(lambda: operator.status().result(LIMIT)["control"] is None, "control to be free")
         assert operator.begin_run().result(LIMIT)["run"] == 1
         assert operator.end_run().result(LIMIT)["condition"] == "COMPLETE"
-        assert board.did() == ["prepare_run", "begin_run", "end_run"]
+        assert board.actions() == ["prepare_run", "begin_run", "end_run"]
 
 
 def test_a_log_that_is_killed_gets_what_was_kept(plant: Plant) -> None:
