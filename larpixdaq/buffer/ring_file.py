@@ -245,9 +245,7 @@ class RingFile:
             for start, size in pieces:
                 os.posix_fallocate(file, start, size)
             position = self.ring.position
-            self._copy(
-                file, self.ring.used_ranges()[1:]
-            )  # the header comes last: it makes this a ring
+            self._copy(file, self.ring.used_ranges()[1:])  # the header comes last: it makes this a ring
         except BaseException:
             remove(file, path)
             os.close(file)

@@ -148,7 +148,7 @@ class StorageService:
             stream.acknowledge(origin, following)
         self._unreported.clear()
         if self._resend:
-            stream.resubscribe(send_rows == self._resend_rows)
+            stream.resubscribe(send_rows=self._resend_rows)
             self._resend = self._resend_rows = False
 
     def receive(self, producer: str, frame: FromProducer, payload: memoryview | None) -> None:

@@ -1,6 +1,6 @@
 """A program for test_ring_reader.py: it overwrites a small ring again and again, without waiting for acknowledgements.
 
-Stdout: the ring_file's path, then the number of each block; after 64 of them it waits for a line on stdin.
+Stdout: the ring's path, then the number of each block; after 64 of them it waits for a line on stdin.
 """
 
 import contextlib
