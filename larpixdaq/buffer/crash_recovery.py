@@ -67,13 +67,13 @@ class Predecessors:
         return taken
 
     def _take_over_epoch(self, epoch: int, ring: Path | None, paths: list[Path]) -> LeftBlocks | None:
-        ring_file = None
+        ring_file, ends = None, {}
         if ring is not None:
             try:
                 ring_file = RingFile.adopt(ring, self._producer, epoch)
                 if ring_file is None:
                     return None  # its producer lives, or died before the ring was made
-                self._check(ring_file)
+                ends = self._check(ring_file)
             except FileError as error:
                 self._leave_alone(ring, error)
                 return None  # the spool waits too, because a known epoch is not taken over a second time
@@ -82,11 +82,9 @@ class Predecessors:
                     ring_file.leave()
                 ring_file = None
                 rename_damaged(ring, f"cannot be taken over: {error}")
-        ends: dict[int, End] = {}
         if ring_file is not None:
-            self._close_run(ring_file)
+            self._close_run(ring_file, ends)
             ring_file.shrink()
-            ends = _ends(ring_file)
         files: list[SpoolFile] = []
         for path in paths:
             try:
@@ -116,8 +114,10 @@ class Predecessors:
             self._left_alone[path] = text
             log.error("not taken over: %s", text)
 
-    def _check(self, ring_file: RingFile) -> None:
-        """Check the headers of all blocks, RingError; rows whose CRC-32 is wrong make the ring `damaged`."""
+    def _check(self, ring_file: RingFile) -> dict[int, End]:
+        """Check the headers of all blocks, and return the end records (run -> END). RingError for a wrong header; rows
+        whose CRC-32 is wrong make the ring `damaged`."""
+        ends = {}
         ring = ring_file.ring
         for run, _, code, size, *_ in ring.runs():
             if code not in [known.code for known in schema.LAYOUTS] or schema.layout(code).dtype.itemsize != size:
@@ -130,12 +130,16 @@ class Predecessors:
             matches = isinstance(frame, End) == (ring.kind(index) == END)
             if not matches or not isinstance(frame, Block | End) or frame.source[1:] != (self._producer, ring.epoch):
                 raise RingError(f"block {index}: its header belongs to another block")
-            if isinstance(frame, Block) and crc32(ring.payload(index)) != frame.crc32:
+            if isinstance(frame, End):
+                ends[frame.run] = frame
+            elif crc32(ring.payload(index)) != frame.crc32:
                 log.error("%s: block %d is damaged", ring_file.path, index)
                 ring_file.damaged = True
+        return ends
 
-    def _close_run(self, ring_file: RingFile) -> None:
-        """Close the open block and the run, if there is one. A successor continues this if we are killed meanwhile."""
+    def _close_run(self, ring_file: RingFile, ends: dict[int, End]) -> None:
+        """Close the open block and the run, if there is one, and add its end record. A successor continues this if we
+        are killed meanwhile."""
         ring = ring_file.ring
         if not ring.run_open:
             return
@@ -145,15 +149,4 @@ class Predecessors:
         recorder.resume(run, began_ns)
         until_ns = max(died_ns, self._listening_ns)
         verdicts = [LossVerdict(group, "suspect", _DIED, 0, died_ns, until_ns) for group in io_groups if group]
-        recorder.end("recovered", [], recorder.counts(ring.outside_counts), verdicts)
-
-
-def _ends(ring_file: RingFile) -> dict[int, End]:
-    ring = ring_file.ring
-    found = {}
-    for index in range(ring.tail, ring.head):
-        if ring.kind(index) == END:
-            end = unpack_producer(ring.packed_header(index), "the ring")
-            assert isinstance(end, End)
-            found[end.run] = end
-    return found
+        ends[run] = recorder.end("recovered", [], recorder.counts(ring.outside_counts), verdicts)
