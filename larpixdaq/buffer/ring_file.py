@@ -32,6 +32,7 @@ from larpixdaq.runtime.file_access import (
     rename_damaged,
     try_lock,
 )
+from larpixdaq.runtime.record_file import write_at
 
 DEFAULT_DIRECTORY = Path("/dev/shm")
 #: Seconds after which a file without its first bytes is no longer being made: its producer must have died.
@@ -54,23 +55,27 @@ def ring_file_name(state_dir: Path, producer: str, epoch: int) -> str:
     return f"{name_prefix(state_dir, producer)}-{epoch:016x}.ring"
 
 
+def files_of_epochs(directory: Path, prefix: str, rest: str) -> list[tuple[int, Path]]:
+    """List epoch and path of the files named `PREFIX-EPOCH` and a rest that matches a pattern, in order of their names.
+
+    The list is empty when the directory cannot be read.
+    """
+    pattern = re.compile(re.escape(prefix) + "-([0-9a-f]{16})" + rest)
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError:
+        return []
+    return [(int(match[1], 16), directory / name) for name in names if (match := pattern.fullmatch(name))]
+
+
 def ring_files(directory: Path, state_dir: Path, producer: str) -> dict[int, Path]:
     """Return epoch -> ring file of this producer and its predecessors in the directory."""
-    pattern = re.compile(re.escape(name_prefix(state_dir, producer)) + r"-([0-9a-f]{16})\.ring")
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return {}
-    return {int(match[1], 16): directory / name for name in names if (match := pattern.fullmatch(name))}
+    return dict(files_of_epochs(directory, name_prefix(state_dir, producer), r"\.ring"))
 
 
 def damaged_files(directory: Path, prefix: str) -> list[Path]:
     """List the damaged files there (`NAME.damaged`) whose names begin with `prefix`."""
-    pattern = re.compile(re.escape(prefix) + r"-[0-9a-f]{16}.*" + re.escape(DAMAGED) + r"(\.\d+)?")
-    try:
-        return [directory / name for name in sorted(os.listdir(directory)) if pattern.fullmatch(name)]
-    except OSError:
-        return []
+    return [path for _, path in files_of_epochs(directory, prefix, r".*" + re.escape(DAMAGED) + r"(\.\d+)?")]
 
 
 def lock_abandoned(file: int, path: Path, begun: int = 0) -> bool:
@@ -105,18 +110,17 @@ def open_reader(path: Path, producer: str, epoch: int) -> Reader:
     RingError when there is no such ring on this host, or it belongs to another user: then the producer must send the
     rows.
     """
-    file = -1
     try:
         # Another user may cut the file short while it is mapped: reading it would then end this process (SIGBUS).
         file = open_private(path, os.O_RDONLY)
-        return Reader(mmap.mmap(file, 0, prot=mmap.PROT_READ), producer=producer, epoch=epoch)
+        try:
+            return Reader(mmap.mmap(file, 0, prot=mmap.PROT_READ), producer=producer, epoch=epoch)
+        finally:
+            os.close(file)
     except FileError as error:
         raise RingError(str(error)) from None
     except (OSError, ValueError) as error:
         raise RingError(f"{path}: {error}") from None
-    finally:
-        if file >= 0:
-            os.close(file)
 
 
 def _map_file(file: int, size: int) -> mmap.mmap:
@@ -255,9 +259,7 @@ class RingFile:
     def _copy(self, file: int, pieces: Iterable[tuple[int, int]]) -> None:
         with memoryview(self._memory) as memory:
             for start, size in pieces:
-                done = 0
-                while done < size:
-                    done += os.pwrite(file, memory[start + done : start + size], start + done)
+                write_at(file, [memory[start : start + size]], start)
 
     def move_to(self, new: Reserved) -> int:
         """Copy the rest of the ring into the file from reserve() and continue in that. No other thread may write to the

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import struct
 import time
 from array import array
@@ -25,7 +24,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from larpixdaq.buffer.ring_file import lock_abandoned
+from larpixdaq.buffer.ring_file import files_of_epochs, lock_abandoned
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import copy_content, in_place, make_locked, open_private, remove, rename_damaged
 from larpixdaq.runtime.record_file import RecordFormat, crc32, write_at
@@ -65,15 +64,9 @@ class SpoolDirectory:
 
     def files(self) -> dict[int, list[Path]]:
         """Return epoch -> its files, oldest first."""
-        pattern = re.compile(re.escape(self.prefix) + r"-([0-9a-f]{16})-\d{6,}\.spool")
         files: dict[int, list[Path]] = {}
-        try:
-            names = os.listdir(self.path)
-        except OSError:
-            return {}
-        for name in sorted(names):
-            if match := pattern.fullmatch(name):
-                files.setdefault(int(match[1], 16), []).append(self.path / name)
+        for epoch, path in files_of_epochs(self.path, self.prefix, r"-\d{6,}\.spool"):
+            files.setdefault(epoch, []).append(path)
         return files
 
     def has_room(self, size: int) -> bool:
@@ -127,10 +120,6 @@ class Spool:
         self._renew_at = 0.0  # monotonic time before which names are not renewed again
         directory.bytes += sum(file.size for file in self.files)
 
-    @property
-    def bytes(self) -> int:
-        return sum(file.size for file in self.files)
-
     def can_write(self) -> bool:
         """Whether write() may be called: no batch is being written, and no pause. Logs once when the disk hangs."""
         if not self.writing:
@@ -142,17 +131,16 @@ class Spool:
 
     def write(self, header: SpoolHeader, records: Sequence[SpoolRecord]) -> None:
         """Have the thread write blocks from index `header.start` on. `head` moves when they are in the file."""
-        file = self.files[-1] if self.files else None
+        last = self.files[-1] if self.files else None
         if (
-            file is None
-            or file.size > self.directory.file_bytes
-            or file.header.run != header.run
-            or file.next != header.start
+            last is None
+            or last.size > self.directory.file_bytes
+            or last.header.run != header.run
+            or last.next != header.start
         ):
-            file = SpoolFile(self.directory.file(header.epoch, self._number), header)
+            self.files.append(SpoolFile(self.directory.file(header.epoch, self._number), header))
             self._number += 1
-            self.files.append(file)
-        target = file
+        file = self.files[-1]
         self.writing = True
         self._write_began = time.monotonic()
 
@@ -160,17 +148,17 @@ class Spool:
             self.writing = False
             if isinstance(result, OSError):
                 self.directory.report_error(result)
-                if not target.size:
-                    self.files.remove(target)
+                if not file.size:
+                    self.files.remove(file)
                 return
             self.directory.report_success()
             offsets, size = result
-            self.directory.bytes += size - target.size
-            target.offsets.extend(offsets)
-            target.size = size
-            self.head = target.next
+            self.directory.bytes += size - file.size
+            file.offsets.extend(offsets)
+            file.size = size
+            self.head = file.next
 
-        self.directory.worker.submit(lambda: target.append(records), written)
+        self.directory.worker.submit(lambda: file.append(records), written)
 
     def get(self, index: int) -> SpoolRecord | None:
         """Return a block, or LOST; None while the thread reads it: call again after the worker's next result."""

@@ -192,7 +192,7 @@ def test_a_hanging_disk_holds_up_only_the_spool(
     assert line.worker.drain(LIMIT)
     line.work()
     assert line.worker.drain(LIMIT)
-    assert line.spool.bytes == 0
+    assert line.spool.directory.bytes == 0
     line.write(7)
     line.end()
     until(line, reader.has(lambda r: r.ends), "the end")
