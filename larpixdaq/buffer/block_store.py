@@ -14,8 +14,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from larpixdaq._native.ring_buffer import END, INFO, Ring
+from larpixdaq.buffer.crash_recovery import LeftBlocks
 from larpixdaq.buffer.ring_file import RingFile
-from larpixdaq.buffer.spool import BATCH_BLOCKS, BATCH_BYTES, LOST, Spool, SpoolHeader, SpoolRecord
+from larpixdaq.buffer.spool import BATCH_BLOCKS, BATCH_BYTES, LOST, Spool, SpoolDirectory, SpoolHeader, SpoolRecord
 
 #: Maximum fill of a ring (0 to 1) at which consumers read its rows in place, if blocks may move to the spool.
 LENDING_LIMIT = 0.5
@@ -57,8 +58,8 @@ class StoredBlock(NamedTuple):
 class BlockStore:
     """The blocks of one epoch, from index `tail` to `head`; no storage needs those below `tail` any more.
 
-    `pins`: index and message tracker of blocks whose rows in the ring libzmq is still sending. `ring_file`: that of a
-    predecessor, removed by close().
+    `pins`: index and message tracker of blocks whose rows in the ring libzmq is still sending. `ring_file`: None when
+    the ring is in no file, and consumers cannot read it.
     """
 
     def __init__(
@@ -74,14 +75,14 @@ class BlockStore:
         self.tail = ring.tail if ring is not None else 0
 
     @classmethod
-    def inherited(cls, producer: str, epoch: int, ring_file: RingFile | None, spool: Spool | None) -> BlockStore:
+    def inherited(cls, producer: str, left: LeftBlocks, directory: SpoolDirectory) -> BlockStore:
         """Make the store of a predecessor: of its ring, in which every run is ended, its spool files, or both."""
-        ring = ring_file.ring if ring_file is not None else None
-        store = cls(producer, epoch, ring, spool, ring_file)
+        ring = left.ring_file.ring if left.ring_file is not None else None
+        store = cls(producer, left.epoch, ring, Spool(directory, left.files) if left.files else None, left.ring_file)
         known: dict[int, Segment] = {}
-        if spool is not None and spool.files:
-            store.tail = spool.files[0].header.start
-            for file in spool.files:
+        if left.files:
+            store.tail = left.files[0].header.start
+            for file in left.files:
                 header = file.header
                 known[header.first] = Segment(header.run, header.first, header.layout, tuple(header.required))
         if ring is not None:

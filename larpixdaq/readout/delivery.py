@@ -83,9 +83,8 @@ class Delivery:
         self.ring_file = RingFile.make(options.ring_dir, state_dir, self.name, epoch, options.ring)
         self.ring = self.ring_file.ring
         spools = spill and options.spool_limit
-        self.own = BlockStore(self.name, epoch, self.ring, Spool(self.spool) if spools else None)
-        ring = str(self.ring_file.path.absolute())
-        self.publisher = Publisher(self.own, socket, forget_after=options.forget_after, ring=ring)
+        self.own = BlockStore(self.name, epoch, self.ring, Spool(self.spool) if spools else None, self.ring_file)
+        self.publisher = Publisher(self.own, socket, forget_after=options.forget_after)
         for store in inherited:
             self.publisher.adopt(store)
 
@@ -116,8 +115,8 @@ class Delivery:
 
     @property
     def _ring_files(self) -> list[RingFile]:
-        inherited = (store.ring_file for store in self.publisher.stores if store.ring_file is not None)
-        return [ring_file for ring_file in (*inherited, self.ring_file) if ring_file.held]
+        ring_files = (store.ring_file for store in self.publisher.stores)
+        return [ring_file for ring_file in ring_files if ring_file is not None and ring_file.held]
 
     def _renew_names(self) -> None:
         """Give new files to rings and spool files whose names were removed, because a successor could not find them.
@@ -188,16 +187,17 @@ class Delivery:
     def _adopt(self, left: list[LeftBlocks]) -> list[BlockStore]:
         """Note the end records of predecessors; return the stores of those with pending blocks."""
         stores = []
-        for epoch, ring_file, files, ends in left:
+        for blocks in left:
+            epoch = blocks.epoch
             self._known_epochs.add(epoch)
-            store = BlockStore.inherited(self.name, epoch, ring_file, Spool(self.spool, files) if files else None)
+            store = BlockStore.inherited(self.name, blocks, self.spool)
             if pending := store.pending():
                 text = f"{self.name}: taking over {pending} pending blocks of a predecessor (epoch {epoch:x})"
                 self._messages.append(text)
                 stores.append(store)
             else:
                 store.close()
-            for run, end in ends.items():
+            for run, end in blocks.ends.items():
                 self._ends.setdefault(run, {})[epoch] = end
         while len(self._ends) > RUNS_KEPT:
             del self._ends[min(self._ends)]
@@ -235,7 +235,6 @@ class Delivery:
             self.ring_file.leave()
         else:
             self.own.close()
-            self.ring_file.close()
         # Not while the thread hangs with its disk, because it may close these files itself later.
         if self.worker.close(SPOOL_LIMIT):
             for store in self.publisher.stores:

@@ -83,11 +83,8 @@ class Publisher:
         clock: Callable[[], float] = time.monotonic,
         *,
         forget_after: float = FORGET_AFTER,
-        ring: str = "",
     ) -> None:
-        """`ring`: the path of this producer's ring file; empty: consumers cannot read the ring."""
         self.own = own
-        self._ring = ring
         #: Predecessors' stores, the oldest first, and then `own`.
         self.stores = [own]
         self.socket = socket
@@ -238,7 +235,8 @@ class Publisher:
         subscriber = Subscriber(route, hello.name, hello.mode, self._clock(), hello.positions)
         for store in self.stores:
             self._note_positions(subscriber, store)
-        if self._send(subscriber, Welcome(self.own.producer, self.own.epoch, self.run, self.layout, self._ring)):
+        ring = str(self.own.ring_file.path.absolute()) if self.own.ring_file is not None else ""
+        if self._send(subscriber, Welcome(self.own.producer, self.own.epoch, self.run, self.layout, ring)):
             self.subscribers[route] = subscriber
 
     def _required(self) -> set[str]:

@@ -25,7 +25,7 @@ from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.block_store import BlockStore
 from larpixdaq.buffer.crash_recovery import Predecessors
 from larpixdaq.buffer.ring_file import RingFile
-from larpixdaq.buffer.spool import Spool, SpoolDirectory
+from larpixdaq.buffer.spool import SpoolDirectory
 from larpixdaq.protocol.stream import Ack, Block, BlockOrigin, End, Hello, Position, Welcome, pack, unpack_producer
 from larpixdaq.stream import Consumer
 
@@ -264,8 +264,7 @@ def adopt(line: Line, folder: Path) -> list[BlockStore]:
     directory = SpoolDirectory(folder / "spool", "larpixdaq", 0, line.worker)
     found = []
     for left in Predecessors("board", folder, folder, directory, 0).take_over(()):
-        files = Spool(directory, left.files) if left.files else None
-        found.append(BlockStore.inherited("board", left.epoch, left.ring_file, files))
+        found.append(BlockStore.inherited("board", left, directory))
         line.publisher.adopt(found[-1])
     return found
 
@@ -353,7 +352,7 @@ def test_a_successor_delivers_spool_and_ring_in_order(
     second = make()
     directory = SpoolDirectory(tmp_path / "spool", "larpixdaq", 0, second.worker)
     (left,) = Predecessors("board", tmp_path, tmp_path, directory, 0).take_over(())
-    store = BlockStore.inherited("board", left.epoch, left.ring_file, Spool(directory, left.files))
+    store = BlockStore.inherited("board", left, directory)
     second.publisher.adopt(store)
     assert store.pending() == 30 - 5 + 2  # the open block and the end
     again = Consumer(STORAGE, "t", "all", positions=lambda: [Position(1, "board", 5, 5)])

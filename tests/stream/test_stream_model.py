@@ -225,12 +225,10 @@ class Stream(RuleBasedStateMachine):
         spool = SpoolDirectory(self.folder / "spool", name_prefix(self.folder, NAME), 3 << 20, self.disk)  # type: ignore[arg-type]
         self.ring_file = RingFile.make(self.folder, self.folder, NAME, self.epoch, SMALLEST)
         self.recorder = BlockBuilder(self.ring_file.ring, NAME, self.epoch, LAYOUT, [1])
-        own = BlockStore(NAME, self.epoch, self.ring_file.ring, Spool(spool))
-        ring = str(self.ring_file.path)
-        self.publisher = Publisher(own, self.wire, lambda: self.now, ring=ring)  # type: ignore[arg-type]
+        own = BlockStore(NAME, self.epoch, self.ring_file.ring, Spool(spool), self.ring_file)
+        self.publisher = Publisher(own, self.wire, lambda: self.now)  # type: ignore[arg-type]
         for left in Predecessors(NAME, self.folder, self.folder, spool, 0).take_over({self.epoch}):
-            files = Spool(spool, left.files) if left.files else None
-            store = BlockStore.inherited(NAME, left.epoch, left.ring_file, files)
+            store = BlockStore.inherited(NAME, left, spool)
             self.publisher.adopt(store)
             for segment in store.segments:
                 self.kept[BlockOrigin(segment.run, NAME, store.epoch)] = store, segment
@@ -321,7 +319,6 @@ class Stream(RuleBasedStateMachine):
         for do, _ in self.disk.jobs:
             if isinstance(file := getattr(do, "__self__", None), SpoolFile):  # it was to be removed
                 file.leave()
-        self.ring_file.leave()
         for storage in self.storages.values():
             storage.route, storage.welcome = None, False
         self.start()

@@ -46,14 +46,13 @@ class Line:
         self.address = socket.get(zmq.LAST_ENDPOINT).decode()
         self.ring_file = None if folder is None else RingFile.make(folder, folder, "board", 5, SMALLEST + extra)
         if self.ring_file is not None:
-            options["ring"] = str(self.ring_file.path)
             self.ring = self.ring_file.ring
         else:
             self.ring = Ring(bytearray(SMALLEST + extra), producer="board", epoch=5)
         self.recorder = BlockBuilder(self.ring, "board", 5, LAYOUT, [1, 2])
         self.worker = Worker("spool")
         self.spool = None if spool is None else Spool(SpoolDirectory(spool, "larpixdaq", limit, self.worker))
-        self.publisher = Publisher(BlockStore("board", 5, self.ring, self.spool), socket, **options)
+        self.publisher = Publisher(BlockStore("board", 5, self.ring, self.spool, self.ring_file), socket, **options)
         self.written = 0
         self.peers: list[zmq.Socket[bytes]] = []
 
