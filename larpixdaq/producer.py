@@ -257,7 +257,7 @@ class Producer:
         """Give up the run, because another component could not prepare or begin it. Its blocks are not stored."""
         if self.recorder.run != run:
             return {}
-        self.publisher.release(run)
+        self.delivery.own.release(run)
         return self._finish("aborted", delivered=False)
 
     def _connected(self) -> list[dict[str, Any]]:

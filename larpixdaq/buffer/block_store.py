@@ -115,6 +115,7 @@ class BlockStore:
         self.segments[-1].last = self.head - 1
 
     def release(self, run: int) -> None:
+        """Free the blocks of a cancelled run, which no storage needs."""
         for segment in self.segments:
             if segment.run == run:
                 segment.required = ()

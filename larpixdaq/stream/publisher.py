@@ -44,8 +44,6 @@ RECEIVE_LIMIT = 0.005
 MAX_CREDIT = 64
 #: Maximum number of subscribers. Required storages are subscribed even above it.
 MAX_SUBSCRIBERS = 100
-#: Seconds without a subscription after which blocks that another storage has are no longer kept for a required storage.
-FORGET_AFTER = 60.0
 #: Milliseconds after which the connection of a consumer that takes no data is closed, because its process is stopped or
 #: the network has cut it off. This frees the ring's memory that libzmq holds for it. A busy consumer is not affected,
 #: because its libzmq thread always takes data.
@@ -82,8 +80,10 @@ class Publisher:
         socket: zmq.Socket[bytes],
         clock: Callable[[], float] = time.monotonic,
         *,
-        forget_after: float = FORGET_AFTER,
+        forget_after: float,
     ) -> None:
+        """`forget_after`: seconds without a subscription after which blocks that another storage has are no longer kept
+        for a required storage."""
         self.own = own
         #: Predecessors' stores, the oldest first, and then `own`.
         self.stores = [own]
@@ -93,7 +93,6 @@ class Publisher:
         self.layout = 0
         self.run: int | None = None
         self.subscribers: dict[bytes, Subscriber] = {}
-        self.refused = 0
         self.freed = 0  # blocks
         #: Required storages that have been disconnected for longer than `forget_after`.
         self.forgotten: frozenset[str] = frozenset()
@@ -117,10 +116,6 @@ class Publisher:
         """End the run, whose end record has been put into the ring."""
         self.own.end()
         self.run = None
-
-    def release(self, run: int) -> None:
-        """Free the blocks of a cancelled run, which no storage needs."""
-        self.own.release(run)
 
     def adopt(self, store: BlockStore) -> None:
         """Deliver the blocks of a predecessor too."""
@@ -236,7 +231,7 @@ class Publisher:
         for store in self.stores:
             self._note_positions(subscriber, store)
         ring = str(self.own.ring_file.path.absolute()) if self.own.ring_file is not None else ""
-        if self._send(subscriber, Welcome(self.own.producer, self.own.epoch, self.run, self.layout, ring)):
+        if self._send(route, Welcome(self.own.producer, self.own.epoch, self.run, self.layout, ring)):
             self.subscribers[route] = subscriber
 
     def _required(self) -> set[str]:
@@ -327,20 +322,16 @@ class Publisher:
             return False
         return True
 
-    def _send(self, subscriber: Subscriber, frame: FromProducer) -> bool:
+    def _send(self, route: bytes, frame: FromProducer) -> bool:
+        """Send a frame without rows; False when the peer has disconnected."""
         try:
-            self.socket.send_multipart([subscriber.route, pack(frame)], zmq.NOBLOCK)
+            self.socket.send_multipart([route, pack(frame)], zmq.NOBLOCK)
         except zmq.ZMQError:
-            self._drop(subscriber)
             return False
         return True
 
     def _refuse(self, route: bytes, reason: str) -> None:
-        self.refused += 1
-        try:
-            self.socket.send_multipart([route, pack(Refused(reason))], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            return  # it has disconnected already
+        self._send(route, Refused(reason))
 
     def _drop(self, subscriber: Subscriber) -> None:
         self.subscribers.pop(subscriber.route, None)

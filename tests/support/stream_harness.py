@@ -52,6 +52,7 @@ class Line:
         self.recorder = BlockBuilder(self.ring, "board", 5, LAYOUT, [1, 2])
         self.worker = Worker("spool")
         self.spool = None if spool is None else Spool(SpoolDirectory(spool, "larpixdaq", limit, self.worker))
+        options.setdefault("forget_after", 60.0)
         self.publisher = Publisher(BlockStore("board", 5, self.ring, self.spool, self.ring_file), socket, **options)
         self.written = 0
         self.peers: list[zmq.Socket[bytes]] = []
