@@ -80,8 +80,8 @@ class Consumer:
         session: str,
         mode: str,
         *,
+        core: CoreContact,
         positions: Callable[[], list[Position]] = list,
-        core: CoreContact | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
@@ -90,7 +90,7 @@ class Consumer:
         self._positions = positions
         self._clock = clock
         self._core = core
-        self._session_check = None if core is None else SessionCheck(core, clock)
+        self._session_check = SessionCheck(core, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._connections: dict[str, ProducerConnection] = {}
         self._queue: deque[Received] = deque()
@@ -181,7 +181,7 @@ class Consumer:
                 closing = self._closing  # then one more turn, which sends the acknowledgements from before close()
                 if self._waker.fileno() in dict(self._poller.poll(self._timeout())):
                     self._waker.clear()
-                self._may_act()
+                self._session_check.may_act()
                 self._apply()
                 for connection in list(self._connections.values()):
                     self._receive(connection)
@@ -300,7 +300,7 @@ class Consumer:
             connection.hello_at, connection.send_rows = self._clock() + HELLO_INTERVAL, True
 
     def _maintain(self, connection: ProducerConnection) -> None:
-        if not self._may_act():
+        if not self._session_check.may_act():
             return
         now = self._clock()
         if not connection.subscribed:
@@ -322,8 +322,7 @@ class Consumer:
             connection.acks.clear()
             connection.repeat_at = next_beat(now, REPEAT_INTERVAL)
         elif now >= connection.repeat_at:
-            ack = connection.last_ack if self.mode == "all" else None
-            connection.send(ack or Credit(connection.credit))
+            connection.send(connection.last_ack or Credit(connection.credit))
             connection.repeat_at = next_beat(now, REPEAT_INTERVAL)
 
     def _positions_at(self, producer: str) -> list[Position]:
@@ -334,15 +333,11 @@ class Consumer:
         found = [position for position in self._positions() if position.producer == producer]
         return heapq.nlargest(MAX_POSITIONS, found, key=lambda position: position.run)
 
-    def _may_act(self) -> bool:
-        """Whether this process still has its name, as far as it knows."""
-        return self._session_check is None or self._session_check.may_act()
-
     def _superseded(self, connection: ProducerConnection) -> bool:
         """Whether another process has our name, until this one registers anew or the core confirms that it has it."""
         if connection.superseded is None or connection.superseded[0] != self.session:
             return False
-        return self._core is None or self._core.confirmed <= connection.superseded[1]
+        return self._core.confirmed <= connection.superseded[1]
 
     def _warn(self, connection: ProducerConnection, text: str) -> None:
         if text != connection.last_warning:
@@ -394,19 +389,13 @@ class ProducerConnection:
         ProtocolError for an invalid frame, which is discarded.
         """
         try:
-            header = self.socket.recv(zmq.NOBLOCK)
+            header, *parts = (part.buffer for part in self.socket.recv_multipart(zmq.NOBLOCK, copy=False))
         except zmq.Again:
             return None
-        payload, place = None, b""
-        if self.socket.get(zmq.RCVMORE):  # all parts of a message arrive together
-            payload = self.socket.recv(copy=False).buffer
-        if self.socket.get(zmq.RCVMORE):
-            place = self.socket.recv()
-        while self.socket.get(zmq.RCVMORE):
-            self.socket.recv()
         frame = unpack_producer(header, self.name)
-        if place and isinstance(frame, Block):
-            payload = self._read_ring(place) if self.subscribed and frame.epoch == self.epoch else None
+        payload = parts[0] if parts else None
+        if len(parts) > 1 and isinstance(frame, Block):
+            payload = self._read_ring(parts[1]) if self.subscribed and frame.epoch == self.epoch else None
         return frame, payload
 
     def map_ring(self, welcome: Welcome) -> None:
@@ -418,7 +407,7 @@ class ProducerConnection:
                 self._ring = ring_file.open_reader(Path(welcome.ring), welcome.producer, welcome.epoch)
                 self.send(Maps(welcome.epoch))
 
-    def _read_ring(self, place: bytes) -> memoryview | None:
+    def _read_ring(self, place: memoryview) -> memoryview | None:
         """Return a block's rows in the ring, or a copy if they may be overwritten; None when they are not there."""
         if self._ring is None:
             return None

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import zmq
 from processes import LIMIT
-from stream_harness import LAYOUT, STORAGE, Line, Reader, until
+from stream_harness import LAYOUT, STORAGE, Line, Reader, make_consumer, until
 
 from larpixdaq import constants
 from larpixdaq._native.ring_buffer import SMALLEST
@@ -60,7 +60,7 @@ def line(make: Callable[..., Line], tmp_path: Path) -> Line:
 
 
 def subscribe(line: Line, consumers: list[Consumer], *, acknowledge: bool = True, name: str = STORAGE) -> Reader:
-    consumers.append(Consumer(name, "s", "all"))
+    consumers.append(make_consumer(name))
     consumers[-1].connect({"board": line.address})
     return Reader(consumers[-1], acknowledge=acknowledge)
 
@@ -296,7 +296,7 @@ def test_predecessors_blocks_come_first_under_their_epochs(
 
 def test_blocks_that_a_storage_has_are_not_sent_again(line: Line, tmp_path: Path, consumers: list[Consumer]) -> None:
     """Also when it subscribed before the predecessor's ring was found."""
-    consumers.append(Consumer(STORAGE, "s", "all", positions=lambda: [Position(1, "board", 70, 2)]))
+    consumers.append(make_consumer(positions=lambda: [Position(1, "board", 70, 2)]))
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0])
     until(line, reader.has(lambda r: r.other), "WELCOME")
@@ -355,7 +355,7 @@ def test_a_successor_delivers_spool_and_ring_in_order(
     store = BlockStore.inherited("board", left, directory)
     second.publisher.adopt(store)
     assert store.pending() == 30 - 5 + 2  # the open block and the end
-    again = Consumer(STORAGE, "t", "all", positions=lambda: [Position(1, "board", 5, 5)])
+    again = make_consumer(session="t", positions=lambda: [Position(1, "board", 5, 5)])
     consumers.append(again)
     again.connect({"board": second.address})
     new = Reader(again)

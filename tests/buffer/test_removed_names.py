@@ -15,7 +15,7 @@ import pytest
 import zmq
 from fake_core import producer_status
 from processes import LIMIT, until
-from stream_harness import LAYOUT, Line, Reader
+from stream_harness import LAYOUT, Line, Reader, make_consumer
 from stream_harness import until as turn_until
 from system import System, rows_of, system
 
@@ -24,7 +24,6 @@ from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.ring_file import RingFile
 from larpixdaq.control.display import status_lines
 from larpixdaq.readout.delivery import Delivery
-from larpixdaq.stream import Consumer
 from larpixdaq.stream.publisher import stream_router
 
 NAME = "LArPix board"
@@ -117,7 +116,7 @@ def test_a_ring_whose_file_is_removed_in_a_run_survives_its_producer(line: Syste
 
 def test_a_consumer_continues_in_the_ring_s_new_file(tmp_path: Path) -> None:
     line = Line(folder=tmp_path)
-    consumer = Consumer("Offline storage", "s", "all")
+    consumer = make_consumer()
 
     def maps() -> bool:
         return [one.maps for one in line.publisher.subscribers.values()] == [True]

@@ -15,7 +15,7 @@ import zmq
 from processes import LIMIT
 from processes import until as eventually
 from ring_overwriter import EPOCH, NAME, ROWS, publish
-from stream_harness import STORAGE, Line, until
+from stream_harness import STORAGE, Line, make_consumer, until
 
 from larpixdaq._native.ring_buffer import END, OVERHEAD, SMALLEST
 from larpixdaq.buffer.block_store import LENDING_LIMIT
@@ -34,7 +34,6 @@ from larpixdaq.protocol.stream import (
 )
 from larpixdaq.runtime.record_file import crc32
 from larpixdaq.schema import PACKETS_2_4
-from larpixdaq.stream import Consumer
 from larpixdaq.stream.subscriber import CREDIT
 
 
@@ -166,7 +165,7 @@ def mapped(path: Path) -> bool:
 
 def test_the_memory_of_an_ended_producer_is_given_back(tmp_path: Path) -> None:
     line = Line(folder=tmp_path)
-    consumer = Consumer(STORAGE, "s", "all")
+    consumer = make_consumer()
     try:
         consumer.connect({"board": line.address})
         until(line, lambda: any(s.maps for s in line.publisher.subscribers.values()), "MAPS to arrive")
@@ -207,7 +206,7 @@ def test_an_overwritten_block_is_requested_again_or_skipped(tmp_path: Path, mode
     context = zmq.Context()
     producer = context.socket(zmq.ROUTER)
     producer.bind("tcp://127.0.0.1:0")
-    consumer = Consumer(STORAGE, "s", mode)
+    consumer = make_consumer(mode=mode)
 
     def receive() -> tuple[bytes, Any]:
         assert producer.poll(LIMIT * 1000)

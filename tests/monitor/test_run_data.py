@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
+from stream_harness import make_consumer
 
 from larpixdaq import run_data, schema
 from larpixdaq.monitor.monitor import Monitor
 from larpixdaq.protocol.stream import Block as Header
 from larpixdaq.protocol.stream import Credit, End, Hello, Totals, Welcome, pack, unpack_consumer
 from larpixdaq.run_data import RunData, actions
-from larpixdaq.stream import Consumer
 
 LIMIT = 10.0
 
@@ -95,7 +95,7 @@ def bench() -> Iterator[Any]:
     """A board, a monitor that is connected to it, and `until`, which turns both until a condition holds."""
     context: zmq.Context[Any] = zmq.Context()
     board = Board(context)
-    consumer = Consumer("Online monitor", "session", "latest")
+    consumer = make_consumer("Online monitor", "session", "latest")
     monitor = Monitor()
     node = StandIn({"board": board.address})
     loop = RunData(monitor, node, consumer)  # type: ignore[arg-type]

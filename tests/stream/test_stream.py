@@ -16,7 +16,7 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import LIMIT
-from stream_harness import LAYOUT, STORAGE, Line, Reader, until
+from stream_harness import LAYOUT, STORAGE, Core, Line, Reader, make_consumer, until
 
 from larpixdaq import constants
 from larpixdaq.errors import ProtocolError
@@ -69,7 +69,7 @@ def consumers() -> Iterator[list[Consumer]]:
 
 
 def test_every_block_in_order_and_freed_when_acknowledged(line: Line, consumers: list[Consumer]) -> None:
-    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers.append(make_consumer())
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0])
     line.begin()
@@ -94,7 +94,7 @@ def test_every_block_in_order_and_freed_when_acknowledged(line: Line, consumers:
 def test_blocks_without_acknowledgement_are_kept_and_sent_again_to_a_new_subscription(
     line: Line, consumers: list[Consumer]
 ) -> None:
-    first = Consumer(STORAGE, "s1", "all")
+    first = make_consumer(session="s1")
     consumers.append(first)
     first.connect({"board": line.address})
     reader = Reader(first, acknowledge=False)
@@ -103,7 +103,7 @@ def test_blocks_without_acknowledgement_are_kept_and_sent_again_to_a_new_subscri
         line.write(100)
     until(line, reader.has(lambda r: len(r.blocks) == 4), "4 blocks")
     assert line.ring.tail == 0
-    second = Consumer(STORAGE, "s2", "all", positions=lambda: [Position(1, "board", 5, 2)])
+    second = make_consumer(session="s2", positions=lambda: [Position(1, "board", 5, 2)])
     consumers.append(second)
     second.connect({"board": line.address})
     again = Reader(second)
@@ -115,7 +115,7 @@ def test_blocks_without_acknowledgement_are_kept_and_sent_again_to_a_new_subscri
 
 def test_frames_of_a_previous_subscription_are_discarded(line: Line, consumers: list[Consumer]) -> None:
     """A consumer that skipped blocks and subscribes again must not get a later block before them."""
-    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers.append(make_consumer())
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0], acknowledge=False)
     line.begin()
@@ -131,13 +131,6 @@ def test_frames_of_a_previous_subscription_are_discarded(line: Line, consumers: 
     assert [block.sequence for block in reader.blocks] == [0, 1, 2, 0, 1, 2, 3, 4, 5]
 
 
-class Core:
-    """The times that a consumer knows of the core: of its last message, and of the last heartbeat that it answered."""
-
-    def __init__(self) -> None:
-        self.heard = self.confirmed = 0.0
-
-
 def refused(reader: Reader) -> bool:
     return any(isinstance(frame, Refused) for frame in reader.other)
 
@@ -145,7 +138,7 @@ def refused(reader: Reader) -> bool:
 def test_a_stalled_consumer_does_not_insist_on_its_name(line: Line, consumers: list[Consumer]) -> None:
     """Another consumer may have its name now, and the newest HELLO of a name wins: the core must answer first."""
     core, ahead = Core(), [0.0]
-    stopped = Consumer(STORAGE, "s1", "all", core=core, clock=lambda: time.monotonic() + ahead[0])
+    stopped = make_consumer(session="s1", core=core, clock=lambda: time.monotonic() + ahead[0])
     consumers.append(stopped)
     stopped.connect({"board": line.address})
     reader = Reader(stopped)
@@ -153,7 +146,7 @@ def test_a_stalled_consumer_does_not_insist_on_its_name(line: Line, consumers: l
     line.write(10)
     until(line, reader.has(lambda r: len(r.blocks) == 1), "a block")
     until(line, lambda: not line.publisher.pending(), "its acknowledgement")
-    other = Consumer(STORAGE, "s2", "all")
+    other = make_consumer(session="s2")
     core.heard = time.monotonic() + 1000  # it still sends messages
     ahead[0] = 10.0
     consumers.append(other)
@@ -170,7 +163,7 @@ def test_a_stalled_consumer_does_not_insist_on_its_name(line: Line, consumers: l
 
 
 def test_the_window_limits_the_bytes_on_their_way(line: Line, consumers: list[Consumer]) -> None:
-    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers.append(make_consumer())
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0], acknowledge=False)
     line.begin()
@@ -191,7 +184,7 @@ def test_the_window_limits_the_bytes_on_their_way(line: Line, consumers: list[Co
 
 
 def test_a_storage_that_is_not_required_gets_no_blocks_of_the_run(line: Line, consumers: list[Consumer]) -> None:
-    consumers.append(Consumer("second storage", "s", "all"))
+    consumers.append(make_consumer("second storage"))
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0])
     until(line, reader.has(lambda r: r.other), "WELCOME")
@@ -205,7 +198,7 @@ def test_a_storage_that_is_not_required_gets_no_blocks_of_the_run(line: Line, co
 
 
 def test_a_monitor_without_credit_skips_blocks_but_never_messages(line: Line, consumers: list[Consumer]) -> None:
-    consumers.append(Consumer("Online monitor", "m", "latest"))
+    consumers.append(make_consumer("Online monitor", "m", "latest"))
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0], acknowledge=False)
     until(line, reader.has(lambda r: r.other), "WELCOME")
@@ -225,7 +218,7 @@ def test_a_monitor_without_credit_skips_blocks_but_never_messages(line: Line, co
 def test_a_silent_subscriber_is_dropped_and_subscribes_again(line: Line, consumers: list[Consumer]) -> None:
     now = [0.0]
     line.publisher._clock = lambda: now[0]
-    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers.append(make_consumer())
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0])
     until(line, lambda: line.publisher.subscribers, "the subscription")
@@ -241,7 +234,7 @@ def test_a_silent_subscriber_is_dropped_and_subscribes_again(line: Line, consume
 def test_a_stalled_producer_drops_no_subscriber(line: Line, consumers: list[Consumer]) -> None:
     now = [0.0]
     line.publisher._clock = lambda: now[0]
-    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers.append(make_consumer())
     consumers[0].connect({"board": line.address})
     until(line, lambda: line.publisher.subscribers, "the subscription")
     (subscriber,) = line.publisher.subscribers.values()
@@ -397,7 +390,7 @@ def test_frames_with_values_out_of_range_are_refused_and_the_next_frame_is_taken
     with sockets.socket(zmq.ROUTER) as producer:
         producer.rcvtimeo = int(LIMIT * 1000)
         producer.bind("tcp://127.0.0.1:0")
-        consumers.append(Consumer(STORAGE, "s", "all"))
+        consumers.append(make_consumer())
         consumers[0].connect({"p": producer.getsockopt_string(zmq.LAST_ENDPOINT)})
         route, hello = producer.recv_multipart()
         assert isinstance(unpack_consumer(hello, "c"), Hello)
@@ -429,7 +422,7 @@ def test_the_largest_configurations_fit() -> None:
 
 
 def test_the_number_of_connections_to_gone_producers_is_limited(line: Line, consumers: list[Consumer]) -> None:
-    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers.append(make_consumer())
     connections = consumers[0]._connections
     consumers[0].connect({"board": line.address} | {f"gone {n}": "tcp://127.0.0.1:1" for n in range(50)})
     until(line, lambda: len(connections) == 51 and connections["board"].subscribed, "the subscription")
@@ -451,7 +444,7 @@ def test_the_size_of_a_consumer_s_frame_is_limited(line: Line) -> None:
 
 def test_a_hello_has_the_newest_positions_of_its_producer(line: Line, consumers: list[Consumer]) -> None:
     known = [Position(run, name, 5, 1) for run in range(1, 1001) for name in ("board", "other")]
-    consumers.append(Consumer(STORAGE, "s", "all", positions=lambda: known))
+    consumers.append(make_consumer(positions=lambda: known))
     consumers[0].connect({"board": line.address})
     until(line, lambda: line.publisher.subscribers, "the subscription")
     (subscriber,) = line.publisher.subscribers.values()
@@ -538,7 +531,7 @@ def test_a_new_run_frees_no_block_of_the_previous_run(line: Line, consumers: lis
     assert (line.ring.tail, line.publisher.pending()) == (0, 5)
     # It has some blocks of run 2 already, from a previous subscription.
     positions = [Position(1, "board", 5, 1), Position(2, "board", 5, 1)]
-    consumers.append(Consumer(STORAGE, "s", "all", positions=lambda: positions))
+    consumers.append(make_consumer(positions=lambda: positions))
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0])
     line.write(10)
@@ -567,7 +560,7 @@ def test_acknowledging_a_later_run_does_not_acknowledge_the_previous_run(line: L
 
 
 def test_a_storage_can_get_blocks_again_that_it_did_not_acknowledge(line: Line, consumers: list[Consumer]) -> None:
-    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers.append(make_consumer())
     consumers[0].connect({"board": line.address})
     reader = Reader(consumers[0], acknowledge=False)
     line.begin()
@@ -582,7 +575,7 @@ def test_a_storage_can_get_blocks_again_that_it_did_not_acknowledge(line: Line, 
 
 
 def test_acknowledgements_from_before_the_close_are_sent(line: Line) -> None:
-    consumer = Consumer(STORAGE, "s", "all")
+    consumer = make_consumer()
     consumer.connect({"board": line.address})
     reader = Reader(consumer, acknowledge=False)
     line.begin()
@@ -596,7 +589,7 @@ def test_acknowledgements_from_before_the_close_are_sent(line: Line) -> None:
 def test_an_invalid_address_of_a_producer_affects_no_other_producer(
     line: Line, consumers: list[Consumer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    consumers.append(Consumer(STORAGE, "s", "all"))
+    consumers.append(make_consumer())
     consumers[0].connect({"a": "nonsense", "board": line.address})
     reader = Reader(consumers[0])
     line.begin()
@@ -609,7 +602,7 @@ def test_two_consumers_of_one_name_do_not_supersede_each_other_in_turn(line: Lin
     """The newer consumer has the name. The other waits until the core has confirmed one of them."""
     core = Core()
     for session in ("old", "new"):
-        consumers.append(Consumer(STORAGE, session, "all", core=core if session == "old" else None))
+        consumers.append(make_consumer(session=session, core=core if session == "old" else Core()))
         consumers[-1].connect({"board": line.address})
         second = Reader(consumers[-1])
         until(line, second.has(lambda r: r.other), "WELCOME")

@@ -102,6 +102,17 @@ def until(line: Line, condition: Any, what: str, limit: float = LIMIT) -> None:
         line.work()
 
 
+class Core:
+    """The times that a consumer knows of the core: of its last message, and of the last heartbeat that it answered."""
+
+    def __init__(self) -> None:
+        self.heard = self.confirmed = 0.0
+
+
+def make_consumer(name: str = STORAGE, session: str = "s", mode: str = "all", **options: Any) -> Consumer:
+    return Consumer(name, session, mode, **{"core": Core()} | options)
+
+
 class Reader:
     """Takes all frames from a consumer and acknowledges them as a storage does."""
 
