@@ -61,7 +61,8 @@ class BlockBuilder:
         self._close_at: float | None = None
         self._base, self._base_ns = clock(), wall()
         self.began_ns = 0  # unix ns at which the run began, by the host's clock
-        self._scratch = np.zeros(constants.BLOCK_ROWS, layout.dtype)
+        #: Rows for a decoder that are not kept: outside of runs, or when the ring is full.
+        self.scratch = np.zeros(constants.BLOCK_ROWS, layout.dtype)
 
     def begin(self, run: int, required: Sequence[str]) -> None:
         """Begin `run`, to which all rows belong until end(). `required`: names of its storages."""
@@ -89,10 +90,6 @@ class BlockBuilder:
             self.close_block()
         elif self._close_at is None:
             self._close_at = self._clock() + BLOCK_AGE
-
-    def scratch(self) -> NDArray[Any]:
-        """Rows for a decoder that are not kept: outside of runs, or when the ring is full."""
-        return self._scratch
 
     def drop(self, rows: NDArray[Any]) -> None:
         """Count rows as dropped, which were decoded and counted but found no room."""
@@ -145,8 +142,7 @@ class BlockBuilder:
 
         `outside`: counters of rows outside of runs, as counts() returns them.
         """
-        if self.run is None:
-            raise ValueError("end of a run without a run")
+        assert self.run is not None
         self.close_block()
         end = End(
             self.run,
@@ -197,17 +193,13 @@ class BlockBuilder:
             first_ns,
             self._wall(),
             crc32(payload),
-            self.totals(),
+            # Lists, because for ten io_groups sums in numpy take twice the time.
+            list(map(Totals.of, self.io_groups, self._ring.counts[self.io_groups].tolist())),
             self._take_gaps(),
             text,
             configs,
         )
         return pack(block)
-
-    def totals(self) -> list[Totals]:
-        """Return the totals of each io_group in this run so far."""
-        # Lists, because for ten io_groups sums in numpy take twice the time.
-        return list(map(Totals.of, self.io_groups, self._ring.counts[self.io_groups].tolist()))
 
     def _take_gaps(self) -> list[Gap]:
         gaps = self._ring.gaps

@@ -32,22 +32,24 @@ Done = Callable[[bytes, str], None]
 def sent_rows(
     words: NDArray[np.uint64], io_channels: NDArray[np.uint8], io_group: int, asic: Asic, layout: RowLayout
 ) -> NDArray[Any]:
-    """Make the rows of words that go to the chips, direction 0, in the same order. Invalid words have no row."""
+    """Make the rows of words that go to the chips, direction 0, in the same order.
+
+    As many rows as valid words: they belong to the words only if all are valid.
+    """
     rows = np.zeros(len(words), layout.dtype)
     if "io_channel" in (layout.dtype.names or ()):
-        decoded = word_codec.decode(words, rows, asic=asic, io_group=io_group, direction=0)
-        if decoded == len(words):
-            rows["io_channel"] = io_channels
-            return rows
-    valid = np.zeros(len(words), bool)
-    for io_channel in np.unique(io_channels).tolist():  # layout 1.0 has it in a text; v3 has invalid words
-        for index in np.flatnonzero(io_channels == io_channel).tolist():
-            row = rows[index : index + 1]
-            decoded = word_codec.decode(
-                words[index : index + 1], row, asic=asic, io_group=io_group, io_channel=io_channel, direction=0
-            )
-            valid[index] = decoded == 1
-    return rows[valid]
+        valid = word_codec.decode(words, rows, asic=asic, io_group=io_group, direction=0)
+        rows["io_channel"] = io_channels
+        return rows[:valid]
+    valid = 0
+    for io_channel in np.unique(io_channels).tolist():  # layout 1.0 has it in a text
+        of_channel = io_channels == io_channel
+        decoded = rows[of_channel]
+        valid += word_codec.decode(
+            words[of_channel], decoded, asic=asic, io_group=io_group, io_channel=io_channel, direction=0
+        )
+        rows[of_channel] = decoded
+    return rows[:valid]
 
 
 @dataclass

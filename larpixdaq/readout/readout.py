@@ -172,7 +172,7 @@ class Readout:
                 self._unfinished.add(source)
                 self._full = True
                 return
-            rows = self._recorder.scratch() if room is None else room
+            rows = self._recorder.scratch if room is None else room
             n = source.decode(rows)
             more = n == len(rows)
             if self._listener.listening:

@@ -68,7 +68,7 @@ class Writer:
         self.told[1] += n
 
     def drop(self) -> None:
-        rows = self.recorder.scratch()[: self.rng.choice((1, 7, 500))]
+        rows = self.recorder.scratch[: self.rng.choice((1, 7, 500))]
         rows["io_group"] = 1
         self._count(len(rows))
         self.recorder.drop(rows)
