@@ -106,10 +106,9 @@ class CommandQueue:
         self.blocked = False
         for io_group, channel in self._channels.items():
             waiting = self._waiting[io_group]
-            if channel.busy:
-                reply = channel.take()
-                command = self._in_flight.pop(io_group, None) if reply is not None else None
-                if reply is not None and command is not None and (reply.error or command.sent >= len(command.words)):
+            if channel.busy and (reply := channel.take()) is not None:
+                command = self._in_flight.pop(io_group, None)
+                if command is not None and (reply.error or command.sent >= len(command.words)):
                     waiting.popleft()
                     command.done(reply.body, reply.error)
             if not channel.busy and waiting:

@@ -140,10 +140,10 @@ class Consumer:
             self._arrived.clear()  # before the second look at the queue, because a frame may have come meanwhile
         return self._queue.popleft() if self._queue else None
 
-    def add_credit(self, producer: str, blocks: int = 1) -> None:
-        """Mode "latest": let the producer send so many further blocks, because as many have been processed."""
+    def add_credit(self, producer: str) -> None:
+        """Mode "latest": let the producer send one further block, because one has been processed."""
         with self._lock:
-            self._credit[producer] = self._credit.get(producer, 0) + blocks
+            self._credit[producer] = self._credit.get(producer, 0) + 1
         self._waker.wake()
 
     def acknowledge(self, source: BlockOrigin, following: int) -> None:

@@ -132,6 +132,17 @@ class Commands(RuleBasedStateMachine):
 TestCommands = Commands.TestCase
 
 
+def test_a_request_with_invalid_words_is_refused():
+    """A word of type 0 is none of LArPix v3."""
+    board, outcomes = BoardChannel(1), []
+    commands = CommandQueue([board], Asic.V3, layout_of(Asic.V3), lambda rows, io_group: len(rows))
+    sent = np.concatenate([words(Asic.V3, PacketType.CONFIG_READ, 5, [1, 2]), np.zeros(1, np.uint64)])
+    commands.send_words(1, bytes(3), sent.tobytes(), lambda *outcome: outcomes.append(outcome))
+    commands.work()
+    assert outcomes == [(b"", "board 1: 1 words are not valid for these chips")]
+    assert not board.log
+
+
 @given(
     asic=st.sampled_from([Asic.V1, Asic.V2, Asic.V2_DIAGNOSTICS, Asic.V3]),
     sent=st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255)), max_size=20),
