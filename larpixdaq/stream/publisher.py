@@ -96,9 +96,7 @@ class Publisher:
         self.freed = 0  # blocks
         #: Required storages that have been disconnected for longer than `forget_after`.
         self.forgotten: frozenset[str] = frozenset()
-        self._disconnected: dict[
-            str, float
-        ] = {}  # required storage without a subscription -> monotonic time of its loss
+        self._disconnected: dict[str, float] = {}  # required storage without a subscription -> since when (monotonic)
         self._emptied_at = clock()  # when all waiting frames were last taken
         self._flooded_since: float | None = None  # since when frames have always been waiting
 
@@ -248,11 +246,11 @@ class Publisher:
                 store.acknowledge(subscriber.name, position.run, position.next)
 
     def _acknowledge(self, subscriber: Subscriber, ack: Ack) -> None:
-        store = next((store for store in self.stores if store.epoch == ack.epoch), None)
         if subscriber.mode != "all":
             return
-        if store is not None:
-            store.acknowledge(subscriber.name, ack.run, ack.next)
+        for store in self.stores:
+            if store.epoch == ack.epoch:
+                store.acknowledge(subscriber.name, ack.run, ack.next)
         in_flight = subscriber.in_flight.get((ack.run, ack.epoch))
         while in_flight and in_flight[0][0] < ack.next:
             subscriber.flight_bytes -= in_flight.popleft()[1]
