@@ -37,6 +37,7 @@ from larpixdaq.readout.delivery import Delivery
 from larpixdaq.readout.delivery import add_arguments as add_delivery_arguments
 from larpixdaq.readout.readout import FULL_AGAIN, Readout
 from larpixdaq.runtime.event_loop import Signals, run_main
+from larpixdaq.runtime.units import parse_positive
 from larpixdaq.sources import options as source_options
 from larpixdaq.sources.command_channel import Channel
 from larpixdaq.sources.data_quality import Watch
@@ -459,20 +460,13 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         "run with your rights",
     )  # fmt: skip
     parser.add_argument(
-        "--clock-limit", type=_seconds, default=1.0, metavar="SECONDS",
+        "--clock-limit", type=parse_positive, default=1.0, metavar="SECONDS",
         help="warn when a board's clock differs from the host's by more than this (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
         "--no-record-sent", action="store_false", dest="record_sent",
         help="do not record words that are sent to the chips (default: rows with direction 0)",
     )  # fmt: skip
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, found {text}")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:

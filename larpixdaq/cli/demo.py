@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import select
 import signal
 import subprocess
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from larpixdaq.hdf5.reader import count_words
 from larpixdaq.operator import Operator
 from larpixdaq.producer import DEFAULT_NAME as PRODUCER
 from larpixdaq.runtime.launcher import Group, components, free_port
+from larpixdaq.runtime.units import parse_positive, parse_whole
 
 #: Maximum seconds until every process runs, and of every step of a run.
 STEP_LIMIT = 30.0
@@ -116,17 +117,21 @@ def add_commands(commands: Any) -> None:
         "counts.",
     )
     parser.add_argument(
-        "--seconds", type=_positive, default=10.0, metavar="S", help="length of the run (default %(default)g)"
+        "--seconds", type=parse_positive, default=10.0, metavar="S", help="length of the run (default %(default)g)"
     )
     parser.add_argument(
         "--rate",
-        type=_positive,
+        type=parse_positive,
         default=100_000.0,
         metavar="R",
         help="packets per second, all boards (default %(default)g)",
     )
     parser.add_argument(
-        "--io-groups", type=_boards, default=2, metavar="N", help="emulated boards, 1 to 255 (default %(default)d)"
+        "--io-groups",
+        type=partial(parse_whole, high=255),
+        default=2,
+        metavar="N",
+        help="emulated boards, 1 to 255 (default %(default)d)",
     )
     parser.add_argument(
         "--words-per-message",
@@ -147,20 +152,6 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=run, wrong_usage=parser.error)
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value
-
-
-def _boards(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 255:
-        raise argparse.ArgumentTypeError(f"expected 1 to 255, found {text!r}")
-    return value
 
 
 def _words_per_message(text: str) -> str:

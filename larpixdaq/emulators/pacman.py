@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -21,6 +22,7 @@ from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT
 from larpixdaq.emulators.tile import EmulatedTile, TileBoard
 from larpixdaq.errors import ConfigError
 from larpixdaq.runtime.event_loop import catch_signals
+from larpixdaq.runtime.units import parse_whole
 from larpixdaq.schema import ASICS
 from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT
 
@@ -132,13 +134,6 @@ def words_per_message(text: str) -> int:
     return words
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
-    return number
-
-
 def _time_and_seconds(text: str) -> tuple[float, float]:
     at, colon, seconds = text.partition(":")
     if not colon or float(at) < 0:
@@ -146,16 +141,9 @@ def _time_and_seconds(text: str) -> tuple[float, float]:
     return float(at), float(seconds)
 
 
-def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65_535:
-        raise argparse.ArgumentTypeError(f"expected a port, 0 to 65535, found {text}")
-    return port
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--io-groups", type=_positive, default=1, metavar="N", help="boards, io_groups 1 to N (default 1)")
+    add("--io-groups", type=parse_whole, default=1, metavar="N", help="boards, io_groups 1 to N (default 1)")
     add(
         "--revision",
         choices=sorted(revisions.REVISIONS),
@@ -197,8 +185,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fraction: dict[str, Any] = {"type": detector.fraction, "default": 0.0, "metavar": "F"}
     add("--seed", type=int, default=0, metavar="S", help="seed of the random numbers (default 0)")
-    add("--io-channels", type=_positive, default=8, metavar="N", help="without --chips, at most 255 (default 8)")
-    add("--chips-per-io-channel", type=_positive, default=16, metavar="N", help="the same, at most 240 (default 16)")
+    add("--io-channels", type=parse_whole, default=8, metavar="N", help="without --chips, at most 255 (default 8)")
+    add("--chips-per-io-channel", type=parse_whole, default=16, metavar="N", help="the same, at most 240 (default 16)")
     add("--odd", **fraction, help="fraction of odd packets, such as bad parity (default 0)")
     add("--fifo-full", **fraction, help="fraction of packets with the flag of a full FIFO (default 0)")
     add("--skip", **fraction, help="fraction of messages that are not sent (default 0)")
@@ -216,12 +204,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--queue",
-        type=_positive,
+        type=parse_whole,
         default=QUEUE,
         metavar="N",
         help="without --lossless: messages that may wait for a subscriber (default %(default)d, as on a board)",
     )
-    add("--count", type=_positive, metavar="N", help="end after N words of each board")
+    add("--count", type=parse_whole, metavar="N", help="end after N words of each board")
     add("--wait-for-subscriber", action="store_true", help="begin when each board has a subscriber")
     add("--wait-for-go", action="store_true", help="begin at a line 'go' on standard input, end at its end")
     add("--stay", action="store_true", help="after the last word stay connected until SIGINT or SIGTERM")
@@ -229,7 +217,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, default in (("data", DATA_PORT), ("command", COMMAND_PORT)):
         add(
             f"--{name}-port",
-            type=_port,
+            type=partial(parse_whole, low=0, high=65_535),
             nargs="+",
             default=[default],
             metavar="P",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from datetime import datetime, timezone
 from typing import Final
@@ -85,3 +86,26 @@ def parse_duration(text: str) -> float:
     if match is None:
         raise argparse.ArgumentTypeError(f"time {text!r}: expected a number and one of s, min, h")
     return float(match[1]) * SECONDS[match[2] or "s"]
+
+
+def parse_positive(text: str) -> float:
+    """Parse a finite number above 0; ArgumentTypeError, a usage error, for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    return value
+
+
+def parse_whole(text: str, low: int = 1, high: int | None = None) -> int:
+    """Parse a whole number from `low` to `high`; ArgumentTypeError, a usage error, for anything else."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low or (high is not None and value > high):
+        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"expected a whole number {wanted}, found {text}")
+    return value

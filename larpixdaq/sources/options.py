@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple
 
 from larpixdaq.constants import IO_GROUPS
 from larpixdaq.errors import ConfigError
+from larpixdaq.runtime.units import parse_positive, parse_whole
 from larpixdaq.schema import ASICS, Asic
 from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT, REVISIONS
 from larpixdaq.sources.source import Source
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fake",
         nargs="?",
         const=FAKE_RATE,
-        type=_rate,
+        type=parse_positive,
         metavar="RATE",
         help=f"made-up packets, RATE a second in all (default {FAKE_RATE:g}), to try the system without a board",
     )
@@ -126,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which reports it itself); without it no DAC is set and no voltage is shown",
     )
     board.add_argument(
-        "--baud", type=_whole, metavar="BITS_PER_SECOND", help="speed of the serial line (default: 1000000)"
+        "--baud", type=parse_whole, metavar="BITS_PER_SECOND", help="speed of the serial line (default: 1000000)"
     )
     board.add_argument(
         "--serial-rule",
@@ -141,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replay X times as fast as recorded (default: 1), or as fast as possible; pauses longer than 60 s are "
         "skipped",
     )
-    board.add_argument("--io-groups", type=_whole, metavar="N", help="number of boards of --fake (default: 1)")
+    board.add_argument("--io-groups", type=parse_whole, metavar="N", help="number of boards of --fake (default: 1)")
 
 
 def create(args: argparse.Namespace) -> list[Source]:
@@ -324,20 +325,6 @@ def _number(text: str, what: str, low: int, high: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 12 and low <= int(text) <= high):
         raise ConfigError(f"{what}: expected {low} to {high}, found {text}")
     return int(text)
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text}")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"expected packets per second above 0, found {text}")
-    return value
 
 
 def _speed(text: str) -> float:
