@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -154,21 +154,15 @@ def setup_findings(io_group: int, noticed: NDArray[Any]) -> list[LossVerdict]:
     return [line for line in verdicts(io_group, wrong) if line.verdict != COMPLETE]
 
 
-def sum_notices(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
+def sum_notices(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Add up the notices of several decoders of one io_group."""
-    total: NDArray[Any] | None = None
-    for part in parts:
-        if total is None:
-            total = part.copy()
-            continue
-        new, old = part["events"] > 0, total["events"] > 0
-        total["first_ns"] = np.where(new & old, np.minimum(part["first_ns"], total["first_ns"]), total["first_ns"])
-        total["first_ns"] = np.where(new & ~old, part["first_ns"], total["first_ns"])
-        total["last_ns"] = np.maximum(part["last_ns"], total["last_ns"])
-        total["events"] += part["events"]
-        total["amount"] += part["amount"]
-    if total is None:
-        raise ValueError("no decoder, so nothing was noticed")
+    table = np.stack(parts)
+    total: NDArray[Any] = table[0].copy()
+    total["events"], total["amount"] = table["events"].sum(axis=0), table["amount"].sum(axis=0)
+    total["last_ns"] = table["last_ns"].max(axis=0)
+    never = np.iinfo(table["first_ns"].dtype).max
+    first = np.where(table["events"] > 0, table["first_ns"], never).min(axis=0)
+    total["first_ns"] = np.where(total["events"] > 0, first, 0)
     return total
 
 
@@ -202,17 +196,10 @@ class Presence:
         #: Time of the loss of the connection, whatever runs begin and end; 0: connected.
         self.away_ns = 0
 
-    def expect(self, now: int) -> None:
-        """Count the board as disconnected from now on, until it connects."""
-        self.away_ns = now
-
     def start(self, now: int) -> None:
         """Begin a run. The state of the connection stays as it is."""
-        self._state = (
-            ConnectionState.CONNECTED
-            if self._state in (ConnectionState.CONNECTED, ConnectionState.RECONNECTED)
-            else ConnectionState.ABSENT
-        )
+        connected = self._state in (ConnectionState.CONNECTED, ConnectionState.RECONNECTED)
+        self._state = ConnectionState.CONNECTED if connected else ConnectionState.ABSENT
         self._run_began = self._gap_began = now
         self._last_message = self._gap_count = 0
         self._backlog = 0, -1, 0
@@ -273,25 +260,21 @@ class Presence:
 
     def findings(self, io_group: int, now: int) -> list[LossVerdict]:
         """Return a line for each gap since start(). `now`: or the time at which end_run was requested."""
-        found: list[LossVerdict] = []
-        for first, last in self._gaps:
-            more = self._gap_count - MOST_GAPS if len(found) == MOST_GAPS - 1 else 0
-            found.append(
-                _gap(io_group, f"board disconnected{f', and {more} times more' if more > 0 else ''}", first, last)
-            )
+        gaps = [("board disconnected", *gap) for gap in self._gaps]
+        if self._gap_count > MOST_GAPS:
+            gaps[-1] = (f"board disconnected, and {self._gap_count - MOST_GAPS} times more", *self._gaps[-1])
         if self._state is ConnectionState.RECONNECTED:
-            found.append(_gap(io_group, "board disconnected, silent since it reconnected", self._gap_began, now))
+            gaps.append(("board disconnected, silent since it reconnected", self._gap_began, now))
         elif self._state is ConnectionState.LOST and now - self._all_stored(now) > END_GRACE_NS:
-            found.append(_gap(io_group, "board disconnected, did not reconnect", self._gap_began, now))
+            gaps.append(("board disconnected, did not reconnect", self._gap_began, now))
         elif self._state is ConnectionState.ABSENT:
-            found.append(_gap(io_group, "board never connected", self._gap_began, now))
+            gaps.append(("board never connected", self._gap_began, now))
         elif not self._last_message and self._silence and now - self._run_began > self._silence:
-            found.append(_gap(io_group, "board connected but silent, without any heartbeat", self._run_began, now))
-        return found
-
-
-def _gap(io_group: int, text: str, first: int, last: int) -> LossVerdict:
-    return LossVerdict(io_group, SUSPECT, f"{text}: {(last - first) / 1e9:.1f} s", 0, first, last)
+            gaps.append(("board connected but silent, without any heartbeat", self._run_began, now))
+        return [
+            LossVerdict(io_group, SUSPECT, f"{text}: {(last - first) / 1e9:.1f} s", 0, first, last)
+            for text, first, last in gaps
+        ]
 
 
 class Watch:
@@ -365,7 +348,7 @@ class BoardClock:
         if bounds is None:
             return
         low, high = bounds[0] / 1e9, bounds[1] / 1e9
-        known = self._bounds()
+        known = self._interval() if self._readings else None
         self._late = self._late + 1 if known is not None and high < known[0] - _CLOCK_STEP else 0
         if known is not None and (low > known[1] + _CLOCK_STEP or self._late >= _STEP_READINGS):
             self._readings.clear()
@@ -387,9 +370,6 @@ class BoardClock:
         passed = (now - then) / 1e6
         drift = (offset - (first_low + first_high) / 2) / passed
         return ClockReading(offset, uncertainty, drift, (uncertainty + (first_high - first_low) / 2) / passed)
-
-    def _bounds(self) -> tuple[float, float] | None:
-        return self._interval() if self._readings else None
 
     def _interval(self) -> tuple[float, float]:
         """Return the bounds of the offset from the last minute. An upper bound below a lower one comes from a delayed

@@ -16,7 +16,6 @@ from zmq.utils.monitor import recv_monitor_message
 from larpixdaq._native.decoders import BernDecoder, PacmanDecoder
 from larpixdaq._native.zmq_batch import Receiver
 from larpixdaq.constants import Count
-from larpixdaq.errors import ConfigError
 from larpixdaq.schema import NOTICES, RowLayout
 from larpixdaq.sources.command_channel import HostLookup, RequestChannel, endpoint
 from larpixdaq.sources.data_quality import BoardClock
@@ -101,12 +100,8 @@ class BoardSource(LiveSource):
         self._host_problem = ""  # the last one in a warning
 
     def open(self) -> None:
-        """Connect, and try again while the board is disconnected or its host's name is not found.
-
-        ConfigError for an impossible port."""
-        if not 1 <= self._port <= 65_535:
-            raise ConfigError(f"{self.name}: expected a port from 1 to 65535")
-        self._presence.expect(time.time_ns())
+        """Connect, and try again while the board is disconnected or its host's name is not found."""
+        self._presence.lost(time.time_ns())  # until it connects
         # A context of its own, because its I/O thread then reads this board alone.
         self._context = zmq.Context()
         self._data: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
@@ -147,10 +142,10 @@ class BoardSource(LiveSource):
         return [board._replace(problem=self._host.problem, clock=self._clock.reading())]
 
     def due(self) -> float | None:
-        if self._context is None:
-            return None
-        silent = [] if self._silent else [self._last_message + self._silence]
-        return min([*silent, *([] if self._reconnect_at is None else [self._reconnect_at])], default=None)
+        times = [] if self._silent else [self._last_message + self._silence]
+        if self._reconnect_at is not None:
+            times.append(self._reconnect_at)
+        return min(times, default=None)
 
     def read(self) -> bool:
         receiver = self._receiver
@@ -202,7 +197,10 @@ class BoardSource(LiveSource):
         if self._reconnect_at is not None and now >= self._reconnect_at:
             self._reconnect_at = None
             self._host.forget()
-            self._disconnect()
+            if self._endpoint:
+                with contextlib.suppress(zmq.ZMQError):  # libzmq has given up: there is no connection
+                    self._data.disconnect(self._endpoint)
+            self._endpoint = ""
         if not self._endpoint:
             self._find_host()
         if not self._silent and now >= self._last_message + self._silence:
@@ -218,12 +216,6 @@ class BoardSource(LiveSource):
         elif self._host.problem and self._host.problem != self._host_problem:
             self._problem(f"{self._host.problem}; trying again")
         self._host_problem = self._host.problem
-
-    def _disconnect(self) -> None:
-        if self._endpoint:
-            with contextlib.suppress(zmq.ZMQError):  # libzmq has given up: there is no connection
-                self._data.disconnect(self._endpoint)
-        self._endpoint = ""
 
     def _take_events(self, now: float, since: float | None = None) -> None:
         """Handle events of the connection. `since`: it was in order then, because messages arrive (monotonic)."""
