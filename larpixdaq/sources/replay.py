@@ -88,11 +88,32 @@ class ReplaySource(PieceSource):
         """Open all files, so that a wrong file is reported first. After close(): play from the beginning."""
         self._decoders = Decoders(self._asic, format=self._format, clock64=self._clock64)
         self._recordings, self._piece, self._texts, self.finished = [], None, [], False
-        try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+        found: set[int] = set()
+        for io_group, path in self._files:
+            try:
+                recording: Recording = open_recording(path) or MessageLog(path)
+            except OSError as error:
+                raise error if isinstance(error, FileError) else FileError(f"{path}: {error.strerror}") from None
+            self._recordings.append(recording)
+            if isinstance(recording, RawFile) and recording.left_out:
+                self._problems.append(
+                    f"{path}: the last {recording.left_out} messages have no io_group and are left out"
+                )
+            if path.name.endswith(names.PART) and _journaled(path):
+                self._problems.append(f"{path}: not finished: blocks in its journal are not played (larpixdaq recover)")
+            found.update((io_group,) if isinstance(recording, MessageLog) else recording.io_groups(io_group))
+        if (
+            not self._opened
+            and self._format == "auto"
+            and any(_has_wide_clock(recording) for recording in self._recordings)
+        ):
+            self.layout = layout_of(self._asic, clock64=True)
+        self._opened = True
+        for recording in self._recordings:
+            if isinstance(recording, PacketFile):
+                recording.check(self._asic, self.layout)
+        self.io_groups = tuple(sorted(found))
+        self._pieces = self._play()
 
     def close(self) -> None:
         for recording in self._recordings:
@@ -139,34 +160,6 @@ class ReplaySource(PieceSource):
     def texts(self) -> list[tuple[str, int]]:
         texts, self._texts = self._texts, []
         return texts
-
-    def _open(self) -> None:
-        found: set[int] = set()
-        for io_group, path in self._files:
-            try:
-                recording: Recording = open_recording(path) or MessageLog(path)
-            except OSError as error:
-                raise error if isinstance(error, FileError) else FileError(f"{path}: {error.strerror}") from None
-            self._recordings.append(recording)
-            if isinstance(recording, RawFile) and recording.left_out:
-                self._problems.append(
-                    f"{path}: the last {recording.left_out} messages have no io_group and are left out"
-                )
-            if path.name.endswith(names.PART) and _journaled(path):
-                self._problems.append(f"{path}: not finished: blocks in its journal are not played (larpixdaq recover)")
-            found.update((io_group,) if isinstance(recording, MessageLog) else recording.io_groups(io_group))
-        if (
-            not self._opened
-            and self._format == "auto"
-            and any(_has_wide_clock(recording) for recording in self._recordings)
-        ):
-            self.layout = layout_of(self._asic, clock64=True)
-        self._opened = True
-        for recording in self._recordings:
-            if isinstance(recording, PacketFile):
-                recording.check(self._asic, self.layout)
-        self.io_groups = tuple(sorted(found))
-        self._pieces = self._play()
 
     def _play(self) -> Iterator[RecordedMessages | RecordedRows]:
         for (io_group, _), recording in zip(self._files, self._recordings, strict=True):
