@@ -314,11 +314,8 @@ class Producer:
         if age < END_READ_ON or (busy and age < END_LIMIT):
             return
         self.ending = None
-        warning = None
-        if busy:
-            warning = f"{self.name}: boards still sent {END_LIMIT:g} s after end_run; later data are not in this run"
-        off = [f"{board.name}: {board.clock}" for board in self._off_clocks()]
-        warnings = [*([warning] if warning else []), *off]
+        text = f"{self.name}: boards still sent {END_LIMIT:g} s after end_run; later data are not in this run"
+        warnings = [*([text] if busy else []), *(f"{board.name}: {board.clock}" for board in self._off_clocks())]
         end = self._finish("closed")
         end.warning = "; ".join(warnings) or None
         call.result(end)
@@ -383,6 +380,7 @@ class Producer:
             self._verdicts()
         else:
             self._warn(self._idle_watch, [line for board in self._boards() for line in board.setup])
+        self._check_at = time.monotonic() + CHECK_INTERVAL
 
     def _boards(self) -> list[BoardStatus]:
         return [board for source in self.boards for board in source.boards()]
@@ -394,7 +392,6 @@ class Producer:
     def _warn(self, watch: Watch, found: list[LossVerdict]) -> None:
         for line in watch.update(found, time.monotonic()):
             log.warning("%s", line)
-        self._check_at = time.monotonic() + CHECK_INTERVAL
 
     def status(self) -> ProducerStatus:
         total = self.delivery.ring.counts.sum(axis=0).tolist()
@@ -439,10 +436,6 @@ def _report(board: BoardStatus) -> BoardReport:
     )
 
 
-def _waits(when_full: str | None, boards: list[Source]) -> bool:
-    return when_full == "wait" if when_full else all(source.waits for source in boards)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_component_arguments(parser, DEFAULT_NAME)
     source_options.add_arguments(parser)
@@ -482,7 +475,7 @@ def main(argv: list[str] | None = None) -> int:
                 if not folder.is_dir():
                     raise ConfigError(f"--routines {folder}: no such directory")
             boards = source_options.create(options)
-            waits = _waits(options.when_full, boards)
+            waits = options.when_full == "wait" if options.when_full else all(source.waits for source in boards)
             for source in boards:
                 source.waits = waits
             for source in boards:  # first, so that a wrong device or file is reported at once

@@ -182,10 +182,8 @@ def _kind(args: argparse.Namespace) -> tuple[str, Any]:
         return _from_io_config(*args.io_config)
     if args.serial is not None:
         return "serial", (1, args.serial, None)
-    kinds = [kind for kind in ("pacman", "bern", "replay", "fake") if getattr(args, kind) is not None]
-    if len(kinds) != 1:
-        raise ConfigError("exactly one source is needed: --serial, --pacman, --bern, --replay, --fake or --io-config")
-    return kinds[0], getattr(args, kinds[0])
+    kind = next(kind for kind in ("pacman", "bern", "replay", "fake") if getattr(args, kind) is not None)
+    return kind, getattr(args, kind)
 
 
 def _from_io_config(io_class: str, *arguments: str) -> tuple[str, Any]:
@@ -289,8 +287,8 @@ def _serial(args: argparse.Namespace, asic: Asic, given: tuple[int, str, int | N
 
     io_group, device, baud = given
     _io_group(str(io_group), device)
-    rule = args.serial_rule or "strict"
-    return [SerialSource(device, io_group, asic=asic, baud=args.baud or baud or BAUD, rule=rule)]
+    baud = args.baud or baud or BAUD
+    return [SerialSource(device, io_group, asic=asic, baud=baud, rule=args.serial_rule or "strict")]
 
 
 def _replay(args: argparse.Namespace, asic: Asic, files: list[str]) -> list[Source]:
@@ -304,14 +302,13 @@ def _replay(args: argparse.Namespace, asic: Asic, files: list[str]) -> list[Sour
         else:
             named.append((1, text))
     form = args.pacman_format or "auto"
-    speed = 1.0 if args.speed is None else args.speed
-    return [ReplaySource(named, asic=asic, format=form, clock64=bool(args.clock64), speed=speed)]
+    return [ReplaySource(named, asic=asic, format=form, clock64=bool(args.clock64), speed=args.speed or 1.0)]
 
 
 def _fake(args: argparse.Namespace, asic: Asic, rate: float) -> list[Source]:
     from larpixdaq.sources.fake import FakeSource
 
-    count = 1 if args.io_groups is None else args.io_groups
+    count = args.io_groups or 1
     if count >= IO_GROUPS:
         raise ConfigError(f"--io-groups {count}: a producer has at most {IO_GROUPS - 1}")
     return [FakeSource(io_group, rate / count, asic=asic, seed=io_group) for io_group in range(1, count + 1)]

@@ -41,14 +41,13 @@ class PacmanChannel(RequestChannel):
         host: HostLookup,
         port: int,
         *,
-        format: str = "auto",
         revision: int = 0,
-        detected_format: Callable[[], str | None] = lambda: None,
+        board_format: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """`detected_format` returns the format of the board's data, "legacy" or "1.0"; None while it is not known."""
+        """`board_format` returns the format of the board, "legacy" or "1.0"; None while it is not known."""
         super().__init__("PACMAN", io_group, host, port, self._check)
         self.revision = revision
-        self._format: Callable[[], str | None] = detected_format if format == "auto" else lambda: format
+        self._board_format = board_format
         self._sent = 0
 
     def send_words(self, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
@@ -59,7 +58,7 @@ class PacmanChannel(RequestChannel):
         self.send_raw(message.tobytes())
 
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
-        if self._format() == "1.0":  # a legacy request would crash the command server of such a board
+        if self._board_format() == "1.0":  # a legacy request would crash the command server of such a board
             self._refuse("commands are known for the legacy format only, and the board sends format 1.0")
         elif not body or len(body) % _WORD_BYTES or len(body) > 65_535 * _WORD_BYTES:
             self._refuse(f"expected 1 to 65535 words of {_WORD_BYTES} bytes, found {len(body)} bytes")
@@ -70,7 +69,7 @@ class PacmanChannel(RequestChannel):
     @property
     def identify(self) -> bytes:
         """Empty until the board's format is known to be legacy, because an unknown request may crash the server."""
-        if self._format() != "legacy":
+        if self._board_format() != "legacy":
             return b""
         return b"".join(_REGISTER.pack(b"R", register, 0) for register in _VERSION)
 
@@ -114,16 +113,14 @@ class PacmanSource(BoardSource):
         lookup = HostLookup(host)
         self._format = format
         decoder = PacmanDecoder(io_group, asic, format=format, clock64=clock64)
-        self.channels = (
-            PacmanChannel(
-                io_group,
-                lookup,
-                command_port,
-                format=format,
-                revision=revision,
-                detected_format=lambda: decoder.format,
-            ),
+        channel = PacmanChannel(
+            io_group,
+            lookup,
+            command_port,
+            revision=revision,
+            board_format=lambda: decoder.format if format == "auto" else format,
         )
+        self.channels = (channel,)
         super().__init__(
             "PACMAN",
             io_group,
