@@ -82,7 +82,6 @@ class IoClassSource(PieceSource):
         self._restart_at: float | None = None
         self._restart_delay = RESTART_DELAY
         self._stable_at = math.inf
-        self._lost_at = 0.0
 
     def open(self) -> None:
         """Start the process and wait until the class is ready; ConfigError says why it is not."""
@@ -179,12 +178,9 @@ class IoClassSource(PieceSource):
                 )
             elif self.io_groups != io_groups:
                 return f"its io_groups were {list(self.io_groups)} and are {list(io_groups)} now"
-            elif self._lost_at:
-                self._problems.append(f"{self.name}: connected again after {now - self._lost_at:.1f} s")
             self._ready = True
-            self._disconnection = ""
             self._stable_at = now + MAX_RESTART_DELAY
-            self._presence.connected(time.time_ns())
+            self._note_connection()
         return ""
 
     def _post(self, message: bytes) -> bool:
@@ -201,13 +197,8 @@ class IoClassSource(PieceSource):
         if status is not None and reason == _ENDED:
             reason += f" by signal {signal_name(-status)}" if status < 0 else f" with status {status}"
         self._restart_at = now + self._restart_delay
-        self._problems.append(
-            f"{self.name}: {reason}" + (f"; starts again in {self._restart_delay:g} s" if self.io_groups else "")
-        )
+        self._note_loss(reason, reason + (f"; starts again in {self._restart_delay:g} s" if self.io_groups else ""))
         self._restart_delay = min(2 * self._restart_delay, MAX_RESTART_DELAY)
-        self._lost_at = now
-        self._disconnection = reason
-        self._presence.lost(time.time_ns())
         for channel in self.channels:
             channel.fail(reason)
 
@@ -221,8 +212,8 @@ class IoClassSource(PieceSource):
 class IoClassChannel(Channel):
     """Words to the chips of one io_group by the class's `send`; a request ends when `send` has returned.
 
-    The source receives the outcome among the data.
-    A class with the methods of PACMAN_IO for registers also takes orders to the board, in the format of a PACMAN."""
+    The source receives the outcome among the data. A class with the methods of PACMAN_IO for registers also takes
+    orders to the board, in the format of a PACMAN."""
 
     batch = _WORDS
 

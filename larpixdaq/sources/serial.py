@@ -7,6 +7,7 @@ device (an unplugged cable) once a second.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -124,7 +125,6 @@ class SerialSource(LiveSource):
         self._poll = select.poll()
         self._flush_at: float | None = None
         self._retry_at: float | None = None
-        self._lost_at = 0.0
 
     def close(self) -> None:
         self._disconnect()
@@ -137,7 +137,9 @@ class SerialSource(LiveSource):
     def read(self) -> bool:
         now = time.monotonic()
         if self._retry_at is not None and now >= self._retry_at:
-            self._reconnect(now)
+            self._retry_at = now + RETRY
+            with contextlib.suppress(ConfigError):
+                self.open()
         if self._take(now):
             return True
         if self._flush_at is not None and now >= self._flush_at:
@@ -178,9 +180,8 @@ class SerialSource(LiveSource):
         self._poll.register(self._port.fileno(), select.POLLIN)
         self.sockets = (self._port.fileno(),)
         self._line.fd = self._port.fileno()
-        self._presence.connected(time.time_ns())
+        self._note_connection()
         self._retry_at = None
-        self._disconnection = ""
 
     def _disconnect(self) -> None:
         self.sockets = ()
@@ -193,20 +194,9 @@ class SerialSource(LiveSource):
         try:
             port.close()
         except OSError as error:
-            self._problems.append(f"{self.name}: closing it failed: {error}")
+            self._problem(f"closing it failed: {error}")
 
     def _lose(self, now: float, reason: str) -> None:
         self._disconnect()
-        self._lost_at = now
-        self._disconnection = reason
-        self._presence.lost(time.time_ns())
+        self._note_loss(reason, f"disconnected ({reason}); trying again every {RETRY:g} s")
         self._retry_at = now + RETRY
-        self._problems.append(f"{self.name}: disconnected ({reason}); trying again every {RETRY:g} s")
-
-    def _reconnect(self, now: float) -> None:
-        try:
-            self.open()
-        except ConfigError:
-            self._retry_at = now + RETRY
-        else:
-            self._problems.append(f"{self.name}: connected again after {now - self._lost_at:.1f} s")

@@ -68,6 +68,7 @@ class Source(ABC):
         self.io_groups = io_groups
         self._presence = Presence(int(silence * 1e9))
         self._disconnection = ""  # its reason
+        self._lost_at = 0.0  # monotonic seconds; 0: connected, or never lost
         self._problems: list[str] = []
 
     @abstractmethod
@@ -130,6 +131,20 @@ class Source(ABC):
     def delivered(self, made: int, stored: int, now: int) -> None:
         """Note how many blocks of the producer were made and stored until now (unix ns). Called about once a second."""
         self._presence.delivered(made, stored, now)
+
+    def _problem(self, text: str) -> None:
+        self._problems.append(f"{self.name}: {text}")
+
+    def _note_connection(self) -> None:
+        if self._lost_at:
+            self._problem(f"connected again after {time.monotonic() - self._lost_at:.1f} s")
+        self._lost_at, self._disconnection = 0.0, ""
+        self._presence.connected(time.time_ns())
+
+    def _note_loss(self, reason: str, warning: str) -> None:
+        self._lost_at, self._disconnection = time.monotonic(), reason
+        self._presence.lost(time.time_ns())
+        self._problem(warning)
 
     @abstractmethod
     def _noticed(self, io_group: int) -> NDArray[Any]:

@@ -44,8 +44,6 @@ KEEPALIVE = {
 #: Seconds without a connection until the source connects again. libzmq does so by itself within a second, but gives up
 #: for good after an error of the protocol (a message above the limit, or a program that is no board).
 RECONNECT_AFTER = 2.0
-#: Maximum number of warnings kept until problems() returns them.
-MOST_PROBLEMS = 100
 
 _WATCHED = (
     zmq.EVENT_DISCONNECTED
@@ -176,10 +174,6 @@ class BoardSource(LiveSource):
         self._decoder.heard(wall, since, now)
         self._decoder.feed(receiver.buffer, receiver.spans[:n])
         return True
-
-    def _problem(self, text: str) -> None:
-        if len(self._problems) < MOST_PROBLEMS:
-            self._problems.append(f"{self.name}: {text}")
 
     def _reject_oversized(self, messages: int, size: int) -> None:
         self._decoder.heard(time.time_ns())
