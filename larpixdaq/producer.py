@@ -150,9 +150,9 @@ class Producer:
         """Read, record and serve until a signal comes."""
         self.node.connect(signals=signals)
         poller, resting = zmq.Poller(), zmq.Poller()
-        for always in (signals.fileno(), self.node.fileno(), self.child.fileno(), self.publisher.socket):
-            poller.register(always, zmq.POLLIN)
-            resting.register(always, zmq.POLLIN)
+        for readable in (signals.fileno(), self.node.fileno(), self.child.fileno(), self.publisher.socket):
+            poller.register(readable, zmq.POLLIN)
+            resting.register(readable, zmq.POLLIN)
         poller.register(self.delivery.fileno(), zmq.POLLIN)
         self.readout.watch(poller)
         while not signals.stop:
@@ -292,10 +292,10 @@ class Producer:
         if self.recorder.run is not None:
             self._put_configurations(self.tracker.changes())
 
-    def _put_configurations(self, found: Configurations) -> None:
+    def _put_configurations(self, configurations: Configurations) -> None:
         """Record configurations in the run, and mark all changes as reported."""
         self.tracker.mark_reported()
-        for piece in found.pieces():
+        for piece in configurations.pieces():
             if not self.recorder.info(piece.text(), piece.pack()):
                 log.warning("the ring is full: not in the file: %s", piece.text())
 
@@ -354,20 +354,20 @@ class Producer:
         made, stored, wall = own.head, own.acknowledged(), time.time_ns()
         for source in self.boards:
             source.delivered(made, stored, wall)
-        found = [line for source in self.boards for line in source.evidence(now)]
-        found += self._unusable(now)
-        self._warn(self._watch, found)
-        return found
+        verdicts = [line for source in self.boards for line in source.evidence(now)]
+        verdicts += self._unusable(now)
+        self._warn(self._watch, verdicts)
+        return verdicts
 
     def _unusable(self, now: int) -> list[LossVerdict]:
         """Return a line for each io_group with mostly unknown or rejected words in this run."""
-        found = []
+        lines = []
         for io_group, *counts in self.recorder.counts():
-            named = dict(zip(constants.COUNTS, counts, strict=True))
-            if why := unusable(named):
-                refused = named["unknown_words"] + named["rejected_words"]
-                found.append(LossVerdict(io_group, VERDICTS[-1], why, refused, self.recorder.began_ns, now))
-        return found
+            counters = dict(zip(constants.COUNTS, counts, strict=True))
+            if why := unusable(counters):
+                refused = counters["unknown_words"] + counters["rejected_words"]
+                lines.append(LossVerdict(io_group, VERDICTS[-1], why, refused, self.recorder.began_ns, now))
+        return lines
 
     def _check_boards(self) -> None:
         """Ask for firmware, and log new findings about the boards: in this run or, between runs, for the next one."""
@@ -389,8 +389,8 @@ class Producer:
         """Return the boards whose clocks differ from the host's by more than --clock-limit."""
         return [board for board in self._boards() if board.clock and board.clock.exceeds(self._clock_limit)]
 
-    def _warn(self, watch: Watch, found: list[LossVerdict]) -> None:
-        for line in watch.update(found, time.monotonic()):
+    def _warn(self, watch: Watch, verdicts: list[LossVerdict]) -> None:
+        for line in watch.update(verdicts, time.monotonic()):
             log.warning("%s", line)
 
     def status(self) -> ProducerStatus:
@@ -414,15 +414,15 @@ class Producer:
 
 def _warnings(boards: list[BoardStatus], limit: float) -> list[str]:
     """Return the warnings about boards for prepare_run. `limit`: maximum offset of their clocks, in seconds."""
-    found = []
+    warnings = []
     for board in boards:
         if board.away_ns:
             problem = f" ({board.problem})" if board.problem else ""
-            found.append(f"{board.name} is not connected{problem}")
+            warnings.append(f"{board.name} is not connected{problem}")
         if board.clock is not None and board.clock.exceeds(limit):
-            found.append(f"{board.name}: {board.clock}")
-        found += [f"io_group {board.io_group}: {line.why}" for line in board.setup]
-    return found
+            warnings.append(f"{board.name}: {board.clock}")
+        warnings += [f"io_group {board.io_group}: {line.why}" for line in board.setup]
+    return warnings
 
 
 def _report(board: BoardStatus) -> BoardReport:

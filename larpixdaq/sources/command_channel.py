@@ -213,8 +213,8 @@ class HostLookup:
 
     def _resolve(self) -> None:
         try:
-            found = socket.getaddrinfo(self.host, None, self._family, socket.SOCK_STREAM)
-            self._result = str(found[0][4][0]), ""
+            addresses = socket.getaddrinfo(self.host, None, self._family, socket.SOCK_STREAM)
+            self._result = str(addresses[0][4][0]), ""
         except (OSError, UnicodeError) as error:
             self._result = "", f"cannot find host {self.host!r}: {error}"
 

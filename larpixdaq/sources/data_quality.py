@@ -126,13 +126,13 @@ def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[LossVerdict]
     """Return the verdicts on one io_group: `others` (about its connection), then the findings of its decoder.
 
     `noticed`: dtype schema.NOTICE, one for each of NOTICES. Without any finding there is one line "complete"."""
-    found = list(others)
+    lines = list(others)
     for name, notice in zip(NOTICES, noticed, strict=True):
         if notice["events"]:
             finding = FINDINGS[name]
             numbers = {"events": int(notice["events"]), "amount": int(notice["amount"])}
             seconds = numbers["amount"] / 1e6  # of notices that count microseconds
-            found.append(
+            lines.append(
                 LossVerdict(
                     io_group,
                     finding.verdict,
@@ -142,7 +142,7 @@ def verdicts(io_group: int, noticed: NDArray[Any], others: Iterable[LossVerdict]
                     int(notice["last_ns"]),
                 )
             )
-    return found or [LossVerdict(io_group, COMPLETE, "", 0, 0, 0)]
+    return lines or [LossVerdict(io_group, COMPLETE, "", 0, 0, 0)]
 
 
 def setup_findings(io_group: int, noticed: NDArray[Any]) -> list[LossVerdict]:
@@ -290,13 +290,13 @@ class Watch:
         self.worst.clear()
         self._warned.clear()
 
-    def update(self, found: Iterable[LossVerdict], now: float) -> list[str]:
+    def update(self, verdicts: Iterable[LossVerdict], now: float) -> list[str]:
         """Take the present verdicts and return the warnings, one line each. `now`: monotonic seconds.
 
         A warning is a finding of a kind that is new in its io_group, or has changed since the last warning."""
         lines = []
         worst: dict[int, str] = {}
-        for line in found:
+        for line in verdicts:
             worst[line.io_group] = max(worst.get(line.io_group, COMPLETE), line.verdict, key=VERDICTS.index)
             kind = line.io_group, _kind(line)
             at, warned = self._warned.get(kind, (-math.inf, set()))

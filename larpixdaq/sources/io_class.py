@@ -117,33 +117,33 @@ class IoClassSource(PieceSource):
 
     def _receive(self, now: float) -> bool:
         """Take the messages of the process. Returns whether there are board messages among them."""
-        found: list[Data] = []
+        data_messages: list[Data] = []
         reason = ""
         ready = self._ready
-        while self._process.alive and not reason and len(found) < _BATCH and self._ready == ready:
-            data = self._process.receive()
-            if data is None:
+        while self._process.alive and not reason and len(data_messages) < _BATCH and self._ready == ready:
+            packet = self._process.receive()
+            if packet is None:
                 break
             try:
-                message = answers.decode(data)
+                message = answers.decode(packet)
             except msgspec.MsgspecError:  # nothing: the process has ended, or closed its socket
                 reason = _ENDED
             else:
                 if isinstance(message, Data):
-                    found.append(message)
+                    data_messages.append(message)
                     self._more = True
                 else:
                     reason = self._handle(message, now)
         if reason:
             self._lose(now, reason)
         self.drained = not self._more
-        return bool(found) and self._release_messages(found)
+        return bool(data_messages) and self._release_messages(data_messages)
 
-    def _release_messages(self, found: list[Data]) -> bool:
+    def _release_messages(self, messages: list[Data]) -> bool:
         self._presence.heard(time.time_ns())
-        data = np.frombuffer(b"".join(one.log for one in found), np.uint8)
+        data = np.frombuffer(b"".join(message.log for message in messages), np.uint8)
         spans, _ = split_log(data)
-        groups = np.frombuffer(b"".join(one.io_groups for one in found), np.uint8)
+        groups = np.frombuffer(b"".join(message.io_groups for message in messages), np.uint8)
         self._piece = RecordedMessages(self._decoders, data, spans, groups, None)
         return self._piece.release(0.0)
 

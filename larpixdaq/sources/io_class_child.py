@@ -68,13 +68,13 @@ def make(name: str, arguments: Sequence[str]) -> Any:
     Arguments that look like numbers become numbers. ConfigError, in one line, when there is no such class."""
     module, _, attribute = name.replace(":", ".").rpartition(".")
     try:
-        found = getattr(importlib.import_module(module or "larpix.io"), attribute, None)
+        io_class = getattr(importlib.import_module(module or "larpix.io"), attribute, None)
     except ImportError as error:
         raise ConfigError(f"module {module} cannot be imported: {error}") from None
     needed = ("send", "start_listening", "empty_queue")
-    if not isinstance(found, type) or not all(callable(getattr(found, method, None)) for method in needed):
+    if not isinstance(io_class, type) or not all(callable(getattr(io_class, method, None)) for method in needed):
         raise ConfigError(f"no class {attribute} with {', '.join(needed)} in {module or 'larpix.io'}")
-    return found(*map(_value, arguments))
+    return io_class(*map(_value, arguments))
 
 
 def _value(text: str) -> int | float | str:
@@ -164,7 +164,7 @@ def _unknown_word(text: str) -> Word:
 
 
 def _body(forms: Sequence[struct.Struct], words: Iterable[Word]) -> bytes:
-    return b"".join([forms[which].pack(*content) for which, *content in words])
+    return b"".join([forms[kind].pack(*content) for kind, *content in words])
 
 
 def _pack_fitting(forms: Sequence[struct.Struct], word: Word) -> bytes:

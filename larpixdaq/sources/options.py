@@ -147,23 +147,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def create(args: argparse.Namespace) -> list[Source]:
     """Make the sources of the options, without opening them. ConfigError, in one line, for impossible options."""
-    kind, given = _kind(args)
+    kind, values = _kind(args)
     for option, kinds in _ONLY_FOR.items():
         if getattr(args, option) is not None and kind not in kinds:
             names = " and ".join(f"--{name}" for name in kinds)
             raise ConfigError(f"--{option.replace('_', '-')} is for {names} only, not for --{kind}")
     asic = asic_of(args)
     if kind == "serial":
-        return _serial(args, asic, given)
+        return _serial(args, asic, values)
     if kind == "replay":
-        return _replay(args, asic, given)
+        return _replay(args, asic, values)
     if kind == "fake":
-        return _fake(args, asic, given)
+        return _fake(args, asic, values)
     if kind == "io-config":
         from larpixdaq.sources.io_class import IoClassSource
 
-        return [IoClassSource(*given, asic=asic, clock64=bool(args.clock64), revisions=_revisions(args, kind))]
-    return _boards(args, asic, kind, given)
+        return [IoClassSource(*values, asic=asic, clock64=bool(args.clock64), revisions=_revisions(args, kind))]
+    return _boards(args, asic, kind, values)
 
 
 def asic_of(args: argparse.Namespace) -> Asic:
@@ -215,7 +215,7 @@ def _from_io_config(io_class: str, *arguments: str) -> tuple[str, Any]:
 
 def boards(addresses: list[str]) -> list[BoardAddress]:
     """Parse addresses `[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]`. ConfigError for wrong and for duplicate ones."""
-    found: list[BoardAddress] = []
+    parsed: list[BoardAddress] = []
     for place, text in enumerate(addresses, start=1):
         match = _BOARD.fullmatch(text)
         if match is None:
@@ -231,15 +231,15 @@ def boards(addresses: list[str]) -> list[BoardAddress]:
         if command == data:
             raise ConfigError(f"board address {text!r}: data port and command port are both {data}")
         board = BoardAddress(io_group, match["host"], data, command)
-        for other in found:
+        for other in parsed:
             if other.io_group == board.io_group:
                 raise ConfigError(f"board address {text!r}: io_group {io_group} is that of {other.host} already")
             if (other.host, other.data_port) == (board.host, board.data_port):
                 raise ConfigError(f"board address {text!r}: io_group {other.io_group} has the same address")
-        found.append(board)
-    if len(found) >= IO_GROUPS:
-        raise ConfigError(f"{len(found)} boards: a producer has at most {IO_GROUPS - 1}")
-    return found
+        parsed.append(board)
+    if len(parsed) >= IO_GROUPS:
+        raise ConfigError(f"{len(parsed)} boards: a producer has at most {IO_GROUPS - 1}")
+    return parsed
 
 
 def _boards(args: argparse.Namespace, asic: Asic, kind: str, addresses: list[str]) -> list[Source]:
@@ -249,9 +249,9 @@ def _boards(args: argparse.Namespace, asic: Asic, kind: str, addresses: list[str
         return [BernSource(*board, asic=asic) for board in boards(addresses)]
     from larpixdaq.sources.pacman import PacmanSource
 
-    found = boards(addresses)
+    parsed = boards(addresses)
     revisions = _revisions(args, kind)
-    for io_group in revisions.keys() - {ALL} - {board.io_group for board in found}:
+    for io_group in revisions.keys() - {ALL} - {board.io_group for board in parsed}:
         raise ConfigError(f"--pacman-revision {io_group}={revisions[io_group]}: no board has io_group {io_group}")
     form = args.pacman_format or "auto"
     return [
@@ -262,30 +262,30 @@ def _boards(args: argparse.Namespace, asic: Asic, kind: str, addresses: list[str
             clock64=bool(args.clock64),
             revision=revisions.get(board.io_group, revisions.get(ALL, 0)),
         )
-        for board in found
+        for board in parsed
     ]
 
 
 def _revisions(args: argparse.Namespace, kind: str) -> dict[int, int]:
     """Return the register maps of PACMAN boards by io_group, and ALL for the others."""
-    found: dict[int, int] = {}
+    configured: dict[int, int] = {}
     if args.io_config is not None and kind == "pacman":
-        found = configured_revisions(*args.io_config)
-    named: dict[int, int] = {}
+        configured = configured_revisions(*args.io_config)
+    given: dict[int, int] = {}
     for text in args.pacman_revision or ():
         group, equals, number = text.rpartition("=")
-        what = f"--pacman-revision {text}"
-        io_group = _io_group(group, what) if equals else ALL
-        if io_group in named:
-            raise ConfigError(f"{what}: {'all boards' if io_group == ALL else f'io_group {io_group}'} twice")
-        named[io_group] = _number(number, f"{what}: revision", REVISIONS[0], REVISIONS[-1])
-    return (found if ALL not in named else {}) | named
+        option = f"--pacman-revision {text}"
+        io_group = _io_group(group, option) if equals else ALL
+        if io_group in given:
+            raise ConfigError(f"{option}: {'all boards' if io_group == ALL else f'io_group {io_group}'} twice")
+        given[io_group] = _number(number, f"{option}: revision", REVISIONS[0], REVISIONS[-1])
+    return (configured if ALL not in given else {}) | given
 
 
-def _serial(args: argparse.Namespace, asic: Asic, given: tuple[int, str, int | None]) -> list[Source]:
+def _serial(args: argparse.Namespace, asic: Asic, values: tuple[int, str, int | None]) -> list[Source]:
     from larpixdaq.sources.serial import BAUD, SerialSource
 
-    io_group, device, baud = given
+    io_group, device, baud = values
     _io_group(str(io_group), device)
     baud = args.baud or baud or BAUD
     return [SerialSource(device, io_group, asic=asic, baud=baud, rule=args.serial_rule or "strict")]
@@ -294,15 +294,15 @@ def _serial(args: argparse.Namespace, asic: Asic, given: tuple[int, str, int | N
 def _replay(args: argparse.Namespace, asic: Asic, files: list[str]) -> list[Source]:
     from larpixdaq.sources.replay import ReplaySource
 
-    named = []
+    recordings = []
     for text in files:
         group, equals, file = text.partition("=")
         if equals and group.isdecimal():
-            named.append((_io_group(group, text), file))
+            recordings.append((_io_group(group, text), file))
         else:
-            named.append((1, text))
+            recordings.append((1, text))
     form = args.pacman_format or "auto"
-    return [ReplaySource(named, asic=asic, format=form, clock64=bool(args.clock64), speed=args.speed or 1.0)]
+    return [ReplaySource(recordings, asic=asic, format=form, clock64=bool(args.clock64), speed=args.speed or 1.0)]
 
 
 def _fake(args: argparse.Namespace, asic: Asic, rate: float) -> list[Source]:
@@ -314,13 +314,13 @@ def _fake(args: argparse.Namespace, asic: Asic, rate: float) -> list[Source]:
     return [FakeSource(io_group, rate / count, asic=asic, seed=io_group) for io_group in range(1, count + 1)]
 
 
-def _io_group(text: str, where: str) -> int:
-    return _number(text, f"{where}: io_group", 1, IO_GROUPS - 1)
+def _io_group(text: str, context: str) -> int:
+    return _number(text, f"{context}: io_group", 1, IO_GROUPS - 1)
 
 
-def _number(text: str, what: str, low: int, high: int) -> int:
+def _number(text: str, quantity: str, low: int, high: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 12 and low <= int(text) <= high):
-        raise ConfigError(f"{what}: expected {low} to {high}, found {text}")
+        raise ConfigError(f"{quantity}: expected {low} to {high}, found {text}")
     return int(text)
 
 
@@ -350,24 +350,24 @@ def read_io_config(io_class: str, name: str) -> list[tuple[int, str]]:
 
 def configured_revisions(io_class: str, name: str = DEFAULTS["PACMAN_IO"]) -> dict[int, int]:
     """Read the revisions by io_group, and ALL for the others; {} when the file has none."""
-    found = _of_class(io_class, name).get("pacman_revision")
-    if found is None:
+    revisions = _of_class(io_class, name).get("pacman_revision")
+    if revisions is None:
         return {}
-    by_group = found if isinstance(found, dict) else {"0": found}
+    by_group = revisions if isinstance(revisions, dict) else {"0": revisions}
     for group, revision in by_group.items():
         if not _GROUP.fullmatch(group) or type(revision) is not int or revision not in REVISIONS:
             raise ConfigError(
                 f"io config {name}: pacman_revision: expected one of {', '.join(map(str, REVISIONS))}, or "
-                f'{{"io_group": revision}}, found {found!r:.100}'
+                f'{{"io_group": revision}}, found {revisions!r:.100}'
             )
     return {int(group): revision for group, revision in by_group.items()}
 
 
 def _of_class(io_class: str, name: str) -> dict[str, Any]:
     config = _load(name, _MAX_DEPTH)
-    found = config.get("io_class")
-    if found not in _ACCEPTS.get(io_class, (io_class,)):
-        raise ConfigError(f"io config {name}: expected io_class {io_class}, found {found!r}")
+    actual = config.get("io_class")
+    if actual not in _ACCEPTS.get(io_class, (io_class,)):
+        raise ConfigError(f"io config {name}: expected io_class {io_class}, found {actual!r}")
     return config
 
 

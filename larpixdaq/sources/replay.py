@@ -88,7 +88,7 @@ class ReplaySource(PieceSource):
         """Open all files, so that a wrong file is reported first. After close(): play from the beginning."""
         self._decoders = Decoders(self._asic, format=self._format, clock64=self._clock64)
         self._recordings, self._piece, self._texts, self.finished = [], None, [], False
-        found: set[int] = set()
+        io_groups: set[int] = set()
         for io_group, path in self._files:
             try:
                 recording: Recording = open_recording(path) or MessageLog(path)
@@ -101,7 +101,7 @@ class ReplaySource(PieceSource):
                 )
             if path.name.endswith(names.PART) and _journaled(path):
                 self._problems.append(f"{path}: not finished: blocks in its journal are not played (larpixdaq recover)")
-            found.update((io_group,) if isinstance(recording, MessageLog) else recording.io_groups(io_group))
+            io_groups.update((io_group,) if isinstance(recording, MessageLog) else recording.io_groups(io_group))
         if (
             not self._opened
             and self._format == "auto"
@@ -112,7 +112,7 @@ class ReplaySource(PieceSource):
         for recording in self._recordings:
             if isinstance(recording, PacketFile):
                 recording.check(self._asic, self.layout)
-        self.io_groups = tuple(sorted(found))
+        self.io_groups = tuple(sorted(io_groups))
         self._pieces = self._play()
 
     def close(self) -> None:

@@ -73,14 +73,14 @@ class Decoders:
 
     def noticed(self, io_group: int) -> NDArray[Any]:
         """Return the traces of losses before the recording, dtype schema.NOTICE."""
-        found = [np.zeros(len(NOTICES), NOTICE)]
+        parts = [np.zeros(len(NOTICES), NOTICE)]
         for (group, encoded), decoder in self._decoders.items():
             if group == io_group:
                 notices = decoder.noticed()
                 if encoded:  # the messages were made here, so only their words count
                     notices[_MESSAGE_NOTICES] = 0
-                found.append(notices)
-        return sum_notices(found)
+                parts.append(notices)
+        return sum_notices(parts)
 
     def forget(self) -> None:
         """Begin another recording, whose messages do not follow those of the previous one."""
@@ -170,23 +170,23 @@ class RecordedMessages(_Piece):
         parts: list[tuple[NDArray[np.intp], NDArray[Any], NDArray[np.intp]]] = []
         ordered = True
         for group in np.unique(groups):
-            which = np.flatnonzero(groups == group)
-            most = int((self._max_rows[part.start + which + 1] - self._max_rows[part.start + which]).sum())
+            places = np.flatnonzero(groups == group)
+            most = int((self._max_rows[part.start + places + 1] - self._max_rows[part.start + places]).sum())
             own = np.empty(most + 1, rows.dtype)
-            own = own[: self._decode(int(group), spans[which], own)]
+            own = own[: self._decode(int(group), spans[places], own)]
             first = np.flatnonzero(types_of(own) == PacketType.TIMESTAMP)
-            parts.append((which, own, first))
-            ordered &= len(first) == len(which)
+            parts.append((places, own, first))
+            ordered &= len(first) == len(places)
             if ordered:
-                lengths[which] = np.diff(first, append=len(own))
+                lengths[places] = np.diff(first, append=len(own))
         if not ordered:
             # A message that was rejected as a whole has no row to show its place, so the io_groups follow each other.
             made = np.concatenate([own for _, own, _ in parts])
             _as_void(rows)[: len(made)] = _as_void(made)
             return len(made)
-        place = np.cumsum(lengths) - lengths
-        for which, own, first in parts:
-            _as_void(rows)[np.repeat(place[which] - first, lengths[which]) + np.arange(len(own))] = _as_void(own)
+        starts = np.cumsum(lengths) - lengths
+        for places, own, first in parts:
+            _as_void(rows)[np.repeat(starts[places] - first, lengths[places]) + np.arange(len(own))] = _as_void(own)
         return int(lengths.sum())
 
     def _decode(self, group: int, spans: NDArray[Any], rows: NDArray[Any]) -> int:
@@ -222,29 +222,29 @@ class RecordedRows(_Piece):
             made += count
         return made
 
-    def _decode_rows(self, given: NDArray[Any], groups: NDArray[np.uint8], rows: NDArray[Any]) -> None:
-        kinds = types_of(given)
+    def _decode_rows(self, recorded: NDArray[Any], groups: NDArray[np.uint8], rows: NDArray[Any]) -> None:
+        kinds = types_of(recorded)
         counts = self._decoders.counts
-        sent = (kinds < PacketType.TIMESTAMP) & (given["direction"] == 0)
+        sent = (kinds < PacketType.TIMESTAMP) & (recorded["direction"] == 0)
         if sent.any():
-            rows[sent] = self._sent_rows(given[sent])
+            rows[sent] = self._sent_rows(recorded[sent])
             counts[:, Count.SENT_ROWS] += np.bincount(groups[sent], minlength=len(counts)).astype(np.uint64)
         others = ~sent
         for group in np.unique(groups[others]):
-            which = np.flatnonzero(others & (groups == group))
-            own = _as_void(given)[which].view(given.dtype)
-            own = self._reencode(int(group), own, continued=kinds[which[0]] != PacketType.TIMESTAMP)
-            _as_void(rows)[which] = _as_void(own)
+            places = np.flatnonzero(others & (groups == group))
+            own = _as_void(recorded)[places].view(recorded.dtype)
+            own = self._reencode(int(group), own, continued=kinds[places[0]] != PacketType.TIMESTAMP)
+            _as_void(rows)[places] = _as_void(own)
 
-    def _reencode(self, group: int, given: NDArray[Any], *, continued: bool) -> NDArray[Any]:
+    def _reencode(self, group: int, recorded: NDArray[Any], *, continued: bool) -> NDArray[Any]:
         """Encode received rows of one io_group as messages, and decode these.
 
         `continued`: the first rows belong to a message whose header came in an earlier part, or is missing. The header
         that they get here is taken out of rows and counters, because both would otherwise depend on the cut.
         """
         decoder = self._decoders.decoder(group, encoded=True)
-        data, spans = encode_pacman(given, asic=int(self._decoders.asic), format="1.0")
-        rows = np.empty(len(given) + continued + 1, given.dtype)
+        data, spans = encode_pacman(recorded, asic=int(self._decoders.asic), format="1.0")
+        rows = np.empty(len(recorded) + continued + 1, recorded.dtype)
         decoder.feed(data, spans)
         made = decoder.decode(rows)
         if continued:
@@ -252,13 +252,13 @@ class RecordedRows(_Piece):
                 self._decoders.counts[group, count] -= np.uint64(value)
         return rows[int(continued) : made]
 
-    def _sent_rows(self, given: NDArray[Any]) -> NDArray[Any]:
+    def _sent_rows(self, recorded: NDArray[Any]) -> NDArray[Any]:
         """Return rows of sent words: every column from the bits of the word, the others as recorded."""
-        rows = np.empty_like(given)
+        rows = np.empty_like(recorded)
         asic = int(self._decoders.asic)
-        word_codec.decode(word_codec.encode(given, asic=asic), rows, asic=asic, direction=0)
-        for name in {"chip_key", "io_group", "io_channel", "receipt_timestamp"} & set(given.dtype.names or ()):
-            rows[name] = given[name]
+        word_codec.decode(word_codec.encode(recorded, asic=asic), rows, asic=asic, direction=0)
+        for name in {"chip_key", "io_group", "io_channel", "receipt_timestamp"} & set(recorded.dtype.names or ()):
+            rows[name] = recorded[name]
         return rows
 
 
