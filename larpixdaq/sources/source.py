@@ -44,6 +44,8 @@ class BoardStatus(NamedTuple):
 
 
 class Source(ABC):
+    """Base of all sources. Subclasses implement the abstract methods and change the attributes that differ."""
+
     #: `kind` and `address` as in stream.ConnectedBoard.
     kind: str
     address: str
