@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import secrets
 import sys
 import threading
@@ -14,11 +15,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
 
-from larpixdaq import errors
 from larpixdaq.constants import HEARTBEAT, NO_CORE
 from larpixdaq.control.connection import CoreConnection
 from larpixdaq.control.display import readable, show
-from larpixdaq.errors import ControlHeld, LarpixDaqError, NoCore, RequestTimeout
+from larpixdaq.errors import ComponentError, ControlHeld, LarpixDaqError, NoCore, RequestTimeout, error_from_code
 from larpixdaq.protocol import control
 from larpixdaq.protocol.control import Answer, FromCore, Heartbeat, Open, Update, Welcome
 
@@ -157,24 +157,17 @@ class Request(Generator[Response, None, Any]):
         with self._changed:
             while not self._waiting and self._final is None and not self._closed:
                 self._wait(None, None)
-            if self._closed:
-                raise StopIteration
-            if self._waiting:
+            if self._waiting and not self._closed:
                 response = self._waiting.popleft()
                 self._mark_seen(response)
                 return response
-            self._closed = True
-            final = self._final
-        self._mark_seen(final)
-        if final is not None and final.error is not None:
-            raise final.error
-        raise StopIteration(final.value if final is not None else None)
+            closed, self._closed = self._closed, True
+        raise StopIteration(None if closed else self.result())
 
     def throw(self, typ: Any, val: BaseException | object = None, tb: TracebackType | None = None, /) -> Response:
         """End the iteration with this exception, as in any generator."""
         self.close()
-        error = typ if isinstance(typ, BaseException) else val if isinstance(val, BaseException) else typ()
-        raise error.with_traceback(tb) if tb is not None else error
+        return super().throw(typ, val, tb)
 
     def close(self) -> None:
         """End the iteration; result() still works."""
@@ -263,7 +256,7 @@ class Connection:
         self._instance = secrets.token_hex(16)
         self._guard = threading.Lock()
         self._sent: dict[str, _Sent] = {}
-        self._next_id = 0
+        self._ids = itertools.count(1)
         self._opened = threading.Event()
         self._refusal = ""
         self._closed = False
@@ -295,12 +288,10 @@ class Connection:
         request = Request(action, self.link.silence, words)
         if self._closed or self.link.silence() > NO_CORE:
             why = "this Operator is closed" if self._closed else f"no core is heard at {self.link.core}"
-            error = NoCore(f"{action}: {why}")
-            request.take(Response("error", "", str(error), error=error))
+            request.take(_failure(NoCore(f"{action}: {why}")))
             return request
         with self._guard:
-            self._next_id += 1
-            number = f"{self._instance[:16]}-{self._next_id}"
+            number = f"{self._instance[:16]}-{next(self._ids)}"
             message = control.ActionRequest(
                 request=number, action=action, params=params, component=component, kind=kind
             )
@@ -308,10 +299,6 @@ class Connection:
             self._sent[number] = _Sent(message, weakref.ref(request), request.outcome, time.monotonic() + _RESEND)
         self.link.send(message)
         return request
-
-    def _has_unawaited(self) -> bool:
-        """Whether a request is open whose result was not awaited."""
-        return any(not sent.outcome.awaited for sent in list(self._sent.values()))
 
     def ignore_open_requests(self) -> None:
         """Print no errors of the requests that are open now."""
@@ -324,16 +311,16 @@ class Connection:
         refusals."""
         self._closed = True
         limit = time.monotonic() + CLOSE_WAIT
-        while self._has_unawaited() and time.monotonic() < limit and self.link.silence() <= NO_CORE:
+        while time.monotonic() < limit and self.link.silence() <= NO_CORE:
+            if all(sent.outcome.awaited for sent in list(self._sent.values())):
+                break
             time.sleep(0.01)
         self.link.close()
         for number, sent in list(self._sent.items()):
             if sent.outcome.awaited:
                 sent.outcome.mark_seen()
-            error = NoCore(
-                f"{sent.message.action}: this Operator was closed before the result came; it may have been done"
-            )
-            self._deliver(number, Response("error", "", str(error), error=error))
+            text = f"{sent.message.action}: this Operator was closed before the result came; it may have been done"
+            self._deliver(number, _failure(NoCore(text)))
 
     # Called in the thread of the connection to the core.
 
@@ -356,10 +343,8 @@ class Connection:
         if self._opened.is_set():
             self.link.take_unsent()
             for number, sent in list(self._sent.items()):
-                error = errors.ComponentError(
-                    f"{sent.message.action}: the core was restarted and does not know this request"
-                )
-                self._deliver(number, Response("error", "core", str(error), error=error))
+                text = f"{sent.message.action}: the core was restarted and does not know this request"
+                self._deliver(number, _failure(ComponentError(text), "core"))
         self._opened.set()
 
     def _answered(self, answer: Answer) -> None:
@@ -368,16 +353,14 @@ class Connection:
             return
         sent.acknowledged = True
         if answer.kind == "error":
-            self._deliver(answer.request, _failure(answer))
+            self._deliver(answer.request, _failure(_error(answer), answer.component))
             return
         try:
             value = control.content(answer)
+            response = Response(answer.kind, answer.component, answer.text, value, answer.done, answer.total)
         except LarpixDaqError as error:
-            self._deliver(answer.request, Response("error", answer.component, str(error), error=error))
-            return
-        self._deliver(
-            answer.request, Response(answer.kind, answer.component, answer.text, value, answer.done, answer.total)
-        )
+            response = _failure(error, answer.component)
+        self._deliver(answer.request, response)
 
     def _deliver(self, number: str, response: Response) -> None:
         with self._guard:
@@ -399,8 +382,8 @@ class Connection:
             for message in self.link.take_unsent():
                 sent = self._sent.get(message.request)
                 if sent is not None and not sent.acknowledged:
-                    error = NoCore(f"{sent.message.action}: the core at {self.link.core} has not acknowledged it")
-                    self._deliver(message.request, Response("error", "", str(error), error=error))
+                    text = f"{sent.message.action}: the core at {self.link.core} has not acknowledged it"
+                    self._deliver(message.request, _failure(NoCore(text)))
             return True
         now = time.monotonic()
         for sent in list(self._sent.values()):
@@ -411,10 +394,11 @@ class Connection:
         return True
 
 
-def _failure(answer: Answer) -> Response:
-    error: LarpixDaqError
+def _failure(error: LarpixDaqError, component: str = "") -> Response:
+    return Response("error", component, str(error), error=error)
+
+
+def _error(answer: Answer) -> LarpixDaqError:
     if answer.error == ControlHeld.code:
-        error = ControlHeld(answer.text, by=answer.by, since=answer.since)
-    else:
-        error = errors.error_from_code(answer.error, answer.text)
-    return Response("error", answer.component, answer.text, error=error)
+        return ControlHeld(answer.text, by=answer.by, since=answer.since)
+    return error_from_code(answer.error, answer.text)

@@ -70,7 +70,7 @@ class CoreConnection:
         beat: Callable[[], Heartbeat],
         received: Callable[[FromCore], None],
         refused: Callable[[Answer], None],
-        each_turn: Callable[[], bool] = lambda: True,
+        each_turn: Callable[[], bool],
     ) -> None:
         self.core = core
         self.session = ""
@@ -153,15 +153,13 @@ class CoreConnection:
         self._receive_all()
         now = time.monotonic()
         if now >= self._beat_due:
-            sent = self._transmit(self._stamped_beat() if self.session else self._hello())
+            message = self._beat() if self.session else self._hello()
+            if isinstance(message, Heartbeat):
+                message.stamp()
+            sent = self._transmit(message)
             self._beat_due = next_beat(now, HEARTBEAT) if sent else now + _RETRY  # not connected yet
         self._flush()
         self._each_turn()
-
-    def _stamped_beat(self) -> Heartbeat:
-        beat = self._beat()
-        beat.stamp()
-        return beat
 
     def _send_rest(self) -> None:
         limit = time.monotonic() + _LINGER

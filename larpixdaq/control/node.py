@@ -216,11 +216,10 @@ class Node:
     def _run_action(self, request: ActionRequest) -> None:
         call = Call(request, self._answer)
         try:
-            try:
-                handler, signature = self._actions[call.action]
-            except KeyError:
+            if call.action not in self._actions:
                 known = ", ".join(sorted(self._actions)) or "none"
-                raise UnknownAction(f"{self.name} has no action {call.action!r}; it has {known}") from None
+                raise UnknownAction(f"{self.name} has no action {call.action!r}; it has {known}")
+            handler, signature = self._actions[call.action]
             try:
                 signature.bind(call, **call.params)
             except TypeError as error:
@@ -234,7 +233,7 @@ class Node:
 
     def _failed(self, call: Call, error: Exception) -> None:
         expected = isinstance(error, LarpixDaqError)
-        line = " ".join(str(error).split()) if expected else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        line = " ".join((str(error) if expected else f"{type(error).__name__}: {error}").split())
         # The sender gets the error in any case. A wrong request is no error of this component.
         level = logging.INFO if isinstance(error, RequestError) else logging.ERROR
         _log.log(level, "%s: action %s failed: %s", self.name, call.action, line, exc_info=not expected)
@@ -276,13 +275,9 @@ class Node:
             self._loop_turned = now  # this thread has paused too: the whole process has, not the main loop alone
         self._last_beat = now
         idle = 0.0 if self._loop_turned is None else max(0.0, now - self._loop_turned)
-        return Heartbeat(
-            progress=beat.progress,
-            queued=beat.queued + self._waiting_requests(),
-            idle=round(idle, 3),
-            run=self._joined_run,
-            begun=self._begun,
-            status=beat.status,
+        queued = beat.queued + self._waiting_requests()
+        return msgspec.structs.replace(
+            beat, queued=queued, idle=round(idle, 3), run=self._joined_run, begun=self._begun
         )
 
     def _waiting_requests(self) -> int:
@@ -327,9 +322,6 @@ class Node:
 class Call:
     """A request for an action, as its handler gets it. Exactly one call of result() or fail() must end it, at once or
     later, in the main loop."""
-
-    action: str
-    params: dict[str, Any]
 
     def __init__(self, request: ActionRequest, answer: Callable[[Call, Answer], None]) -> None:
         self.action = request.action
