@@ -110,7 +110,8 @@ class Catalogue:
     def __init__(self, directory: Path) -> None:
         self.path = directory / _NAME
         self._highest_path = directory / _HIGHEST
-        self._highest = 0
+        #: The highest run number ever drawn, 0 before the first.
+        self.highest = 0
         #: Problems of the catalogue at its opening, one line each.
         self.warnings: list[str] = []
         self._lock_path = directory / "catalogue.lock"
@@ -148,7 +149,7 @@ class Catalogue:
                 )
             elif found != drawn:
                 self._write_highest(found)
-            self._highest = max(found, drawn or 0)
+            self.highest = max(found, drawn or 0)
         except BaseException:
             db.close()
             raise
@@ -256,7 +257,7 @@ class Catalogue:
             self._db.close()
             self._db, self._file = new, os.stat(self.path)
         if not self._highest_path.exists():
-            self._write_highest(self._highest)
+            self._write_highest(self.highest)
         return True
 
     def _open(self) -> sqlite3.Connection:
@@ -287,20 +288,14 @@ class Catalogue:
         self._db.close()
         self._lock.close()
 
-    def highest(self) -> int:
-        """Return the highest run number ever drawn, 0 before the first."""
-        with self._errors():
-            (highest,) = self._db.execute("SELECT coalesce(max(run), 0) FROM runs").fetchone()
-        return max(int(highest), self._highest)
-
     def save(self, run: Run, *, new: bool = False) -> None:
         """Write a run. With `new`, FileError if its number exists already."""
         details = msgspec.to_builtins(run)
         values = [details.pop(column) for column in _COLUMNS]
         values.append(json.dumps(details, separators=(",", ":")))
-        if new and run.run > self._highest:
+        if new and run.run > self.highest:
             self._write_highest(run.run)
-            self._highest = run.run
+            self.highest = run.run
         with self._errors():
             self._db.execute(
                 f"INSERT {'' if new else 'OR REPLACE '}INTO runs ({','.join(_COLUMNS)},details) "

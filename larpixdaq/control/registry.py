@@ -104,7 +104,7 @@ class Registry:
     def __init__(self) -> None:
         self.components: dict[str, Component] = {}  # the living components, by name
         self.operators: dict[str, OperatorPeer] = {}  # by session
-        self.lost: dict[str, tuple[float, Component]] = {}  # by name: when last heard, and the component
+        self.lost: dict[str, Component] = {}  # by name
         self._sessions: dict[str, Peer] = {}
 
     def register(self, message: Register, route: bytes, now: float) -> Component:
@@ -181,7 +181,7 @@ class Registry:
         for component in list(self.components.values()):
             if now - component.heard > LOST:
                 self.remove(component)
-                self.lost[component.name] = (component.heard, component)
+                self.lost[component.name] = component
                 while len(self.lost) > _MAX_LOST:
                     del self.lost[next(iter(self.lost))]
                 changes.append(Change("lost", component))
@@ -190,7 +190,7 @@ class Registry:
             if stuck != component.stuck:
                 component.stuck = stuck
                 changes.append(Change("stuck" if stuck else "moving", component))
-        for name in [name for name, (heard, _) in self.lost.items() if now - heard > _LOST_KEPT]:
+        for name in [name for name, component in self.lost.items() if now - component.heard > _LOST_KEPT]:
             del self.lost[name]
         for peer in list(self.operators.values()):
             if now - peer.heard > _FORGET_OPERATOR:
@@ -220,15 +220,13 @@ class Registry:
 
     def describe(self, now: float) -> list[dict[str, Any]]:
         """List all components for people. The lost ones follow, with `alive` False."""
-        living = [(component.heard, component, True) for component in self.components.values()]
-        lost = [(heard, component, False) for heard, component in self.lost.values()]
         return [
             {
                 "name": component.name,
                 "kind": component.kind,
-                "alive": alive,
-                "stuck": alive and component.stuck,
-                "heard_s": round(now - heard, 3),
+                "alive": component.name in self.components,
+                "stuck": component.name in self.components and component.stuck,
+                "heard_s": round(now - component.heard, 3),
                 "progress": component.progress,
                 "queued": component.queued,
                 "run": component.run,
@@ -236,7 +234,7 @@ class Registry:
                 "info": component.info,
                 "status": component.status,
             }
-            for heard, component, alive in living + lost
+            for component in [*self.components.values(), *self.lost.values()]
         ]
 
 

@@ -118,13 +118,20 @@ class RunControl:
         check_team(producers, storages)
         layout = team_layout(producers)
         self._give_up_candidate()
-        highest, warnings = highest_run(self._catalogue.highest(), storages)
+        highest, warnings = highest_run(self._catalogue.highest, storages)
         boards = connected(producers)
-        run = Run(highest + 1, kind or kind_of_run(boards), comment, operator, time.time_ns())
-        run.connected = boards
-        run.storages = [component.name for component in storages]
-        run.asic = ", ".join(dict.fromkeys(str(producer.info.get("asic", "")) for producer in producers))
-        run.layout, run.versions = layout, team_versions(producers)
+        run = Run(
+            highest + 1,
+            kind or kind_of_run(boards),
+            comment,
+            operator,
+            time.time_ns(),
+            layout=layout,
+            asic=", ".join(dict.fromkeys(str(producer.info.get("asic", "")) for producer in producers)),
+            connected=boards,
+            versions=team_versions(producers),
+            storages=[storage.name for storage in storages],
+        )
         self._catalogue.save(run, new=True)
         self.run = run
         self._start(
@@ -215,10 +222,8 @@ class RunControl:
             self._request_report(run, component, now)
 
     def _request_report(self, run: Run, component: Component, now: float) -> None:
-        if "report_run" in component.actions:
-            self._procedures.start_aside(
-                f"{component.name} is asked again about run {run.run}", self._review(run, component), now
-            )
+        what = f"{component.name} is asked again about run {run.run}"
+        self._procedures.start_aside(what, self._review(run, component), now)
 
     def reconnected(self, component: Component) -> None:
         """A component has a new connection with the same session."""
@@ -405,16 +410,15 @@ class RunControl:
         silent = {name: why for name in items if (why := take_end(run, name, outcomes[name]))}
         self._save(run, failures)
         left = max(MONITOR_LIMIT, END_LIMIT - (self._procedures.now - started))
-        wait = min(patience, left)
         waiting = [name for name in run.storages if name not in run.reports]
-        stores = {name: Item(end_params(run), left, min(wait, self._patience(name))) for name in waiting}
+        stores = {name: Item(end_params(run), left, min(patience, self._patience(name))) for name in waiting}
         monitors = self._monitor_items({"run": run.run})
         outcomes = yield ComponentRequest("end_run", {**stores, **monitors})
         self._warn("end_run", [outcomes[name].text for name in monitors if not outcomes[name].ok])
         failed = {name: why for name in stores if (why := take_report(run, name, outcomes[name]))}
         # A storage that was restarted, or whose answer went to an earlier core, has no open file, but can report.
         left = END_LIMIT - (self._procedures.now - started)
-        able = [name for name in failed if left > 0 and self._can_report(name)]
+        able = [name for name in failed if left > 0 and name in self._peers.components]
         outcomes = yield ComponentRequest("report_run", {name: Item({"run": run.run}, left) for name in able})
         for name in able:
             if not take_report(run, name, outcomes[name]):
@@ -543,11 +547,7 @@ class RunControl:
     def _patience(self, name: str) -> float:
         """Seconds end_run still waits for a component if it is lost, counted from the loss."""
         lost = self._peers.lost.get(name)
-        return LOST_PATIENCE if lost is None else max(0.0, LOST_PATIENCE + LOST - (self._procedures.now - lost[0]))
-
-    def _can_report(self, name: str) -> bool:
-        component = self._peers.components.get(name)
-        return component is not None and "report_run" in component.actions
+        return LOST_PATIENCE if lost is None else max(0.0, LOST_PATIENCE + LOST - (self._procedures.now - lost.heard))
 
     def _has_begun(self, name: str) -> bool:
         component = self._peers.components.get(name)

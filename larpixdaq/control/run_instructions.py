@@ -165,20 +165,11 @@ def take_file(name: str, outcome: ComponentAnswer) -> str:
 
 
 def producer_params(run: Run) -> dict[str, Any]:
-    return {
-        "run": run.run,
-        "kind": run.kind,
-        "comment": run.comment,
-        "operator": run.operator,
-        "required": run.storages,
-    }
+    return monitor_params(run) | {"operator": run.operator, "required": run.storages}
 
 
 def storage_params(run: Run, producers: Iterable[str]) -> dict[str, Any]:
-    return {
-        "run": run.run,
-        "kind": run.kind,
-        "comment": run.comment,
+    return monitor_params(run) | {
         "operator": run.operator,
         "started_ns": run.prepared_ns,
         "layout": run.layout,

@@ -19,10 +19,8 @@ _Source = tuple[str, int]
 def take_end(run: Run, name: str, outcome: ComponentAnswer) -> str:
     """Note the totals of a producer and of its dead predecessors in the run. Returns the error if there are none, or
     ""."""
-    if not outcome.ok:
-        return outcome.text
     try:
-        end = checked(outcome.value, ProducerEnd, name, "end_run")
+        end = checked(outcome.result(), ProducerEnd, name, "end_run")
     except ComponentError as error:
         return str(error)
     ends = [
@@ -38,10 +36,8 @@ def take_end(run: Run, name: str, outcome: ComponentAnswer) -> str:
 
 def take_report(run: Run, name: str, outcome: ComponentAnswer) -> str:
     """Note a storage's report in the run. Returns the error if there is none, or ""."""
-    if not outcome.ok:
-        return outcome.text
     try:
-        run.reports[name] = checked(outcome.value, StorageEnd, name, "end_run")
+        run.reports[name] = checked(outcome.result(), StorageEnd, name, "end_run")
     except ComponentError as error:
         return str(error)
     return ""

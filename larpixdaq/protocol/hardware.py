@@ -172,11 +172,11 @@ def config_answers(rows: NDArray[Any]) -> NDArray[Any]:
 
 Request = ListRoutines | RunRoutine | RunAction
 
-FromParent = ListRoutines | RunRoutine | RunAction | Setup | ListenedRows | CommandDone
+FromParent = Request | Setup | ListenedRows | CommandDone
 
 Answer = RoutineList | Progress | Result | ActionFailed
 
-FromChild = RoutineList | Progress | Result | ActionFailed | SendWords | BoardOrder | Listen | Remember | Invalidate
+FromChild = Answer | SendWords | BoardOrder | Listen | Remember | Invalidate
 
 
 def _plain(value: Any) -> Any:

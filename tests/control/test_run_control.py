@@ -124,7 +124,7 @@ def test_a_run_that_cannot_be_prepared(team, change, why):
     with pytest.raises(ComponentError, match=why):
         ask(team, "prepare")
     assert team.runs.state == "STOP"
-    assert team.catalogue.highest() == 0
+    assert team.catalogue.highest == 0
 
 
 @pytest.mark.parametrize("line", [[], [1], [1, 2, 3]])
@@ -508,7 +508,7 @@ def test_end_does_not_wait_for_a_component_lost_long_ago(team):
     do(team, "begin")
     component = team.peers.components["disk 2"]
     team.lose("disk 2")
-    team.peers.lost["disk 2"] = (team.now, component)
+    team.peers.lost["disk 2"] = component
     team.advance(30)
     result = do(team, "end")
     assert (result["condition"], result["files"]) == (RunCondition.COMPLETE, ["disk 1"])
@@ -752,7 +752,7 @@ def test_a_damaged_catalogue_never_gives_a_number_twice(tmp_path):
     for what, content in ruined.items():
         path.write_bytes(content)
         catalogue = Catalogue(tmp_path)
-        assert catalogue.highest() == 40, what
+        assert catalogue.highest == 40, what
         assert (
             "was damaged (" if what != "nothing" else "ends with run 0, but run 40 was drawn"
         ) in catalogue.warnings[0], what
@@ -769,7 +769,7 @@ def test_a_damaged_catalogue_never_gives_a_number_twice(tmp_path):
         catalogue.save(Run(41, "", "", "", 0), new=True)
         catalogue.close()
         catalogue = Catalogue(tmp_path)
-        assert (catalogue.highest(), catalogue.warnings) == (41, [])
+        assert (catalogue.highest, catalogue.warnings) == (41, [])
         catalogue.close()
         (tmp_path / "highest_run").write_text("40\n")
 
@@ -793,7 +793,7 @@ def test_a_damaged_catalogue_without_the_highest_number_stops_the_core(tmp_path)
         assert path.read_bytes() == b"not a database" * 100
     (tmp_path / "highest_run").write_text("700\n")
     catalogue = Catalogue(tmp_path)
-    assert catalogue.highest() == 700
+    assert catalogue.highest == 700
     catalogue.close()
     path.unlink()
     os.mkfifo(path)
@@ -845,7 +845,7 @@ def test_a_catalogue_of_schema_1(tmp_path):
     """)
     db.close()
     catalogue = Catalogue(tmp_path)
-    assert (catalogue.highest(), catalogue.find(7).files, catalogue.files(7)) == (7, ["a.h5"], [])
+    assert (catalogue.highest, catalogue.find(7).files, catalogue.files(7)) == (7, ["a.h5"], [])
     assert catalogue.add_file("disk", "/d/a.h5", 7, 10, "", RunCondition.COMPLETE)
     # The same file: its checksum is known now. Another process reports it, without the checksum.
     assert not catalogue.add_file("disk", "/d/a.h5", 7, 10, "00", RunCondition.COMPLETE)

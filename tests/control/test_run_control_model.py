@@ -97,7 +97,7 @@ class Model(RuleBasedStateMachine):
             assert action == "abort"
             assert isinstance(before[1].ends[0], StateError)
         if action == "prepare":
-            number = self.world.catalogue.highest()
+            number = self.world.catalogue.highest
             assert number > max(self.numbers, default=0)
             self.numbers.append(number)
             self.candidate = None
@@ -143,7 +143,8 @@ class Model(RuleBasedStateMachine):
             if name in self.world.peers.components:
                 component = self.world.peers.components[name]
                 self.world.lose(name)
-                self.world.peers.lost[name] = (self.world.now - 1, component)
+                component.heard = self.world.now - 1
+                self.world.peers.lost[name] = component
 
     @rule(name=NAMES, process=st.sampled_from(["same", "new", "new, without its ring"]))
     def come_back(self, name, process):
