@@ -168,31 +168,23 @@ def listen(context: zmq.Context[zmq.Socket[bytes]], address: str) -> tuple[zmq.S
 def serve(core: str, name: str, address: str, path: Path) -> None:
     """Collect records until a signal comes. NoCore, FileError or ConfigError if the log cannot start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    file: LogFile | None = None
-    node: Node | None = None
-    try:
-        with Signals() as signals:
-            socket, endpoint = listen(context, address)
-            file = LogFile(path)
-            info = {"log": config.reachable_address(endpoint, core), "file": str(path)}
-            node = Node(name, LOG, core, {}, info=info, status=file.status)
-            node.connect(signals=signals)
-            poller = zmq.Poller()
-            for source in (socket, node, signals):
-                poller.register(source, zmq.POLLIN)
-            while not signals.stop:
-                poller.poll(node.wait_ms())
-                node.dispatch()
-                empty = file.take(socket)
-                node.report(file.written, 0 if empty else 1)
-            node.close()
-            file.take(socket)
-    finally:
-        if node is not None:
-            node.close()
-        context.destroy(0)
-        if file is not None:
-            file.close()
+    with contextlib.ExitStack() as stack, Signals() as signals:
+        stack.callback(context.destroy, 0)
+        socket, endpoint = listen(context, address)
+        file = stack.enter_context(contextlib.closing(LogFile(path)))
+        info = {"log": config.reachable_address(endpoint, core), "file": str(path)}
+        node = stack.enter_context(contextlib.closing(Node(name, LOG, core, {}, info=info, status=file.status)))
+        node.connect(signals=signals)
+        poller = zmq.Poller()
+        for source in (socket, node, signals):
+            poller.register(source, zmq.POLLIN)
+        while not signals.stop:
+            poller.poll(node.wait_ms())
+            node.dispatch()
+            empty = file.take(socket)
+            node.report(file.written, 0 if empty else 1)
+        node.close()
+        file.take(socket)
 
 
 def main(argv: list[str] | None = None) -> int:

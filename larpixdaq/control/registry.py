@@ -28,10 +28,6 @@ _MAX_LOST: Final = 20
 _LOST_KEPT: Final = 12 * 3600.0
 
 
-def _process(info: dict[str, Any]) -> str:
-    return f"process {info.get('pid', '?')} on {info.get('host', '?')}"
-
-
 class NameTaken(ProtocolError):
     """Another living component has this name."""
 
@@ -117,8 +113,8 @@ class Registry:
             raise TooMany(f"{message.name!r} cannot be registered: there are {MAX_COMPONENTS} components already")
         if known is not None and known.instance != message.instance:
             raise NameTaken(
-                f"the name {message.name!r} is in use by a {known.kind} ({_process(known.info)}) last heard "
-                f"{now - known.heard:.1f} s ago"
+                f"the name {message.name!r} is in use by a {known.kind} (process {known.info.get('pid', '?')} on "
+                f"{known.info.get('host', '?')}) last heard {now - known.heard:.1f} s ago"
             )
         self.lost.pop(message.name, None)
         component = Component(

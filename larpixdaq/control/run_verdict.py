@@ -56,7 +56,7 @@ class RunVerdict(NamedTuple):
     reasons: list[str]
 
 
-def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None) -> RunVerdict:
+def judge(run: Run, failures: list[str], silent: Mapping[str, str]) -> RunVerdict:
     """Compare the rows that the producers made with those that the storages have.
 
     `failures` are always reasons. `silent` says why a producer has sent no totals, by its name: a reason only if no end
@@ -69,7 +69,7 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str] | None = None
     unknown = [source for source in announced if source not in ends and source not in recorded]
 
     reasons = list(failures)
-    reasons += [why for name, why in (silent or {}).items() if why and any(source[0] == name for source in unknown)]
+    reasons += [why for name, why in silent.items() if why and any(source[0] == name for source in unknown)]
     reasons += [f"{name}: the totals of epoch {epoch:x} are unknown" for name, epoch in unknown]
     away = [name for name, epochs in run.producers.items() if len(epochs) > 1]
     away += [end.producer for end in recorded.values() if end.how == "recovered"]

@@ -35,7 +35,6 @@ from larpixdaq.protocol.control import (
     Register,
     Update,
     pack,
-    packed,
     unpack_core,
 )
 
@@ -488,10 +487,6 @@ def test_scripts_run_by_their_path(tmp_path):
         )
         assert "base address for ZMQ connections" in done.stdout
     subprocess.run([sys.executable, "operator.py"], cwd=folder, timeout=LIMIT, check=True)
-
-
-def test_packed_values_are_what_they_were():
-    assert msgspec.msgpack.decode(packed({"a": 1})) == {"a": 1}
 
 
 @pytest.mark.parametrize("module", ["core", "log"])

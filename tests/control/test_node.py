@@ -23,6 +23,16 @@ from larpixdaq.protocol.control import Answer, content, packed
 from larpixdaq.runtime.event_loop import Signals, Stopped
 
 
+def described(operator):
+    """The core's description of the only component."""
+    (component,) = operator.components().result(LIMIT)
+    return component
+
+
+def alive(operator):
+    return [component["alive"] for component in operator.components().result(LIMIT)]
+
+
 def actor(address, replies, **options):
     return Actor(address, "it", "run_data", {}, replies, **options)
 
@@ -108,8 +118,9 @@ def test_exceptions_of_handlers_become_errors(running, operator, caplog):
 
 
 def test_wrong_parameters_are_named(running, operator):
-    node = Node("it", "run_data", running.address, {"packets": lambda call, count=100, text=False: count}, info={})
-    try:
+    with closing(
+        Node("it", "run_data", running.address, {"packets": lambda call, count=100, text=False: count}, info={})
+    ) as node:
         node.connect()
         request = operator.call("it", "packets", kount=3)
         until(lambda: node.dispatch() or request.done, "the answer")
@@ -121,8 +132,6 @@ def test_wrong_parameters_are_named(running, operator):
         until(lambda: node.dispatch() or request.done, "the answer")
         with pytest.raises(RequestError, match="multiple values"):
             request.result(LIMIT)
-    finally:
-        node.close()
 
 
 def test_a_request_with_a_malformed_array_is_answered(running, operator):
@@ -136,8 +145,7 @@ def test_a_request_with_a_malformed_array_is_answered(running, operator):
 
 
 def test_changes_wake_the_main_loop(running, operator):
-    node = Node("it", "run_data", running.address, {}, info={})
-    try:
+    with closing(Node("it", "run_data", running.address, {}, info={})) as node:
         node.connect()
         assert (node.state, node.run, len(node.session)) == ("STOP", None, 32)
         before = node.changes
@@ -152,36 +160,28 @@ def test_changes_wake_the_main_loop(running, operator):
         node.dispatch()
         assert (node.producers, node.changes) == ({}, before + 2)
         assert not poller.poll(400)  # heartbeats and their answers wake nobody
-    finally:
-        node.close()
 
 
 def test_heartbeats_continue_while_the_main_loop_is_blocked(running, operator):
-    node = Node("it", "storage", running.address, {"wait": lambda call: 1}, info={})
-    try:
+    with closing(Node("it", "storage", running.address, {"wait": lambda call: 1}, info={})) as node:
         node.connect()
         node.report(5, 0)
         request = operator.call("it", "wait")
 
-        def described():
-            (one,) = operator.components().result(LIMIT)
-            return one
-
         # The main loop does not run: the component is alive, but stuck, because a request waits.
-        until(lambda: described()["stuck"], "stuck")
-        assert described()["alive"]
-        assert described()["queued"] == 1
+        until(lambda: described(operator)["stuck"], "stuck")
+        assert described(operator)["alive"]
+        assert described(operator)["queued"] == 1
         node.dispatch()
         assert request.result(LIMIT) == 1
-    finally:
-        node.close()
 
 
 def test_requests_wait_for_the_main_loop_and_heartbeats_are_confirmed(running, operator):
     """connect() leaves requests to dispatch(), because the component is not ready before."""
     asked = []
-    node = Node("Offline storage", "storage", running.address, {"look": lambda call: asked.append(1) or 1}, info={})
-    try:
+    with closing(
+        Node("Offline storage", "storage", running.address, {"look": lambda call: asked.append(1) or 1}, info={})
+    ) as node:
         node.connect()
         session = node.session
         request = operator.call("Offline storage", "look")
@@ -194,26 +194,19 @@ def test_requests_wait_for_the_main_loop_and_heartbeats_are_confirmed(running, o
         node.dispatch()
         assert request.result(LIMIT) == 1
         assert node.session == session
-    finally:
-        node.close()
 
 
 def test_a_component_with_a_blocked_main_loop_is_stuck(running, operator):
-    node = Node("it", "storage", running.address, {}, info={})
-
-    def described():
-        (one,) = operator.components().result(LIMIT)
-        return one
-
-    try:
+    with closing(Node("it", "storage", running.address, {}, info={})) as node:
         node.connect()
-        until(lambda: described()["heard_s"] < 0.2 and not described()["stuck"], "heartbeats before the loop begins")
+        until(
+            lambda: described(operator)["heard_s"] < 0.2 and not described(operator)["stuck"],
+            "heartbeats before the loop begins",
+        )
         node.report(5, 0)  # the last report, without queued work
-        until(lambda: described()["stuck"], "stuck")
-        assert (described()["alive"], described()["queued"]) == (True, 0)
-        until(lambda: node.report(5, 0) or not described()["stuck"], "moving again")
-    finally:
-        node.close()
+        until(lambda: described(operator)["stuck"], "stuck")
+        assert (described(operator)["alive"], described(operator)["queued"]) == (True, 0)
+        until(lambda: node.report(5, 0) or not described(operator)["stuck"], "moving again")
 
 
 def test_a_callback_that_fails_does_not_end_the_connection(running, operator, caplog):
@@ -221,7 +214,7 @@ def test_a_callback_that_fails_does_not_end_the_connection(running, operator, ca
         hello, it.node._link._beat = it.node._link._beat, lambda: 1 / 0
         until(lambda: "has failed" in caplog.text, "the complaint")
         it.node._link._beat = hello
-        until(lambda: [one["alive"] for one in operator.components().result(LIMIT)] == [True], "life")
+        until(lambda: alive(operator) == [True], "life")
         assert operator.call("it", "a").result(LIMIT) == 1
 
 
@@ -278,12 +271,8 @@ sys.exit(run_main(main))
 def test_a_lost_component_whose_name_was_taken(tmp_path, running, operator):
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-
-    def alive():
-        return [one["alive"] for one in operator.components().result(LIMIT)]
-
     with Process("stand_in", running.address, directory=tmp_path, env=env) as first:
-        until(lambda: alive() == [True], "the first")
+        until(lambda: alive(operator) == [True], "the first")
         first.popen.send_signal(signal.SIGSTOP)
         with actor(running.address, {}).running() as second:  # waits until the first counts as lost
             first.popen.send_signal(signal.SIGCONT)
@@ -295,19 +284,15 @@ def test_a_lost_component_whose_name_was_taken(tmp_path, running, operator):
 def test_a_lost_component_that_comes_back(tmp_path, running, operator):
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-
-    def alive():
-        return [one["alive"] for one in operator.components().result(LIMIT)]
-
     with Process("stand_in", running.address, directory=tmp_path, env=env) as it:
-        until(lambda: alive() == [True], "registration")
+        until(lambda: alive(operator) == [True], "registration")
         it.popen.send_signal(signal.SIGSTOP)
-        until(lambda: alive() == [False], "loss")
+        until(lambda: alive(operator) == [False], "loss")
         it.popen.send_signal(signal.SIGCONT)
-        until(lambda: alive() == [True], "return")
+        until(lambda: alive(operator) == [True], "return")
         assert operator.call("it", "a").result(LIMIT) == 1
         assert it.stop(signal.SIGTERM) == 0
-        until(lambda: alive() == [], "goodbye")
+        until(lambda: alive(operator) == [], "goodbye")
 
 
 def result(request, value=0):

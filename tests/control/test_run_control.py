@@ -722,11 +722,6 @@ def test_a_run_that_the_catalogue_does_not_know_is_left_alone_until_aborted(team
     assert do(team, "prepare")["run"] == 78
 
 
-def test_two_cores_never_share_a_catalogue(team):
-    with pytest.raises(FileError, match="another core"):
-        Catalogue(team.catalogue.path.parent)
-
-
 def filled_catalogue(directory, runs=40):
     catalogue = Catalogue(directory)
     for number in range(1, runs + 1):
