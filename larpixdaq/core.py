@@ -174,9 +174,7 @@ class Core:
             try:
                 if len(frames) != 2:
                     raise ProtocolError(f"message from {route.hex()}: {len(frames) - 1} parts, expected 1")
-                known = len(data) <= MAX_REQUEST or any(
-                    component.route == route for component in self._peers.components.values()
-                )
+                known = len(data) <= MAX_REQUEST or any(peer.route == route for peer in self._peers.components.values())
                 if not known:
                     raise ProtocolError(f"message from {route.hex()}: {len(data)} bytes, the limit is {MAX_REQUEST}")
                 self._handle(unpack_client(data, route.hex()), route, now)

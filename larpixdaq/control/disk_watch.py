@@ -31,9 +31,7 @@ def _level(status: StorageStatus) -> int:
 def warnings(storages: list[Component]) -> list[str]:
     """Return a sentence for each storage whose disk will be full within an hour, whose command for finished files has
     failed, or that cannot write now."""
-    reported = [
-        (storage.name, status) for storage in storages if (status := storage.read_status(StorageStatus)) is not None
-    ]
+    reported = [(storage.name, status) for storage in storages if (status := storage.read_status(StorageStatus))]
     return [
         *(f"{name}: {time_to_full(status)}" for name, status in reported if _level(status)),
         *(f"{name}: {status.on_close}" for name, status in reported if status.on_close),

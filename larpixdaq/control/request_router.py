@@ -27,7 +27,7 @@ _log = logging.getLogger("larpixdaq.core")
 _KIND_NAMES: Final = {PRODUCER: "producer", RUN_DATA: "online monitor"}
 
 
-class _NoParams(msgspec.Struct, forbid_unknown_fields=True):
+class _Empty(msgspec.Struct, forbid_unknown_fields=True):
     pass
 
 
@@ -71,21 +71,17 @@ class CoreActions:
         self.load = Load()
         #: Parameters, handler, and whether the action needs control. A handler that returns None uses `reply`.
         self._actions: Final[dict[str, tuple[type[Any], Callable[[_CoreRequest], Any], bool]]] = {
-            "state": (_NoParams, lambda request: runs.state, False),
-            "components": (_NoParams, lambda request: peers.describe(request.now), False),
+            "state": (_Empty, lambda request: runs.state, False),
+            "components": (_Empty, lambda request: peers.describe(request.now), False),
             "actions": (_Actions, self._list_actions, False),
-            "status": (_NoParams, self._status, False),
+            "status": (_Empty, self._status, False),
             "run_info": (_RunInfo, self._run_info, False),
-            "take_control": (_NoParams, self._take_control, False),
-            "release_control": (_NoParams, self._release_control, False),
+            "take_control": (_Empty, self._take_control, False),
+            "release_control": (_Empty, self._release_control, False),
             "prepare_run": (_Prepare, self._prepare, True),
-            "begin_run": (_NoParams, lambda request: runs.begin(request.reply, request.now), True),
-            "end_run": (_NoParams, lambda request: runs.end(request.reply, request.now), True),
-            "abort_run": (
-                _NoParams,
-                lambda request: runs.abort(request.operator.name, request.reply, request.now),
-                True,
-            ),
+            "begin_run": (_Empty, lambda request: runs.begin(request.reply, request.now), True),
+            "end_run": (_Empty, lambda request: runs.end(request.reply, request.now), True),
+            "abort_run": (_Empty, lambda request: runs.abort(request.operator.name, request.reply, request.now), True),
             "comment": (
                 _Comment,
                 lambda request: {"run": runs.comment(request.operator.name, request.params.text)},

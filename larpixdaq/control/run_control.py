@@ -120,23 +120,13 @@ class RunControl:
         self._give_up_candidate()
         highest, warnings = highest_run(self._catalogue.highest, storages)
         boards = connected(producers)
-        run = Run(
-            highest + 1,
-            kind or kind_of_run(boards),
-            comment,
-            operator,
-            time.time_ns(),
-            layout=layout,
-            asic=", ".join(dict.fromkeys(str(producer.info.get("asic", "")) for producer in producers)),
-            connected=boards,
-            versions=team_versions(producers),
-            storages=[storage.name for storage in storages],
-        )
+        run = Run(highest + 1, kind or kind_of_run(boards), comment, operator, time.time_ns())
+        run.connected, run.layout, run.versions = boards, layout, team_versions(producers)
+        run.storages = [storage.name for storage in storages]
+        run.asic = ", ".join(dict.fromkeys(str(producer.info.get("asic", "")) for producer in producers))
         self._catalogue.save(run, new=True)
         self.run = run
-        self._start(
-            "prepare_run", self._prepare(run, [component.name for component in producers], warnings), reply, now
-        )
+        self._start("prepare_run", self._prepare(run, [producer.name for producer in producers], warnings), reply, now)
 
     def begin(self, reply: ReplyRoute, now: float) -> None:
         """READY -> RUN."""
@@ -197,12 +187,7 @@ class RunControl:
         run = self.run
         if component.run is not None and (run is None or component.run != run.run):
             self._finish_stray(component, component.run, now)
-        elif (
-            run is not None
-            and self.state != STOP
-            and run.phase != ENDING
-            and not self._procedures.awaits(component.name)
-        ):
+        elif run is not None and self.state != STOP and run.phase != ENDING and not self._procedures.awaits(component):
             required = component.name in run.storages or component.name in run.producers
             late = component.run is None or (self.state == RUN and not component.begun)
             if late and (component.kind == RUN_DATA or required):
@@ -210,7 +195,7 @@ class RunControl:
 
     def heard(self, component: Component, beat: Heartbeat, now: float) -> None:
         """A heartbeat has come: with the component's run, a nearly full disk, or files that complete an earlier run."""
-        if (beat.run, beat.begun) != (component.run, component.begun) and not self._procedures.awaits(component.name):
+        if (beat.run, beat.begun) != (component.run, component.begun) and not self._procedures.awaits(component):
             # The component has answered to a core that has died since.
             component.run, component.begun = beat.run, beat.begun
             self._place(component, now)
@@ -490,31 +475,27 @@ class RunControl:
 
     def _abort_strays(self) -> Steps:
         """In STOP, end the runs that components are still in."""
-        strays = [
-            (component, component.run) for component in self._peers.components.values() if component.run is not None
-        ]
+        strays = [(stray, stray.run) for stray in self._peers.components.values() if stray.run is not None]
         cancelled = {
-            component.name: Item({"run": number}, MONITOR_LIMIT)
-            for component, number in strays
-            if component.kind != RUN_DATA
-            and (run := self._catalogue.find(number)) is not None
-            and run.phase == CANCELLED
+            stray.name: Item({"run": number}, MONITOR_LIMIT)
+            for stray, number in strays
+            if stray.kind != RUN_DATA and (run := self._catalogue.find(number)) is not None and run.phase == CANCELLED
         }
 
         def left(kind: str) -> list[Component]:
             """Return the components that are still in their run: others may have left it since."""
             return [
-                component
-                for component, run in strays
-                if component.kind == kind and component.run == run and component.name not in cancelled
+                stray
+                for stray, run in strays
+                if stray.kind == kind and stray.run == run and stray.name not in cancelled
             ]
 
         yield ComponentRequest("cancel_run", cancelled)
-        producers = {component.name: Item({"run": component.run}, PRODUCER_END_LIMIT) for component in left(PRODUCER)}
+        producers = {stray.name: Item({"run": stray.run}, PRODUCER_END_LIMIT) for stray in left(PRODUCER)}
         yield ComponentRequest("abort_run", producers)
         aborted = {"how": "aborted", "producers": []}
-        others = {component.name: Item({"run": component.run} | aborted, END_LIMIT) for component in left(STORAGE)}
-        others |= {component.name: Item({"run": component.run}, MONITOR_LIMIT) for component in left(RUN_DATA)}
+        others = {stray.name: Item({"run": stray.run} | aborted, END_LIMIT) for stray in left(STORAGE)}
+        others |= {stray.name: Item({"run": stray.run}, MONITOR_LIMIT) for stray in left(RUN_DATA)}
         yield ComponentRequest("end_run", others)
         return {"run": None, "condition": "", "rows": 0, "stored": 0, "files": [], "reasons": []}
 

@@ -23,11 +23,9 @@ def take_end(run: Run, name: str, outcome: ComponentAnswer) -> str:
         end = checked(outcome.result(), ProducerEnd, name, "end_run")
     except ComponentError as error:
         return str(error)
-    ends = [
-        RunEnd(epoch_end.epoch, epoch_end.next, epoch_end.rows, epoch_end.counts, name) for epoch_end in end.inherited
-    ]
+    ends = [RunEnd(totals.epoch, totals.next, totals.rows, totals.counts, name) for totals in end.inherited]
     ends.append(RunEnd(end.epoch, end.next, end.rows, end.counts, name, end.warning))
-    new = [epoch_end.epoch for epoch_end in ends]
+    new = [totals.epoch for totals in ends]
     epochs = run.producers.setdefault(name, [])
     epochs[:] = dict.fromkeys([*new[:-1], *epochs, end.epoch])  # the epoch of the living producer stays last
     run.ends = [old for old in run.ends if old.name != name or old.epoch not in new] + ends

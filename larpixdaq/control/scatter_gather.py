@@ -265,9 +265,9 @@ class Procedures:
         late.done = answer.kind == "result"
         return late
 
-    def awaits(self, name: str) -> bool:
+    def awaits(self, component: Component) -> bool:
         """Whether an answer of this component is awaited."""
-        return any(pending.name == name for _, pending in self._open())
+        return any(pending.name == component.name for _, pending in self._open())
 
     def send_again(self, component: Component) -> None:
         """Repeat the open requests of a component that has come back, because requests or answers may be lost."""

@@ -57,8 +57,8 @@ class RequestWorker:
         else:
             self._run(request)
 
-    def _run(self, request: hardware.RunRoutine | hardware.RunAction) -> None:
-        name = request.action if isinstance(request, hardware.RunAction) else f"routine {request.name}"
+    def _run(self, request: hardware.RunRoutine | hardware.Action) -> None:
+        name = request.action if isinstance(request, hardware.Action) else f"routine {request.name}"
         reports = _Reports(self._link, request.request)
         # The kernel ends this process at the limit, whatever the routine is doing and whoever holds the interpreter's
         # lock.
@@ -67,7 +67,7 @@ class RequestWorker:
         try:
             answer: hardware.Result | hardware.ActionFailed
             answer = (
-                self._act(request, reports) if isinstance(request, hardware.RunAction) else self._call(request, reports)
+                self._act(request, reports) if isinstance(request, hardware.Action) else self._call(request, reports)
             )
         except LarpixDaqError as error:
             code = error.code if isinstance(error, RequestError) else "failed"
@@ -107,7 +107,7 @@ class RequestWorker:
             self._remembered = state
             self._link.send(state)
 
-    def _act(self, request: hardware.RunAction, reports: _Reports) -> hardware.Result:
+    def _act(self, request: hardware.Action, reports: _Reports) -> hardware.Result:
         from larpixdaq.hardware.actions import act
 
         value = act(self._state(), request.action, request.params, reports.send_info)

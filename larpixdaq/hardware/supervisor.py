@@ -164,7 +164,7 @@ class Child:
         if self._refuse(call):
             return
         self._running = _Running(self._next(), action, action, TIME_LIMIT)
-        if self._send(call, hardware.RunAction(self._running.request, action, params, TIME_LIMIT)):
+        if self._send(call, hardware.Action(self._running.request, action, params, TIME_LIMIT)):
             call.ack(action)
 
     def take_rows(self, rows: NDArray[Any]) -> None:

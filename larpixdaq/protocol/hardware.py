@@ -68,7 +68,7 @@ class Setup(msgspec.Struct, array_like=True, tag=3, frozen=True):
     pixel_layout: str = ""
 
 
-class RunAction(msgspec.Struct, array_like=True, tag=4, frozen=True):
+class Action(msgspec.Struct, array_like=True, tag=4, frozen=True):
     """Do an action on chips, boards or pixel layouts (hardware/actions.py)."""
 
     request: int
@@ -170,7 +170,7 @@ def config_answers(rows: NDArray[Any]) -> NDArray[Any]:
     return answers
 
 
-Request = ListRoutines | RunRoutine | RunAction
+Request = ListRoutines | RunRoutine | Action
 
 FromParent = Request | Setup | ListenedRows | CommandDone
 

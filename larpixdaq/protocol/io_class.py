@@ -9,7 +9,7 @@ import msgspec
 from larpixdaq.runtime.child_process import PIECE
 
 #: Maximum bytes of a message: it fits into the socket's buffer, and one recv() gets it whole.
-MAX_MESSAGE: Final = PIECE
+LIMIT: Final = PIECE
 
 
 class Send(msgspec.Struct, array_like=True, tag=1, frozen=True):

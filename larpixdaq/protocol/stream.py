@@ -73,7 +73,7 @@ SENT, READ = 1, 2
 #: Maximum number of differing registers that a text names.
 _MAX_NAMED: Final = 5
 #: Maximum number of chips of a block: about 200 kB before packing.
-_PIECE_CHIPS: Final = 256
+_PIECE: Final = 256
 
 
 class BlockOrigin(NamedTuple):
@@ -342,8 +342,8 @@ class Configurations(NamedTuple):
 
     def pieces(self) -> Iterator[Configurations]:
         """Split into pieces that fit into a block each."""
-        for first in range(0, len(self.chips), _PIECE_CHIPS):
-            part = slice(first, first + _PIECE_CHIPS)
+        for first in range(0, len(self.chips), _PIECE):
+            part = slice(first, first + _PIECE)
             yield Configurations(self.asic, *(array[part] for array in self[1:]))
 
     def text(self) -> str:
@@ -382,10 +382,8 @@ def unpack_configurations(found: Configs) -> Configurations:
 
     n, rest = divmod(len(found.chips), 3)
     size = 3 * n * REGISTERS
-    if rest or not 0 < n <= _PIECE_CHIPS:
-        raise ProtocolError(
-            f"configurations: expected 1 to {_PIECE_CHIPS} chips of 3 bytes, found {len(found.chips)} bytes"
-        )
+    if rest or not 0 < n <= _PIECE:
+        raise ProtocolError(f"configurations: expected 1 to {_PIECE} chips of 3 bytes, found {len(found.chips)} bytes")
     decoder = zlib.decompressobj()
     try:
         data = decoder.decompress(found.registers, size)

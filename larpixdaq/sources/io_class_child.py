@@ -26,19 +26,7 @@ from typing import Any, Final
 from larpix.packet import Packet_v1, Packet_v2, SyncPacket, TimestampPacket, TriggerPacket
 
 from larpixdaq.errors import ConfigError
-from larpixdaq.protocol.io_class import (
-    MAX_MESSAGE,
-    Data,
-    Failed,
-    FromChild,
-    Hello,
-    Idle,
-    Order,
-    Send,
-    Sent,
-    pack,
-    requests,
-)
+from larpixdaq.protocol.io_class import LIMIT, Data, Failed, FromChild, Hello, Idle, Order, Send, Sent, pack, requests
 from larpixdaq.runtime.child_process import parent_socket
 from larpixdaq.schema import Asic
 
@@ -46,6 +34,7 @@ from larpixdaq.schema import Asic
 _IDLE: Final = 0.005
 #: Bytes that are handed over at once, and words of one message: both stay below io_class.MAX_MESSAGE.
 #: Maximum bytes of Data, and words of a board message: both stay below io_class.LARGEST.
+#: Bytes that are handed over at once, and words of one message: both stay below io_class.LIMIT.
 _MOST_BYTES: Final = 60_000
 _MOST_WORDS: Final = 1_000
 
@@ -220,7 +209,7 @@ def _serve(sock: socket.socket, io: Any, encoder: Encoder, asic: Asic) -> None:
     busy = False
     while True:
         if select.select([sock], [], [], 0 if busy else _IDLE)[0]:
-            data = sock.recv(MAX_MESSAGE)
+            data = sock.recv(LIMIT)
             if not data:
                 raise _ParentGone
             request = requests.decode(data)

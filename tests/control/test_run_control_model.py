@@ -159,7 +159,7 @@ class Model(RuleBasedStateMachine):
     @rule(name=NAMES)
     def beat(self, name):
         if name in self.world.peers.components:
-            asked = self.world.runs._procedures.awaits(name)
+            asked = self.world.runs._procedures.awaits(self.world.peers.components[name])
             self.world.beat(name)
             if not asked:
                 self.placed(name)
