@@ -23,7 +23,7 @@ from larpixdaq import config
 from larpixdaq.constants import LOG
 from larpixdaq.control.log_shipping import LogRecord, unpack_record
 from larpixdaq.control.node import Node
-from larpixdaq.errors import ConfigError, FileError, ProtocolError
+from larpixdaq.errors import ConfigError, FileError, ProtocolError, printable
 from larpixdaq.protocol.reports import LogStatus
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.timing import Throttle
@@ -41,21 +41,15 @@ RATE: Final = 64 << 10
 _SHARES: Final = 16
 #: Seconds between two reports of lines that were held back.
 _REPORT_INTERVAL: Final = 1.0
-_CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(32), 127, *range(128, 160), 0x2028, 0x2029)} | {
-    ord("\n"): "\\n",
-    ord("\r"): "\\r",
-    ord("\t"): "\\t",
-}
 
 
 def line(record: LogRecord) -> str:
-    """Convert a record to one line: UTC time, level, component, text, with escapes for control characters."""
+    """Convert a record to one line: UTC time, level, component, text, with escapes for invisible characters."""
     try:
         when = utc_datetime(record.time).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     except ValueError:
         when = "(impossible time)"
-    text = f"{when} {logging.getLevelName(record.level)} {record.component}: {record.text}"
-    return text.translate(_CONTROL) + "\n"
+    return printable(f"{when} {logging.getLevelName(record.level)} {record.component}: {record.text}") + "\n"
 
 
 class LogFile:

@@ -113,10 +113,19 @@ class Gap(msgspec.Struct, array_like=True, frozen=True):
 Gaps = Annotated[list[Gap], Meta(max_length=IO_GROUPS)]
 
 
-class Position(msgspec.Struct, array_like=True, frozen=True):
+class _OriginFields(msgspec.Struct, array_like=True, frozen=True):
+    """The first fields of all frames about one origin."""
+
     run: RunNumber
     producer: Name
     epoch: Epoch
+
+    @property
+    def source(self) -> BlockOrigin:
+        return BlockOrigin(self.run, self.producer, self.epoch)
+
+
+class Position(_OriginFields, frozen=True):
     next: Sequence
 
 
@@ -185,12 +194,9 @@ class Welcome(msgspec.Struct, array_like=True, tag=11, frozen=True):
     ring: Annotated[str, Meta(max_length=4096)] = ""  # the file of the producer's ring, for consumers on its host
 
 
-class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
+class Block(_OriginFields, tag=12, frozen=True):
     """Header of a block; the payload is `rows` rows of `layout`."""
 
-    run: RunNumber
-    producer: Name
-    epoch: Epoch
     sequence: Sequence
     first_packet: _56Bits  # index of the first row in this run and epoch
     rows: Annotated[int, Meta(ge=0, le=BLOCK_ROWS)]
@@ -203,10 +209,6 @@ class Block(msgspec.Struct, array_like=True, tag=12, frozen=True):
     gaps: Gaps
     text: Annotated[str, Meta(max_length=1 << 20)] | None = None  # an INFO message: the rows are of type 5
     configs: Configs | None = None  # the configurations of which the text tells
-
-    @property
-    def source(self) -> BlockOrigin:
-        return BlockOrigin(self.run, self.producer, self.epoch)
 
     @property
     def following(self) -> int:
@@ -235,12 +237,9 @@ class LossVerdict(msgspec.Struct, array_like=True, frozen=True):
     last_ns: _64Bits  # its end
 
 
-class End(msgspec.Struct, array_like=True, tag=13, frozen=True):
+class End(_OriginFields, tag=13, frozen=True):
     """The end record: the last record of an origin, with its exact totals."""
 
-    run: RunNumber
-    producer: Name
-    epoch: Epoch
     next: Sequence
     how: Annotated[str, Meta(pattern=r"^(closed|aborted|recovered)\Z")]
     first_ns: Time
@@ -250,10 +249,6 @@ class End(msgspec.Struct, array_like=True, tag=13, frozen=True):
     unknown: list[UnknownWord]
     outside: Counters = []  # counts of run 0 since the previous end record, in the same form
     verdicts: list[LossVerdict] = []  # at least one for each io_group
-
-    @property
-    def source(self) -> BlockOrigin:
-        return BlockOrigin(self.run, self.producer, self.epoch)
 
     @property
     def following(self) -> int:

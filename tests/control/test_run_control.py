@@ -209,16 +209,21 @@ def test_a_silent_monitor_is_only_a_warning(team):
     assert without_monitor("end")["condition"] == RunCondition.COMPLETE
 
 
-def test_rows_that_are_missing_are_named(team):
-    do(team, "prepare")
+def end_with(team, **answers):
+    """The result of end_run, if these fields of answers differ, by component: `disk_1={"rows": 5}`."""
     reply = ask(team, "end")
     while not reply.ends:
-        name = team.waiting[0][0]
-        stored = {"stored": [["board 1", 1, 1, 10], ["board 2", 2, 1, 7]]} if name.startswith("disk") else {}
-        team.answer(**stored)
-    assert reply.value()["condition"] == RunCondition.INCOMPLETE
-    assert "disk 1: 3 of 10 rows are missing of board 2 io_group 1 (epoch 2)" in reply.value()["reasons"]
-    assert (reply.value()["rows"], reply.value()["stored"]) == (20, 17)
+        team.answer(**answers.get(team.waiting[0][0].replace(" ", "_"), {}))
+    return reply.value()
+
+
+def test_rows_that_are_missing_are_named(team):
+    do(team, "prepare")
+    stored = {"stored": [["board 1", 1, 1, 10], ["board 2", 2, 1, 7]]}
+    result = end_with(team, disk_1=stored, disk_2=stored)
+    assert result["condition"] == RunCondition.INCOMPLETE
+    assert "disk 1: 3 of 10 rows are missing of board 2 io_group 1 (epoch 2)" in result["reasons"]
+    assert (result["rows"], result["stored"]) == (20, 17)
 
 
 @pytest.mark.parametrize(
@@ -235,11 +240,7 @@ def test_rows_that_are_missing_are_named(team):
 )
 def test_the_better_copy_counts(team, first, second, run):
     do(team, "prepare")
-    reply = ask(team, "end")
-    while not reply.ends:
-        name = team.waiting[0][0]
-        team.answer(**({"condition": first if name == "disk 1" else second} if name.startswith("disk") else {}))
-    assert reply.value()["condition"] == run
+    assert end_with(team, disk_1={"condition": first}, disk_2={"condition": second})["condition"] == run
 
 
 def test_conditions_have_one_order_and_are_sent_and_stored_as_their_texts():
@@ -255,11 +256,8 @@ def test_conditions_have_one_order_and_are_sent_and_stored_as_their_texts():
 
 def test_warnings_of_producers_are_reasons(team):
     do(team, "prepare")
-    reply = ask(team, "end")
-    while not reply.ends:
-        team.answer(**({"warning": "still reading after 5 s"} if team.waiting[0][0] == "board 1" else {}))
-    assert reply.value()["condition"] == RunCondition.COMPLETE
-    assert reply.value()["reasons"] == ["board 1: still reading after 5 s"]
+    result = end_with(team, board_1={"warning": "still reading after 5 s"})
+    assert (result["condition"], result["reasons"]) == (RunCondition.COMPLETE, ["board 1: still reading after 5 s"])
 
 
 def test_end_does_not_wait_for_a_lost_producer_longer_than_5_s(team):
@@ -366,37 +364,25 @@ def test_a_predecessor_unknown_to_the_core_counts_too(team):
 
 def test_totals_from_an_end_record_in_a_file(team, monkeypatch):
     before = restart_board_2(team, monkeypatch)
-    reply = ask(team, "end")
     stored = [["board 1", 1, 1, 10], ["board 2", 2, 1, 8], ["board 2", 99, 1, 10]]
-    while not reply.ends:
-        if team.waiting[0][0] == "disk 1":
-            # It has the end record, and two rows fewer than the record says; disk 2 has all rows.
-            team.answer(condition=RunCondition.COMPLETE, stored=stored, ends=[["board 2", before, 4, "recovered", 10]])
-        elif team.waiting[0][0] == "disk 2":
-            team.answer(condition=RunCondition.COMPLETE, stored=[*stored[:1], ["board 2", 2, 1, 10], stored[2]])
-        else:
-            team.answer()
-    result = reply.value()
+    # Disk 1 has the end record, and two rows fewer than the record says; disk 2 has all rows.
+    ends = [["board 2", before, 4, "recovered", 10]]
+    whole = [*stored[:1], ["board 2", 2, 1, 10], stored[2]]
+    complete = {"condition": RunCondition.COMPLETE}
+    result = end_with(team, disk_1=complete | {"stored": stored, "ends": ends}, disk_2=complete | {"stored": whole})
     assert (result["condition"], result["rows"], result["stored"]) == (RunCondition.SUSPECT, 30, 30)
     assert result["reasons"] == [AWAY, "disk 1: 8 rows of board 2 (epoch 2) are stored, 10 were made"]
 
 
 def test_rows_that_found_no_room_are_not_missing_in_a_file(team):
     do(team, "prepare")
-    reply = ask(team, "end")
     line = counts(1, 10)
     line[1 + Count.DROPPED] = 3
-    while not reply.ends:
-        name = team.waiting[0][0]
-        if name == "board 1":
-            team.answer(counts=[line])
-        elif name.startswith("disk"):
-            stored = [["board 1", 1, 1, 7], ["board 2", 2, 1, 10]]
-            team.answer(stored=stored, condition=RunCondition.INCOMPLETE, reasons=["3 rows found no room"])
-        else:
-            team.answer()
-    assert reply.value()["condition"] == RunCondition.INCOMPLETE
-    assert reply.value()["reasons"] == ["disk 1: 3 rows found no room", "disk 2: 3 rows found no room"]
+    stored = [["board 1", 1, 1, 7], ["board 2", 2, 1, 10]]
+    report = {"stored": stored, "condition": RunCondition.INCOMPLETE, "reasons": ["3 rows found no room"]}
+    result = end_with(team, board_1={"counts": [line]}, disk_1=report, disk_2=report)
+    assert result["condition"] == RunCondition.INCOMPLETE
+    assert result["reasons"] == ["disk 1: 3 rows found no room", "disk 2: 3 rows found no room"]
 
 
 def end_without_board_2(team):
