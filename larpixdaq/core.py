@@ -7,6 +7,7 @@ if __spec__ is None and sys.path[0].endswith("larpixdaq"):
     del sys.path[0]
 
 import argparse
+import contextlib
 import logging
 import secrets
 import time
@@ -174,8 +175,7 @@ class Core:
             try:
                 if len(frames) != 2:
                     raise ProtocolError(f"message from {route.hex()}: {len(frames) - 1} parts, expected 1")
-                known = len(data) <= MAX_REQUEST or any(peer.route == route for peer in self._peers.components.values())
-                if not known:
+                if len(data) > MAX_REQUEST and all(peer.route != route for peer in self._peers.components.values()):
                     raise ProtocolError(f"message from {route.hex()}: {len(data)} bytes, the limit is {MAX_REQUEST}")
                 self._handle(unpack_client(data, route.hex()), route, now)
             except ProtocolError as error:
@@ -200,9 +200,8 @@ class Core:
             return
         peer, moved = self._peers.identify(message.session, route, now)
         if peer is None:
-            text = "this session is not known: register again"
-            answer = Answer(request=message.request, session=message.session, kind="error", text=text)
-            answer.error = "unknown_session"
+            answer = Answer(request=message.request, session=message.session, kind="error", error="unknown_session")
+            answer.text = "this session is not known: register again"
             self._send(route, answer)
             return
         if moved and isinstance(peer, Component):
@@ -320,11 +319,8 @@ def main(argv: list[str] | None = None) -> int:
         address = config.listen_address(args.address, config.CORE_PORT, insecure=args.insecure, what="core")
         log_address = config.address(args.log_address, config.LOG_PORT)
         core = Core(address, log_address, config.state_dir(args.state_dir), insecure=args.insecure)
-        try:
-            with Signals() as signals:
-                core.serve(signals)
-        finally:
-            core.close()
+        with contextlib.closing(core), Signals() as signals:
+            core.serve(signals)
 
     return run_main(run)
 
