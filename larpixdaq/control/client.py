@@ -79,7 +79,7 @@ class _Outcome:
         self._unseen.clear()
 
     def release(self) -> None:
-        """The Request was dropped: nobody can read its error any more."""
+        """Note that the Request was dropped, so that its error can no longer be read."""
         self._dropped = True
         self._report()
 

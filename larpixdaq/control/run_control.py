@@ -66,7 +66,7 @@ PREPARE_LIMIT: Final = 10.0
 BEGIN_LIMIT: Final = 10.0
 PRODUCER_END_LIMIT: Final = 10.0
 END_LIMIT: Final = 30.0
-#: The same for online monitors: the run goes on without their answers.
+#: The same for online monitors: the run continues without their answers.
 MONITOR_LIMIT: Final = 1.0
 #: Seconds that end_run waits for a required component that is lost.
 LOST_PATIENCE: Final = 5.0
@@ -334,7 +334,7 @@ class RunControl:
         warnings += shared_io_groups([self._peers.components[name] for name in producers])
         warnings += disk_watch.warnings([self._peers.components[name] for name in run.storages])
         try:
-            # Storages first, so that the file is open for what producers report of the chips.
+            # Storages first, so that the file is open before producers send the configurations of chips.
             monitors = self._monitor_items(monitor_params(run))
             stores = {name: Item(storage_params(run, producers), PREPARE_LIMIT) for name in run.storages}
             outcomes = yield ComponentRequest("prepare_run", {**stores, **monitors})
@@ -565,11 +565,11 @@ class Deliveries:
         self._seen[component.name] = files
         runs: dict[int, Run] = {}
         for file in files:
-            if file not in known and (run := self._new(component, file)) is not None:
+            if file not in known and (run := self._record(component, file)) is not None:
                 runs[run.run] = run
         return list(runs.values())
 
-    def _new(self, component: Component, file: FinishedFile) -> Run | None:
+    def _record(self, component: Component, file: FinishedFile) -> Run | None:
         path = str(Path(str(component.info.get("directory", ""))) / file.file)
         try:
             new = self._catalogue.add_file(component.name, path, file.run, file.bytes, file.sha256, file.condition)

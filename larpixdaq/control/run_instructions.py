@@ -108,8 +108,7 @@ def connected(producers: Iterable[Component]) -> list[ConnectedBoard]:
 
 
 def note_connected(run: Run, components: Mapping[str, Component]) -> None:
-    """Update the boards of the run: producers may have joined, and boards may have told their firmware, since
-    prepare_run."""
+    """Update the boards of the run: since prepare_run, producers may have joined, and firmware may be known."""
     boards = {(board.producer, board.io_group): board for board in run.connected}
     for board in connected(components[name] for name in run.producers if name in components):
         known = boards.get((board.producer, board.io_group), board)

@@ -168,8 +168,7 @@ class Procedure:
         self._late[pending.request] = pending
 
     def answered(self, component: Component, answer: Answer) -> Instruction | None:
-        """Take in an answer, and return its instruction; None when this procedure does not wait for the answer. tick()
-        continues the procedure."""
+        """Handle an answer, and return its instruction; None if this procedure awaits none. tick() must follow."""
         pending = self.pending.get(answer.request)
         if pending is None or pending.name != component.name:
             return None
@@ -253,7 +252,7 @@ class Procedures:
             self.main = None
 
     def answered(self, component: Component, answer: Answer) -> Instruction | None:
-        """Take in a component's answer, and return its instruction; None when there is none. tick() must follow."""
+        """Handle a component's answer, and return its instruction; None if there is none. tick() must follow."""
         for procedure in self._all():
             if (found := procedure.answered(component, answer)) is not None:
                 return found

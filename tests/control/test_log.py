@@ -136,7 +136,7 @@ def test_a_flood_is_written_in_part_and_the_rest_counted(tmp_path, monkeypatch):
     assert f"WARNING log: {500 - written} lines of flood were not written" in text
     assert file.status().held_back == 500 - written
     monkeypatch.setattr(file, "_report_at", 0.0)
-    assert file.take(Sender())  # said once
+    assert file.take(Sender())  # reported once
     assert (tmp_path / "log.txt").read_text() == text
     file.close()
 
