@@ -124,7 +124,7 @@ def test_a_core_that_is_killed_in_the_middle_of_a_step(plant: Plant, step: str, 
             call.result(answer)
             if step == "prepare":
                 # Nothing of it is left, wherever it had got to, and its number is not used again.
-                until(lambda: all(actor.node._engaged is None for actor in (board, disk)), "all to be out of run 1")
+                until(lambda: all(actor.node._joined_run is None for actor in (board, disk)), "all to be out of run 1")
                 assert operator.run_info(1).result(LIMIT)["condition"] == "CANCELLED"
                 assert once_possible(operator.prepare_run)["run"] == 2
                 return
