@@ -184,9 +184,9 @@ def serve(core: str, name: str, address: str, path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="larpixdaq-log",
-        description="Collect the log records of all components of larpix-daq in one file. At 64 MiB it is renamed to "
-        "FILE.1, and the older ones to FILE.2 to FILE.4. Of a component that writes more than 64 KiB/s for long, lines "
-        "are counted and left out.",
+        description="Collect the log records of all components of larpix-daq in one file. At 64 MiB the file is "
+        "renamed to FILE.1, and older files to FILE.2 to FILE.4. If a component writes more than 64 KiB/s for long, "
+        "some of its lines are left out and counted.",
     )
     config.add_address_argument(parser, more=f"; the port is {config.LOG_PORT} unless given")
     config.add_component_arguments(parser, "Log")
