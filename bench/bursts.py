@@ -12,29 +12,21 @@ the files nor in the ledger.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import zmq
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
-
+from common import STEP, argument_parser, begin_run, temporary_system
 from emulated_board import Emulator
-from latency import LIMIT, PAUSE, TIMED, counted, word
+from latency import LIMIT, PAUSE, TIMED, TimedBoard
 from loss_accounting import parts_of, tally
 from memory_usage import Memory
-from saturated import STEP
-from system import System, system
+from system import System
 
 BOUND = "64MiB"
 #: Maximum number of messages that wait in an emulated board. A real board drops messages uncounted on a busy machine.
@@ -72,58 +64,33 @@ def slowed(process: Any, share: float) -> Iterator[None]:
         thread.join()
 
 
-class Words:
-    """Board whose words are timed."""
-
-    def __init__(self, socket: zmq.Socket[bytes], operator: Any) -> None:
-        self._socket, self._operator = socket, operator
-        self.sent = 0
-
-    def take(self) -> float:
-        """Send a word. Returns the milliseconds until the monitor has counted it."""
-        time.sleep(PAUSE)
-        sent = time.monotonic()
-        self.sent += 1
-        self._socket.send(word(self.sent))
-        while counted(self._operator) < self.sent:
-            if time.monotonic() > sent + LIMIT:
-                raise SystemExit(f"word {self.sent} was not counted after {LIMIT:g} s")
-        return (time.monotonic() - sent) * 1000
-
-
 def measure(line: System, rate: float, seconds: float, share: float) -> dict[str, Any]:
     count = int(rate * seconds)
     with contextlib.ExitStack() as stack:
         slow = stack.enter_context(contextlib.closing(Emulator("--rate", str(SLOW), "--queue", QUEUE, "--wait-for-go")))
         options = ("--rate", str(rate), "--words-per-message", "1000", "--count", str(count), "--queue", QUEUE)
         burst = stack.enter_context(contextlib.closing(Emulator(*options, "--stay", "--wait-for-go")))
-        socket = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.XPUB))
-        socket.linger = 0
-        timed = socket.bind_to_random_port("tcp://127.0.0.1")
-        data = {1: slow.ready["1"]["data"], TIMED: timed, BURST: burst.ready["1"]["data"]}
+        timed = stack.enter_context(contextlib.closing(TimedBoard()))
+        data = {1: slow.ready["1"]["data"], TIMED: timed.port, BURST: burst.ready["1"]["data"]}
         ports = [f"{group}=127.0.0.1:{port}:{slow.ready['1']['command']}" for group, port in data.items()]
-        operator = line.start("--ring", BOUND, "--spool-limit", BOUND, "--pacman", *ports)
-        operator.prepare_run(kind="bench").result(STEP)
-        operator.begin_run().result(STEP)
-        if not socket.poll(LIMIT * 1000):
-            raise SystemExit(f"no subscriber after {LIMIT:g} s")
+        operator = begin_run(line, "--ring", BOUND, "--spool-limit", BOUND, "--pacman", *ports)
+        timed.await_subscriber()
         memory = stack.enter_context(contextlib.closing(Memory(line, list(line.processes))))
-        words = Words(socket, operator)
         with slowed(line.processes["offline_storage"].popen, share):
             slow.go()
-            usual = [words.take() for _ in range(SAMPLES)]
+            usual = [timed.latency(operator) for _ in range(SAMPLES)]
             before = {key: use.memory[-1] for key, use in memory.uses.items()}
             burst.go()
             began = time.monotonic()
             during = []
             status: dict[str, Any] = {"spooled_bytes": 0, "ring": 1.0}
             while not burst.ended() or status["spooled_bytes"] or status["ring"] > NEARLY_EMPTY:
-                during.append(words.take())
+                during.append(timed.latency(operator))
                 status = line.status_of(operator, "producer")
                 if time.monotonic() - began > STEP:
                     raise SystemExit(f"still a backlog after {STEP:g} s: {status}")
             ended = time.monotonic()
-            after = [(words.take(), time.monotonic() - ended) for _ in range(SAMPLES)]
+            after = [(timed.latency(operator), time.monotonic() - ended) for _ in range(SAMPLES)]
         slow.stop()
         counts = slow.finish()
         burst.stop()
@@ -131,7 +98,7 @@ def measure(line: System, rate: float, seconds: float, share: float) -> dict[str
         verdict = operator.end_run().result(STEP)
     totals = tally(parts_of([line.data], verdict["run"]))
     sent = {
-        1: counts["sent"]["1"]["words"], TIMED: words.sent, BURST: burst.summary["sent"]["1"]["words"],
+        1: counts["sent"]["1"]["words"], TIMED: timed.sent, BURST: burst.summary["sent"]["1"]["words"],
     }  # fmt: skip
     late = [at for took, at in after if took > 1.5 * max(usual)]
     stored = (totals.rows - SLOW * SAMPLES * 2 * PAUSE) / (ended - began)
@@ -154,9 +121,7 @@ def measure(line: System, rate: float, seconds: float, share: float) -> dict[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--rate", type=float, default=6.5e6, metavar="R", help="packets/s of the burst (default %(default)g)")
     add("--seconds", type=float, default=5.0, metavar="S", help="length of the burst, s (default %(default)g)")
@@ -167,9 +132,8 @@ def main() -> int:
         metavar="F",
         help="share of the time for which the storage runs (default %(default)g)",
     )
-    add("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
+    with temporary_system() as line:
         result = measure(line, options.rate, options.seconds, options.share)
     if options.json:
         print(json.dumps(result))

@@ -10,21 +10,16 @@ the channels, because it has a histogram for each.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-
+from common import STEP, argument_parser, begin_run, processor_seconds, temporary_system
 from emulated_board import Emulator
 from memory_usage import Memory
-from saturated import STEP, processor_seconds
-from system import System, system
+from system import System
 
 #: Number of io_channels per board, and of chips per io_channel.
 SIZES = ((1, 1), (4, 4), (8, 16), (32, 50))
@@ -37,9 +32,7 @@ def measure(line: System, rate: float, boards: int, size: tuple[int, int], secon
     options = ["--rate", str(rate / boards), "--io-groups", str(boards), "--words-per-message", "1000", "--lossless"]
     options += ["--io-channels", io_channels, "--chips-per-io-channel", chips, "--wait-for-go"]
     with contextlib.closing(Emulator(*options)) as board:
-        operator = line.start("--pacman", *board.addresses)
-        operator.prepare_run(kind="bench").result(STEP)
-        operator.begin_run().result(STEP)
+        operator = begin_run(line, "--pacman", *board.addresses)
         pids = {key: process.popen.pid for key, process in line.processes.items()}
         board.go()
         time.sleep(SETTLE)
@@ -64,18 +57,15 @@ def measure(line: System, rate: float, boards: int, size: tuple[int, int], secon
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--rate", type=float, default=4e6, metavar="R", help="packets/s of all boards (default %(default)g)")
     add("--boards", type=int, default=4, metavar="N", help="number of boards (default %(default)d)")
     add("--seconds", type=float, default=10.0, metavar="S", help="length of each round, s (default %(default)g)")
-    add("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     results = []
     for size in SIZES:
-        with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
+        with temporary_system() as line:
             result = measure(line, options.rate, options.boards, size, options.seconds)
         results.append(result)
         if not options.json:

@@ -8,9 +8,7 @@ the emulator (one process for all boards) per second while reading. Every answer
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import struct
 import subprocess
 import time
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import zmq
+from common import argument_parser, processor_seconds
 
 from larpixdaq.emulators import network
 from larpixdaq.emulators.network import register_map
@@ -53,7 +52,7 @@ def setup(board: network.Wiring) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, json=False)
     parser.add_argument("--boards", type=int, default=8, help="number of boards (default %(default)d)")
     parser.add_argument("--chips", type=int, default=800, help="chips per board (default %(default)d)")
     parser.add_argument("--words", type=int, default=16_384, help="maximum words per message (default %(default)d)")
@@ -99,7 +98,7 @@ def main() -> None:
         ready_after = time.monotonic() - began
         every = np.repeat(keys, registers.count, axis=0)
         addresses = np.tile(np.arange(registers.count), len(keys))
-        began, ticks = time.monotonic(), cpu(emulator.pid)
+        began, ticks = time.monotonic(), processor_seconds(emulator.pid)
         send_all(words(every[:, 0], READ, every[:, 1], addresses, np.zeros_like(addresses)))
         for _, data in boards:
             answered = 0
@@ -113,7 +112,7 @@ def main() -> None:
                 answered += len(answers)
             assert (read[keys[:, 0], keys[:, 1]][:, : registers.count] == expected).all()
         seconds = time.monotonic() - began
-        share = (cpu(emulator.pid) - ticks) / seconds
+        share = (processor_seconds(emulator.pid) - ticks) / seconds
         reads = args.boards * len(every)
         print(
             json.dumps(
@@ -134,13 +133,6 @@ def main() -> None:
             for socket in pair:
                 socket.close(linger=0)
         context.term()
-
-
-def cpu(pid: int) -> float:
-    """Return the processor time of a process so far, in seconds."""
-    with open(f"/proc/{pid}/stat") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

@@ -9,20 +9,15 @@ without the 200 ms for which producers continue to read.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-
+from common import STEP, argument_parser, processor_seconds, temporary_system
 from emulated_board import Emulator
-from saturated import STEP, processor_seconds
-from system import System, system
+from system import System
 
 from larpixdaq.producer import END_READ_ON
 
@@ -67,20 +62,17 @@ def measure(line: System, rate: float, seconds: float) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--rates", default="0,5000,200000,1000000", metavar="R,...", help="packets/s (default %(default)s)"
     )
     parser.add_argument(
         "--seconds", type=float, default=20.0, metavar="S", help="length of each measurement, s (default %(default)g)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     results = []
     for rate in map(float, options.rates.split(",")):
-        with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
+        with temporary_system() as line:
             results.append(measure(line, rate, options.seconds))
         if not options.json:
             result = results[-1]

@@ -23,9 +23,7 @@ from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
-
-from marks import machine, update
+from common import argument_parser, machine, update, with_source
 from trial_processes import ROWS, Outcome, impossible, late, trials
 
 from larpixdaq.sources.data_quality import FINDINGS
@@ -135,9 +133,7 @@ def line(trial: Outcome) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argument_parser(__doc__, json=False)
     add = parser.add_argument
     add("--trials", type=int, default=10, metavar="N", help="trials of each row (default %(default)d)")
     add("--rows", metavar="NAME,...", help=f"only these of: {', '.join(ROWS)}")
@@ -168,14 +164,12 @@ def main() -> int:
     )
     report: dict[str, Any] = {"command": command, "machine": machine(), "began": time.time()}
     outcomes = run(options, rows, report)
-    text = f"{table(outcomes)}\n\n`{command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {machine()}."
+    text = with_source(table(outcomes), command)
     print(text)
     if options.update:
         update(options.update, MARK, text)
     if options.findings:
-        findings = (
-            f"{findings_table(outcomes)}\n\n`{command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {machine()}."
-        )
+        findings = with_source(findings_table(outcomes), command)
         print(findings)
         update(options.findings, FINDINGS_MARK, findings)
     return 0 if all(outcome.ok for outcome in outcomes) else 1

@@ -10,7 +10,6 @@ processors a kernel must reach ELSEWHERE of its lowest figure.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import subprocess
@@ -22,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from test_kernels import drain, messages, rows, serial_bytes
+from common import argument_parser
+from test_kernels import messages, pacman_decoding, rows, serial_decoding
 
-from larpixdaq import constants, schema
-from larpixdaq._native import board_emulator, decoders, hdf5_chunks, monitor_counters, word_codec
+from larpixdaq import constants
+from larpixdaq._native import board_emulator, hdf5_chunks, monitor_counters, word_codec
 from larpixdaq.schema import Asic
 
 FIGURES = Path(__file__).with_name("gate.json")
@@ -59,31 +59,6 @@ def copy(folder: Path) -> Call:
 
 def kernels() -> dict[str, Call]:
     """Return the calls of all kernels, with ROWS words or rows each, by name."""
-    out = np.zeros(constants.BLOCK_ROWS, schema.PACKETS_2_4)
-    counts = np.zeros(len(constants.COUNTS), np.uint64)
-
-    def pacman(per_message: int) -> Call:
-        buffer, spans = messages(ROWS, per_message)
-        decoder = decoders.PacmanDecoder(1, Asic.V2)
-        decoder.start(counts)
-
-        def run() -> None:
-            decoder.feed(buffer, spans)
-            assert drain(decoder, out) == ROWS + len(spans)
-
-        return run
-
-    def serial(garbage: float) -> Call:
-        data = serial_bytes(ROWS, garbage)
-        decoder = decoders.SerialDecoder(1, Asic.V2)
-        decoder.start(counts)
-
-        def run() -> None:
-            decoder.feed(data, 0)
-            assert drain(decoder, out) > 0.9 * ROWS
-
-        return run
-
     made = rows(ROWS)[:ROWS].copy()
     data = made.view(np.uint8)
     packer = hdf5_chunks.Packer(ROWS, 36)
@@ -92,10 +67,10 @@ def kernels() -> dict[str, Call]:
     board = board_emulator.PacmanBoard(Asic.V2, rate=1e6, seed=1, words=ROWS)
     sent, spans = messages(ROWS, 1000)
     return {
-        "PACMAN, 1000 words a message": pacman(1000),
-        "PACMAN, one word a message": pacman(1),
-        "serial": serial(0.0),
-        "serial, 1 % garbage": serial(0.01),
+        "PACMAN, 1000 words a message": pacman_decoding(ROWS, 1000),
+        "PACMAN, one word a message": pacman_decoding(ROWS, 1),
+        "serial": serial_decoding(ROWS, 0.0),
+        "serial, 1 % garbage": serial_decoding(ROWS, 0.01),
         "counting, all counters": lambda: counter.count(made),
         "rows to words": lambda: word_codec.encode(made, asic=Asic.V2),
         "tally of a file's rows": lambda: hdf5_chunks.tally(data, 2, tallied),
@@ -132,10 +107,7 @@ def minimum(known: dict[str, dict[str, float]], model: str) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser = argument_parser(__doc__)
     parser.add_argument("--update", action="store_true", help=f"write the ratios of this run into {FIGURES.name}")
     options = parser.parse_args()
     known: dict[str, dict[str, float]] = json.loads(FIGURES.read_text())

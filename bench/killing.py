@@ -7,16 +7,12 @@ The trials are those of tests/faults/kill_file_writer.py.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
-
+from common import argument_parser, update, with_source
 from kill_file_writer import run
-from marks import machine, update
 
 MARK = "killed writers"
 NUMBERS = ("kills", "recoveries_killed", "rows_acknowledged", "rows_stored", "blocks_lost", "blocks_doubled")
@@ -35,7 +31,7 @@ def text(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, json=False)
     parser.add_argument("--kills", type=int, default=500, metavar="N", help="number of kills (default %(default)d)")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the random numbers (default %(default)d)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="directory for the files of failed trials")
@@ -45,7 +41,7 @@ def main() -> int:
     options = parser.parse_args()
     result = run(options.kills, options.seed, options.keep)
     command = f"python bench/killing.py --kills {options.kills} --seed {options.seed}"
-    shown = f"{text(result)}\n\n`{command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {machine()}."
+    shown = with_source(text(result), command)
     print(shown)
     if options.update:
         update(options.update, MARK, shown)

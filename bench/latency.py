@@ -9,26 +9,20 @@ request to the monitor and its answer.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import random
 import statistics
 import struct
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zmq
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-
+from common import STEP, argument_parser, begin_run, temporary_system
 from emulated_board import Emulator
-from saturated import STEP
-from system import System, system
+from system import System
 
 from larpixdaq._native import word_codec
 from larpixdaq.schema import Asic
@@ -52,31 +46,46 @@ def counted(operator: Any) -> int:
     return int(table["packets"][table["io_group"] == TIMED].sum())
 
 
+class TimedBoard:
+    """Board that sends single words through a socket of this program. Measures when the monitor has counted them."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket = self._context.socket(zmq.XPUB)
+        self._socket.linger = 0
+        self.port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self.sent = 0
+
+    def await_subscriber(self) -> None:
+        if not self._socket.poll(LIMIT * 1000):
+            raise SystemExit(f"no subscriber after {LIMIT:g} s")
+
+    def latency(self, operator: Any, pause: float = PAUSE) -> float:
+        """Send a word after `pause` seconds. Returns the milliseconds until the monitor has counted it."""
+        time.sleep(pause)
+        sent = time.monotonic()
+        self.sent += 1
+        self._socket.send(word(self.sent))
+        while counted(operator) < self.sent:
+            if time.monotonic() > sent + LIMIT:
+                raise SystemExit(f"word {self.sent} was not counted after {LIMIT:g} s")
+        return (time.monotonic() - sent) * 1000
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
 def measure(line: System, rate: float, samples: int) -> dict[str, Any]:
     options = ("--rate", str(rate), "--words-per-message", "auto", "--wait-for-go")
-    with contextlib.ExitStack() as stack:
-        busy = stack.enter_context(contextlib.closing(Emulator(*options)))
-        context: zmq.Context[Any] = stack.enter_context(zmq.Context())
-        socket = stack.enter_context(context.socket(zmq.XPUB))
-        socket.linger = 0
-        port = socket.bind_to_random_port("tcp://127.0.0.1")
+    with contextlib.closing(Emulator(*options)) as busy, contextlib.closing(TimedBoard()) as timed:
         data, command = (busy.ready["1"][name] for name in ("data", "command"))
-        operator = line.start("--pacman", f"{BUSY}=127.0.0.1:{data}:{command}", f"{TIMED}=127.0.0.1:{port}:{command}")
-        operator.prepare_run(kind="bench").result(STEP)
-        operator.begin_run().result(STEP)
-        if not socket.poll(LIMIT * 1000):
-            raise SystemExit(f"no subscriber after {LIMIT:g} s")
+        boards = (f"{BUSY}=127.0.0.1:{data}:{command}", f"{TIMED}=127.0.0.1:{timed.port}:{command}")
+        operator = begin_run(line, "--pacman", *boards)
+        timed.await_subscriber()
         busy.go()
         chance = random.Random(1)
-        times = []
-        for n in range(1, samples + 1):
-            time.sleep(PAUSE * (1 + chance.random()))
-            sent = time.monotonic()
-            socket.send(word(n))
-            while counted(operator) < n:
-                if time.monotonic() > sent + LIMIT:
-                    raise SystemExit(f"word {n} was not counted after {LIMIT:g} s")
-            times.append((time.monotonic() - sent) * 1000)
+        times = [timed.latency(operator, PAUSE * (1 + chance.random())) for _ in range(samples)]
         seen = operator.packet_rate(channels=False).result(STEP)["io_groups"]
         busy.stop()
         busy.finish()
@@ -95,18 +104,15 @@ def measure(line: System, rate: float, samples: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--rates", default="5000,1000000", metavar="R,...", help="packets/s (default %(default)s)")
     parser.add_argument(
         "--samples", type=int, default=300, metavar="N", help="timed words at each rate (default %(default)d)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     results = []
     for rate in map(float, options.rates.split(",")):
-        with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
+        with temporary_system() as line:
             results.append(measure(line, rate, options.samples))
         if not options.json:
             print("  ".join(f"{name} {value:g}" for name, value in results[-1].items()), flush=True)

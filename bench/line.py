@@ -9,13 +9,14 @@ all processes, including emulated boards and start-up.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import subprocess
 import sys
 import tempfile
 from typing import Any
+
+from common import argument_parser
 
 from larpixdaq.runtime import launcher
 
@@ -59,9 +60,8 @@ def measure(rate: int, boards: int, words: str, seconds: float) -> dict[str, Any
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each run (default %(default)g)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args()
     results = []
     if not options.json:

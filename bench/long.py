@@ -11,25 +11,19 @@ packet) are written to a temporary directory.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import h5py
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
-
+from common import STEP, argument_parser, begin_run, processor_seconds, temporary_system
 from emulated_board import Emulator
 from loss_accounting import parts_of
 from memory_usage import Memory
-from saturated import STEP, processor_seconds
-from system import System, system
+from system import System
 
 #: Seconds between two readings of processor time.
 EVERY = 0.25
@@ -38,9 +32,7 @@ EVERY = 0.25
 def measure(line: System, rate: float, boards: int, seconds: float) -> dict[str, Any]:
     options = ("--rate", str(rate / boards), "--io-groups", str(boards), "--words-per-message", "1000", "--wait-for-go")
     with contextlib.closing(Emulator(*options, "--lossless")) as board:
-        operator = line.start("--ring", "512MiB", "--pacman", *board.addresses)
-        operator.prepare_run(kind="bench").result(STEP)
-        operator.begin_run().result(STEP)
+        operator = begin_run(line, "--ring", "512MiB", "--pacman", *board.addresses)
         pids = {key: process.popen.pid for key, process in line.processes.items()}
         board.go()
         began = time.monotonic()
@@ -92,18 +84,14 @@ def costs(readings: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--rate", type=float, default=6e6, metavar="R", help="packets/s of all boards (default %(default)g)")
     add("--boards", type=int, default=4, metavar="N", help="number of boards (default %(default)d)")
     add("--minutes", type=float, default=10.0, metavar="M", help="length of the run (default %(default)g)")
     add("--directory", type=Path, metavar="DIR", help="for the files (default: a temporary one)")
-    add("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
-    temporary = tempfile.TemporaryDirectory(prefix="larpixdaq-bench-", dir=options.directory)
-    with temporary as folder, system(Path(folder)) as line:
+    with temporary_system(options.directory) as line:
         result = measure(line, options.rate, options.boards, 60 * options.minutes)
     if options.json:
         print(json.dumps(result))

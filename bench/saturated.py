@@ -10,10 +10,8 @@ sending.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -21,31 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
-
 import null_line
+from common import STEP, argument_parser, begin_run, processor_seconds
 from emulated_board import Emulator
 from loss_accounting import parts_of, tally
 from processes import until
 from system import System, system
 
-#: Maximum seconds for a step of the run, and to store the rest of the ring.
-STEP = 120.0
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def processor_seconds(pid: int) -> float:
-    """Return user and system time of a process so far, in seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
-
 
 def measure(line: System, boards: int, words: str, seconds: float, ring: str) -> dict[str, Any]:
     with contextlib.closing(Emulator(*null_line.offer(boards, words))) as board:
-        operator = line.start("--ring", ring, "--when-full", "wait", "--pacman", *board.addresses)
-        operator.prepare_run(kind="bench").result(STEP)
-        operator.begin_run().result(STEP)
+        operator = begin_run(line, "--ring", ring, "--when-full", "wait", "--pacman", *board.addresses)
         pids = {key: process.popen.pid for key, process in line.processes.items()} | {"boards": board.process.pid}
         before = {key: processor_seconds(pid) for key, pid in pids.items()}
         board.go()
@@ -76,9 +60,7 @@ def measure(line: System, boards: int, words: str, seconds: float, ring: str) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--boards", type=int, default=8, metavar="N", help="number of boards (default %(default)d)")
     add("--words", default="1000", metavar="W", help="words per message, or auto (default %(default)s)")
@@ -92,7 +74,6 @@ def main() -> int:
     )
     add("--ring", default="64MiB", metavar="SIZE", help="ring of the producer (default %(default)s)")
     add("--directory", type=Path, metavar="DIR", help="for the files (default: a temporary one)")
-    add("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     line, null = [], []
     for _ in range(options.rounds):

@@ -23,11 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/faults"))
-
+from common import argument_parser, machine, update, with_source
 from loss_accounting import Tally, parts_of, tally
-from marks import machine, update
 from memory_usage import Memory
 from processes import until
 from trial import STEP, Setup, Trial, keep, trial
@@ -193,9 +190,7 @@ def soak(options: argparse.Namespace, folder: Path, report: dict[str, Any]) -> N
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argument_parser(__doc__, json=False)
     add = parser.add_argument
     add("--minutes", type=float, default=30.0, metavar="M", help="total length of the runs (default %(default)g)")
     add("--run", type=float, default=120.0, metavar="S", help="maximum seconds of a run (default %(default)g)")
@@ -231,7 +226,7 @@ def main() -> int:
             print(f"kept in {keep(folder, options.keep.absolute(), 'soak')}", file=sys.stderr)
     if options.report:
         options.report.write_text(json.dumps(report, indent=1))
-    shown = f"{text(report)}\n\n`{command}`, {time.strftime('%Y-%m-%d', time.gmtime())}, {machine()}."
+    shown = with_source(text(report), command)
     print(shown)
     if options.update:
         update(options.update, MARK, shown)

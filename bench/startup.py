@@ -8,7 +8,6 @@ in seconds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import statistics
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 import h5py
+from common import argument_parser
 
 from larpixdaq.runtime.launcher import command
 
@@ -61,13 +61,10 @@ def has_rows(folder: Path) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--rounds", type=int, default=5, metavar="R", help="measurements of each command (default %(default)d)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args()
     helps = [show_help() for _ in range(options.rounds)]
     demos = []

@@ -9,7 +9,6 @@ first block of the next part is accepted: totals, seal, close, a new file.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import argument_parser
 
 from larpixdaq import constants, schema
 from larpixdaq._native import board_emulator, word_codec
@@ -75,7 +75,7 @@ def stored(directory: Path, rows: int, seconds: float, limits: Limits, *, fsync:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__, json=False)
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="length of each measurement, s (default %(default)g)"
     )

@@ -8,24 +8,19 @@ Each point is a run as in saturated.py. The picture needs matplotlib.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-
-from marks import machine
+from common import argument_parser, machine, temporary_system
 from saturated import measure
-from system import system
 
 WORDS = 1000
 
 
 def measure_point(boards: int, words: int, seconds: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder, system(Path(folder)) as line:
+    with temporary_system() as line:
         result = measure(line, boards, str(words), seconds, "512MiB")
     return {"boards": boards, "words": words, **result}
 
@@ -53,9 +48,7 @@ def plot(sizes: list[dict[str, Any]], numbers: list[dict[str, Any]], file: Path)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--boards", default="1,2,4,8", metavar="N,...", help="numbers of boards (default %(default)s)")
     parser.add_argument(
         "--words", default="1,10,100,1000,4000", metavar="W,...", help="words per message (default %(default)s)"
@@ -64,7 +57,6 @@ def main() -> int:
         "--seconds", type=float, default=5.0, metavar="S", help="time of sending, s (default %(default)g)"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write the picture to this file")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args()
     boards, words = (sorted(map(int, text.split(","))) for text in (options.boards, options.words))
     points = list(dict.fromkeys([(boards[-1], size) for size in words] + [(number, WORDS) for number in boards]))
