@@ -62,8 +62,8 @@ def _socket_class():
 _NATIVE = _socket_class()
 
 
-def _is_native(socket, plain):
-    return not plain and _NATIVE is not None and isinstance(socket, _NATIVE)
+def _is_native(socket):
+    return _NATIVE is not None and isinstance(socket, _NATIVE)
 
 
 @cython.final
@@ -71,7 +71,7 @@ cdef class Receiver:
     """Receives the queued messages of a SUB, PULL or DEALER socket."""
 
     cdef object _socket
-    cdef object _held_part       # of the plain way: (part, whether more parts follow) without room in the buffer
+    cdef object _held_part       # with pyzmq's methods: (part, whether more parts follow) without room in the buffer
     cdef void *_handle
     cdef uint64_t _message[8]
     cdef bint _held              # _message is a part without room in the buffer
@@ -90,12 +90,12 @@ cdef class Receiver:
     cdef readonly uint64_t oversized
     cdef readonly uint64_t oversized_bytes
 
-    def __init__(self, socket, *, messages=4096, size=8 << 20, plain=False):
+    def __init__(self, socket, *, messages=4096, size=8 << 20):
         if self.buffer is not None:
             raise TypeError("Receiver: __init__ called twice")
         if messages < 1 or not 1 <= size < 1 << 32:
             raise ValueError(f"Receiver: needs messages >= 1 and 1 <= size < 2^32, found {messages} and {size}")
-        self.native = _is_native(socket, plain)
+        self.native = _is_native(socket)
         self._socket = socket
         self._handle = <void *><size_t>socket.underlying if self.native else NULL
         self.buffer = np.empty(size, np.uint8)
@@ -200,8 +200,8 @@ cdef class Sender:
     cdef void *_handle
     cdef readonly bint native
 
-    def __init__(self, socket, *, plain=False):
-        self.native = _is_native(socket, plain)
+    def __init__(self, socket):
+        self.native = _is_native(socket)
         self._socket = socket
         self._handle = <void *><size_t>socket.underlying if self.native else NULL
 

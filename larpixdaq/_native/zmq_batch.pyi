@@ -13,8 +13,7 @@ class Receiver:
 
     After `n = receive()` message i < n is in `buffer` (shape (size,), u1) at `spans[i]` (dtype schema.SPAN), until the
     next call. The parts of a multipart message are joined. A message without room in the rest of the buffer waits for
-    the next call; a message larger than the whole buffer is dropped and counted. `plain`: use pyzmq's methods, as
-    without libzmq's functions.
+    the next call; a message larger than the whole buffer is dropped and counted.
     """
 
     @property
@@ -33,9 +32,7 @@ class Receiver:
     @property
     def oversized_bytes(self) -> int:
         """Their bytes."""
-    def __init__(
-        self, socket: zmq.Socket[bytes], *, messages: int = 4096, size: int = 8388608, plain: bool = False
-    ) -> None: ...
+    def __init__(self, socket: zmq.Socket[bytes], *, messages: int = 4096, size: int = 8388608) -> None: ...
     def receive(self) -> int:
         """Receive queued messages without waiting. Returns their number. zmq.ZMQError when the socket is closed."""
 
@@ -45,7 +42,7 @@ class Sender:
 
     @property
     def native(self) -> bool: ...
-    def __init__(self, socket: zmq.Socket[bytes], *, plain: bool = False) -> None: ...
+    def __init__(self, socket: zmq.Socket[bytes]) -> None: ...
     def send(self, buffer: NDArray[np.uint8], spans: NDArray[Any]) -> int:
         """Send the messages at `spans` (dtype schema.SPAN) of `buffer` in order. Returns the number of messages sent.
 

@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from processes import until
 
 from larpixdaq import schema
+from larpixdaq._native import zmq_batch
 from larpixdaq._native.zmq_batch import Receiver, Sender
 
-PLAIN = pytest.mark.parametrize("plain", [False, True], ids=["native", "plain"])
+
+@pytest.fixture(params=["libzmq", "pyzmq"])
+def functions(request, monkeypatch):
+    """Use libzmq's functions, or pyzmq's methods as on computers without access to libzmq's."""
+    if request.param == "pyzmq":
+        monkeypatch.setattr(zmq_batch, "_NATIVE", None)
 
 
 def pair(ctx, kinds=(zmq.PUSH, zmq.PULL), address="inproc://here"):
@@ -33,17 +39,17 @@ def test_native_functions_are_in_use():
         _, into = pair(ctx)
         assert Receiver(into).native
         assert Sender(into).native
-        assert not Receiver(into, plain=True).native
         assert Receiver(into).spans.dtype == schema.SPAN
 
 
+@pytest.mark.parametrize("native", [True, False])
 @settings(max_examples=examples(60))
 @given(
     messages=st.lists(st.lists(st.integers(0, 90), min_size=1, max_size=3), max_size=30),
     most=st.integers(1, 10),
     size=st.integers(1, 120),
 )
-def test_messages_are_received_or_counted_with_any_buffer(messages, most, size):
+def test_messages_are_received_or_counted_with_any_buffer(native, messages, most, size):
     """All messages that fit the buffer arrive in order with their parts joined. Larger messages are counted."""
     sent, number = [], 0
     for sizes in messages:
@@ -53,29 +59,31 @@ def test_messages_are_received_or_counted_with_any_buffer(messages, most, size):
             number += 7
         sent.append(parts)
     whole = [b"".join(parts) for parts in sent]
-    with context() as ctx:
-        for plain in (False, True):
-            out, into = pair(ctx, address=f"inproc://{plain}")
-            receiver = Receiver(into, messages=most, size=size, plain=plain)
-            for parts in sent:
-                out.send_multipart(parts)
-            got = []
-            empty = 0
-            while empty < 2:  # a call may return no message after it has dropped some
-                n = receiver.receive()
-                assert n <= most
-                got += messages_of(receiver, n)
-                empty = 0 if n else empty + 1
-            assert got == [message for message in whole if len(message) <= size]
-            assert receiver.oversized == sum(len(message) > size for message in whole)
-            assert receiver.oversized_bytes == sum(len(message) for message in whole if len(message) > size)
+    with context() as ctx, pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(zmq_batch, "_NATIVE", None)
+        out, into = pair(ctx)
+        receiver = Receiver(into, messages=most, size=size)
+        assert receiver.native == native
+        for parts in sent:
+            out.send_multipart(parts)
+        got = []
+        empty = 0
+        while empty < 2:  # a call may return no message after it has dropped some
+            n = receiver.receive()
+            assert n <= most
+            got += messages_of(receiver, n)
+            empty = 0 if n else empty + 1
+        assert got == [message for message in whole if len(message) <= size]
+        assert receiver.oversized == sum(len(message) > size for message in whole)
+        assert receiver.oversized_bytes == sum(len(message) for message in whole if len(message) > size)
 
 
-@PLAIN
-def test_a_message_without_room_waits_for_the_next_call(plain):
+@pytest.mark.usefixtures("functions")
+def test_a_message_without_room_waits_for_the_next_call():
     with context() as ctx:
         out, into = pair(ctx)
-        receiver = Receiver(into, size=100, plain=plain)
+        receiver = Receiver(into, size=100)
         for n in (60, 60, 40):
             out.send(bytes([n]) * n)
         assert [receiver.receive(), receiver.receive(), receiver.receive()] == [1, 2, 0]
@@ -86,14 +94,14 @@ def test_a_message_without_room_waits_for_the_next_call(plain):
         del receiver
 
 
-@PLAIN
-def test_dealer_and_sub_over_tcp(plain):
+@pytest.mark.usefixtures("functions")
+def test_dealer_and_sub_over_tcp():
     with context() as ctx:
         out, into = pair(ctx, (zmq.XPUB, zmq.SUB), "tcp://127.0.0.1:*")
         into.subscribe(b"")
         assert out.poll(5000), "no subscription came"
         out.recv()
-        receiver = Receiver(into, plain=plain)
+        receiver = Receiver(into)
         for k in range(500):
             out.send(k.to_bytes(4, "little") * 6)
         got = []
@@ -104,11 +112,11 @@ def test_dealer_and_sub_over_tcp(plain):
         assert got == [k.to_bytes(4, "little") * 6 for k in range(500)]
 
 
-@PLAIN
-def test_closed_sockets_raise_zmq_error(plain):
+@pytest.mark.usefixtures("functions")
+def test_closed_sockets_raise_zmq_error():
     with context() as ctx:
         out, into = pair(ctx)
-        receiver, sender = Receiver(into, plain=plain), Sender(out, plain=plain)
+        receiver, sender = Receiver(into), Sender(out)
         into.close()
         out.close()
         with pytest.raises(zmq.ZMQError, match="non-socket"):
@@ -123,20 +131,20 @@ def test_impossible_buffer_sizes_are_an_error(messages, size):
         Receiver(pair(ctx)[1], messages=messages, size=size)
 
 
-@PLAIN
-def test_sending_stops_when_the_queue_is_full(plain):
+@pytest.mark.usefixtures("functions")
+def test_sending_stops_when_the_queue_is_full():
     with context() as ctx:
         out, into = ctx.socket(zmq.PUSH), ctx.socket(zmq.PULL)
         out.sndhwm = into.rcvhwm = 10
         out.bind("inproc://here")
         into.connect("inproc://here")
-        sender = Sender(out, plain=plain)
+        sender = Sender(out)
         data = np.arange(200, dtype=np.uint8)
         spans = np.array([(2 * k, k % 3) for k in range(100)], schema.SPAN)
         sent = sender.send(data, spans)
         assert 10 <= sent < 100
         got = []
-        receiver = Receiver(into, plain=plain)
+        receiver = Receiver(into)
 
         def turn():
             nonlocal sent
@@ -149,11 +157,11 @@ def test_sending_stops_when_the_queue_is_full(plain):
         assert got == [bytes(data[2 * k : 2 * k + k % 3]) for k in range(100)]
 
 
-@PLAIN
-def test_with_a_wrong_span_no_message_is_sent(plain):
+@pytest.mark.usefixtures("functions")
+def test_with_a_wrong_span_no_message_is_sent():
     with context() as ctx:
         out, into = pair(ctx)
-        sender = Sender(out, plain=plain)
+        sender = Sender(out)
         with pytest.raises(ValueError, match=r"message 1: span .* outside of the buffer of 8 bytes"):
             sender.send(np.zeros(8, np.uint8), np.array([(0, 8), (4, 5)], schema.SPAN))
         assert sender.send(np.zeros(0, np.uint8), np.zeros(0, schema.SPAN)) == 0
