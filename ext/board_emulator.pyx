@@ -10,6 +10,7 @@ cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
+from row_codec cimport with_odd_parity
 from row_structs cimport Asic, Span
 
 cdef enum:
@@ -24,10 +25,8 @@ cdef enum:
 cdef extern from *:
     """
     #define STEP 0x9E3779B97F4A7C15ull
-    #define ones_are_odd(word) ((unsigned long long)__builtin_parityll(word))
     """
     uint64_t STEP
-    uint64_t ones_are_odd(uint64_t word) noexcept nogil
 
 
 cdef inline uint64_t _random(uint64_t *state) noexcept nogil:
@@ -40,11 +39,6 @@ cdef inline uint64_t _mixed(uint64_t z) noexcept nogil:
     z = (z ^ (z >> 30)) * <uint64_t>0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * <uint64_t>0x94D049BB133111EB
     return z ^ (z >> 31)
-
-
-cdef inline uint64_t _odd_parity(uint64_t word, int bit) noexcept nogil:
-    """Set bit `bit` of the word, where it is 0, so that the number of ones is odd."""
-    return word | ((ones_are_odd(word) ^ 1) << bit)
 
 
 @cython.final
@@ -80,9 +74,6 @@ cdef class PacmanBoard:
     cdef readonly int words
     cdef readonly uint64_t full
     cdef readonly bint left      # always True; other sources of messages end
-
-    def __cinit__(self):
-        self._pedestals = NULL
 
     def __dealloc__(self):
         free(self._pedestals)
@@ -314,7 +305,7 @@ cdef class PacmanBoard:
                 (chip << 2) | (channel << 10) | (((ticks >> 1) & <uint64_t>0xFFFFFF) << 17) | (adc << 41)
                 | ((fifo & 3) << 51)
             )
-            return _odd_parity(word, 53)
+            return with_odd_parity(word, 53)
         elif self._asic == Asic.V2_DIAGNOSTICS:
             word = (
                 (chip << 2) | (channel << 10) | ((ticks & 0xFFFF) << 16) | (((s >> 54) & 7) << 32)
@@ -325,7 +316,7 @@ cdef class PacmanBoard:
                 <uint64_t>1 | (chip << 2) | (channel << 10) | ((ticks & <uint64_t>0xFFFFFFF) << 16) | (adc << 46)
                 | (trigger << 56) | (fifo << 58) | (<uint64_t>1 << 62)
             )
-        return _odd_parity(word, 63)
+        return with_odd_parity(word, 63)
 
     cdef uint64_t _odd_packet(self, uint64_t chip, uint64_t channel, uint64_t r, uint64_t s) noexcept nogil:
         """Return an answer to a configuration read of register `channel`; every second answer has a wrong parity."""
@@ -335,7 +326,7 @@ cdef class PacmanBoard:
             word |= <uint64_t>0x89504E47 << 26
         if self._asic != Asic.V1:
             word |= <uint64_t>1 << 62
-        return _odd_parity(word, bit) ^ (((s >> 32) & 1) << bit)
+        return with_odd_parity(word, bit) ^ (((s >> 32) & 1) << bit)
 
 
 def count_words(buffer, spans):

@@ -8,15 +8,10 @@ paths.
 cimport cython
 from libc.stdint cimport int16_t, int32_t, uint8_t, uint64_t
 
-cdef extern from *:
-    """
-    #define ones_are_odd(word) ((unsigned long long)__builtin_parityll(word))
-    """
-    uint64_t ones_are_odd(uint64_t word) noexcept nogil
+from row_codec cimport odd_parity, with_odd_parity
 
 cdef enum:
     WRITE = 2
-    READ = 3
 
 #: Entries of `hears` and `leaves` in place of a chip or io_channel: none, several, not found yet.
 cpdef enum PathEnd:
@@ -133,7 +128,7 @@ cdef class RegisterBank:
             return False
         # Only v3 chips check the parity: v2 chips accept the wrong parity that larpix-control sends for every other chip_id
         # when it sets up a network.
-        return not self._magic or ((word >> 26) & <uint64_t>0xFFFFFFFF == _MAGIC and ones_are_odd(word))
+        return not self._magic or ((word >> 26) & <uint64_t>0xFFFFFFFF == _MAGIC and odd_parity(word))
 
     cdef inline bint _write(self, int chip, uint64_t word) noexcept nogil:
         """Set a register. Returns whether it is watched and has changed."""
@@ -157,4 +152,4 @@ cdef class RegisterBank:
             answer |= <uint64_t>self._registers[chip, address] << 18
         if self._parity == 63:
             answer |= _DOWNSTREAM
-        return answer | ((ones_are_odd(answer) ^ 1) << self._parity)
+        return with_odd_parity(answer, self._parity)

@@ -11,7 +11,6 @@ from libc.string cimport memcpy, memmove, memset
 
 import numpy as np
 
-from row_structs cimport KIND10, KIND24, KIND24_CLOCK64, Rows, checked_asic, checked_byte, open_rows
 from bern_decoder cimport Bern, bern_rows, inspect_last as inspect_bern
 from loss_evidence cimport (
     Evidence, N_NOTICES, Notice, fold_clock, forget_context, keep_message, next_batch, note,
@@ -23,7 +22,10 @@ from pacman_decoder cimport FORMAT_1_0, LEGACY, NO_FORMAT, Pacman, inspect_last 
 from row_codec cimport load32
 from serial_decoder cimport FRAME, Serial, inherit_bytes, receive_bytes, serial_rows
 from decoder_state cimport KEPT, Messages, Sink
-from row_structs cimport N_COUNTS, Row10, Row24, Row24Clock64, Row30, Span, UnknownWord
+from row_structs cimport (
+    KIND10, KIND24, KIND24_CLOCK64, N_COUNTS, Row10, Row24, Row24Clock64, Row30, Rows, Span, UnknownWord, checked_asic,
+    checked_byte, open_rows,
+)
 
 _SPAN = np.dtype([("start", "<u4"), ("length", "<u4")])
 _NOTICE = np.dtype([("events", "<u8"), ("amount", "<u8"), ("first_ns", "<u8"), ("last_ns", "<u8")])

@@ -45,6 +45,11 @@ cdef inline uint64_t bits(uint64_t word, int low, int width) noexcept nogil:
     return (word >> low) & ((<uint64_t>1 << width) - 1)
 
 
+cdef inline uint64_t with_odd_parity(uint64_t word, int bit) noexcept nogil:
+    """Set bit `bit` of the word, where it is 0, so that the number of ones is odd."""
+    return word | (<uint64_t>odd_parity(word) ^ 1) << bit
+
+
 cdef inline uint64_t word_mask(int asic) noexcept nogil:
     return (<uint64_t>1 << 54) - 1 if asic == V1 else ~<uint64_t>0
 

@@ -35,10 +35,6 @@ cdef inline void receive_bytes(uint64_t* counts, Py_ssize_t size) noexcept nogil
     counts[PENDING_AFTER] += size
 
 
-cdef inline void use_bytes(uint64_t* counts, Py_ssize_t size) noexcept nogil:
-    counts[PENDING_AFTER] -= size
-
-
 cdef inline void skip(Serial* line, Py_ssize_t size) noexcept nogil:
     line.sink.counts[RESYNC_BYTES] += size
     note(&line.sink.evidence, RESYNC, size, line.sink.evidence.now_ns)
@@ -117,5 +113,5 @@ cdef inline Py_ssize_t serial_rows(Serial* line, Row* rows, Py_ssize_t n) noexce
         found = line.at - FRAME
         if found[0] == c's' and found[FRAME - 1] == c'q':  # the last frame
             sample_word(&sink.evidence, load64(found + 1), sink.asic)
-    use_bytes(counts, line.at - begin)
+    counts[PENDING_AFTER] -= line.at - begin
     return made

@@ -6,9 +6,10 @@ from libc.stdint cimport uint8_t, uint64_t, UINT32_MAX
 
 import numpy as np
 
-from row_structs cimport KIND10, KIND24, KIND24_CLOCK64, Rows, checked_asic, checked_byte, open_rows
-from row_codec cimport Row, odd_parity, row_type, row_word, word_mask, word_row
-from row_structs cimport Row10, Row24, Row24Clock64, Row30, V1
+from row_codec cimport Row, row_type, row_word, with_odd_parity, word_mask, word_row
+from row_structs cimport (
+    KIND10, KIND24, KIND24_CLOCK64, Row10, Row24, Row24Clock64, Row30, Rows, V1, checked_asic, checked_byte, open_rows,
+)
 
 
 cdef Py_ssize_t decode_all(
@@ -83,14 +84,12 @@ def encode(rows, *, asic):
 
 def parity(const uint64_t[::1] words, *, asic):
     cdef int chip = checked_asic(asic)
-    cdef uint64_t mask = word_mask(chip)
-    cdef uint64_t bit = <uint64_t>1 << (53 if chip == V1 else 63)
+    cdef int bit = 53 if chip == V1 else 63
+    cdef uint64_t mask = word_mask(chip) & ~(<uint64_t>1 << bit)
     cdef Py_ssize_t i
-    cdef uint64_t word
     array = np.empty(words.shape[0], np.uint64)
     cdef uint64_t[::1] out = array
     with nogil:
         for i in range(words.shape[0]):
-            word = words[i] & mask & ~bit
-            out[i] = word if odd_parity(word) else word | bit
+            out[i] = with_odd_parity(words[i] & mask, bit)
     return array
