@@ -71,7 +71,7 @@ cdef inline Py_ssize_t serial_rows(Serial* line, Row* rows, Py_ssize_t n) noexce
     cdef uint64_t* counts = sink.counts
     cdef uint64_t mask = word_mask(sink.asic), full = full_mask(sink.asic), word
     cdef Py_ssize_t made = 0, there
-    cdef const uint8_t* found
+    cdef const uint8_t* frame
     cdef const uint8_t* begin = line.at
     cdef int code
     while made < n:
@@ -85,8 +85,8 @@ cdef inline Py_ssize_t serial_rows(Serial* line, Row* rows, Py_ssize_t n) noexce
         if there == 0:
             break
         if line.at[0] != c's':
-            found = <const uint8_t*>memchr(line.at, c's', there)
-            skip(line, (found if found != NULL else line.end) - line.at)
+            frame = <const uint8_t*>memchr(line.at, c's', there)
+            skip(line, (frame if frame != NULL else line.end) - line.at)
             continue
         if there < FRAME:
             break
@@ -110,8 +110,8 @@ cdef inline Py_ssize_t serial_rows(Serial* line, Row* rows, Py_ssize_t n) noexce
             keep_word(sink, -code, line.at, FRAME)
         line.at += FRAME
     if line.at - begin >= FRAME:
-        found = line.at - FRAME
-        if found[0] == c's' and found[FRAME - 1] == c'q':  # the last frame
-            sample_word(&sink.evidence, load64(found + 1), sink.asic)
+        frame = line.at - FRAME
+        if frame[0] == c's' and frame[FRAME - 1] == c'q':  # the last frame
+            sample_word(&sink.evidence, load64(frame + 1), sink.asic)
     counts[PENDING_AFTER] -= line.at - begin
     return made

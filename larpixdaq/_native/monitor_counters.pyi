@@ -52,7 +52,7 @@ class PacketCounters:
         """Return the rows by [io_group, direction, packet_type], shape (256, 2, 8)."""
 
     def chips(self) -> NDArray[Any]:
-        """Return the chips seen, shape (n,), dtype CHIPS, in order of their first packets: entry i stays the same."""
+        """Return the chips seen, shape (n,), dtype CHIPS, in order of first packets; entry i stays the same chip."""
 
     def channels(self) -> NDArray[np.uint64]:
         """Return the packets by [chip as in chips(), channel_id], shape (n, 64), v1 (n, 128)."""

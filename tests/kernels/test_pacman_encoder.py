@@ -116,7 +116,7 @@ def test_split_log_finds_the_complete_messages(given_messages: list[bytes], data
     log = b"".join(struct.pack("<I", len(message)) + message for message in given_messages)
     log = log[: data.draw(st.integers(0, len(log)))]
     spans, used = decoders.split_log(log)
-    found = [log[start : start + length] for start, length in spans.tolist()]
-    assert found == given_messages[: len(found)]
-    assert used == sum(4 + len(message) for message in found)
-    assert len(found) == len(given_messages) or len(log) - used < 4 + len(given_messages[len(found)])
+    complete = [log[start : start + length] for start, length in spans.tolist()]
+    assert complete == given_messages[: len(complete)]
+    assert used == sum(4 + len(message) for message in complete)
+    assert len(complete) == len(given_messages) or len(log) - used < 4 + len(given_messages[len(complete)])
