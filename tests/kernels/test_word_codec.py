@@ -222,18 +222,6 @@ def test_literal_words(asic: Asic, wire: str, expected: dict[str, int]) -> None:
     )
 
 
-def test_v3_configuration_words_carry_the_magic_word() -> None:
-    word = int.from_bytes(bytes.fromhex("2ef4051c39412582"), "little")
-    (row,) = decoded([word], Asic.V3)
-    assert word >> 26 & 0xFFFFFFFF == 0x89504E47
-    assert word_codec.encode(np.array([row]), asic=Asic.V3)[0] == word
-
-
-def test_v3_has_no_type_0() -> None:
-    rows = decoded([4, 1, 0, 2], Asic.V3)
-    assert rows["packet_type"].tolist() == [1, 2]
-
-
 def test_v1_time_rows_keep_their_io_group_and_larpix_control_reads_them(tmp_path: Path) -> None:
     """larpix-control itself leaves the chip key of such a row empty."""
     rows = np.zeros(1, schema.PACKETS_1_0)
