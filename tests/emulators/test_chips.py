@@ -1,4 +1,4 @@
-"""Emulated chips: registers as larpix-control has them, the hydra network, and what comes back over real sockets."""
+"""Emulated chips: registers as in larpix-control, the hydra network, and answers over real sockets."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ ID, UP, DOWN, IN = 122, 124, 125, 126
 
 
 def sent(chips, *words):
-    """What comes back for (io_channel, word), as (io_channel, word)."""
+    """Send (io_channel, word) to the chips. Returns their answers as (io_channel, word)."""
     channels, bare = np.array([w[0] for w in words], np.uint8), np.array([w[1] for w in words], np.uint64)
     answers, on = chips.send(bare, channels)
     return list(zip(on.tolist(), answers.tolist(), strict=True))
 
 
 def fields(answer):
-    """chip_id, register, value of an answer, which must be valid and go towards the board."""
+    """Return chip_id, register and value of an answer, which must be valid and go towards the board."""
     assert answer.bit_count() % 2 == 1
     assert answer >> 62 & 1
     assert answer & 3 == READ
@@ -128,8 +128,8 @@ def test_files_of_larpix_control_load(file):
     assert len(chips.keys) == len(set(chips.keys)) >= 1
 
 
-def test_what_is_written_is_wired_so(tmp_path):
-    """The file's links are links of the tile; the tile has more."""
+def test_the_written_network_is_part_of_the_wiring(tmp_path):
+    """The links in the file are links of the tile, which has more."""
     tile = chip_network.tile_wiring(37)
     chip_network.write_network(tmp_path / "net.json", "2b", {1: tile, 4: chip_network.tile_wiring(3)})
     asic, boards = chip_network.read_network(str(tmp_path / "net.json"))
@@ -154,13 +154,13 @@ def test_a_file_with_includes(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pair():
-    """v2_example: ext - 2, with 3 and 4 behind it, 5 behind 4; powered."""
+    """Powered chips of v2_example: ext - 2, then 3 and 4 after 2, and 5 after 4."""
     asic, boards = chip_network.read_network("controller/v2_example.json")
     return EmulatedChips(boards[1], asic, powered=True)
 
 
-def test_a_chip_answers_when_both_ways_are_open(pair):
-    assert sent(pair, (1, word(READ, 1, ID))) == []  # heard, but no way out is open
+def test_a_chip_answers_when_both_paths_are_open(pair):
+    assert sent(pair, (1, word(READ, 1, ID))) == []  # heard, but no path back is open
     assert pair.counts()["unheard"] == 0
     assert sent(pair, (1, word(WRITE, 1, ID, 2)), (1, word(READ, 1, ID)), (2, word(READ, 2, ID))) == []
     assert pair.counts()["unheard"] == 2
@@ -168,17 +168,17 @@ def test_a_chip_answers_when_both_ways_are_open(pair):
     assert answers == []
     ((channel, answer),) = sent(pair, (1, word(WRITE, 2, DOWN, 0b1111)), (1, word(READ, 2, ID)))
     assert (channel, fields(answer)) == (1, (2, ID, 2))
-    # a chip behind it that nobody has set up is deaf until the way is open, then it has the power-up id
+    # the next chip hears nothing until the path is open, and then has the power-up id
     assert sent(pair, (1, word(READ, 1, ID))) == []
     assert pair.counts()["unheard"] == 3
     sent(pair, (1, word(WRITE, 2, UP, 0b1111)), (1, word(WRITE, 1, DOWN, 0b1111)))
     assert sorted(fields(answer) for _, answer in sent(pair, (1, word(READ, 1, ID)))) == [(1, ID, 1), (1, ID, 1)]
-    # a chip with closed ears does not pass answers on
+    # a chip that does not receive passes no answers on
     sent(pair, (1, word(WRITE, 2, IN, 0)))
     assert sent(pair, (1, word(READ, 2, ID))) == []
 
 
-def test_broadcasts_reach_all_on_the_way(pair):
+def test_broadcasts_reach_all_chips_on_their_path(pair):
     sent(pair, (1, word(WRITE, 1, ID, 2)), (1, word(WRITE, 2, DOWN, 15)), (1, word(WRITE, 2, UP, 15)))
     sent(pair, (1, word(WRITE, 255, 64, 77)))
     assert pair.registers[:, 64].tolist() == [77, 77, 77, 255]
@@ -200,8 +200,8 @@ def test_power_and_reset(pair):
 @pytest.mark.parametrize(
     ("asic", "clock", "registers"), [("2", 10, 256), ("2b", 10, 256), ("lightpix-1", 10, 256), ("3", 15, 31)]
 )
-def test_a_reset_does_what_its_length_says(asic, clock, registers):
-    """A short one begins the chips' time stamps anew and keeps the registers; tiles out of its reach keep both."""
+def test_the_length_of_a_reset_decides_its_effect(asic, clock, registers):
+    """A short reset restarts the chips' time stamps and keeps the registers; tiles that it does not reach keep both."""
     chips = EmulatedChips(chip_network.tile_wiring(200), asic, powered=True)
     for length in (clock - 1, clock, 24, registers - 1):
         chips.registers[:, 64] = 9
@@ -228,7 +228,7 @@ def test_io_channels_of_any_number_have_power(tmp_path):
     assert all(answer.bit_count() % 2 and answer < 1 << 54 for _, answer in answers)
 
 
-def test_what_chips_do_not_take():
+def test_words_that_chips_refuse():
     _, boards = chip_network.read_network("controller/v2_example.json")
     v3, v2 = (EmulatedChips(boards[1], asic, powered=True) for asic in ("3", "2"))
     plain = word(WRITE, 1, 64, 5)
@@ -248,7 +248,7 @@ def test_what_chips_do_not_take():
 
 
 class Model:
-    """v2_example, word by word: each chip with its links, nothing remembered between words."""
+    """Model of v2_example, word by word: each chip with its links, without memory between words."""
 
     def __init__(self, board):
         self.registers = [register_map("2").defaults.tolist() for _ in board.keys]
@@ -284,7 +284,7 @@ class Model:
         return found
 
 
-#: Ways that are open one way only (the tree's links), so that the model needs no rule for rings.
+#: Paths in one direction only (the links of the tree), so that the model needs no rule for rings.
 _, EXAMPLE = chip_network.read_network("controller/v2_example.json")
 UPWARD = {(a, u) for a, u, b, _ in EXAMPLE[1].wires if (a, b) in EXAMPLE[1].tree}
 AWAY = [sum(1 << u for a, u in UPWARD if a == chip) for chip in range(4)]
@@ -304,19 +304,19 @@ commands = st.lists(
 
 @settings(max_examples=examples(150))
 @given(commands=commands, cuts=st.lists(st.integers(0, 40)))
-def test_any_words_however_they_are_cut(commands, cuts):
-    """Against the model: the same answers, one after the other, and the same registers."""
+def test_any_words_in_batches_of_any_size(commands, cuts):
+    """The chips give the same answers, in the same order, and have the same registers as the model."""
     board = EXAMPLE[1]
     chips, model = EmulatedChips(board, "2", powered=True), Model(board)
     words, expected = [], []
     for kind, chip_id, address, value in commands:
         data = value
-        if address in (UP, DOWN, IN):  # open the ways of the tree or not, so that words do get somewhere
+        if address in (UP, DOWN, IN):  # open or close paths of the tree, so that words reach chips
             data = 0 if value == 0 else {UP: AWAY[value - 1], DOWN: BACK[value - 1], IN: 15}[address]
             if address != IN and chip_id == 255:
                 continue
         words.append((1, word(kind, chip_id, address, data)))
-    # the chips' own masks are known only when the words are there: skip what would open a ring
+    # the masks of the chips are known only now: skip words that would open a ring
     got = []
     bounds = sorted({0, len(words), *(cut for cut in cuts if cut < len(words))})
     for channel, packet in words:
@@ -382,8 +382,8 @@ print(json.dumps([len(controller.chips), ok, all_ok, stale_ok, sorted(next(iter(
     assert said["refused"] == 0
 
 
-def test_dead_chips_and_broken_links_show(tmp_path):
-    """What cannot be reached, and nothing else, is missing; a stuck bit is found where it is."""
+def test_dead_chips_and_broken_links_are_found(tmp_path):
+    """Only the chips that cannot be reached are missing, and a stuck bit is found at its place."""
     script = BRING_UP + "ok, more = controller.verify_configuration(timeout=3)\n"
     script += "print(json.dumps({str(key): {str(r): v for r, v in found.items()} for key, found in more.items()}))\n"
     network = tmp_path / "net.json"
@@ -404,8 +404,8 @@ def test_dead_chips_and_broken_links_show(tmp_path):
     assert set(found) == missing
 
 
-def test_larpix_control_calibrates_and_pulses(tmp_path):
-    """Masks and thresholds decide what comes; periodic triggers sample pedestals, and pulses stand above them."""
+def test_larpix_control_calibrates_and_sends_test_pulses(tmp_path):
+    """Masks and thresholds decide which packets come. Periodic triggers sample pedestals; test pulses are higher."""
     script = (
         BRING_UP
         + """
@@ -428,7 +428,7 @@ write(threshold_global=80)
 noise = hits()
 found += [len(noise) > 1000, sorted({p.channel_id for p in noise})]
 write(pixel_trim_dac=[31] * 64, threshold_global=89)
-while len(hits()) > 50:  # what it had not read before comes first
+while len(hits()) > 50:  # unread packets come first
     pass
 high = len(hits())
 write(pixel_trim_dac=[0] * 64)
@@ -497,7 +497,7 @@ def test_answers_in_order_and_in_large_messages():
 
 
 @pytest.mark.parametrize("option", ["--lose-answers", "--double-answers", "--bug-512"])
-def test_words_that_get_lost_or_come_twice(option):
+def test_lost_and_doubled_words(option):
     args = [option] if option == "--bug-512" else [option, "0.1"]
     with emulator("--chips", "4", "--power-on", "--lossless", *args) as board, context() as ctx:
         command = ctx.socket(zmq.REQ)
@@ -572,12 +572,12 @@ def arrays(chips=2, **changes):
         {"count": 257},
     ],
 )
-def test_arrays_that_do_not_fit(wrong):
+def test_invalid_arrays(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
         native.RegisterBank(**arrays(**wrong))
 
 
-def test_calls_that_do_not_fit():
+def test_invalid_calls():
     chips = native.RegisterBank(**arrays())
     words, channels, answers, on = (np.zeros(4, kind) for kind in ("u8", "u1", "u8", "u1"))
     for start, made, many in ((5, 0, 4), (0, 5, 4), (0, 0, 3)):
@@ -590,7 +590,7 @@ def test_calls_that_do_not_fit():
 
 
 def test_answers_wait_for_room():
-    """With no room left serve() stops at the word; nothing is answered twice or not at all."""
+    """Without room serve() stops at a word; no word is answered twice or not at all."""
     given_ = arrays()
     given_["hears"][1, 1], given_["leaves"][0] = 0, 1
     chips = native.RegisterBank(**given_)
@@ -604,8 +604,8 @@ def test_answers_wait_for_room():
     assert got == list(range(5))
 
 
-def test_another_way_round_a_dead_chip():
-    """3 x 3 on one io_channel; the chip between the root (14) and the corner at the lower right (19) is dead."""
+def test_a_path_around_a_dead_chip():
+    """3 x 3 chips on one io_channel; the chip between the root (14) and the lower right corner (19) is dead."""
     tile = chip_network.tile_wiring(9, channels=1, asic="2b")
     chips = EmulatedChips(tile, "2b", dead=[4], powered=True)
     uart = {(a, b): u for a, u, b, _ in tile.wires}

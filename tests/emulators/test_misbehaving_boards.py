@@ -1,4 +1,4 @@
-"""Emulated boards that do wrong on request, on real sockets: what they say they did is what the verdicts say."""
+"""Emulated boards with faults on request, on real sockets: the verdicts agree with the emulator's counts."""
 
 import re
 import time
@@ -24,7 +24,7 @@ WORDS = 40_000
 
 
 def read(board: Emulator) -> tuple[dict[str, int], Driver, list[LossVerdict]]:
-    """What the board says it did, the source that read all of it, and the verdicts."""
+    """Return the board's own counts, the source that has read all words, and the verdicts."""
     source = PacmanSource(1, "127.0.0.1", board.ready["1"]["data"])
     source.open()
     try:
@@ -61,7 +61,7 @@ def test_an_ordinary_board_is_complete(options: tuple[str, ...]) -> None:
     assert found == [LossVerdict(1, "complete", "", 0, 0, 0)]
 
 
-def test_lies_and_doubles_are_counted_exactly() -> None:
+def test_wrong_headers_and_doubled_messages_are_counted_exactly() -> None:
     with board("--skip", "0.1", "--double", "0.1", "--lie", "0.1") as made:
         counts, driver, found = read(made)
     assert counts["words"] == WORDS - counts["skipped"] + counts["doubled"]
@@ -101,8 +101,8 @@ def line(tmp_path: Path) -> Iterator[System]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_board_that_is_gone_for_two_seconds(line: System) -> None:
-    """The run goes on, all that came is stored, and the file says from when to when the board was away."""
+def test_a_board_disconnected_for_two_seconds(line: System) -> None:
+    """The run continues, all received data are stored, and the file has the time without connection."""
     words = 5 * RATE
     with board("--away", "1:2", "--wait-for-go", "--count", str(words)) as made:
         operator = line.start("--pacman", f"127.0.0.1:{made.ready['1']['data']}")
@@ -128,6 +128,6 @@ def test_a_board_that_is_gone_for_two_seconds(line: System) -> None:
         (away,) = [line for line in file["ledger/verdicts"] if line["verdict"] != b"complete"]
     assert away["why"].startswith(b"board disconnected: ")
     assert began < away["first_ns"] < away["last_ns"] < over
-    (reason,) = [line for line in ended["reasons"] if "from the host's" not in line]  # its clock stood still meanwhile
+    (reason,) = [line for line in ended["reasons"] if "from the host's" not in line]  # its clock had stopped
     assert "io_group 1: suspect: board disconnected" in reason
     assert "io_group 1 is suspect: board disconnected" in line.processes["producer"].stderr

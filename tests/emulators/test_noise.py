@@ -26,7 +26,7 @@ SECOND = 10_000_000
 
 
 class Bench:
-    """Some powered chips with noise; `set()` writes registers of all of them."""
+    """Powered chips with noise. `set()` writes registers of all chips."""
 
     def __init__(self, n=10, asic="2b"):
         self.chips = EmulatedChips(network.tile_wiring(n), asic, powered=True)
@@ -66,7 +66,7 @@ def test_v2_chips_are_silent_at_power_up(bench):
 
 
 def test_rates_fall_with_the_threshold(bench):
-    """Smoothly, everywhere; half-way of it where the seed says; what comes is what the rates say."""
+    """Rates fall smoothly around the threshold given by the seed, and the number of hits follows the rates."""
     bench.set("channel_mask", 0)
     bench.set("enable_periodic_reset", 1)
     rates = []
@@ -79,7 +79,7 @@ def test_rates_fall_with_the_threshold(bench):
     bench.set("threshold_global", 92)
     expected = bench.noise.rates.sum()
     assert bench.hits(5.0).size == pytest.approx(5 * expected, abs=5 * (5 * expected) ** 0.5)
-    # the same from the truth: 2.5 sigmas above the pedestal, each channel by its trim
+    # the same rates from the true properties
     met = (bench.seen.pedestal - bench.seen.offset) / (1800 / 256)
     above = (92 - met) * 1800 / 256 + 16 * 1.45
     assert np.allclose(bench.noise.rates, MAX_RATE * np.exp(-(np.maximum(above / bench.seen.noise, 0) ** 2) / 2))
@@ -121,7 +121,7 @@ def test_values_are_pedestal_and_noise(bench):
 
 
 def test_leakage(bench):
-    """Without resets channels drift up to the threshold, the faster the more they leak; resets keep them down."""
+    """Without resets channels drift up to the threshold, faster with more leakage. Resets prevent this."""
     bench.set("channel_mask", 0)
     bench.set("threshold_global", 100)
     above = 100 * 1800 / 256 + 16 * 1.45 + bench.seen.offset - bench.seen.pedestal
@@ -133,7 +133,7 @@ def test_leakage(bench):
 
 
 def test_forced_triggers(bench):
-    """Periodic and external ones sample the pedestal of channels that their masks leave; cross triggers all others."""
+    """Periodic and external triggers sample pedestals of unmasked channels, cross triggers those of other channels."""
     bench.set("periodic_trigger_mask", [0] * 4 + [1] * 60)
     bench.set("periodic_trigger_cycles", 100_000)
     assert bench.hits().size == 0
@@ -160,7 +160,7 @@ def test_forced_triggers(bench):
     assert len(crossed) == 2 * np.count_nonzero(hits["chip"][hits["trigger"] == NATURAL] == 4)
 
 
-def test_test_pulses_follow_the_step(bench):
+def test_the_height_of_test_pulses_follows_the_step(bench):
     bench.set("channel_mask", 0)
     bench.set("threshold_global", 110)
     bench.set("csa_testpulse_enable", [0, 0] + [1] * 62)
@@ -172,7 +172,7 @@ def test_test_pulses_follow_the_step(bench):
     assert set(hits["tick"].tolist()) == {99}
 
 
-def test_a_falling_dac_pulses(bench):
+def test_a_falling_dac_causes_test_pulses(bench):
     steps = []
     bench.chips.on_pulse = lambda chip, step: steps.append((chip, step))
     address = bench.map.address("csa_testpulse_dac")
@@ -182,7 +182,7 @@ def test_a_falling_dac_pulses(bench):
     assert steps == [(root, 20), (root, 100)]
 
 
-def test_no_more_than_the_lines_carry(bench):
+def test_the_lines_limit_the_rate_of_packets(bench):
     bench.set("channel_mask", 0)
     bench.set("threshold_global", 0)
     hits, _, lost = bench.noise.hits(0, SECOND, 1000)
@@ -194,7 +194,7 @@ def test_no_more_than_the_lines_carry(bench):
 
 
 @pytest.mark.parametrize("asic", ["1", "2", "3"])
-def test_packets_decode_to_what_they_were_made_of(asic):
+def test_packets_decode_to_their_fields(asic):
     random = np.random.default_rng(3)
     n = 1000
     channels = 32 if asic == "1" else 64
@@ -248,7 +248,7 @@ def test_messages(pauses, per_message):
 @pytest.mark.parametrize("asic", ["2", "2b", "3"])
 @pytest.mark.parametrize("pps", [False, True])
 def test_words_of_a_board(asic, pps):
-    """Noise, heartbeats and triggers, decoded: sorted by the board's clock, from chips that have a way out."""
+    """Noise, heartbeats and triggers are sorted by the board's clock, and come from chips with a path to the board."""
     chips = EmulatedChips(network.tile_wiring(4), asic, powered=True)
     noise = Noise(chips, Channels(4, 64, [1]), [2])
     registers = BoardRegisters(REVISIONS["5"])
@@ -283,7 +283,7 @@ def test_words_of_a_board(asic, pps):
         return sum(map(len, found)) > 100_000 and found[-1]["receipt_timestamp"].any()
 
     until(turn, "noise")
-    while take():  # what was made and still waits
+    while take():  # words that still wait
         pass
     rows = np.concatenate(found)
     kind = rows["packet_type"]
@@ -305,7 +305,7 @@ def test_words_of_a_board(asic, pps):
     assert tile.full == np.count_nonzero(hits["local_fifo"] & 2)
 
 
-def test_an_io_channel_carries_what_the_clock_of_its_uart_says():
+def test_the_uart_clock_sets_the_rate_of_an_io_channel():
     chips = EmulatedChips(network.tile_wiring(4), "2b", powered=True)
     registers = BoardRegisters(REVISIONS["5"])
     registers.switch_on(1, SUPPLIES["2b"].usual, TICKS_PER_BIT["2b"])
@@ -314,7 +314,7 @@ def test_an_io_channel_carries_what_the_clock_of_its_uart_says():
     chips.registers[:, chips.map.address("enable_piso_downstream")] = 15
     chips.registers[:, field.low // 8 : field.high // 8] = 0
     chips.registers[:, chips.map.address("threshold_global")] = 60
-    # io_channel 2 and its chips: 16 ticks for each bit in place of 2
+    # io_channel 2 and its chips: 16 ticks for each bit instead of 2
     chips.registers[chips.exit_channels(np.arange(4)) == 2, field_clock.low // 8] |= 0b11 << field_clock.low % 8
     registers.write(0x4010, 16)
     until(lambda: tile.queued_words() > 20_000, "hits")

@@ -1,4 +1,4 @@
-"""The emulated PACMAN: plausible words, real sockets, and a count that can be trusted."""
+"""Emulated PACMAN: plausible words, real sockets, and exact counts."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def words_of(messages):
     return b"".join(message[8:] for message in messages)
 
 
-# --- what the words are
+# --- words
 
 
 @ASICS
 def test_packets_are_plausible(asic):
-    """Valid parity, all chips and channels, pedestals that differ between channels, times that grow, the odd ones."""
+    """Valid parity, all chips and channels, different pedestals of channels, and growing times."""
     board = board_emulator.PacmanBoard(asic, rate=100_000, seed=1, io_channels=4, chips=10)
     words = np.zeros(50_000, np.uint64)
     board.packets(words)
@@ -103,7 +103,7 @@ def test_chip_times_roll_over(asic, bits):
     seed=st.integers(0, 2**64),
     pps=st.booleans(),
 )
-def test_the_same_words_however_they_are_fetched(pieces, seed, pps):
+def test_the_same_words_in_batches_of_any_size(pieces, seed, pps):
     kwargs = {"rate": 100, "seed": seed, "pps": pps, "odd": 0.1}
     board, other = (board_emulator.PacmanBoard(schema.Asic.V2, words=3000, **kwargs) for _ in range(2))
     words = b""
@@ -119,7 +119,7 @@ def test_the_same_words_however_they_are_fetched(pieces, seed, pps):
 
 @pytest.mark.parametrize("pps", [False, True])
 def test_larpix_control_reads_the_messages(pps):
-    """22 s of a board: larpix-control finds a heartbeat each 10 s, triggers, and resets each second with `pps`."""
+    """In 22 s of a board larpix-control finds a heartbeat each 10 s, triggers, and with `pps` a reset each second."""
     from larpix.format.pacman_msg_format import parse
 
     board = board_emulator.PacmanBoard(schema.Asic.V2, rate=200, seconds=1_700_000_000, pps=pps, seed=4)
@@ -143,7 +143,7 @@ def test_larpix_control_reads_the_messages(pps):
     assert np.count_nonzero(late < 0) <= len(resets)
 
 
-def test_auto_grows_with_the_rate():
+def test_the_size_of_auto_messages_grows_with_the_rate():
     words = []
     for rate in (1_000, 100_000, 2_400_000):
         board = board_emulator.PacmanBoard(schema.Asic.V2, rate=rate)
@@ -178,7 +178,7 @@ def test_counting_words():
         {"words": 0},
     ],
 )
-def test_impossible_boards(wrong):
+def test_invalid_boards(wrong):
     with pytest.raises(ValueError, match="PacmanBoard: "):
         board_emulator.PacmanBoard(schema.Asic.V2, **{"rate": 1000, **wrong})
     with pytest.raises(ValueError, match="the buffer holds 10"):
@@ -217,8 +217,8 @@ def drain(socket, done):
 
 
 @pytest.mark.parametrize("per_message", ["auto", "1", "1000"])
-def test_what_arrives_is_what_was_counted(per_message):
-    """Two boards, lossless: each subscriber gets every word that the emulator says it sent."""
+def test_every_counted_word_arrives(per_message):
+    """Two lossless boards: each subscriber gets every word that the emulator has counted."""
     n = 30_500
     args = ["--io-groups", "2", "--rate", "300000", "--count", str(n), "--lossless", "--words-per-message", per_message]
     with emulator(*args) as board, context() as ctx:
@@ -241,7 +241,7 @@ def test_what_arrives_is_what_was_counted(per_message):
         assert words_of(got[0]) != words_of(got[1])
 
 
-def test_as_many_chips_as_asked_for():
+def test_the_number_of_chips_in_the_options():
     args = ["--io-channels", "3", "--chips-per-io-channel", "2", "--count", "5000", "--rate", "max", "--lossless"]
     with emulator(*args) as board, context() as ctx:
         socket = subscriber(ctx, board.ready["1"]["data"])
@@ -257,7 +257,7 @@ def test_as_many_chips_as_asked_for():
     ]
 
 
-def test_it_begins_with_go_and_a_subscriber_and_ends_by_signal():
+def test_it_begins_with_go_and_a_subscriber_and_ends_by_a_signal():
     with emulator("--wait-for-go", "--wait-for-subscriber", "--rate", "max", "--lossless") as board, context() as ctx:
         other = subscriber(ctx, board.ready["1"]["data"], b"Z")  # matches no data
         assert not other.poll(100)
@@ -266,7 +266,7 @@ def test_it_begins_with_go_and_a_subscriber_and_ends_by_signal():
         socket = subscriber(ctx, board.ready["1"]["data"], b"D")
         got = drain(socket, lambda got: len(got) > 100)
         board.stop(signal.SIGINT)
-        # what is still under way arrives before the emulator ends
+        # words on their way arrive before the emulator ends
         sent = board.line()["sent"]["1"]
         got += drain(socket, lambda more: len(got) + len(more) >= sent["messages"])
         board.process.wait(LIMIT)
@@ -275,7 +275,7 @@ def test_it_begins_with_go_and_a_subscriber_and_ends_by_signal():
         assert len(words_of(got)) == 16 * sent["words"]
 
 
-def test_lossless_waits_while_nobody_listens():
+def test_a_lossless_board_waits_for_subscribers():
     with emulator("--rate", "100000", "--lossless") as board, context() as ctx:
         socket = subscriber(ctx, board.ready["1"]["data"])
         before = drain(socket, len)
@@ -283,14 +283,14 @@ def test_lossless_waits_while_nobody_listens():
         socket.close()
         socket = subscriber(ctx, board.ready["1"]["data"])
         after = drain(socket, len)
-        # the board's clock stood still meanwhile: nothing was made for nobody
+        # the board's clock stood still meanwhile: no words were made
         assert before
         assert after
         board.stop()
         board.finish()
 
 
-def test_no_go_before_the_end_of_input():
+def test_end_of_input_before_go():
     with emulator("--wait-for-go") as board:
         board.process.stdin.write(b"gone\nlet's go\n")
         board.process.stdin.close()
@@ -298,7 +298,7 @@ def test_no_go_before_the_end_of_input():
         assert board.finish()["sent"]["1"]["words"] == 0
 
 
-def test_it_stays_if_asked():
+def test_option_stay():
     with emulator("--rate", "max", "--count", "100", "--stay") as board, context() as ctx:
         assert board.line()["sent"]["1"]["words"] == 100
         command = ctx.socket(zmq.REQ)
@@ -326,8 +326,8 @@ def test_replay_is_byte_for_byte():
 
 
 @pytest.mark.parametrize("rate", [20_000, 500_000])
-def test_the_pace_is_kept(rate):
-    """Never too fast: the words of one second take that long (how close it comes is for the benchmarks)."""
+def test_the_rate_is_kept(rate):
+    """Never too fast: the words of one second take a second. The benchmarks measure how close the rate is."""
     with emulator("--rate", str(rate), "--count", str(rate)) as board:
         assert board.finish()["seconds"] > 0.98
 
@@ -350,7 +350,7 @@ def test_a_busy_port_gives_one_line(capsys):
     assert f"io_group 1: cannot bind its command port tcp://127.0.0.1:{port}: Address already in use" in text
 
 
-def test_logs_that_are_none(capsys, tmp_path):
+def test_invalid_message_logs(capsys, tmp_path):
     path = tmp_path / "log.bin"
     status, text = refused(capsys, "--replay", str(path))
     assert (status, text.count("\n")) == (1, 1)
@@ -487,8 +487,8 @@ finally:
 """
 
 
-def test_larpix_control_talks_to_it(tmp_path):
-    """Its ports are fixed, so the board gets a loopback address of its own."""
+def test_larpix_control_sends_commands(tmp_path):
+    """The ports of larpix-control are fixed, so the board gets its own loopback address."""
     config = tmp_path / "io.json"
     for last in range(2, 12):
         address = f"127.0.77.{last}"

@@ -1,4 +1,4 @@
-"""Emulated PACMANs of each hardware revision: registers of the power supplies, and what they do to the chips."""
+"""Emulated PACMANs of each hardware revision: registers of the power supplies, and their effects on the chips."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def plain(value):
     return value
 
 
-#: Where the last tile of a board has its DACs (VDDA, VDDD), their counts for 1.8 and 1.2 V, and its monitors: register,
-#: and what clients make of its value; VDDA and VDDD in mV, then in mA.
+#: Of the last tile of a board: DAC registers (VDDA, VDDD), their counts for 1.8 and 1.2 V, and monitors: register and
+#: decoding of its value, VDDA and VDDD in mV, then in mA.
 SUPPLIES = {
     "2": (
         1,
@@ -86,14 +86,14 @@ def test_voltages_follow_the_dacs_and_currents_the_chips(revision):
 
 
 @every_revision
-def test_what_tells_the_revisions_apart(revision):
+def test_registers_that_distinguish_the_revisions(revision):
     board = registers(revision)
     version = 894 if revision == "4m2" else 0
     assert [board.read(register) for register in range(0, 0x10, 4)] == [version] * 4
     assert [board.read(0x24220), board.read(0x24221)] == ([5, 2] if revision == "5" else [0, 0])
 
 
-def test_registers_that_are_not_what_they_seem():
+def test_registers_with_special_behaviour():
     rev3, rev4, rev5 = (registers(revision) for revision in ("3", "4", "5"))
     rev3.write(0x24137, 1234)  # VDDD of tile 4
     rev3.write(0x24100, 77)  # on revision 4 a scratch register
@@ -137,7 +137,7 @@ def refuses(port):
     return False
 
 
-def test_a_crashed_server_is_gone_and_data_go_on():
+def test_data_continue_after_the_command_server_has_crashed():
     with emulator("--revision", "4", "--rate", "5000") as board, context() as ctx:
         port = board.ready["1"]["command"]
         command = ctx.socket(zmq.REQ)
@@ -152,8 +152,8 @@ def test_a_crashed_server_is_gone_and_data_go_on():
         assert b"io_group 1: command server crashed: register 0x25000 is past the I2C" in board.process.stderr.read()
 
 
-def test_slow_reads_take_their_time_and_others_wait():
-    """A request with two slow reads, and one behind it; the board's data do not wait."""
+def test_requests_wait_for_slow_reads():
+    """A request waits for the two slow reads of an earlier request; the board's data do not wait."""
     orders = b"".join(struct.pack("<c3xI4xI", b"R", register, 0) for register in (0x24047, 0x24060, 0x24030))
     request = struct.pack("<cIxH", b"?", 0, 3) + orders
     with emulator("--revision", "4", "--slow-read", "0.1", "--rate", "5000") as board, context() as ctx:
@@ -176,16 +176,18 @@ def test_slow_reads_take_their_time_and_others_wait():
 
 
 def made(revision, asic="2b", chips=4):
-    """A board that has just been switched on: its registers and chips."""
+    """Return registers and chips of a board that has just been switched on."""
     board = registers(revision)
-    there = EmulatedChips(network.tile_wiring(chips), asic)
-    tile = EmulatedTile(Noise(there, Channels(chips, there.map.channels, [1]), [2]), seconds=0, tick=0, registers=board)
-    return board, there, tile
+    emulated = EmulatedChips(network.tile_wiring(chips), asic)
+    tile = EmulatedTile(
+        Noise(emulated, Channels(chips, emulated.map.channels, [1]), [2]), seconds=0, tick=0, registers=board
+    )
+    return board, emulated, tile
 
 
 @every_revision
-def test_chips_have_power_when_all_is_switched_on(revision):
-    """In whatever order; what goes off, or below the least voltage, takes the configuration with it."""
+def test_chips_have_power_when_all_supplies_and_clocks_are_on(revision):
+    """In any order. Chips whose supply is off, or below the minimum voltage, lose their configuration."""
     per_volt = 46_260 / 1.8 if revision != "2" else 54_691 / 1.8
     vdda, vddd = {"2": (0x24011, 0x24001), "3": (0x24130, 0x24131)}.get(revision, (0x24010, 0x24020))
     on = [(vdda, round(1.8 * per_volt)), (vddd, round(1.2 * per_volt)), (0x10, 0x301)]
@@ -213,7 +215,7 @@ def test_chips_have_power_when_all_is_switched_on(revision):
 
 @pytest.mark.parametrize(("revision", "reached"), [("4", [0, 1]), ("4m2", [1]), ("5", [1])])
 def test_resets_through_the_board_and_their_tile_masks(revision, reached):
-    """Bits 16 and up of 0x101C keep tiles from being reset, on boards that have them."""
+    """Bits from 16 on of register 0x101C mask resets by tile, on revisions with this mask."""
     board, chips, _ = made(revision, chips=200)
     board.switch_on(0b11, (1.8, 1.2), 2)
     board.write(0x14, 1)
@@ -230,7 +232,7 @@ def test_resets_through_the_board_and_their_tile_masks(revision, reached):
 
 @pytest.mark.parametrize("pps", [False, True])
 def test_time_stamps_count_from_power_up_or_the_last_reset(pps):
-    """Until then they are behind the board's clock by a constant, but for boards that reset both each second."""
+    """They differ from the board's clock by a constant, except on boards that reset both each second."""
     board = registers("5")
     board.switch_on(1, (1.8, 1.2), 2)
     chips = EmulatedChips(network.tile_wiring(4), "2b")
@@ -243,7 +245,7 @@ def test_time_stamps_count_from_power_up_or_the_last_reset(pps):
 
     def lag():
         """Of the chips' time stamps behind the board's."""
-        board.write(0x2018, 10_000)  # triggers of the board each 0.1 ms
+        board.write(0x2018, 10_000)  # a trigger each 0.1 ms
         board.write(0x2010, 1)
         until(tile.queued_words, "hits")
         words = tile.take_packets()
@@ -262,13 +264,13 @@ def test_time_stamps_count_from_power_up_or_the_last_reset(pps):
     if pps:
         assert max(abs(before), abs(after)) <= 10_000_000
     else:
-        late = 200_000_000  # a busy computer asks for the hits seconds after they came
+        late = 200_000_000  # a busy computer generates hits seconds late
         assert up <= before < up + late
         assert again <= after < again + late
     assert again > up
 
 
-def test_values_of_another_revision_give_no_power():
+def test_dac_values_of_another_revision_give_no_power():
     """DACs of revision 2 on a board of revision 4: one of them is VDDA of the second tile."""
     board, chips, _ = made("4", chips=200)
     for register, value in ((0x24001, 54_691), (0x24011, 54_691), (0x14, 1), (0x10, 1)):
@@ -279,7 +281,7 @@ def test_values_of_another_revision_give_no_power():
     assert board.read(0x24031) == pytest.approx(2128, abs=1)
 
 
-def test_chips_without_power_say_nothing():
+def test_chips_without_power_send_nothing():
     with emulator("--chips", "4", "--asic", "2b", "--lossless") as board, context() as ctx:
         command = ctx.socket(zmq.REQ)
         command.connect(f"tcp://127.0.0.1:{board.ready['1']['command']}")
@@ -292,36 +294,38 @@ def test_chips_without_power_say_nothing():
         assert board.finish()["sent"]["1"]["unheard"] == len(power_registers(1))
 
 
-def test_chips_that_no_board_of_the_revision_has_room_for(capsys):
+def test_chips_on_io_channels_that_the_revision_does_not_have(capsys):
     assert emulators.main(["pacman", "--revision", "2", "--chips", "101"]) == 1
     expected = "101: io_group 1 has chips on io_channel 5, a board of revision 2 has io_channels 1 to 4"
     assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("revision", sorted(REVISIONS))
-def test_boards_that_begin_with_power(revision):
+def test_boards_powered_at_the_start(revision):
     board, _, _ = made(revision)
     board.switch_on(1, (1.8, 1.2), 2)
-    there = EmulatedChips(network.tile_wiring(4), "2b")
-    EmulatedTile(Noise(there, Channels(4, 64, [1]), [2]), seconds=0, tick=0, registers=board)
-    assert there.alive.all()
+    emulated = EmulatedChips(network.tile_wiring(4), "2b")
+    EmulatedTile(Noise(emulated, Channels(4, 64, [1]), [2]), seconds=0, tick=0, registers=board)
+    assert emulated.alive.all()
 
 
 # --- lines between the board and its chips
 
 
-def up(revision, asic="2", chips=2, **options):
-    """A powered board whose first chip, 11 on io_channel 1, answers; what `heard(board, chips)` makes of it."""
+def powered_board(revision, asic="2", chips=2, **options):
+    """Return registers, chips and tile of a powered board. Its first chip, 11 on io_channel 1, answers."""
     board = registers(revision, **options)
     board.switch_on(1, (1.8, 1.8), TICKS_PER_BIT[asic])
-    there = EmulatedChips(network.tile_wiring(chips), asic, powered=True)
-    tile = EmulatedTile(Noise(there, Channels(chips, there.map.channels, [1]), [2]), seconds=0, tick=0, registers=board)
-    told(tile, (WRITE, 1, ID, 11), (WRITE, 11, DOWN, 15), (WRITE, 11, UP, 15))
-    return board, there, tile
+    emulated = EmulatedChips(network.tile_wiring(chips), asic, powered=True)
+    tile = EmulatedTile(
+        Noise(emulated, Channels(chips, emulated.map.channels, [1]), [2]), seconds=0, tick=0, registers=board
+    )
+    send(tile, (WRITE, 1, ID, 11), (WRITE, 11, DOWN, 15), (WRITE, 11, UP, 15))
+    return board, emulated, tile
 
 
-def told(tile, *words, io_channel=1):
-    """The words that come back for these."""
+def send(tile, *words, io_channel=1):
+    """Send words. Returns the answers."""
     sent = np.zeros((len(words), 16), np.uint8)
     sent[:, 0], sent[:, 1] = ord("D"), io_channel
     sent[:, 8:] = np.array([word(*each) for each in words], "<u8").view(np.uint8).reshape(-1, 8)
@@ -329,76 +333,76 @@ def told(tile, *words, io_channel=1):
     return [int(packet) >> 18 & 0xFF for packet in tile.take_packets() if int(packet) & 3 == READ]
 
 
-def heard(tile):
-    """Whether the first chip takes a word, and whether its answer comes."""
+def hears(tile):
+    """Return whether the first chip takes a word, and whether its answer arrives."""
     chips, before = tile.chips, int(tile.chips.registers[0, 64])
-    answers = told(tile, (WRITE, 11, 64, before ^ 1), (READ, 11, ID))
+    answers = send(tile, (WRITE, 11, 64, before ^ 1), (READ, 11, ID))
     return int(chips.registers[0, 64]) != before, answers == [11]
 
 
 @every_revision
 def test_lines_at_power_up_and_the_wrong_clock_ratio(revision):
-    board, _, tile = up(revision)
-    assert heard(tile) == (True, True)
+    board, _, tile = powered_board(revision)
+    assert hears(tile) == (True, True)
     usual = board.read(0x3010)
     for ratio in (usual + 1, 2 * usual, 0, usual // 2):
         board.write(0x3010, ratio)
-        assert heard(tile) == (False, False)
+        assert hears(tile) == (False, False)
     board.write(0x3010, usual)
-    assert heard(tile) == (True, True)
+    assert hears(tile) == (True, True)
     board.write(0x101C, 8)  # the chips' clock at half its rate; revision 2 does not divide it
-    assert heard(tile) == ((True, True) if revision == "2" else (False, False))
+    assert hears(tile) == ((True, True) if revision == "2" else (False, False))
     board.write(0x3010, 2 * usual)
-    assert heard(tile) == ((False, False) if revision == "2" else (True, True))
+    assert hears(tile) == ((False, False) if revision == "2" else (True, True))
 
 
 @every_revision
 def test_inverted_lines(revision):
-    board, _, tile = up(revision)
+    board, _, tile = powered_board(revision)
     for value, expected in ((1, (False, True)), (2, (True, False)), (3, (False, False)), (0, (True, True))):
         board.write(0x301C, value)
-        # a chip that does not hear is not asked, and says nothing
+        # a chip that does not hear sends no answer
         wanted = (expected[0], expected[0] and expected[1])
-        assert heard(tile) == ((True, True) if revision == "2" else wanted)
+        assert hears(tile) == ((True, True) if revision == "2" else wanted)
     if revision != "2":
-        board, _, tile = up(revision, inverted=True)
+        board, _, tile = powered_board(revision, inverted=True)
         assert board.read(0x301C) == 3
-        assert heard(tile) == (True, True)
+        assert hears(tile) == (True, True)
         board.write(0x301C, 0)
-        assert heard(tile) == (False, False)
+        assert hears(tile) == (False, False)
 
 
 @pytest.mark.parametrize(
     ("revision", "register", "off", "on"), [("4m2", 0x18, ~1, 1), ("5", 0x201C, 1, ~1), ("4", 0x18, 0, 0)]
 )
 def test_receivers_that_are_off(revision, register, off, on):
-    board, _, tile = up(revision)
+    board, _, tile = powered_board(revision)
     board.write(register, off & 0xFFFFFFFF)
-    assert heard(tile) == (True, revision == "4")
+    assert hears(tile) == (True, revision == "4")
     assert registers("4m2").read(0x18) == registers("5").read(0x201C) == 0
     board.write(register, on & 0xFFFFFFFF)
-    assert heard(tile) == (True, True)
+    assert hears(tile) == (True, True)
 
 
 def test_tile_clocks_of_module_2():
-    board, _, tile = up("4m2")
+    board, _, tile = powered_board("4m2")
     for value, works in ((0x001, False), (0x101, True), (0x201, True), (0x301, True)):
         board.write(0x10, value)
-        assert heard(tile) == (works, works)
+        assert hears(tile) == (works, works)
 
 
-def test_chips_of_another_speed_do_not_hear_each_other():
-    """clk_ctrl of the chip that is farther away first, then of the root, then the board's UART, as operators do it."""
-    _, chips, tile = up("5")
+def test_chips_with_different_speeds_do_not_hear_each_other():
+    """As operators do: first clk_ctrl of the farther chip, then that of the root, then the board's UART."""
+    _, chips, tile = powered_board("5")
     board = tile._registers
     clock = chips.map.fields["clk_ctrl"]
     address, slower = clock.low // 8, 1 << clock.low % 8
-    told(tile, (WRITE, 1, ID, 12), (WRITE, 12, DOWN, 15))
-    assert told(tile, (READ, 12, ID), (READ, 11, ID)) == [12, 11]
-    assert told(tile, (WRITE, 12, address, slower), (READ, 12, ID), (READ, 11, ID)) == [11]
-    assert told(tile, (WRITE, 11, address, slower), (READ, 12, ID), (READ, 11, ID)) == []
+    send(tile, (WRITE, 1, ID, 12), (WRITE, 12, DOWN, 15))
+    assert send(tile, (READ, 12, ID), (READ, 11, ID)) == [12, 11]
+    assert send(tile, (WRITE, 12, address, slower), (READ, 12, ID), (READ, 11, ID)) == [11]
+    assert send(tile, (WRITE, 11, address, slower), (READ, 12, ID), (READ, 11, ID)) == []
     board.write(0x3010, 4)
-    assert told(tile, (READ, 12, ID), (READ, 11, ID)) == [12, 11]
+    assert send(tile, (READ, 12, ID), (READ, 11, ID)) == [12, 11]
 
 
 def test_v3_chips_take_ten_megabits_a_second():
@@ -407,12 +411,12 @@ def test_v3_chips_take_ten_megabits_a_second():
     assert [board.read(0x3010), board.uart_line(1).ticks_per_bit] == [1, 1]
 
 
-def test_words_on_io_channel_255_go_to_all_of_them():
-    _, chips, tile = up("5", chips=100)
+def test_words_on_io_channel_255_go_to_all_io_channels():
+    _, chips, tile = powered_board("5", chips=100)
     roots = [chip for _, chip, _ in network.tile_wiring(100).entries]
-    told(tile, (WRITE, 11, UP, 0))
-    told(tile, (WRITE, 1, ID, 99), (WRITE, 99, DOWN, 15), io_channel=255)
+    send(tile, (WRITE, 11, UP, 0))
+    send(tile, (WRITE, 1, ID, 99), (WRITE, 99, DOWN, 15), io_channel=255)
     assert chips.chip_ids()[roots].tolist() == [11, 99, 99, 99]
     before = tile.chips.counts()["unheard"]
-    assert told(tile, (READ, 99, 64), (READ, 11, ID), io_channel=255) == [255, 255, 255, 11]
+    assert send(tile, (READ, 99, 64), (READ, 11, ID), io_channel=255) == [255, 255, 255, 11]
     assert tile.chips.counts()["unheard"] == before + 4

@@ -1,4 +1,4 @@
-"""A run with chips: set up over the command port while the producer records, and every word is in the file."""
+"""A run with chips that are set up over the command port while the producer records: every word is in the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from larpixdaq.hdf5.reader import DataFile
 ID, DOWN, MASK, THRESHOLD = 122, 125, 131, 64
 
 
-def test_what_chips_send_is_recorded(tmp_path):
+def test_packets_of_chips_are_recorded(tmp_path):
     options = ("--chips", "4", "--asic", "2b", "--lossless")
     with system(tmp_path) as daq, emulator(*options) as board, context() as ctx:
         ports = board.ready["1"]
@@ -33,7 +33,7 @@ def test_what_chips_send_is_recorded(tmp_path):
         reply_to(command, request([(1, packet) for packet in setup + reads]))
 
         until(lambda: daq.status_of(operator, "producer").get("packets", 0) > 2000, "noise")
-        # The board is asked as soon as its data have said that it understands the question.
+        # the producer asks the board for its firmware as soon as the data show that the board knows this request
         until(lambda: daq.status_of(operator, "producer").get("firmware"), "the firmware")
         reply_to(command, board_register(b"W", 0x10, 0))
         board.stop()

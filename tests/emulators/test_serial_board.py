@@ -1,4 +1,4 @@
-"""The emulated serial board: larpix-control's SerialPort and our own source at its pseudo-terminal."""
+"""Emulated serial board: larpix-control's SerialPort and SerialSource at its pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def serial():
 
 @pytest.fixture
 def control():
-    """A Controller at a device; its port is closed in the end."""
+    """Return a Controller at a device, and close its port at the end."""
     made = []
 
     def start(device):
@@ -55,7 +55,7 @@ def control():
 
 @pytest.fixture
 def v1_port(monkeypatch):
-    """larpix-control 3 sends v1 packets in frames of nine bytes and reads all as v2; this is what its 2.3 did."""
+    """Let larpix-control send and read v1 packets as its version 2.3 did; 3 sends nine bytes and reads all as v2."""
     monkeypatch.setattr(
         SerialPort, "_format_UART", staticmethod(lambda packet: b"s" + packet.bytes().ljust(8, b"\0") + b"q")
     )
@@ -68,7 +68,7 @@ def quiet(controller, register):
 
 
 def test_v1_chips_with_larpix_control(serial, control, v1_port):
-    """Every register of every chip, before and after writes; a reset of the board is one of the chips."""
+    """Every register of every chip, before and after writes; a reset of the board resets the chips."""
     board = serial()
     controller = control(board.device)
     controller.load("controller/pcb-1_chip_info.json")
@@ -104,16 +104,16 @@ def test_v2_chips_with_larpix_control(serial, control, tmp_path):
     ok, different = controller.verify_network()
     assert not ok
     assert [str(key) for key in different] == ["1-1-16"]
-    # It reads once, after the timeout, and a terminal keeps 4 kB for it: one chip's registers. A busy computer may take
-    # longer.
+    # It reads once, after the timeout, and a terminal keeps 4 kB: the registers of one chip. A busy computer may need
+    # more time.
     for key in list(controller.chips)[:5]:
         until(
             lambda key=key: controller.verify_configuration(key, timeout=0.5) == (True, {}), f"the registers of {key}"
         )
 
 
-def test_the_source_reads_what_was_sent(serial):
-    """v1 chips are noisy at power-up; all that was sent arrives and no faster than the line carries it."""
+def test_the_source_reads_all_sent_frames(serial):
+    """v1 chips are noisy at power-up: all frames arrive, no faster than the line carries them."""
     board = serial("--seed", "3")
     source = SerialSource(board.device, asic=Asic.V1)
     source.open()
@@ -136,7 +136,7 @@ def test_the_source_reads_what_was_sent(serial):
 
 
 @given(st.binary(max_size=60), st.lists(st.integers(0, 60)), st.lists(st.binary(min_size=8, max_size=8), max_size=4))
-def test_frames_however_they_are_cut(garbage, cuts, words):
+def test_frames_in_parts_of_any_size(garbage, cuts, words):
     data = garbage + b"".join(b"s" + word + b"q" for word in words)
     whole, pieces = Frames(), Frames()
     expected = list(whole.feed(data))
@@ -150,7 +150,7 @@ def test_frames_however_they_are_cut(garbage, cuts, words):
 
 @pytest.mark.parametrize("asic", ["1", "2"])
 def test_clock_ratio_and_length_of_resets(asic):
-    """128 ticks at first, which leave v2 chips their registers; chips hear nothing of another speed."""
+    """A reset has 128 ticks by default, which keep the registers of v2 chips. Chips hear nothing at another speed."""
     wiring_ = chip_network.tile_wiring(1, channels=1) if asic == "2" else chip_network.Wiring([(1, 1)])
     chips = EmulatedChips(wiring_, asic, powered=True)
     tile = EmulatedTile(

@@ -1,4 +1,4 @@
-"""The monitor's answers against what a made-up producer has sent; blocks that it skips must not make them wrong."""
+"""Answers of the monitor compared with the data of a simulated producer; skipped blocks must not make them wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ START_NS = 1_700_000_000_000_000_000
 
 
 def data_rows(n: int, seed: int = 0, layout: schema.RowLayout = schema.LAYOUTS[1], groups: int = 2) -> NDArray[Any]:
-    """Received data packets of few chips, `groups` io_groups, some with bad parity or FIFO flags."""
+    """Return received data packets of a few chips and `groups` io_groups, some with bad parity or FIFO flags."""
     rng = np.random.default_rng(seed)
     rows = np.zeros(n, layout.dtype)
     rows["direction"] = 1
@@ -42,7 +42,7 @@ def data_rows(n: int, seed: int = 0, layout: schema.RowLayout = schema.LAYOUTS[1
 
 
 class Producer:
-    """Makes headers with right running totals around rows."""
+    """Makes headers with correct running totals for rows."""
 
     def __init__(
         self, run: int = 7, name: str = "LArPix board", epoch: int = 1, layout: schema.RowLayout = schema.LAYOUTS[1]
@@ -55,7 +55,7 @@ class Producer:
     def block(
         self, rows: NDArray[Any], first: float, last: float, text: str | None = None
     ) -> tuple[Block, NDArray[Any]]:
-        """A block whose rows came from `first` to `last` seconds after the start."""
+        """Return a block whose rows arrived from `first` to `last` seconds after the start."""
         for io_group in np.unique(rows["io_group"]).tolist() if self.layout.code != 1 else [1]:
             mine = rows[rows["io_group"] == io_group] if self.layout.code != 1 else rows
             counts = self.counts.setdefault(io_group, dict.fromkeys(constants.COUNTS, 0))
@@ -91,7 +91,7 @@ class Producer:
         return header, rows
 
     def info(self, words: str, at: float, recorded: int | None = None) -> tuple[Block, NDArray[Any]]:
-        """`recorded`: the text's own time (unix seconds), in a replay."""
+        """Return an INFO message. `recorded`: its recorded time (unix seconds), in a replay."""
         rows = np.zeros(1, self.layout.dtype)
         rows["timestamp"] = int(START_NS / 1e9 + at) if recorded is None else recorded
         rows["type" if self.layout.code == 1 else "packet_type"] = 5
@@ -119,7 +119,7 @@ def clock() -> Clock:
 def steady(
     monitor: Monitor, clock: Clock, producer: Producer, seconds: float, rate: int, seen: int = 1
 ) -> NDArray[Any]:
-    """Blocks of 20 ms for so long at so many rows/s, of which the monitor gets every `seen`-th; return all rows."""
+    """Send blocks of 20 ms at `rate` rows/s, every `seen`-th of them to the monitor. Returns all rows."""
     n = round(seconds / 0.02)
     start = (producer.last_ns - START_NS) / 1e9
     blocks = [data_rows(rate // 50, seed=producer.sequence + i) for i in range(n)]
@@ -131,10 +131,10 @@ def steady(
     return np.concatenate(blocks)
 
 
-def test_hosts_whose_clocks_differ(clock: Clock) -> None:
+def test_producers_on_hosts_with_different_clocks(clock: Clock) -> None:
     monitor, one, other = Monitor(clock), Producer(), Producer(name="Second board")
     steady(monitor, clock, one, 2.0, 5000)
-    other.last_ns += 3600 * 10**9  # an hour ahead: another host, or the same one after its clock was stepped
+    other.last_ns += 3600 * 10**9  # an hour ahead: another host, or a clock that was stepped
     steady(monitor, clock, other, 2.0, 5000)
     answer = monitor.packet_rate()
     assert answer["seconds"] == pytest.approx(4.0, abs=0.1)
@@ -143,7 +143,7 @@ def test_hosts_whose_clocks_differ(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("seen", [1, 3])
-def test_rates_are_exact_though_blocks_were_skipped(clock: Clock, seen: int) -> None:
+def test_rates_are_exact_with_skipped_blocks(clock: Clock, seen: int) -> None:
     monitor, producer = Monitor(clock), Producer()
     monitor.start(7, "physics", "cosmics")
     rows = steady(monitor, clock, producer, 2.02, 5000, seen)
@@ -186,7 +186,7 @@ def test_rates_are_exact_though_blocks_were_skipped(clock: Clock, seen: int) -> 
             assert chip["seen_local_full"] == (mine["local_fifo"] == 3).sum()
 
 
-def test_now_is_the_last_second_and_falls_to_zero(clock: Clock) -> None:
+def test_the_rate_is_that_of_the_last_second_and_falls_to_zero(clock: Clock) -> None:
     monitor, producer = Monitor(clock), Producer()
     steady(monitor, clock, producer, 5, 1000)
     steady(monitor, clock, producer, 1, 10_000)
@@ -202,7 +202,7 @@ def test_now_is_the_last_second_and_falls_to_zero(clock: Clock) -> None:
     assert before == 0
     assert monitor.packet_rate()["chips"]["rate"].sum() == 0
     assert monitor.packet_rate()["mean_rate"] == pytest.approx(15_000 / 7.1, rel=1e-6)
-    # After a silence only what is new counts as now.
+    # after a pause only new packets count in the present rate
     clock.now += 60
     producer.last_ns += 61_200_000_000
     steady(monitor, clock, producer, 0.2, 1000)
@@ -213,7 +213,7 @@ def test_now_is_the_last_second_and_falls_to_zero(clock: Clock) -> None:
     assert monitor.packet_rate()["seconds"] == pytest.approx(67.4)
 
 
-def test_a_chip_that_falls_silent_is_seen_at_once(clock: Clock) -> None:
+def test_the_rate_of_a_silent_chip_falls_at_once(clock: Clock) -> None:
     monitor, producer = Monitor(clock), Producer()
     for i in range(300):
         rows = np.repeat(data_rows(1, groups=1), 20)
@@ -228,7 +228,7 @@ def test_a_chip_that_falls_silent_is_seen_at_once(clock: Clock) -> None:
     assert quiet["mean_rate"] == pytest.approx(250)
 
 
-def test_the_first_packet_of_a_run_is_not_infinitely_fast(clock: Clock) -> None:
+def test_the_first_packet_of_a_run_has_a_finite_rate(clock: Clock) -> None:
     monitor, producer = Monitor(clock), Producer()
     assert monitor.packet_rate()["rate"] == 0
     monitor.block(*producer.block(data_rows(1), 0, 0))
@@ -239,7 +239,7 @@ def test_the_first_packet_of_a_run_is_not_infinitely_fast(clock: Clock) -> None:
         clock.now += 0.01
 
 
-def test_joining_in_the_middle_of_a_run(clock: Clock) -> None:
+def test_joining_during_a_run(clock: Clock) -> None:
     monitor, producer = Monitor(clock), Producer()
     for i in range(100):
         producer.block(data_rows(100), i * 0.02, (i + 1) * 0.02)
@@ -252,7 +252,7 @@ def test_joining_in_the_middle_of_a_run(clock: Clock) -> None:
     assert answer["seen"] == pytest.approx(1 / 3)
 
 
-def test_several_producers_and_a_restarted_one_add_up(clock: Clock) -> None:
+def test_sums_over_several_producers_and_a_restarted_producer(clock: Clock) -> None:
     monitor = Monitor(clock)
     one, other, again = Producer(), Producer(name="Second board"), Producer(epoch=2)
     for i in range(120):
@@ -276,7 +276,7 @@ def test_several_producers_and_a_restarted_one_add_up(clock: Clock) -> None:
     code=st.sampled_from([known.code for known in schema.LAYOUTS]),
     ended=st.booleans(),
 )
-def test_seen_and_skipped_are_all(sizes: list[tuple[int, bool]], code: int, ended: bool) -> None:
+def test_seen_and_skipped_rows_add_up_to_all_rows(sizes: list[tuple[int, bool]], code: int, ended: bool) -> None:
     layout = schema.layout(code)
     monitor, producer = Monitor(Clock()), Producer(layout=layout)
     monitor.start(7)
@@ -309,7 +309,7 @@ def test_seen_and_skipped_are_all(sizes: list[tuple[int, bool]], code: int, ende
         np.testing.assert_array_equal(monitor.packets(count=50), rows[-50:])
 
 
-def test_histogram_of_what_is_named(clock: Clock) -> None:
+def test_histogram_of_selected_chips_and_channels(clock: Clock) -> None:
     monitor, producer = Monitor(clock), Producer()
     rows = data_rows(2000)
     monitor.block(*producer.block(rows, 0, 0.01))
@@ -361,12 +361,12 @@ def test_messages_with_time_and_producer(clock: Clock) -> None:
     assert monitor.messages(1) == found[-1:]
 
 
-def test_a_new_run_starts_afresh_and_old_blocks_are_let_pass(clock: Clock) -> None:
+def test_a_new_run_starts_at_zero_and_ignores_old_blocks(clock: Clock) -> None:
     monitor, old = Monitor(clock), Producer(run=7)
     monitor.start(7)
     monitor.block(*old.block(data_rows(100), 0, 1))
     late = old.block(data_rows(50), 1, 2)
-    # Blocks of the next run may be here before the news of it.
+    # blocks of the next run may arrive before prepare_run
     new = Producer(run=8, layout=schema.LAYOUTS[3])
     monitor.block(*new.block(data_rows(10, layout=schema.LAYOUTS[3]), 2, 3))
     monitor.start(8, "test", "after the break")
@@ -382,7 +382,7 @@ def test_a_new_run_starts_afresh_and_old_blocks_are_let_pass(clock: Clock) -> No
     assert len(monitor.adc_histogram()["counts"]) == 0
 
 
-def test_a_block_again_is_not_counted_again(clock: Clock) -> None:
+def test_a_repeated_block_is_not_counted(clock: Clock) -> None:
     monitor, producer = Monitor(clock), Producer()
     block = producer.block(data_rows(100), 0, 1)
     monitor.block(*block)
@@ -392,7 +392,7 @@ def test_a_block_again_is_not_counted_again(clock: Clock) -> None:
     assert info["producers"][0]["repeated_blocks"] == 1
 
 
-def test_a_clock_that_is_set_back_harms_nothing(clock: Clock) -> None:
+def test_rates_after_the_host_clock_was_set_back(clock: Clock) -> None:
     monitor, producer = Monitor(clock), Producer()
     steady(monitor, clock, producer, 2.0, 1000)
     for _ in range(2):
@@ -404,7 +404,7 @@ def test_a_clock_that_is_set_back_harms_nothing(clock: Clock) -> None:
     assert answer["mean_rate"] == pytest.approx(1000, rel=0.02)
 
 
-def test_a_clock_that_stands_still_harms_nothing(clock: Clock) -> None:
+def test_rates_with_a_host_clock_that_stands_still(clock: Clock) -> None:
     monitor, producer = Monitor(clock), Producer()
     for i in range(1000):
         monitor.block(*producer.block(data_rows(3, i), 1, 1))
@@ -413,7 +413,7 @@ def test_a_clock_that_stands_still_harms_nothing(clock: Clock) -> None:
     assert answer["rate"] <= 30_000
 
 
-def test_the_end_tells_what_was_never_seen(clock: Clock) -> None:
+def test_the_end_record_counts_unseen_rows(clock: Clock) -> None:
     monitor, producer = Monitor(clock), Producer()
     for i in range(10):
         producer.block(data_rows(100), i, i + 1)
@@ -425,7 +425,7 @@ def test_the_end_tells_what_was_never_seen(clock: Clock) -> None:
     assert monitor.status().skipped_rows == 1000
 
 
-def test_what_does_not_fit_is_refused_and_not_counted(clock: Clock) -> None:
+def test_invalid_blocks_are_refused_and_not_counted(clock: Clock) -> None:
     monitor, producer = Monitor(clock), Producer()
     header, rows = producer.block(data_rows(10), 0, 1)
     with pytest.raises(FormatError, match="10 rows of 36 bytes announced, 359 bytes found"):
@@ -459,6 +459,6 @@ def test_what_does_not_fit_is_refused_and_not_counted(clock: Clock) -> None:
         (lambda monitor: monitor.adc_histogram(chip=256), "adc_histogram: chip: expected .* 0 to 255, found 256"),
     ],
 )
-def test_questions_that_make_no_sense(ask: Any, complaint: str) -> None:
+def test_invalid_parameters_of_requests(ask: Any, complaint: str) -> None:
     with pytest.raises(RequestError, match=complaint):
         ask(Monitor())

@@ -1,4 +1,4 @@
-"""Rows as lines: what a physicist reads must be what stands in the row."""
+"""Rows as text: the lines have the values of the rows."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_v2_packets(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["2.4", "2.4-clock64", "3.0"])
-def test_what_boards_say_themselves(layout: str) -> None:
+def test_words_of_boards(layout: str) -> None:
     board = {"io_group": 2, "direction": 1}
     assert words(line(layout, io_group=2, packet_type=4, timestamp=1678848323)) == "2 timestamp 2023-03-15T02:45:23Z"
     assert words(line(layout, packet_type=4, timestamp=2**64 - 1)) == "0 timestamp 1.84467e+19 s"
@@ -93,7 +93,7 @@ def test_v1_packets() -> None:
 @pytest.mark.parametrize("layout", schema.LAYOUTS, ids=lambda layout: layout.name)
 @settings(max_examples=examples(30))
 @given(data=st.data())
-def test_any_bytes_make_one_printable_line_a_row(layout: schema.RowLayout, data: st.DataObject) -> None:
+def test_rows_of_any_bytes_become_printable_lines(layout: schema.RowLayout, data: st.DataObject) -> None:
     size = layout.dtype.itemsize
     raw = data.draw(st.binary(max_size=5 * size))
     rows = np.frombuffer(raw[: len(raw) // size * size], layout.dtype)
@@ -102,7 +102,7 @@ def test_any_bytes_make_one_printable_line_a_row(layout: schema.RowLayout, data:
     assert all(one.isprintable() for one in shown)
 
 
-def test_columns_stand_under_their_names() -> None:
+def test_columns_are_aligned_with_their_names() -> None:
     head = packet_text.HEADER
     rows = np.zeros(2, schema.PACKETS_2_4)
     for name, value in PACKET.items():

@@ -25,7 +25,7 @@ LIMIT = 10.0
 
 
 class Board:
-    """A producer's end of the stream, for one consumer: says WELCOME, then sends what it is told, within the credit."""
+    """Producer's end of the stream for one consumer: answers WELCOME, then sends blocks within the credit."""
 
     def __init__(self, context: zmq.Context[Any]) -> None:
         self.socket = context.socket(zmq.ROUTER)
@@ -69,7 +69,7 @@ class Board:
 
 
 class StandIn:
-    """A node that has registered and hears of one producer."""
+    """Simulated node that is registered and knows one producer."""
 
     def __init__(self, producers: dict[str, str]) -> None:
         self.producers = producers
@@ -92,7 +92,7 @@ def packets(n: int, first: int = 0) -> np.ndarray[Any, Any]:
 
 @pytest.fixture
 def bench() -> Iterator[Any]:
-    """A board, a monitor that is connected to it, and `until`, which turns both until a condition holds."""
+    """A board, a connected monitor, and `until`, which runs both until a condition holds."""
     context: zmq.Context[Any] = zmq.Context()
     board = Board(context)
     consumer = make_consumer("Online monitor", "session", "latest")
@@ -103,10 +103,10 @@ def bench() -> Iterator[Any]:
     poller.register(consumer.fileno(), zmq.POLLIN)
     poller.register(board.socket, zmq.POLLIN)
 
-    def until(condition: Callable[[], Any], what: str) -> None:
+    def until(condition: Callable[[], Any], event: str) -> None:
         end = time.monotonic() + LIMIT
         while not condition():
-            assert time.monotonic() < end, f"after {LIMIT:g} s still waiting: {what}"
+            assert time.monotonic() < end, f"after {LIMIT:g} s still waiting: {event}"
             poller.poll(10)
             board.listen()
             loop.turn()
@@ -128,7 +128,7 @@ def test_every_block_within_the_credit_is_counted(bench: Any) -> None:
     assert bench.monitor.packets(1)["timestamp"] == 2499
 
 
-def test_credit_comes_back_for_blocks_and_not_for_messages(bench: Any) -> None:
+def test_credit_is_renewed_for_blocks_not_for_info_messages(bench: Any) -> None:
     first = bench.board.credit
     for i in range(5):
         bench.until(lambda: bench.board.sent < bench.board.credit, "credit")
@@ -145,7 +145,7 @@ def test_credit_comes_back_for_blocks_and_not_for_messages(bench: Any) -> None:
     assert bench.board.credit == first + 5
 
 
-def test_a_wrong_block_is_named_once_and_the_next_one_counts(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_invalid_block_is_logged_once_and_the_next_counts(bench: Any, caplog: pytest.LogCaptureFixture) -> None:
     first = bench.board.credit
     for _ in range(2):
         bench.board.send(packets(10), cut=1)
@@ -158,7 +158,7 @@ def test_a_wrong_block_is_named_once_and_the_next_one_counts(bench: Any, caplog:
     ]
 
 
-def test_handlers_take_the_parameters_of_the_answers() -> None:
+def test_handlers_have_the_parameters_of_the_monitor_methods() -> None:
     handlers = actions(Monitor())
     assert set(handlers) == {
         "prepare_run", "begin_run", "end_run", "packet_rate", "packets", "messages", "adc_histogram", "run_info",

@@ -1,4 +1,4 @@
-"""Boards that are not there, or are not what the producer's options say: in status, at prepare_run and at end_run."""
+"""Boards that are missing or differ from the producer's options, in status, prepare_run and end_run."""
 
 import re
 
@@ -21,20 +21,20 @@ def publish(ctx):
     return out, out.bind_to_random_port("tcp://127.0.0.1")
 
 
-def status(operator, words):
-    """The lines of `status` once these words are in them."""
+def status(operator, text):
+    """Wait for lines of `status` with this text, and return them."""
     found = []
 
     def there():
-        found[:] = [line for line in status_lines(operator.status().result(LIMIT)) if words in line]
+        found[:] = [line for line in status_lines(operator.status().result(LIMIT)) if text in line]
         return found
 
-    until(there, words)
+    until(there, text)
     return found
 
 
-def test_boards_that_are_away_and_firmware_of_another_clock(line):
-    """Neither a board that is off nor a name that nobody knows keeps the others from being read."""
+def test_disconnected_boards_and_firmware_with_another_clock(line):
+    """A board that is off and an unknown host name do not keep the producer from reading other boards."""
     wide = b"D\x05" + (0x1234_5678_9ABC_DEF0).to_bytes(8, "little")[2:] + HIT.to_bytes(8, "little")
     with context() as ctx:
         out, port = publish(ctx)
@@ -59,8 +59,8 @@ def test_boards_that_are_away_and_firmware_of_another_clock(line):
         assert any("--clock64" in reason for reason in ended["reasons"])
 
 
-def test_a_clock_that_is_off(line):
-    """Seven hours, as of a board whose time zone is wrong: the data are complete, and nobody can overlook it."""
+def test_a_board_with_a_wrong_clock(line):
+    """A clock is wrong by seven hours, as in a wrong time zone: the data are complete, and several texts report it."""
     with emulator("--rate", "500", "--jump", "0:-25200", "--stay") as board:
         operator = line.start("--pacman", *board.addresses)
         status(operator, "clock -25")
@@ -79,7 +79,7 @@ def test_a_clock_that_is_off(line):
         assert verify(path).ok
 
 
-def test_format_1_0_is_asked_for_before_a_run(line):
+def test_format_1_0_without_its_option_prevents_a_run(line):
     with context() as ctx:
         out, port = publish(ctx)
         operator = line.start("--pacman", f"127.0.0.1:{port}")

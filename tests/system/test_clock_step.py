@@ -1,4 +1,4 @@
-"""The wall clock stepped by an hour in the middle of a run: nobody notices."""
+"""A step of the wall clock by an hour during a run has no effect on the run."""
 
 import time
 from contextlib import closing
@@ -18,7 +18,7 @@ RATE = 20_000
 
 
 @pytest.mark.parametrize("step", [3600, -3600])
-def test_a_stepped_clock_changes_nothing(tmp_path: Path, step: int) -> None:
+def test_a_step_of_the_wall_clock_does_not_disturb_a_run(tmp_path: Path, step: int) -> None:
     with closing(Clock(tmp_path)) as wall, system(tmp_path) as line:
         line.env = dict.fromkeys(("core", "log", "offline_storage", "run_data", "producer"), wall.env)
         line.launch_core()
@@ -34,22 +34,22 @@ def test_a_stepped_clock_changes_nothing(tmp_path: Path, step: int) -> None:
         def taken() -> int:
             return int(line.status_of(operator, "producer").get("packets", 0))
 
-        def described() -> list[tuple[str, bool]]:
-            return [(one["name"], one["alive"]) for one in operator.components().result(LIMIT)]
+        def alive() -> list[tuple[str, bool]]:
+            return [(component["name"], component["alive"]) for component in operator.components().result(LIMIT)]
 
         until(lambda: taken() > RATE, "a second of packets")
-        before = described()
+        before = alive()
         operator.take_control().result(LIMIT)
         wall.step(step)
         stepped_at = taken()
         until(lambda: taken() > stepped_at + 2 * RATE, "two seconds of packets after the step")
         rates = operator.packet_rate(channels=False).result(LIMIT)
-        # The whole run took some seconds: with an hour in it the mean would be a thousandth of this, or negative.
+        # the run takes seconds; an hour more would make the mean a thousandth of this, or negative
         assert 0 < rates["seconds"] < 600
         assert rates["mean_rate"] > RATE / 20
         assert rates["rate"] > RATE / 20
         assert rates["io_groups"]["mean_rate"].sum() == pytest.approx(rates["mean_rate"])
-        assert described() == before
+        assert alive() == before
         assert operator.status().result(LIMIT)["control"] is not None
         ended = operator.end_run().result(2 * LIMIT)
         assert (ended["condition"], ended["reasons"]) == ("COMPLETE", [])

@@ -1,4 +1,4 @@
-"""Core, Operator, log and components that die or stand still in the middle of a run: who notices, and what it costs."""
+"""Core, Operator, log and components that die or stand still during a run, and the effects on the run."""
 
 import re
 import signal
@@ -20,7 +20,7 @@ STEPS = {"prepare": "prepare_run", "begin": "begin_run", "end": "end_run"}
 
 
 class Plant:
-    """A core and a log as processes of their own; the components are actors in this one."""
+    """Core and log as processes. The components are actors in the test's process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +36,7 @@ class Plant:
         return Process("larpixdaq.log", *where, "-o", self.folder / "log.txt", directory=self.folder)
 
     def logged(self, text: str) -> list[float]:
-        """When (unix s) records with this text were made."""
+        """Return the times (unix s) of log records with this text."""
         path = self.folder / "log.txt"
         lines = path.read_text().splitlines() if path.exists() else []
         return [
@@ -56,21 +56,21 @@ def team(plant: Plant) -> Iterator[tuple[Actor, Actor, Actor, Operator]]:
         yield board, disk, online, operator
 
 
-def back(operator: Operator, *actors: Actor) -> None:
-    """Wait until a core that has come back knows all of them."""
+def await_actors(operator: Operator, *actors: Actor) -> None:
+    """Wait until a restarted core knows all actors."""
     names = {actor.node.name for actor in actors}
 
     def known() -> bool:
         try:
-            return names <= {one["name"] for one in operator.components().result(LIMIT) if one["alive"]}
-        except (ComponentError, NoCore):  # asked in the very moment in which the core comes back
+            return names <= {c["name"] for c in operator.components().result(LIMIT) if c["alive"]}
+        except (ComponentError, NoCore):  # requested while the core restarts
             return False
 
     until(known, "all components to be back")
 
 
-def once_possible(ask: Callable[[], Request]) -> Any:
-    """What comes of a step that is refused at first: another goes on, or not all have said yet that they are free."""
+def retry(ask: Callable[[], Request]) -> Any:
+    """Repeat a request until it is not refused, and return its result. Other steps, or components, may delay it."""
 
     def done() -> Any:
         with suppress(RequestError):
@@ -81,11 +81,11 @@ def once_possible(ask: Callable[[], Request]) -> Any:
 
 
 def kinds(operator: Operator) -> set[str]:
-    return {one["kind"] for one in operator.components().result(LIMIT) if one["alive"]}
+    return {c["kind"] for c in operator.components().result(LIMIT) if c["alive"]}
 
 
 @pytest.mark.parametrize("state", ["READY", "RUN"])
-def test_a_core_that_is_killed_picks_the_run_up(plant: Plant, state: str) -> None:
+def test_a_restarted_core_continues_the_run(plant: Plant, state: str) -> None:
     with plant.core() as first, team(plant) as (board, disk, online, operator):
         operator.prepare_run().result(LIMIT)
         if state == "RUN":
@@ -93,7 +93,7 @@ def test_a_core_that_is_killed_picks_the_run_up(plant: Plant, state: str) -> Non
         until(lambda: board.node.state == state, state)
         first.kill()
         with plant.core():
-            back(operator, board, disk, online)
+            await_actors(operator, board, disk, online)
             until(lambda: operator.state().result(LIMIT) == state, f"{state} again")
             assert operator.status().result(LIMIT)["run"]["run"] == 1
             if state == "READY":
@@ -105,40 +105,40 @@ def test_a_core_that_is_killed_picks_the_run_up(plant: Plant, state: str) -> Non
 
 @pytest.mark.parametrize("step", ["prepare", "begin", "end"])
 @pytest.mark.parametrize("slow", ["board", "disk"])
-def test_a_core_that_is_killed_in_the_middle_of_a_step(plant: Plant, step: str, slow: str) -> None:
-    """The slow one answers only when the next core is there, which does not know the question."""
+def test_a_core_killed_during_a_step(plant: Plant, step: str, slow: str) -> None:
+    """The slow component answers only to the next core, which does not know the request."""
     with plant.core() as first, team(plant) as (board, disk, online, operator):
-        slow_one = {"board": board, "disk": disk}[slow]
-        answer = slow_one.replies[STEPS[step]]
-        slow_one.replies[STEPS[step]] = None
-        for before in ("prepare", "begin", "end"):
-            request = getattr(operator, STEPS[before])()
-            if before == step:
+        actor = {"board": board, "disk": disk}[slow]
+        answer = actor.replies[STEPS[step]]
+        actor.replies[STEPS[step]] = None
+        for name in ("prepare", "begin", "end"):
+            request = getattr(operator, STEPS[name])()
+            if name == step:
                 break
             request.result(LIMIT)
-        (call,) = until(lambda: slow_one.open, f"{step} at the {slow}")
+        (call,) = until(lambda: actor.open, f"{step} at the {slow}")
         first.kill()
         with plant.core():
-            back(operator, board, disk, online)
-            slow_one.replies[STEPS[step]] = answer
+            await_actors(operator, board, disk, online)
+            actor.replies[STEPS[step]] = answer
             call.result(answer)
             if step == "prepare":
-                # Nothing of it is left, wherever it had got to, and its number is not used again.
-                until(lambda: all(actor.node._joined_run is None for actor in (board, disk)), "all to be out of run 1")
+                # nothing of the run is left, and its number is not used again
+                until(lambda: all(each.node._joined_run is None for each in (board, disk)), "all to be out of run 1")
                 assert operator.run_info(1).result(LIMIT)["condition"] == "CANCELLED"
-                assert once_possible(operator.prepare_run)["run"] == 2
+                assert retry(operator.prepare_run)["run"] == 2
                 return
             if step == "begin":
                 until(lambda: operator.state().result(LIMIT) == "RUN", "RUN")
-                assert once_possible(operator.end_run)["condition"] == "COMPLETE"
+                assert retry(operator.end_run)["condition"] == "COMPLETE"
             else:
                 until(lambda: operator.state().result(LIMIT) == "STOP", "STOP", 2 * LIMIT)
             info = operator.run_info().result(LIMIT)
             assert (info["run"], info["phase"], info["stored"]) == (1, "ENDED", 100)
-            assert once_possible(operator.prepare_run)["run"] == 2
+            assert retry(operator.prepare_run)["run"] == 2
 
 
-def test_a_core_that_stands_still_condemns_nobody(plant: Plant) -> None:
+def test_a_core_that_stands_still_loses_no_component(plant: Plant) -> None:
     with plant.core() as core, plant.log(), team(plant) as (board, disk, online, operator):
         until(lambda: "log" in kinds(operator), "the log")
         operator.prepare_run().result(LIMIT)
@@ -150,11 +150,11 @@ def test_a_core_that_stands_still_condemns_nobody(plant: Plant) -> None:
         until(lambda: time.monotonic() - began > 5, "5 s in which the core stands still")
         core.popen.send_signal(signal.SIGCONT)
         with Operator(plant.address, name="other", timeout=LIMIT) as other:
-            with pytest.raises(ControlHeld):  # the first one was here all the time
+            with pytest.raises(ControlHeld):  # the first Operator was connected all the time
                 other.end_run().result(LIMIT)
             until(lambda: operator._connection.link.silence() < 1, "the core to be heard again")
             seen = other.components().result(LIMIT)
-            assert [one["alive"] for one in seen] == [True] * 4
+            assert [component["alive"] for component in seen] == [True] * 4
         assert operator.end_run().result(LIMIT)["condition"] == "COMPLETE"
         assert [actor.node.session for actor in (board, disk, online)] == sessions
         until(lambda: plant.logged(": end_run"), "the log to be up to date")
@@ -183,14 +183,14 @@ sys.exit(run_main(main))
 """
 
 
-def test_who_is_stopped_is_lost_and_who_does_not_move_is_stuck(plant: Plant, tmp_path: Path) -> None:
+def test_stopped_components_are_lost_and_components_without_progress_are_stuck(plant: Plant, tmp_path: Path) -> None:
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     env = {"PYTHONPATH": str(tmp_path)}
     with plant.core(), plant.log(), Operator(plant.address, timeout=LIMIT) as operator:
         with Process("stand_in", plant.address, directory=tmp_path, env=env) as silent:
 
             def alive() -> list[bool]:
-                return [one["alive"] for one in operator.components().result(LIMIT) if one["name"] == "silent"]
+                return [c["alive"] for c in operator.components().result(LIMIT) if c["name"] == "silent"]
 
             until(lambda: alive() == [True], "registration")
             stopped = time.time()
@@ -222,7 +222,7 @@ request.result()
 """
 
 
-def test_an_operator_that_is_killed_in_the_middle_of_a_request(plant: Plant, tmp_path: Path) -> None:
+def test_an_operator_killed_during_a_request(plant: Plant, tmp_path: Path) -> None:
     (tmp_path / "doomed.py").write_text(OPERATOR)
     env = {"PYTHONPATH": str(tmp_path)}
     with plant.core(), team(plant) as (board, disk, _, operator):
@@ -234,36 +234,36 @@ def test_an_operator_that_is_killed_in_the_middle_of_a_request(plant: Plant, tmp
             operator.begin_run().result(LIMIT)
         disk.replies["prepare_run"] = answer
         call.result(answer)
-        until(lambda: operator.state().result(LIMIT) == "READY", "READY, though nobody waits for it any more")
+        until(lambda: operator.state().result(LIMIT) == "READY", "READY, although no Operator waits for it")
         until(lambda: operator.status().result(LIMIT)["control"] is None, "control to be free")
         assert operator.begin_run().result(LIMIT)["run"] == 1
         assert operator.end_run().result(LIMIT)["condition"] == "COMPLETE"
         assert board.actions() == ["prepare_run", "begin_run", "end_run"]
 
 
-def test_a_log_that_is_killed_gets_what_was_kept(plant: Plant) -> None:
+def test_a_restarted_log_gets_the_kept_records(plant: Plant) -> None:
     with plant.core(), Operator(plant.address, timeout=LIMIT) as operator, plant.log() as log:
         with producer(plant.address).running():
             until(lambda: plant.logged("LArPix board is registered"), "the log to work")
             log.kill()
             until(lambda: "log" not in kinds(operator), "the log to be lost")
-        with producer(plant.address).running() as board:  # while nobody listens
+        with producer(plant.address).running() as board:  # while no log runs
             board.replies["run_routine"] = OSError("the cable is out")
             with pytest.raises(RequestError, match="the cable is out"):
                 operator.run_routine("x").result(LIMIT)
             with plant.log():
-                until(lambda: plant.logged("the cable is out"), "what was kept")
-                until(lambda: plant.logged("Log is lost"), "what the core kept")
+                until(lambda: plant.logged("the cable is out"), "the record that the producer kept")
+                until(lambda: plant.logged("Log is lost"), "the record that the core kept")
     for line in (plant.folder / "log.txt").read_text().splitlines():
         assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z [A-Z]+ [^:]+: ", line)
 
 
-def test_copies_one_of_which_is_gone_for_good(plant: Plant) -> None:
+def test_a_storage_lost_for_good_while_another_has_a_copy(plant: Plant) -> None:
     actors = producer(plant.address), storage(plant.address, "first"), storage(plant.address, "second")
     with plant.core(), all_running(*actors), Operator(plant.address, timeout=LIMIT) as operator:
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
-        actors[2].node._link._transmit = lambda message: True  # says nothing any more, as one that was killed
+        actors[2].node._link._transmit = lambda message: True  # sends nothing any more, as if it were killed
         until(lambda: operator.status().result(LIMIT)["run"]["missing"] == ["second"], "the loss to be seen")
         ended = operator.end_run().result(LIMIT)
         assert (ended["condition"], ended["files"]) == ("COMPLETE", ["/data/first.h5"])

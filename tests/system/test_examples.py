@@ -1,4 +1,4 @@
-"""The examples of the documentation, pasted as they stand there, with each kind of emulated board that has chips."""
+"""The examples of the documentation, run unchanged with each kind of emulated board that has chips."""
 
 import ast
 import contextlib
@@ -15,7 +15,7 @@ from larpixdaq.errors import RequestError
 from larpixdaq.operator import Operator
 
 DOCS = Path(__file__).parents[2] / "docs"
-#: Of a detector with two of the tile's chips.
+#: Layout of a detector with two chips of the tile.
 LAYOUT = {
     "multitile_layout_version": "2.4.16",
     "pixel_pitch": 4,
@@ -26,24 +26,24 @@ LAYOUT = {
     "tile_indeces": {1: [1, 1]},
     "tpc_centers": {1: [0, 0, 0]},
 }
-#: What an Operator does with chips, boards and routines: each has to have an example.
+#: Methods of an Operator for chips, boards and routines; each must have an example.
 METHODS = set(HARDWARE_ACTIONS) | {name for name in vars(Operator) if name.endswith(("routine", "routines"))}
 
 
 def blocks(chapter):
-    """The Python examples of a chapter."""
+    """Return the Python examples of a chapter."""
     return re.findall(r"^```python\n(.*?)^```$", (DOCS / chapter).read_text(), re.M | re.S)
 
 
 def missing(kind):
-    """The methods that boards of this kind do not have, as the table in chips.md says."""
+    """Return the methods that boards of this kind do not have, from the table in chips.md."""
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|(.*)\|$", (DOCS / "chips.md").read_text(), re.M)
     column = ("pacman", "bern", "serial").index(kind)
     return {name for name, *cells in rows if not cells[column].strip()}
 
 
 def paste(example, names, cannot):
-    """Run it, one statement after the other; those with a method that the board does not have must say so."""
+    """Run an example, statement by statement. Methods in `cannot` must raise an error that names the board."""
     for statement in ast.parse(example).body:
         code = compile(ast.Module([statement], []), "example", "exec")
         called = {node.attr for node in ast.walk(statement) if isinstance(node, ast.Attribute)}
@@ -55,12 +55,12 @@ def paste(example, names, cannot):
 
 @pytest.fixture(params=["pacman", "serial"])
 def board(request, tmp_path, monkeypatch):
-    """The kind of board, and how a producer is told of it. The files that the examples name are here."""
+    """Yield the kind of board, and the producer's options for it. Make the files that the examples name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "routines" / "more").mkdir(parents=True)
     (tmp_path / "multi_tile_layout-2.4.16.yaml").write_text(str(LAYOUT))
     drawing = plt.get_backend()
-    plt.switch_backend("template")  # which draws nothing
+    plt.switch_backend("template")  # draws nothing
     chips = ("--chips", "4", "--asic", "2b", "--write-network", "tile.json")
     if request.param == "serial":
         made = SerialEmulator(*chips)
@@ -97,7 +97,7 @@ def test_examples_of_chips_and_routines(board, tmp_path, monkeypatch):
                 paste(example, names, missing(kind))
         forced = names["o"].retrieve_configuration(None, "enable_periodic_trigger").result(20)
         assert [chip["wanted"]["enable_periodic_trigger"] for chip in forced.values()] == [0] * 4
-        assert names["o"].validate_configuration().result(20)["ok"], "examples leave the chips as they found them"
+        assert names["o"].validate_configuration().result(20)["ok"], "examples do not change the chips' configuration"
         names["o"].close()
     assert missing("serial") == {"ping", "power"}
     assert names["forced"] > 100

@@ -1,4 +1,4 @@
-"""Nonsense from boards in the middle of a run, with real processes: counted, kept raw, and nothing else is lost."""
+"""Invalid data from boards during a run, with real processes: they are counted and kept, and no valid data are lost."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Board:
-    """A socket that publishes what it is told to, once somebody has subscribed; may be closed and opened again."""
+    """Socket that publishes messages to a subscriber. It may be closed and opened again."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -42,7 +42,7 @@ class Board:
         self.socket.bind(f"tcp://127.0.0.1:{self.port}")
 
     def await_subscriber(self) -> None:
-        assert self.socket.poll(int(LIMIT * 1000)), "nobody subscribes"
+        assert self.socket.poll(int(LIMIT * 1000)), "no subscriber"
         assert self.socket.recv() == b"\1"
 
     def send(self, *parts: bytes) -> None:
@@ -67,13 +67,13 @@ def good_words(n: int, seed: int) -> np.ndarray:
 
 
 def publish(board: Board, words: np.ndarray) -> None:
-    """Messages of up to 50 words on io_channel 1."""
+    """Send messages of up to 50 words on io_channel 1."""
     for i in range(0, len(words), 50):
         board.send(legacy([data_word(int(word), channel=1) for word in words[i : i + 50]]))
 
 
 class Good(NamedTuple):
-    """The run's only file, which has all that came: rows, counts of io_group 1, unknown words, verdicts."""
+    """Content of the run's only file: rows, counts of io_group 1, unknown words, verdicts."""
 
     rows: np.ndarray
     counts: np.ndarray
@@ -82,9 +82,10 @@ class Good(NamedTuple):
 
 
 def good_file(ended: dict[str, Any], *, stranger: bool = False) -> Good:
-    """Something happened to the board, or on the way from it: the run says so, and has everything else.
+    """Check that the run is suspect and its file good. Returns the content of the file.
 
-    stranger: there was one of which perhaps something, but nothing of use, came."""
+    `stranger`: another program was at a board's address, from which unusable bytes may have come.
+    """
     assert ended["condition"] in ("COMPLETE, suspect", *(["INCOMPLETE"] if stranger else [])), ended
     (path,) = ended["files"]
     report = verify(Path(path))
@@ -96,24 +97,24 @@ def good_file(ended: dict[str, Any], *, stranger: bool = False) -> Good:
 
 
 def doubts(verdicts: np.ndarray, io_group: int = 1) -> list[tuple[str, str]]:
-    """(verdict, why) of what speaks against an io_group, without the numbers."""
+    """Return (verdict, why) of the evidence against an io_group, without the numbers."""
     lines = verdicts[(verdicts["io_group"] == io_group) & (verdicts["verdict"] != b"complete")]
-    return [(one["verdict"].decode(), re.sub(r"[\d.]+", "#", one["why"].decode())) for one in lines]
+    return [(line["verdict"].decode(), re.sub(r"[\d.]+", "#", line["why"].decode())) for line in lines]
 
 
 def of_channel(rows: np.ndarray, channel: int) -> np.ndarray:
-    """The words of the rows of an io_channel, as they were sent."""
+    """Return the words of the rows of an io_channel."""
     rows = rows[(rows["packet_type"] <= 3) & (rows["io_channel"] == channel)]
     words: np.ndarray = word_codec.encode(rows, asic=Asic.V2)
     return words
 
 
-def test_nonsense_among_good_messages(line: System) -> None:
+def test_invalid_messages_between_valid_messages(line: System) -> None:
     good = good_words(1000, seed=1)
     word = int(good[0])
     whole = legacy([data_word(word, channel=2)] * 3)
     unknown = b"X" + data_word(word, channel=3)[1:]
-    nonsense = [
+    invalid = [
         (b"",),
         (b"D",),
         (whole[:7],),  # not even a header
@@ -126,17 +127,17 @@ def test_nonsense_among_good_messages(line: System) -> None:
         (b"Z" + whole[1:],),
         (b"!" + whole[1:],),
         (np.random.default_rng(1).bytes(10_000_000),),
-        (whole, b"a part more", b""),  # no board sends messages of several parts
+        (whole, b"a part more", b""),  # no board sends messages in several parts
     ]
     with Board() as board:
         operator = line.start("--pacman", f"127.0.0.1:{board.port}")
         board.await_subscriber()
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
-        for i, parts in enumerate(nonsense):
+        for i, parts in enumerate(invalid):
             publish(board, good[i * 50 : (i + 1) * 50])
             board.send(*parts)
-        publish(board, good[len(nonsense) * 50 :])
+        publish(board, good[len(invalid) * 50 :])
         until(lambda: line.status_of(operator, "producer").get("packets", 0) >= len(good), "the good words")
         rows, counts, kept, verdicts = good_file(operator.end_run().result(LIMIT))
         line.await_status(operator, "producer", "verdicts", {"1": "lost"})
@@ -154,12 +155,12 @@ def test_nonsense_among_good_messages(line: System) -> None:
     assert counts["bytes_in"] == board.sent
     assert counts["rejected_messages"] > 0
     assert counts["unknown_words"] + counts["rejected_words"] > 0
-    assert unknown in [bytes(one["raw"])[:16].ljust(16, b"\0") for one in kept]
+    assert unknown in [bytes(row["raw"])[:16].ljust(16, b"\0") for row in kept]
     assert "Traceback" not in line.processes["producer"].stderr
 
 
-@pytest.mark.parametrize("how", ["it is switched off", "it sends more than anybody takes"])
-def test_a_board_that_disappears_and_comes_back(line: System, how: str) -> None:
+@pytest.mark.parametrize("how", ["it is switched off", "it sends an oversized message"])
+def test_a_board_that_disconnects_and_connects_again(line: System, how: str) -> None:
     good = good_words(2000, seed=2)
     with Board() as board:
         operator = line.start("--pacman", f"127.0.0.1:{board.port}")
@@ -173,7 +174,7 @@ def test_a_board_that_disappears_and_comes_back(line: System, how: str) -> None:
         if how == "it is switched off":
             board.close()
         else:
-            board.socket.send(bytes(70 << 20))  # ends the connection before it is taken in
+            board.socket.send(bytes(70 << 20))  # too large, so that the connection is closed
         name = f"PACMAN io_group 1 at tcp://127.0.0.1:{board.port}"
         producer = line.processes["producer"]
         until(lambda: f"{name}: connection lost" in producer.stderr, "a warning that names the board")
@@ -181,7 +182,7 @@ def test_a_board_that_disappears_and_comes_back(line: System, how: str) -> None:
         if how == "it is switched off":
             board.open()
         else:
-            assert board.socket.poll(int(LIMIT * 1000)), "the connection goes on"
+            assert board.socket.poll(int(LIMIT * 1000)), "the connection was not closed"
             assert board.socket.recv() == b"\0"
         board.await_subscriber()
         again = time.time_ns()
@@ -198,7 +199,7 @@ def test_a_board_that_disappears_and_comes_back(line: System, how: str) -> None:
 
 @contextlib.contextmanager
 def garbage_server() -> Iterator[tuple[int, list[int]]]:
-    """Gives everybody who connects some random bytes and hangs up: its port, and the sizes of what it gave."""
+    """Server that sends random bytes to each client and disconnects. Yields its port, and the numbers of sent bytes."""
     stopping = threading.Event()
     given: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -216,8 +217,8 @@ def garbage_server() -> Iterator[tuple[int, list[int]]]:
             yield server.getsockname()[1], given
 
 
-def test_what_is_no_board_harms_no_other(line: System) -> None:
-    """One of two addresses speaks something else while the other goes on."""
+def test_an_address_without_a_board_does_not_disturb_other_boards(line: System) -> None:
+    """One of two addresses sends something else than ZeroMQ while the board at the other is read."""
     good = good_words(500, seed=3)
     with Board() as board, garbage_server() as (port, given):
         operator = line.start("--pacman", f"1=127.0.0.1:{board.port}", f"2=127.0.0.1:{port}")
@@ -239,8 +240,8 @@ def test_what_is_no_board_harms_no_other(line: System) -> None:
     assert np.count_nonzero(rows["packet_type"] <= 3) == len(good)
 
 
-def test_a_recorded_file_of_our_own_comes_out_the_same(line: System) -> None:
-    """Its INFO texts too, in their places: between the new run's own."""
+def test_replay_of_a_recorded_file_gives_the_same_rows(line: System) -> None:
+    """INFO texts of the recording are in their places, between those of the new run."""
     operator = line.start("--fake", "20000", "--io-groups", "2")
     operator.prepare_run().result(LIMIT)
     operator.begin_run().result(LIMIT)
@@ -266,13 +267,13 @@ def test_a_recorded_file_of_our_own_comes_out_the_same(line: System) -> None:
     (second,) = ended["files"]
     assert verify(Path(second)).ok
     old, new = rows_of(first), rows_of(second)[1:-1]
-    told = old["packet_type"] == 5
-    assert told.sum() == 2
+    info = old["packet_type"] == 5
+    assert info.sum() == 2
     for name in old.dtype.names:
         same = old[name] == new[name]
-        # texts are numbered by the run in whose file they are
-        assert (same | told if name == "counter" else same).all(), name
-    assert list(new["counter"][told]) == [1, 2]
+        # INFO messages are numbered anew in each run
+        assert (same | info if name == "counter" else same).all(), name
+    assert list(new["counter"][info]) == [1, 2]
     with h5py.File(second, "r") as file:
         texts = [text.decode() for text in file["messages"]["message"]]
     assert texts == ["Beginning run", "Beginning run", "Ending run", "Ending run"]

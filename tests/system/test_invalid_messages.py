@@ -1,4 +1,4 @@
-"""Nonsense at the sockets of core, log and producer, and components that cannot work: a run goes on."""
+"""Invalid messages at the sockets of core, log and producer, and components that fail: a run continues."""
 
 import os
 import socket
@@ -27,7 +27,7 @@ def line(tmp_path: Path) -> Iterator[System]:
 
 
 class Sockets:
-    """Strangers' sockets, all closed in the end."""
+    """Sockets of foreign programs, which are all closed at the end."""
 
     def __init__(self) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
@@ -43,8 +43,8 @@ class Sockets:
         return made
 
     def close(self) -> None:
-        for one in self._made:
-            one.close()
+        for socket_ in self._made:
+            socket_.close()
         self.context.term()
 
 
@@ -61,7 +61,7 @@ def begin(operator: Operator) -> None:
 
 
 def more_packets(line: System, operator: Operator, n: int = 500) -> None:
-    """The run moves on."""
+    """Wait for more packets in the run."""
     start = line.status_of(operator, "producer").get("packets", 0)
     until(lambda: line.status_of(operator, "producer").get("packets", 0) > start + n, f"{n} more packets")
 
@@ -76,7 +76,7 @@ def complete(operator: Operator) -> None:
 
 
 def raw_garbage(address: str) -> None:
-    """Bytes that are not ZeroMQ's, over plain TCP; then a peer that begins as ZeroMQ does and goes wrong."""
+    """Send bytes over plain TCP that are not ZeroMQ, and bytes that begin as ZeroMQ and then break its protocol."""
     host, port = address.removeprefix("tcp://").split(":")
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48)
     for data in (os.urandom(10_000), b"GET / HTTP/1.1\r\n\r\n", greeting + os.urandom(1000), b""):
@@ -84,11 +84,11 @@ def raw_garbage(address: str) -> None:
             try:
                 connection.sendall(data)
             except ConnectionError:
-                continue  # it has hung up on the first bytes already
+                continue  # closed after the first bytes
 
 
 def garbage(sockets: Sockets, address: str, kind: int) -> None:
-    """Messages that mean nothing, and one larger than any may be."""
+    """Send meaningless messages, and one that is larger than allowed."""
     talker = sockets.connect(kind, address)
     for parts in (
         [b""],
@@ -99,7 +99,7 @@ def garbage(sockets: Sockets, address: str, kind: int) -> None:
         [bytes(1000)],
     ):
         talker.send_multipart(parts)
-    sockets.connect(kind, address).send(bytes(100_000_000))  # its connection ends for that
+    sockets.connect(kind, address).send(bytes(100_000_000))  # for which the connection is closed
     raw_garbage(address)
 
 
@@ -122,7 +122,7 @@ def test_garbage_at_every_socket_during_a_run(line: System, sockets: Sockets) ->
 
 
 class Raw:
-    """Somebody who opens a session as an Operator does, and then writes what it likes."""
+    """Client that opens a session as an Operator does, and then sends any bytes."""
 
     def __init__(self, sockets: Sockets, core: str) -> None:
         self.socket = sockets.connect(zmq.DEALER, core)
@@ -133,7 +133,7 @@ class Raw:
         self._last = 0
 
     def id(self) -> str:
-        """An id that was not used yet: a request that comes again gets the answer that it had."""
+        """Return an unused request id, because a repeated id gets the earlier answer."""
         self._last += 1
         return f"raw {self._last}"
 
@@ -192,7 +192,7 @@ def test_malformed_requests_get_clear_answers(line: System, sockets: Sockets) ->
     complete(operator)
 
 
-def test_a_second_core_log_and_component_of_a_name_are_turned_away(line: System) -> None:
+def test_second_processes_with_the_same_name_or_address_are_refused(line: System) -> None:
     operator = line.start("--fake", "20000")
     line.launch_log()
     line.await_kinds(operator, "log")
@@ -222,12 +222,12 @@ def test_a_second_core_log_and_component_of_a_name_are_turned_away(line: System)
     complete(operator)
 
 
-def test_a_directory_that_cannot_be_written_refuses_the_run_and_the_next_one_works(line: System) -> None:
+def test_an_unwritable_directory_refuses_a_run_and_the_next_run_works(line: System) -> None:
     operator = line.start("--fake", "20000")
-    # It is registered before it has looked at what is in its directory.
+    # it registers before it has read its directory
     until(lambda: "free_bytes" in line.status_of(operator, "storage"), "the storage to be ready")
     away = line.data.with_name("away")
-    line.data.rename(away)  # what a file system that is unmounted does, also to the superuser
+    line.data.rename(away)  # as when the file system is unmounted, also for the superuser
     with pytest.raises(RequestError, match=f"Offline storage: .*{line.data}"):
         operator.prepare_run().result(LIMIT)
     assert operator.state().result(LIMIT) == "STOP"

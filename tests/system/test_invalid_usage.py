@@ -1,4 +1,4 @@
-"""Wrong options, files, ports and directories: one clear line that names what and where, and the right exit status."""
+"""Wrong options, files, ports and directories: one clear line with name and place, and the right exit status."""
 
 import contextlib
 import importlib
@@ -22,7 +22,7 @@ MAIN = {"larpixdaq": "larpixdaq.cli", "emulator": "larpixdaq.emulators"}
 
 
 class Started(contextlib.ExitStack):
-    """Processes that run at the same time; what is expected of each is looked at when the context ends."""
+    """Processes that run at the same time. The end of the context checks their exit status and output."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Started(contextlib.ExitStack):
         return process
 
     def fails(self, module: str, *arguments: object, words: str, status: int = 1) -> None:
-        """This exit status, nothing on stdout, one line on stderr with these words."""
+        """Start a process that must have this exit status, no output, and one line with these words on stderr."""
         process = self.run(module, *arguments)
         self._expected[-1] = (process, status, words)
 
@@ -63,7 +63,7 @@ Fails = Callable[..., None]
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
-    """As Started.fails, in this process."""
+    """Function as Started.fails, in the test's process."""
 
     def fail(module: str, *arguments: object, words: str) -> None:
         main = importlib.import_module(MAIN.get(module, f"larpixdaq.{module}")).main
@@ -84,13 +84,13 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def busy() -> Iterator[str]:
-    """An address at which somebody else listens."""
+    """Address at which another socket listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
 
 
 def components() -> dict[str, list[object]]:
-    """Every component, with the options that it needs here."""
+    """Return every component with its options for these tests."""
     return {
         "run_data": [],
         "offline_storage": [],
@@ -120,7 +120,7 @@ def good_bytes(folder: Path) -> bytes:
         ("part", "not an HDF5 file"),
     ],
 )
-def test_files_that_are_none(tmp_path: Path, kind: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_files(tmp_path: Path, kind: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / ("bad.h5.part" if kind == "part" else "bad.h5")
     if kind in ("text", "part"):
         path.write_text("this is not HDF5\n" * 100)
@@ -235,12 +235,12 @@ def test_an_empty_path_is_not_the_current_folder(command: str, capsys: pytest.Ca
         ("tcp://127.0.0.1:99999", "port 99999 is above 65535"),
     ],
 )
-def test_addresses_that_are_none(address: str, words: str, started: Started) -> None:
+def test_invalid_addresses(address: str, words: str, started: Started) -> None:
     for module, options in components().items():
         started.fails(module, "--core", address, *options, words=words)
 
 
-def test_addresses_that_other_machines_reach(started: Started) -> None:
+def test_addresses_that_other_machines_can_reach(started: Started) -> None:
     for module, *more in (("core",), ("log",), ("producer", "--fake", "--ring", "16MiB")):
         started.fails(module, "--address", "tcp://0.0.0.0", *more, words="or say --insecure")
 
@@ -266,7 +266,7 @@ def test_directories_that_cannot_be_used(place: str, tmp_path: Path, fails: Fail
     fails("larpixdaq", "up", "--fake", "-o", where, words=f"--output-dir {where}: no such directory")
     fails("producer", "--fake", *core, "--ring-dir", where, words=f"--ring-dir {where}: ")
     fails("producer", "--fake", *core, "--routines", where, words=f"--routines {where}: no such directory")
-    if place != "missing":  # that one is made
+    if place != "missing":  # a missing state directory is made
         address = ["--address", f"tcp://127.0.0.1:{free_port()}"]
         fails("core", *address, "--state-dir", where, words=f"state directory {where}: ")
         fails("log", *core, *address, "--state-dir", where, words=f"state directory {where}: ")
@@ -274,7 +274,7 @@ def test_directories_that_cannot_be_used(place: str, tmp_path: Path, fails: Fail
         fails("log", *core, *address, "-o", where / "log.txt", words=f"log file {where}/log.txt: ")
 
 
-def test_bytes_in_paths_that_are_no_text(tmp_path: Path, started: Started) -> None:
+def test_paths_with_bytes_that_are_not_utf8(tmp_path: Path, started: Started) -> None:
     where = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     os.mkdir(where)
     core = ["--core", f"tcp://127.0.0.1:{free_port()}"]
@@ -292,7 +292,7 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
-def test_directories_without_the_right_to_write(tmp_path: Path, fails: Fails) -> None:
+def test_directories_without_write_permission(tmp_path: Path, fails: Fails) -> None:
     where = tmp_path / "closed"
     where.mkdir(mode=0o500)
     core = ["--core", f"tcp://127.0.0.1:{free_port()}"]
@@ -301,7 +301,7 @@ def test_directories_without_the_right_to_write(tmp_path: Path, fails: Fails) ->
     fails("core", "--address", "tcp://127.0.0.1:0", "--state-dir", where, words=f"state directory {where}: ")
 
 
-def test_a_ring_that_does_not_fit(started: Started) -> None:
+def test_rings_of_invalid_sizes(started: Started) -> None:
     started.fails(
         "producer",
         "--fake",
@@ -313,12 +313,12 @@ def test_a_ring_that_does_not_fit(started: Started) -> None:
 
 
 def test_without_a_core(started: Started) -> None:
-    """One clear line after about 5 s, for the default address too."""
+    """Every program ends with one line after about 5 s, also at the default address."""
     core = f"tcp://127.0.0.1:{free_port()}"
     for module, options in components().items():
         started.fails(module, "--core", core, *options, words=f"no core answers at {core} (waited 5 s)")
     started.fails("larpixdaq", "status", "--core", core, words=f"no core answers at {core} (waited 2 s)")
-    with socket.socket() as probe:  # nobody listens at the default address, unless a real system is up
+    with socket.socket() as probe:  # no core listens at the default address, unless a real system is up
         if probe.connect_ex(("127.0.0.1", 5551)):
             started.fails("run_data", words="no core answers at tcp://127.0.0.1:5551 (waited 5 s)")
     with started:

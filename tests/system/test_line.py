@@ -1,4 +1,4 @@
-"""The whole line with real processes: from board bytes to a verified file that is equal to what was sent."""
+"""All processes together: from bytes of boards to a verified file with all sent words."""
 
 import json
 import os
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def check(ended: dict, condition: str = "COMPLETE") -> np.ndarray:
-    """The run's only file is good and complete; its rows without INFO rows."""
+    """Check that the run's only file is good and complete. Returns its rows without INFO rows."""
     assert ended["condition"] == condition, ended
     (path,) = ended["files"]
     report = verify(Path(path))
@@ -42,7 +42,7 @@ def check(ended: dict, condition: str = "COMPLETE") -> np.ndarray:
 
 
 def test_demo(tmp_path: Path) -> None:
-    """The main job in one command: the emulated board's own count equals the rows of the file."""
+    """A run in one command: the emulated board's own counts equal those of the file."""
     options = ["demo", "--seconds", "1", "--rate", "200000", "-o", str(tmp_path), "--json"]
     done = subprocess.run(launcher.command("cli", *options), capture_output=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr.decode()
@@ -68,8 +68,8 @@ for line in sys.stdin:  # one look a line
 """
 
 
-def test_a_growing_file_is_read_with_plain_h5py(line: System) -> None:
-    """Another process follows the run, without a line of ours: what it reads stays, and the writer does not mind."""
+def test_plain_h5py_reads_a_growing_file(line: System) -> None:
+    """Another process without larpixdaq reads the file during the run: its rows stay, and the writer continues."""
     operator = line.start("--fake", "300000")
     operator.prepare_run().result(LIMIT)
     operator.begin_run().result(LIMIT)
@@ -90,7 +90,7 @@ def test_a_growing_file_is_read_with_plain_h5py(line: System) -> None:
         ended = operator.end_run().result(2 * LIMIT)
         reader.stdin.close()
         assert reader.wait(LIMIT) == 0
-    assert len({seen for seen, _ in looks}) > 1  # it followed
+    assert len({seen for seen, _ in looks}) > 1  # it has read several times during the run
     check(ended)
     rows = rows_of(ended["files"][0])
     for seen, crc in looks:
@@ -98,7 +98,7 @@ def test_a_growing_file_is_read_with_plain_h5py(line: System) -> None:
 
 
 @pytest.mark.parametrize("option", ["--io-groups 0", "--io-groups 300", "--seconds nan", "--rate 0", "--rate x"])
-def test_demo_says_in_one_line_what_cannot_be(option: str, tmp_path: Path) -> None:
+def test_demo_reports_invalid_options_in_one_line(option: str, tmp_path: Path) -> None:
     command = launcher.command("cli", "demo", *option.split(), "-o", str(tmp_path))
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert done.returncode == 2
@@ -106,7 +106,7 @@ def test_demo_says_in_one_line_what_cannot_be(option: str, tmp_path: Path) -> No
 
 
 def reads_with_larpix_control(path: str, rows: np.ndarray) -> None:
-    """larpix-control reads our file, and finds in it the very words of its rows."""
+    """Check that larpix-control reads the file, with the same words as in its rows."""
     from larpix import Packet_v2
     from larpix.format import hdf5format
 
@@ -118,8 +118,8 @@ def reads_with_larpix_control(path: str, rows: np.ndarray) -> None:
     assert [(packet.io_group, packet.io_channel) for packet in words] == rows[["io_group", "io_channel"]].tolist()
 
 
-def test_recorded_messages_come_out_identical(line: System) -> None:
-    """1,200 recorded PACMAN messages through every process: all columns of all rows, as larpix-control decodes them."""
+def test_recorded_messages_become_identical_rows(line: System) -> None:
+    """All columns of 1,200 recorded PACMAN messages are as larpix-control decodes them."""
     from larpix.format import hdf5format, pacman_msg_format
 
     log = shared_data("pacman_2020_messages.bin")
@@ -138,19 +138,19 @@ def test_recorded_messages_come_out_identical(line: System) -> None:
         start += 4 + size
     other = line.folder / "larpix-control.h5"
     hdf5format.to_file(str(other), packet_list=expected, version="2.4", workers=1)
-    theirs = rows_of(other)
-    assert len(rows) == len(theirs)
-    for name in theirs.dtype.names:
-        if name == "direction":  # larpix-control's parse() leaves it 0; ours is 1 for received words
+    reference = rows_of(other)
+    assert len(rows) == len(reference)
+    for name in reference.dtype.names:
+        if name == "direction":  # larpix-control's parse() leaves it 0; here it is 1 in received words
             assert (rows["direction"] == (rows["packet_type"] != 4)).all()
         elif name == "io_group":  # larpix-control loses it where a message begins
             assert (rows["io_group"] == 1).all()
         else:
-            assert (rows[name] == theirs[name]).all(), name
+            assert (rows[name] == reference[name]).all(), name
 
 
-def test_serial_line_with_garbage_in_between(line: System) -> None:
-    """A board on a pseudo-terminal whose bytes get lost: every whole frame is in the file, every other byte counted."""
+def test_serial_line_with_garbage_between_frames(line: System) -> None:
+    """A serial board with garbage between frames: every whole frame is in the file, and every other byte counted."""
     master, slave = os.openpty()
     try:
         operator = line.start("--serial", os.ttyname(slave), "--asic", "2")
@@ -164,7 +164,7 @@ def test_serial_line_with_garbage_in_between(line: System) -> None:
         line.await_status(operator, "producer", "packets", len(sent))
         ended = operator.end_run().result(LIMIT)
         rows = check(ended, "COMPLETE, suspect")
-        assert [re.sub(r"\d+", "#", one.rpartition(": ")[2]) for one in ended["reasons"]] == [
+        assert [re.sub(r"\d+", "#", reason.rpartition(": ")[2]) for reason in ended["reasons"]] == [
             "# bytes outside of frames"
         ]
     finally:
@@ -202,7 +202,7 @@ def test_other_chips_have_their_layouts(line: System, asic: str, code: int) -> N
     assert len(rows) == ended["rows"]
 
 
-def test_runs_follow_one_another_and_numbers_are_never_reused(line: System) -> None:
+def test_consecutive_runs_never_reuse_a_number(line: System) -> None:
     operator = line.start("--fake", "20000")
     numbers = []
     for _ in range(3):
@@ -221,7 +221,7 @@ def test_runs_follow_one_another_and_numbers_are_never_reused(line: System) -> N
         assert verify(Path(path)).ok
 
 
-def test_what_comes_outside_of_runs_is_in_the_next_ledger(line: System) -> None:
+def test_packets_outside_of_runs_are_in_the_next_ledger(line: System) -> None:
     operator = line.start("--fake", "50000")
     until(lambda: line.status_of(operator, "producer").get("outside_run", 0) > 1000, "packets outside of a run")
     operator.prepare_run().result(LIMIT)

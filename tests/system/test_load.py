@@ -1,4 +1,4 @@
-"""How busy a process says that it is."""
+"""Processor load of a process."""
 
 import time
 
@@ -10,18 +10,18 @@ from larpixdaq.runtime.timing import Load, load_text
 
 def test_shares_follow_the_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SPAN", 0.2)
-    mine = Load()
+    load = Load()
     until = time.thread_time() + 0.2
     began = time.monotonic()
     while time.thread_time() < until:
         pass
-    shares = mine.shares()
+    shares = load.shares()
     worked = 0.2 / (time.monotonic() - began)
     assert shares["loop"] == pytest.approx(worked, rel=0.3)
     assert shares["process"] >= shares["loop"] - 0.01
 
 
-def test_what_is_left_in_words() -> None:
+def test_text_of_the_load() -> None:
     assert load_text({"loop": 0.01, "process": 0.02}) == "CPU 2%"
     assert load_text({"loop": 0.25, "process": 0.5}) == "CPU 50%, can take at least 4.0 times this rate"
     assert load_text({"loop": 0.074, "process": 0.08}) == "CPU 8%, can take at least 13 times this rate"

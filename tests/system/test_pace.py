@@ -1,4 +1,4 @@
-"""When what recurs is due again, and when the core has to look although nothing has come."""
+"""Times of recurring work, and of the core's checks for lost and stuck components."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIMES = st.floats(0, 1e8)
 
 
 @given(TIMES, st.sampled_from([0.25, 0.1, 1 / 3]))
-def test_a_beat_lies_ahead_and_is_that_of_everybody(now: float, period: float) -> None:
+def test_a_beat_is_a_later_multiple_of_the_period(now: float, period: float) -> None:
     beat = next_beat(now, period)
     assert now < beat <= now + 1.001 * period
     assert abs(beat / period - round(beat / period)) < 1e-6
@@ -27,17 +27,17 @@ def test_beats_follow_each_other_by_one_period() -> None:
 
 
 @given(TIMES, st.floats(0, 10))
-def test_a_wait_does_not_end_before_what_is_due(now: float, seconds: float) -> None:
+def test_a_wait_does_not_end_early(now: float, seconds: float) -> None:
     until = now + seconds
     assert until - now <= wait_ms(until, now) / 1000 < until - now + 0.001_001
 
 
-def test_what_was_due_is_not_waited_for() -> None:
+def test_no_wait_after_the_due_time() -> None:
     assert wait_ms(1.0, 2.0) == 0
 
 
 @given(st.floats(0, 3), st.integers(0, 2), st.floats(0, 0.9))
-def test_who_is_lost_or_stuck_is_found_when_that_is_due(silent: float, queued: int, idle: float) -> None:
+def test_lost_and_stuck_components_are_found_at_the_due_time(silent: float, queued: int, idle: float) -> None:
     peers = Registry()
     assert peers.due() == float("inf")
     component = peers.register(Register(name="a", kind="storage", instance="i"), b"", 100.0)

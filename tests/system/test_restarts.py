@@ -1,4 +1,4 @@
-"""Processes that die, come back or are told to end in the middle of a run; boards that never stop."""
+"""Processes that die, restart or are ended during a run; boards that never stop."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,15 +39,15 @@ def subscribed(line: System, operator: Operator) -> None:
 
 
 def sequences(path: Path) -> list[int]:
-    """Of all blocks of a part."""
+    """Return the sequences of all blocks of a part."""
     with DataFile(path) as file:
         found: list[int] = file.table("run/blocks")["sequence"].tolist()
     return found
 
 
-def test_a_storage_that_was_killed_comes_back_and_every_block_is_there_once(line: System) -> None:
+def test_a_restarted_storage_has_every_block_once(line: System) -> None:
     operator = begin(line, "--fake", "50000")
-    subscribed(line, operator)  # a part in which nothing was stored would be removed
+    subscribed(line, operator)  # a part without blocks would be removed
     line.processes["offline_storage"].kill()
     line.launch_storage()
     until(lambda: list(line.data.glob("*_001.h5.part")), "the further part")
@@ -59,17 +59,17 @@ def test_a_storage_that_was_killed_comes_back_and_every_block_is_there_once(line
     with h5py.File(path, "r") as file:
         following = int(file["run/ends"]["next"][0])
     assert sequences(Path(first)) + sequences(Path(path)) == list(range(following))
-    until(lambda: line.status_of(operator, "producer").get("owed_blocks") == 0, "nothing to be owed")
+    until(lambda: line.status_of(operator, "producer").get("owed_blocks") == 0, "no pending blocks")
 
 
-def test_a_producer_that_was_killed_resumes_the_run_under_a_new_epoch(line: System) -> None:
+def test_a_restarted_producer_resumes_the_run_under_a_new_epoch(line: System) -> None:
     operator = begin(line, "--fake", "20000")
     subscribed(line, operator)
     line.processes["producer"].kill()
 
     def producer() -> dict[str, Any]:
-        (one,) = [c for c in operator.components().result(LIMIT) if c["kind"] == "producer"]
-        return one
+        (found,) = [c for c in operator.components().result(LIMIT) if c["kind"] == "producer"]
+        return found
 
     until(lambda: not producer()["alive"], "the producer to be lost")
     line.launch_producer("--fake", "20000")
@@ -86,7 +86,7 @@ def test_a_producer_that_was_killed_resumes_the_run_under_a_new_epoch(line: Syst
     assert texts == ["Beginning run", "Resuming run", "Ending run"]
 
 
-def test_a_producer_that_is_told_to_end_in_a_run_delivers_all_and_says_so(line: System) -> None:
+def test_a_producer_ended_during_a_run_delivers_all_blocks_and_an_end_record(line: System) -> None:
     operator = begin(line, "--fake", "20000")
     assert line.processes["producer"].stop() == 0
     ended = operator.end_run().result(2 * LIMIT)
@@ -99,13 +99,13 @@ def test_a_producer_that_is_told_to_end_in_a_run_delivers_all_and_says_so(line: 
 
 
 @pytest.mark.parametrize("rate", [5_000, 50_000])
-def test_a_board_that_goes_on_sending_does_not_hold_up_end_run(line: System, rate: int) -> None:
+def test_a_board_that_never_stops_does_not_delay_end_run(line: System, rate: int) -> None:
     options = ("--rate", str(rate), "--words-per-message", "1", "--lossless", "--wait-for-subscriber")
     with emulator("--io-groups", "1", *options) as board:
         operator = begin(line, "--pacman", f"1=127.0.0.1:{board.ready['1']['data']}")
         ended = operator.end_run().result(LIMIT)
         assert ended["condition"] == "COMPLETE"
         assert ended["reasons"] == []
-        until(lambda: line.status_of(operator, "producer").get("owed_blocks") == 0, "nothing to be owed")
+        until(lambda: line.status_of(operator, "producer").get("owed_blocks") == 0, "no pending blocks")
         board.stop()
         board.finish()

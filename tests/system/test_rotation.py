@@ -1,4 +1,4 @@
-"""Rotation through real processes at full speed: every row is in one part, once, and the parts know one another."""
+"""Rotation with real processes at full speed: every row is in one part, once, and the parts are consistent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def line(tmp_path: Path) -> Iterator[System]:
 
 
 def test_rotation_at_full_speed(line: System, tmp_path: Path) -> None:
-    """Several parts a second, on each of which a command runs: the boards' own counts equal the rows of all parts."""
+    """Several parts a second, with a command for each part: the boards' own counts equal the rows of all parts."""
     moved = tmp_path / "moved"
     moved.mkdir()
     script = "import os, sys; os.link(sys.argv[1], sys.argv[2] + '/' + os.path.basename(sys.argv[1]))"

@@ -1,5 +1,7 @@
-"""Ctrl-C, SIGTERM, SIGHUP and SIGQUIT at every process, in and outside of a run: exit 0, and nothing left behind.
-At a command that has work to do: it says so, and exits with another status."""
+"""SIGINT, SIGTERM, SIGHUP and SIGQUIT to every process, during a run and outside: it exits with 0 and leaves no files.
+
+An interrupted command reports the signal and exits with another status.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ def line(tmp_path: Path) -> Iterator[System]:
 
 
 def start(line: System) -> tuple[Operator, Path]:
-    """A whole system, and the folder of the producer's arena."""
+    """Start a whole system. Returns an Operator, and the folder of the producer's ring."""
     ring = line.folder / "ring"
     ring.mkdir()
     operator = line.start("--fake", "20000", "--ring-dir", ring)
@@ -48,7 +50,7 @@ def take(line: System, operator: Operator) -> None:
 
 
 def state(operator: Operator) -> str:
-    """Empty while there is no core, or one that has come back meanwhile."""
+    """Return the run state, empty while no core runs or the core restarts."""
     try:
         found: str = operator.state().result(LIMIT)
     except LarpixDaqError:
@@ -66,14 +68,14 @@ def test_outside_of_a_run(line: System, how: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT])
-def test_core_log_and_monitor_in_a_run(line: System, how: signal.Signals) -> None:
-    """The run goes on without them, and a core that comes back picks it up."""
+def test_core_log_and_monitor_during_a_run(line: System, how: signal.Signals) -> None:
+    """The run goes on without them, and a restarted core continues it."""
     operator, _ = start(line)
     take(line, operator)
     for module in ("log", "run_data", "core"):
         ends_well(line, module, how)
     line.launch_core()
-    until(lambda: state(operator) == "RUN", "the run to be picked up")
+    until(lambda: state(operator) == "RUN", "the run to continue")
     line.await_kinds(operator, "producer", "storage")
     ended = operator.end_run().result(2 * LIMIT)
     assert ended["condition"] == "COMPLETE", ended
@@ -83,8 +85,8 @@ def test_core_log_and_monitor_in_a_run(line: System, how: signal.Signals) -> Non
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
-def test_producer_in_a_run(line: System, how: signal.Signals) -> None:
-    """It delivers what it has with its totals, and its arena goes."""
+def test_producer_during_a_run(line: System, how: signal.Signals) -> None:
+    """The producer delivers all blocks with its totals, and removes its ring."""
     operator, ring = start(line)
     take(line, operator)
     ends_well(line, "producer", how)
@@ -101,8 +103,8 @@ def test_producer_in_a_run(line: System, how: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT])
-def test_storage_in_a_run(line: System, how: signal.Signals) -> None:
-    """Its file is closed and says that its producer went on; all the rest is in the next part, when it is back."""
+def test_storage_during_a_run(line: System, how: signal.Signals) -> None:
+    """The storage closes its file without end record. All later rows are in the next part, after a restart."""
     operator, _ = start(line)
     take(line, operator)
     ends_well(line, "offline_storage", how)
@@ -123,7 +125,7 @@ def test_storage_in_a_run(line: System, how: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_demo_that_is_interrupted_says_so(tmp_path: Path, how: signal.Signals) -> None:
+def test_an_interrupted_demo_reports_the_signal(tmp_path: Path, how: signal.Signals) -> None:
     arguments = ("demo", "--seconds", "60", "-o", tmp_path)
     with Process("larpixdaq.cli", *arguments, directory=tmp_path, env={"PYTHONUNBUFFERED": "1"}) as demo:
         until(lambda: "emulated boards" in demo.stdout, "the run to begin")

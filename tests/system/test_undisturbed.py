@@ -1,4 +1,4 @@
-"""Whatever operators ask and routines do, the run goes on: what a board sent that does not wait is in the file."""
+"""Requests and routines do not disturb a run: all words of a board that never waits are in the file."""
 
 import inspect
 import math
@@ -50,10 +50,10 @@ registration = {f.__name__[1:]: Routine(f.__name__[1:], f, []) for f in (_spins,
 
 @contextmanager
 def undisturbed(line, folder, rate, *wrong):
-    """An Operator in a run, with four chips of io_group 1 that have not been brought up, and a board of io_group 2 that
-    sends `rate` one-word messages/s and publishes regardless.
+    """Yield an Operator in a run, and check at the end that no word was lost.
 
-    In the end its own count has to be that of the file. A producer that stands still for long would show.
+    io_group 1 has four chips that are not brought up. The board of io_group 2 sends `rate` messages/s of one word and
+    does not wait for the producer: words would be lost if the producer stood still for long.
     """
     (folder / "routines").mkdir()
     (folder / "routines" / "mine.py").write_text(ROUTINES)
@@ -78,7 +78,7 @@ def undisturbed(line, folder, rate, *wrong):
         assert np.count_nonzero(words & (rows["direction"] == 1) & (rows["io_group"] == 2)) == sent > rate
 
 
-def test_routines_that_take_all_they_can(line, tmp_path):
+def test_routines_that_never_end(line, tmp_path):
     with undisturbed(line, tmp_path, 200_000) as operator:
         for routine in ("spins", "holds", "listens"):
             with pytest.raises(RequestError, match=r"stopped at its time limit of 0\.7 s"):
@@ -102,12 +102,12 @@ def test_networks_and_routines_that_go_wrong(line, tmp_path):
         assert operator.run_routine("prints").result(LIMIT) == "printed"
 
 
-#: What nobody should give for anything.
+#: Values that are invalid for all parameters.
 ODD = [
     *(None, True, (1 << 63) - 1, math.nan, "x" * 3000, "a\nb", [], ["1-1-11", 5], {1: 2}, {"1-1-11": {None: 1}}),
     *({"1-1-11": {"threshold_global": math.nan}}, np.zeros(2, [("a", "u1")])),
 ]
-#: What the others need beside the odd one.
+#: Valid values of required parameters.
 NEEDED = {"power": {"on": True}, "set_uart_clock": {"ratio": 2}, "run_routine": {"name": "hello_world"}}
 
 
@@ -117,8 +117,8 @@ def parameters(action):
     return [name for name in inspect.signature(method).parameters if name not in ("self", "call")]
 
 
-def test_nonsense(line, tmp_path):
-    """Every action with every odd value for each of its parameters: one line that speaks of what was asked."""
+def test_actions_with_invalid_parameters(line, tmp_path):
+    """Every action with every invalid value of each parameter: the error is one line that begins with the action."""
     with undisturbed(line, tmp_path, 20_000) as operator:
         assert operator.configure_network().result(SLOW)["ok"]
         actions = [one for one in operator.actions().result(LIMIT)["LArPix board"] if one not in RUN_ACTIONS]

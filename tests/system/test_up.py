@@ -1,4 +1,4 @@
-"""`larpixdaq up`, `status` and `down`: a whole system on this machine, and nothing left of it."""
+"""`larpixdaq up`, `status` and `down`: a whole system on this machine, which leaves no process."""
 
 import json
 import os
@@ -17,16 +17,16 @@ from larpixdaq.operator import Operator
 from larpixdaq.runtime.launcher import logind_removes_files, read_running, start_time
 
 
-def said(folder: Path, *arguments: object) -> str:
-    """What the command prints; it must succeed, and have nothing to complain about."""
-    with Process("larpixdaq.cli", *arguments, directory=folder / "said") as process:
+def output(folder: Path, *arguments: object) -> str:
+    """Return the output of a command, which must succeed without errors."""
+    with Process("larpixdaq.cli", *arguments, directory=folder / "output") as process:
         assert process.wait(2 * LIMIT) == 0, process.stderr
         assert process.stderr == ""
         return process.stdout
 
 
 def host() -> str:
-    """The loopback address of IPv6, where the machine has one."""
+    """Return the loopback address of IPv6, or that of IPv4 on machines without IPv6."""
     with socket.socket(socket.AF_INET6) as probe:
         try:
             probe.bind(("::1", 0))
@@ -35,14 +35,14 @@ def host() -> str:
     return "[::1]"
 
 
-def test_up_takes_a_run_and_down_leaves_nothing(tmp_path):
+def test_up_takes_a_run_and_down_leaves_no_process(tmp_path):
     core, log = (f"tcp://{host()}:{free_port()}" for _ in range(2))
     state, data, ring = tmp_path / "state", tmp_path / "data", tmp_path / "ring"
     data.mkdir()
     ring.mkdir()
-    # The producer's own options go to the producer.
+    # options of the producer
     options = ("--fake", "2000", "--io-groups", "2", "--ring", "16MiB", "--ring-dir", ring, "--when-full", "wait")
-    # And the storage's own to the storage.
+    # options of the storage
     closed = tmp_path / "closed files"
     closed.mkdir()
     script = "import os, sys; os.link(sys.argv[2], os.path.join(sys.argv[1], os.path.basename(sys.argv[2])))"
@@ -57,14 +57,14 @@ def test_up_takes_a_run_and_down_leaves_nothing(tmp_path):
         "--durability",
         "fsync",
     )
-    said(tmp_path, "up", "--address", core, "--log-address", log, "--state-dir", state, "-o", data, *options)
+    output(tmp_path, "up", "--address", core, "--log-address", log, "--state-dir", state, "-o", data, *options)
     running = read_running(state)
     try:
         assert running is not None
         assert len(list(ring.iterdir())) == 1
         with Operator(core) as operator:
             operator.prepare_run(comment="cosmics [1]").result(LIMIT)
-            text = said(tmp_path, "status", "--core", core)
+            text = output(tmp_path, "status", "--core", core)
             assert text.startswith("state READY, run 1 (test): cosmics [1]\ncontrol: ")
             assert "fake board io_group 1; fake board io_group 2; " in text
             operator.begin_run().result(LIMIT)
@@ -74,10 +74,10 @@ def test_up_takes_a_run_and_down_leaves_nothing(tmp_path):
         files = [Path(file) for file in ended["files"]]
         assert {file.parent for file in files} == {data}
         assert [file.name[-7:] for file in files] == [f"_{part:03d}.h5" for part in range(len(files))]
-        assert "last run: 1 COMPLETE, " in said(tmp_path, "status", "--core", core)
-        assert json.loads(said(tmp_path, "status", "--core", core, "--json"))["last_run"]["run"] == 1
+        assert "last run: 1 COMPLETE, " in output(tmp_path, "status", "--core", core)
+        assert json.loads(output(tmp_path, "status", "--core", core, "--json"))["last_run"]["run"] == 1
     finally:
-        assert said(tmp_path, "down", "--state-dir", state) == ""
+        assert output(tmp_path, "down", "--state-dir", state) == ""
     assert {file.name for file in closed.iterdir()} == {file.name for file in files}
     assert {path.suffix for path in data.iterdir()} == {".h5", ".json"}
     assert [entry.module for entry in running.processes if start_time(entry.pid) is not None] == []
@@ -85,22 +85,22 @@ def test_up_takes_a_run_and_down_leaves_nothing(tmp_path):
     assert read_running(state) is None
 
 
-def test_up_that_others_can_reach_must_be_asked_for(tmp_path):
+def test_up_at_a_reachable_address_needs_insecure(tmp_path):
     state, port = tmp_path / "state", free_port()
     where = ("--address", f"tcp://0.0.0.0:{port}", "--log-address", f"tcp://127.0.0.1:{free_port()}")
     common = ("--state-dir", state, "-o", tmp_path, "--fake")
     with Process("larpixdaq.cli", "up", *where, *common, directory=tmp_path / "refused") as process:
         assert process.wait() == 1
         assert "--insecure" in process.stderr
-    said(tmp_path, "up", "--insecure", *where, *common, "10", "--ring", "16MiB")
+    output(tmp_path, "up", "--insecure", *where, *common, "10", "--ring", "16MiB")
     try:
-        assert "INSECURE" in said(tmp_path, "status", "--core", f"tcp://127.0.0.1:{port}")
+        assert "INSECURE" in output(tmp_path, "status", "--core", f"tcp://127.0.0.1:{port}")
     finally:
-        said(tmp_path, "down", "--state-dir", state)
+        output(tmp_path, "down", "--state-dir", state)
 
 
 class Up:
-    """`larpixdaq up` with a fake board, on ports that stay the same, and in a state directory of its own."""
+    """`larpixdaq up` with a fake board, on fixed ports, with a state directory for each name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -113,54 +113,54 @@ class Up:
         options = ("-o", self.folder / name / "data", "--fake", "20", "--ring", "16MiB", *more)
         return Process("larpixdaq.cli", "up", *where, *options, directory=self.folder / name)
 
-    def said(self, name: str, *more: object) -> tuple[int, str]:
-        """Exit status of `up`, and what it said on either channel."""
+    def run(self, name: str, *more: object) -> tuple[int, str]:
+        """Return exit status and output of `up`."""
         with self.start(name, *more) as process:
             return process.wait(2 * LIMIT), process.stdout + process.stderr
 
     def down(self, name: str) -> None:
-        said(self.folder, "down", "--state-dir", self.folder / name / "state")
+        output(self.folder, "down", "--state-dir", self.folder / name / "state")
 
     def running(self, name: str) -> dict[str, int]:
         running = read_running(self.folder / name / "state")
         return {} if running is None else {entry.module: entry.pid for entry in running.processes}
 
 
-def test_up_starts_again_what_has_ended_and_takes_no_other_system_for_its_own(tmp_path):
+def test_up_restarts_ended_processes_and_recognises_another_system(tmp_path):
     up = Up(tmp_path)
-    # Two at once, with the same options: one starts the system, the other one says so or finds it complete.
-    with up.start("first") as one, up.start("first") as other:
-        outcomes = sorted((each.wait(2 * LIMIT), each.stdout + each.stderr) for each in (one, other))
+    # two at once, with the same options: the first starts the system, the second reports that or finds it complete
+    with up.start("first") as first, up.start("first") as second:
+        outcomes = sorted((each.wait(2 * LIMIT), each.stdout + each.stderr) for each in (first, second))
     try:
         assert outcomes[0][0] == 0
         assert outcomes[0][1].startswith(("up at", "up already at"))
         assert outcomes[1][0] == 0 or "another `larpixdaq up` is starting" in outcomes[1][1]
         before = up.running("first")
-        # The ports belong to another system.
-        status, words = up.said("second")
+        # the ports belong to another system
+        status, words = up.run("second")
         assert status == 1
         assert f"another core answers at {up.core}: process {before['core']} of " in words
         assert str(tmp_path / "first" / "state") in words
         assert up.running("second") == {}
-        # A component has died.
+        # a component has died
         os.kill(before["offline_storage"], signal.SIGKILL)
         until(lambda: start_time(before["offline_storage"]) is None, "the storage to be dead")
-        status, words = up.said("first")
+        status, words = up.run("first")
         assert (status, words) == (0, f"up at {up.core}: started offline_storage again, 4 others were running\n")
         after = up.running("first")
         assert {name for name in before if before[name] != after[name]} == {"offline_storage"}
-        assert up.said("first") == (0, f"up already at {up.core}: all 5 processes are running\n")
-        status, words = up.said("first", "--io-groups", "2")
+        assert up.run("first") == (0, f"up already at {up.core}: all 5 processes are running\n")
+        status, words = up.run("first", "--io-groups", "2")
         assert status == 1
         assert "producer runs with " in words
-        # The name of a component belongs to somebody else.
+        # the name of a component is in use by a process of another user
         os.kill(after["run_data"], signal.SIGTERM)
         until(lambda: start_time(after["run_data"]) is None, "the monitor to be gone")
         with Process("larpixdaq.run_data", "--core", up.core, directory=tmp_path / "stranger") as stranger:
             with Operator(up.core) as operator:
                 until(lambda: any(c["info"]["pid"] == stranger.popen.pid for c in operator.components().result(LIMIT)),
                       "the other monitor to be registered")  # fmt: skip
-            status, words = up.said("first")
+            status, words = up.run("first")
         assert status == 1
         assert f"is in use by a run_data (process {stranger.popen.pid} on " in words
         assert set(up.running("first")) == set(before) - {"run_data"}
@@ -168,7 +168,7 @@ def test_up_starts_again_what_has_ended_and_takes_no_other_system_for_its_own(tm
             operator.prepare_run().result(LIMIT)
             operator.begin_run().result(LIMIT)
     finally:
-        up.down("first")  # in the middle of a run
+        up.down("first")  # during a run
     catalogue = Catalogue(tmp_path / "first" / "state")
     run = catalogue.find()
     catalogue.close()
@@ -193,7 +193,7 @@ SHIPPED = "[Login]\n#KillUserProcesses=no\n#RemoveIPC=yes\n"
         ({"etc/login.defs": f"SYS_UID_MAX {USER.pw_uid}\n"}, False),
     ],
 )
-def test_logind_is_known_to_remove_rings(tmp_path, files, expected):
+def test_logind_settings_that_remove_rings(tmp_path, files, expected):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
