@@ -252,9 +252,8 @@ def test_busy_ports(busy: str, tmp_path: Path, started: Started) -> None:
     for module, *more in (("core",), ("log",), ("producer", "--fake", "--ring", "16MiB")):
         started.fails(module, "--address", busy, *more, words=busy)
     started.fails("emulator", "pacman", "--data-port", busy.rpartition(":")[2], words=busy)
-    started.fails(
-        "larpixdaq", "up", "--fake", "--address", busy, "-o", tmp_path, "--state-dir", tmp_path / "up", words=busy
-    )
+    up = ("up", "--fake", "--address", busy, "--log-address", f"tcp://127.0.0.1:{free_port()}", "-o", tmp_path)
+    started.fails("larpixdaq", *up, "--state-dir", tmp_path / "up", words=busy)
 
 
 @pytest.mark.parametrize("place", ["/proc/nothing", "file", "file/under", "missing"])
