@@ -1,4 +1,4 @@
-"""Addresses, ports, the state directory, and arguments that several command lines share."""
+"""Addresses, ports, and arguments that several command lines share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import ipaddress
 import os
 import re
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from larpixdaq.errors import ConfigError, FileError
-from larpixdaq.runtime.event_loop import is_text
+from larpixdaq.errors import ConfigError
 
 if TYPE_CHECKING:
     import zmq
@@ -173,22 +171,6 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, largest: int, 
         socket.close(linger=0)
         raise
     return socket
-
-
-def state_dir(text: str | None = None) -> Path:
-    """Return the state directory (default $XDG_STATE_HOME/larpixdaq), and make it if needed. Raises FileError."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    path = Path(text) if text else Path(base) / "larpixdaq"
-    path = path.absolute()
-    if not is_text(str(path)):
-        raise FileError(f"state directory {str(path)!r}: expected UTF-8, since other processes read it")
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"state directory {path}: {error.strerror}") from None
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise FileError(f"state directory {path}: not writable")
-    return path
 
 
 def add_core_argument(parser: argparse.ArgumentParser) -> None:

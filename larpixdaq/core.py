@@ -42,6 +42,7 @@ from larpixdaq.protocol.control import (
     unpack_client,
 )
 from larpixdaq.runtime.event_loop import Signals, run_main
+from larpixdaq.runtime.file_access import state_dir
 from larpixdaq.runtime.timing import wait_ms
 
 _log = logging.getLogger("larpixdaq.core")
@@ -318,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         address = config.listen_address(args.address, config.CORE_PORT, insecure=args.insecure, what="core")
         log_address = config.address(args.log_address, config.LOG_PORT)
-        core = Core(address, log_address, config.state_dir(args.state_dir), insecure=args.insecure)
+        core = Core(address, log_address, state_dir(args.state_dir), insecure=args.insecure)
         with contextlib.closing(core), Signals() as signals:
             core.serve(signals)
 

@@ -1,4 +1,4 @@
-"""Exceptions of larpixdaq, and functions that make one line of text from an error.
+"""Exceptions of larpixdaq, and functions for their texts.
 
 LarpixDaqError
 ├── ConfigError        wrong options or addresses
@@ -119,6 +119,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def is_text(argument: str) -> bool:
+    """Return whether an argument or path is UTF-8, which messages need. Python has other bytes as surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in argument)
 
 
 def cause(error: BaseException) -> str:

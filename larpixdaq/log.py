@@ -26,6 +26,7 @@ from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, ProtocolError, printable
 from larpixdaq.protocol.reports import LogStatus
 from larpixdaq.runtime.event_loop import Signals, run_main
+from larpixdaq.runtime.file_access import state_dir
 from larpixdaq.runtime.timing import Throttle
 from larpixdaq.runtime.units import utc_datetime
 
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         address = config.listen_address(args.address, config.LOG_PORT, insecure=args.insecure, what="log")
-        path = Path(args.output) if args.output else config.state_dir(args.state_dir) / "log.txt"
+        path = Path(args.output) if args.output else state_dir(args.state_dir) / "log.txt"
         serve(config.address(args.core, config.CORE_PORT), args.name, address, path.absolute())
 
     return run_main(run)

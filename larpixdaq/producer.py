@@ -37,6 +37,7 @@ from larpixdaq.readout.delivery import Delivery
 from larpixdaq.readout.delivery import add_arguments as add_delivery_arguments
 from larpixdaq.readout.readout import FULL_AGAIN, Readout
 from larpixdaq.runtime.event_loop import Signals, run_main
+from larpixdaq.runtime.file_access import state_dir
 from larpixdaq.runtime.units import parse_positive
 from larpixdaq.sources import options as source_options
 from larpixdaq.sources.command_channel import Channel
@@ -482,7 +483,7 @@ def main(argv: list[str] | None = None) -> int:
                 stack.callback(source.close)
                 source.open()
             listening_ns = time.time_ns()
-            state = config.state_dir(options.state_dir)
+            state = state_dir(options.state_dir)
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             stack.callback(context.destroy, linger=200)
             socket = stream_router(context)

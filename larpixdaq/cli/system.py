@@ -21,6 +21,7 @@ from larpixdaq.offline_storage import add_own_arguments as add_storage_arguments
 from larpixdaq.offline_storage import own_options
 from larpixdaq.operator import Operator
 from larpixdaq.producer import add_own_arguments as add_producer_arguments
+from larpixdaq.runtime.file_access import state_dir
 from larpixdaq.runtime.launcher import (
     Entry,
     Group,
@@ -87,7 +88,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def up(options: argparse.Namespace) -> int:
-    state = config.state_dir(options.state_dir)
+    state = state_dir(options.state_dir)
     if not options.output_dir.is_dir():
         raise FileError(f"--output-dir {options.output_dir}: no such directory")
     if logind_removes_files(options.ring_dir, os.getuid()):
@@ -226,7 +227,7 @@ def _abort_run(core: str) -> None:
 
 
 def down(options: argparse.Namespace) -> int:
-    state = config.state_dir(options.state_dir)
+    state = state_dir(options.state_dir)
     running = read_running(state)
     if running is None:
         raise FileError(f"nothing is up: no {running_file(state)}")

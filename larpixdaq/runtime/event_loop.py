@@ -21,7 +21,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from larpixdaq.errors import LarpixDaqError, printable
+from larpixdaq.errors import LarpixDaqError, is_text, printable
 from larpixdaq.runtime.timing import Throttle
 
 if TYPE_CHECKING:
@@ -184,11 +184,6 @@ def _wrap_output() -> None:
     elif sys.stdout is original:  # else a test has replaced it
         raw = io.BufferedWriter(_Output(original.fileno(), "wb", closefd=False))
         sys.stdout = io.TextIOWrapper(raw, original.encoding, "backslashreplace", line_buffering=original.isatty())
-
-
-def is_text(argument: str) -> bool:
-    """Return whether an argument or path is UTF-8, which messages need. Python has other bytes as surrogates."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in argument)
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # has no parameter before Python 3.11

@@ -1,4 +1,4 @@
-"""Access to files in directories where other users may write: open, check, lock, rename, remove.
+"""Access to files in directories where other users may write (open, check, lock, rename, remove), the state directory.
 
 Only regular files are opened, never a link, a pipe or a device. Private files are opened only if no other user can have
 made or changed them. A file that could not be read whole is renamed, never removed.
@@ -21,8 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from larpixdaq import config
-from larpixdaq.errors import FileError
+from larpixdaq.errors import FileError, is_text
 
 log = logging.getLogger(__name__)
 #: Ending of the name to which a damaged file is renamed.
@@ -255,6 +254,22 @@ def can_lock(path: Path) -> bool:
     return True
 
 
+def state_dir(text: str | None = None) -> Path:
+    """Return the state directory (default $XDG_STATE_HOME/larpixdaq), and make it if needed. Raises FileError."""
+    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    path = Path(text) if text else Path(base) / "larpixdaq"
+    path = path.absolute()
+    if not is_text(str(path)):
+        raise FileError(f"state directory {str(path)!r}: expected UTF-8, since other processes read it")
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"state directory {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise FileError(f"state directory {path}: not writable")
+    return path
+
+
 class LockDirectory:
     """Directory in which this process locks files whose own file system has no locks.
 
@@ -302,7 +317,7 @@ class LockDirectory:
             no_locks = error
         if no_locks is None and self._named is None:
             return True
-        directory = self._named or config.state_dir(self._state_dir)
+        directory = self._named or state_dir(self._state_dir)
         real_path = locked.path.parent.resolve() / locked.path.name
         lock_path = directory / f"larpixdaq-{hashlib.sha256(os.fsencode(real_path)).hexdigest()[:16]}.lock"
         try:

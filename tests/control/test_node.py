@@ -21,6 +21,7 @@ from larpixdaq.errors import ConfigError, FileError, NoCore, RequestError
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import Answer, content, packed
 from larpixdaq.runtime.event_loop import Signals, Stopped
+from larpixdaq.runtime.file_access import state_dir
 
 
 def described(operator):
@@ -384,13 +385,13 @@ def test_a_process_that_was_started_to_ignore_hangups_continues():
 
 def test_the_state_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert config.state_dir() == tmp_path / "larpixdaq"
+    assert state_dir() == tmp_path / "larpixdaq"
     assert (tmp_path / "larpixdaq").stat().st_mode & 0o777 == 0o700
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="file/x"):
-        config.state_dir(str(tmp_path / "file" / "x"))
+        state_dir(str(tmp_path / "file" / "x"))
     with pytest.raises(FileError, match=r"udcff': expected UTF-8"):
-        config.state_dir(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+        state_dir(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
 
 
 def test_log_records_never_wait(caplog):
