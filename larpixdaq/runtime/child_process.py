@@ -207,9 +207,14 @@ def signal_name(number: int) -> str:
     return {int(known): known.name for known in signal.Signals}.get(number, str(number))
 
 
+def end_with_parent(number: int) -> None:
+    """Let the kernel send this signal to this process at the end of the thread that has started it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
 def parent_socket(number: str) -> socket.socket:
     """Return the child's socket to the parent, and let the kernel end the child together with the parent."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     sock = socket.socket(fileno=int(number))
     sock.set_inheritable(False)
     return sock

@@ -6,7 +6,6 @@ Finds out whether systemd-logind removes this user's files from /dev/shm at the 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pwd
 import random
@@ -16,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -24,11 +22,11 @@ from typing import Final
 import msgspec
 
 from larpixdaq.errors import ComponentError, ConfigError, FileError
+from larpixdaq.runtime.child_process import end_with_parent
 from larpixdaq.runtime.file_access import open_private, try_lock
 
 #: Maximum seconds from SIGTERM to the end of a process; then it is killed.
 END_LIMIT = 15.0
-_PR_SET_PDEATHSIG = 1
 #: Like `python -m`, but without the current folder in sys.path, because a source folder there would hide the installed
 #: package.
 _RUN_MODULE = (
@@ -90,10 +88,6 @@ def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", _RUN_MODULE, f"larpixdaq.{module}", *arguments]
 
 
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 class Group:
     """Child processes, each with one module of larpixdaq. close() ends them in the reverse order of starting.
 
@@ -117,7 +111,7 @@ class Group:
                 stdout=subprocess.PIPE if pipes else out,
                 stderr=out,
                 start_new_session=detach,
-                preexec_fn=None if detach else _end_with_parent,
+                preexec_fn=None if detach else lambda: end_with_parent(signal.SIGTERM),
             )
         self.children.append((module, list(arguments), child))
         return child
@@ -222,26 +216,16 @@ def end_running(running: RunningSystem) -> list[str]:
     for entry in reversed(running.processes):
         if not alive(entry):
             continue
-        os.kill(entry.pid, signal.SIGTERM)
-        deadline = time.monotonic() + END_LIMIT
-        while alive(entry) and time.monotonic() < deadline:
-            _wait_for_exit(entry.pid, deadline - time.monotonic())
-        if alive(entry):
-            os.kill(entry.pid, signal.SIGKILL)
-            killed.append(entry.module)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            process = os.pidfd_open(entry.pid)
+            try:
+                signal.pidfd_send_signal(process, signal.SIGTERM)
+                if not select.select([process], [], [], END_LIMIT)[0]:
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+                    killed.append(entry.module)
+            finally:
+                os.close(process)
     return killed
-
-
-def _wait_for_exit(pid: int, limit: float) -> None:
-    """Wait at most `limit` seconds for the end of a process that is no child of this process."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except OSError:
-        return
-    try:
-        select.select([descriptor], [], [], max(0.0, limit))
-    finally:
-        os.close(descriptor)
 
 
 def logind_removes_files(directory: Path, uid: int, root: Path = Path("/")) -> bool:
