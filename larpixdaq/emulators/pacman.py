@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import zmq
@@ -21,7 +21,7 @@ from larpixdaq.emulators.board_registers import BoardRegisters
 from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT
 from larpixdaq.emulators.tile import EmulatedTile, TileBoard
 from larpixdaq.errors import ConfigError
-from larpixdaq.runtime.event_loop import catch_signals
+from larpixdaq.runtime.event_loop import Signals
 from larpixdaq.runtime.units import parse_whole
 from larpixdaq.schema import ASICS
 from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT
@@ -48,19 +48,26 @@ HIGHEST_RATE: Final = 1e9
 
 
 class Emulator:
-    """Runs all boards in one thread. A signal handler may set `stop`. `seconds`: time of the last sent word."""
+    """Runs all boards in one thread. `seconds`: time of the last sent word."""
 
     def __init__(
-        self, boards: list[EmulatedBoard], *, wait_for_subscriber: bool, wait_for_go: bool, stay: bool
+        self,
+        boards: list[EmulatedBoard],
+        signals: Signals,
+        *,
+        wait_for_subscriber: bool,
+        wait_for_go: bool,
+        stay: bool,
     ) -> None:
-        self.stop = False
         self.seconds = 0.0
         self._boards = boards
+        self._signals = signals
         self._wait_for_subscriber = wait_for_subscriber
         self._wait_for_go = wait_for_go
         self._stay = stay
         self._input = b""
         self._poller = zmq.Poller()
+        self._poller.register(signals.fileno(), zmq.POLLIN)
         self._handlers: dict[Any, Callable[[], None]] = {}
 
     def _update_sockets(self) -> None:
@@ -81,7 +88,7 @@ class Emulator:
         data = os.read(0, 4096)
         self._input += data
         if not data:
-            self.stop = True
+            self._signals.stop = True
         elif b"go" in self._input.split(b"\n")[:-1]:
             self._wait_for_go = False
         else:
@@ -91,10 +98,10 @@ class Emulator:
         return not self._wait_for_subscriber or all(board.subscribed for board in self._boards)
 
     def run(self, report: Callable[[], None]) -> None:
-        """Run until the last word or `stop`. `report()` is called once, when ZeroMQ has taken the last word."""
+        """Run until the last word or a signal. `report()` is called once, when ZeroMQ has taken the last word."""
         started: float | None = None
         reported = False
-        while not self.stop:
+        while not self._signals.stop:
             now = time.monotonic()
             wait = float("inf")
             if started is None and not self._wait_for_go and self._subscribed():
@@ -110,9 +117,9 @@ class Emulator:
                             return
             wait = min(wait, *(board.reply() for board in self._boards))
             self._update_sockets()
-            # at most 100 ms, because a signal just before poll() does not wake it
-            for socket, _ in self._poller.poll(0 if wait <= 0 else max(1, int(min(wait, 0.1) * 1000))):
-                self._handlers[socket]()
+            for socket, _ in self._poller.poll(0 if wait <= 0 else max(1, int(min(wait, 1.0) * 1000))):
+                if socket in self._handlers:  # else a signal has come
+                    self._handlers[socket]()
         if not reported:
             report()
 
@@ -322,35 +329,29 @@ def _board(args: argparse.Namespace, io_group: int) -> EmulatedBoard:
 
 def run(args: argparse.Namespace) -> None:
     """Emulate the boards of the command line until the last word, SIGINT or SIGTERM. Raises ConfigError, FileError."""
-    context: zmq.Context[Any] = zmq.Context()
-    boards: list[EmulatedBoard] = []
-    try:
+    with Signals() as signals, contextlib.ExitStack() as stack:
+        context: zmq.Context[Any] = zmq.Context()
+        stack.callback(context.term)
+        boards: list[EmulatedBoard] = []
         data = _ports(args.data_port, len(args.groups))
         command = _ports(args.command_port, len(args.groups))
         ready = {}
         for io_group, data_port, command_port in zip(args.groups, data, command, strict=True):
             board = _board(args, io_group)
             boards.append(board)
+            stack.callback(board.close, linger=LINGER * 1000)
             bound = board.open(context, args.address, data_port, command_port)
             ready[str(io_group)] = dict(zip(("data", "command"), bound, strict=True))
         if args.truth:
             noises = {board.io_group: board.tile.noise for board in boards if isinstance(board, TileBoard)}
             args.detector.write_truth(args.truth, noises)
         emulator = Emulator(
-            boards, wait_for_subscriber=args.wait_for_subscriber, wait_for_go=args.wait_for_go, stay=args.stay
+            boards, signals, wait_for_subscriber=args.wait_for_subscriber, wait_for_go=args.wait_for_go, stay=args.stay
         )
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            emulator.stop = True
 
         def report() -> None:
             sent = {str(board.io_group): board.counts() for board in boards}
             print(json.dumps({"sent": sent, "seconds": round(emulator.seconds, 6)}), flush=True)
 
-        catch_signals(stop)
         print(args.detector.ready_line(ready), flush=True)
         emulator.run(report)
-    finally:
-        for board in boards:
-            board.close(linger=LINGER * 1000)
-        context.term()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import select
 import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import Final
 
 import numpy as np
@@ -19,7 +19,7 @@ from larpixdaq._native.decoders import encode_serial
 from larpixdaq.emulators import detector
 from larpixdaq.emulators.tile import EmulatedTile
 from larpixdaq.errors import ConfigError
-from larpixdaq.runtime.event_loop import catch_signals
+from larpixdaq.runtime.event_loop import Signals
 
 DESCRIPTION = """\
 A board on a serial line, as a pseudo-terminal, with v1 chips unless --chips or --asic ask for others. At the start it
@@ -231,22 +231,12 @@ def run(args: argparse.Namespace) -> None:
     tile = EmulatedTile(noise, seconds=0, tick=0, heartbeat=0, carries=carries, losses=losses)
     if args.truth:
         args.detector.write_truth(args.truth, {io_group: noise})
-    stopped = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-
-    line = SerialLine(args.baud)
-    try:
-        catch_signals(stop)
+    with Signals() as signals, contextlib.closing(SerialLine(args.baud)) as line:
         board = SerialBoard(tile, line)
         print(args.detector.ready_line({str(io_group): {"device": line.device}}), flush=True)
         start = time.monotonic()
-        while not stopped:
+        while not signals.stop:
             board.turn()
             board.receive(line.read())
         sent = {str(io_group): board.counts()}
         print(json.dumps({"sent": sent, "seconds": round(time.monotonic() - start, 6)}), flush=True)
-    finally:
-        line.close()

@@ -109,7 +109,7 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def catch_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+def _catch_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
     """Set the handler of all signals that end a process. Returns the previous handlers."""
     terminal = [number for number in _TERMINAL_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in (*_SIGNALS, *terminal)}
@@ -140,7 +140,7 @@ class Signals:
     def __enter__(self) -> Signals:
         # Python's C handler writes a byte at once, so that a signal between the test of `stop` and the poll wakes it
         self._wakeup = signal.set_wakeup_fd(self._waker.write_end, warn_on_full_buffer=False)
-        self._handlers = catch_signals(self._handle)
+        self._handlers = _catch_signals(self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -229,7 +229,7 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
             raise Stopped(number)
 
     _wrap_output()
-    handlers = catch_signals(stop)
+    handlers = _catch_signals(stop)
     stderr = _Stderr()
     stderr.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     stderr.setFormatter(_Printable(f"{program}: %(levelname)s: %(message)s"))
