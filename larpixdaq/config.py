@@ -183,12 +183,6 @@ def add_core_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_name_argument(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--name", type=_name, default=default, help="the name that others see, unique (default %(default)r)"
-    )
-
-
 def _name(text: str) -> str:
     """Check a name, which must fit into messages, files and the ring."""
     if not 1 <= len(text.encode("utf-8", "replace")) <= 64 or not text.isprintable():
@@ -231,5 +225,7 @@ def add_state_dir_argument(parser: argparse.ArgumentParser) -> None:
 def add_component_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Add the arguments of every component: --core, --name, --insecure."""
     add_core_argument(parser)
-    add_name_argument(parser, name)
+    parser.add_argument(
+        "--name", type=_name, default=name, help="the name that others see, unique (default %(default)r)"
+    )
     add_insecure_argument(parser)

@@ -21,7 +21,3 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(arguments, argparse.Namespace(argv=arguments))
     return run_main(lambda: options.function(options), endless=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,20 +15,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="larpixdaq-emulator", description="Emulated boards, on real sockets and pseudo-terminals."
     )
     boards = parser.add_subparsers(title="boards", dest="board", required=True, metavar="BOARD")
-    command = boards.add_parser(
-        "pacman", help="PACMAN boards: a data and a command port per io_group", description=pacman.DESCRIPTION
-    )
-    pacman.add_arguments(command)
-    line = boards.add_parser("serial", help="a board on a serial line", description=serial_board.DESCRIPTION)
-    serial_board.add_arguments(line)
+    for name, module, description in (
+        ("pacman", pacman, "PACMAN boards: a data and a command port per io_group"),
+        ("serial", serial_board, "a board on a serial line"),
+    ):
+        command = boards.add_parser(name, help=description, description=module.DESCRIPTION)
+        module.add_arguments(command)
+        command.set_defaults(parser=command, module=module)
     args = parser.parse_args(argv)
     try:
-        if args.board == "serial":
-            serial_board.check_arguments(line, args)
-            serial_board.run(args)
-        else:
-            pacman.check_arguments(command, args)
-            pacman.run(args)
+        args.module.check_arguments(args.parser, args)
+        args.module.run(args)
     except LarpixDaqError as error:
         print(f"larpixdaq-emulator: {error}", file=sys.stderr)
         return 1

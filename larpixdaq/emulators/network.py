@@ -36,17 +36,10 @@ _RECEIVE: Final = (0, 1, 2, 3)
 _OPPOSITE: Final = (2, 3, 0, 1)
 _STEPS: Final = ((-1, 0), (0, -1), (1, 0), (0, 1))
 _LEFT: Final = 1
-#: Chip generations as in --asic, by their names in larpix-control's files.
-_FILE_GENERATIONS: Final = {
-    "1": "1",
-    "2": "2",
-    "2b": "2b",
-    "lightpix-1": "lightpix-1",
-    "lightpix-v1.0": "lightpix-1",
-    "3": "3",
-}
 #: Chip generations as larpix-control names them. It does not know v3, which has v2b's registers here.
 VERSIONS: Final[dict[str, Any]] = {"1": 1, "2": 2, "2b": "2b", "lightpix-1": "lightpix-v1.0", "3": "2b"}
+#: Chip generations as in --asic, by their names in larpix-control's files.
+_FILE_GENERATIONS: Final = {asic: asic for asic in VERSIONS} | {"lightpix-v1.0": "lightpix-1"}
 #: Common names of registers that v1, v2 and v2b name differently.
 _NAMES: Final = {
     "enable_miso_upstream": "enable_piso_upstream",

@@ -15,16 +15,7 @@ from larpixdaq.runtime.units import utc_iso
 from larpixdaq.schema import PacketType
 
 HEADER: Final = "group channel chip way  what                  ticks        receipt  content"
-_WHAT: Final = {
-    PacketType.DATA: "data",
-    PacketType.TEST: "test",
-    PacketType.CONFIG_WRITE: "config write",
-    PacketType.CONFIG_READ: "config read",
-    PacketType.TIMESTAMP: "timestamp",
-    PacketType.MESSAGE: "message",
-    PacketType.SYNC: "sync",
-    PacketType.TRIGGER: "trigger",
-}
+_WHAT: Final = {kind: kind.name.lower().replace("_", " ") for kind in PacketType}
 _TRIGGERS: Final = ("normal", "external", "cross", "periodic")
 _SYNCS: Final = {"S": "counter reset or rolled over", "H": "heartbeat", "C": "clock source is now"}
 #: Names in later layouts of the columns of layout 1.0.
