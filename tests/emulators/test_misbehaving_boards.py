@@ -100,7 +100,6 @@ def line(tmp_path: Path) -> Iterator[System]:
         yield made
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_board_disconnected_for_two_seconds(line: System) -> None:
     """The run continues, all received data are stored, and the file has the time without connection."""
     words = 5 * RATE

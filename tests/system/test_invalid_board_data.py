@@ -22,8 +22,6 @@ from larpixdaq._native import board_emulator, word_codec
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.schema import Asic
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 
 class Board:
     """Socket that publishes messages to a subscriber. It may be closed and opened again."""

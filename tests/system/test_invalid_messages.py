@@ -17,8 +17,6 @@ from larpixdaq.hdf5.verify import verify
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import ActionRequest, Answer, Open, Welcome, pack, unpack_core
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 
 @pytest.fixture
 def line(tmp_path: Path) -> Iterator[System]:

@@ -15,7 +15,6 @@ from larpixdaq.errors import LarpixDaqError
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.operator import Operator
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 MODULES = ["core", "log", "offline_storage", "run_data", "producer"]
 
 
