@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -99,18 +98,17 @@ class EmulatedDetector(NamedTuple):
             raise FileError(f"cannot write {path}: {error.strerror}") from None
 
 
-@dataclass
-class Planted:
+class Planted(NamedTuple):
     """Planted faults."""
 
-    dead_chips: list[Chip] = field(default_factory=list)
+    dead_chips: list[Chip]
     #: The chip nearer to the board first, if the seed has chosen the link.
-    broken_links: list[tuple[Chip, Chip]] = field(default_factory=list)
+    broken_links: list[tuple[Chip, Chip]]
     #: Chip, register, bit, the value that it keeps.
-    stuck_bits: list[tuple[Chip, int, int, int]] = field(default_factory=list)
+    stuck_bits: list[tuple[Chip, int, int, int]]
     #: Chip, channel.
-    hot_channels: list[tuple[Chip, int]] = field(default_factory=list)
-    dead_channels: list[tuple[Chip, int]] = field(default_factory=list)
+    hot_channels: list[tuple[Chip, int]]
+    dead_channels: list[tuple[Chip, int]]
 
 
 class Planter:
@@ -235,7 +233,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             if getattr(args, name.replace("-", "_")):
                 parser.error(f"--{name} goes with --chips")
         args.asic = args.asic or DEFAULT_ASIC
-        return EmulatedDetector({}, Planted())
+        return EmulatedDetector({}, Planted([], [], [], [], []))
     if args.lose_answers + args.double_answers > 1:
         parser.error("--lose-answers, --double-answers: an answer is lost or doubled, so they add up to at most 1")
     boards = _boards(parser, args)
@@ -268,19 +266,14 @@ def _boards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[i
 
 
 def _plant(args: argparse.Namespace, boards: dict[int, Wiring]) -> Planted:
-    planter, planted = Planter(boards, args.seed), Planted()
-    registers = register_map(args.asic)
-    if args.dead_chips:
-        planted.dead_chips = planter.dead_chips(args.dead_chips)
-    if args.broken_links:
-        planted.broken_links = planter.broken_links(args.broken_links)
-    if args.stuck_bits:
-        planted.stuck_bits = planter.stuck_bits(args.stuck_bits, registers.defaults, registers.count)
-    if args.hot_channels:
-        planted.hot_channels = planter.channels(args.hot_channels, registers.channels)
-    if args.dead_channels:
-        planted.dead_channels = planter.channels(args.dead_channels, registers.channels)
-    return planted
+    planter, registers = Planter(boards, args.seed), register_map(args.asic)
+    return Planted(
+        planter.dead_chips(args.dead_chips) if args.dead_chips else [],
+        planter.broken_links(args.broken_links) if args.broken_links else [],
+        planter.stuck_bits(args.stuck_bits, registers.defaults, registers.count) if args.stuck_bits else [],
+        planter.channels(args.hot_channels, registers.channels) if args.hot_channels else [],
+        planter.channels(args.dead_channels, registers.channels) if args.dead_channels else [],
+    )
 
 
 def make_noise(args: argparse.Namespace, detector: EmulatedDetector, io_group: int) -> Noise:
