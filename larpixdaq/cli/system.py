@@ -26,13 +26,13 @@ from larpixdaq.runtime.launcher import (
     Entry,
     Group,
     RunningSystem,
-    alive,
     components,
     end_running,
-    lock_up,
+    is_running,
     logind_removes_files,
     read_running,
     running_file,
+    up_lock,
     write_running,
 )
 from larpixdaq.runtime.units import utc
@@ -112,7 +112,7 @@ def up(options: argparse.Namespace) -> int:
         module: [*arguments, *insecure]
         for module, arguments in components(core, log, options.output_dir, state, source, listens, storage)
     }
-    with lock_up(state):
+    with up_lock(state):
         running = _running_processes(state, commands)
         missing = [module for module in commands if module not in running]
         group = Group(state / "out")
@@ -146,7 +146,7 @@ def _running_processes(state: Path, commands: dict[str, list[str]]) -> dict[str,
     Raises ConfigError if that `up` had other options or another working directory.
     """
     earlier = read_running(state)
-    running = {} if earlier is None else {entry.module: entry for entry in earlier.processes if alive(entry)}
+    running = {} if earlier is None else {entry.module: entry for entry in earlier.processes if is_running(entry)}
     if earlier is None or not running:
         return {}
     up_at = f"a system is up already at {earlier.core} ({running_file(state)})"
@@ -231,7 +231,7 @@ def down(options: argparse.Namespace) -> int:
     running = read_running(state)
     if running is None:
         raise FileError(f"nothing is up: no {running_file(state)}")
-    if any(entry.module == "core" and alive(entry) for entry in running.processes):
+    if any(entry.module == "core" and is_running(entry) for entry in running.processes):
         _abort_run(running.core)
     killed = end_running(running)
     running_file(state).unlink(missing_ok=True)

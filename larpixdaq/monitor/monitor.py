@@ -72,7 +72,7 @@ class Monitor:
         size, row = memoryview(payload).nbytes, layout.dtype.itemsize
         if size != header.rows * row:
             raise FormatError(f"{block}: {header.rows} rows of {row} bytes announced, {size} bytes found")
-        if not self._is_current(header.run):
+        if not self._enter_run(header.run):
             return
         if self.layout not in (None, layout):
             raise FormatError(
@@ -97,13 +97,13 @@ class Monitor:
 
     def end(self, end: End) -> None:
         """Take the exact totals of a producer's end record."""
-        if self._is_current(end.run):
+        if self._enter_run(end.run):
             origin = self._origin(end)
             origin.end(end, self._clock())
             self._origins[end.producer, end.epoch] = origin
 
-    def _is_current(self, run: int) -> bool:
-        """Return whether a frame belongs to the current run. A frame of a later run starts that run."""
+    def _enter_run(self, run: int) -> bool:
+        """Start the run of a frame if it is a later run. Returns False, and counts the frame, for an earlier run."""
         if self.run is None or run > self.run:
             self.start(run)
         if run != self.run:
@@ -254,7 +254,7 @@ class Monitor:
                     "repeated_blocks": origin.repeated_blocks,
                     "start": origin.start_ns / 1e9,
                     "last": origin.last_ns / 1e9,
-                    "ended": origin.how,
+                    "ended": origin.end_kind,
                 }
                 for origin in self._origins.values()
             ],

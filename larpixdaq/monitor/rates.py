@@ -47,7 +47,7 @@ class OriginTotals:
         self.skipped_rows = 0
         self.skipped_blocks = 0
         self.repeated_blocks = 0
-        self.how = ""  # kind of the end record, "" before it
+        self.end_kind = ""  # kind of the end record, "" before it
         self.start_ns = 0
         self.last_ns = 0
         self.baseline: dict[int, int] = {}  # packets of each io_group at start_ns; not 0 if the monitor joined later
@@ -88,7 +88,7 @@ class OriginTotals:
         if end.next >= self._next:
             self._skip(end.next, sum(total.rows - total.dropped for total in totals))
             self._next = end.next + 1
-        self.how = end.how
+        self.end_kind = end.how
         self._add_totals(totals, max(end.last_ns + self._shift, self.last_ns), now)
 
     def rates(self, now: float) -> dict[int, float]:
@@ -106,7 +106,7 @@ class OriginTotals:
 
     def span(self, now: float) -> tuple[float, float]:
         """Return start and end of the known totals on the monitor's clock, because the clocks of hosts may differ."""
-        end = self.last_ns if self.how else self._known_until(now)
+        end = self.last_ns if self.end_kind else self._known_until(now)
         return self._started_at, self._started_at + (end - self.start_ns) / 1e9
 
     def _known_until(self, now: float) -> int:

@@ -188,7 +188,7 @@ def read_running(state_dir: Path) -> RunningSystem | None:
 
 
 @contextlib.contextmanager
-def lock_up(state_dir: Path) -> Iterator[None]:
+def up_lock(state_dir: Path) -> Iterator[None]:
     """Keep other `larpixdaq up` with this state directory from starting processes. Raises ConfigError if one does."""
     with open(open_private(state_dir / "up.lock", os.O_RDWR | os.O_CREAT), "rb") as file:
         # on a file system without locks two cores may start at once, and only one gets the port
@@ -205,7 +205,7 @@ def write_running(state_dir: Path, running: RunningSystem) -> None:
     new.replace(path)
 
 
-def alive(entry: Entry) -> bool:
+def is_running(entry: Entry) -> bool:
     """Return whether the process still runs, not another process with the same id."""
     return start_time(entry.pid) == entry.started
 
@@ -214,7 +214,7 @@ def end_running(running: RunningSystem) -> list[str]:
     """End the processes in the reverse order of starting. Returns the modules that had to be killed."""
     killed = []
     for entry in reversed(running.processes):
-        if not alive(entry):
+        if not is_running(entry):
             continue
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             process = os.pidfd_open(entry.pid)
