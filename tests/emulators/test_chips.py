@@ -256,24 +256,24 @@ class Model:
 
     def send(self, channel, packet):
         answers = []
-        heard = [chip for c, chip, uart in self.board.entries if c == channel and self.registers[chip][IN] >> uart & 1]
-        while heard:
-            chip = heard.pop()
-            mine, addressed = self.registers[chip], packet >> 2 & 0xFF
-            if addressed not in (255, mine[ID]):
-                heard += [b for a, u, b, v in self.board.wires if a == chip and self.open(chip, UP, u, b, v)]
+        queue = [chip for c, chip, uart in self.board.entries if c == channel and self.registers[chip][IN] >> uart & 1]
+        while queue:
+            chip = queue.pop()
+            registers, addressed = self.registers[chip], packet >> 2 & 0xFF
+            if addressed not in (255, registers[ID]):
+                queue += [b for a, u, b, v in self.board.wires if a == chip and self.open(chip, UP, u, b, v)]
                 continue
             if addressed == 255:
-                heard += [b for a, u, b, v in self.board.wires if a == chip and self.open(chip, UP, u, b, v)]
+                queue += [b for a, u, b, v in self.board.wires if a == chip and self.open(chip, UP, u, b, v)]
             address = packet >> 10 & 0xFF
             if packet & 3 == WRITE:
-                mine[address] = packet >> 18 & 0xFF
+                registers[address] = packet >> 18 & 0xFF
             else:
-                answers += [(c, (addressed, address, mine[address])) for c in self.out(chip)]
+                answers += [(c, (addressed, address, registers[address])) for c in self.out(chip)]
         return answers
 
-    def open(self, chip, register, uart, other, arrives):
-        return self.registers[chip][register] >> uart & 1 and self.registers[other][IN] >> arrives & 1
+    def open(self, chip, register, uart, neighbour, arrives):
+        return self.registers[chip][register] >> uart & 1 and self.registers[neighbour][IN] >> arrives & 1
 
     def out(self, chip):
         found, ahead = [], [chip]
@@ -287,8 +287,8 @@ class Model:
 #: Paths in one direction only (the links of the tree), so that the model needs no rule for rings.
 _, EXAMPLE = chip_network.read_network("controller/v2_example.json")
 UPWARD = {(a, u) for a, u, b, _ in EXAMPLE[1].wires if (a, b) in EXAMPLE[1].tree}
-AWAY = [sum(1 << u for a, u in UPWARD if a == chip) for chip in range(4)]
-BACK = [sum(1 << u for u in range(4) if (chip, u) not in UPWARD) for chip in range(4)]
+UP_MASKS = [sum(1 << u for a, u in UPWARD if a == chip) for chip in range(4)]
+DOWN_MASKS = [sum(1 << u for u in range(4) if (chip, u) not in UPWARD) for chip in range(4)]
 
 commands = st.lists(
     st.tuples(
@@ -312,7 +312,7 @@ def test_any_words_in_batches_of_any_size(commands, cuts):
     for kind, chip_id, address, value in commands:
         data = value
         if address in (UP, DOWN, IN):  # open or close paths of the tree, so that words reach chips
-            data = 0 if value == 0 else {UP: AWAY[value - 1], DOWN: BACK[value - 1], IN: 15}[address]
+            data = 0 if value == 0 else {UP: UP_MASKS[value - 1], DOWN: DOWN_MASKS[value - 1], IN: 15}[address]
             if address != IN and chip_id == 255:
                 continue
         words.append((1, word(kind, chip_id, address, data)))
@@ -323,7 +323,7 @@ def test_any_words_in_batches_of_any_size(commands, cuts):
         answers = model.send(channel, packet)
         expected.append(sorted(answers))
         for chip in range(4):
-            for register, mask in ((UP, AWAY), (DOWN, BACK)):
+            for register, mask in ((UP, UP_MASKS), (DOWN, DOWN_MASKS)):
                 if model.registers[chip][register] & ~mask[chip]:
                     return
     for a, b in pairwise(bounds):
@@ -377,9 +377,9 @@ print(json.dumps([len(controller.chips), ok, all_ok, stale_ok, sorted(next(iter(
             False,
         ]
         board.stop()
-        said = board.finish()["sent"]["1"]
-    assert said["D"] == 100 * 4 + 100 * 256 + 2 * 10 * 256
-    assert said["refused"] == 0
+        counts = board.finish()["sent"]["1"]
+    assert counts["D"] == 100 * 4 + 100 * 256 + 2 * 10 * 256
+    assert counts["refused"] == 0
 
 
 def test_dead_chips_and_broken_links_are_found(tmp_path):
@@ -492,8 +492,8 @@ def test_answers_in_order_and_in_large_messages():
         reply_to(command, board_register(b"W", 0x10, 0))
         reply_to(command, request(read[:1]))
         board.stop()
-        said = board.finish()["sent"]["1"]
-        assert (said["D"], said["unheard"]) == (65_535, 1)
+        counts = board.finish()["sent"]["1"]
+        assert (counts["D"], counts["unheard"]) == (65_535, 1)
 
 
 @pytest.mark.parametrize("option", ["--lose-answers", "--double-answers", "--bug-512"])
@@ -508,12 +508,12 @@ def test_lost_and_doubled_words(option):
         least = {"--lose-answers": 8_500, "--double-answers": 10_500, "--bug-512": 9_981}[option]
         words = collected(socket, lambda words: len(words) >= least)
         board.stop()
-        said = board.finish()["sent"]["1"]
+        counts = board.finish()["sent"]["1"]
         words = np.concatenate([words, data_words(list(iter(lambda: socket.poll(50) and socket.recv(), 0)))])
     wrong = {"--lose-answers": "answers_lost", "--double-answers": "answers_doubled", "--bug-512": "words_lost"}[option]
-    change = said[wrong] if option == "--double-answers" else -said[wrong]
-    assert len(words) == said["D"] == 10_000 + change
-    assert said[wrong] == 19 if option == "--bug-512" else 850 < said[wrong] < 1150
+    change = counts[wrong] if option == "--double-answers" else -counts[wrong]
+    assert len(words) == counts["D"] == 10_000 + change
+    assert counts[wrong] == 19 if option == "--bug-512" else 850 < counts[wrong] < 1150
 
 
 # --- wrong use
@@ -555,9 +555,9 @@ def test_wrong_options(args, status, text, capsys):
 
 def arrays(chips=2, **changes):
     shapes = {"registers": (chips, 256), "keep": (chips, 256), "force": (chips, 256), "watched": (256,)}
-    made = {name: np.zeros(shape, np.uint8) for name, shape in {**shapes, "changed": (chips,)}.items()}
-    made["hears"], made["leaves"] = np.full((256, 256), -1, np.int32), np.full(chips, -1, np.int16)
-    return {**made, "count": 256, **changes}
+    tables = {name: np.zeros(shape, np.uint8) for name, shape in {**shapes, "changed": (chips,)}.items()}
+    tables["hears"], tables["leaves"] = np.full((256, 256), -1, np.int32), np.full(chips, -1, np.int16)
+    return {**tables, "count": 256, **changes}
 
 
 @pytest.mark.parametrize(
@@ -591,15 +591,15 @@ def test_invalid_calls():
 
 def test_answers_wait_for_room():
     """Without room serve() stops at a word; no word is answered twice or not at all."""
-    given_ = arrays()
-    given_["hears"][1, 1], given_["leaves"][0] = 0, 1
-    chips = native.RegisterBank(**given_)
+    tables = arrays()
+    tables["hears"][1, 1], tables["leaves"][0] = 0, 1
+    chips = native.RegisterBank(**tables)
     words = np.array([word(READ, 1, address) for address in range(5)], np.uint64)
     answers, on = np.zeros(2, np.uint64), np.zeros(2, np.uint8)
     at, got = 0, []
     while at < 5:
-        at, made, why = chips.serve(words, np.ones(5, np.uint8), at, answers, on, 0)
-        assert why == native.Stop.DONE
+        at, made, reason = chips.serve(words, np.ones(5, np.uint8), at, answers, on, 0)
+        assert reason == native.Stop.DONE
         got += [fields(answer)[1] for answer in answers[:made].tolist()]
     assert got == list(range(5))
 

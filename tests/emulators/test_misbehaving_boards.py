@@ -45,25 +45,25 @@ def board(*options: str) -> Any:
 
 def of(kind: str, found: list[LossVerdict]) -> LossVerdict:
     pattern = re.escape(FINDINGS[kind].text).replace(r"\{events\}", r"\d+").replace(r"\{amount\}", r"\d+")
-    (one,) = [line for line in found if re.fullmatch(pattern, line.why)]
-    return one
+    (verdict,) = [line for line in found if re.fullmatch(pattern, line.why)]
+    return verdict
 
 
-def numbers(one: LossVerdict) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", one.why)]
+def numbers(verdict: LossVerdict) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", verdict.why)]
 
 
 @pytest.mark.parametrize("options", [(), ("--pps",), ("--odd", "0.1")])
 def test_an_ordinary_board_is_complete(options: tuple[str, ...]) -> None:
-    with board(*options) as made:
-        counts, _, found = read(made)
+    with board(*options) as emulated:
+        counts, _, found = read(emulated)
     assert counts["words"] == WORDS
     assert found == [LossVerdict(1, "complete", "", 0, 0, 0)]
 
 
 def test_wrong_headers_and_doubled_messages_are_counted_exactly() -> None:
-    with board("--skip", "0.1", "--double", "0.1", "--lie", "0.1") as made:
-        counts, driver, found = read(made)
+    with board("--skip", "0.1", "--double", "0.1", "--lie", "0.1") as emulated:
+        counts, driver, found = read(emulated)
     assert counts["words"] == WORDS - counts["skipped"] + counts["doubled"]
     assert min(counts["skipped"], counts["doubled"], counts["lied"]) > 0
     assert np.count_nonzero(driver.rows["packet_type"] != 4) == counts["words"]
@@ -76,8 +76,8 @@ def test_wrong_headers_and_doubled_messages_are_counted_exactly() -> None:
 
 
 def test_full_fifos_are_counted_exactly() -> None:
-    with board("--fifo-full", "0.01") as made:
-        counts, driver, found = read(made)
+    with board("--fifo-full", "0.01") as emulated:
+        counts, driver, found = read(emulated)
     assert counts["full"] == np.count_nonzero(driver.rows["local_fifo"] & 2) > 0
     assert found == [of("full", found)]
     assert numbers(found[0]) == [counts["full"]]
@@ -87,8 +87,8 @@ def test_full_fifos_are_counted_exactly() -> None:
     ("options", "kind"), [(("--jump", "1:100"), "ahead"), (("--jump", "1:-100"), "back"), (("--restart", "1"), "back")]
 )
 def test_clocks_that_jump(options: tuple[str, ...], kind: str) -> None:
-    with board(*options) as made:
-        counts, _, found = read(made)
+    with board(*options) as emulated:
+        counts, _, found = read(emulated)
     assert counts["words"] == WORDS
     assert found == [of(kind, found)]
     assert found[0].first_ns <= found[0].last_ns
@@ -96,23 +96,23 @@ def test_clocks_that_jump(options: tuple[str, ...], kind: str) -> None:
 
 @pytest.fixture
 def line(tmp_path: Path) -> Iterator[System]:
-    with system(tmp_path) as made:
-        yield made
+    with system(tmp_path) as started:
+        yield started
 
 
 def test_a_board_disconnected_for_two_seconds(line: System) -> None:
     """The run continues, all received data are stored, and the file has the time without connection."""
     words = 5 * RATE
-    with board("--away", "1:2", "--wait-for-go", "--count", str(words)) as made:
-        operator = line.start("--pacman", f"127.0.0.1:{made.ready['1']['data']}")
+    with board("--away", "1:2", "--wait-for-go", "--count", str(words)) as emulated:
+        operator = line.start("--pacman", f"127.0.0.1:{emulated.ready['1']['data']}")
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
         began = time.time_ns()
-        made.go()
+        emulated.go()
         line.await_status(operator, "producer", "verdicts", {"1": "suspect"})
         assert operator.state().result(LIMIT) == "RUN"
         assert "; io_group 1 is suspect" in operator.status().readable(LIMIT)
-        counts = made.line()["sent"]["1"]
+        counts = emulated.line()["sent"]["1"]
         until(lambda: line.status_of(operator, "producer").get("packets", 0) == counts["D"], "the rest of the words")
         ended = operator.end_run().result(LIMIT)
         over = time.time_ns()

@@ -111,10 +111,10 @@ def test_values_are_pedestal_and_noise(bench):
     assert set(hits["trigger"].tolist()) == {NATURAL}
     assert (np.diff(hits["tick"]) >= 0).all()
     scale = 256 / (142 * 1800 / 256)
-    one = hits["adc"][(hits["chip"] == 3) & (hits["channel"] == 5)]
-    assert len(one) == pytest.approx(0.2 * MAX_RATE, rel=0.1)
-    assert one.mean() + 0.5 == pytest.approx((bench.seen.pedestal[3, 5] - 77 * 1800 / 256) * scale, abs=0.1)
-    assert one.std() == pytest.approx(np.hypot(bench.seen.noise[3, 5] * scale, 0.29), rel=0.1)
+    adc = hits["adc"][(hits["chip"] == 3) & (hits["channel"] == 5)]
+    assert len(adc) == pytest.approx(0.2 * MAX_RATE, rel=0.1)
+    assert adc.mean() + 0.5 == pytest.approx((bench.seen.pedestal[3, 5] - 77 * 1800 / 256) * scale, abs=0.1)
+    assert adc.std() == pytest.approx(np.hypot(bench.seen.noise[3, 5] * scale, 0.29), rel=0.1)
     # other references, other counts
     bench.set("vref_dac", 148)
     assert bench.hits(0.1)["adc"].mean() == pytest.approx(2 * hits["adc"].mean(), rel=0.05)
@@ -332,16 +332,16 @@ def test_the_truth_is_written(tmp_path):
     path = tmp_path / "truth.json"
     options = ["--hot-channels", "2", "--dead-channels", "1-1-11-7", "--stuck-bits", "3", "--io-groups", "2"]
     with emulator("--chips", "12", "--truth", str(path), "--seed", "5", *options) as board:
-        told = json.loads(path.read_text())
-        assert told["planted"] == board.planted
-        assert {name: len(found) for name, found in told["planted"].items()} == {
+        truth = json.loads(path.read_text())
+        assert truth["planted"] == board.planted
+        assert {name: len(found) for name, found in truth["planted"].items()} == {
             "stuck_bits": 3,
             "hot_channels": 2,
             "dead_channels": 1,
         }
-        assert len(told["channels"]) == 24
-        noise = {f"{key}-{n}": value for key, c in told["channels"].items() for n, value in enumerate(c["noise"])}
+        assert len(truth["channels"]) == 24
+        noise = {f"{key}-{n}": value for key, c in truth["channels"].items() for n, value in enumerate(c["noise"])}
         assert sorted(noise, key=noise.__getitem__)[-2:] == sorted(board.planted["hot_channels"], key=noise.get)
         assert max(noise.values()) > HOT * min(noise.values())
     with emulator("--chips", "12", "--truth", str(path), "--seed", "5", *options):
-        assert json.loads(path.read_text()) == told
+        assert json.loads(path.read_text()) == truth

@@ -175,7 +175,7 @@ def test_requests_wait_for_slow_reads():
     assert slow == {"2": [0] * 3, "3": [0] * 3, "4": [0, 1, 1], "4m2": [0, 1, 1], "5": [0, 0.01, 0.01]}
 
 
-def made(revision, asic="2b", chips=4):
+def switched_on(revision, asic="2b", chips=4):
     """Return registers and chips of a board that has just been switched on."""
     board = registers(revision)
     emulated = EmulatedChips(network.tile_wiring(chips), asic)
@@ -192,7 +192,7 @@ def test_chips_have_power_when_all_supplies_and_clocks_are_on(revision):
     vdda, vddd = {"2": (0x24011, 0x24001), "3": (0x24130, 0x24131)}.get(revision, (0x24010, 0x24020))
     on = [(vdda, round(1.8 * per_volt)), (vddd, round(1.2 * per_volt)), (0x10, 0x301)]
     on += [(0x14, 1)] if revision != "2" else []
-    board, chips, _ = made(revision)
+    board, chips, _ = switched_on(revision)
     for first in range(len(on)):
         assert not chips.alive.any()
         for register, value in on[first:] + on[:first]:
@@ -216,7 +216,7 @@ def test_chips_have_power_when_all_supplies_and_clocks_are_on(revision):
 @pytest.mark.parametrize(("revision", "reached"), [("4", [0, 1]), ("4m2", [1]), ("5", [1])])
 def test_resets_through_the_board_and_their_tile_masks(revision, reached):
     """Bits from 16 on of register 0x101C mask resets by tile, on revisions with this mask."""
-    board, chips, _ = made(revision, chips=200)
+    board, chips, _ = switched_on(revision, chips=200)
     board.switch_on(0b11, (1.8, 1.2), 2)
     board.write(0x14, 1)
     for length, left in ((24, 9), (256, 255)):
@@ -259,20 +259,20 @@ def test_time_stamps_count_from_power_up_or_the_last_reset(pps):
     board.write(0x1014, 10)
     board.write(0x1010, 6)
     board.write(0x1010, 2)
-    again = int(chips.clock_start[0])
+    restart = int(chips.clock_start[0])
     after = lag()
     if pps:
         assert max(abs(before), abs(after)) <= 10_000_000
     else:
         late = 200_000_000  # a busy computer generates hits seconds late
         assert up <= before < up + late
-        assert again <= after < again + late
-    assert again > up
+        assert restart <= after < restart + late
+    assert restart > up
 
 
 def test_dac_values_of_another_revision_give_no_power():
     """DACs of revision 2 on a board of revision 4: one of them is VDDA of the second tile."""
-    board, chips, _ = made("4", chips=200)
+    board, chips, _ = switched_on("4", chips=200)
     for register, value in ((0x24001, 54_691), (0x24011, 54_691), (0x14, 1), (0x10, 1)):
         board.write(register, value)
     assert not chips.alive.any()
@@ -302,7 +302,7 @@ def test_chips_on_io_channels_that_the_revision_does_not_have(capsys):
 
 @pytest.mark.parametrize("revision", sorted(REVISIONS))
 def test_boards_powered_at_the_start(revision):
-    board, _, _ = made(revision)
+    board, _, _ = switched_on(revision)
     board.switch_on(1, (1.8, 1.2), 2)
     emulated = EmulatedChips(network.tile_wiring(4), "2b")
     EmulatedTile(Noise(emulated, Channels(4, 64, [1]), [2]), seconds=0, tick=0, registers=board)

@@ -37,19 +37,19 @@ def test_packets_of_chips_are_recorded(tmp_path):
         until(lambda: daq.status_of(operator, "producer").get("firmware"), "the firmware")
         reply_to(command, board_register(b"W", 0x10, 0))
         board.stop()
-        said = board.finish()["sent"]["1"]
+        sent = board.finish()["sent"]["1"]
         ended = operator.end_run().result(60)
         rows = np.concatenate([rows_of(path) for path in ended["files"]])
-        told = operator.run_info().result(LIMIT)
+        entry = operator.run_info().result(LIMIT)
     with DataFile(ended["files"][0]) as file:
-        board, info = file.connected(), file.run_info()
+        boards, info = file.connected(), file.run_info()
     expected = ("PACMAN", f"tcp://127.0.0.1:{ports['data']}", platform.node(), "0x0 0x0 0x0 0x0")
-    assert [(one.kind, one.address, one.host, one.firmware) for one in board] == [expected]
-    assert (told["kind"], told["connected"][0]["firmware"]) == ("physics", expected[-1])
-    assert (info["begun_ns"], info["ended_ns"]) == (told["begun_ns"], told["stopped_ns"])
+    assert [(board.kind, board.address, board.host, board.firmware) for board in boards] == [expected]
+    assert (entry["kind"], entry["connected"][0]["firmware"]) == ("physics", expected[-1])
+    assert (info["begun_ns"], info["ended_ns"]) == (entry["begun_ns"], entry["stopped_ns"])
     assert info["live_ns"] == info["ended_ns"] - info["begun_ns"] > 0
     words = rows[(rows["direction"] == 1) & (rows["packet_type"] < 4)]
-    assert len(words) == said["D"] == said["words"]
+    assert len(words) == sent["D"] == sent["words"]
     assert np.count_nonzero(words["packet_type"] == READ) == 256
     hits = words[words["packet_type"] == 0]
     assert set(hits["chip_id"].tolist()) == {11}

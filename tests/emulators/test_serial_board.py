@@ -27,29 +27,29 @@ from larpixdaq.sources.serial import SerialSource
 
 @pytest.fixture
 def serial():
-    made = []
+    boards = []
 
     def start(*args):
-        made.append(SerialEmulator(*args))
-        return made[-1]
+        boards.append(SerialEmulator(*args))
+        return boards[-1]
 
     yield start
-    for board in made:
+    for board in boards:
         board.close()
 
 
 @pytest.fixture
 def control():
     """Return a Controller at a device, and close its port at the end."""
-    made = []
+    controllers = []
 
     def start(device):
-        made.append(Controller())
-        made[-1].io = SerialPort(device)
-        return made[-1]
+        controllers.append(Controller())
+        controllers[-1].io = SerialPort(device)
+        return controllers[-1]
 
     yield start
-    for controller in made:
+    for controller in controllers:
         controller.io.serial_com.close()
 
 
@@ -89,10 +89,10 @@ def test_v1_chips_with_larpix_control(serial, control, v1_port):
     ok, different = controller.verify_configuration([key], timeout=0.3)
     assert set(different[key]) == {*range(16), *range(17, 32), 60, 61, 62}
     board.stop()
-    said = board.finish()["sent"]["1"]
-    assert said["commands"] == 1
-    assert said["skipped_bytes"] == said["unheard"] == said["refused"] == 0
-    assert said["D"] >= 4 * 63 + 3 * 63
+    sent = board.finish()["sent"]["1"]
+    assert sent["commands"] == 1
+    assert sent["skipped_bytes"] == sent["unheard"] == sent["refused"] == 0
+    assert sent["D"] >= 4 * 63 + 3 * 63
 
 
 def test_v2_chips_with_larpix_control(serial, control, tmp_path):
@@ -123,16 +123,16 @@ def test_the_source_reads_all_sent_frames(serial):
         driver.until(lambda: driver.n > 5000, "noise")
         assert time.monotonic() - began > 0.4
         board.stop()
-        said = board.finish()["sent"]["1"]
-        driver.until(lambda: driver.count("words_in") >= said["D"], "the last frame")
+        sent = board.finish()["sent"]["1"]
+        driver.until(lambda: driver.count("words_in") >= sent["D"], "the last frame")
     finally:
         source.close()
     rows = driver.rows[driver.rows["type"] == 0]
-    assert len(rows) == said["D"] == driver.count("words_in")
+    assert len(rows) == sent["D"] == driver.count("words_in")
     assert rows["valid_parity"].all()
     assert set(rows["chipid"].tolist()) == {246, 245, 252, 243}
     assert set(rows["channel"].tolist()) == set(range(32))
-    assert said["crowded"] > 0
+    assert sent["crowded"] > 0
 
 
 @given(st.binary(max_size=60), st.lists(st.integers(0, 60)), st.lists(st.binary(min_size=8, max_size=8), max_size=4))

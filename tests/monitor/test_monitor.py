@@ -57,14 +57,14 @@ class Producer:
     ) -> tuple[Block, NDArray[Any]]:
         """Return a block whose rows arrived from `first` to `last` seconds after the start."""
         for io_group in np.unique(rows["io_group"]).tolist() if self.layout.code != 1 else [1]:
-            mine = rows[rows["io_group"] == io_group] if self.layout.code != 1 else rows
+            group_rows = rows[rows["io_group"] == io_group] if self.layout.code != 1 else rows
             counts = self.counts.setdefault(io_group, dict.fromkeys(constants.COUNTS, 0))
             if text is not None:
-                counts["info_rows"] += len(mine)
+                counts["info_rows"] += len(group_rows)
                 continue
-            counts["word_rows"] += len(mine)
-            counts["packets"] += len(mine)
-            counts["bad_parity"] += int((mine["valid_parity"] == 0).sum())
+            counts["word_rows"] += len(group_rows)
+            counts["packets"] += len(group_rows)
+            counts["bad_parity"] += int((group_rows["valid_parity"] == 0).sum())
         totals = [
             Totals(g, c["packets"], c["word_rows"] + c["info_rows"], c["bad_parity"], c["unknown_words"], c["dropped"])
             for g, c in self.counts.items()
@@ -132,10 +132,10 @@ def steady(
 
 
 def test_producers_on_hosts_with_different_clocks(clock: Clock) -> None:
-    monitor, one, other = Monitor(clock), Producer(), Producer(name="Second board")
-    steady(monitor, clock, one, 2.0, 5000)
-    other.last_ns += 3600 * 10**9  # an hour ahead: another host, or a clock that was stepped
-    steady(monitor, clock, other, 2.0, 5000)
+    monitor, first, second = Monitor(clock), Producer(), Producer(name="Second board")
+    steady(monitor, clock, first, 2.0, 5000)
+    second.last_ns += 3600 * 10**9  # an hour ahead: another host, or a clock that was stepped
+    steady(monitor, clock, second, 2.0, 5000)
     answer = monitor.packet_rate()
     assert answer["seconds"] == pytest.approx(4.0, abs=0.1)
     assert answer["mean_rate"] == pytest.approx(5000, rel=0.05)
@@ -178,12 +178,12 @@ def test_rates_are_exact_with_skipped_blocks(clock: Clock, seen: int) -> None:
     if seen == 1:
         chips = answer["chips"]
         for chip in chips:
-            mine = rows[(rows["io_group"] == chip["io_group"]) & (rows["io_channel"] == chip["io_channel"])]
-            mine = mine[mine["chip_id"] == chip["chip_id"]]
-            assert chip["seen_packets"] == len(mine)
-            assert chip["seen_bad_parity"] == (mine["valid_parity"] == 0).sum()
-            assert chip["seen_local_half"] == (mine["local_fifo"] > 0).sum()
-            assert chip["seen_local_full"] == (mine["local_fifo"] == 3).sum()
+            chip_rows = rows[(rows["io_group"] == chip["io_group"]) & (rows["io_channel"] == chip["io_channel"])]
+            chip_rows = chip_rows[chip_rows["chip_id"] == chip["chip_id"]]
+            assert chip["seen_packets"] == len(chip_rows)
+            assert chip["seen_bad_parity"] == (chip_rows["valid_parity"] == 0).sum()
+            assert chip["seen_local_half"] == (chip_rows["local_fifo"] > 0).sum()
+            assert chip["seen_local_full"] == (chip_rows["local_fifo"] == 3).sum()
 
 
 def test_the_rate_is_that_of_the_last_second_and_falls_to_zero(clock: Clock) -> None:
@@ -254,11 +254,11 @@ def test_joining_during_a_run(clock: Clock) -> None:
 
 def test_sums_over_several_producers_and_a_restarted_producer(clock: Clock) -> None:
     monitor = Monitor(clock)
-    one, other, again = Producer(), Producer(name="Second board"), Producer(epoch=2)
+    first, second, restarted = Producer(), Producer(name="Second board"), Producer(epoch=2)
     for i in range(120):
         clock.now += 0.02
-        monitor.block(*(one if i < 50 else again).block(data_rows(20, i), i * 0.02, (i + 1) * 0.02))
-        monitor.block(*other.block(data_rows(30, i), i * 0.02, (i + 1) * 0.02))
+        monitor.block(*(first if i < 50 else restarted).block(data_rows(20, i), i * 0.02, (i + 1) * 0.02))
+        monitor.block(*second.block(data_rows(30, i), i * 0.02, (i + 1) * 0.02))
     answer = monitor.packet_rate()
     assert answer["packets"] == 6000
     assert answer["rate"] == pytest.approx(2500, rel=1e-6)
@@ -314,9 +314,9 @@ def test_histogram_of_selected_chips_and_channels(clock: Clock) -> None:
     rows = data_rows(2000)
     monitor.block(*producer.block(rows, 0, 0.01))
     good = rows[rows["valid_parity"] == 1]
-    mine = good[(good["io_group"] == 2) & (good["chip_id"] == 12)]
+    chip_rows = good[(good["io_group"] == 2) & (good["chip_id"] == 12)]
     answer = monitor.adc_histogram(io_group=2, chip=12)
-    np.testing.assert_array_equal(answer["counts"], np.bincount(mine["dataword"], minlength=256))
+    np.testing.assert_array_equal(answer["counts"], np.bincount(chip_rows["dataword"], minlength=256))
     assert (answer["io_group"], answer["io_channel"], answer["chip"], answer["channel"]) == (2, None, 12, None)
     assert answer["merged_channels"] == 0
     assert monitor.adc_histogram(io_group=9)["mean"] is None
@@ -344,9 +344,9 @@ def test_the_last_packets(clock: Clock) -> None:
 
 def test_messages_with_time_and_producer(clock: Clock) -> None:
     monitor = Monitor(clock)
-    producer, other = Producer(), Producer(name="Second board")
+    producer, second = Producer(), Producer(name="Second board")
     monitor.block(*producer.info("Beginning run", 0))
-    monitor.block(*other.info("Beginning run", 1.5))
+    monitor.block(*second.info("Beginning run", 1.5))
     monitor.block(*producer.info("Ending run", 60, recorded=1_600_000_000))
     found = monitor.messages()
     assert [message["text"] for message in found] == ["Beginning run", "Beginning run", "Ending run"]
@@ -434,9 +434,9 @@ def test_invalid_blocks_are_refused_and_not_counted(clock: Clock) -> None:
     np.testing.assert_array_equal(monitor.packets(), rows)
     with pytest.raises(FormatError, match="10 rows of 36 bytes announced, 180 bytes found"):
         monitor.block(header, rows[:5])
-    other = Producer(layout=schema.LAYOUTS[3], name="Second board")
+    second = Producer(layout=schema.LAYOUTS[3], name="Second board")
     with pytest.raises(FormatError, match=r"3 rows of layout 3\.0, expected 3 of 2\.4"):
-        monitor.block(*other.block(data_rows(3, layout=schema.LAYOUTS[3]), 0, 1))
+        monitor.block(*second.block(data_rows(3, layout=schema.LAYOUTS[3]), 0, 1))
     wrong = Producer(name="Third board")
     wrong.counts[300] = dict.fromkeys(constants.COUNTS, 0)
     with pytest.raises(ProtocolError, match="totals of run 7 from Third board: impossible"):

@@ -63,30 +63,30 @@ def board(request, tmp_path, monkeypatch):
     plt.switch_backend("template")  # draws nothing
     chips = ("--chips", "4", "--asic", "2b", "--write-network", "tile.json")
     if request.param == "serial":
-        made = SerialEmulator(*chips)
-        source = made.device
+        emulated = SerialEmulator(*chips)
+        source = emulated.device
     else:
-        made = Emulator(*chips)
-        source = made.addresses[0]
+        emulated = Emulator(*chips)
+        source = emulated.addresses[0]
     yield request.param, f"--{request.param}", source
-    made.close()
+    emulated.close()
     plt.close("all")
     plt.switch_backend(drawing)
 
 
 def test_examples_of_chips_and_routines(board, tmp_path, monkeypatch):
     kind, *source = board
-    asked, ask = set(), Operator._producer
+    requested, send = set(), Operator._producer
 
-    def noted(self, component, action, **params):
-        asked.add(action)
-        return ask(self, component, action, **params)
+    def record(self, component, action, **params):
+        requested.add(action)
+        return send(self, component, action, **params)
 
-    monkeypatch.setattr(Operator, "_producer", noted)
+    monkeypatch.setattr(Operator, "_producer", record)
     (tmp_path / "system").mkdir()
-    with system(tmp_path / "system") as made:
-        made.start(*source, "--asic", "2b", "--routines", "routines")
-        monkeypatch.setattr(Operator.__init__, "__defaults__", (made.core,))
+    with system(tmp_path / "system") as started:
+        started.start(*source, "--asic", "2b", "--routines", "routines")
+        monkeypatch.setattr(Operator.__init__, "__defaults__", (started.core,))
         names = {}
         examples = [example for chapter in ("chips.md", "routines.md") for example in blocks(chapter)]
         for example in examples:
@@ -102,4 +102,4 @@ def test_examples_of_chips_and_routines(board, tmp_path, monkeypatch):
     assert missing("serial") == {"ping", "power"}
     assert names["forced"] > 100
     assert len(names["result"]["chips"]) == 4
-    assert asked >= METHODS, f"without an example: {METHODS - asked}"
+    assert requested >= METHODS, f"without an example: {METHODS - requested}"

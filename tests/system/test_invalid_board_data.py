@@ -168,7 +168,7 @@ def test_a_board_that_disconnects_and_connects_again(line: System, how: str) -> 
         before = time.time_ns()
         publish(board, good[:1000])
         until(lambda: line.status_of(operator, "producer").get("packets", 0) == 1000, "the words before")
-        gone = time.time_ns()
+        lost_at = time.time_ns()
         if how == "it is switched off":
             board.close()
         else:
@@ -183,14 +183,14 @@ def test_a_board_that_disconnects_and_connects_again(line: System, how: str) -> 
             assert board.socket.poll(int(LIMIT * 1000)), "the connection was not closed"
             assert board.socket.recv() == b"\0"
         board.await_subscriber()
-        again = time.time_ns()
+        subscribed_at = time.time_ns()
         publish(board, good[1000:])
         until(lambda: line.status_of(operator, "producer").get("packets", 0) == 2000, "the words after")
-        back = time.time_ns()
+        ended_at = time.time_ns()
         rows, counts, _, verdicts = good_file(operator.end_run().result(LIMIT))
         assert f"{name}: connected again" in producer.stderr
     assert doubts(verdicts) == [("suspect", "board disconnected: # s")]
-    assert before <= verdicts["first_ns"][0] <= gone <= again <= verdicts["last_ns"][0] <= back
+    assert before <= verdicts["first_ns"][0] <= lost_at <= subscribed_at <= verdicts["last_ns"][0] <= ended_at
     assert (of_channel(rows, 1) == good).all()
     assert counts["bytes_in"] == board.sent
 
@@ -199,7 +199,7 @@ def test_a_board_that_disconnects_and_connects_again(line: System, how: str) -> 
 def garbage_server() -> Iterator[tuple[int, list[int]]]:
     """Server that sends random bytes to each client and disconnects. Yields its port, and the numbers of sent bytes."""
     stopping = threading.Event()
-    given: list[int] = []
+    sizes: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.1)
 
@@ -209,24 +209,24 @@ def garbage_server() -> Iterator[tuple[int, list[int]]]:
                     connection, _ = server.accept()
                     with connection:
                         connection.sendall(os.urandom(5000))
-                        given.append(5000)
+                        sizes.append(5000)
 
         with in_thread(serve, stopping.set):
-            yield server.getsockname()[1], given
+            yield server.getsockname()[1], sizes
 
 
 def test_an_address_without_a_board_does_not_disturb_other_boards(line: System) -> None:
     """One of two addresses sends something else than ZeroMQ while the board at the other is read."""
     good = good_words(500, seed=3)
-    with Board() as board, garbage_server() as (port, given):
+    with Board() as board, garbage_server() as (port, sizes):
         operator = line.start("--pacman", f"1=127.0.0.1:{board.port}", f"2=127.0.0.1:{port}")
         board.await_subscriber()
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
         for part in np.split(good, 5):
             publish(board, part)
-            before = len(given)
-            until(lambda before=before: len(given) > before, "a further connection")  # type: ignore[misc]
+            before = len(sizes)
+            until(lambda before=before: len(sizes) > before, "a further connection")  # type: ignore[misc]
         until(lambda: line.status_of(operator, "producer").get("packets", 0) == len(good), "the good words")
         warning = f"PACMAN io_group 2 at tcp://127.0.0.1:{port}: the program at this address does not speak ZeroMQ"
         until(lambda: warning in line.processes["producer"].stderr, "a warning that names the address")

@@ -20,8 +20,8 @@ from larpixdaq.protocol.control import ActionRequest, Answer, Open, Welcome, pac
 
 @pytest.fixture
 def line(tmp_path: Path) -> Iterator[System]:
-    with system(tmp_path) as made:
-        yield made
+    with system(tmp_path) as started:
+        yield started
 
 
 class Sockets:
@@ -29,28 +29,28 @@ class Sockets:
 
     def __init__(self) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
-        self._made: list[Any] = []
+        self._sockets: list[Any] = []
 
     def connect(self, kind: int, address: str) -> Any:
-        made = self.context.socket(kind)
-        self._made.append(made)
-        made.setsockopt(zmq.LINGER, 0)
-        made.setsockopt(zmq.SNDTIMEO, int(LIMIT * 1000))
-        made.setsockopt(zmq.RCVTIMEO, int(LIMIT * 1000))
-        made.connect(address)
-        return made
+        new = self.context.socket(kind)
+        self._sockets.append(new)
+        new.setsockopt(zmq.LINGER, 0)
+        new.setsockopt(zmq.SNDTIMEO, int(LIMIT * 1000))
+        new.setsockopt(zmq.RCVTIMEO, int(LIMIT * 1000))
+        new.connect(address)
+        return new
 
     def close(self) -> None:
-        for socket_ in self._made:
+        for socket_ in self._sockets:
             socket_.close()
         self.context.term()
 
 
 @pytest.fixture
 def sockets() -> Iterator[Sockets]:
-    made = Sockets()
-    yield made
-    made.close()
+    foreign = Sockets()
+    yield foreign
+    foreign.close()
 
 
 def begin(operator: Operator) -> None:
@@ -143,10 +143,10 @@ class Raw:
                 return message
 
     def request(self, **fields: Any) -> bytes:
-        made: dict[str, Any] = msgspec.to_builtins(
+        fields_: dict[str, Any] = msgspec.to_builtins(
             ActionRequest(action="state", request=self.id(), session=self.session)
         )
-        return bytes(msgspec.msgpack.encode(made | fields))
+        return bytes(msgspec.msgpack.encode(fields_ | fields))
 
 
 def nested(depth: int) -> Any:

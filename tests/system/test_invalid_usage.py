@@ -54,8 +54,8 @@ class Started(contextlib.ExitStack):
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Started]:
-    with Started(tmp_path) as made:
-        yield made
+    with Started(tmp_path) as processes:
+        yield processes
 
 
 Fails = Callable[..., None]

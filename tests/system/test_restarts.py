@@ -19,8 +19,8 @@ from larpixdaq.operator import Operator
 
 @pytest.fixture
 def line(tmp_path: Path) -> Iterator[System]:
-    with system(tmp_path) as made:
-        yield made
+    with system(tmp_path) as started:
+        yield started
 
 
 def begin(line: System, *source: object) -> Operator:

@@ -22,8 +22,8 @@ from larpixdaq.operator import Operator
 
 @pytest.fixture
 def line(tmp_path: Path) -> Iterator[System]:
-    with system(tmp_path) as made:
-        yield made
+    with system(tmp_path) as started:
+        yield started
 
 
 def test_rotation_at_full_speed(line: System, tmp_path: Path) -> None:
@@ -68,7 +68,9 @@ def test_rotation_at_full_speed(line: System, tmp_path: Path) -> None:
     assert outcome.ok, outcome.runs
     assert [(run.condition, run.rows, run.files) for run in outcome.runs] == [("COMPLETE", ended["rows"], files)]
     assert blocks == list(range(len(blocks)))
-    assert {group: int(groups[int(group)]) for group in sent} == {group: one["words"] for group, one in sent.items()}
+    assert {group: int(groups[int(group)]) for group in sent} == {
+        group: counts["words"] for group, counts in sent.items()
+    }
     assert last["run"] == ended["run"]
     until(lambda: len(list(moved.iterdir())) == len(files), "the command to have run on each")
     for path in files:

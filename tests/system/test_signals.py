@@ -20,8 +20,8 @@ MODULES = ["core", "log", "offline_storage", "run_data", "producer"]
 
 @pytest.fixture
 def line(tmp_path: Path) -> Iterator[System]:
-    with system(tmp_path) as made:
-        yield made
+    with system(tmp_path) as started:
+        yield started
 
 
 def start(line: System) -> tuple[Operator, Path]:

@@ -121,16 +121,16 @@ def test_actions_with_invalid_parameters(line, tmp_path):
     """Every action with every invalid value of each parameter: the error is one line that begins with the action."""
     with undisturbed(line, tmp_path, 20_000) as operator:
         assert operator.configure_network().result(SLOW)["ok"]
-        actions = [one for one in operator.actions().result(LIMIT)["LArPix board"] if one not in RUN_ACTIONS]
-        asked = [(action, {"nonsense": 1}) for action in actions]
-        asked += [
+        actions = [action for action in operator.actions().result(LIMIT)["LArPix board"] if action not in RUN_ACTIONS]
+        requests = [(action, {"nonsense": 1}) for action in actions]
+        requests += [
             (action, NEEDED.get(action, {}) | {name: value})
             for action in actions
             for name in parameters(action)
             for value in ODD
         ]
         refused = 0
-        for action, params in asked:
+        for action, params in requests:
             try:
                 operator.call("LArPix board", action, **params).result(LIMIT)
             except RequestError as error:
@@ -143,8 +143,8 @@ def test_actions_with_invalid_parameters(line, tmp_path):
         assert refused > 200
         with pytest.raises(ProtocolError, match="the limit is"):
             operator.load_board("x" * 10_000_000)
-        with Operator(operator._connection.link.core) as other:
+        with Operator(operator._connection.link.core) as second:
             for action in set(actions) - QUERIES:
                 with pytest.raises(ControlHeld):
-                    other.call("LArPix board", action).result(LIMIT)
-            assert other.ping().result(LIMIT) == {"1": True, "2": True}
+                    second.call("LArPix board", action).result(LIMIT)
+            assert second.ping().result(LIMIT) == {"1": True, "2": True}

@@ -107,8 +107,8 @@ class Up:
         self.core, self.log = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
 
     def start(self, name: str, *more: object) -> Process:
-        for made in (self.folder / name / "state", self.folder / name / "data"):
-            made.mkdir(parents=True, exist_ok=True)
+        for directory in (self.folder / name / "state", self.folder / name / "data"):
+            directory.mkdir(parents=True, exist_ok=True)
         where = ("--address", self.core, "--log-address", self.log, "--state-dir", self.folder / name / "state")
         options = ("-o", self.folder / name / "data", "--fake", "20", "--ring", "16MiB", *more)
         return Process("larpixdaq.cli", "up", *where, *options, directory=self.folder / name)
