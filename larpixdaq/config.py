@@ -218,14 +218,12 @@ def add_state_dir_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state-dir",
         metavar="DIR",
-        help="where run catalogue, keys and log are kept (default $XDG_STATE_HOME/larpixdaq)",
+        help="directory for run catalogue, keys and log (default $XDG_STATE_HOME/larpixdaq)",
     )
 
 
 def add_component_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Add the arguments of every component: --core, --name, --insecure."""
     add_core_argument(parser)
-    parser.add_argument(
-        "--name", type=_name, default=name, help="the name that others see, unique (default %(default)r)"
-    )
+    parser.add_argument("--name", type=_name, default=name, help="unique name of this component (default %(default)r)")
     add_insecure_argument(parser)

@@ -68,7 +68,7 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "status",
         help="the run, and every component",
-        description="Shows the run state, who has control, the last run, and what every component says of itself. "
+        description="Shows the run state, the Operator in control, the last run, and the status of every component. "
         "Exits with 1 when a component is LOST or PAUSED, or MISSING in the run.",
     )
     config.add_core_argument(parser)

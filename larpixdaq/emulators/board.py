@@ -243,7 +243,7 @@ class EmulatedBoard:
         if now >= self._reopen_at and self._reopen_data():
             self._reopen_at = None
             return 0.0
-        if self._pace and not self._make(now):  # the chips send on, to nobody
+        if self._pace and not self._make(now):  # the chips continue to send
             faults.skip(self._spans)
             self._spans = self._spans[:0]
             self.finished = self._remaining == 0

@@ -105,7 +105,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600) -> int
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise FileError(f"{path}: is a symbolic link, expected a regular file") from None
-        if error.errno == errno.ENXIO:  # a socket, or a pipe that nobody reads
+        if error.errno == errno.ENXIO:  # a socket, or a pipe without a reader
             raise FileError(f"{path}: is not a regular file") from None
         raise
     try:
@@ -345,7 +345,7 @@ lock_directory: Final = LockDirectory()
 def add_lock_dir_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lock-dir", type=Path, metavar="DIR",
-        help="where files are locked whose own file system has no locks (NFS without lockd, Lustre without flock): a "
-        "directory on a local disk; the same for every process that uses these files (default: the files themselves, "
-        "then the state directory, with a warning)",
+        help="directory on a local disk for the locks of files whose file system has no locks (NFS without lockd, "
+        "Lustre without flock); the same for every process that uses these files (default: the files themselves, then "
+        "the state directory, with a warning)",
     )  # fmt: skip
