@@ -276,9 +276,9 @@ def _plant(args: argparse.Namespace, boards: dict[int, Wiring]) -> Planted:
     )
 
 
-def make_noise(args: argparse.Namespace, detector: EmulatedDetector, io_group: int) -> Noise:
+def make_noise(args: argparse.Namespace, io_group: int) -> Noise:
     """Make the chips of one board, and the noise of their channels."""
-    wiring, planted = detector.boards[io_group], detector.planted
+    wiring, planted = args.detector.boards[io_group], args.detector.planted
     chips = EmulatedChips(
         wiring,
         args.asic,

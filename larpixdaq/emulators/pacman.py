@@ -50,21 +50,12 @@ HIGHEST_RATE: Final = 1e9
 class Emulator:
     """Runs all boards in one thread. `seconds`: time of the last sent word."""
 
-    def __init__(
-        self,
-        boards: list[EmulatedBoard],
-        signals: Signals,
-        *,
-        wait_for_subscriber: bool,
-        wait_for_go: bool,
-        stay: bool,
-    ) -> None:
+    def __init__(self, boards: list[EmulatedBoard], signals: Signals, args: argparse.Namespace) -> None:
         self.seconds = 0.0
         self._boards = boards
         self._signals = signals
-        self._wait_for_subscriber = wait_for_subscriber
-        self._wait_for_go = wait_for_go
-        self._stay = stay
+        self._args = args
+        self._wait_for_go: bool = args.wait_for_go
         self._input = b""
         self._poller = zmq.Poller()
         self._poller.register(signals.fileno(), zmq.POLLIN)
@@ -95,7 +86,7 @@ class Emulator:
             self._input = self._input.rpartition(b"\n")[2][-4096:]
 
     def _subscribed(self) -> bool:
-        return not self._wait_for_subscriber or all(board.subscribed for board in self._boards)
+        return not self._args.wait_for_subscriber or all(board.subscribed for board in self._boards)
 
     def run(self, report: Callable[[], None]) -> None:
         """Run until the last word or a signal. `report()` is called once, when ZeroMQ has taken the last word."""
@@ -113,7 +104,7 @@ class Emulator:
                     if all(board.finished for board in self._boards):
                         reported = True
                         report()
-                        if not self._stay:
+                        if not self._args.stay:
                             return
             wait = min(wait, *(board.reply() for board in self._boards))
             self._update_sockets()
@@ -314,7 +305,7 @@ def _board(args: argparse.Namespace, io_group: int) -> EmulatedBoard:
         registers = BoardRegisters(revision, chips=chips, slow_read=args.slow_read)
         registers.switch_on((1 << revision.tiles) - 1, SUPPLIES[args.asic].usual, TICKS_PER_BIT[args.asic])
         return EmulatedBoard(io_group, _message_source(args, io_group), registers, rate=args.rate, **options)
-    noise = detector.make_noise(args, args.detector, io_group)
+    noise = detector.make_noise(args, io_group)
     registers = detector.make_registers(args, revision, noise.chips)
     tile = EmulatedTile(
         noise,
@@ -345,9 +336,7 @@ def run(args: argparse.Namespace) -> None:
         if args.truth:
             noises = {board.io_group: board.tile.noise for board in boards if isinstance(board, TileBoard)}
             args.detector.write_truth(args.truth, noises)
-        emulator = Emulator(
-            boards, signals, wait_for_subscriber=args.wait_for_subscriber, wait_for_go=args.wait_for_go, stay=args.stay
-        )
+        emulator = Emulator(boards, signals, args)
 
         def report() -> None:
             sent = {str(board.io_group): board.counts() for board in boards}

@@ -224,7 +224,7 @@ class SerialLine:
 def run(args: argparse.Namespace) -> None:
     """Emulate the board of the command line until SIGINT or SIGTERM."""
     (io_group,) = args.detector.boards
-    noise = detector.make_noise(args, args.detector, io_group)
+    noise = detector.make_noise(args, io_group)
     carries = int(args.baud / BITS / FRAME * NOISE_SHARE) or 1
     losses = detector.make_losses(args, io_group)
     # no heartbeats, because a serial line carries packets alone
