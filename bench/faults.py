@@ -32,6 +32,8 @@ MARK = "fault table"
 FINDINGS_MARK = "findings"
 #: Number of undisturbed trials for the findings, in units of --trials, because wrong findings are rare.
 UNDISTURBED = 10
+#: A number in the text of a finding, such as {events} or {seconds:.2f}.
+NUMBER = re.compile(r"\{\w+[^}]*\}")
 #: Findings from the connection to a board.
 PRESENCE = (
     "board disconnected",
@@ -81,7 +83,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def finding_kinds() -> dict[str, re.Pattern[str]]:
     """Return the patterns of the sentences in /ledger/verdicts, by their text."""
     kinds = {
-        re.sub(r"\{\w+\}", "N", finding.text): re.compile(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(finding.text)))
+        NUMBER.sub("N", finding.text): re.compile(r"[\d.]+".join(map(re.escape, NUMBER.split(finding.text))))
         for finding in FINDINGS.values()
     }
     return {text: re.compile(text) for text in PRESENCE} | kinds

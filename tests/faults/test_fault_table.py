@@ -5,6 +5,7 @@ They are not run by default: `pytest -m faults`. With them a short soak; the lon
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from trial_processes import LIMIT, ROWS, Outcome, impossible, trials
+
+from larpixdaq.sources.data_quality import FINDINGS
 
 pytestmark = pytest.mark.faults
 
@@ -55,6 +58,15 @@ def test_soak(outcomes: object, tmp_path: Path) -> None:
     assert len(report["runs"]) >= 2
     assert sum(report["faults"].values()) >= 2
     assert {"core", "producer", "offline_storage", "run_data", "log"} <= report["memory"].keys()
+
+
+def test_every_finding_is_counted_as_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of findings of bench/faults.py recognizes each finding by its text, whatever its numbers are."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    kinds = importlib.import_module("faults").finding_kinds()
+    for finding in FINDINGS.values():
+        text = finding.text.format(events=12, amount=345, seconds=6.789)
+        assert len([kind for kind, pattern in kinds.items() if pattern.fullmatch(text)]) == 1, text
 
 
 @pytest.mark.timeout(LIMIT)
