@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common import argument_parser, machine, update, with_source
-from trial_processes import ROWS, Outcome, impossible, late, trials
+from trial_processes import ROWS, Outcome, obstacle, timing_failures, trials
 
 from larpixdaq.sources.data_quality import FINDINGS
 
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace, rows: Sequence[str], report: dict[str, Any]
         waiting = [made.submit(row, options.seed + n) for row, n in order]
         for number, future in enumerate(as_completed(waiting), 1):
             outcome = future.result()
-            if options.jobs == 1 and (slow := late(outcome)):  # parallel trials disturb each other's times
+            if options.jobs == 1 and (slow := timing_failures(outcome)):  # parallel trials disturb each other's times
                 outcome.ok = False
                 outcome.failures += slow
             outcomes.append(outcome)
@@ -157,7 +157,7 @@ def main() -> int:
     rows = options.rows.split(",") if options.rows else list(ROWS)
     if unknown := [row for row in rows if row not in ROWS]:
         parser.error(f"--rows: no such row: {', '.join(unknown)}")
-    if cannot := [f"{row}: {impossible(row)}" for row in rows if impossible(row)]:
+    if cannot := [f"{row}: {obstacle(row)}" for row in rows if obstacle(row)]:
         parser.error("; ".join(cannot))
     options.keep = options.keep.absolute()
     command = f"python bench/faults.py --trials {options.trials} --seed {options.seed} --rate {options.rate:g}"

@@ -72,7 +72,7 @@ class Soak:
         made.begin()
         faults: Counter[str] = Counter()
         while time.monotonic() - began < seconds:
-            made.faults.moment(2 * self._options.every)
+            made.faults.random_pause(2 * self._options.every)
             row = self._dice.choice(self._rows)
             row.act(made)
             faults[row.name] += 1

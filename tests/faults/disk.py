@@ -1,6 +1,6 @@
 """A disk that hangs, fails, is slow or full, or has no locks, for processes that are started with its `env`.
 
-The library that does it is faulty_disk.c.
+The library faulty_disk.c, preloaded into the processes, does this.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import struct
 import subprocess
 from pathlib import Path
 
-#: The structure in faulty_disk.c, 8 bytes each.
+#: The fields of the structure in faulty_disk.c, 8 bytes each.
 FIELDS = ("hang", "error", "failures", "rate", "room", "operations", "affected", "locks")
 
 
 def compiled(folder: Path, name: str) -> Path:
-    """tests/NAME.c as a library to preload, in `folder`; compiled at the first use."""
+    """Return the path of NAME.c as a library to preload. It is compiled into `folder` at the first use."""
     library = folder / f"{name}.so"
     if not library.exists():
         source = Path(__file__).with_name(f"{name}.c")
@@ -26,7 +26,7 @@ def compiled(folder: Path, name: str) -> Path:
 
 
 class Disk:
-    """Steers what the disk under `directory` does; a new one is in order."""
+    """Controls the disk under `directory`, which works normally at first."""
 
     def __init__(self, folder: Path, directory: Path) -> None:
         control = folder / "disk.control"
@@ -41,24 +41,24 @@ class Disk:
         self.heal()
 
     def hang(self) -> None:
-        """Every operation waits until heal()."""
+        """Let every operation wait until heal()."""
         self._set("hang", 1)
 
     def fail(self, error: int = errno.EIO, times: int = -1) -> None:
-        """So many operations fail, by default all until heal()."""
+        """Let the next `times` operations fail, by default all until heal()."""
         self._set("error", error)
         self._set("failures", times)
 
     def slow(self, rate: int) -> None:
-        """Bytes/s, at most."""
+        """Limit the rate to this number of bytes/s."""
         self._set("rate", rate)
 
     def full(self, room: int = 0) -> None:
-        """So many bytes still fit, until heal(); the file system says so too."""
+        """Leave `room` bytes of free space until heal(). The file system reports this, too."""
         self._set("room", room)
 
     def without_locks(self, error: int = errno.EOPNOTSUPP) -> None:
-        """flock() fails, as on NFS without lockd."""
+        """Let flock() fail, as on NFS without lockd."""
         self._set("locks", error)
 
     def heal(self) -> None:
@@ -72,7 +72,7 @@ class Disk:
 
     @property
     def affected(self) -> int:
-        """Operations that were delayed or failed."""
+        """Number of operations that were delayed or failed."""
         return self._get("affected")
 
     def close(self) -> None:

@@ -1,23 +1,23 @@
-"""Rows of the fault table: what happens around larpix-daq, to disks, networks, boards and clocks."""
+"""Rows of the fault table: faults of disks, networks, boards and clocks."""
 
 from __future__ import annotations
 
 import errno
 
-from process_faults import AGAIN, PRODUCER, STORAGE
+from process_faults import MORE_ROWS, PRODUCER, STORAGE
 from processes import until
 from table import row
 from trial import STEP, Trial
 
 HOSTS = {"producer": "daq", "board": "daq"}
 BOARD_APART = {"board": "board"}
-#: Bytes that still fit on a disk that is about to be full.
+#: Bytes of free space on a disk that is about to be full.
 ROOM = 3 << 20
 
 
-@row("nothing; the boards publish regardless", "0 lost, no finding", lossless=False)
+@row("none, with boards that do not wait", "0 lost, no finding", lossless=False)
 def undisturbed(trial: Trial) -> None:
-    trial.strikes()
+    trial.begin_fault()
     trial.faults.pause(5.0)
 
 
@@ -27,60 +27,58 @@ def disk_hangs(trial: Trial) -> None:
     before = trial.disk.affected
     trial.disk.hang()
     until(lambda: trial.disk.affected > before, "the disk to be used", STEP)
-    trial.strikes(STORAGE)
+    trial.begin_fault(STORAGE)
     trial.faults.note("disk hangs")
     trial.faults.pause(10.0)
     trial.disk.heal()
     trial.faults.note("disk in order")
-    trial.back(STORAGE)
-    trial.flowing(AGAIN)
+    trial.await_component(STORAGE)
+    trial.await_rows(MORE_ROWS)
 
 
 @row("disk slow (10 MB/s) for 10 s", "0 lost", disk=True)
 def disk_slow(trial: Trial) -> None:
     assert trial.disk is not None
-    trial.strikes(STORAGE)
+    trial.begin_fault(STORAGE)
     trial.disk.slow(10_000_000)
     trial.faults.note("disk slow")
     trial.faults.pause(10.0)
     trial.disk.heal()
     trial.faults.note("disk in order")
-    trial.back(STORAGE)
+    trial.await_component(STORAGE)
 
 
-@row("disk error (EIO) on every write for 5 s", "alarm; goes on when writes work again, 0 lost", disk=True)
+@row("disk error (EIO) on every write for 5 s", "alarm; continues when writes work again, 0 lost", disk=True)
 def disk_error(trial: Trial) -> None:
     assert trial.disk is not None
-    trial.strikes(STORAGE)
+    trial.begin_fault(STORAGE)
     trial.disk.fail(errno.EIO)
     trial.faults.note("disk fails")
     until(lambda: trial.disk.affected > 0, "a write to fail", STEP)
     trial.faults.pause(5.0)
     trial.disk.heal()
     trial.faults.note("disk in order")
-    trial.back(STORAGE)
-    trial.flowing(AGAIN)
+    trial.await_component(STORAGE)
+    trial.await_rows(MORE_ROWS)
 
 
 @row("one write fails (EIO)", "0 lost", disk=True)
 def disk_error_once(trial: Trial) -> None:
     assert trial.disk is not None
-    trial.strikes(STORAGE)
+    trial.begin_fault(STORAGE)
     trial.disk.fail(errno.EIO, times=1)
     until(lambda: trial.disk.affected > 0, "a write to fail", STEP)
-    trial.flowing(AGAIN)
+    trial.await_rows(MORE_ROWS)
 
 
-@row(
-    "disk full for 10 s, then there is space again", "pauses before the file is hurt, alarm, goes on, 0 lost", disk=True
-)
+@row("disk full for 10 s, then space again", "pauses before the file is damaged, alarm, continues, 0 lost", disk=True)
 def disk_full(trial: Trial) -> None:
     _full(trial)
 
 
 @row(
-    "the same, ring and spool used up meanwhile",
-    "exact count of what found no room",
+    "the same, until ring and spool are full too",
+    "exact count of the rows without room",
     conditions=("COMPLETE", "INCOMPLETE", "COMPLETE, suspect"),
     counted=True,
     disk=True,
@@ -94,7 +92,7 @@ def disk_full_spool_too(trial: Trial) -> None:
 
 def _full(trial: Trial, *, used_up: bool = False) -> None:
     assert trial.disk is not None
-    trial.strikes(STORAGE)
+    trial.begin_fault(STORAGE)
     trial.disk.full(ROOM)
     trial.faults.note("disk about to be full")
     until(lambda: trial.status("storage").get("paused"), "storage to pause", STEP)
@@ -106,9 +104,9 @@ def _full(trial: Trial, *, used_up: bool = False) -> None:
     else:
         trial.faults.pause(10.0)
     trial.disk.heal()
-    trial.faults.note("there is space again")
-    until(lambda: not trial.status("storage").get("paused"), "storage to go on", STEP)
-    trial.flowing(AGAIN)
+    trial.faults.note("space again")
+    until(lambda: not trial.status("storage").get("paused"), "storage to continue", STEP)
+    trial.await_rows(MORE_ROWS)
     if used_up:
         until(lambda: trial.status("producer").get("spooled_blocks") == 0, "the spool to be empty", STEP)
 
@@ -116,7 +114,7 @@ def _full(trial: Trial, *, used_up: bool = False) -> None:
 @row("network between producer and storage cut for 5 s", "0 lost", hosts=HOSTS, noticed=True)
 def network_cut(trial: Trial) -> None:
     assert trial.net is not None
-    trial.strikes()
+    trial.begin_fault()
     trial.net.fault("daq", "core", cut=True)
     trial.faults.note("network cut")
     trial.faults.pause(5.0)
@@ -126,7 +124,7 @@ def network_cut(trial: Trial) -> None:
 @row("5 % of the packets between producer and storage dropped for 10 s", "0 lost", hosts=HOSTS, noticed=True)
 def network_lossy(trial: Trial) -> None:
     assert trial.net is not None
-    trial.strikes()
+    trial.begin_fault()
     trial.net.fault("daq", "core", drop=0.05)
     trial.faults.note("network loses 5 %")
     trial.faults.pause(10.0)
@@ -136,7 +134,7 @@ def network_lossy(trial: Trial) -> None:
 @row("200 ms delay between producer and storage for 10 s", "0 lost", hosts=HOSTS, noticed=True)
 def network_slow(trial: Trial) -> None:
     assert trial.net is not None
-    trial.strikes()
+    trial.begin_fault()
     trial.net.fault("daq", "core", delay=0.2)
     trial.faults.note("network 200 ms slower")
     trial.faults.pause(10.0)
@@ -146,16 +144,16 @@ def network_slow(trial: Trial) -> None:
 def _connected(trial: Trial) -> None:
     assert trial.net is not None
     counts = trial.net.heal("daq", "core")
-    trial.faults.note(f"network in order, {counts['lost']} packets were lost, {counts['passed']} passed")
+    trial.faults.note(f"network in order, {counts['lost']} packets lost, {counts['passed']} passed")
     for name in (PRODUCER, STORAGE):
-        trial.back(name)
-    trial.flowing(AGAIN)
-    until(lambda: trial.status("producer").get("ring", 1.0) < 0.1, "what has piled up to be delivered", STEP)
+        trial.await_component(name)
+    trial.await_rows(MORE_ROWS)
+    until(lambda: trial.status("producer").get("ring", 1.0) < 0.1, "the waiting blocks to be delivered", STEP)
 
 
 @row(
     "5 % of the packets between board and host dropped for 10 s",
-    "what the board drops meanwhile lies in a marked gap",
+    "data that the boards drop are inside a marked gap",
     conditions=("COMPLETE", "COMPLETE, suspect"),
     gap=True,
     hosts=BOARD_APART,
@@ -167,7 +165,7 @@ def board_network_lossy(trial: Trial) -> None:
 
 @row(
     "network between board and host cut for 5 s",
-    "what the board drops meanwhile lies in a marked gap",
+    "data that the boards drop are inside a marked gap",
     conditions=("COMPLETE", "COMPLETE, suspect"),
     gap=True,
     hosts=BOARD_APART,
@@ -179,54 +177,54 @@ def board_network_cut(trial: Trial) -> None:
 
 def _board_network(trial: Trial, seconds: float, *, drop: float = 0.0, cut: bool = False) -> None:
     assert trial.net is not None
-    trial.strikes()
+    trial.begin_fault()
     trial.net.fault("board", "core", drop=drop, cut=cut)
-    trial.faults.note("the board's network is bad")
+    trial.faults.note("network of the boards is bad")
     trial.faults.pause(seconds)
     trial.net.heal("board", "core")
-    trial.faults.note("the board's network is in order")
-    trial.flowing(AGAIN)
+    trial.faults.note("network of the boards in order")
+    trial.await_rows(MORE_ROWS)
 
 
 @row(
-    "board gone for some seconds and back",
-    "gap in the ledger with times, the run goes on",
+    "boards ended, and started again some seconds later",
+    "gap in the ledger with times, the run continues",
     conditions=("COMPLETE, suspect",),
     gap=True,
 )
 def board_gone(trial: Trial) -> None:
-    trial.strikes()
-    trial.take_count()
-    trial.faults.note("boards gone")
+    trial.begin_fault()
+    trial.end_boards()
+    trial.faults.note("boards ended")
     trial.faults.pause(3.0)
     trial.board = trial.make_board(trial.faults.random.randrange(1000), ports=trial.board)
     trial.board.go()
-    trial.faults.note("boards back")
-    trial.flowing(AGAIN)
+    trial.faults.note("boards started again")
+    trial.await_rows(MORE_ROWS)
 
 
 @row(
-    "a further board sends nonsense",
-    "counted with the reason, the run goes on, 0 lost of the others",
+    "a further board sends random bytes",
+    "counted with the reason, the run continues, 0 lost of the other boards",
     conditions=("INCOMPLETE",),
     nonsense=True,
 )
 def board_nonsense(trial: Trial) -> None:
-    trial.strikes()
+    trial.begin_fault()
     trial.faults.pause(5.0)
-    until(lambda: trial.status("producer").get("unknown", 0) > 0, "nonsense to be counted", STEP)
-    trial.flowing(AGAIN)
+    until(lambda: trial.status("producer").get("unknown", 0) > 0, "unknown words to be counted", STEP)
+    trial.await_rows(MORE_ROWS)
 
 
-@row("wall clock stepped an hour ahead, and two back", "no timeouts, no wrong rates, 0 lost", clock=True)
+@row("wall clock set an hour ahead, then an hour behind, then right", "no timeouts, no wrong rates, 0 lost", clock=True)
 def clock_stepped(trial: Trial) -> None:
     assert trial.clock is not None
-    trial.strikes()
+    trial.begin_fault()
     for step in (3600, -3600, 0):
         trial.clock.step(step)
         trial.faults.note(f"wall clock {step:+d} s")
         trial.faults.pause(3.0)
         rate = trial.operator.packet_rate(channels=False).result(STEP)["rate"]
         trial.expect(0.2 < rate / trial.setup.rate < 3.0, f"a rate of {rate:.0f}/s after a step of {step} s")
-    trial.flowing(AGAIN)
+    trial.await_rows(MORE_ROWS)
     trial.exact_monitor = True

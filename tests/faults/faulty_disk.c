@@ -1,6 +1,6 @@
-/* A disk that misbehaves on demand: preloaded into a process, it stands before the calls that write to regular files
+/* A disk that misbehaves on demand. Preloaded into a process, this library intercepts the calls that write to regular files
  * under one directory. LARPIXDAQ_DISK_DIRECTORY names the directory, LARPIXDAQ_DISK_CONTROL a file with the structure
- * below, which disk.py writes. Everything else (sockets, pipes, other directories) goes straight through. */
+ * below, which disk.py writes. Calls for other files, sockets and pipes are passed on. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -18,14 +18,14 @@
 #include <unistd.h>
 
 struct control {
-    int64_t hang;       /* 1: every operation waits until this is 0 again */
+    int64_t hang;       /* 1: every operation waits until this is 0 */
     int64_t error;      /* errno for the operations that fail */
-    int64_t failures;   /* so many operations fail; -1: all, until released */
-    int64_t rate;       /* bytes/s that can be written; 0: as fast as it goes */
+    int64_t failures;   /* number of operations that fail; -1: all, until heal() */
+    int64_t rate;       /* maximum bytes/s written; 0: no limit */
     int64_t room;       /* bytes by which files can still grow; -1: no limit */
-    int64_t operations; /* seen so far */
-    int64_t affected;   /* of these, delayed or failed */
-    int64_t locks;      /* errno for flock(); 0: there are locks */
+    int64_t operations; /* number so far */
+    int64_t affected;   /* number of these that were delayed or failed */
+    int64_t locks;      /* errno of flock(); 0: locks work */
 };
 
 static volatile struct control *control;
@@ -65,7 +65,7 @@ static void pause_for(double seconds) {
     nanosleep(&time, NULL);
 }
 
-/* What happens to every operation; -1 with errno when it fails. */
+/* Delays an operation, or lets it fail: -1 with errno. */
 static int affect(void) {
     __atomic_add_fetch(&control->operations, 1, __ATOMIC_RELAXED);
     if (control->hang) {
@@ -93,7 +93,7 @@ static void slow_down(int64_t size) {
     pause_for(free_at - now);
 }
 
-/* How much of a write of `size` bytes at `offset` may be done; -1 with errno for none. */
+/* Number of bytes that a write of `size` bytes at `offset` may write; -1 with errno for none. */
 static int64_t admit(const struct stat *status, int64_t offset, int64_t size) {
     if (affect()) return -1;
     slow_down(size);
@@ -187,7 +187,7 @@ int ftruncate64(int fd, off64_t size) {
 
 int ftruncate(int fd, off_t size) { return ftruncate64(fd, size); }
 
-/* A disk that is full must also say so. */
+/* A full disk also reports that it is full. */
 int statvfs64(const char *path, struct statvfs64 *found) {
     REAL(int, "statvfs64", const char *, struct statvfs64 *);
     char whole[4096];

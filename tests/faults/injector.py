@@ -1,4 +1,4 @@
-"""What can happen to the processes of a System, on purpose and repeatably; each action is noted with its time."""
+"""Kills, stops and slows processes of a System, repeatably by seed, and notes the time of each action."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from system import System
 
 
 class Faults:
-    """`longest` bounds every pause(), for tests that have little time. Keys are those of System.processes."""
+    """Faults of the processes in System.processes. `longest`: maximum seconds of a pause(), for short tests."""
 
     def __init__(self, line: System, seed: int, longest: float = float("inf")) -> None:
         self.line = line
         self.random = random.Random(seed)
         self.longest = longest
-        self.notes: list[tuple[float, str]] = []  # (monotonic, what)
+        self.notes: list[tuple[float, str]] = []  # (monotonic time, text)
         self._never = threading.Event()
 
     def note(self, text: str) -> None:
         self.notes.append((time.monotonic(), text))
 
     def pause(self, seconds: float) -> None:
-        """The time that a fault lasts, or that the system is left alone."""
+        """Wait for the duration of a fault, or without any fault."""
         self._never.wait(min(seconds, self.longest))
 
-    def moment(self, seconds: float) -> None:
-        """A random time of at most so long."""
+    def random_pause(self, seconds: float) -> None:
+        """Wait for a random time of at most `seconds`."""
         self._never.wait(self.random.uniform(0.0, min(seconds, self.longest)))
 
     def kill(self, key: str) -> None:
@@ -37,7 +37,7 @@ class Faults:
         self.line.processes[key].kill()
 
     def restart(self, key: str) -> Process:
-        """Start a process anew that has ended, with the arguments that it had."""
+        """Start an ended process again, with the same arguments."""
         process = self.line.processes[key]
         if process.popen.poll() is None:
             raise AssertionError(f"{key} still runs: kill it first")
@@ -45,12 +45,12 @@ class Faults:
         return self.line.restart(key)
 
     def stop(self, key: str) -> None:
-        """SIGSTOP: it stands still, with all its sockets and files."""
+        """Stop a process with SIGSTOP; its sockets and files stay open."""
         self.note(f"{key} stopped")
         self.line.processes[key].popen.send_signal(signal.SIGSTOP)
 
-    def go_on(self, key: str) -> None:
-        self.note(f"{key} goes on")
+    def resume(self, key: str) -> None:
+        self.note(f"{key} continues")
         self.line.processes[key].popen.send_signal(signal.SIGCONT)
 
     def stop_for(self, key: str, seconds: float) -> None:
@@ -58,10 +58,10 @@ class Faults:
         try:
             self.pause(seconds)
         finally:
-            self.go_on(key)
+            self.resume(key)
 
     def slow_down(self, key: str, factor: float, seconds: float) -> None:
-        """It gets one part in `factor` of the time, in turns of 2 ms."""
+        """Give a process only 1/`factor` of the time, in turns of 2 ms."""
         popen = self.line.processes[key].popen
         self.note(f"{key} is {factor:g} times slower")
         end = time.monotonic() + min(seconds, self.longest)

@@ -1,19 +1,18 @@
-"""Writers killed at random moments, recovered, and held against what they had acknowledged.
+"""Kills writers of files at random moments, recovers the files, and checks that everything acknowledged is in them.
 
-`python tests/faults/kill_file_writer.py --kills 500 --seed 1` prints what happened as one JSON line and ends with 1
-when anything was lost, doubled or found wrong. Each trial forks a writer that writes runs through RunFile as fast as it
-can: blocks of any size, journal, rotation, ends, rows shown to readers, one run after the other. It tells over a pipe
-what is durable,
-and dies in one of these ways:
+`python tests/faults/kill_file_writer.py --kills 500 --seed 1` prints the result as one JSON line, and exits with 1 if a
+block was lost or doubled or a check failed. Each trial forks a writer that writes runs with RunFile as fast as it can:
+blocks of any size, journal, rotation, end records, rows shown to readers. The writer reports durable positions over a
+pipe, and dies in one of these ways:
 
-- acknowledged: SIGKILL from outside, some microseconds after so many acknowledgements;
-- clock: at a random time; a timer's signal, which has its default effect, ends it like SIGKILL, also within C code;
-- operation: before, in the midst of, or after the n-th call of one kind of operation (flush, resize, rename, ...).
+- acknowledged: by SIGKILL, some microseconds after a number of acknowledgements;
+- clock: at a random time, by the signal of a timer, whose default action ends a process like SIGKILL, also in C code;
+- operation: before, during or after the n-th call of one kind of operation (flush, resize, rename, ...).
 
 Then everything acknowledged must be in /run/blocks of files that open (parts with swmr=True), or in journals. Recovery
-runs, in a share of the trials killed itself, and again. Then every file must open plainly and hold each acknowledged
-block exactly once, with its rows; the only complaint of verify is missing end records. At last the run goes on where
-it stands, in a further part, and must be COMPLETE over all its parts.
+runs; in some trials it is killed, too, and runs again. Then every file must open normally and have each acknowledged
+block exactly once, with its rows. `verify` may only report missing end records. Finally the run continues from its
+positions in the next part, and must be COMPLETE over all parts.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ from larpixdaq.protocol.stream import BlockOrigin
 
 POOL = random_rows(np.random.default_rng(9), 40_000)
 PRODUCERS = (("LArPix board", 7), ("second", 1 << 63))
-#: Operations on which writers and recoveries die, and the highest n of the n-th call.
+#: Operations at which writers die, and the highest number of the fatal call.
 OPERATIONS = {
     "create": 3,
     "flush": 60,
@@ -68,29 +67,29 @@ OPERATIONS = {
     "unlink": 12,
     "close": 6,
 }
-#: The same of recoveries, which do less.
+#: The same for recoveries, which make fewer calls.
 RECOVERY = {"flush": 12, "resize": 12, "write": 20, "chunk": 4, "pwrite": 1, "fsync": 4} | dict.fromkeys(
     ("link", "rename", "unlink", "close"), 2
 )
-MIDST = 300e-6  # seconds at most into an operation
+MIDST = 300e-6  # maximum seconds from the begin of an operation to death
 
 
 class Plan(NamedTuple):
-    """How a process dies: `after` acknowledgements, at a time (seconds), or on an operation."""
+    """How a process dies: after a number of acknowledgements, at a time (seconds), or at an operation."""
 
     mode: str
     operation: str = ""
     when: str = ""
     number: int = 0
     seconds: float = 0.0
-    links: bool = True  # False: a file system without hard links
+    links: bool = True  # whether the file system has hard links
 
 
-# What is written: everything follows from seed, run, producer and sequence
+# Content: everything follows from seed, run, producer and sequence
 
 
 def content(seed: int, source: BlockOrigin, sequence: int) -> tuple[Any, str | None]:
-    """Rows, shape (N,), and the text of an INFO message."""
+    """Return the rows of a block, shape (N,), and None, or None and the text of an INFO message."""
     rng = random.Random(f"{seed} {source} {sequence}")
     kind = rng.random()
     if kind < 0.08:
@@ -112,16 +111,16 @@ def next_block(feed: Feed, seed: int) -> tuple[stream.Block, Any]:
 
 
 class Writer:
-    def __init__(self, directory: Path, seed: int, tell: Callable[[BlockOrigin, int], None]) -> None:
+    def __init__(self, directory: Path, seed: int, report: Callable[[BlockOrigin, int], None]) -> None:
         self._directory = directory
         self._seed = seed
-        self._tell = tell
-        self._told: dict[BlockOrigin, int] = {}
+        self._report = report
+        self._acknowledged: dict[BlockOrigin, int] = {}
         self._rng = random.Random(seed)
 
     def write(self) -> None:
         if self._rng.random() < 0.5:
-            writer.SHOW_INTERVAL = 0.0  # rows are shown to readers each time, not every few seconds
+            writer.SHOW_INTERVAL = 0.0  # rows are shown to readers at once, not every few seconds
         for run in range(1, 4):
             self._run(run)
 
@@ -158,9 +157,9 @@ class Writer:
 
     def _acknowledge(self, file: RunFile) -> None:
         for source, following in file.durable.items():
-            if self._told.get(source) != following:
-                self._told[source] = following
-                self._tell(source, following)
+            if self._acknowledged.get(source) != following:
+                self._acknowledged[source] = following
+                self._report(source, following)
 
 
 # Death
@@ -170,8 +169,8 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Deadly:
-    """Counts the calls of one kind of operation, and dies on one."""
+class KillPoint:
+    """Counts the calls of one kind of operation, and kills the process at the planned one."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -196,7 +195,7 @@ class Deadly:
         return call
 
     def arm(self) -> None:
-        """In a process of its own: nothing is put back."""
+        """Replace the operations. Only for a child process, because nothing is restored."""
         if not self._plan.links:
             os.link = _no_links  # type: ignore[assignment]
         for name in ("pwritev", "pwrite", "ftruncate", "fsync", "link", "rename", "unlink"):
@@ -223,7 +222,7 @@ def _no_links(*names: Any) -> None:
 
 
 class _Packets:
-    """/packets, and its id, with another write_direct_chunk."""
+    """The dataset /packets, whose id has another write_direct_chunk."""
 
     def __init__(self, packets: Any, write: Callable[..., None]) -> None:
         self._real = packets
@@ -246,7 +245,7 @@ class _Id:
 
 
 def run_and_die(plan: Plan, do: Callable[[], None]) -> str:
-    """In a process of its own. How it died; empty when it came to its end."""
+    """Run `do()` in a child process. Returns how it died; empty if it finished."""
     pid = os.fork()
     if not pid:
         _child(plan, do)
@@ -256,7 +255,7 @@ def run_and_die(plan: Plan, do: Callable[[], None]) -> str:
 def _child(plan: Plan, do: Callable[[], None]) -> None:
     status = 1
     try:
-        Deadly(plan).arm()
+        KillPoint(plan).arm()
         if plan.mode == "clock":
             signal.setitimer(signal.ITIMER_REAL, plan.seconds)
         do()
@@ -277,41 +276,41 @@ def _ended(pid: int, plan: Plan) -> str:
         return ""
     if not plan.operation:
         return plan.mode
-    # What was over before its timer's signal came died behind it.
+    # An operation that ended before the signal of the timer was killed after it.
     when = "after" if plan.when == "midst" and status == -signal.SIGKILL else plan.when
     return f"{plan.operation} {when}"
 
 
 def killed_writer(directory: Path, seed: int, plan: Plan) -> tuple[str, dict[BlockOrigin, int]]:
-    """How the writer died, empty when it came to its end, and what it had acknowledged: next sequences."""
+    """Run a writer. Returns how it died, empty if it finished, and the acknowledged positions by origin."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
         os.close(reading)
 
-        def tell(source: BlockOrigin, following: int) -> None:
+        def report(source: BlockOrigin, following: int) -> None:
             os.write(writing, json.dumps([*source, following]).encode() + b"\n")
 
-        _child(plan, Writer(directory, seed, tell).write)
+        _child(plan, Writer(directory, seed, report).write)
     os.close(writing)
-    told: dict[BlockOrigin, int] = {}
+    acknowledged: dict[BlockOrigin, int] = {}
     with open(reading, "rb", buffering=0) as pipe:
         for count, line in enumerate(iter(pipe.readline, b""), 1):
             *source, following = json.loads(line)
-            told[BlockOrigin(*source)] = following
+            acknowledged[BlockOrigin(*source)] = following
             if plan.mode == "acknowledged" and count == plan.number:
                 limit = time.perf_counter() + plan.seconds
                 while time.perf_counter() < limit:
                     pass
                 os.kill(pid, signal.SIGKILL)
-    return _ended(pid, plan), told
+    return _ended(pid, plan), acknowledged
 
 
-# What must be there
+# Checks
 
 
 def rows_in_file(path: Path) -> Iterator[tuple[BlockOrigin, int, Any]]:
-    """(source, sequence, rows) of each block."""
+    """Yield (origin, sequence, rows) of each block."""
     with DataFile(path) as file:
         producers, run = file.producers(), file.run_info()["run"]
         for row in file.table("run/blocks"):
@@ -331,51 +330,52 @@ def check_rows(seed: int, source: BlockOrigin, sequence: int, rows: Any) -> None
     if text is not None:
         given = Feed(*source).info(text)[1]
         given["counter"] = rows["counter"]
-    assert np.array_equal(rows, given), f"{source}, block {sequence}: other rows than were written"
+    assert np.array_equal(rows, given), f"{source}, block {sequence}: wrong rows"
 
 
-def check_before(directory: Path, seed: int, told: dict[BlockOrigin, int]) -> None:
-    """All parts can be read as they are, and nothing is only in a dead process."""
+def check_unrecovered(directory: Path, seed: int, acknowledged: dict[BlockOrigin, int]) -> None:
+    """Check before recovery that all parts can be read, and that every acknowledged block is in a file."""
     found: dict[BlockOrigin, set[int]] = {}
     for _, ending, path in names.run_files(directory):
         if ending == names.JOURNAL:
             blocks_of = rows_in_journal(path)
-        elif (ending == names.PART and not made(path)) or not path.stat().st_size:  # the latter: only a name taken
+        elif (ending == names.PART and not was_created(path)) or not path.stat().st_size:  # empty: a reserved name
             continue
         else:
             if ending == names.PART:
                 h5py.File(path, "r", swmr=True).close()
             blocks_of = rows_in_file(path)
         for source, sequence, rows in blocks_of:
-            if sequence < told.get(source, 0):
+            if sequence < acknowledged.get(source, 0):
                 check_rows(seed, source, sequence, rows)
             found.setdefault(source, set()).add(sequence)
-    stands = {BlockOrigin(p.run, p.producer, p.epoch): p.next for p in positions(directory)}
-    for source, following in told.items():
+    next_sequences = {BlockOrigin(p.run, p.producer, p.epoch): p.next for p in positions(directory)}
+    for source, following in acknowledged.items():
         lost = set(range(following)) - found.get(source, set())
-        # The last that counts may be the end; positions know it.
-        assert lost <= {following - 1}, f"{source}: blocks {sorted(lost)} are nowhere"
-        assert stands.get(source, 0) >= following, f"{source}: acknowledged to {following}, found {stands.get(source)}"
+        # The last sequence may be that of the end record, which only positions() knows.
+        assert lost <= {following - 1}, f"{source}: blocks {sorted(lost)} are in no file"
+        found_next = next_sequences.get(source, 0)
+        assert found_next >= following, f"{source}: acknowledged to {following}, found {found_next}"
 
 
-def made(part: Path) -> bool:
+def was_created(part: Path) -> bool:
     first = repair.read_superblock(part)
     return first is not None and first.flags != repair.WRITING
 
 
 class Held(NamedTuple):
     rows: int
-    acknowledged: int  # of these
+    acknowledged: int  # rows
     lost: int  # blocks
     doubled: int
 
 
-def check_after(directory: Path, seed: int, told: dict[BlockOrigin, int]) -> Held:
-    """Finished files only, which open plainly; each acknowledged block once, as it was written."""
+def check_recovered(directory: Path, seed: int, acknowledged: dict[BlockOrigin, int]) -> Held:
+    """Check after recovery that all files are finished and open normally, and have each acknowledged block once."""
     count: Counter[tuple[BlockOrigin, int]] = Counter()
     kept = 0
     for _, ending, path in names.run_files(directory):
-        assert ending == names.FINISHED, f"{path.name} is left"
+        assert ending == names.FINISHED, f"{path.name} is not recovered"
         with h5py.File(path) as plain:
             assert plain["packets"].shape[0] == plain["run/info"]["rows"][0]
         for source, sequence, rows in rows_in_file(path):
@@ -384,36 +384,36 @@ def check_after(directory: Path, seed: int, told: dict[BlockOrigin, int]) -> Hel
             kept += len(rows)
     ends = {
         BlockOrigin(run, *end[:2]): end[2]
-        for run in {source.run for source in told}
+        for run in {source.run for source in acknowledged}
         for end in survey_run(directory, run).ends
     }
-    acknowledged = lost = 0
-    for source, following in told.items():
+    acknowledged_rows = lost = 0
+    for source, following in acknowledged.items():
         for sequence in range(following):
-            if ends.get(source) != sequence:  # an end counts as one
+            if ends.get(source) != sequence:  # the end record has a sequence, too
                 given, text = content(seed, source, sequence)
-                acknowledged += len(given if text is None else Feed(*source).info(text)[1])
+                acknowledged_rows += len(given if text is None else Feed(*source).info(text)[1])
                 lost += (source, sequence) not in count
     outcome = verify_all([directory]) if count else None
     reasons = [line for run in (outcome.runs if outcome else []) for line in run.reasons]
     reasons += [line for file in (outcome.files if outcome else []) for line in file.findings]
     others = [line for line in reasons if "no end record" not in line and ": no data came," not in line]
     assert not others, f"verify: {others}"
-    return Held(kept, acknowledged, lost, sum(n > 1 for n in count.values()))
+    return Held(kept, acknowledged_rows, lost, sum(n > 1 for n in count.values()))
 
 
-def check_going_on(directory: Path, seed: int) -> None:
-    """What producers hold still comes in a further part; then each run is whole."""
+def check_continuation(directory: Path, seed: int) -> None:
+    """Check that pending blocks can be written to the next part, and that each run is complete then."""
     for run in sorted({run for run, _, _ in names.run_files(directory)}):
         before = survey_run(directory, run)
         ended = {(producer, epoch) for producer, epoch, *_ in before.ends}
-        stands = positions(directory, run)
+        run_positions = positions(directory, run)
         part = names.files_of_storage(directory, "", run)[-1][1] + 1
         file = None
-        for place in stands:
+        for place in run_positions:
             if (place.producer, place.epoch) in ended:
                 continue
-            file = file or RunFile(directory, run_info(run=run), part, stands)
+            file = file or RunFile(directory, run_info(run=run), part, run_positions)
             feed = Feed(run, place.producer, place.epoch)
             for _ in range(place.next):
                 next_block(feed, seed)
@@ -465,33 +465,33 @@ class Tally:
 
 
 def trial(directory: Path, seed: int, tally: Tally) -> bool:
-    """False when the writer came to its end before it was killed."""
+    """Run one trial. Returns False if the writer finished before it was killed."""
     rng = random.Random(f"trial {seed}")
     plan = plan_for(rng, OPERATIONS, 0.5)
-    died, told = killed_writer(directory, seed, plan)
+    died, acknowledged = killed_writer(directory, seed, plan)
     if not died:
         return False
     tally.kills[died] += 1
-    check_before(directory, seed, told)
+    check_unrecovered(directory, seed, acknowledged)
     while (parts := names.unfinished_parts(directory)) and rng.random() < 0.4:
         again = plan_for(rng, RECOVERY, 0.05)
         if died := run_and_die(again, lambda parts=parts: [recover(part) for part in parts]):
             tally.recoveries[died] += 1
-        check_before(directory, seed, told)
-    # A storage goes on from where the parts say that their sources will stand, and recovers them meanwhile.
+        check_unrecovered(directory, seed, acknowledged)
+    # A storage continues from the positions in unfinished parts, and recovers the parts meanwhile.
     for part in names.unfinished_parts(directory):
         prepare(part)
-    stands = set(positions(directory))
+    before = set(positions(directory))
     for part in names.unfinished_parts(directory):
         assert not (damaged := recover(part).damaged), f"a killed writer damages nothing, found {damaged}"
     assert not (kept := list(directory.glob("*.damaged*"))), f"kept as damaged: {kept}"
-    assert (after := set(positions(directory))) == stands, f"stood at {stands - after}, stands at {after - stands}"
-    held = check_after(directory, seed, told)
+    assert (after := set(positions(directory))) == before, f"positions {before - after} became {after - before}"
+    held = check_recovered(directory, seed, acknowledged)
     tally.rows += held.rows
     tally.acknowledged += held.acknowledged
     tally.lost += held.lost
     tally.doubled += held.doubled
-    check_going_on(directory, seed)
+    check_continuation(directory, seed)
     return True
 
 
@@ -526,10 +526,10 @@ def run(kills: int, seed: int, keep: Path | None = None) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill writers of files at random moments, and recover what they left.")
+    parser = argparse.ArgumentParser(description="Kill writers of files at random moments, and recover their files.")
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--trial", type=int, help="one trial again, by the number that a failure names")
+    parser.add_argument("--trial", type=int, help="repeat one trial, by the number in its failure")
     parser.add_argument("--keep", type=Path, help="copy the files of failed trials to this directory")
     options = parser.parse_args()
     if options.trial is not None:

@@ -1,8 +1,9 @@
-"""A producer's ring whose writer is killed, and what its successor must find. A program, since it forks without end:
+"""Kills the writer of a producer's ring at random moments, and checks the rows that a successor finds.
 
     python tests/faults/kill_ring_writer.py FOLDER SEED TRIALS
 
-kills a writer TRIALS times at random moments; exit 1 when what it left is not exactly what it had published.
+runs TRIALS trials. It exits with 1 if a ring does not have exactly the published rows. It is a separate program,
+because it forks often.
 """
 
 from __future__ import annotations
@@ -35,21 +36,22 @@ LAYOUT = schema.layout(2)
 
 
 class Writer:
-    """Does to a ring what a producer does, in random order. Kept rows are numbered, per run, by their timestamps.
+    """Does the work of a producer on a ring, in random order. The timestamps number the kept rows of each run.
 
-    `told` are three numbers that outlive it: the run, rows published in it, 1 when its end record is in.
+    `progress`: three numbers in shared memory that survive the writer: run, rows published in it, and 1 once it has its
+    end record.
     """
 
-    def __init__(self, ring_file: RingFile, rng: random.Random, told: Any) -> None:
+    def __init__(self, ring_file: RingFile, rng: random.Random, progress: Any) -> None:
         self.ring = ring_file.ring
         self.rng = rng
-        self.told = told
+        self.progress = progress
         self.recorder = BlockBuilder(self.ring, NAME, self.ring.epoch, LAYOUT, [1, 200])
         self.recorder.begin(1, ["storage"])
-        told[:] = (1, 0, 0)
+        progress[:] = (1, 0, 0)
 
     def _count(self, rows: int) -> None:
-        # One after the other, as a decoder does it: the counters agree only in between batches.
+        # One after the other, as in a decoder, so that the counters agree only between batches.
         for name in (Count.WORD_ROWS, Count.PACKETS, Count.BYTES_IN):
             self.ring.counts[1, name] += np.uint64(rows)
 
@@ -59,13 +61,13 @@ class Writer:
         if rows is None:
             self.drop()
             return
-        first = int(self.told[1])
+        first = int(self.progress[1])
         self._count(n)
         rows["packet_type"][:n] = 0
         rows["io_group"][:n] = 1
         rows["timestamp"][:n] = np.arange(first, first + n)
         self.recorder.publish(n)
-        self.told[1] += n
+        self.progress[1] += n
 
     def drop(self) -> None:
         rows = self.recorder.scratch[: self.rng.choice((1, 7, 500))]
@@ -78,13 +80,13 @@ class Writer:
 
     def run(self) -> None:
         self.recorder.end("closed", [], self.recorder.counts(self.ring.outside))
-        self.told[2] = 1
-        if self.rng.random() < 0.5:  # a storage has all of it
+        self.progress[2] = 1
+        if self.rng.random() < 0.5:  # a storage has acknowledged everything
             self.ring.free_to(self.ring.head)
-        run = int(self.told[0]) + 1
+        run = int(self.progress[0]) + 1
         self.recorder.begin(run, ["storage", "other"])
-        self.told[1] = self.told[2] = 0  # before the run: it may be killed in between
-        self.told[0] = run
+        self.progress[1] = self.progress[2] = 0  # first, because the writer may be killed before the next line
+        self.progress[0] = run
 
     def work(self) -> None:
         steps = ((self.write, 60), (self.recorder.close_block, 20), (self.drop, 5), (self.info, 5), (self.run, 3))
@@ -93,11 +95,11 @@ class Writer:
             self.rng.choices(choices, weights)[0]()
 
 
-def check(folder: Path, epoch: int, told: tuple[int, int, int]) -> None:
-    """Take over what the dead writer left in the folder, and compare it with what it had told."""
+def check(folder: Path, epoch: int, progress: tuple[int, int, int]) -> None:
+    """Take over the ring of the dead writer, and compare it with its progress."""
     worker = Worker("spool")
     spool = SpoolDirectory(folder / "spool", "larpixdaq", 0, worker)
-    for _ in range(2):  # the second time as if the first successor had been killed right afterwards
+    for _ in range(2):  # the second time as if the first successor had been killed at once
         (left,) = Predecessors(NAME, folder, folder, spool, time.time_ns()).take_over(())
         assert left.epoch == epoch
         assert left.ring_file is not None
@@ -134,25 +136,25 @@ def check(folder: Path, epoch: int, told: tuple[int, int, int]) -> None:
             assert words[Count.WORD_ROWS] - words[Count.DROPPED] == len(rows), "equation (d)"
             assert infos[Count.INFO_ROWS] - infos[Count.DROPPED] == texts
             assert gaps == words[Count.DROPPED] + infos[Count.DROPPED]
-    if run == told[0]:
-        assert told[1] <= len(rows) <= told[1] + 2000, f"{told[1]} rows were published, {len(rows)} are there"
+    if run == progress[0]:
+        assert progress[1] <= len(rows) <= progress[1] + 2000, f"{progress[1]} rows published, {len(rows)} in the ring"
         if frame.how == "recovered":
-            assert {(one.io_group, one.verdict) for one in frame.verdicts} == {(1, "suspect"), (200, "suspect")}
+            assert {(line.io_group, line.verdict) for line in frame.verdicts} == {(1, "suspect"), (200, "suspect")}
     else:
-        assert run == told[0] + 1 or (told[2] and ring.tail == ring.head), (run, told)
+        assert run == progress[0] + 1 or (progress[2] and ring.tail == ring.head), (run, progress)
 
 
 def kill(folder: Path, seed: int) -> None:
-    """One trial."""
+    """Run one trial."""
     rng = random.Random(seed)
     ring_file = RingFile.make(folder, folder, NAME, seed, SMALLEST + (8 << 20))
     shared = mmap.mmap(-1, 4096)
-    told = np.frombuffer(shared, np.int64, 3)
+    progress = np.frombuffer(shared, np.int64, 3)
     child = os.fork()
     if not child:
-        Writer(ring_file, rng, told).work()
+        Writer(ring_file, rng, progress).work()
         os._exit(0)
-    while not told[0]:
+    while not progress[0]:
         os.sched_yield()
     end = time.monotonic() + rng.random() * 0.02
     while time.monotonic() < end:
@@ -160,7 +162,7 @@ def kill(folder: Path, seed: int) -> None:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     ring_file.leave()
-    check(folder, seed, (int(told[0]), int(told[1]), int(told[2])))
+    check(folder, seed, (int(progress[0]), int(progress[1]), int(progress[2])))
     ring_file.path.unlink()
 
 

@@ -1,6 +1,6 @@
-"""What became of the words that a board sent, from the files alone: stored, counted as lost, or unaccounted for.
+"""Counts the words of boards that are stored, counted as lost, or unaccounted for, from the files of a run alone.
 
-Nothing here asks a process, and the rows are counted with plain h5py and numpy.
+The rows are counted with plain h5py and numpy, independently of larpix-daq.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from larpixdaq.hdf5.ledger import input_imbalances
 from larpixdaq.hdf5.verify import verify
 
 Source = tuple[str, int]  # producer, epoch
-#: Kinds of rows, and the producer's counters of them.
+#: Kinds of rows, and their counters in the ledger.
 WORDS, TIMES, INFOS, SENT = range(4)
 MADE = ("word_rows", "time_rows", "info_rows", "sent_rows")
 _PIECE = 1 << 18
-#: Findings about one part that are of no account when the other parts have what is wanting, or it is counted as lost:
-#: that is seen below.
-_ELSEWHERE = re.compile(
+#: Findings about one part that are no problem by themselves, because other parts may have the missing blocks, or the
+#: ledger counts them. _balance() judges all parts together.
+_OF_ONE_PART = re.compile(
     "^condition |totals unknown$|: blocks .* missing |ledger .d.: |dropped, because ring and spool were full$|"
     ": most of the data could not be used: "
 )
@@ -38,7 +38,7 @@ _ELSEWHERE = re.compile(
 
 @dataclass
 class Gap:
-    """Marked in the file: something of this io_group is, or may be, missing."""
+    """A mark in the file that data of an io_group are, or may be, missing."""
 
     io_group: int
     what: str
@@ -49,13 +49,11 @@ class Gap:
 @dataclass
 class Tally:
     stored: dict[int, int] = field(default_factory=dict)  # words per io_group, each block once
-    counted: dict[int, int] = field(
-        default_factory=dict
-    )  # words that were made into rows, or could not be, and are lost
-    doubled: int = 0  # blocks that stand in the files twice without a mark that says so
-    excused: int = 0  # blocks that stand in a part that says who superseded it
+    counted: dict[int, int] = field(default_factory=dict)  # words per io_group that the ledger counts as lost
+    doubled: int = 0  # blocks that are in the files twice, without a mark
+    superseded: int = 0  # blocks that are twice in the files, once in a part that is marked as superseded
     gaps: list[Gap] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)  # what is wrong with ledger or files
+    problems: list[str] = field(default_factory=list)  # faults of ledger or files
     notes: list[str] = field(default_factory=list)
     parts: int = 0
     rows: int = 0
@@ -64,8 +62,8 @@ class Tally:
         return {group: n - self.stored.get(group, 0) - self.counted.get(group, 0) for group, n in sent.items()}
 
 
-class _Books:
-    """What the parts say together."""
+class _Totals:
+    """Sums over all parts of a run."""
 
     def __init__(self) -> None:
         self.rows = np.zeros((256, 4), np.int64)  # [io_group, kind], each block once
@@ -73,21 +71,21 @@ class _Books:
         self.sources: set[Source] = set()
         self.ends: dict[Source, dict[int, dict[str, int]]] = defaultdict(dict)
         self.next: dict[Source, int] = {}
-        self.missing: Counter[Source] = Counter()  # rows of blocks that never came
+        self.missing: Counter[Source] = Counter()  # rows of blocks that never arrived
 
 
 def tally(parts: list[Path], processes: int = 1) -> Tally:
-    """Of the parts of one run of one storage, in order; their rows are read by so many processes."""
-    found, books = Tally(parts=len(parts)), _Books()
+    """Count the words in the parts of one run of one storage, in order. `processes` processes read the rows."""
+    found, totals = Tally(parts=len(parts)), _Totals()
     finished = [path for path in sorted(parts, key=_superseded) if path.name.endswith(names.FINISHED)]
-    found.problems += [f"{path.name} was left behind" for path in parts if path not in finished]
+    found.problems += [f"{path.name} is not finished" for path in parts if path not in finished]
     for path, (findings, kinds) in zip(finished, _readings(finished, processes), strict=True):
         for finding in findings:
-            (found.notes if _ELSEWHERE.search(finding) else found.problems).append(f"{path.name}: {finding}")
-        books.rows += kinds
+            (found.notes if _OF_ONE_PART.search(finding) else found.problems).append(f"{path.name}: {finding}")
+        totals.rows += kinds
         with h5py.File(path, "r") as file:
-            _part(file, path.name, found, books)
-    _settle(found, books)
+            _part(file, path.name, found, totals)
+    _balance(found, totals)
     return found
 
 
@@ -100,7 +98,7 @@ def _readings(parts: list[Path], processes: int) -> Iterator[tuple[list[str], ND
 
 
 def _reading(path: Path) -> tuple[list[str], NDArray[np.int64]]:
-    """What `verify` finds in a part, and its rows by io_group and kind."""
+    """Return the findings of `verify` in a part, and its number of rows by io_group and kind."""
     kinds = np.zeros((256, 4), np.int64)
     with h5py.File(path, "r") as file:
         rows = file["packets"]
@@ -110,7 +108,7 @@ def _reading(path: Path) -> tuple[list[str], NDArray[np.int64]]:
 
 
 def parts_of(directories: list[Path], run: int, label: str = "") -> list[Path]:
-    """The files of a run, finished or left behind, of the storage with this label, in the order of their parts."""
+    """Return the finished and unfinished files of a run from the storage with this label, in the order of parts."""
     found = []
     for directory in directories:
         for _, ending, path in names.run_files(directory, run):
@@ -121,43 +119,43 @@ def parts_of(directories: list[Path], run: int, label: str = "") -> list[Path]:
 
 
 def _superseded(path: Path) -> bool:
-    """Whether the part says that another storage of its name went on: what both have counts there."""
+    """Return whether a part is marked as superseded by another storage; blocks in both count for the other one."""
     try:
         with h5py.File(path, "r") as file:
             return any(text.startswith(b"superseded") for text in file["run/texts"]["name"])
     except (OSError, KeyError):
-        return False  # that is told where it is read
+        return False  # _part() reports the damage
 
 
-def _part(file: Any, name: str, found: Tally, books: _Books) -> None:
+def _part(file: Any, name: str, found: Tally, totals: _Totals) -> None:
     producers = [text.decode() for text in file["run/producers"]["name"]]
     blocks = file["run/blocks"][:]
-    again = np.zeros(len(blocks), bool)
+    repeated = np.zeros(len(blocks), bool)
     for at, (producer, epoch, sequence) in enumerate(blocks[["producer", "epoch", "sequence"]].tolist()):
         key = producers[producer], epoch, sequence
-        again[at] = key in books.seen
-        books.seen.add(key)
-        books.sources.add(key[:2])
-    doubled = int(again.sum())
+        repeated[at] = key in totals.seen
+        totals.seen.add(key)
+        totals.sources.add(key[:2])
+    doubled = int(repeated.sum())
     if _superseded(Path(file.filename)):
-        found.excused += doubled
+        found.superseded += doubled
     else:
         found.doubled += doubled
     rows = file["packets"]
     found.rows += len(rows)
-    for block in blocks[again]:
+    for block in blocks[repeated]:
         first = int(block["first_row"])
-        books.rows -= _kinds(rows[first : first + int(block["rows"])])
+        totals.rows -= _kinds(rows[first : first + int(block["rows"])])
     for line in file["run/missing"][:]:
         source = producers[line["producer"]], int(line["epoch"])
-        books.missing[source] += int(line["rows"])
+        totals.missing[source] += int(line["rows"])
         found.notes.append(f"{name}: blocks {line['first']} to {line['next'] - 1} of {source[0]} are missing")
     for line in file["run/ends"][:]:
-        books.next[producers[line["producer"]], int(line["epoch"])] = int(line["next"])
+        totals.next[producers[line["producer"]], int(line["epoch"])] = int(line["next"])
     for line in file["ledger/counts"][:]:
         if line["how"] != b"open":
             counts = {column: int(line[column]) for column in COUNTS}
-            books.ends[producers[line["producer"]], int(line["epoch"])][int(line["io_group"])] = counts
+            totals.ends[producers[line["producer"]], int(line["epoch"])][int(line["io_group"])] = counts
     for line in file["ledger/verdicts"][:]:
         if line["verdict"] != b"complete":
             what = f"{line['verdict'].decode()}: {line['why'].decode()}"
@@ -169,7 +167,7 @@ def _seconds(line: Any) -> float:
 
 
 def _kinds(rows: NDArray[Any]) -> NDArray[np.int64]:
-    """Rows by io_group and kind."""
+    """Count rows, shape (256, 4): io_group, kind."""
     kind = rows["packet_type"].astype(np.intp)
     key = rows["io_group"].astype(np.intp) << 4 | kind << 1 | (rows["direction"] != 0)
     counts = np.bincount(key, minlength=4096).reshape(256, 8, 2)
@@ -181,35 +179,35 @@ def _kinds(rows: NDArray[Any]) -> NDArray[np.int64]:
     return found
 
 
-def _settle(found: Tally, books: _Books) -> None:
-    """The equations of the ledger over all parts, and what follows from them."""
+def _balance(found: Tally, totals: _Totals) -> None:
+    """Check the equations of the ledger over all parts, and fill in stored and counted words."""
     made = np.zeros((256, 4), np.int64)
     dropped = np.zeros(256, np.int64)
     refused: Counter[int] = Counter()
-    for source in sorted(books.sources | books.ends.keys()):
-        if source not in books.ends:
+    for source in sorted(totals.sources | totals.ends.keys()):
+        if source not in totals.ends:
             found.problems.append(f"the totals of {source[0]}, epoch {source[1]:x}, are unknown")
             continue
-        for io_group, counts in books.ends[source].items():
+        for io_group, counts in totals.ends[source].items():
             found.problems += [f"{source[0]}, io_group {io_group}: {line}" for line in input_imbalances(counts)]
             made[io_group] += [counts[name] for name in MADE]
             dropped[io_group] += counts["dropped"]
             refused[io_group] += counts["unknown_words"] + counts["rejected_words"]
-        there = sum(key[:2] == source for key in books.seen)
-        if there == books.next[source]:
-            books.missing[source] = 0  # what one part lacks, another has
+        present = sum(key[:2] == source for key in totals.seen)
+        if present == totals.next[source]:
+            totals.missing[source] = 0  # other parts have the blocks that one part lacks
         else:
-            found.problems.append(f"{source[0]}, epoch {source[1]:x}: {there} of {books.next[source]} blocks are there")
-    lacking = made - books.rows
-    total = int(lacking.sum())
-    if total != int(dropped.sum()) + sum(books.missing.values()):
+            found.problems.append(f"{source[0]}, epoch {source[1]:x}: {present} of {totals.next[source]} blocks stored")
+    missing = made - totals.rows
+    total = int(missing.sum())
+    if total != int(dropped.sum()) + sum(totals.missing.values()):
         found.problems.append(
-            f"ledger (d), all parts: {made.sum()} rows were made, {books.rows.sum()} are stored, {dropped.sum()} were "
-            f"dropped, {sum(books.missing.values())} are missing"
+            f"ledger (d), all parts: {made.sum()} rows were made, {totals.rows.sum()} are stored, {dropped.sum()} were "
+            f"dropped, {sum(totals.missing.values())} are missing"
         )
     for io_group in range(256):
-        if books.rows[io_group, WORDS]:
-            found.stored[io_group] = int(books.rows[io_group, WORDS])
-        counted = max(0, int(lacking[io_group, WORDS])) + refused[io_group]
+        if totals.rows[io_group, WORDS]:
+            found.stored[io_group] = int(totals.rows[io_group, WORDS])
+        counted = max(0, int(missing[io_group, WORDS])) + refused[io_group]
         if counted:
             found.counted[io_group] = counted

@@ -1,7 +1,6 @@
-"""Hosts on one machine: network namespaces of our own, with wires in between that can be cut, lossy or slow.
+"""Hosts on one machine: network namespaces, connected by wires that can be cut, lossy or slow.
 
-The wires are a process of ours (packet_forwarder.py), since not every kernel has netem. Needs the right to make
-namespaces, which root has.
+The wires are a process (packet_forwarder.py), because not every kernel has netem. Making namespaces needs root.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from processes import LIMIT, wait_for_line
 
 PREFIX = "larpixdaq"
 FOLDER = Path("/run/netns")
-#: Fewer and larger packets than those of an Ethernet: the wires are Python.
+#: Larger than that of an Ethernet, so that there are fewer packets, because the wires are a Python program.
 MTU = 9000
 
 _CLONE_NEWNET = 0x40000000
@@ -30,13 +29,13 @@ _TUNSETIFF = 0x400454CA
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
 
 
-def unavailable() -> str:
-    """Why this user cannot make network namespaces; empty for root, for whom it must work."""
+def missing_rights() -> str:
+    """Return why this user cannot make network namespaces; empty for root."""
     return "" if os.geteuid() == 0 else "making network namespaces needs root"
 
 
 class Network:
-    """`hosts` by name, all connected; what is between two of them is perfect until fault() says otherwise."""
+    """Hosts by name, all connected. The wires between two hosts have no faults until fault()."""
 
     _made = 0
 
@@ -62,7 +61,7 @@ class Network:
                 stdout=subprocess.PIPE,
                 bufsize=0,
                 pass_fds=devices,
-                start_new_session=True,  # it is to outlive us by as long as cleaning up takes
+                start_new_session=True,  # it outlives this process, to remove the namespaces
             )
         except BaseException:
             for name in self._names:
@@ -76,18 +75,18 @@ class Network:
         return f"10.77.0.{self.hosts.index(host) + 1}"
 
     def prefix(self, host: str, *, memory: bool = False) -> list[str]:
-        """What to put before a command, so that it runs on this host. `memory`: with /dev/shm, which is ours alone; on
-        other hosts nobody sees it."""
-        there = ["nsenter", f"--net={FOLDER / self._names[self.hosts.index(host)]}"]
+        """Return what to put before a command to run it on this host. `memory`: with this machine's /dev/shm; otherwise
+        it gets an empty one."""
+        enter = ["nsenter", f"--net={FOLDER / self._names[self.hosts.index(host)]}"]
         if memory:
-            return there
-        return [*there, "unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
+            return enter
+        return [*enter, "unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
 
     @contextmanager
     def inside(self, host: str) -> Iterator[None]:
-        """Sockets that this thread makes meanwhile, and threads that it starts, are on this host."""
-        with open("/proc/thread-self/ns/net") as home, open(FOLDER / self._names[self.hosts.index(host)]) as there:
-            _setns(there.fileno())
+        """Put the sockets that this thread makes, and the threads that it starts, on this host."""
+        with open("/proc/thread-self/ns/net") as home, open(FOLDER / self._names[self.hosts.index(host)]) as other:
+            _setns(other.fileno())
             try:
                 yield
             finally:
@@ -96,9 +95,9 @@ class Network:
     def fault(
         self, one: str, other: str, *, drop: float = 0.0, delay: float = 0.0, cut: bool = False
     ) -> dict[str, int]:
-        """From now on this fraction of the packets between the two is lost, or all, or they come so much later (s).
+        """Lose a fraction (`drop`) or all (`cut`) of the packets between two hosts, or delay them (s).
 
-        Returns how many packets have passed and been lost so far.
+        Returns the numbers of packets passed and lost so far.
         """
         between = [self.hosts.index(one), self.hosts.index(other)]
         order = {"between": between, "drop": drop, "delay": delay, "cut": cut}
@@ -111,12 +110,12 @@ class Network:
         return self.fault(one, other)
 
     def close(self) -> None:
-        """The wires remove the namespaces."""
+        """End the wires, which remove the namespaces."""
         self._wires.communicate(timeout=LIMIT)
 
 
 def remove_stale() -> None:
-    """Namespaces of processes that are no more, should their wires have been killed too."""
+    """Remove namespaces of dead processes whose wires were killed, too."""
     for path in FOLDER.glob(f"{PREFIX}-*"):
         pid = path.name.split("-")[1]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
@@ -136,7 +135,7 @@ def _setns(descriptor: int) -> None:
 
 
 def _tun() -> int:
-    """A TUN device `tun0` in the namespace of this thread, as a descriptor; it goes when that is closed."""
+    """Make a TUN device `tun0` in the namespace of this thread. It exists until the returned descriptor is closed."""
     descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", b"tun0", _IFF_TUN | _IFF_NO_PI))
     return descriptor

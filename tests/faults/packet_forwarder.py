@@ -1,10 +1,10 @@
-"""The wires between the hosts of network.py: passes IP packets from TUN device to TUN device, or loses or delays them.
+"""The wires between the hosts of network.py: passes, loses or delays IP packets between TUN devices.
 
-    python forwarder.py SEED NAMESPACE=DESCRIPTOR ...
+    python packet_forwarder.py SEED NAMESPACE=DESCRIPTOR ...
 
-Host k has the address that ends in k + 1. Lines of JSON on stdin say what happens to packets between two hosts,
-{"between": [0, 1], "drop": 0.05, "delay": 0.2, "cut": false}; each is answered with a line that has the packets passed
-and lost so far. When stdin ends, also because who started this was killed, the namespaces are removed.
+Host k has the address that ends in k + 1. A line of JSON on stdin sets the fault between two hosts, such as
+{"between": [0, 1], "drop": 0.05, "delay": 0.2, "cut": false}. The answer is a line with the numbers of packets passed
+and lost so far. When stdin ends, also because the parent process was killed, the namespaces are removed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-#: Packets taken from a device before the others have their turn.
+#: Maximum packets read from one device in a turn.
 BATCH = 64
 
 
@@ -66,7 +66,7 @@ class Forwarder:
             except BlockingIOError:
                 return
             if packet[0] >> 4 != 4:
-                continue  # IPv6's own talk
+                continue  # IPv6 messages of the kernel
             to = packet[19] - 1
             if not 0 <= to < len(self._devices):
                 continue
@@ -90,7 +90,7 @@ class Forwarder:
         try:
             os.write(self._devices[to], packet)
         except OSError:
-            self.lost += 1  # its queue is full, as a wire's may be
+            self.lost += 1  # the queue of the device is full
 
 
 def main() -> None:

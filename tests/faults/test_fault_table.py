@@ -1,6 +1,6 @@
-"""One short trial of each row of the fault table. The long version is bench/faults.py.
+"""One short trial of each row of the fault table, and a short soak, with `pytest -m faults`.
 
-They are not run by default: `pytest -m faults`. With them a short soak; the long one is bench/soak.py.
+The long versions are bench/faults.py and bench/soak.py.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from trial_processes import LIMIT, ROWS, Outcome, impossible, trials
+from trial_processes import LIMIT, ROWS, Outcome, obstacle, trials
 
 from larpixdaq.sources.data_quality import FINDINGS
 
 pytestmark = pytest.mark.faults
 
 SEED = 3
-#: Short faults at a low rate: most of a trial is waiting, so that several fit on a small machine.
+#: Short faults at a low rate. Trials mostly wait, so that several can run at the same time on a small machine.
 SHORT = {"rate": 50_000.0, "longest": 2.0, "before": 0.5, "after": 0.5, "ring": "128MiB"}
 JOBS = max(4, (os.cpu_count() or 1) + 1)
 
 
 @pytest.fixture(scope="session")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
-    """The trials of all rows that were asked for, some at a time in the background."""
-    asked = [item.callspec.params["row"] for item in request.session.items if item.name.startswith("test_fault[")]
+    """Trials of all selected rows, some at a time in the background."""
+    selected = [item.callspec.params["row"] for item in request.session.items if item.name.startswith("test_fault[")]
     kept: Path = tmp_path_factory.mktemp("failed-trials")
     with trials(SHORT, kept, JOBS) as made:
-        yield {row: made.submit(row, SEED) for row in asked if not impossible(row)}
+        yield {row: made.submit(row, SEED) for row in selected if not obstacle(row)}
 
 
 SOAK = "--minutes 0.25 --run 8 --rate 1e5 --boards 2 --words auto --ring 128MiB --rotate 3s --seconds 1 --every 0.5"
@@ -41,7 +41,7 @@ SOAK = "--minutes 0.25 --run 8 --rate 1e5 --boards 2 --words auto --ring 128MiB 
 
 @pytest.mark.timeout(LIMIT)
 def test_soak(outcomes: object, tmp_path: Path) -> None:
-    """Beside the trials, which are under way by now."""
+    """A short soak, while the trials run in the background."""
     script = Path(__file__).parents[2] / "bench" / "soak.py"
     command = [
         sys.executable,
@@ -72,8 +72,8 @@ def test_every_finding_is_counted_as_one_kind(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.timeout(LIMIT)
 @pytest.mark.parametrize("row", ROWS)
 def test_fault(row: str, outcomes: dict[str, Future[Outcome]]) -> None:
-    if reason := impossible(row):
+    if reason := obstacle(row):
         pytest.skip(reason)
     outcome = outcomes[row].result()
-    told = "\n".join([*outcome.failures, *outcome.reasons, *outcome.gaps, *outcome.events, f"kept in {outcome.kept}"])
-    assert outcome.ok, told
+    report = "\n".join([*outcome.failures, *outcome.reasons, *outcome.gaps, *outcome.events, f"kept in {outcome.kept}"])
+    assert outcome.ok, report

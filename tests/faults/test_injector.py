@@ -1,4 +1,4 @@
-"""The fault-injection kit does what it says: otherwise the trials that stand on it would prove nothing."""
+"""The fault injection works as described, because otherwise the trials would prove nothing."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from disk import Disk
-from network import FOLDER, Network, unavailable
+from network import FOLDER, Network, missing_rights
 from processes import until
 
 WRITER = """
@@ -108,7 +108,7 @@ def test_the_disk_of_another_directory_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def net() -> Iterator[Network]:
-    if reason := unavailable():
+    if reason := missing_rights():
         pytest.skip(reason)
     with closing(Network("one", "two", "three", seed=5)) as made:
         yield made
@@ -142,14 +142,14 @@ def test_the_network_passes_loses_delays_and_cuts(net: Network) -> None:
             send(1)
             assert receiver.recv(4) == bytes(4)
             assert time.monotonic() - began >= 0.2
-            net.fault("one", "three", cut=True)  # of others
+            net.fault("one", "three", cut=True)  # between other hosts
             net.heal("one", "two")
             send(1)
             assert receiver.recv(4) == bytes(4)
 
 
-def test_the_network_is_removed_also_when_its_maker_is_killed() -> None:
-    if reason := unavailable():
+def test_the_network_is_removed_even_if_its_maker_is_killed() -> None:
+    if reason := missing_rights():
         pytest.skip(reason)
     program = "import network, signal; n = network.Network('a', 'b'); print(' '.join(n._names), flush=True)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,4 +1,4 @@
-"""One trial: a whole system takes a run of emulated boards, something happens to it, and the files say what is lost."""
+"""One trial: a complete system takes a run of emulated boards, a fault happens, and the files show what is lost."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from larpixdaq.errors import LarpixDaqError
 from larpixdaq.hdf5.verify import verify_all
 from larpixdaq.operator import Operator
 
-#: A step of the run, or what must follow a fault, gets so long (seconds).
+#: Maximum seconds for a step of the run, or for the recovery from a fault.
 STEP = 60.0
-#: Words sent in this time (seconds) may be missing beside a marked gap: what was under way at its ends.
-UNDER_WAY = 1.0
+#: Seconds whose words may be missing beside a marked gap, because they were on their way at its ends.
+IN_FLIGHT = 1.0
 
 
 @dataclass
 class Setup:
-    """What a trial is done with."""
+    """Settings of a trial."""
 
-    rate: float = 500_000.0  # packets/s of all boards
+    rate: float = 500_000.0  # packets/s of all boards together
     boards: int = 2
-    words: str = "auto"  # in a message
-    lossless: bool = True  # the boards wait for the producer; otherwise they go on, as real ones do
-    longest: float = 10.0  # seconds that a fault lasts at most
-    before: float = 4.0  # it comes at a random moment of the run's first seconds
-    after: float = 3.0  # and the run goes on for so long
+    words: str = "auto"  # words in a board message
+    lossless: bool = True  # the boards wait for the producer; real boards do not
+    longest: float = 10.0  # maximum seconds of a fault
+    before: float = 4.0  # the fault comes in these first seconds of the run, at random
+    after: float = 3.0  # seconds of the run after the fault
     ring: str = "512MiB"
-    producer: tuple[object, ...] = ()  # further options
+    producer: tuple[object, ...] = ()  # further options of the producer
     storage: tuple[object, ...] = ()
     storages: int = 1
-    disk: bool = False  # storage gets a disk that can misbehave
-    clock: bool = False  # all get a wall clock that can be stepped
-    nonsense: bool = False  # a further board, io_group boards + 1, sends nonsense
-    hosts: dict[str, str] = field(default_factory=dict)  # board, producer and the rest ("") on hosts of their own
+    disk: bool = False  # the storage has a faulty disk
+    clock: bool = False  # all processes have a wall clock that can be stepped
+    nonsense: bool = False  # one more board, io_group boards + 1, sends random bytes
+    hosts: dict[str, str] = field(default_factory=dict)  # "board" or "producer" -> name of its own host
 
 
 @dataclass
 class Outcome:
-    """What came of a trial; `ok` when it is what the fault's row expects."""
+    """Result of a trial; `ok`: it is what the row of the fault table promises."""
 
     row: str
     seed: int
@@ -70,19 +70,19 @@ class Outcome:
     condition: str = ""
     reasons: list[str] = field(default_factory=list)
     gaps: list[str] = field(default_factory=list)
-    lost_after: float | None = None  # seconds from the fault until the process that it hit was read as lost
+    lost_after: float | None = None  # seconds from the fault until an Operator read its component as lost
     stuck_after: float | None = None
-    noticed: list[str] = field(default_factory=list)  # others that were read as lost or stuck
+    noticed: list[str] = field(default_factory=list)  # other components that were read as lost or stuck
     events: list[str] = field(default_factory=list)
     seconds: float = 0.0
-    kept: str = ""  # where files and logs of a failed trial are
+    kept: str = ""  # folder with files and logs of a failed trial
 
 
 class Watch:
-    """Looks at the components all the time, as a second Operator would, and notes who is lost or stuck and when."""
+    """A second Operator that polls the components in a thread, and notes when one is lost or stuck."""
 
     def __init__(self, operator: Operator) -> None:
-        self.events: list[tuple[float, str, str]] = []  # (monotonic, name, what)
+        self.events: list[tuple[float, str, str]] = []  # (monotonic time, name, "lost", "stuck" or "fine")
         self._operator = operator
         self._known: dict[str, str] = {}
         self._end = threading.Event()
@@ -94,8 +94,8 @@ class Watch:
         self._thread.join(STEP)
 
     def first(self, what: str, name: str, since: float) -> float | None:
-        """Seconds from `since` until the component was first read as `what`."""
-        times = [when - since for when, who, is_ in self.events if (who, is_) == (name, what) and when >= since]
+        """Return the seconds from `since` until a component was first read as `what`."""
+        times = [when - since for when, *event in self.events if event == [name, what] and when >= since]
         return round(min(times), 3) if times else None
 
     def _run(self) -> None:
@@ -103,17 +103,18 @@ class Watch:
             try:
                 components = self._operator.components().result(2.0)
             except (LarpixDaqError, TimeoutError):
-                continue  # the core is away
+                continue  # the core does not answer
             now = time.monotonic()
-            for one in components:
-                what = "lost" if not one["alive"] else "stuck" if one["stuck"] else "fine"
-                if what != self._known.get(one["name"], "fine"):
-                    self.events.append((now, one["name"], what))
-                self._known[one["name"]] = what
+            for component in components:
+                name = component["name"]
+                what = "lost" if not component["alive"] else "stuck" if component["stuck"] else "fine"
+                if what != self._known.get(name, "fine"):
+                    self.events.append((now, name, what))
+                self._known[name] = what
 
 
 class Trial:
-    """A running system in a run; a row's function injects its fault and heals it."""
+    """A system in a run. The function of a row causes a fault and repairs it."""
 
     def __init__(self, setup: Setup, seed: int, folder: Path, stack: contextlib.ExitStack) -> None:
         self.setup = setup
@@ -131,14 +132,14 @@ class Trial:
         self.clock = stack.enter_context(contextlib.closing(Clock(folder))) if setup.clock else None
         self.board = self.make_board(seed)
         self.sent: dict[int, dict[str, int]] = {}
-        self.hit_at = 0.0
-        self.hit: tuple[str, ...] = ()  # the names of the components that the fault hits
-        self.directories = {"": [self.line.data]}  # of each storage, by its label
+        self.fault_time = 0.0
+        self.targets: tuple[str, ...] = ()  # names of the components that the fault hits
+        self.directories = {"": [self.line.data]}  # of the storages, by label
         self.failures: list[str] = []
-        self.exact_monitor = False  # in the end the monitor must have counted what the boards sent
+        self.exact_monitor = False  # at the end the monitor must have counted all packets of the boards
         self._start()
 
-    # the parts
+    # setup
 
     def make_board(self, seed: int, ports: Emulator | None = None) -> Emulator:
         setup = self.setup
@@ -161,8 +162,8 @@ class Trial:
         if self.net:
             for key in keys:
                 host = setup.hosts.get(key, "core")
-                # The producer has its ring there.
-                line.prefix[key] = self.net.prefix(host, memory=host == setup.hosts.get("producer", "core"))
+                on_producer_host = host == setup.hosts.get("producer", "core")  # where its ring is
+                line.prefix[key] = self.net.prefix(host, memory=on_producer_host)
         for key in keys:
             shims = [self.clock.env] if self.clock else []
             shims += [self.disk.env] if self.disk and key == "offline_storage" else []
@@ -186,7 +187,7 @@ class Trial:
         self._stack.callback(self.watch.close)
 
     def second_storage(self, name: str) -> None:
-        """A further storage of its own name, and directory."""
+        """Start one more storage, with its own name and directory."""
         directory = self.folder / name.replace(" ", "-")
         directory.mkdir()
         self.directories[name.replace(" ", "-")] = [directory]
@@ -202,15 +203,14 @@ class Trial:
         self.operator.prepare_run(comment="trial").result(STEP)
         self.operator.begin_run().result(STEP)
         self.board.go()
-        self.flowing()
+        self.await_rows()
 
-    def strikes(self, *names: str) -> None:
-        """To be called where the fault begins, with the names of the components that it hits; of the first it is timed
-        when others see it."""
-        self.hit, self.hit_at = names, time.monotonic()
+    def begin_fault(self, *targets: str) -> None:
+        """Note that a fault begins, and the names of the components that it hits. Only the first one is timed."""
+        self.targets, self.fault_time = targets, time.monotonic()
 
-    def flowing(self, more: int = 1) -> None:
-        """Wait until storage has stored (that much) more; one that was started again counts from 0."""
+    def await_rows(self, more: int = 1) -> None:
+        """Wait until the storages have stored `more` rows. A restarted storage counts from 0."""
         low = self.stored_rows()
 
         def stored() -> bool:
@@ -222,29 +222,29 @@ class Trial:
         until(stored, "storage to store more", STEP)
 
     def stored_rows(self) -> int:
-        return sum(int(one["status"].get("rows", 0)) for one in self.components("storage"))
+        return sum(int(storage["status"].get("rows", 0)) for storage in self.components("storage"))
 
     def components(self, kind: str) -> list[dict[str, Any]]:
         try:
             found = self.operator.components().result(STEP)
         except LarpixDaqError:
             return []
-        return [one for one in found if one["kind"] == kind and one["alive"]]
+        return [component for component in found if component["kind"] == kind and component["alive"]]
 
-    def back(self, name: str) -> None:
-        """Wait until a component is there, and neither lost nor stuck."""
+    def await_component(self, name: str) -> None:
+        """Wait until a component is registered, and neither lost nor stuck."""
 
         def fine() -> bool:
             try:
                 found = self.operator.components().result(STEP)
             except LarpixDaqError:
                 return False
-            return any(one["name"] == name and one["alive"] and not one["stuck"] for one in found)
+            return any(c["name"] == name and c["alive"] and not c["stuck"] for c in found)
 
         until(fine, f"{name} to be back", STEP)
 
     def status(self, kind: str) -> dict[str, Any]:
-        """The status of the first living component of this kind; empty when there is none."""
+        """Return the status of the first living component of this kind; empty without one."""
         found = self.components(kind)
         return found[0]["status"] if found else {}
 
@@ -252,26 +252,26 @@ class Trial:
         if not holds:
             self.failures.append(what)
 
-    def take_count(self) -> None:
-        """The boards end; what they say they sent is added to what was sent before."""
+    def end_boards(self) -> None:
+        """End the boards, and add their counts to those of ended boards."""
         self.board.stop()
         for group, counts in self.board.finish()["sent"].items():
-            mine = self.sent.setdefault(int(group), {})
+            totals = self.sent.setdefault(int(group), {})
             for name, n in counts.items():
-                mine[name] = mine.get(name, 0) + n
+                totals[name] = totals.get(name, 0) + n
 
     def end(self) -> dict[str, Any]:
-        """End boards and run, and wait until nothing is owed any more."""
-        self.take_count()
+        """End boards and run, and wait until no block is pending."""
+        self.end_boards()
         ended: dict[str, Any] = self.operator.end_run().result(STEP)
         producers = self.components("producer")
         if producers:
-            owed = lambda: sum(one["status"].get("owed_blocks", 0) for one in self.components("producer"))  # noqa: E731
-            until(lambda: owed() == 0, "nothing to be owed", STEP)
+            pending = lambda: sum(c["status"].get("owed_blocks", 0) for c in self.components("producer"))  # noqa: E731
+            until(lambda: pending() == 0, "no block to be pending", STEP)
         if self.exact_monitor:
             sent = sum(counts["D"] for counts in self.sent.values())
-            monitor = lambda: self.operator.packet_rate(channels=False).result(STEP)["packets"]  # noqa: E731
-            until(lambda: monitor() == sent, f"the monitor to have counted {sent} packets", STEP)
+            counted = lambda: self.operator.packet_rate(channels=False).result(STEP)["packets"]  # noqa: E731
+            until(lambda: counted() == sent, f"the monitor to have counted {sent} packets", STEP)
         info = self.operator.run_info(ended["run"]).result(STEP)
         ended["condition"] = info["condition"]
         return ended
@@ -284,14 +284,14 @@ def trial(setup: Setup, seed: int, folder: Path) -> Iterator[Trial]:
 
 
 def judge(outcome: Outcome, made: Trial, run: int, *, gap: bool, counted: bool) -> None:
-    """Fill in what the files say. `gap`: words may be missing where a gap is marked; `counted`: some may be counted as
-    lost."""
+    """Fill in the numbers in the files, and the failures. `gap`: words may be missing inside a marked gap. `counted`:
+    words may be counted as lost."""
     sent = {group: counts["words"] for group, counts in made.sent.items()}
     found = [tally(parts_of(directories, run, label)) for label, directories in made.directories.items()]
     for directories in made.directories.values():
-        if len(directories) > 1 and not (outcome_of := verify_all(directories)).ok:
-            outcome.failures += [line for one in outcome_of.runs for line in one.reasons]
-    best = min(found, key=lambda one: (len(one.problems), sum(one.unaccounted(sent).values())))
+        if len(directories) > 1 and not (verified := verify_all(directories)).ok:
+            outcome.failures += [line for judgement in verified.runs for line in judgement.reasons]
+    best = min(found, key=lambda storage: (len(storage.problems), sum(storage.unaccounted(sent).values())))
     missing = best.unaccounted(sent)
     outcome.sent = sum(sent.values())
     outcome.stored = sum(n for group, n in best.stored.items() if group in sent)
@@ -299,15 +299,15 @@ def judge(outcome: Outcome, made: Trial, run: int, *, gap: bool, counted: bool) 
     outcome.unaccounted = sum(missing.values())
     outcome.doubled = best.doubled
     outcome.parts = best.parts
-    outcome.gaps = [f"io_group {one.io_group}, {one.seconds:.3f} s: {one.what}" for one in best.gaps]
+    outcome.gaps = [f"io_group {mark.io_group}, {mark.seconds:.3f} s: {mark.what}" for mark in best.gaps]
     outcome.failures += best.problems
     if best.doubled:
         outcome.failures.append(f"{best.doubled} blocks are in the files twice")
     if outcome.counted and not counted:
         outcome.failures.append(f"{outcome.counted} words are counted as lost: nothing should be")
     for group, n in missing.items():
-        marked = [one for one in best.gaps if one.io_group == group]
-        most = (sum(one.seconds for one in marked) + UNDER_WAY) * made.setup.rate / made.setup.boards
+        marked = [mark for mark in best.gaps if mark.io_group == group]
+        most = (sum(mark.seconds for mark in marked) + IN_FLIGHT) * made.setup.rate / made.setup.boards
         if n and not gap:
             outcome.failures.append(f"io_group {group}: {n} words are unaccounted for")
         elif n < 0 or (n and not marked):
@@ -316,12 +316,12 @@ def judge(outcome: Outcome, made: Trial, run: int, *, gap: bool, counted: bool) 
             outcome.failures.append(
                 f"io_group {group}: {n} words are unaccounted for, the marked gaps allow {most:.0f}"
             )
-        if sum(one.lost for one in marked) > max(n, 0):
-            outcome.failures.append(f"io_group {group}: more is marked as lost than the {n} words that are")
+        if sum(mark.lost for mark in marked) > max(n, 0):
+            outcome.failures.append(f"io_group {group}: more words are marked as lost than the {n} that are missing")
 
 
 def keep(folder: Path, where: Path, name: str) -> str:
-    """Move what a failed trial left to where people can look at it."""
+    """Move the folder of a failed trial to `where`. Returns its new path."""
     where.mkdir(parents=True, exist_ok=True)
     kept = where / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}"
     shutil.move(folder, kept)

@@ -1,6 +1,6 @@
-"""Trials in processes of their own, some at a time; each gives one Outcome, whatever happens to its process.
+"""Runs trials in separate processes, some at a time. Each has an Outcome, even if its process dies.
 
-`python trials.py ROW SEED FOLDER KEEP SETUP` makes one trial and prints its Outcome as one line of JSON.
+`python trial_processes.py ROW SEED FOLDER KEEP SETUP` runs one trial and prints its Outcome as one line of JSON.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import environment_faults  # noqa: F401  (its functions are rows of the table)
 import process_faults  # noqa: F401
-from network import unavailable
-from table import ROWS, late, run_trial
+from network import missing_rights
+from table import ROWS, run_trial, timing_failures
 from trial import Outcome, Setup, keep
 
-__all__ = ["ROWS", "Outcome", "impossible", "late", "trials"]
+__all__ = ["ROWS", "Outcome", "obstacle", "timing_failures", "trials"]
 
-#: A trial that has not ended after so long (seconds) is ended, with all that it started.
+#: Maximum seconds of a trial. A longer one is killed, with all processes that it started.
 LIMIT = 400.0
 
 
-def impossible(row: str) -> str:
-    """Why this user cannot make a trial of this row; empty when it can be made."""
-    return unavailable() if ROWS[row].network else ""
+def obstacle(row: str) -> str:
+    """Return why this user cannot run trials of a row; empty if it can."""
+    return missing_rights() if ROWS[row].network else ""
 
 
 class Trials:
-    """`jobs` trials at a time; what failed ones leave behind goes to `kept`."""
+    """Runs `jobs` trials at a time. The folders of failed trials are moved to `kept`."""
 
     def __init__(self, setup: dict[str, Any], kept: Path, jobs: int = 1) -> None:
         self._setup = setup
@@ -53,7 +53,7 @@ class Trials:
         return self._pool.submit(self._run, row, seed)
 
     def close(self) -> None:
-        """Trials that wait are forgotten, those that go on are ended."""
+        """Cancel waiting trials and kill running ones."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             for process in self._running:
@@ -89,7 +89,7 @@ class Trials:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """It and all that it started: they are a session of their own."""
+    """Kill a process and all processes that it started, which are one session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -1,5 +1,5 @@
-/* A wall clock that can be stepped while a process runs: preloaded, it adds the seconds that stand in the file
- * LARPIXDAQ_CLOCK_CONTROL (one int64; clock.py writes it) to every reading of it. Monotonic clocks are left alone. */
+/* A wall clock that can be stepped while a process runs. Preloaded, this library adds the seconds in the file
+ * LARPIXDAQ_CLOCK_CONTROL (one int64, written by wall_clock.py) to every reading. Monotonic clocks do not change. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

@@ -1,4 +1,4 @@
-"""A wall clock that is stepped, for processes that are started with its `env`; see wall_clock.c."""
+"""A wall clock that can be stepped, for processes that are started with its `env`; see wall_clock.c."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Clock:
         self.env = {"LD_PRELOAD": str(compiled(folder, "wall_clock")), "LARPIXDAQ_CLOCK_CONTROL": str(control)}
 
     def step(self, seconds: int) -> None:
-        """From now on the wall clock is so far ahead of the true time."""
+        """Set the wall clock `seconds` ahead of the true time."""
         struct.pack_into("q", self._map, 0, seconds)
 
     def close(self) -> None:

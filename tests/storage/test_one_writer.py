@@ -121,7 +121,7 @@ def test_a_storage_that_was_stopped_joins_again_by_itself(line: System) -> None:
     faults = Faults(line, 1)
     faults.stop("offline_storage")
     until(lambda: instance_is(operator, "lost"), "the storage to be lost")
-    faults.go_on("offline_storage")
+    faults.resume("offline_storage")
     until(lambda: instance_is(operator, "fine"), "the storage to be back")
     flows(line, operator)
     ended = operator.end_run().result(2 * LIMIT)
