@@ -1,1 +1,1 @@
-"""The producer's child process, in which the chips are configured and routines run; larpix-control lives only here."""
+"""The producer's child process, which configures chips and boards and runs routines, and its supervisor."""

@@ -1,7 +1,7 @@
-"""The actions on chips, boards and pixel layouts, as the child does them for an Operator.
+"""The actions on chips, boards and pixel layouts, which the child carries out for an Operator.
 
-Each is a method of the same name, which checks its arguments and returns the request's result, made of plain values. A
-RequestError, in one line, names the chip, register or board that it is about.
+Each action is a method of the same name. It checks its arguments and returns the result of the request, made of plain
+values. A RequestError has one line, which names the chip, register or board.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ from larpixdaq.hardware.power import Progress
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.hardware.register_io import RegisterAnswers, RegisterExchange
 
-#: Registers of a PACMAN that board_status reads, in one request.
+#: Registers of a PACMAN that board_status reads in one request.
 _STATUS: Final = (
     CLOCK_STATUS, CLOCK, CLOCK_CONTROL, HEARTBEAT_CYCLES, TILES, POWER, FIRMWARE, MAP_VERSION,
 )  # fmt: skip
 _LONGEST_RESET: Final = (1 << 32) - 1
 #: Maximum tiles and io_channels of a board.
 _MOST_TILES, _MOST_CHANNELS = 10, 40
-#: The chips' configuration after a reset, by BoardOrders.kept().
+#: Text about the chips' configuration after a reset, by BoardOrders.reset_keeps_configuration().
 _KEPT: Final = {True: "kept", False: "lost", None: "not known"}
 _UNKNOWN: Final = (
-    "its revision is not known, and with it where its supplies are: start the producer with --pacman-revision"
+    "its revision is not known, and neither are the registers of its supplies: "
+    "start the producer with --pacman-revision"
 )
-#: Maximum channels of one answer. So many take about 0.1 s of the producer's loop.
+#: Maximum channels of one answer; they take about 0.1 s of the producer's loop.
 _MOST_LAYOUT_CHANNELS: Final = 500_000
 #: Maximum differing registers that a result lists; all are counted.
 _LISTED: Final = 10_000
@@ -57,8 +58,12 @@ _TRIES: Final = 3
 
 
 def act(chips: ChipState, action: str, params: dict[str, Any], progress: Progress) -> Any:
-    """Do an action, one of constants.HARDWARE_ACTIONS, with these arguments by name; returns its result."""
-    groups = ChipActions(chips, progress), BoardActions(chips.link, chips.doubt, progress), LayoutActions(chips.layout)
+    """Carry out an action, one of constants.HARDWARE_ACTIONS, with these arguments by name. Returns its result."""
+    groups = (
+        ChipActions(chips, progress),
+        BoardActions(chips.link, chips.invalidate, progress),
+        LayoutActions(chips.layout),
+    )
     method = next(getattr(actions, action) for actions in groups if hasattr(actions, action))
     signature = inspect.signature(method)
     try:
@@ -68,65 +73,65 @@ def act(chips: ChipState, action: str, params: dict[str, Any], progress: Progres
     return method(*bound.args, **bound.kwargs)
 
 
-def whole(what: str, value: Any, low: int, high: int) -> int:
-    """Check that an argument is a whole number within limits; RequestError if not."""
+def check_number(what: str, value: Any, low: int, high: int) -> int:
+    """Check that an argument is a whole number from `low` to `high`; RequestError if not."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         expected = f"a whole number from {low} to {high}" if low < high else f"{low}"
         raise RequestError(f"{what}: expected {expected}, found {value!r:.100}")
     return value
 
 
-def several(what: str, asked: Any, low: int, high: int) -> list[int]:
-    """Check that an argument is such a number or a list of them; returns each once. RequestError if not."""
-    numbers = asked if isinstance(asked, list) else [asked]
+def check_numbers(what: str, value: Any, low: int, high: int) -> list[int]:
+    """Check that an argument is a whole number from `low` to `high` or a list of them; returns each number once."""
+    numbers = value if isinstance(value, list) else [value]
     if not numbers:
         raise RequestError(f"{what}: expected one or more whole numbers, found none")
-    return list(dict.fromkeys(whole(what, one, low, high) for one in numbers))
+    return list(dict.fromkeys(check_number(what, number, low, high) for number in numbers))
 
 
 class BoardActions:
-    """The actions on boards, which are named by their io_group; None: all."""
+    """The actions on boards. `io_group`: a number, a list of numbers, or None for all boards."""
 
-    def __init__(self, link: ProducerPipe, doubt: Callable[[list[int]], None], progress: Progress) -> None:
-        """`doubt` as in BoardOrders."""
-        self._link, self._doubt, self._progress = link, doubt, progress
-        self.orders = BoardOrders(link, doubt)
+    def __init__(self, link: ProducerPipe, invalidate: Callable[[list[int]], None], progress: Progress) -> None:
+        """`invalidate` as in BoardOrders."""
+        self._link, self._invalidate, self._progress = link, invalidate, progress
+        self.orders = BoardOrders(link, invalidate)
 
     def ping(self, io_group: Any = None) -> dict[str, Any]:
         answers = self.orders.ask_pings(io_group)
         wrong = [str(answer) for answer in answers.values() if isinstance(answer, BoardError)]
         if len(wrong) == len(answers):
             raise BoardError("; ".join(wrong))
-        return {str(one): not isinstance(answer, BoardError) for one, answer in answers.items()}
+        return {str(group): not isinstance(answer, BoardError) for group, answer in answers.items()}
 
     def board_status(self, io_group: Any = None, supplies: Any = True) -> list[dict[str, Any]]:
         if not isinstance(supplies, bool):
             raise RequestError(f"board_status: supplies: expected True or False, found {supplies!r:.100}")
         groups = self.orders.groups(io_group)
-        asked = {}
-        for one in groups:
-            if self.orders.kinds[one] == "pacman":
-                asked[one] = b"".join(map(read, _STATUS))
-            elif self.orders.kinds[one] == "bern":
-                asked[one] = b"PING_HB"
-        answers = self.orders.ask_all(asked)
-        found = {}
+        requested = {}
+        for group in groups:
+            if self.orders.kinds[group] == "pacman":
+                requested[group] = b"".join(map(read, _STATUS))
+            elif self.orders.kinds[group] == "bern":
+                requested[group] = b"PING_HB"
+        answers = self.orders.ask_all(requested)
+        statuses = {}
         revisions: dict[int, PacmanRevision] = {}
-        for one in groups:
-            found[one] = self._described(one, answers.get(one), revisions)
+        for group in groups:
+            statuses[group] = self._describe(group, answers.get(group), revisions)
         if supplies:
-            self._measure(found, revisions)
-        return list(found.values())
+            self._measure(statuses, revisions)
+        return list(statuses.values())
 
-    def _described(
+    def _describe(
         self, io_group: int, answer: bytes | BoardError | None, revisions: dict[int, PacmanRevision]
     ) -> dict[str, Any]:
-        """The status in a board's answer. Its revision, if known, is added to `revisions`."""
+        """Return the status of a board from its answer. Adds its revision, if known, to `revisions`."""
         kind = self.orders.kinds[io_group]
         facts: dict[str, Any] = {"io_group": io_group, "kind": kind, "name": self.orders.names[io_group]}
         if answer is None:
-            what = "a board on a serial line" if kind == "serial" else "an IO class"
-            return facts | {"answers": False, "error": f"{what} answers no orders"}
+            board = "a board on a serial line" if kind == "serial" else "an IO class"
+            return facts | {"answers": False, "error": f"{board} answers no orders"}
         if isinstance(answer, BoardError):
             return facts | {"answers": False, "error": str(answer)}
         facts["answers"] = True
@@ -159,34 +164,36 @@ class BoardActions:
             "doubts": [*doubts, *(revision.doubts if revision is not None and tiles else ())],
         }
 
-    def _measure(self, found: dict[int, dict[str, Any]], revisions: dict[int, PacmanRevision]) -> None:
-        """Add what the boards measure of the tiles that are on, tile by tile, because each may take 2 s."""
+    def _measure(self, statuses: dict[int, dict[str, Any]], revisions: dict[int, PacmanRevision]) -> None:
+        """Add the measured supplies of the tiles that are on. Read tile by tile, because a tile can take 2 s."""
         inputs = {
-            one: b"".join(read(m.place.first) for m in r.board.values()) for one, r in revisions.items() if r.board
+            group: b"".join(read(m.register.first) for m in r.board.values())
+            for group, r in revisions.items()
+            if r.board
         }
-        for one, answer in self.orders.ask_all(inputs).items():
+        for group, answer in self.orders.ask_all(inputs).items():
             if isinstance(answer, BoardError):
-                found[one]["doubts"].append(str(answer))
+                statuses[group]["doubts"].append(str(answer))
                 continue
-            for (name, monitor), value in zip(revisions[one].board.items(), values_in(answer), strict=True):
-                found[one][name] = monitor.convert(value)
-        most = max((len(found[one]["tiles"]) for one in revisions), default=0)
-        for place in range(most):
-            asked = {one: r for one, r in revisions.items() if place < len(found[one]["tiles"])}
-            self._progress(f"supplies: {place} of {most} tiles were read", place, most)
+            for (name, monitor), value in zip(revisions[group].board.items(), values_in(answer), strict=True):
+                statuses[group][name] = monitor.convert(value)
+        maximum = max((len(statuses[group]["tiles"]) for group in revisions), default=0)
+        for position in range(maximum):
+            readable = {group: r for group, r in revisions.items() if position < len(statuses[group]["tiles"])}
+            self._progress(f"supplies: {position} of {maximum} tiles were read", position, maximum)
             bodies, seconds = {}, 0.0
-            for one, revision in asked.items():
+            for group, revision in readable.items():
                 monitors = revision.monitors().values()
-                bodies[one] = b"".join(read(m.place.of(found[one]["tiles"][place])) for m in monitors)
+                bodies[group] = b"".join(read(m.register.address(statuses[group]["tiles"][position])) for m in monitors)
                 seconds = max(seconds, sum(m.seconds for m in monitors))
-            for one, answer in self.orders.ask_all(bodies, seconds).items():
+            for group, answer in self.orders.ask_all(bodies, seconds).items():
                 if isinstance(answer, BoardError):
-                    found[one]["doubts"].append(str(answer))
-                    del revisions[one]
+                    statuses[group]["doubts"].append(str(answer))
+                    del revisions[group]
                     continue
-                monitors_of = revisions[one].monitors().items()
+                monitors_of = revisions[group].monitors().items()
                 row = {name: m.convert(value) for (name, m), value in zip(monitors_of, values_in(answer), strict=True)}
-                found[one]["supplies"].append({"tile": found[one]["tiles"][place]} | row)
+                statuses[group]["supplies"].append({"tile": statuses[group]["tiles"][position]} | row)
 
     def power(
         self,
@@ -197,24 +204,26 @@ class BoardActions:
         io_group: Any = None,
         ramp: Any = False,
     ) -> list[dict[str, Any]]:
-        groups = self.orders.only("power", "pacman", asked=io_group)
+        groups = self.orders.groups_of_kind("power", "pacman", requested=io_group)
         for name, value in (("on", on), ("ramp", ramp)):
             if not isinstance(value, bool):
                 raise RequestError(f"power: {name}: expected True or False, found {value!r:.100}")
-        chosen = None if tiles is None else several("power: tiles", tiles, 0, _MOST_TILES - 1)
+        chosen = None if tiles is None else check_numbers("power: tiles", tiles, 0, _MOST_TILES - 1)
         dacs = {"vddd": vddd_dac, "vdda": vdda_dac}
-        dacs = {name: whole(f"power: {name}_dac", dac, 0, 0xFFFF) for name, dac in dacs.items() if dac is not None}
+        dacs = {
+            name: check_number(f"power: {name}_dac", dac, 0, 0xFFFF) for name, dac in dacs.items() if dac is not None
+        }
         if ramp and not dacs:
-            raise RequestError("power: ramp: which supplies are to rise to what is said by vdda_dac and vddd_dac")
+            raise RequestError("power: ramp: expected vdda_dac or vddd_dac, the DAC setting at the end of the ramp")
         if dacs and not on:
-            raise RequestError(f"power: {' and '.join(f'{name}_dac' for name in dacs)}: for switching on only")
+            raise RequestError(f"power: {' and '.join(f'{name}_dac' for name in dacs)}: only with on=True")
         boards = []
-        for one in groups:  # all boards are checked before the first is changed
-            board = self.orders.tile_power(one, off=not on, supplies=bool(dacs), progress=self._progress)
-            board.chosen(chosen)
+        for group in groups:  # check all boards before the first one is changed
+            board = self.orders.tile_power(group, off=not on, supplies=bool(dacs), progress=self._progress)
+            board.valid_tiles(chosen)
             boards.append(board)
-        for one, board in zip(groups, boards, strict=True):
-            self._doubt([one])
+        for group, board in zip(groups, boards, strict=True):
+            self._invalidate([group])
             if on:
                 board.switch_on(chosen, dacs, ramp=ramp)
             else:
@@ -222,44 +231,48 @@ class BoardActions:
         return self.board_status(groups)
 
     def reset(self, length: Any = 256, io_group: Any = None) -> dict[str, Any]:
-        groups = self.orders.only("reset", "pacman", "bern", "serial", asked=io_group)
+        groups = self.orders.groups_of_kind("reset", "pacman", "bern", "serial", requested=io_group)
         kinds = self.orders.kinds
-        for one in groups:  # all boards are checked before the first is changed
-            if kinds[one] == "pacman":
-                self.orders.kept(whole("reset: length", length, 1, _LONGEST_RESET))
-            elif kinds[one] == "serial":
-                whole("reset: length on a serial board", length, 1, 256)
-        kept: dict[str, bool | None] = {}
-        for one in groups:
-            kept[str(one)] = None
-            if kinds[one] == "pacman":
-                kept[str(one)] = self.orders.kept(length)
-                self.orders.reset(one, length)
-            elif kinds[one] == "bern":
-                self._doubt([one])
-                self._link.ask(one, b"SYRESET")
+        for group in groups:  # check all boards before the first one is changed
+            if kinds[group] == "pacman":
+                self.orders.reset_keeps_configuration(check_number("reset: length", length, 1, _LONGEST_RESET))
+            elif kinds[group] == "serial":
+                check_number("reset: length on a serial board", length, 1, 256)
+        outcome: dict[str, bool | None] = {}
+        for group in groups:
+            outcome[str(group)] = None
+            if kinds[group] == "pacman":
+                outcome[str(group)] = self.orders.reset_keeps_configuration(length)
+                self.orders.reset(group, length)
+            elif kinds[group] == "bern":
+                self._invalidate([group])
+                self._link.ask(group, b"SYRESET")
             else:
-                self._doubt([one])
-                self._link.ask(one, b"c\x01" + bytes([length - 1]) + bytes(6) + b"q")
-                self._link.ask(one, b"c\x02" + bytes(7) + b"q")
-        return {"io_groups": groups, "length": length, "configuration": {one: _KEPT[how] for one, how in kept.items()}}
+                self._invalidate([group])
+                self._link.ask(group, b"c\x01" + bytes([length - 1]) + bytes(6) + b"q")
+                self._link.ask(group, b"c\x02" + bytes(7) + b"q")
+        return {
+            "io_groups": groups,
+            "length": length,
+            "configuration": {group: _KEPT[kept] for group, kept in outcome.items()},
+        }
 
     def set_uart_clock(self, ratio: Any, io_channel: Any = None, io_group: Any = None) -> dict[str, Any]:
-        groups = self.orders.only("set_uart_clock", "pacman", "serial", asked=io_group)
-        whole("set_uart_clock: ratio", ratio, 1, 255)
-        found: dict[str, Any] = {}
-        serial = [one for one in groups if self.orders.kinds[one] == "serial"]
-        most = 1 if serial else _MOST_CHANNELS
-        asked = None if io_channel is None else several("set_uart_clock: io_channel", io_channel, 1, most)
-        channels = {one: self.orders.io_channels(one, asked) for one in groups if one not in serial}
-        for one in groups:
-            if one in serial:
-                self._link.ask(one, b"c\x00" + bytes([ratio]) + bytes(6) + b"q")
-                found[str(one)] = {"1": ratio}
+        groups = self.orders.groups_of_kind("set_uart_clock", "pacman", "serial", requested=io_group)
+        check_number("set_uart_clock: ratio", ratio, 1, 255)
+        results: dict[str, Any] = {}
+        serial = [group for group in groups if self.orders.kinds[group] == "serial"]
+        maximum = 1 if serial else _MOST_CHANNELS
+        requested = None if io_channel is None else check_numbers("set_uart_clock: io_channel", io_channel, 1, maximum)
+        channels = {group: self.orders.io_channels(group, requested) for group in groups if group not in serial}
+        for group in groups:
+            if group in serial:
+                self._link.ask(group, b"c\x00" + bytes([ratio]) + bytes(6) + b"q")
+                results[str(group)] = {"1": ratio}
             else:
-                ratios = self.orders.set_ratios(one, channels[one], ratio)
-                found[str(one)] = {str(at): value for at, value in ratios.items()}
-        return {"ratio": ratio, "io_groups": found}
+                ratios = self.orders.set_ratios(group, channels[group], ratio)
+                results[str(group)] = {str(at): value for at, value in ratios.items()}
+        return {"ratio": ratio, "io_groups": results}
 
 
 class LayoutActions:
@@ -275,100 +288,100 @@ class LayoutActions:
 
     def retrieve_pixel_layout(self, chip: Any = None) -> dict[str, Any]:
         layout = self._layout.get()
-        asked = chip if isinstance(chip, list) and not (chip and isinstance(chip[0], int)) else [chip]
-        chips = list(layout.chips) if chip is None else list(dict.fromkeys(map(layout.find, asked)))
+        requested = chip if isinstance(chip, list) and not (chip and isinstance(chip[0], int)) else [chip]
+        chips = list(layout.chips) if chip is None else list(dict.fromkeys(map(layout.find, requested)))
         channels = sum(map(layout.channels, chips))
         if channels > _MOST_LAYOUT_CHANNELS:
             raise RequestError(
                 f"retrieve_pixel_layout: {channels} channels of {len(chips)} chips; "
-                f"one answer has {_MOST_LAYOUT_CHANNELS} at most: name fewer chips"
+                f"one answer has at most {_MOST_LAYOUT_CHANNELS}: name fewer chips"
             )
-        return layout.summary() | {"channels": {one: layout.described(one) for one in chips}}
+        return layout.summary() | {"channels": {chip_name: layout.describe(chip_name) for chip_name in chips}}
 
 
 class ChipActions:
-    """The actions on chips: their registers, boards of chips, networks."""
+    """The actions on chips: registers, board files, networks."""
 
     def __init__(self, chips: ChipState, progress: Progress) -> None:
         self._chips, self._progress = chips, progress
 
     def write_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
-        return self._write(*self._given(chip, registers))
+        return self._write(*self._select_wanted(chip, registers))
 
     def send_configuration(self, updates: Any) -> dict[str, Any]:
         if not isinstance(updates, dict) or not updates:
             raise RequestError('send_configuration: expected {chip: {register: value}}, "all" for every chip')
         wanted = self._chips.wanted.copy()
-        which = np.zeros(wanted.shape, bool)
+        mask = np.zeros(wanted.shape, bool)
         for chip, values in updates.items():
             if not isinstance(values, dict) or not values:
                 raise RequestError(
                     f"send_configuration: chip {chip}: expected {{register: value}}, found {values!r:.100}"
                 )
-            places = self._chips.find(None if chip == "all" else chip)
-            grown = len(self._chips.parts) - len(wanted)
-            if grown:  # a chip that is named for the first time
+            indices = self._chips.find(None if chip == "all" else chip)
+            grown = len(self._chips.chip_keys) - len(wanted)
+            if grown:  # find() has added chips that were named for the first time
                 wanted = np.concatenate([wanted, self._chips.wanted[-grown:]])
-                which = np.concatenate([which, np.zeros((grown, which.shape[1]), bool)])
-            changed = wanted[places]
+                mask = np.concatenate([mask, np.zeros((grown, mask.shape[1]), bool)])
+            changed = wanted[indices]
             addresses = self._chips.registers.change(changed, values, f"chip {chip}: ")
-            wanted[places] = changed
-            which[np.ix_(places, addresses)] = True
+            wanted[indices] = changed
+            mask[np.ix_(indices, addresses)] = True
         self._chips.wanted = wanted
-        self._chips.given |= which
-        places = np.flatnonzero(which.any(axis=1))
-        return self._write(places, which[places])
+        self._chips.given |= mask
+        indices = np.flatnonzero(mask.any(axis=1))
+        return self._write(indices, mask[indices])
 
     def read_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
-        places = self._chips.find(chip)
+        indices = self._chips.find(chip)
         addresses = self._chips.registers.select(registers)
-        which = self._marked(len(places), addresses)
-        found = self._read(places, which)
-        silent = self._silent(places, found, which)
-        if len(silent) == len(places):
+        mask = self._mask(len(indices), addresses)
+        answers = self._read(indices, mask)
+        silent = self._silent(indices, answers, mask)
+        if len(silent) == len(indices):
             chips = f"chip {silent[0]}" if len(silent) == 1 else f"{len(silent)} chips ({short_list(silent)})"
-            raise BoardError("; ".join(found.errors) or f"{chips}: no answer")
-        answered = found.answers > 0
+            raise BoardError("; ".join(answers.errors) or f"{chips}: no answer")
+        answered = answers.counts > 0
         values = {
-            self._chips.key(place): self._readable(found.values[i], answered[i], addresses)
-            for i, place in enumerate(places.tolist())
+            self._chips.key(index): self._readable(answers.values[i], answered[i], addresses)
+            for i, index in enumerate(indices.tolist())
             if answered[i].any()
         }
-        return {"chips": values, **self._trouble(places, found, which)}
+        return {"chips": values, **self._faults(indices, answers, mask)}
 
     def validate_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
-        places, which = self._given(chip, registers)
-        found = self._read(places, which)
-        return self._verdict(places, which, found)
+        indices, mask = self._select_wanted(chip, registers)
+        answers = self._read(indices, mask)
+        return self._compare(indices, mask, answers)
 
     def enforce_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
-        places, which = self._given(chip, registers)
-        found = self._read(places, which)
+        indices, mask = self._select_wanted(chip, registers)
+        answers = self._read(indices, mask)
         written = 0
         for _ in range(_TRIES):
-            wrong = self._wrong(places, found, which)
+            wrong = self._differing(indices, answers, mask)
             if not wrong.any():
                 break
             self._progress(f"{int(wrong.sum())} registers are written again", 0, 0)
             written += int(wrong.sum())
-            self._write(places, wrong)
-            again = self._read(places, wrong)
-            for name in ("values", "answers", "conflicts"):
-                getattr(found, name)[wrong] = getattr(again, name)[wrong]
-            found.asked_again += again.asked_again
-            found.errors += again.errors
-        return self._verdict(places, which, found) | {"written": written}
+            self._write(indices, wrong)
+            retry = self._read(indices, wrong)
+            for name in ("values", "counts", "conflicts"):
+                getattr(answers, name)[wrong] = getattr(retry, name)[wrong]
+            answers.asked_again += retry.asked_again
+            answers.errors += retry.errors
+        return self._compare(indices, mask, answers) | {"written": written}
 
     def retrieve_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
-        places = self._chips.find(chip)
+        indices = self._chips.find(chip)
         addresses = self._chips.registers.select(registers)
         chips = self._chips
         return {
-            chips.key(place): {
-                "wanted": self._readable(chips.wanted[place], chips.given[place], addresses),
-                "confirmed": self._readable(chips.confirmed[place], chips.known[place], addresses),
+            chips.key(index): {
+                "wanted": self._readable(chips.wanted[index], chips.given[index], addresses),
+                "confirmed": self._readable(chips.confirmed[index], chips.known[index], addresses),
             }
-            for place in places.tolist()
+            for index in indices.tolist()
         }
 
     def load_board(self, file: Any) -> dict[str, Any]:
@@ -380,25 +393,27 @@ class ChipActions:
         return self._board()
 
     def configure_network(self, tries: Any = 3) -> dict[str, Any]:
-        whole("configure_network: tries", tries, 1, 100)
+        check_number("configure_network: tries", tries, 1, 100)
         chips = self._chips
         if not chips.board_file:
-            raise RequestError("configure_network: load_board(file) first, which says how the chips are wired")
+            raise RequestError(
+                "configure_network: load_board(file) first, because the board file has the wiring of the chips"
+            )
         names = [name for name in network_bringup.NETWORK if name in chips.registers.addresses]
-        if chips.registers.version == 1:  # nothing to bring up: the chips are there as soon as they have power
+        if chips.registers.version == 1:  # no network to configure: the chips answer as soon as they have power
             return self.enforce_configuration()
         controller = chips.controller()
         wrong: set[str] | None = None
         for attempt in range(tries):
-            words = f"try {attempt + 1}: " if attempt else ""
+            prefix = f"try {attempt + 1}: " if attempt else ""
 
-            def told(done: int, total: int, words: str = words) -> None:
-                self._progress(f"{words}{done} of {total} chips are told their place", done, total)
+            def report(done: int, total: int, prefix: str = prefix) -> None:
+                self._progress(f"{prefix}{done} of {total} chips are configured", done, total)
 
-            network_bringup.bring_up(controller, wrong, told)
+            network_bringup.bring_up(controller, wrong, report)
             chips.take_over(controller)
             result = self.validate_configuration(None, names)
-            wrong = {*result["silent"], *(one["chip"] for one in result["differences"])}
+            wrong = {*result["silent"], *(difference["chip"] for difference in result["differences"])}
             if not wrong:
                 break
         return result | {"tries": attempt + 1}
@@ -406,141 +421,143 @@ class ChipActions:
     def get_boards(self) -> dict[str, Any]:
         boards = [
             {
-                "io_group": one.io_group,
-                "kind": one.kind or "takes no commands",
-                "name": one.name,
-                "revision": one.revision or None,
+                "io_group": board.io_group,
+                "kind": board.kind or "takes no commands",
+                "name": board.name,
+                "revision": board.revision or None,
             }
-            for one in self._chips.link.setup.boards
+            for board in self._chips.link.setup.boards
         ]
         return {"boards": boards, **self._board()}
 
     def _board(self) -> dict[str, Any]:
         chips = self._chips
-        groups = np.unique(chips.parts[:, :2], axis=0, return_counts=True)
+        groups = np.unique(chips.chip_keys[:, :2], axis=0, return_counts=True)
         channels = [
-            {"io_group": a, "io_channel": b, "chips": n}
-            for (a, b), n in zip(groups[0].tolist(), groups[1].tolist(), strict=True)
+            {"io_group": io_group, "io_channel": io_channel, "chips": n}
+            for (io_group, io_channel), n in zip(groups[0].tolist(), groups[1].tolist(), strict=True)
         ]
         return {
             "board": chips.board_name,
             "file": chips.board_file,
             "asic": chips.registers.asic,
-            "chips": len(chips.parts),
+            "chips": len(chips.chip_keys),
             "networks": channels,
         }
 
     # Shared by several actions.
 
-    def _marked(self, chips: int, addresses: NDArray[np.intp]) -> NDArray[np.bool_]:
-        which = np.zeros((chips, self._chips.registers.count), bool)
-        which[:, addresses] = True
-        return which
+    def _mask(self, chips: int, addresses: NDArray[np.intp]) -> NDArray[np.bool_]:
+        mask = np.zeros((chips, self._chips.registers.count), bool)
+        mask[:, addresses] = True
+        return mask
 
-    def _given(self, chip: Any, registers: Any) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-        """Places of chips, and which of their registers, (chips, registers), were asked for and have a wanted value.
+    def _select_wanted(self, chip: Any, registers: Any) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+        """Return the indices of chips, and which of their selected registers, (chips, registers), have a wanted value.
 
-        RequestError when there are none, or when a register that was asked for by name has no wanted value.
+        RequestError if there are none, or if a register that was named has no wanted value.
         """
         chips = self._chips
-        places = chips.find(chip)
-        asked = self._marked(len(places), chips.registers.select(registers))
-        which = asked & chips.given[places]
-        missing = np.argwhere(asked & ~which)
-        if len(missing) and (registers is not None or not which.any()):
-            place, address = missing[0].tolist()
+        indices = chips.find(chip)
+        requested = self._mask(len(indices), chips.registers.select(registers))
+        mask = requested & chips.given[indices]
+        missing = np.argwhere(requested & ~mask)
+        if len(missing) and (registers is not None or not mask.any()):
+            index, address = missing[0].tolist()
             what = "any register" if registers is None else chips.registers.name(address)
             unknown = f"what {chips.registers.chips} hold at power-up is not known"
-            raise RequestError(f"chip {chips.key(places[place])}: nobody has set {what}, and {unknown}")
-        some = which.any(axis=1)
-        return places[some], which[some]
+            raise RequestError(f"chip {chips.key(indices[index])}: nobody has set {what}, and {unknown}")
+        some = mask.any(axis=1)
+        return indices[some], mask[some]
 
-    def _exchange(self, places: NDArray[np.intp]) -> RegisterExchange:
-        return RegisterExchange(self._chips.link, self._chips.registers, self._chips.parts[places])
+    def _exchange(self, indices: NDArray[np.intp]) -> RegisterExchange:
+        return RegisterExchange(self._chips.link, self._chips.registers, self._chips.chip_keys[indices])
 
-    def _write(self, places: NDArray[np.intp], which: NDArray[np.bool_]) -> dict[str, Any]:
-        errors = self._exchange(places).write(
-            self._chips.wanted[places],
-            which,
+    def _write(self, indices: NDArray[np.intp], mask: NDArray[np.bool_]) -> dict[str, Any]:
+        errors = self._exchange(indices).write(
+            self._chips.wanted[indices],
+            mask,
             lambda done, total: self._progress(f"written: {done} of {total} chips", done, total),
         )
         if errors:
             raise BoardError("; ".join(errors))
-        return {"chips": len(places), "registers": int(which.sum())}
+        return {"chips": len(indices), "registers": int(mask.sum())}
 
-    def _read(self, places: NDArray[np.intp], which: NDArray[np.bool_]) -> RegisterAnswers:
-        found = self._exchange(places).read(
-            which, lambda done, total: self._progress(f"read: {done} of {total} chips", done, total)
+    def _read(self, indices: NDArray[np.intp], mask: NDArray[np.bool_]) -> RegisterAnswers:
+        answers = self._exchange(indices).read(
+            mask, lambda done, total: self._progress(f"read: {done} of {total} chips", done, total)
         )
-        self._chips.confirm(places, found.values, (found.answers > 0) & ~found.conflicts)
-        return found
+        self._chips.confirm(indices, answers.values, (answers.counts > 0) & ~answers.conflicts)
+        return answers
 
-    def _deaf(self, found: RegisterAnswers, which: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which chips have not answered at all."""
-        deaf: NDArray[np.bool_] = ((found.answers == 0) | ~which).all(axis=1)
+    def _silent_mask(self, answers: RegisterAnswers, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return which chips have not answered at all, shape (chips,)."""
+        deaf: NDArray[np.bool_] = ((answers.counts == 0) | ~mask).all(axis=1)
         return deaf
 
-    def _wrong(self, places: NDArray[np.intp], found: RegisterAnswers, which: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Registers without an answer, or with another value than wanted, of chips that have answered."""
-        other = (found.answers == 0) | (found.values != self._chips.wanted[places])
-        wrong: NDArray[np.bool_] = which & other & ~self._deaf(found, which)[:, None]
+    def _differing(
+        self, indices: NDArray[np.intp], answers: RegisterAnswers, mask: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Return which registers have no answer or another value than wanted, of chips that have answered."""
+        other = (answers.counts == 0) | (answers.values != self._chips.wanted[indices])
+        wrong: NDArray[np.bool_] = mask & other & ~self._silent_mask(answers, mask)[:, None]
         return wrong
 
-    def _silent(self, places: NDArray[np.intp], found: RegisterAnswers, which: NDArray[np.bool_]) -> list[str]:
-        return [self._chips.key(place) for place in places[self._deaf(found, which)].tolist()]
+    def _silent(self, indices: NDArray[np.intp], answers: RegisterAnswers, mask: NDArray[np.bool_]) -> list[str]:
+        return [self._chips.key(index) for index in indices[self._silent_mask(answers, mask)].tolist()]
 
-    def _verdict(self, places: NDArray[np.intp], which: NDArray[np.bool_], found: RegisterAnswers) -> dict[str, Any]:
-        at = np.argwhere(self._wrong(places, found, which))
+    def _compare(self, indices: NDArray[np.intp], mask: NDArray[np.bool_], answers: RegisterAnswers) -> dict[str, Any]:
+        at = np.argwhere(self._differing(indices, answers, mask))
         registers = self._chips.registers
         differences = [
             {
-                "chip": self._chips.key(places[chip]),
+                "chip": self._chips.key(indices[chip]),
                 "register": registers.name(address),
                 "address": address,
-                "expected": int(self._chips.wanted[places[chip], address]),
-                "found": int(found.values[chip, address]) if found.answers[chip, address] else None,
+                "expected": int(self._chips.wanted[indices[chip], address]),
+                "found": int(answers.values[chip, address]) if answers.counts[chip, address] else None,
             }
             for chip, address in at[:_LISTED].tolist()
         ]
         return {
-            "ok": not len(at) and not self._deaf(found, which).any() and not found.conflicts.any(),
-            "chips": len(places),
-            "registers": int(which.sum()),
+            "ok": not len(at) and not self._silent_mask(answers, mask).any() and not answers.conflicts.any(),
+            "chips": len(indices),
+            "registers": int(mask.sum()),
             "different": len(at),
             "differences": differences,
-            **self._trouble(places, found, which),
+            **self._faults(indices, answers, mask),
         }
 
-    def _trouble(self, places: NDArray[np.intp], found: RegisterAnswers, which: NDArray[np.bool_]) -> dict[str, Any]:
-        """The irregularities of a reading: silent chips, registers without or with several answers, board errors."""
+    def _faults(self, indices: NDArray[np.intp], answers: RegisterAnswers, mask: NDArray[np.bool_]) -> dict[str, Any]:
+        """Return the faults of a readout: silent chips, registers without or with several answers, board errors."""
         registers = self._chips.registers
-        missing = which & (found.answers == 0) & ~self._deaf(found, which)[:, None]
+        missing = mask & (answers.counts == 0) & ~self._silent_mask(answers, mask)[:, None]
 
-        def named(marked: NDArray[np.bool_]) -> list[str]:
+        def names(marked: NDArray[np.bool_]) -> list[str]:
             at = np.argwhere(marked)[:100].tolist()
-            return [f"{self._chips.key(places[chip])} {registers.name(address)}" for chip, address in at]
+            return [f"{self._chips.key(indices[chip])} {registers.name(address)}" for chip, address in at]
 
         return {
-            "silent": self._silent(places, found, which),
-            "unanswered": named(missing),
-            "answered_twice": named(found.answers > 1),
-            "contradicting": named(found.conflicts),
-            "asked_again": found.asked_again,
-            "bad_parity": found.bad_parity,
-            "strange_answers": found.strange,
-            "board_errors": found.errors,
+            "silent": self._silent(indices, answers, mask),
+            "unanswered": names(missing),
+            "answered_twice": names(answers.counts > 1),
+            "contradicting": names(answers.conflicts),
+            "asked_again": answers.asked_again,
+            "bad_parity": answers.bad_parity,
+            "strange_answers": answers.strange,
+            "board_errors": answers.errors,
         }
 
     def _readable(
         self, values: NDArray[np.uint8], have: NDArray[np.bool_], addresses: NDArray[np.intp]
     ) -> dict[str, Any]:
-        """Values by register name, if all addresses of the register were asked for and are known; else by address."""
+        """Return known values by register name, or by address if not all addresses of a register are known."""
         registers = self._chips.registers
         wanted = set(addresses[have[addresses]].tolist())
         names = [name for name, at in registers.addresses.items() if wanted.issuperset(at)]
         covered = {address for name in names for address in registers.addresses[name]}
         shown: dict[str, Any] = {}
         if names:
-            shown = {name: one[0] for name, one in registers.named(values[None, :], names).items()}
-        rest = {registers.name(address): int(values[address]) for address in sorted(wanted - covered)}
-        return shown | rest
+            shown = {name: column[0] for name, column in registers.values_by_name(values[None, :], names).items()}
+        others = {registers.name(address): int(values[address]) for address in sorted(wanted - covered)}
+        return shown | others

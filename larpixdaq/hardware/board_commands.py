@@ -1,7 +1,7 @@
-"""Orders to the boards themselves, through the producer: registers, power, reset, clocks, of each kind of board.
+"""Orders to the boards through the producer: registers, power, reset and clocks of each kind of board.
 
-The methods that routines call have the names, arguments and results of larpix-control's PACMAN_IO. Without an io_group
-they ask all boards and return {io_group: value}.
+The methods for routines have the names, arguments and results of larpix-control's PACMAN_IO. Without an io_group they
+ask all boards and return {io_group: value}.
 """
 
 from __future__ import annotations
@@ -29,157 +29,161 @@ from larpixdaq.hardware.pacman_registers import (
     values_in,
     write,
 )
-from larpixdaq.hardware.power import SETTLE, Progress, TilePower, unheard
+from larpixdaq.hardware.power import SETTLING_TIME, Progress, TilePower, no_progress
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.schema import Asic
 
-#: Ticks a bit of a UART at first: 5 Mb/s.
+#: Clock ticks per bit of a UART at power-up: 5 Mb/s.
 RATIO: Final = 10
-#: Of a word on its line: 64, start and stop.
+#: Bits of a word on its line: 64, start and stop.
 BITS: Final = 66
-#: What a serial board passes on in a second, of all its chips, at 1,000,000 baud.
+#: Frames per second of a serial board, of all its chips together, at 1,000,000 baud.
 SERIAL_FRAMES: Final = 10_000.0
-#: io_channels of a PACMAN, of whatever revision, that have a UART register for certain to be no DAC's.
+#: Number of io_channels whose UART register is no DAC register in any revision of PACMAN.
 _CHANNELS: Final = 32
-#: Hz of the chips' clock, which counts the length of a reset.
+#: Frequency in Hz of the chips' clock, which counts the length of a reset.
 _MASTER_CLOCK: Final = 10e6
-#: larpix-control's own DAC setting, which is meant for rev2.
+#: Default DAC setting of larpix-control, which is meant for rev2.
 _REV2_DAC: Final = 0xD5A3
-#: Lengths of a reset (ticks) up to which chips keep their configuration, and from which on it is lost. Of v2 chips 10
-#: and 24, and 256 and more are known, of v3 chips 15 to 30, and 31 and more (below 15 nothing happens).
+#: Lengths of a reset in ticks: the minimum to have an effect, the maximum at which chips keep their configuration, and
+#: the minimum at which they lose it. Known: v2 keeps it at 10 and 24, and loses it from 256; v3 keeps it from 15 to 30.
 _KEEP: Final = {Asic.V2: (0, 24, 256), Asic.V2_DIAGNOSTICS: (0, 24, 256), Asic.V3: (15, 30, 31)}
 
 
 class BoardOrders:
-    """What boards do beside passing words on. BoardError names the board, and why it did not."""
+    """Orders to boards, beside words for chips. BoardError names the board and the reason of the failure."""
 
-    def __init__(self, link: ProducerPipe, doubt: Callable[[list[int]], None]) -> None:
-        """`doubt` is called with io_groups whose chips are going to be reset, or to get or lose their power."""
+    def __init__(self, link: ProducerPipe, invalidate: Callable[[list[int]], None]) -> None:
+        """`invalidate` is called with io_groups before their chips are reset or their power is switched."""
         self._link = link
-        self._doubt = doubt
+        self._invalidate = invalidate
         self.kinds = {board.io_group: board.kind for board in link.setup.boards if board.kind}
         self.names = {board.io_group: board.name for board in link.setup.boards}
         self._revisions = {board.io_group: board.revision for board in link.setup.boards}
 
-    def groups(self, asked: Any = None) -> list[int]:
-        """The io_groups asked for: None (all), one, or a list. RequestError for one that takes no commands."""
-        if asked is None:
+    def groups(self, requested: Any = None) -> list[int]:
+        """Return io_groups: None (all), a number, or a list. RequestError for a board that takes no commands."""
+        if requested is None:
             if not self.kinds:
                 raise RequestError("no board here takes commands")
             return list(self.kinds)
-        groups = asked if isinstance(asked, list) else [asked]
-        there = ", ".join(map(str, self.kinds)) or "none"
+        groups = requested if isinstance(requested, list) else [requested]
+        available = ", ".join(map(str, self.kinds)) or "none"
         if not groups:
-            raise RequestError(f"io_group: expected one, a list, or None for all ({there}), found none")
-        for one in groups:
-            if isinstance(one, bool) or not isinstance(one, int) or one not in self.kinds:
-                raise RequestError(f"io_group {one!r:.100}: no such board takes commands here; those that do: {there}")
+            raise RequestError(f"io_group: expected a number, a list, or None for all ({available}), found none")
+        for group in groups:
+            if isinstance(group, bool) or not isinstance(group, int) or group not in self.kinds:
+                raise RequestError(
+                    f"io_group {group!r:.100}: no such board takes commands here; those that do: {available}"
+                )
         return list(dict.fromkeys(groups))
 
-    def only(self, what: str, *kinds: str, asked: Any = None) -> list[int]:
-        """The io_groups asked for, all of which are boards of these kinds, or RequestError."""
-        groups = self.groups(asked)
-        for one in groups:
-            if self.kinds[one] not in kinds:
-                raise RequestError(f"{what}: {self.names[one]} cannot do that ({', '.join(kinds)} boards can)")
+    def groups_of_kind(self, what: str, *kinds: str, requested: Any = None) -> list[int]:
+        """Return io_groups as groups() does; RequestError if a board is not of these kinds."""
+        groups = self.groups(requested)
+        for group in groups:
+            if self.kinds[group] not in kinds:
+                raise RequestError(f"{what}: {self.names[group]} cannot do that ({', '.join(kinds)} boards can)")
         return groups
 
     def ask_all(self, bodies: dict[int, bytes], seconds: float = 0.0) -> dict[int, bytes | BoardError]:
-        """Ask boards side by side. `seconds`: how long a board may take for it beyond the usual limit."""
+        """Ask boards in parallel; returns answers or errors. `seconds`: time needed beyond the usual limit."""
         numbers = {io_group: self._link.post(io_group, body, seconds) for io_group, body in bodies.items()}
         answers: dict[int, bytes | BoardError] = {}
         for io_group, number in numbers.items():
             try:
-                answers[io_group] = self._link.finished(number)
+                answers[io_group] = self._link.await_answer(number)
             except BoardError as error:
                 answers[io_group] = error
         return answers
 
     def values(self, io_group: int, orders: Iterable[bytes], seconds: float = 0.0) -> list[int]:
-        """Registers of a PACMAN read and written in one request; the value of each, in the same order."""
-        self.only("register", "pacman", asked=io_group)
+        """Read and write registers of a PACMAN in one request. Returns the values of all registers, in this order."""
+        self.groups_of_kind("register", "pacman", requested=io_group)
         return values_in(self._link.ask(io_group, b"".join(orders), seconds))
 
-    # The revision of a PACMAN: where its server has power and DACs.
+    # The revision of a PACMAN, which determines its registers of power and DACs.
 
     def revision(self, io_group: int) -> PacmanRevision | None:
-        """The register map of a board, as configured or as the board says; None when nobody has said it.
+        """Return the register map of a board, from its configuration or from the board itself; None if not known.
 
-        BoardError when the board says something else than its configuration."""
-        (said,) = self.values(io_group, [read(MAP_VERSION)])
-        return self.revision_of(io_group, said)
+        BoardError if the board contradicts its configuration.
+        """
+        (map_version,) = self.values(io_group, [read(MAP_VERSION)])
+        return self.revision_of(io_group, map_version)
 
-    def revision_of(self, io_group: int, said: int) -> PacmanRevision | None:
-        """The same, with what the register MAP_VERSION of the board said."""
+    def revision_of(self, io_group: int, map_version: int) -> PacmanRevision | None:
+        """Return the same as revision(); `map_version`: value of the board's register MAP_VERSION."""
         number = self._revisions[io_group]
-        if number and said != (number if number == 5 else 0):
+        if number and map_version != (number if number == 5 else 0):
             raise BoardError(
                 f"{self.names[io_group]}: its revision is {number} by --pacman-revision, but its register "
-                f"0x{MAP_VERSION:x} reads {said}: 5 on servers of revision 5, 0 on all others"
+                f"0x{MAP_VERSION:x} reads {map_version}: 5 on servers of revision 5, 0 on all others"
             )
-        return REVISIONS.get(number or said)
+        return REVISIONS.get(number or map_version)
 
     def known_revision(self, io_group: int) -> PacmanRevision:
-        """The register map of a board; RequestError when it is not known."""
+        """Return the register map of a board; RequestError if it is not known."""
         revision = self.revision(io_group)
         if revision is None:
             raise RequestError(
-                f"{self.names[io_group]}: its revision is not known, and with it where its supplies are: start the "
-                f"producer with --pacman-revision {io_group}=N, N from 2 to 5"
+                f"{self.names[io_group]}: its revision is not known, and neither are the registers of its supplies: "
+                f"start the producer with --pacman-revision {io_group}=N, N from 2 to 5"
             )
         return revision
 
-    def io_channels(self, io_group: int, asked: list[int] | None) -> list[int]:
-        """These io_channels of a PACMAN (None: all); RequestError for one whose UART has no registers."""
+    def io_channels(self, io_group: int, requested: list[int] | None) -> list[int]:
+        """Return io_channels of a PACMAN (None: all); RequestError for an io_channel whose UART has no registers."""
         revision = self.revision(io_group)
-        most = _CHANNELS if revision is None else revision.uarts
-        if asked is None:
+        maximum = _CHANNELS if revision is None else revision.uarts
+        if requested is None:
             if revision is None:
                 raise RequestError(
-                    f"{self.names[io_group]}: its revision is not known, and with it how many io_channels it has: name "
-                    f"them, or start the producer with --pacman-revision {io_group}=N, N from 2 to 5"
+                    f"{self.names[io_group]}: its revision is not known, and neither is the number of its io_channels: "
+                    f"name them, or start the producer with --pacman-revision {io_group}=N, N from 2 to 5"
                 )
-            return list(range(1, most + 1))
-        for one in asked:
-            if one > most:
-                of = "" if revision is None else f" of revision {revision.number}"
+            return list(range(1, maximum + 1))
+        for io_channel in requested:
+            if io_channel > maximum:
+                suffix = "" if revision is None else f" of revision {revision.number}"
                 raise RequestError(
-                    f"{self.names[io_group]}: io_channel: boards{of} have UART registers of 1 to {most}, found {one}"
+                    f"{self.names[io_group]}: io_channel: boards{suffix} have UART registers of 1 to {maximum}, "
+                    f"found {io_channel}"
                 )
-        return asked
+        return requested
 
-    # As PACMAN_IO has them.
+    # Methods of PACMAN_IO.
 
-    def _each(self, io_group: int | None, one: Callable[[int], Any]) -> Any:
+    def _each(self, io_group: int | None, action: Callable[[int], Any]) -> Any:
         if io_group is None:
-            return {each: one(each) for each in self.groups()}
-        return one(io_group)
+            return {group: action(group) for group in self.groups()}
+        return action(io_group)
 
     def set_reg(self, reg: int, val: int, io_group: int | None = None) -> Any:
-        """Set a 32-bit register of the board. Refused where that could hit a DAC, or crash the board's server."""
-        return self._each(io_group, lambda one: self._set_reg(one, reg, val))
+        """Set a 32-bit register of the board. Refused if this could set a DAC or crash the board's server."""
+        return self._each(io_group, lambda group: self._set_reg(group, reg, val))
 
     def _set_reg(self, io_group: int, register: int, value: int) -> None:
         if register >= I2C:
             end = self.known_revision(io_group).end
-            self._within(io_group, register, end)
+            self._check_register(io_group, register, end)
         if register >= I2C or register in (TILES, POWER) or (register == CLOCK_CONTROL and value & RESET_BIT):
-            self._doubt([io_group])
+            self._invalidate([io_group])
         self.values(io_group, [write(register, value)])
 
     def get_reg(self, reg: int, io_group: int | None = None) -> Any:
-        """A 32-bit register of the board. Refused where that could crash the board's server."""
-        return self._each(io_group, lambda one: self._get_reg(one, reg))
+        """Read a 32-bit register of the board. Refused if this could crash the board's server."""
+        return self._each(io_group, lambda group: self._get_reg(group, reg))
 
     def _get_reg(self, io_group: int, register: int) -> int:
         seconds = 0.0
         if register >= I2C:
             revision = self.revision(io_group)
-            self._within(io_group, register, READABLE if revision is None else revision.end)
+            self._check_register(io_group, register, READABLE if revision is None else revision.end)
             seconds = 0.0 if revision is None else revision.seconds(register)
         return self.values(io_group, [read(register)], seconds)[0]
 
-    def _within(self, io_group: int, register: int, end: int) -> None:
+    def _check_register(self, io_group: int, register: int, end: int) -> None:
         if register >= end:
             raise RequestError(
                 f"{self.names[io_group]}: register 0x{register:x}: the board's registers end at 0x{end - 1:x}; "
@@ -187,123 +191,142 @@ class BoardOrders:
             )
 
     def ping(self, io_group: int | None = None) -> Any:
-        """Whether the board answers."""
-        return self._each(io_group, lambda one: not isinstance(self.ask_pings(one)[one], BoardError))
+        """Return whether the board answers."""
+        return self._each(io_group, lambda group: not isinstance(self.ask_pings(group)[group], BoardError))
 
-    def ask_pings(self, asked: Any) -> dict[int, bytes | BoardError]:
-        """The answers of these boards (None: of all) to the order that only asks for one; RequestError as only()."""
-        groups = self.only("ping", "pacman", "bern", asked=asked)
-        return self.ask_all({one: PING if self.kinds[one] == "pacman" else b"PING_HB" for one in groups})
+    def ask_pings(self, requested: Any) -> dict[int, bytes | BoardError]:
+        """Send a ping to these boards (None: all). Returns answers or errors; RequestError as in only()."""
+        groups = self.groups_of_kind("ping", "pacman", "bern", requested=requested)
+        return self.ask_all({group: PING if self.kinds[group] == "pacman" else b"PING_HB" for group in groups})
 
     def get_vddd(self, io_group: int | None = None, tile: int = 0) -> Any:
-        """Digital supply of a tile (from 0): (mV, mA); None for mA where the board's unit is not established."""
-        return self._each(io_group, lambda one: self._supply("vddd", one, tile))
+        """Measure the digital supply of a tile (from 0): (mV, mA); mA None if the board's unit is not established."""
+        return self._each(io_group, lambda group: self._measure_supply("vddd", group, tile))
 
     def get_vdda(self, io_group: int | None = None, tile: int = 0) -> Any:
-        """Analog supply of a tile (from 0): (mV, mA); None for mA where the board's unit is not established."""
-        return self._each(io_group, lambda one: self._supply("vdda", one, tile))
+        """Measure the analog supply of a tile (from 0): (mV, mA); mA None if the board's unit is not established."""
+        return self._each(io_group, lambda group: self._measure_supply("vdda", group, tile))
 
-    def _supply(self, name: str, io_group: int, tile: int) -> tuple[float, float | None]:
-        return self.tile_power(io_group, supplies=True).measured(tile, name)
+    def _measure_supply(self, name: str, io_group: int, tile: int) -> tuple[float, float | None]:
+        return self.tile_power(io_group, supplies=True).measure(tile, name)
 
     def get_vplus(self, io_group: int | None = None) -> Any:
-        """Input supply: (mV, mA); rev2 alone can measure it."""
-        return self._each(io_group, lambda one: self._input(one))
+        """Measure the input supply: (mV, mA); only rev2 can."""
+        return self._each(io_group, lambda group: self._measure_input(group))
 
-    def _input(self, io_group: int) -> tuple[float, float]:
+    def _measure_input(self, io_group: int) -> tuple[float, float]:
         revision = self.known_revision(io_group)
         if not revision.board:
             raise RequestError(f"{self.names[io_group]}: boards of revision {revision.number} do not measure VPLUS")
         monitors = list(revision.board.values())
-        values = self.values(io_group, [read(monitor.place.first) for monitor in monitors])
+        values = self.values(io_group, [read(monitor.register.first) for monitor in monitors])
         mv, ma = (monitor.convert(value) for monitor, value in zip(monitors, values, strict=True))
         return mv, ma
 
     def set_vddd(
-        self, vddd_dac: int | None = None, io_group: int | None = None, settling_time: float = SETTLE, tile: int = 0
+        self,
+        vddd_dac: int | None = None,
+        io_group: int | None = None,
+        settling_time: float = SETTLING_TIME,
+        tile: int = 0,
     ) -> Any:
-        """Set the digital supply's DAC of a tile, wait `settling_time` seconds; (mV, mA) as get_vddd()."""
-        return self._each(io_group, lambda one: self._set_supply("vddd", one, tile, vddd_dac, settling_time))
+        """Set the DAC of a tile's digital supply and wait `settling_time` seconds. Returns (mV, mA) as get_vddd()."""
+        return self._each(io_group, lambda group: self._set_supply("vddd", group, tile, vddd_dac, settling_time))
 
     def set_vdda(
-        self, vdda_dac: int | None = None, io_group: int | None = None, settling_time: float = SETTLE, tile: int = 0
+        self,
+        vdda_dac: int | None = None,
+        io_group: int | None = None,
+        settling_time: float = SETTLING_TIME,
+        tile: int = 0,
     ) -> Any:
-        """Set the analog supply's DAC of a tile, wait `settling_time` seconds; (mV, mA) as get_vdda()."""
-        return self._each(io_group, lambda one: self._set_supply("vdda", one, tile, vdda_dac, settling_time))
+        """Set the DAC of a tile's analog supply and wait `settling_time` seconds. Returns (mV, mA) as get_vdda()."""
+        return self._each(io_group, lambda group: self._set_supply("vdda", group, tile, vdda_dac, settling_time))
 
     def _set_supply(self, name: str, io_group: int, tile: int, dac: int | None, settling: float) -> Any:
         power = self.tile_power(io_group, supplies=True)
-        if dac is None and power.known.number == 2:
+        if dac is None and power.known_revision.number == 2:
             dac = _REV2_DAC
         if dac is None:
-            raise RequestError(f"set_{name}: revision {power.known.number} has no usual DAC setting: name it")
-        self._doubt([io_group])
+            raise RequestError(
+                f"set_{name}: revision {power.known_revision.number} has no default DAC setting: name one"
+            )
+        self._invalidate([io_group])
         power.set_dac(name, tile, dac)
         time.sleep(settling or 0)
-        return power.measured(tile, name)
+        return power.measure(tile, name)
 
     def tile_power(
-        self, io_group: int, *, off: bool = False, supplies: bool = False, progress: Progress = unheard
+        self, io_group: int, *, off: bool = False, supplies: bool = False, progress: Progress = no_progress
     ) -> TilePower:
-        """The tiles of a board, which are to be switched off, or whose supplies are to be set or measured: RequestError
-        when these are not known. To switch off works whatever the configuration says."""
+        """Return the tiles of a board, to switch them or to set or measure their `supplies`.
+
+        RequestError if the registers of the supplies are not known. With `off`, a wrong configured revision is ignored,
+        because it must always be possible to switch tiles off.
+        """
         revision = None
         with contextlib.suppress(BoardError) if off else contextlib.nullcontext():
             revision = self.known_revision(io_group) if supplies else self.revision(io_group)
         return TilePower(self, io_group, self.names[io_group], revision, progress)
 
     def enable_tile(self, tile_indices: Any = None, io_group: int | None = None) -> Any:
-        """Switch tiles on (index, list of indices from 0, None: all); the mask of those that are on."""
-        return self._each(io_group, lambda one: self._tiles(one, tile_indices, on=True))
+        """Switch tiles on (index, list of indices from 0, None: all). Returns the mask of the tiles that are on."""
+        return self._each(io_group, lambda group: self._switch_tiles(group, tile_indices, on=True))
 
     def disable_tile(self, tile_indices: Any = None, io_group: int | None = None) -> Any:
-        """Switch tiles off; the mask of those that are on."""
-        return self._each(io_group, lambda one: self._tiles(one, tile_indices, on=False))
+        """Switch tiles off, as in enable_tile(). Returns the mask of the tiles that are on."""
+        return self._each(io_group, lambda group: self._switch_tiles(group, tile_indices, on=False))
 
-    def _tiles(self, io_group: int, indices: Any, *, on: bool) -> int:
+    def _switch_tiles(self, io_group: int, indices: Any, *, on: bool) -> int:
         power = self.tile_power(io_group, off=not on)
         chosen = None if indices is None else [indices] if isinstance(indices, int) else list(indices)
-        self._doubt([io_group])
+        self._invalidate([io_group])
         return power.enable(chosen) if on else power.disable(chosen)
 
     def set_uart_clock_ratio(self, channel: int, ratio: int, io_group: int | None = None) -> Any:
-        """Clock ticks a bit of one io_channel's UART; the register's value. BoardError when it reads back another."""
-        return self._each(io_group, lambda one: self.set_ratios(one, self.io_channels(one, [channel]), ratio)[channel])
+        """Set the clock ticks per bit of an io_channel's UART and read them back; BoardError if they differ."""
+        return self._each(
+            io_group, lambda group: self.set_ratios(group, self.io_channels(group, [channel]), ratio)[channel]
+        )
 
     def set_ratios(self, io_group: int, channels: list[int], ratio: int) -> dict[int, int]:
-        """Clock ticks a bit of io_channels that io_channels() has found; BoardError when one reads back another."""
-        orders = [order for one in channels for order in (write(uart(one), ratio), read(uart(one)))]
-        found = dict(zip(channels, self.values(io_group, orders)[1::2], strict=True))
-        wrong = [f"{channel} ({value})" for channel, value in found.items() if value != ratio]
+        """Set the clock ticks per bit of checked io_channels; BoardError if a register reads back another value."""
+        orders = [
+            order for io_channel in channels for order in (write(uart(io_channel), ratio), read(uart(io_channel)))
+        ]
+        readings = dict(zip(channels, self.values(io_group, orders)[1::2], strict=True))
+        wrong = [f"{channel} ({value})" for channel, value in readings.items() if value != ratio]
         if wrong:
             raise BoardError(
-                f"{self.names[io_group]}: clock ratio {ratio}: {len(wrong)} of {len(found)} io_channels read back "
+                f"{self.names[io_group]}: clock ratio {ratio}: {len(wrong)} of {len(readings)} io_channels read back "
                 f"something else: {', '.join(wrong[:10])}"
             )
-        return found
+        return readings
 
-    def carries(self, lines: Sequence[tuple[int, int]]) -> list[float]:
-        """Packets a second that each of these (io_group, io_channel) can send, by the clock of its UART."""
+    def capacity(self, lines: Sequence[tuple[int, int]]) -> list[float]:
+        """Return the maximum packets per second of each (io_group, io_channel), from the clock of its UART."""
         bits = dict.fromkeys(lines, bits_a_second(RATIO))
         pacmans = {io_group for io_group, _ in lines if self.kinds.get(io_group) == "pacman"}
         for io_group in sorted(pacmans):
-            mine = [line for line in lines if line[0] == io_group and uart(line[1]) < I2C]
-            said, *found = self.values(io_group, [read(MAP_VERSION), *(read(uart(line[1])) for line in mine)])
-            revision = self.revision_of(io_group, said)
+            pacman_lines = [line for line in lines if line[0] == io_group and uart(line[1]) < I2C]
+            map_version, *readings = self.values(
+                io_group, [read(MAP_VERSION), *(read(uart(line[1])) for line in pacman_lines)]
+            )
+            revision = self.revision_of(io_group, map_version)
             clock = None if revision is None else revision.uart_clock
-            bits |= {line: bits_a_second(ratio, clock) for line, ratio in zip(mine, found, strict=True)}
+            bits |= {line: bits_a_second(ratio, clock) for line, ratio in zip(pacman_lines, readings, strict=True)}
         return [
             SERIAL_FRAMES if self.kinds.get(line[0]) == "serial" else bits[line] / BITS for line in dict.fromkeys(lines)
         ]
 
     def reset_larpix(self, length: int = 256, io_group: int | None = None) -> Any:
-        """Reset the chips for `length` ticks of their clock; the value of the clock control register."""
-        return self._each(io_group, lambda one: self.reset(one, length))
+        """Reset the chips for `length` ticks of their clock. Returns the value of the clock control register."""
+        return self._each(io_group, lambda group: self.reset(group, length))
 
     def reset(self, io_group: int, length: int) -> int:
-        """Reset the chips of a PACMAN, and wait until the reset is over; the value of its clock control register."""
-        if self.kept(length) is not True:
-            self._doubt([io_group])
+        """Reset the chips of a PACMAN and wait for the end. Returns the value of its clock control register."""
+        if self.reset_keeps_configuration(length) is not True:
+            self._invalidate([io_group])
         cycles, control = self.values(io_group, [write(RESET_CYCLES, length), read(RESET_CYCLES), read(CLOCK_CONTROL)])[
             1:
         ]
@@ -311,28 +334,31 @@ class BoardOrders:
         orders = [write(CLOCK_CONTROL, idle | RESET_BIT), write(CLOCK_CONTROL, idle), read(CLOCK_CONTROL)]
         after = self.values(io_group, orders)[2]
         time.sleep(length / _MASTER_CLOCK)
-        for what, asked, found in (("length of a reset", length, cycles), ("clock control", idle, after)):
-            if found != asked:
-                raise BoardError(f"{self.names[io_group]}: {what}: set to {asked}, reads back {found}")
+        for what, setting, readback in (("length of a reset", length, cycles), ("clock control", idle, after)):
+            if readback != setting:
+                raise BoardError(f"{self.names[io_group]}: {what}: set to {setting}, reads back {readback}")
         return after
 
-    def kept(self, length: int) -> bool | None:
-        """Whether chips keep their configuration in a reset of this length; None: nobody knows.
+    def reset_keeps_configuration(self, length: int) -> bool | None:
+        """Return whether chips keep their configuration in a reset of `length` ticks; None if not known.
 
-        RequestError when they do not notice such a reset at all."""
+        RequestError if such a reset has no effect.
+        """
         bounds = _KEEP.get(Asic(self._link.setup.generation))
         if bounds is None:
             return None
         least, keep, lose = bounds
         if length < least:
             raise RequestError(
-                f"reset: length {length}: the chips do nothing below {least} ticks, and lose their "
+                f"reset: length {length}: chips ignore a reset below {least} ticks, and lose their "
                 f"configuration from {lose} on"
             )
         return True if length <= keep else False if length >= lose else None
 
 
 def bits_a_second(ratio: int, clock: float | None = None) -> float:
-    """Of a UART with so many ticks a bit of its `clock` (Hz). None: 10 MHz where the ratio is small, as older firmware
-    has it, else 50 MHz."""
+    """Return the bits per second of a UART with `ratio` ticks of its `clock` (Hz) per bit.
+
+    Clock None: 10 MHz with ratios below RATIO, as in older firmware, otherwise 50 MHz.
+    """
     return (clock or (50e6 if ratio >= RATIO else 10e6)) / max(ratio, 1)

@@ -1,6 +1,6 @@
 """The program of the child process, which `supervisor.Child` starts with the number of its socket.
 
-It is run by its path, so that neither the working directory nor this folder can hide a module of the library.
+It is started by its path, so that neither the working directory nor this folder can hide a module of a library.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import sys
 
 if __spec__ is None:
-    # Last, so that it counts only if the package is not installed.
+    # At the end of the path, so that an installed package is preferred.
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     del sys.path[0]
 
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from larpixdaq.errors import LarpixDaqError, ProtocolError, RequestError
 from larpixdaq.hardware.producer_link import ProducerPipe
-from larpixdaq.hardware.routine_arguments import checked, parameters, usage
+from larpixdaq.hardware.routine_arguments import check_arguments, parameters, usage
 from larpixdaq.protocol import hardware
 from larpixdaq.routines import Routine, load
 from larpixdaq.runtime.child_process import PIECE, parent_socket
@@ -35,18 +35,18 @@ from larpixdaq.runtime.child_process import PIECE, parent_socket
 if TYPE_CHECKING:
     from larpixdaq.hardware.chip_state import ChipState
 
-#: Progress messages that are sent at once, and per second after that: further ones are left out and counted.
+#: Maximum progress messages at once, and per second after that. Further messages are left out and counted.
 _BURST: Final = 100
 _PER_SECOND: Final = 20.0
 
 
 class RequestWorker:
-    """Carries out one request after the other; the state of the chips is kept in between."""
+    """Carries out one request after the other and keeps the state of the chips."""
 
     def __init__(self, link: ProducerPipe) -> None:
         self._link = link
         self._chips: ChipState | None = None
-        self._remembered = hardware.Remember("", b"", b"", b"")  # the last one sent
+        self._saved = hardware.Remember("", b"", b"", b"")  # the last state sent
 
     def handle(self, request: hardware.Request) -> None:
         if isinstance(request, hardware.ListRoutines):
@@ -60,35 +60,36 @@ class RequestWorker:
     def _run(self, request: hardware.RunRoutine | hardware.Action) -> None:
         name = request.action if isinstance(request, hardware.Action) else f"routine {request.name}"
         reports = _Reports(self._link, request.request)
-        # The kernel ends this process at the limit, whatever the routine is doing and whoever holds the interpreter's
-        # lock.
+        # The kernel ends this process at the limit, even if C code of the routine holds the interpreter's lock.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, request.time_limit)
         try:
             answer: hardware.Result | hardware.ActionFailed
             answer = (
-                self._act(request, reports) if isinstance(request, hardware.Action) else self._call(request, reports)
+                self._act(request, reports)
+                if isinstance(request, hardware.Action)
+                else self._call_routine(request, reports)
             )
         except LarpixDaqError as error:
             code = error.code if isinstance(error, RequestError) else "failed"
             text = str(error)
             text = text if text.startswith(f"{name}: ") else f"{name}: {text}"
-            answer = hardware.ActionFailed(request.request, _line(text), code=code)
-        except BaseException as error:  # whatever a routine raises
+            answer = hardware.ActionFailed(request.request, _one_line(text), code=code)
+        except BaseException as error:  # a routine can raise anything
             text = f"{name}: {''.join(traceback.format_exception_only(error))}"
-            trace = _sendable(traceback.format_exc(limit=-50))[-20_000:]
-            answer = hardware.ActionFailed(request.request, _line(text), traceback=trace)
+            trace = _escaped(traceback.format_exc(limit=-50))[-20_000:]
+            answer = hardware.ActionFailed(request.request, _one_line(text), traceback=trace)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._link.forget()
-        self._remember()
+        self._save_state()
         try:
             self._link.send(answer)
         except ProtocolError as error:
-            self._link.send(hardware.ActionFailed(request.request, f"{name}: its result: {_line(str(error))}"))
+            self._link.send(hardware.ActionFailed(request.request, f"{name}: its result: {_one_line(str(error))}"))
 
-    def _state(self) -> ChipState:
-        """The state of the chips, made at the first call, because larpix-control takes a second to import."""
+    def _chip_state(self) -> ChipState:
+        """Return the state of the chips. Made at the first call, because larpix-control takes a second to import."""
         if self._chips is None:
             from larpixdaq.hardware.chip_state import ChipState
             from larpixdaq.hardware.register_map import ChipRegisters
@@ -97,35 +98,35 @@ class RequestWorker:
             try:
                 chips.restore()
             except LarpixDaqError as error:  # the board file may be gone
-                print(f"what was known of the chips is forgotten: {error}", flush=True)
+                print(f"the known state of the chips is lost: {error}", flush=True)
             self._chips = chips
         return self._chips
 
-    def _remember(self) -> None:
-        """Send the producer the state for the next child, if it has changed."""
-        if self._chips is not None and (state := self._chips.state()) != self._remembered:
-            self._remembered = state
+    def _save_state(self) -> None:
+        """Send the state for the next child to the producer, if it has changed."""
+        if self._chips is not None and (state := self._chips.state()) != self._saved:
+            self._saved = state
             self._link.send(state)
 
     def _act(self, request: hardware.Action, reports: _Reports) -> hardware.Result:
         from larpixdaq.hardware.actions import act
 
-        value = act(self._state(), request.action, request.params, reports.send_info)
+        value = act(self._chip_state(), request.action, request.params, reports.send_info)
         return hardware.Result(request.request, value, reports.left_out())
 
-    def _call(self, request: hardware.RunRoutine, reports: _Reports) -> hardware.Result | hardware.ActionFailed:
+    def _call_routine(self, request: hardware.RunRoutine, reports: _Reports) -> hardware.Result | hardware.ActionFailed:
         routines, broken = load(map(Path, request.folders))
         routine = routines.get(request.name)
         if routine is None:
             text = f"no routine {request.name!r:.100}; there are {', '.join(sorted(routines)) or 'none'}"
             if broken:
                 text += f" (not loaded: {'; '.join(broken)})"
-            return hardware.ActionFailed(request.request, _line(text), code="unknown")
+            return hardware.ActionFailed(request.request, _one_line(text), code="unknown")
         try:
-            args, kwargs = checked(routine, request.args, request.kwargs)
+            args, kwargs = check_arguments(routine, request.args, request.kwargs)
         except TypeError as error:
-            return hardware.ActionFailed(request.request, _line(f"routine {usage(routine)}: {error}"))
-        chips = self._state()
+            return hardware.ActionFailed(request.request, _one_line(f"routine {usage(routine)}: {error}"))
+        chips = self._chip_state()
         controller = chips.controller()
         try:
             answer = routine.func(controller, reports.send_data, reports.send_info, *args, **kwargs)
@@ -134,11 +135,11 @@ class RequestWorker:
                 error.args = (f"{error} (given {len(args)} of the arguments of {usage(routine)})",)
             raise
         if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], type(controller)):
-            found = type(answer).__name__
+            returned = type(answer).__name__
             if isinstance(answer, tuple):
-                found = f"({', '.join(type(one).__name__ for one in answer)})"
-            text = f"routine {request.name}: expected (controller, result) from it, found {found}"
-            return hardware.ActionFailed(request.request, _line(text))
+                returned = f"({', '.join(type(item).__name__ for item in answer)})"
+            text = f"routine {request.name}: expected (controller, result) from it, found {returned}"
+            return hardware.ActionFailed(request.request, _one_line(text))
         controller, value = answer
         chips.take_over(controller)
         return hardware.Result(request.request, value, reports.left_out())
@@ -155,7 +156,7 @@ class _Reports:
         self._dropped = 0
 
     def send_info(self, info: Any = "", done: int = 0, total: int = 0) -> None:
-        """Report progress: a text, or a value of numbers, texts, lists and dictionaries."""
+        """Report progress: a text, or a value made of numbers, texts, lists and dictionaries."""
         now = time.monotonic()
         self._allowed = min(_BURST, self._allowed + (now - self._last) * _PER_SECOND)
         self._last = now
@@ -167,7 +168,7 @@ class _Reports:
         self._link.send(hardware.Progress(self._request, max(0, int(done)), max(0, int(total)), text, value))
 
     def send_data(self, data: Any = b"", metadata: Any = None) -> None:
-        """Report that there were data: the packets are in the recorded stream already."""
+        """Report that data came. The packets themselves are in the recorded stream already."""
         size = f"{len(data)} bytes" if isinstance(data, bytes | bytearray) else type(data).__name__
         self.send_info(f"data ({size}): its packets are in the stream already")
 
@@ -179,17 +180,17 @@ def _describe(name: str, routine: Routine) -> hardware.RoutineInfo:
     return hardware.RoutineInfo(name, parameters(routine), inspect.getdoc(routine.func) or "")
 
 
-def _line(text: str) -> str:
-    return " ".join(_sendable(text).split())[:2000]
+def _one_line(text: str) -> str:
+    return " ".join(_escaped(text).split())[:2000]
 
 
-def _sendable(text: str) -> str:
-    """Names of files may hold what is no text."""
+def _escaped(text: str) -> str:
+    """Escape characters that UTF-8 cannot encode, such as those in file names."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def _messages(sock: socket.socket) -> Iterator[Any]:
-    """The producer's messages. The socket's end means that the producer is gone: this process ends then."""
+    """Yield the producer's messages. At the end of the socket the producer is gone, and this process ends."""
     inbox = hardware.Inbox(requests=True)
     try:
         while data := sock.recv(PIECE):
@@ -199,8 +200,8 @@ def _messages(sock: socket.socket) -> Iterator[Any]:
     os._exit(0)
 
 
-def _listen(messages: Iterator[Any], link: ProducerPipe, requests: queue.SimpleQueue[Any]) -> None:
-    """The socket's thread."""
+def _read_messages(messages: Iterator[Any], link: ProducerPipe, requests: queue.SimpleQueue[Any]) -> None:
+    """Read the socket, in a thread of its own."""
     for message in messages:
         if isinstance(message, hardware.ListenedRows | hardware.CommandDone):
             link.put(message)
@@ -217,7 +218,7 @@ def main() -> None:
     messages = _messages(sock)
     link = ProducerPipe(sock, next(messages))
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(messages, link, requests), daemon=True).start()
+    threading.Thread(target=_read_messages, args=(messages, link, requests), daemon=True).start()
     worker = RequestWorker(link)
     while True:
         worker.handle(requests.get())

@@ -1,9 +1,8 @@
-"""The IO of larpix-control's Controller in the child process: words go out through the producer, packets come back out
-of the stream that is being recorded.
+"""The IO of larpix-control's Controller in the child process: it sends words and gets packets through the producer.
 
-Between start_listening() and stop_listening() all packets are kept, until a configuration is read: then only the chips'
-answers are, since a detector that runs sends more than Python can look at. `listen_to` "all" or "answers" says so
-explicitly. What found no room is counted in `left_out`.
+The packets are copies of the recorded rows. After start_listening() all packets are kept until a configuration is read,
+and then only the chips' answers, because a running detector sends more packets than Python can handle. `listen_to`
+"all" or "answers" selects this explicitly. `left_out` counts packets that found no room.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from larpixdaq.errors import RequestError
 from larpixdaq.hardware.board_commands import BoardOrders
 from larpixdaq.hardware.pixel_layout import LoadedLayout
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
-from larpixdaq.hardware.register_io import BATCH, RegisterExchange, spread
+from larpixdaq.hardware.register_io import BATCH, RegisterExchange, interleave
 from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.hardware.register_map import words as make_words
 from larpixdaq.protocol import hardware
@@ -38,28 +37,28 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         self,
         link: ProducerPipe,
         registers: ChipRegisters,
-        doubt: Callable[[list[int]], None],
+        invalidate: Callable[[list[int]], None],
         layout: LoadedLayout,
     ) -> None:
         IO.__init__(self)
-        BoardOrders.__init__(self, link, doubt)
+        BoardOrders.__init__(self, link, invalidate)
         self._layout = layout
         self._io_group_table = bidict.bidict(self.names)
         self.registers = registers
         self._asic = registers.generation
-        #: None, "all" or "answers"; counts from the next start_listening() on.
+        #: None, "all" or "answers"; takes effect at the next start_listening().
         self.listen_to: str | None = None
         self._everything = False
-        #: By io_group << 8 | io_channel, a chip that answers: routines that measure ask it where they begin and end.
+        #: Keys of answering chips by io_group << 8 | io_channel: a measurement asks them at its begin and end.
         self.marks: dict[int, str] = {}
-        #: Counts these marks, of which each asks for other registers than those before.
-        self.marked = 0
+        #: Number of the last mark of a measurement. Consecutive marks ask for different registers.
+        self.mark_number = 0
 
     def load(self, filepath: Any = None) -> None:
-        raise RequestError("the io of a routine is the producer's: its boards are given when the producer is started")
+        raise RequestError("no io file is loaded in a routine: the producer's options name the boards")
 
     def send(self, packets: Any) -> None:
-        """Send packets to the chips; BoardError when a board did not take them."""
+        """Send packets to the chips; BoardError if a board does not accept them."""
         packets = list(packets)
         words = np.array([int.from_bytes(packet.bytes(), "little") for packet in packets], np.uint64)
         groups = np.array([packet.io_group or 0 for packet in packets], np.int64)
@@ -70,33 +69,41 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
             self._everything = False
         self._send(groups, channels, words)
 
-    def write_registers(self, keys: Sequence[str], values: NDArray[np.uint8], which: NDArray[np.bool_]) -> None:
-        """Write the registers that `which` marks of chips with these keys, both of shape (chips, registers); BoardError
-        when a board did not take them. Packets of larpix-control for as many take hundreds of times as long."""
-        parts = _parts(keys)
-        chips, addresses = np.nonzero(which)
-        made = make_words(self._asic, PacketType.CONFIG_WRITE, parts[chips, 2], addresses, values[chips, addresses])
-        self._send(parts[chips, 0], parts[chips, 1].astype(np.uint8), made)
+    def write_registers(self, keys: Sequence[str], values: NDArray[np.uint8], mask: NDArray[np.bool_]) -> None:
+        """Write the registers marked in `mask` of these chips; BoardError if a board does not accept them.
+
+        `values` and `mask` have shape (chips, registers). Packets of larpix-control would take some hundred times as
+        long.
+        """
+        chip_keys = _key_parts(keys)
+        chips, addresses = np.nonzero(mask)
+        made = make_words(self._asic, PacketType.CONFIG_WRITE, chip_keys[chips, 2], addresses, values[chips, addresses])
+        self._send(chip_keys[chips, 0], chip_keys[chips, 1].astype(np.uint8), made)
 
     def read_registers(
-        self, keys: Sequence[str], which: NDArray[np.bool_]
+        self, keys: Sequence[str], mask: NDArray[np.bool_]
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """What the registers that `which` marks, (chips, registers), hold, and of which there was an answer; what is
-        missing is asked for again. BoardError when a board did not take what was sent; not while it listens."""
+        """Read the registers marked in `mask`, shape (chips, registers), with retries.
+
+        Returns their values and which of them were answered, both of the same shape. BoardError if a board does not
+        accept the words, RuntimeError while the IO listens.
+        """
         if self.is_listening:
             raise RuntimeError("Already listening")
-        exchange = RegisterExchange(self._link, self.registers, _parts(keys).astype(np.uint8))
-        found = exchange.read(which, lambda done, total: None)
-        if found.errors:
-            raise BoardError(found.errors[0])
-        return found.values, found.answers > 0
+        exchange = RegisterExchange(self._link, self.registers, _key_parts(keys).astype(np.uint8))
+        answers = exchange.read(mask, lambda done, total: None)
+        if answers.errors:
+            raise BoardError(answers.errors[0])
+        return answers.values, answers.counts > 0
 
     def request_registers(self, keys: Sequence[str], registers: Sequence[int]) -> None:
-        """Ask each of these chips for these registers; the answers come as rows. BoardError when a board did not take
-        the words."""
-        parts = np.repeat(_parts(keys), len(registers), axis=0)
-        made = make_words(self._asic, PacketType.CONFIG_READ, parts[:, 2], np.tile(registers, len(keys)))
-        self._send(parts[:, 0], parts[:, 1].astype(np.uint8), made)
+        """Ask each of these chips for these registers; BoardError if a board does not accept the words.
+
+        The answers come as rows.
+        """
+        chip_keys = np.repeat(_key_parts(keys), len(registers), axis=0)
+        made = make_words(self._asic, PacketType.CONFIG_READ, chip_keys[:, 2], np.tile(registers, len(keys)))
+        self._send(chip_keys[:, 0], chip_keys[:, 1].astype(np.uint8), made)
 
     def _send(self, groups: NDArray[np.int64], channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
         if not len(words):
@@ -105,15 +112,15 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         numbers = []
         for io_group in np.unique(groups).tolist():
             at = np.flatnonzero(groups == io_group)
-            at = at[spread(channels[at])]
+            at = at[interleave(channels[at])]
             for begin in range(0, len(at), BATCH):
                 part = at[begin : begin + BATCH]
-                numbers.append(self._link.words(io_group, channels[part], words[part]))
+                numbers.append(self._link.send_words(io_group, channels[part], words[part]))
         for number in numbers:
-            self._link.finished(number)
+            self._link.await_answer(number)
 
     def start_listening(self) -> None:
-        """RuntimeError when it does already, as PACMAN_IO has it."""
+        """Start to keep packets; RuntimeError if it listens already, as in PACMAN_IO."""
         if self.is_listening:
             raise RuntimeError("Already listening")
         if self.listen_to not in _LISTEN_TO:
@@ -123,7 +130,7 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         self._link.listen(_LISTEN_TO[self.listen_to])
 
     def stop_listening(self) -> None:
-        """RuntimeError when it does not listen."""
+        """Stop to keep packets; RuntimeError if it does not listen."""
         if not self.is_listening:
             raise RuntimeError("Already not listening")
         super().stop_listening()
@@ -131,32 +138,32 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
 
     @property
     def left_out(self) -> int:
-        """Packets since start_listening() that were not kept, because nobody took them."""
+        """Number of packets since start_listening() that were not kept, because the routine took them too slowly."""
         return self._link.left_out
 
     def empty_queue(self) -> tuple[list[Any], bytes]:
-        """The packets that came since the last call, and the bytes of their words."""
-        found: list[Any] = []
+        """Return the packets that came since the last call, and the bytes of their words."""
+        answers: list[Any] = []
         stream: list[bytes] = []
         for rows in self._link.rows():
             made, data = self._packets(rows)
-            found += made
+            answers += made
             stream.append(data)
-        return found, b"".join(stream)
+        return answers, b"".join(stream)
 
     def take_rows(self) -> list[NDArray[Any]]:
-        """What came since the last call, as it is recorded (schema.py): for those who count many."""
+        """Return the rows that came since the last call, as they are recorded (schema.py): faster than packets."""
         return self._link.rows()
 
     def positions(self, chip: Any) -> NDArray[np.float64]:
-        """x and y of a chip's channels in the loaded pixel layout, in mm, shape (channels, 2), NaN without a pixel.
+        """Return x and y (mm) of a chip's channels from the loaded layout, shape (channels, 2), NaN without a pixel.
 
-        RequestError when no layout was loaded, or when this chip is not in it.
+        RequestError if no layout is loaded, or if the chip is not in it.
         """
         return self._layout.get().positions(chip)
 
     def cleanup(self) -> None:
-        """There is nothing to clean up: the connections are the producer's."""
+        """Do nothing, because the connections belong to the producer. PACMAN_IO has this method."""
 
     def _packets(self, rows: NDArray[Any]) -> tuple[list[Any], bytes]:
         data = word_codec.encode(rows, asic=self._asic).tobytes()
@@ -193,6 +200,6 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
         return made, data
 
 
-def _parts(keys: Sequence[str]) -> NDArray[np.int64]:
-    """io_group, io_channel and chip_id of chip keys, (chips, 3)."""
+def _key_parts(keys: Sequence[str]) -> NDArray[np.int64]:
+    """Return io_group, io_channel and chip_id of chip keys, shape (chips, 3)."""
     return np.array([key.split("-") for key in keys], np.int64).reshape(-1, 3)

@@ -1,5 +1,4 @@
-"""Hydra networks brought up with larpix-control's own steps, root first, and checked with ours: all io_channels of a
-round at once, what does not answer as it should again."""
+"""Configures Hydra networks with the steps of larpix-control, in the order of the network, root chips first."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typing import Any, Final
 from larpixdaq.errors import RequestError
 from larpixdaq.schema import key_of
 
-#: Registers that make a network, as far as the generation has them.
+#: Registers that define a network. A generation has some of them.
 NETWORK: Final = (
     "chip_id", "enable_miso_upstream", "enable_miso_downstream", "enable_miso_differential", "enable_mosi",
     "enable_piso_upstream", "enable_piso_downstream", "enable_posi",
@@ -19,7 +18,7 @@ _UPSTREAM: Final = ("enable_miso_upstream", "enable_piso_upstream")
 
 
 class _Unsent:
-    """An io, and a packet, for steps that change configurations and send nothing."""
+    """Stands in for an io and for packets, so that steps change configurations and send nothing."""
 
     chip_id = 0
 
@@ -28,22 +27,22 @@ class _Unsent:
 
 
 def plan(controller: Any) -> None:
-    """Give the chips' configurations what the network of the board file asks of them; nothing is sent."""
-    before, controller.io = controller.io, _Unsent()
+    """Set the network of the board file in the chips' configurations. Nothing is sent."""
+    original, controller.io = controller.io, _Unsent()
     chips = list(controller.chips.values())
-    for chip in chips:  # to make packets of registers takes most of the time
+    for chip in chips:  # because making packets takes most of the time
         chip.get_configuration_write_packets = lambda registers=None: [_Unsent()]
     try:
         for io_group, io_channel, chip_id in nodes(controller):
             controller.init_network(io_group, io_channel, chip_id)
     finally:
-        controller.io = before
+        controller.io = original
         for chip in chips:
             del chip.get_configuration_write_packets
 
 
 def nodes(controller: Any) -> Iterator[tuple[int, int, Any]]:
-    """io_group, io_channel and chip_id (or the name of what is no chip) of all networks, each root first."""
+    """Yield (io_group, io_channel, chip_id) of all networks, root chips first; chip_id is a name if it is no chip."""
     for io_group, channels in controller.network.items():
         for io_channel in channels:
             for chip_id in controller.get_network_ids(io_group, io_channel):
@@ -51,7 +50,7 @@ def nodes(controller: Any) -> Iterator[tuple[int, int, Any]]:
 
 
 def bring_up(controller: Any, keys: set[str] | None, progress: Callable[[int, int], None]) -> int:
-    """Send the steps for these chips (None: for all), in the order of the network; how many chips."""
+    """Send the steps for these chips (None: all), in the order of the network. Returns the number of chips."""
     chosen = [node for node in nodes(controller) if keys is None or key_of(node) in keys]
     chips = sum(isinstance(chip_id, int) for _, _, chip_id in chosen)
     if not chips:
@@ -66,9 +65,9 @@ def bring_up(controller: Any, keys: set[str] | None, progress: Callable[[int, in
 
 
 def _close(controller: Any, chosen: list[tuple[int, int, Any]]) -> None:
-    """Have these chips begin as after power-up, and no way to them open yet.
+    """Set the lines of these chips in their configurations as after power-up, and close the lines to them.
 
-    The steps open one way after the other: two chips that both still have the id of power-up would take the same one.
+    The steps open one line after the other, because two reachable chips with the power-up id would get the same id.
     """
     fresh: Any = None
     for io_group, io_channel, chip_id in chosen:

@@ -1,8 +1,8 @@
-"""Registers of PACMAN boards: those that all have, those of each revision, what readings mean, and how to ask for them.
+"""Registers of PACMAN boards: common ones and those of each revision, meaning of their values, and words to read them.
 
-The addresses of power and DACs are those of the command server that runs on the board, whatever the FPGA was built for:
-revision 3 is the map of the v1.3 server, which uci_* and r/oldtimestamp_rev4 firmware also ships. Tiles count from 0.
-Sources: the servers of larpix/pacman (v1.2, v1.3, v1.4) and mulhearn/pacman-server (2.1), and the labs' scripts.
+The addresses of power and DACs depend on the command server on the board, not on the FPGA: revision 3 is the map of the
+v1.3 server, which uci_* and r/oldtimestamp_rev4 firmware also ships. Tiles are numbered from 0. Sources: the servers of
+larpix/pacman (v1.2, v1.3, v1.4) and mulhearn/pacman-server (2.1), and the labs' scripts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from larpixdaq.errors import RequestError
 
-#: A word that reads or writes a register, and its answer: type, register, value.
+#: A word that reads or writes a register, or its answer: type, register, value.
 _ORDER: Final = struct.Struct("<c3xI4xI")
 PING: Final = b"P" + bytes(15)
 
@@ -22,47 +22,47 @@ PING: Final = b"P" + bytes(15)
 TILES, POWER = 0x10, 0x14
 CLOCK_STATUS, CLOCK, CLOCK_CONTROL, RESET_CYCLES, HEARTBEAT_CYCLES = 0x1000, 0x1004, 0x1010, 0x1014, 0x1018
 RESET_BIT: Final = 4
-#: All bits of TILES that may switch a tile or its clock.
+#: All bits of TILES that can switch a tile or its clock.
 TILE_BITS: Final = 0x3FF
-#: Register that reads 894 with module-2 firmware, a build for rev4 in which tiles have no clock, and the board hears no
-#: io_channel, until these are switched on.
+#: Register that reads 894 with module-2 firmware, a build for rev4 in which the clocks of tiles and the receivers of
+#: io_channels are off until they are switched on.
 FIRMWARE: Final = 0x0000
 MODULE_2: Final = 894
-#: Its tile clocks, bits of TILES; and its register of io_channels that are heard, a bit each.
+#: Bits of TILES that switch its clocks, and its register with a receiver bit for each io_channel.
 MODULE_2_CLOCKS: Final = 0x300
 MODULE_2_CHANNELS: Final = 0x18
 
-#: First address of the board's I2C window; those below are registers of the FPGA.
+#: First address of the board's I2C window. Lower addresses are registers of the FPGA.
 I2C: Final = 0x24000
-#: Register in which pacman-server 2 says the revision of its map, 5. The servers of all others answer 0: no other
-#: revision can be told by reading, and this does no harm on any.
+#: Register with the revision of the map of pacman-server 2, which is 5. All other servers answer 0, without harm, so
+#: that no other revision can be read from a board.
 MAP_VERSION: Final = I2C + 0x220
 
 
-class Place(NamedTuple):
-    """Addresses of one quantity: that of tile 0, and the distance to the next tile's."""
+class TileRegister(NamedTuple):
+    """Addresses of a quantity: the address of tile 0, and the distance between tiles."""
 
     first: int
     step: int
 
-    def of(self, tile: int) -> int:
+    def address(self, tile: int) -> int:
         return self.first + self.step * tile
 
 
 class MonitorRegister(NamedTuple):
-    """One measured quantity of every tile. `seconds`: the server sleeps so long in each read."""
+    """A measured quantity of every tile. `seconds`: sleep of the server in each read."""
 
-    place: Place
+    register: TileRegister
     convert: Callable[[int], float]
     seconds: float = 0.0
 
 
 class Supply(NamedTuple):
-    """VDDA or VDDD. `readback`: where the DAC's setting can be read, in either half of the register; None: nowhere."""
+    """VDDA or VDDD. `readback`: registers with the DAC's setting, in either half; None if it cannot be read."""
 
-    dac: Place
-    readback: Place | None
-    #: By the quantity's name in the status: "mv", and "ma" or "shunt_uv" (microvolts across the current's shunt).
+    dac: TileRegister
+    readback: TileRegister | None
+    #: By name in the status: "mv", and "ma" or "shunt_uv" (voltage across the current's shunt in microvolts).
     monitors: dict[str, MonitorRegister]
 
 
@@ -70,42 +70,42 @@ class Supply(NamedTuple):
 class PacmanRevision:
     number: int
     tiles: int
-    #: io_channels whose UART has registers of its own. (Those of 34 to 40 of rev5 would lie in the I2C window.)
+    #: Number of io_channels with UART registers. (Those of io_channels 34 to 40 of rev5 would be in the I2C window.)
     uarts: int
     #: Bits of TILES that switch a tile or its clock.
     tile_bits: int
-    #: From here on a read or write crashes the server (rev3, rev4) or reaches other registers (rev5).
+    #: First address at which a read or write crashes the server (rev3, rev4) or reaches other registers (rev5).
     end: int
     #: Register 0x14 switches the power of all tiles.
     analog_power: bool
     supplies: dict[str, Supply]
-    #: VPLUS, which is the board's.
+    #: Monitors of the board itself: VPLUS.
     board: dict[str, MonitorRegister]
-    #: DAC counts for one volt, and by how much a voltage may differ from what they say: a fraction.
+    #: DAC counts per volt, and the fraction by which a voltage may differ from its DAC setting.
     counts_a_volt: float
     uncertainty: float
-    #: Clock that UARTs divide by their ratio (Hz); None: 10 or 50 MHz, as the firmware has it.
+    #: Clock in Hz that UARTs divide by their ratio. None: 10 or 50 MHz, depending on the firmware.
     uart_clock: float | None = None
-    #: What is to be known of its numbers, one line each.
+    #: Uncertainties of its numbers, a line each.
     doubts: tuple[str, ...] = ()
 
     def expected(self, dac: int) -> tuple[float, float]:
-        """The voltage that a DAC setting makes, and by how much that is uncertain (mV)."""
+        """Return the voltage of a DAC setting and its uncertainty (mV)."""
         mv = 1000 * dac / self.counts_a_volt
         return mv, self.uncertainty * mv + 100
 
     def monitors(self) -> dict[str, MonitorRegister]:
-        """All that is measured of a tile, by name: vdda_mv, vddd_mv, and so on."""
+        """Return the monitors of a tile by name: vdda_mv, vddd_mv, and so on."""
         return {
             f"{supply}_{quantity}": monitor
-            for supply, found in self.supplies.items()
-            for quantity, monitor in found.monitors.items()
+            for supply, supply_registers in self.supplies.items()
+            for quantity, monitor in supply_registers.monitors.items()
         }
 
     def seconds(self, register: int) -> float:
-        """How long the server sleeps when this register is read."""
+        """Return the seconds that the server sleeps in a read of this register."""
         tiles = range(self.tiles)
-        return max(m.seconds * (register in map(m.place.of, tiles)) for m in self.monitors().values())
+        return max(m.seconds * (register in map(m.register.address, tiles)) for m in self.monitors().values())
 
 
 def _signed(value: int, bits: int) -> int:
@@ -113,7 +113,7 @@ def _signed(value: int, bits: int) -> int:
 
 
 def _high_mv(x: int) -> float:
-    """Bus voltage of an INA219 (4 mV a count) in the upper half."""
+    """Bus voltage of an INA219 (4 mV per count) in the upper half."""
     return float((x >> 19) * 4)
 
 
@@ -122,12 +122,12 @@ def _high_ma(x: int) -> float:
 
 
 def _high_uv(x: int) -> float:
-    """Shunt voltage of an INA219 (10 uV a count) in the upper half."""
+    """Shunt voltage of an INA219 (10 uV per count) in the upper half."""
     return 10.0 * _signed(x >> 16, 16)
 
 
 def _vddd_mv_4(x: int) -> float:
-    """The v1.4 server scales a count of 24 bits to 8000 mV and does not know that the upper half is negative."""
+    """VDDD of the v1.4 server, which scales 24 bits to 8000 mV and ignores that the upper half is negative."""
     return float(x - 8000 if x >= 4000 else x)
 
 
@@ -150,18 +150,18 @@ def _supply(
     readback: tuple[int, int] | None = None,
 ) -> Supply:
     name, monitor = current
-    return Supply(Place(*dac), Place(*readback) if readback else None, {"mv": mv, name: monitor})
+    return Supply(TileRegister(*dac), TileRegister(*readback) if readback else None, {"mv": mv, name: monitor})
 
 
 def _at(first: int, step: int, convert: Callable[[int], float], seconds: float = 0.0) -> MonitorRegister:
-    return MonitorRegister(Place(first, step), convert, seconds)
+    return MonitorRegister(TileRegister(first, step), convert, seconds)
 
 
 _REV2: Final = PacmanRevision(
     number=2,
     tiles=1,
     uarts=4,
-    tile_bits=0xFF,  # those above select an analog monitor
+    tile_bits=0xFF,  # higher bits select an analog monitor
     end=0x25000,
     analog_power=False,
     supplies={
@@ -228,7 +228,7 @@ _REV5: Final = PacmanRevision(
         "vddd": _supply((0x24020, 1), _at(0x24040, 1, float, 0.01), ("ma", _at(0x24060, 1, _quarter, 0.01))),
     },
     board={},
-    counts_a_volt=25_700,  # not established: rev4's
+    counts_a_volt=25_700,  # not established: the value of rev4
     uncertainty=0.5,
     uart_clock=10e6,
     doubts=(
@@ -237,20 +237,20 @@ _REV5: Final = PacmanRevision(
     ),
 )
 
-REVISIONS: Final = {one.number: one for one in (_REV2, _REV3, _REV4, _REV5)}
-#: The I2C window of the smallest map ends here: what lies in it can be read on any board.
-READABLE: Final = min(one.end for one in REVISIONS.values())
+REVISIONS: Final = {revision.number: revision for revision in (_REV2, _REV3, _REV4, _REV5)}
+#: End of the smallest register map: lower addresses can be read on any board.
+READABLE: Final = min(revision.end for revision in REVISIONS.values())
 
 
 def tile_mask(revision: PacmanRevision | None, firmware: int) -> int:
-    """Bits of TILES that are tiles. `firmware`: what FIRMWARE reads. Without a revision: those that may be."""
+    """Return the bits of TILES that switch tiles; without a revision, all that may. `firmware`: value of FIRMWARE."""
     if revision is not None:
         return (1 << revision.tiles) - 1
     return TILE_BITS & ~MODULE_2_CLOCKS if firmware == MODULE_2 else TILE_BITS
 
 
 def uart(io_channel: int, register: int = 0x10) -> int:
-    """Address of a register of an io_channel's UART; without one named, of its clock ratio."""
+    """Return the address of a register of an io_channel's UART; default: its clock ratio."""
     return 0x2000 + 0x1000 * io_channel + register
 
 
@@ -265,5 +265,5 @@ def write(register: int, value: int) -> bytes:
 
 
 def values_in(body: bytes) -> list[int]:
-    """The values in a PACMAN's answer, one for each register word."""
+    """Return the values in a PACMAN's answer, one for each register word."""
     return [value for _, _, value in _ORDER.iter_unpack(body)]

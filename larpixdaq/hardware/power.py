@@ -1,7 +1,7 @@
-"""Tiles of a PACMAN switched on and off, and their supplies set: one step after the other, each of them checked.
+"""Power of a PACMAN's tiles: switch tiles on and off and set their supplies, in steps that are checked.
 
-A board echoes every write, also one that its I2C bus has not carried out. So enables are read back, and so are DACs
-where the board can do that (rev3); where it cannot, the voltage that it measures has to be what the DAC stands for.
+A board echoes every write, even if its I2C bus has not carried it out. Therefore enables are read back, and so are DACs
+where the board can do it (rev3). On other boards the measured voltage must fit the DAC setting.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from larpixdaq.hardware.pacman_registers import (
 )
 from larpixdaq.hardware.producer_link import BoardError
 
-#: Seconds after a DAC was set, or a tile switched on, until the next step.
-SETTLE: Final = 0.1
-#: Ramp of a supply: DAC counts of one step, and the seconds after it.
+#: Seconds between setting a DAC or switching on a tile and the next step.
+SETTLING_TIME: Final = 0.1
+#: Ramp of a supply: DAC counts of a step, and seconds after it.
 _STEP: Final = 1000
 _STEP_SECONDS: Final = {"vdda": 0.1, "vddd": 0.15}
-#: Order in which supplies are set: at once, while the tile is off; and in steps, with the tile on.
+#: Order of the supplies: set in one step while the tile is off, or in a ramp while it is on.
 _AT_ONCE: Final = ("vddd", "vdda")
 _RAMPED: Final = ("vdda", "vddd")
-#: Tiles of a board whose revision is not known: those that all but rev2 have.
+#: Tiles of a board without a known revision: the number that all revisions but rev2 have.
 _TILES: Final = 8
 
 Progress = Callable[[str, int, int], None]
 
 
-def unheard(text: str, done: int, total: int) -> None:
-    """Progress that nobody wants to know of."""
+def no_progress(text: str, done: int, total: int) -> None:
+    """Drop progress."""
 
 
 class RegisterAccess(Protocol):
-    """What is needed of `board_commands.BoardOrders`."""
+    """The method of `board_commands.BoardOrders` that TilePower uses."""
 
     def values(self, io_group: int, orders: Iterable[bytes], seconds: float = 0.0) -> list[int]: ...
 
 
 class TilePower:
-    """The tiles of one board, which count from 0. `revision` None: not known, so that supplies cannot be set."""
+    """The tiles of one board, numbered from 0. `revision` None: not known, so that supplies cannot be set."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class TilePower:
         io_group: int,
         name: str,
         revision: PacmanRevision | None,
-        progress: Progress = unheard,
+        progress: Progress = no_progress,
     ) -> None:
         self._registers = registers
         self._io_group = io_group
@@ -69,45 +69,48 @@ class TilePower:
         self.tiles = _TILES if revision is None else revision.tiles
 
     @property
-    def known(self) -> PacmanRevision:
+    def known_revision(self) -> PacmanRevision:
         assert self._revision is not None
         return self._revision
 
-    def chosen(self, tiles: Sequence[int] | None) -> list[int]:
-        """These tiles, None: all, or RequestError for one that the board has not."""
+    def valid_tiles(self, tiles: Sequence[int] | None) -> list[int]:
+        """Return these tiles, each once (None: all); RequestError for a tile that the board does not have."""
         if tiles is None:
             return list(range(self.tiles))
         for tile in tiles:
             if not 0 <= tile < self.tiles:
-                of = "" if self._revision is None else f" of revision {self._revision.number}"
+                suffix = "" if self._revision is None else f" of revision {self._revision.number}"
                 last = f"0 to {self.tiles - 1}" if self.tiles > 1 else "0"
-                raise RequestError(f"{self._name}: tiles: a board{of} has {last}, found {tile}")
+                raise RequestError(f"{self._name}: tiles: a board{suffix} has {last}, found {tile}")
         return list(dict.fromkeys(tiles))
 
     def switch_on(self, tiles: Sequence[int] | None, dacs: dict[str, int], *, ramp: bool) -> None:
-        """Switch tiles on one by one, each after its supplies (`dacs`, by name) were set; with `ramp` they rise from 0
-        while the tile is on. A tile whose voltages are not what was asked for is switched off again: BoardError."""
-        chosen = self.chosen(tiles)
-        on, _ = self._look()
-        if ramp and (already := [tile for tile in chosen if on >> tile & 1]):
+        """Switch tiles on (None: all), one after the other, each after its supplies were set.
+
+        `dacs`: DAC settings by supply. With `ramp` supplies rise from 0 while the tile is on. A tile with wrong
+        voltages is switched off again: BoardError.
+        """
+        selected = self.valid_tiles(tiles)
+        on, _ = self._read_enables()
+        if ramp and (already := [tile for tile in selected if on >> tile & 1]):
             raise RequestError(f"{self._name}: ramp: tile {already[0]} is on already: switch it off first")
         self._switch_analog(on=True)
-        for done, tile in enumerate(chosen):
+        for done, tile in enumerate(selected):
             if on >> tile & 1 and not dacs:
                 continue
-            self._progress(f"tile {tile} is switched on", done, len(chosen))
+            self._progress(f"tile {tile} is switched on", done, len(selected))
             try:
                 self._set_all(tile, dacs, ramp=ramp)
                 self._confirm(tile, dacs)
             except BoardError as error:
                 try:
                     self.disable([tile])
-                except BoardError as again:
-                    raise BoardError(f"{error}; and the tile cannot be switched off: {again}") from None
+                except BoardError as second_error:
+                    raise BoardError(f"{error}; and the tile cannot be switched off: {second_error}") from None
                 raise BoardError(f"{error}; the tile was switched off") from None
 
     def switch_off(self, tiles: Sequence[int] | None) -> None:
-        """Switch tiles off (None: all), and with the last one the analog power."""
+        """Switch tiles off (None: all), and the analog power when no tile is on any more."""
         if not self.disable(tiles):
             self._switch_analog(on=False)
 
@@ -115,9 +118,9 @@ class TilePower:
         for supply in _AT_ONCE:
             if supply in dacs:
                 self.set_dac(supply, tile, 0 if ramp else dacs[supply])
-                time.sleep(SETTLE)
+                time.sleep(SETTLING_TIME)
         self.enable([tile])
-        time.sleep(SETTLE)
+        time.sleep(SETTLING_TIME)
         for supply in _RAMPED if ramp else ():
             for dac in _steps(dacs.get(supply, 0)):
                 self.set_dac(supply, tile, dac)
@@ -125,10 +128,10 @@ class TilePower:
                 time.sleep(_STEP_SECONDS[supply])
 
     def _confirm(self, tile: int, dacs: dict[str, int]) -> None:
-        """BoardError when a voltage is not what its DAC stands for."""
+        """Compare the voltages with the DAC settings; BoardError if they do not fit."""
         for supply, dac in dacs.items():
-            (mv,) = self._measure(tile, supply, ["mv"])
-            expected, uncertainty = self.known.expected(dac)
+            (mv,) = self._read_monitors(tile, supply, ["mv"])
+            expected, uncertainty = self.known_revision.expected(dac)
             if abs(mv - expected) > uncertainty:
                 raise BoardError(
                     f"{self._name}: tile {tile}: {supply} is {mv:.0f} mV with DAC {dac}, expected {expected:.0f} mV "
@@ -136,53 +139,53 @@ class TilePower:
                 )
 
     def set_dac(self, supply: str, tile: int, dac: int) -> None:
-        """BoardError when the board reads back another value, where it can."""
-        self.chosen([tile])
-        places = self.known.supplies[supply]
-        orders = [write(places.dac.of(tile), dac)]
-        if places.readback is not None:
-            orders.append(read(places.readback.of(tile)))
-        _, *found = self._registers.values(self._io_group, orders)
-        # By its source the v1.3 server answers in the upper half; no answer of a board is published.
-        if found and dac not in (found[0] >> 16, found[0] & 0xFFFF):
-            raise BoardError(f"{self._name}: tile {tile}: {supply} DAC: set to {dac}, reads back 0x{found[0]:08x}")
+        """Set the DAC of a supply. BoardError if the board reads back another value (rev3)."""
+        self.valid_tiles([tile])
+        registers = self.known_revision.supplies[supply]
+        orders = [write(registers.dac.address(tile), dac)]
+        if registers.readback is not None:
+            orders.append(read(registers.readback.address(tile)))
+        _, *readback = self._registers.values(self._io_group, orders)
+        # According to its source, the v1.3 server answers in the upper half; no answer of a board is published.
+        if readback and dac not in (readback[0] >> 16, readback[0] & 0xFFFF):
+            raise BoardError(f"{self._name}: tile {tile}: {supply} DAC: set to {dac}, reads back 0x{readback[0]:08x}")
 
-    def measured(self, tile: int, supply: str) -> tuple[float, float | None]:
-        """Voltage (mV) and current (mA) of one supply of a tile; None where the current's unit is not established."""
-        names = list(self.known.supplies[supply].monitors)
-        found = dict(zip(names, self._measure(tile, supply, names), strict=True))
-        return found["mv"], found.get("ma")
+    def measure(self, tile: int, supply: str) -> tuple[float, float | None]:
+        """Return voltage (mV) and current (mA) of a supply of a tile; current None if its unit is not established."""
+        names = list(self.known_revision.supplies[supply].monitors)
+        values = dict(zip(names, self._read_monitors(tile, supply, names), strict=True))
+        return values["mv"], values.get("ma")
 
-    def _measure(self, tile: int, supply: str, names: list[str]) -> list[float]:
-        self.chosen([tile])
-        monitors = [self.known.supplies[supply].monitors[name] for name in names]
-        orders = [read(monitor.place.of(tile)) for monitor in monitors]
+    def _read_monitors(self, tile: int, supply: str, names: list[str]) -> list[float]:
+        self.valid_tiles([tile])
+        monitors = [self.known_revision.supplies[supply].monitors[name] for name in names]
+        orders = [read(monitor.register.address(tile)) for monitor in monitors]
         values = self._registers.values(self._io_group, orders, sum(monitor.seconds for monitor in monitors))
         return [monitor.convert(value) for monitor, value in zip(monitors, values, strict=True)]
 
     def enable(self, tiles: Sequence[int] | None) -> int:
-        """Switch these tiles on (None: all) in one step; the mask of those that are on."""
-        chosen = self.chosen(tiles)
-        before, firmware = self._look()
-        mask = _mask(chosen)
+        """Switch these tiles on (None: all) in one step. Returns the mask of the tiles that are on."""
+        selected = self.valid_tiles(tiles)
+        enabled, firmware = self._read_enables()
+        mask = _mask(selected)
         if firmware == MODULE_2:
-            (heard,) = self._registers.values(self._io_group, [read(MODULE_2_CHANNELS)])
-            heard |= sum(0xF << 4 * tile for tile in chosen)
-            self._registers.values(self._io_group, [write(MODULE_2_CHANNELS, heard)])
+            (receivers,) = self._registers.values(self._io_group, [read(MODULE_2_CHANNELS)])
+            receivers |= sum(0xF << 4 * tile for tile in selected)
+            self._registers.values(self._io_group, [write(MODULE_2_CHANNELS, receivers)])
             mask |= MODULE_2_CLOCKS
-        return self._write_tiles(before | mask, mask) & tile_mask(self._revision, firmware)
+        return self._write_tiles(enabled | mask, mask) & tile_mask(self._revision, firmware)
 
     def disable(self, tiles: Sequence[int] | None) -> int:
-        """Switch these tiles off (None: all), and with the last one their clocks; the mask of those that are on."""
-        before, firmware = self._look()
+        """Switch these tiles off (None: all), with the last one all clocks. Returns the mask of tiles that are on."""
+        enabled, firmware = self._read_enables()
         counted = tile_mask(self._revision, firmware)
-        mask = counted if tiles is None else _mask(self.chosen(tiles))
-        if not before & ~mask & counted:
+        mask = counted if tiles is None else _mask(self.valid_tiles(tiles))
+        if not enabled & ~mask & counted:
             mask |= TILE_BITS if self._revision is None else self._revision.tile_bits
-        return self._write_tiles(before & ~mask, mask) & counted
+        return self._write_tiles(enabled & ~mask, mask) & counted
 
-    def _look(self) -> tuple[int, int]:
-        """What the registers TILES and FIRMWARE hold."""
+    def _read_enables(self) -> tuple[int, int]:
+        """Read the registers TILES and FIRMWARE."""
         enabled, firmware = self._registers.values(self._io_group, [read(TILES), read(FIRMWARE)])
         return enabled, firmware
 
@@ -205,5 +208,5 @@ def _mask(tiles: Iterable[int]) -> int:
 
 
 def _steps(dac: int) -> list[int]:
-    """Settings from above 0 up to this one."""
+    """Return the DAC settings of a ramp up to this one."""
     return [*range(_STEP, dac, _STEP), dac] if dac else []

@@ -1,4 +1,4 @@
-"""The child's side of the connection to its producer: commands to boards out, answers and rows back."""
+"""The child's side of the connection to its producer: sends commands to boards, receives answers and rows."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from larpixdaq import schema
 from larpixdaq.errors import RequestError
 from larpixdaq.protocol import hardware
 
-#: Maximum bytes of rows that wait for a routine that listens but does not take them; further rows are left out.
+#: Maximum bytes of rows that wait for a routine that listens but does not take them. Further rows are left out.
 _MOST_ROWS: Final = 64 << 20
 
 
 class BoardError(RequestError):
-    """A board did not accept a command, or did not answer; the text says which board, and why."""
+    """A board did not accept a command or did not answer. The text names the board and the reason."""
 
     code = "component"
 
 
 class ProducerPipe:
-    """One for the life of the child. The thread that reads the socket calls put(); all else belongs to the worker."""
+    """The connection; the child has one. The thread that reads the socket calls put(), the main thread all the rest."""
 
     def __init__(self, sock: socket.socket, setup: hardware.Setup) -> None:
-        """`setup` is the producer's first message."""
+        """`setup`: the producer's first message."""
         self.setup = setup
         self._dtype = schema.layout(setup.layout).dtype
         self._sock = sock
@@ -40,7 +40,7 @@ class ProducerPipe:
         self._awaited: set[int] = set()
         self._command = 0
         self._listening = hardware.NO_ROWS
-        #: Rows that were left out since listen().
+        #: Number of rows that were left out since listen().
         self.left_out = 0
 
     def send(self, message: hardware.FromChild) -> None:
@@ -49,41 +49,43 @@ class ProducerPipe:
             self._sock.sendall(data)
 
     def listen(self, what: int) -> None:
-        """From now on these rows (hardware.NO_ROWS, CONFIG_ANSWERS, ALL_ROWS); what waits of others is forgotten."""
+        """Select the rows to get from now on (hardware.NO_ROWS, CONFIG_ANSWERS, ALL_ROWS). Drops rows that wait."""
         with self._changed:
             self._listening = what
             self._rows.clear()
             self._bytes = self.left_out = 0
         self.send(hardware.Listen(what))
 
-    def words(self, io_group: int, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> int:
-        """Send words to chips; returns the command's number, for finished()."""
+    def send_words(self, io_group: int, io_channels: NDArray[np.uint8], words: NDArray[np.uint64]) -> int:
+        """Send words to chips. Returns the number of the command, for await_answer() and poll()."""
         number = self._number()
         channels = np.asarray(io_channels, np.uint8).tobytes()
         self.send(hardware.SendWords(number, io_group, channels, np.asarray(words, "<u8").tobytes()))
         return number
 
     def ask(self, io_group: int, body: bytes, seconds: float = 0.0) -> bytes:
-        """What the board says to this order; BoardError when it says nothing. `seconds`: what the board needs for it
-        beyond the usual limit."""
+        """Send an order to a board and return its answer; BoardError if there is none.
+
+        `seconds`: time that the board needs beyond the usual limit.
+        """
         number = self.post(io_group, body, seconds)
-        return self.finished(number)
+        return self.await_answer(number)
 
     def post(self, io_group: int, body: bytes, seconds: float = 0.0) -> int:
-        """Send an order to a board without waiting for its answer, which finished() has then."""
+        """Send an order to a board without waiting for its answer. Returns the command's number, for await_answer()."""
         number = self._number()
         self.send(hardware.BoardOrder(number, io_group, body, seconds))
         return number
 
-    def finished(self, number: int) -> bytes:
-        """Wait until this command has been done; BoardError when it failed."""
+    def await_answer(self, number: int) -> bytes:
+        """Wait for the end of a command. Returns the board's answer; BoardError if the command failed."""
         with self._changed:
             while number not in self._answered:
                 self._changed.wait()
             return self._result(number)
 
     def poll(self, number: int) -> bool:
-        """Whether the command has been done; BoardError when it failed."""
+        """Return whether the command has ended; BoardError if it failed."""
         with self._changed:
             if number not in self._answered:
                 return False
@@ -91,19 +93,20 @@ class ProducerPipe:
             return True
 
     def rows(self) -> list[NDArray[Any]]:
-        """The rows that came since listen() or the last call."""
+        """Return the rows that came since listen() or the last call."""
         with self._changed:
             rows, self._rows = self._rows, []
             self._bytes = 0
             return rows
 
     def wait(self, until: float) -> None:
-        """Until something has come that was not taken yet, or the time (monotonic seconds) has."""
+        """Wait until rows or answers are there, or until the time `until` (monotonic seconds)."""
         with self._changed:
             if not self._rows and not self._answered:
                 self._changed.wait(max(0.0, until - time.monotonic()))
 
     def put(self, message: hardware.ListenedRows | hardware.CommandDone) -> None:
+        """Take a message of the producer."""
         with self._changed:
             if isinstance(message, hardware.CommandDone):
                 if message.command in self._awaited:
@@ -111,7 +114,7 @@ class ProducerPipe:
             elif self._listening != hardware.NO_ROWS:
                 self.left_out += message.left_out
                 rows = np.frombuffer(message.rows, self._dtype)
-                if self._bytes + rows.nbytes > _MOST_ROWS:  # but for answers, for a while: as the producer has it
+                if self._bytes + rows.nbytes > _MOST_ROWS:  # answers up to twice the limit, as in supervisor.Child
                     kept = hardware.config_answers(rows) if self._bytes <= 2 * _MOST_ROWS else rows[:0]
                     self.left_out += len(rows) - len(kept)
                     rows = kept
@@ -121,7 +124,7 @@ class ProducerPipe:
             self._changed.notify_all()
 
     def forget(self) -> None:
-        """A request is over: what still comes of its commands is nobody's."""
+        """Drop all commands and rows at the end of a request."""
         with self._changed:
             self._answered.clear()
             self._awaited.clear()

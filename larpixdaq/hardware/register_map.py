@@ -1,7 +1,7 @@
-"""Registers of the chips, many chips at a time: words to read and write them, and names for what is in them.
+"""Registers of the chips: words to read and write them, and names for their contents.
 
-Names, addresses and widths come from larpix-control's Configuration classes; there is no table here. Values of chips
-are arrays of dtype u1, shape (chips, registers). v3 chips have no such class: their registers go by address alone.
+Names, addresses and widths come from larpix-control's Configuration classes. Values are arrays of dtype u1, shape
+(chips, registers). v3 chips have no such class, and therefore only register addresses.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from larpixdaq._native import word_codec
 from larpixdaq.errors import RequestError
 from larpixdaq.schema import ASICS, Asic, PacketType
 
-#: Bits 57..26 of every configuration word of a v3 chip, which drops words without it.
+#: Bits 57..26 of every configuration word of a v3 chip, which drops words without them.
 _MAGIC: Final = 0x89504E47
 
 
 def words(asic: Asic, kind: PacketType, chip_ids: Any, addresses: Any, values: Any = 0) -> NDArray[np.uint64]:
-    """Words of type CONFIG_WRITE or CONFIG_READ, with the right parity; the arguments are broadcast."""
+    """Return words of type CONFIG_WRITE or CONFIG_READ with valid parity. The arguments are broadcast."""
     chip_id, address, value = (np.asarray(part, np.uint64) for part in (chip_ids, addresses, values))
     made = np.uint64(kind) | chip_id << np.uint64(2) | address << np.uint64(10) | value << np.uint64(18)
     if asic == Asic.V3:
@@ -30,30 +30,30 @@ def words(asic: Asic, kind: PacketType, chip_ids: Any, addresses: Any, values: A
 
 
 class ChipRegisters:
-    """The registers of one generation of chips, `asic` as --asic has it."""
+    """The registers of one generation of chips; `asic`: value of --asic."""
 
     def __init__(self, asic: str) -> None:
         self.asic = asic
         self.generation = ASICS[asic]
-        #: What such chips are called.
+        #: Name of these chips in messages.
         self.chips = f"v{asic} chips" if asic[0].isdigit() else f"{asic} chips"
-        #: The name larpix-control has for these chips; None: it does not know them.
+        #: Version name of these chips in larpix-control, None if it does not know them.
         self.version: Any = {"1": 1, "2": 2, "2b": "2b", "lightpix-1": "lightpix-v1.0"}.get(asic)
         self._class = self._find_class()
         self.count: int = 256 if self._class is None else self._class.num_registers
         self.names: list[str] = []
-        #: Name -> its addresses.
+        #: Register name -> addresses.
         self.addresses: dict[str, list[int]] = {}
-        #: What they hold at power-up; of chips without a `version` nobody knows it, and these are no values.
+        #: Values at power-up. Not valid for chips without a `version`, whose values at power-up are not known.
         self.defaults: NDArray[np.uint8] = np.zeros(self.count, np.uint8)
-        self._entries: dict[str, int] = {}  # of lists
+        self._entries: dict[str, int] = {}  # entries of registers that are lists
         self._bits: dict[str, tuple[int, int, int]] = {}  # first bit, bits of an entry, entries (0: no list)
         if self._class is not None:
-            self._learn(self._class())
-        self._at: list[list[str]] = [[] for _ in range(self.count)]
+            self._read_map(self._class())
+        self._names_at: list[list[str]] = [[] for _ in range(self.count)]
         for name, addresses in self.addresses.items():
             for address in addresses:
-                self._at[address].append(name)
+                self._names_at[address].append(name)
 
     def _find_class(self) -> Any:
         if self.version is None:
@@ -67,9 +67,9 @@ class ChipRegisters:
             "lightpix-v1.0": chip.Configuration_Lightpix_v1,
         }[self.version]
 
-    def _learn(self, config: Any) -> None:
+    def _read_map(self, config: Any) -> None:
         self.names = list(config.register_names)
-        self.defaults = self.of(config)
+        self.defaults = self.values_of(config)
         values = {name: getattr(config, name) for name in self.names}
         self._entries = {name: len(value) for name, value in values.items() if isinstance(value, list)}
         if self.version == 1:
@@ -83,32 +83,32 @@ class ChipRegisters:
 
     def _addresses_v1(self, config: Any, name: str) -> list[int]:
         for attribute in (f"{name}_addresses", f"{name}_address", f"{name.removesuffix('s')}_addresses"):
-            found = getattr(config, attribute, None)
-            if found is not None:
-                return list(found) if isinstance(found, list) else [int(found)]
-        # It shares its address with others: the one that changes with it.
+            result = getattr(config, attribute, None)
+            if result is not None:
+                return list(result) if isinstance(result, list) else [int(result)]
+        # The register shares its address with others: find the address that changes with it.
         at = [self._set_v1(name, value) for value in (0, 1)]
         return [int(address) for address in np.flatnonzero(at[0] != at[1])]
 
     def _set_v1(self, name: str, value: Any) -> NDArray[np.uint8]:
         config = self._class()
         setattr(config, name, value)
-        return self.of(config)
+        return self.values_of(config)
 
-    def of(self, config: Any) -> NDArray[np.uint8]:
-        """The register values of one of larpix-control's Configuration objects, shape (count,)."""
+    def values_of(self, config: Any) -> NDArray[np.uint8]:
+        """Return the register values of a Configuration object of larpix-control, shape (count,)."""
         if self.version == 1:
             return np.array([int(bits.to01(), 2) for bits in config.all_data()], np.uint8)
-        # some_data, since all_data leaves out registers that are declared out of order (LightPix)
+        # some_data, because all_data leaves out registers that are declared out of order (LightPix)
         addresses, data = config.some_data(range(self.count))
-        found = np.zeros(self.count, np.uint8)
-        found[addresses] = [int(bits.to01()[::-1], 2) for bits in data]
-        return found
+        result = np.zeros(self.count, np.uint8)
+        result[addresses] = [int(bits.to01()[::-1], 2) for bits in data]
+        return result
 
-    def of_all(self, configs: Sequence[Any]) -> NDArray[np.uint8]:
-        """The same of many, shape (configs, count)."""
+    def values_of_all(self, configs: Sequence[Any]) -> NDArray[np.uint8]:
+        """Return the register values of many Configuration objects, shape (configs, count)."""
         if self.version == 1 or not configs:
-            return np.array([self.of(config) for config in configs], np.uint8).reshape(-1, self.count)
+            return np.array([self.values_of(config) for config in configs], np.uint8).reshape(-1, self.count)
         bits = np.zeros((len(configs), 8 * self.count), np.uint8)
         for name, (begin, width, _) in self._bits.items():
             values = np.array([getattr(config, name) for config in configs], np.int64).reshape(len(configs), -1, 1)
@@ -116,62 +116,62 @@ class ChipRegisters:
             bits[:, begin : begin + part[0].size] = part.reshape(len(configs), -1)
         return np.packbits(bits, axis=1, bitorder="little")
 
-    def put(self, config: Any, values: NDArray[np.uint8]) -> None:
-        """Give a Configuration object these register values."""
-        changed = np.flatnonzero(self.of(config) != values).tolist()
+    def set_values(self, config: Any, values: NDArray[np.uint8]) -> None:
+        """Set these register values in a Configuration object."""
+        changed = np.flatnonzero(self.values_of(config) != values).tolist()
         if changed:
             config.from_dict_registers({address: int(values[address]) for address in changed}, endian="little")
 
     def name(self, address: int) -> str:
-        """What is at an address: a name, names that share it, or name[first:last] of a list over several registers."""
-        names = self._at[address]
+        """Return what is at an address: a name, names that share it, or name[first:last] of a list."""
+        names = self._names_at[address]
         if len(names) != 1:
             return "/".join(names) or f"register {address}"
         addresses = self.addresses[names[0]]
         if len(addresses) == 1:
             return names[0]
-        place = addresses.index(address)
-        each = self._entries.get(names[0], 0) // len(addresses)
-        if each == 1:
-            return f"{names[0]}[{place}]"
-        if each > 1:
-            return f"{names[0]}[{each * place}:{each * (place + 1)}]"
-        return f"{names[0]}, byte {place}"
+        index = addresses.index(address)
+        entries_per_register = self._entries.get(names[0], 0) // len(addresses)
+        if entries_per_register == 1:
+            return f"{names[0]}[{index}]"
+        if entries_per_register > 1:
+            return f"{names[0]}[{entries_per_register * index}:{entries_per_register * (index + 1)}]"
+        return f"{names[0]}, byte {index}"
 
-    def select(self, asked: Any) -> NDArray[np.intp]:
-        """Addresses for what somebody asked for: None (all), a name, an address, or a list of those."""
-        if asked is None:
+    def select(self, selection: Any) -> NDArray[np.intp]:
+        """Return the addresses of registers: None (all), a name, an address, or a list of names and addresses."""
+        if selection is None:
             return np.arange(self.count)
-        wanted = asked if isinstance(asked, list | tuple) else [asked]
+        wanted = selection if isinstance(selection, list | tuple) else [selection]
         if not wanted:
             raise RequestError("registers: expected at least one name or address, found none")
-        found: list[int] = []
-        for one in wanted:
-            if isinstance(one, str) and one in self.addresses:
-                found += self.addresses[one]
-            elif isinstance(one, int) and not isinstance(one, bool) and 0 <= one < self.count:
-                found.append(one)
+        result: list[int] = []
+        for item in wanted:
+            if isinstance(item, str) and item in self.addresses:
+                result += self.addresses[item]
+            elif isinstance(item, int) and not isinstance(item, bool) and 0 <= item < self.count:
+                result.append(item)
             else:
-                raise RequestError(self._unknown(one))
-        return np.array(list(dict.fromkeys(found)), np.intp)
+                raise RequestError(self._unknown(item))
+        return np.array(list(dict.fromkeys(result)), np.intp)
 
-    def _unknown(self, asked: Any) -> str:
+    def _unknown(self, selection: Any) -> str:
         if not self.names:
-            return f"register {asked!r:.100}: registers of {self.chips} go by address, 0 to {self.count - 1}"
-        if isinstance(asked, str):
+            return f"register {selection!r:.100}: registers of {self.chips} have only addresses, 0 to {self.count - 1}"
+        if isinstance(selection, str):
             import difflib
 
-            close = difflib.get_close_matches(asked, self.names, 3, 0.5)
+            close = difflib.get_close_matches(selection, self.names, 3, 0.5)
             hint = f"; close to it: {', '.join(close)}" if close else ""
-            return f"register {asked!r:.100}: {self.chips} have none of this name{hint}"
-        return f"register {asked!r:.100}: expected a name or an address from 0 to {self.count - 1}"
+            return f"register {selection!r:.100}: {self.chips} have none of this name{hint}"
+        return f"register {selection!r:.100}: expected a name or an address from 0 to {self.count - 1}"
 
     def change(self, values: NDArray[np.uint8], updates: Mapping[Any, Any], where: str = "") -> NDArray[np.intp]:
         """Set registers, {name or address: value}, of all chips in `values`, shape (chips, count), in place.
 
-        Returns the addresses that were set. RequestError names `where` (the chip), the register and what it takes.
+        Returns the addresses that were set. RequestError names `where` (the chip), the register and its valid values.
         """
-        touched: list[int] = []
+        changed: list[int] = []
         scratch = self._class() if self._class is not None else None
         for name, value in updates.items():
             try:
@@ -184,28 +184,30 @@ class ChipRegisters:
                 values[:, addresses] = value
             else:
                 self._set(scratch, values, name, value, where)
-            touched += addresses.tolist()
-        return np.array(list(dict.fromkeys(touched)), np.intp)
+            changed += addresses.tolist()
+        return np.array(list(dict.fromkeys(changed)), np.intp)
 
     def _set(self, scratch: Any, values: NDArray[np.uint8], name: str, value: Any, where: str) -> None:
-        before = getattr(scratch, name)
-        if isinstance(before, list) and (not isinstance(value, list) or len(value) != len(before)):
-            raise RequestError(f"{where}register {name}: expected a list of {len(before)} values, found {value!r:.100}")
+        default = getattr(scratch, name)
+        if isinstance(default, list) and (not isinstance(value, list) or len(value) != len(default)):
+            raise RequestError(
+                f"{where}register {name}: expected a list of {len(default)} values, found {value!r:.100}"
+            )
         try:
             setattr(scratch, name, value)
-            kept = getattr(scratch, name)
-            kept = np.array(kept, np.int64)
+            stored = getattr(scratch, name)
+            stored = np.array(stored, np.int64)
         except (ValueError, TypeError) as error:
             raise RequestError(f"{where}register {name}: {value!r:.100}: {error}") from None
         if self.version == 1:
             for row in values:
                 config = self._class()
-                self.put(config, row)
+                self.set_values(config, row)
                 setattr(config, name, value)
-                row[:] = self.of(config)
+                row[:] = self.values_of(config)
             return
         begin, width, _ = self._bits[name]
-        bits = (kept.reshape(-1, 1) >> np.arange(width)) & 1
+        bits = (stored.reshape(-1, 1) >> np.arange(width)) & 1
         addresses = self.addresses[name]
         first, last = addresses[0], addresses[-1] + 1
         unpacked = np.unpackbits(values[:, first:last], axis=1, bitorder="little")
@@ -213,19 +215,19 @@ class ChipRegisters:
         unpacked[:, start : start + bits.size] = bits.ravel()
         values[:, first:last] = np.packbits(unpacked, axis=1, bitorder="little")
 
-    def named(self, values: NDArray[np.uint8], names: Sequence[str]) -> dict[str, list[Any]]:
-        """What the registers of these names hold, {name: one value or list for each chip}; `values`: (chips, count)."""
+    def values_by_name(self, values: NDArray[np.uint8], names: Sequence[str]) -> dict[str, list[Any]]:
+        """Return values by register name, {name: [value or list of each chip]}; `values`: shape (chips, count)."""
         if self.version == 1:
             configs = []
             for row in values:
                 configs.append(self._class())
-                self.put(configs[-1], row)
+                self.set_values(configs[-1], row)
             return {name: [getattr(config, name) for config in configs] for name in names}
         bits = np.unpackbits(values, axis=1, bitorder="little")
-        found = {}
+        result = {}
         for name in names:
             begin, width, entries = self._bits[name]
             part = bits[:, begin : begin + width * (entries or 1)].reshape(len(values), entries or 1, width)
             numbers = (part.astype(np.int64) << np.arange(width)).sum(axis=2)
-            found[name] = numbers.tolist() if entries else numbers[:, 0].tolist()
-        return found
+            result[name] = numbers.tolist() if entries else numbers[:, 0].tolist()
+        return result

@@ -1,4 +1,4 @@
-"""What a routine takes: described for the operator, and checked before it is called."""
+"""Arguments of a routine: described for the Operator, and checked before the call."""
 
 from __future__ import annotations
 
@@ -12,53 +12,55 @@ import msgspec
 from larpixdaq.protocol.hardware import Parameter
 from larpixdaq.routines import Routine
 
-#: controller, send_data, send_info.
+#: Number of parameters of each routine that are not its own: controller, send_data, send_info.
 INTERFACE: Final = 3
 
 
 def parameters(routine: Routine) -> list[Parameter]:
-    """Of what it takes beyond the interface; of a function with `*args` the names that its Routine lists."""
-    own = _own(routine.func)
-    if _takes_any(own):
+    """Return the parameters of a routine after `INTERFACE`; for a function with `*args`, the names in its Routine."""
+    own = _own_parameters(routine.func)
+    if _has_varargs(own):
         return [Parameter(str(name)) for name in routine.params or ()]
-    found = []
+    described = []
     for parameter in own:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             continue
         required = parameter.default is inspect.Parameter.empty
         default = None if required else parameter.default
-        found.append(Parameter(parameter.name, _type_name(parameter.annotation), required, default))
-    return found
+        described.append(Parameter(parameter.name, _type_name(parameter.annotation), required, default))
+    return described
 
 
 def usage(routine: Routine) -> str:
-    """`pedestal(chip, seconds=1.0)`."""
-    said = (p.name if p.required else f"{p.name}={p.default!r}" for p in parameters(routine))
-    return f"{routine.name}({', '.join(said)})"
+    """Return the call of a routine as text: `pedestal(chip, seconds=1.0)`."""
+    texts = (p.name if p.required else f"{p.name}={p.default!r}" for p in parameters(routine))
+    return f"{routine.name}({', '.join(texts)})"
 
 
-def checked(
+def check_arguments(
     routine: Routine, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """The arguments as the function gets them behind the interface. TypeError, in one line, when they are too many, too
-    few, unknown, or of another type than the function says."""
-    own = _own(routine.func)
-    if _takes_any(own):
+    """Return the arguments with which the function is called after `INTERFACE`.
+
+    TypeError, in one line, if there are too many or too few, or if one has an unknown name or the wrong type.
+    """
+    own = _own_parameters(routine.func)
+    if _has_varargs(own):
         return _in_order([str(name) for name in routine.params or ()], args, kwargs), {}
     bound = inspect.Signature(own).bind(*args, **kwargs)
-    types = _types(routine.func)
+    types = _checkable_types(routine.func)
     for parameter in own:
         name = parameter.name
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD and name in bound.arguments:
             try:
                 bound.arguments[name] = msgspec.convert(bound.arguments[name], types.get(name, Any))
             except msgspec.ValidationError as error:
-                raise TypeError(f"{name}: {_plain(error)}, found {bound.arguments[name]!r:.100}") from None
+                raise TypeError(f"{name}: {_reason(error)}, found {bound.arguments[name]!r:.100}") from None
     return bound.args, bound.kwargs
 
 
 def _in_order(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """For a function with `*args`, which may do without the last of these names."""
+    """Return the arguments for `*args`, of which the last ones may be missing."""
     if len(args) > len(names):
         raise TypeError(f"expected at most {len(names)} arguments, found {len(args)}")
     given = dict(zip(names, args, strict=False))
@@ -74,29 +76,29 @@ def _in_order(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, An
     return [given[name] for name in names[: len(given)]]
 
 
-def _own(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """What the function takes beyond the interface."""
-    taken = list(inspect.signature(function).parameters.values())
-    left, own = INTERFACE, []
-    for parameter in taken:
+def _own_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of the function after `INTERFACE`."""
+    parameters_ = list(inspect.signature(function).parameters.values())
+    skipped, own = INTERFACE, []
+    for parameter in parameters_:
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            left = 0
-        if left:
-            left -= 1
+            skipped = 0
+        if skipped:
+            skipped -= 1
         else:
             own.append(parameter)
     return own
 
 
-def _takes_any(own: Sequence[inspect.Parameter]) -> bool:
+def _has_varargs(own: Sequence[inspect.Parameter]) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in own)
 
 
-def _types(function: Callable[..., Any]) -> dict[str, Any]:
-    """What msgspec can check; types that it does not know, or that cannot be found, are not checked."""
+def _checkable_types(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the type annotations that msgspec can check; other ones are not checked."""
     try:
         hints = typing.get_type_hints(function)
-    except Exception:  # whatever a routine's file has written there
+    except Exception:  # annotations of a routine file can raise anything
         return {}
     return {name: hint for name, hint in hints.items() if _checkable(hint)}
 
@@ -117,6 +119,6 @@ def _type_name(annotation: Any) -> str:
     return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
-def _plain(error: msgspec.ValidationError) -> str:
+def _reason(error: msgspec.ValidationError) -> str:
     text = str(error).partition(" - at ")[0]
     return (text[:1].lower() + text[1:]).replace("`", "").partition(", got")[0]

@@ -1,4 +1,4 @@
-"""The producer's side of its child process: requests, one at a time, commands to boards, rows for the child."""
+"""The producer's side of its child process: requests to it, its commands to boards, and rows for it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from larpixdaq.readout.command_queue import CommandQueue
 from larpixdaq.readout.configuration_tracker import ConfigurationTracker
 from larpixdaq.runtime.child_process import ChildProcess, signal_name
 
-#: Seconds that a routine or action may take, unless the request of a routine says otherwise.
+#: Default time limit of a routine or action, in seconds.
 TIME_LIMIT: Final = 3600.0
-#: Maximum time limit of a request, in seconds: the kernel's timers have a largest value.
+#: Maximum time limit of a request, in seconds, because the kernel's timers have a maximum.
 _LONGEST: Final = 1e6
-#: Maximum bytes that wait for a child that listens but does not read; further rows are left out.
+#: Maximum bytes that wait for a child that listens but does not read. Further rows are left out.
 _MOST_UNSENT: Final = 32 << 20
-#: Maximum lines of a child's output in the log; further ones are counted.
+#: Maximum lines of a routine's output in the log. Further lines are counted.
 _LOGGED: Final = 100
-#: Maximum bytes of such a line.
+#: Maximum bytes of a line of output in the log.
 _LINE: Final = 500
 
 _log: Final = logging.getLogger(__name__)
@@ -37,15 +37,15 @@ _log: Final = logging.getLogger(__name__)
 class _Running(NamedTuple):
     request: int
     name: str
-    what: str  # the name for messages: "routine NAME", or the action's name
+    title: str  # for messages: "routine NAME", or the action's name
     time_limit: float  # seconds
 
 
 class Child:
-    """Runs routines and actions in a child process, for the actions of a producer; none of the methods blocks.
+    """Runs routines and actions in a child process of the producer. No method blocks.
 
-    The process is started when the first request comes, and again after it has died. `fileno()` polls readable when
-    dispatch() has something to do. All methods belong to one thread, which must live as long as the child.
+    The process is started at the first request, and again after it has died. `fileno()` polls readable when dispatch()
+    has something to do. All methods belong to one thread, which must live as long as the child.
     """
 
     def __init__(
@@ -54,19 +54,21 @@ class Child:
         commands: CommandQueue,
         setup: hardware.Setup,
         tracker: ConfigurationTracker,
-        settled: Callable[[], None],
+        request_ended: Callable[[], None],
     ) -> None:
-        """`folders`: directories of routine files beside the shipped ones; load_routines() adds directories below them.
-        `commands` is the way to the boards that `setup` describes. `tracker` gets the rows that the child listens for.
-        `settled` is called after the end of each routine and action."""
+        """`folders`: directories with further routine files; load_routines() adds directories below them.
+
+        `commands` leads to the boards that `setup` describes. `tracker` gets the rows for which the child listens.
+        `request_ended` is called after the end of each routine and action.
+        """
         self._roots = [folder.resolve() for folder in folders]
         self._folders = [str(folder) for folder in self._roots]
         self._commands = commands
         self._setup = setup
         self._tracker = tracker
-        self._settled = settled
+        self._request_ended = request_ended
         self._left_out = 0
-        #: Rows that the child listens for: hardware.NO_ROWS, CONFIG_ANSWERS or ALL_ROWS.
+        #: Rows for which the child listens: hardware.NO_ROWS, CONFIG_ANSWERS or ALL_ROWS.
         self.listening = hardware.NO_ROWS
         self._process = ChildProcess(Path(__file__).with_name("child.py"), capture=True)
         self._inbox = hardware.Inbox(requests=False)
@@ -74,7 +76,7 @@ class Child:
         self._calls: dict[int, Call] = {}
         self._request = 0
         self._running: _Running | None = None
-        self._known: list[dict[str, Any]] | None = None
+        self._routines: list[dict[str, Any]] | None = None
 
     def fileno(self) -> int:
         return self._process.fileno()
@@ -85,27 +87,27 @@ class Child:
         return self._running.name if self._running is not None else None
 
     def list_routines(self, call: Call) -> None:
-        """List routines: a list of {"name", "params", "help"}, `params` of {"name", "type", "required", "default"}.
+        """List routines: [{"name", "params", "help"}], with `params` [{"name", "type", "required", "default"}].
 
-        While a routine or action runs, the result is that of the last time.
+        While a routine or action runs, the result is the last list.
         """
-        if self._running is not None and self._known is not None:
-            call.result(self._known, f"as before {self._running.what}, which is running")
+        if self._running is not None and self._routines is not None:
+            call.result(self._routines, f"as before {self._running.title}, which is running")
             return
-        self._send(call, hardware.ListRoutines(self._next(), self._folders))
+        self._send(call, hardware.ListRoutines(self._next_request(), self._folders))
 
     def load_routines(self, call: Call, directory: str) -> None:
         """Add a directory of routine files, absolute or relative to one of `folders`. Result: as list_routines().
 
-        Fails when it lies below none of `folders`, because its files will be executed.
+        Fails if the directory is not below one of `folders`, because its files will be executed.
         """
         if not isinstance(directory, str) or not directory.isprintable():
             call.fail(f"load_routines: expected the name of a directory, found {directory!r:.100}")
             return
         allowed = ", ".join(map(str, self._roots)) or "none"
         try:
-            found = [path for root in self._roots if (path := (root / directory).resolve()).is_relative_to(root)]
-            folder = next((path for path in found if path.is_dir()), None)
+            paths = [path for root in self._roots if (path := (root / directory).resolve()).is_relative_to(root)]
+            folder = next((path for path in paths if path.is_dir()), None)
         except OSError as error:  # the name is too long
             call.fail(f"load_routines: {directory!r:.100}: {cause(error)}")
             return
@@ -113,12 +115,10 @@ class Child:
             if str(folder) not in self._folders:
                 self._folders.append(str(folder))
             self.list_routines(call)
-        elif found:
-            call.fail(f"load_routines: {found[0]}: no such directory")
+        elif paths:
+            call.fail(f"load_routines: {paths[0]}: no such directory")
         else:
-            call.fail(
-                f"load_routines: {directory:.500}: below none of the directories that --routines names: {allowed}"
-            )
+            call.fail(f"load_routines: {directory:.500}: not below a directory of --routines: {allowed}")
 
     def run_routine(
         self,
@@ -128,7 +128,7 @@ class Child:
         kwargs: Mapping[str, Any] | None = None,
         time_limit: float | None = None,
     ) -> None:
-        """Run a routine; the call gets its progress and its result. Refused (code "state") while another one runs."""
+        """Run a routine. The call gets its progress and its result. Refused (code "state") while another one runs."""
         limit = TIME_LIMIT if time_limit is None else time_limit
         if self._refuse(call):
             return
@@ -142,48 +142,48 @@ class Child:
         elif isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= _LONGEST:
             call.fail(f"run_routine: time_limit: expected seconds above 0, at most {_LONGEST:g}, found {limit!r:.100}")
         else:
-            running = self._running = _Running(self._next(), name, f"routine {name}", float(limit))
+            running = self._running = _Running(self._next_request(), name, f"routine {name}", float(limit))
             request = hardware.RunRoutine(running.request, self._folders, name, list(args), by_name, running.time_limit)
             if self._send(call, request):
-                call.ack(running.what)
+                call.ack(running.title)
 
     def abort_routine(self, call: Call) -> None:
-        """Kill the process with the running routine or action, whose call fails. Result: its name.
+        """Kill the child with the running routine or action, whose call fails. Result: its name.
 
-        Refused (code "state") when none runs.
+        Refused (code "state") if none runs.
         """
         running = self._running
         if running is None:
             call.fail("no routine is running", code="state")
         else:
             self.end("aborted by the operator")
-            call.result(running.name, f"{running.what} is aborted")
+            call.result(running.name, f"{running.title} is aborted")
 
     def act(self, call: Call, action: str, params: dict[str, Any]) -> None:
-        """Do an action on chips or boards (hardware/actions.py); otherwise as run_routine()."""
+        """Carry out an action on chips or boards (hardware/actions.py), like a routine in run_routine()."""
         if self._refuse(call):
             return
-        self._running = _Running(self._next(), action, action, TIME_LIMIT)
+        self._running = _Running(self._next_request(), action, action, TIME_LIMIT)
         if self._send(call, hardware.Action(self._running.request, action, params, TIME_LIMIT)):
             call.ack(action)
 
     def take_rows(self, rows: NDArray[Any]) -> None:
-        """Send those of the decoded rows to the child that it listens for. Call it only while `listening`."""
+        """Send the decoded rows for which the child listens. Call it only while `listening` is not 0."""
         if self.listening == hardware.CONFIG_ANSWERS:
             rows = hardware.config_answers(rows)
         self._tracker.record_answers(rows)
         if self._process.unsent > _MOST_UNSENT:
-            # Answers are still sent for a while, because measurements begin and end with them, and they are few.
-            kept = hardware.config_answers(rows) if self._process.unsent <= 2 * _MOST_UNSENT else rows[:0]
-            self._left_out += len(rows) - len(kept)
-            rows = kept
+            # Answers are sent up to twice the limit, because they mark begin and end of measurements and are few.
+            answers = hardware.config_answers(rows) if self._process.unsent <= 2 * _MOST_UNSENT else rows[:0]
+            self._left_out += len(rows) - len(answers)
+            rows = answers
         if not len(rows):
             return
-        self._tell(hardware.ListenedRows(rows.tobytes(), self._left_out))
+        self._write(hardware.ListenedRows(rows.tobytes(), self._left_out))
         self._left_out = 0
 
     def dispatch(self) -> None:
-        """Handle what the child has printed and sent: at most PIECE bytes of each, so that the loop is not held up."""
+        """Handle output and messages of the child, at most PIECE bytes of each, so that the loop is not held up."""
         if not self._process.ready():
             return
         self._output.take(self._process.read_output())
@@ -195,18 +195,18 @@ class Child:
             return
         try:
             for message in self._inbox.take(data):
-                self._take(message)
-                if not self._process.alive:  # the message has ended it, and the rest is void
+                self._handle(message)
+                if not self._process.alive:  # the message has ended the child: drop the rest
                     return
         except ProtocolError as error:
             self.end(str(error))
 
     def end(self, reason: str) -> None:
-        """Kill the child, and with it the routine that runs: its call fails with the reason, "" if it has died."""
+        """Kill the child. The call of a running routine fails with the reason ("": the child has ended by itself)."""
         self._output.take(self._process.read_output())
         status = self._process.end()
         if status is not None:
-            self._died(status, reason)
+            self._fail_calls(status, reason)
 
     def close(self) -> None:
         """Kill the child. fileno() is no longer valid."""
@@ -216,16 +216,16 @@ class Child:
     def _refuse(self, call: Call) -> bool:
         if self._running is None:
             return False
-        call.fail(f"{self._running.what} is running, and only one can", code="state")
+        call.fail(f"{self._running.title} is running, and only one can", code="state")
         return True
 
-    def _tell(self, message: hardware.FromParent) -> None:
+    def _write(self, message: hardware.FromParent) -> None:
         self._process.write(hardware.pack(message))
 
-    def _commanded(self, number: int, body: bytes, error: str) -> None:
-        self._tell(hardware.CommandDone(number, body, error))
+    def _answer_command(self, number: int, body: bytes, error: str) -> None:
+        self._write(hardware.CommandDone(number, body, error))
 
-    def _next(self) -> int:
+    def _next_request(self) -> int:
         self._request += 1
         return self._request
 
@@ -242,9 +242,9 @@ class Child:
         return True
 
     def _start(self) -> None:
-        seen = self._tracker.configurations()
-        setup = msgspec.structs.replace(self._setup, read=seen.read.tobytes(), known=seen.known.tobytes())
-        data = hardware.pack(setup)  # before the start: a child without it takes a request for it
+        tracked = self._tracker.configurations()
+        setup = msgspec.structs.replace(self._setup, read=tracked.read.tobytes(), known=tracked.known.tobytes())
+        data = hardware.pack(setup)  # before the start, because a child takes its first message for the setup
         try:
             self._process.start()
         except OSError as error:
@@ -253,28 +253,28 @@ class Child:
         self._output = RoutineOutput()
         self._process.write(data)
 
-    def _take(self, message: hardware.FromChild) -> None:
+    def _handle(self, message: hardware.FromChild) -> None:
         if isinstance(message, hardware.Listen):
             self.listening = message.what
         elif isinstance(message, hardware.Remember):
-            self._remember(message)
+            self._keep_state(message)
         elif isinstance(message, hardware.Invalidate):
             self._tracker.invalidate(message.io_groups)
         elif isinstance(message, hardware.SendWords):
-            done = partial(self._commanded, message.command)
+            done = partial(self._answer_command, message.command)
             self._commands.send_words(message.io_group, message.io_channels, message.words, done)
         elif isinstance(message, hardware.BoardOrder):
             self._commands.send_order(
-                message.io_group, message.body, partial(self._commanded, message.command), message.seconds
+                message.io_group, message.body, partial(self._answer_command, message.command), message.seconds
             )
         else:
             self._answer(message)
 
-    def _remember(self, found: hardware.Remember) -> None:
-        if len(found.chips) % 3:
-            raise ProtocolError(f"Remember: expected chips of 3 bytes, found {len(found.chips)} bytes")
-        self._setup = msgspec.structs.replace(self._setup, **msgspec.structs.asdict(found))
-        self._tracker.set_chips(np.frombuffer(found.chips, np.uint8).reshape(-1, 3))
+    def _keep_state(self, state: hardware.Remember) -> None:
+        if len(state.chips) % 3:
+            raise ProtocolError(f"Remember: expected chips of 3 bytes, found {len(state.chips)} bytes")
+        self._setup = msgspec.structs.replace(self._setup, **msgspec.structs.asdict(state))
+        self._tracker.set_chips(np.frombuffer(state.chips, np.uint8).reshape(-1, 3))
 
     def _answer(self, answer: hardware.Answer) -> None:
         call = self._calls.get(answer.request)
@@ -287,8 +287,8 @@ class Child:
         if isinstance(answer, hardware.RoutineList):
             for line in answer.broken:
                 _log.warning("routine file not loaded: %s", line)
-            self._known = msgspec.to_builtins(answer.routines)
-            call.result(self._known, f"not loaded: {'; '.join(answer.broken)}" if answer.broken else "")
+            self._routines = msgspec.to_builtins(answer.routines)
+            call.result(self._routines, f"not loaded: {'; '.join(answer.broken)}" if answer.broken else "")
         elif isinstance(answer, hardware.Result):
             call.result(answer.value, answer.text)
         else:
@@ -300,28 +300,28 @@ class Child:
 
     def _end_call(self, request: int) -> Call:
         if self._running is not None and self._running.request == request:
-            self._output.end(self._running.what)
+            self._output.end(self._running.title)
             self._running = None
-            self._settled()
+            self._request_ended()
         return self._calls.pop(request)
 
-    def _died(self, status: int, reason: str) -> None:
-        """Fail the calls that the child leaves behind."""
+    def _fail_calls(self, status: int, reason: str) -> None:
+        """Fail the calls that wait for the dead child."""
         running = self._running
-        self._output.end(running.what if running is not None else "the process for routines")
+        self._output.end(running.title if running is not None else "the process for routines")
         self.listening = hardware.NO_ROWS
         self._left_out = 0
         self._commands.clear()
-        why = reason or _status(status, running.time_limit if running is not None else None)
+        detail = reason or _status(status, running.time_limit if running is not None else None)
         if not reason:
-            _log.error("process for routines: %s; the end of its output: %s", why, self._output.tail() or "none")
+            _log.error("process for routines: %s; the end of its output: %s", detail, self._output.tail() or "none")
         for request in list(self._calls):
-            what = running.what if running is not None and running.request == request else "list of routines"
-            self._end_call(request).fail(f"{what}: {why}")
+            what = running.title if running is not None and running.request == request else "list of routines"
+            self._end_call(request).fail(f"{what}: {detail}")
 
 
 class RoutineOutput:
-    """Output of one child: the first lines go into the log, and the last ones are kept for the case that it dies."""
+    """Output of one child. The first lines go into the log, and the last lines are kept in case the child dies."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -340,7 +340,7 @@ class RoutineOutput:
         self._lines += len(lines)
 
     def end(self, name: str) -> None:
-        """Log the last line, and how many lines were left out, at the end of the routine or process `name`."""
+        """Log the last line and the number of lines left out, at the end of the routine or process `name`."""
         if self._rest:
             _log.info("routine says: %s", self._rest.decode(errors="replace"))
         if self._lines > _LOGGED:
@@ -348,7 +348,7 @@ class RoutineOutput:
         self._rest, self._lines = b"", 0
 
     def tail(self) -> str:
-        """The last 4096 bytes as text."""
+        """Return the last 4096 bytes as text."""
         return self._tail.decode(errors="replace").strip()
 
 

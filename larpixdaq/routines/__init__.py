@@ -5,19 +5,18 @@ A routine file is a Python file with a dictionary of its routines::
     from larpixdaq.routines import Routine
 
     def _count(controller, send_data, send_info, seconds):
-        '''What stands here is shown to the operator.'''
+        '''Operators see this text in the list of routines.'''
         send_info("counting")
         return controller, 42
 
     registration = {"count": Routine("count", _count, ["seconds"])}
 
-`controller` is larpix-control's Controller as the routine before left it; `send_data(data)` reports that there were
-data (the packets themselves are in the recorded stream already); `send_info(text, done=0, total=0)` reports progress.
-What is returned is the Controller and a result made of numbers, texts, lists and dictionaries. Arguments that the
-function names with a type are checked against it; a function that takes `*args` gets them in the order of the Routine's
-list of names.
+`controller` is larpix-control's Controller, as the previous routine left it. `send_info(text, done=0, total=0)` reports
+progress. `send_data(data)` only reports that data came, because the packets are in the recorded stream already.
+The function returns the Controller and a result made of numbers, texts, lists and dictionaries. An argument with a type
+annotation is checked against it. A function with `*args` gets its arguments in the order of the Routine's `params`.
 
-To develop one without a DAQ::
+To try a routine without a DAQ::
 
     from larpixdaq.routines import init_routines, test_routine
 
@@ -40,25 +39,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Routine:
-    """`func(controller, send_data, send_info, *args) -> (controller, result)`; `params` are the names of the further
-    arguments."""
+    """`func(controller, send_data, send_info, *args) -> (controller, result)`; `params`: names of the `args`."""
 
     name: str
     func: Callable[..., Any]
     params: Sequence[str] | None = None
 
 
-#: What init_routines() has found so far.
+#: All routines that init_routines() has loaded, by name.
 ROUTINES: dict[str, Routine] = {}
 
 
 def init_routines(location: str | os.PathLike[str] | None = None) -> dict[str, Routine]:
-    """Fill ROUTINES with those that ship and those of the files in the folder `location`, which are read anew.
+    """Load the routines of larpix-daq and of the files in the folder `location` into ROUTINES.
 
-    ImportError names the files that cannot be loaded; the others are there then nevertheless.
+    Files are read again at each call. ImportError names the files that cannot be loaded; the others are loaded.
     """
-    found, broken = load([] if location is None else [Path(location).absolute()])
-    ROUTINES.update(found)
+    routines, broken = load([] if location is None else [Path(location).absolute()])
+    ROUTINES.update(routines)
     if broken:
         raise ImportError("; ".join(broken))
     return ROUTINES
@@ -71,25 +69,25 @@ def test_routine(
     send_info: Callable[..., Any] | None = None,  # noqa: PT028
     args: Iterable[Any] = (),  # noqa: PT028
 ) -> Any:
-    """Run one of ROUTINES here, without a DAQ: returns the Controller and the routine's result.
+    """Run one of ROUTINES in this process, without a DAQ. Returns the Controller and the routine's result.
 
-    What it reports goes to `send_data` and `send_info`, or nowhere.
+    Without `send_data` and `send_info` its reports are dropped.
     """
-    return ROUTINES[name].func(controller, send_data or _nowhere, send_info or _nowhere, *args)
+    return ROUTINES[name].func(controller, send_data or _drop_report, send_info or _drop_report, *args)
 
 
-vars(test_routine)["__test__"] = False  # none of pytest's
+vars(test_routine)["__test__"] = False  # no test of pytest
 
 
-def _nowhere(*said: Any) -> None:
-    """Takes what a routine reports."""
+def _drop_report(*report: Any) -> None:
+    """Stands in for `send_data` and `send_info`."""
 
 
 def load(folders: Iterable[Path] = ()) -> tuple[dict[str, Routine], list[str]]:
-    """The routines that ship and those of the files in these folders, by name; of two of one name the later counts.
+    """Load the routines of larpix-daq and of the files in these folders, by name; a later file replaces a name.
 
-    Files are read anew at each call. A file that cannot be loaded harms no other: the second list says, in one line
-    each, which and why.
+    Files are read again at each call. A file that cannot be loaded does not affect the others: the second result has
+    one line for each such file, with the reason.
     """
     routines: dict[str, Routine] = {}
     broken: list[str] = []
@@ -102,14 +100,14 @@ def load(folders: Iterable[Path] = ()) -> tuple[dict[str, Routine], list[str]]:
     files = [(f"{__name__}.{path.stem}", path) for path in shipped]
     for folder in folders:
         try:
-            found = sorted(path for path in folder.iterdir() if path.suffix == ".py" and path.name[0] not in "_.")
+            paths = sorted(path for path in folder.iterdir() if path.suffix == ".py" and path.name[0] not in "_.")
         except OSError as error:
             broken.append(f"{folder}: {error.strerror}")
             continue
-        # At the end, so that a routine file may import its neighbours but hide nothing of the library's.
+        # At the end of sys.path, so that routine files can import each other but cannot hide a module of a library.
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
-        files += [(f"larpixdaq_routine_{path.stem}", path) for path in found]
+        files += [(f"larpixdaq_routine_{path.stem}", path) for path in paths]
     for name, path in files:
         try:
             routines.update(_registration(name, path))

@@ -1,4 +1,4 @@
-"""Thresholds for a wanted rate of each channel, found with the rates of the stream while it is recorded."""
+"""Calibration: thresholds and trims for a wanted rate of each channel, from the rates in the recorded stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from larpixdaq.errors import ConfigError
 from larpixdaq.routines import Routine
 from larpixdaq.routines.kit import report
 from larpixdaq.routines.kit.measurement import LineLoads
-from larpixdaq.routines.kit.threshold_search import FINE, NEAR, Thresholds
+from larpixdaq.routines.kit.threshold_search import FINE, TOLERANCE, Thresholds
 from larpixdaq.runtime.units import utc_name
 
 
@@ -31,24 +31,26 @@ def _calibrate(
     directory: str = ".",
     raise_for: float = 1.0,
 ) -> tuple[Any, dict[str, Any]]:
-    """Finds global thresholds, trims and channels to disable, so that each channel sends between LOW and HIGH packets a
-    second (Hz).
+    """Finds global thresholds, trims and channels to disable, for a rate of each channel between LOW and HIGH (Hz).
 
-    CHIPS are chip keys such as "1-2-34", None all that the board file names; all of their channels are unmasked for
-    this, but those of LEAVE_OFF {chip: [channel, ...]}. Without APPLY the chips are in the end as they were before;
-    with it they keep what was found, and the channels to disable are masked. The global threshold comes down from
-    START, and the trims of all channels after it; every step is measured in the packets that come, until the rates lie
-    between the limits, in at most ROUNDS last measurements of 20/HIGH seconds each. Periodic reset is on meanwhile, so
-    that leakage does not count, and periodic, external and cross triggers are off. For each channel that needs not be
-    disabled then, at most RAISE_FOR others of its chip may become quieter than LOW with a higher global threshold; 0
-    keeps all thresholds as low as can be.
+    CHIPS: a chip key such as "1-2-34", a list of chip keys, or None for all chips. All their channels are unmasked,
+    except LEAVE_OFF {chip: [channel, ...]}. Periodic reset is on, so that leakage does not count; periodic, external
+    and cross triggers are off. With APPLY the chips keep the thresholds and trims found, and the channels to disable
+    are masked; without it the registers of the chips are restored.
 
-    The result: "thresholds" {chip: value}, "trims" {chip: [value, ...]}, "disable" {chip: [channel, ...]} (too noisy at
-    the highest trim), "dead" and "silent_chips" (say nothing at all), rates before and after (Hz), how many channels
-    are within the limits, and "files": a report in DIRECTORY of the producer's machine, as JSON and as a picture, or
-    "no_picture": why there is none (it needs the extra `plot` there).
-    "saturated" {io_channel: measurements} are those that carried all they could at times, which was not believed;
-    "saturated_after" those that still do: their rates are higher than was counted, and none of them counts as within.
+    The global threshold comes down from START (1 to 255), then the trims of all channels come down. At most ROUNDS
+    measurements of 20/HIGH seconds follow, after each of which trims go up or down by one. A chip's global threshold
+    goes up again if for each channel that then need not be disabled at most RAISE_FOR other channels come to the lowest
+    trim; 0 keeps all thresholds as low as possible.
+
+    Result: "thresholds" {chip: value}; "trims" {chip: [value, ...]}; "disable" {chip: [channel, ...]}, too noisy at the
+    highest trim; "dead" {chip: [channel, ...]} and "silent_chips", without any hit; "rates_before_hz" and
+    "rates_after_hz" {chip: [Hz, ...]}; "live", the number of channels that are neither left off, disabled nor dead, and
+    "within", the number of them with rates from 0.8 LOW to 1.2 HIGH; "files", the report as JSON and as a picture, in
+    DIRECTORY of the producer's machine, or "no_picture", the reason why there is no picture (it needs the extra
+    `plot`); "saturated" {io_channel: number of measurements} in which the io_channel sent as much as its line carries,
+    so that only its too noisy channels were used; "saturated_after", io_channels that still do so at the end: their
+    rates are too low, and none of their channels counts as within the limits.
     """
     if not 0 < low < high:
         raise ValueError(f"low, high: expected 0 < low < high, found {low:g} and {high:g} Hz")
@@ -57,57 +59,59 @@ def _calibrate(
             f"start, rounds, raise_for: expected 1 to 255, at least 1 and at least 0, "
             f"found {start}, {rounds} and {raise_for:g}"
         )
-    began = time.monotonic()
-    work = Thresholds(controller, send_info, chips, low, high)
-    mine = work.chips
+    begin = time.monotonic()
+    search = Thresholds(controller, send_info, chips, low, high)
+    selected = search.chips
     for key, channels in (leave_off or {}).items():
-        if key not in mine.keys or not all(0 <= channel < mine.channels for channel in channels):
+        if key not in selected.keys or not all(0 <= channel < selected.channels for channel in channels):
             raise ValueError(f"leave_off: {key}: expected a chip and its channels, found {channels}")
-        work.off[mine.keys.index(key), channels] = True
-    _must_fit(work, low)
-    kept = False
-    with mine.untriggered():
+        search.off[selected.keys.index(key), channels] = True
+    _must_fit(search, low)
+    applied = False
+    with selected.untriggered():
         try:
-            if mine.has("periodic_reset"):
-                mine.set(periodic_reset=1)
-            mine.set(mask=work.off)
-            hits, seconds, _ = work.measure(FINE / high)
+            if selected.has("periodic_reset"):
+                selected.set(periodic_reset=1)
+            selected.set(mask=search.off)
+            hits, seconds, _ = search.measure(FINE / high)
             before = hits / seconds
-            work.find_globals(start)
-            work.find_trims(raise_for)
-            choice = work.fine(rounds)
-            dead = work.dead((choice.trim == 0) & (choice.rates == 0) & ~work.off & ~work.hot)
-            after, full = work.check(choice)
-            kept = apply
+            search.find_globals(start)
+            search.find_trims(raise_for)
+            choice = search.refine_trims(rounds)
+            dead = search.find_dead((choice.trim == 0) & (choice.rates == 0) & ~search.off & ~search.hot)
+            after, full = search.check(choice)
+            applied = apply
         finally:
-            if not kept:
-                mine.restore()
-    live = ~(work.off | work.hot | dead)
-    within = live & ~full & (choice.rates >= (2 - NEAR) * low) & (choice.rates <= NEAR * high)
-    gone = dead | work.off
-    silent = [key for place, key in enumerate(mine.keys) if gone[place].all() and dead[place].any()]
-    flooded = sorted({key.rpartition("-")[0] for key, one in zip(mine.keys, full, strict=True) if one})
+            if not applied:
+                selected.restore()
+    live = ~(search.off | search.hot | dead)
+    within = live & ~full & (choice.rates >= (2 - TOLERANCE) * low) & (choice.rates <= TOLERANCE * high)
+    silent_or_off = dead | search.off
+    silent_chips = [key for index, key in enumerate(selected.keys) if silent_or_off[index].all() and dead[index].any()]
+    saturated_after = sorted(
+        {key.rpartition("-")[0] for key, saturated in zip(selected.keys, full, strict=True) if saturated}
+    )
     result: dict[str, Any] = {
         "low_hz": low,
         "high_hz": high,
-        "applied": kept,
-        "seconds": round(time.monotonic() - began, 1),
+        "applied": applied,
+        "seconds": round(time.monotonic() - begin, 1),
         "live": int(live.sum()),
         "within": int(within.sum()),
-        "thresholds": dict(zip(mine.keys, work.threshold.tolist(), strict=True)),
-        "trims": dict(zip(mine.keys, choice.trim.tolist(), strict=True)),
-        "disable": _by_chip(mine.keys, work.hot),
-        "dead": {key: channels for key, channels in _by_chip(mine.keys, dead).items() if key not in silent},
-        "silent_chips": silent,
-        "saturated": work.saturated,
-        "saturated_after": flooded,
-        "rates_before_hz": dict(zip(mine.keys, before.round(3).tolist(), strict=True)),
-        "rates_after_hz": dict(zip(mine.keys, after.round(3).tolist(), strict=True)),
+        "thresholds": dict(zip(selected.keys, search.threshold.tolist(), strict=True)),
+        "trims": dict(zip(selected.keys, choice.trim.tolist(), strict=True)),
+        "disable": _by_chip(selected.keys, search.hot),
+        "dead": {key: channels for key, channels in _by_chip(selected.keys, dead).items() if key not in silent_chips},
+        "silent_chips": silent_chips,
+        "saturated": search.saturated,
+        "saturated_after": saturated_after,
+        "rates_before_hz": dict(zip(selected.keys, before.round(3).tolist(), strict=True)),
+        "rates_after_hz": dict(zip(selected.keys, after.round(3).tolist(), strict=True)),
     }
     name = f"calibration_{utc_name(time.time())}"
     title = f"{result['within']:,} of {result['live']:,} live channels between {low:g} and {high:g} Hz"
-    if flooded:
-        title += f"; more than is shown on io_channels {', '.join(flooded)}, which are saturated"
+    if saturated_after:
+        title += f"; io_channels {', '.join(saturated_after)} are saturated, with higher rates than shown"
     pictures = []
     try:
         pictures.append(report.draw(directory, name, before, after, low, high, title))
@@ -118,18 +122,18 @@ def _calibrate(
     return controller, result
 
 
-def _must_fit(work: Thresholds, low: float) -> None:
-    """ValueError names an io_channel that could not carry it if all its channels had the lowest rate wanted."""
-    keys = work.chips.keys
-    if not hasattr(work.controller.io, "carries"):  # an IO that is not the DAQ's
+def _must_fit(search: Thresholds, low: float) -> None:
+    """Check that each io_channel can carry the rate `low` (Hz) of all its channels; ValueError if not."""
+    keys = search.chips.keys
+    if not hasattr(search.controller.io, "capacity"):  # an IO without a producer
         return
-    lines = LineLoads(work.controller.io, keys)
-    for name, carries in zip(lines.names, lines.carries.tolist(), strict=True):
-        n = int((~work.off)[[key.rpartition("-")[0] == name for key in keys]].sum())
-        if low * n > carries:
+    lines = LineLoads(search.controller.io, keys)
+    for name, capacity in zip(lines.names, lines.capacity.tolist(), strict=True):
+        n = int((~search.off)[[key.rpartition("-")[0] == name for key in keys]].sum())
+        if low * n > capacity:
             raise ValueError(
                 f"low: {n:,} channels of io_channel {name} at {low:g} Hz are {low * n:,.0f} packets/s; "
-                f"it carries {carries:,.0f}"
+                f"it carries {capacity:,.0f}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The smallest routine: it greets, and so shows that operator, producer and child process reach each other."""
+"""The smallest routine: a greeting, which shows that Operator, producer and child process reach each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from larpixdaq.routines import Routine
 def _hello_world(
     controller: Any, send_data: Callable[..., None], send_info: Callable[..., None], name: str = "world"
 ) -> tuple[Any, str]:
-    """Greets NAME."""
+    """Greets NAME, with three progress reports."""
     send_info(f"looking for {name}", 0, 2)
     greeting = f"Hello, {name}!"
     send_info(f"{name} found", 1, 2)

@@ -1,4 +1,4 @@
-"""Which channels send too much."""
+"""Channels with too high a rate: find them, and mask them if asked to."""
 
 from __future__ import annotations
 
@@ -20,29 +20,32 @@ def _hot_channels(
     chips: str | list[str] | None = None,
     disable: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """The channels that trigger themselves more than ABOVE_HZ times a second; with DISABLE they are masked.
+    """Finds channels whose rate of natural triggers is above ABOVE_HZ (Hz). With DISABLE it masks them.
 
-    CHIPS are chip keys, None all; they are counted for SECONDS, with other triggers off. The result: "hot" {chip:
-    {channel: Hz}}, "disabled", "total_hz" of all channels, "saturated": io_channels that carried all they could, so
-    that rates there are higher than was counted.
+    CHIPS: a chip key, a list of chip keys, or None for all chips. The hits of SECONDS (s) are counted, with periodic,
+    external and cross triggers off.
+
+    Result: "hot" {chip: {channel: rate in Hz}}; "disabled", whether channels were masked; "total_hz", the rate of all
+    channels together; "saturated", io_channels that sent as much as their line carries, so that rates there are too
+    low.
     """
     if not above_hz > 0 or not seconds > 0:
         raise ValueError(f"above_hz, seconds: expected more than 0, found {above_hz:g} and {seconds:g}")
-    mine = Chips(controller, chips).unmasked()
-    send_info(f"counting {len(mine)} chips for {seconds:g} s", 0, 1)
-    with mine.untriggered():
-        found = rates(controller, mine.keys, mine.channels, seconds)
-    hz = found.hz
+    selected = Chips(controller, chips).unmasked()
+    send_info(f"counting {len(selected)} chips for {seconds:g} s", 0, 1)
+    with selected.untriggered():
+        measured = rates(controller, selected.keys, selected.channels, seconds)
+    hz = measured.hz
     hot = hz > above_hz
     if disable and hot.any():
-        mine.set(mask=mine.get("mask").astype(np.bool_) | hot)
-    listed = {
-        key: {str(channel): round(float(hz[place, channel]), 3) for channel in np.flatnonzero(hot[place]).tolist()}
-        for place, key in enumerate(mine.keys)
-        if hot[place].any()
+        selected.set(mask=selected.get("mask").astype(np.bool_) | hot)
+    channels = {
+        key: {str(channel): round(float(hz[index, channel]), 3) for channel in np.flatnonzero(hot[index]).tolist()}
+        for index, key in enumerate(selected.keys)
+        if hot[index].any()
     }
-    result = {"hot": listed, "disabled": disable and bool(listed), "total_hz": round(float(hz.sum()), 3)}
-    return controller, {**result, "saturated": found.saturated}
+    result = {"hot": channels, "disabled": disable and bool(channels), "total_hz": round(float(hz.sum()), 3)}
+    return controller, {**result, "saturated": measured.saturated}
 
 
 registration = {"hot_channels": Routine("hot_channels", _hot_channels, ["above_hz", "seconds", "chips", "disable"])}

@@ -1,4 +1,4 @@
-"""How fast the channels fill up by themselves: their rates without periodic reset."""
+"""Leakage of the channels: their rates with and without periodic reset."""
 
 from __future__ import annotations
 
@@ -16,33 +16,37 @@ def _leakage(
     chips: str | list[str] | None = None,
     seconds: float = 10.0,
 ) -> tuple[Any, dict[str, Any]]:
-    """Rates of each channel with periodic reset and without, SECONDS each.
+    """Measures the rate of each channel (Hz) with periodic reset and without it, for SECONDS (s) each.
 
-    A channel that nobody resets fills up to its threshold and sends: the difference of the two rates, times the
-    threshold's distance from the pedestal, is its leakage. CHIPS are chip keys, None all; the chips are in the end as
-    they were before. The result: "chips", for each "with_reset", "without_reset" and "leakage", lists over its
-    channels, in Hz; "saturated": io_channels that carried all they could, so that rates there are higher than was
-    counted.
+    Without reset, leakage charges a channel up to its threshold, and it triggers. Its leakage is the difference of the
+    two rates, times the distance from pedestal to threshold.
+    CHIPS: a chip key, a list of chip keys, or None for all chips. The registers of the chips are restored.
+
+    Result: "chips" {chip: {"with_reset", "without_reset", "leakage"}}, each a list with a rate in Hz for each channel;
+    "saturated", io_channels that sent as much as their line carries, so that rates there are too low.
     """
     if not seconds > 0:
         raise ValueError(f"seconds: expected more than 0, found {seconds:g}")
-    mine = Chips(controller, chips).unmasked()
-    found = []
-    with mine.restored(), mine.untriggered():
+    selected = Chips(controller, chips).unmasked()
+    measured = []
+    with selected.restored(), selected.untriggered():
         for number, reset in enumerate((1, 0)):
             send_info(f"periodic reset {'on' if reset else 'off'}", number, 2)
-            mine.set(periodic_reset=reset)
-            found.append(rates(controller, mine.keys, mine.channels, seconds))
-    on, off = (each.hz for each in found)
-    listed = {
+            selected.set(periodic_reset=reset)
+            measured.append(rates(controller, selected.keys, selected.channels, seconds))
+    on, off = (measurement.hz for measurement in measured)
+    channels = {
         key: {
-            "with_reset": on[place].round(3).tolist(),
-            "without_reset": off[place].round(3).tolist(),
-            "leakage": (off[place] - on[place]).round(3).tolist(),
+            "with_reset": on[index].round(3).tolist(),
+            "without_reset": off[index].round(3).tolist(),
+            "leakage": (off[index] - on[index]).round(3).tolist(),
         }
-        for place, key in enumerate(mine.keys)
+        for index, key in enumerate(selected.keys)
     }
-    return controller, {"chips": listed, "saturated": sorted({line for each in found for line in each.saturated})}
+    return controller, {
+        "chips": channels,
+        "saturated": sorted({line for measurement in measured for line in measurement.saturated}),
+    }
 
 
 registration = {"leakage": Routine("leakage", _leakage, ["chips", "seconds"])}

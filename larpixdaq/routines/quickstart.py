@@ -1,4 +1,4 @@
-"""From a board that has just got power to chips that can be read out."""
+"""First readout of chips that have just got power and their network."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ def _quickstart(
     threshold: int = 255,
     seconds: float = 1.0,
 ) -> tuple[Any, dict[str, Any]]:
-    """Writes the whole configuration of all chips that the board file names, with this global THRESHOLD, reads it back,
-    and counts for SECONDS how often channels trigger themselves, with other triggers off.
+    """Writes and reads back the whole configuration of all chips, with the global THRESHOLD, and measures their rate.
 
-    The network has to be there: load_board(file), power() and configure_network() come first. The result: "ok",
-    "chips", the "different" registers by chip {register: [expected, found]} (None: no answer), and "rate_hz" of all
-    channels together.
+    The rate is that of natural triggers in SECONDS (s), with periodic, external and cross triggers off. Before it, call
+    load_board(file), power() and configure_network().
+
+    Result: "ok"; "chips", their number; "different" {chip: {register: [expected, found]}}, found None without an
+    answer; "rate_hz", the rate of all channels together in Hz.
     """
     if not 0 <= threshold <= 255 or not seconds > 0:
         raise ValueError(f"threshold, seconds: expected 0 to 255 and more than 0, found {threshold} and {seconds:g}")
-    mine = Chips(controller)
-    mine.set(threshold=threshold)
-    send_info(f"{len(mine)} chips are written", 0, 2)
-    mine.write()
+    selected = Chips(controller)
+    selected.set(threshold=threshold)
+    send_info(f"{len(selected)} chips are written", 0, 2)
+    selected.write()
     send_info("reading back", 1, 2)
-    different = mine.different()
-    with mine.untriggered():
-        counted = rates(controller, mine.keys, mine.channels, seconds)
-    result = {"ok": not different, "chips": len(mine), "different": different}
-    return controller, {**result, "rate_hz": round(float(counted.hz.sum()), 3)}
+    different = selected.different()
+    with selected.untriggered():
+        measured = rates(controller, selected.keys, selected.channels, seconds)
+    result = {"ok": not different, "chips": len(selected), "different": different}
+    return controller, {**result, "rate_hz": round(float(measured.hz.sum()), 3)}
 
 
 registration = {"quickstart": Routine("quickstart", _quickstart, ["threshold", "seconds"])}

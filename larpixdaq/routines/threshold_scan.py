@@ -1,4 +1,4 @@
-"""How often the channels fire against the global threshold."""
+"""Rates of the channels against the global threshold."""
 
 from __future__ import annotations
 
@@ -22,41 +22,44 @@ def _threshold_scan(
     seconds: float = 0.5,
     most_hz: float = 1000.0,
 ) -> tuple[Any, dict[str, Any]]:
-    """How often each channel triggers itself at global thresholds from START down to STOP, in steps of STEP, SECONDS
-    each.
+    """Measures the rate of each channel (Hz) at global thresholds from START down to STOP in steps of STEP.
 
-    CHIPS are chip keys, None all; other triggers are off meanwhile. A chip stays where it is, and its later rates are
-    None, once its channels send more than MOST_HZ each on average: below that it could say nothing new, and would drown
-    the others. The chips are in the end as they were before. The result: "thresholds", and for each chip "rates", Hz by
-    threshold and channel; "saturated" {threshold: io_channels} that carried all they could, so that rates there are
-    higher than was counted.
+    CHIPS: a chip key, a list of chip keys, or None for all chips. Each threshold is measured for SECONDS (s), with
+    periodic, external and cross triggers off. A chip whose channels have more than MOST_HZ (Hz) on average is not
+    lowered further, because it would saturate its io_channel; its later rates are None. The registers of the chips are
+    restored.
+
+    Result: "thresholds"; "chips" {chip: {"rates": Hz by threshold and channel}}; "saturated" {threshold: io_channels
+    that sent as much as their line carries, so that rates there are too low}.
     """
     if not 0 <= stop <= start <= 255 or step < 1 or not seconds > 0:
         raise ValueError(
             f"start, stop, step, seconds: expected 255 >= start >= stop >= 0, a step and seconds above 0, "
             f"found {start}, {stop}, {step} and {seconds:g}"
         )
-    mine = Chips(controller, chips).unmasked()
+    selected = Chips(controller, chips).unmasked()
     thresholds = list(range(start, stop - 1, -step))
-    at = np.full(len(mine), start, np.int64)
-    going = np.ones(len(mine), np.bool_)
-    found: list[Any] = []
+    current = np.full(len(selected), start, np.int64)
+    active = np.ones(len(selected), np.bool_)
+    measured: list[Any] = []
     saturated: dict[str, list[str]] = {}
-    with mine.restored(), mine.untriggered():
+    with selected.restored(), selected.untriggered():
         for number, threshold in enumerate(thresholds):
-            if not going.any():
+            if not active.any():
                 break
-            at[going] = threshold
-            mine.set(threshold=at)
-            counted = rates(controller, mine.keys, mine.channels, seconds)
-            hz = counted.hz
-            if counted.saturated:
-                saturated[str(threshold)] = counted.saturated
-            found.append([row if on else None for row, on in zip(hz.round(3).tolist(), going.tolist(), strict=True)])
-            going &= hz.mean(1) <= most_hz
+            current[active] = threshold
+            selected.set(threshold=current)
+            measurement = rates(controller, selected.keys, selected.channels, seconds)
+            hz = measurement.hz
+            if measurement.saturated:
+                saturated[str(threshold)] = measurement.saturated
+            measured.append(
+                [row if on else None for row, on in zip(hz.round(3).tolist(), active.tolist(), strict=True)]
+            )
+            active &= hz.mean(1) <= most_hz
             send_info(f"threshold {threshold}: {hz.sum():,.0f} Hz in all", number + 1, len(thresholds))
-    result = {key: {"rates": [step_[place] for step_ in found]} for place, key in enumerate(mine.keys)}
-    return controller, {"thresholds": thresholds[: len(found)], "chips": result, "saturated": saturated}
+    result = {key: {"rates": [row[index] for row in measured]} for index, key in enumerate(selected.keys)}
+    return controller, {"thresholds": thresholds[: len(measured)], "chips": result, "saturated": saturated}
 
 
 registration = {

@@ -1,4 +1,4 @@
-"""The routines that ship, on emulated tiles behind a board, a producer and an Operator, while a run is taken."""
+"""The routines of larpix-daq on emulated tiles, through board, producer and Operator, during a run."""
 
 import json
 import subprocess
@@ -65,7 +65,7 @@ def tile(tmp_path, chips, *more):
 
 @pytest.fixture
 def small(line, tmp_path, request):
-    """An Operator of four chips, or as many as a test says, that are configured, in a run."""
+    """An Operator in a run, with four configured chips or as many as a test requests."""
     board, network, truth = tile(tmp_path, getattr(request, "param", 4))
     (tmp_path / "routines").mkdir()
     (tmp_path / "routines" / "rates.py").write_text(EARLIER_V2)
@@ -89,8 +89,10 @@ def bring_up(operator, network):
 
 @pytest.mark.timeout(300)
 def test_the_demo_brings_up_calibrates_and_reads_out(tmp_path):
-    """A tile of 100 chips, in a run that loses nothing: planted hot and dead channels are found, and the others have
-    the rates that were wanted, by what the emulator says of them."""
+    """A tile of 100 chips in a run without losses: all planted hot and dead channels are found.
+
+    The other channels have the wanted rates, according to the emulator's own numbers.
+    """
     demo = [sys.executable, "-m", "larpixdaq", "demo", "--calibrate", "--seconds", "1", "--json", "-o", str(tmp_path)]
     done = subprocess.run(demo, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
@@ -100,37 +102,43 @@ def test_the_demo_brings_up_calibrates_and_reads_out(tmp_path):
     here = np.count_nonzero((rows["direction"] == 1) & np.isin(rows["packet_type"], (0, 1, 2, 3, 6, 7)))
     assert outcome["sent"] == outcome["stored"] == here > 10_000
 
-    told = outcome["calibration"]
-    assert told["registers_ok"]
-    assert told["saturated_after"] == []
-    assert told["hot_found"] == told["hot_planted"] == told["dead_found"] == told["dead_planted"] == 8
-    assert told["within"] >= 0.95 * told["live"]
-    picture, report = map(Path, told["report"])
+    calibration = outcome["calibration"]
+    assert calibration["registers_ok"]
+    assert calibration["saturated_after"] == []
+    assert (
+        calibration["hot_found"]
+        == calibration["hot_planted"]
+        == calibration["dead_found"]
+        == calibration["dead_planted"]
+        == 8
+    )
+    assert calibration["within"] >= 0.95 * calibration["live"]
+    picture, report = map(Path, calibration["report"])
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    result, known = (json.loads(Path(path).read_text()) for path in (report, told["truth"]))
-    assert (result["live"], result["within"]) == (told["live"], told["within"])
+    result, truth_ = (json.loads(Path(path).read_text()) for path in (report, calibration["truth"]))
+    assert (result["live"], result["within"]) == (calibration["live"], calibration["within"])
 
-    hot, dead = ({tuple(k.rsplit("-", 1)) for k in known["planted"][f"{name}_channels"]} for name in ("hot", "dead"))
+    hot, dead = ({tuple(k.rsplit("-", 1)) for k in truth_["planted"][f"{name}_channels"]} for name in ("hot", "dead"))
     disabled, silent = (
         {(key, str(channel)) for key, channels in result[name].items() for channel in channels}
         for name in ("disable", "dead")
     )
     assert silent == dead
     assert hot <= disabled
-    # Some channels are beyond the reach of their trims: a step of the global threshold is five of a trim.
+    # Some channels are beyond the range of their trims, because a step of the global threshold is five trim steps.
     assert len(disabled) <= len(hot) + 0.02 * 6400
-    rates = true_rates(known, result)
+    rates = true_rates(truth_, result)
     live = [key for key in rates if key not in disabled | silent]
     good = [key for key in live if 0.8 * result["low_hz"] <= rates[key] <= 1.2 * result["high_hz"]]
-    assert len(live) == told["live"]
+    assert len(live) == calibration["live"]
     assert len(good) >= 0.95 * len(live), f"{len(good)} of {len(live)}"
 
 
-def true_rates(known, result):
-    """Hz of each channel with the thresholds that were found, by the emulator's own numbers."""
+def true_rates(truth_, result):
+    """Return the rate (Hz) of each channel with the found thresholds, from the emulator's own numbers."""
     found = {}
     for key, trims in result["trims"].items():
-        chip = known["channels"][key]
+        chip = truth_["channels"][key]
         above = result["thresholds"][key] + np.array(trims) * TRIM_MV / DAC_MV - np.array(chip["threshold"])
         hz = 1e4 * np.exp(-(np.maximum(above / np.array(chip["noise_dac"]), 0) ** 2) / 2)
         found |= {(key, str(channel)): float(value) for channel, value in enumerate(hz)}
@@ -138,8 +146,8 @@ def true_rates(known, result):
 
 
 @pytest.mark.parametrize("small", [100], indirect=True)
-def test_routines_measure_what_is_there(small):
-    operator, known = small
+def test_routines_measure_the_values_of_the_emulator(small):
+    operator, truth_ = small
     asked = operator.run_routine("quickstart", seconds=0.2).result(SLOW)
     assert (asked["ok"], asked["chips"], asked["different"]) == (True, 100, {})
     operator.send_configuration({"1-1-11": {"threshold_global": 100}}).result(LIMIT)
@@ -148,7 +156,7 @@ def test_routines_measure_what_is_there(small):
     pedestals = operator.run_routine("pedestal", samples=60, trigger_hz=30.0).result(SLOW)
     assert pedestals["left_out"] == 0
     for key, measured in pedestals["chips"].items():
-        np.testing.assert_allclose(measured["mean"], np.array(known["channels"][key]["pedestal"]) - 0.5, atol=0.8)
+        np.testing.assert_allclose(measured["mean"], np.array(truth_["channels"][key]["pedestal"]) - 0.5, atol=0.8)
         assert min(measured["samples"]) > 20
 
     pulses = operator.run_routine("test_pulse", "1-1-11", [3, 5], amplitude=40, pulses=5).result(SLOW)
@@ -165,20 +173,20 @@ def test_routines_measure_what_is_there(small):
     with pytest.raises(RequestError, match="no chip 9-9-9; load_board"):
         operator.run_routine("pedestal", "9-9-9").result(SLOW)
     after = operator.retrieve_configuration().result(LIMIT)
-    assert after["1-1-11"]["wanted"] == before["1-1-11"]["wanted"], "all is as it was"
+    assert after["1-1-11"]["wanted"] == before["1-1-11"]["wanted"], "all registers are restored"
     assert operator.validate_configuration().result(SLOW)["ok"]
     assert {channel: found["pulses"] for channel, found in pulses["chips"]["1-1-11"].items()} == {"3": 5, "5": 5}
 
     operator.send_configuration({"all": {"channel_mask": [0] * 64}}).result(SLOW)
     scan = operator.run_routine("threshold_scan", "1-1-11", start=110, stop=80, step=2, seconds=0.2).result(SLOW)
     sums = [sum(rates) for rates in scan["chips"]["1-1-11"]["rates"] if rates is not None]
-    assert sums[0] < 100  # what leaks
+    assert sums[0] < 100  # from leakage
     assert sums[-1] > 1000
     assert scan["thresholds"][: len(sums)] == list(range(110, 110 - 2 * len(sums), -2))
 
 
 def test_leaking_and_hot_channels_are_found(small):
-    """Whatever triggers another routine has left on: they are no hits of the channels' own, and are on again after."""
+    """Triggers that another routine has left on do not count as natural hits, and are restored."""
     operator, _ = small
     left_on = {
         "enable_periodic_trigger": 1,
@@ -190,16 +198,16 @@ def test_leaking_and_hot_channels_are_found(small):
     found = operator.run_routine("calibrate", 20.0, 200.0, apply=True, directory="/tmp", rounds=2, start=130)
     result = found.result(SLOW)
     assert result["applied"]
-    assert max(result["thresholds"].values()) < 120, "nothing is counted at the threshold that it began with"
+    assert max(result["thresholds"].values()) < 120, "nothing is counted at the initial threshold"
     assert sum(map(len, result["disable"].values())) < 10
     assert set(result["saturated"]) <= {"1-1", "1-2"}
     assert result["saturated_after"] == []
     hot = operator.run_routine("hot_channels", above_hz=1000.0, seconds=0.5).result(SLOW)
     assert (hot["hot"], hot["saturated"]) == ({}, [])
-    known = operator.retrieve_configuration(None, "pixel_trim_dac").result(LIMIT)
-    trims = {chip: registers["wanted"]["pixel_trim_dac"] for chip, registers in known.items()}
-    # A step of the trim makes a channel four times as noisy: half of them, so that the lines carry about half of what
-    # they can, 75,758 packets/s, and four times what they can with the slow clock.
+    truth_ = operator.retrieve_configuration(None, "pixel_trim_dac").result(LIMIT)
+    trims = {chip: registers["wanted"]["pixel_trim_dac"] for chip, registers in truth_.items()}
+    # A trim step multiplies a channel's rate by four. With half of the channels a step lower, the lines carry half of
+    # their maximum of 75,758 packets/s, and four times the maximum of the slow clock.
     noisier = {
         chip: {"pixel_trim_dac": [max(0, trim - (channel & 1)) for channel, trim in enumerate(each)]}
         for chip, each in trims.items()
@@ -237,11 +245,11 @@ def test_routines_of_earlier_versions_run_unchanged(line, small):
         RequestError, match=r"tuple index out of range \(given 1 of the arguments of rates\(chip, run_time\)\)"
     ):
         operator.run_routine("rates", "1-1-11").result(SLOW)
-    assert line.status_of(operator, "producer")["state"] == "RUN", "the readout goes on"
+    assert line.status_of(operator, "producer")["state"] == "RUN", "the readout continues"
 
 
 def test_chips_of_every_generation_are_brought_up(tmp_path):
-    """Registers written, networks made, all of it read back, hits counted: v1 on a serial line, v2, LightPix."""
+    """v1 on a serial line, v2 and LightPix: registers, networks and rates."""
     (tmp_path / "system").mkdir()
     boards, files = {}, {"1": "controller/pcb-1_chip_info.json"}
     try:

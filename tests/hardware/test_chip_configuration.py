@@ -10,13 +10,13 @@ from system import rows_of, system
 from larpixdaq.errors import ControlHeld, RequestError
 from larpixdaq.operator import Operator
 
-#: Bring-up of a network writes each chip in turn.
+#: Seconds to configure a network, which writes the chips one after the other.
 SLOW = 60.0
 
 
 @pytest.fixture
 def chips(tmp_path):
-    """An emulated board of 12 powered chips, which are not configured yet, and its file for larpix-control."""
+    """An emulated board with 12 powered chips that are not configured yet, and its board file."""
     network = tmp_path / "network.json"
     board = Emulator("--chips", "12", "--asic", "2", "--power-on", "--revision", "2", "--write-network", str(network))
     board.network = str(network)
@@ -52,7 +52,7 @@ def test_registers_are_written_read_and_compared(setup, chips):
     assert (read["threshold_global"], read["pixel_trim_dac"]) == (40, [7] * 64)
     assert operator.validate_configuration().result(LIMIT)["ok"]
 
-    reset = operator.reset(24).result(LIMIT)  # of state machines
+    reset = operator.reset(24).result(LIMIT)  # a short reset
     assert reset == {"io_groups": [1], "length": 24, "configuration": {"1": "kept"}}
     confirmed = operator.retrieve_configuration(key, "threshold_global").result(LIMIT)[key]["confirmed"]
     assert confirmed == {"threshold_global": 40}
@@ -66,7 +66,7 @@ def test_differences_are_named_and_enforced(setup, chips):
     made, operator = setup
     bring_up(operator, chips.network)
     keys = list(operator.retrieve_configuration().result(LIMIT))
-    # Behind our back: another Operator of the board would do the same.
+    # The next producer does not know of this change, as if another system had made it.
     operator.send_configuration({keys[3]: {"threshold_global": 99}}).result(LIMIT)
     made.processes["producer"].kill()
     until(
@@ -141,7 +141,7 @@ def test_a_routines_controller_reads_and_writes_and_its_values_stay(tmp_path, li
     found = operator.read_configuration(key, "threshold_global").result(LIMIT)["chips"]
     assert found == {key: {"threshold_global": 55}}
 
-    # The child is ended by its time limit; the next one knows board and values again.
+    # The time limit ends the child; the next child knows board and values.
     request = operator.call("LArPix board", "run_routine", name="waits", args=[], kwargs={}, time_limit=0.5)
     with pytest.raises(RequestError, match="stopped at its time limit"):
         request.result(SLOW)
@@ -150,14 +150,14 @@ def test_a_routines_controller_reads_and_writes_and_its_values_stay(tmp_path, li
     assert operator.validate_configuration().result(SLOW)["ok"]
 
 
-def test_boards_tell_how_they_are(setup):
+def test_boards_report_their_status(setup):
     _, operator = setup
-    with pytest.raises(RequestError, match=r"no chips are known yet: load_board\(file\) tells"):
+    with pytest.raises(RequestError, match=r"no chips are known yet: load_board\(file\) loads them"):
         operator.validate_configuration().result(LIMIT)
     assert operator.ping().result(LIMIT) == {"1": True}
     (status,) = operator.board_status().result(LIMIT)
     assert (status["answers"], status["clock_locked"], status["heartbeat_s"]) == (True, True, 10.0)
-    assert (status["revision"], status["supplies"]) == (None, [])  # nobody has said it
+    assert (status["revision"], status["supplies"]) == (None, [])  # not configured, and not readable
     with pytest.raises(RequestError, match=r"its revision is not known, .* --pacman-revision 1=N"):
         operator.power(True, tiles=0, vdda_dac=46_020).result(LIMIT)
     (status,) = operator.power(False).result(LIMIT)
@@ -169,8 +169,8 @@ def test_boards_tell_how_they_are(setup):
     assert operator.get_boards().result(LIMIT)["boards"][0]["kind"] == "pacman"
 
 
-def test_boards_of_all_revisions_are_powered_side_by_side(tmp_path):
-    """The one of revision 4 sleeps 2 s for what is read of its tile."""
+def test_boards_of_all_revisions_are_powered_in_one_system(tmp_path):
+    """The board of revision 4 sleeps 2 s while its tile is read."""
     dacs = {"2": (54_691, 54_691), "3": (46_020, 40_605), "4": (46_500, None), "5": (48_092, 32_838)}
     boards = [Emulator("--chips", "4", "--revision", revision) for revision in dacs]
     try:
@@ -236,16 +236,16 @@ def test_boards_of_all_revisions_are_powered_side_by_side(tmp_path):
             {"ratio": 2, "io_channel": 34},
             "io_channel: boards of revision 5 have UART registers of 1 to 33, found 34",
         ),
-        ("ping", {"io_group": []}, "ping: io_group: expected one, a list, or None for all (1), found none"),
+        ("ping", {"io_group": []}, "ping: io_group: expected a number, a list, or None for all (1), found none"),
         ("set_uart_clock", {"ratio": 0}, "set_uart_clock: ratio: expected a whole number from 1 to 255, found 0"),
         ("board_status", {"io_group": 3}, "io_group 3: no such board takes commands here; those that do: 1"),
     ],
 )
-def test_bad_requests_are_refused_in_one_line_that_names_what(one_board, action, params, says):
-    with pytest.raises(RequestError) as told:
+def test_bad_requests_are_refused_in_one_line_with_the_reason(one_board, action, params, says):
+    with pytest.raises(RequestError) as raised:
         one_board.call("LArPix board", action, **params).result(LIMIT)
-    assert says in str(told.value)
-    assert "\n" not in str(told.value)
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert one_board.ping().result(LIMIT) == {"1": True}
 
 
@@ -277,8 +277,8 @@ def test_only_the_operator_in_control_changes_chips(one_board):
         assert other.ping().result(LIMIT) == {"1": True}
 
 
-def test_a_silent_command_port_is_told_and_data_go_on(line):
-    """The board's data port sends; nobody answers at the command port."""
+def test_a_silent_command_port_is_reported_and_data_continue(line):
+    """The board's data port sends, but its command port does not answer."""
     board = Emulator("--rate", "500")
     try:
         ports = board.ready["1"]
@@ -287,11 +287,13 @@ def test_a_silent_command_port_is_told_and_data_go_on(line):
         operator.prepare_run().result(LIMIT)
         operator.begin_run().result(LIMIT)
         for _ in range(2):
-            with pytest.raises(RequestError) as told:
+            with pytest.raises(RequestError) as raised:
                 operator.ping().result(LIMIT)
-            assert f"PACMAN io_group 1, command port tcp://127.0.0.1:{silent}: no answer within 2 s" in str(told.value)
+            assert f"PACMAN io_group 1, command port tcp://127.0.0.1:{silent}: no answer within 2 s" in str(
+                raised.value
+            )
         before = line.status_of(operator, "producer")["packets"]
-        until(lambda: line.status_of(operator, "producer")["packets"] > before, "data that go on")
+        until(lambda: line.status_of(operator, "producer")["packets"] > before, "further data")
         board.stop()
         board.finish()
         ended = operator.end_run().result(SLOW)

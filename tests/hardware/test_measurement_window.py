@@ -1,5 +1,7 @@
-"""What a measurement counts: the stream between two answers, in whatever pieces and however late it comes. One without
-these answers is made again, or fails."""
+"""A measurement counts the stream between two answers, in any pieces and however late it comes.
+
+A measurement without these answers is repeated or fails.
+"""
 
 import itertools
 import random
@@ -33,28 +35,32 @@ def row(io_group, kind, chip_id, number=0, v1=False, register=0, trigger=0):
 
 
 class FakeIO:
-    """A stream in which each board goes on. Chips answer `late` rows after they were asked; those in `silent` never do,
-    and of the others the answers for which `lost()` is true are lost. `missed` rows are left out with each piece."""
+    """A stream of several boards. Chips answer `late` rows after they were asked, except the chips in `silent`.
+
+    Answers for which `lost()` is true are lost. `missed` rows are left out with each piece.
+    """
 
     def __init__(self, groups, silent=(), late=0, pieces=(1,), v1=False, lost=lambda: False, missed=0):
         self._v1 = v1
         self.marks = {}
-        self.marked = 0
+        self.mark_number = 0
         self.left_out = 0
-        self.triggers = [0]  # what makes the hits, in turn
+        self.triggers = [0]  # trigger types of the hits, in turn
         self._silent, self._late, self._lost, self._missed = silent, late, lost, missed
         self._pieces = itertools.cycle(pieces)
         self._number = dict.fromkeys(groups, 0)
-        self._waiting = []  # group, chip, register, rows to come before its answer, which time it was asked
+        self._waiting = []  # group, chip, register, rows before its answer, number of the request
         self.asked = 0
-        self.truth = {group: {} for group in groups}  # time asked -> number of the row before the first answer
+        self.truth = {
+            group: {} for group in groups
+        }  # number of the request -> number of the row before the first answer
 
     def start_listening(self):
         pass
 
     stop_listening = start_listening
 
-    def carries(self, lines):
+    def capacity(self, lines):
         return [1e9 for _ in lines]
 
     def request_registers(self, keys, registers):
@@ -90,7 +96,7 @@ def controller(io, *chips):
 @pytest.fixture(autouse=True, scope="module")
 def quick():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measurement, "_LOOK", 0.0005)
+        patch.setattr(measurement, "_READ_PERIOD", 0.0005)
         patch.setattr(measurement, "_PATIENCE", (0.01, 0.02, 0.04))
         yield
 
@@ -103,7 +109,7 @@ def quick():
     pieces=st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any),
     v1=st.booleans(),
 )
-def test_exactly_what_stands_between_the_answers(groups, first_is_silent, late, pieces, v1):
+def test_exactly_the_rows_between_the_answers_are_counted(groups, first_is_silent, late, pieces, v1):
     io_groups = list(range(1, groups + 1))
     chips = [f"{group}-1-{chip}" for group in io_groups for chip in (11, 12)]
     silent = {f"{group}-1-11" for group in io_groups} if first_is_silent else set()
@@ -120,9 +126,8 @@ def test_exactly_what_stands_between_the_answers(groups, first_is_silent, late, 
 
 @settings(max_examples=examples(25))
 @given(lost=st.floats(0, 0.9), seed=st.integers(0, 2**32), late=st.integers(0, 40))
-def test_a_measurement_without_its_marks_is_made_again_or_fails(lost, seed, late):
-    """However many answers are lost, or come when nobody waits for them any more: what is returned stands between two
-    of them."""
+def test_a_measurement_without_its_marks_is_repeated_or_fails(lost, seed, late):
+    """Only rows between two answers are returned, however many answers are lost or come too late."""
     draw = random.Random(seed)
     io = FakeIO([1, 2], late=late, lost=lambda: draw.random() < lost)
     begun = []
@@ -143,8 +148,8 @@ def test_a_measurement_without_its_marks_is_made_again_or_fails(lost, seed, late
     asked=st.lists(st.floats(0, 0.1), min_size=4, max_size=4),
     period=st.sampled_from([10_000_000, 1 << 32, None]),
 )
-def test_the_boards_clock_tells_the_time_between_marks_when_asking_takes_long(start, seconds, asked, period):
-    """`asked`: how long before each mark it was asked for, and how long after it the board has said so."""
+def test_the_boards_clock_gives_the_length_if_asking_takes_long(start, seconds, asked, period):
+    """`asked`: seconds before each mark at which asking began, and after it at which asking ended."""
     marks = start, start + seconds
     began, ended = (
         (mark - before, mark + after) for mark, before, after in zip(marks, asked[::2], asked[1::2], strict=True)
@@ -154,7 +159,7 @@ def test_the_boards_clock_tells_the_time_between_marks_when_asking_takes_long(st
     if period:
         assert found == pytest.approx(seconds, abs=1e-6)
     else:  # a board without a clock
-        assert abs(found - seconds) <= sum(asked) + measurement._ANSWER
+        assert abs(found - seconds) <= sum(asked) + measurement._ANSWER_TIME
 
 
 def test_an_io_channel_without_answers_is_named_and_any_chip_of_it_may_answer():
@@ -166,7 +171,7 @@ def test_an_io_channel_without_answers_is_named_and_any_chip_of_it_may_answer():
     assert rates(controller(io, "2-1-12"), ["2-1-11"], 64, 0.002).hits[0, 0] > 0
 
 
-def test_rates_count_natural_triggers_alone():
+def test_rates_count_only_natural_triggers():
     io = FakeIO([1])
     io.triggers = [1, 2, 3]
     assert rates(controller(io), ["1-1-11"], 64, 0.01).hits.sum() == 0
@@ -175,7 +180,7 @@ def test_rates_count_natural_triggers_alone():
     assert set(hits["trigger"].tolist()) == {0, 1, 2, 3}
 
 
-def test_what_is_left_out_counts_by_what_is_looked_at_of_all_boards():
+def test_left_out_rows_shorten_the_measurement_by_their_share_on_all_boards():
     io = FakeIO([1, 2, 3, 4], missed=4)  # half of all that comes
     began = time.monotonic()
     found = rates(controller(io), ["1-1-11"], 64, 0.05)
@@ -183,13 +188,13 @@ def test_what_is_left_out_counts_by_what_is_looked_at_of_all_boards():
 
 
 @pytest.mark.parametrize("v1", [False, True])
-def test_io_channels_that_carry_all_they_can_are_named(v1):
-    io = types.SimpleNamespace(carries=lambda lines: [100.0, 20.0, 100.0][: len(lines)])
+def test_saturated_io_channels_are_named(v1):
+    io = types.SimpleNamespace(capacity=lambda lines: [100.0, 20.0, 100.0][: len(lines)])
 
     def saturated(*rows, seconds=1.0):
         lines = LineLoads(io, ["1-1-11", "1-1-12", "2-1-11", "3-1-11"])
         for part in rows:
-            lines.look(part)
+            lines.count(part)
         return lines.saturated(seconds)
 
     def many(io_group, n):

@@ -32,12 +32,12 @@ SLOW = 60.0
 
 
 def board_file(folder, keys, asic=2):
-    """As larpix-control has it: chips in a row behind the board."""
+    """Write a board file of larpix-control with chips in a row behind the board."""
     path = folder / "board.json"
     network = {"miso_uart_map": [3, 0, 1, 2], "mosi_uart_map": [0, 1, 2, 3], "usds_link_map": [2, 3, 0, 1]}
     chips = [{"chip_id": key} for key in keys]
-    for one, after in itertools.pairwise(chips):
-        one["miso_us"] = [None, None, None, after["chip_id"]]
+    for first, after in itertools.pairwise(chips):
+        first["miso_us"] = [None, None, None, after["chip_id"]]
     first = {"chip_id": "ext", "root": True, "miso_us": [None, None, None, keys[0]]}
     network["1"] = {"1": {"nodes": [first, *chips]}}
     path.write_text(
@@ -48,8 +48,8 @@ def board_file(folder, keys, asic=2):
     return str(path)
 
 
-def test_bad_answers_are_told_by_chip_and_register(tmp_path, line):
-    """Chip 2 is in order; 3 says nothing; 4 answers one twice, 5 differently; 6 forgets; 7 has wrong parity."""
+def test_bad_answers_are_reported_by_chip_and_register(tmp_path, line):
+    """Chip 2 works; 3 is silent; 4 answers a register twice, 5 with two values; 6 loses answers; 7 has wrong parity."""
     asked = {}
 
     def answers(channel, chip, address, value):
@@ -82,7 +82,7 @@ def test_bad_answers_are_told_by_chip_and_register(tmp_path, line):
         (difference,) = result["differences"]
         assert (difference["chip"], difference["address"], difference["found"]) == ("1-1-7", 67, None)
         assert result["bad_parity"] == 4
-        assert result["asked_again"] == 3 + 3 + 2  # of a silent chip one register is
+        assert result["asked_again"] == 3 + 3 + 2  # of a silent chip, one register is asked again
         with pytest.raises(RequestError, match="chip 1-1-3: no answer"):
             operator.read_configuration("1-1-3", 64).result(SLOW)
         ended = operator.end_run().result(SLOW)
@@ -100,17 +100,17 @@ def test_bad_answers_are_told_by_chip_and_register(tmp_path, line):
         (lambda reply: b"", "expected an answer of 1 words, found 0 bytes"),
     ],
 )
-def test_what_a_command_server_must_not_say_is_told(line, reply, says):
+def test_wrong_answers_of_a_command_server_are_reported(line, reply, says):
     with closing(AnsweringBoard(lambda *_: [], reply=reply)) as board:
         operator = line.start("--pacman", f"127.0.0.1:{board.data_port}:{board.command_port}")
-        with pytest.raises(RequestError) as told:
+        with pytest.raises(RequestError) as raised:
             operator.ping().result(LIMIT)
-        assert says in str(told.value)
-        assert f"command port tcp://127.0.0.1:{board.command_port}" in str(told.value)
+        assert says in str(raised.value)
+        assert f"command port tcp://127.0.0.1:{board.command_port}" in str(raised.value)
 
 
-def test_no_data_are_lost_while_commands_storm(tmp_path, line):
-    """40,000 words/s come while the same board, which has no chips, is asked and written to without pause."""
+def test_no_data_are_lost_during_many_commands(tmp_path, line):
+    """40,000 words/s come while the same board, which has no chips, gets commands without pause."""
     count = examples(100) * 4_000
     board = Emulator("--rate", "40000", "--count", str(count), "--wait-for-go", "--lossless", "--stay")
     try:
@@ -135,8 +135,8 @@ def test_no_data_are_lost_while_commands_storm(tmp_path, line):
         board.close()
 
 
-def test_larpix_controls_own_io_leaves_the_same_registers(tmp_path, line, monkeypatch):
-    """The same steps with PACMAN_IO and with ours, each on a board of its own; then all registers are compared."""
+def test_larpix_controls_own_io_sets_the_same_registers(tmp_path, line, monkeypatch):
+    """Do the same steps with PACMAN_IO and with our IO, each with its own board, and compare all registers."""
     network = tmp_path / "network.json"
     found = []
     for ours in (False, True):
@@ -144,7 +144,7 @@ def test_larpix_controls_own_io_leaves_the_same_registers(tmp_path, line, monkey
         try:
             ports = board.ready["1"]
             if not ours:
-                with_their_own(tmp_path, monkeypatch, str(network), ports)
+                configure_with_pacman_io(tmp_path, monkeypatch, str(network), ports)
             operator = line.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}")
             operator.load_board(str(network)).result(LIMIT)
             if ours:
@@ -158,7 +158,7 @@ def test_larpix_controls_own_io_leaves_the_same_registers(tmp_path, line, monkey
     assert found[0] == found[1]
 
 
-def with_their_own(folder, monkeypatch, network, ports):
+def configure_with_pacman_io(folder, monkeypatch, network, ports):
     config = folder / "io.json"
     config.write_text(json.dumps({"_config_type": "io", "io_class": "PACMAN_IO", "io_group": [[1, "127.0.0.1"]]}))
     monkeypatch.setattr(PACMAN_IO, "cmdserver_port", str(ports["command"]))
@@ -209,11 +209,11 @@ def test_a_bern_board_gets_words_as_text(line):
 
 
 def test_a_serial_board_gets_frames(line):
-    ours, theirs = pty.openpty()
+    ours, device_end = pty.openpty()
     tty.setraw(ours)
-    tty.setraw(theirs)
+    tty.setraw(device_end)
     try:
-        operator = line.start("--serial", os.ttyname(theirs))
+        operator = line.start("--serial", os.ttyname(device_end))
         assert operator.send_configuration({"1-1-2": {64: 25}}).result(LIMIT) == {"chips": 1, "registers": 1}
         operator.set_uart_clock(4).result(LIMIT)
         (status,) = operator.board_status().result(LIMIT)
@@ -225,7 +225,7 @@ def test_a_serial_board_gets_frames(line):
         assert found == b"s\x0a\x00\x65\x00\x00\x00\x00\x80q" + b"c\x00\x04" + bytes(6) + b"q"
     finally:
         os.close(ours)
-        os.close(theirs)
+        os.close(device_end)
 
 
 DATA = """
@@ -257,7 +257,7 @@ def test_a_routine_that_listens_gets_the_data(tmp_path, line):
         board.close()
 
 
-def test_v1_chips_go_by_larpix_controls_names(line):
+def test_v1_chips_have_the_register_names_of_larpix_control(line):
     board = Emulator("--chips", "controller/pcb-1_chip_info.json", "--power-on")
     try:
         ports = board.ready["1"]
@@ -278,12 +278,12 @@ def test_v1_chips_go_by_larpix_controls_names(line):
         board.close()
 
 
-def test_v3_chips_go_by_address(line):
+def test_v3_chips_have_register_addresses_only(line):
     board = Emulator("--chips", "4", "--asic", "3", "--power-on")
     try:
         ports = board.ready["1"]
         operator = line.start("--pacman", f"127.0.0.1:{ports['data']}:{ports['command']}", "--asic", "3")
-        # a chip that has the id of power-up, and shall speak on all of its lines
+        # A chip with the power-up id, which sends on all of its lines.
         speak = ChipRegisters("2b").addresses["enable_piso_downstream"][0]
         operator.send_configuration({"1-1-1": {speak: 15, 64: 77}}).result(LIMIT)
         read = operator.read_configuration("1-1-1", [64]).result(LIMIT)["chips"]
@@ -291,7 +291,7 @@ def test_v3_chips_go_by_address(line):
         with pytest.raises(RequestError, match="load_board: larpix-control knows no v3 chips"):
             operator.load_board("x.json").result(LIMIT)
 
-        # all registers are those two: nothing is written that nobody has set
+        # "All registers" are those two, because other registers were never set.
         before = operator.read_configuration("1-1-1").result(SLOW)["chips"]
         assert operator.write_configuration().result(LIMIT) == {"chips": 1, "registers": 2}
         enforced = operator.enforce_configuration().result(SLOW)
@@ -302,7 +302,7 @@ def test_v3_chips_go_by_address(line):
                     getattr(operator, action)(chip, registers).result(SLOW)
         assert operator.reset(31).result(LIMIT)["configuration"] == {"1": "lost"}
         operator.write_configuration().result(LIMIT)
-        # chip 1-1-2 has been named by now, and none of its registers
+        # Chip 1-1-2 is known now, without a wanted value.
         validated = operator.validate_configuration().result(SLOW)
         assert (validated["ok"], validated["chips"], validated["registers"]) == (True, 1, 2), validated
         assert operator.read_configuration("1-1-1").result(SLOW)["chips"] == before
@@ -316,15 +316,15 @@ def chip_state(setup):
     return ChipState(ChipRegisters("3"), ProducerPipe(None, setup))
 
 
-def test_another_child_writes_no_register_of_a_v3_chip_that_nobody_has_set():
+def test_the_next_child_writes_no_register_of_a_v3_chip_that_was_never_set():
     setup = Setup([BoardInfo(1, "pacman", "board")], "3", 3, 2)
-    one = chip_state(setup)
-    place = one.find("1-1-1")
-    one.wanted[place, 125], one.given[place, 125] = 15, True
+    first = chip_state(setup)
+    place = first.find("1-1-1")
+    first.wanted[place, 125], first.given[place, 125] = 15, True
     stranger = Controller()  # larpix-control would call its chips v2b
     stranger.add_chip("1-1-1", version="2b")
-    one.take_over(stranger)
-    left = one.state()
+    first.take_over(stranger)
+    left = first.state()
     seen = {"read": bytes(REGISTERS), "known": bytes(REGISTERS)}
     other = chip_state(structs.replace(setup, **structs.asdict(left), **seen))
     other.restore()
@@ -332,7 +332,7 @@ def test_another_child_writes_no_register_of_a_v3_chip_that_nobody_has_set():
     assert other.wanted[0, 125] == 15
 
 
-def test_a_made_up_board_takes_no_commands(line):
+def test_the_fake_source_takes_no_commands(line):
     operator = line.start("--fake", "100")
     with pytest.raises(RequestError, match="no board here takes commands"):
         operator.board_status().result(LIMIT)

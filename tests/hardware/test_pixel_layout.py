@@ -1,4 +1,4 @@
-"""Pixel layouts: where channels are in both forms of file, what is no layout, and layouts over the Operator."""
+"""Pixel layouts: positions of channels in both forms of file, invalid files, and layouts through the Operator."""
 
 import json
 import math
@@ -25,7 +25,7 @@ BOARD = {
     "width": 6,
     "height": 5,
 }
-#: Chip 11 has channels 0 and 2, chip 12 channel 1. Tile 1 is as it is, tile 2 is turned round and on another anode.
+#: Chip 11 has channels 0 and 2, chip 12 has channel 1. Tile 2 is turned round and on another anode.
 TILES = {
     "multitile_layout_version": "2.4.16",
     "pixel_pitch": 4,
@@ -45,8 +45,8 @@ def parsed(content):
 def test_a_board_has_the_pixel_of_each_channel():
     layout = parsed(BOARD)
     np.testing.assert_equal(layout.positions("12"), [[1.5, 2.5], [np.nan, np.nan], [4.5, 2.5]])
-    assert layout.described("12") == {"x": [1.5, None, 4.5], "y": [2.5, None, 2.5], "z": 0.0, "tile": None}
-    assert layout.find("3-4-13") == layout.find(13) == "13"  # the file knows no more than the chip_id
+    assert layout.describe("12") == {"x": [1.5, None, 4.5], "y": [2.5, None, 2.5], "z": 0.0, "tile": None}
+    assert layout.find("3-4-13") == layout.find(13) == "13"  # the file has only chip_ids
     summary = layout.summary()
     assert (summary["version"], summary["pixels"], summary["chips"], summary["tiles"]) == ("2.4.0", 3, 2, 1)
     assert (summary["x"], summary["y"]) == ([-1, 4.5], [0, 2.5])
@@ -62,13 +62,13 @@ def test_tiles_are_placed_and_turned():
     # A tile is 12 x 16 mm: the pixels of a corner are at -4 and -6.
     np.testing.assert_equal(layout.positions("1-1-11"), [[6, 94], [np.nan, np.nan], [10, 94]])
     np.testing.assert_equal(layout.positions([1, 2, 12]), [[np.nan, np.nan], [14, 106]])
-    assert layout.described("2-1-11") == {"x": [5.0, None, 1.0], "y": [8.0, None, 8.0], "z": 303.0, "tile": 2}
+    assert layout.describe("2-1-11") == {"x": [5.0, None, 1.0], "y": [8.0, None, 8.0], "z": 303.0, "tile": 2}
     summary = layout.summary()
     assert (summary["version"], summary["pitch"], summary["pixels"], summary["tiles"]) == ("2.4.16", 4.0, 5, 2)
     # The first of these files had position and orientation in one.
     both = {tile: [TILES["tile_positions"][tile], TILES["tile_orientations"][tile]] for tile in (1, 2)}
     first = {name: found for name, found in TILES.items() if name != "tile_orientations"} | {"tile_positions": both}
-    assert parsed(first).described("2-1-11") == layout.described("2-1-11")
+    assert parsed(first).describe("2-1-11") == layout.describe("2-1-11")
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_tiles_are_placed_and_turned():
         (TILES | {"tpc_centers": {1: 0}}, "tpc_centers 1: expected 3 numbers, found 0"),
     ],
 )
-def test_what_is_no_layout_is_told_in_one_line(content, says):
-    with pytest.raises(FormatError) as told:
+def test_invalid_layouts_are_refused_in_one_line(content, says):
+    with pytest.raises(FormatError) as raised:
         parsed(content)
-    assert says in str(told.value)
-    assert "\n" not in str(told.value)
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 _LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
@@ -111,17 +111,17 @@ _JUNK = st.recursive(_LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dic
 
 @settings(max_examples=examples(100))
 @given(base=st.sampled_from([BOARD, TILES]), name=st.sampled_from([*BOARD, *TILES]), junk=_JUNK)
-def test_junk_in_a_layout_makes_one_line_or_a_layout(base, name, junk):
-    told = ""
+def test_junk_in_a_layout_gives_one_error_line_or_a_layout(base, name, junk):
+    raised = ""
     try:
         layout = parsed(base | {name: junk})
     except FormatError as error:
-        told = str(error)
+        raised = str(error)
     else:
         layout.summary()
         for chip in layout.chips:
-            json.dumps(layout.described(chip), allow_nan=False)
-    assert len(told.splitlines()) <= 1
+            json.dumps(layout.describe(chip), allow_nan=False)
+    assert len(raised.splitlines()) <= 1
 
 
 _BILLION = "a: &a [1]\n" + "".join(
@@ -144,13 +144,13 @@ _MERGES = "a: &a {x: 1}\n" + "".join(
 @example(_BILLION.encode())
 @example((_BILLION + "pixels: [*i]").encode())
 @example(_MERGES.encode())
-def test_any_bytes_make_one_line(tmp_path, data):
+def test_any_bytes_give_one_error_line(tmp_path, data):
     path = tmp_path / "any.yaml"
     path.write_bytes(data)
-    with pytest.raises(RequestError) as told:
+    with pytest.raises(RequestError) as raised:
         pixel_layout.read(str(path))
-    assert str(told.value).startswith(f"pixel layout {path}: ")
-    assert len(str(told.value).splitlines()) == 1
+    assert str(raised.value).startswith(f"pixel layout {path}: ")
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_names_are_paths_or_files_of_larpix_geometry(tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_an_answer_has_a_limit(tmp_path, monkeypatch):
     file.write_text(yaml.safe_dump(TILES))
     layouts = LayoutActions(LoadedLayout(str(file)))
     assert list(layouts.retrieve_pixel_layout(["1-2-12"])["channels"]) == ["1-2-12"]
-    with pytest.raises(RequestError, match="8 channels of 3 chips; one answer has 4 at most: name fewer chips"):
+    with pytest.raises(RequestError, match="8 channels of 3 chips; one answer has at most 4: name fewer chips"):
         layouts.retrieve_pixel_layout()
 
 
@@ -216,7 +216,7 @@ def test_layouts_over_the_operator_and_the_death_of_the_child(tmp_path):
         with pytest.raises(RequestError, match="its process ended with status 3"):
             operator.run_routine("dies").result(LIMIT)
         found = operator.retrieve_pixel_layout().result(LIMIT)
-        assert found == loaded | {"channels": {one: parsed(TILES).described(one) for one in parsed(TILES).chips}}
+        assert found == loaded | {"channels": {one: parsed(TILES).describe(one) for one in parsed(TILES).chips}}
         assert list(operator.retrieve_pixel_layout("2-1-11").result(LIMIT)["channels"]) == ["2-1-11"]
         with pytest.raises(RequestError, match="chip 9-9-9: not among the 3 chips"):
             operator.retrieve_pixel_layout("9-9-9").result(LIMIT)

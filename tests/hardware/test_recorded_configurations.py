@@ -1,4 +1,4 @@
-"""The configuration of the chips in the file: before the data, when it changes, in every part, and after a recovery."""
+"""Configurations of chips in the file: before the data, after changes, in every part, and after a recovery."""
 
 import h5py
 import numpy as np
@@ -36,7 +36,7 @@ registration = {"lost": Routine("lost", _lost, [])}
 
 
 def configured(*chips, asic="2", threshold=30, known=SENT | READ):
-    """Of chips of io_channel 1: all registers told and read, one of them differently."""
+    """Return configurations of chips of io_channel 1, all registers sent and read, register 70 with another value."""
     registers = ChipRegisters(asic)
     arrays = np.zeros((3, len(chips), REGISTERS), np.uint8)
     arrays[:2, :, : registers.count] = registers.defaults
@@ -46,9 +46,9 @@ def configured(*chips, asic="2", threshold=30, known=SENT | READ):
     return Configurations(asic, np.array([(1, 1, chip) for chip in chips], np.uint8), *arrays)
 
 
-def told(feed, found):
-    block, rows = feed.info(found.text())
-    return Block(*(getattr(block, name) for name in Block.__struct_fields__[:-1]), configs=found.pack()), rows
+def configuration_block(feed, configs):
+    block, rows = feed.info(configs.text())
+    return Block(*(getattr(block, name) for name in Block.__struct_fields__[:-1]), configs=configs.pack()), rows
 
 
 def rows(n):
@@ -64,11 +64,11 @@ def table(path):
 def test_larpix_control_reads_the_configurations_that_fit(tmp_path, asic):
     feed, file = Feed(), RunFile(tmp_path, run_info(V2, asic_version=asic))
     other = {"2": "2b", "2b": "2"}[asic]
-    file.add(*told(feed, configured(11, 12, asic=asic)))
-    file.add(*told(feed, configured(13, asic=other)))  # another generation beside it
+    file.add(*configuration_block(feed, configured(11, 12, asic=asic)))
+    file.add(*configuration_block(feed, configured(13, asic=other)))  # another generation in the same run
     half = configured(14, asic=asic)
-    half.known[0, 64] = 0  # a register of which nobody knows
-    file.add(*told(feed, half))
+    half.known[0, 64] = 0  # a register without a known value
+    file.add(*configuration_block(feed, half))
     file.add(*feed.block(rows(100)))
     file.end(feed.end())
     path = file.close().path
@@ -87,20 +87,20 @@ def test_larpix_control_reads_the_configurations_that_fit(tmp_path, asic):
     }
 
 
-def test_every_part_begins_with_what_is_known(tmp_path):
+def test_every_part_begins_with_the_known_configurations(tmp_path):
     feed, second = Feed(), Feed(producer="second")
     first = RunFile(tmp_path, run_info())
-    first.add(*told(feed, configured(11, 12)))
-    first.add(*told(second, configured(13)))
+    first.add(*configuration_block(feed, configured(11, 12)))
+    first.add(*configuration_block(second, configured(13)))
     first.add(*feed.block(rows(70_000 // 5)))
-    first.add(*told(feed, configured(12, threshold=40)))  # on its way when the next part begins
+    first.add(*configuration_block(feed, configured(12, threshold=40)))  # not yet written when the next part begins
     after = RunFile(tmp_path, run_info(), 1, first.positions(), configurations=first.configurations())
     first.seal(continued=True)
     first.publish()
-    found, fitting = table(after.path)
-    assert found["chip_id"].tolist() == fitting["chip_id"].tolist() == [11, 13, 12]
-    assert found["sent"][:, 64].tolist() == [30, 30, 40]
-    assert len(set(found["producer"].tolist())) == 2
+    configs, fitting = table(after.path)
+    assert configs["chip_id"].tolist() == fitting["chip_id"].tolist() == [11, 13, 12]
+    assert configs["sent"][:, 64].tolist() == [30, 30, 40]
+    assert len(set(configs["producer"].tolist())) == 2
     after.add(*feed.block(rows(10)))
     after.end(feed.end())
     after.end(second.end())
@@ -108,18 +108,18 @@ def test_every_part_begins_with_what_is_known(tmp_path):
     after.abandon()
     path = recover(after.path).path
     assert verify(path).ok, verify(path).findings
-    for mine, before in zip(table(path), (found, fitting), strict=True):
+    for mine, before in zip(table(path), (configs, fitting), strict=True):
         np.testing.assert_array_equal(mine, before)
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["in the file", "in the journal"])
-def test_a_killed_writer_leaves_them(tmp_path, written):
+def test_configurations_survive_a_killed_writer(tmp_path, written):
     feed, file = Feed(), RunFile(tmp_path, run_info())
-    file.add(*told(feed, configured(11, 12)))
+    file.add(*configuration_block(feed, configured(11, 12)))
     if written:
         for _ in range(5):
             file.add(*feed.block(rows(16_384)))
-    file.add(*told(feed, configured(12, 13, threshold=40)))
+    file.add(*configuration_block(feed, configured(12, 13, threshold=40)))
     file.end(feed.end())
     file.work(pressed=True)
     file.abandon()
@@ -127,16 +127,16 @@ def test_a_killed_writer_leaves_them(tmp_path, written):
     assert before.rows["chip_id"].tolist() == [11, 12, 13]
     assert before.rows["sent"][:, 64].tolist() == [30, 40, 40]
     path = recover(file.path).path
-    found, fitting = table(path)
-    assert found["chip_id"].tolist() == fitting["chip_id"].tolist() == [11, 12, 12, 13]
+    configs, fitting = table(path)
+    assert configs["chip_id"].tolist() == fitting["chip_id"].tolist() == [11, 12, 12, 13]
     np.testing.assert_array_equal(
         configurations_of_part(path).rows, before.rows
-    )  # for a further part, although no journal is there
+    )  # for the next part, without a journal
     assert verify(path).ok, verify(path).findings
 
 
-def test_a_file_of_before_has_none_and_is_good(tmp_path):
-    """Made by a version that knew no /run/configs, /run/sources and live times: closed by that, or killed."""
+def test_a_file_of_an_earlier_version_has_no_configurations_and_is_valid(tmp_path):
+    """Files of a version without /run/configs, /run/sources and live times can be recovered and verified."""
     feed, file = Feed(), RunFile(tmp_path, run_info())
     file.add(*feed.block(rows(100)))
     file.end(feed.end())
@@ -154,9 +154,9 @@ def test_a_file_of_before_has_none_and_is_good(tmp_path):
     assert file_info(path)["chips"]["number"] == 0
 
 
-def test_a_block_with_nonsense_is_refused(tmp_path):
+def test_a_block_with_invalid_configurations_is_refused(tmp_path):
     feed, file = Feed(), RunFile(tmp_path, run_info())
-    block, message = told(feed, configured(11))
+    block, message = configuration_block(feed, configured(11))
     fields = {name: getattr(block, name) for name in Block.__struct_fields__}
     wrong = Block(**fields | {"configs": type(block.configs)("2", b"\1\1", b"")})
     with pytest.raises(ProtocolError, match="expected 1 to 256 chips of 3 bytes, found 2 bytes"):
@@ -167,7 +167,7 @@ def test_a_block_with_nonsense_is_refused(tmp_path):
     file.abandon()
 
 
-def test_what_chips_were_told_and_said_is_in_the_file_before_the_data(tmp_path):
+def test_sent_and_read_registers_are_in_the_file_before_the_data(tmp_path):
     network, routines = tmp_path / "network.json", tmp_path / "routines"
     (tmp_path / "system").mkdir()
     routines.mkdir()
@@ -204,20 +204,20 @@ def test_what_chips_were_told_and_said_is_in_the_file_before_the_data(tmp_path):
         (path,) = ended["files"]
     finally:
         board.close()
-    found, _ = table(path)
-    before = found[found["sequence"] == 0]
+    configs, _ = table(path)
+    before = configs[configs["sequence"] == 0]
     assert before["chip_id"].tolist() == list(range(11, 23))
     assert (before["known"] == SENT | READ).all()
     assert (before["sent"][:, 64] == 50).all()
     assert before["read"][:, 64].tolist() == [50, 50, 51, *[50] * 9]
     assert before["different"].tolist() == [0, 0, 1, *[0] * 9]
-    changed = found[found["sequence"] > 0]
+    changed = configs[configs["sequence"] > 0]
     at = changed["chip_id"].tolist()
     assert at[:2] == [11, 12]
-    assert changed["sent"][:2, 64].tolist() == [60, 77], "also by a routine that was ended"
+    assert changed["sent"][:2, 64].tolist() == [60, 77], "also by an aborted routine"
     assert changed["known"][:2, 64].tolist() == [SENT, SENT]
     assert at[2:] == list(range(11, 23))
-    assert not changed["known"][2:].any(), "after a reset nobody knows"
+    assert not changed["known"][2:].any(), "not known after a reset"
     first = rows_of(path)["packet_type"][:3].tolist()
     assert first == [5, 5, 5], "two rows of text, and 'Beginning run'"
     texts = file_info(path)["texts"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from larpix import Packet_v1, Packet_v2
 
 from larpixdaq.errors import RequestError
-from larpixdaq.hardware.register_io import spread
+from larpixdaq.hardware.register_io import interleave
 from larpixdaq.hardware.register_map import ChipRegisters, words
 from larpixdaq.schema import Asic, PacketType
 
@@ -33,7 +33,7 @@ def test_v3_words_have_the_magic_and_the_parity_of_others():
 
 @given(st.lists(byte, max_size=50))
 def test_io_channels_take_turns_and_keep_their_order(channels):
-    order = spread(np.array(channels, np.uint8)).tolist()
+    order = interleave(np.array(channels, np.uint8)).tolist()
     assert sorted(order) == list(range(len(channels)))
     for channel in set(channels):
         mine = [at for at in order if channels[at] == channel]
@@ -43,18 +43,20 @@ def test_io_channels_take_turns_and_keep_their_order(channels):
 
 
 @pytest.mark.parametrize("asic", ["1", "2", "2b", "lightpix-1"])
-def test_what_a_new_chip_holds_reads_by_name_as_in_larpix_control(asic):
+def test_power_up_values_by_name_are_those_of_larpix_control(asic):
     registers = known[asic]
     config = registers._class()
-    found = registers.named(registers.defaults[None, :], registers.names)
-    assert {name: one[0] for name, one in found.items()} == {name: getattr(config, name) for name in registers.names}
+    found = registers.values_by_name(registers.defaults[None, :], registers.names)
+    assert {name: values_[0] for name, values_ in found.items()} == {
+        name: getattr(config, name) for name in registers.names
+    }
 
 
 @pytest.mark.parametrize("asic", ["1", "2", "2b", "lightpix-1"])
 @settings(max_examples=examples(50))
 @given(data=st.data())
 def test_a_register_set_for_many_chips_is_set_as_larpix_control_does(asic, data):
-    """Whatever stood in the register before, also beside it in the same byte."""
+    """The register and its neighbours in the same byte can have any value before."""
     registers = known[asic]
     names = [name for name in registers.names if name != "RESERVED"]
     name = data.draw(st.sampled_from(names))
@@ -65,16 +67,16 @@ def test_a_register_set_for_many_chips_is_set_as_larpix_control_does(asic, data)
     value = data.draw(st.integers(0, 1))
     before = getattr(configs[0], name)
     value = [value] * len(before) if isinstance(before, list) else value
-    values = np.stack([registers.of(config) for config in configs])
+    values = np.stack([registers.values_of(config) for config in configs])
     touched = registers.change(values, {name: value})
     assert touched.tolist() == registers.addresses[name]
     for row, config in zip(values, configs, strict=True):
         setattr(config, name, value)
-        assert row.tolist() == registers.of(config).tolist()
+        assert row.tolist() == registers.values_of(config).tolist()
         again = registers._class()
-        registers.put(again, row)
+        registers.set_values(again, row)
         assert again == config
-    assert registers.of_all(configs).tolist() == values.tolist()
+    assert registers.values_of_all(configs).tolist() == values.tolist()
 
 
 @pytest.mark.parametrize(
@@ -92,16 +94,20 @@ def test_a_register_set_for_many_chips_is_set_as_larpix_control_does(asic, data)
         ("2", {237: 1}, "register 237: expected a name or an address from 0 to 236"),
         ("2", {64: -1}, "chip 1-1-2: register 64: expected 0 to 255, found -1"),
         ("2", {True: 1}, "register True: expected a name or an address"),
-        ("3", {"threshold_global": 1}, "register 'threshold_global': registers of v3 chips go by address, 0 to 255"),
+        (
+            "3",
+            {"threshold_global": 1},
+            "register 'threshold_global': registers of v3 chips have only addresses, 0 to 255",
+        ),
     ],
 )
-def test_what_cannot_be_set_is_told_in_one_line(asic, updates, says):
+def test_invalid_updates_are_refused_in_one_line(asic, updates, says):
     registers = known[asic]
     values = registers.defaults[None, :].copy()
-    with pytest.raises(RequestError) as told:
+    with pytest.raises(RequestError) as raised:
         registers.change(values, updates, "chip 1-1-2: ")
-    assert says in str(told.value)
-    assert "\n" not in str(told.value)
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert values.tolist() == registers.defaults[None, :].tolist()
 
 

@@ -119,7 +119,7 @@ registration = {
 
 
 class Call:
-    """Stands in for node.Call and keeps what was said."""
+    """Stands in for node.Call and keeps its messages."""
 
     def __init__(self):
         self.events = []
@@ -148,7 +148,7 @@ class Call:
 
 
 def until(child, condition, what, limit=30.0):
-    """Dispatch until the condition holds; each turn has to be short, since the producer's data wait meanwhile."""
+    """Dispatch until the condition holds."""
     poll = select.poll()
     poll.register(child.fileno(), select.POLLIN)
     end = time.monotonic() + limit
@@ -196,7 +196,7 @@ def child(folder):
 
 @pytest.fixture(scope="module")
 def same_child(tmp_path_factory):
-    """For tests that neither end it nor change its Controller."""
+    """A child for tests that neither end it nor change its Controller."""
     folder = tmp_path_factory.mktemp("routines")
     (folder / "mine.py").write_text(ROUTINES)
     with child_of(folder) as child:
@@ -236,7 +236,7 @@ def test_arguments_results_and_the_controller_pass(child):
         ("progress", 0, 0, "data (8 bytes): its packets are in the stream already", None),
     ]
     assert run(child, "state").last[1] == ["larpix.controller", 1, None]
-    assert run(child, "state").last[1] == ["larpix.controller", 2, None], "the Controller lives on"
+    assert run(child, "state").last[1] == ["larpix.controller", 2, None], "the Controller is kept"
     assert run(child, "numpy").last[1] == {"array": [0, 1, 2], "number": 0.5, "other": "<class 'object'>"}
     assert len(run(child, "big").last[1]) == 8 << 20
 
@@ -262,7 +262,7 @@ def test_arguments_results_and_the_controller_pass(child):
         ("large", (), "failed", "routine large: its result: Result: expected at most 66977792 bytes"),
     ],
 )
-def test_what_fails_is_told_and_harms_nothing(same_child, name, args, code, words):
+def test_failures_are_reported_and_change_nothing_else(same_child, name, args, code, words):
     event, text, found = run(same_child, name, *args).last
     assert (event, found) == ("fail", code)
     first, *traceback = text.split("\n")
@@ -283,7 +283,7 @@ def test_a_traceback_goes_to_the_operator_and_to_the_log(same_child, caplog):
 def test_arguments_by_name_and_by_place(same_child):
     assert run(same_child, "typed", "1-1-2", channels=[3]).last[1] == ["1-1-2", 1.0, [3]]
     assert run(same_child, "typed", seconds=2, chip="1-1-2").last[1] == ["1-1-2", 2.0, None]
-    # as it was written for earlier versions
+    # a routine of an earlier version
     assert run(same_child, "old", "1-1-2", 3).last[1] == ["1-1-2", 3.0]
     assert run(same_child, "old", seconds=3, chip="1-1-2").last[1] == ["1-1-2", 3.0]
     assert (
@@ -295,7 +295,7 @@ def test_arguments_by_name_and_by_place(same_child):
     assert "unexpected keyword argument 'chips'" in run(same_child, "old", chips="y").last[1]
 
 
-def test_further_directories_below_those_allowed(child, folder, tmp_path):
+def test_directories_below_the_allowed_ones_can_be_added(child, folder, tmp_path):
     routine = "from larpixdaq.routines import Routine\nregistration = {'%s': Routine('%s', lambda c, d, i: (c, 1))}\n"
     for name, where in (("more", folder / "more"), ("outside", tmp_path / "outside")):
         where.mkdir()
@@ -306,14 +306,14 @@ def test_further_directories_below_those_allowed(child, folder, tmp_path):
         call = Call()
         child.load_routines(call, directory)
         until(child, lambda call=call: call.ended, "the list")
-        assert "more" in [known["name"] for known in call.last[1]]
+        assert "more" in [listed_["name"] for listed_ in call.last[1]]
     assert run(child, "more").last == ("result", 1, "")
     for directory in ("..", str(tmp_path / "outside"), "link", "../outside", "/"):
         call = Call()
         child.load_routines(call, directory)
         assert call.last[:2] == (
             "fail",
-            f"load_routines: {directory}: below none of the directories that --routines names: {folder}",
+            f"load_routines: {directory}: not below a directory of --routines: {folder}",
         )
     for directory, says in [
         ("absent", f"{folder / 'absent'}: no such directory"),
@@ -363,7 +363,7 @@ def test_wrong_requests_are_refused_at_once(same_child):
     assert run(same_child, "add", 1).last == ("result", 3, "")
 
 
-def test_only_one_routine_runs_and_the_list_can_still_be_had(child):
+def test_only_one_routine_runs_and_the_list_is_still_available(child):
     listed = Call()
     child.list_routines(listed)
     until(child, lambda: listed.ended, "the list")
@@ -386,7 +386,7 @@ def test_only_one_routine_runs_and_the_list_can_still_be_had(child):
 
 
 @pytest.mark.parametrize("name", ["waits", "spins"])
-def test_a_time_limit_ends_whatever_goes_on(child, name):
+def test_a_time_limit_ends_a_routine(child, name):
     assert run(child, name, time_limit=0.5).last == (
         "fail",
         f"routine {name}: stopped at its time limit of 0.5 s",
@@ -403,14 +403,14 @@ def test_a_time_limit_ends_whatever_goes_on(child, name):
         ("leaves", "its process ended with status 7"),
     ],
 )
-def test_a_dead_child_fails_the_call_and_a_new_one_comes(child, name, how, caplog):
+def test_a_dead_child_fails_the_call_and_a_new_child_starts(child, name, how, caplog):
     assert run(child, name).last == ("fail", f"routine {name}: {how}", "failed")
     if name == "dies":
         assert "these were my last words" in caplog.text
     assert run(child, "add", 1).last == ("result", 3, "")
 
 
-def test_a_million_lines_hold_up_nobody(child, caplog):
+def test_a_million_lines_of_output_do_not_hold_up_the_loop(child, caplog):
     caplog.set_level("INFO")
     call = Call()
     child.run_routine(call, "prints", [examples(100) * 10_000])
@@ -430,14 +430,14 @@ def test_a_million_lines_hold_up_nobody(child, caplog):
     assert len(caplog.records) < 110
 
 
-def test_progress_is_held_to_a_bearable_rate(same_child):
+def test_progress_is_limited_in_rate(same_child):
     call = run(same_child, "reports")
     assert 100 <= len(call.events) < 2000
     assert call.last[:2] == ("result", "reported")
     assert "progress reports were left out" in call.last[2]
 
 
-def test_files_are_read_anew_and_broken_ones_harm_no_other(child, folder, caplog):
+def test_files_are_read_again_and_broken_files_do_not_affect_others(child, folder, caplog):
     assert run(child, "later").last[2] == "unknown"
     (folder / "later.py").write_text(
         "from larpixdaq.routines import Routine\nregistration = {'later': Routine('later', lambda c, d, i: (c, 1))}\n"
@@ -455,7 +455,7 @@ def test_files_are_read_anew_and_broken_ones_harm_no_other(child, folder, caplog
     assert "routine file not loaded" in caplog.text
 
 
-def test_load_names_a_folder_that_is_not_there(tmp_path):
+def test_load_names_a_missing_folder(tmp_path):
     found, broken = load([tmp_path / "absent"])
     assert isinstance(found["hello_world"], Routine)
     assert broken == [f"{tmp_path / 'absent'}: No such file or directory"]
@@ -513,11 +513,11 @@ while True:
 
 
 def test_messages_in_any_pieces_and_garbage():
-    known = hardware.RoutineList(1, [hardware.RoutineInfo("a", [Parameter("b")], "c")], ["d"])
-    data = hardware.pack(known) + hardware.pack(hardware.Result(2, {"x": [1]}))
+    listed_ = hardware.RoutineList(1, [hardware.RoutineInfo("a", [Parameter("b")], "c")], ["d"])
+    data = hardware.pack(listed_) + hardware.pack(hardware.Result(2, {"x": [1]}))
     inbox = hardware.Inbox(requests=False)
     found = [message for i in range(len(data)) for message in inbox.take(data[i : i + 1])]
-    assert found == [known, hardware.Result(2, {"x": [1]})]
+    assert found == [listed_, hardware.Result(2, {"x": [1]})]
     for garbage in (b"\xff" * 8, b"\x01\x00\x00\x00\xc1", hardware.pack(hardware.ListRoutines(1, []))):
         with pytest.raises(ProtocolError, match="message of the child process"):
             list(hardware.Inbox(requests=False).take(garbage))

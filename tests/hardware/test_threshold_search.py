@@ -1,5 +1,4 @@
-"""The search for thresholds and trims, on channels whose rates follow what the test knows, behind lines that carry
-only so much."""
+"""The search for thresholds and trims, on simulated channels with known rates, behind lines of limited capacity."""
 
 import contextlib
 import json
@@ -17,18 +16,18 @@ from larpixdaq.routines.kit.measurement import Rates
 LOW, HIGH = 2.0, 20.0
 
 
-class World:
-    """Two lines of chips; `others`: packets/s of chips on the first line that are not asked about."""
+class SimulatedChips:
+    """Simulated chips on two lines. `others`: packets/s of chips on the first line that are not calibrated."""
 
     def __init__(self, carries, hot, dead, others=0.0, chips=20, seed=1):
-        self.seen = Channels(chips, 64, [seed])
+        self.channels_ = Channels(chips, 64, [seed])
         self.random = np.random.default_rng([seed, 1])
         self.hot, self.dead = np.zeros((2, chips, 64), np.bool_)
         places = self.random.permutation(self.hot.size)
         self.hot.flat[places[:hot]] = self.dead.flat[places[hot : hot + dead]] = True
-        self.seen.noise[self.hot] *= 10
+        self.channels_.noise[self.hot] *= 10
         self.keys = [f"1-{1 + chip * 2 // chips}-{11 + chip}" for chip in range(chips)]
-        self.now = {
+        self.registers = {
             "trim": np.full((chips, 64), 16),
             "threshold": np.full(chips, 255),
             "mask": np.ones((chips, 64), np.int64),
@@ -38,11 +37,11 @@ class World:
         self._carries, self._others = carries, np.array([others, 0.0])
 
     def true(self, trim, threshold):
-        above = threshold[:, None] * DAC_STEP + trim * TRIM_STEP + self.seen.offset - self.seen.pedestal
-        return MAX_RATE * np.exp(-(np.maximum(above / self.seen.noise, 0) ** 2) / 2) * ~self.dead
+        above = threshold[:, None] * DAC_STEP + trim * TRIM_STEP + self.channels_.offset - self.channels_.pedestal
+        return MAX_RATE * np.exp(-(np.maximum(above / self.channels_.noise, 0) ** 2) / 2) * ~self.dead
 
     def rates(self, controller, keys, channels, seconds):
-        hz = self.true(self.now["trim"], self.now["threshold"]) * (1 - self.now["mask"])
+        hz = self.true(self.registers["trim"], self.registers["threshold"]) * (1 - self.registers["mask"])
         line = np.arange(len(keys)) * 2 // len(keys)
         load = np.bincount(line, hz.sum(1)) + self._others
         share = np.minimum(1, self._carries / np.maximum(load, 1))
@@ -54,7 +53,7 @@ class FakeChips:
     channels = 64
 
     def __init__(self, world, keys):
-        self.keys, self._now = world.keys, world.now
+        self.keys, self._registers = world.keys, world.registers
 
     def __len__(self):
         return len(self.keys)
@@ -68,12 +67,14 @@ class FakeChips:
     def set(self, **values):
         for what, new in values.items():
             new = np.asarray(new, np.int64)
-            now = self._now[what]
-            self._now[what] = np.broadcast_to(new[:, None] if new.ndim < now.ndim and new.ndim else new, now.shape)
+            registers = self._registers[what]
+            self._registers[what] = np.broadcast_to(
+                new[:, None] if new.ndim < registers.ndim and new.ndim else new, registers.shape
+            )
 
 
 def calibrated(world, monkeypatch, **options):
-    """The result, and of each channel: true rate in the end, disabled, dead."""
+    """Return the result, and by channel the true final rate, disabled, dead."""
     monkeypatch.setattr(threshold_search, "Chips", FakeChips)
     monkeypatch.setattr(threshold_search, "rates", world.rates)
     monkeypatch.setattr(report, "draw", lambda *args: "")
@@ -92,7 +93,7 @@ def calibrated(world, monkeypatch, **options):
     ("carries", "hot"), [(75_757.0, 4), (75_757.0, 60), (16_000.0, 4)], ids=["as usual", "many hot", "slow lines"]
 )
 def test_lines_that_are_full_at_times_do_not_make_thresholds_too_low(monkeypatch, carries, hot):
-    world = World(carries, hot, 4)
+    world = SimulatedChips(carries, hot, 4)
     result, rates, disabled, dead = calibrated(world, monkeypatch)
     assert result["saturated"]
     assert result["saturated_after"] == []
@@ -106,32 +107,32 @@ def test_lines_that_are_full_at_times_do_not_make_thresholds_too_low(monkeypatch
     assert (live & (rates > 1.2 * HIGH)).sum() <= 0.01 * live.sum()
 
 
-def test_without_matplotlib_all_but_the_picture_is_there(monkeypatch, tmp_path):
+def test_without_matplotlib_only_the_picture_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(threshold_search, "Chips", FakeChips)
-    world = World(75_757.0, 0, 0, chips=2)
+    world = SimulatedChips(75_757.0, 0, 0, chips=2)
     monkeypatch.setattr(threshold_search, "rates", world.rates)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    said = []
+    texts = []
     function = calibrate.registration["calibrate"].func
     _, result = function(
-        world, None, lambda *info: said.append(info[0]), LOW, HIGH, directory=str(tmp_path), apply=True
+        world, None, lambda *info: texts.append(info[0]), LOW, HIGH, directory=str(tmp_path), apply=True
     )
     assert 'pip install "larpix-daq[plot]"' in result["no_picture"]
-    assert said[-1] == result["no_picture"]
+    assert texts[-1] == result["no_picture"]
     (path,) = result["files"]
     assert json.loads(Path(path).read_text())["thresholds"] == result["thresholds"]
 
 
 def test_a_line_that_stays_full_is_named_and_none_of_its_channels_counts(monkeypatch):
-    result, *_ = calibrated(World(75_757.0, 4, 4, others=80_000.0), monkeypatch)
+    result, *_ = calibrated(SimulatedChips(75_757.0, 4, 4, others=80_000.0), monkeypatch)
     assert result["saturated_after"] == ["1-1"]
     assert 0.45 * 1280 < result["within"] < 640
 
 
-def test_a_higher_threshold_saves_channels_and_makes_no_more_of_them_too_quiet(monkeypatch):
+def test_a_higher_threshold_saves_more_channels_than_it_makes_too_quiet(monkeypatch):
     lost, quiet = [], []
     for raise_for in (0.0, 1.0, 1000.0):
-        world = World(75_757.0, 4, 4, chips=60)
+        world = SimulatedChips(75_757.0, 4, 4, chips=60)
         _, rates, disabled, dead = calibrated(world, monkeypatch, raise_for=raise_for)
         lost.append((disabled & ~world.hot).sum())
         quiet.append((~disabled & ~dead & (rates < 0.8 * LOW)).sum())

@@ -1,4 +1,4 @@
-"""Chips whose triggers are off for a measurement: written whatever is known of them, and put back in any case."""
+"""Triggers of chips are off during a measurement and restored after it, whatever their known state is."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ KEYS = ["1-1-11", "1-1-12"]
 
 
 class FakeIO:
-    """Two chips that hold what is written to them."""
+    """Two chips that keep the written values."""
 
     def __init__(self, asic):
         self.registers = ChipRegisters(asic)
@@ -25,9 +25,9 @@ class FakeIO:
         assert list(keys) == KEYS
         self.held[which] = values[which]
 
-    def named(self):
+    def values_by_name(self):
         names = [name for name in TRIGGERS if name in self.registers.names]
-        return self.registers.named(self.held, names)
+        return self.registers.values_by_name(self.held, names)
 
 
 @pytest.fixture(params=["1", "2b", "lightpix-1"])
@@ -40,14 +40,14 @@ def chips(request):
     return Chips(controller)
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["known to be on", "left on by a routine that was ended"])
-def test_triggers_are_off_meanwhile_and_put_back_when_it_fails(chips, known):
+@pytest.mark.parametrize("known", [True, False], ids=["known to be on", "left on by an aborted routine"])
+def test_triggers_are_off_during_a_measurement_and_restored_after_an_error(chips, known):
     channels, device = chips.channels, chips.controller.io
-    off = device.named()
+    off = device.values_by_name()
     on = {"external_trigger_mask": 0, "cross_trigger": 1}
     on |= {"periodic_trigger": 1} if chips.has("periodic_trigger") else {}
     chips.set(**on)
-    left_on = device.named()
+    left_on = device.values_by_name()
     assert left_on != off
     if not known:
         held = device.held.copy()
@@ -56,10 +56,10 @@ def test_triggers_are_off_meanwhile_and_put_back_when_it_fails(chips, known):
 
     def measure():
         with chips.untriggered():
-            assert device.named() == off
-            assert device.named()["external_trigger_mask"] == [[1] * channels] * 2
+            assert device.values_by_name() == off
+            assert device.values_by_name()["external_trigger_mask"] == [[1] * channels] * 2
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         measure()
-    assert device.named() == (left_on if known else off), "as they ought to be"
+    assert device.values_by_name() == (left_on if known else off), "the wanted values"

@@ -1,13 +1,13 @@
-"""The search for trims, on channels whose rates follow a curve that only the test knows."""
+"""The search for trims, on channels whose rates follow a known curve."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from larpixdaq.routines.kit.threshold_search import NEAR, STEP, CoarseSearch, FineSearch
+from larpixdaq.routines.kit.threshold_search import STEP, TOLERANCE, CoarseSearch, FineSearch
 
 TOP = 31
-#: Of each channel the trim at which its rate is 1 Hz, and by how much a step divides it.
+#: For each channel, the trim at which its rate is 1 Hz, and the factor of a step.
 CHANNELS = st.lists(
     st.tuples(st.integers(-500, 3600).map(lambda n: n / 100), st.floats(2, 30)), min_size=1, max_size=20
 )
@@ -19,28 +19,28 @@ def rate(channels, trim):
 
 
 @given(CHANNELS)
-def test_coarse_finds_the_lowest_quiet_trim_without_ever_going_far_below_it(channels):
+def test_the_coarse_search_finds_the_lowest_quiet_trim_and_never_goes_far_below(channels):
     search = CoarseSearch((1, len(channels)), TOP)
     middle = np.array(channels)[:, 0]
     for _ in range(20):
-        if search.settled.all():
+        if search.done.all():
             break
-        assert (search.trim >= np.ceil(np.clip(middle, 0, TOP)) - STEP).all(), "at most a step below the right one"
-        search.take(rate(channels, search.trim) > 1, np.True_)
-    assert search.settled.all()
+        assert (search.trim >= np.ceil(np.clip(middle, 0, TOP)) - STEP).all(), "at most a step below the right trim"
+        search.update(rate(channels, search.trim) > 1, np.True_)
+    assert search.done.all()
     quiet = np.ceil(middle)
-    assert (search.hopeless[0] == (middle > TOP)).all()
+    assert (search.hot[0] == (middle > TOP)).all()
     assert (search.trim[0] == np.clip(quiet, 0, TOP)).all()
 
 
 @given(CHANNELS, st.integers(-2, 2))
-def test_fine_ends_at_the_noisiest_trim_within_limits(channels, off):
+def test_the_fine_search_ends_at_the_noisiest_trim_within_limits(channels, off):
     begin = np.clip(np.ceil(np.array(channels)[None, :, 0]).astype(int) + off, 0, TOP)
     choice = FineSearch(begin, TOP, 0.1, 1.0)
     for _ in range(40):
         if choice.done.all():
             break
-        choice.take(np.round(rate(channels, choice.trim) * 1e6).astype(np.int64), 1e6, np.True_)
+        choice.update(np.round(rate(channels, choice.trim) * 1e6).astype(np.int64), 1e6, np.True_)
     assert choice.done.all()
     found, all_rates = choice.trim[0], np.array([rate(channels, t)[0] for t in range(TOP + 1)])
     for channel, trim in enumerate(found.tolist()):
@@ -48,21 +48,21 @@ def test_fine_ends_at_the_noisiest_trim_within_limits(channels, off):
         within = (mine >= 0.1) & (mine <= 1.0)
         if within.any():
             assert within[trim]
-        elif mine[-1] > NEAR:
+        elif mine[-1] > TOLERANCE:
             assert trim == TOP
-        else:  # a step over both limits
-            assert mine[trim] <= NEAR
-            assert trim == 0 or mine[trim - 1] > NEAR
+        else:  # a step jumps over both limits
+            assert mine[trim] <= TOLERANCE
+            assert trim == 0 or mine[trim - 1] > TOLERANCE
     assert (choice.rates >= 0).all()
 
 
-def test_what_is_measured_again_counts_with_what_was():
+def test_hits_at_the_same_trim_are_added():
     choice, known = FineSearch(np.array([[5]]), TOP, 0.1, 1.0), np.array([[True]])
-    choice.take(np.array([[30]]), 20.0, known)
+    choice.update(np.array([[30]]), 20.0, known)
     assert choice.trim.item() == 6
-    choice.take(np.array([[2]]), 20.0, known)
+    choice.update(np.array([[2]]), 20.0, known)
     assert (choice.done.item(), choice.trim.item(), choice.rates.item()) == (True, 6, 0.1)
-    choice.take(np.array([[1]]), 20.0, known)  # 3 hits in 40 s: too few by now, and 5 is known to be too noisy
+    choice.update(np.array([[1]]), 20.0, known)  # 3 hits in 40 s are too few, but trim 5 is too noisy
     assert (choice.trim.item(), choice.rates.item()) == (6, 0.075)
     choice.finish()
     assert choice.done.all()

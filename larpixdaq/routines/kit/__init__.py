@@ -1,5 +1,4 @@
-"""What the routines that ship are made of, and others may be: hits of channels, registers of many chips, the search for
-trims, the report."""
+"""Building blocks of routines: hits and rates of channels, registers of many chips, search for trims, report."""
 
 from larpixdaq.routines.kit.chips import Chips
 from larpixdaq.routines.kit.measurement import CROSS, EXTERNAL, NATURAL, PERIODIC, Hits, Rates, collect, rates

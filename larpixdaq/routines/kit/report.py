@@ -1,4 +1,4 @@
-"""What a calibration leaves behind: all of it as JSON, and a picture of the rates before and after."""
+"""Report of a calibration: its result as JSON, and a picture of the rates before and after."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from numpy.typing import NDArray
 from larpixdaq.errors import ConfigError
 
 
-def write(directory: str, name: str, found: dict[str, Any]) -> str:
-    """`name`.json in the directory; its absolute path."""
+def write(directory: str, name: str, result: dict[str, Any]) -> str:
+    """Write `name`.json into the directory. Returns its absolute path."""
     path = Path(directory).absolute() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found) + "\n")
+    path.write_text(json.dumps(result) + "\n")
     return str(path)
 
 
 def draw(
     directory: str, name: str, before: NDArray[Any], after: NDArray[Any], low: float, high: float, title: str
 ) -> str:
-    """`name`.png in the directory, of rates (Hz) of channels before and after; its absolute path. ConfigError when
-    matplotlib is not installed."""
-    try:  # here, because it takes a second, and is an extra; without pyplot, which would look for a screen
+    """Draw the channels' rates (Hz) before and after into `name`.png in the directory. Returns its absolute path.
+
+    ConfigError if matplotlib is not installed.
+    """
+    try:  # here, because it takes a second to import and is optional; pyplot would look for a screen
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(f'no picture of the rates: it needs pip install "larpix-daq[plot]" ({error})') from None

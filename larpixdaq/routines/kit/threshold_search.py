@@ -1,9 +1,9 @@
-"""Global thresholds and trims for a wanted rate of each channel, step by step, with the rates as they come.
+"""Search for global thresholds and trims with a wanted rate of each channel, in steps with a measurement each.
 
-An io_channel that carries as much as its line can loses hits, so that all rates of its chips seem lower than they are.
-Of such a measurement only what was too noisy is believed, until thresholds there are high enough.
+A saturated io_channel loses hits, so that all rates of its chips seem too low. Of such a measurement only the too noisy
+channels are used, until thresholds there are high enough.
 
-The search for trims: of each channel the lowest one at which it is not too noisy, among rates that are counted.
+CoarseSearch finds the lowest trim of each channel at which it is not too noisy, and FineSearch improves it.
 """
 
 from __future__ import annotations
@@ -19,30 +19,34 @@ from larpixdaq.routines.kit.measurement import rates
 
 #: The highest trim.
 TOP: Final = 31
-#: Hits of a channel that each round of the two searches waits for: of the first at twice the highest rate wanted, since
-#: a trim makes a factor of 5 to 20, of the second at that rate.
+#: Hits of a channel in each measurement of the coarse search, at twice the upper limit of the rate, because a trim step
+#: changes the rate by a factor of 5 to 20; and in each round of the fine search, at the upper limit.
 COARSE, FINE = 3, 20
-#: Trim at which half of a chip's channels are near the rates wanted: from there others can go up and down as far.
+#: Trim during the search for global thresholds, so that trims can later go up and down by a similar range.
 _MIDDLE: Final = 18
-#: Steps of the global threshold on its way down, and how long each is looked at (seconds).
-_DOWN, _GLANCE = 4, 0.1
-#: What is as wide as a step of the global threshold, in trims, and how often a chip may go up one for its noisiest.
+#: Step of the global threshold on its way down, and seconds of the measurement after each step.
+_STEP_DOWN, _STEP_SECONDS = 4, 0.1
+#: Width of a step of the global threshold in trims, and maximum steps up of a chip for its noisiest channels.
 _STEP, _MOST_STEPS = 5, 3
-#: A channel that sends so many times as much as the mean of its io_channel may drown others.
+#: Multiple of an io_channel's mean rate above which a channel counts as loud: it may displace hits of others.
 _LOUD: Final = 2
-#: Whether a channel that never said anything is dead is tried with a global threshold lower by so much.
-_DEEPER: Final = 12
+#: Steps by which the global threshold is lowered to see whether a channel without hits is dead.
+_DEAD_STEPS: Final = 12
 Flags = NDArray[np.bool_]
 Numbers = NDArray[np.int64]
-#: Steps downward while no trim of the channel was too noisy yet. Four change the rate by a factor of some thousand.
+#: Trims per step down, until a trim of the channel was too noisy. Four change the rate by a factor of some thousand.
 STEP: Final = 4
-#: What is above a limit by no more than this factor is not far above it.
-NEAR: Final = 1.2
+#: Maximum factor by which an accepted rate may exceed the upper limit.
+TOLERANCE: Final = 1.2
 
 
 class Thresholds:
-    """All of shape (chips, channels): `trim`, `off` (channels that are not looked at) and `hot` (too noisy at the
-    highest trim); `threshold`: (chips,). `saturated`: in how many measurements each io_channel was."""
+    """Thresholds and trims of these chips for rates between `low` and `high` (Hz).
+
+    Arrays of shape (chips, channels): `trim`; `off`, channels that take no part; `hot`, channels too noisy at the
+    highest trim. `threshold`: shape (chips,). `saturated`: by io_channel, the number of measurements in which it was
+    saturated.
+    """
 
     def __init__(self, controller: Any, info: Callable[..., None], keys: Any, low: float, high: float) -> None:
         self.controller, self.info = controller, info
@@ -57,172 +61,180 @@ class Thresholds:
         self._lines = np.array([key.rpartition("-")[0] for key in self.chips.keys])
 
     def measure(self, seconds: float) -> tuple[Numbers, float, Flags]:
-        """Hits of each channel, the seconds in which they came, and for which chips, (chips, 1), more may have been
-        lost than came."""
-        found = rates(self.controller, self.chips.keys, self.off.shape[1], seconds)
-        for line in found.saturated:
+        """Measure for `seconds`. Returns hits by channel, their seconds, and which chips are on saturated io_channels.
+
+        The last has shape (chips, 1).
+        """
+        result = rates(self.controller, self.chips.keys, self.off.shape[1], seconds)
+        for line in result.saturated:
             self.saturated[line] = self.saturated.get(line, 0) + 1
-        return found.hits, found.seconds, np.isin(self._lines, found.saturated)[:, None]
+        return result.hits, result.seconds, np.isin(self._lines, result.saturated)[:, None]
 
     def find_globals(self, begin: int) -> None:
-        """For each chip the lowest global threshold at which less than half of its channels, with trims in the middle,
-        fire within a glance."""
+        """Find the lowest global threshold of each chip at which less than half of its channels fire.
+
+        The search comes down from `begin`, with all trims at _MIDDLE and measurements of _STEP_SECONDS.
+        """
         chips, threshold = self.chips, self.threshold
         threshold[:] = begin
-        aside = np.zeros_like(self.off)  # channels that fire, and are masked so as not to drown others
+        muted = np.zeros_like(self.off)  # channels that fire and are masked, because they displace hits of others
         chips.set(trim=_MIDDLE, threshold=begin)
         half = np.maximum((~self.off).sum(1), 1) / 2
-        down, up = np.ones(len(threshold), np.bool_), np.zeros(len(threshold), np.bool_)
-        while (down | up).any():
-            counts, seconds, full = self.measure(_GLANCE)
-            fires = counts >= max(1, round(seconds / _GLANCE))  # as in a glance, had it been longer
-            up = (up | down) & (((fires | aside) & ~self.off).sum(1) >= half)
-            # Where none of the chips of a full line goes up, it is single channels that fill it.
-            filled = full & ~self._on_lines(up)[:, None]
-            loud = filled & (counts > _LOUD * self._mean(counts, ~(self.off | aside)))
-            up |= (filled & ~self._on_lines(loud.any(1))[:, None])[:, 0]
-            aside = (aside | loud) & ~up[:, None]
-            down &= ~up & (threshold > 0)
-            threshold += np.where(up, 1, np.where(down & ~full[:, 0], -_DOWN, 0))
+        falling, rising = np.ones(len(threshold), np.bool_), np.zeros(len(threshold), np.bool_)
+        while (falling | rising).any():
+            counts, seconds, full = self.measure(_STEP_SECONDS)
+            firing = counts >= max(1, round(seconds / _STEP_SECONDS))  # scaled, because a measurement may be longer
+            rising = (rising | falling) & (((firing | muted) & ~self.off).sum(1) >= half)
+            # If no chip of a saturated line goes up, single channels fill the line.
+            full_lines = full & ~self._on_lines(rising)[:, None]
+            loud = full_lines & (counts > _LOUD * self._mean(counts, ~(self.off | muted)))
+            rising |= (full_lines & ~self._on_lines(loud.any(1))[:, None])[:, 0]
+            muted = (muted | loud) & ~rising[:, None]
+            falling &= ~rising & (threshold > 0)
+            threshold += np.where(rising, 1, np.where(falling & ~full[:, 0], -_STEP_DOWN, 0))
             np.clip(threshold, 0, 255, out=threshold)
-            up &= threshold < 255
-            chips.set(threshold=threshold, mask=self.off | aside)
+            rising &= threshold < 255
+            chips.set(threshold=threshold, mask=self.off | muted)
             lowest, highest = int(np.min(threshold)), int(np.max(threshold))
             self.info(f"global thresholds: {lowest} to {highest}", begin - lowest, begin)
 
     def find_trims(self, raise_for: float) -> None:
-        """The lowest at which each channel is not too noisy. Where some have come to the highest, the chip's global
-        threshold goes up if at most `raise_for` others come to the lowest for each that need not be there then."""
+        """Find the lowest trim of each channel at which it is not too noisy.
+
+        If channels need the highest trim, the chip's global threshold goes up by one step, provided that for each
+        channel saved in this way at most `raise_for` other channels come to the lowest trim.
+        """
         self.hot[:] = False
         self._search(~self.off)
         tried = np.zeros(len(self.threshold), np.bool_)
         for _ in range(_MOST_STEPS):
             quiet = ((self.trim > 0) & (self.trim < _STEP) & ~self.off).sum(1)
-            noisy = (self.trim == TOP) & ~self.off  # or nearly: whether at the highest is seen by counting longer
-            up = noisy.any(1) & (quiet <= raise_for * noisy.sum(1)) & (self.threshold < 255) & ~tried
-            if not up.any():
+            noisy = (self.trim == TOP) & ~self.off  # perhaps too noisy even there
+            rising = noisy.any(1) & (quiet <= raise_for * noisy.sum(1)) & (self.threshold < 255) & ~tried
+            if not rising.any():
                 break
-            before = self.threshold.copy(), self.trim.copy(), self.hot.copy()
-            again = noisy & up[:, None]
-            self.threshold[up] += 1
-            self.trim = np.where(up[:, None], np.maximum(self.trim - _STEP, 0), self.trim)
-            self.hot &= ~again
-            self._search(again)
-            saved = (again & (self.trim < TOP)).sum(1)
-            vain = up & ((saved == 0) | (quiet > raise_for * saved))
-            for now, was in zip((self.threshold, self.trim, self.hot), before, strict=True):
-                now[vain] = was[vain]
-            tried |= vain
-        self._set()
+            previous = self.threshold.copy(), self.trim.copy(), self.hot.copy()
+            retried = noisy & rising[:, None]
+            self.threshold[rising] += 1
+            self.trim = np.where(rising[:, None], np.maximum(self.trim - _STEP, 0), self.trim)
+            self.hot &= ~retried
+            self._search(retried)
+            saved = (retried & (self.trim < TOP)).sum(1)
+            reverted = rising & ((saved == 0) | (quiet > raise_for * saved))
+            for array, old in zip((self.threshold, self.trim, self.hot), previous, strict=True):
+                array[reverted] = old[reverted]
+            tried |= reverted
+        self._write()
 
-    def fine(self, rounds: int) -> FineSearch:
-        """Up and down, until the rates lie between the limits."""
+    def refine_trims(self, rounds: int) -> FineSearch:
+        """Move trims up and down by one until rates are within the limits, in at most `rounds` measurements."""
         choice = FineSearch(self.trim, TOP, self.low, self.high)
         for number in range(1, rounds + 1):
             self.trim = choice.trim
-            self._set()
+            self._write()
             hits, seconds, full = self.measure(FINE / self.high)
-            choice.take(hits, seconds, ~full | (hits > self.high * seconds))
+            choice.update(hits, seconds, ~full | (hits > self.high * seconds))
             done = choice.done | self.off | self.hot
             self.info(f"rates, round {number}", int(done.sum()), done.size)
             if done.all():
                 break
         choice.finish()
         self.trim = choice.trim
-        # What is too noisy at its highest trim by counting long only, is so too.
-        self.hot |= (choice.trim == TOP) & (choice.rates > NEAR * self.high) & ~self.off
+        # Some channels are too noisy at the highest trim by so little that only a long measurement shows it.
+        self.hot |= (choice.trim == TOP) & (choice.rates > TOLERANCE * self.high) & ~self.off
         return choice
 
-    def dead(self, quiet: Flags) -> Flags:
-        """Which of these channels say nothing even far below the threshold of the others, which are masked
-        meanwhile."""
+    def find_dead(self, quiet: Flags) -> Flags:
+        """Return which of these quiet channels have no hits even at a much lower threshold, with all others masked."""
         if not quiet.any():
             return quiet
         self.chips.set(mask=~quiet, trim=0)
-        self.chips.set(threshold=np.where(quiet.any(1), np.maximum(self.threshold - _DEEPER, 0), self.threshold))
-        counts, _, _ = self.measure(2 * _GLANCE)  # also of a full line each that works has its share
-        found: Flags = quiet & (counts == 0)
+        self.chips.set(threshold=np.where(quiet.any(1), np.maximum(self.threshold - _DEAD_STEPS, 0), self.threshold))
+        counts, _, _ = self.measure(2 * _STEP_SECONDS)  # long enough for hits of all working channels of a full line
+        result: Flags = quiet & (counts == 0)
         self.chips.set(threshold=self.threshold)
-        return found
+        return result
 
     def check(self, choice: FineSearch) -> tuple[NDArray[np.float64], Flags]:
-        """Hz of each channel with what was found, counted twice as long as in a round, and where that may be too few;
-        it counts with what was counted before."""
-        self._set()
+        """Measure rates (Hz) with the final trims, for twice the time of a round; returns them and the saturated chips.
+
+        The hits are added to those of earlier measurements.
+        """
+        self._write()
         hits, seconds, full = self.measure(2 * FINE / self.high)
         choice.add(hits, seconds, ~full)
         return hits / seconds, full
 
-    def _set(self) -> None:
+    def _write(self) -> None:
         self.chips.set(trim=self.trim, threshold=self.threshold, mask=self.off | self.hot)
 
-    def _search(self, which: Flags) -> None:
-        """The trims of these channels, from the highest down; those that are too noisy even there are hot."""
-        search = CoarseSearch(which.shape, TOP)
+    def _search(self, selected: Flags) -> None:
+        """Search the trims of these channels, from the highest down. Channels too noisy even there become hot."""
+        search = CoarseSearch(selected.shape, TOP)
         rest = self.trim
         while True:
-            self.trim = np.where(which, search.trim, rest)
-            self.hot |= search.hopeless & which
-            done = search.settled | ~which
-            self._set()
+            self.trim = np.where(selected, search.trim, rest)
+            self.hot |= search.hot & selected
+            done = search.done | ~selected
+            self._write()
             if done.all():
                 return
             self.info("trims", int((done | self.off).sum()), done.size)
             counts, seconds, full = self.measure(COARSE / (2 * self.high))
             noisy = counts >= max(COARSE, round(2 * self.high * seconds))
-            # A full line without a channel that is too noisy would stay so for ever.
-            search.take(noisy, noisy | ~full | ~self._on_lines((noisy & ~done).any(1))[:, None])
+            # A saturated line without a too noisy channel is used as well: otherwise the search would never end.
+            search.update(noisy, noisy | ~full | ~self._on_lines((noisy & ~done).any(1))[:, None])
 
     def _on_lines(self, chips: Any) -> Flags:
-        """Which chips share an io_channel with any of these, both (chips,)."""
-        found: Flags = np.isin(self._lines, self._lines[chips])
-        return found
+        """Return which chips share an io_channel with any of these, both of shape (chips,)."""
+        result: Flags = np.isin(self._lines, self._lines[chips])
+        return result
 
     def _mean(self, counts: Numbers, open_: Flags) -> NDArray[np.float64]:
-        """For each chip, (chips, 1), the mean over the open channels of its io_channel."""
-        _, place = np.unique(self._lines, return_inverse=True)
-        total, n = (np.bincount(place, each.sum(1))[place] for each in (counts * open_, open_))
-        found: NDArray[np.float64] = (total / np.maximum(n, 1))[:, None]
-        return found
+        """Return for each chip, shape (chips, 1), the mean count of the open channels of its io_channel."""
+        _, line_index = np.unique(self._lines, return_inverse=True)
+        total, n = (np.bincount(line_index, array.sum(1))[line_index] for array in (counts * open_, open_))
+        result: NDArray[np.float64] = (total / np.maximum(n, 1))[:, None]
+        return result
 
 
 class CoarseSearch:
-    """Coarse: from the highest trim down, then halving. `trim`: what to measure next, shape (chips, channels)."""
+    """Search from the highest trim down, then by halving. `trim`: to measure next, shape (chips, channels)."""
 
     def __init__(self, shape: tuple[int, int], top: int) -> None:
         self.top = top
         self.trim = np.full(shape, top, np.int64)
-        self._noisy = np.full(shape, -1, np.int64)  # the highest that was too noisy
-        self._quiet = np.full(shape, top + 1, np.int64)  # the lowest that was not
+        self._noisy = np.full(shape, -1, np.int64)  # highest trim that was too noisy
+        self._quiet = np.full(shape, top + 1, np.int64)  # lowest trim that was not too noisy
 
     @property
-    def settled(self) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = self._quiet == self._noisy + 1
-        return found
+    def done(self) -> NDArray[np.bool_]:
+        next_trim: NDArray[np.bool_] = self._quiet == self._noisy + 1
+        return next_trim
 
     @property
-    def hopeless(self) -> NDArray[np.bool_]:
-        """Too noisy at the highest trim."""
-        found: NDArray[np.bool_] = self._noisy >= self.top
-        return found
+    def hot(self) -> NDArray[np.bool_]:
+        """Channels that are too noisy at the highest trim."""
+        next_trim: NDArray[np.bool_] = self._noisy >= self.top
+        return next_trim
 
-    def take(self, too_noisy: NDArray[np.bool_], known: NDArray[np.bool_]) -> None:
-        """What was found at `trim`, where that is known; the next ones to measure."""
-        open_ = ~self.settled & known
+    def update(self, too_noisy: NDArray[np.bool_], known: NDArray[np.bool_]) -> None:
+        """Take the result at `trim`, where it is `known`, and choose the next trims."""
+        open_ = ~self.done & known
         self._noisy = np.where(open_ & too_noisy, np.maximum(self._noisy, self.trim), self._noisy)
         self._quiet = np.where(open_ & ~too_noisy, np.minimum(self._quiet, self.trim), self._quiet)
-        down = np.maximum(self._quiet - STEP, 0)
+        lower = np.maximum(self._quiet - STEP, 0)
         halfway = (self._noisy + self._quiet) // 2
-        found = np.where(self._noisy < 0, down, halfway)
-        self.trim = np.minimum(np.where(self.settled, self._quiet, found), self.top)
+        next_trim = np.where(self._noisy < 0, lower, halfway)
+        self.trim = np.minimum(np.where(self.done, self._quiet, next_trim), self.top)
 
 
 class FineSearch:
-    """Fine: from the trims that the coarse search found, one up or down until the rate lies within limits. What is
-    measured again counts with what was.
+    """Search from the trims of the coarse search, step by step, until each rate is between `low` and `high` (Hz).
 
-    Of several the noisiest within the limits; if there is none, the noisiest that is not far above them: a step may
-    jump over both limits, and what seemed to be above for a short time may not be."""
+    Hits at the same trim are added. The best trim is the noisiest within the limits, or else the noisiest up to
+    TOLERANCE * `high`, because a step can jump over both limits and a short measurement can show too high a rate.
+    """
 
     def __init__(self, trim: NDArray[np.int64], top: int, low: float, high: float) -> None:
         self.trim = trim.copy()
@@ -233,45 +245,47 @@ class FineSearch:
 
     @property
     def rates(self) -> NDArray[np.float64]:
-        """Hz at `trim`; nan: not measured there."""
-        return self._of(self._rates(), self.trim)
+        """Rates at `trim` in Hz; nan where it was not measured."""
+        return self._at_trim(self._rates(), self.trim)
 
     def add(self, hits: NDArray[np.int64], seconds: float, known: NDArray[np.bool_]) -> None:
-        """Of each channel at `trim`, where that is known."""
+        """Add the hits of each channel at `trim`, where they are `known`."""
         at = self.trim[..., None]
         hits, more = np.where(known, hits, 0), np.where(known, seconds, 0.0)
-        np.put_along_axis(self._hits, at, self._of(self._hits, self.trim)[..., None] + hits[..., None], -1)
-        np.put_along_axis(self._seconds, at, self._of(self._seconds, self.trim)[..., None] + more[..., None], -1)
+        np.put_along_axis(self._hits, at, self._at_trim(self._hits, self.trim)[..., None] + hits[..., None], -1)
+        np.put_along_axis(self._seconds, at, self._at_trim(self._seconds, self.trim)[..., None] + more[..., None], -1)
 
-    def take(self, hits: NDArray[np.int64], seconds: float, known: NDArray[np.bool_]) -> None:
-        """Of each channel at `trim`, where that is known; the next ones to measure. `done` is where there is nothing
-        better to try."""
+    def update(self, hits: NDArray[np.int64], seconds: float, known: NDArray[np.bool_]) -> None:
+        """Take the hits of each channel at `trim`, where they are `known`, and choose the next trims.
+
+        A channel is `done` when its next trim has been measured already.
+        """
         self.add(hits, seconds, known)
         rates = self.rates
-        wish = self.trim + (rates > self._high).astype(np.int64) - (rates < self._low).astype(np.int64)
-        wish = np.clip(wish, 0, self._top)
-        self.done = (self._of(self._seconds, wish) > 0) & known
-        self.trim = np.where(self.done, self._best(), wish)
+        next_trim = self.trim + (rates > self._high).astype(np.int64) - (rates < self._low).astype(np.int64)
+        next_trim = np.clip(next_trim, 0, self._top)
+        self.done = (self._at_trim(self._seconds, next_trim) > 0) & known
+        self.trim = np.where(self.done, self._best(), next_trim)
 
     def finish(self) -> None:
-        """No more is measured: the best of what was."""
+        """Choose the best trims of all that were measured."""
         self.trim = self._best()
         self.done[:] = True
 
     def _best(self) -> NDArray[np.int64]:
         rates = self._rates()
         within = (rates >= self._low) & (rates <= self._high)
-        fits = np.where(within.any(-1, keepdims=True), within, rates <= NEAR * self._high)
+        fits = np.where(within.any(-1, keepdims=True), within, rates <= TOLERANCE * self._high)
         least = np.where(np.isnan(rates), np.inf, rates).argmin(-1)
         best: NDArray[np.int64] = np.where(fits.any(-1), np.where(fits, rates, -1.0).argmax(-1), least)
         return np.where(np.isnan(rates).all(-1), self.trim, best)
 
     def _rates(self) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore"):
-            found: NDArray[np.float64] = self._hits / self._seconds
-        return found
+            result: NDArray[np.float64] = self._hits / self._seconds
+        return result
 
     @staticmethod
-    def _of(table: NDArray[Any], trim: NDArray[np.int64]) -> NDArray[Any]:
-        found: NDArray[Any] = np.take_along_axis(table, trim[..., None], -1)[..., 0]
-        return found
+    def _at_trim(table: NDArray[Any], trim: NDArray[np.int64]) -> NDArray[Any]:
+        result: NDArray[Any] = np.take_along_axis(table, trim[..., None], -1)[..., 0]
+        return result
