@@ -335,31 +335,29 @@ class ChipActions:
     def read_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
         indices = self._chips.find(chip)
         addresses = self._chips.registers.select(registers)
-        mask = self._mask(len(indices), addresses)
-        answers = self._read(indices, mask)
-        silent = self._silent(indices, answers, mask)
-        if len(silent) == len(indices):
+        answers = self._read(indices, self._mask(len(indices), addresses))
+        if answers.silent.all():
+            silent = self._silent(indices, answers)
             chips = f"chip {silent[0]}" if len(silent) == 1 else f"{len(silent)} chips ({short_list(silent)})"
-            raise BoardError("; ".join(answers.errors) or f"{chips}: no answer")
+            raise BoardError("; ".join(answers.errors.values()) or f"{chips}: no answer")
         answered = answers.counts > 0
         values = {
             self._chips.key(index): self._readable(answers.values[i], answered[i], addresses)
             for i, index in enumerate(indices.tolist())
             if answered[i].any()
         }
-        return {"chips": values, **self._faults(indices, answers, mask)}
+        return {"chips": values, **self._faults(indices, answers)}
 
     def validate_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
         indices, mask = self._select_wanted(chip, registers)
-        answers = self._read(indices, mask)
-        return self._compare(indices, mask, answers)
+        return self._compare(indices, self._read(indices, mask))
 
     def enforce_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
         indices, mask = self._select_wanted(chip, registers)
         answers = self._read(indices, mask)
         written = 0
         for _ in range(_TRIES):
-            wrong = self._differing(indices, answers, mask)
+            wrong = self._differing(indices, answers)
             if not wrong.any():
                 break
             self._progress(f"{int(wrong.sum())} registers are written again", 0, 0)
@@ -369,8 +367,8 @@ class ChipActions:
             for name in ("values", "counts", "conflicts"):
                 getattr(answers, name)[wrong] = getattr(retry, name)[wrong]
             answers.asked_again += retry.asked_again
-            answers.errors += retry.errors
-        return self._compare(indices, mask, answers) | {"written": written}
+            answers.errors |= retry.errors
+        return self._compare(indices, answers) | {"written": written}
 
     def retrieve_configuration(self, chip: Any = None, registers: Any = None) -> dict[str, Any]:
         indices = self._chips.find(chip)
@@ -490,24 +488,16 @@ class ChipActions:
         self._chips.confirm(indices, answers.values, (answers.counts > 0) & ~answers.conflicts)
         return answers
 
-    def _silent_mask(self, answers: RegisterAnswers, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return which chips have not answered at all, shape (chips,)."""
-        deaf: NDArray[np.bool_] = ((answers.counts == 0) | ~mask).all(axis=1)
-        return deaf
-
-    def _differing(
-        self, indices: NDArray[np.intp], answers: RegisterAnswers, mask: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]:
+    def _differing(self, indices: NDArray[np.intp], answers: RegisterAnswers) -> NDArray[np.bool_]:
         """Return which registers have no answer or another value than wanted, of chips that have answered."""
-        other = (answers.counts == 0) | (answers.values != self._chips.wanted[indices])
-        wrong: NDArray[np.bool_] = mask & other & ~self._silent_mask(answers, mask)[:, None]
-        return wrong
+        other: NDArray[np.bool_] = answers.values != self._chips.wanted[indices]
+        return (answers.missing | answers.mask & other) & ~answers.silent[:, None]
 
-    def _silent(self, indices: NDArray[np.intp], answers: RegisterAnswers, mask: NDArray[np.bool_]) -> list[str]:
-        return [self._chips.key(index) for index in indices[self._silent_mask(answers, mask)].tolist()]
+    def _silent(self, indices: NDArray[np.intp], answers: RegisterAnswers) -> list[str]:
+        return [self._chips.key(index) for index in indices[answers.silent].tolist()]
 
-    def _compare(self, indices: NDArray[np.intp], mask: NDArray[np.bool_], answers: RegisterAnswers) -> dict[str, Any]:
-        at = np.argwhere(self._differing(indices, answers, mask))
+    def _compare(self, indices: NDArray[np.intp], answers: RegisterAnswers) -> dict[str, Any]:
+        at = np.argwhere(self._differing(indices, answers))
         registers = self._chips.registers
         differences = [
             {
@@ -520,32 +510,31 @@ class ChipActions:
             for chip, address in at[:_LISTED].tolist()
         ]
         return {
-            "ok": not len(at) and not self._silent_mask(answers, mask).any() and not answers.conflicts.any(),
+            "ok": not len(at) and not answers.silent.any() and not answers.conflicts.any(),
             "chips": len(indices),
-            "registers": int(mask.sum()),
+            "registers": int(answers.mask.sum()),
             "different": len(at),
             "differences": differences,
-            **self._faults(indices, answers, mask),
+            **self._faults(indices, answers),
         }
 
-    def _faults(self, indices: NDArray[np.intp], answers: RegisterAnswers, mask: NDArray[np.bool_]) -> dict[str, Any]:
+    def _faults(self, indices: NDArray[np.intp], answers: RegisterAnswers) -> dict[str, Any]:
         """Return the faults of a readout: silent chips, registers without or with several answers, board errors."""
         registers = self._chips.registers
-        missing = mask & (answers.counts == 0) & ~self._silent_mask(answers, mask)[:, None]
 
         def names(marked: NDArray[np.bool_]) -> list[str]:
             at = np.argwhere(marked)[:100].tolist()
             return [f"{self._chips.key(indices[chip])} {registers.name(address)}" for chip, address in at]
 
         return {
-            "silent": self._silent(indices, answers, mask),
-            "unanswered": names(missing),
+            "silent": self._silent(indices, answers),
+            "unanswered": names(answers.missing & ~answers.silent[:, None]),
             "answered_twice": names(answers.counts > 1),
             "contradicting": names(answers.conflicts),
             "asked_again": answers.asked_again,
             "bad_parity": answers.bad_parity,
             "strange_answers": answers.strange,
-            "board_errors": answers.errors,
+            "board_errors": list(answers.errors.values()),
         }
 
     def _readable(

@@ -92,8 +92,8 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
             raise RuntimeError("Already listening")
         exchange = RegisterExchange(self._link, self.registers, _key_parts(keys).astype(np.uint8))
         answers = exchange.read(mask, lambda done, total: None)
-        if answers.errors:
-            raise BoardError(answers.errors[0])
+        for error in answers.errors.values():
+            raise BoardError(error)
         return answers.values, answers.counts > 0
 
     def request_registers(self, keys: Sequence[str], registers: Sequence[int]) -> None:

@@ -32,17 +32,33 @@ _REPORT: Final = 0.25
 Progress = Callable[[int, int], None]
 
 
-@dataclass
 class RegisterAnswers:
-    """The chips' answers. Arrays of shape (chips, registers)."""
+    """The chips' answers to reads of the registers in `mask`. Arrays of shape (chips, registers)."""
 
-    values: NDArray[np.uint8]
-    counts: NDArray[np.uint16]  # number of answers of each register
-    conflicts: NDArray[np.bool_]  # a later answer had another value than the first
-    asked_again: int = 0  # register reads that were repeated
-    bad_parity: int = 0  # answers with wrong parity, which are ignored
-    strange: int = 0  # answers of other chips or registers
-    errors: list[str] = field(default_factory=list)  # of boards that did not accept words
+    def __init__(self, mask: NDArray[np.bool_]) -> None:
+        self.mask = mask
+        self.values = np.zeros(mask.shape, np.uint8)
+        self.counts = np.zeros(mask.shape, np.uint16)  # number of answers of each register
+        self.conflicts = np.zeros(mask.shape, bool)  # a later answer had another value than the first
+        self.asked_again = 0  # register reads that were repeated
+        self.bad_parity = 0  # answers with wrong parity, which are ignored
+        self.strange = 0  # answers of other chips or registers
+        self.errors: dict[int, str] = {}  # of boards that did not accept words, by io_group
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        """Registers that were asked for and not answered."""
+        return self.mask & ~(self.counts > 0)
+
+    @property
+    def silent(self) -> NDArray[np.bool_]:
+        """Chips that have not answered at all, shape (chips,)."""
+        silent: NDArray[np.bool_] = (self.missing == self.mask).all(axis=1)
+        return silent
+
+    def complete(self) -> int:
+        """Return the number of chips that have answered all registers."""
+        return int(np.count_nonzero(self.mask.any(axis=1) & ~self.missing.any(axis=1)))
 
 
 @dataclass
@@ -89,6 +105,10 @@ class RegisterExchange:
         queues = self._queues(mask)
         total = int(mask.any(axis=1).sum())
         report = _Reports(progress, total)
+
+        def done() -> int:
+            return total * sum(queue.answered for queue in queues.values()) // max(1, int(mask.sum()))
+
         while not all(queue.done for queue in queues.values()):
             for io_group, queue in queues.items():
                 while not queue.error and queue.sent < len(queue.chips) and len(queue.commands) < 2:
@@ -99,58 +119,40 @@ class RegisterExchange:
             self._link.wait(time.monotonic() + SILENCE)
             for queue in queues.values():
                 self._remove_ended(queue)
-            done = sum(queue.answered for queue in queues.values())
-            report(total * done // max(1, int(mask.sum())))
-        report(total, last=True)
+            report(done)
+        report(lambda: total, last=True)
         return [queue.error for queue in queues.values() if queue.error]
 
     def read(self, mask: NDArray[np.bool_], progress: Progress) -> RegisterAnswers:
         """Read the registers marked in `mask`, shape (chips, registers)."""
-        shape = mask.shape
-        answers = RegisterAnswers(np.zeros(shape, np.uint8), np.zeros(shape, np.uint16), np.zeros(shape, bool))
-        requested = mask.sum(axis=1)
-        report = _Reports(progress, int((requested > 0).sum()))
+        answers = RegisterAnswers(mask)
+        report = _Reports(progress, int(mask.any(axis=1).sum()))
         # One register of each chip shows which chips are silent: waiting for all their registers would take minutes.
-        first = np.zeros(shape, bool)
-        first[np.arange(shape[0]), mask.argmax(axis=1)] = True
+        first = np.zeros(mask.shape, bool)
+        first[np.arange(len(mask)), mask.argmax(axis=1)] = True
         self._link.listen(hardware.CONFIG_ANSWERS)
         try:
-            broken = self._rounds(first & mask, mask, answers, report, set())
-            answering = np.any(answers.counts, axis=1)
-            self._rounds(np.logical_and(mask, answering[:, None]), mask, answers, report, broken)
+            self._rounds(first, answers, report)
+            self._rounds(~answers.silent[:, None], answers, report)
         finally:
             self._link.listen(hardware.NO_ROWS)
-        complete = np.all((answers.counts > 0) | ~mask, axis=1)
-        report(int(np.count_nonzero(complete & (requested > 0))), last=True)
+        report(answers.complete, last=True)
         return answers
 
-    def _rounds(
-        self,
-        part: NDArray[np.bool_],
-        mask: NDArray[np.bool_],
-        answers: RegisterAnswers,
-        report: _Reports,
-        broken: set[int],
-    ) -> set[int]:
-        """Read the registers in `part`, with RETRIES repetitions. Returns the io_groups of boards that failed."""
+    def _rounds(self, part: NDArray[np.bool_], answers: RegisterAnswers, report: _Reports) -> None:
+        """Read the missing registers in `part`, with RETRIES repetitions."""
         for attempt in range(1 + RETRIES):
-            usable = ~np.isin(self._chip_keys[:, 0], list(broken))
-            missing = np.logical_and(part & (answers.counts == 0), usable[:, None])
+            usable = ~np.isin(self._chip_keys[:, 0], list(answers.errors))
+            missing = answers.missing & part & usable[:, None]
             if not missing.any():
                 break
             if attempt:
                 answers.asked_again += int(missing.sum())
             queues = self._queues(missing)
-            self._round(queues, mask, answers, report)
-            for io_group, queue in queues.items():
-                if queue.error:
-                    broken = broken | {io_group}
-                    answers.errors.append(queue.error)
-        return broken
+            self._round(queues, answers, report)
+            answers.errors |= {io_group: queue.error for io_group, queue in queues.items() if queue.error}
 
-    def _round(
-        self, queues: dict[int, _Queue], mask: NDArray[np.bool_], answers: RegisterAnswers, report: _Reports
-    ) -> None:
+    def _round(self, queues: dict[int, _Queue], answers: RegisterAnswers, report: _Reports) -> None:
         now = time.monotonic()
         for queue in queues.values():
             queue.last_answer = now
@@ -165,7 +167,7 @@ class RegisterExchange:
                 if self._remove_ended(queue):
                     queue.last_answer = now
             for rows in self._link.rows():
-                for io_group, n in self._record(rows, mask, answers).items():
+                for io_group, n in self._record(rows, answers).items():
                     if io_group in queues:
                         queue = queues[io_group]
                         queue.answered = min(queue.sent, queue.answered + n)
@@ -174,7 +176,7 @@ class RegisterExchange:
                 if not queue.commands and now - queue.last_answer >= SILENCE:
                     queue.answered = queue.sent  # the next round asks for missing answers
                     queue.last_answer = now
-            report(lambda: int((((answers.counts > 0) | ~mask).all(axis=1) & mask.any(axis=1)).sum()))
+            report(answers.complete)
 
     def _queues(self, mask: NDArray[np.bool_]) -> dict[int, _Queue]:
         chips, addresses = np.nonzero(mask)
@@ -201,17 +203,17 @@ class RegisterExchange:
             queue.commands = []
         return len(queue.commands) != count
 
-    def _record(self, rows: NDArray[Any], mask: NDArray[np.bool_], answers: RegisterAnswers) -> dict[int, int]:
+    def _record(self, rows: NDArray[Any], answers: RegisterAnswers) -> dict[int, int]:
         """Record answers. Returns by io_group the number of registers with their first answer."""
         good: NDArray[np.bool_] = rows["valid_parity"] == 1
         chips = self._places.find(chips_of(rows))
         addresses, values = registers_of(rows)
         answers.bad_parity += int((~good).sum())
-        valid = good & (chips >= 0) & (addresses < mask.shape[1])
-        valid[valid] = mask[chips[valid], addresses[valid]]
+        valid = good & (chips >= 0) & (addresses < answers.mask.shape[1])
+        valid[valid] = answers.mask[chips[valid], addresses[valid]]
         answers.strange += int((good & ~valid).sum())
         chips, addresses, values = chips[valid], addresses[valid], values[valid]
-        flat = chips.astype(np.intp) * mask.shape[1] + addresses.astype(np.intp)
+        flat = chips.astype(np.intp) * answers.mask.shape[1] + addresses.astype(np.intp)
         _, first = np.unique(flat, return_index=True)
         new = np.zeros(len(flat), bool)
         new[first] = answers.counts.ravel()[flat[first]] == 0
@@ -230,9 +232,9 @@ class _Reports:
         self._progress, self._total = progress, total
         self._next = time.monotonic() + _REPORT
 
-    def __call__(self, done: int | Callable[[], int], last: bool = False) -> None:
+    def __call__(self, done: Callable[[], int], last: bool = False) -> None:
         now = time.monotonic()
         if not last and now < self._next:
             return
         self._next = now + _REPORT
-        self._progress(done if isinstance(done, int) else done(), self._total)
+        self._progress(done(), self._total)
