@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from larpixdaq.errors import RequestError, misuse
 from larpixdaq.hardware import network_bringup
-from larpixdaq.hardware.board_commands import BoardOrders
+from larpixdaq.hardware.board_commands import NO_REVISION, BoardOrders
 from larpixdaq.hardware.chip_state import ChipState, short_list
 from larpixdaq.hardware.pacman_registers import (
     CLOCK,
@@ -45,10 +45,6 @@ _LONGEST_RESET: Final = (1 << 32) - 1
 _MOST_TILES, _MOST_CHANNELS = 10, 40
 #: Text about the chips' configuration after a reset, by BoardOrders.reset_keeps_configuration().
 _KEPT: Final = {True: "kept", False: "lost", None: "not known"}
-_UNKNOWN: Final = (
-    "its revision is not known, and neither are the registers of its supplies: "
-    "start the producer with --pacman-revision"
-)
 #: Maximum channels of one answer; they take about 0.1 s of the producer's loop.
 _MOST_LAYOUT_CHANNELS: Final = 500_000
 #: Maximum differing registers that a result lists; all are counted.
@@ -144,7 +140,7 @@ class BoardActions:
         try:
             revision = self.orders.revision_of(io_group, value[MAP_VERSION])
             if revision is None:
-                doubts.append(_UNKNOWN)
+                doubts.append(NO_REVISION)
             else:
                 revisions[io_group] = revision
         except BoardError as error:

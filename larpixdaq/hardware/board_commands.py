@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Final
 
 from larpixdaq.errors import RequestError
@@ -29,7 +30,7 @@ from larpixdaq.hardware.pacman_registers import (
     values_in,
     write,
 )
-from larpixdaq.hardware.power import SETTLING_TIME, Progress, TilePower, no_progress
+from larpixdaq.hardware.power import SETTLING, Progress, TilePower, no_progress
 from larpixdaq.hardware.producer_link import BoardError, ProducerPipe
 from larpixdaq.schema import Asic
 
@@ -43,6 +44,10 @@ SERIAL_FRAMES: Final = 10_000.0
 _CHANNELS: Final = 32
 #: Frequency in Hz of the chips' clock, which counts the length of a reset.
 _MASTER_CLOCK: Final = 10e6
+NO_REVISION: Final = (
+    "its revision is not known, and neither are the registers of its supplies: "
+    "start the producer with --pacman-revision"
+)
 #: Default DAC setting of larpix-control, which is meant for rev2.
 _REV2_DAC: Final = 0xD5A3
 #: Lengths of a reset in ticks: the minimum to have an effect, the maximum at which chips keep their configuration, and
@@ -126,10 +131,7 @@ class BoardOrders:
         """Return the register map of a board; RequestError if it is not known."""
         revision = self.revision(io_group)
         if revision is None:
-            raise RequestError(
-                f"{self.names[io_group]}: its revision is not known, and neither are the registers of its supplies: "
-                f"start the producer with --pacman-revision {io_group}=N, N from 2 to 5"
-            )
+            raise RequestError(f"{self.names[io_group]}: {NO_REVISION} {io_group}=N, N from 2 to 5")
         return revision
 
     def io_channels(self, io_group: int, requested: list[int] | None) -> list[int]:
@@ -212,7 +214,7 @@ class BoardOrders:
 
     def get_vplus(self, io_group: int | None = None) -> Any:
         """Measure the input supply: (mV, mA); only rev2 can."""
-        return self._each(io_group, lambda group: self._measure_input(group))
+        return self._each(io_group, self._measure_input)
 
     def _measure_input(self, io_group: int) -> tuple[float, float]:
         revision = self.known_revision(io_group)
@@ -224,21 +226,13 @@ class BoardOrders:
         return mv, ma
 
     def set_vddd(
-        self,
-        vddd_dac: int | None = None,
-        io_group: int | None = None,
-        settling_time: float = SETTLING_TIME,
-        tile: int = 0,
+        self, vddd_dac: int | None = None, io_group: int | None = None, settling_time: float = SETTLING, tile: int = 0
     ) -> Any:
         """Set the DAC of a tile's digital supply and wait `settling_time` seconds. Returns (mV, mA) as get_vddd()."""
         return self._each(io_group, lambda group: self._set_supply("vddd", group, tile, vddd_dac, settling_time))
 
     def set_vdda(
-        self,
-        vdda_dac: int | None = None,
-        io_group: int | None = None,
-        settling_time: float = SETTLING_TIME,
-        tile: int = 0,
+        self, vdda_dac: int | None = None, io_group: int | None = None, settling_time: float = SETTLING, tile: int = 0
     ) -> Any:
         """Set the DAC of a tile's analog supply and wait `settling_time` seconds. Returns (mV, mA) as get_vdda()."""
         return self._each(io_group, lambda group: self._set_supply("vdda", group, tile, vdda_dac, settling_time))
@@ -267,7 +261,7 @@ class BoardOrders:
         revision = None
         with contextlib.suppress(BoardError) if off else contextlib.nullcontext():
             revision = self.known_revision(io_group) if supplies else self.revision(io_group)
-        return TilePower(self, io_group, self.names[io_group], revision, progress)
+        return TilePower(partial(self.values, io_group), self.names[io_group], revision, progress)
 
     def enable_tile(self, tile_indices: Any = None, io_group: int | None = None) -> Any:
         """Switch tiles on (index, list of indices from 0, None: all). Returns the mask of the tiles that are on."""
@@ -291,9 +285,7 @@ class BoardOrders:
 
     def set_ratios(self, io_group: int, channels: list[int], ratio: int) -> dict[int, int]:
         """Set the clock ticks per bit of checked io_channels; BoardError if a register reads back another value."""
-        orders = [
-            order for io_channel in channels for order in (write(uart(io_channel), ratio), read(uart(io_channel)))
-        ]
+        orders = [order for register in map(uart, channels) for order in (write(register, ratio), read(register))]
         readings = dict(zip(channels, self.values(io_group, orders)[1::2], strict=True))
         wrong = [f"{channel} ({value})" for channel, value in readings.items() if value != ratio]
         if wrong:
@@ -327,9 +319,8 @@ class BoardOrders:
         """Reset the chips of a PACMAN and wait for the end. Returns the value of its clock control register."""
         if self.reset_keeps_configuration(length) is not True:
             self._invalidate([io_group])
-        cycles, control = self.values(io_group, [write(RESET_CYCLES, length), read(RESET_CYCLES), read(CLOCK_CONTROL)])[
-            1:
-        ]
+        orders = [write(RESET_CYCLES, length), read(RESET_CYCLES), read(CLOCK_CONTROL)]
+        _, cycles, control = self.values(io_group, orders)
         idle = control & ~RESET_BIT
         orders = [write(CLOCK_CONTROL, idle | RESET_BIT), write(CLOCK_CONTROL, idle), read(CLOCK_CONTROL)]
         after = self.values(io_group, orders)[2]

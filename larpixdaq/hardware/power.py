@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from larpixdaq.errors import RequestError
 from larpixdaq.hardware.pacman_registers import (
@@ -27,7 +27,7 @@ from larpixdaq.hardware.pacman_registers import (
 from larpixdaq.hardware.producer_link import BoardError
 
 #: Seconds between setting a DAC or switching on a tile and the next step.
-SETTLING_TIME: Final = 0.1
+SETTLING: Final = 0.1
 #: Ramp of a supply: DAC counts of a step, and seconds after it.
 _STEP: Final = 1000
 _STEP_SECONDS: Final = {"vdda": 0.1, "vddd": 0.15}
@@ -44,25 +44,14 @@ def no_progress(text: str, done: int, total: int) -> None:
     """Drop progress."""
 
 
-class RegisterAccess(Protocol):
-    """The method of `board_commands.BoardOrders` that TilePower uses."""
-
-    def values(self, io_group: int, orders: Iterable[bytes], seconds: float = 0.0) -> list[int]: ...
-
-
 class TilePower:
     """The tiles of one board, numbered from 0. `revision` None: not known, so that supplies cannot be set."""
 
     def __init__(
-        self,
-        registers: RegisterAccess,
-        io_group: int,
-        name: str,
-        revision: PacmanRevision | None,
-        progress: Progress = no_progress,
+        self, exchange: Callable[..., list[int]], name: str, revision: PacmanRevision | None, progress: Progress
     ) -> None:
-        self._registers = registers
-        self._io_group = io_group
+        """`exchange(orders, seconds=0.0)`: BoardOrders.values() of this board."""
+        self._exchange = exchange
         self._name = name
         self._revision = revision
         self._progress = progress
@@ -118,9 +107,9 @@ class TilePower:
         for supply in _AT_ONCE:
             if supply in dacs:
                 self.set_dac(supply, tile, 0 if ramp else dacs[supply])
-                time.sleep(SETTLING_TIME)
+                time.sleep(SETTLING)
         self.enable([tile])
-        time.sleep(SETTLING_TIME)
+        time.sleep(SETTLING)
         for supply in _RAMPED if ramp else ():
             for dac in _steps(dacs.get(supply, 0)):
                 self.set_dac(supply, tile, dac)
@@ -145,7 +134,7 @@ class TilePower:
         orders = [write(registers.dac.address(tile), dac)]
         if registers.readback is not None:
             orders.append(read(registers.readback.address(tile)))
-        _, *readback = self._registers.values(self._io_group, orders)
+        _, *readback = self._exchange(orders)
         # According to its source, the v1.3 server answers in the upper half; no answer of a board is published.
         if readback and dac not in (readback[0] >> 16, readback[0] & 0xFFFF):
             raise BoardError(f"{self._name}: tile {tile}: {supply} DAC: set to {dac}, reads back 0x{readback[0]:08x}")
@@ -160,7 +149,7 @@ class TilePower:
         self.valid_tiles([tile])
         monitors = [self.known_revision.supplies[supply].monitors[name] for name in names]
         orders = [read(monitor.register.address(tile)) for monitor in monitors]
-        values = self._registers.values(self._io_group, orders, sum(monitor.seconds for monitor in monitors))
+        values = self._exchange(orders, sum(monitor.seconds for monitor in monitors))
         return [monitor.convert(value) for monitor, value in zip(monitors, values, strict=True)]
 
     def enable(self, tiles: Sequence[int] | None) -> int:
@@ -169,9 +158,9 @@ class TilePower:
         enabled, firmware = self._read_enables()
         mask = _mask(selected)
         if firmware == MODULE_2:
-            (receivers,) = self._registers.values(self._io_group, [read(MODULE_2_CHANNELS)])
+            (receivers,) = self._exchange([read(MODULE_2_CHANNELS)])
             receivers |= sum(0xF << 4 * tile for tile in selected)
-            self._registers.values(self._io_group, [write(MODULE_2_CHANNELS, receivers)])
+            self._exchange([write(MODULE_2_CHANNELS, receivers)])
             mask |= MODULE_2_CLOCKS
         return self._write_tiles(enabled | mask, mask) & tile_mask(self._revision, firmware)
 
@@ -186,11 +175,11 @@ class TilePower:
 
     def _read_enables(self) -> tuple[int, int]:
         """Read the registers TILES and FIRMWARE."""
-        enabled, firmware = self._registers.values(self._io_group, [read(TILES), read(FIRMWARE)])
+        enabled, firmware = self._exchange([read(TILES), read(FIRMWARE)])
         return enabled, firmware
 
     def _write_tiles(self, value: int, changed: int) -> int:
-        _, found = self._registers.values(self._io_group, [write(TILES, value), read(TILES)])
+        _, found = self._exchange([write(TILES, value), read(TILES)])
         if (found ^ value) & changed:
             raise BoardError(f"{self._name}: tiles (register 0x{TILES:x}): set to 0x{value:x}, reads back 0x{found:x}")
         return found
@@ -198,7 +187,7 @@ class TilePower:
     def _switch_analog(self, *, on: bool) -> None:
         if self._revision is not None and not self._revision.analog_power:
             return
-        _, found = self._registers.values(self._io_group, [write(POWER, int(on)), read(POWER)])
+        _, found = self._exchange([write(POWER, int(on)), read(POWER)])
         if found & 1 != on and self._revision is not None:  # rev2 has no such register
             raise BoardError(f"{self._name}: analog power (register 0x{POWER:x}): set to {on:d}, reads back {found}")
 
