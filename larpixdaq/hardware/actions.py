@@ -205,10 +205,8 @@ class BoardActions:
             if not isinstance(value, bool):
                 raise RequestError(f"power: {name}: expected True or False, found {value!r:.100}")
         chosen = None if tiles is None else check_numbers("power: tiles", tiles, 0, _MOST_TILES - 1)
-        dacs = {"vddd": vddd_dac, "vdda": vdda_dac}
-        dacs = {
-            name: check_number(f"power: {name}_dac", dac, 0, 0xFFFF) for name, dac in dacs.items() if dac is not None
-        }
+        settings = {"vddd": vddd_dac, "vdda": vdda_dac}.items()
+        dacs = {name: check_number(f"power: {name}_dac", dac, 0, 0xFFFF) for name, dac in settings if dac is not None}
         if ramp and not dacs:
             raise RequestError("power: ramp: expected vdda_dac or vddd_dac, the DAC setting at the end of the ramp")
         if dacs and not on:
@@ -234,11 +232,10 @@ class BoardActions:
                 self.orders.reset_keeps_configuration(check_number("reset: length", length, 1, _LONGEST_RESET))
             elif kinds[group] == "serial":
                 check_number("reset: length on a serial board", length, 1, 256)
-        outcome: dict[str, bool | None] = {}
+        configuration = dict.fromkeys(map(str, groups), _KEPT[None])
         for group in groups:
-            outcome[str(group)] = None
             if kinds[group] == "pacman":
-                outcome[str(group)] = self.orders.reset_keeps_configuration(length)
+                configuration[str(group)] = _KEPT[self.orders.reset_keeps_configuration(length)]
                 self.orders.reset(group, length)
             elif kinds[group] == "bern":
                 self._invalidate([group])
@@ -247,11 +244,7 @@ class BoardActions:
                 self._invalidate([group])
                 self._link.ask(group, b"c\x01" + bytes([length - 1]) + bytes(6) + b"q")
                 self._link.ask(group, b"c\x02" + bytes(7) + b"q")
-        return {
-            "io_groups": groups,
-            "length": length,
-            "configuration": {group: _KEPT[kept] for group, kept in outcome.items()},
-        }
+        return {"io_groups": groups, "length": length, "configuration": configuration}
 
     def set_uart_clock(self, ratio: Any, io_channel: Any = None, io_group: Any = None) -> dict[str, Any]:
         groups = self.orders.groups_of_kind("set_uart_clock", "pacman", "serial", requested=io_group)

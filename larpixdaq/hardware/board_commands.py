@@ -239,12 +239,11 @@ class BoardOrders:
 
     def _set_supply(self, name: str, io_group: int, tile: int, dac: int | None, settling: float) -> Any:
         power = self.tile_power(io_group, supplies=True)
-        if dac is None and power.known_revision.number == 2:
+        revision = power.known_revision.number
+        if dac is None and revision == 2:
             dac = _REV2_DAC
         if dac is None:
-            raise RequestError(
-                f"set_{name}: revision {power.known_revision.number} has no default DAC setting: name one"
-            )
+            raise RequestError(f"set_{name}: revision {revision} has no default DAC setting: name one")
         self._invalidate([io_group])
         power.set_dac(name, tile, dac)
         time.sleep(settling or 0)
@@ -297,19 +296,19 @@ class BoardOrders:
 
     def capacity(self, lines: Sequence[tuple[int, int]]) -> list[float]:
         """Return the maximum packets per second of each (io_group, io_channel), from the clock of its UART."""
-        bits = dict.fromkeys(lines, bits_a_second(RATIO))
+        capacities = {
+            line: SERIAL_FRAMES if self.kinds.get(line[0]) == "serial" else bits_a_second(RATIO) / BITS
+            for line in lines
+        }
         pacmans = {io_group for io_group, _ in lines if self.kinds.get(io_group) == "pacman"}
         for io_group in sorted(pacmans):
-            pacman_lines = [line for line in lines if line[0] == io_group and uart(line[1]) < I2C]
-            map_version, *readings = self.values(
-                io_group, [read(MAP_VERSION), *(read(uart(line[1])) for line in pacman_lines)]
-            )
+            uarts = {line: read(uart(line[1])) for line in capacities if line[0] == io_group and uart(line[1]) < I2C}
+            map_version, *ratios = self.values(io_group, [read(MAP_VERSION), *uarts.values()])
             revision = self.revision_of(io_group, map_version)
             clock = None if revision is None else revision.uart_clock
-            bits |= {line: bits_a_second(ratio, clock) for line, ratio in zip(pacman_lines, readings, strict=True)}
-        return [
-            SERIAL_FRAMES if self.kinds.get(line[0]) == "serial" else bits[line] / BITS for line in dict.fromkeys(lines)
-        ]
+            for line, ratio in zip(uarts, ratios, strict=True):
+                capacities[line] = bits_a_second(ratio, clock) / BITS
+        return list(capacities.values())
 
     def reset_larpix(self, length: int = 256, io_group: int | None = None) -> Any:
         """Reset the chips for `length` ticks of their clock. Returns the value of the clock control register."""

@@ -48,7 +48,7 @@ def check_arguments(
     if _has_varargs(own):
         return _in_order([str(name) for name in routine.params or ()], args, kwargs), {}
     bound = inspect.Signature(own).bind(*args, **kwargs)
-    types = _checkable_types(routine.func)
+    types = _types(routine.func)
     for parameter in own:
         name = parameter.name
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD and name in bound.arguments:
@@ -56,6 +56,8 @@ def check_arguments(
                 bound.arguments[name] = msgspec.convert(bound.arguments[name], types.get(name, Any))
             except msgspec.ValidationError as error:
                 raise TypeError(f"{name}: {_reason(error)}, found {bound.arguments[name]!r:.100}") from None
+            except Exception:  # a type that msgspec does not know is not checked
+                continue
     return bound.args, bound.kwargs
 
 
@@ -78,39 +80,20 @@ def _in_order(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, An
 
 def _own_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """Return the parameters of the function after `INTERFACE`."""
-    parameters_ = list(inspect.signature(function).parameters.values())
-    skipped, own = INTERFACE, []
-    for parameter in parameters_:
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            skipped = 0
-        if skipped:
-            skipped -= 1
-        else:
-            own.append(parameter)
-    return own
+    taken = list(inspect.signature(function).parameters.values())
+    varargs = [at for at, parameter in enumerate(taken) if parameter.kind is inspect.Parameter.VAR_POSITIONAL]
+    return taken[min([INTERFACE, *varargs]) :]
 
 
 def _has_varargs(own: Sequence[inspect.Parameter]) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in own)
 
 
-def _checkable_types(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the type annotations that msgspec can check; other ones are not checked."""
+def _types(function: Callable[..., Any]) -> dict[str, Any]:
     try:
-        hints = typing.get_type_hints(function)
+        return typing.get_type_hints(function)
     except Exception:  # annotations of a routine file can raise anything
         return {}
-    return {name: hint for name, hint in hints.items() if _checkable(hint)}
-
-
-def _checkable(hint: Any) -> bool:
-    try:
-        msgspec.convert(None, hint)
-    except msgspec.ValidationError:
-        return True
-    except Exception:
-        return False
-    return True
 
 
 def _type_name(annotation: Any) -> str:
