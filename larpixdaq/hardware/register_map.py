@@ -16,6 +16,13 @@ from larpixdaq._native import word_codec
 from larpixdaq.errors import RequestError
 from larpixdaq.schema import ASICS, Asic, PacketType
 
+#: Value of --asic -> version name and Configuration class of these chips in larpix-control, if it knows them.
+_LARPIX_CONTROL: Final[dict[str, tuple[Any, str]]] = {
+    "1": (1, "Configuration_v1"),
+    "2": (2, "Configuration_v2"),
+    "2b": ("2b", "Configuration_v2b"),
+    "lightpix-1": ("lightpix-v1.0", "Configuration_Lightpix_v1"),
+}
 #: Bits 57..26 of every configuration word of a v3 chip, which drops words without them.
 _MAGIC: Final = 0x89504E47
 
@@ -38,8 +45,12 @@ class ChipRegisters:
         #: Name of these chips in messages.
         self.chips = f"v{asic} chips" if asic[0].isdigit() else f"{asic} chips"
         #: Version name of these chips in larpix-control, None if it does not know them.
-        self.version: Any = {"1": 1, "2": 2, "2b": "2b", "lightpix-1": "lightpix-v1.0"}.get(asic)
-        self._class = self._find_class()
+        self.version, class_name = _LARPIX_CONTROL.get(asic, (None, ""))
+        self._class: Any = None
+        if class_name:
+            from larpix import chip  # here, because it takes a second
+
+            self._class = getattr(chip, class_name)
         self.count: int = 256 if self._class is None else self._class.num_registers
         self.names: list[str] = []
         #: Register name -> addresses.
@@ -47,7 +58,7 @@ class ChipRegisters:
         #: Values at power-up. Not valid for chips without a `version`, whose values at power-up are not known.
         self.defaults: NDArray[np.uint8] = np.zeros(self.count, np.uint8)
         self._entries: dict[str, int] = {}  # entries of registers that are lists
-        self._bits: dict[str, tuple[int, int, int]] = {}  # first bit, bits of an entry, entries (0: no list)
+        self._bits: dict[str, tuple[int, int]] = {}  # first bit, bits of an entry; not for v1
         if self._class is not None:
             self._read_map(self._class())
         self._names_at: list[list[str]] = [[] for _ in range(self.count)]
@@ -55,31 +66,18 @@ class ChipRegisters:
             for address in addresses:
                 self._names_at[address].append(name)
 
-    def _find_class(self) -> Any:
-        if self.version is None:
-            return None
-        from larpix import chip  # here, because it takes a second
-
-        return {
-            1: chip.Configuration_v1,
-            2: chip.Configuration_v2,
-            "2b": chip.Configuration_v2b,
-            "lightpix-v1.0": chip.Configuration_Lightpix_v1,
-        }[self.version]
-
     def _read_map(self, config: Any) -> None:
         self.names = list(config.register_names)
-        self.defaults = self.values_of(config)
         values = {name: getattr(config, name) for name in self.names}
         self._entries = {name: len(value) for name, value in values.items() if isinstance(value, list)}
-        if self.version == 1:
-            self.addresses = {name: self._addresses_v1(config, name) for name in self.names}
-            return
         for name in self.names:
-            self.addresses[name] = list(config.register_map[name])
-            begin, end = config.bit_map[name]
-            entries = self._entries.get(name, 0)
-            self._bits[name] = (begin, (end - begin) // (entries or 1), entries)
+            if self.version == 1:
+                self.addresses[name] = self._addresses_v1(config, name)
+            else:
+                self.addresses[name] = list(config.register_map[name])
+                begin, end = config.bit_map[name]
+                self._bits[name] = begin, (end - begin) // self._entries.get(name, 1)
+        self.defaults = self.values_of(config)
 
     def _addresses_v1(self, config: Any, name: str) -> list[int]:
         for attribute in (f"{name}_addresses", f"{name}_address", f"{name.removesuffix('s')}_addresses"):
@@ -99,18 +97,14 @@ class ChipRegisters:
         """Return the register values of a Configuration object of larpix-control, shape (count,)."""
         if self.version == 1:
             return np.array([int(bits.to01(), 2) for bits in config.all_data()], np.uint8)
-        # some_data, because all_data leaves out registers that are declared out of order (LightPix)
-        addresses, data = config.some_data(range(self.count))
-        result = np.zeros(self.count, np.uint8)
-        result[addresses] = [int(bits.to01()[::-1], 2) for bits in data]
-        return result
+        return self.values_of_all([config]).ravel()
 
     def values_of_all(self, configs: Sequence[Any]) -> NDArray[np.uint8]:
         """Return the register values of many Configuration objects, shape (configs, count)."""
         if self.version == 1 or not configs:
             return np.array([self.values_of(config) for config in configs], np.uint8).reshape(-1, self.count)
         bits = np.zeros((len(configs), 8 * self.count), np.uint8)
-        for name, (begin, width, _) in self._bits.items():
+        for name, (begin, width) in self._bits.items():
             values = np.array([getattr(config, name) for config in configs], np.int64).reshape(len(configs), -1, 1)
             part = (values >> np.arange(width)) & 1
             bits[:, begin : begin + part[0].size] = part.reshape(len(configs), -1)
@@ -206,7 +200,7 @@ class ChipRegisters:
                 setattr(config, name, value)
                 row[:] = self.values_of(config)
             return
-        begin, width, _ = self._bits[name]
+        begin, width = self._bits[name]
         bits = (stored.reshape(-1, 1) >> np.arange(width)) & 1
         addresses = self.addresses[name]
         first, last = addresses[0], addresses[-1] + 1
@@ -226,8 +220,9 @@ class ChipRegisters:
         bits = np.unpackbits(values, axis=1, bitorder="little")
         result = {}
         for name in names:
-            begin, width, entries = self._bits[name]
-            part = bits[:, begin : begin + width * (entries or 1)].reshape(len(values), entries or 1, width)
+            begin, width = self._bits[name]
+            entries = self._entries.get(name, 1)
+            part = bits[:, begin : begin + width * entries].reshape(len(values), entries, width)
             numbers = (part.astype(np.int64) << np.arange(width)).sum(axis=2)
-            result[name] = numbers.tolist() if entries else numbers[:, 0].tolist()
+            result[name] = numbers.tolist() if name in self._entries else numbers[:, 0].tolist()
         return result
