@@ -92,8 +92,8 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
             raise RuntimeError("Already listening")
         exchange = RegisterExchange(self._link, self.registers, _key_parts(keys).astype(np.uint8))
         answers = exchange.read(mask, lambda done, total: None)
-        for error in answers.errors.values():
-            raise BoardError(error)
+        if answers.errors:
+            raise BoardError("; ".join(answers.errors.values()))
         return answers.values, answers.counts > 0
 
     def request_registers(self, keys: Sequence[str], registers: Sequence[int]) -> None:
@@ -143,13 +143,13 @@ class StreamIO(BoardOrders, IO):  # type: ignore[misc]
 
     def empty_queue(self) -> tuple[list[Any], bytes]:
         """Return the packets that came since the last call, and the bytes of their words."""
-        answers: list[Any] = []
+        packets: list[Any] = []
         stream: list[bytes] = []
         for rows in self._link.rows():
             made, data = self._packets(rows)
-            answers += made
+            packets += made
             stream.append(data)
-        return answers, b"".join(stream)
+        return packets, b"".join(stream)
 
     def take_rows(self) -> list[NDArray[Any]]:
         """Return the rows that came since the last call, as they are recorded (schema.py): faster than packets."""

@@ -85,8 +85,7 @@ class Rates(NamedTuple):
 
     @property
     def hz(self) -> NDArray[np.float64]:
-        result: NDArray[np.float64] = self.hits / self.seconds
-        return result
+        return self.hits / self.seconds
 
 
 def rates(controller: Any, chips: Sequence[str], channels: int, seconds: float) -> Rates:
@@ -126,11 +125,11 @@ def _measure(
 
     An attempt without a mark on one of the io_channels is repeated; its hits are invalid.
     """
-    io, places = controller.io, _places(chips)
+    io, indices = controller.io, {_number(chip): index for index, chip in enumerate(chips)}
     with _listening(io):
         if not hasattr(io, "take_rows"):
             begin()
-            return _measure_by_clock(io, seconds, lambda packets: take(_hits_in_packets(packets, places)), act)
+            return _measure_by_clock(io, seconds, lambda packets: take(_hits_in_packets(packets, indices)), act)
         lines = LineLoads(io, chips)
         for patience in _PATIENCE:
             begin()
@@ -138,7 +137,7 @@ def _measure(
             window = Window(controller, chips, seconds, patience, act)
             for rows in window:
                 lines.count(rows)
-                take(_hits_in_rows(rows, places))
+                take(_hits_in_rows(rows, indices))
             if not window.unmarked:
                 return _Measured(window.seconds, window.left_out, lines.saturated(window.seconds))
     names = ", ".join(f"{io_group}-{io_channel}" for io_group, io_channel in window.unmarked)
@@ -177,19 +176,13 @@ def _listening(io: Any) -> Iterator[None]:
             io.listen_to = None
 
 
-def _places(chips: Sequence[str]) -> dict[tuple[int, int, int], int]:
-    keys = [tuple(int(part) for part in str(chip).split("-")) for chip in chips]
-    return {(key[0], key[1], key[2]): index for index, key in enumerate(keys)}
-
-
-def _hits_in_rows(rows: NDArray[Any], places: dict[tuple[int, int, int], int]) -> NDArray[Any]:
-    """Return the hits in rows from chips."""
+def _hits_in_rows(rows: NDArray[Any], indices: dict[int, int]) -> NDArray[Any]:
+    """Return the hits in rows from chips. `indices`: index of each chip by _number()."""
     v1 = "chip_key" in (rows.dtype.names or ())
     rows = rows[is_hit(rows) & (rows["valid_parity"] == 1)]
     chips, inverse = np.unique(chips_of(rows), return_inverse=True)
-    indices = [places.get((k >> 16, k >> 8 & 255, k & 255), -1) for k in chips.tolist()]
     hits = np.zeros(len(rows), HIT)
-    hits["chip"] = np.array(indices, np.int32)[inverse]
+    hits["chip"] = np.array([indices.get(chip, -1) for chip in chips.tolist()], np.int32)[inverse]
     hits["channel"] = rows["channel" if v1 else "channel_id"]
     hits["adc"] = rows["adc_counts" if v1 else "dataword"]
     if not v1:
@@ -197,17 +190,16 @@ def _hits_in_rows(rows: NDArray[Any], places: dict[tuple[int, int, int], int]) -
     return hits[hits["chip"] >= 0]
 
 
-def _hits_in_packets(packets: Sequence[Any], places: dict[tuple[int, int, int], int]) -> NDArray[Any]:
+def _hits_in_packets(packets: Sequence[Any], indices: dict[int, int]) -> NDArray[Any]:
     """Return the hits in larpix-control's packets, from an IO without a producer."""
     hits = []
     for packet in packets:
         data = getattr(packet, "DATA_PACKET", None)
-        if data is None or packet.packet_type != data or not packet.has_valid_parity():
+        if data is None or packet.packet_type != data or not packet.has_valid_parity() or packet.chip_key is None:
             continue
-        index = places.get((packet.io_group, packet.io_channel, packet.chip_id), -1)
-        if index >= 0:
-            trigger = getattr(packet, "trigger_type", 0)
-            hits.append((index, packet.channel_id, packet.dataword, trigger))
+        index = indices.get(_number(packet.chip_key))
+        if index is not None:
+            hits.append((index, packet.channel_id, packet.dataword, getattr(packet, "trigger_type", NATURAL)))
     return np.array(hits, HIT)
 
 
@@ -337,9 +329,9 @@ def elapsed(begin: tuple[float, float], end: tuple[float, float], timestamps: Ma
     return statistics.median(intervals) if intervals else middle
 
 
-def _number(chip: str) -> int:
-    """Return the chip's number in the form of schema.chips_of()."""
-    io_group, io_channel, chip_id = map(int, chip.split("-"))
+def _number(chip: Any) -> int:
+    """Return a chip key as a number, in the form of schema.chips_of()."""
+    io_group, io_channel, chip_id = map(int, str(chip).split("-"))
     return io_group << 16 | io_channel << 8 | chip_id
 
 
@@ -385,8 +377,7 @@ def _fifo_is_full(rows: NDArray[Any]) -> NDArray[np.bool_]:
         return np.zeros(len(rows), np.bool_)
     else:
         flag = ((rows["local_fifo"] | rows["shared_fifo"]) & _FIFO_FULL) > 0
-    result: NDArray[np.bool_] = flag & is_hit(rows)
-    return result
+    return flag & is_hit(rows)
 
 
 def rows_from_chips(rows: NDArray[Any]) -> NDArray[Any]:

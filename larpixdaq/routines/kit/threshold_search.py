@@ -187,15 +187,13 @@ class Thresholds:
 
     def _on_lines(self, chips: Any) -> Flags:
         """Return which chips share an io_channel with any of these, both of shape (chips,)."""
-        result: Flags = np.isin(self._lines, self._lines[chips])
-        return result
+        return np.isin(self._lines, self._lines[chips])
 
     def _mean(self, counts: Numbers, open_: Flags) -> NDArray[np.float64]:
         """Return for each chip, shape (chips, 1), the mean count of the open channels of its io_channel."""
         _, line_index = np.unique(self._lines, return_inverse=True)
         total, n = (np.bincount(line_index, array.sum(1))[line_index] for array in (counts * open_, open_))
-        result: NDArray[np.float64] = (total / np.maximum(n, 1))[:, None]
-        return result
+        return (total / np.maximum(n, 1))[:, None]
 
 
 class CoarseSearch:
@@ -215,8 +213,7 @@ class CoarseSearch:
     @property
     def hot(self) -> NDArray[np.bool_]:
         """Channels that are too noisy at the highest trim."""
-        next_trim: NDArray[np.bool_] = self._noisy >= self.top
-        return next_trim
+        return self._noisy >= self.top
 
     def update(self, too_noisy: NDArray[np.bool_], known: NDArray[np.bool_]) -> None:
         """Take the result at `trim`, where it is `known`, and choose the next trims."""
@@ -287,5 +284,4 @@ class FineSearch:
 
     @staticmethod
     def _at_trim(table: NDArray[Any], trim: NDArray[np.int64]) -> NDArray[Any]:
-        result: NDArray[Any] = np.take_along_axis(table, trim[..., None], -1)[..., 0]
-        return result
+        return np.take_along_axis(table, trim[..., None], -1)[..., 0]
