@@ -72,31 +72,26 @@ class ChipState:
             if not len(self.chip_keys):
                 raise RequestError("no chips are known yet: load_board(file) loads them, or name a chip")
             return np.arange(len(self.chip_keys))
-        single = isinstance(requested, str) or (
-            isinstance(requested, list) and requested and isinstance(requested[0], int)
-        )
-        keys = [parse_key(chip) for chip in ([requested] if single else self._check_list(requested))]
+        if isinstance(requested, str) or (isinstance(requested, list) and requested and isinstance(requested[0], int)):
+            requested = [requested]
+        if not isinstance(requested, list) or not requested:
+            raise RequestError(f"chip: expected a chip key, a list of them, or None for all, found {requested!r:.100}")
+        keys = list(dict.fromkeys(map(parse_key, requested)))
         if not self.board_file:
-            self._add([key for key in dict.fromkeys(keys) if key not in self._index])
+            self._add(keys)
         unknown = [key_of(key) for key in keys if key not in self._index]
         if unknown:
             raise RequestError(
                 f"chip {short_list(unknown)}: not among the {len(self.chip_keys)} chips of board {self.board_name}"
             )
-        return np.array([self._index[key] for key in dict.fromkeys(keys)], np.intp)
-
-    @staticmethod
-    def _check_list(requested: Any) -> list[Any]:
-        if not isinstance(requested, list) or not requested:
-            raise RequestError(f"chip: expected a chip key, a list of them, or None for all, found {requested!r:.100}")
-        return requested
+        return np.array([self._index[key] for key in keys], np.intp)
 
     def key(self, index: int) -> str:
         return key_of(self.chip_keys[index].tolist())
 
     def _add(self, keys: list[tuple[int, int, int]]) -> None:
-        if not keys:
-            return
+        """Add the chips that are not known yet, with the register values at power-up."""
+        keys = [key for key in keys if key not in self._index]
         for key in keys:
             if key[0] not in self.io_groups:
                 io_groups = ", ".join(map(str, self.io_groups)) or "none"
@@ -205,7 +200,7 @@ class ChipState:
     def take_over(self, controller: Any) -> None:
         """Take a Controller's register values as the wanted values, and keep the Controller for the next routine."""
         keys = [_key(chip) for chip in controller.chips.values()]
-        self._add([key for key in keys if key not in self._index and key[0] in self.io_groups])
+        self._add([key for key in keys if key[0] in self.io_groups])
         indices, configs = self._configurations(controller)
         if indices and self.registers.version is not None:  # otherwise the values belong to another generation
             self.wanted[indices] = self.registers.values_of_all(configs)
@@ -233,16 +228,13 @@ class ChipState:
         if setup.board_file:
             self.load_board(setup.board_file)
         chip_keys = np.frombuffer(setup.chips, np.uint8).reshape(-1, 3)
-        count = self.registers.count
-        wanted = np.frombuffer(setup.wanted, np.uint8).reshape(len(chip_keys), count)
-        given = np.frombuffer(setup.given, bool).reshape(len(chip_keys), count)
-        read, known = (
-            np.frombuffer(data, np.uint8).reshape(len(chip_keys), REGISTERS)[:, :count]
-            for data in (setup.read, setup.known)
-        )
         keys = [(a, b, c) for a, b, c in chip_keys.tolist()]
-        self._add([key for key in keys if key not in self._index])
+        self._add(keys)
         indices = np.array([self._index[key] for key in keys], np.intp)
+        count = self.registers.count
+        read, known = (
+            np.frombuffer(data, np.uint8).reshape(len(keys), REGISTERS)[:, :count] for data in (setup.read, setup.known)
+        )
         self.confirm(indices, read, known & READ != 0)
-        self.wanted[indices] = wanted
-        self.given[indices] = given
+        self.wanted[indices] = np.frombuffer(setup.wanted, np.uint8).reshape(len(keys), count)
+        self.given[indices] = np.frombuffer(setup.given, bool).reshape(len(keys), count)

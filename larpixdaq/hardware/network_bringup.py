@@ -49,8 +49,8 @@ def nodes(controller: Any) -> Iterator[tuple[int, int, Any]]:
                 yield io_group, io_channel, chip_id
 
 
-def bring_up(controller: Any, keys: set[str] | None, progress: Callable[[int, int], None]) -> int:
-    """Send the steps for these chips (None: all), in the order of the network. Returns the number of chips."""
+def bring_up(controller: Any, keys: set[str] | None, progress: Callable[[int, int], None]) -> None:
+    """Send the steps for these chips (None: all), in the order of the network."""
     chosen = [node for node in nodes(controller) if keys is None or key_of(node) in keys]
     chips = sum(isinstance(chip_id, int) for _, _, chip_id in chosen)
     if not chips:
@@ -61,7 +61,6 @@ def bring_up(controller: Any, keys: set[str] | None, progress: Callable[[int, in
         controller.init_network(io_group, io_channel, chip_id)
         done += isinstance(chip_id, int)
         progress(done, chips)
-    return chips
 
 
 def _close(controller: Any, chosen: list[tuple[int, int, Any]]) -> None:

@@ -249,9 +249,9 @@ def tile_mask(revision: PacmanRevision | None, firmware: int) -> int:
     return TILE_BITS & ~MODULE_2_CLOCKS if firmware == MODULE_2 else TILE_BITS
 
 
-def uart(io_channel: int, register: int = 0x10) -> int:
-    """Return the address of a register of an io_channel's UART; default: its clock ratio."""
-    return 0x2000 + 0x1000 * io_channel + register
+def uart(io_channel: int) -> int:
+    """Return the address of the clock ratio of an io_channel's UART."""
+    return 0x2010 + 0x1000 * io_channel
 
 
 def read(register: int) -> bytes:

@@ -4,9 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from larpixdaq.routines.kit.threshold_search import STEP, TOLERANCE, CoarseSearch, FineSearch
+from larpixdaq.routines.kit.threshold_search import STEP, TOLERANCE, TOP, CoarseSearch, FineSearch
 
-TOP = 31
 #: For each channel, the trim at which its rate is 1 Hz, and the factor of a step.
 CHANNELS = st.lists(
     st.tuples(st.integers(-500, 3600).map(lambda n: n / 100), st.floats(2, 30)), min_size=1, max_size=20
@@ -20,7 +19,7 @@ def rate(channels, trim):
 
 @given(CHANNELS)
 def test_the_coarse_search_finds_the_lowest_quiet_trim_and_never_goes_far_below(channels):
-    search = CoarseSearch((1, len(channels)), TOP)
+    search = CoarseSearch((1, len(channels)))
     middle = np.array(channels)[:, 0]
     for _ in range(20):
         if search.done.all():
@@ -36,7 +35,7 @@ def test_the_coarse_search_finds_the_lowest_quiet_trim_and_never_goes_far_below(
 @given(CHANNELS, st.integers(-2, 2))
 def test_the_fine_search_ends_at_the_noisiest_trim_within_limits(channels, off):
     begin = np.clip(np.ceil(np.array(channels)[None, :, 0]).astype(int) + off, 0, TOP)
-    choice = FineSearch(begin, TOP, 0.1, 1.0)
+    choice = FineSearch(begin, 0.1, 1.0)
     for _ in range(40):
         if choice.done.all():
             break
@@ -57,7 +56,7 @@ def test_the_fine_search_ends_at_the_noisiest_trim_within_limits(channels, off):
 
 
 def test_hits_at_the_same_trim_are_added():
-    choice, known = FineSearch(np.array([[5]]), TOP, 0.1, 1.0), np.array([[True]])
+    choice, known = FineSearch(np.array([[5]]), 0.1, 1.0), np.array([[True]])
     choice.update(np.array([[30]]), 20.0, known)
     assert choice.trim.item() == 6
     choice.update(np.array([[2]]), 20.0, known)

@@ -128,7 +128,7 @@ class Thresholds:
 
     def refine_trims(self, rounds: int) -> FineSearch:
         """Move trims up and down by one until rates are within the limits, in at most `rounds` measurements."""
-        choice = FineSearch(self.trim, TOP, self.low, self.high)
+        choice = FineSearch(self.trim, self.low, self.high)
         for number in range(1, rounds + 1):
             self.trim = choice.trim
             self._write()
@@ -170,7 +170,7 @@ class Thresholds:
 
     def _search(self, selected: Flags) -> None:
         """Search the trims of these channels, from the highest down. Channels too noisy even there become hot."""
-        search = CoarseSearch(selected.shape, TOP)
+        search = CoarseSearch(selected.shape)
         rest = self.trim
         while True:
             self.trim = np.where(selected, search.trim, rest)
@@ -199,21 +199,19 @@ class Thresholds:
 class CoarseSearch:
     """Search from the highest trim down, then by halving. `trim`: to measure next, shape (chips, channels)."""
 
-    def __init__(self, shape: tuple[int, int], top: int) -> None:
-        self.top = top
-        self.trim = np.full(shape, top, np.int64)
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.trim = np.full(shape, TOP, np.int64)
         self._noisy = np.full(shape, -1, np.int64)  # highest trim that was too noisy
-        self._quiet = np.full(shape, top + 1, np.int64)  # lowest trim that was not too noisy
+        self._quiet = np.full(shape, TOP + 1, np.int64)  # lowest trim that was not too noisy
 
     @property
     def done(self) -> NDArray[np.bool_]:
-        next_trim: NDArray[np.bool_] = self._quiet == self._noisy + 1
-        return next_trim
+        return self._quiet <= self._noisy + 1
 
     @property
     def hot(self) -> NDArray[np.bool_]:
         """Channels that are too noisy at the highest trim."""
-        return self._noisy >= self.top
+        return self._noisy >= TOP
 
     def update(self, too_noisy: NDArray[np.bool_], known: NDArray[np.bool_]) -> None:
         """Take the result at `trim`, where it is `known`, and choose the next trims."""
@@ -223,7 +221,7 @@ class CoarseSearch:
         lower = np.maximum(self._quiet - STEP, 0)
         halfway = (self._noisy + self._quiet) // 2
         next_trim = np.where(self._noisy < 0, lower, halfway)
-        self.trim = np.minimum(np.where(self.done, self._quiet, next_trim), self.top)
+        self.trim = np.minimum(np.where(self.done, self._quiet, next_trim), TOP)
 
 
 class FineSearch:
@@ -233,24 +231,24 @@ class FineSearch:
     TOLERANCE * `high`, because a step can jump over both limits and a short measurement can show too high a rate.
     """
 
-    def __init__(self, trim: NDArray[np.int64], top: int, low: float, high: float) -> None:
+    def __init__(self, trim: NDArray[np.int64], low: float, high: float) -> None:
         self.trim = trim.copy()
         self.done = np.zeros(trim.shape, np.bool_)
-        self._top, self._low, self._high = top, low, high
-        self._hits = np.zeros((*trim.shape, top + 1), np.int64)
-        self._seconds = np.zeros((*trim.shape, top + 1))
+        self._low, self._high = low, high
+        self._hits = np.zeros((*trim.shape, TOP + 1), np.int64)
+        self._seconds = np.zeros((*trim.shape, TOP + 1))
+        self._channels = tuple(np.indices(trim.shape))
 
     @property
     def rates(self) -> NDArray[np.float64]:
         """Rates at `trim` in Hz; nan where it was not measured."""
-        return self._at_trim(self._rates(), self.trim)
+        return np.take_along_axis(self._rates(), self.trim[..., None], -1)[..., 0]
 
     def add(self, hits: NDArray[np.int64], seconds: float, known: NDArray[np.bool_]) -> None:
         """Add the hits of each channel at `trim`, where they are `known`."""
-        at = self.trim[..., None]
-        hits, more = np.where(known, hits, 0), np.where(known, seconds, 0.0)
-        np.put_along_axis(self._hits, at, self._at_trim(self._hits, self.trim)[..., None] + hits[..., None], -1)
-        np.put_along_axis(self._seconds, at, self._at_trim(self._seconds, self.trim)[..., None] + more[..., None], -1)
+        at_trim = *self._channels, self.trim
+        self._hits[at_trim] += np.where(known, hits, 0)
+        self._seconds[at_trim] += np.where(known, seconds, 0.0)
 
     def update(self, hits: NDArray[np.int64], seconds: float, known: NDArray[np.bool_]) -> None:
         """Take the hits of each channel at `trim`, where they are `known`, and choose the next trims.
@@ -260,8 +258,8 @@ class FineSearch:
         self.add(hits, seconds, known)
         rates = self.rates
         next_trim = self.trim + (rates > self._high).astype(np.int64) - (rates < self._low).astype(np.int64)
-        next_trim = np.clip(next_trim, 0, self._top)
-        self.done = (self._at_trim(self._seconds, next_trim) > 0) & known
+        next_trim = np.clip(next_trim, 0, TOP)
+        self.done = (np.take_along_axis(self._seconds, next_trim[..., None], -1)[..., 0] > 0) & known
         self.trim = np.where(self.done, self._best(), next_trim)
 
     def finish(self) -> None:
@@ -279,9 +277,4 @@ class FineSearch:
 
     def _rates(self) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore"):
-            result: NDArray[np.float64] = self._hits / self._seconds
-        return result
-
-    @staticmethod
-    def _at_trim(table: NDArray[Any], trim: NDArray[np.int64]) -> NDArray[Any]:
-        return np.take_along_axis(table, trim[..., None], -1)[..., 0]
+            return self._hits / self._seconds
