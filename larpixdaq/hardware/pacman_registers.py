@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from larpixdaq.errors import RequestError
@@ -72,20 +72,20 @@ class PacmanRevision:
     tiles: int
     #: Number of io_channels with UART registers. (Those of io_channels 34 to 40 of rev5 would be in the I2C window.)
     uarts: int
-    #: Bits of TILES that switch a tile or its clock.
-    tile_bits: int
     #: First address at which a read or write crashes the server (rev3, rev4) or reaches other registers (rev5).
     end: int
-    #: Register 0x14 switches the power of all tiles.
-    analog_power: bool
     supplies: dict[str, Supply]
-    #: Monitors of the board itself: VPLUS.
-    board: dict[str, MonitorRegister]
     #: DAC counts per volt, and the fraction by which a voltage may differ from its DAC setting.
     counts_a_volt: float
     uncertainty: float
     #: Clock in Hz that UARTs divide by their ratio. None: 10 or 50 MHz, depending on the firmware.
     uart_clock: float | None = None
+    #: Monitors of the board itself: VPLUS.
+    board: dict[str, MonitorRegister] = field(default_factory=dict)
+    #: Bits of TILES that switch a tile or its clock.
+    tile_bits: int = TILE_BITS
+    #: Register 0x14 switches the power of all tiles.
+    analog_power: bool = True
     #: Uncertainties of its numbers, a line each.
     doubts: tuple[str, ...] = ()
 
@@ -177,9 +177,7 @@ _REV3: Final = PacmanRevision(
     number=3,
     tiles=8,
     uarts=32,
-    tile_bits=TILE_BITS,
     end=0x26000,
-    analog_power=True,
     supplies={
         "vdda": _supply(
             (0x24130, 2), _at(0x24002, 0x20, _high_mv), ("shunt_uv", _at(0x24001, 0x20, _high_uv)), (0x24190, 2)
@@ -188,7 +186,6 @@ _REV3: Final = PacmanRevision(
             (0x24131, 2), _at(0x24012, 0x20, _high_mv), ("shunt_uv", _at(0x24011, 0x20, _high_uv)), (0x24191, 2)
         ),
     },
-    board={},
     counts_a_volt=25_700,
     uncertainty=0.15,
     doubts=(
@@ -200,14 +197,11 @@ _REV4: Final = PacmanRevision(
     number=4,
     tiles=8,
     uarts=32,
-    tile_bits=TILE_BITS,
     end=0x25000,
-    analog_power=True,
     supplies={
         "vdda": _supply((0x24010, 1), _at(0x24030, 1, float), ("ma", _at(0x24050, 1, _idda_ma_4))),
         "vddd": _supply((0x24020, 1), _at(0x24040, 1, _vddd_mv_4, 1.0), ("ma", _at(0x24060, 1, _iddd_ma_4, 1.0))),
     },
-    board={},
     counts_a_volt=25_700,
     uncertainty=0.15,
     uart_clock=50e6,
@@ -220,14 +214,11 @@ _REV5: Final = PacmanRevision(
     number=5,
     tiles=10,
     uarts=33,
-    tile_bits=TILE_BITS,
     end=0x25000,
-    analog_power=True,
     supplies={
         "vdda": _supply((0x24010, 1), _at(0x24030, 1, float, 0.01), ("ma", _at(0x24050, 1, _quarter, 0.01))),
         "vddd": _supply((0x24020, 1), _at(0x24040, 1, float, 0.01), ("ma", _at(0x24060, 1, _quarter, 0.01))),
     },
-    board={},
     counts_a_volt=25_700,  # not established: the value of rev4
     uncertainty=0.5,
     uart_clock=10e6,

@@ -55,17 +55,10 @@ class PixelLayout(NamedTuple):
     def summary(self) -> dict[str, Any]:
         """Return name, file, version, pitch (mm), numbers of pixels, chips and tiles, x and y ([from, to], mm)."""
         pixels = {chip_name: int(np.isfinite(xy[:, 0]).sum()) for chip_name, xy in self.coordinates.items()}
-        all_pixels = np.concatenate([np.zeros((0, 2)), *self.coordinates.values()])
-        all_pixels = all_pixels[np.isfinite(all_pixels[:, 0])]
-        ends = [
-            end(_on_detector(tile, all_pixels), axis=0)
-            for tile in self.tiles.values()
-            for end in (np.min, np.max)
-            if len(all_pixels)
-        ]
-        box = [
-            [round(float(end([corner[i] for corner in ends])), 4) for end in (np.min, np.max) if ends] for i in (0, 1)
-        ]
+        positions = [_on_detector(tile, xy) for tile in self.tiles.values() for xy in self.coordinates.values()]
+        placed = np.concatenate([np.zeros((0, 2)), *positions])
+        placed = placed[np.isfinite(placed[:, 0])]
+        box = [[round(float(end(axis)), 4) for end in (np.min, np.max)] if len(axis) else [] for axis in placed.T]
         return {
             "name": self.name,
             "file": self.file,

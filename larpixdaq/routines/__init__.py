@@ -27,7 +27,6 @@ To try a routine without a DAQ::
 from __future__ import annotations
 
 import os
-import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -91,13 +90,7 @@ def load(folders: Iterable[Path] = ()) -> tuple[dict[str, Routine], list[str]]:
     """
     routines: dict[str, Routine] = {}
     broken: list[str] = []
-    shipped = [
-        Path(folder) / f"{module.name}.py"
-        for folder in __path__
-        for module in pkgutil.iter_modules([folder])
-        if not module.ispkg
-    ]
-    files = [(f"{__name__}.{path.stem}", path) for path in shipped]
+    files = [(f"{__name__}.{path.stem}", path) for path in sorted(Path(__file__).parent.glob("[!_.]*.py"))]
     for folder in folders:
         try:
             paths = sorted(path for path in folder.iterdir() if path.suffix == ".py" and path.name[0] not in "_.")

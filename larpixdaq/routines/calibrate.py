@@ -141,10 +141,4 @@ def _by_chip(keys: list[str], marked: NDArray[np.bool_]) -> dict[str, list[int]]
     return {key: np.flatnonzero(row).tolist() for key, row in zip(keys, marked, strict=True) if row.any()}
 
 
-registration = {
-    "calibrate": Routine(
-        "calibrate",
-        _calibrate,
-        ["low", "high", "chips", "apply", "leave_off", "rounds", "start", "directory", "raise_for"],
-    )
-}
+registration = {"calibrate": Routine("calibrate", _calibrate)}

@@ -19,4 +19,4 @@ def _hello_world(
     return controller, greeting
 
 
-registration = {"hello_world": Routine("hello_world", _hello_world, ["name"])}
+registration = {"hello_world": Routine("hello_world", _hello_world)}

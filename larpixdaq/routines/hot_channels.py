@@ -48,4 +48,4 @@ def _hot_channels(
     return controller, {**result, "saturated": measured.saturated}
 
 
-registration = {"hot_channels": Routine("hot_channels", _hot_channels, ["above_hz", "seconds", "chips", "disable"])}
+registration = {"hot_channels": Routine("hot_channels", _hot_channels)}

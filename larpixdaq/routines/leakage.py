@@ -49,4 +49,4 @@ def _leakage(
     }
 
 
-registration = {"leakage": Routine("leakage", _leakage, ["chips", "seconds"])}
+registration = {"leakage": Routine("leakage", _leakage)}

@@ -62,4 +62,4 @@ def _pedestal(
     return controller, {"chips": result, "left_out": measured.left_out, "saturated": measured.saturated}
 
 
-registration = {"pedestal": Routine("pedestal", _pedestal, ["chips", "samples", "trigger_hz"])}
+registration = {"pedestal": Routine("pedestal", _pedestal)}

@@ -38,4 +38,4 @@ def _quickstart(
     return controller, {**result, "rate_hz": round(float(measured.hz.sum()), 3)}
 
 
-registration = {"quickstart": Routine("quickstart", _quickstart, ["threshold", "seconds"])}
+registration = {"quickstart": Routine("quickstart", _quickstart)}

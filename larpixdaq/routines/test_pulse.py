@@ -80,4 +80,4 @@ def _pulsed(controller: Any, chip: Chips, amplitude: int, pulses: int) -> Hits:
     return collect(controller, chip.keys, _WAIT, act=fall)
 
 
-registration = {"test_pulse": Routine("test_pulse", _test_pulse, ["chips", "channels", "amplitude", "pulses"])}
+registration = {"test_pulse": Routine("test_pulse", _test_pulse)}

@@ -62,8 +62,4 @@ def _threshold_scan(
     return controller, {"thresholds": thresholds[: len(measured)], "chips": result, "saturated": saturated}
 
 
-registration = {
-    "threshold_scan": Routine(
-        "threshold_scan", _threshold_scan, ["chips", "start", "stop", "step", "seconds", "most_hz"]
-    )
-}
+registration = {"threshold_scan": Routine("threshold_scan", _threshold_scan)}
