@@ -383,9 +383,7 @@ class ChipActions:
         check_number("configure_network: tries", tries, 1, 100)
         chips = self._chips
         if not chips.board_file:
-            raise RequestError(
-                "configure_network: load_board(file) first, because the board file has the wiring of the chips"
-            )
+            raise RequestError("configure_network: load_board(file) first: the board file has the wiring of the chips")
         names = [name for name in network_bringup.NETWORK if name in chips.registers.addresses]
         if chips.registers.version == 1:  # no network to configure: the chips answer as soon as they have power
             return self.enforce_configuration()

@@ -73,13 +73,13 @@ class BoardOrders:
                 raise RequestError("no board here takes commands")
             return list(self.kinds)
         groups = requested if isinstance(requested, list) else [requested]
-        available = ", ".join(map(str, self.kinds)) or "none"
+        known = ", ".join(map(str, self.kinds)) or "none"
         if not groups:
-            raise RequestError(f"io_group: expected a number, a list, or None for all ({available}), found none")
+            raise RequestError(f"io_group: expected a number, a list, or None for all ({known}), found none")
         for group in groups:
             if isinstance(group, bool) or not isinstance(group, int) or group not in self.kinds:
                 raise RequestError(
-                    f"io_group {group!r:.100}: no such board takes commands here; those that do: {available}"
+                    f"io_group {group!r:.100}: no such board takes commands here; those that do: {known}"
                 )
         return list(dict.fromkeys(groups))
 

@@ -29,7 +29,7 @@ from larpixdaq.errors import LarpixDaqError, ProtocolError, RequestError
 from larpixdaq.hardware.producer_link import ProducerPipe
 from larpixdaq.hardware.routine_arguments import check_arguments, parameters, usage
 from larpixdaq.protocol import hardware
-from larpixdaq.routines import Routine, load
+from larpixdaq.routines import load
 from larpixdaq.runtime.child_process import PIECE, parent_socket
 
 if TYPE_CHECKING:
@@ -51,9 +51,11 @@ class RequestWorker:
     def handle(self, request: hardware.Request) -> None:
         if isinstance(request, hardware.ListRoutines):
             routines, broken = load(map(Path, request.folders))
-            self._link.send(
-                hardware.RoutineList(request.request, [_describe(*item) for item in sorted(routines.items())], broken)
-            )
+            described = [
+                hardware.RoutineInfo(name, parameters(routine), inspect.getdoc(routine.func) or "")
+                for name, routine in sorted(routines.items())
+            ]
+            self._link.send(hardware.RoutineList(request.request, described, broken))
         else:
             self._run(request)
 
@@ -66,9 +68,7 @@ class RequestWorker:
         try:
             answer: hardware.Result | hardware.ActionFailed
             answer = (
-                self._act(request, reports)
-                if isinstance(request, hardware.Action)
-                else self._call_routine(request, reports)
+                self._act(request, reports) if isinstance(request, hardware.Action) else self._call(request, reports)
             )
         except LarpixDaqError as error:
             code = error.code if isinstance(error, RequestError) else "failed"
@@ -114,7 +114,7 @@ class RequestWorker:
         value = act(self._chip_state(), request.action, request.params, reports.send_info)
         return hardware.Result(request.request, value, reports.left_out())
 
-    def _call_routine(self, request: hardware.RunRoutine, reports: _Reports) -> hardware.Result | hardware.ActionFailed:
+    def _call(self, request: hardware.RunRoutine, reports: _Reports) -> hardware.Result | hardware.ActionFailed:
         routines, broken = load(map(Path, request.folders))
         routine = routines.get(request.name)
         if routine is None:
@@ -174,10 +174,6 @@ class _Reports:
 
     def left_out(self) -> str:
         return f"{self._dropped} progress reports were left out" if self._dropped else ""
-
-
-def _describe(name: str, routine: Routine) -> hardware.RoutineInfo:
-    return hardware.RoutineInfo(name, parameters(routine), inspect.getdoc(routine.func) or "")
 
 
 def _one_line(text: str) -> str:

@@ -96,14 +96,11 @@ def rates(controller: Any, chips: Sequence[str], channels: int, seconds: float) 
     """
     counts = np.zeros(len(chips) * channels, np.int64)
 
-    def begin() -> None:
-        counts[:] = 0
-
     def take(hits: NDArray[Any]) -> None:
         hits = hits[(hits["channel"] < channels) & (hits["trigger"] == NATURAL)]
         counts[:] += np.bincount(hits["chip"] * channels + hits["channel"], minlength=len(counts))
 
-    measured = _measure(controller, chips, seconds, begin, take)
+    measured = _measure(controller, chips, seconds, lambda: counts.fill(0), take)
     return Rates(counts.reshape(len(chips), channels), measured.seconds, measured.saturated)
 
 
