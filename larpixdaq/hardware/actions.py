@@ -356,6 +356,8 @@ class ChipActions:
             for name in ("values", "counts", "conflicts"):
                 getattr(answers, name)[wrong] = getattr(retry, name)[wrong]
             answers.asked_again += retry.asked_again
+            answers.bad_parity += retry.bad_parity
+            answers.strange += retry.strange
             answers.errors |= retry.errors
         return self._compare(indices, answers) | {"written": written}
 

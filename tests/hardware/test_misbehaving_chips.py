@@ -22,8 +22,11 @@ from processes import LIMIT
 from system import rows_of
 
 from larpixdaq.errors import RequestError
+from larpixdaq.hardware.actions import ChipActions
 from larpixdaq.hardware.chip_state import ChipState
+from larpixdaq.hardware.power import no_progress
 from larpixdaq.hardware.producer_link import ProducerPipe
+from larpixdaq.hardware.register_io import RegisterAnswers
 from larpixdaq.hardware.register_map import ChipRegisters
 from larpixdaq.protocol.hardware import BoardInfo, Setup
 from larpixdaq.protocol.stream import REGISTERS
@@ -330,6 +333,28 @@ def test_the_next_child_writes_no_register_of_a_v3_chip_that_was_never_set():
     other.restore()
     assert np.argwhere(other.given).tolist() == [[0, 125]]
     assert other.wanted[0, 125] == 15
+
+
+class FaultyExchange:
+    """Answers one register of each read, with faults."""
+
+    def write(self, values, mask, progress):
+        return []
+
+    def read(self, mask, progress):
+        answers = RegisterAnswers(mask)
+        answers.counts[0, np.flatnonzero(mask[0])[0]] = 1
+        answers.asked_again, answers.bad_parity, answers.strange = 3, 1, 2
+        return answers
+
+
+def test_enforcing_counts_the_faults_of_all_its_tries(monkeypatch):
+    chips = chip_state(Setup([BoardInfo(1, "pacman", "board")], "3", 3, 2))
+    place = chips.find("1-1-2")
+    chips.wanted[place, 64:66], chips.given[place, 64:66] = 1, True
+    monkeypatch.setattr(ChipActions, "_exchange", lambda self, indices: FaultyExchange())
+    result = ChipActions(chips, no_progress).enforce_configuration("1-1-2")
+    assert (result["asked_again"], result["bad_parity"], result["strange_answers"]) == (4 * 3, 4, 4 * 2)
 
 
 def test_the_fake_source_takes_no_commands(line):
