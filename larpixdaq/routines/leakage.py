@@ -18,12 +18,12 @@ def _leakage(
 ) -> tuple[Any, dict[str, Any]]:
     """Measures the rate of each channel (Hz) with periodic reset and without it, for SECONDS (s) each.
 
-    Without reset, leakage charges a channel up to its threshold, and it triggers. Its leakage is the difference of the
-    two rates, times the distance from pedestal to threshold.
-    CHIPS: a chip key, a list of chip keys, or None for all chips. The registers of the chips are restored.
+    Without reset, leakage charges a channel up to its threshold, and it triggers. The difference of the two rates,
+    times the distance from pedestal to threshold, is the leakage of the channel. CHIPS: a chip key, a list of chip
+    keys, or None for all chips. The registers of the chips are restored.
 
-    Result: "chips" {chip: {"with_reset", "without_reset", "leakage"}}, each a list with a rate in Hz for each channel;
-    "saturated", io_channels that sent as much as their line carries, so that rates there are too low.
+    Result: "chips" {chip: {"with_reset", "without_reset", "leakage" (their difference)}}, each a list with a rate in Hz
+    for each channel; "saturated", io_channels that sent as much as their line carries, so that rates there are too low.
     """
     if not seconds > 0:
         raise ValueError(f"seconds: expected more than 0, found {seconds:g}")
