@@ -127,7 +127,7 @@ def test_the_option_names_the_lock_directory(tmp_path: Path, unlockable: Callabl
 def test_a_removed_lock_is_made_anew(
     tmp_path: Path, unlockable: Callable[[Path, int], None], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr("larpixdaq.storage.directory_lock._LOOK", 0.0)
+    monkeypatch.setattr("larpixdaq.storage.directory_lock._INTERVAL", 0.0)
     if number:
         unlockable(tmp_path, number)
     first, second = Lock(tmp_path, ""), Lock(tmp_path, "")
