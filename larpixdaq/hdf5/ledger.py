@@ -121,6 +121,26 @@ def describe_origin(origin: BlockOrigin) -> str:
     return f"producer {origin.producer!r}, epoch {origin.epoch:x}"
 
 
+def describe_group(origin: BlockOrigin, io_group: int) -> str:
+    return f"{describe_origin(origin)}, io_group {io_group}"
+
+
+def verdict_lines(verdicts: Iterable[tuple[BlockOrigin, int, str, str]]) -> list[str]:
+    """Return one line for each of the verdicts (origin, io_group, verdict, why) that is not "complete"."""
+    return [
+        f"{describe_group(origin, io_group)}: {verdict}: {why}"
+        for origin, io_group, verdict, why in verdicts
+        if verdict != stream.VERDICTS[0]
+    ]
+
+
+def missing_rows(where: str, counts: Mapping[str, int], stored: int, *, balanced: bool) -> list[str]:
+    """Return why rows of an io_group are missing, one line each. `balanced`: equation (d) must hold."""
+    dropped = f"{counts['dropped']} rows dropped, because ring and spool were full" if counts["dropped"] else None
+    lines = (dropped, row_imbalance(counts, stored) if balanced else None, constants.unusable(counts))
+    return [f"{where}: {line}" for line in lines if line]
+
+
 class Account:
     """Counts of one origin in this part. `expected`: next sequence of a block, over all parts of the run."""
 
@@ -219,11 +239,8 @@ class Account:
 
     def verdict_lines(self) -> list[str]:
         """Return one line for each verdict that is not "complete"."""
-        return [
-            f"{describe_origin(self.origin)}, io_group {verdict.io_group}: {verdict.verdict}: {verdict.why}"
-            for verdict in (self.end.verdicts if self.end else [])
-            if verdict.verdict != stream.VERDICTS[0]
-        ]
+        verdicts = self.end.verdicts if self.end else []
+        return verdict_lines((self.origin, verdict.io_group, verdict.verdict, verdict.why) for verdict in verdicts)
 
     def unknown(self) -> NDArray[Any]:
         """Make the rows of /ledger/unknown: at most schema.UNKNOWN_KEPT of each io_group."""
@@ -246,16 +263,12 @@ class Account:
         name = describe_origin(self.origin)
         waiting = [f"{name}: no end record, totals unknown"] if self.end is None else []
         missing = [f"{name}: {self.missing_blocks} blocks are missing"] if self.missing_blocks else []
+        # Rows of earlier parts are not in this file; the unbroken sequence shows that they are stored there.
+        balanced = self.end is not None and not self.first_sequence
         for row in self.counts():
             counts = {field: int(row[field]) for field in (*constants.COUNTS, "owed")}
-            where = f"{name}, io_group {row['io_group']}"
-            if counts["dropped"]:
-                missing.append(f"{where}: {counts['dropped']} rows dropped, because ring and spool were full")
-            # Rows of earlier parts are not in this file; the unbroken sequence shows that they are stored there.
-            if self.end is not None and not self.first_sequence and (line := row_imbalance(counts, counts["stored"])):
-                missing.append(f"{where}: {line}")
-            if line := constants.unusable(counts):
-                missing.append(f"{where}: {line}")
+            where = describe_group(self.origin, row["io_group"])
+            missing += missing_rows(where, counts, counts["stored"], balanced=balanced)
         return waiting, missing
 
 

@@ -11,6 +11,7 @@ import fcntl
 import io
 import os
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -127,6 +128,7 @@ class DataFile:
         """Make visible all rows that the writer of a growing file has added so far."""
         for name, dataset in self._datasets.items():
             self._guard(f"/{name}", dataset.refresh)
+        vars(self).pop("producers", None)
 
     @property
     def stored_bytes(self) -> int:
@@ -170,26 +172,39 @@ class DataFile:
 
     def connected(self) -> list[ConnectedBoard]:
         """Return the boards, devices or files that the producers read: the last entry of each io_group."""
-        producers = self.producers()
         boards: dict[tuple[str, int], ConnectedBoard] = {}
         for row in self.table("run/sources"):
-            fields = row_dict(row)
-            if (index := fields.pop("producer")) >= len(producers):
-                raise FileError(f"{self.path}: /run/sources names producer {index} of {len(producers)}")
-            board = ConnectedBoard(producers[index], **fields)
+            board = ConnectedBoard(**row_dict(row) | {"producer": self.producer(row)})
             boards[board.producer, board.io_group] = board
         return list(boards.values())
 
+    @cached_property
     def producers(self) -> list[str]:
-        """Return the names in /run/producers; other tables have the index into this list."""
+        """Names in /run/producers; other tables have the index into this list."""
         return [text(row["name"]) for row in self.table("run/producers")]
 
-    def origin(self, row: Any, producers: list[str], run: int) -> BlockOrigin:
-        """Return the origin that a row of a table belongs to. FileError when its producer is not in `producers`."""
+    @cached_property
+    def run(self) -> int:
+        """Number of the run, by /run/info."""
+        return int(self.run_info()["run"])
+
+    def producer(self, row: Any) -> str:
+        """Return the producer that a row of a table names. FileError when /run/producers does not have it."""
         index = int(row["producer"])
-        if index >= len(producers):
-            raise FileError(f"{self.path}: names producer {index} of {len(producers)}")
-        return BlockOrigin(run, producers[index], int(row["epoch"]))
+        if index >= len(self.producers):
+            raise FileError(f"{self.path}: names producer {index} of {len(self.producers)}")
+        return self.producers[index]
+
+    def origin(self, row: Any, run: int | None = None) -> BlockOrigin:
+        """Return the origin that a row of a table belongs to. `run`: known run number, if /run/info is not to be read.
+
+        FileError as of producer().
+        """
+        return BlockOrigin(self.run if run is None else run, self.producer(row), int(row["epoch"]))
+
+    def rows_by_origin(self, name: str) -> Iterator[tuple[BlockOrigin, dict[str, Any]]]:
+        """Read a small table: the origin and the columns of each row."""
+        return ((self.origin(row), row_dict(row)) for row in self.table(name))
 
     def run_info(self) -> dict[str, Any]:
         """Read the row of /run/info; 0 in columns that older files do not have."""

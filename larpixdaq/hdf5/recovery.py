@@ -316,9 +316,7 @@ class _PartReader:
     def __init__(self, file: DataFile, info: dict[str, Any]) -> None:
         self._file = file
         self._info = info
-        self._run = int(info["run"])
-        self._producers = file.producers()
-        self._start_positions = {self._origin(row): int(row["first"]) for row in file.table("run/positions")}
+        self._start_positions = {origin: row["first"] for origin, row in file.rows_by_origin("run/positions")}
         self._accounts: dict[BlockOrigin, Account] = {}
         self._missing: list[tuple[int, ...]] = []
         self._damaged: list[str] = []
@@ -361,7 +359,7 @@ class _PartReader:
             accounts={
                 origin: account for origin, account in self._accounts.items() if account.next > account.first_sequence
             },
-            producers=self._producers,
+            producers=self._file.producers,
             rows=self._row,
             cut=self._file.rows - self._row,
             messages=self._messages,
@@ -371,11 +369,8 @@ class _PartReader:
             lost=self._lost,
         )
 
-    def _origin(self, row: Any) -> BlockOrigin:
-        return self._file.origin(row, self._producers, self._run)
-
     def _account(self, row: Any) -> Account:
-        origin = self._origin(row)
+        origin = self._file.origin(row)
         if origin not in self._accounts:
             self._accounts[origin] = Account(origin, int(row["producer"]), self._start_positions.get(origin, 0))
         return self._accounts[origin]
@@ -387,7 +382,7 @@ class _PartReader:
         first = stop = self._row + sum(int(block["rows"]) for block in self._doubtful)
         sensible = []
         for block in group:
-            known = int(block["producer"]) < len(self._producers)
+            known = int(block["producer"]) < len(self._file.producers)
             if not known or int(block["first_row"]) != stop or int(block["rows"]) > constants.BLOCK_ROWS:
                 break
             stop += int(block["rows"])
@@ -455,7 +450,7 @@ class _PartReader:
         rows = self._file.table("run/ends")
         jumps = {row[:4] for row in self._file.table("run/missing").tolist()}
         for number, row in enumerate(rows):
-            if int(row["producer"]) >= len(self._producers):
+            if int(row["producer"]) >= len(self._file.producers):
                 return self._cut_ends(number, len(rows))
             account, following = self._account(row), int(row["next"])
             whole = (
@@ -513,6 +508,6 @@ class _PartReader:
         """Return the first rows of a table, up to one that belongs to no known block or end."""
         rows = self._file.table(name)
         for number, row in enumerate(rows):
-            if int(row["producer"]) >= len(self._producers) or not belongs(row):
+            if int(row["producer"]) >= len(self._file.producers) or not belongs(row):
                 return rows[:number]
         return rows

@@ -19,11 +19,11 @@ import numpy as np
 
 from larpixdaq import constants
 from larpixdaq._native import hdf5_chunks
-from larpixdaq.constants import RunCondition, unusable, worst
+from larpixdaq.constants import RunCondition, worst
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import journal, ledger, names, tables
-from larpixdaq.hdf5.ledger import describe_origin
-from larpixdaq.hdf5.reader import DataFile, row_dict, text
+from larpixdaq.hdf5.ledger import describe_group, describe_origin
+from larpixdaq.hdf5.reader import DataFile, text
 from larpixdaq.protocol.reports import StoredEnd, StoredRows
 from larpixdaq.protocol.stream import READ, SENT, BlockOrigin, Position
 from larpixdaq.runtime.units import utc_datetime
@@ -183,19 +183,14 @@ class _Judgement:
         """Check equation (d) of the ledger for each io_group, over all parts."""
         for key in dict.fromkeys((*self._stored, *self._dropped)):
             origin, group = key
-            where = f"{describe_origin(origin)}, io_group {group}"
+            where = describe_group(origin, group)
             counts = dict.fromkeys(constants.COUNTS, 0) | {"dropped": self._dropped[key], "owed": 0}
             if origin in self._ends:
                 counts = self._ends[origin][0].counts.get(key, counts)
             if counts["owed"]:
                 self._waiting.append(f"{where}: {counts['owed']} rows are still pending")
-            if counts["dropped"]:
-                self._missing.append(f"{where}: {counts['dropped']} rows dropped, because ring and spool were full")
-            line = ledger.row_imbalance(counts, self._stored[key])
-            if line and origin in self._ends and not self._began_earlier(origin):
-                self._missing.append(f"{where}: {line}")
-            if line := unusable(counts):
-                self._missing.append(f"{where}: {line}")
+            balanced = origin in self._ends and not self._began_earlier(origin)
+            self._missing += ledger.missing_rows(where, counts, self._stored[key], balanced=balanced)
 
     def _made_rows(self, origin: BlockOrigin, part: Part) -> int:
         return sum(ledger.made(counts) for (key, _), counts in part.counts.items() if key == origin)
@@ -224,12 +219,7 @@ def read_part(path: Path) -> Part:
     with DataFile(path) as file:
         if not file.own:
             raise FileError(f"{path}: has no /run, so it is none of ours")
-        info, texts, producers = file.run_info(), file.texts(), file.producers()
-        run = int(info["run"])
-
-        def rows(name: str) -> Iterable[tuple[BlockOrigin, dict[str, Any]]]:
-            return ((file.origin(row, producers, run), row_dict(row)) for row in file.table(name))
-
+        info, texts, rows = file.run_info(), file.texts(), file.rows_by_origin
         return Part(
             path=path,
             number=info["part"],
@@ -242,13 +232,16 @@ def read_part(path: Path) -> Part:
             ends={origin: (row["next"], row["how"]) for origin, row in rows("run/ends")},
             counts={(origin, row["io_group"]): row for origin, row in rows("ledger/counts")},
             missing=[(origin, row["first"], row["next"]) for origin, row in rows("run/missing")],
-            verdict_lines=[
-                f"{describe_origin(origin)}, io_group {row['io_group']}: {row['verdict']}: {row['why']}"
-                for origin, row in rows("ledger/verdicts")
-                if row["verdict"] != "complete"
-            ],
+            verdict_lines=verdict_lines(file),
             damaged=[f"{path.name}: {line}" for line in texts.get("damaged", [])],
         )
+
+
+def verdict_lines(file: DataFile) -> list[str]:
+    """Return one line for each verdict in a file that is not "complete"."""
+    return ledger.verdict_lines(
+        (origin, row["io_group"], row["verdict"], row["why"]) for origin, row in file.rows_by_origin("ledger/verdicts")
+    )
 
 
 def join_superseded(parts: Sequence[Part]) -> list[Part]:
@@ -286,9 +279,8 @@ def _without_copies(parts: list[Part], superseded: set[Path]) -> list[Part]:
 
 def _blocks(file: DataFile) -> Iterator[tuple[tuple[BlockOrigin, int], Any]]:
     """Read /run/blocks: (origin, sequence) and row of each block."""
-    producers, run = file.producers(), int(file.run_info()["run"])
     for row in file.table("run/blocks"):
-        yield (file.origin(row, producers, run), int(row["sequence"])), row
+        yield (file.origin(row), int(row["sequence"])), row
 
 
 def _without_blocks(part: Part, file: DataFile, blocks: list[tuple[tuple[BlockOrigin, int], Any]]) -> Part:
@@ -366,13 +358,12 @@ def positions_of_file(path: Path, run: int) -> dict[BlockOrigin, int]:
     with DataFile(path) as file:
         if not file.own:
             raise FileError(f"{path}: has no /run, so it is none of ours")
-        producers = file.producers()
         for name, column in (("run/blocks", "sequence"), ("run/ends", "next")):
             for start in range(0, file.length(name), 65_536):
                 rows = file.table(name, start, start + 65_536)
                 for row in np.unique(rows[["producer", "epoch"]]):
                     selected = (rows["producer"] == row["producer"]) & (rows["epoch"] == row["epoch"])
-                    origin = file.origin(row, producers, run)
+                    origin = file.origin(row, run)
                     found[origin] = max(int(rows[column][selected].max()) + 1, found.get(origin, 0))
     return found
 
@@ -414,21 +405,17 @@ def file_info(path: Path | str) -> dict[str, Any]:
 def _run_facts(file: DataFile) -> dict[str, Any]:
     row = file.run_info()
     texts = file.texts()
-    number = int(row["run"])
-    producers = file.producers()
 
     def lines(name: str) -> list[dict[str, Any]]:
         """Rows of a table with the name of the producer in place of its index."""
-        return [
-            row_dict(line) | {"producer": file.origin(line, producers, number).producer} for line in file.table(name)
-        ]
+        return [line | {"producer": origin.producer} for origin, line in file.rows_by_origin(name)]
 
     counts = lines("ledger/counts")
     total = {name: sum(int(line[name]) for line in counts) for name in (*constants.COUNTS, "owed")}
     gaps = file.table("ledger/gaps")
     chips = tables.newest_configurations(file.table("run/configs"))
     return {
-        "run": number,
+        "run": file.run,
         "part": row["part"],
         "condition": row["condition"],
         "reasons": texts.pop("reason", []),
@@ -448,7 +435,7 @@ def _run_facts(file: DataFile) -> dict[str, Any]:
         "missing_blocks": row["missing_blocks"],
         "blocks": file.length("run/blocks"),
         "texts": {name: values[-1] for name, values in texts.items()},
-        "producers": producers,
+        "producers": file.producers,
         "messages": [text(line["message"]) for line in file.table("messages", 0, 100)],
         "ledger": counts,
         "totals": total | {"made": ledger.made(total)},

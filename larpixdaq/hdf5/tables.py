@@ -335,7 +335,7 @@ def _larpix_control_rows(table: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[A
 def configurations_of_part(path: Path) -> CarriedConfigurations:
     """Read the newest configurations from a part, closed or not, and its journal; FileError when it cannot be read."""
     with DataFile(path) as file:
-        producers, tables = file.producers(), [file.table("run/configs")]
+        producers, tables = list(file.producers), [file.table("run/configs")]
     name = names.parse(path.name)
     assert name is not None
     journal = path.with_name(path.name.removesuffix(name.ending) + names.JOURNAL)

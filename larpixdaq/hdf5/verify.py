@@ -19,11 +19,10 @@ from larpixdaq._native import hdf5_chunks, word_codec
 from larpixdaq.constants import RunCondition
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import layout, ledger, names, run_report
-from larpixdaq.hdf5.ledger import describe_origin
-from larpixdaq.hdf5.reader import PIECE_ROWS, DataFile, row_dict
+from larpixdaq.hdf5.ledger import describe_group, describe_origin
+from larpixdaq.hdf5.reader import PIECE_ROWS, DataFile
 from larpixdaq.hdf5.recordings import chip_generation, copy_columns
 from larpixdaq.hdf5.run_report import RunReport
-from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime.record_file import crc32
 
@@ -83,7 +82,7 @@ def verify(path: Path | str) -> VerifyReport:
         with DataFile(path) as file:
             rows = file.rows
             if file.own:
-                run = int(file.run_info()["run"]), (file.texts().get("storage") or [""])[-1]
+                run = file.run, (file.texts().get("storage") or [""])[-1]
                 condition = _verify_own(file, findings, notes)
             else:
                 _verify_foreign(file, findings, notes)
@@ -214,23 +213,17 @@ def _verify_own(file: DataFile, findings: Findings, notes: list[str]) -> str:
     ledger_check = LedgerCheck(file, info, findings)
     _check_blocks(file, ledger_check, parity, findings.add)
     ledger_check.close(continued=condition == RunCondition.CONTINUED)
-    _check_verdicts(file, info, findings, notes)
+    _check_verdicts(file, condition, findings, notes)
     if parity.unchecked_reason:
         notes.append(f"parity was not checked: {parity.unchecked_reason}")
     parity.close(findings.add, notes.append)
     return condition
 
 
-def _check_verdicts(file: DataFile, info: dict[str, Any], findings: Findings, notes: list[str]) -> None:
+def _check_verdicts(file: DataFile, condition: str, findings: Findings, notes: list[str]) -> None:
     """Note losses before the producer; they are a finding only when the condition is COMPLETE in spite of them."""
-    producers = file.producers()
-    losses = []
-    for row in file.table("ledger/verdicts"):
-        verdict = row_dict(row)
-        if verdict["verdict"] != stream.VERDICTS[0]:
-            name = file.origin(row, producers, int(info["run"])).producer
-            losses.append(f"{name}, io_group {verdict['io_group']}: {verdict['verdict']}: {verdict['why']}")
-    if losses and info["condition"] == RunCondition.COMPLETE:
+    losses = run_report.verdict_lines(file)
+    if losses and condition == RunCondition.COMPLETE:
         findings.add(f"condition COMPLETE, although /ledger/verdicts says: {losses[0]}")
     notes += losses[:MOST_FINDINGS]
 
@@ -387,19 +380,12 @@ class LedgerCheck:
     def __init__(self, file: DataFile, info: dict[str, Any], findings: Findings) -> None:
         self._file = file
         self._finding, self._open_finding = findings.add, findings.add_open
-        self._run = int(info["run"])
         self._closed = info["condition"] != RunCondition.RUNNING
-        self._producers = file.producers()
-        self._positions = {
-            self._origin(row): (int(row["first"]), int(row["next"])) for row in file.table("run/positions")
-        }
+        self._positions = {origin: (row["first"], row["next"]) for origin, row in file.rows_by_origin("run/positions")}
         self._checks: dict[BlockOrigin, _OriginCheck] = {}
-        self._missing: dict[tuple[BlockOrigin, int, int], int] = {}
-        for row in file.table("run/missing"):
-            self._missing[self._origin(row), int(row["first"]), int(row["next"])] = int(row["rows"])
-
-    def _origin(self, row: Any) -> BlockOrigin:
-        return self._file.origin(row, self._producers, self._run)
+        self._missing = {
+            (origin, row["first"], row["next"]): row["rows"] for origin, row in file.rows_by_origin("run/missing")
+        }
 
     def _check(self, origin: BlockOrigin) -> _OriginCheck:
         if origin not in self._checks:
@@ -408,7 +394,7 @@ class LedgerCheck:
 
     def block(self, row: Any, data: NDArray[np.uint8] | None) -> None:
         """Count a block: its row of /run/blocks, and the bytes of its rows; None when they cannot be read."""
-        origin = self._origin(row)
+        origin = self._file.origin(row)
         check = self._check(origin)
         self._advance(origin, check, int(row["sequence"]))
         check.expected += 1
@@ -431,13 +417,12 @@ class LedgerCheck:
             self._open_finding(
                 f"{describe_origin(origin)}: blocks {first} to {stop - 1} missing ({rows} rows, by the next header)"
             )
-        for row in self._file.table("run/ends"):
-            origin = self._origin(row)
+        for origin, row in self._file.rows_by_origin("run/ends"):
             check = self._check(origin)
             if check.ended:
                 self._finding(f"{describe_origin(origin)}: ends twice")
             check.ended = True
-            self._advance(origin, check, int(row["next"]))
+            self._advance(origin, check, row["next"])
         for origin, check in self._checks.items():
             if not (check.ended or continued):
                 self._open_finding(f"{describe_origin(origin)}: no end record, totals unknown")
@@ -451,22 +436,20 @@ class LedgerCheck:
 
     def _check_ledger(self) -> None:
         listed = set()
-        for row in self._file.table("ledger/counts"):
-            origin, group = self._origin(row), int(row["io_group"])
-            where = f"{describe_origin(origin)}, io_group {group}"
+        for origin, row in self._file.rows_by_origin("ledger/counts"):
+            group = row["io_group"]
+            where = describe_group(origin, group)
             if (origin, group) in listed:
                 self._finding(f"{where}: listed twice in the ledger")
             listed.add((origin, group))
-            self._check_line(where, self._check(origin), group, row_dict(row))
+            self._check_line(where, self._check(origin), group, row)
         for origin, check in self._checks.items():
-            for index in np.flatnonzero(ledger.stored(check.tally)):
-                if (origin, int(index)) not in listed:
-                    self._finding(f"{describe_origin(origin)}, io_group {index}: has rows, but no line in the ledger")
-        for row in self._file.table("ledger/outside"):
-            for line in ledger.input_imbalances(row_dict(row)):
-                self._finding(
-                    f"{describe_origin(self._origin(row))}, io_group {row['io_group']}, outside of runs: {line}"
-                )
+            for group in np.flatnonzero(ledger.stored(check.tally)).tolist():
+                if (origin, group) not in listed:
+                    self._finding(f"{describe_group(origin, group)}: has rows, but no line in the ledger")
+        for origin, row in self._file.rows_by_origin("ledger/outside"):
+            for line in ledger.input_imbalances(row):
+                self._finding(f"{describe_group(origin, row['io_group'])}, outside of runs: {line}")
 
     def _check_line(self, where: str, check: _OriginCheck, group: int, counts: dict[str, Any]) -> None:
         """Check one row of /ledger/counts against the equations and the rows of the file."""

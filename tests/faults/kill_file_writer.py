@@ -312,10 +312,9 @@ def killed_writer(directory: Path, seed: int, plan: Plan) -> tuple[str, dict[Blo
 def rows_in_file(path: Path) -> Iterator[tuple[BlockOrigin, int, Any]]:
     """Yield (origin, sequence, rows) of each block."""
     with DataFile(path) as file:
-        producers, run = file.producers(), file.run_info()["run"]
         for row in file.table("run/blocks"):
             first = int(row["first_row"])
-            yield file.origin(row, producers, run), int(row["sequence"]), file.packets(first, first + int(row["rows"]))
+            yield file.origin(row), int(row["sequence"]), file.packets(first, first + int(row["rows"]))
 
 
 def rows_in_journal(path: Path) -> Iterator[tuple[BlockOrigin, int, Any]]:

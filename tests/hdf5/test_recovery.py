@@ -79,8 +79,8 @@ def test_file_and_journal_become_one(tmp_path, one, sizes, end):
     if end:
         file.end(feed.end())
         file.work(pressed=True)
-    before = positions(tmp_path)
     part = killed(file)
+    before = positions(tmp_path)
     found = recover(part)
     assert (found.path, found.rows) == (tmp_path / f"{NAME}.h5", feed.first_packet)
     assert list(tmp_path.iterdir()) == [found.path]
@@ -624,7 +624,7 @@ def test_a_later_part_knows_where_it_began(tmp_path):
     assert found.reasons == ["producer 'LArPix board', epoch 7: no end record, totals unknown"]
     with DataFile(found.path) as read:
         assert read.table("run/positions")[["first", "next"]].tolist() == [(3, 4), (9, 9)]
-        assert read.producers() == ["LArPix board", "quiet"]
+        assert read.producers == ["LArPix board", "quiet"]
     assert verify(found.path).open == verify(found.path).findings
 
 
