@@ -88,7 +88,7 @@ class Tables:
             table.write(h5py.h5s.create_simple(array.shape), space, array, h5_type)
 
     def add_producer(self, name: str) -> None:
-        """Add a producer, whose name is storable, to /run/producers, unless it is there."""
+        """Add a producer to /run/producers, unless it is there."""
         if name not in self.producers:
             self.append("run/producers", [(name.encode("utf-8", "replace"),)])
             self.producers[name] = len(self.producers)
@@ -96,7 +96,7 @@ class Tables:
     def add_sources(self, boards: Iterable[stream.ConnectedBoard]) -> None:
         """Add boards to /run/sources, unless they are there."""
         for board in boards:
-            if board not in self._boards and storable(board.producer):
+            if board not in self._boards:
                 self._boards.add(board)
                 self.add_producer(board.producer)
                 dtype = self._dtypes["run/sources"]
@@ -348,9 +348,3 @@ def configurations_of_part(path: Path) -> CarriedConfigurations:
     if len(table) and int(table["producer"].max()) >= len(producers):
         raise FileError(f"{path}: /run/configs names producer {table['producer'].max()} of {len(producers)}")
     return CarriedConfigurations(newest_configurations(table), producers)
-
-
-def storable(producer: str) -> bool:
-    """Whether the name of a producer fits into /run/producers."""
-    name = producer.encode("utf-8", "replace")
-    return 0 < len(name) <= layout.PRODUCERS["name"].itemsize and b"\0" not in name

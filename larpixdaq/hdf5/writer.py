@@ -34,7 +34,7 @@ from larpixdaq.hdf5 import layout, ledger, names, tables
 from larpixdaq.hdf5.chunk_writer import Batch, WriteBack
 from larpixdaq.hdf5.journal import Journal
 from larpixdaq.hdf5.ledger import Account, check_block, check_content, check_end, describe
-from larpixdaq.hdf5.tables import CarriedConfigurations, InfoMessage, RunInfo, Tables, WaitingFrame, storable
+from larpixdaq.hdf5.tables import CarriedConfigurations, InfoMessage, RunInfo, Tables, WaitingFrame
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime.file_access import copy_content, in_place, open_regular
@@ -263,9 +263,6 @@ class RunFile:
     def _account(self, origin: BlockOrigin) -> Account:
         account = self._accounts.get(origin)
         if account is None:
-            if not storable(origin.producer):
-                size = len(origin.producer.encode("utf-8", "replace"))
-                raise ProtocolError(f"producer {origin.producer[:40]!r}: a name of {size} bytes cannot be stored")
             self._try(lambda: self._tables.add_producer(origin.producer))
             account = Account(origin, self._tables.producers[origin.producer], self._start_positions.get(origin, 0))
             self._accounts[origin] = account

@@ -140,7 +140,7 @@ class Configs(msgspec.Struct, array_like=True, frozen=True):
 class ConnectedBoard(msgspec.Struct, frozen=True):
     """One io_group of a producer in a run, with the board, device or recording behind it."""
 
-    producer: Annotated[str, Meta(min_length=1, max_length=256)]
+    producer: Name
     io_group: Annotated[int, Meta(ge=0, le=255)]
     kind: Annotated[str, Meta(max_length=16)]  # "PACMAN", "Bern board", "serial", "IO class", "fake" or "replay"
     address: Annotated[str, Meta(max_length=256)]  # network address, device, class with arguments, or files
