@@ -110,11 +110,6 @@ def _locked(path: Path, recovery: bool) -> LockedFile:
     return file
 
 
-def records(path: Path) -> list[JournalRecord]:
-    """Read the whole records of a journal. FileError when the file cannot be read."""
-    return read(path).records
-
-
 def read(path: Path) -> Contents:
     """Read the whole records of a journal, and find its damaged stretches. FileError when the file cannot be read."""
     data = read_regular(path, _MAX_BYTES)

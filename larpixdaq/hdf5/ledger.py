@@ -309,13 +309,3 @@ def verdict(
         RunCondition.SUSPECT: verdict_lines,
     }
     return worst(conditions), reasons
-
-
-def stored_rows(accounts: Sequence[Account]) -> list[tuple[str, int, int, int]]:
-    """List (producer, epoch, io_group, rows) of all rows in this part."""
-    return [
-        (account.origin.producer, account.origin.epoch, int(group), int(rows[group]))
-        for account in accounts
-        for rows in (stored(account.tally),)
-        for group in np.flatnonzero(rows)
-    ]

@@ -362,7 +362,6 @@ class _PartReader:
             producers=self._file.producers,
             rows=self._row,
             cut=self._file.rows - self._row,
-            messages=self._messages,
             lengths=lengths,
             missing=[row for row in self._missing if row[:4] not in recorded],
             damaged=self._damaged,

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq.constants import RunCondition
 from larpixdaq.errors import FileError
-from larpixdaq.hdf5 import layout, names
-from larpixdaq.hdf5.journal import records
+from larpixdaq.hdf5 import journal, layout, names
 from larpixdaq.hdf5.ledger import Account
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.protocol import stream
@@ -338,8 +337,8 @@ def configurations_of_part(path: Path) -> CarriedConfigurations:
         producers, tables = list(file.producers), [file.table("run/configs")]
     name = names.parse(path.name)
     assert name is not None
-    journal = path.with_name(path.name.removesuffix(name.ending) + names.JOURNAL)
-    for record in records(journal) if journal.exists() else ():
+    journal_path = path.with_name(path.name.removesuffix(name.ending) + names.JOURNAL)
+    for record in journal.read(journal_path).records if journal_path.exists() else ():
         if isinstance(record.frame, Block) and record.frame.configs is not None:
             if record.frame.producer not in producers:
                 producers.append(record.frame.producer)

@@ -56,9 +56,6 @@ class CloseReport(NamedTuple):
     bytes: int
     condition: RunCondition
     reasons: list[str]
-    stored: list[tuple[str, int, int, int]]  # producer, epoch, io_group, rows
-    missing_blocks: int
-    duplicate_blocks: int
 
 
 class RunFile:
@@ -130,9 +127,8 @@ class RunFile:
             raise
         self._damaged = state.damaged
         self._accounts = dict(state.accounts)
-        self.ended = {account.origin: account.end for account in state.accounts.values() if account.end}
         self._missing = list(state.missing)
-        self._messages = state.messages
+        self._messages = state.lengths["messages"]
         self.duplicate_blocks = state.info["duplicate_blocks"]
         return self
 
@@ -143,7 +139,7 @@ class RunFile:
         self.duplicate_blocks = 0
         #: Position of each origin below which all blocks are durable. An end counts as the sequence that it names.
         self.durable: dict[BlockOrigin, int] = {}
-        self.ended: dict[BlockOrigin, stream.End] = {}
+
         self._write_back = WriteBack(path)
         #: The name that publish() gives to the file.
         self.final = path.with_name(path.name.removesuffix(names.PART) + names.FINISHED)
@@ -241,19 +237,18 @@ class RunFile:
         self._check_usable()
         self._check_run(end)
         check_end(end)
-        expected = self._expected(end.source)
+        account = self._accounts.get(end.source)
         # The end record is in this part, or in an earlier one.
-        if end.source in self.ended or end.following == self._start_positions.get(end.source):
+        if (account is not None and account.end) or end.following == self._start_positions.get(end.source):
             self.duplicate_blocks += 1
             return
-        if end.next < expected:
+        if end.next < (expected := self._expected(end.source)):
             raise ProtocolError(f"{describe(end)}: block {expected - 1} of it has been taken already")
         account = self._account(end.source)
         if missing := account.skip(end.next, None):
             self._missing.append(missing)
         account.end = end
         account.drop((gap.io_group, gap.rows) for gap in end.gaps)
-        self.ended[end.source] = end
         self._enqueue(WaitingFrame(end, account, self.rows, self.rows))
 
     def _check_run(self, frame: stream.Block | stream.End) -> None:
@@ -370,21 +365,18 @@ class RunFile:
             info = self._file["run/info"][:]
             info["begun_ns"] = begun_ns
             self._file["run/info"][:] = info
-            self._flush()
 
-        self._try(write)
+        self._try(write, self._flush)
 
     def set_sources(self, connected: Iterable[stream.ConnectedBoard]) -> None:
         """Add boards to /run/sources, unless they are there. FileError when the disk fails."""
         self._check_usable()
-        self._try(lambda: self._tables.add_sources(connected))
-        self._try(self._flush)
+        self._try(lambda: self._tables.add_sources(connected), self._flush)
 
     def set_text(self, name: str, text: str) -> None:
         """Add a text to /run/texts, where the newest text of a name counts. FileError when the disk fails."""
         self._check_usable()
-        self._try(lambda: self._tables.add_text(name, text))
-        self._try(self._flush)
+        self._try(lambda: self._tables.add_text(name, text), self._flush)
 
     def close(self, **how: Any) -> CloseReport:
         """Seal and publish the file, which waits for the disk. `how`: arguments of seal()."""
@@ -417,7 +409,6 @@ class RunFile:
             before=self._start_positions,
             damaged=self._damaged,
         )
-        missing = sum(account.missing_blocks for account in accounts)
 
         def finish() -> None:
             self._write_batch()
@@ -438,7 +429,8 @@ class RunFile:
                     self._file, info[0], rotated_in_ns=self.rotated_in_ns, rotated_out_ns=rotated_out_ns
                 )
             info["rows"], info["blocks"] = self.rows, self._tables.blocks
-            info["duplicate_blocks"], info["missing_blocks"] = self.duplicate_blocks, missing
+            info["duplicate_blocks"] = self.duplicate_blocks
+            info["missing_blocks"] = sum(account.missing_blocks for account in accounts)
             self._file["run/info"][:] = info
             if not in_place(self._descriptor(), self.path):
                 self._unlinked = os.dup(self._descriptor())
@@ -446,8 +438,7 @@ class RunFile:
 
         self._try(finish)
         self.failed = "is closed"
-        stored = ledger.stored_rows(accounts)
-        return CloseReport(self.path, self.rows, self.bytes, condition, reasons, stored, missing, self.duplicate_blocks)
+        return CloseReport(self.path, self.rows, self.bytes, condition, reasons)
 
     def publish(self) -> Path:
         """Sync the sealed file, give it its final name, and remove the journal. May run in another thread.
@@ -530,10 +521,11 @@ class RunFile:
         if self.failed:
             raise FileError(f"{self.path} {self.failed}")
 
-    def _try(self, do: Callable[[], None]) -> None:
-        """Call `do`, which writes to the disk. After a failure nothing more is written, because recovery follows."""
+    def _try(self, *steps: Callable[[], None]) -> None:
+        """Call functions that write to the disk. After a failure nothing more is written, because recovery follows."""
         try:
-            do()
+            for step in steps:
+                step()
         except (OSError, RuntimeError, ValueError) as error:  # h5py raises all three when a disk fails
             self.failed = f"cannot be written any more: {cause(error)}"
             raise FileError(f"{self.path} {self.failed}") from error
@@ -632,7 +624,6 @@ class UnfinishedPart(NamedTuple):
     producers: list[str]
     rows: int  # rows of /packets that belong to blocks
     cut: int  # rows of /packets that belong to no block
-    messages: int  # rows of /messages that belong to blocks
     lengths: dict[str, int]  # table -> number of its rows that belong to blocks and ends
     missing: list[tuple[int, ...]]  # rows that /run/missing lacks
     damaged: list[str]  # damaged rows that stay in the file, one line each

@@ -41,7 +41,7 @@ from file_builder import Feed, random_rows, run_info
 from larpixdaq import schema
 from larpixdaq.hdf5 import chunk_writer, layout, names, repair, writer
 from larpixdaq.hdf5.chunk_writer import Batch
-from larpixdaq.hdf5.journal import records
+from larpixdaq.hdf5.journal import read as read_journal
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recovery import prepare, recover
 from larpixdaq.hdf5.run_report import positions, survey_run
@@ -318,7 +318,7 @@ def rows_in_file(path: Path) -> Iterator[tuple[BlockOrigin, int, Any]]:
 
 
 def rows_in_journal(path: Path) -> Iterator[tuple[BlockOrigin, int, Any]]:
-    for record in records(path):
+    for record in read_journal(path).records:
         if isinstance(record.frame, stream.Block):
             rows = np.frombuffer(record.rows, schema.layout(record.frame.layout).dtype)
             yield record.frame.source, record.frame.sequence, rows

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from larpixdaq.errors import FileError
-from larpixdaq.hdf5.journal import Journal, read, records
+from larpixdaq.hdf5.journal import Journal, read
 from larpixdaq.protocol import stream
 
 
@@ -33,13 +33,13 @@ def filled(path, sizes=(3, 0, 700)):
 
 def test_records_come_back(tmp_path):
     journal, expected = filled(tmp_path / "a")
-    assert [tuple(record) for record in records(tmp_path / "a")] == expected
+    assert [tuple(record) for record in read(tmp_path / "a").records] == expected
     assert journal.size == os.stat(tmp_path / "a").st_size
     journal.clear()
-    assert list(records(tmp_path / "a")) == []
+    assert list(read(tmp_path / "a").records) == []
     block, rows = Feed().block(random_rows(np.random.default_rng(1), 5))
     journal.append([(stream.pack(block), [rows.view(np.uint8)])] * 1500)  # more than one writev
-    assert sum(1 for _ in records(tmp_path / "a")) == 1500
+    assert sum(1 for _ in read(tmp_path / "a").records) == 1500
     journal.close(remove=True)
     journal.close()
     assert not (tmp_path / "a").exists()
@@ -55,7 +55,7 @@ def test_a_torn_end_costs_only_its_own_record(tmp_path_factory, data):
     cut = data.draw(st.integers(0, len(whole)))
     tail = data.draw(st.binary(max_size=40))
     path.write_bytes(whole[:cut] + tail)
-    found = [tuple(record) for record in records(path)]
+    found = [tuple(record) for record in read(path).records]
     assert found == expected[: len(found)]
     lengths = np.cumsum([16 + len(stream.pack(frame)) + len(rows) for frame, rows in expected])
     torn = whole[:cut] + tail  # the tail may go on as the journal did
@@ -129,7 +129,7 @@ def test_one_line_when_it_cannot_be(tmp_path):
     with pytest.raises(FileError, match=r"cannot create .*: No such file or directory"):
         Journal(tmp_path / "there" / "a")
     with pytest.raises(FileError, match=r"cannot read .*b: No such file"):
-        list(records(tmp_path / "b"))
+        list(read(tmp_path / "b").records)
 
 
 def test_a_full_disk_leaves_the_records_before(tmp_path, monkeypatch):
@@ -144,9 +144,9 @@ def test_a_full_disk_leaves_the_records_before(tmp_path, monkeypatch):
     with pytest.raises(FileError, match=r"cannot write .*a: No space left on device"):
         journal.append([(b"header", [b"rows"])])
     assert journal.size == os.stat(tmp_path / "a").st_size
-    assert [tuple(record) for record in records(tmp_path / "a")] == expected
+    assert [tuple(record) for record in read(tmp_path / "a").records] == expected
     monkeypatch.setattr(os, "pwritev", lambda fd, parts, offset: pwritev(fd, [memoryview(parts[0])[:7]], offset))
     block, rows = Feed().block(random_rows(np.random.default_rng(1), 5))
     journal.append([(stream.pack(block), [rows.view(np.uint8)])])  # a kernel that takes 7 bytes a time
-    assert [tuple(record) for record in records(tmp_path / "a")] == [*expected, (block, rows.tobytes())]
+    assert [tuple(record) for record in read(tmp_path / "a").records] == [*expected, (block, rows.tobytes())]
     journal.close()
