@@ -310,36 +310,30 @@ def _missing_stretches(keys: list[tuple[BlockOrigin, int]]) -> Iterator[tuple[Bl
             first = following
 
 
-def continuable_runs(directory: Path, storage: str | None = None) -> list[int]:
-    """List the runs that may continue: those with a part or a journal, and the newest run.
+def continuable_runs(directory: Path, storage: str = "") -> list[int]:
+    """List the runs of a storage that may continue: those with a part or a journal, and the newest run.
 
-    Only files of `storage` count; None: files of all storages. FileError when the directory cannot be read.
+    `storage`: its label. FileError when the directory cannot be read.
 
     The other runs are closed. Their files are not opened, because that takes a minute for 10,000 files at every start;
     their positions are read when a producer sends blocks of them.
     """
-    files = _files(directory, storage)
-    runs = {run for run, ending, _ in files if ending != names.FINISHED}
-    return sorted(runs | {max((run for run, _, _ in files), default=0)} - {0})
-
-
-def _files(directory: Path, storage: str | None, run: int | None = None) -> list[tuple[int, str, Path]]:
-    if storage is None:
-        return names.run_files(directory, run)
-    return [(number, ending, path) for number, _, ending, path in names.files_of_storage(directory, storage, run)]
+    files = names.files_of_storage(directory, storage)
+    runs = {run for run, _, ending, _ in files if ending != names.FINISHED}
+    return sorted((runs | {run for run, *_ in files[-1:]}) - {0})
 
 
 def positions(
-    directory: Path, run: int | None = None, warnings: list[str] | None = None, storage: str | None = None
+    directory: Path, run: int | None = None, warnings: list[str] | None = None, storage: str = ""
 ) -> list[Position]:
-    """Return the next expected sequence of each origin, of one run or of all, over all files in the directory.
+    """Return the next expected sequence of each origin, of one run or of all, over a storage's files in a directory.
 
-    Only files of `storage` count, because those of other storages are copies; None: files of all. An origin with an end
-    record is one sequence behind the end. Files that cannot be read are left out, with a line for each in `warnings`.
-    FileError when the directory cannot be read.
+    `storage`: its label; files of other storages are copies. The position of an origin with an end record is one after
+    the end. Files that cannot be read are left out, with a line for each in `warnings`. FileError when the directory
+    cannot be read.
     """
     next_of: dict[BlockOrigin, int] = {}
-    for number, ending, path in _files(directory, storage, run):
+    for number, _, ending, path in names.files_of_storage(directory, storage, run):
         try:
             found = _positions_of_journal(path) if ending == names.JOURNAL else positions_of_file(path, number)
         except FileError as error:

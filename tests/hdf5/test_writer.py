@@ -576,11 +576,11 @@ def test_a_later_part_goes_on_where_the_run_stands(tmp_path):
 
 def test_positions_pass_over_what_they_cannot_read(tmp_path):
     write(tmp_path, Feed(), [10])
-    (tmp_path / "run0000043_x_000.h5").write_text("no HDF5")
-    (tmp_path / "run0000044_x_000.h5.journal").write_bytes(b"garbage" * 10)
-    (tmp_path / "run0000045_x_000.h5.journal").touch()
-    (tmp_path / "run0000046_x_000.h5.part").mkdir()
-    with h5py.File(tmp_path / "run0000047_x_000.h5", "w") as other:
+    (tmp_path / "run0000043_20261122T071251Z_000.h5").write_text("no HDF5")
+    (tmp_path / "run0000044_20261122T071251Z_000.h5.journal").write_bytes(b"garbage" * 10)
+    (tmp_path / "run0000045_20261122T071251Z_000.h5.journal").touch()
+    (tmp_path / "run0000046_20261122T071251Z_000.h5.part").mkdir()
+    with h5py.File(tmp_path / "run0000047_20261122T071251Z_000.h5", "w") as other:
         other.create_group("_header").attrs["version"] = "2.4"
         other["packets"] = np.zeros(3, V2.dtype)
     (tmp_path / "notes.txt").touch()
@@ -590,7 +590,7 @@ def test_positions_pass_over_what_they_cannot_read(tmp_path):
     assert len(warnings) == 4
     assert all("\n" not in line for line in warnings)
     assert names.highest_run(tmp_path) == 47
-    assert names.highest_run(tmp_path / "run0000046_x_000.h5.part") == 0
+    assert names.highest_run(tmp_path / "run0000046_20261122T071251Z_000.h5.part") == 0
     with pytest.raises(FileError, match=r"cannot read the directory .*: No such file"):
         names.highest_run(tmp_path / "there")
 

@@ -20,10 +20,10 @@ def test_runs_that_may_go_on(tmp_path):
     for run in (1, 3, 5):
         write(tmp_path, Feed(run), [10])
     assert continuable_runs(tmp_path) == [5]
-    (tmp_path / "run0000002_x_000.h5.journal").touch()
-    (tmp_path / "run0000003_x_001.h5.part").touch()
+    (tmp_path / "run0000002_20261122T071251Z_000.h5.journal").touch()
+    (tmp_path / "run0000003_20261122T071251Z_001.h5.part").touch()
     assert continuable_runs(tmp_path) == [2, 3, 5]
-    (tmp_path / "run0000007_x_000.h5.part").touch()
+    (tmp_path / "run0000007_20261122T071251Z_000.h5.part").touch()
     assert continuable_runs(tmp_path) == [2, 3, 7]
 
 
