@@ -136,10 +136,7 @@ class RawFile:
         start, count = 0, 64
         while start < self.messages:
             end = min(start + count, self.messages)
-            try:
-                messages = self._messages[start:end]
-            except (OSError, RuntimeError, ValueError) as error:
-                raise FileError(f"{self.path}: messages {start} to {end} cannot be read: {cause(error)}") from None
+            messages = _read(self.path, "messages", self._messages, start, end)
             lengths = np.fromiter(map(len, messages), np.uint32, end - start)
             spans = np.empty(end - start, SPAN)
             spans["length"] = lengths
@@ -152,11 +149,7 @@ class RawFile:
     def _groups(self, start: int, end: int, default: int) -> NDArray[np.uint8]:
         if self._headers is None:
             return np.full(end - start, default, np.uint8)
-        try:
-            groups = self._headers[start:end]["io_groups"]
-        except (OSError, RuntimeError, ValueError) as error:
-            raise FileError(f"{self.path}: io_groups {start} to {end} cannot be read: {cause(error)}") from None
-        return np.ascontiguousarray(groups, np.uint8)
+        return np.ascontiguousarray(_read(self.path, "io_groups", self._headers, start, end)["io_groups"], np.uint8)
 
     def close(self) -> None:
         self._file.close()
@@ -198,7 +191,7 @@ class PacketFile:
         if self._wide and asic != Asic.V1 and layout.dtype["receipt_timestamp"].itemsize == 4:
             raise ConfigError(f"{self.path}: receipt timestamps of 64 bits: give --clock64")
         if "fifo_diagnostics_enabled" in self._packets.dtype.names:
-            rows = self._read(0, min(_PIECE_ROWS, self.rows))
+            rows = self._read_piece(0)
             diagnostics = rows["fifo_diagnostics_enabled"][rows["packet_type"] < PacketType.TIMESTAMP]
             # The majority decides, so that a damaged row does not.
             if len(diagnostics) and (diagnostics.mean() > 0.5) != (asic == Asic.V2_DIAGNOSTICS):
@@ -211,7 +204,7 @@ class PacketFile:
 
     def io_groups(self, default: int) -> tuple[int, ...]:
         """Return the io_groups of the first rows; `default` is that of rows without an io_group."""
-        rows = self._read(0, min(_PIECE_ROWS, self.rows))
+        rows = self._read_piece(0)
         rows = rows[rows[self._type] != PacketType.MESSAGE]
         if self.asic == Asic.V1:
             groups = _key_groups(rows["chip_key"], default)
@@ -249,10 +242,10 @@ class PacketFile:
 
     def _read_pieces(self) -> Iterator[NDArray[Any]]:
         """Read all rows unchanged, in pieces that keep the rows of one INFO text together."""
-        carried = self._read(0, 0)
+        carried = np.empty(0, self._packets.dtype)
         for start in range(0, self.rows, _PIECE_ROWS):  # whole chunks, so that a damaged one costs no other rows
             try:
-                given = self._read(start, min(start + _PIECE_ROWS, self.rows))
+                given = self._read_piece(start)
             except FileError:
                 yield carried
                 raise
@@ -266,12 +259,8 @@ class PacketFile:
     def close(self) -> None:
         self._file.close()
 
-    def _read(self, start: int, end: int) -> NDArray[Any]:
-        try:
-            rows: NDArray[Any] = self._packets[start:end]
-        except (OSError, RuntimeError, ValueError) as error:
-            raise FileError(f"{self.path}: rows {start} to {end} cannot be read: {cause(error)}") from None
-        return rows
+    def _read_piece(self, start: int) -> NDArray[Any]:
+        return _read(self.path, "rows", self._packets, start, min(start + _PIECE_ROWS, self.rows))
 
     def _has_directions(self) -> bool:
         """Whether the column `direction` is filled: larpix-control's conversions leave it 0 for all rows."""
@@ -281,7 +270,7 @@ class PacketFile:
             return True
         data = PacketType.TEST if self.asic == Asic.V3 else PacketType.DATA
         for start in range(0, min(self.rows, _DIRECTION_ROWS), _PIECE_ROWS):
-            rows = self._read(start, min(start + _PIECE_ROWS, self.rows))
+            rows = self._read_piece(start)
             received = rows[self._type] == data
             if "receipt_timestamp" in self._packets.dtype.names:
                 received |= (rows[self._type] < PacketType.TIMESTAMP) & (rows["receipt_timestamp"] > 0)
@@ -417,6 +406,15 @@ class MessageTexts:
         lines = self._lines[number : number + rows]
         self.missing += rows - len(lines)
         return b"".join(lines).decode("utf-8", "replace")
+
+
+def _read(path: Path, name: str, dataset: Any, start: int, end: int) -> NDArray[Any]:
+    """Read entries `start` to `end` of a dataset. FileError, with their `name`, when they are damaged."""
+    try:
+        rows: NDArray[Any] = dataset[start:end]
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileError(f"{path}: {name} {start} to {end} cannot be read: {cause(error)}") from None
+    return rows
 
 
 def chip_generation(names: Collection[str], version: str) -> Asic:
