@@ -181,26 +181,30 @@ class Account:
         """Next sequence; an end record counts as the sequence that it names."""
         return self.expected + (self.end is not None)
 
-    def counts(self) -> NDArray[Any]:
-        """Make the rows of /ledger/counts by the end record, or else by the rows and gaps in this part."""
-        here = stored(self.tally)
+    def _counts_by_group(self) -> dict[int, dict[str, int]]:
+        """Return the counters of each io_group by the end record, or else by the rows and gaps in this part."""
+        rows = stored(self.tally)
+        present = np.flatnonzero(rows).tolist()
         given: dict[int, dict[str, int]] = {}
         if self.end is not None:
-            given = {counts[0]: dict(zip(constants.COUNTS, counts[1:], strict=True)) for counts in self.end.counts}
+            given = {group: dict(zip(constants.COUNTS, values, strict=True)) for group, *values in self.end.counts}
         else:
-            for group in self.dropped.keys() | {int(group) for group in np.flatnonzero(here)}:
+            for group in {*self.dropped, *present}:
                 tally = dict(zip(hdf5_chunks.TALLY, self.tally[group].tolist(), strict=True))
                 given[group] = {name: tally[name] for name in ("packets", "bad_parity")}
                 given[group]["dropped"] = self.dropped.get(group, 0)
-        groups = sorted(given.keys() | {int(group) for group in np.flatnonzero(here)})
-        rows = np.zeros(len(groups), layout.COUNTS)
-        for row, group in zip(rows, groups, strict=True):
-            row["producer"], row["epoch"], row["io_group"] = self.index, self.origin.epoch, group
-            row["how"] = self.how.encode()
-            for name, value in given.get(group, {}).items():
-                row[name] = value
-            row["stored"] = here[group]
-        return rows
+        none = dict.fromkeys(("owed", *constants.COUNTS), 0)
+        return {
+            group: none | given.get(group, {}) | {"stored": int(rows[group])} for group in sorted({*given, *present})
+        }
+
+    def counts(self) -> NDArray[Any]:
+        """Make the rows of /ledger/counts."""
+        rows = [
+            (self.index, self.origin.epoch, group, self.how.encode(), *counts.values())
+            for group, counts in self._counts_by_group().items()
+        ]
+        return np.array(rows, layout.COUNTS)
 
     @property
     def how(self) -> str:
@@ -208,13 +212,11 @@ class Account:
 
     def outside(self) -> NDArray[Any]:
         """Make the rows of /ledger/outside: the producer's run 0 since its previous end record."""
-        rows = np.zeros(len(self.end.outside) if self.end else 0, layout.COUNTS)
-        for row, counts in zip(rows, self.end.outside if self.end else [], strict=True):
-            row["producer"], row["epoch"], row["io_group"] = self.index, self.origin.epoch, counts[0]
-            row["how"] = self.how.encode()
-            for name, value in zip(constants.COUNTS, counts[1:], strict=True):
-                row[name] = value
-        return rows
+        rows = [
+            (self.index, self.origin.epoch, group, self.how.encode(), 0, *values)
+            for group, *values in (self.end.outside if self.end else [])
+        ]
+        return np.array(rows, layout.COUNTS)
 
     def gaps(self, frame: stream.Block | stream.End) -> NDArray[Any]:
         """Make the rows of /ledger/gaps for a block or an end record."""
@@ -265,9 +267,8 @@ class Account:
         missing = [f"{name}: {self.missing_blocks} blocks are missing"] if self.missing_blocks else []
         # Rows of earlier parts are not in this file; the unbroken sequence shows that they are stored there.
         balanced = self.end is not None and not self.first_sequence
-        for row in self.counts():
-            counts = {field: int(row[field]) for field in (*constants.COUNTS, "owed")}
-            where = describe_group(self.origin, row["io_group"])
+        for group, counts in self._counts_by_group().items():
+            where = describe_group(self.origin, group)
             missing += missing_rows(where, counts, counts["stored"], balanced=balanced)
         return waiting, missing
 
@@ -277,9 +278,9 @@ def verdict(
     required: Sequence[str],
     *,
     aborted: bool,
-    continued: bool = False,
-    before: Collection[BlockOrigin] = (),
-    damaged: Sequence[str] = (),
+    continued: bool,
+    before: Collection[BlockOrigin],
+    damaged: Sequence[str],
 ) -> tuple[RunCondition, list[str]]:
     """Return the condition of a run by this part of it, and the reasons why it is not COMPLETE, one line each.
 

@@ -25,7 +25,7 @@ from larpixdaq.hdf5 import journal, ledger, names, tables
 from larpixdaq.hdf5.ledger import describe_group, describe_origin
 from larpixdaq.hdf5.reader import DataFile, text
 from larpixdaq.protocol.reports import StoredEnd, StoredRows
-from larpixdaq.protocol.stream import READ, SENT, BlockOrigin, Position
+from larpixdaq.protocol.stream import READ, SENT, BlockOrigin
 from larpixdaq.runtime.units import utc_datetime
 
 #: Name of the text in a part whose storage lost its name to another one.
@@ -325,7 +325,7 @@ def continuable_runs(directory: Path, storage: str = "") -> list[int]:
 
 def positions(
     directory: Path, run: int | None = None, warnings: list[str] | None = None, storage: str = ""
-) -> list[Position]:
+) -> dict[BlockOrigin, int]:
     """Return the next expected sequence of each origin, of one run or of all, over a storage's files in a directory.
 
     `storage`: its label; files of other storages are copies. The position of an origin with an end record is one after
@@ -343,7 +343,7 @@ def positions(
             continue
         for origin, value in found.items():
             next_of[origin] = max(value, next_of.get(origin, 0))
-    return [Position(origin.run, origin.producer, origin.epoch, value) for origin, value in next_of.items()]
+    return next_of
 
 
 def positions_of_file(path: Path, run: int) -> dict[BlockOrigin, int]:

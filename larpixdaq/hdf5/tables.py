@@ -154,8 +154,13 @@ class Tables:
         self.append("run/ends", [row])
         self._flush()
 
-    def set_positions(self, rows: list[tuple[int, ...]]) -> None:
-        """Write all of /run/positions. Each origin keeps its row, so that a kill meanwhile changes only `next`."""
+    def set_positions(self, positions: Mapping[BlockOrigin, tuple[int, int]]) -> None:
+        """Write all of /run/positions: (first, next) of each origin.
+
+        The origins of earlier parts come first, in the same order each time, so that a kill meanwhile changes only
+        `next` in their rows.
+        """
+        rows = [(self.producers[origin.producer], origin.epoch, *values) for origin, values in positions.items()]
         table = self._tables["run/positions"]
         table.resize((len(rows),))
         if rows:
@@ -213,15 +218,13 @@ def describe_run(
     `start_positions`: positions after the earlier parts; `configurations`: those of the earlier parts.
     /run/info is written last, so that a file whose row of it is still empty has taken no block.
     """
-    positions: list[tuple[int, ...]] = []
-    for origin, following in start_positions.items():
+    for origin in start_positions:
         tables.add_producer(origin.producer)
-        positions.append((tables.producers[origin.producer], origin.epoch, following, following))
     tables.add_text("layout", info.layout.name)
     write_run_texts(tables, info)
     tables.carry(configurations.select(start_positions))
     file.flush()
-    tables.set_positions(positions)
+    tables.set_positions({origin: (position, position) for origin, position in start_positions.items()})
     row = np.zeros(1, layout.INFO)
     row["run"], row["part"], row["layout"] = info.run, part, info.layout.code
     row["condition"] = RunCondition.RUNNING

@@ -64,19 +64,20 @@ class RunFile:
         directory: Path,
         info: RunInfo,
         part: int = 0,
-        positions: Iterable[stream.Position] = (),
+        positions: Mapping[BlockOrigin, int] = {},
         *,
         fsync: bool = False,
         configurations: CarriedConfigurations = tables.NO_CONFIGURATIONS,
     ) -> None:
         """Create NAME.h5.part and its journal. FileError in one line when they cannot be created.
 
-        `positions`: those after the earlier parts; other origins begin at sequence 0.
+        `positions`: position of each origin after the earlier parts; other origins begin at sequence 0, other runs are
+        ignored.
         `configurations`: those of the chips at the end of the previous part.
         `fsync`: durable blocks survive a power cut too; each write then waits for the disk.
         """
         stem = names.stem(info.run, info.started_ns, part, info.storage)
-        start_positions = {BlockOrigin(p.run, p.producer, p.epoch): p.next for p in positions if p.run == info.run}
+        start_positions = {origin: position for origin, position in positions.items() if origin.run == info.run}
         self._set_up(info, part, Path(directory) / (stem + names.PART), start_positions)
         if self.final.exists():
             raise FileError(f"cannot create {self.path}: {self.final} exists")
@@ -161,9 +162,9 @@ class RunFile:
         self._fsync = False
         self._unlinked = -1  # descriptor of the sealed file when its name was removed; else -1
 
-    def positions(self) -> list[stream.Position]:
-        """Return the position of each origin of the run over all parts so far, for the next part."""
-        return [stream.Position(*origin, self.next(origin)) for origin in self._start_positions | self._accounts]
+    def positions(self) -> dict[BlockOrigin, int]:
+        """Return the position of each origin of the run over all parts so far, those of earlier parts first."""
+        return {origin: self.next(origin) for origin in self._start_positions | self._accounts}
 
     def configurations(self) -> CarriedConfigurations:
         """Return the newest configurations of the chips, for the next part."""
@@ -420,7 +421,12 @@ class RunFile:
             for account in accounts:
                 if account.end is None:
                     self._tables.append("ledger/counts", account.counts())
-            self._tables.set_positions(self._positions())
+            self._tables.set_positions(
+                {
+                    origin: (self._start_positions.get(origin, 0), position)
+                    for origin, position in self.positions().items()
+                }
+            )
             info = self._file["run/info"][:]
             info["condition"], info["closed_ns"] = condition, time.time_ns()
             if "ended_ns" in info.dtype.names:  # absent in a part of an earlier version
@@ -467,18 +473,6 @@ class RunFile:
         if self._unlinked >= 0:
             os.close(self._unlinked)
             self._unlinked = -1
-
-    def _positions(self) -> list[tuple[int, ...]]:
-        """Make the rows of /run/positions: first the origins of earlier parts, in the order of their present rows."""
-        return [
-            (
-                self._tables.producers[origin.producer],
-                origin.epoch,
-                self._start_positions.get(origin, 0),
-                self.next(origin),
-            )
-            for origin in self._start_positions | self._accounts
-        ]
 
     def discard(self) -> None:
         """Remove the file of a cancelled run, which must have no rows (FileError)."""

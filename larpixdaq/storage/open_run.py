@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +13,7 @@ from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import names, tables
 from larpixdaq.hdf5.tables import CarriedConfigurations, RunInfo
 from larpixdaq.hdf5.writer import CloseReport, RunFile
-from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, Position
+from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard
 from larpixdaq.storage.limits import Limits
 
 _T = TypeVar("_T")
@@ -71,7 +71,7 @@ class OpenRun:
         """Bytes of the parts that were written since this run was opened here."""
         return self._before[1] + (self.file.bytes if self.file is not None else 0)
 
-    def open(self, positions: Iterable[Position]) -> None:
+    def open(self, positions: Mapping[BlockOrigin, int]) -> None:
         """Open the next part, which begins at these positions. FileError when the disk refuses."""
         parts = names.files_of_storage(self.directory, self.info.storage, self.info.run)
         number = parts[-1][1] + 1 if parts else 0
@@ -82,7 +82,9 @@ class OpenRun:
             before = parts[-1][3].name.removesuffix(parts[-1][2]) + names.FINISHED
             self.file.set_text("previous part", before)
 
-    def _create(self, number: int, positions: Iterable[Position], configurations: CarriedConfigurations) -> RunFile:
+    def _create(
+        self, number: int, positions: Mapping[BlockOrigin, int], configurations: CarriedConfigurations
+    ) -> RunFile:
         self._opened = time.monotonic()
         return RunFile(self.directory, self.info, number, positions, fsync=self._fsync, configurations=configurations)
 

@@ -224,7 +224,7 @@ class StorageService:
         log.warning("run %d has no open file here: its blocks go into a new one", frame.run)
         run = self._new(info, announced=False)
         try:
-            run.open(self.positions())
+            run.open(self._positions)
         except FileError as error:
             self._fail(run, error)
         self._runs[frame.run] = run
@@ -286,7 +286,7 @@ class StorageService:
 
     def _reopen(self, run: OpenRun) -> None:
         try:
-            run.open(self.positions())
+            run.open(self._positions)
         except FileError as error:
             run.fail(error)  # without a log line: _fail() wrote one
             return
@@ -353,8 +353,8 @@ class StorageService:
         if run in self._runs_with_positions:
             return
         unreadable: list[str] = []
-        for found in positions(self.directory, run, unreadable, self.label):
-            self._acknowledge(BlockOrigin(found.run, found.producer, found.epoch), found.next)
+        for origin, following in positions(self.directory, run, unreadable, self.label).items():
+            self._acknowledge(origin, following)
         for line in unreadable:
             log.warning("the content of this file is unknown: %s", line)
         self._runs_with_positions.add(run)
@@ -441,7 +441,7 @@ class StorageService:
             came_back = any(origin.run == run for origin in self._positions)
             opened = self._new(info, announced=True)
             try:
-                opened.open(self.positions())
+                opened.open(self._positions)
             except FileError as error:
                 if not came_back:
                     opened.fail(error)

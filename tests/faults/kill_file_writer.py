@@ -348,7 +348,7 @@ def check_unrecovered(directory: Path, seed: int, acknowledged: dict[BlockOrigin
             if sequence < acknowledged.get(source, 0):
                 check_rows(seed, source, sequence, rows)
             found.setdefault(source, set()).add(sequence)
-    next_sequences = {BlockOrigin(p.run, p.producer, p.epoch): p.next for p in positions(directory)}
+    next_sequences = positions(directory)
     for source, following in acknowledged.items():
         lost = set(range(following)) - found.get(source, set())
         # The last sequence may be that of the end record, which only positions() knows.
@@ -409,12 +409,12 @@ def check_continuation(directory: Path, seed: int) -> None:
         run_positions = positions(directory, run)
         part = names.files_of_storage(directory, "", run)[-1][1] + 1
         file = None
-        for place in run_positions:
-            if (place.producer, place.epoch) in ended:
+        for source, following in run_positions.items():
+            if source[1:] in ended:
                 continue
             file = file or RunFile(directory, run_info(run=run), part, run_positions)
-            feed = Feed(run, place.producer, place.epoch)
-            for _ in range(place.next):
+            feed = Feed(*source)
+            for _ in range(following):
                 next_block(feed, seed)
             for _ in range(3):
                 file.add(*next_block(feed, seed))
@@ -480,11 +480,12 @@ def trial(directory: Path, seed: int, tally: Tally) -> bool:
     # A storage continues from the positions in unfinished parts, and recovers the parts meanwhile.
     for part in names.unfinished_parts(directory):
         prepare(part)
-    before = set(positions(directory))
+    before = set(positions(directory).items())
     for part in names.unfinished_parts(directory):
         assert not (damaged := recover(part).damaged), f"a killed writer damages nothing, found {damaged}"
     assert not (kept := list(directory.glob("*.damaged*"))), f"kept as damaged: {kept}"
-    assert (after := set(positions(directory))) == before, f"positions {before - after} became {after - before}"
+    after = set(positions(directory).items())
+    assert after == before, f"positions {before - after} became {after - before}"
     held = check_recovered(directory, seed, acknowledged)
     tally.rows += held.rows
     tally.acknowledged += held.acknowledged

@@ -32,7 +32,7 @@ from larpixdaq.hdf5.tables import read_run_info
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.protocol import stream
-from larpixdaq.protocol.stream import ConnectedBoard, Position
+from larpixdaq.protocol.stream import ConnectedBoard
 
 NAME = "run0000042_20261122T071251Z_000"
 POOL = {one: random_rows(np.random.default_rng(3), 40_000, one) for one in schema.LAYOUTS}
@@ -174,7 +174,7 @@ def test_the_journal_is_missing(tmp_path):
     found = recover(part)
     assert found.rows == 3 * 16_384 + 1
     assert found.cut == BATCH_ROWS - found.rows
-    assert positions(tmp_path) == [Position(*feed.source, 4)]
+    assert positions(tmp_path) == {feed.source: 4}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no HDF5", repair.SIGNATURE], ids=["missing", "0", "text", "torn"])
@@ -517,7 +517,7 @@ def test_a_damaged_journal_costs_only_the_damaged_block(tmp_path, capsys):
     whole = bytearray(journal.read_bytes())
     whole[100_000] ^= 1
     journal.write_bytes(whole)
-    assert positions(tmp_path) == [Position(*feed.source, feed.sequence)]
+    assert positions(tmp_path) == {feed.source: feed.sequence}
     status, (line,) = answer(capsys, "recover", tmp_path)
     assert (status, "recovered, 20006 rows, INTERRUPTED" in line, "DAMAGED: the journal" in line) == (1, True, True)
     kept = tmp_path / f"{NAME}.h5.journal.damaged"
@@ -615,7 +615,7 @@ def test_a_chunk_is_never_written_in_place(tmp_path, monkeypatch):
 def test_a_later_part_knows_where_it_began(tmp_path):
     """Also of sources of which nothing came in it."""
     feed, quiet = Feed(), Feed(producer="quiet")
-    known = [Position(*feed.source, 3), Position(*quiet.source, 9)]
+    known = {feed.source: 3, quiet.source: 9}
     feed.sequence, feed.first_packet = 3, 500
     file = RunFile(tmp_path, run_info(required_producers=("LArPix board", "quiet")), 1, known)
     file.add(*feed.block(POOL[feed.layout][:10].copy()))

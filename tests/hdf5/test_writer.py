@@ -326,7 +326,7 @@ def test_what_is_durable_survives_kill_9(tmp_path, lines):
         found[record.frame.sequence] = np.frombuffer(record.rows, V2.dtype)
     for sequence in range(durable):
         assert np.array_equal(found[sequence], pool[: 1 + 977 * sequence % 9000])
-    assert [position.next for position in positions(tmp_path)] == [max(found) + 1] * bool(found)
+    assert list(positions(tmp_path).values()) == [max(found) + 1] * bool(found)
 
 
 def test_blocks_wait_20_ms_for_their_batch(tmp_path, monkeypatch):
@@ -558,7 +558,7 @@ def test_a_later_part_goes_on_where_the_run_stands(tmp_path):
     sent = feed.block(random_rows(rng, 100))
     first.add(*sent)
     first.work(pressed=True)
-    assert positions(tmp_path) == [stream.Position(42, "LArPix board", 7, 4)]
+    assert positions(tmp_path) == {feed.source: 4}
     first.close()
     second = RunFile(tmp_path, run_info(), 1, positions(tmp_path, 42))
     second.add(*sent)
@@ -570,8 +570,8 @@ def test_a_later_part_goes_on_where_the_run_stands(tmp_path):
     info = file_info(report.path)
     assert (report.condition, info["missing_blocks"], info["duplicate_blocks"]) == ("COMPLETE", 0, 1)
     assert verify(report.path).findings == []
-    assert positions(tmp_path, 42) == [stream.Position(42, "LArPix board", 7, 6)]
-    assert positions(tmp_path, 41) == []
+    assert positions(tmp_path, 42) == {feed.source: 6}
+    assert positions(tmp_path, 41) == {}
 
 
 def test_positions_pass_over_what_they_cannot_read(tmp_path):
@@ -586,7 +586,7 @@ def test_positions_pass_over_what_they_cannot_read(tmp_path):
     (tmp_path / "notes.txt").touch()
     (tmp_path / "run999999999999999999_x.h5").touch()  # numbers have seven digits
     warnings = []
-    assert positions(tmp_path, warnings=warnings) == [stream.Position(42, "LArPix board", 7, 4)]
+    assert positions(tmp_path, warnings=warnings) == {stream.BlockOrigin(42, "LArPix board", 7): 4}
     assert len(warnings) == 4
     assert all("\n" not in line for line in warnings)
     assert names.highest_run(tmp_path) == 47

@@ -51,7 +51,7 @@ def test_blocks_of_a_closed_run_are_not_stored_twice(tmp_path, storage):
     storage.receive("LArPix board", block, memoryview(rows.view(np.uint8)))
     storage.receive("LArPix board", old.end(), None)
     storage.close()
-    assert [place.next for place in positions(tmp_path, 41)] == [5]
+    assert list(positions(tmp_path, 41).values()) == [5]
     assert [path.name[-7:] for run, _, path in run_files(tmp_path) if run == 41] == ["_000.h5", "_001.h5"]
 
 
