@@ -30,12 +30,12 @@ def new_tally() -> NDArray[np.uint64]:
     return np.zeros((constants.IO_GROUPS, len(hdf5_chunks.TALLY)), np.uint64)
 
 
-def stored(tally: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def stored_rows(tally: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Sum up all rows of each io_group, shape (IO_GROUPS,)."""
     return np.asarray(tally[:, _ROWS].sum(axis=1), np.uint64)
 
 
-def made(counts: Mapping[str, int]) -> int:
+def rows_made(counts: Mapping[str, int]) -> int:
     """Compute the rows that a producer made, by equation (c)."""
     return constants.rows_made([counts[name] for name in constants.COUNTS])
 
@@ -57,10 +57,10 @@ def input_imbalances(counts: Mapping[str, int]) -> list[str]:
 def row_imbalance(counts: Mapping[str, int], stored: int) -> str | None:
     """Check equation (d); one line when it fails."""
     total = stored + counts["dropped"] + counts["owed"]
-    if total == made(counts):
+    if total == rows_made(counts):
         return None
     return (
-        f"ledger (d): {made(counts)} rows were made, {total} are accounted for"
+        f"ledger (d): {rows_made(counts)} rows were made, {total} are accounted for"
         f" ({stored} stored, {counts['dropped']} dropped, {counts['owed']} pending)"
     )
 
@@ -183,7 +183,7 @@ class Account:
 
     def _counts_by_group(self) -> dict[int, dict[str, int]]:
         """Return the counters of each io_group by the end record, or else by the rows and gaps in this part."""
-        rows = stored(self.tally)
+        rows = stored_rows(self.tally)
         present = np.flatnonzero(rows).tolist()
         given: dict[int, dict[str, int]] = {}
         if self.end is not None:

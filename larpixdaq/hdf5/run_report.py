@@ -193,7 +193,7 @@ class _Judgement:
             self._missing += ledger.missing_rows(where, counts, self._stored[key], balanced=balanced)
 
     def _made_rows(self, origin: BlockOrigin, part: Part) -> int:
-        return sum(ledger.made(counts) for (key, _), counts in part.counts.items() if key == origin)
+        return sum(ledger.rows_made(counts) for (key, _), counts in part.counts.items() if key == origin)
 
 
 class Part(NamedTuple):
@@ -292,7 +292,7 @@ def _without_blocks(part: Part, file: DataFile, blocks: list[tuple[tuple[BlockOr
         tally = ledger.new_tally()
         if file.layout is not None:
             hdf5_chunks.tally(file.packets(first, first + n).view(np.uint8), file.layout.code, tally)
-        stored = ledger.stored(tally)
+        stored = ledger.stored_rows(tally)
         for group in np.flatnonzero(stored).tolist():
             if (origin, group) in counts:
                 counts[origin, group]["stored"] -= int(stored[group])
@@ -432,7 +432,7 @@ def _run_facts(file: DataFile) -> dict[str, Any]:
         "producers": file.producers,
         "messages": [text(line["message"]) for line in file.table("messages", 0, 100)],
         "ledger": counts,
-        "totals": total | {"made": ledger.made(total)},
+        "totals": total | {"made": ledger.rows_made(total)},
         "verdicts": lines("ledger/verdicts"),
         "gaps": {"rows": int(gaps["rows"].sum()), "number": len(gaps)},
         "chips": {

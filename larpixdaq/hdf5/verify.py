@@ -52,13 +52,16 @@ class VerifyReport(NamedTuple):
     """Result for one file."""
 
     path: Path
-    ok: bool  # no findings
     condition: str  # empty without a ledger
     rows: int
     findings: list[str]  # faults, one line each
     notes: list[str]  # facts that are no fault
     open: list[str]  # findings that other parts may answer: ends or blocks that did not come
     run: tuple[int, str] | None  # number and storage; None without a ledger
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
 
 
 class FileOutcome(NamedTuple):
@@ -88,8 +91,7 @@ def verify(path: Path | str) -> VerifyReport:
                 _verify_foreign(file, findings, notes)
     except FileError as error:
         findings.add(str(error))
-    lines = findings.lines()
-    return VerifyReport(path, not lines, condition, rows, lines, notes, findings.open(), run)
+    return VerifyReport(path, condition, rows, findings.lines(), notes, findings.open(), run)
 
 
 def is_good(run: RunReport) -> bool:
@@ -114,14 +116,16 @@ def verify_all(paths: Iterable[Path]) -> FileOutcome:
             files = [file for _, ending, file in names.run_files(path) if ending != names.JOURNAL]
             if not files:
                 finding = f"{path} is not a file, and holds no file of a run"
-                reports[path] = VerifyReport(path, False, "", 0, [finding], [], [], None)
+                reports[path] = VerifyReport(path, "", 0, [finding], [], [], None)
             listed |= {file: True for file in files if file not in listed}
         else:
             listed[path] = False
     reports |= {path: verify(path) for path in listed}
     groups: dict[tuple[int, str], list[Path]] = {}
     for path in listed:
-        if (run_key := reports[path].run or _run_of_name(path)) is not None:
+        name = names.parse(path.name)  # has run and storage of a file that cannot be read
+        run_key = reports[path].run or (None if name is None else (name.run, name.storage))
+        if run_key is not None:
             groups.setdefault(run_key, []).append(path)
     runs = []
     for (run, _), files in groups.items():
@@ -131,19 +135,9 @@ def verify_all(paths: Iterable[Path]) -> FileOutcome:
             continue
         runs.append(run_report.judge_run(run, files, whole=whole))
         for path in files:
-            reports[path] = _without_open(reports[path])
+            report = reports[path]
+            reports[path] = report._replace(findings=[line for line in report.findings if line not in report.open])
     return FileOutcome(list(reports.values()), runs)
-
-
-def _run_of_name(path: Path) -> tuple[int, str] | None:
-    """Return run and storage by the name of a file that cannot be read."""
-    name = names.parse(path.name)
-    return None if name is None else (name.run, name.storage)
-
-
-def _without_open(report: VerifyReport) -> VerifyReport:
-    findings = [line for line in report.findings if line not in report.open]
-    return report._replace(findings=findings, ok=not findings)
 
 
 def _judge_part(run: int, report: VerifyReport) -> RunReport:
@@ -444,7 +438,7 @@ class LedgerCheck:
             listed.add((origin, group))
             self._check_line(where, self._check(origin), group, row)
         for origin, check in self._checks.items():
-            for group in np.flatnonzero(ledger.stored(check.tally)).tolist():
+            for group in np.flatnonzero(ledger.stored_rows(check.tally)).tolist():
                 if (origin, group) not in listed:
                     self._finding(f"{describe_group(origin, group)}: has rows, but no line in the ledger")
         for origin, row in self._file.rows_by_origin("ledger/outside"):
@@ -454,7 +448,7 @@ class LedgerCheck:
     def _check_line(self, where: str, check: _OriginCheck, group: int, counts: dict[str, Any]) -> None:
         """Check one row of /ledger/counts against the equations and the rows of the file."""
         tally = dict(zip(hdf5_chunks.TALLY, check.tally[group].tolist(), strict=True))
-        stored = int(ledger.stored(check.tally)[group])
+        stored = int(ledger.stored_rows(check.tally)[group])
         if counts["stored"] != stored:
             self._finding(f"{where}: the ledger says {counts['stored']} rows are stored, the file has {stored}")
         if tally["other_rows"]:

@@ -140,7 +140,6 @@ class RunFile:
         self.duplicate_blocks = 0
         #: Position of each origin below which all blocks are durable. An end counts as the sequence that it names.
         self.durable: dict[BlockOrigin, int] = {}
-
         self._write_back = WriteBack(path)
         #: The name that publish() gives to the file.
         self.final = path.with_name(path.name.removesuffix(names.PART) + names.FINISHED)
