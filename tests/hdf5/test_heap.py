@@ -1,4 +1,4 @@
-"""Damaged global heaps are told before the HDF5 library reads them, and loops for ever."""
+"""Damaged global heaps are found before the HDF5 library reads them, because it would loop for ever."""
 
 import re
 import struct
@@ -45,7 +45,7 @@ ONE = (1, 3, b"2.4\0\0\0\0\0")
         b"GCOL\x01\0\0\0" + struct.pack("<Q", 64) + bytes(5000),
     ],
 )
-def test_what_the_library_reads_or_refuses_passes(tmp_path, good):
+def test_heaps_that_the_library_reads_or_refuses_pass(tmp_path, good):
     for before in (0, 13, 2048):
         (tmp_path / "file").write_bytes(bytes(before) + good)
         repair.check_heaps(tmp_path / "file")
@@ -63,7 +63,7 @@ def test_what_the_library_reads_or_refuses_passes(tmp_path, good):
         (collection(ONE) + collection((0, 0, b"")), "object 0 takes 0 bytes"),
     ],
 )
-def test_what_it_would_not_come_back_from_is_an_error(tmp_path, bad, line):
+def test_heaps_that_would_hang_the_library_are_errors(tmp_path, bad, line):
     (tmp_path / "file").write_bytes(bytes(2048) + bad)
     with pytest.raises(FileError, match=rf"file: global heap at byte .*{re.escape(line)}"):
         repair.check_heaps(tmp_path / "file")
@@ -84,7 +84,7 @@ def damage(path):
     path.write_bytes(whole)
 
 
-def test_every_reader_looks_first(tmp_path):
+def test_every_reader_checks_the_heaps_first(tmp_path):
     report, _ = write(tmp_path, Feed(), [10])
     damage(report.path)
     (line,) = verify(report.path).findings
@@ -93,7 +93,7 @@ def test_every_reader_looks_first(tmp_path):
         open_recording(report.path)
 
 
-def test_commands_end_with_one_line(tmp_path):
+def test_commands_report_a_damaged_heap_in_one_line(tmp_path):
     report, _ = write(tmp_path, Feed(), [10])
     damage(report.path)
     for command in ("verify", "info"):

@@ -1,4 +1,4 @@
-"""Files that are damaged, foreign, or made to harm: each command says what is wrong in one line, and soon."""
+"""Damaged, foreign and malicious files: each command reports the error in one line, and soon."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ def part(tmp_path_factory):
 
 
 def judged(path):
-    """What all that reads a file says of it: one line each, none for what is well."""
+    """Collect the errors of all functions that read a file, one line each."""
     lines = verify(path).findings
     for look in (file_info, lambda path: DataFile(path).close(), open_recording):
         try:
@@ -68,7 +68,7 @@ def replaced(file, name, **how):
 
 
 def absurd(file, name):
-    """2^45 rows; the two tables of fixed length are replaced by others, to which nobody has written."""
+    """Announce 2^45 rows; the two tables of fixed length are replaced by new tables without data."""
     if file[name].maxshape == (None,):
         file[name].resize((1 << 45,))
     else:
@@ -81,7 +81,7 @@ def test_a_table_of_absurd_extent(tmp_path, good, part, name):
     assert f"/{name} announces {1 << 45} rows, the file has room for " in "\n".join(judged(path))
     path.unlink()
     if name == "configs":
-        return  # what it has beyond /run/configs is cut, unread
+        return  # recovery cuts its further rows without reading them
     path = changed(tmp_path / f"{NAME}.h5.part", part, lambda file: absurd(file, name))
     for finish in (prepare, recover):
         before = path.read_bytes()
@@ -123,14 +123,14 @@ def test_data_in_other_files_are_damage(tmp_path, good, name, how):
 
     path = changed(tmp_path / f"{NAME}.h5", good, change)
     if name == "later" and how is not outside:
-        assert judged(path) == []  # nobody asks for it
+        assert judged(path) == []  # no function reads it
     else:
         assert ("has no /ledger/" if name == "ledger" and how is not outside else "in this one") in judged(path)[0]
 
 
 @pytest.mark.parametrize("name", ["packets", "configs", "run/info", "run/blocks"])
-def test_something_else_in_place_of_a_table(tmp_path, good, name):
-    """Nothing, a group, a number, rows of arrays, a dataset of two dimensions."""
+def test_other_objects_in_place_of_a_table(tmp_path, good, name):
+    """The table is absent, or a group, a number, rows of arrays, a dataset of two dimensions."""
     array = np.dtype([("packet_type", "u1", (3,)), ("type", "u1", (3,)), ("timestamp", "u1", (2, 2)), ("parity", "u1")])
     plain = np.dtype([("packet_type", "u1"), ("timestamp", "u1", (2, 2)), ("parity", "u1"), ("counter", "S3")])
     for make in (
@@ -184,8 +184,8 @@ def test_truncated_files(tmp_path, good, part):
 
 
 @pytest.mark.timeout(60)  # HDF5's own way takes two minutes for each
-def test_a_damaged_part_of_a_dead_writer_is_told_at_once(tmp_path, part):
-    """Its superblock says still that it is being written."""
+def test_a_damaged_part_of_a_dead_writer_is_found_at_once(tmp_path, part):
+    """Its superblock still says that it is being written."""
     path = tmp_path / f"{NAME}.h5.part"
     flags = repair.SIGNATURE + b"\x03\x08\x08\x05" + bytes(8) + b"\xff" * 8 + part[28:44]
     whole = flags + repair.lookup3(flags).to_bytes(4, "little") + part[repair.SIZE :]
@@ -197,7 +197,7 @@ def test_a_damaged_part_of_a_dead_writer_is_told_at_once(tmp_path, part):
 
 
 def test_pipes_and_links(tmp_path, good, capsys):
-    """A pipe under the name of a run's file; a link to a file elsewhere, and to one in the same directory."""
+    """A pipe under the name of a run's file; links to a file in another and in the same directory."""
     data = tmp_path / "data"
     data.mkdir()
     for ending in (names.FINISHED, names.PART, names.JOURNAL):
@@ -226,7 +226,7 @@ def test_pipes_and_links(tmp_path, good, capsys):
     assert cli.main(["info", str(data / "latest.h5")]) == 0
 
 
-def test_texts_of_files_move_no_cursor(tmp_path, capsys):
+def test_control_characters_in_texts_are_escaped(tmp_path, capsys):
     file, feed = (
         RunFile(tmp_path, run_info(comment="\x1b[2J\nrun 42: good", operator="\x9b31m", storage="a\u202eb")),
         Feed(),

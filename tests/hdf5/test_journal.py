@@ -1,4 +1,4 @@
-"""The journal gives back whole records, and nothing else, and says where it is damaged."""
+"""Reading a journal returns whole records only, and the places of damage."""
 
 import errno
 import fcntl
@@ -17,7 +17,7 @@ from larpixdaq.protocol import stream
 
 
 def filled(path, sizes=(3, 0, 700)):
-    """A journal with a block of each of these sizes and an end; the records as they should come back."""
+    """Make a journal with a block of each of these sizes and an end; return it and its records."""
     feed = Feed()
     journal = Journal(path)
     expected = []
@@ -58,7 +58,7 @@ def test_a_torn_end_costs_only_its_own_record(tmp_path_factory, data):
     found = [tuple(record) for record in read(path).records]
     assert found == expected[: len(found)]
     lengths = np.cumsum([16 + len(stream.pack(frame)) + len(rows) for frame, rows in expected])
-    torn = whole[:cut] + tail  # the tail may go on as the journal did
+    torn = whole[:cut] + tail  # the tail may equal the journal's bytes
     differ = (i for i, (was, now) in enumerate(zip(whole, torn, strict=False)) if was != now)
     kept = next(differ, min(len(whole), len(torn)))
     assert len(found) == np.count_nonzero(lengths <= kept)
@@ -69,7 +69,7 @@ def record_ends(expected):
 
 
 def test_a_torn_end_is_no_damage(tmp_path):
-    """Wherever a writer is killed: what is left is the beginning of what it wrote."""
+    """A killed writer leaves the beginning of its journal, wherever that ends."""
     journal, expected = filled(tmp_path / "a", (3, 0, 7))
     journal.close()
     whole = (tmp_path / "a").read_bytes()
@@ -98,7 +98,7 @@ def test_a_flipped_byte_costs_only_its_own_record(tmp_path_factory, data):
 
 
 def test_only_regular_files_are_read(tmp_path):
-    """A pipe would be waited for without end, a link may lead anywhere."""
+    """Opening a pipe would never return, and a link may lead anywhere."""
     os.mkfifo(tmp_path / "a")
     (tmp_path / "b").symlink_to(tmp_path / "c")
     (tmp_path / "c").touch()
@@ -112,7 +112,7 @@ def test_only_regular_files_are_read(tmp_path):
             Journal(tmp_path / name, recovery=True)
 
 
-def test_it_is_locked_as_long_as_it_is_open(tmp_path):
+def test_a_journal_is_locked_while_it_is_open(tmp_path):
     journal = Journal(tmp_path / "a")
     assert os.stat(tmp_path / "a").st_mode & 0o777 == 0o600
     with open(tmp_path / "a") as other:
@@ -122,7 +122,7 @@ def test_it_is_locked_as_long_as_it_is_open(tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_one_line_when_it_cannot_be(tmp_path):
+def test_errors_are_one_line(tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(FileError, match=r"cannot create .*a: File exists"):
         Journal(tmp_path / "a")
@@ -132,7 +132,7 @@ def test_one_line_when_it_cannot_be(tmp_path):
         list(read(tmp_path / "b").records)
 
 
-def test_a_full_disk_leaves_the_records_before(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_earlier_records(tmp_path, monkeypatch):
     journal, expected = filled(tmp_path / "a")
     pwritev = os.pwritev
 
@@ -147,6 +147,6 @@ def test_a_full_disk_leaves_the_records_before(tmp_path, monkeypatch):
     assert [tuple(record) for record in read(tmp_path / "a").records] == expected
     monkeypatch.setattr(os, "pwritev", lambda fd, parts, offset: pwritev(fd, [memoryview(parts[0])[:7]], offset))
     block, rows = Feed().block(random_rows(np.random.default_rng(1), 5))
-    journal.append([(stream.pack(block), [rows.view(np.uint8)])])  # a kernel that takes 7 bytes a time
+    journal.append([(stream.pack(block), [rows.view(np.uint8)])])  # a kernel that writes 7 bytes at a time
     assert [tuple(record) for record in read(tmp_path / "a").records] == [*expected, (block, rows.tobytes())]
     journal.close()

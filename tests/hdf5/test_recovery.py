@@ -1,4 +1,4 @@
-"""What a killed writer leaves becomes a finished file with everything that was acknowledged."""
+"""Recovery makes a finished file with all acknowledged blocks from the files of a killed writer."""
 
 import contextlib
 import errno
@@ -35,11 +35,11 @@ from larpixdaq.protocol import stream
 from larpixdaq.protocol.stream import ConnectedBoard
 
 NAME = "run0000042_20261122T071251Z_000"
-POOL = {one: random_rows(np.random.default_rng(3), 40_000, one) for one in schema.LAYOUTS}
+POOL = {row_layout: random_rows(np.random.default_rng(3), 40_000, row_layout) for row_layout in schema.LAYOUTS}
 
 
 def killed(file):
-    """As if the writer had been killed: file and journal stay as they are on the disk, the lock is free."""
+    """Leave part and journal as a killed writer does, with the lock free; return the part."""
     file.abandon()
     return file.path
 
@@ -48,13 +48,13 @@ def endings(directory):
     return sorted(path.name.partition(".")[2] for path in directory.iterdir())
 
 
-def fill(directory, sizes, one=schema.LAYOUTS[1], *, journal=True, **info):
-    """A part that is being written: blocks of these sizes between INFO messages, all of it durable with `journal`."""
-    feed = Feed(info.get("run", 42), layout=one)
-    file = RunFile(directory, run_info(one, **info))
+def fill(directory, sizes, row_layout=schema.LAYOUTS[1], *, journal=True, **info):
+    """Open a part and add blocks of these sizes between INFO messages, all of them durable with `journal`."""
+    feed = Feed(info.get("run", 42), layout=row_layout)
+    file = RunFile(directory, run_info(row_layout, **info))
     file.add(*feed.info("Beginning run"))
     for size in sizes:
-        file.add(*feed.block(POOL[one][:size].copy()))
+        file.add(*feed.block(POOL[row_layout][:size].copy()))
     file.add(*feed.info("żółw " * 40))
     if journal:
         file.work(pressed=True)
@@ -62,7 +62,7 @@ def fill(directory, sizes, one=schema.LAYOUTS[1], *, journal=True, **info):
 
 
 def same_rows(path, feed):
-    """Whether the file holds what the feed gave, INFO rows apart from their counter."""
+    """Whether the file has the rows of the feed; the counter of INFO rows is not compared."""
     with h5py.File(path) as plain:
         found = plain["packets"][:]
     given = np.concatenate(feed.rows)
@@ -71,11 +71,11 @@ def same_rows(path, feed):
     return np.array_equal(found, given)
 
 
-@pytest.mark.parametrize("one", schema.LAYOUTS, ids=lambda one: one.name)
+@pytest.mark.parametrize("row_layout", schema.LAYOUTS, ids=lambda row_layout: row_layout.name)
 @pytest.mark.parametrize("sizes", [[], [5], [16_384] * 3, [15_000] * 5, [16_384] * 4, [16_383, 3, *[16_384] * 4]])
 @pytest.mark.parametrize("end", [True, False], ids=["ended", "not ended"])
-def test_file_and_journal_become_one(tmp_path, one, sizes, end):
-    file, feed = fill(tmp_path, sizes, one)
+def test_part_and_journal_become_one_file(tmp_path, row_layout, sizes, end):
+    file, feed = fill(tmp_path, sizes, row_layout)
     if end:
         file.end(feed.end())
         file.work(pressed=True)
@@ -104,8 +104,8 @@ steps = st.lists(
 
 @settings(max_examples=examples(25))
 @given(steps=steps, data=st.data())
-def test_any_writer_at_any_moment(tmp_path_factory, steps, data):
-    """Also with the journal torn: what was in a whole record of it is there."""
+def test_a_writer_killed_at_any_moment(tmp_path_factory, steps, data):
+    """The journal may be torn: all blocks of its whole records are in the file."""
     directory = tmp_path_factory.mktemp("run")
     file, feed = fill(directory, [100])
     for step in steps:
@@ -141,7 +141,7 @@ def test_any_writer_at_any_moment(tmp_path_factory, steps, data):
     assert [line for line in checked.findings if line not in checked.open] == []
 
 
-def test_a_part_that_is_being_written_is_left_alone(tmp_path):
+def test_a_part_that_is_being_written_is_not_changed(tmp_path):
     file, _ = fill(tmp_path, [10])
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
     for path in before:
@@ -152,7 +152,7 @@ def test_a_part_that_is_being_written_is_left_alone(tmp_path):
     assert recover(file.path).from_journal == 3
 
 
-def test_two_recoveries_do_not_meet(tmp_path):
+def test_two_recoveries_exclude_each_other(tmp_path):
     file, _ = fill(tmp_path, [10])
     part = killed(file)
     other = Journal(part.with_name(f"{NAME}.h5.journal"), recovery=True)
@@ -164,10 +164,10 @@ def test_two_recoveries_do_not_meet(tmp_path):
     assert recover(part).rows
 
 
-# What there is, and what is not
+# Missing and foreign files
 
 
-def test_the_journal_is_missing(tmp_path):
+def test_a_part_without_its_journal(tmp_path):
     file, feed = fill(tmp_path, [16_384] * 5, journal=False)
     part = killed(file)
     part.with_name(f"{NAME}.h5.journal").unlink()
@@ -201,8 +201,8 @@ def test_the_journal_alone_makes_a_part(tmp_path, content):
         assert read.texts()["storage"] == ["copy"]
 
 
-def test_a_writer_that_died_while_it_made_the_file(tmp_path):
-    """Its superblock is there, and says that there is no order in what follows."""
+def test_a_writer_that_died_while_it_created_the_file(tmp_path):
+    """Its superblock exists, with the flags of a file that is not written in order."""
     part = tmp_path / f"{NAME}.h5.part"
     for content in (b"", None):
         Journal(tmp_path / f"{NAME}.h5.journal").close()
@@ -220,7 +220,7 @@ def test_a_writer_that_died_while_it_made_the_file(tmp_path):
         assert found.text == f"{NAME}.h5.part: nothing had been stored in it, so it was removed"
 
 
-def test_nothing_had_come(tmp_path):
+def test_a_part_without_blocks_is_removed(tmp_path):
     file = RunFile(tmp_path, run_info())
     assert recover(killed(file)).path is None
     assert list(tmp_path.iterdir()) == []
@@ -230,7 +230,7 @@ def test_nothing_had_come(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_part(tmp_path):
+def test_other_files_are_refused(tmp_path):
     for name in ("run0000042_20261122T071251Z_000.h5", "a.h5.part", "run0000042_99999999T999999Z_000.h5.part"):
         (tmp_path / name).touch()
         with pytest.raises(FileError, match="not the name of a part"):
@@ -241,7 +241,7 @@ def test_what_is_no_part(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["other", "cut"])
-def test_what_cannot_be_recovered_stays(tmp_path, content):
+def test_a_part_that_cannot_be_recovered_stays(tmp_path, content):
     file, _ = fill(tmp_path, [16_384] * 5)
     part = killed(file)
     if content == "cut":
@@ -262,14 +262,14 @@ def test_what_cannot_be_recovered_stays(tmp_path, content):
 
 @pytest.fixture
 def sealed(tmp_path):
-    """A part that was closed but for its name; the file and the feed."""
+    """Seal a part without its final name; return the file and the feed."""
     file, feed = fill(tmp_path, [16_384] * 5)
     file.end(feed.end())
     file.seal(aborted=True)
     return file, feed
 
 
-def test_a_part_that_only_lacks_its_name_gets_it(tmp_path, sealed):
+def test_a_closed_part_gets_its_final_name(tmp_path, sealed):
     file, feed = sealed
     part = killed(file)
     found = recover(part)
@@ -282,7 +282,7 @@ def test_a_part_that_only_lacks_its_name_gets_it(tmp_path, sealed):
 
 
 def test_killed_in_the_close_after_the_checksums(tmp_path, monkeypatch):
-    """All that a close writes is there, the superblock is not put right."""
+    """The close has written everything except the superblock."""
     file, feed = fill(tmp_path, [100])
     file.end(feed.end())
     monkeypatch.setattr(h5py.File, "close", lambda self: None)
@@ -295,7 +295,7 @@ def test_killed_in_the_close_after_the_checksums(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("step", ["set_positions", "text", "table_crc32"])
 def test_killed_in_the_close_before_the_checksums(tmp_path, monkeypatch, step):
-    """What a close had written is written once all the same."""
+    """Recovery writes the texts of the close only once."""
     file, feed = fill(tmp_path, [100], required_producers=("Other",))
     file.end(feed.end())
 
@@ -340,7 +340,7 @@ def test_killed_before_the_journal_is_removed(tmp_path, sealed):
     file, feed = sealed
     journal = tmp_path / f"{NAME}.h5.journal"
     file.publish()
-    feed.sequence += 1  # behind its end
+    feed.sequence += 1  # after its end record
     block = feed.block(POOL[feed.layout][:10].copy())
     with contextlib.closing(Journal(journal)) as other:
         other.append([(stream.pack(msgspec.structs.replace(block[0], sequence=1)), [block[1].view(np.uint8)])])
@@ -363,16 +363,16 @@ def test_a_name_that_is_taken(tmp_path):
             recover(part)
     assert final.read_text() == "somebody else's"
     assert endings(tmp_path) == ["h5", "h5.journal", "h5.part"]
-    final.write_bytes(b"")  # taken for this part, where there are no hard links
+    final.write_bytes(b"")  # as on a file system without hard links
     assert recover(part).path == final
     assert verify(final).rows == 16
 
 
-# What does not belong in it
+# Rows without a block
 
 
 def test_rows_of_tables_whose_block_did_not_come(tmp_path, monkeypatch):
-    """Killed when everything that a batch brings was written but the rows of /run/blocks and /run/ends."""
+    """The writer was killed after it had written a batch except its rows of /run/blocks and /run/ends."""
     feed, second = Feed(), Feed(producer="second")
     file = RunFile(tmp_path, run_info())
     gap = [stream.Gap(1, 3, 4, 5)]
@@ -430,7 +430,7 @@ def test_verdicts_survive_a_recovery(tmp_path):
     assert verify(found.path).findings == []
 
 
-def test_blocks_that_never_came_are_told(tmp_path):
+def test_missing_blocks_are_recorded(tmp_path):
     feed = Feed()
     file = RunFile(tmp_path, run_info())
     sent = [feed.block(POOL[feed.layout][:n].copy()) for n in (10, 20, 30, 40, 50)]
@@ -448,7 +448,7 @@ def test_blocks_that_never_came_are_told(tmp_path):
 
 
 def damage(path, sequence):
-    """Other rows than /run/blocks says."""
+    """Change a row, so that the CRC-32 of its block is wrong."""
     with DataFile(path) as growing:
         row = growing.table("run/blocks")[sequence]
     repair.repair_superblock(path)
@@ -456,8 +456,8 @@ def damage(path, sequence):
         file["packets"][int(row["first_row"])] = file["packets"][int(row["first_row"]) + 1]
 
 
-def test_damaged_rows_are_named_or_cut(tmp_path):
-    """Between good blocks they stay and are named; at the end they are cut, and kept in a copy of the part."""
+def test_damaged_rows_are_reported_or_cut(tmp_path):
+    """Damaged rows between good blocks stay and are reported; at the end they are cut, and the part is copied."""
     file, feed = fill(tmp_path, [16_000] * 5, journal=False)
     file.end(feed.end())
     part = killed(file)
@@ -484,8 +484,8 @@ def test_damaged_rows_are_named_or_cut(tmp_path):
 
 
 @pytest.mark.parametrize("room", [True, False])
-def test_a_chunk_that_cannot_be_read(tmp_path, monkeypatch, room):
-    """What is behind it in the journal is there, and what it held is kept; without room for that nothing is touched."""
+def test_an_unreadable_chunk(tmp_path, monkeypatch, room):
+    """Later blocks come from the journal, and a copy of the part is kept; without room for it nothing is changed."""
     file, feed = fill(tmp_path, [16_000] * 5)
     part = killed(file)
     with DataFile(part) as growing:
@@ -511,7 +511,7 @@ def test_a_chunk_that_cannot_be_read(tmp_path, monkeypatch, room):
 
 
 def test_a_damaged_journal_costs_only_the_damaged_block(tmp_path, capsys):
-    """What follows the damage is stored, what is missing is counted, the journal is kept, and the status is 1."""
+    """Later blocks are stored, the missing block is counted, the journal is kept, and the exit status is 1."""
     file, feed = fill(tmp_path, [10_000] * 3)
     journal = killed(file).with_name(f"{NAME}.h5.journal")
     whole = bytearray(journal.read_bytes())
@@ -531,8 +531,8 @@ def test_a_damaged_journal_costs_only_the_damaged_block(tmp_path, capsys):
     assert answer(capsys, "recover", tmp_path) == (0, ["nothing to recover"])
 
 
-def test_what_holds_nothing_but_damage_is_kept(tmp_path):
-    """A journal whose only record is damaged, a part that lost its beginning: neither is said to be empty."""
+def test_files_with_nothing_but_damage_are_kept(tmp_path):
+    """A journal whose only record is damaged, and a part without its beginning, do not count as empty."""
     file = RunFile(tmp_path, run_info())
     file.add(*Feed().block(POOL[schema.LAYOUTS[1]][:50].copy()))
     file.work(pressed=True)
@@ -551,8 +551,8 @@ def test_what_holds_nothing_but_damage_is_kept(tmp_path):
         part = killed(file)
 
 
-def test_a_part_without_its_information_is_left_alone(tmp_path):
-    """As a power cut may leave it: /run/info was never written, rows were."""
+def test_a_part_without_run_info_is_not_changed(tmp_path):
+    """A power cut may leave rows without /run/info."""
     part = killed(fill(tmp_path, [16_384] * 5)[0])
     repair.repair_superblock(part)
     with h5py.File(part, "r+") as file:
@@ -566,7 +566,7 @@ def test_a_part_without_its_information_is_left_alone(tmp_path):
 @pytest.mark.parametrize("ending", [names.PART, names.JOURNAL, names.FINISHED])
 @pytest.mark.parametrize("kind", ["pipe", "link"])
 def test_only_regular_files_are_recovered(tmp_path, ending, kind):
-    """A pipe would be waited for without end; behind a link may be another's file."""
+    """Opening a pipe would never return, and a link may lead to a file of another user."""
     (tmp_path / "data").mkdir()
     part = killed(fill(tmp_path / "data", [10])[0])
     path = part.with_name(NAME + ending)
@@ -585,8 +585,7 @@ def test_only_regular_files_are_recovered(tmp_path, ending, kind):
 
 
 def test_a_chunk_is_never_written_in_place(tmp_path, monkeypatch):
-    """HDF5 writes a chunk of the size that it had to the same place: a kill in the midst would tear rows that are
-    nowhere else."""
+    """HDF5 writes a chunk of the same size to the same place, where a kill would tear rows that exist nowhere else."""
     part = killed(fill(tmp_path, [16_384] * 4, journal=False)[0])
     with DataFile(part) as growing:
         chunk = growing._packets.id.get_chunk_info(3)
@@ -612,8 +611,8 @@ def test_a_chunk_is_never_written_in_place(tmp_path, monkeypatch):
     assert checked.findings == checked.open
 
 
-def test_a_later_part_knows_where_it_began(tmp_path):
-    """Also of sources of which nothing came in it."""
+def test_a_later_part_keeps_its_start_positions(tmp_path):
+    """This includes origins without blocks in this part."""
     feed, quiet = Feed(), Feed(producer="quiet")
     known = {feed.source: 3, quiet.source: 9}
     feed.sequence, feed.first_packet = 3, 500
@@ -628,7 +627,7 @@ def test_a_later_part_knows_where_it_began(tmp_path):
     assert verify(found.path).open == verify(found.path).findings
 
 
-def test_a_full_disk_leaves_all_as_it_was(tmp_path, monkeypatch):
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     file, feed = fill(tmp_path, [16_384] * 5)
     part = killed(file)
 
@@ -654,7 +653,7 @@ def answer(capsys, *arguments):
     return status, out.splitlines()
 
 
-def test_recover_by_hand(tmp_path, capsys):
+def test_the_command_recover(tmp_path, capsys):
     assert answer(capsys, "recover", tmp_path) == (0, ["nothing to recover"])
     dead = killed(fill(tmp_path, [10])[0])
     living, _ = fill(tmp_path, [10], run=43)
@@ -677,7 +676,7 @@ def test_recover_by_hand(tmp_path, capsys):
     assert not names.unfinished_parts(tmp_path)
 
 
-def test_a_damaged_part_is_named(tmp_path, capsys):
+def test_the_command_names_a_damaged_part(tmp_path, capsys):
     part = killed(fill(tmp_path, [10])[0])
     with open(part, "r+b") as file:
         file.seek(30)
@@ -691,7 +690,7 @@ def test_a_damaged_part_is_named(tmp_path, capsys):
 
 
 @pytest.mark.timeout(300)
-def test_writers_and_recoveries_that_are_killed(tmp_path):
+def test_killed_writers_and_recoveries_lose_nothing(tmp_path):
     """A short form of `python tests/faults/kill_file_writer.py --kills 500`, in a process that has no threads."""
     script = Path(__file__).parents[1] / "faults" / "kill_file_writer.py"
     kills = examples(25)
@@ -711,7 +710,7 @@ def test_writers_and_recoveries_that_are_killed(tmp_path):
 
 @pytest.mark.parametrize("journal", ["removed", "damaged"])
 def test_rows_that_only_readers_of_the_part_have_seen_are_kept(tmp_path, journal):
-    """They are the journal's, and without it they may be all that is left of acknowledged blocks."""
+    """They are in the journal too; without the journal they may be all that is left of acknowledged blocks."""
     feed, rng = Feed(), np.random.default_rng(1)
     file = RunFile(tmp_path, run_info())
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""A run of several parts is judged as one: by a storage that answers for it, and by `larpixdaq verify`."""
+"""The judgement of a run over its parts, by its storage and by `larpixdaq verify`."""
 
 import json
 
@@ -28,7 +28,7 @@ def name(part):
 
 
 class Run:
-    """Parts that follow each other; `feed` goes through all of them."""
+    """Parts of a run, one after another, with the blocks of one feed."""
 
     def __init__(self, directory, **info):
         self.directory = directory
@@ -47,7 +47,7 @@ class Run:
         return report
 
     def die(self, journal=True):
-        """The storage is killed, recovers, and goes on."""
+        """Kill the storage, recover the part, and continue in the next part."""
         if journal:
             self.file.work(pressed=True)
         self.file.abandon()
@@ -71,7 +71,7 @@ def test_rotation(tmp_path, run):
     assert (first.condition, first.reasons) == ("CONTINUED", [])
     run.add(300)
     run.rotate()
-    run.rotate()  # nothing came in between
+    run.rotate()  # a part without blocks
     run.add(400)
     assert run.end().condition == "COMPLETE"
     found = survey_run(tmp_path, 42)
@@ -89,7 +89,7 @@ def test_rotation(tmp_path, run):
         assert file["run/positions"][:][["first", "next"]].tolist() == [(3, 3)]
 
 
-def test_a_part_alone_is_judged_alone(tmp_path, run):
+def test_a_part_alone_is_judged_by_itself(tmp_path, run):
     run.add(100)
     run.rotate()
     run.add(200)
@@ -99,12 +99,12 @@ def test_a_part_alone_is_judged_alone(tmp_path, run):
     for part, condition in ((0, "CONTINUED"), (1, "CONTINUED"), (2, "COMPLETE")):
         outcome = verify_all([tmp_path / name(part)])
         assert outcome.ok
-        assert [one.condition for one in outcome.runs] == [condition]
+        assert [run_facts.condition for run_facts in outcome.runs] == [condition]
         notes = [note for note in outcome.files[0].notes if "parity" not in note]
         assert notes == ([f"condition CONTINUED: the run continues in {name(part + 1)}"] if part < 2 else [])
     some = verify_all([tmp_path / name(0), tmp_path / name(1)])
     assert some.ok
-    assert [(one.condition, one.notes) for one in some.runs] == [
+    assert [(run_facts.condition, run_facts.notes) for run_facts in some.runs] == [
         ("CONTINUED", ["producer 'LArPix board', epoch 7: continues in the next file"])
     ]
     assert verify_all([tmp_path / name(1), tmp_path / name(2)]).ok
@@ -114,7 +114,7 @@ def test_a_part_alone_is_judged_alone(tmp_path, run):
     assert "producer 'LArPix board', epoch 7: blocks 1 to 1 are in no part" in holes.runs[0].reasons
 
 
-def test_killed_and_gone_on(tmp_path, run):
+def test_a_run_whose_storage_was_killed_twice(tmp_path, run):
     run.add(*[16_384] * 5, 3)
     assert run.die().condition == "INTERRUPTED"
     run.add(10)
@@ -129,8 +129,8 @@ def test_killed_and_gone_on(tmp_path, run):
     assert verify_all(sorted(tmp_path.iterdir())).ok
 
 
-def test_killed_with_its_end(tmp_path, run):
-    """The end came, so the run is whole, whatever its part went through."""
+def test_a_storage_killed_after_the_end_record(tmp_path, run):
+    """The part has the end record, so the run is complete."""
     run.add(100)
     run.file.end(run.feed.end())
     run.file.work(pressed=True)
@@ -139,7 +139,7 @@ def test_killed_with_its_end(tmp_path, run):
     assert survey_run(tmp_path, 42).condition == "COMPLETE"
 
 
-def test_what_is_still_open(tmp_path, run):
+def test_an_open_part_makes_the_run_interrupted(tmp_path, run):
     assert survey_run(tmp_path, 42).condition == "INTERRUPTED"
     run.add(100)
     run.rotate()
@@ -181,8 +181,8 @@ def test_a_required_producer_may_come_in_any_part(tmp_path, run):
     assert not feed.rows
 
 
-def test_blocks_between_parts(tmp_path):
-    """The second part begins behind where the first ended, the third before."""
+def test_blocks_in_no_part_or_in_two_parts(tmp_path):
+    """The second part begins after the end of the first part, the third before the end of the second."""
     feed = Feed()
     sent = [feed.block(rows(n)) for n in (10, 20, 30, 40, 50)]
     for part, (first, stop) in enumerate([(0, 2), (3, 5), (4, 5)]):
@@ -200,8 +200,8 @@ def test_blocks_between_parts(tmp_path):
     assert not verify_all([tmp_path]).ok
 
 
-def test_blocks_that_are_missing_where_the_first_of_some_parts_begins(tmp_path, run):
-    """Parts 1 and 2 alone, which know what should have come first."""
+def test_blocks_missing_at_the_begin_of_a_part(tmp_path, run):
+    """Parts 1 and 2 without part 0 have the position at which they begin."""
     run.add(10, 20)
     run.rotate()
     run.feed.block(rows(30))
@@ -214,7 +214,7 @@ def test_blocks_that_are_missing_where_the_first_of_some_parts_begins(tmp_path, 
     assert outcome.runs[0].reasons == ["producer 'LArPix board', epoch 7: blocks 2 to 2 are in no part"]
 
 
-def test_blocks_behind_the_last_part(tmp_path, run):
+def test_blocks_missing_after_the_last_part(tmp_path, run):
     run.add(10)
     run.rotate()
     run.feed.block(rows(20))
@@ -224,7 +224,7 @@ def test_blocks_behind_the_last_part(tmp_path, run):
     assert found.condition == "INCOMPLETE"
 
 
-def test_rows_that_were_dropped(tmp_path, run):
+def test_dropped_rows(tmp_path, run):
     run.add(100, gaps=[stream.Gap(1, 5, 1, 2)])
     assert run.rotate().condition == "INCOMPLETE"
     run.add(50)
@@ -238,7 +238,7 @@ def test_rows_that_were_dropped(tmp_path, run):
     ]
 
 
-def test_doubts_and_aborts(tmp_path, run):
+def test_suspect_and_aborted_runs(tmp_path, run):
     run.add(100)
     run.rotate()
     doubt = stream.LossVerdict(2, "suspect", "board disconnected", 0, 1, 2)
@@ -256,7 +256,7 @@ def test_doubts_and_aborts(tmp_path, run):
     assert survey_run(tmp_path, 42).condition == "ABORTED"
 
 
-def test_what_a_producer_still_owes(tmp_path, run):
+def test_pending_rows(tmp_path, run):
     run.add(100)
     words = run.feed.end().counts[0][1 + constants.Count.WORD_ROWS]
     run.file.end(run.feed.end(counts={1: {"word_rows": words + 7, "words_in": words + 7}}))
@@ -301,8 +301,8 @@ def test_files_that_cannot_be_read(tmp_path, run):
 
 
 @pytest.mark.parametrize("copies", [0, 1, 3, 4])
-def test_a_storage_of_the_name_went_on_elsewhere(tmp_path, copies):
-    """It knows nothing of the files in the other directory; what both have counts once."""
+def test_a_superseded_storage_and_its_successor(tmp_path, copies):
+    """The successor does not know the files in the other directory; blocks in both directories count once."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
@@ -319,8 +319,8 @@ def test_a_storage_of_the_name_went_on_elsewhere(tmp_path, copies):
     feed = Feed()
     feed.sequence, feed.rows = run.feed.sequence - copies, run.feed.rows[: len(run.feed.rows) - copies]
     feed.first_packet = sum(map(len, feed.rows))
-    for one in [*sent, rows(7)]:
-        other.add(*feed.block(one))
+    for run_facts in [*sent, rows(7)]:
+        other.add(*feed.block(run_facts))
     following = RunFile(there, run.info, 1, other.positions())
     assert other.close(continued=True).condition == "INCOMPLETE"
     following.add(*feed.block(rows(30)))
@@ -335,7 +335,7 @@ def test_a_storage_of_the_name_went_on_elsewhere(tmp_path, copies):
     assert (found.condition, found.reasons, found.rows) == ("COMPLETE", [], 688)
     assert [path.parent for path in found.files] == [here, here, here, there, there]
     assert sum(line[3] for line in found.stored) == 688
-    # A part that is not there is missed all the same.
+    # A missing part is found, too.
     (here / name(0)).unlink()
     lacking = verify_all([here, there])
     assert not lacking.ok
@@ -354,7 +354,7 @@ def test_two_files_of_one_part(tmp_path, run):
     )
 
 
-def test_positions_are_held_against_the_blocks(tmp_path):
+def test_positions_are_compared_with_the_blocks(tmp_path):
     report, _ = write(tmp_path, Feed(), [10])
     with h5py.File(report.path, "r+") as file:
         table = file["run/positions"][:]
@@ -386,7 +386,7 @@ def test_the_command(tmp_path, capsys, run):
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is False
     assert found["files"][str(tmp_path / name(1))]["ok"]
-    (one,) = found["runs"]
-    assert (one["run"], one["condition"], one["rows"]) == (42, "INCOMPLETE", 50)
-    assert one["files"] == [str(tmp_path / name(1))]
-    assert one["reasons"] == ["part 0 of run 42 is not there"]
+    (run_facts,) = found["runs"]
+    assert (run_facts["run"], run_facts["condition"], run_facts["rows"]) == (42, "INCOMPLETE", 50)
+    assert run_facts["files"] == [str(tmp_path / name(1))]
+    assert run_facts["reasons"] == ["part 0 of run 42 is not there"]

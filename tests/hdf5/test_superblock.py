@@ -1,4 +1,4 @@
-"""The superblock of a file whose writer died is put right, and nothing else is touched."""
+"""Repair of the superblock of a file whose writer died; nothing else is changed."""
 
 import os
 import re
@@ -13,13 +13,13 @@ from larpixdaq.hdf5 import repair
 from larpixdaq.hdf5.writer import RunFile
 
 
-def test_lookup3_of_its_authors_own_examples():
+def test_lookup3_of_its_authors_examples():
     assert repair.lookup3(b"") == 0xDEADBEEF
     assert repair.lookup3(b"Four score and seven years ago") == 0x17770551
 
 
 def test_lookup3_of_what_hdf5_writes(tmp_path):
-    """Object headers of version 2 have it behind them: here those of groups, of several lengths."""
+    """The checksum follows each object header of version 2; here those of groups, of several lengths."""
     with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
         for length in range(1, 60):
             file.create_group(str(length), track_order=length % 2 == 0).attrs["a"] = np.bytes_("x" * length)
@@ -37,7 +37,7 @@ def test_lookup3_of_what_hdf5_writes(tmp_path):
 
 @pytest.fixture
 def left(tmp_path):
-    """A part as a killed writer leaves it, with more in it than its superblock says."""
+    """Make the part of a killed writer, which is longer than its superblock says."""
     file = RunFile(tmp_path, run_info())
     feed = Feed()
     for _ in range(5):
@@ -48,7 +48,7 @@ def left(tmp_path):
     return copy
 
 
-def test_it_opens_plainly_then(left):
+def test_a_repaired_file_opens_without_swmr(left):
     before = left.read_bytes()
     assert repair.read_superblock(left).flags == repair.WRITING | repair.SWMR
     with pytest.raises(OSError, match="already open for write"):
@@ -64,7 +64,7 @@ def test_it_opens_plainly_then(left):
     assert left.read_bytes() == repaired
 
 
-def test_every_flipped_byte_of_it_is_found(left):
+def test_every_flipped_byte_of_a_superblock_is_found(left):
     whole = left.read_bytes()
     for place in range(repair.SIZE):
         changed = bytearray(whole)
@@ -78,7 +78,7 @@ def test_every_flipped_byte_of_it_is_found(left):
 
 
 def sealed(**fields):
-    """A superblock with a right checksum."""
+    """Make a superblock with a correct checksum."""
     good = repair.Superblock(repair.SIGNATURE, 3, 8, 8, 5, 0, (1 << 64) - 1, 4096, 48, 0)
     data = repair._FIELDS.pack(*good._replace(**fields))[:-4]
     return data + repair.lookup3(data).to_bytes(4, "little")
@@ -94,7 +94,7 @@ def sealed(**fields):
         ({"extension": 40}, "its extension is at 40"),
     ],
 )
-def test_what_is_not_as_we_know_it_is_left_alone(tmp_path, fields, line):
+def test_unknown_superblocks_are_not_changed(tmp_path, fields, line):
     path = tmp_path / "a.h5"
     path.write_bytes(sealed(**fields).ljust(4096, b"\0"))
     before = os.stat(path).st_mtime_ns

@@ -1,4 +1,4 @@
-"""verify finds what is wrong with a file: whatever byte is changed is found, or the file says the same as before."""
+"""verify finds the faults of files: every changed byte is found, or does not change the content."""
 
 import random
 
@@ -43,14 +43,14 @@ def flipper(good):
 
 
 def found(flipper, place, change):
-    """Whether verify fails the file with one byte changed; an error when a change that matters passes."""
+    """Whether verify finds a changed byte; an error when a change of the content is not found."""
     verdict = flipper.flip(place, change)
     assert all(line and "\n" not in line for line in verdict["findings"])
     assert verdict["findings"] or verdict["same"], f"byte {place} ^ {change} matters and was not found"
     return bool(verdict["findings"])
 
 
-# A place is not shrunk: one byte is as good as another, and each that hangs costs the limit.
+# Places are not shrunk, because all bytes are alike, and each that hangs takes the time limit.
 @settings(max_examples=examples(100), phases=[Phase.explicit, Phase.generate])
 @given(data=st.data())
 def test_any_flipped_byte_is_found_or_does_not_matter(flipper, data):
@@ -65,7 +65,7 @@ def test_flipped_bytes_of_the_structure_are_found_or_do_not_matter(flipper):
 
 
 def test_flipped_bytes_of_the_global_heap_are_found_or_do_not_matter(flipper):
-    """Numbers and lengths of the objects: by these the HDF5 library (2.0) comes to loop for ever."""
+    """Wrong numbers and lengths of objects make the HDF5 library (2.0) loop for ever."""
     heap = flipper.whole.index(b"GCOL")
     places = [heap + 8, heap + 9, heap + 15]
     at = heap + 16
@@ -77,8 +77,8 @@ def test_flipped_bytes_of_the_global_heap_are_found_or_do_not_matter(flipper):
             found(flipper, place, change)
 
 
-def test_every_table_is_covered(good, tmp_path):
-    """One byte in each table, wherever in the file that is."""
+def test_a_flipped_byte_in_any_table_is_found(good, tmp_path):
+    """Change one byte in each table."""
     whole = good.read_bytes()
     with h5py.File(good) as file:
         places = {"run/info": file["run/info"].id.get_offset(), "run/checksums": file["run/checksums"].id.get_offset()}
@@ -94,19 +94,19 @@ def test_every_table_is_covered(good, tmp_path):
             assert not verify(tmp_path / "flipped.h5").ok, (name, offset)
 
 
-@pytest.mark.parametrize("one", schema.LAYOUTS, ids=lambda one: one.name)
-def test_good_files_of_every_layout(tmp_path, one):
-    report, given = write(tmp_path, Feed(layout=one), [1000, 16_000, 0, 16_384, 16_384, 16_384, 5000])
+@pytest.mark.parametrize("row_layout", schema.LAYOUTS, ids=lambda row_layout: row_layout.name)
+def test_good_files_of_every_layout(tmp_path, row_layout):
+    report, given = write(tmp_path, Feed(layout=row_layout), [1000, 16_000, 0, 16_384, 16_384, 16_384, 5000])
     checked = verify(report.path)
     assert (checked.findings, checked.condition, checked.rows) == ([], "COMPLETE", len(given))
-    kinds = given["type" if one is V1 else "packet_type"]
+    kinds = given["type" if row_layout is V1 else "packet_type"]
     packets = np.count_nonzero((kinds <= 3) & (given["direction"] == 1))
     assert file_info(report.path)["totals"]["packets"] == packets  # verify has compared it with the rows
     assert any("words have wrong parity" in note for note in checked.notes)
 
 
 def tampered(tmp_path, change):
-    """A good file after `change(file)`, sealed again as if our writer had made it so."""
+    """Verify a good file after `change(file)`, sealed again as if the writer had written it."""
     report, _ = write(tmp_path, Feed(), [1000, 500, 300])
     with h5py.File(report.path, "r+") as file:
         change(file)
@@ -162,18 +162,18 @@ COUNTS = "ledger/counts"
         (lambda file: file["_header"].attrs.modify("version", "2.3"), "are not those of layout 2.3"),
     ],
 )
-def test_what_a_wrong_writer_would_make_is_found(tmp_path, change, line):
+def test_errors_of_a_writer_are_found(tmp_path, change, line):
     report = tampered(tmp_path, change)
     assert line in "\n".join(report.findings)
 
 
 def test_wrong_valid_parity_is_found(tmp_path):
-    for number, one in enumerate(schema.LAYOUTS):
-        feed = Feed(number, layout=one)
-        rows = random_rows(np.random.default_rng(1), 100, one)
-        place = np.flatnonzero(rows["type" if one is V1 else "packet_type"] <= 3)[7]
+    for number, row_layout in enumerate(schema.LAYOUTS):
+        feed = Feed(number, layout=row_layout)
+        rows = random_rows(np.random.default_rng(1), 100, row_layout)
+        place = np.flatnonzero(rows["type" if row_layout is V1 else "packet_type"] <= 3)[7]
         rows["valid_parity"][place] ^= 1
-        file = RunFile(tmp_path, run_info(one, number))
+        file = RunFile(tmp_path, run_info(row_layout, number))
         file.add(*feed.block(rows))
         file.end(feed.end())
         (line,) = verify(file.close().path).findings
@@ -275,7 +275,7 @@ def test_parity_is_checked_in_files_of_other_columns(tmp_path, version, columns)
     assert checked(given).findings == [f"1 rows, the first is {flipped}: valid_parity is not what their bits say"]
 
 
-def test_a_column_that_parity_needs_is_named(tmp_path):
+def test_a_missing_column_for_parity_is_named(tmp_path):
     rows = random_rows(np.random.default_rng(6), 100)
     with h5py.File(tmp_path / "theirs.h5", "w") as file:
         file.create_group("_header").attrs["version"] = "2.0"
@@ -296,7 +296,7 @@ def test_good_files_of_every_chip_generation(tmp_path, asic):
     assert verify(file.close().path).findings == []
 
 
-def test_findings_are_bounded(tmp_path):
+def test_the_number_of_findings_is_limited(tmp_path):
     feed = Feed(layout=V3)
     file = RunFile(tmp_path, run_info(V3))
     for _ in range(300):
@@ -326,7 +326,7 @@ def test_findings_are_bounded(tmp_path):
         ({"resync_bytes": 30_000, "bytes_in": 30_008}, "INCOMPLETE"),
     ],
 )
-def test_what_was_rejected_wholesale_is_no_good_run(tmp_path, wrong, condition):
+def test_a_run_of_mostly_rejected_data_is_not_good(tmp_path, wrong, condition):
     feed = Feed()
     words = wrong.get("word_rows", 0)
     file = RunFile(tmp_path, run_info())

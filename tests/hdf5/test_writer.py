@@ -1,4 +1,4 @@
-"""Files being written: content, durability, names; read back by plain h5py, by larpix-control, by h5dump."""
+"""The writer of files: content, durability, names; files are read by plain h5py, larpix-control and h5dump."""
 
 import json
 import math
@@ -38,7 +38,7 @@ from larpixdaq.protocol import stream
 NAME = "run0000042_20261122T071251Z"
 
 
-POOL = {one: random_rows(np.random.default_rng(3), 40_000, one) for one in schema.LAYOUTS}
+POOL = {row_layout: random_rows(np.random.default_rng(3), 40_000, row_layout) for row_layout in schema.LAYOUTS}
 
 steps = st.lists(
     st.one_of(
@@ -55,14 +55,14 @@ steps = st.lists(
 @given(steps=steps, code=st.sampled_from([1, 2, 2, 3, 4]))
 def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, steps, code):
     directory = tmp_path_factory.mktemp("run")
-    one = schema.layout(code)
-    feed = Feed(layout=one)
-    file = RunFile(directory, run_info(one))
+    row_layout = schema.layout(code)
+    feed = Feed(layout=row_layout)
+    file = RunFile(directory, run_info(row_layout))
     expected, texts, counters = [], [], []
     for step in steps:
         if step == "work":
             file.work(pressed=True)
-            assert (file.due() or math.inf) > monotonic() + WAIT  # to be shown, at most
+            assert (file.due() or math.inf) > monotonic() + WAIT  # due for readers, at most
             assert file.durable.get(feed.source, 0) == feed.sequence
         elif isinstance(step, str):
             file.add(*feed.info(step))
@@ -73,18 +73,18 @@ def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, 
             texts += stream.text_pieces(step, 64)
         else:
             start = (feed.first_packet * 7) % 20_000
-            borrowed = POOL[one][start : start + step].copy()
+            borrowed = POOL[row_layout][start : start + step].copy()
             file.add(*feed.block(borrowed.copy()))
             expected.append(borrowed)
             given = feed.rows[-1]
-            given.view(np.uint8)[:] = 0xFF  # the payload is the sender's again
+            given.view(np.uint8)[:] = 0xFF  # the sender uses the payload again
             feed.rows[-1] = borrowed
         assert file.rows == feed.first_packet
     file.end(feed.end())
     report = file.close()
     assert (report.condition, report.reasons, report.rows) == ("COMPLETE", [], feed.first_packet)
     assert file.durable[feed.source] == feed.sequence + 1 if feed.sequence else True
-    everything = np.concatenate([*expected, np.zeros(0, one.dtype)])
+    everything = np.concatenate([*expected, np.zeros(0, row_layout.dtype)])
     with h5py.File(report.path) as plain:
         assert np.array_equal(plain["packets"][:], everything)
         assert plain["messages"]["message"].tolist() == [text.rstrip(b"\0") for text in texts]
@@ -98,18 +98,18 @@ def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, 
 
 
 def test_plain_h5py_reads_every_layout(tmp_path):
-    for number, one in enumerate(schema.LAYOUTS, 1):
-        report, given = write(tmp_path, Feed(number, layout=one), [5, 100])
+    for number, row_layout in enumerate(schema.LAYOUTS, 1):
+        report, given = write(tmp_path, Feed(number, layout=row_layout), [5, 100])
         with h5py.File(report.path) as plain:
             packets = plain["packets"]
-            assert packets.dtype == one.dtype
+            assert packets.dtype == row_layout.dtype
             assert packets.chunks == (schema.CHUNK_ROWS,)
             assert packets.shuffle
             assert packets.compression == "gzip"
             assert packets.maxshape == (None,)
-            assert plain["_header"].attrs["version"] == one.version
+            assert plain["_header"].attrs["version"] == row_layout.version
             assert plain["_header"].attrs["modified"] >= plain["_header"].attrs["created"]
-            assert plain["configs"].attrs["asic_version"] == run_info(one).asic_version
+            assert plain["configs"].attrs["asic_version"] == run_info(row_layout).asic_version
             assert np.array_equal(packets[1:-1], given[1:-1])
             assert [packets[0]["counter"], packets[-1]["counter"]] == [0, 1]
             assert plain["messages"]["message"].tolist() == [b"Beginning run", b"Ending run"]
@@ -199,7 +199,7 @@ with DataFile(sys.argv[1]) as file:
 """
 
 
-def test_it_can_be_read_while_it_grows(tmp_path):
+def test_a_growing_file_can_be_read(tmp_path):
     feed = Feed()
     rng = np.random.default_rng(1)
     file = RunFile(tmp_path, run_info())
@@ -241,7 +241,7 @@ with h5py.File(sys.argv[1], swmr=True) as file:
 
 
 def test_rows_can_be_read_within_five_seconds_at_any_rate(tmp_path, monkeypatch):
-    """By plain h5py in another process; and nothing else is different when the writer dies then."""
+    """Plain h5py reads them in another process; a recovery finds the same rows."""
     clock = 1000.0
     monkeypatch.setattr(writer, "monotonic", lambda: clock)
     feed, pool = Feed(), random_rows(np.random.default_rng(1), 16_000)
@@ -282,9 +282,9 @@ def test_rows_can_be_read_within_five_seconds_at_any_rate(tmp_path, monkeypatch)
         with h5py.File(path) as plain:
             assert np.array_equal(plain["packets"][:], given)
             kept = [plain["packets"].id.get_chunk_info(i) for i in range(plain["packets"].id.get_num_chunks())]
-        assert {one.filter_mask for one in kept} == {0}
-        # At most 41 bytes a row are left behind.
-        assert path.stat().st_size < sum(one.size for one in kept) + 41 * len(given) + 200_000
+        assert {chunk.filter_mask for chunk in kept} == {0}
+        # Old places of rewritten chunks take at most 41 bytes a row.
+        assert path.stat().st_size < sum(chunk.size for chunk in kept) + 41 * len(given) + 200_000
 
 
 WRITER = """
@@ -304,7 +304,7 @@ while True:
 
 
 @pytest.mark.parametrize("lines", [3, 40, 90])
-def test_what_is_durable_survives_kill_9(tmp_path, lines):
+def test_durable_blocks_survive_kill_9(tmp_path, lines):
     environment = os.environ | {"PYTHONPATH": str(Path(file_builder.__file__).parent)}
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE, bufsize=0, env=environment
@@ -348,7 +348,7 @@ def test_blocks_wait_20_ms_for_their_batch(tmp_path, monkeypatch):
     assert file.due() == 104.0  # rows are shown 4 s after the file was opened
     journal = file.path.with_suffix(".journal")
     assert [record.frame.sequence for record in read_journal(journal).records] == [0, 1]
-    # Four full blocks fill the batch: all that ended in it is in the file, the straddling block waits.
+    # Four full blocks fill the batch: blocks that end in it are in the file, the straddling block waits.
     for _ in range(4):
         file.add(*feed.block(random_rows(rng, constants.BLOCK_ROWS)))
     assert file.durable == {feed.source: 5}
@@ -368,7 +368,7 @@ def test_blocks_wait_20_ms_for_their_batch(tmp_path, monkeypatch):
         file.work()
 
 
-def test_duplicates_are_dropped_and_jumps_recorded(tmp_path):
+def test_duplicates_are_dropped_and_missing_blocks_recorded(tmp_path):
     feed = Feed()
     rng = np.random.default_rng(1)
     file = RunFile(tmp_path, run_info())
@@ -392,7 +392,7 @@ def test_duplicates_are_dropped_and_jumps_recorded(tmp_path):
     assert "follows where" not in findings
 
 
-def test_what_does_not_belong_together_is_refused_whole(tmp_path):
+def test_inconsistent_blocks_and_ends_are_refused(tmp_path):
     feed = Feed()
     rows = random_rows(np.random.default_rng(1), 10)
     block, _ = feed.block(rows)
@@ -429,7 +429,7 @@ def test_what_does_not_belong_together_is_refused_whole(tmp_path):
     assert file.close().condition == "COMPLETE"
 
 
-def test_frames_with_impossible_numbers_never_reach_a_file():
+def test_frames_with_impossible_fields_are_refused_on_arrival():
     feed = Feed()
     block, _ = feed.block(random_rows(np.random.default_rng(1), 10))
     end = feed.end()
@@ -517,10 +517,14 @@ def test_conditions(tmp_path, case, condition, reason):
         assert read.table("ledger/counts")["owed"].tolist() == [0]
     checked = verify(report.path)
     assert checked.ok == (condition in ("COMPLETE", "COMPLETE, suspect", "ABORTED"))
-    told = [] if case == "no end" else [(one.io_group, one.verdict, one.why, one.lost) for one in verdicts]
+    listed = (
+        []
+        if case == "no end"
+        else [(verdict.io_group, verdict.verdict, verdict.why, verdict.lost) for verdict in verdicts]
+    )
     fields = ("io_group", "verdict", "why", "lost")
-    assert [tuple(line[name] for name in fields) for line in file_info(report.path)["verdicts"]] == told
-    if told and verdicts[0].why:
+    assert [tuple(line[name] for name in fields) for line in file_info(report.path)["verdicts"]] == listed
+    if listed and verdicts[0].why:
         assert any(verdicts[0].why in note for note in checked.notes)
 
 
@@ -536,7 +540,7 @@ def test_a_long_reason_of_a_verdict_is_cut(tmp_path):
     assert verify(report.path).ok
 
 
-def test_a_condition_that_keeps_quiet_about_a_verdict_is_found(tmp_path):
+def test_a_condition_that_contradicts_a_verdict_is_found(tmp_path):
     feed = Feed()
     file = RunFile(tmp_path, run_info())
     file.add(*feed.block(random_rows(np.random.default_rng(1), 60)))
@@ -549,7 +553,7 @@ def test_a_condition_that_keeps_quiet_about_a_verdict_is_found(tmp_path):
     assert any("condition COMPLETE, although" in line for line in verify(report.path).findings)
 
 
-def test_a_later_part_goes_on_where_the_run_stands(tmp_path):
+def test_a_later_part_continues_at_the_positions(tmp_path):
     feed = Feed()
     rng = np.random.default_rng(1)
     first = RunFile(tmp_path, run_info())
@@ -574,7 +578,7 @@ def test_a_later_part_goes_on_where_the_run_stands(tmp_path):
     assert positions(tmp_path, 41) == {}
 
 
-def test_positions_pass_over_what_they_cannot_read(tmp_path):
+def test_positions_skip_unreadable_files(tmp_path):
     write(tmp_path, Feed(), [10])
     (tmp_path / "run0000043_20261122T071251Z_000.h5").write_text("no HDF5")
     (tmp_path / "run0000044_20261122T071251Z_000.h5.journal").write_bytes(b"garbage" * 10)
@@ -595,7 +599,7 @@ def test_positions_pass_over_what_they_cannot_read(tmp_path):
         names.highest_run(tmp_path / "there")
 
 
-def test_a_name_is_never_written_over(tmp_path):
+def test_an_existing_file_is_never_overwritten(tmp_path):
     file = RunFile(tmp_path, run_info())
     assert file.path == tmp_path / f"{NAME}_000.h5.part"
     with pytest.raises(FileError, match=r"cannot create .*journal: File exists"):
@@ -653,8 +657,8 @@ def test_a_full_disk_stops_the_file_with_one_line(tmp_path, monkeypatch):
     file.abandon()
 
 
-def test_a_file_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
-    """HDF5 makes the file, and then cannot write to it: an empty part would be missed by the run for ever."""
+def test_a_file_that_cannot_be_created_leaves_nothing(tmp_path, monkeypatch):
+    """HDF5 creates the file and then cannot write to it: an empty part would make the run incomplete for ever."""
     make = h5py.File
 
     def fails(path, *args, **more):
@@ -672,13 +676,13 @@ def test_a_file_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
     path.write_text("somebody's")
     with pytest.raises(FileError, match="File exists"):
         RunFile(tmp_path, run_info())
-    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
 BOARD = stream.ConnectedBoard("LArPix board", 1, "PACMAN", "tcp://pacman.local:5556", "daq1", "0x37e 0x37e 0x37e 0x37e")
 
 
-def test_when_run_began_and_ended_and_for_how_long_it_was_live(tmp_path):
+def test_begin_end_and_live_time_of_run(tmp_path):
     feed, file = Feed(), RunFile(tmp_path, run_info(connected=(BOARD,)))
     file.begin(NS + 100)
     gaps = [stream.Gap(1, 5, NS + 200, NS + 300), stream.Gap(2, 1, NS + 250, NS + 400), stream.Gap(1, 1, NS, NS + 110)]
@@ -708,7 +712,7 @@ def test_the_live_times_of_parts_of_a_rotation_add_up(tmp_path):
     first = RunFile(tmp_path, info_of_run)
     first.add(*block())
     second = RunFile(tmp_path, info_of_run, 1, first.positions())
-    second.add(*block())  # that was there before the rotation
+    second.add(*block())  # a block from before the rotation
     second.rotated_in_ns = switched = time.time_ns()
     first.seal(continued=True, rotated_out_ns=switched)
     parts = [first.publish()]
@@ -749,27 +753,27 @@ def test_larpix_control_reads_every_line_of_a_message(tmp_path):
     hdf5format = pytest.importorskip("larpix.format.hdf5format")
     text = "".join(chr(ord("a") + i % 26) for i in range(150))
     file, feed = RunFile(tmp_path, run_info()), Feed()
-    for one in (text, "short"):
-        file.add(*feed.info(one))
+    for message in (text, "short"):
+        file.add(*feed.info(message))
     file.end(feed.end())
     found = hdf5format.from_file(str(file.close().path))["packets"]
     assert [packet.message for packet in found] == [text[:64], text[64:128], text[128:], "short"]
 
 
 def test_wide_clock_and_v3_are_kept(tmp_path):
-    for number, one in enumerate((CLOCK64, V3)):
-        feed = Feed(number, layout=one)
-        rows = random_rows(np.random.default_rng(1), 10, one)
+    for number, row_layout in enumerate((CLOCK64, V3)):
+        feed = Feed(number, layout=row_layout)
+        rows = random_rows(np.random.default_rng(1), 10, row_layout)
         rows["receipt_timestamp"] = (1 << 63) + 5
-        file = RunFile(tmp_path, run_info(one, number))
+        file = RunFile(tmp_path, run_info(row_layout, number))
         file.add(*feed.block(rows))
         file.end(feed.end())
         with DataFile(file.close().path) as read:
-            assert read.layout is one
+            assert read.layout is row_layout
             assert np.array_equal(read.packets(), rows)
 
 
-def test_reading_what_is_no_file_of_ours(tmp_path):
+def test_other_files_are_refused(tmp_path):
     def refused(name, line):
         with pytest.raises(FileError, match=line) as caught:
             DataFile(tmp_path / name)
@@ -799,7 +803,7 @@ def test_reading_what_is_no_file_of_ours(tmp_path):
 
 
 def test_the_live_times_of_a_storage_that_lags_add_up():
-    """Parts that are closed long after their data, while the spool is delivered, do not count the time between."""
+    """Parts that are closed long after their data, because the spool is delivered, do not count the time between."""
     second = 10**9
 
     def live(opened, rotated_in, rotated_out, blocks, ended):

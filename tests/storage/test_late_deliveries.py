@@ -1,4 +1,4 @@
-"""What is delivered after a run is over still counts: the catalogue follows the files."""
+"""Blocks that are delivered after the end of a run are added to it in the catalogue."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from larpixdaq.operator import Operator
 
 
 def taking(line: System, *storage: str, copies: Sequence[str] = ()) -> Operator:
-    """A run that goes on, with a second of data."""
+    """Start a run, and wait for a second of data."""
     line.launch_core()
     for name in copies:
         line.launch_storage("--name", name, key=name)
@@ -23,7 +23,7 @@ def taking(line: System, *storage: str, copies: Sequence[str] = ()) -> Operator:
     operator = line.operator()
     line.await_kinds(operator, "storage", "run_data", "producer")
     names = {*copies, "Offline storage"}
-    until(lambda: names <= {one["name"] for one in operator.components().result(LIMIT)}, f"{names}")
+    until(lambda: names <= {facts["name"] for facts in operator.components().result(LIMIT)}, f"{names}")
     operator.prepare_run().result(LIMIT)
     operator.begin_run().result(LIMIT)
     until(lambda: line.status_of(operator, "storage").get("rows", 0) > 20_000, "a second of data in the file")
@@ -31,7 +31,7 @@ def taking(line: System, *storage: str, copies: Sequence[str] = ()) -> Operator:
 
 
 @pytest.mark.parametrize("core", ["lives on", "is killed too"])
-def test_a_storage_that_dies_and_comes_back_when_the_run_is_over(tmp_path: Path, core: str) -> None:
+def test_a_storage_killed_in_the_run_and_restarted_after_it(tmp_path: Path, core: str) -> None:
     with system(tmp_path) as line:
         operator = taking(line)
         line.processes["offline_storage"].kill()
@@ -50,15 +50,15 @@ def test_a_storage_that_dies_and_comes_back_when_the_run_is_over(tmp_path: Path,
         assert info["reasons"] == []
         until(lambda: line.status_of(operator, "producer").get("owed_blocks") == 0, "nothing to be owed")
         details = until(lambda: summed(operator, len(info["files"])), "the checksums")
-        assert [one["path"] for one in details] == info["files"]
-        for one in details:
-            told = json.loads(Path(one["path"]).with_suffix(".json").read_text())
-            assert (one["bytes"], one["sha256"]) == (told["bytes"], told["sha256"])
+        assert [facts["path"] for facts in details] == info["files"]
+        for facts in details:
+            sidecar = json.loads(Path(facts["path"]).with_suffix(".json").read_text())
+            assert (facts["bytes"], facts["sha256"]) == (sidecar["bytes"], sidecar["sha256"])
         found = survey_run(line.data, 1)
         assert (found.condition, [str(path) for path in found.files]) == ("COMPLETE", info["files"])
 
 
-def test_a_producer_that_dies_and_comes_back_when_the_run_is_over(tmp_path: Path) -> None:
+def test_a_producer_killed_in_the_run_and_restarted_after_it(tmp_path: Path) -> None:
     with system(tmp_path) as line:
         operator = taking(line)
         line.processes["producer"].kill()
@@ -74,14 +74,14 @@ def test_a_producer_that_dies_and_comes_back_when_the_run_is_over(tmp_path: Path
         assert operator.end_run().result(LIMIT)["condition"] == "COMPLETE"
 
 
-def test_a_producer_that_dies_and_comes_back_in_the_run(tmp_path: Path) -> None:
+def test_a_producer_killed_and_restarted_in_the_run(tmp_path: Path) -> None:
     with system(tmp_path) as line:
         operator = taking(line)
 
         def epoch() -> int | None:
-            """Of the producer, when it is in the run."""
-            (one,) = [one for one in operator.components().result(LIMIT) if one["kind"] == "producer"]
-            return one["info"]["epoch"] if one["status"].get("state") == "RUN" else None
+            """Return the epoch of the producer when it is in the run."""
+            (facts,) = [facts for facts in operator.components().result(LIMIT) if facts["kind"] == "producer"]
+            return facts["info"]["epoch"] if facts["status"].get("state") == "RUN" else None
 
         before = until(epoch, "the producer to be in the run")
         line.processes["producer"].kill()
@@ -98,25 +98,25 @@ def settled(operator: Operator, condition: str) -> dict | None:
 
 
 def summed(operator: Operator, files: int) -> list[dict] | None:
-    """What the catalogue knows of the files of run 1, once it has so many and their checksums."""
+    """Return the files of run 1 in the catalogue when it has this number of them with checksums."""
     details = operator.run_info(1).result(LIMIT)["file_details"]
-    return details if len(details) == files and all(one["sha256"] for one in details) else None
+    return details if len(details) == files and all(facts["sha256"] for facts in details) else None
 
 
-def test_parts_are_in_the_catalogue_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_closed_parts_are_in_the_catalogue_during_the_run(tmp_path: Path) -> None:
     with system(tmp_path) as line:
         operator = taking(line, "--rotate", "10krows")
         known = lambda: operator.run_info(1).result(LIMIT)["file_details"]  # noqa: E731
-        details = until(lambda: [one for one in known() if one["sha256"]], "closed parts in the catalogue")
+        details = until(lambda: [facts for facts in known() if facts["sha256"]], "closed parts in the catalogue")
         assert details[0]["condition"] == "CONTINUED"
         assert operator.run_info(1).result(LIMIT)["phase"] == "RUN"
         ended = operator.end_run().result(LIMIT)
         assert ended["condition"] == "COMPLETE"
         details = until(lambda: summed(operator, len(ended["files"])), "all parts in the catalogue")
-        assert [one["path"] for one in details] == ended["files"]
+        assert [facts["path"] for facts in details] == ended["files"]
 
 
-def test_two_storages_of_which_one_is_killed_for_good(tmp_path: Path) -> None:
+def test_two_storages_of_which_one_is_killed(tmp_path: Path) -> None:
     with system(tmp_path) as line:
         operator = taking(line, copies=("copy",))
         line.processes["copy"].kill()

@@ -1,4 +1,4 @@
-"""Storages that are stopped, doubled, killed, or whose disk hangs or is full: never two writers, nothing lost."""
+"""Storages that are stopped, doubled or killed, or whose disk fails: never two writers, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from larpixdaq.operator import Operator
 from larpixdaq.storage.directory_lock import Lock
 from larpixdaq.stream.subscriber import STALL_LIMIT, SessionCheck
 
-#: Rows that storage must have taken for the run to be going on (again).
+#: Rows after which a run counts as running.
 MORE = 20_000
 
 
@@ -48,14 +48,14 @@ def flows(line: System, operator: Operator) -> None:
 
 
 def storage(operator: Operator) -> dict[str, Any]:
-    (one,) = [c for c in operator.components().result(LIMIT) if c["kind"] == "storage"]
-    found: dict[str, Any] = one
+    (component,) = [c for c in operator.components().result(LIMIT) if c["kind"] == "storage"]
+    found: dict[str, Any] = component
     return found
 
 
 def instance_is(operator: Operator, state: str) -> bool:
-    one = storage(operator)
-    return state == ("lost" if not one["alive"] else "stuck" if one["stuck"] else "fine")
+    component = storage(operator)
+    return state == ("lost" if not component["alive"] else "stuck" if component["stuck"] else "fine")
 
 
 def check(ended: dict[str, Any], files: list[Path] | None = None) -> None:
@@ -73,8 +73,8 @@ def check(ended: dict[str, Any], files: list[Path] | None = None) -> None:
     assert len(following) == 1
 
 
-def test_a_second_storage_stands_by_and_takes_over(line: System) -> None:
-    """It is not registered, and writes nothing, until the first one is dead."""
+def test_a_second_storage_waits_and_takes_over(line: System) -> None:
+    """It does not register and writes nothing until the first storage is dead."""
     operator = begin(line)
     first = line.processes["offline_storage"]
     second = line.launch_storage()
@@ -93,7 +93,7 @@ def test_a_second_storage_stands_by_and_takes_over(line: System) -> None:
     assert second.stderr.count("is locked") == 1
 
 
-def test_a_storage_that_stands_by_ends_on_a_signal(line: System) -> None:
+def test_a_waiting_storage_ends_on_a_signal(line: System) -> None:
     line.start("--fake", "2000")
     second = line.launch_storage()
     until(lambda: "is locked" in second.stderr, "the second one to wait")
@@ -104,7 +104,7 @@ def test_a_storage_that_stands_by_ends_on_a_signal(line: System) -> None:
     assert [path.name for path in line.data.iterdir()] == [".larpixdaq.lock"]  # the first one's, still locked
 
 
-def test_storages_of_other_names_do_not_mind_each_other(line: System) -> None:
+def test_storages_with_different_names_write_at_the_same_time(line: System) -> None:
     operator = line.start("--fake", "2000")
     line.launch_storage("--name", "copy", key="copy")
     until(lambda: sum(c["kind"] == "storage" for c in operator.components().result(LIMIT)) == 2, "both")
@@ -116,7 +116,7 @@ def test_storages_of_other_names_do_not_mind_each_other(line: System) -> None:
     assert ["copy" in Path(path).name for path in ended["files"]] == [False, True]
 
 
-def test_a_storage_that_was_stopped_joins_again_by_itself(line: System) -> None:
+def test_a_stopped_storage_continues_by_itself(line: System) -> None:
     operator = begin(line)
     faults = Faults(line, 1)
     faults.stop("offline_storage")
@@ -132,7 +132,7 @@ def test_a_storage_that_was_stopped_joins_again_by_itself(line: System) -> None:
 
 
 def test_a_storage_whose_name_was_taken_closes_its_part_and_ends(line: System, tmp_path: Path) -> None:
-    """What it had acknowledged is in its file, the rest in that of the other, which is in another directory."""
+    """Acknowledged blocks are in its file, the others in the file of its successor in another directory."""
     operator = begin(line)
     stopped = line.processes["offline_storage"]
     stopped.popen.send_signal(signal.SIGSTOP)
@@ -156,7 +156,7 @@ def test_a_storage_whose_name_was_taken_closes_its_part_and_ends(line: System, t
         epoch = int(file.table("run/blocks")["epoch"][0])
     ((producer, of, following),) = json.loads(text)
     assert (producer, of) == ("LArPix board", epoch)
-    # What was acknowledged is in the first file; what it holds beyond that is in the other one too.
+    # Acknowledged blocks are in the first file; its further blocks are in the other file, too.
     assert sequences == list(range(len(sequences)))
     assert 0 < following <= len(sequences)
     with DataFile(others) as file:
@@ -166,15 +166,15 @@ def test_a_storage_whose_name_was_taken_closes_its_part_and_ends(line: System, t
     assert sorted(set(sequences) | set(theirs)) == list(range(last))
 
 
-def test_a_disk_that_hangs_makes_a_storage_stuck_not_lost(line: System, tmp_path: Path) -> None:
+def test_a_hanging_disk_makes_a_storage_stuck_not_lost(line: System, tmp_path: Path) -> None:
     disk = Disk(tmp_path, line.data)
     line.env["offline_storage"] = disk.env
     operator = begin(line)
     seen = set()
 
     def sees(state: str) -> bool:
-        one = storage(operator)
-        seen.add(one["alive"])
+        component = storage(operator)
+        seen.add(component["alive"])
         return instance_is(operator, state)
 
     began = time.monotonic()
@@ -196,7 +196,7 @@ def test_a_full_disk_pauses_the_storage(line: System, tmp_path: Path, ends: str)
     disk = Disk(tmp_path, line.data)
     line.env["offline_storage"] = disk.env
     operator = begin(line)
-    disk.full(64 << 20)  # what is reserved, so that what is written next makes it less
+    disk.full(64 << 20)  # exactly the reserve, so that the next write exceeds it
     until(lambda: storage(operator)["status"].get("paused"), "the storage to pause")
     (part,) = line.data.glob("*.part")
     with DataFile(part) as file:
@@ -244,31 +244,31 @@ class Core:
 
 def test_a_stalled_process_waits_for_the_core() -> None:
     core, now = Core(), [100.0]
-    check = SessionCheck(core, lambda: now[0])
+    session_check = SessionCheck(core, lambda: now[0])
     for _ in range(3):
-        assert check.may_act()
+        assert session_check.may_act()
         now[0] += STALL_LIMIT
     now[0] += 0.1
-    assert not check.may_act()
-    core.heard = now[0] + 0.2  # something that was sent before
+    assert not session_check.may_act()
+    core.heard = now[0] + 0.2  # a message that was sent earlier
     core.confirmed = now[0] - 1
     now[0] += 0.3
-    assert not check.may_act()
+    assert not session_check.may_act()
     core.confirmed = now[0]
     now[0] += 0.1
-    assert check.may_act()
+    assert session_check.may_act()
     now[0] += STALL_LIMIT + 0.1
     for _ in range(3):
-        assert not check.may_act()  # a core that says other things is there
+        assert not session_check.may_act()  # the core lives, because it sends other messages
         now[0] += NO_CORE / 3
         core.heard = now[0]
     for _ in range(3):
-        assert not check.may_act()
+        assert not session_check.may_act()
         now[0] += NO_CORE / 3 + 0.01
-    assert check.may_act()  # it has fallen silent: nobody can have registered with it
+    assert session_check.may_act()  # the core is silent, so no other storage can have registered
 
 
-def test_the_lock_of_a_name(tmp_path: Path) -> None:
+def test_one_lock_per_name(tmp_path: Path) -> None:
     first, second, other = Lock(tmp_path, ""), Lock(tmp_path, ""), Lock(tmp_path, "copy")
     assert first.take() is None
     assert second.take() == first.path

@@ -1,4 +1,4 @@
-"""A run of several parts at the level of files: where the next one begins, how one is closed, what durable means."""
+"""Parts of a run as files: their positions, the close, and what durable means."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows(n: int) -> Any:
     return random_rows(np.random.default_rng(n), n)
 
 
-def test_the_next_part_goes_on_where_the_one_before_ended(tmp_path: Path) -> None:
+def test_the_next_part_continues_at_the_positions(tmp_path: Path) -> None:
     feed, ended, strange = Feed(), Feed(producer="second"), Feed(run=43)
     first = RunFile(tmp_path, run_info(), 0, {strange.source: 5})
     assert first.positions() == {}
@@ -59,8 +59,8 @@ def test_a_sealed_part_is_whole_and_locked_until_it_is_published(tmp_path: Path)
     assert verify(final).ok
 
 
-def test_a_file_that_was_given_up_is_never_written_again(tmp_path: Path) -> None:
-    """What HDF5 still holds in its cache must not come into a file that somebody else has recovered meanwhile."""
+def test_an_abandoned_file_is_never_written_again(tmp_path: Path) -> None:
+    """HDF5 must not write its cache into a file that another process may have recovered meanwhile."""
     feed = Feed()
     file = RunFile(tmp_path, run_info())
     file.add(*feed.block(rows(10)))
@@ -78,11 +78,8 @@ def fd_is_open(fd: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
-def test_with_fsync_the_disk_has_everything_before_it_counts_as_durable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the order in which a power cut may come: the journal before the acknowledgement, the file before the journal
-    is emptied."""
+def test_with_fsync_the_disk_has_a_block_before_it_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal is synced before the acknowledgement, and the file before the journal is emptied."""
     done: list[str] = []
 
     def name_of(fd: int) -> str:
@@ -117,12 +114,12 @@ def test_with_fsync_the_disk_has_everything_before_it_counts_as_durable(
     assert file.close().condition == "COMPLETE"
 
 
-def test_parts_are_told_from_those_of_other_storages(tmp_path: Path) -> None:
+def test_parts_of_other_storages_are_not_listed(tmp_path: Path) -> None:
     for name in ("run0000002_20261122T071251Z_000.h5", "run0000001_20261122T071251Z_001.h5.part",
                  "run0000001_20261122T071251Z_001.h5.journal", "run0000001_20261122T071251Z_copy_000.h5",
                  "run0000001_20261122T071251Z_000.h5", "run0000001_20261122T071251Z_000.json"):  # fmt: skip
         (tmp_path / name).touch()
-    assert [one[:3] for one in names.files_of_storage(tmp_path)] == [
+    assert [entry[:3] for entry in names.files_of_storage(tmp_path)] == [
         (1, 0, ".h5"), (1, 1, ".h5.journal"), (1, 1, ".h5.part"), (2, 0, ".h5")
     ]  # fmt: skip
-    assert [one[:3] for one in names.files_of_storage(tmp_path, "copy", 1)] == [(1, 0, ".h5")]
+    assert [entry[:3] for entry in names.files_of_storage(tmp_path, "copy", 1)] == [(1, 0, ".h5")]

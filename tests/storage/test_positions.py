@@ -1,4 +1,4 @@
-"""Which files a storage opens at its start, and what it does with blocks of a run that it closed long ago."""
+"""Files that a storage opens at its start, and blocks of runs that were closed long ago."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.storage.service import StorageService
 
 
-def test_runs_that_may_go_on(tmp_path):
+def test_runs_that_may_continue(tmp_path):
     assert continuable_runs(tmp_path) == []
     for run in (1, 3, 5):
         write(tmp_path, Feed(run), [10])
@@ -71,7 +71,7 @@ def test_a_closed_run_is_not_opened_at_the_start(tmp_path, storage, monkeypatch)
     assert opened == ["run0000002", "run0000002", "run0000003"]
 
 
-def test_what_cannot_be_read_is_logged(tmp_path, storage, caplog):
+def test_unreadable_files_are_logged(tmp_path, storage, caplog):
     (tmp_path / "run0000001_20261122T071251Z_000.h5").write_text("no HDF5")
     with caplog.at_level(logging.WARNING, "larpixdaq"):
         storage._read_positions(1)

@@ -1,4 +1,4 @@
-"""The storage process's own part, without core and producer: which file a block goes to, and what is acknowledged."""
+"""The StorageService without core and producer: files, acknowledgements, recovery, failing disks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RUN = 42
 
 
 class Answered:
-    """Takes the place of a call; what it was answered."""
+    """Takes the place of a call, and keeps its answer."""
 
     def __init__(self) -> None:
         self.value: Any = None
@@ -115,34 +115,34 @@ def rows(n: int) -> Any:
 
 
 def kill(rig: Rig) -> None:
-    """What a killed storage leaves: part and journal, unlocked."""
+    """Leave part and journal as a killed storage does, unlocked."""
     for run in rig.storage._runs.values():
         assert run.file is not None
         run.file.abandon()
     rig.storage._runs.clear()
 
 
-def test_all_is_acknowledged_when_the_file_is_closed(rigs: Callable[..., Rig]) -> None:
+def test_all_blocks_are_acknowledged_at_the_close(rigs: Callable[..., Rig]) -> None:
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(feed.info("Beginning run"), feed.block(rows(1000)), feed.info("Ending run"), feed.end())
     call = rig.end(3)
     assert call.value["condition"] == "COMPLETE", call.error
     assert rig.stream.next == {feed.source: 4}  # the end counts as a sequence
-    # What a new subscription brings again goes nowhere.
+    # Blocks that a new subscription repeats are dropped.
     rig.take(Feed(RUN).block(rows(1000)), feed.end())
     assert not rig.storage._runs
     assert rig.storage.duplicates == 2
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_rows_that_are_not_those_that_were_sent_are_asked_for_once_more(rigs: Callable[..., Rig], times: int) -> None:
-    """As when they leave the producer's ring while they are read: nothing of them gets into the file."""
+def test_rows_with_a_wrong_checksum_are_requested_again_once(rigs: Callable[..., Rig], times: int) -> None:
+    """The producer may overwrite its ring while it is read: no such row gets into the file."""
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     frames = [feed.block(rows(n)) for n in (10, 2000, 300, 30)]
     rig.take(frames[0])
-    for time in range(3):  # two that follow each other; what comes behind a doubt comes again with it
+    for time in range(3):  # two wrong blocks in a row; later blocks are sent again with them
         bad = {1: 0, 2: 1}
         for at, (header, right) in enumerate(frames[1:], start=1):
             wrong = at in bad and (times == 2 or time <= bad[at])
@@ -162,8 +162,8 @@ def test_rows_that_are_not_those_that_were_sent_are_asked_for_once_more(rigs: Ca
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["prepared first", "blocks first"])
-def test_a_storage_that_comes_back_goes_on_in_a_further_part(rigs: Callable[..., Rig], early: bool) -> None:
-    """Positions count over part and journal; nothing that is there already is asked for, or called missing."""
+def test_a_restarted_storage_continues_in_the_next_part(rigs: Callable[..., Rig], early: bool) -> None:
+    """Positions count part and journal; no block there is requested again or reported as missing."""
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(*[feed.block(rows(n)) for n in (10, 20, 30)])
@@ -193,10 +193,10 @@ def test_a_storage_that_comes_back_goes_on_in_a_further_part(rigs: Callable[...,
 
 
 @pytest.mark.parametrize("hurt", [1, 2])
-def test_a_storage_that_finds_a_damaged_journal(
+def test_a_restart_with_a_damaged_journal(
     rigs: Callable[..., Rig], tmp_path: Path, caplog: pytest.LogCaptureFixture, hurt: int
 ) -> None:
-    """The run goes on, what is missing is counted, also when it was the last block, and the journal is kept."""
+    """The run continues, the missing block is counted, also when it is the last, and the journal is kept."""
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(*[feed.block(rows(1000 + n)) for n in range(3)])
@@ -213,12 +213,12 @@ def test_a_storage_that_finds_a_damaged_journal(
     assert (ended["condition"], ended["rows"]) == ("INCOMPLETE", 2040 + 3 - hurt)
     assert any("the journal has no whole block in its bytes" in reason for reason in ended["reasons"])
     assert any(f"blocks {hurt} to {hurt} are in no part" in reason for reason in ended["reasons"])
-    assert [one.levelname for one in caplog.records if "DAMAGED: the journal" in one.message] == ["ERROR"]
+    assert [entry.levelname for entry in caplog.records if "DAMAGED: the journal" in entry.message] == ["ERROR"]
     assert (tmp_path / f"{journal.name}.damaged").read_bytes() == content
 
 
 def test_a_part_that_is_locked_at_the_start_is_recovered_afterwards(rigs: Callable[..., Rig], tmp_path: Path) -> None:
-    """By a recovery by hand that is ended, or by a reader that looked whether somebody writes it."""
+    """Another process, a recovery by hand or a reader, had the lock for a moment."""
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(feed.block(rows(1000)))
@@ -232,8 +232,8 @@ def test_a_part_that_is_locked_at_the_start_is_recovered_afterwards(rigs: Callab
     again.until(lambda: list(tmp_path.glob("*_000.h5")), "the recovered part")
 
 
-def test_a_part_in_which_nothing_came_leaves_no_gap_behind(rigs: Callable[..., Rig], tmp_path: Path) -> None:
-    """It goes when the next storage starts, before the next part gets its number."""
+def test_an_empty_part_leaves_no_gap_in_the_part_numbers(rigs: Callable[..., Rig], tmp_path: Path) -> None:
+    """The next storage removes it before the next part gets its number."""
     rig, feed = rigs(limits=parse_limit("60rows")), Feed(RUN)
     rig.prepare()
     rig.take(*[feed.block(rows(n)) for n in (10, 50)])
@@ -250,10 +250,10 @@ def test_a_part_in_which_nothing_came_leaves_no_gap_behind(rigs: Callable[..., R
     assert [Path(path).name[-7:] for path in ended["files"]] == ["_000.h5", "_001.h5"]
 
 
-def test_a_run_goes_on_while_the_part_before_is_recovered(
+def test_a_run_continues_while_its_previous_part_is_recovered(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recovery reads every row. Nobody waits for it but the verdict on the run."""
+    """Recovery reads every row; only the verdict on the run waits for it."""
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(*[feed.block(rows(n)) for n in (10, 20, 30)])
@@ -287,10 +287,10 @@ def test_a_run_goes_on_while_the_part_before_is_recovered(
     assert not part.exists()
 
 
-def test_a_recovery_that_takes_long_holds_up_no_verdict_and_no_end(
+def test_a_long_recovery_delays_neither_verdict_nor_end(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The run is judged by the parts that are there; a storage that ends leaves the rest to the next one."""
+    """The run is judged by the finished parts; the next storage repeats the recovery."""
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(*[feed.block(rows(16_000)) for _ in range(5)])
@@ -323,7 +323,7 @@ def test_a_recovery_that_takes_long_holds_up_no_verdict_and_no_end(
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_disk_that_fails_kills_nobody_and_its_blocks_are_asked_for_again(
+def test_blocks_are_requested_again_after_a_disk_failure(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(open_run, "RETRY_DELAY", 0.05)
@@ -345,10 +345,10 @@ def test_a_disk_that_fails_kills_nobody_and_its_blocks_are_asked_for_again(
     assert file_info(path)["condition"] == "COMPLETE"
 
 
-def test_a_run_outlives_a_file_that_fails(
+def test_a_run_continues_after_its_file_fails(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The part is given up and recovered, a further one goes on with the same metadata; end_run answers over both."""
+    """The part is recovered, and the next part has the same metadata; end_run reports both."""
     monkeypatch.setattr(open_run, "RETRY_DELAY", 0.05)
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
@@ -367,7 +367,7 @@ def test_a_run_outlives_a_file_that_fails(
         rig.take(blocks[1])
         rig.until(lambda: not rig.storage._runs[RUN].file, "the failure")
         assert "No space left" in rig.storage.status().paused
-        rig.take(blocks[2])  # as good as never sent
+        rig.take(blocks[2])  # ignored
         rig.until(lambda: len(tries) > 3, "further tries")
         assert rig.stream.resubscribed_at == []
     rig.until(lambda: rig.stream.resubscribed_at == [{feed.source: 1}], "the further part")
@@ -383,9 +383,7 @@ def test_a_run_outlives_a_file_that_fails(
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_the_end_of_a_run_does_not_wait_for_ever_for_a_disk_that_fails(
-    rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_end_run_does_not_wait_for_a_failing_disk(rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("larpixdaq.storage.service.END_LIMIT", 0.1)
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
@@ -402,7 +400,7 @@ def test_the_end_of_a_run_does_not_wait_for_ever_for_a_disk_that_fails(
     ended = rig.end(2).value
     assert ended["condition"] == "INTERRUPTED"
     assert ended["rows"] == 10
-    rig.take(blocks[1], feed.end())  # it was asked for again, and the disk is well now
+    rig.take(blocks[1], feed.end())  # requested again, and the disk works now
     rig.until(lambda: rig.stream.next == {feed.source: 3}, "the rest in a further part")
     rig.until(lambda: not rig.storage._runs, "that to be closed")
     call = Answered()
@@ -435,7 +433,7 @@ def test_rotation_loses_nothing_and_doubles_nothing(rigs: Callable[..., Rig], tm
     assert stored == {("LArPix board", 7): 360, ("second", 7): 5}
 
 
-def test_a_part_is_closed_in_time_although_nothing_comes(rigs: Callable[..., Rig]) -> None:
+def test_a_part_is_rotated_in_time_without_new_blocks(rigs: Callable[..., Rig]) -> None:
     rig, feed = rigs(limits=parse_limit("0.05s")), Feed(RUN)
     rig.prepare()
     first = rig.storage._runs[RUN].file
@@ -451,7 +449,7 @@ def test_a_part_is_closed_in_time_although_nothing_comes(rigs: Callable[..., Rig
 
 
 @pytest.mark.parametrize("removed", ["part", "journal", "part, noticed at the end"])
-def test_a_part_that_somebody_removes_is_written_anew(
+def test_a_removed_part_is_written_again(
     rigs: Callable[..., Rig], tmp_path: Path, caplog: pytest.LogCaptureFixture, removed: str
 ) -> None:
     rig, feed = rigs(), Feed(RUN)
@@ -472,7 +470,7 @@ def test_a_part_that_somebody_removes_is_written_anew(
     assert all(verify(path).ok for path in files)
 
 
-def test_a_removed_part_is_written_anew_when_there_is_space_again(
+def test_a_removed_part_is_written_again_when_the_disk_has_space(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig, feed = rigs(), Feed(RUN)
@@ -497,7 +495,7 @@ def test_a_removed_part_is_written_anew_when_there_is_space_again(
     assert file_info(final)["rows"] == 10
 
 
-def test_a_part_that_was_removed_with_its_directory_is_lost_in_words(
+def test_a_removed_part_that_cannot_be_written_again_is_reported(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig, feed = rigs(), Feed(RUN)
@@ -516,7 +514,7 @@ def test_a_part_that_was_removed_with_its_directory_is_lost_in_words(
     assert not path.exists()
 
 
-def test_a_rotation_that_cannot_be_stays_in_the_part(
+def test_a_failed_rotation_continues_in_the_old_part(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig, feed = rigs(limits=parse_limit("10rows")), Feed(RUN)
@@ -535,7 +533,7 @@ def test_a_rotation_that_cannot_be_stays_in_the_part(
     assert file_info(path)["rows"] == 40
 
 
-def test_a_rotation_in_which_the_old_part_fails_goes_on_from_what_is_durable(
+def test_a_rotation_whose_old_part_fails_continues_at_the_durable_position(
     rigs: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(open_run, "RETRY_DELAY", 0.05)
@@ -579,7 +577,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return disk
 
 
-def test_a_full_disk_is_left_alone_until_it_has_space_again(
+def test_writing_pauses_while_the_disk_is_full(
     rigs: Callable[..., Rig], disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig, feed = rigs(), Feed(RUN)
@@ -599,7 +597,7 @@ def test_a_full_disk_is_left_alone_until_it_has_space_again(
     rig.work()
     assert rig.stream.resubscribed_at == []
     disk.f_bavail = 80
-    rig.take(blocks[2])  # has come before the pause was over: the one before it is not here
+    rig.take(blocks[2])  # comes before the pause ends, and the block before it is missing
     rig.work()
     assert rig.stream.resubscribed_at == [{feed.source: 1}]
     assert rig.storage.status().paused == ""
@@ -608,9 +606,7 @@ def test_a_full_disk_is_left_alone_until_it_has_space_again(
     assert [record.levelname for record in caplog.records if record.levelno > 20] == ["ERROR", "WARNING"]
 
 
-def test_what_comes_when_there_is_space_again_does_not_follow_what_was_let_pass(
-    rigs: Callable[..., Rig], disk: Disk
-) -> None:
+def test_blocks_after_a_pause_do_not_follow_a_gap(rigs: Callable[..., Rig], disk: Disk) -> None:
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     blocks = [feed.block(rows(n)) for n in (10, 20, 30)]
@@ -625,9 +621,7 @@ def test_what_comes_when_there_is_space_again_does_not_follow_what_was_let_pass(
     assert rig.end(3).value["condition"] == "COMPLETE"
 
 
-def test_a_run_that_ends_on_a_full_disk_is_closed_and_what_is_owed_comes_later(
-    rigs: Callable[..., Rig], disk: Disk
-) -> None:
+def test_a_run_that_ends_on_a_full_disk_is_completed_later(rigs: Callable[..., Rig], disk: Disk) -> None:
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     blocks = [feed.block(rows(n)) for n in (10, 20)]
@@ -651,7 +645,7 @@ def test_a_run_that_ends_on_a_full_disk_is_closed_and_what_is_owed_comes_later(
     assert (call.value["condition"], call.value["rows"]) == ("COMPLETE", 30)
 
 
-def test_status_says_how_fast_and_how_long(rigs: Callable[..., Rig], disk: Disk) -> None:
+def test_status_has_rate_and_time_left(rigs: Callable[..., Rig], disk: Disk) -> None:
     now = [1000.0]
     space = Space(rigs().storage.directory, lambda: now[0])
     assert (space.free(), space.seconds_left(), space.bytes_per_second()) == (10_000 << 20, None, 0)
@@ -663,7 +657,7 @@ def test_status_says_how_fast_and_how_long(rigs: Callable[..., Rig], disk: Disk)
     assert rigs().storage.status().seconds_left is None
 
 
-def test_a_name_that_was_taken_leaves_a_part_that_says_so(rigs: Callable[..., Rig]) -> None:
+def test_a_superseded_storage_marks_its_part(rigs: Callable[..., Rig]) -> None:
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(feed.block(rows(10)))
@@ -685,7 +679,7 @@ def test_a_finished_file_has_its_checksum_beside_it(rigs: Callable[..., Rig]) ->
     rig.prepare()
     rig.take(feed.block(rows(10)), feed.end())
     (path,) = map(Path, rig.end(1).value["files"])
-    line = rig.until(lambda: [one for one in rig.storage.status().finished if one.sha256], "the checksum")[0]
+    line = rig.until(lambda: [entry for entry in rig.storage.status().finished if entry.sha256], "the checksum")[0]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert sidecar(path) == {
         "file": path.name, "bytes": path.stat().st_size, "sha256": digest, "run": RUN, "part": 0, "rows": 10,
@@ -708,13 +702,13 @@ def test_a_finished_file_has_its_checksum_beside_it(rigs: Callable[..., Rig]) ->
 
 def test_a_command_runs_on_each_finished_file(rigs: Callable[..., Rig], tmp_path: Path) -> None:
     script = "import sys; open(sys.argv[1], 'a').write(repr((sys.argv[2:], sys.stdin.read())))"
-    told = tmp_path / "told"
-    rig, feed = rigs(on_close=(sys.executable, "-c", script, str(told), "two words; $HOME")), Feed(RUN)
+    output = tmp_path / "told"
+    rig, feed = rigs(on_close=(sys.executable, "-c", script, str(output), "two words; $HOME")), Feed(RUN)
     rig.prepare()
     rig.take(feed.block(rows(10)), feed.end())
     (path,) = rig.end(1).value["files"]
-    rig.until(lambda: told.exists() and told.read_text(), "the command")
-    assert told.read_text() == repr((["two words; $HOME", path], ""))
+    rig.until(lambda: output.exists() and output.read_text(), "the command")
+    assert output.read_text() == repr((["two words; $HOME", path], ""))
     rig.storage.close()
     assert rig.storage.status().on_close == ""
 
@@ -727,7 +721,7 @@ def test_a_command_runs_on_each_finished_file(rigs: Callable[..., Rig], tmp_path
         ((sys.executable, "-c", "while True: pass"), "did not end within 0.2 s and was killed"),
     ],
 )
-def test_a_command_that_fails_is_an_alarm_and_no_more(
+def test_a_failed_command_is_an_alarm_only(
     command: tuple[str, ...], trouble: str, rigs: Callable[..., Rig],
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -741,7 +735,7 @@ def test_a_command_that_fails_is_an_alarm_and_no_more(
     assert [record.levelname for record in caplog.records if trouble in record.message] == ["ERROR"]
 
 
-def test_a_storage_that_ends_does_not_wait_for_a_command_that_hangs(
+def test_the_end_does_not_wait_for_a_hanging_command(
     rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("larpixdaq.storage.finisher.LAST_COMMANDS", 0.1)
@@ -759,7 +753,7 @@ def test_a_storage_that_ends_does_not_wait_for_a_command_that_hangs(
     assert "was not run for run0000042_20261122T071251Z_001.h5" in second
 
 
-def test_a_storage_that_ends_does_not_wait_for_a_long_checksum_and_the_next_makes_it(
+def test_the_end_does_not_wait_for_a_long_checksum(
     rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     goes_on = threading.Event()
@@ -782,7 +776,7 @@ def test_a_storage_that_ends_does_not_wait_for_a_long_checksum_and_the_next_make
     rigs().until(lambda: list(tmp_path.glob("*.json")), "the checksum")
 
 
-def test_a_command_whose_checksum_is_late_is_named(
+def test_a_command_that_was_not_run_is_named(
     rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     goes_on = threading.Event()
@@ -810,10 +804,10 @@ def test_a_command_whose_checksum_is_late_is_named(
     assert "was not run for run0000042_20261122T071251Z_000.h5" in caplog.text
 
 
-def test_runs_that_the_core_has_not_announced_have_a_limit(
+def test_the_number_of_unannounced_runs_is_limited(
     rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """A producer that names another run with each block opens no file for each."""
+    """A producer that names another run in each block does not open a file for each."""
     monkeypatch.setattr("larpixdaq.storage.service.MOST_UNANNOUNCED", 2)
     monkeypatch.setattr("larpixdaq.storage.service.UNANNOUNCED_CLOSE", -1.0)
     rig = rigs()
@@ -827,13 +821,13 @@ def test_runs_that_the_core_has_not_announced_have_a_limit(
     asked = len(rig.stream.resubscribed_at)
     rig.take(feeds[0].end())
     rig.until(lambda: 1 not in rig.storage._runs, "the first to be closed")
-    assert len(rig.stream.resubscribed_at) == asked + 1  # for those that were turned away
+    assert len(rig.stream.resubscribed_at) == asked + 1  # for the refused blocks
     again = Feed(3)
     rig.take(again.block(rows(10)))
     assert 3 in rig.storage._runs
 
 
-def test_a_cancelled_run_leaves_nothing_although_an_end_came(rigs: Callable[..., Rig], tmp_path: Path) -> None:
+def test_a_cancelled_run_with_an_end_record_leaves_nothing(rigs: Callable[..., Rig], tmp_path: Path) -> None:
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(feed.end("aborted"))
