@@ -210,12 +210,9 @@ class Account:
     def how(self) -> str:
         return OPEN if self.end is None else self.end.how
 
-    def outside(self) -> NDArray[Any]:
+    def outside(self, end: stream.End) -> NDArray[Any]:
         """Make the rows of /ledger/outside: the producer's run 0 since its previous end record."""
-        rows = [
-            (self.index, self.origin.epoch, group, self.how.encode(), 0, *values)
-            for group, *values in (self.end.outside if self.end else [])
-        ]
+        rows = [(self.index, end.epoch, group, end.how.encode(), 0, *values) for group, *values in end.outside]
         return np.array(rows, layout.COUNTS)
 
     def gaps(self, frame: stream.Block | stream.End) -> NDArray[Any]:
@@ -227,15 +224,15 @@ class Account:
         ]
         return np.array(rows, layout.GAPS)
 
-    def verdicts(self) -> NDArray[Any]:
+    def verdicts(self, end: stream.End) -> NDArray[Any]:
         """Make the rows of /ledger/verdicts, with reasons cut to TEXT_BYTES."""
         rows = [
             (
-                *(self.index, self.origin.epoch, verdict.io_group, verdict.verdict.encode()),
+                *(self.index, end.epoch, verdict.io_group, verdict.verdict.encode()),
                 stream.text_pieces(verdict.why, schema.TEXT_BYTES)[0],
                 *(verdict.lost, verdict.first_ns, verdict.last_ns),
             )
-            for verdict in (self.end.verdicts if self.end else [])
+            for verdict in end.verdicts
         ]
         return np.array(rows, layout.VERDICTS)
 
@@ -244,33 +241,27 @@ class Account:
         verdicts = self.end.verdicts if self.end else []
         return verdict_lines((self.origin, verdict.io_group, verdict.verdict, verdict.why) for verdict in verdicts)
 
-    def unknown(self) -> NDArray[Any]:
+    def unknown(self, end: stream.End) -> NDArray[Any]:
         """Make the rows of /ledger/unknown: at most schema.UNKNOWN_KEPT of each io_group."""
         kept: dict[int, int] = {}
         rows = []
-        for word in self.end.unknown if self.end else []:
+        for word in end.unknown:
             kept[word.io_group] = kept.get(word.io_group, 0) + 1
             if kept[word.io_group] <= schema.UNKNOWN_KEPT:
                 raw = np.frombuffer(word.raw.ljust(constants.UNKNOWN_BYTES, b"\0"), np.uint8)
-                rows.append(
-                    (self.index, self.origin.epoch, word.io_group, word.seconds, word.reason, len(word.raw), raw)
-                )
+                rows.append((self.index, end.epoch, word.io_group, word.seconds, word.reason, len(word.raw), raw))
         return np.array(rows, layout.UNKNOWN)
 
-    def reasons(self) -> tuple[list[str], list[str]]:
-        """Return why the data of this origin are not complete, one line each.
-
-        The first list says that the totals are unknown, the second one has missing rows and blocks.
-        """
-        name = describe_origin(self.origin)
-        waiting = [f"{name}: no end record, totals unknown"] if self.end is None else []
-        missing = [f"{name}: {self.missing_blocks} blocks are missing"] if self.missing_blocks else []
+    def missing_lines(self) -> list[str]:
+        """Return which blocks and rows of this origin are missing, one line each."""
+        lines = (
+            [f"{describe_origin(self.origin)}: {self.missing_blocks} blocks are missing"] if self.missing_blocks else []
+        )
         # Rows of earlier parts are not in this file; the unbroken sequence shows that they are stored there.
         balanced = self.end is not None and not self.first_sequence
         for group, counts in self._counts_by_group().items():
-            where = describe_group(self.origin, group)
-            missing += missing_rows(where, counts, counts["stored"], balanced=balanced)
-        return waiting, missing
+            lines += missing_rows(describe_group(self.origin, group), counts, counts["stored"], balanced=balanced)
+        return lines
 
 
 def verdict(
@@ -290,23 +281,23 @@ def verdict(
     continued: the run continues in another part, which may have the end records that are absent here; before: origins
     of earlier parts; damaged: lines about damage that recovery found.
     """
+    missing = [*damaged, *(line for account in accounts for line in account.missing_lines())]
+    losses = [line for account in accounts for line in account.verdict_lines()]
     waiting: list[str] = []
-    missing, verdict_lines = list(damaged), list[str]()
-    for account in accounts:
-        some_waiting, some_missing = account.reasons()
-        waiting += some_waiting
-        missing += some_missing
-        verdict_lines += account.verdict_lines()
-    names = {origin.producer for origin in (*(account.origin for account in accounts), *before)}
-    waiting += [f"producer {name!r}: no data came, totals unknown" for name in required if name not in names]
-    if continued:
-        waiting = []
-    reasons = waiting + missing + verdict_lines
+    if not continued:
+        names = {origin.producer for origin in (*(account.origin for account in accounts), *before)}
+        waiting += [
+            f"{describe_origin(account.origin)}: no end record, totals unknown"
+            for account in accounts
+            if account.end is None
+        ]
+        waiting += [f"producer {name!r}: no data came, totals unknown" for name in required if name not in names]
+    reasons = waiting + missing + losses
     conditions = {
         RunCondition.ABORTED: aborted or any(account.how == "aborted" for account in accounts),
         RunCondition.INTERRUPTED: waiting,
         RunCondition.INCOMPLETE: missing,
         RunCondition.CONTINUED: continued,
-        RunCondition.SUSPECT: verdict_lines,
+        RunCondition.SUSPECT: losses,
     }
     return worst(conditions), reasons

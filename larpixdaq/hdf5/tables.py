@@ -146,9 +146,9 @@ class Tables:
     def _write_end(self, end: stream.End, account: Account) -> None:
         self.append("ledger/gaps", account.gaps(end))
         self.append("ledger/counts", account.counts())
-        self.append("ledger/outside", account.outside())
-        self.append("ledger/unknown", account.unknown())
-        self.append("ledger/verdicts", account.verdicts())
+        self.append("ledger/outside", account.outside(end))
+        self.append("ledger/unknown", account.unknown(end))
+        self.append("ledger/verdicts", account.verdicts(end))
         self._flush()
         row = (account.index, end.epoch, end.next, end.how.encode(), end.first_ns, end.last_ns)
         self.append("run/ends", [row])
