@@ -136,7 +136,7 @@ class OpenRun:
         """Continue in the next part; returns the previous one, sealed, and its report.
 
         The next part is made before this one is sealed. FileError when it cannot be made: then nothing has changed but
-        `again_at`; or when this part cannot be sealed: then `file` is still the part that failed.
+        `retry_at`; or when this part cannot be sealed: then `file` is still the part that failed.
         """
         old = self.file
         assert old is not None

@@ -92,16 +92,16 @@ class StorageService:
         self._refused_frames = False  # whether blocks were refused because too many runs were not announced
         self._asked: list[tuple[int, Call, float]] = []  # run, the call that awaits its verdict, limit (monotonic)
 
-    # the loop
+    # The loop
 
     def due(self) -> float | None:
-        """The monotonic time at which work() must be called; None: not before a frame or a call comes."""
+        """Return the monotonic time at which work() must be called; None: not before a frame or a call comes."""
         if self.paused:
             return None
         return min((due for run in self._runs.values() if (due := run.due()) is not None), default=None)
 
     def work(self) -> None:
-        """Write and acknowledge blocks that have waited, close complete parts, and repeat what a disk refused."""
+        """Write and acknowledge blocks that have waited, close complete parts, and try failed writes again."""
         self._look_for_space()
         for run in list(self._runs.values()):
             self._work(run)
@@ -137,7 +137,7 @@ class StorageService:
             self._seal(run, aborted=False, continued=True)
         self._runs.clear()
 
-    # the stream
+    # The stream
 
     def report_to(self, stream: Stream) -> None:
         """Send new acknowledgements, and the request for blocks to be sent again.
@@ -236,7 +236,7 @@ class StorageService:
             del self._infos[next(iter(self._infos))]
         return OpenRun(self.directory, info, announced=announced, limits=self._limits, fsync=self._fsync)
 
-    # what the disk takes
+    # Free space and failing disks
 
     def _look_for_space(self) -> bool:
         """Begin or end the pause, as the free space asks for; returns whether blocks are written."""
@@ -309,11 +309,10 @@ class StorageService:
         return True
 
     def _rotate(self, run: OpenRun) -> None:
-        before = run.file
         try:
             sealed = run.rotate()
         except FileError as error:
-            if run.file is before and before is not None and before.failed:
+            if run.file is not None and run.file.failed:
                 self._fail(run, error)
             else:
                 log.error("run %d continues in its present file: %s", run.info.run, error)
@@ -337,7 +336,7 @@ class StorageService:
             following = self._positions[origin] = max(following, self._positions.get(origin, 0))
         self._unreported[origin] = following
 
-    # files of earlier processes
+    # Files of earlier processes
 
     def resume(self) -> None:
         """Read the positions of the runs that may continue, and queue unfinished parts for recovery by work().
@@ -364,17 +363,16 @@ class StorageService:
         with self._lock:
             return [Position(*origin, following) for origin, following in self._positions.items()]
 
-    # the end of a run
+    # The end of a run
 
     def _seal(self, run: OpenRun, *, aborted: bool, continued: bool = False) -> None:
-        file = run.file
         try:
             sealed = run.seal(aborted=aborted, continued=continued)
         except FileError as error:
             self._fail(run, error)
             return
-        if file is not None and sealed is not None:
-            self._acknowledge_all(run, file.durable)
+        if sealed is not None:
+            self._acknowledge_all(run, sealed[0].durable)
             self.finisher.publish(*sealed)
 
     def _close(self, run: OpenRun, *, aborted: bool) -> None:
@@ -383,15 +381,15 @@ class StorageService:
         self._seal(run, aborted=aborted)
         number = run.info.run
         del self._runs[number]
-        self._requested = {one for one in self._requested if one[0].run != number}
+        self._requested = {block for block in self._requested if block[0].run != number}
         self._written += run.bytes
         if run.failure or self._refused_frames:
             self._refused_frames = False
-            self._resend = True  # what was not taken may find a disk that is well, or an open part
+            self._resend = True  # because the disk may work again, or an unannounced run may get a part
         if ending is not None:
             self._report(number, ending.call)
 
-    # what the core asks
+    # Actions of the core
 
     def _report(self, run: int, call: Call) -> None:
         """Queue the answer to a call, the verdict on a closed run, until its parts have their names."""
