@@ -52,7 +52,8 @@ class DataFile:
     as the file says it. `layout`: one of schema.LAYOUTS; None when the columns are those of another program.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, own: bool = False) -> None:
+        """Open a file. `own`: FileError also when larpix-daq did not write it."""
         self.path = Path(path)
         self._file = self._open()
         # Datasets stay open, because after a refresh a second handle may have a stale index of its chunks (HDF5 2.0).
@@ -66,6 +67,8 @@ class DataFile:
             if types not in (self.dtype.names or ()) or self.dtype[types].kind not in "iu":
                 raise FileError(f"{self.path}: /packets has no column with packet types")
             self.own = self._guard("/run", lambda: "run" in self._file)
+            if own and not self.own:
+                raise FileError(f"{self.path}: has no /run, so larpix-daq did not write it")
         except BaseException:
             self.close()
             raise

@@ -297,9 +297,7 @@ def read_unfinished_part(path: Path, is_cancelled: Callable[[], bool] = lambda: 
 
     FileError when it cannot be read, or when `is_cancelled` returns True while its rows are read.
     """
-    with DataFile(path) as file:
-        if not file.own:
-            raise FileError(f"{path}: has no /run, so it is none of ours")
+    with DataFile(path, own=True) as file:
         info = file.run_info()
         if not info["opened_ns"]:
             if rows := file.rows or file.length("run/blocks"):

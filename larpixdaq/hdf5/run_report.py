@@ -216,9 +216,7 @@ class Part(NamedTuple):
 
 def read_part(path: Path) -> Part:
     """Read the small tables of a part. FileError when it cannot be read, or larpix-daq did not write it."""
-    with DataFile(path) as file:
-        if not file.own:
-            raise FileError(f"{path}: has no /run, so it is none of ours")
+    with DataFile(path, own=True) as file:
         info, texts, rows = file.run_info(), file.texts(), file.rows_by_origin
         return Part(
             path=path,
@@ -349,9 +347,7 @@ def positions(
 def positions_of_file(path: Path, run: int) -> dict[BlockOrigin, int]:
     """Return the next expected sequence of each origin in one file of this run. FileError as of read_part()."""
     found: dict[BlockOrigin, int] = {}
-    with DataFile(path) as file:
-        if not file.own:
-            raise FileError(f"{path}: has no /run, so it is none of ours")
+    with DataFile(path, own=True) as file:
         for name, column in (("run/blocks", "sequence"), ("run/ends", "next")):
             for start in range(0, file.length(name), 65_536):
                 rows = file.table(name, start, start + 65_536)

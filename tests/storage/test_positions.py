@@ -58,9 +58,9 @@ def test_blocks_of_a_closed_run_are_not_stored_twice(tmp_path, storage):
 def test_a_closed_run_is_not_opened_at_the_start(tmp_path, storage, monkeypatch):
     opened = []
 
-    def open_file(path):
+    def open_file(path, **options):
         opened.append(path.name[:10])
-        return DataFile(path)
+        return DataFile(path, **options)
 
     monkeypatch.setattr(module, "DataFile", open_file)
     for run in (1, 2, 3):
