@@ -155,21 +155,23 @@ class Account:
         self.missing_blocks = 0
         self.dropped: dict[int, int] = {}  # io_group -> rows that found no room, by the gaps in this part
 
-    def skip(self, sequence: int, first_packet: int | None) -> tuple[int, int, int, int, int] | None:
+    def skip_to(self, sequence: int, first_packet: int | None = None) -> list[tuple[int, ...]]:
         """Note that `sequence` comes next. Returns a row for /run/missing when blocks before it are missing."""
         first = self.expected
         if sequence == first:
-            return None
+            return []
         self.missing_blocks += sequence - first
         rows = 0
         if first_packet is not None and self.next_packet is not None:
             rows = max(0, first_packet - self.next_packet)
         self.expected = sequence
-        return self.index, self.origin.epoch, first, sequence, rows
+        return [(self.index, self.origin.epoch, first, sequence, rows)]
 
-    def take(self, sequence: int, next_packet: int) -> None:
-        self.expected = sequence + 1
-        self.next_packet = next_packet
+    def add_block(self, sequence: int, first_packet: int, rows: int) -> list[tuple[int, ...]]:
+        """Count a block. Returns a row for /run/missing when blocks before it are missing."""
+        missing = self.skip_to(sequence, first_packet)
+        self.expected, self.next_packet = sequence + 1, first_packet + rows
+        return missing
 
     def drop(self, gaps: Iterable[tuple[int, int]]) -> None:
         """Note gaps, each an io_group and rows."""

@@ -431,12 +431,9 @@ class _PartReader:
             self._lost.append(f"the last {rest} rows of /run/blocks make no sense")
 
     def _count_block(self, block: Any) -> Account:
-        account = self._account(block)
-        sequence = int(block["sequence"])
-        if missing := account.skip(sequence, int(block["first_packet"])):
-            self._missing.append(missing)
-        account.take(sequence, int(block["first_packet"]) + int(block["rows"]))
-        self._row += int(block["rows"])
+        account, rows = self._account(block), int(block["rows"])
+        self._missing += account.add_block(int(block["sequence"]), int(block["first_packet"]), rows)
+        self._row += rows
         self._blocks += 1
         return account
 
@@ -456,8 +453,7 @@ class _PartReader:
             )
             if account.end is not None or not whole:
                 return self._cut_ends(number, len(rows))
-            if missing := account.skip(following, None):
-                self._missing.append(missing)
+            self._missing += account.skip_to(following)
             account.end = stream.End(
                 account.origin.run,
                 account.origin.producer,

@@ -221,9 +221,7 @@ class RunFile:
             rows["counter"] = np.arange(message.first, message.first + len(rows))
             pieces = self._batch.stage(rows.view(np.uint8))
             block = msgspec.structs.replace(block, crc32=crc32(rows.view(np.uint8)))
-        if missing := account.skip(block.sequence, block.first_packet):
-            self._missing.append(missing)
-        account.take(block.sequence, block.first_packet + block.rows)
+        self._missing += account.add_block(block.sequence, block.first_packet, block.rows)
         account.drop((gap.io_group, gap.rows) for gap in block.gaps)
         for piece in pieces:
             hdf5_chunks.tally(piece, block.layout, account.tally)
@@ -245,8 +243,7 @@ class RunFile:
         if end.next < (expected := self._expected(end.source)):
             raise ProtocolError(f"{describe(end)}: block {expected - 1} of it has been taken already")
         account = self._account(end.source)
-        if missing := account.skip(end.next, None):
-            self._missing.append(missing)
+        self._missing += account.skip_to(end.next)
         account.end = end
         account.drop((gap.io_group, gap.rows) for gap in end.gaps)
         self._enqueue(WaitingFrame(end, account, self.rows, self.rows))
