@@ -799,7 +799,7 @@ def test_a_command_that_was_not_run_is_named(
         until(lambda: closing._summing._results, "the checksum")
         return True
 
-    monkeypatch.setattr(closing._commands, "settle", wait)
+    monkeypatch.setattr(closing._commands, "drain", wait)
     rig.storage.close()
     assert "was not run for run0000042_20261122T071251Z_000.h5" in caplog.text
 
