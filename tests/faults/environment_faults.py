@@ -111,44 +111,38 @@ def _full(trial: Trial, *, used_up: bool = False) -> None:
         until(lambda: trial.status("producer").get("spooled_blocks") == 0, "the spool to be empty", STEP)
 
 
-@row("network between producer and storage cut for 5 s", "0 lost", hosts=HOSTS, noticed=True)
-def network_cut(trial: Trial) -> None:
+def _network_fault(trial: Trial, host: str, seconds: float, **fault: float) -> None:
+    """Cause a fault between a host and that of the storage, and repair it. `fault`: as in Network.fault()."""
     assert trial.net is not None
     trial.begin_fault()
-    trial.net.fault("daq", "core", cut=True)
-    trial.faults.note("network cut")
-    trial.faults.pause(5.0)
-    _connected(trial)
+    trial.net.fault(host, "core", **fault)
+    trial.faults.note(f"network fault at host {host}: {fault}")
+    trial.faults.pause(seconds)
+    counts = trial.net.heal(host, "core")
+    trial.faults.note(f"network in order, {counts['lost']} packets lost, {counts['passed']} passed")
+    trial.await_rows(MORE_ROWS)
+
+
+def _producer_network_fault(trial: Trial, seconds: float, **fault: float) -> None:
+    _network_fault(trial, HOSTS["producer"], seconds, **fault)
+    for name in (PRODUCER, STORAGE):
+        trial.await_component(name)
+    until(lambda: trial.status("producer").get("ring", 1.0) < 0.1, "the waiting blocks to be delivered", STEP)
+
+
+@row("network between producer and storage cut for 5 s", "0 lost", hosts=HOSTS, noticed=True)
+def network_cut(trial: Trial) -> None:
+    _producer_network_fault(trial, 5.0, cut=True)
 
 
 @row("5 % of the packets between producer and storage dropped for 10 s", "0 lost", hosts=HOSTS, noticed=True)
 def network_lossy(trial: Trial) -> None:
-    assert trial.net is not None
-    trial.begin_fault()
-    trial.net.fault("daq", "core", drop=0.05)
-    trial.faults.note("network loses 5 %")
-    trial.faults.pause(10.0)
-    _connected(trial)
+    _producer_network_fault(trial, 10.0, drop=0.05)
 
 
 @row("200 ms delay between producer and storage for 10 s", "0 lost", hosts=HOSTS, noticed=True)
 def network_slow(trial: Trial) -> None:
-    assert trial.net is not None
-    trial.begin_fault()
-    trial.net.fault("daq", "core", delay=0.2)
-    trial.faults.note("network 200 ms slower")
-    trial.faults.pause(10.0)
-    _connected(trial)
-
-
-def _connected(trial: Trial) -> None:
-    assert trial.net is not None
-    counts = trial.net.heal("daq", "core")
-    trial.faults.note(f"network in order, {counts['lost']} packets lost, {counts['passed']} passed")
-    for name in (PRODUCER, STORAGE):
-        trial.await_component(name)
-    trial.await_rows(MORE_ROWS)
-    until(lambda: trial.status("producer").get("ring", 1.0) < 0.1, "the waiting blocks to be delivered", STEP)
+    _producer_network_fault(trial, 10.0, delay=0.2)
 
 
 @row(
@@ -160,7 +154,7 @@ def _connected(trial: Trial) -> None:
     lossless=False,
 )
 def board_network_lossy(trial: Trial) -> None:
-    _board_network(trial, 10.0, drop=0.05)
+    _network_fault(trial, "board", 10.0, drop=0.05)
 
 
 @row(
@@ -172,18 +166,7 @@ def board_network_lossy(trial: Trial) -> None:
     lossless=False,
 )
 def board_network_cut(trial: Trial) -> None:
-    _board_network(trial, 5.0, cut=True)
-
-
-def _board_network(trial: Trial, seconds: float, *, drop: float = 0.0, cut: bool = False) -> None:
-    assert trial.net is not None
-    trial.begin_fault()
-    trial.net.fault("board", "core", drop=drop, cut=cut)
-    trial.faults.note("network of the boards is bad")
-    trial.faults.pause(seconds)
-    trial.net.heal("board", "core")
-    trial.faults.note("network of the boards in order")
-    trial.await_rows(MORE_ROWS)
+    _network_fault(trial, "board", 5.0, cut=True)
 
 
 @row(

@@ -224,24 +224,17 @@ class Trial:
     def stored_rows(self) -> int:
         return sum(int(storage["status"].get("rows", 0)) for storage in self.components("storage"))
 
-    def components(self, kind: str) -> list[dict[str, Any]]:
+    def components(self, kind: str = "") -> list[dict[str, Any]]:
+        """Return the living components of this kind, or of all kinds; none while the core does not answer."""
         try:
-            found = self.operator.components().result(STEP)
+            components = self.operator.components().result(STEP)
         except LarpixDaqError:
             return []
-        return [component for component in found if component["kind"] == kind and component["alive"]]
+        return [component for component in components if component["alive"] and kind in ("", component["kind"])]
 
     def await_component(self, name: str) -> None:
         """Wait until a component is registered, and neither lost nor stuck."""
-
-        def fine() -> bool:
-            try:
-                found = self.operator.components().result(STEP)
-            except LarpixDaqError:
-                return False
-            return any(c["name"] == name and c["alive"] and not c["stuck"] for c in found)
-
-        until(fine, f"{name} to be back", STEP)
+        until(lambda: any(c["name"] == name and not c["stuck"] for c in self.components()), f"{name} to be back", STEP)
 
     def status(self, kind: str) -> dict[str, Any]:
         """Return the status of the first living component of this kind; empty without one."""
