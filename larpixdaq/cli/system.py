@@ -150,13 +150,13 @@ def _running_processes(state: Path, commands: dict[str, list[str]]) -> dict[str,
     if earlier is None or not running:
         return {}
     up_at = f"a system is up already at {earlier.core} ({running_file(state)})"
-    advice = "repeat its options to start what has ended, or end it with `larpixdaq down`"
+    advice = "use its options to restart processes that have ended, or end it with `larpixdaq down`"
     if earlier.directory != os.getcwd():
         raise ConfigError(f"{up_at}, started in {earlier.directory}, not in {os.getcwd()}: {advice}")
     for module, entry in running.items():
         if entry.arguments != commands[module]:
             has, asked = " ".join(entry.arguments), " ".join(commands[module])
-            raise ConfigError(f"{up_at}; {module} runs with {has!r}, asked for is {asked!r}: {advice}")
+            raise ConfigError(f"{up_at}; {module} runs with {has!r}, this command has {asked!r}: {advice}")
     return running
 
 

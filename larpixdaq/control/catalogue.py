@@ -243,7 +243,7 @@ class Catalogue:
             self._lock = lock
         if not exists:
             if os.path.lexists(self.path):
-                raise FileError(f"{self.path}: somebody has put another file in its place")
+                raise FileError(f"{self.path}: was replaced by another file")
             for ending in ("-wal", "-shm"):  # of the removed file
                 self.path.with_name(self.path.name + ending).unlink(missing_ok=True)
             new = self._open()

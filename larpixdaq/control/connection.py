@@ -216,7 +216,7 @@ class CoreConnection:
                 _log.warning("%s", error)
                 if not self.session:  # probably a core of another version
                     self._refused(Answer(kind="error", error="version", text=str(error)))
-                elif (found := probe(data)).type == "request":  # its sender waits for an answer
+                elif (found := probe(data)).type == "request" and found.request:  # its sender waits for an answer
                     self.send(Answer(request=found.request, kind="error", error="malformed", text=str(error)))
                 continue
             self.heard = time.monotonic()

@@ -235,7 +235,7 @@ class Registry:
 
 
 class Control:
-    """The control: the right of one Operator at a time to change something."""
+    """Records which Operator may change something: one at a time."""
 
     def __init__(self, peers: Registry) -> None:
         self._peers = peers

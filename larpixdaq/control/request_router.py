@@ -290,8 +290,8 @@ class RequestRouter:
         components = self._peers.of_kind(message.kind)
         if not components:
             what = _KIND_NAMES.get(message.kind, f"component of kind {message.kind!r}")
-            known = ", ".join(living) or "nobody"
-            raise ComponentError(f"{message.action}: no {what} is there (registered and alive: {known})")
+            known = ", ".join(living) or "none"
+            raise ComponentError(f"{message.action}: no {what} is alive (alive components: {known})")
         return components[0]
 
     def answered(self, component: Component, answer: Answer) -> bool:

@@ -56,7 +56,7 @@ Steps = Generator[ComponentRequest, dict[str, ComponentAnswer], Any]
 
 
 class Team(Protocol):
-    """The way to the components."""
+    """Sends requests to components."""
 
     def new_id(self) -> str: ...
 
@@ -65,7 +65,7 @@ class Team(Protocol):
 
 
 class ReplyRoute(Protocol):
-    """The way of answers back to the Operator."""
+    """Sends answers back to the Operator."""
 
     def progress(self, component: str, text: str, done: int = 0, total: int = 0) -> None: ...
     def result(self, value: Any) -> None: ...

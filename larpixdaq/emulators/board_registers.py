@@ -22,7 +22,7 @@ BANK: Final = 0x1000
 UARTS: Final = 0x2000
 CLOCK_RATIO: Final = 0x10
 INVERSION: Final = 0x1C
-#: First register of the I2C bus; all below belong to the FPGA.
+#: First register of the I2C bus; lower addresses are registers of the FPGA.
 I2C: Final = 0x24000
 #: Writable registers in each bank of the FPGA. Those before them are read-only, and no others exist.
 _WRITABLE: Final = range(0x10, 0x20, 4)

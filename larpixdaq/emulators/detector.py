@@ -159,7 +159,7 @@ class Planter:
 
     def _choose(self, candidates: Any, number: str) -> list[Any]:
         if int(number) > len(candidates):
-            raise ConfigError(f"asked for {number} of {len(candidates)} that there are")
+            raise ConfigError(f"{number} requested, only {len(candidates)} exist")
         return [candidates[n] for n in sorted(self._random.permutation(len(candidates))[: int(number)].tolist())]
 
     @staticmethod

@@ -236,7 +236,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         found = f"{args.io_channels} and {args.chips_per_io_channel}"
         parser.error(f"--io-channels, --chips-per-io-channel: at most 255 and 240, found {found}")
     if args.chips is not None and (args.replay or args.odd or args.fifo_full):
-        parser.error("--chips says what is sent: no --replay, no --odd, no --fifo-full")
+        parser.error("--chips determines the packets: no --replay, no --odd, no --fifo-full")
     if args.slow_read is not None and not 0 <= args.slow_read <= MAX_SLOW_READ:
         parser.error(f"--slow-read: expected 0 to {MAX_SLOW_READ:g} seconds, found {args.slow_read}")
     args.detector = detector.check_arguments(parser, args)

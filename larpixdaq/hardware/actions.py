@@ -452,8 +452,8 @@ class ChipActions:
         if len(missing) and (registers is not None or not mask.any()):
             index, address = missing[0].tolist()
             what = "any register" if registers is None else chips.registers.name(address)
-            unknown = f"what {chips.registers.chips} hold at power-up is not known"
-            raise RequestError(f"chip {chips.key(indices[index])}: nobody has set {what}, and {unknown}")
+            unknown = f"the power-up values of {chips.registers.chips} are unknown"
+            raise RequestError(f"chip {chips.key(indices[index])}: {what} was never set, and {unknown}")
         some = mask.any(axis=1)
         return indices[some], mask[some]
 

@@ -197,7 +197,7 @@ class BoardOrders:
         return self._each(io_group, lambda group: not isinstance(self.ask_pings(group)[group], BoardError))
 
     def ask_pings(self, requested: Any) -> dict[int, bytes | BoardError]:
-        """Send a ping to these boards (None: all). Returns answers or errors; RequestError as in only()."""
+        """Send a ping to these boards (None: all). Returns answers or errors; RequestError as in groups_of_kind()."""
         groups = self.groups_of_kind("ping", "pacman", "bern", requested=requested)
         return self.ask_all({group: PING if self.kinds[group] == "pacman" else b"PING_HB" for group in groups})
 

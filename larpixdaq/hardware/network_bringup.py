@@ -64,7 +64,7 @@ def bring_up(controller: Any, keys: set[str] | None, progress: Callable[[int, in
 
 
 def _close(controller: Any, chosen: list[tuple[int, int, Any]]) -> None:
-    """Set the lines of these chips in their configurations as after power-up, and close the lines to them.
+    """Set the lines of these chips to their power-up state, and close the lines that lead to them.
 
     The steps open one line after the other, because two reachable chips with the power-up id would get the same id.
     """

@@ -26,6 +26,8 @@ To try a routine without a DAQ::
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -38,11 +40,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Routine:
-    """`func(controller, send_data, send_info, *args) -> (controller, result)`; `params`: names of the `args`."""
+    """`func(controller, send_data, send_info, *args) -> (controller, result)`; `params`: names of the `args`.
+
+    Without `params` they are the names in the function's signature; a function with `*args` has none then.
+    """
 
     name: str
     func: Callable[..., Any]
     params: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.params is None:
+            with contextlib.suppress(TypeError, ValueError):  # no function, or one without a signature
+                own = list(inspect.signature(self.func).parameters.values())[3:]
+                if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in own):
+                    names = [parameter.name for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+                    object.__setattr__(self, "params", names)
 
 
 #: All routines that init_routines() has loaded, by name.

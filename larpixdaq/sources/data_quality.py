@@ -193,7 +193,7 @@ class Presence:
         self._gaps: list[tuple[int, int]] = []
         self._gap_count = 0
         self._backlog = 0, -1, 0  # last message, number of blocks made until then (-1: unknown), time of their storage
-        #: Time of the loss of the connection, whatever runs begin and end; 0: connected.
+        #: Time of the loss of the connection, in or outside of runs; 0: connected.
         self.away_ns = 0
 
     def start(self, now: int) -> None:
@@ -222,7 +222,10 @@ class Presence:
             self._set_connected(now)
 
     def lost(self, now: int, since: int = 0) -> None:
-        """Note the loss of the connection. `since`: the last time at which it existed, if the loss is noticed late."""
+        """Note the loss of the connection, or that there has been none yet.
+
+        `since`: the last time at which it existed, if the loss is noticed late.
+        """
         self._loss_noticed = now
         self.away_ns = self.away_ns or now
         if self._state is ConnectionState.CONNECTED:

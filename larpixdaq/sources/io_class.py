@@ -238,7 +238,7 @@ class IoClassChannel(Channel):
     def _request(self, request: Send | Order, seconds: float = 0.0) -> None:
         self._begin(seconds)
         if not self._post(pack(request)):
-            self._refuse("its process takes nothing")
+            self._refuse("its process does not accept the request")
 
     def take(self) -> BoardReply | None:
         if self._reply is None and time.monotonic() >= self._deadline:

@@ -32,9 +32,7 @@ from larpixdaq.schema import Asic
 
 #: Seconds between two calls of the class while it has no packets.
 _IDLE: Final = 0.005
-#: Bytes that are handed over at once, and words of one message: both stay below io_class.MAX_MESSAGE.
-#: Maximum bytes of Data, and words of a board message: both stay below io_class.LARGEST.
-#: Bytes that are handed over at once, and words of one message: both stay below io_class.LIMIT.
+#: Maximum bytes of Data, and words of a board message: both stay below io_class.LIMIT.
 _MOST_BYTES: Final = 60_000
 _MOST_WORDS: Final = 1_000
 

@@ -43,7 +43,7 @@ def row_times(rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 class Decoders:
-    """Decoders by io_group, made at its first message: one for messages as recorded, one for rows encoded again."""
+    """Two decoders per io_group, made at its first message: for messages as recorded, and for rows encoded again."""
 
     def __init__(self, asic: Asic, *, format: str, clock64: bool) -> None:
         self.asic = asic

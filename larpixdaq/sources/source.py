@@ -75,7 +75,10 @@ class Source(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Connect. ConfigError or FileError, in one line, when that is impossible; a disconnected board is no error."""
+        """Connect. ConfigError or FileError, in one line, when that is impossible; a disconnected board is no error.
+
+        The caller closes the source also after an error.
+        """
 
     @abstractmethod
     def close(self) -> None: ...

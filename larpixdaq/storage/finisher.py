@@ -77,8 +77,8 @@ class Finisher:
             self._ready.register(descriptor, select.EPOLLIN)
         self._broken: dict[Path, str] = {}  # parts that are not recovered yet -> reason of the last failure
         self._removed: dict[Path, RunFile] = {}  # broken parts whose names were removed
-        self._trying = 0  # recoveries that have not ended
-        self._try_at = 0.0  # monotonic time before which no part is tried again
+        self._attempts = 0  # recoveries that have not ended
+        self._retry_at = 0.0  # monotonic time before which no part is tried again
         self._left: deque[Path] = deque()  # files whose command has not ended
         self._running: subprocess.Popen[bytes] | None = None  # the command of the first of these files
         self._ending = False  # the process ends; the threads read this
@@ -196,12 +196,12 @@ class Finisher:
 
     def retry(self) -> None:
         """Begin to recover the broken parts, unless a recovery still runs, or one ended a short time ago."""
-        if self._broken and not self._trying and time.monotonic() >= self._try_at:
+        if self._broken and not self._attempts and time.monotonic() >= self._retry_at:
             for part in self._broken:
                 self._recover(part)
 
     def _recover(self, part: Path) -> None:
-        self._trying += 1
+        self._attempts += 1
         file = self._removed.get(part)
 
         def job() -> _Published | None:
@@ -217,8 +217,8 @@ class Finisher:
             return None if found.path is None else _finished(found.path)
 
         def done(found: _Published | OSError | None) -> None:
-            self._trying -= 1
-            self._try_at = time.monotonic() + open_run.RETRY_DELAY
+            self._attempts -= 1
+            self._retry_at = time.monotonic() + open_run.RETRY_DELAY
             if not isinstance(found, OSError):
                 del self._broken[part]
                 self._removed.pop(part, None)

@@ -187,7 +187,7 @@ def test_refused_requests_name_the_reason(operator):
 
 
 def test_actions_of_components(running, operator):
-    with pytest.raises(ComponentError, match="no online monitor is there"):
+    with pytest.raises(ComponentError, match="no online monitor is alive"):
         operator.packet_rate().result(LIMIT)
     with all_running(producer(running.address), monitor(running.address)) as (board, online):
         assert operator.packet_rate().result(LIMIT) == {"now": 5.0}

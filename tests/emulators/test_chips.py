@@ -523,7 +523,7 @@ def test_lost_and_doubled_words(option):
     ("args", "status", "text"),
     [
         (["--dead-chips", "1"], 2, "--dead-chips goes with --chips"),
-        (["--chips", "4", "--replay", "x"], 2, "--chips says what is sent"),
+        (["--chips", "4", "--replay", "x"], 2, "--chips determines the packets"),
         (["--chips", "4", "--asic", "1"], 2, "v1 chips are no network"),
         (["--inverted"], 2, "--inverted goes with --chips"),
         (["--inverted", "--chips", "4", "--revision", "2"], 2, "which those of revision 2 cannot"),

@@ -301,7 +301,7 @@ def test_v3_chips_have_register_addresses_only(line):
         assert (enforced["ok"], enforced["registers"], enforced["written"]) == (True, 2, 0), enforced
         for chip, registers, what in (("1-1-2", None, "any register"), ("1-1-1", [64, 122], "register 122")):
             for action in ("write_configuration", "validate_configuration", "enforce_configuration"):
-                with pytest.raises(RequestError, match=f"{action}: chip {chip}: nobody has set {what}, and"):
+                with pytest.raises(RequestError, match=f"{action}: chip {chip}: {what} was never set, and"):
                     getattr(operator, action)(chip, registers).result(SLOW)
         assert operator.reset(31).result(LIMIT)["configuration"] == {"1": "lost"}
         operator.write_configuration().result(LIMIT)

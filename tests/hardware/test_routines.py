@@ -327,6 +327,11 @@ def test_directories_below_the_allowed_ones_can_be_added(child, folder, tmp_path
     assert run(child, "outside").last[2] == "unknown"
 
 
+def test_params_of_routines_without_a_list_are_those_of_the_signature():
+    assert routines.init_routines()["pedestal"].params == ["chips", "samples", "trigger_hz"]
+    assert routines.Routine("two", lambda controller, send_data, send_info, *args: None).params is None
+
+
 def test_without_a_daq(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(ROUTINES)
     (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
