@@ -322,7 +322,8 @@ class Producer:
         call.result(end)
 
     def _finish(self, how: str, *, delivered: bool = True) -> ProducerEnd:
-        """End the run. `delivered`: its end record is; if not, the next one also counts the data outside of runs."""
+        """End the run. `delivered`: storages get the end record; otherwise the next end record also has the counts of
+        data outside of runs."""
         if how == "closed":
             self.recorder.info("Ending run")
         unknown = [

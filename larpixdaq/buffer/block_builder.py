@@ -92,7 +92,7 @@ class BlockBuilder:
             self._close_at = self._clock() + BLOCK_AGE
 
     def drop(self, rows: NDArray[Any]) -> None:
-        """Count rows as dropped, which were decoded and counted but found no room."""
+        """Count rows as dropped: they were decoded and counted, but had no room."""
         if not len(rows):
             return
         now = self._wall()

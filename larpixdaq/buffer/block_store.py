@@ -115,7 +115,7 @@ class BlockStore:
         self.segments[-1].last = self.head - 1
 
     def release(self, run: int) -> None:
-        """Free the blocks of a cancelled run, which no storage needs."""
+        """Note that no storage needs the blocks of a cancelled run, so that free() frees them."""
         for segment in self.segments:
             if segment.run == run:
                 segment.required = ()
@@ -145,8 +145,11 @@ class BlockStore:
         return None if record is None else StoredBlock(record.header, record.payload, False)
 
     def can_lend(self) -> bool:
-        """Whether consumers may read rows in the ring. Blocks that move to the spool meanwhile must be sent again, so
-        not when the ring is nearly full: blocks move when it is three quarters full."""
+        """Whether consumers may read rows in the ring.
+
+        False from half full on if there is a spool, because blocks that move there (from three quarters full on) must
+        be sent again.
+        """
         return self.spool is None or (self.ring is not None and self.ring.fill < LENDING_LIMIT)
 
     def is_never_skipped(self, index: int) -> bool:

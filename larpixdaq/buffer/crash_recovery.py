@@ -128,7 +128,7 @@ class Predecessors:
             except ProtocolError as error:
                 raise RingError(f"block {index}: {error}") from None
             matches = isinstance(frame, End) == (ring.kind(index) == END)
-            if not matches or not isinstance(frame, Block | End) or frame.source[1:] != (self._producer, ring.epoch):
+            if not matches or not isinstance(frame, Block | End) or frame.origin[1:] != (self._producer, ring.epoch):
                 raise RingError(f"block {index}: its header belongs to another block")
             if isinstance(frame, End):
                 ends[frame.run] = frame
@@ -138,8 +138,10 @@ class Predecessors:
         return ends
 
     def _close_run(self, ring_file: RingFile, ends: dict[int, End]) -> None:
-        """Close the open block and the run, if there is one, and add its end record. A successor continues this if we
-        are killed meanwhile."""
+        """Close the open block, and end the open run with an end record.
+
+        If this process is killed meanwhile, the next one continues.
+        """
         ring = ring_file.ring
         if not ring.run_open:
             return

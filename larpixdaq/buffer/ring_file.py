@@ -124,7 +124,7 @@ def open_reader(path: Path, producer: str, epoch: int) -> Reader:
 
 
 def _map_file(file: int, size: int) -> mmap.mmap:
-    """Map a file over a range of addresses over which place() can map another file later."""
+    """Map a file over a range of addresses over which map_file() can map another file later."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     map_file(memory, file)
     return memory

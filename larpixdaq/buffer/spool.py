@@ -228,11 +228,11 @@ class Spool:
             self._renew_at = time.monotonic() + RETRY_INTERVAL
             previous, self.name_error = self.name_error, f"{self.directory.path}: {result.strerror or result}"
             if self.name_error != previous:
-                log.error("somebody has removed a file of the spool, and there is no new one yet: %s", self.name_error)
+                log.error("a file of the spool was removed, and there is no new one yet: %s", self.name_error)
             return
         self.name_error = ""
         for path in result:
-            log.warning("%s: somebody has removed this file of the spool: it was written anew", path)
+            log.warning("%s: this file of the spool was removed; it has been replaced", path)
 
     def free_to(self, index: int) -> None:
         """Remove the files whose blocks are all below `index`, because no storage needs these blocks any more."""

@@ -11,7 +11,7 @@ from larpixdaq.runtime.units import duration, size
 
 _log = logging.getLogger("larpixdaq.core")
 
-#: Times until the disk is full (s), at the present rate, below which the core warns, once at each.
+#: Seconds until the disk is full at the present rate; the core warns once below each.
 WARNING_LIMITS: Final = (3600, 600, 60)
 
 

@@ -97,7 +97,7 @@ def judge(run: Run, failures: list[str], silent: Mapping[str, str]) -> RunVerdic
         stored = max(stored or 0, sum(stored_rows.rows for stored_rows in report.stored))
         missing = _missing(ends, {source: end.rows for source, end in recorded.items()}, report)
         reasons += [f"{name}: {reason}" for reason in missing + report.reasons]
-        not_closed = report.condition == RunCondition.CONTINUED  # its next part
+        not_closed = report.condition == RunCondition.CONTINUED  # the run's next part is still open
         conditions = {RunCondition.INTERRUPTED: unknown or not_closed, RunCondition.INCOMPLETE: missing}
         verdicts.append(worst(conditions, report.condition))
     suspect = (

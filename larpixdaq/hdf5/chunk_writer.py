@@ -27,7 +27,8 @@ _PACKED_EARLY: Final = BATCH_ROWS // schema.CHUNK_ROWS - 1
 _NO_FILTERS: Final = 0b11
 #: Rows between two calls of show() below which a plain chunk takes less room than a chunk that is packed each time.
 _SLOW_ROWS: Final = schema.CHUNK_ROWS // 8
-#: Size of packed chunks, as a share of a plain chunk, from which a plain chunk is written; a short run needs none.
+#: Share of a plain chunk's size: when the packed copies of a chunk exceed it, the chunk is written plain. Short runs do
+#: not reach it.
 _PACKED_SHARE: Final = 1 / 8
 #: Bytes by which the file grows between two requests to the kernel.
 WINDOW: Final = 16 << 20

@@ -114,7 +114,7 @@ def check_end(end: stream.End) -> None:
 def describe(frame: stream.Block | stream.End) -> str:
     """Describe a block or an end record with its origin, for errors."""
     subject = f"block {frame.sequence}" if isinstance(frame, stream.Block) else f"end at {frame.next}"
-    return f"{subject} of run {frame.run}, {describe_origin(frame.source)}"
+    return f"{subject} of run {frame.run}, {describe_origin(frame.origin)}"
 
 
 def describe_origin(origin: BlockOrigin) -> str:

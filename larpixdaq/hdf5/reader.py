@@ -128,7 +128,8 @@ class DataFile:
         """Make visible all rows that the writer of a growing file has added so far."""
         for name, dataset in self._datasets.items():
             self._guard(f"/{name}", dataset.refresh)
-        vars(self).pop("producers", None)
+        for cached in ("producers", "run"):
+            vars(self).pop(cached, None)
 
     @property
     def stored_bytes(self) -> int:

@@ -217,7 +217,7 @@ def _clean_up(locked: _LockedPart) -> RecoveryReport:
     """Remove part and journal after the file got its final name. FileError when the journal has other blocks."""
     positions = positions_of_file(locked.final, locked.name.run)
     for record in locked.contents.records:
-        if record.frame.following > positions.get(record.frame.source, 0):
+        if record.frame.following > positions.get(record.frame.origin, 0):
             raise FileError(f"cannot recover {locked.journal.path}: it holds blocks that {locked.final.name} does not")
     with contextlib.suppress(FileNotFoundError):
         locked.part.unlink()
@@ -282,7 +282,7 @@ def _add_records(file: RunFile, records: Iterable[JournalRecord]) -> int:
     added = 0
     for record in records:
         frame = record.frame
-        if frame.following <= file.next(frame.source):
+        if frame.following <= file.next(frame.origin):
             continue
         if isinstance(frame, End):
             file.end(frame)
@@ -301,7 +301,7 @@ def read_unfinished_part(path: Path, is_cancelled: Callable[[], bool] = lambda: 
         info = file.run_info()
         if not info["opened_ns"]:
             if rows := file.rows or file.length("run/blocks"):
-                raise FileError(f"{path}: /run/info is empty, expected what run its {rows} rows belong to")
+                raise FileError(f"{path}: /run/info is empty, but the file has {rows} rows")
             return None
         if file.layout is None or file.layout.code != info["layout"]:
             raise FileError(f"{path}: /run/info says layout {info['layout']}, the columns are {file.dtype}")
@@ -327,7 +327,7 @@ class _PartReader:
     def read(self, is_cancelled: Callable[[], bool]) -> UnfinishedPart:
         for group in block_groups(self._file):
             if is_cancelled():
-                raise FileError(f"{self._file.path}: not recovered to its end: that begins anew at the next start")
+                raise FileError(f"{self._file.path}: recovery was interrupted; the next start begins it again")
             if not self._read_group(group):
                 break
         self._report_cut_blocks()

@@ -362,7 +362,7 @@ def _positions_of_journal(path: Path) -> dict[BlockOrigin, int]:
     found: dict[BlockOrigin, int] = {}
     contents = journal.read(path)
     for record in contents.records:
-        origin = record.frame.source
+        origin = record.frame.origin
         found[origin] = max(record.frame.following, found.get(origin, 0))
     if not found and contents.damaged:
         raise FileError(f"{path}: holds no whole record")

@@ -44,7 +44,7 @@ from larpixdaq.runtime.record_file import crc32
 WAIT: Final = 0.020
 #: Seconds between two writes of an unfinished batch, for readers of the growing file.
 SHOW_INTERVAL: Final = 4.0
-#: Nanoseconds between the last row and a rotation from which on a storage lags behind its producers.
+#: Maximum ns between a part's first or last row and a rotation; above it the storage lags behind its producers.
 _LAG_NS: Final = 2 * 10**9
 
 
@@ -204,13 +204,13 @@ class RunFile:
         self._check_usable()
         self._check_run(block)
         check_block(block, rows, self.info.layout)
-        if block.sequence < self._expected(block.source):
+        if block.sequence < self._expected(block.origin):
             self.duplicate_blocks += 1
             return
         # The copy is checked, because a producer may overwrite the rows in its ring meanwhile.
         pieces = self._batch.stage(rows.view(np.uint8))
         check_content(block, pieces, self.info.layout)
-        account = self._account(block.source)
+        account = self._account(block.origin)
         if account.end is not None:
             raise ProtocolError(f"{describe(block)}: comes after the end of its source")
         message = None
@@ -235,14 +235,14 @@ class RunFile:
         self._check_usable()
         self._check_run(end)
         check_end(end)
-        account = self._accounts.get(end.source)
+        account = self._accounts.get(end.origin)
         # The end record is in this part, or in an earlier one.
-        if (account is not None and account.end) or end.following == self._start_positions.get(end.source):
+        if (account is not None and account.end) or end.following == self._start_positions.get(end.origin):
             self.duplicate_blocks += 1
             return
-        if end.next < (expected := self._expected(end.source)):
+        if end.next < (expected := self._expected(end.origin)):
             raise ProtocolError(f"{describe(end)}: block {expected - 1} of it has been taken already")
-        account = self._account(end.source)
+        account = self._account(end.origin)
         self._missing += account.skip_to(end.next)
         account.end = end
         account.drop((gap.io_group, gap.rows) for gap in end.gaps)
@@ -317,7 +317,7 @@ class RunFile:
 
     def _acknowledge(self, done: Iterable[WaitingFrame]) -> None:
         for entry in done:
-            self.durable[entry.frame.source] = entry.frame.following
+            self.durable[entry.frame.origin] = entry.frame.following
 
     def _write_batch(self) -> None:
         stop = self._batch.write()

@@ -41,7 +41,7 @@ MAX_FROM_CONSUMER: Final = 128 << 10
 #: Maximum number of positions in a HELLO; consumers send those of the newest runs.
 MAX_POSITIONS: Final = 256
 #: Names of components and actions, without control characters, because they are written into lines of text.
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 RunNumber = Annotated[int, Meta(ge=1, le=LAST_RUN)]
 #: 64 bits: msgpack has no larger numbers.
 Epoch = Annotated[int, Meta(ge=0)]
@@ -121,7 +121,7 @@ class _OriginFields(msgspec.Struct, array_like=True, frozen=True):
     epoch: Epoch
 
     @property
-    def source(self) -> BlockOrigin:
+    def origin(self) -> BlockOrigin:
         return BlockOrigin(self.run, self.producer, self.epoch)
 
 

@@ -34,7 +34,8 @@ def sent_rows(
 ) -> NDArray[Any]:
     """Make the rows of words that go to the chips, direction 0, in the same order.
 
-    As many rows as valid words: they belong to the words only if all are valid.
+    Returns one row per valid word. If any word is invalid, rows and words do not correspond, and the caller must reject
+    the command.
     """
     rows = np.zeros(len(words), layout.dtype)
     if "io_channel" in (layout.dtype.names or ()):

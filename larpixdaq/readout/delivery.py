@@ -147,7 +147,7 @@ class Delivery:
             if ring_file.name_error != (text := error.strerror or str(error)):
                 ring_file.name_error = text
                 log.error(
-                    "%s: somebody has removed the ring's file, and there is no new one yet: %s; what the ring holds "
+                    "%s: the ring's file was removed, and there is no new one yet: %s; what the ring holds "
                     "would be lost if this process were killed; tried again every %g s",
                     ring_file.path, text, RETRY_INTERVAL,
                 )  # fmt: skip
@@ -157,7 +157,7 @@ class Delivery:
         self._ring_replacements += 1
         if ring_file is self.ring_file:
             self.publisher.ring_moved()
-        log.warning("%s: somebody has removed the ring's file: it was made anew, nothing is lost", ring_file.path)
+        log.warning("%s: the ring's file was removed; it has been replaced, and nothing is lost", ring_file.path)
 
     def _save_names(self) -> None:
         """Give names, before the process ends, to files without: in the ring's own directory, else in the spool's."""
@@ -235,7 +235,7 @@ class Delivery:
             self.ring_file.leave()
         else:
             self.own.close()
-        # Not while the thread hangs with its disk, because it may close these files itself later.
+        # If the thread hangs with its disk, it may still use these files, so they stay open until the process ends.
         if self.worker.close(SPOOL_LIMIT):
             for store in self.publisher.stores:
                 store.leave()

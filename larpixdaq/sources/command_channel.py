@@ -73,7 +73,7 @@ class Channel(ABC):
 
     @abstractmethod
     def send_raw(self, body: bytes, seconds: float = 0.0) -> None:
-        """Send an order to the board itself, in the format of its kind, which needs `seconds` beyond the limit."""
+        """Send an order, in the format of this kind of board. It needs `seconds` beyond the usual limit."""
 
     def take(self) -> BoardReply | None:
         """Return the outcome of the request in flight; None while it is open."""

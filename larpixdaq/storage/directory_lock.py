@@ -66,9 +66,9 @@ class Lock:
             text = str(error)
         if self._file is not old:
             old.close()
-            _log.warning("%s: somebody has removed this lock: it was made anew", self.path)
+            _log.warning("%s: this lock was removed; it has been replaced", self.path)
         elif text != self._problem:
-            _log.error("%s: somebody has removed this lock: %s", self.path, text)
+            _log.error("%s: this lock was removed, and cannot be replaced: %s", self.path, text)
         self._problem = text
 
     def _busy_journal(self) -> Path | None:

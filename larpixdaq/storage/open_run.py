@@ -42,7 +42,10 @@ def newest_part(parts: Sequence[tuple[int, int, str, Path]], read: Callable[[Pat
 
 
 class OpenRun:
-    """`file`: the open part; None after the disk has refused, until the next part can be opened."""
+    """A run that a storage writes, and its open part.
+
+    `file`: the part; None after the disk has failed, until the next part opens.
+    """
 
     def __init__(self, directory: Path, info: RunInfo, *, announced: bool, limits: Limits, fsync: bool) -> None:
         self.directory = directory

@@ -156,7 +156,7 @@ class StorageService:
         if not isinstance(frame, Block | End):
             return
         if frame.run in self._cancelled:
-            self._acknowledge(frame.source, frame.following)
+            self._acknowledge(frame.origin, frame.following)
             return
         # Only work() ends a pause, because frames that come before that follow a gap.
         if self.paused or not self._look_for_space():
@@ -186,22 +186,22 @@ class StorageService:
             log.error("run %d, %s: %s", frame.run, producer, error)
 
     def _request_again(self, block: Block, error: ChecksumError) -> None:
-        """Request a block again whose rows are not those that its header speaks of; the second time it is missing.
+        """Request a block again whose rows do not fit its CRC-32. If they do not fit again, the block is missing.
 
         The rows may have been overwritten in the producer's ring, so the request is for rows that are sent.
         """
-        again = (block.source, block.sequence) not in self._requested
-        self._requested.add((block.source, block.sequence))
-        log.log(logging.WARNING if again else logging.ERROR, "%s%s", error, ": asked for again" if again else "")
+        again = (block.origin, block.sequence) not in self._requested
+        self._requested.add((block.origin, block.sequence))
+        log.log(logging.WARNING if again else logging.ERROR, "%s%s", error, ": requested again" if again else "")
         if again:
             self._resend = self._resend_rows = True
 
     def _unannounced(self, frame: Block | End) -> OpenRun | None:
         """Open a part for a run that has none; None when the frame is stored already, or too many parts are open."""
         self._read_positions(frame.run)
-        if self._positions.get(frame.source, 0) >= frame.following:
+        if self._positions.get(frame.origin, 0) >= frame.following:
             self.duplicates += 1
-            self._acknowledge(frame.source, self._positions[frame.source])
+            self._acknowledge(frame.origin, self._positions[frame.origin])
             return None
         if sum(not run.announced for run in self._runs.values()) >= MOST_UNANNOUNCED:
             if not self._refused_frames:
@@ -305,7 +305,7 @@ class StorageService:
         run.names_at = now + _NAMES
         if run.file.in_place():
             return False
-        log.error("run %d: somebody has removed %s or its journal: it is written anew", run.info.run, run.file.path)
+        log.error("run %d: %s or its journal was removed; it has been replaced", run.info.run, run.file.path)
         return True
 
     def _rotate(self, run: OpenRun) -> None:
@@ -348,7 +348,7 @@ class StorageService:
             self._read_positions(run)
 
     def _read_positions(self, run: int) -> None:
-        """Add the positions of a run's files, the first time that it is asked for: it may be a run of long ago."""
+        """Add the positions of a run's files, once per run, because old runs are rarely needed."""
         if run in self._runs_with_positions:
             return
         unreadable: list[str] = []

@@ -4,7 +4,7 @@ The thread receives, renews subscriptions and repeats the last ACK or CREDIT, ev
 The received frames wait in a queue, whose size the producers' windows limit.
 
 A process that has stalled may have been taken for dead, and another one started under its name. So it sends nothing to
-producers until the core has confirmed that the name is still its own.
+producers until the core has confirmed that the name is still its own, or has been silent for NO_CORE seconds.
 """
 
 from __future__ import annotations
@@ -146,10 +146,10 @@ class Consumer:
             self._credit[producer] = self._credit.get(producer, 0) + 1
         self._waker.wake()
 
-    def acknowledge(self, source: BlockOrigin, following: int) -> None:
-        """Mode "all": acknowledge all blocks of `source` below sequence `following`, which are durable."""
+    def acknowledge(self, origin: BlockOrigin, following: int) -> None:
+        """Mode "all": acknowledge all blocks of `origin` below sequence `following`, which are durable."""
         with self._lock:
-            self._acks.setdefault(source.producer, {})[source.run, source.epoch] = following
+            self._acks.setdefault(origin.producer, {})[origin.run, origin.epoch] = following
         self._waker.wake()
 
     def resubscribe(self, *, send_rows: bool = False) -> None:
@@ -395,6 +395,10 @@ class ProducerConnection:
         frame = unpack_producer(header, self.name)
         payload = parts[0] if parts else None
         if len(parts) > 1 and isinstance(frame, Block):
+            if len(parts[1]) != 8:
+                raise ProtocolError(
+                    f"block from {self.name}: its place in the ring has {len(parts[1])} bytes, expected 8"
+                )
             payload = self._read_ring(parts[1]) if self.subscribed and frame.epoch == self.epoch else None
         return frame, payload
 
@@ -411,7 +415,7 @@ class ProducerConnection:
         """Return a block's rows in the ring, or a copy if they may be overwritten; None when they are not there."""
         if self._ring is None:
             return None
-        index = int.from_bytes(place[:8], "little")
+        index = int.from_bytes(place, "little")
         if self._keeps:
             return self._ring.view(index)
         rows = self._ring.read(index)

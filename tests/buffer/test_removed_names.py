@@ -204,7 +204,7 @@ def test_a_ring_without_a_new_file_is_reported_and_kept_in_the_spool_directory_a
     first.turn(lambda: first.status()["nameless"])
     assert first.status()["nameless"] == [f"{first.path}: No such file or directory"]
     first.turn(lambda: not first.delivery.ring_file.moving)
-    assert len([one for one in caplog.records if "somebody has removed the ring's file" in one.message]) == 1
+    assert len([one for one in caplog.records if "the ring's file was removed" in one.message]) == 1
     first.close()
     assert first.delivery.failure == ""
     assert [path.name for path in (tmp_path / "spool").iterdir()] == [first.path.name]

@@ -100,7 +100,7 @@ def content(seed: int, source: BlockOrigin, sequence: int) -> tuple[Any, str | N
 
 
 def next_block(feed: Feed, seed: int) -> tuple[stream.Block, Any]:
-    rows, text = content(seed, feed.source, feed.sequence)
+    rows, text = content(seed, feed.origin, feed.sequence)
     if text is not None:
         return feed.info(text)
     gaps = [stream.Gap(1, 0, 5, 6)] if len(rows) % 7 == 0 else []
@@ -127,7 +127,7 @@ class Writer:
     def _run(self, run: int) -> None:
         rng = self._rng
         feeds = [Feed(run, *producer) for producer in PRODUCERS[: rng.choice([1, 2])]]
-        required = tuple(feed.source.producer for feed in feeds)
+        required = tuple(feed.origin.producer for feed in feeds)
         file = RunFile(self._directory, run_info(run=run, required_producers=required))
         for _ in range(rng.randrange(20, 60)):
             file.add(*next_block(rng.choice(feeds), self._seed))
@@ -321,7 +321,7 @@ def rows_in_journal(path: Path) -> Iterator[tuple[BlockOrigin, int, Any]]:
     for record in read_journal(path).records:
         if isinstance(record.frame, stream.Block):
             rows = np.frombuffer(record.rows, schema.layout(record.frame.layout).dtype)
-            yield record.frame.source, record.frame.sequence, rows
+            yield record.frame.origin, record.frame.sequence, rows
 
 
 def check_rows(seed: int, source: BlockOrigin, sequence: int, rows: Any) -> None:

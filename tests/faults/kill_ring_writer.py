@@ -79,7 +79,7 @@ class Writer:
         self.recorder.info("x" * self.rng.choice((3, 100)))
 
     def run(self) -> None:
-        self.recorder.end("closed", [], self.recorder.counts(self.ring.outside))
+        self.recorder.end("closed", [], self.recorder.counts(self.ring.outside_counts))
         self.progress[2] = 1
         if self.rng.random() < 0.5:  # a storage has acknowledged everything
             self.ring.free_to(self.ring.head)
@@ -152,15 +152,19 @@ def kill(folder: Path, seed: int) -> None:
     progress = np.frombuffer(shared, np.int64, 3)
     child = os.fork()
     if not child:
-        Writer(ring_file, rng, progress).work()
-        os._exit(0)
+        try:
+            Writer(ring_file, rng, progress).work()
+            os._exit(0)
+        finally:
+            os._exit(1)
     while not progress[0]:
         os.sched_yield()
     end = time.monotonic() + rng.random() * 0.02
     while time.monotonic() < end:
         pass
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), f"the writer has failed, exit status {status}"
     ring_file.leave()
     check(folder, seed, (int(progress[0]), int(progress[1]), int(progress[2])))
     ring_file.path.unlink()

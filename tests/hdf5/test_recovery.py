@@ -174,7 +174,7 @@ def test_a_part_without_its_journal(tmp_path):
     found = recover(part)
     assert found.rows == 3 * 16_384 + 1
     assert found.cut == BATCH_ROWS - found.rows
-    assert positions(tmp_path) == {feed.source: 4}
+    assert positions(tmp_path) == {feed.origin: 4}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no HDF5", repair.SIGNATURE], ids=["missing", "0", "text", "torn"])
@@ -517,7 +517,7 @@ def test_a_damaged_journal_costs_only_the_damaged_block(tmp_path, capsys):
     whole = bytearray(journal.read_bytes())
     whole[100_000] ^= 1
     journal.write_bytes(whole)
-    assert positions(tmp_path) == {feed.source: feed.sequence}
+    assert positions(tmp_path) == {feed.origin: feed.sequence}
     status, (line,) = answer(capsys, "recover", tmp_path)
     assert (status, "recovered, 20006 rows, INTERRUPTED" in line, "DAMAGED: the journal" in line) == (1, True, True)
     kept = tmp_path / f"{NAME}.h5.journal.damaged"
@@ -558,7 +558,7 @@ def test_a_part_without_run_info_is_not_changed(tmp_path):
     with h5py.File(part, "r+") as file:
         file["run/info"][:] = 0
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(FileError, match="/run/info is empty, expected what run its 65536 rows belong to"):
+    with pytest.raises(FileError, match="/run/info is empty, but the file has 65536 rows"):
         recover(part)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -614,7 +614,7 @@ def test_a_chunk_is_never_written_in_place(tmp_path, monkeypatch):
 def test_a_later_part_keeps_its_start_positions(tmp_path):
     """This includes origins without blocks in this part."""
     feed, quiet = Feed(), Feed(producer="quiet")
-    known = {feed.source: 3, quiet.source: 9}
+    known = {feed.origin: 3, quiet.origin: 9}
     feed.sequence, feed.first_packet = 3, 500
     file = RunFile(tmp_path, run_info(required_producers=("LArPix board", "quiet")), 1, known)
     file.add(*feed.block(POOL[feed.layout][:10].copy()))

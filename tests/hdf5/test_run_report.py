@@ -186,7 +186,7 @@ def test_blocks_in_no_part_or_in_two_parts(tmp_path):
     feed = Feed()
     sent = [feed.block(rows(n)) for n in (10, 20, 30, 40, 50)]
     for part, (first, stop) in enumerate([(0, 2), (3, 5), (4, 5)]):
-        file = RunFile(tmp_path, run_info(), part, {feed.source: first})
+        file = RunFile(tmp_path, run_info(), part, {feed.origin: first})
         for block in sent[first:stop]:
             file.add(*block)
         if part == 2:

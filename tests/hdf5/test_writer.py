@@ -63,7 +63,7 @@ def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, 
         if step == "work":
             file.work(pressed=True)
             assert (file.due() or math.inf) > monotonic() + WAIT  # due for readers, at most
-            assert file.durable.get(feed.source, 0) == feed.sequence
+            assert file.durable.get(feed.origin, 0) == feed.sequence
         elif isinstance(step, str):
             file.add(*feed.info(step))
             counters.append(len(texts))
@@ -83,7 +83,7 @@ def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, 
     file.end(feed.end())
     report = file.close()
     assert (report.condition, report.reasons, report.rows) == ("COMPLETE", [], feed.first_packet)
-    assert file.durable[feed.source] == feed.sequence + 1 if feed.sequence else True
+    assert file.durable[feed.origin] == feed.sequence + 1 if feed.sequence else True
     everything = np.concatenate([*expected, np.zeros(0, row_layout.dtype)])
     with h5py.File(report.path) as plain:
         assert np.array_equal(plain["packets"][:], everything)
@@ -299,7 +299,7 @@ while True:
     file.add(*feed.block(pool[: 1 + 977 * feed.sequence % 9000].copy()))
     feed.rows.clear()
     file.work(pressed=feed.sequence % 3 == 0)
-    print(file.durable.get(feed.source, 0), flush=True)
+    print(file.durable.get(feed.origin, 0), flush=True)
 """
 
 
@@ -344,14 +344,14 @@ def test_blocks_wait_20_ms_for_their_batch(tmp_path, monkeypatch):
     assert file.durable == {}
     now = 100.02
     file.work()
-    assert file.durable == {feed.source: 2}
+    assert file.durable == {feed.origin: 2}
     assert file.due() == 104.0  # rows are shown 4 s after the file was opened
     journal = file.path.with_suffix(".journal")
     assert [record.frame.sequence for record in read_journal(journal).records] == [0, 1]
     # Four full blocks fill the batch: blocks that end in it are in the file, the straddling block waits.
     for _ in range(4):
         file.add(*feed.block(random_rows(rng, constants.BLOCK_ROWS)))
-    assert file.durable == {feed.source: 5}
+    assert file.durable == {feed.origin: 5}
     assert journal.stat().st_size == 0
     assert file.due() == pytest.approx(100.04)
     file.work(pressed=True)
@@ -361,7 +361,7 @@ def test_blocks_wait_20_ms_for_their_batch(tmp_path, monkeypatch):
     file.end(feed.end())
     now = 101.0
     file.work()
-    assert file.durable == {feed.source: 7}
+    assert file.durable == {feed.origin: 7}
     assert [type(record.frame).__name__ for record in read_journal(journal).records] == ["Block", "End"]
     assert file.close().condition == "COMPLETE"
     with pytest.raises(FileError, match="is closed"):
@@ -562,7 +562,7 @@ def test_a_later_part_continues_at_the_positions(tmp_path):
     sent = feed.block(random_rows(rng, 100))
     first.add(*sent)
     first.work(pressed=True)
-    assert positions(tmp_path) == {feed.source: 4}
+    assert positions(tmp_path) == {feed.origin: 4}
     first.close()
     second = RunFile(tmp_path, run_info(), 1, positions(tmp_path, 42))
     second.add(*sent)
@@ -574,7 +574,7 @@ def test_a_later_part_continues_at_the_positions(tmp_path):
     info = file_info(report.path)
     assert (report.condition, info["missing_blocks"], info["duplicate_blocks"]) == ("COMPLETE", 0, 1)
     assert verify(report.path).findings == []
-    assert positions(tmp_path, 42) == {feed.source: 6}
+    assert positions(tmp_path, 42) == {feed.origin: 6}
     assert positions(tmp_path, 41) == {}
 
 
@@ -652,7 +652,7 @@ def test_a_full_disk_stops_the_file_with_one_line(tmp_path, monkeypatch):
         file.add(*fifth)
     with pytest.raises(FileError, match="cannot be written any more"):
         file.add(*feed.block(random_rows(np.random.default_rng(1), 5)))
-    assert file.durable == {feed.source: 1}
+    assert file.durable == {feed.origin: 1}
     assert [record.frame.sequence for record in read_journal(file.path.with_suffix(".journal")).records] == [0]
     file.abandon()
 

@@ -24,19 +24,19 @@ def rows(n: int) -> Any:
 
 def test_the_next_part_continues_at_the_positions(tmp_path: Path) -> None:
     feed, ended, strange = Feed(), Feed(producer="second"), Feed(run=43)
-    first = RunFile(tmp_path, run_info(), 0, {strange.source: 5})
+    first = RunFile(tmp_path, run_info(), 0, {strange.origin: 5})
     assert first.positions() == {}
     first.add(*feed.block(rows(10)))
     first.add(*ended.block(rows(20)))
     first.end(ended.end())
-    assert first.positions() == {feed.source: 1, ended.source: 2}
+    assert first.positions() == {feed.origin: 1, ended.origin: 2}
     second = RunFile(tmp_path, run_info(required_producers=("LArPix board", "second")), 1, first.positions())
     assert second.positions() == first.positions()
     assert first.seal(continued=True).condition == "CONTINUED"
     first.publish()
     second.add(*feed.block(rows(30)))
     second.end(feed.end())
-    assert second.positions() == {feed.source: 3, ended.source: 2}
+    assert second.positions() == {feed.origin: 3, ended.origin: 2}
     report = second.close()
     assert report.condition == "COMPLETE"
     assert [file_info(path)["missing_blocks"] for path in sorted(tmp_path.iterdir())] == [0, 0]

@@ -128,7 +128,7 @@ def test_all_blocks_are_acknowledged_at_the_close(rigs: Callable[..., Rig]) -> N
     rig.take(feed.info("Beginning run"), feed.block(rows(1000)), feed.info("Ending run"), feed.end())
     call = rig.end(3)
     assert call.value["condition"] == "COMPLETE", call.error
-    assert rig.stream.next == {feed.source: 4}  # the end counts as a sequence
+    assert rig.stream.next == {feed.origin: 4}  # the end counts as a sequence
     # Blocks that a new subscription repeats are dropped.
     rig.take(Feed(RUN).block(rows(1000)), feed.end())
     assert not rig.storage._runs
@@ -167,10 +167,10 @@ def test_a_restarted_storage_continues_in_the_next_part(rigs: Callable[..., Rig]
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(*[feed.block(rows(n)) for n in (10, 20, 30)])
-    rig.until(lambda: rig.stream.next == {feed.source: 3}, "three blocks in the journal")
+    rig.until(lambda: rig.stream.next == {feed.origin: 3}, "three blocks in the journal")
     kill(rig)
     again = rigs()
-    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.positions()} == {(*feed.source, 3)}
+    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.positions()} == {(*feed.origin, 3)}
     further = [feed.block(rows(n)) for n in (40, 50)]
     if early:
         again.take(further[0])
@@ -200,7 +200,7 @@ def test_a_restart_with_a_damaged_journal(
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(*[feed.block(rows(1000 + n)) for n in range(3)])
-    rig.until(lambda: rig.stream.next == {feed.source: 3}, "three blocks in the journal")
+    rig.until(lambda: rig.stream.next == {feed.origin: 3}, "three blocks in the journal")
     kill(rig)
     (journal,) = tmp_path.glob("*.journal")
     content = bytearray(journal.read_bytes())
@@ -222,13 +222,13 @@ def test_a_part_that_is_locked_at_the_start_is_recovered_afterwards(rigs: Callab
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(feed.block(rows(1000)))
-    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    rig.until(lambda: rig.stream.next == {feed.origin: 1}, "a block in the journal")
     kill(rig)
     (journal,) = tmp_path.glob("*.journal")
     with open(journal) as held:
         fcntl.flock(held, fcntl.LOCK_SH)
         again = rigs()
-    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.positions()} == {(*feed.source, 1)}
+    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.positions()} == {(*feed.origin, 1)}
     again.until(lambda: list(tmp_path.glob("*_000.h5")), "the recovered part")
 
 
@@ -237,7 +237,7 @@ def test_an_empty_part_leaves_no_gap_in_the_part_numbers(rigs: Callable[..., Rig
     rig, feed = rigs(limits=parse_limit("60rows")), Feed(RUN)
     rig.prepare()
     rig.take(*[feed.block(rows(n)) for n in (10, 50)])
-    rig.until(lambda: rig.stream.next == {feed.source: 2}, "two blocks")
+    rig.until(lambda: rig.stream.next == {feed.origin: 2}, "two blocks")
     rig.storage._rotate(rig.storage._runs[RUN])
     rig.until(lambda: list(tmp_path.glob("*_000.h5")), "the first part's final name")
     assert list(tmp_path.glob("*_001.h5.part"))
@@ -257,7 +257,7 @@ def test_a_run_continues_while_its_previous_part_is_recovered(
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(*[feed.block(rows(n)) for n in (10, 20, 30)])
-    rig.until(lambda: rig.stream.next == {feed.source: 3}, "three blocks in the journal")
+    rig.until(lambda: rig.stream.next == {feed.origin: 3}, "three blocks in the journal")
     part = rig.storage._runs[RUN].file.path
     kill(rig)
     go_on = threading.Event()
@@ -268,10 +268,10 @@ def test_a_run_continues_while_its_previous_part_is_recovered(
 
     monkeypatch.setattr(finisher, "recover", slow)
     again = rigs()
-    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.positions()} == {(*feed.source, 3)}
+    assert {(p.run, p.producer, p.epoch, p.next) for p in again.storage.positions()} == {(*feed.origin, 3)}
     again.prepare()
     again.take(feed.block(rows(40)))
-    again.until(lambda: again.stream.next == {feed.source: 4}, "a block in the next part")
+    again.until(lambda: again.stream.next == {feed.origin: 4}, "a block in the next part")
     assert again.storage.status().recovering == [part.name]
     again.take(feed.end())
     call = Answered()
@@ -294,7 +294,7 @@ def test_a_long_recovery_delays_neither_verdict_nor_end(
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(*[feed.block(rows(16_000)) for _ in range(5)])
-    rig.until(lambda: rig.stream.next == {feed.source: 5}, "more than a batch")
+    rig.until(lambda: rig.stream.next == {feed.origin: 5}, "more than a batch")
     kill(rig)
     begun = threading.Event()
 
@@ -339,7 +339,7 @@ def test_blocks_are_requested_again_after_a_disk_failure(
         assert rig.stream.next == {}
     rig.until(lambda: rig.stream.resubscribed_at, "the next try")
     rig.take(first, second, feed.end())
-    rig.until(lambda: rig.stream.next == {feed.source: 3}, "all of it to be durable")
+    rig.until(lambda: rig.stream.next == {feed.origin: 3}, "all of it to be durable")
     rig.until(lambda: not rig.storage._runs, "the part to be closed 1 s after the end")
     (path,) = rig.until(lambda: list(tmp_path.glob("*.h5")), "its final name")
     assert file_info(path)["condition"] == "COMPLETE"
@@ -354,7 +354,7 @@ def test_a_run_continues_after_its_file_fails(
     rig.prepare()
     blocks = [feed.block(rows(n)) for n in (10, 20, 30)]
     rig.take(blocks[0])
-    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    rig.until(lambda: rig.stream.next == {feed.origin: 1}, "a block in the journal")
     tries = []
 
     def full(*args: Any, **more: Any) -> Any:
@@ -370,7 +370,7 @@ def test_a_run_continues_after_its_file_fails(
         rig.take(blocks[2])  # ignored
         rig.until(lambda: len(tries) > 3, "further tries")
         assert rig.stream.resubscribed_at == []
-    rig.until(lambda: rig.stream.resubscribed_at == [{feed.source: 1}], "the further part")
+    rig.until(lambda: rig.stream.resubscribed_at == [{feed.origin: 1}], "the further part")
     assert rig.storage.status().paused == ""
     rig.take(*blocks[1:], feed.end())
     ended = rig.end(3).value
@@ -378,7 +378,7 @@ def test_a_run_continues_after_its_file_fails(
     assert ended["rows"] == 60
     assert [Path(path).name[-7:] for path in ended["files"]] == ["_000.h5", "_001.h5"]
     assert [dict(file_info(path)["texts"])["comment"] for path in ended["files"]] == ["cosmics"] * 2
-    assert rig.stream.next == {feed.source: 4}
+    assert rig.stream.next == {feed.origin: 4}
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
     assert not list(tmp_path.glob("*.part"))
 
@@ -389,7 +389,7 @@ def test_end_run_does_not_wait_for_a_failing_disk(rigs: Callable[..., Rig], monk
     rig.prepare()
     blocks = [feed.block(rows(n)) for n in (10, 20)]
     rig.take(blocks[0])
-    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    rig.until(lambda: rig.stream.next == {feed.origin: 1}, "a block in the journal")
 
     def broken(*args: Any) -> Any:
         raise OSError(5, "Input/output error")
@@ -401,7 +401,7 @@ def test_end_run_does_not_wait_for_a_failing_disk(rigs: Callable[..., Rig], monk
     assert ended["condition"] == "INTERRUPTED"
     assert ended["rows"] == 10
     rig.take(blocks[1], feed.end())  # requested again, and the disk works now
-    rig.until(lambda: rig.stream.next == {feed.source: 3}, "the rest in a further part")
+    rig.until(lambda: rig.stream.next == {feed.origin: 3}, "the rest in a further part")
     rig.until(lambda: not rig.storage._runs, "that to be closed")
     call = Answered()
     rig.storage.report_run(call, RUN)
@@ -426,7 +426,7 @@ def test_rotation_loses_nothing_and_doubles_nothing(rigs: Callable[..., Rig], tm
     texts = [dict(file_info(path)["texts"]) for path in files]
     assert [text.get("previous part") for text in texts] == [None, *[path.name for path in files[:-1]]]
     assert [text.get("next part") for text in texts] == [*[path.name for path in files[1:]], None]
-    assert rig.stream.next == {feed.source: 7, second.source: 2}
+    assert rig.stream.next == {feed.origin: 7, second.origin: 2}
     stored = {(producer, epoch): 0 for producer, epoch, _, _ in ended["stored"]}
     for producer, epoch, _, count in ended["stored"]:
         stored[producer, epoch] += count
@@ -456,12 +456,12 @@ def test_a_removed_part_is_written_again(
     rig.prepare()
     blocks = [feed.block(rows(n)) for n in (10, 20)]
     rig.take(blocks[0])
-    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    rig.until(lambda: rig.stream.next == {feed.origin: 1}, "a block in the journal")
     (path,) = tmp_path.glob(f"*.{removed.partition(',')[0]}")
     path.unlink()
     if "end" not in removed:
         rig.until(lambda: len(list(tmp_path.glob("*.h5"))) == 1, "the part to be written anew and closed")
-        assert "somebody has removed" in caplog.text
+        assert "was removed; it has been replaced" in caplog.text
     rig.take(blocks[1], feed.end())
     ended = rig.end(2).value
     assert (ended["condition"], ended["rows"]) == ("COMPLETE", 30)
@@ -541,7 +541,7 @@ def test_a_rotation_whose_old_part_fails_continues_at_the_durable_position(
     rig.prepare()
     blocks = [feed.block(rows(n)) for n in (4, 6, 10)]
     rig.take(blocks[0])
-    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    rig.until(lambda: rig.stream.next == {feed.origin: 1}, "a block in the journal")
     with monkeypatch.context() as broken:
 
         def bad(*args: Any, **more: Any) -> Any:
@@ -551,8 +551,8 @@ def test_a_rotation_whose_old_part_fails_continues_at_the_durable_position(
         rig.take(blocks[1], blocks[2])
         assert rig.storage._runs[RUN].file is None
     rig.until(lambda: rig.stream.resubscribed_at, "a further part")
-    assert set(rig.stream.next.items()) <= {(feed.source, 1), (feed.source, 2)}
-    rig.take(*blocks[rig.stream.next[feed.source] :], feed.end())
+    assert set(rig.stream.next.items()) <= {(feed.origin, 1), (feed.origin, 2)}
+    rig.take(*blocks[rig.stream.next[feed.origin] :], feed.end())
     ended = rig.end(3).value
     assert (ended["condition"], ended["rows"]) == ("COMPLETE", 20)
 
@@ -584,7 +584,7 @@ def test_writing_pauses_while_the_disk_is_full(
     rig.prepare()
     blocks = [feed.block(rows(n)) for n in (10, 20, 30)]
     rig.take(blocks[0])
-    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    rig.until(lambda: rig.stream.next == {feed.origin: 1}, "a block in the journal")
     disk.f_bavail = 63
     before = {path: path.read_bytes() for path in rig.storage.directory.iterdir()}
     rig.take(blocks[1])
@@ -599,7 +599,7 @@ def test_writing_pauses_while_the_disk_is_full(
     disk.f_bavail = 80
     rig.take(blocks[2])  # comes before the pause ends, and the block before it is missing
     rig.work()
-    assert rig.stream.resubscribed_at == [{feed.source: 1}]
+    assert rig.stream.resubscribed_at == [{feed.origin: 1}]
     assert rig.storage.status().paused == ""
     rig.take(*blocks[1:], feed.end())
     assert rig.end(3).value["condition"] == "COMPLETE"
@@ -626,7 +626,7 @@ def test_a_run_that_ends_on_a_full_disk_is_completed_later(rigs: Callable[..., R
     rig.prepare()
     blocks = [feed.block(rows(n)) for n in (10, 20)]
     rig.take(blocks[0])
-    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    rig.until(lambda: rig.stream.next == {feed.origin: 1}, "a block in the journal")
     disk.f_bavail = 63
     rig.take(blocks[1], feed.end())
     ended = rig.end(2).value
@@ -636,7 +636,7 @@ def test_a_run_that_ends_on_a_full_disk_is_completed_later(rigs: Callable[..., R
     assert not rig.storage._runs
     disk.f_bavail = 100
     rig.work()
-    assert rig.stream.resubscribed_at == [{feed.source: 1}]
+    assert rig.stream.resubscribed_at == [{feed.origin: 1}]
     rig.take(blocks[1], feed.end())
     rig.until(lambda: not rig.storage._runs, "the further part to be closed")
     call = Answered()
@@ -661,7 +661,7 @@ def test_a_superseded_storage_marks_its_part(rigs: Callable[..., Rig]) -> None:
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
     rig.take(feed.block(rows(10)))
-    rig.until(lambda: rig.stream.next == {feed.source: 1}, "a block in the journal")
+    rig.until(lambda: rig.stream.next == {feed.origin: 1}, "a block in the journal")
     rig.take(feed.block(rows(20)))
     rig.storage.supersede()
     rig.storage.close()

@@ -163,10 +163,10 @@ class Storage:
                 self.hello()
         elif self.welcome:
             assert isinstance(frame, Block | End)
-            rows, infos, following, end = self.state(frame.source)
+            rows, infos, following, end = self.state(frame.origin)
             sequence = frame.next if isinstance(frame, End) else frame.sequence
             assert sequence <= following, (
-                f"{self.name}: expected sequence {following}, found {sequence}, of {frame.source}"
+                f"{self.name}: expected sequence {following}, found {sequence}, of {frame.origin}"
             )
             if sequence < following:
                 return
@@ -187,7 +187,7 @@ class Storage:
                 stamps = np.frombuffer(payload, LAYOUT.dtype)["timestamp"]
                 assert np.array_equal(stamps, np.arange(rows, rows + frame.rows)), "other rows than were written"
                 rows += frame.rows
-            self.volatile[frame.source] = rows, infos, sequence + 1, end
+            self.volatile[frame.origin] = rows, infos, sequence + 1, end
 
     def keep(self, *, say: bool) -> None:
         """Make all received blocks durable and, with `say`, acknowledge them."""

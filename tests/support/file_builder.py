@@ -91,7 +91,7 @@ class Feed:
     """Makes the blocks of one origin in order, and its end record with the right totals."""
 
     def __init__(self, run: int = 42, producer: str = "LArPix board", epoch: int = 7, layout: schema.RowLayout = V2):
-        self.source = stream.BlockOrigin(run, producer, epoch)
+        self.origin = stream.BlockOrigin(run, producer, epoch)
         self.layout = layout
         self.sequence = 0
         self.first_packet = 0
@@ -99,9 +99,9 @@ class Feed:
 
     def block(self, rows: NDArray[Any], text: str | None = None, **changes: Any) -> tuple[stream.Block, NDArray[Any]]:
         block = stream.Block(
-            run=self.source.run,
-            producer=self.source.producer,
-            epoch=self.source.epoch,
+            run=self.origin.run,
+            producer=self.origin.producer,
+            epoch=self.origin.epoch,
             sequence=self.sequence,
             first_packet=self.first_packet,
             rows=len(rows),
@@ -134,9 +134,9 @@ class Feed:
             c.update(changes.get("counts", {}).get(group, {}))
             counts.append([group, *c.values()])
         return stream.End(
-            run=self.source.run,
-            producer=self.source.producer,
-            epoch=self.source.epoch,
+            run=self.origin.run,
+            producer=self.origin.producer,
+            epoch=self.origin.epoch,
             next=self.sequence,
             how=how,
             first_ns=NS,
@@ -158,7 +158,7 @@ def run_info(layout: schema.RowLayout = V2, run: int = 42, **changes: Any) -> Ru
 def write(directory: Path, feed: Feed, sizes: list[int], seed: int = 1, **closing: Any) -> tuple[Any, NDArray[Any]]:
     """Write and close a file with blocks of these sizes between two INFO messages. Returns its report and all rows."""
     rng = np.random.default_rng(seed)
-    file = RunFile(directory, run_info(feed.layout, feed.source.run))
+    file = RunFile(directory, run_info(feed.layout, feed.origin.run))
     file.add(*feed.info("Beginning run"))
     for size in sizes:
         file.add(*feed.block(random_rows(rng, size, feed.layout)))

@@ -136,12 +136,12 @@ class Reader:
                 self.blocks.append(frame)
                 self.stamps += rows["timestamp"][rows["packet_type"] != 5].tolist()
                 if self.acknowledge:
-                    self.consumer.acknowledge(frame.source, frame.sequence + 1)
+                    self.consumer.acknowledge(frame.origin, frame.sequence + 1)
                 self.consumer.add_credit(name)
             elif isinstance(frame, End):
                 self.ends.append(frame)
                 if self.acknowledge:
-                    self.consumer.acknowledge(frame.source, frame.next + 1)
+                    self.consumer.acknowledge(frame.origin, frame.next + 1)
             else:
                 self.other.append(frame)
 

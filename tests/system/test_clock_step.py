@@ -44,7 +44,7 @@ def test_a_step_of_the_wall_clock_does_not_disturb_a_run(tmp_path: Path, step: i
         stepped_at = taken()
         until(lambda: taken() > stepped_at + 2 * RATE, "two seconds of packets after the step")
         rates = operator.packet_rate(channels=False).result(LIMIT)
-        # the run takes seconds; an hour more would make the mean a thousandth of this, or negative
+        # The run lasts seconds. If the clock's step counted, the mean rate would be a thousandth of this, or negative.
         assert 0 < rates["seconds"] < 600
         assert rates["mean_rate"] > RATE / 20
         assert rates["rate"] > RATE / 20

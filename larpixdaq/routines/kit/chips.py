@@ -26,7 +26,7 @@ NAMES: Final = {
     "testpulse_enable": ("csa_testpulse_enable",),
     "testpulse_dac": ("csa_testpulse_dac", "csa_testpulse_dac_amplitude"),
 }
-#: Register values with which only natural triggers are on.
+#: Register values that switch off all triggers but natural ones.
 _UNTRIGGERED: Final = {"periodic_trigger": 0, "rolling_trigger": 0, "cross_trigger": 0, "external_trigger_mask": 1}
 
 
