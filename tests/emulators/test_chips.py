@@ -532,7 +532,7 @@ def test_lost_and_doubled_words(option):
         (["--chips", "0"], 1, "expected 1 to 1000 chips on a board, found 0"),
         (["--chips", "nowhere.json"], 1, "nowhere.json: File not found"),
         (["--chips", "io/pacman.json"], 1, "io/pacman.json: no controller configuration"),
-        (["--chips", "4", "--dead-chips", "5"], 1, "asked for 5 of 4"),
+        (["--chips", "4", "--dead-chips", "5"], 1, "5 requested, only 4 exist"),
         (["--chips", "4", "--dead-chips", "1-1-99"], 1, "no chip '1-1-99'; the first is 1-1-11"),
         (["--chips", "4", "--broken-links", "1-1-11"], 1, "expected a number or CHIP/CHIP"),
         (["--chips", "4", "--hot-channels", "1-1-11-64"], 1, "channel 64 of 64"),
