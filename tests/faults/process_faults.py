@@ -87,6 +87,7 @@ def storage_stopped_another_directory(trial: Trial) -> None:
     trial.directories[""].append(other)
     trial.faults.note("second storage of the name started, other directory")
     trial.line.launch_storage("-o", other)
+    trial.await_component(STORAGE)  # of two processes the first one to register has the name
     trial.faults.pause(8.0)
     _resume(trial)
     status = trial.line.processes["stopped"].wait()
