@@ -51,6 +51,8 @@ from larpixdaq.version import VERSION
 
 #: HDF5 1.14 and Debian's h5dump cannot read newer formats, and older formats have no SWMR.
 LIBVER: Final = ("v110", "v110")
+#: Attempts to open a file that this process reads, at intervals of 10 ms.
+_READER_WAIT: Final = 100
 _SOURCE: Final = [("producer", "<u2"), ("epoch", "<u8")]
 _COUNTS: Final = [("io_group", "u1"), ("how", "S16"), ("owed", "<u8")] + [(name, "<u8") for name in constants.COUNTS]
 MESSAGES: Final = np.dtype([("message", f"S{MESSAGE_BYTES}"), ("timestamp", "<u8"), ("index", "<u4")])
@@ -237,7 +239,9 @@ def create(path: Path, layout: schema.RowLayout, asic_version: str) -> h5py.File
 def reopen(path: Path) -> h5py.File:
     """Open a file whose superblock has been repaired for writing, in the same order as its first writer (SWMR).
 
-    A recovery that is killed then leaves a file that can be recovered again. FileError when it cannot be opened.
+    A recovery that is killed then leaves a file that can be recovered again. Waits up to 1 s while another thread of
+    this process reads the file: a storage reads the configurations of a part that has failed, for the next one.
+    FileError when it cannot be opened.
     """
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
@@ -246,8 +250,16 @@ def reopen(path: Path) -> h5py.File:
 
     def open_swmr() -> h5py.File:
         # Not mode "r+" and then swmr_mode, because a kill in between would leave the flags of an incomplete file.
-        return h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDWR | h5py.h5f.ACC_SWMR_WRITE, fapl=access))
+        for _ in range(_READER_WAIT):
+            try:
+                return h5py.File(h5py.h5f.open(os.fsencode(path), flags, fapl=access))
+            except OSError as error:
+                if "already open" not in str(error):
+                    raise
+            time.sleep(0.01)
+        return h5py.File(h5py.h5f.open(os.fsencode(path), flags, fapl=access))
 
+    flags = h5py.h5f.ACC_RDWR | h5py.h5f.ACC_SWMR_WRITE
     try:
         try:
             return open_swmr()

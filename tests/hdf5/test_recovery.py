@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import h5py
@@ -21,7 +22,7 @@ from processes import wait_for_line
 from larpixdaq import cli, constants, schema
 from larpixdaq._native import hdf5_chunks
 from larpixdaq.errors import FileError, FileLocked
-from larpixdaq.hdf5 import chunk_writer, names, repair, writer
+from larpixdaq.hdf5 import chunk_writer, layout, names, repair, writer
 from larpixdaq.hdf5 import journal as journal_file
 from larpixdaq.hdf5.chunk_writer import BATCH_ROWS
 from larpixdaq.hdf5.journal import Journal
@@ -746,3 +747,13 @@ def test_numbers_out_of_range_in_a_part_are_damage(tmp_path):
             damaged[name][:] = table
         with pytest.raises(FileError):
             read_run_info(path)
+
+
+def test_a_part_is_opened_for_recovery_when_another_thread_has_read_it(tmp_path):
+    """HDF5 opens no file for writing that the same process has open for reading."""
+    path = tmp_path / "part.h5"
+    layout.create(path, schema.layout(2), "2").close()
+    reader = h5py.File(path, "r")
+    threading.Timer(0.1, reader.close).start()
+    layout.reopen(path).close()
+    assert not reader
