@@ -22,6 +22,9 @@ LOG_ADDRESS: Final = f"{LOOPBACK}:{LOG_PORT}"
 #: Milliseconds without progress until a connection is closed. Those of log and consumers have longer limits.
 DEAD_CONNECTION: Final = 3000
 
+#: An address that stands for any other host; nothing is sent to it.
+_ELSEWHERE: Final = "tcp://192.0.2.1"
+
 _TCP: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+)(?::(?P<port>\d{1,5}|\*))?")
 
 
@@ -44,6 +47,8 @@ def _split(text: str) -> tuple[str, str | None]:
 def address(text: str, default_port: int) -> str:
     """Return the ZeroMQ address of a text. `tcp://` and the port may be left out. Raises ConfigError."""
     if text.startswith(("ipc://", "inproc://")):
+        if text.endswith("//"):
+            raise ConfigError(f"address {text!r}: expected a path or a name after //")
         return text
     host, port = _split(text)
     return f"tcp://{host}:{default_port if port is None else port}"
@@ -70,30 +75,24 @@ def _ip(host: str, text: str) -> str:
         raise ConfigError(f"address {text!r}: host {bare!r} is not known: {error.strerror or error}") from None
 
 
-def is_loopback(text: str) -> bool:
-    """Return whether only this machine can reach a socket that listens at this address."""
-    if text.startswith(("ipc://", "inproc://")):
-        return True
-    host = _ip(_split(text)[0], text).strip("[]").partition("%")[0]
-    return host != "*" and ipaddress.ip_address(host).is_loopback
-
-
-def listen_address(text: str, default_port: int, *, insecure: bool, what: str) -> str:
-    """Return the address for a listening socket. `what`: its process, for the error.
-
-    Raises ConfigError if other machines could reach it without --insecure, because everybody who reaches a socket of
-    the core can control the detector.
-    """
+def listen_address(text: str, default_port: int) -> str:
+    """Return the address for a listening socket, with the IP address of a host name."""
     full = address(text, default_port)
     if full.startswith(("ipc://", "inproc://")):
         return full
-    if not insecure and not is_loopback(full):
-        raise ConfigError(
-            f"{what}: other machines can reach {full}: protect it with keys, or say --insecure if everybody on that "
-            "network may control the detector"
-        )
     host, port = _split(full)
     return f"tcp://{_ip(host, full)}:{port}"
+
+
+def with_ip_address(full: str) -> str:
+    """Return a ZeroMQ address with the IP address of its host name; unchanged if the name is not known."""
+    if not full.startswith("tcp://"):
+        return full
+    host, _, port = full.removeprefix("tcp://").rpartition(":")
+    try:
+        return f"tcp://{_ip(host, full)}:{port}"
+    except ConfigError:
+        return full
 
 
 def interface_towards(core: str) -> str:
@@ -118,6 +117,30 @@ def reachable_address(endpoint: str, core: str) -> str:
     host, port = _split(endpoint)
     if host in ("*", "0.0.0.0", "[::]"):
         host = interface_towards(core)
+    return f"tcp://{host}:{port}"
+
+
+def is_loopback(full: str) -> bool:
+    """Return whether a ZeroMQ address with an IP address is one that only this host can reach."""
+    if full.startswith(("ipc://", "inproc://")):
+        return True
+    host = _split(full)[0].strip("[]").partition("%")[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a host name
+        return False
+
+
+def outside_address(endpoint: str) -> str:
+    """Return the address under which other hosts probably reach a socket that listens at all interfaces."""
+    if endpoint.startswith(("ipc://", "inproc://")):
+        return endpoint
+    host, port = _split(endpoint)
+    if host in ("*", "0.0.0.0", "[::]"):
+        try:
+            host = interface_towards(_ELSEWHERE)
+        except ConfigError:  # there is no network
+            host = socket.getfqdn()
     return f"tcp://{host}:{port}"
 
 
@@ -147,32 +170,6 @@ def close_dead_connections(socket: zmq.Socket[Any], after: int) -> None:
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
 
 
-def dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, largest: int, queue: int = 1000) -> zmq.Socket[bytes]:
-    """Return a DEALER socket that connects as soon as its peer listens. Raises zmq.ZMQError for an invalid address.
-
-    Without a connection it takes no messages, so that a peer does not get minutes of old ones after a restart.
-    `largest`: maximum bytes of a message part from the peer. `queue`: maximum messages from the peer that wait, 0
-    without limit.
-    """
-    import zmq  # late, so that programs without sockets start faster
-
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.IMMEDIATE, 1)
-    socket.setsockopt(zmq.RCVHWM, queue)
-    socket.setsockopt(zmq.MAXMSGSIZE, largest)
-    socket.setsockopt(zmq.RECONNECT_IVL, 50)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-    socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # because the kernel's own waits grow while a network is down
-    close_dead_connections(socket, DEAD_CONNECTION)
-    try:
-        socket.ipv6 = is_ipv6(address)
-        socket.connect(address)
-    except zmq.ZMQError:
-        socket.close(linger=0)
-        raise
-    return socket
-
-
 def add_core_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--core",
@@ -194,7 +191,7 @@ def add_insecure_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--insecure",
         action="store_true",
-        help="allow addresses that other machines can reach although no keys are in use",
+        help="use no keys: everybody who can connect can control the detector and read its data",
     )
 
 

@@ -14,31 +14,41 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import zmq
 
 from larpixdaq import config
-from larpixdaq.constants import LOG, LOST, PRODUCER
+from larpixdaq.constants import LOG, LOST, PRODUCER, RUN_DATA, STORAGE
 from larpixdaq.control.catalogue import Catalogue
 from larpixdaq.control.log_shipping import LogShipper
 from larpixdaq.control.registry import Component, Control, NameTaken, OperatorPeer, Peer, Registry, TooMany
 from larpixdaq.control.request_router import CoreActions, RequestRouter
 from larpixdaq.control.run_control import RunControl
-from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError
+from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, NotAllowed, ProtocolError, RequestError
+from larpixdaq.keys import credentials
+from larpixdaq.keys.credentials import Credentials
+from larpixdaq.keys.curve import Doorkeeper
+from larpixdaq.keys.key_store import ANYONE, KeyStore, Member, remove
 from larpixdaq.protocol.control import (
     MAX_ANSWER,
     MAX_REQUEST,
     ActionRequest,
     Answer,
     Bye,
+    ConsumerSession,
+    Endpoint,
     FromClient,
     FromCore,
     Heartbeat,
+    Join,
     Open,
     Register,
     Update,
     Welcome,
     pack,
+    packed,
     probe,
+    session_digest,
     unpack_client,
 )
 from larpixdaq.runtime.event_loop import Signals, run_main
@@ -55,8 +65,16 @@ _QUEUE: Final = 100
 _BUSY_TURN: Final = 0.05
 _IDLE_TURN: Final = 0.3
 _MAX_TURN: Final = 0.5
-#: Seconds between two checks that the run catalogue was not removed.
-_CATALOGUE_INTERVAL: Final = 1.0
+#: Seconds between two checks that run catalogue and connection file were not removed.
+_FILES_INTERVAL: Final = 1.0
+
+
+def _endpoint(component: Component, name: str) -> Endpoint | None:
+    """Return where a component says that it listens; None if it does not say so."""
+    try:
+        return msgspec.convert(component.info.get(name), Endpoint)
+    except msgspec.ValidationError:
+        return None
 
 
 class Core:
@@ -76,29 +94,48 @@ class Core:
         self._router.setsockopt(zmq.LINGER, 200)
         config.close_dead_connections(self._router, config.DEAD_CONNECTION)
         try:
+            self._catalogue = Catalogue(directory)
+        except LarpixDaqError:
+            self._context.destroy(0)
+            raise
+        try:
+            self._keys = None if insecure else KeyStore(directory)
+            pair = self._keys.server if self._keys is not None else None
+            self._door = Doorkeeper(self._context, pair, self._admits, "core")
+            self._door.guard(self._router)
             self._router.ipv6 = config.is_ipv6(address)
             self._router.bind(address)
             #: The address of the core, with its actual port.
             self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-            self._catalogue = Catalogue(directory)
         except (zmq.ZMQError, LarpixDaqError) as error:
             self._context.destroy(0)
+            self._catalogue.close()
             if isinstance(error, LarpixDaqError):
                 raise
             raise ConfigError(f"core: cannot listen at {address}: {error} (is another core running?)") from None
         self._peers = Registry()
         self._control = Control(self._peers)
         self._runs = RunControl(self._peers, self._catalogue, self)
-        self._actions = CoreActions(self._peers, self._control, self._runs, self._catalogue, insecure=insecure)
+        self._actions = CoreActions(
+            self._peers,
+            self._control,
+            self._runs,
+            self._catalogue,
+            address=self.address,
+            keys=self._keys,
+            revoked=self._disconnect,
+        )
         self._requests = RequestRouter(self._peers, self._control, self._actions, self)
         self._ids = secrets.token_hex(8)
         self._next_id = 0
         self._last_update: dict[str, Any] = {}
-        self._catalogue_due = 0.0
+        self._files_due = 0.0
         self._catalogue_error = ""
         self._last_turn = self._drained = time.monotonic()
         self._refusals = 0
         self._refusal_logged = 0.0
+        self._connection_error = ""
+        self._connection_file = self._write_connection_file()
         self._shipper = LogShipper("core", self._context)
         self._shipper.attach()
         _log.info("core listens at %s, state directory %s", self.address, directory)
@@ -107,8 +144,41 @@ class Core:
         if insecure:
             _log.warning("--insecure: everybody who reaches %s may control the detector", self.address)
 
+    def _admits(self, key: str) -> bool:
+        return self._keys is not None and self._keys.admits(key)
+
+    def _write_connection_file(self) -> tuple[Path, Credentials] | None:
+        """Write the file by which processes of the same user find the core and its key; a failure is logged."""
+        try:
+            path, own = credentials.connection_file(self.address), Credentials(self.address)
+            if self._keys is not None:
+                own = Credentials(self.address, self._keys.server.public, *self._keys.owner)
+            credentials.write(path, own)
+        except FileError as error:
+            if self._connection_error != str(error):
+                self._connection_error = str(error)
+                _log.error("connection file: %s; components and Operators cannot find the core's key", error)
+            return None
+        self._connection_error = ""
+        return path, own
+
+    def _remove_connection_file(self) -> None:
+        """Remove the file, if no other core has replaced it."""
+        if self._connection_file is None:
+            return
+        path, own = self._connection_file
+        try:
+            if credentials.read(path) == own:
+                remove(path)
+        except FileError as error:
+            _log.warning("connection file: %s", error)
+
+    def _ship(self) -> None:
+        self._shipper.ship(self._log_endpoint(), self._keys.owner if self._keys is not None else None)
+
     def close(self) -> None:
-        self._shipper.ship(self._current_state()["log"])
+        self._remove_connection_file()
+        self._ship()
         self._shipper.close()
         self._context.destroy()
         self._catalogue.close()
@@ -117,6 +187,7 @@ class Core:
         """Run the loop until a signal comes."""
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
+        poller.register(self._door.socket, zmq.POLLIN)
         poller.register(signals.fileno(), zmq.POLLIN)
         while not signals.stop:
             poller.poll(self._timeout(time.monotonic()))
@@ -137,6 +208,7 @@ class Core:
             self._runs.extend_limits(stood)
             self._drained += stood
         self._last_turn = now
+        self._door.answer()
         drained = self._take(now)
         if drained:
             self._drained = now
@@ -146,15 +218,18 @@ class Core:
             for change in self._peers.check(now):
                 self._peer_changed(change.what, change.peer, now)
         self._runs.tick(now)
-        self._check_catalogue(now)
+        self._check_files(now)
         self._send_updates()
-        self._shipper.ship(self._current_state()["log"])
+        self._ship()
         self._actions.load.shares()
 
-    def _check_catalogue(self, now: float) -> None:
-        if now < self._catalogue_due:
+    def _check_files(self, now: float) -> None:
+        """Write the connection file and the catalogue again if somebody has removed them."""
+        if now < self._files_due:
             return
-        self._catalogue_due = now + _CATALOGUE_INTERVAL
+        self._files_due = now + _FILES_INTERVAL
+        if self._connection_file is None or not self._connection_file[0].exists():
+            self._connection_file = self._write_connection_file()
         try:
             if self._catalogue.keep():
                 _log.error("%s: the run catalogue or its lock was removed; written again", self._catalogue.path)
@@ -169,16 +244,17 @@ class Core:
         until = now + _TAKE_LIMIT
         while time.monotonic() < until:
             try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK)
+                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return True
-            route, data = frames[0], frames[-1]
+            route, data = frames[0].bytes, frames[-1].bytes
             try:
+                member = self._sender(route, frames[-1])
                 if len(frames) != 2:
                     raise ProtocolError(f"message from {route.hex()}: {len(frames) - 1} parts, expected 1")
                 if len(data) > MAX_REQUEST and all(peer.route != route for peer in self._peers.components.values()):
                     raise ProtocolError(f"message from {route.hex()}: {len(data)} bytes, the limit is {MAX_REQUEST}")
-                self._handle(unpack_client(data, route.hex()), route, now)
+                self._handle(unpack_client(data, route.hex()), route, now, member)
             except ProtocolError as error:
                 self._refuse(route, data if len(data) <= MAX_REQUEST else b"", error, now)
             except Exception as error:  # an error in larpixdaq: its sender gets an answer, and the core continues
@@ -195,11 +271,31 @@ class Core:
             self._refusals, self._refusal_logged = 0, now
         self._send(route, Answer(request=probe(data).request, kind="error", text=str(error), error="malformed"))
 
-    def _handle(self, message: FromClient, route: bytes, now: float) -> None:
+    def _disconnect(self, keys: list[str]) -> None:
+        """Close the connections of revoked keys, and remove their peers."""
+        for key in keys:
+            self._door.disconnect(key)
+            for peer in self._peers.with_key(key):
+                self._peers.remove(peer)
+                self._peer_changed("closed", peer, time.monotonic())
+
+    def _sender(self, route: bytes, frame: zmq.Frame) -> Member:
+        """Return whose key a frame came with; ProtocolError if that is not known any more."""
+        if self._keys is None:
+            return ANYONE
+        member = self._keys.member(self._door.sender(route, frame))
+        if member is None:
+            raise ProtocolError(f"message from {route.hex()}: its key was revoked")
+        return member
+
+    def _handle(self, message: FromClient, route: bytes, now: float, member: Member) -> None:
         if isinstance(message, Register | Open):
-            self._register(message, route, now)
+            self._register(message, route, now, member)
             return
-        peer, moved = self._peers.identify(message.session, route, now)
+        if isinstance(message, Join):
+            self._join(message, route, member)
+            return
+        peer, moved = self._peers.identify(message.session, route, now, member)
         if peer is None:
             answer = Answer(request=message.request, session=message.session, kind="error", error="unknown_session")
             answer.text = "this session is not known: register again"
@@ -214,7 +310,7 @@ class Core:
             if isinstance(peer, Component):
                 self._peers.take_heartbeat(peer, message, now)
                 self._runs.heard(peer, message, now)
-            self._send(peer.route, Update(request=message.request, session=peer.session, **self._current_state()))
+            self._send(peer.route, Update(request=message.request, session=peer.session, **self._state_for(peer)))
         elif isinstance(message, Answer) and isinstance(peer, Component):
             if not self._requests.answered(peer, message) and not self._runs.answered(peer, message, now):
                 _log.info("%s has answered a request that is not open", peer.name)
@@ -223,21 +319,34 @@ class Core:
         else:
             raise ProtocolError(f"message from {peer.name}: it may not send {type(message).__name__}")
 
-    def _register(self, message: Register | Open, route: bytes, now: float) -> None:
+    def _join(self, message: Join, route: bytes, member: Member) -> None:
+        """Let the holder of an invitation join with the key that it has made."""
+        try:
+            if self._keys is None or member.role != "invited":
+                raise NotAllowed("only a connection with the token of an invitation can join")
+            joined = self._keys.join(member.public, message.public)
+            value = {"name": joined.name, "role": joined.role}
+            _log.warning("%s has joined", joined)
+            self._send(route, Answer(request=message.request, kind="result", value=packed(value)))
+        except (RequestError, FileError) as error:
+            code = error.code if isinstance(error, RequestError) else "failed"
+            self._send(route, Answer(request=message.request, kind="error", text=str(error), error=code))
+
+    def _register(self, message: Register | Open, route: bytes, now: float, member: Member) -> None:
         """Register a component or an Operator, or refuse it."""
         registered = message.name in self._peers.components
         peer: Peer
         try:
             if isinstance(message, Register):
-                peer = self._peers.register(message, route, now)
+                peer = self._peers.register(message, route, now, member)
             else:
-                peer = self._peers.open(message, route, now)
-        except (NameTaken, TooMany) as error:
+                peer = self._peers.open(message, route, now, member)
+        except (NameTaken, NotAllowed, TooMany) as error:
             self._send(route, Answer(request=message.request, kind="error", text=str(error), error=error.code))
             return
         if isinstance(peer, Component) and not registered:
             _log.info("%s (%s) has registered", peer.name, peer.kind)
-        self._send(route, Welcome(session=peer.session, **self._current_state()))
+        self._send(route, Welcome(session=peer.session, **self._state_for(peer)))
         if isinstance(peer, Component):
             self._runs.registered(peer, now)
 
@@ -281,17 +390,33 @@ class Core:
             return False
         return True
 
+    def _log_endpoint(self) -> Endpoint:
+        """Return where the log listens; without a registered log, where one without keys may."""
+        logs = [_endpoint(component, "log") for component in self._peers.of_kind(LOG)]
+        return next((log for log in logs if log is not None), Endpoint(self._log_address if self._insecure else ""))
+
     def _current_state(self) -> dict[str, Any]:
-        """Return the fields of an Update, which are the same for all peers."""
-        streams = {component.name: component.info.get("stream") for component in self._peers.of_kind(PRODUCER)}
-        logs = [component.info.get("log") for component in self._peers.of_kind(LOG)]
+        """Return the fields of an Update. Only components that listen get `keys` and `consumers`."""
+        streams = {component.name: _endpoint(component, "stream") for component in self._peers.of_kind(PRODUCER)}
+        consumers = [*self._peers.of_kind(STORAGE), *self._peers.of_kind(RUN_DATA)]
         return {
             "state": self._runs.state,
             "run": self._runs.number,
-            "producers": {name: stream for name, stream in streams.items() if isinstance(stream, str)},
-            "log": next((address for address in logs if isinstance(address, str)), self._log_address),
+            "producers": {name: stream for name, stream in streams.items() if stream is not None},
+            "log": self._log_endpoint(),
             "insecure": self._insecure,
+            "keys": self._keys.components() if self._keys is not None else {},
+            "consumers": {
+                component.name: ConsumerSession(component.member.public, session_digest(component.session))
+                for component in consumers
+            },
         }
+
+    def _state_for(self, peer: Peer) -> dict[str, Any]:
+        state = self._current_state()
+        if not isinstance(peer, Component) or peer.kind not in (PRODUCER, LOG):
+            del state["keys"], state["consumers"]
+        return state
 
     def _send_updates(self) -> None:
         """Send an Update to all peers if the state has changed. A lost Update is replaced by the answer to the next
@@ -302,7 +427,7 @@ class Core:
         self._last_update = current
         everybody: list[Peer] = [*self._peers.components.values(), *self._peers.operators.values()]
         for peer in everybody:
-            self.send_to(peer, Update(**current))
+            self.send_to(peer, Update(**self._state_for(peer)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -317,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        address = config.listen_address(args.address, config.CORE_PORT, insecure=args.insecure, what="core")
+        address = config.listen_address(args.address, config.CORE_PORT)
         log_address = config.address(args.log_address, config.LOG_PORT)
         core = Core(address, log_address, state_dir(args.state_dir), insecure=args.insecure)
         with contextlib.closing(core), Signals() as signals:

@@ -12,6 +12,7 @@ LarpixDaqError
 ├── RequestError       the core or a component refused or failed
 │   ├── StateError         not allowed in this run state
 │   ├── ControlHeld        another Operator has control
+│   ├── NotAllowed         the key in use does not allow this
 │   ├── UnknownAction      no such action or routine; the text lists the existing ones
 │   └── ComponentError     a component failed or was lost
 └── RequestTimeout     no result within the limit (also a TimeoutError)
@@ -80,6 +81,10 @@ class ControlHeld(RequestError):
         self.since = since
 
 
+class NotAllowed(RequestError):
+    code = "not_allowed"
+
+
 class UnknownAction(RequestError):
     code = "unknown"
 
@@ -92,7 +97,7 @@ class RequestTimeout(LarpixDaqError, TimeoutError):
     pass
 
 
-_BY_CODE = {cls.code: cls for cls in (RequestError, StateError, ControlHeld, UnknownAction, ComponentError)}
+_BY_CODE = {cls.code: cls for cls in (RequestError, StateError, ControlHeld, NotAllowed, UnknownAction, ComponentError)}
 
 
 def error_from_code(code: str, text: str) -> RequestError:

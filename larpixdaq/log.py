@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,8 @@ from larpixdaq.constants import LOG
 from larpixdaq.control.log_shipping import LogRecord, unpack_record
 from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, ProtocolError, printable
+from larpixdaq.keys.curve import Doorkeeper, KeyPair, new_pair
+from larpixdaq.protocol.control import Update
 from larpixdaq.protocol.reports import LogStatus
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.file_access import state_dir
@@ -74,18 +77,22 @@ class LogFile:
         except OSError as error:
             raise FileError(f"log file {path}: {error.strerror}") from None
 
-    def take(self, socket: zmq.Socket[bytes]) -> bool:
-        """Write the received records, at most _BATCH. Returns False if more wait."""
+    def take(self, socket: zmq.Socket[bytes], check: Callable[[zmq.Frame, LogRecord], None]) -> bool:
+        """Write the received records, at most _BATCH. Returns False if more wait.
+
+        `check` raises ProtocolError for a record that may not come with this frame's key.
+        """
         lines: list[bytes] = []
         empty = False
         for _ in range(_BATCH):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 empty = True
                 break
             try:
-                record = unpack_record(frames[0])
+                record = unpack_record(frames[0].bytes)
+                check(frames[0], record)
                 written = line(record).encode("utf-8", "replace")
                 if self._throttle.passes(record.component, len(written)):
                     lines.append(written)
@@ -146,11 +153,33 @@ class LogFile:
         self._file.close()
 
 
-def listen(context: zmq.Context[zmq.Socket[bytes]], address: str) -> tuple[zmq.Socket[bytes], str]:
+class _Senders:
+    """Who may send records: the components whose keys the core knows, each in its own name."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], pair: KeyPair | None) -> None:
+        """`pair`: the key pair of the log's socket; None: without keys."""
+        self.door = Doorkeeper(context, pair, lambda key: self._insecure or key in self._names, "log")
+        self._insecure = pair is None
+        self._names: dict[str, str] = {}
+
+    def apply(self, update: Update) -> None:
+        self._insecure, self._names = update.insecure or self._insecure, update.keys
+
+    def check(self, frame: zmq.Frame, record: LogRecord) -> None:
+        """Raise ProtocolError if the key of a frame is not the one of the record's component."""
+        if self._insecure:
+            return
+        name = self._names.get(self.door.key_of(frame))
+        if name is None or name not in ("", record.component):
+            raise ProtocolError(f"log record of {record.component!r}: sent with the key of {name or 'nobody'!r}")
+
+
+def listen(context: zmq.Context[zmq.Socket[bytes]], address: str, door: Doorkeeper) -> tuple[zmq.Socket[bytes], str]:
     """Open the socket for records. Returns the socket and its actual address; ConfigError if it cannot listen."""
     socket = context.socket(zmq.PULL)
     socket.setsockopt(zmq.MAXMSGSIZE, 1 << 20)
     socket.setsockopt(zmq.LINGER, 0)
+    door.guard(socket)
     try:
         socket.ipv6 = config.is_ipv6(address)
         socket.bind(address)
@@ -160,26 +189,32 @@ def listen(context: zmq.Context[zmq.Socket[bytes]], address: str) -> tuple[zmq.S
     return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
-def serve(core: str, name: str, address: str, path: Path) -> None:
+def serve(core: str, name: str, address: str, path: Path, *, insecure: bool) -> None:
     """Collect records until a signal comes. NoCore, FileError or ConfigError if the log cannot start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with contextlib.ExitStack() as stack, Signals() as signals:
         stack.callback(context.destroy, 0)
-        socket, endpoint = listen(context, address)
+        pair = None if insecure else new_pair()
+        senders = _Senders(context, pair)
+        socket, endpoint = listen(context, address, senders.door)
         file = stack.enter_context(contextlib.closing(LogFile(path)))
-        info = {"log": config.reachable_address(endpoint, core), "file": str(path)}
-        node = stack.enter_context(contextlib.closing(Node(name, LOG, core, {}, info=info, status=file.status)))
+        where = [config.reachable_address(endpoint, core), pair.public if pair is not None else ""]
+        info = {"log": where, "file": str(path)}
+        node = Node(name, LOG, core, {}, info=info, status=file.status, insecure=insecure)
+        stack.callback(node.close)
         node.connect(signals=signals)
         poller = zmq.Poller()
-        for source in (socket, node, signals):
+        for source in (socket, senders.door.socket, node, signals):
             poller.register(source, zmq.POLLIN)
         while not signals.stop:
             poller.poll(node.wait_ms())
             node.dispatch()
-            empty = file.take(socket)
+            senders.apply(node.update)
+            senders.door.answer()
+            empty = file.take(socket, senders.check)
             node.report(file.written, 0 if empty else 1)
         node.close()
-        file.take(socket)
+        file.take(socket, senders.check)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,9 +231,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        address = config.listen_address(args.address, config.LOG_PORT, insecure=args.insecure, what="log")
+        address = config.listen_address(args.address, config.LOG_PORT)
         path = Path(args.output) if args.output else state_dir(args.state_dir) / "log.txt"
-        serve(config.address(args.core, config.CORE_PORT), args.name, address, path.absolute())
+        core = config.address(args.core, config.CORE_PORT)
+        serve(core, args.name, address, path.absolute(), insecure=args.insecure)
 
     return run_main(run)
 

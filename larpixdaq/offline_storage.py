@@ -67,6 +67,7 @@ class Storage:
             info=self._info,
             status=self.service.status,
             on_name_taken=self._name_taken,
+            insecure=options.insecure,
         )
         self.consumer = Consumer(name, self.node.session, "all", positions=self.service.positions, core=self.node)
         self._session_check = SessionCheck(self.node)

@@ -41,12 +41,20 @@ class Operator:
     5 s after it has vanished. A failed request that nobody looks at writes its error to stderr.
     """
 
-    def __init__(self, core: str = config.LOOPBACK, *, name: str | None = None, timeout: float = NO_CORE) -> None:
+    def __init__(
+        self,
+        core: str = config.LOOPBACK,
+        *,
+        name: str | None = None,
+        timeout: float = NO_CORE,
+        insecure: bool = False,
+    ) -> None:
         """Connect to the core at the address `core`, with or without a port number.
 
-        NoCore when no core answers within `timeout` seconds.
+        NoCore when no core answers within `timeout` seconds; NotAllowed when this user has no key for it. `insecure`:
+        connect without a key, to a core that was started with --insecure.
         """
-        self._connection = Connection(config.address(core, config.CORE_PORT), name or _me())
+        self._connection = Connection(config.address(core, config.CORE_PORT), name or _me(), insecure=insecure)
         # Runs at close(), when this Operator is garbage collected, and at exit, so that control is always given back.
         self._finish = weakref.finalize(self, self._connection.close)
         try:
@@ -115,6 +123,24 @@ class Operator:
     def release_control(self) -> Request:
         """Give control back. Result: {"by", "since"} of the new holder, {} if there is none."""
         return self._core("release_control")
+
+    # Keys, for the core's own user.
+
+    def keys(self) -> Request:
+        """List who has a key. Result: {"members": [{"name", "role", "since"}], "invitations": [{..., "expires"}]}."""
+        return self._core("keys")
+
+    def invite(self, name: str, role: str, expires: float = 600.0, address: str = "") -> Request:
+        """Invite another user or host, for `expires` seconds. Result: {"token", "expires" (unix s), "only_here"}.
+
+        `role`: "component" (registers as `name`), "operator" or "observer". `address`: of the core for the other host.
+        `only_here`: the core listens at its own host alone.
+        """
+        return self._core("invite", name=name, role=role, expires=expires, address=address)
+
+    def revoke(self, name: str) -> Request:
+        """Take a key, or an open invitation, back. Its connections are closed."""
+        return self._core("revoke", name=name)
 
     # The state of the system.
 

@@ -28,7 +28,9 @@ from larpixdaq.constants import HARDWARE_ACTIONS, Count, unusable
 from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import ConfigError, RequestError, RingError, StateError
 from larpixdaq.hardware.supervisor import Child
+from larpixdaq.keys.curve import new_pair
 from larpixdaq.protocol import hardware
+from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.reports import BoardReport, ClockReport, ProducerEnd, ProducerReady, ProducerStatus
 from larpixdaq.protocol.stream import VERDICTS, Configurations, ConnectedBoard, LossVerdict, UnknownWord
 from larpixdaq.readout.command_queue import CommandQueue
@@ -43,7 +45,7 @@ from larpixdaq.sources import options as source_options
 from larpixdaq.sources.command_channel import Channel
 from larpixdaq.sources.data_quality import Watch
 from larpixdaq.sources.source import BoardStatus, Source
-from larpixdaq.stream.publisher import bind_stream, stream_router
+from larpixdaq.stream.publisher import Admission, bind_stream, stream_router
 from larpixdaq.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -66,14 +68,15 @@ CHECK_INTERVAL = 1.0
 class Producer:
     """Sources, recorder and stream of one producer process, and the actions by which the core drives them."""
 
-    def __init__(self, options: argparse.Namespace, boards: list[Source], delivery: Delivery, address: str) -> None:
-        """`boards` are open, and either all of them wait when the ring is full, or none. `address`: of the stream."""
+    def __init__(self, options: argparse.Namespace, boards: list[Source], delivery: Delivery, stream: Endpoint) -> None:
+        """`boards` are open, and either all of them wait when the ring is full, or none. `stream`: where it listens."""
         self.layout = boards[0].layout
         self.name: str = options.name
         self.epoch = delivery.epoch
         self.boards = boards
         self.delivery = delivery
         self.publisher = delivery.publisher
+        self._admitted = 0  # the node's changes of which the publisher knows
         self.replaced = False  # another producer has taken the name, and with it the ring
         self.state = "STOP"
         self.ending: tuple[Call, float] | None = None
@@ -127,7 +130,7 @@ class Producer:
                 **{action: self._action(action) for action in HARDWARE_ACTIONS},
             },
             info={
-                "stream": address,
+                "stream": [stream.address, stream.key],
                 "epoch": self.epoch,
                 "layout": self.layout.code,
                 "asic": options.asic,
@@ -143,6 +146,7 @@ class Producer:
             },
             status=self.status,
             on_name_taken=self.name_taken,
+            insecure=options.insecure,
         )
 
     # the loop
@@ -151,7 +155,7 @@ class Producer:
         """Read, record and serve until a signal comes."""
         self.node.connect(signals=signals)
         poller, resting = zmq.Poller(), zmq.Poller()
-        for readable in (signals.fileno(), self.node.fileno(), self.child.fileno(), self.publisher.socket):
+        for readable in (signals.fileno(), self.node.fileno(), self.child.fileno(), *self.publisher.sockets()):
             poller.register(readable, zmq.POLLIN)
             resting.register(readable, zmq.POLLIN)
         poller.register(self.delivery.fileno(), zmq.POLLIN)
@@ -159,6 +163,9 @@ class Producer:
         while not signals.stop:
             poller.poll(self.node.wait_ms(self._due()))
             self.node.dispatch()
+            if self.node.changes != self._admitted:
+                self._admitted = self.node.changes
+                self.publisher.admit(self.node.update)
             self.child.dispatch()
             if self.commands.busy:  # before the boards are read, so that a word precedes its answer
                 self.commands.work()
@@ -488,11 +495,17 @@ def main(argv: list[str] | None = None) -> int:
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             stack.callback(context.destroy, linger=200)
             socket = stream_router(context)
-            address = bind_stream(socket, options.address, options.core, insecure=options.insecure)
+            pair = None if options.insecure else new_pair()
+            admission = Admission(context, pair)
+            admission.door.guard(socket)
+            address = bind_stream(socket, options.address, options.core)
             epoch = secrets.randbits(64)
-            delivery = Delivery(options, state, epoch, socket, spill=not waits, listening_ns=listening_ns)
+            delivery = Delivery(
+                options, state, epoch, socket, spill=not waits, listening_ns=listening_ns, admission=admission
+            )
             stack.callback(delivery.close)
-            producer = Producer(options, boards, delivery, address)
+            endpoint = Endpoint(address, pair.public if pair is not None else "")
+            producer = Producer(options, boards, delivery, endpoint)
             stack.callback(producer.close)
             producer.run(stack.enter_context(Signals()))
         if delivery.failure:

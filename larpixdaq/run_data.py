@@ -18,6 +18,7 @@ from larpixdaq import config
 from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import LarpixDaqError
 from larpixdaq.monitor.monitor import Monitor
+from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.reports import MonitorStatus
 from larpixdaq.protocol.stream import Block, End, FromProducer
 from larpixdaq.runtime.event_loop import Signals, run_main
@@ -37,7 +38,7 @@ class RunData:
         self.monitor = monitor
         self.node = node
         self.consumer = consumer
-        self._producers: dict[str, str] | None = None
+        self._producers: dict[str, Endpoint] | None = None
         self._frames = 0
         self._reported: set[tuple[str, int | None]] = set()
 
@@ -127,7 +128,15 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         monitor = Monitor()
-        node = Node(options.name, "run_data", options.core, actions(monitor), info={}, status=monitor.status)
+        node = Node(
+            options.name,
+            "run_data",
+            options.core,
+            actions(monitor),
+            info={},
+            status=monitor.status,
+            insecure=options.insecure,
+        )
         try:
             with Signals() as signals:
                 node.connect(signals=signals)

@@ -27,6 +27,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("xdg"))  # where cores leave their connection files
     yield
     os.chdir(before)
 

@@ -72,6 +72,7 @@ def add_commands(commands: Any) -> None:
         "Exits with 1 when a component is LOST or PAUSED, or MISSING in the run.",
     )
     config.add_core_argument(parser)
+    config.add_insecure_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=status)
 
@@ -104,7 +105,7 @@ def up(options: argparse.Namespace) -> int:
     add_storage_arguments(others)
     source = others.parse_known_args(options.argv[1:])[1]
     storage = own_options(options)
-    listens = config.listen_address(options.address, config.CORE_PORT, insecure=options.insecure, what="core")
+    listens = config.listen_address(options.address, config.CORE_PORT)
     core = config.reachable_address(listens, config.LOOPBACK)  # from this machine, whatever interfaces it listens at
     log = config.address(options.log_address, config.LOG_PORT)
     insecure = ["--insecure"] if options.insecure else []
@@ -241,7 +242,7 @@ def down(options: argparse.Namespace) -> int:
 
 
 def status(options: argparse.Namespace) -> int:
-    with Operator(options.core) as operator:
+    with Operator(options.core, insecure=options.insecure) as operator:
         answer = operator.status().result(timeout=5)
     if options.json:
         print(json.dumps(answer))
@@ -252,6 +253,6 @@ def status(options: argparse.Namespace) -> int:
     return 1 if needs_attention(answer) else 0
 
 
-def plain_console(*, quiet: bool = False) -> Console:
+def plain_console(*, quiet: bool = False, stderr: bool = False) -> Console:
     """Return a console that prints texts unchanged: brackets are no markup, and colons no emoji."""
-    return Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    return Console(quiet=quiet, stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -18,7 +18,15 @@ from typing import Any, Final
 from larpixdaq.constants import HEARTBEAT, NO_CORE
 from larpixdaq.control.connection import CoreConnection
 from larpixdaq.control.display import readable, show
-from larpixdaq.errors import ComponentError, ControlHeld, LarpixDaqError, NoCore, RequestTimeout, error_from_code
+from larpixdaq.errors import (
+    ComponentError,
+    ControlHeld,
+    LarpixDaqError,
+    NoCore,
+    NotAllowed,
+    RequestTimeout,
+    error_from_code,
+)
 from larpixdaq.protocol import control
 from larpixdaq.protocol.control import Answer, FromCore, Heartbeat, Open, Update, Welcome
 
@@ -250,7 +258,7 @@ class _Sent:
 class Connection:
     """All open requests of one Operator. The failure of a dropped Request is printed to stderr."""
 
-    def __init__(self, core: str, name: str) -> None:
+    def __init__(self, core: str, name: str, *, insecure: bool = False) -> None:
         self.name = name
         self.last_update = Update()
         self._instance = secrets.token_hex(16)
@@ -259,6 +267,7 @@ class Connection:
         self._ids = itertools.count(1)
         self._opened = threading.Event()
         self._refusal = ""
+        self._key_refused = False
         self._closed = False
         self.link = CoreConnection(
             core,
@@ -268,12 +277,18 @@ class Connection:
             received=self._receive,
             refused=self._refuse,
             each_turn=self._resend,
+            insecure=insecure,
         )
         self.link.start()
 
     def wait(self, timeout: float) -> None:
-        """Wait until the core has answered; NoCore after `timeout` seconds."""
-        if not self._opened.wait(timeout):
+        """Wait until the core has answered; NoCore after `timeout` seconds. NotAllowed: there is no key for it."""
+        limit = time.monotonic() + timeout
+        while not self._opened.wait(min(0.05, max(0.0, limit - time.monotonic()))):
+            if self._key_refused:
+                raise NotAllowed(self._refusal)
+            if time.monotonic() < limit:
+                continue
             raise NoCore(self._refusal or f"no core answers at {self.link.core} (waited {timeout:g} s)")
 
     def ask(
@@ -328,7 +343,7 @@ class Connection:
         return Open(name=self.name, instance=self._instance)
 
     def _refuse(self, answer: Answer) -> None:
-        self._refusal = answer.text
+        self._refusal, self._key_refused = answer.text, answer.error in ("key", NotAllowed.code)
 
     def _receive(self, message: FromCore) -> None:
         if isinstance(message, Update):

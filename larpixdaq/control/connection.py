@@ -18,9 +18,11 @@ from typing import Any, Final
 
 import zmq
 
-from larpixdaq import config
 from larpixdaq.constants import HEARTBEAT
-from larpixdaq.errors import ConfigError, ProtocolError
+from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, ProtocolError
+from larpixdaq.keys import credentials
+from larpixdaq.keys.credentials import Credentials
+from larpixdaq.keys.curve import Handshakes, dealer
 from larpixdaq.protocol.control import (
     MAX_ANSWER,
     Answer,
@@ -46,6 +48,10 @@ _OUTBOX: Final = 10_000
 _RETRY: Final = 0.02
 #: Maximum seconds for sending the waiting messages at close(): less than the time until a component counts as lost.
 _LINGER: Final = 0.5
+#: Seconds without a message of the core after which the key is looked for again, and between two looks. The second one
+#: holds while there is no key, because a core writes its connection file when it starts.
+_KEY_INTERVAL: Final = 1.0
+_KEY_RETRY: Final = 0.05
 #: Maximum number of requests that are remembered after their answer.
 _MAX_KEPT: Final = 1024
 #: Answers of more than _LARGE bytes are kept up to _MAX_BYTES in all, because 1,000 results with arrays would be GB.
@@ -59,6 +65,9 @@ class CoreConnection:
     `hello` makes the registration, `beat` the heartbeat. `received` gets every message of the core except refusals.
     `refused` gets the core's refusal of a registration, which is repeated every 250 ms. `each_turn` runs at least
     every 250 ms and returns True when it has nothing left to send.
+
+    The key for the core is looked for as that of the component `component`, or, if that is "", of an Operator. It may
+    appear or change later: a core writes its connection file when it starts. `insecure`: connect without a key.
     """
 
     def __init__(
@@ -71,8 +80,13 @@ class CoreConnection:
         received: Callable[[FromCore], None],
         refused: Callable[[Answer], None],
         each_turn: Callable[[], bool],
+        component: str = "",
+        insecure: bool = False,
     ) -> None:
         self.core = core
+        #: The key in use; None while there is none.
+        self.credentials: Credentials | None = None
+        self._component, self._insecure = component, insecure
         self.session = ""
         #: time.monotonic() of the last message from the core; 0 before the first.
         self.heard = 0.0
@@ -86,18 +100,71 @@ class CoreConnection:
         self._closing = False
         self._beat_due = 0.0  # time.monotonic() of the next heartbeat
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._connect()
-        self._thread = threading.Thread(target=self._run, name=f"link of {name}", daemon=True)
-
-    def _connect(self) -> zmq.Socket[bytes]:
+        self._poller = zmq.Poller()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._handshakes: Handshakes | None = None
+        self._key_due = 0.0  # time.monotonic() of the next look for the key
+        self._failure = ""  # of the last handshakes, as Handshakes has it
+        self._obstacle = ""  # why there was no connection at the last look
+        self._obstacle_due = 0.0
         try:
-            socket = config.dealer(self.context, self.core, MAX_ANSWER)
-        except zmq.ZMQError as error:
+            self._connect()
+        except LarpixDaqError:
             self.context.term()
             self._waker.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name=f"link of {name}", daemon=True)
+
+    def _connect(self) -> None:
+        """Connect with the key that is found now; without one, not yet. ConfigError or FileError if that cannot be."""
+        own = Credentials(self.core) if self._insecure else credentials.find(self.core, self._component)
+        if own is None:
+            return
+        self._disconnect()
+        pair = own.pair if own.server else None
+        try:
+            socket = dealer(self.context, self.core, MAX_ANSWER, own=pair, server=own.server)
+        except zmq.ZMQError as error:
             raise ConfigError(f"core address {self.core}: {error}") from None
         socket.setsockopt(zmq.LINGER, 200)
-        return socket
+        self._poller.register(socket, zmq.POLLIN)
+        self._socket, self._handshakes, self.credentials = socket, Handshakes(socket), own
+
+    def _disconnect(self) -> None:
+        if self._socket is not None and self._handshakes is not None:
+            self._poller.unregister(self._socket)
+            self._handshakes.close()
+            self._socket.close()
+            self._socket = self._handshakes = None
+
+    def _check_key(self) -> None:
+        """Look for a new key while the core is not heard, and report why there is no connection."""
+        now = time.monotonic()
+        if now < self._key_due or now - self.heard < _KEY_INTERVAL:
+            return
+        self._key_due = now + (_KEY_RETRY if self._socket is None else _KEY_INTERVAL)
+        failure = self._handshakes.look() if self._handshakes is not None else ""
+        if failure == "peer" and self._failure == "key":  # the connection was closed before the refusal was read
+            failure = "key"
+        previous, error = self.credentials, ""
+        try:
+            found = previous if self._insecure else credentials.find(self.core, self._component)
+            if self._socket is None or failure == "key" or (found is not None and found != previous):
+                self._connect()  # libzmq does not connect again after it was refused
+        except (ConfigError, FileError) as problem:
+            error = str(problem)
+        self._failure = failure if previous == self.credentials else ""
+        if now < self._obstacle_due or (self._socket is not None and previous != self.credentials):
+            return
+        self._obstacle_due = now + _KEY_INTERVAL
+        if not error and self._socket is None and credentials.listens(self.core):
+            error = credentials.missing(self.core, self._component)
+        elif not error and failure:
+            error = credentials.refused(self.core, previous, failure)
+        # Reported when it lasts, because a core that starts listens before its connection file is there.
+        if error and self._obstacle:
+            self._refused(Answer(kind="error", error="key", text=error))
+        self._obstacle = error
 
     def start(self) -> None:
         self._thread.start()
@@ -127,15 +194,13 @@ class CoreConnection:
             self._thread.join()
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._waker.fileno(), zmq.POLLIN)
+        self._poller.register(self._waker.fileno(), zmq.POLLIN)
         try:
             while not self._closing:
                 # Messages that the socket did not take are tried again before the next heartbeat.
                 limit = _RETRY if self._outbox and self.session else HEARTBEAT
                 now = time.monotonic()
-                ready = dict(poller.poll(wait_ms(min(now + limit, self._beat_due), now)))
+                ready = dict(self._poller.poll(wait_ms(min(now + limit, self._beat_due), now)))
                 if self._waker.fileno() in ready:
                     self._waker.clear()
                 try:
@@ -151,6 +216,7 @@ class CoreConnection:
 
     def _turn(self) -> None:
         self._receive_all()
+        self._check_key()
         now = time.monotonic()
         if now >= self._beat_due:
             message = self._beat() if self.session else self._hello()
@@ -167,13 +233,13 @@ class CoreConnection:
             self._flush()
             if self._each_turn() and not (self._outbox and self.session):
                 break
-            self._socket.poll(10)
+            self._poller.poll(10)
             self._receive_all()
         if self.session:
             self._transmit(Bye())
 
     def _finish(self) -> None:
-        self._socket.close()
+        self._disconnect()
         self.context.destroy()
         self._waker.close()
 
@@ -189,6 +255,8 @@ class CoreConnection:
             if isinstance(message, Register | Open):  # it would be too large every time
                 self._refused(Answer(kind="error", error="malformed", text=str(error)))
             return True
+        if self._socket is None:
+            return False
         try:
             self._socket.send(data, zmq.NOBLOCK)
         except zmq.Again:
@@ -205,7 +273,8 @@ class CoreConnection:
                 break
 
     def _receive_all(self) -> None:
-        for _ in range(1000):
+        for _ in range(1000 if self._socket is not None else 0):
+            assert self._socket is not None
             try:
                 data: Any = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:

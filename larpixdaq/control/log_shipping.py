@@ -13,10 +13,14 @@ import zmq
 
 from larpixdaq import config
 from larpixdaq.errors import ProtocolError
+from larpixdaq.keys.curve import Handshakes, KeyPair, connect_with, new_pair
+from larpixdaq.protocol.control import Endpoint
 
 _log = logging.getLogger("larpixdaq.control.log_shipping")
 #: Maximum number of records of level WARNING and above that wait while the log is disconnected.
 KEPT: Final = 1000
+#: Seconds between two attempts to connect to a log that refuses the key.
+_RETRY: Final = 1.0
 #: Maximum number of characters of a text; longer ones (tracebacks) are cut.
 MAX_TEXT: Final = 32 << 10
 _MAX_RECORD: Final = 256 << 10
@@ -54,8 +58,10 @@ class LogShipper(logging.Handler):
     def __init__(self, component: str, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         super().__init__()
         self._component, self._context = component, context
-        self._address = ""
+        self._endpoint: tuple[Endpoint, KeyPair | None] = Endpoint(), None
         self._socket: zmq.Socket[bytes] | None = None
+        self._handshakes: Handshakes | None = None
+        self._retry_at = 0.0
         self._records: deque[tuple[int, bytes]] = deque()
         self._guard = threading.Lock()
         self._lost = 0
@@ -92,13 +98,13 @@ class LogShipper(logging.Handler):
         self._records = deque(warnings[-KEPT:])
         self._lost += count - len(self._records)
 
-    def ship(self, address: str) -> bool:
-        """Send the collected records to the log at this address ("": no log).
+    def ship(self, log: Endpoint, own: KeyPair | None) -> bool:
+        """Send the collected records to the log at this endpoint (address "": no log), with the key pair `own`.
 
         Returns False while records wait for a log that does not take them.
         """
-        if address != self._address:
-            self._connect(address)
+        if (log, own) != self._endpoint or self._refused():
+            self._connect(log, own)
         socket = self._socket
         if socket is None:
             return True
@@ -117,11 +123,20 @@ class LogShipper(logging.Handler):
                 pass
             return not self._records
 
-    def _connect(self, address: str) -> None:
-        if self._socket is not None:
+    def _refused(self) -> bool:
+        """Whether the log has refused the key, at most once a second: libzmq does not connect again after that."""
+        now = time.monotonic()
+        if self._handshakes is None or now < self._retry_at or self._handshakes.look() != "key":
+            return False
+        self._retry_at = now + _RETRY
+        return True
+
+    def _connect(self, log: Endpoint, own: KeyPair | None) -> None:
+        if self._socket is not None and self._handshakes is not None:
+            self._handshakes.close()
             self._socket.close(0)
-        self._address, self._socket = address, None
-        if not address:
+        self._endpoint, self._socket, self._handshakes = (log, own), None, None
+        if not log.address:
             return
         try:
             socket = self._context.socket(zmq.PUSH)
@@ -130,10 +145,12 @@ class LogShipper(logging.Handler):
             socket.setsockopt(zmq.LINGER, 1000)
             socket.setsockopt(zmq.RECONNECT_IVL, 100)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-            socket.ipv6 = config.is_ipv6(address)
+            if log.key:
+                connect_with(socket, own or new_pair(), log.key)
+            socket.ipv6 = config.is_ipv6(log.address)
             # Records sent to a dead host would be lost. The limit is long, because a log whose disk hangs is not dead.
             config.close_dead_connections(socket, 10 * config.DEAD_CONNECTION)
-            socket.connect(address)
-            self._socket = socket
+            socket.connect(log.address)
+            self._socket, self._handshakes = socket, Handshakes(socket)
         except zmq.ZMQError as error:
-            _log.error("log address %s: %s", address, error)
+            _log.error("log address %s: %s", log.address, error)

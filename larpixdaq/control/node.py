@@ -24,9 +24,11 @@ from larpixdaq.constants import HEARTBEAT, REGISTER_LIMIT, STOP
 from larpixdaq.control.connection import CoreConnection, RecentRequests
 from larpixdaq.control.log_shipping import LogShipper
 from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction, misuse
+from larpixdaq.keys.curve import KeyPair
 from larpixdaq.protocol.control import (
     ActionRequest,
     Answer,
+    Endpoint,
     FromCore,
     Heartbeat,
     Kind,
@@ -53,8 +55,10 @@ class Node:
     state: str
     run: int | None
     #: Stream addresses of the living producers, by name. A new dict at each change.
-    producers: dict[str, str]
-    #: Number of times that dispatch() has changed the four attributes above.
+    producers: dict[str, Endpoint]
+    #: The core's last Update.
+    update: Update
+    #: Number of times that dispatch() has changed the attributes above.
     changes: int
 
     def __init__(
@@ -67,6 +71,7 @@ class Node:
         info: Mapping[str, Any],
         status: Callable[[], Status] | None = None,
         on_name_taken: Callable[[], None] | None = None,
+        insecure: bool = False,
     ) -> None:
         """`core` is the core's address, with or without port. `info` is sent with each registration (of a producer:
         stream address, epoch, layout, io_groups; of a storage: directory, highest_run), together with the process's id,
@@ -78,11 +83,11 @@ class Node:
 
         report() calls `status` for the heartbeat. dispatch() calls `on_name_taken` when this component was lost and
         could not register again for 5 s, because another component has its name; without `on_name_taken` it raises
-        RequestError.
+        RequestError. `insecure`: connect without a key.
         """
         self.name, self.kind = name, kind
         self.session, self.state, self.run = "", STOP, None
-        self.producers = {}
+        self.producers, self.update = {}, Update()
         self.changes = 0
         self._actions = {action: (handler, inspect.signature(handler)) for action, handler in actions.items()}
         self._info, self._status = info, status
@@ -96,13 +101,13 @@ class Node:
         self._loop_turned: float | None = None  # time.monotonic() of the last report()
         self._last_beat = 0.0
         self._inbox: deque[FromCore] = deque()
-        self._known_state: tuple[str, str, int | None, dict[str, str]] | None = None
+        self._known_state: tuple[Any, ...] | None = None
         self._recent = RecentRequests()
         self._ready = Waker()
         self._refused_since = 0.0
         self._refusal: Answer | None = None
         self._name_taken = self._name_loss_reported = False
-        self._log_address = ""
+        self._log = Endpoint()
         self._closed = False
         try:
             self._link = CoreConnection(
@@ -113,6 +118,8 @@ class Node:
                 received=self._receive,
                 refused=self._refuse,
                 each_turn=self._ship,
+                component=name,
+                insecure=insecure,
             )
         except LarpixDaqError:
             self._ready.close()
@@ -196,6 +203,12 @@ class Node:
         """time.monotonic() at the sending of the newest heartbeat that the core has answered in this session."""
         return self._link.confirmed
 
+    @property
+    def key_pair(self) -> KeyPair | None:
+        """The key pair that this component shows to the core and to other components; None: no keys are in use."""
+        own = self._link.credentials
+        return own.pair if own is not None and own.server else None
+
     def close(self) -> None:
         """Send Bye to the core and the remaining records to the log (at most 1 s), and stop the thread."""
         if self._closed:
@@ -211,6 +224,7 @@ class Node:
         elif isinstance(message, Update):  # _receive() passes on only changes
             self.session, self.state = message.session, message.state
             self.run, self.producers = message.run, message.producers
+            self.update = message
             self.changes += 1
 
     def _run_action(self, request: ActionRequest) -> None:
@@ -287,8 +301,11 @@ class Node:
         if isinstance(message, Welcome):
             self._refusal, self._name_loss_reported = None, False
         if isinstance(message, Update):
-            self._log_address = message.log
-            state = (message.session, message.state, message.run, message.producers)
+            self._log = message.log
+            state = (
+                message.session, message.state, message.run, message.producers, message.keys, message.consumers,
+                message.insecure,
+            )  # fmt: skip
             if state == self._known_state:
                 return
             self._known_state = state
@@ -316,7 +333,7 @@ class Node:
         self._ready.wake()
 
     def _ship(self) -> bool:
-        return self._shipper.ship(self._log_address)
+        return self._shipper.ship(self._log, self.key_pair)
 
 
 class Call:

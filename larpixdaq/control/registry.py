@@ -12,7 +12,8 @@ import msgspec
 
 from larpixdaq.constants import CONTROL_FREE, HEARTBEAT, LOST, STUCK
 from larpixdaq.control.connection import RecentRequests
-from larpixdaq.errors import ControlHeld, ProtocolError
+from larpixdaq.errors import ControlHeld, NotAllowed, ProtocolError
+from larpixdaq.keys.key_store import Member
 from larpixdaq.protocol.control import Heartbeat, Open, Register
 from larpixdaq.runtime.units import utc
 
@@ -42,13 +43,17 @@ class TooMany(ProtocolError):
 
 @dataclass
 class Peer:
-    """A component or an Operator. Times are time.monotonic(); `route` is the ROUTER's identity of the connection."""
+    """A component or an Operator. Times are time.monotonic(); `route` is the ROUTER's identity of the connection.
+
+    `member`: whose key it has shown. A session counts only with the key that opened it.
+    """
 
     session: str
     route: bytes
     name: str
     instance: str
     heard: float
+    member: Member
 
 
 @dataclass
@@ -103,11 +108,14 @@ class Registry:
         self.lost: dict[str, Component] = {}  # by name
         self._sessions: dict[str, Peer] = {}
 
-    def register(self, message: Register, route: bytes, now: float) -> Component:
+    def register(self, message: Register, route: bytes, now: float, member: Member) -> Component:
         """Add a component, or replace its earlier registration.
 
-        Raises NameTaken while another process of this name counts as alive, and TooMany above MAX_COMPONENTS.
+        Raises NotAllowed if the key of `member` is not for this component, NameTaken while another process of this name
+        counts as alive, and TooMany above MAX_COMPONENTS.
         """
+        if member.role != "owner" and (member.role, member.name) != ("component", message.name):
+            raise NotAllowed(f"the key of {member} is not for a component {message.name!r}")
         known = self.components.get(message.name)
         if known is None and len(self.components) >= MAX_COMPONENTS:
             raise TooMany(f"{message.name!r} cannot be registered: there are {MAX_COMPONENTS} components already")
@@ -123,6 +131,7 @@ class Registry:
             name=message.name,
             instance=message.instance,
             heard=now,
+            member=member,
             kind=message.kind,
             actions=message.actions,
             info=message.info,
@@ -134,28 +143,38 @@ class Registry:
         self._sessions[component.session] = component
         return component
 
-    def open(self, message: Open, route: bytes, now: float) -> OperatorPeer:
-        """Add an Operator; a repeated registration gets the same session. TooMany above MAX_OPERATORS."""
+    def open(self, message: Open, route: bytes, now: float, member: Member) -> OperatorPeer:
+        """Add an Operator; a repeated registration gets the same session. Who was invited has the name of its key.
+
+        Raises NotAllowed if the key of `member` is not for Operators, and TooMany above MAX_OPERATORS.
+        """
+        if member.role not in ("owner", "operator", "observer"):
+            raise NotAllowed(f"the key of {member} is not for Operators")
         for peer in self.operators.values():
-            if peer.instance == message.instance:
+            if peer.instance == message.instance and peer.member == member:
                 peer.route, peer.heard = route, now
                 return peer
         if len(self.operators) >= MAX_OPERATORS:
             raise TooMany(f"{message.name!r} cannot be served: there are {MAX_OPERATORS} Operators already")
-        peer = OperatorPeer(secrets.token_hex(16), route, message.name, message.instance, now)
+        name = message.name if member.role == "owner" else member.name
+        peer = OperatorPeer(secrets.token_hex(16), route, name, message.instance, now, member)
         self.operators[peer.session] = peer
         self._sessions[peer.session] = peer
         return peer
 
-    def identify(self, session: str, route: bytes, now: float) -> tuple[Peer | None, bool]:
+    def identify(self, session: str, route: bytes, now: float, member: Member) -> tuple[Peer | None, bool]:
         """Note that the peer of this session was heard. Returns the peer (None: unknown session), and whether its
         connection is new."""
         peer = self._sessions.get(session)
-        if peer is None:
+        if peer is None or peer.member != member:
             return None, False
         moved = peer.route != route
         peer.route, peer.heard = route, now
         return peer, moved
+
+    def with_key(self, key: str) -> list[Peer]:
+        """Return the peers with this public key."""
+        return [peer for peer in self._sessions.values() if peer.member.public == key]
 
     def take_heartbeat(self, component: Component, message: Heartbeat, now: float) -> None:
         if message.progress != component.progress or not message.queued:

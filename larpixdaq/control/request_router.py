@@ -16,13 +16,19 @@ from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Registry
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.control.scatter_gather import ReplyRoute, Team
-from larpixdaq.errors import ComponentError, ControlHeld, LarpixDaqError, RequestError, UnknownAction
+from larpixdaq.errors import ComponentError, ControlHeld, LarpixDaqError, NotAllowed, RequestError, UnknownAction
+from larpixdaq.keys.credentials import make_token
+from larpixdaq.keys.key_store import KeyStore, Role
 from larpixdaq.protocol.control import ActionRequest, Answer, FromCore, packed
-from larpixdaq.protocol.stream import RunNumber
+from larpixdaq.protocol.stream import Name, RunNumber
 from larpixdaq.runtime.timing import Load
 from larpixdaq.version import VERSION
 
 _log = logging.getLogger("larpixdaq.core")
+#: Actions that an observer's key does not allow, beside those that need control.
+_CONTROL_ACTIONS: Final = frozenset({"take_control", "release_control"})
+#: Actions for the core's own user alone.
+_KEY_ACTIONS: Final = frozenset({"keys", "invite", "revoke"})
 #: Names of the kinds of components in errors.
 _KIND_NAMES: Final = {PRODUCER: "producer", RUN_DATA: "online monitor"}
 
@@ -48,6 +54,17 @@ class _RunInfo(msgspec.Struct, forbid_unknown_fields=True):
     run: RunNumber | None = None
 
 
+class _Invite(msgspec.Struct, forbid_unknown_fields=True):
+    name: Name
+    role: Role
+    expires: Annotated[float, Meta(gt=0, le=30 * 86400)] = 600.0
+    address: Annotated[str, Meta(max_length=256)] = ""
+
+
+class _Revoke(msgspec.Struct, forbid_unknown_fields=True):
+    name: Name
+
+
 class _CoreRequest(NamedTuple):
     """A request to the core itself; `params` is one of the structs above."""
 
@@ -57,14 +74,29 @@ class _CoreRequest(NamedTuple):
     now: float
 
 
+def check_may_change(operator: OperatorPeer, action: str) -> None:
+    """Raise NotAllowed if the key of an Operator is that of an observer."""
+    if operator.member.role == "observer":
+        raise NotAllowed(f"{action}: the key of {operator.member} allows to look, not to change")
+
+
 class CoreActions:
     """The actions of the core itself. Actions that change something need control."""
 
     def __init__(
-        self, peers: Registry, control: Control, runs: RunControl, catalogue: Catalogue, *, insecure: bool
+        self,
+        peers: Registry,
+        control: Control,
+        runs: RunControl,
+        catalogue: Catalogue,
+        *,
+        address: str,
+        keys: KeyStore | None,
+        revoked: Callable[[list[str]], None],
     ) -> None:
+        """`address`: of the core. `keys`: None if no keys are in use. `revoked` is called with revoked public keys."""
+        self._address, self._keys, self._revoked = address, keys, revoked
         self._peers, self._control, self._runs, self._catalogue = peers, control, runs, catalogue
-        self._insecure = insecure
         self._started = time.time()
         #: Number of messages refused since the start.
         self.refused = 0
@@ -76,6 +108,9 @@ class CoreActions:
             "actions": (_Actions, self._list_actions, False),
             "status": (_Empty, self._status, False),
             "run_info": (_RunInfo, self._run_info, False),
+            "keys": (_Empty, self._list_keys, False),
+            "invite": (_Invite, self._invite, False),
+            "revoke": (_Revoke, self._revoke, False),
             "take_control": (_Empty, self._take_control, False),
             "release_control": (_Empty, self._release_control, False),
             "prepare_run": (_Prepare, self._prepare, True),
@@ -100,12 +135,46 @@ class CoreActions:
             request_params = msgspec.convert(params, kind)
         except msgspec.ValidationError as error:
             raise RequestError(f"{action}: {error}") from None
+        if changing or action in _CONTROL_ACTIONS:
+            check_may_change(operator, action)
+        if action in _KEY_ACTIONS and operator.member.role != "owner":
+            raise NotAllowed(f"{action}: keys are for the core's own user, on its host; this is {operator.member}")
         if changing:
             self._control.claim(operator, now)
             _log.info("%s: %s %s", operator.name, action, params or "")
         value = handler(_CoreRequest(operator, request_params, reply, now))
         if value is not None:
             reply.result(value)
+
+    def _key_store(self) -> KeyStore:
+        if self._keys is None:
+            raise RequestError("the core was started with --insecure: no keys are in use")
+        return self._keys
+
+    def _list_keys(self, request: _CoreRequest) -> dict[str, Any]:
+        keys = self._key_store()
+        return {
+            "members": [{"name": one.name, "role": one.role, "since": one.since} for one in keys.members()],
+            "invitations": [{"name": one.name, "role": one.role, "expires": one.expires} for one in keys.invitations()],
+        }
+
+    def _invite(self, request: _CoreRequest) -> dict[str, Any]:
+        keys, params = self._key_store(), request.params
+        port = config.address(self._address, config.CORE_PORT).rpartition(":")[2]
+        where = config.address(params.address, int(port)) if params.address else config.outside_address(self._address)
+        pair = keys.invite(params.name, params.role, params.expires)
+        _log.warning("%s: invites %s %r", request.operator.name, params.role, params.name)
+        return {
+            "token": make_token(where, keys.server.public, pair),
+            "expires": time.time() + params.expires,
+            "only_here": config.is_loopback(where),
+        }
+
+    def _revoke(self, request: _CoreRequest) -> dict[str, Any]:
+        gone = self._key_store().revoke(request.params.name)
+        _log.warning("%s: revokes the key of %r", request.operator.name, request.params.name)
+        self._revoked(gone)
+        return {}
 
     def _list_actions(self, request: _CoreRequest) -> dict[str, list[str]]:
         component = request.params.component
@@ -130,7 +199,7 @@ class CoreActions:
             "components": self._peers.describe(request.now),
             "operators": sorted(peer.name for peer in self._peers.operators.values()),
             "control": self._control.describe(request.now),
-            "insecure": self._insecure,
+            "insecure": self._keys is None,
             "load": self.load.shares(),
             "refused_messages": self.refused,
             "version": VERSION,
@@ -272,6 +341,7 @@ class RequestRouter:
             known = ", ".join(component.actions) or "none"
             raise UnknownAction(f"{component.name} has no action {message.action!r}; it has {known}")
         if message.action not in QUERIES:
+            check_may_change(operator, message.action)
             self._control.claim(operator, now)
             _log.info("%s: %s of %s", operator.name, message.action, component.name)
         request = self._transport.new_id()

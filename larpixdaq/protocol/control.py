@@ -7,6 +7,7 @@ unpacking. Nothing is ever unpickled or evaluated.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import Annotated, Any, Final, Literal, NoReturn
 
@@ -14,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from larpixdaq.errors import ProtocolError
+from larpixdaq.keys import Key
 from larpixdaq.protocol.stream import Name, RunNumber
 
 _ARRAY: Final = 1
@@ -186,14 +188,39 @@ class Answer(Message, tag="answer"):
             self.text = f"{self.text[: MAX_TEXT - 4]} ..."
 
 
+class Endpoint(msgspec.Struct, array_like=True, frozen=True):
+    """Where a component listens: ZeroMQ address, and the public key of its socket ("": without keys)."""
+
+    address: Annotated[str, Meta(max_length=256)] = ""
+    key: Annotated[str, Meta(max_length=40)] = ""
+
+
+class ConsumerSession(msgspec.Struct, array_like=True, frozen=True):
+    """By which a producer knows a consumer: its public key ("": without keys), and session_digest() of its session."""
+
+    key: Annotated[str, Meta(max_length=40)]
+    digest: Annotated[str, Meta(max_length=32)]
+
+
+def session_digest(session: str) -> str:
+    """Return a digest of a session by which it can be recognised, but not used."""
+    return hashlib.sha256(session.encode()).hexdigest()[:32]
+
+
 class Update(Message, tag="update"):
-    """State of the core: the answer to each heartbeat, and a message to all peers after each change."""
+    """State of the core: the answer to each heartbeat, and a message to all peers after each change.
+
+    `keys`: for components that listen themselves, the keys that may connect to them, with the component's name to
+    which a key belongs, or "" for any. `consumers`: for producers, the registered consumers by name.
+    """
 
     state: Literal["STOP", "READY", "RUN"] = "STOP"
     run: _Amount | None = None
-    producers: dict[str, str] = {}
-    log: str = ""
+    producers: dict[str, Endpoint] = {}
+    log: Endpoint = Endpoint()
     insecure: bool = False
+    keys: Annotated[dict[Key, Annotated[str, Meta(max_length=64)]], Meta(max_length=2000)] = {}
+    consumers: dict[str, ConsumerSession] = {}
 
     @property
     def heartbeat_sent(self) -> float:
@@ -209,7 +236,13 @@ class Bye(Message, tag="bye"):
     pass
 
 
-FromClient = Register | Open | Heartbeat | ActionRequest | Answer | Bye
+class Join(Message, tag="join"):
+    """Use of an invitation, over a connection with its key: `public` is the new member's key from now on."""
+
+    public: Key
+
+
+FromClient = Register | Open | Heartbeat | ActionRequest | Answer | Bye | Join
 
 FromCore = Welcome | Update | ActionRequest | Answer
 

@@ -23,7 +23,7 @@ from larpixdaq.protocol.stream import End
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import has_no_locks, no_locks_error, remove, try_lock
 from larpixdaq.runtime.units import parse_duration, parse_size
-from larpixdaq.stream import Publisher
+from larpixdaq.stream.publisher import Admission, Publisher
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,12 @@ class Delivery:
         *,
         spill: bool,
         listening_ns: int,
+        admission: Admission | None = None,
     ) -> None:
-        """`socket`: the bound ROUTER of the stream; `spill`: blocks move to the spool when the ring is nearly full;
-        `listening_ns`: unix ns when this producer began to read its boards.
+        """`socket`: the bound ROUTER of the stream; `admission`: which consumers may subscribe (None: all).
+
+        `spill`: blocks move to the spool when the ring is nearly full; `listening_ns`: unix ns when this producer began
+        to read its boards.
 
         RingError or FileError when the ring or the spool cannot be made.
         """
@@ -84,7 +87,7 @@ class Delivery:
         self.ring = self.ring_file.ring
         spools = spill and options.spool_limit
         self.own = BlockStore(self.name, epoch, self.ring, Spool(self.spool) if spools else None, self.ring_file)
-        self.publisher = Publisher(self.own, socket, forget_after=options.forget_after)
+        self.publisher = Publisher(self.own, socket, forget_after=options.forget_after, admission=admission)
         for store in inherited:
             self.publisher.adopt(store)
 

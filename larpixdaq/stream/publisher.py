@@ -16,6 +16,8 @@ import zmq
 from larpixdaq import config
 from larpixdaq.buffer.block_store import BlockStore, Segment, StoredBlock
 from larpixdaq.errors import ConfigError, ProtocolError
+from larpixdaq.keys.curve import Doorkeeper, KeyPair
+from larpixdaq.protocol.control import ConsumerSession, Update, session_digest
 from larpixdaq.protocol.stream import (
     MAX_FROM_CONSUMER,
     STREAM_VERSION,
@@ -81,9 +83,12 @@ class Publisher:
         clock: Callable[[], float] = time.monotonic,
         *,
         forget_after: float,
+        admission: Admission | None = None,
     ) -> None:
         """`forget_after`: seconds without a subscription after which blocks that another storage has are no longer kept
-        for a required storage."""
+        for a required storage. `admission`: which consumers may subscribe; None: all."""
+        self._admission = admission
+        self._unconfirmed: dict[bytes, tuple[Hello, str]] = {}  # by route, with the key
         self.own = own
         #: Predecessors' stores, the oldest first, and then `own`.
         self.stores = [own]
@@ -99,6 +104,10 @@ class Publisher:
         self._disconnected: dict[str, float] = {}  # required storage without a subscription -> since when (monotonic)
         self._emptied_at = clock()  # when all waiting frames were last taken
         self._flooded_since: float | None = None  # since when frames have always been waiting
+
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """The sockets that are readable when receive() has work."""
+        return [self.socket] if self._admission is None else [self.socket, self._admission.door.socket]
 
     # Blocks to deliver
 
@@ -140,18 +149,21 @@ class Publisher:
     def receive(self) -> None:
         """Take frames from consumers, for at most RECEIVE_LIMIT seconds."""
         until = self._clock() + RECEIVE_LIMIT
+        if self._admission is not None:
+            self._admission.door.answer()
         while self._clock() < until:
             try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 self._emptied_at = self._clock()
                 self._flooded_since = None
                 return
-            route = parts[0]
+            route = parts[0].bytes
             try:
+                key = self._admission.door.sender(route, parts[-1]) if self._admission is not None else ""
                 if len(parts) != 2:
                     raise ProtocolError(f"stream frame from {route.hex()}: expected 1 part, found {len(parts) - 1}")
-                self._handle(route, unpack_consumer(parts[1], route.hex()))
+                self._handle(route, unpack_consumer(parts[1].bytes, route.hex()), key)
             except ProtocolError as error:
                 self._refuse(route, str(error))
         if self._flooded_since is None:
@@ -187,9 +199,35 @@ class Publisher:
 
     # Frames from consumers
 
-    def _handle(self, route: bytes, frame: FromConsumer) -> None:
+    def admit(self, update: Update) -> None:
+        """Take over from the core which consumers may subscribe, and drop those whose key was revoked."""
+        assert self._admission is not None
+        for route in self._admission.apply(update):
+            self._unconfirmed.pop(route, None)
+            if route in self.subscribers:
+                log.warning("%s has no key any more: disconnected", self.subscribers[route].name)
+                self._drop(self.subscribers[route])
+        for route, (hello, key) in list(self._unconfirmed.items()):
+            if self._admission.confirms(hello, key):
+                del self._unconfirmed[route]
+                self._subscribe(route, hello)
+
+    def _is_confirmed(self, route: bytes, hello: Hello, key: str) -> bool:
+        """Whether the core has confirmed a consumer. Only its second HELLO is refused, because the core's word may come
+        later than the first one."""
+        if self._admission is None or self._admission.confirms(hello, key):
+            self._unconfirmed.pop(route, None)
+            return True
+        if route in self._unconfirmed:
+            self._refuse(route, f"the core does not confirm the session of {hello.name}")
+        elif len(self._unconfirmed) < MAX_SUBSCRIBERS:
+            self._unconfirmed[route] = hello, key
+        return False
+
+    def _handle(self, route: bytes, frame: FromConsumer, key: str) -> None:
         if isinstance(frame, Hello):
-            self._subscribe(route, frame)
+            if self._is_confirmed(route, frame, key):
+                self._subscribe(route, frame)
             return
         subscriber = self.subscribers.get(route)
         if subscriber is None:
@@ -352,6 +390,39 @@ class Publisher:
         self.forgotten = forgotten
 
 
+class Admission:
+    """The consumers that may subscribe, as the core last said, and the check of their keys at each connection.
+
+    A consumer keeps its entry until its name has another session, because a restarted core does not know all consumers
+    yet, and data must not wait for it.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], pair: KeyPair | None) -> None:
+        """`pair`: the key pair of the stream's socket; None: without keys."""
+        self.door = Doorkeeper(context, pair, self._admits, "stream")
+        self._insecure = pair is None
+        self._keys: dict[str, str] = {}
+        self._consumers: dict[str, ConsumerSession] = {}
+
+    def _admits(self, key: str) -> bool:
+        return self._insecure or key in self._keys
+
+    def apply(self, update: Update) -> list[bytes]:
+        """Take over an Update of the core. Returns the routes of connections that are closed, for want of a key."""
+        self._insecure = update.insecure
+        revoked = set() if update.insecure else self._keys.keys() - update.keys.keys()
+        self._keys = update.keys
+        self._consumers |= update.consumers
+        return [route for key in revoked for route in self.door.disconnect(key)]
+
+    def confirms(self, hello: Hello, key: str) -> bool:
+        """Whether the core knows the session of a HELLO that came with this key."""
+        known = self._consumers.get(hello.name)
+        if known is None or known.digest != session_digest(hello.session):
+            return False
+        return self._insecure or known.key == key
+
+
 def stream_router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
     """Make the socket for a Publisher, not bound yet, because its options count from the bind on."""
     socket = context.socket(zmq.ROUTER)
@@ -362,10 +433,10 @@ def stream_router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
     return socket
 
 
-def bind_stream(listener: zmq.Socket[bytes], address: str | None, core: str, *, insecure: bool) -> str:
+def bind_stream(listener: zmq.Socket[bytes], address: str | None, core: str) -> str:
     """Bind to `address` (default: towards the core), on a free port if it names none; return where others connect."""
     wanted = address or f"tcp://{config.interface_towards(core)}"
-    where = config.listen_address(wanted, 0, insecure=insecure, what="--address")
+    where = config.listen_address(wanted, 0)
     try:
         listener.ipv6 = config.is_ipv6(where)
         listener.bind(where)

@@ -22,11 +22,12 @@ from typing import Final, Protocol
 
 import zmq
 
-from larpixdaq import config
 from larpixdaq._native.ring_buffer import Reader
 from larpixdaq.buffer import ring_file
 from larpixdaq.constants import NO_CORE
 from larpixdaq.errors import ProtocolError, RingError
+from larpixdaq.keys.curve import Handshakes, KeyPair, dealer, new_pair
+from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.stream import (
     MAX_HEADER,
     MAX_POSITIONS,
@@ -61,6 +62,8 @@ log = logging.getLogger(__name__)
 Received = tuple[str, FromProducer, memoryview | None]
 #: Blocks that a monitor has credit for at the beginning.
 CREDIT = 2
+#: Seconds between two attempts to connect to a producer that refuses the key.
+KEY_INTERVAL: Final = 1.0
 #: Seconds between two turns of a loop after which the process may have been taken for dead: for the core it is lost
 #: after 1 s without a heartbeat.
 STALL_LIMIT: Final = 0.8
@@ -95,7 +98,7 @@ class Consumer:
         self._connections: dict[str, ProducerConnection] = {}
         self._queue: deque[Received] = deque()
         self._lock = threading.Lock()
-        self._addresses: dict[str, str] | None = None
+        self._endpoints: dict[str, Endpoint] | None = None
         self._acks: dict[str, dict[tuple[int, int], int]] = {}
         self._credit: dict[str, int] = {}
         self._resubscribe = self._send_rows = False
@@ -108,15 +111,15 @@ class Consumer:
 
     # Called by the process's loop
 
-    def connect(self, producers: Mapping[str, str]) -> None:
-        """Subscribe to these producers (name -> address) too.
+    def connect(self, producers: Mapping[str, Endpoint]) -> None:
+        """Subscribe to these producers (by name) too.
 
         A producer that is no longer named stays subscribed, because a restarted core does not know all components yet,
         and data must not wait for it. It is dropped when its name has another address, or when too many producers have
         gone.
         """
         with self._lock:
-            self._addresses = dict(producers)
+            self._endpoints = dict(producers)
         self._waker.wake()
 
     def fileno(self) -> int:
@@ -190,7 +193,7 @@ class Consumer:
         finally:
             for connection in self._connections.values():
                 connection.send(Bye())
-                connection.socket.close(linger=100)
+                connection.close()
             self._context.term()
 
     def _timeout(self) -> int:
@@ -204,7 +207,7 @@ class Consumer:
     def _apply(self) -> None:
         """Do what the process's loop has asked for."""
         with self._lock:
-            addresses, self._addresses = self._addresses, None
+            endpoints, self._endpoints = self._endpoints, None
             acks, self._acks = self._acks, {}
             credit, self._credit = self._credit, {}
             if self._resubscribe:
@@ -213,16 +216,16 @@ class Consumer:
                     connection.hello_at, connection.send_rows = 0.0, self._send_rows
                 self._queue.clear()
                 self._resubscribe = self._send_rows = False
-        if addresses is not None:
+        if endpoints is not None:
             for connection in list(self._connections.values()):
-                if addresses.get(connection.name, connection.address) != connection.address:
+                if endpoints.get(connection.name, connection.endpoint) != connection.endpoint:
                     self._drop(connection)
-            gone = [c for c in self._connections.values() if c.name not in addresses and not c.subscribed]
+            gone = [c for c in self._connections.values() if c.name not in endpoints and not c.subscribed]
             for connection in gone[:-MAX_DISCONNECTED]:
                 self._drop(connection)
-            for name, address in addresses.items():
-                if name not in self._connections and (opened := self._open(name, address)) is not None:
-                    self._connections[name] = opened
+            for name, endpoint in endpoints.items():
+                if name not in self._connections:
+                    self._open(name, endpoint)
         for name, blocks in credit.items():
             if name in self._connections:
                 self._connections[name].credit += blocks
@@ -232,20 +235,21 @@ class Consumer:
                 self._connections[name].acks.update(entries)
                 self._connections[name].repeat_at = 0.0
 
-    def _open(self, name: str, address: str) -> ProducerConnection | None:
+    def _open(self, name: str, endpoint: Endpoint) -> None:
+        own = None if self._core is None else self._core.key_pair
         try:
-            connection = ProducerConnection(self._context, name, address, keeps=self.mode == "all")
+            connection = ProducerConnection(self._context, name, endpoint, own, keeps=self.mode == "all")
         except zmq.ZMQError as error:  # this thread serves the other producers too
-            log.error("%s: cannot subscribe at %r: %s", name, address, error.strerror)
-            return None
+            log.error("%s: cannot subscribe at %r: %s", name, endpoint.address, error.strerror)
+            return
         self._poller.register(connection.socket, zmq.POLLIN)
-        return connection
+        self._connections[name] = connection
 
     def _drop(self, connection: ProducerConnection) -> None:
         del self._connections[connection.name]
         self._poller.unregister(connection.socket)
         connection.send(Bye())
-        connection.socket.close(linger=100)
+        connection.close()
 
     def _receive(self, connection: ProducerConnection) -> None:
         arrived = False
@@ -279,6 +283,8 @@ class Consumer:
                 connection.superseded = self.session, self._clock()
             self._warn(connection, f"{connection.name} refuses the stream to {self.name}: {frame.reason}")
         elif isinstance(frame, Block | End):
+            if frame.producer != connection.name:
+                raise ProtocolError(f"{connection.name} has sent a block of {frame.producer}: refused")
             if not connection.subscribed:
                 return False  # from a previous subscription; the block will be sent again
             if isinstance(frame, Block) and payload is None:
@@ -303,6 +309,12 @@ class Consumer:
         if not self._session_check.may_act():
             return
         now = self._clock()
+        if not connection.subscribed and now >= connection.opened_at + KEY_INTERVAL and connection.key_refused():
+            # libzmq does not connect again after that, and the producer may know the key by now.
+            log.warning("%s refuses the key of %s; trying again", connection.name, self.name)
+            self._drop(connection)
+            self._open(connection.name, connection.endpoint)
+            return
         if not connection.subscribed:
             # Not before the socket is connected, and then at once, not after HELLO_INTERVAL.
             can_send = now >= connection.hello_at and not self._superseded(connection)
@@ -351,10 +363,19 @@ class ProducerConnection:
     zmq.ZMQError when the address is not valid.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], name: str, address: str, *, keeps: bool) -> None:
-        """`keeps`: the producer keeps each block until this consumer has acknowledged it."""
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        name: str,
+        endpoint: Endpoint,
+        own: KeyPair | None,
+        *,
+        keeps: bool,
+    ) -> None:
+        """`own`: the consumer's key pair. `keeps`: the producer keeps each block until it is acknowledged."""
         self.name = name
-        self.address = address
+        self.endpoint = endpoint
+        self.opened_at = time.monotonic()
         self.subscribed = False
         self.epoch = 0
         self.hello_at = 0.0  # monotonic time before which no HELLO is sent
@@ -368,7 +389,19 @@ class ProducerConnection:
         self._keeps = keeps
         self._ring: Reader | None = None  # the producer's, if it is on this host
         self.send_rows = False  # in the next subscription the producer must send the rows
-        self.socket = config.dealer(context, address, MAX_HEADER, queue=0)  # the producer's window is the limit
+        if endpoint.key and own is None:  # the core uses no keys, and so the producer admits any
+            own = new_pair()
+        # No limit for waiting messages, because the producer's window is one.
+        self.socket = dealer(context, endpoint.address, MAX_HEADER, own=own, server=endpoint.key, queue=0)
+        self._handshakes = Handshakes(self.socket)
+
+    def key_refused(self) -> bool:
+        """Whether the producer has refused the key."""
+        return self._handshakes.look() == "key"
+
+    def close(self) -> None:
+        self._handshakes.close()
+        self.socket.close(linger=100)
 
     def send(self, frame: FromConsumer) -> bool:
         try:
@@ -430,6 +463,8 @@ class CoreContact(Protocol):
     def heard(self) -> float: ...
     @property
     def confirmed(self) -> float: ...
+    @property
+    def key_pair(self) -> KeyPair | None: ...
 
 
 class SessionCheck:

@@ -61,7 +61,7 @@ def line(make: Callable[..., Line], tmp_path: Path) -> Line:
 
 def subscribe(line: Line, consumers: list[Consumer], *, acknowledge: bool = True, name: str = STORAGE) -> Reader:
     consumers.append(make_consumer(name))
-    consumers[-1].connect({"board": line.address})
+    consumers[-1].connect({"board": line.endpoint})
     return Reader(consumers[-1], acknowledge=acknowledge)
 
 
@@ -297,7 +297,7 @@ def test_predecessors_blocks_come_first_under_their_epochs(
 def test_blocks_that_a_storage_has_are_not_sent_again(line: Line, tmp_path: Path, consumers: list[Consumer]) -> None:
     """Also when it subscribed before the predecessor's ring was found."""
     consumers.append(make_consumer(positions=lambda: [Position(1, "board", 70, 2)]))
-    consumers[0].connect({"board": line.address})
+    consumers[0].connect({"board": line.endpoint})
     reader = Reader(consumers[0])
     until(line, reader.has(lambda r: r.other), "WELCOME")
     predecessor(tmp_path, 70, 1, [10, 20, 30])
@@ -357,7 +357,7 @@ def test_a_successor_delivers_spool_and_ring_in_order(
     assert store.pending() == 30 - 5 + 2  # the open block and the end
     again = make_consumer(session="t", positions=lambda: [Position(1, "board", 5, 5)])
     consumers.append(again)
-    again.connect({"board": second.address})
+    again.connect({"board": second.endpoint})
     new = Reader(again)
     until(second, new.has(lambda r: r.ends), "the end", LIMIT)
     assert [block.sequence for block in new.blocks] == list(range(5, 31))

@@ -122,7 +122,7 @@ def test_a_consumer_continues_in_the_ring_s_new_file(tmp_path: Path) -> None:
         return [one.maps for one in line.publisher.subscribers.values()] == [True]
 
     try:
-        consumer.connect({"board": line.address})
+        consumer.connect({"board": line.endpoint})
         reader = Reader(consumer)
         line.begin()
         line.write(100)

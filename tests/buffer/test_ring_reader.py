@@ -21,6 +21,7 @@ from larpixdaq._native.ring_buffer import END, OVERHEAD, SMALLEST
 from larpixdaq.buffer.block_store import LENDING_LIMIT
 from larpixdaq.buffer.ring_file import RingFile, open_reader
 from larpixdaq.errors import RingError
+from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.stream import (
     STREAM_VERSION,
     Block,
@@ -167,7 +168,7 @@ def test_the_memory_of_an_ended_producer_is_given_back(tmp_path: Path) -> None:
     line = Line(folder=tmp_path)
     consumer = make_consumer()
     try:
-        consumer.connect({"board": line.address})
+        consumer.connect({"board": line.endpoint})
         until(line, lambda: any(s.maps for s in line.publisher.subscribers.values()), "MAPS to arrive")
         assert line.ring_file is not None
         path = line.ring_file.path
@@ -214,7 +215,7 @@ def test_an_overwritten_block_is_requested_again_or_skipped(tmp_path: Path, mode
         return route, unpack_consumer(frame, "consumer")
 
     try:
-        consumer.connect({NAME: producer.get(zmq.LAST_ENDPOINT).decode()})
+        consumer.connect({NAME: Endpoint(producer.get(zmq.LAST_ENDPOINT).decode())})
         with contextlib.closing(RingFile.make(tmp_path, tmp_path, NAME, 5, SMALLEST)) as ring_file:
             ring_file.ring.begin(1, 2, PACKETS_2_4.itemsize, [])
             publish(ring_file, 0)

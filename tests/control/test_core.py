@@ -12,6 +12,7 @@ import pytest
 import zmq
 from fake_core import Stopper, all_running, monitor, producer, storage
 from processes import LIMIT, Process, free_port, until
+from raw_sockets import use_key
 
 from larpixdaq.control import registry
 from larpixdaq.core import Core
@@ -25,11 +26,13 @@ from larpixdaq.errors import (
     StateError,
     UnknownAction,
 )
+from larpixdaq.keys.key_store import ANYONE
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import (
     MAX_REQUEST,
     ActionRequest,
     Bye,
+    Endpoint,
     Heartbeat,
     Open,
     Register,
@@ -46,6 +49,7 @@ def dealer(running):
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RCVTIMEO, int(LIMIT * 1000))
+    use_key(socket, running.address)
     socket.connect(running.address)
     yield socket
     context.destroy(0)
@@ -83,7 +87,7 @@ def test_the_numbers_of_components_and_operators_are_limited(running, dealer, mo
 
 def test_lost_components_are_shown_for_12_hours():
     known = registry.Registry()
-    known.register(Register(name="a", kind="log", instance="i"), b"", 100.0)
+    known.register(Register(name="a", kind="log", instance="i"), b"", 100.0, ANYONE)
     assert [change.what for change in known.check(102.0)] == ["lost"]
     known.check(43_000.0)
     assert [one["name"] for one in known.describe(43_000.0)] == ["a"]
@@ -96,7 +100,7 @@ def test_a_flood_of_messages_hides_no_lost_component(tmp_path, monkeypatch):
     core = Core("tcp://127.0.0.1:0", "", tmp_path)
     try:
         now = time.monotonic()
-        core._peers.register(Register(name="a", kind="log", instance="i"), b"", now - 2)
+        core._peers.register(Register(name="a", kind="log", instance="i"), b"", now - 2, ANYONE)
         monkeypatch.setattr(core, "_take", lambda now: False)
         core.turn()
         assert "a" in core._peers.components
@@ -112,10 +116,11 @@ def test_messages_take_a_bounded_time_of_a_turn(tmp_path, monkeypatch):
     try:
         with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
             dealer.linger = 0
+            use_key(dealer, core.address)
             dealer.connect(core.address)
             for _ in range(3):
                 dealer.send(b"garbage")
-            until(lambda: core._router.poll(10), "messages")
+            until(lambda: core._door.answer() or core._router.poll(10), "messages")
             monkeypatch.setattr("larpixdaq.core._TAKE_LIMIT", 0.0)
             assert not core._take(time.monotonic())
             assert core._actions.refused <= 1
@@ -135,7 +140,7 @@ def test_a_run_through_the_operator(running, operator):
         until(lambda: board.node.state == "READY" and board.node.run == 42, "READY at the board")
         assert operator.begin_run().result(LIMIT)["run"] == 42
         until(lambda: disk.node.state == "RUN", "RUN at the disk")
-        assert disk.node.producers == {"LArPix board": "tcp://127.0.0.1:1"}
+        assert disk.node.producers == {"LArPix board": Endpoint("tcp://127.0.0.1:1")}
         operator.comment("beam is on").result(LIMIT)
         board.status = {"rows": 5}
         until(lambda: operator.run_info().result(LIMIT)["live"]["LArPix board"].get("rows") == 5, "live numbers")
@@ -449,7 +454,6 @@ def test_signals_end_the_core_cleanly(tmp_path, how):
 @pytest.mark.parametrize(
     ("args", "status", "text"),
     [
-        (["--address", "tcp://0.0.0.0"], 1, "larpixdaq-core|core.py: core: other machines can reach"),
         (["--address", "nonsense:port"], 1, "address 'nonsense:port': expected"),
         (["--state-dir", "/proc/nowhere"], 1, "state directory /proc/nowhere"),
         (["--wrong"], 2, "usage"),

@@ -17,12 +17,18 @@ from processes import LIMIT, Process, free_port, until
 
 from larpixdaq.control.log_shipping import LogRecord, LogShipper, unpack_record
 from larpixdaq.errors import FileError, ProtocolError
+from larpixdaq.keys.curve import Doorkeeper
 from larpixdaq.log import LogFile, line, listen, main
 from larpixdaq.operator import Operator
+from larpixdaq.protocol.control import Endpoint
 from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.runtime.timing import Throttle
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z (\w+) ([^:]+): (.*)\n")
+
+
+def accept(frame, record):
+    """Accept each record, as a log without keys does."""
 
 
 def record(level, text):
@@ -33,8 +39,10 @@ def record(level, text):
 def pull():
     """The context, a socket that receives records, and its address."""
     context = zmq.Context()
-    socket, address = listen(context, "tcp://127.0.0.1:0")
+    door = Doorkeeper(context, None, lambda key: True, "log")
+    socket, address = listen(context, "tcp://127.0.0.1:0", door)
     yield context, socket, address
+    door.close()
     context.destroy(0)
 
 
@@ -62,13 +70,13 @@ def test_records_kept_while_the_log_is_disconnected(pull):
     shipper = LogShipper("it", context)
     for i in range(3000):
         shipper.emit(record(logging.INFO if i % 2 else logging.WARNING, str(i)))
-    assert shipper.ship("")  # nothing that could be sent
-    until(lambda: shipper.ship(address), "shipping")
+    assert shipper.ship(Endpoint(), None)  # nothing that could be sent
+    until(lambda: shipper.ship(Endpoint(address), None), "shipping")
     got = []
     while not got or got[-1].text != "2999":
         assert socket.poll(LIMIT * 1000), "a record"
         got.append(unpack_record(socket.recv()))
-    shipper.ship("")
+    shipper.ship(Endpoint(), None)
     warnings = [one.text for one in got if one.level == logging.WARNING and one.text.isdigit()]
     assert warnings[-1000:] == [str(i) for i in range(1000, 3000, 2)]
     assert any("log records were lost" in one.text for one in got)
@@ -78,7 +86,7 @@ def test_shipping_without_a_log_does_not_wait():
     context = zmq.Context()
     shipper = LogShipper("it", context)
     shipper.emit(record(logging.ERROR, "x" * 100_000))
-    assert not shipper.ship(f"tcp://127.0.0.1:{free_port()}")
+    assert not shipper.ship(Endpoint(f"tcp://127.0.0.1:{free_port()}"), None)
     context.destroy(0)
 
 
@@ -93,16 +101,16 @@ def test_garbage_and_a_full_disk(tmp_path, pull, caplog):
     push.close()
     shipper = LogShipper("it", context)
     shipper.emit(record(logging.ERROR, "real"))
-    until(lambda: shipper.ship(address), "shipping")
-    until(lambda: file.take(socket) and file.written and file.refused == 2, "the record")
+    until(lambda: shipper.ship(Endpoint(address), None), "shipping")
+    until(lambda: file.take(socket, accept) and file.written and file.refused == 2, "the record")
     assert (file.written, file.refused, file.lost) == (1, 2, 0)
     assert LINE.fullmatch((tmp_path / "log.txt").read_text()).groups() == ("ERROR", "it", "real")
     file.close()
     file._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     shipper.emit(record(logging.ERROR, "lost"))
-    assert shipper.ship(address)
-    until(lambda: file.take(socket) and file.lost, "the loss")
-    shipper.ship("")
+    assert shipper.ship(Endpoint(address), None)
+    until(lambda: file.take(socket, accept) and file.lost, "the loss")
+    shipper.ship(Endpoint(), None)
     assert "No space left on device; records are lost" in caplog.text
     assert file.status().lost == 1
     file.close()
@@ -112,9 +120,9 @@ class Sender:
     """A socket with these records, as LogFile.take() reads it."""
 
     def __init__(self, *records):
-        self._frames = deque([msgspec.msgpack.encode(one)] for one in records)
+        self._frames = deque([zmq.Frame(msgspec.msgpack.encode(one))] for one in records)
 
-    def recv_multipart(self, flags):
+    def recv_multipart(self, flags, copy):
         if not self._frames:
             raise zmq.Again
         return self._frames.popleft()
@@ -128,7 +136,7 @@ def test_a_flood_is_written_in_part_and_the_rest_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("larpixdaq.log.BURST", 1000)
     monkeypatch.setattr("larpixdaq.log.RATE", 0)
     file = LogFile(tmp_path / "log.txt")
-    assert file.take(Sender(*from_("flood", 500), *from_("board", 3)))
+    assert file.take(Sender(*from_("flood", 500), *from_("board", 3)), accept)
     text = (tmp_path / "log.txt").read_text()
     written = text.count("flood: line")
     assert 10 < written < 30
@@ -136,7 +144,7 @@ def test_a_flood_is_written_in_part_and_the_rest_counted(tmp_path, monkeypatch):
     assert f"WARNING log: {500 - written} lines of flood were not written" in text
     assert file.status().held_back == 500 - written
     monkeypatch.setattr(file, "_report_at", 0.0)
-    assert file.take(Sender())  # reported once
+    assert file.take(Sender(), accept)  # reported once
     assert (tmp_path / "log.txt").read_text() == text
     file.close()
 
@@ -147,7 +155,7 @@ def test_a_full_file_is_renamed_and_older_files_are_kept(tmp_path, monkeypatch):
     path.write_text("x" * 900 + "\n")
     file = LogFile(path)
     for i in range(150):
-        file.take(Sender(LogRecord(0.0, logging.INFO, "board", f"line {i:03}")))
+        file.take(Sender(LogRecord(0.0, logging.INFO, "board", f"line {i:03}")), accept)
     file.close()
     found = sorted(one.name for one in tmp_path.iterdir())
     assert found == ["log.txt", "log.txt.1", "log.txt.2", "log.txt.3", "log.txt.4"]
@@ -160,14 +168,14 @@ def test_a_file_that_cannot_be_renamed_continues_to_grow(tmp_path, monkeypatch, 
     monkeypatch.setattr("larpixdaq.log.MAX_BYTES", 1000)
     (tmp_path / "log.txt.new").mkdir()
     file = LogFile(tmp_path / "log.txt")
-    file.take(Sender(*from_("board", 1)))
+    file.take(Sender(*from_("board", 1)), accept)
     for _ in range(2):
-        file.take(Sender(*from_("board", 20)))
+        file.take(Sender(*from_("board", 20)), accept)
     file.close()
     assert (tmp_path / "log.txt").read_text().count("\n") == 41
     assert "cannot be renamed: Is a directory" in caplog.text
     file = LogFile(Path("/dev/null"))
-    file.take(Sender(*from_("board", 100)))
+    file.take(Sender(*from_("board", 100)), accept)
     file.close()
     assert Path("/dev/null").is_char_device()
 

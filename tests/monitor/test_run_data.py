@@ -17,6 +17,7 @@ from stream_harness import make_consumer
 
 from larpixdaq import run_data, schema
 from larpixdaq.monitor.monitor import Monitor
+from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.stream import Block as Header
 from larpixdaq.protocol.stream import Credit, End, Hello, Totals, Welcome, pack, unpack_consumer
 from larpixdaq.run_data import RunData, actions
@@ -71,7 +72,7 @@ class Board:
 class StandIn:
     """Simulated node that is registered and knows one producer."""
 
-    def __init__(self, producers: dict[str, str]) -> None:
+    def __init__(self, producers: dict[str, Endpoint]) -> None:
         self.producers = producers
         self.session = "session"
         self.reports: list[tuple[int, int]] = []
@@ -97,7 +98,7 @@ def bench() -> Iterator[Any]:
     board = Board(context)
     consumer = make_consumer("Online monitor", "session", "latest")
     monitor = Monitor()
-    node = StandIn({"board": board.address})
+    node = StandIn({"board": Endpoint(board.address)})
     loop = RunData(monitor, node, consumer)  # type: ignore[arg-type]
     poller = zmq.Poller()
     poller.register(consumer.fileno(), zmq.POLLIN)

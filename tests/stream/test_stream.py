@@ -20,6 +20,7 @@ from stream_harness import LAYOUT, STORAGE, Core, Line, Reader, make_consumer, u
 
 from larpixdaq import constants
 from larpixdaq.errors import ProtocolError
+from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.stream import (
     MAX_FROM_CONSUMER,
     MAX_POSITIONS,
@@ -70,7 +71,7 @@ def consumers() -> Iterator[list[Consumer]]:
 
 def test_every_block_in_order_and_freed_when_acknowledged(line: Line, consumers: list[Consumer]) -> None:
     consumers.append(make_consumer())
-    consumers[0].connect({"board": line.address})
+    consumers[0].connect({"board": line.endpoint})
     reader = Reader(consumers[0])
     line.begin()
     line.recorder.info("Beginning run")
@@ -96,7 +97,7 @@ def test_blocks_without_acknowledgement_are_kept_and_sent_again_to_a_new_subscri
 ) -> None:
     first = make_consumer(session="s1")
     consumers.append(first)
-    first.connect({"board": line.address})
+    first.connect({"board": line.endpoint})
     reader = Reader(first, acknowledge=False)
     line.begin()
     for _ in range(4):
@@ -105,7 +106,7 @@ def test_blocks_without_acknowledgement_are_kept_and_sent_again_to_a_new_subscri
     assert line.ring.tail == 0
     second = make_consumer(session="s2", positions=lambda: [Position(1, "board", 5, 2)])
     consumers.append(second)
-    second.connect({"board": line.address})
+    second.connect({"board": line.endpoint})
     again = Reader(second)
     until(line, again.has(lambda r: len(r.blocks) == 2), "the two blocks that it does not have")
     assert [b.sequence for b in again.blocks] == [2, 3]
@@ -116,7 +117,7 @@ def test_blocks_without_acknowledgement_are_kept_and_sent_again_to_a_new_subscri
 def test_frames_of_a_previous_subscription_are_discarded(line: Line, consumers: list[Consumer]) -> None:
     """A consumer that skipped blocks and subscribes again must not get a later block before them."""
     consumers.append(make_consumer())
-    consumers[0].connect({"board": line.address})
+    consumers[0].connect({"board": line.endpoint})
     reader = Reader(consumers[0], acknowledge=False)
     line.begin()
     for _ in range(3):
@@ -140,7 +141,7 @@ def test_a_stalled_consumer_does_not_insist_on_its_name(line: Line, consumers: l
     core, ahead = Core(), [0.0]
     stopped = make_consumer(session="s1", core=core, clock=lambda: time.monotonic() + ahead[0])
     consumers.append(stopped)
-    stopped.connect({"board": line.address})
+    stopped.connect({"board": line.endpoint})
     reader = Reader(stopped)
     line.begin()
     line.write(10)
@@ -150,7 +151,7 @@ def test_a_stalled_consumer_does_not_insist_on_its_name(line: Line, consumers: l
     core.heard = time.monotonic() + 1000  # it still sends messages
     ahead[0] = 10.0
     consumers.append(other)
-    other.connect({"board": line.address})
+    other.connect({"board": line.endpoint})
     new = Reader(other)
     until(line, reader.has(refused), "the first consumer to be superseded")
     stopped.session = "s1 anew"
@@ -164,7 +165,7 @@ def test_a_stalled_consumer_does_not_insist_on_its_name(line: Line, consumers: l
 
 def test_the_window_limits_the_bytes_on_their_way(line: Line, consumers: list[Consumer]) -> None:
     consumers.append(make_consumer())
-    consumers[0].connect({"board": line.address})
+    consumers[0].connect({"board": line.endpoint})
     reader = Reader(consumers[0], acknowledge=False)
     line.begin()
     block_bytes = constants.BLOCK_ROWS * LAYOUT.dtype.itemsize
@@ -185,7 +186,7 @@ def test_the_window_limits_the_bytes_on_their_way(line: Line, consumers: list[Co
 
 def test_a_storage_that_is_not_required_gets_no_blocks_of_the_run(line: Line, consumers: list[Consumer]) -> None:
     consumers.append(make_consumer("second storage"))
-    consumers[0].connect({"board": line.address})
+    consumers[0].connect({"board": line.endpoint})
     reader = Reader(consumers[0])
     until(line, reader.has(lambda r: r.other), "WELCOME")
     line.begin(1)
@@ -199,7 +200,7 @@ def test_a_storage_that_is_not_required_gets_no_blocks_of_the_run(line: Line, co
 
 def test_a_monitor_without_credit_skips_blocks_but_never_messages(line: Line, consumers: list[Consumer]) -> None:
     consumers.append(make_consumer("Online monitor", "m", "latest"))
-    consumers[0].connect({"board": line.address})
+    consumers[0].connect({"board": line.endpoint})
     reader = Reader(consumers[0], acknowledge=False)
     until(line, reader.has(lambda r: r.other), "WELCOME")
     until(line, lambda: any(s.credit for s in line.publisher.subscribers.values()), "credit")
@@ -219,7 +220,7 @@ def test_a_silent_subscriber_is_dropped_and_subscribes_again(line: Line, consume
     now = [0.0]
     line.publisher._clock = lambda: now[0]
     consumers.append(make_consumer())
-    consumers[0].connect({"board": line.address})
+    consumers[0].connect({"board": line.endpoint})
     reader = Reader(consumers[0])
     until(line, lambda: line.publisher.subscribers, "the subscription")
     now[0] += 1000.0
@@ -235,7 +236,7 @@ def test_a_stalled_producer_drops_no_subscriber(line: Line, consumers: list[Cons
     now = [0.0]
     line.publisher._clock = lambda: now[0]
     consumers.append(make_consumer())
-    consumers[0].connect({"board": line.address})
+    consumers[0].connect({"board": line.endpoint})
     until(line, lambda: line.publisher.subscribers, "the subscription")
     (subscriber,) = line.publisher.subscribers.values()
     assert line.publisher.socket.poll(3000), "a repeated frame"
@@ -391,7 +392,7 @@ def test_frames_with_values_out_of_range_are_refused_and_the_next_frame_is_taken
         producer.rcvtimeo = int(LIMIT * 1000)
         producer.bind("tcp://127.0.0.1:0")
         consumers.append(make_consumer())
-        consumers[0].connect({"p": producer.getsockopt_string(zmq.LAST_ENDPOINT)})
+        consumers[0].connect({"p": Endpoint(producer.getsockopt_string(zmq.LAST_ENDPOINT))})
         route, hello = producer.recv_multipart()
         assert isinstance(unpack_consumer(hello, "c"), Hello)
         welcome = Welcome("p", 5, None, 2)
@@ -424,7 +425,7 @@ def test_the_largest_configurations_fit() -> None:
 def test_the_number_of_connections_to_gone_producers_is_limited(line: Line, consumers: list[Consumer]) -> None:
     consumers.append(make_consumer())
     connections = consumers[0]._connections
-    consumers[0].connect({"board": line.address} | {f"gone {n}": "tcp://127.0.0.1:1" for n in range(50)})
+    consumers[0].connect({"board": line.endpoint} | {f"gone {n}": Endpoint("tcp://127.0.0.1:1") for n in range(50)})
     until(line, lambda: len(connections) == 51 and connections["board"].subscribed, "the subscription")
     consumers[0].connect({})  # as from a core that was just restarted
     until(line, lambda: len(connections) == 1 + MAX_DISCONNECTED, "most to be dropped")
@@ -445,7 +446,7 @@ def test_the_size_of_a_consumer_s_frame_is_limited(line: Line) -> None:
 def test_a_hello_has_the_newest_positions_of_its_producer(line: Line, consumers: list[Consumer]) -> None:
     known = [Position(run, name, 5, 1) for run in range(1, 1001) for name in ("board", "other")]
     consumers.append(make_consumer(positions=lambda: known))
-    consumers[0].connect({"board": line.address})
+    consumers[0].connect({"board": line.endpoint})
     until(line, lambda: line.publisher.subscribers, "the subscription")
     (subscriber,) = line.publisher.subscribers.values()
     assert {position.producer for position in subscriber.positions} == {"board"}
@@ -532,7 +533,7 @@ def test_a_new_run_frees_no_block_of_the_previous_run(line: Line, consumers: lis
     # It has some blocks of run 2 already, from a previous subscription.
     positions = [Position(1, "board", 5, 1), Position(2, "board", 5, 1)]
     consumers.append(make_consumer(positions=lambda: positions))
-    consumers[0].connect({"board": line.address})
+    consumers[0].connect({"board": line.endpoint})
     reader = Reader(consumers[0])
     line.write(10)
     until(line, reader.has(lambda r: len(r.blocks) >= 3), "the blocks that it does not have")
@@ -561,7 +562,7 @@ def test_acknowledging_a_later_run_does_not_acknowledge_the_previous_run(line: L
 
 def test_a_storage_can_get_blocks_again_that_it_did_not_acknowledge(line: Line, consumers: list[Consumer]) -> None:
     consumers.append(make_consumer())
-    consumers[0].connect({"board": line.address})
+    consumers[0].connect({"board": line.endpoint})
     reader = Reader(consumers[0], acknowledge=False)
     line.begin()
     line.write(10)
@@ -576,7 +577,7 @@ def test_a_storage_can_get_blocks_again_that_it_did_not_acknowledge(line: Line, 
 
 def test_acknowledgements_from_before_the_close_are_sent(line: Line) -> None:
     consumer = make_consumer()
-    consumer.connect({"board": line.address})
+    consumer.connect({"board": line.endpoint})
     reader = Reader(consumer, acknowledge=False)
     line.begin()
     line.write(10)
@@ -590,7 +591,7 @@ def test_an_invalid_address_of_a_producer_affects_no_other_producer(
     line: Line, consumers: list[Consumer], caplog: pytest.LogCaptureFixture
 ) -> None:
     consumers.append(make_consumer())
-    consumers[0].connect({"a": "nonsense", "board": line.address})
+    consumers[0].connect({"a": Endpoint("nonsense"), "board": line.endpoint})
     reader = Reader(consumers[0])
     line.begin()
     line.write(10)
@@ -603,7 +604,7 @@ def test_two_consumers_of_one_name_do_not_supersede_each_other_in_turn(line: Lin
     core = Core()
     for session in ("old", "new"):
         consumers.append(make_consumer(session=session, core=core if session == "old" else Core()))
-        consumers[-1].connect({"board": line.address})
+        consumers[-1].connect({"board": line.endpoint})
         second = Reader(consumers[-1])
         until(line, second.has(lambda r: r.other), "WELCOME")
     (subscriber,) = line.publisher.subscribers.values()

@@ -63,10 +63,10 @@ class Wire:
         self.down: dict[bytes, deque[tuple[bytes, Any, Tracker]]] = {}
         self._head: tuple[bytes, bytes] | None = None
 
-    def recv_multipart(self, flags: int) -> list[bytes]:
+    def recv_multipart(self, flags: int, copy: bool) -> list[zmq.Frame]:
         if not self.inbox:
             raise zmq.Again
-        return self.inbox.popleft()
+        return [zmq.Frame(part) for part in self.inbox.popleft()]
 
     def send_multipart(self, parts: list[Any], flags: int) -> None:
         if parts[0] not in self.down:

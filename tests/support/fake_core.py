@@ -136,7 +136,7 @@ def producer_status(**changed: Any) -> dict[str, Any]:
 
 def producer(core: str) -> Actor:
     end = {"epoch": 7, "next": 3, "rows": 100, "counts": [counts(1, 100)], "warning": None}
-    info = {"stream": "tcp://127.0.0.1:1", "epoch": 7, "layout": 2, "asic": "2", "io_groups": [1], "source": "x"}
+    info = {"stream": ["tcp://127.0.0.1:1", ""], "epoch": 7, "layout": 2, "asic": "2", "io_groups": [1], "source": "x"}
     replies = {
         "prepare_run": {"epoch": 7, "layout": 2},
         "begin_run": {},

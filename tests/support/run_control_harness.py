@@ -7,6 +7,7 @@ from larpixdaq.control.catalogue import Catalogue
 from larpixdaq.control.registry import Registry
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.errors import LarpixDaqError
+from larpixdaq.keys.key_store import ANYONE
 from larpixdaq.protocol.control import Answer, Heartbeat, Register, packed
 
 KINDS = {
@@ -67,7 +68,7 @@ class Team:
         message = Register(
             name=name, kind=KINDS[name], instance=instance, info=info, run=run, begun=begun, actions=actions
         )
-        component = self.peers.register(message, name.encode(), self.now)
+        component = self.peers.register(message, name.encode(), self.now, ANYONE)
         self.runs.registered(component, self.now)
         return component
 

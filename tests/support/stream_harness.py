@@ -17,6 +17,7 @@ from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.block_store import BlockStore
 from larpixdaq.buffer.ring_file import RingFile
 from larpixdaq.buffer.spool import Spool, SpoolDirectory
+from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.stream import Block, End
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.record_file import crc32
@@ -44,6 +45,7 @@ class Line:
         socket = stream_router(self.context)
         socket.bind("tcp://127.0.0.1:0")
         self.address = socket.get(zmq.LAST_ENDPOINT).decode()
+        self.endpoint = Endpoint(self.address)
         self.ring_file = None if folder is None else RingFile.make(folder, folder, "board", 5, SMALLEST + extra)
         if self.ring_file is not None:
             self.ring = self.ring_file.ring
@@ -103,10 +105,11 @@ def until(line: Line, condition: Any, what: str, limit: float = LIMIT) -> None:
 
 
 class Core:
-    """The times that a consumer knows of the core: of its last message, and of the last heartbeat that it answered."""
+    """What a consumer knows of the core: times of its last message and of the last answered heartbeat, and no key."""
 
     def __init__(self) -> None:
         self.heard = self.confirmed = 0.0
+        self.key_pair = None
 
 
 def make_consumer(name: str = STORAGE, session: str = "s", mode: str = "all", **options: Any) -> Consumer:

@@ -35,7 +35,6 @@ class System:
         self.started: list[Process] = []  # all processes, also ended ones
         self.prefix: dict[str, list[str]] = {}
         self.env: dict[str, dict[str, str]] = {}
-        self._insecure = () if host == "127.0.0.1" else ("--insecure",)
         self._commands: dict[str, tuple[str, tuple[object, ...]]] = {}
         self._operator: Operator | None = None
         self._stack = stack
@@ -50,7 +49,6 @@ class System:
         process = Process(
             f"larpixdaq.{module}",
             *arguments,
-            *self._insecure,
             directory=self.folder / "out",
             env=self.env.get(key),
             prefix=self.prefix.get(key, ()),

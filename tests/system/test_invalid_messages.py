@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import zmq
 from processes import LIMIT, Process, until
+from raw_sockets import use_key
 from system import System, rows_of, system
 
 from larpixdaq.errors import RequestError
@@ -31,12 +32,14 @@ class Sockets:
         self.context: zmq.Context[Any] = zmq.Context()
         self._sockets: list[Any] = []
 
-    def connect(self, kind: int, address: str) -> Any:
+    def connect(self, kind: int, address: str, core: str, server: str = "") -> Any:
+        """Connect with the user's key for `core`, to the core or to the component with the key `server`."""
         new = self.context.socket(kind)
         self._sockets.append(new)
         new.setsockopt(zmq.LINGER, 0)
         new.setsockopt(zmq.SNDTIMEO, int(LIMIT * 1000))
         new.setsockopt(zmq.RCVTIMEO, int(LIMIT * 1000))
+        use_key(new, core, server)
         new.connect(address)
         return new
 
@@ -85,9 +88,9 @@ def raw_garbage(address: str) -> None:
                 continue  # closed after the first bytes
 
 
-def garbage(sockets: Sockets, address: str, kind: int) -> None:
-    """Send meaningless messages, and one that is larger than allowed."""
-    talker = sockets.connect(kind, address)
+def garbage(sockets: Sockets, address: str, kind: int, core: str, server: str) -> None:
+    """Send meaningless messages with the user's key, one that is larger than allowed, and bytes without a key."""
+    talker = sockets.connect(kind, address, core, server)
     for parts in (
         [b""],
         [os.urandom(100)],
@@ -97,7 +100,7 @@ def garbage(sockets: Sockets, address: str, kind: int) -> None:
         [bytes(1000)],
     ):
         talker.send_multipart(parts)
-    sockets.connect(kind, address).send(bytes(100_000_000))  # for which the connection is closed
+    sockets.connect(kind, address, core, server).send(bytes(100_000_000))  # for which the connection is closed
     raw_garbage(address)
 
 
@@ -106,9 +109,14 @@ def test_garbage_at_every_socket_during_a_run(line: System, sockets: Sockets) ->
     line.launch_log()
     line.await_kinds(operator, "log")
     begin(operator)
-    (stream,) = [c["info"]["stream"] for c in operator.components().result(LIMIT) if c["kind"] == "producer"]
-    for address, kind in ((line.core, zmq.DEALER), (line.log, zmq.PUSH), (stream, zmq.DEALER)):
-        garbage(sockets, address, kind)
+    info = {c["kind"]: c["info"] for c in operator.components().result(LIMIT)}
+    listening = (
+        (zmq.DEALER, line.core, ""),
+        (zmq.PUSH, *info["log"]["log"]),
+        (zmq.DEALER, *info["producer"]["stream"]),
+    )
+    for kind, address, server in listening:
+        garbage(sockets, address, kind, line.core, server)
         more_packets(line, operator)
     until(lambda: operator.status().result(LIMIT)["refused_messages"] >= 6, "refused messages in the status")
     until(lambda: line.status_of(operator, "log").get("refused", 0) >= 5, "refused records in the log's status")
@@ -123,7 +131,7 @@ class Raw:
     """Client that opens a session as an Operator does, and then sends any bytes."""
 
     def __init__(self, sockets: Sockets, core: str) -> None:
-        self.socket = sockets.connect(zmq.DEALER, core)
+        self.socket = sockets.connect(zmq.DEALER, core, core)
         self.socket.send(pack(Open(name="raw", instance="raw")))
         while not isinstance(message := unpack_core(self.socket.recv()), Welcome):
             pass

@@ -240,11 +240,6 @@ def test_invalid_addresses(address: str, words: str, started: Started) -> None:
         started.fails(module, "--core", address, *options, words=words)
 
 
-def test_addresses_that_other_machines_can_reach(started: Started) -> None:
-    for module, *more in (("core",), ("log",), ("producer", "--fake", "--ring", "16MiB")):
-        started.fails(module, "--address", "tcp://0.0.0.0", *more, words="or say --insecure")
-
-
 # Ports, directories, no core
 
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from larpixdaq.control.registry import Registry
+from larpixdaq.keys.key_store import ANYONE
 from larpixdaq.protocol.control import Heartbeat, Register
 from larpixdaq.runtime.timing import next_beat, wait_ms
 
@@ -40,8 +41,8 @@ def test_no_wait_after_the_due_time() -> None:
 def test_lost_and_stuck_components_are_found_at_the_due_time(silent: float, queued: int, idle: float) -> None:
     peers = Registry()
     assert peers.due() == float("inf")
-    component = peers.register(Register(name="a", kind="storage", instance="i"), b"", 100.0)
-    peers.identify(component.session, b"", 101.0)
+    component = peers.register(Register(name="a", kind="storage", instance="i"), b"", 100.0, ANYONE)
+    peers.identify(component.session, b"", 101.0, ANYONE)
     peers.take_heartbeat(component, Heartbeat(queued=queued, idle=idle), 101.0)
     now, due = 101.0 + silent, peers.due()
     if peers.check(now):

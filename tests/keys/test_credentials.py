@@ -1,0 +1,93 @@
+"""Connection files, keys of invitations, and tokens."""
+
+import os
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from larpixdaq.errors import ConfigError, FileError, LarpixDaqError
+from larpixdaq.keys import credentials
+from larpixdaq.keys.credentials import Credentials
+from larpixdaq.keys.curve import new_pair
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def given_key(address: str, name: str = "", role: str = "owner") -> Credentials:
+    return Credentials(address, new_pair().public, *new_pair(), name, role)
+
+
+def test_the_user_of_a_core_finds_its_connection_file():
+    made = given_key("tcp://127.0.0.1:5551")
+    path = credentials.connection_file(made.address)
+    credentials.write(path, made)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert credentials.find("tcp://127.0.0.1:5551") == credentials.find("tcp://127.0.0.1:5551", "Storage") == made
+    assert credentials.find("tcp://127.0.0.1:5552") is None
+
+
+@pytest.mark.parametrize("listens", ["tcp://*:5551", "tcp://0.0.0.0:5551", "tcp://[::]:5551"])
+def test_a_core_at_all_interfaces_is_found_by_this_hosts_addresses_only(listens):
+    made = given_key(listens)
+    credentials.write(credentials.connection_file(listens), made)
+    assert credentials.find("tcp://127.0.0.1:5551") == made
+    assert credentials.find("tcp://192.0.2.1:5551") is None
+
+
+def test_the_key_of_an_invitation_goes_to_its_name():
+    core = "tcp://192.0.2.1:5551"
+    for name, role in (("Storage", "component"), ("night shift/2", "observer")):
+        credentials.write(credentials.joined_file(core, name), given_key(core, name, role))
+    assert credentials.find(core, "Storage").name == "Storage"
+    assert credentials.find(core, "Storage 2") is None
+    assert credentials.find(core).name == "night shift/2"  # an Operator has no name of a component
+
+
+def test_keys_that_others_can_read_and_damaged_ones_are_refused():
+    path = credentials.connection_file("tcp://127.0.0.1:5551")
+    credentials.write(path, given_key("tcp://127.0.0.1:5551"))
+    path.chmod(0o644)
+    with pytest.raises(FileError, match="expected mode 600, found 644"):
+        credentials.find("tcp://127.0.0.1:5551")
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(FileError, match="remove it and join again"):
+        credentials.find("tcp://127.0.0.1:5551")
+    os.unlink(path)
+    assert credentials.find("tcp://127.0.0.1:5551") is None
+
+
+def test_a_token_survives_the_line_breaks_of_a_mail_program():
+    server, pair = new_pair().public, new_pair()
+    token = credentials.make_token("tcp://daq.example.org:5551", server, pair)
+    broken = "\n ".join(token[at : at + 60] for at in range(0, len(token), 60))
+    found = credentials.read_token(f" {broken}\n")
+    assert (found.address, found.server, found.pair) == ("tcp://daq.example.org:5551", server, pair)
+
+
+def test_half_a_token_says_that_it_is_not_whole():
+    token = credentials.make_token("tcp://192.0.2.1:5551", new_pair().public, new_pair())
+    for cut in range(1, len(token)):
+        with pytest.raises(ConfigError, match=r"^token: "):
+            credentials.read_token(token[:cut])
+
+
+@given(st.text())
+def test_no_text_is_taken_for_a_token(text):
+    with pytest.raises(ConfigError, match=r"^token: "):
+        credentials.read_token(text)
+
+
+TOKEN = credentials.make_token("tcp://192.0.2.1:5551", new_pair().public, new_pair())
+
+
+@given(st.integers(0, len(TOKEN) - 1), st.characters(codec="ascii", exclude_categories=["Cc", "Zs"]))
+def test_a_token_with_another_character_is_refused(at, other):
+    assume(other != TOKEN[at])
+    with pytest.raises(LarpixDaqError, match=r"^token: "):
+        credentials.read_token(TOKEN[:at] + other + TOKEN[at + 1 :])

@@ -1,0 +1,131 @@
+"""Connections with keys, over real sockets: who is admitted, whose a message is, and connections that are closed."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import zmq
+from processes import until
+from raw_sockets import Context
+
+from larpixdaq.errors import ProtocolError
+from larpixdaq.keys.curve import Doorkeeper, Handshakes, KeyPair, connect_with, new_pair
+
+
+class House:
+    """A ROUTER with a doorkeeper; `allowed` are the keys that it admits."""
+
+    def __init__(self, context: zmq.Context) -> None:
+        self.pair, self.allowed = new_pair(), set()
+        self.door = Doorkeeper(context, self.pair, self.allowed.__contains__, "test")
+        self.router = context.socket(zmq.ROUTER)
+        self.door.guard(self.router)
+        self.router.bind("tcp://127.0.0.1:*")
+        self.address = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def next(self) -> list[zmq.Frame] | None:
+        self.door.answer()
+        with contextlib.suppress(zmq.Again):
+            return self.router.recv_multipart(zmq.NOBLOCK, copy=False)
+        return None
+
+
+class Guest:
+    def __init__(self, context: zmq.Context, house: House, pair: KeyPair | None, server: str = "", route=b"") -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.IMMEDIATE, 1)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        if route:
+            self.socket.setsockopt(zmq.ROUTING_ID, route)
+        if pair is not None:
+            connect_with(self.socket, pair, server or house.pair.public)
+        self.handshakes = Handshakes(self.socket)
+        self.socket.connect(house.address)
+
+    def send(self, house: House) -> list[zmq.Frame]:
+        """Say something until it has come."""
+
+        def sent():
+            house.door.answer()
+            with contextlib.suppress(zmq.Again):
+                self.socket.send(b"hello", zmq.NOBLOCK)
+                return True
+
+        until(sent, "a connection")
+        return until(house.next, "a message")
+
+    def fails(self, house: House) -> str:
+        return until(lambda: (house.door.answer(), self.handshakes.look())[1], "a handshake to fail")
+
+
+@pytest.fixture
+def contexts() -> Iterator[tuple[zmq.Context, zmq.Context]]:
+    made = Context(), Context()
+    yield made
+    for context in made:
+        context.destroy(0)
+
+
+def test_an_allowed_key_is_admitted_and_its_messages_carry_it(contexts):
+    house, pairs = House(contexts[0]), [new_pair(), new_pair()]
+    house.allowed |= {pair.public for pair in pairs}
+    guests = [Guest(contexts[1], house, pair) for pair in pairs]
+    for _ in range(2):
+        for guest, pair in zip(guests, pairs, strict=True):
+            route, frame = guest.send(house)
+            assert house.door.sender(route.bytes, frame) == house.door.key_of(frame) == pair.public
+    assert house.door.refused == 0
+
+
+def test_who_has_no_key_or_an_unknown_one_is_refused(contexts):
+    house = House(contexts[0])
+    assert Guest(contexts[1], house, new_pair()).fails(house) == "key"
+    assert house.door.refused == 1
+    assert Guest(contexts[1], house, None).fails(house) == "peer"
+    assert house.next() is None
+
+
+def test_a_client_refuses_a_server_with_another_key(contexts):
+    house, pair = House(contexts[0]), new_pair()
+    house.allowed.add(pair.public)
+    assert Guest(contexts[1], house, pair, server=new_pair().public).fails(house) == "peer"
+    assert house.next() is None
+    assert house.door.refused == 0
+
+
+def test_a_revoked_key_loses_its_open_connection_and_gets_no_new_one(contexts):
+    house, pair, other = House(contexts[0]), new_pair(), new_pair()
+    house.allowed |= {pair.public, other.public}
+    guest, stays = Guest(contexts[1], house, pair), Guest(contexts[1], house, other)
+    route = house_route(guest, house)
+    assert house_route(stays, house) != route
+    house.allowed.remove(pair.public)
+    assert house.door.disconnect(pair.public) == [route]
+    assert guest.fails(house) == "key"
+    assert house_route(stays, house)
+    assert house.door.disconnect(pair.public) == []
+
+
+def house_route(guest: Guest, house: House) -> bytes:
+    route, frame = guest.send(house)
+    house.door.sender(route.bytes, frame)
+    return route.bytes
+
+
+def test_a_peer_that_chooses_its_own_route_is_refused(contexts):
+    house, pair = House(contexts[0]), new_pair()
+    house.allowed.add(pair.public)
+    route, frame = Guest(contexts[1], house, pair, route=b"mine").send(house)
+    with pytest.raises(ProtocolError, match="routing id was set by the peer"):
+        house.door.sender(route.bytes, frame)
+
+
+def test_without_keys_everybody_is_admitted(contexts):
+    door = Doorkeeper(contexts[0], None, lambda key: False, "test")
+    house = House.__new__(House)
+    house.door, house.router = door, contexts[0].socket(zmq.ROUTER)
+    door.guard(house.router)
+    house.router.bind("tcp://127.0.0.1:*")
+    house.address = house.router.getsockopt_string(zmq.LAST_ENDPOINT)
+    route, frame = Guest(contexts[1], house, None).send(house)
+    assert door.sender(route.bytes, frame) == ""

@@ -1,0 +1,293 @@
+"""Who has no key, or not the right one, changes nothing. Another state directory stands for another user or host."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from processes import LIMIT, Process, until
+from raw_sockets import Context, use_key
+from system import System, system
+
+from larpixdaq.control.log_shipping import LogRecord
+from larpixdaq.errors import NoCore, NotAllowed, RequestError
+from larpixdaq.hdf5.verify import verify
+from larpixdaq.keys import credentials
+from larpixdaq.keys.curve import connect_with, new_pair
+from larpixdaq.operator import Operator
+from larpixdaq.protocol.control import Open, Register, pack, unpack_core
+from larpixdaq.protocol.stream import STREAM_VERSION, Ack, Hello, Refused, unpack_producer
+from larpixdaq.protocol.stream import pack as pack_frame
+
+
+class Other:
+    """Another user, or the same one on another host: with an own state directory, and at first without a key."""
+
+    def __init__(self, folder: Path, core: str) -> None:
+        self.folder, self.core = folder, core
+        self.env = {"XDG_STATE_HOME": str(folder)}
+        folder.mkdir()
+
+    def run(self, module: str, *arguments: object, status: int = 1) -> str:
+        """Run a program to its end, and return what it has printed."""
+        with Process(f"larpixdaq.{module}", *arguments, directory=self.folder / "out", env=self.env) as process:
+            assert process.wait() == status, process.stderr
+            return process.stdout + process.stderr
+
+    @contextlib.contextmanager
+    def here(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Be this user in the process of the test."""
+        with monkeypatch.context() as patch:
+            patch.setenv("XDG_STATE_HOME", str(self.folder))
+            yield
+
+    def join(self, operator: Operator, name: str, role: str) -> str:
+        """Invite this user and join; returns the token."""
+        token: str = operator.invite(name, role).result(LIMIT)["token"]
+        assert f"joined as {role} {name}" in self.run("cli", "keys", "join", token, status=0)
+        return token
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with system(tmp_path_factory.mktemp("system")) as made:
+        made.start("--fake", "5000")
+        made.launch_log()
+        yield made
+
+
+@pytest.fixture
+def operator(line: System) -> Iterator[Operator]:
+    with Operator(line.core, timeout=LIMIT) as operator:
+        line.await_kinds(operator, "log", "storage", "run_data", "producer")
+        yield operator
+
+
+@pytest.fixture
+def other(line: System, tmp_path: Path) -> Other:
+    return Other(tmp_path / "other", line.core)
+
+
+@pytest.fixture
+def sockets() -> Iterator[zmq.Context[Any]]:
+    context = Context()
+    yield context
+    context.destroy(0)
+
+
+def dealer(context: zmq.Context[Any], kind: int = zmq.DEALER) -> Any:
+    socket = context.socket(kind)
+    socket.linger, socket.rcvtimeo, socket.sndtimeo, socket.immediate = 0, int(LIMIT * 1000), int(LIMIT * 1000), 1
+    return socket
+
+
+@contextlib.contextmanager
+def complete_run(operator: Operator) -> Iterator[None]:
+    """A run that must be complete, and whose file must be good, whatever happens in it."""
+    operator.prepare_run().result(LIMIT)
+    operator.begin_run().result(LIMIT)
+    yield
+    ended = operator.end_run().result(LIMIT)
+    assert ended["condition"] == "COMPLETE", ended
+    assert all(verify(Path(path)).ok for path in ended["files"])
+
+
+def info_of(operator: Operator, kind: str) -> dict[str, Any]:
+    (found,) = [c["info"] for c in operator.components().result(LIMIT) if c["kind"] == kind]
+    return dict(found)
+
+
+def test_a_user_without_a_key_gets_one_line_that_says_what_to_do(line, operator, other):
+    says = other.run("cli", "status", "--core", line.core)
+    assert (
+        f"this user has no key for the core at {line.core}: its owner makes an invitation with `larpixdaq keys" in says
+    )
+    assert says.count("\n") == 1
+    for module, *more in (
+        ("run_data",),
+        ("log", "--address", "tcp://127.0.0.1:0"),
+        ("offline_storage", "-o", other.folder),
+    ):
+        assert "--role component`" in other.run(module, "--core", line.core, "--name", "New", *more)
+
+
+def test_sockets_without_a_known_key_change_nothing_in_a_run(line, operator, sockets):
+    stream, log = info_of(operator, "producer")["stream"], info_of(operator, "log")["log"]
+    own = credentials.find(line.core)
+    with complete_run(operator):
+        for kind, address, server in ((zmq.DEALER, line.core, own.server), (zmq.DEALER, *stream), (zmq.PUSH, *log)):
+            for pair, key in ((None, ""), (new_pair(), server), (own.pair, new_pair().public)):
+                socket = dealer(sockets, kind)
+                socket.sndtimeo = 300
+                if pair is not None:
+                    connect_with(socket, pair, key)
+                socket.connect(address)
+                with pytest.raises(zmq.Again):  # never connected
+                    socket.send(pack(Register(name="Offline storage", kind="storage", instance="i")))
+    assert "refused a connection from 127.0.0.1" in line.processes["core"].stderr
+
+
+def test_who_says_insecure_to_a_core_with_keys_is_told(line, operator, other):
+    assert "uses keys: leave out --insecure" in other.run(
+        "run_data", "--core", line.core, "--insecure", "--name", "New"
+    )
+    with pytest.raises(NotAllowed, match="uses keys"):
+        Operator(line.core, insecure=True, timeout=LIMIT)
+
+
+def test_an_observer_looks_and_changes_nothing(line, operator, other, monkeypatch):
+    other.join(operator, "watcher", "observer")
+    with other.here(monkeypatch), Operator(line.core, timeout=LIMIT) as observer:
+        assert observer.state().result(LIMIT) == "STOP"
+        assert observer.status().result(LIMIT)["insecure"] is False
+        producer = "LArPix board"
+        for request in (
+            observer.prepare_run(), observer.abort_run(), observer.comment("x"), observer.take_control(),
+            observer.release_control(), observer.call(producer, "power", on=True),
+            observer.call(producer, "run_routine"), observer.invite("more", "operator"), observer.revoke("watcher"),
+            observer.keys(),
+        ):  # fmt: skip
+            with pytest.raises(NotAllowed, match=r"observer 'watcher'"):
+                request.result(LIMIT)
+    operator.revoke("watcher").result(LIMIT)
+
+
+def test_an_operators_key_works_under_its_own_name_and_is_no_components(line, operator, other, monkeypatch):
+    other.join(operator, "night", "operator")
+    with other.here(monkeypatch), Operator(line.core, name="somebody else", timeout=LIMIT) as invited:
+        assert invited.take_control().result(LIMIT)["by"] == "night"
+        with pytest.raises(NotAllowed, match="keys are for the core's own user"):
+            invited.invite("more", "operator").result(LIMIT)
+    assert "this user has no key" in other.run("run_data", "--core", line.core, "--name", "New")
+    operator.revoke("night").result(LIMIT)
+
+
+def test_a_components_key_registers_under_its_name_alone(line, operator, other, sockets):
+    other.join(operator, "Second monitor", "component")
+    with other_monitor(other, line.core):
+        until(lambda: "Second monitor" in names(operator), "the monitor with its own key")
+        rate = operator.packet_rate(channels=False, component="Second monitor")
+        assert rate.result(LIMIT)["run"] is None
+    pair = credentials.read(next(other.folder.rglob("*.key.json"))).pair
+    socket = dealer(sockets)
+    connect_with(socket, pair, credentials.find(line.core).server)
+    socket.connect(line.core)
+    for message in (Register(name="Offline storage", kind="storage", instance="i"), Open(name="o", instance="i")):
+        socket.send(pack(message))
+        assert unpack_core(socket.recv()).error == "not_allowed"
+    operator.revoke("Second monitor").result(LIMIT)
+
+
+def names(operator: Operator) -> list[str]:
+    return [c["name"] for c in operator.components().result(LIMIT) if c["alive"]]
+
+
+def other_monitor(other: Other, core: str) -> Process:
+    arguments = ("--core", core, "--name", "Second monitor")
+    return Process("larpixdaq.run_data", *arguments, directory=other.folder / "out", env=other.env)
+
+
+def test_a_component_acknowledges_and_logs_under_no_other_name(line, operator, other, sockets):
+    """With a valid key, at the producer and the log."""
+    other.join(operator, "Second monitor", "component")
+    pair = credentials.read(next(other.folder.rglob("*.key.json"))).pair
+    address, server = info_of(operator, "producer")["stream"]
+    with complete_run(operator):
+        stream = dealer(sockets)
+        connect_with(stream, pair, server)
+        stream.connect(address)
+        epoch = info_of(operator, "producer")["epoch"]
+        for _ in range(2):  # the core's word on a new consumer may come after its first HELLO
+            stream.send(pack_frame(Hello(STREAM_VERSION, "Offline storage", "made up", "all", [])))
+        stream.send(pack_frame(Ack(1, epoch, 1 << 40)))
+        answers = [unpack_producer(stream.recv(), "producer") for _ in range(2)]
+        assert answers == [Refused("the core does not confirm the session of Offline storage"), Refused("hello")]
+        address, server = info_of(operator, "log")["log"]
+        push = dealer(sockets, zmq.PUSH)
+        connect_with(push, pair, server)
+        push.connect(address)
+        refused = line.status_of(operator, "log")["refused"]
+        push.send(msgspec.msgpack.encode(LogRecord(0.0, logging.ERROR, "LArPix board", "forged")))
+        until(lambda: line.status_of(operator, "log")["refused"] > refused, "the record to be refused")
+    operator.revoke("Second monitor").result(LIMIT)
+    assert "forged" not in Path(info_of(operator, "log")["file"]).read_text()
+
+
+def test_a_revoked_key_loses_its_connections_within_a_second(line, operator, other, monkeypatch):
+    other.join(operator, "Second monitor", "component")
+    with other_monitor(other, line.core) as process, complete_run(operator):
+        until(lambda: "Second monitor" in names(operator), "the monitor")
+        until(
+            lambda: operator.packet_rate(channels=False, component="Second monitor").result(LIMIT)["packets"],
+            "packets in the monitor",
+        )
+        operator.revoke("Second monitor").result(LIMIT)
+        assert "Second monitor" not in names(operator)
+        until(lambda: "has no key any more: disconnected" in line.processes["producer"].stderr, "the producer", 1.0)
+        assert process.stop() == 0
+    assert "it was revoked" in other.run("run_data", "--core", line.core, "--name", "Second monitor")
+    other.join(operator, "alice", "operator")
+    with other.here(monkeypatch), Operator(line.core, timeout=LIMIT) as alice:
+        assert alice.state().result(LIMIT) == "STOP"
+        operator.revoke("alice").result(LIMIT)
+        with pytest.raises(NoCore):
+            alice.state().result(LIMIT)
+        with pytest.raises(NotAllowed, match="refuses the key of 'alice': it was revoked"):
+            Operator(line.core, timeout=LIMIT)
+
+
+def test_used_expired_revoked_and_cut_tokens(line, operator, other):
+    token = other.join(operator, "bob", "operator")
+    assert "the invitation of 'bob' was used" in other.run("cli", "keys", "join", token)
+    with pytest.raises(RequestError, match="'bob' has a key already"):
+        operator.invite("bob", "operator").result(LIMIT)
+    operator.revoke("bob").result(LIMIT)
+    token = operator.invite("eve", "operator", expires=0.001).result(LIMIT)["token"]
+    assert "the invitation of 'eve' expired" in other.run("cli", "keys", "join", token)
+    token = operator.invite("eve", "operator").result(LIMIT)["token"]
+    operator.revoke("eve").result(LIMIT)
+    assert "the invitation of 'eve' was revoked" in other.run("cli", "keys", "join", token)
+    assert "token: expected" in other.run("cli", "keys", "join", token[: len(token) // 2])
+    token = credentials.make_token(line.core, credentials.find(line.core).server, new_pair())
+    assert "does not know this invitation" in other.run("cli", "keys", "join", token)
+    token = credentials.make_token(line.core, new_pair().public, new_pair())
+    assert "is not the one that made this token" in other.run("cli", "keys", "join", token)
+
+
+def test_keys_are_listed(line, operator, other):
+    other.join(operator, "carol", "observer")
+    operator.invite("dave", "component").result(LIMIT)
+    program = [sys.executable, "-m", "larpixdaq", "keys", "list", "--core", line.core]
+    says = subprocess.run(program, check=True, capture_output=True, text=True, timeout=LIMIT).stdout
+    assert "carol: observer, since 20" in says
+    assert "dave: invited as component, open until 20" in says
+    for name in ("carol", "dave"):
+        operator.revoke(name).result(LIMIT)
+    assert operator.keys().result(LIMIT) == {"members": [], "invitations": []}
+
+
+def test_a_core_with_a_new_key_store_is_found_by_its_own_user_again(line, operator, sockets):
+    """Its components and Operators take over the new key while they run, and the run goes on."""
+    with complete_run(operator):
+        line.processes["core"].kill()
+        (line.folder / "state" / "keys" / "core.json").rename(line.folder / "old.json")
+        line.restart("core")
+        with Operator(line.core, timeout=LIMIT) as again:
+            line.await_kinds(again, "log", "storage", "run_data", "producer")
+    use_key(dealer(sockets), line.core)
+    assert credentials.find(line.core).server not in (line.folder / "old.json").read_text()
+
+
+def test_a_connection_file_that_was_removed_is_written_again(line, operator):
+    path = credentials.connection_file(line.core)
+    path.unlink()
+    until(path.exists, "the connection file")
+    assert line.processes["core"].popen.poll() is None
