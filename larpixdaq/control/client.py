@@ -303,7 +303,7 @@ class Connection:
         request = Request(action, self.link.silence, words)
         if self._closed or self.link.silence() > NO_CORE:
             why = "this Operator is closed" if self._closed else f"no core is heard at {self.link.core}"
-            request.take(_failure(NoCore(f"{action}: {why}")))
+            request.take(_failure(self._no_core(action, why)))
             return request
         with self._guard:
             number = f"{self._instance[:16]}-{next(self._ids)}"
@@ -314,6 +314,11 @@ class Connection:
             self._sent[number] = _Sent(message, weakref.ref(request), request.outcome, time.monotonic() + _RESEND)
         self.link.send(message)
         return request
+
+    def _no_core(self, action: str, why: str) -> LarpixDaqError:
+        if self._key_refused:
+            return NotAllowed(f"{action}: {self._refusal}")
+        return NoCore(f"{action}: {why}")
 
     def ignore_open_requests(self) -> None:
         """Print no errors of the requests that are open now."""
@@ -349,6 +354,7 @@ class Connection:
         if isinstance(message, Update):
             self.last_update = message
             if isinstance(message, Welcome):
+                self._key_refused = False
                 self._reopened()
         elif isinstance(message, Answer):
             self._answered(message)
@@ -397,8 +403,8 @@ class Connection:
             for message in self.link.take_unsent():
                 sent = self._sent.get(message.request)
                 if sent is not None and not sent.acknowledged:
-                    text = f"{sent.message.action}: the core at {self.link.core} has not acknowledged it"
-                    self._deliver(message.request, _failure(NoCore(text)))
+                    why = f"the core at {self.link.core} has not acknowledged it"
+                    self._deliver(message.request, _failure(self._no_core(sent.message.action, why)))
             return True
         now = time.monotonic()
         for sent in list(self._sent.values()):

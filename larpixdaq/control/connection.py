@@ -140,10 +140,10 @@ class CoreConnection:
     def _check_key(self) -> None:
         """Look for a new key while the core is not heard, and report why there is no connection."""
         now = time.monotonic()
+        failure = self._handshakes.look() if self._handshakes is not None else ""  # each turn: events must not wait
         if now < self._key_due or now - self.heard < _KEY_INTERVAL:
             return
         self._key_due = now + (_KEY_RETRY if self._socket is None else _KEY_INTERVAL)
-        failure = self._handshakes.look() if self._handshakes is not None else ""
         if failure == "peer" and self._failure == "key":  # the connection was closed before the refusal was read
             failure = "key"
         previous, error = self.credentials, ""

@@ -184,7 +184,10 @@ def _peer(descriptor: int) -> Any:
 
 
 class Handshakes:
-    """Tells why a connecting socket gets no connection: the other side refuses its key, or is no one it knows."""
+    """Tells why a connecting socket gets no connection.
+
+    look() must be called several times a minute, because libzmq's thread waits when a thousand events wait.
+    """
 
     def __init__(self, socket: zmq.Socket[Any]) -> None:
         events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH

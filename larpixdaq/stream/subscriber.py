@@ -309,7 +309,8 @@ class Consumer:
         if not self._session_check.may_act():
             return
         now = self._clock()
-        if not connection.subscribed and now >= connection.opened_at + KEY_INTERVAL and connection.key_refused():
+        refused = connection.key_refused()  # each time, so that libzmq's events never wait
+        if refused and not connection.subscribed and now >= connection.opened_at + KEY_INTERVAL:
             # libzmq does not connect again after that, and the producer may know the key by now.
             log.warning("%s refuses the key of %s; trying again", connection.name, self.name)
             self._drop(connection)
