@@ -9,6 +9,7 @@ if __spec__ is None and sys.path[0].endswith("larpixdaq"):
 import argparse
 import contextlib
 import logging
+import os
 import secrets
 import time
 from pathlib import Path
@@ -135,6 +136,7 @@ class Core:
         self._refusals = 0
         self._refusal_logged = 0.0
         self._connection_error = ""
+        credentials.remove_stale_files()
         self._connection_file = self._write_connection_file()
         self._shipper = LogShipper("core", self._context)
         self._shipper.attach()
@@ -150,9 +152,9 @@ class Core:
     def _write_connection_file(self) -> tuple[Path, Credentials] | None:
         """Write the file by which processes of the same user find the core and its key; a failure is logged."""
         try:
-            path, own = credentials.connection_file(self.address), Credentials(self.address)
-            if self._keys is not None:
-                own = Credentials(self.address, self._keys.server.public, *self._keys.owner)
+            path = credentials.connection_file(self.address)
+            server, pair = ("", ("", "")) if self._keys is None else (self._keys.server.public, self._keys.owner)
+            own = Credentials(self.address, server, *pair, pid=os.getpid())
             credentials.write(path, own)
         except FileError as error:
             if self._connection_error != str(error):

@@ -49,6 +49,7 @@ class Credentials(msgspec.Struct, frozen=True):
     secret: _Key = ""
     name: str = ""  # as which it was invited; "": the core's own user
     role: str = "owner"
+    pid: int = 0  # of the core, in its connection file
 
     @property
     def pair(self) -> KeyPair:
@@ -122,6 +123,18 @@ def _file_name(address: str) -> str:
 def connection_file(address: str) -> Path:
     """The file that a core which listens at `address` leaves for its own user."""
     return _directory() / f"{_file_name(address)}.json"
+
+
+def remove_stale_files() -> None:
+    """Remove the connection files of cores of this host that were killed. A file that cannot be read stays."""
+    for path in _directory().glob("*.json"):
+        with contextlib.suppress(OSError):
+            found = read(path)
+            if found is not None and found.pid:
+                try:
+                    os.kill(found.pid, 0)
+                except ProcessLookupError:
+                    path.unlink()
 
 
 def joined_file(address: str, name: str) -> Path:

@@ -1,7 +1,10 @@
 """Connection files, keys of invitations, and tokens."""
 
 import os
+import subprocess
+import sys
 
+import msgspec
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -46,6 +49,21 @@ def test_the_key_of_an_invitation_goes_to_its_name():
     assert credentials.find(core, "Storage").name == "Storage"
     assert credentials.find(core, "Storage 2") is None
     assert credentials.find(core).name == "night shift/2"  # an Operator has no name of a component
+
+
+def test_files_of_cores_that_were_killed_are_removed():
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for port, pid in ((1, dead.pid), (2, os.getpid())):
+        made = msgspec.structs.replace(given_key(f"tcp://127.0.0.1:{port}"), pid=pid)
+        credentials.write(credentials.connection_file(made.address), made)
+    damaged = credentials.connection_file("tcp://127.0.0.1:3")
+    damaged.write_bytes(b"{")
+    joined = credentials.joined_file("tcp://192.0.2.1:4", "Storage")
+    credentials.write(joined, given_key("tcp://192.0.2.1:4", "Storage", "component"))
+    credentials.remove_stale_files()
+    left = {path.name for path in damaged.parent.iterdir()}
+    assert left == {"127.0.0.1-2.json", "127.0.0.1-3.json", joined.name}
 
 
 def test_keys_that_others_can_read_and_damaged_ones_are_refused():
