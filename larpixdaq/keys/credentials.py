@@ -127,7 +127,11 @@ def connection_file(address: str) -> Path:
 
 def remove_stale_files() -> None:
     """Remove the connection files of cores of this host that were killed. A file that cannot be read stays."""
-    for path in _directory().glob("*.json"):
+    try:
+        paths = list(_directory().glob("*.json"))
+    except OSError:
+        return
+    for path in paths:
         with contextlib.suppress(OSError):
             found = read(path)
             if found is not None and found.pid:

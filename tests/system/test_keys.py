@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from processes import LIMIT, Process, until
+from processes import LIMIT, Process, free_port, until
 from raw_sockets import Context, use_key
 from system import System, system
 
@@ -284,6 +284,15 @@ def test_a_core_with_a_new_key_store_is_found_by_its_own_user_again(line, operat
             line.await_kinds(again, "log", "storage", "run_data", "producer")
     use_key(dealer(sockets), line.core)
     assert credentials.find(line.core).server not in (line.folder / "old.json").read_text()
+
+
+def test_a_core_without_a_place_for_its_connection_file_starts_and_says_so(tmp_path):
+    env = {"XDG_STATE_HOME": "/proc/nothing"}
+    arguments = ("--address", f"tcp://127.0.0.1:{free_port()}", "--state-dir", tmp_path)
+    with Process("larpixdaq.core", *arguments, directory=tmp_path / "out", env=env) as process:
+        until(lambda: "cannot find the core's key" in process.stderr, "the error")
+        assert process.stop() == 0
+    assert process.stderr.count("cannot find the core's key") == 1
 
 
 def test_a_connection_file_that_was_removed_is_written_again(line, operator):
