@@ -310,6 +310,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--forget-after", type=parse_duration, default="60s", metavar="TIME",
-        help="blocks that another storage of the run has are no longer kept for a storage that has been disconnected "
-        "for this long: 30s, 5min, 2h (default: %(default)s)",
+        help="blocks that another storage of the run has are no longer kept for a storage that has been disconnected, "
+        "or has acknowledged nothing, for this long: 30s, 5min, 2h (default: %(default)s)",
     )  # fmt: skip

@@ -85,8 +85,9 @@ class Publisher:
         forget_after: float,
         admission: Admission | None = None,
     ) -> None:
-        """`forget_after`: seconds without a subscription after which blocks that another storage has are no longer kept
-        for a required storage. `admission`: which consumers may subscribe; None: all."""
+        """`forget_after`: seconds without a subscription or an acknowledgement after which blocks that another storage
+        has are no longer kept for a required storage. `admission`: which consumers may subscribe; None: all.
+        """
         self._admission = admission
         self._unconfirmed: dict[bytes, tuple[Hello, str]] = {}  # by route, with the key
         self.own = own
@@ -99,9 +100,10 @@ class Publisher:
         self.run: int | None = None
         self.subscribers: dict[bytes, Subscriber] = {}
         self.freed = 0  # blocks
-        #: Required storages that have been disconnected for longer than `forget_after`.
+        #: Required storages that have been disconnected, or idle, for longer than `forget_after`.
         self.forgotten: frozenset[str] = frozenset()
-        self._disconnected: dict[str, float] = {}  # required storage without a subscription -> since when (monotonic)
+        #: Required storage -> sum of its positions, and since when (monotonic) it has been idle.
+        self._idle: dict[str, tuple[int, float]] = {}
         self._emptied_at = clock()  # when all waiting frames were last taken
         self._flooded_since: float | None = None  # since when frames have always been waiting
 
@@ -189,7 +191,7 @@ class Publisher:
                 self._serve_all(subscriber)
             else:
                 self._serve_latest(subscriber)
-        self._note_disconnected()
+        self._note_idle()
         for store in self.stores:
             self.freed += store.free(self.forgotten)
             if store is not self.own and store.tail == store.head:
@@ -374,19 +376,31 @@ class Publisher:
 
     # Storages that stay disconnected
 
-    def _note_disconnected(self) -> None:
-        """Note which required storages are disconnected, and log those that are forgotten or connected again."""
+    def _note_idle(self) -> None:
+        """Note since when required storages have acknowledged nothing, and log those that are forgotten or come back.
+
+        A connected storage counts as idle only while another one has blocks that it has not.
+        """
         connected = {subscriber.name for subscriber in self.subscribers.values() if subscriber.mode == "all"}
         now = self._clock()
-        self._disconnected = {name: self._disconnected.get(name, now) for name in self._required() - connected}
-        forgotten = frozenset(name for name, since in self._disconnected.items() if now - since > self._forget_after)
+        idle: dict[str, tuple[int, float]] = {}
+        for name in self._required():
+            segments = [segment for store in self.stores for segment in store.segments if name in segment.required]
+            done = sum(segment.position(name) for segment in segments)
+            behind = any(segment.position(name) < max(map(segment.position, segment.required)) for segment in segments)
+            previous, since = self._idle.get(name, (done, now))
+            works = name in connected and (done != previous or not behind)
+            idle[name] = done, now if works else since
+        self._idle = idle
+        forgotten = frozenset(name for name, (_, since) in idle.items() if now - since > self._forget_after)
         for name in forgotten - self.forgotten:
+            what = "has acknowledged nothing" if name in connected else "has been disconnected"
             log.error(
-                "%s has been disconnected for %g s: blocks that another storage has are no longer kept for it",
-                name, self._forget_after,
+                "%s %s for %g s: blocks that another storage has are no longer kept for it",
+                name, what, self._forget_after,
             )  # fmt: skip
-        for name in self.forgotten & connected:
-            log.warning("%s is connected again; blocks that were not kept for it are missing there", name)
+        for name in self.forgotten & idle.keys() - forgotten:
+            log.warning("%s acknowledges again; blocks that were not kept for it are missing there", name)
         self.forgotten = forgotten
 
 

@@ -399,10 +399,37 @@ def test_a_forgotten_storage_holds_only_blocks_that_no_other_has(
     until(line, late.has(lambda r: len(r.blocks) == 2), "the blocks that are left")
     assert [block.sequence for block in late.blocks] == [3, 4]
     assert line.ring.tail == 3
+    until(line, lambda: not line.publisher.forgotten, "the acknowledgement of the second storage")
     messages = [one.message for one in caplog.records]
     assert len(messages) == 2
     assert messages[0].startswith("second has been disconnected for 60 s")
-    assert messages[1].startswith("second is connected again")
+    assert messages[1].startswith("second acknowledges again")
+
+
+def test_a_connected_storage_that_never_acknowledges_is_forgotten_too(
+    make: Callable[..., Line], consumers: list[Consumer]
+) -> None:
+    """If another storage has its blocks. The other one, whose blocks nobody else has, is not."""
+    now = [1000.0]
+    line = make(clock=lambda: now[0], forget_after=60.0)
+    line.begin(1, (STORAGE, "second"))
+    for _ in range(5):
+        line.write(10)
+    silent = subscribe(line, consumers, name="second", acknowledge=False)
+    reader = subscribe(line, consumers, acknowledge=False)
+    for one in (silent, reader):
+        until(line, one.has(lambda r: len(r.blocks) == 5), "all blocks")
+    consumers[1].acknowledge(BlockOrigin(1, "board", 5), 3)
+    until(line, lambda: line.publisher.own.segments[0].position(STORAGE) == 3, "the acknowledgement")
+    for seconds, tail in ((59, 0), (2, 3), (1000, 3)):
+        now[0] += seconds
+        for subscriber in line.publisher.subscribers.values():
+            subscriber.heard_at = now[0]
+        line.work()
+        assert line.ring.tail == tail
+    assert line.publisher.forgotten == {"second"}
+    consumers[0].acknowledge(BlockOrigin(1, "board", 5), 5)
+    until(line, lambda: not line.publisher.forgotten, "the storage that acknowledges again")
 
 
 def test_the_blocks_of_a_single_storage_are_never_freed(make: Callable[..., Line]) -> None:

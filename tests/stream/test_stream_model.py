@@ -226,7 +226,7 @@ class Stream(RuleBasedStateMachine):
         self.ring_file = RingFile.make(self.folder, self.folder, NAME, self.epoch, SMALLEST)
         self.recorder = BlockBuilder(self.ring_file.ring, NAME, self.epoch, LAYOUT, [1])
         own = BlockStore(NAME, self.epoch, self.ring_file.ring, Spool(spool), self.ring_file)
-        self.publisher = Publisher(own, self.wire, lambda: self.now, forget_after=60.0)  # type: ignore[arg-type]
+        self.publisher = Publisher(own, self.wire, lambda: self.now, forget_after=1e6)  # type: ignore[arg-type]
         for left in Predecessors(NAME, self.folder, self.folder, spool, 0).take_over({self.epoch}):
             store = BlockStore.inherited(NAME, left, spool)
             self.publisher.adopt(store)
