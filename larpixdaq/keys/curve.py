@@ -27,6 +27,8 @@ _ZAP: Final = "inproc://zeromq.zap.01"
 _HANDSHAKE_LIMIT: Final = 5000
 #: Connections whose key is remembered; that of an older one is read again from its next message.
 _REMEMBERED: Final = 4096
+#: Bytes that CURVE adds to a message part (33), which count in libzmq's MAXMSGSIZE.
+_OVERHEAD: Final = 64
 #: Maximum number of ZAP requests that are answered in one turn of the loop.
 _TURN: Final = 100
 
@@ -68,7 +70,7 @@ def dealer(
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.RCVHWM, queue)
-    socket.setsockopt(zmq.MAXMSGSIZE, largest)
+    socket.setsockopt(zmq.MAXMSGSIZE, largest + _OVERHEAD)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
     socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # because the kernel's own waits grow while a network is down
@@ -109,12 +111,15 @@ class Doorkeeper:
         self.socket.bind(_ZAP)
 
     def guard(self, socket: zmq.Socket[Any]) -> None:
-        """Require keys on a listening socket; to be called before bind()."""
+        """Require keys on a listening socket; to be called before bind(), and after its MAXMSGSIZE was set."""
         socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_LIMIT)
         if self._pair is not None:
             socket.curve_server = True
             socket.curve_secretkey = self._pair.secret.encode()
             socket.zap_domain = b"larpixdaq"
+            limit = int(socket.getsockopt(zmq.MAXMSGSIZE))
+            if limit > 0:
+                socket.setsockopt(zmq.MAXMSGSIZE, limit + _OVERHEAD)
 
     def answer(self) -> None:
         """Answer libzmq's questions about new connections."""

@@ -11,6 +11,9 @@ from raw_sockets import Context
 from larpixdaq.errors import ProtocolError
 from larpixdaq.keys.curve import Doorkeeper, Handshakes, KeyPair, connect_with, new_pair
 
+#: MAXMSGSIZE of the listening socket.
+LARGEST = 10_000
+
 
 class House:
     """A ROUTER with a doorkeeper; `allowed` are the keys that it admits."""
@@ -19,6 +22,7 @@ class House:
         self.pair, self.allowed = new_pair(), set()
         self.door = Doorkeeper(context, self.pair, self.allowed.__contains__, "test")
         self.router = context.socket(zmq.ROUTER)
+        self.router.setsockopt(zmq.MAXMSGSIZE, LARGEST)
         self.door.guard(self.router)
         self.router.bind("tcp://127.0.0.1:*")
         self.address = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -42,13 +46,13 @@ class Guest:
         self.handshakes = Handshakes(self.socket)
         self.socket.connect(house.address)
 
-    def send(self, house: House) -> list[zmq.Frame]:
-        """Say something until it has come."""
+    def send(self, house: House, message: bytes = b"hello") -> list[zmq.Frame]:
+        """Send a message as soon as that can be, and wait until it has come."""
 
         def sent():
             house.door.answer()
             with contextlib.suppress(zmq.Again):
-                self.socket.send(b"hello", zmq.NOBLOCK)
+                self.socket.send(message, zmq.NOBLOCK)
                 return True
 
         until(sent, "a connection")
@@ -75,6 +79,13 @@ def test_an_allowed_key_is_admitted_and_its_messages_carry_it(contexts):
             route, frame = guest.send(house)
             assert house.door.sender(route.bytes, frame) == house.door.key_of(frame) == pair.public
     assert house.door.refused == 0
+
+
+def test_the_limit_of_a_message_is_that_of_its_content(contexts):
+    house, pair = House(contexts[0]), new_pair()
+    house.allowed.add(pair.public)
+    _, frame = Guest(contexts[1], house, pair).send(house, bytes(LARGEST))
+    assert len(frame.bytes) == LARGEST
 
 
 def test_who_has_no_key_or_an_unknown_one_is_refused(contexts):
