@@ -135,7 +135,7 @@ class Core:
         self._last_turn = self._drained = time.monotonic()
         self._refusals = 0
         self._refusal_logged = 0.0
-        self._connection_error = ""
+        self._connection_error = self._store_error = ""
         credentials.remove_stale_files()
         self._connection_file = self._write_connection_file()
         self._shipper = LogShipper("core", self._context)
@@ -312,6 +312,7 @@ class Core:
             if isinstance(peer, Component):
                 self._peers.take_heartbeat(peer, message, now)
                 self._runs.heard(peer, message, now)
+            self._note_server(peer, message.server)
             self._send(peer.route, Update(request=message.request, session=peer.session, **self._state_for(peer)))
         elif isinstance(message, Answer) and isinstance(peer, Component):
             if not self._requests.answered(peer, message) and not self._runs.answered(peer, message, now):
@@ -333,6 +334,17 @@ class Core:
         except (RequestError, FileError) as error:
             code = error.code if isinstance(error, RequestError) else "failed"
             self._send(route, Answer(request=message.request, kind="error", text=str(error), error=code))
+
+    def _note_server(self, peer: Peer, server: str) -> None:
+        """Note which public key of the core a peer has stored; a failure is logged once."""
+        if self._keys is None or not server:
+            return
+        try:
+            self._keys.note_server(peer.member.public, server)
+        except FileError as error:  # the next heartbeat tries it again
+            if self._store_error != str(error):
+                self._store_error = str(error)
+                _log.error("it cannot be noted that %s knows the core's key: %s", peer.member, error)
 
     def _register(self, message: Register | Open, route: bytes, now: float, member: Member) -> None:
         """Register a component or an Operator, or refuse it."""
@@ -412,12 +424,15 @@ class Core:
                 component.name: ConsumerSession(component.member.public, session_digest(component.session))
                 for component in consumers
             },
+            "next_server": self._keys.next_server if self._keys is not None else "",
         }
 
     def _state_for(self, peer: Peer) -> dict[str, Any]:
         state = self._current_state()
         if not isinstance(peer, Component) or peer.kind not in (PRODUCER, LOG):
             del state["keys"], state["consumers"]
+        if peer.member.role == "owner":  # finds the connection file
+            del state["next_server"]
         return state
 
     def _send_updates(self) -> None:

@@ -127,7 +127,12 @@ class Operator:
     # Keys, for the core's own user.
 
     def keys(self) -> Request:
-        """List who has a key. Result: {"members": [{"name", "role", "since"}], "invitations": [{..., "expires"}]}."""
+        """List who has a key.
+
+        Result: {"members": [{"name", "role", "since" (unix s), "informed"}], "invitations": [{"name", "role",
+        "expires"}], "rotates"}. `rotates`: the core has new keys from its next start on; `informed`: the member knows
+        the core's newest key, so that it can connect after that start.
+        """
         return self._core("keys")
 
     def invite(self, name: str, role: str, expires: float = 600.0, address: str = "") -> Request:
@@ -141,6 +146,10 @@ class Operator:
     def revoke(self, name: str) -> Request:
         """Take a key, or an open invitation, back. Its connections are closed."""
         return self._core("revoke", name=name)
+
+    def rotate(self) -> Request:
+        """Make new keys for the core and its user, which count from its next start on. Result: as keys()."""
+        return self._core("rotate")
 
     # The state of the system.
 

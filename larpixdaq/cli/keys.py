@@ -1,4 +1,4 @@
-"""Commands `larpixdaq keys …`: invite other users and other hosts, join with an invitation, list and revoke keys."""
+"""Commands `larpixdaq keys …`: invite other users and hosts, join with an invitation, list, revoke and rotate keys."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from larpixdaq.runtime.units import parse_duration, utc
 
 #: Maximum seconds until a core has answered.
 _LIMIT: Final = 5.0
+#: Maximum seconds until connected members have stored the core's new key.
+_INFORMED: Final = 2.0
 
 
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "keys",
-        help="who may connect: invite, join, list, revoke",
+        help="who may connect: invite, join, list, revoke, rotate",
         description="On its own host, the user who started the core needs no keys: its components and Operators find "
         "them. Other users and other hosts need an invitation.",
     )
@@ -76,6 +78,16 @@ def add_commands(commands: Any) -> None:
     action.add_argument("name", metavar="NAME")
     config.add_core_argument(action)
     action.set_defaults(function=revoke)
+    action = actions.add_parser(
+        "rotate",
+        help="new keys for the core and its user",
+        description="Makes new key pairs for the core and its user, which count from the next start of the core on; "
+        "stop the core and start it again, also during a run. Processes of the core's user find the new keys. Members "
+        "keep their keys and store the core's new one when they connect before that start. The others are listed; they "
+        "will need a new invitation.",
+    )
+    config.add_core_argument(action)
+    action.set_defaults(function=rotate)
 
 
 def invite(options: argparse.Namespace) -> int:
@@ -100,12 +112,38 @@ def show(options: argparse.Namespace) -> int:
         print(json.dumps(keys))
         return 0
     for member in keys["members"]:
-        print(f"{printable(member['name'])}: {member['role']}, since {utc(member['since'])}")
+        problem = "" if member["informed"] else f"; {_uninformed(keys)}"
+        print(f"{printable(member['name'])}: {member['role']}, since {utc(member['since'])}{problem}")
     for invitation in keys["invitations"]:
         name = printable(invitation["name"])
         print(f"{name}: invited as {invitation['role']}, open until {utc(invitation['expires'])}")
     if not keys["members"] and not keys["invitations"]:
         print("nobody was invited; the core's own user needs no key here")
+    if keys["rotates"]:
+        print("the core and its user have new keys from the core's next start on")
+    return 0
+
+
+def _uninformed(keys: dict[str, Any]) -> str:
+    again = "a new invitation (larpixdaq keys revoke, invite)"
+    if keys["rotates"]:
+        return f"does not know the core's new key: it must connect before the core's next start, or needs {again}"
+    return f"does not know the core's key: it needs {again}"
+
+
+def rotate(options: argparse.Namespace) -> int:
+    with Operator(options.core) as operator:
+        keys = operator.rotate().result(timeout=_LIMIT)
+        limit = time.monotonic() + _INFORMED
+        while time.monotonic() < limit and not all(member["informed"] for member in keys["members"]):
+            time.sleep(0.1)
+            keys = operator.keys().result(timeout=_LIMIT)
+    print("the core and its user have new keys from the core's next start on: stop it and start it again")
+    for member in keys["members"]:
+        says = "knows the core's new key" if member["informed"] else _uninformed(keys)
+        print(f"{printable(member['name'])}: {says}")
+    for invitation in keys["invitations"]:
+        print(f"{printable(invitation['name'])}: the invitation can be used until then")
     return 0
 
 

@@ -16,6 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, Final
 
+import msgspec
 import zmq
 
 from larpixdaq.constants import HEARTBEAT
@@ -48,8 +49,9 @@ _OUTBOX: Final = 10_000
 _RETRY: Final = 0.02
 #: Maximum seconds for sending the waiting messages at close(): less than the time until a component counts as lost.
 _LINGER: Final = 0.5
-#: Seconds without a message of the core after which the key is looked for again, and between two looks. The second one
-#: holds while there is no key, because a core writes its connection file when it starts.
+#: Seconds without a message of the core after which the key is looked for again, and between two looks. Two looks
+#: before its first message are HEARTBEAT apart, because `larpixdaq status` waits for 2 s, and _KEY_RETRY while there
+#: is no key, because a core writes its connection file when it starts.
 _KEY_INTERVAL: Final = 1.0
 _KEY_RETRY: Final = 0.05
 #: Maximum number of requests that are remembered after their answer.
@@ -67,7 +69,8 @@ class CoreConnection:
     every 250 ms and returns True when it has nothing left to send.
 
     The key for the core is looked for as that of the component `component`, or, if that is "", of an Operator. It may
-    appear or change later: a core writes its connection file when it starts. `insecure`: connect without a key.
+    appear or change later: a core writes its connection file when it starts. A core with a new key for its next start
+    says so before, and this is stored with an invitation's key. `insecure`: connect without a key.
     """
 
     def __init__(
@@ -86,6 +89,9 @@ class CoreConnection:
         self.core = core
         #: The key in use; None while there is none.
         self.credentials: Credentials | None = None
+        self._stored: Credentials | None = None  # as in its file
+        self._store_thread: threading.Thread | None = None
+        self._store_error = ""
         self._component, self._insecure = component, insecure
         self.session = ""
         #: time.monotonic() of the last message from the core; 0 before the first.
@@ -108,18 +114,21 @@ class CoreConnection:
         self._obstacle = ""  # why there was no connection at the last look
         self._obstacle_due = 0.0
         try:
-            self._connect()
+            self._stored = self._find_key()
+            if self._stored is not None:
+                self._connect(self._stored)
         except LarpixDaqError:
             self.context.term()
             self._waker.close()
             raise
         self._thread = threading.Thread(target=self._run, name=f"link of {name}", daemon=True)
 
-    def _connect(self) -> None:
-        """Connect with the key that is found now; without one, not yet. ConfigError or FileError if that cannot be."""
-        own = Credentials(self.core) if self._insecure else credentials.find(self.core, self._component)
-        if own is None:
-            return
+    def _find_key(self) -> Credentials | None:
+        """Return the key that is found now; FileError if it cannot be used."""
+        return Credentials(self.core) if self._insecure else credentials.find(self.core, self._component)
+
+    def _connect(self, own: Credentials) -> None:
+        """Connect with this key; ConfigError if that cannot be."""
         self._disconnect()
         pair = own.pair if own.server else None
         try:
@@ -143,28 +152,58 @@ class CoreConnection:
         failure = self._handshakes.look() if self._handshakes is not None else ""  # each turn: events must not wait
         if now < self._key_due or now - self.heard < _KEY_INTERVAL:
             return
-        self._key_due = now + (_KEY_RETRY if self._socket is None else _KEY_INTERVAL)
+        interval = _KEY_INTERVAL if self.heard else HEARTBEAT
+        self._key_due = now + (_KEY_RETRY if self._socket is None else interval)
         if failure == "peer" and self._failure == "key":  # the connection was closed before the refusal was read
             failure = "key"
-        previous, error = self.credentials, ""
+        previous, error, changed = self.credentials, "", False
         try:
-            found = previous if self._insecure else credentials.find(self.core, self._component)
-            if self._socket is None or failure == "key" or (found is not None and found != previous):
-                self._connect()  # libzmq does not connect again after it was refused
+            found = self._find_key()
+            changed = found is not None and found != self._stored
+            if changed:
+                self._stored = found
+            own = found if changed or previous is None else previous
+            if failure == "peer" and own is not None and own.next and not changed:
+                own = msgspec.structs.replace(own, server=own.next, next=own.server)
+            if own is not None and (self._socket is None or failure == "key" or own != previous):
+                self._connect(own)  # libzmq does not connect again after it was refused
         except (ConfigError, FileError) as problem:
             error = str(problem)
         self._failure = failure if previous == self.credentials else ""
-        if now < self._obstacle_due or (self._socket is not None and previous != self.credentials):
+        if now < self._obstacle_due or (self._socket is not None and changed):
             return
-        self._obstacle_due = now + _KEY_INTERVAL
         if not error and self._socket is None and credentials.listens(self.core):
             error = credentials.missing(self.core, self._component)
         elif not error and failure:
             error = credentials.refused(self.core, previous, failure)
+        if error or self._socket is None:
+            self._obstacle_due = now + _KEY_INTERVAL
         # Reported when it lasts, because a core that starts listens before its connection file is there.
         if error and self._obstacle:
             self._refused(Answer(kind="error", error="key", text=error))
         self._obstacle = error
+
+    def _learn(self, next_server: str) -> None:
+        """Store what the core, which has shown its key, says about its key; in a thread, because the disk may hang."""
+        own = self.credentials
+        if own is None or not own.name:
+            return
+        self.credentials = own = msgspec.structs.replace(own, next=next_server)
+        if own != self._stored and (self._store_thread is None or not self._store_thread.is_alive()):
+            self._store_thread = threading.Thread(target=self._store, args=(own,), name="key file", daemon=True)
+            self._store_thread.start()
+
+    def _store(self, own: Credentials) -> None:
+        path = credentials.joined_file(own.address, own.name)
+        try:
+            found = credentials.read(path)
+            if found is not None and found.public == own.public:  # not of a later invitation
+                credentials.write(path, own)
+                self._stored = own
+        except FileError as error:  # the core's next message tries it again
+            if self._store_error != str(error):
+                self._store_error = str(error)
+                _log.error("the new key of the core at %s cannot be stored: %s", self.core, error)
 
     def start(self) -> None:
         self._thread.start()
@@ -219,13 +258,17 @@ class CoreConnection:
         self._check_key()
         now = time.monotonic()
         if now >= self._beat_due:
-            message = self._beat() if self.session else self._hello()
-            if isinstance(message, Heartbeat):
-                message.stamp()
-            sent = self._transmit(message)
+            sent = self._transmit(self._heartbeat() if self.session else self._hello())
             self._beat_due = next_beat(now, HEARTBEAT) if sent else now + _RETRY  # not connected yet
         self._flush()
         self._each_turn()
+
+    def _heartbeat(self) -> Heartbeat:
+        message = self._beat()
+        if self._stored is not None and self._stored.name:
+            message.server = self._stored.next or self._stored.server
+        message.stamp()
+        return message
 
     def _send_rest(self) -> None:
         limit = time.monotonic() + _LINGER
@@ -236,6 +279,9 @@ class CoreConnection:
             self._poller.poll(10)
             self._receive_all()
         if self.session:
+            if self._store_thread is not None:
+                self._store_thread.join(_LINGER)
+                self._transmit(self._heartbeat())
             self._transmit(Bye())
 
     def _finish(self) -> None:
@@ -308,6 +354,8 @@ class CoreConnection:
             if message.session != self.session:
                 return
             self.confirmed = max(self.confirmed, message.heartbeat_sent)
+        if isinstance(message, Update):
+            self._learn(message.next_server)
         self._received(message)
 
 

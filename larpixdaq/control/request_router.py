@@ -28,7 +28,7 @@ _log = logging.getLogger("larpixdaq.core")
 #: Actions that an observer's key does not allow, beside those that need control.
 _CONTROL_ACTIONS: Final = frozenset({"take_control", "release_control"})
 #: Actions for the core's own user alone.
-_KEY_ACTIONS: Final = frozenset({"keys", "invite", "revoke"})
+_KEY_ACTIONS: Final = frozenset({"keys", "invite", "revoke", "rotate"})
 #: Names of the kinds of components in errors.
 _KIND_NAMES: Final = {PRODUCER: "producer", RUN_DATA: "online monitor"}
 
@@ -111,6 +111,7 @@ class CoreActions:
             "keys": (_Empty, self._list_keys, False),
             "invite": (_Invite, self._invite, False),
             "revoke": (_Revoke, self._revoke, False),
+            "rotate": (_Empty, self._rotate, False),
             "take_control": (_Empty, self._take_control, False),
             "release_control": (_Empty, self._release_control, False),
             "prepare_run": (_Prepare, self._prepare, True),
@@ -153,9 +154,14 @@ class CoreActions:
 
     def _list_keys(self, request: _CoreRequest) -> dict[str, Any]:
         keys = self._key_store()
+        uninformed = keys.uninformed()
         return {
-            "members": [{"name": one.name, "role": one.role, "since": one.since} for one in keys.members()],
+            "members": [
+                {"name": one.name, "role": one.role, "since": one.since, "informed": one.name not in uninformed}
+                for one in keys.members()
+            ],
             "invitations": [{"name": one.name, "role": one.role, "expires": one.expires} for one in keys.invitations()],
+            "rotates": bool(keys.next_server),
         }
 
     def _invite(self, request: _CoreRequest) -> dict[str, Any]:
@@ -175,6 +181,11 @@ class CoreActions:
         _log.warning("%s: revokes the key of %r", request.operator.name, request.params.name)
         self._revoked(gone)
         return {}
+
+    def _rotate(self, request: _CoreRequest) -> dict[str, Any]:
+        self._key_store().rotate()
+        _log.warning("%s: new keys for the core and its user, from its next start on", request.operator.name)
+        return self._list_keys(request)
 
     def _list_actions(self, request: _CoreRequest) -> dict[str, list[str]]:
         component = request.params.component

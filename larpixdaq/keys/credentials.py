@@ -50,6 +50,7 @@ class Credentials(msgspec.Struct, frozen=True):
     name: str = ""  # as which it was invited; "": the core's own user
     role: str = "owner"
     pid: int = 0  # of the core, in its connection file
+    next: _Key = ""  # the core's public key from its next start on, when `larpixdaq keys rotate` has made one
 
     @property
     def pair(self) -> KeyPair:
@@ -227,8 +228,8 @@ def refused(core: str, own: Credentials | None, failure: str) -> str:
         return f"the core at {core} uses keys: leave out --insecure (insecure=True)"
     if failure == "peer":
         return (
-            f"at {core} is another core than that of the key in use, or one without keys; after a core has made a new "
-            "key store, it needs new invitations"
+            f"at {core} is another core than that of the key in use, or one without keys; if the core has new keys, "
+            "ask its owner for a new invitation (larpixdaq keys revoke, invite)"
         )
     whose = f"of {own.name!r}" if own is not None and own.name else "of this user"
     return f"the core at {core} refuses the key {whose}: it was revoked; `larpixdaq keys invite` makes a new invitation"

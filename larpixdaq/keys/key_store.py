@@ -56,6 +56,7 @@ class Invitation(msgspec.Struct):
     public: Key
     made: float
     expires: float
+    server: str = ""  # the core's public key in the token
     used_by: str = ""  # the public key that took its place
     used: float = 0.0
     revoked: float = 0.0
@@ -82,6 +83,7 @@ class _StoredMember(msgspec.Struct, frozen=True):
     role: Role
     public: Key
     since: float
+    server: str = ""  # the newest public key of the core that it has stored
 
 
 class _Content(msgspec.Struct):
@@ -97,7 +99,10 @@ def _made() -> _Pair:
 
 
 class KeyStore:
-    """Read or make the store of a state directory. FileError when it cannot be used; `clock` gives unix seconds."""
+    """Read or make the store of a state directory. FileError when it cannot be used; `clock` gives unix seconds.
+
+    After rotate() the file has new key pairs of the core and its user. This process uses the old ones until it ends.
+    """
 
     def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
         self.path = directory / "keys" / "core.json"
@@ -112,6 +117,8 @@ class KeyStore:
             self._write(self._content)
         else:
             self._content = self._read(data)
+        #: The key pairs in use: that of the core, and that of the processes of the core's user on its host.
+        self.server, self.owner = self._content.server.pair(), self._content.owner.pair()
         self._index()
 
     def _read(self, data: bytes) -> _Content:
@@ -130,8 +137,10 @@ class KeyStore:
     def _index(self) -> None:
         content = self._content
         self._members = {one.public: Member(one.name, one.role, one.public, one.since) for one in content.members}
-        self._members[content.owner.public] = Member("owner", "owner", content.owner.public)
+        self._members[self.owner.public] = Member("owner", "owner", self.owner.public)
         self._invited = {one.public: one for one in content.invitations}
+        newest = content.server.public
+        self._uninformed = {one.public: one.name for one in content.members if one.server != newest}
 
     def _change(self, members: list[_StoredMember], invitations: list[Invitation]) -> None:
         """Write first, then use: a full disk leaves everything as it was."""
@@ -143,14 +152,24 @@ class KeyStore:
         self._index()
 
     @property
-    def server(self) -> KeyPair:
-        """The core's key pair."""
-        return self._content.server.pair()
+    def next_server(self) -> str:
+        """The public key that the core will have from its next start on; "" if it is the one in use."""
+        stored = self._content.server.public
+        return stored if stored != self.server.public else ""
 
-    @property
-    def owner(self) -> KeyPair:
-        """The key pair of the processes of the core's user on its host."""
-        return self._content.owner.pair()
+    def uninformed(self) -> set[str]:
+        """The names of the members who have not stored the core's newest public key."""
+        return set(self._uninformed.values())
+
+    def note_server(self, public: str, server: str) -> None:
+        """Note that the member with this public key has stored `server`. FileError when that cannot be written."""
+        if public not in self._uninformed or server != self._content.server.public:
+            return
+        members = [
+            msgspec.structs.replace(one, server=server) if one.public == public else one
+            for one in self._content.members
+        ]
+        self._change(members, self._content.invitations)
 
     def admits(self, key: str) -> bool:
         """Whether a key may connect: a member, or one of an invitation, who is then told if it is no longer open."""
@@ -176,9 +195,9 @@ class KeyStore:
         }
 
     def invitations(self) -> list[Invitation]:
-        """Those that are open."""
+        """Those that are open, and whose token has the core's key in use."""
         now = self._clock()
-        return [one for one in self._content.invitations if not one.refusal(now)]
+        return [one for one in self._content.invitations if not one.refusal(now) and one.server == self.server.public]
 
     def invite(self, name: str, role: Role, seconds: float) -> KeyPair:
         """Make an invitation; its key pair, whose secret is in the token. RequestError when the name is in use."""
@@ -189,7 +208,8 @@ class KeyStore:
             raise RequestError(f"there are {_MOST} keys and invitations already")
         now, pair = self._clock(), new_pair()
         others = [one for one in content.invitations if one.name != name or one.refusal(now)]
-        self._change(content.members, [*others, Invitation(name, role, pair.public, now, now + seconds)])
+        made = Invitation(name, role, pair.public, now, now + seconds, self.server.public)
+        self._change(content.members, [*others, made])
         return pair
 
     def join(self, invitation: str, public: str) -> Member:
@@ -209,7 +229,7 @@ class KeyStore:
             raise RequestError(f"the invitation of {found.name!r}: this key is in use already")
         used = msgspec.structs.replace(found, used_by=public, used=now)
         others = [one for one in self._content.invitations if one is not found]
-        joined = _StoredMember(found.name, found.role, public, now)
+        joined = _StoredMember(found.name, found.role, public, now, found.server)
         self._change([*self._content.members, joined], [*others, used])
         return self._members[public]
 
@@ -226,12 +246,15 @@ class KeyStore:
         return gone
 
     def rotate(self) -> None:
-        """New key pairs for the core and its user, to be used from its next start on; members keep theirs."""
-        old = self._content
-        content = _Content(_VERSION, _made(), _made(), old.members, old.invitations)
-        self._write(content)
-        self._content = content
-        self._index()
+        """Make key pairs for the core and its user, which count from its next start on. Members keep theirs.
+
+        Has no effect while such new pairs wait, because members may know them already. FileError leaves the old ones.
+        """
+        if not self.next_server:
+            content = msgspec.structs.replace(self._content, server=_made(), owner=_made())
+            self._write(content)
+            self._content = content
+            self._index()
 
 
 def remove(path: Path) -> None:

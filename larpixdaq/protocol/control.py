@@ -140,6 +140,8 @@ class Heartbeat(Message, tag="heartbeat"):
 
     The request id is the time of sending. The core's Update carries it back, so that the sender knows which of its
     heartbeats have reached the core.
+
+    `server`: the newest public key of the core that is stored with an invitation's key.
     """
 
     progress: _Amount = 0
@@ -148,6 +150,7 @@ class Heartbeat(Message, tag="heartbeat"):
     run: RunNumber | None = None
     begun: bool = False
     status: dict[str, Any] | None = None
+    server: Annotated[str, Meta(max_length=40)] = ""
 
     def stamp(self) -> None:
         """Set the request id to the sender's monotonic time, in ns."""
@@ -211,7 +214,8 @@ class Update(Message, tag="update"):
     """State of the core: the answer to each heartbeat, and a message to all peers after each change.
 
     `keys`: for components that listen themselves, the keys that may connect to them, with the component's name to
-    which a key belongs, or "" for any. `consumers`: for producers, the registered consumers by name.
+    which a key belongs, or "" for any. `consumers`: for producers, the registered consumers by name. `next_server`: for
+    peers with an invitation's key, the core's public key from its next start on, "" if it stays.
     """
 
     state: Literal["STOP", "READY", "RUN"] = "STOP"
@@ -221,6 +225,7 @@ class Update(Message, tag="update"):
     insecure: bool = False
     keys: Annotated[dict[Key, Annotated[str, Meta(max_length=64)]], Meta(max_length=2000)] = {}
     consumers: dict[str, ConsumerSession] = {}
+    next_server: Annotated[str, Meta(max_length=40)] = ""
 
     @property
     def heartbeat_sent(self) -> float:

@@ -84,8 +84,23 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     assert store.server == server
     assert not store.invitations()
     assert sorted(os.listdir(store.path.parent)) == ["core.json"]
+
+
+def test_new_keys_count_from_the_next_start_on(tmp_path):
+    store = KeyStore(tmp_path)
+    server, owner = store.server, store.owner
     store.rotate()
-    assert KeyStore(tmp_path).server == store.server != server
+    assert (store.server, store.owner) == (server, owner)
+    assert store.admits(owner.public)
+    newest = store.next_server
+    store.rotate()  # members may know the new key already
+    store.invite("Storage", "component", 60)
+    again = KeyStore(tmp_path)
+    assert again.server.public == newest != server.public
+    assert again.owner != owner
+    assert not again.admits(owner.public)
+    assert not again.next_server
+    assert not again.invitations(), "its token has the old key"
 
 
 class Keys(RuleBasedStateMachine):
@@ -100,6 +115,8 @@ class Keys(RuleBasedStateMachine):
         self._store = KeyStore(Path(self._folder.name), clock=lambda: self._now)
         self._members: dict[str, tuple[str, str]] = {}  # name -> role, public key
         self._invitations: list[dict[str, Any]] = []
+        self._in_use = self._newest = self._store.server.public
+        self._knows: dict[str, str] = {}  # public key of a member -> of the core
 
     def teardown(self) -> None:
         self._folder.cleanup()
@@ -115,8 +132,9 @@ class Keys(RuleBasedStateMachine):
                 one["open"] = False
         key = self._store.invite(name, role, seconds).public
         self._invitations.append(
-            {"name": name, "role": role, "key": key, "until": self._now + seconds, "open": True, "by": ""}
-        )
+            {"name": name, "role": role, "key": key, "until": self._now + seconds, "open": True, "by": "",
+             "server": self._in_use}
+        )  # fmt: skip
 
     def _open(self, one: dict[str, Any]) -> bool:
         return bool(one["open"]) and self._now <= one["until"]
@@ -129,6 +147,7 @@ class Keys(RuleBasedStateMachine):
         if self._open(one):
             assert self._store.join(one["key"], key).name == one["name"]
             self._members[one["name"]] = (one["role"], key)
+            self._knows[key] = one["server"]
             one["open"], one["by"] = False, key
         else:
             with pytest.raises(RequestError):
@@ -160,16 +179,34 @@ class Keys(RuleBasedStateMachine):
         self._now += seconds
 
     @rule()
+    def rotate(self) -> None:
+        self._store.rotate()
+        if self._newest == self._in_use:
+            self._newest = self._store.next_server
+        assert self._store.next_server == self._newest != self._in_use
+
+    @precondition(lambda self: self._members)
+    @rule(data=st.data())
+    def inform(self, data: st.DataObject) -> None:
+        _, key = self._members[data.draw(st.sampled_from(sorted(self._members)))]
+        self._store.note_server(key, new_pair().public)  # of another time: changes nothing
+        self._store.note_server(key, self._newest)
+        self._knows[key] = self._newest
+
+    @rule()
     def restart(self) -> None:
         self._store = KeyStore(self._store.path.parents[1], clock=lambda: self._now)
+        self._in_use = self._newest
 
     @invariant()
     def agree(self) -> None:
         found = {one.name: (one.role, one.public) for one in self._store.members()}
         assert found == self._members
         assert sorted(one.public for one in self._store.invitations()) == sorted(
-            one["key"] for one in self._invitations if self._open(one)
+            one["key"] for one in self._invitations if self._open(one) and one["server"] == self._in_use
         )
+        uninformed = {name for name, (_, key) in self._members.items() if self._knows[key] != self._newest}
+        assert self._store.uninformed() == uninformed
         for one in self._invitations:
             member = self._store.member(one["key"])
             assert member is None or member.role == "invited"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ import zmq
 from processes import LIMIT, Process, free_port, until
 from raw_sockets import Context, use_key
 from system import System, system
+from wall_clock import Clock
 
 from larpixdaq.control.log_shipping import LogRecord
-from larpixdaq.errors import NoCore, NotAllowed, RequestError
+from larpixdaq.errors import ComponentError, NoCore, NotAllowed, RequestError
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.keys import credentials
 from larpixdaq.keys.curve import connect_with, new_pair
@@ -265,13 +267,142 @@ def test_used_expired_revoked_and_cut_tokens(line, operator, other):
 def test_keys_are_listed(line, operator, other):
     other.join(operator, "carol", "observer")
     operator.invite("dave", "component").result(LIMIT)
-    program = [sys.executable, "-m", "larpixdaq", "keys", "list", "--core", line.core]
-    says = subprocess.run(program, check=True, capture_output=True, text=True, timeout=LIMIT).stdout
+    says = keys_command(line, "list")
     assert "carol: observer, since 20" in says
     assert "dave: invited as component, open until 20" in says
     for name in ("carol", "dave"):
         operator.revoke(name).result(LIMIT)
-    assert operator.keys().result(LIMIT) == {"members": [], "invitations": []}
+    assert operator.keys().result(LIMIT) == {"members": [], "invitations": [], "rotates": False}
+
+
+def is_heard(operator: Operator) -> bool:
+    """Whether an Operator is connected to a core that was restarted; until then its requests fail."""
+    try:
+        operator.state().result(LIMIT)
+    except (ComponentError, NoCore):
+        return False
+    return True
+
+
+def keys_command(line: System, *arguments: str) -> str:
+    """Run `larpixdaq keys` as the core's user, and return what it has printed."""
+    program = [sys.executable, "-m", "larpixdaq", "keys", *arguments, "--core", line.core]
+    return subprocess.run(program, check=True, capture_output=True, text=True, timeout=LIMIT).stdout
+
+
+def test_new_keys_of_the_core_count_from_its_next_start_on_and_lock_out_only_who_was_away(
+    line, operator, other, tmp_path
+):
+    """A run, with a component from elsewhere, goes on meanwhile."""
+    away = Other(tmp_path / "away", line.core)
+    away.join(operator, "away", "operator")
+    other.join(operator, "night", "operator")
+    other.join(operator, "Second monitor", "component")
+    token = operator.invite("late", "operator").result(LIMIT)["token"]
+    old = credentials.find(line.core)
+    with other_monitor(other, line.core) as monitor:
+        until(lambda: "Second monitor" in names(operator), "the monitor with its own key")
+        with complete_run(operator):
+            says = keys_command(line, "rotate")
+            assert "Second monitor: knows the core's new key" in says
+            for name in ("away", "night"):
+                assert f"{name}: does not know the core's new key: it must connect before the core's next start" in says
+            assert "late: the invitation can be used until then" in says
+            assert "state RUN" in other.run("cli", "status", "--core", line.core, status=0)
+            assert "night: knows the core's new key" in keys_command(line, "rotate")
+            assert credentials.find(line.core) == old
+            assert line.processes["core"].stop() == 0
+            line.restart("core")
+            until(lambda: is_heard(operator), "the Operator to find the restarted core")
+            line.await_kinds(operator, "log", "storage", "run_data", "producer")
+            until(lambda: "Second monitor" in names(operator), "the monitor with the core's new key")
+        assert monitor.stop() == 0
+    new = credentials.find(line.core)
+    assert not {new.server, new.public} & {old.server, old.public}
+    assert "state STOP" in other.run("cli", "status", "--core", line.core, status=0)
+    stored = [credentials.read(path) for path in other.folder.rglob("*.key.json")]
+    assert [(one.server, one.next) for one in stored] == [(new.server, "")] * 2
+    says = away.run("cli", "status", "--core", line.core)
+    assert f"at {line.core} is another core than that of the key in use" in says
+    assert "is not the one that made this token" in away.run("cli", "keys", "join", token)
+    says = keys_command(line, "list")
+    assert "away: operator, since" in says
+    assert says.count("does not know the core's key: it needs a new invitation") == 1
+    operator.revoke("away").result(LIMIT)
+    away.join(operator, "away", "operator")
+    assert "state STOP" in away.run("cli", "status", "--core", line.core, status=0)
+    for name in ("away", "night", "Second monitor"):
+        operator.revoke(name).result(LIMIT)
+
+
+def test_a_member_that_cannot_store_the_new_key_goes_on_and_is_not_counted_as_informed(line, operator, other):
+    other.join(operator, "Second monitor", "component")
+    path = next(other.folder.rglob("*.key.json"))
+    with other_monitor(other, line.core) as monitor:
+        until(lambda: "Second monitor" in names(operator), "the monitor")
+        path.parent.chmod(0o755)  # in which nothing is written
+        assert "Second monitor: does not know the core's new key" in keys_command(line, "rotate")
+        until(lambda: "the new key of the core" in monitor.stderr, "the error")
+        line.processes["core"].kill()
+        line.restart("core")
+        with Operator(line.core, timeout=LIMIT) as again:
+            until(lambda: "Second monitor" in names(again), "the monitor with the core's new key")
+            (member,) = again.keys().result(LIMIT)["members"]
+            assert not member["informed"]
+            path.parent.chmod(0o700)
+            until(lambda: again.keys().result(LIMIT)["members"][0]["informed"], "the new key in the file")
+        assert monitor.stop() == 0
+    assert credentials.read(path).server == credentials.find(line.core).server
+    operator.revoke("Second monitor").result(LIMIT)
+
+
+def test_key_files_that_cannot_be_used_give_one_line(line, operator, other):
+    other.join(operator, "Second monitor", "component")
+    path = next(other.folder.rglob("*.key.json"))
+    whole = path.read_bytes()
+
+    def says() -> str:
+        text = other.run("run_data", "--core", line.core, "--name", "Second monitor")
+        assert text.count("\n") == 1
+        return text
+
+    path.chmod(0o640)
+    assert f"{path}: expected mode 600, found 640" in says()
+    path.chmod(0o600)
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+        assert f"{path}: expected a file of user 0, found one of user 65534" in says()
+        os.chown(path, 0, 0)
+    for damaged in (b"", whole[: len(whole) // 2], b"[]"):
+        path.write_bytes(damaged)
+        assert f"{path}: expected a key, found " in says()
+        assert "remove it and join again" in says()
+    of_another = msgspec.structs.replace(msgspec.json.decode(whole, type=credentials.Credentials), server=new_pair()[0])
+    path.write_bytes(msgspec.json.encode(of_another))
+    assert f"at {line.core} is another core than that of the key in use" in says()
+    path.write_bytes(whole)
+    operator.revoke("Second monitor").result(LIMIT)
+
+
+@pytest.mark.parametrize("hours", [-7, 7])
+def test_only_the_clock_of_the_core_decides_whether_an_invitation_is_open(line, operator, other, tmp_path, hours):
+    with contextlib.closing(Clock(tmp_path)) as wall:
+        wall.step(hours * 3600)
+        other.env |= wall.env
+        other.join(operator, "night", "operator")
+        assert "state STOP" in other.run("cli", "status", "--core", line.core, status=0)
+        token = operator.invite("eve", "operator", expires=0.001).result(LIMIT)["token"]
+        assert "the invitation of 'eve' expired" in other.run("cli", "keys", "join", token)
+    operator.revoke("night").result(LIMIT)
+
+
+def test_a_second_core_with_the_same_key_store_is_refused(line, operator, other):
+    state = line.folder / "state"
+    before = (state / "keys" / "core.json").read_bytes()
+    says = other.run("core", "--address", f"tcp://127.0.0.1:{free_port()}", "--state-dir", state)
+    assert says.count("\n") == 1
+    assert "another core" in says
+    assert (state / "keys" / "core.json").read_bytes() == before
 
 
 def test_a_core_with_a_new_key_store_is_found_by_its_own_user_again(line, operator, sockets):
@@ -280,8 +411,8 @@ def test_a_core_with_a_new_key_store_is_found_by_its_own_user_again(line, operat
         line.processes["core"].kill()
         (line.folder / "state" / "keys" / "core.json").rename(line.folder / "old.json")
         line.restart("core")
-        with Operator(line.core, timeout=LIMIT) as again:
-            line.await_kinds(again, "log", "storage", "run_data", "producer")
+        until(lambda: is_heard(operator), "the Operator to find the restarted core")
+        line.await_kinds(operator, "log", "storage", "run_data", "producer")
     use_key(dealer(sockets), line.core)
     assert credentials.find(line.core).server not in (line.folder / "old.json").read_text()
 
