@@ -182,6 +182,7 @@ class Core:
         self._remove_connection_file()
         self._ship()
         self._shipper.close()
+        self._door.close()
         self._context.destroy()
         self._catalogue.close()
 

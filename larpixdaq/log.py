@@ -196,6 +196,7 @@ def serve(core: str, name: str, address: str, path: Path, *, insecure: bool) -> 
         stack.callback(context.destroy, 0)
         pair = None if insecure else new_pair()
         senders = _Senders(context, pair)
+        stack.callback(senders.door.close)
         socket, endpoint = listen(context, address, senders.door)
         file = stack.enter_context(contextlib.closing(LogFile(path)))
         where = [config.reachable_address(endpoint, core), pair.public if pair is not None else ""]

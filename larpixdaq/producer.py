@@ -497,6 +497,7 @@ def main(argv: list[str] | None = None) -> int:
             socket = stream_router(context)
             pair = None if options.insecure else new_pair()
             admission = Admission(context, pair)
+            stack.callback(admission.door.close)
             admission.door.guard(socket)
             address = bind_stream(socket, options.address, options.core)
             epoch = secrets.randbits(64)

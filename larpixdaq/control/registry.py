@@ -24,6 +24,8 @@ _FORGET_OPERATOR: Final = 60.0
 #: Maximum number of components, and of Operators, at the same time.
 MAX_COMPONENTS: Final = 100
 MAX_OPERATORS: Final = 256
+#: Maximum number of Operators with the same invited key, so that one key does not take the room of all.
+MAX_OPERATORS_OF_KEY: Final = 16
 #: Maximum number of lost components that `status` shows, and seconds for which it shows them.
 _MAX_LOST: Final = 20
 _LOST_KEPT: Final = 12 * 3600.0
@@ -146,7 +148,8 @@ class Registry:
     def open(self, message: Open, route: bytes, now: float, member: Member) -> OperatorPeer:
         """Add an Operator; a repeated registration gets the same session. Who was invited has the name of its key.
 
-        Raises NotAllowed if the key of `member` is not for Operators, and TooMany above MAX_OPERATORS.
+        Raises NotAllowed if the key of `member` is not for Operators, and TooMany above MAX_OPERATORS, or above
+        MAX_OPERATORS_OF_KEY for an invited key.
         """
         if member.role not in ("owner", "operator", "observer"):
             raise NotAllowed(f"the key of {member} is not for Operators")
@@ -154,6 +157,9 @@ class Registry:
             if peer.instance == message.instance and peer.member == member:
                 peer.route, peer.heard = route, now
                 return peer
+        same_key = [peer for peer in self.operators.values() if peer.member == member]
+        if member.role != "owner" and len(same_key) >= MAX_OPERATORS_OF_KEY:
+            raise TooMany(f"{member} has {MAX_OPERATORS_OF_KEY} Operators already: close one of them")
         if len(self.operators) >= MAX_OPERATORS:
             raise TooMany(f"{message.name!r} cannot be served: there are {MAX_OPERATORS} Operators already")
         name = message.name if member.role == "owner" else member.name

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import random
+import resource
 import socket as sockets
+import struct
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,13 +27,25 @@ from larpixdaq.errors import ProtocolError
 _log = logging.getLogger("larpixdaq.keys")
 _ZAP: Final = "inproc://zeromq.zap.01"
 #: Milliseconds until a connection that does not finish its handshake is closed.
-_HANDSHAKE_LIMIT: Final = 5000
+_HANDSHAKE_LIMIT: Final = 2000
 #: Connections whose key is remembered; that of an older one is read again from its next message.
 _REMEMBERED: Final = 4096
 #: Bytes that CURVE adds to a message part (33), which count in libzmq's MAXMSGSIZE.
 _OVERHEAD: Final = 64
 #: Maximum number of ZAP requests that are answered in one turn of the loop.
 _TURN: Final = 100
+#: Connections that wait in the kernel until libzmq accepts them, so that a flood delays a member's one less.
+_BACKLOG: Final = 1024
+#: Descriptors of this process up to which all connections stay open, or a quarter of the maximum. Above it, connections
+#: that were not admitted are closed, because without descriptors the process cannot open files.
+_ENOUGH: Final = 1024
+#: Seconds between two looks for them, and maximum processor seconds of a look.
+_LOOK_INTERVAL: Final = 0.1
+_LOOK_LIMIT: Final = 0.02
+#: Bytes that only an admitted peer gets: greeting 64, WELCOME 170, READY 52 or more. Others get ERROR, 14 at most.
+_ADMITTED_BYTES: Final = 260
+#: Place of tcpi_bytes_acked in Linux' struct tcp_info.
+_BYTES_ACKED: Final = struct.Struct("120xQ")
 
 
 class KeyPair(NamedTuple):
@@ -107,13 +122,20 @@ class Doorkeeper:
         self.refused = 0
         self._unsaid, self._say_at = 0, 0.0
         self._connections: OrderedDict[bytes, _Connection] = OrderedDict()  # by ZeroMQ's route
+        self._guarded: zmq.Socket[Any] | None = None
+        self._look_at = 0.0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         self.socket.bind(_ZAP)
+        # Two descriptors for a flood, when none is left: a socket without connection, and a place for duplicates.
+        self._nothing = sockets.socket().detach()
+        self._place = os.dup(self._nothing)
 
     def guard(self, socket: zmq.Socket[Any]) -> None:
         """Require keys on a listening socket; to be called before bind(), and after its MAXMSGSIZE was set."""
         socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_LIMIT)
+        socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         if self._pair is not None:
+            self._guarded = socket
             socket.curve_server = True
             socket.curve_secretkey = self._pair.secret.encode()
             socket.zap_domain = b"larpixdaq"
@@ -122,7 +144,11 @@ class Doorkeeper:
                 socket.setsockopt(zmq.MAXMSGSIZE, limit + _OVERHEAD)
 
     def answer(self) -> None:
-        """Answer libzmq's questions about new connections."""
+        """Answer libzmq's questions about new connections, and close some of those that are not admitted."""
+        now = time.monotonic()
+        if self._guarded is not None and now >= self._look_at:
+            self._limit_strangers(self._guarded)
+            self._look_at = now + _LOOK_INTERVAL
         for _ in range(_TURN):
             try:
                 version, request, _, address, _, mechanism, *keys = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -135,15 +161,35 @@ class Doorkeeper:
             status, text = (b"200", b"OK") if admitted else (b"400", b"unknown key")
             self.socket.send_multipart([version, request, status, text, key.encode() if admitted else b"", b""])
 
-    def _refuse(self, address: str) -> None:
+    def _refuse(self, address: str, why: str = "with an unknown key") -> None:
         self.refused += 1
         self._unsaid += 1
         now = time.monotonic()
         if now >= self._say_at:  # at most one line a second, however many come
-            _log.warning(
-                "%s: refused a connection from %s with an unknown key (%d refused)", self._what, address, self._unsaid
-            )
+            _log.warning("%s: refused a connection from %s %s (%d refused)", self._what, address, why, self._unsaid)
             self._unsaid, self._say_at = 0, now + 1.0
+
+    def _limit_strangers(self, socket: zmq.Socket[Any]) -> None:
+        """Close connections that were not admitted, if there are too many: any of them, for at most _LOOK_LIMIT."""
+        until = time.thread_time() + _LOOK_LIMIT
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        try:
+            descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
+        except OSError:  # no descriptor is left for the listing
+            descriptors = list(range(limit))
+        left = len(descriptors) - min(_ENOUGH, limit // 4)
+        endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        if left <= 0 or not endpoint.startswith("tcp://"):
+            return
+        random.shuffle(descriptors)
+        with _Probe(self._place, self._nothing, int(endpoint.rpartition(":")[2])) as probe:
+            for descriptor in descriptors:
+                if (peer := probe.stranger(descriptor)) is not None:
+                    probe.shut_down()
+                    self._refuse(peer[0], "without a key")
+                    left -= 1
+                if not left or time.thread_time() >= until:
+                    break
 
     def sender(self, route: bytes, frame: zmq.Frame) -> str:
         """The public key of the peer that sent this frame over a ROUTER's connection `route`; "" without keys.
@@ -180,7 +226,45 @@ class Doorkeeper:
         return [route for route, _ in found]
 
     def close(self) -> None:
+        os.close(self._place)
+        os.close(self._nothing)
         self.socket.close(0)
+
+
+class _Probe:
+    """Looks at connections through a duplicate, because libzmq's thread may close and reuse a descriptor at any time.
+
+    The duplicate replaces the descriptor `place`, because no other may be free; in the end `nothing` replaces it.
+    """
+
+    def __init__(self, place: int, nothing: int, port: int) -> None:
+        self._place, self._nothing, self._port = place, nothing, port
+        # The family only says how long an address may be.
+        self._socket = sockets.socket(sockets.AF_INET6, sockets.SOCK_STREAM, 0, place)
+
+    def __enter__(self) -> _Probe:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.detach()
+        os.dup2(self._nothing, self._place, inheritable=False)
+
+    def stranger(self, descriptor: int) -> Any:
+        """Return the peer's address if this is a connection to the port that was not admitted yet; else None."""
+        try:
+            if descriptor != self._place:
+                os.dup2(descriptor, self._place, inheritable=False)
+            info = self._socket.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _BYTES_ACKED.size)
+            if _BYTES_ACKED.unpack(info)[0] >= _ADMITTED_BYTES or self._socket.getsockname()[1] != self._port:
+                return None
+            return self._socket.getpeername()
+        except (OSError, struct.error):  # closed, no TCP connection, the listening socket, or a system without tcp_info
+            return None
+
+    def shut_down(self) -> None:
+        """Shut down the connection that was looked at last; libzmq's thread then closes it."""
+        with suppress(OSError):
+            self._socket.shutdown(sockets.SHUT_RDWR)
 
 
 def _peer(descriptor: int) -> Any:

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import queue
+import resource
 import select
 import signal
 import sys
@@ -208,6 +209,13 @@ def _program() -> str:
     return os.path.basename(sys.argv[0]) or "larpixdaq"
 
 
+def _raise_descriptor_limit() -> None:
+    """Allow this process as many descriptors as the system permits, because each connection from outside takes one."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int:
     """Run a program's main part and return its exit status.
 
@@ -223,6 +231,7 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
         print(f"{program}: argument {wrong[0]!r}: expected UTF-8, since other processes read it", file=sys.stderr)
         return 2
     _first_signal.clear()
+    _raise_descriptor_limit()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if _accept_signal():

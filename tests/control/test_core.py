@@ -26,7 +26,7 @@ from larpixdaq.errors import (
     StateError,
     UnknownAction,
 )
-from larpixdaq.keys.key_store import ANYONE
+from larpixdaq.keys.key_store import ANYONE, Member
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import (
     MAX_REQUEST,
@@ -83,6 +83,17 @@ def test_the_numbers_of_components_and_operators_are_limited(running, dealer, mo
     assert ask(Register(name="b", **log)).session
     assert ask(Open(name="o", instance="1")).session
     assert "there are 1 Operators already" in ask(Open(name="p", instance="2")).text
+
+
+def test_an_invited_key_takes_the_room_of_few_operators():
+    known = registry.Registry()
+    invited, other = (Member(name, "observer", name) for name in ("a", "b"))
+    for n in range(registry.MAX_OPERATORS_OF_KEY):
+        known.open(Open(name="o", instance=str(n)), b"", 0.0, invited)
+    with pytest.raises(registry.TooMany, match="observer 'a' has 16 Operators already"):
+        known.open(Open(name="o", instance="more"), b"", 0.0, invited)
+    for member in (other, ANYONE):
+        assert known.open(Open(name="o", instance="more"), b"", 0.0, member).session
 
 
 def test_lost_components_are_shown_for_12_hours():

@@ -1,6 +1,9 @@
 """Connections with keys, over real sockets: who is admitted, whose a message is, and connections that are closed."""
 
 import contextlib
+import os
+import select
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +12,7 @@ from processes import until
 from raw_sockets import Context
 
 from larpixdaq.errors import ProtocolError
+from larpixdaq.keys import curve
 from larpixdaq.keys.curve import Doorkeeper, Handshakes, KeyPair, connect_with, new_pair
 
 #: MAXMSGSIZE of the listening socket.
@@ -140,3 +144,30 @@ def test_without_keys_everybody_is_admitted(contexts):
     house.address = house.router.getsockopt_string(zmq.LAST_ENDPOINT)
     route, frame = Guest(contexts[1], house, None).send(house)
     assert door.sender(route.bytes, frame) == ""
+
+
+def test_connections_without_a_key_leave_descriptors_for_members(contexts, monkeypatch):
+    """Above a number of descriptors some of them are closed; members stay connected, and new ones are admitted."""
+    monkeypatch.setattr(curve, "_HANDSHAKE_LIMIT", 60_000)
+    house, pairs = House(contexts[0]), [new_pair(), new_pair()]
+    house.allowed |= {pair.public for pair in pairs}
+    member = Guest(contexts[1], house, pairs[0])
+    route = house_route(member, house)
+    host, port = house.address.removeprefix("tcp://").split(":")
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(60)]
+        poller = select.poll()
+        for half, connection in enumerate(held):
+            connection.sendall(b"\xff" + bytes(8) if half % 2 else b"")
+            assert connection.recv(1) == b"\xff"  # it was accepted
+            poller.register(connection, select.POLLRDHUP)
+        monkeypatch.setattr(curve, "_ENOUGH", len(os.listdir("/proc/self/fd")) - 20)
+
+        def closed() -> int:
+            house.door.answer()
+            return len(poller.poll(0))
+
+        until(lambda: closed() >= 15, "some to be closed")
+        assert closed() <= 25
+        assert house_route(Guest(contexts[1], house, pairs[1]), house)
+        assert house_route(member, house) == route
