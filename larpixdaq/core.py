@@ -462,6 +462,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         address = config.listen_address(args.address, config.CORE_PORT)
         log_address = config.address(args.log_address, config.LOG_PORT)
+        os.umask(0o077)  # other users may enter a state directory that was made by hand
         core = Core(address, log_address, state_dir(args.state_dir), insecure=args.insecure)
         with contextlib.closing(core), Signals() as signals:
             core.serve(signals)

@@ -12,6 +12,7 @@ if __spec__ is None and sys.path[0].endswith("larpixdaq"):
 import argparse
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -233,6 +234,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         address = config.listen_address(args.address, config.LOG_PORT)
+        if not args.output:
+            os.umask(0o077)  # other users may enter a state directory that was made by hand
         path = Path(args.output) if args.output else state_dir(args.state_dir) / "log.txt"
         core = config.address(args.core, config.CORE_PORT)
         serve(core, args.name, address, path.absolute(), insecure=args.insecure)

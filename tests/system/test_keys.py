@@ -61,6 +61,7 @@ class Other:
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     with system(tmp_path_factory.mktemp("system")) as made:
+        (made.folder / "state").mkdir(mode=0o755)
         made.start("--fake", "5000")
         made.launch_log()
         yield made
@@ -424,6 +425,13 @@ def test_a_core_without_a_place_for_its_connection_file_starts_and_says_so(tmp_p
         until(lambda: "cannot find the core's key" in process.stderr, "the error")
         assert process.stop() == 0
     assert process.stderr.count("cannot find the core's key") == 1
+
+
+def test_files_in_a_state_directory_that_others_may_enter_are_private(line, operator):
+    with complete_run(operator):
+        found = [path for path in (line.folder / "state").rglob("*") if path.is_file()]
+    assert {"catalogue.sqlite", "highest_run", "log.txt", "core.json"} <= {path.name for path in found}
+    assert [path for path in found if path.stat().st_mode & 0o077] == []
 
 
 def test_a_connection_file_that_was_removed_is_written_again(line, operator):
