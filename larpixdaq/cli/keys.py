@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from typing import Any, Final
 
@@ -24,6 +25,8 @@ from larpixdaq.runtime.units import parse_duration, utc
 _LIMIT: Final = 5.0
 #: Maximum seconds until connected members have stored the core's new key.
 _INFORMED: Final = 2.0
+#: Maximum characters of a token that are read from standard input.
+_LONGEST_TOKEN: Final = 4096
 
 
 def add_commands(commands: Any) -> None:
@@ -64,7 +67,13 @@ def add_commands(commands: Any) -> None:
         description="Makes a key on this host, for this user, and has the core accept it. After that components of "
         "this name, or Operators, find the key by the core's address.",
     )
-    action.add_argument("token", metavar="TOKEN", nargs="+", help="as `larpixdaq keys invite` has printed it")
+    action.add_argument(
+        "token",
+        metavar="TOKEN",
+        nargs="*",
+        help="as `larpixdaq keys invite` has printed it; without it, a line of standard input, because other users of "
+        "this host can see command lines",
+    )
     action.set_defaults(function=join)
     action = actions.add_parser("list", help="the keys and open invitations", description="Lists who has a key.")
     action.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -155,7 +164,12 @@ def revoke(options: argparse.Namespace) -> int:
 
 
 def join(options: argparse.Namespace) -> int:
-    invitation = credentials.read_token("".join(options.token))
+    text = "".join(options.token)
+    if not text:
+        if sys.stdin.isatty():
+            print("token: ", end="", file=sys.stderr, flush=True)
+        text = sys.stdin.readline(_LONGEST_TOKEN)
+    invitation = credentials.read_token(text)
     pair = new_pair()
     value = _ask(invitation, Join(public=pair.public, request="join"))
     name, role = str(value["name"]), str(value["role"])

@@ -265,6 +265,18 @@ def test_used_expired_revoked_and_cut_tokens(line, operator, other):
     assert "is not the one that made this token" in other.run("cli", "keys", "join", token)
 
 
+def test_a_token_that_is_not_on_the_command_line(line, operator, other):
+    """Other users of the host see command lines."""
+    token = operator.invite("frank", "observer").result(LIMIT)["token"]
+    program = [sys.executable, "-m", "larpixdaq", "keys", "join"]
+    for given, status, says in ((f"{token}\n", 0, "joined as observer frank"), ("", 1, "token: expected larpixdaq1.")):
+        done = subprocess.run(
+            program, input=given, env=os.environ | other.env, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+        assert (done.returncode, says in done.stdout + done.stderr) == (status, True), done
+    operator.revoke("frank").result(LIMIT)
+
+
 def test_keys_are_listed(line, operator, other):
     other.join(operator, "carol", "observer")
     operator.invite("dave", "component").result(LIMIT)
