@@ -19,7 +19,8 @@ import msgspec
 import zmq
 
 from larpixdaq import config
-from larpixdaq.constants import LOG, LOST, PRODUCER, RUN_DATA, STORAGE
+from larpixdaq.constants import LOG, LOST, PRODUCER, RUN_DATA, STOP, STORAGE
+from larpixdaq.control.audit import Audit
 from larpixdaq.control.catalogue import Catalogue
 from larpixdaq.control.log_shipping import LogShipper
 from larpixdaq.control.registry import Component, Control, NameTaken, OperatorPeer, Peer, Registry, TooMany
@@ -30,6 +31,7 @@ from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
 from larpixdaq.keys.curve import Doorkeeper
 from larpixdaq.keys.key_store import ANYONE, KeyStore, Member, remove
+from larpixdaq.keys.peer_limits import registration_rates
 from larpixdaq.protocol.control import (
     MAX_ANSWER,
     MAX_REQUEST,
@@ -55,6 +57,7 @@ from larpixdaq.protocol.control import (
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.file_access import state_dir
 from larpixdaq.runtime.timing import wait_ms
+from larpixdaq.version import VERSION
 
 _log = logging.getLogger("larpixdaq.core")
 #: Maximum seconds of one turn of the loop for received messages.
@@ -66,6 +69,15 @@ _QUEUE: Final = 100
 _BUSY_TURN: Final = 0.05
 _IDLE_TURN: Final = 0.3
 _MAX_TURN: Final = 0.5
+#: A kind of refusal in the audit, and the counts of refusals in a component's status with their kinds.
+_NO_KEY: Final = "connection without a known key"
+_REFUSALS: Final = {
+    "refused_connections": _NO_KEY,
+    "refused_frames": "invalid message",
+    "refused": "invalid message",
+}
+#: Maximum seconds until the last rows of the audit are written.
+_AUDIT_LIMIT: Final = 2.0
 #: Seconds between two checks that run catalogue and connection file were not removed.
 _FILES_INTERVAL: Final = 1.0
 
@@ -102,7 +114,7 @@ class Core:
         try:
             self._keys = None if insecure else KeyStore(directory)
             pair = self._keys.server if self._keys is not None else None
-            self._door = Doorkeeper(self._context, pair, self._admits, "core")
+            self._door = Doorkeeper(self._context, pair, self._whose, "core")
             self._door.guard(self._router)
             self._router.ipv6 = config.is_ipv6(address)
             self._router.bind(address)
@@ -115,7 +127,13 @@ class Core:
                 raise
             raise ConfigError(f"core: cannot listen at {address}: {error} (is another core running?)") from None
         self._peers = Registry()
-        self._control = Control(self._peers)
+        self._audit = Audit(self._catalogue.path)
+        self._limits = self._door.limits
+        self._rate, self._owner_rate = registration_rates()
+        self._refusals_seen: dict[tuple[str, str], int] = {}  # by component and name of the count
+        self._refused_seen = 0
+        self._audited_state: tuple[str, int | None] = STOP, None
+        self._control = Control(self._peers, lambda operator, what, text: self._audit.note(operator, what, detail=text))
         self._runs = RunControl(self._peers, self._catalogue, self)
         self._actions = CoreActions(
             self._peers,
@@ -125,8 +143,10 @@ class Core:
             address=self.address,
             keys=self._keys,
             revoked=self._disconnect,
+            audit=self._audit,
+            limits=self._limits,
         )
-        self._requests = RequestRouter(self._peers, self._control, self._actions, self)
+        self._requests = RequestRouter(self._peers, self._control, self._actions, self, self._audit, self._limits)
         self._ids = secrets.token_hex(8)
         self._next_id = 0
         self._last_update: dict[str, Any] = {}
@@ -145,9 +165,12 @@ class Core:
             _log.error("%s", line)
         if insecure:
             _log.warning("--insecure: everybody who reaches %s may control the detector", self.address)
+        how = f"public key {pair.public}" if pair is not None else "--insecure"
+        self._audit.note(None, "core started", detail=f"version {VERSION} at {self.address}, {how}")
 
-    def _admits(self, key: str) -> bool:
-        return self._keys is not None and self._keys.admits(key)
+    def _whose(self, key: str) -> str | None:
+        member = self._keys.member(key) if self._keys is not None else None
+        return None if member is None else "" if member.role == "owner" else str(member)
 
     def _write_connection_file(self) -> tuple[Path, Credentials] | None:
         """Write the file by which processes of the same user find the core and its key; a failure is logged."""
@@ -180,6 +203,8 @@ class Core:
 
     def close(self) -> None:
         self._remove_connection_file()
+        self._audit.note(None, "core ended")
+        self._audit.close(_AUDIT_LIMIT)
         self._ship()
         self._shipper.close()
         self._door.close()
@@ -220,11 +245,42 @@ class Core:
         if drained or now - self._drained > LOST:
             for change in self._peers.check(now):
                 self._peer_changed(change.what, change.peer, now)
+        self._control.check(now)
         self._runs.tick(now)
         self._check_files(now)
         self._send_updates()
+        refused = self._door.refused - self._refused_seen
+        if refused:
+            self._refused_seen += refused
+            self._audit.refuse(_NO_KEY, None, self._door.last_refused, "to the core", refused)
+        self._audit.turn(now)
         self._ship()
         self._actions.load.shares()
+
+    def _count_refusals(self, component: Component) -> None:
+        """Note in the audit what a component has refused since its last heartbeat. The first one counts from there,
+        because the core may have been restarted."""
+        for name, kind in _REFUSALS.items():
+            count = component.status.get(name)
+            if isinstance(count, int):
+                new = count - self._refusals_seen.get((component.name, name), count)
+                self._refusals_seen[component.name, name] = count
+                if new > 0:
+                    self._audit.refuse(kind, None, "", f"to {component.name}", new)
+
+    def _audit_state(self) -> None:
+        """Note a change of the run state in the audit."""
+        previous, number = self._audited_state
+        new = self._runs.state, self._runs.number
+        if new == self._audited_state:
+            return
+        self._audited_state = new
+        detail = f"{previous} to {self._runs.state}"
+        if self._runs.number is None and number is not None:
+            with contextlib.suppress(FileError):
+                run = self._catalogue.find(number)
+                detail += f", {run.condition}" if run is not None else ""
+        self._audit.note(None, f"run {self._runs.number or number}", detail=detail)
 
     def _check_files(self, now: float) -> None:
         """Write the connection file and the catalogue again if somebody has removed them."""
@@ -251,6 +307,7 @@ class Core:
             except zmq.Again:
                 return True
             route, data = frames[0].bytes, frames[-1].bytes
+            member: Member | None = None
             try:
                 member = self._sender(route, frames[-1])
                 if len(frames) != 2:
@@ -259,16 +316,17 @@ class Core:
                     raise ProtocolError(f"message from {route.hex()}: {len(data)} bytes, the limit is {MAX_REQUEST}")
                 self._handle(unpack_client(data, route.hex()), route, now, member)
             except ProtocolError as error:
-                self._refuse(route, data if len(data) <= MAX_REQUEST else b"", error, now)
+                self._refuse(route, data if len(data) <= MAX_REQUEST else b"", error, member, now)
             except Exception as error:  # an error in larpixdaq: its sender gets an answer, and the core continues
                 _log.exception("message from %s", route.hex())
                 text = f"internal error of the core: {type(error).__name__}: {error}"
                 self._send(route, Answer(request=probe(data).request, kind="error", text=text, error="failed"))
         return False
 
-    def _refuse(self, route: bytes, data: bytes, error: ProtocolError, now: float) -> None:
+    def _refuse(self, route: bytes, data: bytes, error: ProtocolError, member: Member | None, now: float) -> None:
         self._actions.refused += 1
         self._refusals += 1
+        self._audit.refuse("invalid message", member, "", str(error))
         if now - self._refusal_logged >= 1.0:  # at most one line a second, also in a flood
             _log.warning("%s (%d messages refused)", error, self._refusals)
             self._refusals, self._refusal_logged = 0, now
@@ -292,17 +350,26 @@ class Core:
         return member
 
     def _handle(self, message: FromClient, route: bytes, now: float, member: Member) -> None:
-        if isinstance(message, Register | Open):
-            self._register(message, route, now, member)
-            return
-        if isinstance(message, Join):
-            self._join(message, route, member)
+        if isinstance(message, Register | Open | Join):
+            if not (self._owner_rate if member.role == "owner" else self._rate).passes(member.public, 1):
+                self._limits.reached(str(member), "registrations a second")
+                self._audit.refuse("too many registrations", member, "", type(message).__name__)
+                text = "too many registrations of this key: wait a second"
+                self._send(route, Answer(request=message.request, kind="error", text=text, error="failed"))
+            elif isinstance(message, Join):
+                self._join(message, route, member)
+            else:
+                self._register(message, route, now, member)
             return
         peer, moved = self._peers.identify(message.session, route, now, member)
         if peer is None:
             answer = Answer(request=message.request, session=message.session, kind="error", error="unknown_session")
             answer.text = "this session is not known: register again"
             self._send(route, answer)
+            if self._peers.knows(message.session):
+                self._audit.refuse("session of another key", member, "", f"{type(message).__name__}")
+            else:  # also of every component after a restart of the core
+                self._audit.refuse("unknown session", member, "", f"{type(message).__name__}")
             return
         if moved and isinstance(peer, Component):
             self._runs.reconnected(peer)
@@ -312,6 +379,7 @@ class Core:
         elif isinstance(message, Heartbeat):
             if isinstance(peer, Component):
                 self._peers.take_heartbeat(peer, message, now)
+                self._count_refusals(peer)
                 self._runs.heard(peer, message, now)
             self._note_server(peer, message.server)
             self._send(peer.route, Update(request=message.request, session=peer.session, **self._state_for(peer)))
@@ -331,8 +399,10 @@ class Core:
             joined = self._keys.join(member.public, message.public)
             value = {"name": joined.name, "role": joined.role}
             _log.warning("%s has joined", joined)
+            self._audit.note_member(joined, "joined", detail=f"public key {joined.public}", outcome="done")
             self._send(route, Answer(request=message.request, kind="result", value=packed(value)))
         except (RequestError, FileError) as error:
+            self._audit.refuse("invitation", member, "", str(error))
             code = error.code if isinstance(error, RequestError) else "failed"
             self._send(route, Answer(request=message.request, kind="error", text=str(error), error=code))
 
@@ -357,10 +427,15 @@ class Core:
             else:
                 peer = self._peers.open(message, route, now, member)
         except (NameTaken, NotAllowed, TooMany) as error:
+            if isinstance(error, TooMany):
+                self._limits.reached(str(member), "Operators" if isinstance(message, Open) else "components")
+            kinds = {NameTaken: "name of another component", NotAllowed: "not allowed to a role"}
+            self._audit.refuse(kinds.get(type(error), "too many peers"), member, message.name, str(error))
             self._send(route, Answer(request=message.request, kind="error", text=str(error), error=error.code))
             return
         if isinstance(peer, Component) and not registered:
             _log.info("%s (%s) has registered", peer.name, peer.kind)
+            self._audit.note(peer, "registered", detail=str(peer.info.get("host", "")), outcome="done")
         self._send(route, Welcome(session=peer.session, **self._state_for(peer)))
         if isinstance(peer, Component):
             self._runs.registered(peer, now)
@@ -442,6 +517,7 @@ class Core:
         current = self._current_state()
         if current == self._last_update:
             return
+        self._audit_state()
         self._last_update = current
         everybody: list[Peer] = [*self._peers.components.values(), *self._peers.operators.values()]
         for peer in everybody:

@@ -27,6 +27,7 @@ from larpixdaq.control.log_shipping import LogRecord, unpack_record
 from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, ProtocolError, printable
 from larpixdaq.keys.curve import Doorkeeper, KeyPair, new_pair
+from larpixdaq.keys.peer_limits import PeerLimits
 from larpixdaq.protocol.control import Update
 from larpixdaq.protocol.reports import LogStatus
 from larpixdaq.runtime.event_loop import Signals, run_main
@@ -70,6 +71,7 @@ class LogFile:
         self.lost = 0
         self.refused = 0
         self._throttle = Throttle(RATE, BURST, shares=_SHARES)
+        self.limits = PeerLimits("log")
         self._report_at = 0.0
         try:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
@@ -97,6 +99,8 @@ class LogFile:
                 written = line(record).encode("utf-8", "replace")
                 if self._throttle.passes(record.component, len(written)):
                     lines.append(written)
+                else:
+                    self.limits.reached(record.component, f"{RATE} bytes of lines a second")
             except ProtocolError as error:
                 self.refused += 1
                 if self.refused == 1:
@@ -148,7 +152,8 @@ class LogFile:
         self._file = file
 
     def status(self) -> LogStatus:
-        return LogStatus(str(self.path), self.written, self._throttle.dropped, self.lost, self.refused)
+        counts = self.written, self._throttle.dropped, self.lost, self.refused
+        return LogStatus(str(self.path), *counts, limits=self.limits.report())
 
     def close(self) -> None:
         self._file.close()
@@ -159,7 +164,7 @@ class _Senders:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], pair: KeyPair | None) -> None:
         """`pair`: the key pair of the log's socket; None: without keys."""
-        self.door = Doorkeeper(context, pair, lambda key: self._insecure or key in self._names, "log")
+        self.door = Doorkeeper(context, pair, lambda key: "" if self._insecure else self._names.get(key), "log")
         self._insecure = pair is None
         self._names: dict[str, str] = {}
 
@@ -202,7 +207,14 @@ def serve(core: str, name: str, address: str, path: Path, *, insecure: bool) -> 
         file = stack.enter_context(contextlib.closing(LogFile(path)))
         where = [config.reachable_address(endpoint, core), pair.public if pair is not None else ""]
         info = {"log": where, "file": str(path)}
-        node = Node(name, LOG, core, {}, info=info, status=file.status, insecure=insecure)
+
+        def status() -> LogStatus:
+            found = file.status()
+            found.refused_connections = senders.door.refused
+            found.limits += senders.door.limits.report()
+            return found
+
+        node = Node(name, LOG, core, {}, info=info, status=status, insecure=insecure)
         stack.callback(node.close)
         node.connect(signals=signals)
         poller = zmq.Poller()

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 
 from larpixdaq import config
 from larpixdaq.constants import STOP
-from larpixdaq.control.display import needs_attention, status_lines
+from larpixdaq.control.catalogue import read_audit
+from larpixdaq.control.display import audit_line, needs_attention, status_lines
 from larpixdaq.errors import ComponentError, ConfigError, FileError, LarpixDaqError, NoCore, printable
 from larpixdaq.offline_storage import add_own_arguments as add_storage_arguments
 from larpixdaq.offline_storage import own_options
@@ -35,7 +37,7 @@ from larpixdaq.runtime.launcher import (
     up_lock,
     write_running,
 )
-from larpixdaq.runtime.units import utc
+from larpixdaq.runtime.units import parse_since, utc
 from larpixdaq.sources import options as source_options
 
 #: Maximum seconds until every process that `up` starts has registered.
@@ -75,6 +77,22 @@ def add_commands(commands: Any) -> None:
     config.add_insecure_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=status)
+    parser = commands.add_parser(
+        "audit",
+        help="who did what when",
+        description="Shows the audit in the run catalogue: changes of the run state, control, actions on chips and "
+        "boards, routines, keys, and refused attempts, with the key and role in use. The core may be running.",
+    )
+    parser.add_argument(
+        "--since",
+        type=parse_since,
+        default=0.0,
+        metavar="TIME",
+        help="only from this time on: UTC, such as 2023-03-15T02:48, or before now, such as 90min, 12h, 3d",
+    )
+    config.add_state_dir_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(function=audit)
 
 
 def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,6 +269,17 @@ def status(options: argparse.Namespace) -> int:
         for line in status_lines(answer):
             console.print(printable(line))
     return 1 if needs_attention(answer) else 0
+
+
+def audit(options: argparse.Namespace) -> int:
+    rows = read_audit(state_dir(options.state_dir), round(options.since * 1e9))
+    if options.json:
+        print(json.dumps({"rows": [msgspec.structs.asdict(row) for row in rows]}))
+        return 0
+    console = plain_console()
+    for row in rows:
+        console.print(printable(audit_line(row)))
+    return 0
 
 
 def plain_console(*, quiet: bool = False, stderr: bool = False) -> Console:

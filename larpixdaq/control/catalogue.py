@@ -1,6 +1,7 @@
-"""The run catalogue: an SQLite database of every run number, with the phase of the run and its end.
+"""The run catalogue: an SQLite database of every run number, with the phase of the run and its end, and of the audit.
 
-Only the core writes it, and writes each step of a run before it sends the step to the components.
+Only the core writes it, and writes each step of a run before it sends the step to the components. Rows of the audit are
+only appended: triggers refuse every change of a row.
 
 The highest run number is also in its own file, `highest_run`, because files of two runs with the same number would be
 confused. A damaged catalogue is renamed, its readable rows are copied to a new catalogue, and run numbers continue
@@ -13,7 +14,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +34,7 @@ from larpixdaq.runtime.file_access import (
     open_locked,
 )
 
-_SCHEMA: Final = 2
+_SCHEMA: Final = 3
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS runs (
     run INTEGER PRIMARY KEY, phase TEXT NOT NULL, kind TEXT NOT NULL, comment TEXT NOT NULL, operator TEXT NOT NULL,
@@ -44,11 +45,20 @@ CREATE TABLE IF NOT EXISTS files (
     storage TEXT NOT NULL, path TEXT NOT NULL, run INTEGER NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL,
     condition TEXT NOT NULL, time_ns INTEGER NOT NULL, PRIMARY KEY (storage, path));
 CREATE INDEX IF NOT EXISTS files_of_run ON files (run);
+CREATE TABLE IF NOT EXISTS audit (
+    id INTEGER PRIMARY KEY, time_ns INTEGER NOT NULL, key TEXT NOT NULL, role TEXT NOT NULL, name TEXT NOT NULL,
+    action TEXT NOT NULL, component TEXT NOT NULL, detail TEXT NOT NULL, outcome TEXT NOT NULL, count INTEGER NOT NULL);
+CREATE TRIGGER IF NOT EXISTS audit_update BEFORE UPDATE ON audit
+    BEGIN SELECT RAISE(ABORT, 'rows of the audit are never changed'); END;
+CREATE TRIGGER IF NOT EXISTS audit_delete BEFORE DELETE ON audit
+    BEGIN SELECT RAISE(ABORT, 'rows of the audit are never removed'); END;
+CREATE TRIGGER IF NOT EXISTS audit_replace BEFORE INSERT ON audit WHEN EXISTS (SELECT 1 FROM audit WHERE id = NEW.id)
+    BEGIN SELECT RAISE(ABORT, 'rows of the audit are never replaced'); END;
 """
 _NAME: Final = "catalogue.sqlite"
 _HIGHEST: Final = "highest_run"
-#: Older schemas only lack tables, which are created: schema 1 has no `files`.
-_OLD_SCHEMAS: Final = (0, 1)
+#: Older schemas only lack tables, which are created: schema 1 has no `files`, schema 2 no `audit`.
+_OLD_SCHEMAS: Final = (0, 1, 2)
 _COLUMNS: Final = (
     "run",
     "phase",
@@ -65,7 +75,29 @@ _COPIED: Final = {
     "runs": ",".join((*_COLUMNS, "details")),
     "comments": "rowid,run,time_ns,operator,text",
     "files": "storage,path,run,bytes,sha256,condition,time_ns",
+    "audit": "id,time_ns,key,role,name,action,component,detail,outcome,count",
 }
+
+
+class AuditRow(msgspec.Struct, frozen=True):
+    """Who did what when. `time_ns`: unix ns. `key` and `role`: of the key in use; "core" for the core itself.
+
+    `name`: of the Operator or component, or the address of a connection. `outcome`: "accepted", "done", "failed: …",
+    "refused", or "" for a change of the core's state. `count`: number of attempts or actions for which the row stands.
+    """
+
+    time_ns: int
+    key: str
+    role: str
+    name: str
+    action: str
+    component: str = ""
+    detail: str = ""
+    outcome: str = ""
+    count: int = 1
+
+
+_AUDIT_COLUMNS: Final = AuditRow.__struct_fields__
 
 
 class Run(msgspec.Struct, forbid_unknown_fields=True):
@@ -164,7 +196,7 @@ class Catalogue:
                 (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
                 if found != "ok":
                     return " ".join(str(found).split())
-                if db.execute("PRAGMA user_version").fetchone()[0] == _SCHEMA:
+                if 0 < db.execute("PRAGMA user_version").fetchone()[0] <= _SCHEMA:
                     row = db.execute(f"SELECT {_COPIED['runs']} FROM runs ORDER BY run DESC LIMIT 1").fetchone()
                     if row is not None:
                         _run(row)
@@ -355,6 +387,46 @@ class Catalogue:
             query = "SELECT time_ns, operator, text FROM comments WHERE run = ? ORDER BY rowid"
             rows = self._db.execute(query, (run,)).fetchall()
         return [{"time": ns / 1e9, "operator": who, "text": text} for ns, who, text in rows]
+
+
+def append_audit(path: Path, rows: Sequence[AuditRow]) -> None:
+    """Append rows to the audit of the catalogue at `path`, in any thread. FileError if they cannot be written.
+
+    The connection lasts for one call, because keep() may have replaced the file. It does not sync, so that the lock,
+    for which save() may wait, is never held while a disk syncs: a crash of the host may lose the rows since the last
+    step of a run.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None)) as db:
+            db.execute("PRAGMA synchronous=NORMAL")
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany(
+                f"INSERT INTO audit ({','.join(_AUDIT_COLUMNS)}) VALUES ({','.join('?' * len(_AUDIT_COLUMNS))})",
+                map(msgspec.structs.astuple, rows),
+            )
+            db.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise FileError(f"{path}: {error}") from None
+
+
+def read_audit(directory: Path, since_ns: int = 0) -> Iterator[AuditRow]:
+    """Read the audit in a state directory, from this time (unix ns) on, while a core may be writing it.
+
+    FileError if there is no catalogue, if it cannot be read, or if no core of this version has used it yet.
+    """
+    path = directory / _NAME
+    check_regular(path)
+    if not path.exists():
+        raise FileError(f"{path}: there is no run catalogue")
+    try:
+        with closing(_read_only(path)) as db:
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'audit'").fetchone():
+                raise FileError(f"{path}: has no audit yet; it begins when a core of this version starts")
+            query = f"SELECT {','.join(_AUDIT_COLUMNS)} FROM audit WHERE time_ns >= ? ORDER BY id"
+            for row in db.execute(query, (since_ns,)):
+                yield AuditRow(*row)
+    except sqlite3.Error as error:
+        raise FileError(f"{path}: {error}") from None
 
 
 def _run(row: tuple[Any, ...]) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any, Final
@@ -10,6 +11,7 @@ import msgspec
 import numpy as np
 
 from larpixdaq.constants import RUN_DATA
+from larpixdaq.control.catalogue import AuditRow
 from larpixdaq.control.disk_watch import WARNING_LIMITS, time_to_full
 from larpixdaq.errors import printable
 from larpixdaq.protocol.reports import (
@@ -27,6 +29,8 @@ from larpixdaq.runtime.units import size, utc
 Facts = dict[str, Any]
 #: Maximum number of rows of a table, half of them from its end, and of elements of an array.
 MAX_SHOWN: Final = 20
+#: Seconds for which the text of `status` shows a limit that a peer has reached.
+_LIMITS_SHOWN: Final = 3600.0
 #: Keys of results whose values are times (unix s).
 _TIMES: Final = frozenset({"time", "since", "prepared", "begun", "ended", "started", "start", "last"})
 
@@ -45,12 +49,29 @@ def status_lines(status: Facts) -> list[str]:
         lines.append(_last_run(last))
     if status.get("insecure"):
         lines.append("INSECURE: no keys are in use: anybody who can connect to the core can control the detector")
+    audit = status.get("audit") or {}
+    if audit.get("lost") or audit.get("error"):
+        why = f": {audit['error']}" if audit.get("error") else ""
+        lines.append(f"AUDIT: {audit.get('lost')} rows lost, {audit.get('waiting')} wait{why}")
+    lines += _limits("core", status.get("limits") or [])
     width = max((len(component["name"]) for component in status["components"]), default=0)
     if "load" in status:
         lines.append(f"{'core':<{width}}  alive  {load_text(status['load'])}")
     for component in status["components"]:
         lines.append(f"{component['name']:<{width}}  {_liveness(component):<5}  {_details(component)}".rstrip())
     return lines
+
+
+def audit_line(row: AuditRow) -> str:
+    """Convert a row of the audit to a line of text."""
+    key = " ".join(part for part in (row.role, repr(row.key) if row.key != row.role else "") if part)
+    name = row.name if row.name != row.key else ""
+    who = f"{key} ({name})" if key and name else key or name or "nobody"
+    what = f"{row.action} of {row.component}" if row.component else row.action
+    detail = f", {row.detail}" if row.detail else ""
+    times = f", {row.count} times" if row.count != 1 else ""
+    outcome = f": {row.outcome}{times}" if row.outcome or times else ""
+    return f"{utc(row.time_ns / 1e9)}  {who}: {what}{detail}{outcome}"
 
 
 def needs_attention(status: Facts) -> bool:
@@ -88,8 +109,9 @@ def _details(component: Facts) -> str:
         parts += _monitor(status)
     elif component["kind"] == RUN_DATA:
         parts.append("no run yet")
-    elif isinstance(status, LogStatus) and status.lost:
-        parts.append(f"{status.lost} records lost")
+    elif isinstance(status, LogStatus):
+        counts = {"records lost": status.lost, "lines held back": status.held_back}
+        parts += [f"{number} {words}" for words, number in counts.items() if number]
     if status is not None and status.load is not None:
         parts.append(load_text(msgspec.structs.asdict(status.load)))
     return "; ".join(parts)
@@ -116,6 +138,8 @@ def _alarms(component: Facts) -> list[str]:
     """Return a line for each problem of a component that needs attention."""
     name, status = component["name"], _status(component)
     alarms = []
+    if isinstance(status, ProducerStatus | LogStatus):
+        alarms += _limits(name, [msgspec.to_builtins(limit) for limit in status.limits])
     if isinstance(status, StorageStatus):
         if status.paused:
             alarms.append(f"PAUSED: {name} is not writing: {status.paused}")
@@ -131,6 +155,15 @@ def _alarms(component: Facts) -> list[str]:
         ]
         alarms += [f"{board.name}: {text}" for board in status.boards if (text := _disconnection(board))]
     return alarms
+
+
+def _limits(where: str, limits: list[Facts]) -> list[str]:
+    """Return a line for each limit that a peer has reached within _LIMITS_SHOWN."""
+    return [
+        f"LIMIT at {where}: {limit['peer']}: {limit['limit']}, {limit['count']} times, last {utc(limit['last'])}"
+        for limit in limits
+        if time.time() - limit["last"] < _LIMITS_SHOWN
+    ]
 
 
 def _disconnection(board: BoardReport) -> str:

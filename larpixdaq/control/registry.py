@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -21,11 +22,11 @@ _log = logging.getLogger("larpixdaq.core")
 _T = TypeVar("_T")
 #: Seconds that a silent Operator's session is kept, so that a busy program still gets its answers.
 _FORGET_OPERATOR: Final = 60.0
-#: Maximum number of components, and of Operators, at the same time.
+#: Maximum number of components, of Operators with keys that were invited (and as many of the core's own user), and of
+#: Operators with one of these keys, at the same time.
 MAX_COMPONENTS: Final = 100
 MAX_OPERATORS: Final = 256
-#: Maximum number of Operators with the same invited key, so that one key does not take the room of all.
-MAX_OPERATORS_OF_KEY: Final = 16
+MAX_KEY_OPERATORS: Final = 32
 #: Maximum number of lost components that `status` shows, and seconds for which it shows them.
 _MAX_LOST: Final = 20
 _LOST_KEPT: Final = 12 * 3600.0
@@ -91,6 +92,7 @@ class Component(Peer):
 @dataclass
 class OperatorPeer(Peer):
     recent: RecentRequests = field(default_factory=RecentRequests)
+    unanswered: int = 0  # requests without their last answer
 
 
 @dataclass
@@ -157,11 +159,12 @@ class Registry:
             if peer.instance == message.instance and peer.member == member:
                 peer.route, peer.heard = route, now
                 return peer
-        same_key = [peer for peer in self.operators.values() if peer.member == member]
-        if member.role != "owner" and len(same_key) >= MAX_OPERATORS_OF_KEY:
-            raise TooMany(f"{member} has {MAX_OPERATORS_OF_KEY} Operators already: close one of them")
-        if len(self.operators) >= MAX_OPERATORS:
+        owner = member.role == "owner"
+        others = [peer for peer in self.operators.values() if (peer.member.role == "owner") == owner]
+        if len(others) >= MAX_OPERATORS:
             raise TooMany(f"{message.name!r} cannot be served: there are {MAX_OPERATORS} Operators already")
+        if not owner and sum(peer.member == member for peer in others) >= MAX_KEY_OPERATORS:
+            raise TooMany(f"{message.name!r} cannot be served: {member} has {MAX_KEY_OPERATORS} Operators already")
         name = message.name if member.role == "owner" else member.name
         peer = OperatorPeer(secrets.token_hex(16), route, name, message.instance, now, member)
         self.operators[peer.session] = peer
@@ -177,6 +180,10 @@ class Registry:
         moved = peer.route != route
         peer.route, peer.heard = route, now
         return peer, moved
+
+    def knows(self, session: str) -> bool:
+        """Return whether the session exists."""
+        return session in self._sessions
 
     def with_key(self, key: str) -> list[Peer]:
         """Return the peers with this public key."""
@@ -260,18 +267,24 @@ class Registry:
 
 
 class Control:
-    """Records which Operator may change something: one at a time."""
+    """Records which Operator may change something: one at a time. `changed` is called with an Operator and an action
+    ("control taken", "control released", "control freed") and a detail."""
 
-    def __init__(self, peers: Registry) -> None:
-        self._peers = peers
+    def __init__(self, peers: Registry, changed: Callable[[OperatorPeer, str, str], None]) -> None:
+        self._peers, self._changed = peers, changed
         self._holder: OperatorPeer | None = None
         self._since = 0.0  # unix seconds
 
     def _current(self, now: float) -> OperatorPeer | None:
         holder = self._holder
         if holder is not None and (holder.session not in self._peers.operators or now - holder.heard > CONTROL_FREE):
+            self._changed(holder, "control freed", "its holder has gone")
             self._holder = holder = None
         return holder
+
+    def check(self, now: float) -> None:
+        """Free control whose holder has gone."""
+        self._current(now)
 
     def claim(self, operator: OperatorPeer, now: float) -> None:
         """Give control to this Operator if it is free; ControlHeld if another Operator has it."""
@@ -287,11 +300,13 @@ class Control:
         previous = self._holder
         if previous is not operator:
             self._holder, self._since = operator, time.time()
+            self._changed(operator, "control taken", f"from {previous.name}" if previous is not None else "")
         return previous.name if previous is not None and previous is not operator else ""
 
     def release(self, operator: OperatorPeer) -> None:
         if self._holder is operator:
             self._holder = None
+            self._changed(operator, "control released", "")
 
     def describe(self, now: float) -> dict[str, Any] | None:
         holder = self._current(now)

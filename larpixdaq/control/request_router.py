@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from larpixdaq import config
 from larpixdaq.constants import PRODUCER, QUERIES, RUN_ACTIONS, RUN_DATA
+from larpixdaq.control.audit import Audit, parameters
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Registry
 from larpixdaq.control.run_control import RunControl
@@ -19,6 +20,7 @@ from larpixdaq.control.scatter_gather import ReplyRoute, Team
 from larpixdaq.errors import ComponentError, ControlHeld, LarpixDaqError, NotAllowed, RequestError, UnknownAction
 from larpixdaq.keys.credentials import make_token
 from larpixdaq.keys.key_store import KeyStore, Role
+from larpixdaq.keys.peer_limits import PeerLimits, request_rate
 from larpixdaq.protocol.control import ActionRequest, Answer, FromCore, packed
 from larpixdaq.protocol.stream import Name, RunNumber
 from larpixdaq.runtime.timing import Load
@@ -29,6 +31,8 @@ _log = logging.getLogger("larpixdaq.core")
 _CONTROL_ACTIONS: Final = frozenset({"take_control", "release_control"})
 #: Actions for the core's own user alone.
 _KEY_ACTIONS: Final = frozenset({"keys", "invite", "revoke", "rotate"})
+#: Maximum number of unanswered requests of one Operator.
+MAX_UNANSWERED: Final = 1000
 #: Names of the kinds of components in errors.
 _KIND_NAMES: Final = {PRODUCER: "producer", RUN_DATA: "online monitor"}
 
@@ -93,9 +97,13 @@ class CoreActions:
         address: str,
         keys: KeyStore | None,
         revoked: Callable[[list[str]], None],
+        audit: Audit,
+        limits: PeerLimits,
     ) -> None:
-        """`address`: of the core. `keys`: None if no keys are in use. `revoked` is called with revoked public keys."""
+        """`address`: of the core. `keys`: None if no keys are in use. `revoked` is called with revoked public keys.
+        `audit` and `limits` are for `status`."""
         self._address, self._keys, self._revoked = address, keys, revoked
+        self._audit, self._limits = audit, limits
         self._peers, self._control, self._runs, self._catalogue = peers, control, runs, catalogue
         self._started = time.time()
         #: Number of messages refused since the start.
@@ -126,7 +134,7 @@ class CoreActions:
         }
 
     def handle(
-        self, operator: OperatorPeer, action: str, params: dict[str, Any], reply: ReplyRoute, now: float
+        self, operator: OperatorPeer, action: str, params: dict[str, Any], reply: _OperatorReply, now: float
     ) -> None:
         """Do an action of the core and answer through `reply`, at once or later. Raises a LarpixDaqError if refused."""
         if action not in self._actions:
@@ -143,6 +151,8 @@ class CoreActions:
         if changing:
             self._control.claim(operator, now)
             _log.info("%s: %s %s", operator.name, action, params or "")
+        if changing or action in ("invite", "revoke"):
+            reply.accepted(action, params)
         value = handler(_CoreRequest(operator, request_params, reply, now))
         if value is not None:
             reply.result(value)
@@ -213,6 +223,8 @@ class CoreActions:
             "insecure": self._keys is None,
             "load": self.load.shares(),
             "refused_messages": self.refused,
+            "limits": [msgspec.to_builtins(limit) for limit in self._limits.report()],
+            "audit": self._audit.status(),
             "version": VERSION,
             "started": self._started,
             "process": config.process_identity(),
@@ -288,8 +300,16 @@ class _Routed(NamedTuple):
 
     component: str
     action: str
-    operator: str  # session
+    operator: OperatorPeer
     request: str
+
+
+class _Audited(NamedTuple):
+    """A request that was accepted, whose outcome goes into the audit."""
+
+    operator: OperatorPeer
+    action: str
+    component: str
 
 
 class _OperatorReply:
@@ -297,6 +317,10 @@ class _OperatorReply:
 
     def __init__(self, router: RequestRouter, operator: OperatorPeer, request: str) -> None:
         self._router, self._operator, self._request = router, operator, request
+
+    def accepted(self, action: str, params: dict[str, Any], component: str = "") -> None:
+        """Note in the audit that the request is allowed; its outcome follows."""
+        self._router.accepted(self._request, _Audited(self._operator, action, component), params)
 
     def progress(self, component: str, text: str, done: int = 0, total: int = 0) -> None:
         answer = Answer(request=self._request, kind="progress", component=component, text=text, done=done, total=total)
@@ -320,9 +344,20 @@ class RequestRouter:
     Every request gets an ack at once and exactly one result or error. A repeated request is done once.
     """
 
-    def __init__(self, peers: Registry, control: Control, actions: CoreActions, transport: Transport) -> None:
+    def __init__(
+        self,
+        peers: Registry,
+        control: Control,
+        actions: CoreActions,
+        transport: Transport,
+        audit: Audit,
+        limits: PeerLimits,
+    ) -> None:
         self._peers, self._control, self._actions, self._transport = peers, control, actions, transport
+        self._audit, self._limits = audit, limits
+        self._rate = request_rate()
         self._routed: dict[str, _Routed] = {}
+        self._audited: dict[tuple[str, str], _Audited] = {}  # by session and request
 
     def requested(self, operator: OperatorPeer, message: ActionRequest, now: float) -> None:
         if message.again and not operator.recent.knows(message.request):
@@ -334,17 +369,39 @@ class RequestRouter:
             if answer is not None:
                 self._transport.send_to(operator, answer)
             return
-        self.answer(operator, Answer(request=message.request, kind="ack", component="core"))
+        operator.unanswered += 1
         reply = _OperatorReply(self, operator, message.request)
+        if limit := self._reached(operator):
+            self._limits.reached(str(operator.member) if operator.member.role != "owner" else operator.name, limit)
+            self._audit.refuse("too many requests", operator.member, operator.name, message.action)
+            reply.error(RequestError(f"{message.action}: too many requests: the limit is {limit}"))
+            return
+        self.answer(operator, Answer(request=message.request, kind="ack", component="core"))
         try:
             if message.component in ("", "core") and not message.kind:
                 self._actions.handle(operator, message.action, message.params, reply, now)
             else:
-                self._route(operator, message, now)
+                self._route(operator, message, reply, now)
         except LarpixDaqError as error:
+            if isinstance(error, NotAllowed | ControlHeld):
+                kind = "not allowed to a role" if isinstance(error, NotAllowed) else "without control"
+                self._audit.refuse(kind, operator.member, operator.name, message.action)
             reply.error(error)
 
-    def _route(self, operator: OperatorPeer, message: ActionRequest, now: float) -> None:
+    def _reached(self, operator: OperatorPeer) -> str:
+        """Return the limit that another request exceeds; "" if none. Operators of one invited key share its rate."""
+        who = operator.session if operator.member.role == "owner" else operator.member.public
+        if not self._rate.passes(who, 1):
+            return f"{self._rate.rate:g} requests a second"
+        return f"{MAX_UNANSWERED} unanswered requests" if operator.unanswered > MAX_UNANSWERED else ""
+
+    def accepted(self, request: str, audited: _Audited, params: dict[str, Any]) -> None:
+        """Note an accepted request in the audit, and its outcome later."""
+        self._audited[audited.operator.session, request] = audited
+        text = parameters(params)
+        self._audit.note(audited.operator, audited.action, component=audited.component, detail=text, outcome="accepted")
+
+    def _route(self, operator: OperatorPeer, message: ActionRequest, reply: _OperatorReply, now: float) -> None:
         component = self._find_component(message)
         if message.action in RUN_ACTIONS:
             raise RequestError(f"only the core may request {message.action} of a component")
@@ -355,8 +412,9 @@ class RequestRouter:
             check_may_change(operator, message.action)
             self._control.claim(operator, now)
             _log.info("%s: %s of %s", operator.name, message.action, component.name)
+            reply.accepted(message.action, message.params, component.name)
         request = self._transport.new_id()
-        self._routed[request] = _Routed(component.name, message.action, operator.session, message.request)
+        self._routed[request] = _Routed(component.name, message.action, operator, message.request)
         if not self._transport.send(component.name, request, message.action, message.params):
             del self._routed[request]
             raise ComponentError(f"{component.name} does not take {message.action}: its queue is full or it has ended")
@@ -387,20 +445,28 @@ class RequestRouter:
         routed = self._routed[answer.request]
         if answer.kind in ("result", "error"):
             del self._routed[answer.request]
-        operator = self._peers.operators.get(routed.operator)
-        if operator is not None:
-            answer.request, answer.component = routed.request, name
-            self.answer(operator, answer)
+        answer.request, answer.component = routed.request, name
+        self.answer(routed.operator, answer)
 
     def answer(self, operator: OperatorPeer, answer: Answer) -> None:
         if answer.kind in ("result", "error"):
             operator.recent.keep(answer.request, answer)
-        self._transport.send_to(operator, answer)
+            operator.unanswered -= 1
+            if (audited := self._audited.pop((operator.session, answer.request), None)) is not None:
+                outcome = "done" if answer.kind == "result" else f"failed: {answer.text}"
+                self._audit.note(operator, audited.action, component=audited.component, outcome=outcome)
+        if operator.session in self._peers.operators:
+            self._transport.send_to(operator, answer)
 
     def peer_removed(self, peer: Peer, what: str) -> None:
-        """Drop the requests of a removed Operator, and fail those to a removed component. `what` is the reason."""
+        """Drop the requests of a removed Operator, except those whose outcome goes into the audit, and fail those to a
+        removed component. `what` is the reason."""
         if isinstance(peer, OperatorPeer):
-            self._routed = {key: request for key, request in self._routed.items() if request.operator != peer.session}
+            self._routed = {
+                key: routed
+                for key, routed in self._routed.items()
+                if routed.operator is not peer or (peer.session, routed.request) in self._audited
+            }
             return
         for request, routed in list(self._routed.items()):
             if routed.component == peer.name:

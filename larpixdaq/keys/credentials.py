@@ -228,8 +228,9 @@ def refused(core: str, own: Credentials | None, failure: str) -> str:
         return f"the core at {core} uses keys: leave out --insecure (insecure=True)"
     if failure == "peer":
         return (
-            f"at {core} is another core than that of the key in use, or one without keys; if the core has new keys, "
-            "ask its owner for a new invitation (larpixdaq keys revoke, invite)"
+            f"at {core} is another core than that of the key in use, or one without keys, or this key has too many "
+            "connections there; if the core has new keys, ask its owner for a new invitation (larpixdaq keys revoke, "
+            "invite)"
         )
     whose = f"of {own.name!r}" if own is not None and own.name else "of this user"
     return f"the core at {core} refuses the key {whose}: it was revoked; `larpixdaq keys invite` makes a new invitation"

@@ -11,9 +11,10 @@ import os
 import random
 import resource
 import socket as sockets
+import stat
 import struct
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
@@ -23,6 +24,7 @@ from zmq.utils import z85
 
 from larpixdaq import config
 from larpixdaq.errors import ProtocolError
+from larpixdaq.keys.peer_limits import OPEN, OPEN_OWNER, PeerLimits, connection_rates
 
 _log = logging.getLogger("larpixdaq.keys")
 _ZAP: Final = "inproc://zeromq.zap.01"
@@ -39,6 +41,8 @@ _BACKLOG: Final = 1024
 #: Descriptors of this process up to which all connections stay open, or a quarter of the maximum. Above it, connections
 #: that were not admitted are closed, because without descriptors the process cannot open files.
 _ENOUGH: Final = 1024
+#: Descriptors that are tried when they cannot be listed.
+_MANY: Final = 1 << 16
 #: Seconds between two looks for them, and maximum processor seconds of a look.
 _LOOK_INTERVAL: Final = 0.1
 _LOOK_LIMIT: Final = 0.02
@@ -106,23 +110,43 @@ class _Connection(NamedTuple):
     descriptor: int
     peer: Any  # address and port, by which a descriptor that was closed and used again is told apart
 
+    @property
+    def is_open(self) -> bool:
+        try:
+            return bool(_peer(self.descriptor) == self.peer)
+        except OSError:
+            return False
+
 
 class Doorkeeper:
     """Checks the keys of all who connect to the listening sockets of one context, and closes connections.
 
-    `pair` is the key pair of these sockets; None: no keys are in use, everybody is admitted. `admits` says whether a
-    public key may connect. Everything happens in the loop that polls `socket` and calls answer().
+    `pair` is the key pair of these sockets; None: no keys are in use, everybody is admitted. `whose` returns whose
+    public key this is: a name, "" for the core's own user, None if it may not connect. Everything happens in the loop
+    that polls `socket` and calls answer().
+
+    A key above its limit of connections is refused for now: libzmq tries again, at the latest when _HANDSHAKE_LIMIT is
+    over.
     """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], pair: KeyPair | None, admits: Callable[[str], bool], what: str
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        pair: KeyPair | None,
+        whose: Callable[[str], str | None],
+        what: str,
     ) -> None:
-        self._pair, self._admits, self._what = pair, admits, what
-        #: Connections that were refused since the start.
+        self._pair, self._whose, self._what = pair, whose, what
+        #: Connections that were refused since the start because of their key, and the address of the last one.
         self.refused = 0
+        self.last_refused = ""
+        self.limits = PeerLimits(what)
         self._unsaid, self._say_at = 0, 0.0
+        self._rate, self._owner_rate = connection_rates()
+        self._admitted: Counter[str] = Counter()  # by key: the highest possible number of open connections
+        self._count_at = 0.0
+        self._guarded: list[zmq.Socket[Any]] = []
         self._connections: OrderedDict[bytes, _Connection] = OrderedDict()  # by ZeroMQ's route
-        self._guarded: zmq.Socket[Any] | None = None
         self._look_at = 0.0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         self.socket.bind(_ZAP)
@@ -132,10 +156,10 @@ class Doorkeeper:
 
     def guard(self, socket: zmq.Socket[Any]) -> None:
         """Require keys on a listening socket; to be called before bind(), and after its MAXMSGSIZE was set."""
+        self._guarded.append(socket)
         socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_LIMIT)
         socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         if self._pair is not None:
-            self._guarded = socket
             socket.curve_server = True
             socket.curve_secretkey = self._pair.secret.encode()
             socket.zap_domain = b"larpixdaq"
@@ -146,23 +170,84 @@ class Doorkeeper:
     def answer(self) -> None:
         """Answer libzmq's questions about new connections, and close some of those that are not admitted."""
         now = time.monotonic()
-        if self._guarded is not None and now >= self._look_at:
-            self._limit_strangers(self._guarded)
+        if self._pair is not None and now >= self._look_at:
             self._look_at = now + _LOOK_INTERVAL
+            for guarded in self._guarded:
+                self._limit_strangers(guarded)
         for _ in range(_TURN):
             try:
                 version, request, _, address, _, mechanism, *keys = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             key = z85.encode(keys[0]).decode() if mechanism == b"CURVE" and len(keys) == 1 else ""
-            admitted = bool(key) and self._admits(key)
-            if not admitted:
+            name = self._whose(key) if key else None
+            status, text = b"200", b"OK"
+            if name is None:
                 self._refuse(address.decode("ascii", "replace"))
-            status, text = (b"200", b"OK") if admitted else (b"400", b"unknown key")
-            self.socket.send_multipart([version, request, status, text, key.encode() if admitted else b"", b""])
+                status, text = b"400", b"unknown key"
+            elif limit := self._reached(key, name):
+                self.limits.reached(name or "the core's own user", limit)
+                status, text = b"300", limit.encode()
+            else:
+                self._admitted[key] += 1
+            self.socket.send_multipart([version, request, status, text, key.encode() if status == b"200" else b"", b""])
+
+    def _reached(self, key: str, name: str) -> str:
+        """Return the limit that another connection of a key exceeds; "" if none."""
+        if not (self._rate if name else self._owner_rate).passes(key, 1):
+            return "new connections a second"
+        most = OPEN if name else OPEN_OWNER
+        if self._admitted[key] < most or (time.monotonic() >= self._count_at and self._has_room(key, most)):
+            return ""
+        return f"{most} open connections"
+
+    def _has_room(self, key: str, most: int) -> bool:
+        """Count the open connections, and return whether a key may have another one.
+
+        libzmq does not tell whose the connections are that have not sent a message yet. If they may be too many, all of
+        them are closed: who wants to work connects again and sends at once.
+        """
+        begun = time.monotonic()
+        self._connections = OrderedDict((route, one) for route, one in self._connections.items() if one.is_open)
+        self._admitted = Counter(one.key for one in self._connections.values())
+        silent = self._silent()
+        now = time.monotonic()
+        self._count_at = now + 10 * (now - begun)  # so that counting takes a tenth of the time at most
+        try:
+            if self._admitted[key] + len(silent) <= most:  # the one in question is among the silent ones
+                self._admitted[key] += len(silent) - 1
+                return True
+            for connection in silent:
+                with suppress(OSError):
+                    connection.shutdown(sockets.SHUT_RDWR)
+            return False
+        finally:
+            for connection in silent:
+                connection.close()
+
+    def _silent(self) -> list[sockets.socket]:
+        """Duplicates of the connections to the guarded sockets over which no message has come yet."""
+        known = {one.peer for one in self._connections.values()}
+        ports = {int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2]) for socket in self._guarded}
+        found = []
+        for entry in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                if not stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
+                    continue
+                connection = sockets.socket(fileno=os.dup(int(entry)))
+                try:
+                    is_tcp = connection.family in (sockets.AF_INET, sockets.AF_INET6)
+                    if is_tcp and connection.getsockname()[1] in ports and connection.getpeername() not in known:
+                        found.append(connection)
+                        continue
+                except OSError:  # it listens, or was closed meanwhile
+                    pass
+                connection.close()
+        return found
 
     def _refuse(self, address: str, why: str = "with an unknown key") -> None:
         self.refused += 1
+        self.last_refused = address
         self._unsaid += 1
         now = time.monotonic()
         if now >= self._say_at:  # at most one line a second, however many come
@@ -176,7 +261,7 @@ class Doorkeeper:
         try:
             descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
         except OSError:  # no descriptor is left for the listing
-            descriptors = list(range(limit))
+            descriptors = list(range(min(limit, _MANY)))
         left = len(descriptors) - min(_ENOUGH, limit // 4)
         endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
         if left <= 0 or not endpoint.startswith("tcp://"):
@@ -203,7 +288,7 @@ class Doorkeeper:
             return known.key
         if route[:1] != b"\0":  # ZeroMQ's own are unique as long as the socket lives
             raise ProtocolError(f"{self._what}: connection {route.hex()}: its routing id was set by the peer")
-        key = self.key_of(frame)
+        key = str(frame.get("User-Id"))
         descriptor = int(frame.get(zmq.SRCFD))
         with suppress(OSError):
             self._connections[route] = _Connection(key, descriptor, _peer(descriptor))
@@ -212,8 +297,17 @@ class Doorkeeper:
         return key
 
     def key_of(self, frame: zmq.Frame) -> str:
-        """The public key with which a frame came; "" without keys. Takes about 20 µs."""
-        return "" if self._pair is None else str(frame.get("User-Id"))
+        """The public key with which a frame came over a socket without routes; "" without keys. Takes about 30 µs."""
+        if self._pair is None:
+            return ""
+        key = str(frame.get("User-Id"))
+        descriptor = int(frame.get(zmq.SRCFD))
+        route = descriptor.to_bytes(4, "little")
+        known = self._connections.get(route)
+        if known is None or known.key != key or not known.is_open:
+            with suppress(OSError):
+                self._connections[route] = _Connection(key, descriptor, _peer(descriptor))
+        return key
 
     def disconnect(self, key: str) -> list[bytes]:
         """Close the connections of a key that is not admitted any more; their routes."""
@@ -223,6 +317,7 @@ class Doorkeeper:
             with suppress(OSError), sockets.socket(fileno=os.dup(one.descriptor)) as connection:
                 if connection.getpeername() == one.peer:
                     connection.shutdown(sockets.SHUT_RDWR)
+        self._admitted.pop(key, None)
         return [route for route, _ in found]
 
     def close(self) -> None:

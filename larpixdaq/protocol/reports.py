@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from larpixdaq.constants import LOG, PRODUCER, RUN_DATA, STORAGE, rows_made
 from larpixdaq.errors import ComponentError
+from larpixdaq.keys.peer_limits import LimitReached
 from larpixdaq.protocol.stream import End, RunNumber
 
 _T = TypeVar("_T")
@@ -145,6 +146,9 @@ class DeliveryStatus(msgspec.Struct):
     kept_aside: list[str] = []  # paths of damaged files
     forgotten: list[str] = []  # storages that are no longer required
     subscribers: list[str] = []
+    refused_connections: int = 0  # for want of a key
+    refused_frames: int = 0  # of peers with a key: invalid, or without a session that the core confirms
+    limits: list[LimitReached] = []
 
 
 class ProducerStatus(DeliveryStatus):
@@ -196,6 +200,8 @@ class LogStatus(msgspec.Struct):
     held_back: int = 0
     lost: int = 0
     refused: int = 0
+    refused_connections: int = 0
+    limits: list[LimitReached] = []
     load: LoadShares | None = None
 
 

@@ -246,6 +246,7 @@ class Delivery:
     def status(self) -> DeliveryStatus:
         stores = self.publisher.stores
         spools = [store.spool for store in stores if store.spool is not None]
+        connections, frames, limits = self.publisher.refusals()
         return DeliveryStatus(
             ring=round(self.ring.fill, 4),
             owed_blocks=self.publisher.pending(),
@@ -260,6 +261,9 @@ class Delivery:
             kept_aside=[str(path) for path in self._predecessors.kept_aside],
             forgotten=sorted(self.publisher.forgotten),
             subscribers=sorted(s.name for s in self.publisher.subscribers.values()),
+            refused_connections=connections,
+            refused_frames=frames,
+            limits=limits,
         )
 
 

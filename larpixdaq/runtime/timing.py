@@ -12,7 +12,7 @@ from typing import Final
 
 #: Minimum seconds over which processor time is averaged.
 SPAN = 1.0
-#: Maximum number of names with their own allowance; all further names share one.
+#: Maximum number of names that have used up a part of their own allowance; all further names share one.
 _NAMES: Final = 256
 
 
@@ -113,10 +113,13 @@ class _Allowance:
         self._rate, self._burst = rate, burst
         self._left, self._since = burst, now
 
-    def covers(self, size: int, now: float) -> bool:
+    def covers(self, size: float, now: float) -> bool:
         self._left = min(self._burst, self._left + (now - self._since) * self._rate)
         self._since = now
         return self._left >= size
+
+    def is_whole(self, now: float) -> bool:
+        return self.covers(self._burst, now)
 
     def take(self, size: int) -> None:
         self._left -= size
@@ -129,9 +132,10 @@ class Throttle:
         self, rate: float, burst: float, *, shares: int = 1, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Allow each name `burst` bytes at once and `rate` bytes a second, and all together `shares` times as much."""
-        self._rate, self._burst, self._clock = rate, burst, clock
+        self.rate, self._burst, self._clock = rate, burst, clock
         self._all = _Allowance(rate * shares, burst * shares, clock())
         self._names: dict[str, _Allowance] = {}
+        self._forget_at = 0.0
         #: Dropped lines of each name since the last summaries().
         self._unreported: dict[str, int] = {}
         #: Dropped lines since the start.
@@ -141,15 +145,25 @@ class Throttle:
         """Return whether `name` may write this many bytes now."""
         now = self._clock()
         if name not in self._names and len(self._names) >= _NAMES:
-            name = ""
-        own = self._names.get(name) or self._names.setdefault(name, _Allowance(self._rate, self._burst, now))
+            self._forget_idle(now)
+            if len(self._names) >= _NAMES:
+                name = ""
+        own = self._names.get(name) or self._names.setdefault(name, _Allowance(self.rate, self._burst, now))
         if own.covers(size, now) and self._all.covers(size, now):
             own.take(size)
             self._all.take(size)
             return True
         self.dropped += 1
+        if name not in self._unreported and len(self._unreported) >= _NAMES:
+            name = ""
         self._unreported[name] = self._unreported.get(name, 0) + 1
         return False
+
+    def _forget_idle(self, now: float) -> None:
+        """Forget the names that have their whole allowance again, at most once a second."""
+        if now >= self._forget_at:
+            self._forget_at = now + 1.0
+            self._names = {name: own for name, own in self._names.items() if not own.is_whole(now)}
 
     def summaries(self) -> list[str]:
         """Return a sentence for each name with dropped lines since the last call."""

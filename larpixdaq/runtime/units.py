@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
+import time
 from datetime import datetime, timezone
 from typing import Final
 
@@ -86,6 +88,23 @@ def parse_duration(text: str) -> float:
     if match is None:
         raise argparse.ArgumentTypeError(f"time {text!r}: expected a number and one of s, min, h")
     return float(match[1]) * SECONDS[match[2] or "s"]
+
+
+def parse_since(text: str) -> float:
+    """Return the unix seconds of a UTC time or of a duration before now. Raises ArgumentTypeError.
+
+    Times are "2023-03-15", "2023-03-15T02:48" or "2023-03-15 02:48:43 UTC", durations "90min", "12h" or "3d".
+    """
+    if match := re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(s|min|h|d)\s*", text, re.ASCII):
+        return max(0.0, time.time() - float(match[1]) * SECONDS[match[2]])
+    form = re.fullmatch(r"\s*(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?\s*(?:Z|UTC)?)?\s*", text, re.ASCII)
+    if form is not None:
+        with contextlib.suppress(ValueError, OverflowError):
+            moment = datetime.fromisoformat(f"{form[1]}T{form[2] or '00:00'}{form[3] or ':00'}+00:00")
+            return max(0.0, moment.timestamp())
+    raise argparse.ArgumentTypeError(
+        f"time {text!r}: expected a UTC time such as 2023-03-15T02:48, or a number and one of s, min, h, d"
+    )
 
 
 def parse_positive(text: str) -> float:

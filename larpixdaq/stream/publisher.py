@@ -17,6 +17,7 @@ from larpixdaq import config
 from larpixdaq.buffer.block_store import BlockStore, Segment, StoredBlock
 from larpixdaq.errors import ConfigError, ProtocolError
 from larpixdaq.keys.curve import Doorkeeper, KeyPair
+from larpixdaq.keys.peer_limits import LimitReached
 from larpixdaq.protocol.control import ConsumerSession, Update, session_digest
 from larpixdaq.protocol.stream import (
     MAX_FROM_CONSUMER,
@@ -46,6 +47,8 @@ RECEIVE_LIMIT = 0.005
 MAX_CREDIT = 64
 #: Maximum number of subscribers. Required storages are subscribed even above it.
 MAX_SUBSCRIBERS = 100
+#: Maximum number of a key's HELLOs that wait for the core's word on their session.
+MAX_UNCONFIRMED = 8
 #: Milliseconds after which the connection of a consumer that takes no data is closed, because its process is stopped or
 #: the network has cut it off. This frees the ring's memory that libzmq holds for it. A busy consumer is not affected,
 #: because its libzmq thread always takes data.
@@ -99,6 +102,8 @@ class Publisher:
         self.layout = 0
         self.run: int | None = None
         self.subscribers: dict[bytes, Subscriber] = {}
+        #: Frames refused since the start: invalid, or of a session that the core does not confirm.
+        self.refused = 0
         self.freed = 0  # blocks
         #: Required storages that have been disconnected, or idle, for longer than `forget_after`.
         self.forgotten: frozenset[str] = frozenset()
@@ -142,6 +147,11 @@ class Publisher:
         """The number of blocks without acknowledgement of every required storage, with those of predecessors."""
         return sum(store.pending() for store in self.stores)
 
+    def refusals(self) -> tuple[int, int, list[LimitReached]]:
+        """Return the refused connections, the refused frames, and the limits that peers have reached."""
+        door = self._admission.door if self._admission is not None else None
+        return door.refused if door else 0, self.refused, door.limits.report() if door else []
+
     def inherited(self) -> int:
         """The number of pending blocks of predecessors."""
         return sum(store.pending() for store in self.stores[:-1])
@@ -167,6 +177,7 @@ class Publisher:
                     raise ProtocolError(f"stream frame from {route.hex()}: expected 1 part, found {len(parts) - 1}")
                 self._handle(route, unpack_consumer(parts[1].bytes, route.hex()), key)
             except ProtocolError as error:
+                self.refused += 1
                 self._refuse(route, str(error))
         if self._flooded_since is None:
             self._flooded_since = self._clock()
@@ -221,9 +232,16 @@ class Publisher:
             self._unconfirmed.pop(route, None)
             return True
         if route in self._unconfirmed:
+            self.refused += 1
             self._refuse(route, f"the core does not confirm the session of {hello.name}")
-        elif len(self._unconfirmed) < MAX_SUBSCRIBERS:
-            self._unconfirmed[route] = hello, key
+            return False
+        same = [other for other, (_, known) in self._unconfirmed.items() if known == key]
+        if len(same) >= MAX_UNCONFIRMED and (name := self._admission.whose(key)):  # the core's own user has many names
+            self._admission.door.limits.reached(name, f"{MAX_UNCONFIRMED} unconfirmed subscriptions")
+            del self._unconfirmed[same[0]]
+        elif len(self._unconfirmed) >= MAX_SUBSCRIBERS:
+            del self._unconfirmed[next(iter(self._unconfirmed))]
+        self._unconfirmed[route] = hello, key
         return False
 
     def _handle(self, route: bytes, frame: FromConsumer, key: str) -> None:
@@ -263,6 +281,8 @@ class Publisher:
             if other.route != route:
                 self._refuse(other.route, "superseded")
         if len(self.subscribers) >= MAX_SUBSCRIBERS and hello.name not in self._required():
+            if self._admission is not None:
+                self._admission.door.limits.reached(hello.name, f"{MAX_SUBSCRIBERS} consumers")
             self._refuse(route, f"{len(self.subscribers)} consumers have subscribed, more are not served")
             return
         subscriber = Subscriber(route, hello.name, hello.mode, self._clock(), hello.positions)
@@ -413,13 +433,14 @@ class Admission:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], pair: KeyPair | None) -> None:
         """`pair`: the key pair of the stream's socket; None: without keys."""
-        self.door = Doorkeeper(context, pair, self._admits, "stream")
+        self.door = Doorkeeper(context, pair, self.whose, "stream")
         self._insecure = pair is None
         self._keys: dict[str, str] = {}
         self._consumers: dict[str, ConsumerSession] = {}
 
-    def _admits(self, key: str) -> bool:
-        return self._insecure or key in self._keys
+    def whose(self, key: str) -> str | None:
+        """The component whose key this is; "" for the core's own user, None if it may not subscribe."""
+        return "" if self._insecure else self._keys.get(key)
 
     def apply(self, update: Update) -> list[bytes]:
         """Take over an Update of the core. Returns the routes of connections that are closed, for want of a key."""

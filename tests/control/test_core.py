@@ -12,7 +12,7 @@ import pytest
 import zmq
 from fake_core import Stopper, all_running, monitor, producer, storage
 from processes import LIMIT, Process, free_port, until
-from raw_sockets import use_key
+from raw_sockets import Context, use_key
 
 from larpixdaq.control import registry
 from larpixdaq.core import Core
@@ -26,7 +26,8 @@ from larpixdaq.errors import (
     StateError,
     UnknownAction,
 )
-from larpixdaq.keys.key_store import ANYONE, Member
+from larpixdaq.keys.curve import connect_with, new_pair
+from larpixdaq.keys.key_store import ANYONE
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import (
     MAX_REQUEST,
@@ -40,6 +41,7 @@ from larpixdaq.protocol.control import (
     pack,
     unpack_core,
 )
+from larpixdaq.runtime.timing import Throttle
 
 
 @pytest.fixture
@@ -85,15 +87,88 @@ def test_the_numbers_of_components_and_operators_are_limited(running, dealer, mo
     assert "there are 1 Operators already" in ask(Open(name="p", instance="2")).text
 
 
-def test_an_invited_key_takes_the_room_of_few_operators():
-    known = registry.Registry()
-    invited, other = (Member(name, "observer", name) for name in ("a", "b"))
-    for n in range(registry.MAX_OPERATORS_OF_KEY):
-        known.open(Open(name="o", instance=str(n)), b"", 0.0, invited)
-    with pytest.raises(registry.TooMany, match="observer 'a' has 16 Operators already"):
-        known.open(Open(name="o", instance="more"), b"", 0.0, invited)
-    for member in (other, ANYONE):
-        assert known.open(Open(name="o", instance="more"), b"", 0.0, member).session
+def invited(running, name, role):
+    """A key that was invited as `name`."""
+    pair = new_pair()
+    running._keys.join(running._keys.invite(name, role, 60.0).public, pair.public)
+    return pair
+
+
+@pytest.fixture
+def observer(running):
+    """A function that opens a socket with an observer's key, and its session."""
+    context, pair = Context(), invited(running, "night", "observer")
+
+    def open_operator(instance):
+        socket = context.socket(zmq.DEALER)
+        socket.linger, socket.rcvtimeo, socket.immediate = 0, int(LIMIT * 1000), 1
+        connect_with(socket, pair, running._keys.server.public)
+        socket.connect(running.address)
+        socket.send(pack(Open(name="x", instance=instance)))
+        return socket, unpack_core(socket.recv())
+
+    yield open_operator
+    context.destroy(0)
+
+
+def limits(operator):
+    return {(one["peer"], one["limit"]): one["count"] for one in operator.status().result(LIMIT)["limits"]}
+
+
+def test_the_operators_of_one_key_are_limited(running, operator, observer, monkeypatch):
+    monkeypatch.setattr(registry, "MAX_KEY_OPERATORS", 2)
+    sessions = [observer(str(number)) for number in range(2)]
+    assert all(answer.session for _, answer in sessions)
+    assert "observer 'night' has 2 Operators already" in observer("3")[1].text
+    assert limits(operator) == {("observer 'night'", "Operators"): 1}
+    with Operator(running.address) as another:
+        assert another.state().result(LIMIT) == "STOP"
+
+
+def test_the_requests_of_one_key_are_limited_by_the_second(running, operator, observer, caplog):
+    running._requests._rate = Throttle(0, 5, shares=1000)
+    sockets = [observer(str(number)) for number in range(2)]
+    answers = []
+    for number in range(10):
+        socket, welcome = sockets[number % 2]
+        socket.send(pack(ActionRequest(session=welcome.session, request=f"r{number}", action="state")))
+        while getattr(answer := unpack_core(socket.recv()), "kind", "ack") == "ack":
+            pass
+        answers.append(answer.kind)
+        if answer.kind == "error":
+            assert answer.text == "state: too many requests: the limit is 0 requests a second"
+    assert answers == ["result"] * 5 + ["error"] * 5
+    socket.send(pack(Heartbeat(session=welcome.session)))  # its session goes on
+    while not isinstance(answer := unpack_core(socket.recv()), Update):
+        pass
+    assert operator.state().result(LIMIT) == "STOP"
+    assert limits(operator) == {("observer 'night'", "0 requests a second"): 5}
+    lines = [record.getMessage() for record in caplog.records if "has reached a limit" in record.getMessage()]
+    assert lines == ["core: observer 'night' has reached a limit: 0 requests a second (1 times so far)"]
+
+
+def test_the_unanswered_requests_of_an_operator_are_limited(running, operator, monkeypatch):
+    monkeypatch.setattr("larpixdaq.control.request_router.MAX_UNANSWERED", 3)
+    with monitor(running.address).running() as online, Operator(running.address) as another:
+        waiting = [operator.packets() for _ in range(3)]
+        until(lambda: len(online.open) == 3, "three requests")
+        with pytest.raises(RequestError, match="too many requests: the limit is 3 unanswered requests"):
+            operator.state().result(LIMIT)
+        assert another.state().result(LIMIT) == "STOP"
+        online.open[0].result(1)
+        assert waiting[0].result(LIMIT) == 1
+        assert operator.state().result(LIMIT) == "STOP"
+        for call in online.open[1:]:
+            call.result(1)
+        assert [request.result(LIMIT) for request in waiting[1:]] == [1, 1]
+
+
+def test_registrations_of_one_key_are_limited_by_the_second(running, operator, observer):
+    running._rate = Throttle(0, 2, shares=1000)
+    assert [bool(observer(str(number))[1].session) for number in range(3)] == [True, True, False]
+    assert limits(operator) == {("observer 'night'", "registrations a second"): 1}
+    with producer(running.address).running():
+        pass
 
 
 def test_lost_components_are_shown_for_12_hours():

@@ -1,5 +1,7 @@
 """Results as text for people: tables, times, and the lines of `larpixdaq status`."""
 
+import time
+
 import msgspec
 import numpy as np
 import pytest
@@ -238,6 +240,22 @@ def test_alarms_in_the_status():
     assert shown[6].endswith(
         "2 blocks pending (ring 25% full); 7 of them in the spool (3.4 MB); 5 blocks of its predecessor pending"
     )
+
+
+def test_limits_and_the_audit_in_the_status():
+    reached = {"peer": "observer 'x'", "limit": "64 open connections", "count": 7, "last": time.time()}
+    old = {**reached, "last": time.time() - 86400}
+    board = component("board", "producer", {}, producer_status(limits=[reached, old]))
+    log = component("Log", "log", {}, {"limits": [reached], "held_back": 3})
+    status = {"state": "STOP", "components": [board, log], "limits": [reached]}
+    status["audit"] = {"lost": 5, "waiting": 2000, "error": "disk is full"}
+    lines = display.status_lines(status)
+    for where in ("core", "board", "Log"):
+        begins = f"LIMIT at {where}: observer 'x': 64 open connections, 7 times"
+        assert sum(one.startswith(begins) for one in lines) == 1
+    assert "AUDIT: 5 rows lost, 2000 wait: disk is full" in lines
+    assert lines[-1].endswith("3 lines held back")
+    assert not any("AUDIT" in line for line in display.status_lines(status | {"audit": {"lost": 0, "error": ""}}))
 
 
 def test_durations():

@@ -143,6 +143,7 @@ def test_a_flood_is_written_in_part_and_the_rest_counted(tmp_path, monkeypatch):
     assert text.count("board: line") == 3
     assert f"WARNING log: {500 - written} lines of flood were not written" in text
     assert file.status().held_back == 500 - written
+    assert [(one.peer, one.count) for one in file.status().limits] == [("flood", 500 - written)]
     monkeypatch.setattr(file, "_report_at", 0.0)
     assert file.take(Sender(), accept)  # reported once
     assert (tmp_path / "log.txt").read_text() == text
@@ -201,6 +202,15 @@ def test_many_components_share_one_limit():
     assert len(throttle.summaries()) <= 257
     assert throttle.summaries() == []
     assert throttle.dropped == 9997
+
+
+def test_names_without_lines_for_long_take_no_place():
+    now = [0.0]
+    throttle = Throttle(10, 100, shares=1000, clock=lambda: now[0])
+    for name in range(10_000):
+        now[0] += 1.0
+        assert throttle.passes(str(name), 100)
+    assert len(throttle._names) <= 257
 
 
 def test_the_limit_of_a_component_recovers():

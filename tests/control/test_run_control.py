@@ -840,7 +840,7 @@ def test_a_catalogue_of_schema_1(tmp_path):
     db = sqlite3.connect(tmp_path / "catalogue.sqlite")
     db.execute("PRAGMA user_version=99")
     db.close()
-    with pytest.raises(FileError, match="schema 99, here 2"):
+    with pytest.raises(FileError, match="schema 99, here 3"):
         Catalogue(tmp_path)
 
 

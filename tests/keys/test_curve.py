@@ -8,12 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import zmq
-from processes import until
+from processes import LIMIT, until
 from raw_sockets import Context
 
 from larpixdaq.errors import ProtocolError
 from larpixdaq.keys import curve
 from larpixdaq.keys.curve import Doorkeeper, Handshakes, KeyPair, connect_with, new_pair
+from larpixdaq.keys.peer_limits import PeerLimits
+from larpixdaq.runtime.timing import Throttle
 
 #: MAXMSGSIZE of the listening socket.
 LARGEST = 10_000
@@ -22,9 +24,11 @@ LARGEST = 10_000
 class House:
     """A ROUTER with a doorkeeper; `allowed` are the keys that it admits."""
 
+    owner = "guest"
+
     def __init__(self, context: zmq.Context) -> None:
         self.pair, self.allowed = new_pair(), set()
-        self.door = Doorkeeper(context, self.pair, self.allowed.__contains__, "test")
+        self.door = Doorkeeper(context, self.pair, lambda key: self.owner if key in self.allowed else None, "test")
         self.router = context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.MAXMSGSIZE, LARGEST)
         self.door.guard(self.router)
@@ -127,6 +131,102 @@ def house_route(guest: Guest, house: House) -> bytes:
     return route.bytes
 
 
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(curve, "OPEN", 3)
+    monkeypatch.setattr(curve, "_HANDSHAKE_LIMIT", 500)
+
+
+def shut(house: House, guest: Guest) -> bool:
+    """Whether a guest that may send has no connection."""
+    house.next()
+    return not guest.socket.poll(0, zmq.POLLOUT)
+
+
+def test_a_key_has_a_limited_number_of_open_connections_and_others_are_not_affected(contexts, few):
+    house, pair, other = House(contexts[0]), new_pair(), new_pair()
+    house.allowed |= {pair.public, other.public}
+    first = Guest(contexts[1], house, other)
+    route = house_route(first, house)
+    guests = [Guest(contexts[1], house, pair) for _ in range(3)]
+    for guest in guests:
+        house_route(guest, house)
+    late = Guest(contexts[1], house, pair)
+    until(lambda: (house.door.answer(), house.door.limits.total)[1], "the limit")
+    assert [(one.peer, one.limit) for one in house.door.limits.report()] == [("guest", "3 open connections")]
+    assert house.door.refused == 0
+    assert house_route(first, house) == route
+    for guest in guests:  # its own other work goes on
+        house_route(guest, house)
+    assert shut(house, late)
+    guests[0].socket.close()
+    house_route(late, house)  # libzmq tries again by itself
+
+
+def test_connections_that_say_nothing_do_not_count_for_ever(contexts, few):
+    house, pair, other = House(contexts[0]), new_pair(), new_pair()
+    house.allowed |= {pair.public, other.public}
+    first = Guest(contexts[1], house, other)
+    route = house_route(first, house)
+    silent = [Guest(contexts[1], house, pair) for _ in range(3)]
+    until(lambda: all(not shut(house, one) for one in silent), "three connections")
+    house_route(Guest(contexts[1], house, pair), house)
+    assert house_route(first, house) == route
+
+
+def test_new_connections_of_a_key_are_limited_by_the_second(contexts, monkeypatch):
+    monkeypatch.setattr(curve, "_HANDSHAKE_LIMIT", 500)
+    monkeypatch.setattr(curve, "connection_rates", lambda: (Throttle(0.5, 2), Throttle(0.5, 1)))
+    house, pair, other = House(contexts[0]), new_pair(), new_pair()
+    house.allowed |= {pair.public, other.public}
+    for _ in range(2):
+        house_route(Guest(contexts[1], house, pair), house)
+    late = Guest(contexts[1], house, pair)
+    until(lambda: (house.door.answer(), house.door.limits.total)[1], "the limit")
+    assert house.door.limits.report()[0].limit == "new connections a second"
+    house.door._rate = Throttle(1000, 1000)
+    house_route(late, house)
+    house.owner = ""
+    house_route(Guest(contexts[1], house, other), house)
+
+
+def test_whose_the_frames_of_a_socket_without_routes_are(contexts, few):
+    house, pairs = House(contexts[0]), [new_pair(), new_pair()]
+    house.allowed |= {pair.public for pair in pairs}
+    pull = contexts[0].socket(zmq.PULL)
+    house.door.guard(pull)
+    pull.bind("tcp://127.0.0.1:*")
+    pushes = []
+    for pair in pairs:
+        for _ in range(2):
+            push = contexts[1].socket(zmq.PUSH)
+            push.immediate, push.linger = True, 0
+            connect_with(push, pair, house.pair.public)
+            push.connect(pull.getsockopt_string(zmq.LAST_ENDPOINT))
+            until(lambda push=push: (house.door.answer(), push.poll(0, zmq.POLLOUT))[1], "a connection")
+            pushes.append((push, pair))
+    for push, pair in [*pushes, *pushes]:
+        push.send(b"record")
+        assert pull.poll(1000 * LIMIT)
+        assert house.door.key_of(pull.recv(copy=False)) == pair.public
+    assert sum(one.is_open for one in house.door._connections.values()) == 4
+
+
+def test_a_limit_is_logged_once_and_counted(caplog):
+    limits = PeerLimits("stream")
+    for _ in range(1000):
+        limits.reached("observer 'x'", "64 open connections")
+    (entry,) = limits.report()
+    assert (entry.count, limits.total) == (1000, 1000)
+    assert [record.getMessage() for record in caplog.records] == [
+        "stream: observer 'x' has reached a limit: 64 open connections (1 times so far)"
+    ]
+    for number in range(1000):
+        limits.reached(str(number), "x")
+    assert len(limits.report()) <= 50
+    assert len(caplog.records) == 1  # one line a second
+
+
 def test_a_peer_that_chooses_its_own_route_is_refused(contexts):
     house, pair = House(contexts[0]), new_pair()
     house.allowed.add(pair.public)
@@ -136,7 +236,7 @@ def test_a_peer_that_chooses_its_own_route_is_refused(contexts):
 
 
 def test_without_keys_everybody_is_admitted(contexts):
-    door = Doorkeeper(contexts[0], None, lambda key: False, "test")
+    door = Doorkeeper(contexts[0], None, lambda key: None, "test")
     house = House.__new__(House)
     house.door, house.router = door, contexts[0].socket(zmq.ROUTER)
     door.guard(house.router)

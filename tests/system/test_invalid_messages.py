@@ -94,7 +94,7 @@ def garbage(sockets: Sockets, address: str, kind: int, core: str, server: str) -
     for parts in (
         [b""],
         [os.urandom(100)],
-        [os.urandom(1 << 20)],
+        [os.urandom(1_000_000)],  # the log takes at most 1 MiB, with the few bytes of encryption
         [b"a", b"b", b"c"],
         [b"\x93" * 10_000],
         [bytes(1000)],

@@ -1,0 +1,37 @@
+"""Limits of a key's subscriptions, before the core has confirmed them."""
+
+import zmq
+from stream_harness import Line
+
+from larpixdaq.keys.curve import new_pair
+from larpixdaq.protocol.control import ConsumerSession, Update, session_digest
+from larpixdaq.protocol.stream import STREAM_VERSION, Hello
+from larpixdaq.stream import publisher
+from larpixdaq.stream.publisher import Admission
+
+
+def test_one_key_does_not_take_the_places_of_others_that_wait_for_the_core() -> None:
+    pair, greedy, other = new_pair(), new_pair().public, new_pair().public
+    context = zmq.Context()
+    admission = Admission(context, pair)
+    line = Line(admission=admission)
+    try:
+        keys = {greedy: "Greedy", other: "Other monitor"}
+        line.publisher.admit(Update(keys=keys))
+        hello = Hello(STREAM_VERSION, "Other monitor", "session", "latest", [])
+        line.publisher._handle(b"other", hello, other)
+        for number in range(3 * publisher.MAX_SUBSCRIBERS):
+            made_up = Hello(STREAM_VERSION, f"name {number}", "made up", "latest", [])
+            line.publisher._handle(b"greedy %d" % number, made_up, greedy)
+        assert len(line.publisher._unconfirmed) == publisher.MAX_UNCONFIRMED + 1
+        _, _, limits = line.publisher.refusals()
+        assert [(one.peer, one.limit) for one in limits] == [("Greedy", "8 unconfirmed subscriptions")]
+        subscribed = []
+        line.publisher._subscribe = lambda route, hello: subscribed.append(route)  # type: ignore[method-assign]
+        sessions = {"Other monitor": ConsumerSession(other, session_digest("session"))}
+        line.publisher.admit(Update(keys=keys, consumers=sessions))
+        assert subscribed == [b"other"]
+    finally:
+        line.close()
+        admission.door.close()
+        context.destroy(0)
