@@ -252,7 +252,7 @@ class Core:
         refused = self._door.refused - self._refused_seen
         if refused:
             self._refused_seen += refused
-            self._audit.refuse(_NO_KEY, None, self._door.last_refused, "to the core", refused)
+            self._audit.refuse(_NO_KEY, None, self._door.last_refused, "", refused)
         self._audit.turn(now)
         self._ship()
         self._actions.load.shares()
@@ -266,7 +266,7 @@ class Core:
                 new = count - self._refusals_seen.get((component.name, name), count)
                 self._refusals_seen[component.name, name] = count
                 if new > 0:
-                    self._audit.refuse(kind, None, "", f"to {component.name}", new)
+                    self._audit.refuse(kind, None, "", "", new, component=component.name)
 
     def _audit_state(self) -> None:
         """Note a change of the run state in the audit."""

@@ -1,7 +1,7 @@
 """The audit: who did what when, as rows in the run catalogue, which `larpixdaq audit` shows.
 
 A thread writes the rows, so that no disk delays the core's loop. Refused attempts, of which there may be a flood, share
-rows: at most one row a second for each kind of refusal, and one a minute while they continue.
+rows: at most one row a second for each kind of refusal at each process, and one a minute while they continue.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _LONGEST: Final = 60.0
 #: Maximum characters of a detail, and of other texts.
 _MAX_DETAIL: Final = 2000
 _MAX_TEXT: Final = 300
-#: Maximum number of different names in a shared row.
+#: Maximum number of shared rows that are open, and of different names in one.
+_MAX_SHARED: Final = 500
 _MAX_NAMES: Final = 8
 _CORE: Final = ("core", "core", "core")
 
@@ -72,7 +73,7 @@ class _Shared:
             if text and len(known) <= _MAX_NAMES:
                 known[text] = None
 
-    def take(self, action: str, now: float) -> AuditRow:
+    def take(self, action: str, component: str, now: float) -> AuditRow:
         """Return the row, and begin the next one."""
         grows = now - self.due < 2 * _LONGEST
         self.interval = min(2 * self.interval, _LONGEST) if grows and self.interval else _SHORTEST
@@ -81,7 +82,7 @@ class _Shared:
             ", ".join([*list(known)[:_MAX_NAMES], *(["others"] if len(known) > _MAX_NAMES else [])])
             for known in self.who
         )
-        row = AuditRow(time.time_ns(), key, role, name, action, "", self.detail, self.outcome, self.count)
+        row = AuditRow(time.time_ns(), key, role, name, action, component, self.detail, self.outcome, self.count)
         self.count, self.detail, self.who = 0, "", ({}, {}, {})
         return row
 
@@ -95,7 +96,7 @@ class Audit:
         self._worker = Worker("audit")
         self._waiting: deque[AuditRow] = deque()
         self._writing: list[AuditRow] = []
-        self._shared: dict[str, _Shared] = {}
+        self._shared: dict[tuple[str, str], _Shared] = {}  # by kind and component
         self._throttle = Throttle(_RATE, _BURST, shares=1000)
         self._retry_at = 0.0
         self._unreported = 0
@@ -114,7 +115,7 @@ class Audit:
 
     def _note(self, who: tuple[str, str, str], action: str, component: str, detail: str, outcome: str) -> None:
         if who is not _CORE and not self._throttle.passes(f"{who[1]} {who[0]}", 1):
-            self._share("further actions", "too many for a row each", who, f"{action} {outcome}", 1)
+            self._share("further actions", "", "too many for a row each", who, f"{action} {outcome}", 1)
             return
         key, role, name, action, component, outcome = (
             _cut(text, _MAX_TEXT) for text in (*who, action, component, outcome)
@@ -122,13 +123,21 @@ class Audit:
         detail = _cut(detail, _MAX_DETAIL)
         self._add(AuditRow(time.time_ns(), key, role, name, action, component, detail, outcome))
 
-    def refuse(self, kind: str, member: Member | None, name: str, detail: str, count: int = 1) -> None:
-        """Add refused attempts of one kind. `member`: whose key it was; None: of nobody. `name`: as in AuditRow."""
+    def refuse(
+        self, kind: str, member: Member | None, name: str, detail: str, count: int = 1, *, component: str = ""
+    ) -> None:
+        """Add refused attempts of one kind. `member`: whose key it was; None: of nobody, or not known. `name`: as in
+        AuditRow. `component`: the component that has refused them; "": the core."""
         key, role = _identity(member) if member is not None else ("", "")
-        self._share(kind, "refused", (key, role, _cut(name, _MAX_TEXT)), _cut(detail, _MAX_TEXT), count)
+        who = key, role, _cut(name, _MAX_TEXT)
+        self._share(kind, _cut(component, _MAX_TEXT), "refused", who, _cut(detail, _MAX_TEXT), count)
 
-    def _share(self, kind: str, outcome: str, who: tuple[str, str, str], detail: str, count: int) -> None:
-        self._shared.setdefault(kind, _Shared(outcome)).add(who, detail, count)
+    def _share(
+        self, kind: str, component: str, outcome: str, who: tuple[str, str, str], detail: str, count: int
+    ) -> None:
+        if (kind, component) not in self._shared and len(self._shared) >= _MAX_SHARED:
+            component = "others"
+        self._shared.setdefault((kind, component), _Shared(outcome)).add(who, detail, count)
 
     def _add(self, row: AuditRow) -> None:
         if len(self._waiting) + len(self._writing) >= WAITING:
@@ -140,9 +149,9 @@ class Audit:
     def turn(self, now: float) -> None:
         """Pass waiting rows to the thread, and take what it has done. `now`: time.monotonic()."""
         self._worker.turn()
-        for kind, shared in self._shared.items():
+        for (kind, component), shared in self._shared.items():
             if shared.count and now >= shared.due:
-                self._add(shared.take(kind, now))
+                self._add(shared.take(kind, component, now))
         if self._waiting and not self._writing and now >= self._retry_at:
             self._write()
 

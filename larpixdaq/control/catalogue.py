@@ -422,9 +422,17 @@ def read_audit(directory: Path, since_ns: int = 0) -> Iterator[AuditRow]:
         with closing(_read_only(path)) as db:
             if not db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'audit'").fetchone():
                 raise FileError(f"{path}: has no audit yet; it begins when a core of this version starts")
-            query = f"SELECT {','.join(_AUDIT_COLUMNS)} FROM audit WHERE time_ns >= ? ORDER BY id"
-            for row in db.execute(query, (since_ns,)):
-                yield AuditRow(*row)
+            query = (
+                f"SELECT id,{','.join(_AUDIT_COLUMNS)} FROM audit WHERE id > ? AND time_ns >= ? ORDER BY id LIMIT 1000"
+            )
+            last = -1
+            # In pieces, because SQLite's log grows as long as a query is open, such as behind a pager.
+            while rows := db.execute(query, (last, since_ns)).fetchall():
+                for row in rows:
+                    last = row[0]
+                    yield msgspec.convert(dict(zip(_AUDIT_COLUMNS, row[1:], strict=True)), AuditRow)
+    except msgspec.ValidationError as error:
+        raise FileError(f"{path}: audit, row {last}: {error}") from None
     except sqlite3.Error as error:
         raise FileError(f"{path}: {error}") from None
 

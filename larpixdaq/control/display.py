@@ -67,7 +67,8 @@ def audit_line(row: AuditRow) -> str:
     key = " ".join(part for part in (row.role, repr(row.key) if row.key != row.role else "") if part)
     name = row.name if row.name != row.key else ""
     who = f"{key} ({name})" if key and name else key or name or "nobody"
-    what = f"{row.action} of {row.component}" if row.component else row.action
+    where = "at" if row.outcome == "refused" else "of"
+    what = f"{row.action} {where} {row.component}" if row.component else row.action
     detail = f", {row.detail}" if row.detail else ""
     times = f", {row.count} times" if row.count != 1 else ""
     outcome = f": {row.outcome}{times}" if row.outcome or times else ""

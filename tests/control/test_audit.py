@@ -165,7 +165,7 @@ def test_what_components_have_refused(tmp_path):
             (peer,) = until(lambda: list(running._peers.components.values()), "the board")
             until(lambda count=count, peer=peer: peer.status.get("refused_connections") == count, "its status")
         row = wait_for(tmp_path / "state", "connection without a known key")
-        assert (row.count, row.detail) == (3, "to LArPix board")
+        assert (row.count, row.component) == (3, "LArPix board")
 
 
 def test_control_of_an_operator_that_has_gone_is_freed_in_the_audit(tmp_path):
@@ -324,13 +324,13 @@ def test_the_command(directory, capsys):
     row = AuditRow(
         1_700_000_000_000_000_000, "night", "operator", "night", "power", "board\n", "on=\x1b[1m", "accepted"
     )
-    shared = AuditRow(1_800_000_000_000_000_000, "", "", "127.0.0.1", "invalid message", "", "", "refused", 7)
+    shared = AuditRow(1_800_000_000_000_000_000, "", "", "127.0.0.1", "invalid message", "Log", "", "refused", 7)
     append_audit(directory / "catalogue.sqlite", [row, shared])
     program = ["audit", "--state-dir", str(directory)]
     assert main(program) == 0
     assert capsys.readouterr().out.splitlines() == [
         "2023-11-14 22:13:20 UTC  operator 'night': power of board\\n, on=\\x1b[1m: accepted",
-        "2027-01-15 08:00:00 UTC  127.0.0.1: invalid message: refused, 7 times",
+        "2027-01-15 08:00:00 UTC  127.0.0.1: invalid message at Log: refused, 7 times",
     ]
     assert main([*program, "--json", "--since", "2023-11-14 22:13:21 UTC"]) == 0
     assert json.loads(capsys.readouterr().out) == {"rows": [msgspec.structs.asdict(shared)]}
@@ -339,6 +339,16 @@ def test_the_command(directory, capsys):
     with pytest.raises(SystemExit):
         main([*program, "--since", "yesterday"])
     assert "expected a UTC time such as 2023-03-15T02:48" in capsys.readouterr().err
+
+
+def test_many_rows_and_a_damaged_one(directory, capsys):
+    rows = [AuditRow(number, "k", "owner", "n", "a") for number in range(2500)]
+    append_audit(directory / "catalogue.sqlite", rows)
+    assert list(read_audit(directory)) == rows
+    assert list(read_audit(directory, 2499)) == rows[-1:]
+    append_audit(directory / "catalogue.sqlite", [AuditRow(1, "k", "owner", "n", b"\0blob")])  # type: ignore[arg-type]
+    assert main(["audit", "--state-dir", str(directory), "--since", "1970-01-01T00:00"]) == 1
+    assert "audit, row 2501: Expected `str`, got `bytes`" in capsys.readouterr().err
 
 
 @given(

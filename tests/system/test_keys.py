@@ -19,11 +19,14 @@ from raw_sockets import Context, use_key
 from system import System, system
 from wall_clock import Clock
 
+from larpixdaq.control.catalogue import read_audit
+from larpixdaq.control.display import status_lines
 from larpixdaq.control.log_shipping import LogRecord
 from larpixdaq.errors import ComponentError, NoCore, NotAllowed, RequestError
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.keys import credentials
 from larpixdaq.keys.curve import connect_with, new_pair
+from larpixdaq.keys.peer_limits import OPEN
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import Open, Register, pack, unpack_core
 from larpixdaq.protocol.stream import STREAM_VERSION, Ack, Hello, Refused, unpack_producer
@@ -222,6 +225,40 @@ def test_a_component_acknowledges_and_logs_under_no_other_name(line, operator, o
         until(lambda: line.status_of(operator, "log")["refused"] > refused, "the record to be refused")
     operator.revoke("Second monitor").result(LIMIT)
     assert "forged" not in Path(info_of(operator, "log")["file"]).read_text()
+
+
+def test_what_one_key_does_too_much_is_limited_at_every_port_and_shown(line, operator, other, sockets):
+    other.join(operator, "Second monitor", "component")
+    pair = credentials.read(next(other.folder.rglob("*.key.json"))).pair
+    core = line.core, credentials.find(line.core).server
+    stream, log = info_of(operator, "producer")["stream"], info_of(operator, "log")["log"]
+    record = msgspec.msgpack.encode(LogRecord(0.0, logging.ERROR, "Second monitor", "x" * 10_000))
+    with complete_run(operator):
+        opened = []
+        for kind, (address, server) in ((zmq.DEALER, core), (zmq.DEALER, stream), (zmq.PUSH, log)):
+            for _ in range(OPEN + 10):
+                socket = dealer(sockets, kind)
+                connect_with(socket, pair, server)
+                socket.connect(address)
+                opened.append((kind, socket))
+
+        def flood() -> list[str]:
+            for kind, socket in opened:
+                with contextlib.suppress(zmq.Again):
+                    socket.send(record if kind == zmq.PUSH else b"garbage", zmq.NOBLOCK)
+            lines = status_lines(operator.status().result(LIMIT))
+            return [text for text in lines if text.startswith("LIMIT at") and "Second monitor" in text]
+
+        wanted = {("core", "open"), ("LArPix board", "open"), ("Log", "open"), ("Log", "bytes of lines a second")}
+        until(
+            lambda: all(any(f"at {where}:" in one and what in one for one in flood()) for where, what in wanted),
+            "the limits in the status",
+        )
+    operator.revoke("Second monitor").result(LIMIT)
+    rows = list(read_audit(line.folder / "state"))
+    invalid = [row for row in rows if row.action == "invalid message"]
+    assert {row.component for row in invalid} >= {"", "LArPix board"}
+    assert any("Second monitor" in row.key for row in invalid)
 
 
 def test_a_revoked_key_loses_its_connections_within_a_second(line, operator, other, monkeypatch):
