@@ -40,7 +40,7 @@ class System:
         self._stack = stack
         # A killed producer leaves its ring for a successor. The rings of tests are removed with their folder.
         shared = DEFAULT_DIRECTORY if DEFAULT_DIRECTORY.is_dir() else folder
-        self._rings = stack.enter_context(tempfile.TemporaryDirectory(prefix="larpixdaq-test-", dir=shared))
+        self.rings = stack.enter_context(tempfile.TemporaryDirectory(prefix="larpixdaq-test-", dir=shared))
 
     def launch(self, module: str, *arguments: object, key: str = "") -> Process:
         """Start a process. An older process of the same key continues, without key."""
@@ -76,7 +76,7 @@ class System:
         return self.launch("run_data", "--core", self.core)
 
     def launch_producer(self, *source: object) -> Process:
-        ring = ("--ring", "64MiB", "--ring-dir", self._rings)
+        ring = ("--ring", "64MiB", "--ring-dir", self.rings)
         return self.launch("producer", "--core", self.core, "--state-dir", self.folder / "state", *ring, *source)
 
     def start(self, *source: object) -> Operator:
