@@ -151,7 +151,7 @@ class Registry:
         """Add an Operator; a repeated registration gets the same session. Who was invited has the name of its key.
 
         Raises NotAllowed if the key of `member` is not for Operators, and TooMany above MAX_OPERATORS, or above
-        MAX_OPERATORS_OF_KEY for an invited key.
+        MAX_KEY_OPERATORS for an invited key.
         """
         if member.role not in ("owner", "operator", "observer"):
             raise NotAllowed(f"the key of {member} is not for Operators")
