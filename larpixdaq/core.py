@@ -145,6 +145,7 @@ class Core:
             revoked=self._disconnect,
             audit=self._audit,
             limits=self._limits,
+            refused_connections=lambda: self._door.refused,
         )
         self._requests = RequestRouter(self._peers, self._control, self._actions, self, self._audit, self._limits)
         self._ids = secrets.token_hex(8)

@@ -99,11 +99,13 @@ class CoreActions:
         revoked: Callable[[list[str]], None],
         audit: Audit,
         limits: PeerLimits,
+        refused_connections: Callable[[], int],
     ) -> None:
         """`address`: of the core. `keys`: None if no keys are in use. `revoked` is called with revoked public keys.
-        `audit` and `limits` are for `status`."""
+        `audit`, `limits` and `refused_connections`, the number of connections refused for want of a key, are for
+        `status`."""
         self._address, self._keys, self._revoked = address, keys, revoked
-        self._audit, self._limits = audit, limits
+        self._audit, self._limits, self._refused_connections = audit, limits, refused_connections
         self._peers, self._control, self._runs, self._catalogue = peers, control, runs, catalogue
         self._started = time.time()
         #: Number of messages refused since the start.
@@ -225,6 +227,7 @@ class CoreActions:
             "refused_messages": self.refused,
             "limits": [msgspec.to_builtins(limit) for limit in self._limits.report()],
             "audit": self._audit.status(),
+            "refused_connections": self._refused_connections(),
             "version": VERSION,
             "started": self._started,
             "process": config.process_identity(),

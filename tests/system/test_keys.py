@@ -302,6 +302,22 @@ def test_used_expired_revoked_and_cut_tokens(line, operator, other):
     assert "is not the one that made this token" in other.run("cli", "keys", "join", token)
 
 
+def test_refused_connections_are_in_the_status(line, operator, sockets):
+    addresses = {"core": (line.core, credentials.find(line.core).server)}
+    addresses |= {kind: info_of(operator, kind)[entry] for kind, entry in (("producer", "stream"), ("log", "log"))}
+    for address, server in addresses.values():
+        stranger = dealer(sockets)
+        connect_with(stranger, new_pair(), server)
+        stranger.connect(address)
+
+    def counted():
+        status = operator.status().result(LIMIT)
+        of_components = {c["kind"]: c["status"].get("refused_connections", 0) for c in status["components"]}
+        return {"core": status["refused_connections"]} | of_components
+
+    until(lambda: all(counted()[kind] for kind in addresses), "a refused connection at each port")
+
+
 def test_a_token_that_is_not_on_the_command_line(line, operator, other):
     """Other users of the host see command lines."""
     token = operator.invite("frank", "observer").result(LIMIT)["token"]
