@@ -153,7 +153,7 @@ class CoreActions:
         if changing:
             self._control.claim(operator, now)
             _log.info("%s: %s %s", operator.name, action, params or "")
-        if changing or action in ("invite", "revoke"):
+        if changing or action in ("invite", "revoke", "rotate"):
             reply.accepted(action, params)
         value = handler(_CoreRequest(operator, request_params, reply, now))
         if value is not None:

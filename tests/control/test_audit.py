@@ -79,6 +79,7 @@ def test_who_did_what_when(tmp_path):
                 bob.release_control().result(LIMIT)
                 bob.invite("carol", "observer").result(LIMIT)
                 bob.revoke("carol").result(LIMIT)
+                bob.rotate().result(LIMIT)
                 bob.state().result(LIMIT)
             alice.close()  # who does not wait for her routine
             board.open[0].result("hello")
@@ -101,6 +102,7 @@ def test_who_did_what_when(tmp_path):
         ("bob", "control released", "", "", ""),
         ("bob", "invite", "", "name='carol', role='observer', expires=600.0, address=''", "accepted"),
         ("bob", "revoke", "", "name='carol'", "accepted"),
+        ("bob", "rotate", "", "", "accepted"),
         ("LArPix board", "registered", "", "", "done"),
     ):
         assert any(row[:3] == expected[:3] and row[4] == expected[4] and expected[3] in row[3] for row in accepted), (
