@@ -15,7 +15,7 @@ from larpixdaq.cli.system import plain_console
 from larpixdaq.errors import ConfigError, NoCore, error_from_code, printable
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
-from larpixdaq.keys.curve import Handshakes, dealer, new_pair
+from larpixdaq.keys.curve import dealer, new_pair
 from larpixdaq.keys.key_store import ROLES
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import MAX_REQUEST, Answer, Join, content, pack, unpack_core
@@ -91,9 +91,9 @@ def add_commands(commands: Any) -> None:
         "rotate",
         help="new keys for the core and its user",
         description="Makes new key pairs for the core and its user, which count from the next start of the core on; "
-        "stop the core and start it again, also during a run. Processes of the core's user find the new keys. Members "
-        "keep their keys and store the core's new one when they connect before that start. The others are listed; they "
-        "will need a new invitation.",
+        "stop the core and start it again, also during a run. Processes of the core's user find the new keys. All who "
+        "were invited keep their keys, and store the core's new one if they are connected at some time before that "
+        "start. Those who have not stored it are listed: afterwards they need a new invitation.",
     )
     config.add_core_argument(action)
     action.set_defaults(function=rotate)
@@ -184,8 +184,8 @@ def _ask(invitation: Credentials, message: Join) -> dict[str, Any]:
     """Send a message to the core with the key of an invitation, and return its result. Raises a LarpixDaqError."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        socket = dealer(context, invitation.address, MAX_REQUEST, own=invitation.pair, server=invitation.server)
-        handshakes = Handshakes(socket)
+        address, pair = invitation.address, invitation.pair
+        socket, handshakes = dealer(context, address, MAX_REQUEST, own=pair, server=invitation.server)
         limit, sent = time.monotonic() + _LIMIT, False
         while time.monotonic() < limit:
             if failure := handshakes.look():

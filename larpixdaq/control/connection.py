@@ -132,12 +132,12 @@ class CoreConnection:
         self._disconnect()
         pair = own.pair if own.server else None
         try:
-            socket = dealer(self.context, self.core, MAX_ANSWER, own=pair, server=own.server)
+            socket, handshakes = dealer(self.context, self.core, MAX_ANSWER, own=pair, server=own.server)
         except zmq.ZMQError as error:
             raise ConfigError(f"core address {self.core}: {error}") from None
         socket.setsockopt(zmq.LINGER, 200)
         self._poller.register(socket, zmq.POLLIN)
-        self._socket, self._handshakes, self.credentials = socket, Handshakes(socket), own
+        self._socket, self._handshakes, self.credentials = socket, handshakes, own
 
     def _disconnect(self) -> None:
         if self._socket is not None and self._handshakes is not None:
@@ -150,7 +150,10 @@ class CoreConnection:
         """Look for a new key while the core is not heard, and report why there is no connection."""
         now = time.monotonic()
         failure = self._handshakes.look() if self._handshakes is not None else ""  # each turn: events must not wait
-        if now < self._key_due or now - self.heard < _KEY_INTERVAL:
+        if now - self.heard < _KEY_INTERVAL:
+            self._obstacle = ""
+            return
+        if now < self._key_due:
             return
         interval = _KEY_INTERVAL if self.heard else HEARTBEAT
         self._key_due = now + (_KEY_RETRY if self._socket is None else interval)
@@ -176,8 +179,9 @@ class CoreConnection:
             error = credentials.missing(self.core, self._component)
         elif not error and failure:
             error = credentials.refused(self.core, previous, failure)
-        if error or self._socket is None:
-            self._obstacle_due = now + _KEY_INTERVAL
+        if not error and self._socket is not None:
+            return  # the handshake is not over
+        self._obstacle_due = now + _KEY_INTERVAL
         # Reported when it lasts, because a core that starts listens before its connection file is there.
         if error and self._obstacle:
             self._refused(Answer(kind="error", error="key", text=error))

@@ -150,7 +150,8 @@ class LogShipper(logging.Handler):
             socket.ipv6 = config.is_ipv6(log.address)
             # Records sent to a dead host would be lost. The limit is long, because a log whose disk hangs is not dead.
             config.close_dead_connections(socket, 10 * config.DEAD_CONNECTION)
+            handshakes = Handshakes(socket)
             socket.connect(log.address)
-            self._socket, self._handshakes = socket, Handshakes(socket)
+            self._socket, self._handshakes = socket, handshakes
         except zmq.ZMQError as error:
             _log.error("log address %s: %s", log.address, error)

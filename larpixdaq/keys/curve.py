@@ -79,8 +79,10 @@ def dealer(
     own: KeyPair | None,
     server: str,
     queue: int = 1000,
-) -> zmq.Socket[bytes]:
+) -> tuple[zmq.Socket[bytes], Handshakes]:
     """Return a DEALER socket that connects as soon as its peer listens. Raises zmq.ZMQError for an invalid address.
+
+    Its handshakes are watched from the first one on, because libzmq does not connect again after its key was refused.
 
     Without a connection it takes no messages, so that a peer does not get minutes of old ones after a restart.
     `largest`: maximum bytes of a message part from the peer. `own` and `server`: as for connect_with(); None and "":
@@ -94,15 +96,17 @@ def dealer(
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
     socket.setsockopt(zmq.CONNECT_TIMEOUT, 2000)  # because the kernel's own waits grow while a network is down
     config.close_dead_connections(socket, config.DEAD_CONNECTION)
+    handshakes = Handshakes(socket)
     try:
         if own is not None and server:
             connect_with(socket, own, server)
         socket.ipv6 = config.is_ipv6(address)
         socket.connect(address)
     except zmq.ZMQError:
+        handshakes.close()
         socket.close(linger=0)
         raise
-    return socket
+    return socket, handshakes
 
 
 class _Connection(NamedTuple):
@@ -368,9 +372,10 @@ def _peer(descriptor: int) -> Any:
 
 
 class Handshakes:
-    """Tells why a connecting socket gets no connection.
+    """Tells why a connecting socket gets no connection: the other side refuses its key, or is no one it knows.
 
-    look() must be called several times a minute, because libzmq's thread waits when a thousand events wait.
+    To be made before connect(), so that no refusal is missed. look() must be called several times a minute, because
+    libzmq's thread waits when a thousand events wait.
     """
 
     def __init__(self, socket: zmq.Socket[Any]) -> None:

@@ -26,7 +26,7 @@ from larpixdaq._native.ring_buffer import Reader
 from larpixdaq.buffer import ring_file
 from larpixdaq.constants import NO_CORE
 from larpixdaq.errors import ProtocolError, RingError
-from larpixdaq.keys.curve import Handshakes, KeyPair, dealer, new_pair
+from larpixdaq.keys.curve import KeyPair, dealer, new_pair
 from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.stream import (
     MAX_HEADER,
@@ -393,8 +393,8 @@ class ProducerConnection:
         if endpoint.key and own is None:  # the core uses no keys, and so the producer admits any
             own = new_pair()
         # No limit for waiting messages, because the producer's window is one.
-        self.socket = dealer(context, endpoint.address, MAX_HEADER, own=own, server=endpoint.key, queue=0)
-        self._handshakes = Handshakes(self.socket)
+        address, server = endpoint.address, endpoint.key
+        self.socket, self._handshakes = dealer(context, address, MAX_HEADER, own=own, server=server, queue=0)
 
     def key_refused(self) -> bool:
         """Whether the producer has refused the key."""
