@@ -5,7 +5,7 @@
 Emulated PACMANs send as fast as the producer receives their words (`--when-full wait`). The line and the null pipeline
 (null_line.py) take turns. "sent" is the boards' count, "lost" its difference to the rows of the run's files. Rates are
 words/s from the boards' first word until the last word is stored. "cores" is processor time divided by the time of
-sending.
+sending, "ns" in the JSON object the processor time per word of all processes but the boards, until the last is stored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from processes import until
 from system import System, system
 
 
-def measure(line: System, boards: int, words: str, seconds: float, ring: str) -> dict[str, Any]:
+def measure(line: System, boards: int, words: str, seconds: float, ring: str, label: str = "") -> dict[str, Any]:
+    """Measure a line. `label`: of its storage, in the names of the files."""
     with contextlib.closing(Emulator(*null_line.offer(boards, words))) as board:
         operator = begin_run(line, "--ring", ring, "--when-full", "wait", "--pacman", *board.addresses)
         pids = {key: process.popen.pid for key, process in line.processes.items()} | {"boards": board.process.pid}
@@ -44,9 +45,11 @@ def measure(line: System, boards: int, words: str, seconds: float, ring: str) ->
         # Wait here, because end_run does not wait until long queues are empty.
         until(lambda: producer()["packets"] >= data and not producer()["owed_blocks"], "all words to be stored", STEP)
         took = time.monotonic() - began
+        spent = sum(processor_seconds(pid) - before[key] for key, pid in pids.items() if key != "boards")
         ended = operator.end_run().result(STEP)
     sent = {int(group): words["words"] for group, words in counts.items()}
-    totals = tally(parts_of([line.data], ended["run"]))
+    parts = parts_of([line.data], ended["run"], label)
+    totals = tally(parts)
     return {
         "sent": sum(sent.values()),
         "lost": sum(totals.unaccounted(sent).values()),
@@ -54,8 +57,9 @@ def measure(line: System, boards: int, words: str, seconds: float, ring: str) ->
         "condition": ended["condition"],
         "problems": totals.problems,
         "seen": round(seen, 3),
+        "ns": 1e9 * spent / sum(sent.values()),
         "cores": {key: round(cores, 2) for key, cores in used.items()},
-        "bytes_a_row": round(sum(path.stat().st_size for path in parts_of([line.data], ended["run"])) / totals.rows, 2),
+        "bytes_a_row": round(sum(path.stat().st_size for path in parts) / totals.rows, 2),
     }
 
 

@@ -35,11 +35,14 @@ def missing_rights() -> str:
 
 
 class Network:
-    """Hosts by name, all connected. The wires between two hosts have no faults until fault()."""
+    """Hosts by name, all connected. The wires between two hosts have no faults until fault().
+
+    `capture`: a file for all packets that pass between the hosts; it is complete after close().
+    """
 
     _made = 0
 
-    def __init__(self, *hosts: str, seed: int = 0) -> None:
+    def __init__(self, *hosts: str, seed: int = 0, capture: Path | None = None) -> None:
         remove_stale()
         Network._made += 1
         self.hosts = hosts
@@ -56,7 +59,7 @@ class Network:
             ends = [f"{name}={device}" for name, device in zip(self._names, devices, strict=True)]
             script = Path(__file__).with_name("packet_forwarder.py")
             self._wires = subprocess.Popen(
-                [sys.executable, str(script), str(seed), *ends],
+                [sys.executable, str(script), str(seed), str(capture or ""), *ends],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,

@@ -1,7 +1,8 @@
 """The wires between the hosts of network.py: passes, loses or delays IP packets between TUN devices.
 
-    python packet_forwarder.py SEED NAMESPACE=DESCRIPTOR ...
+    python packet_forwarder.py SEED CAPTURE NAMESPACE=DESCRIPTOR ...
 
+Every packet that is passed is also appended to the file CAPTURE, unless that is "".
 Host k has the address that ends in k + 1. A line of JSON on stdin sets the fault between two hosts, such as
 {"between": [0, 1], "drop": 0.05, "delay": 0.2, "cut": false}. The answer is a line with the numbers of packets passed
 and lost so far. When stdin ends, also because the parent process was killed, the namespaces are removed.
@@ -9,6 +10,7 @@ and lost so far. When stdin ends, also because the parent process was killed, th
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import os
@@ -17,14 +19,16 @@ import select
 import subprocess
 import sys
 import time
+from typing import BinaryIO
 
 #: Maximum packets read from one device in a turn.
 BATCH = 64
 
 
 class Forwarder:
-    def __init__(self, seed: int, devices: list[int]) -> None:
+    def __init__(self, seed: int, capture: BinaryIO | None, devices: list[int]) -> None:
         self._random = random.Random(seed)
+        self._capture = capture
         self._devices = devices
         self._faults: dict[frozenset[int], dict[str, float]] = {}
         self._waiting: list[tuple[float, int, int, bytes]] = []
@@ -75,6 +79,8 @@ class Forwarder:
                 self.lost += 1
                 continue
             self.passed += 1
+            if self._capture is not None:
+                self._capture.write(packet)
             if delay := fault.get("delay", 0.0):
                 self._number += 1
                 heapq.heappush(self._waiting, (time.monotonic() + delay, self._number, to, packet))
@@ -94,9 +100,11 @@ class Forwarder:
 
 
 def main() -> None:
-    names, _, descriptors = zip(*(argument.partition("=") for argument in sys.argv[2:]), strict=True)
+    names, _, descriptors = zip(*(argument.partition("=") for argument in sys.argv[3:]), strict=True)
     try:
-        Forwarder(int(sys.argv[1]), [int(descriptor) for descriptor in descriptors]).run()
+        with contextlib.ExitStack() as stack:
+            capture = stack.enter_context(open(sys.argv[2], "wb")) if sys.argv[2] else None
+            Forwarder(int(sys.argv[1]), capture, [int(descriptor) for descriptor in descriptors]).run()
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)

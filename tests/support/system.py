@@ -22,11 +22,12 @@ class System:
 
     `processes` has the processes by key, which is the module's name by default. `prefix` and `env`, by key, are put
     before the command and into the environment of processes that are launched later. The files are in `data`. Core and
-    log listen at `host`.
+    log listen at `host`. With `insecure`, processes and Operators that are started later use no keys.
     """
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack, host: str = "127.0.0.1") -> None:
         self.folder = folder
+        self.insecure = False
         self.data = folder / "data"
         self.data.mkdir()
         self.core = f"tcp://{host}:{free_port()}"
@@ -49,6 +50,7 @@ class System:
         process = Process(
             f"larpixdaq.{module}",
             *arguments,
+            *(["--insecure"] if self.insecure else []),
             directory=self.folder / "out",
             env=self.env.get(key),
             prefix=self.prefix.get(key, ()),
@@ -72,8 +74,8 @@ class System:
     def launch_storage(self, *more: object, key: str = "offline_storage") -> Process:
         return self.launch("offline_storage", "--core", self.core, "-o", self.data, *more, key=key)
 
-    def launch_monitor(self) -> Process:
-        return self.launch("run_data", "--core", self.core)
+    def launch_monitor(self, *more: object) -> Process:
+        return self.launch("run_data", "--core", self.core, *more)
 
     def launch_producer(self, *source: object) -> Process:
         ring = ("--ring", "64MiB", "--ring-dir", self.rings)
@@ -108,7 +110,7 @@ class System:
 
     def operator(self) -> Operator:
         """Return a new Operator, which is closed with the system."""
-        return self._stack.enter_context(Operator(self.core, timeout=LIMIT))
+        return self._stack.enter_context(Operator(self.core, timeout=LIMIT, insecure=self.insecure))
 
     def await_kinds(self, operator: Operator, *kinds: str) -> None:
         def there() -> bool:
@@ -136,9 +138,9 @@ class System:
 
 
 @contextlib.contextmanager
-def system(folder: Path) -> Iterator[System]:
+def system(folder: Path, host: str = "127.0.0.1") -> Iterator[System]:
     with contextlib.ExitStack() as stack:
-        line = System(folder, stack)
+        line = System(folder, stack, host)
         yield line
         line.terminate_all()
 

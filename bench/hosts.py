@@ -1,0 +1,142 @@
+"""Measure the line with its storage and monitor on another host, with keys and with --insecure.
+
+    python bench/hosts.py [--boards N] [--words W] [--seconds S] [--rate R] [--rounds R] [--json]
+
+The hosts are network namespaces, joined by a pair of the kernel's virtual Ethernet devices. Without --rate, emulated
+PACMANs send as fast as the producer receives their words (`--when-full wait`); with it they send R packets/s in all.
+Lines with and without keys take turns. "cores" is processor time divided by the time of sending, "ns a packet" that of
+all processes but the boards until the last packet is stored. Needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import STEP, argument_parser, begin_run, machine, processor_seconds
+from emulated_board import Emulator
+from loss_accounting import parts_of, tally
+from network import PREFIX, Network, missing_rights
+from processes import until
+from saturated import measure
+from system import System
+from two_hosts import NAMES, two_hosts
+
+#: Label of the storage in the names of its files.
+LABEL = NAMES["offline_storage"].replace(" ", "-")
+
+
+class Cable(Network):
+    """Two hosts that are joined by a cable without faults, which is as fast as the machine."""
+
+    def __init__(self, one: str, two: str) -> None:
+        self.hosts = (one, two)
+        self._names = [f"{PREFIX}-{os.getpid()}-cable-{host}" for host in self.hosts]
+        for name in self._names:
+            _ip("netns", "add", name)
+        ends = [["name", "eth0", "netns", name] for name in self._names]
+        _ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+        for host, name in zip(self.hosts, self._names, strict=True):
+            _ip("-n", name, "link", "set", "lo", "up")
+            _ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+
+    def close(self) -> None:
+        for name in self._names:
+            _ip("netns", "del", name)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+def at_rate(line: System, boards: int, words: str, seconds: float, rate: float) -> dict[str, Any]:
+    """Run the line at a given rate, as saturated.measure() does at the highest one."""
+    options = ["--io-groups", str(boards), "--words-per-message", words, "--rate", str(rate / boards)]
+    with contextlib.closing(Emulator(*options, "--lossless", "--wait-for-go")) as board:
+        operator = begin_run(line, "--pacman", *board.addresses)
+        pids = {key: process.popen.pid for key, process in line.processes.items()} | {"boards": board.process.pid}
+        before = {key: processor_seconds(pid) for key, pid in pids.items()}
+        board.go()
+        time.sleep(seconds)
+        used = {key: (processor_seconds(pid) - before[key]) / seconds for key, pid in pids.items()}
+        board.stop()
+        counts = board.finish()["sent"]
+        data = sum(words["D"] for words in counts.values())
+        producer = lambda: line.status_of(operator, "producer")  # noqa: E731
+        until(lambda: producer()["packets"] >= data and not producer()["owed_blocks"], "all words to be stored", STEP)
+        spent = sum(processor_seconds(pid) - before[key] for key, pid in pids.items() if key != "boards")
+        seen = operator.packet_rate(channels=False).result(STEP)["seen"]
+        ended = operator.end_run().result(STEP)
+    sent = {int(group): words["words"] for group, words in counts.items()}
+    totals = tally(parts_of([line.data], ended["run"], LABEL))
+    return {
+        "sent": sum(sent.values()),
+        "lost": sum(totals.unaccounted(sent).values()),
+        "rate": sum(sent.values()) / seconds,
+        "condition": ended["condition"],
+        "problems": totals.problems,
+        "seen": round(seen, 3),
+        "ns": 1e9 * spent / sum(sent.values()),
+        "cores": {key: round(cores, 3) for key, cores in used.items()},
+    }
+
+
+def once(insecure: bool, options: Any) -> dict[str, Any]:
+    with (
+        contextlib.closing(Cable("one", "two")) as net,
+        tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder,
+        two_hosts(Path(folder), net, insecure=insecure) as line,
+    ):
+        if options.rate:
+            return at_rate(line, options.boards, options.words, options.seconds, options.rate)
+        return measure(line, options.boards, options.words, options.seconds, "64MiB", LABEL)
+
+
+def main() -> int:
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--boards", type=int, default=4, metavar="N", help="number of boards (default %(default)d)")
+    add("--words", default="1000", metavar="W", help="words per message, or auto (default %(default)s)")
+    add("--seconds", type=float, default=10.0, metavar="S", help="time of sending, s (default %(default)g)")
+    add("--rate", type=float, default=0.0, metavar="R", help="packets/s of all boards (default: as many as possible)")
+    add("--rounds", type=int, default=3, metavar="R", help="measurements of each kind (default %(default)d)")
+    options = parser.parse_args()
+    if reason := missing_rights():
+        raise SystemExit(reason)
+    results: dict[str, list[dict[str, Any]]] = {"keys": [], "insecure": []}
+    for _ in range(options.rounds):
+        for kind, found in results.items():
+            found.append(once(kind == "insecure", options))
+            if not options.json:
+                result = found[-1]
+                cores = ", ".join(f"{key} {value:.2f}" for key, value in result["cores"].items())
+                print(
+                    f"{kind:>8}: {result['rate'] / 1e6:.3f} M/s, {result['sent']:,} sent, {result['lost']} lost, "
+                    f"{result['condition']}, {result['ns']:.0f} ns a packet; cores: {cores}",
+                    flush=True,
+                )
+    middle = {
+        kind: {name: statistics.median(result[name] for result in found) for name in ("rate", "ns")}
+        for kind, found in results.items()
+    }
+    ratios = {name: middle["keys"][name] / middle["insecure"][name] for name in ("rate", "ns")}
+    if options.json:
+        print(json.dumps({**results, "median": middle, "ratio": ratios, "machine": machine()}))
+    else:
+        print(f"medians, keys to --insecure: rate {ratios['rate']:.2f}, time per packet {ratios['ns']:.2f}")
+        print(machine())
+    good = all(r["condition"] == "COMPLETE" and not r["lost"] for found in results.values() for r in found)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Two hosts, set up as docs/hosts.md says: a run with its storage on the other host, of which the wire shows nothing.
+
+A third host has no key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+from network import Network, missing_rights
+from processes import LIMIT, Process, until
+from raw_sockets import Context
+from system import System, rows_of
+from two_hosts import two_hosts
+
+from larpixdaq.hdf5.verify import verify
+from larpixdaq.keys import credentials
+from larpixdaq.keys.curve import connect_with, new_pair
+
+COMMENT = "a comment that nobody else may read"
+#: Texts that pass between the hosts: names, a comment, an action, an INFO message, and the name of a file. They are too
+#: long to be found in encrypted bytes by chance.
+TEXTS = ("Second storage", "Second monitor", "LArPix board", COMMENT, "prepare_run", "Beginning run", "run0000001")
+ROWS = 20_000
+
+
+def run(line: System) -> Path:
+    """Take a complete run of at least ROWS packets; its file."""
+    operator = line.start("--fake", "20000")
+    operator.prepare_run(comment=COMMENT).result(LIMIT)
+    operator.begin_run().result(LIMIT)
+    until(lambda: line.status_of(operator, "run_data").get("packets", 0) > ROWS, "packets at the monitor")
+    ended = operator.end_run().result(LIMIT)
+    assert (ended["condition"], ended["reasons"]) == ("COMPLETE", [])
+    (path,) = map(Path, ended["files"])
+    assert verify(path).ok, verify(path).findings
+    return path
+
+
+def refuse_third_host(line: System, net: Network) -> None:
+    """Try to connect from a host without a key, as its user would, and with a key of its own making."""
+    env = {"XDG_STATE_HOME": str(line.folder / "three")}
+    where = {"prefix": net.prefix("three"), "env": env, "directory": line.folder / "out"}
+    with contextlib.ExitStack() as stack:
+        started = [
+            (
+                stack.enter_context(Process("larpixdaq.run_data", "--core", line.core, *more, **where)),
+                says,
+            )
+            for more, says in (((), "this user has no key"), (("--insecure",), "uses keys: leave out --insecure"))
+        ]
+        for process, says in started:
+            assert process.wait() == 1
+            assert says in process.stderr
+    own = credentials.find(line.core)
+    assert own is not None
+    with net.inside("three"):
+        context = Context()
+        socket = context.socket(zmq.DEALER)
+        connect_with(socket, new_pair(), own.server)
+        socket.connect(line.core)
+        socket.send(b"hello")
+    refused = f"refused a connection from {net.address('three')} with an unknown key"
+    until(lambda: refused in line.processes["core"].stderr, "the refusal")
+    context.destroy(0)
+
+
+@pytest.mark.parametrize("insecure", [False, True])
+def test_the_wire_between_two_hosts_shows_neither_texts_nor_rows(tmp_path: Path, insecure: bool) -> None:
+    """With --insecure it shows them, so that the search is known to find what is there."""
+    if reason := missing_rights():
+        pytest.skip(reason)
+    wire = tmp_path / "wire"
+    with (
+        contextlib.closing(Network("one", "two", "three", capture=wire)) as net,
+        two_hosts(tmp_path, net, insecure=insecure) as line,
+    ):
+        path = run(line)
+        if not insecure:
+            refuse_third_host(line, net)
+    captured = wire.read_bytes()
+    rows = rows_of(path)
+    assert len(captured) > rows.nbytes / 10
+    found = [text for text in TEXTS if text.encode() in captured]
+    assert found == (list(TEXTS) if insecure else [])
+    chosen = rows[np.linspace(0, len(rows) - 1, 200).astype(int)]
+    seen = sum(row.tobytes() in captured for row in chosen)
+    if insecure:
+        assert seen > len(chosen) / 2, "some rows are cut by the end of an IP packet"
+    else:
+        assert seen == 0
