@@ -255,7 +255,8 @@ def read_token(text: str) -> Credentials:
         raise ConfigError(f"token: expected {int(parts[1])} characters after the second point, found {len(body)}")
     try:
         raw = base64.b64decode(body + "=" * (-len(body) % 4), b"-_", validate=True)
-        if zlib.crc32(raw[:-4]).to_bytes(4, "big") != raw[-4:] or len(raw) < 101:
+        whole = zlib.crc32(raw[:-4]).to_bytes(4, "big") == raw[-4:] and len(raw) > 100
+        if not whole or base64.urlsafe_b64encode(raw).decode().rstrip("=") != body:  # "+" is decoded as "-"
             raise ValueError
         server, public, secret = (z85.encode(raw[at : at + 32]).decode() for at in (0, 32, 64))
         address = config.address(raw[96:-4].decode(), config.CORE_PORT)

@@ -8,11 +8,12 @@ import msgspec
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from zmq.utils import z85
 
 from larpixdaq.errors import ConfigError, FileError, LarpixDaqError
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
-from larpixdaq.keys.curve import new_pair
+from larpixdaq.keys.curve import KeyPair, new_pair
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,16 @@ def test_no_text_is_taken_for_a_token(text):
         credentials.read_token(text)
 
 
-TOKEN = credentials.make_token("tcp://192.0.2.1:5551", new_pair().public, new_pair())
+#: With "-" and "_" at known places, which Python decodes from "+" and "/" too.
+ALIKE = KeyPair(z85.encode(bytes([0xFB, 0xEF, 0xBE, 0xFF] * 8)).decode(), z85.encode(bytes([0xFF] * 32)).decode())
+TOKEN = credentials.make_token("tcp://192.0.2.1:5551", ALIKE.public, ALIKE)
+
+
+def test_a_token_with_plus_for_minus_is_refused():
+    for own, other in ("-+", "_/"):
+        assert own in TOKEN
+        with pytest.raises(LarpixDaqError, match=r"^token: "):
+            credentials.read_token(TOKEN.replace(own, other, 1))
 
 
 @given(st.integers(0, len(TOKEN) - 1), st.characters(codec="ascii", exclude_categories=["Cc", "Zs"]))
