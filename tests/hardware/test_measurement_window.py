@@ -176,7 +176,7 @@ def test_rates_count_only_natural_triggers():
     io.triggers = [1, 2, 3]
     assert rates(controller(io), ["1-1-11"], 64, 0.01).hits.sum() == 0
     io.triggers = [0, 1, 2, 3]
-    hits = collect(controller(io), ["1-1-11"], 0.01).hits
+    hits = collect(controller(io), ["1-1-11"], 0.1).hits  # at least four, also on a busy machine
     assert set(hits["trigger"].tolist()) == {0, 1, 2, 3}
 
 
