@@ -30,7 +30,7 @@ from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, NotAllowed,
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
 from larpixdaq.keys.curve import Doorkeeper
-from larpixdaq.keys.key_store import ANYONE, KeyStore, Member, remove
+from larpixdaq.keys.key_store import ANYONE, KeyStore, Member
 from larpixdaq.keys.peer_limits import registration_rates
 from larpixdaq.protocol.control import (
     MAX_ANSWER,
@@ -195,8 +195,8 @@ class Core:
         path, own = self._connection_file
         try:
             if credentials.read(path) == own:
-                remove(path)
-        except FileError as error:
+                path.unlink()
+        except OSError as error:
             _log.warning("connection file: %s", error)
 
     def _ship(self) -> None:

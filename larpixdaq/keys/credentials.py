@@ -28,7 +28,7 @@ from zmq.utils import z85
 from larpixdaq import config
 from larpixdaq.errors import ConfigError, FileError
 from larpixdaq.keys.curve import KeyPair
-from larpixdaq.runtime.file_access import open_regular, state_dir
+from larpixdaq.runtime.file_access import open_private, state_dir
 
 #: Maximum bytes of a file with one key.
 _LARGEST: Final = 64 << 10
@@ -64,18 +64,12 @@ def read_private(path: Path, limit: int) -> bytes | None:
     bytes.
     """
     try:
-        descriptor = open_regular(path)
+        descriptor = open_private(path, os.O_RDONLY, secret=True)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise error if isinstance(error, FileError) else FileError(f"{path}: {error.strerror}") from None
     with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if found.st_uid != os.geteuid():
-            raise FileError(f"{path}: expected a file of user {os.geteuid()}, found one of user {found.st_uid}")
-        if found.st_mode & 0o077:
-            mode = stat.S_IMODE(found.st_mode)
-            raise FileError(f"{path}: expected mode 600, found {mode:o}: others may have read the keys in it")
         data = file.read(limit + 1)
     if len(data) > limit:
         raise FileError(f"{path}: has more than {limit} bytes")

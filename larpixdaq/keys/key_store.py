@@ -5,7 +5,6 @@ One private file in the state directory, written whole and renamed. Whoever can 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ _LARGEST: Final = 4 << 20
 _REMEMBERED: Final = 7 * 86400.0
 #: Maximum number of invitations, and of members.
 _MOST: Final = 1000
-_Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+_Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 #: What an invited key may be used for: to register as the component of its name; to look and change; to look.
 Role = Literal["component", "operator", "observer"]
 ROLES: Final = ("component", "operator", "observer")
@@ -255,13 +254,3 @@ class KeyStore:
             self._write(content)
             self._content = content
             self._index()
-
-
-def remove(path: Path) -> None:
-    """Remove a private file; nothing when it is not there."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise FileError(f"{path}: cannot be removed: {error.strerror}") from None

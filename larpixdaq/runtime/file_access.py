@@ -30,20 +30,21 @@ DAMAGED: Final = ".damaged"
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524})
 
 
-def open_private(path: Path, flags: int) -> int:
+def open_private(path: Path, flags: int, *, secret: bool = False) -> int:
     """Open a private file, or make it with mode 600 if flags contain O_CREAT. Returns its descriptor.
 
     Raises FileError for a symbolic link, for a file that is not regular, belongs to another user or can be written by
-    other users; other OSErrors as os.open() does.
+    other users, or, with `secret`, read by them; other OSErrors as os.open() does.
     """
     file = open_regular(path, flags, 0o600)
     try:
         status = os.fstat(file)
         if status.st_uid != os.geteuid():
             raise FileError(f"{path}: expected a file of user {os.geteuid()}, found one of user {status.st_uid}")
-        if status.st_mode & 0o022:
+        if status.st_mode & (0o077 if secret else 0o022):
             mode = stat.S_IMODE(status.st_mode)
-            raise FileError(f"{path}: expected mode 600, found {mode:o}: others may write to it")
+            why = "others may have read the keys in it" if secret else "others may write to it"
+            raise FileError(f"{path}: expected mode 600, found {mode:o}: {why}")
     except BaseException:
         os.close(file)
         raise
