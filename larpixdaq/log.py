@@ -169,7 +169,11 @@ class _Senders:
         self._names: dict[str, str] = {}
 
     def apply(self, update: Update) -> None:
+        """Take over an Update of the core, and close the connections of keys that it no longer has."""
+        revoked = set() if update.insecure else self._names.keys() - update.keys.keys()
         self._insecure, self._names = update.insecure or self._insecure, update.keys
+        for key in revoked:
+            self.door.disconnect(key)
 
     def check(self, frame: zmq.Frame, record: LogRecord) -> None:
         """Raise ProtocolError if the key of a frame is not the one of the record's component."""
@@ -220,10 +224,13 @@ def serve(core: str, name: str, address: str, path: Path, *, insecure: bool) -> 
         poller = zmq.Poller()
         for source in (socket, senders.door.socket, node, signals):
             poller.register(source, zmq.POLLIN)
+        applied = 0  # the node's changes that `senders` has
         while not signals.stop:
             poller.poll(node.wait_ms())
             node.dispatch()
-            senders.apply(node.update)
+            if node.changes != applied:
+                applied = node.changes
+                senders.apply(node.update)
             senders.door.answer()
             empty = file.take(socket, senders.check)
             node.report(file.written, 0 if empty else 1)

@@ -25,7 +25,7 @@ from larpixdaq.control.log_shipping import LogRecord
 from larpixdaq.errors import ComponentError, NoCore, NotAllowed, RequestError
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.keys import credentials
-from larpixdaq.keys.curve import connect_with, new_pair
+from larpixdaq.keys.curve import Handshakes, connect_with, new_pair
 from larpixdaq.keys.peer_limits import OPEN
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import Open, Register, pack, unpack_core
@@ -223,7 +223,10 @@ def test_a_component_acknowledges_and_logs_under_no_other_name(line, operator, o
         refused = line.status_of(operator, "log")["refused"]
         push.send(msgspec.msgpack.encode(LogRecord(0.0, logging.ERROR, "LArPix board", "forged")))
         until(lambda: line.status_of(operator, "log")["refused"] > refused, "the record to be refused")
-    operator.revoke("Second monitor").result(LIMIT)
+        watch = Handshakes(push)
+        operator.revoke("Second monitor").result(LIMIT)
+        until(watch.look, "the log to close the connection, and to refuse the next one", 2.0)
+        watch.close()
     assert "forged" not in Path(info_of(operator, "log")["file"]).read_text()
 
 
