@@ -1,11 +1,12 @@
-"""Measure the line with its storage and monitor on another host, with keys and with --insecure.
+"""Measure the line with its storage and monitor on another host: with keys and with --insecure, packed and unpacked.
 
     python bench/hosts.py [--boards N] [--words W] [--seconds S] [--rate R] [--rounds R] [--json]
 
 The hosts are network namespaces, joined by a pair of the kernel's virtual Ethernet devices. Without --rate, emulated
 PACMANs send as fast as the producer receives their words (`--when-full wait`); with it they send R packets/s in all.
-Lines with and without keys take turns. "cores" is processor time divided by the time of sending, "ns a packet" that of
-all processes but the boards until the last packet is stored. Needs root.
+The kinds of lines take turns; in an "unpacked" one the consumers do not ask for packed rows. "cores" is processor time
+divided by the time of sending, "ns a packet" that of all processes but the boards until the last packet is stored.
+Needs root.
 """
 
 from __future__ import annotations
@@ -30,6 +31,18 @@ from saturated import measure
 from system import System
 from two_hosts import NAMES, two_hosts
 
+#: Kind of line -> whether it uses no keys, and whether rows are packed. The last one is the measure of the others.
+KINDS = {
+    "keys": (False, True),
+    "insecure": (True, True),
+    "keys, unpacked": (False, False),
+    "insecure, unpacked": (True, False),
+}
+#: Makes consumers neither read rings nor ask for packed rows. Python runs it at the start of each process.
+UNPACKED = """\
+from larpixdaq.stream import subscriber
+subscriber.ProducerConnection.map_ring = lambda connection, welcome: None
+"""
 #: Label of the storage in the names of its files.
 LABEL = NAMES["offline_storage"].replace(" ", "-")
 
@@ -90,12 +103,18 @@ def at_rate(line: System, boards: int, words: str, seconds: float, rate: float) 
     }
 
 
-def once(insecure: bool, options: Any) -> dict[str, Any]:
+def once(kind: str, options: Any) -> dict[str, Any]:
+    insecure, packed = KINDS[kind]
     with (
         contextlib.closing(Cable("one", "two")) as net,
         tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder,
-        two_hosts(Path(folder), net, insecure=insecure) as line,
+        contextlib.ExitStack() as stack,
     ):
+        env = {}
+        if not packed:
+            (Path(folder) / "sitecustomize.py").write_text(UNPACKED)
+            env["PYTHONPATH"] = os.pathsep.join([folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+        line = stack.enter_context(two_hosts(Path(folder), net, insecure=insecure, env=env))
         if options.rate:
             return at_rate(line, options.boards, options.words, options.seconds, options.rate)
         return measure(line, options.boards, options.words, options.seconds, "64MiB", LABEL)
@@ -109,18 +128,21 @@ def main() -> int:
     add("--seconds", type=float, default=10.0, metavar="S", help="time of sending, s (default %(default)g)")
     add("--rate", type=float, default=0.0, metavar="R", help="packets/s of all boards (default: as many as possible)")
     add("--rounds", type=int, default=3, metavar="R", help="measurements of each kind (default %(default)d)")
+    add("--kinds", default=";".join(KINDS), metavar="K;K", help="kinds of lines (default %(default)s)")
     options = parser.parse_args()
+    if not set(options.kinds.split(";")) <= set(KINDS):
+        parser.error(f"--kinds: expected some of {'; '.join(KINDS)}, found {options.kinds}")
     if reason := missing_rights():
         raise SystemExit(reason)
-    results: dict[str, list[dict[str, Any]]] = {"keys": [], "insecure": []}
+    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in options.kinds.split(";")}
     for _ in range(options.rounds):
         for kind, found in results.items():
-            found.append(once(kind == "insecure", options))
+            found.append(once(kind, options))
             if not options.json:
                 result = found[-1]
                 cores = ", ".join(f"{key} {value:.2f}" for key, value in result["cores"].items())
                 print(
-                    f"{kind:>8}: {result['rate'] / 1e6:.3f} M/s, {result['sent']:,} sent, {result['lost']} lost, "
+                    f"{kind:>18}: {result['rate'] / 1e6:.3f} M/s, {result['sent']:,} sent, {result['lost']} lost, "
                     f"{result['condition']}, {result['ns']:.0f} ns a packet; cores: {cores}",
                     flush=True,
                 )
@@ -128,11 +150,16 @@ def main() -> int:
         kind: {name: statistics.median(result[name] for result in found) for name in ("rate", "ns")}
         for kind, found in results.items()
     }
-    ratios = {name: middle["keys"][name] / middle["insecure"][name] for name in ("rate", "ns")}
+    last = list(middle)[-1]
+    ratios = {kind: {name: middle[kind][name] / middle[last][name] for name in ("rate", "ns")} for kind in middle}
     if options.json:
-        print(json.dumps({**results, "median": middle, "ratio": ratios, "machine": machine()}))
+        print(json.dumps({**results, "median": middle, "ratios": ratios, "machine": machine()}))
     else:
-        print(f"medians, keys to --insecure: rate {ratios['rate']:.2f}, time per packet {ratios['ns']:.2f}")
+        for kind, ratio in ratios.items():
+            print(
+                f"{kind}: median {middle[kind]['rate'] / 1e6:.2f} M/s, {middle[kind]['ns']:.0f} ns a packet; "
+                f"to {last}: rate {ratio['rate']:.2f}, time per packet {ratio['ns']:.2f}"
+            )
         print(machine())
     good = all(r["condition"] == "COMPLETE" and not r["lost"] for found in results.values() for r in found)
     return 0 if good else 1

@@ -1,4 +1,4 @@
-"""Pack rows into HDF5 chunks with byte shuffle and deflate, and count rows by kind."""
+"""Pack rows into HDF5 chunks with byte shuffle and deflate, undo the shuffle, and count rows by kind."""
 
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -80,9 +80,32 @@ cdef void shuffle_rows(const uint8_t* source, uint8_t* out, size_t size, size_t 
             out[column * stride + row] = source[row * size + column]
 
 
+cdef void unshuffle_rows(const uint8_t* planes, uint8_t* out, size_t size, size_t rows) noexcept nogil:
+    """Copy byte r of plane i to byte i of row r. Planes are `rows` bytes apart."""
+    cdef size_t even = rows - rows % 16 if size >= 16 else 0
+    cdef size_t row, column
+    for row in range(0, even, 16):
+        column = 0
+        while column < size:
+            column = min(column, size - 16)     # as in shuffle_rows()
+            transpose16(planes + column * rows + row, rows, out + row * size + column, size)
+            column += 16
+    for row in range(even, rows):
+        for column in range(size):
+            out[row * size + column] = planes[column * rows + row]
+
+
+def unshuffle(const uint8_t[::1] planes, size_t itemsize, uint8_t[::1] rows):
+    if not itemsize or planes.shape[0] != rows.shape[0] or <size_t>planes.shape[0] % itemsize:
+        raise ValueError(f"unshuffle: {planes.shape[0]} bytes of planes, {rows.shape[0]} of rows of {itemsize} bytes")
+    if planes.shape[0]:
+        with nogil:
+            unshuffle_rows(&planes[0], &rows[0], itemsize, <size_t>planes.shape[0] // itemsize)
+
+
 @cython.final
 cdef class Packer:
-    """Shuffles and deflates chunks of `rows` rows of `itemsize` bytes. The interface is documented in hdf5_chunks.pyi."""
+    """Shuffles and deflates up to `rows` rows of `itemsize` bytes. The interface is documented in hdf5_chunks.pyi."""
 
     cdef uint8_t* planes
     cdef uint8_t* packed
@@ -106,12 +129,14 @@ cdef class Packer:
         free(self.tokens)
 
     def pack(self, const uint8_t[::1] chunk) -> bytes:
-        cdef size_t n
-        if <size_t>chunk.shape[0] != self.rows * self.itemsize:
-            raise ValueError(f"pack: expected {self.rows} rows of {self.itemsize} bytes, found {chunk.shape[0]} bytes")
+        cdef size_t n, rows = <size_t>chunk.shape[0] // self.itemsize
+        if not 1 <= rows <= self.rows or <size_t>chunk.shape[0] % self.itemsize:
+            raise ValueError(
+                f"pack: expected 1 to {self.rows} rows of {self.itemsize} bytes, found {chunk.shape[0]} bytes"
+            )
         with nogil:
-            shuffle_rows(&chunk[0], self.planes, self.itemsize, self.rows, self.rows + PLANE_GAP)
-            n = deflate(self.planes, self.itemsize, self.rows, self.rows + PLANE_GAP, self.tokens, self.packed)
+            shuffle_rows(&chunk[0], self.planes, self.itemsize, rows, rows + PLANE_GAP)
+            n = deflate(self.planes, self.itemsize, rows, rows + PLANE_GAP, self.tokens, self.packed)
         return self.packed[:n]
 
 

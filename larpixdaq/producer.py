@@ -195,6 +195,8 @@ class Producer:
             limits.append(block)
         if self.ending is not None:
             limits.append(now + 0.01)
+        if self.publisher.unsent:
+            limits.append(now)
         return min(limits, default=None)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import LarpixDaqError
 from larpixdaq.monitor.monitor import Monitor
 from larpixdaq.protocol.control import Endpoint
+from larpixdaq.protocol.packed_rows import PackedRows
 from larpixdaq.protocol.reports import MonitorStatus
 from larpixdaq.protocol.stream import Block, End, FromProducer
 from larpixdaq.runtime.event_loop import Signals, run_main
@@ -65,7 +66,7 @@ class RunData:
             poller.poll(0 if self.consumer.queued else self.node.wait_ms())
             self.turn()
 
-    def _receive(self, producer: str, frame: FromProducer, payload: memoryview | None) -> None:
+    def _receive(self, producer: str, frame: FromProducer, payload: memoryview | None, _: PackedRows | None) -> None:
         try:
             if isinstance(frame, Block):
                 self.monitor.block(frame, payload)

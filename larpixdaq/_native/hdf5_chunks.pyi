@@ -1,4 +1,4 @@
-"""Pack rows into HDF5 chunks with byte shuffle and deflate, and count rows by kind."""
+"""Pack rows into HDF5 chunks with byte shuffle and deflate, undo the shuffle, and count rows by kind."""
 
 from typing import final
 
@@ -15,7 +15,7 @@ def tally(rows: NDArray[np.uint8], layout: int, counts: NDArray[np.uint64]) -> N
 
 @final
 class Packer:
-    """Shuffles and deflates chunks of `rows` rows (at least 1) of `itemsize` bytes, in the format of HDF5's two
+    """Shuffles and deflates chunks of up to `rows` rows (at least 1) of `itemsize` bytes, in the format of HDF5's two
     filters.
 
     Not for several threads at a time.
@@ -24,3 +24,9 @@ class Packer:
     def __new__(cls, rows: int, itemsize: int) -> Packer: ...
     def pack(self, chunk: NDArray[np.uint8]) -> bytes:
         """Return the chunk's rows shuffled and deflated (zlib format), from their bytes. Releases the GIL."""
+
+def unshuffle(planes: NDArray[np.uint8], itemsize: int, rows: NDArray[np.uint8]) -> None:
+    """Undo the byte shuffle: write the rows of `itemsize` bytes whose bytes are in `planes`, one plane after the other.
+
+    Both have the same length. Releases the GIL.
+    """

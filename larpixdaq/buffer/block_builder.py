@@ -78,8 +78,12 @@ class BlockBuilder:
         self.began_ns = began_ns
 
     def rows(self) -> NDArray[Any] | None:
-        """Return the free rows of the open block, for a decoder and publish(); None when the ring is full."""
-        room = self._ring.rows(self._wall(), constants.BLOCK_ROWS)
+        """Return the free rows of the open block, for a decoder and publish(); None when the ring is full.
+
+        A block ends at the latest at a multiple of BLOCK_ROWS rows of the run, as chunks of a file do, so that a
+        storage can write the packed blocks of a fast producer as chunks.
+        """
+        room = self._ring.rows(self._wall(), constants.BLOCK_ROWS - self._ring.first_packet % constants.BLOCK_ROWS)
         return None if room is None else np.frombuffer(room, self.layout.dtype)
 
     def publish(self, n: int) -> None:

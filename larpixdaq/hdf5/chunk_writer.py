@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from larpixdaq import schema
 from larpixdaq._native.hdf5_chunks import Packer
+from larpixdaq.protocol.packed_rows import unpack_chunk
 
 #: Rows of a batch, a few chunks of schema.CHUNK_ROWS: there are two flushes per batch instead of two per chunk.
 BATCH_ROWS: Final = 4 * schema.CHUNK_ROWS
@@ -58,6 +59,8 @@ class Batch:
         self._previous = np.zeros((BATCH_ROWS, itemsize), np.uint8)
         self._thread = ThreadPoolExecutor(1, "packing")
         self._packed: list[Future[bytes]] = []  # the first chunks of the batch
+        self._received: dict[int, bytes] = {}  # chunks of the batch that came packed
+        self._absent: set[int] = set()  # those of them whose rows are not in the buffer
         self._thread_packer, self._packer = (Packer(schema.CHUNK_ROWS, itemsize) for _ in range(2))
 
     def resume(self, rows: int) -> None:
@@ -86,12 +89,24 @@ class Batch:
             pieces.append(self._previous[: len(rows) - room].reshape(-1))
         return pieces
 
+    @property
+    def begins_chunk(self) -> bool:
+        """Whether the next row is the first one of a chunk."""
+        return self.rows % schema.CHUNK_ROWS == 0
+
+    def add_chunk(self, packed: bytes, full: Callable[[], None]) -> None:
+        """Add a packed chunk at the beginning of a chunk, as commit() adds rows."""
+        index = (self.rows - self.base) // schema.CHUNK_ROWS
+        self._received[index] = packed
+        self._absent.add(index)
+        self.commit(schema.CHUNK_ROWS, full)
+
     def commit(self, n: int, full: Callable[[], None]) -> None:
         """Add the n rows that were staged last to the batch; call `full` when that fills it up."""
         room = BATCH_ROWS - (self.rows - self.base)
         self.rows += n
         for index in range(len(self._packed), min((self.rows - self.base) // schema.CHUNK_ROWS, _PACKED_EARLY)):
-            self._packed.append(self._thread.submit(self._thread_packer.pack, self._chunk(index)))
+            self._packed.append(self._thread.submit(self._pack, self._thread_packer, index))
         if n >= room:
             full()
             self._previous, self._current = self._current, self._previous
@@ -99,8 +114,11 @@ class Batch:
 
     def pieces(self, start: int, stop: int) -> list[NDArray[np.uint8]]:
         """Return the bytes of rows `start` to `stop` of the file, in one or two pieces; both batches together must have
-        them."""
+        them. ValueError if they came packed and are damaged."""
         start, stop = start - self.base, stop - self.base
+        for index in [i for i in self._absent if start < (i + 1) * schema.CHUNK_ROWS and i * schema.CHUNK_ROWS < stop]:
+            unpack_chunk(self._received[index], self._chunk(index), self._size)
+            self._absent.remove(index)
         previous = [self._previous[start:].reshape(-1)] if start < 0 else []
         return [*previous, self._current[max(start, 0) : stop].reshape(-1)]
 
@@ -109,6 +127,8 @@ class Batch:
         filled = self._fill_up()
         self._write_chunks(-(-filled // schema.CHUNK_ROWS))
         self._packed.clear()
+        self._received.clear()
+        self._absent.clear()
         self._final_chunks = self._visible_rows = 0
         return self.base + filled
 
@@ -147,9 +167,7 @@ class Batch:
     def _write_chunks(self, stop: int) -> None:
         """Write the chunks of the batch below `stop` that are not final in the file."""
         for index in range(self._final_chunks, stop):
-            packed = (
-                self._packed[index].result() if index < len(self._packed) else self._packer.pack(self._chunk(index))
-            )
+            packed = self._packed[index].result() if index < len(self._packed) else self._pack(self._packer, index)
             self._place(index, packed)
             self._packed_bytes = 0
         self._final_chunks = max(self._final_chunks, stop)
@@ -162,6 +180,11 @@ class Batch:
             packed += b"\0"
         self._packets.id.write_direct_chunk((first,), packed)
         self._unfinished = first, len(packed)
+
+    def _pack(self, packer: Packer, index: int) -> bytes:
+        """Return a full chunk of the batch packed."""
+        received = self._received.get(index)
+        return packer.pack(self._chunk(index)) if received is None else received
 
     def _chunk(self, index: int) -> NDArray[np.uint8]:
         """Return the bytes of a chunk of the batch."""

@@ -14,25 +14,17 @@ from larpixdaq.constants import RunCondition, worst
 from larpixdaq.errors import ChecksumError, ProtocolError
 from larpixdaq.hdf5 import layout
 from larpixdaq.protocol import stream
+from larpixdaq.protocol.packed_rows import ROW_COLUMNS, new_tally
 from larpixdaq.protocol.stream import BlockOrigin, unpack_configurations
 from larpixdaq.runtime.record_file import crc32
 
 #: `how` of an origin whose end record never came.
 OPEN: Final = "open"
-#: Columns of a tally that add up to all rows.
-_ROWS: Final = [
-    hdf5_chunks.TALLY.index(name) for name in ("word_rows", "time_rows", "info_rows", "sent_rows", "other_rows")
-]
-
-
-def new_tally() -> NDArray[np.uint64]:
-    """Make counters of rows for hdf5_chunks.tally(), shape (IO_GROUPS, columns of TALLY), all 0."""
-    return np.zeros((constants.IO_GROUPS, len(hdf5_chunks.TALLY)), np.uint64)
 
 
 def stored_rows(tally: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Sum up all rows of each io_group, shape (IO_GROUPS,)."""
-    return np.asarray(tally[:, _ROWS].sum(axis=1), np.uint64)
+    return np.asarray(tally[:, ROW_COLUMNS].sum(axis=1), np.uint64)
 
 
 def rows_made(counts: Mapping[str, int]) -> int:
@@ -70,8 +62,7 @@ def check_block(block: stream.Block, rows: NDArray[Any], row_layout: schema.RowL
 
     Single fields of the header are not checked, because unpacking the frame has checked them.
     """
-    if block.layout != row_layout.code:
-        raise ProtocolError(f"{describe(block)}: expected layout {row_layout.code}, found {block.layout}")
+    check_layout(block, row_layout)
     if block.configs is not None:
         if block.text is None:
             raise ProtocolError(f"{describe(block)}: configurations belong to a text")
@@ -84,6 +75,12 @@ def check_block(block: stream.Block, rows: NDArray[Any], row_layout: schema.RowL
             f"{describe(block)}: expected {block.rows} rows of layout {row_layout.name},"
             f" found shape {rows.shape} of {rows.dtype.itemsize} bytes each"
         )
+
+
+def check_layout(block: stream.Block, row_layout: schema.RowLayout) -> None:
+    """ProtocolError when a block has another layout."""
+    if block.layout != row_layout.code:
+        raise ProtocolError(f"{describe(block)}: expected layout {row_layout.code}, found {block.layout}")
 
 
 def check_content(block: stream.Block, pieces: Sequence[NDArray[np.uint8]], row_layout: schema.RowLayout) -> None:

@@ -24,6 +24,7 @@ from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import journal, ledger, names, tables
 from larpixdaq.hdf5.ledger import describe_group, describe_origin
 from larpixdaq.hdf5.reader import DataFile, text
+from larpixdaq.protocol.packed_rows import new_tally
 from larpixdaq.protocol.reports import StoredEnd, StoredRows
 from larpixdaq.protocol.stream import READ, SENT, BlockOrigin
 from larpixdaq.runtime.units import utc_datetime
@@ -287,7 +288,7 @@ def _without_blocks(part: Part, file: DataFile, blocks: list[tuple[tuple[BlockOr
     rows = 0
     for (origin, _), block in blocks:
         first, n = int(block["first_row"]), int(block["rows"])
-        tally = ledger.new_tally()
+        tally = new_tally()
         if file.layout is not None:
             hdf5_chunks.tally(file.packets(first, first + n).view(np.uint8), file.layout.code, tally)
         stored = ledger.stored_rows(tally)

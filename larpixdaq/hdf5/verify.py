@@ -23,6 +23,7 @@ from larpixdaq.hdf5.ledger import describe_group, describe_origin
 from larpixdaq.hdf5.reader import PIECE_ROWS, DataFile
 from larpixdaq.hdf5.recordings import chip_generation, copy_columns
 from larpixdaq.hdf5.run_report import RunReport
+from larpixdaq.protocol.packed_rows import new_tally
 from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime.record_file import crc32
 
@@ -365,7 +366,7 @@ class _OriginCheck:
         self.continued = first > 0  # it began in an earlier part of the run
         self.lost = False
         self.ended = False
-        self.tally = ledger.new_tally()
+        self.tally = new_tally()
 
 
 class LedgerCheck:

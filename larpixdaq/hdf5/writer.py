@@ -29,13 +29,14 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq._native import hdf5_chunks
 from larpixdaq.constants import RunCondition
-from larpixdaq.errors import FileError, ProtocolError, cause
+from larpixdaq.errors import ChecksumError, FileError, ProtocolError, cause
 from larpixdaq.hdf5 import layout, ledger, names, tables
 from larpixdaq.hdf5.chunk_writer import Batch, WriteBack
 from larpixdaq.hdf5.journal import Journal
-from larpixdaq.hdf5.ledger import Account, check_block, check_content, check_end, describe
+from larpixdaq.hdf5.ledger import Account, check_block, check_content, check_end, check_layout, describe
 from larpixdaq.hdf5.tables import CarriedConfigurations, InfoMessage, RunInfo, Tables, WaitingFrame
 from larpixdaq.protocol import stream
+from larpixdaq.protocol.packed_rows import PackedRows
 from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime.file_access import copy_content, in_place, open_regular
 from larpixdaq.runtime.record_file import crc32
@@ -44,6 +45,8 @@ from larpixdaq.runtime.record_file import crc32
 WAIT: Final = 0.020
 #: Seconds between two writes of an unfinished batch, for readers of the growing file.
 SHOW_INTERVAL: Final = 4.0
+#: Of this number of packed chunks one is unpacked, to check its rows.
+CHECKED_CHUNKS: Final = 16
 #: Maximum ns between a part's first or last row and a rotation; above it the storage lags behind its producers.
 _LAG_NS: Final = 2 * 10**9
 
@@ -155,6 +158,10 @@ class RunFile:
         self._show_time = monotonic()  # monotonic time at which these rows were written
         self._missing: list[tuple[int, ...]] = []
         self._messages = 0
+        #: Producer -> chunks that may be written before the next one whose rows are checked.
+        self._may_follow: dict[str, int] = {}
+        #: Whether packed rows were damaged although their checksum is right, so that the part cannot go on.
+        self.has_damaged_chunk = False
         self._damaged: list[str] = []  # damage that recovery found in this part, one line each
         #: Why the file cannot be written any more; empty while it can.
         self.failed = ""
@@ -194,15 +201,26 @@ class RunFile:
 
     # Incoming blocks and end records
 
-    def add(self, block: stream.Block, rows: NDArray[Any]) -> None:
-        """Add a block with its rows, which have the run's layout and are copied.
+    def add(self, block: stream.Block, rows: NDArray[Any] | None, packed: PackedRows | None = None) -> None:
+        """Add a block with its rows, which have the run's layout and are copied, or with its packed rows.
 
+        Packed rows that fill a chunk of the file are written as they are. They are checked by their own checksum, and
+        the first chunk of a producer and then every CHECKED_CHUNKS-th one is unpacked to check its rows too.
         A block that the part has already is counted as a duplicate; blocks between are counted as missing.
         ProtocolError, with nothing added, when header and rows do not belong together; ChecksumError when the rows are
         not the rows that were sent; FileError when the disk fails.
         """
         self._check_usable()
         self._check_run(block)
+        if packed is not None:
+            check_layout(block, self.info.layout)
+            fills_chunk = block.rows == schema.CHUNK_ROWS and block.text is None and self._batch.begins_chunk
+            if fills_chunk and self._may_follow.get(block.producer):
+                self._add_chunk(block, packed)
+                self._may_follow[block.producer] -= 1
+                return
+            rows = packed.unpack(block.rows, self.info.layout)
+        assert rows is not None
         check_block(block, rows, self.info.layout)
         if block.sequence < self._expected(block.origin):
             self.duplicate_blocks += 1
@@ -210,9 +228,9 @@ class RunFile:
         # The copy is checked, because a producer may overwrite the rows in its ring meanwhile.
         pieces = self._batch.stage(rows.view(np.uint8))
         check_content(block, pieces, self.info.layout)
-        account = self._account(block.origin)
-        if account.end is not None:
-            raise ProtocolError(f"{describe(block)}: comes after the end of its source")
+        if packed is not None:
+            self._may_follow[block.producer] = CHECKED_CHUNKS - 1
+        account = self._open_account(block)
         message = None
         if block.text is not None:
             rows = np.concatenate(pieces).view(rows.dtype)
@@ -221,14 +239,38 @@ class RunFile:
             rows["counter"] = np.arange(message.first, message.first + len(rows))
             pieces = self._batch.stage(rows.view(np.uint8))
             block = msgspec.structs.replace(block, crc32=crc32(rows.view(np.uint8)))
-        self._missing += account.add_block(block.sequence, block.first_packet, block.rows)
-        account.drop((gap.io_group, gap.rows) for gap in block.gaps)
         for piece in pieces:
             hdf5_chunks.tally(piece, block.layout, account.tally)
-        self._enqueue(entry := WaitingFrame(block, account, self.rows, self.rows + block.rows, message))
+        entry = self._enqueue_block(block, account, message)
         if message is not None:
             self._unwritten_messages.append(entry)
         self._try(lambda: self._batch.commit(block.rows, self._write_batch))
+
+    def _add_chunk(self, block: stream.Block, packed: PackedRows) -> None:
+        """Add a block whose packed rows are the next chunk of the file."""
+        if block.sequence < self._expected(block.origin):
+            self.duplicate_blocks += 1
+            return
+        if not packed.is_intact():
+            raise ChecksumError(f"{describe(block)}: its packed rows are not those that were sent")
+        account = self._open_account(block)
+        account.tally += packed.tally
+        self._enqueue_block(block, account)
+        self._try(lambda: self._batch.add_chunk(bytes(packed.data), self._write_batch))
+
+    def _open_account(self, block: stream.Block) -> Account:
+        """Return the account of a block's origin, which must not have ended."""
+        account = self._account(block.origin)
+        if account.end is not None:
+            raise ProtocolError(f"{describe(block)}: comes after the end of its source")
+        return account
+
+    def _enqueue_block(self, block: stream.Block, account: Account, message: InfoMessage | None = None) -> WaitingFrame:
+        self._missing += account.add_block(block.sequence, block.first_packet, block.rows)
+        account.drop((gap.io_group, gap.rows) for gap in block.gaps)
+        entry = WaitingFrame(block, account, self.rows, self.rows + block.rows, message)
+        self._enqueue(entry)
+        return entry
 
     def end(self, end: stream.End) -> None:
         """Add the end record of an origin. An end record that the part has already is counted as a duplicate."""
@@ -299,7 +341,12 @@ class RunFile:
         self._check_usable()
         if len(self._waiting) > self._journaled and (pressed or monotonic() >= self._oldest + WAIT):
             waiting = [self._waiting[i] for i in range(self._journaled, len(self._waiting))]
-            records = [(stream.pack(entry.frame), self._batch.pieces(entry.start, entry.stop)) for entry in waiting]
+            try:
+                records = [(stream.pack(entry.frame), self._batch.pieces(entry.start, entry.stop)) for entry in waiting]
+            except ValueError as error:
+                self.has_damaged_chunk = True
+                self.failed = f"cannot be written any more: {error}"
+                raise FileError(f"{self.path} {self.failed}") from None
             self._try(lambda: self._journal.append(records))
             self._journaled = len(self._waiting)
             self._acknowledge(waiting)

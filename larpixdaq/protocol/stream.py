@@ -2,8 +2,9 @@
 
 A frame is one byte of kind, a msgpack array (the header), and, for BLOCK, a second ZeroMQ part with the rows. A
 consumer on the same host may read the rows out of the producer's ring (MAPS): then the second part is empty, and a
-third part has the number of the block in the ring, 8 bytes, little-endian. Every received frame is checked against
-these structs, with sizes and ranges; ProtocolError if it does not fit.
+third part has the number of the block in the ring, 8 bytes, little-endian. For a consumer on another host (PACKS) the
+second part has the rows packed, and the third part describes them (packed_rows.py); small blocks come as they are.
+Every received frame is checked against these structs, with sizes and ranges; ProtocolError if it does not fit.
 
 Configurations are the registers of chips as arrays, which a block carries packed (Configs) on their way to the file.
 """
@@ -183,6 +184,10 @@ class Maps(msgspec.Struct, array_like=True, tag=5, frozen=True):
     epoch: Epoch
 
 
+class Packs(msgspec.Struct, array_like=True, tag=6, frozen=True):
+    """The consumer cannot read the ring: rows are to be sent packed."""
+
+
 # Producer to consumer
 
 
@@ -260,7 +265,7 @@ class Refused(msgspec.Struct, array_like=True, tag=14, frozen=True):
     reason: str  # "hello", "version", "superseded", "silent", or a sentence
 
 
-FromConsumer = Hello | Ack | Credit | Bye | Maps
+FromConsumer = Hello | Ack | Credit | Bye | Maps | Packs
 
 FromProducer = Welcome | Block | End | Refused
 

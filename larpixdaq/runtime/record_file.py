@@ -14,10 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
+#: The fastest installed module with the interface of zlib.
+zlib_library: Any
 try:
-    from isal import isal_zlib as _library
+    from isal import isal_zlib
+
+    zlib_library = isal_zlib
 except ImportError:  # several times slower
-    import zlib as _library  # type: ignore[no-redef]
+    import zlib
+
+    zlib_library = zlib
 
 #: Maximum number of buffers in one call (IOV_MAX is 1024 on Linux).
 _PIECES: Final = 1000
@@ -25,7 +31,7 @@ _PIECES: Final = 1000
 
 def crc32(data: Any, start: int = 0) -> int:
     """Return zlib's CRC-32 of a contiguous buffer, continued from `start`."""
-    return int(_library.crc32(data, start))
+    return int(zlib_library.crc32(data, start))
 
 
 def write_at(file: int, pieces: Iterable[Any], at: int) -> int:

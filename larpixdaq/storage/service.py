@@ -22,6 +22,7 @@ from larpixdaq.errors import ChecksumError, FileError, LarpixDaqError, RequestEr
 from larpixdaq.hdf5 import names, tables
 from larpixdaq.hdf5.run_report import SUPERSEDED, RunReport, positions, survey_run
 from larpixdaq.hdf5.tables import RunInfo
+from larpixdaq.protocol.packed_rows import PackedRows
 from larpixdaq.protocol.reports import StorageEnd, StorageReady, StorageStatus
 from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, End, FromProducer, Position
 from larpixdaq.storage import open_run
@@ -89,6 +90,7 @@ class StorageService:
         self._resend = self._resend_rows = False  # report_to() requests blocks again; with their rows, not in a ring
         self._requested: set[tuple[BlockOrigin, int]] = set()  # blocks of open runs whose rows were requested again
         self._runs_with_positions: set[int] = set()  # runs whose earlier files _positions counts
+        self._takes_packed = True  # until packed rows turn out to be damaged although their checksum is right
         self._refused_frames = False  # whether blocks were refused because too many runs were not announced
         self._asked: list[tuple[int, Call, float]] = []  # run, the call that awaits its verdict, limit (monotonic)
 
@@ -151,8 +153,11 @@ class StorageService:
             stream.resubscribe(send_rows=self._resend_rows)
             self._resend = self._resend_rows = False
 
-    def receive(self, producer: str, frame: FromProducer, payload: memoryview | None) -> None:
-        """Write a producer's block or end. What the disk refuses is requested again later."""
+    def receive(
+        self, producer: str, frame: FromProducer, payload: memoryview | None, packed: PackedRows | None = None
+    ) -> None:
+        """Write a producer's block, with its rows or packed rows, or end. What the disk refuses is requested again
+        later."""
         if not isinstance(frame, Block | End):
             return
         if frame.run in self._cancelled:
@@ -170,10 +175,12 @@ class StorageService:
             return
         try:
             if isinstance(frame, Block):
-                assert payload is not None
-                rows = np.frombuffer(payload, schema.layout(frame.layout).dtype)
-                run.file.add(frame, rows)
-                run.unacknowledged += payload.nbytes
+                layout = schema.layout(frame.layout)
+                rows = None if payload is None else np.frombuffer(payload, layout.dtype)
+                if packed is not None and not self._takes_packed:
+                    rows, packed = packed.unpack(frame.rows, layout), None
+                run.file.add(frame, rows, packed)
+                run.unacknowledged += frame.rows * layout.dtype.itemsize
             else:
                 run.file.end(frame)
                 run.last_end = time.monotonic()
@@ -279,6 +286,8 @@ class StorageService:
     def _fail(self, run: OpenRun, error: FileError) -> None:
         """Give up the open part, because the disk refuses. Acknowledged blocks are recovered; others are sent again."""
         self._acknowledge_durable(run)
+        if run.file is not None and run.file.has_damaged_chunk:
+            self._takes_packed = False
         broken = run.fail(error)
         if broken is not None:
             self.finisher.queue_recovery(broken)

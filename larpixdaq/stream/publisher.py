@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from larpixdaq import config
+from larpixdaq import config, schema
 from larpixdaq.buffer.block_store import BlockStore, Segment, StoredBlock
 from larpixdaq.errors import ConfigError, ProtocolError
 from larpixdaq.keys.curve import Doorkeeper, KeyPair
 from larpixdaq.keys.peer_limits import LimitReached
 from larpixdaq.protocol.control import ConsumerSession, Update, session_digest
+from larpixdaq.protocol.packed_rows import MIN_ROWS, RowPacker
 from larpixdaq.protocol.stream import (
     MAX_FROM_CONSUMER,
     STREAM_VERSION,
@@ -29,6 +30,7 @@ from larpixdaq.protocol.stream import (
     FromProducer,
     Hello,
     Maps,
+    Packs,
     Position,
     Refused,
     Welcome,
@@ -43,6 +45,8 @@ WINDOW = 16 << 20
 SILENT_AFTER = 1.0
 #: Maximum seconds for which one turn takes frames, so that no consumer keeps the producer from reading its boards.
 RECEIVE_LIMIT = 0.005
+#: Maximum seconds after which one turn packs no further block, likewise.
+PACK_LIMIT = 0.005
 #: Maximum number of blocks that a monitor may have credit for beyond those sent to it.
 MAX_CREDIT = 64
 #: Maximum number of subscribers. Required storages are subscribed even above it.
@@ -70,6 +74,7 @@ class Subscriber:
     in_flight: dict[tuple[int, int], deque[tuple[int, int]]] = field(default_factory=dict)
     flight_bytes: int = 0
     maps: bool = False  # it reads this producer's ring itself
+    packs: bool = False  # rows are sent packed
 
 
 class Publisher:
@@ -111,6 +116,10 @@ class Publisher:
         self._idle: dict[str, tuple[int, float]] = {}
         self._emptied_at = clock()  # when all waiting frames were last taken
         self._flooded_since: float | None = None  # since when frames have always been waiting
+        self._packer = RowPacker()
+        self._pack_until: float | None = None  # monotonic; None: this turn has packed nothing yet
+        #: Whether blocks wait for the next turn, because packing them takes long.
+        self.unsent = False
 
     def sockets(self) -> list[zmq.Socket[bytes]]:
         """The sockets that are readable when receive() has work."""
@@ -194,6 +203,8 @@ class Publisher:
     def work(self) -> None:
         """Take one turn: take frames, drop silent subscribers, send blocks, and free those that no storage needs."""
         self.receive()
+        self.unsent = False
+        self._pack_until = None
         heard_until = self._heard_until()
         for subscriber in list(self.subscribers.values()):
             if heard_until - subscriber.heard_at > SILENT_AFTER:
@@ -266,6 +277,8 @@ class Publisher:
             subscriber.credit = max(subscriber.credit, frame.blocks)
         elif isinstance(frame, Maps):
             subscriber.maps = frame.epoch == self.own.epoch
+        elif isinstance(frame, Packs):
+            subscriber.packs = True
         elif isinstance(frame, Bye):
             self._drop(subscriber)
 
@@ -335,7 +348,9 @@ class Publisher:
         in_flight = subscriber.in_flight.setdefault((segment.run, store.epoch), deque())
         while cursor < end and subscriber.flight_bytes < WINDOW:
             block = store.get(cursor)
-            if block is None or (block.header and not self._send_block(subscriber, store, cursor, block)):
+            if block is None or (
+                block.header and not self._send_block(subscriber, store, cursor, block, segment.layout)
+            ):
                 break
             if block.header:
                 in_flight.append((cursor - segment.first, len(block.payload)))
@@ -353,17 +368,30 @@ class Publisher:
             if never_skipped or subscriber.sent < subscriber.credit:
                 block = store.get(cursor)
                 assert block is not None
-                if not self._send_block(subscriber, store, cursor, block):
-                    return
+                if not self._send_block(subscriber, store, cursor, block, self.layout):
+                    break
                 subscriber.sent += not never_skipped
             cursor += 1
         subscriber.cursors[store.epoch] = cursor
 
-    def _send_block(self, subscriber: Subscriber, store: BlockStore, index: int, block: StoredBlock) -> bool:
+    def _send_block(
+        self, subscriber: Subscriber, store: BlockStore, index: int, block: StoredBlock, layout: int
+    ) -> bool:
+        """Send a block. Returns False when it must be sent later, or the peer has disconnected."""
         payload = block.payload
+        packed: tuple[bytes, bytes] | None = None
+        rows = schema.layout(layout)
+        if subscriber.packs and len(payload) >= MIN_ROWS * rows.dtype.itemsize:
+            packed = self._packer.pack(store.epoch, index, payload, rows, self._may_pack)
+            if packed is None:
+                self.unsent = True
+                self.subscribers[subscriber.route] = self.subscribers.pop(subscriber.route)  # the others come first now
+                return False
         try:
             if not len(payload):
                 self.socket.send_multipart([subscriber.route, block.header], zmq.NOBLOCK)
+            elif packed is not None:
+                self.socket.send_multipart([subscriber.route, block.header, *packed], zmq.NOBLOCK)
             elif subscriber.maps and block.pinned and store is self.own and store.can_lend():
                 self.socket.send_multipart(
                     [subscriber.route, block.header, b"", index.to_bytes(8, "little")], zmq.NOBLOCK
@@ -379,6 +407,13 @@ class Publisher:
             self._drop(subscriber)
             return False
         return True
+
+    def _may_pack(self) -> bool:
+        """Whether this turn may pack a block, which takes about half a millisecond. The first one always may."""
+        if self._pack_until is None:
+            self._pack_until = self._clock() + PACK_LIMIT
+            return True
+        return self._clock() < self._pack_until
 
     def _send(self, route: bytes, frame: FromProducer) -> bool:
         """Send a frame without rows; False when the peer has disconnected."""

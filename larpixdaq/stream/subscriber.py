@@ -9,7 +9,6 @@ producers until the core has confirmed that the name is still its own, or has be
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import logging
 import math
@@ -22,12 +21,14 @@ from typing import Final, Protocol
 
 import zmq
 
+from larpixdaq import schema
 from larpixdaq._native.ring_buffer import Reader
 from larpixdaq.buffer import ring_file
 from larpixdaq.constants import NO_CORE
-from larpixdaq.errors import ProtocolError, RingError
+from larpixdaq.errors import ChecksumError, ProtocolError, RingError
 from larpixdaq.keys.curve import KeyPair, dealer, new_pair
 from larpixdaq.protocol.control import Endpoint
+from larpixdaq.protocol.packed_rows import PackedRows
 from larpixdaq.protocol.stream import (
     MAX_HEADER,
     MAX_POSITIONS,
@@ -42,6 +43,7 @@ from larpixdaq.protocol.stream import (
     FromProducer,
     Hello,
     Maps,
+    Packs,
     Position,
     Refused,
     Welcome,
@@ -59,7 +61,8 @@ HELLO_INTERVAL = 0.5
 #: Maximum number of connections to producers that the core does not name and that send nothing.
 MAX_DISCONNECTED = 16
 log = logging.getLogger(__name__)
-Received = tuple[str, FromProducer, memoryview | None]
+#: Producer, frame, and of a block its rows; or instead the packed rows of a storage's block that may fill a chunk.
+Received = tuple[str, FromProducer, memoryview | None, PackedRows | None]
 #: Blocks that a monitor has credit for at the beginning.
 CREDIT = 2
 #: Seconds between two attempts to connect to a producer that refuses the key.
@@ -132,7 +135,7 @@ class Consumer:
         return len(self._queue)
 
     def next(self) -> Received | None:
-        """Return the oldest waiting frame: (producer, Welcome | Block | End | Refused, rows of a Block), or None.
+        """Return the oldest waiting frame (Welcome, Block, End or Refused) with its producer and rows, or None.
 
         In mode "all" the rows may be in the producer's ring. There they may change after their acknowledgement, or when
         the producer has dropped this consumer, so the caller must copy them before it checks them.
@@ -264,7 +267,13 @@ class Consumer:
         if arrived:
             self._arrived.wake()
 
-    def _frame(self, connection: ProducerConnection, frame: FromProducer, payload: memoryview | None) -> bool:
+    def _frame(
+        self,
+        connection: ProducerConnection,
+        frame: FromProducer,
+        payload: memoryview | None,
+        packed: PackedRows | None,
+    ) -> bool:
         if isinstance(frame, Welcome):
             if frame.producer != connection.name:  # another producer listens at this address now
                 self._drop(connection)
@@ -287,10 +296,10 @@ class Consumer:
                 raise ProtocolError(f"{connection.name} has sent a block of {frame.producer}: refused")
             if not connection.subscribed:
                 return False  # from a previous subscription; the block will be sent again
-            if isinstance(frame, Block) and payload is None:
+            if isinstance(frame, Block) and payload is None and packed is None:
                 self._report_missing_rows(connection, frame)
                 return False
-        self._queue.append((connection.name, frame, payload))
+        self._queue.append((connection.name, frame, payload, packed))
         return True
 
     def _report_missing_rows(self, connection: ProducerConnection, block: Block) -> None:
@@ -417,8 +426,9 @@ class ProducerConnection:
         self.subscribed = False
         self._ring = None
 
-    def receive(self) -> tuple[FromProducer, memoryview | None] | None:
-        """Return the next frame, and the rows of a block or None if they are not available; None without a frame.
+    def receive(self) -> tuple[FromProducer, memoryview | None, PackedRows | None] | None:
+        """Return the next frame, with a block's rows or packed rows (as in Received) or neither if they are not
+        available; None without a frame.
 
         ProtocolError for an invalid frame, which is discarded.
         """
@@ -429,21 +439,43 @@ class ProducerConnection:
         frame = unpack_producer(header, self.name)
         payload = parts[0] if parts else None
         if len(parts) > 1 and isinstance(frame, Block):
+            if len(parts[0]):
+                return self._unpack(frame, PackedRows.parse(parts[0], parts[1], frame.rows))
             if len(parts[1]) != 8:
                 raise ProtocolError(
                     f"block from {self.name}: its place in the ring has {len(parts[1])} bytes, expected 8"
                 )
             payload = self._read_ring(parts[1]) if self.subscribed and frame.epoch == self.epoch else None
-        return frame, payload
+        return frame, payload, None
+
+    def _unpack(self, block: Block, packed: PackedRows) -> tuple[Block, memoryview | None, PackedRows | None]:
+        """Unpack the rows of a block, if they are not to fill a chunk of a file.
+
+        Damaged rows count as not available, so that they are requested again.
+        """
+        if not self.subscribed:
+            return block, None, None
+        if self._keeps and block.rows == schema.CHUNK_ROWS:
+            return block, None, packed
+        try:
+            return block, packed.unpack(block.rows, schema.layout(block.layout)).data.cast("B"), None
+        except ChecksumError as error:
+            log.warning("block %d of run %d from %s: %s", block.sequence, block.run, self.name, error)
+            return block, None, None
 
     def map_ring(self, welcome: Welcome) -> None:
-        """Read rows in the producer's ring from now on, if that is on this host; otherwise the producer sends them."""
+        """Read rows in the producer's ring from now on, if that is on this host; otherwise they are sent packed."""
         self._ring = None
         send_rows, self.send_rows = self.send_rows, False
-        if welcome.ring and not send_rows:
-            with contextlib.suppress(RingError):
-                self._ring = ring_file.open_reader(Path(welcome.ring), welcome.producer, welcome.epoch)
-                self.send(Maps(welcome.epoch))
+        if send_rows:
+            return
+        try:
+            if not welcome.ring:
+                raise RingError(f"{welcome.producer}: its ring is in no file")
+            self._ring = ring_file.open_reader(Path(welcome.ring), welcome.producer, welcome.epoch)
+            self.send(Maps(welcome.epoch))
+        except RingError:
+            self.send(Packs())
 
     def _read_ring(self, place: memoryview) -> memoryview | None:
         """Return a block's rows in the ring, or a copy if they may be overwritten; None when they are not there."""

@@ -19,6 +19,7 @@ from stream_harness import LAYOUT, Line, Reader, make_consumer
 from stream_harness import until as turn_until
 from system import System, rows_of, system
 
+from larpixdaq import constants
 from larpixdaq._native.ring_buffer import SMALLEST, map_file
 from larpixdaq.buffer.block_builder import BlockBuilder
 from larpixdaq.buffer.ring_file import RingFile
@@ -165,14 +166,14 @@ def test_the_ring_s_new_file_holds_all_of_it(tmp_path: Path) -> None:
         stamp += n
 
     for index in range(17):  # the last ones wrap to the beginning of the ring
-        write(16_000)
+        write(constants.BLOCK_ROWS)
         recorder.close_block()
         if index > 3:
             ring_file.ring.free_to(ring_file.ring.tail + 1)
     write(5)
     ring_file.path.unlink()
     new = ring_file.reserve()
-    write(16_000)
+    write(constants.BLOCK_ROWS)
     recorder.close_block()
     write(5)
     before = [bytes(ring_file.ring.payload(index)) for index in range(ring_file.ring.tail, ring_file.ring.head)]
@@ -247,7 +248,7 @@ def test_removed_files_of_spool_and_predecessors_are_written_anew(
     tmp_path: Path, make_pending: Callable[..., PendingProducer]
 ) -> None:
     first = make_pending(1, ring=SMALLEST)
-    first.write(11, 16_000)
+    first.write(11, constants.BLOCK_ROWS)
     first.turn(lambda: first.status()["spooled_blocks"])
     pending = first.status()["owed_blocks"]
     (spooled,) = (tmp_path / "spool").iterdir()

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from processes import wait_for_line
 
 from larpixdaq import constants, schema
-from larpixdaq.errors import FileError, ProtocolError
+from larpixdaq._native import hdf5_chunks
+from larpixdaq.errors import ChecksumError, FileError, ProtocolError
 from larpixdaq.hdf5 import layout, names, writer
 from larpixdaq.hdf5.chunk_writer import BATCH_ROWS
 from larpixdaq.hdf5.journal import read as read_journal
@@ -32,18 +33,29 @@ from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recovery import recover
 from larpixdaq.hdf5.run_report import file_info, positions
 from larpixdaq.hdf5.verify import verify
-from larpixdaq.hdf5.writer import WAIT, RunFile
+from larpixdaq.hdf5.writer import CHECKED_CHUNKS, WAIT, RunFile
 from larpixdaq.protocol import stream
+from larpixdaq.protocol.packed_rows import PackedRows, new_tally
 
 NAME = "run0000042_20261122T071251Z"
 
 
 POOL = {row_layout: random_rows(np.random.default_rng(3), 40_000, row_layout) for row_layout in schema.LAYOUTS}
 
+
+def packed(rows, row_layout=V2):
+    """Pack rows like a chunk, by zlib, so that the packed rows are known from those of the writer."""
+    counts = new_tally()
+    hdf5_chunks.tally(rows.view(np.uint8), row_layout.code, counts)
+    data = zlib.compress(rows.view(np.uint8).reshape(len(rows), -1).T.tobytes(), 1)
+    return PackedRows(memoryview(data), zlib.crc32(data), counts)
+
+
 steps = st.lists(
     st.one_of(
         st.integers(0, 30),
         st.integers(10_000, constants.BLOCK_ROWS),
+        st.just(constants.BLOCK_ROWS),
         st.just("work"),
         st.text(st.characters(codec="utf-8"), max_size=150),
     ),
@@ -74,7 +86,11 @@ def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, 
         else:
             start = (feed.first_packet * 7) % 20_000
             borrowed = POOL[row_layout][start : start + step].copy()
-            file.add(*feed.block(borrowed.copy()))
+            block, given = feed.block(borrowed.copy())
+            if step == schema.CHUNK_ROWS:
+                file.add(block, None, packed(borrowed, row_layout))
+            else:
+                file.add(block, given)
             expected.append(borrowed)
             given = feed.rows[-1]
             given.view(np.uint8)[:] = 0xFF  # the sender uses the payload again
@@ -95,6 +111,70 @@ def test_any_blocks_and_any_journal_timing_give_the_same_file(tmp_path_factory, 
     checked = verify(report.path)
     assert checked.findings == []
     assert list(directory.iterdir()) == [report.path]
+
+
+@pytest.mark.parametrize("journal", [False, True])
+def test_a_packed_block_that_fills_a_chunk_is_written_as_it_came(tmp_path, journal):
+    """In each place of a batch, and when the journal needs its rows. Of CHECKED_CHUNKS blocks one is packed anew."""
+    rng = np.random.default_rng(5)
+    feed = Feed()
+    file = RunFile(tmp_path, run_info(V2))
+    file.add(*feed.block(random_rows(rng, 5)))
+    came = {}
+    for size in (schema.CHUNK_ROWS, schema.CHUNK_ROWS - 5, *[schema.CHUNK_ROWS] * (CHECKED_CHUNKS + 2), 300):
+        first, rows = feed.first_packet, random_rows(rng, size)
+        came[first] = packed(rows)
+        file.add(feed.block(rows)[0], None, came[first])
+        if journal:
+            file.work(pressed=True)
+            assert file.durable[feed.origin] == feed.sequence
+    if journal:  # the process dies: everything is in part and journal
+        file.abandon()
+        path = recover(file.path).path
+    else:
+        file.end(feed.end())
+        path = file.close().path
+    with h5py.File(path) as plain:
+        starts = range(0, feed.first_packet, schema.CHUNK_ROWS)
+        written = [plain["packets"].id.read_direct_chunk((first,))[1] for first in starts]
+        assert np.array_equal(plain["packets"][:], np.concatenate(feed.rows))
+    unchanged = [first in came and chunk == came[first].data for first, chunk in zip(starts, written, strict=True)]
+    expected = [False] * 2 + [True] * (CHECKED_CHUNKS - 1) + [False, True, True, False]
+    assert unchanged[:-4] == expected[:-4] if journal else unchanged == expected
+    assert journal or verify(path).ok
+
+
+def test_damaged_packed_rows_are_never_acknowledged(tmp_path):
+    rng = np.random.default_rng(6)
+    feed = Feed()
+    file = RunFile(tmp_path, run_info(V2))
+    rows = random_rows(rng, schema.CHUNK_ROWS)
+    right = packed(rows)
+    other = packed(random_rows(rng, schema.CHUNK_ROWS))
+    block, _ = feed.block(rows)
+    for wrong in (right._replace(data=other.data, crc32=other.crc32), right._replace(tally=other.tally + np.uint64(1))):
+        with pytest.raises(ChecksumError):  # the first chunk is unpacked
+            file.add(block, None, wrong)
+    file.add(block, None, right)
+    rows = random_rows(rng, schema.CHUNK_ROWS)
+    right = packed(rows)
+    block, _ = feed.block(rows)
+    with pytest.raises(ChecksumError, match="packed rows are not those that were sent"):
+        file.add(block, None, right._replace(data=other.data))
+    file.add(block, None, right)
+    file.work(pressed=True)
+    assert file.durable[feed.origin] == 2
+    # A checksum that is right although the rows cannot be unpacked: the part ends, without a word for them.
+    block, _ = feed.block(random_rows(rng, schema.CHUNK_ROWS))
+    nonsense = memoryview(bytes(1000))
+    file.add(block, None, right._replace(data=nonsense, crc32=zlib.crc32(nonsense)))
+    with pytest.raises(FileError, match="packed rows"):
+        file.work(pressed=True)
+    assert file.has_damaged_chunk
+    assert file.durable[feed.origin] == 2
+    file.give_up()
+    report = recover(file.path)
+    assert report.rows == 2 * schema.CHUNK_ROWS
 
 
 def test_plain_h5py_reads_every_layout(tmp_path):

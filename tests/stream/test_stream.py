@@ -47,9 +47,9 @@ from larpixdaq.stream import Consumer, publisher
 from larpixdaq.stream.subscriber import MAX_DISCONNECTED
 
 
-@pytest.fixture(params=["sent", "read out of the ring"])
+@pytest.fixture(params=["packed", "read out of the ring"])
 def line(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Line]:
-    line = Line(folder=None if request.param == "sent" else tmp_path)
+    line = Line(folder=None if request.param == "packed" else tmp_path)
     yield line
     line.close()
 

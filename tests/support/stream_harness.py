@@ -130,8 +130,11 @@ class Reader:
     def take(self) -> None:
         select.select([self.consumer.fileno()], [], [], 0)
         while (received := self.consumer.next()) is not None:
-            name, frame, payload = received
+            name, frame, payload, packed = received
             if isinstance(frame, Block):
+                if packed is not None:
+                    assert packed.is_intact()
+                    payload = packed.unpack(frame.rows, schema.layout(frame.layout)).data.cast("B")
                 assert payload is not None
                 assert crc32(payload) == frame.crc32
                 rows = np.frombuffer(payload, schema.layout(frame.layout).dtype)

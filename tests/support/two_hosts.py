@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from network import Network
 from processes import LIMIT, Process
@@ -15,9 +16,11 @@ NAMES = {"offline_storage": "Second storage", "run_data": "Second monitor"}
 
 
 @contextmanager
-def two_hosts(folder: Path, net: Network, *, insecure: bool = False) -> Iterator[System]:
+def two_hosts(
+    folder: Path, net: Network, *, insecure: bool = False, env: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[System]:
     """Give a system with core and log on host "one", where its producer and Operators start too, and storage and
-    monitor on host "two".
+    monitor on host "two", with `env` in their environment.
 
     The second host has a state directory of its own, and no common memory with the first. Meanwhile the thread of the
     caller is on host "one".
@@ -29,7 +32,7 @@ def two_hosts(folder: Path, net: Network, *, insecure: bool = False) -> Iterator
         operator = line.operator()
         for module in NAMES:
             line.prefix[module] = net.prefix("two")
-            line.env[module] = {"XDG_STATE_HOME": str(folder / "two")}
+            line.env[module] = {"XDG_STATE_HOME": str(folder / "two"), **env}
         if not insecure:
             with ExitStack() as stack:
                 tokens = [operator.invite(name, "component").result(LIMIT)["token"] for name in NAMES.values()]

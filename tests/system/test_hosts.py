@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import zmq
@@ -17,9 +19,11 @@ from raw_sockets import Context
 from system import System, rows_of
 from two_hosts import two_hosts
 
+from larpixdaq._native.hdf5_chunks import Packer
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.keys import credentials
 from larpixdaq.keys.curve import connect_with, new_pair
+from larpixdaq.protocol.packed_rows import MIN_ROWS
 
 COMMENT = "a comment that nobody else may read"
 #: Texts that pass between the hosts: names, a comment, an action, an INFO message, and the name of a file. They are too
@@ -71,7 +75,7 @@ def refuse_third_host(line: System, net: Network) -> None:
 
 @pytest.mark.parametrize("insecure", [False, True])
 def test_the_wire_between_two_hosts_shows_neither_texts_nor_rows(tmp_path: Path, insecure: bool) -> None:
-    """With --insecure it shows them, so that the search is known to find what is there."""
+    """With --insecure it shows the texts and the packed rows, so that the search is known to find what is there."""
     if reason := missing_rights():
         pytest.skip(reason)
     wire = tmp_path / "wire"
@@ -88,8 +92,24 @@ def test_the_wire_between_two_hosts_shows_neither_texts_nor_rows(tmp_path: Path,
     found = [text for text in TEXTS if text.encode() in captured]
     assert found == (list(TEXTS) if insecure else [])
     chosen = rows[np.linspace(0, len(rows) - 1, 200).astype(int)]
-    seen = sum(row.tobytes() in captured for row in chosen)
+    assert not any(row.tobytes() in captured for row in chosen), "rows are packed on their way to another host"
+    seen = [slice_of(block) in captured for block in blocks_of(path) if len(block) >= MIN_ROWS]
+    assert len(seen) > 10
     if insecure:
-        assert seen > len(chosen) / 2, "some rows are cut by the end of an IP packet"
+        assert sum(seen) > len(seen) / 2, "some slices are cut by the end of an IP packet"
     else:
-        assert seen == 0
+        assert not any(seen)
+
+
+def blocks_of(path: Path) -> list[np.ndarray[Any, Any]]:
+    """Return the rows of each block in a file."""
+    with h5py.File(path) as file:
+        rows, table = file["packets"][:], file["run/blocks"][:]
+    return [rows[first : first + n] for first, n in table[["first_row", "rows"]].tolist()]
+
+
+def slice_of(rows: np.ndarray[Any, Any]) -> bytes:
+    """Return 32 bytes from the middle of packed rows, as their producer sends them."""
+    packed = Packer(len(rows), rows.itemsize).pack(np.ascontiguousarray(rows).view(np.uint8))
+    middle = len(packed) // 2
+    return packed[middle : middle + 32]

@@ -1,0 +1,144 @@
+"""Rows of a block packed for consumers on other hosts, in the form of a chunk of a file: bytes shuffled, then deflated.
+
+A storage writes a packed block that fills a chunk of its file as it came. So the third part of its message says what a
+consumer otherwise finds out from the rows: a checksum, and how many rows of each kind there are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Annotated, Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+from larpixdaq import schema
+from larpixdaq._native.hdf5_chunks import TALLY, Packer, tally, unshuffle
+from larpixdaq.constants import BLOCK_ROWS, IO_GROUPS
+from larpixdaq.errors import ChecksumError, ProtocolError
+from larpixdaq.runtime.record_file import crc32, zlib_library
+
+#: Minimum rows of a packed block. The codes of fewer rows take more room than they save.
+MIN_ROWS: Final = 64
+#: Maximum number of packed blocks that are kept for further subscribers.
+_KEPT: Final = 32
+#: Columns of a tally that add up to all rows.
+ROW_COLUMNS: Final = [TALLY.index(name) for name in ("word_rows", "time_rows", "info_rows", "sent_rows", "other_rows")]
+
+
+class _Description(msgspec.Struct, array_like=True, frozen=True):
+    """The third part of a message with packed rows."""
+
+    crc32: Annotated[int, Meta(ge=0, le=2**32 - 1)]  # of the packed rows
+    #: For each io_group with rows: the io_group, and its rows by kind, in the order of hdf5_chunks.TALLY.
+    tally: Annotated[
+        list[
+            Annotated[
+                list[Annotated[int, Meta(ge=0, le=BLOCK_ROWS)]],
+                Meta(min_length=1 + len(TALLY), max_length=1 + len(TALLY)),
+            ]
+        ],
+        Meta(max_length=IO_GROUPS),
+    ]
+
+
+_decoder: Final = msgspec.msgpack.Decoder(_Description)
+
+
+def new_tally() -> NDArray[np.uint64]:
+    """Make counters of rows for hdf5_chunks.tally(), shape (IO_GROUPS, columns of TALLY), all 0."""
+    return np.zeros((IO_GROUPS, len(TALLY)), np.uint64)
+
+
+class PackedRows(NamedTuple):
+    """The packed rows of a block as they came. `tally`: as of hdf5_chunks.tally(), by the producer."""
+
+    data: memoryview
+    crc32: int
+    tally: NDArray[np.uint64]
+
+    @classmethod
+    def parse(cls, data: memoryview, description: memoryview, rows: int) -> PackedRows:
+        """Parse the parts of a message with a block of `rows` rows. ProtocolError if they do not belong together."""
+        try:
+            found = _decoder.decode(description)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(f"packed rows: {error}") from None
+        counts = new_tally()
+        for io_group, *values in found.tally:
+            if io_group >= IO_GROUPS or counts[io_group].any():
+                raise ProtocolError(f"packed rows: io_group {io_group} is counted twice, or above {IO_GROUPS - 1}")
+            counts[io_group] = values
+        if (total := int(counts[:, ROW_COLUMNS].sum())) != rows:
+            raise ProtocolError(f"packed rows: expected {rows} rows, {total} are counted")
+        return cls(data, found.crc32, counts)
+
+    def is_intact(self) -> bool:
+        """Whether the packed bytes are those that were sent."""
+        return crc32(self.data) == self.crc32
+
+    def unpack(self, rows: int, layout: schema.RowLayout) -> NDArray[Any]:
+        """Return the rows. ChecksumError if there are other than `rows` rows of this layout, or other kinds of rows."""
+        out = np.empty(rows * layout.dtype.itemsize, np.uint8)
+        _inflate(self.data, out, layout.dtype.itemsize)
+        counts = new_tally()
+        tally(out, layout.code, counts)
+        if not np.array_equal(counts, self.tally):
+            raise ChecksumError("packed rows: their numbers by kind are not those that were sent")
+        return out.view(layout.dtype)
+
+
+def unpack_chunk(packed: bytes, out: NDArray[np.uint8], itemsize: int) -> None:
+    """Unpack rows of `itemsize` bytes into `out`, which they fill. ValueError if they are damaged."""
+    try:
+        _inflate(packed, out, itemsize)
+    except ChecksumError as error:
+        raise ValueError(str(error)) from None
+
+
+def _inflate(packed: Any, out: NDArray[np.uint8], itemsize: int) -> None:
+    decoder = zlib_library.decompressobj()
+    try:
+        planes = decoder.decompress(packed, len(out) + 1)
+    except zlib_library.error as error:
+        raise ChecksumError(f"packed rows: {error}") from None
+    if len(planes) != len(out) or not decoder.eof or decoder.unused_data:
+        raise ChecksumError(
+            f"packed rows: expected {len(out)} bytes, found {len(planes)}{'' if decoder.eof else ' or more'}, and "
+            f"{len(decoder.unused_data)} bytes after them"
+        )
+    unshuffle(np.frombuffer(planes, np.uint8), itemsize, out)
+
+
+class RowPacker:
+    """Packs blocks, each once for several subscribers if they take it soon after each other."""
+
+    def __init__(self) -> None:
+        self._packers: dict[int, Packer] = {}  # by layout
+        self._kept: OrderedDict[tuple[int, int], tuple[bytes, bytes]] = OrderedDict()
+
+    def pack(
+        self, epoch: int, index: int, rows: Any, layout: schema.RowLayout, may_pack: Callable[[], bool]
+    ) -> tuple[bytes, bytes] | None:
+        """Pack the rows (bytes-like) of block `index`. Returns the second and third part of its message.
+
+        None if they must be packed now and `may_pack` says that there is no time for it.
+        """
+        parts = self._kept.get((epoch, index))
+        if parts is None:
+            if not may_pack():
+                return None
+            if layout.code not in self._packers:
+                self._packers[layout.code] = Packer(BLOCK_ROWS, layout.dtype.itemsize)
+            data = np.frombuffer(rows, np.uint8)
+            packed = self._packers[layout.code].pack(data)
+            counts = new_tally()
+            tally(data, layout.code, counts)
+            lines = [[group, *counts[group].tolist()] for group in np.flatnonzero(counts.any(axis=1)).tolist()]
+            parts = self._kept[epoch, index] = packed, msgspec.msgpack.encode(_Description(crc32(packed), lines))
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return parts
