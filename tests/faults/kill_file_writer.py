@@ -39,6 +39,7 @@ import numpy as np
 from file_builder import Feed, random_rows, run_info
 
 from larpixdaq import schema
+from larpixdaq.constants import BLOCK_ROWS
 from larpixdaq.hdf5 import chunk_writer, layout, names, repair, writer
 from larpixdaq.hdf5.chunk_writer import Batch
 from larpixdaq.hdf5.journal import read as read_journal
@@ -48,6 +49,7 @@ from larpixdaq.hdf5.run_report import positions, survey_run
 from larpixdaq.hdf5.verify import verify_all
 from larpixdaq.hdf5.writer import RunFile
 from larpixdaq.protocol import stream
+from larpixdaq.protocol.packed_rows import PackedRows, RowPacker
 from larpixdaq.protocol.stream import BlockOrigin
 
 POOL = random_rows(np.random.default_rng(9), 40_000)
@@ -92,11 +94,24 @@ def content(seed: int, source: BlockOrigin, sequence: int) -> tuple[Any, str | N
     """Return the rows of a block, shape (N,), and None, or None and the text of an INFO message."""
     rng = random.Random(f"{seed} {source} {sequence}")
     kind = rng.random()
+    saturated = random.Random(f"{seed} {source.run}").random() < 0.3  # full blocks, nearly all of them
+    if saturated and kind < 0.97:
+        return POOL[:BLOCK_ROWS] if sequence % 2 else POOL[-BLOCK_ROWS:], None
     if kind < 0.08:
         return None, rng.choice(["Beginning run", "żółw " * rng.randrange(60), ""])
     size = rng.randrange(31) if kind < 0.3 else rng.randrange(200, 4000) if kind < 0.6 else rng.randrange(9000, 16385)
     start = rng.randrange(len(POOL) - size)
     return POOL[start : start + size], None
+
+
+def add(file: RunFile, block: stream.Block, rows: Any) -> None:
+    """Add a block, a full one packed, as it comes from another host."""
+    if block.rows != BLOCK_ROWS:
+        file.add(block, rows)
+        return
+    parts = RowPacker().pack(0, 0, rows.view(np.uint8), schema.layout(block.layout), lambda: True)
+    assert parts is not None
+    file.add(block, None, PackedRows.parse(memoryview(parts[0]), memoryview(parts[1]), block.rows))
 
 
 def next_block(feed: Feed, seed: int) -> tuple[stream.Block, Any]:
@@ -130,7 +145,7 @@ class Writer:
         required = tuple(feed.origin.producer for feed in feeds)
         file = RunFile(self._directory, run_info(run=run, required_producers=required))
         for _ in range(rng.randrange(20, 60)):
-            file.add(*next_block(rng.choice(feeds), self._seed))
+            add(file, *next_block(rng.choice(feeds), self._seed))
             self._acknowledge(file)
             if rng.random() < 0.5:
                 file.work(pressed=rng.random() < 0.8)
