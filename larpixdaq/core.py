@@ -26,7 +26,7 @@ from larpixdaq.control.log_shipping import LogShipper
 from larpixdaq.control.registry import Component, Control, NameTaken, OperatorPeer, Peer, Registry, TooMany
 from larpixdaq.control.request_router import CoreActions, RequestRouter
 from larpixdaq.control.run_control import RunControl
-from larpixdaq.errors import ConfigError, FileError, LarpixDaqError, NotAllowed, ProtocolError, RequestError
+from larpixdaq.errors import ConfigError, FileError, NotAllowed, ProtocolError, RequestError
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
 from larpixdaq.keys.curve import Doorkeeper
@@ -106,26 +106,23 @@ class Core:
         self._router.setsockopt(zmq.RCVHWM, _QUEUE)
         self._router.setsockopt(zmq.LINGER, 200)
         config.close_dead_connections(self._router, config.DEAD_CONNECTION)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._context.destroy, 0)
             self._catalogue = Catalogue(directory)
-        except LarpixDaqError:
-            self._context.destroy(0)
-            raise
-        try:
+            undo.callback(self._catalogue.close)
             self._keys = None if insecure else KeyStore(directory)
             pair = self._keys.server if self._keys is not None else None
             self._door = Doorkeeper(self._context, pair, self._whose, "core")
+            undo.callback(self._door.close)
             self._door.guard(self._router)
-            self._router.ipv6 = config.is_ipv6(address)
-            self._router.bind(address)
+            try:
+                self._router.ipv6 = config.is_ipv6(address)
+                self._router.bind(address)
+            except zmq.ZMQError as error:
+                raise ConfigError(f"core: cannot listen at {address}: {error} (is another core running?)") from None
             #: The address of the core, with its actual port.
             self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-        except (zmq.ZMQError, LarpixDaqError) as error:
-            self._context.destroy(0)
-            self._catalogue.close()
-            if isinstance(error, LarpixDaqError):
-                raise
-            raise ConfigError(f"core: cannot listen at {address}: {error} (is another core running?)") from None
+            undo.pop_all()
         self._peers = Registry()
         self._audit = Audit(self._catalogue.path)
         self._limits = self._door.limits

@@ -7,16 +7,8 @@ listening socket; without one it would accept every key.
 from __future__ import annotations
 
 import logging
-import os
-import random
-import resource
-import socket as sockets
-import stat
-import struct
 import time
-from collections import Counter, OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import zmq
@@ -24,32 +16,21 @@ from zmq.utils import z85
 
 from larpixdaq import config
 from larpixdaq.errors import ProtocolError
-from larpixdaq.keys.peer_limits import OPEN, OPEN_OWNER, PeerLimits, connection_rates
+from larpixdaq.keys.connections import Connections
+from larpixdaq.keys.peer_limits import PeerLimits
 
 _log = logging.getLogger("larpixdaq.keys")
 _ZAP: Final = "inproc://zeromq.zap.01"
 #: Milliseconds until a connection that does not finish its handshake is closed.
 _HANDSHAKE_LIMIT: Final = 2000
-#: Connections whose key is remembered; that of an older one is read again from its next message.
-_REMEMBERED: Final = 4096
 #: Bytes that CURVE adds to a message part (33), which count in libzmq's MAXMSGSIZE.
 _OVERHEAD: Final = 64
 #: Maximum number of ZAP requests that are answered in one turn of the loop.
 _TURN: Final = 100
 #: Connections that wait in the kernel until libzmq accepts them, so that a flood delays a member's one less.
 _BACKLOG: Final = 1024
-#: Descriptors of this process up to which all connections stay open, or a quarter of the maximum. Above it, connections
-#: that were not admitted are closed, because without descriptors the process cannot open files.
-_ENOUGH: Final = 1024
-#: Descriptors that are tried when they cannot be listed.
-_MANY: Final = 1 << 16
-#: Seconds between two looks for them, and maximum processor seconds of a look.
+#: Seconds between two looks for connections that are not admitted.
 _LOOK_INTERVAL: Final = 0.1
-_LOOK_LIMIT: Final = 0.02
-#: Bytes that only an admitted peer gets: greeting 64, WELCOME 170, READY 52 or more. Others get ERROR, 14 at most.
-_ADMITTED_BYTES: Final = 260
-#: Place of tcpi_bytes_acked in Linux' struct tcp_info.
-_BYTES_ACKED: Final = struct.Struct("120xQ")
 
 
 class KeyPair(NamedTuple):
@@ -109,19 +90,6 @@ def dealer(
     return socket, handshakes
 
 
-class _Connection(NamedTuple):
-    key: str
-    descriptor: int
-    peer: Any  # address and port, by which a descriptor that was closed and used again is told apart
-
-    @property
-    def is_open(self) -> bool:
-        try:
-            return bool(_peer(self.descriptor) == self.peer)
-        except OSError:
-            return False
-
-
 class Doorkeeper:
     """Checks the keys of all who connect to the listening sockets of one context, and closes connections.
 
@@ -146,21 +114,14 @@ class Doorkeeper:
         self.last_refused = ""
         self.limits = PeerLimits(what)
         self._unsaid, self._say_at = 0, 0.0
-        self._rate, self._owner_rate = connection_rates()
-        self._admitted: Counter[str] = Counter()  # by key: the highest possible number of open connections
-        self._count_at = 0.0
-        self._guarded: list[zmq.Socket[Any]] = []
-        self._connections: OrderedDict[bytes, _Connection] = OrderedDict()  # by ZeroMQ's route
+        self._connections = Connections()
         self._look_at = 0.0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         self.socket.bind(_ZAP)
-        # Two descriptors for a flood, when none is left: a socket without connection, and a place for duplicates.
-        self._nothing = sockets.socket().detach()
-        self._place = os.dup(self._nothing)
 
     def guard(self, socket: zmq.Socket[Any]) -> None:
         """Require keys on a listening socket; to be called before bind(), and after its MAXMSGSIZE was set."""
-        self._guarded.append(socket)
+        self._connections.watch(socket)
         socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_LIMIT)
         socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         if self._pair is not None:
@@ -176,8 +137,8 @@ class Doorkeeper:
         now = time.monotonic()
         if self._pair is not None and now >= self._look_at:
             self._look_at = now + _LOOK_INTERVAL
-            for guarded in self._guarded:
-                self._limit_strangers(guarded)
+            for stranger in self._connections.limit_strangers():
+                self._refuse(stranger, "without a key")
         for _ in range(_TURN):
             try:
                 version, request, _, address, _, mechanism, *keys = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -189,65 +150,10 @@ class Doorkeeper:
             if name is None:
                 self._refuse(address.decode("ascii", "replace"))
                 status, text = b"400", b"unknown key"
-            elif limit := self._reached(key, name):
+            elif limit := self._connections.admit(key, owner=not name):
                 self.limits.reached(name or "the core's own user", limit)
                 status, text = b"300", limit.encode()
-            else:
-                self._admitted[key] += 1
             self.socket.send_multipart([version, request, status, text, key.encode() if status == b"200" else b"", b""])
-
-    def _reached(self, key: str, name: str) -> str:
-        """Return the limit that another connection of a key exceeds; "" if none."""
-        if not (self._rate if name else self._owner_rate).passes(key, 1):
-            return "new connections a second"
-        most = OPEN if name else OPEN_OWNER
-        if self._admitted[key] < most or (time.monotonic() >= self._count_at and self._has_room(key, most)):
-            return ""
-        return f"{most} open connections"
-
-    def _has_room(self, key: str, most: int) -> bool:
-        """Count the open connections, and return whether a key may have another one.
-
-        libzmq does not tell whose the connections are that have not sent a message yet. If they may be too many, all of
-        them are closed: who wants to work connects again and sends at once.
-        """
-        begun = time.monotonic()
-        self._connections = OrderedDict((route, one) for route, one in self._connections.items() if one.is_open)
-        self._admitted = Counter(one.key for one in self._connections.values())
-        silent = self._silent()
-        now = time.monotonic()
-        self._count_at = now + 10 * (now - begun)  # so that counting takes a tenth of the time at most
-        try:
-            if self._admitted[key] + len(silent) <= most:  # the one in question is among the silent ones
-                self._admitted[key] += len(silent) - 1
-                return True
-            for connection in silent:
-                with suppress(OSError):
-                    connection.shutdown(sockets.SHUT_RDWR)
-            return False
-        finally:
-            for connection in silent:
-                connection.close()
-
-    def _silent(self) -> list[sockets.socket]:
-        """Duplicates of the connections to the guarded sockets over which no message has come yet."""
-        known = {one.peer for one in self._connections.values()}
-        ports = {int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2]) for socket in self._guarded}
-        found = []
-        for entry in os.listdir("/proc/self/fd"):
-            with suppress(OSError):
-                if not stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
-                    continue
-                connection = sockets.socket(fileno=os.dup(int(entry)))
-                try:
-                    is_tcp = connection.family in (sockets.AF_INET, sockets.AF_INET6)
-                    if is_tcp and connection.getsockname()[1] in ports and connection.getpeername() not in known:
-                        found.append(connection)
-                        continue
-                except OSError:  # it listens, or was closed meanwhile
-                    pass
-                connection.close()
-        return found
 
     def _refuse(self, address: str, why: str = "with an unknown key") -> None:
         self.refused += 1
@@ -258,28 +164,6 @@ class Doorkeeper:
             _log.warning("%s: refused a connection from %s %s (%d refused)", self._what, address, why, self._unsaid)
             self._unsaid, self._say_at = 0, now + 1.0
 
-    def _limit_strangers(self, socket: zmq.Socket[Any]) -> None:
-        """Close connections that were not admitted, if there are too many: any of them, for at most _LOOK_LIMIT."""
-        until = time.thread_time() + _LOOK_LIMIT
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        try:
-            descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
-        except OSError:  # no descriptor is left for the listing
-            descriptors = list(range(min(limit, _MANY)))
-        left = len(descriptors) - min(_ENOUGH, limit // 4)
-        endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        if left <= 0 or not endpoint.startswith("tcp://"):
-            return
-        random.shuffle(descriptors)
-        with _Probe(self._place, self._nothing, int(endpoint.rpartition(":")[2])) as probe:
-            for descriptor in descriptors:
-                if (peer := probe.stranger(descriptor)) is not None:
-                    probe.shut_down()
-                    self._refuse(peer[0], "without a key")
-                    left -= 1
-                if not left or time.thread_time() >= until:
-                    break
-
     def sender(self, route: bytes, frame: zmq.Frame) -> str:
         """The public key of the peer that sent this frame over a ROUTER's connection `route`; "" without keys.
 
@@ -287,17 +171,13 @@ class Doorkeeper:
         """
         if self._pair is None:
             return ""
-        known = self._connections.get(route)
+        known = self._connections.key(route)
         if known is not None:
-            return known.key
+            return known
         if route[:1] != b"\0":  # ZeroMQ's own are unique as long as the socket lives
             raise ProtocolError(f"{self._what}: connection {route.hex()}: its routing id was set by the peer")
         key = str(frame.get("User-Id"))
-        descriptor = int(frame.get(zmq.SRCFD))
-        with suppress(OSError):
-            self._connections[route] = _Connection(key, descriptor, _peer(descriptor))
-            if len(self._connections) > _REMEMBERED:
-                self._connections.popitem(last=False)
+        self._connections.note(route, key, int(frame.get(zmq.SRCFD)))
         return key
 
     def key_of(self, frame: zmq.Frame) -> str:
@@ -307,68 +187,17 @@ class Doorkeeper:
         key = str(frame.get("User-Id"))
         descriptor = int(frame.get(zmq.SRCFD))
         route = descriptor.to_bytes(4, "little")
-        known = self._connections.get(route)
-        if known is None or known.key != key or not known.is_open:
-            with suppress(OSError):
-                self._connections[route] = _Connection(key, descriptor, _peer(descriptor))
+        if self._connections.key(route) != key or not self._connections.is_open(route):
+            self._connections.note(route, key, descriptor)
         return key
 
     def disconnect(self, key: str) -> list[bytes]:
         """Close the connections of a key that is not admitted any more; their routes."""
-        found = [(route, one) for route, one in self._connections.items() if one.key == key]
-        for route, one in found:
-            del self._connections[route]
-            with suppress(OSError), sockets.socket(fileno=os.dup(one.descriptor)) as connection:
-                if connection.getpeername() == one.peer:
-                    connection.shutdown(sockets.SHUT_RDWR)
-        self._admitted.pop(key, None)
-        return [route for route, _ in found]
+        return self._connections.disconnect(key)
 
     def close(self) -> None:
-        os.close(self._place)
-        os.close(self._nothing)
+        self._connections.close()
         self.socket.close(0)
-
-
-class _Probe:
-    """Looks at connections through a duplicate, because libzmq's thread may close and reuse a descriptor at any time.
-
-    The duplicate replaces the descriptor `place`, because no other may be free; in the end `nothing` replaces it.
-    """
-
-    def __init__(self, place: int, nothing: int, port: int) -> None:
-        self._place, self._nothing, self._port = place, nothing, port
-        # The family only says how long an address may be.
-        self._socket = sockets.socket(sockets.AF_INET6, sockets.SOCK_STREAM, 0, place)
-
-    def __enter__(self) -> _Probe:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._socket.detach()
-        os.dup2(self._nothing, self._place, inheritable=False)
-
-    def stranger(self, descriptor: int) -> Any:
-        """Return the peer's address if this is a connection to the port that was not admitted yet; else None."""
-        try:
-            if descriptor != self._place:
-                os.dup2(descriptor, self._place, inheritable=False)
-            info = self._socket.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _BYTES_ACKED.size)
-            if _BYTES_ACKED.unpack(info)[0] >= _ADMITTED_BYTES or self._socket.getsockname()[1] != self._port:
-                return None
-            return self._socket.getpeername()
-        except (OSError, struct.error):  # closed, no TCP connection, the listening socket, or a system without tcp_info
-            return None
-
-    def shut_down(self) -> None:
-        """Shut down the connection that was looked at last; libzmq's thread then closes it."""
-        with suppress(OSError):
-            self._socket.shutdown(sockets.SHUT_RDWR)
-
-
-def _peer(descriptor: int) -> Any:
-    with sockets.socket(fileno=os.dup(descriptor)) as connection:
-        return connection.getpeername()
 
 
 class Handshakes:

@@ -12,7 +12,7 @@ from processes import LIMIT, until
 from raw_sockets import Context
 
 from larpixdaq.errors import ProtocolError
-from larpixdaq.keys import curve
+from larpixdaq.keys import connections, curve
 from larpixdaq.keys.curve import Doorkeeper, Handshakes, KeyPair, connect_with, new_pair
 from larpixdaq.keys.peer_limits import PeerLimits
 from larpixdaq.runtime.timing import Throttle
@@ -26,9 +26,10 @@ class House:
 
     owner = "guest"
 
-    def __init__(self, context: zmq.Context) -> None:
-        self.pair, self.allowed = new_pair(), set()
+    def __init__(self, context: zmq.Context, *, keys: bool = True) -> None:
+        self.pair, self.allowed = new_pair() if keys else None, set()
         self.door = Doorkeeper(context, self.pair, lambda key: self.owner if key in self.allowed else None, "test")
+        context.__dict__.setdefault("doors", []).append(self.door)
         self.router = context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.MAXMSGSIZE, LARGEST)
         self.door.guard(self.router)
@@ -75,6 +76,8 @@ def contexts() -> Iterator[tuple[zmq.Context, zmq.Context]]:
     made = Context(), Context()
     yield made
     for context in made:
+        for door in context.__dict__.get("doors", []):
+            door.close()
         context.destroy(0)
 
 
@@ -133,7 +136,7 @@ def house_route(guest: Guest, house: House) -> bytes:
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(curve, "OPEN", 3)
+    monkeypatch.setattr(connections, "OPEN", 3)
     monkeypatch.setattr(curve, "_HANDSHAKE_LIMIT", 500)
 
 
@@ -176,7 +179,7 @@ def test_connections_that_say_nothing_do_not_count_for_ever(contexts, few):
 
 def test_new_connections_of_a_key_are_limited_by_the_second(contexts, monkeypatch):
     monkeypatch.setattr(curve, "_HANDSHAKE_LIMIT", 500)
-    monkeypatch.setattr(curve, "connection_rates", lambda: (Throttle(0.5, 2), Throttle(0.5, 1)))
+    monkeypatch.setattr(connections, "connection_rates", lambda: (Throttle(0.5, 2), Throttle(0.5, 1)))
     house, pair, other = House(contexts[0]), new_pair(), new_pair()
     house.allowed |= {pair.public, other.public}
     for _ in range(2):
@@ -184,7 +187,7 @@ def test_new_connections_of_a_key_are_limited_by_the_second(contexts, monkeypatc
     late = Guest(contexts[1], house, pair)
     until(lambda: (house.door.answer(), house.door.limits.total)[1], "the limit")
     assert house.door.limits.report()[0].limit == "new connections a second"
-    house.door._rate = Throttle(1000, 1000)
+    house.door._connections._rate = Throttle(1000, 1000)
     house_route(late, house)
     house.owner = ""
     house_route(Guest(contexts[1], house, other), house)
@@ -209,7 +212,8 @@ def test_whose_the_frames_of_a_socket_without_routes_are(contexts, few):
         push.send(b"record")
         assert pull.poll(1000 * LIMIT)
         assert house.door.key_of(pull.recv(copy=False)) == pair.public
-    assert sum(one.is_open for one in house.door._connections.values()) == 4
+    known = house.door._connections
+    assert [known.is_open(route) for route in known._known] == [True] * 4
 
 
 def test_a_limit_is_logged_once_and_counted(caplog):
@@ -236,14 +240,9 @@ def test_a_peer_that_chooses_its_own_route_is_refused(contexts):
 
 
 def test_without_keys_everybody_is_admitted(contexts):
-    door = Doorkeeper(contexts[0], None, lambda key: None, "test")
-    house = House.__new__(House)
-    house.door, house.router = door, contexts[0].socket(zmq.ROUTER)
-    door.guard(house.router)
-    house.router.bind("tcp://127.0.0.1:*")
-    house.address = house.router.getsockopt_string(zmq.LAST_ENDPOINT)
+    house = House(contexts[0], keys=False)
     route, frame = Guest(contexts[1], house, None).send(house)
-    assert door.sender(route.bytes, frame) == ""
+    assert house.door.sender(route.bytes, frame) == ""
 
 
 def test_connections_without_a_key_leave_descriptors_for_members(contexts, monkeypatch):
@@ -261,7 +260,7 @@ def test_connections_without_a_key_leave_descriptors_for_members(contexts, monke
             connection.sendall(b"\xff" + bytes(8) if half % 2 else b"")
             assert connection.recv(1) == b"\xff"  # it was accepted
             poller.register(connection, select.POLLRDHUP)
-        monkeypatch.setattr(curve, "_ENOUGH", len(os.listdir("/proc/self/fd")) - 20)
+        monkeypatch.setattr(connections, "_ENOUGH", len(os.listdir("/proc/self/fd")) - 20)
 
         def closed() -> int:
             house.door.answer()

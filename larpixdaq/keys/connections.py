@@ -1,0 +1,222 @@
+"""The connections of a process's listening sockets: counted, limited and closed by their descriptors.
+
+libzmq neither lists its connections nor closes one of them, and has no limit for them. So they are looked for among the
+descriptors of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import socket as sockets
+import struct
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+import zmq
+
+from larpixdaq.keys.peer_limits import OPEN, OPEN_OWNER, connection_rates
+
+#: Descriptors of this process up to which all connections stay open, or a quarter of the maximum. Above it, connections
+#: that were not admitted are closed, because without descriptors the process cannot open files.
+_ENOUGH: Final = 1024
+#: Descriptors that are tried when they cannot be listed.
+_MANY: Final = 1 << 16
+#: Maximum processor seconds of a look for strangers.
+_LOOK_LIMIT: Final = 0.02
+#: Bytes that only an admitted peer gets: greeting 64, WELCOME 170, READY 52 or more. Others get ERROR, 14 at most.
+_ADMITTED_BYTES: Final = 260
+#: Place of tcpi_bytes_acked in Linux' struct tcp_info.
+_BYTES_ACKED: Final = struct.Struct("120xQ")
+_DESCRIPTORS: Final = "/proc/self/fd"
+
+
+class _Connection(NamedTuple):
+    descriptor: int
+    peer: Any  # address and port, by which a descriptor that was closed and used again is told apart
+    key: str = ""
+
+
+class Connections:
+    """The connections to the listening sockets of one context. Used by the loop that polls these sockets alone."""
+
+    def __init__(self) -> None:
+        self._listening: list[zmq.Socket[Any]] = []
+        self._known: dict[bytes, _Connection] = {}  # by ZeroMQ's route, those that have sent a message
+        self._rate, self._owner_rate = connection_rates()
+        self._admitted: Counter[str] = Counter()  # by key: the highest possible number of open connections
+        self._count_at = 0.0
+        # A descriptor is looked at through a duplicate, because libzmq's thread may close it and use its number again
+        # at any time. The duplicate has a fixed place, because in a flood no other descriptor may be left.
+        self._nothing = sockets.socket()
+        # The family only says how long an address may be.
+        self._duplicate = sockets.socket(sockets.AF_INET6, sockets.SOCK_STREAM, 0, os.dup(self._nothing.fileno()))
+
+    def watch(self, socket: zmq.Socket[Any]) -> None:
+        """Add a listening socket."""
+        self._listening.append(socket)
+
+    def close(self) -> None:
+        self._duplicate.close()
+        self._nothing.close()
+
+    # Whose they are
+
+    def key(self, route: bytes) -> str | None:
+        """The key of a connection that was noted; None if there is none."""
+        known = self._known.get(route)
+        return None if known is None else known.key
+
+    def note(self, route: bytes, key: str, descriptor: int) -> None:
+        """Note that a message with this key has come over this descriptor."""
+        peer = self._peer(descriptor)
+        if peer is not None:  # not closed meanwhile
+            self._known[route] = _Connection(descriptor, peer, key)
+
+    def is_open(self, route: bytes) -> bool:
+        """Whether a connection was noted and is still the same."""
+        known = self._known.get(route)
+        return known is not None and self._peer(known.descriptor) == known.peer
+
+    def disconnect(self, key: str) -> list[bytes]:
+        """Close the connections of a key over which messages have come; their routes."""
+        routes = [route for route, known in self._known.items() if known.key == key]
+        for route in routes:
+            self._shut_down(self._known.pop(route))
+        self._admitted.pop(key, None)
+        return routes
+
+    # How many there may be
+
+    def admit(self, key: str, *, owner: bool) -> str:
+        """Count another connection of a key, which is open already; "". Otherwise the limit that it exceeds.
+
+        `owner`: the key is that of the core's own user.
+        """
+        if not (self._owner_rate if owner else self._rate).passes(key, 1):
+            return "new connections a second"
+        limit = self._exceeded(key, owner)
+        if limit and time.monotonic() >= self._count_at:
+            limit = self._count(key, owner)
+        if not limit:
+            self._admitted[key] += 1
+        return limit
+
+    def _exceeded(self, key: str, owner: bool, more: int = 0) -> str:
+        """The limit that another connection of a key exceeds, with `more` that may be its own; "" if none."""
+        most = OPEN_OWNER if owner else OPEN
+        return f"{most} open connections" if self._admitted[key] + more >= most else ""
+
+    def _count(self, key: str, owner: bool) -> str:
+        """Count the open connections; as _exceeded().
+
+        libzmq does not tell whose the connections are that have not sent a message yet. If they may be too many, all of
+        them are closed: who wants to work connects again and sends at once.
+        """
+        begun = time.monotonic()
+        self._known = {route: known for route, known in self._known.items() if self.is_open(route)}
+        self._admitted = Counter(known.key for known in self._known.values())
+        limit = self._exceeded(key, owner)
+        if not limit:
+            peers = {known.peer for known in self._known.values()}
+            silent = [one for one, _ in self._walk(_descriptors()) if one.peer not in peers]
+            more = max(0, len(silent) - 1)  # without the one in question
+            limit = self._exceeded(key, owner, more)
+            if limit:
+                for connection in silent:
+                    self._shut_down(connection)
+            else:
+                self._admitted[key] += more
+        now = time.monotonic()
+        self._count_at = now + 10 * (now - begun)  # so that counting takes a tenth of the time at most
+        return limit
+
+    def limit_strangers(self) -> list[str]:
+        """Close connections that were not admitted, if there are too many: any of them, for at most _LOOK_LIMIT.
+
+        Returns the addresses of their peers.
+        """
+        enough = min(_ENOUGH, _descriptor_limit() // 4)
+        if 0 < os.stat(_DESCRIPTORS).st_size <= enough:  # their number, since Linux 6.2
+            return []
+        closed: list[str] = []
+        descriptors = _descriptors()
+        until = time.thread_time() + _LOOK_LIMIT
+        left = len(descriptors) - enough
+        if left > 0:
+            random.shuffle(descriptors)
+            for connection, admitted in self._walk(descriptors):
+                if not admitted:
+                    self._shut_down(connection)
+                    closed.append(connection.peer[0])
+                if len(closed) == left or time.thread_time() >= until:
+                    break
+        return closed
+
+    # Descriptors
+
+    def _walk(self, descriptors: list[int]) -> Iterator[tuple[_Connection, bool]]:
+        """Each TCP connection to the listening sockets among these descriptors, and whether it was admitted."""
+        endpoints = [socket.getsockopt_string(zmq.LAST_ENDPOINT) for socket in self._listening]
+        ports = {int(one.rpartition(":")[2]) for one in endpoints if one.startswith("tcp://")}
+        for descriptor in descriptors:
+            if descriptor == self._duplicate.fileno():
+                continue
+            try:
+                self._look_at(descriptor)
+                info = self._duplicate.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _BYTES_ACKED.size)
+                if self._duplicate.getsockname()[1] not in ports:
+                    continue
+                peer = self._duplicate.getpeername()
+            except OSError:  # no TCP connection, the listening socket, or closed meanwhile
+                continue
+            finally:
+                self._look_away()
+            # A system without this number does not tell strangers.
+            admitted = len(info) < _BYTES_ACKED.size or _BYTES_ACKED.unpack(info)[0] >= _ADMITTED_BYTES
+            yield _Connection(descriptor, peer), admitted
+
+    def _peer(self, descriptor: int) -> Any:
+        """The peer's address of a connection; None if it is closed."""
+        try:
+            self._look_at(descriptor)
+            return self._duplicate.getpeername()
+        except OSError:
+            return None
+        finally:
+            self._look_away()
+
+    def _shut_down(self, connection: _Connection) -> None:
+        """Shut down a connection, unless it was closed; libzmq's thread then closes it."""
+        try:
+            self._look_at(connection.descriptor)
+            if self._duplicate.getpeername() == connection.peer:
+                self._duplicate.shutdown(sockets.SHUT_RDWR)
+        except OSError:
+            pass
+        finally:
+            self._look_away()
+
+    def _look_at(self, descriptor: int) -> None:
+        """Duplicate a descriptor; OSError if it is not in use."""
+        os.dup2(descriptor, self._duplicate.fileno(), inheritable=False)
+
+    def _look_away(self) -> None:
+        """Give the duplicate up, because it keeps a connection open that libzmq has closed."""
+        os.dup2(self._nothing.fileno(), self._duplicate.fileno(), inheritable=False)
+
+
+def _descriptor_limit() -> int:
+    """Maximum number of descriptors of this process."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _descriptors() -> list[int]:
+    """The descriptors of this process, or, if none is left for the listing, those that may be."""
+    try:
+        return [int(name) for name in os.listdir(_DESCRIPTORS)]
+    except OSError:
+        return list(range(min(_descriptor_limit(), _MANY)))
