@@ -15,6 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -26,9 +27,8 @@ from larpixdaq.constants import LOG
 from larpixdaq.control.log_shipping import LogRecord, unpack_record
 from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, ProtocolError, printable
-from larpixdaq.keys.curve import Doorkeeper, KeyPair, new_pair
+from larpixdaq.keys.curve import Admission, Doorkeeper, new_pair
 from larpixdaq.keys.peer_limits import PeerLimits
-from larpixdaq.protocol.control import Update
 from larpixdaq.protocol.reports import LogStatus
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.runtime.file_access import state_dir
@@ -159,29 +159,13 @@ class LogFile:
         self._file.close()
 
 
-class _Senders:
-    """Who may send records: the components whose keys the core knows, each in its own name."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], pair: KeyPair | None) -> None:
-        """`pair`: the key pair of the log's socket; None: without keys."""
-        self.door = Doorkeeper(context, pair, lambda key: "" if self._insecure else self._names.get(key), "log")
-        self._insecure = pair is None
-        self._names: dict[str, str] = {}
-
-    def apply(self, update: Update) -> None:
-        """Take over an Update of the core, and close the connections of keys that it no longer has."""
-        revoked = set() if update.insecure else self._names.keys() - update.keys.keys()
-        self._insecure, self._names = update.insecure or self._insecure, update.keys
-        for key in revoked:
-            self.door.disconnect(key)
-
-    def check(self, frame: zmq.Frame, record: LogRecord) -> None:
-        """Raise ProtocolError if the key of a frame is not the one of the record's component."""
-        if self._insecure:
-            return
-        name = self._names.get(self.door.key_of(frame))
-        if name is None or name not in ("", record.component):
-            raise ProtocolError(f"log record of {record.component!r}: sent with the key of {name or 'nobody'!r}")
+def check_sender(admission: Admission, frame: zmq.Frame, record: LogRecord) -> None:
+    """Raise ProtocolError if the key of a frame is not the one of the record's component."""
+    if admission.insecure:
+        return
+    name = admission.whose(admission.door.key_of(frame))
+    if name is None or name not in ("", record.component):
+        raise ProtocolError(f"log record of {record.component!r}: sent with the key of {name or 'nobody'!r}")
 
 
 def listen(context: zmq.Context[zmq.Socket[bytes]], address: str, door: Doorkeeper) -> tuple[zmq.Socket[bytes], str]:
@@ -205,37 +189,38 @@ def serve(core: str, name: str, address: str, path: Path, *, insecure: bool) -> 
     with contextlib.ExitStack() as stack, Signals() as signals:
         stack.callback(context.destroy, 0)
         pair = None if insecure else new_pair()
-        senders = _Senders(context, pair)
-        stack.callback(senders.door.close)
-        socket, endpoint = listen(context, address, senders.door)
+        admission = Admission(context, pair, "log")
+        door, check = admission.door, partial(check_sender, admission)
+        stack.callback(door.close)
+        socket, endpoint = listen(context, address, door)
         file = stack.enter_context(contextlib.closing(LogFile(path)))
         where = [config.reachable_address(endpoint, core), pair.public if pair is not None else ""]
         info = {"log": where, "file": str(path)}
 
         def status() -> LogStatus:
             found = file.status()
-            found.refused_connections = senders.door.refused
-            found.limits += senders.door.limits.report()
+            found.refused_connections = door.refused
+            found.limits += door.limits.report()
             return found
 
         node = Node(name, LOG, core, {}, info=info, status=status, insecure=insecure)
         stack.callback(node.close)
         node.connect(signals=signals)
         poller = zmq.Poller()
-        for source in (socket, senders.door.socket, node, signals):
+        for source in (socket, door.socket, node, signals):
             poller.register(source, zmq.POLLIN)
-        applied = 0  # the node's changes that `senders` has
+        applied = 0  # the node's changes that `admission` has
         while not signals.stop:
             poller.poll(node.wait_ms())
             node.dispatch()
             if node.changes != applied:
                 applied = node.changes
-                senders.apply(node.update)
-            senders.door.answer()
-            empty = file.take(socket, senders.check)
+                admission.apply(node.update.keys, insecure=node.update.insecure)
+            door.answer()
+            empty = file.take(socket, check)
             node.report(file.written, 0 if empty else 1)
         node.close()
-        file.take(socket, senders.check)
+        file.take(socket, check)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from larpixdaq.constants import HARDWARE_ACTIONS, Count, unusable
 from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import ConfigError, RequestError, RingError, StateError
 from larpixdaq.hardware.supervisor import Child
-from larpixdaq.keys.curve import new_pair
+from larpixdaq.keys.curve import Admission, new_pair
 from larpixdaq.protocol import hardware
 from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.reports import BoardReport, ClockReport, ProducerEnd, ProducerReady, ProducerStatus
@@ -45,7 +45,7 @@ from larpixdaq.sources import options as source_options
 from larpixdaq.sources.command_channel import Channel
 from larpixdaq.sources.data_quality import Watch
 from larpixdaq.sources.source import BoardStatus, Source
-from larpixdaq.stream.publisher import Admission, bind_stream, stream_router
+from larpixdaq.stream.publisher import bind_stream, stream_router
 from larpixdaq.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -498,7 +498,7 @@ def main(argv: list[str] | None = None) -> int:
             stack.callback(context.destroy, linger=200)
             socket = stream_router(context)
             pair = None if options.insecure else new_pair()
-            admission = Admission(context, pair)
+            admission = Admission(context, pair, "stream")
             stack.callback(admission.door.close)
             admission.door.guard(socket)
             address = bind_stream(socket, options.address, options.core)

@@ -200,6 +200,33 @@ class Doorkeeper:
         self.socket.close(0)
 
 
+class Admission:
+    """The keys that may connect to the listening sockets of a component, as the core last said, and their Doorkeeper.
+
+    `pair` is the key pair of these sockets; None: without keys.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], pair: KeyPair | None, what: str) -> None:
+        self.door = Doorkeeper(context, pair, self.whose, what)
+        self._has_pair = pair is not None
+        #: No keys are in use: everybody is admitted.
+        self.insecure = pair is None
+        self._names: dict[str, str] = {}
+
+    def whose(self, key: str) -> str | None:
+        """The component whose key this is; "" for the core's own user, None if it may not connect."""
+        return "" if self.insecure else self._names.get(key)
+
+    def apply(self, names: dict[str, str], *, insecure: bool) -> list[bytes]:
+        """Take over the keys and `insecure` of the core's Update. Closes connections whose key is not among them.
+
+        Returns their routes.
+        """
+        revoked = set() if insecure else self._names.keys() - names.keys()
+        self.insecure, self._names = insecure or not self._has_pair, names
+        return [route for key in revoked for route in self.door.disconnect(key)]
+
+
 class Handshakes:
     """Tells why a connecting socket gets no connection: the other side refuses its key, or is no one it knows.
 

@@ -18,12 +18,13 @@ from larpixdaq.buffer.crash_recovery import LeftBlocks, Predecessors
 from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, Reserved, RingFile, name_prefix
 from larpixdaq.buffer.spool import RETRY_INTERVAL, Spool, SpoolDirectory
 from larpixdaq.errors import FileError
+from larpixdaq.keys.curve import Admission
 from larpixdaq.protocol.reports import DeliveryStatus, EpochEnd
 from larpixdaq.protocol.stream import End
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import has_no_locks, no_locks_error, remove, try_lock
 from larpixdaq.runtime.units import parse_duration, parse_size
-from larpixdaq.stream.publisher import Admission, Publisher
+from larpixdaq.stream.publisher import Publisher
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import zmq
 from larpixdaq import config, schema
 from larpixdaq.buffer.block_store import BlockStore, Segment, StoredBlock
 from larpixdaq.errors import ConfigError, ProtocolError
-from larpixdaq.keys.curve import Doorkeeper, KeyPair
+from larpixdaq.keys.curve import Admission
 from larpixdaq.keys.peer_limits import LimitReached
 from larpixdaq.protocol.control import ConsumerSession, Update, session_digest
 from larpixdaq.protocol.packed_rows import MIN_ROWS, RowPacker
@@ -97,6 +97,7 @@ class Publisher:
         has are no longer kept for a required storage. `admission`: which consumers may subscribe; None: all.
         """
         self._admission = admission
+        self._consumers: dict[str, ConsumerSession] = {}  # by name, as the core has said
         self._unconfirmed: dict[bytes, tuple[Hello, str]] = {}  # by route, with the key
         self.own = own
         #: Predecessors' stores, the oldest first, and then `own`.
@@ -224,22 +225,27 @@ class Publisher:
     # Frames from consumers
 
     def admit(self, update: Update) -> None:
-        """Take over from the core which consumers may subscribe, and drop those whose key was revoked."""
+        """Take over from the core which consumers may subscribe, and drop those whose key was revoked.
+
+        A consumer keeps its entry until its name has another session, because a restarted core does not know all
+        consumers yet, and data must not wait for it.
+        """
         assert self._admission is not None
-        for route in self._admission.apply(update):
+        self._consumers |= update.consumers
+        for route in self._admission.apply(update.keys, insecure=update.insecure):
             self._unconfirmed.pop(route, None)
             if route in self.subscribers:
                 log.warning("%s has no key any more: disconnected", self.subscribers[route].name)
                 self._drop(self.subscribers[route])
         for route, (hello, key) in list(self._unconfirmed.items()):
-            if self._admission.confirms(hello, key):
+            if self._knows(hello, key):
                 del self._unconfirmed[route]
                 self._subscribe(route, hello)
 
     def _is_confirmed(self, route: bytes, hello: Hello, key: str) -> bool:
         """Whether the core has confirmed a consumer. Only its second HELLO is refused, because the core's word may come
         later than the first one."""
-        if self._admission is None or self._admission.confirms(hello, key):
+        if self._admission is None or self._knows(hello, key):
             self._unconfirmed.pop(route, None)
             return True
         if route in self._unconfirmed:
@@ -254,6 +260,14 @@ class Publisher:
             del self._unconfirmed[next(iter(self._unconfirmed))]
         self._unconfirmed[route] = hello, key
         return False
+
+    def _knows(self, hello: Hello, key: str) -> bool:
+        """Whether the core knows the session of a HELLO that came with this key."""
+        assert self._admission is not None
+        known = self._consumers.get(hello.name)
+        if known is None or known.digest != session_digest(hello.session):
+            return False
+        return self._admission.insecure or known.key == key
 
     def _handle(self, route: bytes, frame: FromConsumer, key: str) -> None:
         if isinstance(frame, Hello):
@@ -457,40 +471,6 @@ class Publisher:
         for name in self.forgotten & idle.keys() - forgotten:
             log.warning("%s acknowledges again; blocks that were not kept for it are missing there", name)
         self.forgotten = forgotten
-
-
-class Admission:
-    """The consumers that may subscribe, as the core last said, and the check of their keys at each connection.
-
-    A consumer keeps its entry until its name has another session, because a restarted core does not know all consumers
-    yet, and data must not wait for it.
-    """
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], pair: KeyPair | None) -> None:
-        """`pair`: the key pair of the stream's socket; None: without keys."""
-        self.door = Doorkeeper(context, pair, self.whose, "stream")
-        self._insecure = pair is None
-        self._keys: dict[str, str] = {}
-        self._consumers: dict[str, ConsumerSession] = {}
-
-    def whose(self, key: str) -> str | None:
-        """The component whose key this is; "" for the core's own user, None if it may not subscribe."""
-        return "" if self._insecure else self._keys.get(key)
-
-    def apply(self, update: Update) -> list[bytes]:
-        """Take over an Update of the core. Returns the routes of connections that are closed, for want of a key."""
-        self._insecure = update.insecure
-        revoked = set() if update.insecure else self._keys.keys() - update.keys.keys()
-        self._keys = update.keys
-        self._consumers |= update.consumers
-        return [route for key in revoked for route in self.door.disconnect(key)]
-
-    def confirms(self, hello: Hello, key: str) -> bool:
-        """Whether the core knows the session of a HELLO that came with this key."""
-        known = self._consumers.get(hello.name)
-        if known is None or known.digest != session_digest(hello.session):
-            return False
-        return self._insecure or known.key == key
 
 
 def stream_router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:

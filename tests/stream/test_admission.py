@@ -3,17 +3,16 @@
 import zmq
 from stream_harness import Line
 
-from larpixdaq.keys.curve import new_pair
+from larpixdaq.keys.curve import Admission, new_pair
 from larpixdaq.protocol.control import ConsumerSession, Update, session_digest
 from larpixdaq.protocol.stream import STREAM_VERSION, Hello
 from larpixdaq.stream import publisher
-from larpixdaq.stream.publisher import Admission
 
 
 def test_one_key_does_not_take_the_places_of_others_that_wait_for_the_core() -> None:
     pair, greedy, other = new_pair(), new_pair().public, new_pair().public
     context = zmq.Context()
-    admission = Admission(context, pair)
+    admission = Admission(context, pair, "stream")
     line = Line(admission=admission)
     try:
         keys = {greedy: "Greedy", other: "Other monitor"}
