@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from enum import Enum, IntEnum
 from operator import itemgetter
-from typing import Final
+from typing import Annotated, Final
 
+from msgspec import Meta
+
+#: Names of components, actions and keys, without control characters, because they are written into lines of text.
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 STOP: Final = "STOP"
 READY: Final = "READY"
 RUN: Final = "RUN"

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from larpixdaq import config
-from larpixdaq.constants import PRODUCER, QUERIES, RUN_ACTIONS, RUN_DATA
+from larpixdaq.constants import PRODUCER, QUERIES, RUN_ACTIONS, RUN_DATA, Name
 from larpixdaq.control.audit import Audit, parameters
 from larpixdaq.control.catalogue import Catalogue, Run
 from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Registry
@@ -22,7 +22,7 @@ from larpixdaq.keys.credentials import make_token
 from larpixdaq.keys.key_store import KeyStore, Role
 from larpixdaq.keys.peer_limits import PeerLimits, request_rate
 from larpixdaq.protocol.control import ActionRequest, Answer, FromCore, packed
-from larpixdaq.protocol.stream import Name, RunNumber
+from larpixdaq.protocol.stream import RunNumber
 from larpixdaq.runtime.timing import Load
 from larpixdaq.version import VERSION
 

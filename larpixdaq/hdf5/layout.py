@@ -88,7 +88,7 @@ SOURCES: Final = np.dtype(
     ]
 )
 TEXTS: Final = np.dtype([("name", "S64"), ("piece", "<u4"), ("text", f"S{TEXT_BYTES}"), ("written_ns", "<u8")])
-#: 256 bytes hold any stream.Name.
+#: 256 bytes hold any constants.Name.
 PRODUCERS: Final = np.dtype([("name", "S256")])
 BLOCKS: Final = np.dtype(
     [

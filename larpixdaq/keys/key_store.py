@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Final, Literal
 
 import msgspec
-from msgspec import Meta
 
+from larpixdaq.constants import Name
 from larpixdaq.errors import FileError, RequestError
 from larpixdaq.keys import Key
 from larpixdaq.keys.credentials import read_private, write_private
@@ -25,7 +25,6 @@ _LARGEST: Final = 4 << 20
 _REMEMBERED: Final = 7 * 86400.0
 #: Maximum number of invitations, and of members.
 _MOST: Final = 1000
-_Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 #: What an invited key may be used for: to register as the component of its name; to look and change; to look.
 Role = Literal["component", "operator", "observer"]
 ROLES: Final = ("component", "operator", "observer")
@@ -50,7 +49,7 @@ ANYONE: Final = Member("", "owner")
 class Invitation(msgspec.Struct):
     """`public` belongs to the key pair whose secret is in the token. Times are unix seconds of the core's clock."""
 
-    name: _Name
+    name: Name
     role: Role
     public: Key
     made: float
@@ -78,7 +77,7 @@ class _Pair(msgspec.Struct, frozen=True):
 
 
 class _StoredMember(msgspec.Struct, frozen=True):
-    name: _Name
+    name: Name
     role: Role
     public: Key
     since: float

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 import msgspec
 from msgspec import Meta
 
+from larpixdaq.constants import Name
 from larpixdaq.errors import ProtocolError
 from larpixdaq.keys import Key
-from larpixdaq.protocol.stream import Name, RunNumber
+from larpixdaq.protocol.stream import RunNumber
 
 _ARRAY: Final = 1
 #: Maximum bytes of an array's description, some 500 fields: numpy's time grows with the square of their number.

@@ -26,6 +26,7 @@ from larpixdaq.constants import (
     LAYOUT_NAMES,
     UNKNOWN_BYTES,
     Count,
+    Name,
     rows_made,
 )
 from larpixdaq.errors import ProtocolError
@@ -41,8 +42,6 @@ MAX_HEADER: Final = 16 << 20
 MAX_FROM_CONSUMER: Final = 128 << 10
 #: Maximum number of positions in a HELLO; consumers send those of the newest runs.
 MAX_POSITIONS: Final = 256
-#: Names of components and actions, without control characters, because they are written into lines of text.
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 RunNumber = Annotated[int, Meta(ge=1, le=LAST_RUN)]
 #: 64 bits: msgpack has no larger numbers.
 Epoch = Annotated[int, Meta(ge=0)]
