@@ -23,6 +23,10 @@ from larpixdaq.keys.peer_limits import OPEN, OPEN_OWNER, connection_rates
 #: Descriptors of this process up to which all connections stay open, or a quarter of the maximum. Above it, connections
 #: that were not admitted are closed, because without descriptors the process cannot open files.
 _ENOUGH: Final = 1024
+#: Open connections of everybody above which invited keys get no further ones, or a quarter of the maximum number of
+#: descriptors: then the core's own user, strangers, and files have the rest. One invited key gets a part of them.
+_TOGETHER: Final = 4096
+_PART: Final = 16
 #: Descriptors that are tried when they cannot be listed.
 _MANY: Final = 1 << 16
 #: Maximum processor seconds of a look for strangers.
@@ -107,8 +111,13 @@ class Connections:
 
     def _exceeded(self, key: str, owner: bool, more: int = 0) -> str:
         """The limit that another connection of a key exceeds, with `more` that may be its own; "" if none."""
-        most = OPEN_OWNER if owner else OPEN
-        return f"{most} open connections" if self._admitted[key] + more >= most else ""
+        together = min(_TOGETHER, _descriptor_limit() // 4)
+        most = OPEN_OWNER if owner else max(1, min(OPEN, together // _PART))
+        if self._admitted[key] + more >= most:
+            return f"{most} open connections"
+        if not owner and self._admitted.total() + more >= together:
+            return f"{together} open connections of all keys"
+        return ""
 
     def _count(self, key: str, owner: bool) -> str:
         """Count the open connections; as _exceeded().

@@ -11,8 +11,8 @@ import msgspec
 from larpixdaq.runtime.timing import Throttle
 
 _log = logging.getLogger("larpixdaq.keys")
-#: Open connections of one key at a socket: of a key that was invited, and of the core's own user, who has them all with
-#: components and Operators.
+#: Open connections of one key at a socket: of a key that was invited, fewer where the process may have few descriptors;
+#: and of the core's own user, who has them all with components and Operators.
 OPEN: Final = 64
 OPEN_OWNER: Final = 512
 #: Seconds between two lines in the log about the same limit of the same peer.

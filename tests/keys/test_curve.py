@@ -166,6 +166,28 @@ def test_a_key_has_a_limited_number_of_open_connections_and_others_are_not_affec
     house_route(late, house)  # libzmq tries again by itself
 
 
+def test_all_invited_keys_together_leave_connections_for_the_cores_own_user(contexts, monkeypatch):
+    monkeypatch.setattr(connections, "_TOGETHER", 6)
+    monkeypatch.setattr(connections, "_PART", 3)
+    monkeypatch.setattr(curve, "_HANDSHAKE_LIMIT", 500)
+    house, pairs = House(contexts[0]), [new_pair() for _ in range(5)]
+    house.allowed |= {pair.public for pair in pairs}
+    guests = [Guest(contexts[1], house, pair) for pair in pairs[:3] for _ in range(2)]
+    for guest in guests:
+        house_route(guest, house)
+    late = [Guest(contexts[1], house, pairs[0]), Guest(contexts[1], house, pairs[3])]
+    until(lambda: (house.next(), len(house.door.limits.report()))[1] == 2, "two limits")
+    limits = {one.limit for one in house.door.limits.report()}
+    assert limits == {"2 open connections", "6 open connections of all keys"}
+    house.owner = ""
+    for _ in range(3):
+        house_route(Guest(contexts[1], house, pairs[4]), house)
+    house.owner = "guest"
+    for guest in guests:
+        house_route(guest, house)
+    assert all(shut(house, guest) for guest in late)
+
+
 def test_connections_that_say_nothing_do_not_count_for_ever(contexts, few):
     house, pair, other = House(contexts[0]), new_pair(), new_pair()
     house.allowed |= {pair.public, other.public}
