@@ -299,9 +299,12 @@ class Connection:
         kind: str,
         words: Callable[[Any], str] | None = None,
     ) -> Request:
-        """Send a request. Without a core the Request fails with NoCore at once, and is never sent later."""
+        """Send a request. Without a core the Request fails at once, with NoCore, or NotAllowed if it refuses the key.
+
+        It is never sent later.
+        """
         request = Request(action, self.link.silence, words)
-        if self._closed or self.link.silence() > NO_CORE:
+        if self._closed or self._key_refused or self.link.silence() > NO_CORE:
             why = "this Operator is closed" if self._closed else f"no core is heard at {self.link.core}"
             request.take(_failure(self._no_core(action, why)))
             return request
@@ -349,12 +352,16 @@ class Connection:
 
     def _refuse(self, answer: Answer) -> None:
         self._refusal, self._key_refused = answer.text, answer.error in ("key", NotAllowed.code)
+        if self._key_refused:  # no answer will come
+            for number, sent in list(self._sent.items()):
+                text = f"{sent.message.action}: {self._refusal} (it may have been done)"
+                self._deliver(number, _failure(NotAllowed(text)))
 
     def _receive(self, message: FromCore) -> None:
         if isinstance(message, Update):
             self.last_update = message
+            self._key_refused = False
             if isinstance(message, Welcome):
-                self._key_refused = False
                 self._reopened()
         elif isinstance(message, Answer):
             self._answered(message)

@@ -150,7 +150,7 @@ class CoreConnection:
         """Look for a new key while the core is not heard, and report why there is no connection."""
         now = time.monotonic()
         failure = self._handshakes.look() if self._handshakes is not None else ""  # each turn: events must not wait
-        if now - self.heard < _KEY_INTERVAL:
+        if now - self.heard < _KEY_INTERVAL and failure != "key":
             self._obstacle = ""
             return
         if now < self._key_due:
@@ -173,7 +173,9 @@ class CoreConnection:
         except (ConfigError, FileError) as problem:
             error = str(problem)
         self._failure = failure if previous == self.credentials else ""
-        if now < self._obstacle_due or (self._socket is not None and changed):
+        if changed and self._socket is not None:
+            return
+        if now < self._obstacle_due and failure != "key":
             return
         if not error and self._socket is None and credentials.listens(self.core):
             error = credentials.missing(self.core, self._component)
@@ -182,8 +184,9 @@ class CoreConnection:
         if not error and self._socket is not None:
             return  # the handshake is not over
         self._obstacle_due = now + _KEY_INTERVAL
-        # Reported when it lasts, because a core that starts listens before its connection file is there.
-        if error and self._obstacle:
+        # Reported when it lasts, because a core that starts listens before its connection file is there. A core that
+        # refuses the key has the key store, and will go on refusing.
+        if error and (self._obstacle or failure == "key"):
             self._refused(Answer(kind="error", error="key", text=error))
         self._obstacle = error
 
