@@ -202,12 +202,10 @@ def add_address_argument(parser: argparse.ArgumentParser, default: str | None = 
     )
 
 
-def add_log_address_argument(parser: argparse.ArgumentParser) -> None:
+def add_log_address_argument(parser: argparse.ArgumentParser, default: str | None = LOG_ADDRESS) -> None:
+    shown = default or f"the host of the core's address, port {LOG_PORT}"
     parser.add_argument(
-        "--log-address",
-        default=LOG_ADDRESS,
-        metavar="ADDRESS",
-        help="Address to connect to global log (default %(default)s)",
+        "--log-address", default=default, metavar="ADDRESS", help=f"Address to connect to global log (default {shown})"
     )
 
 

@@ -230,18 +230,20 @@ def main(argv: list[str] | None = None) -> int:
         "renamed to FILE.1, and older files to FILE.2 to FILE.4. If a component writes more than 64 KiB/s for long, "
         "some of its lines are left out and counted.",
     )
-    config.add_address_argument(parser, more=f"; the port is {config.LOG_PORT} unless given")
+    more = f" (default: the interface that reaches the core); the port is {config.LOG_PORT} unless given"
+    config.add_address_argument(parser, None, more)
     config.add_component_arguments(parser, "Log")
     config.add_state_dir_argument(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="the file (default log.txt in the state directory)")
     args = parser.parse_args(argv)
 
     def run() -> None:
-        address = config.listen_address(args.address, config.LOG_PORT)
+        core = config.address(args.core, config.CORE_PORT)
+        wanted = args.address or f"tcp://{config.interface_towards(core)}"
+        address = config.listen_address(wanted, config.LOG_PORT)
         if not args.output:
             os.umask(0o077)  # other users may enter a state directory that was made by hand
         path = Path(args.output) if args.output else state_dir(args.state_dir) / "log.txt"
-        core = config.address(args.core, config.CORE_PORT)
         serve(core, args.name, address, path.absolute(), insecure=args.insecure)
 
     return run_main(run)

@@ -98,7 +98,7 @@ def add_commands(commands: Any) -> None:
 def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `up` itself. All others belong to the storage or the producer, which get them unchanged."""
     config.add_address_argument(parser)
-    config.add_log_address_argument(parser)
+    config.add_log_address_argument(parser, None)
     config.add_state_dir_argument(parser)
     config.add_insecure_argument(parser)
     parser.add_argument(
@@ -125,7 +125,14 @@ def up(options: argparse.Namespace) -> int:
     storage = own_options(options)
     listens = config.listen_address(options.address, config.CORE_PORT)
     core = config.reachable_address(listens, config.LOOPBACK)  # from this machine, whatever interfaces it listens at
-    log = config.address(options.log_address, config.LOG_PORT)
+    log = config.address(options.log_address or f"tcp://{config.interface_towards(core)}", config.LOG_PORT)
+    if not config.is_loopback(listens) and config.is_loopback(core):
+        print(
+            f"larpixdaq: WARNING: other hosts reach the core at {listens}, but not the producer, which listens at "
+            f"127.0.0.1, and the log only if they reach {log}; --address tcp://HOST with the name or address of this "
+            "host opens all of them",
+            file=sys.stderr,
+        )
     insecure = ["--insecure"] if options.insecure else []
     commands = {
         module: [*arguments, *insecure]

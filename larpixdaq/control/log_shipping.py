@@ -21,6 +21,8 @@ _log = logging.getLogger("larpixdaq.control.log_shipping")
 KEPT: Final = 1000
 #: Seconds between two attempts to connect to a log that refuses the key.
 _RETRY: Final = 1.0
+#: Seconds for which records wait until this is reported.
+_REPORT_AFTER: Final = 5.0
 #: Maximum number of characters of a text; longer ones (tracebacks) are cut.
 MAX_TEXT: Final = 32 << 10
 _MAX_RECORD: Final = 256 << 10
@@ -62,6 +64,8 @@ class LogShipper(logging.Handler):
         self._socket: zmq.Socket[bytes] | None = None
         self._handshakes: Handshakes | None = None
         self._retry_at = 0.0
+        self._waiting_since: float | None = None  # monotonic; None: no records wait
+        self._reported = False  # that they wait
         self._records: deque[tuple[int, bytes]] = deque()
         self._guard = threading.Lock()
         self._lost = 0
@@ -121,7 +125,22 @@ class LogShipper(logging.Handler):
                     self._records.popleft()
             except zmq.Again:
                 pass
-            return not self._records
+            waiting = bool(self._records)
+        self._report(log.address, waiting)
+        return not waiting
+
+    def _report(self, address: str, waiting: bool) -> None:
+        """Say once that the log takes no records, because whoever reads the log misses them."""
+        now = time.monotonic()
+        if not waiting:
+            self._waiting_since, self._reported = None, False
+        elif self._waiting_since is None:
+            self._waiting_since = now
+        elif not self._reported and now - self._waiting_since > _REPORT_AFTER:
+            self._reported = True
+            local = address.startswith(("tcp://127.", "tcp://[::1]"))
+            where = ", where only its own host reaches it (larpixdaq-log --address)" if local else ""
+            _log.warning("log records wait, and the oldest will be lost: no log takes them at %s%s", address, where)
 
     def _refused(self) -> bool:
         """Whether the log has refused the key, at most once a second: libzmq does not connect again after that."""
@@ -135,6 +154,8 @@ class LogShipper(logging.Handler):
         if self._socket is not None and self._handshakes is not None:
             self._handshakes.close()
             self._socket.close(0)
+        if (log, own) != self._endpoint:
+            self._waiting_since, self._reported = None, False
         self._endpoint, self._socket, self._handshakes = (log, own), None, None
         if not log.address:
             return

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import LIMIT, Process, free_port, until
 
+from larpixdaq.control import log_shipping
 from larpixdaq.control.log_shipping import LogRecord, LogShipper, unpack_record
 from larpixdaq.errors import FileError, ProtocolError
 from larpixdaq.keys.curve import Doorkeeper
@@ -63,6 +64,24 @@ def test_every_record_is_one_line(record):
 def test_random_bytes_are_no_records(data):
     with suppress(ProtocolError):
         unpack_record(data)
+
+
+def test_a_log_that_takes_no_records_is_reported_once(pull, caplog, monkeypatch):
+    context, _, address = pull
+    monkeypatch.setattr(log_shipping, "_REPORT_AFTER", 0.0)
+    shipper = LogShipper("it", context)
+    shipper.emit(record(logging.INFO, "x"))
+    nowhere = f"tcp://127.0.0.1:{free_port()}"
+    until(lambda: shipper.ship(Endpoint(nowhere), None) or caplog.records, "the report")
+    for _ in range(10):
+        assert not shipper.ship(Endpoint(nowhere), None)
+    assert [one.getMessage() for one in caplog.records] == [
+        "log records wait, and the oldest will be lost: no log takes them at "
+        f"{nowhere}, where only its own host reaches it (larpixdaq-log --address)"
+    ]
+    until(lambda: shipper.ship(Endpoint(address), None), "shipping")
+    assert len(caplog.records) == 1
+    shipper.ship(Endpoint(), None)
 
 
 def test_records_kept_while_the_log_is_disconnected(pull):

@@ -28,7 +28,7 @@ def two_hosts(
     with net.inside("one"), system(folder, net.address("one")) as line:
         line.insecure = insecure
         line.launch_core()
-        line.launch_log()
+        line.launch("log", "--core", line.core, "--state-dir", folder / "state")
         operator = line.operator()
         for module in NAMES:
             line.prefix[module] = net.prefix("two")

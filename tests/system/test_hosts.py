@@ -17,12 +17,13 @@ from network import Network, missing_rights
 from processes import LIMIT, Process, until
 from raw_sockets import Context
 from system import System, rows_of
-from two_hosts import two_hosts
+from two_hosts import NAMES, two_hosts
 
 from larpixdaq._native.hdf5_chunks import Packer
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.keys import credentials
 from larpixdaq.keys.curve import connect_with, new_pair
+from larpixdaq.operator import Operator
 from larpixdaq.protocol.packed_rows import MIN_ROWS
 
 COMMENT = "a comment that nobody else may read"
@@ -84,6 +85,8 @@ def test_the_wire_between_two_hosts_shows_neither_texts_nor_rows(tmp_path: Path,
         two_hosts(tmp_path, net, insecure=insecure) as line,
     ):
         path = run(line)
+        log = tmp_path / "state" / "log.txt"
+        until(lambda: all(f" {name}: " in log.read_text() for name in NAMES.values()), "records of the other host")
         if not insecure:
             refuse_third_host(line, net)
     captured = wire.read_bytes()
@@ -113,3 +116,25 @@ def slice_of(rows: np.ndarray[Any, Any]) -> bytes:
     packed = Packer(len(rows), rows.itemsize).pack(np.ascontiguousarray(rows).view(np.uint8))
     middle = len(packed) // 2
     return packed[middle : middle + 32]
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_up_at_the_address_of_a_host_opens_log_and_producer_too(tmp_path: Path, everywhere: bool) -> None:
+    if reason := missing_rights():
+        pytest.skip(reason)
+    state, where = ("--state-dir", tmp_path / "state"), {"directory": tmp_path / "out"}
+    with contextlib.closing(Network("one")) as net, net.inside("one"):
+        host = "*" if everywhere else net.address("one")
+        options = ("-o", tmp_path, "--fake", "10", "--ring", "16MiB")
+        with Process("larpixdaq.cli", "up", "--address", f"tcp://{host}", *state, *options, **where) as up:
+            assert up.wait(2 * LIMIT) == 0, up.stderr
+        try:
+            with Operator(f"tcp://{net.address('one')}", timeout=LIMIT) as operator:
+                infos = {c["kind"]: c["info"] for c in operator.components().result(LIMIT)}
+        finally:
+            with Process("larpixdaq.cli", "down", *state, **where) as down:
+                assert down.wait(2 * LIMIT) == 0, down.stderr
+    listens = "127.0.0.1" if everywhere else net.address("one")
+    assert infos["log"]["log"][0] == f"tcp://{listens}:5678"
+    assert infos["producer"]["stream"][0].startswith(f"tcp://{listens}:")
+    assert ("but not the producer" in up.stderr) == everywhere

@@ -90,7 +90,11 @@ def test_up_at_an_address_that_other_machines_can_reach(tmp_path, insecure):
     state, port = tmp_path / "state", free_port()
     where = ("--address", f"tcp://0.0.0.0:{port}", "--log-address", f"tcp://127.0.0.1:{free_port()}")
     common = ("--state-dir", state, "-o", tmp_path, "--fake")
-    output(tmp_path, "up", *insecure, *where, *common, "10", "--ring", "16MiB")
+    with Process(
+        "larpixdaq.cli", "up", *insecure, *where, *common, "10", "--ring", "16MiB", directory=tmp_path / "output"
+    ) as up:
+        assert up.wait(2 * LIMIT) == 0, up.stderr
+        assert "but not the producer" in up.stderr
     try:
         status = output(tmp_path, "status", "--core", f"tcp://127.0.0.1:{port}")
         assert ("INSECURE" in status) == bool(insecure)
