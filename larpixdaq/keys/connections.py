@@ -6,10 +6,12 @@ descriptors of the process.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
 import socket as sockets
+import stat
 import struct
 import time
 from collections import Counter
@@ -210,7 +212,12 @@ class Connections:
             self._look_away()
 
     def _look_at(self, descriptor: int) -> None:
-        """Duplicate a descriptor; OSError if it is not in use."""
+        """Duplicate the descriptor of a socket; OSError if it is none, or not in use.
+
+        Never that of a file, because closing the duplicate would end the locks of SQLite.
+        """
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
         os.dup2(descriptor, self._duplicate.fileno(), inheritable=False)
 
     def _look_away(self) -> None:
