@@ -138,7 +138,7 @@ cdef class PacmanBoard:
         self._schedule()
 
     def jump(self, seconds):
-        self._seconds = (<int64_t>self._seconds + <int64_t>seconds) & 0xFFFFFFFF
+        self._seconds = (self._seconds + <uint64_t><int64_t>seconds) & 0xFFFFFFFF
 
     def restart(self):
         self._set_clock(0, 0)

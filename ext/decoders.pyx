@@ -126,7 +126,7 @@ cdef class _MessageDecoder(_Decoder):
                 )
         self.data = buffer
         self.spans = spans
-        input.data = &buffer[0] if size else NULL
+        input.data = &buffer[0] if size else <const uint8_t*>b""  # no NULL, because empty messages have an address, too
         input.spans = &spans[0] if n else NULL
         input.n = n
         input.i = 0
@@ -249,6 +249,8 @@ cdef class SerialDecoder(_Decoder):
             return
         if pending:
             memmove(self.buffer, self.line.at, pending)
+            self.line.at = self.buffer
+            self.line.end = self.buffer + pending
         if pending + size > self.capacity:
             grown = <uint8_t*>realloc(self.buffer, pending + size)
             if grown == NULL:

@@ -214,7 +214,8 @@ cdef inline void keep_message(Evidence* evidence, const uint8_t* at, Py_ssize_t 
             return
         evidence.copy = grown
         evidence.room = length
-    memcpy(evidence.copy, at, length)
+    if length:                       # before the first longer message `copy` is NULL, which memcpy does not take
+        memcpy(evidence.copy, at, length)
     evidence.copied = length
 
 

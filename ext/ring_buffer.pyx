@@ -16,7 +16,7 @@ cimport cython
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_FAILED, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
-from row_structs cimport INFO_ROWS, N_COUNTS, uint8_t, uint16_t, uint32_t, uint64_t
+from row_structs cimport INFO_ROWS, N_COUNTS, checked_byte, uint8_t, uint16_t, uint32_t, uint64_t
 
 import numpy as np
 
@@ -236,6 +236,9 @@ cdef class Ring:
                     or <uint64_t>block.payload + block.header > block.end - block.start or not BLOCK <= block.kind <= END):
                 raise ValueError(f"ring: block {index} is damaged")
             position = block.end
+        # The next block comes after the last one, also when that is freed.
+        if header.head and self.descriptors[(header.head - 1) % DESCRIPTORS].end > 1 << 62:
+            raise ValueError(f"ring: block {header.head - 1} is damaged")
         if header.head > header.tail and position - self.descriptors[header.tail % DESCRIPTORS].start > size:
             raise ValueError("ring: its blocks overlap")
 
@@ -403,6 +406,7 @@ cdef class Ring:
     def begin(self, uint64_t run, uint32_t layout, uint32_t row_size, required, io_groups=(), uint64_t now_ns=0):
         """Begin a run: sequence, row index and counters are 0. The previous run must have its end record."""
         cdef Py_ssize_t i
+        groups = [checked_byte("io_group", io_group) for io_group in io_groups]
         names = [name.encode() for name in required]
         if len(names) > MAX_REQUIRED or any(len(name) > NAME_BYTES for name in names):
             raise ValueError(f"ring: expected at most {MAX_REQUIRED} storages with names of at most {NAME_BYTES} bytes, "
@@ -420,7 +424,7 @@ cdef class Ring:
         memset(entry, 0, sizeof(Run))
         for i, name in enumerate(names):
             memcpy(entry.required + i * NAME_BYTES, <const char*><bytes>name, len(name))
-        for i in io_groups:
+        for i in groups:
             entry.io_groups[i // 8] |= <uint8_t>(1 << (i % 8))
         for i in range(len(names)):
             entry.acknowledged[i] = self.header.head
@@ -487,6 +491,8 @@ cdef class Ring:
         cdef uint64_t room, start
         cdef uint64_t size = self.run.row_size
         if not self.header.open_capacity:
+            if not size:
+                raise ValueError("ring: no run was begun")
             room = self._room(HEADER_ROOM + MIN_ROWS_AT_END * size, False)
             if not room:
                 return None

@@ -240,7 +240,7 @@ def make_token(address: str, server: str, secret: KeyPair) -> str:
 def read_token(text: str) -> Credentials:
     """ConfigError, in one line, for a text that is no token or not a whole one."""
     parts = "".join(text.split()).split(".")
-    if len(parts) != 3 or parts[0] != _TOKEN or not parts[1].isdecimal():
+    if len(parts) != 3 or parts[0] != _TOKEN or not re.fullmatch("[0-9]{1,4}", parts[1]):
         raise ConfigError(
             f"token: expected {_TOKEN}.NUMBER.TEXT as `larpixdaq keys invite` prints it, found {text[:24]!r}"
         )

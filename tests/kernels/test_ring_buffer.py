@@ -143,6 +143,7 @@ def test_a_run_begins_with_zero_sequence_and_counters() -> None:
         lambda ring: ring.append(INFO, b"123", 1, b""),
         lambda ring: ring.begin(2, 2, 36, ["x" * 65]),
         lambda ring: ring.begin(2, 2, 36, [str(i) for i in range(17)]),
+        lambda ring: ring.begin(2, 2, 36, [], [256]),
         lambda ring: ring.payload(0),
         lambda ring: ring.free_to(1),
         lambda ring: ring.acknowledge(1, 1, 0),
@@ -153,8 +154,26 @@ def test_a_run_begins_with_zero_sequence_and_counters() -> None:
 def test_wrong_calls_raise_an_error(wrong) -> None:
     ring = make_ring()
     ring.begin(1, 2, ROW.itemsize, ["a"])
-    with pytest.raises((ValueError, IndexError), match="ring"):
+    with pytest.raises((ValueError, IndexError), match=r"ring|io_group"):
         wrong(ring)
+
+
+def test_a_ring_has_no_rows_before_its_first_run() -> None:
+    with pytest.raises(ValueError, match="no run was begun"):
+        make_ring().rows(0, constants.BLOCK_ROWS)
+
+
+def test_a_freed_block_with_an_impossible_end_is_damage() -> None:
+    """A successor continues behind the last block: from here its end record would be written behind the memory."""
+    memory = mmap.mmap(-1, SMALLEST)
+    ring = Ring(memory, producer="LArPix board", epoch=7)
+    ring.begin(1, 2, ROW.itemsize, ["a"])
+    ring.append(INFO, bytes(ROW.itemsize), 1, b"h")
+    ring.free_to(1)
+    start = memory.find(np.array([0, 64, 1], np.uint64).tobytes())  # start, end and run of the block
+    memory[start + 8 : start + 16] = (2**64 - 64).to_bytes(8, "little")
+    with pytest.raises(ValueError, match="ring: block 0 is damaged"):
+        Ring(memory, producer="LArPix board", epoch=7, attach=True)
 
 
 def test_too_small_memory_is_an_error() -> None:

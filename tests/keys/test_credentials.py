@@ -96,6 +96,12 @@ def test_half_a_token_says_that_it_is_not_whole():
             credentials.read_token(token[:cut])
 
 
+@pytest.mark.parametrize("length", ["9" * 5000, "\u0663"])
+def test_a_token_with_an_odd_length(length):
+    with pytest.raises(ConfigError, match=r"^token: expected larpixdaq1\.NUMBER\.TEXT"):
+        credentials.read_token(f"larpixdaq1.{length}.text")
+
+
 @given(st.text())
 def test_no_text_is_taken_for_a_token(text):
     with pytest.raises(ConfigError, match=r"^token: "):
