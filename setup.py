@@ -1,7 +1,8 @@
 """Builds the compiled core: every ext/NAME.pyx becomes larpixdaq._native.NAME.
 
-LARPIXDAQ_BUILD=checked compiles with bounds checks and debug assertions, =sanitized with AddressSanitizer and UBSan
-(run that one with libasan preloaded); without it the build is the fast one.
+LARPIXDAQ_BUILD=checked compiles with bounds checks and debug assertions; =sanitized the code of the fast build with
+AddressSanitizer and UBSan (run it with libasan preloaded); =fuzzed, with CC=clang, also with counters of branches for
+bench/fuzz.py; without it the build is the fast one.
 """
 
 import os
@@ -11,11 +12,13 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 MODE = os.environ.get("LARPIXDAQ_BUILD", "fast")
-CHECKED = MODE != "fast"
+CHECKED = MODE == "checked"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 FLAGS = {
     "fast": ["-O3", "-g0"],
     "checked": ["-O1", "-g", "-UNDEBUG"],
-    "sanitized": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "sanitized": ["-O1", "-g", "-UNDEBUG", *SANITIZERS],
+    "fuzzed": ["-O1", "-g", "-UNDEBUG", *SANITIZERS, "-fsanitize=fuzzer-no-link"],
 }
 if MODE not in FLAGS:
     raise SystemExit(f"LARPIXDAQ_BUILD: expected one of {', '.join(FLAGS)}, found {MODE!r}")
@@ -25,7 +28,7 @@ extensions = [
         f"larpixdaq._native.{source.stem}",
         [str(source)],
         extra_compile_args=FLAGS[MODE],
-        extra_link_args=FLAGS[MODE] if MODE == "sanitized" else [],
+        extra_link_args=[flag for flag in FLAGS[MODE] if flag in SANITIZERS],
     )
     for source in sorted(Path("ext").glob("*.pyx"))
 ]
@@ -35,7 +38,7 @@ setup(
         extensions,
         include_path=["ext"],
         build_dir=f"build/cython-{MODE}",
-        force=CHECKED,
+        force=MODE != "fast",
         compiler_directives={
             "language_level": 3,
             "boundscheck": CHECKED,
