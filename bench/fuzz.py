@@ -10,9 +10,9 @@ It needs a build with sanitizers and counters of branches, and a Python for whic
     python3.13 -m venv .venv-fuzz && . .venv-fuzz/bin/activate
     CC=clang LARPIXDAQ_BUILD=fuzzed pip install '.[test]' atheris
 
-Prints a line for each target: executions, seconds, branches reached, inputs, findings. A finding is an input with an
-exception that is not documented, a wrong result, a report of AddressSanitizer or UBSan, or more than 30 s or 4 GiB; it
-is kept in DIR/findings with the report beside it. The exit status is 1 with findings.
+Prints a line for each target: executions, seconds, processor time, branches reached, inputs, findings. A finding is an
+input with an exception that is not documented, a wrong result, a report of AddressSanitizer or UBSan, or more than
+2 minutes or 4 GiB; it is kept in DIR/findings with the report beside it. The exit status is 1 with findings.
 
 --corpus DIR is where the search keeps its inputs (default: fuzz in the current folder). A later search goes on with
 them. --grow adds to tests/corpus those small inputs that reach branches which its inputs do not reach.
@@ -40,7 +40,7 @@ sys.path.insert(0, str(TESTS / "support"))
 MAX_BYTES = 4096
 GROWN_BYTES = 1500
 #: Seconds of one execution, and MiB of the process, that are findings.
-SLOWEST = 30
+SLOWEST = 120
 MEMORY = 4096
 #: Findings of a target after which its search ends.
 MAX_FINDINGS = 5
@@ -52,16 +52,15 @@ class Outcome(NamedTuple):
     target: str
     executions: int
     seconds: float
+    processor_seconds: float
     branches: int
     inputs: int
     findings: list[str]
 
     @property
     def line(self) -> str:
-        return (
-            f"| {self.target} | {self.executions:,} | {self.seconds:.0f} | {self.branches:,} | {self.inputs:,} |"
-            f" {len(self.findings)} |"
-        )
+        numbers = (self.executions, round(self.seconds), round(self.processor_seconds), self.branches, self.inputs)
+        return f"| {self.target} | {' | '.join(f'{n:,}' for n in (*numbers, len(self.findings)))} |"
 
 
 def environment() -> dict[str, str]:
@@ -78,9 +77,22 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(target: str, *options: str) -> subprocess.CompletedProcess[str]:
+class Run(NamedTuple):
+    """A process of libFuzzer that has ended."""
+
+    status: int
+    log: str
+    processor_seconds: float
+
+
+def run(target: str, *options: str) -> Run:
     command = [sys.executable, __file__, "--child", target, *options]
-    return subprocess.run(command, text=True, errors="replace", capture_output=True, check=False)
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        log.seek(0)
+        return Run(process.returncode, log.read(), usage.ru_utime + usage.ru_stime)
 
 
 def search(target: str, seconds: float, folder: Path) -> Outcome:
@@ -89,6 +101,7 @@ def search(target: str, seconds: float, folder: Path) -> Outcome:
     kept.mkdir(parents=True, exist_ok=True)
     findings.mkdir(exist_ok=True)
     executions = branches = 0
+    processor = 0.0
     found: list[str] = []
     began = time.monotonic()
     while (left := seconds - (time.monotonic() - began)) > 1 and len(found) < MAX_FINDINGS:
@@ -97,19 +110,22 @@ def search(target: str, seconds: float, folder: Path) -> Outcome:
             f"-timeout={SLOWEST}", f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={findings / target}-",
             "-print_final_stats=1", "-reload=0", "-use_value_profile=1",
         )  # fmt: skip
-        numbers = re.findall(r"^(?:#|stat::number_of_executed_units: )(\d+)", done.stderr, re.MULTILINE)
+        processor += done.processor_seconds
+        numbers = re.findall(r"^(?:#|stat::number_of_executed_units: )(\d+)", done.log, re.MULTILINE)
         executions += max(map(int, numbers), default=0)
-        branches = max([branches, *map(int, re.findall(r" cov: (\d+) ", done.stderr))])
-        if not done.returncode:
+        branches = max([branches, *map(int, re.findall(r" cov: (\d+) ", done.log))])
+        if not done.status:
             break
-        artifacts = re.findall(r"Test unit written to (\S+)", done.stderr)
-        found += artifacts or [f"{target}: ended with status {done.returncode} and no input: {done.stderr[-500:]}"]
+        artifacts = re.findall(r"Test unit written to (\S+)", done.log)
+        found += artifacts or [f"{target}: ended with status {done.status} and no input: {done.log[-500:]}"]
         for artifact in artifacts:
-            Path(artifact + ".txt").write_text(done.stderr[-20_000:])
+            Path(artifact + ".txt").write_text(done.log[-20_000:])
         if not artifacts:
             break
     seconds = time.monotonic() - began
-    return Outcome(target, executions, seconds, branches, len(list(kept.iterdir())), found)
+    outcome = Outcome(target, executions, seconds, processor, branches, len(list(kept.iterdir())), found)
+    print("\n".join([outcome.line, *(f"found: {finding}" for finding in found)]), file=sys.stderr, flush=True)
+    return outcome
 
 
 def grow(target: str, folder: Path) -> None:
@@ -177,8 +193,8 @@ def main() -> int:
 
 
 def text(outcomes: list[Outcome]) -> str:
-    head = ["| target | executions | seconds | branches | inputs | findings |"]
-    head += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    head = ["| target | executions | seconds | processor time, s | branches | inputs | findings |"]
+    head += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     found = [f"found: {finding}" for outcome in outcomes for finding in outcome.findings]
     return "\n".join([*head, *(outcome.line for outcome in outcomes), *found])
 

@@ -7,9 +7,10 @@ which belong to exactly the rows that were published. Rows that were decoded lat
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from larpixdaq import schema
 from larpixdaq._native.ring_buffer import END
@@ -23,6 +24,9 @@ from larpixdaq.runtime.record_file import crc32
 
 log = logging.getLogger(__name__)
 
+#: Limits of counters and times (unix ns) in the frames of a stream.
+_MOST_COUNTED: Final = 1 << 56
+_LAST_TIME: Final = (1 << 63) - 1
 _DIED = "its producer died: data that the boards sent until its successor had connected are lost"
 
 
@@ -74,6 +78,7 @@ class Predecessors:
                 if ring_file is None:
                     return None  # its producer lives, or died before the ring was made
                 ends = self._check(ring_file)
+                self._close_run(ring_file, ends)
             except FileError as error:
                 self._leave_alone(ring, error)
                 return None  # the spool waits too, because a known epoch is not taken over a second time
@@ -83,7 +88,6 @@ class Predecessors:
                 ring_file = None
                 rename_damaged(ring, f"cannot be taken over: {error}")
         if ring_file is not None:
-            self._close_run(ring_file, ends)
             ring_file.shrink()
         files: list[SpoolFile] = []
         for path in paths:
@@ -116,7 +120,7 @@ class Predecessors:
 
     def _check(self, ring_file: RingFile) -> dict[int, End]:
         """Check the headers of all blocks, and return the end records (run -> END). RingError for a wrong header; rows
-        whose CRC-32 is wrong make the ring `damaged`."""
+        whose CRC-32 is wrong, and impossible counters, make the ring `damaged`."""
         ends = {}
         ring = ring_file.ring
         for run, _, code, size, *_ in ring.runs():
@@ -135,20 +139,33 @@ class Predecessors:
             elif crc32(ring.payload(index)) != frame.crc32:
                 log.error("%s: block %d is damaged", ring_file.path, index)
                 ring_file.damaged = True
+        gaps = ring.gaps
+        numbers, times = (ring.counts, ring.outside_counts, gaps[:, 0]), gaps[:, 1:]
+        if any((number >= _MOST_COUNTED).any() for number in numbers) or (times > _LAST_TIME).any():
+            log.error("%s: its counters are damaged, and left out", ring_file.path)
+            ring_file.damaged = True
+            for table in (ring.counts, ring.outside_counts, gaps):
+                table[:] = 0
         return ends
 
     def _close_run(self, ring_file: RingFile, ends: dict[int, End]) -> None:
         """Close the open block, and end the open run with an end record.
 
-        If this process is killed meanwhile, the next one continues.
+        If this process is killed meanwhile, the next one continues. RingError when no consumer would take the result.
         """
         ring = ring_file.ring
         if not ring.run_open:
             return
         run, _, code, _, began_ns, io_groups, *_ = ring.runs()[-1]
-        died_ns = ring.alive_ns
+        died_ns = min(ring.alive_ns, time.time_ns())
+        first = ring.head
         recorder = BlockBuilder(ring, self._producer, ring.epoch, schema.layout(code), io_groups, wall=lambda: died_ns)
         recorder.resume(run, began_ns)
         until_ns = max(died_ns, self._listening_ns)
         verdicts = [LossVerdict(group, "suspect", _DIED, 0, died_ns, until_ns) for group in io_groups if group]
         ends[run] = recorder.end("recovered", [], recorder.counts(ring.outside_counts), verdicts)
+        try:
+            for index in range(first, ring.head):
+                unpack_producer(ring.packed_header(index), "the ring")
+        except ProtocolError as error:
+            raise RingError(f"run {run} cannot be ended: {error}") from None

@@ -248,6 +248,32 @@ def test_a_file_that_cannot_be_a_ring_is_kept_as_damaged(
     assert len(caplog.records) == 1
 
 
+def test_impossible_counters_are_left_out(
+    tmp_path: Path, predecessors: Predecessors, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rows are delivered, with an end record that a storage takes; the file is kept."""
+    ring_file = RingFile.make(tmp_path, tmp_path, NAME, 9, SMALLEST)
+    recorder = kill_ring_writer.BlockBuilder(ring_file.ring, NAME, 9, kill_ring_writer.LAYOUT, [1])
+    recorder.begin(1, ["storage"])
+    rows = recorder.rows()
+    assert rows is not None
+    rows[:3] = np.zeros(3, kill_ring_writer.LAYOUT.dtype)
+    ring_file.ring.counts[1, 3] = 2**60
+    ring_file.ring.mark_alive(2**64 - 1)
+    recorder.publish(3)
+    ring_file.leave()
+    (left,) = predecessors.take_over(())
+    assert left.ring_file is not None
+    assert left.ring_file.damaged
+    assert [record.message for record in caplog.records] == [
+        f"{ring_file.path}: its counters are damaged, and left out"
+    ]
+    assert [ring_file.ring.kind(index) for index in range(2)] == [BLOCK, END]
+    end = unpack_producer(left.ring_file.ring.packed_header(1), "ring")
+    assert (end, end.counts) == (left.ends[1], [])
+    left.ring_file.close()
+
+
 def test_a_cut_file_is_no_ring(tmp_path: Path) -> None:
     path = leave(tmp_path, 9)
     os.truncate(path, SMALLEST - 4096)
