@@ -386,9 +386,10 @@ def unpack_configurations(found: Configs) -> Configurations:
     decoder = zlib.decompressobj()
     try:
         data = decoder.decompress(found.registers, size)
+        more = decoder.decompress(decoder.unconsumed_tail, 1)  # also checks the checksum, which comes last
     except zlib.error as error:
         raise ProtocolError(f"configurations: {error}") from None
-    if len(data) != size or decoder.decompress(decoder.unconsumed_tail, 1):
+    if len(data) != size or more or not decoder.eof:
         raise ProtocolError(f"configurations: expected {size} bytes for {n} chips, found {len(data)} or more")
     sent, read, known = np.frombuffer(data, np.uint8).reshape(3, n, REGISTERS)
     return Configurations(found.asic, np.frombuffer(found.chips, np.uint8).reshape(n, 3), sent, read, known)

@@ -1,5 +1,7 @@
 """The tracked register values of chips, against a plain dictionary of the words that were sent and received."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from example_counts import examples
@@ -138,3 +140,17 @@ def test_no_more_is_unpacked_than_the_chips_need():
     many = Configurations("", *[np.zeros((256, REGISTERS), np.uint8)] * 4).pack()
     with pytest.raises(ProtocolError, match="expected 768 bytes for 1 chips"):
         unpack_configurations(Configs("2", bytes(3), many.registers))
+
+
+def test_cut_and_changed_configurations_are_refused():
+    """Also when all registers came out before the damage: the checksum comes last."""
+    rng = np.random.default_rng(1)
+    made = Configurations("2", np.zeros((1, 3), np.uint8), *rng.integers(0, 9, (3, 1, REGISTERS), np.uint8))
+    registers = made.pack().registers
+    for size in range(len(registers)):
+        with pytest.raises(ProtocolError, match="configurations: "):
+            unpack_configurations(Configs("2", bytes(3), registers[:size]))
+    for at in range(len(registers)):
+        changed = registers[:at] + bytes([registers[at] ^ 16]) + registers[at + 1 :]
+        with contextlib.suppress(ProtocolError):  # a few bits behind the data have no meaning
+            np.testing.assert_equal(unpack_configurations(Configs("2", bytes(3), changed)), made)
