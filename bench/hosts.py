@@ -4,9 +4,8 @@
 
 The hosts are network namespaces, joined by a pair of the kernel's virtual Ethernet devices. Without --rate, emulated
 PACMANs send as fast as the producer receives their words (`--when-full wait`); with it they send R packets/s in all.
-The kinds of lines take turns; in an "unpacked" one the consumers do not ask for packed rows. "cores" is processor time
-divided by the time of sending, "ns a packet" that of all processes but the boards until the last packet is stored.
-Needs root.
+The kinds of lines take turns; in an "unpacked" one the consumers do not ask for packed rows. The figures are those of
+saturated.py; "ns a packet" is its "ns". Needs root.
 """
 
 from __future__ import annotations
@@ -18,17 +17,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from common import STEP, argument_parser, begin_run, machine, processor_seconds
-from emulated_board import Emulator
-from loss_accounting import parts_of, tally
+from common import argument_parser, machine
 from network import PREFIX, Network, missing_rights
-from processes import until
+from null_line import OFFERED
 from saturated import measure
-from system import System
 from two_hosts import NAMES, two_hosts
 
 #: Kind of line -> whether it uses no keys, and whether rows are packed. The last one is the measure of the others.
@@ -71,38 +66,6 @@ def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
 
 
-def at_rate(line: System, boards: int, words: str, seconds: float, rate: float) -> dict[str, Any]:
-    """Run the line at a given rate, as saturated.measure() does at the highest one."""
-    options = ["--io-groups", str(boards), "--words-per-message", words, "--rate", str(rate / boards)]
-    with contextlib.closing(Emulator(*options, "--lossless", "--wait-for-go")) as board:
-        operator = begin_run(line, "--pacman", *board.addresses)
-        pids = {key: process.popen.pid for key, process in line.processes.items()} | {"boards": board.process.pid}
-        before = {key: processor_seconds(pid) for key, pid in pids.items()}
-        board.go()
-        time.sleep(seconds)
-        used = {key: (processor_seconds(pid) - before[key]) / seconds for key, pid in pids.items()}
-        board.stop()
-        counts = board.finish()["sent"]
-        data = sum(words["D"] for words in counts.values())
-        producer = lambda: line.status_of(operator, "producer")  # noqa: E731
-        until(lambda: producer()["packets"] >= data and not producer()["owed_blocks"], "all words to be stored", STEP)
-        spent = sum(processor_seconds(pid) - before[key] for key, pid in pids.items() if key != "boards")
-        seen = operator.packet_rate(channels=False).result(STEP)["seen"]
-        ended = operator.end_run().result(STEP)
-    sent = {int(group): words["words"] for group, words in counts.items()}
-    totals = tally(parts_of([line.data], ended["run"], LABEL))
-    return {
-        "sent": sum(sent.values()),
-        "lost": sum(totals.unaccounted(sent).values()),
-        "rate": sum(sent.values()) / seconds,
-        "condition": ended["condition"],
-        "problems": totals.problems,
-        "seen": round(seen, 3),
-        "ns": 1e9 * spent / sum(sent.values()),
-        "cores": {key: round(cores, 3) for key, cores in used.items()},
-    }
-
-
 def once(kind: str, options: Any) -> dict[str, Any]:
     insecure, packed = KINDS[kind]
     with (
@@ -115,9 +78,8 @@ def once(kind: str, options: Any) -> dict[str, Any]:
             (Path(folder) / "sitecustomize.py").write_text(UNPACKED)
             env["PYTHONPATH"] = os.pathsep.join([folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         line = stack.enter_context(two_hosts(Path(folder), net, insecure=insecure, env=env))
-        if options.rate:
-            return at_rate(line, options.boards, options.words, options.seconds, options.rate)
-        return measure(line, options.boards, options.words, options.seconds, "64MiB", LABEL)
+        rate = options.rate or OFFERED
+        return measure(line, options.boards, options.words, options.seconds, "64MiB", rate=rate, label=LABEL)
 
 
 def main() -> int:

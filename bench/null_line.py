@@ -144,11 +144,10 @@ def _processes() -> Iterator[list[Any]]:
                 process.join()
 
 
-def offer(boards: int, words: str) -> tuple[str, ...]:
-    """Return the emulator's options for boards that send as fast as their words are received."""
-    rate = str(OFFERED / boards)
+def offer(boards: int, words: str, rate: float = OFFERED) -> tuple[str, ...]:
+    """Return the emulator's options for boards that send `rate` words/s in all, or as fast as these are received."""
     always = ("--lossless", "--wait-for-go")
-    return "--io-groups", str(boards), "--words-per-message", words, "--rate", rate, *always
+    return "--io-groups", str(boards), "--words-per-message", words, "--rate", str(rate / boards), *always
 
 
 def measure(boards: int, words: str, seconds: float, directory: Path | None = None) -> dict[str, Any]:

@@ -27,9 +27,18 @@ from processes import until
 from system import System, system
 
 
-def measure(line: System, boards: int, words: str, seconds: float, ring: str, label: str = "") -> dict[str, Any]:
-    """Measure a line. `label`: of its storage, in the names of the files."""
-    with contextlib.closing(Emulator(*null_line.offer(boards, words))) as board:
+def measure(
+    line: System,
+    boards: int,
+    words: str,
+    seconds: float,
+    ring: str,
+    *,
+    rate: float = null_line.OFFERED,
+    label: str = "",
+) -> dict[str, Any]:
+    """Measure a line. `rate`: words/s of all boards; `label`: of its storage, in the names of the files."""
+    with contextlib.closing(Emulator(*null_line.offer(boards, words, rate))) as board:
         operator = begin_run(line, "--ring", ring, "--when-full", "wait", "--pacman", *board.addresses)
         pids = {key: process.popen.pid for key, process in line.processes.items()} | {"boards": board.process.pid}
         before = {key: processor_seconds(pid) for key, pid in pids.items()}
@@ -58,7 +67,7 @@ def measure(line: System, boards: int, words: str, seconds: float, ring: str, la
         "problems": totals.problems,
         "seen": round(seen, 3),
         "ns": 1e9 * spent / sum(sent.values()),
-        "cores": {key: round(cores, 2) for key, cores in used.items()},
+        "cores": {key: round(cores, 3) for key, cores in used.items()},
         "bytes_a_row": round(sum(path.stat().st_size for path in parts) / totals.rows, 2),
     }
 
