@@ -22,6 +22,7 @@ PRODUCER: Final = "producer"
 RUN_DATA: Final = "run_data"
 STORAGE: Final = "storage"
 LOG: Final = "log"
+SUPERVISOR: Final = "supervisor"
 # Phases of a run in the catalogue. The core writes a phase before it instructs the components, so that after its death
 # the next core knows the step that was not finished.
 PREPARING: Final = "PREPARING"

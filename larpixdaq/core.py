@@ -19,7 +19,7 @@ import msgspec
 import zmq
 
 from larpixdaq import config
-from larpixdaq.constants import LOG, LOST, PRODUCER, RUN_DATA, STOP, STORAGE
+from larpixdaq.constants import LOG, LOST, PRODUCER, RUN_DATA, STOP, STORAGE, SUPERVISOR
 from larpixdaq.control.audit import Audit
 from larpixdaq.control.catalogue import Catalogue
 from larpixdaq.control.log_shipping import LogShipper
@@ -484,7 +484,7 @@ class Core:
         return next((log for log in logs if log is not None), Endpoint(self._log_address if self._insecure else ""))
 
     def _current_state(self) -> dict[str, Any]:
-        """Return the fields of an Update. Only components that listen get `keys` and `consumers`."""
+        """Return the fields of an Update for all kinds of peers."""
         streams = {component.name: _endpoint(component, "stream") for component in self._peers.of_kind(PRODUCER)}
         consumers = [*self._peers.of_kind(STORAGE), *self._peers.of_kind(RUN_DATA)]
         return {
@@ -498,13 +498,22 @@ class Core:
                 component.name: ConsumerSession(component.member.public, session_digest(component.session))
                 for component in consumers
             },
+            "registered": {
+                name: pid
+                for name, component in self._peers.components.items()
+                if isinstance(pid := component.info.get("pid"), int)
+            },
             "next_server": self._keys.next_server if self._keys is not None else "",
         }
 
     def _state_for(self, peer: Peer) -> dict[str, Any]:
+        """Return the fields of an Update for a peer. Only components that listen get `keys` and `consumers`."""
         state = self._current_state()
-        if not isinstance(peer, Component) or peer.kind not in (PRODUCER, LOG):
+        kind = peer.kind if isinstance(peer, Component) else ""
+        if kind not in (PRODUCER, LOG):
             del state["keys"], state["consumers"]
+        if kind != SUPERVISOR:
+            del state["registered"]
         if peer.member.role == "owner":  # finds the connection file
             del state["next_server"]
         return state

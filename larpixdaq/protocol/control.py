@@ -37,7 +37,7 @@ MAX_TEXT: Final = 1 << 16
 MAX_DEPTH: Final = 32
 Id = Annotated[str, Meta(max_length=64)]
 _Amount = Annotated[int, Meta(ge=0)]
-Kind = Literal["producer", "run_data", "storage", "log"]
+Kind = Literal["producer", "run_data", "storage", "log", "supervisor"]
 
 
 def encode_numpy(value: Any) -> Any:
@@ -215,8 +215,9 @@ class Update(Message, tag="update"):
     """State of the core: the answer to each heartbeat, and a message to all peers after each change.
 
     `keys`: for components that listen themselves, the keys that may connect to them, with the component's name to
-    which a key belongs, or "" for any. `consumers`: for producers, the registered consumers by name. `next_server`: for
-    peers with an invitation's key, the core's public key from its next start on, "" if it stays.
+    which a key belongs, or "" for any. `consumers`: for producers, the registered consumers by name. `registered`: for
+    supervisors, the process ids of all components by name. `next_server`: for peers with an invitation's key, the
+    core's public key from its next start on, "" if it stays.
     """
 
     state: Literal["STOP", "READY", "RUN"] = "STOP"
@@ -226,6 +227,7 @@ class Update(Message, tag="update"):
     insecure: bool = False
     keys: Annotated[dict[Key, Annotated[str, Meta(max_length=64)]], Meta(max_length=2000)] = {}
     consumers: dict[str, ConsumerSession] = {}
+    registered: dict[str, int] = {}
     next_server: Annotated[str, Meta(max_length=40)] = ""
 
     @property

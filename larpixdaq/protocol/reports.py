@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, NamedTuple, TypeVar
 import msgspec
 from msgspec import Meta
 
-from larpixdaq.constants import LOG, PRODUCER, RUN_DATA, STORAGE, rows_made
+from larpixdaq.constants import LOG, PRODUCER, RUN_DATA, STORAGE, SUPERVISOR, rows_made
 from larpixdaq.errors import ComponentError
 from larpixdaq.keys.peer_limits import LimitReached
 from larpixdaq.protocol.stream import End, RunNumber
@@ -205,13 +205,32 @@ class LogStatus(msgspec.Struct):
     load: LoadShares | None = None
 
 
-Status = ProducerStatus | StorageStatus | MonitorStatus | LogStatus
+class SupervisedProcess(msgspec.Struct):
+    """A process that a supervisor has started, or adopted from an earlier supervisor."""
+
+    name: str  # of the component; "core" for the core
+    module: str = ""  # of larpixdaq
+    pid: int | None = None
+    state: str = ""  # "running", "waiting" (until it is started again), "ending" or "given up"
+    since: float = 0.0  # unix seconds of the last change of `state`
+    restarts: int = 0
+    last_exit: str = ""  # such as "killed by SIGKILL" or "ended with status 1"; "" before the first
+    last_line: str = ""  # of its output, before its last exit
+
+
+class SupervisorStatus(msgspec.Struct):
+    processes: list[SupervisedProcess] = []
+    load: LoadShares | None = None
+
+
+Status = ProducerStatus | StorageStatus | MonitorStatus | LogStatus | SupervisorStatus
 #: The type of a component's status, by its kind.
 STATUS: Final[dict[str, type[Status]]] = {
     PRODUCER: ProducerStatus,
     STORAGE: StorageStatus,
     RUN_DATA: MonitorStatus,
     LOG: LogStatus,
+    SUPERVISOR: SupervisorStatus,
 }
 
 
