@@ -531,7 +531,7 @@ class Core:
             self.send_to(peer, Update(**self._state_for(peer)))
 
 
-def main(argv: list[str] | None = None) -> int:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="larpixdaq-core",
         description="The core of larpix-daq: knows all components, owns the run state, and serves the Operators.",
@@ -540,7 +540,11 @@ def main(argv: list[str] | None = None) -> int:
     config.add_log_address_argument(parser)
     config.add_state_dir_argument(parser)
     config.add_insecure_argument(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = argument_parser().parse_args(argv)
 
     def run() -> None:
         address = config.listen_address(args.address, config.CORE_PORT)

@@ -223,7 +223,7 @@ def serve(core: str, name: str, address: str, path: Path, *, insecure: bool) -> 
         file.take(socket, check)
 
 
-def main(argv: list[str] | None = None) -> int:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="larpixdaq-log",
         description="Collect the log records of all components of larpix-daq in one file. At 64 MiB the file is "
@@ -235,7 +235,11 @@ def main(argv: list[str] | None = None) -> int:
     config.add_component_arguments(parser, "Log")
     config.add_state_dir_argument(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="the file (default log.txt in the state directory)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = argument_parser().parse_args(argv)
 
     def run() -> None:
         core = config.address(args.core, config.CORE_PORT)

@@ -182,7 +182,7 @@ def _command(text: str) -> tuple[str, ...]:
     return words
 
 
-def main(argv: list[str] | None = None) -> int:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="larpixdaq-offline-storage", description="Write the data of producers into LArPix+HDF5 files."
     )
@@ -193,7 +193,11 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     config.add_state_dir_argument(parser)
     add_own_arguments(parser)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = argument_parser().parse_args(argv)
 
     def work() -> None:
         storage = Storage(options)

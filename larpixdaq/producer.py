@@ -447,12 +447,16 @@ def _report(board: BoardStatus) -> BoardReport:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="larpixdaq-producer", description="Launch a producer: reads packets from boards and sends them on"
+    )
     config.add_component_arguments(parser, DEFAULT_NAME)
     source_options.add_arguments(parser)
     config.add_state_dir_argument(parser)
     config.add_address_argument(parser, None, " (default: the interface that reaches the core, a free port)")
     add_own_arguments(parser)
+    return parser
 
 
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
@@ -474,11 +478,7 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="larpixdaq-producer", description="Launch a producer: reads packets from boards and sends them on"
-    )
-    add_arguments(parser)
-    options = parser.parse_args(argv)
+    options = argument_parser().parse_args(argv)
 
     def work() -> None:
         with contextlib.ExitStack() as stack:

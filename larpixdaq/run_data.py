@@ -120,12 +120,16 @@ def _handler(method: Callable[..., Any]) -> Callable[..., Any]:
     return handler
 
 
-def main(argv: list[str] | None = None) -> int:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="larpixdaq-run-data", description="Launch the data consumer providing the online data monitor"
     )
     config.add_component_arguments(parser, DEFAULT_NAME)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = argument_parser().parse_args(argv)
 
     def work() -> None:
         monitor = Monitor()

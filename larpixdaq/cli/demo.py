@@ -14,21 +14,24 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from larpixdaq import config
 from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, ring_files
-from larpixdaq.cli.system import connect, plain_console, wait_for
+from larpixdaq.cli.detector import UP_LIMIT, connect
+from larpixdaq.cli.system import plain_console
 from larpixdaq.emulators import pacman
-from larpixdaq.errors import ComponentError, FileError
+from larpixdaq.errors import ComponentError, FileError, NoCore
 from larpixdaq.hdf5 import verify
 from larpixdaq.hdf5.reader import count_words
 from larpixdaq.operator import Operator
 from larpixdaq.producer import DEFAULT_NAME as PRODUCER
-from larpixdaq.runtime.launcher import Group, components, free_port
+from larpixdaq.runtime.launcher import Entry, Group, components, free_port
 from larpixdaq.runtime.units import parse_positive, parse_whole
 
 #: Maximum seconds until every process runs, and of every step of a run.
@@ -191,8 +194,9 @@ def _take_run(options: argparse.Namespace, group: Group, state: Path, console: C
     for module, arguments in components(core, log, options.output_dir, state, [*source, "--pacman", *boards]):
         group.start(module, *arguments)
     processes = group.entries()
-    with connect(core, group, processes) as operator:
-        wait_for(operator, {"producer", "storage", "run_data"}, group, processes)
+    own = next(entry.pid for entry in processes if entry.module == "core")
+    with connect(core, group.check, lambda: own) as operator:
+        _wait_for(operator, {"producer", "storage", "run_data"}, group, processes)
         if not tile:
             console.print(f"{len(boards)} emulated boards, {options.rate:g} packets/s for {options.seconds:g} s")
         operator.prepare_run(comment="larpixdaq demo", kind="demo").result(timeout=STEP_LIMIT)
@@ -218,6 +222,29 @@ def _take_run(options: argparse.Namespace, group: Group, state: Path, console: C
         ok = ended["condition"].startswith("COMPLETE") and outcome["verified"] and calibration["registers_ok"]
         outcome |= {"ok": ok and not outcome["lost"], "calibration": calibration}
     return outcome
+
+
+def _wait_for(operator: Operator, kinds: set[str], group: Group, processes: Sequence[Entry]) -> None:
+    """Wait until each of these kinds has a living component in one of `processes`.
+
+    Raises ComponentError after UP_LIMIT seconds, or if a process of the group has ended with an error.
+    """
+    deadline = time.monotonic() + UP_LIMIT
+    host = config.process_identity()["host"]
+    own = {(host, entry.pid) for entry in processes}
+    while True:
+        group.check()
+        try:
+            registered = operator.components().result(timeout=UP_LIMIT)
+            own_alive = [c for c in registered if c["alive"] and (c["info"].get("host"), c["info"].get("pid")) in own]
+            missing = kinds - {c["kind"] for c in own_alive}
+        except NoCore:
+            missing = {"core"}
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            raise ComponentError(f"waited {UP_LIMIT:g} s for {', '.join(sorted(missing))}")
+        time.sleep(0.05)
 
 
 def _start_emulator(options: argparse.Namespace, group: Group) -> subprocess.Popen[bytes]:

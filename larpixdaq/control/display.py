@@ -22,6 +22,8 @@ from larpixdaq.protocol.reports import (
     ProducerStatus,
     Status,
     StorageStatus,
+    SupervisedProcess,
+    SupervisorStatus,
 )
 from larpixdaq.runtime.timing import load_text
 from larpixdaq.runtime.units import size, utc
@@ -29,6 +31,8 @@ from larpixdaq.runtime.units import size, utc
 Facts = dict[str, Any]
 #: Maximum number of rows of a table, half of them from its end, and of elements of an array.
 MAX_SHOWN: Final = 20
+#: States of a process under supervision in which it does not do its work.
+NOT_RUNNING: Final = ("waiting", "given up")
 #: Seconds for which the text of `status` shows a limit that a peer has reached.
 _LIMITS_SHOWN: Final = 3600.0
 #: Keys of results whose values are times (unix s).
@@ -86,6 +90,8 @@ def _is_alarming(component: Facts) -> bool:
     status = _status(component)
     if status is None:  # of another version; it may say that the storage is paused
         return component["kind"] in STATUS and bool(component["status"])
+    if isinstance(status, SupervisorStatus):
+        return any(process.state in NOT_RUNNING for process in status.processes)
     return isinstance(status, StorageStatus) and bool(status.paused)
 
 
@@ -113,6 +119,8 @@ def _details(component: Facts) -> str:
     elif isinstance(status, LogStatus):
         counts = {"records lost": status.lost, "lines held back": status.held_back}
         parts += [f"{number} {words}" for words, number in counts.items() if number]
+    elif isinstance(status, SupervisorStatus):
+        parts += _supervisor(status)
     if status is not None and status.load is not None:
         parts.append(load_text(msgspec.structs.asdict(status.load)))
     return "; ".join(parts)
@@ -155,7 +163,28 @@ def _alarms(component: Facts) -> list[str]:
             f"DAMAGED FILE KEPT: {name}: {path} could not be read whole; move it away" for path in status.kept_aside
         ]
         alarms += [f"{board.name}: {text}" for board in status.boards if (text := _disconnection(board))]
+    elif isinstance(status, SupervisorStatus):
+        alarms += [_not_running(process) for process in status.processes if process.state in NOT_RUNNING]
     return alarms
+
+
+def _not_running(process: SupervisedProcess) -> str:
+    why = ": ".join(part for part in (process.last_exit, process.last_line) if part)
+    again = "`larpixdaq up` tries again" if process.state == "given up" else "it is started again soon"
+    return f"{process.state.upper()}: {process.name}: {why}; {again}"
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
+
+
+def _supervisor(status: SupervisorStatus) -> list[str]:
+    running = sum(process.state == "running" for process in status.processes)
+    restarted = [process for process in status.processes if process.restarts]
+    return [
+        f"{running} of {len(status.processes)} processes running",
+        *(f"{each.name} was started again {_times(each.restarts)}, last: it {each.last_exit}" for each in restarted),
+    ]
 
 
 def _limits(where: str, limits: list[Facts]) -> list[str]:

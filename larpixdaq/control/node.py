@@ -128,15 +128,19 @@ class Node:
 
     # Called by the main loop.
 
+    def start(self) -> None:
+        """Start the thread, which registers with the core when there is one. dispatch() then applies its updates."""
+        self._shipper.attach()
+        self._link.start()
+
     def connect(self, timeout: float | None = None, *, signals: Signals | None = None) -> None:
         """Start the thread and register with the core.
 
         Raises NoCore after `timeout` (default 5) seconds without a message from a core, RequestError when the core
         refuses (after 5 s if the name is in use), and Stopped when `signals` has caught a signal.
         """
-        self._shipper.attach()
         limit = REGISTER_LIMIT if timeout is None else timeout
-        self._link.start()
+        self.start()
         started = time.monotonic()
         poller = zmq.Poller()
         poller.register(self._ready.fileno(), zmq.POLLIN)
@@ -304,7 +308,7 @@ class Node:
             self._log = message.log
             state = (
                 message.session, message.state, message.run, message.producers, message.keys, message.consumers,
-                message.insecure,
+                message.insecure, message.registered,
             )  # fmt: skip
             if state == self._known_state:
                 return

@@ -157,7 +157,7 @@ def read(path: Path) -> Credentials | None:
         raise FileError(f"{path}: expected a key, found {error}; remove it and join again") from None
 
 
-def _is_ours(address: str) -> bool:
+def is_of_this_host(address: str) -> bool:
     """Whether an address is of this host."""
     host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     try:
@@ -182,7 +182,7 @@ def find(core: str, name: str = "") -> Credentials | None:
     for address in addresses if name else ():
         if (found := read(joined_file(address, name))) is not None:
             return found
-    if core.startswith("tcp://") and _is_ours(addresses[-1]):
+    if core.startswith("tcp://") and is_of_this_host(addresses[-1]):
         addresses.append(f"tcp://*:{core.rpartition(':')[2]}")
     for address in addresses:
         if (found := read(connection_file(address))) is not None:

@@ -214,7 +214,7 @@ class SupervisedProcess(msgspec.Struct):
     state: str = ""  # "running", "waiting" (until it is started again), "ending" or "given up"
     since: float = 0.0  # unix seconds of the last change of `state`
     restarts: int = 0
-    last_exit: str = ""  # such as "killed by SIGKILL" or "ended with status 1"; "" before the first
+    last_exit: str = ""  # such as "was killed by SIGKILL" or "ended with status 1"; "" before the first
     last_line: str = ""  # of its output, before its last exit
 
 

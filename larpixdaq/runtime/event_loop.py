@@ -125,8 +125,10 @@ class Signals:
             while not signals.stop: poll([..., signals.fileno()])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reload: int | None = None) -> None:
+        """`reload`: a signal that does not end the process, but makes `take_reload()` return True."""
         self.stop = False
+        self._reload, self._reloads = reload, False
         self._handlers: dict[int, Any] = {}  # of the signals outside of this context
         self._wakeup = -1
         self._waker = Waker()
@@ -138,10 +140,22 @@ class Signals:
         _accept_signal()
         self.stop = True
 
+    def _handle_reload(self, number: int, frame: FrameType | None) -> None:
+        self._reloads = True
+
+    def take_reload(self) -> bool:
+        """Return whether the reload signal has come since the last call."""
+        if not self.stop:
+            self._waker.clear()
+        came, self._reloads = self._reloads, False
+        return came
+
     def __enter__(self) -> Signals:
         # Python's C handler writes a byte at once, so that a signal between the test of `stop` and the poll wakes it
         self._wakeup = signal.set_wakeup_fd(self._waker.write_end, warn_on_full_buffer=False)
         self._handlers = _catch_signals(self._handle)
+        if self._reload is not None:
+            self._handlers[self._reload] = signal.signal(self._reload, self._handle_reload)
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -1,4 +1,4 @@
-"""Starts, watches and ends the processes of a system on one machine, for `larpixdaq up`, `down` and `demo`.
+"""Starts and ends the processes of a system on one machine, for `larpixdaq up`, `down`, `demo` and the supervisor.
 
 Finds out whether systemd-logind removes this user's files from /dev/shm at the user's last log-out.
 """
@@ -41,24 +41,68 @@ _DIRECTORIES: Final = ("usr/lib/systemd", "usr/local/lib/systemd", "run/systemd"
 _SYSTEM_UID_MAX: Final = 999
 
 
+class Wanted(msgspec.Struct, frozen=True):
+    """A process of a plan. `name`: of its component; "core" for the core."""
+
+    module: str
+    name: str
+    arguments: list[str]
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """The processes that `larpixdaq up` wants, for the supervisor.
+
+    `id` is another one at each `up`. `core`: address of the core. `directory`: working directory of the processes.
+    `supervisor`: name of the supervisor as a component. `force`: change processes also in a run.
+    """
+
+    id: str
+    core: str
+    directory: str
+    processes: list[Wanted]
+    supervisor: str = "Supervisor"
+    insecure: bool = False
+    force: bool = False
+
+
 class Entry(msgspec.Struct, frozen=True):
-    """Process in the list of `larpixdaq up`. `started` (see start_time) tells it from a later process with its id."""
+    """A process under supervision, as its supervisor has written it. `started` (see start_time) tells it from a later
+    process with its id; both are 0 while it does not run.
+
+    `registered`: whether this process has registered with the core; the core itself: whether it has answered.
+    `failures`: number of starts in a row that ended before. Other fields as in reports.SupervisedProcess.
+    """
 
     module: str
     pid: int
     started: int
     arguments: list[str] = []
+    name: str = ""
+    state: str = "running"
+    registered: bool = False
+    since: float = 0.0
+    restarts: int = 0
+    failures: int = 0
+    last_exit: str = ""
+    last_line: str = ""
 
 
 class RunningSystem(msgspec.Struct, frozen=True):
-    """Processes that `larpixdaq up` has started, in the order of starting.
+    """The processes of `larpixdaq up`, in the order of starting, as their supervisor has written them.
 
-    `core`: address of the core. `directory`: working directory of `up`, for relative paths in the arguments.
+    `core`: address of the core. `directory`: working directory of `up`, for relative paths in the arguments. `plan`: id
+    of the plan that is in effect. `waiting`: why some of its changes are not, and their names. `supervisor`: the
+    supervisor itself, whose last problem with the core is `problem`.
     """
 
     core: str
     processes: list[Entry]
     directory: str = ""
+    plan: str = ""
+    waiting: str = ""
+    supervisor: Entry | None = None
+    insecure: bool = False
+    problem: str = ""
 
 
 def free_port() -> int:
@@ -199,10 +243,40 @@ def up_lock(state_dir: Path) -> Iterator[None]:
 
 
 def write_running(state_dir: Path, running: RunningSystem) -> None:
-    path = running_file(state_dir)
+    _write(running_file(state_dir), running)
+
+
+def plan_file(state_dir: Path) -> Path:
+    return state_dir / "plan.json"
+
+
+def write_plan(state_dir: Path, plan: Plan) -> None:
+    _write(plan_file(state_dir), plan)
+
+
+def read_plan(state_dir: Path) -> Plan | None:
+    """Return the plan of the last `up` in this state directory, None if there is none. Raises FileError."""
+    path = plan_file(state_dir)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Plan)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise FileError(f"{path}: not the plan that `larpixdaq up` writes: {error}") from None
+
+
+def _write(path: Path, content: msgspec.Struct) -> None:
+    """Write a file that only this user can read, whole or not at all, also in a power cut. Raises FileError."""
     new = path.with_suffix(".new")
-    new.write_bytes(msgspec.json.encode(running))
-    new.replace(path)
+    try:
+        new.unlink(missing_ok=True)
+        with open(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(content), indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:
+        raise error if isinstance(error, FileError) else FileError(f"{path}: {error.strerror}") from None
 
 
 def is_running(entry: Entry) -> bool:
@@ -210,22 +284,44 @@ def is_running(entry: Entry) -> bool:
     return start_time(entry.pid) == entry.started
 
 
+def send_signal(entry: Entry, number: signal.Signals) -> bool:
+    """Send a signal to the process. Returns False if it does not run any more."""
+    try:
+        process = os.pidfd_open(entry.pid)
+    except OSError:
+        return False
+    try:
+        if not is_running(entry):  # looked at after pidfd_open(), so that another process with its id gets no signal
+            return False
+        signal.pidfd_send_signal(process, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(process)
+    return True
+
+
+def end_process(entry: Entry, limit: float = END_LIMIT) -> bool:
+    """End a process, and wait until it has ended. Returns False if it had to be killed."""
+    try:
+        process = os.pidfd_open(entry.pid)
+    except OSError:
+        return True
+    try:
+        if send_signal(entry, signal.SIGTERM) and not select.select([process], [], [], limit)[0]:
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [], limit)
+            return False
+    except ProcessLookupError:  # it has just ended
+        pass
+    finally:
+        os.close(process)
+    return True
+
+
 def end_running(running: RunningSystem) -> list[str]:
     """End the processes in the reverse order of starting. Returns the modules that had to be killed."""
-    killed = []
-    for entry in reversed(running.processes):
-        if not is_running(entry):
-            continue
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            process = os.pidfd_open(entry.pid)
-            try:
-                signal.pidfd_send_signal(process, signal.SIGTERM)
-                if not select.select([process], [], [], END_LIMIT)[0]:
-                    signal.pidfd_send_signal(process, signal.SIGKILL)
-                    killed.append(entry.module)
-            finally:
-                os.close(process)
-    return killed
+    return [entry.module for entry in reversed(running.processes) if is_running(entry) and not end_process(entry)]
 
 
 def logind_removes_files(directory: Path, uid: int, root: Path = Path("/")) -> bool:

@@ -28,6 +28,8 @@ from larpixdaq.schema import ASICS, Asic
 from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT, REVISIONS
 from larpixdaq.sources.source import Source
 
+#: The options that name a source.
+SOURCES: Final = ("--serial", "--pacman", "--bern", "--replay", "--fake", "--io-config")
 #: The key for all other boards in revisions by io_group.
 ALL: Final = 0
 #: Packets per second of `--fake` without a rate.
@@ -65,10 +67,13 @@ class BoardAddress(NamedTuple):
     command_port: int
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the producer's options for sources; create() makes the sources of the parsed options."""
+def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add the producer's options for sources; create() makes the sources of the parsed options.
+
+    `required`: the parser refuses a command line that names no source.
+    """
     group = parser.add_argument_group("source", "where the packets come from: exactly one of these")
-    kind = group.add_mutually_exclusive_group(required=True)
+    kind = group.add_mutually_exclusive_group(required=required)
     kind.add_argument("--serial", metavar="DEVICE", help="a board on a serial line, such as /dev/ttyUSB0 (io_group 1)")
     kind.add_argument(
         "--pacman",
@@ -143,6 +148,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "skipped",
     )
     board.add_argument("--io-groups", type=parse_whole, metavar="N", help="number of boards of --fake (default: 1)")
+
+
+def names_source(args: argparse.Namespace) -> bool:
+    """Return whether the options name a source."""
+    return any(getattr(args, option[2:].replace("-", "_")) is not None for option in SOURCES)
 
 
 def create(args: argparse.Namespace) -> list[Source]:

@@ -1,0 +1,601 @@
+"""Commands `larpixdaq up`, `down` and `config`: start and end the processes of a detector on this host, and show its
+configuration file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pwd
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from larpixdaq import config, core, log, offline_storage, producer, run_data, supervisor
+from larpixdaq.constants import STOP
+from larpixdaq.detector_config import DetectorConfig, Explanation, Program, explanations, json_schema
+from larpixdaq.errors import ComponentError, ConfigError, FileError, LarpixDaqError, NoCore
+from larpixdaq.keys.credentials import is_of_this_host
+from larpixdaq.operator import Operator
+from larpixdaq.runtime.file_access import state_dir
+from larpixdaq.runtime.launcher import (
+    END_LIMIT,
+    Entry,
+    Plan,
+    RunningSystem,
+    Wanted,
+    command,
+    components,
+    end_process,
+    end_running,
+    is_running,
+    logind_removes_files,
+    plan_file,
+    read_plan,
+    read_running,
+    running_file,
+    send_signal,
+    up_lock,
+    write_plan,
+)
+from larpixdaq.runtime.units import utc
+from larpixdaq.sources import options as source_options
+
+#: Maximum seconds until every process that `up` starts has registered.
+UP_LIMIT = 20.0
+#: Maximum seconds until `down` has aborted a run in progress.
+ABORT_LIMIT = 40.0
+#: Seconds between two looks at the supervisor's list while `up` waits.
+_LOOK: Final = 0.02
+#: The programs whose options a configuration file has, in the order of starting.
+PROGRAMS: Final = (
+    Program("core", "core", False, core.argument_parser),
+    Program("log", "log", False, log.argument_parser),
+    Program("offline_storage", "storages", True, offline_storage.argument_parser),
+    Program("run_data", "monitors", True, run_data.argument_parser),
+    Program("producer", "producers", True, producer.argument_parser, source_options.create),
+)
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser(
+        "up",
+        help="start the processes of this host",
+        description="Starts the processes that a configuration file has for this host, or, without a file, core, log, "
+        "offline storage, online monitor and a producer, with these options. They run in the background under a "
+        "supervisor, which starts them again when they end. `larpixdaq down` ends them. The same command again starts "
+        "what was given up; after a change of the file it restarts what has changed, but not in a run.",
+        allow_abbrev=False,
+    )
+    file = parser.add_argument_group("with a configuration file", "which has all other options")
+    _add_file_arguments(file, "?")
+    file.add_argument("--force", action="store_true", help="restart what has changed also while a run is in progress")
+    file.add_argument(
+        "--foreground", action="store_true", help="be the supervisor, in place of starting it in the background"
+    )
+    file.add_argument("--systemd", action="store_true", help="only print a unit of systemd that runs this command")
+    _add_own_arguments(parser)
+    offline_storage.add_own_arguments(parser)
+    source_options.add_arguments(parser, required=False)
+    producer.add_own_arguments(parser)
+    parser.set_defaults(function=up, wrong_usage=parser.error)
+    parser = commands.add_parser(
+        "down",
+        help="end what `larpixdaq up` started",
+        description="Ends what `larpixdaq up` started on this host, and waits until it has. A run in progress is "
+        "aborted if the core is among it: its data are stored, its condition is ABORTED.",
+    )
+    _add_file_arguments(parser, "?")
+    config.add_state_dir_argument(parser)
+    parser.set_defaults(function=down, wrong_usage=parser.error)
+    parser = commands.add_parser(
+        "config",
+        help="show a configuration file as it is understood",
+        description="Checks a configuration file, and prints it with all values and the line that each comes from.",
+    )
+    _add_file_arguments(parser, "?")
+    parser.add_argument("--commands", action="store_true", help="print the commands that `up` runs on the host instead")
+    parser.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="say what the keys are for: all, or those that contain KEY, such as producers.NAME.ring or ring",
+    )
+    parser.add_argument("--markdown", action="store_true", help="with --explain: as a table for documentation")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of the file, for editors")
+    parser.set_defaults(function=show, wrong_usage=parser.error)
+
+
+def _add_file_arguments(parser: Any, number: str) -> None:
+    parser.add_argument(
+        "file", nargs=number, type=Path, metavar="FILE", help="configuration file, such as detector.toml"
+    )
+    parser.add_argument("--host", metavar="NAME", help="the host of the file that this one is (default: found out)")
+
+
+def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `up` itself. All others belong to the storage or the producer, which get them unchanged."""
+    config.add_address_argument(parser)
+    config.add_log_address_argument(parser, None)
+    config.add_state_dir_argument(parser)
+    config.add_insecure_argument(parser)
+    parser.add_argument(
+        "-o", "--output-dir", type=Path, default=Path("."), metavar="DIR", help="for the files (default .)"
+    )
+
+
+# The commands.
+
+
+def up(options: argparse.Namespace) -> int:
+    if options.file is None:
+        if options.host or options.force or options.systemd:
+            options.wrong_usage("--host, --force and --systemd go with a configuration file")
+        if not source_options.names_source(options):
+            options.wrong_usage(f"one of the arguments {' '.join(source_options.SOURCES)} is required")
+        return _up_with_options(options)
+    only = argparse.ArgumentParser(allow_abbrev=False)
+    _add_file_arguments(only, "?")
+    for flag in ("--force", "--foreground", "--systemd"):
+        only.add_argument(flag, action="store_true")
+    if other := only.parse_known_args(options.argv[1:])[1]:
+        options.wrong_usage(f"{other[0]}: with a configuration file, all options of the processes are in the file")
+    file = DetectorConfig(options.file, PROGRAMS)
+    host = _host(file, options.host)
+    if options.systemd:
+        print(unit(file, host), end="")
+        return 0
+    return _up_with_file(file, host, force=options.force, foreground=options.foreground)
+
+
+def _up_with_file(file: DetectorConfig, host: str, *, force: bool, foreground: bool) -> int:
+    state = state_dir(file.state_dir(host))
+    for component in file.components:
+        if component.host == host and component.program.table == "producers":
+            _warn_of_logind(file.directory / file.parsed(component).ring_dir)
+    plan = Plan(
+        secrets.token_hex(8),
+        file.core_address(host),
+        str(file.directory),
+        file.wanted(host),
+        f"Supervisor {host}".strip(),
+        file.detector.insecure,
+        force,
+    )
+    name = f"{file.detector.name or file.path.name}{f' on {host}' if host else ''}"
+
+    def check(running: dict[str, Entry]) -> None:
+        new = {process.name for process in plan.processes if process.name not in running}
+        changed = {
+            process.name
+            for process in plan.processes
+            if process.name in running and running[process.name].arguments != process.arguments
+        }
+        file.check_start(host, frozenset(new | changed))
+
+    if foreground:
+        return _supervise(state, plan, check, name)
+    with up_lock(state):
+        print(_change(state, plan, check, name))
+    return 0
+
+
+def _up_with_options(options: argparse.Namespace) -> int:
+    state = state_dir(options.state_dir)
+    if not options.output_dir.is_dir():
+        raise FileError(f"--output-dir {options.output_dir}: no such directory")
+    _warn_of_logind(options.ring_dir)
+    source_options.create(options)  # here, so that an error in the options is reported to the user, not in a file
+    others = argparse.ArgumentParser(allow_abbrev=False)
+    _add_own_arguments(others)
+    offline_storage.add_own_arguments(others)
+    others.add_argument("--foreground", action="store_true")
+    source = others.parse_known_args(options.argv[1:])[1]
+    storage = offline_storage.own_options(options)
+    listens = config.listen_address(options.address, config.CORE_PORT)
+    address = config.reachable_address(listens, config.LOOPBACK)  # from this machine, whatever interfaces it listens at
+    log_address = config.address(options.log_address or f"tcp://{config.interface_towards(address)}", config.LOG_PORT)
+    if not config.is_loopback(listens) and config.is_loopback(address):
+        print(
+            f"larpixdaq: WARNING: other hosts reach the core at {listens}, but not the producer, which listens at "
+            f"127.0.0.1, and the log only if they reach {log_address}; --address tcp://HOST with the name or address of "
+            "this host opens all of them",
+            file=sys.stderr,
+        )
+    insecure = ["--insecure"] if options.insecure else []
+    names = {program.module: program.parser().get_default("name") or program.module for program in PROGRAMS}
+    wanted = [
+        Wanted(module, names[module], [*arguments, *insecure])
+        for module, arguments in components(address, log_address, options.output_dir, state, source, listens, storage)
+    ]
+    plan = Plan(secrets.token_hex(8), address, os.getcwd(), wanted, insecure=options.insecure)
+
+    def check(running: dict[str, Entry]) -> None:
+        _check_same(state, plan, running)
+
+    if options.foreground:
+        return _supervise(state, plan, check, "")
+    with up_lock(state):
+        print(_change(state, plan, check, ""))
+    return 0
+
+
+def _check_same(state: Path, plan: Plan, running: dict[str, Entry]) -> None:
+    """Raise ConfigError if an earlier `up` had other options or another working directory, and its processes run."""
+    earlier = read_running(state)
+    if earlier is None or not running:
+        return
+    up_at = f"a system is up already at {earlier.core} ({running_file(state)})"
+    advice = "use its options to restart processes that have ended, or end it with `larpixdaq down`"
+    if earlier.directory != plan.directory:
+        raise ConfigError(f"{up_at}, started in {earlier.directory}, not in {plan.directory}: {advice}")
+    wanted = {process.name: process for process in plan.processes}
+    for name, entry in running.items():
+        arguments = wanted[name].arguments if name in wanted else []
+        if entry.arguments != arguments:
+            has, asked = " ".join(entry.arguments), " ".join(arguments)
+            raise ConfigError(f"{up_at}; {entry.module} runs with {has!r}, this command has {asked!r}: {advice}")
+
+
+def _warn_of_logind(ring_dir: Path) -> None:
+    if logind_removes_files(ring_dir, os.getuid()):
+        print(
+            f"larpixdaq: WARNING: when you log out, systemd-logind removes the ring's file from {ring_dir} "
+            "(RemoveIPC): the producer makes it again within a second, but if it is killed before, data are lost; "
+            "`loginctl enable-linger` prevents it",
+            file=sys.stderr,
+        )
+
+
+def down(options: argparse.Namespace) -> int:
+    if options.file is not None:
+        if options.state_dir is not None:
+            options.wrong_usage("--state-dir is in the configuration file")
+        file = DetectorConfig(options.file, PROGRAMS)
+        state = state_dir(file.state_dir(_host(file, options.host)))
+    elif options.host is not None:
+        options.wrong_usage("--host goes with a configuration file")
+    else:
+        state = state_dir(options.state_dir)
+    running = read_running(state)
+    if running is None:
+        raise FileError(f"nothing is up: no {running_file(state)}")
+    if any(entry.module == "core" and is_running(entry) for entry in running.processes):
+        _abort_run(running)
+    if killed := _end_all(state):
+        raise ComponentError(f"{', '.join(killed)} did not end in time and had to be killed")
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    if options.schema:
+        print(json.dumps(json_schema(PROGRAMS), indent=1))
+    elif options.explain is not None:
+        explain(options.explain, markdown=options.markdown)
+    elif options.file is None:
+        options.wrong_usage("name a configuration file, or --explain or --schema")
+    else:
+        file = DetectorConfig(options.file, PROGRAMS)
+        if options.commands:
+            for process in file.wanted(_host(file, options.host)):
+                program = f"larpixdaq-{process.module.replace('_', '-')}"
+                print(" ".join([program, *map(_quoted, process.arguments)]))
+        else:
+            print("\n".join(file.effective()).rstrip())
+    return 0
+
+
+def explain(wanted: str, *, markdown: bool = False) -> None:
+    """Print what the keys of a configuration file are for. Raises ConfigError if none contains `wanted`."""
+    found: dict[str, tuple[Explanation, list[Explanation]]] = {}
+    table = None
+    for each in explanations(PROGRAMS):
+        if not each.key:
+            table = each
+        elif table is not None and wanted.lower() in f"{each.table}.{each.key}".lower():
+            found.setdefault(each.table, (table, []))[1].append(each)
+    if not found:
+        raise ConfigError(f"--explain {wanted}: no key contains this; `larpixdaq config --explain` has all of them")
+    for name, (about, keys) in found.items():
+        if markdown:
+            print(f"### [{name}]\n\n{about.text}\n\n| key | value | what it is |\n| --- | --- | --- |")
+            for key in keys:
+                print(f"| `{key.key}` | {_cell(key.values)} | {_cell(key.text)} |")
+        else:
+            print(f"[{name}]  {about.text}")
+            for key in keys:
+                print(f"  {key.key}: {key.values}\n      {key.text}")
+        print()
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+# This host.
+
+
+def _host(file: DetectorConfig, named: str | None) -> str:
+    """Return the host of the file that this machine is. Raises ConfigError if that is not clear."""
+    known = ", ".join(file.hosts) or "none"
+    if named is not None:
+        if named not in file.hosts:
+            raise ConfigError(f"{file.path}: --host {named}: no such host; the hosts are {known}")
+        return named
+    if len(file.hosts) < 2:
+        return next(iter(file.hosts), "")
+    full = socket.gethostname()
+    own_names = {full, full.partition(".")[0]}
+    own = [
+        name
+        for name in file.hosts
+        if own_names & {name, file.host_address(name)} or is_of_this_host(config.address(file.host_address(name), 0))
+    ]
+    if len(own) != 1:
+        found = f"{' and '.join(own)} are" if own else "none is"
+        raise ConfigError(f"{file.path}: of the hosts {known}, {found} this machine ({full}): name one with --host")
+    return own[0]
+
+
+# Changing what runs.
+
+
+def _alive(running: RunningSystem | None) -> dict[str, Entry]:
+    return {} if running is None else {entry.name: entry for entry in running.processes if is_running(entry)}
+
+
+def _supervise(state: Path, plan: Plan, check: Callable[[dict[str, Entry]], None], name: str) -> int:
+    """Be the supervisor, until a signal comes. The processes continue."""
+    with up_lock(state):
+        running = read_running(state)
+        check(_alive(running))
+        if running is not None and running.supervisor is not None and is_running(running.supervisor):
+            end_process(running.supervisor)
+        write_plan(state, plan)
+
+    def started() -> None:
+        supervisor.notify("READY=1")
+        print(f"{name}: " * bool(name) + f"up at {plan.core}", flush=True)
+
+    supervisor.serve(state, started)
+    return 0
+
+
+def _change(state: Path, plan: Plan, check: Callable[[dict[str, Entry]], None], name: str) -> str:
+    """Let the supervisor make the processes those of the plan. Returns a line that says what has changed.
+
+    If a new process does not start, everything is as before. Raises LarpixDaqError.
+    """
+    before = _alive(read_running(state))
+    check(before)
+    previous = read_plan(state)
+    write_plan(state, plan)
+    try:
+        after = _reach(state, plan, before)
+    except BaseException:
+        if before and previous is not None:
+            again = msgspec.structs.replace(previous, id=plan.id + "-")
+            write_plan(state, again)
+            with contextlib.suppress(LarpixDaqError):
+                _Waiting(state, again).apply(END_LIMIT)
+        else:
+            _end_all(state)
+        raise
+    return _outcome(state, plan, name, before, after)
+
+
+class _Waiting:
+    """Waits for what a supervisor does with a plan."""
+
+    def __init__(self, state: Path, plan: Plan) -> None:
+        self._state, self._plan = state, plan
+        self._own: subprocess.Popen[bytes] | None = None
+
+    def running(self) -> RunningSystem | None:
+        return read_running(self._state)
+
+    def apply(self, limit: float = UP_LIMIT) -> RunningSystem:
+        """Tell the supervisor, or start one, and wait until the plan is in effect. Raises ComponentError."""
+        self._tell()
+        return self.until(lambda running: running.plan == self._plan.id, "the supervisor", limit)
+
+    def until(self, condition: Callable[[RunningSystem], bool], what: str, limit: float = UP_LIMIT) -> RunningSystem:
+        deadline = time.monotonic() + limit
+        while True:
+            running = self.running()
+            if running is not None and condition(running):
+                return running
+            self.check()
+            if time.monotonic() > deadline:
+                raise ComponentError(f"waited {limit:g} s for {what}")
+            time.sleep(_LOOK)
+
+    def check(self) -> None:
+        """Raise ComponentError, with the last line of its output, if the supervisor or a process has ended."""
+        running = self.running()
+        if self._own is not None and self._own.poll() is not None:
+            lines = (self._state / "out" / "supervisor.out").read_text(errors="replace").strip().splitlines()
+            raise ComponentError(f"the supervisor has ended: {lines[-1] if lines else 'it wrote nothing'}")
+        if running is None or running.plan != self._plan.id:
+            return
+        for entry in running.processes:
+            if entry.state in ("waiting", "given up"):
+                ended = f"{entry.name} {entry.last_exit}".strip()
+                raise ComponentError(f"{ended}: {entry.last_line}")
+
+    def _tell(self) -> None:
+        running = self.running()
+        if running is not None and running.supervisor is not None and is_running(running.supervisor):
+            same = (running.core, running.insecure, running.supervisor.name) == (
+                self._plan.core, self._plan.insecure, self._plan.supervisor,
+            )  # fmt: skip
+            if same and send_signal(running.supervisor, supervisor.RELOAD):
+                return
+            end_process(running.supervisor)
+        out = self._state / "out"
+        out.mkdir(mode=0o700, exist_ok=True)
+        with open(out / "supervisor.out", "ab") as file:
+            self._own = subprocess.Popen(
+                command("supervisor", "--state-dir", str(self._state)),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+
+def _reach(state: Path, plan: Plan, before: dict[str, Entry]) -> RunningSystem:
+    """Wait until all processes of the plan run and have registered. Raises LarpixDaqError."""
+    waiting = _Waiting(state, plan)
+    running = waiting.apply()
+    own = next((entry for entry in running.processes if entry.module == "core"), None)
+    if own is not None and own.name not in before:
+        connect(plan.core, waiting.check, lambda: _pid_of_core(waiting), insecure=plan.insecure).close()
+
+    def all_registered(running: RunningSystem) -> bool:
+        return all(entry.registered for entry in running.processes)
+
+    missing = ", ".join(entry.name for entry in running.processes if not entry.registered)
+    return waiting.until(all_registered, missing)
+
+
+def _pid_of_core(waiting: _Waiting) -> int:
+    running = waiting.running()
+    return next((entry.pid for entry in running.processes if entry.module == "core"), 0) if running else 0
+
+
+def _outcome(state: Path, plan: Plan, name: str, before: dict[str, Entry], after: RunningSystem) -> str:
+    """Say what `up` has changed. Raises ConfigError if something could not be changed because of a run."""
+    now = {entry.name: entry for entry in after.processes}
+    new = [each for each in now if each not in before]
+    restarted = [each for each in now if each in before and now[each].pid != before[each].pid]
+    ended = [each for each in before if each not in now]
+    others = len(now) - len(new) - len(restarted)
+    where = f"{name}: up" if name else "up"
+    if after.waiting:
+        raise ConfigError(
+            f"{after.waiting} waits for its change: give the same command after the run, or now with --force"
+        )
+    if not before:
+        return f"{where} at {plan.core}; the output of the processes is in {state / 'out'}"
+    parts = [
+        f"started {', '.join(new)}" if new else "",
+        f"restarted {', '.join(restarted)}" if restarted else "",
+        f"ended {', '.join(ended)}" if ended else "",
+    ]
+    if changes := "; ".join(filter(None, parts)):
+        return f"{where} at {plan.core}: {changes}; {others} others were running"
+    return f"{where} already at {plan.core}: all {len(now)} processes are running"
+
+
+def _end_all(state: Path) -> list[str]:
+    """End the supervisor, and then all processes. Returns the modules that had to be killed."""
+    running = read_running(state)
+    if running is not None and running.supervisor is not None:
+        end_process(running.supervisor)
+        running = read_running(state)
+    killed = end_running(running) if running is not None else []
+    for path in (running_file(state), plan_file(state)):
+        path.unlink(missing_ok=True)
+    return killed
+
+
+def connect(core: str, check: Callable[[], None], pid: Callable[[], int], *, insecure: bool = False) -> Operator:
+    """Return an Operator connected to the core, which must be the process with this id.
+
+    Raises NoCore after UP_LIMIT seconds, what `check` raises, and ComponentError if another core answers.
+    """
+    deadline = time.monotonic() + UP_LIMIT
+    while True:
+        try:
+            operator = Operator(core, timeout=0.5, insecure=insecure)
+        except NoCore:
+            check()
+            if time.monotonic() > deadline:
+                raise
+            continue
+        try:
+            answer = operator.status().result(timeout=UP_LIMIT)
+        except NoCore:
+            operator.close()
+            continue
+        process = answer.get("process", {})
+        if (process.get("host"), process.get("pid")) == (config.process_identity()["host"], pid()):
+            return operator
+        operator.close()
+        raise ComponentError(
+            f"another core answers at {core}: process {process.get('pid', '?')} of {process.get('user', '?')} on "
+            f"{process.get('host', '?')}, started {utc(answer['started'])}, state directory "
+            f"{answer.get('state_dir', 'unknown')}; end it, or choose another --address and --log-address"
+        )
+
+
+def _abort_run(running: RunningSystem) -> None:
+    """Abort the run in progress, if any, so that the catalogue has its condition and files."""
+    try:
+        with Operator(running.core, timeout=1.0, insecure=running.insecure) as operator:
+            if operator.state().result(timeout=UP_LIMIT) != STOP:
+                operator.take_control().result(timeout=UP_LIMIT)
+                operator.abort_run().result(timeout=ABORT_LIMIT)
+    except LarpixDaqError as error:
+        print(f"larpixdaq: WARNING: the run in progress could not be aborted: {error}", file=sys.stderr)
+
+
+# systemd
+
+
+def unit(file: DetectorConfig, host: str) -> str:
+    """Return a unit of systemd that keeps the processes of a host running, as the user who calls this."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    which = [str(file.path), *(["--host", host] if host else [])]
+    program = [sys.executable, "-m", "larpixdaq"]
+    return "\n".join(
+        [
+            f"# larpixdaq up {file.path.name} --systemd; install it as root, for example as",
+            "# /etc/systemd/system/larpixdaq.service, then: systemctl daemon-reload; systemctl enable --now larpixdaq",
+            "[Unit]",
+            f"Description=larpix-daq {file.detector.name or file.path.name} {host}".rstrip().replace("%", "%%"),
+            "Wants=network-online.target",
+            "After=network-online.target time-sync.target",
+            "StartLimitIntervalSec=0",
+            "",
+            "[Service]",
+            "Type=notify",
+            "NotifyAccess=main",
+            f"User={user}",
+            "WorkingDirectory=/",
+            f"ExecStart={_exec([*program, 'up', *which, '--foreground'])}",
+            f"ExecStop={_exec([*program, 'down', *which])}",
+            "# When the supervisor ends, the processes continue, and the next supervisor adopts them.",
+            "KillMode=process",
+            "Restart=always",
+            "RestartSec=1",
+            f"TimeoutStopSec={round(ABORT_LIMIT + 6 * END_LIMIT)}",
+            "LimitNOFILE=65536",
+            "# The ring is in /dev/shm; logind must not remove it when this user logs out (RemoveIPC).",
+            f"# Run once: loginctl enable-linger {user}",
+            "",
+            "[Install]",
+            "WantedBy=multi-user.target",
+            "",
+        ]
+    )
+
+
+def _exec(words: Sequence[str]) -> str:
+    """Return a command for a unit of systemd, which takes % and $ and quotes for its own."""
+    return " ".join(_quoted(word.replace("%", "%%").replace("$", "$$")) for word in words)
+
+
+def _quoted(word: str) -> str:
+    plain = word and all(letter.isalnum() or letter in "-_./=:@%$+,[]" for letter in word)
+    return word if plain else '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,744 @@
+"""The configuration file of a detector (TOML): its tables and keys, and the processes that it describes.
+
+The keys of a process's table are the long options of its program, with the type, the description and the default that
+the program's own argument parser has, so that file and command line cannot differ. `larpixdaq config` shows a file as
+it is understood, and `larpixdaq config --explain` describes the keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, get_args, get_origin
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType, inspect
+
+from larpixdaq import config
+from larpixdaq.alarm_config import AlarmConfig
+from larpixdaq.constants import MIN_FREE
+from larpixdaq.errors import ConfigError, LarpixDaqError
+from larpixdaq.runtime.file_access import read_regular
+from larpixdaq.runtime.launcher import Wanted
+from larpixdaq.runtime.units import size
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+#: Maximum bytes of a file.
+_LARGEST: Final = 256 << 10
+#: Options that the file determines elsewhere: by other tables, or by the name of the table.
+_ELSEWHERE: Final = frozenset({"help", "core", "log-address", "state-dir", "insecure"})
+#: Options of processes that name a directory which must exist.
+_DIRECTORIES: Final = ("output-dir", "routines", "ring-dir", "lock-dir")
+#: The key that counts where a table of a process does not have its own.
+_INHERITED: Final = {"host": ("core", "host"), "output-dir": ("detector", "output-dir")}
+#: Options of a process whose default is in other tables, and not that of the program.
+_DERIVED: Final = ("address", "output-dir", "asic")
+_WHERE: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
+Keys = tuple[str, ...]
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    """A table with these keys and no others."""
+
+
+class Detector(_Table, frozen=True):
+    """What all processes have in common."""
+
+    name: Annotated[str, Meta(max_length=64, description="name of the detector, for people")] = ""
+    state_dir: Annotated[
+        str, Meta(description="directory for run catalogue, keys and log (default: $XDG_STATE_HOME/larpixdaq)")
+    ] = ""
+    output_dir: Annotated[str, Meta(description="for the files of storages that name no directory (default: .)")] = "."
+    insecure: Annotated[
+        bool,
+        Meta(description="use no keys: everybody who can connect can control the detector and read its data"),
+    ] = False
+
+
+class Host(_Table, frozen=True):
+    """A computer with processes. Without any such table, all processes are on one computer, at 127.0.0.1."""
+
+    address: Annotated[
+        str, Meta(description="host name or IP address at which the other hosts reach it (default: NAME)")
+    ] = ""
+    state_dir: Annotated[str, Meta(description="its state directory (default: that of [detector])")] = ""
+
+
+class Board(_Table, frozen=True):
+    """A PACMAN or Bern board. A producer reads it if its `boards` name it."""
+
+    address: Annotated[
+        str,
+        Meta(
+            pattern=r"^(tcp://)?(\[[0-9A-Fa-f:.%\w]+\]|[^\s:=/\[\]]+)(:\d{1,5}){0,2}$",
+            description="HOST[:DATA_PORT[:COMMAND_PORT]]",
+        ),
+    ]
+    io_group: Annotated[int, Meta(ge=1, le=255, description="io_group of its packets, which no other board has")]
+    kind: Annotated[Literal["pacman", "bern"], Meta(description="kind of the board (default: pacman)")] = "pacman"
+    revision: Annotated[
+        Annotated[int, Meta(ge=2, le=5)] | UnsetType,
+        Meta(description="register map of a PACMAN's command server, as --pacman-revision"),
+    ] = UNSET
+    asic: Annotated[
+        Literal["1", "2", "2b", "lightpix-1", "3"] | UnsetType,
+        Meta(description="generation of its chips, one for all boards of a producer (default: `asic` of the producer)"),
+    ] = UNSET
+
+
+class Routines(_Table, frozen=True):
+    """Files of routines for all producers."""
+
+    directories: Annotated[
+        list[str],
+        Meta(description="directories of routine files, beside those of each producer; they run with your rights"),
+    ] = []
+
+
+class _File(_Table, frozen=True):
+    """The tables that belong to no program; Program.table names the others."""
+
+    detector: Detector = Detector()
+    hosts: dict[str, Host] = {}
+    core: dict[str, Any] = {}
+    log: dict[str, Any] = {}
+    storages: dict[str, dict[str, Any]] | UnsetType = UNSET
+    monitors: dict[str, dict[str, Any]] | UnsetType = UNSET
+    boards: dict[str, Board] = {}
+    producers: dict[str, dict[str, Any]] = {}
+    routines: Routines = Routines()
+    alarms: AlarmConfig = AlarmConfig()
+
+
+class Program(NamedTuple):
+    """A program of larpixdaq, and the table in the file with its options.
+
+    `many`: the file has a table [TABLE.NAME] for each process, whose name is the component's. `check` raises
+    LarpixDaqError for parsed options that cannot work.
+    """
+
+    module: str
+    table: str
+    many: bool
+    parser: Callable[[], argparse.ArgumentParser]
+    check: Callable[[argparse.Namespace], object] = lambda options: None
+
+
+class Component(NamedTuple):
+    """A process of the file. `keys`: its table, whose content is `table`. `options`: its values by long option, from
+    this table and from others."""
+
+    program: Program
+    keys: Keys
+    table: Mapping[str, Any]
+    name: str
+    host: str
+    options: dict[str, Any]
+
+
+# Keys of a process's table, from the argument parser of its program.
+
+
+def _actions(program: Program) -> dict[str, argparse.Action]:
+    """Return the options of a program that its table may have, by their names without dashes."""
+    elsewhere = _ELSEWHERE | {"name"} if program.many else _ELSEWHERE
+    named = {
+        next(text for text in reversed(action.option_strings) if text.startswith("--"))[2:]: action
+        for action in program.parser()._actions
+        if action.option_strings
+    }
+    return {key: action for key, action in named.items() if key not in elsewhere}
+
+
+def _is_repeated(action: argparse.Action) -> bool:
+    return isinstance(action.default, list)
+
+
+def _value_type(action: argparse.Action) -> Any:
+    """Return the type of an option's value in the file. The program's own function then converts the text."""
+    if action.nargs == 0:
+        return bool
+    one: Any = str if action.type in (None, Path) else str | int | float
+    if action.choices is not None:
+        one = Literal[tuple(action.choices)]
+    if action.nargs == "?":
+        return bool | one
+    if action.nargs == "+" or _is_repeated(action):
+        return Annotated[list[one], Meta(min_length=1)]
+    return one
+
+
+def _help(action: argparse.Action) -> str:
+    return (action.help or "") % vars(action)
+
+
+def _table_type(program: Program) -> type[msgspec.Struct]:
+    """Make the type of a program's table: a field for each option, and fields that only the file has."""
+    own: dict[str, tuple[Any, str]] = {
+        "host": (str, "the host, by its name in [hosts.NAME] (default: that of the core, which is the first one)")
+    }
+    if program.table == "producers":
+        own["boards"] = (
+            Annotated[list[str], Meta(min_length=1)],
+            "names of the boards, in place of the options that name a source",
+        )
+    options = {key: (_value_type(action), _help(action)) for key, action in _actions(program).items()}
+    fields: list[tuple[str, Any, Any]] = [
+        (key.replace("-", "_"), Annotated[kind | UnsetType, Meta(description=text)], UNSET)
+        for key, (kind, text) in (own | options).items()
+    ]
+    made = msgspec.defstruct(program.table.capitalize(), fields, bases=(_Table,), rename="kebab", frozen=True)
+    made.__doc__ = f"The options of `larpixdaq-{program.module.replace('_', '-')}`."
+    return made
+
+
+def file_type(programs: Sequence[Program]) -> type[msgspec.Struct]:
+    """Return the type of the whole file."""
+    fields: list[tuple[str, Any, Any]] = []
+    by_table = {program.table: program for program in programs}
+    for field in msgspec.structs.fields(_File):
+        kind, default = field.type, field.default
+        if (program := by_table.get(field.name)) is not None:
+            table = _table_type(program)
+            kind, default = (dict[str, table] if program.many else table) | UnsetType, UNSET  # type: ignore[valid-type]
+        fields.append((field.name, kind, UNSET if default is msgspec.NODEFAULT else default))
+    made = msgspec.defstruct("Detector configuration", fields, forbid_unknown_fields=True, frozen=True)
+    made.__doc__ = "Configuration file of larpix-daq."
+    return made
+
+
+def _without_unset(kind: Any) -> Any:
+    """Return a type without Unset, which stands for a key that is not there."""
+    parts = [part for part in get_args(kind) if part is not UnsetType]
+    if len(parts) == 1 and UnsetType in get_args(kind) and get_origin(kind) is not Annotated:
+        return parts[0]
+    return kind
+
+
+def expected(kind: Any) -> str:
+    """Describe the values of a type: `a whole number from 1 to 255`."""
+    return _words(inspect.type_info(kind))
+
+
+def _words(kind: inspect.Type) -> str:
+    if isinstance(kind, inspect.Metadata):
+        return _words(kind.type)
+    if isinstance(kind, inspect.UnionType):
+        parts = [part for part in kind.types if not isinstance(part, inspect.NoneType)]
+        numbers = any(isinstance(part, inspect.FloatType) for part in parts)
+        words = [_words(part) for part in parts if not (numbers and isinstance(part, inspect.IntType))]
+        return " or ".join(words)
+    if isinstance(kind, inspect.LiteralType):
+        return f"one of {', '.join(json.dumps(value) for value in kind.values)}"
+    if isinstance(kind, inspect.ListType):
+        return f"a list of values, each {_words(kind.item_type)}"
+    if isinstance(kind, inspect.DictType | inspect.StructType):
+        return "a table"
+    if isinstance(kind, inspect.IntType | inspect.FloatType):
+        word = "a whole number" if isinstance(kind, inspect.IntType) else "a number"
+        low = kind.ge if kind.ge is not None else kind.gt
+        high = kind.le if kind.le is not None else kind.lt
+        above = "" if low is None else f" {'from' if kind.ge is not None and high is not None else 'above'} {low}"
+        if low is not None and kind.ge is not None and high is None:
+            above = f" of at least {low}"
+        return word + above + ("" if high is None else f" {'to' if kind.le is not None else 'below'} {high}")
+    if isinstance(kind, inspect.BoolType):
+        return "true or false"
+    if isinstance(kind, inspect.StrType):
+        return "a text" if kind.max_length is None else f"a text of at most {kind.max_length} characters"
+    return type(kind).__name__.removesuffix("Type").lower()
+
+
+# Reading a file.
+
+
+def _paths(table: Mapping[str, Any]) -> Iterator[Keys]:
+    for key, value in table.items():
+        yield (key,)
+        if isinstance(value, dict):
+            yield from ((key, *rest) for rest in _paths(value))
+
+
+def _find_lines(text: str) -> dict[Keys, int]:
+    """Return the line of each table and key of a valid TOML text, from 1.
+
+    The parser does not tell lines. So each statement is parsed alone, with as many lines as it needs to be valid.
+    """
+    found: dict[Keys, int] = {}
+    table: Keys = ()
+    lines = text.split("\n")
+    begin = 0
+    for end in range(1, len(lines) + 1):
+        statement = "\n".join(lines[begin:end])
+        try:
+            parsed = tomllib.loads(statement)
+        except tomllib.TOMLDecodeError:
+            continue
+        header = statement.startswith("[", len(statement) - len(statement.lstrip()))
+        paths = list(_paths(parsed))
+        for keys in paths:
+            found.setdefault(keys if header else (*table, *keys), begin + 1)
+        if header:
+            table = paths[-1]
+        begin = end
+    return found
+
+
+def _parse_toml(path: Path) -> tuple[dict[str, Any], dict[Keys, int]]:
+    """Read a file once. Returns its content and the line of each key. Raises FileError and ConfigError."""
+    data = read_regular(path, _LARGEST)
+    try:
+        text = data.decode().replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: expected UTF-8, found the byte 0x{data[error.start]:02x}") from None
+    try:
+        return tomllib.loads(text), _find_lines(text)
+    except tomllib.TOMLDecodeError as error:
+        match = _WHERE.search(str(error))
+        line = int(match[1]) if match is not None and match[1] else text.rstrip("\n").count("\n") + 1
+        raise ConfigError(f"{path}:{line}: not TOML: {_WHERE.sub('', str(error))}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}:1: not TOML: too many brackets in each other") from None
+
+
+def _text(value: Any) -> str:
+    """Return a value of the file as an argument of a command line."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _arguments(key: str, action: argparse.Action, value: Any) -> list[str]:
+    """Return the arguments that give an option a value."""
+    if value is False:
+        return []
+    if value is True:
+        return [f"--{key}"]
+    if action.nargs == "+":
+        return [f"--{key}", *map(_text, value)]
+    return [f"--{key}={_text(one)}" for one in (value if isinstance(value, list) else [value])]
+
+
+def _parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments. Raises ConfigError in place of ending the process."""
+
+    def fail(message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    vars(parser)["error"] = fail
+    return parser.parse_args(arguments)
+
+
+class DetectorConfig:
+    """A configuration file, checked. `components`: its processes in the order of starting.
+
+    Every ConfigError is one line with the file, the line and the key.
+    """
+
+    def __init__(self, path: Path, programs: Sequence[Program]) -> None:
+        """Read a file once. Raises FileError if it cannot be read, and ConfigError."""
+        self.path = path.absolute()
+        self.programs = programs
+        self._content, self._lines = _parse_toml(path)
+        self._check(self._content, file_type(programs), ())
+        file = msgspec.convert(self._content, _File)
+        self.detector, self.hosts, self.boards = file.detector, file.hosts, file.boards
+        self.routines, self.alarms = file.routines, file.alarms
+        self._file = file
+        if not file.producers:
+            raise ConfigError(f"{path}:1: expected a table [producers.NAME], found none")
+        self.core_host = str(file.core.get("host", next(iter(self.hosts), "")))
+        self.components = [component for program in programs for component in self._components(program)]
+        self._check_names()
+        self._check_boards()
+        self._check_addresses()
+        for component in self.components:
+            self._check_options(component)
+
+    @property
+    def directory(self) -> Path:
+        """Directory of the file, from which relative paths in it count."""
+        return self.path.parent
+
+    @property
+    def core(self) -> Component:
+        return self.components[0]
+
+    def where(self, *keys: str) -> str:
+        """Return `FILE:LINE` of a key, or of the innermost table around it that is in the file."""
+        while keys and keys not in self._lines:
+            keys = keys[:-1]
+        return f"{self.path}:{self._lines.get(keys, 1)}"
+
+    def fail(self, keys: Keys, text: str) -> NoReturn:
+        """Raise the ConfigError for a key."""
+        raise ConfigError(f"{self.where(*keys)}: {_dotted(keys)}: {text}")
+
+    # Checks.
+
+    def _check(self, value: Any, kind: Any, keys: Keys) -> None:
+        """Check types, limits and names of keys."""
+        kind = _without_unset(kind)
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+            self._check_table(value, keys)
+            for key in value.keys() - fields.keys():
+                self._unknown((*keys, key), list(fields))
+            for key, field in fields.items():
+                if key in value:
+                    self._check(value[key], field.type, (*keys, key))
+                elif field.required:
+                    self.fail(keys, f"the key {key} is missing: {expected(field.type)}")
+        elif get_origin(kind) is dict:
+            self._check_table(value, keys)
+            for name, part in value.items():
+                self._check(part, get_args(kind)[1], (*keys, name))
+        else:
+            try:
+                msgspec.convert(value, kind)
+            except msgspec.ValidationError:
+                self.fail(keys, f"expected {expected(kind)}, found {_shown(value)}")
+
+    def _check_table(self, value: Any, keys: Keys) -> None:
+        if not isinstance(value, dict):
+            self.fail(keys, f"expected a table, found {_shown(value)}")
+
+    def _unknown(self, keys: Keys, known: Sequence[str]) -> NoReturn:
+        near = difflib.get_close_matches(keys[-1].replace("_", "-").lower(), known, 1)
+        advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        what = "key" if len(keys) > 1 else "table"
+        self.fail(keys, f"unknown {what}; {advice}")
+
+    def _components(self, program: Program) -> Iterator[Component]:
+        tables = getattr(self._file, program.table)
+        if not program.many:
+            name = str(tables.get("name", program.parser().get_default("name") or program.module))
+            yield self._component(program, (program.table,), name, tables)
+            return
+        if tables is UNSET:  # one with the default name
+            tables = {program.parser().get_default("name"): {}}
+        for name, table in tables.items():
+            yield self._component(program, (program.table, name), name, table)
+
+    def _component(self, program: Program, keys: Keys, name: str, table: Mapping[str, Any]) -> Component:
+        host = str(table.get("host", self.core_host))
+        if host not in self.hosts and (host or self.hosts):
+            known = ", ".join(self.hosts) or "none: there is no table [hosts.NAME]"
+            self.fail((*keys, "host"), f"unknown host {host!r}; the hosts are {known}")
+        options = {key: value for key, value in table.items() if key not in ("host", "boards")}
+        if program.table == "storages":
+            options.setdefault("output-dir", self.detector.output_dir)
+        elif program.table in ("core", "log"):
+            options.setdefault("address", self._default_address(host))
+        elif program.table == "producers":
+            options.update(self._board_options(keys, table))
+            if routines := [*table.get("routines", []), *self.routines.directories]:
+                options["routines"] = routines
+        return Component(program, keys, table, name, host, options)
+
+    def _default_address(self, host: str) -> str:
+        return config.LOOPBACK if len(self.hosts) < 2 else f"tcp://{self.host_address(host)}"
+
+    def host_address(self, host: str) -> str:
+        """Return the name or IP address of a host; IPv6 addresses in brackets."""
+        address = (self.hosts[host].address or host) if host else "127.0.0.1"
+        return f"[{address}]" if ":" in address and not address.startswith("[") else address
+
+    def _board_options(self, keys: Keys, table: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of a producer for its `boards`."""
+        boards: dict[str, Board] = {}
+        for name in table.get("boards", ()):
+            if name not in self.boards:
+                near = difflib.get_close_matches(name, self.boards, 1)
+                advice = f"did you mean {near[0]}?" if near else f"the boards are {', '.join(self.boards) or 'none'}"
+                self.fail((*keys, "boards"), f"unknown board {name!r}; {advice}")
+            if name in boards:
+                self.fail((*keys, "boards"), f"board {name!r} twice")
+            boards[name] = self.boards[name]
+        if not boards:
+            return {}
+        kinds = {board.kind for board in boards.values()}
+        if len(kinds) > 1:
+            self.fail((*keys, "boards"), "a producer reads boards of one kind: found bern and pacman")
+        kind = kinds.pop()
+        options: dict[str, Any] = {kind: [f"{board.io_group}={board.address}" for board in boards.values()]}
+        for key in ("bern", "pacman", "pacman-revision"):
+            if key in table:
+                self.fail((*keys, key), "is given by the boards: leave it out")
+        for name, board in boards.items():
+            if board.revision is not UNSET:
+                if kind != "pacman":
+                    self.fail(("boards", name, "revision"), f"is for PACMAN boards only, not for kind {kind}")
+                options.setdefault("pacman-revision", []).append(f"{board.io_group}={board.revision}")
+            if board.asic is not UNSET:
+                asic = options.setdefault("asic", table.get("asic", board.asic))
+                if asic != board.asic:
+                    self.fail(
+                        ("boards", name, "asic"),
+                        f"expected {asic} as for other boards of {_dotted(keys)}, found {board.asic}",
+                    )
+        return options
+
+    def _check_names(self) -> None:
+        known: dict[str, Component] = {}
+        for component in self.components:
+            if (other := known.get(component.name)) is not None:
+                self.fail(component.keys, f"the name {component.name!r} is that of {self._place(other.keys)} already")
+            known[component.name] = component
+
+    def _check_boards(self) -> None:
+        groups: dict[int, Keys] = {}
+        for name, board in self.boards.items():
+            keys = "boards", name, "io-group"
+            if (other := groups.get(board.io_group)) is not None:
+                self.fail(keys, f"io_group {board.io_group} is that of {self._place(other)} already")
+            groups[board.io_group] = keys
+        readers: dict[str, Keys] = {}
+        for producer, table in self._file.producers.items():
+            keys = "producers", producer, "boards"
+            for board_name in table.get("boards", ()):
+                if (other := readers.get(board_name)) is not None:
+                    self.fail(keys, f"board {board_name!r} is read by {self._place(other)} already")
+                readers[board_name] = keys
+
+    def _check_addresses(self) -> None:
+        """Check that no two processes of a host listen at the same port."""
+        ports: dict[tuple[str, str], Keys] = {}
+        for component in self.components:
+            if "address" not in component.options:
+                continue
+            keys = (*component.keys, "address")
+            try:
+                full = config.address(component.options["address"], _default_port(component))
+            except ConfigError as error:
+                self.fail(keys, str(error))
+            _, _, port = full.rpartition(":")
+            if not full.startswith("tcp://") or port in ("0", "*"):
+                if component.program.table != "producers":
+                    self.fail(keys, f"expected tcp://HOST[:PORT] with a port that other hosts can know, found {full}")
+                continue
+            if (other := ports.get((component.host, port))) is not None:
+                self.fail(keys, f"port {port} is that of {self._place(other)} already")
+            ports[component.host, port] = keys
+
+    def _check_options(self, component: Component) -> None:
+        """Check each option by its own, and then all of a process together, as its program would."""
+        actions = _actions(component.program)
+        for key, value in component.options.items():
+            convert = actions[key].type
+            if callable(convert):
+                for one in value if isinstance(value, list) else [] if isinstance(value, bool) else [value]:
+                    try:
+                        convert(_text(one))
+                    except argparse.ArgumentTypeError as error:
+                        self.fail((*component.keys, key), str(error))
+                    except (TypeError, ValueError):
+                        self.fail((*component.keys, key), f"not a valid value: {_shown(one)}")
+        self.parsed(component)
+
+    def _place(self, keys: Keys) -> str:
+        return f"{_dotted(keys)} (line {self.where(*keys).rpartition(':')[2]})"
+
+    # Processes.
+
+    def core_address(self, host: str) -> str:
+        """Return the address at which processes of a host reach the core."""
+        full = config.address(self.core.options["address"], config.CORE_PORT)
+        listens, _, port = full.removeprefix("tcp://").rpartition(":")
+        if listens not in ("*", "0.0.0.0", "[::]"):
+            return full
+        return f"{config.LOOPBACK if host == self.core_host else f'tcp://{self.host_address(self.core_host)}'}:{port}"
+
+    def state_dir(self, host: str) -> str | None:
+        """Return the state directory of a host; None: the default one of its user."""
+        own = self.hosts[host].state_dir if host else ""
+        text = own or self.detector.state_dir
+        return os.path.join(self.directory, text) if text else None
+
+    def arguments(self, component: Component) -> list[str]:
+        """Return the arguments of a process, in the order in which its program has the options."""
+        program = component.program
+        actions = {action.dest: action for action in program.parser()._actions}
+        given = {key: component.options[key] for key in _actions(program) if key in component.options and key != "name"}
+        arguments: list[str] = []
+        if "core" in actions:
+            arguments.append(f"--core={self.core_address(component.host)}")
+        if "log_address" in actions:
+            log = next(other for other in self.components if other.program.table == "log")
+            arguments.append(f"--log-address={config.address(log.options['address'], config.LOG_PORT)}")
+        if "name" in actions:
+            arguments.append(f"--name={component.name}")
+        if "state_dir" in actions and (state := self.state_dir(component.host)) is not None:
+            arguments.append(f"--state-dir={state}")
+        if self.detector.insecure:
+            arguments.append("--insecure")
+        own = _actions(program)
+        for key, value in given.items():
+            arguments += _arguments(key, own[key], value)
+        return arguments
+
+    def parsed(self, component: Component) -> argparse.Namespace:
+        """Return the options of a process as its program gets them."""
+        try:
+            return _parse_arguments(component.program.parser(), self.arguments(component))
+        except ConfigError as error:
+            self.fail(component.keys, str(error).removeprefix("argument "))
+
+    def wanted(self, host: str) -> list[Wanted]:
+        """Return the processes of a host, in the order of starting."""
+        return [
+            Wanted(component.program.module, component.name, self.arguments(component))
+            for component in self.components
+            if component.host == host
+        ]
+
+    def check_start(self, host: str, names: frozenset[str]) -> None:
+        """Check what these processes need on this host: directories with free space, boards and files that exist."""
+        for component in self.components:
+            if component.host != host or component.name not in names:
+                continue
+            for key in _DIRECTORIES:
+                for text in _as_list(component.options.get(key, [])):
+                    self._check_directory(component, key, text)
+            with _working_directory(self.directory):
+                try:
+                    component.program.check(self.parsed(component))
+                except LarpixDaqError as error:
+                    self.fail(component.keys, str(error))
+
+    def _check_directory(self, component: Component, key: str, text: str) -> None:
+        path = self.directory / text
+        keys = (*component.keys, key)
+        if keys not in self._lines and component.program.table == "storages":
+            keys = ("detector", key)
+        elif keys not in self._lines and key == "routines":
+            keys = ("routines", "directories")
+        if not path.is_dir():
+            self.fail(keys, f"no such directory: {path}")
+        if key != "output-dir":
+            return
+        if not os.access(path, os.W_OK | os.X_OK):
+            self.fail(keys, f"not writable: {path}")
+        free = shutil.disk_usage(path).free
+        if free < MIN_FREE:
+            self.fail(keys, f"the disk of {path} is full: {size(free)} left, a storage needs {size(MIN_FREE)}")
+
+    # The file as it is understood.
+
+    def effective(self) -> Iterator[str]:
+        """Yield the lines of a TOML text with every value, and in a comment the place that it comes from."""
+        yield from self._lines_of(("detector",), _set(self.detector))
+        for name, host in self.hosts.items():
+            yield from self._lines_of(("hosts", name), {"address": name, **_set(host)})
+        for component in self.components:
+            yield from self._component_lines(component)
+        for name, board in self.boards.items():
+            yield from self._lines_of(("boards", name), _set(board))
+        yield from self._lines_of(("routines",), _set(self.routines))
+        yield from self._lines_of(("alarms",), _set(self.alarms))
+
+    def _component_lines(self, component: Component) -> Iterator[str]:
+        values: dict[str, Any] = {"host": component.host} if component.host else {}
+        for key, action in _actions(component.program).items():
+            if action.nargs == 0:
+                values[key] = False
+            elif isinstance(action.default, str | int | float | Path):
+                values[key] = action.default if isinstance(action.default, int | float) else str(action.default)
+        values |= {key: component.options[key] for key in _DERIVED if key in component.options}
+        yield from self._lines_of(component.keys, {**values, **component.table})
+
+    def _lines_of(self, keys: Keys, values: Mapping[str, Any]) -> Iterator[str]:
+        if not values:
+            return
+        yield f"[{_dotted(keys)}]"
+        for key, value in values.items():
+            places = ((*keys, key), _INHERITED.get(key, ()))
+            origin = next((self.where(*place) for place in places if place in self._lines), "default")
+            yield f"{key} = {_toml(value)}  # {origin}"
+        yield ""
+
+
+def _set(table: msgspec.Struct) -> dict[str, Any]:
+    """Return the keys of a table that are set or have a default."""
+    return {key: value for key, value in msgspec.to_builtins(table).items() if value not in ("", [])}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _dotted(keys: Keys) -> str:
+    """Return keys as TOML writes them: producers."LArPix board".ring."""
+    return ".".join(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key) for key in keys)
+
+
+def _toml(value: Any) -> str:
+    """Return a text, number, truth value or list as TOML."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, float) and not value.is_integer():
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a table"
+    text = _toml(value) if isinstance(value, bool | int | float | str) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _default_port(component: Component) -> int:
+    return {"core": config.CORE_PORT, "log": config.LOG_PORT}.get(component.program.table, 0)
+
+
+@contextlib.contextmanager
+def _working_directory(directory: Path) -> Iterator[None]:
+    previous = os.getcwd()
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(previous)
+
+
+# Descriptions of all keys.
+
+
+class Explanation(NamedTuple):
+    """A table or a key. `table`: as in [hosts.NAME]; `key` "": the table itself; `values`: what it may be."""
+
+    table: str
+    key: str
+    values: str
+    text: str
+
+
+def explanations(programs: Sequence[Program]) -> Iterator[Explanation]:
+    """Yield all tables with their keys."""
+    for table in msgspec.structs.fields(file_type(programs)):
+        kind = _without_unset(table.type)
+        name = table.encode_name
+        if get_origin(kind) is dict:
+            kind, name = get_args(kind)[1], f"{name}.NAME"
+        yield Explanation(name, "", "", " ".join((kind.__doc__ or "").split()))
+        for field in msgspec.structs.fields(kind):
+            info = inspect.type_info(field.type)
+            text = (info.extra_json_schema or {}).get("description", "") if isinstance(info, inspect.Metadata) else ""
+            yield Explanation(name, field.encode_name, _words(info), text)
+
+
+def json_schema(programs: Sequence[Program]) -> dict[str, Any]:
+    """Return the JSON schema of the file, for editors."""
+    return msgspec.json.schema(file_type(programs))
