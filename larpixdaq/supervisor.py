@@ -241,9 +241,9 @@ class Supervisor:
         order = list(wanted)
         self._processes.sort(key=lambda process: order.index(process.name) if process.name in wanted else -1)
         self._unapplied, self._in_effect = False, self._plan.id
-        self._waiting = f"{refusal}: {', '.join(process.name for process in changes)}" if refusal else ""
+        self._waiting = f"{', '.join(process.name for process in changes)}: {refusal}" if refusal else ""
         if self._waiting:
-            _log.warning("not changed, because %s", self._waiting)
+            _log.warning("not changed: %s", self._waiting)
 
     def _read_plan(self) -> None:
         try:
@@ -362,11 +362,13 @@ class Supervisor:
         process.last_exit = ended
         process.restarts += 1
         process.ends.append(now)
-        # Without the core no component can register. The core itself has no such excuse.
-        if not process.registered and (process.module == "core" or self._answers()):
+        if not process.registered:
             process.failures += 1
+            if process.module != "core" and not self._answers():
+                # Without the core no component can register, so that this alone is no reason to give it up.
+                process.failures = min(process.failures, len(DELAYS) - 1)
         process.registered = False
-        what = ": ".join(part for part in (process.name, ended, process.last_line) if part)
+        what = ": ".join(part for part in (f"{process.name} {ended}".strip(), process.last_line) if part)
         if process.failures >= MAX_FAILURES:
             process.enter("given up")
             _log.error("%s: given up after %d failed starts; `larpixdaq up` tries again", what, process.failures)
@@ -389,7 +391,7 @@ class Supervisor:
                 lines = file.read(_TAIL).decode(errors="replace").strip().splitlines()
         except OSError:
             return ""
-        return printable(lines[-1]) if lines else "it wrote nothing"
+        return printable(lines[-1]) if lines else "without a word"
 
     def _write(self) -> None:
         """Write the list of processes when it has changed."""

@@ -461,11 +461,11 @@ def _reach(state: Path, plan: Plan, before: dict[str, Entry]) -> RunningSystem:
     if own is not None and own.name not in before:
         connect(plan.core, waiting.check, lambda: _pid_of_core(waiting), insecure=plan.insecure).close()
 
-    def all_registered(running: RunningSystem) -> bool:
-        return all(entry.registered for entry in running.processes)
+    def is_complete(running: RunningSystem) -> bool:
+        return all(entry.registered and entry.state == "running" for entry in running.processes)
 
     missing = ", ".join(entry.name for entry in running.processes if not entry.registered)
-    return waiting.until(all_registered, missing)
+    return waiting.until(is_complete, missing or "the end of what has changed")
 
 
 def _pid_of_core(waiting: _Waiting) -> int:
@@ -482,9 +482,7 @@ def _outcome(state: Path, plan: Plan, name: str, before: dict[str, Entry], after
     others = len(now) - len(new) - len(restarted)
     where = f"{name}: up" if name else "up"
     if after.waiting:
-        raise ConfigError(
-            f"{after.waiting} waits for its change: give the same command after the run, or now with --force"
-        )
+        raise ConfigError(f"not changed: {after.waiting}: give the same command after the run, or now with --force")
     if not before:
         return f"{where} at {plan.core}; the output of the processes is in {state / 'out'}"
     parts = [

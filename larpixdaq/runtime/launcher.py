@@ -91,7 +91,7 @@ class RunningSystem(msgspec.Struct, frozen=True):
     """The processes of `larpixdaq up`, in the order of starting, as their supervisor has written them.
 
     `core`: address of the core. `directory`: working directory of `up`, for relative paths in the arguments. `plan`: id
-    of the plan that is in effect. `waiting`: why some of its changes are not, and their names. `supervisor`: the
+    of the plan that is in effect. `waiting`: names of processes that could not be changed, and why. `supervisor`: the
     supervisor itself, whose last problem with the core is `problem`.
     """
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from processes import LIMIT, Process, free_port, until
 
-from larpixdaq.cli import main, system
+from larpixdaq.cli import detector, main
 from larpixdaq.control.catalogue import Catalogue
 from larpixdaq.operator import Operator
-from larpixdaq.runtime.launcher import logind_removes_files, read_running, start_time
+from larpixdaq.runtime.launcher import is_running, logind_removes_files, read_running, start_time
 
 
 def output(folder: Path, *arguments: object) -> str:
@@ -128,6 +128,14 @@ class Up:
         running = read_running(self.folder / name / "state")
         return {} if running is None else {entry.module: entry.pid for entry in running.processes}
 
+    def kill_supervisor(self, name: str) -> None:
+        running = read_running(self.folder / name / "state")
+        assert running is not None
+        assert running.supervisor is not None
+        supervisor = running.supervisor
+        os.kill(supervisor.pid, signal.SIGKILL)
+        until(lambda: not is_running(supervisor), "the supervisor to be dead")
+
 
 def test_up_restarts_ended_processes_and_recognises_another_system(tmp_path):
     up = Up(tmp_path)
@@ -145,11 +153,12 @@ def test_up_restarts_ended_processes_and_recognises_another_system(tmp_path):
         assert f"another core answers at {up.core}: process {before['core']} of " in words
         assert str(tmp_path / "first" / "state") in words
         assert up.running("second") == {}
-        # a component has died
+        # a component has died, and the supervisor
+        up.kill_supervisor("first")
         os.kill(before["offline_storage"], signal.SIGKILL)
         until(lambda: start_time(before["offline_storage"]) is None, "the storage to be dead")
         status, words = up.run("first")
-        assert (status, words) == (0, f"up at {up.core}: started offline_storage again, 4 others were running\n")
+        assert (status, words) == (0, f"up at {up.core}: started Offline storage; 4 others were running\n")
         after = up.running("first")
         assert {name for name in before if before[name] != after[name]} == {"offline_storage"}
         assert up.run("first") == (0, f"up already at {up.core}: all 5 processes are running\n")
@@ -157,6 +166,7 @@ def test_up_restarts_ended_processes_and_recognises_another_system(tmp_path):
         assert status == 1
         assert "producer runs with " in words
         # the name of a component is in use by a process of another user
+        up.kill_supervisor("first")
         os.kill(after["run_data"], signal.SIGTERM)
         until(lambda: start_time(after["run_data"]) is None, "the monitor to be gone")
         with Process("larpixdaq.run_data", "--core", up.core, directory=tmp_path / "stranger") as stranger:
@@ -166,7 +176,7 @@ def test_up_restarts_ended_processes_and_recognises_another_system(tmp_path):
             status, words = up.run("first")
         assert status == 1
         assert f"is in use by a run_data (process {stranger.popen.pid} on " in words
-        assert set(up.running("first")) == set(before) - {"run_data"}
+        assert {name for name, pid in up.running("first").items() if pid == after[name]} == set(before) - {"run_data"}
         with Operator(up.core) as operator:
             operator.prepare_run().result(LIMIT)
             operator.begin_run().result(LIMIT)
@@ -208,7 +218,7 @@ def test_logind_settings_that_remove_rings(tmp_path, files, expected):
 
 
 def test_up_warns_where_logind_removes_rings(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(system, "logind_removes_files", lambda directory, uid: directory == tmp_path)
+    monkeypatch.setattr(detector, "logind_removes_files", lambda directory, uid: directory == tmp_path)
     arguments = (
         "--state-dir",
         str(tmp_path),
