@@ -1,0 +1,186 @@
+"""A supervised detector: start, the same command again, the supervisor's own cost, and killed processes of every kind.
+
+    python bench/supervision.py [--boards N] [--rate R] [--kills N] [--seed S] [--cost S] [--update docs/reliability.md]
+
+Emulated PACMANs that wait for the producer send in all R packets/s (500,000) in one run of each kind of process. In
+it, the processes of this kind are killed N times (10), each some time after it was back. "back" is the time from the
+kill until the new process is registered. "unaccounted" are the words that the boards have sent and that are neither
+stored nor counted as lost. The supervisor is a kind, too: `larpixdaq up` starts it again, and the other processes must
+have been left alone. Exit status 1 if a promise is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import STEP, argument_parser, processor_seconds, update, with_source
+from detector import Detector, detector
+from emulated_board import Emulator
+from loss_accounting import parts_of, tally
+from processes import until
+
+from larpixdaq.operator import Operator
+from larpixdaq.runtime.launcher import is_running
+
+MARK = "supervision"
+#: Kinds of processes, by the names of their components. The producer is last: only its kills may lose words, which are
+#: then inside marked gaps.
+KINDS = ("core", "Log", "Offline storage", "Online monitor", "supervisor", "LArPix board")
+#: Maximum seconds until a killed process is back, and until all processes have registered after `up`.
+BACK_LIMIT = UP_LIMIT = 5.0
+#: Maximum processor time of the supervisor, in cores.
+COST_LIMIT = 0.005
+
+
+@dataclass
+class Result:
+    kind: str
+    up: float = 0.0
+    again: float = 0.0
+    back: list[float] = field(default_factory=list)
+    cost: float = 0.0
+    sent: int = 0
+    stored: int = 0
+    counted: int = 0
+    doubled: int = 0
+    condition: str = ""
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def unaccounted(self) -> int:
+        return self.sent - self.stored - self.counted
+
+
+def up(made: Detector, result: Result) -> float:
+    """Run `up`. Returns its time in seconds."""
+    began = time.monotonic()
+    status, words = made.up()
+    if status:
+        result.failures.append(f"up: {words.strip()}")
+    return time.monotonic() - began
+
+
+def kill_process(made: Detector, name: str) -> float:
+    """Kill a process, and wait until it is back. Returns the seconds until then."""
+    began = time.monotonic()
+    made.await_back(name, made.kill(name), STEP)
+    return time.monotonic() - began
+
+
+def kill_supervisor(made: Detector, result: Result) -> float:
+    """Kill the supervisor, and start it again with `up`. Returns the seconds of `up`."""
+    pids, dead = made.pids(), made.supervisor()
+    os.kill(dead.pid, signal.SIGKILL)
+    until(lambda: not is_running(dead), "the supervisor to be dead")
+    time.sleep(1.0)
+    seconds = up(made, result)
+    if made.pids() != pids:
+        result.failures.append("processes were changed by the death of the supervisor")
+    return seconds
+
+
+def trial(kind: str, options: argparse.Namespace, made: Detector, boards: Emulator) -> Result:
+    result = Result(kind)
+    choose = random.Random(f"{options.seed} {kind}")
+    made.write(made.producer("LArPix board", f"pacman = {boards.addresses}", "512MiB"))
+    result.up = up(made, result)
+    before = made.pids()
+    result.again = up(made, result)
+    if made.pids() != before:
+        result.failures.append("the same command again has changed something")
+    with Operator(made.core) as operator:
+        operator.prepare_run(kind="bench").result(STEP)
+        operator.begin_run().result(STEP)
+        boards.go()
+        supervisor = made.supervisor().pid
+        used, began = processor_seconds(supervisor), time.monotonic()
+        time.sleep(options.cost)
+        result.cost = (processor_seconds(supervisor) - used) / (time.monotonic() - began)
+        for _ in range(options.kills):
+            time.sleep(choose.uniform(0.5, 2.5))
+            seconds = kill_supervisor(made, result) if kind == "supervisor" else kill_process(made, kind)
+            result.back.append(seconds)
+        time.sleep(2.0)
+        boards.stop()
+        sent = boards.finish()["sent"]
+        ended = operator.end_run().result(STEP)
+        result.condition = until(
+            lambda: (c := operator.run_info(ended["run"]).result(STEP)["condition"]) != "INTERRUPTED" and c,
+            "all data to be delivered",
+            STEP,
+        )
+    found = tally(parts_of([made.data], ended["run"]))
+    result.sent = sum(counts["words"] for counts in sent.values())
+    result.stored, result.counted = sum(found.stored.values()), sum(found.counted.values())
+    result.doubled = found.doubled
+    result.failures += found.problems
+    if kind != "LArPix board" and (result.unaccounted or result.counted):
+        result.failures.append(f"{result.unaccounted} words are unaccounted for, {result.counted} are counted as lost")
+    if result.doubled:
+        result.failures.append(f"{result.doubled} blocks are in the files twice")
+    if max(result.back) > BACK_LIMIT:
+        result.failures.append(f"back after {max(result.back):.1f} s")
+    if result.up > UP_LIMIT:
+        result.failures.append(f"up took {result.up:.1f} s")
+    if result.cost > COST_LIMIT:
+        result.failures.append(f"the supervisor took {result.cost:.4f} cores")
+    return result
+
+
+def table(results: list[Result]) -> str:
+    lines = [
+        "| killed | times | back after, s | sent | stored | counted lost | unaccounted | condition | `up`, again, s | "
+        "supervisor, cores |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | --- | --- | ---: |",
+    ]
+    for each in results:
+        back = f"{min(each.back):.2f} to {max(each.back):.2f}" if each.back else ""
+        cells = [each.kind, str(len(each.back)), back, f"{each.sent:,}", f"{each.stored:,}", f"{each.counted:,}"]
+        cells += [f"{each.unaccounted:,}", each.condition, f"{each.up:.1f}, {each.again:.1f}", f"{each.cost:.4f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *(f"\n- {each.kind}: {text}" for each in results for text in each.failures)])
+
+
+def main() -> int:
+    parser = argument_parser(__doc__, json=False)
+    add = parser.add_argument
+    add("--boards", type=int, default=8, metavar="N", help="emulated boards (default %(default)d)")
+    add("--rate", type=float, default=500_000.0, metavar="R", help="packets/s of all boards (default %(default)g)")
+    add("--kills", type=int, default=10, metavar="N", help="kills of each kind (default %(default)d)")
+    add("--kinds", default=",".join(KINDS), metavar="NAME,...", help="only these kinds (default: %(default)s)")
+    add("--seed", type=int, default=1, metavar="S", help="of the random pauses (default %(default)d)")
+    add("--cost", type=float, default=20.0, metavar="S", help="seconds in which the supervisor's processor time counts")
+    add("--update", type=Path, metavar="FILE", help=f"write the table into this document, at the marks '{MARK}'")
+    options = parser.parse_args()
+    kinds = options.kinds.split(",")
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"--kinds: no such kind: {', '.join(unknown)}")
+    results = []
+    for kind in kinds:
+        words = ["--io-groups", str(options.boards), "--rate", str(options.rate / options.boards)]
+        with (
+            tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder,
+            detector(Path(folder)) as made,
+            closing(Emulator(*words, "--wait-for-go", "--lossless", "--seed", str(options.seed))) as boards,
+        ):
+            results.append(trial(kind, options, made, boards))
+        print(table(results[-1:]), file=sys.stderr, flush=True)
+    command = f"python bench/supervision.py --boards {options.boards} --rate {options.rate:g} --kills {options.kills}"
+    text = with_source(table(results), f"{command} --seed {options.seed}")
+    print(text)
+    if options.update:
+        update(options.update, MARK, text)
+    return 1 if any(each.failures for each in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
