@@ -119,6 +119,7 @@ class Supervisor:
         self._output.mkdir(mode=0o700, exist_ok=True)
         self._poller = zmq.Poller()
         self._written: RunningSystem | None = None
+        self._write_error = ""
         self._unapplied, self._asked = True, time.monotonic()  # the plan may differ from what runs
         self._in_effect = ""
         self._waiting = ""
@@ -271,7 +272,7 @@ class Supervisor:
         """Take over a process of an earlier supervisor."""
         wanted = Wanted(entry.module, entry.name, entry.arguments)
         process = Process(
-            entry.name, entry.module, entry.arguments, wanted, entry.state, entry.since,
+            entry.name or entry.module, entry.module, entry.arguments, wanted, entry.state, entry.since,
             restarts=entry.restarts, failures=entry.failures, last_exit=entry.last_exit, last_line=entry.last_line,
         )  # fmt: skip
         now = time.monotonic()
@@ -407,10 +408,11 @@ class Supervisor:
         if running != self._written:
             try:
                 write_running(self._directory, running)
-                self._written = running
+                self._written, self._write_error = running, ""
             except OSError as error:
-                if self._written is None or self._written.problem != str(error):
-                    _log.error("%s", error)
+                if self._write_error != str(error):
+                    self._write_error = str(error)
+                    _log.error("%s; `larpixdaq up` and `down` do not see the present processes", error)
 
 
 def notify(text: str) -> None:

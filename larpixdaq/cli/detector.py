@@ -377,7 +377,9 @@ def _change(state: Path, plan: Plan, check: Callable[[dict[str, Entry]], None], 
     """
     before = _alive(read_running(state))
     check(before)
-    previous = read_plan(state)
+    previous = None
+    with contextlib.suppress(FileError):  # it cannot be read any more
+        previous = read_plan(state)
     write_plan(state, plan)
     try:
         after = _reach(state, plan, before)

@@ -92,7 +92,7 @@ class RunningSystem(msgspec.Struct, frozen=True):
 
     `core`: address of the core. `directory`: working directory of `up`, for relative paths in the arguments. `plan`: id
     of the plan that is in effect. `waiting`: names of processes that could not be changed, and why. `supervisor`: the
-    supervisor itself, whose last problem with the core is `problem`.
+    supervisor itself.
     """
 
     core: str
@@ -102,7 +102,6 @@ class RunningSystem(msgspec.Struct, frozen=True):
     waiting: str = ""
     supervisor: Entry | None = None
     insecure: bool = False
-    problem: str = ""
 
 
 def free_port() -> int:

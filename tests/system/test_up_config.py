@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -272,6 +273,26 @@ def test_two_hosts_of_one_file(tmp_path: Path) -> None:
             operator.begin_run().result(LIMIT)
             assert made.run("up", made.path, **far)[1].endswith("all 2 processes are running\n")
             assert operator.end_run().result(LIMIT)["condition"] == "COMPLETE"
+
+
+def test_the_examples_of_the_documentation(made: Detector) -> None:
+    """Those of docs/operate.md, with other ports, and without a board, as the page says."""
+    first, hosts = re.findall(
+        r"^```toml\n(.*?)^```$", (Path(__file__).parents[2] / "docs" / "operate.md").read_text(), re.M | re.S
+    )
+    without = first.replace('boards = ["module0"]\nasic = "2b"', f"fake = 10000\nring-dir = '{made.ring_dir}'")
+    assert without != first
+    own = made.head.replace('[detector]\nstate-dir = "state"\noutput-dir = "data"\n', "")
+    for text in (first, without):
+        made.path.write_text(text.replace("[detector]", '[detector]\nstate-dir = "state"') + own)
+        assert made.run("config", made.path)[0] == 0
+    assert made.up()[1].startswith("test stand: up at ")
+    assert made.run("status", "--core", made.core)[0] == 0
+    assert made.run("down", made.path) == (0, "")
+    made.path.write_text(hosts)
+    status, commands = made.run("config", made.path, "--commands", "--host", "daq2")
+    assert (status, len(commands.splitlines())) == (0, 2)
+    assert "--core=tcp://daq1.lab:5551" in commands
 
 
 def test_the_supervisor_needs_a_plan_and_is_alone(made: Detector) -> None:
