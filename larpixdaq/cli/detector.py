@@ -207,8 +207,8 @@ def _up_with_options(options: argparse.Namespace) -> int:
     if not config.is_loopback(listens) and config.is_loopback(address):
         print(
             f"larpixdaq: WARNING: other hosts reach the core at {listens}, but not the producer, which listens at "
-            f"127.0.0.1, and the log only if they reach {log_address}; --address tcp://HOST with the name or address of "
-            "this host opens all of them",
+            f"127.0.0.1, and the log only if they reach {log_address}; --address tcp://HOST with the name or address "
+            "of this host opens all of them",
             file=sys.stderr,
         )
     insecure = ["--insecure"] if options.insecure else []
