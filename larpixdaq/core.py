@@ -19,7 +19,9 @@ import msgspec
 import zmq
 
 from larpixdaq import config
+from larpixdaq.alarm_config import AlarmConfig, load_alarms
 from larpixdaq.constants import LOG, LOST, PRODUCER, RUN_DATA, STOP, STORAGE, SUPERVISOR
+from larpixdaq.control.alarms import Alarms
 from larpixdaq.control.audit import Audit
 from larpixdaq.control.catalogue import Catalogue
 from larpixdaq.control.log_shipping import LogShipper
@@ -76,8 +78,9 @@ _REFUSALS: Final = {
     "refused_frames": "invalid message",
     "refused": "invalid message",
 }
-#: Maximum seconds until the last rows of the audit are written.
+#: Maximum seconds until the last rows of the audit are written, and until the last alarms are sent.
 _AUDIT_LIMIT: Final = 2.0
+_ALARM_LIMIT: Final = 1.0
 #: Seconds between two checks that run catalogue and connection file were not removed.
 _FILES_INTERVAL: Final = 1.0
 
@@ -96,7 +99,15 @@ class Core:
     `address` has a port (0: any free port). `log_address` is used while no log is registered; "": no log.
     """
 
-    def __init__(self, address: str, log_address: str, directory: Path, *, insecure: bool = False) -> None:
+    def __init__(
+        self,
+        address: str,
+        log_address: str,
+        directory: Path,
+        *,
+        insecure: bool = False,
+        alarms: AlarmConfig | None = None,
+    ) -> None:
         self._insecure = insecure
         self._log_address = log_address
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -125,6 +136,7 @@ class Core:
             undo.pop_all()
         self._peers = Registry()
         self._audit = Audit(self._catalogue.path)
+        self._alarms = Alarms(alarms or AlarmConfig(), self._catalogue.path, self.address)
         self._limits = self._door.limits
         self._rate, self._owner_rate = registration_rates()
         self._refusals_seen: dict[tuple[str, str], int] = {}  # by component and name of the count
@@ -141,6 +153,7 @@ class Core:
             keys=self._keys,
             revoked=self._disconnect,
             audit=self._audit,
+            alarms=self._alarms,
             limits=self._limits,
             refused_connections=lambda: self._door.refused,
         )
@@ -203,6 +216,7 @@ class Core:
         self._remove_connection_file()
         self._audit.note(None, "core ended")
         self._audit.close(_AUDIT_LIMIT)
+        self._alarms.close(_ALARM_LIMIT)
         self._ship()
         self._shipper.close()
         self._door.close()
@@ -252,6 +266,9 @@ class Core:
             self._refused_seen += refused
             self._audit.refuse(_NO_KEY, None, self._door.last_refused, "", refused)
         self._audit.turn(now)
+        self._alarms.catalogue(self._catalogue_error or self._audit.error, now)
+        self._alarms.run_over(self._runs.last_over, now)
+        self._alarms.turn(now)
         self._ship()
         self._actions.load.shares()
 
@@ -379,6 +396,8 @@ class Core:
                 self._peers.take_heartbeat(peer, message, now)
                 self._count_refusals(peer)
                 self._runs.heard(peer, message, now)
+                if message.status is not None:
+                    self._alarms.heard(peer, now)
             self._note_server(peer, message.server)
             self._send(peer.route, Update(request=message.request, session=peer.session, **self._state_for(peer)))
         elif isinstance(message, Answer) and isinstance(peer, Component):
@@ -418,6 +437,7 @@ class Core:
     def _register(self, message: Register | Open, route: bytes, now: float, member: Member) -> None:
         """Register a component or an Operator, or refuse it."""
         registered = message.name in self._peers.components
+        lost = self._peers.lost.get(message.name)
         peer: Peer
         try:
             if isinstance(message, Register):
@@ -436,12 +456,15 @@ class Core:
             self._audit.note(peer, "registered", detail=str(peer.info.get("host", "")), outcome="done")
         self._send(route, Welcome(session=peer.session, **self._state_for(peer)))
         if isinstance(peer, Component):
+            self._alarms.registered(peer, now, restarted=lost is not None and lost.instance != peer.instance)
             self._runs.registered(peer, now)
 
     def _peer_changed(self, what: str, peer: Peer, now: float) -> None:
         if isinstance(peer, OperatorPeer):
             self._requests.peer_removed(peer, what)
             return
+        if isinstance(peer, Component) and what in ("stuck", "moving"):
+            self._alarms.stuck(peer, now)
         if what == "moving":
             _log.info("%s is no longer stuck", peer.name)
             return
@@ -449,6 +472,10 @@ class Core:
         if what in ("lost", "closed"):
             self._requests.peer_removed(peer, what)
             self._runs.lost(peer.name, now)
+            if isinstance(peer, Component):
+                run = self._runs.run
+                needed = run is not None and peer.name in (*run.producers, *run.storages)
+                self._alarms.lost(peer, what, run.run if run is not None and needed else None, now)
 
     # Messages to components and Operators.
 
@@ -504,6 +531,7 @@ class Core:
                 if isinstance(pid := component.info.get("pid"), int)
             },
             "next_server": self._keys.next_server if self._keys is not None else "",
+            "alarms": (self._alarms.raised, self._alarms.newest),
         }
 
     def _state_for(self, peer: Peer) -> dict[str, Any]:
@@ -514,6 +542,8 @@ class Core:
             del state["keys"], state["consumers"]
         if kind != SUPERVISOR:
             del state["registered"]
+        if isinstance(peer, Component):
+            del state["alarms"]
         if peer.member.role == "owner":  # finds the connection file
             del state["next_server"]
         return state
@@ -540,6 +570,13 @@ def argument_parser() -> argparse.ArgumentParser:
     config.add_log_address_argument(parser)
     config.add_state_dir_argument(parser)
     config.add_insecure_argument(parser)
+    parser.add_argument(
+        "--alarms",
+        type=Path,
+        metavar="FILE",
+        help="TOML file whose table [alarms] has the limits of alarms, and where they are sent; other tables are "
+        "ignored (docs/alarms.md; default: all conditions with their default limits, in status, log and catalogue)",
+    )
     return parser
 
 
@@ -547,10 +584,11 @@ def main(argv: list[str] | None = None) -> int:
     args = argument_parser().parse_args(argv)
 
     def run() -> None:
+        alarms = load_alarms(args.alarms) if args.alarms is not None else None
         address = config.listen_address(args.address, config.CORE_PORT)
         log_address = config.address(args.log_address, config.LOG_PORT)
         os.umask(0o077)  # other users may enter a state directory that was made by hand
-        core = Core(address, log_address, state_dir(args.state_dir), insecure=args.insecure)
+        core = Core(address, log_address, state_dir(args.state_dir), insecure=args.insecure, alarms=alarms)
         with contextlib.closing(core), Signals() as signals:
             core.serve(signals)
 

@@ -17,7 +17,8 @@ from typing import Any
 from larpixdaq import config
 from larpixdaq.constants import NO_CORE, PRODUCER, RUN_DATA
 from larpixdaq.control.client import Connection, Request, Response
-from larpixdaq.control.display import status_lines
+from larpixdaq.control.display import alarm_lines, status_lines
+from larpixdaq.control.prompt import show_alarms
 
 __all__ = ["Operator", "Request", "Response"]
 
@@ -62,6 +63,7 @@ class Operator:
         except BaseException:
             self.close()
             raise
+        show_alarms(self._connection)
 
     def close(self) -> None:
         """Give control back and disconnect. Unfinished requests fail."""
@@ -174,6 +176,20 @@ class Operator:
         Shown as text, like `larpixdaq status`; `.result()` returns the dict.
         """
         return self._connection.ask("status", {}, "", "", lambda found: "\n".join(status_lines(found)))
+
+    def alarms(self, history: bool = False, since: float = 0.0, limit: int = 1000) -> Request:
+        """List the open alarms, those first that nobody has acknowledged.
+
+        Result: {"open": [{"id", "condition", "component", "subject", "level", "text", "raised", "last" (unix s),
+        "count", "acknowledged" (unix s), "by", "comment", "cleared"}, ...]}. With history=True also "history": what
+        happened to alarms since this time (unix s), the last `limit` rows (at most 10,000), oldest first.
+        """
+        params = {"history": history, "since": since, "limit": limit}
+        return self._connection.ask("alarms", params, "", "", alarm_lines)
+
+    def acknowledge_alarm(self, id: int, comment: str = "") -> Request:
+        """Acknowledge an open alarm, which needs no control. Result: the alarm, as in alarms()."""
+        return self._core("acknowledge_alarm", alarm=id, comment=comment)
 
     def run_info(self, run: int | None = None) -> Request:
         """Get the catalogue's entry of a run (default: the current run, or the last one).

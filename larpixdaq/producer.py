@@ -31,8 +31,16 @@ from larpixdaq.hardware.supervisor import Child
 from larpixdaq.keys.curve import Admission, new_pair
 from larpixdaq.protocol import hardware
 from larpixdaq.protocol.control import Endpoint
-from larpixdaq.protocol.reports import BoardReport, ClockReport, ProducerEnd, ProducerReady, ProducerStatus
+from larpixdaq.protocol.reports import (
+    BoardReport,
+    ClockReport,
+    IoGroupReport,
+    ProducerEnd,
+    ProducerReady,
+    ProducerStatus,
+)
 from larpixdaq.protocol.stream import VERDICTS, Configurations, ConnectedBoard, LossVerdict, UnknownWord
+from larpixdaq.readout.board_watch import INTERVAL, BoardWatch
 from larpixdaq.readout.command_queue import CommandQueue
 from larpixdaq.readout.configuration_tracker import ConfigurationTracker
 from larpixdaq.readout.delivery import Delivery
@@ -61,6 +69,8 @@ END_LIMIT = 5.0
 #: of 5,000 one-word messages a second would take a turn of the loop, together a fifth of a core. At high rates the rest
 #: would delay acknowledgements and the storages.
 REST, FEW_ROWS = 4, 4_000
+#: Fraction of the ring in use above which a board that waits for room is not called silent.
+_ROOM = 0.5
 #: Seconds between two looks at the boards for losses, wrong options and clocks.
 CHECK_INTERVAL = 1.0
 
@@ -86,11 +96,12 @@ class Producer:
         self._idle_watch = Watch(math.inf)  # between runs
         self._clock_limit: float = options.clock_limit
         self._clock_warnings: set[str] = set()  # boards with a warning about their clock
-        self._check_at = 0.0
+        self._check_at = self._watch_at = 0.0
         self._end_requested_ns = 0  # unix ns
         self._counted: int | None = None  # the run whose counters the ring has, also after its end
         io_groups = [group for source in boards for group in source.io_groups]
         self.recorder = BlockBuilder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
+        self._board_watch = BoardWatch(io_groups, self.recorder.info)
         asic = source_options.asic_of(options)
         channels = self._channels = [channel for source in boards for channel in source.channels]
         self.tracker = ConfigurationTracker(options.asic)
@@ -177,6 +188,8 @@ class Producer:
             if self.ending is not None:
                 self._end_when_quiet()
             self.delivery.work()  # after the end of a run, so that its end record does not wait for the next turn
+            if time.monotonic() >= self._watch_at:
+                self._watch_boards()
             if time.monotonic() >= self._check_at:
                 self._check_boards()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
@@ -233,6 +246,7 @@ class Producer:
         self.publisher.begin(run, self.layout.code, required)
         self.readout.record(True)
         self._watch.start()
+        self._board_watch.start()
         self._firmware_requested.clear()
         self._idle_watch.start()
         self._end_requested_ns = 0
@@ -289,7 +303,9 @@ class Producer:
 
     def _take_firmware(self, channel: Channel, answer: bytes, error: str) -> None:
         if not error:
-            self._firmware[str(channel.io_group)] = channel.firmware(answer)
+            firmware = self._firmware[str(channel.io_group)] = channel.firmware(answer)
+            if self.recorder.run is not None:
+                self._board_watch.take_firmware(channel.io_group, firmware, time.monotonic())
 
     def _put(self, rows: NDArray[Any], io_group: int) -> int:
         """Record rows of words about to be sent. Returns the number of rows that had room."""
@@ -380,6 +396,17 @@ class Producer:
                 lines.append(LossVerdict(io_group, VERDICTS[-1], why, refused, self.recorder.began_ns, now))
         return lines
 
+    def _watch_boards(self) -> None:
+        """Record what changes at the boards in a run. A board that has connected again is asked for its firmware,
+        because it may be another one."""
+        now = time.monotonic()
+        self._watch_at = now + INTERVAL
+        if self.recorder.run is None or self.ending is not None or self.boards[0].recorded:
+            return
+        alone = self.child.running is None and not self.commands.busy and self.delivery.ring.fill < _ROOM
+        packets = dict(enumerate(self.delivery.ring.counts[:, Count.PACKETS].tolist()))
+        self._firmware_requested.difference_update(self._board_watch.take(self._boards(), packets, now, alone=alone))
+
     def _check_boards(self) -> None:
         """Ask for firmware, and log new findings about the boards: in this run or, between runs, for the next one."""
         self._identify()
@@ -406,6 +433,7 @@ class Producer:
 
     def status(self) -> ProducerStatus:
         total = self.delivery.ring.counts.sum(axis=0).tolist()
+        boards = self._boards()
         return ProducerStatus(
             **msgspec.structs.asdict(self.delivery.status()),
             run=self.recorder.run,
@@ -416,11 +444,23 @@ class Producer:
             unknown=total[Count.UNKNOWN_WORDS] + total[Count.REJECTED_WORDS],
             bad_parity=total[Count.BAD_PARITY],
             outside_run=int(self.delivery.ring.outside_counts[:, Count.PACKETS].sum()),
-            boards=[_report(board) for board in self._boards()],
+            boards=[_report(board, self._board_watch.changed(board.io_group)) for board in boards],
+            groups=self._group_reports(boards),
+            waits=self.boards[0].waits,
             verdicts={str(io_group): verdict for io_group, verdict in sorted(self._watch.worst.items())},
             finished=all(source.finished for source in self.boards),
             firmware=dict(self._firmware),
         )
+
+    def _group_reports(self, boards: list[BoardStatus]) -> list[IoGroupReport]:
+        """Return the counts of each io_group in the counted run."""
+        counts = self.delivery.ring.counts
+        reports = []
+        for board in boards:
+            packets, bad_parity = counts[board.io_group, [Count.PACKETS, Count.BAD_PARITY]].tolist()
+            silent = self._board_watch.silent(board.io_group)
+            reports.append(IoGroupReport(board.io_group, packets, bad_parity, board.fifo_full, silent))
+        return reports
 
 
 def _warnings(boards: list[BoardStatus], limit: float) -> list[str]:
@@ -436,7 +476,7 @@ def _warnings(boards: list[BoardStatus], limit: float) -> list[str]:
     return warnings
 
 
-def _report(board: BoardStatus) -> BoardReport:
+def _report(board: BoardStatus, changed: str | None) -> BoardReport:
     return BoardReport(
         board.io_group,
         board.name,
@@ -444,6 +484,7 @@ def _report(board: BoardStatus) -> BoardReport:
         board.problem,
         None if board.clock is None else ClockReport(*board.clock, str(board.clock)),
         [*(line.why for line in board.setup), *([board.refusal] if board.refusal else [])],
+        changed,
     )
 
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from larpixdaq.cli import demo, detector, files, keys, system
+from larpixdaq.cli import alarms, demo, detector, files, keys, system
 from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.version import VERSION
 
@@ -12,7 +12,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="larpixdaq", description="Data acquisition for LArPix detectors")
     top.add_argument("--version", action="version", version=f"larpix-daq {VERSION}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, detector, system, files, keys):
+    for module in (demo, detector, system, alarms, files, keys):
         module.add_commands(commands)
     return top
 

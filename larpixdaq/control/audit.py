@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from larpixdaq.control.catalogue import AuditRow, append_audit
 from larpixdaq.control.registry import Peer
@@ -20,6 +21,7 @@ from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.timing import Throttle
 
 _log = logging.getLogger("larpixdaq.core")
+_Row = TypeVar("_Row")
 #: Maximum number of rows that wait for the disk; more are lost and counted.
 WAITING: Final = 2000
 #: Maximum number of rows in one transaction.
@@ -87,22 +89,99 @@ class _Shared:
         return row
 
 
-class Audit:
-    """Takes rows from the core's loop; turn() passes them to a thread that writes them. No method but close() waits."""
+class RowWriter(Generic[_Row]):
+    """Queue of rows for a table of the catalogue. turn() passes them to a thread that writes them.
 
-    def __init__(self, path: Path) -> None:
-        """`path`: of the catalogue."""
-        self._path = path
-        self._worker = Worker("audit")
-        self._waiting: deque[AuditRow] = deque()
-        self._writing: list[AuditRow] = []
-        self._shared: dict[tuple[str, str], _Shared] = {}  # by kind and component
-        self._throttle = Throttle(_RATE, _BURST, shares=1000)
+    No method but close() waits.
+    """
+
+    def __init__(self, table: str, append: Callable[[list[_Row]], None], lost: Callable[[int], _Row | None]) -> None:
+        """`table`: its name, for the log. `append` writes rows, in the thread; FileError if it cannot. `lost` makes a
+        row that says how many rows were lost."""
+        self._table, self._append, self._lost_row = table, append, lost
+        self._worker = Worker(table)
+        self._waiting: deque[_Row] = deque()
+        self._writing: list[_Row] = []
         self._retry_at = 0.0
         self._unreported = 0
         #: Rows lost since the start, and why the last attempt to write failed; "" if it did not.
         self.lost = 0
         self.error = ""
+
+    def add(self, row: _Row) -> None:
+        if len(self._waiting) + len(self._writing) >= WAITING:
+            self.lost += 1
+            self._unreported += 1
+            return
+        self._waiting.append(row)
+
+    def submit(self, do: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Do another job in the thread, as Worker.submit()."""
+        self._worker.submit(do, then)
+
+    def turn(self, now: float) -> None:
+        """Take what the thread has done, and pass waiting rows to it. `now`: time.monotonic()."""
+        self._worker.turn()
+        if self._waiting and not self._writing and now >= self._retry_at:
+            self._write()
+
+    def _write(self) -> None:
+        self._writing = rows = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
+        self._worker.submit(lambda: self._append(rows), self._written)
+
+    def _written(self, result: OSError | None) -> None:
+        if result is None:
+            self._writing = []
+            self.error = ""
+            if self._unreported:
+                count, self._unreported = self._unreported, 0
+                if (row := self._lost_row(count)) is not None:
+                    self._waiting.append(row)
+            return
+        self._waiting.extendleft(reversed(self._writing))
+        self._writing = []
+        self._retry_at = time.monotonic() + _RETRY
+        if str(result) != self.error:
+            self.error = str(result)
+            _log.error("%s: %s; up to %d rows wait, further ones are lost", self._table, self.error, WAITING)
+
+    def status(self) -> dict[str, Any]:
+        """For `status`: {"lost": rows, "waiting": rows, "error": text}."""
+        return {"lost": self.lost, "waiting": len(self._waiting) + len(self._writing), "error": self.error}
+
+    def close(self, limit: float) -> None:
+        """Write what waits, for at most `limit` seconds. Rows that could not be written are logged."""
+        until = time.monotonic() + limit
+        self._retry_at = 0.0
+        self.turn(time.monotonic())
+        while self._writing or (self._waiting and not self.error):
+            if not self._worker.drain(until - time.monotonic()):
+                break
+            self.turn(time.monotonic())
+        if waiting := len(self._waiting) + len(self._writing):
+            _log.error(
+                "%s: %d rows could not be written%s", self._table, waiting, f": {self.error}" if self.error else ""
+            )
+        self._worker.close(max(0.0, until - time.monotonic()))
+
+
+class Audit:
+    """Takes rows from the core's loop; turn() passes them to a thread that writes them. No method but close() waits."""
+
+    def __init__(self, path: Path) -> None:
+        """`path`: of the catalogue."""
+        self._writer = RowWriter(
+            "audit",
+            lambda rows: append_audit(path, rows),
+            lambda count: AuditRow(time.time_ns(), *_CORE, "rows lost", "", "", "failed", count),
+        )
+        self._shared: dict[tuple[str, str], _Shared] = {}  # by kind and component
+        self._throttle = Throttle(_RATE, _BURST, shares=1000)
+
+    @property
+    def error(self) -> str:
+        """Why the last attempt to write failed; "" if it did not."""
+        return self._writer.error
 
     def note(self, peer: Peer | None, action: str, *, component: str = "", detail: str = "", outcome: str = "") -> None:
         """Add a row. `peer`: who did it; None: the core itself."""
@@ -121,7 +200,7 @@ class Audit:
             _cut(text, _MAX_TEXT) for text in (*who, action, component, outcome)
         )
         detail = _cut(detail, _MAX_DETAIL)
-        self._add(AuditRow(time.time_ns(), key, role, name, action, component, detail, outcome))
+        self._writer.add(AuditRow(time.time_ns(), key, role, name, action, component, detail, outcome))
 
     def refuse(
         self, kind: str, member: Member | None, name: str, detail: str, count: int = 1, *, component: str = ""
@@ -139,56 +218,20 @@ class Audit:
             component = "others"
         self._shared.setdefault((kind, component), _Shared(outcome)).add(who, detail, count)
 
-    def _add(self, row: AuditRow) -> None:
-        if len(self._waiting) + len(self._writing) >= WAITING:
-            self.lost += 1
-            self._unreported += 1
-            return
-        self._waiting.append(row)
-
     def turn(self, now: float) -> None:
         """Pass waiting rows to the thread, and take what it has done. `now`: time.monotonic()."""
-        self._worker.turn()
         for (kind, component), shared in self._shared.items():
             if shared.count and now >= shared.due:
-                self._add(shared.take(kind, component, now))
-        if self._waiting and not self._writing and now >= self._retry_at:
-            self._write()
-
-    def _write(self) -> None:
-        self._writing = rows = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
-        self._worker.submit(lambda: append_audit(self._path, rows), self._written)
-
-    def _written(self, result: OSError | None) -> None:
-        if result is None:
-            self._writing = []
-            self.error = ""
-            if self._unreported:
-                count, self._unreported = self._unreported, 0
-                self._waiting.append(AuditRow(time.time_ns(), *_CORE, "rows lost", "", "", "failed", count))
-            return
-        self._waiting.extendleft(reversed(self._writing))
-        self._writing = []
-        self._retry_at = time.monotonic() + _RETRY
-        if str(result) != self.error:
-            self.error = str(result)
-            _log.error("audit: %s; up to %d rows wait, further ones are lost", self.error, WAITING)
+                self._writer.add(shared.take(kind, component, now))
+        self._writer.turn(now)
 
     def status(self) -> dict[str, Any]:
         """For `status`: {"lost": rows, "waiting": rows, "error": text}."""
-        return {"lost": self.lost, "waiting": len(self._waiting) + len(self._writing), "error": self.error}
+        return self._writer.status()
 
     def close(self, limit: float) -> None:
         """Write what waits, for at most `limit` seconds. Rows that could not be written are logged."""
-        until = time.monotonic() + limit
         for shared in self._shared.values():
             shared.due = 0.0
-        self._retry_at = 0.0
         self.turn(time.monotonic())
-        while self._writing or (self._waiting and not self.error):
-            if not self._worker.drain(until - time.monotonic()):
-                break
-            self.turn(time.monotonic())
-        if waiting := len(self._waiting) + len(self._writing):
-            _log.error("audit: %d rows could not be written%s", waiting, f": {self.error}" if self.error else "")
-        self._worker.close(max(0.0, until - time.monotonic()))
+        self._writer.close(limit)

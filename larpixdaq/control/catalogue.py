@@ -1,7 +1,7 @@
 """The run catalogue: an SQLite database of every run number, with the phase of the run and its end, and of the audit.
 
-Only the core writes it, and writes each step of a run before it sends the step to the components. Rows of the audit are
-only appended: triggers refuse every change of a row.
+Only the core writes it, and writes each step of a run before it sends the step to the components. Rows of the audit and
+of alarms are only appended: triggers refuse every change of a row.
 
 The highest run number is also in its own file, `highest_run`, because files of two runs with the same number would be
 confused. A damaged catalogue is renamed, its readable rows are copied to a new catalogue, and run numbers continue
@@ -34,7 +34,7 @@ from larpixdaq.runtime.file_access import (
     open_locked,
 )
 
-_SCHEMA: Final = 3
+_SCHEMA: Final = 4
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS runs (
     run INTEGER PRIMARY KEY, phase TEXT NOT NULL, kind TEXT NOT NULL, comment TEXT NOT NULL, operator TEXT NOT NULL,
@@ -54,11 +54,23 @@ CREATE TRIGGER IF NOT EXISTS audit_delete BEFORE DELETE ON audit
     BEGIN SELECT RAISE(ABORT, 'rows of the audit are never removed'); END;
 CREATE TRIGGER IF NOT EXISTS audit_replace BEFORE INSERT ON audit WHEN EXISTS (SELECT 1 FROM audit WHERE id = NEW.id)
     BEGIN SELECT RAISE(ABORT, 'rows of the audit are never replaced'); END;
+CREATE TABLE IF NOT EXISTS alarms (
+    id INTEGER PRIMARY KEY, time_ns INTEGER NOT NULL, alarm INTEGER NOT NULL, event TEXT NOT NULL,
+    condition TEXT NOT NULL, component TEXT NOT NULL, subject TEXT NOT NULL, level TEXT NOT NULL, text TEXT NOT NULL,
+    raised_ns INTEGER NOT NULL, count INTEGER NOT NULL, who TEXT NOT NULL, comment TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS rows_of_alarm ON alarms (alarm, id);
+CREATE INDEX IF NOT EXISTS alarms_by_time ON alarms (time_ns);
+CREATE TRIGGER IF NOT EXISTS alarms_update BEFORE UPDATE ON alarms
+    BEGIN SELECT RAISE(ABORT, 'rows of alarms are never changed'); END;
+CREATE TRIGGER IF NOT EXISTS alarms_delete BEFORE DELETE ON alarms
+    BEGIN SELECT RAISE(ABORT, 'rows of alarms are never removed'); END;
+CREATE TRIGGER IF NOT EXISTS alarms_replace BEFORE INSERT ON alarms WHEN EXISTS (SELECT 1 FROM alarms WHERE id = NEW.id)
+    BEGIN SELECT RAISE(ABORT, 'rows of alarms are never replaced'); END;
 """
 _NAME: Final = "catalogue.sqlite"
 _HIGHEST: Final = "highest_run"
-#: Older schemas only lack tables, which are created: schema 1 has no `files`, schema 2 no `audit`.
-_OLD_SCHEMAS: Final = (0, 1, 2)
+#: Older schemas only lack tables, which are created: schema 1 has no `files`, 2 no `audit`, 3 no `alarms`.
+_OLD_SCHEMAS: Final = (0, 1, 2, 3)
 _COLUMNS: Final = (
     "run",
     "phase",
@@ -76,6 +88,7 @@ _COPIED: Final = {
     "comments": "rowid,run,time_ns,operator,text",
     "files": "storage,path,run,bytes,sha256,condition,time_ns",
     "audit": "id,time_ns,key,role,name,action,component,detail,outcome,count",
+    "alarms": "id,time_ns,alarm,event,condition,component,subject,level,text,raised_ns,count,who,comment",
 }
 
 
@@ -98,6 +111,30 @@ class AuditRow(msgspec.Struct, frozen=True):
 
 
 _AUDIT_COLUMNS: Final = AuditRow.__struct_fields__
+
+
+class AlarmRow(msgspec.Struct, frozen=True):
+    """What happened to an alarm. `time_ns`: unix ns. `alarm`: its number. `event`: "raised", "acknowledged", "cleared".
+
+    `condition`, `component`, `subject`, `level`, `text`, `raised_ns` (unix ns of the first time) and `count` as in
+    alarms.Alarm, so that the last row of an alarm tells all about it. `who` and `comment`: of an acknowledgement.
+    """
+
+    time_ns: int
+    alarm: int
+    event: str
+    condition: str
+    component: str
+    subject: str
+    level: str
+    text: str
+    raised_ns: int
+    count: int = 1
+    who: str = ""
+    comment: str = ""
+
+
+_ALARM_COLUMNS: Final = AlarmRow.__struct_fields__
 
 
 class Run(msgspec.Struct, forbid_unknown_fields=True):
@@ -390,7 +427,17 @@ class Catalogue:
 
 
 def append_audit(path: Path, rows: Sequence[AuditRow]) -> None:
-    """Append rows to the audit of the catalogue at `path`, in any thread. FileError if they cannot be written.
+    """Append rows to the audit of the catalogue at `path`, in any thread. FileError if they cannot be written."""
+    _append(path, "audit", _AUDIT_COLUMNS, rows)
+
+
+def append_alarms(path: Path, rows: Sequence[AlarmRow]) -> None:
+    """Append rows to the history of alarms, as append_audit() does."""
+    _append(path, "alarms", _ALARM_COLUMNS, rows)
+
+
+def _append(path: Path, table: str, columns: Sequence[str], rows: Sequence[msgspec.Struct]) -> None:
+    """Append rows to a table.
 
     The connection lasts for one call, because keep() may have replaced the file. It does not sync, so that the lock,
     for which save() may wait, is never held while a disk syncs: a crash of the host may lose the rows since the last
@@ -401,10 +448,35 @@ def append_audit(path: Path, rows: Sequence[AuditRow]) -> None:
             db.execute("PRAGMA synchronous=NORMAL")
             db.execute("BEGIN IMMEDIATE")
             db.executemany(
-                f"INSERT INTO audit ({','.join(_AUDIT_COLUMNS)}) VALUES ({','.join('?' * len(_AUDIT_COLUMNS))})",
+                f"INSERT INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))})",
                 map(msgspec.structs.astuple, rows),
             )
             db.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise FileError(f"{path}: {error}") from None
+
+
+def read_alarms(path: Path, since_ns: int = 0, limit: int = 1000) -> list[AlarmRow]:
+    """Read the last `limit` rows of alarms from this time (unix ns) on, oldest first, in any thread. FileError if that
+    is impossible."""
+    query = "FROM alarms WHERE time_ns >= ? ORDER BY id DESC LIMIT ?"
+    return _read_alarms(path, query, (since_ns, limit))[::-1]
+
+
+def open_alarms(path: Path) -> tuple[list[AlarmRow], int]:
+    """Read the last row of each open alarm, and the highest number of an alarm. FileError as read_alarms()."""
+    highest = _read_alarms(path, "FROM alarms ORDER BY alarm DESC LIMIT 1", ())
+    query = "FROM alarms WHERE id IN (SELECT max(id) FROM alarms GROUP BY alarm) AND event != 'cleared' ORDER BY alarm"
+    return _read_alarms(path, query, ()), highest[0].alarm if highest else 0
+
+
+def _read_alarms(path: Path, query: str, values: tuple[int, ...]) -> list[AlarmRow]:
+    try:
+        with closing(_read_only(path)) as db:
+            rows = db.execute(f"SELECT {','.join(_ALARM_COLUMNS)} {query}", values).fetchall()
+        return [msgspec.convert(dict(zip(_ALARM_COLUMNS, row, strict=True)), AlarmRow) for row in rows]
+    except msgspec.ValidationError as error:
+        raise FileError(f"{path}: alarms: {error}") from None
     except sqlite3.Error as error:
         raise FileError(f"{path}: {error}") from None
 

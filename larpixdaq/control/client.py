@@ -323,6 +323,11 @@ class Connection:
             return NotAllowed(f"{action}: {self._refusal}")
         return NoCore(f"{action}: {why}")
 
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
+
     def ignore_open_requests(self) -> None:
         """Print no errors of the requests that are open now."""
         for sent in list(self._sent.values()):

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
 
+from larpixdaq.alarm_config import AlarmConfig
 from larpixdaq.constants import RUN_DATA
-from larpixdaq.control.catalogue import AuditRow
-from larpixdaq.control.disk_watch import WARNING_LIMITS, time_to_full
+from larpixdaq.control.alarms import Alarm, disconnection, open_line, present_readings, row_line
+from larpixdaq.control.catalogue import AlarmRow, AuditRow
+from larpixdaq.control.disk_watch import time_to_full
 from larpixdaq.errors import printable
 from larpixdaq.protocol.reports import (
     STATUS,
-    BoardReport,
     LogStatus,
     MonitorStatus,
     ProducerStatus,
@@ -29,6 +31,7 @@ from larpixdaq.runtime.timing import load_text
 from larpixdaq.runtime.units import size, utc
 
 Facts = dict[str, Any]
+_T = TypeVar("_T")
 #: Maximum number of rows of a table, half of them from its end, and of elements of an array.
 MAX_SHOWN: Final = 20
 #: States of a process under supervision in which it does not do its work.
@@ -44,9 +47,15 @@ def status_lines(status: Facts) -> list[str]:
     run = status.get("run")
     busy = f" ({status['busy']} in progress)" if status.get("busy") else ""
     lines = [f"state {status['state']}{f', run {_run(run)}' if run else ''}{busy}"]
+    alarms = _converted(status.get("alarms") or [], Alarm)
+    lines += map(open_line, alarms)
     if run and run["missing"]:
         lines.append(f"MISSING in this run: {', '.join(run['missing'])}")
-    lines += [alarm for component in status["components"] if component["alive"] for alarm in _alarms(component)]
+    told = {(alarm.condition, alarm.component, alarm.subject) for alarm in alarms}
+    for component in status["components"]:
+        if component["alive"]:
+            lines += _alarms(component, told)
+    lines += _delivery((status.get("alarm_state") or {}).get("destinations") or [])
     if control := status.get("control"):
         lines.append(f"control: {control['by']}, since {utc(control['since'])}")
     if last := status.get("last_run"):
@@ -64,6 +73,22 @@ def status_lines(status: Facts) -> list[str]:
     for component in status["components"]:
         lines.append(f"{component['name']:<{width}}  {_liveness(component):<5}  {_details(component)}".rstrip())
     return lines
+
+
+def alarm_lines(answer: Facts) -> str:
+    """Convert the answer of Operator.alarms() to text."""
+    lines = [row_line(row) for row in _converted(answer.get("history", []), AlarmRow)]
+    lines += [open_line(alarm) for alarm in _converted(answer["open"], Alarm)] or ["no alarm is open"]
+    return "\n".join(map(printable, lines))
+
+
+def _converted(values: list[Facts], kind: type[_T]) -> list[_T]:
+    """Convert the values that fit: a core of another version may send others."""
+    found = []
+    for value in values:
+        with contextlib.suppress(msgspec.ValidationError):
+            found.append(msgspec.convert(value, kind))
+    return found
 
 
 def audit_line(row: AuditRow) -> str:
@@ -143,35 +168,41 @@ def _last_run(last: Facts) -> str:
     return f"last run: {last['run']} {last['condition']}, {stored}{files}{reasons}"
 
 
-def _alarms(component: Facts) -> list[str]:
-    """Return a line for each problem of a component that needs attention."""
+#: Conditions of alarms that the text of `status` shows also when the core has no alarm for them yet, or knows none.
+_SHOWN: Final = frozenset(
+    {"storage-paused", "not-recovered", "disk-left", "on-close", "producer-files", "board-disconnected", "given-up"}
+)
+
+
+def _alarms(component: Facts, told: set[tuple[str, str, str]]) -> list[str]:
+    """Return a line for each problem of a component that needs attention and is not among the alarms in `told`."""
     name, status = component["name"], _status(component)
-    alarms = []
+    lines = []
     if isinstance(status, ProducerStatus | LogStatus):
-        alarms += _limits(name, [msgspec.to_builtins(limit) for limit in status.limits])
-    if isinstance(status, StorageStatus):
-        if status.paused:
-            alarms.append(f"PAUSED: {name} is not writing: {status.paused}")
-        alarms += [f"NOT RECOVERED: {name}: {text}" for text in status.not_recovered]
-        if status.seconds_left is not None and status.seconds_left < WARNING_LIMITS[0]:
-            alarms.append(f"DISK NEARLY FULL: {name}: {time_to_full(status)}")
-        if status.on_close:
-            alarms.append(f"COMMAND FAILED: {name}: {status.on_close}")
-    elif isinstance(status, ProducerStatus):
-        alarms += [f"FILE REMOVED: {name}: {text}; lost if the process is killed" for text in status.nameless]
-        alarms += [
-            f"DAMAGED FILE KEPT: {name}: {path} could not be read whole; move it away" for path in status.kept_aside
-        ]
-        alarms += [f"{board.name}: {text}" for board in status.boards if (text := _disconnection(board))]
-    elif isinstance(status, SupervisorStatus):
-        alarms += [_not_running(process) for process in status.processes if process.state in NOT_RUNNING]
-    return alarms
+        lines += _limits(name, [msgspec.to_builtins(limit) for limit in status.limits])
+    for reading in present_readings(name, status, AlarmConfig()):
+        if reading.level and reading.condition in _SHOWN and (reading.condition, name, reading.subject) not in told:
+            lines += [reading.text]
+    if isinstance(status, SupervisorStatus):
+        lines += [_not_running(process) for process in status.processes if process.state == "waiting"]
+    return lines
+
+
+def _delivery(destinations: list[Facts]) -> list[str]:
+    """Return a line for each destination of alarms that has not got all of them."""
+    lines = []
+    for one in destinations:
+        counts = {"not sent": one["failed"], "lost": one["lost"], "waiting": one["waiting"]}
+        problems = [f"{count} {words}" for words, count in counts.items() if count]
+        if problems and (one["error"] or one["failed"] or one["lost"]):
+            why = f": {one['error']}" if one["error"] else ""
+            lines.append(f"ALARMS to {one['name']}: {', '.join(problems)}{why}")
+    return lines
 
 
 def _not_running(process: SupervisedProcess) -> str:
     why = ": ".join(part for part in (process.last_exit, process.last_line) if part)
-    again = "`larpixdaq up` tries again" if process.state == "given up" else "it is started again soon"
-    return f"{process.state.upper()}: {process.name}: {why}; {again}"
+    return f"WAITING: {process.name}: {why}; it is started again soon"
 
 
 def _times(number: int) -> str:
@@ -196,12 +227,6 @@ def _limits(where: str, limits: list[Facts]) -> list[str]:
     ]
 
 
-def _disconnection(board: BoardReport) -> str:
-    if board.away_since is None:
-        return ""
-    return f"NOT CONNECTED since {utc(board.away_since)}" + (f" ({board.problem})" if board.problem else "")
-
-
 def _producer(status: ProducerStatus) -> list[str]:
     parts = []
     if status.run is not None:
@@ -215,7 +240,7 @@ def _producer(status: ProducerStatus) -> list[str]:
     verdicts = status.verdicts.items()
     parts += [f"io_group {io_group} is {verdict}" for io_group, verdict in verdicts if verdict != "complete"]
     for board in status.boards:
-        lines = [_disconnection(board), *board.setup, board.clock.text if board.clock is not None else ""]
+        lines = [disconnection(board), *board.setup, board.clock.text if board.clock is not None else ""]
         parts += [f"io_group {board.io_group}: {line}" for line in lines if line]
     if status.owed_blocks:
         parts.append(f"{status.owed_blocks} blocks pending (ring {status.ring:.0%} full)")

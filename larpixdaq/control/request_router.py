@@ -12,8 +12,9 @@ from msgspec import Meta
 
 from larpixdaq import config
 from larpixdaq.constants import PRODUCER, QUERIES, RUN_ACTIONS, RUN_DATA, Name
+from larpixdaq.control.alarms import Alarms
 from larpixdaq.control.audit import Audit, parameters
-from larpixdaq.control.catalogue import Catalogue, Run
+from larpixdaq.control.catalogue import AlarmRow, Catalogue, Run
 from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Registry
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.control.scatter_gather import ReplyRoute, Team
@@ -29,6 +30,10 @@ from larpixdaq.version import VERSION
 _log = logging.getLogger("larpixdaq.core")
 #: Actions that an observer's key does not allow, beside those that need control.
 _CONTROL_ACTIONS: Final = frozenset({"take_control", "release_control"})
+#: Actions that an observer's key does not allow, that need no control, and that go into the audit.
+_NOTED_ACTIONS: Final = frozenset({"acknowledge_alarm"})
+#: Maximum number of rows of the history of alarms in an answer.
+_MAX_ALARM_ROWS: Final = 10_000
 #: Actions for the core's own user alone.
 _KEY_ACTIONS: Final = frozenset({"keys", "invite", "revoke", "rotate"})
 #: Maximum number of unanswered requests of one Operator.
@@ -69,6 +74,17 @@ class _Revoke(msgspec.Struct, forbid_unknown_fields=True):
     name: Name
 
 
+class _Alarms(msgspec.Struct, forbid_unknown_fields=True):
+    history: bool = False
+    since: Annotated[float, Meta(ge=0, le=1e11)] = 0.0  # unix s
+    limit: Annotated[int, Meta(ge=1, le=_MAX_ALARM_ROWS)] = 1000
+
+
+class _Acknowledge(msgspec.Struct, forbid_unknown_fields=True):
+    alarm: Annotated[int, Meta(ge=1)]
+    comment: Annotated[str, Meta(max_length=1000)] = ""
+
+
 class _CoreRequest(NamedTuple):
     """A request to the core itself; `params` is one of the structs above."""
 
@@ -98,6 +114,7 @@ class CoreActions:
         keys: KeyStore | None,
         revoked: Callable[[list[str]], None],
         audit: Audit,
+        alarms: Alarms,
         limits: PeerLimits,
         refused_connections: Callable[[], int],
     ) -> None:
@@ -106,6 +123,7 @@ class CoreActions:
         `status`."""
         self._address, self._keys, self._revoked = address, keys, revoked
         self._audit, self._limits, self._refused_connections = audit, limits, refused_connections
+        self._alarms = alarms
         self._peers, self._control, self._runs, self._catalogue = peers, control, runs, catalogue
         self._started = time.time()
         #: Number of messages refused since the start.
@@ -118,6 +136,8 @@ class CoreActions:
             "actions": (_Actions, self._list_actions, False),
             "status": (_Empty, self._status, False),
             "run_info": (_RunInfo, self._run_info, False),
+            "alarms": (_Alarms, self._list_alarms, False),
+            "acknowledge_alarm": (_Acknowledge, self._acknowledge, False),
             "keys": (_Empty, self._list_keys, False),
             "invite": (_Invite, self._invite, False),
             "revoke": (_Revoke, self._revoke, False),
@@ -146,14 +166,14 @@ class CoreActions:
             request_params = msgspec.convert(params, kind)
         except msgspec.ValidationError as error:
             raise RequestError(f"{action}: {error}") from None
-        if changing or action in _CONTROL_ACTIONS:
+        if changing or action in _CONTROL_ACTIONS | _NOTED_ACTIONS:
             check_may_change(operator, action)
         if action in _KEY_ACTIONS and operator.member.role != "owner":
             raise NotAllowed(f"{action}: keys are for the core's own user, on its host; this is {operator.member}")
         if changing:
             self._control.claim(operator, now)
             _log.info("%s: %s %s", operator.name, action, params or "")
-        if changing or action in ("invite", "revoke", "rotate"):
+        if changing or action in _NOTED_ACTIONS or action in ("invite", "revoke", "rotate"):
             reply.accepted(action, params)
         value = handler(_CoreRequest(operator, request_params, reply, now))
         if value is not None:
@@ -227,6 +247,8 @@ class CoreActions:
             "refused_messages": self.refused,
             "limits": [msgspec.to_builtins(limit) for limit in self._limits.report()],
             "audit": self._audit.status(),
+            "alarms": self._alarms.open(),
+            "alarm_state": self._alarms.status(),
             "refused_connections": self._refused_connections(),
             "version": VERSION,
             "started": self._started,
@@ -275,6 +297,23 @@ class CoreActions:
             "files": run.files,
             "reasons": run.reasons,
         }
+
+    def _list_alarms(self, request: _CoreRequest) -> dict[str, Any] | None:
+        if not request.params.history:
+            return {"open": self._alarms.open()}
+
+        def reply(found: list[AlarmRow] | OSError) -> None:
+            if isinstance(found, OSError):
+                request.reply.error(RequestError(f"alarms: {found}"))
+            else:
+                rows = [msgspec.structs.asdict(row) for row in found]
+                request.reply.result({"open": self._alarms.open(), "history": rows})
+
+        self._alarms.history(request.params.since, request.params.limit, reply)
+        return None
+
+    def _acknowledge(self, request: _CoreRequest) -> dict[str, Any]:
+        return self._alarms.acknowledge(request.params.alarm, request.operator.name, request.params.comment)
 
     def _take_control(self, request: _CoreRequest) -> dict[str, Any]:
         previous = self._control.take(request.operator)

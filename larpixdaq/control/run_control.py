@@ -88,12 +88,13 @@ class RunControl:
         #: The unfinished run of the catalogue after a restart of the core. It continues if a component is still in it.
         last = catalogue.find()
         self._candidate = last if last is not None and not last.is_over else None
+        #: The last run that is over, as it is in the catalogue now.
+        self.last_over = last if last is None or last.is_over else catalogue.find(last.run - 1)
         if last is not None and last.phase == PREPARING:  # it has no data, and its Operator is gone
             self._give_up_candidate()
         #: When the core continues an end_run that its own end has interrupted.
         self._end_at: float | None = None
         self._deliveries = Deliveries(catalogue)
-        self._disks = disk_watch.DiskWatch()
 
     @property
     def number(self) -> int | None:
@@ -202,7 +203,6 @@ class RunControl:
         status = component.read_status(StorageStatus) if component.kind == STORAGE else None
         if status is None:
             return
-        self._disks.take(component.name, status)
         for run in self._deliveries.take(component, status.finished):
             self._request_report(run, component, now)
 
@@ -536,6 +536,8 @@ class RunControl:
 
     def _save(self, run: Run, failures: list[str] | None = None) -> None:
         """Write a run to the catalogue. An error does not stop the run: it is logged, and noted in `failures`."""
+        if run.is_over and (self.last_over is None or run.run >= self.last_over.run):
+            self.last_over = run
         try:
             self._catalogue.save(run)
         except FileError as error:

@@ -217,7 +217,8 @@ class Update(Message, tag="update"):
     `keys`: for components that listen themselves, the keys that may connect to them, with the component's name to
     which a key belongs, or "" for any. `consumers`: for producers, the registered consumers by name. `registered`: for
     supervisors, the process ids of all components by name. `next_server`: for peers with an invitation's key, the
-    core's public key from its next start on, "" if it stays.
+    core's public key from its next start on, "" if it stays. `alarms`: for Operators, the number of alarms raised since
+    the core's start, and the last of them as a line.
     """
 
     state: Literal["STOP", "READY", "RUN"] = "STOP"
@@ -229,6 +230,7 @@ class Update(Message, tag="update"):
     consumers: dict[str, ConsumerSession] = {}
     registered: dict[str, int] = {}
     next_server: Annotated[str, Meta(max_length=40)] = ""
+    alarms: tuple[_Amount, Annotated[str, Meta(max_length=2000)]] = (0, "")
 
     @property
     def heartbeat_sent(self) -> float:

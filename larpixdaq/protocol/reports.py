@@ -128,6 +128,17 @@ class BoardReport(msgspec.Struct):
     problem: str = ""  # why it is not connected
     clock: ClockReport | None = None
     setup: list[str] = []  # contradictions between its data and the producer's options
+    changed: str | None = None  # how it differs from the board with which the run began; "": not at all; None: unknown
+
+
+class IoGroupReport(msgspec.Struct):
+    """Counts of one io_group in the run of a producer's counts."""
+
+    io_group: int
+    packets: int
+    bad_parity: int = 0
+    fifo_full: int | None = None  # packets with the flag of a full FIFO; None: not counted
+    silent: float | None = None  # seconds since its last packet, if that is long for its rate
 
 
 class DeliveryStatus(msgspec.Struct):
@@ -141,6 +152,7 @@ class DeliveryStatus(msgspec.Struct):
     inherited: int = 0  # pending blocks of predecessors
     spooled_blocks: int = 0
     spooled_bytes: int = 0
+    spool_limit: int | None = None  # bytes; 0: there is no spool; None: unknown
     nameless: list[str] = []  # open files that were removed and could not get a name again
     made_anew: int = 0  # number of removed ring files that were replaced
     kept_aside: list[str] = []  # paths of damaged files
@@ -161,6 +173,8 @@ class ProducerStatus(DeliveryStatus):
     bad_parity: int = 0
     outside_run: int = 0  # packets outside of runs
     boards: list[BoardReport] = []
+    groups: list[IoGroupReport] | None = None
+    waits: bool | None = None  # whether the sources wait while the ring is full
     verdicts: dict[str, str] = {}  # by io_group
     finished: bool = False  # all sources have ended
     firmware: dict[str, str] = {}  # by io_group

@@ -87,6 +87,7 @@ class Delivery:
         self.ring_file = RingFile.make(options.ring_dir, state_dir, self.name, epoch, options.ring)
         self.ring = self.ring_file.ring
         spools = spill and options.spool_limit
+        self._spool_limit: int = options.spool_limit if spools else 0
         self.own = BlockStore(self.name, epoch, self.ring, Spool(self.spool) if spools else None, self.ring_file)
         self.publisher = Publisher(self.own, socket, forget_after=options.forget_after, admission=admission)
         for store in inherited:
@@ -254,6 +255,7 @@ class Delivery:
             inherited=self.publisher.inherited(),
             spooled_blocks=sum(store.spooled_blocks() for store in stores),
             spooled_bytes=self.spool.bytes,
+            spool_limit=self._spool_limit,
             nameless=[
                 f"{ring_file.path}: {ring_file.name_error}" for ring_file in self._ring_files if ring_file.name_error
             ]

@@ -17,18 +17,19 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq._native.decoders import BernDecoder, PacmanDecoder, SerialDecoder
 from larpixdaq.protocol.stream import LossVerdict
-from larpixdaq.schema import RowLayout
+from larpixdaq.schema import NOTICES, RowLayout
 from larpixdaq.sources.command_channel import Channel
 from larpixdaq.sources.data_quality import ClockReading, Presence, setup_findings, verdicts
 
 Decoder = PacmanDecoder | BernDecoder | SerialDecoder
+_FULL: Final = NOTICES.index("full")
 
 
 class BoardStatus(NamedTuple):
@@ -41,6 +42,7 @@ class BoardStatus(NamedTuple):
     setup: tuple[LossVerdict, ...] = ()  # findings that contradict the producer's options
     refusal: str = ""  # reason why no run can be prepared with this board, in one line
     clock: ClockReading | None = None
+    fifo_full: int = 0  # packets with the flag of a full FIFO since start()
 
 
 class Source(ABC):
@@ -128,10 +130,13 @@ class Source(ABC):
     def boards(self) -> list[BoardStatus]:
         """Return the state of the boards, one for each io_group."""
         away_ns, problem = self._presence.away_ns, self._disconnection
-        return [
-            BoardStatus(group, self.name, away_ns, problem, tuple(setup_findings(group, self._noticed(group))))
-            for group in self.io_groups
-        ]
+        found = []
+        for group in self.io_groups:
+            noticed = self._noticed(group)
+            full = int(noticed["amount"][_FULL])
+            setup = tuple(setup_findings(group, noticed))
+            found.append(BoardStatus(group, self.name, away_ns, problem, setup, fifo_full=full))
+        return found
 
     def delivered(self, made: int, stored: int, now: int) -> None:
         """Note how many blocks of the producer were made and stored until now (unix ns). Called about once a second."""

@@ -673,27 +673,13 @@ def test_heartbeats_report_steps_answered_to_a_dead_core(team):
     third.close()
 
 
-def test_a_disk_that_will_soon_be_full_is_a_warning(team, caplog):
-    full = {"seconds_left": 700, "bytes_per_second": 18_000_000}
-    for _ in range(3):
-        team.beat("disk 1", **full, paused="")
-        team.beat("disk 2", seconds_left=None, bytes_per_second=0, paused="no space left")
+def test_a_disk_that_will_soon_be_full_is_a_warning(team):
+    team.beat("disk 1", seconds_left=700, bytes_per_second=18_000_000, paused="")
+    team.beat("disk 2", seconds_left=None, bytes_per_second=0, paused="no space left")
     warnings = do(team, "prepare")["warnings"]
     assert warnings == [
         "disk 1: disk full in 11 min at 18 MB/s",
         "disk 2 is not writing: no space left",
-    ]
-    team.beat("disk 1", seconds_left=650, bytes_per_second=18_000_000)
-    team.beat("disk 1", seconds_left=550, bytes_per_second=18_000_000)
-    team.beat("disk 1", seconds_left=800, bytes_per_second=18_000_000)
-    team.beat("disk 1", seconds_left=590, bytes_per_second=18_000_000)
-    team.beat("disk 2", paused="")
-    reported = [record.message for record in caplog.records if record.message.startswith("disk")]
-    assert reported == [
-        "disk 1: disk full in 11 min at 18 MB/s",
-        "disk 2 is not writing: no space left",
-        "disk 1: disk full in 9 min at 18 MB/s",
-        "disk 2 is writing again",
     ]
 
 
@@ -840,7 +826,7 @@ def test_a_catalogue_of_schema_1(tmp_path):
     db = sqlite3.connect(tmp_path / "catalogue.sqlite")
     db.execute("PRAGMA user_version=99")
     db.close()
-    with pytest.raises(FileError, match="schema 99, here 3"):
+    with pytest.raises(FileError, match="schema 99, here 4"):
         Catalogue(tmp_path)
 
 
