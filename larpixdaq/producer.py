@@ -303,9 +303,9 @@ class Producer:
 
     def _take_firmware(self, channel: Channel, answer: bytes, error: str) -> None:
         if not error:
-            firmware = self._firmware[str(channel.io_group)] = channel.firmware(answer)
+            self._firmware[str(channel.io_group)] = channel.firmware(answer)
             if self.recorder.run is not None:
-                self._board_watch.take_firmware(channel.io_group, firmware, time.monotonic())
+                self._board_watch.take_identity(channel.io_group, channel.identity(answer), time.monotonic())
 
     def _put(self, rows: NDArray[Any], io_group: int) -> int:
         """Record rows of words about to be sent. Returns the number of rows that had room."""

@@ -1,4 +1,4 @@
-"""Watches the boards of a producer in a run: connection, silence and firmware.
+"""Watches the boards of a producer in a run: connection, silence and identity.
 
 Changes become INFO messages in the data. The core gets the same facts in the producer's status, for its alarms.
 """
@@ -84,13 +84,13 @@ class BoardWatch:
         self._silences = {io_group: Silence() for io_group in io_groups}
         self._facts: dict[tuple[int, str], _Fact] = {}
         self._away: set[int] = set()
-        self._firmware: dict[int, str] = {}  # of the boards with which the run began, or that were first seen in it
+        self._identities: dict[int, str] = {}  # of the boards that were first seen in the run
         self._changed: dict[int, str] = {}
 
     def start(self) -> None:
         """Begin a run."""
         self._facts.clear()
-        self._firmware.clear()
+        self._identities.clear()
         self._changed.clear()
         self._silences = {io_group: Silence() for io_group in self._silences}
 
@@ -125,17 +125,17 @@ class BoardWatch:
             self._tell(group, "silence", text, "packets again", now)
         return back
 
-    def take_firmware(self, io_group: int, firmware: str, now: float) -> None:
-        """Note the firmware that a board has reported in a run."""
-        first = self._firmware.setdefault(io_group, firmware)
-        text = f"firmware {firmware}, but {first} when the run began" if firmware != first else ""
+    def take_identity(self, io_group: int, identity: str, now: float) -> None:
+        """Note firmware and register map that a board has reported in a run."""
+        first = self._identities.setdefault(io_group, identity)
+        text = f"another board: {identity}; the run began with {first}" if identity != first else ""
         self._changed[io_group] = text
-        self._tell(io_group, "firmware", text, f"firmware {firmware} again", now)
+        self._tell(io_group, "identity", text, f"the first board again: {identity}", now)
 
     def _tell(self, io_group: int, fact: str, text: str, ended: str, now: float) -> None:
         """Record the text of a fact that is new, or `ended` when `text` is "" again."""
         known = self._facts.setdefault((io_group, fact), _Fact())
-        if text == known.told or (bool(text) == bool(known.told) and fact != "firmware") or now < known.due:
+        if text == known.told or (bool(text) == bool(known.told) and fact != "identity") or now < known.due:
             return
         known.told, known.due = text, now + _TEXT_INTERVAL
         self._record(f"io_group {io_group}: {text or ended}")

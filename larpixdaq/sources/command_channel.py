@@ -88,12 +88,16 @@ class Channel(ABC):
 
     @property
     def identify(self) -> bytes:
-        """The order that asks the board for its firmware; empty: the board cannot be asked."""
+        """The order that asks the board for its firmware and register map; empty: the board cannot be asked."""
         return b""
 
     def firmware(self, answer: bytes) -> str:
         """Return the board's firmware as text, from its answer to `identify`."""
         return ""
+
+    def identity(self, answer: bytes) -> str:
+        """Return firmware and register map as text, from its answer to `identify`, to tell boards apart."""
+        return self.firmware(answer)
 
     def _begin(self, seconds: float = 0.0) -> None:
         """Begin a request, for which the board needs `seconds` beyond the usual limit."""

@@ -27,6 +27,8 @@ _WORD_BYTES: Final = 16
 _REGISTER: Final = struct.Struct("<c3xI4xI")
 #: Registers of the firmware's version: major, minor, build, debug. Before v1.4 all of them read 0.
 _VERSION: Final = (0x0, 0x4, 0x8, 0xC)
+#: Register with the revision of the register map: 5, and 0 on boards of revisions 2 to 4.
+_MAP: Final = 0x24220
 
 
 class PacmanChannel(RequestChannel):
@@ -71,10 +73,16 @@ class PacmanChannel(RequestChannel):
         """Empty until the board's format is known to be legacy, because an unknown request may crash the server."""
         if self._board_format() != "legacy":
             return b""
-        return b"".join(_REGISTER.pack(b"R", register, 0) for register in _VERSION)
+        return b"".join(_REGISTER.pack(b"R", register, 0) for register in (*_VERSION, _MAP))
 
     def firmware(self, answer: bytes) -> str:
-        return " ".join(f"{value:#x}" for _, _, value in _REGISTER.iter_unpack(answer))
+        return " ".join(f"{value:#x}" for value in self._values(answer)[: len(_VERSION)])
+
+    def identity(self, answer: bytes) -> str:
+        return f"firmware {self.firmware(answer)}, register map {self._values(answer)[-1]}"
+
+    def _values(self, answer: bytes) -> list[int]:
+        return [value for _, _, value in _REGISTER.iter_unpack(answer)]
 
     def _check(self, answer: bytes) -> BoardReply:
         body = answer[_HEADER.size :]

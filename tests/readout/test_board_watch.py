@@ -1,4 +1,4 @@
-"""What a producer notes about its boards in a run: connection, silence, firmware."""
+"""What a producer notes about its boards in a run: connection, silence, identity."""
 
 import itertools
 import random
@@ -46,19 +46,19 @@ def test_a_flapping_board_does_not_fill_the_file():
     assert all(first != second for first, second in itertools.pairwise(told))
 
 
-def test_another_firmware():
+def test_another_board():
     one = Watched()
     assert one.watch.changed(1) is None  # not known yet
-    for firmware in ("0x1", "0x1", "0x2", "0x1"):
+    for identity in ("map 5", "map 5", "map 0", "map 5"):
         one.now += 2.0
-        one.watch.take_firmware(1, firmware, one.now)
+        one.watch.take_identity(1, identity, one.now)
     assert one.watch.changed(1) == ""
     assert one.texts == [
-        "io_group 1: firmware 0x2, but 0x1 when the run began",
-        "io_group 1: firmware 0x1 again",
+        "io_group 1: another board: map 0; the run began with map 5",
+        "io_group 1: the first board again: map 5",
     ]
     one.watch.start()
-    one.watch.take_firmware(1, "0x2", one.now)  # the next run begins with it
+    one.watch.take_identity(1, "map 0", one.now)  # the next run begins with it
     assert one.watch.changed(1) == ""
 
 
