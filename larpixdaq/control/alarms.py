@@ -29,6 +29,7 @@ from larpixdaq.control.registry import Component
 from larpixdaq.errors import FileError, RequestError, printable
 from larpixdaq.protocol.reports import (
     BoardReport,
+    ClockReport,
     IoGroupReport,
     LogStatus,
     ProducerStatus,
@@ -163,52 +164,67 @@ class AlarmBook:
         alarm. `wall` returns unix seconds."""
         self._hold_off, self._changed, self._wall = hold_off, changed, wall
         self._highest = highest
-        self._entries: dict[tuple[str, str, str], _Entry] = {}
+        #: By component, then by condition and subject.
+        self._entries: dict[str, dict[tuple[str, str], _Entry]] = {}
+        self._count = 0
         #: Conditions for which there was no room.
         self.refused = 0
 
     def restore(self, alarm: Alarm, now: float) -> None:
         """Take over an alarm that is open in the catalogue."""
-        key = alarm.condition, alarm.component, alarm.subject
-        self._entries[key] = _Entry(alarm, _OPEN, None, self._hold_off, now)
+        entries = self._entries.setdefault(alarm.component, {})
+        entries[alarm.condition, alarm.subject] = _Entry(alarm, _OPEN, None, self._hold_off, now)
+        self._count += 1
         self._highest = max(self._highest, alarm.id)
 
     def open(self) -> list[Alarm]:
         """Return the open alarms: those that are not acknowledged first, alarms before warnings, then by number."""
-        found = [entry.alarm for entry in self._entries.values() if entry.state == _OPEN]
+        entries = (entry for of_component in self._entries.values() for entry in of_component.values())
+        found = [entry.alarm for entry in entries if entry.state == _OPEN]
         return sorted(found, key=lambda a: (a.acknowledged is not None, -_LEVELS.index(a.level), a.id))
 
     def take(self, component: str, readings: Iterable[Reading], now: float) -> None:
         """Take readings of a component. `now`: time.monotonic()."""
+        entries = self._entries.get(component, {})
         for reading in readings:
-            subject = reading.subject[:_MAX_SUBJECT]
-            entry = self._entries.get((reading.condition, component, subject))
+            key = reading.condition, reading.subject[:_MAX_SUBJECT]
+            entry = entries.get(key)
             if reading.level:
-                self._is_true(entry, component, reading._replace(subject=subject), now)
-            elif entry is not None:
-                self._is_in_order(entry, now)
+                self._is_true(entry, component, key, reading, now)
+            elif entry is not None and not self._is_in_order(entry, now):
+                del entries[key]
+                self._count -= 1
+
+    def knows(self, component: str) -> bool:
+        """Whether a condition of a component is raised, may be soon, or was raised lately."""
+        return bool(self._entries.get(component))
 
     def subjects(self, component: str) -> list[tuple[str, str]]:
         """Return conditions and subjects of a component that are raised, or may be soon."""
-        return [
-            (condition, subject)
-            for (condition, of, subject), entry in self._entries.items()
-            if of == component and entry.state != _OVER
-        ]
+        return [key for key, entry in self._entries.get(component, {}).items() if entry.state != _OVER]
 
     def tick(self, now: float) -> None:
         """Raise and clear the alarms that are due."""
-        for key, entry in list(self._entries.items()):
-            if entry.state == _PENDING:
-                self._raise_when_due(entry, now)
-            elif entry.state == _OVER:
-                if entry.since is not None and now - entry.since >= _MEMORY:
-                    del self._entries[key]
-            elif entry.since is not None:
-                if now - entry.since >= entry.hold:
-                    self._clear(entry, now)
-            elif entry.alarm.acknowledged is not None and now - entry.heard >= _NO_NEWS:
+        for component, entries in list(self._entries.items()):
+            over = [key for key, entry in entries.items() if not self._tick(entry, now)]
+            for key in over:
+                del entries[key]
+            self._count -= len(over)
+            if not entries:
+                del self._entries[component]
+
+    def _tick(self, entry: _Entry, now: float) -> bool:
+        """Return False when the entry may be forgotten."""
+        if entry.state == _PENDING:
+            self._raise_when_due(entry, now)
+        elif entry.state == _OVER:
+            return entry.since is None or now - entry.since < _MEMORY
+        elif entry.since is not None:
+            if now - entry.since >= entry.hold:
                 self._clear(entry, now)
+        elif entry.alarm.acknowledged is not None and now - entry.heard >= _NO_NEWS:
+            self._clear(entry, now)
+        return True
 
     def acknowledge(self, number: int, by: str, comment: str) -> Alarm:
         """Acknowledge an open alarm; RequestError if there is none of this number."""
@@ -221,14 +237,17 @@ class AlarmBook:
         self._changed("acknowledged", alarm)
         return alarm
 
-    def _is_true(self, entry: _Entry | None, component: str, reading: Reading, now: float) -> None:
+    def _is_true(
+        self, entry: _Entry | None, component: str, key: tuple[str, str], reading: Reading, now: float
+    ) -> None:
         if entry is None:
-            if len(self._entries) >= MAX_ALARMS:
+            if self._count >= MAX_ALARMS:
                 self.refused += 1
                 return
-            alarm = Alarm(0, reading.condition, component, reading.subject, "", "", 0.0, 0.0)
+            alarm = Alarm(0, reading.condition, component, key[1], "", "", 0.0, 0.0)
             entry = _Entry(alarm, _PENDING, now, self._hold_off, now)
-            self._entries[reading.condition, component, reading.subject] = entry
+            self._entries.setdefault(component, {})[key] = entry
+            self._count += 1
         alarm = entry.alarm
         entry.heard = now
         alarm.text = reading.text[:_MAX_TEXT]
@@ -247,14 +266,16 @@ class AlarmBook:
             alarm.acknowledged, alarm.by, alarm.comment = None, "", ""
             self._changed("raised", alarm)
 
-    def _is_in_order(self, entry: _Entry, now: float) -> None:
+    def _is_in_order(self, entry: _Entry, now: float) -> bool:
+        """Return False if the condition was true for too short a time to be raised."""
         entry.heard = now
         if entry.state == _OPEN:
             entry.since = now if entry.since is None else entry.since
-        elif entry.state == _PENDING and entry.alarm.id:
-            entry.state, entry.since = _OVER, now
         elif entry.state == _PENDING:
-            del self._entries[entry.alarm.condition, entry.alarm.component, entry.alarm.subject]
+            if not entry.alarm.id:
+                return False
+            entry.state, entry.since = _OVER, now
+        return True
 
     def _raise_when_due(self, entry: _Entry, now: float) -> None:
         alarm = entry.alarm
@@ -279,13 +300,6 @@ class AlarmBook:
         self._changed("cleared", entry.alarm)
 
 
-def board_text(board: BoardReport) -> str:
-    """Return `NAME: NOT CONNECTED since TIME (reason)`, or "" while the board is connected."""
-    if board.away_since is None:
-        return ""
-    return f"{board.name}: {disconnection(board)}"
-
-
 def disconnection(board: BoardReport) -> str:
     """Return `NOT CONNECTED since TIME (reason)`, or "" while the board is connected."""
     if board.away_since is None:
@@ -293,68 +307,97 @@ def disconnection(board: BoardReport) -> str:
     return f"NOT CONNECTED since {utc(board.away_since)}" + (f" ({board.problem})" if board.problem else "")
 
 
-def present_readings(name: str, status: Status | None, config: AlarmConfig) -> Iterator[Reading]:
-    """Yield the readings that one status alone tells. `name`: of its component."""
+def present_readings(
+    name: str, status: Status | None, config: AlarmConfig, *, in_order: bool = True
+) -> Iterator[Reading]:
+    """Yield the readings that one status alone tells. `name`: of its component. `in_order`: also those in order.
+
+    Those in order are left out, and no texts are made for them, because this runs for each heartbeat.
+    """
     if isinstance(status, StorageStatus):
         yield from _storage(name, status, config)
     elif isinstance(status, ProducerStatus):
-        yield from _producer(name, status, config)
+        yield from _producer(name, status, config, in_order)
     elif isinstance(status, SupervisorStatus):
         for process in status.processes:
-            given_up = process.state == "given up"
-            why = "; ".join(part for part in (process.last_exit, process.last_line) if part)
-            text = f"GIVEN UP: {process.name} is not started again after {process.restarts} restarts: {why}"
-            yield Reading("given-up", process.name, ALARM if given_up else "", text)
+            text = ""
+            if process.state == "given up":
+                why = "; ".join(part for part in (process.last_exit, process.last_line) if part)
+                text = f"GIVEN UP: {process.name} is not started again after {process.restarts} restarts: {why}"
+            yield Reading("given-up", process.name, ALARM if text else "", text)
 
 
 def _storage(name: str, status: StorageStatus, config: AlarmConfig) -> Iterator[Reading]:
-    text = f"PAUSED: {name} is not writing: {status.paused}"
-    yield Reading("storage-paused", name, ALARM if status.paused else "", text)
-    text = f"NOT RECOVERED: {name}: {'; '.join(status.not_recovered)}"
-    yield Reading("not-recovered", name, ALARM if status.not_recovered else "", text)
-    left = status.seconds_left
+    paused, left = status.paused, status.seconds_left
+    text = f"PAUSED: {name} is not writing: {paused}" if paused else ""
+    yield Reading("storage-paused", name, ALARM if paused else "", text)
+    damaged = status.not_recovered
+    text = f"NOT RECOVERED: {name}: {'; '.join(damaged)}" if damaged else ""
+    yield Reading("not-recovered", name, ALARM if damaged else "", text)
     if left is not None and left >= 0:
         level = ALARM if left < config.disk_alarm else WARNING if left < config.disk_warning else ""
-        yield Reading("disk-left", name, level, f"DISK NEARLY FULL: {name}: {time_to_full(status)}")
+        text = f"DISK NEARLY FULL: {name}: {time_to_full(status)}" if level else ""
+        yield Reading("disk-left", name, level, text)
     elif left is None and status.free_bytes is not None and not status.files:
         yield Reading("disk-left", name, "")  # nothing is written: the disk does not fill
-    yield Reading("on-close", name, WARNING if status.on_close else "", f"COMMAND FAILED: {name}: {status.on_close}")
+    text = f"COMMAND FAILED: {name}: {status.on_close}" if status.on_close else ""
+    yield Reading("on-close", name, WARNING if text else "", text)
 
 
-def _producer(name: str, status: ProducerStatus, config: AlarmConfig) -> Iterator[Reading]:
+def _producer(name: str, status: ProducerStatus, config: AlarmConfig, in_order: bool) -> Iterator[Reading]:
     in_run = status.run is not None
     removed = [f"FILE REMOVED: {name}: {text}; lost if the process is killed" for text in status.nameless]
-    kept = [f"DAMAGED FILE KEPT: {name}: {path} could not be read whole; move it away" for path in status.kept_aside]
     yield Reading("producer-files", f"{name}, removed", ALARM if removed else "", "; ".join(removed))
+    kept = [f"DAMAGED FILE KEPT: {name}: {path} could not be read whole; move it away" for path in status.kept_aside]
     yield Reading("producer-files", f"{name}, damaged", WARNING if kept else "", "; ".join(kept))
     for board in status.boards:
-        subject = _subject(name, board.io_group)
-        level = "" if board.away_since is None else ALARM if in_run else WARNING
-        yield Reading("board-disconnected", subject, level, board_text(board))
-        text = f"io_group {board.io_group}: {'; '.join(board.setup)}"
-        yield Reading("board-setup", subject, WARNING if board.setup else "", text)
-        if board.changed is not None:
-            text = f"io_group {board.io_group}: {board.changed}"
-            yield Reading("board-changed", subject, WARNING if board.changed else "", text)
-        if (clock := board.clock) is not None:
-            off = abs(clock.offset) - clock.offset_uncertainty > config.clock_offset
-            text = f"{board.name}: {clock.text}, limit {config.clock_offset:g} s"
-            yield Reading("clock-offset", subject, WARNING if off else "", text)
+        off = board.clock is not None and _is_off(board.clock, config)
+        if in_order or off or board.away_since is not None or board.setup or board.changed:
+            yield from _board(_subject(name, board.io_group), board, config, in_run)
     for io_group, verdict in status.verdicts.items():
+        if verdict == "complete" and not in_order:
+            continue
         level = "" if not in_run or verdict == "complete" else WARNING if verdict == "suspect" else ALARM
-        text = f"io_group {io_group} is {verdict}: data were or may have been lost before they reached {name}"
+        text = ""
+        if level:
+            text = f"io_group {io_group} is {verdict}: data were or may have been lost before they reached {name}"
         yield Reading("board-losses", f"{name}, io_group {io_group}", level, text)
-    text = f"ROWS DROPPED: {name}: {status.dropped} rows of run {status.counted_run}: ring and spool were full"
-    yield Reading("rows-dropped", name, ALARM if in_run and status.dropped else "", text)
+    text = ""
+    if in_run and status.dropped:
+        text = f"ROWS DROPPED: {name}: {status.dropped} rows of run {status.counted_run}: ring and spool were full"
+    yield Reading("rows-dropped", name, ALARM if text else "", text)
     if status.waits is not None:
-        full = status.ring >= config.ring and not status.waits
-        text = f"{name}: ring {status.ring:.0%} full, limit {config.ring:.0%}; {status.owed_blocks} blocks pending"
-        yield Reading("ring-filling", name, "" if not full else ALARM if status.ring >= _RING_ALARM else WARNING, text)
+        level = "" if status.waits or status.ring < config.ring else ALARM if status.ring >= _RING_ALARM else WARNING
+        text = ""
+        if level:
+            text = f"{name}: ring {status.ring:.0%} full, limit {config.ring:.0%}; {status.owed_blocks} blocks pending"
+        yield Reading("ring-filling", name, level, text)
     if status.spool_limit is not None:
         used = status.spooled_bytes / status.spool_limit if status.spool_limit else 0.0
-        full = used > 0 and used >= config.spool
-        text = f"{name}: spool {used:.0%} full, limit {config.spool:.0%} of {size(status.spool_limit)}"
-        yield Reading("spool-filling", name, "" if not full else ALARM if used >= _SPOOL_ALARM else WARNING, text)
+        level = "" if not used or used < config.spool else ALARM if used >= _SPOOL_ALARM else WARNING
+        text = ""
+        if level:
+            text = f"{name}: spool {used:.0%} full, limit {config.spool:.0%} of {size(status.spool_limit)}"
+        yield Reading("spool-filling", name, level, text)
+
+
+def _board(subject: str, board: BoardReport, config: AlarmConfig, in_run: bool) -> Iterator[Reading]:
+    level = "" if board.away_since is None else ALARM if in_run else WARNING
+    yield Reading("board-disconnected", subject, level, f"{board.name}: {disconnection(board)}" if level else "")
+    setup = board.setup
+    text = f"io_group {board.io_group}: {'; '.join(setup)}" if setup else ""
+    yield Reading("board-setup", subject, WARNING if setup else "", text)
+    if board.changed is not None:
+        text = f"io_group {board.io_group}: {board.changed}" if board.changed else ""
+        yield Reading("board-changed", subject, WARNING if text else "", text)
+    if (clock := board.clock) is not None:
+        text = f"{board.name}: {clock.text}, limit {config.clock_offset:g} s" if _is_off(clock, config) else ""
+        yield Reading("clock-offset", subject, WARNING if text else "", text)
+
+
+def _is_off(clock: ClockReport, config: AlarmConfig) -> bool:
+    """Whether the offset of a board's clock is certainly above the limit."""
+    return abs(clock.offset) - clock.offset_uncertainty > config.clock_offset
 
 
 def _subject(name: str, io_group: int) -> str:
@@ -393,9 +436,9 @@ class Evaluation:
         self._producers.pop(name, None)
         self._log_losses.pop(name, None)
 
-    def readings(self, name: str, status: Status | None, now: float) -> Iterator[Reading]:
-        """Yield all readings of a status. `now`: time.monotonic()."""
-        yield from present_readings(name, status, self._config)
+    def readings(self, name: str, status: Status | None, now: float, *, in_order: bool = True) -> Iterator[Reading]:
+        """Yield all readings of a status. `now`: time.monotonic(). `in_order` as in present_readings()."""
+        yield from present_readings(name, status, self._config, in_order=in_order)
         if isinstance(status, ProducerStatus) and status.groups is not None:
             counts = self._producers.setdefault(name, _Counts())
             running = status.run is not None and status.state == "RUN" and not status.finished
@@ -404,8 +447,9 @@ class Evaluation:
                 counts.points.clear()
             elif counts.running_since is None:
                 counts.running_since = now
-            for group in status.groups:
-                yield from self._group(name, group, counts, now)
+            if counts.running_since is not None or in_order:
+                for group in status.groups:
+                    yield from self._group(name, group, counts, now, in_order)
         elif isinstance(status, LogStatus):
             known, grown = self._log_losses.get(name, (status.lost, None))
             grown = now if status.lost > known else grown
@@ -414,57 +458,64 @@ class Evaluation:
             text = f"{name}: {status.lost} log records lost since its start"
             yield Reading("log-losses", name, WARNING if recent else "", text)
 
-    def _group(self, name: str, group: IoGroupReport, counts: _Counts, now: float) -> Iterator[Reading]:
+    def _group(self, name: str, group: IoGroupReport, counts: _Counts, now: float, in_order: bool) -> Iterator[Reading]:
         subject = _subject(name, group.io_group)
-        running = counts.running_since is not None
-        silent = group.silent
-        text = f"SILENT: io_group {group.io_group} of {name}: no packet for {silent or 0.0:.1f} s"
-        waited = now - counts.running_since if counts.running_since is not None else 0.0
-        if running and not group.packets and group.io_group in self._config.expected_io_groups:
-            silent = waited if waited >= self._config.expected_after else None
-            text = f"SILENT: io_group {group.io_group} of {name}: expected, and no packet in run {counts.run} yet"
-        yield Reading("io-group-silent", subject, ALARM if running and silent is not None else "", text)
-        if not running:
-            for condition in ("rate", "bad-parity", "fifo-full"):
+        since = counts.running_since
+        if since is None:
+            for condition in ("io-group-silent", "rate", "bad-parity", "fifo-full"):
                 yield Reading(condition, subject, "")
             return
+        text = ""
+        if not group.packets and group.io_group in self._config.expected_io_groups:
+            if now - since >= self._config.expected_after:
+                text = f"SILENT: io_group {group.io_group} of {name}: expected, but no packet in run {counts.run} yet"
+        elif group.silent is not None:
+            text = f"SILENT: io_group {group.io_group} of {name}: no packet for {group.silent:.1f} s"
+        if text or in_order:
+            yield Reading("io-group-silent", subject, ALARM if text else "", text)
         points = counts.points.setdefault(group.io_group, deque())
         if points and group.packets < points[-1].packets:  # of a restarted producer
             points.clear()
         point = _Point(now, group.packets, group.bad_parity, group.fifo_full)
         if not points or now - points[-1].time >= _POINT_INTERVAL:
             points.append(point)
+        elif not in_order:
+            return
         while len(points) > 2 and points[1].time <= now - _FRACTION_SPAN:
             points.popleft()
-        yield from self._rate(subject, points, point)
-        yield from self._fractions(subject, points[0], point)
+        if (band := self._bands.get(group.io_group)) is not None:
+            yield from _rate(subject, band, points, point)
+        first = points[0]
+        packets = group.packets - first.packets
+        if packets >= _FRACTION_PACKETS:
+            bad = group.bad_parity - first.bad_parity
+            yield _fraction("bad-parity", subject, group.io_group, bad, packets, self._config.bad_parity)
+            if group.fifo_full is not None and first.fifo_full is not None:
+                full = group.fifo_full - first.fifo_full
+                yield _fraction("fifo-full", subject, group.io_group, full, packets, self._config.fifo_full)
 
-    def _rate(self, subject: str, points: deque[_Point], last: _Point) -> Iterator[Reading]:
-        io_group = int(subject.rpartition(" ")[2])
-        band = self._bands.get(io_group)
-        first = next((one for one in reversed(points) if one.time <= last.time - _RATE_SPAN), None)
-        if band is None or first is None:
-            return
-        rate = (last.packets - first.packets) / (last.time - first.time)
-        within = rate >= band.min and (band.max is None or rate <= band.max)
+
+def _rate(subject: str, band: RateBand, points: deque[_Point], last: _Point) -> Iterator[Reading]:
+    first = next((point for point in reversed(points) if point.time <= last.time - _RATE_SPAN), None)
+    if first is None:
+        return
+    rate = (last.packets - first.packets) / (last.time - first.time)
+    text = ""
+    if rate < band.min or (band.max is not None and rate > band.max):
         limits = f"at least {band.min:g}" if band.max is None else f"{band.min:g} to {band.max:g}"
-        text = f"io_group {io_group}: {rate:.4g} packets/s, limits {limits} packets/s"
-        yield Reading("rate", subject, "" if within else WARNING, text)
+        text = f"io_group {band.io_group}: {rate:.4g} packets/s, limits {limits} packets/s"
+    yield Reading("rate", subject, WARNING if text else "", text)
 
-    def _fractions(self, subject: str, first: _Point, last: _Point) -> Iterator[Reading]:
-        packets = last.packets - first.packets
-        if packets < _FRACTION_PACKETS:
-            return
-        io_group = subject.rpartition(" ")[2]
-        parts: list[tuple[str, int, float, str]] = [
-            ("bad-parity", last.bad_parity - first.bad_parity, self._config.bad_parity, "with bad parity")
-        ]
-        if last.fifo_full is not None and first.fifo_full is not None:
-            full = last.fifo_full - first.fifo_full
-            parts.append(("fifo-full", full, self._config.fifo_full, "with the flag of a full FIFO"))
-        for condition, count, limit, what in parts:
-            text = f"io_group {io_group}: {count / packets:.2%} of {packets} packets {what}, limit {limit:.2%}"
-            yield Reading(condition, subject, WARNING if count > limit * packets else "", text)
+
+#: What the fractions count.
+_FRACTIONS: Final = {"bad-parity": "with bad parity", "fifo-full": "with the flag of a full FIFO"}
+
+
+def _fraction(condition: str, subject: str, io_group: int, count: int, packets: int, limit: float) -> Reading:
+    if count <= limit * packets:
+        return Reading(condition, subject, "")
+    share = f"{count / packets:.2%} of {packets} packets {_FRACTIONS[condition]}"
+    return Reading(condition, subject, WARNING, f"io_group {io_group}: {share}, limit {limit:.2%}")
 
 
 _KINDS: Final[Mapping[str, type[Any]]] = {
@@ -516,8 +567,9 @@ class Alarms:
         status = component.read_status(kind) if kind is not None else None
         if status is None:
             return
-        readings = list(self._evaluation.readings(component.name, status, now))
-        if isinstance(status, ProducerStatus) and status.boards:
+        known = self._book.knows(component.name)
+        readings = list(self._evaluation.readings(component.name, status, now, in_order=known))
+        if known and isinstance(status, ProducerStatus) and status.boards:
             # Boards that were read by an earlier process of this name, with other options.
             boards = {_subject(component.name, board.io_group) for board in status.boards}
             readings += [
