@@ -34,7 +34,6 @@ Condition = Literal[
     "board-setup",
     "io-group-silent",
     "rate",
-    "channels",
     "rows-dropped",
     "board-losses",
     "log-losses",

@@ -5,5 +5,6 @@ client                            in an Operator: the Requests that its methods 
 registry, request_router          in the core: components, Operators and control; the way of requests and answers
 run_control, run_instructions, scatter_gather, run_verdict     the run states and the transitions between them
 catalogue                         the database of all runs
-disk_watch, display               warnings about full disks; `status` and results as text
+alarms, alarm_delivery            alarm conditions and open alarms; commands, webhooks and mail that get them
+disk_watch, display, prompt       warnings about full disks; `status` and results as text; alarms in IPython
 """

@@ -450,6 +450,13 @@ class Evaluation:
             if counts.running_since is not None or in_order:
                 for group in status.groups:
                     yield from self._group(name, group, counts, now, in_order)
+        elif isinstance(status, SupervisorStatus):
+            # The core cannot see its own restart; of components it sees the loss.
+            for process in (one for one in status.processes if one.name == "core"):
+                recent = process.restarts > 0 and process.state == "running"
+                recent = recent and abs(time.time() - process.since) < _EVENT_KEPT
+                text = f"RESTARTED: the core, {process.restarts} times: {process.last_exit}; {process.last_line}"
+                yield Reading("component-restarted", "core", WARNING if recent else "", text)
         elif isinstance(status, LogStatus):
             known, grown = self._log_losses.get(name, (status.lost, None))
             grown = now if status.lost > known else grown

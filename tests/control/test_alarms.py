@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import re
 import sqlite3
 import sys
 import time
 import types
 from contextlib import closing
+from pathlib import Path
 from typing import get_args
 
 import msgspec
@@ -234,6 +236,9 @@ def test_lost_log_records_and_given_up_processes():
     processes = [SupervisedProcess("disk", state="given up"), SupervisedProcess("log", state="running")]
     found = readings(SupervisorStatus(processes=processes))
     assert found == {("given-up", "disk"): "alarm", ("given-up", "log"): ""}
+    for since, level in ((time.time(), "warning"), (time.time() - 100, "")):
+        restarted = SupervisedProcess("core", state="running", since=since, restarts=1)
+        assert readings(SupervisorStatus([restarted]))["component-restarted", "core"] == level
 
 
 def in_run(packets, **changed):
@@ -315,6 +320,11 @@ def test_any_text_makes_one_line(text, name, comment, level, ns):
     row = AlarmRow(ns, 1, "acknowledged", "rate", name, name, level, text, ns, 2, name, comment)
     for line in (row_line(row), open_line(alarm_of(row)), sentence("raised", alarm_of(row))):
         assert len(printable(line).splitlines()) == 1
+
+
+def test_the_documentation_has_every_condition():
+    text = (Path(__file__).parents[2] / "docs" / "alarms.md").read_text()
+    assert re.findall(r"^\| `([a-z-]+)` \|", text, re.MULTILINE) == list(get_args(Condition))
 
 
 def test_texts():
