@@ -81,7 +81,9 @@ QUERIES: Final = frozenset(
     {"list_routines", "packet_rate", "packets", "messages", "adc_histogram", "run_info", *HARDWARE_QUERIES}
 )
 #: Actions of components that only the core itself may request.
-RUN_ACTIONS: Final = frozenset({"prepare_run", "begin_run", "end_run", "abort_run", "cancel_run", "report_run"})
+RUN_ACTIONS: Final = frozenset(
+    {"prepare_run", "begin_run", "end_run", "abort_run", "cancel_run", "report_run", "add_comments"}
+)
 #: Seconds between heartbeats.
 HEARTBEAT: Final = 0.25
 #: Seconds without a heartbeat until a component is lost.
@@ -96,6 +98,8 @@ REGISTER_LIMIT: Final = 5.0
 NO_CORE: Final = 2.0
 #: Minimum free bytes on the disk of each storage when a run is prepared.
 MIN_FREE: Final = 64 << 20
+#: Maximum bytes of a file that is attached to a run.
+MAX_ATTACHMENT: Final = 64 << 20
 #: Digits of a run number in file names, and the highest run number.
 RUN_DIGITS: Final = 7
 LAST_RUN: Final = 10**RUN_DIGITS - 1

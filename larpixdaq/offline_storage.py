@@ -63,6 +63,7 @@ class Storage:
                 "end_run": self.service.end_run,
                 "report_run": self.service.report_run,
                 "cancel_run": self.service.cancel_run,
+                "add_comments": self.service.add_comments,
             },
             info=self._info,
             status=self.service.status,

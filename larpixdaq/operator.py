@@ -11,16 +11,23 @@ if __spec__ is None and sys.path[0].endswith("larpixdaq"):
 
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from larpixdaq import config
-from larpixdaq.constants import NO_CORE, PRODUCER, RUN_DATA
+from larpixdaq.constants import MAX_ATTACHMENT, NO_CORE, PRODUCER, RUN_DATA
 from larpixdaq.control.client import Connection, Request, Response
 from larpixdaq.control.display import alarm_lines, status_lines
 from larpixdaq.control.prompt import show_alarms
+from larpixdaq.runtime.file_access import read_regular
 
 __all__ = ["Operator", "Request", "Response"]
+#: Bytes of a piece of an attachment, and maximum seconds until the core has written it.
+_PIECE: Final = 512 << 10
+_PIECE_LIMIT: Final = 30.0
+#: Maximum seconds for which the attribute `shifter` waits for the core.
+_SHIFTER_LIMIT: Final = 5.0
 
 
 def _me() -> str:
@@ -86,13 +93,13 @@ class Operator:
 
     # Run control.
 
-    def prepare_run(self, comment: str = "", kind: str = "") -> Request:
+    def prepare_run(self, comment: str = "", kind: str = "", by: str | None = None) -> Request:
         """STOP -> READY: draw the run number, open the files. Result: {"run", "files", "warnings"}.
 
         `kind` is written into the files. Its default is "physics", or "test" when a producer has a fake or replayed
-        source.
+        source. So is `by`, the name of the shifter; its default is `shifter`.
         """
-        return self._core("prepare_run", comment=comment, kind=kind)
+        return self._core("prepare_run", comment=comment, kind=kind, **({} if by is None else {"by": by}))
 
     def begin_run(self) -> Request:
         """READY -> RUN. Result: {"run", "warnings"}."""
@@ -114,9 +121,45 @@ class Operator:
     begin_physics_run = begin_run
     end_physics_run = end_run
 
-    def comment(self, text: str) -> Request:
-        """Write a comment on the current run into the catalogue. Result: {"run"}."""
-        return self._core("comment", text=text)
+    def comment(self, text: str, run: int | None = None, by: str | None = None) -> Request:
+        """Write a comment on a run (default: the current run, or the last one) into the e-log. Result: {"run"}.
+
+        At any time, also without control. Of at most 10,000 characters. It goes into the catalogue, and into the open
+        file or, when the run is over, into the sidecars of its files. `by`: name of the shifter, by default `shifter`.
+        """
+        return self._core("comment", text=text, run=run, **({} if by is None else {"by": by}))
+
+    def attach(self, path: str | Path, run: int | None = None, by: str | None = None) -> Request:
+        """Attach a file of this machine, of at most 64 MiB, to a run (default: the current run, or the last one).
+
+        The core keeps a copy in its state directory. Returns when all but the last piece of 512 KiB has arrived there.
+        Result: {"run", "name", "file" (the copy, on the core's host), "bytes", "sha256"}. `by`: as in comment().
+        FileError when the file cannot be read.
+        """
+        path = Path(path).resolve()
+        data = read_regular(path, MAX_ATTACHMENT)
+        more = {} if by is None else {"by": by}
+        offset = 0
+        while True:
+            piece = data[offset : offset + _PIECE]
+            request = self._core("attach", run=run, name=path.name, size=len(data), offset=offset, data=piece, **more)
+            offset += len(piece)
+            if offset >= len(data):
+                return request
+            run = request.result(_PIECE_LIMIT)["run"]
+
+    @property
+    def shifter(self) -> str:
+        """Name of the shifter, which the core keeps: default of the comments' `by`, and written into the files of runs.
+
+        "" when nobody is on shift. Reading and setting it waits for the core, and raises its errors.
+        """
+        name: str = self._core("status").result(_SHIFTER_LIMIT)["shifter"]["name"]
+        return name
+
+    @shifter.setter
+    def shifter(self, name: str) -> None:
+        self._core("set_shifter", name=name).result(_SHIFTER_LIMIT)
 
     def take_control(self) -> Request:
         """Take control from the Operator that holds it. Result: {"by", "since" (unix s)}."""

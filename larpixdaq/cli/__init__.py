@@ -2,22 +2,38 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Final
 
-from larpixdaq.cli import alarms, demo, detector, files, keys, system
 from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.version import VERSION
 
+#: The modules of this package, and the commands that each adds.
+_COMMANDS: Final = {
+    "demo": ("demo",),
+    "detector": ("up", "config"),
+    "system": ("down", "status", "audit"),
+    "alarms": ("alarms",),
+    "catalogue": ("runs", "comment", "attach", "shifter"),
+    "files": ("verify", "recover", "info"),
+    "keys": ("keys",),
+}
 
-def parser() -> argparse.ArgumentParser:
+
+def parser(modules: Iterable[str] = _COMMANDS) -> argparse.ArgumentParser:
+    """Make the parser, with the commands of these modules."""
     top = argparse.ArgumentParser(prog="larpixdaq", description="Data acquisition for LArPix detectors")
     top.add_argument("--version", action="version", version=f"larpix-daq {VERSION}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, detector, system, alarms, files, keys):
-        module.add_commands(commands)
+    for module in modules:
+        import_module(f"larpixdaq.cli.{module}").add_commands(commands)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    options = parser().parse_args(arguments, argparse.Namespace(argv=arguments))
+    # The other modules are not imported, because some take longer than a command.
+    wanted = [module for module, commands in _COMMANDS.items() if arguments and arguments[0] in commands]
+    options = parser(wanted or _COMMANDS).parse_args(arguments, argparse.Namespace(argv=arguments))
     return run_main(lambda: options.function(options), endless=False)

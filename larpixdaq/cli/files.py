@@ -168,9 +168,10 @@ def _info_lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "ended", facts["ended"] or "not in this part"
         yield "live", f"{facts['live_s']:.1f} s in this part"
     yield from _listed("connected", [_board_text(board) for board in facts["connected"]])
-    for name in ("comment", "operator"):
+    for name in ("comment", "operator", "shifter"):
         if value := texts.pop(name, ""):
             yield name, value
+    yield from _listed("e-log", [_comment_text(comment) for comment in facts["comments"]])
     if totals := _counts_text(facts["totals"]):
         yield "totals", totals
     yield from _listed("ledger", [_counts_text(line) for line in facts["ledger"]])
@@ -193,6 +194,11 @@ def _board_text(board: dict[str, Any]) -> str:
     firmware = f", firmware {board['firmware']}" if board["firmware"] else ""
     where = f"{board['producer']}, io_group {board['io_group']}"
     return f"{where}: {board['kind']}{address}, read on {board['host']}{firmware}"
+
+
+def _comment_text(comment: dict[str, Any]) -> str:
+    shifter = f"{comment['by']}, " if comment["by"] else ""
+    return f"{utc(comment['time_ns'] / 1e9)}, {shifter}{comment['operator']}: {comment['text']}"
 
 
 def _listed(name: str, texts: list[str]) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,8 @@
-"""The run catalogue: an SQLite database of every run number, with the phase of the run and its end, and of the audit.
+"""The run catalogue: an SQLite database of every run number, with the phase of the run and its end, the e-log, the
+audit, and the alarms.
 
-Only the core writes it, and writes each step of a run before it sends the step to the components. Rows of the audit and
-of alarms are only appended: triggers refuse every change of a row.
+Only the core writes it, and writes each step of a run before it sends the step to the components. Rows of e-log, audit
+and alarms are only appended: triggers refuse every change of a row.
 
 The highest run number is also in its own file, `highest_run`, because files of two runs with the same number would be
 confused. A damaged catalogue is renamed, its readable rows are copied to a new catalogue, and run numbers continue
@@ -17,13 +18,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from larpixdaq.constants import CANCELLED, ENDED, PREPARING, RunCondition
-from larpixdaq.errors import FileError
-from larpixdaq.protocol.reports import RunEnd, StorageEnd
+from larpixdaq.constants import CANCELLED, ENDED, PREPARING, RUN_DIGITS, RunCondition
+from larpixdaq.errors import FileError, RequestError
+from larpixdaq.protocol.reports import Comment, RunEnd, StorageEnd
 from larpixdaq.protocol.stream import ConnectedBoard
 from larpixdaq.runtime.file_access import (
     LockedFile,
@@ -34,13 +35,19 @@ from larpixdaq.runtime.file_access import (
     open_locked,
 )
 
-_SCHEMA: Final = 4
+SCHEMA: Final = 4
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS runs (
     run INTEGER PRIMARY KEY, phase TEXT NOT NULL, kind TEXT NOT NULL, comment TEXT NOT NULL, operator TEXT NOT NULL,
     prepared_ns INTEGER NOT NULL, begun_ns INTEGER, ended_ns INTEGER, condition TEXT NOT NULL, details TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS comments (
     run INTEGER NOT NULL, time_ns INTEGER NOT NULL, operator TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS shifters (
+    id INTEGER PRIMARY KEY, time_ns INTEGER NOT NULL, name TEXT NOT NULL, operator TEXT NOT NULL, key TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS attachments (
+    id INTEGER PRIMARY KEY, run INTEGER NOT NULL, time_ns INTEGER NOT NULL, name TEXT NOT NULL, file TEXT NOT NULL,
+    bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, shifter TEXT NOT NULL, operator TEXT NOT NULL, key TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS delivered (storage TEXT PRIMARY KEY, comment INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS files (
     storage TEXT NOT NULL, path TEXT NOT NULL, run INTEGER NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL,
     condition TEXT NOT NULL, time_ns INTEGER NOT NULL, PRIMARY KEY (storage, path));
@@ -48,28 +55,34 @@ CREATE INDEX IF NOT EXISTS files_of_run ON files (run);
 CREATE TABLE IF NOT EXISTS audit (
     id INTEGER PRIMARY KEY, time_ns INTEGER NOT NULL, key TEXT NOT NULL, role TEXT NOT NULL, name TEXT NOT NULL,
     action TEXT NOT NULL, component TEXT NOT NULL, detail TEXT NOT NULL, outcome TEXT NOT NULL, count INTEGER NOT NULL);
-CREATE TRIGGER IF NOT EXISTS audit_update BEFORE UPDATE ON audit
-    BEGIN SELECT RAISE(ABORT, 'rows of the audit are never changed'); END;
-CREATE TRIGGER IF NOT EXISTS audit_delete BEFORE DELETE ON audit
-    BEGIN SELECT RAISE(ABORT, 'rows of the audit are never removed'); END;
-CREATE TRIGGER IF NOT EXISTS audit_replace BEFORE INSERT ON audit WHEN EXISTS (SELECT 1 FROM audit WHERE id = NEW.id)
-    BEGIN SELECT RAISE(ABORT, 'rows of the audit are never replaced'); END;
 CREATE TABLE IF NOT EXISTS alarms (
     id INTEGER PRIMARY KEY, time_ns INTEGER NOT NULL, alarm INTEGER NOT NULL, event TEXT NOT NULL,
     condition TEXT NOT NULL, component TEXT NOT NULL, subject TEXT NOT NULL, level TEXT NOT NULL, text TEXT NOT NULL,
     raised_ns INTEGER NOT NULL, count INTEGER NOT NULL, who TEXT NOT NULL, comment TEXT NOT NULL);
+"""
+#: Columns that tables of older schemas lack; all are texts.
+_ADDED: Final = {"runs": ("shifter",), "comments": ("shifter", "key")}
+#: Made after the columns. The index of runs has all that `larpixdaq runs` searches, so that it reads no details.
+_INDEXES: Final = """
+CREATE INDEX IF NOT EXISTS runs_searched ON runs (run, prepared_ns, condition, kind, operator, shifter, comment);
 CREATE INDEX IF NOT EXISTS rows_of_alarm ON alarms (alarm, id);
 CREATE INDEX IF NOT EXISTS alarms_by_time ON alarms (time_ns);
-CREATE TRIGGER IF NOT EXISTS alarms_update BEFORE UPDATE ON alarms
-    BEGIN SELECT RAISE(ABORT, 'rows of alarms are never changed'); END;
-CREATE TRIGGER IF NOT EXISTS alarms_delete BEFORE DELETE ON alarms
-    BEGIN SELECT RAISE(ABORT, 'rows of alarms are never removed'); END;
-CREATE TRIGGER IF NOT EXISTS alarms_replace BEFORE INSERT ON alarms WHEN EXISTS (SELECT 1 FROM alarms WHERE id = NEW.id)
-    BEGIN SELECT RAISE(ABORT, 'rows of alarms are never replaced'); END;
+CREATE INDEX IF NOT EXISTS comments_of_run ON comments (run);
+CREATE INDEX IF NOT EXISTS attachments_of_run ON attachments (run);
+"""
+_APPENDED: Final = """
+CREATE TRIGGER IF NOT EXISTS {table}_update BEFORE UPDATE ON {table}
+    BEGIN SELECT RAISE(ABORT, 'rows of the {table} are never changed'); END;
+CREATE TRIGGER IF NOT EXISTS {table}_delete BEFORE DELETE ON {table}
+    BEGIN SELECT RAISE(ABORT, 'rows of the {table} are never removed'); END;
+CREATE TRIGGER IF NOT EXISTS {table}_replace BEFORE INSERT ON {table}
+    WHEN EXISTS (SELECT 1 FROM {table} WHERE rowid = NEW.rowid)
+    BEGIN SELECT RAISE(ABORT, 'rows of the {table} are never replaced'); END;
 """
 _NAME: Final = "catalogue.sqlite"
 _HIGHEST: Final = "highest_run"
-#: Older schemas only lack tables, which are created: schema 1 has no `files`, 2 no `audit`, 3 no `alarms`.
+#: Older schemas only lack tables and columns, which are added: schema 1 has no `files`, schema 2 no `audit`, schema 3
+#: neither `shifters` nor `alarms`.
 _OLD_SCHEMAS: Final = (0, 1, 2, 3)
 _COLUMNS: Final = (
     "run",
@@ -81,15 +94,24 @@ _COLUMNS: Final = (
     "begun_ns",
     "ended_ns",
     "condition",
+    "shifter",
 )
 #: Columns of each table that are copied from a damaged catalogue.
 _COPIED: Final = {
     "runs": ",".join((*_COLUMNS, "details")),
-    "comments": "rowid,run,time_ns,operator,text",
+    "comments": "rowid,run,time_ns,operator,text,shifter,key",
     "files": "storage,path,run,bytes,sha256,condition,time_ns",
     "audit": "id,time_ns,key,role,name,action,component,detail,outcome,count",
     "alarms": "id,time_ns,alarm,event,condition,component,subject,level,text,raised_ns,count,who,comment",
+    "shifters": "id,time_ns,name,operator,key",
+    "attachments": "id,run,time_ns,name,file,bytes,sha256,shifter,operator,key",
+    "delivered": "storage,comment",
 }
+#: Maximum characters of a run's comment and of a comment of the e-log, of a shifter's name, and of all comments on a
+#: run, which are in its sidecars.
+MAX_COMMENT: Final = 10_000
+MAX_SHIFTER: Final = 100
+MAX_COMMENTS: Final = 2 << 20
 
 
 class AuditRow(msgspec.Struct, frozen=True):
@@ -137,6 +159,14 @@ class AlarmRow(msgspec.Struct, frozen=True):
 _ALARM_COLUMNS: Final = AlarmRow.__struct_fields__
 
 
+class Author(NamedTuple):
+    """Who writes into the e-log: the shifter's name as it was given, and the names of the Operator and its key."""
+
+    shifter: str
+    operator: str
+    key: str
+
+
 class Run(msgspec.Struct, forbid_unknown_fields=True):
     """One run. Times in unix ns; `phase` and `condition` as in constants.py."""
 
@@ -149,6 +179,7 @@ class Run(msgspec.Struct, forbid_unknown_fields=True):
     condition: str = RunCondition.RUNNING
     begun_ns: int | None = None
     ended_ns: int | None = None
+    shifter: str = ""
     layout: int = 0
     asic: str = ""
     #: Time of the request end_run or abort_run, when RUN ended. `ended_ns`: when all data were stored.
@@ -233,8 +264,8 @@ class Catalogue:
                 (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
                 if found != "ok":
                     return " ".join(str(found).split())
-                if 0 < db.execute("PRAGMA user_version").fetchone()[0] <= _SCHEMA:
-                    row = db.execute(f"SELECT {_COPIED['runs']} FROM runs ORDER BY run DESC LIMIT 1").fetchone()
+                if 0 < db.execute("PRAGMA user_version").fetchone()[0] <= SCHEMA:
+                    row = db.execute(f"SELECT {_selection(db, 'runs')} FROM runs ORDER BY run DESC LIMIT 1").fetchone()
                     if row is not None:
                         _run(row)
         except sqlite3.OperationalError as error:  # not the file's content: no permission, a failing disk
@@ -336,10 +367,18 @@ class Catalogue:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.execute("PRAGMA synchronous=FULL")
                 (version,) = db.execute("PRAGMA user_version").fetchone()
-                if version not in (*_OLD_SCHEMAS, _SCHEMA):
-                    raise FileError(f"{self.path}: made by another larpix-daq (schema {version}, here {_SCHEMA})")
+                if version not in (*_OLD_SCHEMAS, SCHEMA):
+                    raise FileError(f"{self.path}: made by another larpix-daq (schema {version}, here {SCHEMA})")
                 db.executescript(_TABLES)
-                db.execute(f"PRAGMA user_version={_SCHEMA}")
+                for table, columns in _ADDED.items():
+                    known = _column_names(db, table)
+                    for column in columns:
+                        if column not in known:
+                            db.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
+                db.executescript(_INDEXES)
+                for table in ("audit", "comments", "shifters", "attachments", "alarms"):
+                    db.executescript(_APPENDED.format(table=table))
+                db.execute(f"PRAGMA user_version={SCHEMA}")
             except BaseException:
                 db.close()
                 raise
@@ -406,24 +445,147 @@ class Catalogue:
     def files(self, run: int) -> list[dict[str, Any]]:
         """List the closed files of a run: {"storage", "path", "bytes", "sha256", "condition", "time" (unix s)}."""
         with self._errors():
-            query = (
-                "SELECT storage, path, bytes, sha256, condition, time_ns FROM files WHERE run = ? "
-                "ORDER BY storage, path"
-            )
-            rows = self._db.execute(query, (run,)).fetchall()
-        names = ("storage", "path", "bytes", "sha256", "condition")
-        return [{**dict(zip(names, row, strict=False)), "time": row[-1] / 1e9} for row in rows]
+            return read_files(self._db, run)
 
-    def add_comment(self, run: int, operator: str, text: str) -> None:
+    # The e-log
+
+    def add_comment(self, run: int, text: str, author: Author) -> None:
+        """Add a comment on a run. RequestError if the run would have more than MAX_COMMENTS characters of comments."""
         with self._errors():
-            self._db.execute("INSERT INTO comments VALUES (?, ?, ?, ?)", (run, time.time_ns(), operator, text))
+            query = "SELECT coalesce(sum(length(text)), 0) FROM comments WHERE run = ?"
+            if (length := self._db.execute(query, (run,)).fetchone()[0] + len(text)) > MAX_COMMENTS:
+                raise RequestError(
+                    f"comment: run {run} would have {length} characters of comments, at most {MAX_COMMENTS}"
+                )
+            self._db.execute(
+                "INSERT INTO comments (run, time_ns, text, shifter, operator, key) VALUES (?, ?, ?, ?, ?, ?)",
+                (run, time.time_ns(), text, *author),
+            )
 
     def comments(self, run: int) -> list[dict[str, Any]]:
-        """List the comments on a run, oldest first: {"time" (unix s), "operator", "text"}."""
+        """List the comments on a run, oldest first: {"time" (unix s), "by" (shifter), "operator", "key", "text"}."""
         with self._errors():
-            query = "SELECT time_ns, operator, text FROM comments WHERE run = ? ORDER BY rowid"
-            rows = self._db.execute(query, (run,)).fetchall()
-        return [{"time": ns / 1e9, "operator": who, "text": text} for ns, who, text in rows]
+            return read_comments(self._db, run)
+
+    def add_storage(self, storage: str) -> None:
+        """Note that a storage gets all comments from now on, or from an earlier call on."""
+        with self._errors():
+            self._db.execute(
+                "INSERT OR IGNORE INTO delivered SELECT ?, coalesce(max(rowid), 0) FROM comments", (storage,)
+            )
+
+    def undelivered(self, storage: str) -> list[tuple[int, Comment]]:
+        """List up to 100 comments that this storage has not got yet, oldest first: (run, comment)."""
+        with self._errors():
+            query = (
+                "SELECT run, rowid, time_ns, shifter, operator, text FROM comments WHERE rowid > "
+                "(SELECT comment FROM delivered WHERE storage = ?) ORDER BY rowid LIMIT 100"
+            )
+            return [(run, Comment(*row)) for run, *row in self._db.execute(query, (storage,)).fetchall()]
+
+    def note_delivered(self, storage: str, comment: int) -> None:
+        """Note that a storage has all comments up to this id."""
+        with self._errors():
+            self._db.execute("UPDATE delivered SET comment = ? WHERE storage = ?", (comment, storage))
+
+    def add_attachment(self, run: int, name: str, file: str, size: int, sha256: str, author: Author) -> None:
+        """Add a file of `size` bytes that was attached to a run; see read_attachments()."""
+        with self._errors():
+            self._db.execute(
+                "INSERT INTO attachments (run, time_ns, name, file, bytes, sha256, shifter, operator, key) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (run, time.time_ns(), name, file, size, sha256, *author),
+            )
+
+    def attachments(self, run: int) -> list[dict[str, Any]]:
+        """List the attachments of a run, as read_attachments()."""
+        with self._errors():
+            return read_attachments(self._db, run)
+
+    def set_shifter(self, author: Author) -> None:
+        """Note who is on shift from now on; an empty name: nobody."""
+        with self._errors():
+            self._db.execute(
+                "INSERT INTO shifters (time_ns, name, operator, key) VALUES (?, ?, ?, ?)", (time.time_ns(), *author)
+            )
+
+    def shifter(self) -> dict[str, Any]:
+        """Return who is on shift: {"name", "since" (unix s)}; the name is empty when nobody is."""
+        with self._errors():
+            row = self._db.execute("SELECT name, time_ns FROM shifters ORDER BY id DESC LIMIT 1").fetchone()
+        return {"name": row[0], "since": row[1] / 1e9} if row is not None else {"name": "", "since": 0.0}
+
+
+def read_files(db: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
+    """List the closed files of a run, as Catalogue.files()."""
+    query = "SELECT storage, path, bytes, sha256, condition, time_ns FROM files WHERE run = ? ORDER BY storage, path"
+    names = ("storage", "path", "bytes", "sha256", "condition")
+    return [{**dict(zip(names, row, strict=False)), "time": row[-1] / 1e9} for row in db.execute(query, (run,))]
+
+
+def read_comments(db: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
+    """List the comments on a run, as Catalogue.comments()."""
+    query = "SELECT time_ns, shifter, operator, key, text FROM comments WHERE run = ? ORDER BY rowid"
+    names = ("by", "operator", "key", "text")
+    return [{"time": row[0] / 1e9, **dict(zip(names, row[1:], strict=True))} for row in db.execute(query, (run,))]
+
+
+def read_attachments(db: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
+    """List the attachments of a run, oldest first: {"time" (unix s), "name" (as it was given), "file" (its name in
+    attachments_dir()), "bytes", "sha256", "by" (shifter), "operator", "key"}."""
+    query = (
+        "SELECT time_ns, name, file, bytes, sha256, shifter, operator, key FROM attachments WHERE run = ? ORDER BY id"
+    )
+    names = ("name", "file", "bytes", "sha256", "by", "operator", "key")
+    return [{"time": row[0] / 1e9, **dict(zip(names, row[1:], strict=True))} for row in db.execute(query, (run,))]
+
+
+def read_runs(db: sqlite3.Connection, numbers: Sequence[int]) -> list[Run]:
+    """Read the runs of these numbers, the newest first. ValueError if the row of a run is damaged."""
+    query = f"SELECT {','.join(_COLUMNS)},details FROM runs WHERE run IN ({','.join(map(str, numbers))})"
+    runs = []
+    for row in db.execute(f"{query} ORDER BY run DESC"):
+        try:
+            runs.append(_run(row))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"run {row[0]}: {error}") from None
+    return runs
+
+
+def open_for_reading(directory: Path) -> tuple[Path, sqlite3.Connection]:
+    """Open the catalogue in a state directory for reading; a core may be writing it. Returns its path too.
+
+    FileError if there is none, if it cannot be read, or if it is of another schema.
+    """
+    path = directory / _NAME
+    check_regular(path)
+    if not path.exists():
+        raise FileError(f"{path}: there is no run catalogue")
+    try:
+        db = _read_only(path)
+    except sqlite3.Error as error:
+        raise FileError(f"{path}: {error}") from None
+    try:
+        (schema,) = db.execute("PRAGMA user_version").fetchone()
+        if schema not in (*_OLD_SCHEMAS, SCHEMA):
+            raise FileError(f"{path}: made by another larpix-daq (schema {schema}, here {SCHEMA})")
+        if schema != SCHEMA:
+            raise FileError(
+                f"{path}: of an earlier version (schema {schema}, here {SCHEMA}): a core of this version brings it up "
+                "to date when it starts"
+            )
+    except sqlite3.Error as error:
+        db.close()
+        raise FileError(f"{path}: {error}") from None
+    except BaseException:
+        db.close()
+        raise
+    return path, db
+
+
+def attachments_dir(directory: Path, run: int) -> Path:
+    """Return the directory for the attachments of a run in a state directory."""
+    return directory / "attachments" / f"{run:0{RUN_DIGITS}d}"
 
 
 def append_audit(path: Path, rows: Sequence[AuditRow]) -> None:
@@ -517,6 +679,16 @@ def _run(row: tuple[Any, ...]) -> Run:
         raise ValueError(str(error)) from None
 
 
+def _column_names(db: sqlite3.Connection, table: str) -> set[str]:
+    return {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+
+
+def _selection(db: sqlite3.Connection, table: str) -> str:
+    """List the columns in _COPIED for a SELECT, with "" in place of those that a table of an older schema lacks."""
+    known = _column_names(db, table) | {"rowid"}
+    return ",".join(column if column in known else "''" for column in _COPIED[table].split(","))
+
+
 def _read_only(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
     db.text_factory = lambda text: text.decode("utf-8", "replace")
@@ -531,7 +703,7 @@ def _copy(damaged: Path, db: sqlite3.Connection) -> int:
             values = ",".join("?" * (columns.count(",") + 1))
             for order in ("ASC", "DESC"):
                 with suppress(sqlite3.Error):
-                    for row in old.execute(f"SELECT {columns} FROM {table} ORDER BY rowid {order}"):
+                    for row in old.execute(f"SELECT {_selection(old, table)} FROM {table} ORDER BY rowid {order}"):
                         with suppress(sqlite3.IntegrityError, TypeError, ValueError):
                             if table == "runs":
                                 _run(row)

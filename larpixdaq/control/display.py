@@ -58,6 +58,8 @@ def status_lines(status: Facts) -> list[str]:
     lines += _delivery((status.get("alarm_state") or {}).get("destinations") or [])
     if control := status.get("control"):
         lines.append(f"control: {control['by']}, since {utc(control['since'])}")
+    if (shifter := status.get("shifter") or {}).get("name"):
+        lines.append(f"shifter: {shifter['name']}, since {utc(shifter['since'])}")
     if last := status.get("last_run"):
         lines.append(_last_run(last))
     if status.get("insecure"):

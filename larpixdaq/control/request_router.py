@@ -13,8 +13,9 @@ from msgspec import Meta
 from larpixdaq import config
 from larpixdaq.constants import PRODUCER, QUERIES, RUN_ACTIONS, RUN_DATA, Name
 from larpixdaq.control.alarms import Alarms
+from larpixdaq.control.attachments import Attachments, Piece
 from larpixdaq.control.audit import Audit, parameters
-from larpixdaq.control.catalogue import AlarmRow, Catalogue, Run
+from larpixdaq.control.catalogue import MAX_COMMENT, MAX_SHIFTER, AlarmRow, Author, Catalogue, Run
 from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Registry
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.control.scatter_gather import ReplyRoute, Team
@@ -36,6 +37,8 @@ _NOTED_ACTIONS: Final = frozenset({"acknowledge_alarm"})
 _MAX_ALARM_ROWS: Final = 10_000
 #: Actions for the core's own user alone.
 _KEY_ACTIONS: Final = frozenset({"keys", "invite", "revoke", "rotate"})
+#: Actions of the e-log: they need no control, because they change nothing that is taken.
+_LOG_ACTIONS: Final = frozenset({"attach", "comment", "set_shifter"})
 #: Maximum number of unanswered requests of one Operator.
 MAX_UNANSWERED: Final = 1000
 #: Names of the kinds of components in errors.
@@ -47,12 +50,19 @@ class _Empty(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Prepare(msgspec.Struct, forbid_unknown_fields=True):
-    comment: Annotated[str, Meta(max_length=10_000)] = ""
+    comment: str = ""
     kind: Annotated[str, Meta(max_length=64)] = ""
+    by: str | None = None
 
 
 class _Comment(msgspec.Struct, forbid_unknown_fields=True):
-    text: Annotated[str, Meta(min_length=1, max_length=10_000)]
+    text: str
+    run: RunNumber | None = None
+    by: str | None = None
+
+
+class _Shifter(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
 
 
 class _Actions(msgspec.Struct, forbid_unknown_fields=True):
@@ -94,6 +104,11 @@ class _CoreRequest(NamedTuple):
     now: float
 
 
+def _check_length(action: str, what: str, text: str, limit: int) -> None:
+    if len(text) > limit:
+        raise RequestError(f"{action}: {what} has {len(text)} characters, at most {limit}")
+
+
 def check_may_change(operator: OperatorPeer, action: str) -> None:
     """Raise NotAllowed if the key of an Operator is that of an observer."""
     if operator.member.role == "observer":
@@ -125,6 +140,7 @@ class CoreActions:
         self._audit, self._limits, self._refused_connections = audit, limits, refused_connections
         self._alarms = alarms
         self._peers, self._control, self._runs, self._catalogue = peers, control, runs, catalogue
+        self._attachments = Attachments(catalogue)
         self._started = time.time()
         #: Number of messages refused since the start.
         self.refused = 0
@@ -148,11 +164,9 @@ class CoreActions:
             "begin_run": (_Empty, lambda request: runs.begin(request.reply, request.now), True),
             "end_run": (_Empty, lambda request: runs.end(request.reply, request.now), True),
             "abort_run": (_Empty, lambda request: runs.abort(request.operator.name, request.reply, request.now), True),
-            "comment": (
-                _Comment,
-                lambda request: {"run": runs.comment(request.operator.name, request.params.text)},
-                True,
-            ),
+            "comment": (_Comment, self._comment, False),
+            "attach": (Piece, self._attach, False),
+            "set_shifter": (_Shifter, self._set_shifter, False),
         }
 
     def handle(
@@ -166,7 +180,7 @@ class CoreActions:
             request_params = msgspec.convert(params, kind)
         except msgspec.ValidationError as error:
             raise RequestError(f"{action}: {error}") from None
-        if changing or action in _CONTROL_ACTIONS | _NOTED_ACTIONS:
+        if changing or action in _CONTROL_ACTIONS | _NOTED_ACTIONS | _LOG_ACTIONS:
             check_may_change(operator, action)
         if action in _KEY_ACTIONS and operator.member.role != "owner":
             raise NotAllowed(f"{action}: keys are for the core's own user, on its host; this is {operator.member}")
@@ -175,6 +189,8 @@ class CoreActions:
             _log.info("%s: %s %s", operator.name, action, params or "")
         if changing or action in _NOTED_ACTIONS or action in ("invite", "revoke", "rotate"):
             reply.accepted(action, params)
+        elif action in _LOG_ACTIONS and not (isinstance(request_params, Piece) and not request_params.is_last):
+            reply.accepted(action, {name: value for name, value in params.items() if name != "data"})
         value = handler(_CoreRequest(operator, request_params, reply, now))
         if value is not None:
             reply.result(value)
@@ -242,6 +258,7 @@ class CoreActions:
             "components": self._peers.describe(request.now),
             "operators": sorted(peer.name for peer in self._peers.operators.values()),
             "control": self._control.describe(request.now),
+            "shifter": self._catalogue.shifter(),
             "insecure": self._keys is None,
             "load": self.load.shares(),
             "refused_messages": self.refused,
@@ -257,19 +274,14 @@ class CoreActions:
         }
 
     def _run_info(self, request: _CoreRequest) -> dict[str, Any]:
-        number, current = request.params.run, self._runs.run
-        run = current if number is None or (current and current.run == number) else None
-        if run is None:
-            run = self._catalogue.find(number)
-        if run is None:
-            which = "no run yet" if number is None else f"no run {number}"
-            raise RequestError(f"run_info: there is {which} in the catalogue")
+        run = self._runs.find(request.params.run, "run_info")
         info = self._describe(run)
         info["begun_ns"], info["stopped_ns"] = run.begun_ns, run.stopped_ns
         info["connected"] = run.connected
         info["comments"] = self._catalogue.comments(run.run)
+        info["attachments"] = self._catalogue.attachments(run.run)
         info["file_details"] = self._catalogue.files(run.run)
-        if run is current:
+        if run is self._runs.run:
             info["live"] = {peer.name: peer.status for peer in self._peers.components.values()}
         return info
 
@@ -280,6 +292,7 @@ class CoreActions:
             "kind": run.kind,
             "comment": run.comment,
             "operator": run.operator,
+            "shifter": run.shifter,
             "phase": run.phase,
             "condition": run.condition,
             "prepared": run.prepared_ns / 1e9,
@@ -326,9 +339,32 @@ class CoreActions:
         return self._control.describe(request.now) or {}
 
     def _prepare(self, request: _CoreRequest) -> None:
-        self._runs.prepare(
-            request.params.comment, request.params.kind, request.operator.name, request.reply, request.now
-        )
+        params = request.params
+        _check_length("prepare_run", "the comment", params.comment, MAX_COMMENT)
+        shifter = self._author("prepare_run", request, params.by).shifter
+        self._runs.prepare(params.comment, params.kind, request.operator.name, request.reply, request.now, shifter)
+
+    def _comment(self, request: _CoreRequest) -> dict[str, Any]:
+        params = request.params
+        if not params.text.strip():
+            raise RequestError("comment: expected a text, found nothing")
+        _check_length("comment", "the text", params.text, MAX_COMMENT)
+        return {"run": self._runs.comment(params.run, params.text, self._author("comment", request, params.by))}
+
+    def _attach(self, request: _CoreRequest) -> dict[str, Any]:
+        piece: Piece = request.params
+        run = self._runs.find(piece.run, "attach").run
+        return self._attachments.take(request.operator.session, run, piece, self._author("attach", request, piece.by))
+
+    def _set_shifter(self, request: _CoreRequest) -> dict[str, Any]:
+        self._catalogue.set_shifter(self._author("set_shifter", request, request.params.name))
+        return self._catalogue.shifter()
+
+    def _author(self, action: str, request: _CoreRequest, name: str | None) -> Author:
+        """Return who asks for an entry of the e-log. `name`: the shifter; None: who is on shift."""
+        shifter = self._catalogue.shifter()["name"] if name is None else name if name.strip() else ""
+        _check_length(action, "the shifter's name", shifter, MAX_SHIFTER)
+        return Author(shifter, request.operator.name, request.operator.member.name)
 
 
 class Transport(Team, Protocol):

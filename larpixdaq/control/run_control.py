@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +28,7 @@ from larpixdaq.constants import (
     RunCondition,
 )
 from larpixdaq.control import disk_watch
-from larpixdaq.control.catalogue import Catalogue, Run
+from larpixdaq.control.catalogue import Author, Catalogue, Run
 from larpixdaq.control.registry import MAX_COMPONENTS, Component, Registry
 from larpixdaq.control.run_instructions import (
     begin_params,
@@ -56,7 +58,7 @@ from larpixdaq.control.scatter_gather import (
     Steps,
     Team,
 )
-from larpixdaq.errors import ComponentError, FileError, LarpixDaqError, StateError
+from larpixdaq.errors import ComponentError, FileError, LarpixDaqError, RequestError, StateError
 from larpixdaq.protocol.control import Answer, Heartbeat, content
 from larpixdaq.protocol.reports import FinishedFile, StorageStatus
 
@@ -70,6 +72,8 @@ END_LIMIT: Final = 30.0
 MONITOR_LIMIT: Final = 1.0
 #: Seconds that end_run waits for a required component that is lost.
 LOST_PATIENCE: Final = 5.0
+#: Maximum number of comments in one request to a storage: 400 kB.
+_COMMENTS_AT_ONCE: Final = 10
 #: Seconds for components to come back before the core continues an interrupted end_run.
 _RETURN: Final = 2.0
 
@@ -94,6 +98,8 @@ class RunControl:
             self._give_up_candidate()
         #: When the core continues an end_run that its own end has interrupted.
         self._end_at: float | None = None
+        self._comments_owed: set[str] = set()  # storages for which the catalogue may have comments
+        self._comments_sent: set[str] = set()  # storages that are being given comments
         self._deliveries = Deliveries(catalogue)
 
     @property
@@ -108,7 +114,7 @@ class RunControl:
 
     # Requests of Operators. They raise StateError and ComponentError at once; `reply` gets the result and later errors.
 
-    def prepare(self, comment: str, kind: str, operator: str, reply: ReplyRoute, now: float) -> None:
+    def prepare(self, comment: str, kind: str, operator: str, reply: ReplyRoute, now: float, shifter: str = "") -> None:
         """STOP -> READY. `kind`: "" for the default, which depends on the producers' sources."""
         self._check_idle("prepare_run")
         if self.state != STOP:
@@ -123,6 +129,7 @@ class RunControl:
         boards = connected(producers)
         run = Run(highest + 1, kind or kind_of_run(boards), comment, operator, time.time_ns())
         run.connected, run.layout, run.versions = boards, layout, team_versions(producers)
+        run.shifter = shifter
         run.storages = [storage.name for storage in storages]
         run.asic = ", ".join(dict.fromkeys(str(producer.info.get("asic", "")) for producer in producers))
         self._catalogue.save(run, new=True)
@@ -163,12 +170,25 @@ class RunControl:
             self.run.condition = RunCondition.ABORTED
             self._start("abort_run", self._end(self.run), reply, now)
 
-    def comment(self, operator: str, text: str) -> int:
-        """Write a comment on the present run. Returns the number of the run."""
-        if self.run is None or self.state == STOP:
-            raise StateError("comment is not allowed in STOP: no run is prepared or going on")
-        self._catalogue.add_comment(self.run.run, operator, text)
-        return self.run.run
+    def find(self, number: int | None, action: str) -> Run:
+        """Return the run of this number, by default the present run, or else the last one. RequestError, whose text
+        begins with `action`, if there is none."""
+        run = self.run if number is None or (self.run is not None and self.run.run == number) else None
+        run = run or self._catalogue.find(number)
+        if run is None:
+            which = "no run yet" if number is None else f"no run {number}"
+            raise RequestError(f"{action}: there is {which} in the catalogue")
+        return run
+
+    def comment(self, number: int | None, text: str, author: Author) -> int:
+        """Add a comment on a run, by default as in find(), to the catalogue. Returns the number of the run.
+
+        The storages get it with their next heartbeats.
+        """
+        run = self.find(number, "comment").run
+        self._catalogue.add_comment(run, text, author)
+        self._comments_owed |= {storage.name for storage in self._peers.of_kind(STORAGE)}
+        return run
 
     # Events.
 
@@ -177,6 +197,8 @@ class RunControl:
         self._procedures.send_again(component)
         self._place(component, now)
         self._end_abandoned(now)
+        if component.kind == STORAGE:
+            self._owe_comments(component.name)
         last = self._catalogue.find() if self.run is None and component.run is None else None
         if last is not None and may_improve(last, component.name):
             self._request_report(last, component, now)
@@ -200,11 +222,33 @@ class RunControl:
             # The component has answered to a core that has died since.
             component.run, component.begun = beat.run, beat.begun
             self._place(component, now)
-        status = component.read_status(StorageStatus) if component.kind == STORAGE else None
+        if component.kind != STORAGE:
+            return
+        self._pass_comments(component, now)
+        status = component.read_status(StorageStatus)
         if status is None:
             return
         for run in self._deliveries.take(component, status.finished):
             self._request_report(run, component, now)
+
+    def _owe_comments(self, storage: str) -> None:
+        self._comments_owed.add(storage)
+        try:
+            self._catalogue.add_storage(storage)
+        except FileError as error:
+            _log.error("comments for %s: %s", storage, error)
+
+    def _pass_comments(self, storage: Component, now: float) -> None:
+        """Give a storage the comments that it has not got yet, when it works on no step of a run."""
+        name = storage.name
+        if name not in self._comments_owed or name in self._comments_sent or self._procedures.awaits(storage):
+            return
+        self._comments_owed.discard(name)
+        try:
+            if self._catalogue.undelivered(name):
+                self._procedures.start_aside(f"comments for {name}", self._deliver(storage), now, logging.DEBUG)
+        except FileError as error:
+            _log.error("comments for %s: %s", name, error)
 
     def _request_report(self, run: Run, component: Component, now: float) -> None:
         what = f"{component.name} is asked again about run {run.run}"
@@ -264,7 +308,7 @@ class RunControl:
             component.run, component.begun = params["run"], False
         elif action == "begin_run":
             component.begun = True
-        elif action != "report_run" and component.run == params["run"]:
+        elif action not in ("report_run", "add_comments") and component.run == params["run"]:
             component.run, component.begun = None, False
 
     def _take_late(self, component: Component, action: str, number: int, answer: Answer, now: float) -> None:
@@ -472,6 +516,34 @@ class RunControl:
         value = outcomes[component.name].result()
         if action != "cancel_run":
             self._amend(run.run, component, value)
+
+    def _deliver(self, storage: Component) -> Steps:
+        """Give a storage its comments, for the open part or the sidecars. Those on a run that it has not opened yet
+        wait. Those that it refuses twice are in the catalogue alone."""
+        name = storage.name
+        self._comments_sent.add(name)
+        try:
+            while undelivered := self._catalogue.undelivered(name):
+                number, same = next(groupby(undelivered, itemgetter(0)))
+                comments = [comment for _, comment in same][:_COMMENTS_AT_ONCE]
+                run = self._catalogue.find(number)
+                if run is not None and name in run.storages:
+                    refusals = 0
+                    while refusals < 2:  # again, because the storage may have been restarted meanwhile
+                        present = self._peers.components.get(name)
+                        if present is None or not (run.is_over or present.run == number):
+                            self._comments_owed.add(name)
+                            return
+                        item = Item({"run": number, "comments": comments}, END_LIMIT)
+                        outcome = (yield ComponentRequest("add_comments", {name: item}))[name]
+                        if outcome.ok:
+                            break
+                        refusals += 1
+                        if refusals == 2:
+                            _log.error("run %d: only the catalogue has a comment on it: %s", number, outcome.text)
+                self._catalogue.note_delivered(name, comments[-1].id)
+        finally:
+            self._comments_sent.discard(name)
 
     def _abort_strays(self) -> Steps:
         """In STOP, end the runs that components are still in."""

@@ -170,6 +170,7 @@ def producer_params(run: Run) -> dict[str, Any]:
 def storage_params(run: Run, producers: Iterable[str]) -> dict[str, Any]:
     return monitor_params(run) | {
         "operator": run.operator,
+        "shifter": run.shifter,
         "started_ns": run.prepared_ns,
         "layout": run.layout,
         "asic_version": run.asic,

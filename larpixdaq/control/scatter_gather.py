@@ -227,8 +227,8 @@ class Procedures:
         self.now = now
         self.main = Procedure(what, steps, self._peers, self._team, reply, self._late)
 
-    def start_aside(self, what: str, steps: Steps, now: float) -> None:
-        _log.warning("%s", what)
+    def start_aside(self, what: str, steps: Steps, now: float, level: int = logging.WARNING) -> None:
+        _log.log(level, "%s", what)
         self.now = now
         procedure = Procedure(what, steps, self._peers, self._team, LogReply(what), self._late)
         self._others.append(procedure)
@@ -265,8 +265,8 @@ class Procedures:
         return late
 
     def awaits(self, component: Component) -> bool:
-        """Whether an answer of this component is awaited."""
-        return any(pending.name == component.name for _, pending in self._open())
+        """Whether this component's answer to a step of a run is awaited."""
+        return any(pending.name == component.name and pending.action != "add_comments" for _, pending in self._open())
 
     def send_again(self, component: Component) -> None:
         """Repeat the open requests of a component that has come back, because requests or answers may be lost."""

@@ -142,7 +142,7 @@ TABLES: Final[dict[str, dict[str, Entry]]] = {
         "firmware": ("", "PACMAN: registers 0x0 to 0xC; empty: unknown"),
     },
     "run/texts": {
-        "name": ("", "name of the text; the newest text of a name counts"),
+        "name": ("", "name of the text; the newest text of a name counts, except of e-log"),
         "piece": ("", "number of this piece of the text, from 0"),
         "text": ("", "at most 256 bytes of the text"),
         "written_ns": ("unix ns", "time at which it was written, by the storage's clock"),

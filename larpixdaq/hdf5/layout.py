@@ -11,7 +11,8 @@ Each dataset has an attribute `columns` with unit and meaning of each of its col
     /messages         texts of INFO messages: a row of type 5 has the index of its first row here in `counter`
     /configs          chip configurations in the form of larpix-control: sent values of registers, else read values
     /run/info         one row: number, part, condition, totals; when RUN began and ended, and its live time
-    /run/texts        comment, operator, kind, versions, ...: the newest text of a name counts; `piece` 0 begins a text
+    /run/texts        comment, operator, kind, versions, ...: the newest text of a name counts, except of the e-log;
+                      `piece` 0 begins a text
     /run/producers    names of producers; `producer` in the other tables is the index into this table
     /run/sources      boards, or files, that the producers read; the newest row of a producer and io_group counts
     /run/blocks       one row per block: its origin, the place of its rows, their CRC-32 as stored
@@ -87,6 +88,8 @@ SOURCES: Final = np.dtype(
         ("firmware", "S64"),
     ]
 )
+#: Name of the texts that are comments of the e-log, in JSON: protocol.reports.Comment.
+E_LOG: Final = "e-log"
 TEXTS: Final = np.dtype([("name", "S64"), ("piece", "<u4"), ("text", f"S{TEXT_BYTES}"), ("written_ns", "<u8")])
 #: 256 bytes hold any constants.Name.
 PRODUCERS: Final = np.dtype([("name", "S256")])

@@ -10,18 +10,20 @@ from __future__ import annotations
 import fcntl
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import h5py
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import schema
 from larpixdaq.errors import FileError, cause
 from larpixdaq.hdf5 import layout, names, repair
+from larpixdaq.protocol.reports import Comment
 from larpixdaq.protocol.stream import BlockOrigin, ConnectedBoard
 from larpixdaq.runtime.file_access import check_link, open_regular
 from larpixdaq.schema import PacketType, io_groups_of, types_of
@@ -223,6 +225,17 @@ class DataFile:
                 entries.append(b"")
             entries[-1] += bytes(row["text"])
         return {name: [entry.decode("utf-8", "replace") for entry in entries] for name, entries in parts.items()}
+
+
+def comments(texts: Mapping[str, Sequence[str]]) -> list[Comment]:
+    """Return the comments of the e-log in texts(), each once. What is no comment is one without author and time."""
+    found: dict[Comment, None] = {}
+    for entry in texts.get(layout.E_LOG, []):
+        try:
+            found[msgspec.json.decode(entry, type=Comment)] = None
+        except (msgspec.MsgspecError, RecursionError):
+            found[Comment(0, 0, "", "", entry)] = None
+    return list(found)
 
 
 def open_hdf5(path: Path) -> h5py.File:

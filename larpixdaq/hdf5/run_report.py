@@ -22,8 +22,9 @@ from larpixdaq._native import hdf5_chunks
 from larpixdaq.constants import RunCondition, worst
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import journal, ledger, names, tables
+from larpixdaq.hdf5.layout import E_LOG
 from larpixdaq.hdf5.ledger import describe_group, describe_origin
-from larpixdaq.hdf5.reader import DataFile, text
+from larpixdaq.hdf5.reader import DataFile, comments, text
 from larpixdaq.protocol.packed_rows import new_tally
 from larpixdaq.protocol.reports import StoredEnd, StoredRows
 from larpixdaq.protocol.stream import READ, SENT, BlockOrigin
@@ -396,6 +397,8 @@ def file_info(path: Path | str) -> dict[str, Any]:
 def _run_facts(file: DataFile) -> dict[str, Any]:
     row = file.run_info()
     texts = file.texts()
+    e_log = comments(texts)
+    texts.pop(E_LOG, None)
 
     def lines(name: str) -> list[dict[str, Any]]:
         """Rows of a table with the name of the producer in place of its index."""
@@ -422,6 +425,7 @@ def _run_facts(file: DataFile) -> dict[str, Any]:
         "ended_ns": row["ended_ns"],
         "live_s": row["live_ns"] / 1e9,
         "connected": [msgspec.to_builtins(board) for board in file.connected()],
+        "comments": [msgspec.to_builtins(comment) for comment in e_log],
         "duplicate_blocks": row["duplicate_blocks"],
         "missing_blocks": row["missing_blocks"],
         "blocks": file.length("run/blocks"),

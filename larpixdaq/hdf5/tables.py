@@ -198,6 +198,7 @@ class RunInfo(NamedTuple):
     started_ns: int  # unix ns
     layout: schema.RowLayout
     asic_version: str
+    shifter: str = ""
     storage: str = ""  # the storage's name, empty for the first or only one
     versions: Mapping[str, str] = {}
     required_producers: tuple[str, ...] = ()
@@ -236,7 +237,7 @@ def describe_run(
 
 def write_run_texts(tables: Tables, info: RunInfo) -> None:
     """Write the texts of a run (comment, operator, versions, …) into /run/texts, and its boards into /run/sources."""
-    for name in ("kind", "comment", "operator", "storage", "asic_version"):
+    for name in ("kind", "comment", "operator", "shifter", "storage", "asic_version"):
         tables.add_text(name, getattr(info, name))
     for name, version in info.versions.items():
         tables.add_text(_VERSION + name, version)
@@ -265,6 +266,7 @@ def make_run_info(row: Mapping[str, Any], texts: Mapping[str, Sequence[str]]) ->
         kind=newest("kind"),
         comment=newest("comment"),
         operator=newest("operator"),
+        shifter=newest("shifter"),
         started_ns=row["started_ns"],
         layout=schema.layout(row["layout"]),
         asic_version=newest("asic_version"),

@@ -37,6 +37,7 @@ from larpixdaq.hdf5.ledger import Account, check_block, check_content, check_end
 from larpixdaq.hdf5.tables import CarriedConfigurations, InfoMessage, RunInfo, Tables, WaitingFrame
 from larpixdaq.protocol import stream
 from larpixdaq.protocol.packed_rows import PackedRows
+from larpixdaq.protocol.reports import Comment
 from larpixdaq.protocol.stream import BlockOrigin
 from larpixdaq.runtime.file_access import copy_content, in_place, open_regular
 from larpixdaq.runtime.record_file import crc32
@@ -421,6 +422,10 @@ class RunFile:
         """Add a text to /run/texts, where the newest text of a name counts. FileError when the disk fails."""
         self._check_usable()
         self._try(lambda: self._tables.add_text(name, text), self._flush)
+
+    def add_comment(self, comment: Comment) -> None:
+        """Add a comment of the e-log to /run/texts. FileError when the disk fails."""
+        self.set_text(layout.E_LOG, msgspec.json.encode(comment).decode())
 
     def close(self, **how: Any) -> CloseReport:
         """Seal and publish the file, which waits for the disk. `how`: arguments of seal()."""

@@ -54,6 +54,16 @@ class RunEnd(EpochEnd):
     warning: str | None = None
 
 
+class Comment(msgspec.Struct, frozen=True):
+    """A comment on a run, as storages write it into files and sidecars. `by`: name of the shifter; "": not given."""
+
+    id: int  # in the catalogue
+    time_ns: int  # unix ns, by the core's clock
+    by: str
+    operator: str
+    text: str
+
+
 class FinishedFile(msgspec.Struct):
     """A file that a storage has closed, in the storage's heartbeat."""
 

@@ -22,13 +22,15 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
+import msgspec
+
 from larpixdaq.errors import FileError, FileLocked
 from larpixdaq.hdf5 import names
-from larpixdaq.hdf5.reader import DataFile
+from larpixdaq.hdf5.reader import DataFile, comments
 from larpixdaq.hdf5.recovery import prepare, recover
 from larpixdaq.hdf5.run_report import continuable_runs
 from larpixdaq.hdf5.writer import CloseReport, RunFile, sync_path
-from larpixdaq.protocol.reports import FinishedFile
+from larpixdaq.protocol.reports import Comment, FinishedFile
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import damaged_path, open_regular, read_regular
 from larpixdaq.storage import open_run
@@ -42,8 +44,8 @@ COMMAND_LIMIT: Final = 600.0
 LAST_COMMANDS: Final = 10.0
 LAST_SUMS: Final = 5.0
 _PIECE: Final = 1 << 20
-#: Maximum bytes of a sidecar that is read.
-_SIDECAR_BYTES: Final = 1 << 16
+#: Maximum bytes of a sidecar that is read. It has all comments on its run, of up to 12 bytes a character in JSON.
+_SIDECAR_BYTES: Final = 32 << 20
 
 
 class _Published(NamedTuple):
@@ -254,6 +256,20 @@ class Finisher:
 
         self._summing.submit(lambda: _write_sidecar(path, content), done)
 
+    def add_comments(
+        self, directory: Path, storage: str, run: int, comments: Sequence[Comment], then: Callable[[Any], None]
+    ) -> None:
+        """Add comments on a run to the sidecars of its closed parts. `storage`: the storage's label.
+
+        `then` gets the number of sidecars, or the OSError. A part that waits for its name or its sidecar comes first.
+        """
+
+        def add() -> int:
+            parts = names.files_of_storage(directory, storage, run)
+            return sum(_add_to_sidecar(path, comments) for *_, ending, path in parts if ending == names.FINISHED)
+
+        self._publishing.submit(lambda: None, lambda _: self._summing.submit(add, then))
+
     # Commands
 
     def _run(self) -> None:
@@ -313,10 +329,11 @@ def _await_end(process: subprocess.Popen[bytes], output: IO[bytes]) -> str:
 def _finished(path: Path) -> _Published:
     """Read a file's facts for status and sidecar after it got its final name. FileError when it cannot be read."""
     with DataFile(path) as file:
-        info = file.run_info()
+        info, found = file.run_info(), comments(file.texts())
     size, condition = path.stat().st_size, info["condition"]
     finished = FinishedFile(info["run"], str(path), size, "", condition)
-    return _Published(path, finished, {name: info[name] for name in ("run", "part", "rows", "condition")})
+    content = {name: info[name] for name in ("run", "part", "rows", "condition")}
+    return _Published(path, finished, content | {"comments": msgspec.to_builtins(found)})
 
 
 def sha256(path: Path) -> tuple[str, int]:
@@ -334,12 +351,32 @@ def sha256(path: Path) -> tuple[str, int]:
 def _write_sidecar(path: Path, content: dict[str, Any]) -> str:
     """Write NAME.json beside a finished file, completely or not at all; return the checksum in hexadecimal digits."""
     digest, size = sha256(path)
+    _replace_sidecar(path, {"file": path.name, "bytes": size, "sha256": digest, **content})
+    return digest
+
+
+def _replace_sidecar(path: Path, content: dict[str, Any]) -> None:
     new = path.with_suffix(names.SIDECAR + ".new")
     with open(open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "w") as file:
-        file.write(json.dumps({"file": path.name, "bytes": size, "sha256": digest, **content}) + "\n")
+        file.write(json.dumps(content) + "\n")
     sync_path(new)
     new.replace(path.with_suffix(names.SIDECAR))
-    return digest
+
+
+def _add_to_sidecar(path: Path, new: Sequence[Comment]) -> int:
+    """Add comments to NAME.json beside a finished file, each once. Returns the number of sidecars, 0 or 1."""
+    sidecar = path.with_suffix(names.SIDECAR)
+    if not os.path.lexists(sidecar):
+        return 0
+    try:
+        content = json.loads(read_regular(sidecar, _SIDECAR_BYTES))
+        known = msgspec.convert(content.get("comments", []), list[Comment])
+    except (AttributeError, ValueError, RecursionError) as error:
+        raise FileError(f"{sidecar} is damaged: {error}") from None
+    merged = {comment.id: comment for comment in [*known, *new]}
+    if len(merged) > len(known):
+        _replace_sidecar(path, content | {"comments": msgspec.to_builtins(list(merged.values()))})
+    return 1
 
 
 def _has_sidecar(path: Path) -> bool:

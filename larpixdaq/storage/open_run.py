@@ -13,6 +13,7 @@ from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import names, tables
 from larpixdaq.hdf5.tables import CarriedConfigurations, RunInfo
 from larpixdaq.hdf5.writer import CloseReport, RunFile
+from larpixdaq.protocol.reports import Comment
 from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard
 from larpixdaq.storage.limits import Limits
 
@@ -60,6 +61,8 @@ class OpenRun:
         self.ending: Ending | None = None
         self.ended_ns = 0  # when RUN ended, unix ns; 0: not yet
         self.last_end: float | None = None
+        self._comments: dict[int, Comment] = {}  # by id
+        self._written_comments: set[int] = set()  # their ids
         self._limits, self._fsync = limits, fsync
         self._opened = 0.0
         self._before = (0, 0)  # rows and bytes of the parts that were closed
@@ -84,6 +87,7 @@ class OpenRun:
         if parts:
             before = parts[-1][3].name.removesuffix(parts[-1][2]) + names.FINISHED
             self.file.set_text("previous part", before)
+        self.comment()
 
     def _create(
         self, number: int, positions: Mapping[BlockOrigin, int], configurations: CarriedConfigurations
@@ -109,6 +113,15 @@ class OpenRun:
         self.info = self.info._replace(connected=tuple(connected))
         if self.file is not None:
             self.file.set_sources(self.info.connected)
+
+    def comment(self, comments: Iterable[Comment] = ()) -> None:
+        """Write comments of the e-log, each once, into the open part; without one they wait for it. FileError when the
+        disk fails."""
+        self._comments |= {comment.id: comment for comment in comments}
+        for number, comment in self._comments.items():
+            if self.file is not None and number not in self._written_comments:
+                self.file.add_comment(comment)
+                self._written_comments.add(number)
 
     def expects(self, origin: BlockOrigin) -> int:
         """Return the next sequence of an origin in the open part; an end counts as one."""

@@ -23,7 +23,7 @@ from larpixdaq.hdf5 import names, tables
 from larpixdaq.hdf5.run_report import SUPERSEDED, RunReport, positions, survey_run
 from larpixdaq.hdf5.tables import RunInfo
 from larpixdaq.protocol.packed_rows import PackedRows
-from larpixdaq.protocol.reports import StorageEnd, StorageReady, StorageStatus
+from larpixdaq.protocol.reports import Comment, StorageEnd, StorageReady, StorageStatus
 from larpixdaq.protocol.stream import Block, BlockOrigin, ConnectedBoard, End, FromProducer, Position
 from larpixdaq.storage import open_run
 from larpixdaq.storage.finisher import Finisher
@@ -432,14 +432,14 @@ class StorageService:
     def prepare_run(
         self, call: Call, run: int, kind: str, comment: str, operator: str, started_ns: int, layout: int,
         asic_version: str, producers: list[str], versions: dict[str, str],
-        connected: Sequence[dict[str, Any]] = (), begun_ns: int = 0, stopped_ns: int = 0,
+        connected: Sequence[dict[str, Any]] = (), begun_ns: int = 0, stopped_ns: int = 0, shifter: str = "",
     ) -> Any:  # fmt: skip
         opened = self._runs.get(run)
         if opened is not None and opened.announced:
             raise StateError(f"{self.name}: run {run} is open already, as {_name_of(opened)}")
         info = RunInfo(
             run=run, kind=kind, comment=comment, operator=operator, started_ns=started_ns, layout=schema.layout(layout),
-            asic_version=asic_version, storage=self.label,
+            asic_version=asic_version, storage=self.label, shifter=shifter,
             versions=versions | tables.VERSIONS, required_producers=tuple(producers),
             connected=_boards(connected), begun_ns=begun_ns,
         )  # fmt: skip
@@ -496,6 +496,27 @@ class StorageService:
         if run not in self._runs and not names.files_of_storage(self.directory, self.label, run):
             raise StateError(f"{self.name}: has no files of run {run}")
         self._report(run, call)
+
+    def add_comments(self, call: Call, run: int, comments: Sequence[dict[str, Any]]) -> Any:
+        """Write comments of the e-log on a run into its open part, and into the sidecars of its closed parts."""
+        try:
+            found = msgspec.convert(comments, list[Comment])
+        except msgspec.ValidationError as error:
+            raise RequestError(f"comments: {error}") from None
+        opened = self._runs.get(run)
+        if opened is not None:
+            try:
+                opened.comment(found)
+            except FileError as error:
+                self._fail(opened, error)  # the next part gets them
+
+        def answer(sidecars: int | OSError) -> None:
+            if isinstance(sidecars, OSError):
+                call.fail(str(sidecars))
+            else:
+                call.result({"sidecars": sidecars})
+
+        self.finisher.add_comments(self.directory, self.label, run, found, answer)
 
     def cancel_run(self, call: Call, run: int) -> Any:
         """Remove the file of a run that was cancelled before it began, and ignore its blocks from now on."""

@@ -304,7 +304,7 @@ def test_a_catalogue_that_is_replaced_or_damaged_keeps_the_audit(tmp_path):
         assert catalogue.keep()
         append_audit(catalogue.path, [AuditRow(100, "k", "owner", "n", "a")])
     with closing(sqlite3.connect(catalogue.path, isolation_level=None)) as db:
-        db.execute("INSERT INTO runs VALUES (1, 'ENDED', '', '', '', 0, 0, 0, 'COMPLETE', 'damaged')")
+        db.execute("INSERT INTO runs VALUES (1, 'ENDED', '', '', '', 0, 0, 0, 'COMPLETE', 'damaged', '')")
     with closing(Catalogue(tmp_path)) as catalogue:
         assert catalogue.warnings
     assert [row.time_ns for row in read_audit(tmp_path)] == list(range(101))

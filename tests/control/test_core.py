@@ -242,6 +242,7 @@ def test_a_run_through_the_operator(running, operator):
             "kind": "physics",
             "comment": "cosmics",
             "operator": info["operator"],
+            "shifter": "",
             "started_ns": disk.calls[0][1]["started_ns"],
             "layout": 2,
             "asic_version": "2",

@@ -9,7 +9,7 @@ from processes import until
 from table import row
 from trial import STEP, Trial
 
-from larpixdaq.errors import ControlHeld
+from larpixdaq.errors import ControlHeld, StateError
 from larpixdaq.offline_storage import DEFAULT_NAME as STORAGE
 from larpixdaq.producer import DEFAULT_NAME as PRODUCER
 from larpixdaq.run_data import DEFAULT_NAME as MONITOR
@@ -203,9 +203,7 @@ def operator_killed(trial: Trial) -> None:
     program = (
         "import sys; from larpixdaq.operator import Operator; o = Operator(sys.argv[1], name='doomed', timeout=20)\n"
     )
-    program += (
-        "o.comment('mine').result(20); o.run_routine('hello_world'); print('asked', flush=True); sys.stdin.read()"
-    )
+    program += "o.take_control().result(20); o.run_routine('hello_world'); print('asked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, trial.line.core]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as doomed:
         assert doomed.stdout is not None
@@ -215,17 +213,19 @@ def operator_killed(trial: Trial) -> None:
         trial.faults.note("operator killed")
         doomed.kill()
     try:
-        trial.operator.comment("too early").result(STEP)
+        trial.operator.begin_run().result(STEP)
         trial.expect(False, "control was free at once")
     except ControlHeld:
         pass
 
     def free() -> bool:
         try:
-            trial.operator.comment("mine now").result(STEP)
+            trial.operator.begin_run().result(STEP)
         except ControlHeld:
             return False
-        return True
+        except StateError:  # after it has got control
+            return True
+        return False
 
     until(free, "control to be free", STEP)
     trial.faults.note("control is free")

@@ -683,7 +683,7 @@ def test_a_finished_file_has_its_checksum_beside_it(rigs: Callable[..., Rig]) ->
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert sidecar(path) == {
         "file": path.name, "bytes": path.stat().st_size, "sha256": digest, "run": RUN, "part": 0, "rows": 10,
-        "condition": "COMPLETE",
+        "condition": "COMPLETE", "comments": [],
     }  # fmt: skip
     assert msgspec.to_builtins(line) == {
         "run": RUN, "file": str(path), "bytes": path.stat().st_size, "sha256": digest, "condition": "COMPLETE"

@@ -149,7 +149,7 @@ def producer(core: str) -> Actor:
     return Actor(core, "LArPix board", "producer", info, replies)
 
 
-def storage(core: str, name: str = "Offline storage", *, highest: int = 0) -> Actor:
+def storage(core: str, name: str = "Offline storage", *, highest: int = 0, **replies: Any) -> Actor:
     end = {
         "files": [f"/data/{name}.h5"],
         "condition": "COMPLETE",
@@ -157,7 +157,7 @@ def storage(core: str, name: str = "Offline storage", *, highest: int = 0) -> Ac
         "stored": [["LArPix board", 7, 1, 100]],
         "reasons": [],
     }
-    replies = {
+    replies |= {
         "prepare_run": {"file": f"/data/{name}.h5.part", "free_bytes": 1 << 40},
         "begin_run": {},
         "end_run": end,
