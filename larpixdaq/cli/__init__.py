@@ -16,6 +16,7 @@ _COMMANDS: Final = {
     "system": ("down", "status", "audit"),
     "alarms": ("alarms",),
     "catalogue": ("runs", "comment", "attach", "shifter"),
+    "run_sequence": ("run",),
     "files": ("verify", "recover", "info"),
     "keys": ("keys",),
 }

@@ -129,6 +129,8 @@ class Signals:
         """`reload`: a signal that does not end the process, but makes `take_reload()` return True."""
         self.stop = False
         self._reload, self._reloads = reload, False
+        #: time.monotonic() and number of each signal so far.
+        self.received: list[tuple[float, int]] = []
         self._handlers: dict[int, Any] = {}  # of the signals outside of this context
         self._wakeup = -1
         self._waker = Waker()
@@ -138,6 +140,7 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         _accept_signal()
+        self.received.append((time.monotonic(), number))
         self.stop = True
 
     def _handle_reload(self, number: int, frame: FrameType | None) -> None:
