@@ -136,8 +136,8 @@ class Operator:
         Result: {"run", "name", "file" (the copy, on the core's host), "bytes", "sha256"}. `by`: as in comment().
         FileError when the file cannot be read.
         """
-        path = Path(path).resolve()
-        data = read_regular(path, MAX_ATTACHMENT)
+        path = Path(path)
+        data = read_regular(path.resolve(), MAX_ATTACHMENT)
         more = {} if by is None else {"by": by}
         offset = 0
         while True:

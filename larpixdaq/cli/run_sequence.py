@@ -150,7 +150,7 @@ class RunSequence:
             if not good[-1] and index + 1 < options.count:
                 self._wait(time.monotonic() + _AFTER_FAILURE)
         if options.count > 1 and not options.json:
-            print(f"{sum(good)} of {options.count} runs are COMPLETE")
+            print(f"{sum(good)} of {options.count} runs are COMPLETE and as long as wanted")
         return len(good) == options.count and all(good)
 
     def _wait(self, until: float) -> None:

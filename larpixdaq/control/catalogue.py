@@ -107,11 +107,12 @@ _COPIED: Final = {
     "attachments": "id,run,time_ns,name,file,bytes,sha256,shifter,operator,key",
     "delivered": "storage,comment",
 }
-#: Maximum characters of a run's comment and of a comment of the e-log, of a shifter's name, and of all comments on a
-#: run, which are in its sidecars.
+#: Maximum characters of a run's comment and of a comment of the e-log, and of a shifter's name.
 MAX_COMMENT: Final = 10_000
 MAX_SHIFTER: Final = 100
-MAX_COMMENTS: Final = 2 << 20
+#: Maximum number of comments on a run, and of their bytes: they are all in its sidecars.
+MAX_COMMENTS: Final = 5_000
+MAX_COMMENT_BYTES: Final = 2 << 20
 
 
 class AuditRow(msgspec.Struct, frozen=True):
@@ -450,12 +451,17 @@ class Catalogue:
     # The e-log
 
     def add_comment(self, run: int, text: str, author: Author) -> None:
-        """Add a comment on a run. RequestError if the run would have more than MAX_COMMENTS characters of comments."""
+        """Add a comment on a run. RequestError if the run would have more than MAX_COMMENTS, or more than
+        MAX_COMMENT_BYTES of them."""
         with self._errors():
-            query = "SELECT coalesce(sum(length(text)), 0) FROM comments WHERE run = ?"
-            if (length := self._db.execute(query, (run,)).fetchone()[0] + len(text)) > MAX_COMMENTS:
+            # The length of a BLOB, because that of a text ends at a NUL.
+            query = "SELECT count(*) + 1, coalesce(sum(length(CAST(text AS BLOB))), 0) FROM comments WHERE run = ?"
+            number, length = self._db.execute(query, (run,)).fetchone()
+            length += len(text.encode())
+            if number > MAX_COMMENTS or length > MAX_COMMENT_BYTES:
                 raise RequestError(
-                    f"comment: run {run} would have {length} characters of comments, at most {MAX_COMMENTS}"
+                    f"comment: run {run} would have {number} comments of {length} bytes, at most {MAX_COMMENTS} of "
+                    f"{MAX_COMMENT_BYTES} bytes"
                 )
             self._db.execute(
                 "INSERT INTO comments (run, time_ns, text, shifter, operator, key) VALUES (?, ?, ?, ?, ?, ?)",

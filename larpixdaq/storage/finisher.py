@@ -44,7 +44,7 @@ COMMAND_LIMIT: Final = 600.0
 LAST_COMMANDS: Final = 10.0
 LAST_SUMS: Final = 5.0
 _PIECE: Final = 1 << 20
-#: Maximum bytes of a sidecar that is read. It has all comments on its run, of up to 12 bytes a character in JSON.
+#: Maximum bytes of a sidecar that is read. It has all comments on its run, with up to 12 bytes a character in JSON.
 _SIDECAR_BYTES: Final = 32 << 20
 
 
@@ -371,7 +371,7 @@ def _add_to_sidecar(path: Path, new: Sequence[Comment]) -> int:
     try:
         content = json.loads(read_regular(sidecar, _SIDECAR_BYTES))
         known = msgspec.convert(content.get("comments", []), list[Comment])
-    except (AttributeError, ValueError, RecursionError) as error:
+    except (AttributeError, ValueError, RecursionError, msgspec.ValidationError) as error:
         raise FileError(f"{sidecar} is damaged: {error}") from None
     merged = {comment.id: comment for comment in [*known, *new]}
     if len(merged) > len(known):

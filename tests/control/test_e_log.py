@@ -20,7 +20,16 @@ from larpixdaq.cli import main
 from larpixdaq.constants import ENDED, MAX_ATTACHMENT
 from larpixdaq.control import attachments as attachments_module
 from larpixdaq.control.attachments import safe_name
-from larpixdaq.control.catalogue import MAX_COMMENTS, SCHEMA, Author, Catalogue, Run, attachments_dir, read_audit
+from larpixdaq.control.catalogue import (
+    MAX_COMMENT_BYTES,
+    MAX_COMMENTS,
+    SCHEMA,
+    Author,
+    Catalogue,
+    Run,
+    attachments_dir,
+    read_audit,
+)
 from larpixdaq.control.run_list import RunList, Selection
 from larpixdaq.errors import FileError, RequestError, printable
 from larpixdaq.operator import Operator
@@ -301,13 +310,21 @@ def test_comments_need_no_control_and_know_their_author(tmp_path):
 
 def test_comments_on_a_run_are_bounded(tmp_path):
     with closing(open_catalogue(tmp_path)) as catalogue:
-        for _ in range(MAX_COMMENTS // 10_000):
-            catalogue.add_comment(7, "x" * 10_000, ME)
+        for _ in range(MAX_COMMENT_BYTES // 40_000):
+            catalogue.add_comment(7, "\0" + "\U0001f4a1" * 9_999, ME)
         with pytest.raises(
-            RequestError, match=f"run 7 would have 21000.. characters of comments, at most {MAX_COMMENTS}"
+            RequestError, match=f"53 comments of 21.* bytes, at most {MAX_COMMENTS} of {MAX_COMMENT_BYTES}"
         ):
-            catalogue.add_comment(7, "x" * 10_000, ME)
+            catalogue.add_comment(7, "\U0001f4a1" * 10_000, ME)
         catalogue.add_comment(8, "x" * 10_000, ME)
+    with closing(sqlite3.connect(tmp_path / "catalogue.sqlite", isolation_level=None)) as db:
+        many = f"WITH RECURSIVE n(i) AS (SELECT 1 UNION SELECT i + 1 FROM n WHERE i < {MAX_COMMENTS})"
+        db.execute(f"{many} INSERT INTO comments SELECT 9, i, '', 'x', '', '' FROM n")
+    with (
+        closing(open_catalogue(tmp_path)) as catalogue,
+        pytest.raises(RequestError, match="run 9 would have 5001 comm"),
+    ):
+        catalogue.add_comment(9, "x", ME)
 
 
 def accepted_attachments(state, number):

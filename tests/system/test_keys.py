@@ -158,6 +158,7 @@ def test_an_observer_looks_and_changes_nothing(line, operator, other, monkeypatc
         for request in (
             observer.prepare_run(), observer.abort_run(), observer.comment("x"), observer.take_control(),
             observer.release_control(), observer.call(producer, "power", on=True),
+            observer.call("core", "set_shifter", name="x"), observer.attach(__file__),
             observer.call(producer, "run_routine"), observer.invite("more", "operator"), observer.revoke("watcher"),
             observer.keys(),
         ):  # fmt: skip

@@ -50,7 +50,7 @@ def test_a_sequence_of_runs_and_its_worth(line: System) -> None:
     assert out[0].startswith("run 1: COMPLETE, 2 s, ")
     assert out[1].startswith("  file: ")
     assert out[2].startswith("run 2: COMPLETE, ")
-    assert out[-1] == "2 of 2 runs are COMPLETE"
+    assert out[-1] == "2 of 2 runs are COMPLETE and as long as wanted"
     shown = command.stderr.splitlines()
     assert "run 1: 0:01 of 0:02, " in shown[0]
     for words in (" packets/s, ", " packets, 0 rows lost, file ", " free"):
@@ -100,7 +100,7 @@ def test_a_signal_ends_the_run_properly_and_the_sequence(line: System, how: sign
         command.popen.send_signal(how)  # as `timeout` sends it: twice at once
         assert command.wait(2 * LIMIT) == 128 + how
     assert command.stdout.startswith("run 1: COMPLETE, ")
-    assert "0 of 5 runs are COMPLETE" in command.stdout
+    assert "0 of 5 runs are COMPLETE and as long as wanted" in command.stdout
     assert "run 1 was ended before its 60 min" in command.stderr
     assert f"interrupted by {how.name}" in command.stderr
     assert "Traceback" not in command.stderr
