@@ -79,6 +79,8 @@ class Finisher:
             self._ready.register(descriptor, select.EPOLLIN)
         self._broken: dict[Path, str] = {}  # parts that are not recovered yet -> reason of the last failure
         self._removed: dict[Path, RunFile] = {}  # broken parts whose names were removed
+        #: By run, comments that came while a part of the run was not recovered, and so had no sidecar.
+        self._comments: dict[int, list[Comment]] = {}
         self._attempts = 0  # recoveries that have not ended
         self._retry_at = 0.0  # monotonic time before which no part is tried again
         self._left: deque[Path] = deque()  # files whose command has not ended
@@ -241,6 +243,7 @@ class Finisher:
             return
         path, finished, content = file
         self.finished.append(finished)
+        content = content | {"comments": _merged(content["comments"], self._comments.get(finished.run, []))}
 
         def done(found: str | OSError) -> None:
             if isinstance(found, OSError):
@@ -268,6 +271,8 @@ class Finisher:
             parts = names.files_of_storage(directory, storage, run)
             return sum(_add_to_sidecar(path, comments) for *_, ending, path in parts if ending == names.FINISHED)
 
+        if any((name := names.parse(part)) is not None and name.run == run for part in self.broken):
+            self._comments.setdefault(run, []).extend(comments)
         self._publishing.submit(lambda: None, lambda _: self._summing.submit(add, then))
 
     # Commands
@@ -370,13 +375,20 @@ def _add_to_sidecar(path: Path, new: Sequence[Comment]) -> int:
         return 0
     try:
         content = json.loads(read_regular(sidecar, _SIDECAR_BYTES))
-        known = msgspec.convert(content.get("comments", []), list[Comment])
+        known = content.get("comments", [])
+        merged = _merged(known, new)
     except (AttributeError, ValueError, RecursionError, msgspec.ValidationError) as error:
         raise FileError(f"{sidecar} is damaged: {error}") from None
-    merged = {comment.id: comment for comment in [*known, *new]}
     if len(merged) > len(known):
-        _replace_sidecar(path, content | {"comments": msgspec.to_builtins(list(merged.values()))})
+        _replace_sidecar(path, content | {"comments": merged})
     return 1
+
+
+def _merged(known: list[dict[str, Any]], new: Sequence[Comment]) -> list[dict[str, Any]]:
+    """Return the comments of a sidecar with further ones, each once. ValidationError if `known` are no comments."""
+    merged = {comment.id: comment for comment in [*msgspec.convert(known, list[Comment]), *new]}
+    found: list[dict[str, Any]] = msgspec.to_builtins(list(merged.values()))
+    return found
 
 
 def _has_sidecar(path: Path) -> bool:

@@ -178,8 +178,12 @@ def test_a_recovered_part_keeps_its_comments(tmp_path: Path) -> None:
     run.file.abandon()  # as a killed storage leaves it
     line.service.close()
     with storage(tmp_path) as successor:
-        assert successor.sidecars(1) == [["one"]]
+        answer = Answer()  # to a comment that comes before the part is recovered
+        successor.service.add_comments(answer, RUN, msgspec.to_builtins([note(2, "two")]))  # type: ignore[arg-type]
+        assert successor.sidecars(1) == [["one", "two"]]
         assert texts(next(tmp_path.glob("*.h5"))) == ["one"]
+        assert successor.comment(note(3, "three")) == 1
+        assert successor.sidecars(1) == [["one", "two", "three"]]
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.integers(0, 4))
