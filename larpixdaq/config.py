@@ -11,6 +11,7 @@ import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from larpixdaq.errors import ConfigError
+from larpixdaq.runtime.units import LEVEL_NAMES, parse_level
 
 if TYPE_CHECKING:
     import zmq
@@ -217,8 +218,19 @@ def add_state_dir_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_log_level_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-level",
+        type=parse_level,
+        default="INFO",
+        metavar="LEVEL",
+        help=f"level from which on it logs: {LEVEL_NAMES} (default info); `larpixdaq log-level` changes it",
+    )
+
+
 def add_component_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add the arguments of every component: --core, --name, --insecure."""
+    """Add the arguments of every component: --core, --name, --insecure, --log-level."""
     add_core_argument(parser)
     parser.add_argument("--name", type=_name, default=name, help="unique name of this component (default %(default)r)")
     add_insecure_argument(parser)
+    add_log_level_argument(parser)

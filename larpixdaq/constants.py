@@ -84,6 +84,8 @@ QUERIES: Final = frozenset(
 RUN_ACTIONS: Final = frozenset(
     {"prepare_run", "begin_run", "end_run", "abort_run", "cancel_run", "report_run", "add_comments"}
 )
+#: Levels of log records, from the least important.
+LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 #: Seconds between heartbeats.
 HEARTBEAT: Final = 0.25
 #: Seconds without a heartbeat until a component is lost.

@@ -214,6 +214,7 @@ class Core:
 
     def close(self) -> None:
         self._remove_connection_file()
+        _log.info("the core ends")
         self._audit.note(None, "core ended")
         self._audit.close(_AUDIT_LIMIT)
         self._alarms.close(_ALARM_LIMIT)
@@ -452,7 +453,11 @@ class Core:
             self._send(route, Answer(request=message.request, kind="error", text=str(error), error=error.code))
             return
         if isinstance(peer, Component) and not registered:
-            _log.info("%s (%s) has registered", peer.name, peer.kind)
+            where = f"process {peer.info.get('pid', '?')} on {peer.info.get('host', '?')}"
+            again = f", after {now - lost.heard:.1f} s" if lost is not None else ""
+            if lost is not None and lost.instance != peer.instance:
+                again += " and a restart"
+            _log.info("%s (%s) has registered: %s%s", peer.name, peer.kind, where, again)
             self._audit.note(peer, "registered", detail=str(peer.info.get("host", "")), outcome="done")
         self._send(route, Welcome(session=peer.session, **self._state_for(peer)))
         if isinstance(peer, Component):
@@ -532,6 +537,7 @@ class Core:
             },
             "next_server": self._keys.next_server if self._keys is not None else "",
             "alarms": (self._alarms.raised, self._alarms.newest),
+            "log_level": {component.name: component.wanted_log_level for component in self._peers.components.values()},
         }
 
     def _state_for(self, peer: Peer) -> dict[str, Any]:
@@ -544,6 +550,7 @@ class Core:
             del state["registered"]
         if isinstance(peer, Component):
             del state["alarms"]
+        state["log_level"] = peer.wanted_log_level if isinstance(peer, Component) else ""
         if peer.member.role == "owner":  # finds the connection file
             del state["next_server"]
         return state
@@ -577,6 +584,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="TOML file whose table [alarms] has the limits of alarms, and where they are sent; other tables are "
         "ignored (docs/alarms.md; default: all conditions with their default limits, in status, log and catalogue)",
     )
+    config.add_log_level_argument(parser)
     return parser
 
 
@@ -592,7 +600,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.closing(core), Signals() as signals:
             core.serve(signals)
 
-    return run_main(run)
+    return run_main(run, log_level=args.log_level)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The log: collects the log records of all components in one file, a line each.
 
 A full file is renamed to log.txt.1, and the older files to log.txt.2, ... log.txt.4; the oldest is removed.
+control/log_file.py has the form of a line, and reads the files.
 """
 
 import sys
@@ -24,23 +25,28 @@ import zmq
 
 from larpixdaq import config
 from larpixdaq.constants import LOG
+from larpixdaq.control.log_file import line
 from larpixdaq.control.log_shipping import LogRecord, unpack_record
 from larpixdaq.control.node import Node
-from larpixdaq.errors import ConfigError, FileError, ProtocolError, printable
+from larpixdaq.errors import ConfigError, FileError, ProtocolError
 from larpixdaq.keys.curve import Admission, Doorkeeper, new_pair
 from larpixdaq.keys.peer_limits import PeerLimits
 from larpixdaq.protocol.reports import LogStatus
 from larpixdaq.runtime.event_loop import Signals, run_main
-from larpixdaq.runtime.file_access import state_dir
+from larpixdaq.runtime.file_access import in_place, state_dir
 from larpixdaq.runtime.timing import Throttle
-from larpixdaq.runtime.units import utc_datetime
+from larpixdaq.runtime.units import parse_size, parse_whole, size
 
 _log = logging.getLogger("larpixdaq.log")
 #: Maximum number of records of one turn of the loop.
 _BATCH: Final = 1000
-#: Maximum bytes of a file, and number of older files that are kept.
+#: Maximum bytes of a file, and number of older files that are kept, unless options say otherwise.
 MAX_BYTES: Final = 64 << 20
 OLDER_FILES: Final = 4
+#: Minimum of the option for the bytes of a file: a file has room for the largest line.
+_LEAST_BYTES: Final = 1 << 20
+#: Seconds between two checks that the file was not removed.
+_FILE_INTERVAL: Final = 1.0
 #: Bytes that each component may write at once, and bytes per second after that; all together _SHARES times as much.
 BURST: Final = 1 << 20
 RATE: Final = 64 << 10
@@ -49,36 +55,35 @@ _SHARES: Final = 16
 _REPORT_INTERVAL: Final = 1.0
 
 
-def line(record: LogRecord) -> str:
-    """Convert a record to one line: UTC time, level, component, text, with escapes for invisible characters."""
-    try:
-        when = utc_datetime(record.time).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    except ValueError:
-        when = "(impossible time)"
-    return printable(f"{when} {logging.getLevelName(record.level)} {record.component}: {record.text}") + "\n"
-
-
 class LogFile:
     """Appends records to a file.
 
     On a full disk records are lost, which is reported once on stderr; the log continues. Of a flood of records from one
-    component, a part is written and the rest is counted.
+    component, a part is written and the rest is counted. A file that somebody removes or renames is made anew.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_bytes: int = MAX_BYTES, older_files: int = OLDER_FILES) -> None:
+        """`max_bytes`: of a file, when it is renamed. `older_files`: number of older files that are kept."""
         self.path = path
+        self._max_bytes, self._older_files = max_bytes, older_files
         self.written = 0
         self.lost = 0
         self.refused = 0
         self._throttle = Throttle(RATE, BURST, shares=_SHARES)
         self.limits = PeerLimits("log")
         self._report_at = 0.0
+        self._checked_at = time.monotonic()
         try:
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-            self._size = path.stat().st_size
-            self._rotates = path.is_file()
+            self._open()
         except OSError as error:
             raise FileError(f"log file {path}: {error.strerror}") from None
+
+    def _open(self) -> None:
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._rotates = self.path.is_file()
+        self._size = self.path.stat().st_size
+        #: Whether the file ends in the middle of a line.
+        self._torn = self._rotates and self._size > 0 and not _ends_with_line(self.path)
 
     def take(self, socket: zmq.Socket[bytes], check: Callable[[zmq.Frame, LogRecord], None]) -> bool:
         """Write the received records, at most _BATCH. Returns False if more wait.
@@ -124,24 +129,43 @@ class LogFile:
     def _append(self, lines: list[bytes]) -> None:
         try:
             data = b"".join(lines)
-            if self._rotates and self._size + len(data) > MAX_BYTES:
+            self._check_place()
+            if self._rotates and self._size + len(data) > self._max_bytes:
                 self._rotate()
                 self._size = 0
+            data = b"\n" + data if self._torn else data
             self._size += len(data)
             while data:
-                data = data[self._file.write(data) :]
+                n = self._file.write(data)
+                self._torn = data[n - 1 : n] != b"\n"
+                data = data[n:]
             self.written += len(lines)
         except OSError as error:
             if not self.lost:
                 _log.error("log file %s: %s; records are lost", self.path, error.strerror)
             self.lost += len(lines)
 
+    def _check_place(self) -> None:
+        """Make the file anew if it was removed, and note its size if somebody has cut it."""
+        now = time.monotonic()
+        if not self._rotates or now < self._checked_at + _FILE_INTERVAL:
+            return
+        self._checked_at = now
+        if in_place(self._file.fileno(), self.path.resolve()):
+            self._size = os.fstat(self._file.fileno()).st_size
+            return
+        previous = self._file
+        self._open()
+        previous.close()
+        _log.warning("log file %s: it was removed or renamed; a new one has begun", self.path)
+
     def _rotate(self) -> None:
         """Begin a new file, and rename the older ones. If that fails, the present file continues to grow."""
         new = self.path.with_name(f"{self.path.name}.new")
-        older = [self.path.with_name(f"{self.path.name}.{n}") for n in range(OLDER_FILES, 0, -1)]
+        older = [self.path.with_name(f"{self.path.name}.{n}") for n in range(self._older_files, 0, -1)]
         try:
-            file = open(new, "wb", buffering=0)  # noqa: SIM115
+            file = open(new, "ab", buffering=0)  # noqa: SIM115
+            file.truncate(0)
             for renamed, path in pairwise([*older, self.path, new]):
                 with contextlib.suppress(FileNotFoundError):
                     path.replace(renamed)
@@ -149,7 +173,7 @@ class LogFile:
             _log.error("log file %s cannot be renamed: %s", self.path, error.strerror)
             return
         self._file.close()
-        self._file = file
+        self._file, self._torn = file, False
 
     def status(self) -> LogStatus:
         counts = self.written, self._throttle.dropped, self.lost, self.refused
@@ -157,6 +181,14 @@ class LogFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _ends_with_line(path: Path) -> bool:
+    """Return whether a file ends with the end of a line, or cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+    return True
 
 
 def check_sender(admission: Admission, frame: zmq.Frame, record: LogRecord) -> None:
@@ -183,7 +215,7 @@ def listen(context: zmq.Context[zmq.Socket[bytes]], address: str, door: Doorkeep
     return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
-def serve(core: str, name: str, address: str, path: Path, *, insecure: bool) -> None:
+def serve(core: str, name: str, address: str, path: Path, max_bytes: int, older_files: int, *, insecure: bool) -> None:
     """Collect records until a signal comes. NoCore, FileError or ConfigError if the log cannot start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with contextlib.ExitStack() as stack, Signals() as signals:
@@ -193,7 +225,7 @@ def serve(core: str, name: str, address: str, path: Path, *, insecure: bool) -> 
         door, check = admission.door, partial(check_sender, admission)
         stack.callback(door.close)
         socket, endpoint = listen(context, address, door)
-        file = stack.enter_context(contextlib.closing(LogFile(path)))
+        file = stack.enter_context(contextlib.closing(LogFile(path, max_bytes, older_files)))
         where = [config.reachable_address(endpoint, core), pair.public if pair is not None else ""]
         info = {"log": where, "file": str(path)}
 
@@ -226,16 +258,33 @@ def serve(core: str, name: str, address: str, path: Path, *, insecure: bool) -> 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="larpixdaq-log",
-        description="Collect the log records of all components of larpix-daq in one file. At 64 MiB the file is "
-        "renamed to FILE.1, and older files to FILE.2 to FILE.4. If a component writes more than 64 KiB/s for long, "
-        "some of its lines are left out and counted.",
+        description="Collect the log records of all components of larpix-daq in one file, which `larpixdaq log` shows. "
+        "A full file is renamed to FILE.1, and older files to FILE.2 and so on. If a component writes more than "
+        "64 KiB/s for long, some of its lines are left out and counted.",
     )
     more = f" (default: the interface that reaches the core); the port is {config.LOG_PORT} unless given"
     config.add_address_argument(parser, None, more)
     config.add_component_arguments(parser, "Log")
     config.add_state_dir_argument(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="the file (default log.txt in the state directory)")
+    parser.add_argument(
+        "--max-size", type=_max_size, default=MAX_BYTES, metavar="SIZE", help="of a file (default 64MiB, at least 1MiB)"
+    )
+    parser.add_argument(
+        "--older-files",
+        type=lambda text: parse_whole(text, 0, 1000),
+        default=OLDER_FILES,
+        metavar="N",
+        help="older files that are kept (default %(default)s)",
+    )
     return parser
+
+
+def _max_size(text: str) -> int:
+    found = parse_size(text)
+    if found < _LEAST_BYTES:
+        raise argparse.ArgumentTypeError(f"expected at least {size(_LEAST_BYTES)}, found {text}")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -248,9 +297,9 @@ def main(argv: list[str] | None = None) -> int:
         if not args.output:
             os.umask(0o077)  # other users may enter a state directory that was made by hand
         path = Path(args.output) if args.output else state_dir(args.state_dir) / "log.txt"
-        serve(core, args.name, address, path.absolute(), insecure=args.insecure)
+        serve(core, args.name, address, path.absolute(), args.max_size, args.older_files, insecure=args.insecure)
 
-    return run_main(run)
+    return run_main(run, log_level=args.log_level)
 
 
 if __name__ == "__main__":

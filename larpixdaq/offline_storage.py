@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"removed, and not written anew: {', '.join(part.name for part in lost)}; its rows are lost"
             )
 
-    return run_main(work)
+    return run_main(work, log_level=options.log_level)
 
 
 if __name__ == "__main__":

@@ -242,6 +242,14 @@ class Operator:
         """
         return self._core("run_info", run=run)
 
+    def set_log_level(self, level: str, component: str | None = None) -> Request:
+        """Change the level from which on a component, "core" or all (None) write log records.
+
+        `level`: "debug", "info", "warning", "error" or "critical". It lasts until the component, or for the core the
+        core, is started again; status() shows it. Needs no control. Result: {"levels": {name: level}}, as asked for.
+        """
+        return self._core("set_log_level", level=level, component=component)
+
     # The online monitor (the first one, or the one named by `component`).
 
     def packet_rate(self, channels: bool = True, component: str | None = None) -> Request:

@@ -97,6 +97,7 @@ class Producer:
         self._clock_limit: float = options.clock_limit
         self._clock_warnings: set[str] = set()  # boards with a warning about their clock
         self._check_at = self._watch_at = 0.0
+        self._seen: set[int] = set()  # io_groups whose boards were connected
         self._end_requested_ns = 0  # unix ns
         self._counted: int | None = None  # the run whose counters the ring has, also after its end
         io_groups = [group for source in boards for group in source.io_groups]
@@ -410,6 +411,10 @@ class Producer:
     def _check_boards(self) -> None:
         """Ask for firmware, and log new findings about the boards: in this run or, between runs, for the next one."""
         self._identify()
+        for board in self._boards():
+            if not board.away_ns and board.io_group not in self._seen:
+                self._seen.add(board.io_group)
+                log.info("%s: connected (io_group %d)", board.name, board.io_group)
         for board in self._off_clocks():
             if board.name not in self._clock_warnings:
                 self._clock_warnings.add(board.name)
@@ -555,7 +560,7 @@ def main(argv: list[str] | None = None) -> int:
         if delivery.failure:
             raise RingError(delivery.failure)
 
-    return run_main(work)
+    return run_main(work, log_level=options.log_level)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             node.close()
 
-    return run_main(work)
+    return run_main(work, log_level=options.log_level)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ from typing import Final
 from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.version import VERSION
 
-#: The modules of this package, and the commands that each adds.
+#: The modules of this package, in the order of the help text, with the commands that each adds.
 _COMMANDS: Final = {
     "demo": ("demo",),
     "detector": ("up", "config"),
     "system": ("down", "status", "audit"),
     "alarms": ("alarms",),
+    "log": ("log", "log-level"),
     "catalogue": ("runs", "comment", "attach", "shifter"),
     "run_sequence": ("run",),
     "files": ("verify", "recover", "info"),

@@ -71,7 +71,8 @@ def status_lines(status: Facts) -> list[str]:
     lines += _limits("core", status.get("limits") or [])
     width = max((len(component["name"]) for component in status["components"]), default=0)
     if "load" in status:
-        lines.append(f"{'core':<{width}}  alive  {load_text(status['load'])}")
+        level = _log_level(status)
+        lines.append(f"{'core':<{width}}  alive  {load_text(status['load'])}{f'; {level}' if level else ''}")
     for component in status["components"]:
         lines.append(f"{component['name']:<{width}}  {_liveness(component):<5}  {_details(component)}".rstrip())
     return lines
@@ -148,9 +149,17 @@ def _details(component: Facts) -> str:
         parts += [f"{number} {words}" for words, number in counts.items() if number]
     elif isinstance(status, SupervisorStatus):
         parts += _supervisor(status)
+    if level := _log_level(component):
+        parts.append(level)
     if status is not None and status.load is not None:
         parts.append(load_text(msgspec.structs.asdict(status.load)))
     return "; ".join(parts)
+
+
+def _log_level(facts: Facts) -> str:
+    """Return the level of log records as text, if it is not the usual one."""
+    level = facts.get("log_level", "")
+    return f"log level {level}" if level not in ("", "INFO") else ""
 
 
 def _liveness(component: Facts) -> str:

@@ -15,10 +15,14 @@ from larpixdaq import config
 from larpixdaq.errors import ProtocolError
 from larpixdaq.keys.curve import Handshakes, KeyPair, connect_with, new_pair
 from larpixdaq.protocol.control import Endpoint
+from larpixdaq.runtime.timing import Throttle
 
 _log = logging.getLogger("larpixdaq.control.log_shipping")
 #: Maximum number of records of level WARNING and above that wait while the log is disconnected.
 KEPT: Final = 1000
+#: Lines of one kind that LimitedLog writes at once, and lines a second after that.
+BURST: Final = 50
+RATE: Final = 2
 #: Seconds between two attempts to connect to a log that refuses the key.
 _RETRY: Final = 1.0
 #: Seconds for which records wait until this is reported.
@@ -49,6 +53,31 @@ def unpack_record(data: Any) -> LogRecord:
         return _decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(f"log record: {error}") from None
+
+
+def set_level(level: str) -> None:
+    """Set the level from which on this process writes log records."""
+    logging.getLogger("larpixdaq").setLevel(level)
+
+
+def present_level() -> str:
+    """Return the level from which on this process writes log records."""
+    return str(logging.getLevelName(logging.getLogger("larpixdaq").getEffectiveLevel()))
+
+
+class LimitedLog:
+    """Logs lines of which there may be many: of each kind BURST at once, then RATE a second. The others are counted."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._throttle = Throttle(RATE, BURST, shares=1000)
+
+    def __call__(self, kind: str, level: int, text: str, *args: object) -> None:
+        """Log a line. `kind` names lines that share a limit, in the line that says how many were left out."""
+        if self._logger.isEnabledFor(level) and self._throttle.passes(kind, 1):
+            for summary in self._throttle.summaries():
+                self._logger.log(level, "%s", summary)
+            self._logger.log(level, text, *args)
 
 
 class LogShipper(logging.Handler):

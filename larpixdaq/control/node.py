@@ -20,10 +20,10 @@ import msgspec
 import zmq
 
 from larpixdaq.config import CORE_PORT, address, process_identity
-from larpixdaq.constants import HEARTBEAT, REGISTER_LIMIT, STOP
+from larpixdaq.constants import HEARTBEAT, LOG_LEVELS, QUERIES, REGISTER_LIMIT, RUN_ACTIONS, STOP
 from larpixdaq.control.connection import CoreConnection, RecentRequests
-from larpixdaq.control.log_shipping import LogShipper
-from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, UnknownAction, misuse
+from larpixdaq.control.log_shipping import LimitedLog, LogShipper, present_level, set_level
+from larpixdaq.errors import LarpixDaqError, NoCore, RequestError, StateError, UnknownAction, misuse
 from larpixdaq.keys.curve import KeyPair
 from larpixdaq.protocol.control import (
     ActionRequest,
@@ -35,15 +35,19 @@ from larpixdaq.protocol.control import (
     Register,
     Update,
     Welcome,
+    content,
     packed,
 )
 from larpixdaq.protocol.reports import Status
 from larpixdaq.runtime.event_loop import Signals, Stopped, Waker
 from larpixdaq.runtime.timing import Load, next_beat, wait_ms
+from larpixdaq.runtime.units import brief, call_text, size
 
 _log = logging.getLogger("larpixdaq.control.node")
 #: Maximum number of requests that wait for dispatch(); more are refused.
 _MAX_WAITING: Final = 1000
+#: Maximum bytes of a result that the log shows.
+_SHOWN_RESULT: Final = 4096
 
 
 class Node:
@@ -108,6 +112,8 @@ class Node:
         self._refusal: Answer | None = None
         self._name_taken = self._name_loss_reported = False
         self._log = Endpoint()
+        self._log_request = LimitedLog(_log)
+        self._wanted_level = ""
         self._closed = False
         try:
             self._link = CoreConnection(
@@ -233,6 +239,7 @@ class Node:
 
     def _run_action(self, request: ActionRequest) -> None:
         call = Call(request, self._answer)
+        _log.debug("%s begins", call_text(call.action, call.params))
         try:
             if call.action not in self._actions:
                 known = ", ".join(sorted(self._actions)) or "none"
@@ -252,9 +259,10 @@ class Node:
     def _failed(self, call: Call, error: Exception) -> None:
         expected = isinstance(error, LarpixDaqError)
         line = " ".join((str(error) if expected else f"{type(error).__name__}: {error}").split())
-        # The sender gets the error in any case. A wrong request is no error of this component.
-        level = logging.INFO if isinstance(error, RequestError) else logging.ERROR
-        _log.log(level, "%s: action %s failed: %s", self.name, call.action, line, exc_info=not expected)
+        if not expected:  # an error in larpixdaq
+            _log.error("%s: action %s failed: %s", self.name, call.action, line, exc_info=True)
+        elif call.ended:
+            _log.error("%s: after the end of action %s: %s", self.name, call.action, line)
         if not call.ended:
             call.fail(line, error.code if isinstance(error, RequestError) else "failed")
 
@@ -263,7 +271,26 @@ class Node:
             self._note_run(call)
         if answer.kind in ("result", "error"):
             self._recent.keep(call.request, answer)
+            self._log_outcome(call, answer)
         self._link.send(answer)
+
+    def _log_outcome(self, call: Call, answer: Answer) -> None:
+        """Log the end of a request, at level DEBUG if it has changed nothing, or was a step of a run: the core logs
+        those."""
+        changing = call.action not in QUERIES and call.action not in RUN_ACTIONS
+        failed = answer.kind == "error"
+        if failed:
+            level = logging.WARNING if changing and answer.error != StateError.code else logging.INFO
+        else:
+            level = logging.INFO if changing else logging.DEBUG
+        if not _log.isEnabledFor(level):
+            return
+        what, seconds = call_text(call.action, call.params), time.monotonic() - call.began
+        if failed:
+            line = answer.text.partition("\n")[0]  # without a routine's traceback, which the log has already
+            self._log_request("failed requests", level, "%s failed after %.1f s: %s", what, seconds, line)
+        else:
+            self._log_request("requests", level, "%s done in %.1f s: %s", what, seconds, _value_text(answer))
 
     def _note_run(self, call: Call) -> None:
         """Remember the run of this component, which registrations and heartbeats report to the core."""
@@ -295,7 +322,7 @@ class Node:
         idle = 0.0 if self._loop_turned is None else max(0.0, now - self._loop_turned)
         queued = beat.queued + self._waiting_requests()
         return msgspec.structs.replace(
-            beat, queued=queued, idle=round(idle, 3), run=self._joined_run, begun=self._begun
+            beat, queued=queued, idle=round(idle, 3), run=self._joined_run, begun=self._begun, log_level=present_level()
         )
 
     def _waiting_requests(self) -> int:
@@ -306,6 +333,9 @@ class Node:
             self._refusal, self._name_loss_reported = None, False
         if isinstance(message, Update):
             self._log = message.log
+            if message.log_level in LOG_LEVELS and message.log_level != self._wanted_level:
+                set_level(message.log_level)
+            self._wanted_level = message.log_level
             state = (
                 message.session, message.state, message.run, message.producers, message.keys, message.consumers,
                 message.insecure, message.registered,
@@ -340,6 +370,11 @@ class Node:
         return self._shipper.ship(self._log, self.key_pair)
 
 
+def _value_text(answer: Answer) -> str:
+    length = len(bytes(answer.value))
+    return brief(content(answer)) if length <= _SHOWN_RESULT else f"a result of {size(length)}"
+
+
 class Call:
     """A request for an action, as its handler gets it. Exactly one call of result() or fail() must end it, at once or
     later, in the main loop."""
@@ -349,6 +384,8 @@ class Call:
         self.params = request.params
         self.request = request.request
         self.ended = False
+        #: time.monotonic() of the beginning.
+        self.began = time.monotonic()
         self._answer = answer
 
     def ack(self, text: str = "") -> None:

@@ -72,6 +72,8 @@ class Component(Peer):
     progressed: float = 0.0  # when progress last grew, or no work was queued
     busy: bool = False  # work is queued, or the main loop does not turn
     stuck: bool = False
+    log_level: str = ""  # as in its heartbeats
+    wanted_log_level: str = ""  # as an Operator has asked for
     _understood: bool = True
 
     def read_status(self, kind: type[_T]) -> _T | None:
@@ -142,6 +144,7 @@ class Registry:
             run=message.run,
             begun=message.begun,
             progressed=now,
+            wanted_log_level=known.wanted_log_level if known is not None else "",
         )
         self.components[component.name] = component
         self._sessions[component.session] = component
@@ -194,6 +197,7 @@ class Registry:
             component.progressed = now - message.idle  # the time of its report()
         component.busy = message.queued > 0 or message.idle > 2 * HEARTBEAT
         component.progress, component.queued = message.progress, message.queued
+        component.log_level = message.log_level
         if message.status is not None:
             component.status = message.status
 
@@ -258,6 +262,7 @@ class Registry:
                 "progress": component.progress,
                 "queued": component.queued,
                 "run": component.run,
+                "log_level": component.log_level,
                 "actions": component.actions,
                 "info": component.info,
                 "status": component.status,

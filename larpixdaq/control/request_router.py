@@ -11,11 +11,12 @@ import msgspec
 from msgspec import Meta
 
 from larpixdaq import config
-from larpixdaq.constants import PRODUCER, QUERIES, RUN_ACTIONS, RUN_DATA, Name
+from larpixdaq.constants import LOG_LEVELS, PRODUCER, QUERIES, RUN_ACTIONS, RUN_DATA, Name
 from larpixdaq.control.alarms import Alarms
 from larpixdaq.control.attachments import Attachments, Piece
 from larpixdaq.control.audit import Audit, parameters
 from larpixdaq.control.catalogue import MAX_COMMENT, MAX_SHIFTER, AlarmRow, Author, Catalogue, Run
+from larpixdaq.control.log_shipping import LimitedLog, present_level, set_level
 from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Registry
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.control.scatter_gather import ReplyRoute, Team
@@ -26,11 +27,12 @@ from larpixdaq.keys.peer_limits import PeerLimits, request_rate
 from larpixdaq.protocol.control import ActionRequest, Answer, FromCore, packed
 from larpixdaq.protocol.stream import RunNumber
 from larpixdaq.runtime.timing import Load
+from larpixdaq.runtime.units import LEVEL_NAMES, call_text
 from larpixdaq.version import VERSION
 
 _log = logging.getLogger("larpixdaq.core")
 #: Actions that an observer's key does not allow, beside those that need control.
-_CONTROL_ACTIONS: Final = frozenset({"take_control", "release_control"})
+_CONTROL_ACTIONS: Final = frozenset({"take_control", "release_control", "set_log_level"})
 #: Actions that an observer's key does not allow, that need no control, and that go into the audit.
 _NOTED_ACTIONS: Final = frozenset({"acknowledge_alarm"})
 #: Maximum number of rows of the history of alarms in an answer.
@@ -71,6 +73,11 @@ class _Actions(msgspec.Struct, forbid_unknown_fields=True):
 
 class _RunInfo(msgspec.Struct, forbid_unknown_fields=True):
     run: RunNumber | None = None
+
+
+class _LogLevel(msgspec.Struct, forbid_unknown_fields=True):
+    level: str
+    component: str | None = None
 
 
 class _Invite(msgspec.Struct, forbid_unknown_fields=True):
@@ -158,11 +165,12 @@ class CoreActions:
             "invite": (_Invite, self._invite, False),
             "revoke": (_Revoke, self._revoke, False),
             "rotate": (_Empty, self._rotate, False),
+            "set_log_level": (_LogLevel, self._set_log_level, False),
             "take_control": (_Empty, self._take_control, False),
             "release_control": (_Empty, self._release_control, False),
             "prepare_run": (_Prepare, self._prepare, True),
-            "begin_run": (_Empty, lambda request: runs.begin(request.reply, request.now), True),
-            "end_run": (_Empty, lambda request: runs.end(request.reply, request.now), True),
+            "begin_run": (_Empty, lambda request: runs.begin(request.reply, request.now, request.operator.name), True),
+            "end_run": (_Empty, lambda request: runs.end(request.reply, request.now, request.operator.name), True),
             "abort_run": (_Empty, lambda request: runs.abort(request.operator.name, request.reply, request.now), True),
             "comment": (_Comment, self._comment, False),
             "attach": (Piece, self._attach, False),
@@ -187,7 +195,7 @@ class CoreActions:
         if changing:
             self._control.claim(operator, now)
             _log.info("%s: %s %s", operator.name, action, params or "")
-        if changing or action in _NOTED_ACTIONS or action in ("invite", "revoke", "rotate"):
+        if changing or action in _NOTED_ACTIONS or action in ("invite", "revoke", "rotate", "set_log_level"):
             reply.accepted(action, params)
         elif action in _LOG_ACTIONS and not (isinstance(request_params, Piece) and not request_params.is_last):
             reply.accepted(action, {name: value for name, value in params.items() if name != "data"})
@@ -260,6 +268,7 @@ class CoreActions:
             "control": self._control.describe(request.now),
             "shifter": self._catalogue.shifter(),
             "insecure": self._keys is None,
+            "log_level": present_level(),
             "load": self.load.shares(),
             "refused_messages": self.refused,
             "limits": [msgspec.to_builtins(limit) for limit in self._limits.report()],
@@ -272,6 +281,22 @@ class CoreActions:
             "process": config.process_identity(),
             "state_dir": str(self._catalogue.path.parent),
         }
+
+    def _set_log_level(self, request: _CoreRequest) -> dict[str, Any]:
+        level, name = request.params.level.upper(), request.params.component
+        if level not in LOG_LEVELS:
+            raise RequestError(f"set_log_level: level {request.params.level!r:.100}: expected {LEVEL_NAMES}")
+        living = self._peers.components
+        if name is not None and name != "core" and name not in living:
+            raise ComponentError(f"no component is named {name!r}; there are core, {', '.join(living)}")
+        names = ["core", *living] if name is None else [name]
+        _log.warning("%s: log level %s of %s", request.operator.name, level, "all" if name is None else name)
+        for one in names:
+            if one == "core":
+                set_level(level)
+            else:
+                living[one].wanted_log_level = level
+        return {"levels": dict.fromkeys(names, level)}
 
     def _run_info(self, request: _CoreRequest) -> dict[str, Any]:
         run = self._runs.find(request.params.run, "run_info")
@@ -434,6 +459,7 @@ class RequestRouter:
         self._peers, self._control, self._actions, self._transport = peers, control, actions, transport
         self._audit, self._limits = audit, limits
         self._rate = request_rate()
+        self._log = LimitedLog(_log)
         self._routed: dict[str, _Routed] = {}
         self._audited: dict[tuple[str, str], _Audited] = {}  # by session and request
 
@@ -464,6 +490,10 @@ class RequestRouter:
             if isinstance(error, NotAllowed | ControlHeld):
                 kind = "not allowed to a role" if isinstance(error, NotAllowed) else "without control"
                 self._audit.refuse(kind, operator.member, operator.name, message.action)
+            if (operator.session, message.request) not in self._audited:  # else answer() logs it
+                level = logging.WARNING if isinstance(error, NotAllowed) else logging.INFO
+                text = "%s: %s is refused: %s"
+                self._log(f"refusals of {operator.name}", level, text, operator.name, message.action, error)
             reply.error(error)
 
     def _reached(self, operator: OperatorPeer) -> str:
@@ -489,8 +519,12 @@ class RequestRouter:
         if message.action not in QUERIES:
             check_may_change(operator, message.action)
             self._control.claim(operator, now)
-            _log.info("%s: %s of %s", operator.name, message.action, component.name)
+            what = call_text(message.action, message.params)
+            text = "%s: %s of %s"
+            self._log(f"requests of {operator.name}", logging.INFO, text, operator.name, what, component.name)
             reply.accepted(message.action, message.params, component.name)
+        else:
+            _log.debug("%s: %s of %s", operator.name, message.action, component.name)
         request = self._transport.new_id()
         self._routed[request] = _Routed(component.name, message.action, operator, message.request)
         if not self._transport.send(component.name, request, message.action, message.params):
@@ -532,6 +566,10 @@ class RequestRouter:
             operator.unanswered -= 1
             if (audited := self._audited.pop((operator.session, answer.request), None)) is not None:
                 outcome = "done" if answer.kind == "result" else f"failed: {answer.text}"
+                if answer.kind == "error" and not audited.component:  # a component logs its own failures
+                    text = "%s: %s failed: %s"
+                    kind = f"failures of {operator.name}"
+                    self._log(kind, logging.WARNING, text, operator.name, audited.action, answer.text)
                 self._audit.note(operator, audited.action, component=audited.component, outcome=outcome)
         if operator.session in self._peers.operators:
             self._transport.send_to(operator, answer)

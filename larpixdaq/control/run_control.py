@@ -87,6 +87,7 @@ class RunControl:
     def __init__(self, peers: Registry, catalogue: Catalogue, team: Team) -> None:
         self.state = STOP
         self.run: Run | None = None
+        self._by = ""  # the Operator whose request was the last one, for the log
         self._peers, self._catalogue = peers, catalogue
         self._procedures = Procedures(peers, team)
         #: The unfinished run of the catalogue after a restart of the core. It continues if a component is still in it.
@@ -133,11 +134,11 @@ class RunControl:
         run.storages = [storage.name for storage in storages]
         run.asic = ", ".join(dict.fromkeys(str(producer.info.get("asic", "")) for producer in producers))
         self._catalogue.save(run, new=True)
-        self.run = run
+        self.run, self._by = run, operator
         self._start("prepare_run", self._prepare(run, [producer.name for producer in producers], warnings), reply, now)
 
-    def begin(self, reply: ReplyRoute, now: float) -> None:
-        """READY -> RUN."""
+    def begin(self, reply: ReplyRoute, now: float, by: str = "") -> None:
+        """READY -> RUN. `by`: the Operator, for the log."""
         self._check_idle("begin_run")
         if self.state != READY or self.run is None:
             raise StateError(
@@ -149,18 +150,21 @@ class RunControl:
         except FileError:
             self.run.phase, self.run.begun_ns = READY, None
             raise
+        self._by = by
         self._start("begin_run", self._begin(self.run), reply, now)
 
-    def end(self, reply: ReplyRoute, now: float) -> None:
-        """READY or RUN -> STOP."""
+    def end(self, reply: ReplyRoute, now: float, by: str = "") -> None:
+        """READY or RUN -> STOP. `by`: the Operator, for the log."""
         self._check_idle("end_run")
         if self.state == STOP or self.run is None:
             raise StateError("end_run is not allowed in STOP: no run is prepared or going on")
+        self._by = by
         self._start("end_run", self._end(self.run), reply, now)
 
     def abort(self, by: str, reply: ReplyRoute, now: float) -> None:
         """From any state to STOP."""
         self._procedures.cancel(StateError(f"{self.busy} was aborted by {by}"))
+        self._by = by
         if self.run is None:
             self._start("abort_run", self._abort_strays(), reply, now)
         elif self.run.phase == PREPARING:
@@ -392,7 +396,8 @@ class RunControl:
         except LarpixDaqError as error:
             yield from self._cancel(run, producers, str(error))
             raise
-        self.state = READY
+        where = f"producers {', '.join(producers)}, storages {', '.join(run.storages)}"
+        self._change_state(READY, run, f"{run.kind}, {where}{f': {run.comment}' if run.comment else ''}")
         self._warn("prepare_run", warnings)
         return {"run": run.run, "files": files, "warnings": warnings}
 
@@ -416,7 +421,7 @@ class RunControl:
             raise ComponentError(f"run {run.run} was aborted, since it could not begin: {'; '.join(failures)}")
         run.phase = RUN
         self._save(run)
-        self.state = RUN
+        self._change_state(RUN, run)
         self._warn("begin_run", warnings)
         return {"run": run.run, "warnings": warnings}
 
@@ -462,7 +467,10 @@ class RunControl:
         run.condition, run.rows, run.stored, run.files, run.reasons = verdict
         self._save(run, run.reasons)
         self.run = None
-        self.state = STOP
+        counts = f"{verdict.rows if verdict.rows is not None else 'unknown'} rows made, "
+        counts += f"{verdict.stored if verdict.stored is not None else 'unknown'} stored in {len(verdict.files)} files"
+        detail = "; ".join([f"{verdict.condition}, {counts}", *verdict.reasons])
+        self._change_state(STOP, run, detail, worth=verdict.condition)
         return {"run": run.run, **verdict._asdict()}
 
     def _cancel(self, run: Run, producers: list[str], reason: str) -> Steps:
@@ -477,7 +485,7 @@ class RunControl:
         run.ended_ns, run.reasons = time.time_ns(), [reason]
         self._save(run)
         self.run = None
-        self.state = STOP
+        self._change_state(STOP, run, run.condition, worth=run.condition)
         return {"run": run.run, "condition": run.condition, "rows": 0, "stored": 0, "files": [], "reasons": [reason]}
 
     def _join(self, run: Run, component: Component) -> Steps:
@@ -572,6 +580,14 @@ class RunControl:
         return {"run": None, "condition": "", "rows": 0, "stored": 0, "files": [], "reasons": []}
 
     # Steps of procedures.
+
+    def _change_state(self, state: str, run: Run, detail: str = "", worth: str = RunCondition.COMPLETE) -> None:
+        """Go to another state, and log who has asked for it. `worth`: the condition of a run that is over."""
+        previous, self.state = self.state, state
+        level = logging.INFO if worth == RunCondition.COMPLETE else logging.WARNING
+        change = f"{previous} to {state}" if previous != state else state
+        text = f"run {run.run}: {change}{f' by {self._by}' if self._by else ''}"
+        _log.log(level, "%s", f"{text}, {detail}" if detail else text)
 
     def _monitor_items(self, params: dict[str, Any]) -> dict[str, Item]:
         return {component.name: Item(params, MONITOR_LIMIT) for component in self._peers.of_kind(RUN_DATA)}

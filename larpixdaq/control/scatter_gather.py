@@ -137,6 +137,7 @@ class Procedure:
                 self._reply.error(RequestError(f"{self.what}: internal error: {type(error).__name__}: {error}"))
                 return
             self._started, self._outcomes = True, {}
+            _log.debug("%s: %s of %s", self.what, request.action, ", ".join(request.items) or "nobody")
             for name, item in request.items.items():
                 component = self._peers.components.get(name)
                 instance = component.instance if component is not None else ""
@@ -184,6 +185,7 @@ class Procedure:
             outcome = ComponentAnswer(False, None, f"{pending.name}: {error}")
         self._close(pending, outcome)
         pending.done = outcome.ok
+        _log.debug("%s: %s has done %s", self.what, pending.name, pending.action)
         if outcome.ok:
             done = len(self._outcomes)
             self._reply.progress(pending.name, f"{pending.action} done", done, done + len(self.pending))

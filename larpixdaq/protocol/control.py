@@ -36,6 +36,7 @@ MAX_TEXT: Final = 1 << 16
 #: Maximum depth of containers in containers.
 MAX_DEPTH: Final = 32
 Id = Annotated[str, Meta(max_length=64)]
+_Level = Annotated[str, Meta(max_length=16)]
 _Amount = Annotated[int, Meta(ge=0)]
 Kind = Literal["producer", "run_data", "storage", "log", "supervisor"]
 
@@ -142,7 +143,8 @@ class Heartbeat(Message, tag="heartbeat"):
     The request id is the time of sending. The core's Update carries it back, so that the sender knows which of its
     heartbeats have reached the core.
 
-    `server`: the newest public key of the core that is stored with an invitation's key.
+    `server`: the newest public key of the core that is stored with an invitation's key. `log_level`: from which on log
+    records are written.
     """
 
     progress: _Amount = 0
@@ -152,6 +154,7 @@ class Heartbeat(Message, tag="heartbeat"):
     begun: bool = False
     status: dict[str, Any] | None = None
     server: Annotated[str, Meta(max_length=40)] = ""
+    log_level: _Level = ""
 
     def stamp(self) -> None:
         """Set the request id to the sender's monotonic time, in ns."""
@@ -218,7 +221,8 @@ class Update(Message, tag="update"):
     which a key belongs, or "" for any. `consumers`: for producers, the registered consumers by name. `registered`: for
     supervisors, the process ids of all components by name. `next_server`: for peers with an invitation's key, the
     core's public key from its next start on, "" if it stays. `alarms`: for Operators, the number of alarms raised since
-    the core's start, and the last of them as a line.
+    the core's start, and the last of them as a line. `log_level`: for components, the level of log records that an
+    Operator has asked for, "" for none.
     """
 
     state: Literal["STOP", "READY", "RUN"] = "STOP"
@@ -231,6 +235,7 @@ class Update(Message, tag="update"):
     registered: dict[str, int] = {}
     next_server: Annotated[str, Meta(max_length=40)] = ""
     alarms: tuple[_Amount, Annotated[str, Meta(max_length=2000)]] = (0, "")
+    log_level: _Level = ""
 
     @property
     def heartbeat_sent(self) -> float:

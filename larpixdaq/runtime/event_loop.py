@@ -233,7 +233,7 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int:
+def run_main(function: Callable[[], int | None], *, endless: bool = True, log_level: str | None = None) -> int:
     """Run a program's main part and return its exit status.
 
     A signal raises Stopped, a KeyboardInterrupt, in `function`, so that its `finally` clauses close everything; a
@@ -241,7 +241,8 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
     that was interrupted has not done its work: its status is 128 + the signal's number, with one line on stderr. After
     a LarpixDaqError, or when the output cannot be written, the status is 1, with one line on stderr.
 
-    Log records from level WARNING on go to stderr; on a terminal also those of level INFO.
+    Log records from level WARNING on go to stderr; on a terminal all that are written. `log_level`: from which on this
+    process writes them; None: as it is set.
     """
     program = _program()
     if endless and (wrong := [argument for argument in sys.argv[1:] if not is_text(argument)]):
@@ -257,9 +258,11 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True) -> int
     _wrap_output()
     handlers = _catch_signals(stop)
     stderr = _Stderr()
-    stderr.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    stderr.setLevel(logging.NOTSET if sys.stderr.isatty() else logging.WARNING)
     stderr.setFormatter(_Printable(f"{program}: %(levelname)s: %(message)s"))
     logger = logging.getLogger("larpixdaq")
+    if log_level is not None:
+        logger.setLevel(log_level)
     logger.addHandler(stderr)
     try:
         status = function() or 0

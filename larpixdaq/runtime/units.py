@@ -6,9 +6,13 @@ import argparse
 import contextlib
 import math
 import re
+import reprlib
 import time
+from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import Final
+from typing import Any, Final
+
+from larpixdaq.constants import LOG_LEVELS
 
 #: Units of options, in seconds, bytes and rows.
 SECONDS: Final = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -16,6 +20,8 @@ BYTES: Final = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40
 }  # fmt: skip
 ROWS: Final = {"rows": 1, "krows": 10**3, "Mrows": 10**6, "Grows": 10**9}
+#: The levels of log records in help texts and errors.
+LEVEL_NAMES: Final = f"{', '.join(LOG_LEVELS[:-1])} or {LOG_LEVELS[-1]}".lower()
 _NAME_FORM: Final = "%Y%m%dT%H%M%SZ"
 
 
@@ -63,6 +69,32 @@ def size(count: float) -> str:
     return f"{count:.4g} TB"
 
 
+class _Brief(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxdict = self.maxlist = self.maxtuple = 8
+        self.maxstring = self.maxother = 100
+
+    def repr_ndarray(self, value: Any, level: int) -> str:
+        return f"array of shape {value.shape}"
+
+
+def brief(value: Any, limit: int = 300) -> str:
+    """Return a value as text of at most `limit` characters, with ... for what is left out."""
+    text = _brief.repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def call_text(action: str, params: Mapping[str, Any]) -> str:
+    """Return an action with its parameters as short text, without those that are None: `power(on=True, tiles=[1])`."""
+    given = {name: value for name, value in params.items() if value is not None}
+    return f"{action}({', '.join(f'{name}={brief(value, 100)}' for name, value in given.items())[:300]})"
+
+
+_brief: Final = _Brief()
+
+
 def duration(seconds: float) -> str:
     """Return seconds as text: 45 s, 12 min, 3 h 20 min, 5 days."""
     minutes = round(seconds) // 60
@@ -93,18 +125,29 @@ def parse_duration(text: str) -> float:
 def parse_since(text: str) -> float:
     """Return the unix seconds of a UTC time or of a duration before now. Raises ArgumentTypeError.
 
-    Times are "2023-03-15", "2023-03-15T02:48" or "2023-03-15 02:48:43 UTC", durations "90min", "12h" or "3d".
+    Times are "2023-03-15", "2023-03-15T02:48", "2023-03-15 02:48:43 UTC" or "2023-03-15T02:48:43.123456Z", durations
+    "90min", "12h" or "3d".
     """
     if match := re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(s|min|h|d)\s*", text, re.ASCII):
         return max(0.0, time.time() - float(match[1]) * SECONDS[match[2]])
-    form = re.fullmatch(r"\s*(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?\s*(?:Z|UTC)?)?\s*", text, re.ASCII)
+    form = re.fullmatch(
+        r"\s*(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d(?:\.\d{1,6})?)?\s*(?:Z|UTC)?)?\s*", text, re.ASCII
+    )
     if form is not None:
+        second, _, fraction = (form[3] or ":00").partition(".")
         with contextlib.suppress(ValueError, OverflowError):
-            moment = datetime.fromisoformat(f"{form[1]}T{form[2] or '00:00'}{form[3] or ':00'}+00:00")
+            moment = datetime.fromisoformat(f"{form[1]}T{form[2] or '00:00'}{second}.{fraction:<06}+00:00")
             return max(0.0, moment.timestamp())
     raise argparse.ArgumentTypeError(
         f"time {text!r}: expected a UTC time such as 2023-03-15T02:48, or a number and one of s, min, h, d"
     )
+
+
+def parse_level(text: str) -> str:
+    """Return the name of a level of log records, in capital letters. Raises ArgumentTypeError."""
+    if text.upper() not in LOG_LEVELS:
+        raise argparse.ArgumentTypeError(f"level {text!r:.100}: expected {LEVEL_NAMES}")
+    return text.upper()
 
 
 def parse_positive(text: str) -> float:

@@ -455,6 +455,7 @@ class StorageService:
                     raise
                 self._fail(opened, error)
             self._runs[run] = opened
+            log.debug("run %d: opened %s", run, _name_of(opened))
         else:  # its blocks came first, because this process started during the run
             opened.announce(info)
             self._infos[run] = info

@@ -318,6 +318,7 @@ class Publisher:
         ring = str(self.own.ring_file.path.absolute()) if self.own.ring_file is not None else ""
         if self._send(route, Welcome(self.own.producer, self.own.epoch, self.run, self.layout, ring)):
             self.subscribers[route] = subscriber
+            log.debug("%s has subscribed (%s)", hello.name, hello.mode)
 
     def _required(self) -> set[str]:
         """The names of all required storages."""
@@ -441,7 +442,8 @@ class Publisher:
         self._send(route, Refused(reason))
 
     def _drop(self, subscriber: Subscriber) -> None:
-        self.subscribers.pop(subscriber.route, None)
+        if self.subscribers.pop(subscriber.route, None) is not None:
+            log.debug("%s subscribes no longer", subscriber.name)
 
     # Storages that stay disconnected
 

@@ -247,6 +247,7 @@ class Consumer:
             return
         self._poller.register(connection.socket, zmq.POLLIN)
         self._connections[name] = connection
+        log.debug("subscribing to %s at %s", name, endpoint.address)
 
     def _drop(self, connection: ProducerConnection) -> None:
         del self._connections[connection.name]

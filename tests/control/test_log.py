@@ -169,11 +169,10 @@ def test_a_flood_is_written_in_part_and_the_rest_counted(tmp_path, monkeypatch):
     file.close()
 
 
-def test_a_full_file_is_renamed_and_older_files_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("larpixdaq.log.MAX_BYTES", 1000)
+def test_a_full_file_is_renamed_and_older_files_are_kept(tmp_path):
     path = tmp_path / "log.txt"
     path.write_text("x" * 900 + "\n")
-    file = LogFile(path)
+    file = LogFile(path, max_bytes=1000)
     for i in range(150):
         file.take(Sender(LogRecord(0.0, logging.INFO, "board", f"line {i:03}")), accept)
     file.close()
@@ -184,10 +183,9 @@ def test_a_full_file_is_renamed_and_older_files_are_kept(tmp_path, monkeypatch):
     assert [one[-3:] for one in text.splitlines()] == [f"{i:03}" for i in range(150 - text.count("\n"), 150)]
 
 
-def test_a_file_that_cannot_be_renamed_continues_to_grow(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("larpixdaq.log.MAX_BYTES", 1000)
+def test_a_file_that_cannot_be_renamed_continues_to_grow(tmp_path, caplog):
     (tmp_path / "log.txt.new").mkdir()
-    file = LogFile(tmp_path / "log.txt")
+    file = LogFile(tmp_path / "log.txt", max_bytes=1000)
     file.take(Sender(*from_("board", 1)), accept)
     for _ in range(2):
         file.take(Sender(*from_("board", 20)), accept)
@@ -198,6 +196,49 @@ def test_a_file_that_cannot_be_renamed_continues_to_grow(tmp_path, monkeypatch, 
     file.take(Sender(*from_("board", 100)), accept)
     file.close()
     assert Path("/dev/null").is_char_device()
+
+
+def test_without_older_files_a_full_file_is_removed(tmp_path):
+    file = LogFile(tmp_path / "log.txt", max_bytes=1000, older_files=0)
+    for i in range(150):
+        file.take(Sender(LogRecord(0.0, logging.INFO, "board", f"line {i:03}")), accept)
+    file.close()
+    assert [one.name for one in tmp_path.iterdir()] == ["log.txt"]
+    assert (tmp_path / "log.txt").read_text().endswith("line 149\n")
+
+
+def test_the_next_line_after_a_torn_one_is_whole(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text("torn by a power cut")
+    file = LogFile(path)
+    file.take(Sender(*from_("board", 1)), accept)
+    file.take(Sender(*from_("board", 1)), accept)
+    file.close()
+    first, *lines = path.read_text().splitlines(True)
+    assert first == "torn by a power cut\n"
+    assert [LINE.fullmatch(one).group(3) for one in lines] == ["line 0", "line 0"]
+
+
+def test_a_removed_file_is_made_anew(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("larpixdaq.log._FILE_INTERVAL", 0.0)
+    path = tmp_path / "log.txt"
+    file = LogFile(path)
+    file.take(Sender(*from_("board", 1)), accept)
+    path.unlink()
+    file.take(Sender(*from_("board", 2)), accept)
+    path.rename(tmp_path / "moved")
+    path.write_text("of somebody else")
+    file.take(Sender(*from_("board", 1)), accept)
+    assert (tmp_path / "moved").read_text().count("\n") == 2
+    assert [one[-7:] for one in path.read_text().splitlines()] == ["dy else", " line 0"]
+    assert caplog.text.count("it was removed or renamed; a new one has begun") == 2
+    (path.rename(tmp_path / "again"), path.mkdir())
+    file.take(Sender(*from_("board", 3)), accept)
+    assert file.status().lost == 3
+    path.rmdir()
+    file.take(Sender(*from_("board", 1)), accept)
+    assert path.read_text().count("\n") == 1
+    file.close()
 
 
 def test_a_flood_on_stderr_is_cut(monkeypatch, capsys):
