@@ -25,8 +25,8 @@ import zmq
 
 from larpixdaq import config
 from larpixdaq.constants import LOG
-from larpixdaq.control.log_file import line
-from larpixdaq.control.log_shipping import LogRecord, unpack_record
+from larpixdaq.control.log_file import LogRecord, line
+from larpixdaq.control.log_shipping import unpack_record
 from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, ProtocolError
 from larpixdaq.keys.curve import Admission, Doorkeeper, new_pair

@@ -23,7 +23,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Final
 
-from larpixdaq.control.log_shipping import LogRecord
+import msgspec
+
 from larpixdaq.errors import FileError, printable
 from larpixdaq.runtime.file_access import in_place, open_regular
 from larpixdaq.runtime.units import utc_datetime
@@ -49,6 +50,15 @@ _STAMP: Final = rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
 _STAMP_SIZE: Final = 27
 _LEVEL: Final = "|".join(_LEVELS).encode()
 _LINE: Final = re.compile(rb"(%b|\(impossible time\)) (%b|Level -?\d{1,19}) (.*?): (.*)" % (_STAMP, _LEVEL), re.DOTALL)
+
+
+class LogRecord(msgspec.Struct, array_like=True, frozen=True):
+    """One log record, also as it is sent; `time` in unix seconds, `level` as in logging."""
+
+    time: float
+    level: int
+    component: str
+    text: str
 
 
 def line(record: LogRecord) -> str:
@@ -91,6 +101,17 @@ def _level(name: bytes) -> int:
     return _LEVELS[text] if text in _LEVELS else int(text.removeprefix("Level "))
 
 
+def _earlier(seconds: float) -> bytes:
+    """Return a pattern for the beginnings of times before this one, in unix seconds. It leaves out impossible times."""
+    try:
+        stamp = utc_datetime(seconds).strftime("%Y-%m-%dT%H:%M:%S").encode()
+    except ValueError:
+        return b"(?!)"
+    # A time is earlier if it is so in a digit, and the same before it.
+    smaller = [stamp[:i] + b"[0-%d]" % (digit - 49) for i, digit in enumerate(stamp) if 48 < digit <= 57]
+    return b"(?:%b)" % b"|".join(smaller)
+
+
 class Wanted:
     """Selects lines: from a level on, of some components, in a time. A line without the form of a record is selected
     if its place in time is."""
@@ -105,12 +126,14 @@ class Wanted:
         self._since, self._until = since * 1e6, until * 1e6
         self._second, self._second_start = b"", 0
         self._time = UNKNOWN  # of the last line, also of one that is not wanted
-        unwanted = [name.encode() + b" " for name, number in _LEVELS.items() if number < level]
+        unwanted = [b"%b %b " % (_STAMP, name.encode()) for name, number in _LEVELS.items() if number < level]
         if self._components:
             names = b"|".join(map(re.escape, sorted(self._components)))
-            unwanted.append(b"(?:%b) (?!(?:%b): )" % (_LEVEL, names))
+            unwanted.append(b"%b (?:%b) (?!(?:%b): )" % (_STAMP, _LEVEL, names))
+        if since > 0:
+            unwanted.append(b"(?=%b)%b (?:%b) " % (_earlier(since), _STAMP, _LEVEL))
         #: Matches unwanted lines that follow each other, most of them: only for speed.
-        self._skip = re.compile(b"(?:%b (?:%b).*?: .*\n)+" % (_STAMP, b"|".join(unwanted))) if unwanted else None
+        self._skip = re.compile(b"(?:(?:%b).*?: .*\n)+" % b"|".join(unwanted)) if unwanted else None
 
     def select(self, data: bytes) -> Iterator[tuple[int, int, int]]:
         """Yield start, end, and time in unix microseconds, of the selected lines in `data`, which has whole lines.

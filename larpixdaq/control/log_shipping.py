@@ -12,6 +12,7 @@ import msgspec
 import zmq
 
 from larpixdaq import config
+from larpixdaq.control.log_file import LogRecord
 from larpixdaq.errors import ProtocolError
 from larpixdaq.keys.curve import Handshakes, KeyPair, connect_with, new_pair
 from larpixdaq.protocol.control import Endpoint
@@ -30,15 +31,6 @@ _REPORT_AFTER: Final = 5.0
 #: Maximum number of characters of a text; longer ones (tracebacks) are cut.
 MAX_TEXT: Final = 32 << 10
 _MAX_RECORD: Final = 256 << 10
-
-
-class LogRecord(msgspec.Struct, array_like=True, frozen=True):
-    """One log record as it is sent; `time` in unix seconds, `level` as in logging."""
-
-    time: float
-    level: int
-    component: str
-    text: str
 
 
 _encoder: Final = msgspec.msgpack.Encoder()

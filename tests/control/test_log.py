@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from processes import LIMIT, Process, free_port, until
 
 from larpixdaq.control import log_shipping
+from larpixdaq.control.log_file import LogRecord
 from larpixdaq.control.log_shipping import LogRecord, LogShipper, unpack_record
 from larpixdaq.errors import FileError, ProtocolError
 from larpixdaq.keys.curve import Doorkeeper

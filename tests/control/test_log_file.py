@@ -11,8 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from larpixdaq.control import log_file
-from larpixdaq.control.log_file import HOLD, UNKNOWN, Follower, LogFiles, Merger, Wanted, component, line, parse
-from larpixdaq.control.log_shipping import LogRecord
+from larpixdaq.control.log_file import (
+    HOLD,
+    UNKNOWN,
+    Follower,
+    LogFiles,
+    LogRecord,
+    Merger,
+    Wanted,
+    component,
+    line,
+    parse,
+)
 from larpixdaq.errors import FileError, printable
 
 TIMES = st.floats(-1e12, 1e12) | st.floats()

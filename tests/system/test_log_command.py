@@ -12,8 +12,8 @@ from processes import LIMIT, Process, until
 from system import system
 
 from larpixdaq import cli
-from larpixdaq.control.log_file import line
-from larpixdaq.control.log_shipping import LogRecord, LogShipper
+from larpixdaq.control.log_file import LogRecord, line
+from larpixdaq.control.log_shipping import LogShipper
 from larpixdaq.errors import RequestError
 from larpixdaq.log import LogFile
 from larpixdaq.protocol.control import Endpoint
