@@ -56,7 +56,7 @@ from larpixdaq.sources.source import BoardStatus, Source
 from larpixdaq.stream.publisher import bind_stream, stream_router
 from larpixdaq.version import VERSION
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("larpixdaq.producer")  # __name__ is "__main__" in the process
 
 DEFAULT_NAME = "LArPix board"
 #: Seconds for which the boards are read after `end_run`: at least END_READ_ON, then until their sockets are empty, at

@@ -25,7 +25,7 @@ from larpixdaq.protocol.stream import Block, End, FromProducer
 from larpixdaq.runtime.event_loop import Signals, run_main
 from larpixdaq.stream import Consumer
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("larpixdaq.run_data")  # __name__ is "__main__" in the process
 
 DEFAULT_NAME: Final = "Online monitor"
 #: Maximum number of frames of a turn, so that requests are answered in time.

@@ -20,7 +20,15 @@ from larpixdaq.control.log_shipping import LimitedLog, present_level, set_level
 from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Registry
 from larpixdaq.control.run_control import RunControl
 from larpixdaq.control.scatter_gather import ReplyRoute, Team
-from larpixdaq.errors import ComponentError, ControlHeld, LarpixDaqError, NotAllowed, RequestError, UnknownAction
+from larpixdaq.errors import (
+    ComponentError,
+    ControlHeld,
+    LarpixDaqError,
+    NotAllowed,
+    RequestError,
+    StateError,
+    UnknownAction,
+)
 from larpixdaq.keys.credentials import make_token
 from larpixdaq.keys.key_store import KeyStore, Role
 from larpixdaq.keys.peer_limits import PeerLimits, request_rate
@@ -194,7 +202,7 @@ class CoreActions:
             raise NotAllowed(f"{action}: keys are for the core's own user, on its host; this is {operator.member}")
         if changing:
             self._control.claim(operator, now)
-            _log.info("%s: %s %s", operator.name, action, params or "")
+            _log.info("%s: %s", operator.name, call_text(action, params))
         if changing or action in _NOTED_ACTIONS or action in ("invite", "revoke", "rotate", "set_log_level"):
             reply.accepted(action, params)
         elif action in _LOG_ACTIONS and not (isinstance(request_params, Piece) and not request_params.is_last):
@@ -491,9 +499,9 @@ class RequestRouter:
                 kind = "not allowed to a role" if isinstance(error, NotAllowed) else "without control"
                 self._audit.refuse(kind, operator.member, operator.name, message.action)
             if (operator.session, message.request) not in self._audited:  # else answer() logs it
-                level = logging.WARNING if isinstance(error, NotAllowed) else logging.INFO
-                text = "%s: %s is refused: %s"
-                self._log(f"refusals of {operator.name}", level, text, operator.name, message.action, error)
+                self._log_failure(
+                    operator, message.action, error.code if isinstance(error, RequestError) else "", error
+                )
             reply.error(error)
 
     def _reached(self, operator: OperatorPeer) -> str:
@@ -567,12 +575,17 @@ class RequestRouter:
             if (audited := self._audited.pop((operator.session, answer.request), None)) is not None:
                 outcome = "done" if answer.kind == "result" else f"failed: {answer.text}"
                 if answer.kind == "error" and not audited.component:  # a component logs its own failures
-                    text = "%s: %s failed: %s"
-                    kind = f"failures of {operator.name}"
-                    self._log(kind, logging.WARNING, text, operator.name, audited.action, answer.text)
+                    self._log_failure(operator, audited.action, answer.error, answer.text)
                 self._audit.note(operator, audited.action, component=audited.component, outcome=outcome)
         if operator.session in self._peers.operators:
             self._transport.send_to(operator, answer)
+
+    def _log_failure(self, operator: OperatorPeer, action: str, code: str, why: object) -> None:
+        """Log that a request was refused or has failed. `code`: of the error."""
+        refused = code in (StateError.code, ControlHeld.code, NotAllowed.code, UnknownAction.code)
+        level = logging.INFO if refused and code != NotAllowed.code else logging.WARNING
+        how = "refused" if refused else "failed"
+        self._log(f"{how} requests of {operator.name}", level, "%s: %s %s: %s", operator.name, action, how, why)
 
     def peer_removed(self, peer: Peer, what: str) -> None:
         """Drop the requests of a removed Operator, except those whose outcome goes into the audit, and fail those to a

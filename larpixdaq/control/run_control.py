@@ -468,7 +468,8 @@ class RunControl:
         self._save(run, run.reasons)
         self.run = None
         counts = f"{verdict.rows if verdict.rows is not None else 'unknown'} rows made, "
-        counts += f"{verdict.stored if verdict.stored is not None else 'unknown'} stored in {len(verdict.files)} files"
+        counts += f"{verdict.stored if verdict.stored is not None else 'unknown'} stored in "
+        counts += "1 file" if len(verdict.files) == 1 else f"{len(verdict.files)} files"
         detail = "; ".join([f"{verdict.condition}, {counts}", *verdict.reasons])
         self._change_state(STOP, run, detail, worth=verdict.condition)
         return {"run": run.run, **verdict._asdict()}

@@ -82,14 +82,22 @@ class _Brief(reprlib.Repr):
 
 def brief(value: Any, limit: int = 300) -> str:
     """Return a value as text of at most `limit` characters, with ... for what is left out."""
-    text = _brief.repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return _cut(_brief.repr(value), limit)
 
 
 def call_text(action: str, params: Mapping[str, Any]) -> str:
-    """Return an action with its parameters as short text, without those that are None: `power(on=True, tiles=[1])`."""
-    given = {name: value for name, value in params.items() if value is not None}
-    return f"{action}({', '.join(f'{name}={brief(value, 100)}' for name, value in given.items())[:300]})"
+    """Return an action with its parameters as short text, without those that are None or empty:
+    `power(on=True, tiles=[1])`."""
+    given = [f"{name}={brief(value, 100)}" for name, value in params.items() if not _is_empty(value)]
+    return f"{action}({_cut(', '.join(given), 300)})"
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 _brief: Final = _Brief()

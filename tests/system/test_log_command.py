@@ -1,7 +1,9 @@
 """Commands `larpixdaq log` and `log-level` on files and on real processes."""
 
+import contextlib
 import json
 import logging
+import re
 import signal
 import subprocess
 import time
@@ -14,7 +16,7 @@ from system import system
 from larpixdaq import cli
 from larpixdaq.control.log_file import LogRecord, line
 from larpixdaq.control.log_shipping import LogShipper
-from larpixdaq.errors import RequestError
+from larpixdaq.errors import LarpixDaqError, RequestError
 from larpixdaq.log import LogFile
 from larpixdaq.protocol.control import Endpoint
 from larpixdaq.runtime.launcher import command
@@ -183,3 +185,61 @@ def test_a_late_starter_and_levels_that_change(tmp_path, followed):
             operator.set_log_level("loud").result(LIMIT)
         operator.set_log_level("error", "core").result(LIMIT)
         assert operator.status().result(LIMIT)["log_level"] == "ERROR"
+
+
+def test_what_is_logged_of_a_run(tmp_path):
+    """Each fact in one line: who asked for what, the changes of state, what was refused, routines and chips."""
+    with system(tmp_path) as line:
+        line.launch_core()
+        line.launch_log()
+        operator = line.start("--fake", "1000")
+        line.await_kinds(operator, "log")
+        file = tmp_path / "state" / "log.txt"
+        until(lambda: file.exists() and "connected (io_group 1)" in file.read_text(), "the board")
+        for call in (
+            operator.begin_run,
+            lambda: operator.prepare_run(comment="cosmics"),
+            operator.begin_run,
+            lambda: operator.run_routine("hello_world"),
+            lambda: operator.run_routine("nothing"),
+            lambda: operator.call("LArPix board", "dance"),
+            lambda: operator.power(True),
+            operator.end_run,
+            operator.comment,
+        ):
+            with contextlib.suppress(LarpixDaqError, TypeError):
+                call().result(LIMIT)
+        line.processes["run_data"].kill()
+        until(lambda: "Online monitor is lost" in file.read_text(), "its loss")
+        line.restart("run_data")
+        until(lambda: file.read_text().count("Online monitor (run_data) has registered") == 2, "its return")
+        text = log("--state-dir", tmp_path / "state", "--component", "core", "--component", "LArPix board")[1]
+    found = [words.partition("Z ")[2] for words in text.splitlines()]
+    me = re.escape(operator._connection.name)
+    expected = [
+        r"INFO core: LArPix board \(producer\) has registered: process \d+ on .*",
+        r"INFO LArPix board: fake .*: connected \(io_group 1\)",
+        rf"INFO core: {me}: begin_run\(\)",
+        rf"INFO core: {me}: begin_run refused: begin_run is not allowed in STOP: .*",
+        rf"INFO core: {me}: prepare_run\(comment='cosmics'\)",
+        rf"INFO core: run 1: STOP to READY by {me}, test, producers LArPix board, storages Offline storage: cosmics",
+        rf"INFO core: {me}: begin_run\(\)",
+        rf"INFO core: run 1: READY to RUN by {me}",
+        rf"INFO core: {me}: run_routine\(name='hello_world'\) of LArPix board",
+        r"INFO LArPix board: run_routine\(name='hello_world'\) done in \d\.\d s: 'Hello, world!'",
+        rf"INFO core: {me}: run_routine\(name='nothing'\) of LArPix board",
+        r"WARNING LArPix board: run_routine\(name='nothing'\) failed after \d\.\d s: no routine 'nothing'; .*",
+        rf"INFO core: {me}: dance refused: LArPix board has no action 'dance'; .*",
+        rf"INFO core: {me}: power\(on=True, ramp=False\) of LArPix board",
+        r"WARNING LArPix board: power\(on=True, ramp=False\) failed after \d\.\d s: .*",
+        rf"INFO core: {me}: end_run\(\)",
+        rf"INFO core: run 1: RUN to STOP by {me}, COMPLETE, \d+ rows made, \d+ stored in 1 file",
+        r"WARNING core: Online monitor is lost",
+        r"INFO core: Online monitor \(run_data\) has registered: process \d+ on \S+, after \d+\.\d s and a restart",
+    ]
+    place = -1
+    for pattern in expected:
+        matches = [index for index, words in enumerate(found) if index > place and re.fullmatch(pattern, words)]
+        assert matches, (pattern, found[place + 1 :])
+        place = matches[0]
+    assert len(found) == len(set(found)) + 1  # the two requests to begin the run
