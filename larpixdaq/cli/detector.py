@@ -128,6 +128,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_log_address_argument(parser, None)
     config.add_state_dir_argument(parser)
     config.add_insecure_argument(parser)
+    config.add_log_level_argument(parser)
     parser.add_argument(
         "-o", "--output-dir", type=Path, default=Path("."), metavar="DIR", help="for the files (default .)"
     )
@@ -211,10 +212,11 @@ def _up_with_options(options: argparse.Namespace) -> int:
             "of this host opens all of them",
             file=sys.stderr,
         )
-    insecure = ["--insecure"] if options.insecure else []
+    common = ["--insecure"] if options.insecure else []
+    common += [f"--log-level={options.log_level}"] if options.log_level != "INFO" else []
     names = {program.module: program.parser().get_default("name") or program.module for program in PROGRAMS}
     wanted = [
-        Wanted(module, names[module], [*arguments, *insecure])
+        Wanted(module, names[module], [*arguments, *common])
         for module, arguments in components(address, log_address, options.output_dir, state, source, listens, storage)
     ]
     plan = Plan(secrets.token_hex(8), address, os.getcwd(), wanted, insecure=options.insecure)

@@ -499,9 +499,7 @@ class RequestRouter:
                 kind = "not allowed to a role" if isinstance(error, NotAllowed) else "without control"
                 self._audit.refuse(kind, operator.member, operator.name, message.action)
             if (operator.session, message.request) not in self._audited:  # else answer() logs it
-                self._log_failure(
-                    operator, message.action, error.code if isinstance(error, RequestError) else "", error
-                )
+                self._log_failure(operator, message.action, getattr(error, "code", ""), error)
             reply.error(error)
 
     def _reached(self, operator: OperatorPeer) -> str:

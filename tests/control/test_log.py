@@ -17,7 +17,7 @@ from processes import LIMIT, Process, free_port, until
 
 from larpixdaq.control import log_shipping
 from larpixdaq.control.log_file import LogRecord
-from larpixdaq.control.log_shipping import LogRecord, LogShipper, unpack_record
+from larpixdaq.control.log_shipping import LogShipper, unpack_record
 from larpixdaq.errors import FileError, ProtocolError
 from larpixdaq.keys.curve import Doorkeeper
 from larpixdaq.log import LogFile, line, listen, main

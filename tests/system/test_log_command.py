@@ -49,12 +49,12 @@ def followed():
 
 
 def test_the_commands_are_those_of_their_modules():
-    for module, names in cli._MODULES.items():
+    for module, names in cli._COMMANDS.items():
         for name in names:
             with pytest.raises(SystemExit, match="0"):
-                cli.parser(name).parse_args([name, "--help"])
-        texts = cli.parser(names[0]).format_help()
-        others = {other for key, found in cli._MODULES.items() if key != module for other in found}
+                cli.parser([module]).parse_args([name, "--help"])
+        texts = cli.parser([module]).format_help()
+        others = {other for key, found in cli._COMMANDS.items() if key != module for other in found}
         assert not any(f"\n    {other} " in texts for other in others)
 
 
@@ -205,9 +205,8 @@ def test_what_is_logged_of_a_run(tmp_path):
             lambda: operator.call("LArPix board", "dance"),
             lambda: operator.power(True),
             operator.end_run,
-            operator.comment,
         ):
-            with contextlib.suppress(LarpixDaqError, TypeError):
+            with contextlib.suppress(LarpixDaqError):
                 call().result(LIMIT)
         line.processes["run_data"].kill()
         until(lambda: "Online monitor is lost" in file.read_text(), "its loss")
