@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import select
 import sys
 import time
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +23,8 @@ from larpixdaq.runtime.units import LEVEL_NAMES, parse_level, parse_since, parse
 
 #: Milliseconds between two looks at a followed file.
 _LOOK_MS: Final = 100
+#: Lines that are written at once.
+_TOGETHER: Final = 200
 #: Lines that --follow shows first.
 _FIRST: Final = 10
 #: Maximum seconds until all components have changed their level.
@@ -49,11 +53,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--since",
         type=parse_since,
-        default=0.0,
+        default=-math.inf,
         metavar="TIME",
         help="only from this time on: UTC, such as 2023-03-15T02:48, or before now, such as 90min, 12h, 3d",
     )
-    parser.add_argument("--until", type=parse_since, metavar="TIME", help="only until this time")
+    parser.add_argument("--until", type=parse_since, default=math.inf, metavar="TIME", help="only until this time")
     parser.add_argument(
         "-n",
         "--lines",
@@ -83,10 +87,10 @@ def log(options: argparse.Namespace) -> int:
         getattr(logging, options.level),
         options.component,
         options.since,
-        float("inf") if options.until is None else options.until,
+        options.until,
     )
     if options.follow:
-        if options.until is not None:
+        if options.until < math.inf:
             raise ConfigError("--until cannot be used with --follow")
         try:
             _follow(path.absolute(), wanted, options)
@@ -106,7 +110,7 @@ def _follow(path: Path, wanted: Wanted, options: argparse.Namespace) -> None:
     shown, follower = UNKNOWN, Follower(path)
     if path.exists():
         with contextlib.closing(LogFiles(path, growing=True)) as files:
-            if options.lines is None and options.since:
+            if options.lines is None and options.since > -math.inf:
                 _print(((text, False) for text in files.in_order(wanted)), options.json)
                 last = files.last(1, wanted)
             else:
@@ -136,12 +140,18 @@ def _follow(path: Path, wanted: Wanted, options: argparse.Namespace) -> None:
 
 def _print(lines: Iterable[tuple[bytes, bool]], as_json: bool) -> None:
     """Print lines, each with whether it is late."""
-    for line, late in lines:
-        if as_json:
-            print(json.dumps(_facts(line) | ({"late": True} if late else {})))
-        else:
-            text = printable(line.decode("utf-8", "backslashreplace"))
-            print(f"{text}  (late)" if late else text)
+    texts = (_json(line, late) if as_json else _text(line, late) for line, late in lines)
+    while many := "".join(islice(texts, _TOGETHER)):
+        sys.stdout.write(many)
+
+
+def _text(line: bytes, late: bool) -> str:
+    text = printable(line.decode("utf-8", "backslashreplace"))
+    return f"{text}  (late)\n" if late else f"{text}\n"
+
+
+def _json(line: bytes, late: bool) -> str:
+    return json.dumps(_facts(line) | ({"late": True} if late else {})) + "\n"
 
 
 def _facts(line: bytes) -> dict[str, Any]:

@@ -46,10 +46,12 @@ _EPOCH: Final = datetime(1970, 1, 1)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _IMPOSSIBLE: Final = "(impossible time)"
 _LEVELS: Final = {name: getattr(logging, name) for name in ("NOTSET", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
+_LEVEL_NUMBERS: Final = {name.encode(): number for name, number in _LEVELS.items()}
 _STAMP: Final = rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
 _STAMP_SIZE: Final = 27
 _LEVEL: Final = "|".join(_LEVELS).encode()
-_LINE: Final = re.compile(rb"(%b|\(impossible time\)) (%b|Level -?\d{1,19}) (.*?): (.*)" % (_STAMP, _LEVEL), re.DOTALL)
+#: The beginning of a line: time, level, component.
+_HEAD: Final = re.compile(rb"(%b|\(impossible time\)) (%b|Level -?\d{1,19}) (.*?): " % (_STAMP, _LEVEL), re.DOTALL)
 
 
 class LogRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -80,14 +82,14 @@ def parse(text: bytes) -> LogRecord | None:
 
     The time is rounded to microseconds, and NaN if it was impossible.
     """
-    found = _LINE.fullmatch(text)
+    found = _HEAD.match(text)
     if found is None:
         return None
     try:
         time = math.nan if found[1] == _IMPOSSIBLE.encode() else _microseconds(found[1]) / 1e6
     except ValueError:
         return None
-    name, words = (group.decode("utf-8", "backslashreplace") for group in found.group(3, 4))
+    name, words = (part.decode("utf-8", "backslashreplace") for part in (found[3], text[found.end() :]))
     return LogRecord(time, _level(found[2]), name, words)
 
 
@@ -97,8 +99,8 @@ def _microseconds(stamp: bytes) -> int:
 
 
 def _level(name: bytes) -> int:
-    text = name.decode()
-    return _LEVELS[text] if text in _LEVELS else int(text.removeprefix("Level "))
+    number = _LEVEL_NUMBERS.get(name)
+    return int(name.removeprefix(b"Level ")) if number is None else number
 
 
 def _earlier(seconds: float) -> bytes:
@@ -117,7 +119,7 @@ class Wanted:
     if its place in time is."""
 
     def __init__(
-        self, level: int = 0, components: Iterable[str] = (), since: float = 0.0, until: float = math.inf
+        self, level: int = 0, components: Iterable[str] = (), since: float = -math.inf, until: float = math.inf
     ) -> None:
         """`components`: none for all. `since` and `until`: unix seconds."""
         self.since = since
@@ -130,7 +132,7 @@ class Wanted:
         if self._components:
             names = b"|".join(map(re.escape, sorted(self._components)))
             unwanted.append(b"%b (?:%b) (?!(?:%b): )" % (_STAMP, _LEVEL, names))
-        if since > 0:
+        if since > -math.inf:
             unwanted.append(b"(?=%b)%b (?:%b) " % (_earlier(since), _STAMP, _LEVEL))
         #: Matches unwanted lines that follow each other, most of them: only for speed.
         self._skip = re.compile(b"(?:(?:%b).*?: .*\n)+" % b"|".join(unwanted)) if unwanted else None
@@ -149,9 +151,9 @@ class Wanted:
                 continue
             start, end = at, data.index(b"\n", at)
             at = end + 1
-            found = _LINE.match(data, start, end)
+            found = _HEAD.match(data, start, end)
             if found is not None:
-                stamp, level, name, _ = found.groups()
+                stamp, level, name = found.groups()
                 self._note(stamp)
                 if (self._components and name not in self._components) or _level(level) < self._level:
                     continue

@@ -15,6 +15,7 @@ from processes import LIMIT, Process, free_port, until
 from raw_sockets import Context, use_key
 
 from larpixdaq.control import registry
+from larpixdaq.control.catalogue import read_audit
 from larpixdaq.core import Core
 from larpixdaq.errors import (
     ComponentError,
@@ -145,6 +146,31 @@ def test_the_requests_of_one_key_are_limited_by_the_second(running, operator, ob
     assert limits(operator) == {("observer 'night'", "0 requests a second"): 5}
     lines = [record.getMessage() for record in caplog.records if "has reached a limit" in record.getMessage()]
     assert lines == ["core: observer 'night' has reached a limit: 0 requests a second (1 times so far)"]
+
+
+def test_the_log_level_needs_an_operators_key_and_no_control(running, operator, observer):
+    socket, welcome = observer("1")
+    params = {"level": "debug"}
+    socket.send(pack(ActionRequest(session=welcome.session, request="r", action="set_log_level", params=params)))
+    while getattr(answer := unpack_core(socket.recv()), "kind", "ack") == "ack":
+        pass
+    assert (answer.error, "allows to look" in answer.text) == ("not_allowed", True)
+    with producer(running.address).running() as board, Operator(running.address) as other:
+        other.take_control().result(LIMIT)
+        assert operator.set_log_level("Debug", board.node.name).result(LIMIT) == {"levels": {"LArPix board": "DEBUG"}}
+
+        def level():
+            return operator.components().result(LIMIT)[0]["log_level"]
+
+        until(lambda: level() == "DEBUG", "the level in its heartbeat")
+        assert operator.set_log_level("info").result(LIMIT)["levels"] == {"core": "INFO", "LArPix board": "INFO"}
+        until(lambda: level() == "INFO", "the level in its heartbeat")
+
+    def outcomes():
+        rows = read_audit(running._catalogue.path.parent)
+        return [row.outcome for row in rows if row.action == "set_log_level"]
+
+    until(lambda: outcomes() == ["accepted", "done"] * 2, "the audit")
 
 
 def test_the_unanswered_requests_of_an_operator_are_limited(running, operator, monkeypatch):
