@@ -239,8 +239,9 @@ def flood(port: Port, pair: KeyPair, core: str, what: str, until: float) -> int:
             "requests": lambda n: Request(session=session, request=f"{own} {n}", action="status"),
             "sessions": lambda n: control.Open(name="x", instance=f"{own} {n}"),
         }
-        data = bytes(50 << 20) if what == "largest messages" else port.pack(same[what]) if what in same else b""
+        parts = control.split(bytes(50 << 20)) if what == "largest messages" else []
+        parts = [port.pack(same[what])] if what in same else parts
         numbers = count()
         while time.monotonic() < until:
-            sent += made.send(data or port.pack(numbered[what](next(numbers))))
+            sent += made.send(*parts or [port.pack(numbered[what](next(numbers)))])
     return sent

@@ -36,6 +36,7 @@ from larpixdaq.keys.key_store import ANYONE, KeyStore, Member
 from larpixdaq.keys.peer_limits import registration_rates
 from larpixdaq.protocol.control import (
     MAX_ANSWER,
+    MAX_FRAME,
     MAX_REQUEST,
     ActionRequest,
     Answer,
@@ -113,7 +114,7 @@ class Core:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._router.setsockopt(zmq.MAXMSGSIZE, MAX_ANSWER)
+        self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME + 1)  # so that a request that is too long gets an answer
         self._router.setsockopt(zmq.RCVHWM, _QUEUE)
         self._router.setsockopt(zmq.LINGER, 200)
         config.close_dead_connections(self._router, config.DEAD_CONNECTION)
@@ -125,7 +126,7 @@ class Core:
             pair = self._keys.server if self._keys is not None else None
             self._door = Doorkeeper(self._context, pair, self._whose, "core")
             undo.callback(self._door.close)
-            self._door.guard(self._router)
+            self._door.guard(self._router, MAX_ANSWER)
             try:
                 self._router.ipv6 = config.is_ipv6(address)
                 self._router.bind(address)
@@ -322,14 +323,13 @@ class Core:
                 frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return True
-            route, data = frames[0].bytes, frames[-1].bytes
+            route, parts = frames[0].bytes, frames[1:]
+            data = parts[0].bytes if len(parts) == 1 else b""
             member: Member | None = None
             try:
                 member = self._sender(route, frames[-1])
-                if len(frames) != 2:
-                    raise ProtocolError(f"message from {route.hex()}: {len(frames) - 1} parts, expected 1")
-                if len(data) > MAX_REQUEST and all(peer.route != route for peer in self._peers.components.values()):
-                    raise ProtocolError(f"message from {route.hex()}: {len(data)} bytes, the limit is {MAX_REQUEST}")
+                if len(parts) != 1 or len(data) > MAX_REQUEST:
+                    data = self._whole(route, parts)
                 self._handle(unpack_client(data, route.hex()), route, now, member)
             except ProtocolError as error:
                 self._refuse(route, data if len(data) <= MAX_REQUEST else b"", error, member, now)
@@ -338,6 +338,15 @@ class Core:
                 text = f"internal error of the core: {type(error).__name__}: {error}"
                 self._send(route, Answer(request=probe(data).request, kind="error", text=text, error="failed"))
         return False
+
+    def _whole(self, route: bytes, parts: list[zmq.Frame]) -> bytes:
+        """Join the frames of a large answer; ProtocolError if it is too large, or not of a component."""
+        size = sum(map(len, parts))
+        if size <= MAX_ANSWER and any(peer.route == route for peer in self._peers.components.values()):
+            return b"".join(frame.bytes for frame in parts)
+        raise ProtocolError(
+            f"message from {route.hex()}: {size} bytes in {len(parts)} parts, expected at most {MAX_REQUEST} in 1 part"
+        )
 
     def _refuse(self, route: bytes, data: bytes, error: ProtocolError, member: Member | None, now: float) -> None:
         self._actions.refused += 1

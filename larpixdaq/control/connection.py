@@ -37,6 +37,7 @@ from larpixdaq.protocol.control import (
     Welcome,
     pack,
     probe,
+    split,
     unpack_core,
 )
 from larpixdaq.runtime.event_loop import Waker
@@ -311,7 +312,7 @@ class CoreConnection:
         if self._socket is None:
             return False
         try:
-            self._socket.send(data, zmq.NOBLOCK)
+            self._socket.send_multipart(split(data), zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True

@@ -31,12 +31,14 @@ _TOGETHER: Final = 4096
 _PART: Final = 16
 #: Descriptors that are tried when they cannot be listed.
 _MANY: Final = 1 << 16
+#: Bytes of a message that has not ended, in addition to the longest one, above which its connection is closed.
+_UNFINISHED: Final = 1 << 20
 #: Maximum processor seconds of a look for strangers.
 _LOOK_LIMIT: Final = 0.02
 #: Bytes that only an admitted peer gets: greeting 64, WELCOME 170, READY 52 or more. Others get ERROR, 14 at most.
 _ADMITTED_BYTES: Final = 260
-#: Place of tcpi_bytes_acked in Linux' struct tcp_info.
-_BYTES_ACKED: Final = struct.Struct("120xQ")
+#: Places of tcpi_bytes_acked and tcpi_bytes_received in Linux' struct tcp_info.
+_BYTES: Final = struct.Struct("120xQQ")
 _DESCRIPTORS: Final = "/proc/self/fd"
 
 
@@ -44,6 +46,19 @@ class _Connection(NamedTuple):
     descriptor: int
     peer: Any  # address and port, by which a descriptor that was closed and used again is told apart
     key: str = ""
+
+
+class _Seen(NamedTuple):
+    connection: _Connection
+    is_admitted: bool
+    received: int  # bytes since its beginning
+
+
+class _Unfinished(NamedTuple):
+    """What a connection had received when a message of it last came, and whether it has received too much since."""
+
+    received: int  # bytes
+    is_long: bool
 
 
 class Connections:
@@ -55,15 +70,19 @@ class Connections:
         self._rate, self._owner_rate = connection_rates()
         self._admitted: Counter[str] = Counter()  # by key: the highest possible number of open connections
         self._count_at = 0.0
+        self._longest = 0
+        self._heard: set[bytes] = set()  # routes of messages since the last look at unfinished ones
+        self._unfinished: dict[Any, _Unfinished] = {}  # by the peer's address
         # A descriptor is looked at through a duplicate, because libzmq's thread may close it and use its number again
         # at any time. The duplicate has a fixed place, because in a flood no other descriptor may be left.
         self._nothing = sockets.socket()
         # The family only says how long an address may be.
         self._duplicate = sockets.socket(sockets.AF_INET6, sockets.SOCK_STREAM, 0, os.dup(self._nothing.fileno()))
 
-    def watch(self, socket: zmq.Socket[Any]) -> None:
-        """Add a listening socket."""
+    def watch(self, socket: zmq.Socket[Any], longest: int) -> None:
+        """Add a listening socket. `longest`: maximum bytes of a message, with all its parts."""
         self._listening.append(socket)
+        self._longest = max(self._longest, longest)
 
     def close(self) -> None:
         self._duplicate.close()
@@ -72,7 +91,8 @@ class Connections:
     # Whose they are
 
     def key(self, route: bytes) -> str | None:
-        """The key of a connection that was noted; None if there is none."""
+        """The key of a connection that was noted and has sent a message; None if there is none."""
+        self._heard.add(route)
         known = self._known.get(route)
         return None if known is None else known.key
 
@@ -133,7 +153,7 @@ class Connections:
         limit = self._exceeded(key, owner)
         if not limit:
             peers = {known.peer for known in self._known.values()}
-            silent = [one for one, _ in self._walk(_descriptors()) if one.peer not in peers]
+            silent = [seen.connection for seen in self._walk(_descriptors()) if seen.connection.peer not in peers]
             more = max(0, len(silent) - 1)  # without the one in question
             limit = self._exceeded(key, owner, more)
             if limit:
@@ -159,18 +179,41 @@ class Connections:
         left = len(descriptors) - enough
         if left > 0:
             random.shuffle(descriptors)
-            for connection, admitted in self._walk(descriptors):
-                if not admitted:
-                    self._shut_down(connection)
-                    closed.append(connection.peer[0])
+            for seen in self._walk(descriptors):
+                if not seen.is_admitted:
+                    self._shut_down(seen.connection)
+                    closed.append(seen.connection.peer[0])
                 if len(closed) == left or time.thread_time() >= until:
                     break
         return closed
 
+    def limit_unfinished(self) -> list[str]:
+        """Close connections over which a message comes that is too long; their keys, "" if not known.
+
+        libzmq keeps the parts of a message until the last one has come, however many they are. To be called while
+        messages are taken: a connection is closed when none of it has come between two looks.
+        """
+        heard = {self._known[route].peer for route in self._heard if route in self._known}
+        self._heard.clear()
+        keys = {known.peer: known.key for known in self._known.values()}
+        before, self._unfinished = self._unfinished, {}
+        closed = []
+        for seen in self._walk(_descriptors()):
+            peer = seen.connection.peer
+            start, suspect = before.get(peer, _Unfinished(0, False))
+            if peer in heard:
+                start, suspect = seen.received, False
+            is_long = seen.received - start > self._longest + _UNFINISHED
+            if is_long and suspect:
+                self._shut_down(seen.connection)
+                closed.append(keys.get(peer, ""))
+            self._unfinished[peer] = _Unfinished(start, is_long)
+        return closed
+
     # Descriptors
 
-    def _walk(self, descriptors: list[int]) -> Iterator[tuple[_Connection, bool]]:
-        """Each TCP connection to the listening sockets among these descriptors, and whether it was admitted."""
+    def _walk(self, descriptors: list[int]) -> Iterator[_Seen]:
+        """Each TCP connection to the listening sockets among these descriptors."""
         endpoints = [socket.getsockopt_string(zmq.LAST_ENDPOINT) for socket in self._listening]
         ports = {int(one.rpartition(":")[2]) for one in endpoints if one.startswith("tcp://")}
         for descriptor in descriptors:
@@ -178,7 +221,7 @@ class Connections:
                 continue
             try:
                 self._look_at(descriptor)
-                info = self._duplicate.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _BYTES_ACKED.size)
+                info = self._duplicate.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _BYTES.size)
                 if self._duplicate.getsockname()[1] not in ports:
                     continue
                 peer = self._duplicate.getpeername()
@@ -186,9 +229,9 @@ class Connections:
                 continue
             finally:
                 self._look_away()
-            # A system without this number does not tell strangers.
-            admitted = len(info) < _BYTES_ACKED.size or _BYTES_ACKED.unpack(info)[0] >= _ADMITTED_BYTES
-            yield _Connection(descriptor, peer), admitted
+            # A system without these numbers does not tell strangers.
+            sent, received = _BYTES.unpack(info) if len(info) == _BYTES.size else (_ADMITTED_BYTES, 0)
+            yield _Seen(_Connection(descriptor, peer), sent >= _ADMITTED_BYTES, received)
 
     def _peer(self, descriptor: int) -> Any:
         """The peer's address of a connection; None if it is closed."""

@@ -31,6 +31,8 @@ _TURN: Final = 100
 _BACKLOG: Final = 1024
 #: Seconds between two looks for connections that are not admitted.
 _LOOK_INTERVAL: Final = 0.1
+#: Seconds between two looks for messages that are too long.
+_UNFINISHED_INTERVAL: Final = 0.5
 
 
 class KeyPair(NamedTuple):
@@ -115,20 +117,23 @@ class Doorkeeper:
         self.limits = PeerLimits(what)
         self._unsaid, self._say_at = 0, 0.0
         self._connections = Connections()
-        self._look_at = 0.0
+        self._look_at = self._unfinished_at = 0.0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         self.socket.bind(_ZAP)
 
-    def guard(self, socket: zmq.Socket[Any]) -> None:
-        """Require keys on a listening socket; to be called before bind(), and after its MAXMSGSIZE was set."""
-        self._connections.watch(socket)
+    def guard(self, socket: zmq.Socket[Any], longest: int = 0) -> None:
+        """Require keys on a listening socket; to be called before bind(), and after its MAXMSGSIZE was set.
+
+        `longest`: maximum bytes of a message with all its parts, if it is not that of one part.
+        """
+        limit = int(socket.getsockopt(zmq.MAXMSGSIZE))
+        self._connections.watch(socket, max(longest, limit))
         socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_LIMIT)
         socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         if self._pair is not None:
             socket.curve_server = True
             socket.curve_secretkey = self._pair.secret.encode()
             socket.zap_domain = b"larpixdaq"
-            limit = int(socket.getsockopt(zmq.MAXMSGSIZE))
             if limit > 0:
                 socket.setsockopt(zmq.MAXMSGSIZE, limit + _OVERHEAD)
 
@@ -139,6 +144,12 @@ class Doorkeeper:
             self._look_at = now + _LOOK_INTERVAL
             for stranger in self._connections.limit_strangers():
                 self._refuse(stranger, "without a key")
+            if now >= self._unfinished_at:
+                self._unfinished_at = now + _UNFINISHED_INTERVAL
+                for key in self._connections.limit_unfinished():
+                    name = self._whose(key)
+                    peer = "an unknown key" if name is None else name or "the core's own user"
+                    self.limits.reached(peer, "a message without end")
         for _ in range(_TURN):
             try:
                 version, request, _, address, _, mechanism, *keys = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -150,9 +161,9 @@ class Doorkeeper:
             if name is None:
                 self._refuse(address.decode("ascii", "replace"))
                 status, text = b"400", b"unknown key"
-            elif limit := self._connections.admit(key, owner=not name):
-                self.limits.reached(name or "the core's own user", limit)
-                status, text = b"300", limit.encode()
+            elif reached := self._connections.admit(key, owner=not name):
+                self.limits.reached(name or "the core's own user", reached)
+                status, text = b"300", reached.encode()
             self.socket.send_multipart([version, request, status, text, key.encode() if status == b"200" else b"", b""])
 
     def _refuse(self, address: str, why: str = "with an unknown key") -> None:

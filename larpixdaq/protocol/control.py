@@ -1,8 +1,8 @@
 """The messages of the control plane: typed, versioned, checked on arrival, limited in size and depth.
 
-A message is one ZeroMQ frame: a msgpack map with the field `type`. `value`, `params`, `info` and `status` may contain
-numpy arrays without objects, as msgpack extension 1 with description, shape and bytes; the core passes them on without
-unpacking. Nothing is ever unpickled or evaluated.
+A message is a msgpack map with the field `type`, in one ZeroMQ frame; a large answer of a component to the core is cut
+into several. `value`, `params`, `info` and `status` may contain numpy arrays without objects, as msgpack extension 1
+with description, shape and bytes; the core passes them on without unpacking. Nothing is ever unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ MAX_REQUEST: Final = 1 << 20
 #: Maximum bytes of a registration or heartbeat: 1 kB for each of 255 boards. The core keeps the last ones of every
 #: component, and sends them all in one answer.
 MAX_KEPT: Final = 256 << 10
-#: Maximum bytes of an answer, whose result may contain arrays.
+#: Maximum bytes of an answer, whose result may contain arrays, and of one of its frames. libzmq decrypts a frame as a
+#: whole, and everybody else waits meanwhile: 64 MiB take 0.1 s.
 MAX_ANSWER: Final = 64 << 20
+MAX_FRAME: Final = MAX_REQUEST
 #: Maximum characters of an answer's text.
 MAX_TEXT: Final = 1 << 16
 #: Maximum depth of containers in containers.
@@ -303,6 +305,11 @@ def pack(message: FromClient | FromCore) -> bytes:
     if len(data) > limit:
         raise ProtocolError(f"{what} of {len(data)} bytes cannot be sent: the limit is {limit}")
     return data
+
+
+def split(data: bytes) -> list[bytes]:
+    """Cut a packed message to the core into frames."""
+    return [data[at : at + MAX_FRAME] for at in range(0, len(data), MAX_FRAME)]
 
 
 def packed(value: Any) -> msgspec.Raw:

@@ -10,7 +10,7 @@ import time
 import msgspec
 import pytest
 import zmq
-from fake_core import Stopper, all_running, monitor, producer, storage
+from fake_core import Actor, Stopper, all_running, monitor, producer, storage
 from processes import LIMIT, Process, free_port, until
 from raw_sockets import Context, use_key
 
@@ -31,6 +31,7 @@ from larpixdaq.keys.curve import connect_with, new_pair
 from larpixdaq.keys.key_store import ANYONE
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import (
+    MAX_FRAME,
     MAX_REQUEST,
     ActionRequest,
     Bye,
@@ -406,6 +407,12 @@ def test_a_repeated_request_is_done_once(running, dealer):
         while getattr(message, "kind", "") != "error":
             message = unpack_core(dealer.recv())
         assert "no longer known" in message.text
+
+
+def test_results_with_large_arrays_pass_through_the_core_in_many_frames(running, operator):
+    reply = bytes(range(256)) * (5 * MAX_FRAME // 256)
+    with Actor(running.address, "large", "run_data", {}, {"look": reply}).running():
+        assert operator.call("large", "look").result(LIMIT) == reply
 
 
 def test_malformed_messages_get_a_clear_answer(running, operator, dealer):

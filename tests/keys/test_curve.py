@@ -1,9 +1,12 @@
 """Connections with keys, over real sockets: who is admitted, whose a message is, and connections that are closed."""
 
 import contextlib
+import fcntl
 import os
 import select
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +16,7 @@ from raw_sockets import Context
 
 from larpixdaq.errors import ProtocolError
 from larpixdaq.keys import connections, curve
+from larpixdaq.keys.connections import Connections
 from larpixdaq.keys.curve import Doorkeeper, Handshakes, KeyPair, connect_with, new_pair
 from larpixdaq.keys.peer_limits import PeerLimits
 from larpixdaq.runtime.timing import Throttle
@@ -236,6 +240,54 @@ def test_whose_the_frames_of_a_socket_without_routes_are(contexts, few):
         assert house.door.key_of(pull.recv(copy=False)) == pair.public
     known = house.door._connections
     assert [known.is_open(route) for route in known._known] == [True] * 4
+
+
+def zmtp(body: bytes, flags: int) -> bytes:
+    """A frame of ZMTP 3.1."""
+    return bytes([flags | 2]) + len(body).to_bytes(8, "big") + body
+
+
+@pytest.mark.parametrize("has_spoken", [True, False])
+def test_a_message_without_end_is_cut_off(contexts, monkeypatch, has_spoken):
+    """Without libzmq at the sending side, because that sends a message when its last part is there."""
+    monkeypatch.setattr(connections, "_UNFINISHED", 100_000)
+    router = contexts[0].socket(zmq.ROUTER)
+    router.bind("tcp://127.0.0.1:*")
+    host, port = router.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://").split(":")
+    with contextlib.closing(Connections()) as found, socket.create_connection((host, int(port))) as member:
+        found.watch(router, LARGEST)
+        ready = zmtp(b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER", 4)
+        member.settimeout(LIMIT)
+        member.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01NULL" + bytes(48) + ready)
+        until(lambda: b"Socket-Type" in member.recv(1000), "the handshake")
+
+        def speak() -> None:
+            """Send a message of many times the allowed size in 10 messages, and take it."""
+            for _ in range(10):
+                member.sendall(zmtp(bytes(100_000), 0))
+                assert router.poll(1000 * LIMIT)
+                route, frame = router.recv_multipart(copy=False)
+                if found.key(route.bytes) is None:
+                    found.note(route.bytes, "key", frame.get(zmq.SRCFD))
+
+        for _ in range(3 if has_spoken else 0):
+            speak()
+            assert found.limit_unfinished() == []
+        for _ in range(30):
+            member.sendall(zmtp(bytes(10_000), 1))
+        until(lambda: found.limit_unfinished(), "the limit", 2.0)
+        until(lambda: member.recv(1000) == b"", "the connection to be closed")
+        assert router.poll(0) == 0
+
+
+def test_a_look_for_connections_keeps_the_locks_of_files(tmp_path):
+    """Those of SQLite end when any descriptor of the file is closed."""
+    lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    with open(tmp_path / "file", "w") as file, contextlib.closing(Connections()) as found:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        found.limit_unfinished()
+        other = subprocess.run([sys.executable, "-c", lock, file.name], capture_output=True, text=True, check=False)
+    assert "BlockingIOError" in other.stderr
 
 
 def test_a_limit_is_logged_once_and_counted(caplog):
