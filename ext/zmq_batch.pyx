@@ -8,7 +8,6 @@ The interface is documented in zmq_batch.pyi.
 
 import ctypes
 
-import numpy as np
 import zmq
 
 cimport cython
@@ -66,6 +65,32 @@ def _is_native(socket):
     return _NATIVE is not None and isinstance(socket, _NATIVE)
 
 
+def drop_rest(socket):
+    cdef uint64_t message[8]
+    cdef void *handle
+    cdef size_t dropped = 0
+    cdef bint more
+    if socket.closed:
+        raise zmq.ZMQError(zmq.ENOTSOCK)
+    more = socket.getsockopt(zmq.RCVMORE)
+    if not _is_native(socket):
+        while socket.getsockopt(zmq.RCVMORE):
+            socket.recv(zmq.DONTWAIT)
+            dropped += 1
+        return dropped
+    handle = <void *><size_t>socket.underlying
+    with nogil:
+        while more:
+            msg_init(message)
+            if msg_recv(message, handle, DONTWAIT) >= 0:
+                dropped += 1
+                more = msg_more(message)
+            elif errno != EINTR:
+                more = False
+            msg_close(message)
+    return dropped
+
+
 @cython.final
 cdef class Receiver:
     """Receives the queued messages of a SUB, PULL or DEALER socket."""
@@ -95,6 +120,8 @@ cdef class Receiver:
             raise TypeError("Receiver: __init__ called twice")
         if messages < 1 or not 1 <= size < 1 << 32:
             raise ValueError(f"Receiver: needs messages >= 1 and 1 <= size < 2^32, found {messages} and {size}")
+        import numpy as np  # late, because core and log use only drop_rest()
+
         self.native = _is_native(socket)
         self._socket = socket
         self._handle = <void *><size_t>socket.underlying if self.native else NULL

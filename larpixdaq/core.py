@@ -31,7 +31,7 @@ from larpixdaq.control.run_control import RunControl
 from larpixdaq.errors import ConfigError, FileError, NotAllowed, ProtocolError, RequestError
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
-from larpixdaq.keys.curve import Doorkeeper
+from larpixdaq.keys.curve import Doorkeeper, receive
 from larpixdaq.keys.key_store import ANYONE, KeyStore, Member
 from larpixdaq.keys.peer_limits import registration_rates
 from larpixdaq.protocol.control import (
@@ -67,6 +67,8 @@ _log = logging.getLogger("larpixdaq.core")
 _TAKE_LIMIT: Final = 0.05
 #: Maximum number of received messages of each peer that wait, because they may be large. More wait at the peer.
 _QUEUE: Final = 100
+#: Maximum number of frames of a large answer.
+_MAX_FRAMES: Final = MAX_ANSWER // MAX_FRAME
 #: Maximum seconds between two turns of the loop: while a procedure with time limits runs, and otherwise. If more than
 #: _MAX_TURN seconds have passed, the core itself has paused.
 _BUSY_TURN: Final = 0.05
@@ -320,7 +322,7 @@ class Core:
         until = now + _TAKE_LIMIT
         while time.monotonic() < until:
             try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = receive(self._router, 1 + _MAX_FRAMES)
             except zmq.Again:
                 return True
             route, parts = frames[0].bytes, frames[1:]
@@ -342,11 +344,12 @@ class Core:
     def _whole(self, route: bytes, parts: list[zmq.Frame]) -> bytes:
         """Join the frames of a large answer; ProtocolError if it is too large, or not of a component."""
         size = sum(map(len, parts))
-        if size <= MAX_ANSWER and any(peer.route == route for peer in self._peers.components.values()):
+        found = f"{size} bytes in {len(parts)} parts"
+        if len(parts) > _MAX_FRAMES:
+            found = f"more than {_MAX_FRAMES} parts"
+        elif size <= MAX_ANSWER and any(peer.route == route for peer in self._peers.components.values()):
             return b"".join(frame.bytes for frame in parts)
-        raise ProtocolError(
-            f"message from {route.hex()}: {size} bytes in {len(parts)} parts, expected at most {MAX_REQUEST} in 1 part"
-        )
+        raise ProtocolError(f"message from {route.hex()}: {found}, expected at most {MAX_REQUEST} bytes in 1 part")
 
     def _refuse(self, route: bytes, data: bytes, error: ProtocolError, member: Member | None, now: float) -> None:
         self._actions.refused += 1

@@ -29,7 +29,7 @@ from larpixdaq.control.log_file import LogRecord, line
 from larpixdaq.control.log_shipping import unpack_record
 from larpixdaq.control.node import Node
 from larpixdaq.errors import ConfigError, FileError, ProtocolError
-from larpixdaq.keys.curve import Admission, Doorkeeper, new_pair
+from larpixdaq.keys.curve import Admission, Doorkeeper, new_pair, receive
 from larpixdaq.keys.peer_limits import PeerLimits
 from larpixdaq.protocol.reports import LogStatus
 from larpixdaq.runtime.event_loop import Signals, run_main
@@ -94,13 +94,13 @@ class LogFile:
         empty = False
         for _ in range(_BATCH):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frame = receive(socket, 1)[0]
             except zmq.Again:
                 empty = True
                 break
             try:
-                record = unpack_record(frames[0].bytes)
-                check(frames[0], record)
+                record = unpack_record(frame.bytes)
+                check(frame, record)
                 written = line(record).encode("utf-8", "replace")
                 if self._throttle.passes(record.component, len(written)):
                     lines.append(written)

@@ -6,6 +6,9 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+def drop_rest(socket: zmq.Socket[bytes]) -> int:
+    """Drop the further parts of the message of which a part was received last. Returns their number."""
+
 @final
 class Receiver:
     """Receives the queued messages of a SUB, PULL or DEALER socket, up to `messages` messages and `size` bytes per

@@ -15,6 +15,7 @@ import zmq
 from zmq.utils import z85
 
 from larpixdaq import config
+from larpixdaq._native.zmq_batch import drop_rest
 from larpixdaq.errors import ProtocolError
 from larpixdaq.keys.connections import Connections
 from larpixdaq.keys.peer_limits import PeerLimits
@@ -90,6 +91,21 @@ def dealer(
         socket.close(linger=0)
         raise
     return socket, handshakes
+
+
+def receive(socket: zmq.Socket[bytes], most: int) -> list[zmq.Frame]:
+    """Receive a message of a ROUTER or PULL without waiting; zmq.Again if there is none.
+
+    Of a message with more than `most` frames the first `most` + 1 are returned. The others are dropped, because a
+    member may send a million empty ones in one message, and objects of them take the loop 2 s.
+    """
+    frames = [socket.recv(zmq.NOBLOCK, copy=False)]
+    while socket.getsockopt(zmq.RCVMORE):
+        if len(frames) > most:
+            drop_rest(socket)
+            break
+        frames.append(socket.recv(zmq.NOBLOCK, copy=False))
+    return frames
 
 
 class Doorkeeper:

@@ -16,7 +16,7 @@ import zmq
 from larpixdaq import config, schema
 from larpixdaq.buffer.block_store import BlockStore, Segment, StoredBlock
 from larpixdaq.errors import ConfigError, ProtocolError
-from larpixdaq.keys.curve import Admission
+from larpixdaq.keys.curve import Admission, receive
 from larpixdaq.keys.peer_limits import LimitReached
 from larpixdaq.protocol.control import ConsumerSession, Update, session_digest
 from larpixdaq.protocol.packed_rows import MIN_ROWS, RowPacker
@@ -175,7 +175,7 @@ class Publisher:
             self._admission.door.answer()
         while self._clock() < until:
             try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                parts = receive(self.socket, 2)
             except zmq.Again:
                 self._emptied_at = self._clock()
                 self._flooded_since = None
@@ -184,7 +184,8 @@ class Publisher:
             try:
                 key = self._admission.door.sender(route, parts[-1]) if self._admission is not None else ""
                 if len(parts) != 2:
-                    raise ProtocolError(f"stream frame from {route.hex()}: expected 1 part, found {len(parts) - 1}")
+                    found = "none" if len(parts) < 2 else "more"
+                    raise ProtocolError(f"stream frame from {route.hex()}: expected 1 part, found {found}")
                 self._handle(route, unpack_consumer(parts[1].bytes, route.hex()), key)
             except ProtocolError as error:
                 self.refused += 1

@@ -425,6 +425,8 @@ def test_malformed_messages_get_a_clear_answer(running, operator, dealer):
     assert "message from" in refusal().text
     dealer.send_multipart([b"a", b"b", b"c"])
     assert "3 parts" in refusal().text
+    dealer.send_multipart(10_000 * [b""])
+    assert "more than 64 parts" in refusal().text
     dealer.send(msgspec.msgpack.encode({"type": "dance", "request": "r1"}))
     answer = refusal()
     assert (answer.request, "dance" in answer.text) == ("r1", True)
@@ -439,7 +441,7 @@ def test_malformed_messages_get_a_clear_answer(running, operator, dealer):
     session = unpack_core(dealer.recv()).session
     dealer.send(pack(ActionRequest(session=session, action="abort_run")))
     assert "may not send" in refusal().text
-    assert operator.status().result(LIMIT)["refused_messages"] == 6
+    assert operator.status().result(LIMIT)["refused_messages"] == 7
 
 
 def test_a_flood_of_random_bytes(running, operator, dealer):

@@ -140,9 +140,12 @@ class Sender:
     """A socket with these records, as LogFile.take() reads it."""
 
     def __init__(self, *records):
-        self._frames = deque([zmq.Frame(msgspec.msgpack.encode(one))] for one in records)
+        self._frames = deque(zmq.Frame(msgspec.msgpack.encode(one)) for one in records)
 
-    def recv_multipart(self, flags, copy):
+    def getsockopt(self, option):
+        return option != zmq.RCVMORE
+
+    def recv(self, flags, copy):
         if not self._frames:
             raise zmq.Again
         return self._frames.popleft()

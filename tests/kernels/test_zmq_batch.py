@@ -9,11 +9,11 @@ from emulated_board import context
 from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import until
+from processes import LIMIT, until
 
 from larpixdaq import schema
 from larpixdaq._native import zmq_batch
-from larpixdaq._native.zmq_batch import Receiver, Sender
+from larpixdaq._native.zmq_batch import Receiver, Sender, drop_rest
 
 
 @pytest.fixture(params=["libzmq", "pyzmq"])
@@ -113,6 +113,20 @@ def test_dealer_and_sub_over_tcp():
 
 
 @pytest.mark.usefixtures("functions")
+@pytest.mark.usefixtures("functions")
+def test_the_rest_of_a_message_is_dropped_and_the_next_one_is_whole():
+    with context() as ctx:
+        out, into = pair(ctx)
+        for parts in ([b"a"] + 999 * [b""], [b"b"], [b"c", b"d", b"e"]):
+            out.send_multipart(parts)
+        assert into.poll(LIMIT * 1000)
+        assert (into.recv(), drop_rest(into), drop_rest(into)) == (b"a", 999, 0)
+        assert (into.recv(), drop_rest(into)) == (b"b", 0)
+        assert (into.recv(), into.recv(), drop_rest(into)) == (b"c", b"d", 1)
+    with pytest.raises(zmq.ZMQError):
+        drop_rest(into)
+
+
 def test_closed_sockets_raise_zmq_error():
     with context() as ctx:
         out, into = pair(ctx)
