@@ -171,7 +171,7 @@ class Connections:
         Returns the addresses of their peers.
         """
         enough = min(_ENOUGH, _descriptor_limit() // 4)
-        if 0 < os.stat(_DESCRIPTORS).st_size <= enough:  # their number, since Linux 6.2
+        if 0 < _number() <= enough:
             return []
         closed: list[str] = []
         descriptors = _descriptors()
@@ -271,6 +271,14 @@ class Connections:
 def _descriptor_limit() -> int:
     """Maximum number of descriptors of this process."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _number() -> int:
+    """Number of this process's descriptors; 0 where the kernel does not tell it, which it does since Linux 6.2."""
+    try:
+        return os.stat(_DESCRIPTORS).st_size
+    except OSError:
+        return 0
 
 
 def _descriptors() -> list[int]:
