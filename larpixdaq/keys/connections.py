@@ -91,7 +91,7 @@ class Connections:
     # Whose they are
 
     def key(self, route: bytes) -> str | None:
-        """The key of a connection that was noted and has sent a message; None if there is none."""
+        """The key of a connection over which a message has just come; None if it was not noted yet."""
         self._heard.add(route)
         known = self._known.get(route)
         return None if known is None else known.key
