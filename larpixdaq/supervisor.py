@@ -140,18 +140,18 @@ class Supervisor:
             on_name_taken=lambda: _log.error("another component has the name %s", plan.supervisor),
             insecure=plan.insecure,
         )
+        self._poller.register(self.node.fileno(), zmq.POLLIN)
 
     def run(self, signals: Signals) -> None:
         """Supervise until a signal comes. The processes continue."""
         self.node.start()
         self._poller.register(signals.fileno(), zmq.POLLIN)
-        self._poller.register(self.node.fileno(), zmq.POLLIN)
-        self._turn(set())
+        self.turn(0)
         while not signals.stop:
-            ready = {descriptor for descriptor, _ in self._poller.poll(self.node.wait_ms(self._due()))}
+            self.turn(self.node.wait_ms(self._due()))
             if signals.take_reload():
-                self._read_plan()
-            self._turn(ready)
+                self.read_plan()
+                self.turn(0)
 
     def close(self) -> None:
         self.node.close()
@@ -162,8 +162,9 @@ class Supervisor:
     def status(self) -> SupervisorStatus:
         return SupervisorStatus([process.report() for process in self._processes])
 
-    def _turn(self, ready: set[int]) -> None:
-        """Do what is due. `ready`: descriptors that poll readable, among them those of processes that have ended."""
+    def turn(self, wait: int) -> None:
+        """Wait at most `wait` milliseconds for an event, and do what is due."""
+        ready = {descriptor for descriptor, _ in self._poller.poll(wait)}
         self.node.dispatch()
         now = time.monotonic()
         self._note_registered()
@@ -246,7 +247,8 @@ class Supervisor:
         if self._waiting:
             _log.warning("not changed: %s", self._waiting)
 
-    def _read_plan(self) -> None:
+    def read_plan(self) -> None:
+        """Read the plan again, which the next turn applies."""
         try:
             plan = read_plan(self._directory)
         except OSError as error:
@@ -442,7 +444,7 @@ def serve(directory: Path, on_ready: Callable[[], None] = lambda: None) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="larpixdaq-supervisor",
+        prog="python -m larpixdaq.supervisor",
         description="Starts the processes that `larpixdaq up` has planned, and starts again those that have ended. "
         "`up` starts it in the background. When it ends, the processes continue.",
     )

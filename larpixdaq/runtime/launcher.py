@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -39,6 +39,7 @@ _FALSE: Final = frozenset({"no", "n", "false", "f", "off", "0"})
 #: Directories of logind's configuration, the least important first.
 _DIRECTORIES: Final = ("usr/lib/systemd", "usr/local/lib/systemd", "run/systemd", "etc/systemd")
 _SYSTEM_UID_MAX: Final = 999
+_T = TypeVar("_T")
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -220,14 +221,8 @@ def running_file(state_dir: Path) -> Path:
 
 
 def read_running(state_dir: Path) -> RunningSystem | None:
-    """Return the list that `up` left in the state directory, None if there is none. Raises FileError."""
-    path = running_file(state_dir)
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=RunningSystem)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.DecodeError) as error:
-        raise FileError(f"{path}: not the list of processes that `larpixdaq up` writes: {error}") from None
+    """Return the list that a supervisor left in the state directory, None if there is none. Raises FileError."""
+    return _read(running_file(state_dir), RunningSystem, "the list of processes that `larpixdaq up` writes")
 
 
 @contextlib.contextmanager
@@ -255,13 +250,18 @@ def write_plan(state_dir: Path, plan: Plan) -> None:
 
 def read_plan(state_dir: Path) -> Plan | None:
     """Return the plan of the last `up` in this state directory, None if there is none. Raises FileError."""
-    path = plan_file(state_dir)
+    return _read(plan_file(state_dir), Plan, "the plan that `larpixdaq up` writes")
+
+
+def _read(path: Path, kind: type[_T], what: str) -> _T | None:
+    """Read a file that only this user can have written, because it says which programs are started."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Plan)
+        with open(open_private(path, os.O_RDONLY), "rb") as file:
+            return msgspec.json.decode(file.read(), type=kind)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError) as error:
-        raise FileError(f"{path}: not the plan that `larpixdaq up` writes: {error}") from None
+        raise error if isinstance(error, FileError) else FileError(f"{path}: not {what}: {error}") from None
 
 
 def _write(path: Path, content: msgspec.Struct) -> None:

@@ -12,7 +12,7 @@ from larpixdaq.cli import demo, main, system
 from larpixdaq.control import disk_watch, display
 from larpixdaq.control.client import Request, Response
 from larpixdaq.control.display import MAX_SHOWN, readable
-from larpixdaq.protocol.reports import MonitorStatus, StorageStatus
+from larpixdaq.protocol.reports import MonitorStatus, SupervisedProcess, SupervisorStatus
 from larpixdaq.runtime import units
 
 CHIPS = np.dtype([("io_group", "u1"), ("chip_id", "u1"), ("rate", "<f8"), ("seen_bad_parity", "<u8")])
@@ -186,6 +186,25 @@ FULL = storage_status(
 
 
 FAILING = {"on_close": "--on-close: copy a.h5: ended with status 1: no such host", "on_close_failed": 2}
+
+
+def test_a_supervisor_in_the_status():
+    def supervisor(state):
+        process = SupervisedProcess("north", "producer", None, state, 0.0, 3, "ended with status 1", "no such board")
+        status = SupervisorStatus([process, SupervisedProcess("core", "core", 7, "running")])
+        return {"run": None, "state": "STOP", "components": [
+            component("Supervisor", "supervisor", {}, msgspec.to_builtins(status))]}  # fmt: skip
+
+    last = "Supervisor  alive  {} of 2 processes running; north was started again 3 times, last: it ended with status 1"
+    assert display.status_lines(supervisor("running")) == ["state STOP", last.format(2)]
+    assert not display.needs_attention(supervisor("running"))
+    assert display.status_lines(supervisor("given up")) == [
+        "state STOP",
+        "GIVEN UP: north: ended with status 1: no such board; `larpixdaq up` tries again",
+        last.format(1),
+    ]
+    assert display.needs_attention(supervisor("given up"))
+    assert display.needs_attention(supervisor("waiting"))
 
 
 @pytest.mark.parametrize(
