@@ -12,7 +12,7 @@ from larpixdaq.cli import demo, main, system
 from larpixdaq.control import disk_watch, display
 from larpixdaq.control.client import Request, Response
 from larpixdaq.control.display import MAX_SHOWN, readable
-from larpixdaq.protocol.reports import MonitorStatus, SupervisedProcess, SupervisorStatus
+from larpixdaq.protocol.reports import MonitorStatus, StorageStatus, SupervisedProcess, SupervisorStatus
 from larpixdaq.runtime import units
 
 CHIPS = np.dtype([("io_group", "u1"), ("chip_id", "u1"), ("rate", "<f8"), ("seen_bad_parity", "<u8")])

@@ -240,38 +240,49 @@ def test_wrong_uses_have_one_line(made: Detector) -> None:
     assert "one of the arguments --serial" in made.run("up", "-o", made.data)[1]
 
 
-def test_two_hosts_of_one_file(tmp_path: Path) -> None:
-    """Each host starts its own part; the other host's components have invitations, as docs/operate.md says."""
+def test_three_hosts_of_one_file(tmp_path: Path) -> None:
+    """Each host starts its own part; the components of others than the core's have invitations, as docs/operate.md
+    says."""
     if reason := missing_rights():
         pytest.skip(reason)
-    with closing(Network("daq1", "daq2")) as net, net.inside("daq1"), detector(tmp_path, net.address("daq1")) as made:
-        hosts = "".join(
-            f'[hosts.{host}]\naddress = "{net.address(host)}"\nstate-dir = "state{"" if host == "daq1" else "-2"}"\n'
-            for host in net.hosts
-        )
-        made.write(
-            hosts, '[storages.disk]\nhost = "daq2"\n[monitors."far rates"]\nhost = "daq2"\n',
-            made.producer("north", "fake = 1000"),
-        )  # fmt: skip
-        far = {"prefix": net.prefix("daq2"), "env": {"XDG_STATE_HOME": str(tmp_path / "far")}}
-        status, words = made.up(**far)  # its core does not run yet
+    names = "daq1", "daq2", "daq3"
+    with closing(Network(*names)) as net, net.inside("daq1"), detector(tmp_path, net.address("daq1")) as made:
+        states = {name: f"state-{name}" for name in names} | {"daq1": "state"}
+        hosts = [
+            f'[hosts.{name}]\naddress = "{net.address(name)}"\nstate-dir = "{state}"\n'
+            for name, state in states.items()
+        ]
+        storage = '[storages.disk]\nhost = "daq2"\n[monitors."far rates"]\nhost = "daq2"\n'
+        made.write(*hosts, storage, made.producer("north", 'host = "daq3"\nfake = 1000'))
+        far = {
+            name: {"prefix": net.prefix(name), "env": {"XDG_STATE_HOME": str(tmp_path / f"home of {name}")}}
+            for name in names[1:]
+        }
+        status, words = made.up(**far["daq2"])  # the core does not run yet
         assert status == 1
         assert "no core answers" in words
-        assert made.up() == (0, f"detector.toml on daq1: up at {made.core}; the output of the processes is in "
-                                f"{made.state / 'out'}\n")  # fmt: skip
-        status, words = made.up("--host", "daq2", **far)
+        assert made.up()[1].startswith(f"detector.toml on daq1: up at {made.core}; ")
+        status, words = made.up("--host", "daq2", **far["daq2"])
         assert status == 1
         assert "larpixdaq keys invite" in words
         with Operator(made.core) as operator:
-            for name in ("Supervisor daq2", "disk", "far rates"):
+            for host, name in (
+                ("daq2", "Supervisor daq2"), ("daq2", "disk"), ("daq2", "far rates"),
+                ("daq3", "Supervisor daq3"), ("daq3", "north"),
+            ):  # fmt: skip
                 token = operator.invite(name, "component").result(LIMIT)["token"]
-                assert made.run("keys", "join", token, **far)[0] == 0
-            assert made.up(**far)[0] == 0
-            supervisors = {c["name"] for c in operator.components().result(LIMIT) if c["kind"] == "supervisor"}
-            assert supervisors == {"Supervisor daq1", "Supervisor daq2"}
+                assert made.run("keys", "join", token, **far[host])[0] == 0
+            for host in names[1:]:
+                assert made.up(**far[host])[0] == 0
+            components = operator.components().result(LIMIT)
+            assert {c["name"] for c in components if c["alive"]} == {
+                "Log", "disk", "far rates", "north", *(f"Supervisor {name}" for name in names),
+            }  # fmt: skip
             operator.prepare_run().result(LIMIT)
             operator.begin_run().result(LIMIT)
-            assert made.run("up", made.path, **far)[1].endswith("all 2 processes are running\n")
+            assert made.up(**far["daq2"])[1].endswith("all 2 processes are running\n")
+            made.write(*hosts, storage, made.producer("north", 'host = "daq3"\nfake = 2000'))
+            assert "not changed: north: run 1 is in progress" in made.up(**far["daq3"])[1]
             assert operator.end_run().result(LIMIT)["condition"] == "COMPLETE"
 
 
