@@ -335,7 +335,7 @@ class RunNumbers:
         self._storages: dict[tuple[str, int], int] = {}
 
     def text(self, status: dict[str, Any]) -> str:
-        """Return the numbers as `48 packets/s, 6021 packets, 0 rows lost, file 1.2 MB, 77 GB free`."""
+        """Return the numbers as `48 packets/s, 6021 packets, 0 rows lost, file 1.2 MB, 77 GB free`; problems first."""
         run = status["run"]
         alive = {component["name"]: component for component in status["components"] if component["alive"]}
         producers = self._statuses(alive, run["producers"], PRODUCER, ProducerStatus)
@@ -345,19 +345,19 @@ class RunNumbers:
                 self._producers[key] = producer.packets, producer.dropped
         for key, storage in storages.items():
             self._storages[key] = storage.bytes
-        parts = [self._rate(alive)]
+        parts = [f"MISSING: {', '.join(run['missing'])}"] if run["missing"] else []
+        parts += [f"NOT WRITING: {storage.paused}" for storage in storages.values() if storage.paused]
+        for producer in producers.values():
+            parts += [f"io_group {group} is {word}" for group, word in producer.verdicts.items() if word != "complete"]
+        parts.append(self._rate(alive))
         packets = self._sum(alive, run["producers"], {key: counts[0] for key, counts in self._producers.items()})
         dropped = self._sum(alive, run["producers"], {key: counts[1] for key, counts in self._producers.items()})
         parts.append("packets not known" if packets is None else f"{packets[0]}{packets[1]} packets")
         parts.append("rows lost not known" if dropped is None else f"{dropped[0]}{dropped[1]} rows lost")
-        for producer in producers.values():
-            parts += [f"io_group {group} is {word}" for group, word in producer.verdicts.items() if word != "complete"]
         written = [n for name in run["storages"] if (n := self._sum(alive, [name], self._storages)) is not None]
         largest = max(written, key=itemgetter(1), default=None)
         parts.append("file size not known" if largest is None else f"file {largest[0]}{size(largest[1])}")
-        parts += self._disk(list(storages.values()))
-        if run["missing"]:
-            parts.append(f"MISSING: {', '.join(run['missing'])}")
+        parts.append(_disk(list(storages.values())))
         return ", ".join(parts)
 
     def _sum(
@@ -390,17 +390,14 @@ class RunNumbers:
                 return f"{monitor.rate:.5g} packets/s"
         return "rate not known (no monitor)"
 
-    def _disk(self, storages: list[StorageStatus]) -> list[str]:
-        parts = [f"NOT WRITING: {storage.paused}" for storage in storages if storage.paused]
-        left = [storage.seconds_left for storage in storages if storage.seconds_left is not None]
-        free = [storage.free_bytes for storage in storages if storage.free_bytes is not None]
-        if left:
-            parts.append(f"disk full in {duration(min(left))}")
-        elif free:
-            parts.append(f"{size(min(free))} free")
-        else:
-            parts.append("free space not known")
-        return parts
+
+def _disk(storages: list[StorageStatus]) -> str:
+    """Return the time until the first disk is full, or its free space while the files do not grow."""
+    left = [storage.seconds_left for storage in storages if storage.seconds_left is not None]
+    free = [storage.free_bytes for storage in storages if storage.free_bytes is not None]
+    if left:
+        return f"disk full in {duration(min(left))}"
+    return f"{size(min(free))} free" if free else "free space not known"
 
 
 class ProgressLine:
@@ -417,8 +414,10 @@ class ProgressLine:
         now = time.monotonic()
         with contextlib.suppress(OSError, ValueError):
             if self._terminal:
-                width = shutil.get_terminal_size().columns
-                self._stream.write(f"\r{printable(text)[: width - 1]}\x1b[K")
+                shown, width = printable(text), shutil.get_terminal_size().columns - 1
+                if len(shown) > width:  # between two parts, because half a number is a wrong number
+                    shown = f"{shown[: width - 2].rpartition(', ')[0]}, …"
+                self._stream.write(f"\r{shown[:width]}\x1b[K")
                 self._shown = True
             elif now >= self._due:
                 self._due = now + _LINE

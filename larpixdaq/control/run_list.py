@@ -244,9 +244,10 @@ def _producer(name: str, epochs: list[int]) -> str:
 
 
 def _board(board: dict[str, Any]) -> str:
+    address = f" {board['address']}" if board["address"] else ""
     firmware = f", firmware {board['firmware']}" if board["firmware"] else ""
     where = f"{board['producer']}, io_group {board['io_group']}"
-    return f"{where}: {board['kind']} {board['address']}, read on {board['host']}{firmware}"
+    return f"{where}: {board['kind']}{address}, read on {board['host']}{firmware}"
 
 
 def _file(file: dict[str, Any]) -> str:

@@ -199,18 +199,18 @@ def test_numbers_that_are_not_known_say_so() -> None:
     disk = component("disk", "storage", storage_status(bytes=5000, free_bytes=10**10, seconds_left=1200))
     watch = component("monitor", "run_data", {"run": 7, "rate": 12.5})
     assert numbers.text(status_of(board, disk, watch)) == (
-        "12.5 packets/s, 100 packets, 2 rows lost, io_group 1 is suspect, file 5 kB, disk full in 20 min"
+        "io_group 1 is suspect, 12.5 packets/s, 100 packets, 2 rows lost, file 5 kB, disk full in 20 min"
     )
     gone = board | {"alive": False}
     assert numbers.text(status_of(gone, disk, missing=("board",))) == (
-        "rate not known (no monitor), at least 100 packets, at least 2 rows lost, file 5 kB, disk full in 20 min, "
-        "MISSING: board"
+        "MISSING: board, rate not known (no monitor), at least 100 packets, at least 2 rows lost, file 5 kB, "
+        "disk full in 20 min"
     )
     again = component("board", "producer", producer_status(run=7, packets=50), pid=2)
     full = component("disk", "storage", storage_status(bytes=10, free_bytes=10**8, paused="no space left"), pid=2)
     assert numbers.text(status_of(again, full, watch)) == (
-        "12.5 packets/s, at least 150 packets, at least 2 rows lost, file at least 5.01 kB, "
-        "NOT WRITING: no space left, 100 MB free"
+        "NOT WRITING: no space left, 12.5 packets/s, at least 150 packets, at least 2 rows lost, "
+        "file at least 5.01 kB, 100 MB free"
     )
     assert RunNumbers(7).text(status_of()) == (
         "rate not known (no monitor), packets not known, rows lost not known, file size not known, free space not known"
@@ -229,12 +229,12 @@ def test_the_progress_line_is_rewritten_on_a_terminal_alone(monkeypatch: pytest.
     assert file.getvalue() == "one\nthree\\x1b\n"
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setenv("COLUMNS", "20")
     progress = ProgressLine(terminal)
     progress.show("one")
-    progress.show("a text that is too long")
+    progress.show("12 packets, 123456 rows")
     progress.clear()
     progress.clear()
-    assert terminal.getvalue() == "\rone\x1b[K\ra text th\x1b[K\r\x1b[K"
+    assert terminal.getvalue() == "\rone\x1b[K\r12 packets, …\x1b[K\r\x1b[K"
     terminal.close()
     progress.show("nobody sees this")  # a terminal that is gone does not end the run
