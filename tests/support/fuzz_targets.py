@@ -601,57 +601,52 @@ def spool(data: bytes) -> None:
         take_over(path)
 
 
-def write_run(path: Path, *, finish: bool) -> RunFile:
-    """Write a file in which every table has rows. Not finished: its writer was killed."""
+def write_run(path: Path) -> tuple[bytes, list[tuple[bytes, Any]]]:
+    """Write a file in which every table has rows. Returns its content, and further records of its journal."""
     file = RunFile(path, run_info())
-    first, second = Feed(), Feed(producer="second", epoch=9)
+    first, second, third = Feed(), Feed(producer="second", epoch=9), Feed(producer="third", epoch=5)
     chips = np.arange(6, dtype=np.uint8).reshape(2, 3)
     arrays = (np.arange(2 * 256, dtype=np.uint8).reshape(2, 256) for _ in range(3))
     configurations = stream.Configurations("2", chips, *arrays)
     info, info_rows = first.info(configurations.text())
     file.add(msgspec.structs.replace(info, configs=configurations.pack()), info_rows)
     file.add(*first.info("Beginning run"))
+    file.set_sources([stream.ConnectedBoard("second", 1, "PACMAN", "127.0.0.1", "here")])
     rng = np.random.default_rng(1)
-    gap = [stream.Gap(1, 5, 10, 20)]
-    file.add(*first.block(random_rows(rng, 300), gaps=gap))
+    file.add(*first.block(random_rows(rng, 300), gaps=[stream.Gap(1, 5, 10, 20)]))
     second.sequence, second.first_packet = 2, 10  # its first blocks are missing
     file.add(*second.block(random_rows(rng, 20)))
+    file.add(*first.info("Ending run"))
+    file.end(second.end())
     unknown = [stream.UnknownWord(1, 5, 1, b"unknown word")]
-    verdicts = [
-        stream.LossVerdict(1, "suspect", "for a test", 1, 2, 3),
-        stream.LossVerdict(2, "complete", "", 0, 0, 0),
-    ]
+    verdicts = [stream.LossVerdict(1, "suspect", "for a test", 1, 2, 3), stream.LossVerdict(2, "complete", "", 0, 0, 0)]
     outside = [[1, *range(len(constants.COUNTS))]]
-    if finish:
-        file.add(*first.info("Ending run"))
-        file.end(second.end())
-    else:
-        for _ in range(4):  # fill a batch, so that blocks are in the file
-            file.add(*second.block(np.zeros(schema.CHUNK_ROWS, schema.PACKETS_2_4)))
-    changes = {"unknown": unknown, "verdicts": verdicts, "outside": outside, "gaps": [], "counts": {1: {"dropped": 5}}}
-    file.end(first.end(**changes))
-    if finish:
-        file.close()
-    else:
-        file.add(*second.block(random_rows(rng, 9)))
-        file.work(pressed=True)
-        file.abandon()
-    return file
+    file.end(first.end(unknown=unknown, verdicts=verdicts, outside=outside, counts={1: {"dropped": 5}}))
+    content = file.close().path.read_bytes()
+    frames = [third.block(random_rows(rng, 9)), third.info("an INFO message"), (third.end("recovered"), [])]
+    return content, [(stream.pack(frame), np.asarray(rows).tobytes()) for frame, rows in frames]
 
 
 @cache
 def finished_template() -> Template:
     with folder() as path:
-        write_run(path, finish=True)
-        return Template(next(path.glob("*.h5")).read_bytes())
+        return Template(write_run(path)[0])
 
 
 @cache
 def unfinished_templates() -> tuple[Template, Template]:
     """A part and its journal."""
     with folder() as path:
-        write_run(path, finish=False)
-        return Template(next(path.glob("*.part")).read_bytes()), Template(next(path.glob("*.journal")).read_bytes())
+        content, further = write_run(path)
+        part = path / "part"
+        part.write_bytes(content)
+        with h5py.File(part, "r+") as file:
+            info = file["run/info"][:]
+            info["condition"] = constants.RunCondition.RUNNING.encode()
+            file["run/info"][:] = info
+        records = record_file.RecordFormat(b"LDJ1")
+        packed = b"".join(bytes(piece) for header, rows in further for piece in records.pack(header, [rows]))
+        return Template(part.read_bytes()), Template(packed)
 
 
 def inspect(path: Path) -> None:
@@ -725,23 +720,23 @@ def unfinished(data: bytes) -> None:
             journal_file.write(file.with_suffix(".journal"), given)
         warnings: list[str] = []
         positions(path, warnings=warnings)
-        inspect(file)
         with documented(FileError):
             prepare(file)
-        recover_all(file)
+        recover_and_verify(file)
 
 
-def recover_all(file: Path) -> None:
+def recover_and_verify(file: Path) -> None:
     with documented(FileError):
         report = recover(file)
         assert "\n" not in report.text
         if report.path is not None:
-            inspect(report.path)
+            assert all(line and "\n" not in line for line in verify(report.path).findings)
 
 
 def journal_records(data: bytes) -> None:
-    """A journal without its part: records, and other bytes between them."""
+    """A journal without its part: records, and other bytes between them. The first byte: whether it is recovered."""
     given = Input(data)
+    whole = given.number() & 1
     records = record_file.RecordFormat(b"LDJ1")
     parts: list[Any] = []
     while given.left:
@@ -756,7 +751,8 @@ def journal_records(data: bytes) -> None:
         with documented(FileError):
             contents = journal.read(file)
             assert all(0 <= first < stop <= file.stat().st_size for first, stop in contents.damaged)
-        recover_all(file)
+        if whole:
+            recover_and_verify(file)
 
 
 def recording(data: bytes) -> None:
@@ -825,8 +821,8 @@ def reader_seeds() -> dict[str, Iterator[bytes]]:
         yield b"\1\0" + piece(b"\x98") + b"\0"
 
     def of_journal() -> Iterator[bytes]:
-        yield b"".join(b"\0" + piece(header) + piece(payload) for header, payload in records)
-        yield b"\0" + piece(pieces[2]) + piece(pieces[3]) + b"\1" + piece(b"LDJ1" + bytes(7))
+        yield b"\1" + b"".join(b"\0" + piece(header) + piece(payload) for header, payload in records)
+        yield b"\0" + b"\0" + piece(pieces[2]) + piece(pieces[3]) + b"\1" + piece(b"LDJ1" + bytes(7))
 
     def of_recording() -> Iterator[bytes]:
         for number, (asic, dtype) in enumerate(ROWS):
