@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -38,7 +39,7 @@ else:
 #: Maximum bytes of a file.
 _LARGEST: Final = 256 << 10
 #: Options that the file determines elsewhere: by other tables, or by the name of the table.
-_ELSEWHERE: Final = frozenset({"help", "core", "log-address", "state-dir", "insecure"})
+_ELSEWHERE: Final = frozenset({"help", "core", "log-address", "state-dir", "insecure", "alarms"})
 #: Options of processes that name a directory which must exist.
 _DIRECTORIES: Final = ("output-dir", "routines", "ring-dir", "lock-dir")
 #: The key that counts where a table of a process does not have its own.
@@ -296,8 +297,8 @@ def _find_lines(text: str) -> dict[Keys, int]:
     return found
 
 
-def _parse_toml(path: Path) -> tuple[dict[str, Any], dict[Keys, int]]:
-    """Read a file once. Returns its content and the line of each key. Raises FileError and ConfigError."""
+def _parse_toml(path: Path) -> tuple[str, dict[str, Any], dict[Keys, int]]:
+    """Read a file once. Returns its text, its content and the line of each key. Raises FileError and ConfigError."""
     data = read_regular(path, _LARGEST)
     try:
         text = data.decode().replace("\r\n", "\n")
@@ -305,7 +306,7 @@ def _parse_toml(path: Path) -> tuple[dict[str, Any], dict[Keys, int]]:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: expected UTF-8, found the byte 0x{data[error.start]:02x}") from None
     try:
-        return tomllib.loads(text), _find_lines(text)
+        return text, tomllib.loads(text), _find_lines(text)
     except tomllib.TOMLDecodeError as error:
         match = _WHERE.search(str(error))
         line = int(match[1]) if match is not None and match[1] else text.rstrip("\n").count("\n") + 1
@@ -350,7 +351,7 @@ class DetectorConfig:
         """Read a file once. Raises FileError if it cannot be read, and ConfigError."""
         self.path = path.absolute()
         self.programs = programs
-        self._content, self._lines = _parse_toml(path)
+        self.text, self._content, self._lines = _parse_toml(path)
         self._check(self._content, file_type(programs), ())
         file = msgspec.convert(self._content, _File)
         self.detector, self.hosts, self.boards = file.detector, file.hosts, file.boards
@@ -595,10 +596,22 @@ class DetectorConfig:
         except ConfigError as error:
             self.fail(component.keys, str(error).removeprefix("argument "))
 
-    def wanted(self, host: str) -> list[Wanted]:
-        """Return the processes of a host, in the order of starting."""
+    def alarms_name(self) -> str:
+        """Return the name of a file for the core with the table [alarms], another name for other alarms; "" without the
+        table."""
+        if "alarms" not in self._content:
+            return ""
+        return f"alarms-{hashlib.sha256(msgspec.json.encode(self.alarms)).hexdigest()[:12]}.toml"
+
+    def wanted(self, host: str, alarms: Path | None = None) -> list[Wanted]:
+        """Return the processes of a host, in the order of starting. `alarms`: the file of alarms_name()."""
+        own = {"core": [] if alarms is None else [f"--alarms={alarms}"]}
         return [
-            Wanted(component.program.module, component.name, self.arguments(component))
+            Wanted(
+                component.program.module,
+                component.name,
+                self.arguments(component) + own.get(component.program.module, []),
+            )
             for component in self.components
             if component.host == host
         ]

@@ -12,8 +12,8 @@ from larpixdaq.version import VERSION
 #: The modules of this package, in the order of the help text, with the commands that each adds.
 _COMMANDS: Final = {
     "demo": ("demo",),
-    "detector": ("up", "config"),
-    "system": ("down", "status", "audit"),
+    "detector": ("up", "down", "config"),
+    "system": ("status", "audit"),
     "alarms": ("alarms",),
     "log": ("log", "log-level"),
     "catalogue": ("runs", "comment", "attach", "shifter"),

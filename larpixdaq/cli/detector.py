@@ -45,6 +45,7 @@ from larpixdaq.runtime.launcher import (
     send_signal,
     up_lock,
     write_plan,
+    write_private,
 )
 from larpixdaq.runtime.units import utc
 from larpixdaq.sources import options as source_options
@@ -158,6 +159,17 @@ def up(options: argparse.Namespace) -> int:
     return _up_with_file(file, host, force=options.force, foreground=options.foreground)
 
 
+def _alarms_file(state: Path, file: DetectorConfig) -> Path | None:
+    """Write the file with the table [alarms] for the core, which is started again when the table has changed.
+
+    It is a copy, because the core must get what was checked, also when it is started again later.
+    """
+    if not (name := file.alarms_name()):
+        return None
+    write_private(state / name, file.text.encode())
+    return state / name
+
+
 def _up_with_file(file: DetectorConfig, host: str, *, force: bool, foreground: bool) -> int:
     state = state_dir(file.state_dir(host))
     for component in file.components:
@@ -167,7 +179,7 @@ def _up_with_file(file: DetectorConfig, host: str, *, force: bool, foreground: b
         secrets.token_hex(8),
         file.core_address(host),
         str(file.directory),
-        file.wanted(host),
+        file.wanted(host, _alarms_file(state, file) if host == file.core_host else None),
         f"Supervisor {host}".strip(),
         file.detector.insecure,
         force,

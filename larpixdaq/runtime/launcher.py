@@ -265,12 +265,16 @@ def _read(path: Path, kind: type[_T], what: str) -> _T | None:
 
 
 def _write(path: Path, content: msgspec.Struct) -> None:
+    write_private(path, msgspec.json.format(msgspec.json.encode(content), indent=1))
+
+
+def write_private(path: Path, data: bytes) -> None:
     """Write a file that only this user can read, whole or not at all, also in a power cut. Raises FileError."""
     new = path.with_suffix(".new")
     try:
         new.unlink(missing_ok=True)
         with open(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(content), indent=1))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)

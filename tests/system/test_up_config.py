@@ -79,6 +79,19 @@ def test_a_detector_of_eight_boards_runs_and_changes(made: Detector) -> None:
             operator.prepare_run().result(LIMIT)
         made.write(*(t.replace("[monitors.rates]", "[monitors]") for t in tables), north.replace("16MiB", "18MiB"))
         assert made.up("--force")[1].endswith("restarted north; 3 others were running\n")
+        with Operator(made.core) as operator:
+            operator.take_control().result(LIMIT)
+            operator.abort_run().result(LIMIT)
+        # other alarms are for the core, which reads a copy of them
+        made.write(*(t.replace("[monitors.rates]", "[monitors]") for t in tables), north.replace("16MiB", "18MiB"),
+                   f"[alarms]\ncommand = [{{argv = ['/bin/cp', '/dev/stdin', '{made.path.parent / 'raised'}']}}]\n")  # fmt: skip
+        assert made.up()[1].endswith("restarted core; 3 others were running\n")
+        (copy,) = made.state.glob("alarms-*.toml")
+        assert copy.read_bytes() == made.path.read_bytes()
+        third = made.pids()
+        assert {name for name in third if second.get(name) == third[name]} == {"Log", "disk"}
+        os.kill(third["Log"], signal.SIGKILL)
+        until(lambda: (made.path.parent / "raised").exists(), "the command of an alarm")
     assert made.run("down", made.path) == (0, "")
     assert made.run("down", made.path)[0] == 1
     assert not any(map(start_time, second.values()))
