@@ -116,7 +116,7 @@ class Core:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME + 1)  # so that a request that is too long gets an answer
+        self._router.setsockopt(zmq.MAXMSGSIZE, 4 * MAX_FRAME)  # so that a request that is too long gets an answer
         self._router.setsockopt(zmq.RCVHWM, _QUEUE)
         self._router.setsockopt(zmq.LINGER, 200)
         config.close_dead_connections(self._router, config.DEAD_CONNECTION)
@@ -349,7 +349,7 @@ class Core:
             found = f"more than {_MAX_FRAMES} parts"
         elif size <= MAX_ANSWER and any(peer.route == route for peer in self._peers.components.values()):
             return b"".join(frame.bytes for frame in parts)
-        raise ProtocolError(f"message from {route.hex()}: {found}, expected at most {MAX_REQUEST} bytes in 1 part")
+        raise ProtocolError(f"message from {route.hex()}: {found}, the limit is {MAX_REQUEST} bytes in 1 part")
 
     def _refuse(self, route: bytes, data: bytes, error: ProtocolError, member: Member | None, now: float) -> None:
         self._actions.refused += 1

@@ -62,11 +62,18 @@ class Wire:
         self.inbox: deque[list[bytes]] = deque()
         self.down: dict[bytes, deque[tuple[bytes, Any, Tracker]]] = {}
         self._head: tuple[bytes, bytes] | None = None
+        self._parts: deque[bytes] = deque()  # the rest of the message that is being received
 
-    def recv_multipart(self, flags: int, copy: bool) -> list[zmq.Frame]:
-        if not self.inbox:
-            raise zmq.Again
-        return [zmq.Frame(part) for part in self.inbox.popleft()]
+    def recv(self, flags: int, copy: bool) -> zmq.Frame:
+        if not self._parts:
+            if not self.inbox:
+                raise zmq.Again
+            self._parts.extend(self.inbox.popleft())
+        return zmq.Frame(self._parts.popleft())
+
+    def getsockopt(self, option: int) -> bool:
+        assert option == zmq.RCVMORE
+        return bool(self._parts)
 
     def send_multipart(self, parts: list[Any], flags: int) -> None:
         if parts[0] not in self.down:
