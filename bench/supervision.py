@@ -1,17 +1,22 @@
 """A supervised detector: start, the same command again, the supervisor's own cost, and killed processes of every kind.
 
     python bench/supervision.py [--boards N] [--rate R] [--kills N] [--seed S] [--cost S] [--update docs/reliability.md]
+    python bench/supervision.py --together 600 [--boards N] [--rate R] [--seed S] [--update docs/reliability.md]
 
 Emulated PACMANs that wait for the producer send in all R packets/s (500,000) in one run of each kind of process. In
 it, the processes of this kind are killed N times (10), each some time after it was back. "back" is the time from the
 kill until the new process is registered. "unaccounted" are the words that the boards have sent and that are neither
 stored nor counted as lost. The supervisor is a kind, too: `larpixdaq up` starts it again, and the other processes must
 have been left alone. Exit status 1 if a promise is broken.
+
+With --together, processes of all kinds are killed in one run of that many seconds, in random order. Then an alarm must
+have told of each kill within 2 s, and all alarms must clear by themselves, some minutes after so many kills.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import signal
@@ -28,10 +33,13 @@ from emulated_board import Emulator
 from loss_accounting import parts_of, tally
 from processes import until
 
+from larpixdaq.control.catalogue import AlarmRow, read_alarms
 from larpixdaq.operator import Operator
 from larpixdaq.runtime.launcher import is_running
 
-MARK = "supervision"
+MARK, MARK_TOGETHER = "supervision", "killer of all kinds"
+#: Maximum seconds until an alarm tells of a killed process, and until all alarms have cleared after the run.
+ALARM_LIMIT, CLEAR_LIMIT = 2.0, 420.0
 #: Kinds of processes, by the names of their components. The producer is last: only its kills may lose words, which are
 #: then inside marked gaps.
 KINDS = ("core", "Log", "Offline storage", "Online monitor", "supervisor", "LArPix board")
@@ -136,6 +144,84 @@ def trial(kind: str, options: argparse.Namespace, made: Detector, boards: Emulat
     return result
 
 
+def open_times(rows: list[AlarmRow], name: str) -> list[tuple[float, float]]:
+    """Return from when to when (unix s) an alarm about a component was open."""
+    opened: dict[int, float] = {}
+    times = []
+    for row in rows:
+        if name.lower() not in row.subject.lower() or row.condition not in ("component-lost", "component-restarted"):
+            continue
+        if row.event == "raised":
+            opened.setdefault(row.alarm, row.time_ns / 1e9)
+        elif row.event == "cleared":
+            times.append((opened.pop(row.alarm), row.time_ns / 1e9))
+    return times + [(since, math.inf) for since in opened.values()]
+
+
+def together(options: argparse.Namespace, made: Detector, boards: Emulator) -> tuple[Result, str]:
+    """Kill processes of all kinds in one run. Returns its result, and the table of kinds."""
+    result = Result("all kinds")
+    choose = random.Random(options.seed)
+    made.write(made.producer("LArPix board", f"pacman = {boards.addresses}", "512MiB"))
+    result.up = up(made, result)
+    kills: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    back: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    catalogue = made.state / "catalogue.sqlite"
+    with Operator(made.core) as operator:
+        operator.prepare_run(kind="bench").result(STEP)
+        operator.begin_run().result(STEP)
+        boards.go()
+        end = time.monotonic() + options.together
+        while time.monotonic() < end:
+            time.sleep(choose.uniform(1.0, 6.0))
+            kind = choose.choice(KINDS)
+            kills[kind].append(time.time())
+            back[kind].append(kill_supervisor(made, result) if kind == "supervisor" else kill_process(made, kind))
+        time.sleep(ALARM_LIMIT + 1.0)
+        boards.stop()
+        sent = boards.finish()["sent"]
+        ended = operator.end_run().result(STEP)
+        result.condition = until(
+            lambda: (c := operator.run_info(ended["run"]).result(STEP)["condition"]) != "INTERRUPTED" and c,
+            "all data to be delivered",
+            STEP,
+        )
+        began = time.monotonic()
+        while operator.alarms().result(STEP)["open"] and time.monotonic() - began < CLEAR_LIMIT:
+            time.sleep(1.0)
+        result.failures += [f"still open: {alarm['text']}" for alarm in operator.alarms().result(STEP)["open"]]
+    found = tally(parts_of([made.data], ended["run"]))
+    result.sent = sum(counts["words"] for counts in sent.values())
+    result.stored, result.counted = sum(found.stored.values()), sum(found.counted.values())
+    result.doubled = found.doubled
+    result.failures += found.problems
+    if not result.condition.startswith("COMPLETE"):
+        result.failures.append(f"the run is {result.condition}")
+    if not kills["LArPix board"] and (result.unaccounted or result.counted):
+        result.failures.append(f"{result.unaccounted} words are unaccounted for, {result.counted} are counted as lost")
+    rows = read_alarms(catalogue, limit=100_000)
+    lines = ["| killed | times | back after, s | alarm after, s |", "| --- | ---: | --- | --- |"]
+    for kind in KINDS:
+        times = open_times(rows, kind)
+        told = [
+            min((max(0.0, since - at) for since, until_ in times if until_ >= at), default=math.inf)
+            for at in kills[kind]
+        ]
+        late = [seconds for seconds in told if seconds > ALARM_LIMIT]
+        result.failures += [f"{kind}: an alarm only after {seconds:.1f} s" for seconds in late]
+        spans = [f"{min(values):.2f} to {max(values):.2f}" if values else "" for values in (back[kind], told)]
+        lines.append(f"| {kind} | {len(kills[kind])} | {spans[0]} | {spans[1]} |")
+    lines.append("")
+    lines.append(
+        f"{result.sent:,} words sent, {result.stored:,} stored, {result.counted:,} counted lost, "
+        f"{result.unaccounted:,} unaccounted for, {result.doubled} blocks twice; run {result.condition}; "
+        f"{sum(row.event == 'raised' for row in rows)} times an alarm was raised, "
+        f"{sum(row.event == 'cleared' for row in rows)} times one cleared."
+    )
+    lines += [f"\n- {text}" for text in result.failures]
+    return result, "\n".join(lines)
+
+
 def table(results: list[Result]) -> str:
     lines = [
         "| killed | times | back after, s | sent | stored | counted lost | unaccounted | condition | `up`, again, s | "
@@ -159,14 +245,31 @@ def main() -> int:
     add("--kinds", default=",".join(KINDS), metavar="NAME,...", help="only these kinds (default: %(default)s)")
     add("--seed", type=int, default=1, metavar="S", help="of the random pauses (default %(default)d)")
     add("--cost", type=float, default=20.0, metavar="S", help="seconds in which the supervisor's processor time counts")
-    add("--update", type=Path, metavar="FILE", help=f"write the table into this document, at the marks '{MARK}'")
+    add("--together", type=float, default=0.0, metavar="S", help="kill all kinds in one run of S seconds")
+    add(
+        "--update", type=Path, metavar="FILE",
+        help=f"write the table into this document, at the marks '{MARK}' or '{MARK_TOGETHER}'",
+    )  # fmt: skip
     options = parser.parse_args()
     kinds = options.kinds.split(",")
     if unknown := set(kinds) - set(KINDS):
         parser.error(f"--kinds: no such kind: {', '.join(unknown)}")
+    words = ["--io-groups", str(options.boards), "--rate", str(options.rate / options.boards)]
+    if options.together:
+        with (
+            tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder,
+            detector(Path(folder)) as made,
+            closing(Emulator(*words, "--wait-for-go", "--lossless", "--seed", str(options.seed))) as boards,
+        ):
+            result, text = together(options, made, boards)
+        command = f"python bench/supervision.py --together {options.together:g} --boards {options.boards}"
+        text = with_source(text, f"{command} --rate {options.rate:g} --seed {options.seed}")
+        print(text)
+        if options.update:
+            update(options.update, MARK_TOGETHER, text)
+        return 1 if result.failures else 0
     results = []
     for kind in kinds:
-        words = ["--io-groups", str(options.boards), "--rate", str(options.rate / options.boards)]
         with (
             tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as folder,
             detector(Path(folder)) as made,

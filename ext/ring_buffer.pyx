@@ -268,7 +268,8 @@ cdef class Ring:
         if newest.head > header.head:
             raise ValueError("ring: its checkpoint is newer than its blocks")
         memcpy(&self.file.counts[0], &newest.counts[0], COUNTS_SIZE)
-        for index in range(max(newest.head, header.tail), header.head):
+        # Also of blocks that were freed since: their descriptors are still there.
+        for index in range(max(newest.head, header.head - min(header.head, <uint64_t>DESCRIPTORS)), header.head):
             if self.descriptors[index % DESCRIPTORS].kind == INFO:
                 (<uint64_t*>&self.file.counts[0])[INFO_ROWS] += self.descriptors[index % DESCRIPTORS].rows
         if newest.head < header.head:  # the header of a later block has reported the gaps
@@ -559,6 +560,7 @@ cdef class Ring:
     cdef _push(self, int kind, uint64_t start, uint64_t size, uint64_t rows, bytes header):
         cdef Descriptor* block = &self.descriptors[self.header.head % DESCRIPTORS]
         memcpy(self.arena + start % self.header.arena_size + size, <const char*>header, len(header))
+        fence()  # a Reader that sees this slot change must see the head with which that begins
         block.start = start
         block.end = _aligned(start + size + len(header))
         block.run = self.run.run

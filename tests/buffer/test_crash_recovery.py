@@ -24,6 +24,7 @@ from larpixdaq._native.ring_buffer import BLOCK, END, OVERHEAD, SMALLEST, Ring
 from larpixdaq.buffer.crash_recovery import Predecessors
 from larpixdaq.buffer.ring_file import TORN, RingFile, name_prefix, ring_file_name
 from larpixdaq.buffer.spool import SpoolDirectory, SpoolFile, SpoolHeader, SpoolRecord
+from larpixdaq.constants import Count
 from larpixdaq.errors import RingError
 from larpixdaq.hdf5.run_report import survey_run
 from larpixdaq.hdf5.verify import verify
@@ -68,6 +69,20 @@ def leave(folder: Path, epoch: int, *, closed: bool = False) -> Path:
         recorder.close_block()
     ring_file.leave()
     return ring_file.path
+
+
+def test_a_message_that_was_freed_before_the_kill_is_counted(tmp_path: Path, predecessors: Predecessors) -> None:
+    """No data came after it, so that no checkpoint has counted it."""
+    ring_file = RingFile.make(tmp_path, tmp_path, NAME, 9, SMALLEST)
+    recorder = kill_ring_writer.BlockBuilder(ring_file.ring, NAME, 9, kill_ring_writer.LAYOUT, [1])
+    recorder.begin(1, ["storage"])
+    assert recorder.info("Beginning run")
+    ring_file.ring.free_to(1)
+    ring_file.leave()
+    (left,) = predecessors.take_over(())
+    assert [(line[0], line[1 + Count.INFO_ROWS]) for line in left.ends[1].counts] == [(0, 1)]
+    assert left.ring_file is not None
+    left.ring_file.close()
 
 
 def test_a_ring_of_a_living_producer_is_left_alone(tmp_path: Path, predecessors: Predecessors) -> None:
