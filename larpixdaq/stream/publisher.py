@@ -268,7 +268,8 @@ class Publisher:
         known = self._consumers.get(hello.name)
         if known is None or known.digest != session_digest(hello.session):
             return False
-        return self._admission.insecure or known.key == key
+        # A frame of a key that was revoked may still be on its way, and the name keeps its entry.
+        return self._admission.insecure or (known.key == key and self._admission.whose(key) is not None)
 
     def _handle(self, route: bytes, frame: FromConsumer, key: str) -> None:
         if isinstance(frame, Hello):

@@ -1,7 +1,7 @@
-"""Limits of a key's subscriptions, before the core has confirmed them."""
+"""Which consumers may subscribe: by key and session, as the core says."""
 
 import zmq
-from stream_harness import Line
+from stream_harness import STORAGE, Line
 
 from larpixdaq.keys.curve import Admission, new_pair
 from larpixdaq.protocol.control import ConsumerSession, Update, session_digest
@@ -30,6 +30,25 @@ def test_one_key_does_not_take_the_places_of_others_that_wait_for_the_core() -> 
         sessions = {"Other monitor": ConsumerSession(other, session_digest("session"))}
         line.publisher.admit(Update(keys=keys, consumers=sessions))
         assert subscribed == [b"other"]
+    finally:
+        line.close()
+        admission.door.close()
+        context.destroy(0)
+
+
+def test_a_hello_that_was_on_its_way_when_its_key_was_revoked_does_not_subscribe() -> None:
+    pair, key = new_pair(), new_pair().public
+    context = zmq.Context()
+    admission = Admission(context, pair)
+    line = Line(admission=admission)
+    try:
+        sessions = {STORAGE: ConsumerSession(key, session_digest("session"))}
+        line.publisher.admit(Update(keys={key: STORAGE}, consumers=sessions))
+        line.publisher.admit(Update())
+        subscribed = []
+        line.publisher._subscribe = lambda route, hello: subscribed.append(route)  # type: ignore[method-assign]
+        line.publisher._handle(b"route", Hello(STREAM_VERSION, STORAGE, "session", "all", []), key)
+        assert subscribed == []
     finally:
         line.close()
         admission.door.close()
