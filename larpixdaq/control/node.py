@@ -361,6 +361,8 @@ class Node:
         now = time.monotonic()
         if self._refusal is None or self._refusal.error != answer.error:
             self._refused_since = now
+            if self.session and answer.error == "key":  # before that, connect() raises it
+                _log.warning("%s: %s; trying again", self.name, answer.text)
         if answer.error == "name_taken" and now - self._refused_since > REGISTER_LIMIT and not self._name_loss_reported:
             self._name_taken = self._name_loss_reported = True
         self._refusal = answer

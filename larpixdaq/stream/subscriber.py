@@ -322,9 +322,11 @@ class Consumer:
         refused = connection.key_refused()  # each time, so that libzmq's events never wait
         if refused and not connection.subscribed and now >= connection.opened_at + KEY_INTERVAL:
             # libzmq does not connect again after that, and the producer may know the key by now.
-            log.warning("%s refuses the key of %s; trying again", connection.name, self.name)
+            self._warn(connection, f"{connection.name} refuses the key of {self.name}; trying again")
             self._drop(connection)
             self._open(connection.name, connection.endpoint)
+            if connection.name in self._connections:  # one line, however often it is tried
+                self._connections[connection.name].last_warning = connection.last_warning
             return
         if not connection.subscribed:
             # Not before the socket is connected, and then at once, not after HELLO_INTERVAL.

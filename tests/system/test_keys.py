@@ -276,7 +276,9 @@ def test_a_revoked_key_loses_its_connections_within_a_second(line, operator, oth
         operator.revoke("Second monitor").result(LIMIT)
         assert "Second monitor" not in names(operator)
         until(lambda: "has no key any more: disconnected" in line.processes["producer"].stderr, "the producer", 1.0)
+        until(lambda: "it was revoked" in process.stderr, "the monitor to say why it is not connected")
         assert process.stop() == 0
+        assert process.stderr.count("LArPix board refuses the key") <= 1, "one line, however often it is tried"
     assert "it was revoked" in other.run("run_data", "--core", line.core, "--name", "Second monitor")
     other.join(operator, "alice", "operator")
     with other.here(monkeypatch), Operator(line.core, timeout=LIMIT) as alice:
