@@ -39,7 +39,7 @@ def test_one_key_does_not_take_the_places_of_others_that_wait_for_the_core() -> 
 def test_a_hello_that_was_on_its_way_when_its_key_was_revoked_does_not_subscribe() -> None:
     pair, key = new_pair(), new_pair().public
     context = zmq.Context()
-    admission = Admission(context, pair)
+    admission = Admission(context, pair, "stream")
     line = Line(admission=admission)
     try:
         sessions = {STORAGE: ConsumerSession(key, session_digest("session"))}

@@ -30,6 +30,7 @@ from larpixdaq.buffer.block_store import BlockStore, Segment
 from larpixdaq.buffer.crash_recovery import Predecessors
 from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, RingFile, name_prefix, open_reader
 from larpixdaq.buffer.spool import Spool, SpoolDirectory, SpoolFile
+from larpixdaq.keys.curve import Admission
 from larpixdaq.keys.peer_limits import PeerLimits
 from larpixdaq.protocol.control import ConsumerSession, Update, session_digest
 from larpixdaq.protocol.stream import (
@@ -49,7 +50,6 @@ from larpixdaq.protocol.stream import (
 )
 from larpixdaq.runtime.record_file import crc32
 from larpixdaq.stream import Publisher
-from larpixdaq.stream.publisher import Admission
 
 NAME = "board"
 STORAGES = ("first", "second")
@@ -145,9 +145,8 @@ class Gate(Admission):
 
     def __init__(self, wire: Wire) -> None:
         self.door = Door(wire)  # type: ignore[assignment]
-        self._insecure = False
-        self._keys = {}
-        self._consumers = {}
+        self._has_pair, self.insecure = True, False
+        self._names = {}
 
 
 class Disk:
@@ -509,7 +508,7 @@ class Stream(RuleBasedStateMachine):
     @rule(name=st.sampled_from(STORAGES), subscribes=st.booleans())
     def zombie_acknowledges(self, name: str, subscribes: bool) -> None:
         """A superseded process acknowledges everything, once the producer knows its successor."""
-        zombie, known = self.zombies.get(name), self.gate._consumers.get(name)
+        zombie, known = self.zombies.get(name), self.publisher._consumers.get(name)
         if zombie is None or known is None or known.digest == session_digest(zombie.session):
             return
         if zombie.route in self.publisher.subscribers and self.storages[name].route not in self.publisher.subscribers:

@@ -83,8 +83,10 @@ def test_a_detector_of_eight_boards_runs_and_changes(made: Detector) -> None:
             operator.take_control().result(LIMIT)
             operator.abort_run().result(LIMIT)
         # other alarms are for the core, which reads a copy of them
-        made.write(*(t.replace("[monitors.rates]", "[monitors]") for t in tables), north.replace("16MiB", "18MiB"),
-                   f"[alarms]\ncommand = [{{argv = ['/bin/cp', '/dev/stdin', '{made.path.parent / 'raised'}']}}]\n")  # fmt: skip
+        alarms = f"[alarms]\ncommand = [{{argv = ['/bin/cp', '/dev/stdin', '{made.path.parent / 'raised'}']}}]\n"
+        made.write(
+            *(t.replace("[monitors.rates]", "[monitors]") for t in tables), north.replace("16MiB", "18MiB"), alarms
+        )
         assert made.up()[1].endswith("restarted core; 3 others were running\n")
         (copy,) = made.state.glob("alarms-*.toml")
         assert copy.read_bytes() == made.path.read_bytes()
