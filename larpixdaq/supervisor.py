@@ -75,6 +75,7 @@ class Process:
     name: str
     module: str
     arguments: list[str]
+    directory: str
     wanted: Wanted | None
     state: str = "waiting"
     since: float = field(default_factory=time.time)
@@ -98,7 +99,7 @@ class Process:
     def entry(self) -> Entry:
         return Entry(
             self.module, self.pid, self.started, self.arguments, self.name, self.state, self.registered, self.since,
-            self.restarts, self.failures, self.last_exit, self.last_line,
+            self.restarts, self.failures, self.last_exit, self.last_line, self.directory,
         )  # fmt: skip
 
     def report(self) -> SupervisedProcess:
@@ -109,17 +110,18 @@ class Process:
 
 
 class Supervisor:
-    """Keeps the processes of the plan running. `on_ready` is called once, when all of them have registered."""
+    """Keeps the processes of the plan running. `on_start` is called once, when the plan is in effect."""
 
-    def __init__(self, directory: Path, plan: Plan, on_ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, directory: Path, plan: Plan, on_start: Callable[[], None] = lambda: None) -> None:
         """`directory`: the state directory. Raises FileError."""
         self._directory, self._plan = directory, plan
-        self._on_ready: Callable[[], None] | None = on_ready
+        self._on_start: Callable[[], None] | None = on_start
         self._output = directory / "out"
         self._output.mkdir(mode=0o700, exist_ok=True)
         self._poller = zmq.Poller()
         self._written: RunningSystem | None = None
         self._write_error = ""
+        self._refused = self._problem = ""
         self._unapplied, self._asked = True, time.monotonic()  # the plan may differ from what runs
         self._in_effect = ""
         self._waiting = ""
@@ -183,15 +185,12 @@ class Supervisor:
                     self._signal(process, signal.SIGKILL)
         self._write()
         self.node.report(self._progress, 0)
-        if self._on_ready is not None and self._is_ready():
-            self._on_ready()
-            self._on_ready = None
+        if self._on_start is not None and not self._unapplied:
+            self._on_start()
+            self._on_start = None
 
     def _due(self) -> float | None:
         return min((process.due for process in self._processes if process.due), default=None)
-
-    def _is_ready(self) -> bool:
-        return not self._unapplied and all(process.registered for process in self._processes)
 
     def _answers(self, since: float = 0.0) -> bool:
         """Return whether the core has answered within CONTACT seconds, and after `since` (time.monotonic())."""
@@ -225,7 +224,7 @@ class Supervisor:
         for name, new in wanted.items():
             process = running.get(name)
             if process is None:
-                self._processes.append(Process(name, new.module, new.arguments, new, due=now))
+                self._processes.append(Process(name, new.module, new.arguments, self._plan.directory, new, due=now))
             elif process in changes:
                 if not refusal:
                     process.wanted = new
@@ -258,7 +257,9 @@ class Supervisor:
             self._plan, self._unapplied, self._asked = plan, True, time.monotonic()
 
     def _differs(self, process: Process, wanted: Wanted | None) -> bool:
-        return wanted is None or (wanted.module, wanted.arguments) != (process.module, process.arguments)
+        if wanted is None or process.directory not in ("", self._plan.directory):
+            return True
+        return (wanted.module, wanted.arguments) != (process.module, process.arguments)
 
     def _refusal(self) -> str | None:
         """Return why running processes may not be changed now, "" if they may, None if that is not known yet."""
@@ -274,8 +275,9 @@ class Supervisor:
         """Take over a process of an earlier supervisor."""
         wanted = Wanted(entry.module, entry.name, entry.arguments)
         process = Process(
-            entry.name or entry.module, entry.module, entry.arguments, wanted, entry.state, entry.since,
-            restarts=entry.restarts, failures=entry.failures, last_exit=entry.last_exit, last_line=entry.last_line,
+            entry.name or entry.module, entry.module, entry.arguments, entry.directory, wanted, entry.state,
+            since=entry.since, restarts=entry.restarts, failures=entry.failures,
+            last_exit=entry.last_exit, last_line=entry.last_line,
         )  # fmt: skip
         now = time.monotonic()
         if entry.pid:
@@ -301,6 +303,7 @@ class Supervisor:
     def _start(self, process: Process, now: float) -> None:
         assert process.wanted is not None
         process.module, process.arguments = process.wanted.module, process.wanted.arguments
+        process.directory = self._plan.directory
         process.registered, process.began, process.output = False, now, 0
         try:
             with open(self._output_path(process), "ab") as out:
@@ -398,6 +401,9 @@ class Supervisor:
 
     def _write(self) -> None:
         """Write the list of processes when it has changed."""
+        refusal = self.node.refusal
+        if (error := "" if refusal is None else refusal.error) != self._refused:  # its text changes all the time
+            self._refused, self._problem = error, "" if refusal is None else refusal.text
         running = RunningSystem(
             self._plan.core,
             [process.entry() for process in self._processes],
@@ -406,6 +412,7 @@ class Supervisor:
             self._waiting,
             self._self,
             self._plan.insecure,
+            self._problem,
         )
         if running != self._written:
             try:
@@ -425,7 +432,7 @@ def notify(text: str) -> None:
             sender.sendto(text.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
 
 
-def serve(directory: Path, on_ready: Callable[[], None] = lambda: None) -> None:
+def serve(directory: Path, on_start: Callable[[], None] = lambda: None) -> None:
     """Supervise the plan in a state directory until a signal comes. Raises ConfigError and FileError."""
     plan = read_plan(directory)
     if plan is None:
@@ -435,7 +442,7 @@ def serve(directory: Path, on_ready: Callable[[], None] = lambda: None) -> None:
         with contextlib.suppress(OSError):  # a file system without locks
             if not try_lock(lock):
                 raise ConfigError(f"another supervisor runs with state directory {directory}")
-        supervisor = Supervisor(directory, plan, on_ready)
+        supervisor = Supervisor(directory, plan, on_start)
         with contextlib.closing(supervisor), Signals(reload=RELOAD) as signals:
             supervisor.run(signals)
     finally:

@@ -378,7 +378,9 @@ def _supervise(state: Path, plan: Plan, check: Callable[[dict[str, Entry]], None
 
     def started() -> None:
         supervisor.notify("READY=1")
-        print(f"{name}: " * bool(name) + f"up at {plan.core}", flush=True)
+        now = read_running(state)
+        waiting = f"; not changed: {now.waiting}" if now is not None and now.waiting else ""
+        print(f"{name}: " * bool(name) + f"up at {plan.core}{waiting}", flush=True)
 
     supervisor.serve(state, started)
     return 0
@@ -432,7 +434,8 @@ class _Waiting:
                 return running
             self.check()
             if time.monotonic() > deadline:
-                raise ComponentError(f"waited {limit:g} s for {what}")
+                problem = f"; the supervisor: {running.problem}" if running is not None and running.problem else ""
+                raise ComponentError(f"waited {limit:g} s for {what}{problem}")
             time.sleep(_LOOK)
 
     def check(self) -> None:

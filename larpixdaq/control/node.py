@@ -214,6 +214,11 @@ class Node:
         return self._link.confirmed
 
     @property
+    def refusal(self) -> Answer | None:
+        """The core's refusal of the registration, or that of this process for want of a key; None when registered."""
+        return self._refusal
+
+    @property
     def key_pair(self) -> KeyPair | None:
         """The key pair that this component shows to the core and to other components; None: no keys are in use."""
         own = self._link.credentials

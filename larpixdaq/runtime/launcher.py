@@ -70,8 +70,9 @@ class Entry(msgspec.Struct, frozen=True):
     """A process under supervision, as its supervisor has written it. `started` (see start_time) tells it from a later
     process with its id; both are 0 while it does not run.
 
-    `registered`: whether this process has registered with the core; the core itself: whether it has answered.
-    `failures`: number of starts in a row that ended before. Other fields as in reports.SupervisedProcess.
+    `directory`: its working directory. `registered`: whether this process has registered with the core; of the core
+    itself: whether it has answered. `failures`: number of starts in a row that ended before. Other fields as in
+    reports.SupervisedProcess.
     """
 
     module: str
@@ -86,6 +87,7 @@ class Entry(msgspec.Struct, frozen=True):
     failures: int = 0
     last_exit: str = ""
     last_line: str = ""
+    directory: str = ""
 
 
 class RunningSystem(msgspec.Struct, frozen=True):
@@ -93,7 +95,7 @@ class RunningSystem(msgspec.Struct, frozen=True):
 
     `core`: address of the core. `directory`: working directory of `up`, for relative paths in the arguments. `plan`: id
     of the plan that is in effect. `waiting`: names of processes that could not be changed, and why. `supervisor`: the
-    supervisor itself.
+    supervisor itself; `problem`: why it is not registered.
     """
 
     core: str
@@ -103,6 +105,7 @@ class RunningSystem(msgspec.Struct, frozen=True):
     waiting: str = ""
     supervisor: Entry | None = None
     insecure: bool = False
+    problem: str = ""
 
 
 def free_port() -> int:

@@ -30,6 +30,7 @@ class FakeNode:
 
     state, run = "STOP", 0
     answers = True
+    refusal = None
     registers = True
 
     def __init__(self, *arguments: Any, status: Any, **more: Any) -> None:
