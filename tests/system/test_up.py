@@ -165,10 +165,18 @@ def test_up_restarts_ended_processes_and_recognises_another_system(tmp_path):
         status, words = up.run("first", "--io-groups", "2")
         assert status == 1
         assert "producer runs with " in words
-        # the name of a component is in use by a process of another user
+    finally:
+        up.down("first")
+
+
+def test_up_does_not_take_the_place_of_a_component_of_another_user(tmp_path):
+    up = Up(tmp_path)
+    assert up.run("first")[0] == 0
+    try:
+        before = up.running("first")
         up.kill_supervisor("first")
-        os.kill(after["run_data"], signal.SIGTERM)
-        until(lambda: start_time(after["run_data"]) is None, "the monitor to be gone")
+        os.kill(before["run_data"], signal.SIGTERM)
+        until(lambda: start_time(before["run_data"]) is None, "the monitor to be gone")
         with Process("larpixdaq.run_data", "--core", up.core, directory=tmp_path / "stranger") as stranger:
             with Operator(up.core) as operator:
                 until(lambda: any(c["info"]["pid"] == stranger.popen.pid for c in operator.components().result(LIMIT)),
@@ -176,7 +184,7 @@ def test_up_restarts_ended_processes_and_recognises_another_system(tmp_path):
             status, words = up.run("first")
         assert status == 1
         assert f"is in use by a run_data (process {stranger.popen.pid} on " in words
-        assert {name for name, pid in up.running("first").items() if pid == after[name]} == set(before) - {"run_data"}
+        assert {name for name, pid in up.running("first").items() if pid == before[name]} == set(before) - {"run_data"}
         with Operator(up.core) as operator:
             operator.prepare_run().result(LIMIT)
             operator.begin_run().result(LIMIT)

@@ -60,43 +60,29 @@ def test_a_detector_of_eight_boards_runs_and_changes(made: Detector) -> None:
         second = made.pids()
         assert {name for name in second if first.get(name) == second[name]} == {"core", "Log", "disk"}
         assert start_time(first["rates"]) is None
-        # not in a run
-        with Operator(made.core) as operator:
-            operator.prepare_run().result(LIMIT)
-            operator.begin_run().result(LIMIT)
-            boards.go()
-            made.write(*(t.replace("[monitors.rates]", "[monitors]") for t in tables), north)
-            status, words = made.up()
-            assert status == 1
-            assert (
-                "not changed: north, south: run 1 is in progress: give the same command after the run, or now with"
-                in words
-            )
-            assert made.pids() == second
-            ended = operator.end_run().result(LIMIT)
-            assert ended["condition"].startswith("COMPLETE")
-            assert made.up()[1].endswith("restarted north; ended south; 3 others were running\n")
-            operator.prepare_run().result(LIMIT)
-        made.write(*(t.replace("[monitors.rates]", "[monitors]") for t in tables), north.replace("16MiB", "18MiB"))
-        assert made.up("--force")[1].endswith("restarted north; 3 others were running\n")
-        with Operator(made.core) as operator:
-            operator.take_control().result(LIMIT)
-            operator.abort_run().result(LIMIT)
-        # other alarms are for the core, which reads a copy of them
-        alarms = f"[alarms]\ncommand = [{{argv = ['/bin/cp', '/dev/stdin', '{made.path.parent / 'raised'}']}}]\n"
-        made.write(
-            *(t.replace("[monitors.rates]", "[monitors]") for t in tables), north.replace("16MiB", "18MiB"), alarms
-        )
-        assert made.up()[1].endswith("restarted core; 3 others were running\n")
-        (copy,) = made.state.glob("alarms-*.toml")
-        assert copy.read_bytes() == made.path.read_bytes()
-        third = made.pids()
-        assert {name for name in third if second.get(name) == third[name]} == {"Log", "disk"}
-        os.kill(third["Log"], signal.SIGKILL)
-        until(lambda: (made.path.parent / "raised").exists(), "the command of an alarm")
+        assert not [path for path in made.data.iterdir() if path.suffix == ".part"]
     assert made.run("down", made.path) == (0, "")
     assert made.run("down", made.path)[0] == 1
     assert not any(map(start_time, second.values()))
+
+
+def test_nothing_is_changed_in_a_run_without_force(made: Detector) -> None:
+    south = made.producer("south", "fake = 10")
+    made.write("[monitors]\n", made.producer("north", "fake = 10"), south)
+    assert made.up()[0] == 0
+    first = made.pids()
+    with Operator(made.core) as operator:
+        operator.prepare_run().result(LIMIT)
+        made.write("[monitors]\n", made.producer("north", "fake = 20"))
+        status, words = made.up()
+        assert status == 1
+        assert "not changed: north, south: run 1 is in progress: give the same command after the run, or now" in words
+        assert made.pids() == first
+        operator.end_run().result(LIMIT)
+        assert made.up()[1].endswith("restarted north; ended south; 3 others were running\n")
+        operator.prepare_run().result(LIMIT)
+        made.write("[monitors]\n", made.producer("north", "fake = 30"))
+        assert made.up("--force")[1].endswith("restarted north; 3 others were running\n")
 
 
 def test_processes_come_back_and_the_run_is_complete(made: Detector) -> None:
@@ -333,3 +319,20 @@ def test_the_supervisor_needs_a_plan_and_is_alone(made: Detector) -> None:
     with Process("larpixdaq.supervisor", "--state-dir", made.state, directory=made.folder / "output") as process:
         assert process.wait() == 1
         assert "another supervisor runs" in process.stderr
+
+
+def test_other_alarms_are_for_the_core_which_reads_a_copy_of_them(made: Detector) -> None:
+    producer = made.producer("LArPix board", "fake = 10")
+    made.write(producer)
+    assert made.up()[0] == 0
+    first, raised = made.pids(), made.folder / "raised"
+    made.write(producer, f"[alarms]\ncommand = [{{argv = ['/bin/cp', '/dev/stdin', '{raised}']}}]\n")
+    status, words = made.up()
+    assert status == 0
+    assert "restarted core; " in words
+    (copy,) = made.state.glob("alarms-*.toml")
+    assert copy.read_bytes() == made.path.read_bytes()
+    second = made.pids()
+    assert {name for name in first if first[name] != second[name]} == {"core"}
+    os.kill(second["Log"], signal.SIGKILL)
+    until(lambda: raised.exists() and raised.read_bytes(), "the command of an alarm")
