@@ -272,7 +272,7 @@ def _paths(table: Mapping[str, Any]) -> Iterator[Keys]:
             yield from ((key, *rest) for rest in _paths(value))
 
 
-def _find_lines(text: str) -> dict[Keys, int]:
+def find_lines(text: str) -> dict[Keys, int]:
     """Return the line of each table and key of a valid TOML text, from 1.
 
     The parser does not tell lines. So each statement is parsed alone, with as many lines as it needs to be valid.
@@ -306,7 +306,7 @@ def _parse_toml(path: Path) -> tuple[str, dict[str, Any], dict[Keys, int]]:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: expected UTF-8, found the byte 0x{data[error.start]:02x}") from None
     try:
-        return text, tomllib.loads(text), _find_lines(text)
+        return text, tomllib.loads(text), find_lines(text)
     except tomllib.TOMLDecodeError as error:
         match = _WHERE.search(str(error))
         line = int(match[1]) if match is not None and match[1] else text.rstrip("\n").count("\n") + 1

@@ -77,7 +77,7 @@ def add_commands(commands: Any) -> None:
         allow_abbrev=False,
     )
     file = parser.add_argument_group("with a configuration file", "which has all other options")
-    _add_file_arguments(file, "?")
+    _add_file_arguments(file)
     file.add_argument("--force", action="store_true", help="restart what has changed also while a run is in progress")
     file.add_argument(
         "--foreground", action="store_true", help="be the supervisor, in place of starting it in the background"
@@ -94,7 +94,7 @@ def add_commands(commands: Any) -> None:
         description="Ends what `larpixdaq up` started on this host, and waits until it has. A run in progress is "
         "aborted if the core is among it: its data are stored, its condition is ABORTED.",
     )
-    _add_file_arguments(parser, "?")
+    _add_file_arguments(parser)
     config.add_state_dir_argument(parser)
     parser.set_defaults(function=down, wrong_usage=parser.error)
     parser = commands.add_parser(
@@ -102,7 +102,7 @@ def add_commands(commands: Any) -> None:
         help="show a configuration file as it is understood",
         description="Checks a configuration file, and prints it with all values and the line that each comes from.",
     )
-    _add_file_arguments(parser, "?")
+    _add_file_arguments(parser)
     parser.add_argument("--commands", action="store_true", help="print the commands that `up` runs on the host instead")
     parser.add_argument(
         "--explain",
@@ -116,10 +116,8 @@ def add_commands(commands: Any) -> None:
     parser.set_defaults(function=show, wrong_usage=parser.error)
 
 
-def _add_file_arguments(parser: Any, number: str) -> None:
-    parser.add_argument(
-        "file", nargs=number, type=Path, metavar="FILE", help="configuration file, such as detector.toml"
-    )
+def _add_file_arguments(parser: Any) -> None:
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="configuration file, such as detector.toml")
     parser.add_argument("--host", metavar="NAME", help="the host of the file that this one is (default: found out)")
 
 
@@ -146,7 +144,7 @@ def up(options: argparse.Namespace) -> int:
             options.wrong_usage(f"one of the arguments {' '.join(source_options.SOURCES)} is required")
         return _up_with_options(options)
     only = argparse.ArgumentParser(allow_abbrev=False)
-    _add_file_arguments(only, "?")
+    _add_file_arguments(only)
     for flag in ("--force", "--foreground", "--systemd"):
         only.add_argument(flag, action="store_true")
     if other := only.parse_known_args(options.argv[1:])[1]:
@@ -575,6 +573,7 @@ def unit(file: DetectorConfig, host: str) -> str:
     user = pwd.getpwuid(os.getuid()).pw_name
     which = [str(file.path), *(["--host", host] if host else [])]
     program = [sys.executable, "-m", "larpixdaq"]
+    home = os.environ.get("XDG_STATE_HOME")  # where state directory and keys are
     return "\n".join(
         [
             f"# larpixdaq up {file.path.name} --systemd; install it as root, for example as",
@@ -590,6 +589,7 @@ def unit(file: DetectorConfig, host: str) -> str:
             "NotifyAccess=main",
             f"User={user}",
             "WorkingDirectory=/",
+            *([f"Environment={_exec([f'XDG_STATE_HOME={home}'])}"] if home else []),
             f"ExecStart={_exec([*program, 'up', *which, '--foreground'])}",
             f"ExecStop={_exec([*program, 'down', *which])}",
             "# When the supervisor ends, the processes continue, and the next supervisor adopts them.",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from larpixdaq.cli import main
 from larpixdaq.cli.detector import PROGRAMS, explain
-from larpixdaq.detector_config import Board, DetectorConfig, explanations, json_schema
+from larpixdaq.detector_config import Board, DetectorConfig, explanations, find_lines, json_schema
 from larpixdaq.errors import ConfigError, LarpixDaqError
 from larpixdaq.schema import ASICS
 from larpixdaq.sources.command_channel import REVISIONS
@@ -287,6 +287,30 @@ def test_any_toml_is_read_or_refused_with_its_line(tmp_path_factory: Any, conten
         assert 1 <= int(match[1]) <= len(text.split("\n"))
         return
     assert parsed(load(folder, "\n".join(file.effective()))) == parsed(file)
+
+
+STATEMENTS = st.sampled_from(
+    ["# [not a table]", "", "{} = 1", "{} = [ # ]\n  1,\n  2,\n]", '{} = """\n[x]\na = 1 \\\n"""', "{}.inner = 'x'",
+     "[{}]", "[{}.inner]  # a", "  {} = {{in = {{line = 1}}}}", "{} = '''#'''"]
+)  # fmt: skip
+
+
+@given(st.lists(STATEMENTS, max_size=12))
+def test_lines_of_keys(statements: list[str]) -> None:
+    text, at, table, expected = "", 1, (), {}
+    for number, form in enumerate(statements):
+        statement = form.format(key := f"k{number}")
+        keys = (key, "inner") if ".inner" in form else (key,)
+        if form.startswith("["):
+            table = keys
+            expected[keys] = at
+        elif "{}" in form:
+            expected[(*table, *keys)] = at
+        text += statement + "\n"
+        at += statement.count("\n") + 1
+    tomllib.loads(text)
+    found = find_lines(text)
+    assert {keys: found[keys] for keys in expected} == expected
 
 
 @given(st.binary(max_size=60) | st.text(st.sampled_from("[]{}=\"'.\n#a1,\\ "), max_size=60).map(str.encode))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -182,6 +183,15 @@ def test_the_unit_of_systemd_brings_a_detector_back(made: Detector) -> None:
     made.write(made.producer("north", "fake = 10"))
     status, text = made.up("--systemd")
     assert status == 0
+    if shutil.which("systemd-analyze") is not None:
+        (made.folder / "larpixdaq.service").write_text(text)
+        words = subprocess.run(
+            ["systemd-analyze", "verify", made.folder / "larpixdaq.service"],
+            capture_output=True,
+            check=True,
+            timeout=60,
+        )
+        assert (words.stdout, words.stderr) == (b"", b"")
     unit = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))
     assert (unit["Type"], unit["KillMode"], unit["Restart"]) == ("notify", "process", "always")
     address = str(made.folder / "notify")
