@@ -198,12 +198,12 @@ class RunInfo(NamedTuple):
     started_ns: int  # unix ns
     layout: schema.RowLayout
     asic_version: str
-    shifter: str = ""
     storage: str = ""  # the storage's name, empty for the first or only one
     versions: Mapping[str, str] = {}
     required_producers: tuple[str, ...] = ()
     connected: tuple[ConnectedBoard, ...] = ()
     begun_ns: int = 0  # when RUN began, unix ns by the core's clock; 0: not yet
+    shifter: str = ""
 
 
 def describe_run(
