@@ -35,7 +35,7 @@ from larpixdaq.runtime.file_access import (
     open_locked,
 )
 
-SCHEMA: Final = 4
+_SCHEMA: Final = 4
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS runs (
     run INTEGER PRIMARY KEY, phase TEXT NOT NULL, kind TEXT NOT NULL, comment TEXT NOT NULL, operator TEXT NOT NULL,
@@ -265,7 +265,7 @@ class Catalogue:
                 (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
                 if found != "ok":
                     return " ".join(str(found).split())
-                if 0 < db.execute("PRAGMA user_version").fetchone()[0] <= SCHEMA:
+                if 0 < db.execute("PRAGMA user_version").fetchone()[0] <= _SCHEMA:
                     row = db.execute(f"SELECT {_selection(db, 'runs')} FROM runs ORDER BY run DESC LIMIT 1").fetchone()
                     if row is not None:
                         _run(row)
@@ -368,8 +368,8 @@ class Catalogue:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.execute("PRAGMA synchronous=FULL")
                 (version,) = db.execute("PRAGMA user_version").fetchone()
-                if version not in (*_OLD_SCHEMAS, SCHEMA):
-                    raise FileError(f"{self.path}: made by another larpix-daq (schema {version}, here {SCHEMA})")
+                if version not in (*_OLD_SCHEMAS, _SCHEMA):
+                    raise FileError(f"{self.path}: made by another larpix-daq (schema {version}, here {_SCHEMA})")
                 db.executescript(_TABLES)
                 for table, columns in _ADDED.items():
                     known = _column_names(db, table)
@@ -379,7 +379,7 @@ class Catalogue:
                 db.executescript(_INDEXES)
                 for table in ("audit", "comments", "shifters", "attachments", "alarms"):
                     db.executescript(_APPENDED.format(table=table))
-                db.execute(f"PRAGMA user_version={SCHEMA}")
+                db.execute(f"PRAGMA user_version={_SCHEMA}")
             except BaseException:
                 db.close()
                 raise
@@ -573,11 +573,11 @@ def open_for_reading(directory: Path) -> tuple[Path, sqlite3.Connection]:
         raise FileError(f"{path}: {error}") from None
     try:
         (schema,) = db.execute("PRAGMA user_version").fetchone()
-        if schema not in (*_OLD_SCHEMAS, SCHEMA):
-            raise FileError(f"{path}: made by another larpix-daq (schema {schema}, here {SCHEMA})")
-        if schema != SCHEMA:
+        if schema not in (*_OLD_SCHEMAS, _SCHEMA):
+            raise FileError(f"{path}: made by another larpix-daq (schema {schema}, here {_SCHEMA})")
+        if schema != _SCHEMA:
             raise FileError(
-                f"{path}: of an earlier version (schema {schema}, here {SCHEMA}): a core of this version brings it up "
+                f"{path}: of an earlier version (schema {schema}, here {_SCHEMA}): a core of this version brings it up "
                 "to date when it starts"
             )
     except sqlite3.Error as error:

@@ -21,9 +21,9 @@ from larpixdaq.constants import ENDED, MAX_ATTACHMENT
 from larpixdaq.control import attachments as attachments_module
 from larpixdaq.control.attachments import safe_name
 from larpixdaq.control.catalogue import (
+    _SCHEMA,
     MAX_COMMENT_BYTES,
     MAX_COMMENTS,
-    SCHEMA,
     Author,
     Catalogue,
     Run,
@@ -130,7 +130,9 @@ def test_a_catalogue_of_schema_3_gets_the_e_log(tmp_path, damaged):
             db.execute("INSERT INTO runs VALUES (8, '', '', '', '', 1, 2, 3, '', 'no JSON')")
             db.commit()
     (tmp_path / "highest_run").write_text("8\n" if damaged else "7\n")
-    with pytest.raises(FileError, match=f"of an earlier version \\(schema 3, here {SCHEMA}\\): a core of this version"):
+    with pytest.raises(
+        FileError, match=f"of an earlier version \\(schema 3, here {_SCHEMA}\\): a core of this version"
+    ):
         RunList(tmp_path)
     with closing(Catalogue(tmp_path)) as catalogue:
         assert bool(catalogue.warnings) == damaged
@@ -147,7 +149,7 @@ def test_a_catalogue_of_schema_3_gets_the_e_log(tmp_path, damaged):
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA user_version=99")
     for opening in (Catalogue, RunList):
-        with pytest.raises(FileError, match=f"made by another larpix-daq \\(schema 99, here {SCHEMA}\\)"):
+        with pytest.raises(FileError, match=f"made by another larpix-daq \\(schema 99, here {_SCHEMA}\\)"):
             opening(tmp_path)
 
 

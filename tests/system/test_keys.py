@@ -173,6 +173,15 @@ def test_an_operators_key_works_under_its_own_name_and_is_no_components(line, op
         assert invited.take_control().result(LIMIT)["by"] == "night"
         with pytest.raises(NotAllowed, match="keys are for the core's own user"):
             invited.invite("more", "operator").result(LIMIT)
+        # It writes into the e-log, without control, under the shifter's name and that of its key.
+        operator.take_control().result(LIMIT)
+        run = operator.prepare_run().result(LIMIT)["run"]
+        invited.comment("from another host", by="Zoë").result(LIMIT)
+        assert invited.attach(__file__).result(LIMIT)["run"] == run
+        (comment,) = operator.run_info(run).result(LIMIT)["comments"]
+        assert (comment["by"], comment["operator"], comment["key"]) == ("Zoë", "night", "night")
+        operator.abort_run().result(LIMIT)
+        operator.release_control().result(LIMIT)
     assert "this user has no key" in other.run("run_data", "--core", line.core, "--name", "New")
     operator.revoke("night").result(LIMIT)
 
