@@ -141,8 +141,9 @@ class Attachments:
             directory.mkdir(mode=0o700, exist_ok=True)
             for path in _free_names(directory / safe_name(piece.name)):
                 with suppress(FileExistsError):
-                    os.link(upload.path, path)
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
                     break
+            os.replace(upload.path, path)
         try:
             self._catalogue.add_attachment(run, piece.name, path.name, piece.size, upload.digest.hexdigest(), author)
         except FileError:

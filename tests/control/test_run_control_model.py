@@ -12,7 +12,8 @@ from simulated_components import World
 
 from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY
 from larpixdaq.constants import RunCondition
-from larpixdaq.errors import ComponentError, LarpixDaqError, StateError
+from larpixdaq.control.catalogue import Author
+from larpixdaq.errors import ComponentError, LarpixDaqError, RequestError, StateError
 
 NAMES = st.sampled_from(list(KINDS))
 STORAGES = st.sampled_from([name for name, kind in KINDS.items() if kind == "storage"])
@@ -104,6 +105,17 @@ class Model(RuleBasedStateMachine):
         if action in ("end", "abort"):
             self.resumed_end_since = None
         self.open_step = (action, reply, self.world.now)
+
+    @rule(number=st.none() | st.integers(1, 5))
+    def comment(self, number):
+        """It changes no state, and comes to all storages of its run in the end."""
+        try:
+            run = self.world.runs.comment(number, "beam is on", Author("", "me", "owner"))
+        except RequestError:
+            assert number not in self.numbers
+            assert number is not None or not self.numbers
+        else:
+            assert run == (number or self.numbers[-1])
 
     @rule(how=st.sampled_from(["well", "well", "failing", "nonsense", "partly"]))
     def go_on(self, how="well"):
@@ -228,6 +240,8 @@ class Model(RuleBasedStateMachine):
                 self.let_all_answer()
             assert self.world.runs.state == "STOP"
             assert self.open_step is None
+            for name in (name for name, kind in KINDS.items() if kind == "storage"):
+                assert not self.world.catalogue.undelivered(name)
             # A component that has refused to end is still in its run, and the core must know it for abort_run below.
             known = {name: one.run for name, one in self.world.peers.components.items()}
             assert known == {name: self.world.current_run.get(name) for name in KINDS}

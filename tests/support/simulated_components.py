@@ -21,6 +21,7 @@ PHASES = {
     "abort_run": {"ENDING", "ENDED"},
     "cancel_run": {"PREPARING", "CANCELLED"},
     "report_run": {"ENDING", "ENDED"},
+    "add_comments": {"PREPARING", "READY", "BEGINNING", "RUN", "ENDING", "ENDED", "CANCELLED"},
 }
 
 
@@ -150,6 +151,10 @@ class World(Team):
         run = params["run"]
         if action == "report_run":
             return self.report(name, run)
+        if action == "add_comments":
+            phase = self.catalogue.find(run).phase
+            assert phase in ("ENDED", "CANCELLED") or self.processes[name] or self.current_run.get(name) == run, phase
+            return {}
         if action == "cancel_run" and self.current_run.get(name) != run:
             return {}
         self._enter(name, action, run)

@@ -317,3 +317,10 @@ def test_without_a_core(started: Started) -> None:
             started.fails("run_data", words="no core answers at tcp://127.0.0.1:5551 (waited 5 s)")
     with started:
         pass
+
+
+@pytest.mark.parametrize("module", cli._COMMANDS)
+def test_each_module_adds_the_commands_for_which_it_is_imported(module: str) -> None:
+    """Otherwise `larpixdaq COMMAND` would import all modules."""
+    (commands,) = (action for action in cli.parser([module])._actions if action.dest == "command")
+    assert tuple(commands.choices) == cli._COMMANDS[module]
