@@ -244,7 +244,8 @@ class Node:
 
     def _run_action(self, request: ActionRequest) -> None:
         call = Call(request, self._answer)
-        _log.debug("%s begins", call_text(call.action, call.params))
+        if _log.isEnabledFor(logging.DEBUG):
+            self._log_request("begun requests", logging.DEBUG, "%s begins", call_text(call.action, call.params))
         try:
             if call.action not in self._actions:
                 known = ", ".join(sorted(self._actions)) or "none"

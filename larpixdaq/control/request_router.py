@@ -156,6 +156,7 @@ class CoreActions:
         self._alarms = alarms
         self._peers, self._control, self._runs, self._catalogue = peers, control, runs, catalogue
         self._attachments = Attachments(catalogue)
+        self._log = LimitedLog(_log)
         self._started = time.time()
         #: Number of messages refused since the start.
         self.refused = 0
@@ -202,7 +203,8 @@ class CoreActions:
             raise NotAllowed(f"{action}: keys are for the core's own user, on its host; this is {operator.member}")
         if changing:
             self._control.claim(operator, now)
-            _log.info("%s: %s", operator.name, call_text(action, params))
+            lines = f"requests of {operator.name} to the core"
+            self._log(lines, logging.INFO, "%s: %s", operator.name, call_text(action, params))
         if changing or action in _NOTED_ACTIONS or action in ("invite", "revoke", "rotate", "set_log_level"):
             reply.accepted(action, params)
         elif action in _LOG_ACTIONS and not (isinstance(request_params, Piece) and not request_params.is_last):
@@ -525,12 +527,10 @@ class RequestRouter:
         if message.action not in QUERIES:
             check_may_change(operator, message.action)
             self._control.claim(operator, now)
-            what = call_text(message.action, message.params)
-            text = "%s: %s of %s"
-            self._log(f"requests of {operator.name}", logging.INFO, text, operator.name, what, component.name)
+            self._log_request(logging.INFO, operator, message, component)
             reply.accepted(message.action, message.params, component.name)
         else:
-            _log.debug("%s: %s of %s", operator.name, message.action, component.name)
+            self._log_request(logging.DEBUG, operator, message, component)
         request = self._transport.new_id()
         self._routed[request] = _Routed(component.name, message.action, operator, message.request)
         if not self._transport.send(component.name, request, message.action, message.params):
@@ -577,6 +577,11 @@ class RequestRouter:
                 self._audit.note(operator, audited.action, component=audited.component, outcome=outcome)
         if operator.session in self._peers.operators:
             self._transport.send_to(operator, answer)
+
+    def _log_request(self, level: int, operator: OperatorPeer, message: ActionRequest, component: Component) -> None:
+        kind = "requests" if level == logging.INFO else "queries"
+        what = call_text(message.action, message.params)
+        self._log(f"{kind} of {operator.name}", level, "%s: %s of %s", operator.name, what, component.name)
 
     def _log_failure(self, operator: OperatorPeer, action: str, code: str, why: object) -> None:
         """Log that a request was refused or has failed. `code`: of the error."""

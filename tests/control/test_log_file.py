@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from itertools import count, pairwise
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -265,17 +265,20 @@ def test_following_before_there_is_a_file(tmp_path):
 
 @given(st.lists(st.tuples(st.integers(0, 100), st.floats(0, 0.3)), max_size=30))
 def test_followed_lines_wait_for_earlier_ones(arrivals):
-    merger, now, shown, numbers = Merger(), 0.0, [], count()
-    for time, pause in arrivals:
-        merger.add(time, b"%d" % next(numbers), now)
+    merger, now, shown, arrived = Merger(), 0.0, [], []
+    for number, (time, pause) in enumerate(arrivals):
+        merger.add(time, b"%d" % number, now)
+        arrived.append((now, time))
         shown += merger.take(now, 1e12)
         now += pause
-    shown += merger.take(now + HOLD, 1e12)
+    shown += merger.take(now + 2 * HOLD, 1e12)
     assert sorted(int(text) for text, _ in shown) == list(range(len(arrivals)))
     highest = -1
     for text, late in shown:
         time = arrivals[int(text)][0]
         assert late == (time < highest)
+        waited = [own for before, own in arrived if arrived[int(text)][0] - before > HOLD - 1e-6]
+        assert not late or time < max(waited, default=-1)
         highest = max(highest, time)
 
 
