@@ -83,12 +83,7 @@ def add_commands(commands: Any) -> None:
 
 def log(options: argparse.Namespace) -> int:
     path = Path(options.file) if options.file else state_dir(options.state_dir) / "log.txt"
-    wanted = Wanted(
-        getattr(logging, options.level),
-        options.component,
-        options.since,
-        options.until,
-    )
+    wanted = Wanted(getattr(logging, options.level), options.component, options.since, options.until)
     if options.follow:
         if options.until < math.inf:
             raise ConfigError("--until cannot be used with --follow")
@@ -176,6 +171,7 @@ def log_level(options: argparse.Namespace) -> int:
             status = operator.status().result(timeout=5)
             levels = {one["name"]: one["log_level"] for one in status["components"] if one["alive"]}
             levels["core"] = status["log_level"]
+            # A component that has ended meanwhile has no level to change.
             remaining = [name for name, level in asked.items() if levels.get(name, level) != level]
             if not remaining:
                 break

@@ -300,12 +300,16 @@ class CoreActions:
         if name is not None and name != "core" and name not in living:
             raise ComponentError(f"no component is named {name!r}; there are core, {', '.join(living)}")
         names = ["core", *living] if name is None else [name]
-        _log.warning("%s: log level %s of %s", request.operator.name, level, "all" if name is None else name)
+        text, words = "%s: log level %s of %s", (request.operator.name, level, "all" if name is None else name)
+        if said := _log.isEnabledFor(logging.WARNING):
+            _log.warning(text, *words)
         for one in names:
             if one == "core":
                 set_level(level)
             else:
                 living[one].wanted_log_level = level
+        if not said:
+            _log.warning(text, *words)
         return {"levels": dict.fromkeys(names, level)}
 
     def _run_info(self, request: _CoreRequest) -> dict[str, Any]:
