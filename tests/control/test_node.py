@@ -207,6 +207,10 @@ def test_a_component_with_a_blocked_main_loop_is_stuck(running, operator):
         node.report(5, 0)  # the last report, without queued work
         until(lambda: described(operator)["stuck"], "stuck")
         assert (described(operator)["alive"], described(operator)["queued"]) == (True, 0)
+        operator.set_log_level("debug", "it").result(LIMIT)  # also now, when it is needed
+        until(lambda: described(operator)["log_level"] == "DEBUG", "its level")
+        operator.set_log_level("info").result(LIMIT)
+        until(lambda: described(operator)["log_level"] == "INFO", "its level")
         until(lambda: node.report(5, 0) or not described(operator)["stuck"], "moving again")
 
 

@@ -56,6 +56,8 @@ def test_up_takes_a_run_and_down_leaves_no_process(tmp_path):
         f"{command} '{closed}'",
         "--durability",
         "fsync",
+        "--log-level",
+        "debug",
     )
     output(tmp_path, "up", "--address", core, "--log-address", log, "--state-dir", state, "-o", data, *options)
     running = read_running(state)
@@ -67,6 +69,7 @@ def test_up_takes_a_run_and_down_leaves_no_process(tmp_path):
             text = output(tmp_path, "status", "--core", core)
             assert text.startswith("state READY, run 1 (test): cosmics [1]\ncontrol: ")
             assert "fake board io_group 1; fake board io_group 2; " in text
+            assert text.count("log level DEBUG") == 5
             operator.begin_run().result(LIMIT)
             until(lambda: list(data.glob("*_001.h5")), "the second part")
             ended = operator.end_run().result(LIMIT)
