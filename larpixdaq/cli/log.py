@@ -25,6 +25,8 @@ from larpixdaq.runtime.units import LEVEL_NAMES, parse_level, parse_since, parse
 _LOOK_MS: Final = 100
 #: Lines that are written at once.
 _TOGETHER: Final = 200
+#: Maximum bytes that are shown of a line that is no record.
+_SHOWN: Final = 2000
 #: Lines that --follow shows first.
 _FIRST: Final = 10
 #: Maximum seconds until all components have changed their level.
@@ -141,8 +143,16 @@ def _print(lines: Iterable[tuple[bytes, bool]], as_json: bool) -> None:
 
 
 def _text(line: bytes, late: bool) -> str:
+    if len(line) > _SHOWN and parse(line) is None:
+        return f"{_damaged(line)}\n"
     text = printable(line.decode("utf-8", "backslashreplace"))
     return f"{text}  (late)\n" if late else f"{text}\n"
+
+
+def _damaged(line: bytes) -> str:
+    """Return a line that is no record as text, cut if it is long: after a power cut a file may have many zero bytes."""
+    more = f"... ({len(line)} bytes)" if len(line) > _SHOWN else ""
+    return printable(line[:_SHOWN].decode("utf-8", "backslashreplace")) + more
 
 
 def _json(line: bytes, late: bool) -> str:
@@ -152,7 +162,7 @@ def _json(line: bytes, late: bool) -> str:
 def _facts(line: bytes) -> dict[str, Any]:
     record = parse(line)
     if record is None:
-        return {"line": line.decode("utf-8", "backslashreplace")}
+        return {"line": _damaged(line)}
     return {
         "time": line[: line.index(b" ")].decode(),
         "level": logging.getLevelName(record.level),

@@ -71,7 +71,9 @@ def test_lines_of_a_log(tmp_path):
     assert log(file, "-n", 3)[1] == "".join(lines[17:20])
     found = [json.loads(text) for text in log(file, "--json", *times)[1].splitlines()]
     assert found[0] == {"time": lines[10][:27], "level": "WARNING", "component": "core", "text": "x"}
-    assert json.loads(log(file, "--json", "-n", 21)[1].splitlines()[-1]) == {"line": "torn \x1b[31m"}
+    assert json.loads(log(file, "--json", "-n", 21)[1].splitlines()[-1]) == {"line": "torn \\x1b[31m"}
+    (tmp_path / "zeros.txt").write_bytes(b"\0" * 100_000 + b"\n")
+    assert log(tmp_path / "zeros.txt")[1] == "\\x00" * 2000 + "... (100000 bytes)\n"
     for arguments, words in (
         ((tmp_path / "none.txt",), "none.txt: no such file"),
         ((tmp_path,), "is not a regular file"),
