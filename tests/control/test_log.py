@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import zmq
 from fake_core import Actor, core
@@ -17,7 +18,7 @@ from processes import LIMIT, Process, free_port, until
 
 from larpixdaq.control import log_shipping
 from larpixdaq.control.log_file import LogRecord
-from larpixdaq.control.log_shipping import LogShipper, unpack_record
+from larpixdaq.control.log_shipping import LimitedLog, LogShipper, unpack_record
 from larpixdaq.errors import FileError, ProtocolError
 from larpixdaq.keys.curve import Doorkeeper
 from larpixdaq.log import LogFile, line, listen, main
@@ -25,6 +26,7 @@ from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import Endpoint
 from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.runtime.timing import Throttle
+from larpixdaq.runtime.units import brief, call_text
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z (\w+) ([^:]+): (.*)\n")
 
@@ -266,6 +268,38 @@ def test_many_components_share_one_limit():
     assert len(throttle.summaries()) <= 257
     assert throttle.summaries() == []
     assert throttle.dropped == 9997
+
+
+def test_many_lines_of_one_kind_are_limited_and_counted(monkeypatch, caplog):
+    monkeypatch.setattr("larpixdaq.control.log_shipping.RATE", 0.001)
+    caplog.set_level(logging.INFO, "larpixdaq")
+    limited = LimitedLog(logging.getLogger("larpixdaq.test"))
+    for number in range(100):
+        limited("requests of anna", logging.INFO, "request %d", number)
+        limited("queries of anna", logging.DEBUG, "query %d", number)  # not enabled: takes no place
+    limited("failures of anna", logging.WARNING, "failure")
+    assert caplog.messages == [
+        *(f"request {number}" for number in range(50)),
+        "50 lines of requests of anna were not written: too many",
+        "failure",
+    ]
+
+
+VALUES = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=20) | st.dictionaries(st.text(), inner, max_size=20),
+    max_leaves=50,
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), VALUES, max_size=10))
+def test_parameters_and_results_are_short(params):
+    assert len(brief(params)) <= 300
+    assert len(call_text("power", params)) <= 310
+    assert call_text("power", {"on": True, "tiles": [1, 2], "io_group": None, "kwargs": {}}) == (
+        "power(on=True, tiles=[1, 2])"
+    )
+    assert brief({"rows": np.zeros((3, 4))}) == "{'rows': array of shape (3, 4)}"
 
 
 def test_names_without_lines_for_long_take_no_place():
