@@ -1,18 +1,20 @@
 """Alarms sent to commands, webhooks and by mail: contents, limits, servers that hang, and secrets."""
 
+import base64
 import contextlib
 import json
 import logging
 import os
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 import time
 from email import message_from_string
 
 import pytest
-from alarm_receivers import RECORD, Web, lines
+from alarm_receivers import CERTIFICATE, RECORD, Web, lines
 from processes import LIMIT, in_thread, until
 
 from larpixdaq.alarm_config import AlarmConfig, CommandDestination, MailDestination, WebhookDestination
@@ -172,19 +174,39 @@ def test_a_webhook_that_hangs_holds_up_nobody(tmp_path, answer, monkeypatch):
 
 
 class MailServer:
-    """A mail server that keeps mails. Knows no STARTTLS."""
+    """A mail server that keeps mails and logins. With a `certificate` it knows STARTTLS."""
 
-    def __init__(self):
+    def __init__(self, certificate=None):
         self.mails = []
+        self.logins = []
         self.refuse = ""
         outer = self
 
         class Handler(socketserver.StreamRequestHandler):
             def handle(self):
                 self.say("220 ready")
+                self.secure()
+
+            def secure(self):
                 for line in self.rfile:
                     verb = line.decode().strip().upper()
-                    if verb == "DATA":
+                    if verb.startswith("EHLO") and certificate:
+                        self.say("250-localhost\r\n250-STARTTLS\r\n250 AUTH PLAIN")
+                    elif verb == "STARTTLS" and certificate:
+                        self.say("220 go on")
+                        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                        context.load_cert_chain(certificate)
+                        with (
+                            contextlib.suppress(OSError),  # the client does not trust the certificate
+                            context.wrap_socket(self.request, server_side=True) as self.request,
+                        ):
+                            self.setup()
+                            self.secure()
+                        return
+                    elif verb.startswith("AUTH"):
+                        outer.logins.append(line.split()[-1])
+                        self.say("235 well")
+                    elif verb == "DATA":
                         self.say("354 go on")
                         text = b"".join(iter(lambda: self.rfile.readline(), b".\r\n"))
                         outer.mails.append(text.decode().replace("\r\n", "\n"))
@@ -236,6 +258,48 @@ def test_mail(monkeypatch, caplog):
             shown = json.dumps(delivery.status()) + caplog.text
     assert "hunter2" not in shown
     assert "secret" not in shown
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    path = tmp_path / "certificate.pem"
+    path.write_text(CERTIFICATE)
+    return path
+
+
+def test_a_login_needs_a_server_with_a_trusted_certificate(certificate, monkeypatch):
+    monkeypatch.setattr(alarm_delivery, "_RETRIES", ())
+    monkeypatch.setenv("SMTP_PASSWORD", "hunter2")
+    mails = MailServer(certificate)
+    with mails.running() as port:
+        settings = {"port": port, "sender": "daq@lab.test", "to": ["a@lab.test"], "starttls": True, "user": "u"}
+        mail = MailDestination(host="localhost", password_env="SMTP_PASSWORD", **settings)
+        with delivering(mail=[mail]) as delivery:
+            send(delivery)
+            until(lambda: "CERTIFICATE" in delivery.status()[0]["error"], "the refusal")
+            assert not mails.logins
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+            send(delivery)
+            until(lambda: delivery.status()[0]["sent"] == 1, "the mail")
+    assert base64.b64decode(mails.logins[0]) == b"\0u\0hunter2"
+    assert "too slow" in mails.mails[0]
+
+
+def test_a_webhook_with_tls_needs_a_trusted_certificate(certificate, monkeypatch):
+    monkeypatch.setattr(alarm_delivery, "_RETRIES", ())
+    web = Web()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    web.server.socket = context.wrap_socket(web.server.socket, server_side=True, do_handshake_on_connect=False)
+    with web.running():
+        hook = WebhookDestination(url=web.url.replace("http:", "https:"))
+        with delivering(webhook=[hook]) as delivery:
+            send(delivery)
+            until(lambda: "CERTIFICATE" in delivery.status()[0]["error"], "the refusal")
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+            send(delivery)
+            until(lambda: delivery.status()[0]["sent"] == 1, "the message")
+    assert web.posts[0][2]["alarm"] == ALARM
 
 
 @pytest.mark.parametrize("answer", [b"", b"220-more\r\n"], ids=["silent", "slow"])

@@ -33,9 +33,11 @@ from larpixdaq.control.alarms import (
     row_line,
     sentence,
 )
-from larpixdaq.control.catalogue import AlarmRow, Catalogue, append_alarms, open_alarms, read_alarms
+from larpixdaq.control.catalogue import AlarmRow, Catalogue, append_alarms, open_alarms, read_alarms, read_audit
 from larpixdaq.control.display import needs_attention, status_lines
+from larpixdaq.control.registry import OperatorPeer
 from larpixdaq.errors import ConfigError, FileError, NotAllowed, RequestError, printable
+from larpixdaq.keys.key_store import Member
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.reports import (
     BoardReport,
@@ -443,17 +445,12 @@ def test_an_observer_may_look_and_not_acknowledge(tmp_path):
     with core(tmp_path / "state") as running:
         running._alarms.catalogue("disk is full", time.monotonic())
         router = running._requests._actions
-        from larpixdaq.control.registry import OperatorPeer
-        from larpixdaq.keys.key_store import Member
-
         night = OperatorPeer("s", b"r", "night", "i", 0.0, Member("night", "observer", "k" * 40))
         with pytest.raises(NotAllowed, match="allows to look, not to change"):
             router.handle(night, "acknowledge_alarm", {"alarm": 1}, None, 0.0)
 
 
 def test_acknowledgements_are_in_the_audit(tmp_path):
-    from larpixdaq.control.catalogue import read_audit
-
     with core(tmp_path / "state") as running, Operator(running.address, name="night") as o:
         with storage(running.address).running() as store:
             store.status = storage_status(paused="no space")

@@ -1,4 +1,4 @@
-"""Receivers of alarms: a command that records them, and a web server."""
+"""Receivers of alarms: a command that records them, a web server, and a certificate for TLS on this machine."""
 
 import contextlib
 import http.server
@@ -49,3 +49,23 @@ class Web:
     def running(self):
         with self.server, in_thread(self.server.serve_forever, self.server.shutdown):
             yield self
+
+
+#: Certificate of localhost and 127.0.0.1, signed by itself, with its key; for tests alone.
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBdzCCAR2gAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKxxMOgI+i10j4nC
+4TL2P8dI2yB+gs6VbE7oY/W0IrYBquz7fblmDjuaEZ60c+3JU0peiOPqD7sSGuSs
+JcERHLajXjBcMBoGA1UdEQQTMBGCCWxvY2FsaG9zdIcEfwAAATAPBgNVHRMBAf8E
+BTADAQH/MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4EFgQUvFV5x6vvoczcEGInvvtU
+pR2UI0swCgYIKoZIzj0EAwIDSAAwRQIhAIQFL+uUUZ+uJRzg1dssyrbObDBlNXvz
+9r/wu/J7hQV2AiAC9TefMuTDzpQmA2omUBMN9cXzUQ26Qrgn/9pjlbs8NQ==
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgnlbgcj7jf8tXpKW/
+b0PpFW5fgzZaL2LP6YEo+OAk2oehRANCAASscTDoCPotdI+JwuEy9j/HSNsgfoLO
+lWxO6GP1tCK2Aars+325Zg47mhGetHPtyVNKXojj6g+7EhrkrCXBERy2
+-----END PRIVATE KEY-----
+"""
