@@ -36,7 +36,8 @@ def add_commands(commands: Any) -> None:
         metavar="TIME",
         help="show the history from this time on: UTC, such as 2023-03-15T02:48, or before now, such as 90min, 12h, 3d",
     )
-    _add_common(parser)
+    config.add_core_argument(parser)
+    config.add_insecure_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=alarms)
     actions = parser.add_subparsers(metavar="ack")
@@ -48,13 +49,10 @@ def add_commands(commands: Any) -> None:
     )
     ack.add_argument("ids", nargs="+", type=parse_whole, metavar="ID", help="number of an alarm")
     ack.add_argument("--comment", default="", metavar="TEXT", help="what is done about it")
-    _add_common(ack)
+    # Without defaults, which would replace the values that stand before `ack`.
+    ack.add_argument("--core", default=argparse.SUPPRESS, metavar="ADDRESS", help="the address of the DAQ Core")
+    ack.add_argument("--insecure", action="store_true", default=argparse.SUPPRESS, help="use no keys")
     ack.set_defaults(function=acknowledge)
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    config.add_core_argument(parser)
-    config.add_insecure_argument(parser)
 
 
 def alarms(options: argparse.Namespace) -> int:

@@ -59,6 +59,8 @@ MAX_ALARMS: Final = 1000
 #: Maximum characters of subject and text.
 _MAX_SUBJECT: Final = 200
 _MAX_TEXT: Final = 500
+#: Maximum characters of the newest alarm in messages to Operators.
+_MAX_LINE: Final = 1000
 #: Conditions that stay true when their component ends: files are left behind, and the run is not complete.
 _LASTING: Final = frozenset({"not-recovered", "producer-files", "run-verdict", "component-lost", "given-up"})
 #: Seconds for which a restart, or a loss of log records, counts.
@@ -147,6 +149,7 @@ class _Entry:
     since: float | None
     hold: float
     heard: float  # last Reading
+    cleared: float = 0.0  # the last time
 
 
 class AlarmBook:
@@ -250,7 +253,7 @@ class AlarmBook:
             self._count += 1
         alarm = entry.alarm
         entry.heard = now
-        alarm.text = reading.text[:_MAX_TEXT]
+        alarm.text = printable(reading.text)[:_MAX_TEXT]
         if entry.state != _OPEN:
             alarm.level = reading.level
             if entry.state == _OVER:
@@ -274,7 +277,7 @@ class AlarmBook:
         elif entry.state == _PENDING:
             if not entry.alarm.id:
                 return False
-            entry.state, entry.since = _OVER, now
+            entry.state, entry.since = _OVER, entry.cleared
         return True
 
     def _raise_when_due(self, entry: _Entry, now: float) -> None:
@@ -295,7 +298,7 @@ class AlarmBook:
         self._changed("raised", alarm)
 
     def _clear(self, entry: _Entry, now: float) -> None:
-        entry.state, entry.since = _OVER, now
+        entry.state, entry.since, entry.cleared = _OVER, now, now
         entry.alarm.cleared = self._wall()
         self._changed("cleared", entry.alarm)
 
@@ -542,6 +545,7 @@ class Alarms:
         self._off = frozenset(config.off)
         self._evaluation = Evaluation(config)
         self._restarted: dict[str, tuple[float, str]] = {}  # by component: when, and the text
+        self._ended: dict[str, int] = {}  # runs of components that have ended although their run requires them
         self._last_run: tuple[int, str, list[str]] | None = None
         self._writer: RowWriter[AlarmRow] = RowWriter(
             "alarms", lambda rows: append_alarms(path, rows), lambda count: None
@@ -588,6 +592,7 @@ class Alarms:
 
     def registered(self, component: Component, now: float, *, restarted: bool) -> None:
         """A component has registered. `restarted`: an earlier process of this name was lost."""
+        self._ended.pop(component.name, None)
         self._take(component.name, [Reading("component-lost", component.name, "")], now)
         if restarted:
             self._evaluation.forget(component.name)
@@ -603,6 +608,8 @@ class Alarms:
             subjects = [pair for pair in self._book.subjects(name) if pair[0] not in _LASTING]
             self._take(name, [Reading(condition, subject, "") for condition, subject in subjects], now)
             return
+        if what == "closed" and run is not None:
+            self._ended[name] = run
         level = ALARM if run is not None or component.kind in (PRODUCER, STORAGE) else WARNING
         how = "has ended" if what == "closed" else f"is LOST ({_process(component)})"
         text = f"{name} {how}" + (f", and run {run} requires it" if run is not None else "")
@@ -620,6 +627,9 @@ class Alarms:
         if last is None or known == self._last_run or last.condition == RunCondition.CANCELLED:
             return
         self._last_run = known
+        for name in [name for name, run in self._ended.items() if run <= last.run]:  # which requires it no more
+            del self._ended[name]
+            self._take(name, [Reading("component-lost", name, "")], now)
         level = ALARM
         if last.condition == RunCondition.COMPLETE:
             level = ""
@@ -684,7 +694,7 @@ class Alarms:
         self._writer.add(alarm_row(event, alarm))
         if event == "raised":
             self.raised += 1
-            self.newest = line
+            self.newest = line[:_MAX_LINE]
         if self._delivery is not None:
             self._delivery.send(event, alarm.level, line, msgspec.structs.asdict(alarm))
 
