@@ -11,7 +11,7 @@ import difflib
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -172,6 +172,7 @@ class AlarmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, renam
 
 
 _KEY_ERROR: Final = re.compile(r"Object contains unknown field `([^`]*)`")
+_VALUE_ERROR: Final = re.compile(r"Invalid enum value '([^']*)'")
 
 
 def is_web_address(url: str) -> bool:
@@ -219,4 +220,8 @@ def _explain(text: str) -> str:
         close = difflib.get_close_matches(unknown[1], known, 1)
         more = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
         problem = f"unknown key {unknown[1]!r}{more}"
+    elif (value := _VALUE_ERROR.match(problem)) is not None and place.startswith("off"):
+        close = difflib.get_close_matches(value[1], get_args(Condition), 1)
+        more = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(get_args(Condition))}"
+        problem = f"no condition is named {value[1]!r}; {more}"
     return f"{place}: {problem}" if place else problem

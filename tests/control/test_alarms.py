@@ -537,7 +537,8 @@ def test_status_of_a_core_with_other_alarms():
     [
         ("[alarms]\nhold_off = 3", r"\[alarms\]: unknown key 'hold_off'; did you mean 'hold-off'\?"),
         ("[alarms]\nhold-off = -3", r"hold-off: Expected `float` > 0.0"),
-        ("[alarms]\noff = ['rates']", r"off\[0\]: Invalid enum value 'rates'"),
+        ("[alarms]\noff = ['rates']", r"off\[0\]: no condition is named 'rates'; did you mean 'rate'\?"),
+        ("[alarms]\noff = ['?']", r"off\[0\]: no condition is named '\?'; there are component-lost, "),
         (
             "[[alarms.rate]]\nio-group = 1\nmin = 3\nmax = 2",
             r"rate\[0\]: max 2 packets/s of io_group 1 is not above min 3",
