@@ -58,6 +58,8 @@ _MAX_VALUES: Final = {
     "fifo_half": 1,
     "fifo_full": 1,
 }
+#: Kinds of columns that are no numbers.
+_KINDS: Final = {"chip_key": "S"}
 _TIMESTAMP_BITS: Final = {Asic.V1: 24, Asic.V2: 32, Asic.V2_DIAGNOSTICS: 16, Asic.V3: 28}
 #: Maximum seconds of a type-4 row that a board message can carry (64 bits of nanoseconds).
 _LAST_SECOND: Final = (2**64 - 1) // 10**9
@@ -168,7 +170,7 @@ class PacketFile:
         if (
             not {self._type, "timestamp", "parity"} <= known
             or packets.dtype[self._type].kind not in "iu"
-            or any(packets.dtype[name].shape for name in known)
+            or any(packets.dtype[name].kind not in _KINDS.get(name, "uif") for name in known)  # "V": also arrays
         ):
             raise FileError(f"{path}: packet file without /packets of known columns")
         self._packets = packets
@@ -209,7 +211,9 @@ class PacketFile:
         if self.asic == Asic.V1:
             groups = _key_groups(rows["chip_key"], default)
         else:
-            groups = rows["io_group"] if "io_group" in (rows.dtype.names or ()) else np.empty(0, np.uint8)
+            groups = np.empty(len(rows) if "io_group" in (rows.dtype.names or ()) else 0, np.uint8)
+            if len(groups):
+                groups = groups[_copy(rows["io_group"], groups)]
         return tuple(np.unique(groups).tolist()) or (default,)
 
     def pieces(self, layout: RowLayout, asic: Asic, default: int) -> Iterator[PacketPiece]:

@@ -167,6 +167,29 @@ def test_a_foreign_file_with_rows_of_arrays(tmp_path):
             open_recording(tmp_path / "a.h5")
 
 
+@pytest.mark.parametrize("column", ["chip_key", "receipt_timestamp", "fifo_diagnostics_enabled", "direction"])
+def test_a_foreign_file_with_columns_of_other_kinds(tmp_path, column):
+    kind = "<f4" if column == "chip_key" else "S3"
+    other = "type" if column == "chip_key" else "packet_type"
+    dtype = np.dtype([(other, "u1"), ("timestamp", "u8"), ("parity", "u1"), (column, kind)])
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group("_header").attrs["version"] = "1.0"
+        file["packets"] = np.ones(5, dtype)
+    with pytest.raises(FileError, match="packet file without /packets of known columns"):
+        open_recording(tmp_path / "a.h5")
+
+
+def test_a_foreign_file_with_impossible_io_groups(tmp_path):
+    dtype = np.dtype([("packet_type", "u1"), ("timestamp", "u8"), ("parity", "u1"), ("io_group", "<f8")])
+    rows = np.ones(5, dtype)
+    rows["io_group"] = [2, -1, 256, np.nan, 3]
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group("_header").attrs["version"] = "2.4"
+        file["packets"] = rows
+    with contextlib.closing(open_recording(tmp_path / "a.h5")) as recording:
+        assert recording.io_groups(1) == (2, 3)
+
+
 def test_truncated_files(tmp_path, good, part):
     for size in [*range(0, 3000, 97), *range(3000, len(good), 4999)]:
         path = tmp_path / f"{NAME}.h5"
