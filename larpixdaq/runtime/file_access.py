@@ -137,7 +137,7 @@ def read_regular(path: Path, limit: int) -> bytes:
             size = os.fstat(fd).st_size
             if size > limit:
                 raise FileError(f"{path}: has {size} bytes, expected at most {limit}")
-            return file.read(limit)
+            return file.read(size)  # not `limit`, which would be allocated first
     except FileError:
         raise
     except OSError as error:
