@@ -40,6 +40,8 @@ from larpixdaq.runtime.launcher import is_running
 MARK, MARK_TOGETHER = "supervision", "killer of all kinds"
 #: Maximum seconds until an alarm tells of a killed process, and until all alarms have cleared after the run.
 ALARM_LIMIT, CLEAR_LIMIT = 2.0, 420.0
+#: Conditions of alarms that tell of a killed process.
+CONDITIONS = ("component-lost", "component-restarted")
 #: Kinds of processes, by the names of their components. The producer is last: only its kills may lose words, which are
 #: then inside marked gaps.
 KINDS = ("core", "Log", "Offline storage", "Online monitor", "supervisor", "LArPix board")
@@ -149,13 +151,19 @@ def open_times(rows: list[AlarmRow], name: str) -> list[tuple[float, float]]:
     opened: dict[int, float] = {}
     times = []
     for row in rows:
-        if name.lower() not in row.subject.lower() or row.condition not in ("component-lost", "component-restarted"):
+        if name.lower() not in row.subject.lower() or row.condition not in CONDITIONS:
             continue
         if row.event == "raised":
             opened.setdefault(row.alarm, row.time_ns / 1e9)
         elif row.event == "cleared":
             times.append((opened.pop(row.alarm), row.time_ns / 1e9))
     return times + [(since, math.inf) for since in opened.values()]
+
+
+def about_components(operator: Operator) -> list[str]:
+    """Return the texts of open alarms about components. Others are of boards, which end with the run."""
+    alarms = operator.alarms().result(STEP)["open"]
+    return [alarm["text"] for alarm in alarms if alarm["condition"] in CONDITIONS]
 
 
 def together(options: argparse.Namespace, made: Detector, boards: Emulator) -> tuple[Result, str]:
@@ -187,9 +195,9 @@ def together(options: argparse.Namespace, made: Detector, boards: Emulator) -> t
             STEP,
         )
         began = time.monotonic()
-        while operator.alarms().result(STEP)["open"] and time.monotonic() - began < CLEAR_LIMIT:
+        while (still := about_components(operator)) and time.monotonic() - began < CLEAR_LIMIT:
             time.sleep(1.0)
-        result.failures += [f"still open: {alarm['text']}" for alarm in operator.alarms().result(STEP)["open"]]
+        result.failures += [f"still open: {text}" for text in still]
     found = tally(parts_of([made.data], ended["run"]))
     result.sent = sum(counts["words"] for counts in sent.values())
     result.stored, result.counted = sum(found.stored.values()), sum(found.counted.values())

@@ -567,6 +567,8 @@ class Alarms:
         now = time.monotonic()
         for row in rows:
             self._book.restore(alarm_of(row), now)
+            if row.condition == "component-restarted" and row.component == row.subject:
+                self._restarted[row.component] = now, row.text
         if rows:
             _log.warning("%d alarms of an earlier core are open", len(rows))
 

@@ -24,6 +24,7 @@ from larpixdaq.cli import main
 from larpixdaq.control import alarms as alarms_module
 from larpixdaq.control.alarms import (
     AlarmBook,
+    Alarms,
     Evaluation,
     Reading,
     alarm_of,
@@ -582,3 +583,19 @@ tables = st.recursive(
 def test_any_table_is_read_or_refused_in_one_line(table):
     with contextlib.suppress(ConfigError):
         convert_alarms(table, "file")
+
+
+def test_the_alarm_of_a_restart_clears_under_the_next_core_too(tmp_path):
+    """The next core does not see the restart; it counts the time from its own start."""
+    path = Catalogue(tmp_path).path
+    ns = time.time_ns()
+    text = "RESTARTED: disk: an earlier process was lost"
+    append_alarms(path, [AlarmRow(ns, 1, "raised", "component-restarted", "disk", "disk", "warning", text, ns)])
+    alarms = Alarms(AlarmConfig(), path, "tcp://127.0.0.1:1")
+    try:
+        now = time.monotonic()
+        for seconds, still_open in ((1, [1]), (59, [1]), (62, [1]), (70, [])):
+            alarms.turn(now + seconds)
+            assert [alarm["id"] for alarm in alarms.open()] == still_open, seconds
+    finally:
+        alarms.close(LIMIT)
