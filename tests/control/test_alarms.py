@@ -587,7 +587,8 @@ def test_any_table_is_read_or_refused_in_one_line(table):
 
 def test_the_alarm_of_a_restart_clears_under_the_next_core_too(tmp_path):
     """The next core does not see the restart; it counts the time from its own start."""
-    path = Catalogue(tmp_path).path
+    with closing(Catalogue(tmp_path)) as catalogue:
+        path = catalogue.path
     ns = time.time_ns()
     text = "RESTARTED: disk: an earlier process was lost"
     append_alarms(path, [AlarmRow(ns, 1, "raised", "component-restarted", "disk", "disk", "warning", text, ns)])
