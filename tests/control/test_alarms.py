@@ -366,7 +366,7 @@ def test_rows_are_only_appended_and_open_alarms_are_found(tmp_path):
             ):
                 with pytest.raises(sqlite3.IntegrityError, match="rows of the alarms are never"):
                     db.execute(statement)
-            db.execute("INSERT INTO runs VALUES (1, 'ENDED', '', '', '', 0, 0, 0, 'COMPLETE', 'damaged')")
+            db.execute("INSERT INTO runs VALUES (1, 'ENDED', '', '', '', 0, 0, 0, 'COMPLETE', 'damaged', '')")
     with closing(Catalogue(tmp_path)) as catalogue:
         assert catalogue.warnings
         assert open_alarms(catalogue.path)[1] == 4
