@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         sequence = RunSequence(operator, options, signals)
         sequence.take_control()
         complete = sequence.take()
-    if signals.received:
+    if signals.received and not complete:
         raise Stopped(signals.received[0][1])
     return 0 if complete else 1
 
@@ -155,9 +155,11 @@ class RunSequence:
 
     def _wait(self, until: float) -> None:
         """Wait until this time (monotonic), or for a signal."""
+        shown = False
         while not self._stopped and (left := until - time.monotonic()) > 0:
-            if left > _LOOK:
+            if left > _LOOK and (self._progress.terminal or not shown):
                 self._progress.show(f"next run at {utc(time.time() + left)}")
+                shown = True
             select.select([self._signals], [], [], min(left, _LOOK))
 
     def _take_one(self) -> bool:
@@ -209,9 +211,14 @@ class RunSequence:
     def _status(self) -> dict[str, Any] | None:
         """Return the core's status; None if the core does not answer."""
         with contextlib.suppress(LarpixDaqError):
-            found: dict[str, Any] = self._operator.status().result(_ANSWER_LIMIT)
+            found: dict[str, Any] = self._ask(self._operator.status())
             return found
         return None
+
+    def _ask(self, request: Request, limit: float = _ANSWER_LIMIT) -> Any:
+        """Wait for a result. An error that comes later, such as after a restart of the core, is not printed."""
+        request.outcome.mark_seen()
+        return request.result(limit)
 
     def _watch(self, number: int) -> bool:
         """Show the progress of the run that has just begun. Returns whether it goes on after the wanted duration: False
@@ -238,7 +245,7 @@ class RunSequence:
         """Return whether the catalogue says that the run is over. A core that was just restarted first has to hear of
         the run by its components."""
         with contextlib.suppress(LarpixDaqError):
-            return bool(self._operator.run_info(number).result(_ANSWER_LIMIT)["condition"] != RunCondition.RUNNING)
+            return bool(self._ask(self._operator.run_info(number))["condition"] != RunCondition.RUNNING)
         return False
 
     def _finish(self, number: int) -> dict[str, Any] | None:
@@ -251,9 +258,9 @@ class RunSequence:
         aborting = False
         while time.monotonic() < limit:
             try:
-                status = self._operator.status().result(_ANSWER_LIMIT)
+                status = self._ask(self._operator.status())
                 if status["run"] is None or status["run"]["run"] != number:
-                    info: dict[str, Any] = self._operator.run_info(number).result(_ANSWER_LIMIT)
+                    info: dict[str, Any] = self._ask(self._operator.run_info(number))
                     if info["condition"] != RunCondition.RUNNING:
                         self._show_outcome(info)
                         return info
@@ -262,7 +269,7 @@ class RunSequence:
                 elif self._aborted and not aborting:
                     aborting = True
                     self._progress.show(f"run {number} is being aborted")
-                    self._operator.abort_run().result(_END_LIMIT)
+                    self._ask(self._operator.abort_run(), _END_LIMIT)
                 elif not status["busy"]:
                     self._progress.show(f"run {number} is being ended")
                     self._await(self._operator.end_run(), limit)
@@ -283,7 +290,7 @@ class RunSequence:
         """Wait for a result until this time (monotonic). _Abort if a second signal comes before it."""
         while True:
             try:
-                request.result(0.1)
+                self._ask(request, 0.1)
                 return
             except RequestTimeout:
                 if time.monotonic() > limit:
@@ -406,14 +413,14 @@ class ProgressLine:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._terminal = stream.isatty()
+        self.terminal = stream.isatty()
         self._shown = False
         self._due = 0.0
 
     def show(self, text: str) -> None:
         now = time.monotonic()
         with contextlib.suppress(OSError, ValueError):
-            if self._terminal:
+            if self.terminal:
                 shown, width = printable(text), shutil.get_terminal_size().columns - 1
                 if len(shown) > width:  # between two parts, because half a number is a wrong number
                     shown = f"{shown[: width - 2].rpartition(', ')[0]}, …"

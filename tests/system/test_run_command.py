@@ -90,19 +90,18 @@ def test_a_sequence_of_runs_and_its_worth(line: System) -> None:
     assert "the beam was off" in shown_run.stdout
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_properly_and_the_sequence(line: System, how: signal.Signals) -> None:
+def test_a_signal_ends_the_run_properly_and_the_sequence(line: System) -> None:
     operator = line.start("--fake", "5000")
     with larpixdaq_run(line, "--duration", "1h", "--count", "5") as command:
         until(lambda: state(operator) == "RUN", "the run")
         await_rows(line, operator)
-        command.popen.send_signal(how)
-        command.popen.send_signal(how)  # as `timeout` sends it: twice at once
-        assert command.wait(2 * LIMIT) == 128 + how
+        for _ in range(2):  # as `timeout` sends a signal: twice at once
+            command.popen.send_signal(signal.SIGINT)
+        assert command.wait(2 * LIMIT) == 130
     assert command.stdout.startswith("run 1: COMPLETE, ")
     assert "0 of 5 runs are COMPLETE and as long as wanted" in command.stdout
     assert "run 1 was ended before its 60 min" in command.stderr
-    assert f"interrupted by {how.name}" in command.stderr
+    assert "interrupted by SIGINT" in command.stderr
     assert "Traceback" not in command.stderr
     assert (state(operator), operator.run_info().result(LIMIT)["run"]) == ("STOP", 1)
 
@@ -124,6 +123,7 @@ def test_a_second_signal_aborts_the_run(line: System) -> None:
         line.processes["offline_storage"].popen.send_signal(signal.SIGCONT)
         assert command.wait(3 * LIMIT) == 130
     assert command.stdout.startswith("run 1: ABORTED, ")
+    assert "nobody looked" not in command.stderr
 
 
 def test_a_core_that_is_killed_in_the_middle(line: System) -> None:
@@ -136,6 +136,7 @@ def test_a_core_that_is_killed_in_the_middle(line: System) -> None:
         line.launch_core()
         assert command.wait(3 * LIMIT) == 0, command.stderr + command.stdout
     assert command.stdout.startswith("run 1: COMPLETE, 6 s, ")
+    assert "nobody looked" not in command.stderr
 
 
 def test_a_run_that_somebody_else_ends(line: System) -> None:
