@@ -1,8 +1,6 @@
-"""The configuration file of a detector (TOML): its tables and keys, and the processes that it describes.
+"""The configuration file of a detector (TOML), checked, and the processes that it describes.
 
-The keys of a process's table are the long options of its program, with the type, the description and the default that
-the program's own argument parser has, so that file and command line cannot differ. `larpixdaq config` shows a file as
-it is understood, and `larpixdaq config --explain` describes the keys.
+`larpixdaq config` shows a file as it is understood; config_schema.py has its tables and keys.
 """
 
 from __future__ import annotations
@@ -16,15 +14,24 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, Final, NamedTuple, NoReturn, get_args, get_origin
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType, inspect
+from msgspec import UNSET
 
 from larpixdaq import config
-from larpixdaq.alarm_config import AlarmConfig
+from larpixdaq.config_schema import (
+    Board,
+    File,
+    Program,
+    all_options_of,
+    expected,
+    file_type,
+    options_of,
+    without_unset,
+)
 from larpixdaq.constants import MIN_FREE
 from larpixdaq.errors import ConfigError, LarpixDaqError
 from larpixdaq.runtime.file_access import read_regular
@@ -38,8 +45,6 @@ else:
 
 #: Maximum bytes of a file.
 _LARGEST: Final = 256 << 10
-#: Options that the file determines elsewhere: by other tables, or by the name of the table.
-_ELSEWHERE: Final = frozenset({"help", "core", "log-address", "state-dir", "insecure", "alarms"})
 #: Options of processes that name a directory which must exist.
 _DIRECTORIES: Final = ("output-dir", "routines", "ring-dir", "lock-dir")
 #: The key that counts where a table of a process does not have its own.
@@ -48,93 +53,6 @@ _INHERITED: Final = {"host": ("core", "host"), "output-dir": ("detector", "outpu
 _DERIVED: Final = ("address", "output-dir", "asic")
 _WHERE: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 Keys = tuple[str, ...]
-
-
-class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
-    """A table with these keys and no others."""
-
-
-class Detector(_Table, frozen=True):
-    """What all processes have in common."""
-
-    name: Annotated[str, Meta(max_length=64, description="name of the detector, for people")] = ""
-    state_dir: Annotated[
-        str, Meta(description="directory for run catalogue, keys and log (default: $XDG_STATE_HOME/larpixdaq)")
-    ] = ""
-    output_dir: Annotated[str, Meta(description="for the files of storages that name no directory (default: .)")] = "."
-    insecure: Annotated[
-        bool,
-        Meta(description="use no keys: everybody who can connect can control the detector and read its data"),
-    ] = False
-
-
-class Host(_Table, frozen=True):
-    """A computer with processes. Without any such table, all processes are on one computer, at 127.0.0.1."""
-
-    address: Annotated[
-        str, Meta(description="host name or IP address at which the other hosts reach it (default: NAME)")
-    ] = ""
-    state_dir: Annotated[str, Meta(description="its state directory (default: that of [detector])")] = ""
-
-
-class Board(_Table, frozen=True):
-    """A PACMAN or Bern board. A producer reads it if its `boards` name it."""
-
-    address: Annotated[
-        str,
-        Meta(
-            pattern=r"^(tcp://)?(\[[0-9A-Fa-f:.%\w]+\]|[^\s:=/\[\]]+)(:\d{1,5}){0,2}$",
-            description="HOST[:DATA_PORT[:COMMAND_PORT]]",
-        ),
-    ]
-    io_group: Annotated[int, Meta(ge=1, le=255, description="io_group of its packets, which no other board has")]
-    kind: Annotated[Literal["pacman", "bern"], Meta(description="kind of the board (default: pacman)")] = "pacman"
-    revision: Annotated[
-        Annotated[int, Meta(ge=2, le=5)] | UnsetType,
-        Meta(description="register map of a PACMAN's command server, as --pacman-revision"),
-    ] = UNSET
-    asic: Annotated[
-        Literal["1", "2", "2b", "lightpix-1", "3"] | UnsetType,
-        Meta(description="generation of its chips, one for all boards of a producer (default: `asic` of the producer)"),
-    ] = UNSET
-
-
-class Routines(_Table, frozen=True):
-    """Files of routines for all producers."""
-
-    directories: Annotated[
-        list[str],
-        Meta(description="directories of routine files, beside those of each producer; they run with your rights"),
-    ] = []
-
-
-class _File(_Table, frozen=True):
-    """The tables that belong to no program; Program.table names the others."""
-
-    detector: Detector = Detector()
-    hosts: dict[str, Host] = {}
-    core: dict[str, Any] = {}
-    log: dict[str, Any] = {}
-    storages: dict[str, dict[str, Any]] | UnsetType = UNSET
-    monitors: dict[str, dict[str, Any]] | UnsetType = UNSET
-    boards: dict[str, Board] = {}
-    producers: dict[str, dict[str, Any]] = {}
-    routines: Routines = Routines()
-    alarms: AlarmConfig = AlarmConfig()
-
-
-class Program(NamedTuple):
-    """A program of larpixdaq, and the table in the file with its options.
-
-    `many`: the file has a table [TABLE.NAME] for each process, whose name is the component's. `check` raises
-    LarpixDaqError for parsed options that cannot work.
-    """
-
-    module: str
-    table: str
-    many: bool
-    parser: Callable[[], argparse.ArgumentParser]
-    check: Callable[[argparse.Namespace], object] = lambda options: None
 
 
 class Component(NamedTuple):
@@ -147,122 +65,6 @@ class Component(NamedTuple):
     name: str
     host: str
     options: dict[str, Any]
-
-
-# Keys of a process's table, from the argument parser of its program.
-
-
-def _actions(program: Program) -> dict[str, argparse.Action]:
-    """Return the options of a program that its table may have, by their names without dashes."""
-    elsewhere = _ELSEWHERE | {"name"} if program.many else _ELSEWHERE
-    named = {
-        next(text for text in reversed(action.option_strings) if text.startswith("--"))[2:]: action
-        for action in program.parser()._actions
-        if action.option_strings
-    }
-    return {key: action for key, action in named.items() if key not in elsewhere}
-
-
-def _is_repeated(action: argparse.Action) -> bool:
-    return isinstance(action.default, list)
-
-
-def _value_type(action: argparse.Action) -> Any:
-    """Return the type of an option's value in the file. The program's own function then converts the text."""
-    if action.nargs == 0:
-        return bool
-    one: Any = str if action.type in (None, Path) else str | int | float
-    if action.choices is not None:
-        one = Literal[tuple(action.choices)]
-    if action.nargs == "?":
-        return bool | one
-    if action.nargs == "+" or _is_repeated(action):
-        return Annotated[list[one], Meta(min_length=1)]
-    return one
-
-
-def _help(action: argparse.Action) -> str:
-    return (action.help or "") % vars(action)
-
-
-def _table_type(program: Program) -> type[msgspec.Struct]:
-    """Make the type of a program's table: a field for each option, and fields that only the file has."""
-    own: dict[str, tuple[Any, str]] = {
-        "host": (str, "the host, by its name in [hosts.NAME] (default: that of the core, which is the first one)")
-    }
-    if program.table == "producers":
-        own["boards"] = (
-            Annotated[list[str], Meta(min_length=1)],
-            "names of the boards, in place of the options that name a source",
-        )
-    options = {key: (_value_type(action), _help(action)) for key, action in _actions(program).items()}
-    fields: list[tuple[str, Any, Any]] = [
-        (key.replace("-", "_"), Annotated[kind | UnsetType, Meta(description=text)], UNSET)
-        for key, (kind, text) in (own | options).items()
-    ]
-    made = msgspec.defstruct(program.table.capitalize(), fields, bases=(_Table,), rename="kebab", frozen=True)
-    made.__doc__ = f"The options of `larpixdaq-{program.module.replace('_', '-')}`."
-    return made
-
-
-def file_type(programs: Sequence[Program]) -> type[msgspec.Struct]:
-    """Return the type of the whole file."""
-    fields: list[tuple[str, Any, Any]] = []
-    by_table = {program.table: program for program in programs}
-    for field in msgspec.structs.fields(_File):
-        kind, default = field.type, field.default
-        if (program := by_table.get(field.name)) is not None:
-            table = _table_type(program)
-            kind, default = (dict[str, table] if program.many else table) | UnsetType, UNSET  # type: ignore[valid-type]
-        fields.append((field.name, kind, UNSET if default is msgspec.NODEFAULT else default))
-    made = msgspec.defstruct("Detector configuration", fields, forbid_unknown_fields=True, frozen=True)
-    made.__doc__ = "Configuration file of larpix-daq."
-    return made
-
-
-def _without_unset(kind: Any) -> Any:
-    """Return a type without Unset, which stands for a key that is not there."""
-    parts = [part for part in get_args(kind) if part is not UnsetType]
-    if len(parts) == 1 and UnsetType in get_args(kind) and get_origin(kind) is not Annotated:
-        return parts[0]
-    return kind
-
-
-def expected(kind: Any) -> str:
-    """Describe the values of a type: `a whole number from 1 to 255`."""
-    return _words(inspect.type_info(kind))
-
-
-def _words(kind: inspect.Type) -> str:
-    if isinstance(kind, inspect.Metadata):
-        return _words(kind.type)
-    if isinstance(kind, inspect.UnionType):
-        parts = [part for part in kind.types if not isinstance(part, inspect.NoneType)]
-        numbers = any(isinstance(part, inspect.FloatType) for part in parts)
-        words = [_words(part) for part in parts if not (numbers and isinstance(part, inspect.IntType))]
-        return " or ".join(words)
-    if isinstance(kind, inspect.LiteralType):
-        return f"one of {', '.join(json.dumps(value) for value in kind.values)}"
-    if isinstance(kind, inspect.ListType):
-        return f"a list of values, each {_words(kind.item_type)}"
-    if isinstance(kind, inspect.DictType | inspect.StructType):
-        return "a table"
-    if isinstance(kind, inspect.IntType | inspect.FloatType):
-        word = "a whole number" if isinstance(kind, inspect.IntType) else "a number"
-        low = kind.ge if kind.ge is not None else kind.gt
-        high = kind.le if kind.le is not None else kind.lt
-        above = "" if low is None else f" {'from' if kind.ge is not None and high is not None else 'above'} {low}"
-        if low is not None and kind.ge is not None and high is None:
-            above = f" of at least {low}"
-        return word + above + ("" if high is None else f" {'to' if kind.le is not None else 'below'} {high}")
-    if isinstance(kind, inspect.BoolType):
-        return "true or false"
-    if isinstance(kind, inspect.StrType):
-        return "a text" if kind.max_length is None else f"a text of at most {kind.max_length} characters"
-    return type(kind).__name__.removesuffix("Type").lower()
-
-
-# Reading a file.
 
 
 def _paths(table: Mapping[str, Any]) -> Iterator[Keys]:
@@ -351,14 +153,14 @@ class DetectorConfig:
         """Read a file once. Raises FileError if it cannot be read, and ConfigError."""
         self.path = path.absolute()
         self.programs = programs
-        self.text, self._content, self._lines = _parse_toml(path)
+        self.text, self._content, self._lines = _parse_toml(self.path)
         self._check(self._content, file_type(programs), ())
-        file = msgspec.convert(self._content, _File)
+        file = msgspec.convert(self._content, File)
         self.detector, self.hosts, self.boards = file.detector, file.hosts, file.boards
         self.routines, self.alarms = file.routines, file.alarms
         self._file = file
         if not file.producers:
-            raise ConfigError(f"{path}:1: expected a table [producers.NAME], found none")
+            raise ConfigError(f"{self.path}:1: expected a table [producers.NAME], found none")
         self.core_host = str(file.core.get("host", next(iter(self.hosts), "")))
         self.components = [component for program in programs for component in self._components(program)]
         self._check_names()
@@ -390,12 +192,13 @@ class DetectorConfig:
 
     def _check(self, value: Any, kind: Any, keys: Keys) -> None:
         """Check types, limits and names of keys."""
-        kind = _without_unset(kind)
+        kind = without_unset(kind)
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
             fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
             self._check_table(value, keys)
-            for key in value.keys() - fields.keys():
-                self._unknown((*keys, key), list(fields))
+            for key in value:
+                if key not in fields:
+                    self._unknown((*keys, key), list(fields))
             for key, field in fields.items():
                 if key in value:
                     self._check(value[key], field.type, (*keys, key))
@@ -535,7 +338,7 @@ class DetectorConfig:
 
     def _check_options(self, component: Component) -> None:
         """Check each option by its own, and then all of a process together, as its program would."""
-        actions = _actions(component.program)
+        actions = options_of(component.program)
         for key, value in component.options.items():
             convert = actions[key].type
             if callable(convert):
@@ -569,24 +372,22 @@ class DetectorConfig:
 
     def arguments(self, component: Component) -> list[str]:
         """Return the arguments of a process, in the order in which its program has the options."""
-        program = component.program
-        actions = {action.dest: action for action in program.parser()._actions}
-        given = {key: component.options[key] for key in _actions(program) if key in component.options and key != "name"}
+        options = all_options_of(component.program)
         arguments: list[str] = []
-        if "core" in actions:
+        if "core" in options:
             arguments.append(f"--core={self.core_address(component.host)}")
-        if "log_address" in actions:
+        if "log-address" in options:
             log = next(other for other in self.components if other.program.table == "log")
             arguments.append(f"--log-address={config.address(log.options['address'], config.LOG_PORT)}")
-        if "name" in actions:
+        if "name" in options:
             arguments.append(f"--name={component.name}")
-        if "state_dir" in actions and (state := self.state_dir(component.host)) is not None:
+        if "state-dir" in options and (state := self.state_dir(component.host)) is not None:
             arguments.append(f"--state-dir={state}")
         if self.detector.insecure:
             arguments.append("--insecure")
-        own = _actions(program)
-        for key, value in given.items():
-            arguments += _arguments(key, own[key], value)
+        for key, action in options.items():
+            if key in component.options and key != "name":
+                arguments += _arguments(key, action, component.options[key])
         return arguments
 
     def parsed(self, component: Component) -> argparse.Namespace:
@@ -663,7 +464,7 @@ class DetectorConfig:
 
     def _component_lines(self, component: Component) -> Iterator[str]:
         values: dict[str, Any] = {"host": component.host} if component.host else {}
-        for key, action in _actions(component.program).items():
+        for key, action in options_of(component.program).items():
             if action.nargs == 0:
                 values[key] = False
             elif isinstance(action.default, str | int | float | Path):
@@ -724,34 +525,3 @@ def _working_directory(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(previous)
-
-
-# Descriptions of all keys.
-
-
-class Explanation(NamedTuple):
-    """A table or a key. `table`: as in [hosts.NAME]; `key` "": the table itself; `values`: what it may be."""
-
-    table: str
-    key: str
-    values: str
-    text: str
-
-
-def explanations(programs: Sequence[Program]) -> Iterator[Explanation]:
-    """Yield all tables with their keys."""
-    for table in msgspec.structs.fields(file_type(programs)):
-        kind = _without_unset(table.type)
-        name = table.encode_name
-        if get_origin(kind) is dict:
-            kind, name = get_args(kind)[1], f"{name}.NAME"
-        yield Explanation(name, "", "", " ".join((kind.__doc__ or "").split()))
-        for field in msgspec.structs.fields(kind):
-            info = inspect.type_info(field.type)
-            text = (info.extra_json_schema or {}).get("description", "") if isinstance(info, inspect.Metadata) else ""
-            yield Explanation(name, field.encode_name, _words(info), text)
-
-
-def json_schema(programs: Sequence[Program]) -> dict[str, Any]:
-    """Return the JSON schema of the file, for editors."""
-    return msgspec.json.schema(file_type(programs))

@@ -20,8 +20,9 @@ from typing import Any, Final
 import msgspec
 
 from larpixdaq import config, core, log, offline_storage, producer, run_data, supervisor
+from larpixdaq.config_schema import Explanation, Program, explanations, json_schema
 from larpixdaq.constants import STOP
-from larpixdaq.detector_config import DetectorConfig, Explanation, Program, explanations, json_schema
+from larpixdaq.detector_config import DetectorConfig
 from larpixdaq.errors import ComponentError, ConfigError, FileError, LarpixDaqError, NoCore
 from larpixdaq.keys.credentials import is_of_this_host
 from larpixdaq.operator import Operator
@@ -589,7 +590,7 @@ def unit(file: DetectorConfig, host: str) -> str:
             "NotifyAccess=main",
             f"User={user}",
             "WorkingDirectory=/",
-            *([f"Environment={_exec([f'XDG_STATE_HOME={home}'])}"] if home else []),
+            *([f"Environment={_quoted(f'XDG_STATE_HOME={home}'.replace('%', '%%'))}"] if home else []),
             f"ExecStart={_exec([*program, 'up', *which, '--foreground'])}",
             f"ExecStop={_exec([*program, 'down', *which])}",
             "# When the supervisor ends, the processes continue, and the next supervisor adopts them.",

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from larpixdaq.cli import main
 from larpixdaq.cli.detector import PROGRAMS, explain
-from larpixdaq.detector_config import Board, DetectorConfig, explanations, find_lines, json_schema
+from larpixdaq.config_schema import Board, explanations, json_schema
+from larpixdaq.detector_config import DetectorConfig, find_lines
 from larpixdaq.errors import ConfigError, LarpixDaqError
 from larpixdaq.schema import ASICS
 from larpixdaq.sources.command_channel import REVISIONS
