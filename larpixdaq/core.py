@@ -549,7 +549,11 @@ class Core:
             },
             "next_server": self._keys.next_server if self._keys is not None else "",
             "alarms": (self._alarms.raised, self._alarms.newest),
-            "log_level": {component.name: component.wanted_log_level for component in self._peers.components.values()},
+            "log_level": {  # only levels that were asked for, so that a registration alone is no change
+                component.name: component.wanted_log_level
+                for component in self._peers.components.values()
+                if component.wanted_log_level
+            },
         }
 
     def _state_for(self, peer: Peer) -> dict[str, Any]:
