@@ -69,6 +69,8 @@ END_LIMIT = 5.0
 #: of 5,000 one-word messages a second would take a turn of the loop, together a fifth of a core. At high rates the rest
 #: would delay acknowledgements and the storages.
 REST, FEW_ROWS = 4, 4_000
+#: Attempts to ask a board that has connected again for its firmware, because its command server may start later.
+FIRMWARE_TRIES = 5
 #: Fraction of the ring in use above which a board that waits for room is not called silent.
 _ROOM = 0.5
 #: Seconds between two looks at the boards for losses, wrong options and clocks.
@@ -108,6 +110,7 @@ class Producer:
         self.tracker = ConfigurationTracker(options.asic)
         self.commands = CommandQueue(channels, asic, self.layout, self._put)
         self._firmware_requested: set[int] = set()  # io_groups, before this run
+        self._firmware_tries: dict[int, int] = {}  # by io_group that has connected again: attempts that are left
         self._firmware: dict[str, str] = {}  # by io_group, the last answers of the boards
         by_group = {channel.io_group: (channel.kind, channel.revision) for channel in channels}
         infos = []
@@ -303,7 +306,11 @@ class Producer:
                 self.commands.send_order(channel.io_group, channel.identify, partial(self._take_firmware, channel))
 
     def _take_firmware(self, channel: Channel, answer: bytes, error: str) -> None:
-        if not error:
+        if error:
+            if left := self._firmware_tries.get(channel.io_group, 0):
+                self._firmware_tries[channel.io_group] = left - 1
+                self._firmware_requested.discard(channel.io_group)
+        else:
             self._firmware[str(channel.io_group)] = channel.firmware(answer)
             if self.recorder.run is not None:
                 self._board_watch.take_identity(channel.io_group, channel.identity(answer), time.monotonic())
@@ -406,7 +413,10 @@ class Producer:
             return
         alone = self.child.running is None and not self.commands.busy and self.delivery.ring.fill < _ROOM
         packets = dict(enumerate(self.delivery.ring.counts[:, Count.PACKETS].tolist()))
-        self._firmware_requested.difference_update(self._board_watch.take(self._boards(), packets, now, alone=alone))
+        if back := self._board_watch.take(self._boards(), packets, now, alone=alone):
+            self._firmware_requested.difference_update(back)
+            self._firmware_tries.update(dict.fromkeys(back, FIRMWARE_TRIES))
+            self._identify()
 
     def _check_boards(self) -> None:
         """Ask for firmware, and log new findings about the boards: in this run or, between runs, for the next one."""
