@@ -17,7 +17,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 FLAGS = {
     "fast": ["-O3", "-g0"],
     "checked": ["-O1", "-g", "-UNDEBUG"],
-    "sanitized": ["-O1", "-g", "-UNDEBUG", *SANITIZERS],
+    "sanitized": ["-O0", "-g1", "-UNDEBUG", *SANITIZERS],
     "fuzzed": ["-O1", "-g", "-UNDEBUG", *SANITIZERS, "-fsanitize=fuzzer-no-link"],
 }
 if MODE not in FLAGS:

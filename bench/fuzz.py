@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ CORPUS = TESTS / "corpus"
 sys.path.insert(0, str(TESTS / "support"))
 #: Maximum bytes of an input, and of one that --grow adds.
 MAX_BYTES = 4096
-GROWN_BYTES = 1500
+GROWN_BYTES = 700
 #: Seconds of one execution, and MiB of the process, that are findings.
 SLOWEST = 120
 MEMORY = 4096
@@ -130,7 +131,7 @@ def search(target: str, seconds: float, folder: Path) -> Outcome:
 
 def grow(target: str, folder: Path) -> None:
     """Add the inputs of a search to the corpus that reach new branches, small ones only."""
-    run(target, "-merge=1", f"-max_len={GROWN_BYTES}", str(CORPUS / target), str(folder / target))
+    run(target, "-merge=1", "-use_counters=0", f"-max_len={GROWN_BYTES}", str(CORPUS / target), str(folder / target))
 
 
 def child(target: str, options: list[str]) -> None:
@@ -141,7 +142,8 @@ def child(target: str, options: list[str]) -> None:
         import fuzz_targets
     logging.disable()
     checks = {name: check for group in fuzz_targets.TARGETS.values() for name, check in group.items()}
-    atheris.Setup([sys.argv[0], *options], checks[target])
+    program = shlex.join([sys.executable, __file__, "--child", target])  # by which a merge starts it again, in a shell
+    atheris.Setup([program, *options], checks[target])
     atheris.Fuzz()
 
 
