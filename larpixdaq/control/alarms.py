@@ -325,8 +325,8 @@ def present_readings(
         for process in status.processes:
             text = ""
             if process.state == "given up":
-                why = "; ".join(part for part in (process.last_exit, process.last_line) if part)
-                text = f"GIVEN UP: {process.name} is not started again after {process.restarts} restarts: {why}"
+                why = ": ".join(part for part in (process.last_exit, process.last_line) if part)
+                text = f"GIVEN UP: {process.name}: {why}; `larpixdaq up` tries again"
             yield Reading("given-up", process.name, ALARM if text else "", text)
 
 
