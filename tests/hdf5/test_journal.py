@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -149,4 +150,14 @@ def test_a_full_disk_leaves_earlier_records(tmp_path, monkeypatch):
     block, rows = Feed().block(random_rows(np.random.default_rng(1), 5))
     journal.append([(stream.pack(block), [rows.view(np.uint8)])])  # a kernel that writes 7 bytes at a time
     assert [tuple(record) for record in read(tmp_path / "a").records] == [*expected, (block, rows.tobytes())]
+    journal.close()
+
+
+def test_reading_takes_no_more_memory_than_the_file(tmp_path):
+    journal, _ = filled(tmp_path / "a")
+    tracemalloc.start()
+    read(tmp_path / "a")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * journal.size
     journal.close()
