@@ -88,8 +88,11 @@ class Run(NamedTuple):
 
 def run(target: str, *options: str) -> Run:
     command = [sys.executable, __file__, "--child", target, *options]
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+    with (
+        tempfile.TemporaryDirectory(prefix="larpixdaq-fuzz-") as files,  # libFuzzer ends without removing its own
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+    ):
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"TMPDIR": files})
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
