@@ -215,7 +215,8 @@ class RunFile:
         self._check_run(block)
         if packed is not None:
             check_layout(block, self.info.layout)
-            fills_chunk = block.rows == schema.CHUNK_ROWS and block.text is None and self._batch.begins_chunk
+            has_text = block.text is not None or block.configs is not None  # check_block() checks these
+            fills_chunk = block.rows == schema.CHUNK_ROWS and not has_text and self._batch.begins_chunk
             if fills_chunk and self._may_follow.get(block.producer):
                 self._add_chunk(block, packed)
                 self._may_follow[block.producer] -= 1

@@ -177,6 +177,21 @@ def test_damaged_packed_rows_are_never_acknowledged(tmp_path):
     assert report.rows == 2 * schema.CHUNK_ROWS
 
 
+def test_a_packed_chunk_with_configurations_and_no_text_is_refused_and_the_part_goes_on(tmp_path):
+    rng = np.random.default_rng(8)
+    feed = Feed()
+    file = RunFile(tmp_path, run_info(V2))
+    for number in range(4):
+        rows = random_rows(rng, schema.CHUNK_ROWS)
+        block, _ = feed.block(rows)
+        wrong = msgspec.structs.replace(block, configs=stream.Configs("2", bytes(3), b"nonsense"))
+        with pytest.raises(ProtocolError, match=f"block {number} .*configurations belong to a text"):
+            file.add(wrong, None, packed(rows))
+        file.add(block, None, packed(rows))
+    file.end(feed.end())
+    assert file.close().condition == "COMPLETE"
+
+
 def test_plain_h5py_reads_every_layout(tmp_path):
     for number, row_layout in enumerate(schema.LAYOUTS, 1):
         report, given = write(tmp_path, Feed(number, layout=row_layout), [5, 100])
