@@ -224,7 +224,7 @@ class Delivery:
         deadline = time.monotonic() + (0 if leave else DELIVER_LIMIT)
         # Also without a subscribed storage, because one may be connecting again.
         while publisher.pending() and time.monotonic() < deadline:
-            publisher.socket.poll(20)
+            publisher.socket.poll(0 if publisher.unsent else 20)
             self.worker.turn()
             publisher.work()
         self.worker.drain(SPOOL_LIMIT)

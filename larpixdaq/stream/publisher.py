@@ -205,6 +205,9 @@ class Publisher:
     def work(self) -> None:
         """Take one turn: take frames, drop silent subscribers, send blocks, and free those that no storage needs."""
         self.receive()
+        if self.unsent and self.subscribers:  # the next subscriber comes first in this turn
+            first = next(iter(self.subscribers))
+            self.subscribers[first] = self.subscribers.pop(first)
         self.unsent = False
         self._pack_until = None
         heard_until = self._heard_until()
@@ -402,7 +405,6 @@ class Publisher:
             packed = self._packer.pack(store.epoch, index, payload, rows, self._may_pack)
             if packed is None:
                 self.unsent = True
-                self.subscribers[subscriber.route] = self.subscribers.pop(subscriber.route)  # the others come first now
                 return False
         try:
             if not len(payload):

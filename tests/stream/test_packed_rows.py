@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -153,6 +155,32 @@ def test_two_storages_get_every_block_when_packing_takes_long(limit: float, monk
             assert reader.stamps == list(range(line.written))
         line.work()
         assert not line.publisher.unsent
+
+
+def test_a_storage_that_subscribes_late_is_served_although_another_one_could_use_all_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The late storage needs blocks that are packed no more. Each turn packs one block, and writes another one."""
+    monkeypatch.setattr(publisher, "PACK_LIMIT", 0.0)
+    line = Line()
+    names = (STORAGE, "late storage")
+    try:
+        line.begin(required=names)
+        subscribers = []
+        for name, index in zip(names, (50, 0), strict=True):
+            subscriber = publisher.Subscriber(name.encode(), name, "all", time.monotonic(), [], {5: index}, packs=True)
+            line.publisher.subscribers[subscriber.route] = subscriber
+            subscribers.append(subscriber)
+        monkeypatch.setattr(line.publisher, "receive", lambda: None)
+        monkeypatch.setattr(line.publisher, "socket", SimpleNamespace(send_multipart=lambda parts, flags: None))
+        for _ in range(60):
+            line.write(MIN_ROWS)
+        for _ in range(20):
+            line.write(MIN_ROWS)
+            line.publisher.work()
+        assert [subscriber.cursors[5] for subscriber in subscribers] == [60, 10]
+    finally:
+        line.close()
 
 
 def test_blocks_end_at_multiples_of_a_chunk() -> None:
