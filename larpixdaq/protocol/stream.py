@@ -196,6 +196,7 @@ class Welcome(msgspec.Struct, array_like=True, tag=11, frozen=True):
     run: RunNumber | None
     layout: Annotated[int, Meta(ge=0, le=len(LAYOUT_NAMES))]  # 0: no run yet
     ring: Annotated[str, Meta(max_length=4096)] = ""  # the file of the producer's ring, for consumers on its host
+    packs: bool = False  # the producer takes PACKS; an earlier version would refuse the consumer for it
 
 
 class Block(_OriginFields, tag=12, frozen=True):

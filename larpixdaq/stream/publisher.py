@@ -321,7 +321,7 @@ class Publisher:
         for store in self.stores:
             self._note_positions(subscriber, store)
         ring = str(self.own.ring_file.path.absolute()) if self.own.ring_file is not None else ""
-        if self._send(route, Welcome(self.own.producer, self.own.epoch, self.run, self.layout, ring)):
+        if self._send(route, Welcome(self.own.producer, self.own.epoch, self.run, self.layout, ring, packs=True)):
             self.subscribers[route] = subscriber
             log.debug("%s has subscribed (%s)", hello.name, hello.mode)
 

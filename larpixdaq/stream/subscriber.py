@@ -9,6 +9,7 @@ producers until the core has confirmed that the name is still its own, or has be
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
 import math
@@ -61,7 +62,7 @@ HELLO_INTERVAL = 0.5
 #: Maximum number of connections to producers that the core does not name and that send nothing.
 MAX_DISCONNECTED = 16
 log = logging.getLogger(__name__)
-#: Producer, frame, and of a block its rows; or instead the packed rows of a storage's block that may fill a chunk.
+#: Producer, frame, and either the rows of a block, or its packed rows if a storage may write them as they are.
 Received = tuple[str, FromProducer, memoryview | None, PackedRows | None]
 #: Blocks that a monitor has credit for at the beginning.
 CREDIT = 2
@@ -467,17 +468,18 @@ class ProducerConnection:
             return block, None, None
 
     def map_ring(self, welcome: Welcome) -> None:
-        """Read rows in the producer's ring from now on, if that is on this host; otherwise they are sent packed."""
+        """Read rows in the producer's ring from now on, if that is on this host; otherwise they are sent, and packed if
+        the producer can do that."""
         self._ring = None
         send_rows, self.send_rows = self.send_rows, False
         if send_rows:
             return
-        try:
-            if not welcome.ring:
-                raise RingError(f"{welcome.producer}: its ring is in no file")
-            self._ring = ring_file.open_reader(Path(welcome.ring), welcome.producer, welcome.epoch)
+        if welcome.ring:
+            with contextlib.suppress(RingError):
+                self._ring = ring_file.open_reader(Path(welcome.ring), welcome.producer, welcome.epoch)
+        if self._ring is not None:
             self.send(Maps(welcome.epoch))
-        except RingError:
+        elif welcome.packs:
             self.send(Packs())
 
     def _read_ring(self, place: memoryview) -> memoryview | None:

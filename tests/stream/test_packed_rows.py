@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,13 +221,13 @@ def test_a_damaged_packed_block_is_requested_again_with_its_rows(
         consumer.connect({"p": Endpoint(producer.get(zmq.LAST_ENDPOINT).decode())})
         route = receive(Hello)
         missing = str(tmp_path / "ring of another host")
-        producer.send_multipart([route, pack(Welcome("p", 5, 1, 2, missing))])
+        producer.send_multipart([route, pack(Welcome("p", 5, 1, 2, missing, packs=True))])
         receive(Packs)
         parts = RowPacker().pack(5, 0, rows.view(np.uint8), LAYOUT, lambda: True)
         assert parts is not None
         producer.send_multipart([route, pack(block), parts[0][:-1], parts[1]])
         receive(Hello)
-        producer.send_multipart([route, pack(Welcome("p", 5, 1, 2, missing))])
+        producer.send_multipart([route, pack(Welcome("p", 5, 1, 2, missing, packs=True))])
         producer.send_multipart([route, pack(block), rows.tobytes()])
         reader = Reader(consumer)
         for _ in range(100):
@@ -238,6 +239,28 @@ def test_a_damaged_packed_block_is_requested_again_with_its_rows(
         consumer.acknowledge(BlockOrigin(1, "p", 5), 1)
         receive(Ack)
         assert "packed rows" in caplog.text
+    finally:
+        consumer.close()
+        context.destroy(linger=0)
+
+
+def test_a_producer_that_cannot_pack_is_not_asked_to(tmp_path: Path) -> None:
+    """It is of an earlier version, and would refuse the consumer for the frame, again after each HELLO."""
+    context: zmq.Context[Any] = zmq.Context()
+    producer = context.socket(zmq.ROUTER)
+    producer.rcvtimeo = int(LIMIT * 1000)
+    producer.bind("tcp://127.0.0.1:0")
+    consumer = make_consumer()
+    try:
+        consumer.connect({"p": Endpoint(producer.get(zmq.LAST_ENDPOINT).decode())})
+        route, _ = producer.recv_multipart()
+        producer.send_multipart([route, pack(Welcome("p", 5, 1, 2, str(tmp_path / "ring of another host")))])
+        assert select.select([consumer.fileno()], [], [], LIMIT)[0], "WELCOME"
+        consumer.acknowledge(BlockOrigin(1, "p", 5), 1)
+        frames: list[Any] = []
+        while not frames or not isinstance(frames[-1], Ack):
+            frames.append(unpack_consumer(producer.recv_multipart()[1], "consumer"))
+        assert not any(isinstance(frame, Packs) for frame in frames)
     finally:
         consumer.close()
         context.destroy(linger=0)
