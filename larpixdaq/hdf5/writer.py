@@ -205,8 +205,9 @@ class RunFile:
     def add(self, block: stream.Block, rows: NDArray[Any] | None, packed: PackedRows | None = None) -> None:
         """Add a block with its rows, which have the run's layout and are copied, or with its packed rows.
 
-        Packed rows that fill a chunk of the file are written as they are. They are checked by their own checksum, and
-        the first chunk of a producer and then every CHECKED_CHUNKS-th one is unpacked to check its rows too.
+        Packed rows that fill a chunk of the file are written as they are. They are checked by their own checksum and by
+        that of the rows when they were packed, and the first chunk of a producer and then every CHECKED_CHUNKS-th one
+        is unpacked to check its rows too.
         A block that the part has already is counted as a duplicate; blocks between are counted as missing.
         ProtocolError, with nothing added, when header and rows do not belong together; ChecksumError when the rows are
         not the rows that were sent; FileError when the disk fails.
@@ -255,6 +256,9 @@ class RunFile:
             return
         if not packed.is_intact():
             raise ChecksumError(f"{describe(block)}: its packed rows are not those that were sent")
+        if packed.rows_crc32 != block.crc32:
+            found = f"{packed.rows_crc32:08x} when it was packed"
+            raise ChecksumError(f"{describe(block)}: expected CRC-32 {block.crc32:08x}, found {found}")
         account = self._open_account(block)
         account.tally += packed.tally
         self._enqueue_block(block, account)

@@ -1,7 +1,7 @@
 """Rows of a block packed for consumers on other hosts, in the form of a chunk of a file: bytes shuffled, then deflated.
 
 A storage writes a packed block that fills a chunk of its file as it came. So the third part of its message says what a
-consumer otherwise finds out from the rows: a checksum, and how many rows of each kind there are.
+consumer otherwise finds out from the rows: checksums, and how many rows of each kind there are.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class _Description(msgspec.Struct, array_like=True, frozen=True):
     """The third part of a message with packed rows."""
 
     crc32: Annotated[int, Meta(ge=0, le=2**32 - 1)]  # of the packed rows
+    rows_crc32: Annotated[int, Meta(ge=0, le=2**32 - 1)]  # of the rows that were packed
     #: For each io_group with rows: the io_group, and its rows by kind, in the order of hdf5_chunks.TALLY.
     tally: Annotated[
         list[
@@ -54,10 +55,14 @@ def new_tally() -> NDArray[np.uint64]:
 
 
 class PackedRows(NamedTuple):
-    """The packed rows of a block as they came. `tally`: as of hdf5_chunks.tally(), by the producer."""
+    """The packed rows of a block as they came.
+
+    `crc32` of the packed rows, `rows_crc32` of the rows, `tally` as of hdf5_chunks.tally(): by the producer.
+    """
 
     data: memoryview
     crc32: int
+    rows_crc32: int
     tally: NDArray[np.uint64]
 
     @classmethod
@@ -74,7 +79,7 @@ class PackedRows(NamedTuple):
             counts[io_group] = values
         if (total := int(counts[:, ROW_COLUMNS].sum())) != rows:
             raise ProtocolError(f"packed rows: expected {rows} rows, {total} are counted")
-        return cls(data, found.crc32, counts)
+        return cls(data, found.crc32, found.rows_crc32, counts)
 
     def is_intact(self) -> bool:
         """Whether the packed bytes are those that were sent."""
@@ -138,7 +143,8 @@ class RowPacker:
             counts = new_tally()
             tally(data, layout.code, counts)
             lines = [[group, *counts[group].tolist()] for group in np.flatnonzero(counts.any(axis=1)).tolist()]
-            parts = self._kept[epoch, index] = packed, msgspec.msgpack.encode(_Description(crc32(packed), lines))
+            description = msgspec.msgpack.encode(_Description(crc32(packed), crc32(data), lines))
+            parts = self._kept[epoch, index] = packed, description
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         return parts

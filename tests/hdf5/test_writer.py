@@ -48,7 +48,7 @@ def packed(rows, row_layout=V2):
     counts = new_tally()
     hdf5_chunks.tally(rows.view(np.uint8), row_layout.code, counts)
     data = zlib.compress(rows.view(np.uint8).reshape(len(rows), -1).T.tobytes(), 1)
-    return PackedRows(memoryview(data), zlib.crc32(data), counts)
+    return PackedRows(memoryview(data), zlib.crc32(data), zlib.crc32(rows.view(np.uint8)), counts)
 
 
 steps = st.lists(
@@ -161,13 +161,15 @@ def test_damaged_packed_rows_are_never_acknowledged(tmp_path):
     block, _ = feed.block(rows)
     with pytest.raises(ChecksumError, match="packed rows are not those that were sent"):
         file.add(block, None, right._replace(data=other.data))
+    with pytest.raises(ChecksumError, match="when it was packed"):  # the rows had been overwritten in the ring
+        file.add(block, None, other)
     file.add(block, None, right)
     file.work(pressed=True)
     assert file.durable[feed.origin] == 2
     # A checksum that is right although the rows cannot be unpacked: the part ends, without a word for them.
     block, _ = feed.block(random_rows(rng, schema.CHUNK_ROWS))
     nonsense = memoryview(bytes(1000))
-    file.add(block, None, right._replace(data=nonsense, crc32=zlib.crc32(nonsense)))
+    file.add(block, None, right._replace(data=nonsense, crc32=zlib.crc32(nonsense), rows_crc32=block.crc32))
     with pytest.raises(FileError, match="packed rows"):
         file.work(pressed=True)
     assert file.has_damaged_chunk

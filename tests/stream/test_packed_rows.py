@@ -49,6 +49,7 @@ def test_rows_are_equal_after_packing_and_unpacking(row_layout: schema.RowLayout
     rows = random_rows(np.random.default_rng(seed), n, row_layout)
     packed = packed_rows(rows, row_layout)
     assert packed.is_intact()
+    assert packed.rows_crc32 == crc32(rows.view(np.uint8))
     assert packed.unpack(n, row_layout).tobytes() == rows.tobytes()
     expected = count(rows)
     found = {g: int(packed.tally[g, ROW_COLUMNS].sum()) for g in np.flatnonzero(packed.tally.any(axis=1)).tolist()}
@@ -109,7 +110,7 @@ def test_no_description_crashes_a_consumer(description: Any) -> None:
     ],
 )
 def test_counts_that_cannot_be_are_refused(tally: list[list[int]], says: str) -> None:
-    parts = memoryview(b"x"), memoryview(msgspec.msgpack.encode([0, tally]))
+    parts = memoryview(b"x"), memoryview(msgspec.msgpack.encode([0, 0, tally]))
     if not says:
         assert PackedRows.parse(*parts, 5).tally[1].tolist() == tally[0][1:]
         return
