@@ -114,7 +114,7 @@ class Batch:
 
     def pieces(self, start: int, stop: int) -> list[NDArray[np.uint8]]:
         """Return the bytes of rows `start` to `stop` of the file, in one or two pieces; both batches together must have
-        them. ValueError if they came packed and are damaged."""
+        them. ChecksumError if they came packed and are damaged."""
         start, stop = start - self.base, stop - self.base
         for index in [i for i in self._absent if start < (i + 1) * schema.CHUNK_ROWS and i * schema.CHUNK_ROWS < stop]:
             unpack_chunk(self._received[index], self._chunk(index), self._size)

@@ -347,9 +347,14 @@ class RunFile:
         self._check_usable()
         if len(self._waiting) > self._journaled and (pressed or monotonic() >= self._oldest + WAIT):
             waiting = [self._waiting[i] for i in range(self._journaled, len(self._waiting))]
+            records = []
             try:
-                records = [(stream.pack(entry.frame), self._batch.pieces(entry.start, entry.stop)) for entry in waiting]
-            except ValueError as error:
+                for entry in waiting:
+                    pieces = self._batch.pieces(entry.start, entry.stop)
+                    if isinstance(entry.frame, stream.Block):  # because a record with damaged rows ends a recovery
+                        check_content(entry.frame, pieces, self.info.layout)
+                    records.append((stream.pack(entry.frame), pieces))
+            except ChecksumError as error:
                 self.has_damaged_chunk = True
                 self.failed = f"cannot be written any more: {error}"
                 raise FileError(f"{self.path} {self.failed}") from None

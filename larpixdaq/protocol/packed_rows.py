@@ -88,7 +88,7 @@ class PackedRows(NamedTuple):
     def unpack(self, rows: int, layout: schema.RowLayout) -> NDArray[Any]:
         """Return the rows. ChecksumError if there are other than `rows` rows of this layout, or other kinds of rows."""
         out = np.empty(rows * layout.dtype.itemsize, np.uint8)
-        _inflate(self.data, out, layout.dtype.itemsize)
+        unpack_chunk(self.data, out, layout.dtype.itemsize)
         counts = new_tally()
         tally(out, layout.code, counts)
         if not np.array_equal(counts, self.tally):
@@ -96,15 +96,8 @@ class PackedRows(NamedTuple):
         return out.view(layout.dtype)
 
 
-def unpack_chunk(packed: bytes, out: NDArray[np.uint8], itemsize: int) -> None:
-    """Unpack rows of `itemsize` bytes into `out`, which they fill. ValueError if they are damaged."""
-    try:
-        _inflate(packed, out, itemsize)
-    except ChecksumError as error:
-        raise ValueError(str(error)) from None
-
-
-def _inflate(packed: Any, out: NDArray[np.uint8], itemsize: int) -> None:
+def unpack_chunk(packed: Any, out: NDArray[np.uint8], itemsize: int) -> None:
+    """Unpack rows of `itemsize` bytes into `out`, which they fill. ChecksumError if they are damaged."""
     decoder = zlib_library.decompressobj()
     try:
         planes = decoder.decompress(packed, len(out) + 1)
