@@ -25,6 +25,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from larpixdaq.buffer.ring_file import files_of_epochs, lock_abandoned
+from larpixdaq.protocol.stream import LayoutCode
 from larpixdaq.runtime.event_loop import Worker
 from larpixdaq.runtime.file_access import copy_content, in_place, make_locked, open_private, remove, rename_damaged
 from larpixdaq.runtime.record_file import RecordFormat, crc32, write_at
@@ -257,7 +258,7 @@ class SpoolHeader(msgspec.Struct, array_like=True, frozen=True):
     run: int
     first: int  # index of the run's first block
     start: int  # index of the file's first block
-    layout: int
+    layout: LayoutCode
     made_ns: int  # of the epoch
     required: list[str]
 

@@ -458,3 +458,20 @@ def test_all_kinds_of_frames_go_through_the_spool(line: Line, consumers: list[Co
     assert reader.ends == [first]
     assert [b.text for b in reader.blocks[:3]] == ["Beginning run", None, "x" * 500]
     assert all(isinstance(one, Block | End) for one in (*reader.blocks, *reader.ends))
+
+
+@pytest.mark.parametrize("code", [LAYOUT.code, len(constants.LAYOUT_NAMES) + 1])
+def test_only_a_spool_file_with_a_known_layout_is_taken_over(tmp_path: Path, code: int) -> None:
+    """Blocks of another layout, of a later version, could not be packed, which would end each producer of the name."""
+    path = tmp_path / "file.spool"
+    file = spool.SpoolFile(path, spool.SpoolHeader("board", 5, 1, 0, 0, code, 1, [STORAGE]))
+    file.append([spool.SpoolRecord(b"header", b"rows")])
+    file.leave()
+    if code != LAYOUT.code:
+        with pytest.raises(ValueError, match="its header is damaged"):
+            spool.SpoolFile.adopt(path, "board", 5)
+        return
+    adopted = spool.SpoolFile.adopt(path, "board", 5)
+    assert adopted is not None
+    assert adopted.next == 1
+    adopted.remove()
