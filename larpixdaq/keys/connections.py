@@ -107,6 +107,10 @@ class Connections:
         known = self._known.get(route)
         return known is not None and self._peer(known.descriptor) == known.peer
 
+    def heard_keys(self) -> set[str]:
+        """The keys of all connections that were noted, perhaps also of closed ones."""
+        return {known.key for known in self._known.values()}
+
     def disconnect(self, key: str) -> list[bytes]:
         """Close the connections of a key over which messages have come; their routes."""
         routes = [route for route, known in self._known.items() if known.key == key]

@@ -218,6 +218,10 @@ class Doorkeeper:
             self._connections.note(route, key, descriptor)
         return key
 
+    def heard_keys(self) -> set[str]:
+        """The keys of all connections over which messages have come, perhaps also of closed ones."""
+        return self._connections.heard_keys()
+
     def disconnect(self, key: str) -> list[bytes]:
         """Close the connections of a key that is not admitted any more; their routes."""
         return self._connections.disconnect(key)
@@ -245,13 +249,14 @@ class Admission:
         return "" if self.insecure else self._names.get(key)
 
     def apply(self, names: dict[str, str], *, insecure: bool) -> list[bytes]:
-        """Take over the keys and `insecure` of the core's Update. Closes connections whose key is not among them.
+        """Take over the keys and `insecure` of the core's Update. Closes connections whose key is not among them, also
+        those from before the core used keys.
 
         Returns their routes.
         """
-        revoked = set() if insecure else self._names.keys() - names.keys()
         self.insecure, self._names = insecure or not self._has_pair, names
-        return [route for key in revoked for route in self.door.disconnect(key)]
+        refused = [key for key in self.door.heard_keys() if self.whose(key) is None]
+        return [route for key in refused for route in self.door.disconnect(key)]
 
 
 class Handshakes:

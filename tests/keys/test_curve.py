@@ -17,7 +17,7 @@ from raw_sockets import Context
 from larpixdaq.errors import ProtocolError
 from larpixdaq.keys import connections, curve
 from larpixdaq.keys.connections import Connections
-from larpixdaq.keys.curve import Doorkeeper, Handshakes, KeyPair, connect_with, new_pair
+from larpixdaq.keys.curve import Admission, Doorkeeper, Handshakes, KeyPair, connect_with, new_pair
 from larpixdaq.keys.peer_limits import PeerLimits
 from larpixdaq.runtime.timing import Throttle
 
@@ -30,9 +30,11 @@ class House:
 
     owner = "guest"
 
-    def __init__(self, context: zmq.Context, *, keys: bool = True) -> None:
-        self.pair, self.allowed = new_pair() if keys else None, set()
-        self.door = Doorkeeper(context, self.pair, lambda key: self.owner if key in self.allowed else None, "test")
+    def __init__(self, context: zmq.Context, *, keys: bool = True, pair=None, door: Doorkeeper | None = None) -> None:
+        """`door`: another doorkeeper, of the key pair `pair`."""
+        self.pair, self.allowed = pair or (new_pair() if keys else None), set()
+        whose = lambda key: self.owner if key in self.allowed else None  # noqa: E731
+        self.door = door or Doorkeeper(context, self.pair, whose, "test")
         context.__dict__.setdefault("doors", []).append(self.door)
         self.router = context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.MAXMSGSIZE, LARGEST)
@@ -130,6 +132,19 @@ def test_a_revoked_key_loses_its_open_connection_and_gets_no_new_one(contexts):
     assert guest.fails(house) == "key"
     assert house_route(stays, house)
     assert house.door.disconnect(pair.public) == []
+
+
+def test_a_connection_from_before_the_core_used_keys_is_closed_when_it_does(contexts):
+    pair, stranger, member = new_pair(), new_pair(), new_pair()
+    admission = Admission(contexts[0], pair, "test")
+    house = House(contexts[0], pair=pair, door=admission.door)
+    admission.apply({}, insecure=True)
+    route = house_route(Guest(contexts[1], house, stranger), house)
+    stays = Guest(contexts[1], house, member)
+    assert house_route(stays, house) != route
+    assert admission.apply({member.public: "Offline storage"}, insecure=False) == [route]
+    assert house_route(stays, house)
+    assert admission.apply({}, insecure=False)
 
 
 def house_route(guest: Guest, house: House) -> bytes:

@@ -134,6 +134,9 @@ class Door:
     def sender(self, route: bytes, frame: zmq.Frame) -> str:
         return self._wire.keys[route]
 
+    def heard_keys(self) -> set[str]:
+        return set(self._wire.keys.values())
+
     def disconnect(self, key: str) -> list[bytes]:
         routes = [route for route, known in self._wire.keys.items() if known == key]
         self._wire.closing.update(routes)
