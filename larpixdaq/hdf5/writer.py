@@ -46,7 +46,7 @@ from larpixdaq.runtime.record_file import crc32
 WAIT: Final = 0.020
 #: Seconds between two writes of an unfinished batch, for readers of the growing file.
 SHOW_INTERVAL: Final = 4.0
-#: Of this number of packed chunks one is unpacked, to check its rows.
+#: One of this number of packed chunks is unpacked, to check its rows.
 CHECKED_CHUNKS: Final = 16
 #: Maximum ns between a part's first or last row and a rotation; above it the storage lags behind its producers.
 _LAG_NS: Final = 2 * 10**9

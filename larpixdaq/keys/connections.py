@@ -149,7 +149,7 @@ class Connections:
         """Count the open connections; as _exceeded().
 
         libzmq does not tell whose the connections are that have not sent a message yet. If they may be too many, all of
-        them are closed: who wants to work connects again and sends at once.
+        them are closed: a peer with work to do connects again and sends at once.
         """
         begun = time.monotonic()
         self._known = {route: known for route, known in self._known.items() if self.is_open(route)}
