@@ -25,6 +25,9 @@ from larpixdaq.runtime.record_file import crc32, zlib_library
 MIN_ROWS: Final = 64
 #: Maximum number of packed blocks that are kept for further subscribers.
 _KEPT: Final = 32
+#: Bytes of the largest row, and maximum bytes that packing adds to rows that it cannot make smaller.
+_LARGEST_ROW: Final = max(layout.dtype.itemsize for layout in schema.LAYOUTS)
+_OVERHEAD: Final = 8192
 #: Columns of a tally that add up to all rows.
 ROW_COLUMNS: Final = [TALLY.index(name) for name in ("word_rows", "time_rows", "info_rows", "sent_rows", "other_rows")]
 
@@ -79,6 +82,8 @@ class PackedRows(NamedTuple):
             counts[io_group] = values
         if (total := int(counts[:, ROW_COLUMNS].sum())) != rows:
             raise ProtocolError(f"packed rows: expected {rows} rows, {total} are counted")
+        if len(data) > (most := rows * _LARGEST_ROW + _OVERHEAD):
+            raise ProtocolError(f"packed rows: expected at most {most} bytes for {rows} rows, found {len(data)}")
         return cls(data, found.crc32, found.rows_crc32, counts)
 
     def is_intact(self) -> bool:

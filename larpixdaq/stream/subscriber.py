@@ -26,7 +26,7 @@ from larpixdaq import schema
 from larpixdaq._native.ring_buffer import Reader
 from larpixdaq.buffer import ring_file
 from larpixdaq.constants import NO_CORE
-from larpixdaq.errors import ChecksumError, ProtocolError, RingError
+from larpixdaq.errors import ProtocolError, RingError
 from larpixdaq.keys.curve import KeyPair, dealer, new_pair
 from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.packed_rows import PackedRows
@@ -444,7 +444,7 @@ class ProducerConnection:
         payload = parts[0] if parts else None
         if len(parts) > 1 and isinstance(frame, Block):
             if len(parts[0]):
-                return self._unpack(frame, PackedRows.parse(parts[0], parts[1], frame.rows))
+                return self._unpack(frame, parts[0], parts[1])
             if len(parts[1]) != 8:
                 raise ProtocolError(
                     f"block from {self.name}: its place in the ring has {len(parts[1])} bytes, expected 8"
@@ -452,18 +452,21 @@ class ProducerConnection:
             payload = self._read_ring(parts[1]) if self.subscribed and frame.epoch == self.epoch else None
         return frame, payload, None
 
-    def _unpack(self, block: Block, packed: PackedRows) -> tuple[Block, memoryview | None, PackedRows | None]:
+    def _unpack(
+        self, block: Block, data: memoryview, description: memoryview
+    ) -> tuple[Block, memoryview | None, PackedRows | None]:
         """Unpack the rows of a block, if they are not to fill a chunk of a file.
 
         Damaged rows count as not available, so that they are requested again.
         """
         if not self.subscribed:
             return block, None, None
-        if self._keeps and block.rows == schema.CHUNK_ROWS:
-            return block, None, packed
         try:
+            packed = PackedRows.parse(data, description, block.rows)
+            if self._keeps and block.rows == schema.CHUNK_ROWS:
+                return block, None, packed
             return block, packed.unpack(block.rows, schema.layout(block.layout)).data.cast("B"), None
-        except ChecksumError as error:
+        except ProtocolError as error:
             log.warning("block %d of run %d from %s: %s", block.sequence, block.run, self.name, error)
             return block, None, None
 

@@ -118,6 +118,19 @@ def test_counts_that_cannot_be_are_refused(tally: list[list[int]], says: str) ->
         PackedRows.parse(*parts, 5)
 
 
+def test_packed_rows_are_hardly_larger_than_rows() -> None:
+    """Random bytes cannot be packed. Much more than the rows themselves is refused."""
+    for row_layout in schema.LAYOUTS:
+        for n in (MIN_ROWS, constants.BLOCK_ROWS):
+            size = n * row_layout.dtype.itemsize
+            data = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8).view(row_layout.dtype)
+            assert packed_rows(data, row_layout).unpack(n, row_layout).tobytes() == data.tobytes()
+    parts = RowPacker().pack(1, 2, ROWS[:100].view(np.uint8).data, LAYOUT, lambda: True)
+    assert parts is not None
+    with pytest.raises(ProtocolError, match="expected at most"):
+        PackedRows.parse(memoryview(bytes(1 << 20)), memoryview(parts[1]), 100)
+
+
 def test_a_block_is_packed_once_for_several_subscribers() -> None:
     packer = RowPacker()
     few = ROWS[:MIN_ROWS].view(np.uint8)
