@@ -1,7 +1,7 @@
 """Count the rows of a run per chip and channel, with ADC histograms, parity and FIFO flags.
 
 A data row without errors costs three increments: rows of its type (once for consecutive rows of a type), packets of its
-channel, and its ADC bin. Sums per chip are made on request. Memory is allocated at the first packet of a chip or channel. The
+channel, and its ADC bin. Sums per chip, and the data packets of a channel, are made on request. Memory is allocated at the first packet of a chip or channel. The
 interface is documented in monitor_counters.pyi.
 """
 
@@ -67,6 +67,7 @@ cdef struct Table:
     uint32_t *chip_of             # key -> 1 + index of the chip, 0: not seen. 64 MiB of addresses, used only near keys of chips
     Chip *chips
     Channel *channels             # n_channels of each chip
+    uint32_t *others              # of each channel: packets of other types than data
     uint32_t n_chips
     uint32_t room                 # for chips
     uint32_t n_channels
@@ -106,6 +107,7 @@ cdef uint32_t add_chip(Table *t, uint32_t key) noexcept nogil:
     cdef uint32_t room
     cdef Chip *chips
     cdef Channel *channels
+    cdef uint32_t *others
     if t.n_chips == t.room:
         if t.room == MAX_CHIPS:
             return 0
@@ -118,9 +120,14 @@ cdef uint32_t add_chip(Table *t, uint32_t key) noexcept nogil:
         if channels == NULL:
             return 0
         t.channels = channels
+        others = <uint32_t *>realloc(t.others, <size_t>room * t.n_channels * sizeof(uint32_t))
+        if others == NULL:
+            return 0
+        t.others = others
         t.room = room
     memset(&t.chips[t.n_chips], 0, sizeof(Chip))
     memset(&t.channels[<size_t>t.n_chips * t.n_channels], 0, t.n_channels * sizeof(Channel))
+    memset(&t.others[<size_t>t.n_chips * t.n_channels], 0, t.n_channels * sizeof(uint32_t))
     t.chips[t.n_chips].key = key
     t.n_chips += 1
     t.chip_of[key] = t.n_chips
@@ -164,6 +171,7 @@ cdef inline void place(
         chip = &t.chips[number - 1]
         if not data:
             chip.others += 1
+            t.others[<size_t>(number - 1) * t.n_channels + channel_id] += 1
         else:
             chip.local_half += local & 1
             chip.local_full += (local >> 1) & 1
@@ -358,9 +366,11 @@ cdef void clear(Table *t) noexcept nogil:
     free(t.slabs)
     free(t.chips)
     free(t.channels)
+    free(t.others)
     t.slabs = NULL
     t.chips = NULL
     t.channels = NULL
+    t.others = NULL
     t.n_slabs = t.slab_room = t.page = 0
     t.n_chips = t.room = t.n_channels = t.bins = 0
     t.pages = t.unplaced = 0
@@ -490,6 +500,17 @@ cdef class PacketCounters:
         with nogil:
             for i in range(<size_t>t.n_chips * t.n_channels):
                 view[i] = t.channels[i].packets
+        return out
+
+    def data(self):
+        self._idle()
+        cdef Table *t = self.table
+        out = np.zeros((t.n_chips, t.n_channels), np.uint32)
+        cdef uint32_t[::1] view = out.reshape(-1)
+        cdef size_t i
+        with nogil:
+            for i in range(<size_t>t.n_chips * t.n_channels):
+                view[i] = <uint32_t>t.channels[i].packets - t.others[i]
         return out
 
     def histogram(self, int io_group=-1, int io_channel=-1, int chip_id=-1, int channel_id=-1):

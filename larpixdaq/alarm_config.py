@@ -45,6 +45,8 @@ Condition = Literal[
     "producer-files",
     "bad-parity",
     "fifo-full",
+    "hot-channels",
+    "dead-channels",
     "clock-offset",
     "ring-filling",
     "spool-filling",
@@ -156,6 +158,12 @@ class AlarmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, renam
     fifo_full: Annotated[
         _Fraction, Meta(description="Fraction of packets with the flag of a full FIFO, counted in the same way")
     ] = 0.01
+    hot_channel: Annotated[
+        float, Meta(gt=0.0, le=1e7, description="Rate in Hz above which a channel is hot, in each of 3 spans of 2 s")
+    ] = 1000.0
+    dead_channels: Annotated[
+        int, Meta(ge=0, le=1 << 24, description="Number of dead channels that is in order, by monitor and run")
+    ] = 0
     clock_offset: Annotated[_Seconds, Meta(description="Seconds between a board's clock and its host's")] = 1.0
     ring: Annotated[_Fraction, Meta(description="Fraction of a producer's ring in use")] = 0.5
     spool: Annotated[_Fraction, Meta(description="Fraction of a spool's limit in use; 0: any use")] = 0.1

@@ -57,6 +57,9 @@ class PacketCounters:
     def channels(self) -> NDArray[np.uint64]:
         """Return the packets by [chip as in chips(), channel_id], shape (n, 64), v1 (n, 128)."""
 
+    def data(self) -> NDArray[np.uint32]:
+        """Return the data packets, modulo 2^32, in the shape of channels(). Answers to configuration reads are none."""
+
     def histogram(
         self, io_group: int = -1, io_channel: int = -1, chip_id: int = -1, channel_id: int = -1
     ) -> tuple[NDArray[np.uint64], int]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from larpixdaq.alarm_config import AlarmConfig, RateBand
-from larpixdaq.constants import LOG, PRODUCER, STORAGE, SUPERVISOR, RunCondition
+from larpixdaq.constants import LOG, PRODUCER, RUN_DATA, STORAGE, SUPERVISOR, RunCondition
 from larpixdaq.control.audit import RowWriter
 from larpixdaq.control.catalogue import AlarmRow, Run, append_alarms, open_alarms, read_alarms
 from larpixdaq.control.disk_watch import time_to_full
@@ -29,9 +29,11 @@ from larpixdaq.control.registry import Component
 from larpixdaq.errors import FileError, RequestError, printable
 from larpixdaq.protocol.reports import (
     BoardReport,
+    ChannelRate,
     ClockReport,
     IoGroupReport,
     LogStatus,
+    MonitorStatus,
     ProducerStatus,
     Status,
     StorageStatus,
@@ -74,6 +76,9 @@ _POINT_INTERVAL: Final = 0.45
 #: Fractions of ring and spool in use from which the level is "alarm".
 _RING_ALARM: Final = 0.9
 _SPOOL_ALARM: Final = 0.5
+#: Maximum number of channels that a text names, and that a monitor reports as the hottest.
+_NAMED: Final = 5
+_HOTTEST: Final = 20
 
 
 class Reading(NamedTuple):
@@ -321,6 +326,8 @@ def present_readings(
         yield from _storage(name, status, config)
     elif isinstance(status, ProducerStatus):
         yield from _producer(name, status, config, in_order)
+    elif isinstance(status, MonitorStatus):
+        yield from _monitor(name, status, config)
     elif isinstance(status, SupervisorStatus):
         for process in status.processes:
             text = ""
@@ -382,6 +389,31 @@ def _producer(name: str, status: ProducerStatus, config: AlarmConfig, in_order: 
         if level:
             text = f"{name}: spool {used:.0%} full, limit {config.spool:.0%} of {size(status.spool_limit)}"
         yield Reading("spool-filling", name, level, text)
+
+
+def _monitor(name: str, status: MonitorStatus, config: AlarmConfig) -> Iterator[Reading]:
+    if status.run is None:
+        return
+    if status.hottest is not None:
+        hot = [channel for channel in status.hottest if channel.rate > config.hot_channel]
+        text = ""
+        if hot:
+            more = " or more" if len(hot) == len(status.hottest) and len(hot) >= _HOTTEST else ""
+            text = f"HOT CHANNELS: {len(hot)}{more} above {config.hot_channel:g} Hz in run {status.run}: {_named(hot)}"
+        yield Reading("hot-channels", name, WARNING if hot else "", text)
+    if (dead := status.dead_channels) is not None:
+        text = ""
+        if dead > config.dead_channels:
+            text = (
+                f"DEAD CHANNELS: {dead} (limit {config.dead_channels}) have stopped in run {status.run} while their "
+                f"io_groups go on; rates before: {_named(status.dead)}"
+            )
+        yield Reading("dead-channels", name, WARNING if text else "", text)
+
+
+def _named(channels: list[ChannelRate]) -> str:
+    """Return the first channels (io_group-io_channel-chip_id-channel_id) with their rates."""
+    return ", ".join(f"{each.channel} at {each.rate:.4g} Hz" for each in channels[:_NAMED])
 
 
 def _board(subject: str, board: BoardReport, config: AlarmConfig, in_run: bool) -> Iterator[Reading]:
@@ -531,6 +563,7 @@ def _fraction(condition: str, subject: str, io_group: int, count: int, packets: 
 _KINDS: Final[Mapping[str, type[Any]]] = {
     PRODUCER: ProducerStatus,
     STORAGE: StorageStatus,
+    RUN_DATA: MonitorStatus,
     LOG: LogStatus,
     SUPERVISOR: SupervisorStatus,
 }
@@ -578,7 +611,7 @@ class Alarms:
         """A component has sent a heartbeat."""
         kind = _KINDS.get(component.kind)
         status = component.read_status(kind) if kind is not None else None
-        if status is None:
+        if status is None or (isinstance(status, MonitorStatus) and component.stuck):  # its numbers are old
             return
         known = self._book.knows(component.name)
         readings = list(self._evaluation.readings(component.name, status, now, in_order=known))

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq._native.monitor_counters import PacketCounters
 from larpixdaq.errors import FormatError, RequestError
+from larpixdaq.monitor.channel_watch import ChannelWatch, GroupCounts
 from larpixdaq.monitor.packet_text import text as as_text
-from larpixdaq.monitor.rates import OriginTotals, io_groups, rate_tables
+from larpixdaq.monitor.rates import OriginTotals, io_groups, packets_since_start, rate_tables
 from larpixdaq.protocol.reports import MonitorStatus
 from larpixdaq.protocol.stream import Block, End
 from larpixdaq.runtime.units import utc_iso
@@ -51,6 +52,8 @@ class Monitor:
         self._kept = 0
         self._messages: deque[dict[str, Any]] = deque(maxlen=KEPT_MESSAGES)
         self._snapshots: deque[tuple[float, NDArray[np.uint64]]] = deque()
+        self._watch = ChannelWatch()
+        self._chips = np.zeros((0, 3), np.uint8)  # io_group, io_channel, chip_id, as in PacketCounters.chips()
 
     def start(self, run: int, kind: str = "", comment: str = "") -> None:
         """Start a run. Sets all numbers to 0, unless blocks of this run have arrived already."""
@@ -87,6 +90,8 @@ class Monitor:
         self.layout = layout
         if header.text is not None:
             self._add_message(header, rows, header.text)
+        if header.configs is not None:
+            self._watch.renew({total.io_group for total in header.totals})
         if not self._snapshots or now - self._snapshots[-1][0] >= _SNAPSHOT:
             self._snapshots.append((now, self._rates.channels()))
             while len(self._snapshots) > 1 + _SHARE / _SNAPSHOT:
@@ -262,8 +267,9 @@ class Monitor:
 
     def status(self) -> MonitorStatus:
         """Return the numbers for heartbeats."""
-        groups, _ = io_groups(self._origins.values(), self._clock())
-        return MonitorStatus(
+        now = self._clock()
+        groups, _ = io_groups(self._origins.values(), now)
+        status = MonitorStatus(
             run=self.run,
             rate=float(groups["rate"].sum()),
             packets=int(groups["packets"].sum()),
@@ -271,6 +277,24 @@ class Monitor:
             skipped_rows=self.skipped_rows,
             seen=self.seen,
         )
+        if self._origins and all(origin.end_kind for origin in self._origins.values()):
+            status.hottest, status.dead_channels = [], 0  # the run is over
+        elif self._origins:
+            if self._watch.is_due(now):
+                self._compare_channels(now)
+            status.hottest = self._watch.hottest()
+            status.dead_channels, status.dead = self._watch.dead()
+        return status
+
+    def _compare_channels(self, now: float) -> None:
+        types, data = self._rates.types(), self._rates.data()
+        if len(data) != len(self._chips):
+            chips = self._rates.chips()
+            self._chips = np.stack([chips[name] for name in ("io_group", "io_channel", "chip_id")], axis=1)
+        seen: NDArray[np.uint64] = types[:, 1, :4].sum(axis=1, dtype=np.uint64)
+        writes = types[:, 0, schema.PacketType.CONFIG_WRITE]
+        counts = GroupCounts(seen, packets_since_start(self._origins.values()), writes)
+        self._watch.compare(now, self._chips, data, counts)
 
     @property
     def skipped_rows(self) -> int:

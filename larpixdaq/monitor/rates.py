@@ -196,6 +196,15 @@ def io_groups(origins: Collection[OriginTotals], now: float) -> tuple[NDArray[An
     return table, seconds
 
 
+def packets_since_start(origins: Collection[OriginTotals]) -> NDArray[np.uint64]:
+    """Return the packets of each io_group since the run's start, or since the monitor joined it, shape (256,)."""
+    packets = np.zeros(IO_GROUPS, np.uint64)
+    for origin in origins:
+        for io_group, total in origin.totals.items():
+            packets[io_group] += np.uint64(total.packets - origin.baseline.get(io_group, 0))
+    return packets
+
+
 def rate_tables(
     groups: NDArray[Any],
     seen: NDArray[Any],

@@ -208,6 +208,13 @@ class StorageStatus(msgspec.Struct):
     load: LoadShares | None = None
 
 
+class ChannelRate(msgspec.Struct):
+    """A channel, io_group-io_channel-chip_id-channel_id, and its rate of data packets in Hz."""
+
+    channel: str
+    rate: float
+
+
 class MonitorStatus(msgspec.Struct):
     run: int | None = None
     rate: float = 0.0  # packets per second
@@ -215,6 +222,9 @@ class MonitorStatus(msgspec.Struct):
     bad_parity: int = 0
     skipped_rows: int = 0
     seen: float = 0.0  # fraction of the run's rows that were counted
+    hottest: list[ChannelRate] | None = None  # the channels with the highest rates, at most 20; None: unknown
+    dead_channels: int | None = None  # channels that have stopped while their io_group goes on; None: unknown
+    dead: list[ChannelRate] = []  # at most 5 of them, with the rates that they had
     load: LoadShares | None = None
 
 

@@ -42,9 +42,11 @@ from larpixdaq.keys.key_store import Member
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.reports import (
     BoardReport,
+    ChannelRate,
     ClockReport,
     IoGroupReport,
     LogStatus,
+    MonitorStatus,
     ProducerStatus,
     StorageStatus,
     SupervisedProcess,
@@ -284,12 +286,39 @@ def test_silent_and_expected_io_groups():
         assert found["io-group-silent", "board, io_group 1"] == level, now
 
 
+def test_hot_and_dead_channels_of_a_monitor():
+    config = AlarmConfig(hot_channel=100.0, dead_channels=1)
+
+    def found(**status):
+        readings = present_readings("Online monitor", MonitorStatus(**status), config)
+        return {reading.condition: (reading.level, reading.text) for reading in readings}
+
+    channels = [ChannelRate(f"1-2-11-{n}", 150.0 - n) for n in range(20)]
+    assert found() == found(hottest=channels, dead_channels=9) == {}  # no run
+    assert found(run=7) == {}  # not known
+    in_order = found(run=7, hottest=[ChannelRate("1-2-11-5", 100.0)], dead_channels=1, dead=channels[:1])
+    assert in_order == {"hot-channels": ("", ""), "dead-channels": ("", "")}
+    bad = found(run=7, hottest=[*channels[:2], ChannelRate("1-2-12-6", 99.0)], dead_channels=12, dead=channels[:5])
+    assert bad["hot-channels"] == (
+        "warning", "HOT CHANNELS: 2 above 100 Hz in run 7: 1-2-11-0 at 150 Hz, 1-2-11-1 at 149 Hz"
+    )  # fmt: skip
+    level, text = bad["dead-channels"]
+    assert level == "warning"
+    assert text.startswith("DEAD CHANNELS: 12 (limit 1) have stopped in run 7 while their io_groups go on; rates")
+    assert text.count(" Hz") == 5
+    level, text = found(run=7, hottest=channels)["hot-channels"]
+    assert text.startswith("HOT CHANNELS: 20 or more above 100 Hz in run 7: ")
+    assert text.count("1-2-11-") == 5
+
+
 texts = st.text(max_size=5)
 numbers = st.integers(0, 2**62)
 boards = st.builds(BoardReport, st.integers(0, 255), texts, st.none() | st.floats(), texts, st.none(), st.lists(texts))
+channels = st.lists(st.builds(ChannelRate, texts, st.floats()))
 groups = st.builds(IoGroupReport, st.integers(0, 255), numbers, numbers, st.none() | numbers, st.none() | st.floats())
 statuses = st.one_of(
     st.builds(LogStatus, lost=numbers),
+    st.builds(MonitorStatus, st.none() | numbers, hottest=st.none() | channels, dead_channels=numbers, dead=channels),
     st.builds(StorageStatus, paused=texts, seconds_left=st.none() | st.integers(), free_bytes=st.none() | numbers),
     st.builds(SupervisorStatus, st.lists(st.builds(SupervisedProcess, texts, state=st.just("given up") | texts))),
     st.builds(

@@ -122,6 +122,10 @@ def check(counters: PacketCounters, layout: schema.RowLayout, rows: NDArray[Any]
     }
     seen = {(*keys[i], j): int(channels[i, j]) for i, j in np.argwhere(channels).tolist()}
     assert seen == dict(reference.channels)
+    data = counters.data()
+    assert data.shape == channels.shape
+    assert (data <= channels).all()
+    assert data.sum(axis=1).tolist() == chips["data"].tolist()
     for wanted in ((-1, -1, -1, -1), (1, -1, -1, -1), (1, 9, -1, -1), (-1, 9, 2, -1), (1, 9, 2, 7), (-1, -1, -1, 0)):
         counts, merged = counters.histogram(*wanted)
         assert merged == 0
