@@ -193,14 +193,24 @@ def load_alarms(path: Path) -> AlarmConfig:
 
     Raises ConfigError, in one line with file and key.
     """
+    return parse_alarms(read_file(path), str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a file; ConfigError if it cannot be read."""
     try:
-        text = path.read_bytes().decode("utf-8")
-        table = tomllib.loads(text).get("alarms", {})
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+
+
+def parse_alarms(content: bytes, where: str) -> AlarmConfig:
+    """Return the alarms of load_alarms() from the content of the file `where`."""
+    try:
+        table = tomllib.loads(content.decode("utf-8")).get("alarms", {})
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return convert_alarms(table, str(path))
+        raise ConfigError(f"{where}: {error}") from None
+    return convert_alarms(table, where)
 
 
 def convert_alarms(table: Any, where: str) -> AlarmConfig:

@@ -584,6 +584,16 @@ class Core:
             self.send_to(peer, Update(**self._state_for(peer)))
 
 
+def add_alarms_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--alarms",
+        type=Path,
+        metavar="FILE",
+        help="TOML file whose table [alarms] has the limits of alarms, and where they are sent; other tables are "
+        "ignored (docs/alarms.md; default: all conditions with their default limits, in status, log and catalogue)",
+    )
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="larpixdaq-core",
@@ -593,13 +603,7 @@ def argument_parser() -> argparse.ArgumentParser:
     config.add_log_address_argument(parser)
     config.add_state_dir_argument(parser)
     config.add_insecure_argument(parser)
-    parser.add_argument(
-        "--alarms",
-        type=Path,
-        metavar="FILE",
-        help="TOML file whose table [alarms] has the limits of alarms, and where they are sent; other tables are "
-        "ignored (docs/alarms.md; default: all conditions with their default limits, in status, log and catalogue)",
-    )
+    add_alarms_argument(parser)
     config.add_log_level_argument(parser)
     return parser
 

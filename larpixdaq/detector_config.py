@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -397,15 +396,14 @@ class DetectorConfig:
         except ConfigError as error:
             self.fail(component.keys, str(error).removeprefix("argument "))
 
-    def alarms_name(self) -> str:
-        """Return the name of a file for the core with the table [alarms], another name for other alarms; "" without the
-        table."""
-        if "alarms" not in self._content:
-            return ""
-        return f"alarms-{hashlib.sha256(msgspec.json.encode(self.alarms)).hexdigest()[:12]}.toml"
+    @property
+    def has_alarms(self) -> bool:
+        """Whether the file has the table [alarms]."""
+        return "alarms" in self._content
 
     def wanted(self, host: str, alarms: Path | None = None) -> list[Wanted]:
-        """Return the processes of a host, in the order of starting. `alarms`: the file of alarms_name()."""
+        """Return the processes of a host, in the order of starting. `alarms`: file with the
+        table [alarms], for the core."""
         own = {"core": [] if alarms is None else [f"--alarms={alarms}"]}
         return [
             Wanted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import pwd
@@ -20,6 +21,7 @@ from typing import Any, Final
 import msgspec
 
 from larpixdaq import config, core, log, offline_storage, producer, run_data, supervisor
+from larpixdaq.alarm_config import AlarmConfig, parse_alarms, read_file
 from larpixdaq.config_schema import Explanation, Program, explanations, json_schema
 from larpixdaq.constants import STOP
 from larpixdaq.detector_config import DetectorConfig
@@ -132,6 +134,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output-dir", type=Path, default=Path("."), metavar="DIR", help="for the files (default .)"
     )
+    core.add_alarms_argument(parser)
 
 
 # The commands.
@@ -158,15 +161,14 @@ def up(options: argparse.Namespace) -> int:
     return _up_with_file(file, host, force=options.force, foreground=options.foreground)
 
 
-def _alarms_file(state: Path, file: DetectorConfig) -> Path | None:
+def _alarms_file(state: Path, alarms: AlarmConfig, content: bytes) -> Path:
     """Write the file with the table [alarms] for the core, which is started again when the table has changed.
 
     It is a copy, because the core must get what was checked, also when it is started again later.
     """
-    if not (name := file.alarms_name()):
-        return None
-    write_private(state / name, file.text.encode())
-    return state / name
+    path = state / f"alarms-{hashlib.sha256(msgspec.json.encode(alarms)).hexdigest()[:12]}.toml"
+    write_private(path, content)
+    return path
 
 
 def _up_with_file(file: DetectorConfig, host: str, *, force: bool, foreground: bool) -> int:
@@ -174,11 +176,14 @@ def _up_with_file(file: DetectorConfig, host: str, *, force: bool, foreground: b
     for component in file.components:
         if component.host == host and component.program.table == "producers":
             _warn_of_logind(file.directory / file.parsed(component).ring_dir)
+    alarms = None
+    if host == file.core_host and file.has_alarms:
+        alarms = _alarms_file(state, file.alarms, file.text.encode())
     plan = Plan(
         secrets.token_hex(8),
         file.core_address(host),
         str(file.directory),
-        file.wanted(host, _alarms_file(state, file) if host == file.core_host else None),
+        file.wanted(host, alarms),
         f"Supervisor {host}".strip(),
         file.detector.insecure,
         force,
@@ -226,8 +231,13 @@ def _up_with_options(options: argparse.Namespace) -> int:
     common = ["--insecure"] if options.insecure else []
     common += [f"--log-level={options.log_level}"] if options.log_level != "INFO" else []
     names = {program.module: program.parser().get_default("name") or program.module for program in PROGRAMS}
+    own: dict[str, list[str]] = {}
+    if options.alarms is not None:
+        content = read_file(options.alarms)
+        alarms = _alarms_file(state, parse_alarms(content, f"--alarms {options.alarms}"), content)
+        own["core"] = [f"--alarms={alarms}"]
     wanted = [
-        Wanted(module, names[module], [*arguments, *common])
+        Wanted(module, names[module], [*arguments, *common, *own.get(module, [])])
         for module, arguments in components(address, log_address, options.output_dir, state, source, listens, storage)
     ]
     plan = Plan(secrets.token_hex(8), address, os.getcwd(), wanted, insecure=options.insecure)

@@ -172,6 +172,28 @@ def test_up_restarts_ended_processes_and_recognises_another_system(tmp_path):
         up.down("first")
 
 
+def test_up_gives_the_core_a_file_of_alarms(tmp_path):
+    up = Up(tmp_path)
+    file = tmp_path / "alarms.toml"
+    file.write_text("[alarms]\nhold-of = 1.0\n")
+    status, words = up.run("first", "--alarms", file)
+    assert (status, up.running("first")) == (1, {})
+    assert words.endswith(f"{file}: [alarms]: unknown key 'hold-of'; did you mean 'hold-off'?\n")
+    assert up.run("first", "--alarms", tmp_path / "none")[0] == 1
+    file.write_text("[alarms]\noff = ['rate']\n")
+    assert up.run("first", "--alarms", file)[0] == 0
+    try:
+        with Operator(up.core) as operator:
+            assert operator.status().result(LIMIT)["alarm_state"]["off"] == ["rate"]
+        assert up.run("first", "--alarms", file) == (0, f"up already at {up.core}: all 5 processes are running\n")
+        file.write_text("[alarms]\noff = []\n")
+        status, words = up.run("first", "--alarms", file)
+        assert status == 1
+        assert "core runs with " in words
+    finally:
+        up.down("first")
+
+
 def test_up_does_not_take_the_place_of_a_component_of_another_user(tmp_path):
     up = Up(tmp_path)
     assert up.run("first")[0] == 0
