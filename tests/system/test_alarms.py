@@ -81,7 +81,7 @@ def test_a_board_is_unplugged_and_comes_back_as_another_one(line, tmp_path, web,
         o, out = start(line, tmp_path, web, "--pacman", *board.addresses)
         o.prepare_run().result(LIMIT)
         o.begin_run().result(LIMIT)
-        until(lambda: line.status_of(o, "producer")["boards"][0]["changed"] == "", "the board's firmware")
+        until(lambda: [b["changed"] for b in line.status_of(o, "producer").get("boards", [])] == [""], "the firmware")
         board.stop(signal.SIGKILL)
         alarm = wait_for(web, "board-disconnected")
         assert (alarm["level"], alarm["subject"]) == ("alarm", "LArPix board, io_group 1")
