@@ -24,6 +24,8 @@ _MARGIN: Final = 16 << 20
 CHECK_INTERVAL: Final = 0.1
 #: Seconds over which the rate is averaged, because files grow in steps.
 _SPAN: Final = 10.0
+#: Seconds of growth before the rate is known: a new file has its structure at once, and its first rows up to 5 s later.
+_KNOWN_AFTER: Final = _SPAN + 5.0
 
 
 class Limits(NamedTuple):
@@ -76,6 +78,7 @@ class Space:
         self.problem = ""
         self._checked: float | None = None  # monotonic time of the last check
         self._samples: deque[tuple[float, int]] = deque()  # monotonic time, bytes of all files
+        self._growing_since = 0.0  # monotonic time
 
     def free(self) -> int:
         """Check the free space now; bytes, 0 when it is unknown."""
@@ -97,18 +100,22 @@ class Space:
     def add_sample(self, total: int) -> None:
         """Note that the files have `total` bytes now. Call this repeatedly."""
         now = self._clock()
+        if self._samples and total > self._samples[-1][1] == self._samples[0][1]:
+            # The files begin to grow: the pause before is no part of the rate.
+            self._samples = deque([self._samples[-1]])
+            self._growing_since = self._samples[0][0]
         self._samples.append((now, total))
         while now - self._samples[0][0] > _SPAN:
             self._samples.popleft()
 
     def bytes_per_second(self) -> int:
-        """Compute the rate at which the files grew over the last ten seconds."""
-        if len(self._samples) < 2:
+        """Compute the rate at which the files grew over the last ten seconds; 0 while it is not known yet."""
+        if len(self._samples) < 2 or self._clock() - self._growing_since < _KNOWN_AFTER:
             return 0
         (first, before), (last, after) = self._samples[0], self._samples[-1]
         return max(0, round((after - before) / max(last - first, CHECK_INTERVAL)))
 
     def seconds_left(self) -> int | None:
-        """Compute the time until there is no room left at this rate; None while the files do not grow."""
+        """Compute the time until there is no room left at this rate; None while it is not known."""
         rate = self.bytes_per_second()
         return max(0, self._free - RESERVE) // rate if rate else None

@@ -657,6 +657,28 @@ def test_status_has_rate_and_time_left(rigs: Callable[..., Rig], disk: Disk) -> 
     assert rigs().storage.status().seconds_left is None
 
 
+def test_the_time_left_is_not_known_at_the_begin_of_a_run(rigs: Callable[..., Rig], disk: Disk) -> None:
+    now = [1000.0]
+    space = Space(rigs().storage.directory, lambda: now[0])
+    space.free()
+
+    def grow(total: int, seconds: int, step: int) -> set[int | None]:
+        found = set()
+        for second in range(seconds):
+            now[0] += 1
+            space.add_sample(total + second * step)
+            found.add(space.seconds_left())
+        return found
+
+    expected = (10_000 - 64) // 2
+    assert grow(0, 20, 0) == {None}
+    assert grow(50_000, 4, 0) == {None}  # a new file without rows
+    assert grow(2 << 20, 10, 2 << 20) == {None}
+    assert grow(22 << 20, 20, 2 << 20) == {expected}
+    assert None in grow(60 << 20, 20, 0)  # after the run
+    assert grow(61 << 20, 14, 2 << 20) == {None}  # the next one
+
+
 def test_a_superseded_storage_marks_its_part(rigs: Callable[..., Rig]) -> None:
     rig, feed = rigs(), Feed(RUN)
     rig.prepare()
