@@ -50,6 +50,9 @@ _DIRECTORIES: Final = ("output-dir", "routines", "ring-dir", "lock-dir")
 _INHERITED: Final = {"host": ("core", "host"), "output-dir": ("detector", "output-dir")}
 #: Options of a process whose default is in other tables, and not that of the program.
 _DERIVED: Final = ("address", "output-dir", "asic")
+#: A board's address, and the port of its data where the address has none.
+_BOARD_ADDRESS: Final = re.compile(r"(?:tcp://)?(?P<host>\[[^]]*\]|[^:]+)(?::(?P<data>\d+))?")
+_BOARD_DATA_PORT: Final = 5556
 _WHERE: Final = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)$")
 Keys = tuple[str, ...]
 
@@ -308,12 +311,25 @@ class DetectorConfig:
                 self.fail(keys, f"io_group {board.io_group} is that of {self._place(other)} already")
             groups[board.io_group] = keys
         readers: dict[str, Keys] = {}
+        addresses: dict[tuple[str, str, int], Keys] = {}  # by host that reads: a board may be an emulator on it
         for producer, table in self._file.producers.items():
             keys = "producers", producer, "boards"
             for board_name in table.get("boards", ()):
                 if (other := readers.get(board_name)) is not None:
                     self.fail(keys, f"board {board_name!r} is read by {self._place(other)} already")
                 readers[board_name] = keys
+                if board_name in self.boards:
+                    self._check_board_address(board_name, str(table.get("host", self.core_host)), addresses)
+
+    def _check_board_address(self, name: str, host: str, known: dict[tuple[str, str, int], Keys]) -> None:
+        """Check that no board is read twice, because its packets would be in the file twice."""
+        keys = "boards", name, "address"
+        parts = _BOARD_ADDRESS.match(self.boards[name].address)
+        assert parts is not None  # by the pattern in config_schema
+        address = host, parts["host"], int(parts["data"] or _BOARD_DATA_PORT)
+        if (other := known.get(address)) is not None:
+            self.fail(keys, f"{address[1]}, port {address[2]}, is that of {self._place(other)} already")
+        known[address] = keys
 
     def _check_addresses(self) -> None:
         """Check that no two processes of a host listen at the same port."""
@@ -351,7 +367,8 @@ class DetectorConfig:
         self.parsed(component)
 
     def _place(self, keys: Keys) -> str:
-        return f"{_dotted(keys)} (line {self.where(*keys).rpartition(':')[2]})"
+        in_file = any(keys[:length] in self._lines for length in range(1, len(keys) + 1))
+        return f"{_dotted(keys)} ({'line ' + self.where(*keys).rpartition(':')[2] if in_file else 'default'})"
 
     # Processes.
 

@@ -125,6 +125,8 @@ ERRORS = [
     ("revision = 4", 'kind = "bern"', "24: producers.north.boards: a producer reads boards of one kind"),
     ("io-group = 2", "io-group = 1", "20: boards.module1.io-group: io_group 1 is that of boards.module0.io-group"),
     ("io-group = 2", "io-group = 0", "20: boards.module1.io-group: expected a whole number from 1 to 255, found 0"),
+    ("pacman2.lab:6000", "pacman1.lab", "20: boards.module1.address: pacman1.lab, port 5556, is that of"),
+    ('"made up"', "Log", "29: producers.Log: the name 'Log' is that of log (default) already"),
     (', io-group = 2', "", "20: boards.module1: the key io-group is missing: a whole number from 1 to 255"),
     (':6000"', ':6000:7:8"', '20: boards.module1.address: expected a text'),
     ('rotate = [\n    "100Mrows"', 'rotate = [\n    "100miles"', "12: storages.first.rotate: "),
