@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
     when = "UTC, such as 2023-03-15T02:48, or before now, such as 90min, 12h, 3d"
     parser.add_argument("--since", type=parse_since, metavar="TIME", help=f"prepared from this time on: {when}")
     parser.add_argument("--until", type=parse_since, metavar="TIME", help="prepared until this time")
-    parser.add_argument("--condition", choices=_CONDITIONS, help="only runs of this condition")
+    parser.add_argument("--condition", type=str.lower, choices=_CONDITIONS, help="only runs of this condition")
     parser.add_argument("--kind", type=_searched, default="", help="only runs of this kind, such as physics")
     parser.add_argument(
         "--comment",

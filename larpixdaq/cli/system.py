@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
         "status",
         help="the run, and every component",
         description="Shows the run state, the Operator in control, the last run, and the status of every component. "
-        "Exits with 1 when a component is LOST or PAUSED, or MISSING in the run.",
+        "Exits with 1 when a component is LOST, PAUSED or GIVEN UP, or MISSING in the run.",
     )
     config.add_core_argument(parser)
     config.add_insecure_argument(parser)

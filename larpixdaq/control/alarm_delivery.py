@@ -246,7 +246,9 @@ class _Command:
                 env=os.environ | environment,
                 start_new_session=True,
             )
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise DeliveryError(f"cannot start {self._settings.argv[0]}: {error.strerror or error}") from None
+        except ValueError as error:
             raise DeliveryError(f"cannot start {self._settings.argv[0]}: {error}") from None
         try:
             # A command that does not read its input is not an error.

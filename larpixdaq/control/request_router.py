@@ -61,7 +61,7 @@ class _Empty(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Prepare(msgspec.Struct, forbid_unknown_fields=True):
     comment: str = ""
-    kind: Annotated[str, Meta(max_length=64)] = ""
+    kind: str = ""
     by: str | None = None
 
 
@@ -380,6 +380,7 @@ class CoreActions:
     def _prepare(self, request: _CoreRequest) -> None:
         params = request.params
         _check_length("prepare_run", "the comment", params.comment, MAX_COMMENT)
+        _check_length("prepare_run", "the kind", params.kind, 64)
         shifter = self._author("prepare_run", request, params.by).shifter
         self._runs.prepare(params.comment, params.kind, request.operator.name, request.reply, request.now, shifter)
 
