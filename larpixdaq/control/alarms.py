@@ -465,6 +465,7 @@ class Evaluation:
         self._bands: dict[int, RateBand] = {band.io_group: band for band in config.rate}
         self._producers: dict[str, _Counts] = {}
         self._log_losses: dict[str, tuple[int, float | None]] = {}  # by log: lost records, and when they grew
+        self._run, self._read = 0, set[int]()  # the newest run, and the io_groups that its producers read
 
     def forget(self, name: str) -> None:
         """Forget the statuses of a component, because it has ended or was restarted."""
@@ -485,6 +486,10 @@ class Evaluation:
             if counts.running_since is not None or in_order:
                 for group in status.groups:
                     yield from self._group(name, group, counts, now, in_order)
+            if running and status.run is not None and status.run >= self._run:
+                if status.run > self._run:
+                    self._run, self._read = status.run, set()
+                self._read.update(group.io_group for group in status.groups)
         elif isinstance(status, SupervisorStatus):
             # The core cannot see its own restart; of components it sees the loss.
             for process in (one for one in status.processes if one.name == "core"):
@@ -499,6 +504,17 @@ class Evaluation:
             recent = grown is not None and now - grown < _EVENT_KEPT
             text = f"{name}: {status.lost} log records lost since its start"
             yield Reading("log-losses", name, WARNING if recent else "", text)
+
+    def unread(self, now: float) -> Iterator[Reading]:
+        """Yield a reading for each expected io_group: whether no producer of the run reads it."""
+        begins = [one.running_since for one in self._producers.values() if one.running_since is not None]
+        if begins and now - min(begins) < self._config.expected_after:
+            return
+        for io_group in self._config.expected_io_groups:
+            text = ""
+            if begins and io_group not in self._read:
+                text = f"SILENT: io_group {io_group}: expected, but no producer of run {self._run} reads it"
+            yield Reading("io-group-silent", f"io_group {io_group}", ALARM if text else "", text)
 
     def _group(self, name: str, group: IoGroupReport, counts: _Counts, now: float, in_order: bool) -> Iterator[Reading]:
         subject = _subject(name, group.io_group)
@@ -624,6 +640,8 @@ class Alarms:
                 if subject.startswith(f"{component.name}, io_group ") and subject not in boards
             ]
         self._take(component.name, readings, now)
+        if isinstance(status, ProducerStatus):
+            self._take("", list(self._evaluation.unread(now)), now)
 
     def registered(self, component: Component, now: float, *, restarted: bool) -> None:
         """A component has registered. `restarted`: an earlier process of this name was lost."""

@@ -311,6 +311,16 @@ def test_hot_and_dead_channels_of_a_monitor():
     assert text.count("1-2-11-") == 5
 
 
+def test_expected_io_group_that_no_producer_reads() -> None:
+    evaluation = Evaluation(AlarmConfig(expected_io_groups=[1, 2], expected_after=5.0))
+    for now, level in ((0.0, None), (4.0, None), (5.5, "alarm")):
+        readings(in_run(9), evaluation=evaluation, now=now)
+        found = {reading.subject: reading.level for reading in evaluation.unread(now)}
+        assert (found.get("io_group 1"), found.get("io_group 2")) == ("" if level else None, level), now
+    evaluation.forget("board")  # a producer that is lost has an alarm of its own
+    assert {reading.level for reading in evaluation.unread(6.0)} == {""}
+
+
 texts = st.text(max_size=5)
 numbers = st.integers(0, 2**62)
 boards = st.builds(BoardReport, st.integers(0, 255), texts, st.none() | st.floats(), texts, st.none(), st.lists(texts))
