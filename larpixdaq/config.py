@@ -185,6 +185,8 @@ def _name(text: str) -> str:
     """Check a name, which must fit into messages, files and the ring."""
     if not 1 <= len(text.encode("utf-8", "replace")) <= 64 or not text.isprintable():
         raise argparse.ArgumentTypeError(f"expected a name of 1 to 64 printable characters, found {text[:80]!r}")
+    if text == "core":
+        raise argparse.ArgumentTypeError("core is the name of the core")
     return text
 
 

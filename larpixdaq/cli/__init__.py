@@ -1,6 +1,7 @@
 """Command `larpixdaq`: each module of this package defines some of its subcommands."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterable
 from importlib import import_module
@@ -37,5 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     # The other modules are not imported, because some take longer than a command.
     wanted = [module for module, commands in _COMMANDS.items() if arguments and arguments[0] in commands]
-    options = parser(wanted or _COMMANDS).parse_args(arguments, argparse.Namespace(argv=arguments))
+    try:
+        options = parser(wanted or _COMMANDS).parse_args(arguments, argparse.Namespace(argv=arguments))
+    except KeyboardInterrupt:  # while modules are imported
+        print("larpixdaq: interrupted by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
     return run_main(lambda: options.function(options), endless=False)

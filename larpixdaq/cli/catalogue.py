@@ -124,6 +124,8 @@ def runs(options: argparse.Namespace) -> int:
         selection = selection._replace(since_ns=round(options.since * 1e9))
     if options.until is not None:
         selection = selection._replace(until_ns=round(options.until * 1e9))
+    if None not in (options.since, options.until) and options.until < options.since:
+        raise ConfigError("runs: --until is before --since")
     if options.run is not None and selection != Selection():
         raise ConfigError(f"runs: run {options.run} and a search: give one of them")
     catalogue = RunList(state_dir(options.state_dir))

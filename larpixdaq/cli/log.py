@@ -86,6 +86,8 @@ def add_commands(commands: Any) -> None:
 def log(options: argparse.Namespace) -> int:
     path = Path(options.file) if options.file else state_dir(options.state_dir) / "log.txt"
     wanted = Wanted(getattr(logging, options.level), options.component, options.since, options.until)
+    if options.until < options.since:
+        raise ConfigError("log: --until is before --since")
     if options.follow:
         if options.until < math.inf:
             raise ConfigError("--until cannot be used with --follow")

@@ -469,7 +469,11 @@ def test_runs_on_the_command_line(tmp_path, capsys):
         everything = json.loads("\n".join(lines("--json", "--last", "2")))
         assert ([run["run"] for run in everything["runs"]], everything["more"]) == ([31, 30], True)
         assert everything["runs"][1] == facts
-        for arguments, words in ((("99",), "there is no run 99"), (("3", "--kind", "x"), "give one of them")):
+        for arguments, words in (
+            (("99",), "there is no run 99"),
+            (("3", "--kind", "x"), "give one of them"),
+            (("--since", "1h", "--until", "2h"), "--until is before --since"),
+        ):
             assert main(["runs", *arguments, *state]) == 1
             assert words in capsys.readouterr().err
     empty = tmp_path / "empty"

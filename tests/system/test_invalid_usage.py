@@ -171,6 +171,7 @@ def test_invalid_files(tmp_path: Path, kind: str, words: str, capsys: pytest.Cap
         "log --bogus",
         "run_data --bogus",
         "run_data --name=",
+        "run_data --name core",
         "offline_storage --bogus",
         "offline_storage -o",
         f"offline_storage --name {'x' * 65}",

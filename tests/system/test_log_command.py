@@ -77,6 +77,7 @@ def test_lines_of_a_log(tmp_path):
     for arguments, words in (
         ((tmp_path / "none.txt",), "none.txt: no such file"),
         ((tmp_path,), "is not a regular file"),
+        ((file, "--since", "1h", "--until", "2h"), "--until is before --since"),
         ((file, "--follow", "--until", "1h"), "--until cannot be used with --follow"),
     ):
         status, out, error = log(*arguments)

@@ -11,6 +11,7 @@ import pytest
 from processes import LIMIT, Process, until
 from system import System, rows_of, system
 
+from larpixdaq import cli
 from larpixdaq.errors import LarpixDaqError
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.operator import Operator
@@ -131,3 +132,9 @@ def test_an_interrupted_demo_reports_the_signal(tmp_path: Path, how: signal.Sign
         assert demo.stop(how) == 128 + how
         assert demo.stderr.endswith(f"interrupted by {how.name}\n")
         assert "Traceback" not in demo.stderr
+
+
+def test_ctrl_c_while_the_command_starts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "import_module", lambda _name: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["status"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "larpixdaq: interrupted by SIGINT\n"
