@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from larpixdaq.constants import CONTROL_FREE, HEARTBEAT, LOST, STUCK
+from larpixdaq.constants import CONTROL_FREE, HEARTBEAT, LOST, RUN_DATA, STUCK
 from larpixdaq.control.connection import RecentRequests
 from larpixdaq.errors import ControlHeld, NotAllowed, ProtocolError
 from larpixdaq.keys.key_store import Member
@@ -126,8 +126,9 @@ class Registry:
         if known is None and len(self.components) >= MAX_COMPONENTS:
             raise TooMany(f"{message.name!r} cannot be registered: there are {MAX_COMPONENTS} components already")
         if known is not None and known.instance != message.instance:
+            kind = "monitor" if known.kind == RUN_DATA else known.kind
             raise NameTaken(
-                f"the name {message.name!r} is in use by a {known.kind} (process {known.info.get('pid', '?')} on "
+                f"the name {message.name!r} is in use by a {kind} (process {known.info.get('pid', '?')} on "
                 f"{known.info.get('host', '?')}) last heard {now - known.heard:.1f} s ago"
             )
         self.lost.pop(message.name, None)

@@ -208,7 +208,7 @@ def test_up_does_not_take_the_place_of_a_component_of_another_user(tmp_path):
                       "the other monitor to be registered")  # fmt: skip
             status, words = up.run("first")
         assert status == 1
-        assert f"is in use by a run_data (process {stranger.popen.pid} on " in words
+        assert f"is in use by a monitor (process {stranger.popen.pid} on " in words
         assert {name for name, pid in up.running("first").items() if pid == before[name]} == set(before) - {"run_data"}
         with Operator(up.core) as operator:
             operator.prepare_run().result(LIMIT)
