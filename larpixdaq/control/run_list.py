@@ -228,7 +228,7 @@ def run_lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _listed("files", [_file(file) for file in facts["file_details"]])
     known = {file["path"] for file in facts["file_details"]}
     yield from _listed("" if known else "files", [file for file in facts["files"] if file not in known])
-    yield from _listed("totals", [_totals(line) for line in _sums(facts["ledger"])])
+    yield from _listed("totals", [*_lacking(facts), *(_totals(line) for line in _sums(facts["ledger"]))])
     yield from _listed("versions", [", ".join(f"{name} {version}" for name, version in facts["versions"].items())])
     yield from _listed("e-log", [_comment(comment) for comment in facts["comments"]])
     yield from _listed("attachments", [_attachment(attachment) for attachment in facts["attachments"]])
@@ -253,6 +253,14 @@ def _board(board: dict[str, Any]) -> str:
 def _file(file: dict[str, Any]) -> str:
     checksum = f", sha256 {file['sha256']}" if file["sha256"] else ", no checksum yet"
     return f"{file['path']}, {size(file['bytes'])}, {file['condition']}, {file['storage']}{checksum}"
+
+
+def _lacking(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each producer of whose processes some have left their counters in the files alone."""
+    known = {(line["producer"], line["epoch"]) for line in facts["ledger"]}
+    for name, epochs in facts["producers"].items():
+        if lacking := sum((name, epoch) not in known for epoch in epochs):
+            yield f"without those of {lacking} of {len(epochs)} processes of {name}, which are in the files alone"
 
 
 def _sums(ledger: list[dict[str, Any]]) -> list[tuple[str, Counter[str]]]:

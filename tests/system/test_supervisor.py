@@ -165,7 +165,7 @@ class Supervision(RuleBasedStateMachine):
                 is_running(entry) and entry.registered for entry in found.values()
             ) and self.pids.items() <= {name: entry.pid for name, entry in found.items()}.items()  # fmt: skip
 
-        until(reached, f"{self.wanted} with {self.pids}, found {entries(self.directory)}", 5.0)
+        until(reached, f"{self.wanted} with {self.pids}, found {entries(self.directory)}")
         self.pids = {name: entry.pid for name, entry in entries(self.directory).items()}
 
 
