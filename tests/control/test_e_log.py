@@ -456,7 +456,8 @@ def test_runs_on_the_command_line(tmp_path, capsys):
             "length       600.0 s", "rows         40 made by the producers, not known stored",
             "LArPix board, io_group 1: PACMAN pacman.local, read on daq1, firmware 4.2",
             "LArPix board, 2 processes one after the other", "/data/a.h5, 1.23 kB, COMPLETE, disk, sha256 abab",
-            "totals       all: bytes in 2,", "LArPix board, io_group 2: bytes in 1,",
+            "totals       without those of 1 of 2 processes of LArPix board, which are in the files alone",
+            "all: bytes in 2,", "LArPix board, io_group 2: bytes in 1,",
             "Ada, ada@daq1, key owner: beam \\x1b[31m is on", "b.png, 5 B, sha256 00, THE FILE IS GONE",
         ):  # fmt: skip
             assert words in found, (words, found)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from larpixdaq.control import log_file
@@ -67,6 +67,7 @@ def opened():
 
 @given(RECORDS)
 def test_a_record_is_one_line_and_is_read_back(record):
+    assume(not 2**32 < abs(record.time) < 3e11)  # from the year 2106 to 9999 a float does not tell microseconds apart
     text = line(record)
     assert len(text.splitlines()) == 1
     found = parse(text.encode()[:-1])
