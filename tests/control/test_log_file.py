@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from larpixdaq.control import log_file
@@ -24,7 +24,8 @@ from larpixdaq.control.log_file import (
 )
 from larpixdaq.errors import FileError, printable
 
-TIMES = st.floats(-1e12, 1e12) | st.floats()
+#: From the year 2106 on a float does not tell microseconds apart.
+TIMES = st.floats(-(2.0**32), 2.0**32) | st.floats(3e11) | st.floats(max_value=-3e11) | st.just(math.nan)
 NAMES = st.text(max_size=8) | st.sampled_from(["core", "LArPix board", "a: b", "a:", ": ", ""])
 RECORDS = st.builds(
     LogRecord,
@@ -67,7 +68,6 @@ def opened():
 
 @given(RECORDS)
 def test_a_record_is_one_line_and_is_read_back(record):
-    assume(not 2**32 < abs(record.time) < 3e11)  # from the year 2106 to 9999 a float does not tell microseconds apart
     text = line(record)
     assert len(text.splitlines()) == 1
     found = parse(text.encode()[:-1])
