@@ -95,7 +95,8 @@ def test_the_wire_between_two_hosts_shows_neither_texts_nor_rows(tmp_path: Path,
     found = [text for text in TEXTS if text.encode() in captured]
     assert found == (list(TEXTS) if insecure else [])
     chosen = rows[np.linspace(0, len(rows) - 1, 200).astype(int)]
-    assert not any(row.tobytes() in captured for row in chosen), "rows are packed on their way to another host"
+    plain = sum(row.tobytes() in captured for row in chosen)  # rows of small blocks are not packed
+    assert plain < len(chosen) / 4 if insecure else plain == 0
     seen = [slice_of(block) in captured for block in blocks_of(path) if len(block) >= MIN_ROWS]
     assert len(seen) > 10
     if insecure:
