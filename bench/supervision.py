@@ -98,6 +98,23 @@ def kill_supervisor(made: Detector, result: Result) -> float:
     return seconds
 
 
+def end_run(made: Detector, boards: Emulator, operator: Operator, result: Result) -> None:
+    """Stop the boards, end the run, wait until all data are delivered, and count words and rows."""
+    boards.stop()
+    sent = boards.finish()["sent"]
+    ended = operator.end_run().result(STEP)
+    result.condition = until(
+        lambda: (c := operator.run_info(ended["run"]).result(STEP)["condition"]) != "INTERRUPTED" and c,
+        "all data to be delivered",
+        STEP,
+    )
+    found = tally(parts_of([made.data], ended["run"]))
+    result.sent = sum(counts["words"] for counts in sent.values())
+    result.stored, result.counted = sum(found.stored.values()), sum(found.counted.values())
+    result.doubled = found.doubled
+    result.failures += found.problems
+
+
 def trial(kind: str, options: argparse.Namespace, made: Detector, boards: Emulator) -> Result:
     result = Result(kind)
     choose = random.Random(f"{options.seed} {kind}")
@@ -120,19 +137,7 @@ def trial(kind: str, options: argparse.Namespace, made: Detector, boards: Emulat
             seconds = kill_supervisor(made, result) if kind == "supervisor" else kill_process(made, kind)
             result.back.append(seconds)
         time.sleep(2.0)
-        boards.stop()
-        sent = boards.finish()["sent"]
-        ended = operator.end_run().result(STEP)
-        result.condition = until(
-            lambda: (c := operator.run_info(ended["run"]).result(STEP)["condition"]) != "INTERRUPTED" and c,
-            "all data to be delivered",
-            STEP,
-        )
-    found = tally(parts_of([made.data], ended["run"]))
-    result.sent = sum(counts["words"] for counts in sent.values())
-    result.stored, result.counted = sum(found.stored.values()), sum(found.counted.values())
-    result.doubled = found.doubled
-    result.failures += found.problems
+        end_run(made, boards, operator, result)
     if kind != "LArPix board" and (result.unaccounted or result.counted):
         result.failures.append(f"{result.unaccounted} words are unaccounted for, {result.counted} are counted as lost")
     if result.doubled:
@@ -186,23 +191,11 @@ def together(options: argparse.Namespace, made: Detector, boards: Emulator) -> t
             kills[kind].append(time.time())
             back[kind].append(kill_supervisor(made, result) if kind == "supervisor" else kill_process(made, kind))
         time.sleep(ALARM_LIMIT + 1.0)
-        boards.stop()
-        sent = boards.finish()["sent"]
-        ended = operator.end_run().result(STEP)
-        result.condition = until(
-            lambda: (c := operator.run_info(ended["run"]).result(STEP)["condition"]) != "INTERRUPTED" and c,
-            "all data to be delivered",
-            STEP,
-        )
+        end_run(made, boards, operator, result)
         began = time.monotonic()
         while (still := about_components(operator)) and time.monotonic() - began < CLEAR_LIMIT:
             time.sleep(1.0)
         result.failures += [f"still open: {text}" for text in still]
-    found = tally(parts_of([made.data], ended["run"]))
-    result.sent = sum(counts["words"] for counts in sent.values())
-    result.stored, result.counted = sum(found.stored.values()), sum(found.counted.values())
-    result.doubled = found.doubled
-    result.failures += found.problems
     if not result.condition.startswith("COMPLETE"):
         result.failures.append(f"the run is {result.condition}")
     if not kills["LArPix board"] and (result.unaccounted or result.counted):
