@@ -16,7 +16,8 @@ cimport cython
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_FAILED, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
-from row_structs cimport INFO_ROWS, N_COUNTS, checked_byte, uint8_t, uint16_t, uint32_t, uint64_t
+from row_structs cimport (BAD_PARITY, DROPPED, INFO_ROWS, N_COUNTS, PACKETS, REJECTED_WORDS, SENT_ROWS, TIME_ROWS, UNKNOWN_WORDS,
+                          WORD_ROWS, checked_byte, uint8_t, uint16_t, uint32_t, uint64_t)
 
 import numpy as np
 
@@ -42,6 +43,9 @@ cdef enum:
     MIN_ROWS_AT_END = 1024     # the arena's end is skipped when it has room for fewer rows
     COUNTS_SIZE = 256 * N_COUNTS * 8
     GAPS_SIZE = 256 * 3 * 8
+    BLOCK_TAG = 12             # of stream.Block, with the number of its fields
+    BLOCK_FIELDS = 15
+    NIL = 0xC0                 # msgpack's
 
 cdef struct Descriptor:
     uint64_t start             # position of the rows
@@ -153,6 +157,46 @@ cdef _check_header(const Header* header, uint64_t size, bytes name, uint64_t epo
         raise ValueError(f"ring: its producer or epoch ({header.epoch:x}) is not that of its file name")
 
 
+cdef uint8_t* _pack_uint(uint8_t* out, uint64_t value) noexcept nogil:
+    """Write a number as msgpack, in as few bytes as possible. Returns the place after it."""
+    cdef int size, i
+    if value < 128:
+        out[0] = <uint8_t>value
+        return out + 1
+    if value < 1 << 8:
+        out[0], size = 0xCC, 1
+    elif value < 1 << 16:
+        out[0], size = 0xCD, 2
+    elif value >> 32 == 0:
+        out[0], size = 0xCE, 4
+    else:
+        out[0], size = 0xCF, 8
+    for i in range(size):
+        out[1 + i] = <uint8_t>(value >> 8 * (size - 1 - i))
+    return out + 1 + size
+
+
+cdef uint8_t* _pack_array(uint8_t* out, uint32_t length) noexcept nogil:
+    """Write the beginning of a msgpack array of fewer than 65,536 values. Returns the place after it."""
+    if length < 16:
+        out[0] = <uint8_t>(0x90 | length)
+        return out + 1
+    out[0], out[1], out[2] = 0xDC, <uint8_t>(length >> 8), <uint8_t>length
+    return out + 3
+
+
+cdef uint8_t* _pack_text(uint8_t* out, const uint8_t* text, uint8_t length) noexcept nogil:
+    """Write a msgpack string. Returns the place after it."""
+    if length < 32:
+        out[0] = <uint8_t>(0xA0 | length)
+        out += 1
+    else:
+        out[0], out[1] = 0xD9, length
+        out += 2
+    memcpy(out, text, length)
+    return out + length
+
+
 @cython.final
 cdef class Ring:
     """A ring in `memory`, a writable buffer of at least SMALLEST bytes, all zero for a new ring.
@@ -173,6 +217,7 @@ cdef class Ring:
     cdef uint8_t* arena
     cdef object writable        # the arena; its slices keep the memory alive while they are in use
     cdef object readable
+    cdef uint8_t name_size
     cdef uint64_t reserved      # bytes for INFO messages and the end record
     cdef readonly object counts
     cdef readonly object outside_counts
@@ -182,6 +227,7 @@ cdef class Ring:
         cdef bytes name = producer.encode()
         if len(name) > NAME_BYTES:
             raise ValueError(f"producer name: expected at most {NAME_BYTES} bytes, found {len(name)}")
+        self.name_size = <uint8_t>len(name)
         cdef uint8_t[::1] view = memory
         if view.shape[0] < <Py_ssize_t>_SMALLEST:
             raise ValueError(f"ring: expected at least {SMALLEST} bytes, found {view.shape[0]}")
@@ -531,12 +577,68 @@ cdef class Ring:
         cdef uint64_t start = self.header.open_start % self.header.arena_size
         return self.readable[start:start + self.header.open_rows * self.run.row_size]
 
-    def close_block(self, bytes header):
-        """Publish the open block with its packed header."""
-        cdef uint64_t rows = self.header.open_rows
-        if not self.header.open_capacity or not rows or len(header) > HEADER_ROOM:
-            raise ValueError(f"ring: a block of {rows} rows with a header of {len(header)} bytes cannot be closed")
-        self._push(BLOCK, self.header.open_start, rows * self.run.row_size, rows, header)
+    def close_block(self, uint64_t now_ns, uint32_t crc32):
+        """Publish the open block, whose last row came at `now_ns`. `crc32`: of open_payload().
+
+        Its header is that of a stream.Block, with the totals of the run's io_groups and the gaps, which are then reported. It is
+        packed here, because a producer closes a thousand blocks a second.
+        """
+        cdef uint64_t rows = self.header.open_rows, size = rows * self.run.row_size
+        if not self.header.open_capacity or not rows:
+            raise ValueError(f"ring: a block of {rows} rows cannot be closed")
+        cdef uint8_t* header = self.arena + self.header.open_start % self.header.arena_size + size
+        cdef uint8_t* end = self._pack_header(header, rows, now_ns, crc32)
+        self._push(BLOCK, self.header.open_start, size, rows, <uint64_t>(end - header))
+        memset(&self.file.gaps[0], 0, GAPS_SIZE)
+
+    cdef uint8_t* _pack_header(self, uint8_t* out, uint64_t rows, uint64_t now_ns, uint32_t crc32) noexcept:
+        """Write the header of the open block, in the format of stream.pack(Block(...)). Returns the place after it.
+
+        It takes less than HEADER_ROOM also with 256 io_groups.
+        """
+        cdef const uint64_t* counts
+        cdef const uint64_t* gap
+        cdef uint32_t n_groups = 0, n_gaps = 0
+        cdef int i
+        for i in range(IO_GROUPS):
+            n_groups += self.run.io_groups[i // 8] >> (i % 8) & 1
+            n_gaps += (<const uint64_t*>&self.file.gaps[0])[3 * i] != 0
+        out[0] = BLOCK_TAG
+        out = _pack_array(out + 1, 1 + BLOCK_FIELDS)
+        out = _pack_uint(out, BLOCK_TAG)
+        out = _pack_uint(out, self.run.run)
+        out = _pack_text(out, self.header.producer, self.name_size)
+        out = _pack_uint(out, self.header.epoch)
+        out = _pack_uint(out, self.header.sequence)
+        out = _pack_uint(out, self.header.first_packet)
+        out = _pack_uint(out, rows)
+        out = _pack_uint(out, self.run.layout)
+        out = _pack_uint(out, 0)  # flags
+        out = _pack_uint(out, self.header.open_first_ns)
+        out = _pack_uint(out, now_ns)
+        out = _pack_uint(out, crc32)
+        out = _pack_array(out, n_groups)
+        for i in range(IO_GROUPS):
+            if self.run.io_groups[i // 8] >> (i % 8) & 1:
+                counts = <const uint64_t*>&self.file.counts[0] + i * N_COUNTS
+                out = _pack_array(out, 6)
+                out = _pack_uint(out, i)
+                out = _pack_uint(out, counts[PACKETS])
+                out = _pack_uint(out, counts[WORD_ROWS] + counts[TIME_ROWS] + counts[INFO_ROWS] + counts[SENT_ROWS])
+                out = _pack_uint(out, counts[BAD_PARITY])
+                out = _pack_uint(out, counts[UNKNOWN_WORDS] + counts[REJECTED_WORDS])
+                out = _pack_uint(out, counts[DROPPED])
+        out = _pack_array(out, n_gaps)
+        for i in range(IO_GROUPS):
+            gap = <const uint64_t*>&self.file.gaps[0] + 3 * i
+            if gap[0]:
+                out = _pack_array(out, 4)
+                out = _pack_uint(out, i)
+                out = _pack_uint(out, gap[0])
+                out = _pack_uint(out, gap[1])
+                out = _pack_uint(out, gap[2])
+        out[0] = out[1] = NIL  # text, configs
+        return out + 2
 
     def append(self, int kind, payload, uint32_t rows, bytes header):
         """Add INFO rows, or the end record (without rows), as a block of its own. No block may be open.
@@ -554,19 +656,20 @@ cdef class Ring:
         self._claim(self.header.head_position + size + len(header))
         if size:
             memcpy(self.arena + self.header.head_position % self.header.arena_size, &view[0], size)
-        self._push(kind, self.header.head_position, size, rows, header)
+        memcpy(self.arena + self.header.head_position % self.header.arena_size + size, <const char*>header, len(header))
+        self._push(kind, self.header.head_position, size, rows, len(header))
         return True
 
-    cdef _push(self, int kind, uint64_t start, uint64_t size, uint64_t rows, bytes header):
+    cdef void _push(self, int kind, uint64_t start, uint64_t size, uint64_t rows, uint64_t header) noexcept:
+        """Publish a block whose rows, `size` bytes, and packed header, `header` bytes, are in the arena."""
         cdef Descriptor* block = &self.descriptors[self.header.head % DESCRIPTORS]
-        memcpy(self.arena + start % self.header.arena_size + size, <const char*>header, len(header))
         fence()  # a Reader that sees this slot change must see the head with which that begins
         block.start = start
-        block.end = _aligned(start + size + len(header))
+        block.end = _aligned(start + size + header)
         block.run = self.run.run
         block.sequence = self.header.sequence
         block.payload = <uint32_t>size
-        block.header = <uint32_t>len(header)
+        block.header = <uint32_t>header
         block.rows = <uint32_t>rows
         block.kind = <uint8_t>kind
         block.layout = <uint8_t>self.run.layout

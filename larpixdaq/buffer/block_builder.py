@@ -119,8 +119,7 @@ class BlockBuilder:
         """Close the open block, if it has rows."""
         self._close_at = None
         if self._ring.open_rows:
-            payload = self._ring.open_payload()
-            self._ring.close_block(self._header(self._ring.open_rows, self._ring.open_first_ns, payload))
+            self._ring.close_block(self._wall(), crc32(self._ring.open_payload()))
 
     def info(self, text: str, configs: Configs | None = None, *, seconds: int | None = None) -> bool:
         """Append an INFO message, in a block of its own, with the configurations that it is about.
@@ -133,7 +132,7 @@ class BlockBuilder:
         self._ring.counts[0, Count.INFO_ROWS] += np.uint64(len(rows))
         payload = rows.tobytes()
         gaps = self._ring.gaps.copy()
-        if self._ring.append(INFO, payload, len(rows), self._header(len(rows), self._wall(), payload, text, configs)):
+        if self._ring.append(INFO, payload, len(rows), self._header(len(rows), payload, text, configs)):
             return True
         self._ring.gaps[:] = gaps  # because the header with them was not appended
         self.drop(rows)
@@ -181,10 +180,10 @@ class BlockBuilder:
         """
         return self._base_ns + int((self._clock() - self._base) * 1e9)
 
-    def _header(
-        self, rows: int, first_ns: int, payload: Any, text: str | None = None, configs: Configs | None = None
-    ) -> bytes:
+    def _header(self, rows: int, payload: bytes, text: str, configs: Configs | None) -> bytes:
+        """Return the header of an INFO message. Ring.close_block() makes those of other blocks."""
         assert self.run is not None
+        now = self._wall()
         block = Block(
             self.run,
             self.producer,
@@ -194,10 +193,9 @@ class BlockBuilder:
             rows,
             self.layout.code,
             0,
-            first_ns,
-            self._wall(),
+            now,
+            now,
             crc32(payload),
-            # Lists, because for ten io_groups sums in numpy take twice the time.
             list(map(Totals.of, self.io_groups, self._ring.counts[self.io_groups].tolist())),
             self._take_gaps(),
             text,

@@ -16,6 +16,7 @@ from larpixdaq import constants, schema
 from larpixdaq._native.ring_buffer import BLOCK, END, INFO, SMALLEST, Ring
 from larpixdaq.buffer.ring_file import RingFile, ring_file_name
 from larpixdaq.errors import RingError
+from larpixdaq.protocol.stream import Block, Gap, Totals, pack
 from larpixdaq.runtime.units import parse_size
 
 ROW = schema.PACKETS_2_4
@@ -61,9 +62,12 @@ class RingMachine(RuleBasedStateMachine):
     @rule()
     def close(self) -> None:
         assert bytes(self.ring.open_payload()) == self.open
-        header = b"h%d" % self.ring.sequence
-        self.ring.close_block(header)
-        self.model.append((BLOCK, self.open, header))
+        header = Block(
+            1, "LArPix board", 7, self.ring.sequence, self.ring.first_packet, self.ring.open_rows, 2, 0, 123, 456,
+            self.value, [], [],
+        )  # fmt: skip
+        self.ring.close_block(456, self.value)
+        self.model.append((BLOCK, self.open, pack(header)))
         self.open = b""
 
     @precondition(lambda self: not self.open)
@@ -104,10 +108,46 @@ def test_blocks_go_round_the_arena_many_times(sizes: list[int]) -> None:
         n = min(n, len(room) // ROW.itemsize)
         room[: n * ROW.itemsize] = bytes([i % 256]) * (n * ROW.itemsize)
         ring.publish(n)
-        ring.close_block(b"x" * (i % 300))
+        ring.close_block(0, 0)
         assert ring.payload(ring.head - 1) == bytes([i % 256]) * (n * ROW.itemsize)
         if ring.head - ring.tail > 3:
             ring.free_to(ring.tail + 1)
+
+
+_NUMBER = st.integers(0, 2**32 - 1) | st.integers(0, 2**50) | st.sampled_from([127, 128, 255, 256, 65535, 65536, 2**32])
+
+
+@given(
+    producer=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
+        lambda name: len(name.encode()) <= 64
+    ),
+    epoch=st.integers(0, 2**64 - 1),
+    run=st.integers(1, constants.LAST_RUN),
+    counts=st.dictionaries(st.integers(0, 255), st.lists(_NUMBER, min_size=22, max_size=22), max_size=20)
+    | st.just({g: [2**52] * 22 for g in range(256)}),
+    gaps=st.dictionaries(st.integers(0, 255), st.tuples(st.integers(1, 2**50), _NUMBER, _NUMBER), max_size=20)
+    | st.just(dict.fromkeys(range(256), (2**55, 2**62, 2**62))),
+    times=st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1)),
+    crc32=st.integers(0, 2**32 - 1),
+    rows=st.sampled_from([1, 127, 128, 255, 256, constants.BLOCK_ROWS]),
+)
+@settings(max_examples=examples(100))
+def test_header_of_a_block_is_that_of_msgspec(producer, epoch, run, counts, gaps, times, crc32, rows) -> None:
+    ring = Ring(mmap.mmap(-1, SMALLEST), producer=producer, epoch=epoch)
+    ring.begin(run, 2, ROW.itemsize, [], sorted(counts))
+    for io_group, values in counts.items():
+        ring.counts[io_group] = values
+    for io_group, gap in gaps.items():
+        ring.gaps[io_group] = gap
+    ring.append(INFO, bytes(ROW.itemsize), 1, b"h")
+    assert ring.rows(times[0], constants.BLOCK_ROWS) is not None
+    ring.publish(rows)
+    ring.close_block(times[1], crc32)
+    totals = [Totals.of(io_group, counts[io_group]) for io_group in sorted(counts)]
+    expected = [Gap(io_group, *gaps[io_group]) for io_group in sorted(gaps)]
+    block = Block(run, producer, epoch, 1, 1, rows, 2, 0, *times, crc32, totals, expected)
+    assert ring.packed_header(1) == pack(block)
+    assert not ring.gaps.any()
 
 
 def test_end_record_has_a_reserved_descriptor() -> None:
@@ -117,7 +157,7 @@ def test_end_record_has_a_reserved_descriptor() -> None:
     while (room := ring.rows(0, constants.BLOCK_ROWS)) is not None:
         room[: ROW.itemsize] = b"r" * ROW.itemsize
         ring.publish(1)
-        ring.close_block(b"header")
+        ring.close_block(0, 0)
         blocks += 1
     assert blocks == 65536 - 64
     assert ring.fill == 1.0
@@ -139,7 +179,7 @@ def test_a_run_begins_with_zero_sequence_and_counters() -> None:
     "wrong",
     [
         lambda ring: ring.publish(1),
-        lambda ring: ring.close_block(b""),
+        lambda ring: ring.close_block(0, 0),
         lambda ring: ring.append(INFO, b"123", 1, b""),
         lambda ring: ring.begin(2, 2, 36, ["x" * 65]),
         lambda ring: ring.begin(2, 2, 36, [str(i) for i in range(17)]),

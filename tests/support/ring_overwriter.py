@@ -26,7 +26,7 @@ def publish(ring_file: RingFile, index: int) -> None:
     rows = np.frombuffer(room, PACKETS_2_4)
     rows["timestamp"] = index
     ring.publish(len(rows))
-    ring.close_block(b"header")
+    ring.close_block(0, 0)
 
 
 def main() -> None:
