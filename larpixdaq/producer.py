@@ -66,9 +66,11 @@ END_READ_ON = 0.2
 QUIET = 0.05
 END_LIMIT = 5.0
 #: Milliseconds without reading after a turn that emptied all boards and made fewer than FEW_ROWS rows. Otherwise each
-#: of 5,000 one-word messages a second would take a turn of the loop, together a fifth of a core. At high rates the rest
-#: would delay acknowledgements and the storages.
-REST, FEW_ROWS = 4, 4_000
+#: of 5,000 one-word messages a second would take a turn of the loop. The turn closes its block, so that a row is on its
+#: way at most one rest after its arrival. At high rates the rest would delay acknowledgements and the storages.
+REST, FEW_ROWS = 20, 4_000
+#: The same, without closing the block, for sources with small buffers, and while a routine waits for answers of chips.
+SHORT_REST = 4
 #: Attempts to ask a board that has connected again for its firmware, because its command server may start later.
 FIRMWARE_TRIES = 5
 #: Fraction of the ring in use above which a board that waits for room is not called silent.
@@ -92,6 +94,7 @@ class Producer:
         self.replaced = False  # another producer has taken the name, and with it the ring
         self.state = "STOP"
         self.ending: tuple[Call, float] | None = None
+        self._short_rest = any(source.small_buffer for source in boards)
         self._busy_at = 0.0  # last time at which a read() left data behind
         self._late = False
         self._watch = Watch()
@@ -170,10 +173,11 @@ class Producer:
         """Read, record and serve until a signal comes."""
         self.node.connect(signals=signals)
         poller, resting = zmq.Poller(), zmq.Poller()
-        for readable in (signals.fileno(), self.node.fileno(), self.child.fileno(), *self.publisher.sockets()):
+        for readable in (signals.fileno(), self.node.fileno(), self.child.fileno()):
             poller.register(readable, zmq.POLLIN)
             resting.register(readable, zmq.POLLIN)
-        poller.register(self.delivery.fileno(), zmq.POLLIN)
+        for readable in (*self.publisher.sockets(), self.delivery.fileno()):  # these can wait for the end of a rest
+            poller.register(readable, zmq.POLLIN)
         self.readout.watch(poller)
         while not signals.stop:
             poller.poll(self.node.wait_ms(self._due()))
@@ -188,6 +192,9 @@ class Producer:
             busy = self.readout.turn(poller)
             if not self.readout.quiet:
                 self._busy_at = time.monotonic()
+            rest = self._rest() if busy else 0
+            if rest == REST:
+                self.recorder.close_block()
             self.recorder.work()
             if self.ending is not None:
                 self._end_when_quiet()
@@ -197,8 +204,14 @@ class Producer:
             if time.monotonic() >= self._check_at:
                 self._check_boards()
             self.node.report(self.readout.batches + self.publisher.freed, 0)
-            if busy and self.readout.quiet and self.readout.rows < FEW_ROWS and not self.commands.busy:
-                resting.poll(REST)
+            if rest:
+                resting.poll(rest)
+
+    def _rest(self) -> int:
+        """Milliseconds without reading after a turn in which there were data."""
+        if not self.readout.quiet or self.readout.rows >= FEW_ROWS or self.commands.busy:
+            return 0
+        return SHORT_REST if self._short_rest or self.child.listening else REST
 
     def _due(self) -> float | None:
         """Return the time of the next work without a readable descriptor (monotonic seconds)."""

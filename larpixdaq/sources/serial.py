@@ -111,6 +111,7 @@ class SerialSource(LiveSource):
     """
 
     kind = "serial"
+    small_buffer = True  # 4 kB of a terminal
     _decoder: SerialDecoder
 
     def __init__(self, device: str, io_group: int = 1, *, asic: Asic, baud: int = BAUD, rule: str = "strict") -> None:

@@ -59,6 +59,8 @@ class Source(ABC):
     finished = False
     #: The last read() took all data that had arrived; False: more data wait.
     drained = True
+    #: Data that arrive in 20 ms at the full rate may not fit into the kernel's buffer.
+    small_buffer = False
     #: Command channels to the boards and their chips; (): the source takes no commands.
     channels: tuple[Channel, ...] = ()
     #: Sockets or file descriptors to poll for reading. They may change after read(), because a board was lost or found.
