@@ -543,9 +543,12 @@ class Core:
                 for component in consumers
             },
             "registered": {
-                name: pid
-                for name, component in self._peers.components.items()
-                if isinstance(pid := component.info.get("pid"), int)
+                **dict(peer.process for peer in self._peers.operators.values() if peer.process is not None),
+                **{
+                    name: pid
+                    for name, component in self._peers.components.items()
+                    if isinstance(pid := component.info.get("pid"), int)
+                },
             },
             "next_server": self._keys.next_server if self._keys is not None else "",
             "alarms": (self._alarms.raised, self._alarms.newest),

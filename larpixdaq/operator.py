@@ -9,6 +9,7 @@ if __spec__ is None and sys.path[0].endswith("larpixdaq"):
     del sys.path[0]
 
 
+import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,13 +57,16 @@ class Operator:
         name: str | None = None,
         timeout: float = NO_CORE,
         insecure: bool = False,
+        supervised: bool = False,
     ) -> None:
         """Connect to the core at the address `core`, with or without a port number.
 
         NoCore when no core answers within `timeout` seconds; NotAllowed when this user has no key for it. `insecure`:
-        connect without a key, to a core that was started with --insecure.
+        connect without a key, to a core that was started with --insecure. `supervised`: this process is started by a
+        supervisor, which knows it by `name` and waits until it has connected.
         """
-        self._connection = Connection(config.address(core, config.CORE_PORT), name or _me(), insecure=insecure)
+        address, pid = config.address(core, config.CORE_PORT), os.getpid() if supervised else 0
+        self._connection = Connection(address, name or _me(), insecure=insecure, pid=pid)
         # Runs at close(), when this Operator is garbage collected, and at exit, so that control is always given back.
         self._finish = weakref.finalize(self, self._connection.close)
         try:

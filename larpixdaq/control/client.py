@@ -258,8 +258,9 @@ class _Sent:
 class Connection:
     """All open requests of one Operator. The failure of a dropped Request is printed to stderr."""
 
-    def __init__(self, core: str, name: str, *, insecure: bool = False) -> None:
-        self.name = name
+    def __init__(self, core: str, name: str, *, insecure: bool = False, pid: int = 0) -> None:
+        """`pid`: as in control.Open."""
+        self.name, self._pid = name, pid
         self.last_update = Update()
         self._instance = secrets.token_hex(16)
         self._guard = threading.Lock()
@@ -353,7 +354,7 @@ class Connection:
     # Called in the thread of the connection to the core.
 
     def _hello(self) -> Open:
-        return Open(name=self.name, instance=self._instance)
+        return Open(name=self.name, instance=self._instance, pid=self._pid)
 
     def _refuse(self, answer: Answer) -> None:
         self._refusal, self._key_refused = answer.text, answer.error in ("key", NotAllowed.code)

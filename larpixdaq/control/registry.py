@@ -93,6 +93,7 @@ class Component(Peer):
 
 @dataclass
 class OperatorPeer(Peer):
+    process: tuple[str, int] | None = None  # name and pid, of a process that a supervisor starts
     recent: RecentRequests = field(default_factory=RecentRequests)
     unanswered: int = 0  # requests without their last answer
 
@@ -170,7 +171,8 @@ class Registry:
         if not owner and sum(peer.member == member for peer in others) >= MAX_KEY_OPERATORS:
             raise TooMany(f"{message.name!r} cannot be served: {member} has {MAX_KEY_OPERATORS} Operators already")
         name = message.name if member.role == "owner" else member.name
-        peer = OperatorPeer(secrets.token_hex(16), route, name, message.instance, now, member)
+        process = (message.name, message.pid) if message.pid else None
+        peer = OperatorPeer(secrets.token_hex(16), route, name, message.instance, now, member, process)
         self.operators[peer.session] = peer
         self._sessions[peer.session] = peer
         return peer

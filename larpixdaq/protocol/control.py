@@ -130,10 +130,14 @@ class Register(Message, tag="register"):
 
 
 class Open(Message, tag="open"):
-    """Registration of an Operator; `instance` is a random id of the Operator."""
+    """Registration of an Operator; `instance` is a random id of the Operator.
+
+    `pid`: id of its process if a supervisor starts that under this name, else 0.
+    """
 
     name: Name
     instance: Id
+    pid: _Amount = 0
 
 
 class Heartbeat(Message, tag="heartbeat"):
@@ -221,10 +225,10 @@ class Update(Message, tag="update"):
 
     `keys`: for components that listen themselves, the keys that may connect to them, with the component's name to
     which a key belongs, or "" for any. `consumers`: for producers, the registered consumers by name. `registered`: for
-    supervisors, the process ids of all components by name. `next_server`: for peers with an invitation's key, the
-    core's public key from its next start on, "" if it stays. `alarms`: for Operators, the number of alarms raised since
-    the core's start, and the last of them as a line. `log_level`: for components, the level of log records that an
-    Operator has asked for, "" for none.
+    supervisors, the process ids of all components, and of Operators with `pid`, by name. `next_server`: for peers with
+    an invitation's key, the core's public key from its next start on, "" if it stays. `alarms`: for Operators, the
+    number of alarms raised since the core's start, and the last of them as a line. `log_level`: for components, the
+    level of log records that an Operator has asked for, "" for none.
     """
 
     state: Literal["STOP", "READY", "RUN"] = "STOP"
