@@ -12,6 +12,7 @@ import math
 import platform
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import zmq
 from numpy.typing import NDArray
 
@@ -105,6 +107,10 @@ class Producer:
         self._seen: set[int] = set()  # io_groups whose boards were connected
         self._end_requested_ns = 0  # unix ns
         self._counted: int | None = None  # the run whose counters the ring has, also after its end
+        # Of the runs before that one, since the process started.
+        self._earlier = np.zeros((constants.IO_GROUPS, len(Count)), np.uint64)
+        self._earlier_outside = 0  # packets outside of runs that an end record has told
+        self._earlier_fifo_full: Counter[int] = Counter()  # by io_group
         io_groups = [group for source in boards for group in source.io_groups]
         self.recorder = BlockBuilder(delivery.ring, self.name, self.epoch, self.layout, io_groups)
         self._board_watch = BoardWatch(io_groups, self.recorder.info)
@@ -258,8 +264,9 @@ class Producer:
         refusals = [board.refusal for board in boards if board.refusal]
         if refusals and not self._late:  # in a run that has begun, data with half of their time are better than none
             raise StateError("; ".join(refusals))
+        earlier = self._earlier + self.delivery.ring.counts
         self.recorder.begin(run, required)
-        self._counted = run
+        self._counted, self._earlier = run, earlier
         self.publisher.begin(run, self.layout.code, required)
         self.readout.record(True)
         self._watch.start()
@@ -387,7 +394,9 @@ class Producer:
         verdicts = [line for line in verdicts if line.why or line.io_group not in clocks] + list(clocks.values())
         end = self.recorder.end(how, unknown, self.recorder.counts(outside), verdicts)
         if delivered:
+            self._earlier_outside += int(outside[:, Count.PACKETS].sum())
             outside[:] = 0
+        self._earlier_fifo_full.update({board.io_group: board.fifo_full for board in self._boards()})
         self.publisher.end()
         self.readout.record(False)
         self.state = "STOP"
@@ -461,6 +470,7 @@ class Producer:
 
     def status(self) -> ProducerStatus:
         total = self.delivery.ring.counts.sum(axis=0).tolist()
+        outside = int(self.delivery.ring.outside_counts[:, Count.PACKETS].sum())
         boards = self._boards()
         return ProducerStatus(
             **msgspec.structs.asdict(self.delivery.status()),
@@ -471,7 +481,9 @@ class Producer:
             dropped=total[Count.DROPPED],
             unknown=total[Count.UNKNOWN_WORDS] + total[Count.REJECTED_WORDS],
             bad_parity=total[Count.BAD_PARITY],
-            outside_run=int(self.delivery.ring.outside_counts[:, Count.PACKETS].sum()),
+            outside_run=outside,
+            totals=self.recorder.counts(self._earlier + self.delivery.ring.counts),
+            total_outside=self._earlier_outside + outside,
             boards=[_report(board, self._board_watch.changed(board.io_group)) for board in boards],
             groups=self._group_reports(boards),
             waits=self.boards[0].waits,
@@ -487,7 +499,9 @@ class Producer:
         for board in boards:
             packets, bad_parity = counts[board.io_group, [Count.PACKETS, Count.BAD_PARITY]].tolist()
             silent = self._board_watch.silent(board.io_group)
-            reports.append(IoGroupReport(board.io_group, packets, bad_parity, board.fifo_full, silent))
+            fifo_full = self._earlier_fifo_full[board.io_group]
+            fifo_full += board.fifo_full if self.recorder.run is not None else 0
+            reports.append(IoGroupReport(board.io_group, packets, bad_parity, board.fifo_full, silent, fifo_full))
         return reports
 
 

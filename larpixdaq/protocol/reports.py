@@ -149,6 +149,7 @@ class IoGroupReport(msgspec.Struct):
     bad_parity: int = 0
     fifo_full: int | None = None  # packets with the flag of a full FIFO; None: not counted
     silent: float | None = None  # seconds since its last packet, if that is long for its rate
+    total_fifo_full: int | None = None  # as fifo_full, in all runs since the process started
 
 
 class DeliveryStatus(msgspec.Struct):
@@ -182,6 +183,8 @@ class ProducerStatus(DeliveryStatus):
     unknown: int = 0
     bad_parity: int = 0
     outside_run: int = 0  # packets outside of runs
+    totals: list[list[int]] | None = None  # counts in all runs since the process started, as in stream.End
+    total_outside: int = 0  # packets outside of runs since the process started
     boards: list[BoardReport] = []
     groups: list[IoGroupReport] | None = None
     waits: bool | None = None  # whether the sources wait while the ring is full
@@ -201,6 +204,8 @@ class StorageStatus(msgspec.Struct):
     paused: str = ""  # the reason why nothing is written
     recovering: list[str] = []
     not_recovered: list[str] = []
+    total_rows: int = 0  # that went into files since the process started
+    total_bytes: int = 0  # by which files have grown since then
     duplicates: int = 0
     finished: list[FinishedFile] = []  # the last files
     on_close: str = ""  # error of the last failed command for a closed file

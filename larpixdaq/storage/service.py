@@ -84,6 +84,8 @@ class StorageService:
         self._infos: dict[int, RunInfo] = {}
         self._cancelled: set[int] = set()
         self._written = 0  # bytes of the files of runs that were closed
+        self._taken = 0  # rows that went into files
+        self._size = self._growth = 0  # bytes of all files now (less when a part fails), and by which they have grown
         self._lock = threading.Lock()  # over _positions, which the stream's thread reads
         self._positions: dict[BlockOrigin, int] = {}
         self._unreported: dict[BlockOrigin, int] = {}  # positions that report_to() has not sent yet
@@ -181,6 +183,7 @@ class StorageService:
                     rows, packed = packed.unpack(frame.rows, layout), None
                 run.file.add(frame, rows, packed)
                 run.unacknowledged += frame.rows * layout.dtype.itemsize
+                self._taken += frame.rows
             else:
                 run.file.end(frame)
                 run.last_end = time.monotonic()
@@ -538,17 +541,22 @@ class StorageService:
     def status(self) -> StorageStatus:
         opened = list(self._runs.values())
         free, failed = self.space.free(), self.finisher.failed
-        self.space.add_sample(self._written + sum(run.bytes for run in opened))
+        open_bytes = sum(run.bytes for run in opened)
+        before, self._size = self._size, self._written + open_bytes
+        self._growth += max(0, self._size - before)
+        self.space.add_sample(self._size)
         return StorageStatus(
             files=[run.file.path.name for run in opened if run.file is not None],
             rows=sum(run.rows for run in opened),
-            bytes=sum(run.bytes for run in opened),
+            bytes=open_bytes,
             free_bytes=free,
             bytes_per_second=self.space.bytes_per_second(),
             seconds_left=self.space.seconds_left(),
             paused=self.paused or "; ".join(run.failure for run in opened if run.file is None),
             recovering=[part for part in self.finisher.broken if part not in failed],
             not_recovered=list(failed.values()),
+            total_rows=self._taken,
+            total_bytes=self._growth,
             duplicates=self.duplicates,
             finished=list(self.finisher.finished),
             on_close=self.finisher.problem,
