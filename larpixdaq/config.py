@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CORE_PORT: Final = 5551
 LOG_PORT: Final = 5678
+METRICS_PORT: Final = 5581
 LOOPBACK: Final = "tcp://127.0.0.1"
 LOG_ADDRESS: Final = f"{LOOPBACK}:{LOG_PORT}"
 #: Milliseconds without progress until a connection is closed. Those of log and consumers have longer limits.
@@ -230,9 +231,13 @@ def add_log_level_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_name_argument(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    parser.add_argument("--name", type=_name, default=name, help=f"{what} (default %(default)r)")
+
+
 def add_component_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Add the arguments of every component: --core, --name, --insecure, --log-level."""
     add_core_argument(parser)
-    parser.add_argument("--name", type=_name, default=name, help="unique name of this component (default %(default)r)")
+    add_name_argument(parser, name, "unique name of this component")
     add_insecure_argument(parser)
     add_log_level_argument(parser)

@@ -87,6 +87,7 @@ class File(_Table, frozen=True):
     hosts: dict[str, Host] = {}
     core: dict[str, Any] = {}
     log: dict[str, Any] = {}
+    metrics: dict[str, Any] | UnsetType = UNSET
     storages: dict[str, dict[str, Any]] | UnsetType = UNSET
     monitors: dict[str, dict[str, Any]] | UnsetType = UNSET
     boards: dict[str, Board] = {}

@@ -229,6 +229,8 @@ class DetectorConfig:
     def _components(self, program: Program) -> Iterator[Component]:
         tables = getattr(self._file, program.table)
         if not program.many:
+            if tables is UNSET:
+                return
             name = str(tables.get("name", program.parser().get_default("name") or program.module))
             yield self._component(program, (program.table,), name, tables)
             return
@@ -529,7 +531,8 @@ def _shown(value: Any) -> str:
 
 
 def _default_port(component: Component) -> int:
-    return {"core": config.CORE_PORT, "log": config.LOG_PORT}.get(component.program.table, 0)
+    ports = {"core": config.CORE_PORT, "log": config.LOG_PORT, "metrics": config.METRICS_PORT}
+    return ports.get(component.program.table, 0)
 
 
 @contextlib.contextmanager

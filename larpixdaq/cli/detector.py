@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import msgspec
 
-from larpixdaq import config, core, log, offline_storage, producer, run_data, supervisor
+from larpixdaq import config, core, log, metrics, offline_storage, producer, run_data, supervisor
 from larpixdaq.alarm_config import AlarmConfig, parse_alarms, read_file
 from larpixdaq.config_schema import Explanation, Program, explanations, json_schema
 from larpixdaq.constants import STOP
@@ -66,6 +66,7 @@ PROGRAMS: Final = (
     Program("offline_storage", "storages", True, offline_storage.argument_parser),
     Program("run_data", "monitors", True, run_data.argument_parser),
     Program("producer", "producers", True, producer.argument_parser, source_options.create),
+    Program("metrics", "metrics", False, metrics.argument_parser, metrics.check),
 )
 
 
