@@ -3,8 +3,9 @@
     python bench/metrics.py [--rate R] [--scrapes N] [--json]
 
 Emulated PACMANs send to a complete system, in a run; each line has another number of chips, without and with the series
-of all chips (--chips, read anew every 10 s). A scrape is one GET of /metrics. Times are those of the client, in ms;
-processor time is that of each process in excess of an equal time without scrapes, in ms per scrape.
+of all chips (--chips). A scrape is one GET of /metrics; with --chips they are so far apart that each one reads the
+chips. Times are those of the client, in ms; processor time is that of each process in excess of an equal time without
+scrapes, in ms per scrape.
 """
 
 from __future__ import annotations
@@ -19,33 +20,35 @@ from typing import Any
 
 from common import argument_parser, begin_run, processor_seconds, temporary_system
 from emulated_board import Emulator
-from processes import free_port, until
+from processes import LIMIT, free_port, until
 from system import System
 
 #: Number of boards, io_channels per board, and chips per io_channel.
 SIZES = ((1, 4, 4), (8, 16, 50))
-#: Seconds until most channels have sent; seconds between two scrapes.
+#: Seconds until most channels have sent.
 SETTLE = 8.0
-INTERVAL = 0.3
+#: Seconds between two scrapes, without and with --chips.
+INTERVALS = (0.3, 10.5)
 PROCESSES = ("metrics", "core", "run_data", "producer")
 
 
 def scrape(url: str) -> tuple[float, bytes]:
     """Return the seconds that a scrape took, and its text."""
     began = time.perf_counter()
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with urllib.request.urlopen(url, timeout=LIMIT) as answer:
         text = answer.read()
     return time.perf_counter() - began, text
 
 
-def used(line: System, seconds: float, url: str = "") -> tuple[dict[str, float], list[float], bytes]:
-    """Return the processor time of each process, and the times and the last text of scrapes of the URL, if given."""
+def used(line: System, interval: float, scrapes: int, url: str = "") -> tuple[dict[str, float], list[float], bytes]:
+    """Return the processor time of each process in this time, and the times and the last text of the scrapes. Without a
+    URL there are none."""
     pids = {key: line.processes[key].popen.pid for key in PROCESSES}
     before = {key: processor_seconds(pid) for key, pid in pids.items()}
     times, text = [], b""
     due = time.monotonic()
-    end = due + seconds
-    while (due := due + INTERVAL) < end:
+    for _ in range(scrapes):
+        due += interval
         if url:
             took, text = scrape(url)
             times.append(took)
@@ -66,9 +69,10 @@ def measure(rate: float, size: tuple[int, int, int], scrapes: int, *, chips: boo
         board.go()
         time.sleep(SETTLE)
         scrape(url)
-        seconds = scrapes * INTERVAL
-        quiet, _, _ = used(line, seconds)
-        busy, times, text = used(line, seconds, url)
+        interval = INTERVALS[chips]
+        time.sleep(interval)
+        quiet, _, _ = used(line, interval, scrapes)
+        busy, times, text = used(line, interval, scrapes, url)
         board.stop()
         board.finish()
     samples = [one for one in text.splitlines() if not one.startswith(b"#")]
@@ -87,12 +91,13 @@ def main() -> int:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--rate", type=float, default=2e5, metavar="R", help="packets/s of all boards (default %(default)g)")
-    add("--scrapes", type=int, default=100, metavar="N", help="scrapes of each line (default %(default)d)")
+    add("--scrapes", type=int, default=100, metavar="N", help="scrapes, with --chips a 20th (default %(default)d)")
     options = parser.parse_args()
     results = []
     for size in SIZES:
         for chips in (False, True):
-            result = measure(options.rate, size, options.scrapes, chips=chips)
+            scrapes = max(2, options.scrapes // 20) if chips else options.scrapes
+            result = measure(options.rate, size, scrapes, chips=chips)
             results.append(result)
             if not options.json:
                 each = ", ".join(f"{key} {value}" for key, value in result["processor_ms"].items())

@@ -89,7 +89,7 @@ _PLAIN_COUNTS: Final = {
 _CHANNEL: Final = "monitor io_group io_channel chip_id channel_id"
 SECTIONS: Final[dict[str, tuple[Metric, ...]]] = {
     "Core": (
-        _gauge("up", "", "1 if the core has answered; 0 if not, and then only this and the next metric are there"),
+        _gauge("up", "", "1 if the core has answered; 0 if not: then only exporter_info is there beside it"),
         Metric("exporter", "info", ("version",), "Version of larpixdaq-metrics"),
         Metric("core", "info", ("version",), "Version of the core"),
         _gauge("core_start_time_seconds", "", "Start of the core, unix time"),
@@ -492,6 +492,8 @@ def add_summary(samples: Samples, name: str, summary: Summary, hottest: int) -> 
     samples.add("monitor_seen_ratio", summary.seen, name)
     samples.add("monitor_packets_per_second", summary.rate, name)
     for group in summary.io_groups:
+        if not group.io_group:  # INFO messages
+            continue
         samples.add("io_group_packets_per_second", group.rate, name, group.io_group)
     for channel in (summary.hottest or [])[:hottest]:
         *where, rate = msgspec.structs.astuple(channel)

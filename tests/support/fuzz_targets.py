@@ -8,6 +8,7 @@ tests/corpus. The first bytes of an input choose options, and numbers are cut to
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import tempfile
 import zlib
@@ -15,6 +16,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import h5py
@@ -23,7 +25,7 @@ import numpy as np
 from file_builder import Feed, random_rows, run_info
 from zmq.utils import z85
 
-from larpixdaq import constants, schema
+from larpixdaq import constants, metrics, schema
 from larpixdaq._native import board_emulator, decoders, hdf5_chunks, monitor_counters, word_codec
 from larpixdaq._native.ring_buffer import END, SMALLEST
 from larpixdaq.buffer.block_builder import BlockBuilder
@@ -898,6 +900,40 @@ def other_frames(data: bytes) -> None:
             credentials.read_token(given.left.decode("utf-8", "replace"))
 
 
+class _Connection(io.BytesIO):
+    """Stands in for the socket of a request; `sent` is the answer."""
+
+    sent = b""
+
+    def makefile(self, *_: Any) -> io.BytesIO:
+        return self
+
+    def settimeout(self, _: float) -> None:
+        pass
+
+    def sendall(self, data: bytes) -> None:
+        self.sent += data
+
+
+def http_requests(data: bytes) -> None:
+    """Requests for metrics: each gets one answer, and only one with the token and a name of the server gets metrics."""
+    server = SimpleNamespace(
+        names=frozenset({"localhost"}),
+        token=b"0123456789abcdef",
+        exporter=SimpleNamespace(text=lambda openmetrics: b"metrics"),
+    )
+    connection = _Connection(data)
+    metrics._Handler(connection, ("a stranger", 1), server)  # type: ignore[arg-type]
+    head, _, body = connection.sent.partition(b"\r\n\r\n")
+    if connection.sent.startswith(b"HTTP/1.0 "):
+        assert b"Content-Length: %d\r\n" % len(body) in head
+        assert head.count(b"HTTP/1.0") == 1
+        head = head[:12]
+    assert (body == b"metrics" or connection.sent == b"metrics") == (head == b"HTTP/1.0 200"), connection.sent
+    if b"0123456789abcdef" not in data or b"host:" not in data.lower():
+        assert b"metrics" not in (body, connection.sent)
+
+
 def frame_seeds() -> dict[str, Iterator[bytes]]:
     def of_stream() -> Iterator[bytes]:
         feed = Feed()
@@ -936,7 +972,21 @@ def frame_seeds() -> dict[str, Iterator[bytes]]:
         pair = KeyPair(*(z85.encode(bytes([number] * 32)).decode() for number in (1, 2)))
         yield b"\3" + credentials.make_token("tcp://127.0.0.1:9010", pair.public, pair).encode()
 
-    return {"stream_frames": of_stream(), "control_frames": of_control(), "other_frames": of_others()}
+    def of_http() -> Iterator[bytes]:
+        host = b"Host: localhost:5581\r\n"
+        token = b"Authorization: Bearer 0123456789abcdef\r\n"
+        yield b"GET /metrics HTTP/1.1\r\n" + host + token + b"Accept: application/openmetrics-text\r\n\r\n"
+        yield b"GET /metrics?a=b HTTP/1.0\r\nHost: [::1]\r\n" + token + b"\r\n"
+        yield b"GET / HTTP/1.1\r\n" + host + host + b"\r\n"
+        yield b"POST /metrics HTTP/1.1\r\nContent-Length: 5\r\n\r\nabcde"
+        yield b"GET /metrics\r\n"
+
+    return {
+        "stream_frames": of_stream(),
+        "control_frames": of_control(),
+        "other_frames": of_others(),
+        "http_requests": of_http(),
+    }
 
 
 TARGETS: dict[str, dict[str, Callable[[bytes], None]]] = {
@@ -957,7 +1007,12 @@ TARGETS: dict[str, dict[str, Callable[[bytes], None]]] = {
         "recording": recording,
         "raw_recording": raw_recording,
     },
-    "frames": {"stream_frames": stream_frames, "control_frames": control_frames, "other_frames": other_frames},
+    "frames": {
+        "stream_frames": stream_frames,
+        "control_frames": control_frames,
+        "other_frames": other_frames,
+        "http_requests": http_requests,
+    },
 }
 #: Target -> inputs that belong to it, from which a search begins.
 SEEDS = {"decoders": decoder_seeds, "encoders": encoder_seeds, "readers": reader_seeds, "frames": frame_seeds}

@@ -577,6 +577,8 @@ def test_a_real_prometheus_scrapes_a_real_run(tmp_path: Path) -> None:
             for io_group, counts in sent.items():
                 words_of = f'larpixdaq_words_total{{io_group="{io_group}"}}'
                 until(lambda w=words_of, n=counts["words"]: prometheus.number(w) == n, words_of)
+                assert prometheus.number(words_of.replace("words", "packets")) == counts["D"]
+                assert prometheus.number(words_of.replace("words", "packets_fifo_full")) == counts["full"]
             rows = prometheus.number("sum(larpixdaq_rows_made_total)")
             until(lambda: prometheus.number("larpixdaq_storage_rows_total") == rows, "all rows to be stored")
             operator.prepare_run().result(LIMIT)
