@@ -1,7 +1,7 @@
 """Count the rows of a run per chip and channel, with ADC histograms, parity and FIFO flags.
 
-A data row without errors costs three increments: rows of its type (once for consecutive rows of a type), packets of its
-channel, and its ADC bin. Sums per chip, and the data packets of a channel, are made on request. Memory is allocated at the first packet of a chip or channel. The
+A data row without errors costs four additions: rows of its type (once for consecutive rows of a type), packets and sum of ADC
+values of its channel, and its ADC bin. Sums per chip, and the data packets of a channel, are made on request. Memory is allocated at the first packet of a chip or channel. The
 interface is documented in monitor_counters.pyi.
 """
 
@@ -19,16 +19,26 @@ ctypedef fused Row2:
     Row24Clock64
     Row30
 
+ctypedef fused Number:
+    uint32_t
+    uint64_t
+
 cdef extern from *:
     void prefetch "__builtin_prefetch"(const void *at, int to_write) noexcept nogil
 
 cdef enum:
     BATCH = 64                    # rows whose ADC bins are prefetched before the first of them is incremented
     TYPES = 8                     # packet types 0 to 7
+    SYNC = 6
     KEYS = 1 << 24                # io_group << 16 | io_channel << 8 | chip_id
     # 16.8 million v2 channels; a link that sends random addresses must not use up the host's memory
     MAX_CHIPS = 1 << 18
     SLAB = 1 << 20                # bytes of histogram memory that are allocated at a time
+
+cdef enum Quantity:               # of channels
+    PACKETS
+    DATA
+    OTHERS
 
 #: Entry of `PacketCounters.chips()`.
 CHIPS = np.dtype([
@@ -51,6 +61,7 @@ cdef packed struct ChipRow:       # CHIPS
 
 cdef struct Channel:
     uint64_t packets
+    uint64_t adc_sum              # of the packets in the histogram
     uint32_t *histogram           # page of the channel, or its chip's `shared` page; NULL before its first data packet
 
 cdef struct Chip:                 # not changed by a data row without errors
@@ -67,7 +78,8 @@ cdef struct Table:
     uint32_t *chip_of             # key -> 1 + index of the chip, 0: not seen. 64 MiB of addresses, used only near keys of chips
     Chip *chips
     Channel *channels             # n_channels of each chip
-    uint32_t *others              # of each channel: packets of other types than data
+    uint64_t *others              # of each channel: packets of other types than data
+    uint64_t *omitted             # of each channel: data packets that are not in the histogram
     uint32_t n_chips
     uint32_t room                 # for chips
     uint32_t n_channels
@@ -107,7 +119,8 @@ cdef uint32_t add_chip(Table *t, uint32_t key) noexcept nogil:
     cdef uint32_t room
     cdef Chip *chips
     cdef Channel *channels
-    cdef uint32_t *others
+    cdef uint64_t *others
+    cdef size_t first = <size_t>t.n_chips * t.n_channels
     if t.n_chips == t.room:
         if t.room == MAX_CHIPS:
             return 0
@@ -120,14 +133,19 @@ cdef uint32_t add_chip(Table *t, uint32_t key) noexcept nogil:
         if channels == NULL:
             return 0
         t.channels = channels
-        others = <uint32_t *>realloc(t.others, <size_t>room * t.n_channels * sizeof(uint32_t))
+        others = <uint64_t *>realloc(t.others, <size_t>room * t.n_channels * sizeof(uint64_t))
         if others == NULL:
             return 0
         t.others = others
+        others = <uint64_t *>realloc(t.omitted, <size_t>room * t.n_channels * sizeof(uint64_t))
+        if others == NULL:
+            return 0
+        t.omitted = others
         t.room = room
     memset(&t.chips[t.n_chips], 0, sizeof(Chip))
-    memset(&t.channels[<size_t>t.n_chips * t.n_channels], 0, t.n_channels * sizeof(Channel))
-    memset(&t.others[<size_t>t.n_chips * t.n_channels], 0, t.n_channels * sizeof(uint32_t))
+    memset(&t.channels[first], 0, t.n_channels * sizeof(Channel))
+    memset(&t.others[first], 0, t.n_channels * sizeof(uint64_t))
+    memset(&t.omitted[first], 0, t.n_channels * sizeof(uint64_t))
     t.chips[t.n_chips].key = key
     t.n_chips += 1
     t.chip_of[key] = t.n_chips
@@ -153,6 +171,7 @@ cdef inline void place(
 ) noexcept nogil:
     """Count a packet. `local` and `shared`: bit 0 for more than half full, bit 1 for full."""
     cdef uint32_t number = t.chip_of[key]
+    cdef size_t at
     cdef Channel *channel
     cdef Chip *chip
     cdef uint32_t *histogram
@@ -164,21 +183,25 @@ cdef inline void place(
         if number == 0:
             t.unplaced += 1
             return
-    channel = &t.channels[<size_t>(number - 1) * t.n_channels + channel_id]
+    at = <size_t>(number - 1) * t.n_channels + channel_id
+    channel = &t.channels[at]
     channel.packets += 1
     # One branch for all rare cases.
     if not (data and valid_parity) or (local | shared):
         chip = &t.chips[number - 1]
         if not data:
             chip.others += 1
-            t.others[<size_t>(number - 1) * t.n_channels + channel_id] += 1
+            t.others[at] += 1
         else:
             chip.local_half += local & 1
             chip.local_full += (local >> 1) & 1
             chip.shared_half += shared & 1
             chip.shared_full += (shared >> 1) & 1
         chip.bad_parity += not valid_parity
+    if data and not in_histogram:
+        t.omitted[at] += 1
     if in_histogram:
+        channel.adc_sum += adc
         histogram = channel.histogram
         if histogram == NULL:
             histogram = add_histogram(t, &t.chips[number - 1], channel)
@@ -249,6 +272,7 @@ cdef void count_rows(Table *t, const Row2 *rows, size_t n) noexcept nogil:
                 histogram = channel.histogram
                 if histogram != NULL:
                     channel.packets += 1
+                    channel.adc_sum += row.dataword
                     bins[waiting] = histogram + row.dataword
                     prefetch(bins[waiting], 1)
                     waiting += 1
@@ -323,6 +347,47 @@ cdef void sum_chips(const Table *t, ChipRow *out) noexcept nogil:
         out[i].shared_full = chip.shared_full
 
 
+cdef void sum_flags(const Table *t, uint64_t *out) noexcept nogil:
+    """Add the flags of the chips of each io_group to `out`, of shape (256, 5)."""
+    cdef uint32_t i
+    cdef const Chip *chip
+    cdef uint64_t *group
+    for i in range(t.n_chips):
+        chip = &t.chips[i]
+        group = out + 5 * (chip.key >> 16)
+        group[0] += chip.bad_parity
+        group[1] += chip.local_half
+        group[2] += chip.local_full
+        group[3] += chip.shared_half
+        group[4] += chip.shared_full
+
+
+cdef void copy_counts(const Table *t, Quantity what, Number *out) noexcept nogil:
+    """Write a count of each channel to `out`, of shape (n_chips, n_channels)."""
+    cdef size_t i
+    cdef size_t n = <size_t>t.n_chips * t.n_channels
+    if what == PACKETS:
+        for i in range(n):
+            out[i] = <Number>t.channels[i].packets
+    elif what == DATA:
+        for i in range(n):
+            out[i] = <Number>(t.channels[i].packets - t.others[i])
+    else:
+        for i in range(n):
+            out[i] = <Number>t.others[i]
+
+
+cdef void encode_means(const Table *t, uint8_t *out) noexcept nogil:
+    """Write the mean ADC value of each channel to `out`, in steps of a 256th of all ADC values; 0: no entries."""
+    cdef size_t i
+    cdef uint64_t entries
+    cdef double step = t.bins // 256
+    for i in range(<size_t>t.n_chips * t.n_channels):
+        entries = t.channels[i].packets - t.others[i] - t.omitted[i]
+        # The mean is below the number of ADC values, so that only its rounding can reach 256.
+        out[i] = <uint8_t>min(max(t.channels[i].adc_sum / (step * entries) + 0.5, 1.0), 255.0) if entries else 0
+
+
 cdef uint64_t sum_histograms(
     const Table *t, int io_group, int io_channel, int chip_id, int channel_id, uint64_t *out
 ) noexcept nogil:
@@ -367,10 +432,11 @@ cdef void clear(Table *t) noexcept nogil:
     free(t.chips)
     free(t.channels)
     free(t.others)
+    free(t.omitted)
     t.slabs = NULL
     t.chips = NULL
     t.channels = NULL
-    t.others = NULL
+    t.others = t.omitted = NULL
     t.n_slabs = t.slab_room = t.page = 0
     t.n_chips = t.room = t.n_channels = t.bins = 0
     t.pages = t.unplaced = 0
@@ -477,6 +543,15 @@ cdef class PacketCounters:
         clear(self.table)
         self.rows = 0
 
+    @property
+    def sync_rows(self):
+        cdef uint64_t rows = 0
+        cdef int i, j
+        for i in range(256):
+            for j in range(2):
+                rows += self.table.types[i][j][SYNC]
+        return rows
+
     def types(self):
         self._idle()
         cdef uint64_t[:, :, ::1] view = <uint64_t[:256, :2, :TYPES]>&self.table.types[0][0][0]
@@ -491,26 +566,57 @@ cdef class PacketCounters:
                 sum_chips(self.table, &view[0])
         return out
 
-    def channels(self):
+    def keys(self):
         self._idle()
-        cdef Table *t = self.table
-        out = np.zeros((t.n_chips, t.n_channels), np.uint64)
-        cdef uint64_t[::1] view = out.reshape(-1)
-        cdef size_t i
-        with nogil:
-            for i in range(<size_t>t.n_chips * t.n_channels):
-                view[i] = t.channels[i].packets
+        out = np.zeros((self.table.n_chips, 3), np.uint8)
+        cdef uint8_t[:, ::1] view = out
+        cdef uint32_t i
+        for i in range(self.table.n_chips):
+            view[i, 0] = self.table.chips[i].key >> 16
+            view[i, 1] = (self.table.chips[i].key >> 8) & 255
+            view[i, 2] = self.table.chips[i].key & 255
         return out
 
-    def data(self):
+    def flags(self):
         self._idle()
-        cdef Table *t = self.table
-        out = np.zeros((t.n_chips, t.n_channels), np.uint32)
-        cdef uint32_t[::1] view = out.reshape(-1)
-        cdef size_t i
-        with nogil:
-            for i in range(<size_t>t.n_chips * t.n_channels):
-                view[i] = <uint32_t>t.channels[i].packets - t.others[i]
+        out = np.zeros((256, 5), np.uint64)
+        cdef uint64_t[:, ::1] view = out
+        sum_flags(self.table, &view[0, 0])
+        return out
+
+    def channels(self):
+        return self._counts(PACKETS, np.uint64)
+
+    def others(self):
+        return self._counts(OTHERS, np.uint64)
+
+    def data(self):
+        return self._counts(DATA, np.uint32)
+
+    cdef object _counts(self, Quantity what, dtype):
+        cdef uint64_t[::1] wide
+        cdef uint32_t[::1] narrow
+        self._idle()
+        out = np.empty((self.table.n_chips, self.table.n_channels), dtype)
+        if not out.size:
+            return out
+        if dtype is np.uint64:
+            wide = out.reshape(-1)
+            with nogil:
+                copy_counts(self.table, what, &wide[0])
+        else:
+            narrow = out.reshape(-1)
+            with nogil:
+                copy_counts(self.table, what, &narrow[0])
+        return out
+
+    def mean_adc(self):
+        self._idle()
+        out = np.empty((self.table.n_chips, self.table.n_channels), np.uint8)
+        cdef uint8_t[::1] view = out.reshape(-1)
+        if view.shape[0]:
+            with nogil:
+                encode_means(self.table, &view[0])
         return out
 
     def histogram(self, int io_group=-1, int io_channel=-1, int chip_id=-1, int channel_id=-1):

@@ -256,6 +256,37 @@ class Operator:
 
     # The online monitor (the first one, or the one named by `component`).
 
+    def summary(self, component: str | None = None) -> Request:
+        """Get what a display of the run shows; cheap enough for each second, some kB.
+
+        A dict: time (unix s), run, kind, layout, rate, mean_rate, packets, seconds, seen and the table io_groups as in
+        packet_rate(); channel_rates: {"edges", "channels", "silent"}, the histogram of channels over their present
+        rates, packets/s; hottest, dead (up to 20 channels each, with rates) and dead_channels, their number; sync
+        (SYNC rows and their intervals, by io_group); spread (how far the clock of an io_group is ahead of the others,
+        ticks and s); rows_by_type, late_blocks, messages. None: not known. help(Monitor.summary) of
+        larpixdaq.monitor has the details.
+        """
+        return self._monitor(component, "summary")
+
+    def pixel_map(self, quantity: str = "rate", chips: bool = True, component: str | None = None) -> Request:
+        """Get one byte for each channel: `values`, shape (chips, channels), and what the bytes mean.
+
+        `quantity`: "rate" (present, of data packets), "packets" (data packets seen in the run) or "mean_adc". Byte 0:
+        no packet was seen; other bytes c stand for low * (high / low) ** ((c - 1) / 254), or for c * step ("mean_adc"),
+        with low, high or step in `scale`. `chips`: io_group, io_channel, chip_id of each row, whose order stays in a
+        run; with chips=False only their number, `chips_known`. Also run, layout, time (unix s), seen.
+        """
+        return self._monitor(component, "pixel_map", quantity=quantity, chips=chips)
+
+    def pixel(self, io_group: int, io_channel: int, chip: int, channel: int, component: str | None = None) -> Request:
+        """Get the numbers of one channel.
+
+        A dict: rate, mean_rate (data packets/s), seen_packets, mean_adc, std (ADC counts; None without entries), seen
+        (the fraction of rows that the monitor has read), ...
+        """
+        where = {"io_group": io_group, "io_channel": io_channel, "chip": chip, "channel": channel}
+        return self._monitor(component, "pixel", **where)
+
     def packet_rate(self, channels: bool = True, component: str | None = None) -> Request:
         """Get packet rates (packets/s), now and averaged over the run.
 

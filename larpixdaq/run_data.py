@@ -102,7 +102,16 @@ def actions(monitor: Monitor) -> dict[str, Callable[..., Any]]:
     handlers: dict[str, Callable[..., Any]] = {
         handler.__name__: handler for handler in (prepare_run, begin_run, end_run)
     }
-    for method in (monitor.packet_rate, monitor.packets, monitor.messages, monitor.adc_histogram, monitor.run_info):
+    for method in (
+        monitor.summary,
+        monitor.packet_rate,
+        monitor.pixel_map,
+        monitor.pixel,
+        monitor.adc_histogram,
+        monitor.packets,
+        monitor.messages,
+        monitor.run_info,
+    ):
         handlers[method.__name__] = _handler(method)
     return handlers
 

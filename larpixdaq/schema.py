@@ -99,6 +99,8 @@ REASONS: Final = {
 }
 #: Maximum number of unknown words that a decoder keeps in a run.
 UNKNOWN_KEPT: Final = 1000
+#: Seconds per tick of a board's master clock, unless it was configured otherwise.
+TICK: Final = 1e-7
 #: Rows of a chunk of the file. A chunk of every layout fits into the cache of 1 MiB that HDF5 before 2.0 has for each
 #: dataset. larpix-control's from_file reads row by row: 47 us a row, and 12 ms with 65,536 (HDF5 1.14.6).
 CHUNK_ROWS: Final = 16_384

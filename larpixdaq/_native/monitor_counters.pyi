@@ -39,6 +39,10 @@ class PacketCounters:
         with possible type, direction and chip_key are in types() nevertheless.
         """
 
+    @property
+    def sync_rows(self) -> int:
+        """Number of rows of type 6, which are counted wherever they come from."""
+
     def count(self, rows: NDArray[Any]) -> None:
         """Count rows, shape (N,), of any layout of larpixdaq.schema. Releases the GIL.
 
@@ -54,11 +58,27 @@ class PacketCounters:
     def chips(self) -> NDArray[Any]:
         """Return the chips seen, shape (n,), dtype CHIPS, in order of first packets; entry i stays the same chip."""
 
+    def keys(self) -> NDArray[np.uint8]:
+        """Return io_group, io_channel and chip_id of the chips in chips(), shape (n, 3)."""
+
+    def flags(self) -> NDArray[np.uint64]:
+        """Return the sums of bad_parity, local_half, local_full, shared_half and shared_full over the chips of each
+        io_group, shape (256, 5)."""
+
     def channels(self) -> NDArray[np.uint64]:
         """Return the packets by [chip as in chips(), channel_id], shape (n, 64), v1 (n, 128)."""
 
     def data(self) -> NDArray[np.uint32]:
         """Return the data packets, modulo 2^32, in the shape of channels(). Answers to configuration reads are none."""
+
+    def others(self) -> NDArray[np.uint64]:
+        """Return the packets of other types than data, in the shape of channels()."""
+
+    def mean_adc(self) -> NDArray[np.uint8]:
+        """Return the mean ADC value of the histogram of each channel, in the shape of channels(); 0: no entries.
+
+        Means are rounded, v1 and v3 to multiples of 4, which are divided by 4. Those below 1 are 1.
+        """
 
     def histogram(
         self, io_group: int = -1, io_channel: int = -1, chip_id: int = -1, channel_id: int = -1

@@ -20,9 +20,8 @@ from larpixdaq.protocol.reports import ChannelRate
 SPAN: Final = 2.0
 #: Number of successive spans whose lowest rate is the rate of a hot channel, so that a burst is none.
 SPANS: Final = 3
-#: Maximum number of channels in `hottest`, and in `dead`.
+#: Maximum number of channels in hottest() and in dead().
 HOTTEST: Final = 20
-NAMED: Final = 5
 #: Minimum fraction of the packets of an io_group that must have been seen.
 MIN_SEEN: Final = 0.05
 #: Standard deviations by which a rate from a sample is lowered.
@@ -114,7 +113,7 @@ class ChannelWatch:
         return self._hottest if self._is_known() else None
 
     def dead(self) -> tuple[int | None, list[ChannelRate]]:
-        """Return the number of dead channels, None: unknown, and NAMED of them with the rates that they had."""
+        """Return the number of dead channels, None: unknown, and HOTTEST of them with the rates that they had."""
         return (self._dead_channels, self._dead) if self._is_known() else (None, [])
 
     def _is_known(self) -> bool:
@@ -159,7 +158,7 @@ class ChannelWatch:
         packets = (self._data[chip, channel] - self._before[chip, channel]) / self._last_time[chip, channel]
         rates = packets * (self._packets / np.maximum(self._seen, 1.0))[group[chip]]
         self._dead_channels = len(rates)
-        self._dead = [self._named(chip[i], channel[i], rates[i]) for i in _highest(rates, NAMED)]
+        self._dead = [self._named(chip[i], channel[i], rates[i]) for i in _highest(rates, HOTTEST)]
 
     def _find_hottest(self) -> None:
         if len(self._rates) < SPANS or not self._data.size:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,19 @@ from numpy.typing import NDArray
 from larpixdaq import schema
 from larpixdaq._native.monitor_counters import PacketCounters
 from larpixdaq.errors import FormatError, RequestError
+from larpixdaq.monitor.board_clocks import BoardClocks
 from larpixdaq.monitor.channel_watch import ChannelWatch, GroupCounts
 from larpixdaq.monitor.packet_text import text as as_text
-from larpixdaq.monitor.rates import OriginTotals, io_groups, packets_since_start, rate_tables
-from larpixdaq.protocol.reports import MonitorStatus
+from larpixdaq.monitor.rates import (
+    OriginTotals,
+    add_seen,
+    by_io_group,
+    io_groups,
+    packets_since_start,
+    rate_tables,
+    ratio,
+)
+from larpixdaq.protocol.reports import ChannelRate, MonitorStatus
 from larpixdaq.protocol.stream import Block, End
 from larpixdaq.runtime.units import utc_iso
 
@@ -31,6 +40,50 @@ KEPT_MESSAGES: Final = 1000
 #: the rate of their io_group are those of the last 1.0 to 1.5 s.
 _SNAPSHOT: Final = 0.5
 _SHARE: Final = 1.5
+#: Maximum number of dead channels in heartbeats.
+_NAMED: Final = 5
+#: Columns of the chips of pixel_map().
+_CHIPS: Final = np.dtype([("io_group", "u1"), ("io_channel", "u1"), ("chip_id", "u1")])
+
+
+class _Scale(NamedTuple):
+    """Logarithmic scale of codes 1 to 255; code 0 stands for 0. Values outside have the nearest code."""
+
+    low: float  # the value of code 1
+    codes: int  # per decade
+
+    def value(self, code: float) -> float:
+        """Return the value of a code, a half-integral one for the edge between two codes."""
+        return float(self.low * 10 ** ((code - 1) / self.codes))
+
+    def encode(self, values: NDArray[Any]) -> NDArray[np.uint8]:
+        codes = np.log2(np.maximum(values, self.low, dtype=np.float32))
+        codes *= np.float32(self.codes * np.log10(2))
+        # 1 and 0.5 for rounding, and a little for the errors of 32 bits, so that a rate at an edge is above it
+        codes += np.float32(1.501 - self.codes * np.log10(self.low))
+        np.minimum(codes, 255, out=codes)
+        found: NDArray[np.uint8] = codes.astype(np.uint8)
+        found *= values > 0
+        return found
+
+    def bounds(self) -> dict[str, float]:
+        return {"low": self.value(1), "high": self.value(255)}
+
+
+#: Of rates: the edges between codes include 0.1, 1, 10 packets/s.
+_RATES: Final = _Scale(0.1 * 10 ** (0.5 / 36), 36)
+_PACKETS: Final = _Scale(1.0, 25)
+#: Codes of a bin in the histogram of channels over their rates.
+_BIN: Final = 6
+
+
+class _Snapshot(NamedTuple):
+    """Counts of seen packets at one time."""
+
+    time: float  # monotonic seconds
+    packets: NDArray[np.uint64]  # by io_group
+    data: NDArray[np.uint32]  # data packets by [chip, channel], modulo 2^32
+    others: NDArray[np.uint64]  # other packets, likewise
 
 
 class Monitor:
@@ -51,9 +104,10 @@ class Monitor:
         self._rows: deque[NDArray[Any]] = deque()
         self._kept = 0
         self._messages: deque[dict[str, Any]] = deque(maxlen=KEPT_MESSAGES)
-        self._snapshots: deque[tuple[float, NDArray[np.uint64]]] = deque()
+        self._all_messages = 0
+        self._snapshots: deque[_Snapshot] = deque()
         self._watch = ChannelWatch()
-        self._chips = np.zeros((0, 3), np.uint8)  # io_group, io_channel, chip_id, as in PacketCounters.chips()
+        self._clocks = BoardClocks()
 
     def start(self, run: int, kind: str = "", comment: str = "") -> None:
         """Start a run. Sets all numbers to 0, unless blocks of this run have arrived already."""
@@ -84,6 +138,7 @@ class Monitor:
         rows = np.frombuffer(payload, layout.dtype)
         now = self._clock()
         origin = self._origin(header)
+        skipped = origin.skipped_rows
         if not origin.add(header, now):
             return
         self._origins[header.producer, header.epoch] = origin
@@ -92,12 +147,16 @@ class Monitor:
             self._add_message(header, rows, header.text)
         if header.configs is not None:
             self._watch.renew({total.io_group for total in header.totals})
-        if not self._snapshots or now - self._snapshots[-1][0] >= _SNAPSHOT:
-            self._snapshots.append((now, self._rates.channels()))
+        if not self._snapshots or now - self._snapshots[-1].time >= _SNAPSHOT:
+            self._snapshots.append(_Snapshot(now, self._seen_packets(), self._rates.data(), self._rates.others()))
             while len(self._snapshots) > 1 + _SHARE / _SNAPSHOT:
                 self._snapshots.popleft()
         if len(rows):
+            sync_rows = self._rates.sync_rows
             self._rates.count(rows)
+            self._clocks.take(
+                header, rows, now, follows=origin.skipped_rows == skipped, has_sync=self._rates.sync_rows > sync_rows
+            )
             self._keep(rows)
 
     def end(self, end: End) -> None:
@@ -122,6 +181,7 @@ class Monitor:
         seconds = header.first_ns / 1e9
         if len(rows) and int(rows["timestamp"][0]) != int(seconds):
             seconds = float(rows["timestamp"][0])  # of a replayed file
+        self._all_messages += 1
         self._messages.append(
             {"time": seconds, "utc": utc_iso(seconds), "producer": header.producer, "run": header.run, "text": text}
         )
@@ -147,18 +207,120 @@ class Monitor:
         `io_channels`, `chips`, `channels` (io_group, io_channel, chip_id, channel_id; without counts of parity and
         flags; left out with channels=False): the exact rate of the io_group, divided by the numbers of seen packets.
         """
-        groups, seconds = io_groups(self._origins.values(), self._clock())
-        groups["seen_packets"] = self._rates.types()[groups["io_group"], 1, :4].sum(axis=1)
+        groups, seconds = self._io_groups()
         counted = self._rates.channels()
+        recent = self._recent(self._rates.data())
+        packets = recent.data + recent.others
+        return {**self._totals(groups, seconds), **rate_tables(groups, self._rates.chips(), counted, packets, channels)}
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a display of the run shows, small enough to be asked for each second.
+
+        `kind`, `layout`, `time` (unix seconds) and, as in packet_rate(), `run`, `rate`, `mean_rate`, `packets`,
+        `seconds`, `seen` and the table `io_groups`. `rows_by_type` and `late_blocks` as in run_info(); `messages`:
+        number of INFO messages.
+
+        `channel_rates`: channels by their rate of data packets in the last 1.0 to 1.5 s, estimated from the seen ones:
+        `channels[i]` have rates between `edges[i]` and `edges[i + 1]` packets/s (lower and higher ones are in the first
+        and last bin), and none was seen of `silent` ones, which have had packets in this run. `hottest`: up to 20
+        channels (the rate is the lowest of the last three spans of 2 s), `dead`: up to 20 of `dead_channels` channels
+        that had this rate and then stopped while their io_group went on; as dicts with io_group, io_channel, chip_id,
+        channel_id, rate. None: not known.
+
+        `sync`: for each io_group the seen SYNC `rows`; `kind`, `ticks` and `seconds` (at 10 MHz) of the last interval:
+        "reset" (of the clock, which each such word gives) or "heartbeat" (between two, if no rows between them were
+        skipped); `min_ticks`, `max_ticks` of the last minute. `spread`: for each io_group how far its clock is ahead of
+        those of the others (their median), in `ticks` and `seconds`, to some milliseconds; `how`: by clocks that are
+        reset each second ("resets"), or that run freely ("clock"). None: not known.
+        """
+        groups, seconds = self._io_groups()
+        boards = [io_group for io_group in groups["io_group"].tolist() if io_group]
+        hottest, dead_channels, dead = self._watched()
+        return {
+            **self._totals(groups, seconds),
+            "kind": self.kind,
+            "layout": self.layout.name if self.layout else None,
+            "time": time.time(),
+            "io_groups": groups,
+            "channel_rates": self._channel_rates(groups),
+            "hottest": None if hottest is None else [_channel(each) for each in hottest],
+            "dead": [_channel(each) for each in dead],
+            "dead_channels": dead_channels,
+            "sync": self._clocks.sync(boards, self._clock()),
+            "spread": self._clocks.spread(boards),
+            "rows_by_type": self._rows_by_type(),
+            "late_blocks": self.late_blocks,
+            "messages": self._all_messages,
+        }
+
+    def pixel_map(self, quantity: str = "rate", chips: bool = True) -> dict[str, Any]:
+        """Return one byte for each channel of the seen chips, in `values`, shape (chips, channels).
+
+        `quantity`: "rate" of data packets in the last 1.0 to 1.5 s, estimated from the seen ones, "packets": data
+        packets seen in the run, or "mean_adc" of those in the ADC histogram. 0: no such packet was seen. With
+        `scale` {"low", "high"}, code c stands for low * (high / low) ** ((c - 1) / 254), to 4 % ("packets": 5 %); for
+        "mean_adc" for c * `scale` {"step"}, rounded (below one step: 1).
+
+        `chips`: array with io_group, io_channel, chip_id of each row of `values`; during a run it only grows at its
+        end. With chips=False only their number is returned, as `chips_known`. `run`, `layout`, `time` (unix seconds),
+        `seen`: fraction of the run's rows that were counted.
+        """
+        if quantity == "mean_adc":
+            values, scale = self._rates.mean_adc(), {"step": float(self._rates.bins // 256)}
+        elif quantity == "packets":
+            values, scale = _PACKETS.encode(self._rates.channels() - self._rates.others()), _PACKETS.bounds()
+        elif quantity == "rate":
+            values, scale = _RATES.encode(self._present(self._io_groups()[0], self._rates.data())), _RATES.bounds()
+        else:
+            raise RequestError(f"pixel_map: quantity: expected rate, mean_adc or packets, found {quantity!r:.100}")
+        keys = self._rates.keys()
+        known = {"chips": keys.view(_CHIPS).reshape(-1)} if chips else {"chips_known": len(keys)}
         return {
             "run": self.run,
-            "rate": float(groups["rate"].sum()),
-            "mean_rate": float(groups["mean_rate"].sum()),
-            "packets": int(groups["packets"].sum()),
-            "seconds": seconds,
+            "layout": self.layout.name if self.layout else None,
+            "quantity": quantity,
+            "time": time.time(),
             "seen": self.seen,
-            **rate_tables(groups, self._rates.chips(), counted, self._recent(counted), channels),
+            "scale": scale,
+            "values": values,
+            **known,
         }
+
+    def pixel(self, io_group: int, io_channel: int, chip: int, channel: int) -> dict[str, Any]:
+        """Return the numbers of one channel.
+
+        `rate`, `mean_rate`: of its data packets, in the last 1.0 to 1.5 s and as in packet_rate(), exact if all rows
+        were seen and otherwise estimated from the seen ones; `seen_packets`: data packets seen; `mean_adc`, `std`: of
+        the ADC histogram, None without entries or without a histogram of its own; `seen`: fraction of the run's rows
+        that was counted; `run`, `time` (unix seconds), and the parameters.
+        """
+        key = {"io_group": io_group, "io_channel": io_channel, "chip": chip, "channel": channel}
+        for name, value in key.items():
+            _check_integer("pixel", name, value, 0, 255)
+        histogram = self.adc_histogram(**key)
+        answer = {
+            **key,
+            "run": self.run,
+            "time": time.time(),
+            "rate": 0.0,
+            "mean_rate": 0.0,
+            "seen_packets": 0,
+            "mean_adc": None if histogram["merged_channels"] else histogram["mean"],
+            "std": None if histogram["merged_channels"] else histogram["std"],
+            "seen": self.seen,
+        }
+        groups, _ = self._io_groups()
+        at = np.flatnonzero((self._rates.keys() == (io_group, io_channel, chip)).all(axis=1))
+        data = self._rates.data()
+        if len(at) and channel < data.shape[1]:
+            here = int(at[0]), channel
+            seen = int(self._rates.channels()[here]) - int(self._rates.others()[here])
+            answer["rate"] = float(self._present(groups, data)[here])
+            answer["mean_rate"] = seen * float(
+                ratio(by_io_group(groups, "mean_rate"), by_io_group(groups, "seen_packets"))[io_group]
+            )
+            answer["seen_packets"] = seen
+        return answer
 
     def packets(self, count: int = 100, text: bool = False, types: Iterable[int] | None = None) -> Any:
         """Return the last seen rows, the newest last, at most `count` (1 to 16,384) of those that are kept.
@@ -230,19 +392,12 @@ class Monitor:
         each producer and epoch seen and skipped rows and blocks, `start` and `last` (unix seconds), `ended` (kind of
         its end, or "").
         """
-        sent, received = self._rates.types().sum(axis=0)
-        sent[4:], received[4:] = 0, received[4:] + sent[4:]
-        if self.layout and self.layout.dtype == schema.PACKETS_3_0:
-            received[:2] = received[1], 0  # v3 chips send their data as type 1, and no test packets
         return {
             "run": self.run,
             "kind": self.kind,
             "comment": self.comment,
             "layout": self.layout.name if self.layout else None,
-            "rows_by_type": {
-                "sent": int(sent.sum()),
-                **{kind.name.lower(): int(received[kind]) for kind in schema.PacketType},
-            },
+            "rows_by_type": self._rows_by_type(),
             "seen_rows": self._rates.rows,
             "skipped_rows": self.skipped_rows,
             "seen": self.seen,
@@ -277,24 +432,26 @@ class Monitor:
             skipped_rows=self.skipped_rows,
             seen=self.seen,
         )
-        if self._origins and all(origin.end_kind for origin in self._origins.values()):
-            status.hottest, status.dead_channels = [], 0  # the run is over
-        elif self._origins:
-            if self._watch.is_due(now):
-                self._compare_channels(now)
-            status.hottest = self._watch.hottest()
-            status.dead_channels, status.dead = self._watch.dead()
+        if self._origins and not self._ended and self._watch.is_due(now):
+            self._compare_channels(now)
+        status.hottest, status.dead_channels, dead = self._watched()
+        status.dead = dead[:_NAMED]
         return status
 
     def _compare_channels(self, now: float) -> None:
-        types, data = self._rates.types(), self._rates.data()
-        if len(data) != len(self._chips):
-            chips = self._rates.chips()
-            self._chips = np.stack([chips[name] for name in ("io_group", "io_channel", "chip_id")], axis=1)
-        seen: NDArray[np.uint64] = types[:, 1, :4].sum(axis=1, dtype=np.uint64)
-        writes = types[:, 0, schema.PacketType.CONFIG_WRITE]
-        counts = GroupCounts(seen, packets_since_start(self._origins.values()), writes)
-        self._watch.compare(now, self._chips, data, counts)
+        writes = self._rates.types()[:, 0, schema.PacketType.CONFIG_WRITE]
+        counts = GroupCounts(self._seen_packets(), packets_since_start(self._origins.values()), writes)
+        self._watch.compare(now, self._rates.keys(), self._rates.data(), counts)
+
+    def _watched(self) -> tuple[list[ChannelRate] | None, int | None, list[ChannelRate]]:
+        """Return the hottest channels, and the number of dead ones with some of them; None: not known."""
+        if self._ended:
+            return [], 0, []
+        return self._watch.hottest(), *self._watch.dead()
+
+    @property
+    def _ended(self) -> bool:
+        return bool(self._origins) and all(origin.end_kind for origin in self._origins.values())
 
     @property
     def skipped_rows(self) -> int:
@@ -306,14 +463,78 @@ class Monitor:
         skipped = self.skipped_rows
         return self._rates.rows / (self._rates.rows + skipped) if skipped else 1.0
 
-    def _recent(self, channels: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """Return the packets seen since the oldest valid snapshot, by [chip, channel]. `channels`: all packets seen."""
-        recent: NDArray[np.uint64] = channels.copy()
-        limit = self._clock() - _SHARE
-        oldest = next((channels for taken_at, channels in self._snapshots if taken_at >= limit), None)
-        if oldest is not None and len(oldest):
-            recent[: len(oldest)] -= oldest
+    def _io_groups(self) -> tuple[NDArray[Any], float]:
+        """Return the table of io_groups, dtype IO_GROUP_RATES, and the seconds that it covers."""
+        groups, seconds = io_groups(self._origins.values(), self._clock())
+        data = self._rates.types()[:, 1, self._data_type]
+        add_seen(groups, self._seen_packets(), data, self._rates.flags())
+        return groups, seconds
+
+    def _totals(self, groups: NDArray[Any], seconds: float) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "rate": float(groups["rate"].sum()),
+            "mean_rate": float(groups["mean_rate"].sum()),
+            "packets": int(groups["packets"].sum()),
+            "seconds": seconds,
+            "seen": self.seen,
+        }
+
+    @property
+    def _data_type(self) -> int:
+        """The type of data packets: v3 chips send their data as type 1, and no test packets."""
+        v3 = self.layout is not None and self.layout.dtype == schema.PACKETS_3_0
+        return int(schema.PacketType.TEST if v3 else schema.PacketType.DATA)
+
+    def _rows_by_type(self) -> dict[str, int]:
+        sent, received = self._rates.types().sum(axis=0)
+        sent[4:], received[4:] = 0, received[4:] + sent[4:]
+        if self._data_type:
+            received[:2] = received[1], 0
+        return {
+            "sent": int(sent.sum()),
+            **{kind.name.lower(): int(received[kind]) for kind in schema.PacketType},
+        }
+
+    def _seen_packets(self) -> NDArray[np.uint64]:
+        """Return the seen packets of each io_group, shape (256,)."""
+        return self._rates.types()[:, 1, :4].sum(axis=1, dtype=np.uint64)
+
+    def _recent(self, data: NDArray[np.uint32]) -> _Snapshot:
+        """Return the packets seen since the oldest valid snapshot. `data`: PacketCounters.data()."""
+        now = self._clock()
+        oldest = next((snapshot for snapshot in self._snapshots if snapshot.time >= now - _SHARE), None)
+        packets, others = self._seen_packets(), self._rates.others()
+        if oldest is None:
+            return _Snapshot(now, packets, data.copy(), others)
+        recent = _Snapshot(oldest.time, packets - oldest.packets, data.copy(), others)
+        if chips := len(oldest.data):  # at the first snapshot, the number of channels is not known
+            recent.data[:chips] -= oldest.data
+            recent.others[:chips] -= oldest.others
         return recent
+
+    def _present(self, groups: NDArray[Any], data: NDArray[np.uint32]) -> NDArray[np.float32]:
+        """Return the present rates of data packets by [chip, channel]. `data`: as for _recent()."""
+        recent = self._recent(data)
+        factors = ratio(by_io_group(groups, "rate"), recent.packets)[self._rates.keys()[:, 0]]
+        rates: NDArray[np.float32] = recent.data * factors.astype(np.float32)[:, None]
+        return rates
+
+    def _channel_rates(self, groups: NDArray[Any]) -> dict[str, Any]:
+        """Return the histogram of channels over their present rates."""
+        data = self._rates.data()
+        counts = np.bincount(_RATES.encode(self._present(groups, data)).ravel(), minlength=256)
+        first = np.arange(1, 256, _BIN)
+        return {
+            "edges": np.array([_RATES.value(code - 0.5) for code in (*first, 256)]),
+            "channels": np.add.reduceat(counts, first),
+            "silent": int(np.count_nonzero(data) - counts[1:].sum()),
+        }
+
+
+def _channel(found: ChannelRate) -> dict[str, Any]:
+    parts = zip(("io_group", "io_channel", "chip_id", "channel_id"), found.channel.split("-"), strict=True)
+    return {**{name: int(number) for name, number in parts}, "rate": found.rate}
 
 
 def _check_integer(action: str, name: str, value: object, low: int, high: int) -> int:

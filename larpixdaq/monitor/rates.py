@@ -27,7 +27,9 @@ MIN_SPAN: Final = 0.1
 #: Names of the exact totals of an io_group: packets, rows, bad_parity, unknown, dropped.
 TOTALS: Final = Totals.__struct_fields__[1:]
 _KEY: Final = ("io_group", "io_channel", "chip_id", "channel_id")
-_COUNTED: Final = ("packets", "data", "bad_parity", "local_half", "local_full", "shared_half", "shared_full")
+#: Columns of PacketCounters.flags().
+_FLAGS: Final = ("bad_parity", "local_half", "local_full", "shared_half", "shared_full")
+_COUNTED: Final = ("packets", "data", *_FLAGS)
 _SEEN: Final = tuple(f"seen_{name}" for name in _COUNTED)
 
 
@@ -205,35 +207,51 @@ def packets_since_start(origins: Collection[OriginTotals]) -> NDArray[np.uint64]
     return packets
 
 
+def add_seen(
+    groups: NDArray[Any], packets: NDArray[np.uint64], data: NDArray[np.uint64], flags: NDArray[np.uint64]
+) -> None:
+    """Fill the columns of seen packets of `groups`, dtype IO_GROUP_RATES.
+
+    `packets`, `data`: seen packets and data packets of each io_group, shape (256,); `flags`: of PacketCounters.flags().
+    """
+    at = groups["io_group"]
+    groups["seen_packets"], groups["seen_data"] = packets[at], data[at]
+    for column, name in enumerate(_FLAGS):
+        groups[f"seen_{name}"] = flags[at, column]
+    groups["seen"] = np.where(groups["packets"], ratio(groups["seen_packets"], groups["packets"]), 1.0)
+
+
+def by_io_group(groups: NDArray[Any], column: str) -> NDArray[np.float64]:
+    """Return a column of a table of io_groups by io_group, shape (256,)."""
+    values = np.zeros(IO_GROUPS)
+    values[groups["io_group"]] = groups[column]
+    return values
+
+
 def rate_tables(
     groups: NDArray[Any],
     seen: NDArray[Any],
     packets: NDArray[np.uint64],
-    recent: NDArray[np.uint64],
+    recent: NDArray[np.uint32],
     channels: bool,
 ) -> dict[str, NDArray[Any]]:
     """Return the tables `io_groups`, `io_channels`, `chips` and, if asked for, `channels`, each sorted by its key.
 
-    `groups`: dtype IO_GROUP_RATES, with rates, totals and seen_packets. `seen`: result of PacketCounters.chips().
-    `packets`, `recent`: packets by [chip, channel], since the start and of the last 1.0 to 1.5 s.
+    `groups`: dtype IO_GROUP_RATES, complete. `seen`: result of PacketCounters.chips(). `packets`, `recent`: packets by
+    [chip, channel], since the start and of the last 1.0 to 1.5 s.
     """
-    rate, mean_rate = np.zeros((2, IO_GROUPS))
-    rate[groups["io_group"]] = groups["rate"]
-    mean_rate[groups["io_group"]] = groups["mean_rate"]
     group = seen["io_group"]
-    per_recent = _ratio(rate, np.bincount(group, recent.sum(axis=1), IO_GROUPS))[group]
-    per_packet = _ratio(mean_rate, np.bincount(group, seen["packets"], IO_GROUPS))[group]
+    recent_of_chips = recent.sum(axis=1, dtype=np.uint64)
+    per_recent = ratio(by_io_group(groups, "rate"), np.bincount(group, recent_of_chips, IO_GROUPS))[group]
+    per_packet = ratio(by_io_group(groups, "mean_rate"), np.bincount(group, seen["packets"], IO_GROUPS))[group]
 
     chips = np.zeros(len(seen), CHIP_RATES)
     for name in _KEY[:3]:
         chips[name] = seen[name]
     for name in _COUNTED:
         chips[f"seen_{name}"] = seen[name]
-    chips["rate"] = recent.sum(axis=1) * per_recent
+    chips["rate"] = recent_of_chips * per_recent
     chips["mean_rate"] = seen["packets"] * per_packet
-    groups["seen"] = np.where(groups["packets"], _ratio(groups["seen_packets"], groups["packets"]), 1.0)
-    for name in _COUNTED[1:]:
-        groups[f"seen_{name}"] = np.bincount(group, seen[name], IO_GROUPS)[groups["io_group"]]
     tables = {"io_groups": groups, "io_channels": _io_channels(chips), "chips": _sorted(chips, 3)}
     if channels:
         chip, channel = np.nonzero(packets)
@@ -248,7 +266,7 @@ def rate_tables(
     return tables
 
 
-def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+def ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
     """Return part / whole, 0 where whole is 0."""
     out = np.zeros(len(part))
     np.divide(part, whole, out=out, where=whole != 0)

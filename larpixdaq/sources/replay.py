@@ -22,14 +22,12 @@ from numpy.typing import NDArray
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import names
 from larpixdaq.hdf5.recordings import MessageLog, PacketFile, RawFile, open_recording
-from larpixdaq.schema import Asic, layout_of
+from larpixdaq.schema import TICK, Asic, layout_of
 from larpixdaq.sources.replay_batches import Decoders, PieceSource, RecordedMessages, RecordedRows, row_times
 
 #: Minimum seconds between two batches at recorded speed; less would only cost turns of the producer's loop.
 _TURN: Final = 0.002
 Recording = RawFile | PacketFile | MessageLog
-#: Seconds per tick of a board's 10 MHz master clock.
-TICK: Final = 1e-7
 #: Maximum seconds of a pause between two messages. A longer pause, or a step back of the clock, is skipped, because a
 #: file may hold several runs or a broken header.
 LONGEST_PAUSE: Final = 60

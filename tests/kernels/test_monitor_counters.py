@@ -124,8 +124,20 @@ def check(counters: PacketCounters, layout: schema.RowLayout, rows: NDArray[Any]
     assert seen == dict(reference.channels)
     data = counters.data()
     assert data.shape == channels.shape
-    assert (data <= channels).all()
     assert data.sum(axis=1).tolist() == chips["data"].tolist()
+    np.testing.assert_array_equal(data + counters.others(), channels)
+    assert [tuple(key) for key in counters.keys().tolist()] == keys
+    assert counters.sync_rows == sum(n for (_, _, kind), n in reference.types.items() if kind == 6)
+    flags = np.zeros((256, 5), np.uint64)
+    for key, chip in zip(keys, chips, strict=True):
+        flags[key[0]] += [chip[name] for name in CHIPS.names[5:]]
+    np.testing.assert_array_equal(counters.flags(), flags)
+    means = counters.mean_adc()
+    step = counters.bins // 256
+    for i, j in np.ndindex(means.shape):
+        entries = {adc: n for (where, adc), n in reference.adc.items() if where == (*keys[i], j)}
+        mean = sum(adc * n for adc, n in entries.items()) / sum(entries.values()) if entries else 0
+        assert means[i, j] == (min(max(int(mean / step + 0.5), 1), 255) if entries else 0)
     for wanted in ((-1, -1, -1, -1), (1, -1, -1, -1), (1, 9, -1, -1), (-1, 9, 2, -1), (1, 9, 2, 7), (-1, -1, -1, 0)):
         counts, merged = counters.histogram(*wanted)
         assert merged == 0

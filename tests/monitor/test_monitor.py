@@ -386,8 +386,128 @@ def test_invalid_blocks_are_refused_and_not_counted(clock: Clock) -> None:
         (lambda monitor: monitor.packets(types=0), "packets: types: expected a list of packet types, found 0"),
         (lambda monitor: monitor.messages(True), "messages: count: expected .*, found True"),
         (lambda monitor: monitor.adc_histogram(chip=256), "adc_histogram: chip: expected .* 0 to 255, found 256"),
+        (lambda monitor: monitor.pixel(1, 1, None, 5), "pixel: chip: expected .* 0 to 255, found None"),
+        (
+            lambda monitor: monitor.pixel_map("adc"),
+            "expected rate, mean_adc or packets, found 'adc'",
+        ),
+        (lambda monitor: monitor.pixel_map([1]), "pixel_map: quantity: expected .*, found \\[1\\]"),
     ],
 )
 def test_invalid_parameters_of_requests(ask: Any, complaint: str) -> None:
     with pytest.raises(RequestError, match=complaint):
         ask(Monitor())
+
+
+def as_value(code: int, scale: dict[str, float]) -> float:
+    return scale["low"] * (scale["high"] / scale["low"]) ** ((code - 1) / 254)
+
+
+@pytest.mark.parametrize("seen", [1, 3])
+@pytest.mark.parametrize("code", [1, 2, 4])
+def test_summary_agrees_with_the_other_answers(clock: Clock, code: int, seen: int) -> None:
+    layout = schema.layout(code)
+    monitor, producer = Monitor(clock), Producer(layout=layout)
+    monitor.start(7, "physics")
+    assert monitor.summary()["channel_rates"]["silent"] == 0
+    monitor.block(*producer.info("Beginning run", 0))
+    for i in range(100):
+        clock.now += 0.02
+        rows = data_rows(300, i, layout, groups=1 if code == 1 else 2)
+        block = producer.block(rows, 0.02 * i, 0.02 * (i + 1))
+        if i % seen == 0:
+            monitor.block(*block)
+    summary, rates = monitor.summary(), monitor.packet_rate()
+    for name in ("run", "rate", "mean_rate", "packets", "seconds", "seen"):
+        assert summary[name] == rates[name]
+    np.testing.assert_array_equal(summary["io_groups"], rates["io_groups"])
+    for name in ("seen_packets", "seen_data", "seen_bad_parity", "seen_local_half", "seen_local_full"):
+        for group in summary["io_groups"]:
+            assert group[name] == rates["chips"][name][rates["chips"]["io_group"] == group["io_group"]].sum()
+    assert (summary["kind"], summary["layout"], summary["messages"]) == ("physics", layout.name, 1)
+    assert summary["rows_by_type"] == monitor.run_info()["rows_by_type"]
+    histogram = summary["channel_rates"]
+    edges = histogram["edges"] * 0.9999
+    present = rates["channels"]["rate"]
+    assert histogram["silent"] == (present == 0).sum()
+    np.testing.assert_array_equal(histogram["channels"], np.histogram(present[present > 0], edges)[0])
+    assert histogram["edges"][0] == pytest.approx(0.1)
+    assert (summary["hottest"], summary["dead_channels"], summary["dead"]) == (None, None, [])
+
+
+@pytest.mark.parametrize("code", [1, 2, 4])
+def test_a_pixel_map_has_the_numbers_of_each_channel(clock: Clock, code: int) -> None:
+    layout = schema.layout(code)
+    monitor, producer = Monitor(clock), Producer(layout=layout)
+    empty = monitor.pixel_map()
+    assert (len(empty["chips"]), empty["values"].size) == (0, 0)
+    for i in range(150):
+        clock.now += 0.02
+        rows = data_rows(400, i, layout, groups=1 if code == 1 else 2)
+        if i < 75:
+            rows = rows[rows["chipid" if code == 1 else "chip_id"] != 12]
+        if code != 1:  # answers to configuration reads are no data
+            rows["packet_type"][rows["chip_id"] == 13] = 3
+        first = monitor.pixel_map()["chips"] if i == 70 else None
+        monitor.block(*producer.block(rows, 0.02 * i, 0.02 * (i + 1)))
+        if first is not None:
+            early = first
+    found = {quantity: monitor.pixel_map(quantity) for quantity in ("rate", "packets", "mean_adc")}
+    chips = found["rate"]["chips"]
+    assert chips[: len(early)].tolist() == early.tolist()
+    assert len(chips) > len(early)
+    channels = 128 if code == 1 else 64
+    assert {answer["values"].shape for answer in found.values()} == {(len(chips), channels)}
+    for at, chip in enumerate(chips.tolist()):
+        for channel in (0, 17, channels - 1):
+            pixel = monitor.pixel(*chip, channel)
+            codes = {quantity: int(answer["values"][at, channel]) for quantity, answer in found.items()}
+            assert bool(codes["rate"]) == bool(pixel["rate"])
+            assert bool(codes["packets"]) == bool(pixel["seen_packets"])
+            assert bool(codes["mean_adc"]) == (pixel["mean_adc"] is not None)
+            if codes["rate"]:
+                assert as_value(codes["rate"], found["rate"]["scale"]) == pytest.approx(pixel["rate"], rel=0.04)
+            if codes["packets"]:
+                value = as_value(codes["packets"], found["packets"]["scale"])
+                assert value == pytest.approx(pixel["seen_packets"], rel=0.05)
+            if codes["mean_adc"]:
+                step = found["mean_adc"]["scale"]["step"]
+                assert step == (1 if code == 2 else 4)
+                assert codes["mean_adc"] * step == pytest.approx(max(pixel["mean_adc"], step), abs=0.501 * step)
+    assert monitor.pixel_map(chips=False)["chips_known"] == len(chips)
+    assert "chips" not in monitor.pixel_map(chips=False)
+
+
+def test_the_numbers_of_a_channel(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    rows = steady(monitor, clock, producer, 2.0, 5000)
+    here = rows[(rows["io_group"] == 2) & (rows["io_channel"] == 1) & (rows["chip_id"] == 12)]
+    here = here[here["channel_id"] == 5]
+    table = monitor.packet_rate()["channels"]
+    (listed,) = [each for each in table if each.tolist()[:4] == (2, 1, 12, 5)]
+    pixel = monitor.pixel(2, 1, 12, 5)
+    good = here[here["valid_parity"] == 1]["dataword"]
+    assert pixel["seen_packets"] == len(here)
+    assert pixel["rate"] == pytest.approx(listed["rate"], rel=1e-6)
+    assert pixel["mean_rate"] == pytest.approx(len(here) / 2.0)
+    assert (pixel["mean_adc"], pixel["std"]) == (pytest.approx(good.mean()), pytest.approx(good.std()))
+    assert (pixel["run"], pixel["seen"], pixel["channel"]) == (7, 1.0, 5)
+    for unknown in ((2, 1, 99, 5), (9, 1, 12, 5), (2, 1, 12, 200)):
+        pixel = monitor.pixel(*unknown)
+        assert (pixel["seen_packets"], pixel["rate"], pixel["mean_rate"], pixel["mean_adc"]) == (0, 0.0, 0.0, None)
+    clock.now += 10
+    assert monitor.pixel(2, 1, 12, 5)["rate"] == 0
+    assert not monitor.pixel_map()["values"].any()
+    assert monitor.summary()["channel_rates"]["silent"] == len(table)
+
+
+def test_packets_outside_the_scale_have_the_last_code(clock: Clock) -> None:
+    monitor, producer = Monitor(clock), Producer()
+    rows = np.repeat(data_rows(1), 300_000)
+    for i in range(2):
+        clock.now += 0.1
+        monitor.block(*producer.block(rows, 0.1 * i, 0.1 * (i + 1)))
+    assert monitor.pixel_map()["values"].max() == 255
+    edges, channels = (monitor.summary()["channel_rates"][name] for name in ("edges", "channels"))
+    assert channels[-1] == channels.sum() == 1
+    assert edges[-1] < 2e6

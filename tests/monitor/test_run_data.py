@@ -16,6 +16,7 @@ import zmq
 from stream_harness import make_consumer
 
 from larpixdaq import run_data, schema
+from larpixdaq.constants import MONITOR_QUERIES
 from larpixdaq.monitor.monitor import Monitor
 from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.stream import Block as Header
@@ -161,9 +162,7 @@ def test_an_invalid_block_is_logged_once_and_the_next_counts(bench: Any, caplog:
 
 def test_handlers_have_the_parameters_of_the_monitor_methods() -> None:
     handlers = actions(Monitor())
-    assert set(handlers) == {
-        "prepare_run", "begin_run", "end_run", "packet_rate", "packets", "messages", "adc_histogram", "run_info",
-    }  # fmt: skip
+    assert set(handlers) == {"prepare_run", "begin_run", "end_run", "run_info", *MONITOR_QUERIES}
     assert list(inspect.signature(handlers["packets"]).parameters) == ["call", "count", "text", "types"]
     with pytest.raises(TypeError, match="unexpected keyword argument 'number'"):
         inspect.signature(handlers["messages"]).bind(None, number=3)
