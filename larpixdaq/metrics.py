@@ -332,20 +332,23 @@ def serve(options: argparse.Namespace) -> None:
     address, token = check(options)
     own, asked = socket.gethostname(), options.address.removeprefix("tcp://").partition(":")[0]
     server = _Server(address, {"localhost", own, own.partition(".")[0], asked, *options.allow_host}, token)
-    with server, Signals() as signals:
-        core, name = config.address(options.core, config.CORE_PORT), options.name
-        with Operator(core, name=name, timeout=REGISTER_LIMIT, insecure=options.insecure, supervised=True) as operator:
-            server.exporter = Exporter(operator, hottest=options.hottest, chips=options.chips)
-            thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-            thread.start()
-            host, port = map(str, server.server_address[:2])
-            print(f"larpixdaq-metrics: http://{f'[{host}]' if ':' in host else host}:{port}/metrics", flush=True)
-            try:
-                while not signals.stop:
-                    select.select([signals], [], [])
-            finally:
-                server.shutdown()
-                thread.join()
+    core, limit = config.address(options.core, config.CORE_PORT), REGISTER_LIMIT
+    with (
+        server,
+        Operator(core, name=options.name, timeout=limit, insecure=options.insecure, supervised=True) as operator,
+        Signals() as signals,
+    ):
+        server.exporter = Exporter(operator, hottest=options.hottest, chips=options.chips)
+        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        thread.start()
+        host, port = map(str, server.server_address[:2])
+        print(f"larpixdaq-metrics: http://{f'[{host}]' if ':' in host else host}:{port}/metrics", flush=True)
+        try:
+            while not signals.stop:
+                select.select([signals], [], [])
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -149,6 +149,20 @@ def test_the_requests_of_one_key_are_limited_by_the_second(running, operator, ob
     assert lines == ["core: observer 'night' has reached a limit: 0 requests a second (1 times so far)"]
 
 
+def test_supervisors_know_the_processes_of_supervised_operators(running, operator):
+    """By name; a component of this name counts before it."""
+
+    def registered():
+        return running._current_state()["registered"]
+
+    with Operator(running.address, name="Metrics", supervised=True):
+        assert registered() == {"Metrics": os.getpid()}
+        with Actor(running.address, "Metrics", "log", {}, {}).running():
+            running._peers.components["Metrics"].info["pid"] = 7
+            assert registered() == {"Metrics": 7}
+    until(lambda: registered() == {}, "the Operator to be gone")
+
+
 def test_the_log_level_needs_an_operators_key_and_no_control(running, operator, observer):
     socket, welcome = observer("1")
     params = {"level": "debug"}
