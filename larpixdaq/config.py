@@ -8,9 +8,9 @@ import ipaddress
 import os
 import re
 import socket
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from larpixdaq.errors import ConfigError
+from larpixdaq.errors import ConfigError, UsageError, printable
 from larpixdaq.runtime.units import LEVEL_NAMES, parse_level
 
 if TYPE_CHECKING:
@@ -31,26 +31,26 @@ _TCP: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+)(?::(?P<p
 
 
 def _split(text: str) -> tuple[str, str | None]:
-    """Return host and port of `[tcp://]HOST[:PORT]`. Raises ConfigError."""
+    """Return host and port of `[tcp://]HOST[:PORT]`. Raises UsageError."""
     match = _TCP.fullmatch(text.removeprefix("tcp://"))
     if match is None:
-        raise ConfigError(f"address {text!r}: expected tcp://HOST[:PORT], an IPv6 address as in tcp://[::1]:5551")
+        raise UsageError(f"address {text!r}: expected tcp://HOST[:PORT], an IPv6 address as in tcp://[::1]:5551")
     if match["host"].startswith("["):
         try:
             ipaddress.IPv6Address(match["host"][1:-1].partition("%")[0])
         except ValueError as error:
-            raise ConfigError(f"address {text!r}: {error}") from None
+            raise UsageError(f"address {text!r}: {error}") from None
     port = match["port"]
     if port not in (None, "*") and int(port) > 65535:
-        raise ConfigError(f"address {text!r}: port {port} is above 65535")
+        raise UsageError(f"address {text!r}: port {port} is above 65535")
     return match["host"], port
 
 
 def address(text: str, default_port: int) -> str:
-    """Return the ZeroMQ address of a text. `tcp://` and the port may be left out. Raises ConfigError."""
+    """Return the ZeroMQ address of a text. `tcp://` and the port may be left out. Raises UsageError."""
     if text.startswith(("ipc://", "inproc://")):
         if text.endswith("//"):
-            raise ConfigError(f"address {text!r}: expected a path or a name after //")
+            raise UsageError(f"address {text!r}: expected a path or a name after //")
         return text
     host, port = _split(text)
     return f"tcp://{host}:{default_port if port is None else port}"
@@ -172,6 +172,13 @@ def close_dead_connections(socket: zmq.Socket[Any], after: int) -> None:
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Parser of a command line whose errors are one line, because the usage of some commands has forty."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, printable(f"{self.prog}: error: {message}; `{self.prog} --help` shows the options") + "\n")
+
+
 def add_core_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--core",
@@ -182,8 +189,9 @@ def add_core_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _name(text: str) -> str:
-    """Check a name, which must fit into messages, files and the ring."""
+def parse_name(text: str) -> str:
+    """Check the name of a component or key, which must fit into messages, files and the ring. Raises
+    ArgumentTypeError."""
     if not 1 <= len(text.encode("utf-8", "replace")) <= 64 or not text.isprintable():
         raise argparse.ArgumentTypeError(f"expected a name of 1 to 64 printable characters, found {text[:80]!r}")
     if text == "core":
@@ -232,7 +240,7 @@ def add_log_level_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_name_argument(parser: argparse.ArgumentParser, name: str, what: str) -> None:
-    parser.add_argument("--name", type=_name, default=name, help=f"{what} (default %(default)r)")
+    parser.add_argument("--name", type=parse_name, default=name, help=f"{what} (default %(default)r)")
 
 
 def add_component_arguments(parser: argparse.ArgumentParser, name: str) -> None:

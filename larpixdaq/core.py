@@ -598,7 +598,7 @@ def add_alarms_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = config.ArgumentParser(
         prog="larpixdaq-core",
         description="The core of larpix-daq: knows all components, owns the run state, and serves the Operators.",
     )

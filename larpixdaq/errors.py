@@ -1,7 +1,8 @@
 """Exceptions of larpixdaq, and functions for their texts.
 
 LarpixDaqError
-├── ConfigError        wrong options or addresses
+├── ConfigError        wrong options, addresses or configuration files
+│   └── UsageError         the command line alone shows that it is wrong: exit status 2
 ├── FormatError        invalid bytes, of a wrong format or content (also a ValueError)
 ├── FileError          a file or directory that cannot be used (also an OSError)
 │   └── FileLocked         another process writes or recovers this file
@@ -29,6 +30,10 @@ class LarpixDaqError(Exception):
 
 
 class ConfigError(LarpixDaqError):
+    pass
+
+
+class UsageError(ConfigError):
     pass
 
 

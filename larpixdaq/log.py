@@ -256,7 +256,7 @@ def serve(core: str, name: str, address: str, path: Path, max_bytes: int, older_
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = config.ArgumentParser(
         prog="larpixdaq-log",
         description="Collect the log records of all components of larpix-daq in one file, which `larpixdaq log` shows. "
         "A full file is renamed to FILE.1, and older files to FILE.2 and so on. If a component writes more than "

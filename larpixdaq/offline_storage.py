@@ -184,7 +184,7 @@ def _command(text: str) -> tuple[str, ...]:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = config.ArgumentParser(
         prog="larpixdaq-offline-storage", description="Write the data of producers into LArPix+HDF5 files."
     )
     config.add_component_arguments(parser, DEFAULT_NAME)

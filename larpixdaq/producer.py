@@ -531,7 +531,7 @@ def _report(board: BoardStatus, changed: str | None) -> BoardReport:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = config.ArgumentParser(
         prog="larpixdaq-producer", description="Launch a producer: reads packets from boards and sends them on"
     )
     config.add_component_arguments(parser, DEFAULT_NAME)

@@ -130,7 +130,7 @@ def _handler(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = config.ArgumentParser(
         prog="larpixdaq-run-data", description="Launch the data consumer providing the online data monitor"
     )
     config.add_component_arguments(parser, DEFAULT_NAME)

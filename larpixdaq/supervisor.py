@@ -450,7 +450,7 @@ def serve(directory: Path, on_start: Callable[[], None] = lambda: None) -> None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = config.ArgumentParser(
         prog="python -m larpixdaq.supervisor",
         description="Starts the processes that `larpixdaq up` has planned, and starts again those that have ended. "
         "`up` starts it in the background. When it ends, the processes continue.",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Final
 
+from larpixdaq import config
 from larpixdaq.runtime.event_loop import run_main
 from larpixdaq.version import VERSION
 
@@ -26,7 +27,7 @@ _COMMANDS: Final = {
 
 def parser(modules: Iterable[str] = _COMMANDS) -> argparse.ArgumentParser:
     """Make the parser, with the commands of these modules."""
-    top = argparse.ArgumentParser(prog="larpixdaq", description="Data acquisition for LArPix detectors")
+    top = config.ArgumentParser(prog="larpixdaq", description="Data acquisition for LArPix detectors")
     top.add_argument("--version", action="version", version=f"larpix-daq {VERSION}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in modules:

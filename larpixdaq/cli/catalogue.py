@@ -13,14 +13,14 @@ from typing import Any, Final
 
 from larpixdaq import config
 from larpixdaq.constants import LAST_RUN, RunCondition
-from larpixdaq.errors import ConfigError, is_text, printable
-from larpixdaq.runtime.units import parse_since, parse_whole
+from larpixdaq.errors import ConfigError, UsageError, is_text, printable
+from larpixdaq.runtime.units import parse_since, parse_text, parse_whole
 
 #: Maximum seconds until the core has answered.
 _LIMIT: Final = 10.0
 #: Maximum characters of a text that is searched.
 _MAX_SEARCHED: Final = 1000
-#: Maximum characters of a comment that is read from standard input: more than the core accepts.
+#: Maximum bytes of a comment that are read from standard input: more than the core accepts.
 _MAX_READ: Final = 100_000
 _CONDITIONS: Final = {condition.name.lower(): condition for condition in RunCondition if condition.name != "CONTINUED"}
 
@@ -40,21 +40,22 @@ def add_commands(commands: Any) -> None:
         metavar="N",
         help="at most N runs, 0: all (default %(default)d)",
     )
+    searched = partial(parse_text, most=_MAX_SEARCHED)
     when = "UTC, such as 2023-03-15T02:48, or before now, such as 90min, 12h, 3d"
     parser.add_argument("--since", type=parse_since, metavar="TIME", help=f"prepared from this time on: {when}")
     parser.add_argument("--until", type=parse_since, metavar="TIME", help="prepared until this time")
     parser.add_argument("--condition", type=str.lower, choices=_CONDITIONS, help="only runs of this condition")
-    parser.add_argument("--kind", type=_searched, default="", help="only runs of this kind, such as physics")
+    parser.add_argument("--kind", type=searched, default="", help="only runs of this kind, such as physics")
     parser.add_argument(
         "--comment",
-        type=_searched,
+        type=searched,
         default="",
         metavar="TEXT",
         help="only runs with this text in their comment, or in a comment on them",
     )
     parser.add_argument(
         "--by",
-        type=_searched,
+        type=searched,
         default="",
         metavar="NAME",
         help="only runs with this text in the name of their shifter or Operator, or of somebody who commented on them",
@@ -100,12 +101,6 @@ def _add_author_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_insecure_argument(parser)
 
 
-def _searched(text: str) -> str:
-    if not is_text(text) or len(text) > _MAX_SEARCHED:
-        raise argparse.ArgumentTypeError(f"expected a text of at most {_MAX_SEARCHED} characters in UTF-8")
-    return text
-
-
 def _run_or_now(text: str) -> int | None:
     return None if text == "now" else parse_whole(text, high=LAST_RUN)
 
@@ -125,9 +120,9 @@ def runs(options: argparse.Namespace) -> int:
     if options.until is not None:
         selection = selection._replace(until_ns=round(options.until * 1e9))
     if None not in (options.since, options.until) and options.until < options.since:
-        raise ConfigError("runs: --until is before --since")
+        raise UsageError("--until is before --since")
     if options.run is not None and selection != Selection():
-        raise ConfigError(f"runs: run {options.run} and a search: give one of them")
+        raise UsageError(f"run {options.run} and a search: give one of them")
     catalogue = RunList(state_dir(options.state_dir))
     try:
         if options.run is not None:
@@ -161,16 +156,22 @@ def runs(options: argparse.Namespace) -> int:
 
 
 def comment(options: argparse.Namespace) -> int:
-    text = " ".join(options.text)
-    if options.text == ["-"]:
-        text = sys.stdin.read(_MAX_READ).rstrip("\n")
-    _check_texts({"TEXT": text, "--by": options.by or ""})
+    _check_texts({"TEXT": " ".join(options.text), "--by": options.by or ""})
+    text = _read_comment() if options.text == ["-"] else " ".join(options.text)
     from larpixdaq.operator import Operator
 
     with Operator(options.core, insecure=options.insecure) as operator:
         number = operator.comment(text, options.run, options.by).result(_LIMIT)["run"]
     print(f"run {number}: comment written")
     return 0
+
+
+def _read_comment() -> str:
+    """Read a comment from standard input. Raises ConfigError."""
+    try:
+        return sys.stdin.buffer.read(_MAX_READ).decode().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: expected UTF-8, found the byte 0x{error.object[error.start]:02x}") from None
 
 
 def attach(options: argparse.Namespace) -> int:
@@ -200,4 +201,4 @@ def shifter(options: argparse.Namespace) -> int:
 def _check_texts(texts: dict[str, str]) -> None:
     for what, text in texts.items():
         if not is_text(text):
-            raise ConfigError(f"{what} {text[:40]!r}: expected UTF-8")
+            raise UsageError(f"{what} {text[:40]!r}: expected UTF-8")

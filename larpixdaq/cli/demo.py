@@ -26,7 +26,7 @@ from larpixdaq.buffer.ring_file import DEFAULT_DIRECTORY, ring_files
 from larpixdaq.cli.detector import UP_LIMIT, connect
 from larpixdaq.cli.system import plain_console
 from larpixdaq.emulators import pacman
-from larpixdaq.errors import ComponentError, FileError, NoCore
+from larpixdaq.errors import ComponentError, FileError, NoCore, UsageError
 from larpixdaq.hdf5 import verify
 from larpixdaq.hdf5.reader import count_words
 from larpixdaq.operator import Operator
@@ -154,7 +154,7 @@ def add_commands(commands: Any) -> None:
         "properties of the channels (no --rate, --io-groups, --words-per-message)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.set_defaults(function=run, wrong_usage=parser.error)
+    parser.set_defaults(function=run)
 
 
 def _words_per_message(text: str) -> str:
@@ -165,7 +165,7 @@ def _words_per_message(text: str) -> str:
 def run(options: argparse.Namespace) -> int:
     board_rate = options.rate / options.io_groups
     if not pacman.LOWEST_RATE <= board_rate <= pacman.HIGHEST_RATE:
-        options.wrong_usage(f"--rate: expected 10 to 1e9 packets/s for each board, found {board_rate:g}")
+        raise UsageError(f"--rate: expected 10 to 1e9 packets/s for each board, found {board_rate:g}")
     if not options.output_dir.is_dir():
         raise FileError(f"--output-dir {options.output_dir}: no such directory")
     console = plain_console(quiet=options.json)

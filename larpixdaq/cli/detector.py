@@ -25,7 +25,7 @@ from larpixdaq.alarm_config import AlarmConfig, parse_alarms, read_file
 from larpixdaq.config_schema import Explanation, Program, explanations, json_schema
 from larpixdaq.constants import STOP
 from larpixdaq.detector_config import DetectorConfig
-from larpixdaq.errors import ComponentError, ConfigError, FileError, LarpixDaqError, NoCore
+from larpixdaq.errors import ComponentError, ConfigError, FileError, LarpixDaqError, NoCore, UsageError
 from larpixdaq.keys.credentials import is_of_this_host
 from larpixdaq.operator import Operator
 from larpixdaq.runtime.file_access import state_dir
@@ -91,7 +91,7 @@ def add_commands(commands: Any) -> None:
     offline_storage.add_own_arguments(parser)
     source_options.add_arguments(parser, required=False)
     producer.add_own_arguments(parser)
-    parser.set_defaults(function=up, wrong_usage=parser.error)
+    parser.set_defaults(function=up)
     parser = commands.add_parser(
         "down",
         help="end what `larpixdaq up` started",
@@ -100,7 +100,7 @@ def add_commands(commands: Any) -> None:
     )
     _add_file_arguments(parser)
     config.add_state_dir_argument(parser)
-    parser.set_defaults(function=down, wrong_usage=parser.error)
+    parser.set_defaults(function=down)
     parser = commands.add_parser(
         "config",
         help="show a configuration file as it is understood",
@@ -117,7 +117,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--markdown", action="store_true", help="with --explain: as a table for documentation")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of the file, for editors")
-    parser.set_defaults(function=show, wrong_usage=parser.error)
+    parser.set_defaults(function=show)
 
 
 def _add_file_arguments(parser: Any) -> None:
@@ -144,16 +144,16 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
 def up(options: argparse.Namespace) -> int:
     if options.file is None:
         if options.host or options.force or options.systemd:
-            options.wrong_usage("--host, --force and --systemd go with a configuration file")
+            raise UsageError("--host, --force and --systemd go with a configuration file")
         if not source_options.names_source(options):
-            options.wrong_usage(f"one of the arguments {' '.join(source_options.SOURCES)} is required")
+            raise UsageError(f"one of the arguments {' '.join(source_options.SOURCES)} is required")
         return _up_with_options(options)
     only = argparse.ArgumentParser(allow_abbrev=False)
     _add_file_arguments(only)
     for flag in ("--force", "--foreground", "--systemd"):
         only.add_argument(flag, action="store_true")
     if other := only.parse_known_args(options.argv[1:])[1]:
-        options.wrong_usage(f"{other[0]}: with a configuration file, all options of the processes are in the file")
+        raise UsageError(f"{other[0]}: with a configuration file, all options of the processes are in the file")
     file = DetectorConfig(options.file, PROGRAMS)
     host = _host(file, options.host)
     if options.systemd:
@@ -283,11 +283,11 @@ def _warn_of_logind(ring_dir: Path) -> None:
 def down(options: argparse.Namespace) -> int:
     if options.file is not None:
         if options.state_dir is not None:
-            options.wrong_usage("--state-dir is in the configuration file")
+            raise UsageError("--state-dir is in the configuration file")
         file = DetectorConfig(options.file, PROGRAMS)
         state = state_dir(file.state_dir(_host(file, options.host)))
     elif options.host is not None:
-        options.wrong_usage("--host goes with a configuration file")
+        raise UsageError("--host goes with a configuration file")
     else:
         state = state_dir(options.state_dir)
     running = read_running(state)
@@ -306,7 +306,7 @@ def show(options: argparse.Namespace) -> int:
     elif options.explain is not None:
         explain(options.explain, markdown=options.markdown)
     elif options.file is None:
-        options.wrong_usage("name a configuration file, or --explain or --schema")
+        raise UsageError("name a configuration file, or --explain or --schema")
     else:
         file = DetectorConfig(options.file, PROGRAMS)
         if options.commands:

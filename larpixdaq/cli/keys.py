@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from typing import Any, Final
 
 import zmq
@@ -16,16 +17,16 @@ from larpixdaq.errors import ConfigError, NoCore, error_from_code, printable
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
 from larpixdaq.keys.curve import dealer, new_pair
-from larpixdaq.keys.key_store import ROLES
+from larpixdaq.keys.key_store import MAX_OPEN, ROLES
 from larpixdaq.operator import Operator
 from larpixdaq.protocol.control import MAX_REQUEST, Answer, Join, content, pack, unpack_core
-from larpixdaq.runtime.units import parse_duration, utc
+from larpixdaq.runtime.units import parse_positive_duration, utc
 
 #: Maximum seconds until a core has answered.
 _LIMIT: Final = 5.0
 #: Maximum seconds until connected members have stored the core's new key.
 _INFORMED: Final = 2.0
-#: Maximum characters of a token that are read from standard input.
+#: Maximum bytes of a token that are read from standard input.
 _LONGEST_TOKEN: Final = 4096
 
 
@@ -43,7 +44,9 @@ def add_commands(commands: Any) -> None:
         description="Prints a token, with which `larpixdaq keys join` gets a key on another host, or as another user. "
         "It can be used once. Run this as the user, and on the host, of the core.",
     )
-    action.add_argument("name", metavar="NAME", help="the component's --name, or a person's name")
+    action.add_argument(
+        "name", type=config.parse_name, metavar="NAME", help="the component's --name, or a person's name"
+    )
     action.add_argument(
         "--role",
         choices=ROLES,
@@ -51,7 +54,11 @@ def add_commands(commands: Any) -> None:
         help="component: register under this name; operator: look and change; observer: look, never change",
     )
     action.add_argument(
-        "--expires", type=parse_duration, default=600.0, metavar="TIME", help="how long it can be used (default 10min)"
+        "--expires",
+        type=partial(parse_positive_duration, most=MAX_OPEN),
+        default=600.0,
+        metavar="TIME",
+        help="how long it can be used (default 10min)",
     )
     action.add_argument(
         "--address",
@@ -168,7 +175,7 @@ def join(options: argparse.Namespace) -> int:
     if not text:
         if sys.stdin.isatty():
             print("token: ", end="", file=sys.stderr, flush=True)
-        text = sys.stdin.readline(_LONGEST_TOKEN)
+        text = sys.stdin.buffer.readline(_LONGEST_TOKEN).decode("utf-8", "replace")
     invitation = credentials.read_token(text)
     pair = new_pair()
     value = _ask(invitation, Join(public=pair.public, request="join"))

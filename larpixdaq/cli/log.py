@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from larpixdaq import config
 from larpixdaq.control.log_file import UNKNOWN, Follower, LogFiles, Merger, Wanted, parse
-from larpixdaq.errors import ComponentError, ConfigError, printable
+from larpixdaq.errors import ComponentError, UsageError, printable
 from larpixdaq.runtime.file_access import state_dir
 from larpixdaq.runtime.units import LEVEL_NAMES, parse_level, parse_since, parse_whole
 
@@ -87,10 +87,10 @@ def log(options: argparse.Namespace) -> int:
     path = Path(options.file) if options.file else state_dir(options.state_dir) / "log.txt"
     wanted = Wanted(getattr(logging, options.level), options.component, options.since, options.until)
     if options.until < options.since:
-        raise ConfigError("log: --until is before --since")
+        raise UsageError("--until is before --since")
     if options.follow:
         if options.until < math.inf:
-            raise ConfigError("--until cannot be used with --follow")
+            raise UsageError("--until cannot be used with --follow")
         try:
             _follow(path.absolute(), wanted, options)
         except KeyboardInterrupt:  # the way in which this command ends

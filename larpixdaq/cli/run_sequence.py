@@ -17,20 +17,20 @@ import msgspec
 
 from larpixdaq import config
 from larpixdaq.constants import PRODUCER, RUN_DATA, STOP, STORAGE, RunCondition
+from larpixdaq.control.catalogue import MAX_COMMENT, MAX_KIND, MAX_SHIFTER
 from larpixdaq.errors import (
-    ConfigError,
     ControlHeld,
     LarpixDaqError,
     NoCore,
     RequestTimeout,
     StateError,
-    is_text,
+    UsageError,
     printable,
 )
 from larpixdaq.operator import Operator, Request
 from larpixdaq.protocol.reports import MonitorStatus, ProducerStatus, StorageStatus
 from larpixdaq.runtime.event_loop import Signals, Stopped
-from larpixdaq.runtime.units import duration, parse_duration, parse_whole, size, utc
+from larpixdaq.runtime.units import duration, parse_positive_duration, parse_text, parse_whole, size, utc
 
 #: Maximum seconds until the core has answered, and of prepare_run and of begin_run.
 _ANSWER_LIMIT: Final = 5.0
@@ -55,19 +55,25 @@ def add_commands(commands: Any) -> None:
         "only if every run was as long as wanted and is COMPLETE. A run that fails does not end the sequence.",
     )
     parser.add_argument(
-        "--duration", type=_positive, required=True, metavar="TIME", help="length of each run: 30s, 10min, 2h"
+        "--duration",
+        type=parse_positive_duration,
+        required=True,
+        metavar="TIME",
+        help="length of each run: 30s, 10min, 2h",
     )
-    parser.add_argument("--comment", type=_text, default="", metavar="TEXT", help="comment of each run")
-    parser.add_argument("--kind", type=_text, default="", help="kind of each run (default physics, or test)")
+    # The core has these limits, too. Here they are for a sequence, which would otherwise be refused run by run.
+    comment, kind, name = (partial(parse_text, most=most) for most in (MAX_COMMENT, MAX_KIND, MAX_SHIFTER))
+    parser.add_argument("--comment", type=comment, default="", metavar="TEXT", help="comment of each run")
+    parser.add_argument("--kind", type=kind, default="", help="kind of each run (default physics, or test)")
     parser.add_argument(
-        "--by", type=_text, metavar="NAME", help="shifter of each run (default: the one of `larpixdaq shifter`)"
+        "--by", type=name, metavar="NAME", help="shifter of each run (default: the one of `larpixdaq shifter`)"
     )
     parser.add_argument(
         "--count", type=partial(parse_whole, high=1_000_000), default=1, metavar="N", help="number of runs (default 1)"
     )
     parser.add_argument(
         "--every",
-        type=_positive,
+        type=parse_positive_duration,
         metavar="TIME",
         help="from the begin of one run to the begin of the next (default: one after the other)",
     )
@@ -80,21 +86,9 @@ def add_commands(commands: Any) -> None:
     parser.set_defaults(function=run)
 
 
-def _positive(text: str) -> float:
-    if (seconds := parse_duration(text)) <= 0:
-        raise argparse.ArgumentTypeError(f"time {text!r}: expected more than 0 s")
-    return seconds
-
-
-def _text(text: str) -> str:
-    if not is_text(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected UTF-8")
-    return text
-
-
 def run(options: argparse.Namespace) -> int:
     if options.every is not None and options.every < options.duration:
-        raise ConfigError(f"--every {duration(options.every)} is shorter than --duration {duration(options.duration)}")
+        raise UsageError(f"--every {duration(options.every)} is shorter than --duration {duration(options.duration)}")
     with Signals() as signals, Operator(options.core, insecure=options.insecure) as operator:
         sequence = RunSequence(operator, options, signals)
         sequence.take_control()

@@ -107,8 +107,9 @@ _COPIED: Final = {
     "attachments": "id,run,time_ns,name,file,bytes,sha256,shifter,operator,key",
     "delivered": "storage,comment",
 }
-#: Maximum characters of a run's comment and of a comment of the e-log, and of a shifter's name.
+#: Maximum characters of a run's comment and of a comment of the e-log, of a run's kind, and of a shifter's name.
 MAX_COMMENT: Final = 10_000
+MAX_KIND: Final = 64
 MAX_SHIFTER: Final = 100
 #: Maximum number of comments on a run, and of their bytes: they are all in its sidecars.
 MAX_COMMENTS: Final = 5_000

@@ -15,7 +15,7 @@ from larpixdaq.constants import LOG_LEVELS, PRODUCER, QUERIES, RUN_ACTIONS, RUN_
 from larpixdaq.control.alarms import Alarms
 from larpixdaq.control.attachments import Attachments, Piece
 from larpixdaq.control.audit import Audit, parameters
-from larpixdaq.control.catalogue import MAX_COMMENT, MAX_SHIFTER, AlarmRow, Author, Catalogue, Run
+from larpixdaq.control.catalogue import MAX_COMMENT, MAX_KIND, MAX_SHIFTER, AlarmRow, Author, Catalogue, Run
 from larpixdaq.control.log_shipping import LimitedLog, present_level, set_level
 from larpixdaq.control.registry import Component, Control, OperatorPeer, Peer, Registry
 from larpixdaq.control.run_control import RunControl
@@ -30,7 +30,7 @@ from larpixdaq.errors import (
     UnknownAction,
 )
 from larpixdaq.keys.credentials import make_token
-from larpixdaq.keys.key_store import KeyStore, Role
+from larpixdaq.keys.key_store import MAX_OPEN, KeyStore, Role
 from larpixdaq.keys.peer_limits import PeerLimits, request_rate
 from larpixdaq.protocol.control import ActionRequest, Answer, FromCore, packed
 from larpixdaq.protocol.stream import RunNumber
@@ -91,7 +91,7 @@ class _LogLevel(msgspec.Struct, forbid_unknown_fields=True):
 class _Invite(msgspec.Struct, forbid_unknown_fields=True):
     name: Name
     role: Role
-    expires: Annotated[float, Meta(gt=0, le=30 * 86400)] = 600.0
+    expires: Annotated[float, Meta(gt=0, le=MAX_OPEN)] = 600.0
     address: Annotated[str, Meta(max_length=256)] = ""
 
 
@@ -380,7 +380,7 @@ class CoreActions:
     def _prepare(self, request: _CoreRequest) -> None:
         params = request.params
         _check_length("prepare_run", "the comment", params.comment, MAX_COMMENT)
-        _check_length("prepare_run", "the kind", params.kind, 64)
+        _check_length("prepare_run", "the kind", params.kind, MAX_KIND)
         shifter = self._author("prepare_run", request, params.by).shifter
         self._runs.prepare(params.comment, params.kind, request.operator.name, request.reply, request.now, shifter)
 

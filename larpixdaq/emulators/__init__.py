@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from larpixdaq import config
 from larpixdaq.emulators import pacman, serial_board
-from larpixdaq.errors import LarpixDaqError
+from larpixdaq.errors import LarpixDaqError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = config.ArgumentParser(
         prog="larpixdaq-emulator", description="Emulated boards, on real sockets and pseudo-terminals."
     )
     boards = parser.add_subparsers(title="boards", dest="board", required=True, metavar="BOARD")
@@ -28,5 +28,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.module.run(args)
     except LarpixDaqError as error:
         print(f"larpixdaq-emulator: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     return 0

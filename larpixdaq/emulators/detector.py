@@ -20,7 +20,7 @@ from larpixdaq.emulators.network import Wiring, register_map
 from larpixdaq.emulators.noise import DAC_STEP, HOT, VCM, Channels, Noise
 from larpixdaq.emulators.revisions import EmulatedRevision
 from larpixdaq.emulators.tile import Losses
-from larpixdaq.errors import ConfigError, FileError
+from larpixdaq.errors import FileError, UsageError
 from larpixdaq.schema import ASICS
 
 DEFAULT_ASIC = "2"
@@ -143,7 +143,7 @@ class Planter:
         bits = [(self._chip(chip), int(address), int(bit), int(value)) for chip, address, bit, value in parts]
         for _, address, _, _ in bits:
             if address >= registers:
-                raise ConfigError(f"stuck bit: register {address} of {registers}")
+                raise UsageError(f"stuck bit: register {address} of {registers}")
         return bits
 
     def channels(self, text: str, channels: int) -> list[tuple[Chip, int]]:
@@ -154,26 +154,26 @@ class Planter:
         parts = self._parse(text, _CHANNEL, "CHIP-CHANNEL")
         for chip, channel in parts:
             if int(channel) >= channels:
-                raise ConfigError(f"chip {chip}: channel {channel} of {channels}")
+                raise UsageError(f"chip {chip}: channel {channel} of {channels}")
         return [(self._chip(chip), int(channel)) for chip, channel in parts]
 
     def _choose(self, candidates: Any, number: str) -> list[Any]:
         if int(number) > len(candidates):
-            raise ConfigError(f"{number} requested, only {len(candidates)} exist")
+            raise UsageError(f"{number} requested, only {len(candidates)} exist")
         return [candidates[n] for n in sorted(self._random.permutation(len(candidates))[: int(number)].tolist())]
 
     @staticmethod
     def _parse(text: str, pattern: re.Pattern[str], form: str) -> list[tuple[str, ...]]:
         matches = [pattern.fullmatch(part) for part in text.split(",")]
         if not all(matches):
-            raise ConfigError(f"{text!r}: expected a number or {form},... with CHIP as in 1-2-34")
+            raise UsageError(f"{text!r}: expected a number or {form},... with CHIP as in 1-2-34")
         return [match.groups() for match in matches if match]
 
     def _chip(self, key: str) -> Chip:
         try:
             return self._by_key[key]
         except KeyError:
-            raise ConfigError(f"no chip {key!r}; the first is {next(iter(self._by_key))}") from None
+            raise UsageError(f"no chip {key!r}; the first is {next(iter(self._by_key))}") from None
 
 
 def fraction(text: str) -> float:
@@ -224,7 +224,7 @@ def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = network.
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> EmulatedDetector:
     """Return the chips of the options, and set `args.asic` to their generation.
 
-    Exits with status 2 if options exclude each other. Raises ConfigError and FileError.
+    Exits with status 2 if options exclude each other. Raises ConfigError, UsageError and FileError.
     """
     if args.chips is None:
         options = ["write-network", "power-on", "bug-512", "truth"]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq._native.chip_emulator import PathEnd
-from larpixdaq.errors import ConfigError, FileError
+from larpixdaq.errors import ConfigError, FileError, UsageError
 
 BROADCAST: Final = 255
 #: A default tile: its chips in rows of at most ten with chip_ids from 11 on, as on the tiles of a detector. The roots,
@@ -378,7 +378,7 @@ def tile_wiring(chips: int, channels: int = TILE_CHANNELS, asic: str = "2") -> W
     All neighbours on a tile are wired, so that the network can be rerouted. The roots depend on the chip generation.
     """
     if not 1 <= chips <= _MAX_TILES * TILE_CHIPS:
-        raise ConfigError(f"expected 1 to {_MAX_TILES * TILE_CHIPS} chips on a board, found {chips}")
+        raise UsageError(f"--chips: expected 1 to {_MAX_TILES * TILE_CHIPS} chips on a board, found {chips}")
     wiring = Wiring()
     for tile in range(ceil(chips / TILE_CHIPS)):
         _add_tile(wiring, min(chips - TILE_CHIPS * tile, TILE_CHIPS), 1 + TILE_CHANNELS * tile, channels, asic)

@@ -25,6 +25,8 @@ _LARGEST: Final = 4 << 20
 _REMEMBERED: Final = 7 * 86400.0
 #: Maximum number of invitations, and of members.
 _MOST: Final = 1000
+#: Maximum seconds for which an invitation is open.
+MAX_OPEN: Final = 30 * 86400.0
 #: What an invited key may be used for: to register as the component of its name; to look and change; to look.
 Role = Literal["component", "operator", "observer"]
 ROLES: Final = ("component", "operator", "observer")

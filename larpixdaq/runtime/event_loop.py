@@ -22,7 +22,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from larpixdaq.errors import LarpixDaqError, is_text, printable
+from larpixdaq.errors import LarpixDaqError, UsageError, is_text, printable
 from larpixdaq.runtime.timing import Throttle
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True, log_le
     A signal raises Stopped, a KeyboardInterrupt, in `function`, so that its `finally` clauses close everything; a
     function that uses Signals ends its loop instead. After a signal the status of an endless program is 0. A command
     that was interrupted has not done its work: its status is 128 + the signal's number, with one line on stderr. After
-    a LarpixDaqError, or when the output cannot be written, the status is 1, with one line on stderr.
+    a LarpixDaqError (UsageError: 2), or when the output cannot be written, the status is 1, with one line on stderr.
 
     Log records from level WARNING on go to stderr; on a terminal all that are written. `log_level`: from which on this
     process writes them; None: as it is set.
@@ -276,7 +276,7 @@ def run_main(function: Callable[[], int | None], *, endless: bool = True, log_le
         return 128 + number
     except LarpixDaqError as error:
         print(printable(f"{program}: {error}"), file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except _OutputError as error:
         if error.number != errno.EPIPE:  # else the reader has closed the pipe: `larpixdaq status | head`
             print(f"{program}: {error}", file=sys.stderr)

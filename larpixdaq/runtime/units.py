@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from typing import Any, Final
 
 from larpixdaq.constants import LOG_LEVELS
+from larpixdaq.errors import is_text
 
 #: Units of options, in seconds, bytes and rows.
 SECONDS: Final = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -128,6 +129,24 @@ def parse_duration(text: str) -> float:
     if match is None:
         raise argparse.ArgumentTypeError(f"time {text!r}: expected a number and one of s, min, h")
     return float(match[1]) * SECONDS[match[2] or "s"]
+
+
+def parse_positive_duration(text: str, most: float = math.inf) -> float:
+    """Return the seconds of a text, more than 0 and at most `most`. Raises ArgumentTypeError."""
+    seconds = parse_duration(text)
+    if not 0 < seconds <= most:
+        limit = "" if most == math.inf else f", and at most {duration(most)}"
+        raise argparse.ArgumentTypeError(f"time {text!r}: expected more than 0 s{limit}")
+    return seconds
+
+
+def parse_text(text: str, most: int) -> str:
+    """Return a text of at most `most` characters. Raises ArgumentTypeError, also if it is not UTF-8."""
+    if not is_text(text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected UTF-8")
+    if len(text) > most:
+        raise argparse.ArgumentTypeError(f"expected at most {most} characters, found {len(text)}")
+    return text
 
 
 def parse_since(text: str) -> float:

@@ -6,7 +6,7 @@ import time
 
 from larpixdaq._native.board_emulator import PacmanBoard
 from larpixdaq._native.decoders import PacmanDecoder
-from larpixdaq.errors import ConfigError
+from larpixdaq.errors import UsageError
 from larpixdaq.runtime.timing import Pace
 from larpixdaq.schema import Asic, layout_of
 from larpixdaq.sources.source import LiveSource
@@ -38,7 +38,7 @@ class FakeSource(LiveSource):
                 words=BATCH,
             )
         except ValueError as error:
-            raise ConfigError(f"{self.name}: {error}") from None
+            raise UsageError(f"{self.name}: {error}") from None
         self._pace = Pace(rate)
         self._next = 0.0
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from larpixdaq.constants import IO_GROUPS
-from larpixdaq.errors import ConfigError
+from larpixdaq.errors import ConfigError, UsageError
 from larpixdaq.runtime.units import parse_positive, parse_whole
 from larpixdaq.schema import ASICS, Asic
 from larpixdaq.sources.command_channel import COMMAND_PORT, DATA_PORT, REVISIONS
@@ -156,12 +156,13 @@ def names_source(args: argparse.Namespace) -> bool:
 
 
 def create(args: argparse.Namespace) -> list[Source]:
-    """Make the sources of the options, without opening them. ConfigError, in one line, for impossible options."""
+    """Make the sources of the options, without opening them. UsageError for impossible options, ConfigError for files
+    of --io-config, both in one line."""
     kind, values = _kind(args)
     for option, kinds in _ONLY_FOR.items():
         if getattr(args, option) is not None and kind not in kinds:
             names = " and ".join(f"--{name}" for name in kinds)
-            raise ConfigError(f"--{option.replace('_', '-')} is for {names} only, not for --{kind}")
+            raise UsageError(f"--{option.replace('_', '-')} is for {names} only, not for --{kind}")
     asic = asic_of(args)
     if kind == "serial":
         return _serial(args, asic, values)
@@ -177,11 +178,11 @@ def create(args: argparse.Namespace) -> list[Source]:
 
 
 def asic_of(args: argparse.Namespace) -> Asic:
-    """Return the chips' generation for the decoders. ConfigError for options that contradict each other."""
+    """Return the chips' generation for the decoders. UsageError for options that contradict each other."""
     asic = ASICS[args.asic]
     if args.fifo_diagnostics:
         if asic != Asic.V2:
-            raise ConfigError(f"--fifo-diagnostics is for v2 chips only, not for --asic {args.asic}")
+            raise UsageError(f"--fifo-diagnostics is for v2 chips only, not for --asic {args.asic}")
         asic = Asic.V2_DIAGNOSTICS
     return asic
 
@@ -200,13 +201,13 @@ def _from_io_config(io_class: str, *arguments: str) -> tuple[str, Any]:
     kind = _IO_CLASSES.get(io_class)
     if kind is None:
         if _CLASS.fullmatch(io_class) is None:
-            raise ConfigError(f"--io-config {io_class}: expected a class of larpix.io or package.module:Class")
+            raise UsageError(f"--io-config {io_class}: expected a class of larpix.io or package.module:Class")
         return "io-config", (io_class, arguments)
     if len(arguments) > (2 if kind == "serial" else 1):
-        raise ConfigError(f"--io-config {io_class}: too many arguments: {' '.join(arguments)}")
+        raise UsageError(f"--io-config {io_class}: too many arguments: {' '.join(arguments)}")
     if kind == "serial":
         if not arguments:
-            raise ConfigError("--io-config SerialPort: name the device or an io configuration file")
+            raise UsageError("--io-config SerialPort: name the device or an io configuration file")
         baud = (
             None if len(arguments) == 1 else _number(arguments[1], "--io-config SerialPort: baud rate", 1, 100_000_000)
         )
@@ -217,19 +218,24 @@ def _from_io_config(io_class: str, *arguments: str) -> tuple[str, Any]:
             raise ConfigError(f"io config {arguments[0]}: SerialPort has one device, found {len(devices)}")
         return "serial", (*devices[0], baud)
     file = arguments[0] if arguments else DEFAULTS[io_class]
-    boards = read_io_config(io_class, file)
-    if io_class == "ZMQ_IO" and len(boards) != 1:
-        raise ConfigError(f"io config {file}: ZMQ_IO has one address, found {len(boards)}; use MultiZMQ_IO")
-    return kind, [f"{io_group}={address}" for io_group, address in boards]
+    found = read_io_config(io_class, file)
+    if io_class == "ZMQ_IO" and len(found) != 1:
+        raise ConfigError(f"io config {file}: ZMQ_IO has one address, found {len(found)}; use MultiZMQ_IO")
+    addresses = [f"{io_group}={address}" for io_group, address in found]
+    try:
+        boards(addresses)
+    except UsageError as error:
+        raise ConfigError(f"io config {file}: {error}") from None
+    return kind, addresses
 
 
 def boards(addresses: list[str]) -> list[BoardAddress]:
-    """Parse addresses `[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]`. ConfigError for wrong and for duplicate ones."""
+    """Parse addresses `[IO_GROUP=]HOST[:DATA_PORT[:COMMAND_PORT]]`. UsageError for wrong and for duplicate ones."""
     parsed: list[BoardAddress] = []
     for place, text in enumerate(addresses, start=1):
         match = _BOARD.fullmatch(text)
         if match is None:
-            raise ConfigError(f"board address {text!r}: expected {_FORM}")
+            raise UsageError(f"board address {text!r}: expected {_FORM}")
         io_group = _io_group(match["group"], text) if match["group"] else place
         data = _number(match["data"], f"board address {text!r}: data port", 1, 65_535) if match["data"] else DATA_PORT
         if match["command"]:
@@ -237,18 +243,18 @@ def boards(addresses: list[str]) -> list[BoardAddress]:
         else:
             command = data - 1 if match["data"] else COMMAND_PORT
             if command == 0:
-                raise ConfigError(f"board address {text!r}: data port 1 leaves no command port; give one")
+                raise UsageError(f"board address {text!r}: data port 1 leaves no command port; give one")
         if command == data:
-            raise ConfigError(f"board address {text!r}: data port and command port are both {data}")
+            raise UsageError(f"board address {text!r}: data port and command port are both {data}")
         board = BoardAddress(io_group, match["host"], data, command)
         for other in parsed:
             if other.io_group == board.io_group:
-                raise ConfigError(f"board address {text!r}: io_group {io_group} is that of {other.host} already")
+                raise UsageError(f"board address {text!r}: io_group {io_group} is that of {other.host} already")
             if (other.host, other.data_port) == (board.host, board.data_port):
-                raise ConfigError(f"board address {text!r}: io_group {other.io_group} has the same address")
+                raise UsageError(f"board address {text!r}: io_group {other.io_group} has the same address")
         parsed.append(board)
     if len(parsed) >= IO_GROUPS:
-        raise ConfigError(f"{len(parsed)} boards: a producer has at most {IO_GROUPS - 1}")
+        raise UsageError(f"{len(parsed)} boards: a producer has at most {IO_GROUPS - 1}")
     return parsed
 
 
@@ -262,7 +268,8 @@ def _boards(args: argparse.Namespace, asic: Asic, kind: str, addresses: list[str
     parsed = boards(addresses)
     revisions = _revisions(args, kind)
     for io_group in revisions.keys() - {ALL} - {board.io_group for board in parsed}:
-        raise ConfigError(f"--pacman-revision {io_group}={revisions[io_group]}: no board has io_group {io_group}")
+        wrong = UsageError if args.pacman_revision else ConfigError  # of the command line, or of the file
+        raise wrong(f"--pacman-revision {io_group}={revisions[io_group]}: no board has io_group {io_group}")
     form = args.pacman_format or "auto"
     return [
         PacmanSource(
@@ -287,7 +294,7 @@ def _revisions(args: argparse.Namespace, kind: str) -> dict[int, int]:
         option = f"--pacman-revision {text}"
         io_group = _io_group(group, option) if equals else ALL
         if io_group in given:
-            raise ConfigError(f"{option}: {'all boards' if io_group == ALL else f'io_group {io_group}'} twice")
+            raise UsageError(f"{option}: {'all boards' if io_group == ALL else f'io_group {io_group}'} twice")
         given[io_group] = _number(number, f"{option}: revision", REVISIONS[0], REVISIONS[-1])
     return (configured if ALL not in given else {}) | given
 
@@ -296,7 +303,6 @@ def _serial(args: argparse.Namespace, asic: Asic, values: tuple[int, str, int | 
     from larpixdaq.sources.serial import BAUD, SerialSource
 
     io_group, device, baud = values
-    _io_group(str(io_group), device)
     baud = args.baud or baud or BAUD
     return [SerialSource(device, io_group, asic=asic, baud=baud, rule=args.serial_rule or "strict")]
 
@@ -320,7 +326,7 @@ def _fake(args: argparse.Namespace, asic: Asic, rate: float) -> list[Source]:
 
     count = args.io_groups or 1
     if count >= IO_GROUPS:
-        raise ConfigError(f"--io-groups {count}: a producer has at most {IO_GROUPS - 1}")
+        raise UsageError(f"--io-groups {count}: a producer has at most {IO_GROUPS - 1}")
     return [FakeSource(io_group, rate / count, asic=asic, seed=io_group) for io_group in range(1, count + 1)]
 
 
@@ -330,7 +336,7 @@ def _io_group(text: str, context: str) -> int:
 
 def _number(text: str, quantity: str, low: int, high: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 12 and low <= int(text) <= high):
-        raise ConfigError(f"{quantity}: expected {low} to {high}, found {text}")
+        raise UsageError(f"{quantity}: expected {low} to {high}, found {text}")
     return int(text)
 
 
@@ -350,6 +356,8 @@ def read_io_config(io_class: str, name: str) -> list[tuple[int, str]]:
     for entry in table if isinstance(table, list) else ():
         match entry:
             case [int(io_group), str(address)] if not isinstance(io_group, bool):
+                if not 1 <= io_group < IO_GROUPS:
+                    raise ConfigError(f"io config {name}: io_group: expected 1 to {IO_GROUPS - 1}, found {io_group}")
                 boards.append((io_group, address))
             case _:
                 raise ConfigError(f"io config {name}: io_group: expected [number, address], found {entry!r}")

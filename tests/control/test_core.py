@@ -590,16 +590,16 @@ def test_signals_end_the_core_cleanly(tmp_path, how):
 @pytest.mark.parametrize(
     ("args", "status", "text"),
     [
-        (["--address", "nonsense:port"], 1, "address 'nonsense:port': expected"),
+        (["--address", "nonsense:port"], 2, "address 'nonsense:port': expected"),
         (["--state-dir", "/proc/nowhere"], 1, "state directory /proc/nowhere"),
-        (["--wrong"], 2, "usage"),
+        (["--wrong"], 2, "unrecognized arguments: --wrong; `larpixdaq-core --help` shows the options"),
     ],
 )
 def test_wrong_options(tmp_path, args, status, text):
     with Process("larpixdaq.core", *args, directory=tmp_path) as process:
         assert process.wait() == status
-        assert text.split("|")[-1] in process.stderr
-        assert status == 2 or process.stderr.count("\n") == 1
+        assert text in process.stderr
+        assert process.stderr.count("\n") == 1
 
 
 def test_insecure_is_logged_at_start_and_shown_in_status(tmp_path):

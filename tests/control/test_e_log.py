@@ -497,16 +497,20 @@ def test_comment_shifter_and_attach_on_the_command_line(tmp_path, capsys, monkey
         assert said("shifter") == "nobody is on shift\n"
         assert said("shifter", "Zo\u202eë") == "shifter: Zo\\u202eë\n"
         assert said("comment", "7", "beam", "is on") == "run 7: comment written\n"
-        monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
-        assert main(["comment", "now", "-", *where]) == 1
-        assert "expected a text, found nothing" in capsys.readouterr().err
+        for given, words in (
+            (b"\n", "expected a text, found nothing"),
+            (b"\xff", "expected UTF-8, found the byte 0xff"),
+        ):
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+            assert main(["comment", "now", "-", *where]) == 1
+            assert words in capsys.readouterr().err
         (tmp_path / "a.txt").write_text("x")
         assert said("attach", "now", str(tmp_path / "a.txt"), "--by", "Bob").startswith("run 7: a.txt, 1 B, kept as ")
         assert main(["comment", "8", "x", *where]) == 1
         assert "comment: there is no run 8 in the catalogue" in capsys.readouterr().err
         assert main(["comment", "now", "x" * 10_001, *where]) == 1
         assert "has 10001 characters, at most 10000" in capsys.readouterr().err
-        assert main(["comment", "now", "\udcff", *where]) == 1
+        assert main(["comment", "now", "\udcff", *where]) == 2
         assert "expected UTF-8" in capsys.readouterr().err
         assert said("shifter", "") == "nobody is on shift\n"
         with Operator(running.address) as operator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import struct
 from itertools import pairwise
@@ -529,14 +528,14 @@ def test_lost_and_doubled_words(option):
         (["--inverted", "--chips", "4", "--revision", "2"], 2, "which those of revision 2 cannot"),
         (["--slow-read", "61"], 2, "--slow-read: expected 0 to 60 seconds, found 61"),
         (["--revision", "6"], 2, "--revision: invalid choice: '6'"),
-        (["--chips", "0"], 1, "expected 1 to 1000 chips on a board, found 0"),
+        (["--chips", "0"], 2, "--chips: expected 1 to 1000 chips on a board, found 0"),
         (["--chips", "nowhere.json"], 1, "nowhere.json: File not found"),
         (["--chips", "io/pacman.json"], 1, "io/pacman.json: no controller configuration"),
-        (["--chips", "4", "--dead-chips", "5"], 1, "5 requested, only 4 exist"),
-        (["--chips", "4", "--dead-chips", "1-1-99"], 1, "no chip '1-1-99'; the first is 1-1-11"),
-        (["--chips", "4", "--broken-links", "1-1-11"], 1, "expected a number or CHIP/CHIP"),
-        (["--chips", "4", "--hot-channels", "1-1-11-64"], 1, "channel 64 of 64"),
-        (["--chips", "4", "--stuck-bits", "1-1-11:237.0=0"], 1, "register 237 of 237"),
+        (["--chips", "4", "--dead-chips", "5"], 2, "5 requested, only 4 exist"),
+        (["--chips", "4", "--dead-chips", "1-1-99"], 2, "no chip '1-1-99'; the first is 1-1-11"),
+        (["--chips", "4", "--broken-links", "1-1-11"], 2, "expected a number or CHIP/CHIP"),
+        (["--chips", "4", "--hot-channels", "1-1-11-64"], 2, "channel 64 of 64"),
+        (["--chips", "4", "--stuck-bits", "1-1-11:237.0=0"], 2, "register 237 of 237"),
         (["--chips", "4", "--lose-answers", "2"], 2, "expected a fraction"),
         (["--chips", "4", "--write-network", "/nowhere/x"], 1, "cannot write /nowhere/x"),
     ],
@@ -546,8 +545,8 @@ def test_wrong_options(args, status, text, capsys):
         got = emulators.main(["pacman", *args])
     except SystemExit as end:
         got = end.code
-    assert got == status
-    assert text in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert (got, text in err, err.count("\n")) == (status, True, 1), err
 
 
 # --- the compiled part

@@ -77,14 +77,20 @@ def test_lines_of_a_log(tmp_path):
     for arguments, words in (
         ((tmp_path / "none.txt",), "none.txt: no such file"),
         ((tmp_path,), "is not a regular file"),
-        ((file, "--since", "1h", "--until", "2h"), "--until is before --since"),
-        ((file, "--follow", "--until", "1h"), "--until cannot be used with --follow"),
     ):
         status, out, error = log(*arguments)
         assert (status, out, error.count("\n")) == (1, "", 1), error
         assert words in error
-    for arguments in (("--level", "loud"), ("-n", "-1"), ("--since", "yesterday")):
-        assert log(file, *arguments)[0] == 2
+    for arguments, words in (
+        (("--since", "1h", "--until", "2h"), "--until is before --since"),
+        (("--follow", "--until", "1h"), "--until cannot be used with --follow"),
+        (("--level", "loud"), "level 'loud': expected debug"),
+        (("-n", "-1"), "expected a whole number of at least 0, found -1"),
+        (("--since", "yesterday"), "time 'yesterday': expected a UTC time"),
+    ):
+        status, out, error = log(file, *arguments)
+        assert (status, out, error.count("\n")) == (2, "", 1), error
+        assert words in error
 
 
 def test_head_ends_the_command(tmp_path, followed):

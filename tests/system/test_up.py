@@ -262,7 +262,7 @@ def test_up_warns_where_logind_removes_rings(tmp_path, monkeypatch, capsys):
         "--pacman",
         "no address:",
     )
-    assert main(["up", *arguments]) == 1
+    assert main(["up", *arguments]) == 2
     warning, error = capsys.readouterr().err.splitlines()
     assert "systemd-logind removes the ring's file" in warning
     assert "no address" in error
