@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -38,7 +38,6 @@ from larpixdaq.runtime.launcher import (
     command,
     components,
     end_process,
-    end_running,
     is_running,
     logind_removes_files,
     plan_file,
@@ -95,8 +94,8 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "down",
         help="end what `larpixdaq up` started",
-        description="Ends what `larpixdaq up` started on this host, and waits until it has. A run in progress is "
-        "aborted if the core is among it: its data are stored, its condition is ABORTED.",
+        description="Ends what `larpixdaq up` started on this host, waits until it has, and says what was ended. A run "
+        "in progress is aborted if the core is among it: its data are stored, its condition is ABORTED.",
     )
     _add_file_arguments(parser)
     config.add_state_dir_argument(parser)
@@ -293,10 +292,18 @@ def down(options: argparse.Namespace) -> int:
     running = read_running(state)
     if running is None:
         raise FileError(f"nothing is up: no {running_file(state)}")
+    aborted = None
     if any(entry.module == "core" and is_running(entry) for entry in running.processes):
-        _abort_run(running)
-    if killed := _end_all(state):
-        raise ComponentError(f"{', '.join(killed)} did not end in time and had to be killed")
+        aborted = _abort_run(running)
+    ended = _end_all(state)
+    parts = [
+        f"ended {', '.join(ended.running)}" if ended.running else "nothing was running any more",
+        f"run {aborted} was aborted" if aborted is not None else "",
+        f"not running: {', '.join(ended.others)}" if ended.others else "",
+    ]
+    print("; ".join(filter(None, parts)))
+    if ended.killed:
+        raise ComponentError(f"{', '.join(ended.killed)} did not end in time and had to be killed")
     return 0
 
 
@@ -524,16 +531,31 @@ def _outcome(state: Path, plan: Plan, name: str, before: dict[str, Entry], after
     return f"{where} already at {plan.core}: all {len(now)} processes are running"
 
 
-def _end_all(state: Path) -> list[str]:
-    """End the supervisor, and then all processes. Returns the modules that had to be killed."""
+class _Ended(NamedTuple):
+    """Names of processes that were running, of those that were not, and of those that had to be killed."""
+
+    running: list[str]
+    others: list[str]
+    killed: list[str]
+
+
+def _end_all(state: Path) -> _Ended:
+    """End the supervisor, and then all processes."""
+    ended = _Ended([], [], [])
     running = read_running(state)
     if running is not None and running.supervisor is not None:
-        end_process(running.supervisor)
+        (ended.running if is_running(running.supervisor) else ended.others).append(running.supervisor.name)
+        if not end_process(running.supervisor):
+            ended.killed.append(running.supervisor.name)
         running = read_running(state)
-    killed = end_running(running) if running is not None else []
+    for entry in reversed(running.processes if running is not None else []):
+        name = entry.name or entry.module
+        (ended.running if is_running(entry) else ended.others).append(name)
+        if not end_process(entry):
+            ended.killed.append(name)
     for path in (running_file(state), plan_file(state)):
         path.unlink(missing_ok=True)
-    return killed
+    return ended
 
 
 def connect(core: str, check: Callable[[], None], pid: Callable[[], int], *, insecure: bool = False) -> Operator:
@@ -566,15 +588,18 @@ def connect(core: str, check: Callable[[], None], pid: Callable[[], int], *, ins
         )
 
 
-def _abort_run(running: RunningSystem) -> None:
-    """Abort the run in progress, if any, so that the catalogue has its condition and files."""
+def _abort_run(running: RunningSystem) -> int | None:
+    """Abort the run in progress, so that the catalogue has its condition and files. Returns its number; None if there
+    was none."""
     try:
         with Operator(running.core, timeout=1.0, insecure=running.insecure) as operator:
             if operator.state().result(timeout=UP_LIMIT) != STOP:
                 operator.take_control().result(timeout=UP_LIMIT)
-                operator.abort_run().result(timeout=ABORT_LIMIT)
+                number: int | None = operator.abort_run().result(timeout=ABORT_LIMIT)["run"]
+                return number
     except LarpixDaqError as error:
         print(f"larpixdaq: WARNING: the run in progress could not be aborted: {error}", file=sys.stderr)
+    return None
 
 
 # systemd

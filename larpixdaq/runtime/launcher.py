@@ -325,11 +325,6 @@ def end_process(entry: Entry, limit: float = END_LIMIT) -> bool:
     return True
 
 
-def end_running(running: RunningSystem) -> list[str]:
-    """End the processes in the reverse order of starting. Returns the modules that had to be killed."""
-    return [entry.module for entry in reversed(running.processes) if is_running(entry) and not end_process(entry)]
-
-
 def logind_removes_files(directory: Path, uid: int, root: Path = Path("/")) -> bool:
     """Return whether logind will remove this user's files from the directory at the user's last log-out.
 

@@ -80,7 +80,9 @@ def test_up_takes_a_run_and_down_leaves_no_process(tmp_path):
         assert "last run: 1 COMPLETE, " in output(tmp_path, "status", "--core", core)
         assert json.loads(output(tmp_path, "status", "--core", core, "--json"))["last_run"]["run"] == 1
     finally:
-        assert output(tmp_path, "down", "--state-dir", state) == ""
+        assert output(tmp_path, "down", "--state-dir", state) == (
+            "ended Supervisor, LArPix board, Online monitor, Offline storage, Log, core\n"
+        )
     assert {file.name for file in closed.iterdir()} == {file.name for file in files}
     assert {path.suffix for path in data.iterdir()} == {".h5", ".json"}
     assert [entry.module for entry in running.processes if start_time(entry.pid) is not None] == []
@@ -124,8 +126,8 @@ class Up:
         with self.start(name, *more) as process:
             return process.wait(2 * LIMIT), process.stdout + process.stderr
 
-    def down(self, name: str) -> None:
-        output(self.folder, "down", "--state-dir", self.folder / name / "state")
+    def down(self, name: str) -> str:
+        return output(self.folder, "down", "--state-dir", self.folder / name / "state")
 
     def running(self, name: str) -> dict[str, int]:
         running = read_running(self.folder / name / "state")
@@ -214,11 +216,12 @@ def test_up_does_not_take_the_place_of_a_component_of_another_user(tmp_path):
             operator.prepare_run().result(LIMIT)
             operator.begin_run().result(LIMIT)
     finally:
-        up.down("first")  # during a run
+        said = up.down("first")  # during a run
     catalogue = Catalogue(tmp_path / "first" / "state")
     run = catalogue.find()
     catalogue.close()
     assert (run.condition, len(run.files)) == ("ABORTED", 1)
+    assert said.endswith("core; run 1 was aborted\n")
 
 
 USER = pwd.getpwuid(65534)

@@ -62,7 +62,7 @@ def test_a_detector_of_eight_boards_runs_and_changes(made: Detector) -> None:
         assert {name for name in second if first.get(name) == second[name]} == {"core", "Log", "disk"}
         assert start_time(first["rates"]) is None
         assert not [path for path in made.data.iterdir() if path.suffix == ".part"]
-    assert made.run("down", made.path) == (0, "")
+    assert made.run("down", made.path) == (0, "ended Supervisor, south, north, disk, Log, core\n")
     assert made.run("down", made.path)[0] == 1
     assert not any(map(start_time, second.values()))
 
@@ -312,7 +312,7 @@ def test_the_examples_of_the_documentation(made: Detector) -> None:
         assert made.run("config", made.path)[0] == 0
     assert made.up()[1].startswith("test stand: up at ")
     assert made.run("status", "--core", made.core)[0] == 0
-    assert made.run("down", made.path) == (0, "")
+    assert made.run("down", made.path)[0] == 0
     made.path.write_text(hosts)
     status, commands = made.run("config", made.path, "--commands", "--host", "daq2")
     assert (status, len(commands.splitlines())) == (0, 2)
@@ -329,6 +329,14 @@ def test_the_supervisor_needs_a_plan_and_is_alone(made: Detector) -> None:
     with Process("larpixdaq.supervisor", "--state-dir", made.state, directory=made.folder / "output") as process:
         assert process.wait() == 1
         assert "another supervisor runs" in process.stderr
+    pids = made.supervisor().pid, *made.pids().values()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not any(map(start_time, pids)), "all to be dead")
+    assert made.run("down", made.path) == (
+        0,
+        "nothing was running any more; not running: Supervisor, north, Online monitor, Offline storage, Log, core\n",
+    )
 
 
 def test_other_alarms_are_for_the_core_which_reads_a_copy_of_them(made: Detector) -> None:
