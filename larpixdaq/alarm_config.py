@@ -7,7 +7,6 @@ shown to anybody.
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from larpixdaq.errors import ConfigError
+from larpixdaq.errors import ConfigError, advice
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -235,11 +234,7 @@ def _explain(text: str) -> str:
         }
         struct = tables.get(place.partition("[")[0], AlarmConfig)
         known = [field.encode_name for field in msgspec.structs.fields(struct)]
-        close = difflib.get_close_matches(unknown[1], known, 1)
-        more = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
-        problem = f"unknown key {unknown[1]!r}{more}"
+        problem = f"unknown key {unknown[1]!r}; {advice(unknown[1], known, 'there are')}"
     elif (value := _VALUE_ERROR.match(problem)) is not None and place.startswith("off"):
-        close = difflib.get_close_matches(value[1], get_args(Condition), 1)
-        more = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(get_args(Condition))}"
-        problem = f"no condition is named {value[1]!r}; {more}"
+        problem = f"no condition is named {value[1]!r}; {advice(value[1], get_args(Condition), 'there are')}"
     return f"{place}: {problem}" if place else problem

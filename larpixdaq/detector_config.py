@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import os
 import re
@@ -32,7 +31,7 @@ from larpixdaq.config_schema import (
     without_unset,
 )
 from larpixdaq.constants import MIN_FREE
-from larpixdaq.errors import ConfigError, LarpixDaqError
+from larpixdaq.errors import ConfigError, LarpixDaqError, advice
 from larpixdaq.runtime.file_access import read_regular
 from larpixdaq.runtime.launcher import Wanted
 from larpixdaq.runtime.units import size
@@ -221,10 +220,8 @@ class DetectorConfig:
             self.fail(keys, f"expected a table, found {_shown(value)}")
 
     def _unknown(self, keys: Keys, known: Sequence[str]) -> NoReturn:
-        near = difflib.get_close_matches(keys[-1].replace("_", "-").lower(), known, 1)
-        advice = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
         what = "key" if len(keys) > 1 else "table"
-        self.fail(keys, f"unknown {what}; {advice}")
+        self.fail(keys, f"unknown {what}; {advice(keys[-1].replace('_', '-').lower(), known, 'expected one of')}")
 
     def _components(self, program: Program) -> Iterator[Component]:
         tables = getattr(self._file, program.table)
@@ -268,9 +265,7 @@ class DetectorConfig:
         boards: dict[str, Board] = {}
         for name in table.get("boards", ()):
             if name not in self.boards:
-                near = difflib.get_close_matches(name, self.boards, 1)
-                advice = f"did you mean {near[0]}?" if near else f"the boards are {', '.join(self.boards) or 'none'}"
-                self.fail((*keys, "boards"), f"unknown board {name!r}; {advice}")
+                self.fail((*keys, "boards"), f"unknown board {name!r}; {advice(name, self.boards, 'the boards are')}")
             if name in boards:
                 self.fail((*keys, "boards"), f"board {name!r} twice")
             boards[name] = self.boards[name]

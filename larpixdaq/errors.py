@@ -22,6 +22,7 @@ LarpixDaqError
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from inspect import Parameter, Signature
 
 
@@ -118,6 +119,14 @@ def misuse(action: str, error: TypeError, signature: Signature) -> RequestError:
     parameters = [parameter.replace(annotation=Parameter.empty) for parameter in signature.parameters.values()]
     plain = signature.replace(parameters=parameters, return_annotation=Signature.empty)
     return RequestError(f"{action}: {error!s:.200}; expected {action}{plain}")
+
+
+def advice(name: str, known: Collection[str], otherwise: str) -> str:
+    """Return what may help against a name that does not exist: `did you mean ring?`, or `otherwise` and all names."""
+    import difflib  # late, because most programs never need it
+
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]}?" if close else f"{otherwise} {', '.join(known) or 'none'}"
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,7 @@ from larpixdaq.control.alarms import Alarm, open_line, row_line
 from larpixdaq.control.catalogue import AlarmRow
 from larpixdaq.errors import RequestError, printable
 from larpixdaq.operator import Operator
-from larpixdaq.runtime.units import parse_since, parse_whole
+from larpixdaq.runtime.units import parse_since, parse_whole, utc
 
 #: Seconds for an answer of the core.
 _LIMIT: Final = 5.0
@@ -66,6 +66,8 @@ def alarms(options: argparse.Namespace) -> int:
         console = plain_console()
         for row in answer.get("history", []):
             console.print(printable(row_line(msgspec.convert(row, AlarmRow))))
+        if history and not answer["history"]:
+            console.print(f"no event since {utc(options.since)}" if options.since else "no event yet")
         for alarm in found:
             console.print(printable(open_line(alarm)))
         if not found:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from larpixdaq import config
 from larpixdaq.constants import LAST_RUN, RunCondition
-from larpixdaq.errors import ConfigError, UsageError, is_text, printable
+from larpixdaq.errors import ConfigError, UsageError, advice, is_text, printable
 from larpixdaq.runtime.units import parse_since, parse_text, parse_whole
 
 #: Maximum seconds until the core has answered.
@@ -149,7 +149,10 @@ def runs(options: argparse.Namespace) -> int:
         if more:
             print(f"and older ones: --last {10 * most} shows more, --last 0 all")
         elif not numbers:
-            print("no run is like this" if selection != Selection() else "no run yet")
+            text = "no run is like this" if selection != Selection() else "no run yet"
+            if options.kind and options.kind not in (kinds := catalogue.kinds()):
+                text += f": none is of the kind {options.kind!r}; {advice(options.kind, kinds, 'the kinds are')}"
+            print(printable(text))
     finally:
         catalogue.close()
     return 0

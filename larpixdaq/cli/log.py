@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from larpixdaq import config
 from larpixdaq.control.log_file import UNKNOWN, Follower, LogFiles, Merger, Wanted, parse
-from larpixdaq.errors import ComponentError, UsageError, printable
+from larpixdaq.errors import ComponentError, ConfigError, UsageError, advice, printable
 from larpixdaq.runtime.file_access import state_dir
 from larpixdaq.runtime.units import LEVEL_NAMES, parse_level, parse_since, parse_whole
 
@@ -98,10 +98,21 @@ def log(options: argparse.Namespace) -> int:
         return 1
     with contextlib.closing(LogFiles(path.absolute())) as files:
         if options.lines is None:
-            _print(((text, False) for text in files.in_order(wanted)), options.json)
+            shown = _print(((text, False) for text in files.in_order(wanted)), options.json)
         else:
-            _print(((text, False) for _, text in files.last(options.lines, wanted)), options.json)
+            shown = _print(((text, False) for _, text in files.last(options.lines, wanted)), options.json)
+        if problem := _unknown(files, wanted, path):
+            raise ConfigError(problem)
+    if not shown and options.lines != 0:
+        print("larpixdaq: no record is like this", file=sys.stderr)
     return 0
+
+
+def _unknown(files: LogFiles, wanted: Wanted, path: Path) -> str:
+    """Return a line about wanted components that have no record at all; "" if there are none."""
+    names, known = files.unknown(wanted)
+    lines = [f"no record of {name!r}; {advice(name, known, 'there are records of')}" for name in names]
+    return f"{path} and its older files: {'; '.join(lines)}" if lines else ""
 
 
 def _follow(path: Path, wanted: Wanted, options: argparse.Namespace) -> None:
@@ -117,6 +128,8 @@ def _follow(path: Path, wanted: Wanted, options: argparse.Namespace) -> None:
                 _print(((text, False) for _, text in last), options.json)
             shown = last[-1][0] if last else UNKNOWN
             follower = files.follow(path)
+            if problem := _unknown(files, wanted, path):
+                print(printable(f"larpixdaq: {problem}; waiting for the first"), file=sys.stderr)
     else:
         print(f"larpixdaq: {path}: no such file; waiting for it", file=sys.stderr)
     merger = Merger(min(shown, round(time.time() * 1e6)))
@@ -137,11 +150,14 @@ def _follow(path: Path, wanted: Wanted, options: argparse.Namespace) -> None:
         missed = follower.missed
 
 
-def _print(lines: Iterable[tuple[bytes, bool]], as_json: bool) -> None:
-    """Print lines, each with whether it is late."""
+def _print(lines: Iterable[tuple[bytes, bool]], as_json: bool) -> bool:
+    """Print lines, each with whether it is late. Returns whether there were any."""
     texts = (_json(line, late) if as_json else _text(line, late) for line, late in lines)
+    shown = False
     while many := "".join(islice(texts, _TOGETHER)):
         sys.stdout.write(many)
+        shown = True
+    return shown
 
 
 def _text(line: bytes, late: bool) -> str:

@@ -15,7 +15,7 @@ from larpixdaq.control.display import audit_line, needs_attention, status_lines
 from larpixdaq.errors import printable
 from larpixdaq.operator import Operator
 from larpixdaq.runtime.file_access import state_dir
-from larpixdaq.runtime.units import parse_since
+from larpixdaq.runtime.units import parse_since, utc
 
 
 def add_commands(commands: Any) -> None:
@@ -64,9 +64,12 @@ def audit(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"rows": [msgspec.structs.asdict(row) for row in rows]}))
         return 0
-    console = plain_console()
+    console, shown = plain_console(), False
     for row in rows:
         console.print(printable(audit_line(row)))
+        shown = True
+    if not shown:
+        console.print(f"nothing since {utc(options.since)}" if options.since else "nothing yet")
     return 0
 
 

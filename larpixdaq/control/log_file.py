@@ -52,6 +52,10 @@ _STAMP_SIZE: Final = 27
 _LEVEL: Final = "|".join(_LEVELS).encode()
 #: The beginning of a line: time, level, component.
 _HEAD: Final = re.compile(rb"(%b|\(impossible time\)) (%b|Level -?\d{1,19}) (.*?): " % (_STAMP, _LEVEL), re.DOTALL)
+#: The component of each line in a text.
+_COMPONENTS: Final = re.compile(
+    rb"^(?:%b|\(impossible time\)) (?:%b|Level -?\d{1,19}) (.*?): " % (_STAMP, _LEVEL), re.MULTILINE
+)
 
 
 class LogRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -124,14 +128,17 @@ class Wanted:
         """`components`: none for all. `since` and `until`: unix seconds."""
         self.since = since
         self._level = level
-        self._components = frozenset(component(name).encode("utf-8", "replace") for name in components)
+        names = {component(name).encode("utf-8", "replace"): name for name in components}
+        self._components = frozenset(names)
+        #: Wanted components of which no line from the level on has come, by their name in lines.
+        self.missing = names
         self._since, self._until = since * 1e6, until * 1e6
         self._second, self._second_start = b"", 0
         self._time = UNKNOWN  # of the last line, also of one that is not wanted
         unwanted = [b"%b %b " % (_STAMP, name.encode()) for name, number in _LEVELS.items() if number < level]
         if self._components:
-            names = b"|".join(map(re.escape, sorted(self._components)))
-            unwanted.append(b"%b (?:%b) (?!(?:%b): )" % (_STAMP, _LEVEL, names))
+            choice = b"|".join(map(re.escape, sorted(self._components)))
+            unwanted.append(b"%b (?:%b) (?!(?:%b): )" % (_STAMP, _LEVEL, choice))
         if since > -math.inf:
             unwanted.append(b"(?=%b)%b (?:%b) " % (_earlier(since), _STAMP, _LEVEL))
         #: Matches unwanted lines that follow each other, most of them: only for speed.
@@ -157,6 +164,8 @@ class Wanted:
                 self._note(stamp)
                 if (self._components and name not in self._components) or _level(level) < self._level:
                     continue
+                if self.missing:
+                    self.missing.pop(name, None)
             if self._since <= self._time <= self._until or self._time == UNKNOWN:
                 yield start, end, self._time
 
@@ -247,6 +256,20 @@ class LogFiles:
             order = map(int, np.frombuffer(times, np.int64).argsort(kind="stable"))
         for index in order:
             yield self._read(positions[index], lengths[index])
+
+    def unknown(self, wanted: Wanted) -> tuple[list[str], list[str]]:
+        """Return the wanted components that have no record in the files at all, and, if there are any, those that have.
+
+        Reads all files if `wanted` has found no line of a component. The known names are as in the lines.
+        """
+        if not wanted.missing:
+            return [], []
+        found: set[bytes] = set()
+        for number in range(len(self._files)):
+            for _, data in self._whole_lines(number):
+                found.update(_COMPONENTS.findall(data))
+        unknown = [name for in_line, name in wanted.missing.items() if in_line not in found]
+        return unknown, sorted(name.decode("utf-8", "backslashreplace") for name in found) if unknown else []
 
     def last(self, count: int, wanted: Wanted) -> list[tuple[int, bytes]]:
         """Return the last wanted lines of the files, at most `count`, with their times, in the order of their times."""

@@ -118,6 +118,11 @@ class RunList:
             return run
         raise FileError(f"{self.path}: there is no run {number}")
 
+    def kinds(self) -> list[str]:
+        """Return the kinds of all runs."""
+        with self._errors():
+            return [kind for (kind,) in self._db.execute("SELECT DISTINCT kind FROM runs ORDER BY kind")]
+
     def describe(self, run: Run) -> dict[str, Any]:
         """Return all that the catalogue has of a run, for JSON: the fields of Run, `length_s`, `file_details`,
         `comments`, `attachments`, `ledger`."""

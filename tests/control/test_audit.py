@@ -336,6 +336,8 @@ def test_the_command(directory, capsys):
     ]
     assert main([*program, "--json", "--since", "2023-11-14 22:13:21 UTC"]) == 0
     assert json.loads(capsys.readouterr().out) == {"rows": [msgspec.structs.asdict(shared)]}
+    assert main([*program, "--since", "2100-01-01"]) == 0
+    assert capsys.readouterr().out == "nothing since 2100-01-01 00:00:00 UTC\n"
     assert main(["audit", "--state-dir", str(directory / "none")]) == 1
     assert "there is no run catalogue" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -450,6 +450,7 @@ def test_runs_on_the_command_line(tmp_path, capsys):
             "30", "29", "28",
         ]  # fmt: skip
         assert lines("--comment", "nothing like it")[1:] == ["no run is like this"]
+        assert lines("--kind", "tset")[1:] == ["no run is like this: none is of the kind 'tset'; did you mean test?"]
         found = "\n".join(lines("30"))
         for words in (
             "run          30 (physics)", "condition    INCOMPLETE\n             2 rows \\x1b[31m", "shifter      Ada",
@@ -470,12 +471,12 @@ def test_runs_on_the_command_line(tmp_path, capsys):
         everything = json.loads("\n".join(lines("--json", "--last", "2")))
         assert ([run["run"] for run in everything["runs"]], everything["more"]) == ([31, 30], True)
         assert everything["runs"][1] == facts
-        for arguments, words in (
-            (("99",), "there is no run 99"),
-            (("3", "--kind", "x"), "give one of them"),
-            (("--since", "1h", "--until", "2h"), "--until is before --since"),
+        for arguments, status, words in (
+            (("99",), 1, "there is no run 99"),
+            (("3", "--kind", "x"), 2, "give one of them"),
+            (("--since", "1h", "--until", "2h"), 2, "--until is before --since"),
         ):
-            assert main(["runs", *arguments, *state]) == 1
+            assert main(["runs", *arguments, *state]) == status
             assert words in capsys.readouterr().err
     empty = tmp_path / "empty"
     assert main(["runs", "--state-dir", str(empty)]) == 1

@@ -81,6 +81,13 @@ def test_lines_of_a_log(tmp_path):
         status, out, error = log(*arguments)
         assert (status, out, error.count("\n")) == (1, "", 1), error
         assert words in error
+    some = log(file, "--component", "core", "--component", "LArPix bord")
+    assert (some[0], some[1].count(" core: x"), some[2].count("\n")) == (1, 20, 1)
+    assert f"{file} and its older files: no record of 'LArPix bord'; did you mean LArPix board?" in some[2]
+    assert "'x'; there are records of LArPix board, core" in log(file, "-n", 5, "--component", "x")[2]
+    file.write_text("".join(lines))
+    for few in (("--level", "critical"), ("--since", "1h", "--component", "core"), ("--since", "1h", "--json")):
+        assert log(file, *few) == (0, "", "larpixdaq: no record is like this\n")
     for arguments, words in (
         (("--since", "1h", "--until", "2h"), "--until is before --since"),
         (("--follow", "--until", "1h"), "--until cannot be used with --follow"),

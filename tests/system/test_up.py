@@ -180,7 +180,7 @@ def test_up_gives_the_core_a_file_of_alarms(tmp_path):
     file.write_text("[alarms]\nhold-of = 1.0\n")
     status, words = up.run("first", "--alarms", file)
     assert (status, up.running("first")) == (1, {})
-    assert words.endswith(f"{file}: [alarms]: unknown key 'hold-of'; did you mean 'hold-off'?\n")
+    assert words.endswith(f"{file}: [alarms]: unknown key 'hold-of'; did you mean hold-off?\n")
     assert up.run("first", "--alarms", tmp_path / "none")[0] == 1
     file.write_text("[alarms]\noff = ['rate']\n")
     assert up.run("first", "--alarms", file)[0] == 0
