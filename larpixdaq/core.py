@@ -84,6 +84,8 @@ _REFUSALS: Final = {
 #: Maximum seconds until the last rows of the audit are written, and until the last alarms are sent.
 _AUDIT_LIMIT: Final = 2.0
 _ALARM_LIMIT: Final = 1.0
+#: Seconds after the start in which the components of a run in progress have to register, until an alarm misses them.
+_RETURN: Final = 5.0
 #: Seconds between two checks that run catalogue and connection file were not removed.
 _FILES_INTERVAL: Final = 1.0
 
@@ -166,7 +168,8 @@ class Core:
         self._last_update: dict[str, Any] = {}
         self._files_due = 0.0
         self._catalogue_error = ""
-        self._last_turn = self._drained = time.monotonic()
+        self._last_turn = self._drained = self._started = time.monotonic()
+        self._registered: set[str] = set()  # names of all components since the start
         self._refusals = 0
         self._refusal_logged = 0.0
         self._connection_error = self._store_error = ""
@@ -272,6 +275,9 @@ class Core:
         self._audit.turn(now)
         self._alarms.catalogue(self._catalogue_error or self._audit.error, now)
         self._alarms.run_over(self._runs.last_over, now)
+        if (run := self._runs.run) is not None and now - self._started > _RETURN:
+            for name in {*run.producers, *run.storages} - self._registered:
+                self._alarms.missing(name, run.run, now)
         self._alarms.turn(now)
         self._ship()
         self._actions.load.shares()
@@ -473,6 +479,7 @@ class Core:
             self._audit.note(peer, "registered", detail=str(peer.info.get("host", "")), outcome="done")
         self._send(route, Welcome(session=peer.session, **self._state_for(peer)))
         if isinstance(peer, Component):
+            self._registered.add(peer.name)
             self._alarms.registered(peer, now, restarted=lost is not None and lost.instance != peer.instance)
             self._runs.registered(peer, now)
 

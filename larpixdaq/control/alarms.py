@@ -93,7 +93,8 @@ class Reading(NamedTuple):
 class Alarm(msgspec.Struct):
     """An alarm. Times in unix seconds; `component`: the one that reports it, "" for the core.
 
-    `count`: how many times its condition became true. `raised`: the first time, `last`: the last time.
+    `count`: how many times its condition became true. `raised`: the first time, `last`: the last time. `as_of`: the time
+    of the text and of the count, if an earlier core has written them and nothing was heard of the condition since.
     """
 
     id: int
@@ -109,6 +110,7 @@ class Alarm(msgspec.Struct):
     by: str = ""
     comment: str = ""
     cleared: float | None = None
+    as_of: float | None = None
 
 
 def sentence(event: str, alarm: Alarm) -> str:
@@ -127,7 +129,8 @@ def open_line(alarm: Alarm) -> str:
     seen = ""
     if alarm.acknowledged is not None:
         seen = f" (acknowledged by {alarm.by}{f': {alarm.comment}' if alarm.comment else ''})"
-    return f"{alarm.level.upper()} {alarm.id} since {utc(alarm.raised)}{times}: {alarm.text}{seen}"
+    old = f" (as of {utc(alarm.as_of)}, before a restart of the core)" if alarm.as_of is not None else ""
+    return f"{alarm.level.upper()} {alarm.id} since {utc(alarm.raised)}{times}: {alarm.text}{old}{seen}"
 
 
 def row_line(row: AlarmRow) -> str:
@@ -138,6 +141,7 @@ def row_line(row: AlarmRow) -> str:
     return f"{utc(row.time_ns / 1e9)}  {row.level.upper()} {row.alarm} {row.event}{who}{comment}{times}: {row.text}"
 
 
+_LOST: Final = "component-lost"
 _PENDING: Final = "pending"
 _OPEN: Final = "open"
 _OVER: Final = "over"
@@ -211,6 +215,15 @@ class AlarmBook:
         """Return conditions and subjects of a component that are raised, or may be soon."""
         return [key for key, entry in self._entries.get(component, {}).items() if entry.state != _OVER]
 
+    def components(self, condition: str) -> list[tuple[str, str]]:
+        """Return components and subjects of which this condition is raised, or may be soon."""
+        return [
+            (component, subject)
+            for component in self._entries
+            for known, subject in self.subjects(component)
+            if known == condition
+        ]
+
     def tick(self, now: float) -> None:
         """Raise and clear the alarms that are due."""
         for component, entries in list(self._entries.items()):
@@ -258,7 +271,7 @@ class AlarmBook:
             self._count += 1
         alarm = entry.alarm
         entry.heard = now
-        alarm.text = printable(reading.text)[:_MAX_TEXT]
+        alarm.text, alarm.as_of = printable(reading.text)[:_MAX_TEXT], None
         if entry.state != _OPEN:
             alarm.level = reading.level
             if entry.state == _OVER:
@@ -594,7 +607,6 @@ class Alarms:
         self._off = frozenset(config.off)
         self._evaluation = Evaluation(config)
         self._restarted: dict[str, tuple[float, str]] = {}  # by component: when, and the text
-        self._ended: dict[str, int] = {}  # runs of components that have ended although their run requires them
         self._last_run: tuple[int, str, list[str]] | None = None
         self._writer: RowWriter[AlarmRow] = RowWriter(
             "alarms", lambda rows: append_alarms(path, rows), lambda count: None
@@ -615,7 +627,9 @@ class Alarms:
         self.newest = ""
         now = time.monotonic()
         for row in rows:
-            self._book.restore(alarm_of(row), now)
+            alarm = alarm_of(row)
+            alarm.as_of = row.time_ns / 1e9
+            self._book.restore(alarm, now)
             if row.condition == "component-restarted" and row.component == row.subject:
                 self._restarted[row.component] = now, row.text
         if rows:
@@ -645,8 +659,8 @@ class Alarms:
 
     def registered(self, component: Component, now: float, *, restarted: bool) -> None:
         """A component has registered. `restarted`: an earlier process of this name was lost."""
-        self._ended.pop(component.name, None)
-        self._take(component.name, [Reading("component-lost", component.name, "")], now)
+        subjects = [subject for condition, subject in self._book.subjects(component.name) if condition == _LOST]
+        self._take(component.name, [Reading(_LOST, subject, "") for subject in subjects], now)
         if restarted:
             self._evaluation.forget(component.name)
             text = f"RESTARTED: {component.name}: an earlier process was lost, {_process(component)} is in its place"
@@ -661,12 +675,16 @@ class Alarms:
             subjects = [pair for pair in self._book.subjects(name) if pair[0] not in _LASTING]
             self._take(name, [Reading(condition, subject, "") for condition, subject in subjects], now)
             return
-        if what == "closed" and run is not None:
-            self._ended[name] = run
         level = ALARM if run is not None or component.kind in (PRODUCER, STORAGE) else WARNING
         how = "has ended" if what == "closed" else f"is LOST ({_process(component)})"
         text = f"{name} {how}" + (f", and run {run} requires it" if run is not None else "")
-        self._take(name, [Reading("component-lost", name, level, text), Reading("component-stuck", name, "")], now)
+        subject = f"{name}, run {run}" if what == "closed" else name
+        self._take(name, [Reading(_LOST, subject, level, text), Reading("component-stuck", name, "")], now)
+
+    def missing(self, name: str, run: int, now: float) -> None:
+        """A component has not registered with this core, and the present run requires it."""
+        text = f"{name} has not registered since the start of the core, and run {run} requires it"
+        self._take(name, [Reading(_LOST, f"{name}, run {run}", ALARM, text)], now)
 
     def stuck(self, component: Component, now: float) -> None:
         """A component is stuck, or no longer."""
@@ -680,9 +698,10 @@ class Alarms:
         if last is None or known == self._last_run or last.condition == RunCondition.CANCELLED:
             return
         self._last_run = known
-        for name in [name for name, run in self._ended.items() if run <= last.run]:  # which requires it no more
-            del self._ended[name]
-            self._take(name, [Reading("component-lost", name, "")], now)
+        for name, subject in self._book.components(_LOST):
+            number = subject.removeprefix(f"{name}, run ")  # of the run that requires it; also of an earlier core's alarm
+            if number.isdecimal() and subject != number and int(number) <= last.run:
+                self._take(name, [Reading(_LOST, subject, "")], now)
         level = ALARM
         if last.condition == RunCondition.COMPLETE:
             level = ""

@@ -13,11 +13,11 @@ from typing import get_args
 
 import msgspec
 import pytest
-from fake_core import core, producer, producer_status, storage, storage_status
+from fake_core import all_running, core, producer, producer_status, storage, storage_status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from processes import LIMIT, until
+from processes import LIMIT, free_port, until
 
 from larpixdaq.alarm_config import AlarmConfig, Condition, RateBand, convert_alarms, load_alarms
 from larpixdaq.cli import main
@@ -474,16 +474,40 @@ def test_a_lost_component_and_the_next_core(tmp_path):
         o.abort_run().result(LIMIT)
         (verdict,) = until(lambda: alarms_of(o, "run-verdict"), "the run's alarm")
         assert (verdict["level"], "run 1 is ABORTED" in verdict["text"]) == ("warning", True)
-    with core(state, alarms=AlarmConfig(hold_off=0.1)) as running, Operator(running.address) as o:
+    with core(state, alarms=AlarmConfig(hold_off=5.0)) as running, Operator(running.address) as o:
         before = {one["id"]: one for one in o.alarms().result(LIMIT)["open"]}
         # The producer has ended outside of a run, so that nobody reads its board. But its alarm was not cleared yet.
         assert before.keys() == {lost["id"], verdict["id"], away["id"]}
         assert before[lost["id"]]["comment"] == "on my way"
         assert before[lost["id"]]["by"]
-        with storage(running.address).running():
-            until(lambda: not alarms_of(o, "component-lost"), "the storage to be back")
-        assert alarms_of(o, "run-verdict")
-        assert alarms_of(o, "board-disconnected")  # nothing is known of it
+        # The run that required the storage is over, and its verdict is read anew. Of the board nothing is known.
+        until(lambda: not alarms_of(o, "component-lost"), "the alarm to be cleared")
+        assert alarms_of(o, "run-verdict")[0]["as_of"] is None
+        assert alarms_of(o, "board-disconnected")[0]["as_of"] == pytest.approx(away["raised"])
+        assert "B: NOT CONNECTED since 2023-11-14 22:13:20 UTC (as of 20" in o.alarms().readable(LIMIT)
+
+
+def test_the_next_core_of_a_run_misses_components_and_clears_their_alarms_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("larpixdaq.core._RETURN", 0.5)
+    state, config, address = tmp_path / "state", AlarmConfig(hold_off=0.1), f"tcp://127.0.0.1:{free_port()}"
+
+    def missed(operator):
+        return {one["subject"]: one for one in alarms_of(operator, "component-lost")}
+
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as gone:
+        with core(state, address, alarms=config), Operator(address) as o:
+            stack.enter_context(all_running(producer(address), storage(address)))
+            gone.enter_context(storage(address, "gone").running())
+            with storage(address, "ended").running():
+                o.prepare_run().result(LIMIT)
+            ended = until(lambda: missed(o).get("ended, run 1"), "the alarm")
+        gone.close()  # while there is no core
+        with core(state, address, alarms=config), Operator(address) as o:
+            assert missed(o)["ended, run 1"] == ended | {"as_of": pytest.approx(ended["raised"])}
+            text = until(lambda: missed(o).get("gone, run 1"), "the other alarm")["text"]
+            assert text == "gone has not registered since the start of the core, and run 1 requires it"
+            o.abort_run().result(LIMIT)
+            until(lambda: not missed(o), "both to be cleared")
 
 
 def test_a_component_that_has_ended_in_a_run_is_missed_until_the_runs_end(tmp_path):
