@@ -139,7 +139,7 @@ class Core:
             #: The address of the core, with its actual port.
             self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
             undo.pop_all()
-        self._peers = Registry()
+        self._peers = Registry(self._keys.server.secret if self._keys is not None else "")
         self._audit = Audit(self._catalogue.path)
         self._alarms = Alarms(alarms or AlarmConfig(), self._catalogue.path, self.address)
         self._limits = self._door.limits
@@ -402,7 +402,7 @@ class Core:
             self._send(route, answer)
             if self._peers.knows(message.session):
                 self._audit.refuse("session of another key", member, "", f"{type(message).__name__}")
-            else:  # also of every component after a restart of the core
+            elif not self._peers.has_given(message.session, member):  # else of before a loss or restart
                 self._audit.refuse("unknown session", member, "", f"{type(message).__name__}")
             return
         if moved and isinstance(peer, Component):

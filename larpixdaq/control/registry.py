@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import logging
 import secrets
 import time
@@ -27,6 +29,9 @@ _FORGET_OPERATOR: Final = 60.0
 MAX_COMPONENTS: Final = 100
 MAX_OPERATORS: Final = 256
 MAX_KEY_OPERATORS: Final = 32
+#: Bytes of a session that are random, and of the code for them.
+_RANDOM: Final = 16
+_CODE: Final = 16
 #: Maximum number of lost components that `status` shows, and seconds for which it shows them.
 _MAX_LOST: Final = 20
 _LOST_KEPT: Final = 12 * 3600.0
@@ -107,9 +112,14 @@ class Change:
 
 
 class Registry:
-    """All known components and Operators. `now` is always time.monotonic()."""
+    """All known components and Operators. `now` is always time.monotonic().
 
-    def __init__(self) -> None:
+    A session is a random number and a code for it and for the key of its peer, made with `secret`. So a core knows the
+    sessions that an earlier core with the same secret has given.
+    """
+
+    def __init__(self, secret: str = "") -> None:
+        self._secret = secret.encode()
         self.components: dict[str, Component] = {}  # the living components, by name
         self.operators: dict[str, OperatorPeer] = {}  # by session
         self.lost: dict[str, Component] = {}  # by name
@@ -134,7 +144,7 @@ class Registry:
             )
         self.lost.pop(message.name, None)
         component = Component(
-            session=known.session if known is not None else secrets.token_hex(16),
+            session=known.session if known is not None else self._new_session(member),
             route=route,
             name=message.name,
             instance=message.instance,
@@ -172,7 +182,7 @@ class Registry:
             raise TooMany(f"{message.name!r} cannot be served: {member} has {MAX_KEY_OPERATORS} Operators already")
         name = message.name if member.role == "owner" else member.name
         process = (message.name, message.pid) if message.pid else None
-        peer = OperatorPeer(secrets.token_hex(16), route, name, message.instance, now, member, process)
+        peer = OperatorPeer(self._new_session(member), route, name, message.instance, now, member, process)
         self.operators[peer.session] = peer
         self._sessions[peer.session] = peer
         return peer
@@ -190,6 +200,18 @@ class Registry:
     def knows(self, session: str) -> bool:
         """Return whether the session exists."""
         return session in self._sessions
+
+    def has_given(self, session: str, member: Member) -> bool:
+        """Return whether this core, or an earlier one, has given this session to this key."""
+        number = session[: 2 * _RANDOM]
+        return hmac.compare_digest(session.encode(), self._session(number, member).encode())
+
+    def _new_session(self, member: Member) -> str:
+        return self._session(secrets.token_hex(_RANDOM), member)
+
+    def _session(self, number: str, member: Member) -> str:
+        text = f"{number} {member.public}".encode("utf-8", "replace")
+        return number + hashlib.blake2b(text, key=self._secret, digest_size=_CODE).hexdigest()
 
     def with_key(self, key: str) -> list[Peer]:
         """Return the peers with this public key."""

@@ -159,6 +159,29 @@ def test_refused_attempts_and_keys(tmp_path):
             context.destroy(0)
 
 
+def test_a_session_of_an_earlier_core_is_no_refused_attempt_unless_of_another_key(tmp_path):
+    state, address, pair = tmp_path / "state", f"tcp://127.0.0.1:{free_port()}", new_pair()
+    context = Context()
+    with contextlib.ExitStack() as stack:
+        stack.callback(context.destroy, 0)
+        with core(state, address) as running:
+            store = stack.enter_context(storage(address).running())
+            owner = stack.enter_context(Operator(address))
+            invitation = running._keys.invite("night", "observer", 600.0)
+            running._keys.join(invitation.public, pair.public)
+            old = store.node.session
+        with core(state, address) as running:
+            until(lambda: store.node.session not in ("", old), "the storage to be back")
+            until(lambda: running._peers.operators, "the Operator to be back")
+            assert owner.state().result(LIMIT) == "STOP"
+            night = context.socket(zmq.DEALER)
+            connect_with(night, pair, running._keys.server.public)
+            night.connect(address)
+            night.send(pack(Heartbeat(session=old)))
+            assert wait_for(state, "unknown session", "refused").key == "night"
+    assert [row.count for row in rows_of(state, "unknown session")] == [1]
+
+
 def test_what_components_have_refused(tmp_path):
     with core(tmp_path / "state") as running, producer(running.address).running() as board:
         for count in (5, 8):  # the first is from before, as after a restart of the core

@@ -148,7 +148,7 @@ def test_a_request_with_a_malformed_array_is_answered(running, operator):
 def test_changes_wake_the_main_loop(running, operator):
     with closing(Node("it", "run_data", running.address, {}, info={})) as node:
         node.connect()
-        assert (node.state, node.run, len(node.session)) == ("STOP", None, 32)
+        assert (node.state, node.run, len(node.session)) == ("STOP", None, 64)
         before = node.changes
         poller = zmq.Poller()
         poller.register(node, zmq.POLLIN)
