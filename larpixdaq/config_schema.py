@@ -18,8 +18,9 @@ from msgspec import UNSET, Meta, UnsetType, inspect
 
 from larpixdaq.alarm_config import AlarmConfig
 
-#: Options that the file determines elsewhere: by other tables, or by the name of the table.
-_ELSEWHERE: Final = frozenset({"help", "core", "log-address", "state-dir", "insecure", "alarms"})
+#: Options that the file determines elsewhere, by other tables or by the name of the table, and one that needs somebody
+#: who writes to standard input.
+_ELSEWHERE: Final = frozenset({"help", "core", "log-address", "state-dir", "insecure", "alarms", "wait-for-go"})
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab"):
@@ -91,6 +92,7 @@ class File(_Table, frozen=True):
     storages: dict[str, dict[str, Any]] | UnsetType = UNSET
     monitors: dict[str, dict[str, Any]] | UnsetType = UNSET
     boards: dict[str, Board] = {}
+    emulators: dict[str, dict[str, Any]] = {}
     producers: dict[str, dict[str, Any]] = {}
     routines: Routines = Routines()
     alarms: AlarmConfig = AlarmConfig()
@@ -100,7 +102,7 @@ class Program(NamedTuple):
     """A program of larpixdaq, and the table in the file with its options.
 
     `many`: the file has a table [TABLE.NAME] for each process, whose name is the component's. `check` raises
-    LarpixDaqError for parsed options that cannot work.
+    LarpixDaqError for parsed options that cannot work. `ports` returns further ports at which a process listens.
     """
 
     module: str
@@ -108,6 +110,17 @@ class Program(NamedTuple):
     many: bool
     parser: Callable[[], argparse.ArgumentParser]
     check: Callable[[argparse.Namespace], object] = lambda options: None
+    ports: Callable[[argparse.Namespace], list[int]] = lambda options: []
+
+    @property
+    def command(self) -> list[str]:
+        """Its command and, of an emulator, the kind of board."""
+        return self.parser().prog.split()
+
+    @property
+    def is_component(self) -> bool:
+        """Whether its processes register with the core under their names."""
+        return "name" in all_options_of(self)
 
 
 # Keys of a process's table, from the argument parser of its program.
@@ -167,7 +180,7 @@ def _table_type(program: Program) -> type[msgspec.Struct]:
         for key, (kind, text) in (own | options).items()
     ]
     made = msgspec.defstruct(program.table.capitalize(), fields, bases=(_Table,), rename="kebab", frozen=True)
-    made.__doc__ = f"The options of `larpixdaq-{program.module.replace('_', '-')}`."
+    made.__doc__ = f"The options of `{' '.join(program.command)}`."
     return made
 
 

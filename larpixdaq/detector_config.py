@@ -166,9 +166,9 @@ class DetectorConfig:
         self.components = [component for program in programs for component in self._components(program)]
         self._check_names()
         self._check_boards()
-        self._check_addresses()
+        ports = self._check_addresses()
         for component in self.components:
-            self._check_options(component)
+            self._check_options(component, ports)
 
     @property
     def directory(self) -> Path:
@@ -296,6 +296,11 @@ class DetectorConfig:
     def _check_names(self) -> None:
         known: dict[str, Component] = {}
         for component in self.components:
+            if component is not self.core:
+                try:
+                    config.parse_name(component.name)
+                except argparse.ArgumentTypeError as error:
+                    self.fail(component.keys, str(error))
             if (other := known.get(component.name)) is not None:
                 self.fail(component.keys, f"the name {component.name!r} is that of {self._place(other.keys)} already")
             known[component.name] = component
@@ -328,11 +333,11 @@ class DetectorConfig:
             self.fail(keys, f"{address[1]}, port {address[2]}, is that of {self._place(other)} already")
         known[address] = keys
 
-    def _check_addresses(self) -> None:
-        """Check that no two processes of a host listen at the same port."""
+    def _check_addresses(self) -> dict[tuple[str, str], Keys]:
+        """Check that no two processes of a host listen at the same port. Returns the keys by host and port."""
         ports: dict[tuple[str, str], Keys] = {}
         for component in self.components:
-            if "address" not in component.options:
+            if "address" not in component.options or component.program.table == "emulators":  # which has an IP address
                 continue
             keys = (*component.keys, "address")
             try:
@@ -344,11 +349,15 @@ class DetectorConfig:
                 if component.program.table != "producers":
                     self.fail(keys, f"expected tcp://HOST[:PORT] with a port that other hosts can know, found {full}")
                 continue
-            if (other := ports.get((component.host, port))) is not None:
-                self.fail(keys, f"port {port} is that of {self._place(other)} already")
-            ports[component.host, port] = keys
+            self._check_port(component.host, port, keys, ports)
+        return ports
 
-    def _check_options(self, component: Component) -> None:
+    def _check_port(self, host: str, port: str, keys: Keys, known: dict[tuple[str, str], Keys]) -> None:
+        if (other := known.get((host, port))) is not None:
+            self.fail(keys, f"port {port} is that of {self._place(other)} already")
+        known[host, port] = keys
+
+    def _check_options(self, component: Component, ports: dict[tuple[str, str], Keys]) -> None:
         """Check each option by its own, and then all of a process together, as its program would."""
         actions = options_of(component.program)
         for key, value in component.options.items():
@@ -361,7 +370,8 @@ class DetectorConfig:
                         self.fail((*component.keys, key), str(error))
                     except (TypeError, ValueError):
                         self.fail((*component.keys, key), f"not a valid value: {_shown(one)}")
-        self.parsed(component)
+        for port in component.program.ports(self.parsed(component)):
+            self._check_port(component.host, str(port), component.keys, ports)
 
     def _place(self, keys: Keys) -> str:
         in_file = any(keys[:length] in self._lines for length in range(1, len(keys) + 1))
@@ -423,7 +433,11 @@ class DetectorConfig:
             Wanted(
                 component.program.module,
                 component.name,
-                self.arguments(component) + own.get(component.program.module, []),
+                [
+                    *component.program.command[1:],
+                    *self.arguments(component),
+                    *own.get(component.program.module, []),
+                ],
             )
             for component in self.components
             if component.host == host
@@ -481,6 +495,8 @@ class DetectorConfig:
                 values[key] = False
             elif isinstance(action.default, str | int | float | Path):
                 values[key] = action.default if isinstance(action.default, int | float) else str(action.default)
+            elif isinstance(action.default, list) and action.default:
+                values[key] = action.default
         values |= {key: component.options[key] for key in _DERIVED if key in component.options}
         yield from self._lines_of(component.keys, {**values, **component.table})
 

@@ -202,6 +202,8 @@ class Supervisor:
             if process.pid and not process.registered:
                 if process.module == "core":
                     process.registered = self._answers(process.began)
+                elif process.module == "emulators":
+                    process.registered = self._is_ready(process)
                 else:
                     process.registered = registered.get(process.name) == process.pid
                 if process.registered:
@@ -398,6 +400,15 @@ class Supervisor:
         except OSError:
             return ""
         return printable(lines[-1]) if lines else "without a word"
+
+    def _is_ready(self, process: Process) -> bool:
+        """Return whether an emulator, which does not register with the core, has said that it is ready."""
+        try:
+            with open(self._output_path(process), "rb") as file:
+                file.seek(process.output)
+                return b'{"ready": ' in file.read(_TAIL)
+        except OSError:
+            return False
 
     def _write(self) -> None:
         """Write the list of processes when it has changed."""

@@ -25,6 +25,7 @@ from larpixdaq.alarm_config import AlarmConfig, parse_alarms, read_file
 from larpixdaq.config_schema import Explanation, Program, explanations, json_schema
 from larpixdaq.constants import STOP
 from larpixdaq.detector_config import DetectorConfig
+from larpixdaq.emulators import pacman
 from larpixdaq.errors import ComponentError, ConfigError, FileError, LarpixDaqError, NoCore, UsageError
 from larpixdaq.keys.credentials import is_of_this_host
 from larpixdaq.operator import Operator
@@ -64,6 +65,7 @@ PROGRAMS: Final = (
     Program("log", "log", False, log.argument_parser),
     Program("offline_storage", "storages", True, offline_storage.argument_parser),
     Program("run_data", "monitors", True, run_data.argument_parser),
+    Program("emulators", "emulators", True, pacman.argument_parser, pacman.check_arguments, pacman.listening_ports),
     Program("producer", "producers", True, producer.argument_parser, source_options.create),
     Program("metrics", "metrics", False, metrics.argument_parser, metrics.check),
 )
@@ -317,9 +319,10 @@ def show(options: argparse.Namespace) -> int:
     else:
         file = DetectorConfig(options.file, PROGRAMS)
         if options.commands:
-            for process in file.wanted(_host(file, options.host)):
-                program = f"larpixdaq-{process.module.replace('_', '-')}"
-                print(" ".join([program, *map(_quoted, process.arguments)]))
+            host = _host(file, options.host)
+            for component in file.components:
+                if component.host == host:
+                    print(" ".join([*component.program.command, *map(_quoted, file.arguments(component))]))
         else:
             print("\n".join(file.effective()).rstrip())
     return 0

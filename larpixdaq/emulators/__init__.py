@@ -21,10 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         command = boards.add_parser(name, help=description, description=module.DESCRIPTION)
         module.add_arguments(command)
-        command.set_defaults(parser=command, module=module)
+        command.set_defaults(module=module)
     args = parser.parse_args(argv)
     try:
-        args.module.check_arguments(args.parser, args)
+        args.module.check_arguments(args)
         args.module.run(args)
     except LarpixDaqError as error:
         print(f"larpixdaq-emulator: {error}", file=sys.stderr)

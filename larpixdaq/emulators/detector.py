@@ -190,6 +190,7 @@ def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = network.
     add = parser.add_argument_group("chips").add_argument
     add(
         "--chips",
+        type=str,  # of a configuration file it takes numbers, too
         metavar="FILE|N",
         help="emulate chips, which are configured and answer as real ones do: a controller configuration of "
         "larpix-control (its network is the wiring, its io_groups are the boards), or the number of chips on each "
@@ -209,7 +210,12 @@ def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = network.
         "operator (default: as boards start)",
     )
     for name, form, description in PLANTED_OPTIONS:
-        add(f"--{name}", metavar="N|LIST", help=f"{description}: a number, or {form},... with CHIP as in 1-2-34")
+        add(
+            f"--{name}",
+            type=str,
+            metavar="N|LIST",
+            help=f"{description}: a number, or {form},... with CHIP as in 1-2-34",
+        )
     for name, description in LOSS_OPTIONS:
         add(f"--{name}", type=fraction, default=0.0, metavar="F", help=f"{description} (default 0)")
     add("--bug-512", action="store_true", help="each 512th word to the chips of a board gets lost")
@@ -221,33 +227,33 @@ def add_arguments(parser: argparse.ArgumentParser, tile_channels: int = network.
     )
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> EmulatedDetector:
+def check_arguments(args: argparse.Namespace) -> EmulatedDetector:
     """Return the chips of the options, and set `args.asic` to their generation.
 
-    Exits with status 2 if options exclude each other. Raises ConfigError, UsageError and FileError.
+    Raises UsageError if options exclude each other, ConfigError and FileError for the file of --chips.
     """
     if args.chips is None:
         options = ["write-network", "power-on", "bug-512", "truth"]
         options += [name for name, *_ in (*PLANTED_OPTIONS, *LOSS_OPTIONS)]
         for name in options:
             if getattr(args, name.replace("-", "_")):
-                parser.error(f"--{name} goes with --chips")
+                raise UsageError(f"--{name} goes with --chips")
         args.asic = args.asic or DEFAULT_ASIC
         return EmulatedDetector({}, Planted([], [], [], [], []))
     if args.lose_answers + args.double_answers > 1:
-        parser.error("--lose-answers, --double-answers: an answer is lost or doubled, so they add up to at most 1")
-    boards = _boards(parser, args)
+        raise UsageError("--lose-answers, --double-answers: an answer is lost or doubled, so they add up to at most 1")
+    boards = _boards(args)
     planted = _plant(args, boards)
     for (io_group, a), (_, b) in planted.broken_links:
         boards[io_group].cut(a, b)
     return EmulatedDetector(boards, planted)
 
 
-def _boards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[int, Wiring]:
+def _boards(args: argparse.Namespace) -> dict[int, Wiring]:
     if args.chips.isdigit():
         args.asic = args.asic or DEFAULT_ASIC
         if args.asic == "1":
-            parser.error("--chips: v1 chips are no network; name a file of larpix-control with a chip_list")
+            raise UsageError("--chips: v1 chips are no network; name a file of larpix-control with a chip_list")
         chips = int(args.chips)
         boards = {
             io_group: network.tile_wiring(chips, args.tile_channels, args.asic)
@@ -257,11 +263,13 @@ def _boards(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[i
             network.write_network(args.write_network, args.asic, boards)
         return boards
     if args.write_network:
-        parser.error("--write-network goes with a number of --chips; a file has its network already")
+        raise UsageError("--write-network goes with a number of --chips; a file has its network already")
     asic, boards = network.read_network(args.chips)
     args.asic = args.asic or asic
     if "1" in (args.asic, asic) and args.asic != asic:
-        parser.error(f"--asic {args.asic}: {args.chips} wires chips of generation {asic}, which differ in their wiring")
+        raise UsageError(
+            f"--asic {args.asic}: {args.chips} wires chips of generation {asic}, which differ in their wiring"
+        )
     return boards
 
 

@@ -14,13 +14,14 @@ from typing import Any, Final
 
 import zmq
 
+from larpixdaq import config
 from larpixdaq._native import board_emulator
 from larpixdaq.emulators import detector, revisions
 from larpixdaq.emulators.board import BATCH, QUEUE, EmulatedBoard, FaultPlan, Faults, MessageSource, Recording
 from larpixdaq.emulators.board_registers import BoardRegisters
 from larpixdaq.emulators.chips import SUPPLIES, TICKS_PER_BIT
 from larpixdaq.emulators.tile import EmulatedTile, TileBoard
-from larpixdaq.errors import ConfigError
+from larpixdaq.errors import ConfigError, UsageError
 from larpixdaq.runtime.event_loop import Signals
 from larpixdaq.runtime.units import parse_whole
 from larpixdaq.schema import ASICS
@@ -171,7 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--words-per-message",
         type=words_per_message,
-        default=0,
+        default="auto",
         metavar="W",
         help="words in a message, or auto: all that are complete when the board sends, as real ones do (default auto)",
     )
@@ -225,24 +226,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     detector.add_arguments(parser)
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def argument_parser() -> argparse.ArgumentParser:
+    parser = config.ArgumentParser(prog="larpixdaq-emulator pacman", description=DESCRIPTION)
+    add_arguments(parser)
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
     """Check the options, and set `args.detector` (the chips) and `args.groups` (the io_groups).
 
-    Exits with status 2 if options exclude each other. Raises ConfigError and FileError for the file of --chips.
+    Raises UsageError if options exclude each other, ConfigError and FileError for the file of --chips.
     """
     if args.io_groups > 255:
-        parser.error(f"--io-groups: at most 255, found {args.io_groups}")
+        raise UsageError(f"--io-groups: at most 255, found {args.io_groups}")
     if args.io_channels > 255 or args.chips_per_io_channel > 240:
         found = f"{args.io_channels} and {args.chips_per_io_channel}"
-        parser.error(f"--io-channels, --chips-per-io-channel: at most 255 and 240, found {found}")
+        raise UsageError(f"--io-channels, --chips-per-io-channel: at most 255 and 240, found {found}")
     if args.chips is not None and (args.replay or args.odd or args.fifo_full):
-        parser.error("--chips determines the packets: no --replay, no --odd, no --fifo-full")
+        raise UsageError("--chips determines the packets: no --replay, no --odd, no --fifo-full")
     if args.slow_read is not None and not 0 <= args.slow_read <= MAX_SLOW_READ:
-        parser.error(f"--slow-read: expected 0 to {MAX_SLOW_READ:g} seconds, found {args.slow_read}")
-    args.detector = detector.check_arguments(parser, args)
+        raise UsageError(f"--slow-read: expected 0 to {MAX_SLOW_READ:g} seconds, found {args.slow_read}")
+    args.detector = detector.check_arguments(args)
     revision = revisions.REVISIONS[args.revision]
     if args.inverted and not (args.chips and revision.inversion):
-        parser.error("--inverted goes with --chips, and with boards that can invert, which those of revision 2 cannot")
+        raise UsageError(
+            "--inverted goes with --chips, and with boards that can invert, which those of revision 2 cannot"
+        )
     for io_group, board in args.detector.boards.items():
         unknown = {io_channel for io_channel, _ in board.keys if not 1 <= io_channel <= revision.uarts}
         if unknown:
@@ -253,16 +262,25 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     args.groups = list(args.detector.boards) or list(range(1, args.io_groups + 1))
     n = len(args.groups)
     if args.replay and (args.count or args.words_per_message):
-        parser.error("--replay sends the recorded messages as they are: no --count, no --words-per-message")
+        raise UsageError("--replay sends the recorded messages as they are: no --count, no --words-per-message")
     if args.skip + args.double + args.lie > 1:
-        parser.error("--skip, --double, --lie: a message has at most one of these faults, so they add up to at most 1")
+        raise UsageError(
+            "--skip, --double, --lie: a message has at most one of these faults, so they add up to at most 1"
+        )
     if args.replay and (args.jump or args.restart is not None):
-        parser.error("--replay sends the recorded messages with their times: no --jump, no --restart")
+        raise UsageError("--replay sends the recorded messages with their times: no --jump, no --restart")
     for name, ports in (("--data-port", args.data_port), ("--command-port", args.command_port)):
         if len(ports) not in (1, n):
-            parser.error(f"{name}: expected 1 port or {n}, one per io_group, found {len(ports)}")
+            raise UsageError(f"{name}: expected 1 port or {n}, one per io_group, found {len(ports)}")
         if len(ports) == 1 and ports[0] + PORT_STEP * (n - 1) > 65_535:
-            parser.error(f"{name}: {ports[0]} leaves no room for {n} io_groups {PORT_STEP} ports apart")
+            raise UsageError(f"{name}: {ports[0]} leaves no room for {n} io_groups {PORT_STEP} ports apart")
+
+
+def listening_ports(args: argparse.Namespace) -> list[int]:
+    """Return the ports that the options name. Those of further boards are known only if --chips is no file."""
+    is_file = args.chips is not None and not args.chips.isdigit()
+    both = args.data_port, args.command_port
+    return [port for ports in both for port in _ports(ports, len(ports) if is_file else args.io_groups) if port]
 
 
 def _ports(ports: list[int], n: int) -> list[int]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from larpixdaq._native.decoders import encode_serial
 from larpixdaq.emulators import detector
 from larpixdaq.emulators.tile import EmulatedTile
-from larpixdaq.errors import ConfigError
+from larpixdaq.errors import ConfigError, UsageError
 from larpixdaq.runtime.event_loop import Signals
 
 DESCRIPTION = """\
@@ -60,14 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     detector.add_arguments(parser, tile_channels=1)
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Check the options, and set `args.detector`. Exits with status 2, or raises ConfigError or FileError."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check the options, and set `args.detector`. Raises UsageError, ConfigError and FileError."""
     if args.baud < 1:
-        parser.error(f"--baud: expected a positive number, found {args.baud}")
+        raise UsageError(f"--baud: expected a positive number, found {args.baud}")
     if args.chips is None:
         args.chips = V1_CHIPS if args.asic in (None, "1") else "1"
     args.power_on = True  # a serial board has no supplies to switch
-    args.detector = detector.check_arguments(parser, args)
+    args.detector = detector.check_arguments(args)
     if len(args.detector.boards) != 1:
         io_groups = sorted(args.detector.boards)
         raise ConfigError(f"{args.chips}: a serial line has one io_group, found {io_groups}")

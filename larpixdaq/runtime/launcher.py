@@ -71,8 +71,8 @@ class Entry(msgspec.Struct, frozen=True):
     process with its id; both are 0 while it does not run.
 
     `directory`: its working directory. `registered`: whether this process has registered with the core; of the core
-    itself: whether it has answered. `failures`: number of starts in a row that ended before. Other fields as in
-    reports.SupervisedProcess.
+    itself: whether it has answered; of an emulator: whether it has said that it is ready. `failures`: number of starts
+    in a row that ended before. Other fields as in reports.SupervisedProcess.
     """
 
     module: str

@@ -99,10 +99,9 @@ def test_default_tiles():
     [("2", [11, 41, 71, 101]), ("lightpix-1", [11, 41, 71, 101]), ("2b", [21, 41, 71, 91]), ("3", [11, 21, 31, 41])],
 )
 def test_default_tiles_have_the_root_chips_of_their_generation(asic, roots, tmp_path):
-    parser = argparse.ArgumentParser()
-    pacman.add_arguments(parser)
-    args = parser.parse_args(["--chips", "100", "--asic", asic, "--write-network", str(tmp_path / "net.json")])
-    pacman.check_arguments(parser, args)
+    words = ["--chips", "100", "--asic", asic, "--write-network", str(tmp_path / "net.json")]
+    args = pacman.argument_parser().parse_args(words)
+    pacman.check_arguments(args)
     board = args.detector.boards[1]
     found = [(channel, board.keys[chip]) for channel, chip, _ in board.entries]
     assert found == [(channel, (channel, root)) for channel, root in enumerate(roots, 1)]

@@ -60,6 +60,11 @@ fake = 1e5
 
 [routines]
 directories = ["routines"]
+
+[emulators.trial]
+io-groups = 2
+chips = 4
+data-port = [7000]
 """
 
 
@@ -76,7 +81,7 @@ def parsed(file: DetectorConfig) -> list[dict[str, Any]]:
 
 def test_processes_of_two_hosts(tmp_path: Path) -> None:
     file = load(tmp_path, DETECTOR)
-    core, log, storage, monitor, made_up = file.wanted("daq1")
+    core, log, storage, monitor, trial, made_up = file.wanted("daq1")
     (north,) = file.wanted("daq2")
     assert core.arguments == ["--log-address=tcp://10.0.0.1:5678", "--address=tcp://10.0.0.1"]
     assert log.arguments == ["--core=tcp://10.0.0.1:5551", "--name=Log", "--address=tcp://10.0.0.1"]
@@ -85,6 +90,8 @@ def test_processes_of_two_hosts(tmp_path: Path) -> None:
         "--on-close=gzip -k",
     ]  # fmt: skip
     assert (monitor.name, monitor.arguments[1:]) == ("Online monitor", ["--name=Online monitor"])
+    assert (trial.module, trial.name) == ("emulators", "trial")
+    assert trial.arguments == ["pacman", "--io-groups=2", "--data-port", "7000", "--chips=4"]
     assert made_up.arguments[2:] == ["--fake=100000", "--routines=routines"]
     assert north.arguments == [
         "--core=tcp://10.0.0.1:5551", "--name=north", f"--state-dir={tmp_path}/state of daq2",
@@ -142,6 +149,10 @@ ERRORS = [
     ("[detector]", "[alarms]\nno-such = 1\n[detector]", "2: alarms.no-such: unknown key"),
     ("[detector]", f"x = {'[' * 5000}{']' * 5000}\n[detector]", "1: not TOML: too many brackets"),
     ("[routines]\ndirectories", "directories", None),
+    ("data-port = [7000]", "data-port = [5678]", "35: emulators.trial: port 5678 is that of log.address (default) alr"),
+    ("data-port = [7000]", "wait-for-go = true", "38: emulators.trial.wait-for-go: unknown key"),
+    ("data-port = [7000]", "odd = 2", "38: emulators.trial.odd: expected a fraction, 0 to 1, found 2"),
+    ("emulators.trial", "emulators.core", "35: emulators.core: core is the name of the core"),
     ('host = "daq2"', 'höst = "daq2"', "23: not TOML: "),
 ]  # fmt: skip
 
@@ -190,6 +201,8 @@ def test_what_must_exist_on_the_host_of_a_start(tmp_path: Path, monkeypatch: pyt
     check("made up", "33: routines.directories: no such directory: ")
     (tmp_path / "routines").mkdir()
     file.check_start("daq1", frozenset({"made up"}))
+    file = load(tmp_path, DETECTOR.replace("chips = 4", "chips = 4\nodd = 0.5"))
+    check("trial", "35: emulators.trial: --chips determines the packets")
     file = load(tmp_path, '[producers.a]\nio-config = ["PACMAN_IO", "none.json"]\n')
     with pytest.raises(ConfigError, match=r":1: producers.a: io config none.json: no such file"):
         file.check_start("", frozenset({"a"}))
@@ -220,7 +233,8 @@ def test_every_option_of_every_process_is_a_key() -> None:
         }
         table = f"{program.table}.NAME" if program.many else program.table
         missing = options - tables[table] - {"help", "core", "state-dir", "insecure", "log-address", "alarms"}
-        assert missing == ({"name"} if program.many else set())
+        assert missing <= {"name", "wait-for-go"}
+        assert "name" not in missing or program.many
 
 
 def test_limits_of_boards_are_those_of_the_sources() -> None:
@@ -251,7 +265,7 @@ def test_the_reference_in_the_documentation_is_the_schema(capsys: pytest.Capture
 
 KEYS = st.sampled_from(
     ["detector", "hosts", "core", "log", "storages", "monitors", "boards", "producers", "routines", "alarms", "name",
-     "host", "address", "io-group", "fake", "ring", "rotate", "a", "é", "", '"', "x y"]
+     "emulators", "host", "address", "io-group", "fake", "ring", "rotate", "a", "é", "", '"', "x y"]
 )  # fmt: skip
 VALUES = st.recursive(
     st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5) | KEYS,

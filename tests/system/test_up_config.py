@@ -13,12 +13,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from detector import Detector, detector
 from emulated_board import Emulator
 from network import Network, missing_rights
-from processes import LIMIT, Process, until
+from processes import LIMIT, Process, free_port, until
 
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.operator import Operator
@@ -31,38 +32,52 @@ def made(tmp_path: Path) -> Iterator[Detector]:
         yield made
 
 
+def free_ports(number: int) -> list[int]:
+    found: set[int] = set()
+    while len(found) < number:
+        found.add(free_port())
+    return sorted(found)
+
+
 def test_a_detector_of_eight_boards_runs_and_changes(made: Detector) -> None:
-    with closing(Emulator("--io-groups", "8", "--rate", "100", "--wait-for-go")) as boards:
-        tables = [
-            f'[boards.module{group}]\naddress = "127.0.0.1:{port["data"]}:{port["command"]}"\nio-group = {group}\n'
-            for group, port in boards.ready.items()
-        ]
-        tables.append("[storages.disk]\nrotate = ['1h']\n[monitors.rates]\n")
-        north = made.producer("north", f"boards = {[f'module{group}' for group in boards.ready]}")
-        made.write(*tables, north)
-        assert made.up() == (
-            0, f"detector.toml: up at {made.core}; the output of the processes is in {made.state / 'out'}\n"
-        )  # fmt: skip
-        first = made.pids()
-        assert list(first) == ["core", "Log", "disk", "rates", "north"]
-        with Operator(made.core) as operator:
-            (producer,) = (c for c in operator.components().result(LIMIT) if c["kind"] == "producer")
-            assert producer["info"]["io_groups"] == list(range(1, 9))
-        # the same again changes nothing
-        assert made.up() == (0, f"detector.toml: up already at {made.core}: all 5 processes are running\n")
-        assert made.pids() == first
-        # a changed producer alone is restarted, a further one started, the monitor ended
-        made.write(*(t.replace("[monitors.rates]", "[monitors]") for t in tables), north.replace("16MiB", "17MiB"),
-                   made.producer("south", "fake = 10"))  # fmt: skip
-        status, words = made.up()
-        assert (status, words) == (
-            0, f"detector.toml: up at {made.core}: started south; restarted north; ended rates; 3 others were running\n"
-        )  # fmt: skip
-        second = made.pids()
-        assert {name for name in second if first.get(name) == second[name]} == {"core", "Log", "disk"}
-        assert start_time(first["rates"]) is None
-        assert not [path for path in made.data.iterdir() if path.suffix == ".part"]
-    assert made.run("down", made.path) == (0, "ended Supervisor, south, north, disk, Log, core\n")
+    ports = free_ports(16)
+    tables = [
+        f'[boards.module{group}]\naddress = "127.0.0.1:{data}:{command}"\nio-group = {group}\n'
+        for group, (data, command) in enumerate(zip(ports[:8], ports[8:], strict=True), 1)
+    ]
+    options = f"io-groups = 8\nrate = 100\ndata-port = {ports[:8]}\ncommand-port = {ports[8:]}\n"
+    tables.append(f"[emulators.rack]\n{options}[storages.disk]\nrotate = ['1h']\n[monitors.rates]\n")
+    north = made.producer("north", f"boards = {[f'module{group}' for group in range(1, 9)]}")
+    made.write(*tables, north)
+    assert made.up() == (
+        0, f"detector.toml: up at {made.core}; the output of the processes is in {made.state / 'out'}\n"
+    )  # fmt: skip
+    first = made.pids()
+    assert list(first) == ["core", "Log", "disk", "rates", "rack", "north"]
+    with Operator(made.core) as operator:
+
+        def producer() -> Any:
+            (found,) = (c for c in operator.components().result(LIMIT) if c["kind"] == "producer")
+            return found
+
+        assert producer()["info"]["io_groups"] == list(range(1, 9))
+        until(lambda: producer()["status"].get("outside_run"), "packets of the emulated boards")
+    # the same again changes nothing
+    assert made.up() == (0, f"detector.toml: up already at {made.core}: all 6 processes are running\n")
+    assert made.pids() == first
+    # a changed producer alone is restarted, a further one started, the monitor ended
+    made.write(*(t.replace("[monitors.rates]", "[monitors]") for t in tables), north.replace("16MiB", "17MiB"),
+               made.producer("south", "fake = 10"))  # fmt: skip
+    status, words = made.up()
+    assert (status, words) == (
+        0, f"detector.toml: up at {made.core}: started south; restarted north; ended rates; 4 others were running\n"
+    )  # fmt: skip
+    second = made.pids()
+    assert {name for name in second if first.get(name) == second[name]} == {"core", "Log", "disk", "rack"}
+    assert start_time(first["rates"]) is None
+    assert not [path for path in made.data.iterdir() if path.suffix == ".part"]
+    made.await_back("rack", made.kill("rack"))
+    assert made.run("down", made.path) == (0, "ended Supervisor, south, north, rack, disk, Log, core\n")
     assert made.run("down", made.path)[0] == 1
     assert not any(map(start_time, second.values()))
 
@@ -300,18 +315,21 @@ def test_three_hosts_of_one_file(tmp_path: Path) -> None:
 
 
 def test_the_examples_of_the_documentation(made: Detector) -> None:
-    """Those of docs/operate.md, with other ports, and without a board, as the page says."""
-    first, hosts = re.findall(
+    """Those of docs/operate.md, with other ports, and with the emulated board of the page."""
+    first, emulator, hosts = re.findall(
         r"^```toml\n(.*?)^```$", (Path(__file__).parents[2] / "docs" / "operate.md").read_text(), re.M | re.S
     )
-    without = first.replace('boards = ["module0"]\nasic = "2b"', f"fake = 10000\nring-dir = '{made.ring_dir}'")
-    assert without != first
+    data, command = free_ports(2)
+    emulated = first.replace("pacman.local", f"127.0.0.1:{data}:{command}") + f"ring-dir = '{made.ring_dir}'\n"
+    emulated += f"{emulator}data-port = [{data}]\ncommand-port = [{command}]\nlossless = true\n"
     own = made.head.replace('[detector]\nstate-dir = "state"\noutput-dir = "data"\n', "")
-    for text in (first, without):
+    for text in (first, emulated):
         made.path.write_text(text.replace("[detector]", '[detector]\nstate-dir = "state"') + own)
         assert made.run("config", made.path)[0] == 0
     assert made.up()[1].startswith("test stand: up at ")
     assert made.run("status", "--core", made.core)[0] == 0
+    status, words = made.run("run", "--core", made.core, "--duration", "1s")
+    assert (status, "run 1: COMPLETE, 1 s, " in words) == (0, True), words
     assert made.run("down", made.path)[0] == 0
     made.path.write_text(hosts)
     status, commands = made.run("config", made.path, "--commands", "--host", "daq2")
