@@ -387,6 +387,22 @@ class DetectorConfig:
             return full
         return f"{config.LOOPBACK if host == self.core_host else f'tcp://{self.host_address(self.core_host)}'}:{port}"
 
+    def supervisor(self, host: str) -> str:
+        """Return the name of the supervisor of a host as a component."""
+        return f"Supervisor {host}".strip()
+
+    def members(self, host: str) -> list[str]:
+        """Return the names of all components of a host, each of which needs a key if the core is on another host."""
+        components = [each for each in self.components if each.host == host and each.program.is_component]
+        return [*(component.name for component in components), self.supervisor(host)]
+
+    def find_host(self, name: str) -> str:
+        """Return the host of this name. Raises ConfigError if there is none."""
+        if name not in self.hosts:
+            known = ", ".join(self.hosts) or "none"
+            raise ConfigError(f"{self.path}: --host {name}: no such host; the hosts are {known}")
+        return name
+
     def state_dir(self, host: str) -> str | None:
         """Return the state directory of a host; None: the default one of its user."""
         own = self.hosts[host].state_dir if host else ""

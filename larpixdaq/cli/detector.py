@@ -186,7 +186,7 @@ def _up_with_file(file: DetectorConfig, host: str, *, force: bool, foreground: b
         file.core_address(host),
         str(file.directory),
         file.wanted(host, alarms),
-        f"Supervisor {host}".strip(),
+        file.supervisor(host),
         file.detector.insecure,
         force,
     )
@@ -360,11 +360,8 @@ def _cell(text: str) -> str:
 
 def _host(file: DetectorConfig, named: str | None) -> str:
     """Return the host of the file that this machine is. Raises ConfigError if that is not clear."""
-    known = ", ".join(file.hosts) or "none"
     if named is not None:
-        if named not in file.hosts:
-            raise ConfigError(f"{file.path}: --host {named}: no such host; the hosts are {known}")
-        return named
+        return file.find_host(named)
     if len(file.hosts) < 2:
         return next(iter(file.hosts), "")
     full = socket.gethostname()
@@ -376,6 +373,7 @@ def _host(file: DetectorConfig, named: str | None) -> str:
     ]
     if len(own) != 1:
         found = f"{' and '.join(own)} are" if own else "none is"
+        known = ", ".join(file.hosts)
         raise ConfigError(f"{file.path}: of the hosts {known}, {found} this machine ({full}): name one with --host")
     return own[0]
 

@@ -7,13 +7,14 @@ import json
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import zmq
 
 from larpixdaq import config
 from larpixdaq.cli.system import plain_console
-from larpixdaq.errors import ConfigError, NoCore, error_from_code, printable
+from larpixdaq.errors import ConfigError, NoCore, RequestError, UsageError, error_from_code, printable
 from larpixdaq.keys import credentials
 from larpixdaq.keys.credentials import Credentials
 from larpixdaq.keys.curve import dealer, new_pair
@@ -42,17 +43,20 @@ def add_commands(commands: Any) -> None:
         "invite",
         help="print a token for another user or host",
         description="Prints a token, with which `larpixdaq keys join` gets a key on another host, or as another user. "
-        "It can be used once. Run this as the user, and on the host, of the core.",
+        "It can be used once. Run this as the user, and on the host, of the core. With --host, the token is for all "
+        "components that a host of a configuration file runs.",
     )
     action.add_argument(
-        "name", type=config.parse_name, metavar="NAME", help="the component's --name, or a person's name"
+        "name",
+        metavar="NAME",
+        help="the component's --name, or a person's name; with --host, the configuration file, such as detector.toml",
     )
     action.add_argument(
         "--role",
         choices=ROLES,
-        required=True,
         help="component: register under this name; operator: look and change; observer: look, never change",
     )
+    action.add_argument("--host", metavar="HOST", help="a host of the configuration file, all of whose components join")
     action.add_argument(
         "--expires",
         type=partial(parse_positive_duration, most=MAX_OPEN),
@@ -107,18 +111,61 @@ def add_commands(commands: Any) -> None:
 
 
 def invite(options: argparse.Namespace) -> int:
+    if options.host is not None:
+        return _invite_host(options)
+    if options.role is None:
+        raise UsageError("--role is missing, or --host with a configuration file")
+    try:
+        name = config.parse_name(options.name)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"NAME: {error}") from None
     with Operator(options.core) as operator:
-        made = operator.invite(options.name, options.role, options.expires, options.address).result(timeout=_LIMIT)
-    print(f"larpixdaq keys join {made['token']}")
+        made = operator.invite(name, options.role, options.expires, options.address).result(timeout=_LIMIT)
+    _show_token(made["token"], "the other host, or as the other user,", made)
+    return 0
+
+
+def _invite_host(options: argparse.Namespace) -> int:
+    """Invite all components that a host of a configuration file runs and that have no key yet, with one token."""
+    from larpixdaq.cli.detector import PROGRAMS  # late, because it imports all programs
+    from larpixdaq.detector_config import DetectorConfig
+
+    if options.role is not None or options.core != config.LOOPBACK:
+        raise UsageError("--host goes without --role and --core, which follow from the configuration file")
+    file = DetectorConfig(Path(options.name), PROGRAMS)
+    host = file.find_host(options.host)
+    if host == file.core_host:
+        raise ConfigError(f"{file.path}: {host} is the host of the core, whose user needs no keys there")
+    names = file.members(host)
+    with Operator(file.core_address(file.core_host)) as operator:
+        members = operator.keys().result(timeout=_LIMIT)["members"]
+        known = [name for name in names if any((one["name"], one["role"]) == (name, "component") for one in members)]
+        invited = [name for name in names if name not in known]
+        if not invited:
+            raise ConfigError(
+                f"all components of {host} have keys: {', '.join(names)}; `larpixdaq keys revoke NAME` takes one back"
+            )
+        address = options.address or file.core_address(host)
+        answers = [
+            operator.invite(name, "component", options.expires, address).result(timeout=_LIMIT) for name in invited
+        ]
+    found = [credentials.read_token(answer["token"])[0] for answer in answers]
+    token = credentials.make_token(found[0].address, found[0].server, *(one.pair for one in found))
+    _show_token(token, host, answers[0])
+    with_keys = f"; {', '.join(known)} have keys already" if known else ""
+    plain_console(stderr=True).print(printable(f"it is for {', '.join(invited)}{with_keys}"))
+    return 0
+
+
+def _show_token(token: str, where: str, made: dict[str, Any]) -> None:
+    """Print the command that uses a token. `made`: answer of the core."""
+    print(f"larpixdaq keys join {token}")
     console = plain_console(stderr=True)
-    console.print(
-        f"run this command on the other host, or as the other user, before {utc(made['expires'])}; it can be used once"
-    )
+    console.print(f"run this command on {where} before {utc(made['expires'])}; it can be used once")
     if made["only_here"]:
         console.print(
             "the core listens at this host alone: other hosts need a core that was started with --address tcp://HOST"
         )
-    return 0
 
 
 def show(options: argparse.Namespace) -> int:
@@ -176,15 +223,25 @@ def join(options: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             print("token: ", end="", file=sys.stderr, flush=True)
         text = sys.stdin.buffer.readline(_LONGEST_TOKEN).decode("utf-8", "replace")
-    invitation = credentials.read_token(text)
+    problems = []
+    for invitation in credentials.read_token(text):
+        try:
+            _join_one(invitation)
+        except RequestError as error:  # the others are open nevertheless
+            problems.append(error)
+    if problems:
+        raise RequestError("; ".join(map(str, problems)))
+    return 0
+
+
+def _join_one(invitation: Credentials) -> None:
     pair = new_pair()
     value = _ask(invitation, Join(public=pair.public, request="join"))
     name, role = str(value["name"]), str(value["role"])
     path = credentials.joined_file(invitation.address, name)
     credentials.write(path, Credentials(invitation.address, invitation.server, *pair, name, role))
     use = f"--core {invitation.address} --name {name!r}" if role == "component" else f"Operator({invitation.address!r})"
-    print(f"joined as {role} {printable(name)}: {use} finds the key in {path}")
-    return 0
+    print(f"joined as {role} {printable(name)}: {use} finds the key in {path}", flush=True)
 
 
 def _ask(invitation: Credentials, message: Join) -> dict[str, Any]:

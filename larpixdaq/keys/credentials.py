@@ -22,6 +22,7 @@ from typing import Annotated, Final
 from urllib.parse import quote
 
 import msgspec
+import zmq
 from msgspec import Meta
 from zmq.utils import z85
 
@@ -32,7 +33,9 @@ from larpixdaq.runtime.file_access import open_private, state_dir
 
 #: Maximum bytes of a file with one key.
 _LARGEST: Final = 64 << 10
+#: Beginnings of a token with one invitation, and with several.
 _TOKEN: Final = "larpixdaq1"
+_TOKENS: Final = "larpixdaq2"
 #: A core that listens at all interfaces is found under this name in place of its address.
 _ANY: Final = "any"
 
@@ -230,30 +233,54 @@ def refused(core: str, own: Credentials | None, failure: str) -> str:
     return f"the core at {core} refuses the key {whose}: it was revoked; `larpixdaq keys invite` makes a new invitation"
 
 
-def make_token(address: str, server: str, secret: KeyPair) -> str:
-    """The text that `larpixdaq keys invite` prints: the core's address and public key, and the invitation's secret."""
-    raw = z85.decode(server) + z85.decode(secret.public) + z85.decode(secret.secret) + address.encode()
-    body = base64.urlsafe_b64encode(raw + zlib.crc32(raw).to_bytes(4, "big")).decode().rstrip("=")
-    return f"{_TOKEN}.{len(body)}.{body}"
+def make_token(address: str, server: str, *invitations: KeyPair) -> str:
+    """The text that `larpixdaq keys invite` prints: the core's address and public key, and the secrets of invitations.
+
+    With several it has the secret keys alone, because the public ones follow from them.
+    """
+    if len(invitations) == 1:
+        form, keys = _TOKEN, z85.decode(invitations[0].public) + z85.decode(invitations[0].secret)
+    else:
+        secret_keys = [z85.decode(pair.secret) for pair in invitations]
+        form, keys = _TOKENS, bytes([len(secret_keys)]) + b"".join(secret_keys)
+    raw = z85.decode(server) + keys + address.encode()
+    body = base64.urlsafe_b64encode(raw + _checksum(form, raw)).decode().rstrip("=")
+    return f"{form}.{len(body)}.{body}"
 
 
-def read_token(text: str) -> Credentials:
-    """ConfigError, in one line, for a text that is no token or not a whole one."""
+def _checksum(form: str, raw: bytes) -> bytes:
+    return zlib.crc32(raw if form == _TOKEN else form.encode() + raw).to_bytes(4, "big")
+
+
+def read_token(text: str) -> list[Credentials]:
+    """The invitations in a token. ConfigError, in one line, for a text that is no token or not a whole one."""
     parts = "".join(text.split()).split(".")
-    if len(parts) != 3 or parts[0] != _TOKEN or not re.fullmatch("[0-9]{1,4}", parts[1]):
+    if len(parts) != 3 or parts[0] not in (_TOKEN, _TOKENS) or not re.fullmatch("[0-9]{1,4}", parts[1]):
         raise ConfigError(
             f"token: expected {_TOKEN}.NUMBER.TEXT as `larpixdaq keys invite` prints it, found {text[:24]!r}"
         )
-    body = parts[2]
+    form, _, body = parts
     if len(body) != int(parts[1]):
         raise ConfigError(f"token: expected {int(parts[1])} characters after the second point, found {len(body)}")
     try:
         raw = base64.b64decode(body + "=" * (-len(body) % 4), b"-_", validate=True)
-        whole = zlib.crc32(raw[:-4]).to_bytes(4, "big") == raw[-4:] and len(raw) > 100
-        if not whole or base64.urlsafe_b64encode(raw).decode().rstrip("=") != body:  # "+" is decoded as "-"
+        raw, checksum = raw[:-4], raw[-4:]
+        if checksum != _checksum(form, raw) or len(raw) <= 32:
             raise ValueError
-        server, public, secret = (z85.encode(raw[at : at + 32]).decode() for at in (0, 32, 64))
-        address = config.address(raw[96:-4].decode(), config.CORE_PORT)
-    except (ValueError, binascii.Error):
+        begin, number = (64, 1) if form == _TOKEN else (33, raw[32])
+        end = begin + 32 * number
+        whole = number > 0 and len(raw) > end
+        if not whole or base64.urlsafe_b64encode(raw + checksum).decode().rstrip("=") != body:  # "+" is decoded as "-"
+            raise ValueError
+        server, *secret_keys = (z85.encode(raw[at : at + 32]).decode() for at in (0, *range(begin, end, 32)))
+        address = config.address(raw[end:].decode(), config.CORE_PORT)
+        if form == _TOKEN:
+            public_keys = [z85.encode(raw[32:64]).decode()]
+        else:
+            public_keys = [zmq.curve_public(key.encode()).decode() for key in secret_keys]
+    except (ValueError, binascii.Error, zmq.ZMQError):
         raise ConfigError("token: some of its characters are wrong: copy it again") from None
-    return Credentials(address, server, public, secret, role="invited")
+    return [
+        Credentials(address, server, public, secret, role="invited")
+        for public, secret in zip(public_keys, secret_keys, strict=True)
+    ]

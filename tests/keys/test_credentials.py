@@ -85,15 +85,24 @@ def test_a_token_survives_the_line_breaks_of_a_mail_program():
     server, pair = new_pair().public, new_pair()
     token = credentials.make_token("tcp://daq.example.org:5551", server, pair)
     broken = "\n ".join(token[at : at + 60] for at in range(0, len(token), 60))
-    found = credentials.read_token(f" {broken}\n")
+    (found,) = credentials.read_token(f" {broken}\n")
     assert (found.address, found.server, found.pair) == ("tcp://daq.example.org:5551", server, pair)
 
 
+def test_one_token_has_the_invitations_of_many_components():
+    server, pairs = new_pair().public, [new_pair() for _ in range(20)]
+    token = credentials.make_token("tcp://192.0.2.1:5551", server, *pairs)
+    assert len(token) < 1000
+    found = credentials.read_token(token)
+    assert [one.pair for one in found] == pairs
+    assert {(one.address, one.server, one.role) for one in found} == {("tcp://192.0.2.1:5551", server, "invited")}
+
+
 def test_half_a_token_says_that_it_is_not_whole():
-    token = credentials.make_token("tcp://192.0.2.1:5551", new_pair().public, new_pair())
-    for cut in range(1, len(token)):
-        with pytest.raises(ConfigError, match=r"^token: "):
-            credentials.read_token(token[:cut])
+    for token in TOKENS:
+        for cut in range(1, len(token)):
+            with pytest.raises(ConfigError, match=r"^token: "):
+                credentials.read_token(token[:cut])
 
 
 @pytest.mark.parametrize("length", ["9" * 5000, "\u0663"])
@@ -110,18 +119,21 @@ def test_no_text_is_taken_for_a_token(text):
 
 #: With "-" and "_" at known places, which Python decodes from "+" and "/" too.
 ALIKE = KeyPair(z85.encode(bytes([0xFB, 0xEF, 0xBE, 0xFF] * 8)).decode(), z85.encode(bytes([0xFF] * 32)).decode())
-TOKEN = credentials.make_token("tcp://192.0.2.1:5551", ALIKE.public, ALIKE)
+#: With one invitation, and with two.
+TOKENS = [credentials.make_token("tcp://192.0.2.1:5551", ALIKE.public, *[ALIKE] * number) for number in (1, 2)]
 
 
-def test_a_token_with_plus_for_minus_is_refused():
+@pytest.mark.parametrize("token", TOKENS)
+def test_a_token_with_plus_for_minus_is_refused(token):
     for own, other in ("-+", "_/"):
-        assert own in TOKEN
+        assert own in token
         with pytest.raises(LarpixDaqError, match=r"^token: "):
-            credentials.read_token(TOKEN.replace(own, other, 1))
+            credentials.read_token(token.replace(own, other, 1))
 
 
-@given(st.integers(0, len(TOKEN) - 1), st.characters(codec="ascii", exclude_categories=["Cc", "Zs"]))
-def test_a_token_with_another_character_is_refused(at, other):
-    assume(other != TOKEN[at])
+@given(st.sampled_from(TOKENS), st.integers(0, 1000), st.characters(codec="ascii", exclude_categories=["Cc", "Zs"]))
+def test_a_token_with_another_character_is_refused(token, at, other):
+    at %= len(token)
+    assume(other != token[at])
     with pytest.raises(LarpixDaqError, match=r"^token: "):
-        credentials.read_token(TOKEN[:at] + other + TOKEN[at + 1 :])
+        credentials.read_token(token[:at] + other + token[at + 1 :])

@@ -217,6 +217,8 @@ def test_invalid_files(tmp_path: Path, kind: str, words: str, capsys: pytest.Cap
         "larpixdaq comment now \udcff",
         "larpixdaq keys invite disk --role component --expires 0s",
         "larpixdaq keys invite core --role component",
+        "larpixdaq keys invite disk",
+        "larpixdaq keys invite detector.toml --host daq2 --role component",
         "larpixdaq demo --seconds 0",
         "larpixdaq demo --seconds nan",
         "larpixdaq demo --rate -1",

@@ -294,12 +294,21 @@ def test_three_hosts_of_one_file(tmp_path: Path) -> None:
         assert status == 1
         assert "larpixdaq keys invite" in words
         with Operator(made.core) as operator:
-            for host, name in (
-                ("daq2", "Supervisor daq2"), ("daq2", "disk"), ("daq2", "far rates"),
-                ("daq3", "Supervisor daq3"), ("daq3", "north"),
-            ):  # fmt: skip
-                token = operator.invite(name, "component").result(LIMIT)["token"]
-                assert made.run("keys", "join", token, **far[host])[0] == 0
+            invite = "keys", "invite", made.path, "--host"
+            for host, members in (("daq2", "disk, far rates, Supervisor daq2"), ("daq3", "north, Supervisor daq3")):
+                status, words = made.run(*invite, host)
+                assert (status, words.splitlines()[-1]) == (0, f"it is for {members}"), words
+                token = words.splitlines()[0].removeprefix("larpixdaq keys join ")
+                status, words = made.run("keys", "join", token, **far[host])
+                assert (status, words.count("joined as component ")) == (0, members.count(",") + 1), words
+                status, words = made.run("keys", "join", token, **far[host])
+                assert (status, words.count(" was used ")) == (1, members.count(",") + 1), words
+            operator.revoke("far rates").result(LIMIT)
+            status, words = made.run(*invite, "daq2")
+            assert words.endswith("it is for far rates; disk, Supervisor daq2 have keys already\n")
+            assert made.run("keys", "join", words.split()[3], **far["daq2"])[0] == 0
+            assert "all components of daq3 have keys: north, Supervisor daq3; " in made.run(*invite, "daq3")[1]
+            assert "daq1 is the host of the core" in made.run(*invite, "daq1")[1]
             for host in names[1:]:
                 assert (told := made.up(**far[host]))[0] == 0, told
             components = operator.components().result(LIMIT)
