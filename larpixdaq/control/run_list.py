@@ -153,11 +153,18 @@ def length(run: Run) -> float | None:
 
 
 def _ledger(run: Run) -> list[dict[str, Any]]:
-    """Return the producers' counters of each epoch and io_group, as in /ledger/counts."""
+    """Return the producers' counters of each epoch and io_group, as in /ledger/counts.
+
+    Those of a process that has ended in the middle of the run, or was killed, are from a storage's end record.
+    """
+    totals = {(end.name, end.epoch): end.counts for end in run.ends}
+    for report in run.reports.values():
+        for producer, epoch, counts in report.totals:
+            totals.setdefault((producer, epoch), counts)
     return [
-        {"producer": end.name, "epoch": end.epoch, "io_group": line[0], **dict(zip(COUNTS, line[1:], strict=True))}
-        for end in run.ends
-        for line in end.counts
+        {"producer": producer, "epoch": epoch, "io_group": line[0], **dict(zip(COUNTS, line[1:], strict=True))}
+        for (producer, epoch), counts in totals.items()
+        for line in counts
         if len(line) == 1 + len(COUNTS)
     ]
 

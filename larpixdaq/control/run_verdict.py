@@ -35,9 +35,12 @@ def take_end(run: Run, name: str, outcome: ComponentAnswer) -> str:
 def take_report(run: Run, name: str, outcome: ComponentAnswer) -> str:
     """Note a storage's report in the run. Returns the error if there is none, or ""."""
     try:
-        run.reports[name] = checked(outcome.result(), StorageEnd, name, "end_run")
+        report = checked(outcome.result(), StorageEnd, name, "end_run")
     except ComponentError as error:
         return str(error)
+    known = {(end.name, end.epoch) for end in run.ends}
+    report.totals = [totals for totals in report.totals if (totals.producer, totals.epoch) not in known]
+    run.reports[name] = report
     return ""
 
 

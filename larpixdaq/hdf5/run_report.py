@@ -26,7 +26,7 @@ from larpixdaq.hdf5.layout import E_LOG
 from larpixdaq.hdf5.ledger import describe_group, describe_origin
 from larpixdaq.hdf5.reader import DataFile, comments, text
 from larpixdaq.protocol.packed_rows import new_tally
-from larpixdaq.protocol.reports import StoredEnd, StoredRows
+from larpixdaq.protocol.reports import StoredEnd, StoredRows, StoredTotals
 from larpixdaq.protocol.stream import READ, SENT, BlockOrigin
 from larpixdaq.runtime.units import utc_datetime
 
@@ -45,6 +45,7 @@ class RunReport(NamedTuple):
     reasons: list[str]  # why the condition is not COMPLETE, in one line each
     ends: list[StoredEnd]
     notes: list[str]  # facts that are no fault
+    totals: Sequence[StoredTotals] = ()
 
 
 def survey_run(directory: Path, run: int, label: str = "") -> RunReport:
@@ -118,7 +119,18 @@ class _Judgement:
                 for origin, (part, following, how) in self._ends.items()
             ],
             self._notes,
+            [
+                StoredTotals(origin.producer, origin.epoch, self._counts(origin, part))
+                for origin, (part, *_) in self._ends.items()
+            ],
         )
+
+    def _counts(self, origin: BlockOrigin, part: Part) -> list[list[int]]:
+        return [
+            [group, *(int(counts[name]) for name in constants.COUNTS)]
+            for (key, group), counts in part.counts.items()
+            if key == origin
+        ]
 
     def _condition(self, verdict_lines: list[str]) -> RunCondition:
         conditions = [part.condition for part in self._parts]

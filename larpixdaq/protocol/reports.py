@@ -101,8 +101,19 @@ class StoredEnd(NamedTuple):
     rows: int
 
 
+class StoredTotals(NamedTuple):
+    """Counters of an epoch whose end record a storage has; `counts` as in stream.End."""
+
+    producer: str
+    epoch: int
+    counts: list[list[int]]
+
+
 class StorageEnd(msgspec.Struct):
-    """Answer of a storage to end_run and report_run, over all its parts of the run."""
+    """Answer of a storage to end_run and report_run, over all its parts of the run.
+
+    `totals`: of the epochs in `ends`; in the catalogue only of those whose producer has not told them itself.
+    """
 
     files: list[str]
     condition: str
@@ -110,6 +121,7 @@ class StorageEnd(msgspec.Struct):
     stored: list[StoredRows]
     reasons: list[str] = []
     ends: list[StoredEnd] = []
+    totals: list[StoredTotals] = []
 
 
 class LoadShares(msgspec.Struct):

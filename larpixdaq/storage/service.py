@@ -428,7 +428,8 @@ class StorageService:
                 return
             log.info("run %d: %d rows in %d files, %s", run, found.rows, len(found.files), found.condition)
             files = [str(path) for path in found.files]
-            call.result(StorageEnd(files, found.condition, found.rows, found.stored, found.reasons, found.ends))
+            totals = list(found.totals)
+            call.result(StorageEnd(files, found.condition, found.rows, found.stored, found.reasons, found.ends, totals))
 
         self.finisher.after(lambda: survey_run(self.directory, run, self.label), answer)
 

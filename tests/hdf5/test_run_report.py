@@ -78,6 +78,9 @@ def test_rotation(tmp_path, run):
     assert (found.condition, found.reasons, found.rows) == ("COMPLETE", [], 1000)
     assert [path.name for path in found.files] == [name(part) for part in range(4)]
     assert found.ends == [("LArPix board", 7, 4, "closed", 1000)]
+    ((producer, epoch, counts),) = found.totals
+    assert (producer, epoch, [line[0] for line in counts]) == ("LArPix board", 7, [1, 2])
+    assert sum(constants.rows_made(line[1:]) for line in counts) == 1000
     assert sum(line[3] for line in found.stored) == 1000
     assert len(found.stored) == 2
     outcome = verify_all([tmp_path])

@@ -1,5 +1,6 @@
 """Processes that die, restart or are ended during a run; boards that never stop."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from emulated_board import emulator
 from processes import LIMIT, until
 from system import System, rows_of, system
 
+from larpixdaq.constants import COUNTS, rows_made
+from larpixdaq.control.run_list import RunList, run_lines
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.verify import verify
 from larpixdaq.offline_storage import DEFAULT_NAME
@@ -96,6 +99,10 @@ def test_a_producer_ended_during_a_run_delivers_all_blocks_and_an_end_record(lin
         counts = file["ledger/counts"][:]
     assert counts["stored"].sum() == len(rows_of(path)) > 1000
     assert verify(Path(path)).ok, verify(Path(path)).findings
+    with contextlib.closing(RunList(line.folder / "state")) as catalogue:
+        facts = catalogue.describe(catalogue.find(ended["run"]))
+    assert sum(rows_made([group[name] for name in COUNTS]) for group in facts["ledger"]) == len(rows_of(path))
+    assert not any("in the files alone" in text for _, text in run_lines(facts))
 
 
 @pytest.mark.parametrize("rate", [5_000, 50_000])
