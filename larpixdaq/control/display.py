@@ -13,7 +13,8 @@ import numpy as np
 
 from larpixdaq.alarm_config import AlarmConfig
 from larpixdaq.constants import RUN_DATA
-from larpixdaq.control.alarms import Alarm, disconnection, open_line, present_readings, row_line
+from larpixdaq.control.alarm_conditions import disconnection, present_readings
+from larpixdaq.control.alarms import Alarm, open_line, row_line
 from larpixdaq.control.catalogue import AlarmRow, AuditRow
 from larpixdaq.control.disk_watch import time_to_full
 from larpixdaq.errors import printable
