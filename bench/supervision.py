@@ -2,6 +2,7 @@
 
     python bench/supervision.py [--boards N] [--rate R] [--kills N] [--seed S] [--cost S] [--update docs/reliability.md]
     python bench/supervision.py --together 600 [--boards N] [--rate R] [--seed S] [--update docs/reliability.md]
+    python bench/supervision.py --hosts 3 [--boards N] [--rate R] [--rounds N] [--update docs/reliability.md]
 
 Emulated PACMANs that wait for the producer send in all R packets/s (500,000) in one run of each kind of process. In
 it, the processes of this kind are killed N times (10), each some time after it was back. "back" is the time from the
@@ -11,6 +12,11 @@ have been left alone. Exit status 1 if a promise is broken.
 
 With --together, processes of all kinds are killed in one run of that many seconds, in random order. Then an alarm must
 have told of each kill within 2 s, and all alarms must clear by themselves, some minutes after so many kills.
+
+With --hosts, nothing is killed: hosts in network namespaces, with keys, are started by `larpixdaq up` on all of them at
+the same time, from one file with emulated boards. The time is that until the last of the commands has returned, when
+all processes have registered. "processor" is the time that all of them and the commands have needed for it: the hosts
+have to share the cores of this machine. Needs root.
 """
 
 from __future__ import annotations
@@ -19,25 +25,29 @@ import argparse
 import math
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common import STEP, argument_parser, processor_seconds, update, with_source
 from detector import Detector, detector
 from emulated_board import Emulator
 from loss_accounting import parts_of, tally
+from network import Network, missing_rights
 from processes import until
 
 from larpixdaq.control.catalogue import AlarmRow, read_alarms
 from larpixdaq.operator import Operator
-from larpixdaq.runtime.launcher import is_running
+from larpixdaq.runtime.launcher import is_running, read_running
 
-MARK, MARK_TOGETHER = "supervision", "killer of all kinds"
+MARK, MARK_TOGETHER, MARK_HOSTS = "supervision", "killer of all kinds", "up on hosts"
 #: Maximum seconds until an alarm tells of a killed process, and until all alarms have cleared after the run.
 ALARM_LIMIT, CLEAR_LIMIT = 2.0, 420.0
 #: Conditions of alarms that tell of a killed process.
@@ -223,6 +233,84 @@ def together(options: argparse.Namespace, made: Detector, boards: Emulator) -> t
     return result, "\n".join(lines)
 
 
+def tables_of_hosts(net: Network, made: Detector, options: argparse.Namespace) -> Iterator[str]:
+    """Yield the tables of a detector with the core on the first host, the storage on the second, and a producer with
+    half of the boards on the first and on the last."""
+    for host in net.hosts:
+        yield f'[hosts.{host}]\naddress = "{net.address(host)}"\nstate-dir = "state-{host}"\n'
+    yield f'[storages.disk]\nhost = "{net.hosts[1]}"\n[monitors.rates]\n'
+    half = options.boards // 2
+    for place, host in enumerate((net.hosts[0], net.hosts[-1])):
+        names = [f"module{place * half + number}" for number in range(1, half + 1)]
+        for number, name in enumerate(names):
+            group = place * half + number + 1
+            yield f'[boards.{name}]\naddress = "127.0.0.1:{5556 + 10 * number}"\nio-group = {group}\n'
+        rate = options.rate / options.boards
+        yield f'[emulators.rack{place}]\nhost = "{host}"\nio-groups = {half}\nrate = {rate}\n'
+        yield made.producer(f"producer{place}", f'host = "{host}"\nboards = {names}')
+
+
+def up_on_hosts(options: argparse.Namespace, folder: Path) -> tuple[str, list[str]]:
+    """Start the detector on all hosts at once, several times. Returns the table, and what went wrong."""
+    times: list[list[float]] = []
+    failures: list[str] = []
+    with (
+        closing(Network(*(f"daq{number}" for number in range(1, options.hosts + 1)))) as net,
+        net.inside(net.hosts[0]),
+        detector(folder, net.address(net.hosts[0])) as made,
+    ):
+        made.ring_dir = str(folder)  # because the hosts have no common /dev/shm
+        made.write(*tables_of_hosts(net, made, options))
+        where: dict[str, dict[str, Any]] = {
+            host: {"prefix": net.prefix(host), "env": {"XDG_STATE_HOME": str(folder / f"home of {host}")}}
+            for host in net.hosts
+        }
+
+        def on_all(command: str) -> None:
+            with ExitStack() as stack:
+                running = {host: stack.enter_context(made.command(command, made.path, **where[host])) for host in where}
+                for host, process in running.items():
+                    if process.wait(STEP):
+                        failures.append(f"{command} on {host}: {process.stderr.strip()}")
+
+        def on(host: str, *words: object) -> str:
+            status, said = made.run(*words, **where[host])
+            if status:
+                failures.append(f"{' '.join(map(str, words))} on {host}: {said.strip()}")
+            return said
+
+        first = net.hosts[0]
+        on(first, "up", made.path)
+        for host in net.hosts[1:]:
+            on(host, "keys", "join", on(first, "keys", "invite", made.path, "--host", host).split()[3])
+        on(first, "down", made.path)
+
+        def processor() -> float:
+            """Return the processor time of the commands so far, and of the processes that run now."""
+            own = resource.getrusage(resource.RUSAGE_CHILDREN)
+            systems = filter(None, map(read_running, folder.glob("state-*")))
+            entries = [entry for one in systems for entry in (*one.processes, one.supervisor) if entry is not None]
+            return own.ru_utime + own.ru_stime + sum(processor_seconds(entry.pid) for entry in entries)
+
+        for _ in range(options.rounds):
+            began, used = time.monotonic(), processor()
+            on_all("up")
+            times.append([time.monotonic() - began, processor() - used])
+            began = time.monotonic()
+            on_all("up")
+            times[-1].append(time.monotonic() - began)
+            on_all("down")
+    failures += [f"up took {seconds:.1f} s" for seconds, *_ in times if seconds > UP_LIMIT]
+    columns = [f"{min(column):.2f} to {max(column):.2f}" for column in zip(*times, strict=True)]
+    lines = [
+        "| hosts | boards | times | `up`, s | processor, s | the same again, s |",
+        "| ---: | ---: | ---: | --- | --- | --- |",
+        f"| {options.hosts} | {options.boards} | {len(times)} | {' | '.join(columns)} |",
+        *(f"\n- {text}" for text in failures),
+    ]
+    return "\n".join(lines), failures
+
+
 def table(results: list[Result]) -> str:
     lines = [
         "| killed | times | back after, s | sent | stored | counted lost | unaccounted | condition | `up`, again, s | "
@@ -247,14 +335,29 @@ def main() -> int:
     add("--seed", type=int, default=1, metavar="S", help="of the random pauses (default %(default)d)")
     add("--cost", type=float, default=20.0, metavar="S", help="seconds in which the supervisor's processor time counts")
     add("--together", type=float, default=0.0, metavar="S", help="kill all kinds in one run of S seconds")
+    add("--hosts", type=int, default=0, metavar="N", help="start N hosts in network namespaces, and kill nothing")
+    add("--rounds", type=int, default=5, metavar="N", help="with --hosts: times of starting (default %(default)d)")
     add(
         "--update", type=Path, metavar="FILE",
-        help=f"write the table into this document, at the marks '{MARK}' or '{MARK_TOGETHER}'",
+        help=f"write the table into this document, at the marks '{MARK}', '{MARK_TOGETHER}' or '{MARK_HOSTS}'",
     )  # fmt: skip
     options = parser.parse_args()
     kinds = options.kinds.split(",")
     if unknown := set(kinds) - set(KINDS):
         parser.error(f"--kinds: no such kind: {', '.join(unknown)}")
+    if options.hosts:
+        if reason := missing_rights():
+            raise SystemExit(reason)
+        if options.hosts < 2 or options.boards < 2:
+            parser.error("--hosts: expected at least 2 hosts and 2 boards")
+        with tempfile.TemporaryDirectory(prefix="larpixdaq-bench-") as name:
+            text, failures = up_on_hosts(options, Path(name))
+        command = f"python bench/supervision.py --hosts {options.hosts} --boards {options.boards}"
+        text = with_source(text, f"{command} --rate {options.rate:g} --rounds {options.rounds}")
+        print(text)
+        if options.update:
+            update(options.update, MARK_HOSTS, text)
+        return 1 if failures else 0
     words = ["--io-groups", str(options.boards), "--rate", str(options.rate / options.boards)]
     if options.together:
         with (
