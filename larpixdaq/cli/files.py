@@ -12,6 +12,7 @@ from rich.console import Console
 
 from larpixdaq import config
 from larpixdaq.cli.system import plain_console
+from larpixdaq.control.run_list import board_line, listed
 from larpixdaq.errors import FileLocked, LarpixDaqError, printable
 from larpixdaq.hdf5 import names, recovery, run_report
 from larpixdaq.hdf5 import verify as verification
@@ -160,22 +161,22 @@ def _info_lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     kind = texts.pop("kind", "")
     yield "run", f"{facts['run']}{f' ({kind})' if kind else ''}, part {facts['part']}"
     yield "condition", facts["condition"]
-    yield from _listed("", facts["reasons"])
+    yield from listed("", facts["reasons"])
     yield "started", facts["started"]
     yield "closed", facts["closed"] or "not yet"
     if facts["begun"]:
         yield "begun", facts["begun"]
         yield "ended", facts["ended"] or "not in this part"
         yield "live", f"{facts['live_s']:.1f} s in this part"
-    yield from _listed("connected", [_board_text(board) for board in facts["connected"]])
+    yield from listed("connected", [board_line(board) for board in facts["connected"]])
     for name in ("comment", "operator", "shifter"):
         if value := texts.pop(name, ""):
             yield name, value
-    yield from _listed("e-log", [_comment_text(comment) for comment in facts["comments"]])
+    yield from listed("e-log", [_comment_text(comment) for comment in facts["comments"]])
     if totals := _counts_text(facts["totals"]):
         yield "totals", totals
-    yield from _listed("ledger", [_counts_text(line) for line in facts["ledger"]])
-    yield from _listed("data quality", [_verdict_text(line) for line in facts["verdicts"]])
+    yield from listed("ledger", [_counts_text(line) for line in facts["ledger"]])
+    yield from listed("data quality", [_verdict_text(line) for line in facts["verdicts"]])
     gaps = facts["gaps"]
     if gaps["number"]:
         yield "gaps", f"{gaps['rows']} rows dropped in {gaps['number']} gaps"
@@ -184,26 +185,14 @@ def _info_lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "blocks", f"{facts['blocks']}, {facts['missing_blocks']} missing, {facts['duplicate_blocks']} duplicates"
     if facts["unknown_words_kept"]:
         yield "unknown words", f"{facts['unknown_words_kept']} kept in /ledger/unknown"
-    yield from _listed("producers", facts["producers"])
-    yield from _listed("INFO messages", facts["messages"])
+    yield from listed("producers", facts["producers"])
+    yield from listed("INFO messages", facts["messages"])
     yield from ((name, value) for name, value in texts.items() if value and name != "layout")
-
-
-def _board_text(board: dict[str, Any]) -> str:
-    address = f" {board['address']}" if board["address"] else ""
-    firmware = f", firmware {board['firmware']}" if board["firmware"] else ""
-    where = f"{board['producer']}, io_group {board['io_group']}"
-    return f"{where}: {board['kind']}{address}, read on {board['host']}{firmware}"
 
 
 def _comment_text(comment: dict[str, Any]) -> str:
     shifter = f"{comment['by']}, " if comment["by"] else ""
     return f"{utc(comment['time_ns'] / 1e9)}, {shifter}{comment['operator']}: {comment['text']}"
-
-
-def _listed(name: str, texts: list[str]) -> Iterator[tuple[str, str]]:
-    for index, text in enumerate(texts):
-        yield "" if index else name, text
 
 
 def _verdict_text(line: dict[str, Any]) -> str:

@@ -223,7 +223,7 @@ def run_lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "condition",
         facts["condition"] if over else f"{facts['condition']} ({facts['phase']}), as the core last wrote",
     )
-    yield from _listed("", facts["reasons"])
+    yield from listed("", facts["reasons"])
     for name, key in (("comment", "comment"), ("operator", "operator"), ("shifter", "shifter")):
         if facts[key]:
             yield name, facts[key]
@@ -234,20 +234,22 @@ def run_lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "length", f"{facts['length_s']:.1f} s"
     if over:
         yield "rows", f"{_count(facts['rows'])} made by the producers, {_count(facts['stored'])} stored"
-    yield from _listed("boards", [_board(board) for board in facts["connected"]])
-    yield from _listed("producers", [_producer(name, epochs) for name, epochs in facts["producers"].items()])
-    yield from _listed("storages", facts["storages"])
-    yield from _listed("files", [_file(file) for file in facts["file_details"]])
+    yield from listed("boards", [board_line(board) for board in facts["connected"]])
+    yield from listed("producers", [_producer(name, epochs) for name, epochs in facts["producers"].items()])
+    yield from listed("storages", facts["storages"])
+    yield from listed("files", [_file(file) for file in facts["file_details"]])
     known = {file["path"] for file in facts["file_details"]}
-    yield from _listed("" if known else "files", [file for file in facts["files"] if file not in known])
-    yield from _listed("totals", [*_lacking(facts), *(_totals(line) for line in _sums(facts["ledger"]))])
-    yield from _listed("versions", [", ".join(f"{name} {version}" for name, version in facts["versions"].items())])
-    yield from _listed("e-log", [_comment(comment) for comment in facts["comments"]])
-    yield from _listed("attachments", [_attachment(attachment) for attachment in facts["attachments"]])
+    yield from listed("" if known else "files", [file for file in facts["files"] if file not in known])
+    yield from listed("totals", [*_lacking(facts), *(_totals(line) for line in _sums(facts["ledger"]))])
+    if facts["versions"]:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    yield from listed("e-log", [_comment(comment) for comment in facts["comments"]])
+    yield from listed("attachments", [_attachment(attachment) for attachment in facts["attachments"]])
 
 
-def _listed(name: str, texts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for index, text in enumerate(text for text in texts if text):
+def listed(name: str, texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield texts, the first with a name and the others without."""
+    for index, text in enumerate(texts):
         yield "" if index else name, text
 
 
@@ -255,7 +257,8 @@ def _producer(name: str, epochs: list[int]) -> str:
     return name if len(epochs) == 1 else f"{name}, {len(epochs)} processes one after the other"
 
 
-def _board(board: dict[str, Any]) -> str:
+def board_line(board: dict[str, Any]) -> str:
+    """Return a board that was connected at the begin of a run as one line."""
     address = f" {board['address']}" if board["address"] else ""
     firmware = f", firmware {board['firmware']}" if board["firmware"] else ""
     where = f"{board['producer']}, io_group {board['io_group']}"
