@@ -27,7 +27,7 @@ from larpixdaq.constants import STOP
 from larpixdaq.detector_config import DetectorConfig
 from larpixdaq.emulators import pacman
 from larpixdaq.errors import ComponentError, ConfigError, FileError, LarpixDaqError, NoCore, UsageError
-from larpixdaq.keys.credentials import is_of_this_host
+from larpixdaq.keys import credentials
 from larpixdaq.operator import Operator
 from larpixdaq.runtime.file_access import state_dir
 from larpixdaq.runtime.launcher import (
@@ -174,6 +174,7 @@ def _alarms_file(state: Path, alarms: AlarmConfig, content: bytes) -> Path:
 
 
 def _up_with_file(file: DetectorConfig, host: str, *, force: bool, foreground: bool) -> int:
+    _check_keys(file, host)
     state = state_dir(file.state_dir(host))
     for component in file.components:
         if component.host == host and component.program.table == "producers":
@@ -206,6 +207,18 @@ def _up_with_file(file: DetectorConfig, host: str, *, force: bool, foreground: b
     with up_lock(state):
         print(_change(state, plan, check, name))
     return 0
+
+
+def _check_keys(file: DetectorConfig, host: str) -> None:
+    """Check that the components of a host without the core have keys, so that one line says how they get them all."""
+    if host == file.core_host or file.detector.insecure:
+        return
+    core = file.core_address(host)
+    if missing := [name for name in file.members(host) if credentials.find(core, name) is None]:
+        raise ConfigError(
+            f"{host} has no keys for {', '.join(missing)}: `larpixdaq keys invite {file.path.name} --host {host}` on "
+            f"{file.core_host} makes a token for `larpixdaq keys join` here"
+        )
 
 
 def _up_with_options(options: argparse.Namespace) -> int:
@@ -369,7 +382,8 @@ def _host(file: DetectorConfig, named: str | None) -> str:
     own = [
         name
         for name in file.hosts
-        if own_names & {name, file.host_address(name)} or is_of_this_host(config.address(file.host_address(name), 0))
+        if own_names & {name, file.host_address(name)}
+        or credentials.is_of_this_host(config.address(file.host_address(name), 0))
     ]
     if len(own) != 1:
         found = f"{' and '.join(own)} are" if own else "none is"
@@ -528,7 +542,7 @@ def _outcome(state: Path, plan: Plan, name: str, before: dict[str, Entry], after
         f"ended {', '.join(ended)}" if ended else "",
     ]
     if changes := "; ".join(filter(None, parts)):
-        return f"{where} at {plan.core}: {changes}; {others} others were running"
+        return f"{where} at {plan.core}: {changes}; {others} other{' was' if others == 1 else 's were'} running"
     return f"{where} already at {plan.core}: all {len(now)} processes are running"
 
 
