@@ -38,6 +38,7 @@ from larpixdaq.alarm_config import (
     is_web_address,
 )
 from larpixdaq.errors import printable
+from larpixdaq.runtime.units import cut
 from larpixdaq.version import VERSION
 
 _log = logging.getLogger("larpixdaq.core")
@@ -420,7 +421,7 @@ class _Mail:
         password = _secret(settings.password_file, settings.password_env) if settings.user else ""
         mail = email.message.EmailMessage()
         text = printable(message.text)
-        mail["Subject"] = f"[larpix-daq] {text[:150]}"
+        mail["Subject"] = f"[larpix-daq] {cut(text, 150)}"
         mail["From"], mail["To"] = settings.sender, ", ".join(settings.to)
         mail["Date"] = email.utils.formatdate()
         mail.set_content(f"{text}\n\n{json.dumps(message.content, indent=2)}\n")

@@ -25,7 +25,7 @@ from larpixdaq.control.catalogue import AlarmRow, Run, append_alarms, open_alarm
 from larpixdaq.control.registry import Component
 from larpixdaq.errors import FileError, RequestError, printable
 from larpixdaq.protocol.reports import STATUS, MonitorStatus, ProducerStatus
-from larpixdaq.runtime.units import duration, utc
+from larpixdaq.runtime.units import cut, duration, utc
 
 if TYPE_CHECKING:
     from larpixdaq.control.alarm_delivery import Delivery
@@ -232,7 +232,7 @@ class AlarmBook:
             self._count += 1
         alarm = entry.alarm
         entry.heard = now
-        alarm.text, alarm.as_of = printable(reading.text)[:_MAX_TEXT], None
+        alarm.text, alarm.as_of = cut(printable(reading.text), _MAX_TEXT), None
         if entry.state != _OPEN:
             alarm.level = reading.level
             if entry.state == _OVER:
@@ -450,7 +450,7 @@ class Alarms:
         self._writer.add(alarm_row(event, alarm))
         if event == "raised":
             self.raised += 1
-            self.newest = line[:_MAX_LINE]
+            self.newest = cut(line, _MAX_LINE)
         if self._delivery is not None:
             self._delivery.send(event, alarm.level, line, msgspec.structs.asdict(alarm))
 

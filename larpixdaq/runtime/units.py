@@ -83,21 +83,22 @@ class _Brief(reprlib.Repr):
 
 def brief(value: Any, limit: int = 300) -> str:
     """Return a value as text of at most `limit` characters, with ... for what is left out."""
-    return _cut(_brief.repr(value), limit)
+    return cut(_brief.repr(value), limit)
 
 
 def call_text(action: str, params: Mapping[str, Any]) -> str:
     """Return an action with its parameters as short text, without those that are None or empty:
     `power(on=True, tiles=[1])`."""
     given = [f"{name}={brief(value, 100)}" for name, value in params.items() if not _is_empty(value)]
-    return f"{action}({_cut(', '.join(given), 300)})"
+    return f"{action}({cut(', '.join(given), 300)})"
 
 
 def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
-def _cut(text: str, limit: int) -> str:
+def cut(text: str, limit: int) -> str:
+    """Return a text of at most `limit` characters, with ... for what is left out."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
