@@ -228,8 +228,9 @@ class Operator:
         """List the open alarms, those first that nobody has acknowledged.
 
         Result: {"open": [{"id", "condition", "component", "subject", "level", "text", "raised", "last" (unix s),
-        "count", "acknowledged" (unix s), "by", "comment", "cleared", "as_of"}, ...]}. `as_of`: of when (unix s) text
-        and count are, if nothing was heard of the condition since a restart of the core. With history=True also
+        "count", "acknowledged" (unix s), "by", "comment", "cleared", "as_of", "in_order"}, ...]}. `as_of`: of when
+        (unix s) text and count are, if nothing was heard of the condition since a restart of the core. `in_order`:
+        since when (unix s) the condition has been in order; the alarm clears after its hold-off. With history=True also
         "history": what happened to alarms since this time (unix s), the last `limit` rows (at most 10,000), oldest
         first.
         """

@@ -56,6 +56,7 @@ class Alarm(msgspec.Struct):
 
     `count`: how many times its condition became true. `raised`: the first time, `last`: the last time. `as_of`: the
     time of the text and of the count, if an earlier core has written them and nothing was heard of the condition since.
+    `in_order`: since when the condition of an open alarm has been in order; it clears after the hold-off.
     """
 
     id: int
@@ -72,6 +73,7 @@ class Alarm(msgspec.Struct):
     comment: str = ""
     cleared: float | None = None
     as_of: float | None = None
+    in_order: float | None = None
 
 
 def sentence(event: str, alarm: Alarm) -> str:
@@ -90,8 +92,10 @@ def open_line(alarm: Alarm) -> str:
     seen = ""
     if alarm.acknowledged is not None:
         seen = f" (acknowledged by {alarm.by}{f': {alarm.comment}' if alarm.comment else ''})"
-    old = f" (as of {utc(alarm.as_of)}, before a restart of the core)" if alarm.as_of is not None else ""
-    return f"{alarm.level.upper()} {alarm.id} since {utc(alarm.raised)}{times}: {alarm.text}{old}{seen}"
+    state = f" (as of {utc(alarm.as_of)}, before a restart of the core)" if alarm.as_of is not None else ""
+    if alarm.in_order is not None:
+        state = f" (in order since {utc(alarm.in_order)}, clears soon)"
+    return f"{alarm.level.upper()} {alarm.id} since {utc(alarm.raised)}{times}: {alarm.text}{state}{seen}"
 
 
 def row_line(row: AlarmRow) -> str:
@@ -232,7 +236,7 @@ class AlarmBook:
             self._count += 1
         alarm = entry.alarm
         entry.heard = now
-        alarm.text, alarm.as_of = cut(printable(reading.text), _MAX_TEXT), None
+        alarm.text, alarm.as_of, alarm.in_order = cut(printable(reading.text), _MAX_TEXT), None, None
         if entry.state != _OPEN:
             alarm.level = reading.level
             if entry.state == _OVER:
@@ -252,7 +256,8 @@ class AlarmBook:
         """Return False if the condition was true for too short a time to be raised."""
         entry.heard = now
         if entry.state == _OPEN:
-            entry.since = now if entry.since is None else entry.since
+            if entry.since is None:
+                entry.since, entry.alarm.in_order = now, self._wall()
         elif entry.state == _PENDING:
             if not entry.alarm.id:
                 return False
@@ -278,7 +283,7 @@ class AlarmBook:
 
     def _clear(self, entry: _Entry, now: float) -> None:
         entry.state, entry.since, entry.cleared = _OVER, now, now
-        entry.alarm.cleared = self._wall()
+        entry.alarm.cleared, entry.alarm.in_order = self._wall(), None
         self._changed("cleared", entry.alarm)
 
 

@@ -159,6 +159,9 @@ class Book(RuleBasedStateMachine):
         self.book.tick(self.now)
         found = {(alarm.condition, alarm.subject): alarm.id for alarm in self.book.open()}
         assert found == self.open
+        for alarm in self.book.open():
+            level = self.level[alarm.condition, alarm.subject]
+            assert level is None or (alarm.in_order is None) == bool(level)
         for key, level in self.level.items():
             steady = self.now - self.since[key]
             if level and steady >= CONDITIONS[key[0]] and self.heard[key] > self.now - 40_000:
@@ -370,6 +373,10 @@ def test_texts():
     assert sentence("cleared", alarm) == "ALARM 3 cleared after 1 min: too slow"
     alarm.count, alarm.acknowledged, alarm.by = 4, 1_700_000_030.0, "night"
     assert open_line(alarm) == "ALARM 3 since 2023-11-14 22:13:20 UTC, 4 times: too slow (acknowledged by night)"
+    alarm.as_of = alarm.raised
+    assert "too slow (as of 2023-11-14 22:13:20 UTC, before a restart of the core) (ack" in open_line(alarm)
+    alarm.in_order = alarm.raised + 60
+    assert "too slow (in order since 2023-11-14 22:14:20 UTC, clears soon) (ack" in open_line(alarm)
     assert row_line(row) == "2023-11-14 22:14:20 UTC  ALARM 3 cleared: too slow"
 
 
