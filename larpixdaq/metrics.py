@@ -352,7 +352,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = config.ArgumentParser(
         prog="larpixdaq-metrics",
         description="Serves the metrics of a detector to Prometheus, at http://ADDRESS/metrics (docs/metrics.md).",
     )

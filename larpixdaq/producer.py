@@ -182,8 +182,9 @@ class Producer:
         for readable in (signals.fileno(), self.node.fileno(), self.child.fileno()):
             poller.register(readable, zmq.POLLIN)
             resting.register(readable, zmq.POLLIN)
-        for readable in (*self.publisher.sockets(), self.delivery.fileno()):  # these can wait for the end of a rest
-            poller.register(readable, zmq.POLLIN)
+        for socket in self.publisher.sockets():  # these, and the spool's thread, can wait for the end of a rest
+            poller.register(socket, zmq.POLLIN)
+        poller.register(self.delivery.fileno(), zmq.POLLIN)
         self.readout.watch(poller)
         while not signals.stop:
             poller.poll(self.node.wait_ms(self._due()))
