@@ -111,8 +111,12 @@ class Readout:
             keep_polled(poller, self._sockets, source, wanted)
 
     def turn(self, poller: zmq.Poller) -> bool:
-        """Take one batch of each source that has one. True if there was one, or rows still wait for room."""
+        """Take one batch of each source that has one. True if there was one, or rows still wait for room.
+
+        The first source that finds no room is the first one of the next turn.
+        """
         busy = False
+        without_room: Source | None = None
         self.quiet = True
         self.rows = 0
         self._full = False
@@ -122,6 +126,7 @@ class Readout:
             if source not in self._unfinished:
                 if self._wait and self._recording and self._recorder.rows() is None:
                     self._full = True
+                    without_room = without_room or source
                     continue
                 if not source.read():
                     self._log_problems(source)
@@ -130,7 +135,12 @@ class Readout:
             self.quiet &= source.drained
             busy = True
             self._decode(source)
+            if source in self._unfinished:
+                without_room = without_room or source
             self._log_problems(source)
+        if without_room is not None:
+            at = self._sources.index(without_room)
+            self._sources = self._sources[at:] + self._sources[:at]
         self.watch(poller)
         self.quiet &= not self._full
         return busy or self._full

@@ -156,6 +156,20 @@ def test_every_row_is_in_a_block_or_counted_as_dropped(first: list[int], second:
     logging.disable(logging.NOTSET)
 
 
+def test_sources_that_wait_for_room_have_equal_parts_of_it() -> None:
+    sources = [Batches([70_000] * 100, io_group) for io_group in (1, 2, 3)]
+    ring, recorder, readout = make_readout(sources, wait=True)
+    recorder.begin(1, ["s"])
+    readout.record(True)
+    poller = zmq.Poller()
+    for _ in range(60):
+        readout.turn(poller)
+        ring.free_to(ring.head - (ring.head - ring.tail) // 2)  # room for less than a batch of each source
+    packets = ring.counts[1:4, Count.PACKETS].astype(int)
+    assert packets.max() - packets.min() <= 2 * 70_000
+    assert packets.min() > 1_000_000
+
+
 def test_a_block_closes_after_its_age() -> None:
     now = [100.0]
     ring = Ring(bytearray(SMALLEST), producer="p", epoch=1)
