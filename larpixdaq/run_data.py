@@ -9,6 +9,8 @@ import argparse
 import functools
 import inspect
 import logging
+import os
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -18,6 +20,7 @@ from larpixdaq import config
 from larpixdaq.control.node import Call, Node
 from larpixdaq.errors import LarpixDaqError
 from larpixdaq.monitor.monitor import Monitor
+from larpixdaq.monitor.sample_rate import SampleRate
 from larpixdaq.protocol.control import Endpoint
 from larpixdaq.protocol.packed_rows import PackedRows
 from larpixdaq.protocol.reports import MonitorStatus
@@ -33,7 +36,7 @@ TURN: Final = 64
 
 
 class RunData:
-    """Loop of the monitor. It receives in mode "latest": producers skip blocks for which it has no time."""
+    """Loop of the monitor. It receives in mode "latest": producers send as many blocks as it has time for."""
 
     def __init__(self, monitor: Monitor, node: Node, consumer: Consumer) -> None:
         self.monitor = monitor
@@ -41,6 +44,7 @@ class RunData:
         self.consumer = consumer
         self._producers: dict[str, Endpoint] | None = None
         self._frames = 0
+        self._sample_rate = SampleRate(len(os.sched_getaffinity(0)))
         self._reported: set[tuple[str, int | None]] = set()
 
     def turn(self) -> None:
@@ -57,6 +61,10 @@ class RunData:
             self._receive(*received)
             self._frames += 1
         self.node.report(self._frames, self.consumer.queued)
+        now = time.monotonic()
+        if self._sample_rate.due(now):
+            self._sample_rate.measure(now, time.process_time(), *self.monitor.rows())
+            self.consumer.sample(self._sample_rate.every)
 
     def run(self, signals: Signals) -> None:
         poller = zmq.Poller()

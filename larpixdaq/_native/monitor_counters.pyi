@@ -74,6 +74,16 @@ class PacketCounters:
     def others(self) -> NDArray[np.uint64]:
         """Return the packets of other types than data, in the shape of channels()."""
 
+    def rates(
+        self, before: NDArray[np.uint32], per_packet: NDArray[np.float64], slope: float, start: float
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return codes of the rates of data packets in the shape of channels(), and the number of channels by code.
+
+        `before`: the result of an earlier data(); `per_packet`: by which the packets since then are multiplied, for
+        each io_group, shape (256,). The code of a rate is log2(rate) * `slope` + `start`, rounded down, from 1 to 255;
+        0 stands for 0. The numbers, shape (256,), have only channels that have ever had a data packet.
+        """
+
     def mean_adc(self) -> NDArray[np.uint8]:
         """Return the mean ADC value of the histogram of each channel, in the shape of channels(); 0: no entries.
 

@@ -6,6 +6,7 @@ channels, histograms, FIFO flags) cover the blocks that the monitor has seen. Ea
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -40,6 +41,8 @@ KEPT_MESSAGES: Final = 1000
 #: the rate of their io_group are those of the last 1.0 to 1.5 s.
 _SNAPSHOT: Final = 0.5
 _SHARE: Final = 1.5
+#: Seconds for which the codes of the rates are used again, because summary() and pixel_map() are asked for together.
+_FRESH: Final = 0.1
 #: Maximum number of dead channels in heartbeats.
 _NAMED: Final = 5
 #: Columns of the chips of pixel_map().
@@ -56,11 +59,18 @@ class _Scale(NamedTuple):
         """Return the value of a code, a half-integral one for the edge between two codes."""
         return float(self.low * 10 ** ((code - 1) / self.codes))
 
+    def line(self) -> tuple[float, float]:
+        """Return slope and start of the code over the binary logarithm of the value, before it is rounded down.
+
+        The start has 1, 0.5 for rounding, and a little for the errors of 32 bits, so that a value at an edge is above.
+        """
+        return self.codes * math.log10(2), 1.501 - self.codes * math.log10(self.low)
+
     def encode(self, values: NDArray[Any]) -> NDArray[np.uint8]:
+        slope, start = self.line()
         codes = np.log2(np.maximum(values, self.low, dtype=np.float32))
-        codes *= np.float32(self.codes * np.log10(2))
-        # 1 and 0.5 for rounding, and a little for the errors of 32 bits, so that a rate at an edge is above it
-        codes += np.float32(1.501 - self.codes * np.log10(self.low))
+        codes *= np.float32(slope)
+        codes += np.float32(start)
         np.minimum(codes, 255, out=codes)
         found: NDArray[np.uint8] = codes.astype(np.uint8)
         found *= values > 0
@@ -106,6 +116,7 @@ class Monitor:
         self._messages: deque[dict[str, Any]] = deque(maxlen=KEPT_MESSAGES)
         self._all_messages = 0
         self._snapshots: deque[_Snapshot] = deque()
+        self._rate_coded: tuple[float, tuple[NDArray[np.uint8], NDArray[np.int64]]] | None = None
         self._watch = ChannelWatch()
         self._clocks = BoardClocks()
 
@@ -209,9 +220,8 @@ class Monitor:
         """
         groups, seconds = self._io_groups()
         counted = self._rates.channels()
-        recent = self._recent(self._rates.data())
-        packets = recent.data + recent.others
-        return {**self._totals(groups, seconds), **rate_tables(groups, self._rates.chips(), counted, packets, channels)}
+        tables = rate_tables(groups, self._rates.chips(), counted, self._recent(), channels)
+        return {**self._totals(groups, seconds), **tables}
 
     def summary(self) -> dict[str, Any]:
         """Return what a display of the run shows, small enough to be asked for each second.
@@ -270,7 +280,7 @@ class Monitor:
         elif quantity == "packets":
             values, scale = _PACKETS.encode(self._rates.channels() - self._rates.others()), _PACKETS.bounds()
         elif quantity == "rate":
-            values, scale = _RATES.encode(self._present(self._io_groups()[0], self._rates.data())), _RATES.bounds()
+            values, scale = self._rate_codes(self._io_groups()[0])[0], _RATES.bounds()
         else:
             raise RequestError(f"pixel_map: quantity: expected rate, mean_adc or packets, found {quantity!r:.100}")
         keys = self._rates.keys()
@@ -309,16 +319,16 @@ class Monitor:
             "std": None if histogram["merged_channels"] else histogram["std"],
             "seen": self.seen,
         }
-        groups, _ = self._io_groups()
+        groups, oldest = self._io_groups()[0], self._oldest()
         at = np.flatnonzero((self._rates.keys() == (io_group, io_channel, chip)).all(axis=1))
-        data = self._rates.data()
+        data = self._rates.channels() - self._rates.others()
         if len(at) and channel < data.shape[1]:
             here = int(at[0]), channel
-            seen = int(self._rates.channels()[here]) - int(self._rates.others()[here])
-            answer["rate"] = float(self._present(groups, data)[here])
-            answer["mean_rate"] = seen * float(
-                ratio(by_io_group(groups, "mean_rate"), by_io_group(groups, "seen_packets"))[io_group]
-            )
+            seen = int(data[here])
+            before = 0 if oldest is None or here[0] >= len(oldest.data) else int(oldest.data[here])
+            mean = ratio(by_io_group(groups, "mean_rate"), by_io_group(groups, "seen_packets"))
+            answer["rate"] = (seen - before) % 2**32 * float(self._per_packet(groups)[io_group])
+            answer["mean_rate"] = seen * float(mean[io_group])
             answer["seen_packets"] = seen
         return answer
 
@@ -453,6 +463,11 @@ class Monitor:
     def _ended(self) -> bool:
         return bool(self._origins) and all(origin.end_kind for origin in self._origins.values())
 
+    def rows(self) -> tuple[int, int]:
+        """Return the rows of the run that were seen, and all rows since the monitor joined it."""
+        missed = sum(origin.rows_before for origin in self._origins.values())
+        return self._rates.rows, self._rates.rows + self.skipped_rows - missed
+
     @property
     def skipped_rows(self) -> int:
         return sum(origin.skipped_rows for origin in self._origins.values())
@@ -500,35 +515,44 @@ class Monitor:
         """Return the seen packets of each io_group, shape (256,)."""
         return self._rates.types()[:, 1, :4].sum(axis=1, dtype=np.uint64)
 
-    def _recent(self, data: NDArray[np.uint32]) -> _Snapshot:
-        """Return the packets seen since the oldest valid snapshot. `data`: PacketCounters.data()."""
-        now = self._clock()
-        oldest = next((snapshot for snapshot in self._snapshots if snapshot.time >= now - _SHARE), None)
-        packets, others = self._seen_packets(), self._rates.others()
-        if oldest is None:
-            return _Snapshot(now, packets, data.copy(), others)
-        recent = _Snapshot(oldest.time, packets - oldest.packets, data.copy(), others)
-        if chips := len(oldest.data):  # at the first snapshot, the number of channels is not known
-            recent.data[:chips] -= oldest.data
-            recent.others[:chips] -= oldest.others
-        return recent
+    def _oldest(self) -> _Snapshot | None:
+        """Return the oldest snapshot that is valid; the present rates are those since then."""
+        limit = self._clock() - _SHARE
+        return next((snapshot for snapshot in self._snapshots if snapshot.time >= limit), None)
 
-    def _present(self, groups: NDArray[Any], data: NDArray[np.uint32]) -> NDArray[np.float32]:
-        """Return the present rates of data packets by [chip, channel]. `data`: as for _recent()."""
-        recent = self._recent(data)
-        factors = ratio(by_io_group(groups, "rate"), recent.packets)[self._rates.keys()[:, 0]]
-        rates: NDArray[np.float32] = recent.data * factors.astype(np.float32)[:, None]
-        return rates
+    def _recent(self) -> NDArray[np.uint64]:
+        """Return the packets seen since the oldest valid snapshot, by [chip, channel]."""
+        data, others, oldest = self._rates.data(), self._rates.others(), self._oldest()
+        if oldest is not None and (chips := len(oldest.data)):  # before the first rows, a snapshot has no shape
+            data[:chips] -= oldest.data
+            others[:chips] -= oldest.others
+        return data + others
+
+    def _per_packet(self, groups: NDArray[Any]) -> NDArray[np.float64]:
+        """Return by what packets seen since the oldest valid snapshot are multiplied to get present rates, by io_group.
+
+        `groups`: table of io_groups, with their exact rates.
+        """
+        oldest = self._oldest()
+        seen = self._seen_packets() - (0 if oldest is None else oldest.packets)
+        return ratio(by_io_group(groups, "rate"), seen)
+
+    def _rate_codes(self, groups: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return the codes of the channels' present rates of data packets, and the number of channels by code."""
+        now, oldest = self._clock(), self._oldest()
+        if self._rate_coded is None or now - self._rate_coded[0] >= _FRESH:
+            before = np.zeros((0, 0), np.uint32) if oldest is None else oldest.data
+            self._rate_coded = now, self._rates.rates(before, self._per_packet(groups), *_RATES.line())
+        return self._rate_coded[1]
 
     def _channel_rates(self, groups: NDArray[Any]) -> dict[str, Any]:
         """Return the histogram of channels over their present rates."""
-        data = self._rates.data()
-        counts = np.bincount(_RATES.encode(self._present(groups, data)).ravel(), minlength=256)
+        counts = self._rate_codes(groups)[1]
         first = np.arange(1, 256, _BIN)
         return {
             "edges": np.array([_RATES.value(code - 0.5) for code in (*first, 256)]),
             "channels": np.add.reduceat(counts, first),
-            "silent": int(np.count_nonzero(data) - counts[1:].sum()),
+            "silent": int(counts[0]),
         }
 
 

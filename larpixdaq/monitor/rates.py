@@ -47,6 +47,7 @@ class OriginTotals:
         self.totals: dict[int, Totals] = {}
         self.seen_rows = 0
         self.skipped_rows = 0
+        self.rows_before = 0  # rows made before the first block or end that arrived
         self.skipped_blocks = 0
         self.repeated_blocks = 0
         self.end_kind = ""  # kind of the end record, "" before it
@@ -116,6 +117,8 @@ class OriginTotals:
         return self.last_ns + max(0, int((age - MAX_DELAY) * 1e9))
 
     def _skip(self, sequence: int, row: int) -> None:
+        if not self._points:
+            self.rows_before = row
         self.skipped_blocks += sequence - self._next
         self.skipped_rows += max(0, row - self._next_row)
 
@@ -232,7 +235,7 @@ def rate_tables(
     groups: NDArray[Any],
     seen: NDArray[Any],
     packets: NDArray[np.uint64],
-    recent: NDArray[np.uint32],
+    recent: NDArray[np.uint64],
     channels: bool,
 ) -> dict[str, NDArray[Any]]:
     """Return the tables `io_groups`, `io_channels`, `chips` and, if asked for, `channels`, each sorted by its key.
@@ -241,7 +244,7 @@ def rate_tables(
     [chip, channel], since the start and of the last 1.0 to 1.5 s.
     """
     group = seen["io_group"]
-    recent_of_chips = recent.sum(axis=1, dtype=np.uint64)
+    recent_of_chips = recent.sum(axis=1)
     per_recent = ratio(by_io_group(groups, "rate"), np.bincount(group, recent_of_chips, IO_GROUPS))[group]
     per_packet = ratio(by_io_group(groups, "mean_rate"), np.bincount(group, seen["packets"], IO_GROUPS))[group]
 

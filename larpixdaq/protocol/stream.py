@@ -168,9 +168,13 @@ class Ack(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 
 class Credit(msgspec.Struct, array_like=True, tag=3, frozen=True):
-    """Room for this number of blocks in all since the HELLO: a running total, so that it may be repeated."""
+    """Room for this number of blocks in all since the HELLO: a running total, so that it may be repeated.
+
+    Of successive blocks, one of each `every` is wanted; an earlier producer takes no notice of it.
+    """
 
     blocks: Sequence
+    every: Annotated[float, Meta(ge=1, le=1 << 20)] = 1.0
 
 
 class Bye(msgspec.Struct, array_like=True, tag=4, frozen=True):

@@ -6,6 +6,7 @@ Also makes and binds the stream's socket: by default at the interface that reach
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -49,6 +50,8 @@ RECEIVE_LIMIT = 0.005
 PACK_LIMIT = 0.005
 #: Maximum number of blocks that a monitor may have credit for beyond those sent to it.
 MAX_CREDIT = 64
+#: Maximum number of blocks of a turn whose rows are sent to a monitor, because it cannot read them in the ring.
+MAX_SENT = 2
 #: Maximum number of subscribers. Required storages are subscribed even above it.
 MAX_SUBSCRIBERS = 100
 #: Maximum number of a key's HELLOs that wait for the core's word on their session.
@@ -57,6 +60,30 @@ MAX_UNCONFIRMED = 8
 #: the network has cut it off. This frees the ring's memory that libzmq holds for it. A busy consumer is not affected,
 #: because its libzmq thread always takes data.
 DEAD_CONSUMER = 1000
+
+
+class Sample:
+    """Chooses one block at random of each successive `every` blocks, so that no pattern in their order shows in it.
+
+    A pattern is, for example, that a producer reads its boards in turn. With every=1, all blocks are chosen.
+    """
+
+    def __init__(self) -> None:
+        self.every = 1.0
+        self._first = self._chosen = 0.0  # number of blocks until the next group begins, and its chosen one comes
+
+    def takes_next(self) -> bool:
+        if self.every <= 1.0:
+            self._first = self._chosen = 0.0
+            return True
+        takes = False
+        while self._chosen < 1.0:
+            takes = True
+            self._first += self.every
+            self._chosen = self._first + random.random() * self.every
+        self._first -= 1.0
+        self._chosen -= 1.0
+        return takes
 
 
 @dataclass
@@ -70,6 +97,8 @@ class Subscriber:
     cursors: dict[int, int] = field(default_factory=dict)
     sent: int = 0  # "latest": blocks sent since HELLO
     credit: int = 0
+    sample: Sample = field(default_factory=Sample)
+    unsent: int = -1  # "latest": index of a block of the sample that must be sent later
     #: "all": (run, epoch) -> (sequence, bytes) of the blocks that were sent and not acknowledged yet.
     in_flight: dict[tuple[int, int], deque[tuple[int, int]]] = field(default_factory=dict)
     flight_bytes: int = 0
@@ -294,6 +323,7 @@ class Publisher:
                     f"{subscriber.sent} that were sent, found {frame.blocks}"
                 )
             subscriber.credit = max(subscriber.credit, frame.blocks)
+            subscriber.sample.every = frame.every
         elif isinstance(frame, Maps):
             subscriber.maps = frame.epoch == self.own.epoch
         elif isinstance(frame, Packs):
@@ -380,19 +410,32 @@ class Publisher:
         return cursor >= end
 
     def _serve_latest(self, subscriber: Subscriber) -> None:
+        """Send the blocks of a monitor's sample, as its credit allows, and all that are never skipped.
+
+        If there are more blocks than credit, those to send are drawn, because the first ones may be all of one board.
+        """
         store = self.own
         assert store.ring is not None
-        cursor = max(subscriber.cursors[store.epoch], store.ring.tail)
-        while cursor < store.head:
-            never_skipped = store.is_never_skipped(cursor)
-            if never_skipped or subscriber.sent < subscriber.credit:
-                block = store.get(cursor)
-                assert block is not None
-                if not self._send_block(subscriber, store, cursor, block, self.layout):
-                    break
-                subscriber.sent += not never_skipped
-            cursor += 1
-        subscriber.cursors[store.epoch] = cursor
+        first = max(subscriber.cursors[store.epoch], store.ring.tail)
+        kept = {index for index in range(first, store.head) if store.is_never_skipped(index)}
+        wanted = [
+            index
+            for index in range(first, store.head)
+            if index not in kept and (index == subscriber.unsent or subscriber.sample.takes_next())
+        ]
+        room = max(0, subscriber.credit - subscriber.sent)
+        if not (subscriber.maps and store.can_lend()):
+            room = min(room, MAX_SENT)
+        if len(wanted) > room:
+            wanted = random.sample(wanted, room)
+        subscriber.cursors[store.epoch] = store.head
+        for index in sorted(kept.union(wanted)):
+            block = store.get(index)
+            assert block is not None
+            if not self._send_block(subscriber, store, index, block, self.layout):
+                subscriber.cursors[store.epoch] = subscriber.unsent = index
+                break
+            subscriber.sent += index not in kept
 
     def _send_block(
         self, subscriber: Subscriber, store: BlockStore, index: int, block: StoredBlock, layout: int

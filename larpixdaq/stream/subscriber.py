@@ -64,13 +64,30 @@ MAX_DISCONNECTED = 16
 log = logging.getLogger(__name__)
 #: Producer, frame, and either the rows of a block, or its packed rows if a storage may write them as they are.
 Received = tuple[str, FromProducer, memoryview | None, PackedRows | None]
-#: Blocks that a monitor has credit for at the beginning.
-CREDIT = 2
+_Queued = tuple[str, FromProducer, "memoryview | RingRows | None", PackedRows | None]
+#: Milliseconds for which the thread of a monitor that wants only a sample of the blocks waits for more of them, because
+#: several at a time take two thirds of the processor time.
+REST: Final = 20
+#: Blocks that a monitor has credit for at the beginning. A block that is sent takes up to 0.9 MB of memory; one that is
+#: read in the ring takes none, and a saturated producer makes some 100 blocks before it looks for credit again.
+CREDIT, RING_CREDIT = 2, 32
 #: Seconds between two attempts to connect to a producer that refuses the key.
 KEY_INTERVAL: Final = 1.0
 #: Seconds between two turns of a loop after which the process may have been taken for dead: for the core it is lost
 #: after 1 s without a heartbeat.
 STALL_LIMIT: Final = 0.8
+
+
+class RingRows:
+    """Rows of a block that are in the producer's ring and may be overwritten there."""
+
+    def __init__(self, ring: Reader, index: int) -> None:
+        self._ring, self._index = ring, index
+
+    def read(self) -> memoryview | None:
+        """Return a copy, or None when they are not there any more."""
+        rows = self._ring.read(self._index)
+        return None if rows is None else memoryview(rows)
 
 
 class Consumer:
@@ -100,16 +117,17 @@ class Consumer:
         self._session_check = SessionCheck(core, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._connections: dict[str, ProducerConnection] = {}
-        self._queue: deque[Received] = deque()
+        self._queue: deque[_Queued] = deque()
         self._lock = threading.Lock()
         self._endpoints: dict[str, Endpoint] | None = None
         self._acks: dict[str, dict[tuple[int, int], int]] = {}
         self._credit: dict[str, int] = {}
+        self._every = 1.0
         self._resubscribe = self._send_rows = False
         self._arrived = Waker()  # wakes the process's loop
         self._waker = Waker()  # wakes the thread
         self._closing = False
-        self._poller = zmq.Poller()
+        self._poller, self._resting = zmq.Poller(), zmq.Poller()
         self._thread = threading.Thread(target=self._run, name=f"stream of {name}", daemon=True)
         self._thread.start()
 
@@ -141,17 +159,32 @@ class Consumer:
         In mode "all" the rows may be in the producer's ring. There they may change after their acknowledgement, or when
         the producer has dropped this consumer, so the caller must copy them before it checks them.
         """
-        if self._resubscribe:
-            return None
-        if not self._queue:
-            self._arrived.clear()  # before the second look at the queue, because a frame may have come meanwhile
-        return self._queue.popleft() if self._queue else None
+        while not self._resubscribe:
+            if not self._queue:
+                self._arrived.clear()  # before the second look at the queue, because a frame may have come meanwhile
+                if not self._queue:
+                    break
+            name, frame, payload, packed = self._queue.popleft()
+            if not isinstance(payload, RingRows):
+                return name, frame, payload, packed
+            rows = payload.read()
+            if rows is not None:
+                return name, frame, rows, None
+            if isinstance(frame, Block) and frame.text is None:
+                self.add_credit(name)
+        return None
 
     def add_credit(self, producer: str) -> None:
         """Mode "latest": let the producer send one further block, because one has been processed."""
         with self._lock:
-            self._credit[producer] = self._credit.get(producer, 0) + 1
-        self._waker.wake()
+            self._credit[producer] = waiting = self._credit.get(producer, 0) + 1
+        connection = self._connections.get(producer)
+        if connection is not None and connection.returns_credit(waiting):
+            self._waker.wake()
+
+    def sample(self, every: float) -> None:
+        """Mode "latest": ask the producers for one of each `every` blocks, chosen at random."""
+        self._every = every
 
     def acknowledge(self, origin: BlockOrigin, following: int) -> None:
         """Mode "all": acknowledge all blocks of `origin` below sequence `following`, which are durable."""
@@ -181,11 +214,14 @@ class Consumer:
     # Called by the thread
 
     def _run(self) -> None:
-        self._poller.register(self._waker.fileno(), zmq.POLLIN)
+        for poller in (self._poller, self._resting):
+            poller.register(self._waker.fileno(), zmq.POLLIN)
         closing = False
         try:
             while not closing:
                 closing = self._closing  # then one more turn, which sends the acknowledgements from before close()
+                if self._every > 1.0:
+                    self._resting.poll(REST)
                 if self._waker.fileno() in dict(self._poller.poll(self._timeout())):
                     self._waker.clear()
                 self._session_check.may_act()
@@ -232,8 +268,10 @@ class Consumer:
                     self._open(name, endpoint)
         for name, blocks in credit.items():
             if name in self._connections:
-                self._connections[name].credit += blocks
-                self._connections[name].repeat_at = 0.0
+                connection = self._connections[name]
+                connection.credit += blocks
+                if connection.returns_credit(connection.credit - connection.sent_credit):
+                    connection.repeat_at = 0.0
         for name, entries in acks.items():
             if name in self._connections:
                 self._connections[name].acks.update(entries)
@@ -273,7 +311,7 @@ class Consumer:
         self,
         connection: ProducerConnection,
         frame: FromProducer,
-        payload: memoryview | None,
+        payload: memoryview | RingRows | None,
         packed: PackedRows | None,
     ) -> bool:
         if isinstance(frame, Welcome):
@@ -282,7 +320,9 @@ class Consumer:
                 return False
             connection.subscribed, connection.epoch = True, frame.epoch
             connection.last_warning = ""
-            connection.map_ring(frame)
+            if connection.map_ring(frame) and self.mode == "latest":
+                connection.credit += RING_CREDIT - CREDIT
+                connection.repeat_at = 0.0
         elif isinstance(frame, Refused):
             connection.end_subscription()
             if frame.reason == "hello":
@@ -337,7 +377,7 @@ class Consumer:
                 connection.acks.clear()
                 hello = Hello(STREAM_VERSION, self.name, self.session, self.mode, self._positions_at(connection.name))
                 if connection.send(hello) and self.mode == "latest":
-                    connection.send(Credit(connection.credit))
+                    connection.send_credit(self._every)
                 connection.hello_at = now + HELLO_INTERVAL
                 connection.repeat_at = next_beat(now, REPEAT_INTERVAL)
             return
@@ -348,7 +388,10 @@ class Consumer:
             connection.acks.clear()
             connection.repeat_at = next_beat(now, REPEAT_INTERVAL)
         elif now >= connection.repeat_at:
-            connection.send(connection.last_ack or Credit(connection.credit))
+            if connection.last_ack is not None:
+                connection.send(connection.last_ack)
+            else:
+                connection.send_credit(self._every)
             connection.repeat_at = next_beat(now, REPEAT_INTERVAL)
 
     def _positions_at(self, producer: str) -> list[Position]:
@@ -395,6 +438,7 @@ class ProducerConnection:
         self.hello_at = 0.0  # monotonic time before which no HELLO is sent
         self.repeat_at = 0.0  # monotonic time of the next repetition of ACK or CREDIT
         self.credit = CREDIT  # blocks in all since the HELLO
+        self.sent_credit = 0  # the same as last sent to the producer
         self.acks: dict[tuple[int, int], int] = {}  # (run, epoch) -> next, not sent yet
         self.last_ack: Ack | None = None
         self.last_warning = ""
@@ -425,12 +469,24 @@ class ProducerConnection:
             return False
         return True
 
+    def send_credit(self, every: float) -> None:
+        """Send the credit. Of successive blocks, one of each `every` is wanted."""
+        self.send(Credit(self.credit, every))
+        self.sent_credit = self.credit
+
+    def returns_credit(self, blocks: int) -> bool:
+        """Whether credit for so many further blocks is sent at once, because the producer may soon have none left.
+
+        Each sending costs producer and consumer as much as a block.
+        """
+        return blocks >= (1 if self._ring is None else RING_CREDIT // 4)
+
     def end_subscription(self) -> None:
         """Note that there is no subscription. Unmap the ring, so that an ended producer's memory is given back."""
         self.subscribed = False
         self._ring = None
 
-    def receive(self) -> tuple[FromProducer, memoryview | None, PackedRows | None] | None:
+    def receive(self) -> tuple[FromProducer, memoryview | RingRows | None, PackedRows | None] | None:
         """Return the next frame, with a block's rows or packed rows (as in Received) or neither if they are not
         available; None without a frame.
 
@@ -441,7 +497,7 @@ class ProducerConnection:
         except zmq.Again:
             return None
         frame = unpack_producer(header, self.name)
-        payload = parts[0] if parts else None
+        payload: memoryview | RingRows | None = parts[0] if parts else None
         if len(parts) > 1 and isinstance(frame, Block):
             if len(parts[0]):
                 return self._unpack(frame, parts[0], parts[1])
@@ -470,13 +526,13 @@ class ProducerConnection:
             log.warning("block %d of run %d from %s: %s", block.sequence, block.run, self.name, error)
             return block, None, None
 
-    def map_ring(self, welcome: Welcome) -> None:
+    def map_ring(self, welcome: Welcome) -> bool:
         """Read rows in the producer's ring from now on, if that is on this host; otherwise they are sent, and packed if
-        the producer can do that."""
+        the producer can do that. Returns whether they are read in the ring."""
         self._ring = None
         send_rows, self.send_rows = self.send_rows, False
         if send_rows:
-            return
+            return False
         if welcome.ring:
             with contextlib.suppress(RingError):
                 self._ring = ring_file.open_reader(Path(welcome.ring), welcome.producer, welcome.epoch)
@@ -484,16 +540,15 @@ class ProducerConnection:
             self.send(Maps(welcome.epoch))
         elif welcome.packs:
             self.send(Packs())
+        return self._ring is not None
 
-    def _read_ring(self, place: memoryview) -> memoryview | None:
-        """Return a block's rows in the ring, or a copy if they may be overwritten; None when they are not there."""
+    def _read_ring(self, place: memoryview) -> memoryview | RingRows | None:
+        """Return a block's rows in the ring, which may be overwritten unless they are kept for this consumer; None when
+        they are not there."""
         if self._ring is None:
             return None
         index = int.from_bytes(place, "little")
-        if self._keeps:
-            return self._ring.view(index)
-        rows = self._ring.read(index)
-        return None if rows is None else memoryview(rows)
+        return self._ring.view(index) if self._keeps else RingRows(self._ring, index)
 
 
 class CoreContact(Protocol):

@@ -132,6 +132,12 @@ def check(counters: PacketCounters, layout: schema.RowLayout, rows: NDArray[Any]
     for key, chip in zip(keys, chips, strict=True):
         flags[key[0]] += [chip[name] for name in CHIPS.names[5:]]
     np.testing.assert_array_equal(counters.flags(), flags)
+    codes, numbers = counters.rates(data[: len(data) // 2], np.full(256, 2.0), 10.0, 50.0)
+    since = data.astype(float)
+    since[: len(data) // 2] = 0
+    want = np.where(since > 0, 10.0 * (1 + np.log2(np.maximum(since, 1))) + 50.0, 0).astype(int)
+    np.testing.assert_array_equal(codes, want)
+    np.testing.assert_array_equal(numbers, np.bincount(want[data > 0], minlength=256))
     means = counters.mean_adc()
     step = counters.bins // 256
     for i, j in np.ndindex(means.shape):
@@ -215,6 +221,13 @@ def test_wrong_rows_raise_an_error() -> None:
     with pytest.raises(ValueError, match="128 channels and 1024 ADC values, counted so far: 64 and 256"):
         counters.count(np.zeros(3, schema.PACKETS_1_0))
     assert counters.rows == 6
+    none = np.zeros((0, 0), np.uint32)
+    with pytest.raises(ValueError, match="per_packet: expected 256 io_groups, found 255"):
+        counters.rates(none, np.zeros(255), 1.0, 0.0)
+    for before in (np.zeros((1, 63), np.uint32), np.zeros((5, 64), np.uint32)):
+        with pytest.raises(ValueError, match="before: expected at most 0 chips with 64 channels, found"):
+            counters.rates(before, np.zeros(256), 1.0, 0.0)
+    assert counters.rates(none, np.zeros(256), 1.0, 0.0)[0].shape == (0, 64)
     counters.reset()
     counters.count(np.zeros(3, schema.PACKETS_3_0))
     assert counters.bins == 1024

@@ -179,6 +179,7 @@ def test_joining_during_a_run(clock: Clock) -> None:
     assert answer["mean_rate"] == pytest.approx(5000, rel=1e-6)
     assert monitor.run_info()["skipped_rows"] == 100 * 100
     assert answer["seen"] == pytest.approx(1 / 3)
+    assert monitor.rows() == (5000, 5000)
 
 
 def test_sums_over_several_producers_and_a_restarted_producer(clock: Clock) -> None:

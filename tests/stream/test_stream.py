@@ -1,6 +1,7 @@
 """The stream over real sockets, from a producer's ring to consumers."""
 
 import contextlib
+import random
 import select
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
-from hypothesis import given
+from example_counts import examples
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import LIMIT
 from stream_harness import LAYOUT, STORAGE, Core, Line, Reader, make_consumer, until
@@ -44,7 +46,7 @@ from larpixdaq.protocol.stream import (
     unpack_producer,
 )
 from larpixdaq.stream import Consumer, publisher
-from larpixdaq.stream.subscriber import MAX_DISCONNECTED
+from larpixdaq.stream.subscriber import CREDIT, MAX_DISCONNECTED, RING_CREDIT
 
 
 @pytest.fixture(params=["packed", "read out of the ring"])
@@ -203,17 +205,62 @@ def test_a_monitor_without_credit_skips_blocks_but_never_messages(line: Line, co
     consumers[0].connect({"board": line.endpoint})
     reader = Reader(consumers[0], acknowledge=False)
     until(line, reader.has(lambda r: r.other), "WELCOME")
-    until(line, lambda: any(s.credit for s in line.publisher.subscribers.values()), "credit")
+    reads = line.ring_file is not None
+    credit = RING_CREDIT if reads else CREDIT
+    until(line, lambda: any(s.credit == credit for s in line.publisher.subscribers.values()), "credit")
     line.begin(1, ())
-    for _ in range(10):
+    blocks = credit + 10
+    for _ in range(blocks):
         line.write(10)
     line.recorder.info("Ending run")
     line.end()
     until(line, reader.has(lambda r: r.ends), "the end record")
-    assert [b.sequence for b in reader.blocks] == [0, 1, 10]
+    *sequences, last = [block.sequence for block in reader.blocks]
+    assert len(sequences) == credit
+    assert sequences == sorted(set(sequences))
+    assert last == blocks
     assert reader.blocks[-1].text == "Ending run"
-    assert {t.io_group: t.packets for t in reader.blocks[-1].totals}[1] == 100  # exact although blocks were skipped
+    totals = {t.io_group: t.packets for t in reader.blocks[-1].totals}
+    assert totals[1] == 10 * blocks  # exact although blocks were skipped
     assert line.ring.tail == line.ring.head  # it held no rows in the ring
+
+
+@settings(max_examples=examples(20))
+@given(every=st.floats(1.0, 20.0), boards=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))
+def test_a_sample_has_equal_parts_of_all_boards_and_times(every: float, boards: int, seed: int) -> None:
+    """Blocks come from the boards in turn, so that a sample of every n-th one would have only some boards."""
+    random.seed(seed)
+    sample = publisher.Sample()
+    sample.every = every
+    taken = np.array([sample.takes_next() for _ in range(4800)])
+    if every == 1.0:
+        assert taken.all()
+    for piece in taken.reshape(8, 600):
+        # with a group of less than two blocks, two chosen ones may be the same block
+        assert 600 / every - 0.17 * 600 - 2 < piece.sum() < 600 / every + 2
+    for board in range(boards):
+        part = taken[board::boards]
+        assert part.mean() == pytest.approx(taken.mean(), abs=6 * np.sqrt(taken.mean() / len(part)))
+
+
+def test_a_monitor_gets_the_part_of_the_blocks_that_it_wants(tmp_path: Path, consumers: list[Consumer]) -> None:
+    with contextlib.closing(Line(folder=tmp_path)) as line:
+        consumers.append(make_consumer("Online monitor", "m", "latest"))
+        consumers[0].connect({"board": line.endpoint})
+        consumers[0].sample(10.0)
+        reader = Reader(consumers[0], acknowledge=False)
+        until(line, lambda: any(s.credit == RING_CREDIT for s in line.publisher.subscribers.values()), "credit")
+        assert [s.sample.every for s in line.publisher.subscribers.values()] == [10.0]
+        line.begin(1, ())
+        for _ in range(15):
+            for _ in range(20):
+                line.write(10)
+            line.work()
+            reader.take()
+        line.end()
+        until(line, reader.has(lambda r: r.ends), "the end record")
+        assert len(reader.blocks) == pytest.approx(30, abs=1)
+        assert sorted(set(reader.stamps)) == reader.stamps
 
 
 def test_a_silent_subscriber_is_dropped_and_subscribes_again(line: Line, consumers: list[Consumer]) -> None:

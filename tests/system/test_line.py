@@ -1,5 +1,6 @@
 """All processes together: from bytes of boards to a verified file with all sent words."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from emulated_board import Emulator
 from processes import LIMIT, until, wait_for_line
 from recorded_data import shared_data
 from system import System, rows_of
@@ -95,6 +97,42 @@ def test_plain_h5py_reads_a_growing_file(line: System) -> None:
     rows = rows_of(ended["files"][0])
     for seen, crc in looks:
         assert zlib.crc32(rows[:seen].tobytes()) == crc
+
+
+def test_the_monitor_has_the_numbers_of_the_file(line: System) -> None:
+    options = ["--io-groups", "2", "--rate", "50000", "--count", "60000", "--pps", "--lossless"]
+    options += ["--stay", "--wait-for-go"]
+    with contextlib.closing(Emulator(*options)) as board:
+        operator = line.start("--pacman", *board.addresses)
+        operator.prepare_run().result(LIMIT)
+        operator.begin_run().result(LIMIT)
+        board.go()
+
+        def words() -> int:
+            kinds = operator.summary().result(LIMIT)["rows_by_type"]
+            return sum(kinds[kind] for kind in ("data", "sync", "trigger"))
+
+        until(lambda: words() == 120_000, "all words in the monitor")
+        ended = operator.end_run().result(2 * LIMIT)
+    summary, found = operator.summary().result(LIMIT), operator.pixel_map("packets").result(LIMIT)
+    rows = rows_of(ended["files"][0])
+    data = rows[(rows["packet_type"] == 0) & (rows["direction"] == 1)]
+    assert summary["seen"] == 1.0
+    assert summary["rows_by_type"]["data"] == len(data)
+    assert {kind["io_group"]: kind["rows"] for kind in summary["sync"]} == {
+        io_group: np.count_nonzero(rows[rows["packet_type"] == 6]["io_group"] == io_group) for io_group in (1, 2)
+    }
+    assert [kind["ticks"] for kind in summary["sync"]] == [10_000_000, 10_000_000]
+    keys = data[["io_group", "io_channel", "chip_id"]]
+    assert np.array_equal(np.sort(found["chips"]), np.unique(keys))
+    channels = np.unique(data[["io_group", "io_channel", "chip_id", "channel_id"]])
+    assert np.count_nonzero(found["values"]) == len(channels)
+    at = int(np.argmax(found["values"].max(axis=1)))
+    chip, channel = found["chips"][at].tolist(), int(found["values"][at].argmax())
+    here = data[(keys == found["chips"][at]) & (data["channel_id"] == channel)]
+    pixel = operator.pixel(*chip, channel).result(LIMIT)
+    assert pixel["seen_packets"] == len(here)
+    assert pixel["mean_adc"] == pytest.approx(here["dataword"][here["valid_parity"] == 1].mean())
 
 
 @pytest.mark.parametrize("option", ["--io-groups 0", "--io-groups 300", "--seconds nan", "--rate 0", "--rate x"])
