@@ -45,6 +45,7 @@ class RunData:
         self._producers: dict[str, Endpoint] | None = None
         self._frames = 0
         self._sample_rate = SampleRate(len(os.sched_getaffinity(0)))
+        self._counting = 0.0  # processor time for frames, s; requests are not in it, since a smaller sample saves none
         self._reported: set[tuple[str, int | None]] = set()
 
     def turn(self) -> None:
@@ -54,16 +55,18 @@ class RunData:
             self._producers = self.node.producers
             self.consumer.session = self.node.session
             self.consumer.connect(self._producers)
+        began = time.thread_time()
         for _ in range(TURN):
             received = self.consumer.next()
             if received is None:
                 break
             self._receive(*received)
             self._frames += 1
+        self._counting += time.thread_time() - began
         self.node.report(self._frames, self.consumer.queued)
         now = time.monotonic()
         if self._sample_rate.due(now):
-            self._sample_rate.measure(now, time.process_time(), *self.monitor.rows())
+            self._sample_rate.measure(now, self._counting + self.consumer.processor_time(), *self.monitor.rows())
             self.consumer.sample(self._sample_rate.every)
 
     def run(self, signals: Signals) -> None:

@@ -10,13 +10,13 @@ from typing import Final
 
 import numpy as np
 
-#: Maximum part of the host's processors that the monitor uses while it sees only a part of the blocks.
+#: Maximum part of the host's processors that the monitor uses for blocks while it sees only a part of them.
 SHARE: Final = 0.075
 #: Seconds between two measurements, and after a pause of the monitor's loop that makes one void.
 PERIOD: Final = 0.25
 _PAUSE: Final = 1.0
-#: Weight of the earlier measurements in each new one: those of the last second count.
-_WEIGHT: Final = 0.8
+#: Weight of the earlier measurements in each new one: those of the last half second count.
+_WEIGHT: Final = 0.6
 #: Maximum factors by which `every` grows or shrinks with a measurement.
 _GROWTH: Final = 2.0
 _DECAY: Final = 0.9
@@ -38,7 +38,7 @@ class SampleRate:
         return now - float(self._last[0]) >= PERIOD
 
     def measure(self, now: float, processor: float, seen: int, rows: int) -> None:
-        """Take the time (s), the processor time of this process so far (s), and the rows seen and made so far."""
+        """Take the time (s), the processor time for blocks so far (s), and the rows seen and made so far."""
         present = np.array([now, processor, seen, rows])
         passed, self._last = present - self._last, present
         if np.min(passed) < 0 or passed[0] > _PAUSE:

@@ -153,6 +153,11 @@ class Consumer:
         """The number of frames that wait for next()."""
         return len(self._queue)
 
+    def processor_time(self) -> float:
+        """Return the processor time (s) of the thread so far."""
+        assert self._thread.ident is not None
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
+
     def next(self) -> Received | None:
         """Return the oldest waiting frame (Welcome, Block, End or Refused) with its producer and rows, or None.
 

@@ -15,7 +15,8 @@ from simulated_blocks import START_NS, Clock, Producer
 from larpixdaq import constants, schema
 from larpixdaq.errors import FormatError, ProtocolError, RequestError
 from larpixdaq.monitor.monitor import KEPT_ROWS, Monitor
-from larpixdaq.protocol.stream import End
+from larpixdaq.protocol.control import packed
+from larpixdaq.protocol.stream import Block, End, Totals
 
 
 def data_rows(n: int, seed: int = 0, layout: schema.RowLayout = schema.LAYOUTS[1], groups: int = 2) -> NDArray[Any]:
@@ -512,3 +513,26 @@ def test_packets_outside_the_scale_have_the_last_code(clock: Clock) -> None:
     edges, channels = (monitor.summary()["channel_rates"][name] for name in ("edges", "channels"))
     assert channels[-1] == channels.sum() == 1
     assert edges[-1] < 2e6
+
+
+@settings(max_examples=examples(50))
+@given(seed=st.integers(0, 2**32 - 1), code=st.sampled_from([known.code for known in schema.LAYOUTS]))
+def test_rows_of_any_content_have_answers_that_can_be_sent(seed: int, code: int) -> None:
+    """A replayed file, or a board gone wrong, may have anything in its columns."""
+    layout, random = schema.layout(code), np.random.default_rng(seed)
+    clock = Clock()
+    monitor = Monitor(clock)
+    for sequence in range(5):
+        rows = np.frombuffer(random.bytes(60 * layout.dtype.itemsize), layout.dtype).copy()
+        rows[schema.type_column(rows.dtype)] = random.choice([0, 1, 3, 6, 7, 9], len(rows))
+        rows["direction"] = random.choice([0, 1, 1, 2], len(rows))
+        if code == 1:
+            rows["chip_key"][::2] = b"1-2-3"
+        clock.now += 0.5
+        at = START_NS + sequence * 500_000_000
+        totals = [Totals(group, 60 * (sequence + 1), 60 * (sequence + 1), 0, 0, 0) for group in (1, 255)]
+        monitor.block(Block(7, "p", 1, sequence, 60 * sequence, 60, code, 0, at, at, 0, totals, []), rows)
+    for answer in (monitor.summary(), monitor.packet_rate(), monitor.pixel(1, 2, 3, 4), monitor.packets(text=True)):
+        assert len(bytes(packed(answer)))
+    for quantity in ("rate", "packets", "mean_adc"):
+        assert len(bytes(packed(monitor.pixel_map(quantity))))
