@@ -134,6 +134,12 @@ class DataFile:
             vars(self).pop(cached, None)
 
     @property
+    def chunk_rows(self) -> int | None:
+        """Rows of a chunk of /packets; None if the rows are in one piece."""
+        chunks = self._guard("/packets", lambda: self._packets.chunks)
+        return None if chunks is None else int(chunks[0])
+
+    @property
     def stored_bytes(self) -> int:
         """Compressed bytes of /packets."""
         return int(self._guard("/packets", lambda: self._packets.id.get_storage_size()))
