@@ -85,8 +85,8 @@ class SyncWords:
 class Clock:
     """The clock of one io_group. Ticks are those of the nominal 10 MHz; steps lead from a row to the next one read.
 
-    `source`: "board" or "chips". `offset`: seconds by which the clock is ahead of that of the reference io_group, modulo
-    `period` seconds, with an uncertainty of `offset_error`; None: not known.
+    `source`: "board" or "chips". `offset`: seconds by which the clock is ahead of that of the reference io_group,
+    modulo `period` seconds, with an uncertainty of `offset_error`; None: not known.
     """
 
     io_group: int
@@ -103,6 +103,7 @@ class Clock:
     period: float | None = None
     offset: float | None = None
     offset_error: float | None = None
+    deviation: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
     # State from piece to piece: the last ticks, and the last SYNC word (code, ticks).
     last: int | None = None
     last_sync: tuple[int, int] | None = None
@@ -248,14 +249,16 @@ def _find_offsets(clocks: list[Clock]) -> None:
     reference = max(known, key=lambda clock: clock.points.count)
     start = float(np.min(reference.points.points()[0]))
     period = reference.period or 0.0
-    base, base_error = _phase(reference, start, 0.0, period)
+    base, base_error = _middle(_phases(reference, start, 0.0, period))
+    if base_error >= period / 8:
+        return
     for clock in known:
-        if clock.period != period:
-            continue
-        phase, error = _phase(clock, start, base, period)
-        if max(error, base_error) < period / 8:
-            clock.offset = _within(phase - base, period)
+        phases = _phases(clock, start, base, period)
+        middle, error = _middle(phases)
+        if clock.period == period and error < period / 8:
+            clock.offset = _within(middle, period)
             clock.offset_error = error + (base_error if clock is not reference else 0.0)
+            clock.deviation = clock.points.points()[0], phases
 
 
 def _period(clock: Clock) -> float | None:
@@ -273,13 +276,17 @@ def _period(clock: Clock) -> float | None:
     return _WRAP_32 / TICKS_PER_S if high < _WRAP_32 else float(1 << 40)
 
 
-def _phase(clock: Clock, start: float, near: float, period: float) -> tuple[float, float]:
-    """Return clock minus host time (s, modulo the period, near a value), and half the width of its central 80 %."""
+def _phases(clock: Clock, start: float, base: float, period: float) -> NDArray[np.float64]:
+    """Return clock minus host time minus `base` (s) of each point, without jumps by the period."""
     times, ticks = clock.points.points()
-    phases = _within(ticks / TICKS_PER_S - (times - start) - near, period)
-    phases = _within(phases - phases[0], period) + phases[0]
+    phases = _within(ticks / TICKS_PER_S - (times - start) - base, period)
+    return np.asarray(_within(phases - phases[0], period) + phases[0], np.float64)
+
+
+def _middle(phases: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the median, and half the width of the central 80 %."""
     low, middle, high = np.quantile(phases, (0.1, 0.5, 0.9))
-    return float(middle) + near, float(high - low) / 2
+    return float(middle), float(high - low) / 2
 
 
 def _within(seconds: Any, period: float) -> Any:

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from larpixdaq import schema
-from larpixdaq.errors import FileError, cause
+from larpixdaq.errors import ChecksumError, FileError, cause
 from larpixdaq.hdf5 import layout, names, repair
+from larpixdaq.protocol.packed_rows import unpack_chunk
 from larpixdaq.protocol.reports import Comment
 from larpixdaq.protocol.stream import BlockOrigin, ConnectedBoard
 from larpixdaq.runtime.file_access import check_link, open_regular
@@ -117,9 +118,42 @@ class DataFile:
 
     def packets(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Read rows `start` to `stop`, shape (N,), with the file's own dtype."""
-        name = f"/packets, rows {start} to {self.rows if stop is None else stop},"
-        rows: NDArray[Any] = self._guard(name, lambda: self._packets[start:stop])
+        stop = self.rows if stop is None else stop
+        name = f"/packets, rows {start} to {stop},"
+        return self._guard(name, lambda: self._read_rows(start, min(stop, int(self._packets.shape[0]))))
+
+    @cached_property
+    def _is_packed(self) -> bool:
+        """Whether the rows are in shuffled and deflated chunks, and nothing else was done to them."""
+        properties = self._packets.id.get_create_plist()
+        filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
+        return self._packets.chunks is not None and filters == [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE]
+
+    def _read_rows(self, start: int, stop: int) -> NDArray[Any]:
+        """Read rows: whole chunks without HDF5's filters, which is four times as fast."""
+        size = self._packets.chunks[0] if self._is_packed else 0
+        if not size or start % size:
+            return np.asarray(self._packets[start:stop])
+        rows = np.empty(max(0, stop - start), self.dtype)
+        for first in range(start, stop, size):
+            chunk = rows[first - start : first - start + size]
+            data = self._direct_chunk(first) if len(chunk) == size else None
+            if data is None:
+                chunk[:] = self._packets[first : first + len(chunk)]
+                continue
+            try:
+                unpack_chunk(data, chunk.view(np.uint8), self.dtype.itemsize)
+            except ChecksumError as error:
+                raise OSError(str(error)) from None
         return rows
+
+    def _direct_chunk(self, first: int) -> Any:
+        """Read a chunk as it is in the file; None when HDF5 must read it, because a filter was left out."""
+        try:
+            skipped, data = self._packets.id.read_direct_chunk((first,))
+        except (OSError, RuntimeError, ValueError):
+            return None
+        return None if skipped else data
 
     def pieces(self) -> Iterator[NDArray[Any]]:
         """Read all rows, four chunks at a time."""

@@ -24,7 +24,7 @@ from larpixdaq._native.monitor_counters import PacketCounters
 from larpixdaq.constants import COUNTS, IO_GROUPS, RunCondition
 from larpixdaq.errors import FileError
 from larpixdaq.hdf5 import names
-from larpixdaq.hdf5.board_clocks import BoardClocks, Clock, Series
+from larpixdaq.hdf5.board_clocks import BoardClocks, Clock
 from larpixdaq.hdf5.ledger import OPEN, rows_made
 from larpixdaq.hdf5.reader import DataFile
 from larpixdaq.hdf5.recordings import chip_generation, copy_columns
@@ -222,7 +222,8 @@ def _plain_clock(clock: Clock, points: int) -> dict[str, Any]:
         )
     }
     plain["histogram"] = clock.histogram.tolist()
-    plain["points"] = _plain_series(clock.points, points)
+    plain["points"] = _plain_points(*clock.points.points(), points)
+    plain["deviation"] = None if clock.deviation is None else _plain_points(*clock.deviation, points)
     plain["sync"] = [
         {
             "kind": words.kind,
@@ -231,15 +232,14 @@ def _plain_clock(clock: Clock, points: int) -> dict[str, Any]:
             "low": words.intervals.low if words.intervals.count else None,
             "high": words.intervals.high if words.intervals.count else None,
             "mean": words.intervals.mean,
-            "intervals": _plain_series(words.intervals, points),
+            "intervals": _plain_points(*words.intervals.points(), points),
         }
         for words in clock.sync.values()
     ]
     return plain
 
 
-def _plain_series(series: Series, points: int) -> dict[str, list[float | None]]:
-    x, y = series.points()
+def _plain_points(x: NDArray[Any], y: NDArray[Any], points: int) -> dict[str, list[float | None]]:
     every = max(1, -(-len(x) // max(1, points)))
     return {"x": _listed(x[::every]), "y": _listed(y[::every])}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -165,3 +166,37 @@ def write(directory: Path, feed: Feed, sizes: list[int], seed: int = 1, **closin
     file.add(*feed.info("Ending run"))
     file.end(feed.end())
     return file.close(**closing), np.concatenate(feed.rows)
+
+
+def timed(block, rows, first_s, last_s):
+    """Set the times of a block, in seconds after NS."""
+    return msgspec.structs.replace(block, first_ns=NS + round(first_s * 1e9), last_ns=NS + round(last_s * 1e9)), rows
+
+
+def data_rows(n, first_s, last_s, *, io_group=1, chips=(11, 12), seed=0, layout=V2, offset=0):
+    """Return data packets that a board receives evenly in this time; `offset`: ticks by which its clock is ahead."""
+    rng = np.random.default_rng(seed)
+    rows = np.zeros(n, layout.dtype)
+    rows["io_group"], rows["io_channel"], rows["direction"], rows["valid_parity"] = io_group, 3, 1, 1
+    rows["chip_id"], rows["channel_id"] = rng.choice(chips, n), rng.integers(0, 64, n)
+    rows["dataword"] = rng.integers(20, 40, n)
+    rows["packet_type"] = layout is V3
+    seconds = first_s + (last_s - first_s) * (np.arange(n) + 0.5) / n
+    rows["receipt_timestamp"] = (np.rint(seconds * 10_000_000).astype(np.int64) + offset) % (1 << 32)
+    rows["timestamp"] = rows["receipt_timestamp"]
+    return rows
+
+
+def board(file, feeds, seconds, rate, *, first_s=0.0, pieces=50, **how):
+    """Let each feed, a board of its own io_group, send data packets at a rate for some seconds."""
+    for piece in range(round(seconds * pieces)):
+        begin = first_s + piece / pieces
+        for io_group, feed in feeds.items():
+            rows = data_rows(
+                round(rate * io_group / pieces), begin, begin + 1 / pieces, io_group=io_group, seed=piece, **how
+            )
+            file.add(*timed(*feed.block(rows), begin, begin + 1 / pieces))
+
+
+def two_boards():
+    return {group: Feed(producer=f"board {group}", epoch=group) for group in (1, 2)}
