@@ -21,6 +21,7 @@ _COMMANDS: Final = {
     "catalogue": ("runs", "comment", "attach", "shifter"),
     "run_sequence": ("run",),
     "files": ("verify", "recover", "info"),
+    "plot": ("plot", "hot"),
     "keys": ("keys",),
 }
 
