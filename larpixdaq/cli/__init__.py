@@ -22,6 +22,7 @@ _COMMANDS: Final = {
     "run_sequence": ("run",),
     "files": ("verify", "recover", "info"),
     "plot": ("plot", "hot"),
+    "shell": ("shell",),
     "keys": ("keys",),
 }
 

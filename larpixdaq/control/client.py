@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from larpixdaq.constants import HEARTBEAT, NO_CORE
 from larpixdaq.control.connection import CoreConnection
-from larpixdaq.control.display import readable, show
+from larpixdaq.control.display import is_table, show
+from larpixdaq.control.result_views import GENERAL, view_of
 from larpixdaq.errors import (
     ComponentError,
     ControlHeld,
@@ -40,6 +41,8 @@ _ASK_FOR_ANSWER: Final = 2.0
 CLOSE_WAIT: Final = 1.0
 #: Seconds that IPython waits for a result before it shows the latest response.
 _SHOW: Final = 5.0
+#: Seconds after that in which it does not wait once more, because it asks for the other form of the same result.
+_AGAIN: Final = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +119,10 @@ class Request(Generator[Response, None, Any]):
 
     def __init__(self, action: str, silence: Callable[[], float], words: Callable[[Any], str] | None = None) -> None:
         """`silence` returns the seconds since the core was heard. `words` converts the result to text, in place of
-        readable()."""
+        the view of the action's results."""
         self.action = action
-        self._words = words
+        self._view = view_of(action, words)
+        self._show_until = 0.0  # time.monotonic() until which IPython waits for the result
         self._silence = silence
         self._changed = threading.Condition()
         self._waiting: deque[Response] = deque(maxlen=_KEPT)
@@ -157,7 +161,7 @@ class Request(Generator[Response, None, Any]):
 
     def readable(self, timeout: float | None = None) -> str:
         """Return the result as text, with aligned tables and times in UTC. Waits and raises as result() does."""
-        return (self._words or readable)(self.result(timeout))
+        return self._view.text(self.result(timeout))
 
     def send(self, value: None = None) -> Response:
         """Wait for the next Response and return it."""
@@ -231,19 +235,36 @@ class Request(Generator[Response, None, Any]):
     def _no_result(self, use: str) -> TypeError:
         return TypeError(f"{self.action}: a Request is not its result yet; wait for it: .result(){use}")
 
+    def _shown(self) -> Any:
+        """Return the result for IPython, which asks for it twice, as text and as HTML. Raises as result()."""
+        now = time.monotonic()
+        if now > self._show_until + _AGAIN:
+            self._show_until = now + _SHOW
+        return self.result(max(0.0, self._show_until - now))
+
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """Show the result in IPython if it comes within 5 s, else the latest response. Consumes no response."""
         try:
-            value = self.result(_SHOW)
+            value = self._shown()
         except RequestTimeout:
             printer.text(repr(self))
         except LarpixDaqError as error:
             printer.text(f"{type(error).__name__}: {error}")
         else:
-            if self._words is None:
+            if self._view is GENERAL:
                 show(value, printer)
             else:
-                printer.text(self._words(value))
+                printer.text(self._view.text(value))
+
+    def _repr_html_(self) -> str | None:
+        """Show the result in a notebook as tables and pictures, without any script; None: as text."""
+        try:
+            value = self._shown()
+        except LarpixDaqError:
+            return None
+        if self._view is GENERAL and not isinstance(value, dict | list) and not is_table(value):
+            return None
+        return self._view.html(value)
 
 
 @dataclass

@@ -304,23 +304,23 @@ def readable(value: Any) -> str:
     if isinstance(value, dict) and value:
         width = max(len(str(name)) for name in value)
         return "\n".join(_entry(f"{name!s:<{width}}", name, part) for name, part in value.items())
-    if _is_table(value):
+    if is_table(value):
         return _table(value)
     if isinstance(value, list | tuple) and value and any(isinstance(part, dict | list) for part in value):
         return "\n\n".join(readable(part) for part in value)
-    return _cell("", value)
+    return cell("", value)
 
 
 def show(value: Any, printer: Any) -> None:
     """Print a result with IPython's pretty printer: dicts, tables and long texts as readable(), others as repr()."""
-    if isinstance(value, dict) or _is_table(value) or (isinstance(value, str) and "\n" in value):
+    if isinstance(value, dict) or is_table(value) or (isinstance(value, str) and "\n" in value):
         printer.text(readable(value))
     else:
         printer.pretty(value)
 
 
 def _entry(label: str, name: str, part: Any) -> str:
-    if _is_table(part) and len(part):
+    if is_table(part) and len(part):
         lines = _table(part).splitlines()
         return "\n".join((f"{label}  ({len(part)})", *(f"    {line}" for line in lines)))
     indent = "\n" + " " * (len(label) + 2)
@@ -330,18 +330,18 @@ def _entry(label: str, name: str, part: Any) -> str:
     elif isinstance(part, list) and part and all(isinstance(inner, str) for inner in part):
         text = "\n".join(map(printable, part))
     else:
-        text = _cell(name, part)
+        text = cell(name, part)
     return f"{label}  {text.replace(chr(10), indent)}".rstrip()
 
 
-def _cell(name: str, value: Any) -> str:
-    """Return a value as text; `name` is its key or column."""
+def cell(name: str, value: Any) -> str:
+    """Return a value as text, in one line if it has no tables; `name` is its key or column."""
     if value is None or (isinstance(value, dict | list | tuple) and not value):
         return "-"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_cell(key, part)}" for key, part in value.items())
+        return ", ".join(f"{key} {cell(key, part)}" for key, part in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_cell(name, part) for part in value)
+        return ", ".join(cell(name, part) for part in value)
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     if isinstance(value, float | np.floating):
@@ -356,24 +356,33 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1e5 else f"{value:.5g}"
 
 
-def _is_table(value: Any) -> bool:
+def is_table(value: Any) -> bool:
+    """Return whether a value is a structured array of one dimension, or a list of flat dicts with the same keys."""
     if isinstance(value, np.ndarray):
         return value.dtype.names is not None and value.ndim == 1
     return (
         isinstance(value, list)
         and bool(value)
         and all(isinstance(row, dict) and row.keys() == value[0].keys() for row in value)
-        and not any(isinstance(part, dict) or _is_table(part) for row in value for part in row.values())
+        and not any(isinstance(part, dict) or is_table(part) for row in value for part in row.values())
     )
 
 
 def _table(rows: Any) -> str:
     """Return the rows as aligned columns under their names, numbers to the right."""
+    if not len(rows):
+        return f"no rows of {', '.join(rows.dtype.names)}"
+    return "\n".join(_aligned(*shown_rows(rows)))
+
+
+def shown_rows(rows: Any) -> tuple[list[str], list[Any], int]:
+    """Return the columns of a table that are shown, its first and last rows, and the number of rows left out between.
+
+    Columns that are 0 or empty in all rows are left out, except the first.
+    """
     array = isinstance(rows, np.ndarray)
     names = list(rows.dtype.names if array else rows[0])
     count = len(rows)
-    if not count:
-        return f"no rows of {', '.join(names)}"
     left_out = max(0, count - MAX_SHOWN)
     shown = [*rows[: count - left_out - MAX_SHOWN // 2], *rows[-(MAX_SHOWN // 2) :]] if left_out else list(rows)
 
@@ -381,12 +390,11 @@ def _table(rows: Any) -> str:
         # In all rows, not only in those shown, so that the columns do not depend on the rows shown.
         return bool(np.any(rows[name] != np.zeros((), rows[name].dtype))) if array else any(row[name] for row in rows)
 
-    columns = [name for place, name in enumerate(names) if not place or used(name)]
-    return "\n".join(_aligned(columns, shown, left_out))
+    return [name for place, name in enumerate(names) if not place or used(name)], shown, left_out
 
 
 def _aligned(columns: Sequence[str], rows: Sequence[Any], left_out: int) -> list[str]:
-    cells = [[_cell(name, row[name]) for name in columns] for row in rows]
+    cells = [[cell(name, row[name]) for name in columns] for row in rows]
     widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(columns)]
     right = [isinstance(rows[0][name], int | float | np.number) for name in columns]
 
